@@ -1,0 +1,106 @@
+"""What every experiment starts from: all settings with their units, and the reading of a config's argument.
+
+A setting is here if some run changes it; all else is a constant beside the code that uses it. What follows
+from other settings is computed from them where it is used (steps from `train.tokens`, the tokenizer's
+vocabulary from the model's), so an override can't leave the two apart.
+"""
+
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict, FieldReference
+
+from configs.load import ConfigError, suggestion
+
+
+def base() -> ConfigDict:
+  """A 5M-parameter model on made-up reasoning problems; experiments change what they need."""
+  c = ConfigDict()
+  c.seed = 0  # one integer decides initial weights, data order and sampled text
+
+  vocab_size = FieldReference(8192)
+  c.model = ConfigDict(dict(
+    vocab_size=vocab_size,  # tokens; the tokenizer is trained to the same number
+    layers=4,
+    d_model=256,
+    d_ff=768,  # width of the gated feed-forward
+    heads=4,  # query heads
+    kv_heads=2,  # key and value heads, shared by heads / kv_heads query heads each
+    head_dim=64,
+    rope_base=1e4,  # 1e6 from 16k tokens of context on
+    norm_eps=1e-6,
+    tied_embeddings=True,  # one matrix embeds and predicts
+    compute_dtype='auto',  # auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always
+    remat='none',  # what the backward pass recomputes: none | full (all but each layer's input)
+    scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through
+  ))
+
+  # beta < 0 sharpens (precision), > 0 flattens (diversity); lambdas reward (> 0) or punish (< 0) the other
+  # tokens, inside and outside the top k. All zero is plain cross-entropy. docs/objective.md has the equations.
+  c.objective = ConfigDict(dict(beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k=100, form='power'))
+
+  c.data = ConfigDict(dict(
+    dir='runs/data/base',  # tokenizer.model and one prepared folder a source; local or gs://
+    tokenizer='',  # an existing SentencePiece .model to use; empty: the one trained into data.dir
+    vocab_size=vocab_size,
+    # Name -> where documents come from (see data/sources.py) and their share of the training rows.
+    # max_documents: 0 takes all there are; `reasoning` has no end, so it needs a number.
+    sources=dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000)),
+    validation_fraction=0.01,  # of the documents, chosen by a hash of their text
+    sequence_length=512,  # tokens a row; documents are packed into rows
+  ))
+
+  c.train = ConfigDict(dict(
+    tokens=10_000_000,  # budget; steps = ceil(tokens / (batch_size * sequence_length))
+    batch_size=8,  # rows a step, over all devices
+    microbatches=1,  # a step's rows are worked through in this many parts, to save memory
+    mesh=dict(data=1, fsdp=-1, expert=1, context=1, tensor=1),  # devices an axis; one may be -1: the rest
+    init_from='',  # a run's workdir or one of its checkpoints to start from; empty: random weights
+    init_what='weights',  # weights | all (weights, optimizer, step and data cursor)
+  ))
+
+  c.optimizer = ConfigDict(dict(  # AdamW, warmup-stable-decay
+    lr=3e-4,  # the plateau
+    warmup_steps=100,
+    decay_fraction=0.0,  # last share of the steps over which lr falls to final_lr
+    final_lr=3e-5,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,  # on matrices only, not on norms
+    clip_norm=1.0,  # of the whole gradient
+  ))
+
+  c.checkpoint = ConfigDict(dict(
+    every_steps=500,
+    keep=2,  # newest ones kept
+    keep_every_steps=0,  # these are kept for good; 0: none
+  ))
+
+  c.log = ConfigDict(dict(
+    every_steps=10,
+    eval_every_steps=500,  # also after the last step
+    eval_batches=20,  # validation batches a source, the same ones each time
+    samples=3,  # texts to write at each evaluation
+    sample_tokens=64,  # length of each, at most
+    tensorboard=True,
+  ))
+  return c
+
+
+def parse(arg: str | None, **defaults) -> SimpleNamespace:
+  """Reads 'beta=-0.25,seed=1' by the types of `defaults`, e.g. parse(arg, beta=0.0, seed=0)."""
+  values = dict(defaults)
+  for item in (arg or '').split(','):
+    if not item:
+      continue
+    key, equals, text = item.partition('=')
+    if key not in defaults:
+      raise ConfigError(f'config argument {key!r}: this file takes {", ".join(defaults)}{suggestion(key, defaults)}')
+    kind = type(defaults[key])
+    try:
+      if not equals:
+        raise ValueError
+      values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+      raise ConfigError(f'config argument {item!r}: {key} takes a value of type {kind.__name__}') from None
+  return SimpleNamespace(**values)

@@ -1,0 +1,50 @@
+"""Packaging. The top-level folders are the packages; see README.md for what each is for."""
+
+from setuptools import setup
+
+# Lower bounds are what the tests ran with; jax 0.10 is the newest for Python 3.11, 0.12 for 3.12.
+CORE = [
+    'jax>=0.10,<0.13',
+    'flax>=0.12',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12',
+    'ml-collections>=1.1',
+    'numpy>=2.0',
+    'absl-py>=2.1',
+    'etils[epath]>=1.12',
+    # Data: TFDS reads ArrayRecord without TensorFlow, but forgets to require importlib_resources.
+    'grain>=0.2.12',
+    'array-record>=0.8.1',
+    'tensorflow-datasets>=4.9.9',
+    'importlib_resources>=6.0',
+    'sentencepiece>=0.2.0',
+    'pyarrow>=17.0',
+    'fsspec>=2024.6',
+    'reasoning-gym>=0.1.23',
+    # What one sees while it runs.
+    'rich>=13.7',
+    'tensorboardX>=2.6.2',
+    'matplotlib>=3.9',
+]
+
+EXTRAS = {
+    'tpu': ['jax[tpu]>=0.10,<0.13', 'gcsfs>=2024.6'],
+    'gpu': ['jax[cuda13]>=0.10,<0.13'],
+    'gcs': ['gcsfs>=2024.6'],
+    'dev': ['pytest>=8.3', 'hypothesis>=6.112', 'ruff>=0.8'],
+}
+
+PACKAGES = ['configs', 'objectives', 'model', 'data', 'train']
+
+setup(
+    name='betarank',
+    version='0.1.0',
+    description='Pre-train language models with a reward-shaped next-token objective, and measure what it does to RL.',
+    long_description=open('README.md', encoding='utf-8').read(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=PACKAGES,
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
