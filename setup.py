@@ -31,7 +31,7 @@ EXTRAS = {
     'tpu': ['jax[tpu]>=0.10,<0.13', 'gcsfs>=2024.6'],
     'gpu': ['jax[cuda13]>=0.10,<0.13'],
     'gcs': ['gcsfs>=2024.6'],
-    'dev': ['pytest>=8.3', 'hypothesis>=6.112', 'ruff>=0.8'],
+    'dev': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
 }
 
 PACKAGES = ['configs', 'objectives', 'model', 'data', 'train']

@@ -35,9 +35,9 @@ class ConfigError(ValueError):
 def suggestion(name: str, candidates: Iterable[str]) -> str:
   """'; did you mean X?' for the candidate nearest to name, or '' if none is near."""
   candidates = sorted(set(candidates))
-  near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-  if not near:  # `config.optimiser.lr` or plain `lr`: the last part alone may be right
-    near = [c for c in candidates if c.rsplit('.', 1)[-1] == name.rsplit('.', 1)[-1]][:1]
+  same_leaf = [c for c in candidates if c.rsplit('.', 1)[-1] == name.rsplit('.', 1)[-1]]
+  # `config.lr` for `config.optimizer.lr`: the last part alone is right, the way there isn't
+  near = difflib.get_close_matches(name, same_leaf, n=1, cutoff=0) or difflib.get_close_matches(name, candidates, n=1)
   return f'; did you mean {near[0]}?' if near else ''
 
 
@@ -159,26 +159,27 @@ def _read(key: str, text: str, old: Any) -> Any:
     raise ConfigError(f'config.{key.removeprefix("config.")}: expected {kind}, got {text!r}') from None
 
 
-def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str) -> T:
+def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
   """`values` as the frozen dataclass `cls`; its keys, their types and the class's own checks must all hold."""
+  prefix = f'{path}.' if path else ''
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
-      known = [f'config.{path}.{name}' for name in fields]
-      raise ConfigError(f'config.{path}.{key}: no such key{suggestion(f"config.{path}.{key}", known)}')
+      known = [f'config.{prefix}{name}' for name in fields]
+      raise ConfigError(f'config.{prefix}{key}: no such key{suggestion(f"config.{prefix}{key}", known)}')
   arguments = {}
   for name, field in fields.items():
     if name in values:
-      arguments[name] = _convert(hints[name], values[name], f'{path}.{name}')
+      arguments[name] = _convert(hints[name], values[name], prefix + name)
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-      raise ConfigError(f'config.{path}.{name}: missing; {cls.__name__} needs it')
+      raise ConfigError(f'config.{prefix}{name}: missing; {cls.__name__} needs it')
   try:
     return cls(**arguments)
   except ConfigError:
     raise
   except ValueError as error:
-    raise ConfigError(f'config.{path}.{error}') from None
+    raise ConfigError(f'config.{prefix}{error}') from None
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -217,10 +218,21 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
-def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
-  """Runs an entry point; a ConfigError, or one of `errors`, ends it with its message as one line, exit 2."""
+def run_main(main: Callable[[], None], errors: Callable[[], tuple[type[Exception], ...]] = tuple) -> None:
+  """Runs an entry point; a ConfigError, or one of `errors()`, ends it with its message as one line, exit 2.
+
+  `errors` is asked only when something was raised, so that naming them needs no import before it does.
+  """
   try:
     main()
-  except (ConfigError, *errors) as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+  except ConfigError as error:
+    sys.exit(_fail(error))
+  except Exception as error:
+    if not isinstance(error, errors()):
+      raise
+    sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+  print(f'error: {error}', file=sys.stderr)
+  return 2

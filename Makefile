@@ -1,0 +1,35 @@
+# make smoke | test | test-all | lint      Each sets itself up: a .venv here, filled by plain pip.
+PYTHON ?= python3
+PY := .venv/bin/python
+SOURCE ?= reasoning
+SMOKE := runs/smoke/$(firstword $(subst :, ,$(SOURCE)))
+CONFIG := configs/smoke.py:source=$(SOURCE)
+
+.PHONY: smoke test test-all lint clean
+
+.venv/installed: setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
+	@echo "installing into .venv (a minute or two, once)"
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# Data, both arms, the table. Another text: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command.
+smoke: .venv/installed
+	@rm -rf $(SMOKE)/beta=*
+	$(PY) -m data prepare --config='$(CONFIG)' $(ARGS)
+	$(PY) -m train --config='$(CONFIG),beta=0' --workdir=$(SMOKE)/beta=0 $(ARGS)
+	$(PY) -m train --config='$(CONFIG),beta=-0.25' --workdir=$(SMOKE)/beta=-0.25 $(ARGS)
+	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
+
+test: .venv/installed
+	$(PY) -m pytest -m 'not slow' -n 2
+
+test-all: .venv/installed
+	$(PY) -m pytest -n 2
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,75 @@
+"""The shape of a decoder: what it takes to build one, and what it costs to run one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+REMAT = ('none', 'full')
+DTYPES = ('auto', 'float32', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A dense decoder with Qwen3's block; field by field the section `model` of a config (configs/common.py).
+
+  Raises ValueError, naming the field first, for sizes that don't fit together.
+  """
+
+  vocab_size: int
+  layers: int
+  d_model: int
+  d_ff: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  rope_base: float
+  norm_eps: float
+  tied_embeddings: bool
+  compute_dtype: str
+  remat: str
+  scan_layers: bool
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'layers', 'd_model', 'd_ff', 'heads', 'kv_heads', 'head_dim', 'rope_base', 'norm_eps'):
+      if getattr(self, name) <= 0:
+        raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
+    if self.heads % self.kv_heads:
+      raise ValueError(f'kv_heads must divide heads = {self.heads}, got {self.kv_heads}')
+    if self.head_dim % 2:
+      raise ValueError(f'head_dim must be even (rotary pairs), got {self.head_dim}')
+    if self.remat not in REMAT:
+      raise ValueError(f'remat must be one of {", ".join(REMAT)}, got {self.remat!r}')
+    if self.compute_dtype not in DTYPES:
+      raise ValueError(f'compute_dtype must be one of {", ".join(DTYPES)}, got {self.compute_dtype!r}')
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Type of activations and of weights in a matmul; asks the backend when the config says `auto`."""
+    if self.compute_dtype == 'auto':
+      return jnp.dtype(jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16)
+    return jnp.dtype(self.compute_dtype)
+
+
+def parameter_counts(c: ModelConfig) -> dict[str, int]:
+  """Parameters by part; the parts sum to what `model.init` makes (a test says so)."""
+  attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+  norms = 2 * c.d_model + 2 * c.head_dim
+  return {
+    'embedding': c.vocab_size * c.d_model,
+    'attention': c.layers * attention,
+    'feed_forward': c.layers * 3 * c.d_model * c.d_ff,
+    'norms': c.layers * norms + c.d_model,
+    'head': 0 if c.tied_embeddings else c.vocab_size * c.d_model,
+  }
+
+
+def flops_per_token(c: ModelConfig, sequence_length: int) -> float:
+  """Forward and backward FLOPs a trained token: 6 per weight in a matmul, plus causal attention.
+
+  Attention counts the half that causality leaves (on average T/2 keys a query): scores and their use are
+  4·(T/2)·heads·head_dim FLOPs forward, three times that with the backward pass. Recomputation isn't counted.
+  """
+  counts = parameter_counts(c)
+  weights = counts['attention'] + counts['feed_forward'] + c.vocab_size * c.d_model  # the head is a matmul
+  return 6.0 * weights + 6.0 * c.layers * sequence_length * c.heads * c.head_dim

@@ -1,0 +1,108 @@
+"""Where each dimension of each array goes: one table from logical axis names to mesh axes.
+
+A new layout is an edit of RULES. Weights and activations have separate names, so one can move without the other.
+The model names logical axes only; it never sees a device count.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')  # outermost first: data may cross slices
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  # weights
+  'layers': None,
+  'vocab': 'tensor',
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'head_dim': None,
+  'mlp': 'tensor',
+  'experts': 'expert',
+  'norm': None,
+  # activations
+  'batch': ('data', 'fsdp'),
+  'length': 'context',
+  'act_embed': None,
+  'act_heads': 'tensor',
+  'act_mlp': 'tensor',
+}
+
+
+def spec(*axes: str | None) -> P:
+  """PartitionSpec of an array whose dimensions have these logical names (None: not sharded).
+
+  Raises ValueError if two dimensions would share a mesh axis, KeyError for a name not in RULES.
+  """
+  dims = [RULES[axis] if axis else None for axis in axes]
+  used = [name for dim in dims if dim for name in ((dim,) if isinstance(dim, str) else dim)]
+  if len(used) != len(set(used)):
+    raise ValueError(f'{axes} put two dimensions on one mesh axis: {dims}')
+  return P(*dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; at most one may be -1, which takes all that the others leave."""
+
+  data: int
+  fsdp: int
+  expert: int
+  context: int
+  tensor: int
+
+  def __post_init__(self):
+    for axis in MESH_AXES:
+      size = getattr(self, axis)
+      if size < 1 and size != -1:
+        raise ValueError(f'{axis} must be >= 1, or -1 for the rest of the devices, got {size}')
+    if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
+      raise ValueError('data and all other axes: only one axis may be -1')
+
+  def shape(self, devices: int) -> tuple[int, ...]:
+    """Sizes in the order of MESH_AXES. Raises ValueError if they don't make up `devices`."""
+    sizes = [getattr(self, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % fixed == 0:
+      sizes[sizes.index(-1)] = devices // fixed
+    if math.prod(sizes) != devices:
+      asked = ' x '.join(f'{axis}={getattr(self, axis)}' for axis in MESH_AXES)
+      raise ValueError(f'mesh: {asked} does not make up the {devices} devices that are here')
+    return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+  """The mesh over `devices` (default: all). Axis types are stated because JAX's default has changed."""
+  devices = jax.devices() if devices is None else devices
+  return jax.make_mesh(
+    config.shape(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins an activation to its place in RULES; does nothing where no mesh is set (`jax.set_mesh`)."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def shardings(mesh: Mesh, axes: Any) -> Any:
+  """NamedShardings for a tree whose leaves are tuples of logical names."""
+  return jax.tree.map(lambda a: NamedSharding(mesh, spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def check_divides(shapes: Any, axes: Any, mesh_shape: Mapping[str, int]) -> None:
+  """Raises ValueError naming the first parameter with a dimension that its mesh axes don't divide."""
+  leaves = jax.tree_util.tree_leaves_with_path(shapes)
+  names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
+  for (path, leaf), logical in zip(leaves, names, strict=True):
+    for size, dim, name in zip(leaf.shape, spec(*logical), logical, strict=True):
+      ways = math.prod(mesh_shape[axis] for axis in ((dim,) if isinstance(dim, str) else dim or ()))
+      if size % ways:
+        where = jax.tree_util.keystr(path, simple=True, separator='.')
+        raise ValueError(f'{dim}: {ways} devices do not divide {name} = {size} of {where}')

@@ -1,0 +1,138 @@
+"""Every way a config can be wrong ends in one line that names the key; what is right arrives as it was meant."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+from configs import common, load
+from configs.load import ConfigError
+
+SMOKE = 'configs/smoke.py'
+
+
+def refused(*argv):
+  with pytest.raises(ConfigError) as error:
+    load.from_command_line(argparse.ArgumentParser(allow_abbrev=False), ['--config=' + SMOKE, *argv])
+  assert '\n' not in str(error.value)
+  return str(error.value)
+
+
+def test_argument_overrides_and_derived_values():
+  config, _ = load.from_command_line(
+    argparse.ArgumentParser(),
+    [f'--config={SMOKE}:beta=-0.25', '--config.optimizer.lr=1e-3', '--config.train.tokens', '1e6',
+     '--config.model.vocab_size=2048', '--config.log.tensorboard=false'])
+  assert config.objective.beta == -0.25
+  assert config.optimizer.lr == 1e-3
+  assert config.train.tokens == 1_000_000 and isinstance(config.train.tokens, int)
+  assert config.data.vocab_size == 2048  # follows the model's
+  assert config.log.tensorboard is False
+
+
+@pytest.mark.parametrize(
+  'argv, message',
+  [
+    (['--config.optimizer.lrr=1'], 'config.optimizer.lrr: no such key; did you mean config.optimizer.lr?'),
+    (['--config.optimiser.lr=1'], 'config.optimiser.lr: no such key; did you mean config.optimizer.lr?'),
+    (['--config.lr=1'], 'config.lr: no such key; did you mean config.optimizer.lr?'),
+    (['--config.train.tokens.more=1'], 'config.train.tokens.more: no such key'),
+    (['--config.optimizer.lr=fast'], "config.optimizer.lr: expected a number, got 'fast'"),
+    (['--config.train.tokens=1.5'], "config.train.tokens: expected a whole number, got '1.5'"),
+    (['--config.train.tokens=inf'], 'config.train.tokens: expected a whole number'),
+    (['--config.log.tensorboard=maybe'], "config.log.tensorboard: expected true or false, got 'maybe'"),
+    (['--config.data.sources=[1]'], 'config.data.sources: expected a JSON object'),
+    (['--config.optimizer.lr'], '--config.optimizer.lr: has no value'),
+    (['--confg.optimizer.lr=1'], '--confg.optimizer.lr=1: no such flag'),
+  ],
+)
+def test_overrides_that_cannot_be(argv, message):
+  assert refused(*argv).startswith(message)
+
+
+@pytest.mark.parametrize(
+  'spec, message',
+  [
+    ('configs/smok.py', 'did you mean configs/smoke.py?'),
+    ('configs/smoke.py:bta=1', "'bta': this file takes beta"),
+    ('configs/smoke.py:beta=x', 'beta takes a value of type float'),
+    ('configs/smoke.py:beta', 'beta takes a value of type float'),
+    ('configs/load.py', 'has no get_config'),
+    ('smoke', 'expected FILE.py'),
+    ('missing.json', 'no such file'),
+  ],
+)
+def test_files_that_cannot_be(spec, message):
+  with pytest.raises(ConfigError, match='.') as error:
+    load.load(spec)
+  assert message in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  size: int
+  rate: float
+  names: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(f'size must be >= 1, got {self.size}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  inner: Inner
+  many: dict[str, Inner]
+
+
+def test_sections_become_dataclasses():
+  got = load.section(Outer, {'inner': {'size': 2, 'rate': 1, 'names': ['a']}, 'many': {'x': {'size': 1, 'rate': 0.5}}})
+  assert got == Outer(Inner(2, 1.0, ('a',)), {'x': Inner(1, 0.5)})
+  assert isinstance(got.inner.rate, float)
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'inner': {'size': 0, 'rate': 1.0}, 'many': {}}, 'config.inner.size must be >= 1, got 0'),
+    ({'inner': {'siz': 1, 'rate': 1.0}, 'many': {}}, 'config.inner.siz: no such key; did you mean config.inner.size?'),
+    ({'inner': {'size': 1}, 'many': {}}, 'config.inner.rate: missing; Inner needs it'),
+    ({'inner': {'size': '1', 'rate': 1.0}, 'many': {}}, "config.inner.size: expected a whole number, got '1'"),
+    ({'inner': {'size': True, 'rate': 1.0}, 'many': {}}, 'config.inner.size: expected a whole number, got True'),
+    ({'inner': {'size': 1, 'rate': float('nan')}, 'many': {}}, 'config.inner.rate: expected a finite number, got nan'),
+    ({'inner': {'size': 1, 'rate': 1.0, 'names': [3]}, 'many': {}}, 'config.inner.names[0]: expected text, got 3'),
+    ({'inner': 3, 'many': {}}, 'config.inner: expected a section, got 3'),
+    ({'inner': {'size': 1, 'rate': 1.0}, 'many': {'x': {'size': -1, 'rate': 1.0}}}, 'config.many.x.size must be >= 1'),
+  ],
+)
+def test_sections_that_cannot_be(values, message):
+  with pytest.raises(ConfigError) as error:
+    load.section(Outer, values)
+  assert str(error.value).startswith(message)
+
+
+def test_resolved_config_loads_back_equal(tmp_path):
+  config = load.load(SMOKE + ':beta=0.5', {'optimizer.lr': '2e-3', 'data.sources.main.weight': '0.5'})
+  path = tmp_path / 'config.json'
+  path.write_text(load.to_json(config))
+  assert load.load(str(path)).to_dict() == config.to_dict()
+  assert load.load(str(path), {'seed': '4'}).seed == 4
+  path.write_text('{"seed": ')
+  with pytest.raises(ConfigError, match='not a resolved config'):
+    load.load(str(path))
+  json.loads(load.to_json(config))
+
+
+def test_parse_reads_by_the_type_of_the_default():
+  got = common.parse('beta=1,name=x,flag=true', beta=0.0, name='', flag=False, rest=3)
+  assert (got.beta, got.name, got.flag, got.rest) == (1.0, 'x', True, 3)
+
+
+def test_the_command_line_ends_with_one_line_and_touches_no_device():
+  done = subprocess.run(
+    [sys.executable, '-m', 'train', '--config=configs/smoke.py', '--workdir=/nonexistent', '--config.optimizer.lrr=1'],
+    capture_output=True, text=True, env={'PATH': '', 'JAX_PLATFORMS': 'none_such'})
+  assert done.returncode == 2
+  assert done.stderr == 'error: config.optimizer.lrr: no such key; did you mean config.optimizer.lr?\n'

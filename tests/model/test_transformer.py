@@ -1,0 +1,172 @@
+"""Truths of the forward function: packed = separate, cached = full, scan = loop, remat = plain, sharded = single."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import model
+import numpy as np
+import pytest
+
+CONFIG = model.ModelConfig(
+  vocab_size=64, layers=3, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return model.init(CONFIG, jax.random.key(0))
+
+
+def row(*lengths, total=16):
+  """Tokens, positions and segments of one packed row [1, total] with documents of these lengths."""
+  tokens = np.random.default_rng(sum(lengths)).integers(0, 64, (1, total))
+  positions, segments = np.zeros((2, 1, total), np.int32)
+  start = 0
+  for i, n in enumerate(lengths):
+    positions[0, start : start + n] = np.arange(n)
+    segments[0, start : start + n] = i + 1
+    start += n
+  return jnp.asarray(tokens, jnp.int32), jnp.asarray(positions), jnp.asarray(segments)
+
+
+forward = jax.jit(model.forward, static_argnums=0)
+
+
+def loss(config, params, tokens, positions, segments):
+  hidden, _ = model.forward(config, params, tokens, positions, segments)
+  logits = hidden @ model.head(config, params)
+  return jnp.sum(jax.nn.logsumexp(logits, -1) - logits[..., 3], where=segments > 0)
+
+
+value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+
+
+def same(a, b, tolerance=2e-5):
+  """Equal up to float32 rounding of each array's largest entry."""
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max()), a, b)
+
+
+def test_counts_match_what_is_made(params):
+  for tied in (True, False):
+    c = dataclasses.replace(CONFIG, tied_embeddings=tied)
+    made = sum(x.size for x in jax.tree.leaves(model.abstract(c)[1]))
+    assert sum(model.parameter_counts(c).values()) == made
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+def test_packed_equals_separate(params):
+  tokens, positions, segments = row(7, 5, 2)
+  packed, _ = forward(CONFIG, params, tokens, positions, segments)
+  start = 0
+  for n in (7, 5, 2):
+    alone, _ = model.forward(
+      CONFIG, params, tokens[:, start : start + n], positions[:, start : start + n], jnp.ones((1, n), jnp.int32))
+    same(packed[:, start : start + n], alone)
+    start += n
+
+
+def test_nothing_sees_padding_or_the_future(params):
+  tokens, positions, segments = row(7, 5)
+  before, _ = forward(CONFIG, params, tokens, positions, segments)
+  changed, _ = forward(CONFIG, params, tokens.at[0, 12:].set(9), positions, segments)
+  np.testing.assert_array_equal(before[:, :12], changed[:, :12])
+  changed, _ = forward(CONFIG, params, tokens.at[0, 5:7].set(9), positions, segments)
+  np.testing.assert_array_equal(before[:, :5], changed[:, :5])
+  assert np.abs(before[:, 5:7] - changed[:, 5:7]).max() > 1e-3
+
+
+def test_scan_equals_loop_and_remat_equals_plain(params):
+  batch = row(9, 6)
+  want = value_and_grad(CONFIG, params, *batch)
+  for changes in ({'scan_layers': False}, {'remat': 'full'}):
+    same(value_and_grad(dataclasses.replace(CONFIG, **changes), params, *batch), want)
+
+
+@pytest.mark.parametrize('chunks', [(1,) * 12, (5, 1, 1, 5), (12,)])
+def test_cached_decode_equals_full_forward(params, chunks):
+  tokens, positions, segments = (x[:, :12] for x in row(12))
+  full, _ = forward(CONFIG, params, tokens, positions, segments)
+  cache, parts, start = model.empty_cache(CONFIG, 1, 14), [], 0
+  for n in chunks:
+    piece = (x[:, start : start + n] for x in (tokens, positions, segments))
+    hidden, cache = forward(CONFIG, params, *piece, cache)
+    parts.append(hidden)
+    start += n
+  same(jnp.concatenate(parts, 1), full)
+  assert cache.length_B.tolist() == [12]
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_padded_prefill_of_unequal_rows_equals_each_alone(params, side):
+  """Rows of one batch keep their own lengths in the cache, wherever their padding was."""
+  a, b = row(8, total=8)[0], row(5, total=5)[0]
+  pad = [(0, 0), (3, 0)] if side == 'left' else [(0, 0), (0, 3)]
+  tokens = jnp.concatenate([a, jnp.pad(b, pad, constant_values=7)])
+  positions = jnp.concatenate([jnp.arange(8)[None], jnp.pad(jnp.arange(5)[None], pad)])
+  segments = jnp.concatenate([jnp.ones((1, 8), jnp.int32), jnp.pad(jnp.ones((1, 5), jnp.int32), pad)])
+  _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 2, 10))
+  assert cache.length_B.tolist() == [8, 5]
+  new = jnp.array([[11], [12]])
+  ones = jnp.ones((2, 1), jnp.int32)
+  got, _ = forward(CONFIG, params, new, jnp.array([[8], [5]]), ones, cache)
+  for i, prompt in enumerate((a, b)):
+    whole = jnp.concatenate([prompt, new[i : i + 1]], 1)
+    n = whole.shape[1]
+    want, _ = forward(CONFIG, params, whole, jnp.arange(n)[None], jnp.ones((1, n), jnp.int32))
+    same(got[i], want[:, -1])
+
+
+def test_a_full_cache_drops_what_does_not_fit_and_harms_nothing(params):
+  tokens, positions, segments = (x[:, :6] for x in row(6))
+  _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 1, 6))
+  _, after = forward(CONFIG, params, tokens[:, :1], positions[:, :1] + 6, segments[:, :1], cache)
+  same(after.k_LBSKH, cache.k_LBSKH)
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2)])
+def test_sharded_equals_single(params, shape):
+  """Data, FSDP, context and tensor axes, and mixes of them: the loss and every gradient of one device."""
+  batch = [jnp.concatenate([x] * 8) for x in row(9, 6)]
+  want = value_and_grad(CONFIG, params, *batch)
+  mesh = model.make_mesh(model.MeshConfig(*shape))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, model.shardings(mesh, model.abstract(CONFIG)[2]))
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
+    got = value_and_grad(CONFIG, placed, *batch)
+  same(got, want)
+
+
+def test_parameters_are_born_sharded_and_the_same_on_any_mesh(params):
+  mesh = model.make_mesh(model.MeshConfig(1, 4, 1, 1, 2))
+  shardings = model.shardings(mesh, model.abstract(CONFIG)[2])
+  born = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(CONFIG, jax.random.key(0))
+  same(born, params, 1e-6)
+  q = born['layers']['attention']['q_DNH']
+  assert q.sharding.shard_shape(q.shape) == (3, 32 // 4, 4 // 2, 8)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'kv_heads': 3}, 'kv_heads must divide heads = 4, got 3'),
+    ({'head_dim': 7}, 'head_dim must be even'),
+    ({'remat': 'some'}, "remat must be one of none, full, got 'some'"),
+    ({'layers': 0}, 'layers must be > 0, got 0'),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_mesh_that_does_not_divide_the_model_names_the_weight():
+  _, shapes, axes = model.abstract(CONFIG)
+  with pytest.raises(ValueError, match='tensor: 8 devices do not divide kv_heads = 2 of layers.attention.k_DKH'):
+    model.check_divides(shapes, axes, {'data': 1, 'fsdp': 1, 'expert': 1, 'context': 1, 'tensor': 8})
+
+
+def test_a_mesh_must_make_up_the_devices():
+  with pytest.raises(ValueError, match='does not make up the 8 devices'):
+    model.MeshConfig(3, 1, 1, 1, 1).shape(8)
+  assert model.MeshConfig(2, -1, 1, 1, 2).shape(8) == (2, 2, 1, 1, 2)

@@ -1,0 +1,64 @@
+"""Imports point one way, and nothing happens when a module is imported."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Package -> what else of the project it may import. configs holds values and their loader, and stands below all.
+ALLOWED = {
+  'configs': set(),
+  'objectives': set(),
+  'model': set(),
+  'data': {'configs'},  # its command line only, see below
+  'train': {'configs', 'objectives', 'model', 'data'},
+  'rl': {'configs', 'objectives', 'model', 'data', 'train'},
+  'eval': {'configs', 'objectives', 'model', 'data', 'train', 'rl'},
+  'launch': {'configs', 'objectives', 'model', 'data', 'train', 'rl', 'eval'},
+}
+FILES = [p for package in ALLOWED for p in sorted((ROOT / package).rglob('*.py'))]
+
+
+def imported(path):
+  """Top-level names that a file imports, anywhere in it."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name.split('.')[0] for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}: relative import'
+      names.add(node.module.split('.')[0])
+  return names
+
+
+def test_imports_point_one_way():
+  for path in FILES:
+    package = path.relative_to(ROOT).parts[0]
+    wrong = (imported(path) & ALLOWED.keys()) - ALLOWED[package] - {package}
+    assert not wrong, f'{path.relative_to(ROOT)} imports {wrong}'
+    if package == 'data' and path.name != '__main__.py':
+      assert 'configs' not in imported(path), f'{path.relative_to(ROOT)}: only the command line reads configs'
+
+
+def test_no_load_path_reaches_pickle_exec_or_eval():
+  for path in FILES:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        assert node.func.id not in ('eval', 'exec'), f'{path}:{node.lineno}'
+      if isinstance(node, ast.keyword) and node.arg in ('allow_pickle', 'shell'):
+        assert isinstance(node.value, ast.Constant) and node.value.value is False, f'{path}:{node.value.lineno}'
+    assert not imported(path) & {'pickle', 'cloudpickle', 'dill', 'marshal', 'shelve'}, path
+
+
+@pytest.mark.parametrize('module', ['configs.load', 'objectives', 'model', 'data', 'train.loop'])
+def test_nothing_happens_at_import(module):
+  """Importing starts no JAX backend and prints nothing."""
+  code = (f'import {module}, sys\n'
+          'bridge = sys.modules.get("jax._src.xla_bridge")\n'
+          'assert bridge is None or not bridge._backends, "a device was touched"')
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == ''
