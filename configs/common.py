@@ -47,6 +47,7 @@ def base() -> ConfigDict:
     sources=dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000)),
     validation_fraction=0.01,  # of the documents, chosen by a hash of their text
     sequence_length=512,  # tokens a row; documents are packed into rows
+    document_bytes=65_536,  # longer ones are cut at line ends, plain text files too
   ))
 
   c.train = ConfigDict(dict(

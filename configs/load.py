@@ -28,8 +28,12 @@ from ml_collections import ConfigDict
 T = TypeVar('T')
 
 
-class ConfigError(ValueError):
-  """A setting that can't be used. The message is one line, meant for the person who wrote the setting."""
+class UserError(ValueError):
+  """Something the person at the command line can mend. The message is one line, meant for them."""
+
+
+class ConfigError(UserError):
+  """A setting that can't be used."""
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
@@ -218,21 +222,10 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
-def run_main(main: Callable[[], None], errors: Callable[[], tuple[type[Exception], ...]] = tuple) -> None:
-  """Runs an entry point; a ConfigError, or one of `errors()`, ends it with its message as one line, exit 2.
-
-  `errors` is asked only when something was raised, so that naming them needs no import before it does.
-  """
+def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
+  """Runs an entry point; a UserError, or one of `errors`, ends it with its message as one line, exit 2."""
   try:
     main()
-  except ConfigError as error:
-    sys.exit(_fail(error))
-  except Exception as error:
-    if not isinstance(error, errors()):
-      raise
-    sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-  print(f'error: {error}', file=sys.stderr)
-  return 2
+  except (UserError, *errors) as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,195 @@
+"""Packed batches for training and validation.
+
+    batches = TrainBatches(config, batch_size=64, seed=0, process_index=p, process_count=P)
+    batch = next(batches)          # this process's rows of the global batch
+    save(batches.cursor)           # after it; TrainBatches(..., cursor=cursor) goes on with the next one
+
+The global batch of a step depends on the config, the batch size and the seed alone, not on the number of
+processes, and any step is reached without going through those before it.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from data.config import DataConfig, DataError
+from data.mixture import Schedule
+from data.packing import Packer, Pieces
+from data.prepared import Documents
+
+_ENDLESS = 2**62
+_CURSOR_VERSION = 1  # raise it when packing or mixing changes: an old cursor would silently mean other rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Rows of packed pieces of documents. The loss counts where segments_BT > 0."""
+
+  tokens_BT: Any  # int32 [B, T]: inputs
+  targets_BT: Any  # int32 [B, T]: the token after each input
+  positions_BT: Any  # int32 [B, T]: from 0 in each piece
+  segments_BT: Any  # int32 [B, T]: piece's number in the row from 1, 0 is padding; attention stays inside
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingStats:
+  """How a source's training split fills rows."""
+
+  documents: int
+  rows_per_epoch: int
+  efficiency: float  # share of an epoch's places that hold a token
+  cut_documents: float  # share of documents that aren't whole in one row; over the first windows of rows
+
+
+def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> Batch:
+  """Reads the pieces of each row and lays them out; None is a row of padding."""
+  shape = (len(rows), row_length)
+  tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
+  for documents in {id(row[0]): row[0] for row in rows if row}.values():
+    mine = [(r, row[1]) for r, row in enumerate(rows) if row and row[0] is documents]
+    read = iter(documents.read(np.concatenate([pieces.document for _, pieces in mine]).tolist()))
+    for r, pieces in mine:
+      at = 0
+      for number, (start, length) in enumerate(zip(pieces.start.tolist(), pieces.length.tolist()), 1):
+        document, place = next(read), slice(at, at + length)
+        tokens[r, place] = document[start:start + length]
+        targets[r, place] = document[start + 1:start + length + 1]
+        positions[r, place] = np.arange(length)
+        segments[r, place] = number
+        at += length
+  return Batch(tokens, targets, positions, segments)
+
+
+def _check_split(batch_size: int, process_index: int, process_count: int) -> int:
+  if batch_size < 1 or batch_size % process_count:
+    raise DataError('batch_size must be a positive multiple of the number of processes, '
+                    f'got {batch_size} rows for {process_count}')
+  if not 0 <= process_index < process_count:
+    raise DataError(f'process_index must be in [0, {process_count}), got {process_index}')
+  return batch_size // process_count
+
+
+class _Steps:
+  """This process's rows of batch k from a fixed beginning, by k: what Grain reads ahead from."""
+
+  def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,
+               batch_size: int, local: slice, row_length: int):
+    self._documents, self._packers, self._schedule, self._origin = documents, packers, schedule, origin
+    self._first_row, self._batch_size, self._local, self._T = first_row, batch_size, local, row_length
+
+  def __len__(self) -> int:
+    return _ENDLESS
+
+  def __getitem__(self, k: int) -> Batch:
+    rows = []
+    start = self._first_row + k * self._batch_size
+    for row in range(start + self._local.start, start + self._local.stop):
+      name, draw = self._schedule.at(row)
+      rows.append((self._documents[name], self._packers[name].row(self._origin[name] + draw)))
+    return _fill(rows, self._T)
+
+
+class TrainBatches(Iterator[Batch]):
+  """Endless batches from the sources' training splits, mixed by weight; each source goes through its epochs.
+
+  Attributes: stats, {source: PackingStats}; cursor, see there.
+  """
+
+  def __init__(self, config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0,
+               process_count: int = 1, cursor: Mapping[str, Any] | None = None, prefetch: int = 4):
+    """Checks everything, then starts to read ahead.
+
+    Args:
+      batch_size: rows of the global batch; process p gets the p-th of process_count equal parts of them.
+      seed: of the documents' order.
+      cursor: where to go on. Weights and batch size may have changed, and sources come or gone: each source
+        continues where it was. The seed, sequence_length and the prepared data must be the same.
+      prefetch: batches made ahead, by threads; 0: none.
+
+    Raises DataError if data isn't prepared, is damaged or was made otherwise, or the cursor doesn't fit.
+    """
+    local = _check_split(batch_size, process_index, process_count)
+    weights = {name: source.weight for name, source in config.sources.items()}
+    schedule = Schedule(weights)
+    documents = {name: Documents(config, name, 'train') for name in schedule.names}
+    packers = {name: Packer(documents[name].lengths, config.sequence_length, f'{seed}/{name}')
+               for name in schedule.names}
+    start = {'version': _CURSOR_VERSION, 'step': 0, 'row': 0, 'seed': seed,
+             'sequence_length': config.sequence_length, 'weights': {}, 'sources': {}}
+    if cursor is not None:
+      _check_cursor(cursor, start, documents)
+      start = {**cursor}
+    consumed = {name: source['rows'] for name, source in start['sources'].items()}
+    if start['weights'] != weights:
+      start |= {'row': 0, 'weights': weights}
+    given = schedule.counts(start['row'])
+    self._start, self._schedule, self._batch_size, self._returned = start, schedule, batch_size, 0
+    self._origin = {name: consumed.get(name, 0) - given[name] for name in schedule.names}
+    self._fingerprints = {name: documents[name].fingerprint for name in schedule.names}
+    self.stats = {
+      name: PackingStats(len(documents[name]), packer.rows_per_epoch, packer.efficiency, packer.cut_share())
+      for name, packer in packers.items()}
+    steps = _Steps(documents, packers, schedule, self._origin, start['row'], batch_size,
+                   slice(process_index * local, (process_index + 1) * local), config.sequence_length)
+    # Two threads: one can wait for a disk while the other works; more only contend for the interpreter.
+    options = grain.ReadOptions(num_threads=min(prefetch, 2), prefetch_buffer_size=prefetch)
+    self._iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
+
+  def __next__(self) -> Batch:
+    batch = next(self._iterator)
+    self._returned += 1
+    return batch
+
+  @property
+  def cursor(self) -> dict[str, Any]:
+    """Decides the batch after the last one returned; fit for JSON. `step` counts batches from the start."""
+    row = self._start['row'] + self._returned * self._batch_size
+    sources = {name: {'rows': self._origin[name] + count, 'fingerprint': self._fingerprints[name]}
+               for name, count in self._schedule.counts(row).items()}
+    return {**self._start, 'step': self._start['step'] + self._returned, 'row': row,
+            'sources': {**self._start['sources'], **sources}}
+
+  def close(self) -> None:
+    """Stops reading ahead."""
+    self._iterator.close()
+
+
+def _check_cursor(cursor: Mapping[str, Any], expected: Mapping[str, Any],
+                  documents: Mapping[str, Documents]) -> None:
+  if missing := sorted(set(expected) - set(cursor)):
+    raise DataError(f'cursor: has no {", ".join(missing)}; it is not one of TrainBatches, start without it')
+  for key in ('version', 'seed', 'sequence_length'):
+    if cursor[key] != expected[key]:
+      raise DataError(f'cursor: made with {key} {cursor[key]}, now it is {expected[key]}, so it points at '
+                      f'other rows; set {key} back or start the data anew')
+  for name, source in cursor['sources'].items():
+    if name in documents and source['fingerprint'] != documents[name].fingerprint:
+      raise DataError(f'cursor: source {name!r} was prepared again with other content since; restore the '
+                      'former data, give the new data another name, or start the data anew')
+
+
+def validation_batches(config: DataConfig, name: str, *, batch_size: int, count: int, process_index: int = 0,
+                       process_count: int = 1) -> Iterator[Batch]:
+  """The first `count` batches, at most, of source `name`'s validation split: the same ones each time.
+
+  The last one is filled up with rows of padding if the split ends in it. Raises DataError as TrainBatches
+  does, before the first batch is asked for.
+  """
+  local = _check_split(batch_size, process_index, process_count)
+  if name not in config.sources:
+    raise DataError(f'no source {name!r}; there are {", ".join(config.sources)}')
+  documents = Documents(config, name, 'validation')
+  packer = Packer(documents.lengths, config.sequence_length, 'validation', shuffle=False)
+
+  def batches():
+    for k in range(min(count, -(-packer.rows_per_epoch // batch_size))):
+      start = k * batch_size + process_index * local
+      yield _fill([(documents, packer.row(row)) if row < packer.rows_per_epoch else None
+                   for row in range(start, start + local)], config.sequence_length)
+
+  return batches()

@@ -1,0 +1,63 @@
+"""The settings of the data, checked before any file is read, and the error that all of `data` raises."""
+
+import dataclasses
+import math
+import re
+
+
+class DataError(ValueError):
+  """Data or a setting of it that can't be used: one line that names the file or key, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """Where documents come from, and their share of the training rows."""
+
+  uri: str  # see data/sources.py for the kinds
+  weight: float  # relative to the other sources'; 0: prepared and evaluated on, but not trained on
+  max_documents: int  # 0: all there are
+
+  def __post_init__(self):
+    if not self.uri:
+      raise ValueError('uri must be KIND:PATH, got an empty text')
+    if not (math.isfinite(self.weight) and self.weight >= 0):
+      raise ValueError(f'weight must be a number >= 0, got {self.weight}')
+    if self.max_documents < 0:
+      raise ValueError(f'max_documents must be >= 0 (0: all), got {self.max_documents}')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Everything that decides what the model reads, apart from the seed and the batch size."""
+
+  dir: str
+  tokenizer: str
+  vocab_size: int
+  sources: dict[str, SourceConfig]
+  validation_fraction: float
+  sequence_length: int
+  document_bytes: int = 65_536
+
+  def __post_init__(self):
+    if not self.dir:
+      raise ValueError('dir must be a folder, got an empty text')
+    if self.vocab_size < 1:
+      raise ValueError(f'vocab_size must be positive, got {self.vocab_size}')
+    if not self.sources:
+      raise ValueError('sources must name one source or more, got none')
+    for name in self.sources:
+      if not re.fullmatch(r'[a-z]\w*', name):  # it becomes a TFDS data set's name and part of file names
+        raise ValueError(f'sources must have names of lower-case letters, digits and _, got {name!r}')
+    if not any(source.weight for source in self.sources.values()):
+      raise ValueError('sources must have a weight > 0 somewhere, got none')
+    if not 0 <= self.validation_fraction < 1:
+      raise ValueError(f'validation_fraction must be in [0, 1), got {self.validation_fraction}')
+    if self.sequence_length < 1:
+      raise ValueError(f'sequence_length must be positive, got {self.sequence_length}')
+    if self.document_bytes < 16:
+      raise ValueError(f'document_bytes must be 16 or more, got {self.document_bytes}')
+
+  @property
+  def tokenizer_path(self) -> str:
+    """The given tokenizer or, by default, the one trained into `dir`."""
+    return self.tokenizer or f'{self.dir.rstrip("/")}/tokenizer.model'

@@ -1,0 +1,305 @@
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from data import formats, prepare, prepared
+from data.config import DataError, SourceConfig
+from data.prepare import prepare_source, train_tokenizer
+from data.tokenizer import Tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def tokens(config, name, split):
+  documents = prepared.Documents(config, name, split)
+  return documents, documents.read(range(len(documents)))
+
+
+def texts(config, name, split):
+  tokenizer = Tokenizer(config.tokenizer_path)
+  return [tokenizer.decode(t) for t in tokens(config, name, split)[1]]
+
+
+def only(config, **source):
+  """config with its source `a` alone, changed."""
+  return dataclasses.replace(config, sources={'a': dataclasses.replace(config.sources['a'], **source)})
+
+
+def contents(folder):
+  return {p.name: p.read_bytes() for p in sorted(pathlib.Path(folder).rglob('*')) if p.is_file()}
+
+
+def source_texts(corpus):
+  return [json.loads(line)['text'] for line in (corpus / 'a.jsonl').read_text().splitlines()]
+
+
+def test_documents_and_counts(prepared_config, corpus):
+  train, validation = texts(prepared_config, 'a', 'train'), texts(prepared_config, 'a', 'validation')
+  every = source_texts(corpus)
+  inside = set(validation)
+  assert train == [t for t in every if t not in inside] and validation == [t for t in every if t in inside]
+  assert 0.04 < len(validation) / len(every) < 0.2
+  documents, read = tokens(prepared_config, 'a', 'train')
+  assert documents.lengths.tolist() == [len(t) for t in read]
+  tokenizer = Tokenizer(prepared_config.tokenizer_path)
+  assert all(t[0] == tokenizer.bos and t[-1] == tokenizer.eos for t in read)
+  counts = documents.manifest['splits']['train']
+  assert counts['tokens'] == sum(map(len, read))
+  assert counts['bytes'] == sum(len(t.encode()) for t in train)
+
+
+def test_tfds_reads_it(prepared_config):
+  tfds = pytest.importorskip('tensorflow_datasets')
+  _, read = tokens(prepared_config, 'b', 'validation')
+  by_name = tfds.data_source('b', split='validation', data_dir=prepared_config.dir)
+  builder = tfds.builder_from_directory(prepared.folder(prepared_config, 'b'))
+  by_folder = builder.as_data_source(split='validation')
+  for records in (by_name, by_folder):
+    assert len(records) == len(read)
+    for record, expected in zip(records, read):
+      np.testing.assert_array_equal(record['tokens'], expected)
+
+
+def test_records_are_tf_examples():
+  tf_example_pb2 = pytest.importorskip('tensorflow_datasets.proto').tf_example_pb2
+  for n in (1, 50, 130, 5000, 70_000):
+    array = np.arange(n, dtype=np.uint32)
+    example = tf_example_pb2.Example.FromString(prepared.to_record(array))
+    assert example.features.feature['tokens'].bytes_list.value == [array.tobytes()]
+
+
+def test_duplicates_fall_on_one_side(config, tmp_path):
+  lines = [json.dumps({'text': f'sentence number {i % 40}'}) for i in range(400)]
+  (tmp_path / 'd.jsonl').write_text('\n'.join(lines))
+  c = dataclasses.replace(only(config, uri=f'jsonl:{tmp_path}/d.jsonl'), validation_fraction=0.4)
+  prepare_source(c, 'a', workers=1)
+  train, validation = texts(c, 'a', 'train'), texts(c, 'a', 'validation')
+  assert len(train) + len(validation) == 400 and train and validation
+  assert not set(train) & set(validation)
+
+
+def test_long_documents_are_cut_onto_one_side(config, tmp_path):
+  long = [f'document {i} ' + 'la ' * 100 for i in range(30)]
+  (tmp_path / 'd.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in long))
+  c = only(config, uri=f'jsonl:{tmp_path}/d.jsonl')
+  c = dataclasses.replace(c, validation_fraction=0.3, document_bytes=100)
+  prepare_source(c, 'a', workers=1)
+  split = [''.join(texts(c, 'a', s)) for s in prepared.SPLITS]
+  assert sorted(split[0].count(t) + split[1].count(t) for t in long) == [1] * 30
+
+
+@pytest.mark.parametrize('max_documents', [0, 130, 400, 1000])
+def test_the_number_of_workers_does_not_matter(config, corpus, monkeypatch, max_documents, tmp_path):
+  monkeypatch.setattr(formats.Jsonl, 'smallest_unit', 4000)  # several units
+  one = only(config, max_documents=max_documents)
+  manifest = prepare_source(one, 'a', workers=1)
+  assert sum(s['documents'] for s in manifest['splits'].values()) == min(max_documents or 400, 400)
+  assert len(manifest['splits']['train']['shards']) > 1
+  if max_documents == 130:
+    two = dataclasses.replace(one, dir=str(tmp_path / 'two'))
+    assert prepare_source(two, 'a', workers=2) == manifest
+    assert contents(two.dir) == contents(one.dir)
+
+
+def test_again_is_nothing_and_other_settings_stop(config):
+  c = only(config)
+  manifest = prepare_source(c, 'a', workers=1)
+  before = {p: p.stat().st_mtime_ns for p in pathlib.Path(c.dir).rglob('*')}
+  assert prepare_source(c, 'a', workers=1) == manifest
+  assert {p: p.stat().st_mtime_ns for p in pathlib.Path(c.dir).rglob('*')} == before
+  with pytest.raises(DataError, match=r'with other settings: max_documents is 0 there and 7 now. Restore'):
+    prepare_source(only(c, max_documents=7), 'a', workers=1)
+  with pytest.raises(DataError, match=r'validation_fraction is 0.1 there and 0.2 now'):
+    prepare_source(dataclasses.replace(c, validation_fraction=0.2), 'a', workers=1)
+
+
+def test_bucket(config, corpus, tmp_path, monkeypatch):
+  """A file system in memory stands for gs://: corpus, prepared data and tokenizer can all be there."""
+  class Bucket(MemoryFileSystem):
+    protocol, store, pseudo_dirs = 'gs', {}, ['']
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(path.replace('gs://', 'memory://'))
+
+  fsspec.register_implementation('gcs', Bucket, clobber=True)
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  epath.Path('gs://b').mkdir()
+  epath.Path('gs://b/a.jsonl').write_text((corpus / 'a.jsonl').read_text())
+  epath.Path('gs://b/t.model').write_bytes(pathlib.Path(config.tokenizer).read_bytes())
+  here = only(config)
+  there = dataclasses.replace(config, dir='gs://b/data', tokenizer='gs://b/t.model')
+  there = only(there, uri='jsonl:gs://b/*.jsonl')
+  one, other = (prepare_source(c, 'a', workers=1) for c in (here, there))
+  assert one['fingerprint'] == other['fingerprint']
+  for a, b in zip(tokens(here, 'a', 'train')[1], tokens(there, 'a', 'train')[1]):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_wrong_vocabulary(config):
+  with pytest.raises(DataError, match=r'has 384 tokens, but config.model.vocab_size is 512; set that to 384'):
+    prepare_source(dataclasses.replace(only(config), vocab_size=512), 'a', workers=1)
+
+
+def test_empty_splits(config, tmp_path):
+  (tmp_path / 'one.jsonl').write_text('{"text": "just one"}\n')
+  c = only(config, uri=f'jsonl:{tmp_path}/one.jsonl')
+  with pytest.raises(DataError, match=r"source 'a': the validation split is empty \(1 documents, .*fraction"):
+    prepare_source(c, 'a', workers=1)
+  c = dataclasses.replace(c, validation_fraction=0.0)
+  prepare_source(c, 'a', workers=1)
+  with pytest.raises(DataError, match='there is no validation split'):
+    prepared.Documents(c, 'a', 'validation')
+
+
+def test_missing_and_damaged_data(prepared_config, tmp_path):
+  empty = dataclasses.replace(prepared_config, dir=str(tmp_path), tokenizer=prepared_config.tokenizer_path)
+  with pytest.raises(DataError, match=r"source 'a' is not prepared; run: python -m data prepare --config="):
+    prepared.Documents(empty, 'a', 'train')
+  copy = dataclasses.replace(prepared_config, dir=str(tmp_path / 'copy'))
+  shutil.copytree(prepared_config.dir, copy.dir)
+  shard = prepared.folder(copy, 'a') / 'a-train.array_record-00000-of-00001'
+  data = shard.read_bytes()
+  shard.write_bytes(data[:-1])
+  with pytest.raises(DataError, match=rf'{shard.name}: {len(data) - 1} bytes where .* says {len(data)}'):
+    prepared.Documents(copy, 'a', 'train')
+  flipped = bytearray(data)
+  at = flipped.index(b'tokens') + 20
+  flipped[at] ^= 1
+  shard.write_bytes(flipped)
+  with pytest.raises(DataError, match=r'00000-of-00001: damaged .*copy it again'):
+    documents = prepared.Documents(copy, 'a', 'train')
+    documents.read(range(len(documents)))
+  shard.write_bytes(b'\1' * len(data))
+  with pytest.raises(DataError, match='00000-of-00001: damaged'):
+    prepared.Documents(copy, 'a', 'train').read([0])
+  shard.unlink()
+  with pytest.raises(DataError, match='00000-of-00001: missing; copy it back'):
+    prepared.Documents(copy, 'a', 'train')
+
+
+def test_retrained_tokenizer_is_noticed(prepared_config, tmp_path):
+  copy = dataclasses.replace(prepared_config, dir=str(tmp_path / 'copy'))
+  shutil.copytree(prepared_config.dir, copy.dir)
+  other = dataclasses.replace(copy, sources={'a': SourceConfig('reasoning', 1.0, 300)})
+  os.unlink(copy.tokenizer_path)
+  with pytest.raises(DataError, match=r'tokenizer\.model: no such tokenizer'):
+    prepared.Documents(copy, 'a', 'train')
+  assert train_tokenizer(other) and not train_tokenizer(other)
+  with pytest.raises(DataError, match=r"tokenizer_sha256 is '\w+' there and '\w+' now"):
+    prepared.Documents(copy, 'a', 'train')
+
+
+RUN = '''
+import dataclasses, pathlib, sys, time
+from data import config, formats, prepare
+formats.Jsonl.smallest_unit = 4000
+c = eval(sys.argv[1], vars(config))
+if sys.argv[2] == 'slowly':
+  work = prepare.Worker.run
+  def slowly(*args):
+    time.sleep(0.2)
+    return work(*args)
+  prepare.Worker.run = slowly
+prepare.prepare_source(c, 'a', workers=int(sys.argv[3]))
+'''
+
+
+def run(config, *args):
+  return subprocess.Popen([sys.executable, '-c', RUN, repr(config), *args], cwd=ROOT)
+
+
+def test_killed_and_started_again(config, tmp_path):
+  whole, killed = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'killed'))
+  assert run(whole, 'fast', '1').wait() == 0
+  process = run(killed, 'slowly', '1')
+  partial = pathlib.Path(prepared.folder(killed, 'a')) / 'partial'
+  deadline = time.monotonic() + 30
+  while len(list(partial.glob('unit-*.json'))) < 2 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  kept = {p.name: p.stat().st_mtime_ns for p in partial.glob('unit-*.json')}
+  assert kept and not (partial.parent / 'manifest.json').exists()
+  with pytest.raises(DataError, match='is not prepared'):
+    prepared.Documents(killed, 'a', 'train')
+  with pytest.raises(DataError, match='max_documents is 0 there and 5 now'):
+    prepare_source(only(killed, max_documents=5), 'a', workers=1)
+  seen = []
+  process = run(killed, 'slowly', '1')
+  while process.poll() is None and len(seen) < 1:
+    seen = [p for p in partial.glob('unit-*.json') if p.name in kept and p.stat().st_mtime_ns == kept[p.name]]
+  assert process.wait() == 0 and seen
+  assert contents(whole.dir) == contents(killed.dir)
+
+
+def test_stopped_in_the_last_step_and_started_again(config, tmp_path, monkeypatch):
+  whole, stopped = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'stopped'))
+  prepare_source(whole, 'a', workers=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, '_write_tfds', lambda *_: 1 / 0)  # shards have been renamed by then
+    with pytest.raises(ZeroDivisionError):
+      prepare_source(stopped, 'a', workers=1)
+  prepare_source(stopped, 'a', workers=1)
+  assert contents(whole.dir) == contents(stopped.dir)
+
+
+def test_workers_follow_a_killed_parent(config, tmp_path):
+  """SIGKILL leaves no process behind that waits for work for ever."""
+  script = tmp_path / 'parent.py'
+  script.write_text(
+    'import concurrent.futures, multiprocessing, os, signal, sys\n'
+    f'sys.path.insert(0, {str(ROOT)!r})\n'
+    'from data import prepare\n'
+    'from data.config import DataConfig, SourceConfig\n'
+    'if __name__ == "__main__":\n'
+    f'  job = prepare.Job("a", {only(config)!r}, "unused")\n'
+    '  spawn = multiprocessing.get_context("spawn")\n'
+    '  pool = concurrent.futures.ProcessPoolExecutor(1, spawn, prepare._start_worker, (job,))\n'
+    '  print(pool.submit(os.getpid).result(), flush=True)\n'
+    '  os.kill(os.getpid(), signal.SIGKILL)\n')
+  out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+  worker = int(out.stdout)
+  deadline = time.monotonic() + 10
+  while time.monotonic() < deadline:
+    try:
+      if pathlib.Path(f'/proc/{worker}/stat').read_text().split()[2] == 'Z':
+        return
+    except FileNotFoundError:
+      return
+    time.sleep(0.05)
+  os.kill(worker, signal.SIGKILL)
+  pytest.fail('the worker outlived its parent')
+
+
+def test_command_line(config, tmp_path):
+  file = tmp_path / 'c.py'
+  file.write_text('from configs import common\n\ndef get_config(arg=None):\n  c = common.base()\n'
+                  '  c.model.vocab_size = 400\n  c.data.sources.main.max_documents = 300\n'
+                  f'  c.data.update(dir={str(tmp_path / "d")!r}, validation_fraction=0.1)\n  return c\n')
+
+  def command(*args):
+    return subprocess.run([sys.executable, '-m', 'data', *args, f'--config={file}'], cwd=ROOT,
+                          capture_output=True, text=True)
+
+  first = command('tokenizer')
+  assert first.returncode == 0 and '400 tokens, trained' in first.stdout, first.stderr
+  second = command('prepare', '--workers=1')
+  assert second.returncode == 0, second.stderr
+  assert 'train' in second.stdout and 'bytes/token' in second.stdout
+  third = command('prepare', '--config.data.sources.main.uri=resoning')
+  assert third.returncode == 2
+  assert third.stderr.count('\n') == 1 and 'prepared with other settings: uri' in third.stderr

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import reasoning, tokenizer
+from data.config import DataError
+from data.tokenizer import Tokenizer
+
+TEXT = [reasoning.problem(('chain_sum', 'gcd'), i).document for i in range(300)]
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp('tokenizer') / 't.model')
+  tokenizer.train(TEXT, 400, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def trained(path):
+  return Tokenizer(path)
+
+
+@given(text=st.text() | st.text(alphabet=' \n\t▁ab01<>/s\r\0') | st.sampled_from(TEXT))
+@example(text='  two  spaces \n\n▁ literal mark▁▁ ')
+@example(text='</s><s><pad><unk><0x41>')
+@example(text='e\u0301 \ufeff \u2028 \U0010ffff 日本語')
+@settings(max_examples=300, deadline=None)
+def test_round_trip_and_bytes(trained, text):
+  ids = trained.encode(text)
+  assert ids.dtype == np.int32
+  assert trained.decode(ids) == text
+  assert trained.bytes_per_token_V[ids].sum() == len(text.encode())
+  assert not np.isin(ids, [tokenizer.PAD, tokenizer.UNK, tokenizer.BOS, tokenizer.EOS]).any()
+
+
+def test_specials_digits_and_line_ends(trained):
+  assert (trained.bos, trained.eos) == (tokenizer.BOS, tokenizer.EOS)
+  assert (trained.bytes_per_token_V[:4] == 0).all() and (trained.bytes_per_token_V[4:] > 0).all()
+  assert len(trained.encode('1234')) == 4
+  assert len(trained.encode('\n\n')) == 2
+  assert trained.decode([tokenizer.BOS, *trained.encode('State'), tokenizer.EOS]) == 'State'
+
+
+def test_a_prompt_s_tokens_begin_the_document_s(trained):
+  """So RL, which encodes prompts alone, continues what pre-training read."""
+  for i in range(100):
+    p = reasoning.problem((*reasoning.DEFAULT_TASKS, 'leg_counting'), i)
+    parts = p.prompt, p.document.removeprefix(p.prompt)
+    ids = np.concatenate([trained.encode(part) for part in parts])
+    np.testing.assert_array_equal(ids, trained.encode(p.document))
+
+
+def test_same_text_same_file(trained, tmp_path):
+  tokenizer.train(TEXT, 400, str(tmp_path / 'again.model'))
+  assert Tokenizer(str(tmp_path / 'again.model')).sha256 == trained.sha256
+
+
+def test_training_text_is_bounded(tmp_path):
+  def endless():
+    while True:
+      yield from TEXT
+
+  tokenizer.train(endless(), 320, str(tmp_path / 't.model'), max_bytes=20_000)
+
+
+@pytest.mark.parametrize('documents, vocab_size, message', [
+  (['too little text'], 5000, r'the documents yield \d+ tokens at most, fewer than vocab_size=5000; lower'),
+  (TEXT, 100, r'vocab_size=100 is too small: .* need \d+; raise'),
+  ([], 300, 'no text to train a tokenizer on'),
+])
+def test_training_errors(documents, vocab_size, message, tmp_path):
+  with pytest.raises(DataError, match=message):
+    tokenizer.train(documents, vocab_size, str(tmp_path / 't.model'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_file_errors(tmp_path, trained):
+  with pytest.raises(DataError, match=r'none\.model: no such tokenizer; run: python -m data'):
+    Tokenizer(str(tmp_path / 'none.model'))
+  (tmp_path / 'bad.model').write_bytes(b'no model')
+  with pytest.raises(DataError, match=r'bad\.model: not a SentencePiece model'):
+    Tokenizer(str(tmp_path / 'bad.model'))
+  with pytest.raises(DataError, match=r'token ids must be in \[0, 400\), got -1 to 7'):
+    trained.decode([-1, 7])
