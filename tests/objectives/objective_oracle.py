@@ -1,0 +1,48 @@
+"""The objective in float64 NumPy, by brute force from the formulas; the judge of both implementations."""
+
+import numpy as np
+
+
+def top_k(z, k):
+  """The k largest of z [V] as a mask, ties to the lower id."""
+  mask = np.zeros(len(z), bool)
+  mask[np.argsort(-z, kind='stable')[:k]] = True
+  return mask
+
+
+def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power', max_product_weight=30.0):
+  """loss, dloss/dz [V] and the statistics of one position."""
+  z = np.asarray(z, np.float64)
+  wrong = np.arange(len(z)) != x
+  lse = lambda a: a.max() + np.log(np.exp(a - a.max()).sum())
+  p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+  margin = z[x] - lse(z[wrong])
+  log_p, log_1mp = -np.logaddexp(0, -margin), -np.logaddexp(0, margin)
+  if form == 'power':  # log w = log p (1 - (1-p)^β), by its limit where log p underflows in the product
+    log_w = log_p * -np.expm1(beta * log_1mp) if margin < 30 else np.exp(-(1 + beta) * margin) - np.exp(-margin)
+    w = np.exp(log_w)
+  else:
+    w = min(np.exp(beta * log_1mp), max_product_weight)
+  in_k = top_k(z, top_k_size)
+  head, tail = in_k & wrong, ~in_k & wrong
+  head_mass, tail_mass = p[head].sum(), p[tail].sum()
+  loss = -w * log_p - lambda_head * head_mass - lambda_tail * tail_mass
+  p_minus_1 = np.where(wrong, p, -np.exp(log_1mp))
+  # 1 - P by adding up what isn't in P
+  minus_head = np.where(head, p[~head].sum(), -head_mass)
+  minus_tail = np.where(tail, p[~tail].sum(), -tail_mass)
+  grad = w * p_minus_1 - lambda_head * p * minus_head - lambda_tail * p * minus_tail
+  log_all = z - lse(z)
+  stats = dict(
+    target_logp=log_p, entropy=-np.sum(np.where(p > 0, p * log_all, 0)),
+    target_rank=int(np.flatnonzero(np.argsort(-z, kind='stable') == x)[0]),
+    head_mass=head_mass, tail_mass=tail_mass,
+  )
+  return loss, grad, stats
+
+
+def many(z, x, **kwargs):
+  """The same for z [N, V], x [N]: losses [N], gradients [N, V], statistics [N] by name."""
+  results = [one(zi, xi, **kwargs) for zi, xi in zip(np.asarray(z, np.float64), np.asarray(x))]
+  loss, grad, stats = zip(*results)
+  return np.array(loss), np.stack(grad), {name: np.array([s[name] for s in stats]) for name in stats[0]}

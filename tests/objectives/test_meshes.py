@@ -1,0 +1,102 @@
+"""Eight devices in five meshes give what one device gives, and no collective carries logits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total
+
+AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
+MESHES = [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 1, 1, 8), (2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]
+LAYOUT = Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
+SHAPING = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1, top_k=9)
+RNG = np.random.default_rng(0)
+# Multiples of 1/4: many exact ties, across the parts of the vocabulary too, and products without rounding.
+H = jnp.asarray(RNG.integers(-4, 5, (8, 6, 16)) / 4, jnp.float32)
+HEAD = jnp.asarray(RNG.integers(-4, 5, (16, 96)) / 4, jnp.float32)
+X = jnp.asarray(RNG.integers(0, 96, (8, 6)))
+WEIGHTS = jnp.asarray(RNG.integers(0, 3, (8, 6)), jnp.float32)
+
+
+def total(h, w, layout, **options):
+  t, loss, stats = shaped_linear_total(
+    h, w, X, SHAPING, weights=WEIGHTS, chunk_tokens=5, stats='full', z_loss=0.01, layout=layout, **options)
+  return t, (loss, stats)
+
+
+def per_token(h, w, layout, **options):
+  loss, stats = shaped_linear_loss(
+    h, w, X, SHAPING, weights=WEIGHTS, chunk_tokens=5, stats='full', z_loss=0.01, layout=layout, **options)
+  return loss.sum(), (loss, stats)
+
+
+def run(function, layout):
+  f = jax.jit(jax.value_and_grad(lambda h, w: function(h, w, layout), (0, 1), has_aux=True))
+  if layout is None:
+    return f(H, HEAD), None
+  place = lambda a, kind: jax.device_put(a, NamedSharding(jax.sharding.get_mesh(), layout.spec(kind)))
+  arguments = place(H, 'hidden'), place(HEAD, 'head')
+  compiled = f.lower(*arguments).compile()
+  return compiled(*arguments), compiled.as_text()
+
+
+def compare(got, wanted):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('function', [total, per_token])
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+def test_five_meshes(shape, function):
+  wanted, _ = run(function, None)
+  with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5)):
+    got, hlo = run(function, LAYOUT)
+  compare(got, wanted)
+  np.testing.assert_array_equal(got[0][1][1].target_rank, wanted[0][1][1].target_rank)
+  tokens, vocab = H.shape[0] * H.shape[1], HEAD.shape[1]
+  for op in re.findall(r'= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)[-\w]*\(', hlo):
+    for dims in re.findall(r'\w+\[([\d,]+)\]', op):
+      dims = [int(d) for d in dims.split(',')]
+      # Weights and their gradient carry D and a part of V, hidden states tokens and D, the rest k a token.
+      is_weight = len(dims) == 2 and dims[-1] == vocab // shape[4] and HEAD.shape[0] % dims[0] == 0
+      assert is_weight or vocab // shape[4] not in dims, (op, dims)
+      assert np.prod(dims) <= max(HEAD.size, H.size, tokens * SHAPING.top_k * shape[4]), (op, dims)
+
+
+def test_width_split_where_tokens_are_not():
+  """A head split over an axis that no token axis uses is sliced, not reduced."""
+  layout = Layout(tokens=('data',), width=('fsdp', 'context'), vocab='tensor')
+  wanted, _ = run(total, None)
+  with jax.set_mesh(jax.make_mesh((2, 2, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 5)):
+    compare(run(total, layout)[0], wanted)
+
+
+def test_weights_move_outside_the_loop_only():
+  """Gathers and reductions of the head stand outside the loop's body; inside is O(tokens k)."""
+  with jax.set_mesh(jax.make_mesh((1, 4, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 5)):
+    jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: total(h, w, LAYOUT)[0], (0, 1)))(H, HEAD)
+  largest = []
+
+  def walk(jaxpr, in_loop):
+    for eqn in jaxpr.eqns:
+      if in_loop and eqn.primitive.name in ('psum', 'pmax', 'all_gather', 'reduce_scatter', 'psum_invariant'):
+        largest.extend(v.aval.size for v in eqn.outvars)
+      for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')):
+        inner = getattr(parameter, 'jaxpr', parameter)
+        if hasattr(inner, 'eqns'):
+          walk(inner, in_loop or eqn.primitive.name == 'scan')
+
+  walk(jaxpr.jaxpr, False)
+  assert largest and max(largest) <= 5 * 2 * SHAPING.top_k  # chunk x devices x k
+
+
+def test_refuses_what_does_not_divide():
+  with jax.set_mesh(jax.make_mesh((1, 1, 1, 1, 8), AXES, axis_types=(AxisType.Auto,) * 5)):
+    with pytest.raises(ValueError, match=r'layout.vocab: length 95 does not divide over 8 devices'):
+      shaped_linear_loss(H, HEAD[:, :95], X, SHAPING, layout=LAYOUT)
+    with pytest.raises(ValueError, match=r'layout.vocab shares a mesh axis'):
+      shaped_linear_loss(H, HEAD, X, SHAPING, layout=Layout(tokens=('data',), vocab='data'))

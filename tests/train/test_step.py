@@ -1,0 +1,189 @@
+"""Truths of one update: accumulated = whole batch, sharded = single, packed = separate, beta 0 = cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+import model
+import numpy as np
+import optax
+import pytest
+from data import Batch
+from objectives import RewardShaping
+from train.optimizer import OptimizerConfig, make_optimizer, schedule
+from train.score import means, score, sums
+from train.state import create_state
+from train.step import make_evaluate, make_step
+
+C = model.ModelConfig(
+  vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+ADAMW = OptimizerConfig(lr=1e-2, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
+                        weight_decay=0.1, clip_norm=1.0)
+SHAPED = RewardShaping(beta=-0.25, lambda_head=0.05, lambda_tail=-0.1, top_k=8)
+BYTES_V = np.arange(64) % 5
+ONE_DEVICE = (1, 1, 1, 1, 1)
+
+
+def batch(rows=8, length=16, seed=0):
+  """Two documents a row and some padding, of other lengths in each row."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, 64, (rows, length + 1)).astype(np.int32)
+  positions, segments = np.zeros((2, rows, length), np.int32)
+  for r in range(rows):
+    a, b = 4 + r % 5, 9 + r % 7
+    positions[r] = np.r_[np.arange(a), np.arange(b - a), np.zeros(length - b)]
+    segments[r] = np.r_[np.full(a, 1), np.full(b - a, 2), np.zeros(length - b)]
+  return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, segments)
+
+
+def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=SHAPED, the_batch=None):
+  """(parameters, metrics) after a few steps on a mesh of this shape."""
+  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+  with jax.set_mesh(mesh):
+    tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
+    state = create_state(C, tx, mesh, seed=0)
+    step = make_step(C, objective, tx, BYTES_V, microbatches)
+    placed = jax.device_put(the_batch or batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
+    for _ in range(steps):
+      state, metrics = step(state, placed)
+    return jax.device_get((state.params, metrics))
+
+
+@pytest.fixture(scope='module')
+def single():
+  return updates()
+
+
+def same(a, b, tolerance=3e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * (np.abs(y).max() + 1e-9)), a, b)
+
+
+@pytest.mark.parametrize('microbatches', [2, 4])
+def test_accumulated_equals_whole_batch(single, microbatches):
+  params, metrics = updates(microbatches=microbatches)
+  same(metrics, single[1])
+  same(params, single[0], 2e-3)  # Adam's division makes rounding of near-zero gradients visible
+
+
+@pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2), (2, 1, 1, 2, 2)])
+def test_sharded_equals_single(single, shape):
+  params, metrics = updates(shape)
+  same(metrics, single[1])
+  same(params, single[0], 2e-3)
+
+
+def test_loss_and_gradient_sharded_equal_single_before_any_optimizer():
+  def gradients(shape):
+    mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    with jax.set_mesh(mesh):
+      shardings = model.shardings(mesh, model.abstract(C)[2])
+      params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(C, jax.random.key(0))
+      placed = jax.device_put(batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
+      return jax.device_get(jax.jit(jax.value_and_grad(lambda p: score(C, p, placed, SHAPED)[0]))(params))
+
+  want = gradients(ONE_DEVICE)
+  for shape in ((2, 2, 1, 1, 2), (1, 4, 1, 1, 2)):
+    same(gradients(shape), want, 1e-5)
+
+
+def test_packed_equals_separate():
+  """Documents packed into rows give the loss and gradient of each alone in its own row."""
+  packed = batch()
+  alone = {name: [] for name in ('tokens', 'targets', 'positions', 'segments')}
+  for r in range(8):
+    for s in (1, 2):
+      where = packed.segments_BT[r] == s
+      pad = lambda x: np.pad(x, (0, 16 - len(x)))
+      for name in alone:
+        alone[name].append(pad(getattr(packed, f'{name}_BT')[r][where]))
+      alone['segments'][-1] = np.minimum(alone['segments'][-1], 1)
+  alone = Batch(*(np.stack(alone[name]) for name in ('tokens', 'targets', 'positions', 'segments')))
+  params = model.init(C, jax.random.key(0))
+  grad = jax.jit(jax.value_and_grad(lambda p, b: score(C, p, b, SHAPED)[0]))
+  same(grad(params, packed), grad(params, alone), 1e-5)
+
+
+def test_what_stands_in_padding_changes_nothing():
+  plain, dirty = batch(), batch()
+  noise = np.random.default_rng(1).integers(0, 64, (8, 16))
+  dirty.tokens_BT[:] = np.where(dirty.segments_BT > 0, dirty.tokens_BT, noise)
+  dirty.targets_BT[:] = np.where(dirty.segments_BT > 0, dirty.targets_BT, 10**6)
+  params = model.init(C, jax.random.key(0))
+  run = jax.jit(jax.value_and_grad(lambda p, b: score(C, p, b, SHAPED)[0]))
+  jax.tree.map(np.testing.assert_array_equal, run(params, plain), run(params, dirty))
+
+
+def test_an_all_padding_batch_is_no_update_from_the_data_and_no_nan():
+  empty = batch()
+  empty.segments_BT[:] = 0
+  params, metrics = updates(the_batch=empty, steps=1)
+  assert metrics['loss'] == 0 and metrics['tokens'] == 0 and metrics['grad_norm'] == 0
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_plain_cross_entropy_equals_optax_and_metrics_are_what_they_say():
+  b = batch()
+  params = model.init(C, jax.random.key(0))
+  hidden, _ = model.forward(C, params, b.tokens_BT, b.positions_BT, b.segments_BT)
+  logits = np.asarray(hidden @ model.head(C, params), np.float64)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  mask = b.segments_BT > 0
+  target_logp = np.take_along_axis(logp, b.targets_BT[..., None], -1)[..., 0]
+  got = means(make_evaluate(C, RewardShaping(top_k=8), BYTES_V)(params, b))
+  entropy = -(np.exp(logp) * logp).sum(-1)
+  rank = (logp > target_logp[..., None]).sum(-1)
+  ordered = np.argsort(-logp, -1, kind='stable')[..., 8:]
+  tail = np.where(ordered == b.targets_BT[..., None], 0, np.take_along_axis(np.exp(logp), ordered, -1)).sum(-1)
+  n = mask.sum()
+  for name, want in {
+    'loss_nats': -target_logp[mask].mean(), 'ce_nats': -target_logp[mask].mean(), 'entropy_nats': entropy[mask].mean(),
+    'rank1_accuracy': (rank == 0)[mask].mean(), 'tail_mass': tail[mask].mean(), 'tokens': n,
+    'bits_per_byte': -target_logp[mask].sum() / BYTES_V[b.targets_BT][mask].sum() / np.log(2),
+  }.items():
+    np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-7, err_msg=name)
+  want = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits, jnp.float32), b.targets_BT)[mask].sum()
+  np.testing.assert_allclose(score(C, params, b, RewardShaping())[0], want, rtol=1e-6)
+
+
+def test_sums_of_parts_add_to_the_whole():
+  b = batch()
+  params = model.init(C, jax.random.key(0))
+  part = lambda rows: jax.tree.map(lambda x: x[rows], b)
+  run = lambda b: jax.device_get(sums(b, *score(C, params, b, SHAPED)[1:], jnp.asarray(BYTES_V)))
+  whole, a, c = run(b), run(part(slice(0, 3))), run(part(slice(3, 8)))
+  for name in whole:
+    np.testing.assert_allclose(a[name] + c[name], whole[name], rtol=1e-5)
+
+
+def test_training_learns_a_repeated_batch():
+  _, first = updates(steps=1, objective=RewardShaping())
+  _, last = updates(steps=30, objective=RewardShaping())
+  assert last['ce'] < 0.6 * first['ce']
+
+
+def test_schedule_is_warmup_stable_decay():
+  c = OptimizerConfig(lr=1.0, warmup_steps=10, decay_fraction=0.2, final_lr=0.1, b1=0.9, b2=0.95, eps=1e-8,
+                      weight_decay=0.1, clip_norm=1.0)
+  rate = schedule(c, 100)
+  assert 0 < rate(0) < rate(5) < rate(10) == rate(50) == rate(79) == 1.0
+  assert rate(79) > rate(90) > rate(99)
+  np.testing.assert_allclose(rate(100), 0.1, rtol=1e-6)
+
+
+def test_only_matrices_decay():
+  axes = model.abstract(C)[2]
+  tx = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
+                                      eps=1e-8, weight_decay=0.5, clip_norm=1.0), 10, axes)
+  params = jax.tree.map(jnp.ones_like, model.init(C, jax.random.key(0)))
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    decays = 'norm' not in jax.tree_util.keystr(path)
+    np.testing.assert_allclose(update, -0.5 if decays else 0.0)
+
+
+@pytest.mark.parametrize('name, value, message', [
+  ('lr', 0.0, 'lr must be > 0'), ('b2', 1.0, r'b2 must be in \[0, 1\)'), ('decay_fraction', 1.5, 'decay_fraction must'),
+  ('warmup_steps', -1, 'warmup_steps must be >= 0')])
+def test_bad_optimizer_values_are_refused_by_name(name, value, message):
+  import dataclasses
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(ADAMW, **{name: value})

@@ -1,0 +1,116 @@
+"""Runs side by side, from what they wrote: python -m train.compare WORKDIR WORKDIR ... [--plot=FILE.png]
+
+Prints a table of the last validation figures and draws the curves. Only reads; needs no device.
+"""
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+from configs.load import ConfigError, flatten, run_main
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from train.metrics import read_lines
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+
+
+def read_run(path: str) -> dict[str, Any]:
+  """{'config': flat config, 'lines': metrics}. Raises ConfigError if `path` is no run's workdir."""
+  root = epath.Path(path)
+  if not (root / 'config.json').exists():
+    raise ConfigError(f'{path}: no run there (no config.json)')
+  run = {'path': path, 'config': flatten(json.loads((root / 'config.json').read_text())),
+         'lines': read_lines(root / 'metrics.jsonl')}
+  if not any('train/ce_nats' in line for line in run['lines']):
+    raise ConfigError(f'{path}: this run has not finished a step yet')
+  return run
+
+
+def names(runs: list[dict[str, Any]]) -> list[str]:
+  """What tells the runs apart: the settings in which their configs differ."""
+  keys = sorted({k for run in runs for k in run['config'] if k != 'data.dir'
+                 and any(run['config'].get(k) != other['config'].get(k) for other in runs)})
+  labels = [', '.join(f'{k.rsplit(".", 1)[-1]}={run["config"].get(k)}' for k in keys) for run in runs]
+  return [label or run['path'] for label, run in zip(labels, runs)]
+
+
+def last_evaluation(run: dict[str, Any]) -> dict[str, float]:
+  """{'SOURCE/ce_nats': ...} of the newest validation of each source."""
+  figures = {}
+  for line in run['lines']:
+    figures |= {k.removeprefix('eval/'): v for k, v in line.items() if k.startswith('eval/')}
+  return figures
+
+
+def table(runs: list[dict[str, Any]]) -> Table:
+  """The figures that decide: is cross-entropy equal, is entropy not."""
+  out = Table(title='validation, after the last step', title_justify='left')
+  out.add_column('run')
+  for column in ('step', 'CE (nats)', 'bits/byte', 'entropy (nats)', 'tail mass', 'rank-1', 'tokens/s'):
+    out.add_column(column, justify='right')
+  for label, run in zip(names(runs), runs):
+    figures = last_evaluation(run)
+    steps = [line for line in run['lines'] if 'train/ce_nats' in line]
+    # The median step: compiling and a busy machine make outliers.
+    speed = statistics.median(line['time/tokens_per_s'] for line in steps)
+    for source in sorted({name.split('/')[0] for name in figures}) or ['']:
+      get = lambda name, form: format(figures[f'{source}/{name}'], form) if f'{source}/{name}' in figures else '-'
+      out.add_row(
+        f'{label}' + (f' on {source}' if len(figures) > 8 else ''), str(steps[-1]['step']), get('ce_nats', '.4f'),
+        get('bits_per_byte', '.4f'), get('entropy_nats', '.4f'), get('tail_mass', '.5f'), get('rank1_accuracy', '.4f'),
+        f'{speed:,.0f}')
+  return out
+
+
+def plot(runs: list[dict[str, Any]], path: str) -> None:
+  """Cross-entropy and entropy over tokens, and their difference from the first run, as one picture."""
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  panels = (('train/ce_nats', 'cross-entropy (nats)'), ('train/entropy_nats', 'entropy (nats)'),
+            ('train/tail_mass', 'tail mass'))
+  figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), constrained_layout=True)
+  for axis, (key, title) in zip(axes, panels):
+    values_of_all = []
+    for label, run, colour in zip(names(runs), runs, COLOURS * len(runs)):
+      lines = [line for line in run['lines'] if key in line]
+      values = smooth([line[key] for line in lines])
+      values_of_all += values[len(values) // 10:]
+      axis.plot([line['step'] for line in lines], values, color=colour, label=label, linewidth=1.5)
+    if values_of_all:  # the first steps would flatten all that matters
+      low, high = min(values_of_all), max(values_of_all)
+      axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axis.set(title=title, xlabel='step')
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(alpha=0.25)
+  axes[0].legend(frameon=False)
+  figure.savefig(path, dpi=130)
+  plt.close(figure)
+
+
+def smooth(values: list[float], window: int = 20) -> list[float]:
+  """Mean of the last `window` values at each point."""
+  return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog='python -m train.compare', description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('workdirs', nargs='+')
+  parser.add_argument('--plot', default='', metavar='FILE.png')
+  args = parser.parse_args()
+  runs = [read_run(path) for path in args.workdirs]
+  Console(soft_wrap=True).print(table(runs))
+  if args.plot:
+    plot(runs, args.plot)
+    print(f'curves: {args.plot}')
+
+
+if __name__ == '__main__':
+  run_main(main)

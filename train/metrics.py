@@ -1,0 +1,213 @@
+"""What a run writes down: a JSON line a step, TensorBoard events, and a line for the person watching.
+
+metrics.jsonl holds one object a line: {"step": 12, "train/ce_nats": 2.31, ...}; evaluations add lines with
+`eval/SOURCE/...`. Everything but `time/...` repeats to the last bit when a run is killed and goes on.
+"""
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Dense bfloat16 FLOP/s of a chip, from the makers' data sheets; by the start of jax.Device.device_kind.
+PEAK_FLOPS = {
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
+  'TPU v5': 459e12,
+  'TPU v5p': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak FLOP/s of one chip, or None for a kind that isn't in the table (a CPU)."""
+  kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+  return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+class JsonLines:
+  """A file of JSON objects, one a line, each with its `step`; reopening it at a step drops what came after."""
+
+  def __init__(self, path: epath.Path, step: int):
+    self._path = path
+    self._remote = '://' in str(path)
+    self._lines = [line for line in read_lines(path) if line['step'] <= step]
+    self._rewrite()
+    self._file = None if self._remote else open(path, 'a', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    line = {'step': step, **values}
+    if self._remote:  # object stores can't append: kept, and written whole now and then
+      self._lines.append(line)
+    else:
+      self._file.write(json.dumps(line) + '\n')
+      self._file.flush()
+
+  def flush(self) -> None:
+    if self._remote:
+      self._rewrite()
+
+  def _rewrite(self) -> None:
+    temporary = self._path.parent / (self._path.name + '.tmp')
+    temporary.write_text(''.join(json.dumps(line) + '\n' for line in self._lines))
+    temporary.replace(self._path)
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+  """The lines of a metrics file; one that a kill cut short is left out."""
+  if not path.exists():
+    return []
+  lines = []
+  for text in path.read_text().splitlines():
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError:
+      continue
+    if isinstance(line, dict) and isinstance(line.get('step'), int):
+      lines.append(line)
+  return lines
+
+
+class Clock:
+  """Where a run's time goes: steps, waiting for input, and what is kept apart (evaluation, saving)."""
+
+  def __init__(self):
+    self._last = time.perf_counter()
+    self._waited = 0.0
+    self._apart = 0.0
+
+  def waiting(self):
+    return _Span(self, '_waited')
+
+  def apart(self):
+    return _Span(self, '_apart')
+
+  def lap(self) -> tuple[float, float]:
+    """(seconds, share of them spent waiting for input) since the last lap, without what was kept apart."""
+    now = time.perf_counter()
+    seconds = max(now - self._last - self._apart, 1e-9)
+    wait = self._waited / seconds
+    self._last, self._waited, self._apart = now, 0.0, 0.0
+    return seconds, wait
+
+
+class _Span:
+  def __init__(self, clock: Clock, name: str):
+    self._clock, self._name = clock, name
+
+  def __enter__(self):
+    self._start = time.perf_counter()
+
+  def __exit__(self, *_):
+    setattr(self._clock, self._name, getattr(self._clock, self._name) + time.perf_counter() - self._start)
+
+
+def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
+  """One line that answers: is it fine, and when does it end."""
+  v = {name.split('/', 1)[1]: value for name, value in values.items()}
+  parts = [f'step {step:>{len(str(steps))}}/{steps} {100 * step / steps:3.0f}%']
+  if v['loss_nats'] != v['ce_nats']:  # they are one number in a plain run
+    parts.append(f'loss {v["loss_nats"]:.4f}')
+  parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'rank1 {v["rank1_accuracy"]:.3f}',
+            f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}', f'{v["tokens_per_s"]:,.0f} tok/s']
+  if 'mfu' in v:
+    parts.append(f'mfu {100 * v["mfu"]:.1f}%')
+  if 'hbm_bytes' in v:
+    parts.append(f'hbm {v["hbm_bytes"] / 2**30:.1f} GiB')
+  parts += [f'wait {100 * v["input_wait_share"]:.1f}%', f'eta {_duration(eta_s)}']
+  return '  '.join(parts)
+
+
+def _duration(seconds: float) -> str:
+  if not math.isfinite(seconds):
+    return '?'
+  hours, rest = divmod(int(seconds + 0.5), 3600)
+  return f'{hours}:{rest // 60:02d}:{rest % 60:02d}'
+
+
+class Log:
+  """One run's files and its line on the screen. Other processes than the first get a Log that does nothing."""
+
+  def __init__(self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool):
+    self._active, self._every, self._steps = active, every, steps
+    self._step_s = None
+    if not active:
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._lines = JsonLines(workdir / 'metrics.jsonl', step)
+    self._samples = JsonLines(workdir / 'samples.jsonl', step)
+    self._board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+    self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    self._progress = None
+    if self._console.is_terminal:
+      self._progress = Progress(BarColumn(16), TextColumn('{task.description}'), TimeRemainingColumn(),
+                                console=self._console, transient=True)
+      self._task = self._progress.add_task('starting (compiling)', total=steps, completed=step)
+      self._progress.start()
+
+  def say(self, text: str) -> None:
+    """A line for the person, above the live one."""
+    if self._active:
+      self._console.print(text, markup=False)
+
+  def train(self, step: int, values: dict[str, float]) -> None:
+    """Figures of one update; names have a slash and a unit."""
+    if not self._active:
+      return
+    self._lines.write(step, values)
+    step_s = values['time/step_s']
+    # The first step compiles; after it, a running mean makes the estimate of the end steady.
+    self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
+    line = describe(step, self._steps, values, (self._steps - step) * self._step_s)
+    if self._progress:
+      self._progress.update(self._task, completed=step, description=line.rsplit('  eta', 1)[0])
+    if step % self._every == 0 or step == self._steps:
+      if not self._progress:
+        self._console.print(line, markup=False)
+      self._scalars(step, values)
+
+  def evaluation(self, step: int, source: str, values: dict[str, float]) -> None:
+    """Validation figures of one source."""
+    if not self._active:
+      return
+    named = {f'eval/{source}/{name}': value for name, value in values.items()}
+    self._lines.write(step, named)
+    self._scalars(step, named)
+    self.say(f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
+             f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
+             f'tail mass {values["tail_mass"]:.4f}')
+
+  def sample(self, step: int, prompt: str, text: str) -> None:
+    if self._active:
+      self._samples.write(step, {'prompt': prompt, 'text': text})
+
+  def _scalars(self, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items() if self._board else ():
+      self._board.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    if self._active:
+      self._lines.flush()
+      self._samples.flush()
+
+  def close(self) -> None:
+    if self._active:
+      self.flush()
+      if self._board:
+        self._board.close()
+      if self._progress:
+        self._progress.stop()

@@ -1,0 +1,58 @@
+"""AdamW with a warmup-stable-decay schedule, and which parameters decay."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Section `optimizer`."""
+
+  lr: float
+  warmup_steps: int
+  decay_fraction: float
+  final_lr: float
+  b1: float
+  b2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+
+  def __post_init__(self):
+    for name in ('lr', 'eps', 'clip_norm'):
+      if getattr(self, name) <= 0:
+        raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
+    for name in ('final_lr', 'weight_decay', 'warmup_steps'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name} must be >= 0, got {getattr(self, name)}')
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f'{name} must be in [0, 1), got {getattr(self, name)}')
+    if not 0 <= self.decay_fraction <= 1:
+      raise ValueError(f'decay_fraction must be in [0, 1], got {self.decay_fraction}')
+
+
+def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
+  """Linear warmup to lr, constant, then linear decay to final_lr over the last decay_fraction of `steps`.
+
+  The first step already moves: the schedule at step 0 is lr / (warmup_steps + 1). Source: WSD, arXiv 2404.06395.
+  """
+  decay_steps = round(c.decay_fraction * steps)
+  parts = [optax.linear_schedule(c.lr / (c.warmup_steps + 1), c.lr, c.warmup_steps), optax.constant_schedule(c.lr)]
+  boundaries = [c.warmup_steps]
+  if decay_steps:
+    parts.append(optax.linear_schedule(c.lr, c.final_lr, decay_steps))
+    boundaries.append(max(c.warmup_steps, steps - decay_steps))
+  return optax.join_schedules(parts, boundaries)
+
+
+def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
+  """Clip by the global norm, then AdamW (arXiv 1711.05101). `axes`: the parameters' logical names; norms don't decay."""
+  decays = jax.tree.map(lambda names: names[-1] != 'norm', axes, is_leaf=lambda a: isinstance(a, tuple))
+  return optax.chain(
+    optax.clip_by_global_norm(c.clip_norm),
+    optax.adamw(schedule(c, steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays),
+  )

@@ -1,0 +1,66 @@
+"""Where model and objective meet: a batch in, a loss and the token statistics out.
+
+Pre-training, validation and whatever else asks how likely a text is go through here, so they can't disagree.
+
+# B rows  T tokens
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import model
+from data import Batch
+from objectives import Layout, TokenStats, shaped_linear_total
+
+# How the head's arrays lie on the mesh, in the words of model/sharding.py's table.
+LAYOUT = Layout(
+  tokens=(model.RULES['batch'], model.RULES['length']), width=model.RULES['embed'], vocab=model.RULES['vocab'])
+
+
+def score(c: model.ModelConfig, params: Any, batch: Batch, objective: Any) -> tuple[jax.Array, jax.Array, TokenStats]:
+  """(total, loss_BT, statistics [B, T]): the summed loss, which can be differentiated, and its parts, in nats.
+
+  Padding (segment 0) counts for nothing, whatever stands there: its loss and statistics are 0.
+  """
+  hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+  return shaped_linear_total(
+    hidden_BTD, model.head(c, params), batch.targets_BT, objective, weights=batch.segments_BT > 0, stats='full',
+    layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
+
+
+def sums(batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array) -> dict[str, jax.Array]:
+  """What a batch adds up to; sums of several batches add, and `means` divides once, at the end.
+
+  Counts of tokens and bytes are int32: float32 can't count past 16 million.
+  """
+  mask_BT = batch.segments_BT > 0
+  total = lambda x_BT: jnp.sum(x_BT, where=mask_BT)
+  return {
+    'loss': total(loss_BT),
+    'ce': total(-stats.target_logp),
+    'entropy': total(stats.entropy),
+    'rank1': total((stats.target_rank == 0).astype(jnp.float32)),
+    'head_mass': total(stats.head_mass),
+    'tail_mass': total(stats.tail_mass),
+    'tokens': jnp.sum(mask_BT, dtype=jnp.int32),
+    'bytes': total(bytes_per_token_V[batch.targets_BT]),
+    'invalid': jnp.sum(mask_BT & ~stats.target_valid, dtype=jnp.int32),
+  }
+
+
+def means(s: dict[str, Any]) -> dict[str, float]:
+  """Per token and per byte, from the sums: the names that logs and reports use."""
+  s = {name: float(value) for name, value in s.items()}
+  tokens = max(s['tokens'], 1.0)
+  return {
+    'loss_nats': s['loss'] / tokens,
+    'ce_nats': s['ce'] / tokens,
+    'bits_per_byte': s['ce'] / max(s['bytes'], 1.0) / math.log(2),
+    'entropy_nats': s['entropy'] / tokens,
+    'rank1_accuracy': s['rank1'] / tokens,
+    'head_mass': s['head_mass'] / tokens,
+    'tail_mass': s['tail_mass'] / tokens,
+    'tokens': s['tokens'],
+  }

@@ -1,0 +1,65 @@
+"""One update: (state, batch) -> (state, metrics), a pure function, jitted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from data import Batch
+from model import ModelConfig
+
+from train.score import score, sums
+from train.state import TrainState, donated
+
+
+def make_step(
+  c: ModelConfig,
+  objective: Any,
+  tx: optax.GradientTransformation,
+  bytes_per_token_V: np.ndarray,
+  microbatches: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the jitted update; its metrics are sums (train/score.py) and the norm of the whole gradient.
+
+  The loss is the sum over the batch's targets, divided once by their number; microbatches add up exact parts of
+  it, so neither they nor packing nor the mesh change what is learned.
+  """
+  bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
+
+  def part(params, batch: Batch, targets):
+    total, loss_BT, stats = score(c, params, batch, objective)
+    return total / targets, sums(batch, loss_BT, stats, bytes_V)
+
+  def step(state: TrainState, batch: Batch):
+    targets = jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
+    grad = jax.grad(part, has_aux=True)
+
+    if microbatches == 1:
+      grads, metrics = grad(state.params, batch, targets)
+    else:
+      # Row i goes to part i % microbatches, so that each part has rows of every device and none move.
+      parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+      add = lambda total, one: (jax.tree.map(jnp.add, total, grad(state.params, one, targets)), None)
+      first = jax.tree.map(lambda x: x[0], parts)
+      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first, targets))
+      (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics['grad_norm'] = optax.tree.norm(grads)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+  return jax.jit(step, donate_argnums=donated())
+
+
+def make_evaluate(c: ModelConfig, objective: Any, bytes_per_token_V: np.ndarray) -> Callable:
+  """Returns the jitted (params, batch) -> sums: the same figures as in training, without an update."""
+  bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
+
+  def evaluate(params, batch: Batch):
+    _, loss_BT, stats = score(c, params, batch, objective)
+    return sums(batch, loss_BT, stats, bytes_V)
+
+  return jax.jit(evaluate)

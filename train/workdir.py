@@ -1,0 +1,51 @@
+"""What a run keeps in its workdir besides checkpoints: its config, and where it comes from."""
+
+import json
+import pathlib
+import subprocess
+
+from configs.load import ConfigError, flatten, to_json
+from etils import epath
+from ml_collections import ConfigDict
+
+# What may differ when a run goes on in its workdir: it changes how the run is carried out or watched, or how
+# long it lasts; not what was learned so far.
+MAY_CHANGE = ('data.dir', 'data.sources', 'data.tokenizer', 'train.tokens', 'train.microbatches', 'train.mesh',
+              'train.init_from', 'model.remat', 'model.scan_layers', 'checkpoint', 'log')
+
+
+def check_config(workdir: epath.Path, config: ConfigDict) -> None:
+  """Raises ConfigError if the workdir holds a run that can't go on with this config; names the first difference."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  try:
+    before = json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ConfigError(f'{path}: not a config ({error}); remove it to go on with the present one') from None
+  before, now = flatten(before), flatten(json.loads(to_json(config)))
+  for key in sorted(before.keys() | now.keys()):
+    if before.get(key) != now.get(key) and not any(key == k or key.startswith(k + '.') for k in MAY_CHANGE):
+      raise ConfigError(f'--workdir={workdir}: holds a run with config.{key} = {before.get(key)!r}, now '
+                        f'{now.get(key)!r}; choose another workdir, or pass --config={path}')
+
+
+def write_config(workdir: epath.Path, config: ConfigDict) -> None:
+  """Writes the resolved config, whole or not at all."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  temporary = workdir / 'config.json.tmp'
+  temporary.write_text(to_json(config))
+  temporary.replace(workdir / 'config.json')
+
+
+def code_version() -> str:
+  """The commit this code is from, with '+' if files differ from it; '' outside a git checkout."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  if not (root / '.git').exists():  # an installed wheel inside somebody else's checkout
+    return ''
+  git = lambda *command: subprocess.run(
+    ['git', '-C', str(root), *command], capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+  try:
+    return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+  except (OSError, subprocess.SubprocessError):
+    return ''
