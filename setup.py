@@ -1,5 +1,7 @@
 """Packaging. The top-level folders are the packages; see README.md for what each is for."""
 
+import pathlib
+
 from setuptools import setup
 
 # Lower bounds are what the tests ran with; jax 0.10 is the newest for Python 3.11, 0.12 for 3.12.
@@ -40,7 +42,7 @@ setup(
     name='betarank',
     version='0.1.0',
     description='Pre-train language models with a reward-shaped next-token objective, and measure what it does to RL.',
-    long_description=open('README.md', encoding='utf-8').read(),
+    long_description=pathlib.Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',

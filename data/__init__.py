@@ -12,6 +12,7 @@ import importlib
 _HOME = {
   'DataConfig': 'config', 'DataError': 'config', 'SourceConfig': 'config',
   'Tokenizer': 'tokenizer',
+  'check_prepared': 'prepared',
   'prepare_source': 'prepare', 'train_tokenizer': 'prepare',
   'Batch': 'batches', 'PackingStats': 'batches', 'TrainBatches': 'batches', 'validation_batches': 'batches',
 }

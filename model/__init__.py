@@ -1,4 +1,4 @@
-"""The decoder: shapes (config), where arrays live (sharding), the forward function (transformer), its cache (decode)."""
+"""The decoder: its shapes (config), where arrays live (sharding), the forward function (transformer), a cache (decode)."""
 
 from model.config import ModelConfig, flops_per_token, parameter_counts
 from model.decode import Cache, empty_cache

@@ -29,14 +29,14 @@ def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax
   return same & (positions_BT[:, :, None] >= key_positions_BS[:, None, :])
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
   """Grouped-query attention, [B, T, N, H]; scores and softmax in float32.
 
   A query that sees nothing (padding in front of an empty cache) gets the mean of all values, not NaN.
   """
   batch, length, heads, width = q_BTNH.shape
-  q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, width)
-  score_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH * width**-0.5, k_BSKH, preferred_element_type=jnp.float32)
+  q_BTKGH = q_BTNH.reshape(batch, length, k_BKSH.shape[1], -1, width)
+  score_BKGTS = jnp.einsum('BTKGH,BKSH->BKGTS', q_BTKGH * width**-0.5, k_BKSH, preferred_element_type=jnp.float32)
   score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, -1e30)
-  weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum('BKGTS,BSKH->BTKGH', weight_BKGTS, v_BSKH).reshape(batch, length, heads, width)
+  weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
+  return jnp.einsum('BKGTS,BKSH->BTKGH', weight_BKGTS, v_BKSH).reshape(batch, length, heads, width)

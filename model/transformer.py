@@ -17,7 +17,7 @@ from flax import nnx
 
 from model.attention import attend, rotate, visible
 from model.config import ModelConfig
-from model.decode import Cache, slots_for, write
+from model.decode import Cache, slots_for, write, write_heads
 from model.sharding import constrain
 
 Params = dict[str, Any]
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
     self.k_norm_H = ones(c.head_dim, 'norm')
 
   def __call__(self, x_BTD, positions_BT, visible_BTS, cached=None):
-    """Attention output [B, T, D] and, with `cached` = (k_BSKH, v_BSKH, slot_BT), the cache's new content."""
+    """Attention output [B, T, D] and, with `cached` = (k_BKSH, v_BKSH, slot_BT), the cache's new content."""
     c, dtype = self.c, x_BTD.dtype
     q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.q_DNH[...].astype(dtype))
     k_BTKH = jnp.einsum('BTD,DKH->BTKH', x_BTD, self.k_DKH[...].astype(dtype))
@@ -62,11 +62,11 @@ class Attention(nnx.Module):
     q_BTNH = rotate(rms_norm(q_BTNH, self.q_norm_H, c.norm_eps), positions_BT, c.rope_base)
     k_BTKH = rotate(rms_norm(k_BTKH, self.k_norm_H, c.norm_eps), positions_BT, c.rope_base)
     if cached is None:
-      k_BSKH, v_BSKH, content = k_BTKH, v_BTKH, None
+      k_BKSH, v_BKSH, content = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), None
     else:
-      k_BSKH, v_BSKH, slot_BT = cached
-      k_BSKH, v_BSKH = content = write(k_BSKH, k_BTKH, slot_BT), write(v_BSKH, v_BTKH, slot_BT)
-    out_BTNH = constrain(attend(q_BTNH, k_BSKH, v_BSKH, visible_BTS), 'batch', 'length', 'act_heads', None)
+      k_BKSH, v_BKSH, slot_BT = cached
+      k_BKSH, v_BKSH = content = write_heads(k_BKSH, k_BTKH, slot_BT), write_heads(v_BKSH, v_BTKH, slot_BT)
+    out_BTNH = constrain(attend(q_BTNH, k_BKSH, v_BKSH, visible_BTS), 'batch', 'length', 'act_heads', None)
     return jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.o_NHD[...].astype(dtype)), content
 
 
@@ -109,39 +109,43 @@ class Transformer(nnx.Module):
   def __init__(self, c: ModelConfig, key: jax.Array):
     embed, layers, head = jax.random.split(key, 3)
     self.c = c
-    self.embed_VD = weight(embed, (c.vocab_size, c.d_model), ('vocab', 'embed'), std=0.02)
+    # D^-1/2 gives first logits a spread of about 1 at any width; at D = 2560 it is the usual 0.02.
+    self.embed_VD = weight(embed, (c.vocab_size, c.d_model), ('vocab', 'embed'), std=c.d_model**-0.5)
     self.layers = jax.vmap(functools.partial(Block, c))(jax.random.split(layers, c.layers))  # leading axis L
     self.norm_D = ones(c.d_model, 'norm')
     if not c.tied_embeddings:
-      self.head_DV = weight(head, (c.d_model, c.vocab_size), ('embed', 'vocab'), std=0.02)
+      self.head_DV = weight(head, (c.d_model, c.vocab_size), ('embed', 'vocab'), std=c.d_model**-0.5)
 
   def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None = None):
     c = self.c
     x_BTD = constrain(self.embed_VD[...].astype(c.dtype)[tokens_BT], 'batch', 'length', 'act_embed')
-    if cache is None:
-      layer_cache, visible_BTS = None, visible(positions_BT, segments_BT, positions_BT, segments_BT)
-    else:
-      slot_BT = slots_for(cache, segments_BT)
-      cache = dataclasses.replace(
-        cache,
-        positions_BS=write(cache.positions_BS, positions_BT, slot_BT),
-        segments_BS=write(cache.segments_BS, segments_BT, slot_BT),
-        length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
-      )
-      layer_cache = (cache.k_LBSKH, cache.v_LBSKH)
-      visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
-
-    def block(x_BTD, layer_and_cache):
-      layer, layer_cache = layer_and_cache
-      cached = None if layer_cache is None else (*layer_cache, slot_BT)
-      return layer(x_BTD, positions_BT, visible_BTS, cached)
-
+    if cache is not None:
+      return self.cached(x_BTD, positions_BT, segments_BT, cache)
+    visible_BTS = visible(positions_BT, segments_BT, positions_BT, segments_BT)
+    block = lambda x_BTD, layer: layer(x_BTD, positions_BT, visible_BTS)
     if c.remat == 'full':
       block = jax.checkpoint(block)
-    x_BTD, content = jax.lax.scan(block, x_BTD, (self.layers, layer_cache), unroll=1 if c.scan_layers else c.layers)
-    if cache is not None:
-      cache = dataclasses.replace(cache, k_LBSKH=content[0], v_LBSKH=content[1])
-    return rms_norm(x_BTD, self.norm_D, c.norm_eps), cache
+    x_BTD, _ = jax.lax.scan(block, x_BTD, self.layers, unroll=1 if c.scan_layers else c.layers)
+    return rms_norm(x_BTD, self.norm_D, c.norm_eps), None
+
+  def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache):
+    """The rest of the forward pass for tokens that follow those in the cache."""
+    slot_BT = slots_for(cache, segments_BT)
+    cache = dataclasses.replace(
+      cache,
+      positions_BS=write(cache.positions_BS, positions_BT, slot_BT),
+      segments_BS=write(cache.segments_BS, segments_BT, slot_BT),
+      length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
+    )
+    visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
+    contents = []
+    for i, layer_cache in enumerate(zip(cache.k_LBKSH, cache.v_LBKSH)):  # a scan would copy the cache every step
+      layer = jax.tree.map(lambda x_L, i=i: x_L[i], self.layers)
+      x_BTD, content = layer(x_BTD, positions_BT, visible_BTS, (*layer_cache, slot_BT))
+      contents.append(content)
+    k_LBKSH, v_LBKSH = zip(*contents)
+    cache = dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+    return rms_norm(x_BTD, self.norm_D, self.c.norm_eps), cache
 
 
 @functools.lru_cache

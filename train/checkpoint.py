@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from configs.load import UserError, suggestion
 from etils import epath
 
+from configs.load import UserError, suggestion
 from train.state import TrainState
 
 

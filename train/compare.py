@@ -6,15 +6,18 @@ Prints a table of the last validation figures and draws the curves. Only reads; 
 import argparse
 import json
 import statistics
+import sys
 from typing import Any
 
-from configs.load import ConfigError, flatten, run_main
 from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from configs.load import ConfigError, flatten, run_main
 from train.metrics import read_lines
 
+KEYS = {'train/ce_nats': 'cross-entropy (nats)', 'train/entropy_nats': 'entropy (nats)'}
+COLUMNS = {'ce_nats': '.4f', 'bits_per_byte': '.4f', 'entropy_nats': '.4f', 'tail_mass': '.5f', 'rank1_accuracy': '.4f'}
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 
@@ -49,52 +52,59 @@ def last_evaluation(run: dict[str, Any]) -> dict[str, float]:
 
 def table(runs: list[dict[str, Any]]) -> Table:
   """The figures that decide: is cross-entropy equal, is entropy not."""
-  out = Table(title='validation, after the last step', title_justify='left')
-  out.add_column('run')
+  out = Table(title='validation, after the last step', title_justify='left', box=None, pad_edge=False)
+  out.add_column('run', no_wrap=True)
   for column in ('step', 'CE (nats)', 'bits/byte', 'entropy (nats)', 'tail mass', 'rank-1', 'tokens/s'):
-    out.add_column(column, justify='right')
+    out.add_column(column, justify='right', no_wrap=True)
   for label, run in zip(names(runs), runs):
     figures = last_evaluation(run)
     steps = [line for line in run['lines'] if 'train/ce_nats' in line]
     # The median step: compiling and a busy machine make outliers.
     speed = statistics.median(line['time/tokens_per_s'] for line in steps)
-    for source in sorted({name.split('/')[0] for name in figures}) or ['']:
-      get = lambda name, form: format(figures[f'{source}/{name}'], form) if f'{source}/{name}' in figures else '-'
-      out.add_row(
-        f'{label}' + (f' on {source}' if len(figures) > 8 else ''), str(steps[-1]['step']), get('ce_nats', '.4f'),
-        get('bits_per_byte', '.4f'), get('entropy_nats', '.4f'), get('tail_mass', '.5f'), get('rank1_accuracy', '.4f'),
-        f'{speed:,.0f}')
+    sources = sorted({name.split('/')[0] for name in figures}) or ['']
+    for source in sources:
+      shown = [f'{figures[f"{source}/{name}"]:{form}}' if f'{source}/{name}' in figures else '-'
+               for name, form in COLUMNS.items()]
+      out.add_row(label + (f' on {source}' if len(sources) > 1 else ''), str(steps[-1]['step']), *shown, f'{speed:,.0f}')
   return out
 
 
 def plot(runs: list[dict[str, Any]], path: str) -> None:
-  """Cross-entropy and entropy over tokens, and their difference from the first run, as one picture."""
+  """Cross-entropy and entropy over steps, and how far each run is from the first, as one picture."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
-  panels = (('train/ce_nats', 'cross-entropy (nats)'), ('train/entropy_nats', 'entropy (nats)'),
-            ('train/tail_mass', 'tail mass'))
-  figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), constrained_layout=True)
-  for axis, (key, title) in zip(axes, panels):
-    values_of_all = []
-    for label, run, colour in zip(names(runs), runs, COLOURS * len(runs)):
-      lines = [line for line in run['lines'] if key in line]
-      values = smooth([line[key] for line in lines])
-      values_of_all += values[len(values) // 10:]
-      axis.plot([line['step'] for line in lines], values, color=colour, label=label, linewidth=1.5)
-    if values_of_all:  # the first steps would flatten all that matters
-      low, high = min(values_of_all), max(values_of_all)
-      axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axis.set(title=title, xlabel='step')
+  labels = names(runs)
+  curves = [{key: {line['step']: line[key] for line in run['lines'] if key in line} for key in KEYS} for run in runs]
+  figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+  for axis, (key, title) in zip(axes, KEYS.items()):
+    settled = []
+    for label, curve, colour in zip(labels, curves, COLOURS * len(runs)):
+      values = smooth(list(curve[key].values()), max(20, len(curve[key]) // 25))
+      settled += values[len(values) // 10:]  # the first steps would flatten all that matters
+      axis.plot(list(curve[key]), values, color=colour, label=label, linewidth=1.5)
+    low, high = min(settled), max(settled)
+    axis.set(title=title, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+  for label, curve, colour in list(zip(labels, curves, COLOURS * len(runs)))[1:]:
+    for style, (key, title) in zip(('--', '-'), KEYS.items()):
+      shared = [step for step in curve[key] if step in curves[0][key]]
+      values = smooth([curve[key][step] - curves[0][key][step] for step in shared], max(50, len(shared) // 12))
+      axes[2].plot(shared, values, style, color=colour, label=f'{title.split(" (")[0]}, {label}', linewidth=1.5)
+  axes[2].axhline(0, color='black', linewidth=0.8)
+  axes[2].set_title(f'difference from {labels[0]} (nats)')
+  for axis in axes:
+    axis.set_xlabel('step')
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.25)
   axes[0].legend(frameon=False)
+  if len(runs) > 1:
+    axes[2].legend(frameon=False)
   figure.savefig(path, dpi=130)
   plt.close(figure)
 
 
-def smooth(values: list[float], window: int = 20) -> list[float]:
+def smooth(values: list[float], window: int) -> list[float]:
   """Mean of the last `window` values at each point."""
   return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
@@ -106,7 +116,7 @@ def main() -> None:
   parser.add_argument('--plot', default='', metavar='FILE.png')
   args = parser.parse_args()
   runs = [read_run(path) for path in args.workdirs]
-  Console(soft_wrap=True).print(table(runs))
+  Console(width=None if sys.stdout.isatty() else 140).print(table(runs))
   if args.plot:
     plot(runs, args.plot)
     print(f'curves: {args.plot}')

@@ -3,12 +3,12 @@
 import dataclasses
 import math
 
+from ml_collections import ConfigDict
+
 from configs.load import section
 from data import DataConfig
-from ml_collections import ConfigDict
 from model import MeshConfig, ModelConfig
 from objectives import RewardShaping
-
 from train.checkpoint import CheckpointConfig
 from train.optimizer import OptimizerConfig
 

@@ -35,7 +35,7 @@ def row_share(sharding: NamedSharding, rows: int, length: int) -> tuple[int, int
   start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
   share = stop - start
   if sum(b - a for a, b in set(slices)) != share or rows % share or start % share:
-    raise ValueError(f'train.mesh: a process would read rows that are not one even part of the batch')
+    raise ValueError('train.mesh: a process would read rows that are not one even part of the batch')
   return start // share, rows // share
 
 

@@ -9,15 +9,15 @@ import json
 import math
 from typing import Any
 
-import data
 import jax
-import model
 import numpy as np
-from configs.load import ConfigError, UserError, to_json
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+import data
+import model
+from configs.load import ConfigError, UserError, to_json
 from train import checkpoint, hosts, workdir
 from train.config import RunConfig, run_config
 from train.metrics import Clock, Log, peak_flops
@@ -45,6 +45,8 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
   root = epath.Path(path)
   workdir.check_config(root, config)
   tokenizer = data.Tokenizer(run.data.tokenizer_path)
+  for source in run.data.sources:
+    data.check_prepared(run.data, source)
   mesh = _make_mesh(run)
 
   with jax.set_mesh(mesh):
@@ -81,9 +83,8 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
         raise TrainingError(f'step {step}: {int(sums["invalid"])} targets are no tokens of the vocabulary')
       if not math.isfinite(figures['loss_nats']) or not math.isfinite(sums['grad_norm']):
         good = checkpoints.latest
-        raise TrainingError(
-          f'step {step}: loss is {figures["loss_nats"]}, gradient norm {float(sums["grad_norm"])}; '
-          + (f'the last good checkpoint is {checkpoints.path / str(good)}' if good is not None else 'no checkpoint yet'))
+        good = 'no checkpoint yet' if good is None else f'the last good checkpoint is {checkpoints.path / str(good)}'
+        raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {float(sums["grad_norm"])}; {good}')
       last = {
         **{f'train/{name}': value for name, value in figures.items()},
         'train/grad_norm': float(sums['grad_norm']),
@@ -100,9 +101,11 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
       log.train(step, last)
 
     def validate(step: int) -> None:
+      if not run.data.validation_fraction:
+        return
       for source in run.data.sources:
         total: dict[str, Any] = {}
-        rows = max(run.train.batch_size, mesh.shape['data'] * mesh.shape['fsdp'])
+        rows = run.train.batch_size
         for batch in data.validation_batches(run.data, source, batch_size=rows, count=run.log.eval_batches,
                                              process_index=process, process_count=processes):
           part = jax.device_get(evaluate(state.params, hosts.to_global(batch, placement, rows)))

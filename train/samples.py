@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
+
+import model
 from data import Tokenizer
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 import model
 from data import Batch
 from objectives import Layout, TokenStats, shaped_linear_total

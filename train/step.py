@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from data import Batch
 from model import ModelConfig
-
 from train.score import score, sums
 from train.state import TrainState, donated
 

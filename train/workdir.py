@@ -4,9 +4,10 @@ import json
 import pathlib
 import subprocess
 
-from configs.load import ConfigError, flatten, to_json
 from etils import epath
 from ml_collections import ConfigDict
+
+from configs.load import ConfigError, flatten, to_json
 
 # What may differ when a run goes on in its workdir: it changes how the run is carried out or watched, or how
 # long it lasts; not what was learned so far.

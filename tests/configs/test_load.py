@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from configs import common, load
 from configs.load import ConfigError
 

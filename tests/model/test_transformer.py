@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
 import pytest
+
+import model
 
 CONFIG = model.ModelConfig(
   vocab_size=64, layers=3, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -121,7 +122,7 @@ def test_a_full_cache_drops_what_does_not_fit_and_harms_nothing(params):
   tokens, positions, segments = (x[:, :6] for x in row(6))
   _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 1, 6))
   _, after = forward(CONFIG, params, tokens[:, :1], positions[:, :1] + 6, segments[:, :1], cache)
-  same(after.k_LBSKH, cache.k_LBSKH)
+  same(after.k_LBKSH, cache.k_LBKSH)
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2)])

@@ -10,7 +10,7 @@ def top_k(z, k):
   return mask
 
 
-def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power', max_product_weight=30.0):
+def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power'):
   """loss, dloss/dz [V] and the statistics of one position."""
   z = np.asarray(z, np.float64)
   wrong = np.arange(len(z)) != x
@@ -19,10 +19,10 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
   margin = z[x] - lse(z[wrong])
   log_p, log_1mp = -np.logaddexp(0, -margin), -np.logaddexp(0, margin)
   if form == 'power':  # log w = log p (1 - (1-p)^β), by its limit where log p underflows in the product
-    log_w = log_p * -np.expm1(beta * log_1mp) if margin < 30 else np.exp(-(1 + beta) * margin) - np.exp(-margin)
-    w = np.exp(log_w)
+    far = margin > 30
+    w = np.exp(np.exp(-(1 + beta) * margin) - np.exp(-margin) if far else log_p * -np.expm1(beta * log_1mp))
   else:
-    w = min(np.exp(beta * log_1mp), max_product_weight)
+    w = np.exp(min(beta * log_1mp, np.log(30)))  # capped at 30
   in_k = top_k(z, top_k_size)
   head, tail = in_k & wrong, ~in_k & wrong
   head_mass, tail_mass = p[head].sum(), p[tail].sum()
@@ -33,11 +33,11 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
   minus_tail = np.where(tail, p[~tail].sum(), -tail_mass)
   grad = w * p_minus_1 - lambda_head * p * minus_head - lambda_tail * p * minus_tail
   log_all = z - lse(z)
-  stats = dict(
-    target_logp=log_p, entropy=-np.sum(np.where(p > 0, p * log_all, 0)),
-    target_rank=int(np.flatnonzero(np.argsort(-z, kind='stable') == x)[0]),
-    head_mass=head_mass, tail_mass=tail_mass,
-  )
+  stats = {
+    'target_logp': log_p, 'entropy': -np.sum(np.where(p > 0, p * log_all, 0)),
+    'target_rank': int(np.flatnonzero(np.argsort(-z, kind='stable') == x)[0]),
+    'head_mass': head_mass, 'tail_mass': tail_mass,
+  }
   return loss, grad, stats
 
 

@@ -6,14 +6,14 @@ The chunked head gets the logits as hidden states and the identity as head, so t
 import jax
 import jax.numpy as jnp
 import numpy as np
+import objective_oracle as oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from objectives import RewardShaping, linear_token_stats, shaped_linear_loss, shaped_linear_total, shaped_loss
 from objectives.reward_shaping import power_weight
 from objectives.top_k import top_k
-from objectives import RewardShaping, linear_token_stats, shaped_linear_loss, shaped_linear_total, shaped_loss
-import objective_oracle as oracle
 
 VOCAB = 12
 SHAPINGS = [
@@ -28,8 +28,9 @@ IDS = [f'{s.form} {s.beta} {s.lambda_head} {s.lambda_tail} {s.top_k}' for s in S
 
 
 def as_oracle(s):
-  return dict(
-    beta=s.beta, lambda_head=s.lambda_head, lambda_tail=s.lambda_tail, top_k_size=s.top_k, form=s.form)
+  return {
+    'beta': s.beta, 'lambda_head': s.lambda_head, 'lambda_tail': s.lambda_tail,
+    'top_k_size': s.top_k, 'form': s.form}
 
 
 @pytest.fixture(scope='module', params=range(len(SHAPINGS)), ids=IDS)
@@ -150,8 +151,12 @@ def test_bfloat16():
   s = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1, top_k=7)
   z = np.asarray(h, np.float64) @ np.asarray(head, np.float64)
   loss, dz, stats = oracle.many(z, x, **as_oracle(s))
-  (_, (got, found)), grads = jax.value_and_grad(
-    lambda h, w: (lambda t, *rest: (t, rest))(*shaped_linear_total(h, w, x, s)), (0, 1), has_aux=True)(h, head)
+
+  def f(h, head):
+    total, *rest = shaped_linear_total(h, head, x, s)
+    return total, rest
+
+  (_, (got, found)), grads = jax.value_and_grad(f, (0, 1), has_aux=True)(h, head)
   np.testing.assert_allclose(got, loss, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(found.entropy, stats['entropy'], rtol=1e-4, atol=1e-5)
   for grad, wanted in zip(grads, (dz @ np.asarray(head, np.float64).T, np.asarray(h, np.float64).T @ dz)):
@@ -190,6 +195,7 @@ def test_statistics_without_gradient():
   z = 5 * np.tanh(h.astype(np.float64) @ head / 5) / 0.7
   _, _, wanted = oracle.many(z.reshape(14, 300), x.reshape(14), top_k_size=10)
   stats = linear_token_stats(
-    jnp.asarray(h), jnp.asarray(head), jnp.asarray(x), top_k=10, temperature=0.7, soft_cap=5.0, chunk_tokens=4)
+    jnp.asarray(h), jnp.asarray(head), jnp.asarray(x), top_k=10,
+    temperature=0.7, soft_cap=5.0, chunk_tokens=4)
   for name, value in wanted.items():
     np.testing.assert_allclose(getattr(stats, name).reshape(14), value, rtol=2e-5, atol=1e-6, err_msg=name)

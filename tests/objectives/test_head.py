@@ -56,7 +56,7 @@ def test_weights_scale_and_masks_hide_everything():
 
 
 def test_soft_cap_z_loss_and_temperature():
-  options = dict(soft_cap=3.0, z_loss=0.01, temperature=0.6)
+  options = {'soft_cap': 3.0, 'z_loss': 0.01, 'temperature': 0.6}
 
   def plain(h, w):
     z = 3 * jnp.tanh(h @ w / 3) / 0.6
@@ -85,8 +85,12 @@ def test_top_k_is_left_out_unless_asked_for():
 
 def test_targets_outside_the_vocabulary_show():
   x = X.at[0, 0].set(40).at[1, 1].set(-1)
-  (total, (loss, stats)), grads = jax.value_and_grad(
-    lambda h, w: (lambda t, *rest: (t, rest))(*shaped_linear_total(h, w, x, SHAPING)), (0, 1), has_aux=True)(H, HEAD)
+
+  def f(h, head):
+    total, *rest = shaped_linear_total(h, head, x, SHAPING)
+    return total, rest
+
+  (total, (loss, stats)), grads = jax.value_and_grad(f, (0, 1), has_aux=True)(H, HEAD)
   wrong = np.asarray(x != X)
   assert np.isnan(total)
   np.testing.assert_array_equal(np.isnan(loss), wrong)
@@ -96,19 +100,19 @@ def test_targets_outside_the_vocabulary_show():
 
 
 @pytest.mark.parametrize('arguments,message', [
-  (dict(head=HEAD[:5]), 'head must be [D, V]'),
-  (dict(targets=X[:2]), 'targets must have the shape of hidden'),
-  (dict(targets=X.astype(float)), 'targets must be integer'),
-  (dict(weights=jnp.ones(3)), 'weights must have the shape of targets'),
-  (dict(stats='all'), "stats must be basic or full, got 'all'"),
-  (dict(temperature=0.0), 'temperature must be positive, got 0.0'),
-  (dict(soft_cap=-1.0), 'soft_cap must be positive, got -1.0'),
-  (dict(chunk_tokens=0), 'chunk_tokens must be positive, got 0'),
-  (dict(z_loss=float('nan')), 'z_loss must be finite, got nan'),
-  (dict(layout=Layout(vocab='nowhere')), "layout.vocab: the mesh in force has no axis 'nowhere'"),
+  ({'head': HEAD[:5]}, 'head must be [D, V]'),
+  ({'targets': X[:2]}, 'targets must have the shape of hidden'),
+  ({'targets': X.astype(float)}, 'targets must be integer'),
+  ({'weights': jnp.ones(3)}, 'weights must have the shape of targets'),
+  ({'stats': 'all'}, "stats must be basic or full, got 'all'"),
+  ({'temperature': 0.0}, 'temperature must be positive, got 0.0'),
+  ({'soft_cap': -1.0}, 'soft_cap must be positive, got -1.0'),
+  ({'chunk_tokens': 0}, 'chunk_tokens must be positive, got 0'),
+  ({'z_loss': float('nan')}, 'z_loss must be finite, got nan'),
+  ({'layout': Layout(vocab='nowhere')}, "layout.vocab: the mesh in force has no axis 'nowhere'"),
 ])
 def test_refusals(arguments, message):
-  arguments = dict(hidden=H, head=HEAD, targets=X, shaping=SHAPING) | arguments
+  arguments = {'hidden': H, 'head': HEAD, 'targets': X, 'shaping': SHAPING} | arguments
   with pytest.raises(ValueError) as error:
     jax.eval_shape(lambda: shaped_linear_loss(**arguments))
   assert str(error.value).startswith(message)
@@ -121,8 +125,8 @@ def test_refusals(arguments, message):
 def test_memory(function):
   """Compiled, not run: forward + backward of 32,768 tokens x 131,072 words in a tenth of their logits."""
   tokens, vocab, width = 32_768, 131_072, 2048
-  h, head = jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16), jax.ShapeDtypeStruct((width, vocab), jnp.bfloat16)
-  step = jax.jit(lambda h, w, x: jax.value_and_grad(lambda h, w: function(h, w, x), (0, 1), has_aux=True)(h, w))
+  h, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, width), (width, vocab)))
+  step = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))
   compiled = step.lower(h, head, jax.ShapeDtypeStruct((tokens,), jnp.int32)).compile()
   share = compiled.memory_analysis().temp_size_in_bytes / (4 * tokens * vocab)
   assert share <= 0.10, share

@@ -58,7 +58,8 @@ def test_five_meshes(shape, function):
   compare(got, wanted)
   np.testing.assert_array_equal(got[0][1][1].target_rank, wanted[0][1][1].target_rank)
   tokens, vocab = H.shape[0] * H.shape[1], HEAD.shape[1]
-  for op in re.findall(r'= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)[-\w]*\(', hlo):
+  collectives = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute'
+  for op in re.findall(rf'= (.*?) (?:{collectives})[-\w]*\(', hlo):
     for dims in re.findall(r'\w+\[([\d,]+)\]', op):
       dims = [int(d) for d in dims.split(',')]
       # Weights and their gradient carry D and a part of V, hidden states tokens and D, the rest k a token.
@@ -85,7 +86,8 @@ def test_weights_move_outside_the_loop_only():
     for eqn in jaxpr.eqns:
       if in_loop and eqn.primitive.name in ('psum', 'pmax', 'all_gather', 'reduce_scatter', 'psum_invariant'):
         largest.extend(v.aval.size for v in eqn.outvars)
-      for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')):
+      is_jaxpr = lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')
+      for parameter in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr):
         inner = getattr(parameter, 'jaxpr', parameter)
         if hasattr(inner, 'eqns'):
           walk(inner, in_loop or eqn.primitive.name == 'scan')

@@ -1,10 +1,11 @@
 """Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
 
 import jax
-import model
 import numpy as np
 import pytest
 from etils import epath
+
+import model
 from train import checkpoint, samples
 from train.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from train.optimizer import OptimizerConfig, make_optimizer

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 from etils import epath
+
 from train import checkpoint
 
 STEPS = 12

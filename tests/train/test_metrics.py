@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 from etils import epath
+
 from train.metrics import Clock, JsonLines, Log, describe, peak_flops, read_lines
 
 FIGURES = {

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
 import optax
 import pytest
+
+import model
 from data import Batch
 from objectives import RewardShaping
 from train.optimizer import OptimizerConfig, make_optimizer, schedule

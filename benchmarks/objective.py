@@ -1,0 +1,166 @@
+"""What the shaped objective costs beside plain cross-entropy: forward + backward, time and temp memory.
+
+    python -m benchmarks.objective                                # runs on the first device
+    python -m benchmarks.objective --grid=2048x512x65536,8192x1024x32768
+    python -m benchmarks.objective --tpu=v5e:2x2 --grid=32768x2048x131072 --dtype=bfloat16
+
+Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds: on a shared machine
+the CPU seconds are the steadier. tokamax (pip install tokamax) is timed if it is there. --tpu compiles ahead
+of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, cycles are its own estimates
+times trip counts. It has none for some operations (TopK, sort); these are counted apart.
+"""
+# N tokens  D width  V vocabulary
+
+import os
+import re
+import time
+
+from absl import app, flags
+
+GRID = flags.DEFINE_list('grid', ['8192x512x65536'], 'tokens x D x V, several by commas')
+ONLY = flags.DEFINE_list('only', [], 'Names (or their starts) of what to compare; empty: all.')
+DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of hidden states and head.')
+REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs of each.')
+CHUNK = flags.DEFINE_integer('chunk_tokens', 0, "Ours: tokens a chunk; 0: the head's default.")
+TPU = flags.DEFINE_string('tpu', '', 'Topology to compile for instead of running, e.g. v5e:2x2.')
+
+
+def contenders(chunk_tokens):
+  """Name -> f(hidden, head, targets) -> (scalar loss, whatever else it reports)."""
+  import jax.numpy as jnp
+  import optax
+
+  from objectives import RewardShaping, shaped_linear_loss, shaped_linear_total
+
+  chunk = {'chunk_tokens': chunk_tokens or None}
+
+  def full(h, w, x):
+    z = jnp.matmul(h, w, preferred_element_type=jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(z, x).sum(), ()
+
+  def total(shaping, with_stats):
+    def f(h, w, x):
+      value, loss, stats = shaped_linear_total(h, w, x, shaping, **chunk)
+      return value, (loss, stats) if with_stats else ()
+    return f
+
+  def per_token(h, w, x):
+    return shaped_linear_loss(h, w, x, ranks, **chunk)[0].sum(), ()
+
+  beta = RewardShaping(beta=-0.25)
+  ranks = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1)
+  found = {
+    'optax, all logits': full,
+    'ours: cross-entropy': total(RewardShaping(), False),
+    'ours: beta': total(beta, False),
+    'ours: beta + statistics': total(beta, True),
+    'ours: ranks': total(ranks, False),
+    'ours: ranks + statistics': total(ranks, True),
+    'ours: ranks per token': per_token,
+  }
+  try:
+    import tokamax
+  except ImportError:
+    return found
+  peer = lambda h, w, x: (tokamax.linear_softmax_cross_entropy_loss(
+    h, x, w, reduction='sum', implementation='chunked_xla'), ())
+  return {'tokamax chunked_xla': peer} | found
+
+
+def estimated_cycles(hlo):
+  """(cycles, operations without an estimate): the TPU compiler's estimates, loop bodies times their trips."""
+  bodies, name, entry = {}, None, None
+  for line in hlo.split('\n'):
+    head = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
+    if head:
+      name = head.group(2)
+      bodies[name] = []
+      entry = name if head.group(1) else entry
+    elif name:
+      bodies[name].append(line)
+
+  def trips(condition):
+    """The loop's bound: scans count from 0 up to the one s32 constant that their condition holds."""
+    constants = re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[condition]))
+    return max(int(n) for n in constants)
+
+  def count(name):
+    cycles, unknown = 0, 0
+    for line in bodies[name]:
+      estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+      cycles += int(estimate.group(1)) if estimate else 0
+      unknown += 'custom_call_target="TopK"' in line or ' sort(' in line
+      loop = re.search(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)', line)
+      if loop:
+        inner = count(loop.group(2))
+        cycles += trips(loop.group(1)) * inner[0]
+        unknown += trips(loop.group(1)) * inner[1]
+    return cycles, unknown
+
+  return count(entry)
+
+
+def compare(shape, run_names):
+  import jax
+  import jax.numpy as jnp
+
+  tokens, width, vocab = (int(n) for n in shape.split('x'))
+  dtype = jnp.dtype(DTYPE.value)
+  sharding = None
+  if TPU.value:
+    from jax.experimental import topologies
+    chips = topologies.get_topology_desc(platform='tpu', topology_name=TPU.value).devices
+    sharding = jax.sharding.SingleDeviceSharding(chips[0])
+  abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  weights = abstract((tokens, width), dtype), abstract((width, vocab), dtype)
+  arguments = *weights, abstract((tokens,), jnp.int32)
+
+  compiled = {}
+  for name, f in contenders(CHUNK.value).items():
+    if not run_names or any(name.startswith(start) for start in run_names):
+      compiled[name] = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(*arguments).compile()
+
+  full_bytes = 4 * tokens * vocab
+  where = f'{TPU.value}, compiled only' if TPU.value else jax.devices()[0].device_kind
+  print(f'\ntokens {tokens}  D {width}  V {vocab}  {dtype}  ({where}, jax {jax.__version__})', flush=True)
+  memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
+  if TPU.value:
+    print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"Mcycles":>10}{"ratio":>8}{"uncounted":>11}')
+    cycles = {name: estimated_cycles(c.as_text()) for name, c in compiled.items()}
+    base = cycles.get('ours: cross-entropy', next(iter(cycles.values())))[0]
+    for name, (known, unknown) in cycles.items():
+      print(f'{name:30}{memory[name] / 2**20:10.0f}{memory[name] / full_bytes:11.4f}'
+            f'{known / 1e6:10.1f}{known / base:8.3f}{unknown:11d}')
+    return
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  h = jax.random.normal(keys[0], (tokens, width), dtype)
+  w = jax.random.normal(keys[1], (width, vocab), dtype) * 0.05
+  x = jax.random.randint(keys[2], (tokens,), 0, vocab)
+  wall, cpu = {}, {}
+  for round_ in range(REPEATS.value + 1):  # the first warms up
+    for name, run in compiled.items():
+      start = time.perf_counter(), time.process_time()
+      jax.block_until_ready(run(h, w, x))
+      if round_:
+        wall[name] = min(wall.get(name, float('inf')), time.perf_counter() - start[0])
+        cpu[name] = min(cpu.get(name, float('inf')), time.process_time() - start[1])
+  base = 'tokamax chunked_xla' if 'tokamax chunked_xla' in compiled else next(iter(compiled))
+  print(f'ratios to {base}')
+  print(f'{"":30}{"wall s":>9}{"ratio":>8}{"cpu s":>9}{"ratio":>8}{"temp MiB":>10}{"of logits":>11}')
+  for name in compiled:
+    print(f'{name:30}{wall[name]:9.3f}{wall[name] / wall[base]:8.2f}'
+          f'{cpu[name]:9.2f}{cpu[name] / cpu[base]:8.2f}'
+          f'{memory[name] / 2**20:10.0f}{memory[name] / full_bytes:11.4f}')
+
+
+def main(argv):
+  del argv
+  if TPU.value:  # no TPU is attached: keep libtpu from looking for one
+    os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  for shape in GRID.value:
+    compare(shape, ONLY.value)
+
+
+if __name__ == '__main__':
+  app.run(main)

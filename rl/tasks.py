@@ -1,0 +1,309 @@
+"""What RL and evaluation ask of the model: prompts with their references, by index, in an order that is a function.
+
+    reasoning:TASK+TASK               made-up problems, as in pre-training (data/reasoning.py); endless
+    reasoning:TASK?level=2&max_terms=3   one task at another difficulty: a level of reasoning-gym's curriculum
+                                      and options of its generator
+    jsonl:GLOB                        GSM8K (question, answer ending in '#### N'), MATH (problem, solution,
+                                      answer), AIME and AMC (problem, answer) forms, told apart by their fields
+    tfds:NAME[/CONFIG][:SPLIT]        the same fields in a TFDS data set
+
+Questions are split by a hash of their text, so that a question that comes up twice, in another stream or file,
+stays on its side. Errors are DataErrors of one line, naming the file and the line in it.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import gzip
+import hashlib
+import json
+import math
+import re
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from data import formats, packing, reasoning, record_formats
+from data.config import DataError
+from rl.verifiers import ANSWER_FORMATS, extract_answer
+
+SPLITS = ('train', 'held_out', 'all')
+_MISSED = 1e-12  # chance that an endless set finds no question of its split for an index
+_UNSAFE = {'codeio': 'it runs stored programs to make its problems', 'composite': 'name its tasks instead'}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """Where prompts come from and how they and their answers are written."""
+
+  uri: str  # see above
+  prompt: str = reasoning.PROMPT  # {question} is replaced; nothing else in it has a meaning
+  answer_format: str = 'line'  # line: 'Answer: X' on a line of its own; boxed: \boxed{X}
+  held_out_fraction: float = 0.02  # of the questions, by a hash of their text: never in 'train'
+
+  def __post_init__(self):
+    if self.uri.partition(':')[0] not in ('reasoning', 'jsonl', 'tfds') or not self.uri.partition(':')[2]:
+      raise ValueError(f'uri must be reasoning:TASK, jsonl:GLOB or tfds:NAME, got {self.uri!r}')
+    if self.prompt.count('{question}') != 1:
+      raise ValueError(f'prompt must hold {{question}} once, got {self.prompt!r}')
+    if self.prompt != self.prompt.rstrip(' '):  # tokenizers glue a space to the word after it
+      raise ValueError(f'prompt must not end in a space, got {self.prompt!r}')
+    if self.answer_format not in ANSWER_FORMATS:
+      raise ValueError(f'answer_format must be one of {", ".join(ANSWER_FORMATS)}, got {self.answer_format!r}')
+    if not 0 <= self.held_out_fraction <= 1:
+      raise ValueError(f'held_out_fraction must be in [0, 1], got {self.held_out_fraction}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A prompt, and what its verifier needs."""
+
+  id: str  # the same question of the same source has the same one in any split, order or run
+  question: str
+  prompt: str
+  reference: str  # the right answer, or one of them; empty if there is only a scorer
+  verifier: str  # exact | math | reasoning_gym
+  answer_format: str
+  answer_lines: int = 1  # how many lines an answer takes; 0: all that are left
+  entry: str = ''  # reasoning_gym: (name, options, record) as a Python literal, which a worker reads safely
+
+
+def question_hash(question: str) -> int:
+  """64 bits, the same for texts that differ in white space and case only."""
+  return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
+
+
+class TaskSet:
+  """The tasks of one split of a source. `tasks[i]` and `tasks.at(cursor)` are pure functions.
+
+  Attributes:
+    size: number of tasks; None if there is no end of them.
+  """
+
+  def __init__(self, config: TaskConfig, *, seed: int = 0, split: str = 'train', exclude: frozenset[int] = frozenset()):
+    """
+    Args:
+      seed: of the order and, in an endless 'train' split, of the problems. Held-out tasks don't depend on it.
+      split: 'train', 'held_out', or 'all' for a benchmark that is only evaluated on.
+      exclude: hashes of questions to leave out, `hashes()` of the sets to be evaluated on.
+
+    Raises:
+      DataError: a source that can't be read, or whose split is empty.
+    """
+    if split not in SPLITS:
+      raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
+    self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
+    kind, _, rest = config.uri.partition(':')
+    if kind == 'reasoning':
+      self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
+      share = {'train': 1 - config.held_out_fraction, 'held_out': config.held_out_fraction, 'all': 1.0}[split]
+      if not share:
+        raise DataError(f'{config.uri}: the {split!r} split is empty with held_out_fraction={config.held_out_fraction}')
+      self._tries = 1 if share == 1 and not exclude else math.ceil(math.log(_MISSED) / math.log(max(1e-6, 1 - share)))
+      self._tries += 8 if exclude else 0
+      return
+    found = list(_from_tfds(rest) if kind == 'tfds' else _from_jsonl(rest))
+    self._kept = [fields for fields in found if self._belongs(fields['question'])]
+    self.size = len(self._kept)
+    if not self._kept:
+      raise DataError(f'{config.uri}: none of its {len(found)} questions is in the {split!r} split '
+                      f'(held_out_fraction={config.held_out_fraction}, {len(exclude)} excluded)')
+
+  def __len__(self) -> int:
+    if self.size is None:
+      raise TypeError(f'{self.config.uri} has no end')
+    return self.size
+
+  def __getitem__(self, index: int) -> Task:
+    """Task `index` >= 0 of the set, in the source's own order. Raises IndexError after the last."""
+    if index < 0 or (self.size is not None and index >= self.size):
+      raise IndexError(f'{self.config.uri}: no task {index}, there are {self.size}')
+    fields = self._kept[index] if self.size is not None else self._generate(index)
+    prompt = self.config.prompt.replace('{question}', fields['question'])
+    return Task(prompt=prompt, answer_format=self.config.answer_format, **fields)
+
+  def at(self, cursor: int) -> Task:
+    """The task of prompt number `cursor` of a run: each epoch has every task once, in another order.
+
+    A run's whole state is the number of prompts that it has consumed.
+    """
+    if self.size is None:
+      return self[cursor]
+    epoch, index = divmod(cursor, self.size)
+    return self[int(packing.permute(np.array([index]), self.size, f'tasks/{self.seed}/{epoch}')[0])]
+
+  def hashes(self, count: int = 0) -> frozenset[int]:
+    """question_hash of the first `count` tasks (0: all, of a set that has an end), for another set's `exclude`."""
+    return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
+
+  def _belongs(self, question: str) -> bool:
+    key = question_hash(question)
+    held_out = key < self.config.held_out_fraction * 2**64
+    return key not in self._exclude and (self.split == 'all' or held_out == (self.split == 'held_out'))
+
+  def _generate(self, index: int) -> dict[str, Any]:
+    for attempt in range(self._tries):  # an index has its own candidates, so that no other need be looked at
+      fields = self._source.fields(index, attempt, self._tries)
+      if self._belongs(fields['question']):
+        return fields
+    raise DataError(f'{self.config.uri}: {self._tries} problems in a row are not in the {self.split!r} split; it has '
+                    'too few different ones for this held_out_fraction')
+
+
+# Records of files
+
+
+def _from_jsonl(pattern: str) -> Iterator[dict[str, Any]]:
+  for path in formats.find(pattern):
+    content = epath.Path(path).read_bytes()
+    try:
+      content = gzip.decompress(content) if path.endswith('.gz') else content
+      lines = content.decode().split('\n')
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+      raise DataError(f'{path}: can\'t be read ({error}); fetch it again') from None
+    for number, line in enumerate(lines, 1):
+      if line.strip():
+        try:
+          record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+          raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
+        yield _fields(record, f'{path}:{number}')
+
+
+def _from_tfds(spec: str) -> Iterator[dict[str, Any]]:
+  records = record_formats._tfds(spec)
+  for i in range(len(records)):
+    values = {name: value.item() if hasattr(value, 'item') else value for name, value in records[i].items()}
+    record = {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+    yield _fields(record, f'tfds:{spec}, record {i}')
+
+
+def _fields(record: Any, where: str) -> dict[str, Any]:
+  """The fields of a Task from a record of one of the known forms."""
+  if not isinstance(record, Mapping):
+    raise DataError(f'{where}: expected an object, got {type(record).__name__}')
+  question = record.get('problem', record.get('question'))
+  answer, solution = record.get('answer'), record.get('solution')
+  if not isinstance(question, str) or not question.strip():
+    raise DataError(f"{where}: no text in 'problem' or 'question', only {', '.join(sorted(record))}")
+  if isinstance(answer, float) and answer.is_integer():  # AMC: 27.0
+    answer = int(answer)
+  if isinstance(answer, str) and '####' in answer:  # GSM8K: worked steps, then the number
+    reference = answer.rsplit('####', 1)[1].strip().replace(',', '')
+  elif answer is None and isinstance(solution, str):  # MATH as published
+    reference = extract_answer(solution, 'boxed') or ''
+  else:
+    reference = '' if answer is None or isinstance(answer, bool | list | dict) else str(answer).strip()
+  if not reference or '\n' in reference:
+    raise DataError(f"{where}: no final answer: 'answer' must hold it, alone or after '####', or 'solution' must "
+                    'box it')
+  question = question.strip()
+  return {'id': f'{question_hash(question):016x}', 'question': question, 'reference': reference, 'verifier': 'math'}
+
+
+# Generated problems
+
+
+class _Generated:
+  """reasoning-gym's problems, by index: those of data/reasoning.py, or of one task at given difficulty."""
+
+  def __init__(self, rest: str, stream: str):
+    names, _, query = rest.partition('?')
+    self._tasks, self._stream = tuple(names.split('+')), stream
+    reasoning.check_tasks(self._tasks)
+    for task in self._tasks:
+      if task in _UNSAFE:
+        raise DataError(f'reasoning:{rest}: task {task!r} is not for RL: {_UNSAFE[task]}')
+    if query and len(self._tasks) > 1:
+      raise DataError(f'reasoning:{rest}: options go with one task, here are {len(self._tasks)}')
+    self._options = _options(self._tasks[0], query) if query else {}
+
+  def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
+    """Candidate `attempt` of `attempts` for task `index`, which stays with its kind of task."""
+    kinds = len(self._tasks)
+    task, number = self._tasks[index % kinds], (index // kinds) * attempts + attempt
+    if self._options:
+      entry = _block(task, repr(self._options), self._stream, number // _BLOCK)[number % _BLOCK]
+    else:
+      entry = reasoning.problem((task,), number, stream=self._stream).entry
+    reference = '' if entry['answer'] is None else str(entry['answer']).strip()
+    question = entry['question'].strip()
+    scored = not _is_exact(task) or not reference
+    literal = _literal((task, self._options, entry), f'reasoning:{task}') if scored else ''
+    return {
+      'id': f'{task}/{question_hash(question):016x}', 'question': question, 'reference': reference,
+      'verifier': 'reasoning_gym' if scored else 'exact', 'entry': literal,
+      'answer_lines': reference.count('\n') + 1 if reference else 0,
+    }
+
+
+_BLOCK = 1024  # as in data/reasoning.py: an endless sequence is a chain of generators of this size
+
+
+@functools.lru_cache(maxsize=32)
+def _block(task: str, options: str, stream: str, number: int):
+  import reasoning_gym
+
+  seed = int.from_bytes(hashlib.blake2b(f'{task}/{options}/{stream}/{number}'.encode(), digest_size=6).digest())
+  return reasoning_gym.create_dataset(task, seed=seed, size=_BLOCK, **ast.literal_eval(options))
+
+
+@functools.cache
+def _is_exact(task: str) -> bool:
+  """Whether the task's scorer gives 1 to nothing but the answer itself, so that no worker is needed."""
+  from reasoning_gym.dataset import ProceduralDataset
+  from reasoning_gym.factory import DATASETS
+
+  return DATASETS[task][0].score_answer is ProceduralDataset.score_answer
+
+
+def _options(task: str, query: str) -> dict[str, Any]:
+  """The generator's options that differ from its defaults, from 'level=2&max_terms=3'; checked by making one."""
+  import reasoning_gym
+  from reasoning_gym.factory import CURRICULA, DATASETS
+
+  uri = f'reasoning:{task}?{query}'
+  config = DATASETS[task][1]()
+  known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  defaults = {name: value for name, value in known.items() if name not in ('seed', 'size')}
+  given = {}
+  for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True):
+    if name != 'level' and name not in defaults:
+      near = difflib.get_close_matches(name, defaults, n=1)
+      raise DataError(f'{uri}: {task} has no option {name!r}' + (f'; did you mean {near[0]}?' if near else ''))
+    try:  # words are text; numbers, true/false and lists are themselves
+      given[name] = json.loads(text)
+    except json.JSONDecodeError:
+      given[name] = text
+  level = given.pop('level', None)
+  try:
+    if level is not None:
+      if task not in CURRICULA or not isinstance(level, int) or level < 0:
+        raise ValueError('level must be a whole number >= 0, of a task with a curriculum')
+      curriculum = reasoning_gym.create_curriculum(task) if hasattr(reasoning_gym, 'create_curriculum') else (
+        CURRICULA[task]())
+      curriculum.set_global_level(level)
+      at_level = curriculum.generate_configuration()
+      given = {name: getattr(at_level, name) for name in defaults} | given
+    options = {name: value for name, value in given.items() if value != defaults[name]}
+    _block(task, _literal(options, uri), 'rl/check', 0)[0]
+  except (ValueError, AssertionError, TypeError) as error:
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f'{uri}: {str(error) or "refused by the generator"}') from None
+  return options
+
+
+def _literal(value: Any, uri: str) -> str:
+  """`value` as a Python literal. Raises DataError if there is none that equals it."""
+  text = re.sub(r'\bnp\.float64\((.*?)\)', r'\1', repr(value))
+  try:
+    if ast.literal_eval(text) == value:
+      return text
+  except (ValueError, SyntaxError):
+    pass
+  raise DataError(f'{uri}: its records hold objects that can\'t be handed to a verifier; choose another task')
