@@ -23,6 +23,7 @@ CORE = [
     'pyarrow>=17.0',
     'fsspec>=2024.6',
     'reasoning-gym>=0.1.23',
+    'math-verify>=0.9.0',
     # What one sees while it runs.
     'rich>=13.7',
     'tensorboardX>=2.6.2',

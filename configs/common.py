@@ -34,9 +34,21 @@ def base() -> ConfigDict:
     scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through
   ))
 
-  # beta < 0 sharpens (precision), > 0 flattens (diversity); lambdas reward (> 0) or punish (< 0) the other
-  # tokens, inside and outside the top k. All zero is plain cross-entropy. docs/objective.md has the equations.
-  c.objective = ConfigDict(dict(beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k=100, form='power'))
+  # All zero is plain cross-entropy. docs/objective.md has the equations.
+  c.objective = ConfigDict(dict(
+    form='power',  # the paper's; or product, focal, dft, label_smoothing, ... (objectives/family.py)
+    beta=0.0,  # < 0 sharpens (precision), > 0 flattens (diversity)
+    lambda_head=0.0,  # reward (> 0) or punishment (< 0) of wrong tokens among the top k
+    lambda_tail=0.0,  # the same for all other wrong tokens
+    top_k=100,
+    schedule='constant',  # linear: from the values *_from at schedule_start to those above at schedule_end;
+    beta_from=0.0,  # step: the values *_from until schedule_start, those above from there on
+    lambda_head_from=0.0,
+    lambda_tail_from=0.0,
+    schedule_start=0,  # optimizer steps
+    schedule_end=0,
+    z_loss=0.0,  # factor of logsumexp(logits)^2
+  ))
 
   c.data = ConfigDict(dict(
     dir='runs/data/base',  # tokenizer.model and one prepared folder a source; local or gs://

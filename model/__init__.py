@@ -1,4 +1,4 @@
-"""The decoder: its shapes (config), where arrays live (sharding), the forward function (transformer), a cache (decode)."""
+"""The decoder: config (shapes), sharding (where arrays live), transformer (forward function), decode (its cache)."""
 
 from model.config import ModelConfig, flops_per_token, parameter_counts
 from model.decode import Cache, empty_cache

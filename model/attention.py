@@ -35,8 +35,10 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
   A query that sees nothing (padding in front of an empty cache) gets the mean of all values, not NaN.
   """
   batch, length, heads, width = q_BTNH.shape
-  q_BTKGH = q_BTNH.reshape(batch, length, k_BKSH.shape[1], -1, width)
-  score_BKGTS = jnp.einsum('BTKGH,BKSH->BKGTS', q_BTKGH * width**-0.5, k_BKSH, preferred_element_type=jnp.float32)
+  # Queries first, in the products' own order: as einsum would turn them, decoding on a CPU takes twice as long.
+  q_BKGTH = (q_BTNH * width**-0.5).reshape(batch, length, k_BKSH.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
+  score_BKGTS = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
   score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, -1e30)
   weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
-  return jnp.einsum('BKGTS,BKSH->BTKGH', weight_BKGTS, v_BKSH).reshape(batch, length, heads, width)
+  out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS, v_BKSH)
+  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)

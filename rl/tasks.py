@@ -1,14 +1,14 @@
-"""What RL and evaluation ask of the model: prompts with their references, by index, in an order that is a function.
+"""What RL and evaluation ask of the model: prompts with their references, by index, in a fixed order.
 
-    reasoning:TASK+TASK               made-up problems, as in pre-training (data/reasoning.py); endless
-    reasoning:TASK?level=2&max_terms=3   one task at another difficulty: a level of reasoning-gym's curriculum
-                                      and options of its generator
-    jsonl:GLOB                        GSM8K (question, answer ending in '#### N'), MATH (problem, solution,
-                                      answer), AIME and AMC (problem, answer) forms, told apart by their fields
-    tfds:NAME[/CONFIG][:SPLIT]        the same fields in a TFDS data set
+    reasoning:TASK+TASK          made-up problems, as in pre-training (data/reasoning.py); endless
+    reasoning:TASK?OPTION=VALUE&...   one task at another difficulty: level=N of reasoning-gym's curriculum, and
+                                 options of the task's generator
+    jsonl:GLOB                   GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer),
+                                 AIME and AMC (problem, answer): told apart by their fields; .gz too
+    tfds:NAME[/CONFIG][:SPLIT]   the same fields in a TFDS data set
 
-Questions are split by a hash of their text, so that a question that comes up twice, in another stream or file,
-stays on its side. Errors are DataErrors of one line, naming the file and the line in it.
+Questions are split by a hash of their text, so that one that comes up twice, in another stream or file, stays
+on its side. Errors are DataErrors of one line, naming the file and the line in it.
 """
 
 import ast
@@ -33,7 +33,11 @@ from rl.verifiers import ANSWER_FORMATS, extract_answer
 
 SPLITS = ('train', 'held_out', 'all')
 _MISSED = 1e-12  # chance that an endless set finds no question of its split for an index
-_UNSAFE = {'codeio': 'it runs stored programs to make its problems', 'composite': 'name its tasks instead'}
+_UNFIT = {
+  'codeio': 'it runs stored programs to make its problems',
+  'composite': 'name its tasks instead',
+  'game_of_life_halting': 'its scorer calls any text right',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ class TaskConfig:
     if self.prompt != self.prompt.rstrip(' '):  # tokenizers glue a space to the word after it
       raise ValueError(f'prompt must not end in a space, got {self.prompt!r}')
     if self.answer_format not in ANSWER_FORMATS:
-      raise ValueError(f'answer_format must be one of {", ".join(ANSWER_FORMATS)}, got {self.answer_format!r}')
+      raise ValueError(f'answer_format must be {" or ".join(ANSWER_FORMATS)}, got {self.answer_format!r}')
     if not 0 <= self.held_out_fraction <= 1:
       raise ValueError(f'held_out_fraction must be in [0, 1], got {self.held_out_fraction}')
 
@@ -84,7 +88,9 @@ class TaskSet:
     size: number of tasks; None if there is no end of them.
   """
 
-  def __init__(self, config: TaskConfig, *, seed: int = 0, split: str = 'train', exclude: frozenset[int] = frozenset()):
+  def __init__(
+    self, config: TaskConfig, *, seed: int = 0, split: str = 'train', exclude: frozenset[int] = frozenset(),
+  ):
     """
     Args:
       seed: of the order and, in an endless 'train' split, of the problems. Held-out tasks don't depend on it.
@@ -102,9 +108,9 @@ class TaskSet:
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
       share = {'train': 1 - config.held_out_fraction, 'held_out': config.held_out_fraction, 'all': 1.0}[split]
       if not share:
-        raise DataError(f'{config.uri}: the {split!r} split is empty with held_out_fraction={config.held_out_fraction}')
-      self._tries = 1 if share == 1 and not exclude else math.ceil(math.log(_MISSED) / math.log(max(1e-6, 1 - share)))
-      self._tries += 8 if exclude else 0
+        raise DataError(f'{config.uri}: held_out_fraction={config.held_out_fraction} leaves nothing to {split!r}')
+      share = min(share, 0.98 if exclude else 1)  # what else is left out is assumed to be rare
+      self._tries = 1 if share == 1 else math.ceil(math.log(_MISSED) / math.log(1 - share))
       return
     found = list(_from_tfds(rest) if kind == 'tfds' else _from_jsonl(rest))
     self._kept = [fields for fields in found if self._belongs(fields['question'])]
@@ -137,7 +143,7 @@ class TaskSet:
     return self[int(packing.permute(np.array([index]), self.size, f'tasks/{self.seed}/{epoch}')[0])]
 
   def hashes(self, count: int = 0) -> frozenset[int]:
-    """question_hash of the first `count` tasks (0: all, of a set that has an end), for another set's `exclude`."""
+    """question_hash of the first `count` tasks (0: all, if they end), for another set's `exclude`."""
     return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
 
   def _belongs(self, question: str) -> bool:
@@ -150,8 +156,8 @@ class TaskSet:
       fields = self._source.fields(index, attempt, self._tries)
       if self._belongs(fields['question']):
         return fields
-    raise DataError(f'{self.config.uri}: {self._tries} problems in a row are not in the {self.split!r} split; it has '
-                    'too few different ones for this held_out_fraction')
+    raise DataError(f'{self.config.uri}: {self._tries} problems in a row are not in the {self.split!r} split; '
+                    'the task has too few different ones for this held_out_fraction')
 
 
 # Records of files
@@ -199,10 +205,11 @@ def _fields(record: Any, where: str) -> dict[str, Any]:
   else:
     reference = '' if answer is None or isinstance(answer, bool | list | dict) else str(answer).strip()
   if not reference or '\n' in reference:
-    raise DataError(f"{where}: no final answer: 'answer' must hold it, alone or after '####', or 'solution' must "
-                    'box it')
+    raise DataError(f"{where}: no final answer; 'answer' must hold it, alone or after '####', or, if there is "
+                    "no 'answer', 'solution' must box it")
   question = question.strip()
-  return {'id': f'{question_hash(question):016x}', 'question': question, 'reference': reference, 'verifier': 'math'}
+  key = f'{question_hash(question):016x}'
+  return {'id': key, 'question': question, 'reference': reference, 'verifier': 'math'}
 
 
 # Generated problems
@@ -216,11 +223,18 @@ class _Generated:
     self._tasks, self._stream = tuple(names.split('+')), stream
     reasoning.check_tasks(self._tasks)
     for task in self._tasks:
-      if task in _UNSAFE:
-        raise DataError(f'reasoning:{rest}: task {task!r} is not for RL: {_UNSAFE[task]}')
+      if task in _UNFIT:
+        raise DataError(f'reasoning:{rest}: task {task!r} is not for RL: {_UNFIT[task]}')
     if query and len(self._tasks) > 1:
       raise DataError(f'reasoning:{rest}: options go with one task, here are {len(self._tasks)}')
     self._options = _options(self._tasks[0], query) if query else {}
+    for i in range(len(self._tasks)):
+      try:
+        self.fields(i, 0, 1)
+      except (ValueError, AssertionError) as error:
+        if isinstance(error, DataError):
+          raise
+        raise DataError(f'reasoning:{self._tasks[i]}: its generator fails ({error})') from None
 
   def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
     """Candidate `attempt` of `attempts` for task `index`, which stays with its kind of task."""
@@ -248,7 +262,8 @@ _BLOCK = 1024  # as in data/reasoning.py: an endless sequence is a chain of gene
 def _block(task: str, options: str, stream: str, number: int):
   import reasoning_gym
 
-  seed = int.from_bytes(hashlib.blake2b(f'{task}/{options}/{stream}/{number}'.encode(), digest_size=6).digest())
+  key = f'{task}/{options}/{stream}/{number}'
+  seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest())
   return reasoning_gym.create_dataset(task, seed=seed, size=_BLOCK, **ast.literal_eval(options))
 
 
@@ -262,8 +277,7 @@ def _is_exact(task: str) -> bool:
 
 
 def _options(task: str, query: str) -> dict[str, Any]:
-  """The generator's options that differ from its defaults, from 'level=2&max_terms=3'; checked by making one."""
-  import reasoning_gym
+  """The generator's options that aren't its defaults, from 'level=2&max_terms=3'; tried on a problem."""
   from reasoning_gym.factory import CURRICULA, DATASETS
 
   uri = f'reasoning:{task}?{query}'
@@ -274,7 +288,8 @@ def _options(task: str, query: str) -> dict[str, Any]:
   for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True):
     if name != 'level' and name not in defaults:
       near = difflib.get_close_matches(name, defaults, n=1)
-      raise DataError(f'{uri}: {task} has no option {name!r}' + (f'; did you mean {near[0]}?' if near else ''))
+      hint = f'; did you mean {near[0]}?' if near else ''
+      raise DataError(f'{uri}: {task} has no option {name!r}{hint}')
     try:  # words are text; numbers, true/false and lists are themselves
       given[name] = json.loads(text)
     except json.JSONDecodeError:
@@ -284,8 +299,7 @@ def _options(task: str, query: str) -> dict[str, Any]:
     if level is not None:
       if task not in CURRICULA or not isinstance(level, int) or level < 0:
         raise ValueError('level must be a whole number >= 0, of a task with a curriculum')
-      curriculum = reasoning_gym.create_curriculum(task) if hasattr(reasoning_gym, 'create_curriculum') else (
-        CURRICULA[task]())
+      curriculum = CURRICULA[task]()
       curriculum.set_global_level(level)
       at_level = curriculum.generate_configuration()
       given = {name: getattr(at_level, name) for name in defaults} | given

@@ -56,15 +56,13 @@ def _limit_cpu(seconds: int) -> None:
   resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
 
 
-def _guard_sympy() -> None:
-  """Makes every `parse_expr` refuse what isn't arithmetic: attributes, subscripts, strings, odd names."""
+def _guard(package: str) -> None:
+  """Replaces what evaluates text, as the modules of an imported package see it; sympy's own use stays."""
   import sympy
-  import sympy.parsing
-  import sympy.parsing.sympy_parser as parser
-
-  parse_expr = parser.parse_expr
+  from sympy.parsing.sympy_parser import parse_expr
 
   def guarded(text, *args, **kwargs):
+    """Arithmetic only: no attributes, subscripts, strings, or names that aren't variables or functions."""
     names = re.findall(r'[^\W\d]\w*', text)
     if not re.fullmatch(r'[\w\s+\-*/^().,!=<>|]*', text, re.ASCII) or re.search(r'\.\s*[^\W\d]|__', text):
       raise ValueError('not an expression')
@@ -72,7 +70,13 @@ def _guard_sympy() -> None:
       raise ValueError('not an expression')
     return parse_expr(text, *args, **kwargs)
 
-  parser.parse_expr = sympy.parsing.parse_expr = sympy.parse_expr = guarded
+  sympy.parse_expr = guarded
+  for name, module in list(sys.modules.items()):
+    if name.startswith(package):
+      if getattr(module, 'parse_expr', None) is parse_expr:
+        module.parse_expr = guarded
+      if not name.endswith('.bitwise_arithmetic'):  # evaluates its own problem, not the answer
+        module.eval = ast.literal_eval
 
 
 def math_grader():
@@ -80,9 +84,10 @@ def math_grader():
   import logging
 
   logging.disable(logging.CRITICAL)
-  _guard_sympy()
   import math_verify
   from sympy import Basic, MatrixBase
+
+  _guard('math_verify')
 
   def parse(text):
     text = text.replace('**', '^')  # LaTeX reads 9**9 as 9
@@ -105,13 +110,9 @@ def math_grader():
 
 def reasoning_gym_grader():
   """(answer, reference, entry) -> (verdict, why) by the scorer of the task's own generator."""
-  _guard_sympy()
   from reasoning_gym.factory import DATASETS
 
-  for name, module in list(sys.modules.items()):
-    # bitwise_arithmetic evaluates its own problem, not the answer
-    if name.startswith('reasoning_gym.') and not name.endswith('.bitwise_arithmetic'):
-      module.eval = ast.literal_eval
+  _guard('reasoning_gym.')
   scorers = {}
 
   def grade(answer, _, entry):

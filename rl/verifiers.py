@@ -94,7 +94,10 @@ def _balanced(text: str, start: int) -> str | None:
 # What needs no parser
 
 
-_WRAPPED = (('$$', '$$'), ('$', '$'), (r'\(', r'\)'), (r'\[', r'\]'), (r'\boxed{', '}'), ('**', '**'))
+_WRAPPED = (
+  ('$$', '$$'), ('$', '$'), (r'\(', r'\)'), (r'\[', r'\]'), ('**', '**'),
+  *((rf'\{name}{{', '}') for name in ('boxed', 'text', 'textbf', 'mathrm', 'mathbf')),
+)
 _PLAIN_NUMBER = re.compile(r'([+-]?)(?:([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]+)?|'
                            r'([0-9]+)/([0-9]+)|\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\})')
 _MOST_DIGITS = 100
@@ -109,11 +112,11 @@ def plain(text: str) -> str:
     inner = text.removesuffix('.').strip()
     for left, right in _WRAPPED:
       inside = inner[len(left):len(inner) - len(right)]
-      if inner.startswith(left) and inner.endswith(right) and len(inner) > len(left) + len(right):
-        whole = '$' not in inside if '$' in left else _balanced(inner, len(left) - 1) == inside
-        if whole or (left in ('**', r'\(', r'\[') and left not in inside):
-          inner = inside.strip()
-          break
+      if not (inside and inner.startswith(left) and inner.endswith(right)):
+        continue
+      if _balanced(inner, len(left) - 1) == inside if left[-1] == '{' else left not in inside:
+        inner = inside.strip()
+        break
     if inner == text:
       break
     text = inner
@@ -123,6 +126,8 @@ def plain(text: str) -> str:
 def number(text: str) -> Fraction | None:
   """The exact value of an integer, decimal or fraction in digits; None for all else, and for long ones."""
   text = text.replace(r'\!', '').replace('{,}', ',').removeprefix(r'\$').removeprefix('$').strip()
+  if text.startswith('(') and text.endswith(')'):
+    text = text[1:-1]
   match = _PLAIN_NUMBER.fullmatch(text) if 0 < len(text) <= _MOST_DIGITS else None
   if match is None or not any(match.groups()[1:]):
     return None
@@ -224,9 +229,9 @@ class Verifier:
   """Verdicts on answers. Can be used from several threads; one call at a time does its work.
 
   Attributes:
-    counts: Counter over the verifier's life: right, wrong, undecided; plain, worker (who decided); restarts of
-      workers; and of distinct items: timeouts, crashes, refused (it touched the system), unparsed (reference),
-      stumbles (a library's error over an answer: wrong).
+    counts: Counter over the verifier's life: right, wrong, undecided; plain, worker (who decided); restarts
+      of workers; and of distinct items: timeouts, crashes, refused (it touched the system), unparsed (a bad
+      reference), stumbles (a library's error over an answer: wrong).
   """
 
   def __init__(self, config: VerifierConfig):
@@ -245,8 +250,8 @@ class Verifier:
     """A verdict on each (sampled text, task), in order.
 
     Wrong: no final answer in the task's format, too long a one, or one that differs from the reference.
-    Undecided: the worker ran past the deadline, or died, or can't read the reference. A verdict doesn't depend
-    on what else is in the list; equal items are decided once.
+    Undecided: the worker ran past the deadline, or died, or can't read the reference. A verdict doesn't
+    depend on what else is in the list; equal items are decided once.
 
     Raises:
       VerifierError: workers don't start.

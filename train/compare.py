@@ -65,7 +65,8 @@ def table(runs: list[dict[str, Any]]) -> Table:
     for source in sources:
       shown = [f'{figures[f"{source}/{name}"]:{form}}' if f'{source}/{name}' in figures else '-'
                for name, form in COLUMNS.items()]
-      out.add_row(label + (f' on {source}' if len(sources) > 1 else ''), str(steps[-1]['step']), *shown, f'{speed:,.0f}')
+      name = f'{label} on {source}' if len(sources) > 1 else label
+      out.add_row(name, str(steps[-1]['step']), *shown, f'{speed:,.0f}')
   return out
 
 

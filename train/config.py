@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs.load import section
 from data import DataConfig
 from model import MeshConfig, ModelConfig
-from objectives import RewardShaping
+from objectives import ObjectiveConfig
 from train.checkpoint import CheckpointConfig
 from train.optimizer import OptimizerConfig
 
@@ -61,7 +61,7 @@ class RunConfig:
 
   seed: int
   model: ModelConfig
-  objective: RewardShaping
+  objective: ObjectiveConfig
   data: DataConfig
   train: TrainConfig
   optimizer: OptimizerConfig

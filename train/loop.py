@@ -84,7 +84,8 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
       if not math.isfinite(figures['loss_nats']) or not math.isfinite(sums['grad_norm']):
         good = checkpoints.latest
         good = 'no checkpoint yet' if good is None else f'the last good checkpoint is {checkpoints.path / str(good)}'
-        raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {float(sums["grad_norm"])}; {good}')
+        norm = float(sums['grad_norm'])
+        raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {norm}; {good}')
       last = {
         **{f'train/{name}': value for name, value in figures.items()},
         'train/grad_norm': float(sums['grad_norm']),
@@ -108,7 +109,7 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
         rows = run.train.batch_size
         for batch in data.validation_batches(run.data, source, batch_size=rows, count=run.log.eval_batches,
                                              process_index=process, process_count=processes):
-          part = jax.device_get(evaluate(state.params, hosts.to_global(batch, placement, rows)))
+          part = jax.device_get(evaluate(state, hosts.to_global(batch, placement, rows)))
           total = {name: total.get(name, 0) + value for name, value in part.items()}
         log.evaluation(step, source, means(total))
       if run.log.samples and jax.process_count() == 1:  # several hosts would all have to draw them

@@ -20,15 +20,18 @@ LAYOUT = Layout(
   tokens=(model.RULES['batch'], model.RULES['length']), width=model.RULES['embed'], vocab=model.RULES['vocab'])
 
 
-def score(c: model.ModelConfig, params: Any, batch: Batch, objective: Any) -> tuple[jax.Array, jax.Array, TokenStats]:
+def score(
+  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array, TokenStats]:
   """(total, loss_BT, statistics [B, T]): the summed loss, which can be differentiated, and its parts, in nats.
 
+  shaping: a RewardShaping, or another objective of `objectives.family`, as ObjectiveConfig.at(step) gives it.
   Padding (segment 0) counts for nothing, whatever stands there: its loss and statistics are 0.
   """
   hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   return shaped_linear_total(
-    hidden_BTD, model.head(c, params), batch.targets_BT, objective, weights=batch.segments_BT > 0, stats='full',
-    layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
+    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats='full',
+    z_loss=z_loss, layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
 
 
 def sums(batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array) -> dict[str, jax.Array]:

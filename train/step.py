@@ -1,7 +1,6 @@
 """One update: (state, batch) -> (state, metrics), a pure function, jitted."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,14 @@ import optax
 
 from data import Batch
 from model import ModelConfig
+from objectives import ObjectiveConfig
 from train.score import score, sums
 from train.state import TrainState, donated
 
 
 def make_step(
   c: ModelConfig,
-  objective: Any,
+  objective: ObjectiveConfig,
   tx: optax.GradientTransformation,
   bytes_per_token_V: np.ndarray,
   microbatches: int = 1,
@@ -28,22 +28,23 @@ def make_step(
   """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
-  def part(params, batch: Batch, targets):
-    total, loss_BT, stats = score(c, params, batch, objective)
+  def part(params, batch: Batch, targets, shaping):
+    total, loss_BT, stats = score(c, params, batch, shaping, objective.z_loss)
     return total / targets, sums(batch, loss_BT, stats, bytes_V)
 
   def step(state: TrainState, batch: Batch):
     targets = jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
+    shaping = objective.at(state.step)
     grad = jax.grad(part, has_aux=True)
 
     if microbatches == 1:
-      grads, metrics = grad(state.params, batch, targets)
+      grads, metrics = grad(state.params, batch, targets, shaping)
     else:
       # Row i goes to part i % microbatches, so that each part has rows of every device and none move.
       parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-      add = lambda total, one: (jax.tree.map(jnp.add, total, grad(state.params, one, targets)), None)
+      add = lambda total, one: (jax.tree.map(jnp.add, total, grad(state.params, one, targets, shaping)), None)
       first = jax.tree.map(lambda x: x[0], parts)
-      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first, targets))
+      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first, targets, shaping))
       (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -54,12 +55,12 @@ def make_step(
   return jax.jit(step, donate_argnums=donated())
 
 
-def make_evaluate(c: ModelConfig, objective: Any, bytes_per_token_V: np.ndarray) -> Callable:
-  """Returns the jitted (params, batch) -> sums: the same figures as in training, without an update."""
+def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
+  """Returns the jitted (state, batch) -> sums: the same figures as in training, without an update."""
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
-  def evaluate(params, batch: Batch):
-    _, loss_BT, stats = score(c, params, batch, objective)
+  def evaluate(state: TrainState, batch: Batch):
+    _, loss_BT, stats = score(c, state.params, batch, objective.at(state.step), objective.z_loss)
     return sums(batch, loss_BT, stats, bytes_V)
 
   return jax.jit(evaluate)

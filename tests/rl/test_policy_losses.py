@@ -1,0 +1,309 @@
+"""Policy losses against truths: enumeration, REINFORCE, hand-worked numbers, and what must not matter."""
+# B rows  T tokens  V vocabulary  S sequences of the enumeration
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rl import policy_losses as pl
+from rl.policy_losses import PolicyLossConfig, policy_loss
+
+EPS = {'clip_higher': (0.2, 0.28), 'cispo': (1.0, 4.0), 'gspo': (3e-4, 4e-4)}
+CONFIGS = {
+  name: PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1], aggregation=aggregation, constant=7,
+                         kl_weight=0.1, cov=cov)
+  for name, aggregation, cov in (
+    ('clip_higher', 'token_mean', 'kl_cov'), ('cispo', 'constant', 'clip_cov'), ('gspo', 'sequence_mean', ''))
+}
+
+
+def batch(seed=0, B=6, T=9, gap=0.3):
+  """Off-policy arrays by the names of policy_loss's arguments; rows of all lengths, the last one empty."""
+  rng = np.random.default_rng(seed)
+  f = lambda scale: rng.normal(0, scale, (B, T)).astype(np.float32)
+  logp = -np.abs(f(1))
+  lengths = np.array([*rng.integers(1, T + 1, B - 1), 0])
+  return {
+    'logp_BT': logp, 'old_logp_BT': logp + f(gap), 'advantages_BT': np.repeat(f(1)[:, :1], T, 1),
+    'mask_BT': np.arange(T) < lengths[:, None], 'sampler_logp_BT': logp + f(gap), 'ref_logp_BT': logp + f(gap),
+    'cov_tokens_BT': rng.random((B, T)) < 0.3,
+  }
+
+
+@functools.cache
+def graded(c):
+  """Jitted (total, count, sums), gradient of the total."""
+  def total(logp_BT, rest):
+    total, count, sums = policy_loss(c, logp_BT, **rest)
+    return total, (count, sums)
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def run(c, arrays):
+  rest = {name: jnp.asarray(array) for name, array in arrays.items() if name != 'logp_BT'}
+  (total, (count, sums)), gradient = graded(c)(jnp.asarray(arrays['logp_BT']), rest)
+  return float(total), int(count), jax.tree.map(np.asarray, sums), np.asarray(gradient)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('junk', [np.nan, np.inf, -np.inf, 1e30, 0.5])
+def test_masked_places_hold_anything(name, junk):
+  clean, dirty = batch(), batch()
+  for key, array in dirty.items():
+    if array.dtype == np.float32:
+      array[~dirty['mask_BT']] = junk
+    elif key == 'cov_tokens_BT':
+      array[~dirty['mask_BT']] = True
+  expected, found = run(CONFIGS[name], clean), run(CONFIGS[name], dirty)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert not expected[3][~clean['mask_BT']].any() and np.isfinite(expected[3]).all()
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_order_of_rows_microbatches_and_padding_do_not_matter(name):
+  c, arrays = CONFIGS[name], batch()
+  total, count, sums, gradient = run(c, arrays)
+  order = np.random.default_rng(1).permutation(6)
+  shuffled = run(c, {key: array[order] for key, array in arrays.items()})
+  parts = [run(c, {key: array[b:b + 1] for key, array in arrays.items()}) for b in range(6)]
+  joined = (sum(p[0] for p in parts), sum(p[1] for p in parts), functools.reduce(pl.add, [p[2] for p in parts]),
+            np.concatenate([p[3] for p in parts]))
+  padded = run(c, {key: np.pad(array, ((0, 2), (0, 3))) for key, array in arrays.items()})
+  for found, rows in ((shuffled, order), (joined, slice(None)), (padded, slice(None))):
+    assert found[1] == count
+    np.testing.assert_allclose(found[0], total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[3][:6, :9], gradient[rows], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[2], sums)
+
+
+def test_eight_devices_are_as_one():
+  mesh = jax.make_mesh((8,), ('data',))
+  rows = jax.NamedSharding(mesh, jax.P('data'))
+  for c in CONFIGS.values():
+    arrays = batch(B=16)
+    expected = run(c, arrays)
+    found = run(c, {key: jax.device_put(array, rows) for key, array in arrays.items()})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_no_tokens_give_zero(name):
+  arrays = batch()
+  arrays['mask_BT'][:] = False
+  total, count, sums, gradient = run(CONFIGS[name], arrays)
+  assert total == 0 and count == 0 and not gradient.any()
+  assert all(np.all(value == 0) for value in pl.means(CONFIGS[name], sums).values())
+
+
+@pytest.mark.parametrize('name', EPS)
+def test_on_policy_is_reinforce(name):
+  c = PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1])
+  arrays = batch()
+  mask, advantages = arrays['mask_BT'], arrays['advantages_BT']
+  arrays['old_logp_BT'] = arrays['sampler_logp_BT'] = arrays['logp_BT']
+  total, count, sums, gradient = run(c, arrays)
+  means = pl.means(c, sums)
+  assert means['ratio_mean'] == 1 and means['clip_fraction'] == 0
+  assert means['sampler_gap_mean'] == 0 and means['sampler_gap_max'] == 0
+  assert means['importance_weight_mean'] == 1 and means['effective_sample_share'] == 1
+  np.testing.assert_array_equal(gradient, np.where(mask, -advantages, 0))
+  assert count == mask.sum()
+
+
+def test_clip_higher_by_hand():
+  ratio = np.array([[0.5, 0.9, 1.2, 1.5]], np.float32)
+  ones, mask = np.ones((1, 4), np.float32), np.ones((1, 4), bool)
+  up = pl.clip_higher(np.log(ratio), 0 * ones, ones, mask)
+  np.testing.assert_allclose(up.loss_BT, [[-0.5, -0.9, -1.2, -1.28]], rtol=1e-6)
+  down = pl.clip_higher(np.log(ratio), 0 * ones, -ones, mask)
+  np.testing.assert_allclose(down.loss_BT, [[0.8, 0.9, 1.2, 1.5]], rtol=1e-6)
+  assert up.clipped_BT.tolist() == [[False] * 3 + [True]] and down.clipped_BT.tolist() == [[True] + [False] * 3]
+  slope = jax.grad(lambda x: pl.clip_higher(x, 0 * ones, ones, mask).loss_BT.sum())(jnp.log(ratio))
+  np.testing.assert_allclose(slope, [[-0.5, -0.9, -1.2, 0]], rtol=1e-6)
+
+
+def test_cispo_by_hand():
+  ratio = np.array([[0.5, 1.0, 6.0]], np.float32)
+  ones, mask = np.ones((1, 3), np.float32), np.ones((1, 3), bool)
+  logp = jnp.asarray(np.log(ratio) - 1)
+  token = pl.cispo(logp, -ones, 2 * ones, mask)
+  np.testing.assert_allclose(token.loss_BT, -np.array([[0.5, 1, 5]]) * 2 * logp, rtol=1e-6)
+  slope = jax.grad(lambda x: pl.cispo(x, -ones, 2 * ones, mask).loss_BT.sum())(logp)
+  np.testing.assert_allclose(slope, [[-1, -2, -10]], rtol=1e-6)  # the clipped token has its gradient
+  assert token.clipped_BT.tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize('shift,advantage', [(1e-4, 1.0), (1e-3, 1.0), (-1e-3, 1.0), (1e-3, -1.0), (-1e-3, -1.0)])
+def test_gspo_is_the_sequence_surrogate(shift, advantage):
+  """Averaged over the row, value and gradient are those of -min(s A, clip(s) A), s = exp(mean of dlogp)."""
+  rng = np.random.default_rng(0)
+  old = -10 * rng.random((1, 5)).astype(np.float32)
+  logp = jnp.asarray(old + rng.normal(0, 1e-4, (1, 5)).astype(np.float32) + np.float32(shift))
+  mask = np.array([[True] * 4 + [False]])
+
+  def sequence(x):
+    s = jnp.exp(jnp.mean(jnp.where(mask, x - old, 0)) * 5 / 4)
+    return -jnp.minimum(s * advantage, jnp.clip(s, 1 - 3e-4, 1 + 4e-4) * advantage)
+
+  def tokens(x):
+    total, count = pl.aggregate(pl.gspo(x, old, np.full((1, 1), advantage), mask).loss_BT, mask, 'sequence_mean')
+    return total / count
+
+  for of in (lambda f: f(logp), lambda f: jax.grad(f)(logp)):
+    np.testing.assert_allclose(of(tokens), of(sequence), rtol=1e-5, atol=1e-7)
+
+
+def test_aggregations_by_hand():
+  loss = np.array([[1, 2, 3], [4, np.nan, np.nan], [np.nan] * 3], np.float32)
+  mask = np.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]], bool)
+  for name, expected in (('token_mean', (10, 4)), ('sequence_mean', (6, 2)), ('constant', (2.5, 2))):
+    assert tuple(map(float, pl.aggregate(loss, mask, name, constant=4))) == expected
+
+
+def test_importance_weight_is_capped_detached_and_zero_on_padding():
+  old = jnp.log(jnp.array([[0.5, 0.5, 0.5]]))
+  sampler = jnp.log(jnp.array([[0.1, 0.8, jnp.nan]]))
+  mask = np.array([[True, True, False]])
+  np.testing.assert_allclose(pl.truncated_importance_weight(old, sampler, mask), [[2, 0.625, 0]], rtol=1e-6)
+  assert not jax.grad(lambda x: pl.truncated_importance_weight(x, sampler, mask).sum())(old).any()
+  c = PolicyLossConfig(importance_cap=2.0)
+  total, count, sums = policy_loss(c, old, old, np.ones((1, 1)), mask, sampler_logp_BT=sampler)
+  np.testing.assert_allclose(total, -2.625, rtol=1e-6)
+  means = pl.means(c, sums)
+  np.testing.assert_allclose(means['effective_sample_share'], 2.625**2 / (2**2 + 0.625**2) / 2, rtol=1e-6)
+  np.testing.assert_allclose([means['sampler_gap_mean'], means['sampler_gap_max']], [(4 + 0.375) / 2, 4], rtol=1e-6)
+
+
+def test_kl_estimators_value_and_gradient_by_enumeration():
+  rng = np.random.default_rng(0)
+  z, ref = jnp.asarray(rng.normal(size=5), jnp.float32), jax.nn.log_softmax(jnp.asarray(rng.normal(size=5)))
+  p, mask = jax.nn.softmax(z), jnp.ones((1, 5), bool)
+  reverse = lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - ref))
+  forward = lambda z: jnp.sum(jnp.exp(ref) * (ref - jax.nn.log_softmax(z)))
+  mean = lambda f, z: jnp.sum(p * f(jax.nn.log_softmax(z)[None], ref[None], mask)[0])  # over samples of p, fixed
+  slope = lambda f: jax.grad(lambda z: mean(f, z))(z)
+  np.testing.assert_allclose(mean(pl.kl_k1, z), reverse(z), rtol=1e-5)
+  np.testing.assert_allclose(mean(pl.kl_k3, z), reverse(z), rtol=1e-5)
+  np.testing.assert_allclose(slope(pl.kl_k1), np.zeros(5), atol=1e-6)
+  np.testing.assert_allclose(slope(pl.kl_k2), jax.grad(reverse)(z), atol=1e-6)
+  np.testing.assert_allclose(slope(pl.kl_k3), jax.grad(forward)(z), atol=1e-6)
+
+
+def test_covariance_tokens():
+  logp = np.array([[-1, -2, -3, -4], [-1, -6, np.nan, np.nan]], np.float32)
+  advantages = np.array([[1, 1, 1, 1], [-2, -2, np.nan, np.nan]], np.float32)
+  mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+  a, x = advantages[mask], logp[mask]
+  expected = (x - x.mean()) * (a - a.mean())
+  covariance = np.asarray(pl.token_covariance(logp, advantages, mask))
+  np.testing.assert_allclose(covariance[mask], expected, rtol=1e-5)
+  assert not covariance[~mask].any()
+  np.testing.assert_array_equal(  # one of six at least, then a third
+    np.asarray(pl.kl_cov_tokens(logp, advantages, mask))[mask], expected == expected.max())
+  assert np.asarray(pl.kl_cov_tokens(logp, advantages, mask, share=0.34))[mask].sum() == 2
+  noise = np.random.default_rng(0).random((2, 4))
+  candidates = (expected > 0) & (expected < 5)
+  chosen = np.asarray(pl.clip_cov_tokens(logp, advantages, mask, noise, share=0.34, low=0, high=5))
+  assert chosen[mask].sum() == min(2, candidates.sum()) and not (chosen[mask] & ~candidates).any()
+  assert not np.asarray(pl.clip_cov_tokens(logp, advantages, mask, noise, low=90, high=91)).any()
+
+
+def test_covariance_terms_act_on_their_tokens_only():
+  arrays = batch()
+  tokens = arrays['cov_tokens_BT'] & arrays['mask_BT']
+  plain = run(PolicyLossConfig(importance_cap=0), arrays)[3]
+  clip = run(PolicyLossConfig(importance_cap=0, cov='clip_cov'), arrays)[3]
+  np.testing.assert_array_equal(clip, np.where(tokens, 0, plain))
+  kl = run(PolicyLossConfig(importance_cap=0, cov='kl_cov', kl_cov_weight=0.5), arrays)[3]
+  sign = np.sign(arrays['logp_BT'] - arrays['old_logp_BT'])
+  np.testing.assert_allclose(kl, plain + np.where(tokens, 0.5 * sign, 0), rtol=1e-6)
+
+
+SEQUENCES_ST = np.array(list(itertools.product(range(3), repeat=3)))
+
+
+def tabular_logp(z, tokens_BT):
+  """log pi of each token given the tokens before it, from a table z [1 + 3 + 9, 3] of logits by prefix."""
+  state_BT = np.stack([0 * tokens_BT[:, 0], 1 + tokens_BT[:, 0], 4 + 3 * tokens_BT[:, 0] + tokens_BT[:, 1]], 1)
+  return jnp.take_along_axis(jax.nn.log_softmax(z)[state_BT], jnp.asarray(tokens_BT)[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize('name', EPS)
+def test_gradient_is_that_of_the_expected_reward_by_enumeration(name):
+  """Every sequence of length 3 over 3 tokens, weighted by its own probability: no sampling, no tolerance for it."""
+  rng = np.random.default_rng(0)
+  z = jnp.asarray(rng.normal(size=(13, 3)), jnp.float32)
+  reward_S = jnp.asarray(rng.random(27), jnp.float32)
+  chance = lambda z: jnp.exp(tabular_logp(z, SEQUENCES_ST).sum(-1))
+  expected = jax.grad(lambda z: -jnp.sum(chance(z) * reward_S))(z)
+  baseline = jnp.sum(chance(z) * reward_S)
+  advantages = (chance(z) * (reward_S - baseline))[:, None]
+  c = PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1], aggregation='constant', constant=1)
+
+  def surrogate(z):
+    logp = tabular_logp(z, SEQUENCES_ST)
+    return policy_loss(c, logp, jax.lax.stop_gradient(logp), advantages, np.ones((27, 3), bool))[0]
+
+  np.testing.assert_allclose(jax.grad(surrogate)(z), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', EPS)
+def test_bandit_converges_to_its_best_arm(name):
+  """Four arms, groups of 8 samples, two updates on each: also the off-policy side must not lead astray."""
+  from rl.advantages import grpo
+
+  chance_of_reward = jnp.array([0.2, 0.3, 0.8, 0.5])
+  c = PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1])
+
+  def update(z, key):
+    arm_key, reward_key = jax.random.split(key)
+    arms_PG = jax.random.categorical(arm_key, z, shape=(8, 8))
+    rewards_PG = (jax.random.uniform(reward_key, (8, 8)) < chance_of_reward[arms_PG]).astype(jnp.float32)
+    advantages_B1 = grpo(rewards_PG, jnp.ones((8, 8), bool)).reshape(64, 1)
+    logp = lambda z: jax.nn.log_softmax(z)[arms_PG.reshape(64, 1)]
+    old = logp(z)
+    for _ in range(2):
+      gradient = jax.grad(lambda z: policy_loss(c, logp(z), old, advantages_B1, jnp.ones((64, 1), bool))[0] / 64)(z)
+      z = z - 0.3 * gradient
+    return z, None
+
+  z, _ = jax.lax.scan(update, jnp.zeros(4), jax.random.split(jax.random.key(0), 300))
+  assert jax.nn.softmax(z)[2] > 0.95
+
+
+@pytest.mark.parametrize('field,settings', [
+  ('name', {'name': 'ppo'}), ('eps_low', {'eps_low': 1.5}), ('eps_high', {'eps_high': -1.0}),
+  ('eps_low', {'name': 'gspo'}), ('aggregation', {'aggregation': 'mean'}), ('constant', {'aggregation': 'constant'}),
+  ('importance_cap', {'importance_cap': 0.5}), ('kl', {'kl': 'k4'}), ('kl', {'kl': 'k1', 'kl_weight': 0.1}),
+  ('kl_weight', {'kl_weight': math.inf}), ('cov', {'cov': 'cov'}), ('cov_share', {'cov_share': 0.0}),
+])
+def test_settings_are_checked(field, settings):
+  with pytest.raises(ValueError, match=f'^{field} '):
+    PolicyLossConfig(**settings)
+
+
+def test_missing_arrays_are_named():
+  arrays = batch()
+  for field, settings in (('ref_logp_BT', {'kl_weight': 0.1}), ('cov_tokens_BT', {'cov': 'kl_cov'})):
+    with pytest.raises(ValueError, match=f'^{field} '):
+      policy_loss(PolicyLossConfig(**settings), *(arrays[key] for key in list(arrays)[:4]))
+
+
+def test_parity_with_tunix():
+  """Its KL estimators and aggregations. It multiplies by masks, so unlike ours its results are NaN by junk."""
+  common = pytest.importorskip('tunix.rl.common')
+  arrays = batch()
+  logp, ref, mask = arrays['logp_BT'], arrays['ref_logp_BT'], np.ones((6, 9), bool)
+  for ours, theirs in (('k1', 'kl'), ('k2', 'mse_kl'), ('k3', 'low_var_kl')):
+    expected = common.compute_kl_divergence(jnp.asarray(logp), jnp.asarray(ref), theirs)
+    np.testing.assert_allclose(pl.KL_ESTIMATORS[ours](logp, ref, mask), expected, atol=1e-6)
+  for ours, theirs in (('token_mean', 'token-mean'), ('sequence_mean', 'sequence-mean-token-mean'),
+                       ('constant', 'sequence-mean-token-scale')):
+    total, count = pl.aggregate(logp, arrays['mask_BT'], ours, constant=9)
+    expected = common.aggregate_loss(jnp.asarray(logp), jnp.asarray(arrays['mask_BT']), theirs)
+    np.testing.assert_allclose(total / count, expected, rtol=1e-5)
