@@ -2,7 +2,7 @@
 
 import pathlib
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 # Lower bounds are what the tests ran with; jax 0.10 is the newest for Python 3.11, 0.12 for 3.12.
 CORE = [
@@ -37,7 +37,7 @@ EXTRAS = {
     'dev': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
 }
 
-PACKAGES = ['configs', 'objectives', 'model', 'data', 'train']
+PACKAGES = ('configs', 'objectives', 'model', 'data', 'train', 'rl', 'eval', 'launch')
 
 setup(
     name='betarank',
@@ -47,7 +47,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=PACKAGES,
+    packages=find_packages(include=[name for top in PACKAGES for name in (top, f'{top}.*')]),
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -1,26 +1,28 @@
 """How fast batches are made, beside the simplest ways to make them.
 
-    python benchmarks/input.py [--sequence_length=256] [--batch_size=16] [--documents=20000] [--seconds=3]
+    python -m benchmarks.input [--seconds=3] [--steps=100]
 
-Prepares reasoning documents in a temporary folder, then runs each way for some seconds on its own. Tokens are
-real ones: padding doesn't count, neither as work done nor, later on the device, as work to do.
+Prepares the smoke config's documents in a temporary folder, runs each way for some seconds on its own, then trains
+and looks how long it waited. Tokens are real ones: padding doesn't count, neither as work done nor as work to do.
 """
 
 import argparse
 import itertools
-import pathlib
-import sys
+import statistics
 import tempfile
 import time
 
 import numpy as np
+from etils import epath
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
+from configs import load
 from data.batches import Batch, TrainBatches
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig
 from data.prepare import prepare_source, train_tokenizer
 from data.prepared import Documents
+from train import loop
+from train.config import run_config
+from train.metrics import read_lines
 
 
 def padded(config: DataConfig, batch_size: int):
@@ -49,36 +51,50 @@ def measure(batches, seconds: float) -> dict[str, float]:
   return {'rows_per_s': rows / elapsed, 'tokens_per_s': tokens / elapsed, 'filled': tokens / places}
 
 
+def training(config, workdir: str, steps: int) -> tuple[float, float]:
+  """(median tokens/s, share of the time spent waiting for input) of real training steps, the first ones left out."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.train.tokens = steps * config.train.batch_size * config.data.sequence_length
+    config.optimizer.warmup_steps = 1
+    config.log.update(samples=0, tensorboard=False, every_steps=steps)
+  loop.train(config, workdir)
+  lines = [line for line in read_lines(epath.Path(workdir) / 'metrics.jsonl') if 'time/step_s' in line][steps // 4:]
+  waited = sum(line['time/step_s'] * line['time/input_wait_share'] for line in lines)
+  return (statistics.median(line['time/tokens_per_s'] for line in lines),
+          waited / sum(line['time/step_s'] for line in lines))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--sequence_length', type=int, default=256)
-  parser.add_argument('--batch_size', type=int, default=16)
-  parser.add_argument('--documents', type=int, default=20_000)
   parser.add_argument('--seconds', type=float, default=3.0, help='for each way')
+  parser.add_argument('--steps', type=int, default=100, help='of training')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    config = DataConfig(dir=folder, tokenizer='', vocab_size=1024, validation_fraction=0.02,
-                        sequence_length=args.sequence_length,
-                        sources={'main': SourceConfig('reasoning', weight=1.0, max_documents=args.documents)})
+    whole = load.load('configs/smoke.py', {'data.dir': folder})
+    config, batch_size = run_config(whole).data, whole.train.batch_size
     start = time.perf_counter()
     train_tokenizer(config)
     manifest = prepare_source(config, 'main')
     prepared_s = time.perf_counter() - start
     text_bytes = sum(counts['bytes'] for counts in manifest['splits'].values())
     print(f'prepare, tokenizer included: {prepared_s:.1f} s, {text_bytes / prepared_s / 1e6:.2f} MB/s')
-    ahead = TrainBatches(config, batch_size=args.batch_size, seed=0)
-    plain = TrainBatches(config, batch_size=args.batch_size, seed=0, prefetch=0)
+    ahead = TrainBatches(config, batch_size=batch_size, seed=0)
+    plain = TrainBatches(config, batch_size=batch_size, seed=0, prefetch=0)
     print(f'documents cut by packing: {ahead.stats["main"].cut_documents:.1%}')
-    ways = {'packed, read ahead': ahead, 'packed, plain': plain,
-            'padded, plain': padded(config, args.batch_size)}
+    ways = {'packed, read ahead': ahead, 'packed, plain': plain, 'padded, plain': padded(config, batch_size)}
     results = {name: measure(batches, args.seconds) for name, batches in ways.items()}
     ahead.close()
     plain.close()
+    consumed, wait = training(whole, f'{folder}/run', args.steps)
   base = results['padded, plain']
   print(f'{"":20}{"rows/s":>10}{"tokens/s":>12}{"filled":>9}{"tokens/s, ratio":>17}{"filled, ratio":>15}')
   for name, result in results.items():
     print(f'{name:20}{result["rows_per_s"]:10,.0f}{result["tokens_per_s"]:12,.0f}{result["filled"]:9.1%}'
           f'{result["tokens_per_s"] / base["tokens_per_s"]:17.2f}{result["filled"] / base["filled"]:15.2f}')
+  print(f'training consumes {consumed:,.0f} tokens/s: the loader alone is '
+        f'{results["packed, read ahead"]["tokens_per_s"] / consumed:.0f} times as fast; '
+        f'training waits for input {wait:.2%} of its time')
 
 
 if __name__ == '__main__':

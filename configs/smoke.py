@@ -18,10 +18,10 @@ def get_config(arg=None):
   c.objective.update(beta=a.beta, lambda_head=a.lambda_head, lambda_tail=a.lambda_tail, top_k=20)
   c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data', sequence_length=256, validation_fraction=0.02)
   c.data.sources.main.update(uri=a.source, max_documents=20_000)
-  c.train.update(tokens=1_000_000, batch_size=16)
+  c.train.update(tokens=800_000, batch_size=4)
   c.optimizer.update(lr=3e-3, warmup_steps=50, decay_fraction=0.2, final_lr=3e-4)
-  c.checkpoint.every_steps = 200
-  c.log.update(eval_every_steps=200, eval_batches=10)
+  c.checkpoint.every_steps = 250
+  c.log.update(every_steps=50, eval_every_steps=500, eval_batches=40)
   return c
 
 

@@ -19,7 +19,6 @@ import gzip
 import hashlib
 import json
 import math
-import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -314,7 +313,7 @@ def _options(task: str, query: str) -> dict[str, Any]:
 
 def _literal(value: Any, uri: str) -> str:
   """`value` as a Python literal. Raises DataError if there is none that equals it."""
-  text = re.sub(r'\bnp\.float64\((.*?)\)', r'\1', repr(value))
+  text = repr(value)
   try:
     if ast.literal_eval(text) == value:
       return text

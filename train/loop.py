@@ -5,6 +5,7 @@ all; else fresh weights from the seed. Step n is dispatched before the numbers o
 device never waits for the log.
 """
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -188,7 +189,9 @@ def _introduce(log: Log, run: RunConfig, mesh: Mesh, root, start: int, batches) 
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
   log.say(f'model     {sum(counts.values()) / 1e6:,.1f}M parameters '
           f'({", ".join(f"{name} {n / 1e6:.1f}M" for name, n in counts.items() if n)}), {run.model.dtype} compute')
-  log.say(f'objective {run.objective}')
+  shaping = ', '.join(f'{field.name} {getattr(run.objective, field.name)}' for field in dataclasses.fields(run.objective)
+                      if getattr(run.objective, field.name) != field.default and field.name != 'top_k')
+  log.say(f'objective {shaping or "plain cross-entropy"}; head and tail are told apart at k = {run.objective.top_k}')
   log.say(f'data      {", ".join(f"{name} ({s.uri})" for name, s in run.data.sources.items())} in {run.data.dir}')
   log.say(f'mesh      {axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)')
   log.say(f'run       steps {start} to {run.steps}, {run.tokens_per_step:,} tokens each, in {root}'

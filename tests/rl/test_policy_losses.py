@@ -4,6 +4,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def test_on_policy_is_reinforce(name):
   arrays = batch()
   mask, advantages = arrays['mask_BT'], arrays['advantages_BT']
   arrays['old_logp_BT'] = arrays['sampler_logp_BT'] = arrays['logp_BT']
-  total, count, sums, gradient = run(c, arrays)
+  _, count, sums, gradient = run(c, arrays)
   means = pl.means(c, sums)
   assert means['ratio_mean'] == 1 and means['clip_fraction'] == 0
   assert means['sampler_gap_mean'] == 0 and means['sampler_gap_max'] == 0
@@ -172,7 +173,7 @@ def test_importance_weight_is_capped_detached_and_zero_on_padding():
   np.testing.assert_allclose(pl.truncated_importance_weight(old, sampler, mask), [[2, 0.625, 0]], rtol=1e-6)
   assert not jax.grad(lambda x: pl.truncated_importance_weight(x, sampler, mask).sum())(old).any()
   c = PolicyLossConfig(importance_cap=2.0)
-  total, count, sums = policy_loss(c, old, old, np.ones((1, 1)), mask, sampler_logp_BT=sampler)
+  total, _, sums = policy_loss(c, old, old, np.ones((1, 1)), mask, sampler_logp_BT=sampler)
   np.testing.assert_allclose(total, -2.625, rtol=1e-6)
   means = pl.means(c, sums)
   np.testing.assert_allclose(means['effective_sample_share'], 2.625**2 / (2**2 + 0.625**2) / 2, rtol=1e-6)
@@ -292,6 +293,38 @@ def test_missing_arrays_are_named():
   for field, settings in (('ref_logp_BT', {'kl_weight': 0.1}), ('cov_tokens_BT', {'cov': 'kl_cov'})):
     with pytest.raises(ValueError, match=f'^{field} '):
       policy_loss(PolicyLossConfig(**settings), *(arrays[key] for key in list(arrays)[:4]))
+
+
+@pytest.mark.parametrize('name,algorithm,aggregation', [
+  ('clip_higher', 'grpo', 'token-mean'), ('gspo', 'gspo-token', 'sequence-mean-token-mean')])
+def test_parity_with_tunix_losses(name, algorithm, aggregation, monkeypatch):
+  """Its GRPO loss on given log-probabilities, with its importance weights. Equal, but for rounding in its gspo."""
+  core = pytest.importorskip('tunix.rl.algo_core')
+  gap = 2e-4 if name == 'gspo' else 0.3
+  arrays = {key: jnp.asarray(array[:5]) for key, array in batch(gap=gap).items()}
+  logp, old, mask = arrays['logp_BT'], arrays['old_logp_BT'], arrays['mask_BT']
+  weights = pl.truncated_importance_weight(old, arrays['sampler_logp_BT'], mask)
+  monkeypatch.setattr(core.nnx, 'split', lambda model: (None, None))
+  example = SimpleNamespace(
+    prompt_ids=None, completion_ids=None, completion_mask=mask.astype(jnp.float32), advantages=arrays['advantages_BT'],
+    old_per_token_logps=old, ref_per_token_logps=None, sampler_is_weights=weights)
+  config = SimpleNamespace(
+    beta=None, epsilon=EPS[name][0], epsilon_high=EPS[name][1], loss_algo=algorithm, loss_agg_mode=aggregation,
+    temperature=1.0)
+
+  def theirs(logp):
+    monkeypatch.setattr(core.common, 'compute_per_token_logps', lambda *_, **__: (logp, jnp.zeros((5, 9, 3))))
+    loss, aux = core.grpo_loss_fn(None, example, config, 0, 1)
+    return loss, aux['pg_clipfrac']
+
+  c = PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1],
+                       aggregation='sequence_mean' if name == 'gspo' else 'token_mean')
+  (loss, clipped), slope = jax.value_and_grad(theirs, has_aux=True)(logp)
+  total, count, sums, gradient = run(c, {key: np.asarray(array) for key, array in arrays.items()})
+  np.testing.assert_allclose(total / count, loss, rtol=1e-5)
+  np.testing.assert_allclose(gradient / count, slope, rtol=1e-4, atol=1e-7)
+  if name != 'gspo':  # near the limits, its rounding decides otherwise
+    np.testing.assert_allclose(pl.means(c, sums)['clip_fraction'], clipped, rtol=1e-6)
 
 
 def test_parity_with_tunix():
