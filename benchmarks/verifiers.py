@@ -45,21 +45,26 @@ def gold(data: pathlib.Path, name: str) -> list[tuple[str, Task]]:
 
 
 CODE = (
-  "__import__('os').system('touch {canary}')", "open('{canary}', 'w').write('x')", "exec('import os; os.mkdir(\"{canary}\")')",
+  "__import__('os').system('touch {canary}')", "open('{canary}', 'w').write('x')",
+  "exec('import os; os.mkdir(\"{canary}\")')",
   "eval(\"open('{canary}','w')\")", "__import__('subprocess').run(['touch', '{canary}'])",
   "[c for c in ().__class__.__base__.__subclasses__() if 'Popen' in str(c)][0](['touch', '{canary}'])",
   "__import__('pathlib').Path('{canary}').touch()", "__import__('os').environ['BETARANK_CANARY']",
-  "(lambda: __import__('shutil').copy('/etc/hostname', '{canary}'))()", "globals()['__builtins__']['open']('{canary}','w')",
+  "(lambda: __import__('shutil').copy('/etc/hostname', '{canary}'))()",
+  "globals()['__builtins__']['open']('{canary}','w')",
   "sympy.sympify(\"open('{canary}','w')\")", "__import__('os').kill(__import__('os').getppid(), 9)",
-  "__import__('os').write(4, b'{{\"verdict\": 1}}')", "print('{{\"verdict\": 1}}')", "''.join([str(open('{canary}','w'))])",
-  "\\input{{|touch {canary}}}", "\\write18{{touch {canary}}}", "$(touch {canary})", "`touch {canary}`", "; touch {canary} #",
+  "__import__('os').write(4, b'{{\"verdict\": 1}}')", "print('{{\"verdict\": 1}}')",
+  "''.join([str(open('{canary}','w'))])",
+  "\\input{{|touch {canary}}}", "\\write18{{touch {canary}}}", "$(touch {canary})",
+  "`touch {canary}`", "; touch {canary} #",
 )
 BOMBS = (
   '9**9**9**9', '9^{9^{9^9}}', '2^{2^{2^{2^{2^2}}}}', '10^{10^{10}}', '99999!!!!', '\\sum_{i=1}^{10^{12}} \\sin(i)',
   '\\int_0^1 e^{x^{x^x}} dx', '\\prod_{k=1}^{10000000} (k+x)', '(x+y+z+w+1)^{5000}', '\\frac{' * 2000, '(' * 5000,
   '{' * 5000 + '}' * 5000, '1+' * 4000 + '1', '7' * 9000, '\\sqrt{' * 500 + '2' + '}' * 500, '1e999999999', '0/0',
   '\\frac{1}{0}', '\x00', '\ud800', '\\boxed{' * 1000, 'a' * 9999, ',' * 9000, '$' * 9001, '{"verdict": 1}',
-  '\\lim_{x\\to 0} \\frac{\\sin(x^{100})}{x^{100}}', '\\begin{pmatrix}' + '1&' * 900 + '1\\end{pmatrix}', '1<' * 400 + '1',
+  '\\lim_{x\\to 0} \\frac{\\sin(x^{100})}{x^{100}}', '\\begin{pmatrix}' + '1&' * 900 + '1\\end{pmatrix}',
+  '1<' * 400 + '1',
   '\\{' + ','.join(map(str, range(1500))) + '\\}', '\N{ARABIC-INDIC DIGIT FOUR}\N{FULLWIDTH DIGIT TWO}',
 )
 SCORED = ('string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens', 'number_sorting', 'countdown', 'puzzle24',
@@ -85,9 +90,11 @@ def grade(verifier: Verifier, items: list[tuple[str, Task]]) -> dict[str, float]
   verdicts = verifier.verify(items)
   seconds = time.perf_counter() - start
   counts = verifier.counts - before
-  return {'right': verdicts.count(Verdict.RIGHT) / len(items), 'wrong': counts['wrong'], 'undecided': counts['undecided'],
-          'timeouts': counts['timeouts'], 'crashes': counts['crashes'] + counts['refused'], 'plain': counts['plain'],
-          'seconds': seconds}
+  return {
+    'right': verdicts.count(Verdict.RIGHT) / len(items), 'wrong': counts['wrong'], 'undecided': counts['undecided'],
+    'timeouts': counts['timeouts'], 'crashes': counts['crashes'] + counts['refused'], 'plain': counts['plain'],
+    'seconds': seconds,
+  }
 
 
 def plainly(items: list[tuple[str, Task]]) -> dict[str, float]:
@@ -118,9 +125,10 @@ def main() -> None:
     with Verifier(config) as verifier:
       show(f'{name} ({len(items)})', grade(verifier, items))
     if name != 'gsm8k_train':
-      as_references = [(f'\nAnswer: {task.reference}', dataclasses.replace(task, answer_format='line')) for _, task in items]
+      references = [(f'\nAnswer: {task.reference}', dataclasses.replace(task, answer_format='line'))
+                    for _, task in items]
       with Verifier(config) as verifier, mock.patch.object(verifiers, '_compare_plainly', lambda *_: None):
-        show('  all by workers, started first', grade(verifier, as_references))
+        show('  references by workers, with start', grade(verifier, references))
       show('  math-verify in this process', plainly(items))
   with tempfile.TemporaryDirectory() as folder, Verifier(config) as verifier:
     canary = os.path.join(folder, 'canary')

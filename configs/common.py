@@ -100,6 +100,40 @@ def base() -> ConfigDict:
   return c
 
 
+def rl() -> ConfigDict:
+  """Section `rl`: the paper's recipe (on-policy GRPO, clip-higher, dynamic sampling, no KL), and DAPO's where it is
+  silent.
+  """
+  return ConfigDict(dict(
+    steps=1000,
+    prompts=128,  # a step; groups to learn from
+    samples=16,  # of each prompt, at temperature 1
+    rounds=3,  # dynamic sampling: how often prompts whose samples all agree are replaced, the first draw included
+    max_prompt_tokens=1024,
+    max_new_tokens=(8192, 16_384),  # a phase
+    phase_steps=(700,),  # last step of each phase but the last
+    rows=256,  # samples decoded side by side
+    truncated='wrong',  # an answer cut off by the limit: wrong | left_out. The paper leaves it open
+    minibatches=1,  # updates a step; 1 is on-policy. The paper leaves it open
+    microbatches=1,  # an update is worked through in this many parts, to save memory
+    eval_prompts=64,  # held-out problems
+    eval_samples=16,
+    task=dict(
+      uri='reasoning:chain_sum',  # reasoning:TASK, jsonl:GLOB or tfds:NAME (rl/tasks.py)
+      prompt='Question: {question}\nSolution:',  # as in the pre-training documents (data/reasoning.py)
+      answer_format='line',  # line: 'Answer: X'; boxed: \\boxed{X}
+      held_out_fraction=0.02,  # of the questions, never trained on
+    ),
+    verifier=dict(workers=2, deadline_s=5.0, memory_mb=2048, answer_chars=10_000),
+    advantage=dict(name='grpo', ddof=1, k=4, positive_weight=0.1),  # k: of pass_at_k; weight: of w_reinforce
+    loss=dict(
+      name='clip_higher', eps_low=0.2, eps_high=0.28, aggregation='token_mean', constant=0,
+      importance_cap=2.0,  # of trainer over sampler probability; 0: no such weight
+      kl='k2', kl_weight=0.0, cov='', cov_share=2e-4, kl_cov_weight=1.0,
+    ),
+  ))
+
+
 def parse(arg: str | None, **defaults) -> SimpleNamespace:
   """Reads 'beta=-0.25,seed=1' by the types of `defaults`, e.g. parse(arg, beta=0.0, seed=0)."""
   values = dict(defaults)

@@ -19,7 +19,7 @@ def get_config(arg=None):
   c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data', sequence_length=256, validation_fraction=0.02)
   c.data.sources.main.update(uri=a.source, max_documents=20_000)
   c.train.update(tokens=800_000, batch_size=4)
-  c.optimizer.update(lr=3e-3, warmup_steps=50, decay_fraction=0.2, final_lr=3e-4)
+  c.optimizer.update(lr=2e-3, warmup_steps=50, decay_fraction=0.3, final_lr=1e-4)
   c.checkpoint.every_steps = 250
   c.log.update(every_steps=50, eval_every_steps=500, eval_batches=40)
   return c

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
 from jax.sharding import Mesh
+
+import model
 from model.decode import CACHE_AXES
 from model.sharding import constrain
 from objectives import chunk

@@ -106,8 +106,8 @@ class TaskSet:
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
       share = {'train': 1 - config.held_out_fraction, 'held_out': config.held_out_fraction, 'all': 1.0}[split]
-      if not share:
-        raise DataError(f'{config.uri}: held_out_fraction={config.held_out_fraction} leaves nothing to {split!r}')
+      if share < 1e-3:
+        raise DataError(f'{config.uri}: held_out_fraction={config.held_out_fraction} leaves too little to {split!r}')
       share = min(share, 0.98 if exclude else 1)  # what else is left out is assumed to be rare
       self._tries = 1 if share == 1 else math.ceil(math.log(_MISSED) / math.log(1 - share))
       return

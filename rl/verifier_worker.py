@@ -155,7 +155,7 @@ def main() -> None:
       verdict, why = UNDECIDED, 'crashes'
     except Exception:  # a library that stumbles over an answer: it couldn't be read as one
       verdict, why = WRONG, 'stumbles'
-    say(verdict=verdict, **({'why': why} if why else {}))
+    say(token=request['token'], verdict=verdict, **({'why': why} if why else {}))
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import re
+import secrets
 import selectors
 import subprocess
 import sys
@@ -194,26 +195,30 @@ class _Worker:
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
       env={**{key: os.environ[key] for key in keep if key in os.environ}, 'OPENBLAS_NUM_THREADS': '1'})
     self.kind, self.busy, self.ready = kind, None, False
+    self._token = ''
     self.deadline = time.monotonic() + _START_S
     self._buffer = b''
 
   def send(self, item: int, request: dict[str, str], deadline_s: float) -> None:
-    self.busy, self.deadline = item, time.monotonic() + deadline_s
+    self.busy, self.deadline, self._token = item, time.monotonic() + deadline_s, secrets.token_hex(8)
     with contextlib.suppress(BrokenPipeError):  # it has died: reading will say so
-      self.process.stdin.write(json.dumps(request).encode() + b'\n')
+      self.process.stdin.write(json.dumps({**request, 'token': self._token}).encode() + b'\n')
       self.process.stdin.flush()
 
   def read(self) -> dict[str, str] | None:
-    """A message, {} while it is incomplete, None after the worker's end."""
+    """A message, {} while it is incomplete, None if the worker has ended or this is no answer of its own."""
     chunk = os.read(self.process.stdout.fileno(), 2**16)
     self._buffer += chunk
     if b'\n' not in self._buffer:
       return {} if chunk else None
     line, self._buffer = self._buffer.split(b'\n', 1)
     try:
-      return json.loads(line)
+      message = json.loads(line)
     except ValueError:
-      return None  # something else has written there: not to be trusted any more
+      return None
+    # A verdict carries the token of its own request, so that what one item may have left here decides no other.
+    expected = self._token if self.busy is not None else ''
+    return message if isinstance(message, dict) and message.get('token', '') == expected else None
 
   def kill(self) -> int:
     """Ends the process; returns its exit status."""
@@ -347,7 +352,7 @@ class Verifier:
     if worker.busy is not None:
       verdicts[worker.busy] = Verdict.UNDECIDED
       self.counts['refused' if status == 86 else why] += 1
-    else:
+    elif not worker.ready:
       self._failed_starts += 1
       if self._failed_starts >= _MOST_FAILED_STARTS:
         raise VerifierError(f'verifier worker {worker.kind!r} ended {self._failed_starts} times at its start '

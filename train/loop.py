@@ -189,9 +189,11 @@ def _introduce(log: Log, run: RunConfig, mesh: Mesh, root, start: int, batches) 
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
   log.say(f'model     {sum(counts.values()) / 1e6:,.1f}M parameters '
           f'({", ".join(f"{name} {n / 1e6:.1f}M" for name, n in counts.items() if n)}), {run.model.dtype} compute')
-  shaping = ', '.join(f'{field.name} {getattr(run.objective, field.name)}' for field in dataclasses.fields(run.objective)
-                      if getattr(run.objective, field.name) != field.default and field.name != 'top_k')
-  log.say(f'objective {shaping or "plain cross-entropy"}; head and tail are told apart at k = {run.objective.top_k}')
+  objective = {field.name: getattr(run.objective, field.name) for field in dataclasses.fields(run.objective)
+               if getattr(run.objective, field.name) != field.default}
+  k = objective.pop('top_k', run.objective.top_k)
+  shaping = ', '.join(f'{name} {value}' for name, value in objective.items()) or 'plain cross-entropy'
+  log.say(f'objective {shaping}; head and tail are told apart at k = {k}')
   log.say(f'data      {", ".join(f"{name} ({s.uri})" for name, s in run.data.sources.items())} in {run.data.dir}')
   log.say(f'mesh      {axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)')
   log.say(f'run       steps {start} to {run.steps}, {run.tokens_per_step:,} tokens each, in {root}'

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -125,11 +126,11 @@ def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> s
     parts.append(f'mfu {100 * v["mfu"]:.1f}%')
   if 'hbm_bytes' in v:
     parts.append(f'hbm {v["hbm_bytes"] / 2**30:.1f} GiB')
-  parts += [f'wait {100 * v["input_wait_share"]:.1f}%', f'eta {_duration(eta_s)}']
+  parts += [f'wait {100 * v["input_wait_share"]:.1f}%', f'eta {duration(eta_s)}']
   return '  '.join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
   if not math.isfinite(seconds):
     return '?'
   hours, rest = divmod(int(seconds + 0.5), 3600)
@@ -139,8 +140,12 @@ def _duration(seconds: float) -> str:
 class Log:
   """One run's files and its line on the screen. Other processes than the first get a Log that does nothing."""
 
-  def __init__(self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool):
-    self._active, self._every, self._steps = active, every, steps
+  def __init__(
+    self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
+    describe: Callable[[int, int, dict[str, float], float], str] = describe,
+  ):
+    """describe(step, steps, figures, seconds left): the line to show."""
+    self._active, self._every, self._steps, self._describe = active, every, steps, describe
     self._step_s = None
     if not active:
       return
@@ -172,7 +177,7 @@ class Log:
     step_s = values['time/step_s']
     # The first step compiles; after it, a running mean makes the estimate of the end steady.
     self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
-    line = describe(step, self._steps, values, (self._steps - step) * self._step_s)
+    line = self._describe(step, self._steps, values, (self._steps - step) * self._step_s)
     if self._progress:
       self._progress.update(self._task, completed=step, description=line.rsplit('  eta', 1)[0])
     if step % self._every == 0 or step == self._steps:
@@ -187,9 +192,10 @@ class Log:
     named = {f'eval/{source}/{name}': value for name, value in values.items()}
     self._lines.write(step, named)
     self._scalars(step, named)
-    self.say(f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
-             f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
-             f'tail mass {values["tail_mass"]:.4f}')
+    if 'ce_nats' in values:
+      self.say(f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
+               f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
+               f'tail mass {values["tail_mass"]:.4f}')
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     if self._active:

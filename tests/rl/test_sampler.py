@@ -1,6 +1,7 @@
 """Truths of the sampler: decoding = full forward, refilled = padded = alone, frequencies = probabilities, 8 devices = 1."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,19 +57,38 @@ def same(got, want):
     np.testing.assert_allclose(sample.logp, want[name].logp, rtol=1e-5, atol=1e-5)
 
 
-@jax.jit
-def full_forward(params, tokens_BT):
+@functools.partial(jax.jit, static_argnames=('config', 'temperature'))
+def trainer(params, tokens_BT, *, config=CONFIG, temperature=1.0):
+  """(log-probability [B, T-1] of each token but the first, logits [B, T, V]) by the full forward pass."""
   position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  return model.forward(CONFIG, params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))[0]
+  hidden_BTD, _ = model.forward(config, params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))
+  head_DV = model.head(config, params)
+  stats = linear_token_stats(hidden_BTD[:, :-1], head_DV, tokens_BT[:, 1:], temperature=temperature, top_k=10)
+  return stats.target_logp, hidden_BTD.astype(jnp.float32) @ head_DV
 
 
-def hidden(params, tokens, total=27):
-  """Of each token, by the forward pass that training runs. Padding at the end changes nothing before it."""
-  return full_forward(params, jnp.asarray([tokens + [0] * (total - len(tokens))]))[0, : len(tokens)]
+def padded(rows, total=26):
+  """[B, total] int32; what stands behind a text changes nothing in it."""
+  return jnp.asarray([row + [0] * (total - len(row)) for row in rows])
+
+
+def texts(drawn):
+  return [prompt_of(sample) + sample.tokens.tolist() for sample in drawn]
+
+
+def prompt_of(sample):
+  return next(prompt.tokens for prompt in PROMPTS if prompt.id == sample.prompt_id)
+
+
+def trainers_logps(params, drawn, **options):
+  """What the sampler should have said of each sample."""
+  logp_BT = np.asarray(trainer(params, padded(texts(drawn)), **options)[0])
+  starts = [len(prompt_of(sample)) - 1 for sample in drawn]
+  return [row[start : start + len(sample.tokens)] for row, start, sample in zip(logp_BT, starts, drawn)]
 
 
 def logits(params, tokens):
-  return np.asarray(hidden(params, tokens)[-1].astype(jnp.float32) @ model.head(CONFIG, params))
+  return np.asarray(trainer(params, padded([tokens]))[1][0, len(tokens) - 1])
 
 
 # Samples and their log-probabilities.
@@ -77,29 +97,17 @@ def logits(params, tokens):
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_log_probabilities_are_the_scorers(params, temperature):
   """So each token was drawn after exactly the hidden state that the full forward pass gives."""
-  drawn = draw(params, dataclasses.replace(SETTINGS, temperature=temperature))
+  drawn = list(draw(params, dataclasses.replace(SETTINGS, temperature=temperature)).values())
   assert len(drawn) == 15
-  for prompt in PROMPTS:
-    for index in range(3):
-      sample, n = drawn[prompt.id, index], len(prompt.tokens)
-      tokens = prompt.tokens + sample.tokens.tolist()
-      want = linear_token_stats(
-        hidden(params, tokens)[n - 1 : -1], model.head(CONFIG, params), jnp.asarray(tokens[n:]),
-        temperature=temperature, top_k=10).target_logp
-      np.testing.assert_allclose(sample.logp, want, rtol=0, atol=5e-6)
+  for sample, want in zip(drawn, trainers_logps(params, drawn, temperature=temperature)):
+    np.testing.assert_allclose(sample.logp, want, rtol=0, atol=5e-6)
 
 
 def test_log_probabilities_in_bfloat16_stay_within_a_percent(params):
   config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
-  ratios = []
-  for sample in draw(params, SETTINGS, config=config).values():
-    prompt = next(p.tokens for p in PROMPTS if p.id == sample.prompt_id)
-    tokens = jnp.asarray([prompt + sample.tokens.tolist()])
-    hidden_BTD, _ = model.forward(config, params, tokens, jnp.arange(tokens.size)[None], jnp.ones_like(tokens))
-    want = linear_token_stats(
-      hidden_BTD[0, len(prompt) - 1 : -1], model.head(config, params), tokens[0, len(prompt) :], top_k=10)
-    ratios.append(np.exp(np.abs(sample.logp - want.target_logp)))
-  assert np.concatenate(ratios).mean() <= 1.01
+  drawn = list(draw(params, SETTINGS, config=config).values())
+  gaps = [sample.logp - want for sample, want in zip(drawn, trainers_logps(params, drawn, config=config))]
+  assert np.exp(np.abs(np.concatenate(gaps))).mean() <= 1.01
 
 
 def test_log_probability_keeps_its_digits_near_certainty():
@@ -121,10 +129,11 @@ def test_refilled_equals_padded_equals_alone_in_any_order(params, reference):
 
 def test_samples_depend_on_all_that_names_them(params, reference):
   """Another seed, step or index gives another sample, and so does the same prompt under another id."""
-  texts = {tuple(sample.tokens) for sample in reference.values()}
-  for changes in ({'seed': 8}, {'step': 3}, {'samples': [3, 4, 5]}, {'what': [p._replace(id=p.id + 50) for p in PROMPTS]}):
-    texts |= {tuple(sample.tokens) for sample in draw(params, SETTINGS, **changes).values()}
-  assert len(texts) == 5 * 15
+  distinct = {tuple(sample.tokens) for sample in reference.values()}
+  other_ids = [prompt._replace(id=prompt.id + 50) for prompt in PROMPTS]
+  for changes in ({'seed': 8}, {'step': 3}, {'samples': [3, 4, 5]}, {'what': other_ids}):
+    distinct |= {tuple(sample.tokens) for sample in draw(params, SETTINGS, **changes).values()}
+  assert len(distinct) == 5 * 15
 
 
 def test_eos_ends_a_sample_once_and_lengths_are_kept(params, reference):
@@ -159,7 +168,7 @@ def test_groups_come_whole_and_as_soon_as_they_end(params):
 def test_frequencies_match_probabilities_and_samples_are_independent(params):
   n = 8192
   prompt = PROMPTS[0]
-  token = np.array([draw_.tokens[0] for draw_ in draw(params, MANY, [prompt], samples=n).values()])
+  token = np.array([sample.tokens[0] for sample in draw(params, MANY, [prompt], samples=n).values()])
   expected = n * np.asarray(jax.nn.softmax(logits(params, prompt.tokens)), np.float64)
   rare = expected < 5
   count = np.bincount(token, minlength=VOCAB)
@@ -177,12 +186,12 @@ def test_frequencies_match_probabilities_and_samples_are_independent(params):
 
 
 def test_greedy_is_the_full_forwards_argmax(params):
-  for sample in draw(params, dataclasses.replace(SETTINGS, temperature=0.0), samples=1).values():
-    tokens = list(next(p.tokens for p in PROMPTS if p.id == sample.prompt_id))
-    for token, logp in zip(sample.tokens.tolist(), sample.logp):
-      assert token == logits(params, tokens).argmax()
-      assert logp == 0
-      tokens.append(token)
+  drawn = list(draw(params, dataclasses.replace(SETTINGS, temperature=0.0), samples=1).values())
+  best_BT = np.asarray(trainer(params, padded(texts(drawn)))[1].argmax(-1))
+  for sample, best_T in zip(drawn, best_BT):
+    start = len(prompt_of(sample)) - 1
+    assert sample.tokens.tolist() == best_T[start : start + len(sample.tokens)].tolist()
+    assert not sample.logp.any()
 
 
 @pytest.mark.parametrize('changes', [{'top_k': 7}, {'top_p': 0.3}, {'top_k': 20, 'top_p': 0.5, 'temperature': 0.8}])

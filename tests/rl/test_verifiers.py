@@ -66,16 +66,16 @@ def test_answer_in_a_box(text, expected):
 @pytest.mark.parametrize('text,expected', [
   ('12', 12), ('-0.50', Fraction(-1, 2)), ('1,234,567', 1234567), ('1,23', None), ('3/4', Fraction(3, 4)),
   (r'-\frac{3}{4}', Fraction(-3, 4)), (r'\dfrac{3}{4}', Fraction(3, 4)), ('.5', Fraction(1, 2)), ('1/0', None),
-  ('', None), ('-', None), ('1e5', None), ('50%', None), ('x', None), (r'\$18', 18), ('$18', 18), ('(073)', 73), ('٤', None),
-  (r'10{,}000', 10000), ('9' * 100, int('9' * 100)), ('9' * 101, None), ('1_000', None), ('+3', 3),
+  ('', None), ('-', None), ('1e5', None), ('50%', None), ('x', None), (r'\$18', 18), ('$18', 18), ('(073)', 73),
+  ('٤', None), (r'10{,}000', 10000), ('9' * 100, int('9' * 100)), ('9' * 101, None), ('1_000', None), ('+3', 3),
 ])
 def test_exact_numbers(text, expected):
   assert number(text) == expected
 
 
 @pytest.mark.parametrize('text,expected', [
-  ('$5$.', '5'), (r'\boxed{x+1}', 'x+1'), (r'$\boxed{\text{no}}$', 'no'), ('$a$ and $b$', '$a$ and $b$'), ('**7**', '7'),
-  (r'\boxed{1}+\boxed{2}', r'\boxed{1}+\boxed{2}'), ('', ''), ('$', '$'), (' a \n b ', 'a b'),
+  ('$5$.', '5'), (r'\boxed{x+1}', 'x+1'), (r'$\boxed{\text{no}}$', 'no'), ('$a$ and $b$', '$a$ and $b$'),
+  ('**7**', '7'), (r'\boxed{1}+\boxed{2}', r'\boxed{1}+\boxed{2}'), ('', ''), ('$', '$'), (' a \n b ', 'a b'),
 ])
 def test_plain_text(text, expected):
   assert plain(text) == expected
@@ -158,6 +158,17 @@ def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
     with Verifier(VerifierConfig()) as verifier, pytest.raises(VerifierError, match=message):
       verifier.verify([(answers('x+2')[0], task('x+1'))])
     assert not workers(verifier)
+
+
+def test_a_forged_verdict_is_not_believed(tmp_path, monkeypatch):
+  """A process that says 'right' before it is asked, as one that a former item has turned would."""
+  script = tmp_path / 'worker.py'
+  script.write_text('import sys, time\nprint(\'{"ready": true}\', flush=True)\nsys.stdin.readline()\n'
+                    'print(\'{"verdict": 1}\', flush=True); time.sleep(60)')
+  monkeypatch.setattr(verifiers, '_WORKER', script)
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    assert verifier.verify([(text, task('x+1')) for text in answers('x+2', 'x+3')]) == [UNDECIDED, UNDECIDED]
+    assert verifier.counts['crashes'] == 2
 
 
 def test_threads_share_a_verifier(verifier):

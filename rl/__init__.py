@@ -1,0 +1,1 @@
+"""Reinforcement learning with verifiable rewards. `python -m rl` runs loop.py: sample, judge, advantage, update."""

@@ -1,0 +1,24 @@
+"""python -m rl --config=configs/rl_smoke.py --workdir=DIR --config.train.init_from=PRETRAINED [--config.KEY=VALUE ...]
+
+Started again with the same workdir, a run goes on where it stands.
+"""
+
+import argparse
+
+from configs import load
+from data import DataError
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog='python -m rl', description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', required=True, help='where checkpoints, logs and the resolved config go')
+  config, args = load.from_command_line(parser)
+
+  from rl import loop  # after the config is known to be good: this is where JAX starts
+
+  loop.train(config, args.workdir)
+
+
+if __name__ == '__main__':
+  load.run_main(main, DataError)

@@ -1,0 +1,93 @@
+"""A whole RL run as one frozen dataclass: the sections it shares with pre-training, and `rl`."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs.load import section
+from data import DataConfig
+from model import ModelConfig
+from rl.advantages import AdvantageConfig
+from rl.policy_losses import PolicyLossConfig
+from rl.tasks import TaskConfig
+from rl.verifiers import VerifierConfig
+from train.checkpoint import CheckpointConfig
+from train.config import LogConfig, TrainConfig
+from train.optimizer import OptimizerConfig
+
+TRUNCATED = ('wrong', 'left_out')
+
+
+@dataclasses.dataclass(frozen=True)
+class RlConfig:
+  """Section `rl`: what is asked, how answers are drawn and judged, and what is learned from them."""
+
+  steps: int
+  prompts: int
+  samples: int
+  rounds: int
+  max_prompt_tokens: int
+  max_new_tokens: tuple[int, ...]
+  phase_steps: tuple[int, ...]
+  rows: int
+  truncated: str
+  minibatches: int
+  microbatches: int
+  eval_prompts: int
+  eval_samples: int
+  task: TaskConfig
+  verifier: VerifierConfig
+  advantage: AdvantageConfig
+  loss: PolicyLossConfig
+
+  def __post_init__(self):
+    for name in ('steps', 'prompts', 'rounds', 'max_prompt_tokens', 'rows', 'minibatches', 'microbatches',
+                 'eval_prompts', 'eval_samples'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
+    if self.samples < 2:
+      raise ValueError(f'samples must be >= 2 (an advantage compares a group), got {self.samples}')
+    if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:
+      raise ValueError(f'max_new_tokens must have a length a phase, one more than phase_steps = {self.phase_steps}, '
+                       f'got {self.max_new_tokens}')
+    if list(self.phase_steps) != sorted(set(self.phase_steps)):
+      raise ValueError(f'phase_steps must rise, got {self.phase_steps}')
+    if self.prompts % self.minibatches:
+      raise ValueError(f'minibatches must divide prompts = {self.prompts}, got {self.minibatches}')
+    if (self.prompts // self.minibatches * self.samples) % self.microbatches:
+      raise ValueError(f'microbatches must divide the {self.prompts // self.minibatches * self.samples} rows of a '
+                       f'minibatch, got {self.microbatches}')
+    if self.truncated not in TRUNCATED:
+      raise ValueError(f'truncated must be one of {", ".join(TRUNCATED)}, got {self.truncated!r}')
+
+  def phase(self, step: int) -> int:
+    """Which phase the update number `step` (from 1) belongs to."""
+    return sum(step > end for end in self.phase_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class RlRun:
+  """Everything `python -m rl` is told, apart from the workdir."""
+
+  seed: int
+  model: ModelConfig
+  data: DataConfig
+  train: TrainConfig
+  optimizer: OptimizerConfig
+  checkpoint: CheckpointConfig
+  log: LogConfig
+  rl: RlConfig
+
+  def __post_init__(self):
+    if not self.train.init_from:
+      raise ValueError('train.init_from must name the pre-trained run or checkpoint to start from, got none')
+    if self.rl.loss.cov:
+      raise ValueError(f'rl.loss.cov must be empty: the loop has no covariance terms yet, got {self.rl.loss.cov!r}')
+    if self.rl.loss.kl_weight:
+      raise ValueError(f'rl.loss.kl_weight must be 0: the loop keeps no reference model, got {self.rl.loss.kl_weight}')
+
+
+def rl_run(config: ConfigDict) -> RlRun:
+  """The checked run. Raises ConfigError, one line that names the key."""
+  used = {field.name for field in dataclasses.fields(RlRun)}
+  return section(RlRun, {key: value for key, value in config.items() if key in used or key != 'objective'})

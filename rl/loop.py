@@ -1,0 +1,228 @@
+"""Policy gradient on verifiable rewards, top to bottom. A step is: sample, judge, advantage, update.
+
+The paper's recipe by default (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
+samples a prompt at temperature 1, constant learning rate, no KL term. What a step draws depends on (parameters, seed,
+step, prompt numbers) alone, and the checkpoint holds the number of prompts consumed, so a killed run goes on exactly.
+
+# P prompts  G samples of each  B = P·G rows  T tokens
+"""
+
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+import data
+import model
+from configs.load import ConfigError, UserError, to_json
+from rl import policy_losses
+from rl.advantages import advantages
+from rl.config import RlRun, rl_run
+from rl.rollout import Group, graded_groups, lengths, pack
+from rl.sampler import Sampler, SamplerConfig
+from rl.tasks import TaskSet
+from rl.update import make_update, score_tokens
+from rl.verifiers import Verdict, Verifier
+from train import checkpoint, hosts, workdir
+from train.metrics import Log, duration
+from train.optimizer import make_optimizer
+from train.state import TrainState, abstract_state, create_state
+
+HELD_OUT_STEP = 2**31  # added to the step number: evaluation draws other samples than training
+HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
+
+
+class RlError(UserError):
+  """RL can't go on. One line that says since which step."""
+
+
+def train(config: ConfigDict, path: str) -> dict[str, float]:
+  """Runs `config` in the workdir `path`, from wherever it stands there, to its last step; returns its last figures.
+
+  Raises ConfigError, data.DataError or CheckpointError before any device work where something doesn't fit, RlError
+  where the run itself fails.
+  """
+  run = rl_run(config)
+  c, rl = run.model, run.rl
+  root = epath.Path(path)
+  workdir.check_config(root, config)
+  tokenizer = data.Tokenizer(run.data.tokenizer_path)
+  if tokenizer.vocab_size != c.vocab_size:
+    raise ConfigError(f'config.model.vocab_size must be {tokenizer.vocab_size}, the tokenizer\'s, got {c.vocab_size}')
+  tasks = TaskSet(rl.task, seed=run.seed)
+  held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
+  if jax.process_count() > 1:
+    raise ConfigError('--processes: RL runs in one process so far; its devices may be several')
+  try:
+    mesh = model.make_mesh(run.train.mesh)
+    hosts.check_rows(rl.prompts // rl.minibatches * rl.samples, mesh.shape, rl.microbatches)
+  except ValueError as error:
+    raise ConfigError(f'config.train.mesh: {error}') from None
+
+  with jax.set_mesh(mesh), Verifier(rl.verifier) as verifier:
+    tx = make_optimizer(run.optimizer, rl.steps, model.abstract(c)[2])
+    checkpoints = checkpoint.Checkpoints(root, run.checkpoint)
+    state, cursor, parent = _start(run, tx, mesh, checkpoints)
+    start = int(state.step) // rl.minibatches
+    workdir.write_config(root, config)
+    lineage = {'config': json.loads(to_json(config)), 'parent': parent, 'code_version': workdir.code_version()}
+    log = Log(root, step=start, steps=rl.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard, active=True,
+              describe=describe)
+    log.say(f'policy    {sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters from {parent}')
+    log.say(f'task      {rl.task.uri}; {rl.prompts} prompts x {rl.samples} samples a step, '
+            f'{rl.advantage.name} with {rl.loss.name}')
+    log.say(f'run       steps {start} to {rl.steps} in {root}')
+
+    placement = NamedSharding(mesh, model.spec('batch', 'length'))
+    by_row = NamedSharding(mesh, model.spec('batch'))
+    update = make_update(c, rl.loss, tx, rl.microbatches)
+    score = jax.jit(score_tokens, static_argnums=0)
+    samplers = [Sampler(c, SamplerConfig(rl.rows, rl.max_prompt_tokens, new), tokenizer.eos, mesh)
+                for new in rl.max_new_tokens]
+    stop = hosts.StopSignal()
+    last: dict[str, float] = {}
+
+    def collect(step: int) -> tuple[list[Group], list[Group], int]:
+      """(groups to learn from, all groups, prompts consumed): groups that agree are replaced, `rounds` times at most.
+
+      """
+      kept, seen, at = [], [], cursor
+      for _ in range(rl.rounds):
+        wanted = rl.prompts - len(kept)
+        if not wanted:
+          break
+        groups = graded_groups(samplers[rl.phase(step)], state.params, verifier, tokenizer, tasks,
+                               range(at, at + wanted), samples=rl.samples, seed=run.seed, step=step)
+        at += wanted
+        seen += groups
+        kept += [group for group in groups if group.has_signal(rl.truncated)]
+      return kept, seen, at
+
+    def learn(kept: list[Group], step: int) -> tuple[dict[str, float], np.ndarray]:
+      """Updates the state; returns figures and the entropies of the drawn tokens."""
+      nonlocal state
+      rows = rl.prompts * rl.samples
+      longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
+      needed = max(lengths(kept), default=1)
+      length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)  # three shapes at most
+      out = pack(kept, prompts=rl.prompts, samples=rl.samples, length=length, truncated=rl.truncated)
+      advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
+      # A sample that doesn't count isn't a token of the mean either.
+      counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
+      whole = jax.device_put((out.batch, counts_BT, out.sampler_logp_BT), placement)
+      old_logp_BT = score(c, state.params, whole[0])[0] if rl.minibatches > 1 else None
+      size, parts = rows // rl.minibatches, []
+      for m in range(rl.minibatches):
+        cut = lambda x, m=m: jax.device_put(x[m * size : (m + 1) * size], placement if x.ndim == 2 else by_row)
+        piece = jax.tree.map(cut, (*whole, advantage_B, old_logp_BT))
+        state, sums, entropy_BT = update(state, *piece)
+        parts.append((jax.device_get(sums), np.asarray(entropy_BT)[counts_BT[m * size : (m + 1) * size]]))
+      total = parts[0][0]
+      for sums, _ in parts[1:]:
+        total = policy_losses.add(total, sums)
+      tokens = max(int(total['tokens']), 1)
+      figures = {name: float(value) for name, value in policy_losses.means(rl.loss, total).items()}
+      figures |= {name: float(total[key]) / rl.minibatches
+                  for name, key in (('policy_loss', 'loss'), ('grad_norm', 'grad_norm'))}
+      figures['entropy_nats'] = float(total['entropy']) / tokens
+      return figures, np.concatenate([entropy for _, entropy in parts])
+
+    def evaluate(step: int) -> None:
+      groups = graded_groups(samplers[rl.phase(max(step, 1))], state.params, verifier, tokenizer, held_out,
+                             range(rl.eval_prompts), samples=rl.eval_samples, seed=run.seed, step=HELD_OUT_STEP + step)
+      rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0])
+               for group in groups]
+      error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
+      log.evaluation(step, 'held_out', {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error})
+      log.say(f'  eval held out: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
+      for group in groups[: run.log.samples]:
+        log.sample(step, group.task.prompt, group.texts[0])
+
+    try:
+      if not start:
+        evaluate(0)
+      for step in range(start + 1, rl.steps + 1):
+        began = time.perf_counter()
+        kept, seen, cursor = collect(step)
+        sampled = time.perf_counter()
+        figures, entropies = learn(kept, step)
+        ended = time.perf_counter()
+        if not all(math.isfinite(figures[name]) for name in ('policy_loss', 'grad_norm')):
+          raise RlError(f'step {step}: loss is {figures["policy_loss"]}, gradient norm {figures["grad_norm"]}; '
+                        f'the last good checkpoint is {checkpoints.path / str(checkpoints.latest)}')
+        figures |= describe_groups(seen, len(kept))
+        drawn = sum(len(sample.tokens) for group in seen for sample in group.samples)
+        if entropies.size:
+          top = np.sort(entropies)[-max(1, round(HIGH_ENTROPY_SHARE * entropies.size)):]
+          figures['entropy_top20_nats'] = float(top.mean())
+        last = {f'train/{name}': value for name, value in figures.items()}
+        last |= {'time/step_s': ended - began, 'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
+                 'time/tokens_per_s': drawn / (sampled - began)}
+        log.train(step, last)
+        checkpoints.check()
+
+        stopping, final = stop(step), step == rl.steps
+        if final or stopping or step % run.checkpoint.every_steps == 0:
+          log.flush()
+          checkpoints.save(state, {**lineage, 'cursor': {'prompts': cursor}}, step)
+        if final or step % run.log.eval_every_steps == 0:
+          evaluate(step)
+        if stopping and not final:
+          checkpoints.wait()
+          log.say(f'asked to stop: step {step} is saved; the same command goes on from there')
+          break
+      checkpoints.wait()
+    finally:
+      log.close()
+    checkpoints.close()
+    return last
+
+
+def describe_groups(groups: list[Group], kept: int) -> dict[str, float]:
+  """What the samples of a step were like, before groups without signal were left out."""
+  verdicts = [verdict for group in groups for verdict in group.verdicts]
+  samples = [sample for group in groups for sample in group.samples]
+  decided = max(sum(v != Verdict.UNDECIDED for v in verdicts), 1)
+  return {
+    'pass_rate': sum(v == Verdict.RIGHT for v in verdicts) / decided,
+    'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
+    'groups_without_signal': 1 - kept / len(groups),
+    'groups_learned_from': float(kept),
+    'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),
+    'truncated_share': float(np.mean([sample.finish == 'length' for sample in samples])),
+  }
+
+
+def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
+  """The line a person watches."""
+  v = {name.split('/', 1)[1]: value for name, value in values.items()}
+  return (f'step {step:>{len(str(steps))}}/{steps}  pass {v["pass_rate"]:.3f}  no signal '
+          f'{100 * v["groups_without_signal"]:.0f}%  entropy {v["entropy_nats"]:.3f}  length {v["length_tokens"]:.1f}  '
+          f'truncated {100 * v["truncated_share"]:.0f}%  |g| {v["grad_norm"]:.2f}  gap {v["sampler_gap_mean"]:.1e}  '
+          f'{v["tokens_per_s"]:,.0f} tok/s drawn  eta {duration(eta_s)}')
+
+
+def _start(run: RlRun, tx, mesh, checkpoints: checkpoint.Checkpoints) -> tuple[TrainState, int, str]:
+  """(state, prompts consumed, parent): this workdir's newest checkpoint, else the pre-trained weights."""
+  target = abstract_state(run.model, tx, mesh)
+  if checkpoints.latest is not None:
+    state, meta = checkpoints.restore(target)
+    return state, meta['cursor']['prompts'], meta['parent']
+  source = checkpoint.find(run.train.init_from)
+  params, meta = checkpoint.restore_weights(source, target.params)
+  _check_reads_alike(meta['config'], run)
+  return create_state(run.model, tx, mesh, run.seed, params), 0, str(source)
+
+
+def _check_reads_alike(pretrained: dict[str, Any], run: RlRun) -> None:
+  """Shapes are checked by restoring; what they don't show is checked here. Raises ConfigError."""
+  for name in ('heads', 'kv_heads', 'rope_base', 'norm_eps'):
+    before, now = pretrained['model'].get(name), getattr(run.model, name)
+    if before != now:
+      raise ConfigError(f'config.model.{name} must be {before}, as {run.train.init_from} was trained, got {now}')

@@ -1,0 +1,98 @@
+"""From prompts to graded groups to the arrays an update takes.
+
+# P prompts  G samples of each  B = P·G rows  T tokens
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from data import Batch, DataError, Tokenizer
+from rl.sampler import Prompt, Sample, Sampler
+from rl.tasks import Task, TaskSet
+from rl.verifiers import Verdict, Verifier
+
+
+class Group(NamedTuple):
+  """A prompt's samples with their verdicts."""
+
+  cursor: int  # which prompt of the run
+  task: Task
+  prompt: list[int]  # tokens, BOS first
+  samples: list[Sample]
+  texts: list[str]
+  verdicts: list[Verdict]
+
+  def rewards(self, truncated: str) -> tuple[list[float], list[bool]]:
+    """(1 if right else 0, whether it counts) of each sample. Undecided never counts; a truncated answer that isn't
+    right counts as wrong, or with 'left_out' not at all."""
+    valid = [verdict != Verdict.UNDECIDED and (
+      truncated == 'wrong' or verdict == Verdict.RIGHT or sample.finish != 'length')
+      for verdict, sample in zip(self.verdicts, self.samples)]
+    return [float(verdict == Verdict.RIGHT) for verdict in self.verdicts], valid
+
+  def has_signal(self, truncated: str) -> bool:
+    """Whether its rewards differ: otherwise every advantage is 0."""
+    return len({reward for reward, valid in zip(*self.rewards(truncated)) if valid}) > 1
+
+
+def graded_groups(
+  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: range, *, samples: int,
+  seed: int, step: int
+) -> list[Group]:
+  """The prompts number `cursors` of the run, sampled and judged, in that order.
+
+  A pure function of its arguments, but for verdicts that a deadline leaves undecided. Groups are judged while the
+  device draws the next ones. Raises DataError for a prompt that is too long.
+  """
+  prompts = {}
+  for cursor in cursors:
+    task = tasks.at(cursor)
+    tokens = [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]
+    if len(tokens) > sampler.s.max_prompt_tokens:
+      raise DataError(f'{task.id}: its prompt has {len(tokens)} tokens, more than config.rl.max_prompt_tokens = '
+                      f'{sampler.s.max_prompt_tokens}')
+    prompts[cursor] = (task, tokens)
+  groups = {}
+  asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
+  for drawn in sampler(params, asked, samples=samples, seed=seed, step=step):
+    cursor = drawn[0].prompt_id
+    task, tokens = prompts[cursor]
+    texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
+    groups[cursor] = Group(cursor, task, tokens, drawn, texts, verifier.verify([(text, task) for text in texts]))
+  return [groups[cursor] for cursor in cursors]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+  """What an update takes, [B, T]: rows in groups of G; empty rows fill up what dynamic sampling couldn't."""
+
+  batch: Batch
+  completion_BT: np.ndarray  # bool: the target is a token that was drawn
+  sampler_logp_BT: np.ndarray  # float32, nats; 0 elsewhere
+  rewards_PG: np.ndarray  # float32
+  valid_PG: np.ndarray  # bool
+
+
+def pack(groups: list[Group], *, prompts: int, samples: int, length: int, truncated: str) -> Rollouts:
+  """Lays prompt and completion of each sample into a row of `length` (input, target) pairs."""
+  rows = prompts * samples
+  tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
+  completion, logp = np.zeros((rows, length), bool), np.zeros((rows, length), np.float32)
+  rewards, valid = np.zeros((prompts, samples), np.float32), np.zeros((prompts, samples), bool)
+  for p, group in enumerate(groups):
+    rewards[p], valid[p] = group.rewards(truncated)
+    for g, sample in enumerate(group.samples):
+      row, start = p * samples + g, len(group.prompt) - 1
+      whole = np.concatenate([group.prompt, sample.tokens])
+      n = len(whole) - 1
+      tokens[row, :n], targets[row, :n], positions[row, :n], segments[row, :n] = whole[:-1], whole[1:], np.arange(n), 1
+      completion[row, start:n], logp[row, start:n] = True, sample.logp
+  return Rollouts(Batch(tokens, targets, positions, segments), completion, logp, rewards, valid)
+
+
+def lengths(groups: list[Group]) -> Iterator[int]:
+  """Pairs each sample takes in a row."""
+  return (len(group.prompt) + len(sample.tokens) - 1 for group in groups for sample in group.samples)

@@ -1,0 +1,77 @@
+"""One policy-gradient update: rollouts and advantages in, new state out; a pure function, jitted.
+
+# B rows  T tokens  D width
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import model
+from data import Batch
+from model import ModelConfig
+from objectives import RewardShaping, shaped_linear_loss
+from rl.policy_losses import PolicyLossConfig, add, aggregate, policy_loss
+from train.score import LAYOUT
+from train.state import TrainState, donated
+
+
+def score_tokens(c: ModelConfig, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """(log-probability of each target, entropy), [B, T] float32 nats; 0 in padding. Gradients flow through the first.
+
+  The same head as in pre-training, at β = λ = 0, so a sampler that uses the trainer's forward agrees with it.
+  """
+  hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+  loss_BT, stats = shaped_linear_loss(
+    hidden_BTD, model.head(c, params), batch.targets_BT, RewardShaping(), weights=batch.segments_BT > 0,
+    layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
+  return -loss_BT, stats.entropy
+
+
+def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransformation, microbatches: int):
+  """Returns the jitted update of one minibatch.
+
+  (state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT | None) ->
+  (state, sums for `policy_losses.means`, entropy_BT). Without old_logp the update is on-policy: the ratio is 1.
+  The loss is a sum over the minibatch divided once, so microbatches change nothing.
+  """
+
+  def update(state: TrainState, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT):
+    count = jnp.maximum(aggregate(jnp.zeros_like(sampler_logp_BT), completion_BT, loss.aggregation,
+                                  constant=max(loss.constant, 1))[1], 1)
+
+    def part(params, piece):
+      batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT = piece
+      logp_BT, entropy_BT = score_tokens(c, params, batch)
+      old_logp_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
+      total, _, sums = policy_loss(
+        loss, logp_BT, old_logp_BT, advantages_B[:, None], completion_BT, sampler_logp_BT=sampler_logp_BT)
+      sums['loss'] = jax.lax.stop_gradient(total) / count
+      sums['entropy'] = jnp.sum(entropy_BT, where=completion_BT)
+      return total / count, (sums, entropy_BT)
+
+    grad = jax.grad(part, has_aux=True)
+    pieces = (batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT)
+    if microbatches == 1:
+      grads, (sums, entropy_BT) = grad(state.params, pieces)
+    else:
+      # Row i goes to part i % microbatches, as in train/step.py.
+      split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), pieces)
+      first = jax.tree.map(lambda x: x[0], split)
+      zero_grads, (zero_sums, _) = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first))
+
+      def accumulate(carry, piece):
+        grads, (sums, entropy_BT) = grad(state.params, piece)
+        return (jax.tree.map(jnp.add, carry[0], grads), add(carry[1], sums)), entropy_BT
+
+      (grads, sums), entropy = jax.lax.scan(accumulate, (zero_grads, zero_sums), split)
+      entropy_BT = entropy.swapaxes(0, 1).reshape(completion_BT.shape)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    sums['grad_norm'] = optax.tree.norm(grads)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, entropy_BT
+
+  return jax.jit(update, donate_argnums=donated())
