@@ -19,8 +19,8 @@ CACHE_AXES = {1: ('batch',), 2: ('batch', None), 4: ('batch', 'act_heads', None,
 class Cache:
   """Keys and values of the tokens seen so far. Rows fill independently: row b holds length_B[b] tokens.
 
-  An array a layer, so that a step in a loop writes its tokens in place; slots next to H, so that a query's dot
-  products read memory in order (stacked over layers, and with K next to H, decoding on a CPU is 5 times slower).
+  An array a layer, so that a loop of steps writes each token in place; slots next to H, so that a query's dot
+  products read memory in order (with K next to H, attention of one token takes six times as long on a CPU).
   """
 
   k_LBKSH: tuple[jax.Array, ...]

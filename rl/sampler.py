@@ -4,7 +4,8 @@ A prompt is prefilled once and shared by its samples. Samples fill a fixed numbe
 sample has ended takes the next one, between dispatches of a few steps each, so a long answer doesn't hold up the
 others. Shapes depend on the settings alone, so nothing compiles twice.
 
-Left out: paging of the cache. A row has room for the longest prompt and answer from the start.
+Left out: paging of the cache. A row has room for the longest prompt and answer from the start, and attention runs
+over all of it.
 
 # R rows  I rows filled at once  F prompts prefilled at once  P prompt slots  T steps of a dispatch  D width
 # V vocabulary, N blocks of W tokens each
@@ -39,7 +40,7 @@ class SamplerConfig:
 
   Attributes:
     rows: samples decoded side by side; the cache's memory is proportional to it.
-    max_prompt_tokens, max_new_tokens: room in a row. A new token more is never drawn, EOS included.
+    max_prompt_tokens, max_new_tokens: room in a row; EOS is one of the new tokens.
     temperature: logits are divided by it; 0 takes the most probable token.
     top_k: keeps that many most probable tokens, ties as jax.lax.top_k breaks them; 0 keeps all.
     top_p: of what top_k left, keeps the fewest most probable tokens with at least this probability together.
@@ -353,8 +354,8 @@ def _decode(c, s, eos, weights, rows):
 def _draw(s, z_RV, u_R2):
   """Tokens and their log-probabilities from two uniform numbers each: one picks a block, one a token in it.
 
-  Beside one number for each of V tokens (Gumbel's way) this is 30 times faster, and it resolves tokens down to
-  2^-23 of their block instead of the whole.
+  One number for each of the V tokens (Gumbel's way) takes 30 times as long on a CPU. Two also resolve a token down
+  to 2^-23 of its block, where one would to 2^-23 of the whole.
   """
   e_RV = jnp.exp(z_RV - z_RV.max(-1, keepdims=True))
   if s.temperature == 0 or s.top_k or s.top_p < 1:

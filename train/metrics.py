@@ -150,8 +150,9 @@ class Log:
     if not active:
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    self._lines = JsonLines(workdir / 'metrics.jsonl', step)
-    self._samples = JsonLines(workdir / 'samples.jsonl', step)
+    kept = step or -1  # a run that starts anew writes its step 0 again
+    self._lines = JsonLines(workdir / 'metrics.jsonl', kept)
+    self._samples = JsonLines(workdir / 'samples.jsonl', kept)
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter

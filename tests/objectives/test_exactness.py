@@ -6,7 +6,6 @@ The chunked head gets the logits as hidden states and the identity as head, so t
 import jax
 import jax.numpy as jnp
 import numpy as np
-import objective_oracle as oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from objectives import RewardShaping, linear_token_stats, shaped_linear_loss, shaped_linear_total, shaped_loss
 from objectives.reward_shaping import power_weight
 from objectives.top_k import top_k
+from tests.objectives import objective_oracle as oracle
 
 VOCAB = 12
 SHAPINGS = [

@@ -1,17 +1,18 @@
-"""Truths of the sampler: decoding = full forward, refilled = padded = alone, frequencies = probabilities, 8 devices = 1."""
+"""Truths of the sampler: decoding = full forward, refilled = padded = alone, frequencies = probabilities."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import model
 import numpy as np
 import pytest
+from scipy import stats
+
+import model
 from objectives import linear_token_stats
 from rl import sampler as module
 from rl.sampler import Prompt, Sampler, SamplerConfig
-from scipy import stats
 
 VOCAB = 384  # three blocks of 128
 CONFIG = model.ModelConfig(
@@ -212,7 +213,7 @@ def test_truncation_keeps_exactly_what_it_says_and_renormalises(params, changes)
 # Devices and compilations.
 
 
-@pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (2, 2, 1, 1, 2), (1, 2, 1, 2, 2)])
+@pytest.mark.parametrize('shape', [(1, 2, 1, 2, 2)])
 def test_eight_devices_equal_one(params, shape):
   settings = dataclasses.replace(SETTINGS, rows=8)
   mesh = model.make_mesh(model.MeshConfig(*shape))

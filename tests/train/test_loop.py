@@ -4,7 +4,6 @@ Equality is to the last bit: metrics.jsonl without its `time/` entries, and ever
 """
 
 import json
-import os
 import random
 import resource
 import signal
@@ -15,8 +14,8 @@ import time
 
 import numpy as np
 import pytest
-from etils import epath
 
+from tests.runs import arrays, environment, metrics
 from train import checkpoint
 
 STEPS = 12
@@ -24,10 +23,6 @@ STEPS = 12
 
 def command(data_dir, workdir, *extra):
   return [sys.executable, '-m', 'train', f'--config=tests/tiny.py:dir={data_dir}', f'--workdir={workdir}', *extra]
-
-
-def environment(devices=1):
-  return {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
 
 
 def start(*args, devices=1, **popen):
@@ -50,24 +45,9 @@ def finish(*processes):
   return processes[0].returncode, outs[0][1]
 
 
-def metrics(workdir):
-  """Every line of the run's file without what can't repeat."""
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in line.items() if not k.startswith('time/')} for line in lines]
-
-
-def arrays(workdir, step=STEPS):
-  """All arrays of a checkpoint, by name, read without knowing what they should be."""
-  import orbax.checkpoint as ocp
-  tree = ocp.PyTreeCheckpointer().restore(epath.Path(workdir) / 'checkpoints' / str(step) / 'state')
-  import jax
-  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def assert_same_run(a, b):
   assert metrics(a) == metrics(b)
-  want = arrays(b)
-  got = arrays(a)
+  want, got = arrays(b, STEPS), arrays(a, STEPS)
   assert got.keys() == want.keys() and len(got) > 20
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
@@ -213,7 +193,7 @@ def test_init_from_takes_weights_only_or_all(undisturbed, data_dir, tmp_path):
   at_8 = undisturbed / 'checkpoints' / '8'
   code, err = finish(start(data_dir, everything, f'--config.train.init_from={at_8}', '--config.train.init_what=all'))
   assert code == 0, err
-  want, got = arrays(undisturbed), arrays(everything)
+  want, got = arrays(undisturbed, STEPS), arrays(everything, STEPS)
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 

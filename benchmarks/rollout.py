@@ -1,0 +1,170 @@
+"""How fast answers are sampled: beside google-tunix and transformers, and beside the simpler ways of our own.
+
+    taskset -c 0 python benchmarks/rollout.py [--repeats=3] [--only=peers,refill,prefill]
+
+A model of 5.2M parameters (4 layers, width 256, vocabulary 8192), fresh, on the devices that JAX finds. Peers that
+aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile, then
+--repeats times in turn with the others; the table has the fastest run of each, in generated tokens per second.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import model
+from rl.sampler import Prompt, Sampler, SamplerConfig
+
+CONFIG = model.ModelConfig(
+  vocab_size=8192, layers=4, d_model=256, d_ff=768, heads=4, kv_heads=2, head_dim=64, rope_base=1e6, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='auto', remat='none', scan_layers=True)
+EOS = 3
+PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 128
+
+
+def make_prompts(count, length):
+  token = np.random.default_rng(0).integers(4, CONFIG.vocab_size, (count, length))
+  return [Prompt(i, row.tolist()) for i, row in enumerate(token)]
+
+
+def count(groups):
+  return sum(len(sample.tokens) for group in groups for sample in group)
+
+
+def ours(params):
+  settings = SamplerConfig(PROMPTS * SAMPLES, PROMPT_TOKENS, NEW_TOKENS)
+  sampler, prompts = Sampler(CONFIG, settings, EOS), make_prompts(PROMPTS, PROMPT_TOKENS)
+  return lambda seed: count(sampler(params, prompts, samples=SAMPLES, seed=seed, step=0))
+
+
+def tunix():
+  """Its vanilla sampler, full distribution, no end token."""
+  from flax import nnx
+  from tunix.generate import sampler as peer
+  from tunix.models.qwen3 import model as qwen3
+
+  class Words:  # tokens written as numbers
+    encode = staticmethod(lambda text, **_: [int(word) for word in text.split()])
+    decode = staticmethod(lambda tokens, **_: ' '.join(map(str, tokens)))
+    bos_id = staticmethod(lambda: 1)
+    eos_id = staticmethod(lambda: EOS)
+    pad_id = staticmethod(lambda: 0)
+
+  transformer = qwen3.Qwen3(
+    qwen3.ModelConfig(
+      num_layers=CONFIG.layers, vocab_size=CONFIG.vocab_size, embed_dim=CONFIG.d_model, hidden_dim=CONFIG.d_ff,
+      num_heads=CONFIG.heads, head_dim=CONFIG.head_dim, num_kv_heads=CONFIG.kv_heads, rope_theta=1_000_000,
+      norm_eps=CONFIG.norm_eps, use_tied_embedding=True),
+    rngs=nnx.Rngs(0))
+  cache = peer.CacheConfig(256, CONFIG.layers, CONFIG.kv_heads, CONFIG.head_dim)
+  sample = peer.Sampler(transformer, Words(), cache)
+  texts = [' '.join(map(str, p.tokens)) for p in make_prompts(PROMPTS, PROMPT_TOKENS) for _ in range(SAMPLES)]
+
+  def run(seed):
+    out = sample(
+      texts, max_generation_steps=NEW_TOKENS, max_prompt_length=PROMPT_TOKENS, temperature=1.0, top_p=1.0, seed=seed,
+      eos_tokens=[EOS])
+    return sum(len(tokens) for tokens in out.tokens)
+
+  return run
+
+
+def transformers():
+  """`generate`, full distribution, no end token."""
+  import torch
+  import transformers as peer
+
+  torch.manual_seed(0)
+  lm = peer.Qwen3ForCausalLM(peer.Qwen3Config(
+    vocab_size=CONFIG.vocab_size, hidden_size=CONFIG.d_model, intermediate_size=CONFIG.d_ff,
+    num_hidden_layers=CONFIG.layers, num_attention_heads=CONFIG.heads, num_key_value_heads=CONFIG.kv_heads,
+    head_dim=CONFIG.head_dim, tie_word_embeddings=True, max_position_embeddings=4096)).eval()
+  token = torch.tensor([p.tokens for p in make_prompts(PROMPTS, PROMPT_TOKENS) for _ in range(SAMPLES)])
+
+  def run(seed):
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+      out = lm.generate(
+        token, attention_mask=torch.ones_like(token), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0,
+        top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
+    return out[:, PROMPT_TOKENS:].numel()
+
+  return run
+
+
+def refill(params):
+  """Lengths from a log-normal distribution; padded batches are the same sampler with as many prompts as rows."""
+  rows, longest = 32, 512
+  length = np.exp(np.random.default_rng(1).normal(3.4, 1.0, 8 * rows)).astype(int).clip(1, longest).tolist()
+  prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS), length)]
+  sampler = Sampler(CONFIG, SamplerConfig(rows, PROMPT_TOKENS, longest), EOS)
+  print(f'{len(length)} answers of {np.mean(length):.0f} tokens in the mean, {max(length)} at most, {rows} rows')
+
+  def padded(seed):
+    return sum(
+      count(sampler(params, prompts[i : i + rows], samples=1, seed=seed, step=0)) for i in range(0, len(prompts), rows))
+
+  refilled = lambda seed: count(sampler(params, prompts, samples=1, seed=seed, step=0))
+  return {'padded batches': padded, 'refilled rows': refilled}
+
+
+def prefill(params):
+  """One prompt of 1k tokens and 16 answers; repeated: as 16 prompts."""
+  (prompt,) = make_prompts(1, 1024)
+  copies = [prompt._replace(id=i) for i in range(16)]
+  sampler = Sampler(CONFIG, SamplerConfig(16, 1024, 64), EOS)
+  return {
+    'prefill repeated': lambda seed: count(sampler(params, copies, samples=1, seed=seed, step=0)),
+    'prefill shared': lambda seed: count(sampler(params, [prompt], samples=16, seed=seed, step=0)),
+  }
+
+
+def measure(ways, repeats):
+  """Tokens per second of each, the fastest of some runs taken in turn."""
+  best = dict.fromkeys(ways, 0.0)
+  for run in ways.values():
+    run(0)
+  for repeat in range(repeats):
+    for name, run in ways.items():
+      start = time.perf_counter()
+      tokens = run(1 + repeat)
+      best[name] = max(best[name], tokens / (time.perf_counter() - start))
+  return best
+
+
+def show(title, tokens_per_s, ours):
+  print(f'{title:42}{"tokens/s":>10}{"ours / this":>13}')
+  for name, rate in tokens_per_s.items():
+    print(f'{name:42}{rate:10,.0f}{tokens_per_s[ours] / rate:13.2f}')
+  print(flush=True)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--only', default='peers,refill,prefill')
+  args = parser.parse_args()
+  params = jax.jit(model.init, static_argnums=0)(CONFIG, jax.random.key(0))
+  if 'peers' in args.only:
+    ways = {}
+    for make in (tunix, transformers):
+      try:
+        ways[make.__name__] = make()
+      except ImportError as error:
+        print(f'{make.__name__}: left out ({error})')
+    ways['betarank'] = ours(params)
+    title = f'{PROMPTS} prompts x {SAMPLES} samples x {NEW_TOKENS} tokens'
+    show(title, measure(ways, args.repeats), 'betarank')
+  if 'refill' in args.only:
+    show('long-tailed lengths', measure(refill(params), args.repeats), 'refilled rows')
+  if 'prefill' in args.only:
+    show('1024-token prompt, 16 samples x 64 tokens', measure(prefill(params), args.repeats), 'prefill shared')
+
+
+if __name__ == '__main__':
+  main()

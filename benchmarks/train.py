@@ -1,0 +1,110 @@
+"""Training speed on whatever is here, beside the same model with all logits in memory: python -m benchmarks.train
+
+    --model=small   4 layers, width 256, vocabulary 8192, 8 x 512 tokens a step: for a CPU
+    --model=1b      28 layers, width 1536, vocabulary 151,936, 4096 tokens a row: for an accelerator
+
+Steps are the real ones (train/step.py) on made-up tokens. The naive step differs in the loss alone: all logits, optax's
+cross-entropy, no statistics. Ways are timed in turn, and ratios taken round by round. Where the chip's peak is known,
+MFU counts 6 FLOPs a weight and token and half of the attention (model.flops_per_token), recomputation left out.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import model
+from data import Batch
+from objectives import ObjectiveConfig
+from train.metrics import peak_flops
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.state import TrainState, create_state, donated
+from train.step import make_step
+
+ADAMW = OptimizerConfig(lr=1e-4, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
+                        weight_decay=0.1, clip_norm=1.0)
+SMALL = model.ModelConfig(
+  vocab_size=8192, layers=4, d_model=256, d_ff=768, heads=4, kv_heads=2, head_dim=64, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='auto', remat='none', scan_layers=True)
+MODELS = {
+  'small': (SMALL, 8, 512),
+  '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
+                             head_dim=128, remat='full'), 4, 4096),
+}
+OBJECTIVES = {
+  'plain cross-entropy': ObjectiveConfig(),
+  'beta = -0.25': ObjectiveConfig(beta=-0.25),
+  'lambda_tail = -0.1, k = 100': ObjectiveConfig(lambda_tail=-0.1),
+}
+
+
+def naive_step(c: model.ModelConfig, tx):
+  """The update with all logits in memory."""
+  def loss(params, batch):
+    hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    logits_BTV = (hidden_BTD @ model.head(c, params).astype(hidden_BTD.dtype)).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets_BT).mean()
+
+  def step(state, batch):
+    value, grads = jax.value_and_grad(loss)(state.params, batch)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), {'loss': value}
+
+  return jax.jit(step, donate_argnums=donated())
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--model', choices=MODELS, default='small')
+  parser.add_argument('--rows', type=int, default=0, help='a step; 0: the default of the model')
+  parser.add_argument('--remat', choices=model.config.REMAT, default='')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
+  args = parser.parse_args()
+  c, rows, length = MODELS[args.model]
+  rows = args.rows or rows
+  c = dataclasses.replace(c, remat=args.remat or c.remat)
+  device = jax.devices()[0]
+  mesh = model.make_mesh(model.MeshConfig(1, -1, 1, 1, 1))
+  tokens = np.random.default_rng(0).zipf(1.3, (rows, length + 1)) % c.vocab_size
+  tokens = tokens.astype(np.int32)
+  batch = Batch(tokens[:, :-1], tokens[:, 1:], np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+                np.ones((rows, length), np.int32))
+  print(f'{sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters, {rows} x {length} tokens a step, '
+        f'{c.dtype}, remat {c.remat}, {device.device_kind} x {jax.device_count()}, jax {jax.__version__}')
+  with jax.set_mesh(mesh):
+    tx = make_optimizer(ADAMW, 10_000, model.abstract(c)[2])
+    ways = {'all logits, optax': naive_step(c, tx)} if args.naive else {}
+    ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size)) for name, objective in OBJECTIVES.items()}
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
+    state = create_state(c, tx, mesh, seed=0)
+    compiled = {}
+    for name, step in ways.items():
+      compiled[name] = step.lower(state, batch).compile()
+    seconds = {name: [] for name in ways}
+    for n in range(args.rounds + 1):
+      for name, step in compiled.items():
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        if n:  # the first round warms up
+          seconds[name].append(time.perf_counter() - start)
+  base = next(iter(seconds))
+  print(f'{"":30}{"step s":>9}{"tokens/s":>12}{"MFU":>8}{"temp GB":>9}{"time / first":>14}')
+  for name, times in seconds.items():
+    step_s = statistics.median(times)
+    ratio = statistics.median(a / b for a, b in zip(times, seconds[base]))
+    peak = peak_flops(device)
+    flops = model.flops_per_token(c, length) * rows * length
+    mfu = f'{flops / step_s / peak / jax.device_count():.1%}' if peak else '-'
+    temp = compiled[name].memory_analysis().temp_size_in_bytes / 1e9
+    print(f'{name:30}{step_s:9.3f}{rows * length / step_s:12,.0f}{mfu:>8}{temp:9.2f}{ratio:14.2f}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,100 @@
+"""Whole RL runs as processes: a killed one goes on to the last bit, and what it writes is what happened."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.runs import arrays, environment, metrics
+
+STEPS = 6
+
+
+def start(module, config, workdir, *extra):
+  return subprocess.Popen([sys.executable, '-m', module, f'--config={config}', f'--workdir={workdir}', *extra],
+                          env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  return out
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  """The RL config on top of a model that has learned what an answer looks like, and little else."""
+  folder = tmp_path_factory.mktemp('pretrained')
+  source = '--config.data.sources.main.uri=reasoning:chain_sum'
+  tiny = f'tests/tiny.py:dir={folder}/data,beta=0'
+  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config={tiny}', source], capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr
+  finish(start('train', tiny, folder / 'run', source, '--config.train.tokens=128000',
+               '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000'))
+  return f'tests/tiny_rl.py:dir={folder}/data,init_from={folder}/run'
+
+
+@pytest.fixture(scope='module')
+def undisturbed(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  finish(start('rl', config, workdir))
+  return workdir
+
+
+def test_an_undisturbed_run_says_what_happened(undisturbed):
+  lines = metrics(undisturbed)
+  steps = [line for line in lines if 'train/pass_rate' in line]
+  assert [line['step'] for line in steps] == list(range(1, STEPS + 1))
+  assert [line['step'] for line in lines if 'eval/held_out/avg_at_4' in line] == [0, 3, 6]
+  assert any(line['train/groups_learned_from'] for line in steps), 'a run without signal tests nothing'
+  for line in steps:
+    assert line['train/clip_fraction'] == 0  # on-policy: nothing to clip,
+    assert line['train/ratio_mean'] == pytest.approx(1 if line['train/groups_learned_from'] else 0, abs=1e-6)
+    assert line['train/sampler_gap_max'] < 1e-4  # and the sampler is the trainer
+    assert 0 <= line['train/truncated_share'] <= 1 and line['train/undecided'] == 0
+    if not line['train/groups_learned_from']:
+      assert line['train/grad_norm'] == 0
+  sample = json.loads((undisturbed / 'samples.jsonl').read_text().splitlines()[0])
+  assert sample['prompt'].startswith('Question: ')
+
+
+@pytest.mark.parametrize('kill_at', [1, 4])
+def test_killed_and_started_again_equals_uninterrupted(undisturbed, config, tmp_path, kill_at):
+  process = start('rl', config, tmp_path)
+  while process.poll() is None:
+    path = tmp_path / 'metrics.jsonl'
+    if path.exists() and f'"step": {kill_at}, "train' in path.read_text():
+      break
+    time.sleep(0.02)
+  process.kill()
+  process.communicate()
+  assert process.returncode in (-signal.SIGKILL, 0)
+  finish(start('rl', config, tmp_path))
+  assert metrics(tmp_path) == metrics(undisturbed)
+  want, got = arrays(undisturbed, STEPS), arrays(tmp_path, STEPS)
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+  'override, message',
+  [
+    ('--config.rl.samples=1', 'config.rl.samples must be >= 2'),
+    ('--config.rl.task.uri=reasonin:x', 'config.rl.task.uri must be'),
+    ('--config.rl.loss.eps_low=2', 'config.rl.loss.eps_low must be in [0, 1]'),
+    ('--config.rl.minibatches=3', 'config.rl.minibatches must divide prompts = 4'),
+    ('--config.train.init_from=nowhere', 'nowhere: no checkpoint there'),
+    ('--config.model.rope_base=1e6', 'config.model.rope_base must be 10000.0'),
+    ('--config.rl.max_prompt_tokens=5', 'more than config.rl.max_prompt_tokens = 5'),
+  ],
+)
+def test_what_cannot_be_ends_in_one_line(config, tmp_path, override, message):
+  process = start('rl', config, tmp_path, override)
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 2 and len(err.splitlines()) == 1, err
+  assert message in err
