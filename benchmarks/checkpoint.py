@@ -41,7 +41,11 @@ def main():
     checkpoints = Checkpoints(folder, CheckpointConfig(every_steps=1, keep=1, keep_every_steps=0))
     shares, with_next = [], []
     for n in range(args.rounds + 1):
-      plain = statistics.median(timed(lambda state=state: update(state))[0] for _ in range(3))
+      alone = []
+      for _ in range(3):
+        seconds, state = timed(lambda state=state: update(state))
+        alone.append(seconds)
+      plain = statistics.median(alone)
       blocked, _ = timed(lambda state=state, n=n: checkpoints.save(state, {}, 2 * n))
       after, state = timed(lambda state=state: update(state))
       checkpoints.wait()

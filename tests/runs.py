@@ -21,5 +21,9 @@ def metrics(workdir):
 
 def arrays(workdir, step):
   """All arrays of a checkpoint, by name, read without knowing what they should be."""
-  tree = ocp.PyTreeCheckpointer().restore(epath.Path(workdir) / 'checkpoints' / str(step) / 'state')
+  path = epath.Path(workdir) / 'checkpoints' / str(step) / 'state'
+  with ocp.PyTreeCheckpointer() as reader:
+    shapes = reader.metadata(path).item_metadata
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    tree = reader.restore(path, restore_args=as_numpy)
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}

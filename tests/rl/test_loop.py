@@ -63,7 +63,7 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
   assert sample['prompt'].startswith('Question: ')
 
 
-@pytest.mark.parametrize('kill_at', [1, 4])
+@pytest.mark.parametrize('kill_at', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_killed_and_started_again_equals_uninterrupted(undisturbed, config, tmp_path, kill_at):
   process = start('rl', config, tmp_path)
   while process.poll() is None:

@@ -87,7 +87,7 @@ def test_an_undisturbed_run_leaves_what_it_should(undisturbed):
   assert sample.keys() == {'step', 'prompt', 'text'}
 
 
-@pytest.mark.parametrize('kill_at', [2, random.Random(7).randint(5, 11)])
+@pytest.mark.parametrize('kill_at', [pytest.param(2, marks=pytest.mark.slow), random.Random(7).randint(5, 11)])
 def test_killed_and_started_again_equals_uninterrupted(undisturbed, data_dir, tmp_path, kill_at):
   process = start(data_dir, tmp_path)
   wait_for_step(tmp_path, kill_at, [process])
@@ -99,28 +99,31 @@ def test_killed_and_started_again_equals_uninterrupted(undisturbed, data_dir, tm
   assert_same_run(tmp_path, undisturbed)
 
 
-def test_two_processes_killed_and_started_again_equal_uninterrupted(data_dir, tmp_path):
-  a, b = tmp_path / 'a', tmp_path / 'b'
-  code, err = finish(*start_pair(data_dir, a))
+@pytest.fixture(scope='module')
+def undisturbed_pair(data_dir, tmp_path_factory):
+  """One run from start to end in two processes."""
+  workdir = tmp_path_factory.mktemp('pair')
+  code, err = finish(*start_pair(data_dir, workdir))
   assert code == 0, err
-  pair = start_pair(data_dir, b)
-  wait_for_step(b, 6, pair)
+  return workdir
+
+
+def test_two_processes_killed_and_started_again_equal_uninterrupted(undisturbed_pair, data_dir, tmp_path):
+  pair = start_pair(data_dir, tmp_path)
+  wait_for_step(tmp_path, 6, pair)
   for process in pair:
     process.kill()
   for process in pair:
     process.communicate()
-  code, err = finish(*start_pair(data_dir, b))
+  code, err = finish(*start_pair(data_dir, tmp_path))
   assert code == 0, err
-  assert_same_run(a, b)
+  assert_same_run(tmp_path, undisturbed_pair)
 
 
-def test_two_processes_equal_one_with_two_devices(data_dir, tmp_path):
-  a, b = tmp_path / 'a', tmp_path / 'b'
-  code, err = finish(*start_pair(data_dir, a))
+def test_two_processes_equal_one_with_two_devices(undisturbed_pair, data_dir, tmp_path):
+  code, err = finish(start(data_dir, tmp_path, devices=2))
   assert code == 0, err
-  code, err = finish(start(data_dir, b, devices=2))
-  assert code == 0, err
-  for mine, theirs in zip(metrics(a), metrics(b), strict=True):
+  for mine, theirs in zip(metrics(undisturbed_pair), metrics(tmp_path), strict=True):
     assert mine == pytest.approx(theirs, rel=1e-4)
 
 
