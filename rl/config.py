@@ -89,5 +89,4 @@ class RlRun:
 
 def rl_run(config: ConfigDict) -> RlRun:
   """The checked run. Raises ConfigError, one line that names the key."""
-  used = {field.name for field in dataclasses.fields(RlRun)}
-  return section(RlRun, {key: value for key, value in config.items() if key in used or key != 'objective'})
+  return section(RlRun, {key: value for key, value in config.items() if key != 'objective'})  # pre-training's

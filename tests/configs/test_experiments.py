@@ -1,0 +1,71 @@
+"""Every experiment that ships builds, is complete, and its sweep names settings that exist."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from configs import load
+from rl.config import rl_run
+from train.config import run_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.py')
+               if p.name not in ('__init__.py', 'common.py', 'load.py'))
+
+
+def check(config):
+  """The frozen run that a config describes; ConfigError if it can't be one."""
+  return rl_run(config) if 'rl' in config else run_config(config)
+
+
+@pytest.mark.parametrize('path', FILES)
+def test_it_builds_and_its_sweep_can_be_run(path):
+  check(load.load(path))
+  spec = importlib.util.spec_from_file_location('experiment', ROOT / path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  points = []
+  if hasattr(module, 'sweep'):
+    module.sweep(lambda **overrides: points.append(overrides))
+  for point in points:
+    check(load.load(path, {key: str(value) for key, value in point.items()}))
+  assert len({tuple(sorted(point.items())) for point in points}) == len(points), 'a point is named twice'
+
+
+def test_the_paper_s_recipe_is_the_default():
+  """arXiv 2512.22955, appendix B.1, where it says so."""
+  config = load.load('configs/rl_smoke.py')
+  from configs import common
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.rl = common.rl()
+  rl = check(config).rl
+  assert (rl.steps, rl.prompts, rl.samples) == (1000, 128, 16)
+  assert rl.max_new_tokens == (8192, 16_384) and rl.phase(700) == 0 and rl.phase(701) == 1
+  assert rl.advantage.name == 'grpo' and rl.loss.name == 'clip_higher' and rl.loss.kl_weight == 0
+  assert (rl.loss.eps_low, rl.loss.eps_high, rl.minibatches) == (0.2, 0.28, 1)
+
+
+@pytest.mark.parametrize(
+  'override, message',
+  [
+    ({'train.batch_size': '0'}, 'config.train.batch_size must be >= 1'),
+    ({'train.microbatches': '3'}, 'config.train.microbatches must divide batch_size = 4'),
+    ({'train.init_what': 'some'}, 'config.train.init_what must be one of weights, all'),
+    ({'train.mesh.data': '0'}, 'config.train.mesh.data must be >= 1, or -1'),
+    ({'optimizer.lr': '-1'}, 'config.optimizer.lr must be > 0'),
+    ({'optimizer.warmup_steps': '100000'}, 'config.optimizer.warmup_steps must be <'),
+    ({'objective.beta': '-2'}, 'config.objective.beta must be >= -1'),
+    ({'objective.form': 'powr'}, 'config.objective.form must be one of'),
+    ({'checkpoint.keep': '0'}, 'config.checkpoint.keep must be >= 1'),
+    ({'log.eval_batches': '0'}, 'config.log.eval_batches must be >= 1'),
+    ({'data.sources.main.weight': '-1'}, 'config.data.sources.main.weight must be'),
+    ({'model.heads': '3', 'model.kv_heads': '2'}, 'config.model.kv_heads must divide heads = 3'),
+    ({'seed': '-1'}, 'config.seed must be from 0'),
+  ],
+)
+def test_values_out_of_range_are_named(override, message):
+  with pytest.raises(load.ConfigError) as error:
+    check(load.load('configs/smoke.py', override))
+  assert str(error.value).startswith(message)
