@@ -7,6 +7,7 @@ import argparse
 
 from configs import load
 from data import DataError
+from rl.verifiers import VerifierError
 
 
 def main() -> None:
@@ -21,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  load.run_main(main, DataError)
+  load.run_main(main, DataError, VerifierError)
