@@ -89,9 +89,7 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
     last: dict[str, float] = {}
 
     def collect(step: int) -> tuple[list[Group], list[Group], int]:
-      """(groups to learn from, all groups, prompts consumed): groups that agree are replaced, `rounds` times at most.
-
-      """
+      """(groups to learn from, all groups, prompts consumed). Groups that agree are replaced, in `rounds` draws."""
       kept, seen, at = [], [], cursor
       for _ in range(rl.rounds):
         wanted = rl.prompts - len(kept)

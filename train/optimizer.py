@@ -50,8 +50,7 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-  """Clip by the global norm, then AdamW (arXiv 1711.05101). `axes`: the parameters' logical names; norms don't decay.
-  """
+  """Clip by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by `axes`, norms don't decay."""
   decays = jax.tree.map(lambda names: names[-1] != 'norm', axes, is_leaf=lambda a: isinstance(a, tuple))
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),

@@ -62,7 +62,7 @@ def test_documents_and_counts(prepared_config, corpus):
 
 
 def test_tfds_reads_it(prepared_config):
-  tfds = pytest.importorskip('tensorflow_datasets')
+  import tensorflow_datasets as tfds
   _, read = tokens(prepared_config, 'b', 'validation')
   by_name = tfds.data_source('b', split='validation', data_dir=prepared_config.dir)
   builder = tfds.builder_from_directory(prepared.folder(prepared_config, 'b'))
@@ -74,7 +74,7 @@ def test_tfds_reads_it(prepared_config):
 
 
 def test_records_are_tf_examples():
-  tf_example_pb2 = pytest.importorskip('tensorflow_datasets.proto').tf_example_pb2
+  from tensorflow_datasets.proto import tf_example_pb2
   for n in (1, 50, 130, 5000, 70_000):
     array = np.arange(n, dtype=np.uint32)
     example = tf_example_pb2.Example.FromString(prepared.to_record(array))

@@ -73,7 +73,7 @@ def test_sources_that_cannot_be_used(uri, message):
 
 
 def test_tfds(tmp_path):
-  tfds = pytest.importorskip('tensorflow_datasets')
+  import tensorflow_datasets as tfds
   from array_record.python import array_record_module
 
   features = tfds.features.FeaturesDict({'problem': tfds.features.Text(), 'answer': np.int64})
