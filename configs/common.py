@@ -30,7 +30,8 @@ def base() -> ConfigDict:
     norm_eps=1e-6,
     tied_embeddings=True,  # one matrix embeds and predicts
     compute_dtype='auto',  # auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always
-    remat='none',  # what the backward pass recomputes: none | full (all but each layer's input)
+    attention='auto',  # plain | splash (TPU) | cudnn (GPU); auto: the one for the devices in use
+    remat='none',  # what is saved for the backward pass: none | matmuls | qkv | attention | full (model/config.py)
     scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through
   ))
 

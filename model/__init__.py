@@ -2,7 +2,7 @@
 
 from model.config import ModelConfig, flops_per_token, parameter_counts
 from model.decode import Cache, empty_cache
-from model.sharding import RULES, MeshConfig, check_divides, make_mesh, shardings, spec
+from model.sharding import RULES, MeshConfig, check_divides, make_mesh, platform, shardings, spec
 from model.transformer import abstract, forward, head, init
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
   'init',
   'make_mesh',
   'parameter_counts',
+  'platform',
   'shardings',
   'spec',
 ]

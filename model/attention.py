@@ -1,10 +1,22 @@
 """Attention: rotary positions, and softmax over the keys that a query may see.
 
+`attend` is the plain form: decoding, CPUs, and the judge of the others. `rows_attention` picks a flash kernel for whole
+rows where the backend has one; they never hold the scores.
+
 # B batch  T query length  S key length  K key heads  G query heads a key head  N = K·G  H head width
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding
+
+from model.sharding import platform, shards, spec
+
+KERNELS = ('auto', 'plain', 'splash', 'cudnn')
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
@@ -42,3 +54,78 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
   weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BKSH.dtype)
   out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weight_BKGTS, v_BKSH)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def rows_attention(kernel: str, segments_BT: jax.Array, dtype, width: int) -> Callable[..., jax.Array]:
+  """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH over whole rows, where a document's tokens stand in order.
+
+  kernel: one of KERNELS; `auto` takes splash on TPU and cuDNN on GPU where they can do this head width, length and
+  type, and the plain form elsewhere. What depends on the segments alone is made here, once for all layers.
+  """
+  length = segments_BT.shape[1]
+  if kernel == 'auto':
+    kernel = {'tpu': 'splash', 'gpu': 'cudnn'}.get(platform(), 'plain')
+    if kernel == 'splash' and (width % 128 or length % (128 * shards('length'))):
+      kernel = 'plain'
+    if kernel == 'cudnn' and (width % 8 or width > 256 or length % 2 or dtype != jnp.bfloat16):
+      kernel = 'plain'
+  return {'plain': _plain, 'splash': _splash, 'cudnn': _cudnn}[kernel](segments_BT)
+
+
+def _plain(segments_BT):
+  index_1T = jnp.arange(segments_BT.shape[1])[None]
+  visible_BTT = visible(index_1T, segments_BT, index_1T, segments_BT)
+
+  def run(q_BTNH, k_BTKH, v_BTKH):
+    out_BTNH = attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), visible_BTT)
+    return checkpoint_name(out_BTNH, 'attention')
+
+  return run
+
+
+def _cudnn(segments_BT):
+  """cuDNN's flash attention. It has no segments, so a bias tells documents apart; the acausal half is skipped."""
+  same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+  bias_B1TT = jnp.where(same_B1TT, 0.0, -1e30).astype(jnp.bfloat16)
+
+  def run(q_BTNH, k_BTKH, v_BTKH):
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, bias_B1TT, is_causal=True, implementation='cudnn')
+
+  return run
+
+
+def _splash(segments_BT):
+  """Splash attention, a Pallas kernel for TPU (interpreted elsewhere): each device has its own rows, heads and queries,
+  and all keys of them.
+  """
+  length = segments_BT.shape[1]
+
+  def run(q_BTNH, k_BTKH, v_BTKH):
+    heads, width = q_BTNH.shape[2:]
+    kernel = _splash_kernel(heads, length)
+    q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH * width**-0.5, k_BTKH, v_BTKH))
+    rows = lambda kernel, q, k, v, q_segments, kv_segments: jax.vmap(
+      lambda *x: kernel(*x[:3], segment_ids=splash.SegmentIds(*x[3:])))(q, k, v, q_segments, kv_segments)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:  # XLA can't split a kernel by itself
+      q, kv = spec('batch', 'act_heads', 'length', None), spec('batch', 'act_heads', None, None)
+      parts = kernel.manual_sharding_spec(NamedSharding(mesh, spec('act_heads', 'length')))
+      rows = jax.shard_map(rows, in_specs=(parts, q, kv, kv, spec('batch', 'length'), spec('batch', None)), out_specs=q,
+                           check_vma=False)
+    return rows(kernel, q_BNTH, k_BKTH, v_BKTH, segments_BT, segments_BT).swapaxes(1, 2)
+
+  return run
+
+
+def _splash_kernel(heads: int, length: int):
+  """The kernel for the heads of one row. How its blocks (in tokens) were chosen: docs/plans.md."""
+  queries = length // shards('length')
+  block = next(size for size in (1024, 512, 256, 128) if not queries % size)
+  sizes = splash.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=min(block, 512), block_q_dkv=block, block_kv_dkv=block,
+    block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True)
+  mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+  with jax.ensure_compile_time_eval():
+    return splash.make_splash_mha(
+      mask, block_sizes=sizes, head_shards=shards('act_heads'), q_seq_shards=shards('length'),
+      interpret=platform() != 'tpu', residual_checkpoint_name='attention')

@@ -2,10 +2,20 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-REMAT = ('none', 'full')
+from model.attention import KERNELS
+from model.sharding import platform
+
+# What the backward pass finds saved, by the names the layers give their intermediates (jax.ad_checkpoint); the rest
+# is computed again. From the most memory to the least; `none` saves everything, also what has no name.
+REMAT = {
+  'none': None,
+  'matmuls': ('qkv', 'attention', 'mlp'),
+  'qkv': ('qkv', 'attention'),
+  'attention': ('attention',),
+  'full': (),
+}
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -29,6 +39,7 @@ class ModelConfig:
   compute_dtype: str
   remat: str
   scan_layers: bool
+  attention: str = 'auto'
 
   def __post_init__(self):
     for name in ('vocab_size', 'layers', 'd_model', 'd_ff', 'heads', 'kv_heads', 'head_dim', 'rope_base', 'norm_eps'):
@@ -40,14 +51,16 @@ class ModelConfig:
       raise ValueError(f'head_dim must be even (rotary pairs), got {self.head_dim}')
     if self.remat not in REMAT:
       raise ValueError(f'remat must be one of {", ".join(REMAT)}, got {self.remat!r}')
+    if self.attention not in KERNELS:
+      raise ValueError(f'attention must be one of {", ".join(KERNELS)}, got {self.attention!r}')
     if self.compute_dtype not in DTYPES:
       raise ValueError(f'compute_dtype must be one of {", ".join(DTYPES)}, got {self.compute_dtype!r}')
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Type of activations and of weights in a matmul; asks the backend when the config says `auto`."""
+    """Type of activations and of weights in a matmul; asks the mesh in force when the config says `auto`."""
     if self.compute_dtype == 'auto':
-      return jnp.dtype(jnp.float32 if jax.default_backend() == 'cpu' else jnp.bfloat16)
+      return jnp.dtype(jnp.float32 if platform() == 'cpu' else jnp.bfloat16)
     return jnp.dtype(self.compute_dtype)
 
 

@@ -84,6 +84,18 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     config.shape(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': what the mesh in force is made of, also of devices that aren't here; else JAX's default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def shards(axis: str) -> int:
+  """Into how many parts the mesh in force cuts a dimension with this logical name."""
+  sizes, dim = dict(jax.sharding.get_abstract_mesh().shape), RULES[axis]
+  return math.prod(sizes.get(name, 1) for name in ((dim,) if isinstance(dim, str) else dim or ()))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins an activation to its place in RULES; does nothing where no mesh is set (`jax.set_mesh`)."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -9,14 +9,16 @@ matmuls run in the config's compute type; norms and softmax in float32.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import attend, rotate, visible
-from model.config import ModelConfig
+from model.attention import attend, rotate, rows_attention, visible
+from model.config import REMAT, ModelConfig
 from model.decode import Cache, slots_for, write, write_heads
 from model.sharding import constrain
 
@@ -31,6 +33,17 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std
 
 def ones(size: int, axis: str) -> nnx.Param:
   return nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,), eager_sharding=False)
+
+
+def saves(names: tuple[str, ...]) -> Callable[..., bool]:
+  """A policy for jax.checkpoint: keep what has one of these names; cuDNN's kernel is known by its primitive."""
+  named = jax.checkpoint_policies.save_only_these_names(*names)
+
+  def policy(primitive, *args, **params):
+    kernel = primitive.name.startswith('dot_product_attention_fwd') and 'attention' in names
+    return kernel or named(primitive, *args, **params)
+
+  return policy
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
@@ -53,21 +66,16 @@ class Attention(nnx.Module):
     self.q_norm_H = ones(c.head_dim, 'norm')
     self.k_norm_H = ones(c.head_dim, 'norm')
 
-  def __call__(self, x_BTD, positions_BT, visible_BTS, cached=None):
-    """Attention output [B, T, D] and, with `cached` = (k_BKSH, v_BKSH, slot_BT), the cache's new content."""
+  def __call__(self, x_BTD, positions_BT, attend):
+    """[B, T, D]; attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH is what a query sees and how it is computed."""
     c, dtype = self.c, x_BTD.dtype
-    q_BTNH = jnp.einsum('BTD,DNH->BTNH', x_BTD, self.q_DNH[...].astype(dtype))
-    k_BTKH = jnp.einsum('BTD,DKH->BTKH', x_BTD, self.k_DKH[...].astype(dtype))
-    v_BTKH = jnp.einsum('BTD,DKH->BTKH', x_BTD, self.v_DKH[...].astype(dtype))
+    q_BTNH = checkpoint_name(jnp.einsum('BTD,DNH->BTNH', x_BTD, self.q_DNH[...].astype(dtype)), 'qkv')
+    k_BTKH = checkpoint_name(jnp.einsum('BTD,DKH->BTKH', x_BTD, self.k_DKH[...].astype(dtype)), 'qkv')
+    v_BTKH = checkpoint_name(jnp.einsum('BTD,DKH->BTKH', x_BTD, self.v_DKH[...].astype(dtype)), 'qkv')
     q_BTNH = rotate(rms_norm(q_BTNH, self.q_norm_H, c.norm_eps), positions_BT, c.rope_base)
     k_BTKH = rotate(rms_norm(k_BTKH, self.k_norm_H, c.norm_eps), positions_BT, c.rope_base)
-    if cached is None:
-      k_BKSH, v_BKSH, content = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), None
-    else:
-      k_BKSH, v_BKSH, slot_BT = cached
-      k_BKSH, v_BKSH = content = write_heads(k_BKSH, k_BTKH, slot_BT), write_heads(v_BKSH, v_BTKH, slot_BT)
-    out_BTNH = constrain(attend(q_BTNH, k_BKSH, v_BKSH, visible_BTS), 'batch', 'length', 'act_heads', None)
-    return jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.o_NHD[...].astype(dtype)), content
+    out_BTNH = constrain(attend(q_BTNH, k_BTKH, v_BTKH), 'batch', 'length', 'act_heads', None)
+    return jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.o_NHD[...].astype(dtype))
 
 
 class FeedForward(nnx.Module):
@@ -82,8 +90,8 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     dtype = x_BTD.dtype
-    gate_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, self.gate_DF[...].astype(dtype))
-    up_BTF = jnp.einsum('BTD,DF->BTF', x_BTD, self.up_DF[...].astype(dtype))
+    gate_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.gate_DF[...].astype(dtype)), 'mlp')
+    up_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.up_DF[...].astype(dtype)), 'mlp')
     hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
     return jnp.einsum('BTF,FD->BTD', hidden_BTF, self.down_FD[...].astype(dtype))
 
@@ -97,12 +105,10 @@ class Block(nnx.Module):
     self.feed_forward_norm_D = ones(c.d_model, 'norm')
     self.feed_forward = FeedForward(c, feed_forward)
 
-  def __call__(self, x_BTD, positions_BT, visible_BTS, cached=None):
-    y_BTD = rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps)
-    y_BTD, content = self.attention(y_BTD, positions_BT, visible_BTS, cached)
-    x_BTD = x_BTD + y_BTD
+  def __call__(self, x_BTD, positions_BT, attend):
+    x_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps), positions_BT, attend)
     x_BTD = x_BTD + self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm_D, self.c.norm_eps))
-    return constrain(x_BTD, 'batch', 'length', 'act_embed'), content
+    return constrain(x_BTD, 'batch', 'length', 'act_embed')
 
 
 class Transformer(nnx.Module):
@@ -121,10 +127,10 @@ class Transformer(nnx.Module):
     x_BTD = constrain(self.embed_VD[...].astype(c.dtype)[tokens_BT], 'batch', 'length', 'act_embed')
     if cache is not None:
       return self.cached(x_BTD, positions_BT, segments_BT, cache)
-    visible_BTS = visible(positions_BT, segments_BT, positions_BT, segments_BT)
-    block = lambda x_BTD, layer: layer(x_BTD, positions_BT, visible_BTS)
-    if c.remat == 'full':
-      block = jax.checkpoint(block)
+    attend = rows_attention(c.attention, segments_BT, c.dtype, c.head_dim)
+    block = lambda x_BTD, layer: (layer(x_BTD, positions_BT, attend), None)
+    if c.remat != 'none':
+      block = jax.checkpoint(block, policy=saves(REMAT[c.remat]), prevent_cse=not c.scan_layers)
     x_BTD, _ = jax.lax.scan(block, x_BTD, self.layers, unroll=1 if c.scan_layers else c.layers)
     return rms_norm(x_BTD, self.norm_D, c.norm_eps), None
 
@@ -138,13 +144,17 @@ class Transformer(nnx.Module):
       length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
     )
     visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
-    contents = []
-    for i, layer_cache in enumerate(zip(cache.k_LBKSH, cache.v_LBKSH)):  # a scan would copy the cache every step
+    k_LBKSH, v_LBKSH = list(cache.k_LBKSH), list(cache.v_LBKSH)
+    for i in range(self.c.layers):  # a scan would copy the cache every step
+
+      def attend_cached(q_BTNH, k_BTKH, v_BTKH, i=i):
+        k_LBKSH[i] = write_heads(k_LBKSH[i], k_BTKH, slot_BT)
+        v_LBKSH[i] = write_heads(v_LBKSH[i], v_BTKH, slot_BT)
+        return attend(q_BTNH, k_LBKSH[i], v_LBKSH[i], visible_BTS)
+
       layer = jax.tree.map(lambda x_L, i=i: x_L[i], self.layers)
-      x_BTD, content = layer(x_BTD, positions_BT, visible_BTS, (*layer_cache, slot_BT))
-      contents.append(content)
-    k_LBKSH, v_LBKSH = zip(*contents)
-    cache = dataclasses.replace(cache, k_LBKSH=k_LBKSH, v_LBKSH=v_LBKSH)
+      x_BTD = layer(x_BTD, positions_BT, attend_cached)
+    cache = dataclasses.replace(cache, k_LBKSH=tuple(k_LBKSH), v_LBKSH=tuple(v_LBKSH))
     return rms_norm(x_BTD, self.norm_D, self.c.norm_eps), cache
 
 

@@ -61,4 +61,4 @@ def donated() -> tuple[int, ...]:
   There a checkpoint being written reads the state's own memory (elsewhere it is copied to the host first), and an
   update that wants to overwrite it would have to wait for the disk.
   """
-  return () if jax.default_backend() == 'cpu' else (0,)
+  return () if model.platform() == 'cpu' else (0,)

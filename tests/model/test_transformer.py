@@ -80,7 +80,7 @@ def test_nothing_sees_padding_or_the_future(params):
 def test_scan_equals_loop_and_remat_equals_plain(params):
   batch = row(9, 6)
   want = value_and_grad(CONFIG, params, *batch)
-  for changes in ({'scan_layers': False}, {'remat': 'full'}):
+  for changes in ({'scan_layers': False}, *({'remat': name} for name in model.config.REMAT if name != 'none')):
     same(value_and_grad(dataclasses.replace(CONFIG, **changes), params, *batch), want)
 
 
@@ -152,7 +152,7 @@ def test_parameters_are_born_sharded_and_the_same_on_any_mesh(params):
   [
     ({'kv_heads': 3}, 'kv_heads must divide heads = 4, got 3'),
     ({'head_dim': 7}, 'head_dim must be even'),
-    ({'remat': 'some'}, "remat must be one of none, full, got 'some'"),
+    ({'remat': 'some'}, "remat must be one of none, matmuls, qkv, attention, full, got 'some'"),
     ({'layers': 0}, 'layers must be > 0, got 0'),
   ],
 )

@@ -1,0 +1,54 @@
+"""Flash kernels = the plain form, values and gradients, with several documents a row; on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+from model.attention import rows_attention
+
+B, T, N, K, H = 2, 256, 4, 2, 128
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  rng = np.random.default_rng(0)
+  normal = lambda heads: jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32)
+  segments_BT = np.zeros((B, T), np.int32)  # padding at the end of row 1, a boundary inside a block
+  segments_BT[0, :100], segments_BT[0, 100:] = 1, 2
+  segments_BT[1, :30], segments_BT[1, 30:240] = 1, 2
+  return normal(N), normal(K), normal(K), normal(N), jnp.asarray(segments_BT)
+
+
+def output_and_gradients(kernel, q, k, v, weight, segments_BT):
+  real = (segments_BT > 0)[..., None, None]
+
+  def total(q, k, v):
+    out = rows_attention(kernel, segments_BT, q.dtype, H)(q, k, v)
+    return jnp.sum(out * weight, where=real), jnp.where(real, out, 0)
+
+  (_, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  return out, *grads
+
+
+@pytest.mark.parametrize('mesh', [None, (2, 1, 1, 2, 2), (1, 2, 1, 1, 2)])
+def test_splash_equals_plain(inputs, mesh):
+  want = output_and_gradients('plain', *inputs)
+  if mesh is None:
+    got = output_and_gradients('splash', *inputs)
+  else:
+    devices = jax.devices()[: int(np.prod(mesh))]
+    with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), devices)):
+      got = output_and_gradients('splash', *inputs)
+  for a, b in zip(want, got, strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='cuDNN needs an NVIDIA GPU')
+def test_cudnn_equals_plain(inputs):
+  want = output_and_gradients('plain', *inputs)
+  got = output_and_gradients('cudnn', *(x.astype(jnp.bfloat16) for x in inputs[:4]), inputs[4])
+  for a, b in zip(want, got, strict=True):
+    a, b = np.asarray(a), np.asarray(b, np.float32)
+    assert np.max(np.abs(a - b)) < 0.02 * np.max(np.abs(a))  # bfloat16 has 8 bits
