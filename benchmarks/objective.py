@@ -6,23 +6,29 @@
 
 Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds: on a shared machine
 the CPU seconds are the steadier. tokamax (pip install tokamax) is timed if it is there. --tpu compiles ahead
-of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, cycles are its own estimates
-times trip counts. It has none for some operations (TopK, sort); these are counted apart.
+of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, times are read off the compiled
+programs (tpu_time.py), for bfloat16, and are predictions.
 """
 # N tokens  D width  V vocabulary
 
 import os
-import re
+import pathlib
+import tempfile
 import time
+from unittest import mock
 
 from absl import app, flags
+
+from benchmarks import tpu_time
 
 GRID = flags.DEFINE_list('grid', ['8192x512x65536'], 'tokens x D x V, several by commas')
 ONLY = flags.DEFINE_list('only', [], 'Names (or their starts) of what to compare; empty: all.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of hidden states and head.')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs of each.')
-CHUNK = flags.DEFINE_integer('chunk_tokens', 0, "Ours: tokens a chunk; 0: the head's default.")
+CHUNK = flags.DEFINE_integer('chunk_tokens', 0, "Ours: tokens a chunk; 0: the head's default where it runs.")
 TPU = flags.DEFINE_string('tpu', '', 'Topology to compile for instead of running, e.g. v5e:2x2.')
+
+NO_KERNEL = 'ours: ranks, no TPU kernel'
 
 
 def contenders(chunk_tokens):
@@ -58,6 +64,9 @@ def contenders(chunk_tokens):
     'ours: ranks + statistics': total(ranks, True),
     'ours: ranks per token': per_token,
   }
+  if TPU.value:
+    found[NO_KERNEL] = total(ranks, True)
+    return found
   try:
     import tokamax
   except ImportError:
@@ -67,42 +76,12 @@ def contenders(chunk_tokens):
   return {'tokamax chunked_xla': peer} | found
 
 
-def estimated_cycles(hlo):
-  """(cycles, operations without an estimate): the TPU compiler's estimates, loop bodies times their trips."""
-  bodies, name, entry = {}, None, None
-  for line in hlo.split('\n'):
-    head = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
-    if head:
-      name = head.group(2)
-      bodies[name] = []
-      entry = name if head.group(1) else entry
-    elif name:
-      bodies[name].append(line)
-
-  def trips(condition):
-    """The loop's bound: scans count from 0 up to the one s32 constant that their condition holds."""
-    constants = re.findall(r's32\[\]\S* constant\((\d+)\)', '\n'.join(bodies[condition]))
-    return max(int(n) for n in constants)
-
-  def count(name):
-    cycles, unknown = 0, 0
-    for line in bodies[name]:
-      estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-      cycles += int(estimate.group(1)) if estimate else 0
-      unknown += 'custom_call_target="TopK"' in line or ' sort(' in line
-      loop = re.search(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)', line)
-      if loop:
-        inner = count(loop.group(2))
-        cycles += trips(loop.group(1)) * inner[0]
-        unknown += trips(loop.group(1)) * inner[1]
-    return cycles, unknown
-
-  return count(entry)
-
-
-def compare(shape, run_names):
+def compare(shape, run_names, dump_folder):
   import jax
   import jax.numpy as jnp
+
+  from objectives.kernels import find_head as kernel
+  from objectives.linear_head import default_chunk
 
   tokens, width, vocab = (int(n) for n in shape.split('x'))
   dtype = jnp.dtype(DTYPE.value)
@@ -115,22 +94,29 @@ def compare(shape, run_names):
   weights = abstract((tokens, width), dtype), abstract((width, vocab), dtype)
   arguments = *weights, abstract((tokens,), jnp.int32)
 
-  compiled = {}
-  for name, f in contenders(CHUNK.value).items():
+  chunk_tokens = CHUNK.value
+  if TPU.value and not chunk_tokens:  # the head would go by the CPU that compiles
+    chunk_tokens = default_chunk(vocab, 'accelerator')
+  compiled, dumps = {}, {}
+  for name, f in contenders(chunk_tokens).items():
     if not run_names or any(name.startswith(start) for start in run_names):
-      compiled[name] = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(*arguments).compile()
+      earlier = set(dump_folder.iterdir()) if TPU.value else set()
+      with mock.patch.object(kernel, 'fits', kernel.fits if name != NO_KERNEL else lambda *_: False):
+        compiled[name] = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(*arguments).compile()
+      dumps[name] = set(dump_folder.iterdir()) - earlier if TPU.value else set()
 
   full_bytes = 4 * tokens * vocab
   where = f'{TPU.value}, compiled only' if TPU.value else jax.devices()[0].device_kind
   print(f'\ntokens {tokens}  D {width}  V {vocab}  {dtype}  ({where}, jax {jax.__version__})', flush=True)
   memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
   if TPU.value:
-    print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"Mcycles":>10}{"ratio":>8}{"uncounted":>11}')
-    cycles = {name: estimated_cycles(c.as_text()) for name, c in compiled.items()}
-    base = cycles.get('ours: cross-entropy', next(iter(cycles.values())))[0]
-    for name, (known, unknown) in cycles.items():
+    chip = tpu_time.CHIPS[TPU.value.split(':')[0]]
+    seconds = {name: tpu_time.seconds(c.as_text(), dumps[name], chip) for name, c in compiled.items()}
+    base = seconds.get('ours: cross-entropy', next(iter(seconds.values())))
+    print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"least ms":>10}{"ratio":>8}{"likely ms":>11}{"ratio":>8}')
+    for name, (least, likely) in seconds.items():
       print(f'{name:30}{memory[name] / 2**20:10.0f}{memory[name] / full_bytes:11.4f}'
-            f'{known / 1e6:10.1f}{known / base:8.3f}{unknown:11d}')
+            f'{1e3 * least:10.1f}{least / base[0]:8.3f}{1e3 * likely:11.1f}{likely / base[1]:8.3f}')
     return
 
   keys = jax.random.split(jax.random.key(0), 3)
@@ -156,10 +142,13 @@ def compare(shape, run_names):
 
 def main(argv):
   del argv
-  if TPU.value:  # no TPU is attached: keep libtpu from looking for one
-    os.environ |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  for shape in GRID.value:
-    compare(shape, ONLY.value)
+  with tempfile.TemporaryDirectory() as folder:
+    if TPU.value:  # no TPU is attached: keep libtpu from looking for one
+      os.environ |= {
+        'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        'TPU_WORKER_HOSTNAMES': 'localhost', 'LIBTPU_INIT_ARGS': tpu_time.dump_flags(folder)}
+    for shape in GRID.value:
+      compare(shape, ONLY.value, pathlib.Path(folder))
 
 
 if __name__ == '__main__':

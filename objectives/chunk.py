@@ -4,7 +4,7 @@ Whatever the objective, the loss's gradient with respect to the logits z of a to
 
     dloss/dz_j = target                     for j = x
                  head_rate e_j              for j among the top k, not x
-                 tail_rate e_j              for all other j,             e_j = exp(z_j - max_{i != x} z_i)
+                 tail_rate e_j              for all other j,             e_j = exp(z_j - max_i z_i)
 
 (label smoothing adds a constant). So one pass over the chunk takes a few sums, `score` turns these into the
 loss, the statistics and the Coefficients with work of O(tokens), and one more pass writes the gradient.
@@ -23,7 +23,7 @@ from jax import lax
 
 from objectives import layout as mesh
 from objectives.reward_shaping import finite_margin, is_zero
-from objectives.top_k import top_k
+from objectives.top_k import find_head
 
 MAX_ADDED = 2**24  # elements, 64 MiB
 
@@ -62,7 +62,7 @@ class TokenStats:
 class Coefficients:
   """All that a token's gradient needs beside its logits; fields float32 [...], int32 for last_id."""
 
-  shift: jax.Array  # largest wrong logit
+  shift: jax.Array  # largest logit
   target: jax.Array
   tail_rate: jax.Array
   head_rate: jax.Array | None  # None: no top k, all wrong tokens go by tail_rate
@@ -128,9 +128,9 @@ def score(options, z_CV, x_C, weight_C, shaping):
     'rank': before.sum(-1, dtype=jnp.float32),
   }
   if options.with_top_k:
-    value_CK, id_CK = _top_k(options, z_CV, shaping.top_k)
-    threshold_C, last_id_C = value_CK[:, -1], id_CK[:, -1]
-    head_sum_C = jnp.sum(jnp.exp(value_CK - shift_C[:, None]), -1, where=id_CK != x_C[:, None])
+    wanted_C = jnp.where(weight_C != 0, x_C, -1)
+    threshold_C, last_id_C, head_sum_C = find_head(
+      options.layout, z_CV, wanted_C, target_C, shift_C, shaping.top_k)
     sums['tail'] = jnp.sum(e_CV, -1, where=~_in_head(z_CV, id_V, threshold_C, last_id_C))
   if options.with_smoothing:
     sums['logits'] = jnp.sum(z_CV - shift_C[:, None], -1)
@@ -233,15 +233,3 @@ def _wrong_exp(z_CV, shift_C, is_target):
 
 def _in_head(z_CV, id_V, threshold_C, last_id_C):
   return (z_CV > threshold_C[:, None]) | ((z_CV == threshold_C[:, None]) & (id_V <= last_id_C[:, None]))
-
-
-def _top_k(options, z_CV, k):
-  """Values and ids [C, K] of the k largest logits of the whole vocabulary; k of each part are exchanged."""
-  value_CK, id_CK = top_k(z_CV, k)
-  if options.layout is None or options.layout.vocab is None:
-    return value_CK, id_CK
-  id_CK += mesh.vocab_offset(options.layout, z_CV.shape[1])
-  value_CK, id_CK = (mesh.concatenate_over_vocab(options.layout, a) for a in (value_CK, id_CK))
-  # Parts are in the order of their ids, so a tie's lower position is the lower id here too.
-  value_CK, position_CK = lax.top_k(value_CK, min(k, value_CK.shape[1]))
-  return value_CK, jnp.take_along_axis(id_CK, position_CK, -1)

@@ -18,9 +18,11 @@ from objectives import chunk as tile
 from objectives import layout as mesh
 from objectives.reward_shaping import RewardShaping, check_number, check_shapes, is_zero
 
-# Logits of a default chunk: 96 MiB in float32 on a CPU; 512 MiB on an accelerator, whose matrix units want some
-# 1000 tokens at once (benchmarks/objective.py: 192 tokens take twice the time of 1024 on an H100).
+# Logits of a default chunk: 96 MiB in float32 on a CPU; 512 MiB on an accelerator, but 1024 tokens at least. With
+# fewer, adding to the head's gradient in memory takes longer than the product that is added (TPU v5e: below 960;
+# H100, benchmarks/objective.py: 192 take twice the time of 1024).
 DEFAULT_CHUNK_LOGITS = {'cpu': 3 * 2**23, 'accelerator': 2**27}
+LEAST_CHUNK_TOKENS = {'cpu': 1, 'accelerator': 1024}
 
 
 def shaped_linear_loss(
@@ -44,8 +46,8 @@ def shaped_linear_loss(
     z_loss: adds z_loss * logsumexp(logits)^2 to every loss.
     temperature: logits are divided by it, after the cap.
     compute_dtype: of the matrix products, which accumulate in float32; None: hidden's. All else is float32.
-    chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 96 MiB on a CPU and
-      512 MiB elsewhere.
+    chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 96 MiB on a CPU, and
+      512 MiB elsewhere or what 1024 tokens take if that is more.
     layout: a Layout, how the arrays lie on the mesh in force; None: on one device.
 
   Returns:
@@ -226,7 +228,7 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   """lax.scan of `body` over the chunks of arrays [..., *]; outputs come back in the arrays' shape."""
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)
-  most = options.chunk_tokens or _default_chunk(head_DV.shape[1])
+  most = options.chunk_tokens or default_chunk(head_DV.shape[1])
   chunks = max(1, -(-tokens // most))
   size = min(most, tokens)
 
@@ -242,8 +244,8 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   return carry, jax.tree.map(join, outputs)
 
 
-def _default_chunk(vocab):
-  """A multiple of 64 tokens, if there can be."""
-  kind = 'cpu' if jax.default_backend() == 'cpu' else 'accelerator'
-  most = max(1, DEFAULT_CHUNK_LOGITS[kind] // vocab)
-  return most - most % 64 if most > 64 else most
+def default_chunk(vocab, kind=None):
+  """Tokens of a chunk for this device's part of the vocabulary; kind is cpu or accelerator, None: what runs here."""
+  kind = kind or ('cpu' if jax.default_backend() == 'cpu' else 'accelerator')
+  most = DEFAULT_CHUNK_LOGITS[kind] // vocab
+  return max(LEAST_CHUNK_TOKENS[kind], most - most % 64 if most > 64 else most)

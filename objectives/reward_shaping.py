@@ -148,6 +148,7 @@ def shaped_loss(logits, targets, shaping):
 
 def top_k_mask(logits, k):
   """[..., V] bool: the k most probable tokens, ties to the lower id as in jax.lax.top_k; all if k >= V."""
+  logits = jnp.where(logits == 0, 0, logits)  # -0.0 ties with 0.0
   _, index = jax.lax.top_k(logits, min(k, logits.shape[-1]))
   return jnp.put_along_axis(jnp.zeros(logits.shape, bool), index, True, axis=-1, inplace=False)
 

@@ -1,9 +1,47 @@
 """An exact top-k along a vocabulary, several times faster than sorting it all."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
+from objectives import layout as mesh
+from objectives.kernels import find_head as kernel
+
 GROUP = 128  # a TPU's lanes; neighbours of which only the largest is looked at first
+
+
+def find_head(layout, z_CV, x_C, target_C, shift_C, k):
+  """Which logits are the top k of the whole vocabulary, as jax.lax.top_k orders them, and what the head weighs.
+
+  Args:
+    layout: a Layout or None; how the vocabulary is split.
+    z_CV: float32 [C, V], this device's logits.
+    x_C, target_C: the targets' ids and logits. A row with a negative id isn't wanted; it gets any finite values.
+    shift_C: largest logit of the whole vocabulary.
+    k: size of the top k.
+
+  Returns:
+    (value_C, last_id_C, head_sum_C): the top k are the logits above the value, and those equal to it whose id is
+    at most last_id; sum of exp(z - shift) over the top k without the target.
+  """
+  split = layout is not None and layout.vocab is not None
+
+  def by_candidates(z_CV, x_C, _, shift_C):
+    value_CK, id_CK = top_k(z_CV, k)
+    if split:
+      id_CK += mesh.vocab_offset(layout, z_CV.shape[1])
+      value_CK, id_CK = (mesh.concatenate_over_vocab(layout, a) for a in (value_CK, id_CK))
+      # Parts are in the order of their ids, so a tie's lower position is the lower id here too.
+      value_CK, position_CK = _settled_top_k(value_CK, min(k, value_CK.shape[1]))
+      id_CK = jnp.take_along_axis(id_CK, position_CK, 1)
+    head_sum_C = jnp.sum(jnp.exp(value_CK - shift_C[:, None]), -1, where=id_CK != x_C[:, None])
+    return value_CK[:, -1], id_CK[:, -1], head_sum_C
+
+  arguments = z_CV, x_C, target_C, shift_C
+  if split or not kernel.fits(z_CV.shape[1], k):
+    return by_candidates(*arguments)
+  return lax.platform_dependent(*arguments, tpu=functools.partial(kernel.find_head, k=k), default=by_candidates)
 
 
 def top_k(z_CV, k):
@@ -28,5 +66,6 @@ def top_k(z_CV, k):
 def _settled_top_k(array, k):
   # Without a barrier a later slice of the result makes XLA's CPU backend sort the whole row (jax 0.10).
   # One each: a barrier over the pair aborts its compiler when partitioning.
-  value, position = lax.top_k(array, k)
+  # jax.lax.top_k puts 0.0 before -0.0, which are one number to all comparisons here.
+  value, position = lax.top_k(jnp.where(array == 0, 0.0, array), k)
   return lax.optimization_barrier(value), lax.optimization_barrier(position)

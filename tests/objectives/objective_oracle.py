@@ -10,8 +10,12 @@ def top_k(z, k):
   return mask
 
 
-def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power'):
-  """loss, dloss/dz [V] and the statistics of one position."""
+def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power', sizes=False):
+  """loss, dloss/dz [V] and the statistics of one position.
+
+  sizes: instead of loss and gradient the sums of their terms' absolute values (one each for w, λ̃, λ̂). Rounding
+  errors are relative to these: where terms cancel, float32 can't know the difference to more digits.
+  """
   z = np.asarray(z, np.float64)
   wrong = np.arange(len(z)) != x
   lse = lambda a: a.max() + np.log(np.exp(a - a.max()).sum())
@@ -26,19 +30,21 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
   in_k = top_k(z, top_k_size)
   head, tail = in_k & wrong, ~in_k & wrong
   head_mass, tail_mass = p[head].sum(), p[tail].sum()
-  loss = -w * log_p - lambda_head * head_mass - lambda_tail * tail_mass
   p_minus_1 = np.where(wrong, p, -np.exp(log_1mp))
   # 1 - P by adding up what isn't in P
   minus_head = np.where(head, p[~head].sum(), -head_mass)
   minus_tail = np.where(tail, p[~tail].sum(), -tail_mass)
-  grad = w * p_minus_1 - lambda_head * p * minus_head - lambda_tail * p * minus_tail
+  loss_terms = np.array([-w * log_p, -lambda_head * head_mass, -lambda_tail * tail_mass])
+  grad_terms = np.array([w * p_minus_1, -lambda_head * p * minus_head, -lambda_tail * p * minus_tail])
+  if sizes:
+    loss_terms, grad_terms = abs(loss_terms), abs(grad_terms)
   log_all = z - lse(z)
   stats = {
     'target_logp': log_p, 'entropy': -np.sum(np.where(p > 0, p * log_all, 0)),
     'target_rank': int(np.flatnonzero(np.argsort(-z, kind='stable') == x)[0]),
     'head_mass': head_mass, 'tail_mass': tail_mass,
   }
-  return loss, grad, stats
+  return loss_terms.sum(), grad_terms.sum(0), stats
 
 
 def many(z, x, **kwargs):

@@ -59,19 +59,27 @@ def functions(request):
   return s, reference, per_token, total
 
 
+def within(got, wanted, size, name=''):
+  """1e-5 of `size`; the floor is where exp underflows in float32, 87 below the largest logit."""
+  excess = np.abs(np.asarray(got, np.float64) - wanted) - 1e-5 * size - 1e-35
+  assert (excess <= 0).all(), (name, got, wanted, excess.max())
+
+
 def check(functions, z, x):
   s, *implementations = functions
   loss, grad, stats = oracle.many(z, x, **as_oracle(s))
+  loss_size, grad_size, _ = oracle.many(z, x, **as_oracle(s), sizes=True)
   for run in implementations:
     got_loss, got_grad, *got_stats = run(jnp.asarray(z), jnp.asarray(x))
     assert np.isfinite(got_loss).all() and np.isfinite(got_grad).all()
-    # 1e-5 relative. The floor is float32's own: a term of the loss is known to 1e-7 of the largest term.
-    np.testing.assert_allclose(got_loss, loss, rtol=1e-5, atol=2e-7)
-    np.testing.assert_allclose(got_grad, grad, rtol=1e-5, atol=2e-7)
+    within(got_loss, loss, loss_size)
+    within(got_grad, grad, grad_size)
     for found in got_stats:
       for name, wanted in stats.items():
         if getattr(found, name) is not None:
-          np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-5, atol=2e-7, err_msg=name)
+          # Where one wrong token is all but certain, the rest of the entropy is lost in sums near 1: 2e-7 nats.
+          size = abs(wanted) + (0.02 if name == 'entropy' else 0)
+          within(getattr(found, name), wanted, size, name)
       assert np.asarray(found.target_valid).all()
 
 

@@ -1,0 +1,222 @@
+"""The boundary of the top k, found while whole rows of logits lie in VMEM, so that each is read once.
+
+The k-th largest of a row is sought among few of its logits. They are dealt into some 24 k groups, and one sweep
+keeps the DEPTH largest of each. Among these an interval of float32 bit patterns is halved until k lie above it.
+What is found is the row's own unless some group has all its kept entries at or above it; then (for one in some
+3000 rows of independent logits at k = 100) halving goes over the whole row. Where more logits equal the k-th
+largest than belong to the top k, the last id is found by halving too. So the result is always exact; only the
+time depends on the logits. XLA's way (objectives/top_k.py) moves the logits several times on a TPU, and sorts.
+"""
+# R rows of a block  L lanes  V vocabulary  k size of the head
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+DEPTH = 4
+GROUPS_PER_K = 24
+MAX_SPAN, MIN_SPAN = 64, 8  # logits of a group
+ROWS = 16  # two registers a column; with one, more cycles go to waiting for results
+UNROLL = 16  # columns
+MAX_BLOCK = 20 * 2**20  # bytes; two blocks are in VMEM at once
+
+
+def fits(vocab, k):
+  """Whether the kernel takes rows [V]: many groups of several columns, and a block of rows that VMEM holds."""
+  return _span(vocab, k) >= MIN_SPAN and 4 * ROWS * _columns(vocab) * LANES <= MAX_BLOCK
+
+
+def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
+  """As `find_head` of objectives/top_k.py on one device; needs `fits(V, k)`. Subnormal logits count as zero.
+
+  interpret: run on any device, slowly.
+  """
+  tokens, vocab = z_CV.shape
+  block = 4 * ROWS * _columns(vocab) * LANES
+  groups = pl.cdiv(_columns(vocab), _span(vocab, k))
+  per_row = pl.BlockSpec((ROWS, 1), lambda i: (i, 0))
+  return tuple(a[:, 0] for a in pl.pallas_call(
+    functools.partial(_kernel, k=k, vocab=vocab, span=_span(vocab, k)),
+    grid=(pl.cdiv(tokens, ROWS),),
+    in_specs=[pl.BlockSpec((ROWS, _columns(vocab) * LANES), lambda i: (i, 0)), per_row, per_row, per_row],
+    out_specs=[per_row, per_row, per_row],
+    out_shape=[jax.ShapeDtypeStruct((tokens, 1), dtype) for dtype in (jnp.float32, jnp.int32, jnp.float32)],
+    scratch_shapes=[pltpu.VMEM((ROWS, DEPTH * groups * LANES), jnp.float32)],
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',), vmem_limit_bytes=2 * block + 8 * 2**20),
+    cost_estimate=pl.CostEstimate(flops=10 * tokens * vocab, bytes_accessed=4 * tokens * vocab, transcendentals=0),
+    interpret=interpret,
+    name='find_head',
+  )(z_CV, x_C[:, None], target_C[:, None], shift_C[:, None]))
+
+
+def _columns(vocab):
+  return pl.cdiv(vocab, LANES)
+
+
+def _span(vocab, k):
+  return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
+
+
+def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_sum_ref, kept_ref, *, k, vocab, span):
+  x_R1, target_R1, shift_R1 = x_ref[...], target_ref[...], shift_ref[...]
+  kept_width = kept_ref.shape[1]
+  _keep_largest(z_ref, kept_ref, vocab, span)
+  largest_R1, low_R1 = _bracket([_column(kept_ref, c) for c in range(kept_width // DEPTH // LANES)], k)
+  least_R1 = functools.reduce(jnp.maximum, [
+    _column(kept_ref, c) for c in range((DEPTH - 1) * kept_width // DEPTH // LANES, kept_width // LANES)
+  ]).max(-1, keepdims=True)
+
+  wanted_R1 = x_R1 >= 0  # masked rows are all ties, and would take the slow ways for nothing
+  search = functools.partial(_search, k=k, high=_to_key(largest_R1) + 1, target_R1=target_R1, shift_R1=shift_R1)
+  found = search(kept_ref, kept_width, low=_to_key(low_R1))
+  missed = _any(wanted_R1 & (least_R1 >= found[0]))
+  found = lax.cond(missed, lambda: search(z_ref, vocab, low=_to_key(found[0])), lambda: found)
+  value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
+
+  def last_of_ties():
+    """Largest -i at which k logits are above the value, or equal to it with an id < i."""
+    lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
+    all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))
+    return -_halve(tied_before, k - above_R1, all_, none) - 1
+
+  no_cut = lambda: jnp.full((ROWS, 1), vocab - 1, jnp.int32)
+  last_id_R1 = lax.cond(_any(wanted_R1 & (reach_R1 > k)), last_of_ties, no_cut)
+
+  # What equals the target counts without the target itself, by number and not by subtraction.
+  equal_R1 = targets_R1 - jnp.where(target_R1 > value_R1, 1.0, 0.0)
+  tied_R1 = k - above_R1 - jnp.where((target_R1 == value_R1) & (x_R1 <= last_id_R1), 1.0, 0.0)
+  sum_R1 += equal_R1 * jnp.exp(target_R1 - shift_R1) + tied_R1 * jnp.exp(value_R1 - shift_R1)
+  value_ref[...], last_id_ref[...], head_sum_ref[...] = value_R1, last_id_R1, sum_R1
+
+
+def _bracket(columns, k):
+  """(largest entry, a number that at least k entries reach): the least of the maxima of k or more disjoint sets."""
+  sets = columns[:pl.cdiv(k, LANES)]
+  for c in range(len(sets), len(columns)):
+    sets[c % len(sets)] = jnp.maximum(sets[c % len(sets)], columns[c])
+  return (functools.reduce(jnp.maximum, sets).max(-1, keepdims=True),
+          functools.reduce(jnp.minimum, sets).min(-1, keepdims=True))
+
+
+def _keep_largest(z_ref, kept_ref, vocab, span):
+  """kept[:, d * width + g * L + l] = the (d+1)-th largest in lane l of the span columns from g * span on."""
+  width = kept_ref.shape[1] // DEPTH
+
+  def insert(kept, z):
+    new = []
+    for largest in kept:
+      new.append(jnp.maximum(largest, z))
+      z = jnp.minimum(largest, z)
+    return new
+
+  def keep(g, columns):
+    kept = [jnp.full((ROWS, LANES), -jnp.inf)] * DEPTH
+    for z_RL in columns:
+      kept = insert(kept, z_RL)
+    for d, largest in enumerate(kept):
+      kept_ref[:, pl.ds(pl.multiple_of(d * width + g * LANES, LANES), LANES)] = largest
+
+  full = vocab // (span * LANES)
+  pl.loop(0, full)(lambda g: keep(g, (_column(z_ref, g * span + c) for c in range(span))))
+  if full * span * LANES < vocab:
+    keep(full, (_column(z_ref, c, vocab) for c in range(full * span, _columns(vocab))))
+
+
+def _search(ref, width, *, k, low, high, target_R1, shift_R1):
+  """What is known of the k-th largest of ref[:, :width], between the keys low and high; all float32 [R, 1].
+
+  Returns:
+    It; how many are above it; how many at or above it; the sum of exp(z - shift) over those above it that differ
+    from the target's logit; how many above it don't.
+  """
+
+  def at_least(key):
+    least_R1 = _to_float(key)
+    return _count(ref, width, lambda z, _: z >= least_R1)
+
+  low_R1 = _to_float(_halve(at_least, jnp.float32(k), low, high))
+  least = lambda value, z, _: jnp.minimum(value, jnp.where(z >= low_R1, z, jnp.inf))
+  value_R1 = _fold(ref, width, least, jnp.full((ROWS, LANES), jnp.inf)).min(-1, keepdims=True)
+
+  def add(sums, z, _):
+    above, reach, sum_, targets = sums
+    is_above, is_target = z > value_R1, z == target_R1
+    return (
+      above + jnp.where(is_above, 1.0, 0.0),
+      reach + jnp.where(z >= value_R1, 1.0, 0.0),
+      sum_ + jnp.where(is_above & ~is_target, jnp.exp(z - shift_R1), 0.0),
+      targets + jnp.where(is_above & is_target, 1.0, 0.0),
+    )
+
+  sums = _fold(ref, width, add, (jnp.zeros((ROWS, LANES)),) * 4)
+  return value_R1, *(s.sum(-1, keepdims=True) for s in sums)
+
+
+def _halve(count, k, low, high):
+  """A key, int32 [R, 1], at which a falling count is k, or else the last at which it is at least k.
+
+  The count is at least k at low, and less at high.
+  """
+  middle = lambda low, high: (low >> 1) + (high >> 1) + (low & high & 1)
+
+  def open_(state):
+    step, low, high, count_low = state
+    return (step < 32) & _any((count_low != k) & (middle(low, high) != low))  # bounded, for NaN has no order
+
+  def halve(state):
+    step, low, high, count_low = state
+    key = middle(low, high)
+    n = count(key)
+    up = (n >= k) & (count_low != k)
+    return step + 1, jnp.where(up, key, low), jnp.where(n < k, key, high), jnp.where(up, n, count_low)
+
+  return lax.while_loop(open_, halve, (0, low, high, jnp.full(low.shape, jnp.inf)))[1]
+
+
+def _count(ref, width, test):
+  """How many of each row pass, float32 [R, 1]."""
+  add = lambda n, z, first: n + jnp.where(test(z, first), 1.0, 0.0)
+  return _fold(ref, width, add, jnp.zeros((ROWS, LANES))).sum(-1, keepdims=True)
+
+
+def _fold(ref, width, step, state):
+  """step(state, column [R, L], its first id) over ref[:, :width]."""
+  full = width // LANES // UNROLL
+
+  def some(i, state):
+    for c in range(UNROLL):
+      state = step(state, _column(ref, i * UNROLL + c), (i * UNROLL + c) * LANES)
+    return state
+
+  state = lax.fori_loop(0, full, some, state)
+  for c in range(full * UNROLL, _columns(width)):
+    state = step(state, _column(ref, c, width), c * LANES)
+  return state
+
+
+def _column(ref, c, width=None):
+  """ref[:, c * L :][:, :L], -inf from width on."""
+  column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
+  if width is None or (c + 1) * LANES <= width:
+    return column_RL
+  return jnp.where(lax.broadcasted_iota(jnp.int32, column_RL.shape, 1) < width - c * LANES, column_RL, -jnp.inf)
+
+
+def _any(condition):
+  return jnp.max(jnp.where(condition, 1, 0)) > 0
+
+
+def _to_key(value):
+  """float32 to int32 in the same order."""
+  bits = lax.bitcast_convert_type(value, jnp.int32)
+  return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _to_float(key):
+  return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)
