@@ -12,6 +12,7 @@ CORE = [
     'orbax-checkpoint>=0.12',
     'ml-collections>=1.1',
     'numpy>=2.0',
+    'scipy>=1.13',
     'absl-py>=2.1',
     'etils[epath]>=1.12',
     # Data: TFDS reads ArrayRecord without TensorFlow, but forgets to require importlib_resources.
@@ -34,7 +35,9 @@ EXTRAS = {
     'tpu': ['jax[tpu]>=0.10,<0.13', 'gcsfs>=2024.6'],
     'gpu': ['jax[cuda13]>=0.10,<0.13'],
     'gcs': ['gcsfs>=2024.6'],
-    'dev': ['pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
+    'hf': ['safetensors>=0.7'],  # model/hf.py import
+    'lm_eval': ['lm_eval>=0.4.13'],  # python -m eval harness
+    'dev': ['safetensors>=0.7', 'pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
 }
 
 PACKAGES = ('configs', 'objectives', 'model', 'data', 'train', 'rl', 'eval', 'launch')

@@ -1,28 +1,25 @@
 """How fast answers are sampled: beside google-tunix and transformers, and beside the simpler ways of our own.
 
-    taskset -c 0 python benchmarks/rollout.py [--repeats=3] [--only=peers,refill,prefill]
+    taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=peers,refill,prefill]
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 python -m benchmarks.rollout --size=1b --only=peers --repeats=1
 
-A model of 5.2M parameters (4 layers, width 256, vocabulary 8192), fresh, on the devices that JAX finds. Peers that
-aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile, then
+A fresh model on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or 1.05B. Peers
+that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile, then
 --repeats times in turn with the others; the table has the fastest run of each, in generated tokens per second.
+transformers runs on the GPU, in bfloat16, where torch sees one.
 """
 
 import argparse
-import pathlib
-import sys
 import time
 
 import jax
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
 import model
+from benchmarks.train import MODELS
 from rl.sampler import Prompt, Sampler, SamplerConfig
 
-CONFIG = model.ModelConfig(
-  vocab_size=8192, layers=4, d_model=256, d_ff=768, heads=4, kv_heads=2, head_dim=64, rope_base=1e6, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='auto', remat='none', scan_layers=True)
+CONFIG, *_ = MODELS['small']
 EOS = 3
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 128
 
@@ -80,11 +77,13 @@ def transformers():
   import transformers as peer
 
   torch.manual_seed(0)
+  device = 'cuda' if torch.cuda.is_available() and jax.default_backend() == 'gpu' else 'cpu'
   lm = peer.Qwen3ForCausalLM(peer.Qwen3Config(
     vocab_size=CONFIG.vocab_size, hidden_size=CONFIG.d_model, intermediate_size=CONFIG.d_ff,
     num_hidden_layers=CONFIG.layers, num_attention_heads=CONFIG.heads, num_key_value_heads=CONFIG.kv_heads,
     head_dim=CONFIG.head_dim, tie_word_embeddings=True, max_position_embeddings=4096)).eval()
-  token = torch.tensor([p.tokens for p in make_prompts(PROMPTS, PROMPT_TOKENS) for _ in range(SAMPLES)])
+  lm = lm.to(device, torch.bfloat16 if device == 'cuda' else torch.float32)
+  token = torch.tensor([p.tokens for p in make_prompts(PROMPTS, PROMPT_TOKENS) for _ in range(SAMPLES)], device=device)
 
   def run(seed):
     torch.manual_seed(seed)
@@ -146,9 +145,13 @@ def show(title, tokens_per_s, ours):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--size', choices=('small', '1b'), default='small')
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--only', default='peers,refill,prefill')
   args = parser.parse_args()
+  if args.size == '1b':
+    global CONFIG, SAMPLES, PROMPT_TOKENS, NEW_TOKENS
+    (CONFIG, *_), SAMPLES, PROMPT_TOKENS, NEW_TOKENS = MODELS['1b'], 16, 1024, 1024
   params = jax.jit(model.init, static_argnums=0)(CONFIG, jax.random.key(0))
   if 'peers' in args.only:
     ways = {}

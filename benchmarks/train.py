@@ -1,7 +1,8 @@
 """Training speed on whatever is here, beside the same model with all logits in memory: python -m benchmarks.train
 
-    --model=small   4 layers, width 256, vocabulary 8192, 8 x 512 tokens a step: for a CPU
-    --model=1b      28 layers, width 1536, vocabulary 151,936, 4096 tokens a row: for an accelerator
+    --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens a step: for a CPU
+    --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
+    --model=1b         28 layers, width 1536, vocabulary 151,936, 4096 tokens a row: for an accelerator
 
 Steps are the real ones (train/step.py) on made-up tokens. The naive step differs in the loss alone: all logits, optax's
 cross-entropy, no statistics. Ways are timed in turn, and ratios taken round by round. Where the chip's peak is known,
@@ -33,6 +34,7 @@ SMALL = model.ModelConfig(
   tied_embeddings=True, compute_dtype='auto', remat='none', scan_layers=True)
 MODELS = {
   'small': (SMALL, 8, 512),
+  'small-moe': (dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, d_expert=192)), 8, 512),
   '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
                              head_dim=128, remat='full'), 4, 4096),
 }

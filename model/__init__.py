@@ -1,23 +1,28 @@
 """The decoder: config (shapes), sharding (where arrays live), transformer (forward function), decode (its cache)."""
 
-from model.config import ModelConfig, flops_per_token, parameter_counts
+from model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
 from model.decode import Cache, empty_cache
+from model.moe import Routing, move_router_bias
 from model.sharding import RULES, MeshConfig, check_divides, make_mesh, platform, shardings, spec
-from model.transformer import abstract, forward, head, init
+from model.transformer import abstract, forward, forward_routed, head, init
 
 __all__ = [
   'RULES',
   'Cache',
   'MeshConfig',
   'ModelConfig',
+  'MoeConfig',
+  'Routing',
   'abstract',
   'check_divides',
   'empty_cache',
   'flops_per_token',
   'forward',
+  'forward_routed',
   'head',
   'init',
   'make_mesh',
+  'move_router_bias',
   'parameter_counts',
   'platform',
   'shardings',

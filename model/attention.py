@@ -84,14 +84,10 @@ def _plain(segments_BT):
 
 
 def _cudnn(segments_BT):
-  """cuDNN's flash attention. It has no segments, so a bias tells documents apart; the acausal half is skipped."""
+  """cuDNN's flash attention. It has no segments, so a mask tells documents apart; the acausal half is skipped."""
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-  bias_B1TT = jnp.where(same_B1TT, 0.0, -1e30).astype(jnp.bfloat16)
-
-  def run(q_BTNH, k_BTKH, v_BTKH):
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, bias_B1TT, is_causal=True, implementation='cudnn')
-
-  return run
+  return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
+    q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation='cudnn')
 
 
 def _splash(segments_BT):
@@ -120,10 +116,13 @@ def _splash(segments_BT):
 def _splash_kernel(heads: int, length: int):
   """The kernel for the heads of one row. How its blocks (in tokens) were chosen: docs/plans.md."""
   queries = length // shards('length')
-  block = next(size for size in (1024, 512, 256, 128) if not queries % size)
+  fits = lambda *sizes: next(size for size in (*sizes, 128) if not queries % size)
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  forward = fits(1024, 512, 256) if device and 'v6' in device.device_kind else fits(512, 256)
+  backward = fits(1024, 512, 256)
   sizes = splash.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=min(block, 512), block_q_dkv=block, block_kv_dkv=block,
-    block_kv_dkv_compute=min(block, 512), use_fused_bwd_kernel=True)
+    block_q=forward, block_kv=forward, block_kv_compute=min(forward, 512), block_q_dkv=backward,
+    block_kv_dkv=backward, block_kv_dkv_compute=min(backward, 512), use_fused_bwd_kernel=True)
   mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
   with jax.ensure_compile_time_eval():
     return splash.make_splash_mha(

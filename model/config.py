@@ -17,11 +17,50 @@ REMAT = {
   'full': (),
 }
 DTYPES = ('auto', 'float32', 'bfloat16')
+ROUTERS = ('sigmoid', 'softmax')
+EXPERT_KERNELS = ('auto', 'tiles', 'ragged', 'pallas')
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+  """Section `model.moe`: a mixture of experts in place of the dense feed-forward (model/moe.py); experts = 0: none.
+
+  Raises ValueError, naming the field first.
+  """
+
+  experts: int = 0
+  experts_per_token: int = 0
+  d_expert: int = 0
+  shared_d_ff: int = 0
+  router: str = 'sigmoid'
+  routed_scale: float = 1.0
+  bias_rate: float = 1e-3
+  balance_weight: float = 0.0
+  kernel: str = 'auto'
+
+  def __post_init__(self):
+    for name in ('experts', 'shared_d_ff', 'bias_rate', 'balance_weight'):
+      if getattr(self, name) < 0:
+        raise ValueError(f'{name} must be >= 0, got {getattr(self, name)}')
+    for name, known in (('router', ROUTERS), ('kernel', EXPERT_KERNELS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'{name} must be one of {", ".join(known)}, got {getattr(self, name)!r}')
+    if not self.experts:
+      return
+    if not 1 <= self.experts_per_token <= self.experts:
+      raise ValueError(f'experts_per_token must be from 1 to experts = {self.experts}, got {self.experts_per_token}')
+    for name in ('d_expert', 'routed_scale'):
+      if getattr(self, name) <= 0:
+        raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
+    if self.balance_weight and self.router != 'softmax':
+      raise ValueError(f'balance_weight must be 0 for router {self.router!r}, which a bias balances, '
+                       f'got {self.balance_weight}')
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A dense decoder with Qwen3's block; field by field the section `model` of a config (configs/common.py).
+  """A decoder with Qwen3's block, dense or a mixture of experts; field by field the section `model` of a config
+  (configs/common.py).
 
   Raises ValueError, naming the field first, for sizes that don't fit together.
   """
@@ -40,6 +79,7 @@ class ModelConfig:
   remat: str
   scan_layers: bool
   attention: str = 'auto'
+  moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):
     for name in ('vocab_size', 'layers', 'd_model', 'd_ff', 'heads', 'kv_heads', 'head_dim', 'rope_base', 'norm_eps'):
@@ -64,25 +104,33 @@ class ModelConfig:
     return jnp.dtype(self.compute_dtype)
 
 
-def parameter_counts(c: ModelConfig) -> dict[str, int]:
-  """Parameters by part; the parts sum to what `model.init` makes (a test says so)."""
+def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
+  """Parameters by part; the parts sum to what `model.init` makes (a test says so).
+
+  active: only those that one token meets, so experts_per_token of the experts.
+  """
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   norms = 2 * c.d_model + 2 * c.head_dim
+  moe = c.moe
+  experts = moe.experts_per_token if active else moe.experts
   return {
     'embedding': c.vocab_size * c.d_model,
     'attention': c.layers * attention,
-    'feed_forward': c.layers * 3 * c.d_model * c.d_ff,
+    'feed_forward': c.layers * 3 * c.d_model * (moe.shared_d_ff if moe.experts else c.d_ff),
+    'experts': c.layers * experts * 3 * c.d_model * moe.d_expert,
+    'router': c.layers * moe.experts * (c.d_model + (moe.router == 'sigmoid')),
     'norms': c.layers * norms + c.d_model,
     'head': 0 if c.tied_embeddings else c.vocab_size * c.d_model,
   }
 
 
 def flops_per_token(c: ModelConfig, sequence_length: int) -> float:
-  """Forward and backward FLOPs a trained token: 6 per weight in a matmul, plus causal attention.
+  """Forward and backward FLOPs a trained token: 6 per weight that it meets in a matmul, plus causal attention.
 
   Attention counts the half that causality leaves (on average T/2 keys a query): scores and their use are
   4·(T/2)·heads·head_dim FLOPs forward, three times that with the backward pass. Recomputation isn't counted.
   """
-  counts = parameter_counts(c)
-  weights = counts['attention'] + counts['feed_forward'] + c.vocab_size * c.d_model  # the head is a matmul
+  counts = parameter_counts(c, active=True)
+  weights = sum(counts[part] for part in ('attention', 'feed_forward', 'experts', 'router'))
+  weights += c.vocab_size * c.d_model  # the head is a matmul
   return 6.0 * weights + 6.0 * c.layers * sequence_length * c.heads * c.head_dim

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,9 +26,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'head_dim': None,
   'mlp': 'tensor',
   'experts': 'expert',
+  'router': None,  # every device chooses among all experts
   'norm': None,
+  'bias': None,
   # activations
-  'batch': ('data', 'fsdp'),
+  'batch': ('data', 'fsdp', 'expert'),
   'length': 'context',
   'act_embed': None,
   'act_heads': 'tensor',
@@ -78,10 +81,21 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """The mesh over `devices` (default: all). Axis types are stated because JAX's default has changed."""
+  """The mesh over `devices` (default: all). Axis types are stated because JAX's default has changed.
+
+  Over several TPU slices the data axis, the outermost, spans them, so that only sums of gradients cross the network
+  between them. Raises ValueError if the sizes don't make up the devices, or data isn't a multiple of the slices.
+  """
   devices = jax.devices() if devices is None else devices
-  return jax.make_mesh(
-    config.shape(len(devices)), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  shape, types = config.shape(len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+  tpu = devices[0].platform == 'tpu'
+  slices = len({getattr(device, 'slice_index', 0) for device in devices}) if tpu else 1
+  if slices == 1:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  if shape[0] % slices:
+    raise ValueError(f'data must be a multiple of the {slices} slices, got {shape[0]}')
+  inside, across = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
+  return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), MESH_AXES, axis_types=types)
 
 
 def platform() -> str:

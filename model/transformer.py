@@ -20,19 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from model.attention import attend, rotate, rows_attention, visible
 from model.config import REMAT, ModelConfig
 from model.decode import Cache, slots_for, write, write_heads
+from model.layers import FeedForward, ones, rms_norm, weight
+from model.moe import SAVED, MixtureOfExperts, Routing
 from model.sharding import constrain
 
 Params = dict[str, Any]
-
-
-def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
-  """A weight in one line: shape, logical axes (model/sharding.py) and the width of its normal start."""
-  value = std * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32)
-  return nnx.Param(value, axes=axes, eager_sharding=False)
-
-
-def ones(size: int, axis: str) -> nnx.Param:
-  return nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,), eager_sharding=False)
 
 
 def saves(names: tuple[str, ...]) -> Callable[..., bool]:
@@ -44,13 +36,6 @@ def saves(names: tuple[str, ...]) -> Callable[..., bool]:
     return kernel or named(primitive, *args, **params)
 
   return policy
-
-
-def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-  """x / rms(x) · scale over the last dimension, computed in float32."""
-  x32 = x.astype(jnp.float32)
-  x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-  return (x32 * scale[...]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -78,24 +63,6 @@ class Attention(nnx.Module):
     return jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.o_NHD[...].astype(dtype))
 
 
-class FeedForward(nnx.Module):
-  """SwiGLU. A mixture of experts is another class with this signature."""
-
-  def __init__(self, c: ModelConfig, key: jax.Array):
-    gate, up, down = jax.random.split(key, 3)
-    std = c.d_model**-0.5
-    self.gate_DF = weight(gate, (c.d_model, c.d_ff), ('embed', 'mlp'), std=std)
-    self.up_DF = weight(up, (c.d_model, c.d_ff), ('embed', 'mlp'), std=std)
-    self.down_FD = weight(down, (c.d_ff, c.d_model), ('mlp', 'embed'), std=(c.d_ff * 2 * c.layers) ** -0.5)
-
-  def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    dtype = x_BTD.dtype
-    gate_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.gate_DF[...].astype(dtype)), 'mlp')
-    up_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.up_DF[...].astype(dtype)), 'mlp')
-    hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
-    return jnp.einsum('BTF,FD->BTD', hidden_BTF, self.down_FD[...].astype(dtype))
-
-
 class Block(nnx.Module):
   def __init__(self, c: ModelConfig, key: jax.Array):
     attention, feed_forward = jax.random.split(key)
@@ -103,12 +70,14 @@ class Block(nnx.Module):
     self.attention_norm_D = ones(c.d_model, 'norm')
     self.attention = Attention(c, attention)
     self.feed_forward_norm_D = ones(c.d_model, 'norm')
-    self.feed_forward = FeedForward(c, feed_forward)
+    self.feed_forward = MixtureOfExperts(c, feed_forward) if c.moe.experts else FeedForward(c, c.d_ff, feed_forward)
 
-  def __call__(self, x_BTD, positions_BT, attend):
+  def __call__(self, x_BTD, positions_BT, segments_BT, attend, choices_BTk):
+    """(x_BTD, Routing of this layer or None)."""
     x_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps), positions_BT, attend)
-    x_BTD = x_BTD + self.feed_forward(rms_norm(x_BTD, self.feed_forward_norm_D, self.c.norm_eps))
-    return constrain(x_BTD, 'batch', 'length', 'act_embed')
+    normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.c.norm_eps)
+    out_BTD, routing = self.feed_forward(normed_BTD, segments_BT > 0, choices_BTk)
+    return constrain(x_BTD + out_BTD, 'batch', 'length', 'act_embed'), routing
 
 
 class Transformer(nnx.Module):
@@ -122,19 +91,19 @@ class Transformer(nnx.Module):
     if not c.tied_embeddings:
       self.head_DV = weight(head, (c.d_model, c.vocab_size), ('embed', 'vocab'), std=c.d_model**-0.5)
 
-  def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None = None):
+  def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None, choices_LBTk):
     c = self.c
     x_BTD = constrain(self.embed_VD[...].astype(c.dtype)[tokens_BT], 'batch', 'length', 'act_embed')
     if cache is not None:
-      return self.cached(x_BTD, positions_BT, segments_BT, cache)
+      return self.cached(x_BTD, positions_BT, segments_BT, cache, choices_LBTk)
     attend = rows_attention(c.attention, segments_BT, c.dtype, c.head_dim)
-    block = lambda x_BTD, layer: (layer(x_BTD, positions_BT, attend), None)
+    block = lambda x_BTD, layer: layer[0](x_BTD, positions_BT, segments_BT, attend, layer[1])
     if c.remat != 'none':
-      block = jax.checkpoint(block, policy=saves(REMAT[c.remat]), prevent_cse=not c.scan_layers)
-    x_BTD, _ = jax.lax.scan(block, x_BTD, self.layers, unroll=1 if c.scan_layers else c.layers)
-    return rms_norm(x_BTD, self.norm_D, c.norm_eps), None
+      block = jax.checkpoint(block, policy=saves((*REMAT[c.remat], SAVED)), prevent_cse=not c.scan_layers)
+    x_BTD, routing = jax.lax.scan(block, x_BTD, (self.layers, choices_LBTk), unroll=1 if c.scan_layers else c.layers)
+    return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 
-  def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache):
+  def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
     """The rest of the forward pass for tokens that follow those in the cache."""
     slot_BT = slots_for(cache, segments_BT)
     cache = dataclasses.replace(
@@ -144,7 +113,7 @@ class Transformer(nnx.Module):
       length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
     )
     visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
-    k_LBKSH, v_LBKSH = list(cache.k_LBKSH), list(cache.v_LBKSH)
+    k_LBKSH, v_LBKSH, routings = list(cache.k_LBKSH), list(cache.v_LBKSH), []
     for i in range(self.c.layers):  # a scan would copy the cache every step
 
       def attend_cached(q_BTNH, k_BTKH, v_BTKH, i=i):
@@ -152,10 +121,11 @@ class Transformer(nnx.Module):
         v_LBKSH[i] = write_heads(v_LBKSH[i], v_BTKH, slot_BT)
         return attend(q_BTNH, k_LBKSH[i], v_LBKSH[i], visible_BTS)
 
-      layer = jax.tree.map(lambda x_L, i=i: x_L[i], self.layers)
-      x_BTD = layer(x_BTD, positions_BT, attend_cached)
+      layer, choices_BTk = jax.tree.map(lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk))
+      x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
+      routings.append(routing)
     cache = dataclasses.replace(cache, k_LBKSH=tuple(k_LBKSH), v_LBKSH=tuple(v_LBKSH))
-    return rms_norm(x_BTD, self.norm_D, self.c.norm_eps), cache
+    return rms_norm(x_BTD, self.norm_D, self.c.norm_eps), cache, jax.tree.map(lambda *x: jnp.stack(x), *routings)
 
 
 @functools.lru_cache
@@ -176,6 +146,25 @@ def init(c: ModelConfig, key: jax.Array) -> Params:
   return nnx.to_pure_dict(nnx.split(Transformer(c, key))[1])
 
 
+def forward_routed(
+  c: ModelConfig,
+  params: Params,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  segments_BT: jax.Array,
+  cache: Cache | None = None,
+  choices_LBTk: jax.Array | None = None,
+) -> tuple[jax.Array, Cache | None, Routing | None]:
+  """Final hidden states [B, T, D] in the compute type, the cache with these tokens added, and where tokens went.
+
+  Args are int32 [B, T]; positions restart in each document, segments number the documents from 1, 0 is padding.
+  Multiply the result with `head(c, params)` for logits; `objectives.shaped_linear_loss` does so piece by piece.
+  choices_LBTk: the experts to use instead of the routers' choice, as an earlier Routing recorded them.
+  A dense model has no Routing: None.
+  """
+  return nnx.merge(abstract(c)[0], params)(tokens_BT, positions_BT, segments_BT, cache, choices_LBTk)
+
+
 def forward(
   c: ModelConfig,
   params: Params,
@@ -184,12 +173,8 @@ def forward(
   segments_BT: jax.Array,
   cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-  """Final hidden states [B, T, D] in the compute type, and the cache with these tokens added.
-
-  Args are int32 [B, T]; positions restart in each document, segments number the documents from 1, 0 is padding.
-  Multiply the result with `head(c, params)` for logits; `objectives.shaped_linear_loss` does so piece by piece.
-  """
-  return nnx.merge(abstract(c)[0], params)(tokens_BT, positions_BT, segments_BT, cache)
+  """The hidden states and the cache of `forward_routed`."""
+  return forward_routed(c, params, tokens_BT, positions_BT, segments_BT, cache)[:2]
 
 
 def head(c: ModelConfig, params: Params) -> jax.Array:

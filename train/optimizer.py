@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+MOMENT_DTYPES = ('float32', 'bfloat16')
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -20,6 +22,7 @@ class OptimizerConfig:
   eps: float
   weight_decay: float
   clip_norm: float
+  moment_dtype: str = 'float32'
 
   def __post_init__(self):
     for name in ('lr', 'eps', 'clip_norm'):
@@ -31,6 +34,8 @@ class OptimizerConfig:
     for name in ('b1', 'b2'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name} must be in [0, 1), got {getattr(self, name)}')
+    if self.moment_dtype not in MOMENT_DTYPES:
+      raise ValueError(f'moment_dtype must be one of {", ".join(MOMENT_DTYPES)}, got {self.moment_dtype!r}')
     if not 0 <= self.decay_fraction <= 1:
       raise ValueError(f'decay_fraction must be in [0, 1], got {self.decay_fraction}')
 
@@ -50,9 +55,12 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-  """Clip by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by `axes`, norms don't decay."""
-  decays = jax.tree.map(lambda names: names[-1] != 'norm', axes, is_leaf=lambda a: isinstance(a, tuple))
+  """Clip by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by `axes`, norms and
+  router biases, which have no gradient either, don't decay.
+  """
+  decays = jax.tree.map(lambda names: names[-1] not in ('norm', 'bias'), axes, is_leaf=lambda a: isinstance(a, tuple))
   return optax.chain(
     optax.clip_by_global_norm(c.clip_norm),
-    optax.adamw(schedule(c, steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays),
+    optax.adamw(schedule(c, steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays,
+                mu_dtype=c.moment_dtype),
   )

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 
 from data import Batch
-from model import ModelConfig
+from model import ModelConfig, move_router_bias
 from objectives import ObjectiveConfig
-from train.score import score, sums
+from train.score import score_routed, sums
 from train.state import TrainState, donated
 
 
@@ -21,7 +21,8 @@ def make_step(
   bytes_per_token_V: np.ndarray,
   microbatches: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the jitted update; its metrics are sums (train/score.py) and the norm of the whole gradient.
+  """Returns the jitted update; its metrics are sums (train/score.py), the norm of the whole gradient, and where a
+  router's bias evens out the load of experts, that bias's range.
 
   The loss is the sum over the batch's targets, divided once by their number; microbatches add up exact parts of
   it, so neither they nor packing nor the mesh change what is learned.
@@ -29,8 +30,8 @@ def make_step(
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def part(params, batch: Batch, targets, shaping):
-    total, loss_BT, stats = score(c, params, batch, shaping, objective.z_loss)
-    return total / targets, sums(batch, loss_BT, stats, bytes_V)
+    total, loss_BT, stats, routing = score_routed(c, params, batch, shaping, objective.z_loss)
+    return total / targets, sums(batch, loss_BT, stats, bytes_V, routing)
 
   def step(state: TrainState, batch: Batch):
     targets = jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
@@ -50,6 +51,9 @@ def make_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics['grad_norm'] = optax.tree.norm(grads)
+    if c.moe.experts and c.moe.router == 'sigmoid':
+      params, bias_LE = move_router_bias(c, params, metrics['expert_load'])
+      metrics |= {'router_bias_min': bias_LE.min(), 'router_bias_max': bias_LE.max()}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return jax.jit(step, donate_argnums=donated())
@@ -60,7 +64,7 @@ def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V:
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def evaluate(state: TrainState, batch: Batch):
-    _, loss_BT, stats = score(c, state.params, batch, objective.at(state.step), objective.z_loss)
-    return sums(batch, loss_BT, stats, bytes_V)
+    _, loss_BT, stats, routing = score_routed(c, state.params, batch, objective.at(state.step), objective.z_loss)
+    return sums(batch, loss_BT, stats, bytes_V, routing)
 
   return jax.jit(evaluate)

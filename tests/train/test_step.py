@@ -1,5 +1,7 @@
 """Truths of one update: accumulated = whole batch, sharded = single, packed = separate, beta 0 = cross-entropy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import model
 from data import Batch
 from objectives import ObjectiveConfig, RewardShaping
 from train.optimizer import OptimizerConfig, make_optimizer, schedule
-from train.score import means, score, sums
+from train.score import means, score, score_routed, sums
 from train.state import TrainState, create_state
 from train.step import make_evaluate, make_step
 
@@ -37,13 +39,13 @@ def batch(rows=8, length=16, seed=0):
   return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, segments)
 
 
-def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None):
+def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C):
   """(parameters, metrics) after a few steps on a mesh of this shape."""
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
-    state = create_state(C, tx, mesh, seed=0)
-    step = make_step(C, objective, tx, BYTES_V, microbatches)
+    tx = make_optimizer(ADAMW, 100, model.abstract(c)[2])
+    state = create_state(c, tx, mesh, seed=0)
+    step = make_step(c, objective, tx, BYTES_V, microbatches)
     placed = jax.device_put(the_batch or batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
     for _ in range(steps):
       state, metrics = step(state, placed)
@@ -208,6 +210,52 @@ def test_only_matrices_decay():
   ('lr', 0.0, 'lr must be > 0'), ('b2', 1.0, r'b2 must be in \[0, 1\)'), ('decay_fraction', 1.5, 'decay_fraction must'),
   ('warmup_steps', -1, 'warmup_steps must be >= 0')])
 def test_bad_optimizer_values_are_refused_by_name(name, value, message):
-  import dataclasses
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(ADAMW, **{name: value})
+
+
+MOE = dataclasses.replace(C, moe=model.MoeConfig(experts=8, experts_per_token=2, d_expert=16))
+
+
+def test_experts_even_out_from_a_skewed_start_and_the_bias_moves_choices_only():
+  """The busiest expert's load falls under 1.3 times the mean; gradient and weight decay leave the bias alone."""
+  mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
+  c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, bias_rate=0.005))
+  with jax.set_mesh(mesh):
+    tx = make_optimizer(dataclasses.replace(ADAMW, lr=1e-3), 100, model.abstract(c)[2])
+    state = create_state(c, tx, mesh, seed=0)
+    skew_LE = jnp.tile(jnp.array([0.5, 0.3] + [0.0] * 6), (2, 1))
+    router = state.params['layers']['feed_forward']
+    router['router_bias_E'] = jax.device_put(skew_LE, router['router_bias_E'].sharding)
+    step = make_step(c, ObjectiveConfig(top_k=8), tx, BYTES_V)
+    figures, batches = [], [batch(rows=96, seed=seed) for seed in range(5)]
+    for n in range(150):
+      before = state.params['layers']['feed_forward']['router_bias_E']
+      state, metrics = step(state, batches[n % 5])
+      load_LE = metrics['expert_load']
+      moved = state.params['layers']['feed_forward']['router_bias_E'] - before
+      np.testing.assert_allclose(moved, 0.005 * np.sign(load_LE.mean(1, keepdims=True) - load_LE), atol=1e-6)
+      figures.append(means(metrics)['expert_load_max_over_mean'])
+  assert figures[0] > 2
+  assert np.mean(figures[-20:]) < 1.3
+  assert metrics['router_bias_min'] == state.params['layers']['feed_forward']['router_bias_E'].min()
+
+
+def test_a_mixture_of_experts_sharded_and_accumulated_equals_single():
+  want_params, want = updates(c=MOE)
+  params, metrics = updates((1, 2, 2, 1, 2), microbatches=2, c=dataclasses.replace(MOE, remat='full'))
+  assert metrics['expert_load'].sum() == metrics['tokens'] * 2 * 2
+  np.testing.assert_array_equal(metrics['expert_load'], want['expert_load'])
+  same({k: metrics[k] for k in ('loss', 'grad_norm', 'router_entropy')},
+       {k: want[k] for k in ('loss', 'grad_norm', 'router_entropy')})
+  same(params, want_params, 2e-3)
+
+
+def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
+  b = batch()
+  c = [dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, router='softmax', balance_weight=w)) for w in (0, 0.1)]
+  params = model.init(c[0], jax.random.key(0))
+  (plain, loss_BT, *_), (with_loss, same_BT, *_) = (score(c, params, b, RewardShaping()) for c in c)
+  np.testing.assert_array_equal(loss_BT, same_BT)
+  routing = score_routed(c[1], params, b, RewardShaping())[3]
+  np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)

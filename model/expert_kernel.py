@@ -1,0 +1,107 @@
+"""Experts on a TPU: a tile of rows through all three products of its expert in one Pallas kernel.
+
+A tile's rows are all one expert's, so nothing is masked, and the hidden values never leave the chip's vector memory.
+An expert's weights stay there from one of its tiles to the next, and so do the sums of their gradient. The backward
+kernel computes gate and up again.
+
+# C tiles  R rows  D width  F hidden  e experts
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from model.sharding import platform
+
+VMEM_BYTES = 48 * 2**20  # of 128 MiB on v5e and v6e, 64 on v5p; the default is 16
+
+
+def fits(width: int, hidden: int) -> bool:
+  """Whether the kernels' blocks fit: two of each weight in bfloat16, and two of each gradient in float32."""
+  return 3 * width * (-(-hidden // 128) * 128) * (2 * 2 + 2 * 4) <= VMEM_BYTES * 3 // 4
+
+
+@jax.custom_vjp
+def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
+  """weight · down(silu(gate(x)) · up(x)), [C, R, D]; expert_C never falls. Tiles from `used` on come out undefined."""
+  weights = gate_eDF, up_eDF, down_eFD
+  tile, column, of_expert = _blocks(x_CRD, weights)
+  return _call(_forward, expert_C, used, [tile, column, *of_expert], [tile], [x_CRD], x_CRD, weight_CR[..., None],
+               *weights)[0]
+
+
+def _forward(expert_C, used, x_ref, weight_ref, gate_ref, up_ref, down_ref, out_ref):
+  @pl.when(pl.program_id(0) < used[0])
+  def _():
+    gate_RF, up_RF = _dot(x_ref[0], gate_ref[0]), _dot(x_ref[0], up_ref[0])
+    hidden_RF = gate_RF * jax.nn.sigmoid(gate_RF) * up_RF * weight_ref[0]
+    out_ref[0] = _dot(hidden_RF.astype(x_ref.dtype), down_ref[0]).astype(out_ref.dtype)
+
+
+def _backward(expert_C, used, x_ref, weight_ref, dout_ref, gate_ref, up_ref, down_ref, dx_ref, dweight_ref, *sums):
+  tile = pl.program_id(0)
+
+  @pl.when((tile == 0) | (expert_C[tile] != expert_C[jnp.maximum(tile - 1, 0)]))
+  def _():
+    for ref in sums:
+      ref[0] = jnp.zeros_like(ref[0])
+
+  @pl.when(tile < used[0])
+  def _():
+    x_RD, dout_RD, weight_R1 = x_ref[0], dout_ref[0], weight_ref[0]
+    gate_RF, up_RF = _dot(x_RD, gate_ref[0]), _dot(x_RD, up_ref[0])
+    sigmoid_RF = jax.nn.sigmoid(gate_RF)
+    silu_RF = gate_RF * sigmoid_RF
+    dhidden_RF = _dot(dout_RD, down_ref[0], (1, 1))
+    dweight_ref[0] = jnp.sum(dhidden_RF * silu_RF * up_RF, 1, keepdims=True)
+    dhidden_RF *= weight_R1
+    low = lambda x: x.astype(x_RD.dtype)
+    dgate_RF = low(dhidden_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF)))
+    dup_RF, hidden_RF = low(dhidden_RF * silu_RF), low(silu_RF * up_RF * weight_R1)
+    dx_ref[0] = low(_dot(dgate_RF, gate_ref[0], (1, 1)) + _dot(dup_RF, up_ref[0], (1, 1)))
+    for ref, a, b in zip(sums, (x_RD, x_RD, hidden_RF), (dgate_RF, dup_RF, dout_RD), strict=True):
+      ref[0] += _dot(a, b, (0, 0))
+
+
+def _dot(a, b, contract=(1, 0)) -> jax.Array:
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
+                         preferred_element_type=jnp.float32)
+
+
+def _blocks(x_CRD, weights):
+  """How a grid step sees x, an array with one number a row, and each weight: its tile, or its tile's expert."""
+  by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda c, expert_C, used: (c, 0, 0))
+  of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda c, expert_C, used: (expert_C[c], 0, 0)) for w in weights]
+  return by_tile(x_CRD.shape[2]), by_tile(1), of_expert
+
+
+def _call(body, expert_C, used, ins, outs, shapes, *args):
+  return pl.pallas_call(
+    body,
+    out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes],
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2, grid=(len(expert_C),), in_specs=ins, out_specs=outs),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('arbitrary',), vmem_limit_bytes=VMEM_BYTES),
+    interpret=platform() != 'tpu',
+  )(expert_C, used[None], *args)
+
+
+def _experts_backward(saved, dout_CRD):
+  x_CRD, weight_CR, expert_C, used, *weights = saved
+  tile, column, of_expert = _blocks(x_CRD, weights)
+  float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  dx_CRD, dweight_CR1, *sums = _call(
+    _backward, expert_C, used, [tile, column, tile, *of_expert], [tile, column, *of_expert],
+    [x_CRD, float32((*weight_CR.shape, 1)), *(float32(w.shape) for w in weights)],
+    x_CRD, weight_CR[..., None], dout_CRD, *weights)
+  met_e11 = jnp.any(expert_C == jnp.arange(len(weights[0]))[:, None], 1)[:, None, None]
+  dweights = [jnp.where(met_e11, s, 0).astype(w.dtype) for s, w in zip(sums, weights)]
+  return dx_CRD, dweight_CR1[..., 0], None, None, *dweights
+
+
+experts.defvjp(lambda *args: (experts(*args), args), _experts_backward)

@@ -1,0 +1,149 @@
+"""A model's shape as Hugging Face's config.json, and back.
+
+Dense models are Qwen3's; mixtures of experts are Qwen3-MoE's with a softmax router and Glm4-MoE's with a sigmoid
+router, which has our block, full rotary embedding and QK-norm being options of it.
+"""
+
+import math
+from typing import Any
+
+from model.config import ModelConfig
+
+DENSE, SOFTMAX, SIGMOID = 'Qwen3ForCausalLM', 'Qwen3MoeForCausalLM', 'Glm4MoeForCausalLM'
+TYPES = {DENSE: 'qwen3', SOFTMAX: 'qwen3_moe', SIGMOID: 'glm4_moe'}
+# Glm4-MoE can't be without a shared expert: one of zeros stands in where a model has none, and this says so.
+ZERO_SHARED = 'shared_experts_are_zero'
+
+SIZES = {  # ours -> theirs, in all three
+  'vocab_size': 'vocab_size', 'layers': 'num_hidden_layers', 'd_model': 'hidden_size', 'd_ff': 'intermediate_size',
+  'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim',
+}
+# Options that a block like ours has at one value only: (what it must be, what transformers takes when it is left out).
+OPTIONS = {'hidden_act': ('silu', 'silu'), 'attention_bias': (False, False), 'use_sliding_window': (False, False),
+           'rope_type': ('default', 'default'), 'quantization_config': (None, None)}
+ROPE_OPTIONS = ('rope_type', 'partial_rotary_factor')
+MOE_OPTIONS = {
+  SOFTMAX: {'norm_topk_prob': (True, False), 'decoder_sparse_step': (1, 1), 'mlp_only_layers': ([], [])},
+  SIGMOID: {'norm_topk_prob': (True, True), 'n_group': (1, 1), 'topk_group': (1, 1), 'first_k_dense_replace': (0, 1),
+            'use_qk_norm': (True, False), 'partial_rotary_factor': (1.0, 0.5), 'num_nextn_predict_layers': (0, 0)},
+}
+
+
+class HfError(ValueError):
+  """A model, directory or tokenizer that can't be exchanged. One line that names what is in the way."""
+
+
+def architecture(c: ModelConfig) -> str:
+  """The class in transformers that computes what this model does. Raises HfError where there is none."""
+  moe = c.moe
+  if not moe.experts:
+    return DENSE
+  if moe.router == 'sigmoid':
+    if moe.experts < 2:
+      raise HfError(f'model.moe.experts = {moe.experts}: {SIGMOID} needs two or more')
+    if moe.shared_d_ff % moe.d_expert:
+      raise HfError(f'model.moe.shared_d_ff = {moe.shared_d_ff}: {SIGMOID} needs a multiple of d_expert = '
+                    f'{moe.d_expert}; no other architecture has it')
+    return SIGMOID
+  for name, wanted in (('shared_d_ff', 0), ('routed_scale', 1.0)):
+    if getattr(moe, name) != wanted:
+      raise HfError(f'model.moe.{name} = {getattr(moe, name)}: {SOFTMAX} has none; it takes {wanted}, or a sigmoid '
+                    'router')
+  return SOFTMAX
+
+
+def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
+  """config.json of a model trained on rows of `positions` tokens, its weights stored as `dtype`."""
+  name, moe = architecture(c), c.moe
+  rope = {'rope_type': 'default', 'rope_theta': c.rope_base}
+  experts = {
+    DENSE: {},
+    SOFTMAX: {'num_experts': moe.experts, 'router_aux_loss_coef': moe.balance_weight},
+    SIGMOID: {'n_routed_experts': moe.experts, 'n_shared_experts': max(1, moe.shared_d_ff // max(1, moe.d_expert)),
+              ZERO_SHARED: moe.shared_d_ff == 0, 'routed_scaling_factor': moe.routed_scale},
+  }[name]
+  if moe.experts:
+    experts |= {'num_experts_per_tok': moe.experts_per_token, 'moe_intermediate_size': moe.d_expert}
+    experts |= {option: wanted for option, (wanted, _) in MOE_OPTIONS[name].items()}
+  if name == SIGMOID:
+    rope['partial_rotary_factor'] = 1.0
+  return {
+    'architectures': [name],
+    'model_type': TYPES[name],
+    **{theirs: getattr(c, ours) for ours, theirs in SIZES.items()},
+    'rms_norm_eps': c.norm_eps,
+    'tie_word_embeddings': c.tied_embeddings,
+    'max_position_embeddings': positions,
+    'rope_theta': c.rope_base,  # read by transformers 4, and rope_parameters by 5
+    'rope_parameters': rope,
+    'hidden_act': 'silu',
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    **experts,
+    'dtype': dtype,
+    'torch_dtype': dtype,
+    'use_cache': True,
+  }
+
+
+def from_hf(config: Any, where: str) -> dict[str, Any]:
+  """The values of section `model` that config.json fixes. Raises HfError, naming the key, for what our block lacks."""
+  if not isinstance(config, dict):
+    raise HfError(f'{where}: not a JSON object')
+  names = config.get('architectures')
+  name = names[0] if isinstance(names, list) and len(names) == 1 else names
+  if not isinstance(name, str) or name not in TYPES:
+    raise HfError(f'{where}: architectures is {names!r}; only {", ".join(TYPES)} can be imported')
+  rope = _rope(config, where)
+  for option, (wanted, default) in {**OPTIONS, **MOE_OPTIONS.get(name, {})}.items():
+    place = rope if option in ROPE_OPTIONS and option in rope else config
+    value = place.get(option, default)
+    if value != wanted and not (value is None and not wanted):
+      raise HfError(f'{where}: {option} is {value!r}; only {name} with {wanted!r} can be imported')
+  kinds = config.get('layer_types') or []
+  if not isinstance(kinds, list) or any(kind != 'full_attention' for kind in kinds):
+    raise HfError(f"{where}: layer_types is {kinds!r:.80}; only 'full_attention' can be imported")
+
+  integer = lambda *keys: _number(config, keys, int, where)
+  model = {ours: integer(theirs) for ours, theirs in SIZES.items()}
+  model |= {'rope_base': _number(rope, ('rope_theta',), float, where),
+            'norm_eps': _number(config, ('rms_norm_eps',), float, where),
+            'tied_embeddings': config.get('tie_word_embeddings', False)}
+  if not isinstance(model['tied_embeddings'], bool):
+    raise HfError(f'{where}: tie_word_embeddings is {model["tied_embeddings"]!r}; it must be true or false')
+  if name == DENSE:
+    return model
+  d_expert = integer('moe_intermediate_size')
+  moe = {'experts_per_token': integer('num_experts_per_tok'), 'd_expert': d_expert}
+  if name == SOFTMAX:
+    moe |= {'router': 'softmax', 'experts': integer('num_experts', 'num_local_experts'), 'shared_d_ff': 0,
+            'routed_scale': 1.0}
+  else:
+    shared = 0 if config.get(ZERO_SHARED) is True else integer('n_shared_experts') * d_expert
+    moe |= {'router': 'sigmoid', 'experts': integer('n_routed_experts', 'num_local_experts'), 'shared_d_ff': shared,
+            'routed_scale': _number(config, ('routed_scaling_factor',), float, where)}
+  return {**model, 'moe': moe}
+
+
+def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
+  """Rotary settings, which transformers 4 keeps at the top and in rope_scaling, 5 in rope_parameters."""
+  rope = {'rope_theta': config.get('rope_theta')}
+  for key in ('rope_scaling', 'rope_parameters'):
+    given = config.get(key) or {}
+    if not isinstance(given, dict):
+      raise HfError(f'{where}: {key} is {given!r}; it must be a JSON object or null')
+    rope |= given
+  if 'type' in rope:
+    rope.setdefault('rope_type', rope['type'])
+  return rope
+
+
+def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: str) -> Any:
+  """The value of the first of `keys` that is there: a number > 0."""
+  key = next((key for key in keys if config.get(key) is not None), keys[0])
+  value = config.get(key)
+  good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+  if not good or not 0 < value < 2**31 or not math.isfinite(value):
+    what = 'is missing' if key not in config else f'is {value!r}'
+    raise HfError(f'{where}: {key} {what}; it must be a {"whole number" if kind is int else "number"} > 0')
+  return kind(value)

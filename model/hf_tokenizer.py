@@ -1,0 +1,112 @@
+"""A SentencePiece model as the JSON that the `tokenizers` library reads, so that both give the same ids.
+
+Pieces keep real spaces here, where SentencePiece writes '▁': a literal '▁' then has no piece and falls back to
+bytes, as data/tokenizer.py makes it do. Text is never searched for `<s>` and its like; BOS is put in front.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from etils import epath
+
+from model.hf_config import HfError
+
+_SPACE = '▁'
+
+
+def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
+  """Writes tokenizer.json, tokenizer_config.json and a copy of the model to `folder`.
+
+  Returns the ids of bos, eos and, where there is one, pad. Raises HfError for a model that isn't there, isn't BPE
+  with byte fallback, changes the text, or has another vocabulary than the model.
+  """
+  try:
+    data = epath.Path(model_file).read_bytes()
+  except OSError:
+    raise HfError(f'{model_file}: no such tokenizer; give --tokenizer=FILE.model, or none to leave it out') from None
+  tokenizer, ids = convert(data, model_file)
+  if (tokens := len(tokenizer['model']['vocab'])) != vocab_size:
+    raise HfError(f'{model_file}: has {tokens} tokens, but the model {vocab_size}; give the one it was trained with')
+  token = lambda id: next(t['content'] for t in tokenizer['added_tokens'] if t['id'] == id)
+  config = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_input_names': ['input_ids', 'attention_mask'],
+    'clean_up_tokenization_spaces': False,
+    'add_bos_token': True,
+    'add_eos_token': False,
+    'split_special_tokens': True,  # '</s>' in a text is five characters, not the end of it
+    'unk_token': tokenizer['model']['unk_token'],
+    **{f'{name}_token': token(id) for name, id in ids.items()},
+  }
+  for name, content in (('tokenizer.json', tokenizer), ('tokenizer_config.json', config)):
+    (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+  (folder / 'tokenizer.model').write_bytes(data)
+  return ids
+
+
+def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
+  """(tokenizer.json as a dict, ids of bos, eos and pad) of a serialised SentencePiece model."""
+  from google.protobuf.message import DecodeError
+  from sentencepiece import sentencepiece_model_pb2 as proto
+
+  spm = proto.ModelProto()
+  try:
+    spm.ParseFromString(data)
+  except DecodeError:
+    raise HfError(f'{name}: not a SentencePiece model; give the one that the run was trained with') from None
+  _check(spm, name)
+  kinds = proto.ModelProto.SentencePiece
+  text = [p.piece if p.type in (kinds.BYTE, kinds.CONTROL, kinds.UNKNOWN) else p.piece.replace(_SPACE, ' ')
+          for p in spm.pieces]
+  vocabulary = {piece: id for id, piece in enumerate(text)}
+  if len(vocabulary) < len(text):
+    raise HfError(f'{name}: two of its pieces are the same text; train a tokenizer without such pieces')
+  special = [id for id, p in enumerate(spm.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+  # Of one character, they need no search in the text: nothing merges with them.
+  whole = [id for id, p in enumerate(spm.pieces) if p.type == kinds.USER_DEFINED and len(text[id]) > 1]
+  normal = {text[id]: (-p.score, id) for id, p in enumerate(spm.pieces) if p.type == kinds.NORMAL}
+  ids = {'bos': spm.trainer_spec.bos_id, 'eos': spm.trainer_spec.eos_id, 'pad': spm.trainer_spec.pad_id}
+  ids = {kind: id for kind, id in ids.items() if id in special}
+  bos = {'id': text[ids['bos']], 'ids': [ids['bos']], 'tokens': [text[ids['bos']]]}
+  text_a, text_b = ({'Sequence': {'id': name, 'type_id': 0}} for name in 'AB')
+  single = [{'SpecialToken': {'id': bos['id'], 'type_id': 0}}, text_a]
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': [
+      {'id': id, 'content': text[id], 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+       'special': id in special} for id in sorted(special + whole)],
+    'normalizer': None,
+    'pre_tokenizer': None,
+    'post_processor': {'type': 'TemplateProcessing', 'single': single, 'pair': [*single, text_b],
+                       'special_tokens': {bos['id']: bos}},
+    'decoder': {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, {'type': 'Fuse'}]},
+    'model': {'type': 'BPE', 'dropout': None, 'unk_token': text[spm.trainer_spec.unk_id],
+              'continuing_subword_prefix': None, 'end_of_word_suffix': None, 'fuse_unk': True, 'byte_fallback': True,
+              'ignore_merges': False, 'vocab': vocabulary, 'merges': _merges(normal)},
+  }, ids
+
+
+def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
+  """Every way to make a piece of two others, best piece first: SentencePiece merges whatever gives a piece."""
+  merges = []
+  for piece in sorted(normal, key=normal.get):
+    splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    merges += [[a, b] for a, b in splits if a in normal and b in normal]
+  return merges
+
+
+def _check(spm: Any, name: str) -> None:
+  trainer, normalizer = spm.trainer_spec, spm.normalizer_spec
+  wrong = (
+    'is not BPE' if trainer.model_type != trainer.BPE else
+    'has no byte fallback' if not trainer.byte_fallback else
+    f'normalises text ({normalizer.name})' if normalizer.precompiled_charsmap else
+    'puts a space before the text' if normalizer.add_dummy_prefix else
+    'removes spaces' if normalizer.remove_extra_whitespaces else
+    'has no BOS or EOS token' if min(trainer.bos_id, trainer.eos_id) < 0 else '')
+  if wrong:
+    raise HfError(f'{name}: {wrong}, which has no exact counterpart in tokenizer.json; export with '
+                  '--tokenizer=none, or train a tokenizer with python -m data')

@@ -1,0 +1,297 @@
+"""Our stacked arrays as the tensors of safetensors files, and back, a piece at a time.
+
+The shape suffix of an array says its dimensions, and NAMES says how the other side groups them: `q_DNH` of all
+layers is one tensor [N·H, D] a layer there. Both ways a tensor is seen through a view with our dimensions, so that
+one table is all there is to know. Files are mapped, not held: what takes memory is the piece being copied.
+
+# L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from model.config import ModelConfig
+from model.hf_config import SIGMOID, HfError, architecture
+from model.transformer import abstract
+
+HEAD = 'lm_head.weight'
+NAMES = {  # ours -> theirs, and their dimensions; {L} and {E} are counted in the name
+  'embed_VD': ('model.embed_tokens.weight', 'V D'),
+  'head_DV': (HEAD, 'V D'),
+  'norm_D': ('model.norm.weight', 'D'),
+  'layers.attention_norm_D': ('model.layers.{L}.input_layernorm.weight', 'D'),
+  'layers.attention.q_DNH': ('model.layers.{L}.self_attn.q_proj.weight', 'NH D'),
+  'layers.attention.k_DKH': ('model.layers.{L}.self_attn.k_proj.weight', 'KH D'),
+  'layers.attention.v_DKH': ('model.layers.{L}.self_attn.v_proj.weight', 'KH D'),
+  'layers.attention.o_NHD': ('model.layers.{L}.self_attn.o_proj.weight', 'D NH'),
+  'layers.attention.q_norm_H': ('model.layers.{L}.self_attn.q_norm.weight', 'H'),
+  'layers.attention.k_norm_H': ('model.layers.{L}.self_attn.k_norm.weight', 'H'),
+  'layers.feed_forward_norm_D': ('model.layers.{L}.post_attention_layernorm.weight', 'D'),
+  'layers.feed_forward.gate_DF': ('model.layers.{L}.mlp.gate_proj.weight', 'F D'),
+  'layers.feed_forward.up_DF': ('model.layers.{L}.mlp.up_proj.weight', 'F D'),
+  'layers.feed_forward.down_FD': ('model.layers.{L}.mlp.down_proj.weight', 'D F'),
+  'layers.feed_forward.router_DE': ('model.layers.{L}.mlp.gate.weight', 'E D'),
+  'layers.feed_forward.router_bias_E': ('model.layers.{L}.mlp.gate.e_score_correction_bias', 'E'),
+  'layers.feed_forward.gate_EDF': ('model.layers.{L}.mlp.experts.{E}.gate_proj.weight', 'F D'),
+  'layers.feed_forward.up_EDF': ('model.layers.{L}.mlp.experts.{E}.up_proj.weight', 'F D'),
+  'layers.feed_forward.down_EFD': ('model.layers.{L}.mlp.experts.{E}.down_proj.weight', 'D F'),
+  'layers.feed_forward.shared.gate_DF': ('model.layers.{L}.mlp.shared_experts.gate_proj.weight', 'F D'),
+  'layers.feed_forward.shared.up_DF': ('model.layers.{L}.mlp.shared_experts.up_proj.weight', 'F D'),
+  'layers.feed_forward.shared.down_FD': ('model.layers.{L}.mlp.shared_experts.down_proj.weight', 'D F'),
+}
+ALWAYS_FLOAT32 = 'e_score_correction_bias'  # bfloat16 steps are coarser than what a bias moves by
+TYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16': np.dtype(np.float16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One of our arrays and its tensors there. path: in the tree of parameters; '': zeros that only they need."""
+
+  path: str
+  letters: str  # our dimensions, L in front where layers are stacked
+  shape: tuple[int, ...]
+  template: str
+  groups: str  # their dimensions
+
+  @property
+  def counted(self) -> int:
+    """How many of our leading dimensions are in the names there."""
+    return self.template.count('{')
+
+  @property
+  def their_shape(self) -> tuple[int, ...]:
+    sizes = dict(zip(self.letters, self.shape, strict=True))
+    return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
+
+  def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name, index into our leading dimensions) of each."""
+    for index in _indices(self.shape[:self.counted]):
+      yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
+
+  def view(self, tensor: np.ndarray) -> np.ndarray:
+    """One of their tensors with our dimensions, without a copy."""
+    sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
+    order = [flat.index(letter) for letter in self.letters[self.counted:]]
+    return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
+
+
+def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+  """All indices, made as they are asked for (itertools.product holds its ranges): a config.json may say anything."""
+  if not shape:
+    yield ()
+    return
+  for first in range(shape[0]):
+    for rest in _indices(shape[1:]):
+      yield first, *rest
+
+
+def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
+  """All tensors of the exchanged model.
+
+  head_copy: whether a tied embedding is there a second time as the head. vLLM doesn't tie Glm4-MoE's, so by default
+  that has it.
+  """
+  theirs = architecture(c)
+  found = []
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(abstract(c)[1]):
+    path = jax.tree_util.keystr(keys, simple=True, separator='.')
+    found.append(_leaf(path, leaf.shape))
+  if c.tied_embeddings and (theirs == SIGMOID if head_copy is None else head_copy):
+    found.append(dataclasses.replace(_leaf('head_DV', (c.d_model, c.vocab_size)), path='embed_VD', letters='VD',
+                                     shape=(c.vocab_size, c.d_model)))
+  if theirs == SIGMOID and not c.moe.shared_d_ff:
+    shapes = {'gate_DF': (c.d_model, c.moe.d_expert), 'up_DF': (c.d_model, c.moe.d_expert),
+              'down_FD': (c.moe.d_expert, c.d_model)}
+    for name, shape in shapes.items():
+      leaf = _leaf(f'layers.feed_forward.shared.{name}', (c.layers, *shape))
+      found.append(dataclasses.replace(leaf, path=''))
+  return found
+
+
+def _leaf(path: str, shape: tuple[int, ...]) -> Leaf:
+  if path not in NAMES:
+    raise HfError(f'parameter {path}: has no counterpart in transformers')
+  letters = 'L' * path.startswith('layers.') + path.rsplit('_', 1)[1]
+  return Leaf(path, letters, shape, *NAMES[path])
+
+
+def mapped(path: pathlib.Path, size: int) -> np.memmap:
+  """A new file of zeros as bytes in memory. Its room is taken now: a full disk is an OSError, not a crash later."""
+  with path.open('wb') as file:
+    if hasattr(os, 'posix_fallocate'):  # not on macOS
+      os.posix_fallocate(file.fileno(), 0, size)
+    else:
+      file.truncate(size)
+  return np.memmap(path, np.uint8, 'r+')
+
+
+def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+           shard_bytes: int) -> dict[str, np.ndarray]:
+  """Files of at most `shard_bytes` (more only for one tensor that is larger) with zeros for (name, dtype, shape).
+
+  Returns the tensors, mapped for writing. The format: 8 bytes with the length of a JSON header, it, and the data.
+  """
+  shards, used = [[]], 0
+  natural = lambda tensor: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', tensor[0])]
+  for tensor in sorted(tensors, key=natural):  # layer by layer, as they will be read
+    size = math.prod(tensor[2]) * TYPES[tensor[1]].itemsize
+    if used and used + size > shard_bytes:
+      shards.append([])
+      used = 0
+    shards[-1].append((*tensor, size))
+    used += size
+  views, weight_map = {}, {}
+  for number, shard in enumerate(shards, 1):
+    one = len(shards) == 1
+    path = folder / ('model.safetensors' if one else f'model-{number:05}-of-{len(shards):05}.safetensors')
+    shard.sort(key=lambda tensor: -TYPES[tensor[1]].itemsize)  # keeps the wider ones aligned
+    ends = list(itertools.accumulate((size for *_, size in shard), initial=0))
+    header = {'__metadata__': {'format': 'pt'}} | {
+      name: {'dtype': dtype, 'shape': shape, 'data_offsets': [start, start + size]}
+      for (name, dtype, shape, size), start in zip(shard, ends, strict=False)}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    head = len(text).to_bytes(8, 'little') + text
+    file = mapped(path, len(head) + ends[-1])
+    file[:len(head)] = np.frombuffer(head, np.uint8)
+    for (name, dtype, shape, size), start in zip(shard, ends, strict=False):
+      views[name] = file[len(head) + start:][:size].view(TYPES[dtype]).reshape(shape)
+      weight_map[name] = path.name
+  if len(shards) > 1:
+    index = {'metadata': {'total_size': sum(view.nbytes for view in views.values())}, 'weight_map': weight_map}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+  return views
+
+
+def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
+  """Fills the tensors of one array. store: a TensorStore, read chunk by chunk as it was written."""
+  steps = [range(0, size, chunk) for size, chunk in zip(leaf.shape, store.chunk_layout.read_chunk.shape, strict=True)]
+  names = {index: name for name, index in leaf.tensors()}
+  for starts in itertools.product(*steps):
+    region = tuple(slice(a, min(a + r.step, r.stop)) for a, r in zip(starts, steps, strict=True))
+    block = store[region].read().result()
+    inside = region[leaf.counted:]
+    for at in np.ndindex(block.shape[:leaf.counted]):
+      index = tuple(a + r.start for a, r in zip(at, region, strict=False))
+      leaf.view(views[names[index]])[inside] = block[at]
+
+
+@contextlib.contextmanager
+def open_file(path: pathlib.Path):
+  """A safetensors file. Its reader checks the header (100 MB at most) against the file before anything is trusted."""
+  try:
+    import safetensors
+  except ImportError:
+    raise HfError("reading safetensors needs the extra hf: pip install -e '.[hf]'") from None
+  try:
+    with safetensors.safe_open(path, 'np') as file:
+      yield file
+  except (safetensors.SafetensorError, OSError) as error:
+    raise HfError(f'{path}: not a whole safetensors file ({error}); fetch it again') from None
+
+
+class Files:
+  """The safetensors files of a directory: one, or those that an index names. Only headers are read here.
+
+  Attributes: found, {tensor: (path, dtype, shape)}.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self.found: dict[str, tuple[pathlib.Path, str, tuple[int, ...]]] = {}
+    for path in self._paths():
+      with open_file(path) as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+          if name in self.found:
+            raise HfError(f'{path}: holds {name}, as {self.found[name][0].name} does; remove one of the files')
+          part = file.get_slice(name)
+          self.found[name] = path, part.get_dtype(), tuple(part.get_shape())
+
+  def _paths(self) -> list[pathlib.Path]:
+    index, single = self.folder / 'model.safetensors.index.json', self.folder / 'model.safetensors'
+    if not index.exists():
+      if not single.exists():
+        raise HfError(f'{self.folder}: has no model.safetensors and no {index.name}; other formats, '
+                      'such as pytorch_model.bin, must be converted to safetensors first')
+      return [single]
+    files = read_json(index).get('weight_map')
+    files = list(files.values()) if isinstance(files, dict) else []
+    for file in files:
+      if not isinstance(file, str) or not re.fullmatch(r'[\w.-]+\.safetensors', file):
+        raise HfError(f'{index}: weight_map names {file!r}; only files beside it can be read')
+    for file in sorted(set(files)):
+      if not (self.folder / file).is_file():
+        raise HfError(f'{index}: weight_map names {file}, which is not there; fetch all files of the model')
+    if not files:
+      raise HfError(f'{index}: has no weight_map of tensors to files; fetch it again')
+    return [self.folder / file for file in sorted(set(files))]
+
+  def check(self, wanted: list[Leaf]) -> None:
+    """Raises HfError for the first tensor that is missing, of another shape or type, or too many."""
+    known = set()
+    for leaf in wanted:
+      for name, _ in leaf.tensors():
+        if name not in self.found:
+          raise HfError(f'{self.folder}: no tensor {name}, which its config.json asks for; fetch all files, or '
+                        'correct config.json')
+        path, dtype, shape = self.found[name]
+        if shape != leaf.their_shape:
+          raise HfError(f'{path}: {name} is {list(shape)}, but config.json makes it {list(leaf.their_shape)}')
+        if dtype not in TYPES:
+          raise HfError(f'{path}: {name} is {dtype}; only {", ".join(TYPES)} can be imported')
+        known.add(name)
+    if extra := sorted(self.found.keys() - known):
+      more = f' and {len(extra) - 1} more tensors' if len(extra) > 1 else ''
+      raise HfError(f'{self.folder}: holds {extra[0]}{more}, which a model of its config.json has not; only plain '
+                    f'Qwen3 and Qwen3-MoE models can be imported')
+
+  def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
+    """Fills our arrays, file by file, and checks what is there twice or must be zero. report: called after each.
+
+    Raises HfError where a copy of the embedding differs from it, or zeros aren't.
+    """
+    places = {name: (leaf, index) for leaf in wanted for name, index in leaf.tensors()}
+    by_file = sorted(self.found.items(), key=lambda item: item[1][0])
+    second = lambda name: name == HEAD and places[name][0].path == 'embed_VD'
+    for late in (False, True):  # a copy is compared once what it copies is there
+      for path, items in itertools.groupby((i for i in by_file if second(i[0]) == late), key=lambda item: item[1][0]):
+        with open_file(path) as file:
+          for name, _ in items:
+            tensor, (leaf, index) = file.get_tensor(name), places[name]
+            if not leaf.path and np.any(tensor):
+              raise HfError(f'{path}: {name} is not zero as config.json says; give it shared_experts_are_zero=false')
+            if late and not np.array_equal(tensor, targets['embed_VD']):
+              raise HfError(f'{path}: {name} differs from the embedding; config.json must have '
+                            'tie_word_embeddings=false')
+            if leaf.path and not late:
+              targets[leaf.path][index] = leaf.view(tensor)
+            report()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object of at most 100 MB. Raises HfError."""
+  try:
+    if path.stat().st_size > 1e8:
+      raise HfError(f'{path}: is larger than 100 MB, too large for what it should hold')
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise HfError(f'{path}: no such file; give a directory with config.json and model.safetensors') from None
+  except (ValueError, RecursionError) as error:
+    if isinstance(error, HfError):
+      raise
+    raise HfError(f'{path}: not JSON ({str(error)[:100]}); fetch it again') from None
+  if not isinstance(content, dict):
+    raise HfError(f'{path}: not a JSON object')
+  return content

@@ -1,0 +1,48 @@
+"""What the blocks are made of: how a weight is declared, the norm, and the dense feed-forward.
+
+# B batch  T tokens  D width  F hidden  L layers
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from model.config import ModelConfig
+from model.sharding import constrain
+
+
+def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
+  """A weight in one line: shape, logical axes (model/sharding.py) and the width of its normal start."""
+  value = std * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32)
+  return nnx.Param(value, axes=axes, eager_sharding=False)
+
+
+def ones(size: int, axis: str) -> nnx.Param:
+  return nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,), eager_sharding=False)
+
+
+def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
+  """x / rms(x) · scale over the last dimension, computed in float32."""
+  x32 = x.astype(jnp.float32)
+  x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  return (x32 * scale[...]).astype(x.dtype)
+
+
+class FeedForward(nnx.Module):
+  """SwiGLU of width d_ff."""
+
+  def __init__(self, c: ModelConfig, d_ff: int, key: jax.Array):
+    gate, up, down = jax.random.split(key, 3)
+    std = c.d_model**-0.5
+    self.gate_DF = weight(gate, (c.d_model, d_ff), ('embed', 'mlp'), std=std)
+    self.up_DF = weight(up, (c.d_model, d_ff), ('embed', 'mlp'), std=std)
+    self.down_FD = weight(down, (d_ff, c.d_model), ('mlp', 'embed'), std=(d_ff * 2 * c.layers) ** -0.5)
+
+  def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
+    """(out_BTD, None): a mixture of experts (model/moe.py) takes and returns more."""
+    dtype = x_BTD.dtype
+    gate_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.gate_DF[...].astype(dtype)), 'mlp')
+    up_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.up_DF[...].astype(dtype)), 'mlp')
+    hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
+    return jnp.einsum('BTF,FD->BTD', hidden_BTF, self.down_FD[...].astype(dtype)), None
