@@ -14,13 +14,23 @@ CONFIG := configs/smoke.py:source=$(SOURCE)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# Data, both arms, the table. Another text: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command.
+# Data, pre-training of both arms, RL from both, and a table of each. Text has no answers to reward, so it ends with
+# pre-training: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command.
 smoke: .venv/installed
-	@rm -rf $(SMOKE)/beta=*
+	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl
 	$(PY) -m data prepare --config='$(CONFIG)' $(ARGS)
 	$(PY) -m train --config='$(CONFIG),beta=0' --workdir=$(SMOKE)/beta=0 $(ARGS)
 	$(PY) -m train --config='$(CONFIG),beta=-0.25' --workdir=$(SMOKE)/beta=-0.25 $(ARGS)
+ifeq ($(SOURCE),reasoning)
+	$(PY) -m rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=0 --workdir=$(SMOKE)/rl/beta=0 $(ARGS)
+	$(PY) -m rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=-0.25 --workdir=$(SMOKE)/rl/beta=-0.25 $(ARGS)
+	@echo
 	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
+	$(PY) -m rl.compare $(SMOKE)/rl/beta=0 $(SMOKE)/rl/beta=-0.25 --plot=$(SMOKE)/rl.png
+else
+	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
+	@echo 'no RL: it needs problems that have answers, which SOURCE=reasoning makes'
+endif
 
 test: .venv/installed
 	$(PY) -m pytest -m 'not slow' -n 2

@@ -33,6 +33,17 @@ def base() -> ConfigDict:
     attention='auto',  # plain | splash (TPU) | cudnn (GPU); auto: the one for the devices in use
     remat='none',  # what is saved for the backward pass: none | matmuls | qkv | attention | full (model/config.py)
     scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through
+    moe=dict(  # a mixture of experts in place of the dense feed-forward
+      experts=0,  # 0: dense
+      experts_per_token=0,
+      d_expert=0,  # width of each; d_ff then plays no part
+      shared_d_ff=0,  # width of one more that every token passes; 0: none
+      router='sigmoid',  # sigmoid: a bias on the choice evens out the load; softmax: balance_weight does
+      routed_scale=1.0,  # on the sum of the chosen experts
+      bias_rate=1e-3,  # what the bias moves a step (sigmoid)
+      balance_weight=0.0,  # of the load-balance loss, which is 1 when even (softmax)
+      kernel='auto',  # tiles | ragged | pallas (TPU); auto: the one for the devices in use (model/moe.py)
+    ),
   ))
 
   # All zero is plain cross-entropy. docs/objective.md has the equations.
@@ -61,6 +72,7 @@ def base() -> ConfigDict:
     validation_fraction=0.01,  # of the documents, chosen by a hash of their text
     sequence_length=512,  # tokens a row; documents are packed into rows
     document_bytes=65_536,  # longer ones are cut at line ends, plain text files too
+    held_out_fraction=0.0,  # of all questions: `reasoning` leaves them out, so that RL can be tested on unseen ones
   ))
 
   c.train = ConfigDict(dict(
@@ -82,6 +94,7 @@ def base() -> ConfigDict:
     eps=1e-8,
     weight_decay=0.1,  # on matrices only, not on norms
     clip_norm=1.0,  # of the whole gradient
+    moment_dtype='float32',  # of the first moment; bfloat16 saves 2 of the 12 bytes that a parameter takes at rest
   ))
 
   c.checkpoint = ConfigDict(dict(
@@ -120,10 +133,10 @@ def rl() -> ConfigDict:
     eval_prompts=64,  # held-out problems
     eval_samples=16,
     task=dict(
-      uri='reasoning:chain_sum',  # reasoning:TASK, jsonl:GLOB or tfds:NAME (rl/tasks.py)
+      uri='reasoning:chain_sum',  # reasoning:TASK?OPTION=VALUE, jsonl:GLOB or tfds:NAME (rl/tasks.py)
       prompt='Question: {question}\nSolution:',  # as in the pre-training documents (data/reasoning.py)
       answer_format='line',  # line: 'Answer: X'; boxed: \\boxed{X}
-      held_out_fraction=0.02,  # of the questions, never trained on
+      held_out_fraction=0.02,  # of the questions, never trained on; pre-training: data.held_out_fraction
     ),
     verifier=dict(workers=2, deadline_s=5.0, memory_mb=2048, answer_chars=10_000),
     advantage=dict(name='grpo', ddof=1, k=4, positive_weight=0.1),  # k: of pass_at_k; weight: of w_reinforce
@@ -131,6 +144,41 @@ def rl() -> ConfigDict:
       name='clip_higher', eps_low=0.2, eps_high=0.28, aggregation='token_mean', constant=0,
       importance_cap=2.0,  # of trainer over sampler probability; 0: no such weight
       kl='k2', kl_weight=0.0, cov='', cov_share=2e-4, kl_cov_weight=1.0,
+    ),
+  ))
+
+
+def evaluation() -> ConfigDict:
+  """Section `eval`, which `python -m eval` adds to a run's config: the probe's tokens, and the paper's sampling."""
+  return ConfigDict(dict(
+    probe=dict(
+      rows=64,  # validation rows of data.sequence_length tokens, of each source; the same ones for every checkpoint
+      batch_size=8,  # rows at once, over all devices
+      top_k=0,  # tokens that make up the head; 0: objective.top_k
+    ),
+    sample=dict(
+      seed=0,  # the same for all checkpoints, so that they are compared on the same random numbers
+      samples=128,  # n, of each problem
+      problems=0,  # the first ones of a benchmark; 0: all. A number where there is no end of them (reasoning:...)
+      temperature=0.7,
+      top_p=0.95,
+      top_k=0,  # 0: all tokens
+      max_new_tokens=4096,  # the paper: 4096 after pre-training, 16,384 after mid-training and RL
+      rows=256,  # samples decoded side by side
+      data_dir='runs/data/benchmarks',  # holds the benchmarks' files (eval/benchmarks.py); local or gs://
+      shots=-1,  # worked examples before each question; -1: as many as the paper gives
+      prompt='Question: {question}\nSolution:',
+      answer_format='',  # line: 'Answer: X'; boxed: \\boxed{X}; empty: the benchmark's own
+      held_out_fraction=0.02,  # of the questions of reasoning:..., asked here; no more than rl.task.held_out_fraction
+      verifier=dict(workers=2, deadline_s=5.0, memory_mb=2048, answer_chars=10_000),
+    ),
+    code=dict(  # the jail that programs run in (eval/code_jail.py)
+      workers=2,  # programs at once
+      cpu_s=5.0,  # of each process of a program
+      deadline_s=20.0,  # by the clock
+      memory_mb=1024,  # of each process
+      processes=4,  # at once, threads included
+      accept_no_isolation=False,  # where the kernel offers none, true runs what a model wrote as you
     ),
   ))
 

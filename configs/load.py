@@ -46,13 +46,15 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
 
 
 def from_command_line(
-  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None,
+  configure: Callable[[argparse.Namespace], ConfigDict] | None = None,
 ) -> tuple[ConfigDict, argparse.Namespace]:
   """Parses `--config=FILE[:ARG]`, `--config.KEY=VALUE` and the flags that `parser` already has.
 
+  configure: makes the config from the other flags where it isn't simply the file's; --config may then be left out.
   Raises ConfigError for a config that can't be used; argparse itself answers for its own flags.
   """
-  parser.add_argument('--config', required=True, metavar='FILE.py[:ARG] | FILE.json',
+  parser.add_argument('--config', required=configure is None, default='', metavar='FILE.py[:ARG] | FILE.json',
                       help='experiment to run; override any value in it with --config.KEY=VALUE')
   args, rest = parser.parse_known_args(argv)
   overrides = {}
@@ -68,28 +70,42 @@ def from_command_line(
         raise ConfigError(f'{flag}: has no value; write {flag}=VALUE')
       value = rest.pop(0)
     overrides[key] = value
-  return load(args.config, overrides), args
+  return _finish(configure(args) if configure else read(args.config), overrides), args
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
   """The config at `spec` (FILE.py, FILE.py:ARG or FILE.json) with `overrides` ({'optimizer.lr': '1e-3'})."""
-  config = _load_json(spec) if spec.endswith('.json') else _load_python(spec)
-  for key, value in (overrides or {}).items():
+  return _finish(read(spec), overrides or {})
+
+
+def read(spec: str) -> ConfigDict:
+  """The config at `spec` as it is there, not locked yet."""
+  return _load_json(spec) if spec.endswith('.json') else _load_python(spec)
+
+
+def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+  for key, value in overrides.items():
     override(config, key, value)
   return config.lock()
 
 
-def _load_python(spec: str) -> ConfigDict:
+def module(spec: str) -> tuple[types.ModuleType, str]:
+  """The Python file of `spec` (FILE.py or FILE.py:ARG), run, and ARG. Raises ConfigError if it isn't an experiment."""
   name, _, arg = spec.partition('.py:') if '.py:' in spec else (spec.removesuffix('.py'), '', '')
   if not spec.endswith('.py') and not arg:
     raise ConfigError(f'--config={spec}: expected FILE.py, FILE.py:ARG or FILE.json')
   path = _find(name + '.py')
   module_spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
+  loaded = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(loaded)
+  if not hasattr(loaded, 'get_config'):
     raise ConfigError(f'--config={spec}: {path} has no get_config(arg)')
-  return module.get_config(arg or None)
+  return loaded, arg
+
+
+def _load_python(spec: str) -> ConfigDict:
+  loaded, arg = module(spec)
+  return loaded.get_config(arg or None)
 
 
 def _find(path: str) -> pathlib.Path:

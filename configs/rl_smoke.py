@@ -1,8 +1,8 @@
-"""RL smoke: GRPO on sums of a few numbers, from a checkpoint of the smoke config; minutes on two CPU cores.
+"""RL smoke: GRPO on sums of two or three digits, from a checkpoint of the smoke config; a minute on two CPU cores.
 
-    python -m rl --config=configs/rl_smoke.py --config.train.init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
+    python -m rl --config=configs/rl_smoke.py:init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
 
-Expect: the share of right answers rises from the pre-trained model's.
+Expect: the share of right answers rises, on the held-out questions too, which no step and no document has shown.
 """
 
 from configs import common, smoke
@@ -13,11 +13,12 @@ def get_config(arg=None):
   c = smoke.get_config()
   c.seed = a.seed
   c.train.init_from = a.init_from
-  c.optimizer.update(lr=1e-4, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
+  # A step of a few hundred samples is noisy: at 3e-4 the same run unlearns how to add.
+  c.optimizer.update(lr=1e-4, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
   c.checkpoint.every_steps = 20
-  c.log.update(every_steps=1, eval_every_steps=20, samples=3)
+  c.log.update(every_steps=5, eval_every_steps=30, samples=3)
   c.rl = common.rl()
-  c.rl.update(steps=40, prompts=8, samples=8, rounds=2, max_prompt_tokens=64, max_new_tokens=(96,), phase_steps=(),
-              rows=64)
-  c.rl.task.uri = 'reasoning:chain_sum'
+  c.rl.update(steps=60, prompts=16, samples=8, rounds=3, max_prompt_tokens=28, max_new_tokens=(28,), phase_steps=(),
+              rows=128, eval_prompts=128)
+  c.rl.task.update(uri=smoke.SUMS, held_out_fraction=c.data.held_out_fraction)
   return c

@@ -1,13 +1,16 @@
 """Smoke: a 1M-parameter model on made-up arithmetic problems, a minute or two an arm on two CPU cores.
 
-    make smoke                                              # both arms, side by side
-    make smoke SOURCE='text:/path/to/*.txt'                 # the same on text of your own
+    make smoke                                              # both arms, side by side, then RL from both
+    make smoke SOURCE='text:/path/to/*.txt'                 # pre-training alone, on text of your own
     python -m train --config=configs/smoke.py:beta=-0.25 --workdir=runs/mine
 
 Expect: cross-entropy about equal for beta = 0 and beta = -0.25, and lower entropy for the latter.
 """
 
 from configs import common
+
+# Easy enough for a model of this size to be right now and then, which is where RL begins (configs/rl_smoke.py).
+SUMS = 'reasoning:chain_sum?max_terms=3&max_digits=1'
 
 
 def get_config(arg=None):
@@ -18,7 +21,10 @@ def get_config(arg=None):
   c.objective.update(beta=a.beta, lambda_head=a.lambda_head, lambda_tail=a.lambda_tail, top_k=20)
   c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data', sequence_length=256, validation_fraction=0.02)
   c.data.sources.main.update(uri=a.source, max_documents=20_000)
-  c.train.update(tokens=800_000, batch_size=4)
+  if a.source == 'reasoning':
+    c.data.sources.sums = dict(uri=SUMS, weight=2.0, max_documents=25_000)
+    c.data.held_out_fraction = 0.1  # so that RL is tested on questions in no document
+  c.train.update(tokens=1_100_000, batch_size=4)
   c.optimizer.update(lr=2e-3, warmup_steps=50, decay_fraction=0.3, final_lr=1e-4)
   c.checkpoint.every_steps = 250
   c.log.update(every_steps=50, eval_every_steps=500, eval_batches=40)
@@ -28,4 +34,5 @@ def get_config(arg=None):
 def sweep(add):
   for seed in range(3):  # report the spread, not the best
     for beta in (0.0, -0.25):
-      add(seed=seed, **{'objective.beta': beta})
+      base = add(seed=seed, **{'objective.beta': beta})
+      add(stage='rl', config='configs/rl_smoke.py', after=base, seed=seed)

@@ -37,6 +37,7 @@ class DataConfig:
   validation_fraction: float
   sequence_length: int
   document_bytes: int = 65_536
+  held_out_fraction: float = 0.0  # of all questions: those that `reasoning` sources leave out, for RL and evaluation
 
   def __post_init__(self):
     if not self.dir:
@@ -52,6 +53,8 @@ class DataConfig:
       raise ValueError('sources must have a weight > 0 somewhere, got none')
     if not 0 <= self.validation_fraction < 1:
       raise ValueError(f'validation_fraction must be in [0, 1), got {self.validation_fraction}')
+    if not 0 <= self.held_out_fraction < 1:
+      raise ValueError(f'held_out_fraction must be in [0, 1), got {self.held_out_fraction}')
     if self.sequence_length < 1:
       raise ValueError(f'sequence_length must be positive, got {self.sequence_length}')
     if self.document_bytes < 16:

@@ -38,9 +38,9 @@ def train_tokenizer(config: DataConfig) -> bool:
   share = TRAIN_BYTES // len(config.sources)
 
   def documents():
-    for name, source in config.sources.items():
+    for name in config.sources:
       with _named(name):
-        yield from sources.Source(source, config.document_bytes).sample(share)
+        yield from sources.open_source(config, name).sample(share)
 
   train(documents(), config.vocab_size, config.tokenizer_path, max_bytes=2 * TRAIN_BYTES)
   return True
@@ -77,7 +77,7 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
     prepared.check_files(where, manifest)
     return manifest
   with _named(name):
-    units = sources.Source(config.sources[name], config.document_bytes).units()
+    units = sources.open_source(config, name).units()
     plan = json.dumps([[dataclasses.astuple(segment) for segment in unit] for unit in units]).encode()
     _check_partial(where, {**wanted, 'input_files_sha256': hashlib.sha256(plan).hexdigest()})
     job = Job(name, config, str(where / 'partial'))

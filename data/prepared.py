@@ -70,9 +70,12 @@ def to_record(tokens: np.ndarray) -> bytes:
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
   """What decides the prepared tokens; other settings may change without preparing again."""
   source = config.sources[name]
-  return {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.document_bytes,
-              'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
-              'tokenizer_sha256': tokenizer_sha256}
+  wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.document_bytes,
+            'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
+            'tokenizer_sha256': tokenizer_sha256}
+  if source.uri.partition(':')[0] == 'reasoning':  # others have no questions
+    wanted['held_out_fraction'] = config.held_out_fraction
+  return wanted
 
 
 def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -6,12 +6,21 @@ Pre-training reads whole documents, RL gives the prompt and grades what follows 
     Solution: 4 - 1 = 3
     3 - 7 = -4
     Answer: -4
+
+and both name their problems by one URI, of tasks that take turns, each at its own difficulty:
+
+    reasoning:TASK[?OPTION=VALUE&...][+TASK...]        reasoning:chain_sum?max_terms=2&max_digits=1+gcd
+
+An OPTION is one of the task's generator, or level=N of reasoning-gym's curriculum; what isn't given is as in TASKS
+below, or with a level as the curriculum has it, and else the generator's own default.
 """
 
 import dataclasses
 import difflib
 import functools
 import hashlib
+import json
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +30,6 @@ from data.config import DataError
 PROMPT = 'Question: {question}\nSolution:'
 COMPLETION = ' {solution}\nAnswer: {answer}\n'
 ANSWER_MARK = '\nAnswer: '
-
-_BLOCK = 1024  # generators are of fixed size, and some precompute by it: an endless one is a chain of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +72,16 @@ def _euclid(entry: dict[str, Any]) -> str:
 
 
 def _long_multiplication(entry: dict[str, Any]) -> str:
-  a, b = (int(number) for number in entry['metadata']['expression'].split(' * '))
-  total, lines = 0, []
-  for place, digit in enumerate(reversed(str(b))):
-    part = a * int(digit) * 10**place
-    lines.append(f'{a} * {int(digit) * 10**place} = {part}')
-    if place:
-      lines.append(f'{total} + {part} = {total + part}')
-    total += part
+  (a, *rest), lines = (int(number) for number in entry['metadata']['expression'].split(' * ')), []
+  for b in rest:
+    total = 0
+    for place, digit in enumerate(reversed(str(b))):
+      part = a * int(digit) * 10**place
+      lines.append(f'{a} * {int(digit) * 10**place} = {part}')
+      if place:
+        lines.append(f'{total} + {part} = {total + part}')
+      total += part
+    a = total
   return '\n'.join(lines)
 
 
@@ -82,44 +91,103 @@ def _given(entry: dict[str, Any]) -> str:
 
 
 # Task -> the generator's options that make it fit for a small model, and how to work its problems.
-_TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], str]]] = {
+TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], str]]] = {
   'chain_sum': ({'max_terms': 4, 'max_digits': 2}, _running_sum),
   'gcd': ({}, _euclid),
   'products': ({'max_digits': 3}, _long_multiplication),
   'gsm_symbolic': ({}, _given),
 }
-DEFAULT_TASKS = ('chain_sum', 'gcd', 'products', 'gsm_symbolic')
+_UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite': 'name its tasks instead'}
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
-  """Raises DataError for a task that reasoning-gym doesn't have."""
-  import reasoning_gym  # a second to import: only those who make problems pay
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kind:
+  """Problems of one task at one difficulty."""
 
-  known = sorted(reasoning_gym.factory.DATASETS)
-  for task in tasks:
-    if task not in known:
-      near = difflib.get_close_matches(task, known, n=1)
-      raise DataError(f'reasoning:{"+".join(tasks)}: reasoning-gym has no task {task!r}'
-                      + (f'; did you mean {near[0]}?' if near else ''))
+  task: str
+  options: dict[str, Any]  # of its generator, where they aren't its defaults
+
+
+def parse(rest: str) -> tuple[Kind, ...]:
+  """What follows `reasoning:` in a URI; '' is all of TASKS. Each kind has been tried on a problem.
+
+  Raises DataError for a task or an option that reasoning-gym doesn't have, or values that it refuses.
+  """
+  return tuple(_kind(*part.partition('?')[::2]) for part in (rest or '+'.join(TASKS)).split('+'))
+
+
+def _kind(task: str, query: str) -> Kind:
+  from reasoning_gym.factory import CURRICULA, DATASETS  # a second to import: only those who make problems pay
+
+  uri = f'reasoning:{task}?{query}' if query else f'reasoning:{task}'
+  if task not in DATASETS:
+    raise DataError(f'{uri}: reasoning-gym has no task {task!r}{_instead(task, DATASETS)}')
+  if task in _UNFIT:
+    raise DataError(f'{uri}: task {task!r} can\'t be used: {_UNFIT[task]}')
+  config = DATASETS[task][1]()
+  defaults = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+              if field.name not in ('seed', 'size')}
+  given = {}
+  for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True):
+    if name != 'level' and name not in defaults:
+      raise DataError(f'{uri}: {task} has no option {name!r}{_instead(name, ("level", *defaults))}')
+    try:  # words are text; numbers, true/false and lists are themselves
+      given[name] = json.loads(text)
+    except json.JSONDecodeError:
+      given[name] = text
+  level = given.pop('level', None)
+  try:
+    if level is None:
+      base = TASKS[task][0] if task in TASKS else {}
+    elif task in CURRICULA and isinstance(level, int) and level >= 0:
+      curriculum = CURRICULA[task]()
+      curriculum.set_global_level(level)
+      at_level = curriculum.generate_configuration()
+      base = {name: getattr(at_level, name) for name in defaults}
+    else:
+      raise ValueError('level must be a whole number >= 0, of a task with a curriculum')
+    kind = Kind(task, {name: value for name, value in (base | given).items() if value != defaults[name]})
+    problem((kind,), 0, stream='tried')
+  except (ValueError, AssertionError, TypeError) as error:
+    raise DataError(f'{uri}: {str(error) or "refused by the generator"}') from None
+  return kind
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+  near = difflib.get_close_matches(name, known, n=1)
+  return (f'; did you mean {near[0]}?' if near else ';') + f' There are {", ".join(sorted(known))}'
+
+
+_BLOCK = 1024  # generators are of fixed size, and some precompute by it: an endless one is a chain of these
 
 
 @functools.lru_cache(maxsize=32)
-def _block(task: str, stream: str, number: int):
+def _block(kind: Kind, stream: str, number: int):
   import reasoning_gym
 
   # The generators seed item i with seed + i, so blocks need seeds far apart: a 48-bit hash.
-  seed = int.from_bytes(hashlib.blake2b(f'{task}/{stream}/{number}'.encode(), digest_size=6).digest())
-  return reasoning_gym.create_dataset(task, seed=seed, size=_BLOCK, **_TASKS.get(task, ({}, None))[0])
+  seed = int.from_bytes(hashlib.blake2b(f'{kind.task}/{stream}/{number}'.encode(), digest_size=6).digest())
+  return reasoning_gym.create_dataset(kind.task, seed=seed, size=_BLOCK, **kind.options)
 
 
-def problem(tasks: Sequence[str], index: int, stream: str = 'pretrain') -> Problem:
-  """Problem `index` >= 0 of an endless sequence that goes round the tasks; a pure function of its arguments.
+def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:
+  """Problem `index` >= 0 of an endless sequence in which the kinds take turns; a pure function of its arguments.
 
   Another `stream` is another sequence, such as RL's, that shares no random seed with this one. Short problems
-  of small numbers can still coincide.
+  of small numbers still coincide: `held_out` is what keeps questions apart.
   """
-  task = tasks[index % len(tasks)]
-  block, item = divmod(index // len(tasks), _BLOCK)
-  entry = _block(task, stream, block)[item]
-  worked = _TASKS[task][1](entry) if task in _TASKS else ''
-  return Problem(task, entry['question'].strip(), worked, str(entry['answer']), entry)
+  kind = kinds[index % len(kinds)]
+  block, item = divmod(index // len(kinds), _BLOCK)
+  entry = _block(kind, stream, block)[item]
+  worked = TASKS[kind.task][1](entry) if kind.task in TASKS else ''
+  return Problem(kind.task, entry['question'].strip(), worked, str(entry['answer']), entry)
+
+
+def question_hash(question: str) -> int:
+  """64 bits, the same for texts that differ in white space and case only."""
+  return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
+
+
+def held_out(question: str, fraction: float) -> bool:
+  """Whether the question is in the held-out share; one that is in a share is in each larger one."""
+  return question_hash(question) < fraction * 2**64

@@ -1,6 +1,6 @@
 """A source of documents, named by a URI, in units that can be read apart from each other and in any order.
 
-    reasoning[:TASK+TASK]              made-up problems with worked solutions (data/reasoning.py); endless
+    reasoning[:TASK?OPTION=VALUE+TASK] made-up problems with worked solutions (data/reasoning.py); endless
     text:GLOB                          plain UTF-8; a file is one stream, cut into documents at line ends
     jsonl:GLOB[#FIELD]                 .jsonl or .jsonl.gz; FIELD holds the text ('text' if not given)
     parquet:GLOB[#COLUMN]              COLUMN holds the text ('text' if not given)
@@ -13,10 +13,11 @@ errors are DataErrors that name the file and where in it.
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator
 
 from data import formats, reasoning, record_formats
-from data.config import DataError, SourceConfig
+from data.config import DataConfig, DataError, SourceConfig
 from data.formats import Segment
 
 _MOST_UNITS = 256  # a unit becomes a file that the loader keeps open
@@ -26,23 +27,29 @@ Unit = tuple[Segment, ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Reasoning:
-  tasks: tuple[str, ...]
+  rest: str
   max_documents: int
+  held_out_fraction: float
   smallest_unit = 4096
 
+  @functools.cached_property
+  def kinds(self) -> tuple[reasoning.Kind, ...]:
+    return reasoning.parse(self.rest)
+
   def segments(self) -> list[Segment]:
-    reasoning.check_tasks(self.tasks)
+    self.kinds  # noqa: B018 (a URI that can't be used is said here)
     return [Segment('', 0, self.max_documents)]
 
   def read(self, segment: Segment) -> Iterator[str]:
     for i in range(segment.start, segment.stop):
-      yield reasoning.problem(self.tasks, i).document
+      problem = reasoning.problem(self.kinds, i)
+      if not reasoning.held_out(problem.question, self.held_out_fraction):
+        yield problem.document
 
 
 _KINDS = {
-  'reasoning': lambda rest, source, _: _Reasoning(
-    tuple(rest.split('+')) if rest else reasoning.DEFAULT_TASKS, source.max_documents),
-  'text': lambda rest, _, document_bytes: formats.Text(rest, document_bytes),
+  'reasoning': lambda rest, source, _, held_out: _Reasoning(rest, source.max_documents, held_out),
+  'text': lambda rest, _, document_bytes, __: formats.Text(rest, document_bytes),
   'jsonl': lambda rest, *_: formats.Jsonl(*_field(rest)),
   'parquet': lambda rest, *_: record_formats.Parquet(*_field(rest)),
   'arrayrecord': lambda rest, *_: record_formats.ArrayRecord(rest),
@@ -58,8 +65,14 @@ def _field(rest: str) -> tuple[str, str]:
 class Source:
   """The documents at `config.uri`. The units, and what each holds, depend on the input alone."""
 
-  def __init__(self, config: SourceConfig, document_bytes: int):
-    """Raises DataError for a URI that can't be understood; looks at no file yet."""
+  def __init__(self, config: SourceConfig, document_bytes: int, held_out_fraction: float = 0.0):
+    """
+    Args:
+      document_bytes: where `text` is cut.
+      held_out_fraction: of all questions, what `reasoning` leaves out.
+
+    Raises DataError for a URI that can't be understood; looks at no file yet.
+    """
     kind, _, rest = config.uri.partition(':')
     if kind not in _KINDS:
       near = difflib.get_close_matches(kind, _KINDS, n=1)
@@ -69,7 +82,7 @@ class Source:
       raise DataError(f'uri {config.uri!r} has no end; set max_documents to the number of documents you want')
     if kind != 'reasoning' and not rest:
       raise DataError(f'uri {config.uri!r}: nothing after the kind; write {kind}:PATH')
-    self._reader = _KINDS[kind](rest, config, document_bytes)
+    self._reader = _KINDS[kind](rest, config, document_bytes, held_out_fraction)
 
   def units(self) -> list[Unit]:
     """The source cut into at most about 256 parts of similar size, in order."""
@@ -105,6 +118,11 @@ class Source:
         room -= len(document)
         if room <= 0:
           break
+
+
+def open_source(config: DataConfig, name: str) -> Source:
+  """The source that `config` calls `name`."""
+  return Source(config.sources[name], config.document_bytes, config.held_out_fraction)
 
 
 def cut(text: str, document_bytes: int) -> Iterator[str]:

@@ -43,7 +43,7 @@ class Worker:
 
   def __init__(self, job: Job):
     self.job = job
-    self.source = sources.Source(job.config.sources[job.name], job.config.document_bytes)
+    self.source = sources.open_source(job.config, job.name)
     self.tokenizer = Tokenizer(job.config.tokenizer_path)
 
   def run(self, index: int, unit: sources.Unit, limit: int) -> dict[str, Any]:

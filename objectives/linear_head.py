@@ -246,6 +246,7 @@ def _over_chunks(options, body, carry, head_DV, arrays):
 
 def default_chunk(vocab, kind=None):
   """Tokens of a chunk for this device's part of the vocabulary; kind is cpu or accelerator, None: what runs here."""
-  kind = kind or ('cpu' if jax.default_backend() == 'cpu' else 'accelerator')
+  device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh in force, which may be of absent devices
+  kind = kind or ('cpu' if (device.platform if device else jax.default_backend()) == 'cpu' else 'accelerator')
   most = DEFAULT_CHUNK_LOGITS[kind] // vocab
   return max(LEAST_CHUNK_TOKENS[kind], most - most % 64 if most > 64 else most)

@@ -57,6 +57,9 @@ class RlConfig:
     if (self.prompts // self.minibatches * self.samples) % self.microbatches:
       raise ValueError(f'microbatches must divide the {self.prompts // self.minibatches * self.samples} rows of a '
                        f'minibatch, got {self.microbatches}')
+    if self.loss.cov == 'kl_cov' and self.minibatches == 1:
+      raise ValueError("minibatches must be > 1 with loss.cov = 'kl_cov', whose penalty is 0 in the first update after "
+                       'sampling, got 1')
     if self.truncated not in TRUNCATED:
       raise ValueError(f'truncated must be one of {", ".join(TRUNCATED)}, got {self.truncated!r}')
 
@@ -81,10 +84,6 @@ class RlRun:
   def __post_init__(self):
     if not self.train.init_from:
       raise ValueError('train.init_from must name the pre-trained run or checkpoint to start from, got none')
-    if self.rl.loss.cov:
-      raise ValueError(f'rl.loss.cov must be empty: the loop has no covariance terms yet, got {self.rl.loss.cov!r}')
-    if self.rl.loss.kl_weight:
-      raise ValueError(f'rl.loss.kl_weight must be 0: the loop keeps no reference model, got {self.rl.loss.kl_weight}')
 
 
 def rl_run(config: ConfigDict) -> RlRun:

@@ -27,7 +27,7 @@ from rl.config import RlRun, rl_run
 from rl.rollout import Group, graded_groups, lengths, pack
 from rl.sampler import Sampler, SamplerConfig
 from rl.tasks import TaskSet
-from rl.update import make_update, score_tokens
+from rl.update import cov_tokens, make_update, score_tokens
 from rl.verifiers import Verdict, Verifier
 from train import checkpoint, hosts, workdir
 from train.metrics import Log, duration
@@ -35,6 +35,7 @@ from train.optimizer import make_optimizer
 from train.state import TrainState, abstract_state, create_state
 
 HELD_OUT_STEP = 2**31  # added to the step number: evaluation draws other samples than training
+COV_STREAM = 3  # fold_in(seed, stream, step, update); train/loop.py has 1, the sampler 2
 HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
 
 
@@ -57,8 +58,6 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
     raise ConfigError(f'config.model.vocab_size must be {tokenizer.vocab_size}, the tokenizer\'s, got {c.vocab_size}')
   tasks = TaskSet(rl.task, seed=run.seed)
   held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
-  if jax.process_count() > 1:
-    raise ConfigError('--processes: RL runs in one process so far; its devices may be several')
   try:
     mesh = model.make_mesh(run.train.mesh)
     hosts.check_rows(rl.prompts // rl.minibatches * rl.samples, mesh.shape, rl.microbatches)
@@ -70,10 +69,12 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
     checkpoints = checkpoint.Checkpoints(root, run.checkpoint)
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
     start = int(state.step) // rl.minibatches
-    workdir.write_config(root, config)
+    reference = _reference(run, tx, mesh, parent) if rl.loss.kl_weight else None
+    if jax.process_index() == 0:
+      workdir.write_config(root, config)
     lineage = {'config': json.loads(to_json(config)), 'parent': parent, 'code_version': workdir.code_version()}
-    log = Log(root, step=start, steps=rl.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard, active=True,
-              describe=describe)
+    log = Log(root, step=start, steps=rl.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
+              active=jax.process_index() == 0, describe=describe)
     log.say(f'policy    {sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters from {parent}')
     log.say(f'task      {rl.task.uri}; {rl.prompts} prompts x {rl.samples} samples a step, '
             f'{rl.advantage.name} with {rl.loss.name}')
@@ -83,8 +84,9 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
     by_row = NamedSharding(mesh, model.spec('batch'))
     update = make_update(c, rl.loss, tx, rl.microbatches)
     score = jax.jit(score_tokens, static_argnums=0)
-    samplers = [Sampler(c, SamplerConfig(rl.rows, rl.max_prompt_tokens, new), tokenizer.eos, mesh)
+    samplers = [Sampler(c, SamplerConfig(rl.rows, rl.max_prompt_tokens, new, record_choices=True), tokenizer.eos, mesh)
                 for new in rl.max_new_tokens]
+    cov_key = jax.random.fold_in(jax.random.key(run.seed), COV_STREAM)
     stop = hosts.StopSignal()
     last: dict[str, float] = {}
 
@@ -113,13 +115,19 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
       advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
       # A sample that doesn't count isn't a token of the mean either.
       counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
-      whole = jax.device_put((out.batch, counts_BT, out.sampler_logp_BT), placement)
-      old_logp_BT = score(c, state.params, whole[0])[0] if rl.minibatches > 1 else None
       size, parts = rows // rl.minibatches, []
-      for m in range(rl.minibatches):
-        cut = lambda x, m=m: jax.device_put(x[m * size : (m + 1) * size], placement if x.ndim == 2 else by_row)
-        piece = jax.tree.map(cut, (*whole, advantage_B, old_logp_BT))
-        state, sums, entropy_BT = update(state, *piece)
+      pieces = [jax.tree.map(lambda x, at=at: hosts.place(x[at : at + size], placement if x.ndim == 2 else by_row),
+                             (out.batch, counts_BT, out.sampler_logp_BT, advantage_B, out.choices_BTLk))
+                for at in range(0, rows, size)]
+      # Before the first update, as the policy that drew them: what all updates of this step are held against.
+      old = [score(c, state.params, piece[0], piece[4])[0] if rl.minibatches > 1 or rl.loss.cov else None
+             for piece in pieces]
+      for m, (piece, old_logp_BT) in enumerate(zip(pieces, old)):
+        ref_logp_BT = score(c, reference, piece[0])[0] if rl.loss.kl_weight else None
+        key = jax.random.fold_in(jax.random.fold_in(cov_key, step), m)
+        chosen_BT = cov_tokens(rl.loss, key, old_logp_BT, piece[3], piece[1]) if rl.loss.cov else None
+        state, sums, entropy_BT = update(
+          state, *piece[:4], old_logp_BT if rl.minibatches > 1 else None, ref_logp_BT, chosen_BT, piece[4])
         parts.append((jax.device_get(sums), np.asarray(entropy_BT)[counts_BT[m * size : (m + 1) * size]]))
       total = parts[0][0]
       for sums, _ in parts[1:]:
@@ -137,8 +145,9 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
       rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0])
                for group in groups]
       error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
-      log.evaluation(step, 'held_out', {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error})
-      log.say(f'  eval held out: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
+      log.evaluation(
+        step, 'held_out', {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error},
+        f'  eval held out: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
       for group in groups[: run.log.samples]:
         log.sample(step, group.task.prompt, group.texts[0])
 
@@ -166,11 +175,11 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
         checkpoints.check()
 
         stopping, final = stop(step), step == rl.steps
+        if final or step % run.log.eval_every_steps == 0:  # before saving, as in train/loop.py
+          evaluate(step)
         if final or stopping or step % run.checkpoint.every_steps == 0:
           log.flush()
           checkpoints.save(state, {**lineage, 'cursor': {'prompts': cursor}}, step)
-        if final or step % run.log.eval_every_steps == 0:
-          evaluate(step)
         if stopping and not final:
           checkpoints.wait()
           log.say(f'asked to stop: step {step} is saved; the same command goes on from there')
@@ -216,6 +225,11 @@ def _start(run: RlRun, tx, mesh, checkpoints: checkpoint.Checkpoints) -> tuple[T
   params, meta = checkpoint.restore_weights(source, target.params)
   _check_reads_alike(meta['config'], run)
   return create_state(run.model, tx, mesh, run.seed, params), 0, str(source)
+
+
+def _reference(run: RlRun, tx, mesh, parent: str) -> Any:
+  """The pre-trained weights, which the KL term holds the policy to; from disk, as the state moves on from them."""
+  return checkpoint.restore_weights(epath.Path(parent), abstract_state(run.model, tx, mesh).params)[0]
 
 
 def _check_reads_alike(pretrained: dict[str, Any], run: RlRun) -> None:

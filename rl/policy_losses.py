@@ -257,6 +257,8 @@ def policy_loss(
   token = POLICY_LOSSES[c.name](
     logp_BT, old_logp_BT, advantages_BT, mask_BT, eps_low=c.eps_low, eps_high=c.eps_high)
   loss_BT = token.loss_BT
+  if c.cov:
+    cov_tokens_BT &= mask_BT
   if c.cov == 'clip_cov':
     loss_BT = jnp.where(cov_tokens_BT, sg(loss_BT), loss_BT)
   elif c.cov == 'kl_cov':
@@ -266,6 +268,8 @@ def policy_loss(
     'clipped': jnp.sum(token.clipped_BT, dtype=jnp.int32),
     'tokens': jnp.sum(mask_BT, dtype=jnp.int32),
   }
+  if c.cov:
+    sums['cov_tokens'] = jnp.sum(cov_tokens_BT, dtype=jnp.int32)
   if sampler_logp_BT is not None:
     gap_BT = sg(jnp.where(mask_BT, jnp.abs(_ratio(*_at_mask(mask_BT, old_logp_BT, sampler_logp_BT)) - 1), 0))
     sums |= {'gap': jnp.sum(gap_BT), 'gap_max': jnp.max(gap_BT)}
@@ -296,6 +300,8 @@ def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:
     squares = jnp.where(sums['weight_squared'] > 0, sums['weight_squared'], 1)
     out |= {'importance_weight_mean': sums['weight'] / tokens,
             'effective_sample_share': sums['weight'] ** 2 / squares / tokens}
+  if 'cov_tokens' in sums:
+    out['cov_token_share'] = sums['cov_tokens'] / tokens
   if 'kl' in sums:
     out[f'kl_{c.kl}_nats'] = sums['kl'] / tokens
   return out

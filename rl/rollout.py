@@ -7,12 +7,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from data import Batch, DataError, Tokenizer
 from rl.sampler import Prompt, Sample, Sampler
 from rl.tasks import Task, TaskSet
 from rl.verifiers import Verdict, Verifier
+from train import hosts
+
+_NOT_MINE = min(Verdict) - 1  # a verdict that another process gives
 
 
 class Group(NamedTuple):
@@ -45,7 +49,8 @@ def graded_groups(
   """The prompts number `cursors` of the run, sampled and judged, in that order.
 
   A pure function of its arguments, but for verdicts that a deadline leaves undecided. Groups are judged while the
-  device draws the next ones. Raises DataError for a prompt that is too long.
+  device draws the next ones. Several processes draw together, judge a share of the groups each, and get all of them.
+  Raises DataError for a prompt that is too long.
   """
   prompts = {}
   for cursor in cursors:
@@ -55,14 +60,17 @@ def graded_groups(
       raise DataError(f'{task.id}: its prompt has {len(tokens)} tokens, more than config.rl.max_prompt_tokens = '
                       f'{sampler.s.max_prompt_tokens}')
     prompts[cursor] = (task, tokens)
-  groups = {}
+  drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
   asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
-  for drawn in sampler(params, asked, samples=samples, seed=seed, step=step):
+  for n, drawn in enumerate(sampler(params, asked, samples=samples, seed=seed, step=step)):
     cursor = drawn[0].prompt_id
     task, tokens = prompts[cursor]
     texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
-    groups[cursor] = Group(cursor, task, tokens, drawn, texts, verifier.verify([(text, task) for text in texts]))
-  return [groups[cursor] for cursor in cursors]
+    drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
+    if n % jax.process_count() == jax.process_index():
+      verdict_PG[cursor - cursors.start] = verifier.verify([(text, task) for text in texts])
+  verdict_PG = hosts.maximum(verdict_PG)
+  return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdict_PG[cursor - cursors.start]]) for cursor in cursors]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Rollouts:
   sampler_logp_BT: np.ndarray  # float32, nats; 0 elsewhere
   rewards_PG: np.ndarray  # float32
   valid_PG: np.ndarray  # bool
+  choices_BTLk: np.ndarray | None = None  # int16, the experts that the sampler's tokens went to, if it recorded them
 
 
 def pack(groups: list[Group], *, prompts: int, samples: int, length: int, truncated: str) -> Rollouts:
@@ -82,6 +91,8 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, trunca
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
   completion, logp = np.zeros((rows, length), bool), np.zeros((rows, length), np.float32)
   rewards, valid = np.zeros((prompts, samples), np.float32), np.zeros((prompts, samples), bool)
+  recorded = next((sample.choices for group in groups for sample in group.samples), None)
+  choices = None if recorded is None else np.zeros((rows, length, *recorded.shape[1:]), np.int16)
   for p, group in enumerate(groups):
     rewards[p], valid[p] = group.rewards(truncated)
     for g, sample in enumerate(group.samples):
@@ -90,7 +101,9 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, trunca
       n = len(whole) - 1
       tokens[row, :n], targets[row, :n], positions[row, :n], segments[row, :n] = whole[:-1], whole[1:], np.arange(n), 1
       completion[row, start:n], logp[row, start:n] = True, sample.logp
-  return Rollouts(Batch(tokens, targets, positions, segments), completion, logp, rewards, valid)
+      if choices is not None:
+        choices[row, :n] = sample.choices
+  return Rollouts(Batch(tokens, targets, positions, segments), completion, logp, rewards, valid, choices)
 
 
 def lengths(groups: list[Group]) -> Iterator[int]:

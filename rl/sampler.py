@@ -45,6 +45,7 @@ class SamplerConfig:
     top_k: keeps that many most probable tokens, ties as jax.lax.top_k breaks them; 0 keeps all.
     top_p: of what top_k left, keeps the fewest most probable tokens with at least this probability together.
     decode_steps: tokens a row draws between two visits of the host, which is when ended rows are refilled.
+    record_choices: whether samples of a mixture of experts tell which experts their tokens went to.
 
   Raises ValueError, naming the field first.
   """
@@ -56,6 +57,7 @@ class SamplerConfig:
   top_p: float = 1.0
   top_k: int = 0
   decode_steps: int = 8
+  record_choices: bool = False
 
   def __post_init__(self):
     for name in ('rows', 'max_prompt_tokens', 'max_new_tokens', 'decode_steps'):
@@ -86,6 +88,7 @@ class Sample(NamedTuple):
     logp: float32 [n], nats, of each token under the distribution it was drawn from (temperature and truncation
       included), so 0 for all at temperature 0.
     finish: 'eos', or 'length' where the room was used up.
+    choices: int16 [prompt + n - 1, L, k], the experts of each token that went through the model, if they were recorded.
   """
 
   prompt_id: int
@@ -93,6 +96,7 @@ class Sample(NamedTuple):
   tokens: np.ndarray
   logp: np.ndarray
   finish: str
+  choices: np.ndarray | None = None
 
 
 class Sampler:
@@ -102,8 +106,8 @@ class Sampler:
     c: the model.
     s: settings.
     eos: id of the token that ends a sample.
-    mesh: where the parameters are. Rows lie over data and fsdp, key heads over tensor. Weights are copied in the
-      compute type without their fsdp sharding, as gathering them for each token would take longer than the rest.
+    mesh: where the parameters are. Rows lie over data, fsdp and expert, key heads over tensor. Weights are copied in
+      the compute type without their fsdp sharding, as gathering them for each token would take longer than the rest.
 
   Raises ValueError for rows that the mesh doesn't divide, and an eos outside the vocabulary.
   """
@@ -118,7 +122,8 @@ class Sampler:
     axes = jax.tree.map(
       lambda names: tuple(name if name != 'embed' else None for name in names), model.abstract(c)[2],
       is_leaf=lambda names: isinstance(names, tuple))
-    cast = lambda params: jax.tree.map(lambda x, names: x if 'norm' in names else x.astype(c.dtype), params, axes)
+    float32 = {'norm', 'router', 'bias'}
+    cast = lambda params: jax.tree.map(lambda x, names: x if float32 & set(names) else x.astype(c.dtype), params, axes)
     self._weights = jax.jit(cast, out_shardings=None if mesh is None else model.shardings(mesh, axes))
 
   def __call__(
@@ -167,13 +172,15 @@ class Sampler:
 
   def _run(self, params, prompts, indices, seed, step):
     c, s = self.c, self.s
+    record = s.record_choices and c.moe.experts > 0
     # A generator must not hold the mesh while its caller runs.
     on_mesh = contextlib.nullcontext if self.mesh is None else lambda: jax.set_mesh(self.mesh)
     with on_mesh():
       weights, rows = self._weights(params), _empty(c, s)
     queue = collections.deque((p, i) for p in range(len(prompts)) for i in indices)
-    prefilled: dict[int, tuple[model.Cache, int]] = {}  # prompt -> where its keys and values are
-    running: dict[int, tuple[int, int, list, list]] = {}  # row -> prompt, index, tokens, log-probabilities
+    prefilled: dict[int, tuple[model.Cache, int, Any]] = {}  # prompt -> where its keys, values and choices are
+    # row -> prompt, index, tokens, log-probabilities, choices
+    running: dict[int, tuple[int, int, list, list, list]] = {}
     free = list(range(s.rows))
     ended: list[dict[int, Sample]] = [{} for _ in prompts]
     groups = []
@@ -188,25 +195,31 @@ class Sampler:
           while queue and free and len(some) < INSERTED and queue[0][0] in prefilled:
             some.append((free.pop(), *queue.popleft()))
           rows = self._insert(rows, prefilled, prompts, some, seed, step)
-          running |= {row: (p, i, [], []) for row, p, i in some}
+          running |= {row: (p, i, [], [], [prefilled[p]]) for row, p, i in some}
         rows, drawn = _decode(c, s, self.eos, weights, rows)
       yield from groups  # the device is at work
-      token_TR, logp_TR, count_R = jax.device_get(drawn)
+      token_TR, logp_TR, count_R, choice_TRLk = jax.device_get(drawn)
       groups = []
-      for row, (p, i, tokens, logps) in list(running.items()):
+      for row, (p, i, tokens, logps, choices) in list(running.items()):
         new = count_R[row] - sum(map(len, tokens))
         tokens.append(token_TR[:new, row])
         logps.append(logp_TR[:new, row])
+        choices.append(choice_TRLk[:new, row] if record else None)
         eos = tokens[-1][-1] == self.eos
         if eos or count_R[row] == self._limit(prompts[p]):
           ended[p][i] = Sample(
-            prompts[p].id, i, np.concatenate(tokens), np.concatenate(logps), 'eos' if eos else 'length')
+            prompts[p].id, i, np.concatenate(tokens), np.concatenate(logps), 'eos' if eos else 'length',
+            self._choices(prompts[p], *choices) if record else None)
           del running[row]
           free.append(row)
           if len(ended[p]) == len(indices):
             groups.append([ended[p][i] for i in sorted(indices)])
             ended[p].clear()
     yield from groups
+
+  def _choices(self, prompt, prefilled, *drawn):
+    _, f, choice_FPLk = prefilled
+    return np.concatenate([np.asarray(choice_FPLk)[f, : len(prompt.tokens) - 1], *drawn])
 
   def _limit(self, prompt):
     return prompt.max_new_tokens or self.s.max_new_tokens
@@ -221,8 +234,8 @@ class Sampler:
     for f, tokens in enumerate(some):
       token_FP[f, : len(tokens)] = tokens
       length_F[f] = len(tokens)
-    cache = _prefill(self.c, weights, token_FP, length_F)
-    return {first + f: (cache, f) for f in range(len(some))}
+    cache, choice_FPLk = _prefill(self.c, weights, token_FP, length_F)
+    return {first + f: (cache, f, choice_FPLk) for f in range(len(some))}
 
   def _insert(self, rows, prefilled, prompts, some, seed, step):
     """Puts samples (row, prompt, index) into their rows; all come from one prefilled cache."""
@@ -273,11 +286,19 @@ def _empty(c, s) -> _Rows:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(c, weights, token_FP, length_F) -> model.Cache:
+def _prefill(c, weights, token_FP, length_F) -> tuple[model.Cache, jax.Array | None]:
   position_FP = jnp.broadcast_to(jnp.arange(token_FP.shape[1]), token_FP.shape)
   segment_FP = (position_FP < length_F[:, None]).astype(jnp.int32)
   empty = model.empty_cache(c, *token_FP.shape)
-  return _pinned(model.forward(c, weights, token_FP, position_FP, segment_FP, empty)[1])
+  _, cache, routing = model.forward_routed(c, weights, token_FP, position_FP, segment_FP, empty)
+  return _pinned(cache), _choices(routing)
+
+
+def _choices(routing: model.Routing | None) -> jax.Array | None:
+  """int16 [F, P, L, k] on every host; None of a dense model."""
+  if routing is None:
+    return None
+  return constrain(jnp.moveaxis(routing.choices_LBTk, 0, 2).astype(jnp.int16), None, None, None, None)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -312,7 +333,8 @@ def _insert(rows, prompts, task, seed, step) -> _Rows:
 def _decode(c, s, eos, weights, rows):
   """Up to s.decode_steps tokens for every row that isn't done; fewer if none is left.
 
-  Returns the rows, and for the host (token_TR, logp_TR, count_R); a row's tokens are the first ones of its column.
+  Returns the rows, and for the host (token_TR, logp_TR, count_R, choice_TRLk, which is None unless they are recorded);
+  a row's tokens are the first ones of its column.
   """
   # The scorer's own function for logits, so that the two can't disagree.
   options = chunk.Options(
@@ -324,9 +346,9 @@ def _decode(c, s, eos, weights, rows):
     return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl='threefry2x32'), count), (2,))
 
   def body(carry):
-    t, rows, token_TR, logp_TR = carry
+    t, rows, token_TR, logp_TR, choice_TRLk = carry
     live_R = rows.count_R < rows.limit_R
-    hidden_R1D, cache = model.forward(
+    hidden_R1D, cache, routing = model.forward_routed(
       c, weights, rows.token_R[:, None], rows.cache.length_B[:, None], live_R[:, None].astype(jnp.int32), rows.cache)
     z_RV = constrain(chunk.logits(options, hidden_R1D[:, 0], head_DV), 'batch', 'vocab')
     token_R, logp_R = _draw(s, z_RV, jax.vmap(uniform)(rows.key_R2, rows.count_R))
@@ -338,17 +360,22 @@ def _decode(c, s, eos, weights, rows):
       limit_R=jnp.where(live_R & (token_R == eos), count_R, rows.limit_R),
       key_R2=rows.key_R2,
     )
-    return t + 1, _pinned(rows), token_TR.at[t].set(token_R), logp_TR.at[t].set(logp_R)
+    if choice_TRLk is not None:
+      choice_TRLk = choice_TRLk.at[t].set(_choices(routing)[:, 0])
+    return t + 1, _pinned(rows), token_TR.at[t].set(token_R), logp_TR.at[t].set(logp_R), choice_TRLk
 
   def go_on(carry):
     t, rows, *_ = carry
     return (t < s.decode_steps) & jnp.any(rows.count_R < rows.limit_R)
 
   shape = (s.decode_steps, s.rows)
-  carry = (0, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-  _, rows, token_TR, logp_TR = jax.lax.while_loop(go_on, body, carry)
+  recorded = s.record_choices and c.moe.experts
+  choices = jnp.zeros((*shape, c.layers, c.moe.experts_per_token), jnp.int16) if recorded else None
+  carry = (0, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), choices)
+  _, rows, token_TR, logp_TR, choices = jax.lax.while_loop(go_on, body, carry)
   # Every host sees all rows and takes the same decisions.
-  return rows, (constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None))
+  drawn = constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None), choices
+  return rows, drawn
 
 
 def _draw(s, z_RV, u_R2):

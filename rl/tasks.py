@@ -1,10 +1,9 @@
 """What RL and evaluation ask of the model: prompts with their references, by index, in a fixed order.
 
-    reasoning:TASK+TASK          made-up problems, as in pre-training (data/reasoning.py); endless
-    reasoning:TASK?OPTION=VALUE&...   one task at another difficulty: level=N of reasoning-gym's curriculum, and
-                                 options of the task's generator
+    reasoning:TASK?OPTION=VALUE+TASK   made-up problems, as in pre-training (data/reasoning.py); endless
     jsonl:GLOB                   GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer),
-                                 AIME and AMC (problem, answer): told apart by their fields; .gz too
+                                 AIME and AMC (problem, answer), OlympiadBench (question, final_answer of one
+                                 entry): told apart by their fields; .gz too
     tfds:NAME[/CONFIG][:SPLIT]   the same fields in a TFDS data set
 
 Questions are split by a hash of their text, so that one that comes up twice, in another stream or file, stays
@@ -13,13 +12,11 @@ on its side. Errors are DataErrors of one line, naming the file and the line in 
 
 import ast
 import dataclasses
-import difflib
 import functools
 import gzip
-import hashlib
+import itertools
 import json
 import math
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,15 +25,12 @@ from etils import epath
 
 from data import formats, packing, reasoning, record_formats
 from data.config import DataError
+from data.reasoning import question_hash
 from rl.verifiers import ANSWER_FORMATS, extract_answer
 
 SPLITS = ('train', 'held_out', 'all')
 _MISSED = 1e-12  # chance that an endless set finds no question of its split for an index
-_UNFIT = {
-  'codeio': 'it runs stored programs to make its problems',
-  'composite': 'name its tasks instead',
-  'game_of_life_halting': 'its scorer calls any text right',
-}
+_UNFIT = {'game_of_life_halting': 'its scorer calls any text right'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +69,6 @@ class Task:
   entry: str = ''  # reasoning_gym: (name, options, record) as a Python literal, which a worker reads safely
 
 
-def question_hash(question: str) -> int:
-  """64 bits, the same for texts that differ in white space and case only."""
-  return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
-
-
 class TaskSet:
   """The tasks of one split of a source. `tasks[i]` and `tasks.at(cursor)` are pure functions.
 
@@ -111,7 +100,7 @@ class TaskSet:
       share = min(share, 0.98 if exclude else 1)  # what else is left out is assumed to be rare
       self._tries = 1 if share == 1 else math.ceil(math.log(_MISSED) / math.log(1 - share))
       return
-    found = list(_from_tfds(rest) if kind == 'tfds' else _from_jsonl(rest))
+    found = list(_from_tfds(rest) if kind == 'tfds' else itertools.starmap(_fields, read_jsonl(rest)))
     self._kept = [fields for fields in found if self._belongs(fields['question'])]
     self.size = len(self._kept)
     if not self._kept:
@@ -146,9 +135,9 @@ class TaskSet:
     return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
 
   def _belongs(self, question: str) -> bool:
-    key = question_hash(question)
-    held_out = key < self.config.held_out_fraction * 2**64
-    return key not in self._exclude and (self.split == 'all' or held_out == (self.split == 'held_out'))
+    held_out = reasoning.held_out(question, self.config.held_out_fraction)
+    return question_hash(question) not in self._exclude and (
+      self.split == 'all' or held_out == (self.split == 'held_out'))
 
   def _generate(self, index: int) -> dict[str, Any]:
     for attempt in range(self._tries):  # an index has its own candidates, so that no other need be looked at
@@ -162,7 +151,8 @@ class TaskSet:
 # Records of files
 
 
-def _from_jsonl(pattern: str) -> Iterator[dict[str, Any]]:
+def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
+  """(record, 'FILE:LINE') of each line that isn't empty. Raises DataError where one isn't JSON."""
   for path in formats.find(pattern):
     content = epath.Path(path).read_bytes()
     try:
@@ -176,7 +166,7 @@ def _from_jsonl(pattern: str) -> Iterator[dict[str, Any]]:
           record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
           raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
-        yield _fields(record, f'{path}:{number}')
+        yield record, f'{path}:{number}'
 
 
 def _from_tfds(spec: str) -> Iterator[dict[str, Any]]:
@@ -195,6 +185,9 @@ def _fields(record: Any, where: str) -> dict[str, Any]:
   answer, solution = record.get('answer'), record.get('solution')
   if not isinstance(question, str) or not question.strip():
     raise DataError(f"{where}: no text in 'problem' or 'question', only {', '.join(sorted(record))}")
+  final = record.get('final_answer')
+  if answer is None and isinstance(final, list) and len(final) == 1:  # OlympiadBench
+    answer = final[0]
   if isinstance(answer, float) and answer.is_integer():  # AMC: 27.0
     answer = int(answer)
   if isinstance(answer, str) and '####' in answer:  # GSM8K: worked steps, then the number
@@ -215,55 +208,28 @@ def _fields(record: Any, where: str) -> dict[str, Any]:
 
 
 class _Generated:
-  """reasoning-gym's problems, by index: those of data/reasoning.py, or of one task at given difficulty."""
+  """reasoning-gym's problems, by index."""
 
   def __init__(self, rest: str, stream: str):
-    names, _, query = rest.partition('?')
-    self._tasks, self._stream = tuple(names.split('+')), stream
-    reasoning.check_tasks(self._tasks)
-    for task in self._tasks:
-      if task in _UNFIT:
-        raise DataError(f'reasoning:{rest}: task {task!r} is not for RL: {_UNFIT[task]}')
-    if query and len(self._tasks) > 1:
-      raise DataError(f'reasoning:{rest}: options go with one task, here are {len(self._tasks)}')
-    self._options = _options(self._tasks[0], query) if query else {}
-    for i in range(len(self._tasks)):
-      try:
-        self.fields(i, 0, 1)
-      except (ValueError, AssertionError) as error:
-        if isinstance(error, DataError):
-          raise
-        raise DataError(f'reasoning:{self._tasks[i]}: its generator fails ({error})') from None
+    self._kinds, self._stream = reasoning.parse(rest), stream
+    for i, kind in enumerate(self._kinds):
+      if kind.task in _UNFIT:
+        raise DataError(f'reasoning:{rest}: task {kind.task!r} is not for RL: {_UNFIT[kind.task]}')
+      self.fields(i, 0, 1)
 
   def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
     """Candidate `attempt` of `attempts` for task `index`, which stays with its kind of task."""
-    kinds = len(self._tasks)
-    task, number = self._tasks[index % kinds], (index // kinds) * attempts + attempt
-    if self._options:
-      entry = _block(task, repr(self._options), self._stream, number // _BLOCK)[number % _BLOCK]
-    else:
-      entry = reasoning.problem((task,), number, stream=self._stream).entry
+    kind, turn = self._kinds[index % len(self._kinds)], index // len(self._kinds)
+    entry = reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream).entry
     reference = '' if entry['answer'] is None else str(entry['answer']).strip()
     question = entry['question'].strip()
-    scored = not _is_exact(task) or not reference
-    literal = _literal((task, self._options, entry), f'reasoning:{task}') if scored else ''
+    scored = not _is_exact(kind.task) or not reference
     return {
-      'id': f'{task}/{question_hash(question):016x}', 'question': question, 'reference': reference,
-      'verifier': 'reasoning_gym' if scored else 'exact', 'entry': literal,
+      'id': f'{kind.task}/{question_hash(question):016x}', 'question': question, 'reference': reference,
+      'verifier': 'reasoning_gym' if scored else 'exact',
+      'entry': _literal((kind.task, kind.options, entry), f'reasoning:{kind.task}') if scored else '',
       'answer_lines': reference.count('\n') + 1 if reference else 0,
     }
-
-
-_BLOCK = 1024  # as in data/reasoning.py: an endless sequence is a chain of generators of this size
-
-
-@functools.lru_cache(maxsize=32)
-def _block(task: str, options: str, stream: str, number: int):
-  import reasoning_gym
-
-  key = f'{task}/{options}/{stream}/{number}'
-  seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest())
-  return reasoning_gym.create_dataset(task, seed=seed, size=_BLOCK, **ast.literal_eval(options))
 
 
 @functools.cache
@@ -273,42 +239,6 @@ def _is_exact(task: str) -> bool:
   from reasoning_gym.factory import DATASETS
 
   return DATASETS[task][0].score_answer is ProceduralDataset.score_answer
-
-
-def _options(task: str, query: str) -> dict[str, Any]:
-  """The generator's options that aren't its defaults, from 'level=2&max_terms=3'; tried on a problem."""
-  from reasoning_gym.factory import CURRICULA, DATASETS
-
-  uri = f'reasoning:{task}?{query}'
-  config = DATASETS[task][1]()
-  known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-  defaults = {name: value for name, value in known.items() if name not in ('seed', 'size')}
-  given = {}
-  for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True):
-    if name != 'level' and name not in defaults:
-      near = difflib.get_close_matches(name, defaults, n=1)
-      hint = f'; did you mean {near[0]}?' if near else ''
-      raise DataError(f'{uri}: {task} has no option {name!r}{hint}')
-    try:  # words are text; numbers, true/false and lists are themselves
-      given[name] = json.loads(text)
-    except json.JSONDecodeError:
-      given[name] = text
-  level = given.pop('level', None)
-  try:
-    if level is not None:
-      if task not in CURRICULA or not isinstance(level, int) or level < 0:
-        raise ValueError('level must be a whole number >= 0, of a task with a curriculum')
-      curriculum = CURRICULA[task]()
-      curriculum.set_global_level(level)
-      at_level = curriculum.generate_configuration()
-      given = {name: getattr(at_level, name) for name in defaults} | given
-    options = {name: value for name, value in given.items() if value != defaults[name]}
-    _block(task, _literal(options, uri), 'rl/check', 0)[0]
-  except (ValueError, AssertionError, TypeError) as error:
-    if isinstance(error, DataError):
-      raise
-    raise DataError(f'{uri}: {str(error) or "refused by the generator"}') from None
-  return options
 
 
 def _literal(value: Any, uri: str) -> str:

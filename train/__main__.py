@@ -7,22 +7,20 @@ import argparse
 
 from configs import load
 from data import DataError
+from train.flags import add_process_flags
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m train', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, help='where checkpoints, logs and the resolved config go')
-  parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
-                      help='join several processes into one job; auto on TPU pods and Slurm')
-  parser.add_argument('--processes', type=int, default=1)
-  parser.add_argument('--process_id', type=int, default=0)
+  add_process_flags(parser)
   config, args = load.from_command_line(parser)
 
-  from train import hosts, loop  # after the config is known to be good: this is where JAX starts
+  from train import job, loop  # after the config is known to be good: this is where JAX starts
 
-  hosts.join(args.coordinator, args.processes, args.process_id)
-  loop.train(config, args.workdir)
+  with job.job(args, config):
+    loop.train(config, args.workdir)
 
 
 if __name__ == '__main__':

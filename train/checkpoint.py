@@ -44,7 +44,7 @@ class Checkpoints:
     _say_failures_once()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._manager = ocp.CheckpointManager(
-      epath.Path(self.path).resolve() if '://' not in str(self.path) else self.path,
+      absolute(self.path),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.keep,
         keep_period=config.keep_every_steps or None,
@@ -95,6 +95,11 @@ def _say_failures_once() -> None:
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
+def absolute(path: epath.Path) -> epath.Path:
+  """`path` from the root; gs://... is that already, and epath's resolve() would make it /HERE/gs:/..."""
+  return path if '://' in str(path) else path.resolve()
+
+
 def shapes_of(tree: Any) -> dict[str, list]:
   """{'params.layers.norm_D': [[4, 256], 'float32'], ...}: what a checkpoint holds, readable without devices."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -119,7 +124,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
   """A checkpoint's meta, without its arrays. Raises CheckpointError if it isn't there or isn't one."""
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-      meta = reader.restore(path.resolve() / 'meta')
+      meta = reader.restore(absolute(path) / 'meta')
     meta['shapes'], meta['config']
     return meta
   except (OSError, ValueError, KeyError, TypeError) as error:
@@ -144,7 +149,7 @@ def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]
 def _read(path: epath.Path, target: Any) -> Any:
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.restore(path.resolve() / 'state', ocp.args.PyTreeRestore(
+      return reader.restore(absolute(path) / 'state', ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True))
   except (OSError, ValueError, RuntimeError) as error:
     raise CheckpointError(f'{path}: could not be read ({str(error).strip().splitlines()[0][:300]})') from error

@@ -7,6 +7,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -22,15 +23,16 @@ COLUMNS = {'ce_nats': '.4f', 'bits_per_byte': '.4f', 'entropy_nats': '.4f', 'tai
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 
 
-def read_run(path: str) -> dict[str, Any]:
-  """{'config': flat config, 'lines': metrics}. Raises ConfigError if `path` is no run's workdir."""
+def read_run(path: str, key: str = 'train/ce_nats') -> dict[str, Any]:
+  """{'config': flat config, 'lines': metrics}. Raises ConfigError if `path` is no workdir of a run that wrote `key`."""
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
   run = {'path': path, 'config': flatten(json.loads((root / 'config.json').read_text())),
          'lines': read_lines(root / 'metrics.jsonl')}
-  if not any('train/ce_nats' in line for line in run['lines']):
-    raise ConfigError(f'{path}: this run has not finished a step yet')
+  if not any(key in line for line in run['lines']):
+    raise ConfigError(f'{path}: no {key} in its metrics.jsonl; this run has not finished a step yet, or is of another '
+                      'kind')
   return run
 
 
@@ -38,7 +40,8 @@ def names(runs: list[dict[str, Any]]) -> list[str]:
   """What tells the runs apart: the settings in which their configs differ."""
   keys = sorted({k for run in runs for k in run['config'] if k != 'data.dir'
                  and any(run['config'].get(k) != other['config'].get(k) for other in runs)})
-  labels = [', '.join(f'{k.rsplit(".", 1)[-1]}={run["config"].get(k)}' for k in keys) for run in runs]
+  last = lambda k, value: str(value).rsplit('/', 1)[-1] if k == 'train.init_from' else value  # of its path
+  labels = [', '.join(f'{k.rsplit(".", 1)[-1]}={last(k, run["config"].get(k))}' for k in keys) for run in runs]
   return [label or run['path'] for label, run in zip(labels, runs)]
 
 
@@ -72,35 +75,56 @@ def table(runs: list[dict[str, Any]]) -> Table:
 
 def plot(runs: list[dict[str, Any]], path: str) -> None:
   """Cross-entropy and entropy over steps, and how far each run is from the first, as one picture."""
+  labels = names(runs)
+  curves = [{key: curve(run, key) for key in KEYS} for run in runs]
+  figure, axes = canvas(3)
+  for axis, (key, title) in zip(axes, KEYS.items()):
+    draw(axis, title, labels, [c[key] for c in curves], lambda steps: max(20, steps // 25))
+  for label, c, colour in list(zip(labels, curves, COLOURS * len(runs)))[1:]:
+    for style, (key, title) in zip(('--', '-'), KEYS.items()):
+      shared = [step for step in c[key] if step in curves[0][key]]
+      values = smooth([c[key][step] - curves[0][key][step] for step in shared], max(50, len(shared) // 12))
+      axes[2].plot(shared, values, style, color=colour, label=f'{title.split(" (")[0]}, {label}', linewidth=1.5)
+  axes[2].axhline(0, color='black', linewidth=0.8)
+  axes[2].set_title(f'difference from {labels[0]} (nats)')
+  if len(runs) > 1:
+    axes[2].legend(frameon=False)
+  save(figure, axes, path)
+
+
+def curve(run: dict[str, Any], key: str) -> dict[int, float]:
+  """{step: value} of one figure."""
+  return {line['step']: line[key] for line in run['lines'] if key in line}
+
+
+def canvas(panels: int):
+  """A matplotlib figure and its `panels` axes, side by side."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
 
-  labels = names(runs)
-  curves = [{key: {line['step']: line[key] for line in run['lines'] if key in line} for key in KEYS} for run in runs]
-  figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-  for axis, (key, title) in zip(axes, KEYS.items()):
-    settled = []
-    for label, curve, colour in zip(labels, curves, COLOURS * len(runs)):
-      values = smooth(list(curve[key].values()), max(20, len(curve[key]) // 25))
-      settled += values[len(values) // 10:]  # the first steps would flatten all that matters
-      axis.plot(list(curve[key]), values, color=colour, label=label, linewidth=1.5)
-    low, high = min(settled), max(settled)
-    axis.set(title=title, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
-  for label, curve, colour in list(zip(labels, curves, COLOURS * len(runs)))[1:]:
-    for style, (key, title) in zip(('--', '-'), KEYS.items()):
-      shared = [step for step in curve[key] if step in curves[0][key]]
-      values = smooth([curve[key][step] - curves[0][key][step] for step in shared], max(50, len(shared) // 12))
-      axes[2].plot(shared, values, style, color=colour, label=f'{title.split(" (")[0]}, {label}', linewidth=1.5)
-  axes[2].axhline(0, color='black', linewidth=0.8)
-  axes[2].set_title(f'difference from {labels[0]} (nats)')
+  return plt.subplots(1, panels, figsize=(13, 3.8), constrained_layout=True)
+
+
+def draw(axis, title: str, labels: list[str], curves: list[dict[int, float]], window: Callable[[int], int]) -> None:
+  """A smoothed line for each run; window(steps) is how many steps a point is the mean of."""
+  settled = []
+  for label, values, colour in zip(labels, curves, COLOURS * len(curves)):
+    smoothed = smooth(list(values.values()), window(len(values)))
+    settled += smoothed[len(smoothed) // 10:]  # the first steps would flatten all that matters
+    axis.plot(list(values), smoothed, color=colour, label=label, linewidth=1.5)
+  low, high = min(settled), max(settled)
+  axis.set(title=title, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else None)
+
+
+def save(figure, axes, path: str) -> None:
+  import matplotlib.pyplot as plt
+
   for axis in axes:
     axis.set_xlabel('step')
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.25)
   axes[0].legend(frameon=False)
-  if len(runs) > 1:
-    axes[2].legend(frameon=False)
   figure.savefig(path, dpi=130)
   plt.close(figure)
 
@@ -110,17 +134,22 @@ def smooth(values: list[float], window: int) -> list[float]:
   return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(prog='python -m train.compare', description=__doc__, allow_abbrev=False,
+def show(prog: str, doc: str, key: str, table: Callable[..., Table], plot: Callable[..., None]) -> None:
+  """The command line of a comparison of runs that have written `key`."""
+  parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('workdirs', nargs='+')
   parser.add_argument('--plot', default='', metavar='FILE.png')
   args = parser.parse_args()
-  runs = [read_run(path) for path in args.workdirs]
+  runs = [read_run(path, key) for path in args.workdirs]
   Console(width=None if sys.stdout.isatty() else 140).print(table(runs))
   if args.plot:
     plot(runs, args.plot)
     print(f'curves: {args.plot}')
+
+
+def main() -> None:
+  show('python -m train.compare', __doc__, 'train/ce_nats', table, plot)
 
 
 if __name__ == '__main__':

@@ -10,19 +10,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from train import job
+
 
 def join(coordinator: str, processes: int, process_id: int) -> None:
-  """Joins `processes` into one job; '' is a job of one, 'auto' asks the environment (TPU VMs, Slurm).
+  """Joins `processes` into one; '' is a job of one, 'auto' asks the environment. Nothing watches over them.
 
-  CPU processes talk through gloo. Must come before anything else touches a device.
+  Must come before anything else touches a device. Training joins through train/job.py, which names who is missing.
   """
-  if not coordinator:
-    return
-  if coordinator == 'auto':
-    jax.distributed.initialize()
-    return
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(coordinator, processes, process_id)
+  job.initialize(job.locate(coordinator, processes, process_id), deadline_s=100)
 
 
 def row_share(sharding: NamedSharding, rows: int, length: int) -> tuple[int, int]:
@@ -41,16 +37,27 @@ def row_share(sharding: NamedSharding, rows: int, length: int) -> tuple[int, int
 
 def check_rows(rows: int, mesh_shape, microbatches: int) -> None:
   """Raises ValueError if a (micro)batch of rows can't be split over the mesh's data axes."""
-  ways = mesh_shape['data'] * mesh_shape['fsdp']
+  ways = mesh_shape['data'] * mesh_shape['fsdp'] * mesh_shape['expert']
   if rows % (ways * microbatches):
-    raise ValueError(f'train.batch_size must be a multiple of data x fsdp x microbatches = '
-                     f'{mesh_shape["data"]} x {mesh_shape["fsdp"]} x {microbatches}, got {rows}')
+    raise ValueError(f'train.batch_size must be a multiple of data x fsdp x expert x microbatches = '
+                     f'{mesh_shape["data"]} x {mesh_shape["fsdp"]} x {mesh_shape["expert"]} x {microbatches}, '
+                     f'got {rows}')
 
 
 def to_global(local, sharding: NamedSharding, rows: int):
   """A batch of this process's rows as arrays of the whole batch, on the devices."""
   place = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
   return jax.tree.map(place, local)
+
+
+def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+  """An array that every process holds, as one over the devices of all."""
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def maximum(x: np.ndarray) -> np.ndarray:
+  """Element by element the largest value that a process brings; every process must call."""
+  return x if jax.process_count() == 1 else multihost_utils.process_allgather(x).max(0)
 
 
 class StopSignal:
@@ -65,6 +72,7 @@ class StopSignal:
     self._asked = True
 
   def __call__(self, step: int) -> bool:
+    job.note_step(step)
     if jax.process_count() == 1:
       return self._asked
     return multihost_utils.reached_preemption_sync_point(step)

@@ -21,7 +21,7 @@ import model
 from configs.load import ConfigError, UserError, to_json
 from train import checkpoint, hosts, workdir
 from train.config import RunConfig, run_config
-from train.metrics import Clock, Log, peak_flops
+from train.metrics import Clock, Log, describe_evaluation, peak_flops
 from train.optimizer import make_optimizer, schedule
 from train.samples import sample_texts
 from train.score import means
@@ -89,7 +89,8 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
         raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {norm}; {good}')
       last = {
         **{f'train/{name}': value for name, value in figures.items()},
-        'train/grad_norm': float(sums['grad_norm']),
+        **{f'train/{name}': float(sums[name]) for name in ('grad_norm', 'router_bias_min', 'router_bias_max')
+           if name in sums},
         'train/lr': float(rate(step - 1)),
         'time/step_s': step_s,
         'time/tokens_per_s': figures['tokens'] / step_s,
@@ -112,7 +113,8 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
                                              process_index=process, process_count=processes):
           part = jax.device_get(evaluate(state, hosts.to_global(batch, placement, rows)))
           total = {name: total.get(name, 0) + value for name, value in part.items()}
-        log.evaluation(step, source, means(total))
+        figures = means(total)
+        log.evaluation(step, source, figures, describe_evaluation(source, figures))
       if run.log.samples and jax.process_count() == 1:  # several hosts would all have to draw them
         prompt = np.asarray(batch.tokens_BT)[: run.log.samples, :PROMPT_TOKENS]
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), SAMPLE_STREAM), step)
@@ -137,11 +139,11 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
           record(*pending)  # nothing that isn't a number gets into a checkpoint
           pending = None
           with clock.apart():
+            if evaluating:  # before saving: all that belongs to a step is written before its checkpoint is
+              validate(step)
             if saving:
               log.flush()
               checkpoints.save(state, {**lineage, 'cursor': batches.cursor}, step)
-            if evaluating:
-              validate(step)
         if stopping and not final:
           checkpoints.wait()
           log.say(f'asked to stop: step {step} is saved; the same command goes on from there')

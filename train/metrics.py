@@ -122,12 +122,21 @@ def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> s
     parts.append(f'loss {v["loss_nats"]:.4f}')
   parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'rank1 {v["rank1_accuracy"]:.3f}',
             f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}', f'{v["tokens_per_s"]:,.0f} tok/s']
+  if 'expert_load_max_over_mean' in v:
+    parts.append(f'load {v["expert_load_max_over_mean"]:.2f}')
   if 'mfu' in v:
     parts.append(f'mfu {100 * v["mfu"]:.1f}%')
   if 'hbm_bytes' in v:
     parts.append(f'hbm {v["hbm_bytes"] / 2**30:.1f} GiB')
   parts += [f'wait {100 * v["input_wait_share"]:.1f}%', f'eta {duration(eta_s)}']
   return '  '.join(parts)
+
+
+def describe_evaluation(source: str, values: dict[str, float]) -> str:
+  """The line for one source's validation."""
+  return (f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
+          f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
+          f'tail mass {values["tail_mass"]:.4f}')
 
 
 def duration(seconds: float) -> str:
@@ -186,17 +195,14 @@ class Log:
         self._console.print(line, markup=False)
       self._scalars(step, values)
 
-  def evaluation(self, step: int, source: str, values: dict[str, float]) -> None:
-    """Validation figures of one source."""
+  def evaluation(self, step: int, source: str, values: dict[str, float], line: str) -> None:
+    """Figures on what isn't trained on, and the line to show."""
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}
     self._lines.write(step, named)
     self._scalars(step, named)
-    if 'ce_nats' in values:
-      self.say(f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
-               f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
-               f'tail mass {values["tail_mass"]:.4f}')
+    self.say(line)
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     if self._active:

@@ -1,13 +1,19 @@
 """What a run keeps in its workdir besides checkpoints: its config, and where it comes from."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
+import socket
 import subprocess
+from collections.abc import Iterator
+from typing import IO
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs.load import ConfigError, flatten, to_json
+from configs.load import ConfigError, UserError, flatten, to_json
 
 # What may differ when a run goes on in its workdir: it changes how the run is carried out or watched, or how
 # long it lasts; not what was learned so far.
@@ -39,9 +45,51 @@ def write_config(workdir: epath.Path, config: ConfigDict) -> None:
   temporary.replace(workdir / 'config.json')
 
 
+@contextlib.contextmanager
+def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
+  """The emptied file at a local `path`, locked; None if somebody else holds it.
+
+  The lock lasts as long as the block and any process that has inherited the file: it ends with its holders, however
+  they end.
+  """
+  with open(path, 'a+', encoding='utf-8') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      yield None
+    else:
+      file.truncate(0)
+      yield file
+
+
+def holder(path: str | os.PathLike) -> str:
+  """What the one who holds a lock wrote of itself."""
+  return pathlib.Path(path).read_text(encoding='utf-8')
+
+
+@contextlib.contextmanager
+def claim(workdir: epath.Path) -> Iterator[None]:
+  """Keeps a second run out of a local workdir. Raises UserError, one line, if there is one; a bucket has no locks."""
+  if '://' in str(workdir):
+    yield
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  with lock_file(workdir / '.lock') as held:
+    if held is None:
+      raise UserError(f'--workdir={workdir}: {holder(workdir / ".lock")} is at work there; stop it first')
+    held.write(f'process {os.getpid()} on {socket.gethostname()}')
+    held.flush()
+    yield
+
+
 def code_version() -> str:
-  """The commit this code is from, with '+' if files differ from it; '' outside a git checkout."""
+  """The commit this code is from, with '+' if files differ from it; '' where that isn't known.
+
+  A copy without git has it in the file `.commit` (launch/tpu.sh, Dockerfile).
+  """
   root = pathlib.Path(__file__).resolve().parent.parent
+  if (root / '.commit').exists():
+    return (root / '.commit').read_text(encoding='utf-8').strip()
   if not (root / '.git').exists():  # an installed wheel inside somebody else's checkout
     return ''
   git = lambda *command: subprocess.run(

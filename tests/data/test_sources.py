@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data import formats, record_formats, sources
+from data import formats, reasoning, record_formats, sources
 from data.config import DataError
 from data.sources import Source
 
@@ -78,6 +78,15 @@ def test_reasoning_in_units(make_source):
   assert [(s.start, s.stop) for s in first + second] == [(0, 4096), (4096, 5000)]
   assert next(source.read(first)).startswith('Question: ')
   assert sum(1 for _ in source.sample(1000)) < 20
+
+
+def test_held_out_questions_are_in_no_document(make_source):
+  """Of sums of two digits there are 200, so 1000 documents would hold nearly every one."""
+  config = make_source('reasoning:chain_sum?max_terms=2&max_digits=1', 1000)
+  questions = lambda fraction: {d.split('\n')[0].removeprefix('Question: ') for d in
+                                read_all(Source(config, 1000, held_out_fraction=fraction))}
+  every, some = questions(0.0), questions(0.2)
+  assert len(every) > 190 and every - some == {q for q in every if reasoning.held_out(q, 0.2)} != set()
 
 
 def test_units_are_few_and_the_input_decides_them(tmp_path, make_source, monkeypatch):

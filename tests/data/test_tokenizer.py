@@ -7,7 +7,7 @@ from data import reasoning, tokenizer
 from data.config import DataError
 from data.tokenizer import Tokenizer
 
-TEXT = [reasoning.problem(('chain_sum', 'gcd'), i).document for i in range(300)]
+TEXT = [reasoning.problem(reasoning.parse('chain_sum+gcd'), i).document for i in range(300)]
 
 
 @pytest.fixture(scope='module')
@@ -45,8 +45,9 @@ def test_specials_digits_and_line_ends(trained):
 
 def test_a_prompt_s_tokens_begin_the_document_s(trained):
   """So RL, which encodes prompts alone, continues what pre-training read."""
+  kinds = (*reasoning.parse(''), *reasoning.parse('leg_counting'))
   for i in range(100):
-    p = reasoning.problem((*reasoning.DEFAULT_TASKS, 'leg_counting'), i)
+    p = reasoning.problem(kinds, i)
     parts = p.prompt, p.document.removeprefix(p.prompt)
     ids = np.concatenate([trained.encode(part) for part in parts])
     np.testing.assert_array_equal(ids, trained.encode(p.document))

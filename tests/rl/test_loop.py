@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +15,9 @@ from tests.runs import arrays, environment, metrics
 STEPS = 6
 
 
-def start(module, config, workdir, *extra):
+def start(module, config, workdir, *extra, devices=1):
   return subprocess.Popen([sys.executable, '-m', module, f'--config={config}', f'--workdir={workdir}', *extra],
-                          env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process):
@@ -63,20 +64,68 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
   assert sample['prompt'].startswith('Question: ')
 
 
+def wait_for(workdir, step, process):
+  """Returns once the run has written this step, or has ended."""
+  path = workdir / 'metrics.jsonl'
+  while process.poll() is None and not (path.exists() and f'"step": {step}, "train' in path.read_text()):
+    time.sleep(0.02)
+
+
 @pytest.mark.parametrize('kill_at', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_killed_and_started_again_equals_uninterrupted(undisturbed, config, tmp_path, kill_at):
   process = start('rl', config, tmp_path)
-  while process.poll() is None:
-    path = tmp_path / 'metrics.jsonl'
-    if path.exists() and f'"step": {kill_at}, "train' in path.read_text():
-      break
-    time.sleep(0.02)
+  wait_for(tmp_path, kill_at, process)
   process.kill()
   process.communicate()
   assert process.returncode in (-signal.SIGKILL, 0)
   finish(start('rl', config, tmp_path))
   assert metrics(tmp_path) == metrics(undisturbed)
   want, got = arrays(undisturbed, STEPS), arrays(tmp_path, STEPS)
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+# A reference, covariance terms and two updates a step, on two devices.
+EVERYTHING = ('--config.rl.steps=4', '--config.rl.loss.kl_weight=0.1', '--config.rl.loss.cov=kl_cov',
+              '--config.rl.minibatches=2', '--config.rl.samples=4')
+
+
+@pytest.fixture(scope='module')
+def two_devices(config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('two_devices')
+  finish(start('rl', config, workdir, *EVERYTHING, devices=2))
+  return workdir
+
+
+def test_two_processes_equal_one_with_two_devices(two_devices, config, tmp_path):
+  """They draw the same samples, judge half of them each, and learn the same."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  pair = [start('rl', config, tmp_path, *EVERYTHING, f'--coordinator=127.0.0.1:{port}', '--processes=2',
+                f'--process_id={i}') for i in range(2)]
+  for process in pair:
+    finish(process)
+  for mine, theirs in zip(metrics(tmp_path), metrics(two_devices), strict=True):
+    assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_the_kl_is_to_the_start(two_devices):
+  steps = [line for line in metrics(two_devices) if 'train/kl_k2_nats' in line]
+  assert len(steps) == 4 and any(line['train/cov_token_share'] > 0 for line in steps)
+  distances = [line['train/kl_k2_nats'] for line in steps]
+  assert distances[0] < 1e-2 < max(distances[1:]) and min(distances) >= 0  # the reference stays where it was
+
+
+@pytest.mark.slow
+def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
+  process = start('rl', config, tmp_path, *EVERYTHING, devices=2)
+  wait_for(tmp_path, 3, process)
+  process.kill()
+  process.communicate()
+  finish(start('rl', config, tmp_path, *EVERYTHING, devices=2))
+  assert metrics(tmp_path) == metrics(two_devices)
+  want, got = arrays(two_devices, 4), arrays(tmp_path, 4)
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
@@ -88,6 +137,7 @@ def test_killed_and_started_again_equals_uninterrupted(undisturbed, config, tmp_
     ('--config.rl.task.uri=reasonin:x', 'config.rl.task.uri must be'),
     ('--config.rl.loss.eps_low=2', 'config.rl.loss.eps_low must be in [0, 1]'),
     ('--config.rl.minibatches=3', 'config.rl.minibatches must divide prompts = 4'),
+    ('--config.rl.loss.cov=kl_cov', "config.rl.minibatches must be > 1 with loss.cov = 'kl_cov'"),
     ('--config.train.init_from=nowhere', 'nowhere: no checkpoint there'),
     ('--config.model.rope_base=1e6', 'config.model.rope_base must be 10000.0'),
     ('--config.rl.max_prompt_tokens=5', 'more than config.rl.max_prompt_tokens = 5'),

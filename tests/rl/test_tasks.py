@@ -65,7 +65,7 @@ def test_records_that_cannot_be_used(jsonl, record, message):
   ('reasoning:chain_sum?max_term=3', r"no option 'max_term'; did you mean max_terms\?"),
   ('reasoning:chain_sum?max_terms=1', 'max_terms must be >= min_terms'),
   ('reasoning:gsm_symbolic?level=1', 'level must be a whole number >= 0, of a task with a curriculum'),
-  ('reasoning:chain_sum+gcd?level=1', 'options go with one task'), ('tfds:no_such_set', "can't be opened"),
+  ('reasoning:game_of_life_halting', 'not for RL'), ('tfds:no_such_set', "can't be opened"),
 ])
 def test_sources_that_cannot_be_used(uri, message):
   with pytest.raises(DataError, match=message):
@@ -177,8 +177,8 @@ def test_the_prompt_template():
   c = TaskConfig('reasoning:gcd', prompt='Solve, {and} box: {question}\nSo', answer_format='boxed')
   task = TaskSet(c)[0]
   assert task.prompt == f'Solve, {{and}} box: {task.question}\nSo' and task.answer_format == 'boxed'
-  document = reasoning.problem(('gcd',), 0).prompt
-  assert document == TaskConfig('reasoning:gcd').prompt.replace('{question}', reasoning.problem(('gcd',), 0).question)
+  problem = reasoning.problem(reasoning.parse('gcd'), 0)
+  assert problem.prompt == TaskConfig('reasoning:gcd').prompt.replace('{question}', problem.question)
 
 
 @pytest.mark.parametrize('field,value', [

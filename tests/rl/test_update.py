@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import model
@@ -10,7 +11,7 @@ from data import Batch
 from rl.policy_losses import PolicyLossConfig, means
 from rl.rollout import Group, lengths, pack
 from rl.sampler import Sample
-from rl.update import make_update, score_tokens
+from rl.update import cov_tokens, make_update, score_tokens
 from rl.verifiers import Verdict
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.state import create_state
@@ -37,17 +38,17 @@ def rollouts(seed=0):
   return batch, completion, logp, rng.normal(size=ROWS).astype(np.float32)
 
 
-def run(data, *, microbatches=1, shape=(1, 1, 1, 1, 1), loss=LOSS, old_logp=None):
+def run(data, *, microbatches=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None, ref_logp=None, cov=None):
   """(parameters' change, metrics, entropies) of one update on a mesh."""
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    state = create_state(C, TX, mesh, seed=0)
+    state = create_state(C, tx, mesh, seed=0)
     before = jax.device_get(state.params)
     batch, completion, logp, advantage = data
     rows = jax.NamedSharding(mesh, model.spec('batch', 'length'))
     placed = jax.device_put((batch, completion, logp), rows)
     advantage = jax.device_put(advantage, jax.NamedSharding(mesh, model.spec('batch')))
-    state, sums, entropy = make_update(C, loss, TX, microbatches)(state, *placed, advantage, old_logp)
+    state, sums, entropy = make_update(C, loss, tx, microbatches)(state, *placed, advantage, old_logp, ref_logp, cov)
     figures = {name: float(x) for name, x in means(loss, sums).items()}
     figures |= {'loss': float(sums['loss']), 'grad_norm': float(sums['grad_norm'])}
     return jax.tree.map(np.subtract, jax.device_get(state.params), before), figures, np.asarray(entropy)
@@ -110,6 +111,60 @@ def test_the_gradient_is_reinforce():
   _, figures, _ = run((batch, completion, own, advantage))
   assert figures['grad_norm'] == pytest.approx(norm, rel=1e-4)
   assert figures['sampler_gap_max'] < 1e-5  # the sampler here is the trainer
+
+
+def test_without_a_weight_the_reference_changes_nothing(whole):
+  change, figures, _ = run(rollouts(), ref_logp=np.full((ROWS, LENGTH), -1, np.float32))
+  assert figures == whole[1] and 'kl_k2_nats' not in figures
+  jax.tree.map(np.testing.assert_array_equal, change, whole[0])
+
+
+@pytest.mark.parametrize('microbatches', [1, 4])
+def test_the_kl_gradient_by_finite_differences(microbatches):
+  """Gradient descent of rate 1 moves by minus the gradient of weight · mean (logp - ref)²/2, which along three
+  directions is the difference quotient of that mean, computed with all logits."""
+  batch, completion, logp, _ = rollouts()
+  ref = np.random.default_rng(1).normal(-3, 0.5, logp.shape).astype(np.float32)
+  loss = PolicyLossConfig(kl_weight=0.5, importance_cap=0)
+  change, figures, _ = run((batch, completion, logp, np.zeros(ROWS, np.float32)), microbatches=microbatches, loss=loss,
+                           tx=optax.sgd(1.0), ref_logp=ref)
+
+  def kl(params):
+    hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    own = jax.nn.log_softmax(hidden @ model.head(C, params))
+    own = jnp.take_along_axis(own, batch.targets_BT[..., None], -1)[..., 0]
+    return jnp.mean((own - ref) ** 2 / 2, where=completion)
+
+  params, h = model.init(C, jax.random.key(0)), 1e-2
+  assert figures['kl_k2_nats'] == pytest.approx(float(kl(params)), rel=1e-5)
+  for seed in range(3):
+    rng = np.random.default_rng(seed)
+    along = jax.tree.map(lambda x: (rng.normal(size=x.shape) / np.sqrt(x.size)).astype(np.float32), params)  # noqa: B023
+    at = lambda step: float(kl(jax.tree.map(lambda x, d: x + step * d, params, along)))  # noqa: B023
+    slope = (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h)
+    moved = sum(float(np.sum(c * d)) for c, d in zip(jax.tree.leaves(change), jax.tree.leaves(along)))
+    assert moved == pytest.approx(-0.5 * slope, rel=2e-3, abs=1e-5)
+
+
+def test_clip_cov_takes_its_tokens_out_of_the_gradient():
+  """As if their advantage were 0, while they still count in the mean."""
+  batch, completion, logp, advantage = rollouts()
+  loss = PolicyLossConfig(cov='clip_cov', cov_share=0.1, importance_cap=0)
+  old = score_tokens(C, model.init(C, jax.random.key(0)), batch)[0]
+  choose = lambda seed: np.asarray(cov_tokens(loss, jax.random.key(seed), 30 * old, advantage, completion))
+  chosen = choose(0)
+  assert 1 <= chosen.sum() <= 0.1 * completion.sum() and not (chosen & ~completion).any()
+  assert (choose(0) == chosen).all() and any((choose(seed) != chosen).any() for seed in range(1, 9))
+  change, figures, _ = run((batch, completion, logp, advantage), loss=loss, tx=optax.sgd(1.0), cov=chosen)
+  assert figures['cov_token_share'] == pytest.approx(chosen.sum() / completion.sum())
+
+  def plain(params):
+    hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+    own = jax.nn.log_softmax(hidden @ model.head(C, params))
+    own = jnp.take_along_axis(own, batch.targets_BT[..., None], -1)[..., 0]
+    return jnp.sum(advantage[:, None] * own, where=completion & ~chosen) / completion.sum()
+
+  same(change, jax.device_get(jax.grad(plain)(model.init(C, jax.random.key(0)))), 1e-4)
 
 
 def group(cursor, prompt, answers, verdicts, finishes):

@@ -1,0 +1,64 @@
+"""Router choices of the sampler, recorded and replayed in the trainer: the two then agree on every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+from rl.policy_losses import PolicyLossConfig, means
+from rl.rollout import Group, lengths, pack
+from rl.sampler import Prompt, Sampler, SamplerConfig
+from rl.update import make_update, score_tokens
+from rl.verifiers import Verdict
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.state import create_state
+
+C = model.ModelConfig(
+  vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True,
+  moe=model.MoeConfig(experts=8, experts_per_token=2, d_expert=16))
+ADAMW = OptimizerConfig(lr=1e-3, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
+                        weight_decay=0.1, clip_norm=1.0)
+PROMPTS = [Prompt(0, [3, 1, 4, 1, 5]), Prompt(1, [9, 2])]
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1, 1, 1), (1, 2, 2, 1, 2)])
+def test_the_trainer_replays_what_the_sampler_chose(shape):
+  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+  with jax.set_mesh(mesh):
+    tx = make_optimizer(ADAMW, 10, model.abstract(C)[2])
+    state = create_state(C, tx, mesh, seed=0)
+  sampler = Sampler(C, SamplerConfig(4, 8, 7, record_choices=True), eos=0, mesh=mesh)
+  drawn = sorted(sampler(state.params, PROMPTS, samples=4, seed=1, step=0), key=lambda group: group[0].prompt_id)
+  verdicts = [Verdict.RIGHT, Verdict.WRONG] * 2
+  groups = [Group(i, None, list(p.tokens), samples, [""] * 4, verdicts)
+            for i, (p, samples) in enumerate(zip(PROMPTS, drawn))]
+  for group in groups:
+    for sample in group.samples:
+      assert sample.choices.shape == (len(group.prompt) + len(sample.tokens) - 1, C.layers, 2)
+  out = pack(groups, prompts=2, samples=4, length=12, truncated='wrong')
+  assert max(lengths(groups)) <= 12 and out.choices_BTLk.dtype == np.int16
+
+  with jax.set_mesh(mesh):
+    logp_BT = np.asarray(jax.jit(score_tokens, static_argnums=0)(C, state.params, out.batch, out.choices_BTLk)[0])
+    np.testing.assert_allclose(logp_BT[out.completion_BT], out.sampler_logp_BT[out.completion_BT], atol=2e-5)
+    own = model.forward_routed(C, state.params, out.batch.tokens_BT, out.batch.positions_BT, out.batch.segments_BT)[2]
+    real_BT = out.batch.segments_BT > 0
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(own.choices_LBTk), 0, 2)[real_BT], out.choices_BTLk[real_BT])
+    # Others than its own give other probabilities: it is the recorded ones that count.
+    other = jax.jit(score_tokens, static_argnums=0)(C, state.params, out.batch, (out.choices_BTLk + 1) % 8)[0]
+    assert np.abs(other - logp_BT)[out.completion_BT].max() > 1e-3
+
+    update = make_update(C, PolicyLossConfig(), tx, microbatches=2)
+    advantage_B = jnp.asarray(np.tile([1.0, -1.0], 4), jnp.float32)
+    after, sums, _ = update(state, out.batch, out.completion_BT, out.sampler_logp_BT, advantage_B,
+                            choices_BTLk=out.choices_BTLk)
+  assert means(PolicyLossConfig(), sums)['sampler_gap_max'] < 1e-4
+  bias = lambda state: np.asarray(state.params['layers']['feed_forward']['router_bias_E'])
+  np.testing.assert_array_equal(bias(after), bias(state))
+
+
+def test_a_dense_model_and_a_sampler_that_is_not_asked_record_nothing():
+  sampler = Sampler(C, SamplerConfig(2, 8, 3), eos=0)
+  assert next(sampler(model.init(C, jax.random.key(0)), PROMPTS[:1], samples=2, seed=1, step=0))[0].choices is None
