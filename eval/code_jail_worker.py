@@ -1,0 +1,201 @@
+"""Builds a jail around itself and runs one Python program in it. See code_jail.py.
+
+    python -I -S -B eval/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
+
+Three processes: this one keeps the time; its child is process 1 of a new process namespace, whose death ends all others
+in it; the grandchild gives up its rights and becomes the program. On descriptor `report` goes one byte when the jail
+stands, and after the program's last line the token.
+
+Imports nothing of the project and no third party: what runs here has rights that the program must not have.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import resource
+import signal
+import struct
+import sys
+
+TOKEN = 32  # bytes
+READY = b'R'
+FILE_MB = 4  # of one file, what is printed included
+_FILES = 64  # open at once
+_SCRATCH = 'size=16m,nr_inodes=256,mode=1777'  # of /tmp
+_FIRST_USER = 0x70000000  # nobody has such a number
+
+# What a program may see of this machine, if it is there; besides Python's own folders.
+_SYSTEM = ('/usr', '/bin', '/sbin', '/lib', '/lib32', '/lib64', '/etc/ld.so.cache', '/etc/alternatives')
+_DEVICES = ('/dev/null', '/dev/zero', '/dev/random', '/dev/urandom')
+
+# linux/sched.h, sys/mount.h, linux/prctl.h
+_NEW_MOUNT, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
+  0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000)
+_BIND, _RECURSIVE, _PRIVATE, _NOSUID, _NODEV, _DETACH = 0x1000, 0x4000, 0x40000, 2, 4, 2
+_MOUNT_SETATTR, _PIVOT_ROOT = 442, {'x86_64': 155, 'aarch64': 41}  # system calls without a function in every libc
+_SET_DEATH_SIGNAL, _SET_DUMPABLE, _NO_NEW_PRIVILEGES = 1, 4, 38
+_ATTR_READ_ONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
+_HERE, _ALL_BELOW = -100, 0x8000
+
+# Run by the jailed interpreter: the token is out of a program's sight until its last line has run.
+_RUN = """
+import os, runpy, sys
+sys.path[:] = [*sys.path, *sys.argv[2:]]
+path, report = sys.argv[1].split(':')
+sys.argv[:] = [path]
+runpy.run_path(path, run_name='__main__')
+os.write(int(report), os.read(0, 64))
+os._exit(0)
+"""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *args) -> None:
+  """Calls into libc. Raises OSError that names the function."""
+  if getattr(_libc, name)(*(os.fsencode(a) if isinstance(a, str) else a for a in args)) < 0:
+    code = ctypes.get_errno()
+    raise OSError(code, f'{name}: {os.strerror(code)}')
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+  _call('mount', source, target, kind, ctypes.c_ulong(flags), options)
+
+
+def _restrict(path: str, attributes: int, below: int = _ALL_BELOW) -> None:
+  """Makes a mount (and those below it) read-only, ...; needs Linux 5.12."""
+  given = struct.pack('QQQQ', attributes, 0, 0, 0)
+  _call('syscall', ctypes.c_long(_MOUNT_SETATTR), _HERE, path, below, given, ctypes.c_size_t(len(given)))
+
+
+def unshare() -> None:
+  """Namespaces of its own for the next child: mounts, processes, network, IPC; without root, users too."""
+  user, group = os.geteuid(), os.getegid()
+  flags = _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS
+  _call('unshare', flags | (_NEW_USER if user else 0))
+  if user:
+    for name, text in (('setgroups', 'deny'), ('uid_map', f'{user} {user} 1'), ('gid_map', f'{group} {group} 1')):
+      with open(f'/proc/self/{name}', 'w') as file:
+        file.write(text)
+  with contextlib.suppress(OSError), open('/proc/sys/kernel/shmall', 'w') as file:
+    file.write('0')  # shared memory that outlives its process escapes the limit on memory; root's to forbid
+
+
+def build(folder: str, readable: list[str], program: bytes) -> None:
+  """Makes a root of what may be read, the program, and an empty /tmp; all else of the machine is gone after it."""
+  _mount(None, '/', None, _RECURSIVE | _PRIVATE)
+  _mount('tmpfs', folder, 'tmpfs', _NOSUID | _NODEV, 'size=16m,nr_inodes=4096,mode=755')
+  root = f'{folder}/root'
+  os.makedirs(f'{root}/tmp')
+  _mount('tmpfs', f'{root}/tmp', 'tmpfs', _NOSUID | _NODEV, _SCRATCH)
+  shown = []
+  for path in (*_SYSTEM, *_DEVICES, *readable):
+    target = root + path
+    if not os.path.exists(path) or any(os.path.commonpath((path, other)) == other for other in shown):
+      continue
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path):  # /lib -> usr/lib
+      os.symlink(os.readlink(path), target)
+      continue
+    shown.append(path)
+    if os.path.isdir(path):
+      os.makedirs(target, exist_ok=True)
+    else:
+      open(target, 'x').close()
+    _mount(path, target, None, _BIND | _RECURSIVE)
+    _restrict(target, _ATTR_READ_ONLY | _ATTR_NOSUID | (0 if path in _DEVICES else _ATTR_NODEV))
+  with open(f'{root}/program.py', 'wb') as file:
+    file.write(program)
+  _restrict(folder, _ATTR_READ_ONLY | _ATTR_NOSUID | _ATTR_NODEV, 0)
+  os.chdir(folder)
+  _call('syscall', ctypes.c_long(_PIVOT_ROOT[os.uname().machine]), '.', '.')
+  _call('umount2', '.', _DETACH)
+  # Who has been moved by chroot can't make user namespaces, in which it would have rights again.
+  os.chroot('root')
+  os.chdir('/tmp')
+
+
+def limit(settings: dict, extra_processes: int) -> None:
+  megabytes = 2**20
+  for kind, value in (
+    (resource.RLIMIT_AS, settings['memory_mb'] * megabytes), (resource.RLIMIT_CPU, math.ceil(settings['cpu_s'])),
+    (resource.RLIMIT_FSIZE, FILE_MB * megabytes), (resource.RLIMIT_NOFILE, _FILES), (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_MSGQUEUE, 0), (resource.RLIMIT_MEMLOCK, 0),
+    (resource.RLIMIT_NPROC, settings['processes'] + extra_processes),
+  ):
+    resource.setrlimit(kind, (value, value))
+
+
+def become_nobody(user: int) -> None:
+  """Root becomes a user who has nothing else; whoever it is can't gain rights again."""
+  if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+  _call('prctl', _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+
+
+def run(settings: dict, path: str, token: bytes, user: int) -> None:
+  """Becomes the program."""
+  source, sink = os.pipe()
+  os.write(sink, token)
+  os.dup2(source, 0)
+  os.closerange(3, settings['report'])
+  os.closerange(settings['report'] + 1, _FILES * 16)
+  root = os.geteuid() == 0
+  limit(settings, extra_processes=0 if root else 1)  # process 1 is of the same user, unless that is root
+  if settings['isolated']:
+    become_nobody(user)
+  os.set_inheritable(settings['report'], True)
+  os.write(settings['report'], READY)
+  python = settings['python']
+  os.execve(python, [python, '-I', '-S', '-B', '-X', 'utf8', '-c', _RUN, f'{path}:{settings["report"]}',
+                     *settings['packages']], {'OPENBLAS_NUM_THREADS': '1'})
+
+
+def first_process(settings: dict, program: bytes, token: bytes, user: int) -> None:
+  """Process 1: builds the jail, starts the program, and takes all that is left with it when the program has ended."""
+  _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+  _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # nobody may look into it
+  path = f'{settings["folder"]}/program.py'
+  if settings['isolated']:
+    with contextlib.suppress(OSError), open('/proc/self/oom_score_adj', 'w') as file:
+      file.write('1000')  # should memory run out all the same, these go first
+    build(settings['folder'], settings['readable'], program)
+    path = '/program.py'
+  else:
+    with open(path, 'xb') as file:
+      file.write(program)
+    os.chdir(settings['folder'])
+  child = os.fork()
+  if child == 0:
+    run(settings, path, token, user)
+  while os.wait()[0] != child:
+    pass
+
+
+def main() -> None:
+  settings = json.loads(sys.argv[1])
+  given = sys.stdin.buffer.read()
+  token, program = given[:TOKEN], given[TOKEN:]
+  signal.alarm(math.ceil(settings['deadline_s']) + 2)  # should our parent be gone
+  try:
+    if settings['isolated']:
+      unshare()
+    user = _FIRST_USER + os.getpid()
+    child = os.fork()
+    if child:
+      os.waitpid(child, 0)
+      if not settings['isolated']:
+        os.killpg(0, signal.SIGKILL)  # what is left of the program, unless it has left the group
+      return
+    first_process(settings, program, token, user)
+  except Exception as error:
+    print(getattr(error, 'strerror', None) or error, file=sys.stderr, flush=True)
+  os._exit(0)
+
+
+if __name__ == '__main__':
+  main()

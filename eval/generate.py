@@ -1,0 +1,318 @@
+"""Samples on benchmarks, judged and kept: every metric can be computed again, or another one, without sampling.
+
+    RUN/eval/samples/BENCHMARK/STEP.json     settings and lineage, written before the first sample
+    RUN/eval/samples/BENCHMARK/STEP.jsonl    a line a sample, in whatever order problems were done
+
+A sample depends on the parameters, the prompt and (seed, benchmark, problem, sample number) alone. A problem's lines
+are written together once all its samples are judged; a run that is killed goes on with the problems that aren't
+there, and draws for them what it would have drawn.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.table import Table
+
+from data import Tokenizer
+from data.reasoning import ANSWER_MARK
+from eval import code_problems
+from eval.benchmarks import Benchmark, open_benchmark
+from eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, same, write_whole
+from eval.sampling_metrics import collect
+from eval.statistics import bootstrap_interval
+from rl.sampler import Prompt, Sample, Sampler
+from rl.tasks import Task
+from rl.verifiers import Verdict, Verifier, extract_answer, number, plain
+from train.metrics import duration
+
+COMPARED = 16  # distinct wrong answers to a problem, the most frequent ones, that the verifier compares with each other
+_PROGRESS_S = 10.0
+_REMOTE_S = 60.0  # object stores can't append: the file is written whole, at most this often
+_MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # when sampling goes on
+
+
+def sample(run: EvalRun, subjects: Sequence[Subject], names: str) -> None:
+  """Samples the benchmarks in the comma-separated `names` for each checkpoint, from where that stands; ends in a table.
+
+  Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, one line.
+  """
+  c = run.eval.sample
+  if not (names := [name for name in names.split(',') if name]):
+    raise EvalError('--benchmark: name one or more, separated by commas')
+  if jax.process_count() > 1:
+    raise EvalError('sampling runs in one process so far; its devices may be several')
+  tokenizer, mesh = read_tokenizer(run), make_mesh(run)
+  benchmarks = [open_benchmark(name, c) for name in names]
+  prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
+  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+    # Programs are judged by another one, and it is only asked for if there are any: not every system can jail them.
+    code = {b.answer_format == 'code' for b in benchmarks}
+    verifiers = {is_code: stack.enter_context(
+      code_problems.CodeVerifier(run.eval.code) if is_code else Verifier(c.verifier)) for is_code in code}
+    samplers = {b.name: _sampler(run, prompts[b.name], tokenizer, mesh) for b in benchmarks}
+    files = {s.step: [SampleFile(s, b, run) for b in benchmarks] for s in subjects}
+    for subject in subjects:
+      params = None
+      for benchmark, file in zip(benchmarks, files[subject.step]):
+        if file.missing and params is None:
+          params = restore(run, subject, mesh)
+        verifier = verifiers[benchmark.answer_format == 'code']
+        _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed)
+  print_table([file for some in files.values() for file in some])
+
+
+def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
+  return [Prompt(i, [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]) for i, task in enumerate(benchmark.tasks)]
+
+
+def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) -> Sampler:
+  """With room for the longest prompt, rounded up so that few shapes are compiled."""
+  longest = max(len(prompt.tokens) for prompt in prompts)
+  try:
+    return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
+  except ValueError as error:
+    raise EvalError(f'config.eval.sample.{error}') from None
+
+
+def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
+  """Draws, judges and writes what the file doesn't have. Groups are judged while the device draws on."""
+  if not file.missing:
+    print(f'{file.path}: all {file.problems} problems are there already', flush=True)
+    return
+  progress = _Progress(file)
+  missing = [prompts[i] for i in file.missing]
+  drawn = sampler(params, missing, samples=file.n, seed=seed, step=benchmark_key(benchmark.name))
+  with concurrent.futures.ThreadPoolExecutor(1) as judge:
+    waiting = collections.deque()
+
+    def write(group: list[Sample]) -> None:
+      lines = judged(group, benchmark.tasks[group[0].prompt_id], tokenizer, verifier)
+      file.append(lines)
+      progress(lines)
+
+    for group in drawn:
+      waiting.append(judge.submit(write, group))
+      while waiting and (waiting[0].done() or len(waiting) > 8):
+        waiting.popleft().result()
+    for future in waiting:
+      future.result()
+  file.close()
+
+
+def benchmark_key(name: str) -> int:
+  """The number that stands for a benchmark in random keys, where RL has its step."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+
+
+# Judging
+
+
+def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
+  """The lines of one problem's samples, as they are written."""
+  texts = [tokenizer.decode(s.tokens[:-1] if s.finish == 'eos' else s.tokens) for s in group]
+  read = [up_to_next_question(text, task) for text in texts]
+  answers = [_answer(text, task) for text in read]
+  verdicts = verifier.verify([(text, task) for text in read])
+  classes = answer_classes(answers, verdicts, task, verifier)
+  return [{
+    'problem': s.prompt_id, 'sample': s.index, 'text': text, 'answer': answer, 'verdict': verdict.name.lower(),
+    'logp': float(np.sum(s.logp, dtype=np.float64)), 'tokens': len(s.tokens),
+    'finish': 'stop' if s.finish == 'eos' else 'length', 'group': group_number,
+  } for s, text, answer, verdict, group_number in zip(group, texts, answers, verdicts, classes)]
+
+
+def _answer(text: str, task: Task) -> str | None:
+  if task.verifier == 'code':
+    return code_problems.answer(text, task)
+  return extract_answer(text, task.answer_format, task.answer_lines)
+
+
+def up_to_next_question(text: str, task: Task) -> str:
+  r"""`text` as far as it answers this question, where that matters: of boxed answers the last one counts.
+
+  A base model often doesn't stop, and makes up a question of its own in the form of the prompt.
+  """
+  opening = task.prompt[: task.prompt.rfind(task.question)].rsplit('\n', 1)[-1].strip()
+  return text.partition(f'\n{opening}')[0] if opening and task.answer_format == 'boxed' else text
+
+
+def answer_classes(
+  answers: Sequence[str | None], verdicts: Sequence[Verdict], task: Task, verifier: Verifier
+) -> list[int]:
+  """Which answers to one problem are the same answer, numbered by first appearance; -1: no answer.
+
+  Equal texts (and, for mathematics, equal plain texts or exact numbers) are one answer. For mathematics so are all
+  right ones, and wrong ones of which the verifier says that one would be right if the other were the reference; of
+  these only the COMPARED most frequent ones are compared, because there are as many pairs as that squared.
+  """
+  keys = [None if answer is None else _key(answer, task) for answer in answers]
+  home = {key: key for key in keys if key is not None}
+  if task.verifier == 'math':
+    right = {key: None for key, verdict in zip(keys, verdicts) if key is not None and verdict == Verdict.RIGHT}
+    home |= {key: next(iter(right)) for key in right}
+    text_of = dict(zip(reversed(keys), reversed(answers)))  # the first one's
+    counts = collections.Counter(key for key in keys if key is not None and key not in right)
+    wrong = [key for key, _ in counts.most_common(COMPARED)]
+    pairs = [(j, i) for j in range(len(wrong)) for i in range(j)]
+    alike = verifier.verify([_compared(text_of[wrong[j]], text_of[wrong[i]], task) for j, i in pairs])
+    for (j, i), verdict in zip(pairs, alike):
+      if verdict == Verdict.RIGHT and home[wrong[j]] == wrong[j] and home[wrong[i]] == wrong[i]:
+        home[wrong[j]] = wrong[i]
+  numbers: dict[Any, int] = {}
+  return [-1 if key is None else numbers.setdefault(home[key], len(numbers)) for key in keys]
+
+
+def _key(answer: str, task: Task) -> Any:
+  if task.verifier != 'math':
+    return answer
+  text = plain(answer)
+  value = number(text)
+  return text if value is None else value
+
+
+def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
+  """What to ask the verifier to hear whether two answers are the same."""
+  return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
+
+
+# The files
+
+
+class SampleFile:
+  """The samples of one checkpoint on one benchmark.
+
+  Attributes: path; n and problems, how many there are to be; missing: problems that aren't there yet.
+  """
+
+  def __init__(self, subject: Subject, benchmark: Benchmark, run: EvalRun):
+    """Takes up what is there, or begins. Raises EvalError if that was made with other settings."""
+    c = run.eval.sample
+    folder = subject.run / 'eval' / 'samples' / benchmark.folder
+    self.path, self.n, self.problems = folder / f'{subject.step}.jsonl', c.samples, len(benchmark.tasks)
+    self.about = {
+      **subject.lineage(), 'benchmark': benchmark.name, 'n': c.samples, 'problems': self.problems,
+      'temperature': c.temperature, 'top_p': c.top_p, 'top_k': c.top_k, 'max_new_tokens': c.max_new_tokens,
+      'seed': c.seed, 'shots': benchmark.shots, 'answer_format': benchmark.answer_format,
+      'data_sha256': benchmark.data_sha256, 'file_sha256': benchmark.file_sha256,
+    }
+    settings = folder / f'{subject.step}.json'
+    if settings.exists():
+      self._check(settings)
+    elif self.path.exists():
+      raise EvalError(f'{self.path}: samples without their settings, {settings.name}; remove them to sample again')
+    else:
+      write_whole(settings, json.dumps(self.about, indent=1) + '\n')
+    self._remote = '://' in str(self.path)
+    self._text = self._take_up()
+    self._file, self._written = None, time.monotonic()
+
+  def _check(self, settings: epath.Path) -> None:
+    try:
+      before = json.loads(settings.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+      raise EvalError(f'{settings}: not JSON; remove it and {self.path} to sample again') from None
+    if differs := same(before, self.about, [key for key in self.about if key not in _MAY_CHANGE]):
+      raise EvalError(f'{settings}: holds samples made with {differs}; set it back, or remove both files of step '
+                      f'{self.about["step"]} there to sample again')
+
+  def _take_up(self) -> str:
+    """Reads the file, drops what a kill left unfinished, and returns the text of the rest (remote only)."""
+    lines = collections.defaultdict(dict)
+    found = self.path.read_text().splitlines() if self.path.exists() else []
+    for text in found:
+      try:
+        line = json.loads(text)
+        lines[line['problem']][line['sample']] = text
+      except (json.JSONDecodeError, KeyError, TypeError):
+        continue  # cut short
+    whole = {p: lines[p] for p in range(self.problems) if p in lines and set(lines[p]) == set(range(self.n))}
+    self.missing = [p for p in range(self.problems) if p not in whole]
+    kept = ''.join(f'{text}\n' for group in whole.values() for text in group.values())
+    if self.path.exists() and len(whole) * self.n != len(found):
+      write_whole(self.path, kept)
+    return kept if self._remote else ''
+
+  def append(self, lines: list[dict[str, Any]]) -> None:
+    """Writes a problem's lines, so that another reader finds them."""
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    if self._remote:
+      self._text += text
+      if time.monotonic() - self._written > _REMOTE_S:
+        self.close()
+    else:
+      if self._file is None:
+        self._file = open(self.path, 'a', encoding='utf-8')  # noqa: SIM115 (open as long as there is more)
+      self._file.write(text)
+      self._file.flush()
+
+  def close(self) -> None:
+    if self._remote:
+      write_whole(self.path, self._text)
+      self._written = time.monotonic()
+    elif self._file is not None:
+      self._file.close()
+
+
+def print_table(files: Sequence[SampleFile]) -> None:
+  """What the samples say, in percent, with 95 % intervals over problems."""
+  n = max(file.n for file in files)
+  ks = [k for k in (4, 16, 64) if k <= n]
+  titles = ('step', 'benchmark', 'problems', f'Avg@{n}', f'Cons@{n}', *(f'Pass@{k}' for k in ks), 'answers', 'tokens',
+            'truncated', 'undecided')
+  table = Table(*titles, box=None)
+  for column in table.columns[2:]:
+    column.justify = 'right'
+  for file in files:
+    samples = collect(map(json.loads, file.path.read_text().splitlines()))
+    m = samples.metrics()
+    shares = [m['avg_at_n'], m['cons_at_n'], *(m['pass_at_k'][:, k - 1] for k in ks)]
+    table.add_row(
+      str(file.about['step']), file.about['benchmark'], str(file.problems), *map(_percent, shares),
+      f'{m["distinct_answers"].mean():.1f}', f'{m["length_tokens"].mean():,.0f}',
+      f'{100 * m["truncated_share"].mean():.0f}%', str(samples.undecided))
+  console = Console()
+  console.width = max(console.width, 60 + 20 * len(titles))  # a file has no width; lines of a table must not wrap
+  console.print(table)
+
+
+def _percent(values_P: np.ndarray) -> str:
+  if np.isnan(values_P).all():
+    return '-'
+  e = bootstrap_interval(values_P, bounds=(0.0, 1.0), resamples=2000)
+  return f'{100 * e.mean:.1f} [{100 * e.low:.1f}, {100 * e.high:.1f}]'
+
+
+class _Progress:
+  """A line now and then for the person who waits."""
+
+  def __init__(self, file: SampleFile):
+    self._file, self._start = file, time.monotonic()
+    self._shown = self._start
+    self._done, self._todo = 0, len(file.missing)
+    self._right = self._samples = self._tokens = 0
+
+  def __call__(self, lines: list[dict[str, Any]]) -> None:
+    self._done += 1
+    self._samples += len(lines)
+    self._right += sum(line['verdict'] == 'right' for line in lines)
+    self._tokens += sum(line['tokens'] for line in lines)
+    now = time.monotonic()
+    if now - self._shown < _PROGRESS_S and self._done < self._todo:
+      return
+    self._shown = now
+    about, rate = self._file.about, (now - self._start) / self._done
+    before = self._file.problems - self._todo
+    print(f'step {about["step"]}  {about["benchmark"]}: problem {before + self._done} of {self._file.problems}  right '
+          f'{self._right / self._samples:.3f}  {self._tokens / (now - self._start):,.0f} tok/s  '
+          f'eta {duration(rate * (self._todo - self._done))}', flush=True)

@@ -1,0 +1,265 @@
+"""lm-evaluation-harness's tasks on our own scorer and sampler; no conversion to another format.
+
+    python -m eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
+    lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
+
+What goes in and how it is cut is as in the harness's own model for Hugging Face, `hf`, so that the same weights give
+the same numbers there: BOS first, a context's trailing spaces count as the continuation's, what is too long loses its
+beginning, rolling windows don't overlap. That includes its habit of asking, in rolling likelihoods of a tokenizer with
+BOS, for the probability of a BOS after BOS.
+
+# B rows  T tokens
+"""
+
+import collections
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lm_eval
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+
+import model
+from configs import load
+from configs.load import ConfigError
+from eval.config import (
+  EvalError,
+  EvalRun,
+  Subject,
+  configure,
+  eval_run,
+  find_subjects,
+  make_mesh,
+  read_tokenizer,
+  restore,
+  same,
+  write_whole,
+)
+from model.sharding import constrain
+from objectives import linear_token_stats
+from rl.sampler import Prompt, Sampler, SamplerConfig
+from train import hosts
+from train.score import LAYOUT
+
+_SHORTEST = 64  # rows are padded to this times a power of two, so that few shapes are compiled
+_DEFAULT_NEW_TOKENS = 256  # the harness's
+_Request = tuple[Any, list[int], list[int]]  # what it is called, context and continuation as tokens
+
+
+@register_model('betarank')
+class Betarank(TemplateLM):
+  """A checkpoint, as the harness wants it.
+
+  Attributes: max_length, the most tokens that are looked at; by default as many as it was trained on.
+  """
+
+  def __init__(
+    self, checkpoint: str | Subject, run: EvalRun | None = None, *, max_length: int = 0, batch_size: int | None = None,
+    device: str | None = None, max_batch_size: int | None = None, **settings: Any,
+  ):
+    """
+    Args:
+      checkpoint: a workdir or a checkpoint.
+      run: how it is evaluated; left out, the checkpoint's own config with `settings` ({'eval.probe.rows': 8}) in it.
+      max_length: tokens; 0 for what it was trained on.
+      batch_size: rows at once; left out, eval.probe.batch_size.
+      device, max_batch_size: the harness passes them; the mesh decides.
+
+    Raises ConfigError, DataError, EvalError or CheckpointError, one line.
+    """
+    super().__init__()
+    subject = checkpoint if isinstance(checkpoint, Subject) else find_subjects(checkpoint)[-1]
+    if run is None:
+      config = configure(subject)
+      for key, value in settings.items():
+        load.override(config, key, str(value))
+      run = eval_run(config, subject)
+    self._run, self._rank, self._world_size = run, 0, 1
+    self.max_length = max_length or trained_length(subject)
+    self.batch_size = int(batch_size or run.eval.probe.batch_size)
+    self._tokens, self._mesh = read_tokenizer(run), make_mesh(run)
+    self._device = self._mesh.devices.flat[0].platform
+    try:
+      hosts.check_rows(self.batch_size, self._mesh.shape, 1)
+    except ValueError as error:
+      raise ConfigError(f'config.eval.probe.batch_size: {str(error).replace("train.batch_size", "it")}') from None
+    with jax.set_mesh(self._mesh):
+      self._params = restore(run, subject, self._mesh)
+
+  @property
+  def eot_token_id(self) -> int:
+    return self._tokens.eos
+
+  @property
+  def prefix_token_id(self) -> int:
+    return self._tokens.bos
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    ids = self._tokens.encode(string).tolist()
+    return ids if add_special_tokens is False else [self._tokens.bos, *ids]
+
+  # Likelihoods
+
+  def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    windows = []
+    for number, request in enumerate(requests):
+      parts = utils.get_rolling_token_windows(
+        token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
+        context_len=1)
+      windows += [(number, *utils.make_disjoint_window(part)) for part in parts]
+    totals = [0.0] * len(requests)
+    for (number, *_), (logp, _) in zip(windows, self._score(windows)):
+      totals[number] += logp
+    for request, total in zip(requests, totals):
+      self.cache_hook.add_partial('loglikelihood_rolling', request.args, total)
+    return totals
+
+  def _loglikelihood_tokens(self, requests: list[_Request], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    answers = self._score(requests)
+    for (request, *_), answer in zip(requests, answers):
+      self.cache_hook.add_partial('loglikelihood', request, answer)
+    return answers
+
+  def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
+    """(log-probability of the continuation in nats, whether greedy decoding gives it), in order."""
+    rows = []
+    for name, context, continuation in requests:
+      if not context or not 0 < len(continuation) <= self.max_length:
+        raise EvalError(f'{str(name)[:80]!r}: {len(context)} tokens of context and {len(continuation)} to be scored; '
+                        f'there must be some of both, and at most {self.max_length} to be scored')
+      rows.append(((context + continuation)[-(self.max_length + 1):], len(continuation)))
+    answers: list[Any] = [None] * len(rows)
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    for start in range(0, len(rows), self.batch_size):
+      some = longest_first[start:start + self.batch_size]
+      tokens_BT = np.zeros((self.batch_size, self._padded(len(rows[some[0]][0]) - 1) + 1), np.int32)
+      live_BT = np.zeros((self.batch_size, tokens_BT.shape[1] - 1), np.int32)
+      for b, i in enumerate(some):
+        tokens_BT[b, : len(rows[i][0])] = rows[i][0]
+        live_BT[b, : len(rows[i][0]) - 1] = 1
+      with jax.set_mesh(self._mesh):
+        logp_BT, greedy_BT = jax.device_get(_score(self._run.model, self._params, tokens_BT, live_BT))
+      for b, i in enumerate(some):
+        tokens, count = rows[i]
+        asked = slice(len(tokens) - 1 - count, len(tokens) - 1)
+        answers[i] = float(logp_BT[b, asked].sum(dtype=np.float64)), bool(greedy_BT[b, asked].all())
+    return answers
+
+  def _padded(self, length: int) -> int:
+    """The next power of two times _SHORTEST, but no more than the longest row needs."""
+    powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
+    return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
+
+  # Texts
+
+  def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    """Texts up to the first stop string, greedy unless the task says otherwise.
+
+    Sampling goes on to EOS or max_gen_toks; the stop strings are looked for afterwards.
+    """
+    alike = collections.defaultdict(list)
+    for i, request in enumerate(requests):
+      alike[json.dumps(request.args[1], sort_keys=True)].append(i)
+    texts: list[str] = [''] * len(requests)
+    for key, members in alike.items():
+      until, s = self._how(json.loads(key))
+      contexts = [self.tok_encode(requests[i].args[0])[-s.max_prompt_tokens:] for i in members]
+      for i, text in self._draw(s, [Prompt(i, tokens) for i, tokens in zip(members, contexts)]):
+        texts[i] = postprocess_generated_text(text, until, None)
+        self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
+    return texts
+
+  def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
+    """(stop strings, settings of the sampler) from a task's generation_kwargs; its prompts have what room is left."""
+    told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
+    until, new = told.pop('until'), told.pop('max_gen_toks')
+    temperature = float(told.pop('temperature', 0.0)) if told.pop('do_sample') else 0.0
+    top_p, top_k = float(told.pop('top_p', 1.0)), int(told.pop('top_k', 0))
+    if told:
+      raise EvalError(f'a task asks for {", ".join(f"{k}={v!r}" for k, v in told.items())}, which the sampler doesn\'t '
+                      'know; it knows until, max_gen_toks, do_sample, temperature, top_p and top_k')
+    if new >= self.max_length:
+      raise EvalError(f'a task asks for {new} new tokens, which leaves no room for its question in max_length = '
+                      f'{self.max_length}; give a larger --max_length')
+    try:
+      return until, SamplerConfig(self._run.eval.sample.rows, self.max_length - new, new, temperature, top_p, top_k)
+    except ValueError as error:
+      raise EvalError(f'a task, or config.eval.sample, asks for what can\'t be: {error}') from None
+
+  def _draw(self, s: SamplerConfig, prompts: list[Prompt]) -> Iterator[tuple[int, str]]:
+    try:
+      sampler = Sampler(self._run.model, s, self._tokens.eos, self._mesh)
+    except ValueError as error:
+      raise EvalError(f'config.eval.sample.{error}') from None
+    for [sample] in sampler(self._params, prompts, samples=1, seed=self._run.eval.sample.seed, step=0):
+      yield sample.prompt_id, self._tokens.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens)
+
+
+def trained_length(subject: Subject) -> int:
+  """The longest text that the checkpoint was trained on, in tokens."""
+  config = subject.meta['config']
+  longest = config['data']['sequence_length']
+  if rl := config.get('rl'):
+    longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
+  return longest
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(log-probability of each next token, whether it is the most probable one), [B, T - 1] each."""
+  positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
+  hidden_BTD = model.forward(c, params, tokens_BT[:, :-1], positions_BT, live_BT)[0]
+  stats = linear_token_stats(
+    hidden_BTD, model.head(c, params), tokens_BT[:, 1:], top_k=1, weights=live_BT > 0, layout=LAYOUT)
+  return constrain(stats.target_logp, None, None), constrain(stats.target_rank == 0, None, None)
+
+
+# The command
+
+
+def harness(
+  run: EvalRun, subjects: Sequence[Subject], tasks: str, *, num_fewshot: int | None, limit: int | None,
+  include_path: str, max_length: int, say: Callable[..., None] = print,
+) -> None:
+  """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint that has none yet, and prints the harness's table.
+
+  num_fewshot, limit (documents of each task): None leaves them to the task. include_path: a folder with tasks of one's
+  own; '' for none.
+
+  Raises ConfigError, DataError, EvalError or CheckpointError, one line.
+  """
+  if jax.process_count() > 1:
+    raise EvalError('the harness runs in one process so far; its devices may be several')
+  if not (names := [name for name in tasks.split(',') if name]):
+    raise EvalError('--tasks: name one or more of lm-evaluation-harness\'s, separated by commas')
+  folder = re.sub(r'[^\w.+-]+', '_', '+'.join(names))
+  asked = {'tasks': names, 'num_fewshot': num_fewshot, 'limit': limit, 'seed': run.eval.sample.seed,
+           'lm_eval': lm_eval.__version__}
+  todo = []
+  for subject in subjects:
+    path = subject.run / 'eval' / 'harness' / folder / f'{subject.step}.json'
+    settings = {**asked, 'max_length': max_length or trained_length(subject)}
+    if path.exists() and not same(json.loads(path.read_text()), settings, list(settings)):
+      say(f'{path}: is there already')
+    else:
+      todo.append((subject, path, settings))
+  manager = TaskManager(include_path=include_path or None) if todo else None  # it takes its time
+  for subject, path, settings in todo:
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+      raise EvalError(f'--tasks={unknown[0]}: no such task{load.suggestion(unknown[0], manager.all_tasks)}')
+    found = lm_eval.simple_evaluate(
+      Betarank(subject, run, max_length=max_length), tasks=names, num_fewshot=num_fewshot, limit=limit,
+      task_manager=manager, log_samples=False, bootstrap_iters=1000)
+    kept = {key: found[key] for key in ('results', 'groups', 'n-shot', 'n-samples', 'versions') if key in found}
+    write_whole(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
+    say(f'step {subject.step}\n{utils.make_table(found)}')
+    say(f'{path}: written', flush=True)

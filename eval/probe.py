@@ -1,0 +1,232 @@
+"""What a checkpoint thinks of a fixed set of tokens: how sure, how right, how spread out, per domain.
+
+The tokens are the first rows of the validation split of each source (= domain): the same ones for every checkpoint
+whose sections `data` agree, and RUN/eval/probe/STEP.json says with a hash which ones they were. One forward pass
+gives a few numbers a token, from logits that exist a chunk at a time; every figure is then computed from those
+numbers in float64. A file is written whole or not at all, so a killed probe just starts that checkpoint again.
+
+# B rows  T tokens of a row  N tokens  D width  V vocabulary (of this device)
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+import data
+import model
+from configs.load import ConfigError
+from data import Batch
+from eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, write_whole
+from model.sharding import constrain
+from objectives import chunk, linear_token_stats
+from objectives import layout as head_layout
+from objectives.top_k import top_k
+from train import hosts
+from train.score import LAYOUT
+
+HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+COVERAGE_N = tuple(2**i for i in range(1, 15))
+ENTROPY_BINS = 40  # equal parts of [0, log V]
+CONFIDENCE_BINS = 15  # equal parts of [0, 1], as is usual for ECE
+CHUNK_TOKENS = 256  # whose logits exist at once in `leaders`: 155 MB at Qwen's vocabulary
+
+
+def probe(run: EvalRun, subjects: Sequence[Subject]) -> None:
+  """Writes RUN/eval/probe/STEP.json for each checkpoint that has none yet, and prints the main figures.
+
+  Raises ConfigError, DataError, CheckpointError or EvalError, one line.
+  """
+  c, settings = run.model, run.eval.probe
+  head = min(settings.top_k or run.top_k, c.vocab_size)
+  tokenizer = read_tokenizer(run)
+  mesh = make_mesh(run)
+  try:
+    hosts.check_rows(settings.batch_size, mesh.shape, 1)
+  except ValueError as error:
+    raise ConfigError(f'config.eval.probe.batch_size: {str(error).replace("train.batch_size", "it")}') from None
+  config = {**dataclasses.asdict(run.eval), 'probe': dataclasses.asdict(settings) | {'top_k': head}}
+  # What decides the figures; batch_size only says how they are worked out.
+  tokens = {name: _fingerprint(run, name) for name in run.data.sources}
+  deciding = {'rows': settings.rows, 'top_k': head, 'tokens_sha256': tokens}
+  paths = [subject.run / 'eval' / 'probe' / f'{subject.step}.json' for subject in subjects]
+  done = np.array([(_read(path) or {}).get('deciding') == deciding for path in paths])
+  done = multihost_utils.broadcast_one_to_all(done)  # several processes must agree, whatever their disks hold
+  say = print if jax.process_index() == 0 else lambda *_, **__: None
+  with jax.set_mesh(mesh):
+    values = jax.jit(token_values, static_argnums=(0, 1))
+    for subject, path, there in zip(subjects, paths, done):
+      if there:
+        say(f'{path}: is there already')
+        continue
+      began = time.perf_counter()
+      params, domains = restore(run, subject, mesh), {}
+      for name in run.data.sources:
+        values_N = _gather(lambda batch, params=params: values(c, head, params, batch), run, name, mesh)
+        if bad := int((~(values_N['valid'] & np.isfinite(values_N['logp']) & np.isfinite(values_N['entropy']))).sum()):
+          raise EvalError(f'{subject.path}: {bad} of the {len(values_N["logp"])} tokens of {name} have a '
+                          'log-probability or entropy that is no finite number')
+        domains[name] = figures(values_N, tokenizer.bytes_per_token_V[values_N['target']], c.vocab_size)
+        say(describe(subject, name, domains[name]), flush=True)
+      if jax.process_index() == 0:
+        write_whole(path, json.dumps({**subject.lineage(), 'config': config, 'deciding': deciding, 'domains': domains,
+                                      'seconds': round(time.perf_counter() - began, 1)}, indent=1) + '\n')
+      say(f'{path}: written', flush=True)
+
+
+def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
+  """values(batch) of all the domain's batches, [N] each, the same in every process."""
+  size = run.eval.probe.batch_size
+  placement = NamedSharding(mesh, model.spec('batch', 'length'))
+  share = hosts.row_share(placement, size, run.data.sequence_length)
+  parts = []
+  for batch in batches(run, name, *share):
+    values_BT = jax.device_get(values(hosts.to_global(batch, placement, size)))
+    parts.append({key: x_BT[values_BT['counts']] for key, x_BT in values_BT.items()})
+  return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+  """The domain's rows, `batch_size` at a time, or this process's part of each; the tokens are the same for any size."""
+  rows, size = run.eval.probe.rows, run.eval.probe.batch_size
+  local = size // processes
+  found = data.validation_batches(run.data, name, batch_size=size, count=-(-rows // size), process_index=process,
+                                  process_count=processes)
+  for i, batch in enumerate(found):
+    beyond_B1 = (i * size + process * local + np.arange(local) >= rows)[:, None]
+    yield dataclasses.replace(batch, segments_BT=np.where(beyond_B1, 0, batch.segments_BT))
+
+
+def _fingerprint(run: EvalRun, name: str) -> str:
+  """sha256 of the domain's tokens as they lie in rows."""
+  digest = hashlib.sha256()
+  for batch in batches(run, name):
+    live_B = (batch.segments_BT > 0).any(1)
+    for x_BT in (batch.tokens_BT, batch.targets_BT, batch.segments_BT):
+      digest.update(np.ascontiguousarray(x_BT[live_B], '<i4').tobytes())
+  return digest.hexdigest()
+
+
+def _read(path) -> dict[str, Any] | None:
+  try:
+    return json.loads(path.read_text())
+  except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+    return None
+
+
+# On the device: a few numbers a token
+
+
+def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
+  """What the figures are made of, [B, T] each, the same on every device; nats, float32.
+
+  counts: whether the position is one to look at; where it isn't, all else is arbitrary. target: its token. logp,
+  entropy, rank, head_mass, tail_mass, valid: objectives.TokenStats, the head being the `head_tokens` most probable
+  tokens. top_logp: log-probability of the most probable token; gap: its lead over the second.
+  """
+  layout = None if jax.sharding.get_abstract_mesh().empty else LAYOUT
+  hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
+  head_DV = model.head(c, params)
+  stats = linear_token_stats(
+    hidden_BTD, head_DV, batch.targets_BT, top_k=head_tokens, weights=batch.segments_BT > 0, layout=layout)
+  top_logp, gap = leaders(hidden_BTD, head_DV, layout)
+  out = {'counts': batch.segments_BT > 0, 'target': batch.targets_BT, 'valid': stats.target_valid,
+         'logp': stats.target_logp, 'entropy': stats.entropy, 'rank': stats.target_rank,
+         'head_mass': stats.head_mass, 'tail_mass': stats.tail_mass, 'top_logp': top_logp, 'gap': gap}
+  return {name: constrain(x_BT, None, None) for name, x_BT in out.items()}
+
+
+def leaders(hidden: jax.Array, head: jax.Array, layout: head_layout.Layout | None) -> tuple[jax.Array, jax.Array]:
+  """(log p1, log p1 - log p2) of the two most probable tokens at each position of hidden [..., D], head [D, V].
+
+  Logits are formed by the scorer's own function, CHUNK_TOKENS tokens at a time.
+  """
+  options = chunk.Options(
+    with_top_k=False, with_smoothing=False, vocab_size=head.shape[1], chunk_tokens=None, soft_cap=None, z_loss=0.0,
+    temperature=1.0, compute_dtype=hidden.dtype, layout=layout)
+
+  def local(hidden, head):
+    head_DV = head_layout.gather_width(layout, head.astype(options.compute_dtype))
+    tokens = math.prod(hidden.shape[:-1])
+    size = min(CHUNK_TOKENS, tokens)
+    hidden_ND = jnp.pad(hidden.reshape(tokens, -1), ((0, -tokens % size), (0, 0)))
+
+    def one(hidden_CD):
+      z_CV = chunk.logits(options, hidden_CD, head_DV)
+      two_C2, _ = jax.lax.top_k(head_layout.concatenate_over_vocab(layout, top_k(z_CV, 2)[0]), 2)
+      mass_C = head_layout.sum_over_vocab(layout, jnp.exp(z_CV - two_C2[:, :1]).sum(-1))
+      return -jnp.log(mass_C), two_C2[:, 0] - two_C2[:, 1]
+
+    parts = jax.lax.map(one, hidden_ND.reshape(-1, size, hidden.shape[-1]))
+    return tuple(x.reshape(-1)[:tokens].reshape(hidden.shape[:-1]) for x in parts)
+
+  return head_layout.on_mesh(layout, local, ('hidden', 'head'), ('tokens', 'tokens'))(hidden, head)
+
+
+# On the host: figures
+
+
+def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
+  """The figures of one domain from its tokens, in float64; names carry the unit.
+
+  coverage[N] is the share of tokens with p(target) <= 1/N: N samples of the next token would not be expected to hold
+  the true one. It bounds the token-level coverage profile of arXiv 2510.15020, P[p_data / p_model >= N], from above,
+  because p_data, which nobody knows, is at most 1.
+  """
+  v = {name: np.asarray(x, np.float64) for name, x in values.items()}
+  surprise, entropy, right = -v['logp'], v['entropy'], v['rank'] == 0
+  uncertain = np.sort(entropy)[-max(1, round(HIGH_ENTROPY_SHARE * entropy.size)):]
+  calibration = _calibration(np.exp(v['top_logp']), right)
+  distance = [abs(a - c) * n for a, c, n in zip(*(calibration[k] for k in ('accuracy', 'confidence', 'counts'))) if n]
+  rank_edges = [0, *(2**i for i in range(math.ceil(math.log2(max(vocab_size, 2))) + 1))]
+  return {
+    'tokens': entropy.size,
+    'ce_nats': surprise.mean(),
+    'bits_per_byte': surprise.sum() / max(int(bytes_N.sum(dtype=np.int64)), 1) / math.log(2),
+    'perplexity': math.exp(min(surprise.mean(), 700.0)),
+    'entropy_nats': entropy.mean(),
+    'entropy_top20_nats': uncertain.mean(),
+    'rank1_accuracy': right.mean(),
+    'head_mass': v['head_mass'].mean(),
+    'tail_mass': v['tail_mass'].mean(),
+    'top_gap_nats': v['gap'].mean(),
+    'ece': sum(distance) / entropy.size,
+    'entropy_quantiles': {str(q): float(np.quantile(entropy, q)) for q in QUANTILES},
+    'coverage': {str(n): (surprise >= math.log(n)).mean() for n in COVERAGE_N if n <= 2 * vocab_size},
+    'rank_histogram': _histogram(v['rank'], rank_edges),
+    'entropy_histogram': _histogram(
+      np.clip(entropy, 0, math.log(vocab_size)), np.linspace(0, math.log(vocab_size), ENTROPY_BINS + 1).tolist()),
+    'calibration': calibration,
+  }
+
+
+def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
+  """Bin i holds edges[i] <= value < edges[i + 1]; the last one its upper edge too."""
+  return {'edges': edges, 'counts': np.histogram(values_N, edges)[0].tolist()}
+
+
+def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
+  """Mean probability of the most probable token, and how often it is the true one, by that probability."""
+  edges_E = np.linspace(0, 1, CONFIDENCE_BINS + 1)
+  bin_N = np.clip(np.digitize(confidence_N, edges_E) - 1, 0, CONFIDENCE_BINS - 1)
+  counts_E = np.bincount(bin_N, minlength=CONFIDENCE_BINS)
+  mean = lambda x_N: [float(s / n) if n else None for s, n in zip(np.bincount(bin_N, x_N, CONFIDENCE_BINS), counts_E)]
+  return {'edges': edges_E.tolist(), 'confidence': mean(confidence_N), 'accuracy': mean(right_N),
+          'counts': counts_E.tolist()}
+
+
+def describe(subject: Subject, name: str, f: Mapping[str, Any]) -> str:
+  """The line a person reads."""
+  return (f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats  {f["bits_per_byte"]:.4f} bits/byte  entropy '
+          f'{f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})  tail mass {f["tail_mass"]:.4f}  '
+          f'gap {f["top_gap_nats"]:.3f}  ece {f["ece"]:.4f}  {f["tokens"]:,} tokens')

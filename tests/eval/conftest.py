@@ -1,0 +1,54 @@
+"""A run with two checkpoints that nobody trained, and its data: what evaluation needs to start from."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import model
+from configs import load
+from train import checkpoint
+from train.config import run_config
+from train.optimizer import make_optimizer
+from train.state import create_state
+
+STEPS = (4, 8)
+
+
+@pytest.fixture(scope='session')
+def make_params():
+  """make_params(c, seed, scale=1) -> parameters of about the size of fresh ones; model.init takes long to compile."""
+  def make(c, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    _, shapes, axes = model.abstract(c)
+    new = lambda shape, names: scale * (
+      np.ones(shape.shape, np.float32) if 'norm' in names
+      else rng.normal(0, c.d_model**-0.5, shape.shape).astype(np.float32))
+    return jax.tree.map(new, shapes, axes)
+  return make
+
+
+@pytest.fixture(scope='session')
+def run_dir(tmp_path_factory, make_params):
+  root = tmp_path_factory.mktemp('eval')
+  spec = f'tests/tiny.py:dir={root}/data'
+  overrides = {'data.sources.main.uri': 'reasoning:chain_sum'}
+  flags = [f'--config.{key}={value}' for key, value in overrides.items()]
+  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config={spec}', *flags], capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr
+  config = load.load(spec, overrides)
+  run = run_config(config)
+  mesh = model.make_mesh(run.train.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    tx = make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2])
+    checkpoints = checkpoint.Checkpoints(root / 'run', run.checkpoint)
+    for step in STEPS:
+      checkpoints.save(create_state(run.model, tx, mesh, 0, make_params(run.model, step)),
+                       {'config': json.loads(load.to_json(config)), 'parent': '', 'cursor': {}, 'code_version': 'test'},
+                       step)
+    checkpoints.close()
+  return root / 'run'

@@ -1,0 +1,92 @@
+"""A sweep's workdirs as runs write them, with effects that are known because they were put in."""
+
+import json
+
+import numpy as np
+
+from configs import common
+
+ARMS = ({}, {'beta': -0.25}, {'beta': 0.5}, {'lambda_tail': -0.1}, {'lambda_head': 0.1})
+
+
+def make(root, *, arms=ARMS, seeds=3, steps=40, rl_steps=10, problems=30, n=16, benchmarks=('amc23',), gain=0.3):
+  """Pre-training and RL runs under root/pre and root/rl. Arm i > 0 has 0.1·i nats less entropy than the first, and is
+  right more often on each problem of a benchmark, after RL only, by `gain` for arm 1 and by nothing for others."""
+  rng = np.random.default_rng(0)
+  level_BP = {name: rng.beta(0.5, 1, problems) for name in benchmarks}
+  for i, objective in enumerate(arms):
+    for seed in range(seeds):
+      pre, rl = root / 'pre' / f'arm{i}-seed{seed}', root / 'rl' / f'arm{i}-seed{seed}'
+      run(pre, objective=objective, seed=seed, steps=steps, entropy=2.0 - 0.1 * i)
+      start = pre / 'checkpoints' / str(steps)
+      run(rl, objective={}, seed=seed, steps=rl_steps, entropy=1.0 - 0.1 * i, init_from=start)
+      for path, step, better in ((pre, steps, 0.0), (rl, rl_steps, gain * (i == 1))):
+        probe(path, step, entropy=2.0 - 0.1 * i + 0.01 * rng.normal())
+        for name in benchmarks:
+          samples(path, step, name, np.clip(level_BP[name] + better, 0, 1), n, rng)
+
+
+def config(*, objective, seed, steps, init_from='', rl=False):
+  c = common.base()
+  c.seed = seed
+  c.objective.update(objective)
+  c.train.update(tokens=steps * c.train.batch_size * c.data.sequence_length, init_from=str(init_from))
+  if rl:
+    c.rl = common.rl()
+    c.rl.update(steps=steps)
+  return c.to_dict()
+
+
+def run(path, *, objective, seed, steps, entropy, init_from=''):
+  path.mkdir(parents=True)
+  rl = bool(init_from)
+  settings = config(objective=objective, seed=seed, steps=steps, init_from=init_from, rl=rl)
+  (path / 'config.json').write_text(json.dumps(settings, default=list))
+  noise = np.random.default_rng(seed).normal(0, 0.01, steps + 1)
+  lines = []
+  for step in range(1, steps + 1):
+    line = {'step': step, 'train/entropy_nats': entropy + 1 / step + noise[step], 'train/grad_norm': 1.0}
+    if rl:
+      line |= {'train/pass_rate': min(0.9, step / steps), 'train/length_tokens': 50.0 + step,
+               'train/truncated_share': 0.1, 'train/groups_without_signal': 0.3, 'train/sampler_gap_mean': 1e-6}
+    else:
+      line |= {'train/ce_nats': 2 + 1 / step + noise[step], 'train/tail_mass': 0.1 + noise[step] / 10,
+               'train/loss_nats': 2 + 1 / step, 'train/bits_per_byte': 1.0, 'train/lr': 1e-3, 'train/tokens': 4096.0}
+    lines.append(json.dumps(line | {'time/step_s': 0.1, 'time/tokens_per_s': 1e4}))
+  if not rl:
+    lines.append(json.dumps({'step': steps, **{f'eval/main/{k}': v for k, v in (
+      ('ce_nats', 2.0), ('entropy_nats', entropy), ('tail_mass', 0.1), ('bits_per_byte', 1.0))}}))
+  (path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+def probe(path, step, *, entropy, domain='main'):
+  counts = [500, 200, 150, 100, 50]
+  found = {
+    'tokens': 1000, 'ce_nats': 2.0, 'bits_per_byte': 1.0, 'perplexity': 7.4, 'entropy_nats': entropy,
+    'entropy_top20_nats': entropy + 1, 'head_mass': 0.3, 'tail_mass': 0.1, 'top_gap_nats': 1.0, 'ece': 0.02,
+    'rank_histogram': {'edges': [0, 1, 2, 4, 8, 16], 'counts': counts},
+    'coverage': {'2': 0.5, '4': 0.3, '16': 0.1, '64': 0.0},
+    'entropy_histogram': {'edges': [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 'counts': counts},
+  }
+  write(path / 'eval' / 'probe' / f'{step}.json', json.dumps({'step': step, 'domains': {domain: found}}))
+
+
+def samples(path, step, benchmark, right_P, n, rng, **settings):
+  """Sample lines in which problem p is right with probability right_P[p]; wrong answers fall into three groups."""
+  lines = []
+  for p, right in enumerate(right_P):
+    for i, hit in enumerate(rng.random(n) < right):
+      lines.append(json.dumps({
+        'problem': p, 'sample': i, 'text': f'so it is {p}', 'answer': str(p), 'verdict': 'right' if hit else 'wrong',
+        'logp': -3.0, 'tokens': int(20 + rng.integers(5)), 'finish': 'stop',
+        'group': 0 if hit else int(1 + rng.integers(3))}))
+  folder = path / 'eval' / 'samples' / benchmark
+  write(folder / f'{step}.jsonl', '\n'.join(lines) + '\n')
+  write(folder / f'{step}.json', json.dumps({
+    'benchmark': benchmark, 'n': n, 'problems': len(right_P), 'temperature': 0.7, 'top_p': 0.95, 'top_k': 0,
+    'max_new_tokens': 64, 'data_sha256': 'same', 'step': step} | settings))
+
+
+def write(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)

@@ -1,0 +1,168 @@
+"""Sampling loses and repeats nothing, whatever happens to it, and what it stores is what the verifier saw."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data import Tokenizer
+from eval import config as settings
+from eval import generate
+from eval.benchmarks import open_benchmark
+from eval.sampling_metrics import collect
+from rl.sampler import Sample
+from rl.tasks import Task
+from rl.verifiers import Verdict, Verifier, VerifierConfig
+from tests.runs import environment
+
+URI = 'reasoning:chain_sum?max_terms=2'
+FOLDER = 'reasoning_chain_sum_max_terms=2'
+PROBLEMS, N = 30, 4
+SMALL = [f'--config.eval.sample.{setting}' for setting in (
+  f'problems={PROBLEMS}', f'samples={N}', 'max_new_tokens=24', 'rows=4')]
+
+
+def start(run_dir, *extra):
+  command = [sys.executable, '-m', 'eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *extra]
+  return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+  out, err = process.communicate(timeout=240)
+  return process.returncode, out, err
+
+
+def lines(path):
+  return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def in_order(path):
+  return sorted(lines(path), key=lambda line: (line['problem'], line['sample']))
+
+
+@pytest.fixture(scope='module')
+def undisturbed(run_dir):
+  """The samples of checkpoint 8, and what the command printed."""
+  code, out, err = finish(start(run_dir))
+  assert code == 0, err
+  return run_dir / 'eval' / 'samples' / FOLDER / '8.jsonl', out
+
+
+def test_every_sample_is_there_with_its_settings(undisturbed, run_dir):
+  path, out = undisturbed
+  got = in_order(path)
+  assert [(line['problem'], line['sample']) for line in got] == [(p, s) for p in range(PROBLEMS) for s in range(N)]
+  assert all(line.keys() == {'problem', 'sample', 'text', 'answer', 'verdict', 'logp', 'tokens', 'finish', 'group'}
+             for line in got)
+  assert all(1 <= line['tokens'] <= 24 and line['logp'] <= 0 and line['finish'] in ('stop', 'length') for line in got)
+  about = json.loads(path.with_suffix('.json').read_text())
+  assert about['benchmark'] == URI and about['checkpoint'] == str(run_dir / 'checkpoints' / '8')
+  want = dict(step=8, parent='', n=N, problems=PROBLEMS, temperature=0.7, top_p=0.95, top_k=0, max_new_tokens=24,
+              seed=0)
+  assert {key: about[key] for key in want} == want and len(about['data_sha256']) == 64
+  assert f'problem {PROBLEMS} of {PROBLEMS}' in out
+  avg = 100 * np.mean([line['verdict'] == 'right' for line in got])
+  assert f'Avg@{N}' in out and f'{avg:.1f} [' in out
+  assert collect(got).score_PN.shape == (PROBLEMS, N)
+
+
+def test_killed_and_started_again_gives_the_same_samples(undisturbed, run_dir):
+  path = undisturbed[0]
+  want = in_order(path)
+  path.unlink()
+  process = start(run_dir)
+  while process.poll() is None and (not path.exists() or path.read_text().count('\n') < 5 * N):
+    time.sleep(0.005)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  kept = lines(path)
+  assert 5 * N <= len(kept) < PROBLEMS * N
+  # A kill in the middle of a write can leave less than a line, and less than a problem.
+  path.write_text(''.join(json.dumps(line) + '\n' for line in kept[1:]) + '{"problem": 29, "sam')
+  code, out, err = finish(start(run_dir))
+  assert code == 0, err
+  assert in_order(path) == want
+  assert lines(path)[: len(kept) - N] == kept[N:]  # what was whole wasn't drawn again
+  assert table(out) == table(undisturbed[1])
+
+
+def table(out):
+  return out[out.index('benchmark'):]
+
+
+def opened(run_dir, **overrides):
+  """The samples of checkpoint 8 as the command finds them."""
+  [subject] = settings.find_subjects(str(run_dir))
+  config = settings.configure(subject)
+  config.eval.sample.update({'problems': PROBLEMS, 'samples': N, 'max_new_tokens': 24, 'rows': 4, **overrides})
+  run = settings.eval_run(config, subject)
+  return generate.SampleFile(subject, open_benchmark(URI, run.eval.sample), run)
+
+
+def test_other_settings_are_not_mixed_in(undisturbed, run_dir):
+  before = undisturbed[0].read_text()
+  assert opened(run_dir).missing == [] and opened(run_dir, rows=8).missing == []
+  for setting, message in ((dict(temperature=1.0), 'temperature = 0.7, now 1.0'), (dict(samples=8), 'n = 4, now 8'),
+                           (dict(prompt='Say {question}\n'), 'data_sha256 = '), (dict(seed=1), 'seed = 0, now 1')):
+    with pytest.raises(settings.EvalError, match=message):
+      opened(run_dir, **setting)
+  with pytest.raises(settings.UserError, match='config.eval.sample.top_p must be in'):
+    opened(run_dir, top_p=0.0)
+  assert undisturbed[0].read_text() == before
+
+
+def test_a_sample_is_judged_as_it_is_stored(run_dir):
+  [subject] = settings.find_subjects(str(run_dir))
+  tokenizer = Tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
+  task = Task('id', 'Q', 'Question: Q\nSolution:', '1/2', 'math', 'line')
+  texts = [' so\nAnswer: 0.5\n', ' hm\nAnswer: 3', ' hm', ' hm\nAnswer: 1/2']
+  tokens = [[*tokenizer.encode(text), *([tokenizer.eos] if i else [])] for i, text in enumerate(texts)]
+  group = [Sample(7, i, np.array(ids), np.full(3, -0.5, np.float32), 'eos' if i else 'length')
+           for i, ids in enumerate(tokens)]
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    got = generate.judged(group, task, tokenizer, verifier)
+  assert [line['text'] for line in got] == texts
+  assert [line['answer'] for line in got] == ['0.5', '3', None, '1/2']
+  assert [line['verdict'] for line in got] == ['right', 'wrong', 'wrong', 'right']
+  assert [line['group'] for line in got] == [0, 1, -1, 0]
+  assert [line['finish'] for line in got] == ['length', 'stop', 'stop', 'stop']
+  assert {line['logp'] for line in got} == {-1.5} and {line['problem'] for line in got} == {7}
+
+
+def test_classes_of_answers_are_those_of_the_verifier():
+  math = Task('id', 'Q', 'Q', r'\frac{\sqrt{2}}{2}', 'math', 'boxed')
+  answers = [r'\frac{1}{\sqrt{2}}', 'x+1', None, '1+x', '7', '7.0', r'\sqrt{2}/2', 'x + 2', '$7$']
+  verdicts = [Verdict.RIGHT if 'sqrt' in (a or '') else Verdict.WRONG for a in answers]
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    assert generate.answer_classes(answers, verdicts, math, verifier) == [0, 1, -1, 1, 2, 2, 0, 3, 2]
+    exact = dataclasses.replace(math, verifier='exact')
+    assert generate.answer_classes(['7', '7.0', '7'], [Verdict.WRONG] * 3, exact, verifier) == [0, 1, 0]
+
+
+def test_a_boxed_answer_to_a_question_of_its_own_does_not_count():
+  task = Task('id', 'Q', 'Question: 1+1\nSolution: 2\n\nQuestion: Q\nSolution:', '5', 'math', 'boxed')
+  own = ' \\boxed{5}\n\nQuestion: other\nSolution: \\boxed{6}'
+  assert generate.up_to_next_question(own, task) == ' \\boxed{5}\n'
+  assert generate.up_to_next_question(own, dataclasses.replace(task, answer_format='line')) == own
+
+
+def test_made_up_problems_are_ones_that_rl_never_sees(run_dir):
+  from rl.tasks import TaskConfig, TaskSet
+
+  [subject] = settings.find_subjects(str(run_dir))
+  c = dataclasses.replace(settings.eval_run(settings.configure(subject), subject).eval.sample, problems=20)
+  asked = open_benchmark('reasoning:chain_sum', c).tasks
+  trained = TaskSet(TaskConfig('reasoning:chain_sum', held_out_fraction=c.held_out_fraction))
+  assert not {task.id for task in asked} & {trained[i].id for i in range(2000)}
+  config = settings.configure(subject)
+  config.eval.sample.held_out_fraction = 0.3
+  subject = dataclasses.replace(subject, meta={'config': {**subject.meta['config'], 'rl': {
+    'task': {'held_out_fraction': 0.2}}}})
+  with pytest.raises(settings.UserError, match='held_out_fraction must be at most 0.2'):
+    settings.eval_run(config, subject)

@@ -1,0 +1,185 @@
+"""The harness hears from our model what it hears from the same weights in Hugging Face's format."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip('lm_eval', reason='pip install -e .[lm_eval]')
+
+import jax
+import jax.numpy as jnp
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+import model
+from configs.load import UserError
+from eval import config as settings
+from eval import lm_harness
+from eval.__main__ import main
+from train.checkpoint import restore_weights
+
+MULTIPLE_CHOICE = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: SUMS, train: SUMS}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "Question: {{question}}\\nSolution:"
+doc_to_target: "{{label}}"
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ROLLING = """
+task: texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: SUMS}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+CONTEXTS = ['', 'Question: what is 3 + 4?\nSolution:', 'Question: 3 + 4 ', '3  ', 'Question: ' + '12 - 7 + ' * 12,
+            'é▁</s>']
+CONTINUATIONS = [' 7', 'Answer: 12\n', '▁ü', 'a', ' 5 + 5 = 10 + 7']
+
+
+def requests(kind, arguments):
+  return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+PAIRS = requests('loglikelihood', [(a, b) for a in CONTEXTS for b in CONTINUATIONS])
+TEXTS = requests('loglikelihood_rolling', [('What is 3 + 4?',), ('x',), ('12 - 7 + ' * 30,), ('é▁ü </s>\n\n' * 9,)])
+
+
+@pytest.fixture(scope='module')
+def ours(run_dir):
+  """As the harness makes it from its name."""
+  made = get_model('betarank').create_from_arg_string(f'checkpoint={run_dir},eval.sample.rows=8', {'batch_size': 8})
+  assert isinstance(made, lm_harness.Betarank) and made._run.eval.sample.rows == 8
+  return made
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Tasks of our own."""
+  path = tmp_path_factory.mktemp('tasks')
+  questions = [{'question': f'What is {i} + {i + 2}?' + ' and then' * i, 'choices': [f' {i}', f' {2 * i + 2}', ' no'],
+                'label': 1} for i in range(8)]
+  (path / 'sums.jsonl').write_text(''.join(json.dumps(q) + '\n' for q in questions))
+  for name, text in (('sums', MULTIPLE_CHOICE), ('texts', ROLLING)):
+    (path / f'{name}.yaml').write_text(text.replace('SUMS', str(path / 'sums.jsonl')))
+  return path
+
+
+def test_likelihoods_are_those_of_all_logits(ours, run_dir):
+  run, tokenizer = ours._run, ours._tokens
+  _, shapes, _ = model.abstract(run.model)
+  [subject] = settings.find_subjects(str(run_dir))
+  params = restore_weights(subject.path, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))[0]
+
+  @jax.jit
+  def logits(x):
+    hidden = model.forward(run.model, params, x, jnp.arange(x.shape[1])[None], jnp.ones_like(x))[0]
+    return hidden[0] @ model.head(run.model, params)
+
+  def brute(tokens, count):
+    """The last `count` tokens given those before; what comes after them can't matter."""
+    after = [7] * (ours.max_length + 1 - len(tokens))
+    z = np.asarray(logits(jnp.array([[*tokens[:-1], *after]])), np.float64)
+    logp = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+    at = np.arange(len(tokens) - 1)[-count:]
+    return logp[at, tokens[-count:]].sum(), bool((logp[at].argmax(-1) == tokens[-count:]).all())
+
+  for request, (logp, is_greedy) in zip(PAIRS, ours.loglikelihood(PAIRS)):
+    context, continuation = request.args
+    whole = [tokenizer.bos, *tokenizer.encode(context + continuation)]
+    count = len(whole) - 1 - len(tokenizer.encode(context.rstrip()))
+    want = brute(whole[-(ours.max_length + 1):], count)
+    np.testing.assert_allclose(logp, want[0], atol=1e-4)
+    assert is_greedy == want[1]
+  for request, got in zip(TEXTS, ours.loglikelihood_rolling(TEXTS)):
+    whole, size = [tokenizer.bos] * 2 + tokenizer.encode(request.args[0]).tolist(), ours.max_length
+    parts = [(whole[:size + 1], min(size, len(whole) - 1))]
+    for start in range(size + 1, len(whole), size):  # what a later window has no new tokens for, it fills with old ones
+      end = min(start + size, len(whole))
+      parts.append((whole[end - size - 1:end], end - start))
+    np.testing.assert_allclose(got, sum(brute(*part)[0] for part in parts), atol=1e-4)
+
+
+def test_texts_end_where_the_task_says(ours):
+  question = 'Question: what is 3 + 4?\nSolution:'
+  asked = [dict(max_gen_toks=6), dict(max_gen_toks=6, until=[]), dict(until=['Q'], max_gen_toks=3)]
+  whole, again, short = ours.generate_until(requests('generate_until', [(question, a) for a in asked]))
+  assert whole == again and whole.startswith(short)
+  tokens = ours.tok_encode(question)
+  for _ in range(6):
+    likely = ours._score([(None, tokens, [t]) for t in range(384)])
+    tokens.append(max(range(384), key=lambda t: likely[t][0]))
+  assert whole == ours._tokens.decode(tokens[-6:])
+  [cut] = ours.generate_until(requests('generate_until', [(question, dict(max_gen_toks=6, until=whole[2]))]))
+  assert cut == whole[: whole.index(whole[2])]
+  hot = dict(max_gen_toks=6, do_sample=True, temperature=2.0)
+  drawn = ours.generate_until(requests('generate_until', [(question, hot), (question + ' ', hot)]))
+  assert drawn[0] != whole and drawn == ours.generate_until(
+    requests('generate_until', [(question, hot), (question + ' ', hot)]))
+
+
+@pytest.mark.parametrize('asked, message', [
+  (dict(num_beams=4), 'num_beams=4, which the sampler doesn\'t know'),
+  (dict(max_gen_toks=32), 'leaves no room for its question in max_length = 32'),
+  (dict(max_gen_toks=4, do_sample=True, temperature=1.0, top_p=2.0), 'top_p must be in'),
+])
+def test_what_the_sampler_cannot_do_is_refused(ours, asked, message):
+  with pytest.raises(UserError, match=message) as error:
+    ours.generate_until(requests('generate_until', [('x', asked)]))
+  assert '\n' not in str(error.value)
+
+
+def test_the_command_writes_what_the_harness_finds(run_dir, folder, monkeypatch, capsys):
+  command = ['eval', 'harness', f'--checkpoint={run_dir}', '--tasks=sums,texts', '--limit=6',
+             f'--include_path={folder}']
+  monkeypatch.setattr('sys.argv', command)
+  main()
+  path = run_dir / 'eval' / 'harness' / 'sums+texts' / '8.json'
+  found = json.loads(path.read_text())
+  assert found['step'] == 8 and found['tasks'] == ['sums', 'texts'] and found['limit'] == 6
+  assert 0 <= found['results']['sums']['acc,none'] <= 1 and found['results']['texts']['bits_per_byte,none'] > 0
+  assert 'word_perplexity' in capsys.readouterr().out
+  main()
+  assert 'is there already' in capsys.readouterr().out
+  monkeypatch.setattr('sys.argv', [*command[:3], '--tasks=hellaswagg'])
+  with pytest.raises(UserError, match='--tasks=hellaswagg: no such task; did you mean hellaswag.'):
+    main()
+
+
+def test_hugging_face_says_the_same(ours, run_dir, folder, tmp_path, monkeypatch):
+  """The weights, exported, in the harness's own model for transformers."""
+  for name in ('torch', 'transformers', 'accelerate', 'safetensors'):
+    pytest.importorskip(name)
+  import lm_eval
+  from lm_eval.models.huggingface import HFLM
+  from lm_eval.tasks import TaskManager
+
+  from model.hf import export
+
+  export(str(run_dir), str(tmp_path / 'hf'))
+  theirs = HFLM(pretrained=str(tmp_path / 'hf'), device='cpu', dtype='float32', batch_size=4)
+  assert theirs.max_length == ours.max_length and theirs.prefix_token_id == ours.prefix_token_id
+  for mine, other in zip(ours.loglikelihood(PAIRS), theirs.loglikelihood(PAIRS), strict=True):
+    assert mine[0] == pytest.approx(other[0], abs=1e-4) and mine[1] == other[1]
+  assert ours.loglikelihood_rolling(TEXTS) == pytest.approx(theirs.loglikelihood_rolling(TEXTS), abs=1e-4)
+  # Bytes that are no character are written differently there.
+  monkeypatch.setattr(ours._tokens, 'decode', lambda ids: theirs.tok_decode(ids.tolist()))
+  drawn = [requests('generate_until', [(c, dict(until=['\n'], max_gen_toks=9)) for c in CONTEXTS[1:]]) for _ in '12']
+  assert ours.generate_until(drawn[0]) == theirs.generate_until(drawn[1])
+  manager = TaskManager(include_path=str(folder))
+  found = [lm_eval.simple_evaluate(lm, tasks=['sums', 'texts'], num_fewshot=shots, task_manager=manager,
+                                   bootstrap_iters=0) for lm in (ours, theirs) for shots in (0, 2)]
+  for mine, other in zip(found[:2], found[2:]):
+    for task in ('sums', 'texts'):
+      a, b = ([s['resps'] for s in x['samples'][task]] for x in (mine, other))
+      assert len(a) == 8
+      np.testing.assert_allclose(np.array(a, np.float64), np.array(b, np.float64), atol=1e-4)

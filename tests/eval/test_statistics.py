@@ -1,0 +1,128 @@
+"""Intervals cover what they say, p-values agree with them, corrections are the textbook's."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from eval import statistics
+
+DRAWS = {  # kind -> (per-problem scores of P problems, their true mean)
+  'hard': (lambda rng, P: rng.binomial(128, rng.beta(0.3, 2, P)) / 128, 0.3 / 2.3),
+  'middling': (lambda rng, P: rng.binomial(128, rng.beta(0.4, 0.4, P)) / 128, 0.5),
+  'greedy': (lambda rng, P: (rng.random(P) < 0.4) * 1.0, 0.4),
+}
+
+
+def covered(draw, truth, trials, **settings):
+  rng = np.random.default_rng(1)
+  hits = []
+  for _ in range(trials):
+    found = statistics.bootstrap_interval(draw(rng), resamples=500, **settings)
+    hits.append(found.low <= truth <= found.high)
+  return np.mean(hits)
+
+
+@pytest.mark.parametrize('kind', DRAWS)
+@pytest.mark.parametrize('problems', [30, 100])
+def test_the_interval_over_problems_covers_95_percent(kind, problems):
+  draw, truth = DRAWS[kind]
+  assert 0.93 <= covered(lambda rng: draw(rng, problems), truth, 1500, bounds=(0, 1)) <= 0.97
+
+
+def seeds_and_problems(rng, seeds, problems, seed_sd, problem_sd=0.3, rest_sd=0.1):
+  return (rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, problem_sd, (1, problems))
+          + rng.normal(0, rest_sd, (seeds, problems)))
+
+
+@pytest.mark.parametrize(('seeds', 'seed_sd'), [(3, 0.1), (3, 0.3), (5, 0.1), (2, 0.2)])
+def test_the_interval_over_seeds_and_problems_covers_at_least_95_percent(seeds, seed_sd):
+  draw = lambda rng: seeds_and_problems(rng, seeds, 40, seed_sd)
+  assert 0.93 <= covered(draw, 0.0, 1500) <= 0.98  # a little more than nominal, by design
+  # Left alone, problems miss what seeds add; that is why they are a level of their own.
+  pooled = covered(lambda rng: draw(rng).mean(0), 0.0, 300)
+  assert pooled < 0.93
+
+
+def test_paired_differences_cover_and_are_narrower_than_unpaired():
+  rng = np.random.default_rng(2)
+  hits, narrower = [], []
+  for _ in range(1000):
+    level_P = rng.beta(0.5, 1, 30)
+    a, b = (np.clip(level_P + rng.normal(0, 0.05, 30), 0, 1) for _ in range(2))
+    found = statistics.paired_difference(a, b, bounds=(-1, 1), resamples=500)
+    alone = statistics.bootstrap_interval(a, bounds=(0, 1), resamples=500)
+    hits.append(found.low <= 0 <= found.high)
+    narrower.append(found.high - found.low < alone.high - alone.low)
+  assert 0.93 <= np.mean(hits) <= 0.97
+  assert np.mean(narrower) > 0.99
+
+
+def test_p_value_and_interval_agree_and_p_is_uniform_without_an_effect():
+  rng = np.random.default_rng(3)
+  p_values = []
+  for _ in range(800):
+    found = statistics.bootstrap_interval(seeds_and_problems(rng, 3, 25, 0.2) + rng.choice([0, 0.6]), resamples=300)
+    assert found.excludes_zero == (found.p_value <= 0.05)
+  for _ in range(800):
+    p_values.append(statistics.bootstrap_interval(rng.normal(size=30), resamples=300).p_value)
+  for alpha in (0.05, 0.2, 0.5):
+    assert np.mean(np.array(p_values) <= alpha) == pytest.approx(alpha, abs=3 * math.sqrt(alpha * (1 - alpha) / 800))
+
+
+def test_the_smallest_detectable_difference_is_detected_four_times_in_five():
+  rng = np.random.default_rng(4)
+  settings = dict(resamples=400)
+  typical = np.mean([statistics.bootstrap_interval(rng.normal(size=40), **settings).smallest_detectable
+                     for _ in range(100)])
+  seen = [statistics.bootstrap_interval(rng.normal(typical, 1, 40), **settings).excludes_zero for _ in range(600)]
+  assert 0.74 <= np.mean(seen) <= 0.88
+
+
+def test_the_same_seed_repeats_and_missing_problems_are_counted():
+  values = np.array([0.1, 0.4, np.nan, 0.9, 0.2])
+  found = statistics.bootstrap_interval(values, seed=7)
+  assert found == statistics.bootstrap_interval(values, seed=7)
+  assert found.problems == 4 and found.left_out == 1 and found.mean == pytest.approx(0.4)
+  with pytest.raises(ValueError, match='no problem has a value'):
+    statistics.bootstrap_interval(np.array([np.nan, np.nan]))
+  with pytest.raises(ValueError, match='same problems'):
+    statistics.paired_difference(np.zeros(3), np.zeros(4))
+
+
+def test_problems_that_are_all_alike_are_not_certainty():
+  """30 problems unsolved: a share of 1 - 0.05^(1/30) solvable ones would still be missed 1 time in 20."""
+  found = statistics.bootstrap_interval(np.zeros(30), bounds=(0, 1))
+  assert found.low == 0 and found.high == pytest.approx(1 - 0.05 ** (1 / 30)) and found.p_value == 1
+  assert statistics.paired_difference(np.ones(2), np.zeros(2), bounds=(-1, 1)).p_value == 0.5  # a coin says as much
+  assert statistics.paired_difference(np.ones(20), np.zeros(20), bounds=(-1, 1)).p_value < 1e-5
+  one = statistics.bootstrap_interval(np.array([0.3]), bounds=(0, 1))
+  assert one.p_value == 1 and one.low < 0.02 and one.high > 0.95
+
+
+def test_a_difference_on_one_problem_alone_is_never_a_finding():
+  values = np.zeros(30)
+  values[4] = 1.0
+  found = statistics.paired_difference(values, np.zeros(30), bounds=(-1, 1))
+  assert not found.excludes_zero and found.p_value > 0.3
+  assert found.high < 0.5  # and yet all but one of the problems say that it is small
+
+
+def test_figures_without_problems_get_students_t_over_seeds():
+  found = statistics.over_seeds(np.array([1.0, 2.0, 3.0, math.nan]))
+  want = stats.ttest_1samp([1.0, 2.0, 3.0], 0)
+  assert (found.low, found.high) == pytest.approx(tuple(want.confidence_interval()))
+  assert found.p_value == pytest.approx(want.pvalue) and found.seeds == 3 and found.left_out == 1
+  one = statistics.over_seeds(np.array([2.0]))
+  assert one.mean == 2 and math.isnan(one.low) and math.isnan(one.p_value) and not one.excludes_zero
+  assert statistics.over_seeds(np.zeros(3)).p_value == 1
+  with pytest.raises(ValueError, match='no seed'):
+    statistics.over_seeds(np.array([math.nan]))
+
+
+def test_holm():
+  np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+  np.testing.assert_allclose(statistics.holm([0.5, math.nan, 0.01]), [0.5, math.nan, 0.02])
+  np.testing.assert_allclose(statistics.holm([0.9, 0.8]), [1, 1])
+  assert statistics.holm([]).shape == (0,)
