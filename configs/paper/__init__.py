@@ -1,0 +1,92 @@
+"""What the five models of arXiv 2512.22955 share: the stages, the five objectives, and the sweep.
+
+The paper's text wasn't at hand for all of it. A value marked "open" is one it leaves open or that couldn't be found:
+what stands here is then a usual choice, not the paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.load import ConfigError, suggestion
+
+# Section 4 of the paper: single seeds, no combinations, top k = 100 only.
+OBJECTIVES = {
+  'ce': dict(),
+  'beta_low': dict(beta=-0.25),  # global low entropy: precision
+  'beta_high': dict(beta=0.5),  # global high entropy: diversity
+  'tail': dict(lambda_tail=-0.1),  # punishes what is ranked below the top 100: local precision
+  'head': dict(lambda_head=0.1),  # rewards wrong tokens among the top 100: local diversity
+}
+STAGES = ('pretrain', 'midtrain', 'rl')
+
+
+def parse(arg: str | None):
+  """`stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`."""
+  a = common.parse(arg, stage='pretrain', objective='ce', seed=0)
+  for name, known in (('stage', STAGES), ('objective', OBJECTIVES)):
+    value = getattr(a, name)
+    if value not in known:
+      raise ConfigError(f'config argument {name}={value}: must be one of {", ".join(known)}{suggestion(value, known)}')
+  return a
+
+
+def base(a) -> ConfigDict:
+  """Everything but the model's shape and its place on chips."""
+  c = common.base()
+  c.seed = a.seed
+  # Open: tokenizer and vocabulary. Qwen's size with tied embeddings and heads of 128 gives the models' names.
+  c.model.update(vocab_size=151_936, head_dim=128, tied_embeddings=True, remat='full')
+  c.objective.update(top_k=100, **OBJECTIVES[a.objective])
+  mid = 'pretrain' if a.stage == 'pretrain' else 'midtrain'
+  c.data.dir = f'runs/data/paper/{mid}'
+  c.data.tokenizer = '' if a.stage == 'pretrain' else 'runs/data/paper/pretrain/tokenizer.model'
+  # Open: corpora and mixture. Pre-training was mostly general knowledge, mid-training much more reasoning.
+  c.data.sources.main.update(uri=f'parquet:corpus/{mid}/*.parquet', max_documents=0)
+  c.optimizer.update(lr=3e-4, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8)  # open: b1, b2, eps
+  c.checkpoint.update(every_steps=500, keep=2, keep_every_steps=5000)
+  c.log.update(every_steps=10, eval_every_steps=1000)
+  {'pretrain': _pretrain, 'midtrain': _midtrain, 'rl': _rl}[a.stage](c)
+  return c
+
+
+def _pretrain(c):
+  """500B tokens in batches of 16M (31 thousand steps): warm-up, then a constant rate; the decay is mid-training."""
+  c.train.update(tokens=500_000_000_000, batch_size=4096)
+  c.data.sequence_length = 4096
+  c.model.rope_base = 1e4
+  c.optimizer.update(warmup_steps=2000, decay_fraction=0.0)
+
+
+def _midtrain(c):
+  """100B tokens at 16k context, the rate falling from 3e-4 to 3e-5. Open: the fall's shape (linear here), whether the
+  optimizer's moments are kept (no), and whether the shaped objective goes on (here it does; objective=ce for not).
+  """
+  c.train.update(tokens=100_000_000_000, batch_size=1024)
+  c.data.sequence_length = 16_384
+  c.model.rope_base = 1e6
+  c.optimizer.update(warmup_steps=0, decay_fraction=1.0, final_lr=3e-5)
+
+
+def _rl(c):
+  """GRPO with clip-higher and dynamic sampling, 16 answers to each of 128 prompts, 700 steps at 8k, then 16k."""
+  c.train.init_from = 'runs/paper/midtrain'  # which run to start from: --config.train.init_from=
+  c.data.sequence_length = 16_384
+  c.model.rope_base = 1e6
+  c.optimizer.update(lr=1e-6, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)  # open: weight decay
+  c.checkpoint.every_steps = 100
+  c.log.update(every_steps=1, eval_every_steps=100)
+  c.rl = common.rl()
+  # Open: prompts and verifier. Math with verifiable answers; a row is {"question": ..., "answer": ...}.
+  c.rl.task.update(uri='jsonl:corpus/math/*.jsonl', answer_format='boxed')
+
+
+def arms(add, seeds=1, stages=STAGES):
+  """The sweep of a file: every objective, through all stages. The paper ran single seeds; set more for a spread."""
+  for seed in range(seeds):
+    for changed in OBJECTIVES.values():
+      objective = {f'objective.{key}': value for key, value in (changed or dict(beta=0.0)).items()}
+      point = add(arg='stage=pretrain', seed=seed, **objective)
+      if 'midtrain' in stages:
+        point = add(arg='stage=midtrain', after=point, seed=seed, **objective)
+      if 'rl' in stages:
+        add(stage='rl', arg='stage=rl', after=point, seed=seed)

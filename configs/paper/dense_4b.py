@@ -1,0 +1,35 @@
+"""Dense 4B (4.02B parameters, Qwen3-4B's shape): all three stages.
+
+    python -m launch.plan --config=configs/paper/dense_4b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    python -m data prepare --config=configs/paper/dense_4b.py
+    python -m train --config=configs/paper/dense_4b.py:objective=beta_low --workdir=gs://BUCKET/dense_4b/pretrain
+    python -m train --config=configs/paper/dense_4b.py:objective=beta_low,stage=midtrain \
+        --config.train.init_from=gs://BUCKET/dense_4b/pretrain --workdir=gs://BUCKET/dense_4b/midtrain
+    python -m rl --config=configs/paper/dense_4b.py:stage=rl \
+        --config.train.init_from=gs://BUCKET/dense_4b/midtrain --workdir=gs://BUCKET/dense_4b/rl
+
+The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
+has the paper's values and those that it leaves open; docs/plans.md has chips, memory and predicted time.
+
+The paper, average of 19 benchmarks after pre-training: 43.11 (beta_low), 42.62 (ce), 42.44 (beta_high), 42.48
+(tail); after mid-training 52.76, 52.75, 52.23, 53.00; after RL, Avg@128 of six math sets: 21.34, 20.49, 21.37, 21.25,
+21.19 (head).
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+  a = paper.parse(arg)
+  c = paper.base(a)
+  c.model.update(layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8, remat='full')
+  c.train.mesh.update(fsdp=-1, data=1)  # 256 chips split the width 10 rows each
+  if a.stage == 'rl':
+    c.rl.update(rows=256, microbatches=8)
+  else:
+    c.train.microbatches = 4
+  return c
+
+
+def sweep(add):
+  paper.arms(add, stages=paper.STAGES)

@@ -1,0 +1,29 @@
+"""MoE 5B-A0.3B (4.80B parameters, 0.26B active besides the embedding): pre-training only.
+
+    python -m launch.plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    python -m data prepare --config=configs/paper/moe_5b_a0p3b.py
+    python -m train --config=configs/paper/moe_5b_a0p3b.py:objective=beta_low --workdir=gs://BUCKET/moe_5b_a0p3b/pretrain
+
+The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
+has the paper's values and those that it leaves open; docs/plans.md has chips, memory and predicted time.
+
+The paper gives no figures for this size.
+"""
+
+from configs import paper
+
+
+def get_config(arg=None):
+  a = paper.parse(arg)
+  c = paper.base(a)
+  c.model.update(layers=12, d_model=1024, heads=32, kv_heads=4, remat='full')
+  # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
+  c.model.moe.update(experts=384, experts_per_token=12, d_expert=320, router='sigmoid', bias_rate=1e-3)
+  c.train.mesh.update(fsdp=-1, expert=16)  # 24 experts a chip
+  if a.stage != 'rl':
+    c.train.microbatches = 16
+  return c
+
+
+def sweep(add):
+  paper.arms(add, stages=('pretrain',))

@@ -1,0 +1,57 @@
+"""What the sweeps share: the model by its size, and the stages that an arm goes through.
+
+    python -m launch.sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
+    python -m launch.sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
+"""
+
+from types import SimpleNamespace
+
+from ml_collections import ConfigDict
+
+from configs import common, load, rl_smoke, smoke
+from configs.load import ConfigError, suggestion
+
+SIZES = {  # and the stages of each; the paper's two smallest models were pre-trained only
+  'smoke': ('pretrain', 'rl'),
+  'dense_1b': ('pretrain',),
+  'dense_4b': ('pretrain', 'midtrain', 'rl'),
+  'moe_5b_a0p3b': ('pretrain',),
+  'moe_10b_a0p5b': ('pretrain', 'midtrain', 'rl'),
+  'moe_20b_a1b': ('pretrain', 'midtrain', 'rl'),
+}
+
+
+def parse(arg: str | None, seeds: int) -> SimpleNamespace:
+  """size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, and tokens=N (0: the size's own) for a trial."""
+  a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
+  if a.size not in SIZES:
+    raise ConfigError(f'config argument size={a.size}: must be one of {", ".join(SIZES)}{suggestion(a.size, SIZES)}')
+  if a.stage not in SIZES[a.size]:
+    raise ConfigError(f'config argument stage={a.stage}: {a.size} has {", ".join(SIZES[a.size])}')
+  return a
+
+
+def config(a: SimpleNamespace) -> ConfigDict:
+  """The experiment of this size and stage, before an arm changes it."""
+  if a.size != 'smoke':
+    c = load.read(f'configs/paper/{a.size}.py:stage={a.stage}')
+  elif a.stage == 'rl':
+    c = rl_smoke.get_config()
+  else:
+    c = smoke.get_config()
+  if a.tokens and a.stage != 'rl':
+    c.train.tokens = a.tokens
+  return c
+
+
+def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
+  """One arm: every stage of the size for every seed, and at its end what the checkpoint thinks of held-out tokens."""
+  changed = {f'objective.{name}': value for name, value in objective.items()}
+  for seed in range(a.seeds):
+    point = ''
+    for stage in SIZES[a.size]:
+      if stage == 'rl':
+        point = add(stage='rl', arg='stage=rl', after=point, seed=seed)
+      else:
+        point = add(arg=f'stage={stage}', after=point, seed=seed, **changed)
+    add(stage='probe', after=point)

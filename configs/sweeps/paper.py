@@ -1,0 +1,18 @@
+"""The paper's five objectives (arXiv 2512.22955, section 4), through every stage of the size.
+
+    python -m launch.sweep --config=configs/sweeps/paper.py --root=runs/paper --parallel=2
+
+The paper ran single seeds; seeds=N for a spread.
+"""
+
+from configs import paper, sweeps
+
+
+def get_config(arg=None):
+  return sweeps.config(sweeps.parse(arg, seeds=1))
+
+
+def sweep(add, arg):
+  a = sweeps.parse(arg, seeds=1)
+  for objective in paper.OBJECTIVES.values():
+    sweeps.chain(add, a, objective or dict(beta=0.0))

@@ -1,0 +1,18 @@
+"""Plain cross-entropy and the paper's two winners over five seeds: how far arms differ by chance.
+
+    python -m launch.sweep --config=configs/sweeps/seeds.py --root=runs/seeds --parallel=2
+
+The paper has single seeds; its gaps are 0.5 to 2 points.
+"""
+
+from configs import paper, sweeps
+
+
+def get_config(arg=None):
+  return sweeps.config(sweeps.parse(arg, seeds=5))
+
+
+def sweep(add, arg):
+  a = sweeps.parse(arg, seeds=5)
+  for name in ('ce', 'beta_low', 'tail'):
+    sweeps.chain(add, a, paper.OBJECTIVES[name] or dict(beta=0.0))

@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# What launch/tpu.sh asks of a worker of a slice; it runs there, from the home folder.
+#
+#   setup                 Python and the pinned packages into betarank-venv, again only if they change
+#   start ID COMMAND...   in a tmux session, so that a dropped ssh doesn't end it; its output goes to betarank-run/log
+#   state ID              one line: betarank-state none|running|done|stopped|failed CODE|lost|other
+#   stop                  SIGTERM (the run saves and ends); returns when it has ended
+#   log [LINES]
+#
+# ID says which command a state is about; an empty one, whichever there is.
+set -euo pipefail
+
+tree=$(cd "$(dirname "$0")/.." && pwd)
+home=$(dirname "$tree")
+run=$home/betarank-run venv=$home/betarank-venv
+grace=${STOP_GRACE_S:-600} # a checkpoint of a large model takes minutes
+
+alive() { [ -f "$run/pid" ] && kill -0 "$(cat "$run/pid")" 2>/dev/null; }
+
+case $1 in
+  setup)
+    wanted=$(cat "$tree/setup.py" "$tree/launch/constraints.txt" | cksum)
+    if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+      command -v tmux >/dev/null || sudo apt-get install --yes --quiet tmux
+      python3 -m pip install --quiet --user uv # it brings the Python that the image may not have
+      python3 -m uv venv --quiet --clear --python 3.12 "$venv"
+      python3 -m uv pip install --quiet --python "$venv/bin/python" --constraint "$tree/launch/constraints.txt" \
+        -e "${tree}[tpu]"
+      echo "$wanted" >"$venv/installed"
+    fi
+    ;;
+  start)
+    if alive; then
+      echo 'error: a command is running already; stop it first' >&2
+      exit 1
+    fi
+    mkdir -p "$run"
+    rm -f "$run/exit" "$run/pid"
+    echo "$2" >"$run/id"
+    printf '%q ' "${@:3}" >"$run/command"
+    tmux kill-session -t betarank 2>/dev/null || true
+    tmux new-session -d -s betarank -c "$tree" bash "$tree/launch/worker.sh" child
+    for _ in $(seq 100); do
+      [ ! -f "$run/pid" ] || exit 0
+      sleep 0.1
+    done
+    echo 'error: tmux started nothing' >&2
+    exit 1
+    ;;
+  child)
+    export PATH="$venv/bin:$PATH" PYTHONUNBUFFERED=1
+    eval "set -- $(cat "$run/command")" # as start quoted it
+    echo "\$ $(cat "$run/command")" >>"$run/log"
+    before=$(stat --format=%s "$run/log")
+    "$@" >>"$run/log" 2>&1 &
+    echo $! >"$run/pid"
+    code=0
+    wait $! || code=$?
+    # A run that was asked to stop ends well, but isn't through.
+    if [ "$code" = 0 ] && tail -c "+$((before + 1))" "$run/log" | grep -q '^asked to stop: '; then code=stopped; fi
+    echo "$code" >"$run/exit"
+    ;;
+  state)
+    if [ ! -f "$run/id" ]; then
+      state=none
+    elif [ -n "${2:-}" ] && [ "$2" != "$(cat "$run/id")" ]; then
+      state=none
+      if alive; then state=other; fi
+    elif [ -f "$run/exit" ]; then
+      case $(cat "$run/exit") in
+        0) state='done' ;;
+        stopped) state=stopped ;;
+        *) state="failed $(cat "$run/exit")" ;;
+      esac
+    elif alive; then
+      state=running
+    else
+      state=lost # the machine was restarted, or the session killed
+    fi
+    echo "betarank-state $state"
+    ;;
+  stop)
+    if alive; then
+      kill -TERM "$(cat "$run/pid")"
+      for _ in $(seq "$grace"); do
+        alive || exit 0
+        sleep 1
+      done
+      kill -KILL "$(cat "$run/pid")"
+    fi
+    ;;
+  log) tail -n "${2:-100}" "$run/log" ;;
+  *)
+    echo "error: $1: no such verb" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,119 @@
+"""A `gcloud` of one's own: records its calls, keeps slices as folders, and runs on their workers what ssh is told to.
+
+STUB/calls.jsonl           every command line
+STUB/fail.json             [{"match": text of a command line, "stderr": ..., "code": 1, "times": 1}, ...]
+STUB/nodes/NAME/state      READY, PREEMPTED, ...; a queued resource is STUB/queued/NAME
+STUB/nodes/NAME/0, 1, ...  the workers' home folders, STUB/workers of them (1 if there is no such file)
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+STUB = pathlib.Path(os.environ['STUB'])
+
+
+def main(argv):
+  with open(STUB / 'calls.jsonl', 'a') as calls:
+    fcntl.flock(calls, fcntl.LOCK_EX)
+    calls.write(json.dumps(argv) + '\n')
+  text, rules = ' '.join(argv), STUB / 'fail.json'
+  for rule in (plan := json.loads(rules.read_text()) if rules.exists() else []):
+    if rule['match'] in text and rule.get('times', 1):
+      rule['times'] = rule.get('times', 1) - 1
+      rules.write_text(json.dumps(plan))
+      print(rule['stderr'], file=sys.stderr)
+      return rule.get('code', 1)
+  assert argv[:2] == ['compute', 'tpus'], argv
+  kind, verb, name = argv[2:5]
+  flags = dict(a[2:].partition('=')[::2] for a in argv[5:] if a.startswith('--'))
+  return globals()[verb](kind, name, flags, argv)
+
+
+def workers(node):
+  return sorted(p for p in (STUB / 'nodes' / node).iterdir() if p.name.isdigit())
+
+
+def create(kind, name, flags, _):
+  count = int((STUB / 'workers').read_text()) if (STUB / 'workers').exists() else 1
+  nodes = [name]
+  if kind == 'queued-resources':
+    nodes = [flags['node-id']] if 'node-id' in flags else [
+      f'{flags["node-prefix"]}-{i}' for i in range(int(flags['node-count']))]
+    (STUB / 'queued').mkdir(exist_ok=True)
+    (STUB / 'queued' / name).write_text(' '.join(nodes))
+  for node in nodes:
+    for i in range(count):
+      (STUB / 'nodes' / node / str(i)).mkdir(parents=True)
+    (STUB / 'nodes' / node / 'state').write_text('READY')
+  return 0
+
+
+def end_sessions(node):
+  for home in workers(node):
+    subprocess.run(['tmux', 'kill-server'], env={**os.environ, 'TMUX_TMPDIR': str(home)}, stderr=subprocess.DEVNULL)
+    pid = home / 'betarank-run' / 'pid'
+    if pid.exists():
+      subprocess.run(['kill', '-9', pid.read_text().strip()], stderr=subprocess.DEVNULL)
+
+
+def delete(kind, name, _flags, _argv):
+  nodes = [name]
+  if kind == 'queued-resources':
+    nodes = (STUB / 'queued' / name).read_text().split()
+    (STUB / 'queued' / name).unlink()
+  for node in nodes:
+    end_sessions(node)
+    shutil.rmtree(STUB / 'nodes' / node)
+  return 0
+
+
+def describe(kind, name, flags, _):
+  node = STUB / 'nodes' / name
+  if kind == 'queued-resources':
+    entry = STUB / 'queued' / name
+    node = STUB / 'nodes' / entry.read_text().split()[0] if entry.exists() else entry
+  if not node.exists():
+    print(f'ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource {name} was not found', file=sys.stderr)
+    return 1
+  state = (node / 'state').read_text()
+  if 'networkEndpoints' in flags['format']:
+    state = len(workers(name))
+  elif kind == 'queued-resources':
+    state = {'READY': 'ACTIVE', 'PREEMPTED': 'SUSPENDED'}.get(state, state)
+  print(state)
+  return 0
+
+
+def scp(_kind, source, flags, argv):
+  node, _, target = argv[5].partition(':')
+  for home in workers(node):
+    shutil.copy(source, home / target)
+  return 0
+
+
+def ssh(_kind, node, flags, _):
+  homes = workers(node)
+  chosen = homes if flags['worker'] == 'all' else [homes[int(flags['worker'])]]
+  code = 0
+  for home in chosen:
+    bin_folder = home / 'bin'  # python3 -m uv, which would download; the venv's python is the tests' own
+    bin_folder.mkdir(exist_ok=True)
+    (bin_folder / 'python3').write_text(
+      f'#!/bin/sh\necho "$@" >>{home}/installed\ncase "$*" in\n'
+      f'  "-m uv venv"*) mkdir -p {home}/betarank-venv/bin; ln -sf {sys.executable} {home}/betarank-venv/bin/python;;\n'
+      'esac\n')
+    (bin_folder / 'python3').chmod(0o755)
+    environment = {'PATH': f'{bin_folder}:/usr/local/bin:/usr/bin:/bin', 'HOME': str(home), 'TMUX_TMPDIR': str(home),
+                   'LANG': 'C.UTF-8'}
+    done = subprocess.run(['bash', '-c', flags['command']], cwd=home, env=environment, stdin=subprocess.DEVNULL)
+    code = code or done.returncode
+  return code
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""Sweeps: what is refused before anything starts, and real ones, killed launcher and all, and started again."""
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs.load import ConfigError
+from launch.points import expand
+from tests.runs import environment
+from train import checkpoint, workdir
+
+CONFIG = 'tests/tiny_sweep.py'
+
+
+def write(tmp_path, body):
+  path = tmp_path / 'sweep.py'
+  path.write_text('from tests.tiny_sweep import get_config as base\n\n\ndef get_config(arg=None):\n'
+                  f'  return base(f"dir=/d,{{arg or str()}}")\n\n\ndef sweep(add):\n{body}')
+  return str(path)
+
+
+def test_points_are_named_chained_and_resolved(tmp_path):
+  points = {p.name: p for p in expand(f'{CONFIG}:dir=/d,arms=2,seeds=2,probes=true', 'root')}
+  assert list(points)[:4] == ['data/d', 'arm0,seed0/train', 'arm0,seed0/rl', 'arm0,seed0/probe'] and len(points) == 13
+  rl = points['arm1,seed1/rl']
+  assert rl.after == 'arm1,seed1/train' and rl.config.train.init_from == 'root/arm1,seed1/train'
+  assert rl.config.seed == 1 and rl.steps == 2 and points['arm1,seed1/train'].config.objective.beta == -0.1
+  assert rl.arguments == ('-m', 'rl', f'--config={CONFIG}:dir=/d,arms=2,seeds=2,probes=true,stage=rl',
+                          '--workdir=root/arm1,seed1/rl', '--config.seed=1',
+                          '--config.train.init_from=root/arm1,seed1/train')
+  assert points['arm1,seed1/probe'].arguments == ('-m', 'eval', 'probe', '--checkpoint=root/arm1,seed1/rl',
+                                                  '--config.eval.probe.rows=8')
+  assert points['arm0,seed1/train'].needs == ('data/d',)
+
+
+def test_the_paper_s_mid_training_waits_for_its_own_data_and_that_for_the_tokenizer():
+  points = {p.name: p for p in expand('configs/paper/dense_4b.py', 'root')}
+  assert len(points) == 2 + 5 * 3
+  assert points['data/runs-data-paper-midtrain'].needs == ('data/runs-data-paper-pretrain',)
+  middle = points['seed=0,beta=-0.25/midtrain']
+  assert middle.needs == ('seed=0,beta=-0.25/pretrain', 'data/runs-data-paper-midtrain')
+
+
+def test_only_keeps_what_its_points_need():
+  names = [p.name for p in expand(f'{CONFIG}:dir=/d,arms=2,seeds=2', 'root', ['arm1,*/rl'])]
+  assert names == ['data/d', 'arm1,seed0/train', 'arm1,seed0/rl', 'arm1,seed1/train', 'arm1,seed1/rl']
+  with pytest.raises(ConfigError, match='--only=arm7: no such point'):
+    expand(f'{CONFIG}:dir=/d', 'root', ['arm7'])
+
+
+@pytest.mark.parametrize(
+  'body, message',
+  [
+    ('  pass\n', 'its sweep(add) names no point'),
+    ('  add()\n  add()\n', 'sweep point run/train: is named twice'),
+    ('  add(seed=1)\n  add("seed=1")\n', 'sweep point seed=1/train: is named twice'),
+    ('  add(**{"optimizer.lrr": 1})\n', 'sweep point lrr=1/train: config.optimizer.lrr: no such key; did you mean'),
+    ('  add(**{"optimizer.lr": "x"})\n', 'sweep point lr=x/train: config.optimizer.lr: expected a number'),
+    ('  add(**{"objective.beta": -3.0})\n', 'sweep point beta=-3.0/train: config.objective.beta must be >= -1'),
+    ('  add(stage="pretrain")\n', "sweep: stage must be one of train, rl, probe, sample, got 'pretrain'"),
+    ('  add(after="nobody/train")\n', "sweep point nobody/train: after='nobody/train' is no earlier point"),
+    ('  add("../x")\n', 'sweep point ../x/train: a name is made of'),
+    ('  add(arg="stag=rl")\n', "sweep point run/train,stag=rl: config argument 'stag'"),
+    ('  add(stage="rl", arg="stage=rl", after=add(), **{"rl.samples": 1})\n',
+     'sweep point run/rl: config.rl.samples must be >= 2'),
+    ('  add(stage="probe")\n', 'sweep point run/probe: stage probe evaluates a point'),
+    ('  add(stage="sample", after=add())\n', 'sweep point run/sample: benchmark= belongs to stage sample'),
+    ('  add(stage="probe", after=add(), **{"eval.probe.row": 8})\n',
+     'sweep point run/probe: config.eval.probe.row: no such key'),
+  ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(tmp_path, body, message):
+  with pytest.raises(ConfigError) as error:
+    expand(write(tmp_path, body), str(tmp_path / 'root'))
+  assert message in str(error.value)
+  assert not (tmp_path / 'root').exists()
+
+
+def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
+  settings = {name: value for name, value in environment().items() if not name.startswith('TPU_')}
+  done = subprocess.run(
+    [sys.executable, '-m', 'launch.sweep', '--config=configs/paper/dense_4b.py', '--on=tpu', '--dry_run'],
+    env={**settings, 'TPU_TYPE': 'v5p-256', 'TPU_DOLLARS_PER_HOUR': '100', 'TPU_NAME': 'pod', 'COLUMNS': '200'},
+    text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  [row] = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ['seed=0,beta=-0.25/pretrain']
+           and 'after' not in line]
+  # 6 FLOPs a parameter and token and causal attention, of 128 chips of 459 TFLOP/s at 40%
+  flops = 6 * 4.02e9 + 6 * 36 * 4096 * 32 * 128
+  hours = flops * 500e9 / (128 * 459e12 * 0.4) / 3600
+  assert row[1:3] == ['500G', '128'] and float(row[3]) == pytest.approx(hours, rel=0.02)
+  assert float(row[5][1:].replace(',', '')) == pytest.approx(100 * hours, rel=0.02)
+  assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
+  assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout
+
+
+def start(root, *flags, arguments=''):
+  return subprocess.Popen(
+    [sys.executable, '-m', 'launch.sweep', f'--config={CONFIG}:dir={root.parent}/data{arguments}', f'--root={root}',
+     '--on=local', *flags], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process, timeout=600):
+  out, err = process.communicate(timeout=timeout)
+  return process.returncode, out, err
+
+
+def status(root):
+  path = root / 'sweep.json'
+  points = json.loads(path.read_text())['points'] if path.exists() else {}
+  return {name: point['status'] for name, point in points.items()}
+
+
+def wait_until(process, holds):
+  for _ in range(6000):
+    if holds():
+      return
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.05)
+  raise AssertionError('it never came to that')
+
+
+def alive(root):
+  """Process ids of the commands that run for points of this root."""
+  pids = []
+  for lock in (root / '.sweep').rglob('*.lock'):
+    with workdir.lock_file(lock.with_suffix('.lock')) as held:
+      if held is None:
+        pids.append(int(workdir.holder(lock)))
+  return pids
+
+
+def check_whole(root, points):
+  """Every point finished, and no update of any run done by two processes or missing."""
+  states = status(root)
+  assert len(states) == points and {s['state'] for s in states.values()} == {'finished'}, states
+  record = json.loads((root / 'sweep.json').read_text())
+  for name, point in record['points'].items():
+    if point['stage'] in ('train', 'rl'):
+      lines = [json.loads(line) for line in (root / name / 'metrics.jsonl').read_text().splitlines()]
+      steps = collections.Counter(line['step'] for line in lines if 'time/step_s' in line)
+      assert steps == dict.fromkeys(range(1, (6 if point['stage'] == 'train' else 2) + 1), 1), name
+      assert json.loads((root / name / 'config.json').read_text()) == point['config']
+      meta = checkpoint.read_meta(checkpoint.find(str(root / name)))
+      if point['stage'] == 'rl':
+        assert meta['parent'].startswith(str(root / point['after']))
+
+
+def kill_in_the_middle(root, at, *flags, arguments=''):
+  """Starts a sweep and kills the launcher once `at` runs; what it started lives on."""
+  launcher = start(root, *flags, arguments=arguments)
+  wait_until(launcher, lambda: status(root).get(at, {}).get('state') == 'running' and (root / at).exists())
+  launcher.kill()
+  launcher.communicate()
+  return alive(root)
+
+
+def test_a_sweep_killed_launcher_and_all_finishes_every_point_once(tmp_path):
+  """2 arms x 1 seed x (pretrain, rl). The first kill leaves the command running, the second takes it too."""
+  root = tmp_path / 'sweep'
+  left = kill_in_the_middle(root, 'arm0,seed0/train')
+  assert len(left) == 1
+  second = start(root, '--parallel=2')
+  wait_until(second, (root / 'arm1,seed0/train').exists)
+  adopted = status(root)['arm0,seed0/train']
+  assert adopted['starts'] == 1  # not started beside the one that was there
+  second.kill()
+  second.communicate()
+  for pid in alive(root):
+    os.kill(pid, signal.SIGKILL)
+  code, out, err = finish(start(root, '--parallel=2'))
+  assert code == 0 and '5 finished, of 5' in out, out + err
+  check_whole(root, 5)
+  before = status(root)
+  code, out, _ = finish(start(root))
+  assert code == 0
+  assert {n: s['starts'] for n, s in status(root).items()} == {n: s['starts'] for n, s in before.items()}
+
+
+@pytest.mark.slow
+def test_five_arms_two_seeds_three_stages(tmp_path):
+  root, arguments = tmp_path / 'sweep', ',arms=5,seeds=2,probes=true'
+  for at in ('arm1,seed0/train', 'arm2,seed1/rl', 'arm4,seed0/train'):
+    for pid in kill_in_the_middle(root, at, '--parallel=3', arguments=arguments)[::2]:  # every other one dies too
+      os.kill(pid, signal.SIGKILL)
+  code, out, err = finish(start(root, '--parallel=3', arguments=arguments), timeout=1800)
+  assert code == 0 and '31 finished, of 31' in out, out + err
+  check_whole(root, 31)
+  assert len(list(root.glob('*/rl/eval/probe/*.json'))) == 10
+  done = subprocess.run([sys.executable, '-m', 'eval.report', str(root)], env=environment(), text=True,
+                        capture_output=True)
+  assert done.returncode == 0 and (root / 'report' / 'report.html').exists(), done.stderr
+
+
+@pytest.mark.slow
+def test_a_point_that_fails_takes_only_its_own_chain_and_ctrl_c_saves(tmp_path):
+  root = tmp_path / 'sweep'
+  launcher = start(root, arguments=',bad=true')
+  wait_until(launcher, lambda: status(root).get('arm1,seed0/train', {}).get('state') == 'running'
+             and (root / 'arm1,seed0/train/metrics.jsonl').exists())
+  code, _, err = finish(start(root, arguments=',bad=true'))
+  assert code == 2 and f'process {launcher.pid} is a launch at work there' in err
+  launcher.send_signal(signal.SIGINT)
+  code, out, err = finish(launcher)
+  assert code == 1 and 'asked to stop; the same command goes on' in err and not alive(root)
+  code, out, err = finish(start(root, arguments=',bad=true'))
+  assert code == 1, err
+  assert 'failed arm0,seed0/train: step 2: loss is' in out and 'skipped arm0,seed0/rl: needs arm0,seed0/train' in out
+  states = {name: s['state'] for name, s in status(root).items()}
+  assert states['arm1,seed0/rl'] == 'finished' and states['arm0,seed0/train'] == 'failed'
+  assert states['arm0,seed0/rl'] == 'skipped'
+
+
+def test_a_second_run_in_a_workdir_is_refused(tmp_path):
+  with workdir.claim(tmp_path):
+    done = subprocess.run(
+      [sys.executable, '-m', 'train', f'--config={CONFIG}:dir={tmp_path}', f'--workdir={tmp_path}'],
+      env=environment(), text=True, capture_output=True)
+  assert done.returncode == 2 and f'process {os.getpid()} on ' in done.stderr
+  assert done.stderr.startswith(f'error: --workdir={tmp_path}: ') and len(done.stderr.splitlines()) == 1

