@@ -4,6 +4,10 @@ PY := .venv/bin/python
 SOURCE ?= reasoning
 SMOKE := runs/smoke/$(firstword $(subst :, ,$(SOURCE)))
 CONFIG := configs/smoke.py:source=$(SOURCE)
+# Held-out problems of the task that RL trains on, at RL's own temperature.
+SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.eval.sample.held_out_fraction=0.1 \
+  --config.eval.sample.problems=64 --config.eval.sample.samples=16 --config.eval.sample.max_new_tokens=28 \
+  --config.eval.sample.temperature=1.0 --config.eval.sample.top_p=1.0
 
 .PHONY: smoke test test-all lint clean
 
@@ -14,8 +18,8 @@ CONFIG := configs/smoke.py:source=$(SOURCE)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# Data, pre-training of both arms, RL from both, and a table of each. Text has no answers to reward, so it ends with
-# pre-training: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command.
+# Data, pre-training of both arms, RL from both, a table of each, and the report of all four runs. Text has no answers to
+# reward, so it ends with pre-training: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command but the last ones.
 smoke: .venv/installed
 	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl
 	$(PY) -m data prepare --config='$(CONFIG)' $(ARGS)
@@ -24,9 +28,15 @@ smoke: .venv/installed
 ifeq ($(SOURCE),reasoning)
 	$(PY) -m rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=0 --workdir=$(SMOKE)/rl/beta=0 $(ARGS)
 	$(PY) -m rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=-0.25 --workdir=$(SMOKE)/rl/beta=-0.25 $(ARGS)
+	@for run in beta=0 beta=-0.25 rl/beta=0 rl/beta=-0.25; do \
+	  echo "$(PY) -m eval probe and sample, $(SMOKE)/$$run"; \
+	  $(PY) -m eval probe --checkpoint=$(SMOKE)/$$run && $(PY) -m eval sample --checkpoint=$(SMOKE)/$$run $(SAMPLE) \
+	  || exit 1; \
+	done
 	@echo
 	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
 	$(PY) -m rl.compare $(SMOKE)/rl/beta=0 $(SMOKE)/rl/beta=-0.25 --plot=$(SMOKE)/rl.png
+	$(PY) -m eval.report $(SMOKE)
 else
 	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
 	@echo 'no RL: it needs problems that have answers, which SOURCE=reasoning makes'

@@ -1,7 +1,8 @@
 """How fast answers are sampled: beside google-tunix and transformers, and beside the simpler ways of our own.
 
-    taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=peers,refill,prefill]
-    XLA_PYTHON_CLIENT_MEM_FRACTION=0.6 python -m benchmarks.rollout --size=1b --only=peers --repeats=1
+    taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
+    python -m benchmarks.rollout --size=1b --only=ours --repeats=1       # a process each, where a card holds
+    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # only one of them
 
 A fresh model on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or 1.05B. Peers
 that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile, then
@@ -10,6 +11,7 @@ transformers runs on the GPU, in bfloat16, where torch sees one.
 """
 
 import argparse
+import functools
 import time
 
 import jax
@@ -147,26 +149,29 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--size', choices=('small', '1b'), default='small')
   parser.add_argument('--repeats', type=int, default=3)
-  parser.add_argument('--only', default='peers,refill,prefill')
+  parser.add_argument('--only', default='ours,theirs,refill,prefill')
   args = parser.parse_args()
   if args.size == '1b':
     global CONFIG, SAMPLES, PROMPT_TOKENS, NEW_TOKENS
     (CONFIG, *_), SAMPLES, PROMPT_TOKENS, NEW_TOKENS = MODELS['1b'], 16, 1024, 1024
-  params = jax.jit(model.init, static_argnums=0)(CONFIG, jax.random.key(0))
-  if 'peers' in args.only:
-    ways = {}
+  only = args.only.split(',')
+  params = functools.cache(lambda: jax.jit(model.init, static_argnums=0)(CONFIG, jax.random.key(0)))
+  ways = {}
+  if 'theirs' in only:
     for make in (tunix, transformers):
       try:
         ways[make.__name__] = make()
       except ImportError as error:
         print(f'{make.__name__}: left out ({error})')
-    ways['betarank'] = ours(params)
+  if 'ours' in only:
+    ways['betarank'] = ours(params())
+  if ways:
     title = f'{PROMPTS} prompts x {SAMPLES} samples x {NEW_TOKENS} tokens'
-    show(title, measure(ways, args.repeats), 'betarank')
-  if 'refill' in args.only:
-    show('long-tailed lengths', measure(refill(params), args.repeats), 'refilled rows')
-  if 'prefill' in args.only:
-    show('1024-token prompt, 16 samples x 64 tokens', measure(prefill(params), args.repeats), 'prefill shared')
+    show(title, measure(ways, args.repeats), list(ways)[-1])
+  if 'refill' in only:
+    show('long-tailed lengths', measure(refill(params()), args.repeats), 'refilled rows')
+  if 'prefill' in only:
+    show('1024-token prompt, 16 samples x 64 tokens', measure(prefill(params()), args.repeats), 'prefill shared')
 
 
 if __name__ == '__main__':

@@ -2,7 +2,8 @@
 
     --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens a step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
-    --model=1b         28 layers, width 1536, vocabulary 151,936, 4096 tokens a row: for an accelerator
+    --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens a step: for an 80 GB accelerator
+    --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, the same tokens
 
 Steps are the real ones (train/step.py) on made-up tokens. The naive step differs in the loss alone: all logits, optax's
 cross-entropy, no statistics. Ways are timed in turn, and ratios taken round by round. Where the chip's peak is known,
@@ -36,7 +37,10 @@ MODELS = {
   'small': (SMALL, 8, 512),
   'small-moe': (dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, d_expert=192)), 8, 512),
   '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
-                             head_dim=128, remat='full'), 4, 4096),
+                             head_dim=128, remat='matmuls'), 8, 4096),
+  '2b-moe': (dataclasses.replace(
+    SMALL, vocab_size=151_936, layers=12, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
+    moe=model.MoeConfig(experts=128, experts_per_token=12, d_expert=320)), 8, 4096),
 }
 OBJECTIVES = {
   'plain cross-entropy': ObjectiveConfig(),
@@ -65,12 +69,14 @@ def main():
   parser.add_argument('--model', choices=MODELS, default='small')
   parser.add_argument('--rows', type=int, default=0, help='a step; 0: the default of the model')
   parser.add_argument('--remat', choices=model.config.REMAT, default='')
+  parser.add_argument('--expert_kernel', choices=model.config.EXPERT_KERNELS, default='auto')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
   args = parser.parse_args()
   c, rows, length = MODELS[args.model]
   rows = args.rows or rows
-  c = dataclasses.replace(c, remat=args.remat or c.remat)
+  c = dataclasses.replace(
+    c, remat=args.remat or c.remat, moe=dataclasses.replace(c.moe, kernel=args.expert_kernel))
   device = jax.devices()[0]
   mesh = model.make_mesh(model.MeshConfig(1, -1, 1, 1, 1))
   tokens = np.random.default_rng(0).zipf(1.3, (rows, length + 1)) % c.vocab_size

@@ -6,10 +6,10 @@ loop says. That is the lower end. The upper end adds the waits inside matrix pro
 (Chip.interlock). To both come the collectives: whole where they are synchronous, and where they are not, what is longer
 than the compute of the same loop.
 
-Checked against three published dense runs (v5e-256 at 16B and 32B, v5p-128 at 32B) read in this way, the interval
-held the measured step or missed it by 2 %. No run of v6e, none of a mixture of experts and none over several slices has
-been checked: use those to rank settings. Not in it: input, checkpoints, the network between slices, contention of
-transfers with compute, and imbalance of experts.
+The method held three published dense MaxText runs (v5e-256 at 16B and 32B, v5p-128 at 32B) in its interval or missed
+an end by 2 %, in another program's reading; this module has not been run on them. Nothing of v6e, of a mixture of
+experts or of several slices has been checked: use those to rank settings. Not in it: input, checkpoints, the network
+between slices, contention of transfers with compute, and imbalance of experts.
 """
 
 import collections
@@ -19,7 +19,7 @@ import pathlib
 from launch import bundles, hlo
 from launch.chips import Topology
 
-ERROR = 'interval; published dense v5e and v5p runs lay in it or within 2 % of an end, v6e and MoE are unchecked'
+ERROR = 'an interval from the compiled program, unmeasured: to rank settings with (docs/plans.md)'
 
 
 @dataclasses.dataclass(frozen=True)

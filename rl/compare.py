@@ -11,8 +11,8 @@ from rich.table import Table
 from configs.load import run_main
 from train.compare import COLOURS, canvas, curve, draw, names, save, show
 
-KEYS = {'train/pass_rate': 'reward: share of right answers', 'train/entropy_nats': 'entropy (nats a token)',
-        'train/length_tokens': 'length (tokens)'}
+KEYS = {'train/pass_rate': 'reward: share of right answers (dots: held out)',
+        'train/entropy_nats': 'entropy (nats a token)', 'train/length_tokens': 'length (tokens)'}
 FIRST_AND_LAST = 10  # steps that a figure of the beginning or the end is the mean of
 
 
@@ -50,10 +50,10 @@ def plot(runs: list[dict[str, Any]], path: str) -> None:
   figure, axes = canvas(len(KEYS))
   for axis, (key, title) in zip(axes, KEYS.items()):
     draw(axis, title, labels, [curve(run, key) for run in runs], lambda steps: max(FIRST_AND_LAST, steps // 12))
-  for label, run, colour in zip(labels, runs, COLOURS * len(runs)):
+  for run, colour in zip(runs, COLOURS * len(runs)):
     if evaluations := held_out(run):
       means, errors = zip(*evaluations.values())
-      axes[0].errorbar(list(evaluations), means, errors, fmt='o', color=colour, capsize=3, label=f'held out, {label}')
+      axes[0].errorbar(list(evaluations), means, errors, fmt='o', color=colour, capsize=3)
   axes[0].autoscale(axis='y')
   save(figure, axes, path)
 

@@ -1,6 +1,7 @@
-"""Eight CPU devices for every test, set before JAX is imported anywhere."""
+"""Eight CPU devices for every test, set before JAX is imported anywhere. TEST_ON=gpu leaves the devices as they are."""
 
 import os
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'

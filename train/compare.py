@@ -124,7 +124,7 @@ def save(figure, axes, path: str) -> None:
     axis.set_xlabel('step')
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.25)
-  axes[0].legend(frameon=False)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
   figure.savefig(path, dpi=130)
   plt.close(figure)
 

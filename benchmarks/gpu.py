@@ -1,0 +1,69 @@
+"""All that is worth measuring on one GPU, one command after the other: python -m benchmarks.gpu [--only=train,head]
+
+Each part is a process of its own, since JAX keeps the card's memory; what a part can't do (a peer that isn't
+installed, a model that doesn't fit) ends that part alone. The last lines are one table of all of them.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+MODULE = [sys.executable, '-m']
+TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3']
+PARTS = {
+  'tests': [*MODULE, 'pytest', '-qm', 'not slow', '-k', 'not mesh and not eight', 'tests/model', 'tests/objectives'],
+  'train': [*TRAIN, '--model=1b'],
+  'train-moe': [*TRAIN, '--model=2b-moe'],
+  'train-moe-ragged': [*TRAIN, '--model=2b-moe', '--expert_kernel=ragged'],
+  'head': [*MODULE, 'benchmarks.objective', '--grid=32768x1536x151936', '--dtype=bfloat16'],
+  'rollout': [*MODULE, 'benchmarks.rollout', '--size=1b', '--only=ours', '--repeats=1'],
+  'rollout-peers': [*MODULE, 'benchmarks.rollout', '--size=1b', '--only=theirs', '--repeats=1'],
+}
+TABLE_LINES = 9  # of a part's output that the table keeps
+
+
+def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[str]]:
+  """(how it ended, seconds, its last lines); what it prints is shown as it comes."""
+  start = time.perf_counter()
+  environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92', 'TF_CPP_MIN_LOG_LEVEL': '2', **os.environ}
+  if name == 'tests':
+    environment['TEST_ON'] = 'gpu'  # tests/conftest.py
+  process = subprocess.Popen(argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  lines = []
+  try:
+    for line in process.stdout:
+      print(line, end='', flush=True)
+      lines.append(line.rstrip())
+      if time.perf_counter() - start > timeout_s:
+        raise subprocess.TimeoutExpired(argv, timeout_s)
+    state = 'done' if process.wait(timeout_s) == 0 else f'exit {process.returncode}'
+  except subprocess.TimeoutExpired:
+    process.kill()
+    state = 'too long'
+  return state, time.perf_counter() - start, [line for line in lines if line][-TABLE_LINES:]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--only', default='', help=f'some of {",".join(PARTS)}')
+  parser.add_argument('--timeout_s', type=float, default=240, help='of each part')
+  args = parser.parse_args()
+  names = args.only.split(',') if args.only else list(PARTS)
+  for name in names:
+    if name not in PARTS:
+      parser.error(f'--only={name}: the parts are {", ".join(PARTS)}')
+  results = {}
+  for name in names:
+    print(f'\n== {name}: {" ".join(PARTS[name][1:])}', flush=True)
+    results[name] = run(name, PARTS[name], args.timeout_s)
+  print()
+  for name, (state, seconds, lines) in results.items():
+    print(f'{name:18}{state:10}{seconds:6.0f} s')
+    for line in lines:
+      print(f'    {line}')
+
+
+if __name__ == '__main__':
+  main()
