@@ -70,6 +70,8 @@ def main():
   parser.add_argument('--rows', type=int, default=0, help='a step; 0: the default of the model')
   parser.add_argument('--remat', choices=model.config.REMAT, default='')
   parser.add_argument('--expert_kernel', choices=model.config.EXPERT_KERNELS, default='auto')
+  parser.add_argument('--masses', action=argparse.BooleanOptionalAction, default=True,
+                      help='head and tail mass, which take a top k, also where the objective needs none')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
   args = parser.parse_args()
@@ -87,8 +89,10 @@ def main():
         f'{c.dtype}, remat {c.remat}, {device.device_kind} x {jax.device_count()}, jax {jax.__version__}')
   with jax.set_mesh(mesh):
     tx = make_optimizer(ADAMW, 10_000, model.abstract(c)[2])
+    stats = 'full' if args.masses else 'basic'
     ways = {'all logits, optax': naive_step(c, tx)} if args.naive else {}
-    ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size)) for name, objective in OBJECTIVES.items()}
+    ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size), 1, stats)
+             for name, objective in OBJECTIVES.items()}
     batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
     state = create_state(c, tx, mesh, seed=0)
     compiled = {}

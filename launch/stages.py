@@ -62,8 +62,9 @@ def programs(run: RunConfig | RlRun, mesh: Mesh) -> tuple[Any, dict[str, Lower]]
   rows = run_rows(run)[0]
   if rl is None:
     tokens = array((rows, run.data.sequence_length), jnp.int32, 'batch', 'length')
-    step = lambda: make_step(run.model, run.objective, tx, np.ones(run.model.vocab_size, np.int32),
-                             run.train.microbatches).lower(state, Batch(tokens, tokens, tokens, tokens))
+    stats, byte_counts = 'full' if run.log.masses else 'basic', np.ones(run.model.vocab_size, np.int32)
+    step = lambda: make_step(run.model, run.objective, tx, byte_counts, run.train.microbatches, stats).lower(
+      state, Batch(tokens, tokens, tokens, tokens))
     return state, {'train': _on(mesh, step)}
   longest = rl.max_prompt_tokens + max(rl.max_new_tokens)
   of = lambda dtype: array((rows, longest), dtype, 'batch', 'length')

@@ -66,7 +66,8 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
               active=jax.process_index() == 0)
     _introduce(log, run, mesh, root, start, batches)
 
-    step_fn = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.train.microbatches)
+    step_fn = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.train.microbatches,
+                        'full' if run.log.masses else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
     rate, clock, stop = schedule(run.optimizer, run.steps), Clock(), hosts.StopSignal()
     lineage = {'config': json.loads(to_json(config)), 'parent': parent, 'code_version': workdir.code_version()}

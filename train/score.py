@@ -22,21 +22,22 @@ LAYOUT = Layout(
 
 
 def score_routed(
-  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0
+  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0, stats: str = 'full'
 ) -> tuple[jax.Array, jax.Array, TokenStats, model.Routing | None]:
   """(total, loss_BT, statistics [B, T], routing): the summed loss, which can be differentiated, and its parts, in nats.
 
   shaping: a RewardShaping, or another objective of `objectives.family`, as ObjectiveConfig.at(step) gives it.
+  stats: 'basic' leaves the top k out, and head and tail mass with it, where no lambda needs them.
   Padding (segment 0) counts for nothing, whatever stands there: its loss and statistics are 0. The total, not loss_BT,
   has the load-balance loss of a mixture of experts in it; a dense model has no routing.
   """
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-  total, loss_BT, stats = shaped_linear_total(
-    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats='full',
+  total, loss_BT, token_stats = shaped_linear_total(
+    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats=stats,
     z_loss=z_loss, layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
   if c.moe.balance_weight:
     total += c.moe.balance_weight * jnp.mean(routing.balance_L)
-  return total, loss_BT, stats, routing
+  return total, loss_BT, token_stats, routing
 
 
 def score(
@@ -66,11 +67,10 @@ def sums(
     'ce': total(-stats.target_logp),
     'entropy': total(stats.entropy),
     'rank1': total((stats.target_rank == 0).astype(jnp.float32)),
-    'head_mass': total(stats.head_mass),
-    'tail_mass': total(stats.tail_mass),
     'tokens': jnp.sum(mask_BT, dtype=jnp.int32),
     'bytes': total(bytes_per_token_V[batch.targets_BT]),
     'invalid': jnp.sum(mask_BT & ~stats.target_valid, dtype=jnp.int32),
+    **({} if stats.tail_mass is None else {'head_mass': total(stats.head_mass), 'tail_mass': total(stats.tail_mass)}),
     **of_experts,
   }
 
@@ -95,8 +95,7 @@ def means(s: dict[str, Any]) -> dict[str, float]:
     'bits_per_byte': s['ce'] / max(s['bytes'], 1.0) / math.log(2),
     'entropy_nats': s['entropy'] / tokens,
     'rank1_accuracy': s['rank1'] / tokens,
-    'head_mass': s['head_mass'] / tokens,
-    'tail_mass': s['tail_mass'] / tokens,
+    **{name: s[name] / tokens for name in ('head_mass', 'tail_mass') if name in s},
     'tokens': s['tokens'],
     **of_experts,
   }

@@ -20,18 +20,20 @@ def make_step(
   tx: optax.GradientTransformation,
   bytes_per_token_V: np.ndarray,
   microbatches: int = 1,
+  stats: str = 'full',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update; its metrics are sums (train/score.py), the norm of the whole gradient, and where a
   router's bias evens out the load of experts, that bias's range.
 
+  stats: 'basic' spares the top k where no lambda needs it (train/score.py).
   The loss is the sum over the batch's targets, divided once by their number; microbatches add up exact parts of
   it, so neither they nor packing nor the mesh change what is learned.
   """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def part(params, batch: Batch, targets, shaping):
-    total, loss_BT, stats, routing = score_routed(c, params, batch, shaping, objective.z_loss)
-    return total / targets, sums(batch, loss_BT, stats, bytes_V, routing)
+    total, loss_BT, token_stats, routing = score_routed(c, params, batch, shaping, objective.z_loss, stats)
+    return total / targets, sums(batch, loss_BT, token_stats, bytes_V, routing)
 
   def step(state: TrainState, batch: Batch):
     targets = jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)

@@ -44,7 +44,7 @@ def base(a) -> ConfigDict:
   c.data.sources.main.update(uri=f'parquet:corpus/{mid}/*.parquet', max_documents=0)
   c.optimizer.update(lr=3e-4, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8)  # open: b1, b2, eps
   c.checkpoint.update(every_steps=500, keep=2, keep_every_steps=5000)
-  c.log.update(every_steps=10, eval_every_steps=1000)
+  c.log.update(every_steps=10, eval_every_steps=1000, masses=False)
   {'pretrain': _pretrain, 'midtrain': _midtrain, 'rl': _rl}[a.stage](c)
   return c
 

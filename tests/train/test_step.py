@@ -186,6 +186,23 @@ def test_a_scheduled_objective_is_what_it_is_at_each_step_and_is_traced_once():
   assert len(traces) == 1
 
 
+@pytest.mark.parametrize('beta, lambda_tail, masses', [(-0.25, 0.0, False), (0.0, -0.1, True)])
+def test_basic_statistics_spare_the_masses_where_no_lambda_needs_them_and_change_nothing_else(
+    beta, lambda_tail, masses):
+  objective = ObjectiveConfig(beta=beta, lambda_tail=lambda_tail, top_k=8)
+  tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
+  after = {}
+  for stats in ('full', 'basic'):
+    state = TrainState(jnp.zeros((), jnp.int32), params := model.init(C, jax.random.key(0)), tx.init(params))
+    after[stats] = make_step(C, objective, tx, BYTES_V, stats=stats)(state, batch())
+  (full_state, full), (basic_state, basic) = after['full'], after['basic']
+  assert ('tail_mass' in basic, 'head_mass' in basic, 'tail_mass' in full) == (masses, masses, True)
+  for name in basic:
+    np.testing.assert_allclose(basic[name], full[name], rtol=1e-6)
+  for a, b in zip(jax.tree.leaves(basic_state.params), jax.tree.leaves(full_state.params)):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_schedule_is_warmup_stable_decay():
   c = OptimizerConfig(lr=1.0, warmup_steps=10, decay_fraction=0.2, final_lr=0.1, b1=0.9, b2=0.95, eps=1e-8,
                       weight_decay=0.1, clip_norm=1.0)
