@@ -80,7 +80,8 @@ def test_a_wrong_argument_is_named(arg, message):
 
 
 @pytest.mark.parametrize('name, arg', [
-  ('dense_1b', 'objective=beta_low'), ('dense_4b', 'objective=head,stage=midtrain'), ('moe_5b_a0p3b', 'objective=tail'),
+  ('moe_5b_a0p3b', 'objective=tail'), pytest.param('dense_1b', 'objective=beta_low', marks=pytest.mark.slow),
+  pytest.param('dense_4b', 'objective=head,stage=midtrain', marks=pytest.mark.slow),
   pytest.param('moe_10b_a0p5b', 'objective=beta_high', marks=pytest.mark.slow),
   pytest.param('moe_20b_a1b', 'stage=midtrain', marks=pytest.mark.slow)])
 def test_one_shrunken_step(name, arg):
@@ -91,7 +92,8 @@ def test_one_shrunken_step(name, arg):
   assert np.isfinite(float(sums['loss'])) and float(sums['grad_norm']) > 0 and moved(state, after)
 
 
-@pytest.mark.parametrize('name', [ALL_STAGES[0], *[pytest.param(n, marks=pytest.mark.slow) for n in ALL_STAGES[1:]]])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ALL_STAGES)
 def test_one_shrunken_rl_update(name):
   run = rl_run(shrunken(name, 'stage=rl'))
   mesh, tx, state, batch = started(run, run.rl.steps)

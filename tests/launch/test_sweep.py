@@ -161,6 +161,7 @@ def kill_in_the_middle(root, at, *flags, arguments=''):
   return alive(root)
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_launcher_and_all_finishes_every_point_once(tmp_path):
   """2 arms x 1 seed x (pretrain, rl). The first kill leaves the command running, the second takes it too."""
   root = tmp_path / 'sweep'

@@ -180,6 +180,7 @@ def test_cached_decode_equals_the_full_forward_and_replays(params):
   np.testing.assert_array_equal(jnp.concatenate(choices, 2), routing.choices_LBTk)
 
 
+@pytest.mark.slow
 def test_scan_equals_loop_and_remat_equals_plain(params):
   batch = row(9, 6)
 

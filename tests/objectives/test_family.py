@@ -167,7 +167,7 @@ def solve_power(q, beta):
   return policy(mu)
 
 
-@pytest.mark.parametrize('beta,wanted', [(-0.25, 1.966), (0.5, 2.203)])
+@pytest.mark.parametrize('beta,wanted', [(-0.25, 1.966), pytest.param(0.5, 2.203, marks=pytest.mark.slow)])
 def test_training_reaches_the_fixed_point_of_beta(beta, wanted):
   """Entropies of paper.md §1.6 at 20,000 tokens, through the head's own gradient; the policy solves q w(π)/π = μ."""
   q = zipf(20_000)

@@ -97,6 +97,7 @@ def two_devices(config, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_two_devices(two_devices, config, tmp_path):
   """They draw the same samples, judge half of them each, and learn the same."""
   with socket.socket() as s:

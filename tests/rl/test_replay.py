@@ -23,7 +23,7 @@ ADAMW = OptimizerConfig(lr=1e-3, warmup_steps=0, decay_fraction=0.0, final_lr=0.
 PROMPTS = [Prompt(0, [3, 1, 4, 1, 5]), Prompt(1, [9, 2])]
 
 
-@pytest.mark.parametrize('shape', [(1, 1, 1, 1, 1), (1, 2, 2, 1, 2)])
+@pytest.mark.parametrize('shape', [(1, 1, 1, 1, 1), pytest.param((1, 2, 2, 1, 2), marks=pytest.mark.slow)])
 def test_the_trainer_replays_what_the_sampler_chose(shape):
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):

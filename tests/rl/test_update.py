@@ -119,7 +119,7 @@ def test_without_a_weight_the_reference_changes_nothing(whole):
   jax.tree.map(np.testing.assert_array_equal, change, whole[0])
 
 
-@pytest.mark.parametrize('microbatches', [1, 4])
+@pytest.mark.parametrize('microbatches', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_kl_gradient_by_finite_differences(microbatches):
   """Gradient descent of rate 1 moves by minus the gradient of weight · mean (logp - ref)²/2, which along three
   directions is the difference quotient of that mean, computed with all logits."""
