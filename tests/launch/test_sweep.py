@@ -205,9 +205,11 @@ def test_a_point_that_fails_takes_only_its_own_chain_and_ctrl_c_saves(tmp_path):
   launcher = start(root, arguments=',bad=true')
   wait_until(launcher, lambda: status(root).get('arm1,seed0/train', {}).get('state') == 'running'
              and (root / 'arm1,seed0/train/metrics.jsonl').exists())
+  launcher.send_signal(signal.SIGSTOP)  # so that it can't be done before the second one looks
   code, _, err = finish(start(root, arguments=',bad=true'))
   assert code == 2 and f'process {launcher.pid} is a launch at work there' in err
   launcher.send_signal(signal.SIGINT)
+  launcher.send_signal(signal.SIGCONT)
   code, out, err = finish(launcher)
   assert code == 1 and 'asked to stop; the same command goes on' in err and not alive(root)
   code, out, err = finish(start(root, arguments=',bad=true'))
