@@ -20,6 +20,8 @@ from unittest import mock
 from absl import app, flags
 
 from benchmarks import tpu_time
+from launch.bundles import FLAGS as BUNDLE_FLAGS
+from launch.chips import CHIPS
 
 GRID = flags.DEFINE_list('grid', ['8192x512x65536'], 'tokens x D x V, several by commas')
 ONLY = flags.DEFINE_list('only', [], 'Names (or their starts) of what to compare; empty: all.')
@@ -110,7 +112,7 @@ def compare(shape, run_names, dump_folder):
   print(f'\ntokens {tokens}  D {width}  V {vocab}  {dtype}  ({where}, jax {jax.__version__})', flush=True)
   memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
   if TPU.value:
-    chip = tpu_time.CHIPS[TPU.value.split(':')[0]]
+    chip = CHIPS[TPU.value.split(':')[0]]
     seconds = {name: tpu_time.seconds(c.as_text(), dumps[name], chip) for name, c in compiled.items()}
     base = seconds.get('ours: cross-entropy', next(iter(seconds.values())))
     print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"least ms":>10}{"ratio":>8}{"likely ms":>11}{"ratio":>8}')
@@ -146,7 +148,7 @@ def main(argv):
     if TPU.value:  # no TPU is attached: keep libtpu from looking for one
       os.environ |= {
         'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-        'TPU_WORKER_HOSTNAMES': 'localhost', 'LIBTPU_INIT_ARGS': tpu_time.dump_flags(folder)}
+        'TPU_WORKER_HOSTNAMES': 'localhost', 'LIBTPU_INIT_ARGS': BUNDLE_FLAGS.format(folder=folder)}
     for shape in GRID.value:
       compare(shape, ONLY.value, pathlib.Path(folder))
 

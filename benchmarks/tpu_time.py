@@ -1,40 +1,14 @@
 """How long a program compiled ahead of time would take on a TPU that isn't there.
 
 libtpu writes the instruction bundles of every compiled operation if it is asked to before it is loaded, see
-`dump_flags`. XLA's own estimated_cycles are no clock: they are several times too high for elementwise work, and
+launch.bundles.FLAGS. XLA's own estimated_cycles are no clock: they are several times too high for elementwise work, and
 Pallas kernels and some library calls have none.
 """
 
-import dataclasses
 import functools
 import math
 import re
 
-
-def dump_flags(folder):
-  """What LIBTPU_INIT_ARGS must hold for the bundles to be written to `folder`."""
-  return (f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
-          '--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map')
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Peaks of a chip as jax sees it, and how long its matrix units hold up the instructions around them.
-
-  interlock: share of the matrix units' time that waiting for them adds to the bundles, from single products.
-  """
-
-  flops: float  # bfloat16, a second
-  bandwidth: float  # bytes a second
-  clock: float
-  interlock: float
-
-
-CHIPS = {
-  'v5e': Chip(197e12, 819e9, 1.503e9, 0.26),
-  'v5p': Chip(459e12, 2765e9, 1.751e9, 0.26),
-  'v6e': Chip(918e12, 1640e9, 1.751e9, 0.03),
-}
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 's16': 2, 'f32': 4, 's32': 4, 'u32': 4}
 # Trips of the kernel's loops whose length the data decide, in order: halving among the kept logits at its bound
 # (12 to 17 on random ones), and the rare ways, which come last, never. Any other loop of that kind counts as one.
@@ -139,7 +113,7 @@ def seconds(hlo, dumps, chip):
       called = re.search(r'calls=%?([\w.\-]+)', line)
       product = product_flops(called.group(1)) / chip.flops if called else 0.0
       touched = [result] + [computations[computation][o][0] for o in operands if o in computations[computation]]
-      moved = sum(size for text in touched for _, size in arrays(text)) / chip.bandwidth
+      moved = sum(size for text in touched for _, size in arrays(text)) / chip.hbm_rate
       least += max(issued(program), product, moved)
       likely += max(issued(program) + chip.interlock * product, product, moved)
     return least, likely

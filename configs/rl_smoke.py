@@ -1,4 +1,4 @@
-"""RL smoke: GRPO on sums of two or three digits, from a checkpoint of the smoke config; a minute on two CPU cores.
+"""RL smoke: GRPO on sums of two or three one-digit numbers, from a smoke checkpoint; a minute on two cores.
 
     python -m rl --config=configs/rl_smoke.py:init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
 

@@ -19,7 +19,7 @@ import pathlib
 from launch import bundles, hlo
 from launch.chips import Topology
 
-ERROR = 'an interval from the compiled program, unmeasured: to rank settings with (docs/plans.md)'
+ERROR = 'an interval, never measured on a chip, to rank settings with (docs/plans.md)'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,6 +13,13 @@ from etils import epath
 
 def environment(devices=1):
   return {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+
+
+def prepare(config, *flags):
+  """`python -m data prepare` of a config, which must go well."""
+  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config={config}', *flags], capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def metrics(workdir):

@@ -1,8 +1,6 @@
 """A run with two checkpoints that nobody trained, and its data: what evaluation needs to start from."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 
 import model
 from configs import load
+from tests.runs import prepare
 from train import checkpoint
 from train.config import run_config
 from train.optimizer import make_optimizer
@@ -37,9 +36,7 @@ def run_dir(tmp_path_factory, make_params):
   spec = f'tests/tiny.py:dir={root}/data'
   overrides = {'data.sources.main.uri': 'reasoning:chain_sum'}
   flags = [f'--config.{key}={value}' for key, value in overrides.items()]
-  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config={spec}', *flags], capture_output=True,
-                        text=True)
-  assert done.returncode == 0, done.stderr
+  prepare(spec, *flags)
   config = load.load(spec, overrides)
   run = run_config(config)
   mesh = model.make_mesh(run.train.mesh, jax.devices()[:1])

@@ -21,15 +21,6 @@ from train.job import HostError, Place
 STEPS = 12
 
 
-@pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
-  path = tmp_path_factory.mktemp('data')
-  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config=tests/tiny.py:dir={path}'],
-                        capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return path
-
-
 def free_port():
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))

@@ -175,7 +175,10 @@ def test_training_reaches_the_fixed_point_of_beta(beta, wanted):
   p, residual = train(RewardShaping(beta), q, steps=7)
   assert residual < 1e-5
   assert entropy(p) == pytest.approx(wanted, abs=1e-3)
-  np.testing.assert_allclose(p, solve_power(q, beta), rtol=5e-3)
+  solution = solve_power(q, beta)
+  assert entropy(solution) == pytest.approx(wanted, abs=1e-3)
+  assert np.abs(p - solution).sum() < 1e-4
+  np.testing.assert_allclose(p, solution, rtol=5e-3)
 
 
 @pytest.mark.parametrize('exponent,vocab', [(1.05, 600), (1.3, 600), (1.5, 2000)])

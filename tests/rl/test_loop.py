@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.runs import arrays, environment, metrics
+from tests.runs import arrays, environment, metrics, prepare
 
 STEPS = 6
 
@@ -32,9 +32,7 @@ def config(tmp_path_factory):
   folder = tmp_path_factory.mktemp('pretrained')
   source = '--config.data.sources.main.uri=reasoning:chain_sum'
   tiny = f'tests/tiny.py:dir={folder}/data,beta=0'
-  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config={tiny}', source], capture_output=True,
-                        text=True)
-  assert done.returncode == 0, done.stderr
+  prepare(tiny, source)
   finish(start('train', tiny, folder / 'run', source, '--config.train.tokens=128000',
                '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000'))
   return f'tests/tiny_rl.py:dir={folder}/data,init_from={folder}/run'

@@ -1,20 +1,8 @@
-"""Prepared data for the tiny run, made once a worker."""
-
-import subprocess
-import sys
+"""The tiny run's config."""
 
 import pytest
 
 from configs import load
-
-
-@pytest.fixture(scope='session')
-def data_dir(tmp_path_factory):
-  path = tmp_path_factory.mktemp('data')
-  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config=tests/tiny.py:dir={path}'],
-                        capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return path
 
 
 @pytest.fixture
