@@ -12,15 +12,19 @@ import time
 
 MODULE = [sys.executable, '-m']
 TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3']
+HEAD = '--grid=32768x2048x131072'
+ROLLOUT = [*MODULE, 'benchmarks.rollout', '--size=1b', '--repeats=1']
 PARTS = {
-  'tests': [*MODULE, 'pytest', '-qm', 'not slow', '-k', 'not mesh and not eight', 'tests/model', 'tests/objectives'],
-  'train': [*TRAIN, '--model=1b'],
-  'train-moe': [*TRAIN, '--model=2b-moe'],
-  'train-moe-ragged': [*TRAIN, '--model=2b-moe', '--expert_kernel=ragged'],
-  'head': [*MODULE, 'benchmarks.objective', '--grid=32768x1536x151936', '--dtype=bfloat16'],
-  'rollout': [*MODULE, 'benchmarks.rollout', '--size=1b', '--only=ours', '--repeats=1'],
-  'rollout-peers': [*MODULE, 'benchmarks.rollout', '--size=1b', '--only=theirs', '--repeats=1'],
+  'train': [*TRAIN, '--model=1b', '--no-masses'],
+  'train-moe': [*TRAIN, '--model=2b-moe', '--no-masses'],
+  'head': [*MODULE, 'benchmarks.objective', HEAD, '--dtype=bfloat16'],
+  'head-torch': [*MODULE, 'benchmarks.torch_head', HEAD],
+  'rollout': [*ROLLOUT, '--only=ours'],
+  'rollout-peers': [*ROLLOUT, '--only=theirs', '--cold'],
+  'tests': [*MODULE, 'pytest', '-qm', 'not slow', '-n', '6', '-k', 'not mesh and not eight', 'tests/model',
+            'tests/objectives'],
 }
+TORCH = ('head-torch', 'rollout-peers')  # JAX leaves them the card
 TABLE_LINES = 9  # of a part's output that the table keeps
 
 
@@ -28,8 +32,10 @@ def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[
   """(how it ended, seconds, its last lines); what it prints is shown as it comes."""
   start = time.perf_counter()
   environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92', 'TF_CPP_MIN_LOG_LEVEL': '2', **os.environ}
-  if name == 'tests':
-    environment['TEST_ON'] = 'gpu'  # tests/conftest.py
+  if name in TORCH:
+    environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  if name == 'tests':  # several processes share the card
+    environment |= {'TEST_ON': 'gpu', 'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.14'}  # tests/conftest.py
   process = subprocess.Popen(argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   lines = []
   try:

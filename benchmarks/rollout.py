@@ -5,8 +5,9 @@
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # only one of them
 
 A fresh model on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or 1.05B. Peers
-that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile, then
---repeats times in turn with the others; the table has the fastest run of each, in generated tokens per second.
+that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile (--cold: not
+even once), then --repeats times in turn with the others; the table has the fastest run of each, in generated tokens per
+second.
 transformers runs on the GPU, in bfloat16, where torch sees one.
 """
 
@@ -125,10 +126,10 @@ def prefill(params):
   }
 
 
-def measure(ways, repeats):
+def measure(ways, repeats, cold=False):
   """Tokens per second of each, the fastest of some runs taken in turn."""
   best = dict.fromkeys(ways, 0.0)
-  for run in ways.values():
+  for run in ways.values() if not cold else ():
     run(0)
   for repeat in range(repeats):
     for name, run in ways.items():
@@ -149,6 +150,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--size', choices=('small', '1b'), default='small')
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--cold', action='store_true', help='for what compiles nothing and takes minutes')
   parser.add_argument('--only', default='ours,theirs,refill,prefill')
   args = parser.parse_args()
   if args.size == '1b':
@@ -167,7 +169,7 @@ def main() -> None:
     ways['betarank'] = ours(params())
   if ways:
     title = f'{PROMPTS} prompts x {SAMPLES} samples x {NEW_TOKENS} tokens'
-    show(title, measure(ways, args.repeats), list(ways)[-1])
+    show(title, measure(ways, args.repeats, args.cold), list(ways)[-1])
   if 'refill' in only:
     show('long-tailed lengths', measure(refill(params()), args.repeats), 'refilled rows')
   if 'prefill' in only:

@@ -1,0 +1,57 @@
+"""The head in PyTorch on the same card as `benchmarks.objective`: python -m benchmarks.torch_head [--grid=...]
+
+Forward and backward of cross-entropy from hidden states and a head, in bfloat16 with float32 logits: plain, and under
+torch.compile, which fuses the softmax with its neighbours. Both hold the logits. Medians of --repeats, and the most
+memory taken beyond inputs and their gradients.
+"""
+# N tokens  D width  V vocabulary
+
+import argparse
+import statistics
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--grid', default='32768x2048x131072', help='tokens x D x V')
+  parser.add_argument('--repeats', type=int, default=5)
+  args = parser.parse_args()
+  try:
+    import torch
+    from torch.nn import functional as F
+  except ImportError:
+    parser.error('PyTorch is not installed: pip install torch')
+  if not torch.cuda.is_available():
+    parser.error('PyTorch sees no GPU')
+  tokens, width, vocab = map(int, args.grid.split('x'))
+  torch.manual_seed(0)
+  h_ND = torch.randn(tokens, width, device='cuda', dtype=torch.bfloat16, requires_grad=True)
+  w_VD = (torch.randn(vocab, width, device='cuda') * width**-0.5).to(torch.bfloat16).requires_grad_()
+  x_N = torch.randint(vocab, (tokens,), device='cuda')
+
+  def loss(h_ND, w_VD, x_N):
+    return F.cross_entropy((h_ND @ w_VD.T).float(), x_N)
+
+  print(f'tokens {tokens}  D {width}  V {vocab}  bfloat16  ({torch.cuda.get_device_name()}, torch {torch.__version__})')
+  print(f'{"":30}{"ms":>10}{"memory GB":>12}')
+  for name, f in (('torch', loss), ('torch.compile', torch.compile(loss))):
+    milliseconds = []
+    try:
+      for n in range(args.repeats + 2):  # the first two compile and warm up
+        h_ND.grad = w_VD.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() + h_ND.nbytes + w_VD.nbytes
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        f(h_ND, w_VD, x_N).backward()
+        end.record()
+        torch.cuda.synchronize()
+        if n > 1:
+          milliseconds.append(start.elapsed_time(end))
+      memory = (torch.cuda.max_memory_allocated() - before) / 1e9
+      print(f'{name:30}{statistics.median(milliseconds):10.1f}{memory:12.2f}', flush=True)
+    except torch.cuda.OutOfMemoryError:
+      print(f'{name:30}{"out of memory":>22}', flush=True)
+
+
+if __name__ == '__main__':
+  main()

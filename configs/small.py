@@ -1,0 +1,58 @@
+"""Small: the paper's question at 64M parameters, on one accelerator in minutes.
+
+    python -m launch.sweep --config=configs/small.py --root=runs/small --parallel=5     # five arms, shared by one GPU
+    python -m train --config=configs/small.py:objective=beta_low --workdir=runs/mine
+
+The paper's five objectives, one token budget, each followed by RL; before and after, what the checkpoint thinks of
+held-out documents, and which share of 64 samples solves held-out problems. seeds=N for a spread, tokens=N for another
+budget.
+"""
+
+from configs import common, paper
+
+TASK = 'reasoning:chain_sum?max_terms=5&max_digits=3+gcd+products?max_digits=3'
+HELD_OUT = 0.02  # of the questions: in no document and no step of RL, for evaluation
+SAMPLE = {'eval.sample.problems': 256, 'eval.sample.samples': 64, 'eval.sample.max_new_tokens': 128,
+          'eval.sample.temperature': 1.0, 'eval.sample.top_p': 1.0, 'eval.sample.rows': 2048,
+          'eval.sample.held_out_fraction': HELD_OUT, 'eval.sample.verifier.workers': 4}
+
+
+def parse(arg):
+  return common.parse(arg, stage='pretrain', objective='ce', seed=0, seeds=1, tokens=0)
+
+
+def get_config(arg=None):
+  a = parse(arg)
+  c = common.base()
+  c.seed = a.seed
+  c.model.update(vocab_size=4096, layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5, remat='attention')
+  c.objective.update(top_k=100, **paper.OBJECTIVES[a.objective])
+  c.data.update(dir='runs/small/data', sequence_length=512, held_out_fraction=HELD_OUT)
+  c.data.sources.main.max_documents = 300_000
+  c.checkpoint.every_steps = 500
+  if a.stage == 'pretrain':
+    c.train.update(tokens=30_000_000, batch_size=64)
+    c.optimizer.update(lr=1e-3, warmup_steps=100, decay_fraction=0.2, final_lr=1e-4)
+    c.log.update(every_steps=20, eval_every_steps=500)
+  else:
+    c.optimizer.update(lr=1e-4, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
+    c.log.update(every_steps=2, eval_every_steps=30)
+    c.rl = common.rl()
+    c.rl.update(steps=60, prompts=64, samples=16, rounds=3, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
+                rows=1024, eval_prompts=256)
+    c.rl.task.update(uri=TASK, held_out_fraction=HELD_OUT)
+    c.rl.verifier.workers = 4
+  return c
+
+
+def sweep(add, arg):
+  a = parse(arg)
+  budget = {'train.tokens': a.tokens} if a.tokens else {}
+  for seed in range(a.seeds):
+    for objective in paper.OBJECTIVES.values():
+      changed = {f'objective.{name}': value for name, value in (objective or dict(beta=0.0)).items()}
+      base = add(arg='stage=pretrain', seed=seed, **changed, **budget)
+      rl = add(stage='rl', arg='stage=rl', after=base, seed=seed)
+      for point in (base, rl):
+        add(point, stage='probe', after=point)
+        add(point, stage='sample', after=point, benchmark=TASK, **SAMPLE)
