@@ -5,8 +5,8 @@
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # only one of them
 
 A fresh model on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or 1.05B. Peers
-that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile (--cold: not
-even once), then --repeats times in turn with the others; the table has the fastest run of each, in generated tokens per
+that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile (not with
+--cold), then --repeats times in turn with the others; the table has the fastest run of each, in generated tokens per
 second.
 transformers runs on the GPU, in bfloat16, where torch sees one.
 """
