@@ -12,7 +12,7 @@ from configs import common, paper
 
 TASK = 'reasoning:chain_sum?max_terms=5&max_digits=3+gcd+products?max_digits=3'
 HELD_OUT = 0.02  # of the questions: in no document and no step of RL, for evaluation
-SAMPLE = {'eval.sample.problems': 256, 'eval.sample.samples': 64, 'eval.sample.max_new_tokens': 128,
+SAMPLE = {'eval.sample.problems': 128, 'eval.sample.samples': 64, 'eval.sample.max_new_tokens': 128,
           'eval.sample.temperature': 1.0, 'eval.sample.top_p': 1.0, 'eval.sample.rows': 2048,
           'eval.sample.held_out_fraction': HELD_OUT, 'eval.sample.verifier.workers': 4}
 
@@ -28,18 +28,18 @@ def get_config(arg=None):
   c.model.update(vocab_size=4096, layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5, remat='attention')
   c.objective.update(top_k=100, **paper.OBJECTIVES[a.objective])
   c.data.update(dir='runs/small/data', sequence_length=512, held_out_fraction=HELD_OUT)
-  c.data.sources.main.max_documents = 300_000
+  c.data.sources.main.max_documents = 120_000
   c.checkpoint.every_steps = 500
   if a.stage == 'pretrain':
-    c.train.update(tokens=30_000_000, batch_size=64)
-    c.optimizer.update(lr=1e-3, warmup_steps=100, decay_fraction=0.2, final_lr=1e-4)
-    c.log.update(every_steps=20, eval_every_steps=500)
+    c.train.update(tokens=10_000_000, batch_size=64)
+    c.optimizer.update(lr=1e-3, warmup_steps=50, decay_fraction=0.2, final_lr=1e-4)
+    c.log.update(every_steps=20, eval_every_steps=150)
   else:
     c.optimizer.update(lr=1e-4, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
-    c.log.update(every_steps=2, eval_every_steps=30)
+    c.log.update(every_steps=2, eval_every_steps=10)
     c.rl = common.rl()
-    c.rl.update(steps=60, prompts=64, samples=16, rounds=3, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
-                rows=1024, eval_prompts=256)
+    c.rl.update(steps=40, prompts=64, samples=16, rounds=3, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
+                rows=1024, microbatches=2, eval_prompts=128)
     c.rl.task.update(uri=TASK, held_out_fraction=HELD_OUT)
     c.rl.verifier.workers = 4
   return c

@@ -40,8 +40,11 @@ def names(runs: list[dict[str, Any]]) -> list[str]:
   """What tells the runs apart: the settings in which their configs differ."""
   keys = sorted({k for run in runs for k in run['config'] if k != 'data.dir'
                  and any(run['config'].get(k) != other['config'].get(k) for other in runs)})
-  last = lambda k, value: str(value).rsplit('/', 1)[-1] if k == 'train.init_from' else value  # of its path
-  labels = [', '.join(f'{k.rsplit(".", 1)[-1]}={last(k, run["config"].get(k))}' for k in keys) for run in runs]
+  starts = [str(run['config'].get('train.init_from')).strip('/').split('/') for run in runs]
+  while len({start[-1] for start in starts}) == 1 and min(map(len, starts)) > 1:
+    starts = [start[:-1] for start in starts]  # runs/beta=0/pretrain and runs/beta=1/pretrain
+  labels = [', '.join(f'{k.rsplit(".", 1)[-1]}={start[-1] if k == "train.init_from" else run["config"].get(k)}'
+                      for k in keys) for run, start in zip(runs, starts)]
   return [label or run['path'] for label, run in zip(labels, runs)]
 
 

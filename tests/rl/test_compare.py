@@ -33,6 +33,12 @@ def test_the_table_has_start_and_end(runs):
   assert second[2] == '0.200 ± 0.010 -> 0.800 ± 0.010' and first[5:] == ('20.0 -> 20.0', '10.0% -> 10.0%', '9')
 
 
+def test_a_start_is_named_by_the_part_of_its_path_that_differs(runs):
+  for run in runs:
+    run['config']['train.init_from'] += '/pretrain'
+  assert names(runs) == ['init_from=beta=0', 'init_from=beta=-0.25']
+
+
 def test_the_plot_is_a_picture(runs, tmp_path):
   compare.plot(runs, str(tmp_path / 'rl.png'))
   assert (tmp_path / 'rl.png').read_bytes().startswith(b'\x89PNG')
