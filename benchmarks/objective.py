@@ -7,12 +7,14 @@
 Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds: on a shared machine
 the CPU seconds are the steadier. tokamax (pip install tokamax) is timed if it is there. --tpu compiles ahead
 of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, times are read off the compiled
-programs (tpu_time.py), for bfloat16, and are predictions.
+programs (tpu_time.py), for bfloat16, and are predictions. There `allocated` is the size of the program's one temporary
+allocation, from the compiler's buffer assignment; what memory_analysis calls temp counts a chunk's logits once more.
 """
 # N tokens  D width  V vocabulary
 
 import os
 import pathlib
+import re
 import tempfile
 import time
 from unittest import mock
@@ -78,6 +80,13 @@ def contenders(chunk_tokens):
   return {'tokamax chunked_xla': peer} | found
 
 
+def allocated_bytes(files):
+  """HBM that a program compiled for a TPU takes for itself, from the dump of its buffer assignment."""
+  texts = (f.read_text() for f in files if f.name.endswith('.after_optimizations-buffer-assignment.txt'))
+  sizes = (re.findall(r'^allocation \d+: size (\d+), page 0, preallocated-temp:', text, re.MULTILINE) for text in texts)
+  return max(sum(map(int, found)) for found in sizes)
+
+
 def compare(shape, run_names, dump_folder):
   import jax
   import jax.numpy as jnp
@@ -115,9 +124,11 @@ def compare(shape, run_names, dump_folder):
     chip = CHIPS[TPU.value.split(':')[0]]
     seconds = {name: tpu_time.seconds(c.as_text(), dumps[name], chip) for name, c in compiled.items()}
     base = seconds.get('ours: cross-entropy', next(iter(seconds.values())))
-    print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"least ms":>10}{"ratio":>8}{"likely ms":>11}{"ratio":>8}')
+    print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"allocated":>11}{"of logits":>11}'
+          f'{"least ms":>10}{"ratio":>8}{"likely ms":>11}{"ratio":>8}')
     for name, (least, likely) in seconds.items():
       print(f'{name:30}{memory[name] / 2**20:10.0f}{memory[name] / full_bytes:11.4f}'
+            f'{(own := allocated_bytes(dumps[name])) / 2**20:11.0f}{own / full_bytes:11.4f}'
             f'{1e3 * least:10.1f}{least / base[0]:8.3f}{1e3 * likely:11.1f}{likely / base[1]:8.3f}')
     return
 
@@ -148,7 +159,8 @@ def main(argv):
     if TPU.value:  # no TPU is attached: keep libtpu from looking for one
       os.environ |= {
         'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-        'TPU_WORKER_HOSTNAMES': 'localhost', 'LIBTPU_INIT_ARGS': BUNDLE_FLAGS.format(folder=folder)}
+        'TPU_WORKER_HOSTNAMES': 'localhost', 'LIBTPU_INIT_ARGS': BUNDLE_FLAGS.format(folder=folder),
+        'XLA_FLAGS': f'--xla_dump_to={folder} --xla_dump_hlo_as_text'}
     for shape in GRID.value:
       compare(shape, ONLY.value, pathlib.Path(folder))
 

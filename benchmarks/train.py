@@ -5,9 +5,11 @@
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens a step: for an 80 GB accelerator
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, the same tokens
 
-Steps are the real ones (train/step.py) on made-up tokens. The naive step differs in the loss alone: all logits, optax's
-cross-entropy, no statistics. Ways are timed in turn, and ratios taken round by round. Where the chip's peak is known,
-MFU counts 6 FLOPs a weight and token and half of the attention (model.flops_per_token), recomputation left out.
+Steps are the real ones (train/step.py) on made-up tokens. `all logits` differs in the loss alone: all logits, optax's
+cross-entropy, no statistics. `naive`, for the small models, also holds all attention scores and recomputes nothing.
+Ways are timed in turn, and ratios taken round by round; on a CPU, in CPU seconds, as other work on the machine slows
+the clock's. MFU counts 6 FLOPs a weight and token and half of the attention (model.flops_per_token), recomputation left
+out, of the chip's peak; on a CPU, of the rate of a matrix product measured here, a CPU second.
 """
 
 import argparse
@@ -32,12 +34,12 @@ ADAMW = OptimizerConfig(lr=1e-4, warmup_steps=1, decay_fraction=0.0, final_lr=0.
                         weight_decay=0.1, clip_norm=1.0)
 SMALL = model.ModelConfig(
   vocab_size=8192, layers=4, d_model=256, d_ff=768, heads=4, kv_heads=2, head_dim=64, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='auto', remat='none', scan_layers=True)
+  tied_embeddings=True, compute_dtype='auto', remat='matmuls', scan_layers=True)
 MODELS = {
   'small': (SMALL, 8, 512),
   'small-moe': (dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, d_expert=192)), 8, 512),
   '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
-                             head_dim=128, remat='matmuls'), 8, 4096),
+                             head_dim=128), 8, 4096),
   '2b-moe': (dataclasses.replace(
     SMALL, vocab_size=151_936, layers=12, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
     moe=model.MoeConfig(experts=128, experts_per_token=12, d_expert=320)), 8, 4096),
@@ -62,6 +64,18 @@ def naive_step(c: model.ModelConfig, tx):
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), {'loss': value}
 
   return jax.jit(step, donate_argnums=donated())
+
+
+def matmul_rate(device) -> float:
+  """FLOP/s of a CPU second in a float32 product of 2048 x 2048 matrices."""
+  x = jax.device_put(np.ones((2048, 2048), np.float32), device)
+  product = jax.jit(jnp.matmul).lower(x, x).compile()
+  seconds = []
+  for _ in range(6):
+    start = time.process_time()
+    jax.block_until_ready(product(x, x))
+    seconds.append(time.process_time() - start)
+  return 2 * 2048**3 / min(seconds)
 
 
 def main():
@@ -90,7 +104,11 @@ def main():
   with jax.set_mesh(mesh):
     tx = make_optimizer(ADAMW, 10_000, model.abstract(c)[2])
     stats = 'full' if args.masses else 'basic'
-    ways = {'all logits, optax': naive_step(c, tx)} if args.naive else {}
+    ways = {}
+    if args.naive and args.model.startswith('small'):
+      ways['naive'] = naive_step(dataclasses.replace(c, attention='plain', remat='none'), tx)
+    if args.naive:
+      ways['all logits'] = naive_step(c, tx)
     ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size), 1, stats)
              for name, objective in OBJECTIVES.items()}
     batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
@@ -98,24 +116,28 @@ def main():
     compiled = {}
     for name, step in ways.items():
       compiled[name] = step.lower(state, batch).compile()
-    seconds = {name: [] for name in ways}
+    on_cpu = device.platform == 'cpu'
+    clock = time.process_time if on_cpu else time.perf_counter
+    seconds, wall = {name: [] for name in ways}, {name: [] for name in ways}
     for n in range(args.rounds + 1):
       for name, step in compiled.items():
-        start = time.perf_counter()
+        start = clock(), time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         if n:  # the first round warms up
-          seconds[name].append(time.perf_counter() - start)
+          seconds[name].append(clock() - start[0])
+          wall[name].append(time.perf_counter() - start[1])
   base = next(iter(seconds))
-  print(f'{"":30}{"step s":>9}{"tokens/s":>12}{"MFU":>8}{"temp GB":>9}{"time / first":>14}')
+  peak = matmul_rate(device) if on_cpu else peak_flops(device)
+  print(f'{"":30}{"step s":>9}{"tokens/s":>12}{"CPU s":>9}{"MFU":>8}{"temp GB":>9}{"time / first":>14}')
   for name, times in seconds.items():
-    step_s = statistics.median(times)
+    step_s, clock_s = statistics.median(wall[name]), statistics.median(times)
     ratio = statistics.median(a / b for a, b in zip(times, seconds[base]))
-    peak = peak_flops(device)
     flops = model.flops_per_token(c, length) * rows * length
-    mfu = f'{flops / step_s / peak / jax.device_count():.1%}' if peak else '-'
+    mfu = f'{flops / clock_s / peak / jax.device_count():.1%}' if peak else '-'
     temp = compiled[name].memory_analysis().temp_size_in_bytes / 1e9
-    print(f'{name:30}{step_s:9.3f}{rows * length / step_s:12,.0f}{mfu:>8}{temp:9.2f}{ratio:14.2f}')
+    print(f'{name:30}{step_s:9.3f}{rows * length / step_s:12,.0f}{f"{clock_s:.3f}" if on_cpu else "-":>9}{mfu:>8}'
+          f'{temp:9.2f}{ratio:14.2f}')
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ def base() -> ConfigDict:
     norm_eps=1e-6,
     tied_embeddings=True,  # one matrix embeds and predicts
     compute_dtype='auto',  # auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always
-    attention='auto',  # plain | splash (TPU) | cudnn (GPU); auto: the one for the devices in use
+    attention='auto',  # plain | blocks (CPU) | splash (TPU) | cudnn (GPU); auto: the one for the devices in use
     remat='none',  # what is saved for the backward pass: none | matmuls | qkv | attention | full (model/config.py)
     scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through
     moe=dict(  # a mixture of experts in place of the dense feed-forward
@@ -42,7 +42,7 @@ def base() -> ConfigDict:
       routed_scale=1.0,  # on the sum of the chosen experts
       bias_rate=1e-3,  # what the bias moves a step (sigmoid)
       balance_weight=0.0,  # of the load-balance loss, which is 1 when even (softmax)
-      kernel='auto',  # tiles | ragged | pallas (TPU); auto: the one for the devices in use (model/moe.py)
+      kernel='auto',  # tiles | ragged | pallas (TPU) | triton (GPU); auto: by the devices in use (model/moe.py)
     ),
   ))
 

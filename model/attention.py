@@ -1,7 +1,7 @@
 """Attention: rotary positions, and softmax over the keys that a query may see.
 
-`attend` is the plain form: decoding, CPUs, and the judge of the others. `rows_attention` picks a flash kernel for whole
-rows where the backend has one; they never hold the scores.
+`attend` is the plain form: decoding, and the judge of the others. `rows_attention` picks a form for whole rows by the
+backend: flash kernels, which never hold the scores, on TPU and GPU, a part of the scores at a time on CPU.
 
 # B batch  T query length  S key length  K key heads  G query heads a key head  N = K·G  H head width
 """
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 
 from model.sharding import platform, shards, spec
 
-KERNELS = ('auto', 'plain', 'splash', 'cudnn')
+KERNELS = ('auto', 'plain', 'blocks', 'splash', 'cudnn')
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
@@ -60,16 +60,19 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, width: int) -> Ca
   """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH over whole rows, where a document's tokens stand in order.
 
   kernel: one of KERNELS; `auto` takes splash on TPU and cuDNN on GPU where they can do this head width, length and
-  type, and the plain form elsewhere. What depends on the segments alone is made here, once for all layers.
+  type, blocks on a CPU where no mesh axis splits the length, and the plain form elsewhere. What depends on the segments
+  alone is made here, once for all layers.
   """
   length = segments_BT.shape[1]
   if kernel == 'auto':
-    kernel = {'tpu': 'splash', 'gpu': 'cudnn'}.get(platform(), 'plain')
+    kernel = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'blocks'}.get(platform(), 'plain')
     if kernel == 'splash' and (width % 128 or length % (128 * shards('length'))):
+      kernel = 'plain'
+    if kernel == 'blocks' and shards('length') > 1:
       kernel = 'plain'
     if kernel == 'cudnn' and (width % 8 or width > 256 or length % 2 or dtype != jnp.bfloat16):
       kernel = 'plain'
-  return {'plain': _plain, 'splash': _splash, 'cudnn': _cudnn}[kernel](segments_BT)
+  return {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'cudnn': _cudnn}[kernel](segments_BT)
 
 
 def _plain(segments_BT):
@@ -78,6 +81,27 @@ def _plain(segments_BT):
 
   def run(q_BTNH, k_BTKH, v_BTKH):
     out_BTNH = attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), visible_BTT)
+    return checkpoint_name(out_BTNH, 'attention')
+
+  return run
+
+
+def _blocks(segments_BT):
+  """The plain form, an eighth of the queries (or 128) at a time, with the keys up to the last of them. Their scores
+  aren't kept for the backward pass: a CPU computes them again in less time.
+  """
+  length = segments_BT.shape[1]
+  size = max(128, -(-length // 8))
+  index_1T = jnp.arange(length)[None]
+  visible_BTT = visible(index_1T, segments_BT, index_1T, segments_BT)
+  some = jax.checkpoint(attend)
+
+  def run(q_BTNH, k_BTKH, v_BTKH):
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    parts = [slice(start, start + size) for start in range(0, length, size)]
+    out_BTNH = jnp.concatenate([
+      some(q_BTNH[:, part], k_BKTH[:, :, :part.stop], v_BKTH[:, :, :part.stop], visible_BTT[:, part, :part.stop])
+      for part in parts], 1)
     return checkpoint_name(out_BTNH, 'attention')
 
   return run

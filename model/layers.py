@@ -1,7 +1,9 @@
 """What the blocks are made of: how a weight is declared, the norm, and the dense feed-forward.
 
-# B batch  T tokens  D width  F hidden  L layers
+# B batch  T tokens  D width  F hidden  L layers  X, Y any dimensions
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
-from model.sharding import constrain
+from model.sharding import constrain, platform, shards
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
@@ -29,6 +31,17 @@ def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
   return (x32 * scale[...]).astype(x.dtype)
 
 
+def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
+  """[B, T, Y]: x times w over the first `inner` dimensions of w, in the type of x."""
+  w_XY = w_XY[...].astype(x_BTX.dtype)
+  if platform() != 'cpu' or shards('length') > 1:
+    return jnp.tensordot(x_BTX, w_XY, inner)
+  # XLA's CPU backend copies what a product sums over two dimensions of, B and T in a weight's gradient, transposed.
+  rows = math.prod(w_XY.shape[:inner])
+  out_NY = x_BTX.reshape(-1, rows) @ w_XY.reshape(rows, -1)
+  return out_NY.reshape(*x_BTX.shape[:2], *w_XY.shape[inner:])
+
+
 class FeedForward(nnx.Module):
   """SwiGLU of width d_ff."""
 
@@ -41,8 +54,7 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
     """(out_BTD, None): a mixture of experts (model/moe.py) takes and returns more."""
-    dtype = x_BTD.dtype
-    gate_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.gate_DF[...].astype(dtype)), 'mlp')
-    up_BTF = checkpoint_name(jnp.einsum('BTD,DF->BTF', x_BTD, self.up_DF[...].astype(dtype)), 'mlp')
+    gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
+    up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')
     hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
-    return jnp.einsum('BTF,FD->BTD', hidden_BTF, self.down_FD[...].astype(dtype)), None
+    return project(hidden_BTF, self.down_FD), None

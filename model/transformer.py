@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.attention import attend, rotate, rows_attention, visible
 from model.config import REMAT, ModelConfig
 from model.decode import Cache, slots_for, write, write_heads
-from model.layers import FeedForward, ones, rms_norm, weight
+from model.layers import FeedForward, ones, project, rms_norm, weight
 from model.moe import SAVED, MixtureOfExperts, Routing
 from model.sharding import constrain
 
@@ -53,14 +53,14 @@ class Attention(nnx.Module):
 
   def __call__(self, x_BTD, positions_BT, attend):
     """[B, T, D]; attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH is what a query sees and how it is computed."""
-    c, dtype = self.c, x_BTD.dtype
-    q_BTNH = checkpoint_name(jnp.einsum('BTD,DNH->BTNH', x_BTD, self.q_DNH[...].astype(dtype)), 'qkv')
-    k_BTKH = checkpoint_name(jnp.einsum('BTD,DKH->BTKH', x_BTD, self.k_DKH[...].astype(dtype)), 'qkv')
-    v_BTKH = checkpoint_name(jnp.einsum('BTD,DKH->BTKH', x_BTD, self.v_DKH[...].astype(dtype)), 'qkv')
+    c = self.c
+    q_BTNH = checkpoint_name(project(x_BTD, self.q_DNH), 'qkv')
+    k_BTKH = checkpoint_name(project(x_BTD, self.k_DKH), 'qkv')
+    v_BTKH = checkpoint_name(project(x_BTD, self.v_DKH), 'qkv')
     q_BTNH = rotate(rms_norm(q_BTNH, self.q_norm_H, c.norm_eps), positions_BT, c.rope_base)
     k_BTKH = rotate(rms_norm(k_BTKH, self.k_norm_H, c.norm_eps), positions_BT, c.rope_base)
     out_BTNH = constrain(attend(q_BTNH, k_BTKH, v_BTKH), 'batch', 'length', 'act_heads', None)
-    return jnp.einsum('BTNH,NHD->BTD', out_BTNH, self.o_NHD[...].astype(dtype))
+    return project(out_BTNH, self.o_NHD, 2)
 
 
 class Block(nnx.Module):

@@ -18,11 +18,11 @@ from objectives import chunk as tile
 from objectives import layout as mesh
 from objectives.reward_shaping import RewardShaping, check_number, check_shapes, is_zero
 
-# Logits of a default chunk: 96 MiB in float32 on a CPU; 512 MiB on an accelerator, but 1024 tokens at least. With
-# fewer, adding to the head's gradient in memory takes longer than the product that is added (TPU v5e: below 960;
-# H100, benchmarks/objective.py: 192 take twice the time of 1024).
-DEFAULT_CHUNK_LOGITS = {'cpu': 3 * 2**23, 'accelerator': 2**27}
-LEAST_CHUNK_TOKENS = {'cpu': 1, 'accelerator': 1024}
+# Logits of a default chunk: 8 MiB in float32 on a CPU, which its caches hold; 512 MiB on an accelerator. But 192 or
+# 1024 tokens at least: with fewer, adding to the head's gradient in memory takes longer than the product that is added
+# (TPU v5e: below 960; H100, benchmarks/objective.py: 192 take twice the time of 1024).
+DEFAULT_CHUNK_LOGITS = {'cpu': 2**21, 'accelerator': 2**27}
+LEAST_CHUNK_TOKENS = {'cpu': 192, 'accelerator': 1024}
 
 
 def shaped_linear_loss(
@@ -46,8 +46,8 @@ def shaped_linear_loss(
     z_loss: adds z_loss * logsumexp(logits)^2 to every loss.
     temperature: logits are divided by it, after the cap.
     compute_dtype: of the matrix products, which accumulate in float32; None: hidden's. All else is float32.
-    chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 96 MiB on a CPU, and
-      512 MiB elsewhere or what 1024 tokens take if that is more.
+    chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 8 MiB on a CPU, or
+      what 192 tokens take if that is more; 512 MiB or 1024 tokens elsewhere.
     layout: a Layout, how the arrays lie on the mesh in force; None: on one device.
 
   Returns:
@@ -230,7 +230,8 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   tokens = math.prod(shape)
   most = options.chunk_tokens or default_chunk(head_DV.shape[1])
   chunks = max(1, -(-tokens // most))
-  size = min(most, tokens)
+  size = -(-tokens // chunks)  # even parts: what fills up the last one is computed too
+  size = min(size + -size % 64, most)
 
   def split(array):
     array = array.reshape(tokens, *array.shape[len(shape):])

@@ -1,4 +1,6 @@
-"""Flash kernels = the plain form, values and gradients, with several documents a row; on one device and on eight."""
+"""Flash kernels and blocks = the plain form, values and gradients, with several documents a row; on one device or 8."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,17 @@ def test_splash_equals_plain(inputs, mesh):
     devices = jax.devices()[: int(np.prod(mesh))]
     with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), devices)):
       got = output_and_gradients('splash', *inputs)
+  for a, b in zip(want, got, strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+@pytest.mark.parametrize('mesh', [None, (2, 1, 1, 1, 2)])
+def test_blocks_equal_plain(inputs, mesh):
+  """A last block that isn't full, and padding."""
+  cut = [x[:, :200] for x in inputs]
+  want = output_and_gradients('plain', *cut)
+  with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), jax.devices()[:4])) if mesh else contextlib.nullcontext():
+    got = output_and_gradients('blocks', *cut)
   for a, b in zip(want, got, strict=True):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
 
