@@ -18,7 +18,7 @@ REMAT = {
 }
 DTYPES = ('auto', 'float32', 'bfloat16')
 ROUTERS = ('sigmoid', 'softmax')
-EXPERT_KERNELS = ('auto', 'tiles', 'ragged', 'pallas')
+EXPERT_KERNELS = ('auto', 'tiles', 'ragged', 'pallas', 'triton')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Experts on a TPU: a tile of rows through all three products of its expert in one Pallas kernel.
 
 A tile's rows are all one expert's, so nothing is masked, and the hidden values never leave the chip's vector memory.
-An expert's weights stay there from one of its tiles to the next, and so do the sums of their gradient. The backward
-kernel computes gate and up again.
+An expert's weights stay there from one of its tiles to the next, and so do the float32 sums of their gradient, which
+leave rounded, after its last tile. The backward kernel computes gate and up again.
 
 # C tiles  R rows  D width  F hidden  e experts
 """
@@ -21,8 +21,8 @@ VMEM_BYTES = 48 * 2**20  # of 128 MiB on v5e and v6e, 64 on v5p; the default is 
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Whether the kernels' blocks fit: two of each weight in bfloat16, and two of each gradient in float32."""
-  return 3 * width * (-(-hidden // 128) * 128) * (2 * 2 + 2 * 4) <= VMEM_BYTES * 3 // 4
+  """Whether the kernels' blocks fit: two of each weight and each gradient in bfloat16, and a float32 sum of each."""
+  return 3 * width * (-(-hidden // 128) * 128) * (2 * 2 + 2 * 2 + 4) <= VMEM_BYTES * 3 // 4
 
 
 @jax.custom_vjp
@@ -42,13 +42,14 @@ def _forward(expert_C, used, x_ref, weight_ref, gate_ref, up_ref, down_ref, out_
     out_ref[0] = _dot(hidden_RF.astype(x_ref.dtype), down_ref[0]).astype(out_ref.dtype)
 
 
-def _backward(expert_C, used, x_ref, weight_ref, dout_ref, gate_ref, up_ref, down_ref, dx_ref, dweight_ref, *sums):
-  tile = pl.program_id(0)
+def _backward(expert_C, used, x_ref, weight_ref, dout_ref, gate_ref, up_ref, down_ref, dx_ref, dweight_ref, *grads):
+  grads, sums = grads[:3], grads[3:]
+  tile, last = pl.program_id(0), pl.num_programs(0) - 1
 
   @pl.when((tile == 0) | (expert_C[tile] != expert_C[jnp.maximum(tile - 1, 0)]))
   def _():
     for ref in sums:
-      ref[0] = jnp.zeros_like(ref[0])
+      ref[...] = jnp.zeros_like(ref)
 
   @pl.when(tile < used[0])
   def _():
@@ -64,7 +65,12 @@ def _backward(expert_C, used, x_ref, weight_ref, dout_ref, gate_ref, up_ref, dow
     dup_RF, hidden_RF = low(dhidden_RF * silu_RF), low(silu_RF * up_RF * weight_R1)
     dx_ref[0] = low(_dot(dgate_RF, gate_ref[0], (1, 1)) + _dot(dup_RF, up_ref[0], (1, 1)))
     for ref, a, b in zip(sums, (x_RD, x_RD, hidden_RF), (dgate_RF, dup_RF, dout_RD), strict=True):
-      ref[0] += _dot(a, b, (0, 0))
+      ref[...] += _dot(a, b, (0, 0))
+
+  @pl.when((tile == last) | (expert_C[tile] != expert_C[jnp.minimum(tile + 1, last)]))
+  def _():
+    for ref, total in zip(grads, sums, strict=True):
+      ref[0] = total[...].astype(ref.dtype)
 
 
 def _dot(a, b, contract=(1, 0)) -> jax.Array:
@@ -80,12 +86,13 @@ def _blocks(x_CRD, weights):
   return by_tile(x_CRD.shape[2]), by_tile(1), of_expert
 
 
-def _call(body, expert_C, used, ins, outs, shapes, *args):
+def _call(body, expert_C, used, ins, outs, shapes, *args, scratch=()):
   return pl.pallas_call(
     body,
     out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes],
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=2, grid=(len(expert_C),), in_specs=ins, out_specs=outs),
+      num_scalar_prefetch=2, grid=(len(expert_C),), in_specs=ins, out_specs=outs,
+      scratch_shapes=scratch),
     compiler_params=pltpu.CompilerParams(dimension_semantics=('arbitrary',), vmem_limit_bytes=VMEM_BYTES),
     interpret=platform() != 'tpu',
   )(expert_C, used[None], *args)
@@ -95,13 +102,12 @@ def _experts_backward(saved, dout_CRD):
   x_CRD, weight_CR, expert_C, used, *weights = saved
   tile, column, of_expert = _blocks(x_CRD, weights)
   float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  dx_CRD, dweight_CR1, *sums = _call(
+  dx_CRD, dweight_CR1, *grads = _call(
     _backward, expert_C, used, [tile, column, tile, *of_expert], [tile, column, *of_expert],
-    [x_CRD, float32((*weight_CR.shape, 1)), *(float32(w.shape) for w in weights)],
-    x_CRD, weight_CR[..., None], dout_CRD, *weights)
+    [x_CRD, float32((*weight_CR.shape, 1)), *weights],
+    x_CRD, weight_CR[..., None], dout_CRD, *weights, scratch=[pltpu.VMEM(w.shape[1:], jnp.float32) for w in weights])
   met_e11 = jnp.any(expert_C == jnp.arange(len(weights[0]))[:, None], 1)[:, None, None]
-  dweights = [jnp.where(met_e11, s, 0).astype(w.dtype) for s, w in zip(sums, weights)]
-  return dx_CRD, dweight_CR1[..., 0], None, None, *dweights
+  return dx_CRD, dweight_CR1[..., 0], None, None, *(jnp.where(met_e11, grad, 0) for grad in grads)
 
 
 experts.defvjp(lambda *args: (experts(*args), args), _experts_backward)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model import expert_kernel
+from model import expert_kernel, expert_kernel_gpu
 from model.config import ModelConfig, MoeConfig
 from model.layers import FeedForward, weight
 from model.sharding import RULES, platform, shards, spec
@@ -155,9 +155,9 @@ def _local(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_
   """What one device does: its experts, on the tokens of all devices along the expert axis."""
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
-    gate_eDF, up_eDF = _gather('embed', gate_eDF, 1), _gather('embed', up_eDF, 1)
-    down_eFD = _gather('embed', down_eFD, 2)
-  x_GD = _gather('experts', x_BTD.reshape(-1, width))
+    gate_eDF, up_eDF, down_eFD = _whole(gate_eDF, up_eDF, down_eFD)
+  x_ND = x_BTD.reshape(-1, width)
+  x_GD = _collect(x_ND) if ways > 1 else x_ND
   weight_p = _gather('experts', weight_BTk.reshape(-1))
   experts, pairs = gate_eDF.shape[0], choices_BTk.size
   rows = _tile_rows(pairs, experts)
@@ -167,11 +167,36 @@ def _local(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_
   plan = _make_plan(m, choices_BTk.reshape(-1), experts, rows, size)
   work = _piece if size == tiles(most) else _in_pieces
   y_GD = work((m, rows, size), plan, 0, x_GD, weight_p, gate_eDF, up_eDF, down_eFD)
-  if ways > 1:
-    y_GD = lax.psum_scatter(y_GD, RULES['experts'], scatter_dimension=0, tiled=True)
+  y_ND = _return(y_GD) if ways > 1 else y_GD
   if shards('mlp') > 1:
-    y_GD = lax.psum(y_GD, RULES['mlp'])
-  return y_GD.reshape(x_BTD.shape)
+    y_ND = lax.psum(y_ND, RULES['mlp'])
+  return y_ND.reshape(x_BTD.shape)
+
+
+# To all devices along the expert axis, and back: each is the other's transpose. JAX's own transposes would keep the
+# form of what they transpose, and a TPU copies all tokens unless they are gathered on an axis of their own but
+# scattered on one that they share.
+
+
+@jax.custom_vjp
+def _collect(x_ND) -> jax.Array:
+  """[G, D]: the tokens of all devices."""
+  return lax.all_gather(x_ND, RULES['experts']).reshape(-1, x_ND.shape[-1])
+
+
+@jax.custom_vjp
+def _return(y_GD) -> jax.Array:
+  """[N, D]: the sum of what the devices have for each of this one's tokens."""
+  return lax.psum_scatter(y_GD, RULES['experts'], scatter_dimension=0, tiled=True)
+
+
+_collect.defvjp(lambda x_ND: (_collect(x_ND), None), lambda _, dx_GD: (_return(dx_GD),))
+_return.defvjp(lambda y_GD: (_return(y_GD), None), lambda _, dy_ND: (_collect(dy_ND),))
+
+
+def _whole(gate_eDF, up_eDF, down_eFD):
+  """Weights whose width is spread, whole; in the backward pass their gradients are summed and spread again."""
+  return _gather('embed', gate_eDF, 1), _gather('embed', up_eDF, 1), _gather('embed', down_eFD, 2)
 
 
 def _gather(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
@@ -287,7 +312,11 @@ def _kernel(name: str, gate_eDF):
     name = 'tiles'
     if platform() == 'tpu':
       name = 'pallas' if expert_kernel.fits(*gate_eDF.shape[1:]) else 'ragged'
-  return {'tiles': _tiles, 'ragged': _ragged, 'pallas': expert_kernel.experts}[name]
+    if platform() == 'gpu' and expert_kernel_gpu.fits(*gate_eDF.shape[1:]):
+      name = 'triton'
+  kernels = {
+    'tiles': _tiles, 'ragged': _ragged, 'pallas': expert_kernel.experts, 'triton': expert_kernel_gpu.experts}
+  return kernels[name]
 
 
 def _tiles(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):

@@ -83,8 +83,8 @@ def check(c, params, x_BTD, real_BT):
 
 
 @pytest.mark.parametrize('changes', [
-  {}, {'kernel': 'ragged'}, {'kernel': 'pallas'}, {'experts': 7, 'experts_per_token': 3, 'd_expert': 5},
-  {'experts': 1, 'experts_per_token': 1},
+  {}, {'kernel': 'ragged'}, {'kernel': 'pallas'}, {'kernel': 'triton'},
+  {'experts': 7, 'experts_per_token': 3, 'd_expert': 5}, {'experts': 1, 'experts_per_token': 1},
   {'experts': 5, 'experts_per_token': 5, 'routed_scale': 2.5}, dataclasses.asdict(SOFTMAX)])
 def test_fast_equals_a_slow_loop_over_experts(changes):
   c = with_moe(**changes)
@@ -100,7 +100,8 @@ def test_empty_experts_and_all_tokens_to_one_expert():
   chosen = check(c, params, x_BTD, jnp.zeros_like(real_BT))  # nothing but padding
 
 
-MESHES = [((1, 2, 4, 1, 1), True, 'pallas'), ((2, 1, 2, 2, 1), True, 'tiles'), ((1, 2, 2, 1, 2), False, 'ragged')]
+MESHES = [((1, 2, 4, 1, 1), True, 'pallas'), ((1, 1, 4, 2, 1), False, 'triton'), ((2, 1, 2, 2, 1), True, 'tiles'),
+          ((1, 2, 2, 1, 2), False, 'ragged')]
 
 
 @pytest.mark.parametrize('shape, skew, kernel', MESHES)
