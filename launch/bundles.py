@@ -13,11 +13,11 @@ FLAGS = ('--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
 SKIPPABLE = 0.5  # share of a loop's turns that a region is taken to run in, if a branch can skip it
 
 
-def read(folder: pathlib.Path, causal: dict[str, float] | None = None) -> dict[str, float]:
+def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
   """Cycles of each instruction (HLO name) that has bundles in `folder`.
 
-  causal: for flash attention kernels by name, the share of their blocks that the causal mask leaves; it replaces
-    SKIPPABLE for the kernel's largest region.
+  shares: for kernels by name, the share of their grid's steps that have work; it replaces SKIPPABLE for the kernel's
+    largest region.
   """
   twins: dict[str, str] = {}  # instruction -> the one that was compiled for it
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -31,15 +31,15 @@ def read(folder: pathlib.Path, causal: dict[str, float] | None = None) -> dict[s
   for path in sorted(folder.glob('*-final_bundles.txt')):
     named = re.fullmatch(r'\d+-(.*)-\d+-final_bundles\.txt', path.name)
     if named and not named[1].startswith(('<', 'TLP')) and 'schedule-analysis' not in path.name:
-      shares = {twins.get(name, name): share for name, share in (causal or {}).items()} | (causal or {})
-      share = shares.get(named[1])
+      known = {twins.get(name, name): share for name, share in (shares or {}).items()} | (shares or {})
+      share = known.get(named[1])
       cycles[named[1]] = count(path.read_text(errors='replace'), share)
   cycles.update({name: cycles[key] for name, key in twins.items() if key in cycles})
   return cycles
 
 
-def count(text: str, causal_share: float | None = None) -> float:
-  """Cycles of one program of bundles; causal_share as in `read`."""
+def count(text: str, share: float | None = None) -> float:
+  """Cycles of one program of bundles; share as in `read`."""
   exits: dict[str, int] = {}  # predicate of a loop's end -> its turns, where they are a constant
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):
     limit = re.match(r'scmp\.(?:ge|eq)\.s32\.totalorder %\w+, (\d+)', test)
@@ -71,7 +71,7 @@ def count(text: str, causal_share: float | None = None) -> float:
       inside.append((first, last))
   largest = max(inside, key=lambda s: s[1] - s[0], default=None)
   for span in inside:
-    share = causal_share if causal_share is not None and span == largest else SKIPPABLE
+    runs = share if share is not None and span == largest else SKIPPABLE
     for i in range(span[0] + 1, span[1]):
-      weight[i] *= share
+      weight[i] *= runs
   return sum(weight)

@@ -1,6 +1,7 @@
 """TPU chips and pods: what a chip can do, and the shapes that pods come in."""
 
 import dataclasses
+import itertools
 import math
 
 from configs.load import UserError, suggestion
@@ -97,8 +98,10 @@ class Topology:
                       ) from None
 
   def links(self, group: int) -> int:
-    """Links of a chip that a transfer among `group` chips can use both ways. Guessed from the group's size."""
-    axes = sum(d > 1 for d in self.dims)
-    if group >= math.prod(self.dims):
-      return 2 * axes
-    return 2 * min(axes, 1 if group <= max(self.dims) else 2)
+    """Links of a chip that a transfer among `group` chips can use. Guessed from the group's size: two along each axis
+    of the torus that it fills, and one along another that it fills in part, where there is no way around."""
+    dims = [d for d in self.dims if d > 1]
+    sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)
+             for axes in itertools.combinations(dims, count)]
+    filled, axes = max((size, count) for size, count in sizes if group % size == 0)
+    return 2 * axes + (filled < group and axes < len(dims))

@@ -4,6 +4,7 @@ XLA's own cost analysis counts the body of a loop once; here each instruction co
 from the trip counts that loop conditions state. Nothing here needs a device, or JAX.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -71,14 +72,43 @@ class Collective:
   bytes: float
   group: int
   times: int
-  hidden: bool  # started and awaited apart, so that compute can run meanwhile
+  meanwhile: tuple[str, ...] | None  # instructions that run between its start and its end; None where all wait
   computation: str
+  source: str  # as Program.source gives it
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
   computations: dict[str, dict[str, Instruction]]
   entry: str
+  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # number -> the source lines' functions
+
+  def source(self, run: Run) -> str:
+    """What an instruction was written as: its operation and functions, `.../gather model/moe.py:_take ...`, innermost
+    first. Of a fusion without such a note, what is in it says; else its operands do; '' where none has one."""
+    home, seen = self.computations[run.computation], set()
+    listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
+    while listed:
+      for one in listed:
+        operation, number = one.attribute(r'op_name="([^"]*)"'), one.attribute(r'stack_frame_id=(\d+)')
+        if number and int(number) in self.frames:
+          return f'{operation or ""} {self.frames[int(number)]}'
+      seen |= {one.name for one in listed}
+      operands = dict.fromkeys(name for one in listed for name in one.operands)
+      listed = [home[name] for name in operands if name in home and name not in seen]
+    return run.instruction.attribute(r'op_name="([^"]*)"') or ''
+
+  def is_transfer(self, run: Run) -> bool:
+    """Whether an instruction is a collective and no more, or the start or end of one that runs along with others.
+
+    TPUs write a reduce-scatter as a fusion of its own, of an all-reduce and a slice.
+    """
+    one, inside = run.instruction, self._inside_fusion(run.instruction)
+    ends = any('"AsyncCollective' in i.text for i in inside.values())
+    return one.opcode.removesuffix('-start') in COLLECTIVES or ends or _scatters(inside)
+
+  def _inside_fusion(self, one: Instruction) -> dict[str, Instruction]:
+    return self.computations.get(one.called('calls') or '', {}) if one.opcode == 'fusion' else {}
 
   def runs(self) -> list[Run]:
     """Everything executed, with its count. Of a conditional's branches all are listed once."""
@@ -129,10 +159,28 @@ class Program:
     return sum(self.flops(Run(i, run.instruction.called('calls'), 1)) for i in inner.values()
                if i.opcode in ('fusion', 'dot', 'convolution'))
 
+  def rows_moved(self, run: Run) -> dict[str, int]:
+    """How many rows of 128 numbers or more an instruction gathers, and how many it scatters."""
+    def count(one, home):
+      if one.opcode == 'fusion':
+        inside = self._inside_fusion(one)
+        return sum((count(i, inside) for i in inside.values()), collections.Counter())
+      if one.opcode == 'gather':
+        width = math.prod(int(n) for n in one.attribute(r'slice_sizes=\{([\d,]*)\}').split(','))
+        return collections.Counter(gather=math.prod(one.arrays[0].dims) // width * (width >= 128))
+      if one.opcode == 'scatter':
+        added, window = home[one.operands[-1]].arrays[0].dims, one.attribute(r'update_window_dims=\{([\d,]*)\}')
+        width = math.prod(added[int(d)] for d in window.split(',') if d)
+        return collections.Counter(scatter=math.prod(added) // width * (width >= 128))
+      return collections.Counter()
+
+    return count(run.instruction, self.computations[run.computation])
+
   def hbm_bytes(self, run: Run) -> float:
     """Bytes an instruction must read from and write to HBM when executed once: operands once each, and results.
 
-    A slice counts itself, not what it is cut from; an update in place counts the update.
+    A slice counts itself, not what it is cut from, and gathered rows likewise; an update in place counts the update.
+    The buffers of a transfer that runs along with a fusion count for nothing.
     """
     one, home = run.instruction, self.computations[run.computation]
     if one.opcode in FREE:
@@ -157,7 +205,7 @@ class Program:
     for part, array in zip(parts, one.arrays):
       while part.opcode == 'bitcast' and part.operands[0] in inner:
         part = inner[part.operands[0]]
-      if not array.on_chip:
+      if not array.on_chip and part.opcode != 'parameter' and part.opcode not in COLLECTIVES:
         total += inner[part.operands[1]].arrays[0].bytes if part.opcode == 'dynamic-update-slice' else array.bytes
     return total
 
@@ -167,7 +215,7 @@ class Program:
     for user in inner.values():
       if name not in user.operands:
         continue
-      if user.opcode == 'dynamic-slice':
+      if user.opcode == 'dynamic-slice' or (user.opcode == 'gather' and user.operands[0] == name):
         total += user.arrays[0].bytes
       elif user.opcode == 'bitcast':
         total += self._read(inner, user.name)
@@ -177,36 +225,60 @@ class Program:
           if operand == name:
             total += self._read(nested, next(
               i.name for i in nested.values() if i.opcode == 'parameter' and f'parameter({index})' in i.text))
+      elif user.opcode in COLLECTIVES or (user.root and user.opcode == 'tuple'):
+        continue
       elif user.opcode != 'dynamic-update-slice' or user.operands[0] != name:
         return math.inf
     return total
 
   def collectives(self) -> list[Collective]:
-    """Each transfer once: one that XLA spread over several fusions keeps its channel."""
-    listed = []
-    for run in self.runs():
-      fused = run.instruction.called('calls') if run.instruction.opcode == 'fusion' else None
-      inside = self.computations.get(fused or '', {})
-      spread = any('"AsyncCollective' in i.text for i in inside.values())
-      home = inside or self.computations[run.computation]
-      listed += [(i, home, run, spread) for i in inside.values() or [run.instruction]
-                 if i.opcode.removesuffix('-start') in COLLECTIVES]
-    channel = lambda i: i.attribute(r'channel_id=(\d+)')
-    spread_channels = {channel(i) for i, _, _, spread in listed if spread}
+    """Each transfer once, also one that XLA spread over several fusions, which then name the same chain."""
     found, seen = [], set()
-    for i, home, run, _ in listed:
-      kind, group, spread = i.opcode.removesuffix('-start'), _group_size(i.text), channel(i) in spread_channels
-      if group == 1 or (spread and channel(i) in seen):
-        continue
-      seen.add(channel(i))
-      made = i.arrays
-      if i.opcode in ('all-gather-start', 'collective-permute-start'):  # (operands, results, more)
-        made = made[len(made) // 2 :] if kind == 'all-gather' else made[1:2]
-      elif kind == 'reduce-scatter':
-        made = [a for name in i.operands if name in home for a in home[name].arrays]
-      hidden = spread or i.opcode.endswith('-start')
-      found.append(Collective(kind, sum(a.bytes for a in made), group, run.times, hidden, run.computation))
+    for run in self.runs():
+      inside = self._inside_fusion(run.instruction)
+      home = inside or self.computations[run.computation]
+      for i in inside.values() or [run.instruction]:
+        kind, group, chain = i.opcode.removesuffix('-start'), _group_size(i.text), _chain(i)
+        if kind not in COLLECTIVES or group == 1 or (chain and (run.computation, chain) in seen):
+          continue
+        seen.add((run.computation, chain))
+        made = i.arrays
+        if i.opcode in ('all-gather-start', 'collective-permute-start'):  # (operands, results, more)
+          made = made[len(made) // 2 :] if kind == 'all-gather' else made[1:2]
+        elif kind == 'reduce-scatter':
+          made = [a for name in i.operands if name in home for a in home[name].arrays]
+        elif kind == 'all-reduce' and _scatters(inside):
+          kind = 'reduce-scatter'
+        source = self.source(Run(i, run.computation, 1)) or self.source(run)
+        found.append(Collective(
+          kind, sum(a.bytes for a in made), group, run.times, self._meanwhile(run, chain), run.computation, source))
     return found
+
+  def _meanwhile(self, run: Run, chain: str | None) -> tuple[str, ...] | None:
+    """What the schedule, which is the order of the text, has between a transfer's start and its end."""
+    one, home = run.instruction, self.computations[run.computation]
+    if not chain and not one.opcode.endswith('-start'):
+      return None
+    names = list(home)
+    after = names[names.index(one.name) + 1 :]
+    for count, name in enumerate(after):
+      inside = self._inside_fusion(home[name])
+      ended = any('"AsyncCollectiveDone"' in i.text for i in inside.values())
+      if (one.name in home[name].operands and home[name].opcode.endswith('-done')) or (
+          ended and chain in map(_chain, inside.values())):
+        return tuple(after[:count])
+    return tuple(names)  # it ends in the next turn of a loop
+
+
+def _chain(one: Instruction) -> str | None:
+  """What the pieces of one transfer that runs along with other work have in common."""
+  return one.attribute(r'chain_id="(\d+)"')
+
+
+def _scatters(computation: dict[str, Instruction]) -> bool:
+  """Whether a fusion's computation is a reduce-scatter: an all-reduce of which a slice is kept, and no async part."""
+  opcodes = {i.opcode for i in computation.values()}
+  return {'all-reduce', 'dynamic-slice'} <= opcodes and not {'fusion', 'dot', 'convolution'} & opcodes
 
 
 def read(text: str) -> Program:
@@ -225,7 +297,22 @@ def read(text: str) -> Program:
       instruction = _instruction(line)
       if instruction:
         current[instruction.name] = instruction
-  return Program(computations, entry)
+  return Program(computations, entry, _frames(text.partition('\n%')[0]))
+
+
+def _frames(head: str) -> dict[int, str]:
+  """Each stack frame's `file:function`, innermost first, from the tables before the first computation."""
+  rows = lambda pattern: {int(number): rest for number, *rest in re.findall(rf'^(\d+) {pattern}$', head, re.M)}
+  name = lambda table: dict(re.findall(r'^(\d+) "(.*)"$', head.partition(f'{table}\n')[2].partition('\n\n')[0], re.M))
+  files, functions = name('FileNames'), name('FunctionNames')
+  places = rows(r'\{file_name_id=(\d+) function_name_id=(\d+) .*\}')
+  stack = rows(r'\{file_location_id=(\d+) parent_frame_id=(\d+)\}')
+  shift = any(int(parent) == number for number, (_, parent) in stack.items())  # some versions count parents from 1
+  found: dict[int, str] = {}
+  for number, (place, parent) in sorted(stack.items()):  # a parent comes before its children
+    file, function = places[int(place)]
+    found[number] = f'{files[file]}:{functions[function]} {found.get(int(parent) - shift, "")}'
+  return found
 
 
 def _instruction(line: str) -> Instruction | None:

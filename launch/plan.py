@@ -199,6 +199,9 @@ def report(run, topology, plans, usd: float) -> None:
     else:
       print(f'  MFU         {plan.mfu[0]:.1%} to {plan.mfu[1]:.1%} of {topology.chip.flops / 1e12:.0f} TFLOP/s')
       print(f'  tokens      {_short(plan.tokens / high * 86_400)} to {_short(plan.tokens / low * 86_400)} a day')
+    print('  parts       ' + ', '.join(
+      f'{name} {_ms(compute)}' + (f' + {_ms(sent)}' if sent >= 1e-4 else '')
+      for name, (compute, sent) in p.parts.items() if compute + sent >= 0.005 * low) + ' (compute + collectives)')
     print('  longest     ' + ', '.join(f'{name} {_ms(seconds)}' for name, seconds in p.hottest[:6]))
   if all(plan.fits for plan in plans):
     low, high = stage_seconds(run, plans)

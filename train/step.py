@@ -47,7 +47,9 @@ def make_step(
       parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
       add = lambda total, one: (jax.tree.map(jnp.add, total, grad(state.params, one, targets, shaping)), None)
       first = jax.tree.map(lambda x: x[0], parts)
-      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first, targets, shaping))
+      # Closed over, as in the loop: a lambda of 0 that is traced is no 0, and asks for other statistics.
+      shapes = jax.eval_shape(lambda params, one: grad(params, one, targets, shaping), state.params, first)
+      zeros = jax.tree.map(jnp.zeros_like, shapes)
       (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -94,4 +94,102 @@ def test_bundles_multiply_loops_and_halve_what_can_be_skipped():
          '   0xa   : > { %3 = sbr.rel (!%p5) target = $region99 }']
   text = '\n'.join(['   0   :  { %z = nop }', *outer, *body, *rest, *end])
   assert bundles.count(text) == 1 + 10 * (1 + 1 + 0.5 * 4 + 1 + 3 + 2)
-  assert bundles.count(text, causal_share=0.75) == 1 + 10 * (1 + 1 + 0.75 * 4 + 1 + 3 + 2)
+  assert bundles.count(text, share=0.75) == 1 + 10 * (1 + 1 + 0.75 * 4 + 1 + 3 + 2)
+
+
+TPU = '''HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/here/train/step.py"
+2 "/here/model/moe.py"
+
+FunctionNames
+1 "step"
+2 "_collect"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=10 end_line=10 column=2 end_column=9}
+2 {file_name_id=2 function_name_id=2 line=20 end_line=20 column=2 end_column=9}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %add = f32[] add(%x, %y)
+}
+
+%scattered (p: bf16[64,256]) -> bf16[16,256] {
+  %p = bf16[64,256]{1,0} parameter(0)
+  %r = bf16[64,256]{1,0} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+  %n = s32[] constant(0)
+  ROOT %s = bf16[16,256]{1,0} dynamic-slice(%r, %n, %n), dynamic_slice_sizes={16,256}
+}
+
+%start (p0: bf16[16,256]) -> bf16[64,256] {
+  %p0 = bf16[16,256]{1,0} parameter(0)
+  %g0 = bf16[64,256]{1,0} all-gather(%p0), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+  ROOT %c0 = bf16[64,256]{1,0} custom-call(%g0), custom_call_target="AsyncCollectiveStart"
+}
+
+%along (p1: bf16[16,256], p2: bf16[64,256], p3: bf16[32,32], p4: bf16[32,32]) -> (bf16[32,32], bf16[64,256]) {
+  %p1 = bf16[16,256]{1,0} parameter(0)
+  %p2 = bf16[64,256]{1,0} parameter(1)
+  %p3 = bf16[32,32]{1,0} parameter(2)
+  %p4 = bf16[32,32]{1,0} parameter(3)
+  %d1 = bf16[32,32]{1,0} dot(%p3, %p4), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %g1 = bf16[64,256]{1,0} all-gather(%p1), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+  ROOT %t1 = (bf16[32,32]{1,0}, bf16[64,256]{1,0}) tuple(%d1, %g1)
+}
+
+%end (p5: bf16[16,256], p6: bf16[64,256]) -> bf16[64,256] {
+  %p5 = bf16[16,256]{1,0} parameter(0)
+  %p6 = bf16[64,256]{1,0} parameter(1)
+  %g2 = bf16[64,256]{1,0} all-gather(%p5), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+  ROOT %c2 = bf16[64,256]{1,0} custom-call(%g2, %p6), custom_call_target="AsyncCollectiveDone"
+}
+
+%rows (p7: bf16[64,256], p8: s32[5]) -> bf16[5,256] {
+  %p7 = bf16[64,256]{1,0} parameter(0)
+  %p8 = s32[5]{0} parameter(1)
+  ROOT %g3 = bf16[5,256]{1,0} gather(%p7, %p8), offset_dims={1}, collapsed_slice_dims={0}, slice_sizes={1,256}
+}
+
+ENTRY %main (a: bf16[16,256], w: bf16[32,32], i: s32[5]) -> bf16[16,256] {
+  %a = bf16[16,256]{1,0} parameter(0)
+  %w = bf16[32,32]{1,0} parameter(1)
+  %i = s32[5]{0} parameter(2)
+  %f0 = bf16[64,256]{1,0} fusion(%a), kind=kCustom, calls=%start
+  %f1 = (bf16[32,32]{1,0}, bf16[64,256]{1,0}) fusion(%a, %f0, %w, %w), kind=kOutput, calls=%along
+  %e1 = bf16[64,256]{1,0} get-tuple-element(%f1), index=1
+  %f2 = bf16[64,256]{1,0} fusion(%a, %e1), kind=kCustom, calls=%end, metadata={op_name="s/all_gather" stack_frame_id=2}
+  %f3 = bf16[5,256]{1,0} fusion(%f2, %i), kind=kCustom, calls=%rows, metadata={op_name="s/gather" stack_frame_id=1}
+  ROOT %f4 = bf16[16,256]{1,0} fusion(%f2), kind=kCustom, calls=%scattered
+}
+'''
+
+
+def test_what_a_tpu_makes_of_transfers():
+  """A gather in three fusions of one chain is one transfer, hidden by what lies between; an all-reduce of which each
+  keeps a slice is a reduce-scatter."""
+  program = hlo.read(TPU)
+  gather, scatter = program.collectives()
+  assert (gather.kind, gather.bytes, gather.group, gather.meanwhile) == ('all-gather', 64 * 256 * 2, 4, ('f1', 'e1'))
+  assert (scatter.kind, scatter.bytes, scatter.meanwhile) == ('reduce-scatter', 64 * 256 * 2, None)
+  by_name = {run.instruction.name: run for run in program.runs()}
+  assert [name for name, run in by_name.items() if program.is_transfer(run)] == ['f0', 'f2', 'f4']
+  product = 3 * 32 * 32 * 2  # of the fusion that a part of the gather runs along with, its own operands and result
+  assert program.hbm_bytes(by_name['f1']) == product
+
+
+def test_gathered_rows_and_where_they_were_written():
+  program = hlo.read(TPU)
+  by_name = {run.instruction.name: run for run in program.runs()}
+  assert program.rows_moved(by_name['f3']) == {'gather': 5}
+  assert program.hbm_bytes(by_name['f3']) == 2 * 5 * 256 * 2 + 5 * 4  # not all that they were taken from
+  assert program.source(by_name['f3']).split() == ['s/gather', '/here/train/step.py:step']
+  # Without a note of its own an instruction is known by its operands'.
+  assert program.source(by_name['f4']).split() == [
+    's/all_gather', '/here/model/moe.py:_collect', '/here/train/step.py:step']

@@ -186,15 +186,16 @@ def test_a_scheduled_objective_is_what_it_is_at_each_step_and_is_traced_once():
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize('beta, lambda_tail, masses', [(-0.25, 0.0, False), (0.0, -0.1, True)])
+@pytest.mark.parametrize('beta, lambda_tail, masses, microbatches',
+                         [(-0.25, 0.0, False, 1), (-0.25, 0.0, False, 2), (0.0, -0.1, True, 1)])
 def test_basic_statistics_spare_the_masses_where_no_lambda_needs_them_and_change_nothing_else(
-    beta, lambda_tail, masses):
+    beta, lambda_tail, masses, microbatches):
   objective = ObjectiveConfig(beta=beta, lambda_tail=lambda_tail, top_k=8)
   tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
   after = {}
   for stats in ('full', 'basic'):
     state = TrainState(jnp.zeros((), jnp.int32), params := model.init(C, jax.random.key(0)), tx.init(params))
-    after[stats] = make_step(C, objective, tx, BYTES_V, stats=stats)(state, batch())
+    after[stats] = make_step(C, objective, tx, BYTES_V, microbatches, stats)(state, batch())
   (full_state, full), (basic_state, basic) = after['full'], after['basic']
   assert ('tail_mass' in basic, 'head_mass' in basic, 'tail_mass' in full) == (masses, masses, True)
   for name in basic:
