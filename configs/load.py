@@ -14,8 +14,9 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import math
+import os
 import pathlib
+import re
 import sys
 import types
 import typing
@@ -70,6 +71,7 @@ def from_command_line(
         raise ConfigError(f'{flag}: has no value; write {flag}=VALUE')
       value = rest.pop(0)
     overrides[key] = value
+  check_places(vars(args))
   return _finish(configure(args) if configure else read(args.config), overrides), args
 
 
@@ -86,7 +88,20 @@ def read(spec: str) -> ConfigDict:
 def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
   for key, value in overrides.items():
     override(config, key, value)
+  check_places(flatten(config), 'config.')
   return config.lock()
+
+
+# What is meant as a bucket. `gs:/x` would be a folder here, lost with the machine; `GS://x` nothing at all.
+_BUCKET_MEANT = re.compile(r'\s*([a-z]+:)?(gs:|(s3|az|hf|file|https?|ftp):/)', re.IGNORECASE)
+_BUCKET = re.compile(r'([a-z]+:)?(gs|s3|az|hf)://[^/\s]')
+
+
+def check_places(values: Mapping[str, Any], prefix: str = '--') -> None:
+  """Raises ConfigError for a text that is neither a local path nor a bucket, but was meant as one."""
+  for name, text in values.items():
+    if isinstance(text, str) and _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
+      raise ConfigError(f'{prefix}{name}={text!r}: neither a local path nor a bucket, which is gs://NAME/...')
 
 
 def module(spec: str) -> tuple[types.ModuleType, str]:
@@ -112,7 +127,7 @@ def _find(path: str) -> pathlib.Path:
   """`path` as given or, so that an installed package works from any folder, beside the configs package."""
   root = pathlib.Path(__file__).resolve().parent.parent
   for candidate in (pathlib.Path(path), root / path):
-    if candidate.is_file():
+    if os.path.isfile(candidate):  # unlike its own method, no error for a name that can't be one
       return candidate
   shipped = [str(p.relative_to(root)) for p in sorted((root / 'configs').rglob('*.py'))
              if p.name not in ('__init__.py', 'common.py', 'load.py')]
@@ -122,13 +137,17 @@ def _find(path: str) -> pathlib.Path:
 def _load_json(path: str) -> ConfigDict:
   try:
     values = json.loads(epath.Path(path).read_text())
+    if not isinstance(values, dict):
+      raise ValueError('the top level is no object')
+    return ConfigDict(values)
   except FileNotFoundError:
     raise ConfigError(f'--config={path}: no such file') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+  except ImportError as error:
+    raise ConfigError(f'--config={path}: {error} (pip install gcsfs for gs://)') from None
+  except OSError as error:
+    raise ConfigError(f'--config={path}: could not be read ({error.strerror or error})') from None
+  except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: names no ConfigDict can have
     raise ConfigError(f'--config={path}: not a resolved config ({error})') from None
-  if not isinstance(values, dict):
-    raise ConfigError(f'--config={path}: not a resolved config (the top level is no object)')
-  return ConfigDict(values)
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -182,6 +201,7 @@ def _read(key: str, text: str, old: Any) -> Any:
 def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
   """`values` as the frozen dataclass `cls`; its keys, their types and the class's own checks must all hold."""
   prefix = f'{path}.' if path else ''
+  _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
@@ -219,7 +239,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _convert(next(p for p in parameters if p is not type(None)), value, path)
   if hint is float:
     _expect(isinstance(value, int | float) and not isinstance(value, bool), path, 'a number', value)
-    _expect(math.isfinite(value), path, 'a finite number', value)
+    _expect(abs(value) <= sys.float_info.max, path, 'a finite number', value)  # not NaN, nor an int beyond any float
     return float(value)
   if hint is int:
     _expect(isinstance(value, int) and not isinstance(value, bool), path, 'a whole number', value)
@@ -238,10 +258,20 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + '\n'
 
 
+_MOST_SHOWN = 2000
+
+
+def one_line(error: object) -> str:
+  """The message as one line that a terminal shows and doesn't obey, whatever bad value it quotes."""
+  text = ' '.join(str(error).split())
+  text = text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]} ...'
+  return ''.join(c if c.isprintable() else '\ufffd' for c in text)
+
+
 def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
   """Runs an entry point; a UserError, or one of `errors`, ends it with its message as one line, exit 2."""
   try:
     main()
   except (UserError, *errors) as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {one_line(error)}', file=sys.stderr)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""python -m data tokenizer|prepare --config=FILE [--config.KEY=VALUE] [--workers=N]"""
+"""python -m data tokenizer|prepare|verify --config=FILE [--config.KEY=VALUE] [--workers=N]"""
 
 import argparse
 import os
@@ -17,16 +17,21 @@ from data.prepare import prepare_source, train_tokenizer
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m data', description=__doc__)
-  parser.add_argument('command', choices=('tokenizer', 'prepare'),
-                      help='train the tokenizer; or prepare all sources, training it first if needed')
+  parser.add_argument('command', choices=('tokenizer', 'prepare', 'verify'),
+                      help='train the tokenizer; prepare all sources, training it first if needed; or read all that is '
+                           'prepared, and say which file is damaged')
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (default: all CPUs)')
   config, args = load.from_command_line(parser)
   if args.workers < 1:
     parser.error('--workers must be 1 or more')
-  data = load.section(DataConfig, config.data, 'data')
+  data = load.section(DataConfig, config.get('data'), 'data')
   console = Console()
   if data.tokenizer and args.command == 'tokenizer':
     raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
+  if args.command == 'verify':
+    for name in data.sources:
+      print(f'{prepared.folder(data, name)}: {prepared.verify(data, name):,} documents, all as they were written')
+    return
   trained = train_tokenizer(data)
   if trained or args.command == 'tokenizer':
     print(f'{data.tokenizer_path}: {data.vocab_size} tokens, {"trained" if trained else "was there already"}')

@@ -9,7 +9,9 @@ import dataclasses
 import glob
 import gzip
 import json
+import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -40,7 +42,7 @@ def find(pattern: str) -> list[str]:
     except ImportError as error:
       raise DataError(f'{pattern}: {error} (pip install gcsfs for gs://)') from None
   else:
-    paths = [path for path in glob.glob(pattern, recursive=True) if epath.Path(path).is_file()]
+    paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]  # no pipes, no devices
   if not paths:
     raise DataError(f'{pattern}: no file matches; check the path (quote wildcards from the shell)')
   return sorted(paths)
@@ -146,7 +148,7 @@ class Jsonl:
       while position < segment.stop or not segment.splittable:
         try:
           line = file.readline(_LINE_BYTES)
-        except (OSError, EOFError) as error:  # gzip: not a gzip file, cut short, bad checksum
+        except (OSError, EOFError, zlib.error) as error:  # gzip: not a gzip file, cut short, bad checksum, garbage
           raise DataError(f'{path}: can\'t be unpacked ({error}); fetch it again') from None
         if not line:
           return
@@ -163,7 +165,7 @@ class Jsonl:
     except UnicodeDecodeError as error:
       at = f'{path}:{number()}'
       raise DataError(f'{at}: not UTF-8 at byte {error.start} of the line; convert the file') from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
       raise DataError(f'{path}:{number()}: not JSON ({error}); mend or remove the line') from None
     if not isinstance(record, dict):
       raise DataError(f'{path}:{number()}: expected an object with field {self.field!r}, got '

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -210,13 +211,15 @@ def _finish(config: DataConfig, name: str, where: epath.Path, wanted: dict[str, 
         raise DataError(f'{stage}: vanished; delete {where} and prepare again')
       with stage.with_suffix('.npy').open('rb') as file:
         lengths.append(np.load(file))
-      shards.append({'file': final.name, 'size': counts['size'], 'documents': counts['documents']})
+      shards.append({'file': final.name, 'size': counts['size'], 'documents': counts['documents'],
+                     'sha256': counts['sha256']})
       content.update(f'{split} {counts["documents"]} {counts["sha256"]}\n'.encode())
-    path = where / f'lengths-{split}.npy'
-    with path.open('wb') as file:
-      np.save(file, np.concatenate(lengths))
+    packed = io.BytesIO()
+    np.save(packed, np.concatenate(lengths))
+    write_whole(where / f'lengths-{split}.npy', packed.getvalue())
     totals = {key: sum(m['splits'][split][key] for m in units) for key in ('documents', 'tokens', 'bytes')}
-    splits[split] = {**totals, 'lengths_size': path.stat().length, 'shards': shards}
+    splits[split] = {**totals, 'lengths_size': len(packed.getvalue()),
+                     'lengths_sha256': hashlib.sha256(packed.getvalue()).hexdigest(), 'shards': shards}
   _write_tfds(where, name, splits, config.vocab_size)
   manifest = {'format_version': prepared.VERSION, 'name': name, 'settings': wanted, 'splits': splits,
               'token_dtype': prepared.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,

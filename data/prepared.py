@@ -2,23 +2,28 @@
 
     DIR/NAME/1.0.0/NAME-SPLIT.array_record-00000-of-00005   a record is a document: BOS, tokens, EOS
                    lengths-SPLIT.npy                 tokens of each document, so that packing needs no scan
-                   manifest.json                     settings, counts, shards and a fingerprint; written last
+                   manifest.json                     settings, counts, hashes, fingerprint of all; written last
                    dataset_info.json, features.json  TFDS's own
 
-`tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}. From a bucket, every machine
-that trains copies the split to its disk once.
+Sizes and the lengths are checked at every start, a record by ArrayRecord's own checksum whenever it is read, and all
+of them by `python -m data verify`. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}.
+From a bucket, every machine that trains copies the split to its disk once.
 """
 
 import bisect
+import concurrent.futures
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import pathlib
+import re
 import resource
 import tempfile
 import threading
+import tokenize
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +34,7 @@ from data.config import DataConfig, DataError
 
 VERSION = '1.0.0'  # of the layout; TFDS wants it in the path
 SPLITS = ('train', 'validation')
+_VERIFIED_AT_ONCE = 1024  # records in memory
 _COMMAND = 'python -m data prepare --config=...'
 
 
@@ -98,11 +104,29 @@ def tokenizer_sha256(config: DataConfig) -> str:
 def read_manifest(where: epath.Path) -> dict[str, Any] | None:
   """The manifest in folder `where`, or None if the data isn't prepared (or not to its end)."""
   try:
-    return json.loads((where / 'manifest.json').read_text())
+    manifest = json.loads((where / 'manifest.json').read_text())
+    _check_manifest(manifest)
+    return manifest
   except FileNotFoundError:
     return None
-  except (json.JSONDecodeError, UnicodeDecodeError):
-    raise DataError(f'{where}/manifest.json: not JSON; delete {where} and run {_COMMAND}') from None
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    raise DataError(f'{where}/manifest.json: not a manifest of prepared data ({str(error)[:200]}); delete {where} and '
+                    f'run {_COMMAND}') from None
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+  """Raises an error of the types above. What it names becomes a path: it may name nothing but files beside it."""
+  if not re.fullmatch('[0-9a-f]{64}', manifest['fingerprint']):
+    raise ValueError('its fingerprint is no SHA-256')
+  manifest['settings'].items()
+  for split, counts in manifest['splits'].items():
+    if split not in SPLITS or type(counts['lengths_size']) is not int:
+      raise ValueError(f'it has a split {split!r}, or no sizes')
+    for shard in counts['shards']:
+      if not re.fullmatch(r'\w[\w.-]*', shard['file']):
+        raise ValueError(f'it names {shard["file"]!r}')
+      if type(shard['size']) is not int or type(shard['documents']) is not int or shard['documents'] < 1:
+        raise ValueError(f'{shard["file"]} has no size, or no documents')
 
 
 def check_files(where: epath.Path, manifest: dict[str, Any]) -> None:
@@ -117,6 +141,19 @@ def check_files(where: epath.Path, manifest: dict[str, Any]) -> None:
       if size != file['size']:
         raise DataError(f'{where / file["file"]}: {size} bytes where the manifest says {file["size"]}; copy '
                         f'it again, or delete {where} and run {_COMMAND}')
+
+
+def verify(config: DataConfig, name: str) -> int:
+  """Reads every record of source `name`, in parallel; returns how many there are.
+
+  Raises DataError naming the first file whose content isn't what was written.
+  """
+  manifest = check_prepared(config, name)
+  splits = {split: Documents(config, name, split) for split in manifest['splits']}
+  shards = [(documents, i) for documents in splits.values() for i in range(documents.shards)]
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    list(pool.map(lambda shard: shard[0].verify_shard(shard[1]), shards))
+  return sum(len(documents) for documents in splits.values())
 
 
 def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
@@ -145,10 +182,19 @@ class Documents:
       raise DataError(f'{folder(config, name)}: there is no {split} split; prepare again with another '
                       'data.validation_fraction')
     where = _local(folder(config, name), self.manifest, split)
-    self.lengths = np.load(where / f'lengths-{split}.npy').astype(np.int32)
+    packed = (where / f'lengths-{split}.npy').read_bytes()
+    if counts.get('lengths_sha256') not in (None, hashlib.sha256(packed).hexdigest()):  # None: by an older version
+      raise DataError(f'{where}/lengths-{split}.npy: damaged (sha256 differs); copy it again, or delete the folder '
+                      f'and run {_COMMAND}')
+    try:
+      self.lengths = _lengths(packed, sum(shard['documents'] for shard in counts['shards']))
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:  # what NumPy raises for a bad header
+      raise DataError(f'{where}/lengths-{split}.npy: damaged ({str(error)[:200]}); copy it again, or delete the folder '
+                      f'and run {_COMMAND}') from None
     self._dtype = token_dtype(self.manifest['settings']['vocab_size'])
     _allow_open_files(len(counts['shards']))
     self._paths = [str(where / shard['file']) for shard in counts['shards']]
+    self._hashes = [shard.get('sha256') for shard in counts['shards']]  # None: prepared by an older version
     self._starts = [0, *itertools.accumulate(shard['documents'] for shard in counts['shards'])]
     self._readers: list[Any] = [None] * len(self._paths)
     self._lock = threading.Lock()
@@ -176,6 +222,19 @@ class Documents:
         out[position] = np.frombuffer(record, self._dtype, offset=len(header))
     return out
 
+  @property
+  def shards(self) -> int:
+    return len(self._paths)
+
+  def verify_shard(self, shard: int) -> None:
+    """Raises DataError if the records of a shard aren't what was written."""
+    start, content = self._starts[shard], hashlib.sha256()
+    for first in range(start, self._starts[shard + 1], _VERIFIED_AT_ONCE):
+      for tokens in self.read(range(first, min(first + _VERIFIED_AT_ONCE, self._starts[shard + 1]))):
+        content.update(to_record(tokens))
+    if self._hashes[shard] not in (None, content.hexdigest()):
+      raise self._damaged(shard, 'its records are not what was written')
+
   def _reader(self, shard: int):
     if self._readers[shard] is None:
       with self._lock:
@@ -195,6 +254,19 @@ class Documents:
                      f'{_COMMAND}')
 
 
+def _lengths(npy: bytes, documents: int) -> np.ndarray:
+  """int32 [documents]: tokens of each. Reserves no memory for what the header claims."""
+  file = io.BytesIO(npy)
+  np.lib.format.read_magic(file)
+  shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+  if shape != (documents,) or dtype != np.uint32 or len(npy) != file.tell() + 4 * documents:
+    raise ValueError(f'not {documents} lengths')
+  lengths_N = np.frombuffer(npy, np.uint32, offset=file.tell())
+  if lengths_N.min() < 2 or lengths_N.max() >= 2**31:
+    raise ValueError('a document has BOS and EOS at least')
+  return lengths_N.astype(np.int32)
+
+
 def _allow_open_files(more: int) -> None:
   """Every shard stays open, and the usual limit is 1024 files where much more is allowed."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -206,8 +278,12 @@ def _local(where: epath.Path, manifest: dict[str, Any], split: str) -> pathlib.P
   """`where` or, as ArrayRecord can't read a bucket, a copy of the split on this machine's disk."""
   if '://' not in str(where):
     return pathlib.Path(where)
-  cache = pathlib.Path(tempfile.gettempdir()) / 'betarank' / manifest['fingerprint']
-  cache.mkdir(parents=True, exist_ok=True)
+  ours = pathlib.Path(tempfile.gettempdir()) / f'betarank-{os.getuid()}'
+  ours.mkdir(mode=0o700, exist_ok=True)
+  if ours.is_symlink() or ours.stat().st_uid != os.getuid():  # anybody may make folders there
+    raise DataError(f'{ours}: belongs to somebody else; remove it, or set TMPDIR to a folder of your own')
+  cache = ours / manifest['fingerprint']
+  cache.mkdir(exist_ok=True)
   for file in [*manifest['splits'][split]['shards'], {'file': f'lengths-{split}.npy'}]:
     if not (cache / file['file']).exists():
       partial = cache / f'{file["file"]}.{os.getpid()}'

@@ -15,11 +15,14 @@ An OPTION is one of the task's generator, or level=N of reasoning-gym's curricul
 below, or with a level as the curriculum has it, and else the generator's own default.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
+import signal
+import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -97,6 +100,7 @@ TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], str]]] = {
   'products': ({'max_digits': 3}, _long_multiplication),
   'gsm_symbolic': ({}, _given),
 }
+_TRIAL_S = 10.0  # a problem takes milliseconds, but an option may ask for one of a billion terms
 _UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite': 'name its tasks instead'}
 
 
@@ -133,7 +137,7 @@ def _kind(task: str, query: str) -> Kind:
       raise DataError(f'{uri}: {task} has no option {name!r}{_instead(name, ("level", *defaults))}')
     try:  # words are text; numbers, true/false and lists are themselves
       given[name] = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
       given[name] = text
   level = given.pop('level', None)
   try:
@@ -147,10 +151,36 @@ def _kind(task: str, query: str) -> Kind:
     else:
       raise ValueError('level must be a whole number >= 0, of a task with a curriculum')
     kind = Kind(task, {name: value for name, value in (base | given).items() if value != defaults[name]})
-    problem((kind,), 0, stream='tried')
-  except (ValueError, AssertionError, TypeError) as error:
+    with _deadline():
+      problem((kind,), 0, stream='tried')
+  except _TooLongError:
+    raise DataError(f'{uri}: no problem within {_TRIAL_S:.0f} seconds; give smaller numbers') from None
+  except Exception as error:  # a generator has its own for what it can't make
     raise DataError(f'{uri}: {str(error) or "refused by the generator"}') from None
   return kind
+
+
+class _TooLongError(BaseException):  # so that no generator takes it for an error of its own and tries again
+  pass
+
+
+@contextlib.contextmanager
+def _deadline():
+  """Ends the block with _TooLongError after _TRIAL_S; in a main thread only, as others get no signals."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
+
+  def end(*_):
+    raise _TooLongError
+
+  before = signal.signal(signal.SIGALRM, end)
+  signal.setitimer(signal.ITIMER_REAL, _TRIAL_S)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def _instead(name: str, known: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ class Parquet:
     with epath.Path(path).open('rb') as file:
       try:
         yield pyarrow.parquet.ParquetFile(file)
-      except (pyarrow.ArrowException, OSError) as error:
+      except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f'{path}: not a readable Parquet file ({reason}); fetch it again') from None
 
@@ -86,6 +86,26 @@ class ArrayRecord:
     reader.close()
 
 
+@contextlib.contextmanager
+def _no_foreign_features():
+  """TFDS imports whatever module a features.json names, so that data could run code: here it knows its own alone."""
+  import tensorflow_datasets as tfds
+
+  connector = tfds.features.FeatureConnector
+  find = connector.__dict__['cls_from_name']
+
+  def known(cls, name):
+    if name not in cls._registered_features:
+      raise ValueError(f'features.json names {name!r}, which is no feature of TFDS itself')
+    return cls._registered_features[name]
+
+  connector.cls_from_name = classmethod(known)
+  try:
+    yield
+  finally:
+    connector.cls_from_name = find
+
+
 @functools.lru_cache(maxsize=4)
 def _tfds(spec: str):
   import tensorflow_datasets as tfds
@@ -93,9 +113,10 @@ def _tfds(spec: str):
   name, _, split = spec.partition(':')
   split = split or 'train'
   try:
-    if epath.Path(name).is_absolute() or name.startswith('.'):
-      return tfds.builder_from_directory(name).as_data_source(split=split)
-    return tfds.data_source(name, split=split, download=False)
+    with _no_foreign_features():
+      if epath.Path(name).is_absolute() or name.startswith('.'):
+        return tfds.builder_from_directory(name).as_data_source(split=split)
+      return tfds.data_source(name, split=split, download=False)
   except Exception as error:  # TFDS raises a different type for each way in which a set can be absent
     reason = ' '.join(str(error).split())[:200]
     raise DataError(f'tfds:{spec}: can\'t be opened ({reason}); it must have been prepared by TFDS with '
@@ -119,7 +140,12 @@ class Tfds:
     records, where = _tfds(self.spec), f'tfds:{self.spec}'
     for start in range(segment.start, segment.stop, 64):
       indices = range(start, min(start + 64, segment.stop))
-      for i, record in zip(indices, records.__getitems__(list(indices))):
+      try:
+        found = records.__getitems__(list(indices))
+      except Exception as error:  # as for _tfds: there is no type that they share
+        at, reason = f'{where}: records {start} to {indices.stop}', ' '.join(str(error).split())[:200]
+        raise DataError(f"{at} can't be read ({reason}); prepare the set again") from None
+      for i, record in zip(indices, found):
         text = record[self.field]
         if isinstance(text, bytes):
           yield utf8(text, where, f'record {i}, ')

@@ -89,10 +89,12 @@ class Tokenizer:
       model = epath.Path(path).read_bytes()
     except FileNotFoundError:
       raise DataError(f'{path}: no such tokenizer; run: python -m data tokenizer --config=...') from None
+    except OSError as error:
+      raise DataError(f'{path}: could not be read ({error.strerror or error}); give a SentencePiece model') from None
     self._processor = sentencepiece.SentencePieceProcessor()
     try:
       self._processor.LoadFromSerializedProto(model)
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the second: of its own message, when that quotes the file
       raise DataError(f'{path}: not a SentencePiece model; use another file or train one') from None
     self.sha256 = hashlib.sha256(model).hexdigest()
     self.vocab_size: int = self._processor.vocab_size()
@@ -101,7 +103,10 @@ class Tokenizer:
     if self.bos < 0 or self.eos < 0:
       raise DataError(f'{path}: has no BOS or EOS token to mark where documents begin and end; use another')
     self._mark_ids = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode()]
-    self.bytes_per_token_V = np.array([self._bytes(i) for i in range(self.vocab_size)], np.int32)
+    try:
+      self.bytes_per_token_V = np.array([self._bytes(i) for i in range(self.vocab_size)], np.int32)
+    except UnicodeDecodeError:
+      raise DataError(f'{path}: damaged, as one of its pieces is no text; fetch it again or train one') from None
 
   def _bytes(self, token: int) -> int:
     p = self._processor

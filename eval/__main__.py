@@ -7,6 +7,7 @@ Results go to RUN/eval. Started again, what is there already isn't done twice.
 """
 
 import argparse
+import contextlib
 
 from configs import load
 from data import DataError
@@ -44,19 +45,21 @@ def main() -> None:
 
   from eval import config as settings
   from eval import generate, probe
+  from train import workdir
 
   run = settings.eval_run(config, subjects[-1])
-  if args.command == 'probe':
-    probe.probe(run, subjects)
-  elif args.command == 'sample':
-    generate.sample(run, subjects, args.benchmark)
-  else:
-    try:
-      from eval import lm_harness
-    except ImportError as error:
-      raise settings.EvalError(f"python -m eval harness: {error}; pip install -e '.[lm_eval]'") from None
-    lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit,
-                       include_path=args.include_path, max_length=args.max_length)
+  with workdir.claim(subjects[-1].run / 'eval', '--checkpoint') if args.process_id == 0 else contextlib.nullcontext():
+    if args.command == 'probe':
+      probe.probe(run, subjects)
+    elif args.command == 'sample':
+      generate.sample(run, subjects, args.benchmark)
+    else:
+      try:
+        from eval import lm_harness
+      except ImportError as error:
+        raise settings.EvalError(f"python -m eval harness: {error}; pip install -e '.[lm_eval]'") from None
+      lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit,
+                         include_path=args.include_path, max_length=args.max_length)
 
 
 if __name__ == '__main__':

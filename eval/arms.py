@@ -5,6 +5,7 @@ start from another run belong to the arm of the first one; a mid-training with a
 """
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ NOT_AN_ARM = ('seed', 'objective', 'data.dir', 'data.tokenizer', 'train.init_fro
 def read_sweep(root: str | epath.Path) -> Sweep:
   """Every run under `root`, named, staged, with parents linked."""
   sweep = Sweep(epath.Path(root))
-  for path in _find_runs(sweep.root, DEPTH):
+  for path in _find_runs(sweep.root, DEPTH, set()):
     name = str(path.relative_to(sweep.root)) if path != sweep.root else path.name
     sweep.runs.append(read_run(path, name, sweep))
   _link(sweep)
@@ -37,7 +38,12 @@ def read_sweep(root: str | epath.Path) -> Sweep:
   return sweep
 
 
-def _find_runs(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
+def _find_runs(folder: epath.Path, depth: int, seen: set[str]) -> Iterator[epath.Path]:
+  """seen: folders that were looked into, as a link may lead back to one."""
+  here = str(folder) if '://' in str(folder) else os.path.realpath(folder)  # epath's resolve() follows no links
+  if here in seen:
+    return
+  seen.add(here)
   if (folder / 'config.json').exists() or (folder / 'metrics.jsonl').exists():
     yield folder
   if depth:
@@ -47,7 +53,7 @@ def _find_runs(folder: epath.Path, depth: int) -> Iterator[epath.Path]:
     except OSError:
       return
     for path in folders:
-      yield from _find_runs(path, depth - 1)
+      yield from _find_runs(path, depth - 1, seen)
 
 
 def label(objective: Any) -> str:

@@ -97,7 +97,10 @@ def _tests(record: Mapping, where: str) -> list[str]:
 def _mbpp_tests(record: Mapping, where: str) -> str:
   if 'test' in record:
     return _text(record, 'test', where)
-  before = record.get('test_setup_code') or '\n'.join(record.get('test_imports') or [])
+  imports = record.get('test_imports') or []
+  if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+    raise DataError(f"{where}: 'test_imports' must be a list of statements, got {str(imports)[:80]}")
+  before = record.get('test_setup_code') or '\n'.join(imports)
   return '\n'.join([str(before), *_tests(record, where)])
 
 

@@ -133,8 +133,7 @@ def find_subjects(path: str, every: bool = False) -> list[Subject]:
   folder = found.parent
   paths = [found]
   if every:
-    whole = [p for p in folder.iterdir() if p.name.isdigit() and (p / 'meta').exists()]
-    paths = sorted(whole, key=lambda p: int(p.name))
+    paths = [folder / str(step) for step in checkpoint.steps(folder)]
   run = folder.parent if folder.name == 'checkpoints' else folder
   return [Subject(p, run, int(meta.get('step', p.name)), meta) for p in paths for meta in (checkpoint.read_meta(p),)]
 

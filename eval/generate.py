@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -227,21 +227,41 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> str:
-    """Reads the file, drops what a kill left unfinished, and returns the text of the rest (remote only)."""
-    lines = collections.defaultdict(dict)
-    found = self.path.read_text().splitlines() if self.path.exists() else []
-    for text in found:
-      try:
-        line = json.loads(text)
-        lines[line['problem']][line['sample']] = text
-      except (json.JSONDecodeError, KeyError, TypeError):
-        continue  # cut short
-    whole = {p: lines[p] for p in range(self.problems) if p in lines and set(lines[p]) == set(range(self.n))}
-    self.missing = [p for p in range(self.problems) if p not in whole]
-    kept = ''.join(f'{text}\n' for group in whole.values() for text in group.values())
-    if self.path.exists() and len(whole) * self.n != len(found):
-      write_whole(self.path, kept)
-    return kept if self._remote else ''
+    """Finds out what is missing, drops what a kill left unfinished, and returns the text of the rest (remote only).
+
+    Goes through the file line by line: it may be larger than memory.
+    """
+    there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
+    for text, problem, sample in self._lines():
+      there_PN[problem, sample] = True
+      count, size = count + 1, size + len(text)
+    whole_P = there_PN.all(1)
+    self.missing = np.flatnonzero(~whole_P).tolist()
+    if not self.path.exists():
+      return ''
+    if count != whole_P.sum() * self.n or size != self.path.stat().length:
+      temporary = self.path.parent / (self.path.name + '.tmp')
+      with temporary.open('wb') as kept:
+        for text, problem, sample in self._lines():
+          if whole_P[problem] and there_PN[problem, sample]:
+            there_PN[problem, sample] = False  # once
+            kept.write(text)
+      temporary.replace(self.path)
+    return self.path.read_text() if self._remote else ''
+
+  def _lines(self) -> Iterator[tuple[bytes, int, int]]:
+    """(line, problem, sample) for those that were written to their end."""
+    if not self.path.exists():
+      return
+    with self.path.open('rb') as file:
+      for text in file:
+        try:
+          line = json.loads(text) if text.isascii() and text.endswith(b'\n') else {}
+          problem, sample = line['problem'], line['sample']
+        except (ValueError, RecursionError, KeyError, TypeError):
+          continue  # cut short
+        if type(problem) is type(sample) is int and 0 <= problem < self.problems and 0 <= sample < self.n:
+          yield text, problem, sample
 
   def append(self, lines: list[dict[str, Any]]) -> None:
     """Writes a problem's lines, so that another reader finds them."""
@@ -274,7 +294,8 @@ def print_table(files: Sequence[SampleFile]) -> None:
   for column in table.columns[2:]:
     column.justify = 'right'
   for file in files:
-    samples = collect(map(json.loads, file.path.read_text().splitlines()))
+    with file.path.open('rb') as lines:
+      samples = collect(map(json.loads, lines))
     m = samples.metrics()
     shares = [m['avg_at_n'], m['cons_at_n'], *(m['pass_at_k'][:, k - 1] for k in ks)]
     table.add_row(

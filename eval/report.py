@@ -10,6 +10,7 @@ DIR is ROOT/report unless given. Only reads what runs wrote; needs no device.
 import argparse
 import datetime
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from configs import common
-from configs.load import ConfigError, flatten, run_main
+from configs.load import ConfigError, check_places, flatten, run_main
 from eval import comparisons as compare
 from eval import figures, report_words
 from eval.arms import NOT_AN_ARM, read_sweep
@@ -51,6 +52,8 @@ class Report:
     self.benchmarks = compare.benchmarks(sweep, self.k)
     self.gains = compare.gains(sweep, self.k)
     for folder in ('figures', 'tables'):
+      if os.path.islink(out / folder):  # what lies there may come from somebody else
+        raise ConfigError(f'{out / folder}: is a link, which a report would fill wherever it leads; remove it')
       (out / folder).mkdir(parents=True, exist_ok=True)
 
   def html(self) -> str:
@@ -204,7 +207,7 @@ class Report:
       return Html('')
     for panel in panels:
       panel.name = self._file_name(panel.name)
-      figures.draw(panel, self.arms, lambda name, content: (self.out / 'figures' / name).write_bytes(content))
+      figures.draw(panel, self.arms, lambda name, content: _write(self.out / 'figures' / name, content))
     there = {series.arm for panel in panels for series in panel.series}
     legend = tag('ul', *(tag('li', Html(figures.swatch(i)), arm) for i, arm in enumerate(self.arms) if arm in there),
                  class_='legend')
@@ -248,7 +251,14 @@ class Report:
     return stem if self._stems[stem] == 1 else f'{stem}-{self._stems[stem]}'
 
   def _csv(self, name: str, titles: Sequence[str], rows) -> None:
-    (self.out / 'tables' / f'{name}.csv').write_bytes(figures.table(titles, rows))
+    _write(self.out / 'tables' / f'{name}.csv', figures.table(titles, rows))
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+  """A link of that name is replaced, not followed."""
+  if os.path.islink(path):
+    path.unlink()
+  path.write_bytes(content)
 
 
 def _cell(c: Comparison | None) -> Html:
@@ -346,10 +356,12 @@ def write_report(root: str, out: str = '') -> epath.Path:
   if not folder.is_dir():
     raise ConfigError(f'{root}: no such folder')
   target = epath.Path(out) if out else folder / 'report'
+  if not out and os.path.islink(target):
+    raise ConfigError(f'{target}: is a link, which a report would fill wherever it leads; give --out=DIR')
   np.seterr(invalid='ignore')
   path = target / 'report.html'
   content = Report(read_sweep(folder), target).html()
-  path.write_text(content)
+  _write(path, content.encode())
   return path
 
 
@@ -362,6 +374,7 @@ def main() -> None:
   parser.add_argument('root', metavar='ROOT')
   parser.add_argument('--out', default='', metavar='DIR')
   args = parser.parse_args()
+  check_places(vars(args))
   print(f'report: {write_report(args.root, args.out)}')
 
 

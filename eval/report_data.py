@@ -7,6 +7,7 @@ be read is used, and the rest becomes a line in `Sweep.notes`.
 import dataclasses
 import json
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from train import checkpoint
 
 PLAIN = 'CE'  # the arm of plain cross-entropy
 EXAMPLES = 6  # sample texts kept of each file
+MOST_BYTES = 2**30  # of a file, which is read as a whole
 
 
 @dataclasses.dataclass
@@ -176,7 +178,13 @@ def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
 
 def _text(path: epath.Path, sweep: Sweep) -> str | None:
   try:
-    return path.read_bytes().decode('utf-8', errors='replace') if path.exists() else None
+    if not path.exists():
+      return None
+    if '://' not in str(path) and not os.path.isfile(path):  # a pipe or a device, which is_file() takes, has no end
+      raise OSError('it is no file')
+    if path.stat().length > MOST_BYTES:
+      raise OSError(f'it is larger than {MOST_BYTES} bytes')
+    return path.read_bytes().decode('utf-8', errors='replace')
   except OSError as error:
     sweep.note(_short(path, sweep), f'could not be read ({error.strerror or error})')
     return None

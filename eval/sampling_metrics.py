@@ -75,6 +75,8 @@ def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, f
     raise ValueError(f'a sample has the verdict {line["verdict"]!r}; known are {", ".join(VERDICTS)}')
   try:
     row = (VERDICTS[line['verdict']], int(line['group']), float(line['tokens']), float(line['finish'] == 'length'))
+    if not abs(row[1]) < 2**53:
+      raise ValueError(f'group {str(row[1])[:40]}')
     return str(line['problem']), int(line['sample']), row
   except (TypeError, ValueError, OverflowError) as error:
     raise ValueError(f'a sample is malformed ({error})') from None

@@ -17,13 +17,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 from rich.progress import Progress
 
 from configs import common, load
-from data import DataConfig, DataError
+from data import DataConfig, DataError, Tokenizer
 from model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
 from model.hf_config import HfError
-from train import checkpoint
+from train import checkpoint, integrity
 
 CHUNK_BYTES = 2**26  # of an imported array on disk, and of the files there: what is in memory while it is written
 STORED = {'float32': 'F32', 'bfloat16': 'BF16'}
@@ -36,6 +37,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   chunk of one array.
   """
   source = checkpoint.find(path)
+  checkpoint.check(source)
   config = checkpoint.read_meta(source)['config']
   c = load.section(ModelConfig, config['model'], 'model')
   theirs = hf_config.to_hf(c, positions=_positions(config), dtype=dtype)
@@ -93,7 +95,8 @@ def import_(path: str, to: str) -> str:
   leaves = hf_weights.leaves(c, head_copy=c.tied_embeddings and hf_weights.HEAD in files.found)
   files.check(leaves)
   tokenizer = folder / 'tokenizer.model'
-  if tokenizer.exists():
+  if tokenizer.is_file():
+    Tokenizer(str(tokenizer))  # it will be copied, and what isn't one may be a link to anything
     config.data.tokenizer = str(pathlib.Path(to).resolve() / tokenizer.name)
   with _new_folder(to) as out, tempfile.TemporaryDirectory(dir=out) as scratch:
     arrays = {}
@@ -113,7 +116,7 @@ def import_(path: str, to: str) -> str:
       node[last] = array
     _save(out, params, {'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
                         'config': json.loads(load.to_json(config))})
-    if tokenizer.exists():
+    if config.data.tokenizer:
       shutil.copy(tokenizer, out)
   return _next_steps(config, sizes, to, sum(parameter_counts(c).values()))
 
@@ -132,6 +135,7 @@ def _save(out: pathlib.Path, params: dict, meta: dict) -> None:
       writer.save(out.resolve() / 'state', save)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
       writer.save(out.resolve() / 'meta', ocp.args.JsonSave({**meta, 'shapes': checkpoint.shapes_of(state)}))
+    integrity.write(epath.Path(out))
   except (OSError, ValueError, RuntimeError) as error:  # what Orbax and tensorstore raise when a disk is full
     reason = str(error).strip().splitlines()[0][-160:]
     raise HfError(f'{out}: the checkpoint could not be written ({reason}); it needs room twice') from error
@@ -188,6 +192,7 @@ def main() -> None:
   back.add_argument('--from', required=True, dest='source', metavar='DIR')
   back.add_argument('--to', required=True, metavar='DIR', help='a new directory')
   args = parser.parse_args()
+  load.check_places(vars(args))
   if args.command == 'import':
     print(import_(args.source, args.to))
   else:

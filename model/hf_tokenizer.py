@@ -55,6 +55,8 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
     spm.ParseFromString(data)
   except DecodeError:
     raise HfError(f'{name}: not a SentencePiece model; give the one that the run was trained with') from None
+  if not all(isinstance(p.piece, str) for p in spm.pieces):
+    raise HfError(f'{name}: damaged, as one of its pieces is no text; give the one that the run was trained with')
   _check(spm, name)
   kinds = proto.ModelProto.SentencePiece
   text = [p.piece if p.type in (kinds.BYTE, kinds.CONTROL, kinds.UNKNOWN) else p.piece.replace(_SPACE, ' ')

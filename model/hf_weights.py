@@ -221,8 +221,8 @@ class Files:
 
   def _paths(self) -> list[pathlib.Path]:
     index, single = self.folder / 'model.safetensors.index.json', self.folder / 'model.safetensors'
-    if not index.exists():
-      if not single.exists():
+    if not index.is_file():
+      if not single.is_file():
         raise HfError(f'{self.folder}: has no model.safetensors and no {index.name}; other formats, '
                       'such as pytorch_model.bin, must be converted to safetensors first')
       return [single]
@@ -283,11 +283,15 @@ class Files:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """A JSON object of at most 100 MB. Raises HfError."""
   try:
+    if path.exists() and not path.is_file():  # a link to a device would never end
+      raise HfError(f'{path}: not a file; fetch it again')
     if path.stat().st_size > 1e8:
       raise HfError(f'{path}: is larger than 100 MB, too large for what it should hold')
     content = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
     raise HfError(f'{path}: no such file; give a directory with config.json and model.safetensors') from None
+  except OSError as error:
+    raise HfError(f'{path}: could not be read ({error.strerror or error}); fetch it again') from None
   except (ValueError, RecursionError) as error:
     if isinstance(error, HfError):
       raise

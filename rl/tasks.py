@@ -14,9 +14,11 @@ import ast
 import dataclasses
 import functools
 import gzip
+import io
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +31,7 @@ from data.reasoning import question_hash
 from rl.verifiers import ANSWER_FORMATS, extract_answer
 
 SPLITS = ('train', 'held_out', 'all')
+_MOST_BYTES = 2**30  # of a packed file, unpacked: it is held in memory
 _MISSED = 1e-12  # chance that an endless set finds no question of its split for an index
 _UNFIT = {'game_of_life_halting': 'its scorer calls any text right'}
 
@@ -156,15 +159,19 @@ def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
   for path in formats.find(pattern):
     content = epath.Path(path).read_bytes()
     try:
-      content = gzip.decompress(content) if path.endswith('.gz') else content
+      if path.endswith('.gz'):
+        with gzip.open(io.BytesIO(content)) as file:
+          content = file.read(_MOST_BYTES)
+        if len(content) == _MOST_BYTES:
+          raise OSError(f'it unpacks to {_MOST_BYTES} bytes or more')
       lines = content.decode().split('\n')
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
       raise DataError(f'{path}: can\'t be read ({error}); fetch it again') from None
     for number, line in enumerate(lines, 1):
       if line.strip():
         try:
           record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
           raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
         yield record, f'{path}:{number}'
 

@@ -19,6 +19,7 @@ import pathlib
 import re
 import secrets
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -243,6 +244,7 @@ class Verifier:
     self._c, self._lock = config, threading.Lock()
     self._workers: dict[str, list[_Worker]] = {}
     self._failed_starts = 0
+    self._asked_again: set[int] = set()
     self.counts: collections.Counter[str] = collections.Counter()
 
   def __enter__(self):
@@ -255,8 +257,8 @@ class Verifier:
     """A verdict on each (sampled text, task), in order.
 
     Wrong: no final answer in the task's format, too long a one, or one that differs from the reference.
-    Undecided: the worker ran past the deadline, or died, or can't read the reference. A verdict doesn't
-    depend on what else is in the list; equal items are decided once.
+    Undecided: the worker ran past the deadline, or died (killed from outside: twice), or can't read the reference. A
+    verdict doesn't depend on what else is in the list; equal items are decided once.
 
     Raises:
       VerifierError: workers don't start.
@@ -296,6 +298,7 @@ class Verifier:
   def _ask(self, requests: list[dict[str, str]]) -> list[Verdict]:
     verdicts: list[Verdict | None] = [None] * len(requests)
     pending = {kind: collections.deque() for kind in ('math', 'reasoning_gym')}
+    self._asked_again = set()
     for i, request in enumerate(requests):
       pending[request['kind']].append(i)
     try:
@@ -315,13 +318,14 @@ class Verifier:
                 continue
               i = pending[worker.kind].popleft()
               worker.send(i, requests[i], self._c.deadline_s)
-          self._wait(selector, verdicts)
+          self._wait(selector, verdicts, pending)
     except BaseException:  # leave no worker at work on an item of a call that has ended
       self._kill_all()
       raise
     return verdicts
 
-  def _wait(self, selector: selectors.BaseSelector, verdicts: list[Verdict | None]) -> None:
+  def _wait(self, selector: selectors.BaseSelector, verdicts: list[Verdict | None],
+            pending: dict[str, collections.deque]) -> None:
     """Takes in what workers say, until the first deadline at the latest, and replaces those that are lost."""
     workers = [key.data for key in selector.get_map().values()]
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]
@@ -331,7 +335,7 @@ class Verifier:
       if worker in heard:
         message = worker.read()
         if message is None:
-          self._replace(selector, worker, verdicts, 'crashes')
+          self._replace(selector, worker, verdicts, 'crashes', pending)
         elif 'ready' in message:
           worker.ready, self._failed_starts = True, 0
         elif 'error' in message:
@@ -343,13 +347,19 @@ class Verifier:
       elif time.monotonic() > worker.deadline:
         self._replace(selector, worker, verdicts, 'timeouts')
 
-  def _replace(self, selector, worker: _Worker, verdicts: list[Verdict | None], why: str) -> None:
+  def _replace(self, selector, worker: _Worker, verdicts: list[Verdict | None], why: str,
+               pending: dict[str, collections.deque] | None = None) -> None:
     selector.unregister(worker.process.stdout)
+    killed = False
     if why == 'crashes':
       with contextlib.suppress(subprocess.TimeoutExpired):
-        worker.process.wait(1.0)  # its own status, before ours
+        killed = worker.process.wait(1.0) == -signal.SIGKILL  # its own status, before ours
     status = worker.kill()
-    if worker.busy is not None:
+    if worker.busy is not None and killed and worker.busy not in self._asked_again:
+      # By the system, short of memory, or by somebody: the item needn't be to blame, and is asked about once more.
+      self._asked_again.add(worker.busy)
+      pending[worker.kind].appendleft(worker.busy)
+    elif worker.busy is not None:
       verdicts[worker.busy] = Verdict.UNDECIDED
       self.counts['refused' if status == 86 else why] += 1
     elif not worker.ready:

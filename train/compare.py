@@ -4,7 +4,6 @@ Prints a table of the last validation figures and draws the curves. Only reads; 
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from configs.load import ConfigError, flatten, run_main
+from configs.load import ConfigError, check_places, flatten, read, run_main
 from train.metrics import read_lines
 
 KEYS = {'train/ce_nats': 'cross-entropy (nats)', 'train/entropy_nats': 'entropy (nats)'}
@@ -25,11 +24,11 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 
 def read_run(path: str, key: str = 'train/ce_nats') -> dict[str, Any]:
   """{'config': flat config, 'lines': metrics}. Raises ConfigError if `path` is no workdir of a run that wrote `key`."""
+  check_places({'WORKDIR': path}, '')
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
-  run = {'path': path, 'config': flatten(json.loads((root / 'config.json').read_text())),
-         'lines': read_lines(root / 'metrics.jsonl')}
+  run = {'path': path, 'config': flatten(read(str(root / 'config.json'))), 'lines': read_lines(root / 'metrics.jsonl')}
   if not any(key in line for line in run['lines']):
     raise ConfigError(f'{path}: no {key} in its metrics.jsonl; this run has not finished a step yet, or is of another '
                       'kind')

@@ -70,10 +70,10 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   lines = []
-  for text in path.read_text().splitlines():
+  for text in path.read_bytes().decode(errors='replace').splitlines():
     try:
       line = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
       continue
     if isinstance(line, dict) and isinstance(line.get('step'), int):
       lines.append(line)

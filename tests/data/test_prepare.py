@@ -183,6 +183,22 @@ def test_missing_and_damaged_data(prepared_config, tmp_path):
   with pytest.raises(DataError, match=r'00000-of-00001: damaged .*copy it again'):
     documents = prepared.Documents(copy, 'a', 'train')
     documents.read(range(len(documents)))
+  with pytest.raises(DataError, match=r'00000-of-00001: damaged'):
+    prepared.verify(copy, 'a')
+  shard.write_bytes(data)
+  assert prepared.verify(copy, 'a') == sum(len(prepared.Documents(copy, 'a', s)) for s in prepared.SPLITS)
+  lengths = prepared.folder(copy, 'a') / 'lengths-train.npy'
+  content = lengths.read_bytes()
+  lengths.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+  with pytest.raises(DataError, match=r'lengths-train.npy: damaged \(sha256 differs\)'):
+    prepared.Documents(copy, 'a', 'train')
+  lengths.write_bytes(content)
+  manifest = prepared.folder(copy, 'a') / 'manifest.json'  # whole records, but others than were written
+  written = json.loads(manifest.read_text())
+  written['splits']['train']['shards'][0]['sha256'] = '0' * 64
+  manifest.write_text(json.dumps(written))
+  with pytest.raises(DataError, match=r'00000-of-00001: damaged \(its records are not what was written\)'):
+    prepared.verify(copy, 'a')
   shard.write_bytes(b'\1' * len(data))
   with pytest.raises(DataError, match='00000-of-00001: damaged'):
     prepared.Documents(copy, 'a', 'train').read([0])

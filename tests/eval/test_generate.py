@@ -92,6 +92,18 @@ def test_killed_and_started_again_gives_the_same_samples(undisturbed, run_dir):
   assert table(out) == table(undisturbed[1])
 
 
+def test_a_line_cut_just_before_its_end_spoils_no_other(undisturbed, run_dir):
+  """What is appended next would stand on the same line."""
+  path = undisturbed[0]
+  before = path.read_text()
+  path.write_text(before[:-1])
+  last = json.loads(before.splitlines()[-1])['problem']
+  assert opened(run_dir).missing == [last]
+  kept = path.read_text()
+  path.write_text(before)
+  assert kept.endswith('\n') and len(kept.splitlines()) == (PROBLEMS - 1) * N
+
+
 def table(out):
   return out[out.index('benchmark'):]
 

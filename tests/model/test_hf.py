@@ -100,6 +100,7 @@ def test_round_trip_is_bit_exact(exported, tmp_path):
   c, params, folder = exported
   said = hf.import_(str(folder), str(tmp_path / 'back'))
   again, meta = checkpoint.restore_weights(checkpoint.find(str(tmp_path / 'back')), model.abstract(c)[1])
+  assert (tmp_path / 'back' / 'manifest.json').exists()  # against which it was checked
   jax.tree.map(np.testing.assert_array_equal, again, params)
   got = load.section(model.ModelConfig, meta['config']['model'], 'model')
   fixed = {name: getattr(c, name) for name in ('compute_dtype', 'remat', 'scan_layers', 'attention')}
@@ -322,6 +323,9 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xff
     path.write_bytes(data)
+  with pytest.raises(checkpoint.CheckpointError, match=r'checkpoints/3/state/\S+: not what was written'):
+    hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+  (tmp_path / 'run' / 'checkpoints' / '3' / 'manifest.json').unlink()  # as older ones are
   with pytest.raises(HfError, match=r'checkpoints/3: params\.\S+ could not be read \(.*\); export another checkpoint$'):
     hf.export(run, str(tmp_path / 'out'), tokenizer='none')
   assert not (tmp_path / 'out').exists()

@@ -149,6 +149,16 @@ def test_a_crash_is_undecided_and_the_next_item_is_graded():
     assert verifier.verify([(answers('1 + x')[0], task('x+1'))]) == [RIGHT]
 
 
+def test_an_item_whose_worker_is_killed_from_outside_is_asked_about_once_more():
+  with Verifier(VerifierConfig(workers=1, deadline_s=2.0)) as verifier:
+    verifier.verify([(answers('x+2')[0], task('x+1'))])
+    (worker,) = workers(verifier)
+    threading.Timer(0.5, worker.process.kill).start()
+    assert verifier.verify([(text, task('x+1')) for text in answers(ENDLESS, '1+x')]) == [UNDECIDED, RIGHT]
+    assert verifier.counts['crashes'] == 0 and verifier.counts['timeouts'] == 1  # the second time it had its time
+    assert verifier.counts['restarts'] == 2
+
+
 def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
   script = tmp_path / 'worker.py'
   monkeypatch.setattr(verifiers, '_WORKER', script)

@@ -1,0 +1,227 @@
+"""python -m tests.fuzz.audit: what compiles, runs or unpickles something while all that can be loaded is loaded.
+
+An audit hook sees every such event of the interpreter, from whatever library. Everything that is read carries a mark,
+as Python that would leave a file behind. Prints, as JSON, the events that are no imports, by step, and what held the
+mark.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+MARK = 'zqcanary'
+STARTS = ('os.system', 'os.exec', 'os.fork', 'os.forkpty', 'os.posix_spawn', 'os.spawn', 'os.startfile', 'pty.spawn',
+          'subprocess.Popen')
+WATCHED = ('compile', 'exec', 'pickle.find_class', 'code.__new__', 'socket.connect', *STARTS)
+
+
+class Audit:
+  """events: {step: {(event, who asked for it)}}; marked: compiled or run texts with the mark; sources: of compile."""
+
+  def __init__(self):
+    self.step, self.events, self.marked = 'import', collections.defaultdict(set), []
+    self.sources: dict[str, list[str]] = collections.defaultdict(list)
+    sys.addaudithook(self._hook)
+
+  def _hook(self, event: str, args: tuple) -> None:
+    if event not in WATCHED:
+      return
+    frame = sys._getframe(1)
+    who = frame.f_globals.get('__name__', '?')
+    if event in ('compile', 'exec') and who.startswith(('importlib.', '_frozen_importlib', 'zipimport')):
+      return
+    text = repr(args)
+    if event == 'exec':  # the names and constants of the code, and of functions in it
+      text = repr(_contents(args[0]))
+    if event == 'compile' and args[0] is not None:
+      text = args[0].decode(errors='replace') if isinstance(args[0], bytes) else str(args[0])
+      self.sources[self.step].append(text)
+    detail = f' {args[1]}' if event == 'subprocess.Popen' else f' {args}' if event in STARTS else ''
+    self.events[self.step].add((event, who + detail))
+    if MARK in text:
+      self.marked.append((self.step, event, who, text[:200]))
+
+
+def _contents(code) -> list:
+  inner = [_contents(c) for c in code.co_consts if hasattr(c, 'co_consts')]
+  return [code.co_names, [c for c in code.co_consts if not hasattr(c, 'co_consts')], inner]
+
+
+def hostile(folder: pathlib.Path) -> str:
+  return f"{MARK} __import__('os').system('touch {folder}/{MARK}')"
+
+
+def load_config(folder: pathlib.Path):
+  """A config as a run writes it, its name, values and folder marked."""
+  from configs import load
+  from train.config import run_config
+
+  config = load.load(f'tests/tiny.py:dir={folder}/{MARK}')
+  path = folder / f'{MARK}.json'
+  path.write_text(load.to_json(config))
+  config = load.load(str(path), {'train.init_from': hostile(folder)})
+  run_config(config)
+  return config
+
+
+def write_sources(folder: pathlib.Path) -> dict[str, str]:
+  """{name: URI} of the same marked documents in every format."""
+  import numpy as np
+  import pyarrow
+  import pyarrow.parquet
+  import tensorflow_datasets as tfds
+  from array_record.python.array_record_module import ArrayRecordWriter
+
+  from data.prepared import to_record
+
+  documents = [f'document {i}: {i} + 1 = {i + 1}\n{hostile(folder)}\n' for i in range(60)]
+  (folder / 'x.txt').write_text(''.join(documents))
+  (folder / 'x.jsonl').write_text(''.join(json.dumps({'text': d, MARK: hostile(folder)}) + '\n' for d in documents))
+  pyarrow.parquet.write_table(pyarrow.table({'text': documents}), folder / 'x.parquet')
+  place = folder / MARK / '1.0.0'
+  place.mkdir(parents=True)
+  for path, pack in ((folder / 'x.array_record', str.encode), (
+      place / f'{MARK}-train.array_record-00000-of-00001',
+      lambda document: to_record(np.frombuffer(document.encode(), np.uint8)))):
+    writer = ArrayRecordWriter(str(path), 'group_size:1')
+    for document in documents:
+      writer.write(pack(document))
+    writer.close()
+  name = tfds.core.ShardedFileTemplate(data_dir=place, dataset_name=MARK, filetype_suffix='array_record', split='train')
+  tfds.folder_dataset.write_metadata(
+    data_dir=place, features=tfds.features.FeaturesDict({'tokens': tfds.features.Text()}), version='1.0.0',
+    split_infos=[tfds.core.SplitInfo(name='train', filename_template=name, shard_lengths=[60], num_bytes=9000)],
+    check_data=False)
+  return {'text': f'text:{folder}/x.txt', 'jsonl': f'jsonl:{folder}/x.jsonl', 'parquet': f'parquet:{folder}/x.parquet',
+          'arrayrecord': f'arrayrecord:{folder}/x.array_record', 'tfds': f'tfds:{place}#tokens',
+          'reasoning': 'reasoning:chain_sum'}
+
+
+def prepare(folder: pathlib.Path, uris: dict[str, str]):
+  """Tokenizer and prepared data of all formats; reads some of each, and the tokenizer with the mark."""
+  from data.config import DataConfig, SourceConfig
+  from data.prepare import prepare_source, train_tokenizer
+  from data.prepared import Documents
+  from data.tokenizer import Tokenizer
+
+  config = DataConfig(str(folder / 'data'), '', 384, {name: SourceConfig(uri, 1.0, 50) for name, uri in uris.items()},
+                      0.0, 32)
+  train_tokenizer(config)
+  for name in uris:
+    prepare_source(config, name, workers=1)
+    Documents(config, name, 'train').read([0])
+  tokenizer = Tokenizer(config.tokenizer_path)
+  tokenizer.decode(tokenizer.encode(hostile(folder)))
+  return config
+
+
+def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
+  """Saves a marked checkpoint and restores it, then takes it to Hugging Face's format and back."""
+  import jax
+
+  import model
+  from configs import load
+  from model import hf
+  from train import checkpoint
+  from train.config import run_config
+  from train.optimizer import make_optimizer
+  from train.state import create_state
+
+  run = run_config(config)
+  mesh = model.make_mesh(run.train.mesh, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    state = create_state(run.model, make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2]), mesh, 0)
+    keep = checkpoint.Checkpoints(folder / 'run', run.checkpoint)
+    keep.save(state, {'config': json.loads(load.to_json(config)), 'parent': hostile(folder), 'cursor': {MARK: 1},
+                      'code_version': MARK}, 1)
+    keep.close()
+    checkpoint.restore(checkpoint.find(str(folder / 'run')), state)
+  hf.export(str(folder / 'run'), str(folder / 'hf'), tokenizer=tokenizer)
+  path = folder / 'hf' / 'config.json'
+  theirs = json.loads(path.read_text())
+  path.write_text(json.dumps({**theirs, 'auto_map': {'AutoModel': f'{MARK}.Model'}, MARK: hostile(folder)}))
+  hf.import_(str(folder / 'hf'), str(folder / 'imported'))
+
+
+def answers(folder: pathlib.Path) -> list[str]:
+  text = hostile(folder)
+  return [text, MARK, f'{MARK}(1)', f'"{MARK}"', rf'\text{{{MARK}}}', rf'\operatorname{{{MARK}}}(x)',
+          rf'\frac{{{MARK}}}{{2}}', f'[{MARK}]', f'({MARK}, 1)', f'x + {MARK}', rf'{MARK} = 3', f'{{{MARK}}}',
+          'lambda: ' + MARK, f'f"{{{MARK}}}"', rf'\left({text}\right)', f'1 + 1 if {MARK} else 2', '2*x + 1', '3/4',
+          r'\frac{1}{2}x^2', '10!', 'sin(x)**2', '5%']
+
+
+def grade(folder: pathlib.Path) -> None:
+  """By the verifier, as RL does."""
+  from rl.tasks import Task, TaskConfig, TaskSet
+  from rl.verifiers import Verifier, VerifierConfig
+
+  game = TaskSet(TaskConfig('reasoning:countdown'))[0]
+  items = [(f'\nAnswer: {answer}', task) for answer in answers(folder)
+           for task in (Task('', '', '', '2x+1', 'math', 'line'), game)]
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    verifier.verify(items)
+    assert not verifier.counts['refused'], verifier.counts
+
+
+def grade_as_a_worker(folder: pathlib.Path, audit: Audit) -> None:
+  """What a worker process does, here, where the hook sees it. Last: it changes sympy's parser for this process."""
+  from rl import verifier_worker
+  from rl.tasks import TaskConfig, TaskSet
+
+  game = TaskSet(TaskConfig('reasoning:countdown'))[0]
+  graders = (verifier_worker.math_grader(), ''), (verifier_worker.reasoning_gym_grader(), game.entry)
+  for audit.step in ('worker, first', 'worker'):  # what the libraries still import comes with the first
+    for grader, entry in graders:
+      for answer in answers(folder):
+        try:
+          grader(answer, '2x+1', entry)
+        except Exception:  # as its main does: a library that stumbles
+          continue
+
+
+def report(folder: pathlib.Path) -> None:
+  from eval.report import write_report
+
+  run = folder / 'sweep' / MARK
+  run.mkdir(parents=True)
+  (run / 'config.json').write_text((folder / f'{MARK}.json').read_text())
+  (run / 'metrics.jsonl').write_text(''.join(
+    json.dumps({'step': i, 'train/ce_nats': 1.0, f'train/{hostile(folder)}': 1.0}) + '\n' for i in range(1, 4)))
+  (run / 'samples.jsonl').write_text(json.dumps({'step': 3, 'prompt': hostile(folder), 'text': MARK}) + '\n')
+  write_report(str(folder / 'sweep'))
+
+
+def main() -> None:
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  audit = Audit()
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    audit.step = 'make'
+    uris = write_sources(folder)
+    audit.step = 'config'
+    config = load_config(folder)
+    audit.step = 'data'
+    prepared = prepare(folder, uris)
+    config = config.copy_and_resolve_references()
+    config.train.init_from = ''
+    audit.step = 'checkpoint'
+    restore_checkpoint(folder, config, prepared.tokenizer_path)
+    audit.step = 'grade'
+    grade(folder)
+    audit.step = 'report'
+    report(folder)
+    audit.step = 'worker, start'
+    grade_as_a_worker(folder, audit)
+    touched = (folder / MARK / MARK).exists() or (folder / MARK).is_file()
+  compiled = sorted(source for source in set(audit.sources['worker']) if not source.startswith('(\'countdown'))
+  events = {step: sorted(f'{event} by {who}' for event, who in found) for step, found in audit.events.items()}
+  json.dump({'events': events, 'marked': audit.marked, 'touched': touched, 'compiled by the worker': compiled},
+            sys.stdout, indent=1)
+
+
+if __name__ == '__main__':
+  main()

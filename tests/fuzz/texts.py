@@ -1,0 +1,246 @@
+"""Targets that read what models and runs wrote: answers, benchmarks, and the inputs of a report."""
+
+import gzip
+import html.parser
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import time
+
+from hypothesis import strategies as st
+
+from data.config import DataError
+from tests.fuzz import mutate
+from tests.fuzz.target import nothing, target
+
+ANSWERS = (
+  '42', '-0.50', '1,234,567', r'\frac{3}{4}', r'\boxed{\frac{1}{2}}', r'\sqrt{117}', 'x^2+2x+1', r'\{1, 2, 3\}',
+  '(1, 2)', r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\text{Evelyn}', '50%', r'12\text{ cm}',
+  r'(-\infty, 3] \cup [4, 5)', r'$\int_0^1 x^2 dx$', r'\sum_{i=1}^{n} i', '3 \\times 10^{8}', 'x = 3, y = 4',
+  r'\pi r^2', '10!', r'\log_2 8', '1/3', r'\binom{10}{3}', r'\left\lfloor x \right\rfloor', '90^\\circ', 'a b c',
+  "it's", '2 + 3i', '0.333...', r'0.\overline{3}')
+WORDS = (
+  '{', '}', '{' * 200, r'\frac{' * 100, r'\sqrt{' * 300, '(' * 500, ')' * 500, r'\boxed{', '$', '$$', r'\(', '^',
+  '^{9}', '9^{9^{9^9}}', '9**9**9', '10!!!!', r'\left(' * 50, '9' * 5000, '1e999999', '-' * 1000, '+1' * 1000,
+  'x' * 3000, '\\' * 300, r'\begin{matrix}' * 30, '&' * 200, r'\\' * 100, r'\int' * 50, r'\lim_{x \to 0}',
+  r'\sum_{i=1}^{10^{10}} i', 'Answer: ', '\nAnswer: ', '\u0000', '\u2028', '\u0661', '½', '²', '∞', '\U0001d7d8',
+  '\ufeff', 'e\u0301' * 100, 'ﬃ', 'lambda x: x', "__import__('os').system('true')", 'x.__class__', 'f"{1}"', 'True',
+  'None', 'I', 'E', 'S', 'N', 'O', 'Q', 'oo', 'zoo', 'Integer(1)', 'factorial(10**9)', 'range(10**9)', 'Symbol("x")',
+  ';', ':=', 'if', 'print', ',' * 500, '|' * 300, r'\text{' * 50, r'\mathrm{', r'\color{red}', r'\input{/etc/passwd}',
+  r'\def\a{\a\a}\a', '%' * 100, r'10^{-10^{10}}')
+
+
+def _answers():
+  pieces = st.lists(st.sampled_from(WORDS + ANSWERS), max_size=6).map(''.join)
+  return st.tuples(st.booleans(), st.text(max_size=60) | pieces, st.sampled_from(ANSWERS))
+
+
+def _answer(rng: random.Random, good: bool):
+  answer = rng.choice(ANSWERS)
+  return rng.random() < 0.5, answer if good else mutate.text(rng, answer, WORDS), rng.choice(ANSWERS)
+
+
+@target(160, strategy=_answers)
+def answers(folder):
+  """What is done to an answer in the trainer's own process: cut out, stripped, read as a number."""
+  from rl import verifiers
+  from rl.tasks import Task
+
+  def check(case):
+    boxed, given, wanted = case
+    for text in (f' steps\nAnswer: {given}\n', f'so \\boxed{{{given}}}.', given):
+      found = verifiers.extract_answer(text, 'boxed' if boxed else 'line', 1)
+      if found is not None:
+        verifiers.number(verifiers.plain(found))
+        for kind in ('math', 'exact'):
+          verifiers._compare_plainly(found, Task('', '', '', wanted, kind, 'line'))
+
+  return lambda rng, good=False: _answer(rng, good), check, nothing
+
+
+@target(15, deadline_s=120.0)
+def verifier(folder):
+  """The whole of it, in its own killable processes; whatever the answer, there is a verdict."""
+  from rl.tasks import Task, TaskConfig, TaskSet
+  from rl.verifiers import Verdict, Verifier, VerifierConfig
+
+  pool = Verifier(VerifierConfig(workers=1, deadline_s=1.0))
+  names = ('chain_sum', 'countdown', 'polynomial_equations')
+  generated = [TaskSet(TaskConfig(f'reasoning:{name}'))[0] for name in names]
+
+  def make(rng, good=False):
+    boxed, given, wanted = _answer(rng, good)
+    task = Task('', '', '', wanted, 'math', 'boxed' if boxed else 'line')
+    task = rng.choice(generated) if rng.random() < 0.2 else task
+    # The same text that the reference is would be settled before any worker is asked.
+    return (f'\\boxed{{{given}}}' if task.answer_format == 'boxed' else f'\nAnswer: {given}'), task
+
+  def check(case):
+    [verdict] = pool.verify([case])
+    assert isinstance(verdict, Verdict)
+    assert not pool.counts['refused'], 'model text came as far as touching the system'
+
+  return make, check, pool.close
+
+
+@target(0, DataError, deadline_s=3.0)
+def broken(folder):
+  """What the campaign is to notice; in no campaign but the one that tests this."""
+  counter = folder / 'cases'  # on disk: a process that follows goes on counting
+
+  def check(case):
+    if case == 'good':
+      return
+    number = int(counter.read_text()) if counter.exists() else 0
+    counter.write_text(str(number + 1))
+    if number == 3:
+      1 / 0  # noqa: B018
+    if number == 4:
+      bytearray(2**34)
+    if number == 5:
+      os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 6:
+      time.sleep(100)
+    if number > 7:
+      raise DataError('as documented')
+
+  return lambda rng, good=False: 'good' if good else 'bad', check, nothing
+
+
+_RECORDS = (
+  {'question': 'What is 1 + 1?', 'answer': 'It is two.\n#### 2'}, {'problem': 'x?', 'solution': 'so \\boxed{3}',
+  'answer': '3'}, {'problem': 'y?', 'answer': 27.0}, {'question': 'z?', 'final_answer': ['4'], 'solution': ['w']})
+
+
+@target(60, DataError)
+def tasks(folder):
+  """Questions with answers, as RL and evaluation read them."""
+  from rl.tasks import TaskConfig, TaskSet
+
+  def read(path):
+    found = TaskSet(TaskConfig(f'jsonl:{path}', held_out_fraction=0.0), split='all')
+    [found[i] for i in range(len(found))]
+
+  return _records(folder, _RECORDS, read)
+
+
+def _records(folder, records, read):
+  """(make, check, close) of a reader of JSON lines, packed or not."""
+  raw = b'\n'.join(json.dumps(record).encode() for record in records)
+
+  def make(rng, good=False):
+    content = raw
+    if not good:
+      content = mutate.json_text(rng, rng.choice(records)) if rng.random() < 0.6 else mutate.data(rng, raw, [raw])
+    if rng.random() < 0.8:
+      return 'x.jsonl', content
+    packed = gzip.compress(content, mtime=0)
+    return 'x.jsonl.gz', packed if good or rng.random() < 0.5 else mutate.data(rng, packed)
+
+  def check(case):
+    path = folder / case[0]
+    path.write_bytes(case[1])
+    read(path)
+
+  return make, check, nothing
+
+
+_PROGRAMS = (
+  {'task_id': 'HumanEval/0', 'prompt': 'def f(x):\n', 'test': 'def check(f):\n  assert f(1)', 'entry_point': 'f'},
+  {'task_id': 11, 'text': 'Write it.', 'code': 'def f(): pass', 'test_list': ['assert f()'], 'test_setup_code': ''},
+  {'task_id': 12, 'prompt': 'Write it.', 'code': 'x', 'test_list': ['assert f()'], 'test_imports': ['import re'],
+  'test': 'y'})
+
+
+@target(40, DataError)
+def programs(folder):
+  """Programming problems; nothing is run."""
+  from eval.code_problems import read
+
+  return _records(folder, _PROGRAMS, lambda path: read(str(path)))
+
+
+@target(40)
+def metrics(folder):
+  """A run's metrics when it goes on, which leaves out what it can't use."""
+  from etils import epath
+
+  from train.metrics import read_lines
+
+  lines = tuple({'step': i, 'train/ce_nats': 2.5, 'time/step_s': 0.1} for i in range(1, 6))
+  return _records(folder, lines, lambda path: read_lines(epath.Path(path)))
+
+
+# Reports
+
+
+class _Tags(html.parser.HTMLParser):
+  """Fails on a tag or an attribute that the report itself doesn't write."""
+
+  BAD = re.compile(r'^(on|src$|srcdoc$|formaction$|action$)')
+
+  def handle_starttag(self, tag, attrs):
+    assert tag not in ('script', 'iframe', 'object', 'embed', 'form', 'img', 'base', 'foreignobject'), tag
+    for name, value in attrs:
+      assert not self.BAD.match(name) and not (value or '').lower().startswith('javascript:'), (tag, name, value)
+
+
+def _sweep(folder: pathlib.Path):
+  """(root, {path: bytes}) of two arms' workdirs."""
+  from tests.eval import sweep
+
+  root = folder / 'sweep'
+  sweep.make(root, arms=({}, {'beta': -0.25}), seeds=1, steps=4, rl_steps=2, problems=3, n=2)
+  for path in (root / 'pre').iterdir():
+    (path / 'samples.jsonl').write_text(json.dumps({'step': 4, 'prompt': 'Question: x', 'text': ' so 3'}) + '\n')
+  return root, {path: path.read_bytes() for path in sorted(root.rglob('*')) if path.is_file()}
+
+
+def _report(folder, read):
+  root, raw = _sweep(folder)
+
+  def make(rng, good=False):
+    path = rng.choice(list(raw))
+    content = raw[path]
+    if good:
+      return path, content
+    if rng.random() < 0.6:
+      lines = content.decode().splitlines() if path.suffix == '.jsonl' else [content.decode()]
+      at = rng.randrange(len(lines))
+      spoilt = [line.encode() for line in lines]
+      spoilt[at] = mutate.json_text(rng, json.loads(lines[at]))
+      return path, b'\n'.join(spoilt)
+    return path, mutate.data(rng, content, [content])
+
+  def check(case):
+    path, content = case
+    try:
+      path.write_bytes(content)
+      read(root)
+    finally:
+      path.write_bytes(raw[path])
+
+  return make, check, nothing
+
+
+@target(15)
+def report(folder):
+  """All that a report computes; nothing that a file holds may end it."""
+  from etils import epath
+
+  from eval.arms import read_sweep
+  from eval.report import Report
+
+  out = epath.Path(folder) / 'out'
+  return _report(folder, lambda root: Report(read_sweep(root), out).runs())
+
+
+@target(1)
+def report_page(folder):
+  """The whole page, with its figures; also that nothing in it is markup that a file brought."""
+  from eval.report import write_report
+
+  return _report(folder, lambda root: _Tags().feed(write_report(str(root), str(folder / 'out')).read_text()))

@@ -1,0 +1,324 @@
+"""What is read may not become code, name files elsewhere, or end a command with anything but one line."""
+
+import ast
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import load
+from configs.load import ConfigError, UserError
+from data import formats, prepared, reasoning, record_formats
+from data.config import DataConfig, DataError, SourceConfig
+from data.tokenizer import Tokenizer
+from eval import arms, report
+from model import hf_weights
+from model.hf_config import HfError
+from rl.tasks import TaskConfig, TaskSet
+from tests.eval import sweep
+from tests.runs import environment
+from train.metrics import JsonLines
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGES = ('configs', 'objectives', 'model', 'data', 'train', 'rl', 'eval', 'launch', 'benchmarks')
+
+# No code: what runs code that it is given as data, or makes data into objects of any class.
+MODULES = {'pickle', '_pickle', 'cPickle', 'cloudpickle', 'dill', 'marshal', 'shelve', 'joblib', 'jsonpickle', 'yaml',
+           'runpy', 'code', 'codeop', 'imp', 'pty', 'builtins', 'commands'}
+NAMES = {'eval', 'exec', 'compile', '__import__', '__builtins__'}
+ATTRIBUTES = {'exec_module', 'load_module', 'import_module', 'sympify', 'parse_expr', 'lambdify', 'read_pickle',
+              'getoutput', 'getstatusoutput', 'run_path', 'run_module', '__subclasses__', '__globals__', '__builtins__'}
+OS = {'system', 'popen', 'fork', 'forkpty', 'startfile'}  # of os, with its exec... and spawn...
+OFF = {'shell', 'allow_pickle', 'trust_remote_code'}  # arguments that must be left out or False
+ALLOWED = {
+  ('configs/load.py', 'exec_module'): 'a config is a Python file, which its user names on the command line',
+  ('data/__init__.py', 'import_module'): 'its own modules, by a table of names',
+  ('rl/verifier_worker.py', 'parse_expr'): 'put behind a grammar, in a process that can write, start and reach nothing',
+  ('eval/code_jail_worker.py', 'os.execve'): 'the jail: the one place where programs of a model run, by design',
+  ('eval/code_jail_worker.py', 'os.fork'): 'the jail: its first process',
+}
+
+
+def risks(source):
+  """(what, line) of everything in Python source that could run code it is given."""
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      names = [alias.name for alias in node.names]
+      modules = names if isinstance(node, ast.Import) else [node.module or '']
+      yield from ((m, node.lineno) for m in modules if m.split('.')[0] in MODULES)
+      if isinstance(node, ast.ImportFrom):
+        yield from ((n, node.lineno) for n in names if n in ATTRIBUTES | NAMES or (node.module == 'os' and _runs(n)))
+    elif isinstance(node, ast.Name) and node.id in NAMES and isinstance(node.ctx, ast.Load):
+      yield node.id, node.lineno
+    elif isinstance(node, ast.Attribute):
+      if node.attr in ATTRIBUTES and isinstance(node.ctx, ast.Load):
+        yield node.attr, node.lineno
+      if isinstance(node.value, ast.Name) and node.value.id == 'os' and _runs(node.attr):
+        yield f'os.{node.attr}', node.lineno
+    elif isinstance(node, ast.keyword) and node.arg in OFF and ast.unparse(node.value) != 'False':
+      yield f'{node.arg}=', node.value.lineno
+
+
+def _runs(name):
+  return name in OS or name.startswith(('exec', 'spawn', 'posix_spawn'))
+
+
+@pytest.mark.parametrize('source,found', [
+  ('eval(x)', 'eval'), ('y = exec', 'exec'), ('import pickle as p', 'pickle'), ('from yaml import load', 'yaml'),
+  ('import os\nos.system(x)', 'os.system'), ('from os import execv', 'execv'),
+  ('subprocess.run(x, shell=True)', 'shell='), ('np.load(x, allow_pickle=flag)', 'allow_pickle='),
+  ('sympy.sympify(x)', 'sympify'),
+  ('from sympy import sympify', 'sympify'), ('getattr(__builtins__, x)', '__builtins__'),
+  ('importlib.import_module(x)', 'import_module')])
+def test_the_search_finds_what_it_is_for(source, found):
+  assert found in [what for what, _ in risks(source)]
+
+
+def test_no_package_runs_what_it_reads():
+  found = {}
+  for package in PACKAGES:
+    for path in sorted((ROOT / package).rglob('*.py')):
+      for what, line in risks(path.read_text()):
+        found[str(path.relative_to(ROOT)), what] = f'{path}:{line}'
+  assert not (new := {key: place for key, place in found.items() if key not in ALLOWED}), new
+  assert not (gone := ALLOWED.keys() - found.keys()), f'no longer there: {gone}'
+
+
+def test_nothing_that_is_read_is_run():
+  """An interpreter's own audit events while configs, data, tokenizers, checkpoints, answers and reports are read."""
+  done = subprocess.run([sys.executable, '-m', 'tests.fuzz.audit'], cwd=ROOT, env=environment(), capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = json.loads(done.stdout)
+  assert not found['marked'] and not found['touched']
+  assert set(found['events']) >= {'config', 'data', 'checkpoint', 'grade', 'report', 'worker'}
+  for step, events in found['events'].items():
+    for event in events:
+      kind, _, who = event.partition(' by ')
+      if kind == 'subprocess.Popen':
+        assert 'rl/verifier_worker.py' in who or "['git', '-C', " in who, event
+      else:
+        assert kind in ('compile', 'exec', 'code.__new__'), f'{step}: {event}'
+        assert who.split('.')[0] not in PACKAGES, f'{step}: {event}'
+  # SymPy's parser evaluates what it has made of plain arithmetic; nothing else that a model wrote is compiled.
+  assert [event for event in found['events']['worker'] if not event.startswith('compile by ast')] == [
+    'compile by sympy.parsing.sympy_parser', 'exec by sympy.parsing.sympy_parser']
+  assert set(found['compiled by the worker']) == {
+    'from sympy import *', "Integer (2 )*Symbol ('x' )+Integer (1 )", 'Integer (3 )/Integer (4 )',
+    'factorial (Integer (10 ))', "sin (Symbol ('x' ))**Integer (2 )"}
+
+
+def test_the_audit_sees():
+  code = ("from tests.fuzz.audit import Audit; import os, pickle, subprocess, collections; a = Audit()\n"
+          "eval('[1, \"zqcanary\"]'); pickle.loads(pickle.dumps(collections.OrderedDict())); os.system('true')\n"
+          "subprocess.run('true', shell=True); print(sorted(e for e, _ in a.events['import']), len(a.marked))")
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout == ("['compile', 'exec', 'os.system', 'pickle.find_class', 'subprocess.Popen'] 2\n"), done.stderr
+
+
+# Names and places
+
+
+@pytest.mark.parametrize('place', [
+  'gs:/bucket/x', 'GS://bucket/x', 'gs:bucket', 'gs://', 'gs:///x', ' gs:/x', 'Gs://b', 's3:/x', 'file:///x',
+  'https://h/x'])
+def test_what_only_looks_like_a_bucket_is_refused(place):
+  with pytest.raises(ConfigError, match='neither a local path nor a bucket'):
+    load.check_places({'workdir': place})
+  with pytest.raises(ConfigError, match=r'config\.data\.dir='):
+    load.load('configs/smoke.py', {'data.dir': place})
+  with pytest.raises(ConfigError, match=r'config\.data\.sources\.main\.uri='):
+    load.load('configs/smoke.py', {'data.sources.main.uri': f'jsonl:{place.strip()}'})
+
+
+@pytest.mark.parametrize('place', [
+  'gs://bucket/x', '/x', 'x/y', 's3://b', 'jsonl:gs://bucket/*.jsonl', 'reasoning:gcd', '', 'a:b'])
+def test_places_that_are_fine(place):
+  load.check_places({'workdir': place})
+
+
+@pytest.mark.parametrize('command', [['train', '--config=configs/smoke.py', '--workdir=gs:/x'], ['eval.report', 'GS://x']])
+def test_commands_refuse_such_places(command):
+  done = subprocess.run([sys.executable, '-m', *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'neither a local path nor a bucket' in done.stderr
+
+
+def test_an_error_is_one_line_that_a_terminal_does_not_obey(capsys):
+  def main():
+    raise UserError('bad\nvalue \x1b[2J\x9b' + 'x' * 10_000)
+
+  with pytest.raises(SystemExit):
+    load.run_main(main)
+  line = capsys.readouterr().err
+  assert line.startswith('error: bad value \ufffd[2J\ufffdxxx') and line.count('\n') == 1 and len(line) < 3000
+
+
+@pytest.mark.parametrize('name', ['../x', 'a/b', '..', '/x', 'a\n', 'a.b', 'A'])
+def test_a_source_may_not_be_named_as_a_path(name):
+  with pytest.raises(ValueError, match='sources must have names'):
+    DataConfig('d', '', 300, {name: SourceConfig('text:x', 1.0, 0)}, 0.0, 32)
+
+
+@pytest.mark.parametrize('change', [
+  lambda m: m['splits']['train']['shards'][0].update(file='../../../outside'),
+  lambda m: m['splits']['train']['shards'][0].update(file='/etc/passwd'),
+  lambda m: m.update(fingerprint='../../../outside'), lambda m: m['splits'].update({'../x': m['splits']['train']})])
+def test_a_manifest_may_not_name_files_elsewhere(change, tmp_path):
+  shard = {'file': 'a-train.array_record-00000-of-00001', 'size': 1, 'documents': 1}
+  manifest = {'fingerprint': hashlib.sha256().hexdigest(), 'settings': {},
+              'splits': {'train': {'lengths_size': 1, 'shards': [shard]}}}
+  path = prepared.epath.Path(tmp_path)
+  (path / 'manifest.json').write_text(json.dumps(manifest))
+  assert prepared.read_manifest(path) == manifest
+  change(manifest)
+  (path / 'manifest.json').write_text(json.dumps(manifest))
+  with pytest.raises(DataError, match='not a manifest of prepared data'):
+    prepared.read_manifest(path)
+
+
+def test_an_index_may_not_name_files_elsewhere(tmp_path):
+  for name in ('../x.safetensors', '/x.safetensors', 'x/y.safetensors', 'x.bin', 'x.safetensors\n'):
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': name}}))
+    with pytest.raises(HfError, match='only files beside it'):
+      hf_weights.Files(tmp_path)
+
+
+def test_a_set_of_tfds_may_not_name_a_module(tmp_path, monkeypatch):
+  """TFDS would import what features.json names, from the folder that a command is started in too."""
+  (tmp_path / 'intruder.py').write_text(f'open({str(tmp_path / "canary")!r}, "w")')
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'dataset_info.json').write_text(json.dumps({
+    'fileFormat': 'array_record', 'name': 'a', 'version': '1.0.0', 'splits': [{
+      'name': 'train', 'numBytes': '1', 'shardLengths': ['1'],
+      'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}]}))
+  (tmp_path / 'features.json').write_text(json.dumps({'pythonClassName': 'intruder.Feature', 'text': {}}))
+  with pytest.raises(DataError, match='no feature of TFDS itself'):
+    record_formats.Tfds(str(tmp_path), 'text').segments()
+  assert not (tmp_path / 'canary').exists()
+
+
+# Links
+
+
+def test_a_run_replaces_a_linked_metrics_file(tmp_path):
+  """What the link leads to stays as it is."""
+  from etils import epath
+  outside = tmp_path / 'outside.jsonl'
+  outside.write_text('{"step": 1}\n')
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'metrics.jsonl').symlink_to(outside)
+  JsonLines(epath.Path(tmp_path / 'run' / 'metrics.jsonl'), 5).write(2, {'x': 1.0})
+  assert outside.read_text() == '{"step": 1}\n'
+  assert not (tmp_path / 'run' / 'metrics.jsonl').is_symlink()
+  assert len((tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def test_a_report_writes_through_no_link(tmp_path, monkeypatch):
+  monkeypatch.setattr(report.Report, 'html', lambda self: str(self.runs()))  # figures go the same way as tables
+  root, outside = tmp_path / 'sweep', tmp_path / 'outside'
+  sweep.make(root, arms=({},), seeds=1, steps=3, rl_steps=2, problems=2, n=2)
+  outside.mkdir()
+  (outside / 'precious').write_text('as it was')
+  (root / 'report').symlink_to(outside)
+  with pytest.raises(ConfigError, match=r'report: is a link'):
+    report.write_report(str(root))
+  (root / 'report').unlink()
+  (root / 'report').mkdir()
+  (root / 'report' / 'figures').symlink_to(outside)
+  with pytest.raises(ConfigError, match=r'figures: is a link'):
+    report.write_report(str(root))
+  (root / 'report' / 'figures').unlink()
+  (root / 'report' / 'report.html').symlink_to(outside / 'precious')
+  (root / 'report' / 'tables').mkdir(exist_ok=True)
+  (root / 'report' / 'tables' / 'runs.csv').symlink_to(outside / 'precious')
+  report.write_report(str(root))
+  assert [p.name for p in outside.iterdir()] == ['precious'] and (outside / 'precious').read_text() == 'as it was'
+
+
+def test_a_report_reads_links_once_and_no_devices(tmp_path):
+  """Ten links that lead back would be a million folders; /dev/zero and a pipe have no end."""
+  root = tmp_path / 'sweep'
+  sweep.make(root, arms=({},), seeds=1, steps=3, rl_steps=2, problems=2, n=2)
+  for i in range(10):
+    (root / f'back{i}').symlink_to(root)
+  run = next((root / 'pre').iterdir())
+  (run / 'samples.jsonl').symlink_to('/dev/zero')
+  (run / 'metrics.jsonl').unlink()
+  os.mkfifo(run / 'metrics.jsonl')
+  found = arms.read_sweep(root)
+  assert len(found.runs) == 2
+  assert [note for note in found.notes if 'it is no file' in note]
+
+
+def test_sources_are_files(tmp_path):
+  (tmp_path / 'a.txt').write_text('text')
+  (tmp_path / 'b.txt').symlink_to('/dev/zero')
+  os.mkfifo(tmp_path / 'c.txt')
+  (tmp_path / 'd.txt').mkdir()
+  (tmp_path / 'e.txt').symlink_to(tmp_path / 'a.txt')  # a link to a file is one
+  assert formats.find(f'{tmp_path}/*.txt') == [f'{tmp_path}/a.txt', f'{tmp_path}/e.txt']
+
+
+def test_import_reads_no_devices_and_copies_only_tokenizers(tmp_path):
+  (tmp_path / 'config.json').symlink_to('/dev/zero')
+  with pytest.raises(HfError, match='not a file'):
+    hf_weights.read_json(tmp_path / 'config.json')
+  os.mkfifo(tmp_path / 'model.safetensors')
+  with pytest.raises(HfError, match=r'has no model\.safetensors'):
+    hf_weights.Files(tmp_path)
+  (tmp_path / 'tokenizer.model').symlink_to(__file__)
+  with pytest.raises(DataError, match='not a SentencePiece model'):  # as model/hf.py reads it before it copies it
+    Tokenizer(str(tmp_path / 'tokenizer.model'))
+
+
+# Found by the fuzzer, and what needs a bound
+
+
+def test_small_files_that_ask_for_much(tmp_path, monkeypatch):
+  monkeypatch.setattr(formats, '_LINE_BYTES', 2**20)
+  (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(b'{"text": "' + b'0' * 2**24))
+  with pytest.raises(DataError, match='longer than'):
+    list(formats.Jsonl(f'{tmp_path}/x.jsonl.gz', 'text').read(formats.Segment(f'{tmp_path}/x.jsonl.gz', 0, 1, False)))
+  for claimed in (2**63, 2**64 - 1, 10**8 + 1):
+    (tmp_path / 'model.safetensors').write_bytes(claimed.to_bytes(8, 'little') + b'{}')
+    with pytest.raises(HfError, match='not a whole safetensors file'):
+      hf_weights.Files(tmp_path)
+  header = np.lib.format.magic(1, 0) + (118).to_bytes(2, 'little')
+  claim = str({'descr': '<u4', 'fortran_order': False, 'shape': (2**60,)}).encode()
+  with pytest.raises(ValueError, match='not 3 lengths'):
+    prepared._lengths(header + claim.ljust(117) + b'\n', 3)
+
+
+@pytest.mark.parametrize('content', [
+  b'\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff' + b'\xff' * 40, gzip.compress(b'{"answer": ' + b'9' * 5000),
+  gzip.compress(b'[' * 10_000)], ids=['cut', 'long number', 'deep'])
+def test_packed_lines_that_are_none(content, tmp_path):
+  (tmp_path / 'x.jsonl.gz').write_bytes(content)
+  with pytest.raises(DataError, match=r'x\.jsonl\.gz'):
+    TaskSet(TaskConfig(f'jsonl:{tmp_path}/x.jsonl.gz'), split='all')
+  with pytest.raises(DataError, match=r'x\.jsonl\.gz'):
+    list(formats.Jsonl(f'{tmp_path}/x.jsonl.gz', 'text').read(formats.Segment(f'{tmp_path}/x.jsonl.gz', 0, 1, False)))
+
+
+def test_a_problem_that_would_take_for_ever_is_refused(monkeypatch):
+  monkeypatch.setattr(reasoning, '_TRIAL_S', 0.3)
+  with pytest.raises(DataError, match=r'max_terms=1000000000: no problem within'):
+    reasoning.parse('chain_sum?max_terms=1000000000')
+  with pytest.raises(DataError):
+    reasoning.parse(f'chain_sum?max_terms={"9" * 5000}')
+  reasoning.parse('chain_sum')  # and the alarm is off again
+
+
+@pytest.mark.parametrize('content', [
+  '[' * 5000, '{"seed": ' + '9' * 5000 + '}', '{"a.b": 1}', '{"__class__": 1}', '{"model": 1}', '\udcff'])
+def test_configs_that_are_none(content, tmp_path):
+  (tmp_path / 'x.json').write_text(content, errors='surrogateescape')
+  with pytest.raises(ConfigError):
+    from train.config import run_config
+    run_config(load.load(str(tmp_path / 'x.json')))
