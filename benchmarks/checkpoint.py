@@ -1,8 +1,10 @@
-"""How long a save holds up training, beside the same save waited for: python -m benchmarks.checkpoint
+"""What a save costs training, and what checking costs a restore: python -m benchmarks.checkpoint
 
 The state is that of a 100M-parameter model (weights and two AdamW moments, 1.2 GB in float32). Each round saves
 once in the background (what training does) and once waiting for the disk; the ratio is taken round by round.
-The last figure also counts what the next update loses to the writer, with which it shares the cores on a CPU.
+The figure after it also counts what the next update loses to the writer, with which it shares the cores on a CPU.
+Then the last one is restored, whole and weights only, beside the checks of it: crc32 of every byte, which each restore
+makes, and sha256 of every byte, which is in the manifest and what `train.checkpoint verify` makes.
 """
 
 import argparse
@@ -14,9 +16,10 @@ import time
 import jax
 
 import model
+from train import checkpoint, integrity
 from train.checkpoint import CheckpointConfig, Checkpoints
 from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import create_state, donated
+from train.state import abstract_state, create_state, donated
 
 MODEL = model.ModelConfig(
   vocab_size=32_768, layers=12, d_model=768, d_ff=2048, heads=12, kv_heads=4, head_dim=64, rope_base=1e4,
@@ -32,7 +35,10 @@ def main():
   logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax remarks that saves follow each other closely
   mesh = model.make_mesh(model.MeshConfig(1, -1, 1, 1, 1))
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-    state = create_state(MODEL, make_optimizer(ADAMW, 10, model.abstract(MODEL)[2]), mesh, seed=0)
+    tx = make_optimizer(ADAMW, 10, model.abstract(MODEL)[2])
+    state = create_state(MODEL, tx, mesh, seed=0)
+    noise = lambda x: x + jax.random.normal(jax.random.key(0), x.shape).astype(x.dtype)  # zeros would compress
+    state = jax.jit(lambda state: jax.tree.map(noise, state))(state)
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=donated())
     state = jax.block_until_ready(update(state))
     parameters = sum(model.parameter_counts(MODEL).values())
@@ -46,12 +52,12 @@ def main():
         seconds, state = timed(lambda state=state: update(state))
         alone.append(seconds)
       plain = statistics.median(alone)
-      blocked, _ = timed(lambda state=state, n=n: checkpoints.save(state, {}, 2 * n))
+      blocked, _ = timed(lambda state=state, n=n: checkpoints.save(state, {'config': {}}, 2 * n))
       after, state = timed(lambda state=state: update(state))
       checkpoints.wait()
 
       def save_and_wait(state=state, n=n):
-        checkpoints.save(state, {}, 2 * n + 1)
+        checkpoints.save(state, {'config': {}}, 2 * n + 1)
         checkpoints.wait()
 
       whole, _ = timed(save_and_wait)
@@ -63,6 +69,26 @@ def main():
     checkpoints.close()
     print(f'median ratio {statistics.median(shares):.3f} ({min(shares):.3f} to {max(shares):.3f}), '
           f'with what it slows the next update {statistics.median(with_next):.3f}')
+    del state
+    _restores(checkpoint.find(folder), abstract_state(MODEL, tx, mesh), args.rounds)
+
+
+def _restores(path, target, rounds: int) -> None:
+  files = integrity.read(path)
+  print(f'{sum(f["size"] for f in files.values()) / 1e9:.2f} GB in {len(files)} files; seconds')
+  shares = []
+  for n in range(rounds + 1):
+    crc32, problem = timed(lambda: integrity.damage(path))
+    sha256, worse = timed(lambda: integrity.damage(path, full=True))
+    assert not problem and not worse
+    whole, _ = timed(lambda: checkpoint.restore(path, target)[0])
+    weights, _ = timed(lambda: checkpoint.restore_weights(path, target.params)[0])
+    if n:
+      shares.append((crc32 / (whole - crc32), crc32 / (weights - crc32), sha256 / (whole - crc32)))
+      print(f'  restore {whole:.3f}, weights only {weights:.3f}, of which checking {crc32:.3f}; sha256 {sha256:.3f}')
+  median = [statistics.median(column) for column in zip(*shares)]
+  print(f'the check beside reading alone: restore {median[0]:.3f}, weights only {median[1]:.3f}; '
+        f'sha256 beside reading alone {median[2]:.3f}')
 
 
 def timed(work):

@@ -43,9 +43,10 @@ class RlError(UserError):
   """RL can't go on. One line that says since which step."""
 
 
-def train(config: ConfigDict, path: str) -> dict[str, float]:
+def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
   """Runs `config` in the workdir `path`, from wherever it stands there, to its last step; returns its last figures.
 
+  fallback: a damaged checkpoint is moved aside, and an earlier good one taken.
   Raises ConfigError, data.DataError or CheckpointError before any device work where something doesn't fit, RlError
   where the run itself fails.
   """
@@ -66,7 +67,7 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
 
   with jax.set_mesh(mesh), Verifier(rl.verifier) as verifier:
     tx = make_optimizer(run.optimizer, rl.steps, model.abstract(c)[2])
-    checkpoints = checkpoint.Checkpoints(root, run.checkpoint)
+    checkpoints = checkpoint.Checkpoints(root, run.checkpoint, fallback)
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
     start = int(state.step) // rl.minibatches
     reference = _reference(run, tx, mesh, parent) if rl.loss.kl_weight else None

@@ -7,20 +7,19 @@ import argparse
 
 from configs import load
 from data import DataError
-from train.flags import add_process_flags
+from train.flags import add_run_flags
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m train', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--workdir', required=True, help='where checkpoints, logs and the resolved config go')
-  add_process_flags(parser)
+  add_run_flags(parser)
   config, args = load.from_command_line(parser)
 
   from train import job, loop  # after the config is known to be good: this is where JAX starts
 
   with job.job(args, config):
-    loop.train(config, args.workdir)
+    loop.train(config, args.workdir, args.fallback)
 
 
 if __name__ == '__main__':

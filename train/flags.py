@@ -3,8 +3,11 @@
 import argparse
 
 
-def add_process_flags(parser: argparse.ArgumentParser) -> None:
-  """What `job.job` takes."""
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+  """What a run takes: its workdir, how it goes on there, and what `job.job` takes."""
+  parser.add_argument('--workdir', required=True, help='where checkpoints, logs and the resolved config go')
+  parser.add_argument('--fallback', action='store_true',
+                      help='if the newest checkpoint is damaged, move it aside and go on from the newest good one')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
                       help='join several processes into one job; auto on TPU pods and Slurm')
   parser.add_argument('--processes', type=int, default=1)

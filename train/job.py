@@ -1,9 +1,9 @@
 """Several processes as one job that starts together, or not at all, and ends together, with a reason.
 
-Before JAX starts, process 0 calls the roll on the coordinator's own port: who doesn't come in time is named, and so is
-who comes with other code, another config or other data. While the job runs, every process leaves a sign of life in
-JAX's key-value store every few seconds. One that is silent for the deadline, or that has said why it ends, ends the
-others with a line that names it: on a TPU they would wait in a collective for ever.
+Before JAX starts, process 0 calls the roll (train/rollcall.py): who doesn't come in time is named, and so is who comes
+with other code, another config or other data, or dies before JAX is up. While the job runs, every process leaves a
+sign of life in JAX's key-value store every few seconds. One that is silent for the deadline, or that has said why it
+ends, ends the others with a line that names it: on a TPU they would wait in a collective for ever.
 
 JAX has a heartbeat too, but ends a process by abort() with a stack of C++ frames. It is set to be later than ours,
 and the one abort that can't be forestalled, when process 0 and with it JAX's coordination service is gone, is given
@@ -13,18 +13,20 @@ our line by a handler.
 import argparse
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from collections.abc import Iterator
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -33,27 +35,15 @@ from ml_collections import ConfigDict
 from configs.load import UserError, flatten, section, to_json
 from data import DataConfig, prepared
 from train import workdir
+from train.rollcall import LOST, HostError, Place, Vigil, call_roll
 
 ROLL_CALL_S = 300.0  # all processes have to come within this
 HANG_S = 600.0  # without a step: every thread's stack goes to the process's log, and again after as long
 STALL_S = 7200.0  # without a step, after the first one: the job ends
-LOST = 3  # exit status of a process that ends because of another one; the same command goes on
 _BEAT = 'betarank/beat/'
+_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')  # as XLA's errors begin
 
-_watch: '_Watch | None' = None
-
-
-class HostError(UserError):
-  """The processes don't make one job. One line that names the process."""
-
-
-class Place(NamedTuple):
-  """Where this process stands in its job."""
-
-  coordinator: str  # HOST:PORT of process 0; '' in a job of one
-  processes: int
-  index: int
-  local_devices: list[int] | None
+_watch: '_Watch | _Alone | None' = None
 
 
 def locate(coordinator: str, processes: int, index: int) -> Place:
@@ -103,17 +93,33 @@ def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
     if place.processes == 1:
       if refused:
         raise UserError(refused)
-      yield
+      _watch = stack.enter_context(_Alone())
+      with _in_one_line(args.workdir):
+        yield
       return
-    names = call_roll(place, _facts(config, args.workdir), ROLL_CALL_S, refused)
-    initialize(place, args.host_deadline_s)
+    names, lines = call_roll(place, _facts(config, args.workdir), ROLL_CALL_S, refused)
+    with Vigil(place, names, lines, args.host_deadline_s):
+      initialize(place, args.host_deadline_s)
     _watch = _Watch(place, names, args.host_deadline_s, _open_log(root, place.index))
     try:
-      yield
+      with _in_one_line(args.workdir):
+        yield
     except BaseException as error:
       _watch.failed(error)
       raise
     _watch.close()
+
+
+@contextlib.contextmanager
+def _in_one_line(path: str) -> Iterator[None]:
+  """What a disk refuses in the block, as a UserError; of the checkpoints train/checkpoint.py says it itself."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+      raise
+    raise UserError(f'--workdir={path}: {error.strerror} ({error.filename or "while a log was written"}); the same '
+                    'command goes on from the last checkpoint') from error
 
 
 def note_step(step: int) -> None:
@@ -142,81 +148,29 @@ def _open_log(root: epath.Path, index: int) -> IO[str]:
   return open(root / 'hosts' / f'{index}.log', 'a', buffering=1, encoding='utf-8')  # open as long as the process
 
 
-# The roll call: each process sends one line of JSON and gets one, the verdict for all.
+class _Alone:
+  """Watches over a job of one process: one that hangs, on a disk or a data source, isn't to hang for ever."""
 
+  def __init__(self):
+    self._step, self._moved, self._closed = 0, time.monotonic(), threading.Event()
 
-def call_roll(place: Place, facts: Mapping[str, Any], deadline_s: float, refused: str = '') -> list[str]:
-  """Returns 'process I of N (HOST, pid P)' for every process once all have come with the same facts.
+  def __enter__(self):
+    threading.Thread(target=self._run, name='watch', daemon=True).start()
+    return self
 
-  refused: process 0's reason not to start. Raises HostError, the same one everywhere.
-  """
-  mine = {'index': place.index, 'host': socket.gethostname(), 'pid': os.getpid(),
-          'facts': {'--processes': place.processes, **facts}}
-  host, _, port = place.coordinator.rpartition(':')
-  until = time.monotonic() + deadline_s
-  verdict = _preside(mine, place.processes, int(port), until, refused) if place.index == 0 else _attend(
-    mine, host.strip('[]'), int(port), until)
-  if verdict['error']:
-    raise HostError(verdict['error'])
-  return verdict['names']
+  def __exit__(self, *_):
+    self._closed.set()
 
+  def note(self, step: int) -> None:
+    self._step, self._moved = step, time.monotonic()
 
-def _preside(mine: dict[str, Any], processes: int, port: int, until: float, error: str) -> dict[str, Any]:
-  came, lines = {0: mine}, []
-  name = lambda entry: f'process {entry["index"]} of {processes} ({entry["host"]}, pid {entry["pid"]})'
-  family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-  try:
-    server = socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6)
-  except OSError as problem:
-    raise HostError(f'--coordinator: process 0 can\'t listen on port {port} ({problem.strerror})') from None
-  with server, contextlib.ExitStack() as stack:
-    while len(came) < processes and (left := until - time.monotonic()) > 0:
-      server.settimeout(left)
-      try:
-        connection, _ = server.accept()
-        stack.enter_context(connection).settimeout(5)
-        line = stack.enter_context(connection.makefile('rw', encoding='utf-8'))
-        entry = json.loads(line.readline(1 << 20))
-        index = entry['index']
-      except (OSError, ValueError, KeyError, TypeError):
-        continue  # not one of ours, or too late
-      lines.append(line)
-      if index in came:
-        error = error or f'{name(came[index])} and {name(entry)} have the same --process_id'
-        break
-      came[index] = entry
-    missing = [str(i) for i in range(processes) if i not in came]
-    if missing and not error:
-      error = (f'process {", ".join(missing)} of {processes} did not come; there are '
-               + ', '.join(f'{i} on {came[i]["host"]}' for i in sorted(came)))
-    for _, entry in sorted(came.items()):
-      for key in sorted(mine['facts'].keys() | entry['facts'].keys()):
-        ours, theirs = mine['facts'].get(key), entry['facts'].get(key)
-        if ours != theirs and not error:
-          error = f'{name(entry)} has {key} = {theirs!r}, {name(mine)} {ours!r}; start all with the same'
-    verdict = {'error': error, 'names': [name(came[i]) for i in sorted(came)]}
-    for line in lines:
-      with contextlib.suppress(OSError):
-        line.write(json.dumps(verdict) + '\n')
-        line.flush()
-  return verdict
-
-
-def _attend(mine: dict[str, Any], host: str, port: int, until: float) -> dict[str, Any]:
-  why = 'it did not answer'
-  while (left := until - time.monotonic()) > 0:
-    try:
-      with socket.create_connection((host, port), timeout=min(left, 10)) as connection:
-        connection.settimeout(left + 10)  # process 0 waits for the others as long
-        with connection.makefile('rw', encoding='utf-8') as line:
-          line.write(json.dumps(mine) + '\n')
-          line.flush()
-          if answer := line.readline():
-            return json.loads(answer)
-    except (OSError, ValueError) as error:
-      why = str(error)
-    time.sleep(0.2)
-  raise HostError(f'process 0 of {mine["facts"]["--processes"]} could not be reached at {host}:{port} ({why})')
+  def _run(self) -> None:
+    while not self._closed.wait(1.0):
+      if self._step and (still := time.monotonic() - self._moved) > STALL_S:
+        faulthandler.dump_traceback(file=sys.stderr)
+        print(f'error: no step for {still:.0f} s, since step {self._step}; where it hangs is above, and the same '
+              'command goes on from the last checkpoint', file=sys.stderr, flush=True)
+        os._exit(LOST)
 
 
 class _Watch:
@@ -256,13 +210,14 @@ class _Watch:
 
   def failed(self, error: BaseException) -> None:
     """Tells the others why this process ends, and ends it; names the process that is to blame, if it is another one."""
-    if not isinstance(error, UserError | ValueError | SystemExit | KeyboardInterrupt):
-      # A collective fails where another process is gone: the watch will know which, by the deadline.
-      time.sleep(self._deadline_s + 3 * self._every_s)
-    text = f'{error}' if str(error) else type(error).__name__
-    if not isinstance(error, UserError | ValueError):
+    # A collective fails where another process is gone, and may raise a ValueError, as those of settings are.
+    of_a_device = bool(_STATUS.match(str(error)))
+    mine = isinstance(error, UserError | ValueError) and not of_a_device
+    if not mine and not isinstance(error, SystemExit | KeyboardInterrupt):
+      time.sleep(self._deadline_s + 3 * self._every_s)  # the watch will know which, by the deadline
+    if not mine:
       traceback.print_exception(error)
-    self._end(text, 2 if isinstance(error, UserError | ValueError) else 1, stacks=False)
+    self._end(f'{error}' if str(error) else type(error).__name__, 2 if mine else 1, stacks=False)
 
   def _run(self) -> None:
     while not self._closed.wait(self._every_s):

@@ -36,8 +36,10 @@ class TrainingError(UserError):
   """Training can't go on. One line that says since which step, and what is safe."""
 
 
-def train(config: ConfigDict, path: str) -> dict[str, float]:
+def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
   """Runs `config` in the workdir `path`, from wherever it stands there, to its last step.
+
+  fallback: a damaged checkpoint is moved aside, and an earlier good one taken.
 
   Returns the last step's figures. Raises ConfigError, data.DataError or CheckpointError before any device work
   where something doesn't fit, TrainingError where training itself fails.
@@ -52,7 +54,7 @@ def train(config: ConfigDict, path: str) -> dict[str, float]:
 
   with jax.set_mesh(mesh):
     tx = make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2])
-    checkpoints = checkpoint.Checkpoints(root, run.checkpoint)
+    checkpoints = checkpoint.Checkpoints(root, run.checkpoint, fallback)
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
     start = int(state.step)
     placement = NamedSharding(mesh, model.spec('batch', 'length'))

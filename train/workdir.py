@@ -68,15 +68,15 @@ def holder(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def claim(workdir: epath.Path) -> Iterator[None]:
-  """Keeps a second run out of a local workdir. Raises UserError, one line, if there is one; a bucket has no locks."""
+def claim(workdir: epath.Path, flag: str = '--workdir') -> Iterator[None]:
+  """Keeps a second run out of a local folder. Raises UserError, one line, if there is one; a bucket has no locks."""
   if '://' in str(workdir):
     yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
   with lock_file(workdir / '.lock') as held:
     if held is None:
-      raise UserError(f'--workdir={workdir}: {holder(workdir / ".lock")} is at work there; stop it first')
+      raise UserError(f'{flag}={workdir}: {holder(workdir / ".lock")} is at work there; stop it first')
     held.write(f'process {os.getpid()} on {socket.gethostname()}')
     held.flush()
     yield

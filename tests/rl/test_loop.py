@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.runs import arrays, environment, metrics, prepare
+from tests.runs import arrays, assert_no_secret, environment, metrics
 
 STEPS = 6
 
@@ -24,18 +24,6 @@ def finish(process):
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
   return out
-
-
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-  """The RL config on top of a model that has learned what an answer looks like, and little else."""
-  folder = tmp_path_factory.mktemp('pretrained')
-  source = '--config.data.sources.main.uri=reasoning:chain_sum'
-  tiny = f'tests/tiny.py:dir={folder}/data,beta=0'
-  prepare(tiny, source)
-  finish(start('train', tiny, folder / 'run', source, '--config.train.tokens=128000',
-               '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000'))
-  return f'tests/tiny_rl.py:dir={folder}/data,init_from={folder}/run'
 
 
 @pytest.fixture(scope='module')
@@ -60,6 +48,7 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
       assert line['train/grad_norm'] == 0
   sample = json.loads((undisturbed / 'samples.jsonl').read_text().splitlines()[0])
   assert sample['prompt'].startswith('Question: ')
+  assert_no_secret(undisturbed)
 
 
 def wait_for(workdir, step, process):

@@ -1,5 +1,8 @@
 """Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
 
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -119,6 +122,27 @@ def test_a_checkpoint_in_the_background_holds_the_state_of_its_own_step(tmp_path
   got, _ = checkpoints.restore(abstract_state(C, TX, mesh))
   checkpoints.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
+
+
+NO_FOLDER = '''
+import os, sys
+import jax.numpy as jnp
+from train import checkpoint
+from train.state import TrainState
+checkpoints = checkpoint.Checkpoints(sys.argv[1], checkpoint.CheckpointConfig(1, 1, 0))
+os.symlink('nowhere', checkpoints.path / '1.orbax-checkpoint-tmp')  # no folder can be made of it
+try:
+  checkpoints.save(TrainState(jnp.zeros((), int), {'a': jnp.ones(8)}, ()), {'config': {}}, 1)
+  checkpoints.wait()
+except checkpoint.CheckpointError as error:
+  print(error)
+'''
+
+
+def test_a_save_that_cannot_begin_lets_the_process_end(tmp_path):
+  """Threads of Orbax's would otherwise wait 20 minutes for the folder, and the process for them."""
+  done = subprocess.run([sys.executable, '-c', NO_FOLDER, str(tmp_path)], text=True, capture_output=True, timeout=240)
+  assert f'could not be written to {tmp_path}/checkpoints' in done.stdout, done.stderr[-500:]
 
 
 def test_samples_are_drawn_from_the_model_and_end_at_the_end_token():

@@ -1,0 +1,70 @@
+"""python -m tests.faults.child MODULE ARGS: that module as a program; what $FAULT (JSON) says goes wrong inside it.
+
+    {"at": "rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}   SIGKILL so long into the third call, or
+                                                                                at its end if that comes first
+    {"at": "data.prepared:Documents.read", "call": 9, "do": "hang", "stall_s": 5}   the call never returns
+    {"jumps": [[2.5, -3600]]}                                  after 2.5 s the wall clock is an hour slow, and so on
+"""
+
+import functools
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+
+
+def disturb(at, call, do, after_s=0.0, stall_s=None):
+  """Makes call number `call` (from 1) of the function `at` the last one."""
+  module, _, path = at.partition(':')
+  owner = importlib.import_module(module)
+  *parents, name = path.split('.')
+  for parent in parents:
+    owner = getattr(owner, parent)
+  function, calls = getattr(owner, name), 0
+  kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+  @functools.wraps(function)
+  def wrapped(*args, **kwargs):
+    nonlocal calls
+    calls += 1
+    if calls != call:
+      return function(*args, **kwargs)
+    if do == 'hang':
+      threading.Event().wait()
+    timer = threading.Timer(after_s, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+      return function(*args, **kwargs)
+    finally:
+      kill()
+
+  setattr(owner, name, wrapped)
+  if stall_s:
+    importlib.import_module('train.job').STALL_S = stall_s
+
+
+def jump(jumps):
+  """time.time and time.time_ns go wrong by the last jump whose time has come, seconds after the start."""
+  start, real, real_ns = time.monotonic(), time.time, time.time_ns
+  off = lambda: next((by for at, by in reversed(jumps) if time.monotonic() - start >= at), 0)
+  time.time = lambda: real() + off()
+  time.time_ns = lambda: real_ns() + int(off() * 1e9)
+
+
+def main():
+  fault = json.loads(os.environ['FAULT'])
+  if 'jumps' in fault:
+    jump(fault['jumps'])
+  else:
+    disturb(**fault)
+  del sys.argv[0]
+  runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+
+
+if __name__ == '__main__':
+  main()
