@@ -1,0 +1,66 @@
+"""python -m tests.soak [--steps=20000] [--rl_steps=300] [--prompts=100000] [--gb=10] [--only=train,rl,eval,data]
+
+Long loads on tiny models: a day's worth of steps, checkpoints, evaluations and prompts in an hour. Every process is
+looked at from outside, twice a second. A figure is flat if it grows, after the first fifth of the way, by less than
+three standard errors of its slope, or less than the bound in tests/soak/watch.py.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+
+from tests.soak import loads, watch
+
+
+def main():
+  parser = argparse.ArgumentParser(prog='python -m tests.soak', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--steps', type=int, default=20_000, help='of training')
+  parser.add_argument('--rl_steps', type=int, default=300)
+  parser.add_argument('--prompts', type=int, default=100_000, help='of the evaluation')
+  parser.add_argument('--gb', type=float, default=10.0, help='of prepared data')
+  parser.add_argument('--only', default='train,rl,eval,data')
+  parser.add_argument('--keep', default='', metavar='DIR', help='a new folder for runs, which stays')
+  args = parser.parse_args()
+  todo = {'train': (loads.train, args.steps), 'rl': (loads.rl, args.rl_steps),
+          'eval': (loads.evaluation, args.prompts), 'data': (loads.data, args.gb)}
+  if unknown := set(args.only.split(',')) - set(todo):
+    parser.error(f'--only={args.only}: no load {", ".join(sorted(unknown))}; there are {", ".join(todo)}')
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  root = pathlib.Path(args.keep or tempfile.mkdtemp(prefix='soak-')).resolve()
+  root.mkdir(parents=True, exist_ok=True)
+  soak, grew = loads.Soak(root), 0
+  for name, (load, size) in todo.items():
+    if name in args.only.split(','):
+      began = time.monotonic()
+      done = load(soak, size)
+      (root / f'{name}.json').write_text(json.dumps([dataclasses.asdict(sample) for sample in done.watch.samples]))
+      grew += show(name, done, time.monotonic() - began)
+  if not args.keep:
+    shutil.rmtree(root)
+  sys.exit(grew > 0)
+
+
+def show(name: str, load: loads.Load, took_s: float) -> int:
+  """Prints a load's table; returns how many of its figures aren't flat."""
+  known_mb = loads.CHECKPOINT_MB * load.checkpoints_per_1000
+  rows = watch.rows(load.watch.samples, load.watch.names, known_mb)
+  print(f'\n{name}: {load.did}; {took_s / 60:.1f} min, load {os.getloadavg()[1]:.1f} on {os.cpu_count()} processors')
+  print(f'{"process":18} {"figure":14} {"first":>9} {"last":>9} {"per 1000 steps":>20} {"bound":>9}')
+  for row in rows:
+    growth = f'{row.slope:+.3f} ± {row.error:.3f}'
+    print(f'{row.process:18} {row.figure:14} {row.first:9.2f} {row.last:9.2f} {growth:>20} '
+          f'{max(3 * row.error, row.bound):9.3f}  {"flat" if row.flat else "GROWS"}')
+  peak = max(sum(p['memory MB'] for p in s.figures.values()) for s in load.watch.samples)
+  print(f'peak memory of all processes {peak:,.0f} MB', flush=True)
+  return sum(not row.flat for row in rows)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,230 @@
+"""What the pipeline is loaded with: tiny models and much of everything else, each as the command that a user gives."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from etils import epath
+
+from data import prepare, prepared
+from data.config import DataConfig, SourceConfig
+from data.tokenizer import Tokenizer
+from data.worker import Job, _Shard
+from tests.runs import environment, metrics
+from tests.soak.watch import Watch
+from train import checkpoint
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+SUMS = '--config.data.sources.main.uri=reasoning:chain_sum'
+EVERY, RL_EVERY = 50, 10  # steps between two checkpoints
+CHECKPOINT_MB = 0.1  # what tensorstore 0.1.86 keeps of each for good: its Spec.to_json(), called for every array, leaks
+DOCUMENT_TOKENS = 16_384  # of the large data set, on average; two bytes each
+SHARDS = 40
+ROWS, ROW_TOKENS = 8, 32_768  # a step of the walk over it
+
+
+class Soak:
+  """A folder for all loads, and what they share."""
+
+  def __init__(self, root: pathlib.Path):
+    self.root = root
+    self.data, self.trained = root / 'data', root / 'trained'
+
+  def start(self, name: str, *args: object) -> subprocess.Popen:
+    """`python -m ARGS`, with a folder of its own for temporary files; what it says goes to NAME.log."""
+    (self.root / f'{name}.tmp').mkdir(exist_ok=True)
+    with open(self.root / f'{name}.log', 'a', encoding='utf-8') as log:
+      return subprocess.Popen(
+        [sys.executable, '-m', *map(str, args)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        env={**environment(), 'JAX_PLATFORMS': 'cpu', 'TMPDIR': str(self.root / f'{name}.tmp')})
+
+  def finish(self, name: str, process: subprocess.Popen) -> None:
+    code = process.wait()
+    assert code == 0, f'{name}: exit {code}: {(self.root / f"{name}.log").read_text()[-2000:]}'
+    left = sorted(p.name for p in (self.root / f'{name}.tmp').iterdir())
+    assert not left, f'{name}: temporary files are left: {left[:5]}'
+
+  def model(self) -> pathlib.Path:
+    """A model that has learned what an answer looks like, and little else."""
+    if not self.trained.exists():
+      tiny = f'--config=tests/tiny.py:dir={self.data},beta=0'
+      self.finish('data', self.start('data', 'data', 'prepare', tiny, SUMS))
+      self.finish('model', self.start(
+        'model', 'train', tiny, SUMS, f'--workdir={self.trained}', '--config.train.tokens=128000',
+        '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000'))
+    return self.trained
+
+
+@dataclasses.dataclass
+class Load:
+  """A finished load: what was seen, and a line on what it did."""
+
+  watch: Watch
+  did: str
+  checkpoints_per_1000: float = 0.0
+
+
+def train(s: Soak, steps: int) -> Load:
+  """A long run of the tiny model, with a checkpoint every 50 steps and an evaluation every 100."""
+  s.model()
+  workdir = s.root / 'train'
+  process = s.start(
+    'train', 'train', f'--config=tests/tiny.py:dir={s.data},beta=-0.25', SUMS, f'--workdir={workdir}',
+    f'--config.train.tokens={steps * 256}', f'--config.checkpoint.every_steps={EVERY}',
+    f'--config.log.eval_every_steps={2 * EVERY}', '--config.log.every_steps=100', '--config.log.tensorboard=true')
+  watch = Watch('train', process, last_step(workdir / 'metrics.jsonl'))
+  s.finish('train', process)
+  watch.join()
+  lines = metrics(workdir)
+  assert [line['step'] for line in lines if 'train/ce_nats' in line] == list(range(1, steps + 1))
+  assert len(list((workdir / 'checkpoints').iterdir())) == 2  # keep
+  checkpoint.check(checkpoint.find(str(workdir)))
+  evaluations = sum('eval/main/ce_nats' in line for line in lines)
+  return Load(watch, f'{steps:,} steps, {steps // EVERY} checkpoints, {evaluations} evaluations', 1000 / EVERY)
+
+
+def rl(s: Soak, steps: int) -> Load:
+  """RL with a checkpoint every 10 steps; every second problem goes to the verifier's workers."""
+  s.model()
+  workdir = s.root / 'rl'
+  process = s.start(
+    'rl', 'rl', f'--config=tests/tiny_rl.py:dir={s.data},init_from={s.trained}', f'--workdir={workdir}',
+    '--config.rl.task.uri=reasoning:chain_sum?max_terms=2&max_digits=1+decimal_chain_sum?max_terms=2&max_digits=1',
+    f'--config.rl.steps={steps}', f'--config.checkpoint.every_steps={RL_EVERY}', '--config.log.eval_every_steps=20',
+    '--config.log.every_steps=20')
+  watch = Watch('rl', process, last_step(workdir / 'metrics.jsonl'))
+  s.finish('rl', process)
+  watch.join()
+  lines = metrics(workdir)
+  assert [line['step'] for line in lines if 'train/pass_rate' in line] == list(range(1, steps + 1))
+  checkpoint.check(checkpoint.find(str(workdir)))
+  groups = sum(line.get('train/groups_learned_from', 0) for line in lines)
+  return Load(watch, f'{steps:,} steps, {steps // RL_EVERY} checkpoints, {groups:,.0f} groups learned from',
+              1000 / RL_EVERY)
+
+
+def evaluation(s: Soak, prompts: int) -> Load:
+  """Many prompts from a file, killed three times on its way; nothing may be lost, doubled or drawn otherwise."""
+  s.model()
+  workdir, file = s.root / 'eval', s.root / 'prompts.jsonl'
+  shutil.copytree(s.trained, workdir)
+  with open(file, 'w', encoding='utf-8') as out:
+    for i in range(prompts):
+      a, b = i // 400 + 1, i % 400
+      question = f'State the final answer to the following arithmetic problem: {a} + {b} ='
+      out.write(json.dumps({'question': question, 'answer': str(a + b)}) + '\n')
+  few = max(prompts // 50, 10)
+  args = ('eval', 'sample', f'--benchmark=jsonl:{file}', '--config.eval.sample.samples=1',
+          '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.rows=64')
+  # The first few in one go, as a judge of the whole.
+  judge = s.root / 'judge'
+  shutil.copytree(s.trained, judge)
+  s.finish('judge', s.start('judge', *args, f'--checkpoint={judge}', f'--config.eval.sample.problems={few}'))
+  [undisturbed] = (judge / 'eval' / 'samples').rglob('[0-9]*.jsonl')
+  kills = [few // 2, prompts // 10, prompts // 5]
+  lines = last_line(workdir / 'eval' / 'samples')
+  for at in kills:
+    process = s.start('eval', *args, f'--checkpoint={workdir}')
+    while lines() < at and process.poll() is None:
+      time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  process = s.start('eval', *args, f'--checkpoint={workdir}')
+  watch = Watch('eval', process, lines)
+  s.finish('eval', process)
+  watch.join()
+  [path] = (workdir / 'eval' / 'samples').rglob('[0-9]*.jsonl')
+  expected = {line['problem']: line for line in map(json.loads, undisturbed.read_text().splitlines())}
+  counts = collections.Counter()
+  with open(path, encoding='utf-8') as written:
+    for line in map(json.loads, written):
+      counts[line['problem']] += 1
+      assert expected.get(line['problem'], line) == line, f'problem {line["problem"]} was drawn otherwise'
+  assert sorted(counts) == list(range(prompts)) and set(counts.values()) == {1}, 'problems are lost or doubled'
+  return Load(watch, f'{prompts:,} prompts, each there once after {len(kills)} kills, the first {few:,} the same lines '
+                     f'as in a run without; file of {path.stat().st_size / 1e6:.0f} MB')
+
+
+def data(s: Soak, gigabytes: float) -> Load:
+  """One epoch of a large prepared set, read as training reads it."""
+  s.model()
+  config = large(s, gigabytes)
+  (s.root / 'walk.json').write_text(json.dumps(dataclasses.asdict(config)))
+  process = s.start('walk', 'tests.soak.walk', s.root / 'walk.json')
+  watch = Watch('reader', process, last_step(s.root / 'walk.jsonl'))
+  s.finish('walk', process)
+  watch.join()
+  manifest = prepared.read_manifest(prepared.folder(config, 'main'))['splits']['train']
+  lines = (s.root / 'walk.jsonl').read_text().splitlines()
+  walked = json.loads(lines[-1])
+  assert walked['pairs'] == manifest['tokens'] - manifest['documents'], 'not every token was read once'
+  shutil.rmtree(config.dir)
+  size = sum(shard['size'] for shard in manifest['shards'])
+  return Load(watch, f'{size / 1e9:.1f} GB in {manifest["documents"]:,} documents, every token read once in '
+                     f'{walked["step"]:,} steps of {ROWS} rows of {ROW_TOKENS}')
+
+
+def large(s: Soak, gigabytes: float) -> DataConfig:
+  """A prepared set of random tokens, written by what `python -m data prepare` writes with, without the tokenising."""
+  path = str(s.data / 'tokenizer.model')
+  tokenizer = Tokenizer(path)
+  config = DataConfig(str(s.root / 'large'), path, tokenizer.vocab_size, {'main': SourceConfig('synthetic:', 1.0, 0)},
+                      validation_fraction=0.0, sequence_length=ROW_TOKENS)
+  where = prepared.folder(config, 'main')
+  job = Job('main', config, str(where / 'partial'))
+  epath.Path(job.folder).mkdir(parents=True)
+  rng = np.random.default_rng(0)
+  text = rng.integers(4, tokenizer.vocab_size, 2**24).astype(prepared.token_dtype(tokenizer.vocab_size))
+  markers = []
+  documents = int(gigabytes * 1e9 / (2 * DOCUMENT_TOKENS) / SHARDS)
+  for index in range(SHARDS):
+    shard = _Shard(job.stage(index, 'train'))
+    lengths = rng.integers(64, 2 * DOCUMENT_TOKENS - 64, documents)
+    starts = rng.integers(0, len(text) - 2 * DOCUMENT_TOKENS, documents)
+    for start, length in zip(starts.tolist(), lengths.tolist()):
+      tokens = text[start : start + length].copy()
+      tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
+      shard.add(tokens, 2 * length)
+    nothing = {'documents': 0}
+    markers.append({'index': index, 'documents': documents, 'splits': {'train': shard.close(), 'validation': nothing}})
+  prepare._finish(config, 'main', where, prepared.settings(config, 'main', hashlib.sha256(
+    pathlib.Path(path).read_bytes()).hexdigest()), tokenizer, markers)
+  return config
+
+
+def last_step(path: pathlib.Path):
+  """A function that says the step of the last line of a file that grows."""
+  def position() -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, 'rb') as file:
+      file.seek(max(0, os.path.getsize(path) - 8192))
+      return json.loads(file.read().rsplit(b'\n', 2)[-2])['step']
+    return 0
+  return position
+
+
+def last_line(folder: pathlib.Path):
+  """A function that says how many lines the growing file of samples below `folder` has."""
+  at, count = 0, 0
+
+  def position() -> float:
+    nonlocal at, count
+    for path in folder.rglob('[0-9]*.jsonl'):
+      size = path.stat().st_size
+      if size < at:  # written anew, without what a kill cut short
+        at = count = 0
+      with open(path, 'rb') as file:
+        file.seek(at)
+        new = file.read()
+      at, count = at + len(new), count + new.count(b'\n')
+    return count
+  return position

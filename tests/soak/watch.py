@@ -1,0 +1,167 @@
+"""A process and all below it, looked at from outside: memory, threads, open files, and whether they grow."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+PAGE, TICKS = os.sysconf('SC_PAGE_SIZE'), os.sysconf('SC_CLK_TCK')
+WARM_UP = 0.2  # of all steps: programs compile, pools fill, the allocator finds its size
+BLOCKS = 16  # what a slope is fitted to: means of so many equal parts, as neighbouring samples aren't independent
+# What growth per 1000 steps is none, however surely it is seen.
+BOUNDS = {'memory MB': 1.0, 'own memory MB': 1.0, 'threads': 0.5, 'open files': 0.5}
+RATE_BOUND = 0.10  # of throughput, from one end to the other
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One look. `figures` has the keys of BOUNDS for each process id."""
+
+  time_s: float
+  position: float
+  cpu_s: float  # of all processes so far
+  figures: dict[int, dict[str, float]]
+
+
+class Watch:
+  """Looks at a running command every `every_s` seconds until it ends."""
+
+  def __init__(self, name: str, process: subprocess.Popen, position: Callable[[], float], every_s: float = 0.5):
+    """position: how far the command is, in steps; asked at each look."""
+    self.samples: list[Sample] = []
+    self.names = {process.pid: name}
+    self._process, self._position, self._every_s = process, position, every_s
+    self._thread = threading.Thread(target=self._look, daemon=True)
+    self._thread.start()
+
+  def join(self) -> None:
+    self._thread.join()
+
+  def _look(self) -> None:
+    while self._process.poll() is None:
+      figures, cpu = {}, 0.0
+      for pid in tree(self._process.pid):
+        try:
+          figures[pid], used, name = look(pid)
+        except (OSError, ValueError, LookupError):
+          continue  # it has just ended
+        cpu += used
+        self.names.setdefault(pid, name)
+      if self._process.pid in figures:
+        self.samples.append(Sample(time.monotonic(), self._position(), cpu, figures))
+      time.sleep(self._every_s)
+
+
+def tree(root: int) -> list[int]:
+  """`root` and the processes below it."""
+  children: dict[int, list[int]] = {}
+  for entry in os.listdir('/proc'):
+    if entry.isdigit():
+      try:
+        stat = pathlib.Path('/proc', entry, 'stat').read_text()
+      except OSError:
+        continue
+      children.setdefault(int(stat.rpartition(')')[2].split()[1]), []).append(int(entry))
+  found = [root]
+  for pid in found:
+    found += children.get(pid, [])
+  return found
+
+
+def look(pid: int) -> tuple[dict[str, float], float, str]:
+  """(figures, CPU seconds with those of its ended children, what it is) of one process."""
+  folder = pathlib.Path('/proc', str(pid))
+  fields = (folder / 'stat').read_text().rpartition(')')[2].split()
+  status = dict(line.split(':', 1) for line in (folder / 'status').read_text().splitlines())
+  mega = lambda *names: sum(int(status[name].split()[0]) for name in names) / 1024
+  figures = {
+    'memory MB': mega('VmRSS'),
+    'own memory MB': mega('RssAnon', 'RssShmem'),  # without files that are mapped: the system may drop those
+    'threads': int(fields[17]),
+    'open files': len(os.listdir(folder / 'fd')),
+  }
+  command = (folder / 'cmdline').read_bytes().split(b'\0')
+  name = next((part.decode() for part in command if part.endswith(b'.py')), command[0].decode())
+  return figures, sum(map(int, fields[11:15])) / TICKS, pathlib.Path(name).stem
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A figure over a run after its warm-up; slope and error per 1000 steps."""
+
+  process: str
+  figure: str
+  first: float  # mean of the first tenth, and of the last
+  last: float
+  slope: float
+  error: float
+  bound: float
+
+  @property
+  def flat(self) -> bool:
+    """Whether it doesn't grow; becoming less is no fault."""
+    return self.slope < max(3 * self.error, self.bound)
+
+
+def slope(position_N: Sequence[float], value_N: Sequence[float]) -> tuple[float, float]:
+  """(growth per 1000 steps, its standard error), by least squares over the means of BLOCKS equal parts of the way."""
+  position_N, value_N = np.asarray(position_N, float), np.asarray(value_N, float)
+  edges = np.linspace(position_N.min(), position_N.max(), BLOCKS + 1)
+  block_N = np.clip(np.searchsorted(edges, position_N, 'right') - 1, 0, BLOCKS - 1)
+  there = [block_N == b for b in range(BLOCKS) if (block_N == b).any()]
+  if len(there) < 4:
+    raise ValueError(f'only {len(position_N)} looks after the warm-up; take more steps')
+  x, y = (np.array([values[mask].mean() for mask in there]) for values in (position_N / 1000, value_N))
+  x = x - x.mean()
+  per_1000 = float(x @ y / (x @ x))
+  rest = y - y.mean() - per_1000 * x
+  return per_1000, float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x)))
+
+
+def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0) -> list[Row]:
+  """A row for each figure of each process that is there most of the time, of all together, and of the pace.
+
+  known_mb: growth of the first process's memory per 1000 steps that is known, and nobody's here to mend.
+  """
+  warm = samples[0].position + WARM_UP * (samples[-1].position - samples[0].position)
+  kept = [s for s in samples if s.position > warm]
+  if len(kept) < 2 * BLOCKS:
+    raise ValueError(f'only {len(kept)} looks after the warm-up; take more steps')
+  lasting = [pid for pid in names if sum(pid in s.figures for s in kept) > len(kept) / 2]
+  out = []
+
+  def add(process: str, figure: str, at: list[float], values: list[float], bound: float) -> None:
+    tenth = max(1, len(values) // 10)
+    out.append(Row(process, figure, float(np.mean(values[:tenth])), float(np.mean(values[-tenth:])),
+                   *slope(at, values), bound))
+
+  for number, pid in enumerate(lasting):
+    there = [s for s in kept if pid in s.figures]
+    at = [s.position for s in there]
+    for figure, bound in BOUNDS.items():
+      name = f'{names[pid]} {number}' if number else names[pid]
+      known = known_mb if 'MB' in figure and not number else 0.0
+      add(name, figure, at, [s.figures[pid][figure] for s in there], bound + known)
+  add('all', 'processes', [s.position for s in kept], [len(s.figures) for s in kept], BOUNDS['threads'])
+  return out + pace(kept)
+
+
+def pace(samples: Sequence[Sample]) -> list[Row]:
+  """Seconds a step, of the clock and of the processors: the second says more on a machine that does much else."""
+  edges = np.linspace(samples[0].position, samples[-1].position, BLOCKS + 1)
+  at_N = np.array([s.position for s in samples])
+  out = []
+  for figure, value_N in (('ms a step', [s.time_s for s in samples]), ('CPU ms a step', [s.cpu_s for s in samples])):
+    # Positions stand still between two looks, so the time at an edge is read off between those where they move.
+    moved = np.concatenate([[True], np.diff(at_N) > 0])
+    reached = np.interp(edges, at_N[moved], np.asarray(value_N)[moved])
+    ms = np.diff(reached) / np.diff(edges) * 1000
+    per_1000, error = slope(edges[:-1] + np.diff(edges) / 2, ms)
+    bound = RATE_BOUND * ms.mean() / (edges[-1] - edges[0]) * 1000
+    out.append(Row('all', figure, float(ms[:2].mean()), float(ms[-2:].mean()), per_1000, error, bound))
+  return out

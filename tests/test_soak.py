@@ -1,0 +1,57 @@
+"""What `python -m tests.soak` sees: growth that is there, and none that isn't."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.soak.watch import Sample, Watch, rows, slope
+
+GROWING = """
+import sys, threading, time
+kept = []
+for i in range(600):
+  if 'leak' in sys.argv:
+    kept.append(open('/dev/null'))
+    kept.append(bytearray(200_000))
+  print(i, file=sys.stderr, flush=True)
+  time.sleep(0.004)
+"""
+
+
+def test_a_slope_is_found_with_its_error():
+  rng, at = np.random.default_rng(0), np.arange(4000)
+  per_1000, error = slope(at, 100 + 2.5 * at / 1000 + rng.normal(0, 3, at.size))
+  assert error < 0.1 and per_1000 == pytest.approx(2.5, abs=4 * error)
+  flat, error = slope(at, 100 + rng.normal(0, 3, at.size))
+  assert abs(flat) < 4 * error
+
+
+def series(memory, step_s=lambda i: 0.01):
+  time_s = np.cumsum([step_s(i) for i in range(1000)])
+  return [Sample(time_s[i], i * 10, time_s[i], {7: {
+    'memory MB': memory(i), 'own memory MB': memory(i), 'threads': 30, 'open files': 12}}) for i in range(1000)]
+
+
+def grown(samples):
+  return {row.figure for row in rows(samples, {7: 'it'}) if not row.flat}
+
+
+def test_what_grows_is_named_and_what_settles_is_not():
+  assert grown(series(lambda i: 300.0)) == set()
+  assert grown(series(lambda i: 300 + 0.02 * i)) == {'memory MB', 'own memory MB'}  # 2 MB per 1000 steps
+  assert grown(series(lambda i: 300 + 40 * min(i, 150) / 150)) == set()  # while it warms up
+  assert grown(series(lambda i: 300 + (i % 90))) == set()  # a collector's teeth
+  assert grown(series(lambda i: 300.0, lambda i: 0.01 + 3e-6 * i)) == {'ms a step', 'CPU ms a step'}
+
+
+@pytest.mark.parametrize('leaks', [False, True])
+def test_a_process_that_leaks_is_caught(tmp_path, leaks):
+  with open(tmp_path / 'steps', 'w') as out:
+    process = subprocess.Popen([sys.executable, '-c', GROWING, *['leak'] * leaks], stderr=out)
+  watch = Watch('it', process, lambda: (tmp_path / 'steps').read_text().count('\n'), every_s=0.02)
+  process.wait(120)
+  watch.join()
+  found = {row.figure for row in rows(watch.samples, watch.names) if not row.flat and 'step' not in row.figure}
+  assert found == ({'memory MB', 'own memory MB', 'open files'} if leaks else set())
