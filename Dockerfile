@@ -4,6 +4,9 @@
 #
 # From the archive, so that nothing gets in that isn't in git. --build-arg EXTRA=gpu for NVIDIA.
 FROM python:3.12-slim
+# pycosat, which reasoning-gym needs, comes as C source only; any compiler will do.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /betarank
 COPY . .
 ARG EXTRA=tpu

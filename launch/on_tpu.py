@@ -31,9 +31,11 @@ MFU_DENSE, MFU_MOE = 0.4, 0.1  # assumed where launch.plan isn't asked: model FL
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
   """command(point, slot) -> what runs the point on that slice. Raises ConfigError if a setting is missing."""
   missing = [name for name in NEEDED if not os.environ.get(name)]
+  if not os.environ.get('TPU_MAX_HOURS') and not os.environ.get('TPU_MAX_DOLLARS'):
+    missing.append('TPU_MAX_HOURS or TPU_MAX_DOLLARS, of each point,')
   if missing and not dry_run:
     raise ConfigError(f'--on=tpu: {missing[0]} is not set; launch/tpu.sh help says what it needs')
-  name = os.environ.get('TPU_NAME', '$TPU_NAME')
+  name = os.environ.get('TPU_NAME', 'NAME')
 
   def run(point: Point, slot: int) -> list[str]:
     if point.stage == 'data':  # once, and from anywhere: not worth a slice
@@ -41,6 +43,20 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
     return ['env', f'TPU_NAME={name}-{slot}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments[1:]]
 
   return run
+
+
+def unreadable(points: Sequence[Point]) -> list[str]:
+  """A line for each file of this machine, where no slice can read it, that points ask for once they run."""
+  wanted: dict[str, list[str]] = {}
+  for point in points:
+    uris = [point.config.rl.task.uri] if point.stage == 'rl' else [
+      uri for argument in point.arguments if argument.startswith('--benchmark=')
+      for uri in argument.partition('=')[2].split(',')]
+    for uri in uris:
+      if uri.startswith('jsonl:') and '://' not in uri:
+        wanted.setdefault(uri, []).append(point.name)
+  return [f'{uri} is on this machine, where no slice can read it; copy it to the bucket and name it there '
+          f'({names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""})' for uri, names in wanted.items()]
 
 
 def clean_up(console: Console, parallel: int) -> None:
@@ -128,20 +144,23 @@ def print_plan(console: Console, points: Sequence[Point], parallel: int, compile
                 f'{_span([t * chips.chips for t in total])} chip hours, '
                 + (f'${_span([t * float(price) for t in total])}' if price else
                    'cost unknown: set TPU_DOLLARS_PER_HOUR, of all slices of a point')
-                + f'; {_span([t / parallel for t in total])} hours from start to end if {parallel} at once share it '
-                f'evenly.\nHours are {basis}. Input, evaluation, checkpoints and waiting for capacity come on top.',
+                + f'; {_span([t / parallel for t in total])} hours from start to end with --parallel={parallel}, at '
+                f'best.\nHours are {basis}. Input, evaluation, checkpoints and waiting for capacity come on top.',
                 markup=False)
   if not os.environ.get('TPU_TYPE'):
     console.print(f'TPU_TYPE is not set: {ASSUMED_TYPE} is assumed', markup=False)
+  for problem in unreadable(points):
+    console.print(f'to be mended first: {problem}', markup=False)
 
 
 def _deciding(point: Point) -> str:
-  """Points that agree in this take equally long: not the seed, nor how far the objective goes."""
+  """Points that agree in this take equally long: not the seed, nor how far the objective goes, but for its top k."""
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))
   parts = {key: dict(config.get(key, {})) for key in keep}
   parts.get('train', {}).pop('init_from', None)
-  return json.dumps([point.stage, parts], sort_keys=True)
+  top_k = any(value for name, value in config['objective'].items() if name.startswith('lambda_'))
+  return json.dumps([point.stage, top_k, parts], sort_keys=True)
 
 
 def _span(values: Sequence[float]) -> str:

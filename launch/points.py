@@ -87,7 +87,7 @@ def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
   module.sweep(_adder(spec, root, points), *([arg or None] if takes_argument else []))
   if not points:
     raise ConfigError(f'--config={spec}: its sweep(add) names no point')
-  return _select(_with_data(list(points.values())), only)
+  return _select(_with_data(list(points.values()), root), only)
 
 
 def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]:
@@ -161,10 +161,24 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
   if parent:
     overrides = overrides | {'train.init_from': parent.workdir}
   config = load.load(spec, overrides)
+  if '://' in path and (moved := _to_bucket(config, path.removesuffix(f'/{name}'), parent)):
+    overrides = overrides | moved
+    config = load.load(spec, overrides)
   steps = rl_run(config).rl.steps if stage == 'rl' else run_config(config).steps
   arguments = ('-m', stage, f'--config={spec}', f'--workdir={path}', *_flags(overrides))
   after = parent.name if parent else ''
   return Point(name, stage, after, (after,) if after else (), config, steps, path, arguments)
+
+
+def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
+  """Overrides that place data in the sweep's bucket which the config has on this machine, whose disk no slice reads."""
+  moved = {f'data.{key}': f'{root}/{value.lstrip("/")}' for key in ('dir', 'tokenizer')
+           if (value := config.data[key]) and '://' not in value}
+  made = section(DataConfig, parent.config.data, 'data').tokenizer_path if parent else ''
+  if moved.get('data.tokenizer', made) != made:  # nothing in the sweep makes it
+    raise ConfigError(f'config.data.tokenizer: {config.data.tokenizer} is on this machine, where no slice can read it; '
+                      'copy it to the bucket')
+  return moved
 
 
 def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], parent: Point | None, _path: str,
@@ -184,7 +198,7 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
                ('-m', 'eval', stage, *flags, *_flags(overrides)))
 
 
-def _with_data(points: list[Point]) -> list[Point]:
+def _with_data(points: list[Point], root: str) -> list[Point]:
   """Puts first what prepares the data that pre-training reads, a point a data section, each after the one before it:
   it uses all cores, and may need a tokenizer that the one before it trains.
   """
@@ -199,7 +213,8 @@ def _with_data(points: list[Point]) -> list[Point]:
                       {name: [s.uri, s.max_documents] for name, s in c.sources.items()}], sort_keys=True)
     if key not in prepare:
       same_folder = sum(p.workdir == c.dir for p in prepare.values())
-      name = f'data/{_plain(c.dir).strip("-.")}' + (f'-{same_folder + 1}' if same_folder else '')
+      folder = _plain(c.dir.removeprefix(f'{root}/')).strip('-.')
+      name = f'data/{folder}' + (f'-{same_folder + 1}' if same_folder else '')
       before = list(prepare.values())[-1:]
       deciding = ('--config=', '--config.data.', '--config.model.vocab_size=')
       arguments = ('-m', 'data', 'prepare', *(a for a in point.arguments if a.startswith(deciding)))

@@ -11,7 +11,7 @@ tries once more what failed. A point that fails takes only those with it that ne
 
 With --on=tpu a point runs on a slice through launch/tpu.sh, which reads its settings from the environment
 (docs/tpu.md); N is the number of slices, which take points in turn. Workdirs are then gs:// and DIR's own files are
-under runs/sweeps. Data is prepared on this machine.
+under runs/sweeps. Data is prepared on this machine, into DIR where the config names a local folder.
 """
 
 import argparse
@@ -291,6 +291,7 @@ def main() -> None:
   parser.add_argument('--plan', action='store_true',
                       help='with --on=tpu --dry_run: hours from launch.plan, which compiles for minutes')
   args = parser.parse_args()
+  load.check_places(vars(args))
   if args.parallel < 1:
     parser.error('--parallel must be 1 or more')
   if not args.root:
@@ -310,6 +311,8 @@ def main() -> None:
     command = on_tpu.command(args.dry_run)
     if args.dry_run:
       on_tpu.print_plan(console, points, args.parallel, args.plan)
+    elif problems := on_tpu.unreadable(points):
+      raise ConfigError(problems[0])
   if args.dry_run:
     for point in points:
       state = ''

@@ -18,7 +18,8 @@
 #   TPU_TYPE=v5litepod-256 TPU_RUNTIME=v2-alpha-tpuv5-lite       needed to create
 #   TPU_SPOT=1 | TPU_RESERVED=1                    otherwise on demand
 #   TPU_QUEUED=1                                   a queued resource: waits for capacity. TPU_SLICES=N always is one
-#   TPU_NETWORK TPU_SUBNETWORK TPU_SERVICE_ACCOUNT TPU_LABELS=key=value,...  TPU_INTERNAL_IPS=1
+#   TPU_NETWORK TPU_SUBNETWORK TPU_SERVICE_ACCOUNT TPU_LABELS=key=value,...
+#   TPU_INTERNAL_IPS=1                             no external addresses: run this from inside the slice's network
 #   TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR (of all slices): what one babysit may use
 set -euo pipefail
 
@@ -51,6 +52,7 @@ gc() {
   fi
 }
 place() { printf -- '--project=%s\n--zone=%s\n' "$TPU_PROJECT" "$TPU_ZONE"; }
+reach() { place && printf '%s' "${TPU_INTERNAL_IPS:+--internal-ip}"; } # of ssh and scp
 queued() { [ -n "${TPU_QUEUED:-}" ] || [ "$slices" -gt 1 ]; }
 nodes() {
   local i
@@ -150,7 +152,7 @@ slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (on i
 # Runs a command line on a worker, or on all, of every slice. What reaches the worker's shell is one quoted argument.
 on_workers() {
   local worker=$1 command=$2 node flags
-  mapfile -t flags < <(place)
+  mapfile -t flags < <(reach)
   for node in $(nodes); do
     gc compute tpus tpu-vm ssh "$node" "${flags[@]}" "--worker=$worker" "--command=$command" --quiet || return 1
   done
@@ -173,7 +175,7 @@ send() {
   commit=$(git -C "$here" rev-parse --short=12 HEAD) || return 1
   [ -z "$(git -C "$here" status --porcelain)" ] || say "changes that aren't committed stay here; $commit is sent"
   git -C "$here" archive --format=tar.gz --output="$1" HEAD || return 1
-  mapfile -t flags < <(place)
+  mapfile -t flags < <(reach)
   for node in $(nodes); do
     gc compute tpus tpu-vm scp "$1" "$node:betarank.tar.gz" "${flags[@]}" --worker=all --quiet || return 1
   done

@@ -21,7 +21,8 @@ case $1 in
   setup)
     wanted=$(cat "$tree/setup.py" "$tree/launch/constraints.txt" | cksum)
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
-      command -v tmux >/dev/null || sudo apt-get install --yes --quiet tmux
+      # The compiler is for pycosat, which comes as C source only.
+      { command -v tmux && command -v gcc; } >/dev/null || sudo apt-get install --yes --quiet tmux gcc libc6-dev
       python3 -m pip install --quiet --user uv # it brings the Python that the image may not have
       python3 -m uv venv --quiet --clear --python 3.12 "$venv"
       python3 -m uv pip install --quiet --python "$venv/bin/python" --constraint "$tree/launch/constraints.txt" \

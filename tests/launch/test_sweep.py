@@ -11,8 +11,9 @@ import time
 import pytest
 
 from configs.load import ConfigError
+from launch import on_tpu
 from launch.points import expand
-from tests.runs import environment
+from tests.runs import assert_no_secret, environment
 from train import checkpoint, workdir
 
 CONFIG = 'tests/tiny_sweep.py'
@@ -98,6 +99,40 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   assert float(row[5][1:].replace(',', '')) == pytest.approx(100 * hours, rel=0.02)
   assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
   assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout
+  assert 'to be mended first: jsonl:corpus/math/*.jsonl is on this machine' in done.stdout  # RL's questions
+
+
+def test_on_tpu_data_goes_to_the_bucket():
+  """A slice reads nothing of this machine's disk: not what is prepared here, nor its tokenizer."""
+  points = {p.name: p for p in expand('configs/paper/dense_4b.py', 'gs://b/4b')}
+  folder = 'gs://b/4b/runs/data/paper'
+  tokenizer = f'{folder}/pretrain/tokenizer.model'
+  assert points['data/runs-data-paper-midtrain'].workdir == f'{folder}/midtrain'
+  for stage in ('midtrain', 'rl'):
+    point = points[f'seed=0,beta=-0.25/{stage}']
+    assert (point.config.data.dir, point.config.data.tokenizer) == (f'{folder}/midtrain', tokenizer)
+    assert f'--config.data.dir={folder}/midtrain' in point.arguments
+    assert f'--config.data.tokenizer={tokenizer}' in point.arguments
+  assert all('=runs/' not in argument for point in points.values() for argument in point.arguments)
+
+
+def test_on_tpu_a_file_of_this_machine_is_refused(tmp_path, monkeypatch):
+  with pytest.raises(ConfigError, match='config.data.tokenizer: /my/own.model is on this machine'):
+    expand(write(tmp_path, '  add(**{"data.tokenizer": "/my/own.model"})\n'), 'gs://b/x')
+  [problem] = on_tpu.unreadable(expand('configs/paper/dense_4b.py', 'gs://b/4b'))
+  assert problem.startswith('jsonl:corpus/math/*.jsonl is on this machine') and 'and 4 more' in problem
+  for name in on_tpu.NEEDED:
+    monkeypatch.setenv(name, 'x')
+  monkeypatch.delenv('TPU_MAX_HOURS', raising=False)
+  monkeypatch.delenv('TPU_MAX_DOLLARS', raising=False)
+  with pytest.raises(ConfigError, match='TPU_MAX_HOURS or TPU_MAX_DOLLARS'):
+    on_tpu.command(dry_run=False)
+
+
+def test_a_plan_compiles_a_program_once_for_all_points_that_run_it():
+  points = [point for point in expand('configs/paper/dense_1b.py', 'root') if point.stage != 'data']
+  kinds = [on_tpu._deciding(point) for point in points]
+  assert len(points) == 5 and kinds[0] == kinds[1] == kinds[2] != kinds[3] == kinds[4]  # two need the top k
 
 
 def start(root, *flags, arguments=''):
@@ -182,6 +217,7 @@ def test_a_sweep_killed_launcher_and_all_finishes_every_point_once(tmp_path):
   code, out, _ = finish(start(root))
   assert code == 0
   assert {n: s['starts'] for n, s in status(root).items()} == {n: s['starts'] for n, s in before.items()}
+  assert_no_secret(root)  # sweep.json, the commands' logs, workdirs
 
 
 @pytest.mark.slow

