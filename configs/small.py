@@ -35,7 +35,7 @@ def get_config(arg=None):
     c.optimizer.update(lr=1e-3, warmup_steps=50, decay_fraction=0.2, final_lr=1e-4)
     c.log.update(every_steps=20, eval_every_steps=150)
   else:
-    c.optimizer.update(lr=1e-4, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
+    c.optimizer.update(lr=5e-5, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
     c.log.update(every_steps=2, eval_every_steps=10)
     c.rl = common.rl()
     c.rl.update(steps=40, prompts=64, samples=16, rounds=3, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),

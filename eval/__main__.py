@@ -48,7 +48,8 @@ def main() -> None:
   from train import workdir
 
   run = settings.eval_run(config, subjects[-1])
-  with workdir.claim(subjects[-1].run / 'eval', '--checkpoint') if args.process_id == 0 else contextlib.nullcontext():
+  alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
+  with alone if args.process_id == 0 else contextlib.nullcontext():
     if args.command == 'probe':
       probe.probe(run, subjects)
     elif args.command == 'sample':

@@ -60,7 +60,7 @@ def _product(x_CRI, w, expert_C, used, turned: bool) -> jax.Array:
         0, depth // step, add, jnp.zeros((block_R, block_O), jnp.float32)).astype(out_ref.dtype)
 
   return _call(
-    body, grid=(width // block_O, tiles, rows // block_R),
+    body, warps=8 if depth >= 1024 else 4, grid=(width // block_O, tiles, rows // block_R),
     in_specs=[pl.BlockSpec(expert_C.shape, lambda o, c, r: (0,)), pl.BlockSpec((1,), lambda o, c, r: (0,)),
               pl.BlockSpec((None, block_R, depth), lambda o, c, r: (c, r, 0)),
               pl.BlockSpec(w.shape, lambda o, c, r: (0, 0, 0))],
@@ -93,7 +93,8 @@ def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
   whole = lambda x: pl.BlockSpec(x.shape, lambda o, i, e: (0,) * x.ndim)
   x_PI, dout_PO = flat(x_CRI), flat(dout_CRO)
   return _call(
-    body, grid=(width // block_O, depth // block_I, count), in_specs=[whole(start_e), whole(x_PI), whole(dout_PO)],
+    body, warps=8, grid=(width // block_O, depth // block_I, count),
+    in_specs=[whole(start_e), whole(x_PI), whole(dout_PO)],
     out_specs=pl.BlockSpec((None, block_I, block_O), lambda o, i, e: (e, i, o)),
     out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
   )(start_e, x_PI, dout_PO)
@@ -118,6 +119,6 @@ def _block(size: int, most: int = MOST) -> int:
   return min(size & -size, most)
 
 
-def _call(body, **settings):
-  return pl.pallas_call(
-    body, compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3), interpret=platform() != 'gpu', **settings)
+def _call(body, warps: int, **settings):
+  compiler = plgpu.CompilerParams(num_warps=warps, num_stages=3)
+  return pl.pallas_call(body, compiler_params=compiler, interpret=platform() != 'gpu', **settings)

@@ -247,7 +247,7 @@ def _piece(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) ->
     place_CR += jnp.sum(jnp.where(place_CR[..., None] >= plan.run_start, step, 0), -1)
   pair_CR = jnp.where(real_CR, plan.order_p.at[place_CR].get(mode='clip'), len(weight_p))
   x_CRD = _take(m.experts_per_token, x_GD, pair_CR, plan.row_p)
-  weight_CR = weight_p.at[pair_CR].get(mode='fill', fill_value=0)
+  weight_CR = jnp.where(real_CR, _take(1, weight_p[:, None], pair_CR, plan.row_p)[..., 0], 0)
   used = jnp.minimum(plan.tile_end_e[-1] - i * size, size)
   y_CRD = _kernel(m.kernel, gate_eDF)(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD)
   return _sum(m.experts_per_token, y_CRD, pair_CR, plan.row_p, len(x_GD))

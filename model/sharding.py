@@ -90,12 +90,15 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   shape, types = config.shape(len(devices)), (AxisType.Auto,) * len(MESH_AXES)
   tpu = devices[0].platform == 'tpu'
   slices = len({getattr(device, 'slice_index', 0) for device in devices}) if tpu else 1
+  # Axes may share one of the torus: no product of the sides of 16 x 16 is 32.
   if slices == 1:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-  if shape[0] % slices:
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  elif shape[0] % slices:
     raise ValueError(f'data must be a multiple of the {slices} slices, got {shape[0]}')
-  inside, across = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
-  return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), MESH_AXES, axis_types=types)
+  else:
+    inside, across = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1))
+    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def platform() -> str:

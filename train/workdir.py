@@ -68,15 +68,18 @@ def holder(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def claim(workdir: epath.Path, flag: str = '--workdir') -> Iterator[None]:
-  """Keeps a second run out of a local folder. Raises UserError, one line, if there is one; a bucket has no locks."""
+def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> Iterator[None]:
+  """Keeps a second run, or another with the same lock, out of a local folder; a bucket has no locks.
+
+  Raises UserError, one line, if there is one.
+  """
   if '://' in str(workdir):
     yield
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  with lock_file(workdir / '.lock') as held:
+  with lock_file(workdir / lock) as held:
     if held is None:
-      raise UserError(f'{flag}={workdir}: {holder(workdir / ".lock")} is at work there; stop it first')
+      raise UserError(f'{flag}={workdir}: {holder(workdir / lock)} is at work there; stop it first')
     held.write(f'process {os.getpid()} on {socket.gethostname()}')
     held.flush()
     yield

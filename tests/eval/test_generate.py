@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 from data import Tokenizer
 from eval import config as settings
@@ -19,6 +20,7 @@ from rl.sampler import Sample
 from rl.tasks import Task
 from rl.verifiers import Verdict, Verifier, VerifierConfig
 from tests.runs import environment
+from train import workdir
 
 URI = 'reasoning:chain_sum?max_terms=2'
 FOLDER = 'reasoning_chain_sum_max_terms=2'
@@ -127,6 +129,15 @@ def test_other_settings_are_not_mixed_in(undisturbed, run_dir):
   with pytest.raises(settings.UserError, match='config.eval.sample.top_p must be in'):
     opened(run_dir, top_p=0.0)
   assert undisturbed[0].read_text() == before
+
+
+def test_two_samplings_of_a_run_are_not_mixed_but_a_probe_may_go_on_beside(run_dir):
+  with workdir.claim(epath.Path(run_dir) / 'eval', lock='.lock-probe'):
+    code, _, err = finish(start(run_dir))
+    assert code == 0, err
+  with workdir.claim(epath.Path(run_dir) / 'eval', lock='.lock-sample'):
+    code, _, err = finish(start(run_dir))
+  assert code == 2 and err.count('\n') == 1 and 'is at work there; stop it first' in err
 
 
 def test_a_sample_is_judged_as_it_is_stored(run_dir):

@@ -387,7 +387,7 @@ def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'sweep', 'eval') if name in c.ready])]
   workdir = c.workdir(kind, place)
   first = c.launch(kind, workdir)
-  names = {'eval': 'eval/.lock', 'sweep': '.sweep.lock'}
+  names = {'eval': 'eval/.lock-sample', 'sweep': '.sweep.lock'}
   wait(first, lambda: (lock := workdir / names.get(kind.name, '.lock')).exists() and lock.stat().st_size,
        rng.uniform(0, 0.3))
   first[0].send_signal(signal.SIGSTOP)  # so that it can't be through before the second one looks
