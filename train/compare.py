@@ -144,7 +144,7 @@ def show(prog: str, doc: str, key: str, table: Callable[..., Table], plot: Calla
   parser.add_argument('--plot', default='', metavar='FILE.png')
   args = parser.parse_args()
   runs = [read_run(path, key) for path in args.workdirs]
-  Console(width=None if sys.stdout.isatty() else 140).print(table(runs))
+  Console(width=None if sys.stdout.isatty() else 240).print(table(runs))
   if args.plot:
     plot(runs, args.plot)
     print(f'curves: {args.plot}')
