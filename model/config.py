@@ -79,6 +79,7 @@ class ModelConfig:
   remat: str
   scan_layers: bool
   attention: str = 'auto'
+  offload: bool = False
   moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):
@@ -91,6 +92,8 @@ class ModelConfig:
       raise ValueError(f'head_dim must be even (rotary pairs), got {self.head_dim}')
     if self.remat not in REMAT:
       raise ValueError(f'remat must be one of {", ".join(REMAT)}, got {self.remat!r}')
+    if self.offload and not REMAT[self.remat]:
+      raise ValueError(f'offload needs a remat that saves something to move, got {self.remat!r}')
     if self.attention not in KERNELS:
       raise ValueError(f'attention must be one of {", ".join(KERNELS)}, got {self.attention!r}')
     if self.compute_dtype not in DTYPES:

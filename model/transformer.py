@@ -27,9 +27,16 @@ from model.sharding import constrain
 Params = dict[str, Any]
 
 
-def saves(names: tuple[str, ...]) -> Callable[..., bool]:
-  """A policy for jax.checkpoint: keep what has one of these names; cuDNN's kernel is known by its primitive."""
-  named = jax.checkpoint_policies.save_only_these_names(*names)
+def saves(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
+  """A policy for jax.checkpoint: keep what has one of these names, if asked in the host's memory.
+
+  cuDNN's kernel is known by its primitive, and what it makes stays on the device.
+  """
+  named = jax.checkpoint_policies.save_only_these_names(*names, SAVED)
+  if offload:
+    named = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[SAVED], names_which_can_be_offloaded=list(names), offload_src='device',
+      offload_dst='pinned_host')
 
   def policy(primitive, *args, **params):
     kernel = primitive.name.startswith('dot_product_attention_fwd') and 'attention' in names
@@ -99,7 +106,7 @@ class Transformer(nnx.Module):
     attend = rows_attention(c.attention, segments_BT, c.dtype, c.head_dim)
     block = lambda x_BTD, layer: layer[0](x_BTD, positions_BT, segments_BT, attend, layer[1])
     if c.remat != 'none':
-      block = jax.checkpoint(block, policy=saves((*REMAT[c.remat], SAVED)), prevent_cse=not c.scan_layers)
+      block = jax.checkpoint(block, policy=saves(REMAT[c.remat], c.offload), prevent_cse=not c.scan_layers)
     x_BTD, routing = jax.lax.scan(block, x_BTD, (self.layers, choices_LBTk), unroll=1 if c.scan_layers else c.layers)
     return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 

@@ -80,7 +80,8 @@ def test_nothing_sees_padding_or_the_future(params):
 def test_scan_equals_loop_and_remat_equals_plain(params):
   batch = row(9, 6)
   want = value_and_grad(CONFIG, params, *batch)
-  for changes in ({'scan_layers': False}, *({'remat': name} for name in model.config.REMAT if name != 'none')):
+  for changes in ({'scan_layers': False}, *({'remat': name} for name in model.config.REMAT if name != 'none'),
+                  {'remat': 'matmuls', 'offload': True}):
     same(value_and_grad(dataclasses.replace(CONFIG, **changes), params, *batch), want)
 
 
@@ -153,6 +154,7 @@ def test_parameters_are_born_sharded_and_the_same_on_any_mesh(params):
     ({'kv_heads': 3}, 'kv_heads must divide heads = 4, got 3'),
     ({'head_dim': 7}, 'head_dim must be even'),
     ({'remat': 'some'}, "remat must be one of none, matmuls, qkv, attention, full, got 'some'"),
+    ({'offload': True}, "offload needs a remat that saves something .*, got 'none'"),
     ({'layers': 0}, 'layers must be > 0, got 0'),
   ],
 )
