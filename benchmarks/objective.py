@@ -2,12 +2,12 @@
 
     python -m benchmarks.objective                                # runs on the first device
     python -m benchmarks.objective --grid=2048x512x65536,8192x1024x32768
-    python -m benchmarks.objective --tpu=v5e:2x2 --grid=32768x2048x131072 --dtype=bfloat16
+    python -m benchmarks.objective --tpu=v5e-4 --grid=32768x2048x131072 --dtype=bfloat16
 
 Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds: on a shared machine
 the CPU seconds are the steadier. tokamax (pip install tokamax) is timed if it is there. --tpu compiles ahead
-of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, times are read off the compiled
-programs (tpu_time.py), for bfloat16, and are predictions. There `allocated` is the size of the program's one temporary
+of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, times are predicted from the
+compiled programs as launch.plan does, for bfloat16. There `allocated` is the size of the program's one temporary
 allocation, from the compiler's buffer assignment; what memory_analysis calls temp counts a chunk's logits once more.
 """
 # N tokens  D width  V vocabulary
@@ -21,16 +21,17 @@ from unittest import mock
 
 from absl import app, flags
 
-from benchmarks import tpu_time
+from launch import hlo
 from launch.bundles import FLAGS as BUNDLE_FLAGS
-from launch.chips import CHIPS
+from launch.chips import Topology
+from launch.predict import predict
 
 GRID = flags.DEFINE_list('grid', ['8192x512x65536'], 'tokens x D x V, several by commas')
 ONLY = flags.DEFINE_list('only', [], 'Names (or their starts) of what to compare; empty: all.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of hidden states and head.')
 REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed runs of each.')
 CHUNK = flags.DEFINE_integer('chunk_tokens', 0, "Ours: tokens a chunk; 0: the head's default where it runs.")
-TPU = flags.DEFINE_string('tpu', '', 'Topology to compile for instead of running, e.g. v5e:2x2.')
+TPU = flags.DEFINE_string('tpu', '', 'Topology to compile for instead of running, e.g. v5e-4.')
 
 NO_KERNEL = 'ours: ranks, no TPU kernel'
 
@@ -80,9 +81,9 @@ def contenders(chunk_tokens):
   return {'tokamax chunked_xla': peer} | found
 
 
-def allocated_bytes(files):
+def allocated_bytes(folder):
   """HBM that a program compiled for a TPU takes for itself, from the dump of its buffer assignment."""
-  texts = (f.read_text() for f in files if f.name.endswith('.after_optimizations-buffer-assignment.txt'))
+  texts = (f.read_text() for f in folder.glob('*.after_optimizations-buffer-assignment.txt'))
   sizes = (re.findall(r'^allocation \d+: size (\d+), page 0, preallocated-temp:', text, re.MULTILINE) for text in texts)
   return max(sum(map(int, found)) for found in sizes)
 
@@ -98,9 +99,8 @@ def compare(shape, run_names, dump_folder):
   dtype = jnp.dtype(DTYPE.value)
   sharding = None
   if TPU.value:
-    from jax.experimental import topologies
-    chips = topologies.get_topology_desc(platform='tpu', topology_name=TPU.value).devices
-    sharding = jax.sharding.SingleDeviceSharding(chips[0])
+    topology = Topology(TPU.value)
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices()[0])
   abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
   weights = abstract((tokens, width), dtype), abstract((width, vocab), dtype)
   arguments = *weights, abstract((tokens,), jnp.int32)
@@ -108,27 +108,29 @@ def compare(shape, run_names, dump_folder):
   chunk_tokens = CHUNK.value
   if TPU.value and not chunk_tokens:  # the head would go by the CPU that compiles
     chunk_tokens = default_chunk(vocab, 'accelerator')
-  compiled, dumps = {}, {}
+  compiled, seconds, allocated = {}, {}, {}
   for name, f in contenders(chunk_tokens).items():
     if not run_names or any(name.startswith(start) for start in run_names):
-      earlier = set(dump_folder.iterdir()) if TPU.value else set()
       with mock.patch.object(kernel, 'fits', kernel.fits if name != NO_KERNEL else lambda *_: False):
         compiled[name] = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True)).lower(*arguments).compile()
-      dumps[name] = set(dump_folder.iterdir()) - earlier if TPU.value else set()
+      if TPU.value:
+        seconds[name] = predict(hlo.read(compiled[name].as_text()), dump_folder, topology).step_s
+        allocated[name] = allocated_bytes(dump_folder)
+        for dumped in dump_folder.rglob('*.*'):
+          if dumped.is_file():
+            dumped.unlink()
 
   full_bytes = 4 * tokens * vocab
   where = f'{TPU.value}, compiled only' if TPU.value else jax.devices()[0].device_kind
   print(f'\ntokens {tokens}  D {width}  V {vocab}  {dtype}  ({where}, jax {jax.__version__})', flush=True)
   memory = {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}
   if TPU.value:
-    chip = CHIPS[TPU.value.split(':')[0]]
-    seconds = {name: tpu_time.seconds(c.as_text(), dumps[name], chip) for name, c in compiled.items()}
     base = seconds.get('ours: cross-entropy', next(iter(seconds.values())))
     print(f'{"":30}{"temp MiB":>10}{"of logits":>11}{"allocated":>11}{"of logits":>11}'
           f'{"least ms":>10}{"ratio":>8}{"likely ms":>11}{"ratio":>8}')
     for name, (least, likely) in seconds.items():
       print(f'{name:30}{memory[name] / 2**20:10.0f}{memory[name] / full_bytes:11.4f}'
-            f'{(own := allocated_bytes(dumps[name])) / 2**20:11.0f}{own / full_bytes:11.4f}'
+            f'{allocated[name] / 2**20:11.0f}{allocated[name] / full_bytes:11.4f}'
             f'{1e3 * least:10.1f}{least / base[0]:8.3f}{1e3 * likely:11.1f}{likely / base[1]:8.3f}')
     return
 

@@ -303,7 +303,7 @@ def main() -> None:
     raise ConfigError(f'--root={args.root}: slices share nothing with this machine; give a bucket, gs://BUCKET/FOLDER')
   root = args.root.rstrip('/')
   points = expand(args.config, root, args.only)
-  console = Console(highlight=False, soft_wrap=True)
+  console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
 
   command = local_command
   if args.on == 'tpu':

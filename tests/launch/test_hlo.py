@@ -97,6 +97,14 @@ def test_bundles_multiply_loops_and_halve_what_can_be_skipped():
   assert bundles.count(text, share=0.75) == 1 + 10 * (1 + 1 + 0.75 * 4 + 1 + 3 + 2)
 
 
+def test_a_loop_whose_end_the_data_decide_counts_as_often_as_is_said():
+  loop = ['   0x1 LB: > { %a = nop }', '   0x9   : > { %p5 = scmp.lt.s32.totalorder %s1, %s2 /* loop exit test */ }',
+          '   0xa   : > { %3 = sbr.rel (!%p5) target = $region99 }']
+  text = '\n'.join(['   0   :  { %z = nop }', *loop * 3])
+  assert bundles.count(text) == 1 + 3 * 3
+  assert bundles.count(text, data_turns=(32, 0)) == 1 + 32 * 3 + 0 + 0
+
+
 TPU = '''HloModule jit_step, is_scheduled=true
 
 FileNames
