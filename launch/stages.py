@@ -81,13 +81,9 @@ def _lower_decode(run: RlRun, mesh: Mesh, state):
   rows = jax.eval_shape(lambda: sampler._empty(c, settings))
   place = lambda x, *axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, model.spec(*axes)))
   rows = jax.tree.map(lambda x: place(x, *sampler.CACHE_AXES[x.ndim]), rows)
-  # The sampler's own copy of the weights: compute type, not split along their width.
-  axes = jax.tree.map(lambda names: tuple(n if n != 'embed' else None for n in names), model.abstract(c)[2],
-                      is_leaf=lambda names: isinstance(names, tuple))
-  kept = {'norm', 'router', 'bias'}
-  weights = jax.tree.map(
-    lambda x, names: place(x if kept & set(names) else jax.ShapeDtypeStruct(x.shape, c.dtype), *names),
-    state.params, axes)
+  weights = jax.eval_shape(lambda params: sampler.own_weights(c, params), state.params)
+  weights = jax.tree.map(lambda names, x: place(x, *names), sampler.own_axes(c), weights,
+                         is_leaf=lambda names: isinstance(names, tuple))
   return sampler._decode.lower(c, settings, 0, weights, rows)
 
 

@@ -128,7 +128,8 @@ class Transformer(nnx.Module):
         v_LBKSH[i] = write_heads(v_LBKSH[i], v_BTKH, slot_BT)
         return attend(q_BTNH, k_LBKSH[i], v_LBKSH[i], visible_BTS)
 
-      layer, choices_BTk = jax.tree.map(lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk))
+      layer, choices_BTk = jax.tree.map(
+        lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk), is_leaf=lambda x_L: isinstance(x_L, list))
       x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
       routings.append(routing)
     cache = dataclasses.replace(cache, k_LBKSH=tuple(k_LBKSH), v_LBKSH=tuple(v_LBKSH))
@@ -167,7 +168,7 @@ def forward_routed(
   Args are int32 [B, T]; positions restart in each document, segments number the documents from 1, 0 is padding.
   Multiply the result with `head(c, params)` for logits; `objectives.shaped_linear_loss` does so piece by piece.
   choices_LBTk: the experts to use instead of the routers' choice, as an earlier Routing recorded them.
-  A dense model has no Routing: None.
+  A dense model has no Routing: None. With a cache, `layers` may also hold a list of each weight's layers.
   """
   return nnx.merge(abstract(c)[0], params)(tokens_BT, positions_BT, segments_BT, cache, choices_LBTk)
 

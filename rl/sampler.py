@@ -99,6 +99,27 @@ class Sample(NamedTuple):
   choices: np.ndarray | None = None
 
 
+def own_axes(c: model.ModelConfig) -> Any:
+  """Logical axes of `own_weights`: as the model's, but whole along the width, and a list of those of each layer."""
+  whole = lambda names: tuple(None if name == 'embed' else name for name in names)
+  return jax.tree.map(
+    lambda names: [whole(names[1:])] * c.layers if names[0] == 'layers' else whole(names), model.abstract(c)[2],
+    is_leaf=_is_names)
+
+
+def own_weights(c: model.ModelConfig, params: model.transformer.Params) -> Any:
+  """The sampler's copy: in the compute type, and each layer an array of its own, or each token would copy it again."""
+  float32 = {'norm', 'router', 'bias'}
+  cast = lambda x, names: x if float32 & set(names) else x.astype(c.dtype)
+  return jax.tree.map(
+    lambda names, x: list(cast(x, names)) if names[0] == 'layers' else cast(x, names), model.abstract(c)[2], params,
+    is_leaf=_is_names)
+
+
+def _is_names(node: Any) -> bool:
+  return isinstance(node, tuple)
+
+
 class Sampler:
   """Draws samples; holds settings and no parameters, so each call may bring newer ones.
 
@@ -119,12 +140,8 @@ class Sampler:
     if not 0 <= eos < c.vocab_size:
       raise ValueError(f'eos must be a token id below vocab_size = {c.vocab_size}, got {eos}')
     self.c, self.s, self.eos, self.mesh, self.prompts_at_once = c, s, eos, mesh, ways
-    axes = jax.tree.map(
-      lambda names: tuple(name if name != 'embed' else None for name in names), model.abstract(c)[2],
-      is_leaf=lambda names: isinstance(names, tuple))
-    float32 = {'norm', 'router', 'bias'}
-    cast = lambda params: jax.tree.map(lambda x, names: x if float32 & set(names) else x.astype(c.dtype), params, axes)
-    self._weights = jax.jit(cast, out_shardings=None if mesh is None else model.shardings(mesh, axes))
+    self._weights = jax.jit(
+      functools.partial(own_weights, c), out_shardings=None if mesh is None else model.shardings(mesh, own_axes(c)))
 
   def __call__(
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
