@@ -69,6 +69,7 @@ def sums(tmp_path_factory):
   return folder / 'data', folder / 'run'
 
 
+@pytest.mark.slow
 def test_a_run_repeats_to_the_last_bit(data_dir, tmp_path):
   """That another seed is another run, tests/data/test_batches.py shows."""
   short = ('--config.train.tokens=1536', '--config.model.layers=1')  # 6 steps
