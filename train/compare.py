@@ -82,15 +82,13 @@ def plot(runs: list[dict[str, Any]], path: str) -> None:
   figure, axes = canvas(3)
   for axis, (key, title) in zip(axes, KEYS.items()):
     draw(axis, title, labels, [c[key] for c in curves], lambda steps: max(20, steps // 25))
-  for label, c, colour in list(zip(labels, curves, COLOURS * len(runs)))[1:]:
-    for style, (key, title) in zip(('--', '-'), KEYS.items()):
+  for c, colour in list(zip(curves, COLOURS * len(runs)))[1:]:
+    for style, key in zip(('--', '-'), KEYS):
       shared = [step for step in c[key] if step in curves[0][key]]
       values = smooth([c[key][step] - curves[0][key][step] for step in shared], max(50, len(shared) // 12))
-      axes[2].plot(shared, values, style, color=colour, label=f'{title.split(" (")[0]}, {label}', linewidth=1.5)
+      axes[2].plot(shared, values, style, color=colour, linewidth=1.5)
   axes[2].axhline(0, color='black', linewidth=0.8)
-  axes[2].set_title(f'difference from {labels[0]} (nats)')
-  if len(runs) > 1:
-    axes[2].legend(frameon=False)
+  axes[2].set(title=f'difference from {labels[0]}', ylabel='entropy; dashed: cross-entropy (nats)')
   save(figure, axes, path)
 
 
