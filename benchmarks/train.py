@@ -3,7 +3,9 @@
     --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens a step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens a step: for an 80 GB accelerator
-    --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, the same tokens
+    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
+    --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 8 x 4096 tokens
+    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture there
 
 Steps are the real ones (train/step.py) on made-up tokens. `all logits` differs in the loss alone: all logits, optax's
 cross-entropy, no statistics. `naive`, for the small models, also holds all attention scores and recomputes nothing.
@@ -13,8 +15,11 @@ out, of the chip's peak; on a CPU, of the rate of a matrix product measured here
 """
 
 import argparse
+import collections
 import dataclasses
+import pathlib
 import statistics
+import tempfile
 import time
 
 import jax
@@ -40,9 +45,14 @@ MODELS = {
   'small-moe': (dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, d_expert=192)), 8, 512),
   '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
                              head_dim=128), 8, 4096),
+  '4b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8,
+                             head_dim=128, remat='full'), 2, 4096),
   '2b-moe': (dataclasses.replace(
     SMALL, vocab_size=151_936, layers=12, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
     moe=model.MoeConfig(experts=128, experts_per_token=12, d_expert=320)), 8, 4096),
+  '3b-moe': (dataclasses.replace(
+    SMALL, vocab_size=151_936, layers=8, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
+    moe=model.MoeConfig(experts=384, experts_per_token=12, d_expert=320)), 4, 4096),
 }
 OBJECTIVES = {
   'plain cross-entropy': ObjectiveConfig(),
@@ -78,29 +88,61 @@ def matmul_rate(device) -> float:
   return 2 * 2048**3 / min(seconds)
 
 
+def profile(run, most: int):
+  """Prints the kernels of one call that took longest, by the operation of the compiled program, with their time."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      run()
+    file, = pathlib.Path(folder).rglob('*.xplane.pb')
+    data = jax.profiler.ProfileData.from_file(str(file))
+  total, count = collections.Counter(), collections.Counter()
+  for plane in data.planes:
+    if '/device:' not in plane.name:
+      continue
+    for line in plane.lines:
+      if not line.name.startswith('Stream'):
+        continue
+      for event in line.events:
+        total[event.name] += event.duration_ns / 1e6
+        count[event.name] += 1
+  print(f'kernels {sum(total.values()):.1f} ms')
+  for name, ms in total.most_common(most):
+    print(f'{ms:9.2f} ms {count[name]:5}  {name[:80]}')
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--model', choices=MODELS, default='small')
   parser.add_argument('--rows', type=int, default=0, help='a step; 0: the default of the model')
   parser.add_argument('--remat', choices=model.config.REMAT, default='')
   parser.add_argument('--expert_kernel', choices=model.config.EXPERT_KERNELS, default='auto')
+  parser.add_argument('--attention', choices=model.config.KERNELS, default='auto')
+  parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction, default=True)
+  parser.add_argument('--documents', type=int, default=1, help='of about equal length in each row')
   parser.add_argument('--masses', action=argparse.BooleanOptionalAction, default=True,
                       help='head and tail mass, which take a top k, also where the objective needs none')
+  parser.add_argument('--only', default='', help='objectives whose names start so, commas between')
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--profile', type=int, default=0, metavar='N',
+                      help="also print what took longest in a step of the last way, N kernels with their time")
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
   args = parser.parse_args()
   c, rows, length = MODELS[args.model]
   rows = args.rows or rows
   c = dataclasses.replace(
-    c, remat=args.remat or c.remat, moe=dataclasses.replace(c.moe, kernel=args.expert_kernel))
+    c, remat=args.remat or c.remat, attention=args.attention, scan_layers=args.scan_layers,
+    moe=dataclasses.replace(c.moe, kernel=args.expert_kernel))
   device = jax.devices()[0]
   mesh = model.make_mesh(model.MeshConfig(1, -1, 1, 1, 1))
   tokens = np.random.default_rng(0).zipf(1.3, (rows, length + 1)) % c.vocab_size
   tokens = tokens.astype(np.int32)
-  batch = Batch(tokens[:, :-1], tokens[:, 1:], np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-                np.ones((rows, length), np.int32))
+  segments = np.arange(length, dtype=np.int32) * args.documents // length
+  positions = np.concatenate([np.arange(n, dtype=np.int32) for n in np.bincount(segments)])
+  batch = Batch(tokens[:, :-1], tokens[:, 1:], np.tile(positions, (rows, 1)), np.tile(segments + 1, (rows, 1)))
   print(f'{sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters, {rows} x {length} tokens a step, '
-        f'{c.dtype}, remat {c.remat}, {device.device_kind} x {jax.device_count()}, jax {jax.__version__}')
+        f'{args.documents} documents a row, {c.dtype}, remat {c.remat}, '
+        f'{"" if c.scan_layers else "layers unrolled, "}{device.device_kind} x {jax.device_count()}, '
+        f'jax {jax.__version__}')
   with jax.set_mesh(mesh):
     tx = make_optimizer(ADAMW, 10_000, model.abstract(c)[2])
     stats = 'full' if args.masses else 'basic'
@@ -110,12 +152,14 @@ def main():
     if args.naive:
       ways['all logits'] = naive_step(c, tx)
     ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size), 1, stats)
-             for name, objective in OBJECTIVES.items()}
+             for name, objective in OBJECTIVES.items() if name.startswith(tuple(args.only.split(',')))}
     batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
     state = create_state(c, tx, mesh, seed=0)
     compiled = {}
     for name, step in ways.items():
+      start = time.perf_counter()
       compiled[name] = step.lower(state, batch).compile()
+      print(f'{name}: compiled in {time.perf_counter() - start:.0f} s', flush=True)
     on_cpu = device.platform == 'cpu'
     clock = time.process_time if on_cpu else time.perf_counter
     seconds, wall = {name: [] for name in ways}, {name: [] for name in ways}
@@ -127,6 +171,8 @@ def main():
         if n:  # the first round warms up
           seconds[name].append(clock() - start[0])
           wall[name].append(time.perf_counter() - start[1])
+    if args.profile:
+      profile(lambda: jax.block_until_ready(step(state, batch)), args.profile)
   base = next(iter(seconds))
   peak = matmul_rate(device) if on_cpu else peak_flops(device)
   print(f'{"":30}{"step s":>9}{"tokens/s":>12}{"CPU s":>9}{"MFU":>8}{"temp GB":>9}{"time / first":>14}')

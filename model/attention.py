@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 
+from model import attention_kernel_gpu
 from model.sharding import platform, shards, spec
 
-KERNELS = ('auto', 'plain', 'blocks', 'splash', 'cudnn')
+KERNELS = ('auto', 'plain', 'blocks', 'splash', 'triton', 'cudnn')
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
@@ -59,20 +60,22 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
 def rows_attention(kernel: str, segments_BT: jax.Array, dtype, width: int) -> Callable[..., jax.Array]:
   """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH over whole rows, where a document's tokens stand in order.
 
-  kernel: one of KERNELS; `auto` takes splash on TPU and cuDNN on GPU where they can do this head width, length and
-  type, blocks on a CPU where no mesh axis splits the length, and the plain form elsewhere. What depends on the segments
-  alone is made here, once for all layers.
+  kernel: one of KERNELS; `auto` takes splash on TPU and Triton or else cuDNN on GPU where they can do this head width,
+  length and type, blocks on a CPU where no mesh axis splits the length, and the plain form elsewhere. What depends on
+  the segments alone is made here, once for all layers.
   """
-  length = segments_BT.shape[1]
+  length, whole = segments_BT.shape[1], shards('length') == 1
   if kernel == 'auto':
-    kernel = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'blocks'}.get(platform(), 'plain')
-    if kernel == 'splash' and (width % 128 or length % (128 * shards('length'))):
-      kernel = 'plain'
-    if kernel == 'blocks' and shards('length') > 1:
-      kernel = 'plain'
-    if kernel == 'cudnn' and (width % 8 or width > 256 or length % 2 or dtype != jnp.bfloat16):
-      kernel = 'plain'
-  return {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'cudnn': _cudnn}[kernel](segments_BT)
+    half = dtype == jnp.bfloat16
+    able = {
+      'tpu': {'splash': width % 128 == 0 and length % (128 * shards('length')) == 0},
+      'gpu': {'triton': half and whole and attention_kernel_gpu.fits(length, width),
+              'cudnn': half and width % 8 == 0 and width <= 256 and length % 2 == 0},
+      'cpu': {'blocks': whole},
+    }.get(platform(), {})
+    kernel = next((name for name, can in able.items() if can), 'plain')
+  forms = {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'triton': _triton, 'cudnn': _cudnn}
+  return forms[kernel](segments_BT)
 
 
 def _plain(segments_BT):
@@ -112,6 +115,20 @@ def _cudnn(segments_BT):
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
   return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
     q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation='cudnn')
+
+
+def _triton(segments_BT):
+  """Triton kernels (interpreted elsewhere) that skip other documents; each device has its own rows and heads."""
+  ends = attention_kernel_gpu.documents(segments_BT)
+
+  def run(q_BTNH, k_BTKH, v_BTKH):
+    rows = attention_kernel_gpu.attention
+    if not jax.sharding.get_abstract_mesh().empty:  # XLA can't split a kernel by itself
+      heads, tokens = spec('batch', None, 'act_heads', None), spec('batch', None)
+      rows = jax.shard_map(rows, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False)
+    return rows(q_BTNH, k_BTKH, v_BTKH, *ends)
+
+  return run
 
 
 def _splash(segments_BT):

@@ -1,8 +1,9 @@
 """What the blocks are made of: how a weight is declared, the norm, and the dense feed-forward.
 
-# B batch  T tokens  D width  F hidden  L layers  X, Y any dimensions
+# B batch  T tokens  N = B·T  D width  V vocabulary  F hidden  L layers  X, Y any dimensions
 """
 
+import functools
 import math
 
 import jax
@@ -22,6 +23,33 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std
 
 def ones(size: int, axis: str) -> nnx.Param:
   return nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,), eager_sharding=False)
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
+  """[B, T, D] in `dtype`: the table's rows of these tokens."""
+  if platform() == 'gpu' and jax.sharding.get_abstract_mesh().size <= 1:
+    return _lookup_sorted(table_VD, tokens_BT, dtype)
+  return table_VD.astype(dtype)[tokens_BT]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup_sorted(table_VD, tokens_BT, dtype):
+  """The lookup whose gradient adds up each token's rows in turn, in float32. As XLA would have it, a GPU adds all rows
+  at once, atomically and in `dtype`, and waits wherever a frequent token's meet. On several devices rows would move.
+  """
+  return table_VD.astype(dtype)[tokens_BT]
+
+
+def _lookup_gradient(dtype, saved, dx_BTD):
+  tokens_BT, shape = saved
+  order_N = jnp.argsort(tokens_BT.reshape(-1))
+  rows_ND = dx_BTD.reshape(-1, shape[1])[order_N].astype(jnp.float32)
+  return jnp.zeros(shape).at[tokens_BT.reshape(-1)[order_N]].add(rows_ND, indices_are_sorted=True), None
+
+
+_lookup_sorted.defvjp(
+  lambda table_VD, tokens_BT, dtype: (_lookup_sorted(table_VD, tokens_BT, dtype), (tokens_BT, table_VD.shape)),
+  _lookup_gradient)
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.attention import attend, rotate, rows_attention, visible
 from model.config import REMAT, ModelConfig
 from model.decode import Cache, slots_for, write, write_heads
-from model.layers import FeedForward, ones, project, rms_norm, weight
+from model.layers import FeedForward, lookup, ones, project, rms_norm, weight
 from model.moe import SAVED, MixtureOfExperts, Routing
 from model.sharding import constrain
 
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None, choices_LBTk):
     c = self.c
-    x_BTD = constrain(self.embed_VD[...].astype(c.dtype)[tokens_BT], 'batch', 'length', 'act_embed')
+    x_BTD = constrain(lookup(self.embed_VD[...], tokens_BT, c.dtype), 'batch', 'length', 'act_embed')
     if cache is not None:
       return self.cached(x_BTD, positions_BT, segments_BT, cache, choices_LBTk)
     attend = rows_attention(c.attention, segments_BT, c.dtype, c.head_dim)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from objectives import layout as mesh
+from objectives.kernels import row_sums
 from objectives.reward_shaping import finite_margin, is_zero
 from objectives.top_k import find_head
 
@@ -115,22 +116,14 @@ def logits(options, h_CD, head_DV):
 
 def score(options, z_CV, x_C, weight_C, shaping):
   """loss, TokenStats and Coefficients of a chunk, from its logits, targets and weights."""
-  add, most = (functools.partial(f, options.layout) for f in (mesh.sum_over_vocab, mesh.max_over_vocab))
+  add = functools.partial(mesh.sum_over_vocab, options.layout)
   id_V = _ids(options, z_CV)
-  is_target = id_V == x_C[:, None]
-
-  target_C, shift_C = most(jnp.stack([jnp.max(z_CV, -1, where=is_target, initial=-jnp.inf), z_CV.max(-1)]))
-  e_CV = _wrong_exp(z_CV, shift_C, is_target)
-  before = (z_CV > target_C[:, None]) | ((z_CV == target_C[:, None]) & (id_V < x_C[:, None]))
-  sums = {
-    'wrong': e_CV.sum(-1),
-    'energy': jnp.vecdot(e_CV, z_CV - shift_C[:, None], precision=lax.Precision.HIGHEST),
-    'rank': before.sum(-1, dtype=jnp.float32),
-  }
+  target_C, shift_C, sums = _row_sums(options, z_CV, x_C)
   if options.with_top_k:
     wanted_C = jnp.where(weight_C != 0, x_C, -1)
     threshold_C, last_id_C, head_sum_C = find_head(
       options.layout, z_CV, wanted_C, target_C, shift_C, shaping.top_k)
+    e_CV = _wrong_exp(z_CV, shift_C, id_V == x_C[:, None])
     sums['tail'] = jnp.sum(e_CV, -1, where=~_in_head(z_CV, id_V, threshold_C, last_id_C))
   if options.with_smoothing:
     sums['logits'] = jnp.sum(z_CV - shift_C[:, None], -1)
@@ -185,6 +178,27 @@ def score(options, z_CV, x_C, weight_C, shaping):
     uniform=uniform,
   )
   return loss_C, stats, coefficients.times(jnp.where(live_C & valid_C, weight_C, 0.0))
+
+
+def _row_sums(options, z_CV, x_C):
+  """(target_C, shift_C, sums): the target's logit and the largest one of the whole vocabulary, and this device's part
+  of the sums over the wrong tokens' e and e·log e, and of the target's rank."""
+
+  def by_passes(z_CV, x_C):
+    id_V = _ids(options, z_CV)
+    is_target = id_V == x_C[:, None]
+    target_C, shift_C = mesh.max_over_vocab(
+      options.layout, jnp.stack([jnp.max(z_CV, -1, where=is_target, initial=-jnp.inf), z_CV.max(-1)]))
+    e_CV = _wrong_exp(z_CV, shift_C, is_target)
+    before = (z_CV > target_C[:, None]) | ((z_CV == target_C[:, None]) & (id_V < x_C[:, None]))
+    energy_C = jnp.vecdot(e_CV, z_CV - shift_C[:, None], precision=lax.Precision.HIGHEST)
+    return target_C, shift_C, e_CV.sum(-1), energy_C, before.sum(-1, dtype=jnp.float32)
+
+  if mesh.splits_vocab(options.layout) or not row_sums.fits(z_CV.shape[1]):
+    target_C, shift_C, *sums = by_passes(z_CV, x_C)
+  else:
+    target_C, shift_C, *sums = lax.platform_dependent(z_CV, x_C, cuda=row_sums.row_sums, default=by_passes)
+  return target_C, shift_C, dict(zip(('wrong', 'energy', 'rank'), sums))
 
 
 def logit_gradient(options, z_CV, x_C, coefficients):

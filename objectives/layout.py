@@ -71,6 +71,11 @@ def vocab_offset(layout, local_size):
   return lax.axis_index(_axes(layout.vocab)) * local_size if layout and layout.vocab else 0
 
 
+def splits_vocab(layout):
+  """Whether this device has a part of the vocabulary only; to be asked within `on_mesh`."""
+  return layout is not None and math.prod(lax.axis_size(axis) for axis in _axes(layout.vocab)) > 1
+
+
 def sum_over_vocab(layout, array):
   return lax.psum(array, _axes(layout.vocab)) if layout and layout.vocab else array
 

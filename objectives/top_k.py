@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from objectives import layout as mesh
-from objectives.kernels import find_head as kernel
+from objectives.kernels import find_head as on_tpu
+from objectives.kernels import find_head_gpu as on_gpu
 
 GROUP = 128  # a TPU's lanes; neighbours of which only the largest is looked at first
 
@@ -25,7 +26,7 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
     (value_C, last_id_C, head_sum_C): the top k are the logits above the value, and those equal to it whose id is
     at most last_id; sum of exp(z - shift) over the top k without the target.
   """
-  split = layout is not None and layout.vocab is not None
+  split = mesh.splits_vocab(layout)
 
   def by_candidates(z_CV, x_C, _, shift_C):
     value_CK, id_CK = top_k(z_CV, k)
@@ -39,9 +40,10 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
     return value_CK[:, -1], id_CK[:, -1], head_sum_C
 
   arguments = z_CV, x_C, target_C, shift_C
-  if split or not kernel.fits(z_CV.shape[1], k):
-    return by_candidates(*arguments)
-  return lax.platform_dependent(*arguments, tpu=functools.partial(kernel.find_head, k=k), default=by_candidates)
+  kernels = {} if split else {
+    platform: functools.partial(kernel.find_head, k=k)
+    for platform, kernel in (('tpu', on_tpu), ('cuda', on_gpu)) if kernel.fits(z_CV.shape[1], k)}
+  return lax.platform_dependent(*arguments, **kernels, default=by_candidates)
 
 
 def top_k(z_CV, k):

@@ -1,1 +1,1 @@
-"""TPU kernels for what XLA does badly; each has its twin in XLA's operations, where a test compares them."""
+"""Kernels for what XLA does badly on a TPU or a GPU; each has its twin in XLA operations, and a test compares them."""

@@ -27,7 +27,7 @@ def output_and_gradients(kernel, q, k, v, weight, segments_BT):
   real = (segments_BT > 0)[..., None, None]
 
   def total(q, k, v):
-    out = rows_attention(kernel, segments_BT, q.dtype, H)(q, k, v)
+    out = rows_attention(kernel, segments_BT, q.dtype, q.shape[-1])(q, k, v)
     return jnp.sum(out * weight, where=real), jnp.where(real, out, 0)
 
   (_, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -54,6 +54,28 @@ def test_blocks_equal_plain(inputs, mesh):
   want = output_and_gradients('plain', *cut)
   with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), jax.devices()[:4])) if mesh else contextlib.nullcontext():
     got = output_and_gradients('blocks', *cut)
+  for a, b in zip(want, got, strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+@pytest.mark.parametrize('mesh', [None, (2, 1, 1, 1, 2)])
+def test_triton_equals_plain(inputs, mesh):
+  want = output_and_gradients('plain', *inputs)
+  with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), jax.devices()[:4])) if mesh else contextlib.nullcontext():
+    got = output_and_gradients('triton', *inputs)
+  for a, b in zip(want, got, strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+def test_triton_skips_and_masks_any_documents():
+  """Documents of one token, ends at and inside blocks, padding between them, one key head for each query head."""
+  rng = np.random.default_rng(1)
+  rows, length = 3, 512
+  ends = [[128, 256, 512], [1, 2, 3, 63, 64, 65, 200, 201, 383, 384, 511, 512], [7, 130, 131, 400, 512]]
+  segments_BT = jnp.asarray([np.searchsorted(e, np.arange(length), 'right') + 1 for e in ends], jnp.int32)
+  segments_BT = jnp.where(segments_BT == 4, 0, segments_BT)
+  inputs = [jnp.asarray(rng.normal(size=(rows, length, 2, 32)), jnp.float32) for _ in range(4)]
+  want, got = (output_and_gradients(kernel, *inputs, segments_BT) for kernel in ('plain', 'triton'))
   for a, b in zip(want, got, strict=True):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
 

@@ -1,4 +1,4 @@
-"""The TPU kernel beside XLA's operations, on a CPU in interpret mode, and what is lowered where."""
+"""The kernels beside XLA's operations, on a CPU in interpret mode, and what is lowered where."""
 
 import functools
 
@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 
 from objectives import RewardShaping, shaped_linear_total
-from objectives.kernels import find_head as kernel
+from objectives.kernels import find_head as on_tpu
+from objectives.kernels import find_head_gpu as on_gpu
+from objectives.kernels import row_sums
 from objectives.top_k import find_head
 
 ROWS = 20  # a block of 16 and a part of one
 
 
-@pytest.fixture(scope='module', params=[(1100, 5), (26_000, 130)], ids=str)
+@pytest.fixture(
+  scope='module', params=[(on_tpu, 1100, 5), (on_tpu, 26_000, 130), (on_gpu, 4096, 100), (on_gpu, 26_000, 130)],
+  ids=lambda p: f'{p[0].__name__.split(".")[-1]}-{p[1]}-{p[2]}')
 def pair(request):
-  """(V, k, the kernel, the same by XLA); both widths end within a column of 128."""
-  vocab, k = request.param
+  """(V, k, the kernel, the same by XLA); widths that end within a column of 128, and on a GPU within a block."""
+  kernel, vocab, k = request.param
   assert kernel.fits(vocab, k)
   by_kernel = jax.jit(functools.partial(kernel.find_head, k=k, interpret=True))
   return vocab, k, by_kernel, jax.jit(functools.partial(find_head, None, k=k))
@@ -90,7 +94,7 @@ def test_rows_not_wanted_and_nan_end(pair):
 
 
 def test_one_switch():
-  """Lowered for a TPU, a vocabulary that the kernel takes goes by it; elsewhere, or if small, by lax.top_k."""
+  """Lowered for a TPU or GPU, a vocabulary that a kernel takes goes by it; elsewhere, or if small, by lax.top_k."""
   shaping = RewardShaping(lambda_tail=-0.1, top_k=9)
 
   def text(vocab, platform, shaping=shaping):
@@ -99,7 +103,35 @@ def test_one_switch():
     arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes] + [jax.ShapeDtypeStruct((32,), jnp.int32)]
     return step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
-  assert kernel.fits(20_000, 9) and not kernel.fits(1000, 9)
+  assert on_tpu.fits(20_000, 9) and not on_tpu.fits(1000, 9)
+  assert on_gpu.fits(20_000, 9) and not on_gpu.fits(1000, 9)
   kernels = lambda *a: 'tpu_custom_call' in text(*a)
+  card = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ('data',), abstract_device=card)):
+    on_card, small = text(20_000, 'cuda'), text(1000, 'cuda')
+  assert 'find_head' in on_card and 'row_sums' in on_card and 'chlo.top_k' not in on_card
+  assert 'find_head' not in small and 'row_sums' not in small
   assert kernels(20_000, 'tpu') and 'chlo.top_k' not in text(20_000, 'tpu')
   assert not kernels(20_000, 'cpu') and not kernels(1000, 'tpu') and not kernels(20_000, 'tpu', RewardShaping())
+
+
+@pytest.mark.parametrize('vocab', [1024, 1500, 5000])
+def test_row_sums_in_one_pass(vocab):
+  """The GPU's kernel and float64: large and -inf logits, ties with the target, targets outside the vocabulary."""
+  rng = np.random.default_rng(vocab)
+  z = (rng.normal(size=(6, vocab)) * np.array([1, 10, 80, 1e-3, 1, 1])[:, None]).astype(np.float32)
+  z[4, ::7] = z[4, 3]
+  z[5, 5:] = -np.inf
+  x = np.array([0, vocab - 1, vocab // 2, vocab, 3, 2])
+  target, shift, wrong, energy, rank = (
+    np.asarray(a) for a in row_sums.row_sums(jnp.asarray(z), jnp.asarray(x, jnp.int32), interpret=True))
+  known = x < vocab
+  at_x = np.where(known, z[np.arange(6), np.minimum(x, vocab - 1)], -np.inf)
+  np.testing.assert_array_equal(target, at_x)
+  np.testing.assert_array_equal(shift, z.max(1))
+  ids, apart = np.arange(vocab), z.astype(np.float64) - z.max(1, keepdims=True)
+  e = np.where(ids == x[:, None], 0, np.exp(apart))
+  np.testing.assert_allclose(wrong, e.sum(1), rtol=2e-6)
+  np.testing.assert_allclose(energy, np.sum(e * np.where(e > 0, apart, 0), 1), rtol=2e-5)
+  before = (z > at_x[:, None]) | ((z == at_x[:, None]) & (ids < x[:, None]))
+  np.testing.assert_array_equal(rank, before.sum(1))
