@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import attention_kernel_gpu as triton
+from model import attention_kernel_hopper as hopper
 
 
 def cudnn(segments_BT, documents: bool):
@@ -24,9 +25,9 @@ def cudnn(segments_BT, documents: bool):
     q, k, v, mask=same_B1TT, is_causal=True, implementation='cudnn')
 
 
-def ours(segments_BT):
+def ours(kernels, segments_BT):
   start_BT, end_BT = triton.documents(segments_BT)
-  return lambda q, k, v: triton.attention(q, k, v, start_BT, end_BT)
+  return lambda q, k, v: kernels.attention(q, k, v, start_BT, end_BT)
 
 
 def tokamax(segments_BT):
@@ -64,17 +65,22 @@ def main():
   parser.add_argument('--length', type=int, default=4096)
   parser.add_argument('--heads', default='16,4,128')
   parser.add_argument('--documents', type=int, default=1)
+  parser.add_argument('--random', action='store_true', help='cut at random places')
   parser.add_argument('--only', default='')
   args = parser.parse_args()
   heads, kv_heads, width = map(int, args.heads.split(','))
   rng = np.random.default_rng(0)
   draw = lambda n: jnp.asarray(rng.normal(size=(args.rows, args.length, n, width)), jnp.bfloat16)
   q, k, v, dout = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
-  segments = jnp.asarray(np.tile(np.arange(args.length) * args.documents // args.length + 1, (args.rows, 1)), jnp.int32)
+  cuts = np.tile(np.arange(1, args.documents) * args.length // args.documents, (args.rows, 1))
+  if args.random:
+    cuts = np.sort(rng.integers(1, args.length, cuts.shape))
+  segments = jnp.asarray([np.searchsorted(row, np.arange(args.length), 'right') + 1 for row in cuts], jnp.int32)
   ways = {
     'cudnn causal': lambda: cudnn(segments, False),
     'cudnn': lambda: cudnn(segments, True),
-    'triton': lambda: ours(segments),
+    'hopper': lambda: ours(hopper, segments),
+    'triton': lambda: ours(triton, segments),
   }
   if importlib.util.find_spec('tokamax'):
     ways['tokamax (mosaic)'] = lambda: tokamax(segments)

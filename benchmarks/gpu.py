@@ -11,12 +11,17 @@ import sys
 import time
 
 MODULE = [sys.executable, '-m']
-TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3']
+TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3', '--no-masses']
 HEAD = '--grid=32768x2048x131072'
 ROLLOUT = [*MODULE, 'benchmarks.rollout', '--size=1b', '--repeats=1']
 PARTS = {
-  'train': [*TRAIN, '--model=1b', '--no-masses'],
-  'train-moe': [*TRAIN, '--model=2b-moe', '--no-masses'],
+  'attention': [*MODULE, 'benchmarks.attention'],
+  'attention-documents': [*MODULE, 'benchmarks.attention', '--documents=4'],
+  'train': [*TRAIN, '--model=1b', '--rows=12', '--no-scan_layers'],
+  'train-documents': [*TRAIN, '--model=1b', '--rows=12', '--no-scan_layers', '--documents=4', '--only=beta'],
+  'train-moe': [*TRAIN, '--model=2b-moe'],
+  'train-largest': [*TRAIN, '--model=4b', '--only=beta'],
+  'train-largest-moe': [*TRAIN, '--model=3b-moe', '--only=beta'],
   'head': [*MODULE, 'benchmarks.objective', HEAD, '--dtype=bfloat16'],
   'head-torch': [*MODULE, 'benchmarks.torch_head', HEAD],
   'rollout': [*ROLLOUT, '--only=ours'],

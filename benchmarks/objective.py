@@ -107,7 +107,7 @@ def compare(shape, run_names, dump_folder):
 
   chunk_tokens = CHUNK.value
   if TPU.value and not chunk_tokens:  # the head would go by the CPU that compiles
-    chunk_tokens = default_chunk(vocab, 'accelerator')
+    chunk_tokens = default_chunk(tokens, vocab, 'accelerator')
   compiled, seconds, allocated = {}, {}, {}
   for name, f in contenders(chunk_tokens).items():
     if not run_names or any(name.startswith(start) for start in run_names):

@@ -30,7 +30,7 @@ def base() -> ConfigDict:
     norm_eps=1e-6,
     tied_embeddings=True,  # one matrix embeds and predicts
     compute_dtype='auto',  # auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always
-    attention='auto',  # plain | blocks (CPU) | splash (TPU) | triton | cudnn (GPU); auto: by the devices in use
+    attention='auto',  # plain | blocks (CPU) | splash (TPU) | hopper | triton | cudnn (GPU); auto: by the devices
     remat='none',  # what is saved for the backward pass: none | matmuls | qkv | attention | full (model/config.py)
     offload=False,  # what remat saves waits in the host's memory, not the device's
     scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through

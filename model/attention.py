@@ -6,7 +6,7 @@ backend: flash kernels, which never hold the scores, on TPU and GPU, a part of t
 # B batch  T query length  S key length  K key heads  G query heads a key head  N = K·G  H head width
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 
 from model import attention_kernel_gpu
-from model.sharding import platform, shards, spec
+from model.sharding import device_kind, platform, shards, spec
 
-KERNELS = ('auto', 'plain', 'blocks', 'splash', 'triton', 'cudnn')
+KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
@@ -60,22 +60,33 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
 def rows_attention(kernel: str, segments_BT: jax.Array, dtype, width: int) -> Callable[..., jax.Array]:
   """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH over whole rows, where a document's tokens stand in order.
 
-  kernel: one of KERNELS; `auto` takes splash on TPU and Triton or else cuDNN on GPU where they can do this head width,
-  length and type, blocks on a CPU where no mesh axis splits the length, and the plain form elsewhere. What depends on
-  the segments alone is made here, once for all layers.
+  kernel: one of KERNELS; `auto` takes splash on TPU, on GPU the Hopper kernels, Triton or cuDNN, the first that can do
+  this card, head width, length and type, blocks on a CPU where no mesh axis splits the length, and the plain form
+  elsewhere. What depends on the segments alone is made here, once for all layers.
   """
-  length, whole = segments_BT.shape[1], shards('length') == 1
   if kernel == 'auto':
-    half = dtype == jnp.bfloat16
-    able = {
-      'tpu': {'splash': width % 128 == 0 and length % (128 * shards('length')) == 0},
-      'gpu': {'triton': half and whole and attention_kernel_gpu.fits(length, width),
-              'cudnn': half and width % 8 == 0 and width <= 256 and length % 2 == 0},
-      'cpu': {'blocks': whole},
-    }.get(platform(), {})
-    kernel = next((name for name, can in able.items() if can), 'plain')
-  forms = {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'triton': _triton, 'cudnn': _cudnn}
+    kernel = next(_able(segments_BT.shape[1], width, dtype))
+  forms = {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'hopper': _hopper, 'triton': _triton, 'cudnn': _cudnn}
   return forms[kernel](segments_BT)
+
+
+def _able(length: int, width: int, dtype) -> Iterator[str]:
+  """Forms that can do this here, the fastest first."""
+  whole, half = shards('length') == 1, dtype == jnp.bfloat16
+  on = platform()
+  if on == 'tpu' and width % 128 == 0 and length % (128 * shards('length')) == 0:
+    yield 'splash'
+  if on == 'cpu' and whole:
+    yield 'blocks'
+  if on == 'gpu' and half and whole:
+    from model import attention_kernel_hopper  # takes a second to import
+    if attention_kernel_hopper.fits(length, width, device_kind()):
+      yield 'hopper'
+    if attention_kernel_gpu.fits(length, width):
+      yield 'triton'
+  if on == 'gpu' and half and width % 8 == 0 and width <= 256 and length % 2 == 0:
+    yield 'cudnn'
+  yield 'plain'
 
 
 def _plain(segments_BT):
@@ -117,12 +128,21 @@ def _cudnn(segments_BT):
     q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation='cudnn')
 
 
+def _hopper(segments_BT):
+  from model import attention_kernel_hopper
+  return _by_documents(attention_kernel_hopper.attention, segments_BT)
+
+
 def _triton(segments_BT):
-  """Triton kernels (interpreted elsewhere) that skip other documents; each device has its own rows and heads."""
+  return _by_documents(attention_kernel_gpu.attention, segments_BT)
+
+
+def _by_documents(kernel, segments_BT):
+  """A kernel that skips other documents; each device has its own rows and heads."""
   ends = attention_kernel_gpu.documents(segments_BT)
 
   def run(q_BTNH, k_BTKH, v_BTKH):
-    rows = attention_kernel_gpu.attention
+    rows = kernel
     if not jax.sharding.get_abstract_mesh().empty:  # XLA can't split a kernel by itself
       heads, tokens = spec('batch', None, 'act_heads', None), spec('batch', None)
       rows = jax.shard_map(rows, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False)
@@ -158,8 +178,7 @@ def _splash_kernel(heads: int, length: int):
   """The kernel for the heads of one row. How its blocks (in tokens) were chosen: docs/plans.md."""
   queries = length // shards('length')
   fits = lambda *sizes: next(size for size in (*sizes, 128) if not queries % size)
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  forward = fits(1024, 512, 256) if device and 'v6' in device.device_kind else fits(512, 256)
+  forward = fits(1024, 512, 256) if 'v6' in device_kind() else fits(512, 256)
   backward = fits(1024, 512, 256)
   sizes = splash.BlockSizes(
     block_q=forward, block_kv=forward, block_kv_compute=min(forward, 512), block_q_dkv=backward,

@@ -107,6 +107,12 @@ def platform() -> str:
   return device.platform if device else jax.default_backend()
 
 
+def device_kind() -> str:
+  """The name of what `platform` speaks of, as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def shards(axis: str) -> int:
   """Into how many parts the mesh in force cuts a dimension with this logical name."""
   sizes, dim = dict(jax.sharding.get_abstract_mesh().shape), RULES[axis]

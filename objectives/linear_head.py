@@ -20,7 +20,8 @@ from objectives.reward_shaping import RewardShaping, check_number, check_shapes,
 
 # Logits of a default chunk: 8 MiB in float32 on a CPU, which its caches hold; 512 MiB on an accelerator. But 192 or
 # 1024 tokens at least: with fewer, adding to the head's gradient in memory takes longer than the product that is added
-# (TPU v5e: below 960; H100, benchmarks/objective.py: 192 take twice the time of 1024).
+# (TPU v5e: below 960; H100, benchmarks/objective.py: 192 take twice the time of 1024). On an accelerator a 32nd of all
+# tokens if that is more: a chunk then takes a 32nd of all logits' memory, and the fewer there are the fewer additions.
 DEFAULT_CHUNK_LOGITS = {'cpu': 2**21, 'accelerator': 2**27}
 LEAST_CHUNK_TOKENS = {'cpu': 192, 'accelerator': 1024}
 
@@ -47,7 +48,7 @@ def shaped_linear_loss(
     temperature: logits are divided by it, after the cap.
     compute_dtype: of the matrix products, which accumulate in float32; None: hidden's. All else is float32.
     chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 8 MiB on a CPU, or
-      what 192 tokens take if that is more; 512 MiB or 1024 tokens elsewhere.
+      what 192 tokens take if that is more; elsewhere 512 MiB, 1024 tokens or a 32nd of all.
     layout: a Layout, how the arrays lie on the mesh in force; None: on one device.
 
   Returns:
@@ -228,7 +229,7 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   """lax.scan of `body` over the chunks of arrays [..., *]; outputs come back in the arrays' shape."""
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)
-  most = options.chunk_tokens or default_chunk(head_DV.shape[1])
+  most = options.chunk_tokens or default_chunk(tokens, head_DV.shape[1])
   chunks = max(1, -(-tokens // most))
   size = -(-tokens // chunks)  # even parts: what fills up the last one is computed too
   size = min(size + -size % 64, most)
@@ -245,9 +246,10 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   return carry, jax.tree.map(join, outputs)
 
 
-def default_chunk(vocab, kind=None):
-  """Tokens of a chunk for this device's part of the vocabulary; kind is cpu or accelerator, None: what runs here."""
+def default_chunk(tokens, vocab, kind=None):
+  """Tokens of a chunk, of a device's tokens and for its part of the vocabulary; kind is cpu or accelerator, None: what
+  runs here."""
   device = jax.sharding.get_abstract_mesh().abstract_device  # of the mesh in force, which may be of absent devices
   kind = kind or ('cpu' if (device.platform if device else jax.default_backend()) == 'cpu' else 'accelerator')
-  most = DEFAULT_CHUNK_LOGITS[kind] // vocab
+  most = max(DEFAULT_CHUNK_LOGITS[kind] // vocab, tokens // 32 if kind == 'accelerator' else 0)
   return max(LEAST_CHUNK_TOKENS[kind], most - most % 64 if most > 64 else most)

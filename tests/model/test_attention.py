@@ -9,6 +9,7 @@ import pytest
 
 import model
 from model.attention import rows_attention
+from model.transformer import saves
 
 B, T, N, K, H = 2, 256, 4, 2, 128
 
@@ -87,3 +88,39 @@ def test_cudnn_equals_plain(inputs):
   for a, b in zip(want, got, strict=True):
     a, b = np.asarray(a), np.asarray(b, np.float32)
     assert np.max(np.abs(a - b)) < 0.02 * np.max(np.abs(a))  # bfloat16 has 8 bits
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason='the Hopper kernels need a newer JAX')
+@pytest.mark.parametrize('width', [64, 128])
+def test_hopper_kernels_are_lowered_for_an_h100(width):
+  """They run on such a card only (below); here they must go through JAX's lowering, in a scan, with remat."""
+  card = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
+  shape = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, width), jnp.bfloat16)
+
+  def total(q, k, v, segments_BT):
+    run = rows_attention('auto', segments_BT, q.dtype, width)
+    layer = jax.checkpoint(lambda q, _: (run(q, k, v), None), policy=saves(('attention',)))
+    return jnp.sum(jax.lax.scan(layer, q, jnp.arange(2))[0].astype(jnp.float32))
+
+  mesh = jax.sharding.AbstractMesh(
+    (1,) * 5, model.sharding.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5, abstract_device=card)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(
+      shape(4), shape(2), shape(2), jax.ShapeDtypeStruct((2, 256), jnp.int32))
+    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('attention_backward') and 'mosaic_gpu' in text
+
+
+@pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a Hopper GPU')
+@pytest.mark.parametrize('heads', [(4, 2, 128), (2, 2, 64)])
+def test_hopper_equals_plain(heads):
+  rng = np.random.default_rng(1)
+  n, k, width = heads
+  length, ends = 512, [[128, 256, 512], [1, 2, 3, 63, 64, 65, 200, 201, 383, 384, 511, 512], [7, 130, 131, 400, 512]]
+  segments_BT = jnp.asarray([np.searchsorted(e, np.arange(length), 'right') + 1 for e in ends], jnp.int32)
+  inputs = [jnp.asarray(rng.normal(size=(3, length, h, width)), jnp.bfloat16) for h in (n, k, k, n)]
+  want = output_and_gradients('plain', *(x.astype(jnp.float32) for x in inputs), segments_BT)
+  got = output_and_gradients('hopper', *inputs, segments_BT)
+  for a, b in zip(want, got, strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(a)  # bfloat16 has 8 bits
