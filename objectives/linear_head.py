@@ -45,7 +45,8 @@ def shaped_linear_loss(
     soft_cap: logits become soft_cap * tanh(logits / soft_cap), if given.
     z_loss: adds z_loss * logsumexp(logits)^2 to every loss.
     temperature: logits are divided by it, after the cap.
-    compute_dtype: of the matrix products, which accumulate in float32; None: hidden's. All else is float32.
+    compute_dtype: of the matrix products, which accumulate in float32, and of what devices send each other of the head
+      and its gradient; None: hidden's. All else is float32.
     chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 8 MiB on a CPU, or
       what 192 tokens take if that is more; 512 MiB or 1024 tokens elsewhere.
     layout: a Layout, how the arrays lie on the mesh in force; None: on one device.
