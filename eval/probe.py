@@ -156,7 +156,7 @@ def leaders(hidden: jax.Array, head: jax.Array, layout: head_layout.Layout | Non
     temperature=1.0, compute_dtype=hidden.dtype, layout=layout)
 
   def local(hidden, head):
-    head_DV = head_layout.gather_width(layout, head.astype(options.compute_dtype))
+    head_DV = head_layout.gather_head(layout, head.astype(options.compute_dtype))
     tokens = math.prod(hidden.shape[:-1])
     size = min(CHUNK_TOKENS, tokens)
     hidden_ND = jnp.pad(hidden.reshape(tokens, -1), ((0, -tokens % size), (0, 0)))

@@ -56,10 +56,12 @@ def main() -> None:
   parser.add_argument('--usd_per_chip_hour', type=float, default=0.0, help='to say what the stage costs')
   parser.add_argument('--json', action='store_true', help='print the plan as JSON, nothing else')
   parser.add_argument('--search', action='store_true', help='try meshes, microbatches and remat policies; rank them')
+  parser.add_argument('--no_bundles', action='store_true', help="compile in a third of the time, as training does; "
+                      "memory and collectives are the same, but times are XLA's guesses, without kernels")
   parser.add_argument('--tries', type=int, default=12, help='how many settings --search compiles at most')
   config, args = load.from_command_line(parser)
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
-  _before_jax(folder)
+  _before_jax(folder, not args.no_bundles)
 
   from launch import chips  # JAX starts from here on
   topology = chips.Topology(args.topology, args.slices)
@@ -83,8 +85,9 @@ def main() -> None:
     sys.exit(1)
 
 
-def _before_jax(folder: pathlib.Path) -> None:
-  """Tells libtpu to write its bundles, and JAX to look for no accelerator on this machine."""
+def _before_jax(folder: pathlib.Path, write_bundles: bool) -> None:
+  """Tells JAX to look for no accelerator on this machine, and libtpu to write its bundles: it then checks each as it
+  packs it, which takes twice as long as all the rest of a compile."""
   from launch import bundles
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -94,8 +97,9 @@ def _before_jax(folder: pathlib.Path) -> None:
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')
   os.environ.setdefault('TPU_MIN_LOG_LEVEL', '3')
-  flags = bundles.FLAGS.format(folder=folder)
-  os.environ['LIBTPU_INIT_ARGS'] = f'{os.environ.get("LIBTPU_INIT_ARGS", "")} {flags}'.strip()
+  if write_bundles:
+    flags = bundles.FLAGS.format(folder=folder)
+    os.environ['LIBTPU_INIT_ARGS'] = f'{os.environ.get("LIBTPU_INIT_ARGS", "")} {flags}'.strip()
 
 
 def _run(config):

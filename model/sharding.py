@@ -31,6 +31,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'bias': None,
   # activations
   'batch': ('data', 'fsdp', 'expert'),
+  'lookup': ('data', 'expert'),  # the batch while `embed` splits D
   'length': 'context',
   'act_embed': None,
   'act_heads': 'tensor',

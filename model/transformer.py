@@ -100,7 +100,11 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None, choices_LBTk):
     c = self.c
-    x_BTD = constrain(lookup(self.embed_VD[...], tokens_BT, c.dtype), 'batch', 'length', 'act_embed')
+    # Each device looks its part of D up for the tokens of all who share its table, and then they trade. Left alone XLA
+    # may gather the whole table, which is more to send, and again for its gradient.
+    tokens_BT = constrain(tokens_BT, 'lookup', 'length')
+    x_BTD = constrain(lookup(self.embed_VD[...], tokens_BT, c.dtype), 'lookup', 'length', 'embed')
+    x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     if cache is not None:
       return self.cached(x_BTD, positions_BT, segments_BT, cache, choices_LBTk)
     attend = rows_attention(c.attention, segments_BT, c.dtype, c.head_dim)

@@ -46,7 +46,8 @@ def shaped_linear_loss(
     soft_cap: logits become soft_cap * tanh(logits / soft_cap), if given.
     z_loss: adds z_loss * logsumexp(logits)^2 to every loss.
     temperature: logits are divided by it, after the cap.
-    compute_dtype: of the matrix products, which accumulate in float32; None: hidden's. All else is float32.
+    compute_dtype: of the matrix products, which accumulate in float32, and of what devices send each other of the head
+      and its gradient; None: hidden's. All else is float32.
     chunk_tokens: tokens a device works on at a time; None: so that their float32 logits take 8 MiB on a CPU, or
       what 192 tokens take if that is more; elsewhere 512 MiB, 1024 tokens or a 32nd of all.
     layout: a Layout, how the arrays lie on the mesh in force; None: on one device.
@@ -111,8 +112,11 @@ def _prepare(
   check_number('z_loss', z_loss)
   if layout is not None:
     mesh.check(layout, hidden, head)
+  with_top_k = stats == 'full' or not (is_zero(shaping.lambda_head) and is_zero(shaping.lambda_tail))
+  if layout is not None and not with_top_k:  # the kernel that finds a top k needs all of a token's logits
+    layout = mesh.share(layout, targets.size, head.shape[1])
   options = tile.Options(
-    with_top_k=stats == 'full' or not (is_zero(shaping.lambda_head) and is_zero(shaping.lambda_tail)),
+    with_top_k=with_top_k,
     with_smoothing=not is_zero(shaping.smoothing),
     vocab_size=head.shape[1],
     chunk_tokens=chunk_tokens,
@@ -170,7 +174,7 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
   """loss, stats, and (dhidden, dhead) if they are to be formed, else the Coefficients to form them from."""
 
   def local(hidden, head, targets, weights, shaping):
-    head_DV = mesh.gather_width(options.layout, head.astype(options.compute_dtype))
+    head_DV = mesh.gather_head(options.layout, head.astype(options.compute_dtype))
 
     def body(dhead, chunk):
       h_CD, x_C, weight_C = chunk
@@ -178,15 +182,15 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
       z_CV = tile.logits(options, h_CD, head_DV)
       loss_C, stats, coefficients = tile.score(options, z_CV, x_C, weight_C, shaping)
       if not form_gradients:
-        return dhead, (loss_C, stats, coefficients)
+        return dhead, (loss_C, stats, coefficients), None
       dz_CV = tile.logit_gradient(options, z_CV, x_C, coefficients)
       dh_CD, dhead = tile.products(options, h_CD, head_DV, dz_CV, dhead)
-      return dhead, (loss_C, stats, dh_CD)
+      return dhead, (loss_C, stats, None), dh_CD.astype(hidden.dtype)
 
     dhead = jnp.zeros(head_DV.shape, jnp.float32) if form_gradients else None
-    dhead, (loss, stats, saved) = _over_chunks(options, body, dhead, head_DV, (hidden, targets, weights))
+    dhead, (loss, stats, saved), dhidden = _over_chunks(options, body, dhead, head_DV, (hidden, targets, weights))
     if form_gradients:
-      saved = _gradients(options, saved, dhead, hidden, head)
+      saved = _gradients(options, dhidden, dhead, head)
     return loss, stats, saved
 
   kinds = ('hidden', 'head', 'tokens', 'tokens', None)
@@ -199,7 +203,7 @@ def _backward(options, hidden, head, targets, weights, coefficients, cotangent):
   """(dhidden, dhead) given each loss's cotangent [...], from logits computed anew."""
 
   def local(hidden, head, targets, weights, coefficients, cotangent):
-    head_DV = mesh.gather_width(options.layout, head.astype(options.compute_dtype))
+    head_DV = mesh.gather_head(options.layout, head.astype(options.compute_dtype))
 
     def body(dhead, chunk):
       h_CD, x_C, weight_C, coefficients, cotangent_C = chunk
@@ -208,28 +212,39 @@ def _backward(options, hidden, head, targets, weights, coefficients, cotangent):
       coefficients = coefficients.times(jnp.where(live_C, cotangent_C, 0))
       dz_CV = tile.logit_gradient(options, tile.logits(options, h_CD, head_DV), x_C, coefficients)
       dh_CD, dhead = tile.products(options, h_CD, head_DV, dz_CV, dhead)
-      return dhead, dh_CD
+      return dhead, None, dh_CD.astype(hidden.dtype)
 
     arrays = (hidden, targets, weights, coefficients, cotangent)
-    dhead, dhidden = _over_chunks(options, body, jnp.zeros(head_DV.shape, jnp.float32), head_DV, arrays)
-    return _gradients(options, dhidden, dhead, hidden, head)
+    dhead, _, dhidden = _over_chunks(options, body, jnp.zeros(head_DV.shape, jnp.float32), head_DV, arrays)
+    return _gradients(options, dhidden, dhead, head)
 
   kinds = ('hidden', 'head', 'tokens', 'tokens', 'tokens', 'tokens')
   run = mesh.on_mesh(options.layout, local, kinds, ('hidden', 'head'))
   return run(hidden, head, targets, weights, coefficients, cotangent)
 
 
-def _gradients(options, dhidden, dhead, hidden, head):
-  """Adds up what the devices hold of the two gradients, once, after the loop; until then they are float32."""
-  dhidden = mesh.sum_over_vocab(options.layout, dhidden).astype(hidden.dtype)
-  return dhidden, mesh.scatter_width(options.layout, dhead).astype(head.dtype)
+def _gradients(options, dhidden, dhead, head):
+  """Adds up what the devices hold of the two gradients, once, after the loop.
+
+  A device's own sum over its tokens is float32. It is rounded to the compute type before it is sent, as the layers'
+  gradients are, which are products in that type.
+  """
+  dhidden = mesh.sum_hidden(options.layout, dhidden)
+  if options.layout is not None:
+    dhead = mesh.reduce_head(options.layout, dhead.astype(options.compute_dtype))
+  return dhidden, dhead.astype(head.dtype)
 
 
 def _over_chunks(options, body, carry, head_DV, arrays):
-  """lax.scan of `body` over the chunks of arrays [..., *]; outputs come back in the arrays' shape."""
+  """lax.scan of `body` over the chunks of arrays [..., *]; outputs come back in the arrays' shape.
+
+  body(carry, chunk) -> (carry, what all who share a vocabulary know of the chunk's tokens, what is to be summed over
+  them); a chunk has the tokens of all of them.
+  """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)
-  most = options.chunk_tokens or default_chunk(tokens, head_DV.shape[1])
+  sharing = options.layout.neighbours if options.layout else 1
+  most = max(1, (options.chunk_tokens or default_chunk(tokens * sharing, head_DV.shape[1])) // sharing)
   chunks = max(1, -(-tokens // most))
   size = -(-tokens // chunks)  # even parts: what fills up the last one is computed too
   size = min(size + -size % 64, most)
@@ -242,8 +257,13 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   def join(array):
     return array.reshape(chunks * size, *array.shape[2:])[:tokens].reshape(*shape, *array.shape[2:])
 
-  carry, outputs = lax.scan(body, carry, jax.tree.map(split, arrays))
-  return carry, jax.tree.map(join, outputs)
+  def step(carry, chunk):
+    each = lambda function, tree: jax.tree.map(functools.partial(function, options.layout), tree)
+    carry, known, parts = body(carry, each(mesh.gather_tokens, chunk))
+    return carry, (each(mesh.own_tokens, known), each(mesh.sum_own_tokens, parts))
+
+  carry, outputs = lax.scan(step, carry, jax.tree.map(split, arrays))
+  return carry, *jax.tree.map(join, outputs)
 
 
 def default_chunk(tokens, vocab, kind=None):

@@ -79,14 +79,20 @@ def test_advice_when_it_does_not_fit():
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu, which the extra `tpu` brings')
 def test_the_command_compiles_for_a_pod_that_is_not_here():
-  done = subprocess.run(
-    [sys.executable, '-m', 'launch.plan', '--config=configs/smoke.py', '--topology=v5e-4', '--json'],
-    capture_output=True, text=True, env={**os.environ, 'XLA_FLAGS': ''})
-  assert done.returncode == 0, done.stderr
-  made = json.loads(done.stdout)['plans'][0]
+  def compiled(*more):
+    done = subprocess.run(
+      [sys.executable, '-m', 'launch.plan', '--config=configs/smoke.py', '--topology=v5e-4', '--json', *more],
+      capture_output=True, text=True, env={**os.environ, 'XLA_FLAGS': ''})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)['plans'][0]
+
+  made = compiled()
   assert made['fits'] and made['chips'] == 4 and made['mesh'] == {'fsdp': 4}
   low, high = made['prediction']['step_s']
   assert 0 < low <= high < 1
+  quick = compiled('--no_bundles')  # the same program: its bundles are only not written
+  assert quick['temp_bytes'] == made['temp_bytes'] and quick['peak_bytes'] == made['peak_bytes']
+  assert quick['prediction']['collective_bytes'] == made['prediction']['collective_bytes']
 
 
 def test_bfloat16_moments_take_a_quarter_off_the_optimizer():

@@ -1,6 +1,7 @@
 """Truths of the forward function: packed = separate, cached = full, scan = loop, remat = plain, sharded = single."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,22 @@ def test_sharded_equals_single(params, shape):
     batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
     got = value_and_grad(CONFIG, placed, *batch)
   same(got, want)
+
+
+def test_no_device_receives_the_whole_table(params):
+  """Tokens are looked up in the part of D that a device has; what is sent is hidden states, and the table's gradient
+  only where the table is on several devices."""
+  mesh = model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
+  batch = [jnp.concatenate([x] * 8) for x in row(9, 6)]
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, model.shardings(mesh, model.abstract(CONFIG)[2]))
+    batch = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
+    summed = lambda params: jnp.sum(forward(CONFIG, params, *batch)[0] ** 2)
+    hlo = jax.jit(jax.grad(summed)).lower(placed).compile().as_text()
+  sent = re.findall(r'= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)[-\w]*\(', hlo)
+  assert sent and any('all-to-all' in line for line in hlo.splitlines())
+  whole = f'[{CONFIG.vocab_size},{CONFIG.d_model}]'
+  assert not [kinds for kinds in sent if whole in kinds]
 
 
 def test_parameters_are_born_sharded_and_the_same_on_any_mesh(params):

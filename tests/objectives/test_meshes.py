@@ -1,4 +1,4 @@
-"""Eight devices in five meshes give what one device gives, and no collective carries logits."""
+"""Eight devices in several meshes give what one device gives, and no collective carries logits."""
 
 import re
 
@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 from objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total
+from objectives.layout import share
 
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 MESHES = [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 1, 1, 8), (2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]
@@ -22,20 +23,20 @@ X = jnp.asarray(RNG.integers(0, 96, (8, 6)))
 WEIGHTS = jnp.asarray(RNG.integers(0, 3, (8, 6)), jnp.float32)
 
 
-def total(h, w, layout, **options):
+def total(h, w, layout, shaping=SHAPING, stats='full'):
   t, loss, stats = shaped_linear_total(
-    h, w, X, SHAPING, weights=WEIGHTS, chunk_tokens=5, stats='full', z_loss=0.01, layout=layout, **options)
+    h, w, X, shaping, weights=WEIGHTS, chunk_tokens=5, stats=stats, z_loss=0.01, layout=layout)
   return t, (loss, stats)
 
 
-def per_token(h, w, layout, **options):
+def per_token(h, w, layout, shaping=SHAPING, stats='full'):
   loss, stats = shaped_linear_loss(
-    h, w, X, SHAPING, weights=WEIGHTS, chunk_tokens=5, stats='full', z_loss=0.01, layout=layout, **options)
+    h, w, X, shaping, weights=WEIGHTS, chunk_tokens=5, stats=stats, z_loss=0.01, layout=layout)
   return loss.sum(), (loss, stats)
 
 
-def run(function, layout):
-  f = jax.jit(jax.value_and_grad(lambda h, w: function(h, w, layout), (0, 1), has_aux=True))
+def run(function, layout, **options):
+  f = jax.jit(jax.value_and_grad(lambda h, w: function(h, w, layout, **options), (0, 1), has_aux=True))
   if layout is None:
     return f(H, HEAD), None
   place = lambda a, kind: jax.device_put(a, NamedSharding(jax.sharding.get_mesh(), layout.spec(kind)))
@@ -66,6 +67,48 @@ def test_five_meshes(shape, function):
       is_weight = len(dims) == 2 and dims[-1] == vocab // shape[4] and HEAD.shape[0] % dims[0] == 0
       assert is_weight or vocab // shape[4] not in dims, (op, dims)
       assert np.prod(dims) <= max(HEAD.size, H.size, tokens * SHAPING.top_k * shape[4]), (op, dims)
+
+
+@pytest.mark.parametrize('function', [total, per_token])
+@pytest.mark.parametrize(
+  'shape, neighbours', [((1, 8, 1, 1, 1), 4), ((2, 4, 1, 1, 1), 4), ((1, 2, 1, 2, 2), 2), ((2, 2, 1, 1, 2), 2)],
+  ids=str)
+def test_neighbours_that_share_the_vocabulary(shape, neighbours, function):
+  """Without a top k a few devices have a part of the head each, and nothing is different but what is sent."""
+  options = {'shaping': RewardShaping(beta=-0.25), 'stats': 'basic'}
+  wanted, _ = run(function, None, **options)
+  with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5)):
+    assert share(LAYOUT, X.size, HEAD.shape[1]).neighbours == neighbours
+    got, hlo = run(function, LAYOUT, **options)
+  compare(got, wanted)
+  np.testing.assert_array_equal(got[0][1][1].target_rank, wanted[0][1][1].target_rank)
+  rows, whole = HEAD.shape[0], HEAD.shape[1] // shape[4]
+  reduced = re.findall(r'= (.*?) (?:all-reduce|reduce-scatter|all-gather)[-\w]*\(', hlo)
+  sent = [tuple(map(int, dims.split(','))) for op in reduced for dims in re.findall(r'\w+\[(\d+,\d+)\]', op)]
+  assert any(dims[1] == whole // neighbours for dims in sent)
+  assert not [dims for dims in sent if dims[1] == whole and dims[0] > rows // shape[1]]  # but what a device keeps
+
+
+def test_as_many_share_as_send_the_least():
+  """sqrt(V / T), T tokens a device, or what near it divides the axis and the vocabulary."""
+  with jax.set_mesh(jax.make_mesh((1, 8, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
+    assert [share(LAYOUT, 8 * t, 1600).neighbours for t in (1600, 400, 100, 25, 1)] == [1, 2, 4, 8, 8]
+    assert [share(LAYOUT, 8, vocab).neighbours for vocab in (1602, 1601)] == [2, 1]
+  with jax.set_mesh(jax.make_mesh((8, 1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
+    assert share(LAYOUT, 8, 1600) == LAYOUT  # data may lie across slices
+
+
+def test_gradients_are_rounded_once_before_they_are_sent():
+  """In bfloat16 the sharded gradients are those of one device but for a rounding of each device's part."""
+  h, w, options = H.astype(jnp.bfloat16), HEAD, {'shaping': RewardShaping(beta=-0.25), 'stats': 'basic'}
+  gradients = lambda layout: jax.jit(jax.grad(lambda h, w: total(h, w, layout, **options)[0], (0, 1)))(h, w)
+  wanted = gradients(None)
+  with jax.set_mesh(jax.make_mesh((2, 4, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
+    got = gradients(LAYOUT)
+  for a, b in zip(got, wanted):
+    assert a.dtype == b.dtype
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    assert np.abs(a - b).max() < 8 * 2**-8 * np.abs(b).max()
 
 
 def test_width_split_where_tokens_are_not():
