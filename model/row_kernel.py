@@ -22,10 +22,10 @@ def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
   """[G, D]: out_g = Σ y_p over the rows with to_p = g; rows that go nowhere (to_p >= G) may hold anything."""
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)
-  # A row that goes nowhere is replaced by one that goes somewhere, as 0 times what it holds may not be 0.
   pad = (0, tiles * TILE - len(to_P))
-  order_P = jnp.pad(jnp.where(to_P < sums, order_P, order_P[0]), pad)
-  to_P = jnp.pad(to_P, pad, constant_values=sums)
+  to_P, order_P = jnp.pad(to_P, pad, constant_values=sums), jnp.pad(order_P, pad)
+  # A row that goes nowhere is replaced by one that goes somewhere, as 0 times what it holds may not be 0.
+  order_P = jnp.where(to_P < sums, order_P, order_P[0])
   sorted_PD = y_PD.at[order_P].get(mode='clip')
   end_B = jnp.sum(to_P < jnp.minimum(jnp.arange(1, blocks + 1) * BLOCK, sums)[:, None], 1, dtype=jnp.int32)
   start_B = jnp.pad(end_B[:-1], (1, 0))

@@ -261,6 +261,7 @@ def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatc
   rng = np.random.default_rng(rows)
   to_P = rng.integers(0, sums + sums // 4, rows).astype(np.int32)
   to_P[: rows // 3] = sums // 2
+  to_P[0] = sums
   y_PD = rng.normal(size=(rows, width)).astype(np.float32)
   want = np.zeros((sums, width), np.float32)
   np.add.at(want, to_P[to_P < sums], y_PD[to_P < sums])
