@@ -17,6 +17,7 @@ BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'copy-start', 'copy-done', 'async-start', 'async-update', 'async-done', 'partition-id', 'replica-id',
         'optimization-barrier'}
+RARE = re.compile(r'op_name="[^"]*\boverflow/while')  # a loop that has turns only for what doesn't fit at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Program:
     return found
 
   def trip_count(self, loop: Instruction) -> int:
-    """How often a while runs: XLA's own figure, or N of a condition `i < N` from zero; 1 where neither is stated."""
+    """How often a while runs: XLA's own figure, or N of a condition `i < N` from zero; else 1, or 0 if it is RARE."""
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:
       return int(known)
@@ -139,7 +140,7 @@ class Program:
     compare = next((i for i in self._inside(condition) if i.opcode == 'compare'), None)
     limits = [int(i.attribute(r'constant\((\d+)\)') or 0) for i in condition.values() if i.opcode == 'constant']
     if compare is None or not limits:
-      return 1
+      return 0 if RARE.search(loop.text) else 1
     return max(1, max(limits) + (compare.attribute(r'direction=(\w+)') == 'LE'))
 
   def _inside(self, computation):
@@ -187,7 +188,7 @@ class Program:
       return 0.0
     sizes = lambda arrays: sum(a.bytes for a in arrays if not a.on_chip)
     operands = [home[name] for name in one.operands if name in home]
-    if one.opcode == 'dynamic-slice':
+    if one.opcode in ('dynamic-slice', 'custom-call-done'):  # the latter: rows that a SparseCore gathered
       return 2 * sizes(one.arrays)
     if one.opcode == 'dynamic-update-slice':
       return 2 * sizes(operands[1].arrays)

@@ -24,6 +24,7 @@ from launch.chips import Topology
 PARTS = (
   ('attention', r'splash|model/attention\.py|Attention\.__call__'),
   ('expert weights', r'moe\.py:_whole'),  # gathered for a layer, and their gradients reduced
+  ('dispatch', r'sum_rows|model/row_kernel\.py'),
   ('experts', r'pallas_call.*model/moe\.py|model/expert_kernel\.py|moe\.py:_(tiles|ragged|hidden)'),
   ('dispatch', r'model/moe\.py:_(local|experts|collect|return|gather|make_plan|take|sum)'),  # tokens to experts, back
   ('router', r'model/moe\.py'),
@@ -67,7 +68,8 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
   unread = set()
   for run in runs:
     one = run.instruction
-    asynchronous = one.opcode.endswith(('-start', '-done', '-update'))
+    # What a SparseCore gathers is asynchronous, too, but counted whole: the rest of a layer waits for it.
+    asynchronous = one.opcode.endswith(('-start', '-done', '-update')) and one.opcode != 'custom-call-done'
     if one.opcode in hlo.FREE or asynchronous or program.is_transfer(run):
       continue
     product = program.flops(run)

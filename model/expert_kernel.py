@@ -2,12 +2,11 @@
 
 A tile's rows are all one expert's, so nothing is masked, and the hidden values never leave the chip's vector memory.
 An expert's weights stay there from one of its tiles to the next, and so do the float32 sums of their gradient, which
-leave rounded, after its last tile. The backward kernel computes gate and up again.
+leave rounded, after its last tile. The backward kernel computes gate and up again. On a chip of two cores each takes
+half of the tiles that are used.
 
-# C tiles  R rows  D width  F hidden  e experts
+# C tiles  R rows  D width  F hidden  e experts  H cores
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.sharding import platform
+from model.sharding import cores, platform
 
 VMEM_BYTES = 48 * 2**20  # of 128 MiB on v5e and v6e, 64 on v5p; the default is 16
 
@@ -34,24 +33,25 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
                *weights)[0]
 
 
-def _forward(expert_C, used, x_ref, weight_ref, gate_ref, up_ref, down_ref, out_ref):
-  @pl.when(pl.program_id(0) < used[0])
+def _forward(expert_C, work, x_ref, weight_ref, gate_ref, up_ref, down_ref, out_ref):
+  @pl.when(_works(work))
   def _():
     gate_RF, up_RF = _dot(x_ref[0], gate_ref[0]), _dot(x_ref[0], up_ref[0])
     hidden_RF = gate_RF * jax.nn.sigmoid(gate_RF) * up_RF * weight_ref[0]
     out_ref[0] = _dot(hidden_RF.astype(x_ref.dtype), down_ref[0]).astype(out_ref.dtype)
 
 
-def _backward(expert_C, used, x_ref, weight_ref, dout_ref, gate_ref, up_ref, down_ref, dx_ref, dweight_ref, *grads):
+def _backward(expert_C, work, x_ref, weight_ref, dout_ref, gate_ref, up_ref, down_ref, dx_ref, dweight_ref, *grads):
   grads, sums = grads[:3], grads[3:]
-  tile, last = pl.program_id(0), pl.num_programs(0) - 1
+  step, last = pl.program_id(1), pl.num_programs(1) - 1
+  expert = lambda step: expert_C[_tile(pl.program_id(0), step, expert_C, work)]
 
-  @pl.when((tile == 0) | (expert_C[tile] != expert_C[jnp.maximum(tile - 1, 0)]))
+  @pl.when((step == 0) | (expert(step) != expert(jnp.maximum(step - 1, 0))))
   def _():
     for ref in sums:
       ref[...] = jnp.zeros_like(ref)
 
-  @pl.when(tile < used[0])
+  @pl.when(_works(work))
   def _():
     x_RD, dout_RD, weight_R1 = x_ref[0], dout_ref[0], weight_ref[0]
     gate_RF, up_RF = _dot(x_RD, gate_ref[0]), _dot(x_RD, up_ref[0])
@@ -67,7 +67,7 @@ def _backward(expert_C, used, x_ref, weight_ref, dout_ref, gate_ref, up_ref, dow
     for ref, a, b in zip(sums, (x_RD, x_RD, hidden_RF), (dgate_RF, dup_RF, dout_RD), strict=True):
       ref[...] += _dot(a, b, (0, 0))
 
-  @pl.when((tile == last) | (expert_C[tile] != expert_C[jnp.minimum(tile + 1, last)]))
+  @pl.when((step == last) | (expert(step) != expert(step + 1)))
   def _():
     for ref, total in zip(grads, sums, strict=True):
       ref[0] = total[...].astype(ref.dtype)
@@ -79,10 +79,31 @@ def _dot(a, b, contract=(1, 0)) -> jax.Array:
                          preferred_element_type=jnp.float32)
 
 
+def _grid(tiles: int) -> tuple[int, int]:
+  """(cores, most steps of one)."""
+  ways = min(cores(), tiles)
+  return ways, -(-tiles // ways)
+
+
+def _share(tiles: int, used):
+  """Tiles of a core: its part of those that are used."""
+  return jnp.maximum(-(-used // _grid(tiles)[0]), 1)
+
+
+def _tile(core, step, expert_C, work):
+  """The tile of a core's step; after its share it stays at the last. work: (tiles used, share)."""
+  return jnp.minimum(core * work[1] + jnp.minimum(step, work[1] - 1), expert_C.shape[0] - 1)
+
+
+def _works(work):
+  core, step = pl.program_id(0), pl.program_id(1)
+  return (step < work[1]) & (core * work[1] + step < work[0])
+
+
 def _blocks(x_CRD, weights):
   """How a grid step sees x, an array with one number a row, and each weight: its tile, or its tile's expert."""
-  by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda c, expert_C, used: (c, 0, 0))
-  of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda c, expert_C, used: (expert_C[c], 0, 0)) for w in weights]
+  by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda *at: (_tile(*at), 0, 0))
+  of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)], 0, 0)) for w in weights]
   return by_tile(x_CRD.shape[2]), by_tile(1), of_expert
 
 
@@ -91,23 +112,31 @@ def _call(body, expert_C, used, ins, outs, shapes, *args, scratch=()):
     body,
     out_shape=[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes],
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=2, grid=(len(expert_C),), in_specs=ins, out_specs=outs,
+      num_scalar_prefetch=2, grid=_grid(len(expert_C)), in_specs=ins, out_specs=outs,
       scratch_shapes=scratch),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=('arbitrary',), vmem_limit_bytes=VMEM_BYTES),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM_BYTES),
     interpret=platform() != 'tpu',
-  )(expert_C, used[None], *args)
+  )(expert_C, jnp.stack([used, _share(len(expert_C), used)]), *args)
 
 
 def _experts_backward(saved, dout_CRD):
   x_CRD, weight_CR, expert_C, used, *weights = saved
   tile, column, of_expert = _blocks(x_CRD, weights)
-  float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  ways, count = _grid(len(expert_C))[0], len(weights[0])
+  # Two cores may meet the same expert, where the one's tiles end and the other's start: core h has a place of its own
+  # for its sum by writing expert e's at e + h.
+  placed = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)] + at[0], 0, 0)) for w in weights]
+  shape = jax.ShapeDtypeStruct
   dx_CRD, dweight_CR1, *grads = _call(
-    _backward, expert_C, used, [tile, column, tile, *of_expert], [tile, column, *of_expert],
-    [x_CRD, float32((*weight_CR.shape, 1)), *weights],
+    _backward, expert_C, used, [tile, column, tile, *of_expert], [tile, column, *placed],
+    [x_CRD, shape((*weight_CR.shape, 1), jnp.float32),
+     *(shape((count + ways - 1, *w.shape[1:]), w.dtype) for w in weights)],
     x_CRD, weight_CR[..., None], dout_CRD, *weights, scratch=[pltpu.VMEM(w.shape[1:], jnp.float32) for w in weights])
-  met_e11 = jnp.any(expert_C == jnp.arange(len(weights[0]))[:, None], 1)[:, None, None]
-  return dx_CRD, dweight_CR1[..., 0], None, None, *(jnp.where(met_e11, grad, 0) for grad in grads)
+  core_C = jnp.arange(len(expert_C)) // _share(len(expert_C), used)
+  met_He = [jnp.any((expert_C == jnp.arange(count)[:, None]) & (core_C == h), 1) for h in range(ways)]
+  total = lambda grad: sum(jnp.where(met_e[:, None, None], grad[h : h + count], 0) for h, met_e in enumerate(met_He))
+  return dx_CRD, dweight_CR1[..., 0], None, None, *map(total, grads)
 
 
 experts.defvjp(lambda *args: (experts(*args), args), _experts_backward)

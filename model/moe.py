@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model import expert_kernel, expert_kernel_gpu
+from model import expert_kernel, expert_kernel_gpu, row_kernel
 from model.config import ModelConfig, MoeConfig
 from model.layers import FeedForward, weight
 from model.sharding import RULES, platform, shards, spec
@@ -246,17 +246,25 @@ def _piece(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) ->
     step = jnp.diff(plan.run_shift, prepend=0)
     place_CR += jnp.sum(jnp.where(place_CR[..., None] >= plan.run_start, step, 0), -1)
   pair_CR = jnp.where(real_CR, plan.order_p.at[place_CR].get(mode='clip'), len(weight_p))
-  x_CRD = _take(m.experts_per_token, x_GD, pair_CR, plan.row_p)
-  weight_CR = jnp.where(real_CR, _take(1, weight_p[:, None], pair_CR, plan.row_p)[..., 0], 0)
+  kernel = _kernel(m.kernel, gate_eDF)
+  add = row_kernel.add if kernel is expert_kernel.experts else _scatter
+  x_CRD = _take(m.experts_per_token, add, x_GD, pair_CR, plan.row_p)
+  weight_CR = jnp.where(real_CR, _take(1, _scatter, weight_p[:, None], pair_CR, plan.row_p)[..., 0], 0)
   used = jnp.minimum(plan.tile_end_e[-1] - i * size, size)
-  y_CRD = _kernel(m.kernel, gate_eDF)(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD)
-  return _sum(m.experts_per_token, y_CRD, pair_CR, plan.row_p, len(x_GD))
+  y_CRD = kernel(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD)
+  return _sum(m.experts_per_token, add, y_CRD, pair_CR, plan.row_p, len(x_GD))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_pieces(sizes, plan: _Plan, _, *args) -> jax.Array:
-  """All pieces that have tiles, one after the other. The backward pass does each again, as a loop can't save."""
-  return lax.fori_loop(0, plan.pieces, lambda i, y_GD: y_GD + _piece(sizes, plan, i, *args), jnp.zeros_like(args[0]))
+  """All pieces that have tiles, one after the other. The backward pass does each again, as a loop can't save.
+
+  The first, mostly the only one, is outside of the loop, which would add it to zeros. launch/hlo.py knows the loop by
+  its name.
+  """
+  y_GD = _piece(sizes, plan, 0, *args)
+  with jax.named_scope('overflow'):
+    return lax.fori_loop(1, plan.pieces, lambda i, y_GD: y_GD + _piece(sizes, plan, i, *args), y_GD)
 
 
 def _in_pieces_forward(sizes, plan, _, *args):
@@ -265,40 +273,46 @@ def _in_pieces_forward(sizes, plan, _, *args):
 
 def _in_pieces_backward(sizes, saved, dy_GD):
   plan, args = saved
-  add = lambda i, grads: jax.tree.map(
-    jnp.add, grads, jax.vjp(functools.partial(_piece, sizes, plan, i), *args)[1](dy_GD))
-  return None, None, *lax.fori_loop(0, plan.pieces, add, jax.tree.map(jnp.zeros_like, args))
+  gradients = lambda i: jax.vjp(functools.partial(_piece, sizes, plan, i), *args)[1](dy_GD)
+  first = gradients(0)
+  with jax.named_scope('overflow'):
+    return None, None, *lax.fori_loop(
+      1, plan.pieces, lambda i, grads: jax.tree.map(jnp.add, grads, gradients(i)), first)
 
 
 _in_pieces.defvjp(_in_pieces_forward, _in_pieces_backward)
 
 
 # Tokens to rows, and rows to tokens: each is the other's transpose. Where a device has all of a token's pairs (row_p),
-# both are gathers, as scattered sums are slow on a CPU and in no fixed order on a GPU.
+# both are gathers, as scattered sums are slow on a CPU and in no fixed order on a GPU. Elsewhere `add` sums rows.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take(k: int, x_GD, pair_CR, row_p) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
   """[C, R, D]: the token of each row; an empty row gets any token's."""
   return x_GD.at[pair_CR // k].get(mode='clip')
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _sum(k: int, y_CRD, pair_CR, row_p, tokens: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
+def _sum(k: int, add, y_CRD, pair_CR, row_p, tokens: int) -> jax.Array:
   """[G, D]: the sum of each token's rows; empty rows count for nothing."""
   y_PD = y_CRD.reshape(-1, y_CRD.shape[-1])
   if row_p is None:
-    return jnp.zeros((tokens, y_PD.shape[1]), y_PD.dtype).at[pair_CR.reshape(-1) // k].add(y_PD, mode='drop')
+    return add(y_PD, pair_CR.reshape(-1) // k, tokens)
   some = lambda row_G: y_PD.at[row_G].get(mode='fill', fill_value=0).astype(jnp.float32)
   return sum(map(some, row_p.reshape(-1, k).T)).astype(y_PD.dtype)
 
 
+def _scatter(y_PD, to_P, sums: int) -> jax.Array:
+  return jnp.zeros((sums, y_PD.shape[1]), y_PD.dtype).at[to_P].add(y_PD, mode='drop')
+
+
 _take.defvjp(
-  lambda k, x_GD, pair_CR, row_p: (_take(k, x_GD, pair_CR, row_p), (pair_CR, row_p, len(x_GD))),
-  lambda k, saved, dx_CRD: (_sum(k, dx_CRD, *saved), None, None))
+  lambda k, add, x_GD, pair_CR, row_p: (_take(k, add, x_GD, pair_CR, row_p), (pair_CR, row_p, len(x_GD))),
+  lambda k, add, saved, dx_CRD: (_sum(k, add, dx_CRD, *saved), None, None))
 _sum.defvjp(
-  lambda k, y_CRD, pair_CR, row_p, tokens: (_sum(k, y_CRD, pair_CR, row_p, tokens), (pair_CR, row_p)),
-  lambda k, tokens, saved, dy_GD: (_take(k, dy_GD, *saved), None, None))
+  lambda k, add, y_CRD, pair_CR, row_p, tokens: (_sum(k, add, y_CRD, pair_CR, row_p, tokens), (pair_CR, row_p)),
+  lambda k, add, tokens, saved, dy_GD: (_take(k, add, dy_GD, *saved), None, None))
 
 
 # Kernels: (x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> weight · down(silu(gate(x)) · up(x)),

@@ -114,6 +114,12 @@ def device_kind() -> str:
   return device.device_kind if device else jax.devices()[0].device_kind
 
 
+def cores() -> int:
+  """Cores of a chip of the mesh in force, over which a kernel's grid can be spread: two on v5p, else one."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device and device.num_cores) or 1
+
+
 def shards(axis: str) -> int:
   """Into how many parts the mesh in force cuts a dimension with this logical name."""
   sizes, dim = dict(jax.sharding.get_abstract_mesh().shape), RULES[axis]

@@ -9,8 +9,8 @@
         --config.train.init_from=gs://BUCKET/moe_10b_a0p5b/midtrain --workdir=gs://BUCKET/moe_10b_a0p5b/rl
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 16.8 of 102.8 GB a chip
-and 54 to 56 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
+has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 17.5 of 102.8 GB a chip
+and 38 to 40 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
 
 The paper, average of 19 benchmarks after pre-training: 44.89 (beta_low), 44.11 (ce), 44.52 (beta_high);
 after mid-training 51.13, 50.85, 50.60, tail 50.92, head 51.06; after RL, Avg@128 of six math sets: 16.18, 14.37, 14.49,

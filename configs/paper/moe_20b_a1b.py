@@ -10,7 +10,7 @@
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 23.2 of 102.8 GB a chip
-and 88 to 91 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
+and 60 to 62 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
 
 The paper, average of 19 benchmarks after pre-training: 50.27 (beta_low), 49.80 (ce), 49.99 (beta_high), 50.11
 (tail); after RL, Avg@128 of six math sets: 36.06, 34.79, 32.41, tail 36.02, head 34.13.

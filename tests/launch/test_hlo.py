@@ -27,6 +27,15 @@ def test_products_in_nested_scans_are_counted_as_often_as_they_run():
   assert flops(program) == 3 * 5 * 2 * 64 * 128 * 128
 
 
+def test_a_loop_whose_end_the_data_decide_counts_once_and_one_for_what_does_not_fit_not_at_all():
+  def some(x, n):
+    x = jax.lax.fori_loop(0, n, lambda i, x: x @ x, x)
+    with jax.named_scope('overflow'):
+      return jax.lax.fori_loop(1, n, lambda i, x: x @ x @ x, x)
+
+  assert flops(compiled(some, jnp.zeros((8, 8)), jnp.int32(2))) == 2 * 8**3
+
+
 @pytest.mark.parametrize('window, expected', [
   # lhs [1, 8, 4], kernel [3, 4, 16]: at the ends one of three positions lies in the padding.
   ('window={size=3 pad=1_1}', 2 * 4 * 16 * (8 * 3 - 2)),
@@ -174,6 +183,9 @@ ENTRY %main (a: bf16[16,256], w: bf16[32,32], i: s32[5]) -> bf16[16,256] {
   %e1 = bf16[64,256]{1,0} get-tuple-element(%f1), index=1
   %f2 = bf16[64,256]{1,0} fusion(%a, %e1), kind=kCustom, calls=%end, metadata={op_name="s/all_gather" stack_frame_id=2}
   %f3 = bf16[5,256]{1,0} fusion(%f2, %i), kind=kCustom, calls=%rows, metadata={op_name="s/gather" stack_frame_id=1}
+  %c1 = ((), s32[9]{0}) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="some"
+  %c2 = ((bf16[64,256]{1,0}, s32[5]{0}), bf16[5,256]{1,0}) custom-call-update(%c1, %f2, %i)
+  %c3 = bf16[5,256]{1,0} custom-call-done(%c2), metadata={op_name="s/gather" stack_frame_id=1}
   ROOT %f4 = bf16[16,256]{1,0} fusion(%f2), kind=kCustom, calls=%scattered
 }
 '''
@@ -197,6 +209,7 @@ def test_gathered_rows_and_where_they_were_written():
   by_name = {run.instruction.name: run for run in program.runs()}
   assert program.rows_moved(by_name['f3']) == {'gather': 5}
   assert program.hbm_bytes(by_name['f3']) == 2 * 5 * 256 * 2 + 5 * 4  # not all that they were taken from
+  assert program.hbm_bytes(by_name['c3']) == 2 * 5 * 256 * 2  # by a SparseCore
   assert program.source(by_name['f3']).split() == ['s/gather', '/here/train/step.py:step']
   # Without a note of its own an instruction is known by its operands'.
   assert program.source(by_name['f4']).split() == [

@@ -49,6 +49,7 @@ def test_links_of_a_group(name, group, links):
   ('attention', 'splash_mha_fwd.1 '),
   ('expert weights', 'jit(step)/all_gather /here/model/moe.py:_whole /here/model/moe.py:_local'),
   ('experts', 'jit(step)/shard_map/pallas_call /here/model/moe.py:_local'),
+  ('dispatch', 'sum_rows.5 jit(step)/sum_rows/pallas_call /here/model/moe.py:_local'),
   ('dispatch', 'jit(step)/gather /here/model/moe.py:_local /here/model/transformer.py:Block.__call__'),
   ('router', 'jit(step)/dot_general /here/model/moe.py:MixtureOfExperts.__call__ /model/transformer.py:Block.__call__'),
   ('optimizer', 'jit(step)/mul /there/optax/_src/update.py:apply_updates /here/train/step.py:make_step.<locals>.step'),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import model
-from model import moe
+from model import expert_kernel, moe, row_kernel
 
 MOE = model.MoeConfig(experts=8, experts_per_token=2, d_expert=16)
 CONFIG = model.ModelConfig(
@@ -251,3 +251,29 @@ def test_a_mesh_that_does_not_divide_the_experts_names_the_weight():
   _, shapes, axes = model.abstract(CONFIG)
   with pytest.raises(ValueError, match='expert: 3 devices do not divide experts = 8 of layers.feed_forward.'):
     model.check_divides(shapes, axes, {'data': 1, 'fsdp': 1, 'expert': 3, 'context': 1, 'tensor': 1})
+
+
+@pytest.mark.parametrize('cores', [1, 2])
+@pytest.mark.parametrize('rows, sums, width', [(700, 300, 256), (40, 1000, 5), (3, 1, 128)])
+def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatch, cores, rows, sums, width):
+  """Also where blocks of sums get no row or many tiles, and whatever rows hold that go nowhere."""
+  monkeypatch.setattr(row_kernel, 'cores', lambda: cores)
+  rng = np.random.default_rng(rows)
+  to_P = rng.integers(0, sums + sums // 4, rows).astype(np.int32)
+  to_P[: rows // 3] = sums // 2
+  to_P[0] = sums
+  y_PD = rng.normal(size=(rows, width)).astype(np.float32)
+  want = np.zeros((sums, width), np.float32)
+  np.add.at(want, to_P[to_P < sums], y_PD[to_P < sums])
+  y_PD[to_P >= sums] = np.nan
+  same(row_kernel.add(jnp.asarray(y_PD), jnp.asarray(to_P), sums), want)
+  nothing = row_kernel.add(jnp.full((rows, width), jnp.nan), jnp.full(rows, sums), sums)
+  np.testing.assert_array_equal(nothing, 0)
+
+
+@pytest.mark.parametrize('experts', [1, 7])
+def test_two_cores_give_what_one_gives(monkeypatch, experts):
+  """The cores' halves meet within an expert, or one of them is empty."""
+  c = with_moe(experts=experts, experts_per_token=1, kernel='pallas')
+  monkeypatch.setattr(expert_kernel, 'cores', lambda: 2)
+  check(c, *layer(c))
