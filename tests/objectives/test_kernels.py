@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from objectives import RewardShaping, shaped_linear_total
+from objectives import Layout, RewardShaping, shaped_linear_total
 from objectives.kernels import find_head as on_tpu
 from objectives.kernels import find_head_gpu as on_gpu
 from objectives.kernels import row_sums
@@ -113,6 +113,18 @@ def test_one_switch():
   assert 'find_head' not in small and 'row_sums' not in small
   assert kernels(20_000, 'tpu') and 'chlo.top_k' not in text(20_000, 'tpu')
   assert not kernels(20_000, 'cpu') and not kernels(1000, 'tpu') and not kernels(20_000, 'tpu', RewardShaping())
+
+
+@pytest.mark.parametrize('tensor', [1, 2])
+def test_an_axis_of_one_device_splits_no_vocabulary(tensor):
+  """The kernels need whole rows; training's layout always names the axis that may split them."""
+  shaping, layout = RewardShaping(lambda_tail=-0.1, top_k=9), Layout(tokens=('data',), vocab='tensor')
+  step = jax.jit(jax.grad(lambda h, w, x: shaped_linear_total(h, w, x, shaping, layout=layout)[0], (0, 1)))
+  mesh = jax.sharding.AbstractMesh((1, tensor), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  with jax.sharding.use_abstract_mesh(mesh):
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((32, 8), (8, 40_000))]
+    text = step.trace(*shapes, jax.ShapeDtypeStruct((32,), jnp.int32)).lower(lowering_platforms=('tpu',)).as_text()
+  assert ('tpu_custom_call' in text) == (tensor == 1)
 
 
 @pytest.mark.parametrize('vocab', [1024, 1500, 5000])
