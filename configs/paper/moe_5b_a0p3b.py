@@ -5,8 +5,8 @@
     python -m train --config=configs/paper/moe_5b_a0p3b.py:objective=beta_low --workdir=gs://BUCKET/moe_5b_a0p3b/pretrain
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 11.3 of 102.8 GB a chip
-and 34 to 35 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
+has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 11.6 of 102.8 GB a chip
+and 23 to 24 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
 
 The paper gives no figures for this size.
 """
