@@ -72,10 +72,10 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   ]).max(-1, keepdims=True)
 
   wanted_R1 = x_R1 >= 0  # masked rows are all ties, and would take the slow ways for nothing
-  search = functools.partial(_search, k=k, high=_to_key(largest_R1) + 1, target_R1=target_R1, shift_R1=shift_R1)
-  found = search(kept_ref, kept_width, low=_to_key(low_R1))
+  search = functools.partial(_search, k=k, high=to_key(largest_R1) + 1, target_R1=target_R1, shift_R1=shift_R1)
+  found = search(kept_ref, kept_width, low=to_key(low_R1))
   missed = _any(wanted_R1 & (least_R1 >= found[0]))
-  found = lax.cond(missed, lambda: search(z_ref, vocab, low=_to_key(found[0])), lambda: found)
+  found = lax.cond(missed, lambda: search(z_ref, vocab, low=to_key(found[0])), lambda: found)
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
@@ -137,10 +137,10 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
   """
 
   def at_least(key):
-    least_R1 = _to_float(key)
+    least_R1 = to_float(key)
     return _count(ref, width, lambda z, _: z >= least_R1)
 
-  low_R1 = _to_float(_halve(at_least, jnp.float32(k), low, high))
+  low_R1 = to_float(_halve(at_least, jnp.float32(k), low, high))
   least = lambda value, z, _: jnp.minimum(value, jnp.where(z >= low_R1, z, jnp.inf))
   value_R1 = _fold(ref, width, least, jnp.full((ROWS, LANES), jnp.inf)).min(-1, keepdims=True)
 
@@ -212,11 +212,11 @@ def _any(condition):
   return jnp.max(jnp.where(condition, 1, 0)) > 0
 
 
-def _to_key(value):
+def to_key(value):
   """float32 to int32 in the same order."""
   bits = lax.bitcast_convert_type(value, jnp.int32)
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _to_float(key):
+def to_float(key):
   return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)

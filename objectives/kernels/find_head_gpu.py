@@ -12,6 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from objectives.kernels.find_head import to_float, to_key
+
 LANES = 2048
 DEPTH = 4
 WARPS = 8
@@ -54,7 +56,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
     def settle(total):
       """Writes what is asked for, given total(f), the sum of f(logits, ids) over all that may be in the head."""
       count = lambda condition: total(lambda z_L, id_L: jnp.where(condition(z_L, id_L), 1, 0))
-      value = _float(_halve(lambda low: count(lambda z_L, _: _bits(z_L) >= low) >= k, -(2**31), 2**31 - 1))
+      value = to_float(_halve(lambda low: count(lambda z_L, _: to_key(z_L) >= low) >= k, -(2**31), 2**31 - 1))
       ties = k - count(lambda z_L, _: z_L > value)
       # The last id in the head is the first up to which that many tie.
       last_id = 1 + _halve(lambda id: count(lambda z_L, id_L: (z_L == value) & (id_L <= id)) < ties, -1, vocab)
@@ -90,13 +92,3 @@ def _halve(holds, low: int, high: int):
     yes = holds(middle)
     return jnp.where(yes, middle, low), jnp.where(yes, high, middle)
   return lax.fori_loop(0, (high - low).bit_length(), step, (jnp.int32(low), jnp.int32(high)))[0]
-
-
-def _bits(z):
-  """int32 in the order of the floats."""
-  bits = lax.bitcast_convert_type(z, jnp.int32)
-  return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _float(bits):
-  return lax.bitcast_convert_type(bits ^ ((bits >> 31) & 0x7FFFFFFF), jnp.float32)
