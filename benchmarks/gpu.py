@@ -11,25 +11,27 @@ import sys
 import time
 
 MODULE = [sys.executable, '-m']
-TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3', '--no-masses']
+TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3', '--no-masses', '--no-scan_layers']
 HEAD = '--grid=32768x2048x131072'
 ROLLOUT = [*MODULE, 'benchmarks.rollout', '--size=1b', '--repeats=1']
 PARTS = {
   'attention': [*MODULE, 'benchmarks.attention'],
   'attention-documents': [*MODULE, 'benchmarks.attention', '--documents=4'],
-  'train': [*TRAIN, '--model=1b', '--rows=12', '--no-scan_layers'],
-  'train-documents': [*TRAIN, '--model=1b', '--rows=12', '--no-scan_layers', '--documents=4', '--only=beta'],
-  'train-moe': [*TRAIN, '--model=2b-moe'],
+  'train': [*TRAIN, '--model=1b', '--rows=14'],
+  'train-documents': [*TRAIN, '--model=1b', '--rows=14', '--documents=4', '--only=beta'],
+  'train-moe': [*TRAIN, '--model=2b-moe', '--only=beta'],
   'train-largest': [*TRAIN, '--model=4b', '--only=beta'],
   'train-largest-moe': [*TRAIN, '--model=3b-moe', '--only=beta'],
   'head': [*MODULE, 'benchmarks.objective', HEAD, '--dtype=bfloat16'],
   'head-torch': [*MODULE, 'benchmarks.torch_head', HEAD],
   'rollout': [*ROLLOUT, '--only=ours'],
   'rollout-peers': [*ROLLOUT, '--only=theirs', '--cold'],
-  'tests': [*MODULE, 'pytest', '-qm', 'not slow', '-n', '6', '-k', 'not mesh and not eight and not sharded',
+  'tests': [*MODULE, 'pytest', '-m', 'not slow', '-rf', '-n', '12', '-k', 'not mesh and not eight and not sharded',
             '--ignore=tests/model/test_hf.py', 'tests/model', 'tests/objectives'],
+  'tests-two': [*MODULE, 'pytest', '-m', '', '-rf', '-n', '2', 'tests/train/test_two_devices.py'],
 }
-TORCH = ('head-torch', 'rollout-peers')  # JAX leaves them the card
+TORCH = 'head-torch', 'rollout-peers'  # JAX leaves them the card
+TESTS = 'tests', 'tests-two'  # the latter needs two GPUs
 TABLE_LINES = 9  # of a part's output that the table keeps
 
 
@@ -39,7 +41,7 @@ def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[
   environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92', 'TF_CPP_MIN_LOG_LEVEL': '2', **os.environ}
   if name in TORCH:
     environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  if name == 'tests':  # tests/conftest.py; several processes share the card, and TF32 is no float32
+  if name in TESTS:  # tests/conftest.py; several processes share the card, and TF32 is no float32
     environment |= {'TEST_ON': 'gpu', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
                     'JAX_DEFAULT_MATMUL_PRECISION': 'highest'}
   process = subprocess.Popen(argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

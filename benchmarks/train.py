@@ -4,7 +4,7 @@
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens a step: for an 80 GB accelerator
     --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
-    --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 8 x 4096 tokens
+    --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
     --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture there
 
 Steps are the real ones (train/step.py) on made-up tokens. `all logits` differs in the loss alone: all logits, optax's
@@ -18,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -48,8 +49,8 @@ MODELS = {
   '4b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8,
                              head_dim=128, remat='full'), 2, 4096),
   '2b-moe': (dataclasses.replace(
-    SMALL, vocab_size=151_936, layers=12, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
-    moe=model.MoeConfig(experts=128, experts_per_token=12, d_expert=320)), 8, 4096),
+    SMALL, vocab_size=151_936, layers=12, d_model=1024, heads=32, kv_heads=4, head_dim=128,
+    moe=model.MoeConfig(experts=128, experts_per_token=12, d_expert=320)), 16, 4096),
   '3b-moe': (dataclasses.replace(
     SMALL, vocab_size=151_936, layers=8, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
     moe=model.MoeConfig(experts=384, experts_per_token=12, d_expert=320)), 4, 4096),
@@ -88,8 +89,10 @@ def matmul_rate(device) -> float:
   return 2 * 2048**3 / min(seconds)
 
 
-def profile(run, most: int):
-  """Prints the kernels of one call that took longest, by the operation of the compiled program, with their time."""
+def profile(run, program: str, most: int):
+  """Prints the kernels of one call of the compiled `program` that took longest, and what each is of."""
+  # Kernels are named as what they compute; in a CUDA graph that is all that is known of them.
+  names = {re.sub(r'\W', '_', name): of for name, of in re.findall(r'([\w.-]+) = .*?op_name="([^"]*)"', program)}
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       run()
@@ -103,11 +106,13 @@ def profile(run, most: int):
       if not line.name.startswith('Stream'):
         continue
       for event in line.events:
-        total[event.name] += event.duration_ns / 1e6
-        count[event.name] += 1
+        of = names.get(event.name, '').removeprefix('jit(step)/')
+        key = event.name[:40], of[-100:]
+        total[key] += event.duration_ns / 1e6
+        count[key] += 1
   print(f'kernels {sum(total.values()):.1f} ms')
-  for name, ms in total.most_common(most):
-    print(f'{ms:9.2f} ms {count[name]:5}  {name[:80]}')
+  for (name, of), ms in total.most_common(most):
+    print(f'{ms:9.2f} ms {count[name, of]:5}  {name:40}  {of}')
 
 
 def main():
@@ -172,7 +177,7 @@ def main():
           seconds[name].append(clock() - start[0])
           wall[name].append(time.perf_counter() - start[1])
     if args.profile:
-      profile(lambda: jax.block_until_ready(step(state, batch)), args.profile)
+      profile(lambda: jax.block_until_ready(step(state, batch)), compiled[name].as_text(), args.profile)
   base = next(iter(seconds))
   peak = matmul_rate(device) if on_cpu else peak_flops(device)
   print(f'{"":30}{"step s":>9}{"tokens/s":>12}{"CPU s":>9}{"MFU":>8}{"temp GB":>9}{"time / first":>14}')

@@ -57,20 +57,20 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
 
 
-def rows_attention(kernel: str, segments_BT: jax.Array, dtype, width: int) -> Callable[..., jax.Array]:
+def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, width: int) -> Callable[..., jax.Array]:
   """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH over whole rows, where a document's tokens stand in order.
 
   kernel: one of KERNELS; `auto` takes splash on TPU, on GPU the Hopper kernels, Triton or cuDNN, the first that can do
-  this card, head width, length and type, blocks on a CPU where no mesh axis splits the length, and the plain form
+  this card, mesh, head width, length and type, blocks on a CPU where no mesh axis splits the length, and the plain form
   elsewhere. What depends on the segments alone is made here, once for all layers.
   """
   if kernel == 'auto':
-    kernel = next(_able(segments_BT.shape[1], width, dtype))
+    kernel = next(_able(segments_BT.shape[1], kv_heads, width, dtype))
   forms = {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'hopper': _hopper, 'triton': _triton, 'cudnn': _cudnn}
   return forms[kernel](segments_BT)
 
 
-def _able(length: int, width: int, dtype) -> Iterator[str]:
+def _able(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
   """Forms that can do this here, the fastest first."""
   whole, half = shards('length') == 1, dtype == jnp.bfloat16
   on = platform()
@@ -78,13 +78,13 @@ def _able(length: int, width: int, dtype) -> Iterator[str]:
     yield 'splash'
   if on == 'cpu' and whole:
     yield 'blocks'
-  if on == 'gpu' and half and whole:
+  if on == 'gpu' and half and kv_heads % shards('row_heads') == 0:
     from model import attention_kernel_hopper  # takes a second to import
     if attention_kernel_hopper.fits(length, width, device_kind()):
       yield 'hopper'
     if attention_kernel_gpu.fits(length, width):
       yield 'triton'
-  if on == 'gpu' and half and width % 8 == 0 and width <= 256 and length % 2 == 0:
+  if on == 'gpu' and half and whole and width % 8 == 0 and width <= 256 and length % 2 == 0:
     yield 'cudnn'
   yield 'plain'
 
@@ -138,13 +138,15 @@ def _triton(segments_BT):
 
 
 def _by_documents(kernel, segments_BT):
-  """A kernel that skips other documents; each device has its own rows and heads."""
+  """A kernel that skips other documents. Each device has its own rows and heads; where devices split the length they
+  trade tokens for heads and back (DeepSpeed-Ulysses, arXiv 2309.14509).
+  """
   ends = attention_kernel_gpu.documents(segments_BT)
 
   def run(q_BTNH, k_BTKH, v_BTKH):
     rows = kernel
     if not jax.sharding.get_abstract_mesh().empty:  # XLA can't split a kernel by itself
-      heads, tokens = spec('batch', None, 'act_heads', None), spec('batch', None)
+      heads, tokens = spec('batch', None, 'row_heads', None), spec('batch', None)
       rows = jax.shard_map(rows, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False)
     return rows(q_BTNH, k_BTKH, v_BTKH, *ends)
 

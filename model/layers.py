@@ -1,6 +1,6 @@
 """What the blocks are made of: how a weight is declared, the norm, and the dense feed-forward.
 
-# B batch  T tokens  N = B·T  D width  V vocabulary  F hidden  L layers  X, Y any dimensions
+# B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden  L layers  X, Y any dimensions
 """
 
 import functools
@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
-from model.sharding import constrain, platform, shards
+from model.sharding import constrain, platform, shards, spec
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
@@ -26,16 +26,21 @@ def ones(size: int, axis: str) -> nnx.Param:
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
-  """[B, T, D] in `dtype`: the table's rows of these tokens."""
-  if platform() == 'gpu' and jax.sharding.get_abstract_mesh().size <= 1:
-    return _lookup_sorted(table_VD, tokens_BT, dtype)
-  return table_VD.astype(dtype)[tokens_BT]
+  """[B, T, D] in `dtype`: the table's rows of these tokens, each device in the part of D that it has."""
+  rows, length = tokens_BT.shape
+  if platform() != 'gpu' or shards('vocab') > 1 or rows % shards('lookup') or length % shards('length'):
+    return table_VD.astype(dtype)[tokens_BT]
+  find = functools.partial(_lookup_sorted, dtype)
+  if not jax.sharding.get_abstract_mesh().empty:
+    find = jax.shard_map(find, in_specs=(spec('vocab', 'embed'), spec('lookup', 'length')),
+                         out_specs=spec('lookup', 'length', 'embed'), check_vma=False)
+  return find(table_VD, tokens_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup_sorted(table_VD, tokens_BT, dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _lookup_sorted(dtype, table_VD, tokens_BT):
   """The lookup whose gradient adds up each token's rows in turn, in float32. As XLA would have it, a GPU adds all rows
-  at once, atomically and in `dtype`, and waits wherever a frequent token's meet. On several devices rows would move.
+  at once, atomically and in `dtype`, and waits wherever a frequent token's meet.
   """
   return table_VD.astype(dtype)[tokens_BT]
 
@@ -48,8 +53,57 @@ def _lookup_gradient(dtype, saved, dx_BTD):
 
 
 _lookup_sorted.defvjp(
-  lambda table_VD, tokens_BT, dtype: (_lookup_sorted(table_VD, tokens_BT, dtype), (tokens_BT, table_VD.shape)),
+  lambda dtype, table_VD, tokens_BT: (_lookup_sorted(dtype, table_VD, tokens_BT), (tokens_BT, table_VD.shape)),
   _lookup_gradient)
+
+
+def product32(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
+  """[B, T, E] float32, x·w as exact as a float32 product is.
+
+  Where x is bfloat16, three such parts make up float32's w and one product multiplies x by all of them, half the work
+  that an accelerator has with x in float32; backward it is as exact for w, and x gets its gradient in bfloat16.
+  """
+  if x_BTD.dtype == jnp.bfloat16:
+    return _product_of_parts(x_BTD, w_DE)
+  return jnp.einsum('BTD,DE->BTE', x_BTD, w_DE, precision=jax.lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def _product_of_parts(x_BTD, w_DE):
+  return _sum_parts(_dot('BTD,DE->BTE', x_BTD, jnp.concatenate(_parts(w_DE, 3), -1)))
+
+
+def _product_gradient(saved, dout_BTE):
+  x_BTD, w_DE = saved
+  w1_DE, w2_DE = _parts(w_DE, 2)
+  d1_BTE, d2_BTE, d3_BTE = _parts(dout_BTE, 3)
+  side_by_side = functools.partial(jnp.concatenate, axis=-1)
+  dx_BTD = _dot('BTE,DE->BTD', side_by_side([d1_BTE, d2_BTE, d1_BTE]), side_by_side([w1_DE, w1_DE, w2_DE]))
+  dw_DE = _sum_parts(_dot('BTD,BTE->DE', x_BTD, side_by_side([d1_BTE, d2_BTE, d3_BTE])))
+  return dx_BTD.astype(x_BTD.dtype), dw_DE
+
+
+_product_of_parts.defvjp(lambda x_BTD, w_DE: (_product_of_parts(x_BTD, w_DE), (x_BTD, w_DE)), _product_gradient)
+
+
+def _parts(x: jax.Array, count: int) -> list[jax.Array]:
+  """Arrays in bfloat16 that make up x but for 2^-9 of it, 2^-18 or 2^-27. XLA may drop a cast and its inverse; it keeps
+  reduce_precision.
+  """
+  parts = []
+  for _ in range(count):
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    parts.append(high.astype(jnp.bfloat16))
+    x = x - high
+  return parts
+
+
+def _sum_parts(x: jax.Array) -> jax.Array:
+  return sum(jnp.split(x, 3, -1))
+
+
+def _dot(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.einsum(dims, a, b, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:

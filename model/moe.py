@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model import expert_kernel, expert_kernel_gpu, row_kernel
 from model.config import ModelConfig, MoeConfig
-from model.layers import FeedForward, weight
+from model.layers import FeedForward, product32, weight
 from model.sharding import RULES, platform, shards, spec
 
 ROOM = 1.25  # rows of a piece over those of an even load
@@ -75,8 +75,7 @@ class MixtureOfExperts(nnx.Module):
   def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, choices_BTk: jax.Array | None = None):
     """(out_BTD, the layer's Routing). Padding (not real_BT) goes to no expert. choices_BTk: instead of the router's."""
     m, dtype = self.c.moe, x_BTD.dtype
-    logits_BTE = jnp.einsum(
-      'BTD,DE->BTE', x_BTD.astype(jnp.float32), self.router_DE[...], precision=lax.Precision.HIGHEST)
+    logits_BTE = product32(x_BTD, self.router_DE[...])
     score_BTE = jax.nn.sigmoid(logits_BTE) if m.router == 'sigmoid' else jax.nn.softmax(logits_BTE)
     if choices_BTk is None:
       bias_E = self.router_bias_E[...] if m.router == 'sigmoid' else 0.0

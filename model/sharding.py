@@ -35,6 +35,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'length': 'context',
   'act_embed': None,
   'act_heads': 'tensor',
+  'row_heads': ('tensor', 'context'),  # where a device needs all of a row's tokens
   'act_mlp': 'tensor',
 }
 

@@ -107,7 +107,7 @@ class Transformer(nnx.Module):
     x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     if cache is not None:
       return self.cached(x_BTD, positions_BT, segments_BT, cache, choices_LBTk)
-    attend = rows_attention(c.attention, segments_BT, c.dtype, c.head_dim)
+    attend = rows_attention(c.attention, segments_BT, c.dtype, c.kv_heads, c.head_dim)
     block = lambda x_BTD, layer: layer[0](x_BTD, positions_BT, segments_BT, attend, layer[1])
     if c.remat != 'none':
       block = jax.checkpoint(block, policy=saves(REMAT[c.remat], c.offload), prevent_cse=not c.scan_layers)

@@ -183,22 +183,34 @@ def score(options, z_CV, x_C, weight_C, shaping):
 def _row_sums(options, z_CV, x_C):
   """(target_C, shift_C, sums): the target's logit and the largest one of the whole vocabulary, and this device's part
   of the sums over the wrong tokens' e and e·log e, and of the target's rank."""
-
-  def by_passes(z_CV, x_C):
-    id_V = _ids(options, z_CV)
-    is_target = id_V == x_C[:, None]
-    target_C, shift_C = mesh.max_over_vocab(
-      options.layout, jnp.stack([jnp.max(z_CV, -1, where=is_target, initial=-jnp.inf), z_CV.max(-1)]))
-    e_CV = _wrong_exp(z_CV, shift_C, is_target)
-    before = (z_CV > target_C[:, None]) | ((z_CV == target_C[:, None]) & (id_V < x_C[:, None]))
-    energy_C = jnp.vecdot(e_CV, z_CV - shift_C[:, None], precision=lax.Precision.HIGHEST)
-    return target_C, shift_C, e_CV.sum(-1), energy_C, before.sum(-1, dtype=jnp.float32)
-
-  if mesh.splits_vocab(options.layout) or not row_sums.fits(z_CV.shape[1]):
-    target_C, shift_C, *sums = by_passes(z_CV, x_C)
-  else:
-    target_C, shift_C, *sums = lax.platform_dependent(z_CV, x_C, cuda=row_sums.row_sums, default=by_passes)
+  forms = {'default': _sums_by_passes} | ({'cuda': _sums_in_one} if row_sums.fits(z_CV.shape[1]) else {})
+  forms = {platform: functools.partial(form, options) for platform, form in forms.items()}
+  target_C, shift_C, *sums = lax.platform_dependent(z_CV, x_C, **forms)
   return target_C, shift_C, dict(zip(('wrong', 'energy', 'rank'), sums))
+
+
+def _sums_by_passes(options, z_CV, x_C):
+  id_V = _ids(options, z_CV)
+  is_target = id_V == x_C[:, None]
+  target_C, shift_C = mesh.max_over_vocab(
+    options.layout, jnp.stack([jnp.max(z_CV, -1, where=is_target, initial=-jnp.inf), z_CV.max(-1)]))
+  e_CV = _wrong_exp(z_CV, shift_C, is_target)
+  before = (z_CV > target_C[:, None]) | ((z_CV == target_C[:, None]) & (id_V < x_C[:, None]))
+  energy_C = jnp.vecdot(e_CV, z_CV - shift_C[:, None], precision=lax.Precision.HIGHEST)
+  return target_C, shift_C, e_CV.sum(-1), energy_C, before.sum(-1, dtype=jnp.float32)
+
+
+def _sums_in_one(options, z_CV, x_C, interpret=False):
+  """The kernel knows this device's largest logit only, so the sums are scaled once the largest of all is known."""
+  own_C = x_C - mesh.vocab_offset(options.layout, z_CV.shape[1])
+  target_C = jnp.take_along_axis(z_CV, own_C[:, None], 1, mode='clip')[:, 0]
+  target_C = jnp.where((own_C >= 0) & (own_C < z_CV.shape[1]), target_C, -jnp.inf)
+  target_C = mesh.max_over_vocab(options.layout, target_C)
+  own_shift_C, wrong_C, energy_C, rank_C = row_sums.row_sums(z_CV, own_C, target_C, interpret)
+  shift_C = mesh.max_over_vocab(options.layout, own_shift_C)
+  apart_C = own_shift_C - shift_C
+  factor_C = jnp.exp(apart_C)
+  return target_C, shift_C, factor_C * wrong_C, factor_C * (energy_C + apart_C * wrong_C), rank_C
 
 
 def logit_gradient(options, z_CV, x_C, coefficients):

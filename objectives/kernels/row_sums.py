@@ -20,20 +20,20 @@ def fits(vocab):
   return vocab >= BLOCK
 
 
-def row_sums(z_CV, x_C, interpret=False):
-  """(target_C, shift_C, wrong_C, energy_C, rank_C), float32, of logits z_CV and target ids x_C; needs `fits(V)`.
+def row_sums(z_CV, x_C, target_C, interpret=False):
+  """(shift_C, wrong_C, energy_C, rank_C), float32, of logits z_CV, target ids x_C and their logits; needs `fits(V)`.
 
-  target: z at x, -inf if x isn't in [0, V); shift: the largest z; wrong: sum of exp(z - shift) over all tokens but x;
-  energy: the same sum of exp(z - shift) (z - shift); rank: how many tokens come before x, ties by id.
+  shift: the largest z; wrong: sum of exp(z - shift) over all tokens but x; energy: the same sum of
+  exp(z - shift) (z - shift); rank: how many tokens come before x, ties by id. z may be a part of the vocabulary: an x
+  that isn't in [0, V) stands before or after it.
 
   interpret: run on any device, slowly.
   """
   rows, vocab = z_CV.shape
   per_row = pl.BlockSpec((None,), lambda i: (i,))
 
-  def body(z_ref, x_ref, *out_refs):
-    x = x_ref[...]
-    target = jnp.where((x >= 0) & (x < vocab), z_ref[jnp.clip(x, 0, vocab - 1)], -jnp.inf)
+  def body(z_ref, x_ref, target_ref, *out_refs):
+    x, target = x_ref[...], target_ref[...]
 
     def add(start, unread, carry):
       most_B, wrong_B, energy_B, rank_B = carry
@@ -55,11 +55,12 @@ def row_sums(z_CV, x_C, interpret=False):
     shift = most_B.max()
     factor_B = jnp.exp(most_B - shift)
     sums = wrong_B * factor_B, factor_B * (energy_B + wrong_B * (most_B - shift)), rank_B
-    for ref, value in zip(out_refs, (target, shift, *(jnp.sum(sum_B) for sum_B in sums)), strict=True):
+    for ref, value in zip(out_refs, (shift, *(jnp.sum(sum_B) for sum_B in sums)), strict=True):
       ref[...] = value
 
   return pl.pallas_call(
-    body, grid=(rows,), in_specs=[pl.BlockSpec((None, vocab), lambda i: (i, 0)), per_row], out_specs=[per_row] * 5,
-    out_shape=[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 5, compiler_params=plgpu.CompilerParams(num_warps=WARPS),
+    body, grid=(rows,),
+    in_specs=[pl.BlockSpec((None, vocab), lambda i: (i, 0)), per_row, per_row], out_specs=[per_row] * 4,
+    out_shape=[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 4, compiler_params=plgpu.CompilerParams(num_warps=WARPS),
     interpret=interpret, name='row_sums',
-  )(z_CV, x_C)
+  )(z_CV, x_C, target_C)

@@ -29,7 +29,7 @@ def output_and_gradients(kernel, q, k, v, weight, segments_BT):
   real = (segments_BT > 0)[..., None, None]
 
   def total(q, k, v):
-    out = rows_attention(kernel, segments_BT, q.dtype, q.shape[-1])(q, k, v)
+    out = rows_attention(kernel, segments_BT, q.dtype, *k.shape[2:])(q, k, v)
     return jnp.sum(out * weight, where=real), jnp.where(real, out, 0)
 
   (_, out), grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -61,7 +61,7 @@ def test_blocks_equal_plain(inputs, mesh):
 
 
 @on_cpu
-@pytest.mark.parametrize('mesh', [None, (2, 1, 1, 1, 2)])
+@pytest.mark.parametrize('mesh', [None, (2, 1, 1, 1, 2), (1, 2, 1, 2, 1)])
 def test_triton_equals_plain(inputs, mesh):
   want = output_and_gradients('plain', *inputs)
   with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), jax.devices()[:4])) if mesh else contextlib.nullcontext():
@@ -101,7 +101,7 @@ def test_hopper_kernels_are_lowered_for_an_h100(width):
   shape = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, width), jnp.bfloat16)
 
   def total(q, k, v, segments_BT):
-    run = rows_attention('auto', segments_BT, q.dtype, width)
+    run = rows_attention('auto', segments_BT, q.dtype, 2, width)
     layer = jax.checkpoint(lambda q, _: (run(q, k, v), None), policy=saves(('attention',)))
     return jnp.sum(jax.lax.scan(layer, q, jnp.arange(2))[0].astype(jnp.float32))
 

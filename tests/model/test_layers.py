@@ -1,22 +1,53 @@
 """What the blocks are made of, held to plain forms."""
 
+import contextlib
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import model
 from model import layers
 
 
-def test_the_sorted_lookup_has_the_plain_one_s_gradient():
-  """One GPU adds up each token's rows in order; tokens that never occur, once and often."""
+@pytest.mark.parametrize(
+  'shape', [None, (2, 2, 1, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 3, 1)],
+  ids=lambda shape: f'mesh{shape}' if shape else 'alone')
+def test_the_sorted_lookup_of_gpus_has_the_plain_one_s_gradient(monkeypatch, shape):
+  """Tokens that never occur, once and often; on meshes that split rows, length and width, or can't."""
   rng = np.random.default_rng(0)
   tokens_BT = jnp.asarray(rng.zipf(1.3, (4, 64)) % 50, jnp.int32)
   table_VD, weight_BTD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((50, 8), (4, 64, 8)))
   assert 0 < len(np.unique(tokens_BT)) < 50
 
-  def run(lookup):
-    total = lambda table_VD: jnp.sum(lookup(table_VD, tokens_BT, jnp.float32) * weight_BTD)
-    return jax.value_and_grad(total)(table_VD)
+  def run():
+    total = lambda table_VD: jnp.sum(layers.lookup(table_VD, tokens_BT, jnp.float32) * weight_BTD)
+    return jax.jit(jax.value_and_grad(total))(table_VD)
 
-  for got, want in zip(run(layers._lookup_sorted), run(layers.lookup), strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  want = run()
+  monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
+  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[:math.prod(shape)]) if shape else None
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    got = run()
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_with_16_bit_x_is_as_exact_as_a_float32_one():
+  rng = np.random.default_rng(0)
+  x_BTD = jnp.asarray(rng.normal(size=(2, 24, 64)), jnp.bfloat16)
+  w_DE, dout_BTE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 16), (2, 24, 16)))
+  x, w, dout = (np.asarray(value).astype(np.float64) for value in (x_BTD, w_DE, dout_BTE))
+
+  @jax.jit
+  def run(x_BTD, w_DE, dout_BTE):
+    out_BTE, gradient = jax.vjp(layers.product32, x_BTD, w_DE)
+    return out_BTE, *gradient(dout_BTE)
+
+  wanted = x @ w, dout @ w.T, np.einsum('btd,bte->de', x, dout)
+  for got, want, limit in zip(run(x_BTD, w_DE, dout_BTE), wanted, (2e-7, 2**-8, 2e-7), strict=True):
+    assert np.linalg.norm(got - want) < limit * np.linalg.norm(want)
+  once = run(x_BTD, w_DE.astype(jnp.bfloat16).astype(jnp.float32), dout_BTE)[0]  # what it would be with rounded w
+  assert np.linalg.norm(once - x @ w) > 1e-4 * np.linalg.norm(x @ w)

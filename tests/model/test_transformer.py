@@ -140,7 +140,7 @@ def test_sharded_equals_single(params, shape):
   same(got, want)
 
 
-def test_no_device_receives_the_whole_table(params):
+def test_no_sharded_device_receives_the_whole_table(params):
   """Tokens are looked up in the part of D that a device has; what is sent is hidden states, and the table's gradient
   only where the table is on several devices."""
   mesh = model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))

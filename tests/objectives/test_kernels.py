@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from objectives import Layout, RewardShaping, shaped_linear_total
+from objectives import Layout, RewardShaping, chunk, shaped_linear_total
+from objectives import layout as mesh_layout
 from objectives.kernels import find_head as on_tpu
 from objectives.kernels import find_head_gpu as on_gpu
 from objectives.kernels import row_sums
@@ -135,11 +137,9 @@ def test_row_sums_in_one_pass(vocab):
   z[4, ::7] = z[4, 3]
   z[5, 5:] = -np.inf
   x = np.array([0, vocab - 1, vocab // 2, vocab, 3, 2])
-  target, shift, wrong, energy, rank = (
-    np.asarray(a) for a in row_sums.row_sums(jnp.asarray(z), jnp.asarray(x, jnp.int32), interpret=True))
-  known = x < vocab
-  at_x = np.where(known, z[np.arange(6), np.minimum(x, vocab - 1)], -np.inf)
-  np.testing.assert_array_equal(target, at_x)
+  at_x = np.where(x < vocab, z[np.arange(6), np.minimum(x, vocab - 1)], -np.inf)
+  shift, wrong, energy, rank = (np.asarray(a) for a in row_sums.row_sums(
+    jnp.asarray(z), jnp.asarray(x, jnp.int32), jnp.asarray(at_x), interpret=True))
   np.testing.assert_array_equal(shift, z.max(1))
   ids, apart = np.arange(vocab), z.astype(np.float64) - z.max(1, keepdims=True)
   e = np.where(ids == x[:, None], 0, np.exp(apart))
@@ -147,3 +147,30 @@ def test_row_sums_in_one_pass(vocab):
   np.testing.assert_allclose(energy, np.sum(e * np.where(e > 0, apart, 0), 1), rtol=2e-5)
   before = (z > at_x[:, None]) | ((z == at_x[:, None]) & (ids < x[:, None]))
   np.testing.assert_array_equal(rank, before.sum(1))
+
+
+@pytest.mark.parametrize(
+  'layout', [Layout(), Layout(vocab='tensor'), Layout(tokens=('data',), width='data', neighbours=2)])
+def test_row_sums_of_parts_of_a_vocabulary(layout):
+  """The GPU's kernel and the plain passes; two devices have half of the vocabulary each, in one row one half is all."""
+  vocab = 2100
+  rng = np.random.default_rng(0)
+  z = (9 * rng.normal(size=(8, vocab))).astype(np.float32)
+  z[1, vocab // 2:] = -1e30
+  z[2, ::5] = z[2, 5]
+  x = jnp.asarray([3, 4, vocab - 5, vocab // 2, vocab // 2 - 1, vocab - 1, 0, vocab], jnp.int32)
+  options = chunk.Options(False, False, vocab, None, None, 0.0, 1.0, jnp.dtype(jnp.float32), layout)
+  split = P(None, 'data' if layout.width else layout.vocab)
+
+  def run(form, **how):
+    def local(z, x):
+      target, shift, *sums = form(options, z, x, **how)
+      return target, shift, *(mesh_layout.sum_over_vocab(layout, a) for a in sums)
+    return jax.jit(jax.shard_map(local, in_specs=(split, P()), out_specs=P(), check_vma=False))(z, x)
+
+  types = (jax.sharding.AxisType.Auto,) * 2
+  with jax.set_mesh(jax.make_mesh((2, 2), ('data', 'tensor'), types, devices=jax.devices()[:4])):
+    got, want = run(chunk._sums_in_one, interpret=True), run(chunk._sums_by_passes)
+  assert np.isneginf(want[0][-1]) and np.isfinite(want[0][:-1]).all()
+  for a, b, rtol in zip(got, want, (0, 0, 3e-6, 3e-6, 0), strict=True):
+    np.testing.assert_allclose(a, b, rtol=rtol)

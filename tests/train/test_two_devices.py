@@ -1,0 +1,59 @@
+"""Two devices give what one gives, in a model that is large enough for the kernels of an accelerator.
+
+On two GPUs (`python -m benchmarks.gpu --only=tests-two`) it takes the kernels and collectives of training there.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import model
+from data import Batch
+from objectives import ObjectiveConfig
+from train.state import create_state
+from train.step import make_step
+
+V, ROWS, LENGTH = 4224, 4, 256  # half a vocabulary still fits the kernels
+ENDS = [256], [7, 130], [128], [200]  # of the documents in each row
+DENSE = model.ModelConfig(
+  vocab_size=V, layers=2, d_model=256, d_ff=384, heads=4, kv_heads=2, head_dim=64, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='auto', remat='attention', scan_layers=True)
+MOE = dataclasses.replace(DENSE, moe=model.MoeConfig(experts=8, experts_per_token=2, d_expert=64))
+AXES = {axis: model.MeshConfig(*(2 if axis == name else 1 for name in model.sharding.MESH_AXES))
+        for axis in model.sharding.MESH_AXES}
+
+
+def gradients(c, objective, mesh_config, devices):
+  """(gradients, metrics) of one step: plain descent at rate 1 subtracts them."""
+  rng = np.random.default_rng(0)
+  tokens = rng.zipf(1.3, (ROWS, LENGTH + 1)).astype(np.int32) % V
+  segments = np.stack([np.searchsorted(ends, np.arange(LENGTH), 'right') + 1 for ends in ENDS])
+  positions = np.stack([np.concatenate([np.arange(n) for n in np.bincount(row)[1:]]) for row in segments])
+  batch = Batch(tokens[:, :-1], tokens[:, 1:], positions.astype(np.int32), segments.astype(np.int32))
+  mesh, tx = model.make_mesh(mesh_config, jax.devices()[:devices]), optax.sgd(1.0)
+  with jax.set_mesh(mesh):
+    state = create_state(c, tx, mesh, seed=0)
+    before = jax.device_get(state.params)
+    placed = jax.device_put(batch, jax.NamedSharding(mesh, model.spec('batch', 'length')))
+    state, metrics = make_step(c, objective, tx, np.ones(V))(state, placed)
+    return jax.device_get((jax.tree.map(lambda a, b: a - b, before, state.params), metrics))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'c, objective', [(DENSE, ObjectiveConfig(beta=-0.25)), (MOE, ObjectiveConfig(lambda_tail=-0.1))])
+def test_two_devices_give_what_one_gives(c, objective):
+  near = 1e-4 if jax.default_backend() == 'cpu' else 2e-2  # bfloat16, in other parts
+  want, known = gradients(c, objective, model.MeshConfig(1, 1, 1, 1, 1), 1)
+  norm = float(known['grad_norm'])
+  for axis, mesh_config in AXES.items():
+    if axis == 'expert' and c is DENSE:
+      continue
+    got, metrics = gradients(c, objective, mesh_config, 2)
+    for name in ('loss', 'entropy', 'grad_norm'):
+      np.testing.assert_allclose(metrics[name], known[name], rtol=near, err_msg=f'{axis}: {name}')
+    apart = optax.tree.norm(jax.tree.map(np.subtract, got, want))
+    assert apart < near * norm, f'{axis}: gradients are {apart / norm:.1e} apart'
