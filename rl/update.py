@@ -17,7 +17,7 @@ from model.sharding import constrain
 from objectives import RewardShaping, shaped_linear_loss
 from rl.policy_losses import PolicyLossConfig, add, aggregate, clip_cov_tokens, kl_cov_tokens, policy_loss
 from train.score import LAYOUT
-from train.state import TrainState, donated
+from train.state import TrainState, compiler_options, donated
 
 
 def score_tokens(
@@ -95,4 +95,4 @@ def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransf
     sums['grad_norm'] = optax.tree.norm(grads)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, constrain(entropy_BT, None, None)
 
-  return jax.jit(update, donate_argnums=donated())
+  return jax.jit(update, donate_argnums=donated(), compiler_options=compiler_options())

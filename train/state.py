@@ -62,3 +62,12 @@ def donated() -> tuple[int, ...]:
   update that wants to overwrite it would have to wait for the disk.
   """
   return () if model.platform() == 'cpu' else (0,)
+
+
+def compiler_options() -> dict[str, bool] | None:
+  """What XLA should do otherwise in an update.
+
+  On a GPU it would fuse a kernel (attention, a matrix product) with the copy of its output to where a scanned layer
+  saves it, and run the kernel a second time for its other use.
+  """
+  return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

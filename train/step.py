@@ -11,7 +11,7 @@ from data import Batch
 from model import ModelConfig, move_router_bias
 from objectives import ObjectiveConfig
 from train.score import score_routed, sums
-from train.state import TrainState, donated
+from train.state import TrainState, compiler_options, donated
 
 
 def make_step(
@@ -60,7 +60,7 @@ def make_step(
       metrics |= {'router_bias_min': bias_LE.min(), 'router_bias_max': bias_LE.max()}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-  return jax.jit(step, donate_argnums=donated())
+  return jax.jit(step, donate_argnums=donated(), compiler_options=compiler_options())
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:

@@ -13,7 +13,7 @@ from data import Batch
 from objectives import ObjectiveConfig, RewardShaping
 from train.optimizer import OptimizerConfig, make_optimizer, schedule
 from train.score import means, score, score_routed, sums
-from train.state import TrainState, create_state
+from train.state import TrainState, compiler_options, create_state
 from train.step import make_evaluate, make_step
 
 C = model.ModelConfig(
@@ -277,3 +277,12 @@ def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
   np.testing.assert_array_equal(loss_BT, same_BT)
   routing = score_routed(c[1], params, b, RewardShaping())[3]
   np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)
+
+
+def test_xla_knows_the_options_for_a_gpu(monkeypatch):
+  """XLA refuses an option that it has no more."""
+  monkeypatch.setattr(model, 'platform', lambda: 'gpu')
+  options = compiler_options()
+  assert options and jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+  with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
+    jax.jit(lambda x: x + 1, compiler_options={next(iter(options)) + '_': False})(1)
