@@ -151,7 +151,7 @@ def test_row_sums_in_one_pass(vocab):
 
 @pytest.mark.parametrize(
   'layout', [Layout(), Layout(vocab='tensor'), Layout(tokens=('data',), width='data', neighbours=2)])
-def test_row_sums_of_parts_of_a_vocabulary(layout):
+def test_row_sums_of_parts_of_a_vocabulary_on_a_mesh(layout):
   """The GPU's kernel and the plain passes; two devices have half of the vocabulary each, in one row one half is all."""
   vocab = 2100
   rng = np.random.default_rng(0)
