@@ -1,8 +1,20 @@
-"""Eight CPU devices for every test, set before JAX is imported anywhere. TEST_ON=gpu leaves the devices as they are."""
+"""Eight CPU devices for every test, set before JAX is imported anywhere. TEST_ON=gpu leaves the devices as they are.
 
+What takes long to compile is compiled once for all workers and for the processes that tests start: runs are killed,
+started again and compared, each time with the same programs.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
+
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # workers have it from the process that starts them
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='betarank-tests-')
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+  atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
   os.environ['JAX_PLATFORMS'] = 'cpu'
