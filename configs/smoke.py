@@ -24,7 +24,7 @@ def get_config(arg=None):
   if a.source == 'reasoning':
     c.data.sources.sums = dict(uri=SUMS, weight=2.0, max_documents=25_000)
     c.data.held_out_fraction = 0.1  # so that RL is tested on questions in no document
-  c.train.update(tokens=1_100_000, batch_size=4)
+  c.train.update(tokens=1_400_000, batch_size=4)
   c.optimizer.update(lr=2e-3, warmup_steps=50, decay_fraction=0.3, final_lr=1e-4)
   c.checkpoint.every_steps = 250
   c.log.update(every_steps=50, eval_every_steps=500, eval_batches=40)
