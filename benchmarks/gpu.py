@@ -62,7 +62,7 @@ def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--only', default='', help=f'some of {",".join(PARTS)}')
-  parser.add_argument('--timeout_s', type=float, default=240, help='of each part')
+  parser.add_argument('--timeout_s', type=float, default=400, help='of each part')
   args = parser.parse_args()
   names = args.only.split(',') if args.only else list(PARTS)
   for name in names:
