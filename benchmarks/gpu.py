@@ -20,8 +20,8 @@ PARTS = {
   'train': [*TRAIN, '--model=1b', '--rows=14'],
   'train-documents': [*TRAIN, '--model=1b', '--rows=14', '--documents=4', '--only=beta'],
   'train-moe': [*TRAIN, '--model=2b-moe', '--only=beta'],
-  'train-largest': [*TRAIN, '--model=4b', '--only=beta'],
-  'train-largest-moe': [*TRAIN, '--model=3b-moe', '--only=beta'],
+  'train-largest': [*TRAIN, '--model=4b', '--only=beta', '--scan_layers'],  # as it was measured
+  'train-largest-moe': [*TRAIN, '--model=3b-moe', '--rows=8', '--only=beta'],
   'head': [*MODULE, 'benchmarks.objective', HEAD, '--dtype=bfloat16'],
   'head-torch': [*MODULE, 'benchmarks.torch_head', HEAD],
   'rollout': [*ROLLOUT, '--only=ours'],
