@@ -1,4 +1,4 @@
-"""What the blocks are made of: how a weight is declared, the norm, and the dense feed-forward.
+"""What the blocks are made of: how a weight is declared, lookup, an exact product, the norm, the dense feed-forward.
 
 # B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden  L layers  X, Y any dimensions
 """
@@ -70,16 +70,15 @@ def product32(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _product_of_parts(x_BTD, w_DE):
-  return _sum_parts(_dot('BTD,DE->BTE', x_BTD, jnp.concatenate(_parts(w_DE, 3), -1)))
+  return _sum_parts(_dot('BTD,DE->BTE', x_BTD, _side_by_side(_parts(w_DE, 3))))
 
 
 def _product_gradient(saved, dout_BTE):
   x_BTD, w_DE = saved
   w1_DE, w2_DE = _parts(w_DE, 2)
-  d1_BTE, d2_BTE, d3_BTE = _parts(dout_BTE, 3)
-  side_by_side = functools.partial(jnp.concatenate, axis=-1)
-  dx_BTD = _dot('BTE,DE->BTD', side_by_side([d1_BTE, d2_BTE, d1_BTE]), side_by_side([w1_DE, w1_DE, w2_DE]))
-  dw_DE = _sum_parts(_dot('BTD,BTE->DE', x_BTD, side_by_side([d1_BTE, d2_BTE, d3_BTE])))
+  d1_BTE, d2_BTE, _ = d = _parts(dout_BTE, 3)
+  dx_BTD = _dot('BTE,DE->BTD', _side_by_side([d1_BTE, d2_BTE, d1_BTE]), _side_by_side([w1_DE, w1_DE, w2_DE]))
+  dw_DE = _sum_parts(_dot('BTD,BTE->DE', x_BTD, _side_by_side(d)))
   return dx_BTD.astype(x_BTD.dtype), dw_DE
 
 
@@ -96,6 +95,10 @@ def _parts(x: jax.Array, count: int) -> list[jax.Array]:
     parts.append(high.astype(jnp.bfloat16))
     x = x - high
   return parts
+
+
+def _side_by_side(parts: list[jax.Array]) -> jax.Array:
+  return jnp.concatenate(parts, -1)
 
 
 def _sum_parts(x: jax.Array) -> jax.Array:
