@@ -15,5 +15,5 @@ RUN pip install --no-cache-dir --constraint launch/constraints.txt --editable ".
 ARG COMMIT=unknown
 RUN echo "$COMMIT" > .commit
 ENV PYTHONUNBUFFERED=1
-ENTRYPOINT ["python", "-m"]
+ENTRYPOINT ["betarank"]
 CMD ["train", "--help"]

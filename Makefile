@@ -1,6 +1,7 @@
 # make smoke | test | test-all | lint      Each sets itself up: a .venv here, filled by plain pip.
 PYTHON ?= python3
 PY := .venv/bin/python
+BETARANK := .venv/bin/betarank
 SOURCE ?= reasoning
 SMOKE := runs/smoke/$(firstword $(subst :, ,$(SOURCE)))
 CONFIG := configs/smoke.py:source=$(SOURCE)
@@ -22,23 +23,23 @@ SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.ev
 # reward, so it ends with pre-training: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command but the last ones.
 smoke: .venv/installed
 	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl
-	$(PY) -m data prepare --config='$(CONFIG)' $(ARGS)
-	$(PY) -m train --config='$(CONFIG),beta=0' --workdir=$(SMOKE)/beta=0 $(ARGS)
-	$(PY) -m train --config='$(CONFIG),beta=-0.25' --workdir=$(SMOKE)/beta=-0.25 $(ARGS)
+	$(BETARANK) data prepare --config='$(CONFIG)' $(ARGS)
+	$(BETARANK) train --config='$(CONFIG),beta=0' --workdir=$(SMOKE)/beta=0 $(ARGS)
+	$(BETARANK) train --config='$(CONFIG),beta=-0.25' --workdir=$(SMOKE)/beta=-0.25 $(ARGS)
 ifeq ($(SOURCE),reasoning)
-	$(PY) -m rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=0 --workdir=$(SMOKE)/rl/beta=0 $(ARGS)
-	$(PY) -m rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=-0.25 --workdir=$(SMOKE)/rl/beta=-0.25 $(ARGS)
+	$(BETARANK) rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=0 --workdir=$(SMOKE)/rl/beta=0 $(ARGS)
+	$(BETARANK) rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=-0.25 --workdir=$(SMOKE)/rl/beta=-0.25 $(ARGS)
 	@for run in beta=0 beta=-0.25 rl/beta=0 rl/beta=-0.25; do \
-	  echo "$(PY) -m eval probe and sample, $(SMOKE)/$$run"; \
-	  $(PY) -m eval probe --checkpoint=$(SMOKE)/$$run && $(PY) -m eval sample --checkpoint=$(SMOKE)/$$run $(SAMPLE) \
+	  echo "$(BETARANK) eval probe and sample, $(SMOKE)/$$run"; \
+	  $(BETARANK) eval probe --checkpoint=$(SMOKE)/$$run && $(BETARANK) eval sample --checkpoint=$(SMOKE)/$$run $(SAMPLE) \
 	  || exit 1; \
 	done
 	@echo
-	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
-	$(PY) -m rl.compare $(SMOKE)/rl/beta=0 $(SMOKE)/rl/beta=-0.25 --plot=$(SMOKE)/rl.png
-	$(PY) -m eval.report $(SMOKE)
+	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
+	$(BETARANK) compare $(SMOKE)/rl/beta=0 $(SMOKE)/rl/beta=-0.25 --plot=$(SMOKE)/rl.png
+	$(BETARANK) report $(SMOKE)
 else
-	$(PY) -m train.compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
+	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
 	@echo 'no RL: it needs problems that have answers, which SOURCE=reasoning makes'
 endif
 

@@ -1,4 +1,4 @@
-"""Packaging. The top-level folders are the packages; see README.md for what each is for."""
+"""Packaging: this folder is the package `betarank`, so `betarank.model` is the folder model/ (see README.md)."""
 
 import pathlib
 
@@ -35,12 +35,12 @@ EXTRAS = {
     'tpu': ['jax[tpu]>=0.10,<0.13', 'gcsfs>=2024.6'],
     'gpu': ['jax[cuda13]>=0.10,<0.13'],
     'gcs': ['gcsfs>=2024.6'],
-    'hf': ['safetensors>=0.7'],  # model/hf.py import
-    'lm_eval': ['lm_eval>=0.4.13'],  # python -m eval harness
+    'hf': ['safetensors>=0.7'],  # betarank hf import
+    'lm_eval': ['lm_eval>=0.4.13'],  # betarank eval harness
     'dev': ['safetensors>=0.7', 'pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
 }
 
-PACKAGES = ('configs', 'objectives', 'model', 'data', 'train', 'rl', 'eval', 'launch')
+FOLDERS = ('configs', 'objectives', 'model', 'data', 'tasks', 'runtime', 'train', 'rl', 'eval', 'launch')
 
 setup(
     name='betarank',
@@ -50,7 +50,10 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     python_requires='>=3.11',
-    packages=find_packages(include=[name for top in PACKAGES for name in (top, f'{top}.*')]),
+    package_dir={'betarank': '.'},
+    packages=['betarank', *(f'betarank.{p}' for top in FOLDERS for p in find_packages(include=[top, f'{top}.*']))],
+    package_data={'betarank.launch': ['*.sh', 'constraints.txt']},
+    entry_points={'console_scripts': ['betarank = betarank.__main__:main']},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model import attention_kernel_gpu as triton
-from model import attention_kernel_hopper as hopper
+from betarank.model.kernels import attention_hopper as hopper
+from betarank.model.kernels import attention_triton as triton
 
 
 def cudnn(segments_BT, documents: bool):

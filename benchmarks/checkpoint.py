@@ -15,11 +15,11 @@ import time
 
 import jax
 
-import model
-from train import checkpoint, integrity
-from train.checkpoint import CheckpointConfig, Checkpoints
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import abstract_state, create_state, donated
+from betarank import model
+from betarank.runtime import checkpoint, integrity
+from betarank.runtime.checkpoint import CheckpointConfig, Checkpoints
+from betarank.runtime.state import abstract_state, create_state, donated
+from betarank.train.optimizer import OptimizerConfig, make_optimizer
 
 MODEL = model.ModelConfig(
   vocab_size=32_768, layers=12, d_model=768, d_ff=2048, heads=12, kv_heads=4, head_dim=64, rope_base=1e4,

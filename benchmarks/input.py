@@ -15,14 +15,14 @@ import time
 import numpy as np
 from etils import epath
 
-from configs import load
-from data.batches import Batch, TrainBatches
-from data.config import DataConfig
-from data.prepare import prepare_source, train_tokenizer
-from data.prepared import Documents
-from train import loop
-from train.config import run_config
-from train.metrics import read_lines
+from betarank.configs import load
+from betarank.data.batches import Batch, TrainBatches
+from betarank.data.config import DataConfig
+from betarank.data.prepare import prepare_source, train_tokenizer
+from betarank.data.prepared import Documents
+from betarank.runtime.metrics import read_lines
+from betarank.train import loop
+from betarank.train.config import run_config
 
 
 def padded(config: DataConfig, batch_size: int):

@@ -21,10 +21,10 @@ from unittest import mock
 
 from absl import app, flags
 
-from launch import hlo
-from launch.bundles import FLAGS as BUNDLE_FLAGS
-from launch.chips import Topology
-from launch.predict import predict
+from betarank.launch.plan import hlo
+from betarank.launch.plan.bundles import FLAGS as BUNDLE_FLAGS
+from betarank.launch.plan.chips import Topology
+from betarank.launch.plan.predict import predict
 
 GRID = flags.DEFINE_list('grid', ['8192x512x65536'], 'tokens x D x V, several by commas')
 ONLY = flags.DEFINE_list('only', [], 'Names (or their starts) of what to compare; empty: all.')
@@ -41,7 +41,7 @@ def contenders(chunk_tokens):
   import jax.numpy as jnp
   import optax
 
-  from objectives import RewardShaping, shaped_linear_loss, shaped_linear_total
+  from betarank.objectives import RewardShaping, shaped_linear_loss, shaped_linear_total
 
   chunk = {'chunk_tokens': chunk_tokens or None}
 
@@ -92,8 +92,8 @@ def compare(shape, run_names, dump_folder):
   import jax
   import jax.numpy as jnp
 
-  from objectives.kernels import find_head as kernel
-  from objectives.linear_head import default_chunk
+  from betarank.objectives.head import default_chunk
+  from betarank.objectives.kernels import top_k_tpu as kernel
 
   tokens, width, vocab = (int(n) for n in shape.split('x'))
   dtype = jnp.dtype(DTYPE.value)

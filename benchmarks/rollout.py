@@ -18,9 +18,9 @@ import time
 import jax
 import numpy as np
 
-import model
 from benchmarks.train import MODELS
-from rl.sampler import Prompt, Sampler, SamplerConfig
+from betarank import model
+from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
 CONFIG, *_ = MODELS['small']
 EOS = 3

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import model
-from data import Batch
-from objectives import ObjectiveConfig
-from train.metrics import peak_flops
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import TrainState, create_state, donated
-from train.step import make_step
+from betarank import model
+from betarank.data import Batch
+from betarank.objectives import ObjectiveConfig
+from betarank.runtime.metrics import peak_flops
+from betarank.runtime.state import TrainState, create_state, donated
+from betarank.train.optimizer import OptimizerConfig, make_optimizer
+from betarank.train.step import make_step
 
 ADAMW = OptimizerConfig(lr=1e-4, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
                         weight_decay=0.1, clip_norm=1.0)

@@ -21,9 +21,9 @@ from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from rl import verifiers
-from rl.tasks import Task, TaskConfig, TaskSet
-from rl.verifiers import Verdict, Verifier, VerifierConfig
+from betarank.tasks import verifiers
+from betarank.tasks.task_set import Task, TaskConfig, TaskSet
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
 DATA = pathlib.Path(__file__).resolve().parent.parent.parent / 'shared' / 'data' / 'reasoning'
 SETS = ('gsm8k_train', 'gsm8k_test', 'math500', 'aime24', 'amc23')

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from ml_collections import ConfigDict, FieldReference
 
-from configs.load import ConfigError, suggestion
+from betarank.configs.errors import ConfigError, suggestion
 
 
 def base() -> ConfigDict:
@@ -152,7 +152,7 @@ def rl() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
-  """Section `eval`, which `python -m eval` adds to a run's config: the probe's tokens, and the paper's sampling."""
+  """Section `eval`, which `betarank eval` adds to a run's config: the probe's tokens, and the paper's sampling."""
   return ConfigDict(dict(
     probe=dict(
       rows=64,  # validation rows of data.sequence_length tokens, of each source; the same ones for every checkpoint

@@ -10,40 +10,19 @@ or out of range is a `ConfigError`, one line that names the key and, where there
 """
 
 import argparse
-import dataclasses
-import difflib
 import importlib.util
 import json
 import os
 import pathlib
 import re
-import sys
 import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-T = TypeVar('T')
-
-
-class UserError(ValueError):
-  """Something the person at the command line can mend. The message is one line, meant for them."""
-
-
-class ConfigError(UserError):
-  """A setting that can't be used."""
-
-
-def suggestion(name: str, candidates: Iterable[str]) -> str:
-  """'; did you mean X?' for the candidate nearest to name, or '' if none is near."""
-  candidates = sorted(set(candidates))
-  same_leaf = [c for c in candidates if c.rsplit('.', 1)[-1] == name.rsplit('.', 1)[-1]]
-  # `config.lr` for `config.optimizer.lr`: the last part alone is right, the way there isn't
-  near = difflib.get_close_matches(name, same_leaf, n=1, cutoff=0) or difflib.get_close_matches(name, candidates, n=1)
-  return f'; did you mean {near[0]}?' if near else ''
+from betarank.configs.errors import ConfigError, suggestion
 
 
 def from_command_line(
@@ -198,80 +177,6 @@ def _read(key: str, text: str, old: Any) -> Any:
     raise ConfigError(f'config.{key.removeprefix("config.")}: expected {kind}, got {text!r}') from None
 
 
-def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
-  """`values` as the frozen dataclass `cls`; its keys, their types and the class's own checks must all hold."""
-  prefix = f'{path}.' if path else ''
-  _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)
-  hints = typing.get_type_hints(cls)
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  for key in values:
-    if key not in fields:
-      known = [f'config.{prefix}{name}' for name in fields]
-      raise ConfigError(f'config.{prefix}{key}: no such key{suggestion(f"config.{prefix}{key}", known)}')
-  arguments = {}
-  for name, field in fields.items():
-    if name in values:
-      arguments[name] = _convert(hints[name], values[name], prefix + name)
-    elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-      raise ConfigError(f'config.{prefix}{name}: missing; {cls.__name__} needs it')
-  try:
-    return cls(**arguments)
-  except ConfigError:
-    raise
-  except ValueError as error:
-    raise ConfigError(f'config.{prefix}{error}') from None
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-  origin, parameters = typing.get_origin(hint), typing.get_args(hint)
-  if dataclasses.is_dataclass(hint):
-    _expect(isinstance(value, ConfigDict | dict), path, 'a section', value)
-    return section(hint, value, path)
-  if origin is dict:
-    _expect(isinstance(value, ConfigDict | dict), path, 'a section', value)
-    return {key: _convert(parameters[1], item, f'{path}.{key}') for key, item in value.items()}
-  if origin is tuple:
-    _expect(isinstance(value, tuple | list), path, 'a list', value)
-    return tuple(_convert(parameters[0], item, f'{path}[{i}]') for i, item in enumerate(value))
-  if origin in (typing.Union, types.UnionType):
-    if value is None and type(None) in parameters:
-      return None
-    return _convert(next(p for p in parameters if p is not type(None)), value, path)
-  if hint is float:
-    _expect(isinstance(value, int | float) and not isinstance(value, bool), path, 'a number', value)
-    _expect(abs(value) <= sys.float_info.max, path, 'a finite number', value)  # not NaN, nor an int beyond any float
-    return float(value)
-  if hint is int:
-    _expect(isinstance(value, int) and not isinstance(value, bool), path, 'a whole number', value)
-  elif hint in (str, bool):
-    _expect(isinstance(value, hint), path, 'text' if hint is str else 'true or false', value)
-  return value
-
-
-def _expect(holds: bool, path: str, what: str, value: Any) -> None:
-  if not holds:
-    raise ConfigError(f'config.{path}: expected {what}, got {value!r}')
-
-
 def to_json(config: ConfigDict) -> str:
   """The resolved config as text that `load` reads back to an equal config."""
   return json.dumps(config.to_dict(), indent=2) + '\n'
-
-
-_MOST_SHOWN = 2000
-
-
-def one_line(error: object) -> str:
-  """The message as one line that a terminal shows and doesn't obey, whatever bad value it quotes."""
-  text = ' '.join(str(error).split())
-  text = text if len(text) <= _MOST_SHOWN else f'{text[:_MOST_SHOWN]} ...'
-  return ''.join(c if c.isprintable() else '\ufffd' for c in text)
-
-
-def run_main(main: Callable[[], None], *errors: type[Exception]) -> None:
-  """Runs an entry point; a UserError, or one of `errors`, ends it with its message as one line, exit 2."""
-  try:
-    main()
-  except (UserError, *errors) as error:
-    print(f'error: {one_line(error)}', file=sys.stderr)
-    sys.exit(2)

@@ -1,11 +1,11 @@
 """RL smoke: GRPO on sums of two or three one-digit numbers, from a smoke checkpoint; a minute on two cores.
 
-    python -m rl --config=configs/rl_smoke.py:init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
+    betarank rl --config=configs/rl_smoke.py:init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
 
 Expect: the share of right answers rises, on the held-out questions too, which no step and no document has shown.
 """
 
-from configs import common, smoke
+from betarank.configs import common, smoke
 
 
 def get_config(arg=None):

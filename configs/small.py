@@ -1,14 +1,14 @@
 """Small: the paper's question at 64M parameters, on one accelerator in minutes.
 
-    python -m launch.sweep --config=configs/small.py --root=runs/small --parallel=5     # five arms, shared by one GPU
-    python -m train --config=configs/small.py:objective=beta_low --workdir=runs/mine
+    betarank sweep --config=configs/small.py --root=runs/small --parallel=5     # five arms, shared by one GPU
+    betarank train --config=configs/small.py:objective=beta_low --workdir=runs/mine
 
 The paper's five objectives, one token budget, each followed by RL; before and after, what the checkpoint thinks of
 held-out documents, and which share of 64 samples solves held-out problems. seeds=N for a spread, tokens=N for another
 budget.
 """
 
-from configs import common, paper
+from betarank.configs import common, paper
 
 TASK = 'reasoning:chain_sum?max_terms=5&max_digits=3+gcd+products?max_digits=3'
 HELD_OUT = 0.02  # of the questions: in no document and no step of RL, for evaluation

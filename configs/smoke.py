@@ -2,12 +2,12 @@
 
     make smoke                                              # both arms, side by side, then RL from both
     make smoke SOURCE='text:/path/to/*.txt'                 # pre-training alone, on text of your own
-    python -m train --config=configs/smoke.py:beta=-0.25 --workdir=runs/mine
+    betarank train --config=configs/smoke.py:beta=-0.25 --workdir=runs/mine
 
 Expect: cross-entropy about equal for beta = 0 and beta = -0.25, and lower entropy for the latter.
 """
 
-from configs import common
+from betarank.configs import common
 
 # Easy enough for a model of this size to be right now and then, which is where RL begins (configs/rl_smoke.py).
 SUMS = 'reasoning:chain_sum?max_terms=3&max_digits=1'

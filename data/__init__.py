@@ -1,6 +1,6 @@
 """Documents from anywhere, tokenised once into indexed shards, read back as packed batches in a fixed order.
 
-    sources -> tokenizer -> prepare   offline: python -m data prepare --config=...
+    sources -> tokenizer -> prepare   offline: betarank data prepare --config=...
     prepared -> packing, mixture -> batches   during training
 
 Order, packing and mixing are pure functions of (settings, seed, index): nothing has to be replayed to resume.
@@ -22,4 +22,4 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str):
   if name not in _HOME:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(f'data.{_HOME[name]}'), name)
+  return getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)

@@ -16,10 +16,10 @@ import grain
 import jax
 import numpy as np
 
-from data.config import DataConfig, DataError
-from data.mixture import Schedule
-from data.packing import Packer, Pieces
-from data.prepared import Documents
+from betarank.data.config import DataConfig, DataError
+from betarank.data.mixture import Schedule
+from betarank.data.packing import Packer, Pieces
+from betarank.data.prepared import Documents
 
 _ENDLESS = 2**62
 _CURSOR_VERSION = 1  # raise it when packing or mixing changes: an old cursor would silently mean other rows

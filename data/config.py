@@ -4,8 +4,10 @@ import dataclasses
 import math
 import re
 
+from betarank.configs.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
   """Data or a setting of it that can't be used: one line that names the file or key, and what to do."""
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from etils import epath
 
-from data.config import DataError
+from betarank.data.config import DataError
 
 _LINE_BYTES = 256 * 2**20  # the longest JSON line: it must be parsed in one piece
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data import prepared, sources
-from data.config import DataConfig, DataError
-from data.tokenizer import TRAIN_BYTES, Tokenizer, train
-from data.worker import Job, Worker, write_whole
+from betarank.data import prepared, sources
+from betarank.data.config import DataConfig, DataError
+from betarank.data.tokenizer import TRAIN_BYTES, Tokenizer, train
+from betarank.data.worker import Job, Worker, write_whole
 
 Report = Callable[[int, int, int, int], None]  # units done, units, documents so far, tokens so far
 

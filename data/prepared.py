@@ -6,7 +6,7 @@
                    dataset_info.json, features.json  TFDS's own
 
 Sizes and the lengths are checked at every start, a record by ArrayRecord's own checksum whenever it is read, and all
-of them by `python -m data verify`. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}.
+of them by `betarank data verify`. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}.
 From a bucket, every machine that trains copies the split to its disk once.
 """
 
@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data.config import DataConfig, DataError
+from betarank.data.config import DataConfig, DataError
 
 VERSION = '1.0.0'  # of the layout; TFDS wants it in the path
 SPLITS = ('train', 'validation')
 _VERIFIED_AT_ONCE = 1024  # records in memory
-_COMMAND = 'python -m data prepare --config=...'
+_COMMAND = 'betarank data prepare --config=...'
 
 
 def folder(config: DataConfig, name: str) -> epath.Path:

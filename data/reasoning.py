@@ -27,7 +27,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data.config import DataError
+from betarank.data.config import DataError
 
 # Ends without a space: a tokenizer glues a space to the word after it, so a prompt must not end in one.
 PROMPT = 'Question: {question}\nSolution:'

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from data.config import DataError
-from data.formats import Segment, checked_text, missing_field, sized, utf8
+from betarank.data.config import DataError
+from betarank.data.formats import Segment, checked_text, missing_field, sized, utf8
 
 
 @dataclasses.dataclass(frozen=True)

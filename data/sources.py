@@ -16,9 +16,9 @@ import difflib
 import functools
 from collections.abc import Iterator
 
-from data import formats, reasoning, record_formats
-from data.config import DataConfig, DataError, SourceConfig
-from data.formats import Segment
+from betarank.data import formats, reasoning, record_formats
+from betarank.data.config import DataConfig, DataError, SourceConfig
+from betarank.data.formats import Segment
 
 _MOST_UNITS = 256  # a unit becomes a file that the loader keeps open
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from etils import epath
 
-from data.config import DataError
+from betarank.data.config import DataError
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3  # of the tokenizers trained here; one from outside may have others
 TRAIN_BYTES = 16 * 2**20  # more text changes few merges and costs minutes
@@ -88,7 +88,7 @@ class Tokenizer:
     try:
       model = epath.Path(path).read_bytes()
     except FileNotFoundError:
-      raise DataError(f'{path}: no such tokenizer; run: python -m data tokenizer --config=...') from None
+      raise DataError(f'{path}: no such tokenizer; run: betarank data tokenizer --config=...') from None
     except OSError as error:
       raise DataError(f'{path}: could not be read ({error.strerror or error}); give a SentencePiece model') from None
     self._processor = sentencepiece.SentencePieceProcessor()

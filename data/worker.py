@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data import prepared, sources
-from data.config import DataConfig
-from data.tokenizer import Tokenizer
+from betarank.data import prepared, sources
+from betarank.data.config import DataConfig
+from betarank.data.tokenizer import Tokenizer
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:

@@ -21,14 +21,14 @@ from typing import Any
 
 from etils import epath
 
-from configs.load import ConfigError, suggestion
-from data import formats
-from data.config import DataError
-from data.reasoning import ANSWER_MARK
-from eval import code_problems
-from eval.config import EvalError, SampleConfig
-from rl.tasks import Task, TaskConfig, TaskSet, read_jsonl
-from rl.verifiers import extract_answer
+from betarank.configs.errors import ConfigError, suggestion
+from betarank.data import formats
+from betarank.data.config import DataError
+from betarank.data.reasoning import ANSWER_MARK
+from betarank.eval.config import EvalError, SampleConfig
+from betarank.tasks import code_problems
+from betarank.tasks.task_set import Task, TaskConfig, TaskSet, read_jsonl
+from betarank.tasks.verifiers import extract_answer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,17 +9,17 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import data
-import model
-from configs import common, load
-from configs.load import ConfigError, UserError, section
-from data import DataConfig
-from eval.code_jail import JailConfig
-from model import MeshConfig, ModelConfig
-from rl.sampler import SamplerConfig
-from rl.tasks import TaskConfig
-from rl.verifiers import ANSWER_FORMATS, VerifierConfig
-from train import checkpoint, workdir
+from betarank import data, model
+from betarank.configs import common, load
+from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.sections import section
+from betarank.data import DataConfig
+from betarank.model import MeshConfig, ModelConfig
+from betarank.runtime import checkpoint, workdir
+from betarank.tasks.code_jail import JailConfig
+from betarank.tasks.task_set import TaskConfig
+from betarank.tasks.verifiers import ANSWER_FORMATS, VerifierConfig
+from betarank.train.sampler import SamplerConfig
 
 # Of the model: how it is computed, not what.
 EVALUATOR_MAY_CHANGE = ('compute_dtype', 'attention', 'remat', 'scan_layers', 'moe.kernel')

@@ -24,17 +24,17 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from data import Tokenizer
-from data.reasoning import ANSWER_MARK
-from eval import code_problems
-from eval.benchmarks import Benchmark, open_benchmark
-from eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, same, write_whole
-from eval.sampling_metrics import collect
-from eval.statistics import bootstrap_interval
-from rl.sampler import Prompt, Sample, Sampler
-from rl.tasks import Task
-from rl.verifiers import Verdict, Verifier, extract_answer, number, plain
-from train.metrics import duration
+from betarank.data import Tokenizer
+from betarank.data.reasoning import ANSWER_MARK
+from betarank.eval.benchmarks import Benchmark, open_benchmark
+from betarank.eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, same, write_whole
+from betarank.eval.sampling_metrics import collect
+from betarank.eval.statistics import bootstrap_interval
+from betarank.runtime.metrics import duration
+from betarank.tasks import code_problems
+from betarank.tasks.task_set import Task
+from betarank.tasks.verifiers import Verdict, Verifier, extract_answer, number, plain
+from betarank.train.sampler import Prompt, Sample, Sampler
 
 COMPARED = 16  # distinct wrong answers to a problem, the most frequent ones, that the verifier compares with each other
 _PROGRESS_S = 10.0

@@ -1,6 +1,6 @@
 """lm-evaluation-harness's tasks on our own scorer and sampler; no conversion to another format.
 
-    python -m eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
+    betarank eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
     lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
 
 What goes in and how it is cut is as in the harness's own model for Hugging Face, `hf`, so that the same weights give
@@ -28,10 +28,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
-import model
-from configs import load
-from configs.load import ConfigError
-from eval.config import (
+from betarank import model
+from betarank.configs import errors, load
+from betarank.configs.errors import ConfigError
+from betarank.eval.config import (
   EvalError,
   EvalRun,
   Subject,
@@ -44,11 +44,11 @@ from eval.config import (
   same,
   write_whole,
 )
-from model.sharding import constrain
-from objectives import linear_token_stats
-from rl.sampler import Prompt, Sampler, SamplerConfig
-from train import hosts
-from train.score import LAYOUT
+from betarank.model.sharding import constrain
+from betarank.objectives import linear_token_stats
+from betarank.runtime import multihost
+from betarank.train.sampler import Prompt, Sampler, SamplerConfig
+from betarank.train.score import LAYOUT
 
 _SHORTEST = 64  # rows are padded to this times a power of two, so that few shapes are compiled
 _DEFAULT_NEW_TOKENS = 256  # the harness's
@@ -89,7 +89,7 @@ class Betarank(TemplateLM):
     self._tokens, self._mesh = read_tokenizer(run), make_mesh(run)
     self._device = self._mesh.devices.flat[0].platform
     try:
-      hosts.check_rows(self.batch_size, self._mesh.shape, 1)
+      multihost.check_rows(self.batch_size, self._mesh.shape, 1)
     except ValueError as error:
       raise ConfigError(f'config.eval.probe.batch_size: {str(error).replace("train.batch_size", "it")}') from None
     with jax.set_mesh(self._mesh):
@@ -255,7 +255,7 @@ def harness(
   manager = TaskManager(include_path=include_path or None) if todo else None  # it takes its time
   for subject, path, settings in todo:
     if unknown := [name for name in names if name not in manager.all_tasks]:
-      raise EvalError(f'--tasks={unknown[0]}: no such task{load.suggestion(unknown[0], manager.all_tasks)}')
+      raise EvalError(f'--tasks={unknown[0]}: no such task{errors.suggestion(unknown[0], manager.all_tasks)}')
     found = lm_eval.simple_evaluate(
       Betarank(subject, run, max_length=max_length), tasks=names, num_fewshot=num_fewshot, limit=limit,
       task_manager=manager, log_samples=False, bootstrap_iters=1000)

@@ -22,17 +22,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-import data
-import model
-from configs.load import ConfigError
-from data import Batch
-from eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, write_whole
-from model.sharding import constrain
-from objectives import chunk, linear_token_stats
-from objectives import layout as head_layout
-from objectives.top_k import top_k
-from train import hosts
-from train.score import LAYOUT
+from betarank import data, model
+from betarank.configs.errors import ConfigError
+from betarank.data import Batch
+from betarank.eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, write_whole
+from betarank.model.sharding import constrain
+from betarank.objectives import collectives as head_layout
+from betarank.objectives import head_math, linear_token_stats
+from betarank.objectives.top_k import top_k
+from betarank.runtime import multihost
+from betarank.train.score import LAYOUT
 
 HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -52,7 +51,7 @@ def probe(run: EvalRun, subjects: Sequence[Subject]) -> None:
   tokenizer = read_tokenizer(run)
   mesh = make_mesh(run)
   try:
-    hosts.check_rows(settings.batch_size, mesh.shape, 1)
+    multihost.check_rows(settings.batch_size, mesh.shape, 1)
   except ValueError as error:
     raise ConfigError(f'config.eval.probe.batch_size: {str(error).replace("train.batch_size", "it")}') from None
   config = {**dataclasses.asdict(run.eval), 'probe': dataclasses.asdict(settings) | {'top_k': head}}
@@ -88,10 +87,10 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
   """values(batch) of all the domain's batches, [N] each, the same in every process."""
   size = run.eval.probe.batch_size
   placement = NamedSharding(mesh, model.spec('batch', 'length'))
-  share = hosts.row_share(placement, size, run.data.sequence_length)
+  share = multihost.row_share(placement, size, run.data.sequence_length)
   parts = []
   for batch in batches(run, name, *share):
-    values_BT = jax.device_get(values(hosts.to_global(batch, placement, size)))
+    values_BT = jax.device_get(values(multihost.to_global(batch, placement, size)))
     parts.append({key: x_BT[values_BT['counts']] for key, x_BT in values_BT.items()})
   return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -151,7 +150,7 @@ def leaders(hidden: jax.Array, head: jax.Array, layout: head_layout.Layout | Non
 
   Logits are formed by the scorer's own function, CHUNK_TOKENS tokens at a time.
   """
-  options = chunk.Options(
+  options = head_math.Options(
     with_top_k=False, with_smoothing=False, vocab_size=head.shape[1], chunk_tokens=None, soft_cap=None, z_loss=0.0,
     temperature=1.0, compute_dtype=hidden.dtype, layout=layout)
 
@@ -162,7 +161,7 @@ def leaders(hidden: jax.Array, head: jax.Array, layout: head_layout.Layout | Non
     hidden_ND = jnp.pad(hidden.reshape(tokens, -1), ((0, -tokens % size), (0, 0)))
 
     def one(hidden_CD):
-      z_CV = chunk.logits(options, hidden_CD, head_DV)
+      z_CV = head_math.logits(options, hidden_CD, head_DV)
       two_C2, _ = jax.lax.top_k(head_layout.concatenate_over_vocab(layout, top_k(z_CV, 2)[0]), 2)
       mass_C = head_layout.sum_over_vocab(layout, jnp.exp(z_CV - two_C2[:, :1]).sum(-1))
       return -jnp.log(mass_C), two_C2[:, 0] - two_C2[:, 1]

@@ -7,20 +7,20 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 from rich.console import Console
 from rich.table import Table
 
-import model
-from configs.load import ConfigError, UserError, to_json
-from launch.chips import Topology
-from launch.plan import stage_seconds
-from launch.points import TRAINS, Point
-from rl.config import rl_run
-from train.config import run_config
+from betarank import model
+from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.load import to_json
+from betarank.launch.plan.chips import Topology
+from betarank.launch.plan.command import stage_seconds
+from betarank.launch.points import BETARANK, TRAINS, Point
+from betarank.rl.config import rl_run
+from betarank.train.config import run_config
 
 SCRIPT = pathlib.Path(__file__).with_name('tpu.sh')
 NEEDED = ('TPU_NAME', 'TPU_PROJECT', 'TPU_ZONE', 'TPU_TYPE', 'TPU_RUNTIME')
@@ -39,8 +39,8 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 
   def run(point: Point, slot: int) -> list[str]:
     if point.stage == 'data':  # once, and from anywhere: not worth a slice
-      return [sys.executable, *point.arguments]
-    return ['env', f'TPU_NAME={name}-{slot}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments[1:]]
+      return [*BETARANK, *point.arguments]
+    return ['env', f'TPU_NAME={name}-{slot}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments]
 
   return run
 
@@ -95,7 +95,7 @@ def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
     return None
   arguments = [a for a in point.arguments if a.startswith('--config')]
   done = subprocess.run(
-    [sys.executable, '-m', 'launch.plan', *arguments, f'--topology={chips.name}', f'--slices={chips.slices}', '--json'],
+    [*BETARANK, 'plan', *arguments, f'--topology={chips.name}', f'--slices={chips.slices}', '--json'],
     stdout=subprocess.PIPE, text=True)
   try:
     plans = json.loads(done.stdout)['plans']

@@ -2,8 +2,8 @@
 
     def sweep(add):
       for beta in (0.0, -0.25):
-        base = add(**{'objective.beta': beta})                            # python -m train
-        rl = add(after=base, stage='rl', config='configs/rl_smoke.py')    # python -m rl, from base's weights
+        base = add(**{'objective.beta': beta})                            # betarank train
+        rl = add(after=base, stage='rl', config='configs/rl_smoke.py')    # betarank rl, from base's weights
         add(after=rl, stage='sample', benchmark='reasoning:chain_sum', **{'eval.sample.problems': 50})
 
 `add` returns the point's name, which is also its folder under the sweep's root.
@@ -14,20 +14,26 @@ import fnmatch
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-import data
-from configs import common, load
-from configs.load import ConfigError, section, suggestion, to_json
-from data import DataConfig, DataError
-from eval.config import EvalConfig
-from rl.config import rl_run
-from train import workdir
-from train.config import run_config
+from betarank import data
+from betarank.configs import common, load
+from betarank.configs.errors import ConfigError, suggestion
+from betarank.configs.load import to_json
+from betarank.configs.sections import section
+from betarank.data import DataConfig, DataError
+from betarank.eval.config import EvalConfig
+from betarank.rl.config import rl_run
+from betarank.runtime import workdir
+from betarank.train.config import run_config
+
+# -P: the folder that one is in, which may hold anything, isn't searched for modules.
+BETARANK = (sys.executable, '-P', '-m', 'betarank')
 
 STAGES = ('train', 'rl', 'probe', 'sample')  # what a point can run; preparing data is added by itself
 TRAINS = ('train', 'rl')  # stages with a workdir of their own, whose last checkpoint says that they are finished
@@ -43,7 +49,7 @@ class Point:
     needs: the points that have to be finished first: `after`, and the one that prepares the data.
     config: the resolved config.
     steps: the step at which it is finished; 0 for a stage that doesn't count steps.
-    arguments: of `python`, to run it.
+    arguments: of `betarank`, to run it.
   """
 
   name: str
@@ -96,10 +102,10 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
     """Names a point and returns its full name.
 
     name: of its arm; by default made of the overrides or, after another point, that point's.
-    stage: train (pre-training and mid-training), rl, probe or sample (both of `python -m eval`).
+    stage: train (pre-training and mid-training), rl, probe or sample (both of `betarank eval`).
     config: another config file than the sweep's own. arg: more of its argument, 'stage=mid'.
     after: the point whose weights it starts from, or which it evaluates.
-    benchmark: of stage sample, as `python -m eval sample --benchmark` takes it.
+    benchmark: of stage sample, as `betarank eval sample --benchmark` takes it.
     overrides: by dotted key, **{'optimizer.lr': 1e-3}.
     """
     if stage not in STAGES:
@@ -165,7 +171,7 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
     overrides = overrides | moved
     config = load.load(spec, overrides)
   steps = rl_run(config).rl.steps if stage == 'rl' else run_config(config).steps
-  arguments = ('-m', stage, f'--config={spec}', f'--workdir={path}', *_flags(overrides))
+  arguments = (stage, f'--config={spec}', f'--workdir={path}', *_flags(overrides))
   after = parent.name if parent else ''
   return Point(name, stage, after, (after,) if after else (), config, steps, path, arguments)
 
@@ -195,7 +201,7 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
   flags = [f'--checkpoint={parent.workdir}', *([f'--config={spec}'] if spec else []),
            *([f'--benchmark={benchmark}'] if benchmark else [])]
   return Point(name, stage, parent.name, (parent.name,), config, 0, parent.workdir,
-               ('-m', 'eval', stage, *flags, *_flags(overrides)))
+               ('eval', stage, *flags, *_flags(overrides)))
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
@@ -217,7 +223,7 @@ def _with_data(points: list[Point], root: str) -> list[Point]:
       name = f'data/{folder}' + (f'-{same_folder + 1}' if same_folder else '')
       before = list(prepare.values())[-1:]
       deciding = ('--config=', '--config.data.', '--config.model.vocab_size=')
-      arguments = ('-m', 'data', 'prepare', *(a for a in point.arguments if a.startswith(deciding)))
+      arguments = ('data', 'prepare', *(a for a in point.arguments if a.startswith(deciding)))
       prepare[key] = Point(name, 'data', '', tuple(p.name for p in before), point.config, 0, c.dir, arguments)
     done.append(dataclasses.replace(point, needs=(*point.needs, prepare[key].name)))
   return [*prepare.values(), *done]

@@ -1,4 +1,4 @@
-"""python -m launch.sweep --config=configs/smoke.py --on=local|tpu --root=DIR [--only=PATTERN] [--parallel=N]
+"""betarank sweep --config=configs/smoke.py --on=local|tpu --root=DIR [--only=PATTERN] [--parallel=N]
     [--dry_run [--plan]]
 
 Runs the points that `sweep(add)` in the config file names (launch/points.py): those that nothing holds up, at most N
@@ -33,11 +33,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from configs import load
-from configs.load import ConfigError, UserError
-from launch.points import TRAINS, Point, check_workdirs, expand, resolved
-from train import workdir
-from train.metrics import duration
+from betarank.configs import load
+from betarank.configs.errors import ConfigError, UserError
+from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, resolved
+from betarank.runtime import workdir
+from betarank.runtime.metrics import duration
 
 POLL_S = 0.2
 SAY_EVERY_S = 60.0  # without a terminal: how often progress is printed
@@ -275,11 +275,11 @@ class Screen:
 
 
 def local_command(point: Point, _slot: int) -> list[str]:
-  return [sys.executable, *point.arguments]
+  return [*BETARANK, *point.arguments]
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False,
+def main(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser(prog='betarank sweep', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
   parser.add_argument('--on', choices=('local', 'tpu'), default='local')
@@ -290,7 +290,7 @@ def main() -> None:
   parser.add_argument('--dry_run', action='store_true', help='print what would be run, and start nothing')
   parser.add_argument('--plan', action='store_true',
                       help='with --on=tpu --dry_run: hours from launch.plan, which compiles for minutes')
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   load.check_places(vars(args))
   if args.parallel < 1:
     parser.error('--parallel must be 1 or more')
@@ -307,7 +307,7 @@ def main() -> None:
 
   command = local_command
   if args.on == 'tpu':
-    from launch import on_tpu
+    from betarank.launch import on_tpu
     command = on_tpu.command(args.dry_run)
     if args.dry_run:
       on_tpu.print_plan(console, points, args.parallel, args.plan)
@@ -364,7 +364,3 @@ def _conclude(sweep: Sweep, console: Console) -> None:
                     + (f' ({sweep.log(point)})' if status.state == 'failed' else ''), markup=False)
   if count('finished') < len(sweep.points):
     sys.exit('asked to stop; the same command goes on from there' if sweep.stopping else 1)
-
-
-if __name__ == '__main__':
-  load.run_main(main)

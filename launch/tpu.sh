@@ -5,7 +5,7 @@
 #
 #   create                      the slice (or several, TPU_SLICES)        delete    the same, away
 #   push                        this commit's files to every worker       setup     Python and packages there, once
-#   train|rl|eval ARGS          python -m train ARGS on every worker, as one job; lives on when ssh doesn't
+#   train|rl|eval ARGS          betarank train ARGS on every worker, as one job; lives on when ssh doesn't
 #   run COMMAND...              any command, the same way
 #   babysit VERB ARGS           create, push, setup and run; again after a preemption, until done or TPU_MAX_...
 #   logs [0|all]   status   stop        stop asks the run to save and end
@@ -183,10 +183,10 @@ send() {
 echo $commit > betarank.new/.commit && rm -rf betarank && mv betarank.new betarank"
 }
 
-# The command of a verb: train ARGS is python -m train ARGS. `python` is the one that setup installed.
+# The command of a verb: train ARGS is betarank train ARGS. `betarank` is the one that setup installed.
 command_of() {
   case ${1:-} in
-    train | rl | eval) command=(python -m "$@" --coordinator=auto) ;;
+    train | rl | eval) command=(betarank "$@" --coordinator=auto) ;;
     run) command=("${@:2}") ;;
     *) die "'${1:-}' can't be run: train, rl, eval or run" ;;
   esac

@@ -1,10 +1,10 @@
 """The decoder: config (shapes), sharding (where arrays live), transformer (forward function), decode (its cache)."""
 
-from model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
-from model.decode import Cache, empty_cache
-from model.moe import Routing, move_router_bias
-from model.sharding import RULES, MeshConfig, check_divides, make_mesh, platform, shardings, spec
-from model.transformer import abstract, forward, forward_routed, head, init
+from betarank.model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
+from betarank.model.decode import Cache, empty_cache
+from betarank.model.moe import Routing, move_router_bias
+from betarank.model.sharding import RULES, MeshConfig, check_divides, make_mesh, platform, shardings, spec
+from betarank.model.transformer import abstract, forward, forward_routed, head, init
 
 __all__ = [
   'RULES',

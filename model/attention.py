@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 
-from model import attention_kernel_gpu
-from model.sharding import device_kind, platform, shards, spec
+from betarank.model.kernels import attention_triton
+from betarank.model.sharding import device_kind, platform, shards, spec
 
 KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
 
@@ -79,10 +79,10 @@ def _able(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
   if on == 'cpu' and whole:
     yield 'blocks'
   if on == 'gpu' and half and kv_heads % shards('row_heads') == 0:
-    from model import attention_kernel_hopper  # takes a second to import
-    if attention_kernel_hopper.fits(length, width, device_kind()):
+    from betarank.model.kernels import attention_hopper  # takes a second to import
+    if attention_hopper.fits(length, width, device_kind()):
       yield 'hopper'
-    if attention_kernel_gpu.fits(length, width):
+    if attention_triton.fits(length, width):
       yield 'triton'
   if on == 'gpu' and half and whole and width % 8 == 0 and width <= 256 and length % 2 == 0:
     yield 'cudnn'
@@ -129,19 +129,19 @@ def _cudnn(segments_BT):
 
 
 def _hopper(segments_BT):
-  from model import attention_kernel_hopper
-  return _by_documents(attention_kernel_hopper.attention, segments_BT)
+  from betarank.model.kernels import attention_hopper
+  return _by_documents(attention_hopper.attention, segments_BT)
 
 
 def _triton(segments_BT):
-  return _by_documents(attention_kernel_gpu.attention, segments_BT)
+  return _by_documents(attention_triton.attention, segments_BT)
 
 
 def _by_documents(kernel, segments_BT):
   """A kernel that skips other documents. Each device has its own rows and heads; where devices split the length they
   trade tokens for heads and back (DeepSpeed-Ulysses, arXiv 2309.14509).
   """
-  ends = attention_kernel_gpu.documents(segments_BT)
+  ends = attention_triton.documents(segments_BT)
 
   def run(q_BTNH, k_BTKH, v_BTKH):
     rows = kernel

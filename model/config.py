@@ -4,8 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from model.attention import KERNELS
-from model.sharding import platform
+from betarank.model.attention import KERNELS
+from betarank.model.sharding import platform
 
 # What the backward pass finds saved, by the names the layers give their intermediates (jax.ad_checkpoint); the rest
 # is computed again. From the most memory to the least; `none` saves everything, also what has no name.

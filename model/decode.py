@@ -8,8 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from model.config import ModelConfig
-from model.sharding import constrain
+from betarank.model.config import ModelConfig
+from betarank.model.sharding import constrain
 
 CACHE_AXES = {1: ('batch',), 2: ('batch', None), 4: ('batch', 'act_heads', None, None)}  # by number of dimensions
 

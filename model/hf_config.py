@@ -7,7 +7,8 @@ router, which has our block, full rotary embedding and QK-norm being options of 
 import math
 from typing import Any
 
-from model.config import ModelConfig
+from betarank.configs.errors import UserError
+from betarank.model.config import ModelConfig
 
 DENSE, SOFTMAX, SIGMOID = 'Qwen3ForCausalLM', 'Qwen3MoeForCausalLM', 'Glm4MoeForCausalLM'
 TYPES = {DENSE: 'qwen3', SOFTMAX: 'qwen3_moe', SIGMOID: 'glm4_moe'}
@@ -29,7 +30,7 @@ MOE_OPTIONS = {
 }
 
 
-class HfError(ValueError):
+class HfError(UserError):
   """A model, directory or tokenizer that can't be exchanged. One line that names what is in the way."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from model.hf_config import HfError
+from betarank.model.hf_config import HfError
 
 _SPACE = '▁'
 
@@ -111,4 +111,4 @@ def _check(spm: Any, name: str) -> None:
     'has no BOS or EOS token' if min(trainer.bos_id, trainer.eos_id) < 0 else '')
   if wrong:
     raise HfError(f'{name}: {wrong}, which has no exact counterpart in tokenizer.json; export with '
-                  '--tokenizer=none, or train a tokenizer with python -m data')
+                  '--tokenizer=none, or train a tokenizer with betarank data')

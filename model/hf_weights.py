@@ -22,9 +22,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from model.config import ModelConfig
-from model.hf_config import SIGMOID, HfError, architecture
-from model.transformer import abstract
+from betarank.model.config import ModelConfig
+from betarank.model.hf_config import SIGMOID, HfError, architecture
+from betarank.model.transformer import abstract
 
 HEAD = 'lm_head.weight'
 NAMES = {  # ours -> theirs, and their dimensions; {L} and {E} are counted in the name

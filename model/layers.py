@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.config import ModelConfig
-from model.sharding import constrain, platform, shards, spec
+from betarank.model.config import ModelConfig
+from betarank.model.sharding import constrain, platform, shards, spec
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:

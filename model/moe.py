@@ -21,10 +21,10 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model import expert_kernel, expert_kernel_gpu, row_kernel
-from model.config import ModelConfig, MoeConfig
-from model.layers import FeedForward, product32, weight
-from model.sharding import RULES, platform, shards, spec
+from betarank.model.config import ModelConfig, MoeConfig
+from betarank.model.kernels import experts_tpu, experts_triton, rows_tpu
+from betarank.model.layers import FeedForward, product32, weight
+from betarank.model.sharding import RULES, platform, shards, spec
 
 ROOM = 1.25  # rows of a piece over those of an even load
 SAVED = 'choices'  # by this name (jax.ad_checkpoint); every remat policy saves them, or rounding could change them
@@ -246,7 +246,7 @@ def _piece(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) ->
     place_CR += jnp.sum(jnp.where(place_CR[..., None] >= plan.run_start, step, 0), -1)
   pair_CR = jnp.where(real_CR, plan.order_p.at[place_CR].get(mode='clip'), len(weight_p))
   kernel = _kernel(m.kernel, gate_eDF)
-  add = row_kernel.add if kernel is expert_kernel.experts else _scatter
+  add = rows_tpu.add if kernel is experts_tpu.experts else _scatter
   x_CRD = _take(m.experts_per_token, add, x_GD, pair_CR, plan.row_p)
   weight_CR = jnp.where(real_CR, _take(1, _scatter, weight_p[:, None], pair_CR, plan.row_p)[..., 0], 0)
   used = jnp.minimum(plan.tile_end_e[-1] - i * size, size)
@@ -324,11 +324,11 @@ def _kernel(name: str, gate_eDF):
   if name == 'auto':
     name = 'tiles'
     if platform() == 'tpu':
-      name = 'pallas' if expert_kernel.fits(*gate_eDF.shape[1:]) else 'ragged'
-    if platform() == 'gpu' and expert_kernel_gpu.fits(*gate_eDF.shape[1:]):
+      name = 'pallas' if experts_tpu.fits(*gate_eDF.shape[1:]) else 'ragged'
+    if platform() == 'gpu' and experts_triton.fits(*gate_eDF.shape[1:]):
       name = 'triton'
   kernels = {
-    'tiles': _tiles, 'ragged': _ragged, 'pallas': expert_kernel.experts, 'triton': expert_kernel_gpu.experts}
+    'tiles': _tiles, 'ragged': _ragged, 'pallas': experts_tpu.experts, 'triton': experts_triton.experts}
   return kernels[name]
 
 

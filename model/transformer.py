@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import attend, rotate, rows_attention, visible
-from model.config import REMAT, ModelConfig
-from model.decode import Cache, slots_for, write, write_heads
-from model.layers import FeedForward, lookup, ones, project, rms_norm, weight
-from model.moe import SAVED, MixtureOfExperts, Routing
-from model.sharding import constrain
+from betarank.model.attention import attend, rotate, rows_attention, visible
+from betarank.model.config import REMAT, ModelConfig
+from betarank.model.decode import Cache, slots_for, write, write_heads
+from betarank.model.layers import FeedForward, lookup, ones, project, rms_norm, weight
+from betarank.model.moe import SAVED, MixtureOfExperts, Routing
+from betarank.model.sharding import constrain
 
 Params = dict[str, Any]
 

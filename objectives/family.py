@@ -15,13 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from objectives.reward_shaping import (
-  RewardShaping,
-  check_number,
-  check_top_k,
-  power_weight,
-  product_weight,
-)
+from betarank.objectives.reward_shaping import RewardShaping, check_number, check_top_k, power_weight, product_weight
 
 softplus = jax.nn.softplus  # -log p = softplus(-m), -log(1-p) = softplus(m)
 

@@ -5,9 +5,9 @@ import functools
 import jax.numpy as jnp
 from jax import lax
 
-from objectives import layout as mesh
-from objectives.kernels import find_head as on_tpu
-from objectives.kernels import find_head_gpu as on_gpu
+from betarank.objectives import collectives as mesh
+from betarank.objectives.kernels import top_k_tpu as on_tpu
+from betarank.objectives.kernels import top_k_triton as on_gpu
 
 GROUP = 128  # a TPU's lanes; neighbours of which only the largest is looked at first
 

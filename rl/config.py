@@ -4,16 +4,16 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs.load import section
-from data import DataConfig
-from model import ModelConfig
-from rl.advantages import AdvantageConfig
-from rl.policy_losses import PolicyLossConfig
-from rl.tasks import TaskConfig
-from rl.verifiers import VerifierConfig
-from train.checkpoint import CheckpointConfig
-from train.config import LogConfig, TrainConfig
-from train.optimizer import OptimizerConfig
+from betarank.configs.sections import section
+from betarank.data import DataConfig
+from betarank.model import ModelConfig
+from betarank.rl.advantages import AdvantageConfig
+from betarank.rl.policy_losses import PolicyLossConfig
+from betarank.runtime.checkpoint import CheckpointConfig
+from betarank.tasks.task_set import TaskConfig
+from betarank.tasks.verifiers import VerifierConfig
+from betarank.train.config import LogConfig, TrainConfig
+from betarank.train.optimizer import OptimizerConfig
 
 TRUNCATED = ('wrong', 'left_out')
 
@@ -70,7 +70,7 @@ class RlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlRun:
-  """Everything `python -m rl` is told, apart from the workdir."""
+  """Everything `betarank rl` is told, apart from the workdir."""
 
   seed: int
   model: ModelConfig

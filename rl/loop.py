@@ -18,21 +18,21 @@ from etils import epath
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-import data
-import model
-from configs.load import ConfigError, UserError, to_json
-from rl import policy_losses
-from rl.advantages import advantages
-from rl.config import RlRun, rl_run
-from rl.rollout import Group, graded_groups, lengths, pack
-from rl.sampler import Sampler, SamplerConfig
-from rl.tasks import TaskSet
-from rl.update import cov_tokens, make_update, score_tokens
-from rl.verifiers import Verdict, Verifier
-from train import checkpoint, hosts, workdir
-from train.metrics import Log, duration
-from train.optimizer import make_optimizer
-from train.state import TrainState, abstract_state, create_state
+from betarank import data, model
+from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.load import to_json
+from betarank.rl import policy_losses
+from betarank.rl.advantages import advantages
+from betarank.rl.config import RlRun, rl_run
+from betarank.rl.rollout import Group, graded_groups, lengths, pack
+from betarank.rl.update import cov_tokens, make_update, score_tokens
+from betarank.runtime import checkpoint, multihost, workdir
+from betarank.runtime.metrics import Log, duration
+from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.tasks.task_set import TaskSet
+from betarank.tasks.verifiers import Verdict, Verifier
+from betarank.train.optimizer import make_optimizer
+from betarank.train.sampler import Sampler, SamplerConfig
 
 HELD_OUT_STEP = 2**31  # added to the step number: evaluation draws other samples than training
 COV_STREAM = 3  # fold_in(seed, stream, step, update); train/loop.py has 1, the sampler 2
@@ -61,7 +61,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
   try:
     mesh = model.make_mesh(run.train.mesh)
-    hosts.check_rows(rl.prompts // rl.minibatches * rl.samples, mesh.shape, rl.microbatches)
+    multihost.check_rows(rl.prompts // rl.minibatches * rl.samples, mesh.shape, rl.microbatches)
   except ValueError as error:
     raise ConfigError(f'config.train.mesh: {error}') from None
 
@@ -88,7 +88,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     samplers = [Sampler(c, SamplerConfig(rl.rows, rl.max_prompt_tokens, new, record_choices=True), tokenizer.eos, mesh)
                 for new in rl.max_new_tokens]
     cov_key = jax.random.fold_in(jax.random.key(run.seed), COV_STREAM)
-    stop = hosts.StopSignal()
+    stop = multihost.StopSignal()
     last: dict[str, float] = {}
 
     def collect(step: int) -> tuple[list[Group], list[Group], int]:
@@ -117,7 +117,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       # A sample that doesn't count isn't a token of the mean either.
       counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
       size, parts = rows // rl.minibatches, []
-      pieces = [jax.tree.map(lambda x, at=at: hosts.place(x[at : at + size], placement if x.ndim == 2 else by_row),
+      pieces = [jax.tree.map(lambda x, at=at: multihost.place(x[at : at + size], placement if x.ndim == 2 else by_row),
                              (out.batch, counts_BT, out.sampler_logp_BT, advantage_B, out.choices_BTLk))
                 for at in range(0, rows, size)]
       # Before the first update, as the policy that drew them: what all updates of this step are held against.

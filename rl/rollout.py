@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from data import Batch, DataError, Tokenizer
-from rl.sampler import Prompt, Sample, Sampler
-from rl.tasks import Task, TaskSet
-from rl.verifiers import Verdict, Verifier
-from train import hosts
+from betarank.data import Batch, DataError, Tokenizer
+from betarank.runtime import multihost
+from betarank.tasks.task_set import Task, TaskSet
+from betarank.tasks.verifiers import Verdict, Verifier
+from betarank.train.sampler import Prompt, Sample, Sampler
 
 _NOT_MINE = min(Verdict) - 1  # a verdict that another process gives
 
@@ -69,7 +69,7 @@ def graded_groups(
     drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
     if n % jax.process_count() == jax.process_index():
       verdict_PG[cursor - cursors.start] = verifier.verify([(text, task) for text in texts])
-  verdict_PG = hosts.maximum(verdict_PG)
+  verdict_PG = multihost.maximum(verdict_PG)
   return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdict_PG[cursor - cursors.start]]) for cursor in cursors]
 
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import model
-from data import Batch
-from model import ModelConfig
-from model.sharding import constrain
-from objectives import RewardShaping, shaped_linear_loss
-from rl.policy_losses import PolicyLossConfig, add, aggregate, clip_cov_tokens, kl_cov_tokens, policy_loss
-from train.score import LAYOUT
-from train.state import TrainState, compiler_options, donated
+from betarank import model
+from betarank.data import Batch
+from betarank.model import ModelConfig
+from betarank.model.sharding import constrain
+from betarank.objectives import RewardShaping, shaped_linear_loss
+from betarank.rl.policy_losses import PolicyLossConfig, add, aggregate, clip_cov_tokens, kl_cov_tokens, policy_loss
+from betarank.runtime.state import TrainState, compiler_options, donated
+from betarank.train.score import LAYOUT
 
 
 def score_tokens(

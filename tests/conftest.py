@@ -6,6 +6,7 @@ started again and compared, each time with the same programs.
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -15,6 +16,9 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # workers have it from the pr
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='betarank-tests-')
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+# Commands that tests start read configs of tests/, which import from there.
+os.environ['PYTHONPATH'] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
   os.environ['JAX_PLATFORMS'] = 'cpu'

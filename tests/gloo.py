@@ -6,7 +6,6 @@ sums over more than two differ in their last bits. Here one process takes gloo t
 
 import runpy
 import socket
-import sys
 
 import jax
 
@@ -17,8 +16,7 @@ def main():
     port = s.getsockname()[1]
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=1, process_id=0)
-  del sys.argv[0]
-  runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+  runpy.run_module('betarank', run_name='__main__', alter_sys=True)
 
 
 if __name__ == '__main__':

@@ -12,8 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from train.rollcall import LOST
+from betarank.runtime.rendezvous import LOST
 
+BETARANK = [sys.executable, '-m', 'betarank']
 SECRET = 'hunter2-is-the-password'
 
 
@@ -28,8 +29,8 @@ def assert_no_secret(folder):
 
 
 def prepare(config, *flags):
-  """`python -m data prepare` of a config, which must go well."""
-  done = subprocess.run([sys.executable, '-m', 'data', 'prepare', f'--config={config}', *flags], capture_output=True,
+  """`betarank data prepare` of a config, which must go well."""
+  done = subprocess.run([*BETARANK, 'data', 'prepare', f'--config={config}', *flags], capture_output=True,
                         text=True)
   assert done.returncode == 0, done.stderr
 
@@ -52,7 +53,7 @@ def start(module, config, workdir, processes, *extra, devices=1, replaced=None):
     command += [f'--coordinator=127.0.0.1:{free_port()}', f'--processes={processes}',
                 f'--host_deadline_s={deadline_s(processes)}']
   replaced = replaced or {}
-  return [subprocess.Popen([sys.executable, *replaced.get(i, ('-m', module)), *command, f'--process_id={i}'],
+  return [subprocess.Popen([sys.executable, *replaced.get(i, (*BETARANK[1:], module)), *command, f'--process_id={i}'],
                            env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
           for i in range(processes)]
 

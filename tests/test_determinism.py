@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-import model
-from configs import load
-from data import TrainBatches
+from betarank import model
+from betarank.configs import load
+from betarank.data import TrainBatches
+from betarank.runtime import checkpoint, multihost
+from betarank.train.config import run_config
 from tests.runs import arrays, environment, metrics, prepare
-from train import checkpoint, hosts
-from train.config import run_config
 
 SUMS = '--config.data.sources.main.uri=reasoning:chain_sum'
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]  # processes, CPU devices of each
@@ -25,15 +25,15 @@ LAYOUTS = [(1, 4), (2, 2), (4, 1)]  # processes, CPU devices of each
 
 def launch(module, config, workdir, *extra, processes=1, devices=1):
   """Runs `python -m MODULE` as so many processes, which must end well."""
-  command = [module, f'--config={config}', f'--workdir={workdir}', *extra]
+  program, command = 'betarank', [module, f'--config={config}', f'--workdir={workdir}', *extra]
   if processes > 1:
     with socket.socket() as s:
       s.bind(('127.0.0.1', 0))
       command += [f'--coordinator=127.0.0.1:{s.getsockname()[1]}', f'--processes={processes}', '--host_deadline_s=100']
   elif devices > 1:
-    command.insert(0, 'tests.gloo')
+    program = 'tests.gloo'
   running = [subprocess.Popen(
-    [sys.executable, '-m', *command, *([f'--process_id={i}'] if processes > 1 else [])], env=environment(devices),
+    [sys.executable, '-m', program, *command, *([f'--process_id={i}'] if processes > 1 else [])], env=environment(devices),
     text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes)]
   for process in running:
     _, err = process.communicate(timeout=900)
@@ -90,7 +90,7 @@ def test_the_rows_of_a_step_are_the_same_for_any_number_of_processes_and_devices
   for _ in range(3):
     want = next(whole)
     joined = jax.tree.map(lambda *x: np.concatenate(x), *(next(part) for part in parts))
-    placed = jax.tree.map(np.asarray, hosts.to_global(joined, placement, rows))
+    placed = jax.tree.map(np.asarray, multihost.to_global(joined, placement, rows))
     jax.tree.map(np.testing.assert_array_equal, placed, want)
   assert all(part.cursor == whole.cursor for part in parts)
 

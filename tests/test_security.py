@@ -12,21 +12,21 @@ import sys
 import numpy as np
 import pytest
 
-from configs import load
-from configs.load import ConfigError, UserError
-from data import formats, prepared, reasoning, record_formats
-from data.config import DataConfig, DataError, SourceConfig
-from data.tokenizer import Tokenizer
-from eval import arms, report
-from model import hf_weights
-from model.hf_config import HfError
-from rl.tasks import TaskConfig, TaskSet
+from betarank.configs import errors, load
+from betarank.configs.errors import ConfigError, UserError
+from betarank.data import formats, prepared, reasoning, record_formats
+from betarank.data.config import DataConfig, DataError, SourceConfig
+from betarank.data.tokenizer import Tokenizer
+from betarank.eval.report import arms, command
+from betarank.model import hf_weights
+from betarank.model.hf_config import HfError
+from betarank.runtime.metrics import JsonLines
+from betarank.tasks.task_set import TaskConfig, TaskSet
 from tests.eval import sweep
-from tests.runs import environment
-from train.metrics import JsonLines
+from tests.runs import BETARANK, environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PACKAGES = ('configs', 'objectives', 'model', 'data', 'train', 'rl', 'eval', 'launch', 'benchmarks')
+PACKAGES = ('configs', 'objectives', 'model', 'data', 'tasks', 'runtime', 'train', 'rl', 'eval', 'launch', 'benchmarks')
 
 # No code: what runs code that it is given as data, or makes data into objects of any class.
 MODULES = {'pickle', '_pickle', 'cPickle', 'cloudpickle', 'dill', 'marshal', 'shelve', 'joblib', 'jsonpickle', 'yaml',
@@ -143,9 +143,9 @@ def test_places_that_are_fine(place):
   load.check_places({'workdir': place})
 
 
-@pytest.mark.parametrize('command', [['train', '--config=configs/smoke.py', '--workdir=gs:/x'], ['eval.report', 'GS://x']])
+@pytest.mark.parametrize('command', [['train', '--config=configs/smoke.py', '--workdir=gs:/x'], ['report', 'GS://x']])
 def test_commands_refuse_such_places(command):
-  done = subprocess.run([sys.executable, '-m', *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
+  done = subprocess.run([*BETARANK, *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
   assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'neither a local path nor a bucket' in done.stderr
 
 
@@ -154,7 +154,7 @@ def test_an_error_is_one_line_that_a_terminal_does_not_obey(capsys):
     raise UserError('bad\nvalue \x1b[2J\x9b' + 'x' * 10_000)
 
   with pytest.raises(SystemExit):
-    load.run_main(main)
+    errors.run_main(main)
   line = capsys.readouterr().err
   assert line.startswith('error: bad value \ufffd[2J\ufffdxxx') and line.count('\n') == 1 and len(line) < 3000
 
@@ -220,24 +220,24 @@ def test_a_run_replaces_a_linked_metrics_file(tmp_path):
 
 
 def test_a_report_writes_through_no_link(tmp_path, monkeypatch):
-  monkeypatch.setattr(report.Report, 'html', lambda self: str(self.runs()))  # figures go the same way as tables
+  monkeypatch.setattr(command.Report, 'html', lambda self: str(self.runs()))  # figures go the same way as tables
   root, outside = tmp_path / 'sweep', tmp_path / 'outside'
   sweep.make(root, arms=({},), seeds=1, steps=3, rl_steps=2, problems=2, n=2)
   outside.mkdir()
   (outside / 'precious').write_text('as it was')
   (root / 'report').symlink_to(outside)
   with pytest.raises(ConfigError, match=r'report: is a link'):
-    report.write_report(str(root))
+    command.write_report(str(root))
   (root / 'report').unlink()
   (root / 'report').mkdir()
   (root / 'report' / 'figures').symlink_to(outside)
   with pytest.raises(ConfigError, match=r'figures: is a link'):
-    report.write_report(str(root))
+    command.write_report(str(root))
   (root / 'report' / 'figures').unlink()
   (root / 'report' / 'report.html').symlink_to(outside / 'precious')
   (root / 'report' / 'tables').mkdir(exist_ok=True)
   (root / 'report' / 'tables' / 'runs.csv').symlink_to(outside / 'precious')
-  report.write_report(str(root))
+  command.write_report(str(root))
   assert [p.name for p in outside.iterdir()] == ['precious'] and (outside / 'precious').read_text() == 'as it was'
 
 
@@ -320,5 +320,5 @@ def test_a_problem_that_would_take_for_ever_is_refused(monkeypatch):
 def test_configs_that_are_none(content, tmp_path):
   (tmp_path / 'x.json').write_text(content, errors='surrogateescape')
   with pytest.raises(ConfigError):
-    from train.config import run_config
+    from betarank.train.config import run_config
     run_config(load.load(str(tmp_path / 'x.json')))

@@ -1,6 +1,6 @@
-"""A run small enough for tests: `python -m train --config=tests/tiny.py:dir=DATA --workdir=...`."""
+"""A run small enough for tests: `betarank train --config=tests/tiny.py:dir=DATA --workdir=...`."""
 
-from configs import common
+from betarank.configs import common
 
 
 def get_config(arg=None):

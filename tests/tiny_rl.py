@@ -1,6 +1,6 @@
-"""An RL run small enough for tests: `python -m rl --config=tests/tiny_rl.py:dir=DATA,init_from=RUN --workdir=...`."""
+"""An RL run small enough for tests: `betarank rl --config=tests/tiny_rl.py:dir=DATA,init_from=RUN --workdir=...`."""
 
-from configs import common
+from betarank.configs import common
 from tests import tiny
 
 

@@ -1,6 +1,6 @@
-"""A sweep small enough for tests: `python -m launch.sweep --config=tests/tiny_sweep.py:dir=DATA,arms=2,seeds=1 ...`."""
+"""A sweep small enough for tests: `betarank sweep --config=tests/tiny_sweep.py:dir=DATA,arms=2,seeds=1 ...`."""
 
-from configs import common
+from betarank.configs import common
 from tests import tiny, tiny_rl
 
 

@@ -1,1 +1,1 @@
-"""Pre-training. `python -m train` runs loop.py; score.py is where model and objective meet."""
+"""Pre-training. `betarank train` runs loop.py; score.py is where model and objective meet."""

@@ -5,12 +5,12 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs.load import section
-from data import DataConfig
-from model import MeshConfig, ModelConfig
-from objectives import ObjectiveConfig
-from train.checkpoint import CheckpointConfig
-from train.optimizer import OptimizerConfig
+from betarank.configs.sections import section
+from betarank.data import DataConfig
+from betarank.model import MeshConfig, ModelConfig
+from betarank.objectives import ObjectiveConfig
+from betarank.runtime.checkpoint import CheckpointConfig
+from betarank.train.optimizer import OptimizerConfig
 
 INIT_WHAT = ('weights', 'all')
 
@@ -58,7 +58,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """Everything `python -m train` is told, apart from the workdir."""
+  """Everything `betarank train` is told, apart from the workdir."""
 
   seed: int
   model: ModelConfig

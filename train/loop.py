@@ -16,17 +16,17 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-import data
-import model
-from configs.load import ConfigError, UserError, to_json
-from train import checkpoint, hosts, workdir
-from train.config import RunConfig, run_config
-from train.metrics import Clock, Log, describe_evaluation, peak_flops
-from train.optimizer import make_optimizer, schedule
-from train.samples import sample_texts
-from train.score import means
-from train.state import TrainState, abstract_state, create_state
-from train.step import make_evaluate, make_step
+from betarank import data, model
+from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.load import to_json
+from betarank.runtime import checkpoint, multihost, workdir
+from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
+from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.train.config import RunConfig, run_config
+from betarank.train.optimizer import make_optimizer, schedule
+from betarank.train.samples import sample_texts
+from betarank.train.score import means
+from betarank.train.step import make_evaluate, make_step
 
 SAMPLE_STREAM = 1  # fold_in(seed, stream, step): what is random here besides the first weights
 PROMPT_TOKENS = 12
@@ -58,7 +58,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
     start = int(state.step)
     placement = NamedSharding(mesh, model.spec('batch', 'length'))
-    process, processes = hosts.row_share(placement, run.train.batch_size, run.data.sequence_length)
+    process, processes = multihost.row_share(placement, run.train.batch_size, run.data.sequence_length)
     batches = data.TrainBatches(
       run.data, batch_size=run.train.batch_size, seed=run.seed, process_index=process, process_count=processes,
       cursor=cursor)
@@ -71,7 +71,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     step_fn = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.train.microbatches,
                         'full' if run.log.masses else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
-    rate, clock, stop = schedule(run.optimizer, run.steps), Clock(), hosts.StopSignal()
+    rate, clock, stop = schedule(run.optimizer, run.steps), Clock(), multihost.StopSignal()
     lineage = {'config': json.loads(to_json(config)), 'parent': parent, 'code_version': workdir.code_version()}
     flops_per_step = model.flops_per_token(run.model, run.data.sequence_length) * run.tokens_per_step
     device_flops = peak_flops(jax.devices()[0])
@@ -114,7 +114,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         rows = run.train.batch_size
         for batch in data.validation_batches(run.data, source, batch_size=rows, count=run.log.eval_batches,
                                              process_index=process, process_count=processes):
-          part = jax.device_get(evaluate(state, hosts.to_global(batch, placement, rows)))
+          part = jax.device_get(evaluate(state, multihost.to_global(batch, placement, rows)))
           total = {name: total.get(name, 0) + value for name, value in part.items()}
         figures = means(total)
         log.evaluation(step, source, figures, describe_evaluation(source, figures))
@@ -129,7 +129,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       for step in range(start + 1, run.steps + 1):
         with clock.waiting():
           batch = next(batches)
-        state, sums = step_fn(state, hosts.to_global(batch, placement, run.train.batch_size))
+        state, sums = step_fn(state, multihost.to_global(batch, placement, run.train.batch_size))
         if pending:
           record(*pending)
         pending = (step, sums)
@@ -162,7 +162,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def _make_mesh(run: RunConfig) -> Mesh:
   try:
     mesh = model.make_mesh(run.train.mesh)
-    hosts.check_rows(run.train.batch_size, mesh.shape, run.train.microbatches)
+    multihost.check_rows(run.train.batch_size, mesh.shape, run.train.microbatches)
     _, shapes, axes = model.abstract(run.model)
     model.check_divides(shapes, axes, mesh.shape)
     return mesh

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import model
-from data import Tokenizer
+from betarank import model
+from betarank.data import Tokenizer
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import model
-from data import Batch
-from objectives import Layout, TokenStats, shaped_linear_total
+from betarank import model
+from betarank.data import Batch
+from betarank.objectives import Layout, TokenStats, shaped_linear_total
 
 # How the head's arrays lie on the mesh, in the words of model/sharding.py's table.
 LAYOUT = Layout(

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data import Batch
-from model import ModelConfig, move_router_bias
-from objectives import ObjectiveConfig
-from train.score import score_routed, sums
-from train.state import TrainState, compiler_options, donated
+from betarank.data import Batch
+from betarank.model import ModelConfig, move_router_bias
+from betarank.objectives import ObjectiveConfig
+from betarank.runtime.state import TrainState, compiler_options, donated
+from betarank.train.score import score_routed, sums
 
 
 def make_step(

@@ -6,8 +6,8 @@ what stands here is then a usual choice, not the paper's.
 
 from ml_collections import ConfigDict
 
-from configs import common
-from configs.load import ConfigError, suggestion
+from betarank.configs import common
+from betarank.configs.errors import ConfigError, suggestion
 
 # Section 4 of the paper: single seeds, no combinations, top k = 100 only.
 OBJECTIVES = {

@@ -1,8 +1,8 @@
 """Dense 1B (1.05B parameters): the paper's smallest, pre-training only.
 
-    python -m launch.plan --config=configs/paper/dense_1b.py --topology=v5e-256 --usd_per_chip_hour=1.2
-    python -m data prepare --config=configs/paper/dense_1b.py
-    python -m train --config=configs/paper/dense_1b.py:objective=beta_low --workdir=gs://BUCKET/dense_1b/pretrain
+    betarank plan --config=configs/paper/dense_1b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank data prepare --config=configs/paper/dense_1b.py
+    betarank train --config=configs/paper/dense_1b.py:objective=beta_low --workdir=gs://BUCKET/dense_1b/pretrain
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values and those that it leaves open. Pre-training on 256 v5e chips takes 6.8 of 16.9 GB a chip
@@ -11,7 +11,7 @@ and 33 to 39 hours by the plan, a prediction; docs/plans.md has the other stages
 The paper: all five objectives average 31 to 32 over its 19 benchmarks; no difference shows at this size.
 """
 
-from configs import paper
+from betarank.configs import paper
 
 
 def get_config(arg=None):

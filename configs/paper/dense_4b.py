@@ -1,11 +1,11 @@
 """Dense 4B (4.02B parameters, Qwen3-4B's shape): all three stages.
 
-    python -m launch.plan --config=configs/paper/dense_4b.py --topology=v5e-256 --usd_per_chip_hour=1.2
-    python -m data prepare --config=configs/paper/dense_4b.py
-    python -m train --config=configs/paper/dense_4b.py:objective=beta_low --workdir=gs://BUCKET/dense_4b/pretrain
-    python -m train --config=configs/paper/dense_4b.py:objective=beta_low,stage=midtrain \
+    betarank plan --config=configs/paper/dense_4b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank data prepare --config=configs/paper/dense_4b.py
+    betarank train --config=configs/paper/dense_4b.py:objective=beta_low --workdir=gs://BUCKET/dense_4b/pretrain
+    betarank train --config=configs/paper/dense_4b.py:objective=beta_low,stage=midtrain \
         --config.train.init_from=gs://BUCKET/dense_4b/pretrain --workdir=gs://BUCKET/dense_4b/midtrain
-    python -m rl --config=configs/paper/dense_4b.py:stage=rl \
+    betarank rl --config=configs/paper/dense_4b.py:stage=rl \
         --config.train.init_from=gs://BUCKET/dense_4b/midtrain --workdir=gs://BUCKET/dense_4b/rl
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
@@ -17,7 +17,7 @@ The paper, average of 19 benchmarks after pre-training: 43.11 (beta_low), 42.62 
 21.19 (head).
 """
 
-from configs import paper
+from betarank.configs import paper
 
 
 def get_config(arg=None):

@@ -1,11 +1,11 @@
 """MoE 10B-A0.5B (9.53B parameters, 0.52B active besides the embedding): all three stages.
 
-    python -m launch.plan --config=configs/paper/moe_10b_a0p5b.py --topology=v5e-256 --usd_per_chip_hour=1.2
-    python -m data prepare --config=configs/paper/moe_10b_a0p5b.py
-    python -m train --config=configs/paper/moe_10b_a0p5b.py:objective=beta_low --workdir=gs://BUCKET/moe_10b_a0p5b/pretrain
-    python -m train --config=configs/paper/moe_10b_a0p5b.py:objective=beta_low,stage=midtrain \
+    betarank plan --config=configs/paper/moe_10b_a0p5b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank data prepare --config=configs/paper/moe_10b_a0p5b.py
+    betarank train --config=configs/paper/moe_10b_a0p5b.py:objective=beta_low --workdir=gs://BUCKET/moe_10b_a0p5b/pretrain
+    betarank train --config=configs/paper/moe_10b_a0p5b.py:objective=beta_low,stage=midtrain \
         --config.train.init_from=gs://BUCKET/moe_10b_a0p5b/pretrain --workdir=gs://BUCKET/moe_10b_a0p5b/midtrain
-    python -m rl --config=configs/paper/moe_10b_a0p5b.py:stage=rl \
+    betarank rl --config=configs/paper/moe_10b_a0p5b.py:stage=rl \
         --config.train.init_from=gs://BUCKET/moe_10b_a0p5b/midtrain --workdir=gs://BUCKET/moe_10b_a0p5b/rl
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
@@ -17,7 +17,7 @@ after mid-training 51.13, 50.85, 50.60, tail 50.92, head 51.06; after RL, Avg@12
 tail 16.50, head 14.74.
 """
 
-from configs import paper
+from betarank.configs import paper
 
 
 def get_config(arg=None):

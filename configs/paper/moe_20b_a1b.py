@@ -1,11 +1,11 @@
 """MoE 20B-A1B (19.6B parameters, 0.95B active besides the embedding): all three stages.
 
-    python -m launch.plan --config=configs/paper/moe_20b_a1b.py --topology=v5e-256 --usd_per_chip_hour=1.2
-    python -m data prepare --config=configs/paper/moe_20b_a1b.py
-    python -m train --config=configs/paper/moe_20b_a1b.py:objective=beta_low --workdir=gs://BUCKET/moe_20b_a1b/pretrain
-    python -m train --config=configs/paper/moe_20b_a1b.py:objective=beta_low,stage=midtrain \
+    betarank plan --config=configs/paper/moe_20b_a1b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank data prepare --config=configs/paper/moe_20b_a1b.py
+    betarank train --config=configs/paper/moe_20b_a1b.py:objective=beta_low --workdir=gs://BUCKET/moe_20b_a1b/pretrain
+    betarank train --config=configs/paper/moe_20b_a1b.py:objective=beta_low,stage=midtrain \
         --config.train.init_from=gs://BUCKET/moe_20b_a1b/pretrain --workdir=gs://BUCKET/moe_20b_a1b/midtrain
-    python -m rl --config=configs/paper/moe_20b_a1b.py:stage=rl \
+    betarank rl --config=configs/paper/moe_20b_a1b.py:stage=rl \
         --config.train.init_from=gs://BUCKET/moe_20b_a1b/midtrain --workdir=gs://BUCKET/moe_20b_a1b/rl
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
@@ -16,7 +16,7 @@ The paper, average of 19 benchmarks after pre-training: 50.27 (beta_low), 49.80 
 (tail); after RL, Avg@128 of six math sets: 36.06, 34.79, 32.41, tail 36.02, head 34.13.
 """
 
-from configs import paper
+from betarank.configs import paper
 
 
 def get_config(arg=None):

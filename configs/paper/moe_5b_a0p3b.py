@@ -1,8 +1,8 @@
 """MoE 5B-A0.3B (4.80B parameters, 0.26B active besides the embedding): pre-training only.
 
-    python -m launch.plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5e-256 --usd_per_chip_hour=1.2
-    python -m data prepare --config=configs/paper/moe_5b_a0p3b.py
-    python -m train --config=configs/paper/moe_5b_a0p3b.py:objective=beta_low --workdir=gs://BUCKET/moe_5b_a0p3b/pretrain
+    betarank plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank data prepare --config=configs/paper/moe_5b_a0p3b.py
+    betarank train --config=configs/paper/moe_5b_a0p3b.py:objective=beta_low --workdir=gs://BUCKET/moe_5b_a0p3b/pretrain
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
 has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 11.6 of 102.8 GB a chip
@@ -11,7 +11,7 @@ and 23 to 24 hours by the plan, a prediction; docs/plans.md has the other stages
 The paper gives no figures for this size.
 """
 
-from configs import paper
+from betarank.configs import paper
 
 
 def get_config(arg=None):

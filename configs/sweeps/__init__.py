@@ -1,15 +1,15 @@
 """What the sweeps share: the model by its size, and the stages that an arm goes through.
 
-    python -m launch.sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
-    python -m launch.sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
+    betarank sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
+    betarank sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
 """
 
 from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-from configs import common, load, rl_smoke, smoke
-from configs.load import ConfigError, suggestion
+from betarank.configs import common, load, rl_smoke, smoke
+from betarank.configs.errors import ConfigError, suggestion
 
 SIZES = {  # and the stages of each; the paper's two smallest models were pre-trained only
   'smoke': ('pretrain', 'rl'),

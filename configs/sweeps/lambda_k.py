@@ -1,11 +1,11 @@
 """Rewards of wrong tokens in the head and in the tail, and the k that parts them, on a grid.
 
-    python -m launch.sweep --config=configs/sweeps/lambda_k.py --root=runs/lambda_k --parallel=2
+    betarank sweep --config=configs/sweeps/lambda_k.py --root=runs/lambda_k --parallel=2
 
 The paper has lambda_tail = -0.1 and lambda_head = 0.1, one at a time, at k = 100 only.
 """
 
-from configs import sweeps
+from betarank.configs import sweeps
 
 K = {'smoke': (5, 20, 80)}  # of a vocabulary of 1024
 K_OF_PAPER = (25, 100, 400)

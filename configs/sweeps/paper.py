@@ -1,11 +1,11 @@
 """The paper's five objectives (arXiv 2512.22955, section 4), through every stage of the size.
 
-    python -m launch.sweep --config=configs/sweeps/paper.py --root=runs/paper --parallel=2
+    betarank sweep --config=configs/sweeps/paper.py --root=runs/paper --parallel=2
 
 The paper ran single seeds; seeds=N for a spread.
 """
 
-from configs import paper, sweeps
+from betarank.configs import paper, sweeps
 
 
 def get_config(arg=None):

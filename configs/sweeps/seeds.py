@@ -1,11 +1,11 @@
 """Plain cross-entropy and the paper's two winners over five seeds: how far arms differ by chance.
 
-    python -m launch.sweep --config=configs/sweeps/seeds.py --root=runs/seeds --parallel=2
+    betarank sweep --config=configs/sweeps/seeds.py --root=runs/seeds --parallel=2
 
 The paper has single seeds; its gaps are 0.5 to 2 points.
 """
 
-from configs import paper, sweeps
+from betarank.configs import paper, sweeps
 
 
 def get_config(arg=None):

@@ -4,10 +4,10 @@ import pathlib
 
 import pytest
 
-from configs import load
-from launch.points import expand
-from rl.config import rl_run
-from train.config import run_config
+from betarank.configs import errors, load
+from betarank.launch.points import expand
+from betarank.rl.config import rl_run
+from betarank.train.config import run_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.py')
@@ -29,7 +29,7 @@ def test_it_builds_and_its_sweep_can_be_run(path):
 def test_the_paper_s_recipe_is_the_default():
   """arXiv 2512.22955, appendix B.1, where it says so."""
   config = load.load('configs/rl_smoke.py')
-  from configs import common
+  from betarank.configs import common
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.rl = common.rl()
@@ -59,6 +59,6 @@ def test_the_paper_s_recipe_is_the_default():
   ],
 )
 def test_values_out_of_range_are_named(override, message):
-  with pytest.raises(load.ConfigError) as error:
+  with pytest.raises(errors.ConfigError) as error:
     check(load.load('configs/smoke.py', override))
   assert str(error.value).startswith(message)

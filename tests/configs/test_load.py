@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import json
 import subprocess
-import sys
 
 import pytest
 
-from configs import common, load
-from configs.load import ConfigError
+from betarank.configs import common, load
+from betarank.configs.errors import ConfigError
+from betarank.configs.sections import section
+from tests.runs import BETARANK
 
 SMOKE = 'configs/smoke.py'
 
@@ -89,7 +90,7 @@ class Outer:
 
 
 def test_sections_become_dataclasses():
-  got = load.section(Outer, {'inner': {'size': 2, 'rate': 1, 'names': ['a']}, 'many': {'x': {'size': 1, 'rate': 0.5}}})
+  got = section(Outer, {'inner': {'size': 2, 'rate': 1, 'names': ['a']}, 'many': {'x': {'size': 1, 'rate': 0.5}}})
   assert got == Outer(Inner(2, 1.0, ('a',)), {'x': Inner(1, 0.5)})
   assert isinstance(got.inner.rate, float)
 
@@ -110,7 +111,7 @@ def test_sections_become_dataclasses():
 )
 def test_sections_that_cannot_be(values, message):
   with pytest.raises(ConfigError) as error:
-    load.section(Outer, values)
+    section(Outer, values)
   assert str(error.value).startswith(message)
 
 
@@ -133,7 +134,7 @@ def test_parse_reads_by_the_type_of_the_default():
 
 def test_the_command_line_ends_with_one_line_and_touches_no_device():
   done = subprocess.run(
-    [sys.executable, '-m', 'train', '--config=configs/smoke.py', '--workdir=/nonexistent', '--config.optimizer.lrr=1'],
+    [*BETARANK, 'train', '--config=configs/smoke.py', '--workdir=/nonexistent', '--config.optimizer.lrr=1'],
     capture_output=True, text=True, env={'PATH': '', 'JAX_PLATFORMS': 'none_such'})
   assert done.returncode == 2
   assert done.stderr == 'error: config.optimizer.lrr: no such key; did you mean config.optimizer.lr?\n'

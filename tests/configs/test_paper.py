@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import model
-from configs import load, paper
-from data import Batch
-from rl.config import rl_run
-from rl.update import make_update
-from train.config import run_config
-from train.optimizer import make_optimizer
-from train.state import create_state
-from train.step import make_step
+from betarank import model
+from betarank.configs import errors, load, paper
+from betarank.data import Batch
+from betarank.rl.config import rl_run
+from betarank.rl.update import make_update
+from betarank.runtime.state import create_state
+from betarank.train.config import run_config
+from betarank.train.optimizer import make_optimizer
+from betarank.train.step import make_step
 
 SIZES = {  # billions: all, and those a token meets besides the embedding (paper.md's reading of Table 1)
   'dense_1b': (1.048, 0.815), 'dense_4b': (4.022, 3.634), 'moe_5b_a0p3b': (4.80, 0.26), 'moe_10b_a0p5b': (9.53, 0.52),
@@ -75,7 +75,7 @@ def test_the_argument_sets_stage_and_objective(objective):
 @pytest.mark.parametrize('arg, message', [('stage=mid', 'stage=mid: must be one of pretrain, midtrain, rl'),
                                           ('objective=beta', 'objective=beta: must be one of ce, beta_low')])
 def test_a_wrong_argument_is_named(arg, message):
-  with pytest.raises(load.ConfigError, match=message):
+  with pytest.raises(errors.ConfigError, match=message):
     config('dense_1b', arg)
 
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from data.config import DataConfig, SourceConfig
-from data.prepare import prepare_source, train_tokenizer
+from betarank.data.config import DataConfig, SourceConfig
+from betarank.data.prepare import prepare_source, train_tokenizer
 
 
 def words(seed, documents, most_words):

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from data.batches import Batch, TrainBatches, validation_batches
-from data.config import DataError, SourceConfig
-from data.prepared import Documents, folder
+from betarank.data.batches import Batch, TrainBatches, validation_batches
+from betarank.data.config import DataError, SourceConfig
+from betarank.data.prepared import Documents, folder
 
 SIZE = 8
 

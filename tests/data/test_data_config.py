@@ -3,13 +3,14 @@ import sys
 
 import pytest
 
-import data
-from configs import common, load
-from data.config import DataConfig, SourceConfig
+from betarank import data
+from betarank.configs import common, errors
+from betarank.configs.sections import section
+from betarank.data.config import DataConfig, SourceConfig
 
 
 def test_base_config_is_valid():
-  assert isinstance(load.section(DataConfig, common.base().data, 'data').sources['main'], SourceConfig)
+  assert isinstance(section(DataConfig, common.base().data, 'data').sources['main'], SourceConfig)
 
 
 SOURCE = {'uri': 'text:x', 'weight': 1.0, 'max_documents': 0}
@@ -29,8 +30,8 @@ SOURCE = {'uri': 'text:x', 'weight': 1.0, 'max_documents': 0}
 ])
 def test_values_are_checked(key, value, message):
   values = common.base().data.to_dict() | {key: value}
-  with pytest.raises(load.ConfigError, match=message):
-    load.section(DataConfig, values, 'data')
+  with pytest.raises(errors.ConfigError, match=message):
+    section(DataConfig, values, 'data')
 
 
 def test_workers_do_not_import_jax():
@@ -39,4 +40,4 @@ def test_workers_do_not_import_jax():
 
 
 def test_public_names_are_there():
-  assert all(getattr(data, name).__module__.startswith('data.') for name in data.__all__)
+  assert all(getattr(data, name).__module__.startswith('betarank.data.') for name in data.__all__)

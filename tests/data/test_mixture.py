@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.mixture import PERIOD, Schedule
+from betarank.data.mixture import PERIOD, Schedule
 
 
 @pytest.mark.parametrize('weights', [

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import packing
-from data.packing import Packer, permute
+from betarank.data import packing
+from betarank.data.packing import Packer, permute
 
 
 @given(st.integers(1, 3000), st.text(max_size=5))

@@ -15,10 +15,11 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from data import formats, prepare, prepared
-from data.config import DataError, SourceConfig
-from data.prepare import prepare_source, train_tokenizer
-from data.tokenizer import Tokenizer
+from betarank.data import formats, prepare, prepared
+from betarank.data.config import DataError, SourceConfig
+from betarank.data.prepare import prepare_source, train_tokenizer
+from betarank.data.tokenizer import Tokenizer
+from tests.runs import BETARANK
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -167,7 +168,7 @@ def test_empty_splits(config, tmp_path):
 
 def test_missing_and_damaged_data(prepared_config, tmp_path):
   empty = dataclasses.replace(prepared_config, dir=str(tmp_path), tokenizer=prepared_config.tokenizer_path)
-  with pytest.raises(DataError, match=r"source 'a' is not prepared; run: python -m data prepare --config="):
+  with pytest.raises(DataError, match=r"source 'a' is not prepared; run: betarank data prepare --config="):
     prepared.Documents(empty, 'a', 'train')
   copy = dataclasses.replace(prepared_config, dir=str(tmp_path / 'copy'))
   shutil.copytree(prepared_config.dir, copy.dir)
@@ -221,7 +222,7 @@ def test_retrained_tokenizer_is_noticed(prepared_config, tmp_path):
 
 RUN = '''
 import dataclasses, pathlib, sys, time
-from data import config, formats, prepare
+from betarank.data import config, formats, prepare
 formats.Jsonl.smallest_unit = 4000
 c = eval(sys.argv[1], vars(config))
 if sys.argv[2] == 'slowly':
@@ -279,8 +280,8 @@ def test_workers_follow_a_killed_parent(config, tmp_path):
   script.write_text(
     'import concurrent.futures, multiprocessing, os, signal, sys\n'
     f'sys.path.insert(0, {str(ROOT)!r})\n'
-    'from data import prepare\n'
-    'from data.config import DataConfig, SourceConfig\n'
+    'from betarank.data import prepare\n'
+    'from betarank.data.config import DataConfig, SourceConfig\n'
     'if __name__ == "__main__":\n'
     f'  job = prepare.Job("a", {only(config)!r}, "unused")\n'
     '  spawn = multiprocessing.get_context("spawn")\n'
@@ -303,12 +304,12 @@ def test_workers_follow_a_killed_parent(config, tmp_path):
 
 def test_command_line(config, tmp_path):
   file = tmp_path / 'c.py'
-  file.write_text('from configs import common\n\ndef get_config(arg=None):\n  c = common.base()\n'
+  file.write_text('from betarank.configs import common\n\ndef get_config(arg=None):\n  c = common.base()\n'
                   '  c.model.vocab_size = 400\n  c.data.sources.main.max_documents = 300\n'
                   f'  c.data.update(dir={str(tmp_path / "d")!r}, validation_fraction=0.1)\n  return c\n')
 
   def command(*args):
-    return subprocess.run([sys.executable, '-m', 'data', *args, f'--config={file}'], cwd=ROOT,
+    return subprocess.run([*BETARANK, 'data', *args, f'--config={file}'], cwd=ROOT,
                           capture_output=True, text=True)
 
   first = command('tokenizer')

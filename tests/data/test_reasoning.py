@@ -1,7 +1,7 @@
 import pytest
 
-from data import reasoning
-from data.config import DataError
+from betarank.data import reasoning
+from betarank.data.config import DataError
 
 TASKS = tuple(reasoning.TASKS)
 KINDS = reasoning.parse('')

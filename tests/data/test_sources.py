@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data import formats, reasoning, record_formats, sources
-from data.config import DataError
-from data.sources import Source
+from betarank.data import formats, reasoning, record_formats, sources
+from betarank.data.config import DataError
+from betarank.data.sources import Source
 
 DOCUMENTS = [f'document {i}\nwith naïve 日本語 text\n' + 'x' * (i % 7) for i in range(50)]
 

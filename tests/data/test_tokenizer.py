@@ -3,9 +3,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data import reasoning, tokenizer
-from data.config import DataError
-from data.tokenizer import Tokenizer
+from betarank.data import reasoning, tokenizer
+from betarank.data.config import DataError
+from betarank.data.tokenizer import Tokenizer
 
 TEXT = [reasoning.problem(reasoning.parse('chain_sum+gcd'), i).document for i in range(300)]
 
@@ -78,7 +78,7 @@ def test_training_errors(documents, vocab_size, message, tmp_path):
 
 
 def test_file_errors(tmp_path, trained):
-  with pytest.raises(DataError, match=r'none\.model: no such tokenizer; run: python -m data'):
+  with pytest.raises(DataError, match=r'none\.model: no such tokenizer; run: betarank data'):
     Tokenizer(str(tmp_path / 'none.model'))
   (tmp_path / 'bad.model').write_bytes(b'no model')
   with pytest.raises(DataError, match=r'bad\.model: not a SentencePiece model'):

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-import model
-from configs import load
+from betarank import model
+from betarank.configs import load
+from betarank.runtime import checkpoint
+from betarank.runtime.state import create_state
+from betarank.train.config import run_config
+from betarank.train.optimizer import make_optimizer
 from tests.runs import prepare
-from train import checkpoint
-from train.config import run_config
-from train.optimizer import make_optimizer
-from train.state import create_state
 
 STEPS = (4, 8)
 

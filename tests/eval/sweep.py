@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from configs import common
+from betarank.configs import common
 
 ARMS = ({}, {'beta': -0.25}, {'beta': 0.5}, {'lambda_tail': -0.1}, {'lambda_head': 0.1})
 

@@ -8,12 +8,13 @@ import re
 
 import pytest
 
-from configs import common
-from configs.load import UserError, section
-from data import DataError
-from eval import benchmarks
-from eval.benchmarks import CATEGORIES, TABLE, category_scores, open_benchmark, paper_average
-from eval.config import SampleConfig
+from betarank.configs import common
+from betarank.configs.errors import UserError
+from betarank.configs.sections import section
+from betarank.data import DataError
+from betarank.eval import benchmarks
+from betarank.eval.benchmarks import CATEGORIES, TABLE, category_scores, open_benchmark, paper_average
+from betarank.eval.config import SampleConfig
 
 GSM = [{'question': f'What is {i} plus {i}?', 'answer': f'Add: {i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}'}
        for i in range(6)]

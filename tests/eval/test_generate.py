@@ -4,23 +4,22 @@ import dataclasses
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from etils import epath
 
-from data import Tokenizer
-from eval import config as settings
-from eval import generate
-from eval.benchmarks import open_benchmark
-from eval.sampling_metrics import collect
-from rl.sampler import Sample
-from rl.tasks import Task
-from rl.verifiers import Verdict, Verifier, VerifierConfig
-from tests.runs import environment
-from train import workdir
+from betarank.data import Tokenizer
+from betarank.eval import config as settings
+from betarank.eval import generate
+from betarank.eval.benchmarks import open_benchmark
+from betarank.eval.sampling_metrics import collect
+from betarank.runtime import workdir
+from betarank.tasks.task_set import Task
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
+from betarank.train.sampler import Sample
+from tests.runs import BETARANK, environment
 
 URI = 'reasoning:chain_sum?max_terms=2'
 FOLDER = 'reasoning_chain_sum_max_terms=2'
@@ -30,7 +29,7 @@ SMALL = [f'--config.eval.sample.{setting}' for setting in (
 
 
 def start(run_dir, *extra):
-  command = [sys.executable, '-m', 'eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *extra]
+  command = [*BETARANK, 'eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *extra]
   return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -176,7 +175,7 @@ def test_a_boxed_answer_to_a_question_of_its_own_does_not_count():
 
 
 def test_made_up_problems_are_ones_that_rl_never_sees(run_dir):
-  from rl.tasks import TaskConfig, TaskSet
+  from betarank.tasks.task_set import TaskConfig, TaskSet
 
   [subject] = settings.find_subjects(str(run_dir))
   c = dataclasses.replace(settings.eval_run(settings.configure(subject), subject).eval.sample, problems=20)

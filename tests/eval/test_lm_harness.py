@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-import model
-from configs.load import UserError
-from eval import config as settings
-from eval import lm_harness
-from eval.__main__ import main
-from train.checkpoint import restore_weights
+from betarank import model
+from betarank.configs.errors import UserError
+from betarank.eval import config as settings
+from betarank.eval import lm_harness
+from betarank.eval.command import main
+from betarank.runtime.checkpoint import restore_weights
 
 MULTIPLE_CHOICE = """
 task: sums
@@ -163,7 +163,7 @@ def test_hugging_face_says_the_same(ours, run_dir, folder, tmp_path, monkeypatch
   from lm_eval.models.huggingface import HFLM
   from lm_eval.tasks import TaskManager
 
-  from model.hf import export
+  from betarank.train.hf import export
 
   export(str(run_dir), str(tmp_path / 'hf'))
   theirs = HFLM(pretrained=str(tmp_path / 'hf'), device='cpu', dtype='float32', batch_size=4)

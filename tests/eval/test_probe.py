@@ -11,14 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-import model
-from configs import common
-from configs.load import UserError, section
-from data import Batch, DataError
-from eval import __main__, probe
-from model import MeshConfig, ModelConfig
+from betarank import model
+from betarank.configs import common
+from betarank.configs.errors import UserError
+from betarank.configs.sections import section
+from betarank.data import Batch, DataError
+from betarank.eval import command, probe
+from betarank.model import MeshConfig, ModelConfig
 from tests import tiny
-from tests.runs import environment
+from tests.runs import BETARANK, environment
 
 V, HEAD = 384, 10
 C = section(ModelConfig, tiny.get_config().model)
@@ -149,7 +150,7 @@ def run_probe(run_dir, monkeypatch, capsys):
   """run_probe(*flags) -> what the command prints."""
   def run(*flags, checkpoint=''):
     monkeypatch.setattr(sys, 'argv', ['eval', 'probe', f'--checkpoint={run_dir / checkpoint}', *flags])
-    __main__.main()
+    command.main()
     return capsys.readouterr().out
   return run
 
@@ -195,7 +196,7 @@ def test_two_processes_equal_one(run_dir, run_probe):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
-  command = [sys.executable, '-m', 'eval', 'probe', f'--checkpoint={run_dir}/checkpoints/4',
+  command = [*BETARANK, 'eval', 'probe', f'--checkpoint={run_dir}/checkpoints/4',
              '--config.eval.probe.rows=7', f'--coordinator=127.0.0.1:{port}', '--processes=2']
   pair = [subprocess.Popen([*command, f'--process_id={i}'], env=environment(2), text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE) for i in range(2)]
@@ -209,12 +210,12 @@ def test_two_processes_equal_one(run_dir, run_probe):
 
 
 def test_the_command_ends_in_one_line():
-  done = subprocess.run([sys.executable, '-m', 'eval', 'probe', '--checkpoint=nowhere'], capture_output=True, text=True)
+  done = subprocess.run([*BETARANK, 'eval', 'probe', '--checkpoint=nowhere'], capture_output=True, text=True)
   assert done.returncode == 2 and done.stderr == 'error: nowhere: no checkpoint there\n'
 
 
 def test_section_eval_is_what_the_command_adds(run_dir):
-  from eval import config as settings
+  from betarank.eval import config as settings
 
   [subject] = settings.find_subjects(str(run_dir))
   assert settings.configure(subject).eval == common.evaluation()

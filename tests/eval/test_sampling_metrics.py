@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import sampling_metrics
+from betarank.eval import sampling_metrics
 
 NAN = math.nan
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval import statistics
+from betarank.eval import statistics
 
 DRAWS = {  # kind -> (per-problem scores of P problems, their true mean)
   'hard': (lambda rng, P: rng.binomial(128, rng.beta(0.3, 2, P)) / 128, 0.3 / 2.3),

@@ -18,8 +18,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from betarank.runtime import checkpoint
 from tests.runs import arrays, environment, metrics
-from train import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 300.0  # for a run of seconds, on a machine that does much else
@@ -60,7 +60,7 @@ class Campaign:
       Kind('eval', 0, ('eval', 'sample', '--checkpoint={workdir}', f'--benchmark={SUMS}',
                        '--config.eval.sample.problems=24', '--config.eval.sample.samples=4',
                        '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.rows=8'), of='rl'),
-      Kind('sweep', 0, ('launch.sweep', '--config=tests/tiny_sweep.py:dir={workdir}/data,arms=1', '--root={workdir}',
+      Kind('sweep', 0, ('sweep', '--config=tests/tiny_sweep.py:dir={workdir}/data,arms=1', '--root={workdir}',
                         '--parallel=2')),
     )}
 
@@ -115,7 +115,7 @@ class Campaign:
                 # Compiled once; the programs are the same, and a run takes five seconds instead of fifteen.
                 'JAX_COMPILATION_CACHE_DIR': str(self.root / 'programs'),
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
-    module = ('tests.faults.child',) if fault else ()
+    module = ('tests.faults.child',) if fault else ('betarank',)
     return subprocess.Popen(
       [sys.executable, '-m', *module, *args], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, env={**settings, 'FAULT': json.dumps(fault)} if fault else settings, **popen)

@@ -1,8 +1,8 @@
 """python -m tests.faults.child MODULE ARGS: that module as a program; what $FAULT (JSON) says goes wrong inside it.
 
-    {"at": "rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}   SIGKILL so long into the third call, or
+    {"at": "betarank.rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}   SIGKILL so long into the third call, or
                                                                                 at its end if that comes first
-    {"at": "data.prepared:Documents.read", "call": 9, "do": "hang", "stall_s": 5}   the call never returns
+    {"at": "betarank.data.prepared:Documents.read", "call": 9, "do": "hang", "stall_s": 5}   the call never returns
     {"jumps": [[2.5, -3600]]}                                  after 2.5 s the wall clock is an hour slow, and so on
 """
 
@@ -12,7 +12,6 @@ import json
 import os
 import runpy
 import signal
-import sys
 import threading
 import time
 
@@ -45,7 +44,7 @@ def disturb(at, call, do, after_s=0.0, stall_s=None):
 
   setattr(owner, name, wrapped)
   if stall_s:
-    importlib.import_module('train.job').STALL_S = stall_s
+    importlib.import_module('betarank.runtime.job').STALL_S = stall_s
 
 
 def jump(jumps):
@@ -62,8 +61,7 @@ def main():
     jump(fault['jumps'])
   else:
     disturb(**fault)
-  del sys.argv[0]
-  runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+  runpy.run_module('betarank', run_name='__main__', alter_sys=True)
 
 
 if __name__ == '__main__':

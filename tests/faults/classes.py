@@ -346,7 +346,7 @@ def hung_source(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
   # Batches are read ahead: the first four hang before there is a step to be stalled after.
-  spec = {'at': 'data.prepared:Documents.read', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
+  spec = {'at': 'betarank.data.prepared:Documents.read', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
   [process] = c.launch(kind, workdir, fault=spec)
   code, _, err = c.end(process)
   if code == 0:
@@ -405,10 +405,10 @@ def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 # Name: (what does it, kinds of run that it needs; it uses others where they are there, how many points of a hundred).
 CLASSES = {
   'pretrain SIGKILL': (killed('train'), 'train', 100),
-  'pretrain SIGKILL in a save\'s manifest': (killed_inside('train', 'train.integrity:write', 3, 0.01), 'train', 50),
+  'pretrain SIGKILL in a save\'s manifest': (killed_inside('train', 'betarank.runtime.integrity:write', 3, 0.01), 'train', 50),
   'RL SIGKILL': (killed('rl'), 'rl', 100),
-  'RL SIGKILL in a rollout': (killed_inside('rl', 'rl.loop:graded_groups', 12, 0.3), 'rl', 100),
-  'eval SIGKILL': (killed_inside('eval', 'eval.generate:judged eval.generate:SampleFile.append', 24, 0.02),
+  'RL SIGKILL in a rollout': (killed_inside('rl', 'betarank.rl.loop:graded_groups', 12, 0.3), 'rl', 100),
+  'eval SIGKILL': (killed_inside('eval', 'betarank.eval.generate:judged betarank.eval.generate:SampleFile.append', 24, 0.02),
                    'eval', 100),
   'sweep SIGKILL': (killed_sweep, 'sweep', 100),
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),

@@ -56,8 +56,8 @@ def hostile(folder: pathlib.Path) -> str:
 
 def load_config(folder: pathlib.Path):
   """A config as a run writes it, its name, values and folder marked."""
-  from configs import load
-  from train.config import run_config
+  from betarank.configs import load
+  from betarank.train.config import run_config
 
   config = load.load(f'tests/tiny.py:dir={folder}/{MARK}')
   path = folder / f'{MARK}.json'
@@ -75,7 +75,7 @@ def write_sources(folder: pathlib.Path) -> dict[str, str]:
   import tensorflow_datasets as tfds
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  from data.prepared import to_record
+  from betarank.data.prepared import to_record
 
   documents = [f'document {i}: {i} + 1 = {i + 1}\n{hostile(folder)}\n' for i in range(60)]
   (folder / 'x.txt').write_text(''.join(documents))
@@ -102,10 +102,10 @@ def write_sources(folder: pathlib.Path) -> dict[str, str]:
 
 def prepare(folder: pathlib.Path, uris: dict[str, str]):
   """Tokenizer and prepared data of all formats; reads some of each, and the tokenizer with the mark."""
-  from data.config import DataConfig, SourceConfig
-  from data.prepare import prepare_source, train_tokenizer
-  from data.prepared import Documents
-  from data.tokenizer import Tokenizer
+  from betarank.data.config import DataConfig, SourceConfig
+  from betarank.data.prepare import prepare_source, train_tokenizer
+  from betarank.data.prepared import Documents
+  from betarank.data.tokenizer import Tokenizer
 
   config = DataConfig(str(folder / 'data'), '', 384, {name: SourceConfig(uri, 1.0, 50) for name, uri in uris.items()},
                       0.0, 32)
@@ -122,13 +122,13 @@ def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
   """Saves a marked checkpoint and restores it, then takes it to Hugging Face's format and back."""
   import jax
 
-  import model
-  from configs import load
-  from model import hf
-  from train import checkpoint
-  from train.config import run_config
-  from train.optimizer import make_optimizer
-  from train.state import create_state
+  from betarank import model
+  from betarank.configs import load
+  from betarank.runtime import checkpoint
+  from betarank.runtime.state import create_state
+  from betarank.train import hf
+  from betarank.train.config import run_config
+  from betarank.train.optimizer import make_optimizer
 
   run = run_config(config)
   mesh = model.make_mesh(run.train.mesh, jax.devices()[:1])
@@ -156,8 +156,8 @@ def answers(folder: pathlib.Path) -> list[str]:
 
 def grade(folder: pathlib.Path) -> None:
   """By the verifier, as RL does."""
-  from rl.tasks import Task, TaskConfig, TaskSet
-  from rl.verifiers import Verifier, VerifierConfig
+  from betarank.tasks.task_set import Task, TaskConfig, TaskSet
+  from betarank.tasks.verifiers import Verifier, VerifierConfig
 
   game = TaskSet(TaskConfig('reasoning:countdown'))[0]
   items = [(f'\nAnswer: {answer}', task) for answer in answers(folder)
@@ -169,8 +169,8 @@ def grade(folder: pathlib.Path) -> None:
 
 def grade_as_a_worker(folder: pathlib.Path, audit: Audit) -> None:
   """What a worker process does, here, where the hook sees it. Last: it changes sympy's parser for this process."""
-  from rl import verifier_worker
-  from rl.tasks import TaskConfig, TaskSet
+  from betarank.tasks import verifier_worker
+  from betarank.tasks.task_set import TaskConfig, TaskSet
 
   game = TaskSet(TaskConfig('reasoning:countdown'))[0]
   graders = (verifier_worker.math_grader(), ''), (verifier_worker.reasoning_gym_grader(), game.entry)
@@ -184,7 +184,7 @@ def grade_as_a_worker(folder: pathlib.Path, audit: Audit) -> None:
 
 
 def report(folder: pathlib.Path) -> None:
-  from eval.report import write_report
+  from betarank.eval.report.command import write_report
 
   run = folder / 'sweep' / MARK
   run.mkdir(parents=True)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from configs import common, load
-from configs.load import ConfigError, UserError
-from data.config import DataConfig, DataError, SourceConfig
-from model.hf_config import HfError
+from betarank.configs import common, load
+from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.sections import section
+from betarank.data.config import DataConfig, DataError, SourceConfig
+from betarank.model.hf_config import HfError
 from tests.fuzz import mutate
 from tests.fuzz.target import nothing, target
 
@@ -32,7 +33,7 @@ def documents(seed: int, count: int = 40) -> list[str]:
 
 def read_all(uri: str, document_bytes: int = 512) -> None:
   """Reads a source as `data prepare` does."""
-  from data import sources
+  from betarank.data import sources
 
   source = sources.Source(SourceConfig(uri, 1.0, 0), document_bytes)
   for unit in source.units():
@@ -79,15 +80,15 @@ def _whole():
 
 
 def _sections(config) -> None:
-  from eval.config import EvalConfig
-  from rl.config import rl_run
-  from train.config import run_config
+  from betarank.eval.config import EvalConfig
+  from betarank.rl.config import rl_run
+  from betarank.train.config import run_config
 
   run_config({key: config[key] for key in config if key not in ('rl', 'eval')})
   if 'rl' in config:
     rl_run({key: config[key] for key in config if key != 'eval'})
   if 'eval' in config:
-    load.section(EvalConfig, config.eval, 'eval')
+    section(EvalConfig, config.eval, 'eval')
 
 
 @target(100, UserError)
@@ -207,8 +208,8 @@ def tfds(folder):
   import tensorflow_datasets as tfds
   from array_record.python import array_record_module
 
-  from data import record_formats
-  from data.prepared import to_record
+  from betarank.data import record_formats
+  from betarank.data.prepared import to_record
 
   place = folder / 'a' / '1.0.0'
   place.mkdir(parents=True)
@@ -249,7 +250,7 @@ _URIS = ('chain_sum?max_terms=3&max_digits=1', 'gcd', 'chain_sum+gcd', 'products
 def reasoning_uri(folder):
   from reasoning_gym.factory import DATASETS
 
-  from data import reasoning
+  from betarank.data import reasoning
 
   words = ('?', '&', '=', '+', 'level=', 'level=-1', 'level=3', 'seed=1', 'size=-1', 'max_digits=', '%00', '%ff',
            'codeio')
@@ -274,7 +275,7 @@ def reasoning_uri(folder):
 
 def _prepared(folder: pathlib.Path) -> DataConfig:
   """A small prepared source `a` with its tokenizer in the folder."""
-  from data.prepare import prepare_source, train_tokenizer
+  from betarank.data.prepare import prepare_source, train_tokenizer
 
   (folder / 'a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in documents(5, 200)))
   config = DataConfig(str(folder), '', 320, {'a': SourceConfig(f'jsonl:{folder}/a.jsonl', 1.0, 0)}, 0.1, 32)
@@ -287,7 +288,7 @@ def _tokenizers(folder: pathlib.Path) -> list[bytes]:
   """Serialised SentencePiece models: ours, and one that normalises, adds spaces and isn't BPE."""
   import sentencepiece
 
-  from data.tokenizer import train
+  from betarank.data.tokenizer import train
 
   train(documents(6, 200), 320, str(folder / 'good.model'))
   other = io.BytesIO()
@@ -299,7 +300,7 @@ def _tokenizers(folder: pathlib.Path) -> list[bytes]:
 
 @target(80, DataError)
 def tokenizer(folder):
-  from data.tokenizer import Tokenizer
+  from betarank.data.tokenizer import Tokenizer
 
   path = folder / 'x.model'
 
@@ -313,7 +314,7 @@ def tokenizer(folder):
 
 @target(40, HfError)
 def tokenizer_export(folder):
-  from model.hf_tokenizer import convert
+  from betarank.model.hf_tokenizer import convert
 
   goods = _tokenizers(folder)[:1]
 
@@ -326,7 +327,7 @@ def tokenizer_export(folder):
 @target(30, DataError)
 def prepared(folder):
   """The manifest, lengths and shards of prepared data."""
-  from data.prepared import VERSION, Documents
+  from betarank.data.prepared import VERSION, Documents
 
   config = _prepared(folder)
   place = folder / 'a' / VERSION
@@ -355,8 +356,8 @@ def prepared(folder):
 
 
 def _model():
-  import model
-  from model.config import MoeConfig
+  from betarank import model
+  from betarank.model.config import MoeConfig
 
   dense = model.ModelConfig(
     vocab_size=20, layers=1, d_model=8, d_ff=12, heads=2, kv_heads=1, head_dim=4, rope_base=1e4, norm_eps=1e-6,
@@ -368,9 +369,9 @@ def _model():
 
 @target(80, HfError, ConfigError)
 def hf_config(folder):
-  from model import ModelConfig
-  from model import hf_config as exchange
-  from model.hf_weights import leaves, read_json
+  from betarank.model import ModelConfig
+  from betarank.model import hf_config as exchange
+  from betarank.model.hf_weights import leaves, read_json
 
   goods = [exchange.to_hf(c, positions=32, dtype='float32') for c in _model()]
   path = folder / 'config.json'
@@ -384,7 +385,7 @@ def hf_config(folder):
     path.write_bytes(content)
     config = common.base()
     config.model.update(exchange.from_hf(read_json(path), str(path)))
-    for leaf in leaves(load.section(ModelConfig, config.model, 'model')):
+    for leaf in leaves(section(ModelConfig, config.model, 'model')):
       list(itertools.islice(leaf.tensors(), 100))
 
   return make, check, nothing
@@ -392,7 +393,7 @@ def hf_config(folder):
 
 @target(80, HfError)
 def safetensors(folder):
-  from model import hf_weights
+  from betarank.model import hf_weights
 
   c = _model()[0]
   wanted = hf_weights.leaves(c)

@@ -12,7 +12,7 @@ import time
 
 from hypothesis import strategies as st
 
-from data.config import DataError
+from betarank.data.config import DataError
 from tests.fuzz import mutate
 from tests.fuzz.target import nothing, target
 
@@ -46,8 +46,8 @@ def _answer(rng: random.Random, good: bool):
 @target(160, strategy=_answers)
 def answers(folder):
   """What is done to an answer in the trainer's own process: cut out, stripped, read as a number."""
-  from rl import verifiers
-  from rl.tasks import Task
+  from betarank.tasks import verifiers
+  from betarank.tasks.task_set import Task
 
   def check(case):
     boxed, given, wanted = case
@@ -64,8 +64,8 @@ def answers(folder):
 @target(15, deadline_s=120.0)
 def verifier(folder):
   """The whole of it, in its own killable processes; whatever the answer, there is a verdict."""
-  from rl.tasks import Task, TaskConfig, TaskSet
-  from rl.verifiers import Verdict, Verifier, VerifierConfig
+  from betarank.tasks.task_set import Task, TaskConfig, TaskSet
+  from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
   pool = Verifier(VerifierConfig(workers=1, deadline_s=1.0))
   names = ('chain_sum', 'countdown', 'polynomial_equations')
@@ -118,7 +118,7 @@ _RECORDS = (
 @target(60, DataError)
 def tasks(folder):
   """Questions with answers, as RL and evaluation read them."""
-  from rl.tasks import TaskConfig, TaskSet
+  from betarank.tasks.task_set import TaskConfig, TaskSet
 
   def read(path):
     found = TaskSet(TaskConfig(f'jsonl:{path}', held_out_fraction=0.0), split='all')
@@ -158,7 +158,7 @@ _PROGRAMS = (
 @target(40, DataError)
 def programs(folder):
   """Programming problems; nothing is run."""
-  from eval.code_problems import read
+  from betarank.tasks.code_problems import read
 
   return _records(folder, _PROGRAMS, lambda path: read(str(path)))
 
@@ -168,7 +168,7 @@ def metrics(folder):
   """A run's metrics when it goes on, which leaves out what it can't use."""
   from etils import epath
 
-  from train.metrics import read_lines
+  from betarank.runtime.metrics import read_lines
 
   lines = tuple({'step': i, 'train/ce_nats': 2.5, 'time/step_s': 0.1} for i in range(1, 6))
   return _records(folder, lines, lambda path: read_lines(epath.Path(path)))
@@ -231,8 +231,8 @@ def report(folder):
   """All that a report computes; nothing that a file holds may end it."""
   from etils import epath
 
-  from eval.arms import read_sweep
-  from eval.report import Report
+  from betarank.eval.report.arms import read_sweep
+  from betarank.eval.report.command import Report
 
   out = epath.Path(folder) / 'out'
   return _report(folder, lambda root: Report(read_sweep(root), out).runs())
@@ -241,6 +241,6 @@ def report(folder):
 @target(1)
 def report_page(folder):
   """The whole page, with its figures; also that nothing in it is markup that a file brought."""
-  from eval.report import write_report
+  from betarank.eval.report.command import write_report
 
   return _report(folder, lambda root: _Tags().feed(write_report(str(root), str(folder / 'out')).read_text()))

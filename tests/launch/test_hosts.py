@@ -7,14 +7,16 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
+from betarank.runtime import checkpoint, job
+from betarank.runtime.rendezvous import LOST, HostError, Place, call_roll
 from tests import runs
 from tests.runs import (
+  BETARANK,
   assert_lost,
   assert_no_secret,
   environment,
@@ -25,8 +27,6 @@ from tests.runs import (
   metrics,
   wait_for_step,
 )
-from train import checkpoint, job
-from train.rollcall import LOST, HostError, Place, call_roll
 
 STEPS = 12
 
@@ -136,10 +136,10 @@ def test_an_error_in_one_process_is_the_reason_in_all(data_dir, tmp_path):
 
 NEVER_STARTS = """
 import time
-from train import job
-from train.__main__ import main
+from betarank.runtime import job
+from betarank.train.command import main
 job.initialize = lambda *_: (print('has come', flush=True), time.sleep(1000))
-main()
+main(sys.argv[1:])
 """
 
 
@@ -166,7 +166,7 @@ def test_who_dies_or_hangs_while_jax_starts_is_named(data_dir, tmp_path, process
 
 def test_processes_that_differ_are_refused_with_the_difference(data_dir, tmp_path):
   port = free_port()
-  command = [sys.executable, '-m', 'train', f'--config=tests/tiny.py:dir={data_dir}', f'--workdir={tmp_path}',
+  command = [*BETARANK, 'train', f'--config=tests/tiny.py:dir={data_dir}', f'--workdir={tmp_path}',
              f'--coordinator=127.0.0.1:{port}', '--processes=2']
   running = [subprocess.Popen([*command, f'--process_id={i}', f'--config.optimizer.lr={0.01 * (1 + i)}'],
                               env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

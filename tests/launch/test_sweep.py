@@ -5,16 +5,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from configs.load import ConfigError
-from launch import on_tpu
-from launch.points import expand
-from tests.runs import assert_no_secret, environment
-from train import checkpoint, workdir
+from betarank.configs.errors import ConfigError
+from betarank.launch import on_tpu
+from betarank.launch.points import expand
+from betarank.runtime import checkpoint, workdir
+from tests.runs import BETARANK, assert_no_secret, environment
 
 CONFIG = 'tests/tiny_sweep.py'
 
@@ -32,10 +31,10 @@ def test_points_are_named_chained_and_resolved(tmp_path):
   rl = points['arm1,seed1/rl']
   assert rl.after == 'arm1,seed1/train' and rl.config.train.init_from == 'root/arm1,seed1/train'
   assert rl.config.seed == 1 and rl.steps == 2 and points['arm1,seed1/train'].config.objective.beta == -0.1
-  assert rl.arguments == ('-m', 'rl', f'--config={CONFIG}:dir=/d,arms=2,seeds=2,probes=true,stage=rl',
+  assert rl.arguments == ('-m', 'betarank', 'rl', f'--config={CONFIG}:dir=/d,arms=2,seeds=2,probes=true,stage=rl',
                           '--workdir=root/arm1,seed1/rl', '--config.seed=1',
                           '--config.train.init_from=root/arm1,seed1/train')
-  assert points['arm1,seed1/probe'].arguments == ('-m', 'eval', 'probe', '--checkpoint=root/arm1,seed1/rl',
+  assert points['arm1,seed1/probe'].arguments == ('-m', 'betarank', 'eval', 'probe', '--checkpoint=root/arm1,seed1/rl',
                                                   '--config.eval.probe.rows=8')
   assert points['arm0,seed1/train'].needs == ('data/d',)
 
@@ -86,7 +85,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(tmp_path, body, me
 def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   settings = {name: value for name, value in environment().items() if not name.startswith('TPU_')}
   done = subprocess.run(
-    [sys.executable, '-m', 'launch.sweep', '--config=configs/paper/dense_4b.py', '--on=tpu', '--dry_run'],
+    [*BETARANK, 'sweep', '--config=configs/paper/dense_4b.py', '--on=tpu', '--dry_run'],
     env={**settings, 'TPU_TYPE': 'v5p-256', 'TPU_DOLLARS_PER_HOUR': '100', 'TPU_NAME': 'pod', 'COLUMNS': '200'},
     text=True, capture_output=True)
   assert done.returncode == 0, done.stderr
@@ -137,7 +136,7 @@ def test_a_plan_compiles_a_program_once_for_all_points_that_run_it():
 
 def start(root, *flags, arguments=''):
   return subprocess.Popen(
-    [sys.executable, '-m', 'launch.sweep', f'--config={CONFIG}:dir={root.parent}/data{arguments}', f'--root={root}',
+    [*BETARANK, 'sweep', f'--config={CONFIG}:dir={root.parent}/data{arguments}', f'--root={root}',
      '--on=local', *flags], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -230,7 +229,7 @@ def test_five_arms_two_seeds_three_stages(tmp_path):
   assert code == 0 and '31 finished, of 31' in out, out + err
   check_whole(root, 31)
   assert len(list(root.glob('*/rl/eval/probe/*.json'))) == 10
-  done = subprocess.run([sys.executable, '-m', 'eval.report', str(root)], env=environment(), text=True,
+  done = subprocess.run([*BETARANK, 'report', str(root)], env=environment(), text=True,
                         capture_output=True)
   assert done.returncode == 0 and (root / 'report' / 'report.html').exists(), done.stderr
 
@@ -259,7 +258,7 @@ def test_a_point_that_fails_takes_only_its_own_chain_and_ctrl_c_saves(tmp_path):
 def test_a_second_run_in_a_workdir_is_refused(tmp_path):
   with workdir.claim(tmp_path):
     done = subprocess.run(
-      [sys.executable, '-m', 'train', f'--config={CONFIG}:dir={tmp_path}', f'--workdir={tmp_path}'],
+      [*BETARANK, 'train', f'--config={CONFIG}:dir={tmp_path}', f'--workdir={tmp_path}'],
       env=environment(), text=True, capture_output=True)
   assert done.returncode == 2 and f'process {os.getpid()} on ' in done.stderr
   assert done.stderr.startswith(f'error: --workdir={tmp_path}: ') and len(done.stderr.splitlines()) == 1

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import model
-from model.attention import rows_attention
-from model.transformer import saves
+from betarank import model
+from betarank.model.attention import rows_attention
+from betarank.model.transformer import saves
 
 B, T, N, K, H = 2, 256, 4, 2, 128
 on_cpu = pytest.mark.skipif(jax.default_backend() == 'gpu', reason='interpreted; a card has no room for float32 blocks')

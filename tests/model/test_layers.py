@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import model
-from model import layers
+from betarank import model
+from betarank.model import layers
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import model
-from model import expert_kernel, moe, row_kernel
+from betarank import model
+from betarank.model import moe
+from betarank.model.kernels import experts_tpu, rows_tpu
 
 MOE = model.MoeConfig(experts=8, experts_per_token=2, d_expert=16)
 CONFIG = model.ModelConfig(
@@ -258,7 +259,7 @@ def test_a_mesh_that_does_not_divide_the_experts_names_the_weight():
 @pytest.mark.parametrize('rows, sums, width', [(700, 300, 256), (40, 1000, 5), (3, 1, 128)])
 def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatch, cores, rows, sums, width):
   """Also where blocks of sums get no row or many tiles, and whatever rows hold that go nowhere."""
-  monkeypatch.setattr(row_kernel, 'cores', lambda: cores)
+  monkeypatch.setattr(rows_tpu, 'cores', lambda: cores)
   rng = np.random.default_rng(rows)
   to_P = rng.integers(0, sums + sums // 4, rows).astype(np.int32)
   to_P[: rows // 3] = sums // 2
@@ -267,8 +268,8 @@ def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatc
   want = np.zeros((sums, width), np.float32)
   np.add.at(want, to_P[to_P < sums], y_PD[to_P < sums])
   y_PD[to_P >= sums] = np.nan
-  same(row_kernel.add(jnp.asarray(y_PD), jnp.asarray(to_P), sums), want)
-  nothing = row_kernel.add(jnp.full((rows, width), jnp.nan), jnp.full(rows, sums), sums)
+  same(rows_tpu.add(jnp.asarray(y_PD), jnp.asarray(to_P), sums), want)
+  nothing = rows_tpu.add(jnp.full((rows, width), jnp.nan), jnp.full(rows, sums), sums)
   np.testing.assert_array_equal(nothing, 0)
 
 
@@ -276,5 +277,5 @@ def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatc
 def test_two_cores_give_what_one_gives(monkeypatch, experts):
   """The cores' halves meet within an expert, or one of them is empty."""
   c = with_moe(experts=experts, experts_per_token=1, kernel='pallas')
-  monkeypatch.setattr(expert_kernel, 'cores', lambda: 2)
+  monkeypatch.setattr(experts_tpu, 'cores', lambda: 2)
   check(c, *layer(c))

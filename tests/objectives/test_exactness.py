@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectives import RewardShaping, linear_token_stats, shaped_linear_loss, shaped_linear_total, shaped_loss
-from objectives.reward_shaping import power_weight
-from objectives.top_k import top_k
+from betarank.objectives import (
+  RewardShaping,
+  linear_token_stats,
+  shaped_linear_loss,
+  shaped_linear_total,
+  shaped_loss,
+)
+from betarank.objectives.reward_shaping import power_weight
+from betarank.objectives.top_k import top_k
 from tests.objectives import objective_oracle as oracle
 
 VOCAB = 12

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from objectives import RewardShaping, shaped_linear_total, shaped_loss
-from objectives.family import FAMILY, ObjectiveConfig, TokenObjective
+from betarank.objectives import RewardShaping, shaped_linear_total, shaped_loss
+from betarank.objectives.family import FAMILY, ObjectiveConfig, TokenObjective
 
 RNG = np.random.default_rng(0)
 Z = jnp.asarray(RNG.normal(size=(30, 11)) * 3, jnp.float32)

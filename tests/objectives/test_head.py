@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total, shaped_loss
+from betarank.objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total, shaped_loss
 
 SHAPING = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1, top_k=5)
 RNG = np.random.default_rng(0)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from objectives import Layout, RewardShaping, chunk, shaped_linear_total
-from objectives import layout as mesh_layout
-from objectives.kernels import find_head as on_tpu
-from objectives.kernels import find_head_gpu as on_gpu
-from objectives.kernels import row_sums
-from objectives.top_k import find_head
+from betarank.objectives import Layout, RewardShaping, head_math, shaped_linear_total
+from betarank.objectives import collectives as mesh_layout
+from betarank.objectives.kernels import row_sums_triton
+from betarank.objectives.kernels import top_k_tpu as on_tpu
+from betarank.objectives.kernels import top_k_triton as on_gpu
+from betarank.objectives.top_k import find_head
 
 ROWS = 20  # a block of 16 and a part of one
 
@@ -138,7 +138,7 @@ def test_row_sums_in_one_pass(vocab):
   z[5, 5:] = -np.inf
   x = np.array([0, vocab - 1, vocab // 2, vocab, 3, 2])
   at_x = np.where(x < vocab, z[np.arange(6), np.minimum(x, vocab - 1)], -np.inf)
-  shift, wrong, energy, rank = (np.asarray(a) for a in row_sums.row_sums(
+  shift, wrong, energy, rank = (np.asarray(a) for a in row_sums_triton.row_sums(
     jnp.asarray(z), jnp.asarray(x, jnp.int32), jnp.asarray(at_x), interpret=True))
   np.testing.assert_array_equal(shift, z.max(1))
   ids, apart = np.arange(vocab), z.astype(np.float64) - z.max(1, keepdims=True)
@@ -159,7 +159,7 @@ def test_row_sums_of_parts_of_a_vocabulary_on_a_mesh(layout):
   z[1, vocab // 2:] = -1e30
   z[2, ::5] = z[2, 5]
   x = jnp.asarray([3, 4, vocab - 5, vocab // 2, vocab // 2 - 1, vocab - 1, 0, vocab], jnp.int32)
-  options = chunk.Options(False, False, vocab, None, None, 0.0, 1.0, jnp.dtype(jnp.float32), layout)
+  options = head_math.Options(False, False, vocab, None, None, 0.0, 1.0, jnp.dtype(jnp.float32), layout)
   split = P(None, 'data' if layout.width else layout.vocab)
 
   def run(form, **how):
@@ -170,7 +170,7 @@ def test_row_sums_of_parts_of_a_vocabulary_on_a_mesh(layout):
 
   types = (jax.sharding.AxisType.Auto,) * 2
   with jax.set_mesh(jax.make_mesh((2, 2), ('data', 'tensor'), types, devices=jax.devices()[:4])):
-    got, want = run(chunk._sums_in_one, interpret=True), run(chunk._sums_by_passes)
+    got, want = run(head_math._sums_in_one, interpret=True), run(head_math._sums_by_passes)
   assert np.isneginf(want[0][-1]) and np.isfinite(want[0][:-1]).all()
   for a, b, rtol in zip(got, want, (0, 0, 3e-6, 3e-6, 0), strict=True):
     np.testing.assert_allclose(a, b, rtol=rtol)

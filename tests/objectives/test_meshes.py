@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total
-from objectives.layout import share
+from betarank.objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total
+from betarank.objectives.collectives import share
 
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 MESHES = [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 1, 1, 8), (2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rl import advantages as adv
+from betarank.rl import advantages as adv
 
 ALL = np.ones((1, 4), bool)
 ONE_OF_FOUR = np.array([[1, 0, 0, 0]], np.float32)

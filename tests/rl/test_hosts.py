@@ -2,9 +2,9 @@
 
 import pytest
 
+from betarank.runtime import checkpoint
 from tests import runs
 from tests.runs import assert_lost, assert_same_run, finish, finish_well, metrics, wait_for_step
-from train import checkpoint
 
 STEPS = 10
 

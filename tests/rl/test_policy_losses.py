@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rl import policy_losses as pl
-from rl.policy_losses import PolicyLossConfig, policy_loss
+from betarank.rl import policy_losses as pl
+from betarank.rl.policy_losses import PolicyLossConfig, policy_loss
 
 EPS = {'clip_higher': (0.2, 0.28), 'cispo': (1.0, 4.0), 'gspo': (3e-4, 4e-4)}
 CONFIGS = {
@@ -256,7 +256,7 @@ def test_gradient_is_that_of_the_expected_reward_by_enumeration(name):
 @pytest.mark.parametrize('name', EPS)
 def test_bandit_converges_to_its_best_arm(name):
   """Four arms, groups of 8 samples, two updates on each: also the off-policy side must not lead astray."""
-  from rl.advantages import grpo
+  from betarank.rl.advantages import grpo
 
   chance_of_reward = jnp.array([0.2, 0.3, 0.8, 0.5])
   c = PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1])

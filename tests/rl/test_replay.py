@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import model
-from rl.policy_losses import PolicyLossConfig, means
-from rl.rollout import Group, lengths, pack
-from rl.sampler import Prompt, Sampler, SamplerConfig
-from rl.update import make_update, score_tokens
-from rl.verifiers import Verdict
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import create_state
+from betarank import model
+from betarank.rl.policy_losses import PolicyLossConfig, means
+from betarank.rl.rollout import Group, lengths, pack
+from betarank.rl.update import make_update, score_tokens
+from betarank.runtime.state import create_state
+from betarank.tasks.verifiers import Verdict
+from betarank.train.optimizer import OptimizerConfig, make_optimizer
+from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,

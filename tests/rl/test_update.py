@@ -6,15 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-import model
-from data import Batch
-from rl.policy_losses import PolicyLossConfig, means
-from rl.rollout import Group, lengths, pack
-from rl.sampler import Sample
-from rl.update import cov_tokens, make_update, score_tokens
-from rl.verifiers import Verdict
-from train.optimizer import OptimizerConfig, make_optimizer
-from train.state import create_state
+from betarank import model
+from betarank.data import Batch
+from betarank.rl.policy_losses import PolicyLossConfig, means
+from betarank.rl.rollout import Group, lengths, pack
+from betarank.rl.update import cov_tokens, make_update, score_tokens
+from betarank.runtime.state import create_state
+from betarank.tasks.verifiers import Verdict
+from betarank.train.optimizer import OptimizerConfig, make_optimizer
+from betarank.train.sampler import Sample
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,

@@ -16,13 +16,13 @@ import time
 import numpy as np
 from etils import epath
 
-from data import prepare, prepared
-from data.config import DataConfig, SourceConfig
-from data.tokenizer import Tokenizer
-from data.worker import Job, _Shard
+from betarank.data import prepare, prepared
+from betarank.data.config import DataConfig, SourceConfig
+from betarank.data.tokenizer import Tokenizer
+from betarank.data.worker import Job, _Shard
+from betarank.runtime import checkpoint
 from tests.runs import environment, metrics
 from tests.soak.watch import Watch
-from train import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SUMS = '--config.data.sources.main.uri=reasoning:chain_sum'
@@ -41,11 +41,11 @@ class Soak:
     self.data, self.trained = root / 'data', root / 'trained'
 
   def start(self, name: str, *args: object) -> subprocess.Popen:
-    """`python -m ARGS`, with a folder of its own for temporary files; what it says goes to NAME.log."""
+    """`betarank ARGS`, with a folder of its own for temporary files; what it says goes to NAME.log."""
     (self.root / f'{name}.tmp').mkdir(exist_ok=True)
     with open(self.root / f'{name}.log', 'a', encoding='utf-8') as log:
       return subprocess.Popen(
-        [sys.executable, '-m', *map(str, args)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        [sys.executable, '-m', 'betarank', *map(str, args)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         env={**environment(), 'JAX_PLATFORMS': 'cpu', 'TMPDIR': str(self.root / f'{name}.tmp')})
 
   def finish(self, name: str, process: subprocess.Popen) -> None:
@@ -175,7 +175,7 @@ def data(s: Soak, gigabytes: float) -> Load:
 
 
 def large(s: Soak, gigabytes: float) -> DataConfig:
-  """A prepared set of random tokens, written by what `python -m data prepare` writes with, without the tokenising."""
+  """A prepared set of random tokens, written by what `betarank data prepare` writes with, without the tokenising."""
   path = str(s.data / 'tokenizer.model')
   tokenizer = Tokenizer(path)
   config = DataConfig(str(s.root / 'large'), path, tokenizer.vocab_size, {'main': SourceConfig('synthetic:', 1.0, 0)},

@@ -4,8 +4,8 @@ import json
 import pathlib
 import sys
 
-from data import TrainBatches
-from data.config import DataConfig, SourceConfig
+from betarank.data import TrainBatches
+from betarank.data.config import DataConfig, SourceConfig
 from tests.soak.loads import ROWS
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import load
+from betarank.configs import load
 
 
 @pytest.fixture

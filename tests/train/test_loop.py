@@ -9,20 +9,19 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from tests.runs import arrays, environment, metrics
-from train import checkpoint
+from betarank.runtime import checkpoint
+from tests.runs import BETARANK, arrays, environment, metrics
 
 STEPS = 12
 
 
 def command(data_dir, workdir, *extra):
-  return [sys.executable, '-m', 'train', f'--config=tests/tiny.py:dir={data_dir}', f'--workdir={workdir}', *extra]
+  return [*BETARANK, 'train', f'--config=tests/tiny.py:dir={data_dir}', f'--workdir={workdir}', *extra]
 
 
 def start(*args, devices=1, **popen):

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-import model
-from data import Batch
-from objectives import ObjectiveConfig, RewardShaping
-from train.optimizer import OptimizerConfig, make_optimizer, schedule
-from train.score import means, score, score_routed, sums
-from train.state import TrainState, compiler_options, create_state
-from train.step import make_evaluate, make_step
+from betarank import model
+from betarank.data import Batch
+from betarank.objectives import ObjectiveConfig, RewardShaping
+from betarank.runtime.state import TrainState, compiler_options, create_state
+from betarank.train.optimizer import OptimizerConfig, make_optimizer, schedule
+from betarank.train.score import means, score, score_routed, sums
+from betarank.train.step import make_evaluate, make_step
 
 C = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-import model
-from data import Batch
-from objectives import ObjectiveConfig
-from train.state import create_state
-from train.step import make_step
+from betarank import model
+from betarank.data import Batch
+from betarank.objectives import ObjectiveConfig
+from betarank.runtime.state import create_state
+from betarank.train.step import make_step
 
 V, ROWS, LENGTH = 4224, 4, 256  # half a vocabulary still fits the kernels
 ENDS = [256], [7, 130], [128], [200]  # of the documents in each row

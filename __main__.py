@@ -1,0 +1,51 @@
+"""The one command: `betarank COMMAND ...`, or `python -m betarank COMMAND ...`.
+
+Each command is a module with `main(argv)`. Only the chosen one is imported, so that help and errors come at once.
+"""
+
+import importlib
+import sys
+
+from betarank.configs.errors import UserError, run_main, suggestion
+
+# Command -> (module, what `betarank --help` says of it), in the order of a project's life.
+COMMANDS = {
+  'data': ('data.command', 'train a tokenizer; tokenize, index, verify or show data'),
+  'train': ('train.command', 'pre-train a model'),
+  'rl': ('rl.command', 'continue a model with reinforcement learning on verifiable rewards'),
+  'eval': ('eval.command', 'probe a checkpoint, sample answers to a benchmark, or run lm-evaluation-harness'),
+  'compare': ('eval.compare', 'print the metrics of several runs side by side, and plot their curves'),
+  'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),
+  'sweep': ('launch.sweep', 'run the points of an experiment here, or on TPU slices'),
+  'plan': ('launch.plan.command', 'compile a config for a TPU pod that is not here; predict memory, time and cost'),
+  'checkpoint': ('runtime.checkpoint', 'inspect or verify checkpoints'),
+  'hf': ('train.hf', 'export to, or import from, the Hugging Face format'),
+  'config': ('configs.command', 'print a resolved config, or list the configs that ship'),
+}
+
+
+def usage() -> str:
+  """The text of `betarank --help`."""
+  width = max(map(len, COMMANDS))
+  lines = [f'  {name:{width}}  {text}' for name, (_, text) in COMMANDS.items()]
+  return '\n'.join(['usage: betarank COMMAND [--help] ...', '', *lines, '',
+                    'betarank COMMAND --help lists the flags and settings of a command.'])
+
+
+def main() -> None:
+  """Runs the command named on the command line; prints errors as one line and exits with status 2."""
+  run_main(lambda: _run(sys.argv[1:]))
+
+
+def _run(argv: list[str]) -> None:
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print(usage())
+    return
+  name, *rest = argv
+  if name not in COMMANDS:
+    raise UserError(f'{name}: no such command{suggestion(name, COMMANDS)}; betarank --help lists them')
+  importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
+
+
+if __name__ == '__main__':
+  main()

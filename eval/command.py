@@ -1,0 +1,62 @@
+"""betarank eval probe  --checkpoint=RUN [--all] [--config=FILE] [--config.eval.probe.KEY=VALUE ...]
+betarank eval sample --checkpoint=RUN [--all] --benchmark=NAME[,NAME] [--config.eval.sample.KEY=VALUE ...]
+betarank eval harness --checkpoint=RUN [--all] --tasks=NAME[,NAME] [--num_fewshot=N] [--limit=N] [--include_path=DIR]
+
+RUN is a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is taken, or one of its checkpoints.
+Results go to RUN/eval. Started again, what is there already isn't done twice.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+
+from betarank.configs import load
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser(prog='betarank eval', description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('command', choices=('probe', 'sample', 'harness'))
+  parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--all', action='store_true', help='all checkpoints of the run')
+  parser.add_argument('--benchmark', default='', metavar='NAME[,NAME]',
+                      help='a name from eval/benchmarks.py, or the URI of a task, such as reasoning:chain_sum?level=1')
+  parser.add_argument('--tasks', default='', metavar='NAME[,NAME]', help='harness: tasks of lm-evaluation-harness')
+  parser.add_argument('--num_fewshot', type=int, help="harness: examples before a question, if not the task's number")
+  parser.add_argument('--limit', type=int, help='harness: questions of each task, the first ones')
+  parser.add_argument('--include_path', default='', help='harness: a folder with tasks of your own')
+  parser.add_argument('--max_length', type=int, default=0, help='harness: tokens, if not what the model was trained on')
+  parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
+                      help='probe: join several processes into one job; auto on TPU pods and Slurm')
+  parser.add_argument('--processes', type=int, default=1)
+  parser.add_argument('--process_id', type=int, default=0)
+  subjects = []
+
+  def configure(args):
+    from betarank.eval import config
+    from betarank.runtime import multihost
+
+    multihost.join(args.coordinator, args.processes, args.process_id)
+    subjects.extend(config.find_subjects(args.checkpoint, args.all))
+    return config.configure(subjects[-1], args.config)
+
+  config, args = load.from_command_line(parser, argv, configure)
+
+  from betarank.eval import config as settings
+  from betarank.eval import generate, probe
+  from betarank.runtime import workdir
+
+  run = settings.eval_run(config, subjects[-1])
+  alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
+  with alone if args.process_id == 0 else contextlib.nullcontext():
+    if args.command == 'probe':
+      probe.probe(run, subjects)
+    elif args.command == 'sample':
+      generate.sample(run, subjects, args.benchmark)
+    else:
+      try:
+        from betarank.eval import lm_harness
+      except ImportError as error:
+        raise settings.EvalError(f"betarank eval harness: {error}; pip install -e '.[lm_eval]'") from None
+      lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit,
+                         include_path=args.include_path, max_length=args.max_length)

@@ -1,0 +1,107 @@
+"""TPU chips and pods: what a chip can do, and the shapes that pods come in."""
+
+import dataclasses
+import itertools
+import math
+
+from betarank.configs.errors import UserError, suggestion
+
+
+class PlanError(UserError):
+  """A plan that can't be made. One line that says what would work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One chip as JAX sees it (a v5p chip's two cores are one device).
+
+  Attributes:
+    flops: bfloat16, a second; the figure MFU is a share of.
+    clock: cycles a second of the core whose instruction bundles libtpu writes out: flops over the matrix unit's
+      FLOPs a cycle. Sure for v5e and v6e, fairly sure for v5p.
+    hbm_bytes: what libtpu lets a program use.
+    hbm_rate: bytes a second.
+    link_rate: bytes a second of one link of the torus, one way.
+    interlock: waits inside matrix products that bundles don't show, as a share of the products' time; from single
+      products compiled for each chip.
+    cores_in_name: the number in a pod's name counts cores on v5p (v5p-128 has 64 chips), chips elsewhere.
+  """
+
+  name: str
+  flops: float
+  clock: float
+  hbm_bytes: float
+  hbm_rate: float
+  link_rate: float
+  interlock: float
+  cores_in_name: int = 1
+
+
+CHIPS = {chip.name: chip for chip in (
+  Chip('v5e', 197e12, 1.503e9, 15.75 * 2**30, 819e9, 45e9, 0.26),
+  Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 90e9, 0.26, cores_in_name=2),
+  Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 90e9, 0.03),
+)}
+SHAPES = {  # chips -> torus
+  'v5e': {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'},
+  'v5p': {4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4', 64: '4x4x4', 128: '4x4x8', 256: '4x8x8', 512: '8x8x8',
+          1024: '8x8x16', 2048: '8x16x16', 4096: '16x16x16'},
+}
+SHAPES['v6e'] = SHAPES['v5e']
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """`slices` pods of the same shape. Raises PlanError for one that doesn't exist."""
+
+  name: str  # of one slice: v5e-256, v5p-128, v6e-64
+  slices: int = 1
+
+  def __post_init__(self):
+    kind = self.name.partition('-')[0]
+    names = [f'{chip.name}-{n * chip.cores_in_name}' for chip in CHIPS.values() for n in SHAPES[chip.name]]
+    if kind not in CHIPS:
+      raise PlanError(f'--topology={self.name}: no such chip; there are {", ".join(CHIPS)}, as in v5e-256')
+    if self.name not in names:
+      sizes = ', '.join(n for n in names if n.startswith(kind))
+      raise PlanError(f'--topology={self.name}: no such pod; {kind} comes as {sizes}{suggestion(self.name, names)}')
+    if self.slices < 1:
+      raise PlanError(f'--slices={self.slices}: must be 1 or more')
+
+  @property
+  def chip(self) -> Chip:
+    return CHIPS[self.name.partition('-')[0]]
+
+  @property
+  def shape(self) -> str:
+    return SHAPES[self.chip.name][int(self.name.partition('-')[2]) // self.chip.cores_in_name]
+
+  @property
+  def dims(self) -> tuple[int, ...]:
+    return tuple(int(d) for d in self.shape.split('x'))
+
+  @property
+  def chips(self) -> int:
+    """Of all slices."""
+    return self.slices * math.prod(self.dims)
+
+  def devices(self) -> list:
+    """JAX devices that can be compiled for, without any of them being here."""
+    from jax.experimental import topologies
+    try:
+      more = {'num_slices': self.slices} if self.slices > 1 else {}
+      return topologies.get_topology_desc(
+        platform='tpu', topology_name=f'{self.chip.name}:{self.shape}', **more).devices
+    except Exception as error:  # jaxlib's own kinds, by version
+      first = str(error).splitlines()[0]
+      raise PlanError(f'--topology={self.name}: libtpu is needed to compile for it, pip install -e ".[tpu]" ({first})'
+                      ) from None
+
+  def links(self, group: int) -> int:
+    """Links of a chip that a transfer among `group` chips can use. Guessed from the group's size: two along each axis
+    of the torus that it fills, and one along another that it fills in part, where there is no way around."""
+    dims = [d for d in self.dims if d > 1]
+    sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)
+             for axes in itertools.combinations(dims, count)]
+    filled, axes = max((size, count) for size, count in sizes if group % size == 0)
+    return 2 * axes + (filled < group and axes < len(dims))

@@ -1,0 +1,124 @@
+"""Experts on a GPU: tiles of rows times the weights of their expert, as Triton kernels.
+
+A tile's rows are all one expert's, so that a program only has to look up which weights it multiplies with; nothing is
+copied or masked. The gradient of a weight is one sum over its expert's tiles.
+
+# C tiles  R rows  I width of what comes in  O of what goes out  D width  F hidden  e experts
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from betarank.model.sharding import platform
+
+MOST, DEPTH = 128, 64  # of a block: rows and columns of what it makes, and what it multiplies at once
+
+
+def fits(width: int, hidden: int) -> bool:
+  """Whether the kernels' blocks, whose sides are powers of two, divide these well."""
+  return min(_block(width), _block(hidden)) >= 32
+
+
+def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
+  """weight · down(silu(gate(x)) · up(x)), [C, R, D]; expert_C never falls. Tiles from `used` on come out undefined."""
+  both_CRF = checkpoint_name(product(x_CRD, jnp.concatenate([gate_eDF, up_eDF], 2), expert_C, used), 'mlp')
+  gate_CRF, up_CRF = jnp.split(both_CRF.astype(jnp.float32), 2, axis=2)
+  hidden_CRF = jax.nn.silu(gate_CRF) * up_CRF * weight_CR[..., None]
+  return product(hidden_CRF.astype(x_CRD.dtype), down_eFD, expert_C, used)
+
+
+@jax.custom_vjp
+def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
+  """[C, R, O]: each tile times its expert's weights; expert_C never falls. Tiles from `used` on come out undefined."""
+  return _product(x_CRI, w_eIO, expert_C, used, turned=False)
+
+
+def _product(x_CRI, w, expert_C, used, turned: bool) -> jax.Array:
+  """turned: with the transpose of the weights, which are then [e, O, I]."""
+  tiles, rows, depth = x_CRI.shape
+  width = w.shape[1 if turned else 2]
+  block_R, block_O, step = _block(rows), _block(width), _block(depth, DEPTH)
+
+  def body(expert_ref, used_ref, x_ref, w_ref, out_ref):
+    tile, column = pl.program_id(1), pl.program_id(0)
+
+    @pl.when(tile < used_ref[0])
+    def _():
+      expert = expert_ref[tile]
+      columns = pl.ds(column * block_O, block_O)
+
+      def add(i, sum_RO):
+        along = pl.ds(i * step, step)
+        w = w_ref[expert, columns, along].T if turned else w_ref[expert, along, columns]
+        return sum_RO + _dot(x_ref[:, along], w)
+
+      out_ref[...] = lax.fori_loop(
+        0, depth // step, add, jnp.zeros((block_R, block_O), jnp.float32)).astype(out_ref.dtype)
+
+  return _call(
+    body, warps=8 if depth >= 1024 else 4, grid=(width // block_O, tiles, rows // block_R),
+    in_specs=[pl.BlockSpec(expert_C.shape, lambda o, c, r: (0,)), pl.BlockSpec((1,), lambda o, c, r: (0,)),
+              pl.BlockSpec((None, block_R, depth), lambda o, c, r: (c, r, 0)),
+              pl.BlockSpec(w.shape, lambda o, c, r: (0, 0, 0))],
+    out_specs=pl.BlockSpec((None, block_R, block_O), lambda o, c, r: (c, r, o)),
+    out_shape=jax.ShapeDtypeStruct((tiles, rows, width), x_CRI.dtype),
+  )(expert_C, used[None], x_CRI, w)
+
+
+def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
+  """[e, I, O]: of each expert's weights, the sum over its tiles."""
+  rows, (count, depth, width) = x_CRI.shape[1], like.shape
+  block_I, block_O, step = _block(depth), _block(width), _block(rows, DEPTH)
+  # Where an expert's tiles end is where the next one's start.
+  start_e = jnp.minimum(jnp.sum(expert_C < jnp.arange(count + 1)[:, None], 1, dtype=jnp.int32), used)
+
+  def body(start_ref, x_ref, dout_ref, out_ref):
+    expert, ins, outs = (pl.program_id(axis) for axis in (2, 1, 0))
+    ins, outs = pl.ds(ins * block_I, block_I), pl.ds(outs * block_O, block_O)
+
+    def add(i, sum_IO):
+      along = pl.ds(i * step, step)
+      return sum_IO + _dot(x_ref[along, ins].T, dout_ref[along, outs])
+
+    steps = rows // step
+    out_ref[...] = lax.fori_loop(
+      start_ref[expert] * steps, start_ref[expert + 1] * steps, add, jnp.zeros((block_I, block_O), jnp.float32),
+    ).astype(out_ref.dtype)
+
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  whole = lambda x: pl.BlockSpec(x.shape, lambda o, i, e: (0,) * x.ndim)
+  x_PI, dout_PO = flat(x_CRI), flat(dout_CRO)
+  return _call(
+    body, warps=8, grid=(width // block_O, depth // block_I, count),
+    in_specs=[whole(start_e), whole(x_PI), whole(dout_PO)],
+    out_specs=pl.BlockSpec((None, block_I, block_O), lambda o, i, e: (e, i, o)),
+    out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
+  )(start_e, x_PI, dout_PO)
+
+
+def _backward(saved, dout_CRO):
+  x_CRI, w_eIO, expert_C, used = saved
+  return (_product(dout_CRO, w_eIO, expert_C, used, turned=True),
+          _gradient(x_CRI, dout_CRO, expert_C, used, w_eIO), None, None)
+
+
+product.defvjp(lambda *args: (product(*args), args), _backward)
+
+
+def _dot(a, b) -> jax.Array:
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _block(size: int, most: int = MOST) -> int:
+  """The largest power of two that divides `size`, up to `most`."""
+  return min(size & -size, most)
+
+
+def _call(body, warps: int, **settings):
+  compiler = plgpu.CompilerParams(num_warps=warps, num_stages=3)
+  return pl.pallas_call(body, compiler_params=compiler, interpret=platform() != 'gpu', **settings)

@@ -1,0 +1,142 @@
+"""What the files of a checkpoint were when they were written, in its manifest.json, and whether they still are.
+
+    {"version": 1, "block_bytes": 67108864,
+     "files": {"state/manifest.ocdbt": {"size": 115, "sha256": "7c1f...", "crc32": ["1c291ca3"]}, ...}}
+
+It is written before the checkpoint is committed, so a checkpoint that is there has one, unless an older version wrote
+it; such a one is taken as it is. crc32, of each block, is what every start can afford to check, all of it: it misses
+no flipped byte, and other damage once in 2^32. sha256, of each file, is what `betarank checkpoint verify`
+checks, and what sha256sum prints. An object store checks content itself, and reading it twice would double the time
+of a start: there a start compares all sizes, and the content of small files.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+NAME = 'manifest.json'
+ITEMS = ('state', 'meta')  # folders of a checkpoint; the files beside them are Orbax's notes to itself
+BLOCK_BYTES = 2**26  # what one thread checks at a time
+_PIECE_BYTES = 2**20  # what is in memory of it
+_SMALL_BYTES = 2**20  # a file whose content is checked in an object store too
+_Check = Callable[[], str]
+
+
+def write(folder: epath.Path) -> None:
+  """Writes the manifest of the items in `folder`."""
+  names = sorted(name for item in ITEMS for name in _files(folder, item))
+  with _threads() as pool:
+    entries = list(pool.map(lambda name: _describe(folder / name), names))
+  manifest = {'version': 1, 'block_bytes': BLOCK_BYTES, 'files': dict(zip(names, entries))}
+  (folder / NAME).write_text(json.dumps(manifest, indent=1) + '\n')
+
+
+def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
+  """{file: its size and checksums} or None without a manifest. Raises ValueError if it is none."""
+  try:
+    manifest = json.loads((folder / NAME).read_text())
+    if not (manifest['version'] == 1 and manifest['block_bytes'] == BLOCK_BYTES and all(
+      isinstance(f['size'], int) and isinstance(f['sha256'], str) and len(f['crc32']) == -(-f['size'] // BLOCK_BYTES)
+      for f in manifest['files'].values())):
+      raise ValueError
+    return manifest['files']
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise ValueError('not a manifest that this version reads') from None
+
+
+def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tuple[int, int] = (0, 1)) -> str:
+  """'' if the files in `folder` are what its manifest says, else the first one that isn't, with what is wrong.
+
+  Args:
+    item: look only at this one's files.
+    full: sha256 of all files, wherever they are.
+    share: (i, n): look at the i-th of n equal parts of the content, and at all sizes.
+  """
+  try:
+    files = read(folder)
+  except (ValueError, OSError) as error:
+    return f'{NAME}: {_reason(error)}'
+  files = {name: f for name, f in sorted((files or {}).items()) if name.startswith(item and f'{item}/')}
+  remote = '://' in str(folder)
+  content: list[tuple[str, _Check]] = []
+  for name, f in files.items():
+    if full:
+      content.append((name, lambda name=name, f=f: _check_file(folder / name, f)))
+    elif not remote or f['size'] <= _SMALL_BYTES:
+      content += [(name, lambda name=name, block=block, crc=crc: _check_block(folder / name, block, crc))
+                  for block, crc in enumerate(f['crc32'])]
+  sizes = [(name, lambda name=name, f=f: _check_size(folder / name, f)) for name, f in files.items()]
+  with _threads() as pool:
+    for checks in (sizes, content[share[0]::share[1]]):  # a file that is too short is said to be that
+      for (name, _), problem in zip(checks, pool.map(lambda check: _guarded(check[1]), checks)):
+        if problem:
+          return f'{name}: {problem}'
+  return ''
+
+
+def _guarded(check: _Check) -> str:
+  try:
+    return check()
+  except (FileNotFoundError, NotADirectoryError):
+    return 'missing'
+  except OSError as error:
+    return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+  return getattr(error, 'strerror', None) or str(error) or type(error).__name__
+
+
+def _check_size(path: epath.Path, f: dict[str, Any]) -> str:
+  size = path.stat().length
+  return f'{size:,} bytes, {f["size"]:,} were written' if size != f['size'] else ''
+
+
+def _check_block(path: epath.Path, block: int, crc: str) -> str:
+  found = 0
+  for piece in _pieces(path, block * BLOCK_BYTES, BLOCK_BYTES):
+    found = zlib.crc32(piece, found)
+  return '' if f'{found:08x}' == crc else f'not what was written (crc32 of 64 MiB block {block} differs)'
+
+
+def _check_file(path: epath.Path, f: dict[str, Any]) -> str:
+  return '' if _describe(path)['sha256'] == f['sha256'] else 'not what was written (sha256 differs)'
+
+
+def _describe(path: epath.Path) -> dict[str, Any]:
+  size, sha256, crc32 = 0, hashlib.sha256(), []
+  for piece in _pieces(path):
+    if size % BLOCK_BYTES == 0:
+      crc32.append(0)
+    crc32[-1] = zlib.crc32(piece, crc32[-1])
+    sha256.update(piece)
+    size += len(piece)
+  return {'size': size, 'sha256': sha256.hexdigest(), 'crc32': [f'{crc:08x}' for crc in crc32]}
+
+
+def _pieces(path: epath.Path, start: int = 0, length: float = float('inf')) -> Iterator[bytes]:
+  with path.open('rb') as file:
+    file.seek(start)
+    while length > 0 and (piece := file.read(_PIECE_BYTES)):
+      yield piece
+      length -= len(piece)
+
+
+def _files(folder: epath.Path, item: str) -> Iterator[str]:
+  for path in (folder / item).iterdir():
+    if path.is_dir():
+      yield from _files(folder, f'{item}/{path.name}')
+    else:
+      yield f'{item}/{path.name}'
+
+
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+  return concurrent.futures.ThreadPoolExecutor(min(32, 4 + (os.cpu_count() or 1)))  # some of them wait for a disk

@@ -1,0 +1,139 @@
+"""Runs a program that a model wrote so that the machine comes to no harm, and says whether it ran to its end.
+
+    outcome = Jail(JailConfig()).run(program)
+
+Each program has a jail of its own, made for it and gone after it (code_jail_worker.py): its own process, mount, network
+and IPC namespaces, as a user who owns nothing; a read-only root of the system's libraries and this Python, and 16 MB of
+/tmp; no network, no environment, no /proc; limits on time, memory, processes, files and output. At the deadline
+process 1 is killed, and the kernel ends whatever else runs in there. Linux 5.12 with namespaces is needed; elsewhere
+code is refused, or runs under the limits alone if the user says so.
+
+What comes back is data to compare: a token that is handed out after the program's last line, and the tail of what it
+printed. Nothing of it is parsed. A jail protects the machine, not the tests: these share an interpreter with the
+program, and one that is out to deceive them can, as in any harness of this kind. Nor is the kernel's own surface
+narrowed (no seccomp filter).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import secrets
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from typing import Any, NamedTuple
+
+from betarank.configs.errors import UserError
+
+_WORKER = pathlib.Path(__file__).with_name('code_jail_worker.py')
+_READY = b'R'
+_SHOWN = 2000  # bytes of what a program printed
+
+
+class JailError(UserError):
+  """Code can't be run. One line that says what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JailConfig:
+  """Section `eval.code`: limits on each program.
+
+  Attributes:
+    workers: programs at once.
+    cpu_s, memory_mb: of each of its processes.
+    deadline_s: by the clock, the making of the jail included.
+    processes: at once, threads included.
+    accept_no_isolation: runs code under the limits alone where the kernel offers no isolation.
+  """
+
+  workers: int = 2
+  cpu_s: float = 5.0
+  deadline_s: float = 20.0
+  memory_mb: int = 1024
+  processes: int = 4
+  accept_no_isolation: bool = False
+
+  def __post_init__(self):
+    for name in ('workers', 'memory_mb', 'processes'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
+    for name in ('cpu_s', 'deadline_s'):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
+
+
+class Outcome(NamedTuple):
+  """passed: the program ran to its end. why: if it didn't, 'deadline' or the last line that it printed."""
+
+  passed: bool
+  why: str
+
+
+class Jail:
+  """A place to run programs in; can be used from several threads.
+
+  Attributes:
+    isolated: whether it is a jail, or limits alone.
+  """
+
+  def __init__(self, config: JailConfig):
+    """Tries whether a harmless program runs. Raises JailError if not."""
+    self._c, self.isolated = config, True
+    try:
+      outcome = self.run('pass')
+    except JailError as error:
+      if not config.accept_no_isolation:
+        raise JailError(f'{error}; run where namespaces are allowed (as root, or with sysctl '
+                        'user.max_user_namespaces > 0 and, on Ubuntu, kernel.apparmor_restrict_unprivileged_userns=0), '
+                        'or let programs that a model wrote act as you, --config.eval.code.accept_no_isolation=true'
+                        ) from None
+      print(f'WARNING: {error}. Programs that the model wrote now run AS YOU, with your files and your network, under '
+            'limits on time and memory alone.', file=sys.stderr, flush=True)
+      self.isolated = False
+      outcome = self.run('pass')
+    if not outcome.passed:
+      raise JailError(f'an empty program does not run in the jail ({outcome.why}); are config.eval.code.memory_mb='
+                      f'{config.memory_mb} and deadline_s={config.deadline_s} enough, and may all users read '
+                      f'{sys.base_prefix}?')
+
+  def run(self, program: str) -> Outcome:
+    """Runs Python source as a script. Raises JailError if the jail can't be built."""
+    token = secrets.token_hex(16).encode()
+    reader, writer = os.pipe()
+    with (open(reader, 'rb', buffering=0) as reports, tempfile.TemporaryFile() as printed,
+          tempfile.TemporaryDirectory(prefix='jail-') as folder):
+      try:
+        worker = subprocess.Popen(
+          [sys.executable, '-I', '-S', '-B', str(_WORKER), json.dumps(self._settings(folder, writer))], cwd='/',
+          env={}, stdin=subprocess.PIPE, stdout=printed, stderr=printed, pass_fds=(writer,), start_new_session=True)
+      finally:
+        os.close(writer)
+      late = False
+      try:
+        worker.communicate(token + program.encode(errors='replace'), timeout=self._c.deadline_s)
+      except subprocess.TimeoutExpired:
+        late = True
+      finally:
+        if worker.returncode is None:  # still there, so that its number is its own
+          os.killpg(worker.pid, signal.SIGKILL)  # and its child's, process 1 of the jail: the kernel ends all others
+          worker.wait()
+      os.set_blocking(reader, False)
+      said = reports.read(64) or b''
+      printed.seek(-min(_SHOWN, printed.seek(0, os.SEEK_END)), os.SEEK_END)
+      tail = printed.read().decode(errors='replace').strip().rpartition('\n')[2]
+    if said.startswith(_READY):
+      return Outcome(True, '') if said == _READY + token else Outcome(False, 'deadline' if late else tail)
+    raise JailError('this system offers no isolation for programs '
+                    f'({"the jail was not ready in time" if late else tail})')
+
+  def _settings(self, folder: str, report: int) -> dict[str, Any]:
+    packages = sorted({os.path.realpath(sysconfig.get_path(name)) for name in ('purelib', 'platlib')})
+    return {
+      **dataclasses.asdict(self._c), 'isolated': self.isolated, 'folder': folder, 'report': report,
+      'python': os.path.realpath(sys.executable), 'packages': packages,
+      'readable': sorted({os.path.realpath(sys.base_prefix), *packages}),
+    }

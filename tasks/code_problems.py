@@ -1,0 +1,148 @@
+r"""Programming problems: prompts, where an answer ends, and what is run to judge it.
+
+Files are jsonl(.gz) in two forms, told apart by their fields. HumanEval (`prompt`, `test`, `entry_point`; HumanEval+
+the same): the model goes on with the function that the prompt begins. MBPP (`text` or `prompt`, `test_list`, `code`,
+`test_setup_code` or `test_imports`; MBPP+ has a whole script in `test`): the model is told the task and the tests, in
+the words of arXiv 2108.07732, and its program goes from [BEGIN] to [DONE].
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from betarank.data.config import DataError
+from betarank.tasks.code_jail import Jail, JailConfig, JailError
+from betarank.tasks.task_set import Task, read_jsonl
+from betarank.tasks.verifiers import Verdict
+
+_MBPP_ASKED = range(11, 511)  # task_id of the test split, where a file has all of MBPP; 1 to 10 are for examples
+_MBPP_SHOWN = (2, 3, 4)  # as in its paper
+_MBPP_SIZE = 974
+_PROMPT = ('You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n'
+           '{}\n[BEGIN]\n')
+_END = '\n[DONE]'
+# A line at the margin ends the function that the prompt began; a closing bracket or the end of a long string doesn't.
+_LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
+
+
+def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
+  """The problems of the files, in order, each after the first `shots` worked ones of the file `examples`.
+
+  Task.reference is what runs after the answer, Task.entry what before it. An example is not also asked.
+
+  Raises DataError, one line with file and line number.
+  """
+  records = list(read_jsonl(pattern))
+  if len(records) == _MBPP_SIZE:
+    records = [(r, where) for r, where in records if isinstance(r, Mapping) and r.get('task_id') in _MBPP_ASKED]
+  if not records:
+    raise DataError(f'{pattern}: no problems')
+  shown, before = set(), ''
+  if shots:
+    found = {r.get('task_id'): (r, where) for r, where in read_jsonl(examples) if isinstance(r, Mapping)}
+    order = [*(i for i in _MBPP_SHOWN if i in found), *(i for i in found if i not in _MBPP_SHOWN)][:shots]
+    if len(order) < shots:
+      raise DataError(f'{examples}: holds {len(order)} examples, {shots} are wanted')
+    shown = {_number(i) for i in order}
+    before = ''.join(_worked(*found[i]) for i in order)
+  return [_task(r, where, before) for r, where in records if _number(_field(r, 'task_id', where)) not in shown]
+
+
+def _number(task_id: Any) -> str:
+  return str(task_id).rpartition('/')[2]
+
+
+def _field(record: Any, name: str, where: str, *others: str) -> Any:
+  if not isinstance(record, Mapping):
+    raise DataError(f'{where}: expected an object, got {type(record).__name__}')
+  for key in (name, *others):
+    if key in record:
+      return record[key]
+  raise DataError(f"{where}: no '{name}', only {', '.join(sorted(record))}")
+
+
+def _text(record: Any, name: str, where: str, *others: str) -> str:
+  value = _field(record, name, where, *others)
+  if not isinstance(value, str):
+    raise DataError(f"{where}: '{name}' must be text, got {type(value).__name__}")
+  return value.replace('\r\n', '\n')
+
+
+def _is_mbpp(record: Any) -> bool:
+  return isinstance(record, Mapping) and 'test_list' in record
+
+
+def _task(record: Any, where: str, before: str) -> Task:
+  key = str(_field(record, 'task_id', where))
+  if _is_mbpp(record):
+    question = _asked(record, where)
+    return Task(key, question, before + question, _mbpp_tests(record, where), 'code', 'code')
+  prompt, name = _text(record, 'prompt', where), _text(record, 'entry_point', where)
+  tests = f'{_text(record, "test", where)}\n\ncheck({name})\n'
+  return Task(key, prompt, before + prompt, tests, 'code', 'code', entry=prompt)
+
+
+def _asked(record: Mapping, where: str) -> str:
+  return _PROMPT.format(_text(record, 'text', where, 'prompt').strip(), '\n'.join(_tests(record, where)))
+
+
+def _tests(record: Mapping, where: str) -> list[str]:
+  tests = record['test_list']
+  if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+    raise DataError(f"{where}: 'test_list' must be a list of statements, got {str(tests)[:80]}")
+  return tests
+
+
+def _mbpp_tests(record: Mapping, where: str) -> str:
+  if 'test' in record:
+    return _text(record, 'test', where)
+  imports = record.get('test_imports') or []
+  if not isinstance(imports, list) or not all(isinstance(line, str) for line in imports):
+    raise DataError(f"{where}: 'test_imports' must be a list of statements, got {str(imports)[:80]}")
+  before = record.get('test_setup_code') or '\n'.join(imports)
+  return '\n'.join([str(before), *_tests(record, where)])
+
+
+def _worked(record: Any, where: str) -> str:
+  if not _is_mbpp(record):
+    raise DataError(f"{where}: an example needs 'text', 'test_list' and 'code', as MBPP has them")
+  return f'{_asked(record, where)}{_text(record, "code", where).strip()}{_END}\n\n'
+
+
+def answer(text: str, task: Task) -> str:
+  """The part of a sampled text that is run: up to the end of the function, or to [DONE]."""
+  if not task.entry:
+    return text.partition(_END)[0]
+  found = _LEFT_FUNCTION.search(text)
+  return text[: found.start() + 1] if found else text
+
+
+class CodeVerifier:
+  """Verdicts on programs, like rl/verifiers.py's: right if program and tests run to their end in a jail.
+
+  Attributes: jail. Raises JailError at its making where code can't be run.
+  """
+
+  def __init__(self, config: JailConfig):
+    self.jail = Jail(config)
+    self._threads = ThreadPoolExecutor(config.workers)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._threads.shutdown(cancel_futures=True)
+
+  def verify(self, items: Sequence[tuple[str, Task]]) -> list[Verdict]:
+    """A verdict on each (sampled text, task), in order; equal programs run once. Undecided: no jail could be made."""
+    programs = [f'{task.entry}{answer(text, task)}\n{task.reference}' for text, task in items]
+    different = list(dict.fromkeys(programs))
+    verdicts = dict(zip(different, self._threads.map(self._judge, different)))
+    return [verdicts[program] for program in programs]
+
+  def _judge(self, program: str) -> Verdict:
+    try:
+      return Verdict.RIGHT if self.jail.run(program).passed else Verdict.WRONG
+    except JailError:  # it has worked before: the machine is too busy, or out of something
+      return Verdict.UNDECIDED

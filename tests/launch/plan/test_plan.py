@@ -1,0 +1,126 @@
+"""The planner: topologies, what it prints, and a real compile where libtpu is installed."""
+
+import importlib.util
+import json
+import os
+import subprocess
+
+import jax
+import pytest
+
+from betarank import model
+from betarank.configs import errors, load
+from betarank.launch.plan import command, predict, programs, search
+from betarank.launch.plan.chips import PlanError, Topology
+from betarank.rl.config import rl_run
+from betarank.train.config import run_config
+from tests.runs import BETARANK
+
+
+@pytest.mark.parametrize(
+  'name, chips, shape', [('v5e-256', 256, '16x16'), ('v5p-128', 64, '4x4x4'), ('v6e-8', 8, '2x4')])
+def test_pods_by_their_usual_names(name, chips, shape):
+  assert (Topology(name).chips, Topology(name).shape) == (chips, shape)
+  assert Topology(name, slices=3).chips == 3 * chips
+
+
+@pytest.mark.parametrize('name, message', [
+  ('v4-8', 'no such chip; there are v5e, v5p, v6e'), ('v5e-100', 'no such pod; v5e comes as v5e-4, v5e-8')])
+def test_a_pod_that_does_not_exist(name, message):
+  with pytest.raises(PlanError, match=message):
+    Topology(name)
+
+
+def test_time_of_a_transfer():
+  """A v5e chip has two links each way along either axis of 45 GB/s; a ring of 16 has one axis."""
+  pod = Topology('v5e-256')
+  assert predict.transfer_s('all-gather', 1.6e9, 16, pod) == pytest.approx(1.5e9 / 90e9)
+  assert predict.transfer_s('all-reduce', 2.56e9, 256, pod) == pytest.approx(2 * 2.55e9 / 180e9)
+
+
+@pytest.mark.parametrize('name, group, links', [
+  ('v5e-256', 4, 1), ('v5e-256', 16, 2), ('v5e-256', 64, 3), ('v5p-128', 16, 4), ('v5p-8', 4, 4)])
+def test_links_of_a_group(name, group, links):
+  """Two along each axis that it fills; a part of an axis is a line, of which an end has one."""
+  assert Topology(name).links(group) == links
+
+
+@pytest.mark.parametrize('part, source', [
+  ('attention', 'splash_mha_fwd.1 '),
+  ('expert weights', 'jit(step)/all_gather /here/model/moe.py:_whole /here/model/moe.py:_local'),
+  ('experts', 'jit(step)/shard_map/pallas_call /here/model/moe.py:_local'),
+  ('dispatch', 'sum_rows.5 jit(step)/sum_rows/pallas_call /here/model/moe.py:_local'),
+  ('dispatch', 'jit(step)/gather /here/model/moe.py:_local /here/model/transformer.py:Block.__call__'),
+  ('router', 'jit(step)/dot_general /here/model/moe.py:MixtureOfExperts.__call__ /model/transformer.py:Block.__call__'),
+  ('optimizer', 'jit(step)/mul /there/optax/_src/update.py:apply_updates /here/train/step.py:make_step.<locals>.step'),
+  ('other', 'copy')])
+def test_which_part_of_the_model_an_instruction_belongs_to(part, source):
+  assert predict._part(source) == part
+
+
+def test_search_proposes_only_what_divides():
+  run = run_config(load.load('configs/paper/moe_10b_a0p5b.py'))
+  found = search.candidates(run, Topology('v5e-256'))
+  assert found
+  for candidate in found:
+    mesh = dict(candidate.mesh)
+    ways = mesh['data'] * mesh['fsdp'] * mesh['expert']
+    assert ways == 256 and 4096 % (ways * candidate.microbatches) == 0 and 384 % mesh['expert'] == 0
+
+
+def test_advice_when_it_does_not_fit():
+  run = run_config(load.load('configs/paper/dense_4b.py'))
+  made = command.Plan('train', 'v5e-256', 256, {'fsdp': 256}, 4, 'qkv', False, 'needs 20G of 15.75G HBM', 16.9e9,
+                   10**8, 10**8, 0, 0, 0.0, None, (0, 0), 2**24)
+  assert 'train.microbatches=8' in command.would_fit(run, made) and 'remat=full' in command.would_fit(run, made)
+  heavy = command.dataclasses.replace(made, params_bytes=10**10)
+  assert 'fsdp larger' in command.would_fit(run, heavy)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason='needs libtpu, which the extra `tpu` brings')
+def test_the_command_compiles_for_a_pod_that_is_not_here():
+  def compiled(*more):
+    done = subprocess.run(
+      [*BETARANK, 'plan', '--config=configs/smoke.py', '--topology=v5e-4', '--json', *more],
+      capture_output=True, text=True, env={**os.environ, 'XLA_FLAGS': ''})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)['plans'][0]
+
+  made = compiled()
+  assert made['fits'] and made['chips'] == 4 and made['mesh'] == {'fsdp': 4}
+  low, high = made['prediction']['step_s']
+  assert 0 < low <= high < 1
+  quick = compiled('--no_bundles')  # the same program: its bundles are only not written
+  assert quick['temp_bytes'] == made['temp_bytes'] and quick['peak_bytes'] == made['peak_bytes']
+  assert quick['prediction']['collective_bytes'] == made['prediction']['collective_bytes']
+
+
+def test_bfloat16_moments_take_a_quarter_off_the_optimizer():
+  """The first moment halves, the second stays float32: it is squares, whose small changes bfloat16 would round away."""
+  sizes = {}
+  for dtype in ('float32', 'bfloat16'):
+    run = run_config(load.load('configs/smoke.py', {'optimizer.moment_dtype': dtype}))
+    state, _ = programs.programs(run, model.make_mesh(run.train.mesh, jax.devices()[:1]))
+    sizes[dtype] = programs.shard_bytes(state.opt_state)
+  assert sizes['bfloat16'] / sizes['float32'] == pytest.approx(0.75, abs=1e-4)
+  with pytest.raises(errors.ConfigError, match='moment_dtype must be one of float32, bfloat16'):
+    run_config(load.load('configs/smoke.py', {'optimizer.moment_dtype': 'float16'}))
+
+
+def test_a_mesh_that_does_not_divide_is_one_line_with_what_would():
+  run = run_config(load.load('configs/smoke.py', {'train.batch_size': '12'}))
+  with pytest.raises(PlanError, match='got 12; 8 or 16 rows would do'):
+    programs.make_mesh(run, jax.devices())
+
+
+def test_the_rl_stage_has_an_update_and_a_decode_step():
+  small = {'model.layers': '1', 'model.d_model': '32', 'model.heads': '2', 'model.kv_heads': '1', 'model.head_dim': '8',
+           'model.vocab_size': '64', 'train.mesh.fsdp': '2', 'rl.prompts': '4', 'rl.samples': '2', 'rl.rows': '4',
+           'rl.max_prompt_tokens': '8', 'rl.max_new_tokens': '[8]'}
+  run = rl_run(load.load('configs/rl_smoke.py', small))
+  mesh = programs.make_mesh(run, jax.devices()[:2])
+  _, lowered = programs.programs(run, mesh)
+  assert list(lowered) == ['update', 'decode']
+  for lower in lowered.values():
+    assert 'sharding' in lower().as_text()

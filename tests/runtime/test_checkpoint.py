@@ -1,0 +1,166 @@
+"""Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from betarank import model
+from betarank.runtime import checkpoint
+from betarank.runtime.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
+from betarank.runtime.state import abstract_state, create_state
+from betarank.train import samples
+from betarank.train.optimizer import OptimizerConfig, make_optimizer
+
+C = model.ModelConfig(
+  vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=False, compute_dtype='float32', remat='none', scan_layers=True)
+TX = make_optimizer(OptimizerConfig(lr=1e-2, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
+                                    eps=1e-8, weight_decay=0.1, clip_norm=1.0), 10, model.abstract(C)[2])
+KEEP = CheckpointConfig(every_steps=1, keep=2, keep_every_steps=0)
+MESHES = [(1, 8, 1, 1, 1), (8, 1, 1, 1, 1), (2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]
+
+
+def mesh_of(shape):
+  return model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A checkpoint of step 3 written from a mesh of 8, and its arrays."""
+  workdir = tmp_path_factory.mktemp('run')
+  with jax.set_mesh(mesh_of((2, 2, 1, 1, 2))) as mesh:
+    state = create_state(C, TX, mesh_of((2, 2, 1, 1, 2)), seed=3)
+    checkpoints = Checkpoints(workdir, KEEP)
+    checkpoints.save(state, {'config': {'seed': 3}, 'cursor': {'row': 5}, 'parent': 'x'}, 3)
+    checkpoints.wait()
+    checkpoints.close()
+  del mesh
+  return workdir, jax.device_get(state)
+
+
+@pytest.mark.parametrize('shape', [*MESHES, (1, 1, 1, 1, 1)])
+def test_restored_on_any_mesh_it_is_the_same(saved, shape):
+  workdir, want = saved
+  mesh = mesh_of(shape)
+  checkpoints = Checkpoints(workdir, KEEP)
+  assert checkpoints.latest == 3
+  state, meta = checkpoints.restore(abstract_state(C, TX, mesh))
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), want)
+  assert meta['cursor'] == {'row': 5} and meta['step'] == 3
+  q = state.params['layers']['attention']['q_DNH']
+  assert q.sharding.mesh.shape == mesh.shape
+
+
+def test_weights_alone(saved):
+  workdir, want = saved
+  target = abstract_state(C, TX, mesh_of((1, 8, 1, 1, 1)))
+  params, meta = checkpoint.restore_weights(checkpoint.find(str(workdir)), target.params)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), want.params)
+  assert meta['parent'] == 'x'
+
+
+def test_fresh_states_are_the_same_on_every_mesh():
+  states = [jax.device_get(create_state(C, TX, mesh_of(shape), seed=0)) for shape in (MESHES[2], (1, 1, 1, 1, 1))]
+  for state in states[1:]:
+    jax.tree.map(np.testing.assert_array_equal, state, states[0])
+
+
+def test_another_shape_is_refused_naming_the_array(saved):
+  import dataclasses
+  other = dataclasses.replace(C, d_ff=64)
+  with pytest.raises(CheckpointError, match=r'params.layers.feed_forward.down_FD'):
+    checkpoint.restore(checkpoint.find(str(saved[0])), abstract_state(other, TX, mesh_of((1, 1, 1, 1, 1))))
+
+
+@pytest.mark.parametrize('item', ['meta', 'state'])
+def test_a_damaged_checkpoint_is_refused_naming_the_path(saved, tmp_path, item):
+  import shutil
+  shutil.copytree(saved[0] / 'checkpoints' / '3', tmp_path / '3')
+  for file in (tmp_path / '3' / item).rglob('*'):
+    if file.is_file():
+      file.write_bytes(b'\x00' * 10)
+  with pytest.raises(CheckpointError, match=str(tmp_path / '3')):
+    checkpoint.restore(epath.Path(tmp_path / '3'), abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+
+
+def test_find_takes_a_workdir_its_checkpoints_or_one_of_them(saved):
+  workdir = saved[0]
+  for path in (workdir, workdir / 'checkpoints', workdir / 'checkpoints' / '3'):
+    assert checkpoint.find(str(path)).name == '3'
+  with pytest.raises(CheckpointError, match='did you mean'):
+    checkpoint.find(str(workdir) + 'x')
+
+
+def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
+  mesh = mesh_of((1, 1, 1, 1, 1))
+  state = create_state(C, TX, mesh, seed=0)
+  checkpoints = Checkpoints(tmp_path, CheckpointConfig(every_steps=1, keep=1, keep_every_steps=4))
+  for step in range(1, 7):
+    checkpoints.save(state, {'config': {}}, step)
+  checkpoints.wait()
+  checkpoints.close()
+  assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 6]
+
+
+def test_a_checkpoint_in_the_background_holds_the_state_of_its_own_step(tmp_path):
+  """Updates go on while it is written; none of them gets into it."""
+  from betarank.runtime.state import donated
+  mesh = mesh_of((1, 1, 1, 1, 1))
+  state = create_state(C, TX, mesh, seed=0)
+  update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=donated())
+  checkpoints = Checkpoints(tmp_path, KEEP)
+  for step in range(1, 4):
+    want = jax.tree.map(lambda x: np.array(x, copy=True), state)
+    checkpoints.save(state, {'config': {}}, step)
+    for _ in range(20):
+      state = update(state)
+  checkpoints.wait()
+  got, _ = checkpoints.restore(abstract_state(C, TX, mesh))
+  checkpoints.close()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
+
+
+NO_FOLDER = '''
+import os, sys
+import jax.numpy as jnp
+from betarank.runtime import checkpoint
+from betarank.runtime.state import TrainState
+checkpoints = checkpoint.Checkpoints(sys.argv[1], checkpoint.CheckpointConfig(1, 1, 0))
+os.symlink('nowhere', checkpoints.path / '1.orbax-checkpoint-tmp')  # no folder can be made of it
+try:
+  checkpoints.save(TrainState(jnp.zeros((), int), {'a': jnp.ones(8)}, ()), {'config': {}}, 1)
+  checkpoints.wait()
+except checkpoint.CheckpointError as error:
+  print(error)
+'''
+
+
+def test_a_save_that_cannot_begin_lets_the_process_end(tmp_path):
+  """Threads of Orbax's would otherwise wait 20 minutes for the folder, and the process for them."""
+  done = subprocess.run([sys.executable, '-c', NO_FOLDER, str(tmp_path)], text=True, capture_output=True, timeout=240)
+  assert f'could not be written to {tmp_path}/checkpoints' in done.stdout, done.stderr[-500:]
+
+
+def test_samples_are_drawn_from_the_model_and_end_at_the_end_token():
+  class Tokenizer:
+    eos = 5
+    decode = staticmethod(lambda ids: ' '.join(map(str, ids)))
+
+  params = model.init(C, jax.random.key(0))
+  draw = lambda seed: samples.sample_texts(
+    C, params, Tokenizer, np.array([[1, 2, 3], [4, 5, 6]]), new_tokens=8, key=jax.random.key(seed))
+  assert draw(0) == draw(0) and draw(0) != draw(1)
+  assert [prompt for prompt, _ in draw(0)] == ['1 2 3', '4 5 6']
+  assert all('5' not in text.split() for _, text in draw(0))
+  # A head that always predicts one token gives that token and no other.
+  sure = {**params, 'norm_D': params['norm_D'] * 0 + 1, 'head_DV': params['head_DV'] * 0}
+  sure['layers'] = jax.tree.map(lambda x: x * 0, params['layers'])
+  sure['embed_VD'] = params['embed_VD'] * 0 + 1
+  sure['head_DV'] = sure['head_DV'].at[:, 9].set(10.0)
+  text = samples.sample_texts(C, sure, Tokenizer, np.array([[1, 2]]), new_tokens=4, key=jax.random.key(0))
+  assert text == [('1 2', '9 9 9 9')]

@@ -1,0 +1,93 @@
+"""What is written can be read again, whatever a kill left; what is shown fits on a line."""
+
+import json
+import math
+
+import jax
+import pytest
+from etils import epath
+
+from betarank.runtime.metrics import Clock, JsonLines, Log, describe, peak_flops, read_lines
+
+FIGURES = {
+  'train/loss_nats': 2.0, 'train/ce_nats': 1.9, 'train/entropy_nats': 1.8, 'train/rank1_accuracy': 0.5,
+  'train/tail_mass': 0.1, 'train/grad_norm': 1.0, 'train/lr': 1e-3, 'time/step_s': 0.5, 'time/tokens_per_s': 1000.0,
+  'time/input_wait_share': 0.01,
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+  return epath.Path(tmp_path) / 'metrics.jsonl'
+
+
+def test_reopening_at_a_step_drops_what_came_after(path):
+  lines = JsonLines(path, step=0)
+  for step in range(1, 6):
+    lines.write(step, {'x': step})
+  again = JsonLines(path, step=3)
+  again.write(4, {'x': 'new'})
+  assert [line['x'] for line in read_lines(path)] == [1, 2, 3, 'new']
+
+
+@pytest.mark.parametrize('damage', ['{"step": 3, "x"', '\x00\x00', '[1]', '{"x": 1}', '{"step": "2"}', ''])
+def test_a_half_written_line_is_left_out(path, damage):
+  path.write_text('{"step": 1, "x": 1}\n' + damage + '\n{"step": 2, "x": 2}\n')
+  assert [line['step'] for line in read_lines(path)] == [1, 2]
+
+
+def test_a_missing_file_has_no_lines(path):
+  assert read_lines(path) == []
+
+
+def test_log_writes_lines_samples_and_events_and_only_where_active(tmp_path, capsys):
+  for name, active in (('on', True), ('off', False)):
+    log = Log(epath.Path(tmp_path) / name, step=0, steps=4, every=2, tensorboard=True, active=active)
+    for step in range(1, 5):
+      log.train(step, FIGURES)
+    log.evaluation(4, 'main', {'bits_per_byte': 1.0}, '  eval main: fine')
+    log.sample(4, 'a', 'b')
+    log.close()
+  assert not (tmp_path / 'off').exists()
+  lines = read_lines(epath.Path(tmp_path) / 'on' / 'metrics.jsonl')
+  assert [line['step'] for line in lines] == [1, 2, 3, 4, 4]
+  assert 'eval/main/bits_per_byte' in lines[-1]
+  assert json.loads((tmp_path / 'on' / 'samples.jsonl').read_text()) == {'step': 4, 'prompt': 'a', 'text': 'b'}
+  assert list((tmp_path / 'on' / 'tensorboard').iterdir())
+  shown = capsys.readouterr().out.splitlines()
+  assert [line.split()[1] for line in shown] == ['2/4', '4/4', 'main:']
+
+
+def test_the_line_says_whether_it_is_fine_and_when_it_ends():
+  line = describe(120, 1000, FIGURES, 3700)
+  for part in ('step  120/1000  12%', 'loss 2.0000', 'ce 1.9000', 'entropy 1.8000', '|g| 1.00', 'lr 1.0e-03',
+               '1,000 tok/s', 'wait 1.0%', 'eta 1:01:40'):
+    assert part in line
+  assert 'mfu' not in line  # no known chip
+  assert 'loss' not in describe(1, 2, {**FIGURES, 'train/loss_nats': 1.9}, math.inf)  # plain: it is the ce
+  assert 'mfu 43.2%' in describe(1, 2, {**FIGURES, 'time/mfu': 0.432}, 1)
+
+
+def test_the_clock_keeps_evaluation_apart_and_knows_the_wait(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr('time.perf_counter', lambda: now[0])
+  clock = Clock()
+  with clock.waiting():
+    now[0] += 1
+  now[0] += 3
+  with clock.apart():
+    now[0] += 100
+  assert clock.lap() == (4.0, 0.25)
+  now[0] += 2
+  assert clock.lap() == (2.0, 0.0)
+
+
+def test_known_chips_have_a_peak_and_a_cpu_has_none():
+  class Device:
+    def __init__(self, kind):
+      self.device_kind = kind
+
+  assert peak_flops(Device('TPU v5 lite')) == 197e12
+  assert peak_flops(Device('TPU v5p')) == 459e12
+  assert peak_flops(Device('NVIDIA H100 80GB HBM3')) == 989e12
+  assert peak_flops(jax.devices()[0]) is None

@@ -1,0 +1,337 @@
+"""What a program does in the jail stays there. Each kind of harm is one test, with a short deadline."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import time
+
+import pytest
+
+from betarank.configs.errors import UserError
+from betarank.tasks import code_jail
+from betarank.tasks.code_jail import Jail, JailConfig, JailError
+
+PASSED = code_jail.Outcome(True, '')
+
+
+@pytest.fixture(scope='module')
+def jail():
+  try:
+    return Jail(JailConfig(cpu_s=3, deadline_s=30, memory_mb=512))
+  except JailError as error:
+    if not re.search(r'\((unshare|mount|syscall): ', str(error)):  # a kernel that says no; all else is our fault
+      raise
+    pytest.skip(str(error))
+
+
+def run(jail, program, **limits):
+  if limits:
+    jail = object.__new__(Jail)
+    jail._c, jail.isolated = JailConfig(**{'cpu_s': 3, 'deadline_s': 30, 'memory_mb': 512, **limits}), True
+  return jail.run(textwrap.dedent(program))
+
+
+def running(mark):
+  """Processes on this machine whose command line or program holds `mark`."""
+  found = []
+  for folder in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+      if mark in (folder / 'comm').read_text():
+        found.append(int(folder.name))
+    except OSError:
+      continue
+  return found
+
+
+NAME = """
+import ctypes
+ctypes.CDLL(None).prctl(15, b'{}', 0, 0, 0)  # PR_SET_NAME
+"""
+
+
+def test_programs_that_end_pass_and_others_do_not(jail):
+  assert run(jail, 'from __future__ import annotations\nimport math, numpy\nassert math.comb(4, 2) == 6') == PASSED
+  assert run(jail, 'assert 1 == 2, "no"') == (False, 'AssertionError: no')
+  assert run(jail, 'def f(:')[1].startswith('SyntaxError')
+  assert not run(jail, '\0').passed and not run(jail, 'print("\udc80"); 1 / 0').passed
+  assert run(jail, 'import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()').passed is False
+
+
+def test_no_way_to_the_verdict(jail):
+  """Only a program whose last line has run passes, whatever it says, writes or exits with before."""
+  for program in (
+    'import os; os._exit(0)', 'raise SystemExit(0)', 'import sys; sys.exit()', 'print("R" + "0" * 32); 1 / 0',
+    'import os, signal; os.kill(1, signal.SIGKILL); os.kill(os.getppid(), signal.SIGKILL); 1 / 0',
+    'import os\nos.kill(os.getpid(), 9)',
+    """
+    import os
+    for fd in range(64):
+      for text in (b'R', b'R' + b'0' * 32, b'right', b'0' * 32):
+        try:
+          os.write(fd, text)
+        except OSError:
+          pass
+    os._exit(0)
+    """,
+    'import atexit, os; atexit.register(os._exit, 0); 1 / 0',
+    'import os\nif os.fork(): os._exit(0)\n1 / 0',
+  ):
+    assert not run(jail, program).passed, program
+
+
+def test_fork_bomb(jail):
+  program = NAME.format('forkbomb') + """
+import os
+failed = 0
+while True:
+  try:
+    os.fork()
+  except OSError:
+    failed += 1
+"""
+  began = time.monotonic()
+  assert not run(jail, program, deadline_s=3, cpu_s=100).passed
+  assert time.monotonic() - began < 20
+  assert wait_for(lambda: not running('forkbomb'))
+  several = """
+  import os, time
+  count = 0
+  try:
+    for _ in range(100):
+      if not os.fork():
+        time.sleep(60)
+      count += 1
+  except OSError:
+    pass
+  assert count == {}, count
+  """
+  assert run(jail, several.format(2), processes=3) == PASSED  # and those that sleep on are ended with it
+  assert run(jail, 'import threading, time\nfor _ in range(9): threading.Thread(target=time.sleep, args=(9,)).start()',
+             processes=3)[1].startswith("RuntimeError: can't start new thread")
+
+
+def wait_for(holds, seconds=10):
+  end = time.monotonic() + seconds
+  while not (true := holds()) and time.monotonic() < end:
+    time.sleep(0.05)
+  return true
+
+
+def test_memory_bomb(jail):
+  assert run(jail, 'x = bytearray(2**30)')[1] == 'MemoryError'
+  assert not run(jail, 'x = []\nwhile True: x.append(bytearray(2**24))').passed
+  files = """
+  import os
+  kept = []
+  for i in range(1000):
+    fd = os.memfd_create('x') if i % 2 else os.open(f'/tmp/{i}', os.O_CREAT | os.O_RDWR)
+    kept.append(fd)
+    os.write(fd, b'x' * 2**22)
+  """
+  assert 'OSError' in run(jail, files)[1]  # /tmp is full, or too many files are open
+  assert run(jail, "open('/tmp/x', 'wb').write(b'x' * 2**23)")[1] == 'OSError: [Errno 27] File too large'
+
+
+def test_files(jail, tmp_path):
+  secret = tmp_path / 'secret'
+  secret.write_text('mine')
+  secret.chmod(0o666)
+  tmp_path.chmod(0o777)
+  for path in (secret, '/etc/passwd', '/etc/shadow', '/proc/self/environ', '/proc/1/environ', '/root/.ssh', '/var',
+               __file__, '/sys', '/dev/mem', '/dev/shm'):
+    assert run(jail, f'import os\nassert not os.path.exists({str(path)!r})') == PASSED, path
+  program = f"""
+  import os, sys, tempfile
+  seen = os.listdir('/')
+  assert set(seen) <= {{'bin', 'sbin', 'lib', 'lib32', 'lib64', 'usr', 'etc', 'dev', 'tmp', 'program.py',
+                        *{[p.split('/')[1] for p in readable_folders()]}}}, seen
+  for folder, _, _ in [*os.walk('/'), ({str(tmp_path)!r}, 0, 0)]:
+    try:
+      open(folder + '/written', 'w').close()
+    except OSError:
+      assert folder != '/tmp'
+    else:
+      assert folder == '/tmp' or folder.startswith('/tmp/'), folder
+      os.remove(folder + '/written')
+    if folder.count('/') > 3: break
+  for path in ('/', '/usr', '/dev/null', sys.executable, os.__file__):
+    assert os.statvfs(path).f_flag & os.ST_RDONLY, path
+  for path in ('/program.py', sys.executable, os.__file__):
+    try:
+      open(path, 'ab')
+    except OSError as error:
+      continue
+    raise AssertionError(path)
+  with tempfile.TemporaryFile() as file:
+    file.write(b'its own')
+  """
+  assert run(jail, program) == PASSED
+  assert secret.read_text() == 'mine' and os.listdir(tmp_path) == ['secret']
+
+
+def readable_folders():
+  made = object.__new__(Jail)
+  made._c, made.isolated = JailConfig(), True
+  return made._settings('/x', 3)['readable']
+
+
+def test_network(jail):
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    program = f"""
+    import socket
+    for address in (('127.0.0.1', {server.getsockname()[1]}), ('1.1.1.1', 53)):
+      try:
+        socket.create_connection(address, timeout=2)
+      except OSError:
+        continue
+      raise AssertionError(address)
+    """
+    assert run(jail, program) == PASSED
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+      server.accept()
+  abstract = socket.socket(socket.AF_UNIX)
+  abstract.bind('\0jail-test')
+  abstract.listen()
+  assert 'ConnectionRefused' in run(jail, "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0jail-test')")[1]
+  abstract.close()
+
+
+def test_environment_and_descriptors(jail, monkeypatch):
+  monkeypatch.setenv('SECRET_TOKEN', 'mine')
+  reader, writer = os.pipe()
+  os.set_inheritable(writer, True)
+  program = """
+  import os
+  assert not set(os.environ) - {'OPENBLAS_NUM_THREADS', 'LC_CTYPE'}, os.environ
+  open_ones = []
+  for fd in range(1000):
+    try:
+      os.fstat(fd)
+      open_ones.append(fd)
+    except OSError:
+      pass
+  assert len(open_ones) == 4, open_ones  # the token's, two for what is printed, the report
+  assert os.getpid() != 1 and os.getppid() == 1
+  """
+  assert run(jail, program) == PASSED
+  os.close(reader)
+  os.close(writer)
+
+
+def test_other_processes(jail):
+  other = subprocess.Popen(['sleep', '60'])
+  program = f"""
+  import os, signal
+  for pid in {[other.pid, os.getpid(), os.getppid()]}:
+    try:
+      os.kill(pid, signal.SIGKILL)
+    except OSError:
+      pass
+  for pid in range(3, 2000):
+    try:
+      os.kill(pid, 0)
+    except ProcessLookupError:
+      continue
+    raise AssertionError(pid)
+  """
+  assert run(jail, program) == PASSED
+  assert other.poll() is None
+  other.kill()
+  other.wait()
+
+
+def test_no_rights_to_gain(jail):
+  program = """
+  import ctypes, os
+  libc = ctypes.CDLL(None, use_errno=True)
+  assert os.getuid() and os.geteuid() and os.getgid()
+  for call in (lambda: libc.unshare(0x10000000), lambda: libc.unshare(0x20000), lambda: libc.setuid(0),
+               lambda: libc.mount(b'none', b'/tmp', b'tmpfs', 0, None), lambda: libc.chroot(b'/tmp'),
+               lambda: libc.sethostname(b'x', 1), lambda: libc.ptrace(16, 1, 0, 0), lambda: libc.umount2(b'/usr', 2)):
+    assert call() == -1
+  """
+  assert run(jail, program) == PASSED
+
+
+def test_endless(jail):
+  began = time.monotonic()
+  assert not run(jail, 'while True: pass', cpu_s=1).passed
+  asleep = NAME.format('sleeper') + 'import os, time\nif not os.fork(): os.setsid()\ntime.sleep(99)'
+  assert run(jail, asleep, deadline_s=2) == (False, 'deadline')
+  assert time.monotonic() - began < 40
+  assert wait_for(lambda: not running('sleeper'))
+
+
+def test_output_flood(jail):
+  outcome = run(jail, 'import sys\nwhile True: print("x" * 10_000); sys.stderr.write("y" * 10_000)')
+  assert not outcome.passed and len(outcome.why) <= 2000
+  assert run(jail, 'print("x" * 100_000)') == PASSED
+
+
+def test_ended_with_its_parent(jail, tmp_path):
+  """An evaluation that is killed leaves no process behind."""
+  program = NAME.format('orphan') + 'import time; time.sleep(60)'
+  code = ('from betarank.tasks.code_jail import Jail, JailConfig\n'
+          f'print(Jail(JailConfig(deadline_s=3)).run({program!r}))')
+  parent = subprocess.Popen([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parents[2],
+                            env={**os.environ, 'TMPDIR': str(tmp_path)})
+  assert wait_for(lambda: running('orphan'), 60) or parent.poll() is None
+  parent.send_signal(signal.SIGKILL)
+  parent.wait()
+  assert wait_for(lambda: not running('orphan'), 30)
+
+
+def test_refused_without_isolation_unless_accepted(monkeypatch, tmp_path, capfd):
+  worker = tmp_path / 'worker.py'
+  source = pathlib.Path(code_jail.__file__).with_name('code_jail_worker.py').read_text()
+  worker.write_text(source.replace("_call('unshare',", "raise OSError(1, 'unshare: Operation not permitted') #"))
+  monkeypatch.setattr(code_jail, '_WORKER', worker)
+  with pytest.raises(UserError, match='no isolation for programs .unshare: Operation not permitted.') as error:
+    Jail(JailConfig())
+  assert '\n' not in str(error.value) and '--config.eval.code.accept_no_isolation=true' in str(error.value)
+  loose = Jail(JailConfig(deadline_s=5, memory_mb=512, accept_no_isolation=True))
+  assert not loose.isolated and 'AS YOU' in capfd.readouterr().err
+  assert loose.run('assert 1') == PASSED and loose.run('import os; os._exit(0)').passed is False
+  assert loose.run('x = bytearray(2**30)') == (False, 'MemoryError')
+  assert loose.run('import time; time.sleep(60)') == (False, 'deadline')
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='all the others run without root here')
+def test_without_root(jail):
+  """In a user namespace of its own; this one's Python must be readable by all."""
+  code = ('from betarank.tasks.code_jail import Jail, JailConfig\n'
+          'j = Jail(JailConfig(deadline_s=30))\n'
+          'for p in ("import os; assert os.getuid() == 65534 and not os.path.exists(\'/etc/passwd\')",\n'
+          '          "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == -1",\n'
+          '          "import os\\nfor _ in range(9): os.fork()",\n'
+          '          "import socket; socket.create_connection((\'127.0.0.1\', 9), timeout=1)"):\n'
+          '  print(j.run(p).passed)')
+  nobody = dict(cwd=pathlib.Path(__file__).parents[2], user=65534, group=65534, extra_groups=[], capture_output=True,
+                text=True, env={'PYTHONPATH': sysconfig.get_path('purelib')})
+  for python in (sys.executable, '/usr/bin/python3'):
+    try:
+      subprocess.run([python, '-c', 'import betarank.configs.load'], **nobody, check=True)
+    except (OSError, subprocess.CalledProcessError):
+      continue
+    done = subprocess.run([python, '-c', code], **nobody)
+    if 'no isolation' in done.stderr:
+      pytest.skip(f'for root only here: {done.stderr.strip().splitlines()[-1][:200]}')
+    assert done.stdout.split() == ['True', 'True', 'False', 'False'], done.stderr
+    return
+  pytest.skip(f'{sys.executable} is not for all users')
+
+
+@pytest.mark.parametrize('setting, message', [
+  (dict(workers=0), 'workers must be >= 1'), (dict(cpu_s=0.0), 'cpu_s must be > 0'),
+  (dict(deadline_s=float('inf')), 'deadline_s must be > 0'),
+])
+def test_limits_are_checked(setting, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    JailConfig(**setting)

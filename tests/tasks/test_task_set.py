@@ -1,0 +1,196 @@
+"""Prompts by index: their forms, their order, and that nothing held out is ever trained on."""
+
+import ast
+import gzip
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import verifiers as bench
+from betarank.data import reasoning
+from betarank.data.config import DataError
+from betarank.tasks.task_set import TaskConfig, TaskSet, question_hash
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+  def write(*records, name='tasks.jsonl'):
+    content = '\n'.join(record if isinstance(record, str) else json.dumps(record) for record in records).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith('.gz') else content)
+    return f'jsonl:{tmp_path / name}'
+  return write
+
+
+def numbered(count):
+  return [{'question': f'What is {i} + {i}?', 'answer': f'{i} + {i} = {2 * i}\n#### {2 * i:,}'} for i in range(count)]
+
+
+@pytest.mark.parametrize('record,reference', [
+  ({'question': 'q', 'answer': 'a <<1+1=2>>\n#### 1,234'}, '1234'),  # GSM8K
+  ({'problem': 'q', 'solution': r'so $\boxed{2}$', 'answer': r'\frac12'}, r'\frac12'),  # MATH-500
+  ({'problem': 'q', 'solution': r'so $\boxed{\frac{1}{2}}$', 'level': 'Level 5'}, r'\frac{1}{2}'),  # MATH
+  ({'id': 60, 'problem': 'q', 'answer': '204', 'url': 'u'}, '204'),  # AIME
+  ({'id': 0, 'problem': 'q', 'answer': 27.0, 'question': 'q'}, '27'),  # AMC
+  ({'question': 'q', 'answer': 2.5}, '2.5'),
+])
+@pytest.mark.parametrize('name', ['t.jsonl', 't.jsonl.gz'])
+def test_forms_of_records(jsonl, record, reference, name):
+  (task,) = TaskSet(TaskConfig(jsonl(record, name=name)), split='all')
+  assert (task.question, task.reference, task.verifier) == ('q', reference, 'math')
+  assert task.prompt == reasoning.PROMPT.format(question='q')
+
+
+@pytest.mark.parametrize('record,message', [
+  ({'text': 'q'}, r"tasks.jsonl:2: no text in 'problem' or 'question', only text"),
+  ({'problem': 'q'}, 'tasks.jsonl:2: no final answer'),
+  ({'question': 'q', 'answer': 'two lines\nand no mark'}, 'tasks.jsonl:2: no final answer'),
+  ({'question': 'q', 'answer': None, 'solution': 'no box'}, 'tasks.jsonl:2: no final answer'),
+  ({'question': 'q', 'answer': True}, 'tasks.jsonl:2: no final answer'),
+  ('{"question": ', 'tasks.jsonl:2: not JSON'), ('[1]', 'tasks.jsonl:2: expected an object, got list'),
+])
+def test_records_that_cannot_be_used(jsonl, record, message):
+  uri = jsonl({'question': 'fine', 'answer': '1'}, record)
+  with pytest.raises(DataError, match=message):
+    TaskSet(TaskConfig(uri), split='all')
+
+
+@pytest.mark.parametrize('uri,message', [
+  ('jsonl:/nowhere/*.jsonl', 'no file matches'), ('reasoning:chain_sums', r'did you mean chain_sum\?'),
+  ('reasoning:codeio', 'it runs stored programs'), ('reasoning:knights_knaves', "can't be handed to a verifier"),
+  ('reasoning:chain_sum?max_term=3', r"no option 'max_term'; did you mean max_terms\?"),
+  ('reasoning:chain_sum?max_terms=1', 'max_terms must be >= min_terms'),
+  ('reasoning:gsm_symbolic?level=1', 'level must be a whole number >= 0, of a task with a curriculum'),
+  ('reasoning:game_of_life_halting', 'not for RL'), ('tfds:no_such_set', "can't be opened"),
+])
+def test_sources_that_cannot_be_used(uri, message):
+  with pytest.raises(DataError, match=message):
+    TaskSet(TaskConfig(uri))
+
+
+def test_tfds(tmp_path):
+  import tensorflow_datasets as tfds
+  from array_record.python import array_record_module
+
+  features = tfds.features.FeaturesDict({'problem': tfds.features.Text(), 'answer': np.int64})
+  folder = tmp_path / 'tiny' / '1.0.0'
+  folder.mkdir(parents=True)
+  writer = array_record_module.ArrayRecordWriter(str(folder / 'tiny-train.array_record-00000-of-00001'), 'group_size:1')
+  for i in range(20):
+    writer.write(features.serialize_example(features.encode_example({'problem': f'Give {i}.', 'answer': i})))
+  writer.close()
+  file = tfds.core.ShardedFileTemplate(folder, dataset_name='tiny', split='train', filetype_suffix='array_record')
+  split = tfds.core.SplitInfo(name='train', shard_lengths=[20], num_bytes=1, filename_template=file)
+  tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=[split], check_data=False)
+  tasks = TaskSet(TaskConfig(f'tfds:{folder}'), split='all')
+  assert [(t.question, t.reference) for t in tasks] == [(f'Give {i}.', str(i)) for i in range(20)]
+
+
+def test_each_epoch_has_every_task_once_in_its_own_order(jsonl):
+  uri = jsonl(*numbered(50))
+  tasks = TaskSet(TaskConfig(uri, held_out_fraction=0.1), seed=1)
+  n = tasks.size
+  epochs = [[tasks.at(e * n + i).id for i in range(n)] for e in range(3)]
+  assert n < 50 and len(set(epochs[0])) == n and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != [task.id for task in tasks]
+  other = TaskSet(TaskConfig(uri, held_out_fraction=0.1), seed=2)
+  assert [other.at(i).id for i in range(n)] != epochs[0]
+  again = TaskSet(TaskConfig(uri, held_out_fraction=0.1), seed=1)
+  assert again.at(2 * n + 7).id == epochs[2][7]  # from the cursor alone
+
+
+def test_splits_are_disjoint_and_complete(jsonl):
+  c = TaskConfig(jsonl(*numbered(400)), held_out_fraction=0.2)
+  parts = {split: [task.id for task in TaskSet(c, split=split)] for split in ('train', 'held_out', 'all')}
+  assert not set(parts['train']) & set(parts['held_out'])
+  assert sorted(parts['train'] + parts['held_out']) == sorted(parts['all']) and len(parts['all']) == 400
+  assert 50 < len(parts['held_out']) < 110
+  exclude = TaskSet(c, split='held_out').hashes() | {question_hash('what is  3 + 3?')}
+  rest = TaskSet(TaskConfig(c.uri, held_out_fraction=0.0), exclude=exclude)  # another file's evaluation set
+  assert {task.id for task in rest} == set(parts['train']) - {f'{question_hash("What is 3 + 3?"):016x}'}
+
+
+@pytest.mark.parametrize('uri', [
+  'reasoning:chain_sum+gcd', 'reasoning:chain_sum?max_terms=2&max_digits=1'])
+def test_endless_training_never_meets_a_held_out_question(uri):
+  """Of sums of two digits there are so few that training meets each one many times."""
+  c = TaskConfig(uri, held_out_fraction=0.1)
+  held_out = TaskSet(c, split='held_out').hashes(64)
+  train = [question_hash(TaskSet(c, seed=seed).at(i).question) for seed in (0, 1) for i in range(400)]
+  assert len(held_out) > 5 and not held_out & set(train)
+  without = TaskSet(c, exclude=frozenset(train[:100]))
+  assert not without.hashes(100) & set(train[:100])
+
+
+def test_endless_tasks_are_a_function_of_seed_and_index():
+  c = TaskConfig('reasoning:chain_sum+gcd')
+  one, again, other = TaskSet(c, seed=0), TaskSet(c, seed=0), TaskSet(c, seed=1)
+  order = [7, 3, 2000, 3]
+  assert [again[i] for i in order] == [one[i] for i in reversed(order)][::-1]
+  assert [one[i].id for i in range(9)] != [other[i].id for i in range(9)]
+  held = [TaskSet(c, seed=seed, split='held_out')[5] for seed in (0, 1)]
+  assert held[0] == held[1]
+  assert [one[i].id.split('/')[0] for i in range(4)] == ['chain_sum', 'gcd'] * 2
+  assert one.size is None
+  with pytest.raises(TypeError):
+    len(one)
+  code = 'from betarank.tasks.task_set import *; s = TaskSet(TaskConfig("reasoning:chain_sum+gcd")); print(s[2000])'
+  root = pathlib.Path(bench.__file__).parent.parent
+  out = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+  assert out.stdout.strip() == str(one[2000])  # another process, another hash seed
+
+
+def test_an_empty_split_is_an_error(jsonl):
+  for c, split in ((TaskConfig(jsonl(*numbered(3)), held_out_fraction=0.0), 'held_out'),
+                   (TaskConfig('reasoning:gcd', held_out_fraction=0.0), 'held_out'),
+                   (TaskConfig('reasoning:gcd', held_out_fraction=1.0), 'train')):
+    with pytest.raises(DataError, match='held_out'):
+      TaskSet(c, split=split)
+
+
+def test_difficulty():
+  plain = TaskSet(TaskConfig('reasoning:chain_sum'))
+  hard = TaskSet(TaskConfig('reasoning:chain_sum?level=3&min_terms=5'))
+  terms = lambda task: task.question.count(' + ') + task.question.count(' - ') + 1
+  assert max(terms(plain[i]) for i in range(50)) <= 4 < min(terms(hard[i]) for i in range(50))
+  name, options, record = ast.literal_eval(hard[0].entry)
+  assert name == 'chain_sum' and options['min_terms'] == 5 and record['answer'] == hard[0].reference
+
+
+def test_every_kind_of_answer_is_right_when_it_is_the_reference():
+  """Exact, scored, of several lines, and with no reference at all; by the options that the task was made with."""
+  with Verifier(VerifierConfig(workers=1, deadline_s=20.0)) as verifier:
+    for uri, kind in (('reasoning:chain_sum', 'reasoning_gym'), ('reasoning:gcd', 'exact'),
+                      ('reasoning:game_of_life', 'reasoning_gym'), ('reasoning:rotate_matrix', 'exact'),
+                      ('reasoning:puzzle24?max_value=9', 'reasoning_gym'), ('reasoning:rush_hour', 'reasoning_gym')):
+      task = TaskSet(TaskConfig(uri))[0]
+      assert task.verifier == kind, (uri, task.verifier)
+      expected = Verdict.RIGHT if task.reference else Verdict.WRONG
+      assert verifier.verify([(f'\nAnswer: {task.reference or "x"}\n', task)]) == [expected], uri
+
+
+def test_the_prompt_template():
+  c = TaskConfig('reasoning:gcd', prompt='Solve, {and} box: {question}\nSo', answer_format='boxed')
+  task = TaskSet(c)[0]
+  assert task.prompt == f'Solve, {{and}} box: {task.question}\nSo' and task.answer_format == 'boxed'
+  problem = reasoning.problem(reasoning.parse('gcd'), 0)
+  assert problem.prompt == TaskConfig('reasoning:gcd').prompt.replace('{question}', problem.question)
+
+
+@pytest.mark.parametrize('field,value', [
+  ('uri', 'csv:x'), ('uri', 'jsonl:'), ('prompt', 'no place'), ('prompt', '{question} '), ('answer_format', 'xml'),
+  ('held_out_fraction', 1.5), ('held_out_fraction', float('nan')),
+])
+def test_settings_are_checked(field, value):
+  with pytest.raises(ValueError, match=f'^{field} '):
+    TaskConfig(**{'uri': 'reasoning:gcd', field: value})
+
+
+@pytest.mark.skipif(not bench.DATA.is_dir(), reason='no ../shared/data')
+def test_shared_problem_sets():
+  sizes = {name: TaskSet(TaskConfig(f'jsonl:{bench.DATA}/{name}.jsonl'), split='all').size for name in bench.SETS}
+  assert sizes == {'gsm8k_train': 7473, 'gsm8k_test': 1319, 'math500': 500, 'aime24': 30, 'amc23': 40}

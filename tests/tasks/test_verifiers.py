@@ -1,0 +1,285 @@
+"""Verdicts, and what a worker process may and may not do to the run."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from benchmarks import verifiers as bench
+from betarank.tasks import verifiers
+from betarank.tasks.task_set import Task, TaskConfig, TaskSet
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig, VerifierError, extract_answer, number, plain
+
+RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
+ENDLESS = '9^{9^{9^9}}'
+
+
+@pytest.fixture(scope='module')
+def verifier():
+  with Verifier(VerifierConfig(deadline_s=20.0)) as verifier:
+    yield verifier
+
+
+def task(reference, verifier='math', answer_format='line', **fields):
+  return Task(id='', question='', prompt='', reference=reference, verifier=verifier, answer_format=answer_format,
+              **fields)
+
+
+def answers(*texts):
+  return [f' some steps\nAnswer: {text}\n' for text in texts]
+
+
+def workers(verifier):
+  return [worker for kind in verifier._workers.values() for worker in kind]
+
+
+@pytest.mark.parametrize('text,expected', [
+  (' 1 + 1 = 2\nAnswer: 2\n', '2'), ('\nAnswer: 2', '2'), ('Answer: 2', None), ('\nAnswer: \n', None), ('', None),
+  ('\nAnswer: 2\nQuestion: next\nSolution: x\nAnswer: 3', '2'), ('\nAnswer:  a b \nc', 'a b'),
+])
+def test_answer_on_a_line(text, expected):
+  assert extract_answer(text, 'line') == expected
+
+
+def test_answer_of_several_lines():
+  text = '\nAnswer: 1 2\n3 4\n\nQuestion:'
+  assert extract_answer(text, 'line', 2) == '1 2\n3 4'
+  assert extract_answer(text, 'line', 0) == '1 2\n3 4\n\nQuestion:'
+
+
+@pytest.mark.parametrize('text,expected', [
+  (r'so \boxed{2}.', '2'), (r'\boxed{\frac{1}{2}}', r'\frac{1}{2}'), (r'\boxed{1} then \boxed{2}', '2'),
+  (r'\boxed{1} then \boxed{2', '1'), (r'\boxed 7', '7'), (r'\framebox{204}', '204'), (r'\boxed{\{1,2\}}', r'\{1,2\}'),
+  (r'\boxed{}', None), ('no box', None), ('\\boxed', None),
+])
+def test_answer_in_a_box(text, expected):
+  assert extract_answer(text, 'boxed') == expected
+
+
+@pytest.mark.parametrize('text,expected', [
+  ('12', 12), ('-0.50', Fraction(-1, 2)), ('1,234,567', 1234567), ('1,23', None), ('3/4', Fraction(3, 4)),
+  (r'-\frac{3}{4}', Fraction(-3, 4)), (r'\dfrac{3}{4}', Fraction(3, 4)), ('.5', Fraction(1, 2)), ('1/0', None),
+  ('', None), ('-', None), ('1e5', None), ('50%', None), ('x', None), (r'\$18', 18), ('$18', 18), ('(073)', 73),
+  ('٤', None), (r'10{,}000', 10000), ('9' * 100, int('9' * 100)), ('9' * 101, None), ('1_000', None), ('+3', 3),
+])
+def test_exact_numbers(text, expected):
+  assert number(text) == expected
+
+
+@pytest.mark.parametrize('text,expected', [
+  ('$5$.', '5'), (r'\boxed{x+1}', 'x+1'), (r'$\boxed{\text{no}}$', 'no'), ('$a$ and $b$', '$a$ and $b$'),
+  ('**7**', '7'), (r'\boxed{1}+\boxed{2}', r'\boxed{1}+\boxed{2}'), ('', ''), ('$', '$'), (' a \n b ', 'a b'),
+])
+def test_plain_text(text, expected):
+  assert plain(text) == expected
+
+
+def test_math_verdicts(verifier):
+  table = [
+    ('42', '42', RIGHT), ('42.0', '42', RIGHT), ('43', '42', WRONG), ('1/2', '0.5', RIGHT), ('0.3333333', '1/3', RIGHT),
+    (r'x^2+2x+1', '(x+1)^2', RIGHT), (r'x^2+2x-1', '(x+1)^2', WRONG), (r'\sqrt{117}', r'3\sqrt{13}', RIGHT),
+    ('50%', '0.5', RIGHT), ('(1, 2)', '(1,2)', RIGHT), ('(2, 1)', '(1,2)', WRONG), (r'\text{Evelyn}', 'Evelyn', RIGHT),
+    ('12 cm', r'12\text{ cm}', RIGHT), ('9**9**9', '9', WRONG), (r'\frac{', '1', WRONG), ('1', r'\frac{', UNDECIDED),
+    ('1', '', UNDECIDED), ('a' * 10_001, 'a', WRONG),
+  ]
+  found = verifier.verify([(answers(given)[0], task(wanted)) for given, wanted, _ in table])
+  assert [(row[:2], verdict) for row, verdict in zip(table, found)] == [(row[:2], row[2]) for row in table]
+
+
+def test_exact_and_missing_answers(verifier):
+  before = verifier.counts.copy()
+  found = verifier.verify([
+    (answers('abc')[0], task('abc', 'exact')), (answers('abc ')[0], task(' abc', 'exact')),
+    (answers('Abc')[0], task('abc', 'exact')), ('no mark: abc', task('abc', 'exact')),
+    (r'thus \boxed{4}', task('4', answer_format='boxed')), (r'thus \boxed{4}', task('4'))])
+  assert found == [RIGHT, RIGHT, WRONG, WRONG, RIGHT, WRONG]
+  assert verifier.counts - before == Counter(right=3, wrong=3, plain=6)
+
+
+def test_reasoning_gym_verdicts(verifier):
+  sums = TaskSet(TaskConfig('reasoning:chain_sum'))[0]
+  game = TaskSet(TaskConfig('reasoning:countdown'))[0]
+  turned = ' + '.join(reversed(game.reference.split(' + '))) if ' + ' in game.reference else f'({game.reference})'
+  items = list(zip(answers(sums.reference, f'{sums.reference}.0', f'{sums.reference}1', 'x', turned, '1 + 1'),
+                   [sums] * 4 + [game] * 2))
+  assert verifier.verify(items) == [RIGHT, RIGHT, WRONG, WRONG, RIGHT, WRONG]
+
+
+def test_equal_items_are_decided_once_and_order_is_kept(verifier):
+  texts = answers(*(f'x+{i % 3}' for i in range(30)))
+  assert verifier.verify([(text, task('1+x')) for text in texts]) == [RIGHT if i % 3 == 1 else WRONG for i in range(30)]
+  assert verifier.verify([]) == []
+
+
+def test_unknown_kinds_are_refused(verifier):
+  for fields in ({'verifier': 'judge'}, {'answer_format': 'xml'}):
+    with pytest.raises(ValueError, match='judge|xml'):
+      verifier.verify([('\nAnswer: 1', task('1', **fields))])
+
+
+def test_a_deadline_costs_one_worker_and_no_other_verdict():
+  with Verifier(VerifierConfig(deadline_s=1.5)) as verifier:
+    verifier.verify([(text, task('x+1')) for text in answers('x+2', 'x+3')])
+    assert len(workers(verifier)) == 2
+    start = time.monotonic()
+    texts = answers('1+x', ENDLESS, *(f'x+{i}' for i in range(2, 12)), '1+x ')
+    found = verifier.verify([(text, task('x+1')) for text in texts])
+    assert found == [RIGHT, UNDECIDED, *[WRONG] * 10, RIGHT]
+    assert time.monotonic() - start < 20
+    assert verifier.counts['timeouts'] == verifier.counts['restarts'] == verifier.counts['undecided'] == 1
+
+
+def test_a_crash_is_undecided_and_the_next_item_is_graded():
+  with Verifier(VerifierConfig(workers=1, deadline_s=30.0)) as verifier:
+    verifier.verify([(answers('x+2')[0], task('x+1'))])
+    (worker,) = workers(verifier)
+    threading.Timer(0.5, worker.process.send_signal, [signal.SIGSEGV]).start()  # while it works on ENDLESS
+    assert verifier.verify([(text, task('x+1')) for text in answers(ENDLESS, '1+x')]) == [UNDECIDED, RIGHT]
+    assert verifier.counts['crashes'] == verifier.counts['restarts'] == 1
+    (worker,) = workers(verifier)
+    worker.process.kill()  # between two calls: nobody's verdict
+    worker.process.wait()
+    assert verifier.verify([(answers('1 + x')[0], task('x+1'))]) == [RIGHT]
+
+
+def test_an_item_whose_worker_is_killed_from_outside_is_asked_about_once_more():
+  with Verifier(VerifierConfig(workers=1, deadline_s=2.0)) as verifier:
+    verifier.verify([(answers('x+2')[0], task('x+1'))])
+    (worker,) = workers(verifier)
+    threading.Timer(0.5, worker.process.kill).start()
+    assert verifier.verify([(text, task('x+1')) for text in answers(ENDLESS, '1+x')]) == [UNDECIDED, RIGHT]
+    assert verifier.counts['crashes'] == 0 and verifier.counts['timeouts'] == 1  # the second time it had its time
+    assert verifier.counts['restarts'] == 2
+
+
+def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
+  script = tmp_path / 'worker.py'
+  monkeypatch.setattr(verifiers, '_WORKER', script)
+  for code, message in (('import sys; sys.exit(3)', 'ended 3 times .*status 3'),
+                        ('print(\'{"error": "no module named x"}\')', 'no module named x')):
+    script.write_text(code)
+    with Verifier(VerifierConfig()) as verifier, pytest.raises(VerifierError, match=message):
+      verifier.verify([(answers('x+2')[0], task('x+1'))])
+    assert not workers(verifier)
+
+
+def test_a_forged_verdict_is_not_believed(tmp_path, monkeypatch):
+  """A process that says 'right' before it is asked, as one that a former item has turned would."""
+  script = tmp_path / 'worker.py'
+  script.write_text('import sys, time\nprint(\'{"ready": true}\', flush=True)\nsys.stdin.readline()\n'
+                    'print(\'{"verdict": 1}\', flush=True); time.sleep(60)')
+  monkeypatch.setattr(verifiers, '_WORKER', script)
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    assert verifier.verify([(text, task('x+1')) for text in answers('x+2', 'x+3')]) == [UNDECIDED, UNDECIDED]
+    assert verifier.counts['crashes'] == 2
+
+
+def test_threads_share_a_verifier(verifier):
+  found = {}
+  def use(i):
+    found[i] = verifier.verify([(text, task(f'{i}+x')) for text in answers(f'x+{i}', f'x-{i}')])
+  threads = [threading.Thread(target=use, args=[i]) for i in range(1, 5)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert all(found[i] == [RIGHT, WRONG] for i in range(1, 5))
+
+
+def test_workers_end_with_us():
+  """A parent that is killed leaves no process behind, not even one that was busy."""
+  code = ('from betarank.tasks.verifiers import *; from betarank.tasks.task_set import Task\n'
+          'task = Task("", "", "", "1+x", "math", "line"); v = Verifier(VerifierConfig(workers=1, deadline_s=1.0))\n'
+          'v.verify([("\\nAnswer: x+2", task)]); pid = v._workers["math"][0].process.pid; print(pid, flush=True)\n'
+          f'v._c = VerifierConfig(deadline_s=60.0); v.verify([("\\nAnswer: {ENDLESS}", task)])')
+  root = pathlib.Path(verifiers.__file__).parent.parent
+  with subprocess.Popen([sys.executable, '-c', code], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
+    pid = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+  deadline = time.monotonic() + 30
+  while time.monotonic() < deadline and pathlib.Path(f'/proc/{pid}/stat').exists():
+    if pathlib.Path(f'/proc/{pid}/stat').read_text().split()[2] == 'Z':
+      break
+    time.sleep(0.2)
+  else:
+    assert not pathlib.Path(f'/proc/{pid}').exists()
+
+
+@pytest.mark.parametrize('act', [
+  "__import__('os').system('touch canary')", "open('canary', 'w')", "__import__('os').mkdir('canary')",
+  "__import__('subprocess').run(['touch', 'canary'])", "__import__('socket').socket()", "__import__('os').fork()",
+  "__import__('ctypes').CDLL(None)", "__import__('os').kill(1, 0)", "__import__('os').putenv('A', 'b')",
+])
+def test_the_second_wall(act, tmp_path):
+  """What would happen if model text did get evaluated: the worker ends, with a status of its own."""
+  code = ('import sys, verifier_worker as w, subprocess, socket, ctypes\n'
+          f'w._limit(1024); sys.addaudithook(w._audit); {act}; print("still here")')
+  done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                        env={**os.environ, 'PYTHONPATH': str(pathlib.Path(verifiers.__file__).parent)})
+  assert done.returncode == 86 and not done.stdout
+  assert not list(tmp_path.iterdir())
+
+
+def test_workers_import_no_jax_and_see_no_secrets(verifier, monkeypatch):
+  monkeypatch.setenv('BETARANK_SECRET', 'x')
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    start = time.monotonic()
+    verifier.verify([(answers('x+2')[0], task('x+1'))])
+    assert time.monotonic() - start < 30
+    (worker,) = workers(verifier)
+    proc = pathlib.Path(f'/proc/{worker.process.pid}')
+    assert b'BETARANK_SECRET' not in (proc / 'environ').read_bytes()
+    assert 'jaxlib' not in (proc / 'maps').read_text()
+
+
+@pytest.mark.parametrize('kind', ['code', pytest.param('all', marks=pytest.mark.slow)])
+def test_hostile_answers(kind, tmp_path, monkeypatch):
+  """All 200 of them with the slow tests: the bombs run into their deadlines."""
+  monkeypatch.setenv('BETARANK_CANARY', 'secret')
+  items = bench.hostile(str(tmp_path / 'canary'))
+  assert len(items) == 200
+  if kind == 'code':
+    items = [(text, task) for text, task in items if 'canary' in text.lower()]
+    assert len(items) > 80
+  start = time.monotonic()
+  with Verifier(VerifierConfig(deadline_s=0.5)) as verifier:
+    assert RIGHT not in verifier.verify(items)
+    assert not list(tmp_path.iterdir())
+    assert verifier.verify([(answers('1')[0], task('1'))]) == [RIGHT]
+  assert time.monotonic() - start < 300
+
+
+@pytest.mark.skipif(not bench.DATA.is_dir(), reason='no ../shared/data')
+@pytest.mark.parametrize('name', ['gsm8k_test', 'math500', 'aime24', 'amc23'])
+def test_gold_answers_are_right(name):
+  items = bench.gold(bench.DATA, name)
+  with Verifier(VerifierConfig()) as verifier:
+    found = verifier.verify(items)
+    assert found.count(RIGHT) >= 0.99 * len(found)
+    assert not verifier.counts['crashes'] and not verifier.counts['timeouts']
+
+
+@pytest.mark.skipif(not bench.DATA.is_dir(), reason='no ../shared/data')
+def test_gold_answers_are_right_by_workers(monkeypatch):
+  """The references of MATH-500 as answers, with nothing settled by plain comparison."""
+  monkeypatch.setattr(verifiers, '_compare_plainly', lambda *_: None)
+  items = [(f'\\boxed{{{task.reference}}}', task) for _, task in bench.gold(bench.DATA, 'math500')]
+  with Verifier(VerifierConfig()) as verifier:
+    found = verifier.verify(items)
+    assert found.count(RIGHT) >= 0.99 * len(found) and verifier.counts['worker'] == 500
+    assert not verifier.counts['crashes'] and not verifier.counts['timeouts']
+
+
+@pytest.mark.parametrize('field,value', [
+  ('workers', 0), ('deadline_s', 0.0), ('deadline_s', float('nan')), ('memory_mb', 10), ('answer_chars', 0)])
+def test_settings_are_checked(field, value):
+  with pytest.raises(ValueError, match=f'^{field} '):
+    VerifierConfig(**{field: value})

@@ -1,0 +1,411 @@
+"""Exchange with Hugging Face: the same logits there, the same bits back, one line for what can't be exchanged."""
+
+import dataclasses
+import filecmp
+import json
+import pathlib
+import resource
+import shutil
+import threading
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from betarank import model
+from betarank.configs import common, errors, load
+from betarank.configs.sections import section
+from betarank.data import tokenizer as spm
+from betarank.model import hf_config, hf_tokenizer, hf_weights
+from betarank.model.config import MoeConfig
+from betarank.model.hf_config import HfError
+from betarank.runtime import checkpoint
+from betarank.runtime.state import TrainState
+from betarank.train import hf
+
+DENSE = model.ModelConfig(
+  vocab_size=300, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+EXPERTS = MoeConfig(experts=6, experts_per_token=2, d_expert=24)
+MODELS = {
+  'dense tied': DENSE,
+  'dense': dataclasses.replace(DENSE, tied_embeddings=False, layers=11, rope_base=1e6, norm_eps=1e-5),
+  'softmax': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, router='softmax')),
+  'sigmoid': dataclasses.replace(DENSE, moe=EXPERTS),
+  'sigmoid, shared': dataclasses.replace(
+    DENSE, tied_embeddings=False, moe=dataclasses.replace(EXPERTS, shared_d_ff=48, routed_scale=2.5)),
+}
+TEXT = ['def f(x):\n  return  x\n', 'The sum of 12 and 345 is 357.\n\n', '  = = ==== ----\t日本語 é']
+
+
+def random_params(c):
+  """Also norms and router biases, which start as constants."""
+  random = np.random.default_rng(0)
+  scale = lambda path: 1.0 if 'norm' in path[-1].key else 0.2
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: random.normal(size=x.shape, scale=scale(path)).astype(np.float32), model.abstract(c)[1])
+
+
+def save(c, params, path, tokenizer=''):
+  """A run's checkpoint at `path`, as training on eight devices writes it: in chunks."""
+  config = common.base()
+  config.model.update({k: v for k, v in dataclasses.asdict(c).items() if k != 'moe'})
+  config.model.moe = dataclasses.asdict(c.moe)
+  config.data.tokenizer = tokenizer
+  keep = checkpoint.Checkpoints(path, checkpoint.CheckpointConfig(1, 1, 0))
+  meta = {'config': json.loads(load.to_json(config)), 'cursor': None, 'parent': '', 'code_version': ''}
+  mesh = model.make_mesh(model.MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=2))
+  params = jax.device_put(params, model.shardings(mesh, model.abstract(c)[2]))
+  keep.save(TrainState(jnp.zeros((), jnp.int32), params, ()), meta, 3)
+  keep.wait()
+  keep.close()
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def tokenizer_file(tmp_path_factory):
+  path = str(tmp_path_factory.mktemp('tokenizer') / 't.model')
+  spm.train(TEXT * 50, 300, path)
+  return path
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def exported(request, tmp_path_factory, tokenizer_file):
+  """(config, parameters, directory) of a random model in files small enough to be several."""
+  c, root = MODELS[request.param], tmp_path_factory.mktemp('exported')
+  params = random_params(c)
+  hf.export(save(c, params, root / 'run', tokenizer_file), str(root / 'hf'), shard_gb=5e-5)
+  return c, params, root / 'hf'
+
+
+def test_transformers_computes_the_same(exported):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  c, params, folder = exported
+  theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True)
+  assert not any(info[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
+  tokens_BT = np.random.default_rng(0).integers(0, c.vocab_size, (2, 40))
+  positions_BT = np.broadcast_to(np.arange(40), (2, 40))
+  hidden_BTD, _ = model.forward(c, params, *map(jnp.asarray, (tokens_BT, positions_BT, np.ones_like(tokens_BT))))
+  ours_BTV = hidden_BTD @ model.head(c, params)
+  with torch.no_grad():
+    theirs_BTV = theirs(torch.tensor(tokens_BT)).logits.numpy()
+  np.testing.assert_allclose(ours_BTV, theirs_BTV, rtol=0, atol=1e-4)
+  assert np.std(theirs_BTV) > 0.5  # the bound is small against what it bounds
+  assert theirs.generation_config.eos_token_id == spm.EOS
+
+
+def test_round_trip_is_bit_exact(exported, tmp_path):
+  c, params, folder = exported
+  said = hf.import_(str(folder), str(tmp_path / 'back'))
+  again, meta = checkpoint.restore_weights(checkpoint.find(str(tmp_path / 'back')), model.abstract(c)[1])
+  assert (tmp_path / 'back' / 'manifest.json').exists()  # against which it was checked
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  got = section(model.ModelConfig, meta['config']['model'], 'model')
+  fixed = {name: getattr(c, name) for name in ('compute_dtype', 'remat', 'scan_layers', 'attention')}
+  moe = dataclasses.replace(got.moe, bias_rate=c.moe.bias_rate, kernel=c.moe.kernel)
+  assert dataclasses.replace(got, moe=moe, **fixed) == c
+  assert f'd_model={c.d_model}' in said and '--config.train.init_from=' in said
+  assert spm.Tokenizer(meta['config']['data']['tokenizer']).vocab_size == c.vocab_size
+
+
+def test_files(exported):
+  """Bounded files that safetensors' own reader takes, each with whole tensors in the order of the layers."""
+  pytest.importorskip('safetensors')
+  c, _, folder = exported
+  index = json.loads((folder / 'model.safetensors.index.json').read_text())
+  files = hf_weights.Files(folder)
+  assert {name: place[0].name for name, place in files.found.items()} == index['weight_map']
+  largest = max(path.stat().st_size for path in folder.glob('*.safetensors'))
+  assert largest < 5e4 + 2e4  # headers
+  assert sum(np.prod(shape) * 4 for _, _, shape in files.found.values()) == index['metadata']['total_size']
+  config = json.loads((folder / 'config.json').read_text())
+  assert config['max_position_embeddings'] == 512 and config['eos_token_id'] == spm.EOS
+  assert config['rope_theta'] == config['rope_parameters']['rope_theta'] == c.rope_base
+
+
+def test_bfloat16(tmp_path):
+  c = MODELS['sigmoid']
+  params = random_params(c)
+  hf.export(save(c, params, tmp_path / 'run'), str(tmp_path / 'hf'), dtype='bfloat16', tokenizer='none')
+  assert (tmp_path / 'hf' / 'model.safetensors').exists()
+  hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'back'))
+  again, _ = checkpoint.restore_weights(checkpoint.find(str(tmp_path / 'back')), model.abstract(c)[1])
+  rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
+  bias = params['layers']['feed_forward']['router_bias_E']
+  rounded['layers']['feed_forward']['router_bias_E'] = bias  # what balances is kept as it is
+  jax.tree.map(np.testing.assert_array_equal, again, rounded)
+
+
+@pytest.mark.parametrize('kind', ['Qwen3', 'Qwen3Moe'])
+def test_import_of_what_transformers_writes(kind, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+               head_dim=8, intermediate_size=48, tie_word_embeddings=kind == 'Qwen3', rope_theta=1e6)
+  if kind == 'Qwen3Moe':
+    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+  torch.manual_seed(0)
+  theirs = getattr(transformers, f'{kind}ForCausalLM')(getattr(transformers, f'{kind}Config')(**sizes))
+  theirs.to(torch.bfloat16).save_pretrained(tmp_path / 'hf', max_shard_size='10KB')
+  hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'ours'))
+  source = checkpoint.find(str(tmp_path / 'ours'))
+  c = section(model.ModelConfig, checkpoint.read_meta(source)['config']['model'], 'model')
+  c = dataclasses.replace(c, compute_dtype='float32')
+  params, _ = checkpoint.restore_weights(source, model.abstract(c)[1])
+  tokens_BT = np.arange(20)[None] * 3 % 64
+  hidden_BTD, _ = model.forward(c, params, *map(jnp.asarray, (tokens_BT, np.arange(20)[None], tokens_BT * 0 + 1)))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32)
+  with torch.no_grad():
+    theirs_BTV = theirs(torch.tensor(tokens_BT)).logits.numpy()
+  assert c.rope_base == 1e6
+  np.testing.assert_allclose(hidden_BTD @ model.head(c, params), theirs_BTV, rtol=0, atol=1e-4)
+
+
+# What can't be imported. Each case changes a good directory; Tensors is {name: array}.
+
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+  root = tmp_path_factory.mktemp('good')
+  hf.export(save(DENSE, random_params(DENSE), root / 'run'), str(root / 'hf'), tokenizer='none')
+  return root / 'hf'
+
+
+def edit_config(**values):
+  def edit(folder):
+    path = folder / 'config.json'
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | values).items() if v != 'absent'}))
+  return edit
+
+
+def edit_tensors(change):
+  def edit(folder):
+    numpy = pytest.importorskip('safetensors.numpy')
+    tensors = numpy.load_file(folder / 'model.safetensors')
+    change(tensors)
+    numpy.save_file(tensors, folder / 'model.safetensors')
+  return edit
+
+
+def header(content, length=None, data=bytes(12)):
+  text = content if isinstance(content, bytes) else json.dumps(content).encode()
+  head = (len(text) if length is None else length).to_bytes(8, 'little')
+  return lambda folder: (folder / 'model.safetensors').write_bytes(head + text + data)
+
+
+def index(content):
+  def edit(folder):
+    (folder / 'model.safetensors').rename(folder / 'model-00001-of-00002.safetensors')
+    (folder / 'model.safetensors.index.json').write_text(content)
+  return edit
+
+
+f32 = lambda shape, *offsets: {'dtype': 'F32', 'shape': shape, 'data_offsets': offsets}
+Q = 'model.layers.1.self_attn.q_proj.weight'
+BAD = [
+  (edit_tensors(lambda t: t.pop(Q)), rf'no tensor {Q}, which its config.json asks for'),
+  (edit_tensors(lambda t: t.update({'x.bias': t[Q], 'y': t[Q]})), r'holds x\.bias and 1 more tensors, which a model'),
+  (edit_tensors(lambda t: t.update({Q: t[Q][:8]})), rf'{Q} is \[8, 32\], but config.json makes it \[64, 32\]'),
+  (edit_tensors(lambda t: t.update({Q: t[Q].astype(np.int8)})), rf'{Q} is I8; only F32, BF16, F16'),
+  (edit_tensors(lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight'] + 1})),
+   r'lm_head.weight differs from the embedding; config.json must have tie_word_embeddings=false'),
+  (edit_config(num_hidden_layers=3), r'no tensor model\.layers\.2\.'),
+  (edit_config(num_hidden_layers=2**31 - 1), r'no tensor model\.layers\.2\.'),
+  (edit_config(hidden_size=2**31 - 1, vocab_size=2**31 - 1, intermediate_size=2**31 - 1), r'is \[.*but config.json'),
+  (edit_config(num_hidden_layers=2**40), r'num_hidden_layers is 1099511627776; it must be a whole number > 0'),
+  (edit_config(hidden_size='32'), r"hidden_size is '32'; it must be a whole number"),
+  (edit_config(rms_norm_eps='absent'), r'rms_norm_eps is missing; it must be a number > 0'),
+  (edit_config(num_key_value_heads=3), r'kv_heads must divide heads = 4, got 3'),
+  (edit_config(architectures=['LlamaForCausalLM']), r"architectures is \['LlamaForCausalLM'\]; only Qwen3ForCausalLM"),
+  (edit_config(architectures=[['Qwen3ForCausalLM']]), r"architectures is .*; only Qwen3ForCausalLM"),
+  (edit_config(layer_types=7), r'layer_types is 7; only'),
+  (edit_config(rope_scaling='yarn'), r"rope_scaling is 'yarn'; it must be a JSON object or null"),
+  (edit_config(rope_scaling={'type': 'yarn', 'factor': 4.0}, rope_parameters='absent'), r"rope_type is 'yarn'; only"),
+  (edit_config(rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4}), r"rope_type is 'linear'; only"),
+  (edit_config(attention_bias=True), r'attention_bias is True; only Qwen3ForCausalLM with False'),
+  (edit_config(hidden_act='gelu'), r"hidden_act is 'gelu'; only Qwen3ForCausalLM with 'silu'"),
+  (edit_config(quantization_config={'bits': 4}), r"quantization_config is {'bits': 4}; only"),
+  (edit_config(layer_types=['full_attention', 'sliding_attention']), r"layer_types is .*'sliding_attention'\]; only"),
+  (edit_config(architectures=['Qwen3MoeForCausalLM']), r'norm_topk_prob is False; only Qwen3MoeForCausalLM with True'),
+  (lambda folder: (folder / 'config.json').write_text('['), r'config.json: not JSON'),
+  (lambda folder: (folder / 'config.json').write_text('[' * 100_000), r'config.json: not JSON'),
+  (lambda folder: (folder / 'config.json').write_text('[]'), r'config.json: not a JSON object'),
+  (lambda folder: (folder / 'config.json').unlink(), r'config.json: no such file; give a directory'),
+  (lambda folder: (folder / 'model.safetensors').unlink(), r'has no model.safetensors and no'),
+  (header(b'not json'), r'not a whole safetensors file'),
+  (header({}, length=2**63), r'not a whole safetensors file'),
+  (header({}, length=2**20), r'not a whole safetensors file'),
+  (header({Q: f32([2**40, 2**40], 0, 12)}), r'not a whole safetensors file'),
+  (header({Q: f32([3], 0, 12), 'y': f32([2], 4, 12)}), r'not a whole safetensors file'),
+  (header({Q: f32([4], 0, 16)}), r'not a whole safetensors file'),
+  (lambda folder: (folder / 'model.safetensors').write_bytes(b''), r'not a whole safetensors file'),
+  (index('{"weight_map": {"a": "../../model.safetensors"}}'), r"weight_map names '\.\./\.\./model\.safetensors'; only"),
+  (index('{"weight_map": {"a": ["b"]}}'), r'weight_map'),
+  (index('{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'),
+   r'weight_map names model-00002-of-00002.safetensors, which is not there; fetch all'),
+  (index('{}'), r'has no weight_map'),
+]
+
+
+@pytest.mark.parametrize('edit, message', BAD, ids=[message[:50] for _, message in BAD])
+def test_what_cannot_be_imported(edit, message, good, tmp_path):
+  pytest.importorskip('safetensors')
+  folder = shutil.copytree(good, tmp_path / 'hf')
+  edit(folder)
+  with pytest.raises(ValueError, match=message) as caught:
+    hf.import_(str(folder), str(tmp_path / 'out'))
+  assert isinstance(caught.value, HfError | errors.ConfigError) and '\n' not in str(caught.value)
+  assert [p.name for p in tmp_path.iterdir()] == ['hf']  # nothing half-made stays
+
+
+def test_a_head_equal_to_the_embedding_is_taken(good, tmp_path):
+  """As in Qwen3-0.6B."""
+  folder = shutil.copytree(good, tmp_path / 'hf')
+  edit_tensors(lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight']}))(folder)
+  hf.import_(str(folder), str(tmp_path / 'out'))
+
+
+def test_a_zero_shared_expert_must_be_zero(tmp_path):
+  numpy = pytest.importorskip('safetensors.numpy')
+  c, folder = MODELS['sigmoid'], tmp_path / 'hf'
+  hf.export(save(c, random_params(c), tmp_path / 'run'), str(folder), tokenizer='none')
+  tensors = numpy.load_file(folder / 'model.safetensors')
+  name = 'model.layers.1.mlp.shared_experts.up_proj.weight'
+  tensors[name] = tensors[name] + 1
+  numpy.save_file(tensors, folder / 'model.safetensors')
+  with pytest.raises(HfError, match=rf'{name} is not zero as config.json says'):
+    hf.import_(str(folder), str(tmp_path / 'out'))
+
+
+@pytest.mark.parametrize('moe, message', [
+  (dict(router='softmax', shared_d_ff=24), r'model\.moe\.shared_d_ff = 24: Qwen3MoeForCausalLM has none'),
+  (dict(router='softmax', routed_scale=2.0), r'model\.moe\.routed_scale = 2\.0: Qwen3MoeForCausalLM has none'),
+  (dict(experts=1, experts_per_token=1), r'model\.moe\.experts = 1: Glm4MoeForCausalLM needs two or more'),
+  (dict(shared_d_ff=32), r'shared_d_ff = 32: Glm4MoeForCausalLM needs a multiple of d_expert = 24'),
+])
+def test_what_cannot_be_exported(moe, message):
+  with pytest.raises(HfError, match=message):
+    hf_config.to_hf(dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, **moe)), positions=8, dtype='float32')
+
+
+def test_export_needs_room_and_a_fitting_tokenizer(good, tmp_path, tokenizer_file):
+  run = save(DENSE, random_params(DENSE), tmp_path / 'run', str(tmp_path / 'none.model'))
+  with pytest.raises(HfError, match=r'is there already and not empty; give a new directory'):
+    hf.export(run, str(good), tokenizer='none')
+  with pytest.raises(HfError, match=r'none\.model: no such tokenizer; give --tokenizer=FILE\.model, or none'):
+    hf.export(run, str(tmp_path / 'out'))
+  larger = dataclasses.replace(DENSE, vocab_size=302)
+  other = save(larger, random_params(larger), tmp_path / 'other', tokenizer_file)
+  with pytest.raises(HfError, match=r'has 300 tokens, but the model 302; give the one'):
+    hf.export(other, str(tmp_path / 'out'))
+  with pytest.raises(checkpoint.CheckpointError, match='no checkpoint there'):
+    hf.export(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+  run = save(DENSE, random_params(DENSE), tmp_path / 'run')
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    with pytest.raises(HfError, match=r'out: could not be written \(File too large\)'):
+      hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert [p.name for p in tmp_path.iterdir()] == ['run']
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+  run = save(DENSE, random_params(DENSE), tmp_path / 'run')
+  for path in (tmp_path / 'run').glob('checkpoints/3/state/**/d/*'):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xff
+    path.write_bytes(data)
+  with pytest.raises(checkpoint.CheckpointError, match=r'checkpoints/3/state/\S+: not what was written'):
+    hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+  (tmp_path / 'run' / 'checkpoints' / '3' / 'manifest.json').unlink()  # as older ones are
+  with pytest.raises(HfError, match=r'checkpoints/3: params\.\S+ could not be read \(.*\); export another checkpoint$'):
+    hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(tmp_path):
+  """2 GB of weights, in and out, while the process itself grows by less than 1.2 GB (files mapped don't count)."""
+  c = dataclasses.replace(
+    DENSE, vocab_size=50_000, layers=12, d_model=1024, heads=16, kv_heads=4, head_dim=64, tied_embeddings=False,
+    moe=MoeConfig(experts=32, experts_per_token=4, d_expert=320, router='softmax'))
+  random = np.random.default_rng(0)
+  (tmp_path / 'hf').mkdir()
+  tensors = [(name, 'F32', leaf.their_shape) for leaf in hf_weights.leaves(c) for name, _ in leaf.tensors()]
+  for view in hf_weights.create(tmp_path / 'hf', tensors, 10**9).values():
+    view[...] = random.standard_normal(view.shape, np.float32)
+  (tmp_path / 'hf' / 'config.json').write_text(json.dumps(hf_config.to_hf(c, positions=512, dtype='float32')))
+  anonymous = lambda: int(pathlib.Path('/proc/self/status').read_text().split('RssAnon:')[1].split()[0]) * 1024
+  for name, work in {'import': lambda: hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'ours')),
+                     'export': lambda: hf.export(str(tmp_path / 'ours'), str(tmp_path / 'out'), shard_gb=1.0,
+                                                 tokenizer='none')}.items():
+    before, done = anonymous(), threading.Thread(target=work)
+    done.start()
+    peak = before
+    while done.is_alive():
+      peak = max(peak, anonymous())
+      done.join(0.02)
+    print(f'{name}: {(peak - before) / 1e9:.2f} GB for {sum(model.parameter_counts(c).values()) * 4e-9:.2f} GB')
+    assert peak - before < 1.2e9
+  for path in (tmp_path / 'hf').glob('*.safetensors'):
+    assert filecmp.cmp(path, tmp_path / 'out' / path.name, shallow=False)
+  shutil.rmtree(tmp_path)  # pytest would keep 6 GB
+
+
+def test_command_line(good, tmp_path, monkeypatch, capsys):
+  run = lambda *args: monkeypatch.setattr('sys.argv', ['hf', *args]) or errors.run_main(hf.main, HfError)
+  run('import', f'--from={good}', f'--to={tmp_path / "ours"}')
+  assert f'--config.train.init_from={tmp_path / "ours"}' in capsys.readouterr().out
+  run('export', f'--checkpoint={tmp_path / "ours"}', f'--to={tmp_path / "hf"}', '--tokenizer=none')
+  for path in good.iterdir():
+    assert (tmp_path / 'hf' / path.name).read_bytes() == path.read_bytes()
+  with pytest.raises(SystemExit):
+    run('import', f'--from={tmp_path}', f'--to={tmp_path / "again"}')
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and error.count('\n') == 1
+
+
+def test_tokenizer_gives_the_same_ids(exported, tokenizer_file):
+  transformers = pytest.importorskip('transformers')
+  theirs, ours = transformers.AutoTokenizer.from_pretrained(exported[2]), spm.Tokenizer(tokenizer_file)
+  random = np.random.default_rng(0)
+  alphabets = [' \n\t▁ab01<>/s\r\0', '= -#', 'éßø日本語😀a ', 'the sum of 12 ', ''.join(TEXT)]
+  texts = [*TEXT, '', ' ', '\n', '  two  spaces \n\n▁ literal mark▁▁ ', '</s><s><pad><unk><0x41>',
+           '\ufeff \u2028 \U0010ffff']
+  texts += [''.join(random.choice(list(alphabets[i % 5]), random.integers(0, 40))) for i in range(500)]
+  for text in texts:
+    ids = ours.encode(text).tolist()
+    assert theirs(text, add_special_tokens=False).input_ids == ids, text
+    assert theirs(text).input_ids == [spm.BOS, *ids]
+    assert theirs.decode(ids) == text
+  assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (spm.BOS, spm.EOS, spm.PAD)
+  assert theirs.decode([spm.BOS, *ours.encode('sum'), spm.EOS], skip_special_tokens=True) == 'sum'
+
+
+@pytest.mark.parametrize('options, message', [
+  (dict(model_type='unigram'), 'is not BPE'),
+  (dict(byte_fallback=False), 'has no byte fallback'),
+  (dict(add_dummy_prefix=True), 'puts a space before the text'),
+  (dict(normalization_rule_name='nfkc'), r'normalises text \(nfkc\)'),
+])
+def test_tokenizers_that_change_the_text(options, message, tmp_path):
+  import sentencepiece
+  settings = dict(model_type='bpe', vocab_size=310, byte_fallback=True, normalization_rule_name='identity',
+                  add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False)
+  path = tmp_path / 't.model'
+  with path.open('wb') as file:
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 9), model_writer=file, **settings | options)
+  with pytest.raises(HfError, match=message):
+    hf_tokenizer.convert(path.read_bytes(), 't.model')
+  with pytest.raises(HfError, match='not a SentencePiece model'):
+    hf_tokenizer.convert(b'no model', 't.model')

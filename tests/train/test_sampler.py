@@ -1,0 +1,289 @@
+"""Truths of the sampler: decoding = full forward, refilled = padded = alone, frequencies = probabilities."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from betarank import model
+from betarank.objectives import linear_token_stats
+from betarank.train import sampler as module
+from betarank.train.sampler import Prompt, Sampler, SamplerConfig
+
+VOCAB = 384  # three blocks of 128
+CONFIG = model.ModelConfig(
+  vocab_size=VOCAB, layers=2, d_model=16, d_ff=32, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
+  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+SETTINGS = SamplerConfig(rows=4, max_prompt_tokens=16, max_new_tokens=10, decode_steps=3)
+MANY = SamplerConfig(rows=512, max_prompt_tokens=16, max_new_tokens=1, decode_steps=1)
+EOS = 3
+
+
+@pytest.fixture(scope='module')
+def params():
+  return model.init(CONFIG, jax.random.key(0))
+
+
+def prompts(*lengths, first_id=100):
+  """Random prompts; a prompt of some id is always the same one."""
+  return [
+    Prompt(first_id + i, np.random.default_rng(first_id + i).integers(4, VOCAB, n).tolist())
+    for i, n in enumerate(lengths)
+  ]
+
+
+PROMPTS = prompts(5, 16, 1, 9, 2)
+
+
+def draw(params, settings, what=PROMPTS, *, samples=3, seed=7, step=2, eos=EOS, mesh=None, config=CONFIG):
+  """{(prompt id, index): Sample}."""
+  groups = Sampler(config, settings, eos, mesh)(params, what, samples=samples, seed=seed, step=step)
+  return {(sample.prompt_id, sample.index): sample for group in groups for sample in group}
+
+
+@pytest.fixture(scope='module')
+def reference(params):
+  return draw(params, SETTINGS)
+
+
+def same(got, want):
+  assert got.keys() == want.keys()
+  for name, sample in got.items():
+    assert sample.tokens.tolist() == want[name].tokens.tolist()
+    assert sample.finish == want[name].finish
+    np.testing.assert_allclose(sample.logp, want[name].logp, rtol=1e-5, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'temperature'))
+def trainer(params, tokens_BT, *, config=CONFIG, temperature=1.0):
+  """(log-probability [B, T-1] of each token but the first, logits [B, T, V]) by the full forward pass."""
+  position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  hidden_BTD, _ = model.forward(config, params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))
+  head_DV = model.head(config, params)
+  stats = linear_token_stats(hidden_BTD[:, :-1], head_DV, tokens_BT[:, 1:], temperature=temperature, top_k=10)
+  return stats.target_logp, hidden_BTD.astype(jnp.float32) @ head_DV
+
+
+def padded(rows, total=26):
+  """[B, total] int32; what stands behind a text changes nothing in it."""
+  return jnp.asarray([row + [0] * (total - len(row)) for row in rows])
+
+
+def texts(drawn):
+  return [prompt_of(sample) + sample.tokens.tolist() for sample in drawn]
+
+
+def prompt_of(sample):
+  return next(prompt.tokens for prompt in PROMPTS if prompt.id == sample.prompt_id)
+
+
+def trainers_logps(params, drawn, **options):
+  """What the sampler should have said of each sample."""
+  logp_BT = np.asarray(trainer(params, padded(texts(drawn)), **options)[0])
+  starts = [len(prompt_of(sample)) - 1 for sample in drawn]
+  return [row[start : start + len(sample.tokens)] for row, start, sample in zip(logp_BT, starts, drawn)]
+
+
+def logits(params, tokens):
+  return np.asarray(trainer(params, padded([tokens]))[1][0, len(tokens) - 1])
+
+
+# Samples and their log-probabilities.
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_log_probabilities_are_the_scorers(params, temperature):
+  """So each token was drawn after exactly the hidden state that the full forward pass gives."""
+  drawn = list(draw(params, dataclasses.replace(SETTINGS, temperature=temperature)).values())
+  assert len(drawn) == 15
+  for sample, want in zip(drawn, trainers_logps(params, drawn, temperature=temperature)):
+    np.testing.assert_allclose(sample.logp, want, rtol=0, atol=5e-6)
+
+
+def test_log_probabilities_in_bfloat16_stay_within_a_percent(params):
+  config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
+  drawn = list(draw(params, SETTINGS, config=config).values())
+  gaps = [sample.logp - want for sample, want in zip(drawn, trainers_logps(params, drawn, config=config))]
+  assert np.exp(np.abs(np.concatenate(gaps))).mean() <= 1.01
+
+
+def test_log_probability_keeps_its_digits_near_certainty():
+  z = np.zeros((3, VOCAB), np.float32)
+  z[:, 200] = 10, 20, 40
+  token, logp = module._draw(SETTINGS, jnp.asarray(z), jnp.full((3, 2), 0.5))
+  assert token.tolist() == [200] * 3
+  want = -np.log1p((VOCAB - 1) * np.exp(-z[:, 200].astype(np.float64)))
+  np.testing.assert_allclose(logp, want, rtol=1e-5)
+
+
+def test_refilled_equals_padded_equals_alone_in_any_order(params, reference):
+  same(draw(params, dataclasses.replace(SETTINGS, rows=15, decode_steps=10)), reference)  # no refill, one dispatch
+  same(draw(params, dataclasses.replace(SETTINGS, rows=1, decode_steps=1)), reference)  # nobody beside it
+  same(draw(params, SETTINGS, PROMPTS[::-1]), reference)
+  prompt = PROMPTS[3]
+  same(draw(params, SETTINGS, [prompt], samples=[2]), {(prompt.id, 2): reference[prompt.id, 2]})
+
+
+def test_samples_depend_on_all_that_names_them(params, reference):
+  """Another seed, step or index gives another sample, and so does the same prompt under another id."""
+  distinct = {tuple(sample.tokens) for sample in reference.values()}
+  other_ids = [prompt._replace(id=prompt.id + 50) for prompt in PROMPTS]
+  for changes in ({'seed': 8}, {'step': 3}, {'samples': [3, 4, 5]}, {'what': other_ids}):
+    distinct |= {tuple(sample.tokens) for sample in draw(params, SETTINGS, **changes).values()}
+  assert len(distinct) == 5 * 15
+
+
+def test_eos_ends_a_sample_once_and_lengths_are_kept(params, reference):
+  """With another end token, or less room, a sample is the same up to there."""
+  eos = int(reference[101, 1].tokens[4])
+  ended = draw(params, SETTINGS, eos=eos)
+  for name, sample in ended.items():
+    tokens = reference[name].tokens.tolist()
+    want = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+    assert sample.tokens.tolist() == want
+    assert sample.finish == ('eos' if eos in tokens else 'length')
+    assert len(sample.logp) == len(want)
+  assert {sample.finish for sample in ended.values()} == {'eos', 'length'}
+  short = draw(params, SETTINGS, [p._replace(max_new_tokens=1 + i) for i, p in enumerate(PROMPTS)])
+  for i, prompt in enumerate(PROMPTS):
+    for index in range(3):
+      assert short[prompt.id, index].tokens.tolist() == reference[prompt.id, index].tokens[: 1 + i].tolist()
+      assert short[prompt.id, index].finish == 'length'
+
+
+def test_groups_come_whole_and_as_soon_as_they_end(params):
+  what = [p._replace(max_new_tokens=n) for p, n in zip(PROMPTS[:3], (10, 1, 5))]
+  groups = list(Sampler(CONFIG, SETTINGS, EOS)(params, what, samples=1, seed=0, step=0))
+  assert [group[0].prompt_id for group in groups] == [101, 102, 100]
+  groups = list(Sampler(CONFIG, SETTINGS, EOS)(params, PROMPTS, samples=3, seed=0, step=0))
+  assert [[sample.index for sample in group] for group in groups] == [[0, 1, 2]] * 5
+
+
+# Distributions.
+
+
+def test_frequencies_match_probabilities_and_samples_are_independent(params):
+  n = 8192
+  prompt = PROMPTS[0]
+  token = np.array([sample.tokens[0] for sample in draw(params, MANY, [prompt], samples=n).values()])
+  expected = n * np.asarray(jax.nn.softmax(logits(params, prompt.tokens)), np.float64)
+  rare = expected < 5
+  count = np.bincount(token, minlength=VOCAB)
+  got, want = (np.append(x[~rare], x[rare].sum()) for x in (count, expected))
+  assert len(got) > 50
+  assert stats.chisquare(got, want * n / want.sum()).pvalue > 1e-3
+  # Neighbours in a group, by three classes of about the same probability.
+  order = np.argsort(-expected)
+  kind = np.empty(VOCAB, int)
+  kind[order] = np.minimum(np.cumsum(expected[order]) * 3 / n, 2).astype(int)
+  pairs = kind[token].reshape(-1, 2)
+  table = np.zeros((3, 3))
+  np.add.at(table, (pairs[:, 0], pairs[:, 1]), 1)
+  assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_greedy_is_the_full_forwards_argmax(params):
+  drawn = list(draw(params, dataclasses.replace(SETTINGS, temperature=0.0), samples=1).values())
+  best_BT = np.asarray(trainer(params, padded(texts(drawn)))[1].argmax(-1))
+  for sample, best_T in zip(drawn, best_BT):
+    start = len(prompt_of(sample)) - 1
+    assert sample.tokens.tolist() == best_T[start : start + len(sample.tokens)].tolist()
+    assert not sample.logp.any()
+
+
+@pytest.mark.parametrize('changes', [{'top_k': 7}, {'top_p': 0.3}, {'top_k': 20, 'top_p': 0.5, 'temperature': 0.8}])
+def test_truncation_keeps_exactly_what_it_says_and_renormalises(params, changes):
+  settings = dataclasses.replace(MANY, **changes)
+  prompt = PROMPTS[1]
+  z = np.float64(logits(params, prompt.tokens)) / settings.temperature
+  kept = np.argsort(-z, kind='stable')[: settings.top_k or VOCAB]
+  p = np.exp(z[kept]) / np.exp(z[kept]).sum()
+  kept = kept[np.cumsum(p) - p < settings.top_p]
+  log_total = np.log(np.exp(z[kept]).sum())
+  drawn = draw(params, settings, [prompt], samples=4096).values()
+  assert {int(sample.tokens[0]) for sample in drawn} == set(kept.tolist())
+  for sample in drawn:
+    np.testing.assert_allclose(sample.logp[0], z[sample.tokens[0]] - log_total, atol=2e-5)
+
+
+# Devices and compilations.
+
+
+@pytest.mark.parametrize('shape', [(1, 2, 1, 2, 2)])
+def test_eight_devices_equal_one(params, shape):
+  settings = dataclasses.replace(SETTINGS, rows=8)
+  mesh = model.make_mesh(model.MeshConfig(*shape))
+  placed = jax.device_put(params, model.shardings(mesh, model.abstract(CONFIG)[2]))
+  same(draw(placed, settings, mesh=mesh), draw(params, settings))
+
+
+def test_the_cache_is_sharded_and_in_the_compute_type(params):
+  config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
+  with jax.set_mesh(model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2))):
+    key = module._empty(config, dataclasses.replace(SETTINGS, rows=8)).cache.k_LBKSH[0]
+  assert key.dtype == jnp.bfloat16
+  assert key.sharding.shard_shape(key.shape) == (8 // 4, 2 // 2, 26, 8)
+
+
+def test_nothing_compiles_twice(params):
+  functions = (module._empty, module._prefill, module._insert, module._decode)
+  draw(params, SETTINGS)
+  before = [f._cache_size() for f in functions]
+  newer = jax.tree.map(lambda x: x * 1.1, params)
+  draw(newer, SETTINGS, prompts(8, 3, 12, 7, 7, 1, first_id=900), samples=2, seed=1, step=9)
+  draw(params, dataclasses.replace(SETTINGS), PROMPTS[:1], samples=[5])
+  assert [f._cache_size() for f in functions] == before
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'rows': 0}, 'rows must be >= 1, got 0'),
+    ({'max_prompt_tokens': 0}, 'max_prompt_tokens must be >= 1'),
+    ({'max_new_tokens': -1}, 'max_new_tokens must be >= 1'),
+    ({'decode_steps': 0}, 'decode_steps must be >= 1'),
+    ({'temperature': -0.1}, 'temperature must be >= 0 and finite'),
+    ({'temperature': float('nan')}, 'temperature must be >= 0 and finite'),
+    ({'top_p': 0.0}, r'top_p must be in \(0, 1\], got 0.0'),
+    ({'top_k': -1}, 'top_k must be >= 1, or 0'),
+  ],
+)
+def test_bad_settings_are_refused_by_name(changes, message):
+  with pytest.raises(ValueError, match='^' + message):
+    dataclasses.replace(SETTINGS, **changes)
+
+
+def test_a_sampler_that_fits_neither_mesh_nor_vocabulary_is_refused():
+  with pytest.raises(ValueError, match='^rows must be a multiple of 8'):
+    Sampler(CONFIG, SETTINGS, EOS, model.make_mesh(model.MeshConfig(8, 1, 1, 1, 1)))
+  with pytest.raises(ValueError, match='^eos must be a token id below vocab_size = 384, got 384'):
+    Sampler(CONFIG, SETTINGS, VOCAB)
+
+
+@pytest.mark.parametrize(
+  'what, message',
+  [
+    ([Prompt(5, [9] * 17)], 'prompts: prompt 5 has 17 tokens, not 1 to max_prompt_tokens = 16'),
+    ([Prompt(5, [])], 'prompts: prompt 5 has 0 tokens'),
+    ([Prompt(5, [VOCAB])], 'prompts: prompt 5 has a token id outside the vocabulary of 384'),
+    ([Prompt(5, [9]), Prompt(5, [8])], 'prompts: prompt 5: ids must be'),
+    ([Prompt(-1, [9])], 'prompts: prompt -1: ids must be'),
+    ([Prompt(5, [9], 11)], 'prompts: prompt 5 has max_new_tokens = 11, not 1 to 10'),
+  ],
+)
+def test_prompts_that_do_not_fit_are_refused_at_once(params, what, message):
+  with pytest.raises(ValueError, match='^' + message):
+    Sampler(CONFIG, SETTINGS, EOS)(params, what, samples=1, seed=0, step=0)
+
+
+@pytest.mark.parametrize('changes', [{'samples': 0}, {'samples': [1, 1]}, {'seed': -1}, {'step': 2**32}])
+def test_numbers_out_of_range_are_refused_by_name(params, changes):
+  with pytest.raises(ValueError, match='^' + next(iter(changes))):
+    Sampler(CONFIG, SETTINGS, EOS)(params, PROMPTS, **{'samples': 1, 'seed': 0, 'step': 0, **changes})
