@@ -23,7 +23,7 @@ from betarank.train.optimizer import OptimizerConfig, make_optimizer
 
 MODEL = model.ModelConfig(
   vocab_size=32_768, layers=12, d_model=768, d_ff=2048, heads=12, kv_heads=4, head_dim=64, rope_base=1e4,
-  norm_eps=1e-6, tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+  norm_eps=1e-6, tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
 ADAMW = OptimizerConfig(lr=1e-3, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
                         weight_decay=0.1, clip_norm=1.0)
 

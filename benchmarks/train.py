@@ -40,20 +40,21 @@ ADAMW = OptimizerConfig(lr=1e-4, warmup_steps=1, decay_fraction=0.0, final_lr=0.
                         weight_decay=0.1, clip_norm=1.0)
 SMALL = model.ModelConfig(
   vocab_size=8192, layers=4, d_model=256, d_ff=768, heads=4, kv_heads=2, head_dim=64, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='auto', remat='matmuls', scan_layers=True)
+  tied_embeddings=True, compute_dtype='auto', remat_policy='matmuls', scan_layers=True)
 MODELS = {
   'small': (SMALL, 8, 512),
-  'small-moe': (dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, d_expert=192)), 8, 512),
+  'small-moe': (
+    dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, expert_d_ff=192)), 8, 512),
   '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
                              head_dim=128), 8, 4096),
   '4b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8,
-                             head_dim=128, remat='full'), 2, 4096),
+                             head_dim=128, remat_policy='full'), 2, 4096),
   '2b-moe': (dataclasses.replace(
     SMALL, vocab_size=151_936, layers=12, d_model=1024, heads=32, kv_heads=4, head_dim=128,
-    moe=model.MoeConfig(experts=128, experts_per_token=12, d_expert=320)), 16, 4096),
+    moe=model.MoeConfig(experts=128, experts_per_token=12, expert_d_ff=320)), 16, 4096),
   '3b-moe': (dataclasses.replace(
-    SMALL, vocab_size=151_936, layers=8, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat='attention',
-    moe=model.MoeConfig(experts=384, experts_per_token=12, d_expert=320)), 4, 4096),
+    SMALL, vocab_size=151_936, layers=8, d_model=1024, heads=32, kv_heads=4, head_dim=128, remat_policy='attention',
+    moe=model.MoeConfig(experts=384, experts_per_token=12, expert_d_ff=320)), 4, 4096),
 }
 OBJECTIVES = {
   'plain cross-entropy': ObjectiveConfig(),
@@ -135,7 +136,7 @@ def main():
   c, rows, length = MODELS[args.model]
   rows = args.rows or rows
   c = dataclasses.replace(
-    c, remat=args.remat or c.remat, attention=args.attention, scan_layers=args.scan_layers,
+    c, remat_policy=args.remat or c.remat_policy, attention=args.attention, scan_layers=args.scan_layers,
     moe=dataclasses.replace(c.moe, kernel=args.expert_kernel))
   device = jax.devices()[0]
   mesh = model.make_mesh(model.MeshConfig(1, -1, 1, 1, 1))
@@ -145,7 +146,7 @@ def main():
   positions = np.concatenate([np.arange(n, dtype=np.int32) for n in np.bincount(segments)])
   batch = Batch(tokens[:, :-1], tokens[:, 1:], np.tile(positions, (rows, 1)), np.tile(segments + 1, (rows, 1)))
   print(f'{sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters, {rows} x {length} tokens a step, '
-        f'{args.documents} documents a row, {c.dtype}, remat {c.remat}, '
+        f'{args.documents} documents a row, {c.dtype}, remat {c.remat_policy}, '
         f'{"" if c.scan_layers else "layers unrolled, "}{device.device_kind} x {jax.device_count()}, '
         f'jax {jax.__version__}')
   with jax.set_mesh(mesh):
@@ -153,7 +154,7 @@ def main():
     stats = 'full' if args.masses else 'basic'
     ways = {}
     if args.naive and args.model.startswith('small'):
-      ways['naive'] = naive_step(dataclasses.replace(c, attention='plain', remat='none'), tx)
+      ways['naive'] = naive_step(dataclasses.replace(c, attention='plain', remat_policy='none'), tx)
     if args.naive:
       ways['all logits'] = naive_step(c, tx)
     ways |= {name: make_step(c, objective, tx, np.ones(c.vocab_size), 1, stats)

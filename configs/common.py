@@ -31,17 +31,17 @@ def base() -> ConfigDict:
     tied_embeddings=True,  # one matrix embeds and predicts
     compute_dtype='auto',  # auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters are float32 always
     attention='auto',  # plain | blocks (CPU) | splash (TPU) | hopper | triton | cudnn (GPU); auto: by the devices
-    remat='none',  # what is saved for the backward pass: none | matmuls | qkv | attention | full (model/config.py)
-    offload=False,  # what remat saves waits in the host's memory, not the device's
+    remat_policy='none',  # activations saved for the backward pass: none | matmuls | qkv | attention | full
+    offload_activations=False,  # keep the saved activations in host memory
     scan_layers=True,  # false unrolls the layers: slower to compile, easy to step through, 5 % faster on a GPU
     moe=dict(  # a mixture of experts in place of the dense feed-forward
       experts=0,  # 0: dense
       experts_per_token=0,
-      d_expert=0,  # width of each; d_ff then plays no part
+      expert_d_ff=0,  # width of each; d_ff then plays no part
       shared_d_ff=0,  # width of one more that every token passes; 0: none
       router='sigmoid',  # sigmoid: a bias on the choice evens out the load; softmax: balance_weight does
       routed_scale=1.0,  # on the sum of the chosen experts
-      bias_rate=1e-3,  # what the bias moves a step (sigmoid)
+      bias_update_rate=1e-3,  # what the bias moves a step (sigmoid)
       balance_weight=0.0,  # of the load-balance loss, which is 1 when even (softmax)
       kernel='auto',  # tiles | ragged | pallas (TPU) | triton (GPU); auto: by the devices in use (model/moe.py)
     ),
@@ -111,8 +111,8 @@ def base() -> ConfigDict:
     samples=3,  # texts to write at each evaluation
     sample_tokens=64,  # length of each, at most
     tensorboard=True,
-    masses=True,  # head and tail mass of every step; false spares their top k (5 to 7 % of a large model's step on TPU
-    # and GPU) where no lambda needs it. Validation has them in any case
+    head_tail_mass=True,  # log head and tail mass of every step. False skips their top-k, 5 to 7 % of a large model's
+    # step on TPU and GPU, unless a lambda needs it. Validation always logs them
   ))
   return c
 
@@ -123,14 +123,15 @@ def rl() -> ConfigDict:
   """
   return ConfigDict(dict(
     steps=1000,
-    prompts=128,  # a step; groups to learn from
-    samples=16,  # of each prompt, at temperature 1
-    rounds=3,  # dynamic sampling: how often prompts whose samples all agree are replaced, the first draw included
+    prompts_per_step=128,  # a step; groups to learn from
+    group_size=16,  # samples per prompt, at temperature 1
+    max_resampling_rounds=3,  # dynamic sampling: draws per step, the first included; each replaces zero-variance groups
     max_prompt_tokens=1024,
     max_new_tokens=(8192, 16_384),  # a phase
     phase_steps=(700,),  # last step of each phase but the last
-    rows=256,  # samples decoded side by side
-    truncated='wrong',  # an answer cut off by the limit: wrong | left_out. The paper leaves it open
+    decode_batch_size=256,  # samples decoded at the same time
+    # Reward of an answer cut off by the length limit: zero | masked (overlong filtering). The paper leaves it open.
+    truncated_reward='zero',
     minibatches=1,  # updates a step; 1 is on-policy. The paper leaves it open
     microbatches=1,  # an update is worked through in this many parts, to save memory
     eval_prompts=64,  # held-out problems
@@ -167,7 +168,7 @@ def evaluation() -> ConfigDict:
       top_p=0.95,
       top_k=0,  # 0: all tokens
       max_new_tokens=4096,  # the paper: 4096 after pre-training, 16,384 after mid-training and RL
-      rows=256,  # samples decoded side by side
+      decode_batch_size=256,  # samples decoded at the same time
       data_dir='runs/data/benchmarks',  # holds the benchmarks' files (eval/benchmarks.py); local or gs://
       shots=-1,  # worked examples before each question; -1: as many as the paper gives
       prompt='Question: {question}\nSolution:',

@@ -59,6 +59,10 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
   return _finish(read(spec), overrides or {})
 
 
+# Files of this folder that aren't experiments.
+NOT_EXPERIMENTS = ('command.py', 'common.py', 'errors.py', 'load.py', 'roles.py', 'sections.py')
+
+
 def read(spec: str) -> ConfigDict:
   """The config at `spec` as it is there, not locked yet."""
   return _load_json(spec) if spec.endswith('.json') else _load_python(spec)
@@ -109,7 +113,7 @@ def _find(path: str) -> pathlib.Path:
     if os.path.isfile(candidate):  # unlike its own method, no error for a name that can't be one
       return candidate
   shipped = [str(p.relative_to(root)) for p in sorted((root / 'configs').rglob('*.py'))
-             if p.name not in ('__init__.py', 'common.py', 'load.py')]
+             if p.name not in ('__init__.py', *NOT_EXPERIMENTS)]
   raise ConfigError(f'--config={path}: no such file{suggestion(path, shipped)}')
 
 

@@ -18,7 +18,7 @@ def get_config(arg=None):
   c.checkpoint.every_steps = 20
   c.log.update(every_steps=5, eval_every_steps=30, samples=3)
   c.rl = common.rl()
-  c.rl.update(steps=60, prompts=16, samples=8, rounds=3, max_prompt_tokens=28, max_new_tokens=(28,), phase_steps=(),
-              rows=128, eval_prompts=128)
+  c.rl.update(steps=60, prompts_per_step=16, group_size=8, max_resampling_rounds=3,
+              max_prompt_tokens=28, max_new_tokens=(28,), phase_steps=(), decode_batch_size=128, eval_prompts=128)
   c.rl.task.update(uri=smoke.SUMS, held_out_fraction=c.data.held_out_fraction)
   return c

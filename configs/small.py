@@ -13,7 +13,7 @@ from betarank.configs import common, paper
 TASK = 'reasoning:chain_sum?max_terms=5&max_digits=3+gcd+products?max_digits=3'
 HELD_OUT = 0.02  # of the questions: in no document and no step of RL, for evaluation
 SAMPLE = {'eval.sample.problems': 128, 'eval.sample.samples': 64, 'eval.sample.max_new_tokens': 128,
-          'eval.sample.temperature': 1.0, 'eval.sample.top_p': 1.0, 'eval.sample.rows': 2048,
+          'eval.sample.temperature': 1.0, 'eval.sample.top_p': 1.0, 'eval.sample.decode_batch_size': 2048,
           'eval.sample.held_out_fraction': HELD_OUT, 'eval.sample.verifier.workers': 4}
 
 
@@ -25,7 +25,7 @@ def get_config(arg=None):
   a = parse(arg)
   c = common.base()
   c.seed = a.seed
-  c.model.update(vocab_size=4096, layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5, remat='attention')
+  c.model.update(vocab_size=4096, layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5, remat_policy='attention')
   c.objective.update(top_k=100, **paper.OBJECTIVES[a.objective])
   c.data.update(dir='runs/small/data', sequence_length=512, held_out_fraction=HELD_OUT)
   c.data.sources.main.max_documents = 120_000
@@ -38,8 +38,9 @@ def get_config(arg=None):
     c.optimizer.update(lr=5e-5, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
     c.log.update(every_steps=2, eval_every_steps=10)
     c.rl = common.rl()
-    c.rl.update(steps=40, prompts=64, samples=16, rounds=3, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
-                rows=1024, microbatches=2, eval_prompts=128)
+    c.rl.update(steps=40, prompts_per_step=64, group_size=16, max_resampling_rounds=3,
+                max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
+                decode_batch_size=1024, microbatches=2, eval_prompts=128)
     c.rl.task.update(uri=TASK, held_out_fraction=HELD_OUT)
     c.rl.verifier.workers = 4
   return c

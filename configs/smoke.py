@@ -17,7 +17,8 @@ def get_config(arg=None):
   a = common.parse(arg, beta=0.0, lambda_head=0.0, lambda_tail=0.0, seed=0, source='reasoning')
   c = common.base()
   c.seed = a.seed
-  c.model.update(vocab_size=1024, layers=4, d_model=128, d_ff=384, heads=2, kv_heads=1, head_dim=64, remat='matmuls')
+  c.model.update(vocab_size=1024, layers=4, d_model=128, d_ff=384, heads=2, kv_heads=1, head_dim=64,
+                 remat_policy='matmuls')
   c.objective.update(beta=a.beta, lambda_head=a.lambda_head, lambda_tail=a.lambda_tail, top_k=20)
   c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data', sequence_length=256, validation_fraction=0.02)
   c.data.sources.main.update(uri=a.source, max_documents=20_000)

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     from betarank.runtime import multihost
 
     multihost.join(args.coordinator, args.processes, args.process_id)
-    subjects.extend(config.find_subjects(args.checkpoint, args.all))
+    subjects.extend(config.find_checkpoints(args.checkpoint, args.all))
     return config.configure(subjects[-1], args.config)
 
   config, args = load.from_command_line(parser, argv, configure)

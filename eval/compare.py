@@ -135,7 +135,9 @@ def smooth(values: list[float], window: int) -> list[float]:
   return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def show(argv: Sequence[str], prog: str, doc: str, key: str, table: Callable[..., Table], plot: Callable[..., None]) -> None:
+def show(
+  argv: Sequence[str], prog: str, doc: str, key: str, table: Callable[..., Table], plot: Callable[..., None]
+) -> None:
   """The command line of a comparison of runs that have written `key`."""
   parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)

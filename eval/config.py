@@ -22,7 +22,7 @@ from betarank.tasks.verifiers import ANSWER_FORMATS, VerifierConfig
 from betarank.train.sampler import SamplerConfig
 
 # Of the model: how it is computed, not what.
-EVALUATOR_MAY_CHANGE = ('compute_dtype', 'attention', 'remat', 'scan_layers', 'moe.kernel')
+EVALUATOR_MAY_CHANGE = ('compute_dtype', 'attention', 'remat_policy', 'scan_layers', 'moe.kernel')
 
 
 class EvalError(UserError):
@@ -56,7 +56,7 @@ class SampleConfig:
   top_p: float
   top_k: int
   max_new_tokens: int
-  rows: int
+  decode_batch_size: int
   data_dir: str
   shots: int
   prompt: str
@@ -79,7 +79,8 @@ class SampleConfig:
     TaskConfig('jsonl:any', self.prompt, held_out_fraction=self.held_out_fraction)
 
   def sampler(self, max_prompt_tokens: int) -> SamplerConfig:
-    return SamplerConfig(self.rows, max_prompt_tokens, self.max_new_tokens, self.temperature, self.top_p, self.top_k)
+    return SamplerConfig(self.decode_batch_size, max_prompt_tokens, self.max_new_tokens, self.temperature, self.top_p,
+                         self.top_k)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class EvalRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class CheckpointRef:
   """A checkpoint to be evaluated.
 
   Attributes:
@@ -124,7 +125,7 @@ class Subject:
             'code_version': workdir.code_version()}
 
 
-def find_subjects(path: str, every: bool = False) -> list[Subject]:
+def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
   """The checkpoint at `path`, or the newest of a workdir; with `every` all that lie beside it, oldest first.
 
   Raises CheckpointError where there is none, or one is damaged.
@@ -135,10 +136,11 @@ def find_subjects(path: str, every: bool = False) -> list[Subject]:
   if every:
     paths = [folder / str(step) for step in checkpoint.steps(folder)]
   run = folder.parent if folder.name == 'checkpoints' else folder
-  return [Subject(p, run, int(meta.get('step', p.name)), meta) for p in paths for meta in (checkpoint.read_meta(p),)]
+  metas = [checkpoint.read_meta(p) for p in paths]
+  return [CheckpointRef(p, run, int(meta.get('step', p.name)), meta) for p, meta in zip(paths, metas)]
 
 
-def configure(subject: Subject, spec: str = '') -> ConfigDict:
+def configure(subject: CheckpointRef, spec: str = '') -> ConfigDict:
   """The checkpoint's own config with section `eval`, still open to overrides.
 
   spec: a config whose sections `data` and `eval` are taken instead, so that runs on different data can be asked
@@ -152,7 +154,7 @@ def configure(subject: Subject, spec: str = '') -> ConfigDict:
   return config
 
 
-def eval_run(config: ConfigDict, subject: Subject) -> EvalRun:
+def eval_run(config: ConfigDict, subject: CheckpointRef) -> EvalRun:
   """The checked evaluation. Raises ConfigError, one line that names the key."""
   run = EvalRun(
     model=section(ModelConfig, config.model, 'model'),
@@ -191,7 +193,7 @@ def read_tokenizer(run: EvalRun) -> data.Tokenizer:
   return tokenizer
 
 
-def restore(run: EvalRun, subject: Subject, mesh: Mesh) -> Any:
+def restore(run: EvalRun, subject: CheckpointRef, mesh: Mesh) -> Any:
   """The checkpoint's parameters on `mesh`. Raises CheckpointError, or ConfigError if the mesh doesn't divide them."""
   _, shapes, axes = model.abstract(run.model)
   try:

@@ -27,7 +27,16 @@ from rich.table import Table
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
-from betarank.eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, same, write_whole
+from betarank.eval.config import (
+  CheckpointRef,
+  EvalError,
+  EvalRun,
+  make_mesh,
+  read_tokenizer,
+  restore,
+  same,
+  write_whole,
+)
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
 from betarank.runtime.metrics import duration
@@ -42,7 +51,7 @@ _REMOTE_S = 60.0  # object stores can't append: the file is written whole, at mo
 _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # when sampling goes on
 
 
-def sample(run: EvalRun, subjects: Sequence[Subject], names: str) -> None:
+def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
   """Samples the benchmarks in the comma-separated `names` for each checkpoint, from where that stands; ends in a table.
 
   Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, one line.
@@ -195,7 +204,7 @@ class SampleFile:
   Attributes: path; n and problems, how many there are to be; missing: problems that aren't there yet.
   """
 
-  def __init__(self, subject: Subject, benchmark: Benchmark, run: EvalRun):
+  def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun):
     """Takes up what is there, or begins. Raises EvalError if that was made with other settings."""
     c = run.eval.sample
     folder = subject.run / 'eval' / 'samples' / benchmark.folder

@@ -32,12 +32,12 @@ from betarank import model
 from betarank.configs import errors, load
 from betarank.configs.errors import ConfigError
 from betarank.eval.config import (
+  CheckpointRef,
   EvalError,
   EvalRun,
-  Subject,
   configure,
   eval_run,
-  find_subjects,
+  find_checkpoints,
   make_mesh,
   read_tokenizer,
   restore,
@@ -63,8 +63,8 @@ class Betarank(TemplateLM):
   """
 
   def __init__(
-    self, checkpoint: str | Subject, run: EvalRun | None = None, *, max_length: int = 0, batch_size: int | None = None,
-    device: str | None = None, max_batch_size: int | None = None, **settings: Any,
+    self, checkpoint: str | CheckpointRef, run: EvalRun | None = None, *, max_length: int = 0,
+    batch_size: int | None = None, device: str | None = None, max_batch_size: int | None = None, **settings: Any,
   ):
     """
     Args:
@@ -77,7 +77,7 @@ class Betarank(TemplateLM):
     Raises ConfigError, DataError, EvalError or CheckpointError, one line.
     """
     super().__init__()
-    subject = checkpoint if isinstance(checkpoint, Subject) else find_subjects(checkpoint)[-1]
+    subject = checkpoint if isinstance(checkpoint, CheckpointRef) else find_checkpoints(checkpoint)[-1]
     if run is None:
       config = configure(subject)
       for key, value in settings.items():
@@ -191,7 +191,8 @@ class Betarank(TemplateLM):
       raise EvalError(f'a task asks for {new} new tokens, which leaves no room for its question in max_length = '
                       f'{self.max_length}; give a larger --max_length')
     try:
-      return until, SamplerConfig(self._run.eval.sample.rows, self.max_length - new, new, temperature, top_p, top_k)
+      rows = self._run.eval.sample.decode_batch_size
+      return until, SamplerConfig(rows, self.max_length - new, new, temperature, top_p, top_k)
     except ValueError as error:
       raise EvalError(f'a task, or config.eval.sample, asks for what can\'t be: {error}') from None
 
@@ -204,7 +205,7 @@ class Betarank(TemplateLM):
       yield sample.prompt_id, self._tokens.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens)
 
 
-def trained_length(subject: Subject) -> int:
+def trained_length(subject: CheckpointRef) -> int:
   """The longest text that the checkpoint was trained on, in tokens."""
   config = subject.meta['config']
   longest = config['data']['sequence_length']
@@ -227,7 +228,7 @@ def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax
 
 
 def harness(
-  run: EvalRun, subjects: Sequence[Subject], tasks: str, *, num_fewshot: int | None, limit: int | None,
+  run: EvalRun, subjects: Sequence[CheckpointRef], tasks: str, *, num_fewshot: int | None, limit: int | None,
   include_path: str, max_length: int, say: Callable[..., None] = print,
 ) -> None:
   """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint that has none yet, and prints the harness's table.

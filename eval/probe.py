@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from betarank import data, model
 from betarank.configs.errors import ConfigError
 from betarank.data import Batch
-from betarank.eval.config import EvalError, EvalRun, Subject, make_mesh, read_tokenizer, restore, write_whole
+from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore, write_whole
 from betarank.model.sharding import constrain
 from betarank.objectives import collectives as head_layout
 from betarank.objectives import head_math, linear_token_stats
@@ -41,7 +41,7 @@ CONFIDENCE_BINS = 15  # equal parts of [0, 1], as is usual for ECE
 CHUNK_TOKENS = 256  # whose logits exist at once in `leaders`: 155 MB at Qwen's vocabulary
 
 
-def probe(run: EvalRun, subjects: Sequence[Subject]) -> None:
+def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
   """Writes RUN/eval/probe/STEP.json for each checkpoint that has none yet, and prints the main figures.
 
   Raises ConfigError, DataError, CheckpointError or EvalError, one line.
@@ -90,7 +90,7 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
   share = multihost.row_share(placement, size, run.data.sequence_length)
   parts = []
   for batch in batches(run, name, *share):
-    values_BT = jax.device_get(values(multihost.to_global(batch, placement, size)))
+    values_BT = jax.device_get(values(multihost.local_to_global(batch, placement, size)))
     parts.append({key: x_BT[values_BT['counts']] for key, x_BT in values_BT.items()})
   return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -224,7 +224,7 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
           'counts': counts_E.tolist()}
 
 
-def describe(subject: Subject, name: str, f: Mapping[str, Any]) -> str:
+def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
   """The line a person reads."""
   return (f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats  {f["bits_per_byte"]:.4f} bits/byte  entropy '
           f'{f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})  tail mass {f["tail_mass"]:.4f}  '

@@ -2,7 +2,7 @@
 
 from betarank.model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
 from betarank.model.decode import Cache, empty_cache
-from betarank.model.moe import Routing, move_router_bias
+from betarank.model.moe import Routing, update_router_bias
 from betarank.model.sharding import RULES, MeshConfig, check_divides, make_mesh, platform, shardings, spec
 from betarank.model.transformer import abstract, forward, forward_routed, head, init
 
@@ -22,9 +22,9 @@ __all__ = [
   'head',
   'init',
   'make_mesh',
-  'move_router_bias',
   'parameter_counts',
   'platform',
   'shardings',
   'spec',
+  'update_router_bias',
 ]

@@ -30,16 +30,16 @@ class MoeConfig:
 
   experts: int = 0
   experts_per_token: int = 0
-  d_expert: int = 0
+  expert_d_ff: int = 0
   shared_d_ff: int = 0
   router: str = 'sigmoid'
   routed_scale: float = 1.0
-  bias_rate: float = 1e-3
+  bias_update_rate: float = 1e-3
   balance_weight: float = 0.0
   kernel: str = 'auto'
 
   def __post_init__(self):
-    for name in ('experts', 'shared_d_ff', 'bias_rate', 'balance_weight'):
+    for name in ('experts', 'shared_d_ff', 'bias_update_rate', 'balance_weight'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name} must be >= 0, got {getattr(self, name)}')
     for name, known in (('router', ROUTERS), ('kernel', EXPERT_KERNELS)):
@@ -49,7 +49,7 @@ class MoeConfig:
       return
     if not 1 <= self.experts_per_token <= self.experts:
       raise ValueError(f'experts_per_token must be from 1 to experts = {self.experts}, got {self.experts_per_token}')
-    for name in ('d_expert', 'routed_scale'):
+    for name in ('expert_d_ff', 'routed_scale'):
       if getattr(self, name) <= 0:
         raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
     if self.balance_weight and self.router != 'softmax':
@@ -76,10 +76,10 @@ class ModelConfig:
   norm_eps: float
   tied_embeddings: bool
   compute_dtype: str
-  remat: str
+  remat_policy: str
   scan_layers: bool
   attention: str = 'auto'
-  offload: bool = False
+  offload_activations: bool = False
   moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):
@@ -90,10 +90,11 @@ class ModelConfig:
       raise ValueError(f'kv_heads must divide heads = {self.heads}, got {self.kv_heads}')
     if self.head_dim % 2:
       raise ValueError(f'head_dim must be even (rotary pairs), got {self.head_dim}')
-    if self.remat not in REMAT:
-      raise ValueError(f'remat must be one of {", ".join(REMAT)}, got {self.remat!r}')
-    if self.offload and not REMAT[self.remat]:
-      raise ValueError(f'offload needs a remat that saves something to move, got {self.remat!r}')
+    if self.remat_policy not in REMAT:
+      raise ValueError(f'remat_policy must be one of {", ".join(REMAT)}, got {self.remat_policy!r}')
+    if self.offload_activations and not REMAT[self.remat_policy]:
+      raise ValueError('offload_activations needs a remat_policy that saves something to move, got '
+                       f'{self.remat_policy!r}')
     if self.attention not in KERNELS:
       raise ValueError(f'attention must be one of {", ".join(KERNELS)}, got {self.attention!r}')
     if self.compute_dtype not in DTYPES:
@@ -120,7 +121,7 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
     'embedding': c.vocab_size * c.d_model,
     'attention': c.layers * attention,
     'feed_forward': c.layers * 3 * c.d_model * (moe.shared_d_ff if moe.experts else c.d_ff),
-    'experts': c.layers * experts * 3 * c.d_model * moe.d_expert,
+    'experts': c.layers * experts * 3 * c.d_model * moe.expert_d_ff,
     'router': c.layers * moe.experts * (c.d_model + (moe.router == 'sigmoid')),
     'norms': c.layers * norms + c.d_model,
     'head': 0 if c.tied_embeddings else c.vocab_size * c.d_model,

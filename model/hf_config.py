@@ -42,9 +42,9 @@ def architecture(c: ModelConfig) -> str:
   if moe.router == 'sigmoid':
     if moe.experts < 2:
       raise HfError(f'model.moe.experts = {moe.experts}: {SIGMOID} needs two or more')
-    if moe.shared_d_ff % moe.d_expert:
-      raise HfError(f'model.moe.shared_d_ff = {moe.shared_d_ff}: {SIGMOID} needs a multiple of d_expert = '
-                    f'{moe.d_expert}; no other architecture has it')
+    if moe.shared_d_ff % moe.expert_d_ff:
+      raise HfError(f'model.moe.shared_d_ff = {moe.shared_d_ff}: {SIGMOID} needs a multiple of expert_d_ff = '
+                    f'{moe.expert_d_ff}; no other architecture has it')
     return SIGMOID
   for name, wanted in (('shared_d_ff', 0), ('routed_scale', 1.0)):
     if getattr(moe, name) != wanted:
@@ -60,11 +60,11 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
   experts = {
     DENSE: {},
     SOFTMAX: {'num_experts': moe.experts, 'router_aux_loss_coef': moe.balance_weight},
-    SIGMOID: {'n_routed_experts': moe.experts, 'n_shared_experts': max(1, moe.shared_d_ff // max(1, moe.d_expert)),
+    SIGMOID: {'n_routed_experts': moe.experts, 'n_shared_experts': max(1, moe.shared_d_ff // max(1, moe.expert_d_ff)),
               ZERO_SHARED: moe.shared_d_ff == 0, 'routed_scaling_factor': moe.routed_scale},
   }[name]
   if moe.experts:
-    experts |= {'num_experts_per_tok': moe.experts_per_token, 'moe_intermediate_size': moe.d_expert}
+    experts |= {'num_experts_per_tok': moe.experts_per_token, 'moe_intermediate_size': moe.expert_d_ff}
     experts |= {option: wanted for option, (wanted, _) in MOE_OPTIONS[name].items()}
   if name == SIGMOID:
     rope['partial_rotary_factor'] = 1.0
@@ -114,13 +114,13 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
     raise HfError(f'{where}: tie_word_embeddings is {model["tied_embeddings"]!r}; it must be true or false')
   if name == DENSE:
     return model
-  d_expert = integer('moe_intermediate_size')
-  moe = {'experts_per_token': integer('num_experts_per_tok'), 'd_expert': d_expert}
+  expert_d_ff = integer('moe_intermediate_size')
+  moe = {'experts_per_token': integer('num_experts_per_tok'), 'expert_d_ff': expert_d_ff}
   if name == SOFTMAX:
     moe |= {'router': 'softmax', 'experts': integer('num_experts', 'num_local_experts'), 'shared_d_ff': 0,
             'routed_scale': 1.0}
   else:
-    shared = 0 if config.get(ZERO_SHARED) is True else integer('n_shared_experts') * d_expert
+    shared = 0 if config.get(ZERO_SHARED) is True else integer('n_shared_experts') * expert_d_ff
     moe |= {'router': 'sigmoid', 'experts': integer('n_routed_experts', 'num_local_experts'), 'shared_d_ff': shared,
             'routed_scale': _number(config, ('routed_scaling_factor',), float, where)}
   return {**model, 'moe': moe}

@@ -112,8 +112,8 @@ def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
     found.append(dataclasses.replace(_leaf('head_DV', (c.d_model, c.vocab_size)), path='embed_VD', letters='VD',
                                      shape=(c.vocab_size, c.d_model)))
   if theirs == SIGMOID and not c.moe.shared_d_ff:
-    shapes = {'gate_DF': (c.d_model, c.moe.d_expert), 'up_DF': (c.d_model, c.moe.d_expert),
-              'down_FD': (c.moe.d_expert, c.d_model)}
+    shapes = {'gate_DF': (c.d_model, c.moe.expert_d_ff), 'up_DF': (c.d_model, c.moe.expert_d_ff),
+              'down_FD': (c.moe.expert_d_ff, c.d_model)}
     for name, shape in shapes.items():
       leaf = _leaf(f'layers.feed_forward.shared.{name}', (c.layers, *shape))
       found.append(dataclasses.replace(leaf, path=''))

@@ -61,14 +61,14 @@ class MixtureOfExperts(nnx.Module):
   def __init__(self, c: ModelConfig, key: jax.Array):
     router, gate, up, down, shared = jax.random.split(key, 5)
     m, std = c.moe, c.d_model**-0.5
-    out_std = (m.experts_per_token * m.d_expert * 2 * c.layers) ** -0.5
+    out_std = (m.experts_per_token * m.expert_d_ff * 2 * c.layers) ** -0.5
     self.c = c
     self.router_DE = weight(router, (c.d_model, m.experts), ('embed', 'router'), std=std)
     if m.router == 'sigmoid':
       self.router_bias_E = nnx.Param(jnp.zeros(m.experts, jnp.float32), axes=('bias',), eager_sharding=False)
-    self.gate_EDF = weight(gate, (m.experts, c.d_model, m.d_expert), ('experts', 'embed', 'mlp'), std=std)
-    self.up_EDF = weight(up, (m.experts, c.d_model, m.d_expert), ('experts', 'embed', 'mlp'), std=std)
-    self.down_EFD = weight(down, (m.experts, m.d_expert, c.d_model), ('experts', 'mlp', 'embed'), std=out_std)
+    self.gate_EDF = weight(gate, (m.experts, c.d_model, m.expert_d_ff), ('experts', 'embed', 'mlp'), std=std)
+    self.up_EDF = weight(up, (m.experts, c.d_model, m.expert_d_ff), ('experts', 'embed', 'mlp'), std=std)
+    self.down_EFD = weight(down, (m.experts, m.expert_d_ff, c.d_model), ('experts', 'mlp', 'embed'), std=out_std)
     if m.shared_d_ff:
       self.shared = FeedForward(c, m.shared_d_ff, shared)
 
@@ -103,11 +103,11 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
     experts / (k * tokens) * jnp.sum(load_E * total(share_BTE)))
 
 
-def move_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-  """(params, bias_LE) with b + bias_rate · sign(mean load - load): what is too busy is chosen less from now on."""
+def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+  """Returns (params, bias_LE) with b + bias_update_rate · sign(mean load - load): busy experts are chosen less."""
   layers = params['layers']
   mean_L1 = jnp.mean(load_LE, -1, keepdims=True)
-  bias_LE = layers['feed_forward']['router_bias_E'] + c.moe.bias_rate * jnp.sign(mean_L1 - load_LE)
+  bias_LE = layers['feed_forward']['router_bias_E'] + c.moe.bias_update_rate * jnp.sign(mean_L1 - load_LE)
   feed_forward = {**layers['feed_forward'], 'router_bias_E': bias_LE}
   return {**params, 'layers': {**layers, 'feed_forward': feed_forward}}, bias_LE
 

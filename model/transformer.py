@@ -109,8 +109,9 @@ class Transformer(nnx.Module):
       return self.cached(x_BTD, positions_BT, segments_BT, cache, choices_LBTk)
     attend = rows_attention(c.attention, segments_BT, c.dtype, c.kv_heads, c.head_dim)
     block = lambda x_BTD, layer: layer[0](x_BTD, positions_BT, segments_BT, attend, layer[1])
-    if c.remat != 'none':
-      block = jax.checkpoint(block, policy=saves(REMAT[c.remat], c.offload), prevent_cse=not c.scan_layers)
+    if c.remat_policy != 'none':
+      policy = saves(REMAT[c.remat_policy], c.offload_activations)
+      block = jax.checkpoint(block, policy=policy, prevent_cse=not c.scan_layers)
     x_BTD, routing = jax.lax.scan(block, x_BTD, (self.layers, choices_LBTk), unroll=1 if c.scan_layers else c.layers)
     return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 

@@ -111,7 +111,7 @@ def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -
   return ADVANTAGES[c.name](rewards_PG, valid_PG, **options.get(c.name, {}))
 
 
-def has_signal(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
+def has_reward_variance(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
   """bool [P]: the group's valid rewards differ. Dynamic sampling keeps such (DAPO, 2503.14476 sec. 3.2)."""
   high_P = jnp.max(rewards_PG, -1, where=valid_PG, initial=-jnp.inf)
   low_P = jnp.min(rewards_PG, -1, where=valid_PG, initial=jnp.inf)
@@ -126,4 +126,4 @@ def _centred(rewards_PG, valid_PG):
   """
   n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
   mean_P1 = jnp.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / jnp.maximum(n_P1, 1)
-  return jnp.where(valid_PG & has_signal(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0), n_P1
+  return jnp.where(valid_PG & has_reward_variance(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0), n_P1

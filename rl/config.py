@@ -15,7 +15,7 @@ from betarank.tasks.verifiers import VerifierConfig
 from betarank.train.config import LogConfig, TrainConfig
 from betarank.train.optimizer import OptimizerConfig
 
-TRUNCATED = ('wrong', 'left_out')
+TRUNCATED_REWARD = ('zero', 'masked')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +23,14 @@ class RlConfig:
   """Section `rl`: what is asked, how answers are drawn and judged, and what is learned from them."""
 
   steps: int
-  prompts: int
-  samples: int
-  rounds: int
+  prompts_per_step: int
+  group_size: int
+  max_resampling_rounds: int
   max_prompt_tokens: int
   max_new_tokens: tuple[int, ...]
   phase_steps: tuple[int, ...]
-  rows: int
-  truncated: str
+  decode_batch_size: int
+  truncated_reward: str
   minibatches: int
   microbatches: int
   eval_prompts: int
@@ -41,27 +41,28 @@ class RlConfig:
   loss: PolicyLossConfig
 
   def __post_init__(self):
-    for name in ('steps', 'prompts', 'rounds', 'max_prompt_tokens', 'rows', 'minibatches', 'microbatches',
-                 'eval_prompts', 'eval_samples'):
+    for name in ('steps', 'prompts_per_step', 'max_resampling_rounds', 'max_prompt_tokens', 'decode_batch_size',
+                 'minibatches', 'microbatches', 'eval_prompts', 'eval_samples'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
-    if self.samples < 2:
-      raise ValueError(f'samples must be >= 2 (an advantage compares a group), got {self.samples}')
+    if self.group_size < 2:
+      raise ValueError(f'group_size must be >= 2 (an advantage compares a group), got {self.group_size}')
     if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:
-      raise ValueError(f'max_new_tokens must have a length a phase, one more than phase_steps = {self.phase_steps}, '
-                       f'got {self.max_new_tokens}')
+      raise ValueError(f'max_new_tokens must have one length per phase, one more than phase_steps = '
+                       f'{self.phase_steps}, got {self.max_new_tokens}')
     if list(self.phase_steps) != sorted(set(self.phase_steps)):
       raise ValueError(f'phase_steps must rise, got {self.phase_steps}')
-    if self.prompts % self.minibatches:
-      raise ValueError(f'minibatches must divide prompts = {self.prompts}, got {self.minibatches}')
-    if (self.prompts // self.minibatches * self.samples) % self.microbatches:
-      raise ValueError(f'microbatches must divide the {self.prompts // self.minibatches * self.samples} rows of a '
+    if self.prompts_per_step % self.minibatches:
+      raise ValueError(f'minibatches must divide prompts_per_step = {self.prompts_per_step}, got {self.minibatches}')
+    if (self.prompts_per_step // self.minibatches * self.group_size) % self.microbatches:
+      rows = self.prompts_per_step // self.minibatches * self.group_size
+      raise ValueError(f'microbatches must divide the {rows} rows of a '
                        f'minibatch, got {self.microbatches}')
     if self.loss.cov == 'kl_cov' and self.minibatches == 1:
       raise ValueError("minibatches must be > 1 with loss.cov = 'kl_cov', whose penalty is 0 in the first update after "
                        'sampling, got 1')
-    if self.truncated not in TRUNCATED:
-      raise ValueError(f'truncated must be one of {", ".join(TRUNCATED)}, got {self.truncated!r}')
+    if self.truncated_reward not in TRUNCATED_REWARD:
+      raise ValueError(f'truncated_reward must be one of {", ".join(TRUNCATED_REWARD)}, got {self.truncated_reward!r}')
 
   def phase(self, step: int) -> int:
     """Which phase the update number `step` (from 1) belongs to."""

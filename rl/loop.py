@@ -61,7 +61,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
   try:
     mesh = model.make_mesh(run.train.mesh)
-    multihost.check_rows(rl.prompts // rl.minibatches * rl.samples, mesh.shape, rl.microbatches)
+    multihost.check_rows(rl.prompts_per_step // rl.minibatches * rl.group_size, mesh.shape, rl.microbatches)
   except ValueError as error:
     raise ConfigError(f'config.train.mesh: {error}') from None
 
@@ -77,7 +77,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     log = Log(root, step=start, steps=rl.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
               active=jax.process_index() == 0, describe=describe)
     log.say(f'policy    {sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters from {parent}')
-    log.say(f'task      {rl.task.uri}; {rl.prompts} prompts x {rl.samples} samples a step, '
+    log.say(f'task      {rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples a step, '
             f'{rl.advantage.name} with {rl.loss.name}')
     log.say(f'run       steps {start} to {rl.steps} in {root}')
 
@@ -85,8 +85,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     by_row = NamedSharding(mesh, model.spec('batch'))
     update = make_update(c, rl.loss, tx, rl.microbatches)
     score = jax.jit(score_tokens, static_argnums=0)
-    samplers = [Sampler(c, SamplerConfig(rl.rows, rl.max_prompt_tokens, new, record_choices=True), tokenizer.eos, mesh)
+    settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, record_choices=True)
                 for new in rl.max_new_tokens]
+    samplers = [Sampler(c, s, tokenizer.eos, mesh) for s in settings]
     cov_key = jax.random.fold_in(jax.random.key(run.seed), COV_STREAM)
     stop = multihost.StopSignal()
     last: dict[str, float] = {}
@@ -94,30 +95,32 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     def collect(step: int) -> tuple[list[Group], list[Group], int]:
       """(groups to learn from, all groups, prompts consumed). Groups that agree are replaced, in `rounds` draws."""
       kept, seen, at = [], [], cursor
-      for _ in range(rl.rounds):
-        wanted = rl.prompts - len(kept)
+      for _ in range(rl.max_resampling_rounds):
+        wanted = rl.prompts_per_step - len(kept)
         if not wanted:
           break
         groups = graded_groups(samplers[rl.phase(step)], state.params, verifier, tokenizer, tasks,
-                               range(at, at + wanted), samples=rl.samples, seed=run.seed, step=step)
+                               range(at, at + wanted), samples=rl.group_size, seed=run.seed, step=step)
         at += wanted
         seen += groups
-        kept += [group for group in groups if group.has_signal(rl.truncated)]
+        kept += [group for group in groups if group.has_reward_variance(rl.truncated_reward)]
       return kept, seen, at
 
     def learn(kept: list[Group], step: int) -> tuple[dict[str, float], np.ndarray]:
       """Updates the state; returns figures and the entropies of the drawn tokens."""
       nonlocal state
-      rows = rl.prompts * rl.samples
+      rows = rl.prompts_per_step * rl.group_size
       longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
       needed = max(lengths(kept), default=1)
       length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)  # three shapes at most
-      out = pack(kept, prompts=rl.prompts, samples=rl.samples, length=length, truncated=rl.truncated)
+      out = pack(kept, prompts=rl.prompts_per_step, samples=rl.group_size, length=length,
+                 truncated_reward=rl.truncated_reward)
       advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
       # A sample that doesn't count isn't a token of the mean either.
       counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
       size, parts = rows // rl.minibatches, []
-      pieces = [jax.tree.map(lambda x, at=at: multihost.place(x[at : at + size], placement if x.ndim == 2 else by_row),
+      pieces = [jax.tree.map(lambda x, at=at: multihost.replicated_to_global(
+        x[at : at + size], placement if x.ndim == 2 else by_row),
                              (out.batch, counts_BT, out.sampler_logp_BT, advantage_B, out.choices_BTLk))
                 for at in range(0, rows, size)]
       # Before the first update, as the policy that drew them: what all updates of this step are held against.
@@ -200,7 +203,7 @@ def describe_groups(groups: list[Group], kept: int) -> dict[str, float]:
   return {
     'pass_rate': sum(v == Verdict.RIGHT for v in verdicts) / decided,
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
-    'groups_without_signal': 1 - kept / len(groups),
+    'zero_variance_groups': 1 - kept / len(groups),
     'groups_learned_from': float(kept),
     'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),
     'truncated_share': float(np.mean([sample.finish == 'length' for sample in samples])),
@@ -211,7 +214,7 @@ def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> s
   """The line a person watches."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   return (f'step {step:>{len(str(steps))}}/{steps}  pass {v["pass_rate"]:.3f}  no signal '
-          f'{100 * v["groups_without_signal"]:.0f}%  entropy {v["entropy_nats"]:.3f}  length {v["length_tokens"]:.1f}  '
+          f'{100 * v["zero_variance_groups"]:.0f}%  entropy {v["entropy_nats"]:.3f}  length {v["length_tokens"]:.1f}  '
           f'truncated {100 * v["truncated_share"]:.0f}%  |g| {v["grad_norm"]:.2f}  gap {v["sampler_gap_mean"]:.1e}  '
           f'{v["tokens_per_s"]:,.0f} tok/s drawn  eta {duration(eta_s)}')
 

@@ -29,17 +29,17 @@ class Group(NamedTuple):
   texts: list[str]
   verdicts: list[Verdict]
 
-  def rewards(self, truncated: str) -> tuple[list[float], list[bool]]:
+  def rewards(self, truncated_reward: str) -> tuple[list[float], list[bool]]:
     """(1 if right else 0, whether it counts) of each sample. Undecided never counts; a truncated answer that isn't
-    right counts as wrong, or with 'left_out' not at all."""
+    right counts as wrong, or with 'masked' not at all."""
     valid = [verdict != Verdict.UNDECIDED and (
-      truncated == 'wrong' or verdict == Verdict.RIGHT or sample.finish != 'length')
+      truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
       for verdict, sample in zip(self.verdicts, self.samples)]
     return [float(verdict == Verdict.RIGHT) for verdict in self.verdicts], valid
 
-  def has_signal(self, truncated: str) -> bool:
+  def has_reward_variance(self, truncated_reward: str) -> bool:
     """Whether its rewards differ: otherwise every advantage is 0."""
-    return len({reward for reward, valid in zip(*self.rewards(truncated)) if valid}) > 1
+    return len({reward for reward, valid in zip(*self.rewards(truncated_reward)) if valid}) > 1
 
 
 def graded_groups(
@@ -69,7 +69,7 @@ def graded_groups(
     drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
     if n % jax.process_count() == jax.process_index():
       verdict_PG[cursor - cursors.start] = verifier.verify([(text, task) for text in texts])
-  verdict_PG = multihost.maximum(verdict_PG)
+  verdict_PG = multihost.max_over_processes(verdict_PG)
   return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdict_PG[cursor - cursors.start]]) for cursor in cursors]
 
 
@@ -85,7 +85,7 @@ class Rollouts:
   choices_BTLk: np.ndarray | None = None  # int16, the experts that the sampler's tokens went to, if it recorded them
 
 
-def pack(groups: list[Group], *, prompts: int, samples: int, length: int, truncated: str) -> Rollouts:
+def pack(groups: list[Group], *, prompts: int, samples: int, length: int, truncated_reward: str) -> Rollouts:
   """Lays prompt and completion of each sample into a row of `length` (input, target) pairs."""
   rows = prompts * samples
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
@@ -94,7 +94,7 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, trunca
   recorded = next((sample.choices for group in groups for sample in group.samples), None)
   choices = None if recorded is None else np.zeros((rows, length, *recorded.shape[1:]), np.int16)
   for p, group in enumerate(groups):
-    rewards[p], valid[p] = group.rewards(truncated)
+    rewards[p], valid[p] = group.rewards(truncated_reward)
     for g, sample in enumerate(group.samples):
       row, start = p * samples + g, len(group.prompt) - 1
       whole = np.concatenate([group.prompt, sample.tokens])

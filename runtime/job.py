@@ -37,7 +37,7 @@ from betarank.configs.load import flatten, to_json
 from betarank.configs.sections import section
 from betarank.data import DataConfig, prepared
 from betarank.runtime import workdir
-from betarank.runtime.rendezvous import LOST, HostError, Place, Vigil, call_roll
+from betarank.runtime.rendezvous import LOST, HostError, Place, Vigil, rendezvous
 
 ROLL_CALL_S = 300.0  # all processes have to come within this
 HANG_S = 600.0  # without a step: every thread's stack goes to the process's log, and again after as long
@@ -99,7 +99,7 @@ def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
       with _in_one_line(args.workdir):
         yield
       return
-    names, lines = call_roll(place, _facts(config, args.workdir), ROLL_CALL_S, refused)
+    names, lines = rendezvous(place, _facts(config, args.workdir), ROLL_CALL_S, refused)
     with Vigil(place, names, lines, args.host_deadline_s):
       initialize(place, args.host_deadline_s)
     _watch = _Watch(place, names, args.host_deadline_s, _open_log(root, place.index))

@@ -44,18 +44,18 @@ def check_rows(rows: int, mesh_shape, microbatches: int) -> None:
                      f'got {rows}')
 
 
-def to_global(local, sharding: NamedSharding, rows: int):
+def local_to_global(local, sharding: NamedSharding, rows: int):
   """A batch of this process's rows as arrays of the whole batch, on the devices."""
   place = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
   return jax.tree.map(place, local)
 
 
-def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def replicated_to_global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """An array that every process holds, as one over the devices of all."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def maximum(x: np.ndarray) -> np.ndarray:
+def max_over_processes(x: np.ndarray) -> np.ndarray:
   """Element by element the largest value that a process brings; every process must call."""
   return x if jax.process_count() == 1 else multihost_utils.process_allgather(x).max(0)
 

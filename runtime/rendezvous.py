@@ -53,7 +53,7 @@ class _Line:
     self._socket.close()
 
 
-def call_roll(place: Place, facts: Mapping[str, Any], deadline_s: float, refused: str = ''
+def rendezvous(place: Place, facts: Mapping[str, Any], deadline_s: float, refused: str = ''
               ) -> tuple[list[str], dict[int, _Line]]:
   """Returns 'process I of N (HOST, pid P)' for every process once all have come with the same facts; and open lines,
   process 0's to all, the others' to process 0.

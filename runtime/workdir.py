@@ -19,7 +19,7 @@ from betarank.configs.load import flatten, to_json
 # What may differ when a run goes on in its workdir: it changes how the run is carried out or watched, or how
 # long it lasts; not what was learned so far.
 MAY_CHANGE = ('data.dir', 'data.sources', 'data.tokenizer', 'train.tokens', 'train.microbatches', 'train.mesh',
-              'train.init_from', 'model.remat', 'model.attention', 'model.scan_layers', 'checkpoint', 'log')
+              'train.init_from', 'model.remat_policy', 'model.attention', 'model.scan_layers', 'checkpoint', 'log')
 
 
 def check_config(workdir: epath.Path, config: ConfigDict) -> None:

@@ -33,8 +33,8 @@ def launch(module, config, workdir, *extra, processes=1, devices=1):
   elif devices > 1:
     program = 'tests.gloo'
   running = [subprocess.Popen(
-    [sys.executable, '-m', program, *command, *([f'--process_id={i}'] if processes > 1 else [])], env=environment(devices),
-    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes)]
+    [sys.executable, '-m', program, *command, *([f'--process_id={i}'] if processes > 1 else [])],
+    env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes)]
   for process in running:
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
@@ -90,7 +90,7 @@ def test_the_rows_of_a_step_are_the_same_for_any_number_of_processes_and_devices
   for _ in range(3):
     want = next(whole)
     joined = jax.tree.map(lambda *x: np.concatenate(x), *(next(part) for part in parts))
-    placed = jax.tree.map(np.asarray, multihost.to_global(joined, placement, rows))
+    placed = jax.tree.map(np.asarray, multihost.local_to_global(joined, placement, rows))
     jax.tree.map(np.testing.assert_array_equal, placed, want)
   assert all(part.cursor == whole.cursor for part in parts)
 

@@ -39,9 +39,9 @@ OFF = {'shell', 'allow_pickle', 'trust_remote_code'}  # arguments that must be l
 ALLOWED = {
   ('configs/load.py', 'exec_module'): 'a config is a Python file, which its user names on the command line',
   ('data/__init__.py', 'import_module'): 'its own modules, by a table of names',
-  ('rl/verifier_worker.py', 'parse_expr'): 'put behind a grammar, in a process that can write, start and reach nothing',
-  ('eval/code_jail_worker.py', 'os.execve'): 'the jail: the one place where programs of a model run, by design',
-  ('eval/code_jail_worker.py', 'os.fork'): 'the jail: its first process',
+  ('tasks/verifier_worker.py', 'parse_expr'): 'put behind a grammar, in a process that reaches nothing',
+  ('tasks/code_jail_worker.py', 'os.execve'): 'the jail: the one place where programs of a model run, by design',
+  ('tasks/code_jail_worker.py', 'os.fork'): 'the jail: its first process',
 }
 
 
@@ -102,7 +102,7 @@ def test_nothing_that_is_read_is_run():
     for event in events:
       kind, _, who = event.partition(' by ')
       if kind == 'subprocess.Popen':
-        assert 'rl/verifier_worker.py' in who or "['git', '-C', " in who, event
+        assert 'tasks/verifier_worker.py' in who or "['git', '-C', " in who, event
       else:
         assert kind in ('compile', 'exec', 'code.__new__'), f'{step}: {event}'
         assert who.split('.')[0] not in PACKAGES, f'{step}: {event}'

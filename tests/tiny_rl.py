@@ -13,7 +13,8 @@ def get_config(arg=None):
   c.checkpoint.every_steps = 2
   c.log.update(every_steps=1, eval_every_steps=3)
   c.rl = common.rl()
-  c.rl.update(steps=6, prompts=4, samples=8, rounds=3, max_prompt_tokens=64, max_new_tokens=(32,), phase_steps=(),
-              rows=16, eval_prompts=4, eval_samples=4)
+  c.rl.update(steps=6, prompts_per_step=4, group_size=8, max_resampling_rounds=3,
+              max_prompt_tokens=64, max_new_tokens=(32,), phase_steps=(),
+              decode_batch_size=16, eval_prompts=4, eval_samples=4)
   c.rl.task.update(uri='reasoning:chain_sum?max_terms=2&max_digits=1', held_out_fraction=0.2)
   return c

@@ -14,7 +14,8 @@ def get_config(arg=None):
   if a.stage == 'rl':
     c = tiny_rl.get_config(f'dir={a.dir},init_from=parent')
     c.model.layers = 1
-    c.rl.update(steps=2, samples=4, rounds=1, max_new_tokens=(16,), rows=16, eval_prompts=2, eval_samples=2)
+    c.rl.update(steps=2, group_size=4, max_resampling_rounds=1, max_new_tokens=(16,), decode_batch_size=16,
+                eval_prompts=2, eval_samples=2)
     return c
   c = tiny.get_config(f'dir={a.dir}')
   c.data.sources.main.uri = 'reasoning:chain_sum'

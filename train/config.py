@@ -46,7 +46,7 @@ class LogConfig:
   samples: int
   sample_tokens: int
   tensorboard: bool
-  masses: bool = True
+  head_tail_mass: bool = True
 
   def __post_init__(self):
     for name in ('every_steps', 'eval_every_steps', 'eval_batches', 'sample_tokens'):

@@ -69,7 +69,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     _introduce(log, run, mesh, root, start, batches)
 
     step_fn = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.train.microbatches,
-                        'full' if run.log.masses else 'basic')
+                        'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
     rate, clock, stop = schedule(run.optimizer, run.steps), Clock(), multihost.StopSignal()
     lineage = {'config': json.loads(to_json(config)), 'parent': parent, 'code_version': workdir.code_version()}
@@ -114,7 +114,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         rows = run.train.batch_size
         for batch in data.validation_batches(run.data, source, batch_size=rows, count=run.log.eval_batches,
                                              process_index=process, process_count=processes):
-          part = jax.device_get(evaluate(state, multihost.to_global(batch, placement, rows)))
+          part = jax.device_get(evaluate(state, multihost.local_to_global(batch, placement, rows)))
           total = {name: total.get(name, 0) + value for name, value in part.items()}
         figures = means(total)
         log.evaluation(step, source, figures, describe_evaluation(source, figures))
@@ -129,7 +129,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       for step in range(start + 1, run.steps + 1):
         with clock.waiting():
           batch = next(batches)
-        state, sums = step_fn(state, multihost.to_global(batch, placement, run.train.batch_size))
+        state, sums = step_fn(state, multihost.local_to_global(batch, placement, run.train.batch_size))
         if pending:
           record(*pending)
         pending = (step, sums)

@@ -39,7 +39,7 @@ class SamplerConfig:
   """How to sample. RL draws from the full distribution (temperature 1); top_p and top_k are for evaluation.
 
   Attributes:
-    rows: samples decoded side by side; the cache's memory is proportional to it.
+    decode_batch_size: samples decoded at the same time; the cache's memory is proportional to it.
     max_prompt_tokens, max_new_tokens: room in a row; EOS is one of the new tokens.
     temperature: logits are divided by it; 0 takes the most probable token.
     top_k: keeps that many most probable tokens, ties as jax.lax.top_k breaks them; 0 keeps all.
@@ -50,7 +50,7 @@ class SamplerConfig:
   Raises ValueError, naming the field first.
   """
 
-  rows: int
+  decode_batch_size: int
   max_prompt_tokens: int
   max_new_tokens: int
   temperature: float = 1.0
@@ -60,7 +60,7 @@ class SamplerConfig:
   record_choices: bool = False
 
   def __post_init__(self):
-    for name in ('rows', 'max_prompt_tokens', 'max_new_tokens', 'decode_steps'):
+    for name in ('decode_batch_size', 'max_prompt_tokens', 'max_new_tokens', 'decode_steps'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
     if not 0 <= self.temperature < math.inf:
@@ -99,15 +99,15 @@ class Sample(NamedTuple):
   choices: np.ndarray | None = None
 
 
-def own_axes(c: model.ModelConfig) -> Any:
-  """Logical axes of `own_weights`: as the model's, but whole along the width, and a list of those of each layer."""
+def decode_param_axes(c: model.ModelConfig) -> Any:
+  """Logical axes of `decode_params`: as the model's, but whole along the width, and a list of those of each layer."""
   whole = lambda names: tuple(None if name == 'embed' else name for name in names)
   return jax.tree.map(
     lambda names: [whole(names[1:])] * c.layers if names[0] == 'layers' else whole(names), model.abstract(c)[2],
     is_leaf=_is_names)
 
 
-def own_weights(c: model.ModelConfig, params: model.transformer.Params) -> Any:
+def decode_params(c: model.ModelConfig, params: model.transformer.Params) -> Any:
   """The sampler's copy: in the compute type, and each layer an array of its own, or each token would copy it again."""
   float32 = {'norm', 'router', 'bias'}
   cast = lambda x, names: x if float32 & set(names) else x.astype(c.dtype)
@@ -135,13 +135,15 @@ class Sampler:
 
   def __init__(self, c: model.ModelConfig, s: SamplerConfig, eos: int, mesh: Mesh | None = None):
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
-    if s.rows % ways:
-      raise ValueError(f'rows must be a multiple of {ways}, the devices they are spread over, got {s.rows}')
+    if s.decode_batch_size % ways:
+      raise ValueError(f'decode_batch_size must be a multiple of {ways}, the devices that it is spread over, got '
+                       f'{s.decode_batch_size}')
     if not 0 <= eos < c.vocab_size:
       raise ValueError(f'eos must be a token id below vocab_size = {c.vocab_size}, got {eos}')
     self.c, self.s, self.eos, self.mesh, self.prompts_at_once = c, s, eos, mesh, ways
     self._weights = jax.jit(
-      functools.partial(own_weights, c), out_shardings=None if mesh is None else model.shardings(mesh, own_axes(c)))
+      functools.partial(decode_params, c),
+      out_shardings=None if mesh is None else model.shardings(mesh, decode_param_axes(c)))
 
   def __call__(
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
@@ -151,7 +153,7 @@ class Sampler:
 
     While the caller works on a group the device decodes on. Token t of a sample depends on nothing but the
     parameters, the prompt's tokens and (seed, step, prompt id, sample index, t): any sample can be drawn again
-    alone, or with other settings of rows and decode_steps. (A matrix product of another shape may round
+    alone, or with other settings of decode_batch_size and decode_steps. (A matrix product of another shape may round
     differently, which moves a draw that falls on the very edge between two tokens.)
 
     Args:
@@ -198,7 +200,7 @@ class Sampler:
     prefilled: dict[int, tuple[model.Cache, int, Any]] = {}  # prompt -> where its keys, values and choices are
     # row -> prompt, index, tokens, log-probabilities, choices
     running: dict[int, tuple[int, int, list, list, list]] = {}
-    free = list(range(s.rows))
+    free = list(range(s.decode_batch_size))
     ended: list[dict[int, Sample]] = [{} for _ in prompts]
     groups = []
     while queue or running:
@@ -258,7 +260,7 @@ class Sampler:
     """Puts samples (row, prompt, index) into their rows; all come from one prefilled cache."""
     cache = prefilled[some[0][1]][0]
     task = _Start(*np.zeros((6, INSERTED), np.uint32))
-    task.row[:] = self.s.rows  # out of range: nothing to put there
+    task.row[:] = self.s.decode_batch_size  # out of range: nothing to put there
     for j, (row, p, i) in enumerate(some):
       prompt = prompts[p]
       for field, value in zip(task, (row, prefilled[p][1], prompt.tokens[-1], self._limit(prompt), prompt.id, i)):
@@ -297,8 +299,8 @@ def _pinned(tree):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _empty(c, s) -> _Rows:
   zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
-  cache = model.empty_cache(c, s.rows, s.max_prompt_tokens + s.max_new_tokens)
-  R = s.rows
+  cache = model.empty_cache(c, s.decode_batch_size, s.max_prompt_tokens + s.max_new_tokens)
+  R = s.decode_batch_size
   return _pinned(_Rows(cache, zeros(R), zeros(R), zeros(R), zeros(R, 2, dtype=jnp.uint32)))
 
 
@@ -385,7 +387,7 @@ def _decode(c, s, eos, weights, rows):
     t, rows, *_ = carry
     return (t < s.decode_steps) & jnp.any(rows.count_R < rows.limit_R)
 
-  shape = (s.decode_steps, s.rows)
+  shape = (s.decode_steps, s.decode_batch_size)
   recorded = s.record_choices and c.moe.experts
   choices = jnp.zeros((*shape, c.layers, c.moe.experts_per_token), jnp.int16) if recorded else None
   carry = (0, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), choices)

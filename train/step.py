@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from betarank.data import Batch
-from betarank.model import ModelConfig, move_router_bias
+from betarank.model import ModelConfig, update_router_bias
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime.state import TrainState, compiler_options, donated
 from betarank.train.score import score_routed, sums
@@ -56,7 +56,7 @@ def make_step(
     params = optax.apply_updates(state.params, updates)
     metrics['grad_norm'] = optax.tree.norm(grads)
     if c.moe.experts and c.moe.router == 'sigmoid':
-      params, bias_LE = move_router_bias(c, params, metrics['expert_load'])
+      params, bias_LE = update_router_bias(c, params, metrics['expert_load'])
       metrics |= {'router_bias_min': bias_LE.min(), 'router_bias_max': bias_LE.max()}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

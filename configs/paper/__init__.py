@@ -35,7 +35,7 @@ def base(a) -> ConfigDict:
   c = common.base()
   c.seed = a.seed
   # Open: tokenizer and vocabulary. Qwen's size with tied embeddings and heads of 128 gives the models' names.
-  c.model.update(vocab_size=151_936, head_dim=128, tied_embeddings=True, remat='full')
+  c.model.update(vocab_size=151_936, head_dim=128, tied_embeddings=True, remat_policy='full')
   c.objective.update(top_k=100, **OBJECTIVES[a.objective])
   mid = 'pretrain' if a.stage == 'pretrain' else 'midtrain'
   c.data.dir = f'runs/data/paper/{mid}'
@@ -44,7 +44,7 @@ def base(a) -> ConfigDict:
   c.data.sources.main.update(uri=f'parquet:corpus/{mid}/*.parquet', max_documents=0)
   c.optimizer.update(lr=3e-4, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8)  # open: b1, b2, eps
   c.checkpoint.update(every_steps=500, keep=2, keep_every_steps=5000)
-  c.log.update(every_steps=10, eval_every_steps=1000, masses=False)
+  c.log.update(every_steps=10, eval_every_steps=1000, head_tail_mass=False)
   {'pretrain': _pretrain, 'midtrain': _midtrain, 'rl': _rl}[a.stage](c)
   return c
 

@@ -17,7 +17,7 @@ from betarank.configs import paper
 def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
-  c.model.update(layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4, remat='attention')
+  c.model.update(layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4, remat_policy='attention')
   c.train.mesh.update(fsdp=16, data=-1)  # 96 rows of a weight a chip; with 6, XLA pads them and reduces zeros
   if a.stage != 'rl':
     c.train.microbatches = 4

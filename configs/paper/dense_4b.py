@@ -23,10 +23,10 @@ from betarank.configs import paper
 def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
-  c.model.update(layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8, remat='full')
+  c.model.update(layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8, remat_policy='full')
   c.train.mesh.update(fsdp=32, data=-1)  # 80 rows of a weight a chip; of 10 or 20, XLA makes sums in place of gathers
   if a.stage == 'rl':
-    c.rl.update(rows=256, microbatches=8)
+    c.rl.update(decode_batch_size=256, microbatches=8)
   else:
     c.train.microbatches = 4
   return c

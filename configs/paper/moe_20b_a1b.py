@@ -23,12 +23,12 @@ def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
   # Open: expert width and heads of this model; 448 and 32/4 give the name's 20B and 1B.
-  c.model.update(layers=24, d_model=1536, heads=32, kv_heads=4, remat='attention')
+  c.model.update(layers=24, d_model=1536, heads=32, kv_heads=4, remat_policy='attention')
   # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
-  c.model.moe.update(experts=384, experts_per_token=12, d_expert=448, router='sigmoid', bias_rate=1e-3)
+  c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=448, router='sigmoid', bias_update_rate=1e-3)
   c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts a chip
   if a.stage == 'rl':
-    c.rl.update(rows=256, microbatches=8)
+    c.rl.update(decode_batch_size=256, microbatches=8)
   else:
     c.train.microbatches = 4
   return c

@@ -22,8 +22,10 @@ DEPTH = 6
 SYMBOLS = {'beta': 'β', 'lambda_head': 'λ̃', 'lambda_tail': 'λ̂'}
 # Settings that don't make another arm: where and how a run is carried out, and what is told of elsewhere.
 NOT_AN_ARM = ('seed', 'objective', 'data.dir', 'data.tokenizer', 'train.init_from', 'train.init_what', 'train.mesh',
-              'train.microbatches', 'train.tokens', 'checkpoint', 'log', 'eval', 'rl.rows', 'rl.microbatches',
-              'rl.steps', 'rl.verifier', 'rl.eval_prompts', 'rl.eval_samples', 'model.remat', 'model.scan_layers',
+              'train.microbatches', 'train.tokens', 'checkpoint', 'log', 'eval', 'rl.decode_batch_size',
+              'rl.microbatches',
+              'rl.steps', 'rl.verifier', 'rl.eval_prompts', 'rl.eval_samples',
+              'model.remat_policy', 'model.scan_layers',
               'model.attention', 'model.compute_dtype')
 
 

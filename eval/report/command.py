@@ -33,7 +33,7 @@ from betarank.runtime import workdir
 
 CURVES = {'ce_nats': 'cross-entropy (nats)', 'entropy_nats': 'entropy (nats)', 'tail_mass': 'tail mass'}
 RL_CURVES = {'pass_rate': 'pass rate (reward)', 'entropy_nats': 'entropy (nats)', 'length_tokens': 'length (tokens)',
-             'truncated_share': 'truncated share', 'groups_without_signal': 'share of groups without signal'}
+             'truncated_share': 'truncated share', 'zero_variance_groups': 'share of groups without signal'}
 DISTRIBUTION = ('ce_nats', 'bits_per_byte', 'perplexity', 'entropy_nats', 'entropy_top20_nats', 'tail_mass',
                 'top_gap_nats', 'ece', 'rank1_accuracy')
 DYNAMICS = ('pass_rate', 'entropy_nats', 'length_tokens', 'truncated_share')

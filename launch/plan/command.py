@@ -35,7 +35,7 @@ class Plan:
   chips: int
   mesh: dict[str, int]
   microbatches: int
-  remat: str
+  remat_policy: str
   fits: bool
   problem: str  # why it doesn't
   hbm_bytes: float
@@ -122,13 +122,13 @@ def make_plans(run, topology, devices, folder: pathlib.Path, say=lambda text: No
     for old in folder.iterdir():
       old.unlink()
     if name == 'decode':
-      length, tokens, share = rl.max_prompt_tokens + max(rl.max_new_tokens), rl.rows * 8, 1 / 3
+      length, tokens, share = rl.max_prompt_tokens + max(rl.max_new_tokens), rl.decode_batch_size * 8, 1 / 3
     else:
       length = rl.max_prompt_tokens + max(rl.max_new_tokens) if rl else run.data.sequence_length
       tokens, share = rows * length, 1.0
     plan = Plan(
       name, topology.name + (f' x {topology.slices}' if topology.slices > 1 else ''), topology.chips,
-      {axis: size for axis, size in mesh.shape.items() if size > 1}, parts, run.model.remat, False, '',
+      {axis: size for axis, size in mesh.shape.items() if size > 1}, parts, run.model.remat_policy, False, '',
       topology.chip.hbm_bytes, programs.shard_bytes(state.params), programs.shard_bytes(state.opt_state), 0, 0, 0.0,
       None, (0.0, 0.0), tokens)
     say(f'compiling {name} for {plan.topology}, {topology.chips} chips, '
@@ -186,7 +186,7 @@ def report(run, topology, plans, usd: float) -> None:
   for plan in plans:
     mesh = ' x '.join(f'{axis} {n}' for axis, n in plan.mesh.items()) or 'one device'
     parts = f', {plan.microbatches} microbatches' if plan.program != 'decode' else ''
-    print(f'\n{plan.program}: {plan.topology}, {plan.chips} chips, mesh {mesh}{parts}, remat {plan.remat} '
+    print(f'\n{plan.program}: {plan.topology}, {plan.chips} chips, mesh {mesh}{parts}, remat {plan.remat_policy} '
           f'(compiled in {plan.compile_s:.0f} s)')
     if not plan.fits:
       print(f'  DOES NOT FIT: {plan.problem}. {would_fit(run, plan)}')
@@ -200,7 +200,8 @@ def report(run, topology, plans, usd: float) -> None:
     if p.unread:
       print(f'  NOT COUNTED {", ".join(p.unread)}: kernels whose bundles were not found')
     if plan.program == 'decode':
-      print(f'  speed       {plan.tokens / high:,.0f} to {plan.tokens / low:,.0f} tokens/s from {run.rl.rows} rows')
+      print(f'  speed       {plan.tokens / high:,.0f} to {plan.tokens / low:,.0f} tokens/s from '
+            f'{run.rl.decode_batch_size} rows')
     else:
       print(f'  MFU         {plan.mfu[0]:.1%} to {plan.mfu[1]:.1%} of {topology.chip.flops / 1e12:.0f} TFLOP/s')
       print(f'  tokens      {_short(plan.tokens / high * 86_400)} to {_short(plan.tokens / low * 86_400)} a day')
@@ -229,7 +230,7 @@ def stage_seconds(run, plans) -> tuple[float, float]:
   rl = run.rl
   before, total = 0, [0.0, 0.0]
   for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
-    dispatches = -(-rl.prompts * rl.samples // rl.rows) * new / 8
+    dispatches = -(-rl.prompts_per_step * rl.group_size // rl.decode_batch_size) * new / 8
     for side in (0, 1):
       total[side] += (end - before) * (dispatches * by_name['decode'][side] + rl.minibatches * by_name['update'][side])
     before = end
@@ -240,18 +241,19 @@ def would_fit(run, plan: Plan) -> str:
   """What to change, nearest first."""
   state = plan.params_bytes + plan.optimizer_bytes
   if plan.program == 'decode':
-    return f'Try --config.rl.rows={max(1, run.rl.rows // 2)}, or a larger tensor axis, which splits the cache.'
+    return (f'Try --config.rl.decode_batch_size={max(1, run.rl.decode_batch_size // 2)}, or a larger tensor axis, '
+            'which splits the cache.')
   if state > 0.5 * plan.hbm_bytes:
     return (f'Parameters and optimizer alone take {state / GB:.1f} GB a chip: make fsdp larger (data smaller), or take '
             'more chips, or --config.optimizer.moment_dtype=bfloat16.')
   ways = plan.mesh.get('data', 1) * plan.mesh.get('fsdp', 1) * plan.mesh.get('expert', 1)
   rows, key = (run.train.batch_size, 'train') if plan.program == 'train' else (
-    run.rl.prompts // run.rl.minibatches * run.rl.samples, 'rl')
+    run.rl.prompts_per_step // run.rl.minibatches * run.rl.group_size, 'rl')
   tips = []
   if rows // ways // plan.microbatches > 1:
     tips.append(f'--config.{key}.microbatches={plan.microbatches * 2}')
-  if plan.remat != 'full':
-    tips.append('--config.model.remat=full')
+  if plan.remat_policy != 'full':
+    tips.append('--config.model.remat_policy=full')
   tips.append('--config.train.mesh.context=2 (or tensor=2), which splits the rows themselves')
   return 'Try ' + ', then '.join(tips) + '.'
 

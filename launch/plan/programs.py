@@ -48,7 +48,7 @@ def make_mesh(run: RunConfig | RlRun, devices) -> Mesh:
 def run_rows(run: RunConfig | RlRun) -> tuple[int, int]:
   """(rows of an update, parts they are worked through in)."""
   if isinstance(run, RlRun):
-    return run.rl.prompts // run.rl.minibatches * run.rl.samples, run.rl.microbatches
+    return run.rl.prompts_per_step // run.rl.minibatches * run.rl.group_size, run.rl.microbatches
   return run.train.batch_size, run.train.microbatches
 
 
@@ -62,7 +62,7 @@ def programs(run: RunConfig | RlRun, mesh: Mesh) -> tuple[Any, dict[str, Lower]]
   rows = run_rows(run)[0]
   if rl is None:
     tokens = array((rows, run.data.sequence_length), jnp.int32, 'batch', 'length')
-    stats, byte_counts = 'full' if run.log.masses else 'basic', np.ones(run.model.vocab_size, np.int32)
+    stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
     step = lambda: make_step(run.model, run.objective, tx, byte_counts, run.train.microbatches, stats).lower(
       state, Batch(tokens, tokens, tokens, tokens))
     return state, {'train': _on(mesh, step)}
@@ -77,12 +77,12 @@ def programs(run: RunConfig | RlRun, mesh: Mesh) -> tuple[Any, dict[str, Lower]]
 def _lower_decode(run: RlRun, mesh: Mesh, state):
   """A dispatch of the sampler: decode_steps tokens for every row, at the longest phase's room."""
   c, rl = run.model, run.rl
-  settings = sampler.SamplerConfig(rl.rows, rl.max_prompt_tokens, max(rl.max_new_tokens))
+  settings = sampler.SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens))
   rows = jax.eval_shape(lambda: sampler._empty(c, settings))
   place = lambda x, *axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, model.spec(*axes)))
   rows = jax.tree.map(lambda x: place(x, *sampler.CACHE_AXES[x.ndim]), rows)
-  weights = jax.eval_shape(lambda params: sampler.own_weights(c, params), state.params)
-  weights = jax.tree.map(lambda names, x: place(x, *names), sampler.own_axes(c), weights,
+  weights = jax.eval_shape(lambda params: sampler.decode_params(c, params), state.params)
+  weights = jax.tree.map(lambda names, x: place(x, *names), sampler.decode_param_axes(c), weights,
                          is_leaf=lambda names: isinstance(names, tuple))
   return sampler._decode.lower(c, settings, 0, weights, rows)
 

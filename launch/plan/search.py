@@ -20,12 +20,12 @@ ROWS_A_CHIP = (1, 2, 4, 8)  # of a microbatch
 class Candidate:
   mesh: tuple[tuple[str, int], ...]
   microbatches: int
-  remat: str
+  remat_policy: str
   guess_bytes: float  # state, gradients and what the remat policy saves: a lower bound on memory
 
   def __str__(self):
     mesh = ' x '.join(f'{axis} {n}' for axis, n in self.mesh if n > 1) or 'one device'
-    return f'{mesh}, {self.microbatches} microbatches, remat {self.remat}'
+    return f'{mesh}, {self.microbatches} microbatches, remat {self.remat_policy}'
 
 
 def candidates(run, topology: Topology) -> list[Candidate]:
@@ -45,7 +45,7 @@ def candidates(run, topology: Topology) -> list[Candidate]:
   order = list(REMAT)
   fits = [f for f in found if f.guess_bytes < topology.chip.hbm_bytes]
   # Little recomputation, then many rows a chip, then the widest fsdp but one: it leaves room, and gathers stay short.
-  return sorted(fits, key=lambda f: (order.index(f.remat), f.microbatches, f.guess_bytes))
+  return sorted(fits, key=lambda f: (order.index(f.remat_policy), f.microbatches, f.guess_bytes))
 
 
 def _powers(limit):
@@ -56,7 +56,7 @@ def _least_bytes(c, fsdp: int, expert: int, tokens: int, remat: str) -> float:
   """State and gradients in float32 (16 bytes a parameter), and the layers' saved activations, of a chip."""
   counts = parameter_counts(c)
   state = 16 * (counts['experts'] / expert + sum(counts.values()) - counts['experts']) / fsdp
-  hidden = c.moe.experts_per_token * c.moe.d_expert + c.moe.shared_d_ff if c.moe.experts else c.d_ff
+  hidden = c.moe.experts_per_token * c.moe.expert_d_ff + c.moe.shared_d_ff if c.moe.experts else c.d_ff
   widths = {'qkv': (c.heads + 2 * c.kv_heads) * c.head_dim, 'attention': c.heads * c.head_dim, 'mlp': 2 * hidden}
   saved = c.d_model + sum(widths[name] for name in REMAT[remat])
   return state + 2 * c.layers * tokens * saved
@@ -75,7 +75,7 @@ def search(config: ConfigDict, topology: Topology, devices, folder: pathlib.Path
   found: list[tuple[Candidate, command.Plan]] = []
   for number, candidate in enumerate(chosen, 1):
     overrides = {f'train.mesh.{axis}': str(n) for axis, n in candidate.mesh}
-    overrides |= {f'{section}.microbatches': str(candidate.microbatches), 'model.remat': candidate.remat}
+    overrides |= {f'{section}.microbatches': str(candidate.microbatches), 'model.remat_policy': candidate.remat_policy}
     changed = config.copy_and_resolve_references().unlock()
     for key, value in overrides.items():
       load.override(changed, key, value)
@@ -99,7 +99,7 @@ def _spread(wanted: list[Candidate], tries: int) -> list[Candidate]:
   """The first of each (mesh, remat) pair in turn, so that few tries still see every policy."""
   groups: dict[str, list[Candidate]] = {}
   for candidate in wanted:
-    groups.setdefault(candidate.remat, []).append(candidate)
+    groups.setdefault(candidate.remat_policy, []).append(candidate)
   turns = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
   return [candidate for candidate in turns if candidate][:tries]
 

@@ -11,7 +11,7 @@ from betarank.train.config import run_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.py')
-               if p.name not in ('__init__.py', 'common.py', 'load.py'))
+               if p.name not in ('__init__.py', *load.NOT_EXPERIMENTS))
 
 
 def check(config):
@@ -34,7 +34,7 @@ def test_the_paper_s_recipe_is_the_default():
   with config.unlocked():
     config.rl = common.rl()
   rl = check(config).rl
-  assert (rl.steps, rl.prompts, rl.samples) == (1000, 128, 16)
+  assert (rl.steps, rl.prompts_per_step, rl.group_size) == (1000, 128, 16)
   assert rl.max_new_tokens == (8192, 16_384) and rl.phase(700) == 0 and rl.phase(701) == 1
   assert rl.advantage.name == 'grpo' and rl.loss.name == 'clip_higher' and rl.loss.kl_weight == 0
   assert (rl.loss.eps_low, rl.loss.eps_high, rl.minibatches) == (0.2, 0.28, 1)

@@ -33,9 +33,9 @@ def shrunken(name, arg):
            'train.batch_size': '2', 'objective.top_k': '4', 'train.mesh.fsdp': '1', 'train.mesh.data': '1',
            'train.mesh.expert': '1', 'train.tokens': '3200', 'optimizer.warmup_steps': '0'}
   if name.startswith('moe'):
-    small |= {'model.moe.experts': '8', 'model.moe.experts_per_token': '2', 'model.moe.d_expert': '8'}
+    small |= {'model.moe.experts': '8', 'model.moe.experts_per_token': '2', 'model.moe.expert_d_ff': '8'}
   if 'stage=rl' in arg:
-    small |= {'rl.prompts': '1', 'rl.samples': '2', 'rl.microbatches': '1', 'rl.eval_prompts': '1'}
+    small |= {'rl.prompts_per_step': '1', 'rl.group_size': '2', 'rl.microbatches': '1', 'rl.eval_prompts': '1'}
   return config(name, arg, **small)
 
 
@@ -69,7 +69,7 @@ def test_the_argument_sets_stage_and_objective(objective):
   assert (mid.data.sequence_length, mid.model.rope_base, mid.steps) == (16_384, 1e6, 5961)
   assert (mid.optimizer.decay_fraction, mid.optimizer.final_lr, mid.tokens_per_step) == (1.0, 3e-5, 2**24)
   rl = rl_run(config('dense_4b', f'objective={objective},stage=rl'))
-  assert (rl.rl.prompts, rl.rl.samples, rl.optimizer.lr, rl.rl.phase_steps) == (128, 16, 1e-6, (700,))
+  assert (rl.rl.prompts_per_step, rl.rl.group_size, rl.optimizer.lr, rl.rl.phase_steps) == (128, 16, 1e-6, (700,))
 
 
 @pytest.mark.parametrize('arg, message', [('stage=mid', 'stage=mid: must be one of pretrain, midtrain, rl'),

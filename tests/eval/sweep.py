@@ -48,7 +48,7 @@ def run(path, *, objective, seed, steps, entropy, init_from=''):
     line = {'step': step, 'train/entropy_nats': entropy + 1 / step + noise[step], 'train/grad_norm': 1.0}
     if rl:
       line |= {'train/pass_rate': min(0.9, step / steps), 'train/length_tokens': 50.0 + step,
-               'train/truncated_share': 0.1, 'train/groups_without_signal': 0.3, 'train/sampler_gap_mean': 1e-6}
+               'train/truncated_share': 0.1, 'train/zero_variance_groups': 0.3, 'train/sampler_gap_mean': 1e-6}
     else:
       line |= {'train/ce_nats': 2 + 1 / step + noise[step], 'train/tail_mass': 0.1 + noise[step] / 10,
                'train/loss_nats': 2 + 1 / step, 'train/bits_per_byte': 1.0, 'train/lr': 1e-3, 'train/tokens': 4096.0}

@@ -25,7 +25,7 @@ URI = 'reasoning:chain_sum?max_terms=2'
 FOLDER = 'reasoning_chain_sum_max_terms=2'
 PROBLEMS, N = 30, 4
 SMALL = [f'--config.eval.sample.{setting}' for setting in (
-  f'problems={PROBLEMS}', f'samples={N}', 'max_new_tokens=24', 'rows=4')]
+  f'problems={PROBLEMS}', f'samples={N}', 'max_new_tokens=24', 'decode_batch_size=4')]
 
 
 def start(run_dir, *extra):
@@ -111,7 +111,7 @@ def table(out):
 
 def opened(run_dir, **overrides):
   """The samples of checkpoint 8 as the command finds them."""
-  [subject] = settings.find_subjects(str(run_dir))
+  [subject] = settings.find_checkpoints(str(run_dir))
   config = settings.configure(subject)
   config.eval.sample.update({'problems': PROBLEMS, 'samples': N, 'max_new_tokens': 24, 'rows': 4, **overrides})
   run = settings.eval_run(config, subject)
@@ -120,7 +120,7 @@ def opened(run_dir, **overrides):
 
 def test_other_settings_are_not_mixed_in(undisturbed, run_dir):
   before = undisturbed[0].read_text()
-  assert opened(run_dir).missing == [] and opened(run_dir, rows=8).missing == []
+  assert opened(run_dir).missing == [] and opened(run_dir, decode_batch_size=8).missing == []
   for setting, message in ((dict(temperature=1.0), 'temperature = 0.7, now 1.0'), (dict(samples=8), 'n = 4, now 8'),
                            (dict(prompt='Say {question}\n'), 'data_sha256 = '), (dict(seed=1), 'seed = 0, now 1')):
     with pytest.raises(settings.EvalError, match=message):
@@ -140,7 +140,7 @@ def test_two_samplings_of_a_run_are_not_mixed_but_a_probe_may_go_on_beside(run_d
 
 
 def test_a_sample_is_judged_as_it_is_stored(run_dir):
-  [subject] = settings.find_subjects(str(run_dir))
+  [subject] = settings.find_checkpoints(str(run_dir))
   tokenizer = Tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
   task = Task('id', 'Q', 'Question: Q\nSolution:', '1/2', 'math', 'line')
   texts = [' so\nAnswer: 0.5\n', ' hm\nAnswer: 3', ' hm', ' hm\nAnswer: 1/2']
@@ -177,7 +177,7 @@ def test_a_boxed_answer_to_a_question_of_its_own_does_not_count():
 def test_made_up_problems_are_ones_that_rl_never_sees(run_dir):
   from betarank.tasks.task_set import TaskConfig, TaskSet
 
-  [subject] = settings.find_subjects(str(run_dir))
+  [subject] = settings.find_checkpoints(str(run_dir))
   c = dataclasses.replace(settings.eval_run(settings.configure(subject), subject).eval.sample, problems=20)
   asked = open_benchmark('reasoning:chain_sum', c).tasks
   trained = TaskSet(TaskConfig('reasoning:chain_sum', held_out_fraction=c.held_out_fraction))

@@ -57,8 +57,9 @@ TEXTS = requests('loglikelihood_rolling', [('What is 3 + 4?',), ('x',), ('12 - 7
 @pytest.fixture(scope='module')
 def ours(run_dir):
   """As the harness makes it from its name."""
-  made = get_model('betarank').create_from_arg_string(f'checkpoint={run_dir},eval.sample.rows=8', {'batch_size': 8})
-  assert isinstance(made, lm_harness.Betarank) and made._run.eval.sample.rows == 8
+  made = get_model('betarank').create_from_arg_string(
+    f'checkpoint={run_dir},eval.sample.decode_batch_size=8', {'batch_size': 8})
+  assert isinstance(made, lm_harness.Betarank) and made._run.eval.sample.decode_batch_size == 8
   return made
 
 
@@ -77,7 +78,7 @@ def folder(tmp_path_factory):
 def test_likelihoods_are_those_of_all_logits(ours, run_dir):
   run, tokenizer = ours._run, ours._tokens
   _, shapes, _ = model.abstract(run.model)
-  [subject] = settings.find_subjects(str(run_dir))
+  [subject] = settings.find_checkpoints(str(run_dir))
   params = restore_weights(subject.path, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))[0]
 
   @jax.jit

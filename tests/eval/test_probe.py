@@ -217,6 +217,6 @@ def test_the_command_ends_in_one_line():
 def test_section_eval_is_what_the_command_adds(run_dir):
   from betarank.eval import config as settings
 
-  [subject] = settings.find_subjects(str(run_dir))
+  [subject] = settings.find_checkpoints(str(run_dir))
   assert settings.configure(subject).eval == common.evaluation()
   assert settings.eval_run(settings.configure(subject), subject).eval.sample.samples == 128  # the paper's

@@ -59,7 +59,7 @@ class Campaign:
                           '--config.rl.task.uri=reasoning:decimal_chain_sum?max_terms=2&max_digits=1')),
       Kind('eval', 0, ('eval', 'sample', '--checkpoint={workdir}', f'--benchmark={SUMS}',
                        '--config.eval.sample.problems=24', '--config.eval.sample.samples=4',
-                       '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.rows=8'), of='rl'),
+                       '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.decode_batch_size=8'), of='rl'),
       Kind('sweep', 0, ('sweep', '--config=tests/tiny_sweep.py:dir={workdir}/data,arms=1', '--root={workdir}',
                         '--parallel=2')),
     )}

@@ -405,10 +405,12 @@ def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 # Name: (what does it, kinds of run that it needs; it uses others where they are there, how many points of a hundred).
 CLASSES = {
   'pretrain SIGKILL': (killed('train'), 'train', 100),
-  'pretrain SIGKILL in a save\'s manifest': (killed_inside('train', 'betarank.runtime.integrity:write', 3, 0.01), 'train', 50),
+  'pretrain SIGKILL in a save\'s manifest': (
+    killed_inside('train', 'betarank.runtime.integrity:write', 3, 0.01), 'train', 50),
   'RL SIGKILL': (killed('rl'), 'rl', 100),
   'RL SIGKILL in a rollout': (killed_inside('rl', 'betarank.rl.loop:graded_groups', 12, 0.3), 'rl', 100),
-  'eval SIGKILL': (killed_inside('eval', 'betarank.eval.generate:judged betarank.eval.generate:SampleFile.append', 24, 0.02),
+  'eval SIGKILL': (killed_inside(
+    'eval', 'betarank.eval.generate:judged betarank.eval.generate:SampleFile.append', 24, 0.02),
                    'eval', 100),
   'sweep SIGKILL': (killed_sweep, 'sweep', 100),
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),

@@ -361,8 +361,8 @@ def _model():
 
   dense = model.ModelConfig(
     vocab_size=20, layers=1, d_model=8, d_ff=12, heads=2, kv_heads=1, head_dim=4, rope_base=1e4, norm_eps=1e-6,
-    tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
-  sparse = MoeConfig(experts=2, experts_per_token=1, d_expert=4)
+    tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
+  sparse = MoeConfig(experts=2, experts_per_token=1, expert_d_ff=4)
   return [dense, dataclasses.replace(dense, moe=dataclasses.replace(sparse, router='softmax')),
           dataclasses.replace(dense, moe=sparse)]
 

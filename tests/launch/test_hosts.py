@@ -13,7 +13,7 @@ import time
 import pytest
 
 from betarank.runtime import checkpoint, job
-from betarank.runtime.rendezvous import LOST, HostError, Place, call_roll
+from betarank.runtime.rendezvous import LOST, HostError, Place, rendezvous
 from tests import runs
 from tests.runs import (
   BETARANK,
@@ -185,7 +185,7 @@ def roll_call(facts, processes=None, deadline_s=20.0, indices=None, refused=''):
   def attend(slot, index):
     try:
       place = Place(f'127.0.0.1:{port}', processes or len(facts), index, None)
-      results[slot], _ = call_roll(place, facts[slot], deadline_s, refused if index == 0 else '')
+      results[slot], _ = rendezvous(place, facts[slot], deadline_s, refused if index == 0 else '')
     except HostError as error:
       results[slot] = str(error)
 
@@ -219,13 +219,13 @@ def test_the_roll_call_names_who_does_not_fit(arguments, message):
 
 def test_the_roll_call_without_process_0_says_so():
   with pytest.raises(HostError, match='process 0 of 2 could not be reached at 127.0.0.1'):
-    call_roll(Place(f'127.0.0.1:{free_port()}', 2, 1, None), {}, 1.0)
+    rendezvous(Place(f'127.0.0.1:{free_port()}', 2, 1, None), {}, 1.0)
 
 
 def test_the_roll_call_is_not_disturbed_by_strangers():
   port, results = free_port(), []
   place = lambda i: Place(f'127.0.0.1:{port}', 2, i, None)
-  first = threading.Thread(target=lambda: results.append(call_roll(place(0), {}, 30.0)[0]))
+  first = threading.Thread(target=lambda: results.append(rendezvous(place(0), {}, 30.0)[0]))
   first.start()
   for text in (b'GET / HTTP/1.1\r\n\r\n', b'{}\n', b'[]\n'):
     for _ in range(100):
@@ -235,7 +235,7 @@ def test_the_roll_call_is_not_disturbed_by_strangers():
         break
       except ConnectionRefusedError:
         time.sleep(0.05)
-  results.append(call_roll(place(1), {}, 30.0)[0])
+  results.append(rendezvous(place(1), {}, 30.0)[0])
   first.join(30)
   assert results[0] == results[1] and f'pid {os.getpid()}' in json.dumps(results)
 

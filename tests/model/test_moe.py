@@ -12,10 +12,10 @@ from betarank import model
 from betarank.model import moe
 from betarank.model.kernels import experts_tpu, rows_tpu
 
-MOE = model.MoeConfig(experts=8, experts_per_token=2, d_expert=16)
+MOE = model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16)
 CONFIG = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True, moe=MOE)
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True, moe=MOE)
 SOFTMAX = dataclasses.replace(MOE, router='softmax', balance_weight=0.01, shared_d_ff=24)
 
 
@@ -85,7 +85,7 @@ def check(c, params, x_BTD, real_BT):
 
 @pytest.mark.parametrize('changes', [
   {}, {'kernel': 'ragged'}, {'kernel': 'pallas'}, {'kernel': 'triton'},
-  {'experts': 7, 'experts_per_token': 3, 'd_expert': 5}, {'experts': 1, 'experts_per_token': 1},
+  {'experts': 7, 'experts_per_token': 3, 'expert_d_ff': 5}, {'experts': 1, 'experts_per_token': 1},
   {'experts': 5, 'experts_per_token': 5, 'routed_scale': 2.5}, dataclasses.asdict(SOFTMAX)])
 def test_fast_equals_a_slow_loop_over_experts(changes):
   c = with_moe(**changes)
@@ -191,7 +191,7 @@ def test_scan_equals_loop_and_remat_equals_plain(params):
     return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.forward(c, p, *batch)[0] * weight_D)))(params)
 
   want = value_and_grad(CONFIG)
-  for changes in ({'scan_layers': False, 'remat': 'full'}, {'remat': 'matmuls'}):
+  for changes in ({'scan_layers': False, 'remat_policy': 'full'}, {'remat_policy': 'matmuls'}):
     same(value_and_grad(dataclasses.replace(CONFIG, **changes)), want)
 
 
@@ -214,7 +214,7 @@ def test_parameter_counts_of_the_paper():
   """Its table of models, with Qwen's vocabulary, tied embeddings and head_dim 128; active is without embeddings."""
   base = dataclasses.replace(CONFIG, vocab_size=151_936, head_dim=128)
   dense = dataclasses.replace(base, moe=model.MoeConfig())
-  experts = dataclasses.replace(MOE, experts=384, experts_per_token=12, d_expert=320)
+  experts = dataclasses.replace(MOE, experts=384, experts_per_token=12, expert_d_ff=320)
   for c, total, active in (
     (dataclasses.replace(dense, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4), 1.05, None),
     (dataclasses.replace(dense, layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8), 4.02, None),
@@ -239,7 +239,7 @@ def test_counts_match_what_is_made():
 
 @pytest.mark.parametrize('changes, message', [
   ({'experts_per_token': 9}, 'experts_per_token must be from 1 to experts = 8, got 9'),
-  ({'d_expert': 0}, 'd_expert must be > 0, got 0'),
+  ({'expert_d_ff': 0}, 'expert_d_ff must be > 0, got 0'),
   ({'experts': -1}, 'experts must be >= 0, got -1'),
   ({'router': 'tanh'}, "router must be one of sigmoid, softmax, got 'tanh'"),
   ({'balance_weight': 0.1}, "balance_weight must be 0 for router 'sigmoid'"),

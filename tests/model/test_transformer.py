@@ -12,7 +12,7 @@ from betarank import model
 
 CONFIG = model.ModelConfig(
   vocab_size=64, layers=3, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
 
 
 @pytest.fixture(scope='module')
@@ -81,8 +81,8 @@ def test_nothing_sees_padding_or_the_future(params):
 def test_scan_equals_loop_and_remat_equals_plain(params):
   batch = row(9, 6)
   want = value_and_grad(CONFIG, params, *batch)
-  for changes in ({'scan_layers': False}, *({'remat': name} for name in model.config.REMAT if name != 'none'),
-                  {'remat': 'matmuls', 'offload': True}):
+  for changes in ({'scan_layers': False}, *({'remat_policy': name} for name in model.config.REMAT if name != 'none'),
+                  {'remat_policy': 'matmuls', 'offload_activations': True}):
     same(value_and_grad(dataclasses.replace(CONFIG, **changes), params, *batch), want)
 
 
@@ -170,8 +170,8 @@ def test_parameters_are_born_sharded_and_the_same_on_any_mesh(params):
   [
     ({'kv_heads': 3}, 'kv_heads must divide heads = 4, got 3'),
     ({'head_dim': 7}, 'head_dim must be even'),
-    ({'remat': 'some'}, "remat must be one of none, matmuls, qkv, attention, full, got 'some'"),
-    ({'offload': True}, "offload needs a remat that saves something .*, got 'none'"),
+    ({'remat_policy': 'some'}, "remat_policy must be one of none, matmuls, qkv, attention, full, got 'some'"),
+    ({'offload_activations': True}, "offload_activations needs a remat_policy that saves something .*, got 'none'"),
     ({'layers': 0}, 'layers must be > 0, got 0'),
   ],
 )

@@ -93,7 +93,7 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(name):
 def test_has_signal():
   rewards = np.array([[1, 1, 0], [1, 1, 1], [1, 1, np.nan], [0, 1, 1], [1, 0, 0]], np.float32)
   valid = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)
-  assert adv.has_signal(rewards, valid).tolist() == [True, False, False, False, False]
+  assert adv.has_reward_variance(rewards, valid).tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize('field,value', [('name', 'gae'), ('ddof', 2), ('k', 0), ('positive_weight', -1.0)])

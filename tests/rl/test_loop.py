@@ -74,7 +74,7 @@ def test_killed_and_started_again_equals_uninterrupted(undisturbed, config, tmp_
 
 # A reference, covariance terms and two updates a step, on two devices; samples enough for some to be right each step.
 EVERYTHING = ('--config.rl.steps=4', '--config.rl.loss.kl_weight=0.1', '--config.rl.loss.cov=kl_cov',
-              '--config.rl.minibatches=2', '--config.rl.samples=16')
+              '--config.rl.minibatches=2', '--config.rl.group_size=16')
 
 
 @pytest.fixture(scope='module')
@@ -121,10 +121,10 @@ def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
 @pytest.mark.parametrize(
   'override, message',
   [
-    ('--config.rl.samples=1', 'config.rl.samples must be >= 2'),
+    ('--config.rl.group_size=1', 'config.rl.group_size must be >= 2'),
     ('--config.rl.task.uri=reasonin:x', 'config.rl.task.uri must be'),
     ('--config.rl.loss.eps_low=2', 'config.rl.loss.eps_low must be in [0, 1]'),
-    ('--config.rl.minibatches=3', 'config.rl.minibatches must divide prompts = 4'),
+    ('--config.rl.minibatches=3', 'config.rl.minibatches must divide prompts_per_step = 4'),
     ('--config.rl.loss.cov=kl_cov', "config.rl.minibatches must be > 1 with loss.cov = 'kl_cov'"),
     ('--config.train.init_from=nowhere', 'nowhere: no checkpoint there'),
     ('--config.model.rope_base=1e6', 'config.model.rope_base must be 10000.0'),

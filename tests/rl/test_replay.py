@@ -16,8 +16,8 @@ from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True,
-  moe=model.MoeConfig(experts=8, experts_per_token=2, d_expert=16))
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True,
+  moe=model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16))
 ADAMW = OptimizerConfig(lr=1e-3, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
                         weight_decay=0.1, clip_norm=1.0)
 PROMPTS = [Prompt(0, [3, 1, 4, 1, 5]), Prompt(1, [9, 2])]
@@ -37,7 +37,7 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
   for group in groups:
     for sample in group.samples:
       assert sample.choices.shape == (len(group.prompt) + len(sample.tokens) - 1, C.layers, 2)
-  out = pack(groups, prompts=2, samples=4, length=12, truncated='wrong')
+  out = pack(groups, prompts=2, samples=4, length=12, truncated_reward='zero')
   assert max(lengths(groups)) <= 12 and out.choices_BTLk.dtype == np.int16
 
   with jax.set_mesh(mesh):

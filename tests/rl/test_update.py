@@ -18,7 +18,7 @@ from betarank.train.sampler import Sample
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
 TX = make_optimizer(OptimizerConfig(lr=1e-2, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
                                     eps=1e-8, weight_decay=0.0, clip_norm=1e9), 10, model.abstract(C)[2])
 LOSS = PolicyLossConfig()
@@ -175,7 +175,7 @@ def group(cursor, prompt, answers, verdicts, finishes):
 
 def test_rollouts_are_laid_out_as_they_were_drawn():
   groups = [group(0, [2, 5, 6], [[7, 3], [8, 9, 3]], [Verdict.RIGHT, Verdict.UNDECIDED], ['eos', 'eos'])]
-  out = pack(groups, prompts=2, samples=2, length=6, truncated='wrong')
+  out = pack(groups, prompts=2, samples=2, length=6, truncated_reward='zero')
   np.testing.assert_array_equal(out.batch.tokens_BT[1], [2, 5, 6, 8, 9, 0])
   np.testing.assert_array_equal(out.batch.targets_BT[1], [5, 6, 8, 9, 3, 0])
   np.testing.assert_array_equal(out.completion_BT[1], [0, 0, 1, 1, 1, 0])
@@ -186,8 +186,8 @@ def test_rollouts_are_laid_out_as_they_were_drawn():
 
 
 @pytest.mark.parametrize(
-  'truncated, valid, signal', [('wrong', [True, True], True), ('left_out', [True, False], False)])
+  'truncated, valid, signal', [('zero', [True, True], True), ('masked', [True, False], False)])
 def test_truncated_answers_follow_the_stated_rule(truncated, valid, signal):
   g = group(0, [2], [[7, 3], [8, 9]], [Verdict.RIGHT, Verdict.WRONG], ['eos', 'length'])
   assert g.rewards(truncated) == ([1.0, 0.0], valid)
-  assert g.has_signal(truncated) is signal
+  assert g.has_reward_variance(truncated) is signal

@@ -17,7 +17,7 @@ from betarank.train.optimizer import OptimizerConfig, make_optimizer
 
 C = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=False, compute_dtype='float32', remat='none', scan_layers=True)
+  tied_embeddings=False, compute_dtype='float32', remat_policy='none', scan_layers=True)
 TX = make_optimizer(OptimizerConfig(lr=1e-2, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
                                     eps=1e-8, weight_decay=0.1, clip_norm=1.0), 10, model.abstract(C)[2])
 KEEP = CheckpointConfig(every_steps=1, keep=2, keep_every_steps=0)

@@ -188,9 +188,8 @@ def test_in_a_bucket_a_start_compares_sizes_and_small_files_and_verify_all(tmp_p
 NO_DEVICES = '''
 import sys
 from betarank.runtime import checkpoint
-sys.argv = ['checkpoint', *sys.argv[1:]]
 try:
-  checkpoint.main()
+  checkpoint.main(sys.argv[1:])
 finally:
   from jax._src import xla_bridge
   assert not xla_bridge._backends, 'a device was touched'

@@ -55,6 +55,6 @@ def test_a_local_batch_becomes_the_global_one():
   mesh = model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2))
   sharding = NamedSharding(mesh, model.spec('batch', 'length'))
   rows = np.arange(48).reshape(8, 6)
-  out = multihost.to_global({'x': rows}, sharding, 8)['x']
+  out = multihost.local_to_global({'x': rows}, sharding, 8)['x']
   assert isinstance(out, jax.Array) and out.sharding == sharding
   np.testing.assert_array_equal(out, rows)

@@ -125,7 +125,7 @@ def evaluation(s: Soak, prompts: int) -> Load:
       out.write(json.dumps({'question': question, 'answer': str(a + b)}) + '\n')
   few = max(prompts // 50, 10)
   args = ('eval', 'sample', f'--benchmark=jsonl:{file}', '--config.eval.sample.samples=1',
-          '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.rows=64')
+          '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.decode_batch_size=64')
   # The first few in one go, as a judge of the whole.
   judge = s.root / 'judge'
   shutil.copytree(s.trained, judge)

@@ -117,7 +117,7 @@ def test_as_benchmarks(tmp_path):
 
 
 def test_samples_are_judged_in_the_jail(run_dir, tmp_path, verifier):
-  [subject] = settings.find_subjects(str(run_dir))
+  [subject] = settings.find_checkpoints(str(run_dir))
   tokenizer = Tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
   task = code_problems.read(write(tmp_path / 'h.jsonl', HUMAN))[0]
   texts = ['    return a + b\n\ndef more():\n', '    return a', '    return a + b\n']

@@ -27,8 +27,8 @@ from betarank.train import hf
 
 DENSE = model.ModelConfig(
   vocab_size=300, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
-EXPERTS = MoeConfig(experts=6, experts_per_token=2, d_expert=24)
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
+EXPERTS = MoeConfig(experts=6, experts_per_token=2, expert_d_ff=24)
 MODELS = {
   'dense tied': DENSE,
   'dense': dataclasses.replace(DENSE, tied_embeddings=False, layers=11, rope_base=1e6, norm_eps=1e-5),
@@ -106,7 +106,7 @@ def test_round_trip_is_bit_exact(exported, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, params)
   got = section(model.ModelConfig, meta['config']['model'], 'model')
   fixed = {name: getattr(c, name) for name in ('compute_dtype', 'remat', 'scan_layers', 'attention')}
-  moe = dataclasses.replace(got.moe, bias_rate=c.moe.bias_rate, kernel=c.moe.kernel)
+  moe = dataclasses.replace(got.moe, bias_update_rate=c.moe.bias_update_rate, kernel=c.moe.kernel)
   assert dataclasses.replace(got, moe=moe, **fixed) == c
   assert f'd_model={c.d_model}' in said and '--config.train.init_from=' in said
   assert spm.Tokenizer(meta['config']['data']['tokenizer']).vocab_size == c.vocab_size
@@ -285,7 +285,7 @@ def test_a_zero_shared_expert_must_be_zero(tmp_path):
   (dict(router='softmax', shared_d_ff=24), r'model\.moe\.shared_d_ff = 24: Qwen3MoeForCausalLM has none'),
   (dict(router='softmax', routed_scale=2.0), r'model\.moe\.routed_scale = 2\.0: Qwen3MoeForCausalLM has none'),
   (dict(experts=1, experts_per_token=1), r'model\.moe\.experts = 1: Glm4MoeForCausalLM needs two or more'),
-  (dict(shared_d_ff=32), r'shared_d_ff = 32: Glm4MoeForCausalLM needs a multiple of d_expert = 24'),
+  (dict(shared_d_ff=32), r'shared_d_ff = 32: Glm4MoeForCausalLM needs a multiple of expert_d_ff = 24'),
 ])
 def test_what_cannot_be_exported(moe, message):
   with pytest.raises(HfError, match=message):
@@ -338,7 +338,7 @@ def test_memory_is_bounded(tmp_path):
   """2 GB of weights, in and out, while the process itself grows by less than 1.2 GB (files mapped don't count)."""
   c = dataclasses.replace(
     DENSE, vocab_size=50_000, layers=12, d_model=1024, heads=16, kv_heads=4, head_dim=64, tied_embeddings=False,
-    moe=MoeConfig(experts=32, experts_per_token=4, d_expert=320, router='softmax'))
+    moe=MoeConfig(experts=32, experts_per_token=4, expert_d_ff=320, router='softmax'))
   random = np.random.default_rng(0)
   (tmp_path / 'hf').mkdir()
   tensors = [(name, 'F32', leaf.their_shape) for leaf in hf_weights.leaves(c) for name, _ in leaf.tensors()]

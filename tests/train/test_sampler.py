@@ -17,9 +17,9 @@ from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 VOCAB = 384  # three blocks of 128
 CONFIG = model.ModelConfig(
   vocab_size=VOCAB, layers=2, d_model=16, d_ff=32, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
-SETTINGS = SamplerConfig(rows=4, max_prompt_tokens=16, max_new_tokens=10, decode_steps=3)
-MANY = SamplerConfig(rows=512, max_prompt_tokens=16, max_new_tokens=1, decode_steps=1)
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
+SETTINGS = SamplerConfig(decode_batch_size=4, max_prompt_tokens=16, max_new_tokens=10, decode_steps=3)
+MANY = SamplerConfig(decode_batch_size=512, max_prompt_tokens=16, max_new_tokens=1, decode_steps=1)
 EOS = 3
 
 
@@ -121,8 +121,8 @@ def test_log_probability_keeps_its_digits_near_certainty():
 
 
 def test_refilled_equals_padded_equals_alone_in_any_order(params, reference):
-  same(draw(params, dataclasses.replace(SETTINGS, rows=15, decode_steps=10)), reference)  # no refill, one dispatch
-  same(draw(params, dataclasses.replace(SETTINGS, rows=1, decode_steps=1)), reference)  # nobody beside it
+  same(draw(params, dataclasses.replace(SETTINGS, decode_batch_size=15, decode_steps=10)), reference)  # one dispatch
+  same(draw(params, dataclasses.replace(SETTINGS, decode_batch_size=1, decode_steps=1)), reference)  # nobody beside it
   same(draw(params, SETTINGS, PROMPTS[::-1]), reference)
   prompt = PROMPTS[3]
   same(draw(params, SETTINGS, [prompt], samples=[2]), {(prompt.id, 2): reference[prompt.id, 2]})
@@ -215,7 +215,7 @@ def test_truncation_keeps_exactly_what_it_says_and_renormalises(params, changes)
 
 @pytest.mark.parametrize('shape', [(1, 2, 1, 2, 2)])
 def test_eight_devices_equal_one(params, shape):
-  settings = dataclasses.replace(SETTINGS, rows=8)
+  settings = dataclasses.replace(SETTINGS, decode_batch_size=8)
   mesh = model.make_mesh(model.MeshConfig(*shape))
   placed = jax.device_put(params, model.shardings(mesh, model.abstract(CONFIG)[2]))
   same(draw(placed, settings, mesh=mesh), draw(params, settings))
@@ -224,7 +224,7 @@ def test_eight_devices_equal_one(params, shape):
 def test_the_cache_is_sharded_and_in_the_compute_type(params):
   config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
   with jax.set_mesh(model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2))):
-    key = module._empty(config, dataclasses.replace(SETTINGS, rows=8)).cache.k_LBKSH[0]
+    key = module._empty(config, dataclasses.replace(SETTINGS, decode_batch_size=8)).cache.k_LBKSH[0]
   assert key.dtype == jnp.bfloat16
   assert key.sharding.shard_shape(key.shape) == (8 // 4, 2 // 2, 26, 8)
 

@@ -18,7 +18,7 @@ from betarank.train.step import make_evaluate, make_step
 
 C = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='float32', remat='none', scan_layers=True)
+  tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
 ADAMW = OptimizerConfig(lr=1e-2, warmup_steps=1, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95, eps=1e-8,
                         weight_decay=0.1, clip_norm=1.0)
 SHAPED = RewardShaping(beta=-0.25, lambda_head=0.05, lambda_tail=-0.1, top_k=8)
@@ -232,13 +232,13 @@ def test_bad_optimizer_values_are_refused_by_name(name, value, message):
     dataclasses.replace(ADAMW, **{name: value})
 
 
-MOE = dataclasses.replace(C, moe=model.MoeConfig(experts=8, experts_per_token=2, d_expert=16))
+MOE = dataclasses.replace(C, moe=model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16))
 
 
 def test_experts_even_out_from_a_skewed_start_and_the_bias_moves_choices_only():
   """The busiest expert's load falls under 1.3 times the mean; gradient and weight decay leave the bias alone."""
   mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
-  c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, bias_rate=0.005))
+  c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, bias_update_rate=0.005))
   with jax.set_mesh(mesh):
     tx = make_optimizer(dataclasses.replace(ADAMW, lr=1e-3), 100, model.abstract(c)[2])
     state = create_state(c, tx, mesh, seed=0)
@@ -261,7 +261,7 @@ def test_experts_even_out_from_a_skewed_start_and_the_bias_moves_choices_only():
 
 def test_a_mixture_of_experts_sharded_and_accumulated_equals_single():
   want_params, want = updates(c=MOE)
-  params, metrics = updates((1, 2, 2, 1, 2), microbatches=2, c=dataclasses.replace(MOE, remat='full'))
+  params, metrics = updates((1, 2, 2, 1, 2), microbatches=2, c=dataclasses.replace(MOE, remat_policy='full'))
   assert metrics['expert_load'].sum() == metrics['tokens'] * 2 * 2
   np.testing.assert_array_equal(metrics['expert_load'], want['expert_load'])
   same({k: metrics[k] for k in ('loss', 'grad_norm', 'router_entropy')},

@@ -20,8 +20,8 @@ V, ROWS, LENGTH = 4224, 4, 256  # half a vocabulary still fits the kernels
 ENDS = [256], [7, 130], [128], [200]  # of the documents in each row
 DENSE = model.ModelConfig(
   vocab_size=V, layers=2, d_model=256, d_ff=384, heads=4, kv_heads=2, head_dim=64, rope_base=1e4, norm_eps=1e-6,
-  tied_embeddings=True, compute_dtype='auto', remat='attention', scan_layers=True)
-MOE = dataclasses.replace(DENSE, moe=model.MoeConfig(experts=8, experts_per_token=2, d_expert=64))
+  tied_embeddings=True, compute_dtype='auto', remat_policy='attention', scan_layers=True)
+MOE = dataclasses.replace(DENSE, moe=model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=64))
 AXES = {axis: model.MeshConfig(*(2 if axis == name else 1 for name in model.sharding.MESH_AXES))
         for axis in model.sharding.MESH_AXES}
 

@@ -307,7 +307,7 @@ def test_real_runs_of_every_stage_make_a_page_with_nothing_odd(tmp_path):
   for name in ('pre', 'rl'):
     run('eval', 'probe', f'--checkpoint={tmp_path}/runs/{name}', '--config.eval.probe.rows=8')
     run('eval', 'sample', f'--checkpoint={tmp_path}/runs/{name}', '--benchmark=reasoning:chain_sum?max_terms=2',
-        *(f'--config.eval.sample.{x}' for x in ('samples=4', 'problems=5', 'max_new_tokens=8', 'rows=4')))
+        *(f'--config.eval.sample.{x}' for x in ('samples=4', 'problems=5', 'max_new_tokens=8', 'decode_batch_size=4')))
   out = run('eval.report', tmp_path / 'runs', f'--out={tmp_path}/page')
   assert out.strip() == f'report: {tmp_path}/page/report.html'
   page = Page((tmp_path / 'page' / 'report.html').read_text())

@@ -72,7 +72,7 @@ def test_advice_when_it_does_not_fit():
   run = run_config(load.load('configs/paper/dense_4b.py'))
   made = command.Plan('train', 'v5e-256', 256, {'fsdp': 256}, 4, 'qkv', False, 'needs 20G of 15.75G HBM', 16.9e9,
                    10**8, 10**8, 0, 0, 0.0, None, (0, 0), 2**24)
-  assert 'train.microbatches=8' in command.would_fit(run, made) and 'remat=full' in command.would_fit(run, made)
+  assert 'train.microbatches=8' in command.would_fit(run, made) and 'remat_policy=full' in command.would_fit(run, made)
   heavy = command.dataclasses.replace(made, params_bytes=10**10)
   assert 'fsdp larger' in command.would_fit(run, heavy)
 
@@ -116,7 +116,8 @@ def test_a_mesh_that_does_not_divide_is_one_line_with_what_would():
 
 def test_the_rl_stage_has_an_update_and_a_decode_step():
   small = {'model.layers': '1', 'model.d_model': '32', 'model.heads': '2', 'model.kv_heads': '1', 'model.head_dim': '8',
-           'model.vocab_size': '64', 'train.mesh.fsdp': '2', 'rl.prompts': '4', 'rl.samples': '2', 'rl.rows': '4',
+           'model.vocab_size': '64', 'train.mesh.fsdp': '2', 'rl.prompts_per_step': '4', 'rl.group_size': '2',
+           'rl.decode_batch_size': '4',
            'rl.max_prompt_tokens': '8', 'rl.max_new_tokens': '[8]'}
   run = rl_run(load.load('configs/rl_smoke.py', small))
   mesh = programs.make_mesh(run, jax.devices()[:2])
