@@ -18,7 +18,8 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # workers have it from the pr
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
 # Commands that tests start read configs of tests/, which import from there.
-os.environ['PYTHONPATH'] = str(pathlib.Path(__file__).resolve().parent.parent)
+os.environ['PYTHONPATH'] = os.pathsep.join(
+  [str(pathlib.Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
 
 if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
   os.environ['JAX_PLATFORMS'] = 'cpu'
