@@ -1,41 +1,53 @@
-"""From a command line to the frozen dataclasses that code takes.
+"""From a command line to a config.
 
-A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; a resolved config is the JSON
-that every run writes to its workdir. Either can be passed as `--config`, and any value in it can be
-overridden, `--config.optimizer.lr=1e-3`. The set of keys is closed: a misspelt key, a value of another type
-or out of range is a `ConfigError`, one line that names the key and, where there is one, the nearest right one.
+A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; a resolved config is the JSON that every
+run writes to its workdir. Either can be passed as `--config`, and any value in it can be overridden:
+`--config.optimizer.lr=1e-3`. The set of keys is closed. A misspelt key, or a value of another type or out of range, is
+a `ConfigError`: one line that names the key and, if there is one, the nearest right one.
 
-    config, args = load.from_command_line(parser)       # parser: argparse, for the entry point's own flags
-    model = load.section(ModelConfig, config.model, 'model')
+    config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
+    model = section(ModelConfig, config.model, 'model')       # configs/sections.py
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import pathlib
 import re
+import sys
+import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from betarank.configs import describe, renamed
 from betarank.configs.errors import ConfigError, suggestion
 
 
 def from_command_line(
-  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None,
-  configure: Callable[[argparse.Namespace], ConfigDict] | None = None,
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, settings: Mapping[str, Any],
+  configure: Callable[[argparse.Namespace, Mapping[str, str]], ConfigDict] | None = None, needs_config: bool = True,
 ) -> tuple[ConfigDict, argparse.Namespace]:
   """Parses `--config=FILE[:ARG]`, `--config.KEY=VALUE` and the flags that `parser` already has.
 
-  configure: makes the config from the other flags where it isn't simply the file's; --config may then be left out.
-  Raises ConfigError for a config that can't be used; argparse itself answers for its own flags.
+  Args:
+    parser: with the command's own flags.
+    argv: the command line, without the program's name.
+    settings: the part of configs/settings.py that the command reads; `--help` lists it.
+    configure: returns the config for (flags, overrides) where it isn't simply that of --config.
+    needs_config: whether --config must be given.
+
+  Raises ConfigError for a config that can't be used. argparse reports errors in its own flags.
   """
-  parser.add_argument('--config', required=configure is None, default='', metavar='FILE.py[:ARG] | FILE.json',
-                      help='experiment to run; override any value in it with --config.KEY=VALUE')
+  parser.add_argument('--config', required=needs_config, default='', metavar='FILE.py[:ARG] | FILE.json',
+                      help='experiment to run; override any setting in it with --config.KEY=VALUE')
+  if {'-h', '--help'} & set(argv if argv is not None else sys.argv[1:]):
+    parser.epilog = describe.table(settings)
   args, rest = parser.parse_known_args(argv)
   overrides = {}
   rest = list(rest)
@@ -51,20 +63,16 @@ def from_command_line(
       value = rest.pop(0)
     overrides[key] = value
   check_places(vars(args))
-  return _finish(configure(args) if configure else read(args.config), overrides), args
+  return _finish(configure(args, overrides) if configure else read(args.config), overrides), args
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """The config at `spec` (FILE.py, FILE.py:ARG or FILE.json) with `overrides` ({'optimizer.lr': '1e-3'})."""
+  """Returns the config at `spec` (FILE.py, FILE.py:ARG or FILE.json) with `overrides` ({'optimizer.lr': '1e-3'})."""
   return _finish(read(spec), overrides or {})
 
 
-# Files of this folder that aren't experiments.
-NOT_EXPERIMENTS = ('command.py', 'common.py', 'errors.py', 'load.py', 'roles.py', 'sections.py')
-
-
 def read(spec: str) -> ConfigDict:
-  """The config at `spec` as it is there, not locked yet."""
+  """Returns the config at `spec` as it is there, not locked yet."""
   return _load_json(spec) if spec.endswith('.json') else _load_python(spec)
 
 
@@ -75,46 +83,73 @@ def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
   return config.lock()
 
 
-# What is meant as a bucket. `gs:/x` would be a folder here, lost with the machine; `GS://x` nothing at all.
+# Looks like a bucket. `gs:/x` would be a local folder, lost with the machine, and `GS://x` is nothing at all.
 _BUCKET_MEANT = re.compile(r'\s*([a-z]+:)?(gs:|(s3|az|hf|file|https?|ftp):/)', re.IGNORECASE)
 _BUCKET = re.compile(r'([a-z]+:)?(gs|s3|az|hf)://[^/\s]')
 
 
 def check_places(values: Mapping[str, Any], prefix: str = '--') -> None:
-  """Raises ConfigError for a text that is neither a local path nor a bucket, but was meant as one."""
+  """Raises ConfigError for a value that looks like a bucket but isn't one."""
   for name, text in values.items():
     if isinstance(text, str) and _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
       raise ConfigError(f'{prefix}{name}={text!r}: neither a local path nor a bucket, which is gs://NAME/...')
 
 
 def module(spec: str) -> tuple[types.ModuleType, str]:
-  """The Python file of `spec` (FILE.py or FILE.py:ARG), run, and ARG. Raises ConfigError if it isn't an experiment."""
+  """Runs the Python file of `spec` (FILE.py or FILE.py:ARG); returns it as a module, and ARG.
+
+  Raises ConfigError if it isn't an experiment or fails.
+  """
   name, _, arg = spec.partition('.py:') if '.py:' in spec else (spec.removesuffix('.py'), '', '')
   if not spec.endswith('.py') and not arg:
     raise ConfigError(f'--config={spec}: expected FILE.py, FILE.py:ARG or FILE.json')
   path = _find(name + '.py')
   module_spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
   loaded = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(loaded)
+  with _errors_of(path):
+    module_spec.loader.exec_module(loaded)
   if not hasattr(loaded, 'get_config'):
     raise ConfigError(f'--config={spec}: {path} has no get_config(arg)')
   return loaded, arg
 
 
+@contextlib.contextmanager
+def _errors_of(path: pathlib.Path) -> Iterator[None]:
+  """Turns whatever a config file raises into a ConfigError that names its line: it is its user's own code."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except Exception as error:
+    here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = f':{here[-1]}' if here else f':{error.lineno}' if isinstance(error, SyntaxError) else ''
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    raise ConfigError(f'{path}{line}: {type(error).__name__}: {message}') from error
+
+
 def _load_python(spec: str) -> ConfigDict:
   loaded, arg = module(spec)
-  return loaded.get_config(arg or None)
+  with _errors_of(pathlib.Path(loaded.__file__)):
+    config = loaded.get_config(arg or None)
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(f'{loaded.__file__}: get_config returned {type(config).__name__}, not a ConfigDict')
+  return config
 
 
 def _find(path: str) -> pathlib.Path:
-  """`path` as given or, so that an installed package works from any folder, beside the configs package."""
+  """Returns `path` as given or, for a config that ships with the package, in the package's own folder."""
   root = pathlib.Path(__file__).resolve().parent.parent
   for candidate in (pathlib.Path(path), root / path):
     if os.path.isfile(candidate):  # unlike its own method, no error for a name that can't be one
       return candidate
-  shipped = [str(p.relative_to(root)) for p in sorted((root / 'configs').rglob('*.py'))
-             if p.name not in ('__init__.py', *NOT_EXPERIMENTS)]
-  raise ConfigError(f'--config={path}: no such file{suggestion(path, shipped)}')
+  raise ConfigError(f'--config={path}: no such file{suggestion(path, shipped())}')
+
+
+def shipped() -> list[str]:
+  """Returns the configs that ship with the package, as --config takes them: those files that define get_config."""
+  root = pathlib.Path(__file__).resolve().parent
+  return [str(p.relative_to(root.parent)) for p in sorted(root.rglob('*.py'))
+          if '\ndef get_config(' in p.read_text(encoding='utf-8')]
 
 
 def _load_json(path: str) -> ConfigDict:
@@ -134,7 +169,7 @@ def _load_json(path: str) -> ConfigDict:
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'optimizer.lr': 1e-3, ...}: every value that is not itself a section, by its dotted key."""
+  """Returns {'optimizer.lr': 1e-3, ...}: every value that is not itself a section, by its dotted key."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict | dict) and len(value):
@@ -145,12 +180,17 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[st
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the dotted `key` to `text`, read as the type of the value that is there; a section takes JSON."""
+  """Sets the dotted `key` to `text`, read as the type of its present value; a section takes JSON.
+
+  Raises ConfigError for a key that isn't there and for a value of another type.
+  """
   *parents, leaf = key.split('.')
   section = config
   for parent in parents:
     section = section.get(parent) if isinstance(section, ConfigDict) else None
   if not isinstance(section, ConfigDict) or leaf not in section:
+    if key in renamed.RENAMED:
+      raise ConfigError(f'config.{key}: is called config.{renamed.RENAMED[key]} now')
     keys = [f'config.{k}' for k in flatten(config)]
     raise ConfigError(f'config.{key}: no such key{suggestion(f"config.{key}", keys)}')
   section[leaf] = _read(f'config.{key}', text, section[leaf])
@@ -182,5 +222,5 @@ def _read(key: str, text: str, old: Any) -> Any:
 
 
 def to_json(config: ConfigDict) -> str:
-  """The resolved config as text that `load` reads back to an equal config."""
+  """Returns the resolved config as text that `load` reads back to an equal config."""
   return json.dumps(config.to_dict(), indent=2) + '\n'

@@ -13,17 +13,25 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from betarank.configs.errors import ConfigError, suggestion
+from betarank.configs.renamed import RENAMED
 
 T = TypeVar('T')
 
 
 def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
-  """`values` as the frozen dataclass `cls`; its keys, their types and the class's own checks must all hold."""
+  """Returns `values` as the frozen dataclass `cls`.
+
+  path: the dotted key of the section, for error messages.
+  Raises ConfigError for an unknown or missing key, a value of another type, and whatever ValueError the class's own
+  checks raise, whose message must start with the name of the field.
+  """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)
   hints = typing.get_type_hints(cls)
   fields = {field.name: field for field in dataclasses.fields(cls)}
   for key in values:
+    if f'{prefix}{key}' in RENAMED:
+      raise ConfigError(f'config.{prefix}{key}: is called config.{RENAMED[prefix + key]} now')
     if key not in fields:
       known = [f'config.{prefix}{name}' for name in fields]
       raise ConfigError(f'config.{prefix}{key}: no such key{suggestion(f"config.{prefix}{key}", known)}')

@@ -23,26 +23,32 @@ def parse(arg):
 
 def get_config(arg=None):
   a = parse(arg)
+  return _pretrain(a) if a.stage == 'pretrain' else _rl(a)
+
+
+def _pretrain(a):
   c = common.base()
   c.seed = a.seed
   c.model.update(vocab_size=4096, layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5, remat_policy='attention')
   c.objective.update(top_k=100, **paper.OBJECTIVES[a.objective])
   c.data.update(dir='runs/small/data', sequence_length=512, held_out_fraction=HELD_OUT)
   c.data.sources.main.max_documents = 120_000
-  c.checkpoint.every_steps = 500
-  if a.stage == 'pretrain':
-    c.train.update(tokens=10_000_000, batch_size=64)
-    c.optimizer.update(lr=1e-3, warmup_steps=50, decay_fraction=0.2, final_lr=1e-4)
-    c.log.update(every_steps=20, eval_every_steps=150)
-  else:
-    c.optimizer.update(lr=5e-5, b2=0.99, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
-    c.log.update(every_steps=2, eval_every_steps=10)
-    c.rl = common.rl()
-    c.rl.update(steps=40, prompts_per_step=64, group_size=16, max_resampling_rounds=3,
-                max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
-                decode_batch_size=1024, microbatches=2, eval_prompts=128)
-    c.rl.task.update(uri=TASK, held_out_fraction=HELD_OUT)
-    c.rl.verifier.workers = 4
+  c.train.update(tokens=10_000_000, batch_size=64)
+  c.optimizer.update(lr=1e-3, warmup_steps=50, decay_fraction=0.2, final_lr=1e-4)
+  c.log.update(every_steps=20, eval_every_steps=150)
+  return c
+
+
+def _rl(a):
+  c = common.rl_base()
+  c.seed = a.seed
+  c.model = _pretrain(a).model
+  c.optimizer.update(lr=5e-5, b2=0.99, warmup_steps=0, weight_decay=0.0)
+  c.log.update(every_steps=2, eval_every_steps=10)
+  c.rl.update(steps=40, prompts_per_step=64, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
+              decode_batch_size=1024, microbatches=2, eval_prompts=128)
+  c.rl.task.update(uri=TASK, held_out_fraction=HELD_OUT)
+  c.rl.verifier.workers = 4
   return c
 
 

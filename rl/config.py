@@ -5,14 +5,14 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from betarank.configs.sections import section
-from betarank.data import DataConfig
-from betarank.model import ModelConfig
+from betarank.configs.settings import default
+from betarank.model import MeshConfig, ModelConfig
 from betarank.rl.advantages import AdvantageConfig
 from betarank.rl.policy_losses import PolicyLossConfig
 from betarank.runtime.checkpoint import CheckpointConfig
 from betarank.tasks.task_set import TaskConfig
 from betarank.tasks.verifiers import VerifierConfig
-from betarank.train.config import LogConfig, TrainConfig
+from betarank.train.config import at_least_one, check_seed, check_warmup, first_and_last
 from betarank.train.optimizer import OptimizerConfig
 
 TRUNCATED_REWARD = ('zero', 'masked')
@@ -41,52 +41,116 @@ class RlConfig:
   loss: PolicyLossConfig
 
   def __post_init__(self):
-    for name in ('steps', 'prompts_per_step', 'max_resampling_rounds', 'max_prompt_tokens', 'decode_batch_size',
-                 'minibatches', 'microbatches', 'eval_prompts', 'eval_samples'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
+    at_least_one(self, 'steps', 'prompts_per_step', 'max_resampling_rounds', 'max_prompt_tokens', 'decode_batch_size',
+                 'minibatches', 'microbatches', 'eval_prompts', 'eval_samples')
     if self.group_size < 2:
       raise ValueError(f'group_size must be >= 2 (an advantage compares a group), got {self.group_size}')
     if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:
-      raise ValueError(f'max_new_tokens must have one length per phase, one more than phase_steps = '
+      raise ValueError('max_new_tokens must have one length per phase, one more than phase_steps = '
                        f'{self.phase_steps}, got {self.max_new_tokens}')
     if list(self.phase_steps) != sorted(set(self.phase_steps)):
       raise ValueError(f'phase_steps must rise, got {self.phase_steps}')
     if self.prompts_per_step % self.minibatches:
       raise ValueError(f'minibatches must divide prompts_per_step = {self.prompts_per_step}, got {self.minibatches}')
-    if (self.prompts_per_step // self.minibatches * self.group_size) % self.microbatches:
-      rows = self.prompts_per_step // self.minibatches * self.group_size
-      raise ValueError(f'microbatches must divide the {rows} rows of a '
-                       f'minibatch, got {self.microbatches}')
+    if self.rows % self.microbatches:
+      raise ValueError(f'microbatches must divide the {self.rows} rows of a minibatch, got {self.microbatches}')
     if self.loss.cov == 'kl_cov' and self.minibatches == 1:
       raise ValueError("minibatches must be > 1 with loss.cov = 'kl_cov', whose penalty is 0 in the first update after "
                        'sampling, got 1')
     if self.truncated_reward not in TRUNCATED_REWARD:
-      raise ValueError(f'truncated_reward must be one of {", ".join(TRUNCATED_REWARD)}, got {self.truncated_reward!r}')
+      raise ValueError(
+        f'truncated_reward must be one of {", ".join(TRUNCATED_REWARD)}, got {self.truncated_reward!r}')
+
+  @property
+  def rows(self) -> int:
+    """Samples per update."""
+    return self.prompts_per_step // self.minibatches * self.group_size
 
   def phase(self, step: int) -> int:
-    """Which phase the update number `step` (from 1) belongs to."""
+    """Returns the phase that step number `step` (from 1) belongs to."""
     return sum(step > end for end in self.phase_steps)
 
 
 @dataclasses.dataclass(frozen=True)
+class RlDataConfig:
+  """Section `data`: the tokenizer is all that RL needs of it."""
+
+  tokenizer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+  """Section `train`: on which mesh, from where."""
+
+  mesh: MeshConfig
+  init_from: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RlLogConfig:
+  """Section `log`: what is written, and how often."""
+
+  every_steps: int
+  eval_every_steps: int
+  samples: int
+  tensorboard: bool
+  profile_steps: str = default('log.profile_steps')
+
+  def __post_init__(self):
+    at_least_one(self, 'every_steps', 'eval_every_steps')
+    if self.samples < 0:
+      raise ValueError(f'samples must be >= 0, got {self.samples}')
+    first_and_last(self.profile_steps)
+
+
+@dataclasses.dataclass(frozen=True)
 class RlRun:
-  """Everything `betarank rl` is told, apart from the workdir."""
+  """All that `betarank rl` is told, except for the workdir."""
 
   seed: int
   model: ModelConfig
-  data: DataConfig
-  train: TrainConfig
+  data: RlDataConfig
+  train: StartConfig
   optimizer: OptimizerConfig
   checkpoint: CheckpointConfig
-  log: LogConfig
+  log: RlLogConfig
   rl: RlConfig
 
   def __post_init__(self):
+    check_seed(self.seed)
     if not self.train.init_from:
       raise ValueError('train.init_from must name the pre-trained run or checkpoint to start from, got none')
+    check_warmup(self.optimizer, self.updates, 'the updates of rl.steps')
+
+  @property
+  def mesh(self) -> MeshConfig:
+    return self.train.mesh
+
+  @property
+  def rows(self) -> int:
+    """Rows per update, over all devices."""
+    return self.rl.rows
+
+  @property
+  def microbatches(self) -> int:
+    """Parts in which the rows of an update are computed."""
+    return self.rl.microbatches
+
+  @property
+  def sequence_length(self) -> int:
+    """Tokens per row of the longest phase's updates."""
+    return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens)
+
+  @property
+  def steps(self) -> int:
+    return self.rl.steps
+
+  @property
+  def updates(self) -> int:
+    """Optimizer updates in all steps."""
+    return self.rl.steps * self.rl.minibatches
 
 
 def rl_run(config: ConfigDict) -> RlRun:
-  """The checked run. Raises ConfigError, one line that names the key."""
-  return section(RlRun, {key: value for key, value in config.items() if key != 'objective'})  # pre-training's
+  """Returns the checked run. Raises ConfigError, one line that names the key."""
+  return section(RlRun, config)

@@ -1,20 +1,18 @@
-"""An RL run small enough for tests: `betarank rl --config=tests/tiny_rl.py:dir=DATA,init_from=RUN --workdir=...`."""
+"""An RL run small enough for tests: `betarank rl --config=tests/tiny_rl.py:init_from=RUN --workdir=...`."""
 
 from betarank.configs import common
 from tests import tiny
 
 
 def get_config(arg=None):
-  a = common.parse(arg, dir='', init_from='')
-  c = tiny.get_config(f'dir={a.dir}')
-  c.data.sources.main.uri = 'reasoning:chain_sum'
+  a = common.parse(arg, init_from='')
+  c = common.rl_base()
+  c.model = tiny.get_config().model
   c.train.init_from = a.init_from
-  c.optimizer.update(lr=1e-3, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)
+  c.optimizer.update(lr=1e-3, warmup_steps=0, weight_decay=0.0)
   c.checkpoint.every_steps = 2
-  c.log.update(every_steps=1, eval_every_steps=3)
-  c.rl = common.rl()
-  c.rl.update(steps=6, prompts_per_step=4, group_size=8, max_resampling_rounds=3,
-              max_prompt_tokens=64, max_new_tokens=(32,), phase_steps=(),
-              decode_batch_size=16, eval_prompts=4, eval_samples=4)
+  c.log.update(every_steps=1, eval_every_steps=3, samples=1, tensorboard=False)
+  c.rl.update(steps=6, prompts_per_step=4, group_size=8, max_resampling_rounds=3, max_prompt_tokens=64,
+              max_new_tokens=(32,), phase_steps=(), decode_batch_size=16, eval_prompts=4, eval_samples=4)
   c.rl.task.update(uri='reasoning:chain_sum?max_terms=2&max_digits=1', held_out_fraction=0.2)
   return c

@@ -12,7 +12,7 @@ def arguments(arg):
 def get_config(arg=None):
   a = arguments(arg)
   if a.stage == 'rl':
-    c = tiny_rl.get_config(f'dir={a.dir},init_from=parent')
+    c = tiny_rl.get_config('init_from=parent')
     c.model.layers = 1
     c.rl.update(steps=2, group_size=4, max_resampling_rounds=1, max_new_tokens=(16,), decode_batch_size=16,
                 eval_prompts=2, eval_samples=2)

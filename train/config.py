@@ -1,11 +1,13 @@
-"""A whole run as one frozen dataclass: every section of a config, checked."""
+"""A whole pre-training run as one frozen dataclass: every section of a config, checked."""
 
 import dataclasses
 import math
+import re
 
 from ml_collections import ConfigDict
 
 from betarank.configs.sections import section
+from betarank.configs.settings import default
 from betarank.data import DataConfig
 from betarank.model import MeshConfig, ModelConfig
 from betarank.objectives import ObjectiveConfig
@@ -13,11 +15,12 @@ from betarank.runtime.checkpoint import CheckpointConfig
 from betarank.train.optimizer import OptimizerConfig
 
 INIT_WHAT = ('weights', 'all')
+SEEDS = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Section `train`: how much, how many at once, on which mesh, from where."""
+  """Section `train`: how much, how many rows at the same time, on which mesh, from where."""
 
   tokens: int
   batch_size: int
@@ -27,9 +30,7 @@ class TrainConfig:
   init_what: str
 
   def __post_init__(self):
-    for name in ('tokens', 'batch_size', 'microbatches'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
+    at_least_one(self, 'tokens', 'batch_size', 'microbatches')
     if self.batch_size % self.microbatches:
       raise ValueError(f'microbatches must divide batch_size = {self.batch_size}, got {self.microbatches}')
     if self.init_what not in INIT_WHAT:
@@ -46,19 +47,19 @@ class LogConfig:
   samples: int
   sample_tokens: int
   tensorboard: bool
-  head_tail_mass: bool = True
+  head_tail_mass: bool
+  profile_steps: str = default('log.profile_steps')
 
   def __post_init__(self):
-    for name in ('every_steps', 'eval_every_steps', 'eval_batches', 'sample_tokens'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
+    at_least_one(self, 'every_steps', 'eval_every_steps', 'eval_batches', 'sample_tokens')
     if self.samples < 0:
       raise ValueError(f'samples must be >= 0, got {self.samples}')
+    first_and_last(self.profile_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """Everything `betarank train` is told, apart from the workdir."""
+  """All that `betarank train` is told, except for the workdir."""
 
   seed: int
   model: ModelConfig
@@ -70,18 +71,34 @@ class RunConfig:
   log: LogConfig
 
   def __post_init__(self):
-    if not 0 <= self.seed < 2**31:
-      raise ValueError(f'seed must be from 0 to 2**31 - 1, got {self.seed}')
+    check_seed(self.seed)
     if self.model.vocab_size != self.data.vocab_size:
       raise ValueError(f'model.vocab_size must equal data.vocab_size = {self.data.vocab_size}, '
                        f'got {self.model.vocab_size}')
-    if self.optimizer.warmup_steps >= self.steps:
-      raise ValueError(f'optimizer.warmup_steps must be < {self.steps}, the steps that train.tokens = '
-                       f'{self.train.tokens} make, got {self.optimizer.warmup_steps}')
+    check_warmup(self.optimizer, self.steps, f'the steps that train.tokens = {self.train.tokens} make')
+
+  @property
+  def mesh(self) -> MeshConfig:
+    return self.train.mesh
+
+  @property
+  def rows(self) -> int:
+    """Rows per update, over all devices."""
+    return self.train.batch_size
+
+  @property
+  def microbatches(self) -> int:
+    """Parts in which the rows of an update are computed."""
+    return self.train.microbatches
+
+  @property
+  def sequence_length(self) -> int:
+    """Tokens per row of an update."""
+    return self.data.sequence_length
 
   @property
   def tokens_per_step(self) -> int:
-    return self.train.batch_size * self.data.sequence_length
+    return self.rows * self.sequence_length
 
   @property
   def steps(self) -> int:
@@ -90,5 +107,34 @@ class RunConfig:
 
 
 def run_config(config: ConfigDict) -> RunConfig:
-  """The checked run. Raises ConfigError, one line that names the key."""
+  """Returns the checked run. Raises ConfigError, one line that names the key."""
   return section(RunConfig, config)
+
+
+# Checks that the sections of RL share. Each raises ValueError, whose message starts with the key.
+
+
+def at_least_one(values, *names: str) -> None:
+  for name in names:
+    if getattr(values, name) < 1:
+      raise ValueError(f'{name} must be >= 1, got {getattr(values, name)}')
+
+
+def check_seed(seed: int) -> None:
+  if not 0 <= seed < SEEDS:
+    raise ValueError(f'seed must be from 0 to 2**31 - 1, got {seed}')
+
+
+def check_warmup(optimizer: OptimizerConfig, steps: int, which: str) -> None:
+  if optimizer.warmup_steps >= steps:
+    raise ValueError(f'optimizer.warmup_steps must be < {steps}, {which}, got {optimizer.warmup_steps}')
+
+
+def first_and_last(profile_steps: str) -> tuple[int, int] | None:
+  """Returns the steps that `log.profile_steps` names, or None for ''."""
+  if not profile_steps:
+    return None
+  found = re.fullmatch(r'(\d+)-(\d+)', profile_steps)
+  if not found or not 1 <= int(found[1]) <= int(found[2]):
+    raise ValueError(f'profile_steps must be FIRST-LAST, as in 10-12, or empty, got {profile_steps!r}')
+  return int(found[1]), int(found[2])

@@ -1,8 +1,11 @@
-"""Where model and objective meet: a batch in, a loss and the token statistics out.
+"""Where model and objective meet. Everything that asks how likely a text is goes through here, so that pre-training,
+validation, RL, the probe, the harness and the sampler can't disagree.
 
-Pre-training, validation and whatever else asks how likely a text is go through here, so they can't disagree.
+    total         the summed loss, for training
+    token_stats   log-probability, entropy, rank and masses of each token, for RL and evaluation
+    logits        of given hidden states, for the sampler
 
-# B rows  T tokens  L layers  E experts
+# B rows  T tokens  D width  V vocabulary  L layers  E experts  k experts per token
 """
 
 import math
@@ -14,46 +17,91 @@ import numpy as np
 
 from betarank import model
 from betarank.data import Batch
-from betarank.objectives import Layout, TokenStats, shaped_linear_total
+from betarank.objectives import (
+  Layout,
+  RewardShaping,
+  TokenStats,
+  head_math,
+  linear_token_stats,
+  shaped_linear_loss,
+  shaped_linear_total,
+)
 
-# How the head's arrays lie on the mesh, in the words of model/sharding.py's table.
-LAYOUT = Layout(
-  tokens=(model.RULES['batch'], model.RULES['length']), width=model.RULES['embed'], vocab=model.RULES['vocab'])
+
+def layout() -> Layout | None:
+  """Returns how the head's arrays lie on the current mesh, by the table in model/sharding.py; None without a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return None
+  return Layout(
+    tokens=(model.RULES['batch'], model.RULES['length']), width=model.RULES['embed'], vocab=model.RULES['vocab'])
 
 
-def score_routed(
+def total(
   c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0, stats: str = 'full'
 ) -> tuple[jax.Array, jax.Array, TokenStats, model.Routing | None]:
-  """(total, loss_BT, statistics [B, T], routing): the summed loss, which can be differentiated, and its parts, in nats.
+  """Returns (total, loss_BT, statistics [B, T], routing): the summed loss, which can be differentiated, and its parts.
 
-  shaping: a RewardShaping, or another objective of `objectives.family`, as ObjectiveConfig.at(step) gives it.
-  stats: 'basic' leaves the top k out, and head and tail mass with it, where no lambda needs them.
-  Padding (segment 0) counts for nothing, whatever stands there: its loss and statistics are 0. The total, not loss_BT,
-  has the load-balance loss of a mixture of experts in it; a dense model has no routing.
+  Args:
+    shaping: a RewardShaping, or another objective of `objectives.family`, as ObjectiveConfig.at(step) gives it.
+    z_loss: factor of logsumexp(logits)^2.
+    stats: 'full', or 'basic' to skip the top k, and head and tail mass with it, where no lambda needs them.
+
+  All in nats, float32. Padding (segment 0) counts for nothing, whatever its tokens are: its loss and statistics are 0.
+  The load-balance loss of a mixture of experts is part of the total, not of loss_BT. A dense model has no routing.
   """
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-  total, loss_BT, token_stats = shaped_linear_total(
+  summed, loss_BT, statistics = shaped_linear_total(
     hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats=stats,
-    z_loss=z_loss, layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
+    z_loss=z_loss, layout=layout())
   if c.moe.balance_weight:
-    total += c.moe.balance_weight * jnp.mean(routing.balance_L)
-  return total, loss_BT, token_stats, routing
+    summed += c.moe.balance_weight * jnp.mean(routing.balance_L)
+  return summed, loss_BT, statistics, routing
 
 
-def score(
-  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0
-) -> tuple[jax.Array, jax.Array, TokenStats]:
-  """(total, loss_BT, statistics [B, T]) of `score_routed`."""
-  return score_routed(c, params, batch, shaping, z_loss)[:3]
+def log_probabilities(
+  c: model.ModelConfig, params: Any, batch: Batch, choices_BTLk: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (log-probability of each target, entropy), [B, T] float32 nats; 0 in padding.
+
+  Gradients flow through the first.
+
+  choices_BTLk: the experts that the sampler sent each token to. Without them, rounding can send a token elsewhere.
+  """
+  choices_LBTk = None if choices_BTLk is None else jnp.moveaxis(choices_BTLk, 2, 0).astype(jnp.int32)
+  hidden_BTD, _, _ = model.forward_routed(
+    c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None, choices_LBTk)
+  loss_BT, statistics = shaped_linear_loss(
+    hidden_BTD, model.head(c, params), batch.targets_BT, RewardShaping(), weights=batch.segments_BT > 0,
+    layout=layout())
+  return -loss_BT, statistics.entropy
+
+
+def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> tuple[TokenStats, jax.Array]:
+  """Returns (statistics [B, T], hidden_BTD); statistics are 0 in padding, and have no gradient.
+
+  top_k: tokens that make up the head.
+  """
+  hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
+  statistics = linear_token_stats(
+    hidden_BTD, model.head(c, params), batch.targets_BT, top_k=top_k, weights=batch.segments_BT > 0, layout=layout())
+  return statistics, hidden_BTD
+
+
+def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperature: float = 1.0) -> jax.Array:
+  """Returns float32 logits [..., V] of hidden states [..., D], divided by `temperature`, by the scorer's own product."""
+  options = head_math.Options(
+    with_top_k=False, with_smoothing=False, vocab_size=c.vocab_size, chunk_tokens=None, soft_cap=None, z_loss=0.0,
+    temperature=temperature, compute_dtype=c.dtype, layout=None)
+  return head_math.logits(options, hidden, head_DV)
 
 
 def sums(
   batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
-  """What a batch adds up to; sums of several batches add, and `means` divides once, at the end.
+  """Returns the sums over a batch from which `means` computes figures. Add the sums of several batches with `add`.
 
-  Counts of tokens and bytes are int32: float32 can't count past 16 million.
+  Counts of tokens and bytes are int32, as float32 can't count past 16 million.
   """
   of_experts = {} if routing is None else {
     'expert_load': routing.load_LE,
@@ -75,10 +123,20 @@ def sums(
   }
 
 
-def means(s: dict[str, Any]) -> dict[str, float]:
-  """Per token and per byte, from the sums: the names that logs and reports use.
+def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+  """Returns the sum of two batches' sums on the host, in Python integers and float64: int32 overflows after 29 batches
+  of 16.8M tokens.
 
-  Of a mixture of experts also the load of the busiest expert over the mean one, in the layer where it is highest.
+  total: {} for the first batch.
+  """
+  exact = lambda x: np.asarray(x, np.int64 if np.issubdtype(np.asarray(x).dtype, np.integer) else np.float64)
+  return {name: total.get(name, 0) + exact(value) for name, value in part.items()}
+
+
+def means(s: dict[str, Any]) -> dict[str, float]:
+  """Returns figures per token and per byte from the sums, under the names that logs and reports use.
+
+  A mixture of experts adds the load of the busiest expert over the mean load, in the layer where it is highest.
   """
   s = dict(s)
   load_LE = s.pop('expert_load', None)

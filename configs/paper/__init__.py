@@ -31,21 +31,22 @@ def parse(arg: str | None):
 
 
 def base(a) -> ConfigDict:
-  """Everything but the model's shape and its place on chips."""
-  c = common.base()
+  """Returns everything but the model's shape and its place on chips."""
+  c = common.rl_base() if a.stage == 'rl' else common.base()
   c.seed = a.seed
+  if a.stage == 'rl':
+    c.model = common.base().model
   # Open: tokenizer and vocabulary. Qwen's size with tied embeddings and heads of 128 gives the models' names.
   c.model.update(vocab_size=151_936, head_dim=128, tied_embeddings=True, remat_policy='full')
-  c.objective.update(top_k=100, **OBJECTIVES[a.objective])
-  mid = 'pretrain' if a.stage == 'pretrain' else 'midtrain'
-  c.data.dir = f'runs/data/paper/{mid}'
-  c.data.tokenizer = '' if a.stage == 'pretrain' else 'runs/data/paper/pretrain/tokenizer.model'
-  # Open: corpora and mixture. Pre-training was mostly general knowledge, mid-training much more reasoning.
-  c.data.sources.main.update(uri=f'parquet:corpus/{mid}/*.parquet', max_documents=0)
   c.optimizer.update(lr=3e-4, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8)  # open: b1, b2, eps
   c.checkpoint.update(every_steps=500, keep=2, keep_every_steps=5000)
-  c.log.update(every_steps=10, eval_every_steps=1000, head_tail_mass=False)
   {'pretrain': _pretrain, 'midtrain': _midtrain, 'rl': _rl}[a.stage](c)
+  if a.stage != 'rl':
+    c.objective.update(top_k=100, **OBJECTIVES[a.objective])
+    c.data.dir = f'runs/data/paper/{a.stage}'
+    # Open: corpora and mixture. Pre-training was mostly general knowledge, mid-training much more reasoning.
+    c.data.sources.main.update(uri=f'parquet:corpus/{a.stage}/*.parquet', max_documents=0)
+    c.log.update(every_steps=10, eval_every_steps=1000, head_tail_mass=False)
   return c
 
 
@@ -58,11 +59,13 @@ def _pretrain(c):
 
 
 def _midtrain(c):
-  """100B tokens at 16k context, the rate falling from 3e-4 to 3e-5. Open: the fall's shape (linear here), whether the
-  optimizer's moments are kept (no), and whether the shaped objective goes on (here it does; objective=ce for not).
+  """100B tokens at 16k context, the rate falling from 3e-4 to 3e-5. Open: the shape of the decay (linear here), whether
+  the optimizer's moments are kept (not here), and whether mid-training keeps the shaped objective (it does here;
+  objective=ce for plain cross-entropy).
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)
   c.data.sequence_length = 16_384
+  c.data.tokenizer = 'runs/data/paper/pretrain/tokenizer.model'
   c.model.rope_base = 1e6
   c.optimizer.update(warmup_steps=0, decay_fraction=1.0, final_lr=3e-5)
 
@@ -70,12 +73,10 @@ def _midtrain(c):
 def _rl(c):
   """GRPO with clip-higher and dynamic sampling, 16 answers to each of 128 prompts, 700 steps at 8k, then 16k."""
   c.train.init_from = 'runs/paper/midtrain'  # which run to start from: --config.train.init_from=
-  c.data.sequence_length = 16_384
   c.model.rope_base = 1e6
   c.optimizer.update(lr=1e-6, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)  # open: weight decay
   c.checkpoint.every_steps = 100
   c.log.update(every_steps=1, eval_every_steps=100)
-  c.rl = common.rl()
   # Open: prompts and verifier. Math with verifiable answers; a row is {"question": ..., "answer": ...}.
   c.rl.task.update(uri='jsonl:corpus/math/*.jsonl', answer_format='boxed')
 

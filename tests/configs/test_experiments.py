@@ -1,7 +1,5 @@
 """Every experiment that ships builds, is complete, and its sweep names settings that exist."""
 
-import pathlib
-
 import pytest
 
 from betarank.configs import errors, load
@@ -9,9 +7,7 @@ from betarank.launch.points import expand
 from betarank.rl.config import rl_run
 from betarank.train.config import run_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.py')
-               if p.name not in ('__init__.py', *load.NOT_EXPERIMENTS))
+FILES = load.shipped()
 
 
 def check(config):

@@ -297,7 +297,7 @@ def damaged_parent(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   how = rng.choice(sorted(DAMAGE))
   damage(path, how, rng)
   args = rng.choice([
-    ('rl', f'--config=tests/tiny_rl.py:dir={c.sums},init_from={parent}', f'--workdir={place}/workdir'),
+    ('rl', f'--config=tests/tiny_rl.py:init_from={parent}', f'--workdir={place}/workdir'),
     ('eval', 'sample', f'--checkpoint={parent}', f'--benchmark={SUMS}', '--config.eval.sample.problems=4',
      '--config.eval.sample.samples=4', '--config.eval.sample.max_new_tokens=8')])
   line = c.refused([c.start(place, args)])

@@ -14,4 +14,4 @@ def config(tmp_path_factory):
   prepare(tiny, source)
   finish_well(start('train', tiny, folder / 'run', 1, source, '--config.train.tokens=128000',
                     '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000'))
-  return f'tests/tiny_rl.py:dir={folder}/data,init_from={folder}/run'
+  return f'tests/tiny_rl.py:init_from={folder}/run'

@@ -98,7 +98,7 @@ def rl(s: Soak, steps: int) -> Load:
   s.model()
   workdir = s.root / 'rl'
   process = s.start(
-    'rl', 'rl', f'--config=tests/tiny_rl.py:dir={s.data},init_from={s.trained}', f'--workdir={workdir}',
+    'rl', 'rl', f'--config=tests/tiny_rl.py:init_from={s.trained}', f'--workdir={workdir}',
     '--config.rl.task.uri=reasoning:chain_sum?max_terms=2&max_digits=1+decimal_chain_sum?max_terms=2&max_digits=1',
     f'--config.rl.steps={steps}', f'--config.checkpoint.every_steps={RL_EVERY}', '--config.log.eval_every_steps=20',
     '--config.log.every_steps=20')

@@ -302,7 +302,7 @@ def test_real_runs_of_every_stage_make_a_page_with_nothing_odd(tmp_path):
 
   run('data', 'prepare', f'--config={tiny}', source)
   run('train', f'--config={tiny}', f'--workdir={pre}', source)
-  run('rl', f'--config=tests/tiny_rl.py:dir={tmp_path}/data,init_from={pre}', '--config.rl.steps=2',
+  run('rl', f'--config=tests/tiny_rl.py:init_from={pre}', '--config.rl.steps=2',
       f'--workdir={tmp_path}/runs/rl')
   for name in ('pre', 'rl'):
     run('eval', 'probe', f'--checkpoint={tmp_path}/runs/{name}', '--config.eval.probe.rows=8')

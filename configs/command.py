@@ -1,0 +1,45 @@
+"""betarank config FILE[:ARG] [--config.KEY=VALUE ...]     prints the resolved config and what differs from the defaults
+betarank config --list                                  lists the configs that ship
+
+Starts nothing: neither devices nor data are touched.
+"""
+
+import argparse
+import ast
+import pathlib
+from collections.abc import Sequence
+
+from betarank.configs import common, describe, load, settings
+from betarank.configs.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser(prog='betarank config', description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('file', nargs='?', default='', metavar='FILE[:ARG]')
+  parser.add_argument('--list', action='store_true', help='list the configs that ship')
+  configure = lambda args, overrides: load.read(args.config or args.file) if not args.list else common.base()
+  if '--list' not in argv and not any(not a.startswith('-') for a in argv) and not {'-h', '--help'} & set(argv):
+    raise ConfigError('betarank config: name a config, or --list those that ship')
+  config, args = load.from_command_line(
+    parser, argv, settings=settings.PRETRAIN, configure=configure, needs_config=False)
+  if args.list:
+    print(_listing())
+    return
+  is_rl = 'rl' in config
+  defaults = load.flatten(common.rl_base() if is_rl else common.base())
+  values = load.flatten(config)
+  for key, value in values.items():
+    mark = '' if key in defaults and defaults[key] == value else '   # differs' + (
+      f' from {describe.value(defaults[key])}' if key in defaults else ': not among the defaults')
+    print(f'{key} = {describe.value(value)}{mark}')
+
+
+def _listing() -> str:
+  """Returns a line per config: its path and the first line of its docstring."""
+  root = pathlib.Path(__file__).resolve().parent.parent
+  names = load.shipped()
+  width = max(map(len, names))
+  about = [(ast.get_docstring(ast.parse((root / name).read_text(encoding='utf-8'))) or '').partition('\n')[0]
+           for name in names]
+  return '\n'.join(f'{name:{width}}  {text}' for name, text in zip(names, about))

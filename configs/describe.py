@@ -1,0 +1,37 @@
+"""Settings as text for a person: for --help, and for `betarank config`."""
+
+import json
+import shutil
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from betarank.configs import settings
+
+
+def table(tree: Mapping[str, Any], width: int = 0) -> str:
+  """Returns a line per setting of `tree` (see configs/settings.py): key, default and meaning, by section.
+
+  width: of a line, in characters; 0: that of the terminal.
+  """
+  width = width or shutil.get_terminal_size().columns
+  flat = settings.flat(tree)
+  shown = {key: f'  --config.{key}={value(setting.default)}' for key, setting in flat.items()}
+  lines, before = ['settings, with their defaults before an experiment changes them:'], None
+  for key, setting in flat.items():
+    part = key.partition('.')[0]
+    if part != before:
+      lines.append('')
+    before = part
+    lines += [shown[key], *textwrap.wrap(setting.help, max(40, width - 1), initial_indent=' ' * 6,
+                                         subsequent_indent=' ' * 6)]
+  return '\n'.join(lines)
+
+
+def value(default: Any) -> str:
+  """Returns a setting's value as one would write it on a command line."""
+  if isinstance(default, bool):
+    return str(default).lower()
+  if isinstance(default, str):
+    return default.replace('\n', '\\n')
+  return json.dumps(default) if isinstance(default, list | tuple | dict) else f'{default}'

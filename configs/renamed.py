@@ -1,0 +1,45 @@
+"""Keys that a config once had under another name. A config file or an override with an old one is refused with the new
+name; the config in a checkpoint, which nobody can edit, is brought up to date when it is read.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Old key -> new key.
+RENAMED = {
+  'model.remat': 'model.remat_policy',
+  'model.offload': 'model.offload_activations',
+  'model.moe.d_expert': 'model.moe.expert_d_ff',
+  'model.moe.bias_rate': 'model.moe.bias_update_rate',
+  'log.masses': 'log.head_tail_mass',
+  'rl.prompts': 'rl.prompts_per_step',
+  'rl.samples': 'rl.group_size',
+  'rl.rounds': 'rl.max_resampling_rounds',
+  'rl.rows': 'rl.decode_batch_size',
+  'rl.truncated': 'rl.truncated_reward',
+  'eval.sample.rows': 'eval.sample.decode_batch_size',
+}
+# New key -> old value -> new value.
+VALUES = {'rl.truncated_reward': {'wrong': 'zero', 'left_out': 'masked'}}
+# What an RL config no longer has, as `betarank rl` never read it.
+NOT_IN_RL = ('objective', 'data.dir', 'data.vocab_size', 'data.sources', 'data.validation_fraction',
+             'data.sequence_length', 'data.document_bytes', 'data.held_out_fraction', 'train.tokens',
+             'train.batch_size', 'train.microbatches', 'train.init_what', 'log.eval_batches', 'log.sample_tokens',
+             'log.head_tail_mass')
+
+
+def update(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a resolved config of any earlier version, a nested dictionary, with the keys of this one."""
+  return _section(config, '')
+
+
+def _section(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  new = {}
+  for key, value in values.items():
+    name = RENAMED.get(prefix + key, prefix + key)
+    leaf = name.rpartition('.')[2]
+    if isinstance(value, Mapping):
+      new[leaf] = _section(value, f'{prefix}{key}.')
+    else:
+      new[leaf] = VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+  return new

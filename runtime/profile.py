@@ -1,0 +1,38 @@
+"""Profiles of chosen steps, for TensorBoard's profile page (xprof)."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+
+
+class Profile:
+  """Traces the steps from `first` to `last` into WORKDIR/profile.
+
+  A trace starts before the first of these steps is dispatched and ends after the last one has run.
+  """
+
+  def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
+    self._folder, self._steps, self._running = str(workdir / 'profile'), steps, False
+
+  @contextlib.contextmanager
+  def at(self, step: int) -> Iterator[None]:
+    """Surrounds the work of one step; every step must be surrounded, or the trace doesn't end."""
+    if self._steps is None:
+      yield
+      return
+    first, last = self._steps
+    if first <= step <= last and not self._running:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+    try:
+      with jax.profiler.StepTraceAnnotation('step', step_num=step):
+        yield
+    finally:
+      if self._running and step >= last:
+        jax.effects_barrier()
+        for array in jax.live_arrays():
+          array.block_until_ready()
+        jax.profiler.stop_trace()
+        self._running, self._steps = False, None
