@@ -25,12 +25,13 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from betarank.configs import describe, renamed
+from betarank.configs import describe, renamed, settings
 from betarank.configs.errors import ConfigError, suggestion
 
 
 def from_command_line(
-  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, settings: Mapping[str, Any],
+  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
+  settings: Mapping[str, Any] = settings.PRETRAIN,
   configure: Callable[[argparse.Namespace, Mapping[str, str]], ConfigDict] | None = None, needs_config: bool = True,
 ) -> tuple[ConfigDict, argparse.Namespace]:
   """Parses `--config=FILE[:ARG]`, `--config.KEY=VALUE` and the flags that `parser` already has.

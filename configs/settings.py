@@ -104,8 +104,8 @@ DATA_SECTION = dict(
   validation_fraction=S(0.01, IDENTITY, 'share of the documents, chosen by a hash of their text'),
   sequence_length=S(512, IDENTITY, 'tokens per row; documents are packed into rows'),
   document_bytes=S(65_536, IDENTITY, 'longer documents are split at line ends'),
-  held_out_fraction=S(0.0, IDENTITY, 'share of all questions that `reasoning` leaves out of documents, so that RL can be '
-                      'tested on unseen ones'),
+  held_out_fraction=S(0.0, IDENTITY, 'share of all questions that `reasoning` leaves out of documents, so that RL can '
+                      'be tested on unseen ones'),
 )
 
 MESH = dict(
@@ -152,8 +152,8 @@ LOG = dict(
   samples=S(3, REPORTING, 'texts written at each evaluation'),
   sample_tokens=S(64, REPORTING, 'longest such text, in tokens'),
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
-  head_tail_mass=S(True, REPORTING, "log head and tail mass at every step; false skips their top-k (5 to 7 % of a large "
-                   "model's step on TPU and GPU) unless a lambda needs it. Validation always logs them"),
+  head_tail_mass=S(True, REPORTING, "log head and tail mass at every step; false skips their top-k (5 to 7 % of a "
+                   "large model's step on TPU and GPU) unless a lambda needs it. Validation always logs them"),
   profile_steps=S('', REPORTING, 'FIRST-LAST: steps of which a profile is written to WORKDIR/profile (TensorBoard, '
                   'xprof); empty: none'),
 )
@@ -175,6 +175,8 @@ RL_SECTION = dict(
   decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
   truncated_reward=S('zero', IDENTITY, 'of an answer cut off by the length limit: zero | masked (overlong filtering). '
                      'The paper leaves it open'),
+  zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
+                         'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatches=S(1, EXECUTION, 'parts in which an update is computed one after the other, to save memory'),
   eval_prompts=S(64, REPORTING, 'held-out problems per evaluation'),
@@ -223,7 +225,7 @@ RL = dict(
 # Section `eval`, which `betarank eval` adds to the config of a checkpoint.
 EVAL = dict(
   probe=dict(
-    rows=S(64, IDENTITY, 'validation rows of data.sequence_length tokens per source, the same ones for every checkpoint'),
+    rows=S(64, IDENTITY, 'validation rows of data.sequence_length tokens per source, the same for every checkpoint'),
     batch_size=S(8, EXECUTION, 'rows computed at the same time, over all devices'),
     top_k=S(0, IDENTITY, 'tokens in the head; 0: objective.top_k'),
   ),
@@ -252,7 +254,7 @@ EVAL = dict(
     deadline_s=S(20.0, EXECUTION, 'wall-clock seconds per program'),
     memory_mb=S(1024, EXECUTION, 'MB of memory per process'),
     processes=S(4, EXECUTION, 'processes at the same time, threads included'),
-    accept_no_isolation=S(False, EXECUTION, 'true runs what a model wrote as you, where the kernel offers no isolation'),
+    accept_no_isolation=S(False, EXECUTION, 'where the kernel offers no isolation, run what a model wrote as you'),
   ),
 )
 

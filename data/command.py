@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from betarank.configs import load
+from betarank.configs import load, settings
 from betarank.configs.sections import section
 from betarank.data import prepared
 from betarank.data.config import DataConfig, DataError
@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
                       help='train the tokenizer; prepare all sources, training it first if needed; or read all that is '
                            'prepared, and say which file is damaged')
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (default: all CPUs)')
-  config, args = load.from_command_line(parser, argv)
+  config, args = load.from_command_line(
+    parser, argv, settings={'model': {'vocab_size': settings.MODEL['vocab_size']}, 'data': settings.DATA_SECTION})
   if args.workers < 1:
     parser.error('--workers must be 1 or more')
   data = section(DataConfig, config.get('data'), 'data')

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 
-from betarank.configs import load
+from betarank.configs import load, settings
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--process_id', type=int, default=0)
   subjects = []
 
-  def configure(args):
+  def configure(args, _):
     from betarank.eval import config
     from betarank.runtime import multihost
 
@@ -40,13 +40,14 @@ def main(argv: Sequence[str]) -> None:
     subjects.extend(config.find_checkpoints(args.checkpoint, args.all))
     return config.configure(subjects[-1], args.config)
 
-  config, args = load.from_command_line(parser, argv, configure)
+  config, args = load.from_command_line(
+    parser, argv, settings={'eval': settings.EVAL}, configure=configure, needs_config=False)
 
-  from betarank.eval import config as settings
+  from betarank.eval import config as eval_config
   from betarank.eval import generate, probe
   from betarank.runtime import workdir
 
-  run = settings.eval_run(config, subjects[-1])
+  run = eval_config.eval_run(config, subjects[-1])
   alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
   with alone if args.process_id == 0 else contextlib.nullcontext():
     if args.command == 'probe':
@@ -57,6 +58,6 @@ def main(argv: Sequence[str]) -> None:
       try:
         from betarank.eval import lm_harness
       except ImportError as error:
-        raise settings.EvalError(f"betarank eval harness: {error}; pip install -e '.[lm_eval]'") from None
+        raise eval_config.EvalError(f"betarank eval harness: {error}; pip install -e '.[lm_eval]'") from None
       lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit,
                          include_path=args.include_path, max_length=args.max_length)

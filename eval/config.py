@@ -1,4 +1,4 @@
-"""What is evaluated, and how: a checkpoint of any stage, and section `eval`."""
+"""What is evaluated, and how: a checkpoint of any stage, and section `eval` of a config."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from betarank import data, model
-from betarank.configs import common, load
+from betarank.configs import common, load, settings
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.sections import section
 from betarank.data import DataConfig
@@ -19,19 +19,17 @@ from betarank.runtime import checkpoint, workdir
 from betarank.tasks.code_jail import JailConfig
 from betarank.tasks.task_set import TaskConfig
 from betarank.tasks.verifiers import ANSWER_FORMATS, VerifierConfig
+from betarank.train import setup
 from betarank.train.sampler import SamplerConfig
-
-# Of the model: how it is computed, not what.
-EVALUATOR_MAY_CHANGE = ('compute_dtype', 'attention', 'remat_policy', 'scan_layers', 'moe.kernel')
 
 
 class EvalError(UserError):
-  """An evaluation that can't be done. One line that names what stands in its way."""
+  """An evaluation that can't be done. One line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: which tokens are looked at."""
+  """Section `eval.probe`: on which tokens."""
 
   rows: int
   batch_size: int
@@ -47,7 +45,7 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """Section `eval.sample`: what is asked, how answers are drawn and judged."""
+  """Section `eval.sample`: what is asked, and how answers are drawn and judged."""
 
   seed: int
   samples: int
@@ -94,24 +92,27 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalRun:
-  """All that an evaluation is told."""
+  """All that an evaluation is told.
+
+  top_k: tokens in the head, where eval.probe.top_k is 0.
+  """
 
   model: ModelConfig
   data: DataConfig
   mesh: MeshConfig
-  top_k: int  # of the head, where eval.probe.top_k leaves it open
+  top_k: int
   eval: EvalConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointRef:
-  """A checkpoint to be evaluated.
+  """A checkpoint to evaluate.
 
   Attributes:
     path: the checkpoint.
-    run: the workdir it is from; what is found out goes to its folder `eval`.
+    run: the workdir it is from; results are written to its folder `eval`.
     step: of the run.
-    meta: what the checkpoint says of itself.
+    meta: what the checkpoint says of itself (see `train.setup.lineage`).
   """
 
   path: epath.Path
@@ -120,13 +121,13 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """What every result says of its origin."""
+    """Returns what every result says of its origin."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """The checkpoint at `path`, or the newest of a workdir; with `every` all that lie beside it, oldest first.
+  """Returns the checkpoint at `path`, or the newest of a workdir; with `every` all in the same folder, oldest first.
 
   Raises CheckpointError where there is none, or one is damaged.
   """
@@ -140,81 +141,64 @@ def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
   return [CheckpointRef(p, run, int(meta.get('step', p.name)), meta) for p, meta in zip(paths, metas)]
 
 
-def configure(subject: CheckpointRef, spec: str = '') -> ConfigDict:
-  """The checkpoint's own config with section `eval`, still open to overrides.
+def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
+  """Returns the checkpoint's own config with section `eval`, still open to overrides.
 
-  spec: a config whose sections `data` and `eval` are taken instead, so that runs on different data can be asked
-  about the same.
+  spec: a config whose sections `data` and `eval` replace the checkpoint's, so that runs on different data can be
+  evaluated on the same.
   """
-  config = ConfigDict(subject.meta['config'])
+  config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
-  if spec:
+  if 'data' in given:
     config.data = given.data
   config.eval = given.get('eval', config.get('eval', common.evaluation()))
   return config
 
 
-def eval_run(config: ConfigDict, subject: CheckpointRef) -> EvalRun:
-  """The checked evaluation. Raises ConfigError, one line that names the key."""
+def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
+  """Returns the checked evaluation. Raises ConfigError, one line that names the key."""
   run = EvalRun(
     model=section(ModelConfig, config.model, 'model'),
     data=section(DataConfig, config.data, 'data'),
     mesh=section(MeshConfig, config.train.mesh, 'train.mesh'),
-    top_k=config.objective.top_k if 'objective' in config else 100,
+    top_k=config.objective.top_k if 'objective' in config else settings.default('objective.top_k'),
     eval=section(EvalConfig, config.eval, 'eval'),
   )
-  trained = section(ModelConfig, subject.meta['config']['model'], 'model')
+  trained = section(ModelConfig, ref.meta['config']['model'], 'model')
   before, now = (load.flatten(dataclasses.asdict(c)) for c in (trained, run.model))
   for key in now:
-    if before[key] != now[key] and key not in EVALUATOR_MAY_CHANGE:
-      raise ConfigError(f'config.model.{key} must be {before[key]}, as {subject.path} was trained, got {now[key]}')
+    if before[key] != now[key] and settings.role(f'model.{key}') != settings.EXECUTION:
+      raise ConfigError(f'config.model.{key} must be {before[key]}, as {ref.path} was trained, got {now[key]}')
   asked = run.eval.sample.held_out_fraction
-  kept = subject.meta['config'].get('rl', {}).get('task', {}).get('held_out_fraction', 1.0)
+  kept = ref.meta['config'].get('rl', {}).get('task', {}).get('held_out_fraction', 1.0)
   if asked > kept:
-    raise ConfigError(f'config.eval.sample.held_out_fraction must be at most {kept}, what {subject.run} held out of '
+    raise ConfigError(f'config.eval.sample.held_out_fraction must be at most {kept}, what {ref.run} held out of '
                       f'its RL, or it would be asked what it was trained on; got {asked}')
   return run
 
 
-def make_mesh(run: EvalRun) -> Mesh:
-  """The mesh that config.train.mesh makes of the devices here. Raises ConfigError if it doesn't fit them."""
-  try:
-    return model.make_mesh(run.mesh)
-  except ValueError as error:
-    raise ConfigError(f'config.train.mesh: {error}') from None
+def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
+  """Returns the mesh that config.train.mesh makes of the devices here. Raises ConfigError if it doesn't fit them, or
+  doesn't divide the model or the `rows` that config.`key` asks for.
+  """
+  return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
 
-def read_tokenizer(run: EvalRun) -> data.Tokenizer:
-  """Raises DataError, or ConfigError for another vocabulary than the model's."""
-  tokenizer = data.Tokenizer(run.data.tokenizer_path)
-  if tokenizer.vocab_size != run.model.vocab_size:
-    raise ConfigError(f'config.data.tokenizer: {run.data.tokenizer_path} has {tokenizer.vocab_size} tokens, the model '
-                      f'{run.model.vocab_size}')
-  return tokenizer
+def read_tokenizer(run: EvalRun, ref: CheckpointRef) -> data.Tokenizer:
+  """Returns the tokenizer. Raises DataError, or ConfigError for another one than the checkpoint was trained with."""
+  return setup.read_tokenizer(run.data.tokenizer_path, run.model, ref.meta)
 
 
-def restore(run: EvalRun, subject: CheckpointRef, mesh: Mesh) -> Any:
-  """The checkpoint's parameters on `mesh`. Raises CheckpointError, or ConfigError if the mesh doesn't divide them."""
+def restore(run: EvalRun, ref: CheckpointRef, mesh: Mesh) -> Any:
+  """Returns the checkpoint's parameters on `mesh`. Raises CheckpointError."""
   _, shapes, axes = model.abstract(run.model)
-  try:
-    model.check_divides(shapes, axes, mesh.shape)
-  except ValueError as error:
-    raise ConfigError(f'config.train.mesh: {error}') from None
   place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-  return checkpoint.restore_weights(subject.path, jax.tree.map(place, shapes, model.shardings(mesh, axes)))[0]
+  return checkpoint.restore_weights(ref.path, jax.tree.map(place, shapes, model.shardings(mesh, axes)))[0]
 
 
-def same(before: Any, now: Any, keys: Sequence[str]) -> str:
-  """'' if two JSON objects agree in `keys`, else a phrase on the first difference."""
+def difference(before: Any, now: Any, keys: Sequence[str]) -> str:
+  """Returns '' if two JSON objects agree in `keys`, else a phrase on the first difference."""
   for key in keys:
     if before.get(key) != now.get(key):
       return f'{key} = {before.get(key)!r}, now {now.get(key)!r}'
   return ''
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file so that a reader sees all of it or none."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / (path.name + '.tmp')
-  temporary.write_text(text)
-  temporary.replace(path)

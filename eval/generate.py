@@ -24,6 +24,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from betarank.configs.files import write_atomically
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -31,11 +32,10 @@ from betarank.eval.config import (
   CheckpointRef,
   EvalError,
   EvalRun,
+  difference,
   make_mesh,
   read_tokenizer,
   restore,
-  same,
-  write_whole,
 )
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
@@ -61,7 +61,8 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
     raise EvalError('--benchmark: name one or more, separated by commas')
   if jax.process_count() > 1:
     raise EvalError('sampling runs in one process so far; its devices may be several')
-  tokenizer, mesh = read_tokenizer(run), make_mesh(run)
+  tokenizer = read_tokenizer(run, subjects[-1])
+  mesh = make_mesh(run, 'eval.sample.decode_batch_size', c.decode_batch_size)
   benchmarks = [open_benchmark(name, c) for name in names]
   prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
   with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
@@ -88,10 +89,7 @@ def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
 def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) -> Sampler:
   """With room for the longest prompt, rounded up so that few shapes are compiled."""
   longest = max(len(prompt.tokens) for prompt in prompts)
-  try:
-    return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
-  except ValueError as error:
-    raise EvalError(f'config.eval.sample.{error}') from None
+  return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
@@ -221,7 +219,7 @@ class SampleFile:
     elif self.path.exists():
       raise EvalError(f'{self.path}: samples without their settings, {settings.name}; remove them to sample again')
     else:
-      write_whole(settings, json.dumps(self.about, indent=1) + '\n')
+      write_atomically(settings, json.dumps(self.about, indent=1) + '\n')
     self._remote = '://' in str(self.path)
     self._text = self._take_up()
     self._file, self._written = None, time.monotonic()
@@ -231,7 +229,7 @@ class SampleFile:
       before = json.loads(settings.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
       raise EvalError(f'{settings}: not JSON; remove it and {self.path} to sample again') from None
-    if differs := same(before, self.about, [key for key in self.about if key not in _MAY_CHANGE]):
+    if differs := difference(before, self.about, [key for key in self.about if key not in _MAY_CHANGE]):
       raise EvalError(f'{settings}: holds samples made with {differs}; set it back, or remove both files of step '
                       f'{self.about["step"]} there to sample again')
 
@@ -287,7 +285,7 @@ class SampleFile:
 
   def close(self) -> None:
     if self._remote:
-      write_whole(self.path, self._text)
+      write_atomically(self.path, self._text)
       self._written = time.monotonic()
     elif self._file is not None:
       self._file.close()

@@ -28,27 +28,24 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 
-from betarank import model
+from betarank import data, model
 from betarank.configs import errors, load
-from betarank.configs.errors import ConfigError
+from betarank.configs.files import write_atomically
 from betarank.eval.config import (
   CheckpointRef,
   EvalError,
   EvalRun,
   configure,
+  difference,
   eval_run,
   find_checkpoints,
   make_mesh,
   read_tokenizer,
   restore,
-  same,
-  write_whole,
 )
 from betarank.model.sharding import constrain
-from betarank.objectives import linear_token_stats
-from betarank.runtime import multihost
+from betarank.train import score
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
-from betarank.train.score import LAYOUT
 
 _SHORTEST = 64  # rows are padded to this times a power of two, so that few shapes are compiled
 _DEFAULT_NEW_TOKENS = 256  # the harness's
@@ -86,12 +83,9 @@ class Betarank(TemplateLM):
     self._run, self._rank, self._world_size = run, 0, 1
     self.max_length = max_length or trained_length(subject)
     self.batch_size = int(batch_size or run.eval.probe.batch_size)
-    self._tokens, self._mesh = read_tokenizer(run), make_mesh(run)
+    self._tokens = read_tokenizer(run, subject)
+    self._mesh = make_mesh(run, 'eval.probe.batch_size', self.batch_size)
     self._device = self._mesh.devices.flat[0].platform
-    try:
-      multihost.check_rows(self.batch_size, self._mesh.shape, 1)
-    except ValueError as error:
-      raise ConfigError(f'config.eval.probe.batch_size: {str(error).replace("train.batch_size", "it")}') from None
     with jax.set_mesh(self._mesh):
       self._params = restore(run, subject, self._mesh)
 
@@ -218,9 +212,8 @@ def trained_length(subject: CheckpointRef) -> int:
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """(log-probability of each next token, whether it is the most probable one), [B, T - 1] each."""
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
-  hidden_BTD = model.forward(c, params, tokens_BT[:, :-1], positions_BT, live_BT)[0]
-  stats = linear_token_stats(
-    hidden_BTD, model.head(c, params), tokens_BT[:, 1:], top_k=1, weights=live_BT > 0, layout=LAYOUT)
+  batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)
+  stats, _ = score.token_stats(c, params, batch, top_k=1)
   return constrain(stats.target_logp, None, None), constrain(stats.target_rank == 0, None, None)
 
 
@@ -249,7 +242,7 @@ def harness(
   for subject in subjects:
     path = subject.run / 'eval' / 'harness' / folder / f'{subject.step}.json'
     settings = {**asked, 'max_length': max_length or trained_length(subject)}
-    if path.exists() and not same(json.loads(path.read_text()), settings, list(settings)):
+    if path.exists() and not difference(json.loads(path.read_text()), settings, list(settings)):
       say(f'{path}: is there already')
     else:
       todo.append((subject, path, settings))
@@ -261,6 +254,6 @@ def harness(
       Betarank(subject, run, max_length=max_length), tasks=names, num_fewshot=num_fewshot, limit=limit,
       task_manager=manager, log_samples=False, bootstrap_iters=1000)
     kept = {key: found[key] for key in ('results', 'groups', 'n-shot', 'n-samples', 'versions') if key in found}
-    write_whole(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
+    write_atomically(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
     say(f'step {subject.step}\n{utils.make_table(found)}')
     say(f'{path}: written', flush=True)

@@ -17,28 +17,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from betarank import data, model
-from betarank.configs.errors import ConfigError
+from betarank.configs.files import write_atomically
 from betarank.data import Batch
-from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore, write_whole
+from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore
 from betarank.model.sharding import constrain
-from betarank.objectives import collectives as head_layout
-from betarank.objectives import head_math, linear_token_stats
-from betarank.objectives.top_k import top_k
 from betarank.runtime import multihost
-from betarank.train.score import LAYOUT
+from betarank.train import score
 
 HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 COVERAGE_N = tuple(2**i for i in range(1, 15))
 ENTROPY_BINS = 40  # equal parts of [0, log V]
 CONFIDENCE_BINS = 15  # equal parts of [0, 1], as is usual for ECE
-CHUNK_TOKENS = 256  # whose logits exist at once in `leaders`: 155 MB at Qwen's vocabulary
 
 
 def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
@@ -48,12 +43,8 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
   """
   c, settings = run.model, run.eval.probe
   head = min(settings.top_k or run.top_k, c.vocab_size)
-  tokenizer = read_tokenizer(run)
-  mesh = make_mesh(run)
-  try:
-    multihost.check_rows(settings.batch_size, mesh.shape, 1)
-  except ValueError as error:
-    raise ConfigError(f'config.eval.probe.batch_size: {str(error).replace("train.batch_size", "it")}') from None
+  tokenizer = read_tokenizer(run, subjects[-1])
+  mesh = make_mesh(run, 'eval.probe.batch_size', settings.batch_size)
   config = {**dataclasses.asdict(run.eval), 'probe': dataclasses.asdict(settings) | {'top_k': head}}
   # What decides the figures; batch_size only says how they are worked out.
   tokens = {name: _fingerprint(run, name) for name in run.data.sources}
@@ -78,7 +69,8 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
         domains[name] = figures(values_N, tokenizer.bytes_per_token_V[values_N['target']], c.vocab_size)
         say(describe(subject, name, domains[name]), flush=True)
       if jax.process_index() == 0:
-        write_whole(path, json.dumps({**subject.lineage(), 'config': config, 'deciding': deciding, 'domains': domains,
+        write_atomically(path, json.dumps({
+          **subject.lineage(), 'config': config, 'deciding': deciding, 'domains': domains,
                                       'seconds': round(time.perf_counter() - began, 1)}, indent=1) + '\n')
       say(f'{path}: written', flush=True)
 
@@ -133,43 +125,12 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
   entropy, rank, head_mass, tail_mass, valid: objectives.TokenStats, the head being the `head_tokens` most probable
   tokens. top_logp: log-probability of the most probable token; gap: its lead over the second.
   """
-  layout = None if jax.sharding.get_abstract_mesh().empty else LAYOUT
-  hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
-  head_DV = model.head(c, params)
-  stats = linear_token_stats(
-    hidden_BTD, head_DV, batch.targets_BT, top_k=head_tokens, weights=batch.segments_BT > 0, layout=layout)
-  top_logp, gap = leaders(hidden_BTD, head_DV, layout)
+  stats, hidden_BTD = score.token_stats(c, params, batch, head_tokens)
+  top_logp, gap = score.leading_two(c, params, hidden_BTD)
   out = {'counts': batch.segments_BT > 0, 'target': batch.targets_BT, 'valid': stats.target_valid,
          'logp': stats.target_logp, 'entropy': stats.entropy, 'rank': stats.target_rank,
          'head_mass': stats.head_mass, 'tail_mass': stats.tail_mass, 'top_logp': top_logp, 'gap': gap}
   return {name: constrain(x_BT, None, None) for name, x_BT in out.items()}
-
-
-def leaders(hidden: jax.Array, head: jax.Array, layout: head_layout.Layout | None) -> tuple[jax.Array, jax.Array]:
-  """(log p1, log p1 - log p2) of the two most probable tokens at each position of hidden [..., D], head [D, V].
-
-  Logits are formed by the scorer's own function, CHUNK_TOKENS tokens at a time.
-  """
-  options = head_math.Options(
-    with_top_k=False, with_smoothing=False, vocab_size=head.shape[1], chunk_tokens=None, soft_cap=None, z_loss=0.0,
-    temperature=1.0, compute_dtype=hidden.dtype, layout=layout)
-
-  def local(hidden, head):
-    head_DV = head_layout.gather_head(layout, head.astype(options.compute_dtype))
-    tokens = math.prod(hidden.shape[:-1])
-    size = min(CHUNK_TOKENS, tokens)
-    hidden_ND = jnp.pad(hidden.reshape(tokens, -1), ((0, -tokens % size), (0, 0)))
-
-    def one(hidden_CD):
-      z_CV = head_math.logits(options, hidden_CD, head_DV)
-      two_C2, _ = jax.lax.top_k(head_layout.concatenate_over_vocab(layout, top_k(z_CV, 2)[0]), 2)
-      mass_C = head_layout.sum_over_vocab(layout, jnp.exp(z_CV - two_C2[:, :1]).sum(-1))
-      return -jnp.log(mass_C), two_C2[:, 0] - two_C2[:, 1]
-
-    parts = jax.lax.map(one, hidden_ND.reshape(-1, size, hidden.shape[-1]))
-    return tuple(x.reshape(-1)[:tokens].reshape(hidden.shape[:-1]) for x in parts)
-
-  return head_layout.on_mesh(layout, local, ('hidden', 'head'), ('tokens', 'tokens'))(hidden, head)
 
 
 # On the host: figures

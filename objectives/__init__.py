@@ -4,6 +4,7 @@ from betarank.objectives.collectives import Layout
 from betarank.objectives.family import ObjectiveConfig
 from betarank.objectives.head import linear_token_stats, shaped_linear_loss, shaped_linear_total
 from betarank.objectives.head_math import TokenStats
+from betarank.objectives.leaders import leading_two
 from betarank.objectives.reward_shaping import RewardShaping, shaped_loss
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
   'ObjectiveConfig',
   'RewardShaping',
   'TokenStats',
+  'leading_two',
   'linear_token_stats',
   'shaped_linear_loss',
   'shaped_linear_total',

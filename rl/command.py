@@ -1,12 +1,14 @@
 """betarank rl --config=configs/rl_smoke.py --workdir=DIR --config.train.init_from=PRETRAINED [--config.KEY=VALUE ...]
 
-Started again with the same workdir, a run goes on where it stands.
+Continues a pre-trained model with reinforcement learning on verifiable rewards. Run the same command again to resume.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from betarank.configs import load
+from ml_collections import ConfigDict
+
+from betarank.configs import load, settings
 from betarank.runtime.flags import add_run_flags
 
 
@@ -14,10 +16,21 @@ def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(prog='betarank rl', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   add_run_flags(parser)
-  config, args = load.from_command_line(parser, argv)
+  config, args = load.from_command_line(parser, argv, settings=settings.RL, configure=_with_model)
 
-  from betarank.rl import loop  # after the config is known to be good: this is where JAX starts
+  from betarank.rl import loop  # only now that the config is known to be good: this starts JAX
   from betarank.runtime import job
 
   with job.job(args, config):
     loop.train(config, args.workdir, args.fallback)
+
+
+def _with_model(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
+  """Returns the config of --config; one without section `model` takes that of the checkpoint it starts from."""
+  config = load.read(args.config)
+  if 'model' not in config and 'train' in config:
+    from betarank.runtime import checkpoint
+    source = overrides.get('train.init_from') or config.train.get('init_from')
+    if source:
+      config.model = ConfigDict(checkpoint.read_meta(checkpoint.find(source))['config']['model'])
+  return config

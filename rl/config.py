@@ -16,6 +16,7 @@ from betarank.train.config import at_least_one, check_seed, check_warmup, first_
 from betarank.train.optimizer import OptimizerConfig
 
 TRUNCATED_REWARD = ('zero', 'masked')
+ZERO_VARIANCE_GROUPS = ('auto', 'replace', 'keep')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class RlConfig:
   phase_steps: tuple[int, ...]
   decode_batch_size: int
   truncated_reward: str
+  zero_variance_groups: str
   minibatches: int
   microbatches: int
   eval_prompts: int
@@ -57,9 +59,19 @@ class RlConfig:
     if self.loss.cov == 'kl_cov' and self.minibatches == 1:
       raise ValueError("minibatches must be > 1 with loss.cov = 'kl_cov', whose penalty is 0 in the first update after "
                        'sampling, got 1')
+    if self.zero_variance_groups not in ZERO_VARIANCE_GROUPS:
+      raise ValueError(f'zero_variance_groups must be one of {", ".join(ZERO_VARIANCE_GROUPS)}, got '
+                       f'{self.zero_variance_groups!r}')
     if self.truncated_reward not in TRUNCATED_REWARD:
       raise ValueError(
         f'truncated_reward must be one of {", ".join(TRUNCATED_REWARD)}, got {self.truncated_reward!r}')
+
+  @property
+  def keeps_zero_variance(self) -> bool:
+    """Whether groups whose rewards don't vary are learned from, not replaced."""
+    if self.zero_variance_groups == 'auto':
+      return self.advantage.name == 'w_reinforce'
+    return self.zero_variance_groups == 'keep'
 
   @property
   def rows(self) -> int:

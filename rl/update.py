@@ -1,45 +1,24 @@
 """One policy-gradient update: rollouts and advantages in, new state out; a pure function, jitted.
 
-# B rows  T tokens  D width  L layers  k experts a token
+# B rows  T tokens  L layers  k experts per token
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from betarank import model
-from betarank.data import Batch
 from betarank.model import ModelConfig
 from betarank.model.sharding import constrain
-from betarank.objectives import RewardShaping, shaped_linear_loss
 from betarank.rl.policy_losses import PolicyLossConfig, add, aggregate, clip_cov_tokens, kl_cov_tokens, policy_loss
 from betarank.runtime.state import TrainState, compiler_options, donated
-from betarank.train.score import LAYOUT
-
-
-def score_tokens(
-  c: ModelConfig, params: Any, batch: Batch, choices_BTLk: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-  """(log-probability of each target, entropy), [B, T] float32 nats; 0 in padding. Gradients flow through the first.
-
-  The same head as in pre-training, at β = λ = 0, so a sampler that uses the trainer's forward agrees with it.
-  choices_BTLk: the experts that the sampler's tokens went to. Without them rounding sends some tokens elsewhere.
-  """
-  choices_LBTk = None if choices_BTLk is None else jnp.moveaxis(choices_BTLk, 2, 0).astype(jnp.int32)
-  hidden_BTD, _, _ = model.forward_routed(
-    c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None, choices_LBTk)
-  loss_BT, stats = shaped_linear_loss(
-    hidden_BTD, model.head(c, params), batch.targets_BT, RewardShaping(), weights=batch.segments_BT > 0,
-    layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
-  return -loss_BT, stats.entropy
+from betarank.train import score
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def cov_tokens(loss: PolicyLossConfig, key: jax.Array, old_logp_BT, advantages_B, completion_BT) -> jax.Array:
-  """bool [B, T]: the tokens of an update that `loss.cov` singles out. Only clip_cov is random."""
+  """Returns bool [B, T]: the tokens of an update that `loss.cov` singles out. Only clip_cov is random."""
   if loss.cov == 'kl_cov':
     return kl_cov_tokens(old_logp_BT, advantages_B[:, None], completion_BT, share=loss.cov_share)
   noise_BT = jax.random.uniform(key, completion_BT.shape)
@@ -50,10 +29,10 @@ def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransf
   """Returns the jitted update of one minibatch.
 
   (state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT, choices_BTLk) ->
-  (state, sums for `policy_losses.means`, entropy_BT on every device). The last four may be None: without old_logp
-  the update is on-policy (the ratio is 1), the next two are needed with loss.kl_weight and loss.cov, and choices are
-  the experts that tokens go to, which a dense model hasn't. A router's bias stays as it is.
-  The loss is a sum over the minibatch divided once, so microbatches change nothing.
+  (state, sums for `policy_losses.means`, entropy_BT on every device). The last four may be None. Without old_logp
+  the update is on-policy: the ratio is 1. ref_logp is needed with loss.kl_weight, cov_tokens with loss.cov, and choices
+  are the experts that the sampler sent tokens to, which a dense model doesn't have. A router's bias doesn't change.
+  The loss is a sum over the minibatch, divided once, so the number of microbatches changes nothing.
   """
 
   def update(state: TrainState, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
@@ -63,7 +42,7 @@ def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransf
 
     def part(params, piece):
       batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT, choices_BTLk = piece
-      logp_BT, entropy_BT = score_tokens(c, params, batch, choices_BTLk)
+      logp_BT, entropy_BT = score.log_probabilities(c, params, batch, choices_BTLk)
       old_logp_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
       total, _, sums = policy_loss(
         loss, logp_BT, old_logp_BT, advantages_B[:, None], completion_BT, sampler_logp_BT=sampler_logp_BT,
@@ -90,9 +69,10 @@ def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransf
       (grads, sums), entropy = jax.lax.scan(accumulate, (zero_grads, zero_sums), split)
       entropy_BT = entropy.swapaxes(0, 1).reshape(completion_BT.shape)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    sums['grad_norm'] = optax.tree.norm(grads)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = tx.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+      sums['grad_norm'] = optax.tree.norm(grads)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, constrain(entropy_BT, None, None)
 
   return jax.jit(update, donate_argnums=donated(), compiler_options=compiler_options())

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from betarank.configs import renamed
 from betarank.configs.errors import UserError, suggestion
 from betarank.configs.load import check_places, flatten
 from betarank.runtime import integrity
@@ -223,7 +224,8 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)
     meta = json.loads((path / 'meta' / 'metadata').read_text())  # as Orbax's JsonCheckpointHandler writes it
-    meta['shapes'], meta['config']
+    meta['shapes']
+    meta['config'] = renamed.update(meta['config'])  # it may be from an earlier version
     return meta
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f'{path}: meta is missing or damaged ({str(error).splitlines()[0][:200]})') from error

@@ -8,40 +8,62 @@ import pathlib
 import socket
 import subprocess
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from betarank.configs import renamed, settings
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
 from betarank.configs.load import flatten, to_json
 
-# What may differ when a run goes on in its workdir: it changes how the run is carried out or watched, or how
-# long it lasts; not what was learned so far.
-MAY_CHANGE = ('data.dir', 'data.sources', 'data.tokenizer', 'train.tokens', 'train.microbatches', 'train.mesh',
-              'train.init_from', 'model.remat_policy', 'model.attention', 'model.scan_layers', 'checkpoint', 'log')
-
 
 def check_config(workdir: epath.Path, config: ConfigDict) -> None:
-  """Raises ConfigError if the workdir holds a run that can't go on with this config; names the first difference."""
+  """Raises ConfigError, naming the first difference, if the workdir holds a run that can't resume with this config.
+
+  Settings whose role is IDENTITY must be the same (configs/settings.py).
+  """
   path = workdir / 'config.json'
   if not path.exists():
     return
   try:
-    before = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ConfigError(f'{path}: not a config ({error}); remove it to go on with the present one') from None
+    before = renamed.update(json.loads(path.read_text()))
+  except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    raise ConfigError(f'{path}: not a config ({error}); remove it to resume with the present one') from None
   before, now = flatten(before), flatten(json.loads(to_json(config)))
   for key in sorted(before.keys() | now.keys()):
-    if before.get(key) != now.get(key) and not any(key == k or key.startswith(k + '.') for k in MAY_CHANGE):
+    if _is_fixed(key, is_rl='rl.steps' in now) and before.get(key, _default(key)) != now.get(key, _default(key)):
       raise ConfigError(f'--workdir={workdir}: holds a run with config.{key} = {before.get(key)!r}, now '
                         f'{now.get(key)!r}; choose another workdir, or pass --config={path}')
+
+
+def _is_fixed(key: str, is_rl: bool) -> bool:
+  """Returns whether a run keeps this setting for life; a key that is no setting is someone's own, and does."""
+  if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
+    return False
+  try:
+    return settings.role(key) == settings.IDENTITY
+  except KeyError:
+    return True
+
+
+def _default(key: str) -> Any:
+  """Returns the default of a setting, which is what a config from before there was the setting amounts to."""
+  try:
+    return settings.default(key)
+  except KeyError:
+    return None
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
   """Writes the resolved config to config.json, atomically."""
   write_atomically(workdir / 'config.json', to_json(config))
+
+
+def write_json(path: epath.Path, values: dict[str, Any]) -> None:
+  """Writes `values` as indented JSON, atomically."""
+  write_atomically(path, json.dumps(values, indent=2) + '\n')
 
 
 @contextlib.contextmanager

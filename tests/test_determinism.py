@@ -115,9 +115,7 @@ RL = ('--config.rl.steps=3', '--config.rl.loss.kl_weight=0.1', '--config.rl.loss
 
 
 def rl(sums, workdir, processes, devices):
-  data, trained = sums
-  return launch('rl', f'tests/tiny_rl.py:init_from={trained}', workdir, *RL, processes=processes,
-                devices=devices)
+  return launch('rl', f'tests/tiny_rl.py:init_from={sums[1]}', workdir, *RL, processes=processes, devices=devices)
 
 
 @pytest.fixture(scope='module')

@@ -1,12 +1,12 @@
 """betarank train --config=configs/smoke.py:beta=-0.25 --workdir=DIR [--config.KEY=VALUE ...]
 
-Started again with the same workdir, a run goes on where it stands.
+Pre-trains a model. Run the same command again to resume.
 """
 
 import argparse
 from collections.abc import Sequence
 
-from betarank.configs import load
+from betarank.configs import load, settings
 from betarank.runtime.flags import add_run_flags
 
 
@@ -14,10 +14,10 @@ def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(prog='betarank train', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   add_run_flags(parser)
-  config, args = load.from_command_line(parser, argv)
+  config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
 
-  from betarank.runtime import job
-  from betarank.train import loop  # after the config is known to be good: this is where JAX starts
+  from betarank.runtime import job  # only now that the config is known to be good: this starts JAX
+  from betarank.train import loop
 
   with job.job(args, config):
     loop.train(config, args.workdir, args.fallback)

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import UserError
-from betarank.runtime import checkpoint, multihost, workdir
 from betarank.objectives import ObjectiveConfig
+from betarank.runtime import checkpoint, multihost, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
@@ -58,7 +58,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     tx = make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from,
                             everything=run.train.init_what == 'all')
-    state, start = beginning.state, int(beginning.state.step)
+    state, start = beginning.state, beginning.step
     feed = stack.enter_context(contextlib.closing(Feed(run, mesh, beginning.cursor)))
     log = stack.enter_context(contextlib.closing(setup.open_log(
       root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard)))
@@ -67,7 +67,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'objective': describe_objective(run.objective),
       'data': f'{", ".join(f"{name} ({source.uri})" for name, source in run.data.sources.items())} in {run.data.dir}',
       'mesh': setup.describe_mesh(mesh),
-      'run': f'{setup.describe_length(beginning, start, run.steps, root)}, {run.tokens_per_step:,} tokens per step'})
+      'run': f'{setup.describe_length(beginning, run.steps, root)}, {run.tokens_per_step:,} tokens per step'})
     update = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.microbatches,
                        'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from betarank import model
+from betarank import model, objectives
 from betarank.data import Batch
 from betarank.objectives import (
   Layout,
@@ -87,8 +87,13 @@ def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> 
   return statistics, hidden_BTD
 
 
+def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns (log p1, log p1 - log p2) of the two most probable tokens, [B, T] float32 nats."""
+  return objectives.leading_two(hidden_BTD, model.head(c, params), layout())
+
+
 def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperature: float = 1.0) -> jax.Array:
-  """Returns float32 logits [..., V] of hidden states [..., D], divided by `temperature`, by the scorer's own product."""
+  """Returns float32 logits [..., V] of hidden states [..., D] over `temperature`, by the scorer's own product."""
   options = head_math.Options(
     with_top_k=False, with_smoothing=False, vocab_size=c.vocab_size, chunk_tokens=None, soft_cap=None, z_loss=0.0,
     temperature=temperature, compute_dtype=c.dtype, layout=None)

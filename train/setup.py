@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from betarank import data, model
-from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.errors import ConfigError
 from betarank.configs.load import to_json
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
@@ -72,16 +72,17 @@ def open_checkpoints(
 
   After an error it has SAVE_DEADLINE_S to do so. Raises CheckpointError as Checkpoints does.
   """
-  checkpoints = checkpoint.Checkpoints(root, config, fallback)
+  checkpoints, failed = checkpoint.Checkpoints(root, config, fallback), True
   try:
     yield checkpoints
-  except (UserError, ValueError, RuntimeError, OSError) as error:
-    closing = threading.Thread(target=_close, args=(checkpoints,), daemon=True)
-    closing.start()
-    closing.join(SAVE_DEADLINE_S)
-    if closing.is_alive():
-      print(f'the save in flight did not finish within {SAVE_DEADLINE_S} s', file=sys.stderr)
-    raise error
+    failed = False
+  finally:
+    if failed:
+      closing = threading.Thread(target=_close, args=(checkpoints,), daemon=True)
+      closing.start()
+      closing.join(SAVE_DEADLINE_S)
+      if closing.is_alive():
+        print(f'a save in flight did not finish within {SAVE_DEADLINE_S} s', file=sys.stderr)
   checkpoints.close()
 
 
@@ -135,7 +136,7 @@ def trained_tokenizer(meta: Mapping[str, Any]) -> str:
 
 
 def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a checkpoint's config with the sections that it inherited: those on data and objective, if it is from RL."""
+  """Returns a checkpoint's config with the sections it inherited: if it is from RL, those on data and objective."""
   config, inherited = dict(meta['config']), meta.get('inherited', {})
   if 'sources' not in config['data'] and 'data' in inherited:
     config = {**inherited, **config, 'data': {**inherited['data'], 'tokenizer': trained_tokenizer(meta)}}
@@ -147,12 +148,14 @@ class Beginning(NamedTuple):
 
   Attributes:
     state: on the devices.
+    step: steps done; 0 for a fresh run.
     cursor: of the data or the prompts, as the checkpoint has it; None for a fresh run.
     parent: the checkpoint that the run first started from; '' for random weights.
     inherited: what the run's checkpoints must keep of the pre-training they descend from (see `lineage`).
   """
 
   state: TrainState
+  step: int
   cursor: Any
   parent: str
   inherited: dict[str, Any]
@@ -176,23 +179,25 @@ def begin(
   target = abstract_state(c, tx, mesh)
   if checkpoints.latest is not None:
     state, meta = checkpoints.restore(target)
-    return Beginning(state, meta['cursor'], meta['parent'], _inherited(meta))
+    return Beginning(state, meta['step'], meta['cursor'], meta['parent'], meta.get('inherited', {}))
   if not init_from:
-    return Beginning(create_state(c, tx, mesh, seed), None, '', {})
+    return Beginning(create_state(c, tx, mesh, seed), 0, None, '', {})
   source = checkpoint.find(init_from)
   if everything:
     state, meta = checkpoint.restore(source, target)
-    return Beginning(state, meta['cursor'], str(source), _inherited(meta))
+    return Beginning(state, meta['step'], meta['cursor'], str(source), _inherited(meta))
   params, meta = checkpoint.restore_weights(source, target.params)
-  return Beginning(create_state(c, tx, mesh, seed, params), None, str(source), _inherited(meta))
+  return Beginning(create_state(c, tx, mesh, seed, params), 0, None, str(source), _inherited(meta))
 
 
-def check_same_function(c: model.ModelConfig, init_from: str, fields: tuple[str, ...]) -> None:
-  """Raises ConfigError if the model at `init_from` differs in `fields`, which the shapes of its arrays don't show."""
-  trained = checkpoint.read_meta(checkpoint.find(init_from))['config']['model']
+def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:
+  """Raises ConfigError if the checkpoint with the meta `trained` differs in `fields` of the model, which the shapes of
+  its arrays don't show.
+  """
+  before = trained['config']['model']
   for name in fields:
-    if name in trained and trained[name] != getattr(c, name):
-      raise ConfigError(f'config.model.{name} must be {trained[name]}, as {init_from} was trained, got '
+    if name in before and before[name] != getattr(c, name):
+      raise ConfigError(f'config.model.{name} must be {before[name]}, as the checkpoint to start from was trained, got '
                         f'{getattr(c, name)}')
 
 
@@ -253,8 +258,9 @@ def describe_mesh(mesh: Mesh) -> str:
   return f'{axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
 
 
-def describe_length(beginning: Beginning, start: int, steps: int, root: Any) -> str:
+def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
   """Returns from which step to which a run goes and what it starts from, for `log_header`."""
+  start = beginning.step
   if start:
     origin = f'resumed after step {start}'
   else:

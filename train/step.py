@@ -53,7 +53,7 @@ def make_step(
       parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
       add = lambda total, one: (jax.tree.map(jnp.add, total, grad(state.params, one, targets, shaping)), None)
       first = jax.tree.map(lambda x: x[0], parts)
-      # `shaping` is closed over here as in the loop: a traced lambda isn't known to be 0, and would need other statistics.
+      # `shaping` is closed over here as in the loop: a traced lambda isn't known to be 0, and needs other statistics.
       shapes = jax.eval_shape(lambda params, one: grad(params, one, targets, shaping), state.params, first)
       zeros = jax.tree.map(jnp.zeros_like, shapes)
       (grads, metrics), _ = jax.lax.scan(add, zeros, parts)

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from betarank.configs import load
+from betarank.configs import load, settings
 
 GB = 1e9
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--no_bundles', action='store_true', help="compile in a third of the time, as training does; "
                       "memory and collectives are the same, but times are XLA's guesses, without kernels")
   parser.add_argument('--tries', type=int, default=12, help='how many settings --search compiles at most')
-  config, args = load.from_command_line(parser, argv)
+  config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
   _before_jax(folder, not args.no_bundles)
 

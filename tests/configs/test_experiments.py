@@ -28,7 +28,7 @@ def test_the_paper_s_recipe_is_the_default():
   from betarank.configs import common
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.rl = common.rl()
+    config.rl = common.rl_base().rl
   rl = check(config).rl
   assert (rl.steps, rl.prompts_per_step, rl.group_size) == (1000, 128, 16)
   assert rl.max_new_tokens == (8192, 16_384) and rl.phase(700) == 0 and rl.phase(701) == 1

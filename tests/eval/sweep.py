@@ -32,7 +32,7 @@ def config(*, objective, seed, steps, init_from='', rl=False):
   c.objective.update(objective)
   c.train.update(tokens=steps * c.train.batch_size * c.data.sequence_length, init_from=str(init_from))
   if rl:
-    c.rl = common.rl()
+    c.rl = common.rl_base().rl
     c.rl.update(steps=steps)
   return c.to_dict()
 

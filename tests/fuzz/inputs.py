@@ -75,7 +75,7 @@ def _overrides():
 def _whole():
   config = common.base()
   config.train.init_from = 'runs/x'
-  config.rl, config.eval = common.rl(), common.evaluation()
+  config.rl, config.eval = common.rl_base().rl, common.evaluation()
   return config
 
 

@@ -10,13 +10,13 @@ import time
 import numpy as np
 import pytest
 
-from tests.runs import arrays, assert_no_secret, environment, metrics
+from tests.runs import BETARANK, arrays, assert_no_secret, environment, metrics
 
 STEPS = 6
 
 
 def start(module, config, workdir, *extra, devices=1):
-  return subprocess.Popen([sys.executable, '-m', module, f'--config={config}', f'--workdir={workdir}', *extra],
+  return subprocess.Popen([*BETARANK, module, f'--config={config}', f'--workdir={workdir}', *extra],
                           env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -8,11 +8,12 @@ import pytest
 from betarank import model
 from betarank.rl.policy_losses import PolicyLossConfig, means
 from betarank.rl.rollout import Group, lengths, pack
-from betarank.rl.update import make_update, score_tokens
+from betarank.rl.update import make_update
 from betarank.runtime.state import create_state
 from betarank.tasks.verifiers import Verdict
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
+from betarank.train.score import log_probabilities
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -41,13 +42,13 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
   assert max(lengths(groups)) <= 12 and out.choices_BTLk.dtype == np.int16
 
   with jax.set_mesh(mesh):
-    logp_BT = np.asarray(jax.jit(score_tokens, static_argnums=0)(C, state.params, out.batch, out.choices_BTLk)[0])
+    logp_BT = np.asarray(jax.jit(log_probabilities, static_argnums=0)(C, state.params, out.batch, out.choices_BTLk)[0])
     np.testing.assert_allclose(logp_BT[out.completion_BT], out.sampler_logp_BT[out.completion_BT], atol=2e-5)
     own = model.forward_routed(C, state.params, out.batch.tokens_BT, out.batch.positions_BT, out.batch.segments_BT)[2]
     real_BT = out.batch.segments_BT > 0
     np.testing.assert_array_equal(np.moveaxis(np.asarray(own.choices_LBTk), 0, 2)[real_BT], out.choices_BTLk[real_BT])
     # Others than its own give other probabilities: it is the recorded ones that count.
-    other = jax.jit(score_tokens, static_argnums=0)(C, state.params, out.batch, (out.choices_BTLk + 1) % 8)[0]
+    other = jax.jit(log_probabilities, static_argnums=0)(C, state.params, out.batch, (out.choices_BTLk + 1) % 8)[0]
     assert np.abs(other - logp_BT)[out.completion_BT].max() > 1e-3
 
     update = make_update(C, PolicyLossConfig(), tx, microbatches=2)

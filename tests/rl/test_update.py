@@ -10,11 +10,12 @@ from betarank import model
 from betarank.data import Batch
 from betarank.rl.policy_losses import PolicyLossConfig, means
 from betarank.rl.rollout import Group, lengths, pack
-from betarank.rl.update import cov_tokens, make_update, score_tokens
+from betarank.rl.update import cov_tokens, make_update
 from betarank.runtime.state import create_state
 from betarank.tasks.verifiers import Verdict
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 from betarank.train.sampler import Sample
+from betarank.train.score import log_probabilities
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -98,7 +99,7 @@ def test_the_gradient_is_reinforce():
   """Loss and gradient norm against -mean A logp, differentiated plainly, with all logits."""
   batch, completion, _, advantage = rollouts()
   params = model.init(C, jax.random.key(0))
-  own = np.asarray(score_tokens(C, params, batch)[0])
+  own = np.asarray(log_probabilities(C, params, batch)[0])
 
   def plain(params):
     hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
@@ -150,7 +151,7 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
   """As if their advantage were 0, while they still count in the mean."""
   batch, completion, logp, advantage = rollouts()
   loss = PolicyLossConfig(cov='clip_cov', cov_share=0.1, importance_cap=0)
-  old = score_tokens(C, model.init(C, jax.random.key(0)), batch)[0]
+  old = log_probabilities(C, model.init(C, jax.random.key(0)), batch)[0]
   choose = lambda seed: np.asarray(cov_tokens(loss, jax.random.key(seed), 30 * old, advantage, completion))
   chosen = choose(0)
   assert 1 <= chosen.sum() <= 0.1 * completion.sum() and not (chosen & ~completion).any()

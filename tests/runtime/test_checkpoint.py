@@ -12,7 +12,6 @@ from betarank import model
 from betarank.runtime import checkpoint
 from betarank.runtime.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from betarank.runtime.state import abstract_state, create_state
-from betarank.train import samples
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 
 C = model.ModelConfig(
@@ -144,23 +143,3 @@ def test_a_save_that_cannot_begin_lets_the_process_end(tmp_path):
   """Threads of Orbax's would otherwise wait 20 minutes for the folder, and the process for them."""
   done = subprocess.run([sys.executable, '-c', NO_FOLDER, str(tmp_path)], text=True, capture_output=True, timeout=240)
   assert f'could not be written to {tmp_path}/checkpoints' in done.stdout, done.stderr[-500:]
-
-
-def test_samples_are_drawn_from_the_model_and_end_at_the_end_token():
-  class Tokenizer:
-    eos = 5
-    decode = staticmethod(lambda ids: ' '.join(map(str, ids)))
-
-  params = model.init(C, jax.random.key(0))
-  draw = lambda seed: samples.sample_texts(
-    C, params, Tokenizer, np.array([[1, 2, 3], [4, 5, 6]]), new_tokens=8, key=jax.random.key(seed))
-  assert draw(0) == draw(0) and draw(0) != draw(1)
-  assert [prompt for prompt, _ in draw(0)] == ['1 2 3', '4 5 6']
-  assert all('5' not in text.split() for _, text in draw(0))
-  # A head that always predicts one token gives that token and no other.
-  sure = {**params, 'norm_D': params['norm_D'] * 0 + 1, 'head_DV': params['head_DV'] * 0}
-  sure['layers'] = jax.tree.map(lambda x: x * 0, params['layers'])
-  sure['embed_VD'] = params['embed_VD'] * 0 + 1
-  sure['head_DV'] = sure['head_DV'].at[:, 9].set(10.0)
-  text = samples.sample_texts(C, sure, Tokenizer, np.array([[1, 2]]), new_tokens=4, key=jax.random.key(0))
-  assert text == [('1 2', '9 9 9 9')]

@@ -245,7 +245,7 @@ def test_nothing_compiles_twice(params):
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'rows': 0}, 'rows must be >= 1, got 0'),
+    ({'decode_batch_size': 0}, 'decode_batch_size must be >= 1, got 0'),
     ({'max_prompt_tokens': 0}, 'max_prompt_tokens must be >= 1'),
     ({'max_new_tokens': -1}, 'max_new_tokens must be >= 1'),
     ({'decode_steps': 0}, 'decode_steps must be >= 1'),
@@ -261,7 +261,7 @@ def test_bad_settings_are_refused_by_name(changes, message):
 
 
 def test_a_sampler_that_fits_neither_mesh_nor_vocabulary_is_refused():
-  with pytest.raises(ValueError, match='^rows must be a multiple of 8'):
+  with pytest.raises(ValueError, match='^decode_batch_size must be a multiple of 8'):
     Sampler(CONFIG, SETTINGS, EOS, model.make_mesh(model.MeshConfig(8, 1, 1, 1, 1)))
   with pytest.raises(ValueError, match='^eos must be a token id below vocab_size = 384, got 384'):
     Sampler(CONFIG, SETTINGS, VOCAB)

@@ -12,8 +12,9 @@ from betarank import model
 from betarank.data import Batch
 from betarank.objectives import ObjectiveConfig, RewardShaping
 from betarank.runtime.state import TrainState, compiler_options, create_state
+from betarank.train import score
 from betarank.train.optimizer import OptimizerConfig, make_optimizer, schedule
-from betarank.train.score import means, score, score_routed, sums
+from betarank.train.score import means, sums
 from betarank.train.step import make_evaluate, make_step
 
 C = model.ModelConfig(
@@ -82,7 +83,7 @@ def test_loss_and_gradient_sharded_equal_single_before_any_optimizer():
       shardings = model.shardings(mesh, model.abstract(C)[2])
       params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(C, jax.random.key(0))
       placed = jax.device_put(batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
-      return jax.device_get(jax.jit(jax.value_and_grad(lambda p: score(C, p, placed, SHAPED)[0]))(params))
+      return jax.device_get(jax.jit(jax.value_and_grad(lambda p: score.total(C, p, placed, SHAPED)[0]))(params))
 
   want = gradients(ONE_DEVICE)
   for shape in ((2, 2, 1, 1, 2), (1, 4, 1, 1, 2)):
@@ -102,7 +103,7 @@ def test_packed_equals_separate():
       alone['segments'][-1] = np.minimum(alone['segments'][-1], 1)
   alone = Batch(*(np.stack(alone[name]) for name in ('tokens', 'targets', 'positions', 'segments')))
   params = model.init(C, jax.random.key(0))
-  grad = jax.jit(jax.value_and_grad(lambda p, b: score(C, p, b, SHAPED)[0]))
+  grad = jax.jit(jax.value_and_grad(lambda p, b: score.total(C, p, b, SHAPED)[0]))
   same(grad(params, packed), grad(params, alone), 1e-5)
 
 
@@ -112,7 +113,7 @@ def test_what_stands_in_padding_changes_nothing():
   dirty.tokens_BT[:] = np.where(dirty.segments_BT > 0, dirty.tokens_BT, noise)
   dirty.targets_BT[:] = np.where(dirty.segments_BT > 0, dirty.targets_BT, 10**6)
   params = model.init(C, jax.random.key(0))
-  run = jax.jit(jax.value_and_grad(lambda p, b: score(C, p, b, SHAPED)[0]))
+  run = jax.jit(jax.value_and_grad(lambda p, b: score.total(C, p, b, SHAPED)[0]))
   jax.tree.map(np.testing.assert_array_equal, run(params, plain), run(params, dirty))
 
 
@@ -145,14 +146,14 @@ def test_plain_cross_entropy_equals_optax_and_metrics_are_what_they_say():
   }.items():
     np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-7, err_msg=name)
   want = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits, jnp.float32), b.targets_BT)[mask].sum()
-  np.testing.assert_allclose(score(C, params, b, RewardShaping())[0], want, rtol=1e-6)
+  np.testing.assert_allclose(score.total(C, params, b, RewardShaping())[0], want, rtol=1e-6)
 
 
 def test_sums_of_parts_add_to_the_whole():
   b = batch()
   params = model.init(C, jax.random.key(0))
   part = lambda rows: jax.tree.map(lambda x: x[rows], b)
-  run = lambda b: jax.device_get(sums(b, *score(C, params, b, SHAPED)[1:], jnp.asarray(BYTES_V)))
+  run = lambda b: jax.device_get(sums(b, *score.total(C, params, b, SHAPED)[1:3], jnp.asarray(BYTES_V)))
   whole, a, c = run(b), run(part(slice(0, 3))), run(part(slice(3, 8)))
   for name in whole:
     np.testing.assert_allclose(a[name] + c[name], whole[name], rtol=1e-5)
@@ -180,7 +181,7 @@ def test_a_scheduled_objective_is_what_it_is_at_each_step_and_is_traced_once():
     state = create_state(C, tx, mesh, seed=0)
     step = make_step(C, objective, tx, BYTES_V)
     for beta in (0.0, -0.25, -0.5, -0.5):
-      want, _, _ = jax.jit(score, static_argnums=(0, 3))(C, state.params, batch(), RewardShaping(beta=beta, top_k=8))
+      want, *_ = jax.jit(score.total, static_argnums=(0, 3))(C, state.params, batch(), RewardShaping(beta=beta, top_k=8))
       state, metrics = step(state, batch())
       np.testing.assert_allclose(metrics['loss'], want, rtol=1e-5)
   assert len(traces) == 1
@@ -273,9 +274,9 @@ def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
   b = batch()
   c = [dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, router='softmax', balance_weight=w)) for w in (0, 0.1)]
   params = model.init(c[0], jax.random.key(0))
-  (plain, loss_BT, *_), (with_loss, same_BT, *_) = (score(c, params, b, RewardShaping()) for c in c)
+  (plain, loss_BT, *_), (with_loss, same_BT, *_) = (score.total(c, params, b, RewardShaping()) for c in c)
   np.testing.assert_array_equal(loss_BT, same_BT)
-  routing = score_routed(c[1], params, b, RewardShaping())[3]
+  routing = score.total(c[1], params, b, RewardShaping())[3]
   np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)
 
 

@@ -295,7 +295,7 @@ def test_real_runs_of_every_stage_make_a_page_with_nothing_odd(tmp_path):
   tiny, pre = f'tests/tiny.py:dir={tmp_path}/data', tmp_path / 'runs' / 'pre'
 
   def run(module, *arguments):
-    done = subprocess.run([sys.executable, '-m', module, *map(str, arguments)], capture_output=True, text=True,
+    done = subprocess.run([*BETARANK, module, *map(str, arguments)], capture_output=True, text=True,
                           env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
