@@ -16,6 +16,8 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from betarank.configs.files import write_atomically
+
 # Dense bfloat16 FLOP/s of a chip, from the makers' data sheets; by the start of jax.Device.device_kind.
 PEAK_FLOPS = {
   'TPU v4': 275e12,
@@ -60,9 +62,7 @@ class JsonLines:
       self._rewrite()
 
   def _rewrite(self) -> None:
-    temporary = self._path.parent / (self._path.name + '.tmp')
-    temporary.write_text(''.join(json.dumps(line) + '\n' for line in self._lines))
-    temporary.replace(self._path)
+    write_atomically(self._path, ''.join(json.dumps(line) + '\n' for line in self._lines))
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.files import write_atomically
 from betarank.configs.load import flatten, to_json
 
 # What may differ when a run goes on in its workdir: it changes how the run is carried out or watched, or how
@@ -39,11 +40,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-  """Writes the resolved config, whole or not at all."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  temporary = workdir / 'config.json.tmp'
-  temporary.write_text(to_json(config))
-  temporary.replace(workdir / 'config.json')
+  """Writes the resolved config to config.json, atomically."""
+  write_atomically(workdir / 'config.json', to_json(config))
 
 
 @contextlib.contextmanager

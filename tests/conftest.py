@@ -33,3 +33,10 @@ def data_dir(tmp_path_factory):
   path = tmp_path_factory.mktemp('data')
   prepare(f'tests/tiny.py:dir={path}')
   return path
+
+
+@pytest.fixture
+def bucket():
+  """The path of an empty bucket, in memory."""
+  from tests import buckets
+  return buckets.new()

@@ -1,0 +1,46 @@
+"""A file that is replaced atomically holds the old content or all of the new, on a disk and in a bucket."""
+
+import pytest
+from etils import epath
+
+from betarank.configs.files import atomic_writer, write_atomically
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def folder(request, tmp_path):
+  return epath.Path(tmp_path) if request.param == 'disk' else request.getfixturevalue('bucket')
+
+
+def test_content_is_written_and_replaced_in_a_new_folder(folder):
+  path = folder / 'new' / 'deep' / 'x.json'
+  write_atomically(path, 'a\nβ')
+  assert path.read_text() == 'a\nβ'
+  write_atomically(str(path), b'\x00\r\n')
+  assert path.read_bytes() == b'\x00\r\n' and [p.name for p in path.parent.iterdir()] == ['x.json']
+
+
+def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(folder):
+  path = folder / 'x'
+  write_atomically(path, 'old')
+  with pytest.raises(KeyError), atomic_writer(path) as file:
+    file.write(b'half of the n')
+    raise KeyError
+  assert path.read_text() == 'old' and [p.name for p in folder.iterdir()] == ['x']
+
+
+def test_two_writers_at_once_both_write_a_whole_file(folder):
+  path = folder / 'x'
+  with atomic_writer(path) as first:
+    first.write(b'first, ')
+    with atomic_writer(path) as second:
+      second.write(b'second')
+    assert path.read_text() == 'second'
+    first.write(b'which ends last')
+  assert path.read_text() == 'first, which ends last' and [p.name for p in folder.iterdir()] == ['x']
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+  (tmp_path / 'outside').write_text('as it was')
+  (tmp_path / 'x').symlink_to('outside')
+  write_atomically(tmp_path / 'x', 'new')
+  assert (tmp_path / 'outside').read_text() == 'as it was' and not (tmp_path / 'x').is_symlink()
