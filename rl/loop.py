@@ -26,9 +26,10 @@ from betarank.rl.advantages import advantages
 from betarank.rl.config import RlRun, rl_run
 from betarank.rl.rollout import Group, graded_groups, lengths, pack
 from betarank.rl.update import cov_tokens, make_update, score_tokens
-from betarank.runtime import checkpoint, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.runtime.stop import Stopped, StopSignal
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.optimizer import make_optimizer
@@ -65,7 +66,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   except ValueError as error:
     raise ConfigError(f'config.train.mesh: {error}') from None
 
-  with jax.set_mesh(mesh), Verifier(rl.verifier) as verifier:
+  with jax.set_mesh(mesh), Verifier(rl.verifier) as verifier, StopSignal(jax.process_count()) as stop:
     tx = make_optimizer(run.optimizer, rl.steps, model.abstract(c)[2])
     checkpoints = checkpoint.Checkpoints(root, run.checkpoint, fallback)
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
@@ -89,7 +90,6 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                 for new in rl.max_new_tokens]
     samplers = [Sampler(c, s, tokenizer.eos, mesh) for s in settings]
     cov_key = jax.random.fold_in(jax.random.key(run.seed), COV_STREAM)
-    stop = multihost.StopSignal()
     last: dict[str, float] = {}
 
     def collect(step: int) -> tuple[list[Group], list[Group], int]:
@@ -178,6 +178,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         log.train(step, last)
         checkpoints.check()
 
+        job.note_step(step)
         stopping, final = stop(step), step == rl.steps
         if final or step % run.log.eval_every_steps == 0:  # before saving, as in train/loop.py
           evaluate(step)
@@ -185,9 +186,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
           log.flush()
           checkpoints.save(state, {**lineage, 'cursor': {'prompts': cursor}}, step)
         if stopping and not final:
-          checkpoints.wait()
-          log.say(f'asked to stop: step {step} is saved; the same command goes on from there')
-          break
+          checkpoints.close()
+          log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
+          raise Stopped(stop.exit_status)
       checkpoints.wait()
     finally:
       log.close()

@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.load import to_json
-from betarank.runtime import checkpoint, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.runtime.stop import Stopped, StopSignal
 from betarank.train.config import RunConfig, run_config
 from betarank.train.optimizer import make_optimizer, schedule
 from betarank.train.samples import sample_texts
@@ -52,7 +53,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     data.check_prepared(run.data, source)
   mesh = _make_mesh(run)
 
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh), StopSignal(jax.process_count()) as stop:
     tx = make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2])
     checkpoints = checkpoint.Checkpoints(root, run.checkpoint, fallback)
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
@@ -71,7 +72,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     step_fn = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.train.microbatches,
                         'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
-    rate, clock, stop = schedule(run.optimizer, run.steps), Clock(), multihost.StopSignal()
+    rate, clock = schedule(run.optimizer, run.steps), Clock()
     lineage = {'config': json.loads(to_json(config)), 'parent': parent, 'code_version': workdir.code_version()}
     flops_per_step = model.flops_per_token(run.model, run.data.sequence_length) * run.tokens_per_step
     device_flops = peak_flops(jax.devices()[0])
@@ -135,6 +136,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         pending = (step, sums)
         checkpoints.check()
 
+        job.note_step(step)
         stopping, final = stop(step), step == run.steps
         saving = final or stopping or step % run.checkpoint.every_steps == 0
         evaluating = final or step % run.log.eval_every_steps == 0
@@ -148,9 +150,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
               log.flush()
               checkpoints.save(state, {**lineage, 'cursor': batches.cursor}, step)
         if stopping and not final:
-          checkpoints.wait()
-          log.say(f'asked to stop: step {step} is saved; the same command goes on from there')
-          break
+          checkpoints.close()
+          log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
+          raise Stopped(stop.exit_status)
       checkpoints.wait()
     finally:
       batches.close()
