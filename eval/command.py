@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> None:
 
   def configure(args, _):
     from betarank.eval import config
-    from betarank.runtime import multihost
+    from betarank.runtime import job
 
-    multihost.join(args.coordinator, args.processes, args.process_id)
+    job.join(args.coordinator, args.processes, args.process_id)
     subjects.extend(config.find_checkpoints(args.checkpoint, args.all))
     return config.configure(subjects[-1], args.config)
 

@@ -32,10 +32,11 @@ from betarank.rl.advantages import advantages
 from betarank.rl.config import RlRun, rl_run
 from betarank.rl.rollout import Group, graded_groups, lengths, pack
 from betarank.rl.update import cov_tokens, make_update
-from betarank.runtime import checkpoint, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
+from betarank.runtime.stop import StopSignal
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train import score, setup
@@ -101,6 +102,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
+    stop = stack.enter_context(StopSignal(jax.process_count()))
     verifier = stack.enter_context(Verifier(rl.verifier))
     checkpoints = stack.enter_context(setup.open_checkpoints(root, run.checkpoint, fallback))
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
@@ -122,7 +124,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       NamedSharding(mesh, model.spec('batch', 'length')), NamedSharding(mesh, model.spec('batch')),
       _reference(run, tx, mesh, beginning.parent) if rl.loss.kl_weight else None)
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
-    stop, profile = multihost.StopSignal(), Profile(root, first_and_last(run.log.profile_steps))
+    profile = Profile(root, first_and_last(run.log.profile_steps))
     last: dict[str, float] = {}
 
     if not start:
@@ -142,6 +144,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
       checkpoints.check()
+      job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.evaluate:  # before saving: all that belongs to a step is written before its checkpoint is

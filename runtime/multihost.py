@@ -1,78 +1,47 @@
-"""Several processes as one machine: joining, and which rows of a batch each has to read.
+"""Batches in a job of several processes: which rows each process reads, and arrays that span all of them.
 
 # B rows  T tokens
 """
-
-import signal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from betarank.runtime import job
 
+def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = 'train.mesh') -> tuple[int, int]:
+  """Returns (index, count): this process reads part `index` of `count` equal contiguous parts of the global batch.
 
-def join(coordinator: str, processes: int, process_id: int) -> None:
-  """Joins `processes` into one; '' is a job of one, 'auto' asks the environment. Nothing watches over them.
-
-  Must come before anything else touches a device. Training joins through train/job.py, which names who is missing.
-  """
-  job.initialize(job.locate(coordinator, processes, process_id), deadline_s=100)
-
-
-def row_share(sharding: NamedSharding, rows: int, length: int) -> tuple[int, int]:
-  """(index, count): this process reads part `index` of `count` equal contiguous parts of the global batch.
-
-  Processes whose devices hold the same rows (tensor axis across hosts) have the same index. Raises ValueError
-  if the mesh doesn't divide the rows.
+  Processes whose devices hold the same rows, because the tensor axis spans processes, get the same index. Raises
+  ValueError, with the mesh's config key, if the rows of a process are no such part.
   """
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
   share = stop - start
   if sum(b - a for a, b in set(slices)) != share or rows % share or start % share:
-    raise ValueError('train.mesh: a process would read rows that are not one even part of the batch')
+    raise ValueError(f'{mesh_key}: a process would read rows that are not one even part of the batch')
   return start // share, rows // share
 
 
-def check_rows(rows: int, mesh_shape, microbatches: int) -> None:
-  """Raises ValueError if a (micro)batch of rows can't be split over the mesh's data axes."""
+def check_rows(rows: int, mesh_shape, microbatches: int, key: str = 'train.batch_size') -> None:
+  """Raises ValueError, with the config key that sets `rows`, if the mesh can't split a microbatch of them."""
   ways = mesh_shape['data'] * mesh_shape['fsdp'] * mesh_shape['expert']
   if rows % (ways * microbatches):
-    raise ValueError(f'train.batch_size must be a multiple of data x fsdp x expert x microbatches = '
-                     f'{mesh_shape["data"]} x {mesh_shape["fsdp"]} x {mesh_shape["expert"]} x {microbatches}, '
-                     f'got {rows}')
+    raise ValueError(f'{key} must be a multiple of data x fsdp x expert x microbatches = {mesh_shape["data"]} x '
+                     f'{mesh_shape["fsdp"]} x {mesh_shape["expert"]} x {microbatches}, got {rows}')
 
 
 def local_to_global(local, sharding: NamedSharding, rows: int):
-  """A batch of this process's rows as arrays of the whole batch, on the devices."""
-  place = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
-  return jax.tree.map(place, local)
+  """Builds a global batch of `rows` rows, a tree of arrays [B, T], from the rows that each process has read."""
+  build = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
+  return jax.tree.map(build, local)
 
 
 def replicated_to_global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """An array that every process holds, as one over the devices of all."""
+  """Builds a global array from copies of it that all processes have."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def max_over_processes(x: np.ndarray) -> np.ndarray:
-  """Element by element the largest value that a process brings; every process must call."""
+  """Returns the elementwise maximum over the arrays of all processes, all of which must call."""
   return x if jax.process_count() == 1 else multihost_utils.process_allgather(x).max(0)
-
-
-class StopSignal:
-  """Whether somebody has asked the job to end (SIGTERM, a maintenance notice), answered alike by all processes."""
-
-  def __init__(self):
-    self._asked = False
-    if jax.process_count() == 1:  # otherwise JAX's own handler has to see it, to tell the others
-      signal.signal(signal.SIGTERM, self._ask)
-
-  def _ask(self, *_):
-    self._asked = True
-
-  def __call__(self, step: int) -> bool:
-    job.note_step(step)
-    if jax.process_count() == 1:
-      return self._asked
-    return multihost_utils.reached_preemption_sync_point(step)

@@ -1,8 +1,9 @@
-"""The processes of a job come together before JAX starts, and are watched until it has started.
+"""Brings the processes of a job together before JAX starts, and watches them until it has started.
 
-Each sends one line of JSON to process 0, on the coordinator's own port, and gets one: the verdict for all. Who doesn't
-come in time is named, and so is who comes with something else. The connections stay open until JAX is up: it would wait
-for a process that dies meanwhile, for minutes, and then abort.
+Every process connects to process 0, on the coordinator's port, and sends its fingerprint as one line of JSON. Process
+0 answers all of them with the same line: the names of the processes, or the error that ends them all. The error names
+a process that didn't come in time, or one that has other code, another config or other data. The connections stay open
+until JAX is up: JAX alone would wait minutes for a process that dies meanwhile, and then abort.
 """
 
 import contextlib
@@ -17,154 +18,171 @@ from typing import Any, NamedTuple
 
 from betarank.configs.errors import UserError
 
-LOST = 3  # exit status of a process that ends because of another one; the same command goes on
+EXIT_JOB_LOST = 3  # exit status if the job can't continue though its settings are right; the same command resumes it
 
 
-class HostError(UserError):
-  """The processes don't make one job. One line that names the process."""
+class JobError(UserError):
+  """The processes can't form one job. The message is one line that names the process."""
 
 
-class Place(NamedTuple):
-  """Where this process stands in its job."""
+class ProcessInfo(NamedTuple):
+  """The position of this process in its job."""
 
-  coordinator: str  # HOST:PORT of process 0; '' in a job of one
+  coordinator: str  # HOST:PORT of process 0; '' in a job of one process
   processes: int
   index: int
   local_devices: list[int] | None
 
 
-class _Line:
-  """A connection to another process, which carries lines of text."""
+class _Connection:
+  """A socket that carries lines of text."""
 
   def __init__(self, connection: socket.socket):
     self._socket, self._reader = connection, connection.makefile('r', encoding='utf-8')
 
-  def say(self, text: str) -> None:
+  def send(self, text: str) -> None:
     self._socket.sendall(f'{text}\n'.encode())
 
-  def hear(self, timeout_s: float) -> str:
-    """The next line; '' if there will be none. Raises OSError, TimeoutError among them."""
+  def receive(self, timeout_s: float) -> str:
+    """Returns the next line, or '' if the other side has closed. Raises OSError, or TimeoutError, which is one."""
     self._socket.settimeout(timeout_s)
     return self._reader.readline(1 << 20)
 
   def close(self) -> None:
     with contextlib.suppress(OSError):
-      self._socket.shutdown(socket.SHUT_RDWR)  # who listens here hears the end
+      self._socket.shutdown(socket.SHUT_RDWR)  # ends a `receive` in another thread
     self._socket.close()
 
 
-def rendezvous(place: Place, facts: Mapping[str, Any], deadline_s: float, refused: str = ''
-              ) -> tuple[list[str], dict[int, _Line]]:
-  """Returns 'process I of N (HOST, pid P)' for every process once all have come with the same facts; and open lines,
-  process 0's to all, the others' to process 0.
+def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: float, refused: str = ''
+               ) -> tuple[list[str], dict[int, _Connection]]:
+  """Waits until all processes have come with the same fingerprint.
 
-  refused: process 0's reason not to start. Raises HostError, the same one everywhere.
+  Args:
+    info: of this process.
+    fingerprint: values that must be equal in all processes.
+    deadline_s: seconds until all must have come.
+    refused: why process 0 can't start, if it can't. All processes then end with this reason.
+
+  Returns:
+    The names 'process I of N (HOST, pid P)' of all processes, and open connections by process index: from process 0 to
+    all others, from the others to process 0.
+
+  Raises:
+    JobError: with the same message in all processes.
   """
-  mine = {'index': place.index, 'host': socket.gethostname(), 'pid': os.getpid(),
-          'facts': {'--processes': place.processes, **facts}}
-  host, _, port = place.coordinator.rpartition(':')
+  own = {'index': info.index, 'host': socket.gethostname(), 'pid': os.getpid(),
+         'fingerprint': {'--processes': info.processes, **fingerprint}}
+  host, _, port = info.coordinator.rpartition(':')
   until = time.monotonic() + deadline_s
-  verdict, lines = _preside(mine, place.processes, int(port), until, refused) if place.index == 0 else _attend(
-    mine, host.strip('[]'), int(port), until)
-  if verdict['error']:
-    for line in lines.values():
-      line.close()
-    raise HostError(verdict['error'])
-  return verdict['names'], lines
+  if info.index == 0:
+    answer, connections = _coordinate(own, info.processes, int(port), until, refused)
+  else:
+    answer, connections = _register(own, host.strip('[]'), int(port), until)
+  if answer['error']:
+    for connection in connections.values():
+      connection.close()
+    raise JobError(answer['error'])
+  return answer['names'], connections
 
 
-def _preside(mine: dict[str, Any], processes: int, port: int, until: float, error: str
-             ) -> tuple[dict[str, Any], dict[int, _Line]]:
-  came, lines = {0: mine}, []
+def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, error: str
+                ) -> tuple[dict[str, Any], dict[int, _Connection]]:
+  """Collects the entries of all processes, and sends the answer to those that came; for process 0."""
+  entries, connections = {0: own}, []
   name = lambda entry: f'process {entry["index"]} of {processes} ({entry["host"]}, pid {entry["pid"]})'
   family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
   try:
     server = socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6)
   except OSError as problem:
-    raise HostError(f'--coordinator: process 0 can\'t listen on port {port} ({problem.strerror})') from None
+    raise JobError(f'--coordinator: process 0 can\'t listen on port {port} ({problem.strerror})') from None
   with server:
-    while len(came) < processes and (left := until - time.monotonic()) > 0:
+    while len(entries) < processes and (left := until - time.monotonic()) > 0:
       server.settimeout(left)
       try:
-        line = _Line(server.accept()[0])
-        entry = json.loads(line.hear(5))
+        connection = _Connection(server.accept()[0])
+        entry = json.loads(connection.receive(5))
         index = entry['index']
       except (OSError, ValueError, KeyError, TypeError):
-        continue  # not one of ours, or too late
-      lines.append((index, line))
-      if index in came:
-        error = error or f'{name(came[index])} and {name(entry)} have the same --process_id'
+        continue  # a program that isn't ours, or nobody until the deadline
+      connections.append((index, connection))
+      if index in entries:
+        error = error or f'{name(entries[index])} and {name(entry)} have the same --process_id'
         break
-      came[index] = entry
-    missing = [str(i) for i in range(processes) if i not in came]
+      entries[index] = entry
+    missing = [str(i) for i in range(processes) if i not in entries]
     if missing and not error:
       error = (f'process {", ".join(missing)} of {processes} did not come; there are '
-               + ', '.join(f'{i} on {came[i]["host"]}' for i in sorted(came)))
-    for _, entry in sorted(came.items()):
-      for key in sorted(mine['facts'].keys() | entry['facts'].keys()):
-        ours, theirs = mine['facts'].get(key), entry['facts'].get(key)
+               + ', '.join(f'{i} on {entries[i]["host"]}' for i in sorted(entries)))
+    for _, entry in sorted(entries.items()):
+      for key in sorted(own['fingerprint'].keys() | entry['fingerprint'].keys()):
+        ours, theirs = own['fingerprint'].get(key), entry['fingerprint'].get(key)
         if ours != theirs and not error:
-          error = f'{name(entry)} has {key} = {theirs!r}, {name(mine)} {ours!r}; start all with the same'
-    verdict = {'error': error, 'names': [name(came[i]) for i in sorted(came)]}
-    for _, line in lines:
+          error = f'{name(entry)} has {key} = {theirs!r}, {name(own)} {ours!r}; start all with the same'
+    answer = {'error': error, 'names': [name(entries[i]) for i in sorted(entries)]}
+    for _, connection in connections:
       with contextlib.suppress(OSError):
-        line.say(json.dumps(verdict))
-  return verdict, dict(lines)
+        connection.send(json.dumps(answer))
+  return answer, dict(connections)
 
 
-def _attend(mine: dict[str, Any], host: str, port: int, until: float) -> tuple[dict[str, Any], dict[int, _Line]]:
-  why = 'it did not answer'
+def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[dict[str, Any], dict[int, _Connection]]:
+  """Sends this process's entry to process 0 and waits for its answer; for all other processes."""
+  reason = 'it did not answer'
   while (left := until - time.monotonic()) > 0:
     try:
-      line = _Line(socket.create_connection((host, port), timeout=min(left, 10)))
-      line.say(json.dumps(mine))
-      if answer := line.hear(left + 10):  # process 0 waits for the others as long
-        return json.loads(answer), {0: line}
+      connection = _Connection(socket.create_connection((host, port), timeout=min(left, 10)))
+      connection.send(json.dumps(own))
+      if answer := connection.receive(left + 10):  # process 0 waits for the others until the same deadline
+        return json.loads(answer), {0: connection}
     except (OSError, ValueError) as error:
-      why = str(error)
+      reason = str(error)
     time.sleep(0.2)
-  raise HostError(f'process 0 of {mine["facts"]["--processes"]} could not be reached at {host}:{port} ({why})')
+  raise JobError(f'process 0 of {own["fingerprint"]["--processes"]} could not be reached at {host}:{port} ({reason})')
 
 
-class Vigil:
-  """Watches over the processes while JAX starts. Who dies closes its line, who hangs says nothing for the deadline:
-  process 0 tells the others, and all end. Leaving the block says that here JAX is up, or why it isn't."""
+class StartupWatchdog:
+  """A context in which JAX is started: it ends this process if another one dies or hangs meanwhile.
 
-  def __init__(self, place: Place, names: list[str], lines: Mapping[int, _Line], deadline_s: float):
-    self._place, self._names, self._lines, self._deadline_s = place, names, lines, deadline_s
-    self._up, self._ending = threading.Event(), threading.Lock()
+  A process that dies closes its connection; one that hangs sends nothing for `deadline_s`. Process 0 tells the others.
+  Leaving the block tells them that JAX has started here, or why it hasn't.
+  """
+
+  def __init__(self, info: ProcessInfo, names: list[str], connections: Mapping[int, _Connection], deadline_s: float):
+    self._info, self._names, self._connections, self._deadline_s = info, names, connections, deadline_s
+    self._started, self._ending = threading.Event(), threading.Lock()
 
   def __enter__(self):
-    for index, line in self._lines.items():
-      threading.Thread(target=self._listen, args=(index, line), name=f'vigil {index}', daemon=True).start()
-    threading.Thread(target=self._beat, name='vigil', daemon=True).start()
+    for index, connection in self._connections.items():
+      threading.Thread(target=self._listen, args=(index, connection), name=f'startup {index}', daemon=True).start()
+    threading.Thread(target=self._send_heartbeats, name='startup', daemon=True).start()
     return self
 
   def __exit__(self, _, error: BaseException | None, __):
-    self._up.set()
-    self._tell('up' if error is None else f'{self._names[self._place.index]} ended while JAX started: {error}')
-    for line in self._lines.values():
-      line.close()
+    self._started.set()
+    self._send('started' if error is None else f'{self._names[self._info.index]} ended while JAX started: {error}')
+    for connection in self._connections.values():
+      connection.close()
 
-  def _tell(self, text: str) -> None:
-    for line in self._lines.values():
+  def _send(self, text: str) -> None:
+    for connection in self._connections.values():
       with contextlib.suppress(OSError):
-        line.say(' '.join(text.split()))
+        connection.send(' '.join(text.split()))
 
-  def _beat(self) -> None:
-    while not self._up.wait(min(2.0, self._deadline_s / 5)):
-      self._tell('starting')
+  def _send_heartbeats(self) -> None:
+    while not self._started.wait(min(2.0, self._deadline_s / 5)):
+      self._send('starting')
 
-  def _listen(self, index: int, line: _Line) -> None:
+  def _listen(self, index: int, connection: _Connection) -> None:
     try:
-      while (said := line.hear(self._deadline_s).strip()) == 'starting':
+      while (message := connection.receive(self._deadline_s).strip()) == 'starting':
         pass
     except TimeoutError:
-      said = f'{self._names[index]} gave no sign of life for {self._deadline_s:.0f} s while JAX started'
+      message = f'{self._names[index]} sent no heartbeat for {self._deadline_s:.0f} s while JAX started'
     except OSError:
-      said = ''
-    if said != 'up' and not self._up.is_set() and self._ending.acquire(blocking=False):
-      text = said or f'{self._names[index]} died while JAX started'
-      print(f'error: {text}; start all again', file=sys.stderr, flush=True)
-      self._tell(text)
-      os._exit(LOST)
+      message = ''
+    if message != 'started' and not self._started.is_set() and self._ending.acquire(blocking=False):
+      reason = message or f'{self._names[index]} died while JAX started'
+      print(f'error: {reason}; start all again', file=sys.stderr, flush=True)
+      self._send(reason)
+      os._exit(EXIT_JOB_LOST)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from betarank.runtime.rendezvous import LOST
+from betarank.runtime.rendezvous import EXIT_JOB_LOST
 
 BETARANK = [sys.executable, '-m', 'betarank']
 SECRET = 'hunter2-is-the-password'
@@ -90,7 +90,7 @@ def assert_lost(results, victim, processes, workdir):
   """Whoever wasn't killed ended with a line that names who was, in its log too."""
   for index, (code, _, err) in enumerate(results):
     if index != victim:
-      assert code == LOST, err
+      assert code == EXIT_JOB_LOST, err
       assert f'process {victim} of {processes} (' in last_error(err), err
       assert last_error(err) in (workdir / 'hosts' / f'{index}.log').read_text()
 

@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import UserError
 from betarank.objectives import ObjectiveConfig
-from betarank.runtime import checkpoint, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
+from betarank.runtime.stop import StopSignal
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
 from betarank.train.optimizer import make_optimizer, schedule
@@ -54,6 +55,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
+    stop = stack.enter_context(StopSignal(jax.process_count()))
     checkpoints = stack.enter_context(setup.open_checkpoints(root, run.checkpoint, fallback))
     tx = make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from,
@@ -74,7 +76,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     texts = Texts(run, tokenizer, mesh)
     recorder = Recorder(run, log, checkpoints)
     lineage = setup.lineage(config, beginning, tokenizer, run.data.tokenizer_path)
-    stop, profile = multihost.StopSignal(), Profile(root, first_and_last(run.log.profile_steps))
+    profile = Profile(root, first_and_last(run.log.profile_steps))
 
     for step in range(start + 1, run.steps + 1):
       with recorder.clock.waiting():
@@ -83,6 +85,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         state, sums = update(state, feed.to_devices(batch))
       recorder.dispatched(step, sums)
       checkpoints.check()
+      job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.save or due.evaluate:

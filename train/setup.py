@@ -24,6 +24,7 @@ from betarank.configs.load import to_json
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.runtime.stop import Stopped, StopSignal
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
 SAVE_DEADLINE_S = 1800  # for a save in flight when a run fails; one of a large model takes minutes
@@ -291,8 +292,8 @@ def due(step: int, steps: int, *, stopping: bool, eval_every: int, save_every: i
   return Due(final or step % eval_every == 0, final or stopping or step % save_every == 0, stopping and not final)
 
 
-def stopped(log: Log, checkpoints: checkpoint.Checkpoints, step: int, stop: Any) -> None:
-  """Ends a run that was asked to stop, once its checkpoint of `step` is written: exits with the signal's status."""
+def stopped(log: Log, checkpoints: checkpoint.Checkpoints, step: int, stop: StopSignal) -> None:
+  """Ends a run that was asked to stop, once its checkpoint of `step` is written. Raises Stopped."""
   checkpoints.wait()
-  log.say(f'stopped: step {step} is saved; run the same command to resume')
-  sys.exit(stop.exit_status)
+  log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
+  raise Stopped(stop.exit_status)

@@ -1,46 +1,38 @@
-"""A job of one process: it hangs for ever on nothing, and what a disk refuses is one line."""
-
-import subprocess
-import sys
+"""What a job is started with, and what it makes of a disk's errors."""
 
 import pytest
 
 from betarank.configs.errors import UserError
 from betarank.runtime import job
-
-HANGS = '''
-import threading
-from betarank.runtime import job
-job.STALL_S = 0.5
-with job._Alone() as watch:
-  watch.note(7)
-  threading.Event().wait()
-'''
-
-
-def test_one_that_gets_nowhere_ends_with_its_stacks_and_a_line():
-  done = subprocess.run([sys.executable, '-c', HANGS], text=True, capture_output=True, timeout=120)
-  assert done.returncode == 3 and done.stderr.splitlines()[-1].startswith('error: no step for ')
-  assert 'since step 7' in done.stderr and 'line 7 in <module>' in done.stderr
+from betarank.runtime.rendezvous import JobError
 
 
 def test_a_full_disk_is_one_line_that_names_the_workdir():
-  message = r'--workdir=RUN: No space left on device \(while a log was written\); the same command goes on'
-  with pytest.raises(UserError, match=message), job._in_one_line('RUN'), open('/dev/full', 'w') as file:
+  message = r'--workdir=RUN: No space left on device \(while a log was written\); the same command resumes'
+  with pytest.raises(UserError, match=message), job._storage_errors_as_user_errors('RUN'), \
+      open('/dev/full', 'w') as file:
     file.write('x')
 
 
-def test_errors_that_are_no_disk_s_stay_what_they_are():
+def test_other_errors_stay_what_they_are():
   for error in (FileNotFoundError(2, 'no'), TimeoutError('late'), KeyError('x')):
-    with pytest.raises(type(error)), job._in_one_line('RUN'):
+    with pytest.raises(type(error)), job._storage_errors_as_user_errors('RUN'):
       raise error
 
 
-def test_a_collective_that_fails_is_not_taken_for_a_setting():
-  """Whatever its class: the watch is given time to find out who is gone, and only then it is this process's own end."""
-  watch, codes = object.__new__(job._Watch), []
-  watch._deadline_s = watch._every_s = 0
-  watch._end = lambda text, code, stacks: codes.append(code)
-  for error in (ValueError('UNKNOWN: Gloo AllGather failed: Connection reset'), ValueError('config.x must be 1')):
-    watch.failed(error)
-  assert codes == [1, 2]
+@pytest.mark.parametrize('flags', [('nonsense', 2, 0), ('host:1234', 2, 2), ('host:1234', 2, -1)])
+def test_flags_that_name_no_process_are_refused(flags):
+  with pytest.raises(JobError, match='--coordinator='):
+    job.locate(*flags)
+
+
+def test_without_a_coordinator_the_job_is_one_process():
+  assert job.locate('', 4, 3)[:3] == ('', 1, 0)
+
+
+def test_auto_reads_slurms_environment(monkeypatch):
+  for name, value in dict(SLURM_JOB_ID='7', SLURM_STEP_NODELIST='node[1-2]', SLURM_NTASKS='2', SLURM_PROCID='1',
+                          SLURM_LOCALID='0', SLURM_STEP_NUM_NODES='2').items():
+    monkeypatch.setenv(name, value)
+  info = job.locate('auto', 1, 0)
+  assert info.coordinator.startswith('node1:') and info[1:] == (2, 1, [0])

@@ -181,7 +181,8 @@ def test_a_scheduled_objective_is_what_it_is_at_each_step_and_is_traced_once():
     state = create_state(C, tx, mesh, seed=0)
     step = make_step(C, objective, tx, BYTES_V)
     for beta in (0.0, -0.25, -0.5, -0.5):
-      want, *_ = jax.jit(score.total, static_argnums=(0, 3))(C, state.params, batch(), RewardShaping(beta=beta, top_k=8))
+      shaping = RewardShaping(beta=beta, top_k=8)
+      want, *_ = jax.jit(score.total, static_argnums=(0, 3))(C, state.params, batch(), shaping)
       state, metrics = step(state, batch())
       np.testing.assert_allclose(metrics['loss'], want, rtol=1e-5)
   assert len(traces) == 1

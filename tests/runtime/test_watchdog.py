@@ -1,0 +1,139 @@
+"""A process that dies, hangs or fails ends its job with a reason; a job that is well goes undisturbed."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from betarank.runtime.rendezvous import EXIT_JOB_LOST
+from betarank.runtime.watchdog import FINISHED, STALL_S, Heartbeat, Process, is_own_error, update, verdict
+from tests.runs import environment, finish, free_port, last_error
+
+NAMES = [f'process {i} of 3 (host-{i}, pid {i})' for i in range(3)]
+DEADLINE_S = 60.0
+
+
+def process(index, changed_s, **heartbeat):
+  return Process(NAMES[index], Heartbeat(**heartbeat), changed_s)
+
+
+def judge(now_s, own, *peers):
+  return verdict(now_s, own, peers, DEADLINE_S)
+
+
+def test_a_silent_process_is_named_with_its_last_step():
+  own, alive = process(1, 0.0), process(0, 60.0)
+  assert judge(60.0, own, alive, process(2, 0.0, step=17)) is None  # the deadline itself is in time
+  assert judge(62.0, own, alive, process(2, 0.0, step=17)) == (
+    f'{NAMES[2]} sent no heartbeat for 62 s, since step 17; the same command resumes from the last checkpoint')
+
+
+def test_a_process_that_never_sent_a_heartbeat_is_named_too():
+  peers = {2: process(2, 0.0)}
+  assert NAMES[2] in judge(61.0, process(1, 0.0), *update(peers, {}, 61.0).values())
+
+
+def test_only_a_changed_heartbeat_is_a_sign_that_a_process_runs():
+  peers = {0: process(0, 0.0), 2: process(2, 0.0)}
+  beat = Heartbeat(count=1, step=4)
+  first = update(peers, {0: beat, 1: beat, 2: beat}, 10.0)  # 1 is this process
+  assert first == {0: Process(NAMES[0], beat, 10.0), 2: Process(NAMES[2], beat, 10.0)}
+  second = update(first, {0: beat, 2: dataclasses.replace(beat, count=2)}, 50.0)
+  assert [second[i].changed_s for i in (0, 2)] == [10.0, 50.0]
+
+
+def test_the_reason_of_a_failed_process_is_passed_on():
+  failed = process(2, 10.0, ended='the disk is full')
+  assert judge(10.0, process(1, 0.0), process(0, 10.0), failed) == f'{NAMES[2]} ended: the disk is full'
+
+
+def test_a_finished_process_may_be_silent():
+  assert judge(1000.0, process(1, 999.0, step=12), process(0, 0.0, ended=FINISHED), process(2, 999.0)) is None
+
+
+def test_a_job_without_a_step_names_the_process_that_is_furthest_behind():
+  own, now = process(1, 0.0, step=5), STALL_S + 1
+  ahead, behind = process(0, now, step=5), process(2, now, step=4)
+  assert judge(STALL_S, own, ahead, behind) is None
+  assert judge(now, own, ahead, behind) == (
+    f'no step for {now:.0f} s; {NAMES[2]} is furthest behind, at step 4, this one at 5')
+
+
+def test_the_first_step_may_take_any_time():
+  assert judge(10 * STALL_S, process(1, 0.0, step=0), process(0, 10 * STALL_S)) is None
+
+
+def test_a_single_process_ends_if_it_makes_no_step():
+  assert judge(STALL_S, process(0, 0.0, step=7)) is None
+  assert judge(STALL_S + 1, process(0, 0.0, step=7)).startswith('no step for 7201 s, since step 7; the stacks above')
+
+
+@pytest.mark.parametrize('error, own', [
+  (ValueError('config.x must be 1'), True),
+  (ValueError('UNKNOWN: Gloo AllGather failed: Connection reset'), False),
+  (RuntimeError('DEADLINE_EXCEEDED: Barrier timed out'), False),
+  (OSError('no'), False),
+])
+def test_a_collective_that_fails_is_not_taken_for_a_wrong_setting(error, own):
+  assert is_own_error(error) == own
+
+
+HANGS = '''
+import threading
+from betarank.runtime import watchdog
+watchdog.STALL_S = 0.5
+with watchdog.Watchdog() as dog:
+  dog.note_step(7)
+  threading.Event().wait()
+'''
+
+
+def test_a_process_that_hangs_ends_with_its_stacks_and_one_line():
+  done = subprocess.run([sys.executable, '-c', HANGS], text=True, capture_output=True, timeout=120)
+  assert done.returncode == EXIT_JOB_LOST and done.stderr.splitlines()[-1].startswith('error: no step for ')
+  assert 'since step 7' in done.stderr and 'line 7 in <module>' in done.stderr
+
+
+JOB = '''
+import sys, time
+from betarank.runtime import job
+from betarank.runtime.watchdog import JobWatchdog
+info = job.locate(sys.argv[1], 2, int(sys.argv[2]))
+job.initialize(info, 60)
+names = [f'process {i} of 2 (here)' for i in range(2)]
+with JobWatchdog(info, names, 3.0, open(sys.argv[3], 'w')) as dog:
+  dog.note_step(3)
+  print('step 3', flush=True)
+  if sys.argv[4:] == ['fail']:
+    raise ValueError('config.x must be 1')
+  time.sleep(1000)
+'''
+
+
+def start_job(folder, last):
+  """Two processes that have made three steps. last: the last argument of process 1."""
+  address = f'127.0.0.1:{free_port()}'
+  return [subprocess.Popen([sys.executable, '-c', JOB, address, str(i), folder / str(i), *(last if i else [])],
+                           env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+          for i in range(2)]
+
+
+def test_a_stopped_process_ends_the_other_one_which_names_it(tmp_path):
+  pair = start_job(tmp_path, [])
+  for running in pair:
+    assert running.stdout.readline() == 'step 3\n'
+  pair[1].send_signal(signal.SIGSTOP)
+  [(code, _, err)] = finish(pair[:1], timeout=120)
+  pair[1].kill()
+  pair[1].communicate()
+  assert code == EXIT_JOB_LOST and 'error: process 1 of 2 (here) sent no heartbeat for ' in last_error(err), err
+  assert last_error(err) in (tmp_path / '0').read_text() and 'Thread 0x' in (tmp_path / '0').read_text()
+
+
+def test_an_error_in_one_process_is_the_reason_in_the_other(tmp_path):
+  results = finish(start_job(tmp_path, ['fail']), timeout=120)
+  assert [code for code, _, _ in results] == [EXIT_JOB_LOST, 2]
+  assert last_error(results[0][2]) == 'error: process 1 of 2 (here) ended: config.x must be 1'
+  assert last_error(results[1][2]) == 'error: config.x must be 1'
