@@ -120,7 +120,7 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
   """
   tokenizer = data.Tokenizer(path)
   if tokenizer.vocab_size != c.vocab_size:
-    raise ConfigError(f'config.data.tokenizer: {path} has {tokenizer.vocab_size} tokens, the model {c.vocab_size}')
+    raise ConfigError(f'config.model.vocab_size must be {tokenizer.vocab_size}, as {path} has it, got {c.vocab_size}')
   before = (trained or {}).get('tokenizer_sha256')
   if before and before != tokenizer.sha256:
     raise ConfigError(f'config.data.tokenizer: {path} is not the tokenizer that the checkpoint was trained with '

@@ -5,7 +5,6 @@ import json
 import math
 import socket
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ from betarank.configs.sections import section
 from betarank.data import Batch, DataError
 from betarank.eval import command, probe
 from betarank.model import MeshConfig, ModelConfig
+from betarank.objectives import leaders
 from tests import tiny
 from tests.runs import BETARANK, environment
 
@@ -136,7 +136,7 @@ def test_eight_devices_equal_one(params, batch, computed, axes):
 
 
 def test_leaders_do_not_depend_on_chunks(monkeypatch, params, batch, computed):
-  monkeypatch.setattr(probe, 'CHUNK_TOKENS', 7)
+  monkeypatch.setattr(leaders, 'CHUNK_TOKENS', 7)
   got = flat(values(params, batch, one_device()), batch)
   for name in ('top_logp', 'gap'):
     np.testing.assert_allclose(got[name], flat(computed, batch)[name], rtol=1e-5, atol=1e-6)
@@ -146,11 +146,10 @@ def test_leaders_do_not_depend_on_chunks(monkeypatch, params, batch, computed):
 
 
 @pytest.fixture
-def run_probe(run_dir, monkeypatch, capsys):
+def run_probe(run_dir, capsys):
   """run_probe(*flags) -> what the command prints."""
   def run(*flags, checkpoint=''):
-    monkeypatch.setattr(sys, 'argv', ['eval', 'probe', f'--checkpoint={run_dir / checkpoint}', *flags])
-    command.main()
+    command.main(['probe', f'--checkpoint={run_dir / checkpoint}', *flags])
     return capsys.readouterr().out
   return run
 
@@ -173,7 +172,7 @@ def test_all_checkpoints_of_a_run_are_probed_once_on_the_same_tokens(run_dir, ru
   [
     ('', '--config.eval.probe.rows=0', 'config.eval.probe.rows must be >= 1'),
     ('', '--config.eval.prob.rows=1', 'did you mean config.eval.probe.rows?'),
-    ('', '--config.eval.probe.batch_size=4', 'config.eval.probe.batch_size: it must be a multiple of'),
+    ('', '--config.eval.probe.batch_size=4', 'config.eval.probe.batch_size must be a multiple of'),
     ('', '--config.model.heads=2', 'config.model.heads must be 4'),
     ('', '--config.train.mesh.fsdp=3', 'config.train.mesh: mesh:'),
     ('', '--config.data.dir=/nowhere', '/nowhere/tokenizer.model: no such tokenizer'),
