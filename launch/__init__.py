@@ -1,1 +1,1 @@
-"""Starting runs: sweeps from config files, TPU slices through gcloud, and what is known of a pod before renting it."""
+"""Starts runs: sweeps of a config file, TPU slices through gcloud, and plans for a pod before it is rented."""

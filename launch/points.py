@@ -1,4 +1,4 @@
-"""The points of a sweep: what `sweep(add)` at the end of a config file names, checked before anything starts.
+"""The points of a sweep, named by `sweep(add)` at the end of a config file and checked before anything starts.
 
     def sweep(add):
       for beta in (0.0, -0.25):
@@ -32,24 +32,24 @@ from betarank.rl.config import rl_run
 from betarank.runtime import workdir
 from betarank.train.config import run_config
 
-# -P: the folder that one is in, which may hold anything, isn't searched for modules.
+# -P keeps Python from importing modules of the current folder, which may hold anything.
 BETARANK = (sys.executable, '-P', '-m', 'betarank')
 
-STAGES = ('train', 'rl', 'probe', 'sample')  # what a point can run; preparing data is added by itself
-TRAINS = ('train', 'rl')  # stages with a workdir of their own, whose last checkpoint says that they are finished
+STAGES = ('train', 'rl', 'probe', 'sample')  # what a point can run; points that prepare data are added automatically
+TRAINS = ('train', 'rl')  # stages with a workdir of their own; finished if its last checkpoint is of the last step
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One command of the project, started once.
+  """One betarank command of a sweep.
 
   Attributes:
-    name: ARM/STAGE; the workdir of a stage that trains is ROOT/NAME.
-    after: the point whose weights are where this one begins, or, for an evaluation, what is evaluated; '' for none.
-    needs: the points that have to be finished first: `after`, and the one that prepares the data.
+    name: ARM/STAGE. The workdir of a stage that trains is ROOT/NAME.
+    after: the point whose weights this one starts from, or which it evaluates; '' for none.
+    needs: the points that must be finished first: `after`, and the one that prepares the data.
     config: the resolved config.
-    steps: the step at which it is finished; 0 for a stage that doesn't count steps.
-    arguments: of `betarank`, to run it.
+    steps: the number of steps; 0 for a stage that doesn't count steps.
+    arguments: the arguments of `betarank` that run it.
   """
 
   name: str
@@ -62,12 +62,12 @@ class Point:
   arguments: tuple[str, ...]
 
   def step(self) -> int:
-    """Of the newest checkpoint; 0 if there is none."""
+    """Returns the step of the newest checkpoint; 0 if there is none."""
     folder = epath.Path(self.workdir) / 'checkpoints'
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
 
   def finished(self) -> bool | None:
-    """Whether what it makes is there, whole; None where that can't be seen (evaluations)."""
+    """Returns whether its result exists and is complete; None for an evaluation, whose result doesn't tell."""
     if self.stage in TRAINS:
       return self.step() >= self.steps
     if self.stage != 'data':
@@ -80,10 +80,10 @@ class Point:
 
 
 def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
-  """The points that the config file at `spec` names, each after the one it needs, with data to prepare first.
+  """Returns the points that the config file at `spec` names, each after those it needs; data preparation comes first.
 
-  only: shell patterns of names; what those points need is kept too. Raises ConfigError, one line, for a point that
-  is named twice, follows one that isn't there, or whose config can't be run.
+  only: shell patterns of names; the points that they need are kept too. Raises ConfigError for a point that is named
+  twice, needs one that doesn't exist, or has a config that can't be run.
   """
   module, arg = load.module(spec)
   if not hasattr(module, 'sweep'):
@@ -99,13 +99,13 @@ def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
 def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]:
   def add(name: str = '', *, stage: str = 'train', config: str = '', arg: str = '', after: str = '',
           benchmark: str = '', **overrides: Any) -> str:
-    """Names a point and returns its full name.
+    """Adds a point and returns its full name.
 
-    name: of its arm; by default made of the overrides or, after another point, that point's.
-    stage: train (pre-training and mid-training), rl, probe or sample (both of `betarank eval`).
-    config: another config file than the sweep's own. arg: more of its argument, 'stage=mid'.
+    name: the arm; by default the arm of `after`, else made from the overrides.
+    stage: train (pre-training and mid-training), rl, probe or sample (the last two are `betarank eval`).
+    config: another config file than the sweep's own. arg: appended to its argument, 'stage=mid'.
     after: the point whose weights it starts from, or which it evaluates.
-    benchmark: of stage sample, as `betarank eval sample --benchmark` takes it.
+    benchmark: for stage sample, as in `betarank eval sample --benchmark`.
     overrides: by dotted key, **{'optimizer.lr': 1e-3}.
     """
     if stage not in STAGES:
@@ -114,12 +114,12 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
     full = f'{arm}/{(name and stage) or _stage_name(stage, arg, benchmark)}'
     where = f'sweep point {full}'
     if not re.fullmatch(r'[\w.=,+-]+(/[\w.=,+-]+)*', full) or '..' in full:
-      raise ConfigError(f'{where}: a name is made of letters, digits and . = , + - _, with / between folders')
+      raise ConfigError(f'{where}: a name can have letters, digits and . = , + - _, with / between folders')
     if full in points:
       raise ConfigError(f'{where}: is named twice; give one of them another name=')
     if after and (after not in points or points[after].stage not in TRAINS):
       trained = [p.name for p in points.values() if p.stage in TRAINS]
-      raise ConfigError(f'{where}: after={after!r} is no earlier point that trains{suggestion(after, trained)}')
+      raise ConfigError(f'{where}: after={after!r} is not an earlier point that trains{suggestion(after, trained)}')
     if bool(benchmark) != (stage == 'sample'):
       raise ConfigError(f'{where}: benchmark= belongs to stage sample, which needs it')
     parent = points.get(after)
@@ -136,21 +136,21 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
 
 
 def _describe(overrides: dict[str, Any]) -> str:
-  """'beta=-0.25,seed=1': the overrides by the last part of their keys, which is enough where it is unique."""
+  """Returns 'beta=-0.25,seed=1': overrides by the last part of their keys, or the whole key if that isn't unique."""
   leaves = [key.rpartition('.')[2] for key in overrides]
   short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, overrides)]
   return ','.join(f'{key}={_plain(str(value))}' for key, value in zip(short, overrides.values()))
 
 
 def _stage_name(stage: str, arg: str, benchmark: str) -> str:
-  """'train', or what tells it from another point of the arm: 'mid' of stage=mid, 'sample,gsm8k'."""
+  """Returns the stage's name within its arm: 'train', 'mid' for the argument stage=mid, 'sample,gsm8k'."""
   if arg.startswith('stage='):
     return _plain(arg.removeprefix('stage='))
   return ','.join(filter(None, (stage, _plain(arg), _plain(benchmark))))
 
 
 def _plain(text: str) -> str:
-  """`text` with what doesn't belong into a file's name replaced."""
+  """Returns `text` with '-' in place of characters that don't belong in a file name."""
   return re.sub(r'[^\w.=,+-]+', '-', text)
 
 
@@ -177,11 +177,11 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
 
 
 def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
-  """Overrides that place data in the sweep's bucket which the config has on this machine, whose disk no slice reads."""
+  """Returns overrides that move the config's local data to the bucket, as slices can't read this machine's disk."""
   moved = {f'data.{key}': f'{root}/{value.lstrip("/")}' for key in ('dir', 'tokenizer')
            if (value := config.data[key]) and '://' not in value}
-  made = section(DataConfig, parent.config.data, 'data').tokenizer_path if parent else ''
-  if moved.get('data.tokenizer', made) != made:  # nothing in the sweep makes it
+  trained = section(DataConfig, parent.config.data, 'data').tokenizer_path if parent else ''
+  if moved.get('data.tokenizer', trained) != trained:  # no point of the sweep trains this tokenizer
     raise ConfigError(f'config.data.tokenizer: {config.data.tokenizer} is on this machine, where no slice can read it; '
                       'copy it to the bucket')
   return moved
@@ -205,13 +205,14 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
-  """Puts first what prepares the data that pre-training reads, a point a data section, each after the one before it:
-  it uses all cores, and may need a tokenizer that the one before it trains.
+  """Adds a point per data section that pre-training reads, before all others, which prepares that data.
+
+  These points run one after another: each uses all cores, and may need a tokenizer that an earlier one trains.
   """
   prepare: dict[str, Point] = {}
   done = []
   for point in points:
-    if point.after and point.stage != 'train':  # what RL reads, the tokenizer, was there for what comes before it
+    if point.after and point.stage != 'train':  # RL reads only the tokenizer, which the point before it needed too
       done.append(point)
       continue
     c = section(DataConfig, point.config.data, 'data')
@@ -222,8 +223,8 @@ def _with_data(points: list[Point], root: str) -> list[Point]:
       folder = _plain(c.dir.removeprefix(f'{root}/')).strip('-.')
       name = f'data/{folder}' + (f'-{same_folder + 1}' if same_folder else '')
       before = list(prepare.values())[-1:]
-      deciding = ('--config=', '--config.data.', '--config.model.vocab_size=')
-      arguments = ('data', 'prepare', *(a for a in point.arguments if a.startswith(deciding)))
+      settings = ('--config=', '--config.data.', '--config.model.vocab_size=')
+      arguments = ('data', 'prepare', *(a for a in point.arguments if a.startswith(settings)))
       prepare[key] = Point(name, 'data', '', tuple(p.name for p in before), point.config, 0, c.dir, arguments)
     done.append(dataclasses.replace(point, needs=(*point.needs, prepare[key].name)))
   return [*prepare.values(), *done]
@@ -245,12 +246,12 @@ def _select(points: list[Point], only: Sequence[str]) -> list[Point]:
 
 
 def check_workdirs(points: Iterable[Point]) -> None:
-  """Raises ConfigError, one line, if a workdir holds a run that can't go on as its point's config says."""
+  """Raises ConfigError if a workdir holds a run that can't be resumed with its point's config."""
   for point in points:
     if point.stage in TRAINS:
       workdir.check_config(epath.Path(point.workdir), point.config)
 
 
 def resolved(points: Iterable[Point]) -> dict[str, Any]:
-  """{name: config as JSON would hold it}."""
+  """Returns {name: resolved config as JSON values}."""
   return {point.name: json.loads(to_json(point.config)) for point in points}

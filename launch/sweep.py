@@ -1,17 +1,18 @@
 """betarank sweep --config=configs/smoke.py --on=local|tpu --root=DIR [--only=PATTERN] [--parallel=N]
     [--dry_run [--plan]]
 
-Runs the points that `sweep(add)` in the config file names (launch/points.py): those that nothing holds up, at most N
-at once, then what comes after them. Started again, it skips what is finished, goes on with what is half done and
-tries once more what failed. A point that fails takes only those with it that need it.
+Runs the points that `sweep(add)` in the config file names (launch/points.py): at most N at once, each after the points
+it needs. The same command given again skips finished points, resumes interrupted ones and retries failed ones. If a
+point fails, only the points that need it are skipped.
 
-    DIR/sweep.json          points, their states, commands and configs, and the code versions they ran with
+    DIR/sweep.json          points, their states, commands and configs, and the code versions of all launches
     DIR/NAME/               workdir of a point that trains
-    DIR/.sweep/NAME.log     what its command printed
+    DIR/.sweep/NAME.log     output of its command
 
 With --on=tpu a point runs on a slice through launch/tpu.sh, which reads its settings from the environment
-(docs/tpu.md); N is the number of slices, which take points in turn. Workdirs are then gs:// and DIR's own files are
-under runs/sweeps. Data is prepared on this machine, into DIR where the config names a local folder.
+(docs/tpu.md). N is then the number of slices, and points take them in turn. Workdirs must be in a bucket (gs://...);
+the files of DIR itself are written to runs/sweeps on this machine. Data is prepared on this machine, into DIR if the
+config names a local folder.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -40,19 +41,20 @@ from betarank.runtime import workdir
 from betarank.runtime.metrics import duration
 
 POLL_S = 0.2
-SAY_EVERY_S = 60.0  # without a terminal: how often progress is printed
-STATES = ('waiting', 'running', 'finished', 'failed', 'skipped')
-_COLOURS = {'running': 'cyan', 'finished': 'green', 'failed': 'red', 'skipped': 'yellow'}
+PROGRESS_EVERY_S = 60.0  # without a terminal
+STATES = ('waiting', 'running', 'finished', 'stopped', 'failed', 'skipped')
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was asked to stop and has saved
+_COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed': 'red', 'skipped': 'yellow'}
 
 
 @dataclasses.dataclass
 class Status:
-  """How a point stands. `starts` counts how often its command was started, over all launches; `slot`: of the last."""
+  """The state of a point. `starts` counts how often its command was started, over all launches."""
 
   state: str = 'waiting'
   note: str = ''
   starts: int = 0
-  slot: int = -1
+  slot: int = -1  # of the last start
   exit: int | None = None
   started: float = 0.0  # seconds since 1970
   ended: float = 0.0
@@ -63,15 +65,15 @@ class Sweep:
 
   def __init__(self, points: Sequence[Point], folder: pathlib.Path, parallel: int,
                command: Callable[[Point, int], list[str]]):
-    """command(point, slot): what to run; slot in [0, parallel) is held by one point at a time."""
+    """command: (point, slot) -> what to run; no two running points have the same slot in [0, parallel)."""
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
     self.status = {point.name: Status() for point in points}
-    self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch, still running
+    self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch and still running
     self._record = self._read()
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
-    """What an earlier launch left; takes over the states that still mean something."""
+    """Reads the record of earlier launches and takes over the states that still hold."""
     path = self.folder / 'sweep.json'
     record = json.loads(path.read_text()) if path.exists() else {'launches': [], 'points': {}}
     configs = resolved(self.points)
@@ -79,7 +81,7 @@ class Sweep:
       before = record['points'].get(point.name)
       if before:
         status = self.status[point.name] = Status(**before['status'])
-        # Where the result itself can't be looked at, the record says whether it is there, and of which settings.
+        # An evaluation leaves nothing to check, so the record decides, if it is of the same settings.
         same = before['config'] == configs[point.name] and before['arguments'] == list(point.arguments)
         if status.state != 'finished' or point.finished() is False or not (same or point.stage in TRAINS):
           status.state, status.note = 'waiting', ''
@@ -93,6 +95,7 @@ class Sweep:
     return record
 
   def write(self) -> None:
+    """Writes sweep.json, atomically."""
     for name, status in self.status.items():
       self._record['points'][name]['status'] = dataclasses.asdict(status)
     temporary = self.folder / 'sweep.json.tmp'
@@ -100,10 +103,11 @@ class Sweep:
     temporary.replace(self.folder / 'sweep.json')
 
   def log(self, point: Point) -> pathlib.Path:
+    """Returns the file that holds the output of a point's command."""
     return self.folder / '.sweep' / f'{point.name}.log'
 
   def run(self, show: Callable[[], None]) -> None:
-    """Returns when nothing runs and nothing more can be started."""
+    """Runs points until no command is running and none can be started."""
     for point in self.points:
       self._adopt(point)
     self.write()
@@ -118,7 +122,7 @@ class Sweep:
       time.sleep(POLL_S)
 
   def _begin(self, point: Point) -> bool:
-    """Starts a point if it can be started; whether anything changed."""
+    """Starts a point if nothing prevents it. Returns whether its state changed."""
     status = self.status[point.name]
     for name in point.needs:
       if self.status[name].state in ('failed', 'skipped'):
@@ -139,22 +143,24 @@ class Sweep:
       log.flush()
       process = self._processes[point.name] = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(held.fileno(),),
-        start_new_session=True)  # Ctrl-C reaches the launcher alone, which asks its commands to stop
+        start_new_session=True)  # Ctrl-C reaches only the launcher, which asks its commands to stop
       held.write(str(process.pid))
-    if self.stopping:  # the signal came while it was being started
+    if self.stopping:  # the signal came while the command was being started
       self.stop(hard=False)
     return True
 
-  def _lock(self, point: Point):
-    """The lock that a point's command inherits and holds as long as it lives, whatever becomes of this process: who
-    finds it taken knows that an earlier launch's command is still at work. The file has the command's process id.
+  def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
+    """Opens the lock of a point, or yields None if it is taken.
+
+    A point's command inherits the lock and holds it as long as it lives, whatever happens to this process. A later
+    launch that finds it taken knows that the command is still running. The file holds the command's process id.
     """
     path = self.log(point).with_suffix('.lock')
     path.parent.mkdir(parents=True, exist_ok=True)
     return workdir.lock_file(path)
 
   def _adopt(self, point: Point) -> bool:
-    """Whether a command that an earlier launch started for this point still runs; it is waited for then."""
+    """Takes over the command that an earlier launch started for this point. Returns whether one is running."""
     with self._lock(point) as held:
       if held:
         return False
@@ -164,12 +170,12 @@ class Sweep:
     return True
 
   def _end(self, point: Point) -> bool:
-    """Takes note of a point that is no longer running; whether anything changed."""
+    """Updates the state of a point whose command has ended. Returns whether it has."""
     process, status = self._processes[point.name], self.status[point.name]
     if process is None:
       if self._adopt(point):
         return False
-      code = None
+      code = None  # an earlier launch's command: its status isn't known
     elif (code := process.poll()) is None:
       return False
     del self._processes[point.name]
@@ -179,22 +185,25 @@ class Sweep:
       finished = code == 0
     if finished and code in (0, None):
       status.state = 'finished'
-    elif self.stopping or code is None:  # what an earlier launch started and didn't finish is simply started again
+    elif code in STOPPED:
+      status.state, status.note = 'stopped', f'at step {point.step()} of {point.steps}' if point.steps else ''
+    elif self.stopping or code is None:
       status.state = 'waiting'
     else:
-      status.state, status.note = 'failed', self._why(point, code)
+      status.state, status.note = 'failed', self._reason(point, code)
     return True
 
-  def _why(self, point: Point, code: int) -> str:
+  def _reason(self, point: Point, code: int) -> str:
+    """Returns why a command failed, on one line: its last error, or else its exit status and last line."""
     lines = self.log(point).read_text(errors='replace').splitlines()
     errors = [line for line in lines[-50:] if line.startswith('error: ')]
     if code == 0:
-      return f'ended at step {point.step()} of {point.steps}, as if asked to stop'
+      return f'ended at step {point.step()} of {point.steps} with exit 0'
     how = f'killed by signal {-code}' if code < 0 else f'exit {code}'
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
 
   def stop(self, hard: bool) -> None:
-    """Asks what runs to save and end, or ends it."""
+    """Asks running commands to save and stop; hard: kills them."""
     self.stopping = True
     for point in self.points:
       if point.name in self._processes:
@@ -204,7 +213,7 @@ class Sweep:
           os.killpg(int(pid), signal.SIGKILL) if hard else os.kill(int(pid), signal.SIGTERM)
 
   def progress(self, point: Point) -> tuple[int, float | None]:
-    """(step, seconds left) of a running point, from the end of its metrics file."""
+    """Returns (step, seconds left) of a running point, from the end of its metrics file; (0, None) before its first."""
     path = pathlib.Path(point.workdir) / 'metrics.jsonl'
     if point.stage not in TRAINS or not path.exists():
       return 0, None
@@ -224,13 +233,13 @@ class Sweep:
 
 
 class Screen:
-  """The live table, or lines where there is no terminal."""
+  """A live table on a terminal; elsewhere a line for each change of state and the progress every minute."""
 
   def __init__(self, sweep: Sweep, console: Console):
     self._sweep, self._console = sweep, console
     self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
-    self._said: dict[str, tuple[str, str]] = {}
-    self._next = self._drawn = 0.0
+    self._printed: dict[str, tuple[str, str]] = {}
+    self._next_progress = self._drawn = 0.0
 
   def __enter__(self):
     if self._live:
@@ -249,19 +258,20 @@ class Screen:
     if self._live:
       return
     for name, status in self._sweep.status.items():
-      if status.state != 'waiting' and self._said.get(name) != (status.state, status.note):
-        self._said[name] = status.state, status.note
+      if status.state != 'waiting' and self._printed.get(name) != (status.state, status.note):
+        self._printed[name] = status.state, status.note
         self._console.print(f'{status.state:9} {name}' + (f': {status.note}' if status.note else ''), markup=False)
-    if now > self._next:
-      if self._next:
+    if now > self._next_progress:
+      if self._next_progress:
         running = [p for p in self._sweep.points if self._sweep.status[p.name].state == 'running']
         for point in running:
           step, left = self._sweep.progress(point)
           left = duration(left) if left is not None else '?'
           self._console.print(f'          {point.name}: step {step}/{point.steps}, {left} left', markup=False)
-      self._next = now + SAY_EVERY_S
+      self._next_progress = now + PROGRESS_EVERY_S
 
   def table(self) -> Table:
+    """Returns a row per point: state, step, time left and note."""
     table = Table('point', 'state', 'step', 'left', 'note', box=None)
     for point in self._sweep.points:
       status = self._sweep.status[point.name]
@@ -275,52 +285,27 @@ class Screen:
 
 
 def local_command(point: Point, _slot: int) -> list[str]:
+  """Returns the command that runs a point on this machine."""
   return [*BETARANK, *point.arguments]
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank sweep', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
-  parser.add_argument('--on', choices=('local', 'tpu'), default='local')
-  parser.add_argument('--root', default='', metavar='DIR', help='where the sweep is; gs://... for --on=tpu')
-  parser.add_argument('--only', action='append', default=[], metavar='PATTERN',
-                      help='points by name, as the shell matches; with what they need. May be repeated')
-  parser.add_argument('--parallel', type=int, default=1, help='points, or slices, at once (default 1)')
-  parser.add_argument('--dry_run', action='store_true', help='print what would be run, and start nothing')
-  parser.add_argument('--plan', action='store_true',
-                      help='with --on=tpu --dry_run: hours from launch.plan, which compiles for minutes')
-  args = parser.parse_args(argv)
-  load.check_places(vars(args))
-  if args.parallel < 1:
-    parser.error('--parallel must be 1 or more')
-  if not args.root:
-    if not args.dry_run:
-      parser.error('--root is needed')
-    args.root = ('gs://BUCKET/' if args.on == 'tpu' else 'runs/') + pathlib.Path(args.config.partition('.py')[0]).name
+  """Runs the command. Exit status: 0 if every point is finished, 130 or 143 if it was asked to stop, else 1."""
+  args = _parse(argv)
   remote = '://' in args.root
-  if args.on == 'tpu' and not remote:
-    raise ConfigError(f'--root={args.root}: slices share nothing with this machine; give a bucket, gs://BUCKET/FOLDER')
   root = args.root.rstrip('/')
   points = expand(args.config, root, args.only)
   console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
-
   command = local_command
   if args.on == 'tpu':
     from betarank.launch import on_tpu
     command = on_tpu.command(args.dry_run)
     if args.dry_run:
-      on_tpu.print_plan(console, points, args.parallel, args.plan)
-    elif problems := on_tpu.unreadable(points):
+      on_tpu.print_estimate(console, points, args.parallel, args.plan)
+    elif problems := on_tpu.local_files(points):
       raise ConfigError(problems[0])
   if args.dry_run:
-    for point in points:
-      state = ''
-      if not remote:  # a dry run needs no credentials
-        state = 'finished' if point.finished() else f'from step {point.step()}' if point.step() else 'to do'
-      notes = ', '.join(filter(None, (state, point.needs and f'after {", ".join(point.needs)}')))
-      console.print(f'{point.name}  {notes and f"({notes})"}', markup=False)
-      console.print(f'  {shlex.join(command(point, 0))}', markup=False)
+    _print_points(console, points, command, remote)
     return
   if remote and not importlib.util.find_spec('gcsfs'):
     raise ConfigError(f'--root={args.root}: a bucket needs gcsfs: pip install gcsfs')
@@ -330,19 +315,19 @@ def main(argv: Sequence[str]) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   with workdir.lock_file(folder / '.sweep.lock') as held:
     if held is None:
-      raise UserError(f'--root={root}: process {workdir.holder(folder / ".sweep.lock")} is a launch at work there')
+      raise UserError(f'--root={root}: another launch is running there, process '
+                      f'{workdir.holder(folder / ".sweep.lock")}')
     held.write(str(os.getpid()))
     held.flush()
     sweep = Sweep(points, folder, args.parallel, command)
-    asked = 0
+    signals: list[int] = []
 
-    def ask(*_):
-      nonlocal asked
-      asked += 1
-      sweep.stop(hard=asked > 1)
+    def stop(signum: int, _frame) -> None:
+      signals.append(signum)
+      sweep.stop(hard=len(signals) > 1)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(name, ask)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(signum, stop)
     with Screen(sweep, console) as screen:
       sweep.run(screen)
       table = screen.table()
@@ -351,16 +336,61 @@ def main(argv: Sequence[str]) -> None:
     if console.is_terminal:
       console.print(table)
   _conclude(sweep, console)
+  if signals and not _all_finished(sweep):
+    print('asked to stop; the same command resumes the sweep', file=sys.stderr)
+    sys.exit(128 + signals[0])
+  if not _all_finished(sweep):
+    sys.exit(1)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  """Parses and checks the flags. Raises ConfigError, or ends as argparse does."""
+  parser = argparse.ArgumentParser(prog='betarank sweep', description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
+  parser.add_argument('--on', choices=('local', 'tpu'), default='local')
+  parser.add_argument('--root', default='', metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')
+  parser.add_argument('--only', action='append', default=[], metavar='PATTERN',
+                      help='run only the points whose names match this shell pattern, and those they need; repeatable')
+  parser.add_argument('--parallel', type=int, default=1, help='points, or slices, at once (default 1)')
+  parser.add_argument('--dry_run', '--dry-run', action='store_true', help='print what would be run, and start nothing')
+  parser.add_argument('--plan', action='store_true',
+                      help='with --on=tpu --dry_run: hours from betarank plan, which compiles for minutes')
+  args = parser.parse_args(argv)
+  load.check_places(vars(args))
+  if args.parallel < 1:
+    parser.error('--parallel must be 1 or more')
+  if not args.root:
+    if not args.dry_run:
+      parser.error('--root is needed')
+    args.root = ('gs://BUCKET/' if args.on == 'tpu' else 'runs/') + pathlib.Path(args.config.partition('.py')[0]).name
+  if args.on == 'tpu' and '://' not in args.root:
+    raise ConfigError(f'--root={args.root}: slices share no disk with this machine; give a bucket, gs://BUCKET/FOLDER')
+  return args
+
+
+def _print_points(console: Console, points: Sequence[Point], command: Callable[[Point, int], list[str]],
+                  remote: bool) -> None:
+  """Prints each point with its state and command. remote: without the state, which would need credentials."""
+  for point in points:
+    state = ''
+    if not remote:
+      state = 'finished' if point.finished() else f'from step {point.step()}' if point.step() else 'to do'
+    notes = ', '.join(filter(None, (state, point.needs and f'after {", ".join(point.needs)}')))
+    console.print(f'{point.name}  {notes and f"({notes})"}', markup=False)
+    console.print(f'  {shlex.join(command(point, 0))}', markup=False)
+
+
+def _all_finished(sweep: Sweep) -> bool:
+  return all(status.state == 'finished' for status in sweep.status.values())
 
 
 def _conclude(sweep: Sweep, console: Console) -> None:
-  """The last lines, and the exit status: 0 only if every point is finished."""
+  """Prints how many points are in each state, and a line for each one that didn't finish but was tried."""
   count = lambda state: sum(status.state == state for status in sweep.status.values())
   console.print(', '.join(f'{count(state)} {state}' for state in STATES if count(state)) + f', of {len(sweep.points)}')
   for point in sweep.points:
     status = sweep.status[point.name]
-    if status.state in ('failed', 'skipped'):
+    if status.state in ('stopped', 'failed', 'skipped'):
       console.print(f'{status.state} {point.name}: {status.note}'
                     + (f' ({sweep.log(point)})' if status.state == 'failed' else ''), markup=False)
-  if count('finished') < len(sweep.points):
-    sys.exit('asked to stop; the same command goes on from there' if sweep.stopping else 1)

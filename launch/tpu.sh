@@ -1,33 +1,40 @@
 #!/usr/bin/env bash
-# A TPU slice from first to last, through gcloud.           docs/tpu.md goes from an empty project to a run
+# Runs betarank on a TPU slice through gcloud. docs/tpu.md leads from an empty project to a run.
 #
 #   launch/tpu.sh [--dry_run] [--yes] [--delete] VERB [ARGUMENTS]
 #
-#   create                      the slice (or several, TPU_SLICES)        delete    the same, away
-#   push                        this commit's files to every worker       setup     Python and packages there, once
-#   train|rl|eval ARGS          betarank train ARGS on every worker, as one job; lives on when ssh doesn't
-#   run COMMAND...              any command, the same way
-#   babysit VERB ARGS           create, push, setup and run; again after a preemption, until done or TPU_MAX_...
-#   logs [0|all]   status   stop        stop asks the run to save and end
+#   create                  create the slice (or several, TPU_SLICES)
+#   push                    copy the files of the current commit to every worker
+#   setup                   install Python and the packages on every worker, once
+#   train|rl|eval ARGS      start `betarank train ARGS` on every worker, as one job that outlives ssh
+#   run COMMAND...          start any other command in the same way
+#   babysit VERB ARGS       create, push, setup and start; start again after a preemption, until the run is finished
+#   status                  print the state of the slice and of the run
+#   logs [0|all]            follow the log of worker 0 or of all workers
+#   stop                    ask the run to save and stop
+#   delete                  delete the slice
+#   check                   check the settings and this machine, and start nothing
 #
-# --dry_run prints the gcloud commands and runs none. --yes answers the question before what costs or deletes.
-# --delete deletes the slice when babysit is through, however that ends.
+# --dry_run   print the gcloud commands and run none
+# --yes       don't ask before creating or deleting
+# --delete    delete the slice when babysit ends, whatever the reason
 #
 # Settings, from the environment:
-#   TPU_NAME TPU_PROJECT TPU_ZONE                  needed always
-#   TPU_TYPE=v5litepod-256 TPU_RUNTIME=v2-alpha-tpuv5-lite       needed to create
-#   TPU_SPOT=1 | TPU_RESERVED=1                    otherwise on demand
-#   TPU_QUEUED=1                                   a queued resource: waits for capacity. TPU_SLICES=N always is one
+#   TPU_NAME TPU_PROJECT TPU_ZONE                             always required
+#   TPU_TYPE=v5litepod-256 TPU_RUNTIME=v2-alpha-tpuv5-lite    required to create
+#   TPU_SPOT=1 or TPU_RESERVED=1                              default: on demand
+#   TPU_QUEUED=1                                              request a queued resource, which waits for capacity
+#   TPU_SLICES=2                                              number of slices; more than 1 are always queued
 #   TPU_NETWORK TPU_SUBNETWORK TPU_SERVICE_ACCOUNT TPU_LABELS=key=value,...
-#   TPU_INTERNAL_IPS=1                             no external addresses: run this from inside the slice's network
-#   TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR (of all slices): what one babysit may use
+#   TPU_INTERNAL_IPS=1                                        no external addresses: run this inside the slice's network
+#   TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR (price of all slices): the cap of one babysit
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-poll=${TPU_POLL:-30} # seconds between looks at the slice; the first wait after a failure
+poll=${TPU_POLL:-30} # seconds between two polls of the slice, and before the first retry
 slices=${TPU_SLICES:-1}
 dry_run='' yes='' delete_after=''
-created='' # whether this babysit has a slice to answer for
+created='' # set once babysit has a slice, which costs money
 
 say() { echo "tpu.sh: $*" >&2; }
 die() {
@@ -37,11 +44,11 @@ die() {
 need() {
   local name
   for name in "$@"; do
-    [ -n "${!name:-}" ] || die "$name is not set; see the head of launch/tpu.sh"
+    [ -n "${!name:-}" ] || die "$name is not set; launch/tpu.sh help lists the settings"
   done
 }
 
-# All calls of gcloud go through here.
+# Calls gcloud, or prints the command in a dry run. Nothing else calls gcloud.
 gc() {
   if [ -n "$dry_run" ]; then
     printf 'gcloud'
@@ -52,7 +59,7 @@ gc() {
   fi
 }
 place() { printf -- '--project=%s\n--zone=%s\n' "$TPU_PROJECT" "$TPU_ZONE"; }
-reach() { place && printf '%s' "${TPU_INTERNAL_IPS:+--internal-ip}"; } # of ssh and scp
+reach() { place && printf '%s' "${TPU_INTERNAL_IPS:+--internal-ip}"; } # flags of ssh and scp
 queued() { [ -n "${TPU_QUEUED:-}" ] || [ "$slices" -gt 1 ]; }
 nodes() {
   local i
@@ -62,7 +69,7 @@ nodes() {
   fi
   for ((i = 0; i < slices; i++)); do echo "$TPU_NAME-$i"; done
 }
-chips() { # a type of v4, v5p and older counts cores, two a chip
+chips() { # the number in the name of v5p, v4 and older types counts cores, two per chip
   local count=${TPU_TYPE##*-}
   case $TPU_TYPE in
     v5litepod-* | v5e-* | v6e-*) ;;
@@ -71,12 +78,12 @@ chips() { # a type of v4, v5p and older counts cores, two a chip
   echo $((count * slices))
 }
 
-confirm() { # prints what is about to be done; goes on with --yes, or where a person at a terminal says so
+confirm() { # prints what is about to be done and asks, except with --yes
   say "$1"
   [ -z "$dry_run$yes" ] || return 0
   [ -t 0 ] || die 'nothing was done: add --yes'
   local answer
-  read -r -p 'Go on? [y/N] ' answer
+  read -r -p 'Continue? [y/N] ' answer
   [ "$answer" = y ] || die 'nothing was done'
 }
 summary() {
@@ -123,7 +130,7 @@ delete() {
   fi
 }
 
-slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (on its way), or UNKNOWN
+slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (being created), or UNKNOWN
   local flags out
   mapfile -t flags < <(place)
   if queued; then
@@ -149,7 +156,7 @@ slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (on i
   esac
 }
 
-# Runs a command line on a worker, or on all, of every slice. What reaches the worker's shell is one quoted argument.
+# Runs a command line on one worker or on all workers of every slice. gcloud passes it on as one quoted argument.
 on_workers() {
   local worker=$1 command=$2 node flags
   mapfile -t flags < <(reach)
@@ -157,24 +164,38 @@ on_workers() {
     gc compute tpus tpu-vm ssh "$node" "${flags[@]}" "--worker=$worker" "--command=$command" --quiet || return 1
   done
 }
-worker_sh() { # worker_sh VERB ARGUMENTS: launch/worker.sh on every worker
+worker_sh() { # runs launch/worker.sh on every worker
   local command
   command="bash betarank/launch/worker.sh$(printf ' %q' "$@")"
   on_workers all "$command"
 }
 
-push() { # what git has of this commit and nothing else: no ignored file, nothing from the environment
+# push sends a commit, so it needs git and a checkout of betarank itself, not a package inside another repository.
+check_checkout() {
+  local inside
+  if ! inside=$(git -C "$here" rev-parse --show-prefix 2>/dev/null) || [ -n "$inside" ]; then
+    die "push sends a git commit, and $here is not a git checkout; clone betarank and run its launch/tpu.sh"
+  fi
+}
+push() { # sends the files of the current commit: no ignored file, nothing from the environment
   local folder code=0
+  if [ -n "$dry_run" ]; then
+    send betarank.tar.gz
+    return
+  fi
+  check_checkout
   folder=$(mktemp -d)
   send "$folder/betarank.tar.gz" || code=1
   rm -rf "$folder"
   return "$code"
 }
 send() {
-  local commit flags node
-  commit=$(git -C "$here" rev-parse --short=12 HEAD) || return 1
-  [ -z "$(git -C "$here" status --porcelain)" ] || say "changes that aren't committed stay here; $commit is sent"
-  git -C "$here" archive --format=tar.gz --output="$1" HEAD || return 1
+  local commit=COMMIT flags node
+  if [ -z "$dry_run" ]; then
+    commit=$(git -C "$here" rev-parse --short=12 HEAD) || return 1
+    [ -z "$(git -C "$here" status --porcelain)" ] || say "uncommitted changes are not sent; $commit is"
+    git -C "$here" archive --format=tar.gz --output="$1" HEAD || return 1
+  fi
   mapfile -t flags < <(reach)
   for node in $(nodes); do
     gc compute tpus tpu-vm scp "$1" "$node:betarank.tar.gz" "${flags[@]}" --worker=all --quiet || return 1
@@ -183,7 +204,7 @@ send() {
 echo $commit > betarank.new/.commit && rm -rf betarank && mv betarank.new betarank"
 }
 
-# The command of a verb: train ARGS is betarank train ARGS. `betarank` is the one that setup installed.
+# Sets `command` to what a verb runs on the workers. `betarank` is the one that setup installed there.
 command_of() {
   case ${1:-} in
     train | rl | eval) command=(betarank "$@" --coordinator=auto) ;;
@@ -193,9 +214,9 @@ command_of() {
   [ ${#command[@]} -gt 0 ] || die 'run: no command'
 }
 start() { worker_sh start "$(id_of "$@")" "$@"; }
-id_of() { printf '%q ' "$@" | cksum | cut -d' ' -f1; } # tells whose run a worker is at
+id_of() { printf '%q ' "$@" | cksum | cut -d' ' -f1; } # identifies a command, so that workers can say which one runs
 
-ask_state() { # a worker that nothing was pushed to yet is at nothing
+ask_state() { # before the first push a worker has no worker.sh, and no run
   on_workers all "[ ! -f betarank/launch/worker.sh ] && echo betarank-state none || bash betarank/launch/worker.sh state $1"
 }
 run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another command runs), or UNREACHABLE
@@ -206,11 +227,11 @@ run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another comman
     return
   fi
   lines=$(grep -o 'betarank-state .*' <<<"$out" | sort -u | cut -d' ' -f2-)
-  case $lines in # a line for each different state
+  case $lines in # one line per distinct state
     *other*) echo OTHER ;;
     *failed*) echo "FAILED $(grep -m 1 failed <<<"$lines" | cut -d' ' -f2)" ;;
     none) echo NONE ;;
-    *none* | *lost*) echo 'FAILED lost' ;; # some workers have lost what others still run
+    *none* | *lost*) echo 'FAILED lost' ;; # the run is gone on some workers
     *running*) echo RUNNING ;;
     *stopped*) echo STOPPED ;;
     done) echo DONE ;;
@@ -230,14 +251,14 @@ hours_allowed() {
 }
 used_up() { awk -v s="$SECONDS" -v h="$1" 'BEGIN { exit !(s >= h * 3600) }'; }
 
-# How babysit ends, always: the slice is deleted if that was asked for, else it is said that it costs money.
+# Runs when babysit ends for any reason: deletes the slice with --delete, else warns that it still costs money.
 leave() {
   local code=$?
   trap - EXIT INT TERM
   if [ -n "$created" ] && [ -n "$delete_after" ]; then
     delete || say "error: $TPU_NAME could not be deleted and COSTS MONEY; launch/tpu.sh --yes delete"
   elif [ -n "$created" ]; then
-    say "$TPU_NAME is still there and costs money; launch/tpu.sh --yes delete"
+    say "$TPU_NAME still exists and costs money; launch/tpu.sh --yes delete"
   fi
   exit "$code"
 }
@@ -254,8 +275,8 @@ babysit() {
   fi
   SECONDS=0
   trap leave EXIT
-  trap 'say "asked to end: the run saves and stops"; worker_sh stop || true; exit 143' TERM
-  trap 'say "no longer watching; the run goes on"; delete_after=""; exit 130' INT
+  trap 'say "asked to stop: the run saves and stops"; worker_sh stop || true; exit 143' TERM
+  trap 'say "no longer watching; the run continues"; delete_after=""; exit 130' INT
   while true; do
     if used_up "$cap"; then
       say "the cap of $cap hours is reached: the run saves and stops"
@@ -271,13 +292,13 @@ babysit() {
         if create 2> >(tee "$error" >&2); then
           created=yes wait=$poll
         else
-          sleep 0.2 # for tee
+          sleep 0.2 # until tee has written the file
           case $(tr '[:upper:]' '[:lower:]' <"$error") in
-            *quota*) die 'there is no quota for this slice: docs/tpu.md says how to ask for it' 3 ;;
+            *quota*) die 'the project has no quota for this slice; docs/tpu.md says how to request it' 3 ;;
             *permission_denied* | *'does not have permission'* | *invalid_argument* | *'unrecognized arguments'*)
-              die 'the slice is refused, and would be again' 3 ;;
+              die 'the slice was refused, and another try would be refused too' 3 ;;
           esac
-          say "no slice; again in $wait s"
+          say "no slice; next try in $wait s"
           sleep "$wait"
           wait=$(awk -v w="$wait" -v p="$poll" 'BEGIN { print w * 2 < p * 32 ? w * 2 : p * 32 }')
         fi
@@ -286,7 +307,7 @@ babysit() {
         ;;
       GONE*)
         created=yes
-        say "the slice is gone (${state#GONE }): it is deleted and made anew"
+        say "the slice is gone (${state#GONE }): deleting and recreating it"
         delete || sleep "$wait"
         continue
         ;;
@@ -299,7 +320,7 @@ babysit() {
 
     run=$(run_state "${command[@]}")
     [ "$run" = UNREACHABLE ] || unreachable=0
-    if [ -z "$began" ]; then # what an earlier babysit left: a failure of its code is no reason to stop this one
+    if [ -z "$began" ]; then # a failure that an earlier babysit left behind doesn't count
       case $run in
         RUNNING) began=$SECONDS ;;
         FAILED*) run=NONE ;;
@@ -311,11 +332,11 @@ babysit() {
         say 'done'
         exit 0
         ;;
-      OTHER) die "$TPU_NAME is at another command; launch/tpu.sh stop, or another TPU_NAME" ;;
-      UNREACHABLE) # a fresh slice takes a while; one that stays so has a broken host
+      OTHER) die "$TPU_NAME runs another command; stop it with launch/tpu.sh stop, or choose another TPU_NAME" ;;
+      UNREACHABLE) # normal on a new slice; if it lasts, a host is broken
         unreachable=$((unreachable + 1))
         if [ "$unreachable" -gt 5 ]; then
-          say 'still unreachable: it is deleted and made anew'
+          say 'still unreachable: deleting and recreating the slice'
           delete || true
           unreachable=0
         fi
@@ -323,11 +344,11 @@ babysit() {
         ;;
       FAILED*)
         worker_sh log 20 || true
-        [ "$run" != 'FAILED 2' ] || die 'the run was refused (exit 2): nothing is tried again' 2
+        [ "$run" != 'FAILED 2' ] || die 'the run refused its settings (exit 2), so it is not started again' 2
         [ $((SECONDS - began)) -lt 1800 ] || failures=0
         failures=$((failures + 1))
-        [ "$failures" -le 3 ] || die "the run ended badly $failures times in a row (${run#FAILED })" 5
-        say "the run ended badly (${run#FAILED }); again in $wait s"
+        [ "$failures" -le 3 ] || die "the run failed $failures times in a row (${run#FAILED })" 5
+        say "the run failed (${run#FAILED }); next try in $wait s"
         sleep "$wait"
         began=$SECONDS
         { worker_sh stop && start "${command[@]}"; } || sleep "$wait"
@@ -348,7 +369,7 @@ logs() {
   fi
   mapfile -t flags < <(place)
   trap 'kill $(jobs -p) 2>/dev/null || true' EXIT INT TERM
-  for node in $(nodes); do # one ssh a worker: gcloud's --worker=all shows nothing until its end
+  for node in $(nodes); do # one ssh per worker, because gcloud's --worker=all prints nothing until it ends
     count=$(gc compute tpus tpu-vm describe "$node" "${flags[@]}" '--format=value(networkEndpoints.len())')
     [ -z "$dry_run" ] || { echo "$count"; count=1; }
     for ((worker = 0; worker < count; worker++)); do
@@ -360,7 +381,7 @@ logs() {
 
 while [[ ${1:-} == --* ]]; do
   case $1 in
-    --dry_run) dry_run=yes ;;
+    --dry_run | --dry-run) dry_run=yes ;;
     --yes) yes=yes ;;
     --delete) delete_after=yes ;;
     *) die "$1: no such flag; flags come before the verb" ;;
@@ -375,6 +396,7 @@ esac
 need TPU_NAME TPU_PROJECT TPU_ZONE
 [[ $slices =~ ^[1-9][0-9]*$ ]] || die "TPU_SLICES must be 1 or more, got $slices"
 case $verb in
+  check) check_checkout ;;
   create)
     need TPU_TYPE TPU_RUNTIME
     confirm "creates $(summary)"
@@ -392,6 +414,7 @@ case $verb in
     ;;
   babysit)
     need TPU_TYPE TPU_RUNTIME
+    [ -n "$dry_run" ] || check_checkout
     babysit "$@"
     ;;
   logs) logs "$@" ;;

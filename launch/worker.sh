@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh asks of a worker of a slice; it runs there, from the home folder.
+# The part of launch/tpu.sh that runs on each worker of a slice, in the home folder.
 #
-#   setup                 Python and the pinned packages into betarank-venv, again only if they change
-#   start ID COMMAND...   in a tmux session, so that a dropped ssh doesn't end it; its output goes to betarank-run/log
-#   state ID              one line: betarank-state none|running|done|stopped|failed CODE|lost|other
-#   stop                  SIGTERM (the run saves and ends); returns when it has ended
-#   log [LINES]
+#   setup                 install Python and the pinned packages into betarank-venv, unless they are there
+#   start ID COMMAND...   start a command in a tmux session, which outlives ssh; its output goes to betarank-run/log
+#   state ID              print betarank-state none|running|done|stopped|failed CODE|lost|other
+#   stop                  send SIGTERM, on which a run saves and stops; wait until it has ended
+#   log [LINES]           print the end of the log
 #
-# ID says which command a state is about; an empty one, whichever there is.
+# ID identifies the command whose state is asked for: `other` means that another command runs. An empty ID matches any.
+# A command that ends with status 130 (Ctrl-C) or 143 (SIGTERM) was asked to stop: it isn't done, and hasn't failed.
 set -euo pipefail
 
 tree=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,9 +22,9 @@ case $1 in
   setup)
     wanted=$(cat "$tree/setup.py" "$tree/launch/constraints.txt" | cksum)
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
-      # The compiler is for pycosat, which comes as C source only.
+      # pycosat is published as C source only, so it needs a compiler.
       { command -v tmux && command -v gcc; } >/dev/null || sudo apt-get install --yes --quiet tmux gcc libc6-dev
-      python3 -m pip install --quiet --user uv # it brings the Python that the image may not have
+      python3 -m pip install --quiet --user uv # uv downloads Python 3.12, which the image may not have
       python3 -m uv venv --quiet --clear --python 3.12 "$venv"
       python3 -m uv pip install --quiet --python "$venv/bin/python" --constraint "$tree/launch/constraints.txt" \
         -e "${tree}[tpu]"
@@ -50,15 +51,12 @@ case $1 in
     ;;
   child)
     export PATH="$venv/bin:$PATH" PYTHONUNBUFFERED=1
-    eval "set -- $(cat "$run/command")" # as start quoted it
+    eval "set -- $(cat "$run/command")" # start has quoted it
     echo "\$ $(cat "$run/command")" >>"$run/log"
-    before=$(stat --format=%s "$run/log")
     "$@" >>"$run/log" 2>&1 &
     echo $! >"$run/pid"
     code=0
     wait $! || code=$?
-    # A run that was asked to stop ends well, but isn't through.
-    if [ "$code" = 0 ] && tail -c "+$((before + 1))" "$run/log" | grep -q '^asked to stop: '; then code=stopped; fi
     echo "$code" >"$run/exit"
     ;;
   state)
@@ -70,13 +68,13 @@ case $1 in
     elif [ -f "$run/exit" ]; then
       case $(cat "$run/exit") in
         0) state='done' ;;
-        stopped) state=stopped ;;
+        130 | 143) state=stopped ;;
         *) state="failed $(cat "$run/exit")" ;;
       esac
     elif alive; then
       state=running
     else
-      state=lost # the machine was restarted, or the session killed
+      state=lost # the machine was restarted, or the tmux session killed
     fi
     echo "betarank-state $state"
     ;;

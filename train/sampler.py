@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
 from betarank.model.decode import CACHE_AXES
@@ -167,6 +167,18 @@ class Sampler:
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)
     return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step))
+
+  def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
+    """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
+
+    For planning: nothing is allocated, and the mesh may be of devices that aren't here. params: abstract arrays.
+    """
+    place = lambda x, axes: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=self.mesh and NamedSharding(self.mesh, model.spec(*axes)))
+    weights = jax.eval_shape(functools.partial(decode_params, self.c), params)
+    weights = jax.tree.map(lambda axes, x: place(x, axes), decode_param_axes(self.c), weights, is_leaf=_is_names)
+    rows = jax.tree.map(lambda x: place(x, CACHE_AXES[x.ndim]), jax.eval_shape(lambda: _empty(self.c, self.s)))
+    return _decode.lower(self.c, self.s, self.eos, weights, rows)
 
   def _check(self, prompts, indices, seed, step):
     if not indices or len(set(indices)) < len(indices):
@@ -391,7 +403,7 @@ def _decode(c, s, eos, weights, rows):
   _, rows, token_TR, logp_TR, choices = jax.lax.while_loop(go_on, body, carry)
   # Every host sees all rows and takes the same decisions.
   drawn = constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None), choices
-  return rows, drawn
+  return _pinned(rows), drawn  # else count_R would be as the hosts see it, and the next dispatch another program
 
 
 def _draw(s, z_RV, u_R2):

@@ -1,8 +1,8 @@
-"""Reads libtpu's final bundles, the very long instruction words that a TPU core issues one of each cycle.
+"""Reads libtpu's final bundles: very long instruction words, of which a TPU core issues one per cycle.
 
-libtpu writes a file an instruction when asked to (FLAGS). A count of bundles, loops multiplied out, is how long an
-instruction takes if it never waits: it misses waits for memory and, on v5e and v5p, for the matrix unit, which
-predict.py adds.
+With FLAGS, libtpu writes one file per HLO instruction. The number of bundles, with loops multiplied out, is the time
+of an instruction in cycles if it never waits. It misses waits for memory and, on v5e and v5p, for the matrix unit;
+predict.py adds those.
 """
 
 import pathlib
@@ -11,20 +11,19 @@ from collections.abc import Sequence
 
 FLAGS = ('--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
          '--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map')
-# Turns of a kernel's loops whose end the data decide, in order, the last for all that follow; any other such loop
-# counts as one. find_head (objectives/kernels): halving among the kept logits at its bound (12 to 17 on random ones),
-# and the rare ways, which come last, never.
-DATA_TURNS = {'find_head': (32, 0)}
-SKIPPABLE = 0.5  # share of a loop's turns that a region is taken to run in, if a branch can skip it
+# Trip counts assumed for a kernel's data-dependent loops, in order; the last one holds for all that follow. The loops of
+# other kernels count as one iteration. find_head (objectives/kernels): 32, its bound, for the bisection among the kept
+# logits (12 to 17 on random logits), and 0 for the loops of the rare cases, which come last.
+DATA_TRIPS = {'find_head': (32, 0)}
+SKIPPABLE = 0.5  # assumed share of a loop's iterations that run a region which a branch can skip
 
 
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
-  """Cycles of each instruction (HLO name) that has bundles in `folder`.
+  """Returns the cycles of each HLO instruction, by name, that has bundles in `folder`.
 
-  shares: for kernels by name, the share of their grid's steps that have work; it replaces SKIPPABLE for the kernel's
-    largest region.
+  shares: the share of grid steps that have work, by kernel name. It replaces SKIPPABLE for the kernel's largest region.
   """
-  twins: dict[str, str] = {}  # instruction -> the one that was compiled for it
+  twins: dict[str, str] = {}  # instruction -> the identical one that was compiled in its place
   for path in sorted(folder.glob('*deduplication-map.txt')):
     key = ''
     for line in path.read_text(errors='replace').splitlines():
@@ -38,20 +37,20 @@ def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[s
     if named and not named[1].startswith(('<', 'TLP')) and 'schedule-analysis' not in path.name:
       known = {twins.get(name, name): share for name, share in (shares or {}).items()} | (shares or {})
       share = known.get(named[1])
-      turns = next((turns for kernel, turns in DATA_TURNS.items() if named[1].startswith(kernel)), (1,))
-      cycles[named[1]] = count(path.read_text(errors='replace'), share, turns)
+      trips = next((trips for kernel, trips in DATA_TRIPS.items() if named[1].startswith(kernel)), (1,))
+      cycles[named[1]] = count(path.read_text(errors='replace'), share, trips)
   cycles.update({name: cycles[key] for name, key in twins.items() if key in cycles})
   return cycles
 
 
-def count(text: str, share: float | None = None, data_turns: Sequence[int] = (1,)) -> float:
-  """Cycles of one program of bundles; share as in `read`, data_turns as in DATA_TURNS."""
-  exits: dict[str, int | None] = {}  # predicate of a loop's end -> its turns, where they are a constant
+def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,)) -> float:
+  """Returns the cycles of one program of bundles. share: as in `read`. data_trips: as in DATA_TRIPS."""
+  exits: dict[str, int | None] = {}  # predicate of a loop's exit test -> trip count; None if it depends on data
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):
     limit = re.match(r'scmp\.(?:ge|eq)\.s32\.totalorder %\w+, (\d+)', test)
     exits[predicate] = max(1, int(limit[1])) if limit else None
-  size, loops, spans = 0, [], []  # spans: (first bundle, last bundle, turns) of each loop
-  skips, regions = [], {}  # (bundle, region it skips to); region -> its bundle
+  size, loops, spans = 0, [], []  # spans: (first bundle, last bundle, trip count) of each loop
+  skips, regions = [], {}  # (bundle of the branch, region it jumps to); region -> bundle where it begins
   for line in text.splitlines():
     bundle = re.match(r'\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:', line)
     if not bundle:
@@ -61,19 +60,19 @@ def count(text: str, share: float | None = None, data_turns: Sequence[int] = (1,
     regions.update(dict.fromkeys(re.findall(r'empty region (\d+)', line), size))
     branch = re.search(r'sbr\.rel \(!?(%p\w+)\) target = \$region(\d+)', line)
     if branch and branch[1] in exits and loops:
-      turns = exits[branch[1]]
-      if turns is None:
-        turns, *rest = data_turns
-        data_turns = rest or [turns]
-      spans.append((loops.pop(), size, turns))
+      trips = exits[branch[1]]
+      if trips is None:
+        trips, *rest = data_trips
+        data_trips = rest or [trips]
+      spans.append((loops.pop(), size, trips))
     elif branch:
       skips.append((size, branch[2]))
     size += 1
   weight = [1.0] * size
-  for first, last, turns in spans:
+  for first, last, trips in spans:
     for i in range(first, last + 1):
-      weight[i] *= turns
-  inside = []  # what a branch in a loop can skip, unless that is all of the loop: then it only starts and ends it
+      weight[i] *= trips
+  inside = []  # regions in a loop that a branch can skip; not those that fill the loop, whose branch only guards it
   for first, region in skips:
     last = regions.get(region, 0)
     around = min((s for s in spans if s[0] <= first and last <= s[1]), key=lambda s: s[1] - s[0], default=None)

@@ -1,4 +1,4 @@
-"""TPU chips and pods: what a chip can do, and the shapes that pods come in."""
+"""TPU chips and pods: the speed and memory of a chip, and the shapes of the pods."""
 
 import dataclasses
 import itertools
@@ -8,23 +8,23 @@ from betarank.configs.errors import UserError, suggestion
 
 
 class PlanError(UserError):
-  """A plan that can't be made. One line that says what would work."""
+  """An error in what a plan was asked for; the message says what would work."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip as JAX sees it (a v5p chip's two cores are one device).
+  """One chip, which is one JAX device (a v5p chip's two cores are one device).
 
   Attributes:
-    flops: bfloat16, a second; the figure MFU is a share of.
-    clock: cycles a second of the core whose instruction bundles libtpu writes out: flops over the matrix unit's
-      FLOPs a cycle. Sure for v5e and v6e, fairly sure for v5p.
-    hbm_bytes: what libtpu lets a program use.
-    hbm_rate: bytes a second.
-    link_rate: bytes a second of one link of the torus, one way.
+    flops: peak bfloat16 FLOPs per second, the denominator of MFU.
+    clock: cycles per second of the core whose bundles libtpu writes: flops over the matrix unit's FLOPs per cycle.
+      Certain for v5e and v6e, fairly certain for v5p.
+    hbm_bytes: the memory that libtpu lets a program use.
+    hbm_rate: bytes per second.
+    link_rate: bytes per second of one link of the torus, one way.
     interlock: waits inside matrix products that bundles don't show, as a share of the products' time; from single
       products compiled for each chip.
-    cores_in_name: the number in a pod's name counts cores on v5p (v5p-128 has 64 chips), chips elsewhere.
+    cores_in_name: cores per chip in a pod's name: 2 on v5p, where v5p-128 has 64 chips, 1 elsewhere.
   """
 
   name: str
@@ -42,7 +42,7 @@ CHIPS = {chip.name: chip for chip in (
   Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 90e9, 0.26, cores_in_name=2),
   Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 90e9, 0.03),
 )}
-SHAPES = {  # chips -> torus
+SHAPES = {  # number of chips -> torus
   'v5e': {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'},
   'v5p': {4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4', 64: '4x4x4', 128: '4x4x8', 256: '4x8x8', 512: '8x8x8',
           1024: '8x8x16', 2048: '8x16x16', 4096: '16x16x16'},
@@ -52,7 +52,7 @@ SHAPES['v6e'] = SHAPES['v5e']
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """`slices` pods of the same shape. Raises PlanError for one that doesn't exist."""
+  """A number of pods of the same shape. Raises PlanError for a pod that doesn't exist."""
 
   name: str  # of one slice: v5e-256, v5p-128, v6e-64
   slices: int = 1
@@ -82,24 +82,27 @@ class Topology:
 
   @property
   def chips(self) -> int:
-    """Of all slices."""
+    """The number of chips in all slices."""
     return self.slices * math.prod(self.dims)
 
   def devices(self) -> list:
-    """JAX devices that can be compiled for, without any of them being here."""
+    """Returns JAX devices of this topology, to compile for; no TPU is needed. Raises PlanError without libtpu."""
     from jax.experimental import topologies
     try:
       more = {'num_slices': self.slices} if self.slices > 1 else {}
       return topologies.get_topology_desc(
         platform='tpu', topology_name=f'{self.chip.name}:{self.shape}', **more).devices
-    except Exception as error:  # jaxlib's own kinds, by version
+    except Exception as error:  # the class depends on the version of jaxlib
       first = str(error).splitlines()[0]
       raise PlanError(f'--topology={self.name}: libtpu is needed to compile for it, pip install -e ".[tpu]" ({first})'
                       ) from None
 
   def links(self, group: int) -> int:
-    """Links of a chip that a transfer among `group` chips can use. Guessed from the group's size: two along each axis
-    of the torus that it fills, and one along another that it fills in part, where there is no way around."""
+    """Returns how many links of a chip a transfer among `group` chips can use, estimated from the group's size.
+
+    Two along each axis of the torus that the group fills; one along an axis that it fills in part, where the ends of
+    the line aren't connected.
+    """
     dims = [d for d in self.dims if d > 1]
     sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)
              for axes in itertools.combinations(dims, count)]

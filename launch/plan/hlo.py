@@ -1,7 +1,7 @@
-"""Reads a compiled program's text (HLO): what runs how often, its matrix products, memory traffic and collectives.
+"""Reads the text of a compiled program (HLO): instructions and how often they run, matmul FLOPs, traffic, collectives.
 
-XLA's own cost analysis counts the body of a loop once; here each instruction comes with the number of times it runs,
-from the trip counts that loop conditions state. Nothing here needs a device, or JAX.
+XLA's own cost analysis counts the body of a loop once. Here each instruction has the number of times it runs, from the
+trip counts that loop conditions state. Needs neither a device nor JAX.
 """
 
 import collections
@@ -13,18 +13,18 @@ import re
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
          'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}
-# Opcodes that move nothing: names for parts of what is there, and the shells of what is counted inside them.
+# Opcodes that move no data: views of existing arrays, and wrappers whose contents are counted themselves.
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'copy-start', 'copy-done', 'async-start', 'async-update', 'async-done', 'partition-id', 'replica-id',
         'optimization-barrier'}
-RARE = re.compile(r'op_name="[^"]*\boverflow/while')  # a loop that has turns only for what doesn't fit at first
+RARE = re.compile(r'op_name="[^"]*\boverflow/while')  # a loop over the overflow, which normally runs zero times
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
   dtype: str
   dims: tuple[int, ...]
-  on_chip: bool  # in VMEM or scalar memory, so not HBM traffic
+  on_chip: bool  # in VMEM or scalar memory, so reading it is no HBM traffic
 
   @property
   def bytes(self) -> float:
@@ -35,30 +35,31 @@ class Array:
 class Instruction:
   name: str
   opcode: str
-  arrays: tuple[Array, ...]  # what it makes; several for a tuple
+  arrays: tuple[Array, ...]  # its result; several for a tuple
   operands: tuple[str, ...]
-  text: str  # from the opcode on
+  text: str  # starts at the opcode
   root: bool
 
   def called(self, key: str) -> str | None:
-    """Name of the computation in attribute `key`: calls, to_apply, body, condition."""
+    """Returns the name of the computation in attribute `key`: calls, to_apply, body or condition."""
     found = re.search(rf'\b{key}=%?([\w.\-]+)', self.text)
     return found and found[1]
 
   def attribute(self, pattern: str) -> str | None:
+    """Returns the first group of a regular expression's match in the text; None without a match."""
     found = re.search(pattern, self.text)
     return found and found[1]
 
   @functools.cached_property
   def estimated_cycles(self) -> int | None:
-    """What XLA's cost model guesses; on TPU only, and not for kernels."""
+    """XLA's own estimate; only on TPU, and None for kernels."""
     found = self.attribute(r'"estimated_cycles":"(\d+)"')
     return found and int(found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An instruction that a device executes, outside of any fusion."""
+  """An instruction that a device executes, and how often; not one inside a fusion."""
 
   instruction: Instruction
   computation: str
@@ -67,26 +68,31 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A transfer between devices. bytes: what one device holds afterwards (reduce-scatter: before) each time."""
+  """A transfer between devices. bytes: the result on one device (reduce-scatter: the operand) of one execution."""
 
   kind: str
   bytes: float
   group: int
   times: int
-  meanwhile: tuple[str, ...] | None  # instructions that run between its start and its end; None where all wait
+  meanwhile: tuple[str, ...] | None  # instructions between its start and its end; None if it is synchronous
   computation: str
-  source: str  # as Program.source gives it
+  source: str  # as Program.source returns it
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
+  """A parsed program: computations by name, each with its instructions by name in the order of the schedule."""
+
   computations: dict[str, dict[str, Instruction]]
   entry: str
-  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # number -> the source lines' functions
+  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # stack frame number -> `file:function ...`
 
   def source(self, run: Run) -> str:
-    """What an instruction was written as: its operation and functions, `.../gather model/moe.py:_take ...`, innermost
-    first. Of a fusion without such a note, what is in it says; else its operands do; '' where none has one."""
+    """Returns an instruction's operation and source functions, innermost first: `.../gather model/moe.py:_take ...`.
+
+    An instruction without this metadata has that of the instructions fused into it, else of its operands; '' if those
+    have none either.
+    """
     home, seen = self.computations[run.computation], set()
     listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
     while listed:
@@ -100,9 +106,9 @@ class Program:
     return run.instruction.attribute(r'op_name="([^"]*)"') or ''
 
   def is_transfer(self, run: Run) -> bool:
-    """Whether an instruction is a collective and no more, or the start or end of one that runs along with others.
+    """Returns whether an instruction is only a collective, or the start or end of an asynchronous one.
 
-    TPUs write a reduce-scatter as a fusion of its own, of an all-reduce and a slice.
+    On TPU a reduce-scatter is a fusion of an all-reduce and a slice.
     """
     one, inside = run.instruction, self._inside_fusion(run.instruction)
     ends = any('"AsyncCollective' in i.text for i in inside.values())
@@ -112,7 +118,7 @@ class Program:
     return self.computations.get(one.called('calls') or '', {}) if one.opcode == 'fusion' else {}
 
   def runs(self) -> list[Run]:
-    """Everything executed, with its count. Of a conditional's branches all are listed once."""
+    """Returns every executed instruction with its count. All branches of a conditional count as executed."""
     found: list[Run] = []
 
     def walk(computation, times):
@@ -132,7 +138,7 @@ class Program:
     return found
 
   def trip_count(self, loop: Instruction) -> int:
-    """How often a while runs: XLA's own figure, or N of a condition `i < N` from zero; else 1, or 0 if it is RARE."""
+    """Returns how often a loop runs: XLA's own figure, or N of a condition `i < N`; else 1, or 0 if it is RARE."""
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:
       return int(known)
@@ -144,7 +150,7 @@ class Program:
     return max(1, max(limits) + (compare.attribute(r'direction=(\w+)') == 'LE'))
 
   def _inside(self, computation):
-    """Its instructions, those of its fusions included."""
+    """Yields the instructions of a computation and of its fusions."""
     for instruction in computation.values():
       yield instruction
       inner = instruction.called('calls') if instruction.opcode == 'fusion' else None
@@ -152,7 +158,7 @@ class Program:
         yield from self._inside(self.computations[inner])
 
   def flops(self, run: Run) -> float:
-    """2 per multiply-add of the matrix products in an instruction, executed once."""
+    """Returns the FLOPs of the matrix products in one execution of an instruction, 2 per multiply-add."""
     home = self.computations[run.computation]
     if run.instruction.opcode != 'fusion':
       return _product_flops(run.instruction, home)
@@ -161,7 +167,7 @@ class Program:
                if i.opcode in ('fusion', 'dot', 'convolution'))
 
   def rows_moved(self, run: Run) -> dict[str, int]:
-    """How many rows of 128 numbers or more an instruction gathers, and how many it scatters."""
+    """Returns how many rows of at least 128 numbers an instruction gathers and scatters: {'gather': n}, say."""
     def count(one, home):
       if one.opcode == 'fusion':
         inside = self._inside_fusion(one)
@@ -178,17 +184,17 @@ class Program:
     return count(run.instruction, self.computations[run.computation])
 
   def hbm_bytes(self, run: Run) -> float:
-    """Bytes an instruction must read from and write to HBM when executed once: operands once each, and results.
+    """Returns the bytes that one execution of an instruction moves from and to HBM: each operand once, and results.
 
-    A slice counts itself, not what it is cut from, and gathered rows likewise; an update in place counts the update.
-    The buffers of a transfer that runs along with a fusion count for nothing.
+    A slice counts only itself, not its operand, and so do gathered rows; an update in place counts the update. The
+    buffers of an asynchronous collective that is part of a fusion aren't counted.
     """
     one, home = run.instruction, self.computations[run.computation]
     if one.opcode in FREE:
       return 0.0
     sizes = lambda arrays: sum(a.bytes for a in arrays if not a.on_chip)
     operands = [home[name] for name in one.operands if name in home]
-    if one.opcode in ('dynamic-slice', 'custom-call-done'):  # the latter: rows that a SparseCore gathered
+    if one.opcode in ('dynamic-slice', 'custom-call-done'):  # custom-call-done: rows gathered by a SparseCore
       return 2 * sizes(one.arrays)
     if one.opcode == 'dynamic-update-slice':
       return 2 * sizes(operands[1].arrays)
@@ -211,7 +217,7 @@ class Program:
     return total
 
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
-    """Bytes of the array `name` that the instructions of a fusion read: its slices, where all only slice it."""
+    """Returns the bytes of the array `name` that a fusion reads: its slices if it only slices it, else infinity."""
     total = 0.0
     for user in inner.values():
       if name not in user.operands:
@@ -233,7 +239,7 @@ class Program:
     return total
 
   def collectives(self) -> list[Collective]:
-    """Each transfer once, also one that XLA spread over several fusions, which then name the same chain."""
+    """Returns each collective once, even if XLA split it over several fusions, which then have the same chain_id."""
     found, seen = [], set()
     for run in self.runs():
       inside = self._inside_fusion(run.instruction)
@@ -256,7 +262,7 @@ class Program:
     return found
 
   def _meanwhile(self, run: Run, chain: str | None) -> tuple[str, ...] | None:
-    """What the schedule, which is the order of the text, has between a transfer's start and its end."""
+    """Returns the instructions between a collective's start and its end; the order of the text is the schedule."""
     one, home = run.instruction, self.computations[run.computation]
     if not chain and not one.opcode.endswith('-start'):
       return None
@@ -268,22 +274,22 @@ class Program:
       if (one.name in home[name].operands and home[name].opcode.endswith('-done')) or (
           ended and chain in map(_chain, inside.values())):
         return tuple(after[:count])
-    return tuple(names)  # it ends in the next turn of a loop
+    return tuple(names)  # it ends in the next iteration of a loop
 
 
 def _chain(one: Instruction) -> str | None:
-  """What the pieces of one transfer that runs along with other work have in common."""
+  """Returns the chain_id that the parts of one asynchronous collective share."""
   return one.attribute(r'chain_id="(\d+)"')
 
 
 def _scatters(computation: dict[str, Instruction]) -> bool:
-  """Whether a fusion's computation is a reduce-scatter: an all-reduce of which a slice is kept, and no async part."""
+  """Returns whether a fusion is a reduce-scatter: an all-reduce and a slice of its result, without matrix products."""
   opcodes = {i.opcode for i in computation.values()}
   return {'all-reduce', 'dynamic-slice'} <= opcodes and not {'fusion', 'dot', 'convolution'} & opcodes
 
 
 def read(text: str) -> Program:
-  """Parses what `compiled.as_text()` gives."""
+  """Parses the text that `compiled.as_text()` returns."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = '', None
   for line in text.splitlines():
@@ -292,7 +298,7 @@ def read(text: str) -> Program:
       current = computations[name] = {}
       if line.startswith('ENTRY'):
         entry = name
-    elif line.rstrip() == '}':  # a kernel's metadata may also begin a line with one
+    elif line.rstrip() == '}':  # lines of a kernel's metadata may also begin with a brace
       current = None
     elif current is not None:
       instruction = _instruction(line)
@@ -302,15 +308,15 @@ def read(text: str) -> Program:
 
 
 def _frames(head: str) -> dict[int, str]:
-  """Each stack frame's `file:function`, innermost first, from the tables before the first computation."""
+  """Returns `file:function ...` per stack frame, innermost first, from the tables before the first computation."""
   rows = lambda pattern: {int(number): rest for number, *rest in re.findall(rf'^(\d+) {pattern}$', head, re.M)}
   name = lambda table: dict(re.findall(r'^(\d+) "(.*)"$', head.partition(f'{table}\n')[2].partition('\n\n')[0], re.M))
   files, functions = name('FileNames'), name('FunctionNames')
   places = rows(r'\{file_name_id=(\d+) function_name_id=(\d+) .*\}')
   stack = rows(r'\{file_location_id=(\d+) parent_frame_id=(\d+)\}')
-  shift = any(int(parent) == number for number, (_, parent) in stack.items())  # some versions count parents from 1
+  shift = any(int(parent) == number for number, (_, parent) in stack.items())  # some versions number parents from 1
   found: dict[int, str] = {}
-  for number, (place, parent) in sorted(stack.items()):  # a parent comes before its children
+  for number, (place, parent) in sorted(stack.items()):  # parents come before their children
     file, function = places[int(place)]
     found[number] = f'{files[file]}:{functions[function]} {found.get(int(parent) - shift, "")}'
   return found
@@ -321,7 +327,7 @@ def _instruction(line: str) -> Instruction | None:
   if not head:
     return None
   rest = line[head.end():]
-  if rest.startswith('('):  # a tuple's type nests brackets
+  if rest.startswith('('):  # the type of a tuple has nested parentheses
     end = _closing(rest, 0)
     kind, rest = rest[: end + 1], rest[end + 1:].lstrip()
   else:
@@ -335,7 +341,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the bracket that opens at `start` closes."""
+  """Returns the index of the parenthesis that closes the one at `start`."""
   depth = 0
   for at in range(start, len(text)):
     depth += (text[at] == '(') - (text[at] == ')')
@@ -377,14 +383,14 @@ def _product_flops(one: Instruction, home: dict[str, Instruction]) -> float:
       break
     size, kernel, outputs = left[lhs.index(str(d))], right[rhs.index(str(d))], out[result.index(str(d))]
     stride, low, lhs_by, rhs_by = int(stride), int(pad.split('_')[0]), int(lhs_by), int(rhs_by)
-    # XLA writes batched products as convolutions whose window mostly lies in the padding: only real pairs count.
+    # XLA writes batched matmuls as convolutions whose window lies mostly in the padding; padding doesn't count.
     pairs *= sum(0 <= at < (size - 1) * lhs_by + 1 and at % lhs_by == 0
                  for o in range(outputs) for k in range(kernel) if (at := o * stride + k * rhs_by - low) is not None)
   return 2.0 * out[result.index('b')] * out[result.index('f')] * right[rhs.index('i')] * pairs
 
 
 def _group_size(text: str) -> int:
-  """Devices that take part in one transfer."""
+  """Returns how many devices take part in one collective; 0 for all devices."""
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
   if mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", mesh[1])}
@@ -395,4 +401,4 @@ def _group_size(text: str) -> int:
   listed = re.search(r'replica_groups=\{\{([\d,]*)\}', text)
   if listed:
     return len(listed[1].split(','))
-  return 2 if 'source_target_pairs=' in text else 0  # {}: all devices, for the caller to fill in
+  return 2 if 'source_target_pairs=' in text else 0

@@ -1,15 +1,16 @@
-"""How long a compiled step takes on a TPU that isn't here, and how far to trust that.
+"""Predicts how long a compiled step takes on a TPU that isn't here, as an interval.
 
-Every instruction takes the longest of: its final bundles, loops multiplied out (bundles.py); its matrix products at
-the chip's peak; its operands and results once through HBM. Instructions run one after another, each as often as its
-loop says. That is the lower end. The upper end adds the waits inside matrix products that bundles don't show
-(Chip.interlock). To both come the collectives: whole where they are synchronous, and where they are not, what is longer
-than the compute that the schedule has between their start and their end.
+The time of an instruction is the longest of three: its final bundles, with loops multiplied out (bundles.py); its
+matrix products at the chip's peak; its operands and results passing through HBM once. Instructions run one after
+another, each as often as its loop runs. Their sum is the lower end of the interval. The upper end adds the waits inside
+matrix products that bundles don't show (Chip.interlock). Both ends include the collectives: the whole time of a
+synchronous one, and of an asynchronous one the part that is longer than the compute scheduled between its start and its
+end.
 
-The method held three published dense MaxText runs (v5e-256 at 16B and 32B, v5p-128 at 32B) in its interval or missed
-an end by 2 %, in another program's reading; this module has not been run on them. Nothing of v6e, of a mixture of
-experts or of several slices has been checked: use those to rank settings. Not in it: input, checkpoints, the network
-between slices, contention of transfers with compute, and imbalance of experts.
+Accuracy: another program with the same method put three published dense MaxText runs (v5e-256 at 16B and 32B, v5p-128
+at 32B) inside the interval or within 2 % of an end; this module has not been run on them. Nothing has been checked for
+v6e, mixtures of experts or several slices: use those predictions to rank settings. Not included: input, checkpoints,
+the network between slices, contention between transfers and compute, and imbalance of experts.
 """
 
 import collections
@@ -34,48 +35,49 @@ PARTS = (
   ('embedding', r'Transformer\.__call__'),
   ('optimizer', r'optax/|make_(step|update)'),
 )
-# Bundles a row that XLA gathers, or adds to others, of 1536 bfloat16: their loops' ends depend on the data, so
-# bundles.py counts them once. Read from a v5e's: 4976 for 256 rows, and 2.8 million for 67,328, 49,152 of them real.
+# Bundles per row of 1536 bfloat16 that XLA gathers or scatter-adds. The loops over rows are data-dependent, so
+# bundles.py counts one iteration. Read from v5e bundles: 4976 for 256 rows, and 2.8 million for 67,328 rows, 49,152 of
+# them real.
 ROW_CYCLES = {'gather': 20, 'scatter': 40}
-ERROR = 'an interval, never measured on a chip, to rank settings with (docs/plans.md)'
+ERROR = 'an interval, not measured on a chip; use it to rank settings (docs/plans.md)'
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """Of one execution of a program, for one chip."""
+  """Time and traffic of one execution of a program on one chip. Intervals are (least, most)."""
 
   step_s: tuple[float, float]
   compute_s: tuple[float, float]
-  exposed_s: float  # of the collectives, what nothing hides
+  exposed_s: float  # the part of the collectives' time that compute doesn't hide
   collective_s: float
   collective_bytes: dict[str, float]  # by kind
-  matmul_flops: float  # recomputation included, kernels not
-  unread: tuple[str, ...]  # kernels with neither bundles nor an estimate: not in the time
+  matmul_flops: float  # with recomputation, without kernels
+  unread: tuple[str, ...]  # kernels with neither bundles nor an estimate: missing from the time
   hottest: tuple[tuple[str, float], ...]  # (operation, seconds), the longest first
-  parts: dict[str, tuple[float, float]]  # of PARTS: (seconds of compute, seconds of collectives, hidden or not)
+  parts: dict[str, tuple[float, float]]  # by name in PARTS: seconds of compute, seconds of collectives, hidden or not
 
 
 def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> Prediction:
-  """folder: where libtpu wrote the bundles of this program."""
+  """Returns the prediction for a program. folder: where libtpu wrote the program's bundles."""
   chip, runs = topology.chip, program.runs()
   cycles = bundles.read(folder, {
     r.instruction.name: _share(r.instruction) for r in runs if 'tpu_custom_call' in r.instruction.text})
   total, waits, flops = 0.0, 0.0, 0.0
-  once = {}  # (computation, instruction) -> seconds of one execution
+  once: dict[tuple[str, str], float] = {}  # (computation, instruction) -> seconds of one execution
   by_computation = collections.Counter()
   by_operation = collections.Counter()
   of_part, sent_by_part = collections.Counter(), collections.Counter()
   unread = set()
   for run in runs:
     one = run.instruction
-    # What a SparseCore gathers is asynchronous, too, but counted whole: the rest of a layer waits for it.
+    # A SparseCore's gather is asynchronous too, but its whole time counts: the rest of the layer waits for it.
     asynchronous = one.opcode.endswith(('-start', '-done', '-update')) and one.opcode != 'custom-call-done'
     if one.opcode in hlo.FREE or asynchronous or program.is_transfer(run):
       continue
     product = program.flops(run)
     known = cycles.get(one.name)
     if known is None and one.estimated_cycles is not None:
-      # XLA's estimate is good for products and 3 or more times too high for the rest.
+      # XLA's estimate is good for matrix products, and 3 or more times too high for other instructions.
       known = one.estimated_cycles if product else one.estimated_cycles / 3
     if known is None and 'tpu_custom_call' in one.text:
       unread.add(one.name)
@@ -110,12 +112,12 @@ def _part(source: str) -> str:
 
 
 def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
-  """Seconds of one collective at the links' full rate."""
+  """Returns the seconds of one collective at the links' full rate."""
   rate = topology.links(group) * topology.chip.link_rate
   moved = size * (group - 1) / group
   if kind == 'all-reduce':
     return 2 * moved / rate
-  if kind in ('all-to-all', 'ragged-all-to-all'):  # a row passes a quarter of the ring on average
+  if kind in ('all-to-all', 'ragged-all-to-all'):  # a row travels a quarter of the ring on average
     return moved * max(1.0, min(group, max(topology.dims)) / 4) / rate
   if kind == 'collective-permute':
     return size / topology.chip.link_rate
@@ -123,8 +125,10 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def _share(kernel: hlo.Instruction) -> float:
-  """Of a kernel's blocks, those with something to do: of splash attention's what is not after the query, for whose
-  blocks its first operand has an entry each; else all."""
+  """Returns the share of a kernel's blocks that have work: those that the causal mask leaves, for splash attention.
+
+  Splash attention's first operand has one entry per block. All blocks of any other kernel have work.
+  """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:
     return 1.0
@@ -134,7 +138,7 @@ def _share(kernel: hlo.Instruction) -> float:
 
 
 def _label(one: hlo.Instruction) -> str:
-  """What of the source an instruction is: its last meaningful names."""
+  """Returns a short name for an instruction: the last meaningful parts of its operation's path."""
   if 'tpu_custom_call' in one.text:
     return one.name.rstrip('0123456789').rstrip('.')
   source = one.attribute(r'op_name="([^"]*)"') or one.name.rstrip('0123456789').rstrip('.')

@@ -1,7 +1,7 @@
-"""The programs a config would run, lowered for devices that aren't here: nothing is allocated, no data is read."""
+"""The programs that a config runs, lowered for devices that aren't here. Nothing is allocated and no data is read."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,21 +12,21 @@ from jax.sharding import Mesh, NamedSharding
 from betarank import model
 from betarank.data import Batch
 from betarank.launch.plan.chips import PlanError
-from betarank.rl.config import RlRun
+from betarank.launch.plan.workload import Workload
 from betarank.rl.update import make_update
 from betarank.runtime.multihost import check_rows
-from betarank.runtime.state import abstract_state
-from betarank.train import sampler
-from betarank.train.config import RunConfig
+from betarank.runtime.state import TrainState, abstract_state
 from betarank.train.optimizer import make_optimizer
+from betarank.train.sampler import Sampler, SamplerConfig
 from betarank.train.step import make_step
 
-Lower = Callable[[], Any]
+Lower = Callable[[], jax.stages.Lowered]
+EOS = 0  # which token ends an answer changes a constant of the decode program, not its memory or time
 
 
-def make_mesh(run: RunConfig | RlRun, devices) -> Mesh:
-  """The run's mesh over `devices`, checked as its start would. Raises PlanError with what would work."""
-  count, (rows, parts) = len(devices), run_rows(run)
+def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
+  """Returns the run's mesh over `devices`. Raises PlanError, with a mesh or batch that would work, as the run would."""
+  run, count = work.run, len(devices)
   try:
     hint = f'axes must make up the {count} chips of this topology, and one at -1 takes the rest'
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
@@ -36,59 +36,70 @@ def make_mesh(run: RunConfig | RlRun, devices) -> Mesh:
     _, shapes, axes = model.abstract(run.model)
     hint = f'fsdp={math.gcd(run.model.d_model, count)} with data=-1 divides the width of {run.model.d_model}'
     model.check_divides(shapes, axes, mesh.shape)
-    step = parts * math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
-    near = sorted({max(step, rows // step * step), -(-rows // step) * step})
+    step = work.microbatches * math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
+    near = sorted({max(step, work.rows // step * step), -(-work.rows // step) * step})
     hint = f'{" or ".join(map(str, near))} rows would do'
-    check_rows(rows, mesh.shape, parts)
+    check_rows(work.rows, mesh.shape, work.microbatches)
   except ValueError as error:
     raise PlanError(f'config.train.mesh: {error}; {hint}') from None
   return mesh
 
 
-def run_rows(run: RunConfig | RlRun) -> tuple[int, int]:
-  """(rows of an update, parts they are worked through in)."""
-  if isinstance(run, RlRun):
-    return run.rl.prompts_per_step // run.rl.minibatches * run.rl.group_size, run.rl.microbatches
-  return run.train.batch_size, run.train.microbatches
+def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
+  """Returns the abstract train state, and a function per program that lowers it.
+
+  The programs are `train`, or in RL `update` and `decode`, with the shapes of the longest phase. RL also runs two
+  smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference policies.
+  """
+  tx = make_optimizer(work.run.optimizer, work.steps, model.abstract(work.run.model)[2])
+  state = abstract_state(work.run.model, tx, mesh)
+  if work.rl:
+    lower = {'update': lambda: _lower_update(work, mesh, tx, state),
+             'decode': lambda: Sampler(work.run.model, sampler_config(work), EOS, mesh).lower_decode(state.params)}
+  else:
+    lower = {'train': lambda: _lower_train(work, mesh, tx, state)}
+  return state, {name: _with_mesh(mesh, function) for name, function in lower.items()}
 
 
-def programs(run: RunConfig | RlRun, mesh: Mesh) -> tuple[Any, dict[str, Lower]]:
-  """(abstract train state, name -> a function that lowers it): `train`, or RL's `update` and `decode`."""
-  rl = run.rl if isinstance(run, RlRun) else None
-  tx = make_optimizer(run.optimizer, rl.steps if rl else run.steps, model.abstract(run.model)[2])
-  state = abstract_state(run.model, tx, mesh)
-  array = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(
-    shape, dtype, sharding=NamedSharding(mesh, model.spec(*axes)))
-  rows = run_rows(run)[0]
-  if rl is None:
-    tokens = array((rows, run.data.sequence_length), jnp.int32, 'batch', 'length')
-    stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
-    step = lambda: make_step(run.model, run.objective, tx, byte_counts, run.train.microbatches, stats).lower(
-      state, Batch(tokens, tokens, tokens, tokens))
-    return state, {'train': _on(mesh, step)}
-  longest = rl.max_prompt_tokens + max(rl.max_new_tokens)
-  of = lambda dtype: array((rows, longest), dtype, 'batch', 'length')
-  update = lambda: make_update(run.model, rl.loss, tx, rl.microbatches).lower(
-    state, Batch(*[of(jnp.int32)] * 4), of(jnp.bool_), of(jnp.float32), array((rows,), jnp.float32, 'batch'),
-    None if rl.minibatches == 1 else of(jnp.float32))
-  return state, {'update': _on(mesh, update), 'decode': _on(mesh, lambda: _lower_decode(run, mesh, state))}
+def sampler_config(work: Workload) -> SamplerConfig:
+  """Returns the sampler's settings in RL's longest phase, as rl/loop.py makes them."""
+  rl = work.rl
+  return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True)
 
 
-def _lower_decode(run: RlRun, mesh: Mesh, state):
-  """A dispatch of the sampler: decode_steps tokens for every row, at the longest phase's room."""
-  c, rl = run.model, run.rl
-  settings = sampler.SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens))
-  rows = jax.eval_shape(lambda: sampler._empty(c, settings))
-  place = lambda x, *axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, model.spec(*axes)))
-  rows = jax.tree.map(lambda x: place(x, *sampler.CACHE_AXES[x.ndim]), rows)
-  weights = jax.eval_shape(lambda params: sampler.decode_params(c, params), state.params)
-  weights = jax.tree.map(lambda names, x: place(x, *names), sampler.decode_param_axes(c), weights,
-                         is_leaf=lambda names: isinstance(names, tuple))
-  return sampler._decode.lower(c, settings, 0, weights, rows)
+def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:
+  run = work.run
+  batch = Batch(*[_abstract(mesh, (work.rows, work.length), jnp.int32, 'batch', 'length')] * 4)
+  stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
+  return make_step(run.model, run.objective, tx, byte_counts, work.microbatches, stats).lower(state, batch)
 
 
-def _on(mesh: Mesh, lower: Lower) -> Lower:
-  """`lower` with the mesh in force, abstractly: its devices can't hold the constants that tracing makes."""
+def _lower_update(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:
+  c, rl = work.run.model, work.rl
+  tokens = lambda dtype: _abstract(mesh, (work.rows, work.length), dtype, 'batch', 'length')
+  choices_BTLk = None
+  if c.moe.experts:
+    choices_BTLk = _abstract(
+      mesh, (work.rows, work.length, c.layers, c.moe.experts_per_token), jnp.int16, 'batch')
+  return make_update(c, rl.loss, tx, rl.microbatches).lower(
+    state,
+    Batch(*[tokens(jnp.int32)] * 4),
+    tokens(jnp.bool_),  # which tokens count
+    tokens(jnp.float32),  # the sampler's log-probabilities
+    _abstract(mesh, (work.rows,), jnp.float32, 'batch'),  # advantages
+    tokens(jnp.float32) if rl.minibatches > 1 else None,  # log-probabilities before the first update
+    tokens(jnp.float32) if rl.loss.kl_weight else None,  # those of the reference
+    tokens(jnp.bool_) if rl.loss.cov else None,
+    choices_BTLk,
+  )
+
+
+def _abstract(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, model.spec(*axes)))
+
+
+def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
+  """Returns `lower` with `mesh` as the current mesh: abstract, because its devices can't hold a traced constant."""
   def run():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return lower()
@@ -96,7 +107,5 @@ def _on(mesh: Mesh, lower: Lower) -> Lower:
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes on one device of abstract arrays with shardings."""
+  """Returns the bytes on one device of abstract arrays that have shardings."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-

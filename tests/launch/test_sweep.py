@@ -1,10 +1,14 @@
 """Sweeps: what is refused before anything starts, and real ones, killed launcher and all, and started again."""
 
 import collections
+import dataclasses
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -12,9 +16,11 @@ import pytest
 from betarank.configs.errors import ConfigError
 from betarank.launch import on_tpu
 from betarank.launch.points import expand
+from betarank.launch.sweep import Sweep
 from betarank.runtime import checkpoint, workdir
 from tests.runs import BETARANK, assert_no_secret, environment
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'tests/tiny_sweep.py'
 
 
@@ -31,10 +37,10 @@ def test_points_are_named_chained_and_resolved(tmp_path):
   rl = points['arm1,seed1/rl']
   assert rl.after == 'arm1,seed1/train' and rl.config.train.init_from == 'root/arm1,seed1/train'
   assert rl.config.seed == 1 and rl.steps == 2 and points['arm1,seed1/train'].config.objective.beta == -0.1
-  assert rl.arguments == ('-m', 'betarank', 'rl', f'--config={CONFIG}:dir=/d,arms=2,seeds=2,probes=true,stage=rl',
+  assert rl.arguments == ('rl', f'--config={CONFIG}:dir=/d,arms=2,seeds=2,probes=true,stage=rl',
                           '--workdir=root/arm1,seed1/rl', '--config.seed=1',
                           '--config.train.init_from=root/arm1,seed1/train')
-  assert points['arm1,seed1/probe'].arguments == ('-m', 'betarank', 'eval', 'probe', '--checkpoint=root/arm1,seed1/rl',
+  assert points['arm1,seed1/probe'].arguments == ('eval', 'probe', '--checkpoint=root/arm1,seed1/rl',
                                                   '--config.eval.probe.rows=8')
   assert points['arm0,seed1/train'].needs == ('data/d',)
 
@@ -64,8 +70,8 @@ def test_only_keeps_what_its_points_need():
     ('  add(**{"optimizer.lr": "x"})\n', 'sweep point lr=x/train: config.optimizer.lr: expected a number'),
     ('  add(**{"objective.beta": -3.0})\n', 'sweep point beta=-3.0/train: config.objective.beta must be >= -1'),
     ('  add(stage="pretrain")\n', "sweep: stage must be one of train, rl, probe, sample, got 'pretrain'"),
-    ('  add(after="nobody/train")\n', "sweep point nobody/train: after='nobody/train' is no earlier point"),
-    ('  add("../x")\n', 'sweep point ../x/train: a name is made of'),
+    ('  add(after="nobody/train")\n', "sweep point nobody/train: after='nobody/train' is not an earlier point"),
+    ('  add("../x")\n', 'sweep point ../x/train: a name can have'),
     ('  add(arg="stag=rl")\n', "sweep point run/train,stag=rl: config argument 'stag'"),
     ('  add(stage="rl", arg="stage=rl", after=add(), **{"rl.group_size": 1})\n',
      'sweep point run/rl: config.rl.group_size must be >= 2'),
@@ -98,7 +104,7 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   assert float(row[5][1:].replace(',', '')) == pytest.approx(100 * hours, rel=0.02)
   assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
   assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout
-  assert 'to be mended first: jsonl:corpus/math/*.jsonl is on this machine' in done.stdout  # RL's questions
+  assert 'to be fixed before a launch: jsonl:corpus/math/*.jsonl is on this machine' in done.stdout  # RL's questions
 
 
 def test_on_tpu_data_goes_to_the_bucket():
@@ -118,9 +124,9 @@ def test_on_tpu_data_goes_to_the_bucket():
 def test_on_tpu_a_file_of_this_machine_is_refused(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match='config.data.tokenizer: /my/own.model is on this machine'):
     expand(write(tmp_path, '  add(**{"data.tokenizer": "/my/own.model"})\n'), 'gs://b/x')
-  [problem] = on_tpu.unreadable(expand('configs/paper/dense_4b.py', 'gs://b/4b'))
+  [problem] = on_tpu.local_files(expand('configs/paper/dense_4b.py', 'gs://b/4b'))
   assert problem.startswith('jsonl:corpus/math/*.jsonl is on this machine') and 'and 4 more' in problem
-  for name in on_tpu.NEEDED:
+  for name in on_tpu.REQUIRED:
     monkeypatch.setenv(name, 'x')
   monkeypatch.delenv('TPU_MAX_HOURS', raising=False)
   monkeypatch.delenv('TPU_MAX_DOLLARS', raising=False)
@@ -130,7 +136,7 @@ def test_on_tpu_a_file_of_this_machine_is_refused(tmp_path, monkeypatch):
 
 def test_a_plan_compiles_a_program_once_for_all_points_that_run_it():
   points = [point for point in expand('configs/paper/dense_1b.py', 'root') if point.stage != 'data']
-  kinds = [on_tpu._deciding(point) for point in points]
+  kinds = [on_tpu.program_key(point) for point in points]
   assert len(points) == 5 and kinds[0] == kinds[1] == kinds[2] != kinds[3] == kinds[4]  # two need the top k
 
 
@@ -242,11 +248,11 @@ def test_a_point_that_fails_takes_only_its_own_chain_and_ctrl_c_saves(tmp_path):
              and (root / 'arm1,seed0/train/metrics.jsonl').exists())
   launcher.send_signal(signal.SIGSTOP)  # so that it can't be done before the second one looks
   code, _, err = finish(start(root, arguments=',bad=true'))
-  assert code == 2 and f'process {launcher.pid} is a launch at work there' in err
+  assert code == 2 and f'another launch is running there, process {launcher.pid}' in err
   launcher.send_signal(signal.SIGINT)
   launcher.send_signal(signal.SIGCONT)
   code, out, err = finish(launcher)
-  assert code == 1 and 'asked to stop; the same command goes on' in err and not alive(root)
+  assert code == 130 and 'asked to stop; the same command resumes the sweep' in err and not alive(root)
   code, out, err = finish(start(root, arguments=',bad=true'))
   assert code == 1, err
   assert 'failed arm0,seed0/train: step 2: loss is' in out and 'skipped arm0,seed0/rl: needs arm0,seed0/train' in out
@@ -262,3 +268,50 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
       env=environment(), text=True, capture_output=True)
   assert done.returncode == 2 and f'process {os.getpid()} on ' in done.stderr
   assert done.stderr.startswith(f'error: --workdir={tmp_path}: ') and len(done.stderr.splitlines()) == 1
+
+
+def bare_sweep(tmp_path, codes):
+  """A sweep of two points, train and rl, whose commands only exit with the given statuses."""
+  points = expand(write(tmp_path, '  base = add()\n  add(stage="rl", arg="stage=rl", after=base)\n'),
+                  str(tmp_path / 'root'))
+  points = [dataclasses.replace(p, needs=(p.after,) if p.after else ()) for p in points if p.stage != 'data']
+  (tmp_path / 'root').mkdir(exist_ok=True)
+  made = Sweep(points, tmp_path / 'root', 1, lambda point, _: ['sh', '-c', f'exit {codes[point.stage]}'])
+  made.run(lambda: None)
+  return {name.rpartition('/')[2]: (status.state, status.note) for name, status in made.status.items()}
+
+
+@pytest.mark.parametrize('code, state, note', [
+  (143, 'stopped', 'at step 0 of 6'), (130, 'stopped', 'at step 0 of 6'), (1, 'failed', 'exit 1: '),
+  (0, 'failed', 'ended at step 0 of 6 with exit 0')])
+def test_a_command_that_was_asked_to_stop_has_not_failed(tmp_path, code, state, note):
+  """Told by its exit status. What needs a stopped point waits for the next launch, which starts it again."""
+  states = bare_sweep(tmp_path, {'train': code, 'rl': 0})
+  assert states['train'][0] == state and states['train'][1].startswith(note)
+  assert states['rl'][0] == ('waiting' if state == 'stopped' else 'skipped')
+  assert bare_sweep(tmp_path, {'train': 1, 'rl': 0})['train'][0] == 'failed'  # it was started again
+
+
+@pytest.fixture
+def package_without_git(tmp_path):
+  """A copy of the package as a wheel installs it: with what package_data names, but no checkout. In a folder that has
+  modules of the package's names."""
+  site, here = tmp_path / 'site', tmp_path / 'here'
+  shutil.copytree(ROOT, site / 'betarank', ignore=shutil.ignore_patterns('.*', 'runs', 'tests', 'docs', 'corpus'))
+  for name in ('data', 'model', 'configs', 'launch'):
+    (here / name).mkdir(parents=True)
+  return here, {**environment(), 'PYTHONPATH': str(site)}
+
+
+def test_on_tpu_from_a_wheel(package_without_git):
+  """The dry run works; a launch is refused in one line before anything is created, as push needs a git checkout."""
+  here, settings = package_without_git
+  settings = {name: value for name, value in settings.items() if not name.startswith('TPU_')}
+  command = [sys.executable, '-P', '-m', 'betarank', 'sweep', '--config=configs/smoke.py', '--on=tpu', '--root=gs://b/x']
+  for flag in ('--dry_run', '--dry-run'):
+    done = subprocess.run([*command, flag], cwd=here, env=settings, text=True, capture_output=True)
+    assert done.returncode == 0 and 'tpu.sh --yes babysit train' in done.stdout, done.stderr
+  settings |= dict.fromkeys((*on_tpu.REQUIRED, 'TPU_MAX_HOURS'), 'x')
+  done = subprocess.run(command, cwd=here, env=settings, text=True, capture_output=True)
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.stderr.startswith('error: --on=tpu: push sends a git commit, and ') and 'clone betarank' in done.stderr

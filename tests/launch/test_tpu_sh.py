@@ -200,7 +200,7 @@ def test_arguments_reach_the_command_as_they_are(cloud, tmp_path):
 def test_train_joins_the_workers_into_one_job(cloud):
   code, out, err = cloud('--dry_run', 'train', '--config=configs/smoke.py:beta=-0.25', '--workdir=gs://b/x')
   assert code == 0, err
-  assert 'python\\ -m\\ train\\ --config=configs/smoke.py:beta=-0.25\\ --workdir=gs://b/x\\ --coordinator=auto' in out
+  assert 'betarank\\ train\\ --config=configs/smoke.py:beta=-0.25\\ --workdir=gs://b/x\\ --coordinator=auto' in out
 
 
 def test_workers_without_an_address_outside_are_reached_from_inside(cloud):
@@ -246,7 +246,7 @@ def test_only_what_git_has_is_pushed_and_nothing_of_the_environment(cloud):
     code, out, err = cloud(*argv, WANDB_API_KEY=secret, HF_TOKEN=secret)
     assert code == 0 and secret not in out + err, err
     if argv == ['push']:
-      assert "changes that aren't committed stay here" in err
+      assert "uncommitted changes are not sent" in err
   cloud.wait_for(cloud.home() / 'betarank-run' / 'exit')
   here = [str(p.relative_to(cloud.home() / 'betarank')) for p in (cloud.home() / 'betarank').rglob('*') if p.is_file()]
   assert sorted(here) == sorted([*cloud.git('ls-files').splitlines(), '.commit'])
@@ -262,12 +262,10 @@ n = len(open('../starts', 'a+').seek(0) or open('../starts').read()); open('../s
 how = sys.argv[1].split(',')[min(n, len(sys.argv[1].split(',')) - 1)]
 if how == 'wait':
   def stop(*_):
-    print('asked to stop: step 7 is saved; the same command goes on from there', flush=True); sys.exit(0)
+    print('asked to stop: step 7 is saved', flush=True); sys.exit(143)
   signal.signal(signal.SIGTERM, stop)
   open('../waiting', 'w').close()
   while True: time.sleep(0.05)
-if how == 'stopped':
-  print('asked to stop: step 3 is saved; the same command goes on from there'); sys.exit(0)
 sys.exit(int(how))
 '''
 
@@ -286,7 +284,7 @@ def test_babysit_runs_once_on_every_worker_and_says_what_still_costs(cloud):
   code, _, err = babysit(cloud, '0')
   assert code == 0, err
   assert [starts(cloud, w) for w in range(2)] == [1, 1] and cloud.verbs() == ['create', 'scp']
-  assert 'pod is still there and costs money' in err
+  assert 'pod still exists and costs money' in err
   code, _, err = babysit(cloud, '0')  # what is done isn't done again
   assert code == 0 and starts(cloud) == 1 and cloud.verbs() == ['create', 'scp'], err
 
@@ -297,7 +295,7 @@ def test_babysit_deletes_at_the_end_if_asked(cloud):
 
 
 def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
-  code, _, err = babysit(cloud, 'stopped,stopped,0')
+  code, _, err = babysit(cloud, '143,130,0')
   assert code == 0 and starts(cloud) == 3, err
 
 
@@ -329,9 +327,9 @@ def test_babysit_starts_again_what_a_restarted_machine_has_lost(cloud):
 
 @pytest.mark.parametrize(
   'how, code, times, message',
-  [('2', 2, 1, 'the run was refused (exit 2): nothing is tried again'),
-   pytest.param('134', 5, 4, 'the run ended badly 4 times in a row (134)', marks=pytest.mark.slow),
-   ('134,3,0', 0, 3, 'the run ended badly (3); again')])
+  [('2', 2, 1, 'the run refused its settings (exit 2), so it is not started again'),
+   pytest.param('134', 5, 4, 'the run failed 4 times in a row (134)', marks=pytest.mark.slow),
+   ('134,3,0', 0, 3, 'the run failed (3); next try')])
 def test_babysit_tries_a_run_that_fails_again_within_reason(cloud, how, code, times, message):
   got, _, err = babysit(cloud, how, *(['--delete'] if code else []))
   assert got == code and message in err, err
@@ -352,9 +350,9 @@ def test_babysit_starts_again_what_an_earlier_one_gave_up(cloud):
   'stderr, creates, code, message',
   [
     ("ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0", 1, 3,
-     'no quota'),
-    ('ERROR: PERMISSION_DENIED: tpu.nodes.create', 1, 3, 'is refused, and would be again'),
-    ('ERROR: There is no more capacity in the zone "europe-west4-b"', 2, 0, 'no slice; again in 0 s'),
+     'has no quota'),
+    ('ERROR: PERMISSION_DENIED: tpu.nodes.create', 1, 3, 'another try would be refused too'),
+    ('ERROR: There is no more capacity in the zone "europe-west4-b"', 2, 0, 'no slice; next try in 0 s'),
   ],
 )
 def test_babysit_when_no_slice_can_be_had(cloud, stderr, creates, code, message):
@@ -378,7 +376,7 @@ def test_babysit_gets_over_a_call_that_fails(cloud, call):
 def test_a_worker_that_stays_out_of_reach_costs_the_slice_not_the_run(cloud):
   cloud.fail({'match': 'worker.sh state', 'stderr': 'Connection refused', 'code': 255, 'times': 6})
   code, _, err = babysit(cloud, '0')
-  assert code == 0 and 'still unreachable: it is deleted and made anew' in err
+  assert code == 0 and 'still unreachable: deleting and recreating the slice' in err
   assert cloud.verbs() == ['create', 'delete', 'create', 'scp']
 
 

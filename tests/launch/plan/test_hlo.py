@@ -1,4 +1,4 @@
-"""What launch/hlo.py reads from programs whose figures are known by hand."""
+"""launch/plan/hlo.py and bundles.py, on programs whose figures are known by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def test_a_loop_whose_end_the_data_decide_counts_as_often_as_is_said():
           '   0xa   : > { %3 = sbr.rel (!%p5) target = $region99 }']
   text = '\n'.join(['   0   :  { %z = nop }', *loop * 3])
   assert bundles.count(text) == 1 + 3 * 3
-  assert bundles.count(text, data_turns=(32, 0)) == 1 + 32 * 3 + 0 + 0
+  assert bundles.count(text, data_trips=(32, 0)) == 1 + 32 * 3 + 0 + 0
 
 
 TPU = '''HloModule jit_step, is_scheduled=true

@@ -1,5 +1,6 @@
-"""The planner: topologies, what it prints, and a real compile where libtpu is installed."""
+"""The planner: topologies, plans, search, and a real compile for a TPU where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,12 +9,10 @@ import subprocess
 import jax
 import pytest
 
-from betarank import model
 from betarank.configs import errors, load
-from betarank.launch.plan import command, predict, programs, search
+from betarank.launch.plan import plans, predict, programs, search
 from betarank.launch.plan.chips import PlanError, Topology
-from betarank.rl.config import rl_run
-from betarank.train.config import run_config
+from betarank.launch.plan.workload import workload
 from tests.runs import BETARANK
 
 
@@ -59,8 +58,7 @@ def test_which_part_of_the_model_an_instruction_belongs_to(part, source):
 
 
 def test_search_proposes_only_what_divides():
-  run = run_config(load.load('configs/paper/moe_10b_a0p5b.py'))
-  found = search.candidates(run, Topology('v5e-256'))
+  found = search.candidates(workload(load.load('configs/paper/moe_10b_a0p5b.py')), Topology('v5e-256'))
   assert found
   for candidate in found:
     mesh = dict(candidate.mesh)
@@ -69,12 +67,12 @@ def test_search_proposes_only_what_divides():
 
 
 def test_advice_when_it_does_not_fit():
-  run = run_config(load.load('configs/paper/dense_4b.py'))
-  made = command.Plan('train', 'v5e-256', 256, {'fsdp': 256}, 4, 'qkv', False, 'needs 20G of 15.75G HBM', 16.9e9,
-                   10**8, 10**8, 0, 0, 0.0, None, (0, 0), 2**24)
-  assert 'train.microbatches=8' in command.would_fit(run, made) and 'remat_policy=full' in command.would_fit(run, made)
-  heavy = command.dataclasses.replace(made, params_bytes=10**10)
-  assert 'fsdp larger' in command.would_fit(run, heavy)
+  work = workload(load.load('configs/paper/dense_4b.py'))
+  plan = plans.Plan('train', 'v5e-256', 256, {'fsdp': 256}, 4, 'qkv', False, 'needs 20G of 15.75G HBM', 16.9e9,
+                    10**8, 10**8, 0, 0, 0.0, None, (0, 0), 2**24)
+  advice = plans.suggest_fix(work, plan)
+  assert 'train.microbatches=8' in advice and 'remat_policy=full' in advice
+  assert 'fsdp larger' in plans.suggest_fix(work, dataclasses.replace(plan, params_bytes=10**10))
 
 
 @pytest.mark.slow
@@ -100,28 +98,45 @@ def test_bfloat16_moments_take_a_quarter_off_the_optimizer():
   """The first moment halves, the second stays float32: it is squares, whose small changes bfloat16 would round away."""
   sizes = {}
   for dtype in ('float32', 'bfloat16'):
-    run = run_config(load.load('configs/smoke.py', {'optimizer.moment_dtype': dtype}))
-    state, _ = programs.programs(run, model.make_mesh(run.train.mesh, jax.devices()[:1]))
+    work = workload(load.load('configs/smoke.py', {'optimizer.moment_dtype': dtype}))
+    state, _ = programs.lowerings(work, programs.make_mesh(work, jax.devices()[:1]))
     sizes[dtype] = programs.shard_bytes(state.opt_state)
   assert sizes['bfloat16'] / sizes['float32'] == pytest.approx(0.75, abs=1e-4)
   with pytest.raises(errors.ConfigError, match='moment_dtype must be one of float32, bfloat16'):
-    run_config(load.load('configs/smoke.py', {'optimizer.moment_dtype': 'float16'}))
+    workload(load.load('configs/smoke.py', {'optimizer.moment_dtype': 'float16'}))
 
 
 def test_a_mesh_that_does_not_divide_is_one_line_with_what_would():
-  run = run_config(load.load('configs/smoke.py', {'train.batch_size': '12'}))
+  work = workload(load.load('configs/smoke.py', {'train.batch_size': '12'}))
   with pytest.raises(PlanError, match='got 12; 8 or 16 rows would do'):
-    programs.make_mesh(run, jax.devices())
+    programs.make_mesh(work, jax.devices())
 
 
-def test_the_rl_stage_has_an_update_and_a_decode_step():
-  small = {'model.layers': '1', 'model.d_model': '32', 'model.heads': '2', 'model.kv_heads': '1', 'model.head_dim': '8',
-           'model.vocab_size': '64', 'train.mesh.fsdp': '2', 'rl.prompts_per_step': '4', 'rl.group_size': '2',
-           'rl.decode_batch_size': '4',
-           'rl.max_prompt_tokens': '8', 'rl.max_new_tokens': '[8]'}
-  run = rl_run(load.load('configs/rl_smoke.py', small))
-  mesh = programs.make_mesh(run, jax.devices()[:2])
-  _, lowered = programs.programs(run, mesh)
-  assert list(lowered) == ['update', 'decode']
-  for lower in lowered.values():
-    assert 'sharding' in lower().as_text()
+SMALL = {'model.layers': '1', 'model.d_model': '32', 'model.d_ff': '64', 'model.heads': '2', 'model.kv_heads': '1',
+         'model.head_dim': '8', 'model.vocab_size': '64', 'train.mesh.fsdp': '2'}
+
+
+def test_plans_of_the_rl_stage(tmp_path):
+  """Compiled for two CPU devices in place of chips: every figure of a plan, and how they make up the stage."""
+  work = workload(load.load('configs/rl_smoke.py', SMALL | {
+    'rl.prompts_per_step': '4', 'rl.group_size': '2', 'rl.decode_batch_size': '4', 'rl.max_prompt_tokens': '8',
+    'rl.max_new_tokens': '[8, 16]', 'rl.phase_steps': '[3]', 'rl.steps': '5'}))
+  topology = Topology('v5e-4')
+  found = list(plans.make_plans(work, topology, jax.devices()[:2], tmp_path))
+  update, decode = found
+  assert [plan.program for plan in found] == ['update', 'decode'] and all(plan.fits for plan in found)
+  assert (update.tokens, decode.tokens) == (4 * 2 * 24, 4 * 8)  # 8 is the sampler's decode_steps
+  assert update.mesh == {'fsdp': 2} and update.peak_bytes > update.params_bytes + update.optimizer_bytes
+  # Two fills of the decode batch per step, of one dispatch each in the first phase and two in the second.
+  low = 3 * 2 * 1 * decode.prediction.step_s[0] + 2 * 2 * 2 * decode.prediction.step_s[0]
+  low += 5 * update.prediction.step_s[0]
+  assert plans.describe_stage(work, topology, found)['seconds'][0] == pytest.approx(low)
+  assert plans.describe_stage(work, topology)['seconds'] is None
+
+
+@pytest.mark.parametrize('config, section, rows, length', [
+  ('configs/smoke.py', 'train', 4, 256), ('configs/paper/dense_4b.py:stage=rl', 'rl', 2048, 17_408)])
+def test_pre_training_and_rl_under_the_same_names(config, section, rows, length):
+  work = workload(load.load(config))
+  assert (work.section, work.rows, work.length) == (section, rows, length)
+  assert (work.rl is None) == (section == 'train')

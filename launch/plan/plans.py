@@ -1,0 +1,149 @@
+"""A plan: what one compiled program needs and how long it takes on one topology; and the stage that plans add up to."""
+
+import dataclasses
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from betarank import model
+from betarank.launch.plan import hlo, programs
+from betarank.launch.plan.chips import Topology
+from betarank.launch.plan.predict import Prediction, predict
+from betarank.launch.plan.workload import Workload
+
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One program on one topology. Bytes are per chip, seconds per execution; intervals are (least, most)."""
+
+  program: str
+  topology: str
+  chips: int
+  mesh: dict[str, int]
+  microbatches: int
+  remat_policy: str
+  fits: bool
+  problem: str  # why it doesn't fit
+  hbm_bytes: float
+  params_bytes: int
+  optimizer_bytes: int
+  temp_bytes: int
+  peak_bytes: int
+  compile_s: float
+  prediction: Prediction | None  # None if it doesn't fit
+  mfu: tuple[float, float]
+  tokens: int  # of one execution
+
+
+def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
+               say: Callable[[str], None] = lambda text: None) -> Iterator[Plan]:
+  """Yields the Plan of each program of `work`. Raises PlanError for a mesh that the devices can't form.
+
+  folder: where libtpu writes bundles; emptied before each compile.
+  """
+  mesh = programs.make_mesh(work, devices)
+  state, lowerings = programs.lowerings(work, mesh)
+  for name, lower in lowerings.items():
+    for old in folder.iterdir():
+      old.unlink()
+    plan = Plan(
+      program=name, topology=topology.name + (f' x {topology.slices}' if topology.slices > 1 else ''),
+      chips=topology.chips, mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
+      microbatches=work.microbatches, remat_policy=work.run.model.remat_policy, fits=False, problem='',
+      hbm_bytes=topology.chip.hbm_bytes, params_bytes=programs.shard_bytes(state.params),
+      optimizer_bytes=programs.shard_bytes(state.opt_state), temp_bytes=0, peak_bytes=0, compile_s=0.0,
+      prediction=None, mfu=(0.0, 0.0), tokens=_tokens(name, work))
+    say(f'compiling {name} for {plan.topology}, {topology.chips} chips, '
+        f'mesh {" x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "of one device"} ...')
+    start = time.perf_counter()
+    try:
+      compiled = lower().compile()
+    except Exception as error:  # the class depends on the version of jaxlib
+      if 'RESOURCE_EXHAUSTED' not in str(error) and 'Ran out of memory' not in str(error):
+        raise
+      yield dataclasses.replace(plan, problem=_out_of_memory(str(error)), compile_s=time.perf_counter() - start)
+      continue
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes)
+    prediction = predict(hlo.read(compiled.as_text()), folder, topology)
+    passes = 1 / 3 if name == 'decode' else 1.0  # flops_per_token counts a forward and a backward pass
+    useful = model.flops_per_token(work.run.model, work.length) * plan.tokens * passes / topology.chips
+    useful_s = useful / topology.chip.flops
+    yield dataclasses.replace(
+      plan, fits=True, temp_bytes=memory.temp_size_in_bytes, peak_bytes=peak, compile_s=compile_s,
+      prediction=prediction, mfu=(useful_s / prediction.step_s[1], useful_s / prediction.step_s[0]))
+
+
+def _tokens(program: str, work: Workload) -> int:
+  """Returns the number of tokens that one execution of a program works on."""
+  if program == 'decode':
+    settings = programs.sampler_config(work)
+    return settings.decode_batch_size * settings.decode_steps
+  return work.rows * work.length
+
+
+def _out_of_memory(text: str) -> str:
+  used = re.search(r'[Uu]sed ([\d.]+\w) of ([\d.]+\w) hbm', text)
+  return f'needs {used[1]} of {used[2]} HBM' if used else text.splitlines()[0][:200]
+
+
+def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = ()) -> dict[str, Any]:
+  """Returns sizes, FLOPs and steps of the whole stage, and from the plans of its programs `seconds`: (least, most).
+
+  `seconds` is None without plans or if one of them doesn't fit.
+  """
+  c = work.run.model
+  return {
+    'parameters': model.parameter_counts(c),
+    'active_parameters': model.parameter_counts(c, active=True),
+    'flops_per_token': model.flops_per_token(c, work.length),
+    'sequence_length': work.length,
+    'steps': work.steps,
+    'chips': topology.chips,
+    'seconds': stage_seconds(work, plans) if plans and all(plan.fits for plan in plans) else None,
+  }
+
+
+def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
+  """Returns (least, most) seconds of the whole stage, without input, evaluation and checkpoints.
+
+  RL: if every answer has its full length and no prompt is drawn again.
+  """
+  by_name = {plan.program: plan for plan in plans}
+  if not work.rl:
+    return tuple(s * work.steps for s in by_name['train'].prediction.step_s)
+  rl, decode, update = work.rl, by_name['decode'], by_name['update']
+  before, total = 0, [0.0, 0.0]
+  for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
+    fills = -(-rl.prompts_per_step * rl.group_size // rl.decode_batch_size)  # of the decode batch
+    dispatches = fills * new * rl.decode_batch_size / decode.tokens
+    for side in (0, 1):
+      total[side] += (end - before) * (
+        dispatches * decode.prediction.step_s[side] + rl.minibatches * update.prediction.step_s[side])
+    before = end
+  return tuple(total)
+
+
+def suggest_fix(work: Workload, plan: Plan) -> str:
+  """Returns the settings to try if a plan doesn't fit, the smallest change first."""
+  state = plan.params_bytes + plan.optimizer_bytes
+  if plan.program == 'decode':
+    return (f'Try --config.rl.decode_batch_size={max(1, work.rl.decode_batch_size // 2)}, or a larger tensor axis, '
+            'which splits the cache.')
+  if state > 0.5 * plan.hbm_bytes:
+    return (f'Parameters and optimizer alone take {state / GB:.1f} GB per chip: make fsdp larger (data smaller), or '
+            'take more chips, or --config.optimizer.moment_dtype=bfloat16.')
+  ways = plan.mesh.get('data', 1) * plan.mesh.get('fsdp', 1) * plan.mesh.get('expert', 1)
+  tips = []
+  if work.rows // ways // plan.microbatches > 1:
+    tips.append(f'--config.{work.section}.microbatches={plan.microbatches * 2}')
+  if plan.remat_policy != 'full':
+    tips.append('--config.model.remat_policy=full')
+  tips.append('--config.train.mesh.context=2 (or tensor=2), which splits the rows themselves')
+  return 'Try ' + ', then '.join(tips) + '.'
