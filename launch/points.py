@@ -179,8 +179,10 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
 def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
   """Returns overrides that move the config's local data to the bucket, as slices can't read this machine's disk."""
   moved = {f'data.{key}': f'{root}/{value.lstrip("/")}' for key in ('dir', 'tokenizer')
-           if (value := config.data[key]) and '://' not in value}
-  trained = section(DataConfig, parent.config.data, 'data').tokenizer_path if parent else ''
+           if (value := config.data.get(key)) and '://' not in value}
+  trained = ''
+  if parent and 'dir' in parent.config.data:
+    trained = section(DataConfig, parent.config.data, 'data').tokenizer_path
   if moved.get('data.tokenizer', trained) != trained:  # no point of the sweep trains this tokenizer
     raise ConfigError(f'config.data.tokenizer: {config.data.tokenizer} is on this machine, where no slice can read it; '
                       'copy it to the bucket')

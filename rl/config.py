@@ -139,6 +139,12 @@ class RlRun:
     return self.train.mesh
 
   @property
+  def split_rows(self) -> dict[str, tuple[int, int]]:
+    """{config key: (rows, microbatches)} of all that the mesh splits by rows."""
+    return {'rl.prompts_per_step / rl.minibatches * rl.group_size': (self.rows, self.microbatches),
+            'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
+
+  @property
   def rows(self) -> int:
     """Rows per update, over all devices."""
     return self.rl.rows

@@ -96,9 +96,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
   tasks = TaskSet(rl.task, seed=run.seed)
   held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
-  mesh = setup.make_mesh(run.mesh, run.model, {
-    'rl.prompts_per_step / rl.minibatches * rl.group_size': (run.rows, run.microbatches),
-    'rl.decode_batch_size': (rl.decode_batch_size, 1)})
+  mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))

@@ -23,14 +23,6 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
   return start // share, rows // share
 
 
-def check_rows(rows: int, mesh_shape, microbatches: int, key: str = 'train.batch_size') -> None:
-  """Raises ValueError, with the config key that sets `rows`, if the mesh can't split a microbatch of them."""
-  ways = mesh_shape['data'] * mesh_shape['fsdp'] * mesh_shape['expert']
-  if rows % (ways * microbatches):
-    raise ValueError(f'{key} must be a multiple of data x fsdp x expert x microbatches = {mesh_shape["data"]} x '
-                     f'{mesh_shape["fsdp"]} x {mesh_shape["expert"]} x {microbatches}, got {rows}')
-
-
 def local_to_global(local, sharding: NamedSharding, rows: int):
   """Builds a global batch of `rows` rows, a tree of arrays [B, T], from the rows that each process has read."""
   build = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))

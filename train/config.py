@@ -82,6 +82,11 @@ class RunConfig:
     return self.train.mesh
 
   @property
+  def split_rows(self) -> dict[str, tuple[int, int]]:
+    """{config key: (rows, microbatches)} of all that the mesh splits by rows."""
+    return {'train.batch_size': (self.rows, self.microbatches)}
+
+  @property
   def rows(self) -> int:
     """Rows per update, over all devices."""
     return self.train.batch_size
@@ -95,6 +100,11 @@ class RunConfig:
   def sequence_length(self) -> int:
     """Tokens per row of an update."""
     return self.data.sequence_length
+
+  @property
+  def updates(self) -> int:
+    """Optimizer updates in all steps."""
+    return self.steps
 
   @property
   def tokens_per_step(self) -> int:

@@ -51,7 +51,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   tokenizer = setup.read_tokenizer(run.data.tokenizer_path, run.model, parent)
   for source in run.data.sources:
     data.check_prepared(run.data, source)
-  mesh = setup.make_mesh(run.mesh, run.model, {'train.batch_size': (run.rows, run.microbatches)})
+  mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))

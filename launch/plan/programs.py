@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
+from betarank.configs.errors import ConfigError
 from betarank.data import Batch
 from betarank.launch.plan.chips import PlanError
 from betarank.launch.plan.workload import Workload
 from betarank.rl.update import make_update
-from betarank.runtime.multihost import check_rows
 from betarank.runtime.state import TrainState, abstract_state
+from betarank.train import setup
 from betarank.train.optimizer import make_optimizer
 from betarank.train.sampler import Sampler, SamplerConfig
 from betarank.train.step import make_step
@@ -25,23 +26,26 @@ EOS = 0  # which token ends an answer changes a constant of the decode program, 
 
 
 def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
-  """Returns the run's mesh over `devices`. Raises PlanError, with a mesh or batch that would work, as the run would."""
+  """Returns the run's mesh over `devices`, as its start makes it.
+
+  Raises PlanError where the start would raise ConfigError, with a mesh or batch that would work.
+  """
   run, count = work.run, len(devices)
   try:
-    hint = f'axes must make up the {count} chips of this topology, and one at -1 takes the rest'
+    mesh = setup.make_mesh(run.mesh, run.model, {}, devices)
+  except ConfigError as error:
     slices = len({getattr(device, 'slice_index', 0) for device in devices})
-    if slices > 1:
-      hint += f': --config.train.mesh.data={slices} --config.train.mesh.fsdp=-1'
-    mesh = model.make_mesh(run.train.mesh, devices)
-    _, shapes, axes = model.abstract(run.model)
-    hint = f'fsdp={math.gcd(run.model.d_model, count)} with data=-1 divides the width of {run.model.d_model}'
-    model.check_divides(shapes, axes, mesh.shape)
-    step = work.microbatches * math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
-    near = sorted({max(step, work.rows // step * step), -(-work.rows // step) * step})
-    hint = f'{" or ".join(map(str, near))} rows would do'
-    check_rows(work.rows, mesh.shape, work.microbatches)
-  except ValueError as error:
-    raise PlanError(f'config.train.mesh: {error}; {hint}') from None
+    example = f' --config.train.mesh.data={slices} --config.train.mesh.fsdp=-1' if slices > 1 else ''
+    raise PlanError(
+      f'{error}; the axes must make up the {count} chips of this topology, one at -1 takes the rest{example}, and '
+      f'fsdp={math.gcd(run.model.d_model, count)} with data=-1 divides the width of {run.model.d_model}') from None
+  for key, (rows, microbatches) in run.split_rows.items():
+    try:
+      setup.check_rows(key, rows, mesh.shape, microbatches)
+    except ConfigError as error:
+      step = microbatches * math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
+      near = sorted({max(step, rows // step * step), -(-rows // step) * step})
+      raise PlanError(f'{error}; {" or ".join(map(str, near))} would do') from None
   return mesh
 
 
@@ -51,7 +55,7 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
   The programs are `train`, or in RL `update` and `decode`, with the shapes of the longest phase. RL also runs two
   smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference policies.
   """
-  tx = make_optimizer(work.run.optimizer, work.steps, model.abstract(work.run.model)[2])
+  tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
   if work.rl:
     lower = {'update': lambda: _lower_update(work, mesh, tx, state),

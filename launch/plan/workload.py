@@ -23,22 +23,20 @@ class Workload:
   @property
   def rows(self) -> int:
     """Sequences in one update."""
-    if self.rl:
-      return self.rl.prompts_per_step // self.rl.minibatches * self.rl.group_size
-    return self.run.train.batch_size
+    return self.run.rows
 
   @property
   def microbatches(self) -> int:
-    return self.rl.microbatches if self.rl else self.run.train.microbatches
+    return self.run.microbatches
 
   @property
   def length(self) -> int:
     """Tokens per row; in RL, a prompt and an answer of the longest phase."""
-    return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens) if self.rl else self.run.data.sequence_length
+    return self.run.sequence_length
 
   @property
   def steps(self) -> int:
-    return self.rl.steps if self.rl else self.run.steps
+    return self.run.steps
 
 
 def workload(config: ConfigDict) -> Workload:

@@ -113,7 +113,8 @@ def opened(run_dir, **overrides):
   """The samples of checkpoint 8 as the command finds them."""
   [subject] = settings.find_checkpoints(str(run_dir))
   config = settings.configure(subject)
-  config.eval.sample.update({'problems': PROBLEMS, 'samples': N, 'max_new_tokens': 24, 'decode_batch_size': 4, **overrides})
+  config.eval.sample.update({
+    'problems': PROBLEMS, 'samples': N, 'max_new_tokens': 24, 'decode_batch_size': 4, **overrides})
   run = settings.eval_run(config, subject)
   return generate.SampleFile(subject, open_benchmark(URI, run.eval.sample), run)
 

@@ -113,11 +113,11 @@ def test_on_tpu_data_goes_to_the_bucket():
   folder = 'gs://b/4b/runs/data/paper'
   tokenizer = f'{folder}/pretrain/tokenizer.model'
   assert points['data/runs-data-paper-midtrain'].workdir == f'{folder}/midtrain'
-  for stage in ('midtrain', 'rl'):
-    point = points[f'seed=0,beta=-0.25/{stage}']
-    assert (point.config.data.dir, point.config.data.tokenizer) == (f'{folder}/midtrain', tokenizer)
-    assert f'--config.data.dir={folder}/midtrain' in point.arguments
-    assert f'--config.data.tokenizer={tokenizer}' in point.arguments
+  point = points['seed=0,beta=-0.25/midtrain']
+  assert (point.config.data.dir, point.config.data.tokenizer) == (f'{folder}/midtrain', tokenizer)
+  assert f'--config.data.dir={folder}/midtrain' in point.arguments
+  assert f'--config.data.tokenizer={tokenizer}' in point.arguments
+  assert points['seed=0,beta=-0.25/rl'].config.data.tokenizer == ''  # that of the checkpoint it starts from
   assert all('=runs/' not in argument for point in points.values() for argument in point.arguments)
 
 

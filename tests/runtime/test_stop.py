@@ -1,4 +1,4 @@
-"""A command that is asked to stop finishes its step, saves and says so by its exit status; the second Ctrl-C is final."""
+"""A command asked to stop finishes its step and saves, and its exit status says so. A second Ctrl-C is final."""
 
 import signal
 import subprocess

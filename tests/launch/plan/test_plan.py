@@ -108,7 +108,7 @@ def test_bfloat16_moments_take_a_quarter_off_the_optimizer():
 
 def test_a_mesh_that_does_not_divide_is_one_line_with_what_would():
   work = workload(load.load('configs/smoke.py', {'train.batch_size': '12'}))
-  with pytest.raises(PlanError, match='got 12; 8 or 16 rows would do'):
+  with pytest.raises(PlanError, match='got 12; 8 or 16 would do'):
     programs.make_mesh(work, jax.devices())
 
 

@@ -1,0 +1,86 @@
+"""The one start of every run: what it refuses, in one line that names the key, and what it says."""
+
+import jax
+import pytest
+
+from betarank.configs import load
+from betarank.configs.errors import ConfigError
+from betarank.rl.config import rl_run
+from betarank.train import setup
+from betarank.train.config import run_config
+
+CASES = [  # overrides, devices, message; RL used to end in a traceback where pre-training had these lines
+  ({'train.mesh.tensor': '4', 'train.mesh.fsdp': '1'}, 4, 'config.train.mesh: tensor: 4 devices do not divide'),
+  ({'train.mesh.data': '3', 'train.mesh.fsdp': '1'}, 4, 'config.train.mesh: '),
+]
+
+
+@pytest.mark.parametrize('overrides, devices, message', CASES)
+@pytest.mark.parametrize('config, checked', [('tests/tiny.py:dir=/d', run_config), ('tests/tiny_rl.py:init_from=x', rl_run)])
+def test_a_mesh_that_does_not_fit_is_one_line(config, checked, overrides, devices, message):
+  run = checked(load.load(config, overrides))
+  with pytest.raises(ConfigError) as error:
+    setup.make_mesh(run.mesh, run.model, run.split_rows, jax.devices()[:devices])
+  assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize('config, checked, overrides, message', [
+  ('tests/tiny.py:dir=/d', run_config, {'train.batch_size': '6'}, 'config.train.batch_size must be a multiple of data x fsdp'),
+  ('tests/tiny_rl.py:init_from=x', rl_run, {'rl.decode_batch_size': '3'},
+   'config.rl.decode_batch_size must be a multiple of data x fsdp x expert = 1 x 4 x 1, got 3'),
+  ('tests/tiny_rl.py:init_from=x', rl_run, {'rl.prompts_per_step': '3', 'rl.group_size': '3'},
+   'config.rl.prompts_per_step / rl.minibatches * rl.group_size must be a multiple of data x fsdp x expert'),
+])
+def test_rows_that_the_mesh_does_not_divide_are_named_by_the_key_that_the_user_set(config, checked, overrides, message):
+  run = checked(load.load(config, overrides))
+  with pytest.raises(ConfigError) as error:
+    setup.make_mesh(run.mesh, run.model, run.split_rows, jax.devices()[:4])
+  assert str(error.value).startswith(message)
+
+
+def test_microbatches_are_part_of_what_must_divide():
+  shape = {'data': 2, 'fsdp': 2, 'expert': 1}
+  setup.check_rows('train.batch_size', 16, shape, 2)
+  with pytest.raises(ConfigError, match='data x fsdp x expert x microbatches = 2 x 2 x 1 x 3, got 16'):
+    setup.check_rows('train.batch_size', 16, shape, 3)
+
+
+@pytest.mark.parametrize('overrides, message', [
+  ({'seed': '-1'}, 'config.seed must be from 0'),
+  ({'optimizer.warmup_steps': '100000'}, 'config.optimizer.warmup_steps must be < 6')])
+def test_rl_refuses_what_pre_training_refuses(overrides, message):
+  with pytest.raises(ConfigError) as error:
+    rl_run(load.load('tests/tiny_rl.py:init_from=x', overrides))
+  assert str(error.value).startswith(message)
+
+
+def test_a_tokenizer_of_the_same_size_that_the_checkpoint_was_not_trained_with_is_refused(data_dir):
+  c = run_config(load.load(f'tests/tiny.py:dir={data_dir}')).model
+  path = f'{data_dir}/tokenizer.model'
+  own = setup.read_tokenizer(path, c).sha256
+  assert setup.read_tokenizer(path, c, {'tokenizer_sha256': own}).sha256 == own
+  with pytest.raises(ConfigError, match='is not the tokenizer that the checkpoint was trained with'):
+    setup.read_tokenizer(path, c, {'tokenizer_sha256': '0' * 64})
+
+
+def test_what_follows_a_step():
+  due = lambda step, **changes: setup.due(step, 12, **{
+    'stopping': False, 'eval_every': 6, 'save_every': 4, **changes})
+  assert [due(step) for step in (1, 4, 6, 12)] == [
+    (False, False, False), (False, True, False), (True, False, False), (True, True, False)]
+  assert due(5, stopping=True) == (False, True, True) and due(12, stopping=True) == (True, True, False)
+
+
+def test_a_checkpoint_of_rl_tells_of_the_data_it_descends_from():
+  pretrained = {'config': {'data': {'dir': 'd', 'tokenizer': '', 'sources': {}}, 'objective': {'beta': 0.5}}}
+  rl = {'config': {'data': {'tokenizer': ''}, 'rl': {}}, 'tokenizer': 'd/tokenizer.model',
+        'inherited': setup._inherited(pretrained)}
+  assert setup.trained_tokenizer(pretrained) == 'd/tokenizer.model'
+  whole = setup.whole_config(rl)
+  assert whole['data'] == {'dir': 'd', 'tokenizer': 'd/tokenizer.model', 'sources': {}}
+  assert whole['objective'] == {'beta': 0.5} and whole['rl'] == {}
+  assert setup._inherited(rl)['data']['dir'] == 'd', 'RL that continues RL'
+
+
+def test_counts_have_a_unit_at_every_size():
+  assert [setup.short(n) for n in (950, 12_345, 64_300_000, 1_048_000_000)] == ['950', '12.3k', '64.3M', '1.05B']
