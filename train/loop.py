@@ -81,8 +81,10 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     for step in range(start + 1, run.steps + 1):
       with recorder.clock.waiting():
         batch = next(feed)
-      with profile.at(step), jax.transfer_guard('disallow'):
-        state, sums = update(state, feed.to_devices(batch))
+      with profile.at(step):
+        placed = feed.to_devices(batch)
+        with jax.transfer_guard('disallow'):  # nothing may go to or from the host unnoticed
+          state, sums = update(state, placed)
       recorder.dispatched(step, sums)
       checkpoints.check()
       job.note_step(step)

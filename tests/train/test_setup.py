@@ -16,7 +16,8 @@ CASES = [  # overrides, devices, message; RL used to end in a traceback where pr
 
 
 @pytest.mark.parametrize('overrides, devices, message', CASES)
-@pytest.mark.parametrize('config, checked', [('tests/tiny.py:dir=/d', run_config), ('tests/tiny_rl.py:init_from=x', rl_run)])
+@pytest.mark.parametrize('config, checked', [
+  ('tests/tiny.py:dir=/d', run_config), ('tests/tiny_rl.py:init_from=x', rl_run)])
 def test_a_mesh_that_does_not_fit_is_one_line(config, checked, overrides, devices, message):
   run = checked(load.load(config, overrides))
   with pytest.raises(ConfigError) as error:
@@ -25,7 +26,8 @@ def test_a_mesh_that_does_not_fit_is_one_line(config, checked, overrides, device
 
 
 @pytest.mark.parametrize('config, checked, overrides, message', [
-  ('tests/tiny.py:dir=/d', run_config, {'train.batch_size': '6'}, 'config.train.batch_size must be a multiple of data x fsdp'),
+  ('tests/tiny.py:dir=/d', run_config, {'train.batch_size': '6'},
+   'config.train.batch_size must be a multiple of data x fsdp'),
   ('tests/tiny_rl.py:init_from=x', rl_run, {'rl.decode_batch_size': '3'},
    'config.rl.decode_batch_size must be a multiple of data x fsdp x expert = 1 x 4 x 1, got 3'),
   ('tests/tiny_rl.py:init_from=x', rl_run, {'rl.prompts_per_step': '3', 'rl.group_size': '3'},
