@@ -6,8 +6,10 @@ Slice number i is TPU_NAME-i. It is created for the first point that needs it, a
 import json
 import os
 import pathlib
+import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +24,7 @@ from betarank.train.config import run_config
 SCRIPT = pathlib.Path(__file__).with_name('tpu.sh')
 REQUIRED = ('TPU_NAME', 'TPU_PROJECT', 'TPU_ZONE', 'TPU_TYPE', 'TPU_RUNTIME')
 DEFAULT_TYPE = 'v5litepod-256'  # of a dry run without TPU_TYPE
+DELETE_TRIES, DELETE_WAIT_S = 3, 10.0
 MFU_DENSE, MFU_MOE = 0.4, 0.1  # assumed without --plan: model FLOPs over the chips' peak
 
 
@@ -36,15 +39,14 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
   if missing and not dry_run:
     raise ConfigError(f'--on=tpu: {missing[0]} is not set; launch/tpu.sh help lists the settings')
   if not dry_run:
-    checked = subprocess.run(['bash', str(SCRIPT), 'check'], capture_output=True, text=True)
+    checked = _tpu_sh(_slice_name(0), 'check')
     if checked.returncode:
       raise ConfigError(f'--on=tpu: {_last_line(checked.stderr).removeprefix("tpu.sh: error: ")}')
-  name = os.environ.get('TPU_NAME', 'NAME')
 
   def run(point: Point, slot: int) -> list[str]:
     if point.stage == 'data':  # runs once, on any machine: not worth a slice
       return [*BETARANK, *point.arguments]
-    return ['env', f'TPU_NAME={name}-{slot}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments]
+    return ['env', f'TPU_NAME={_slice_name(slot)}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments]
 
   return run
 
@@ -63,14 +65,40 @@ def local_files(points: Sequence[Point]) -> list[str]:
           f'({names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""})' for uri, names in readers.items()]
 
 
-def clean_up(console: Console, parallel: int) -> None:
-  """Deletes the slices of a sweep that has ended; prints an error for each one that couldn't be deleted."""
-  for slot in range(parallel):
-    name = f'{os.environ["TPU_NAME"]}-{slot}'
-    done = subprocess.run(['bash', str(SCRIPT), '--yes', 'delete'], env={**os.environ, 'TPU_NAME': name},
-                          capture_output=True, text=True)
-    if done.returncode and 'NOT_FOUND' not in done.stderr and 'not found' not in done.stderr:
-      console.print(f'error: {name} could not be deleted and may COST MONEY: {_last_line(done.stderr)}', markup=False)
+def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
+  """Deletes the slices of these slots and prints, as the last line, which ones cost money.
+
+  keep: the sweep was asked to stop, so they stay for the next launch.
+  """
+  names = [_slice_name(slot) for slot in sorted(slots)]
+  if keep:
+    left = [name for name in names if _tpu_sh(name, 'state').stdout.strip() != 'NONE']
+  else:
+    left = [name for name in names if not _delete(console, name)]
+  commands = '; '.join(f'TPU_NAME={name} bash {SCRIPT} --yes delete' for name in left)
+  console.print(f'STILL BILLED until deleted: {", ".join(left)}. To delete: {commands}' if left else
+                'no slice of this sweep is left: nothing is billed', markup=False)
+
+
+def _delete(console: Console, name: str) -> bool:
+  """Deletes a slice, with three tries. Returns whether it is gone; prints an error if not."""
+  for attempt in range(DELETE_TRIES):
+    if attempt:
+      time.sleep(DELETE_WAIT_S)
+    done = _tpu_sh(name, '--yes', 'delete')
+    if not done.returncode or 'NOT_FOUND' in done.stderr or 'not found' in done.stderr:
+      return True
+  console.print(f'error: {name} could not be deleted: {_last_line(done.stderr)}', markup=False)
+  return False
+
+
+def _slice_name(slot: int) -> str:
+  return f'{os.environ.get("TPU_NAME", "NAME")}-{slot}'
+
+
+def _tpu_sh(name: str, *arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run(['bash', str(SCRIPT), *arguments], env={**os.environ, 'TPU_NAME': name}, capture_output=True,
+                        text=True)
 
 
 def _last_line(text: str) -> str:
@@ -96,14 +124,15 @@ def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
   """Returns (least, most) hours of a point that trains, from `betarank plan`, which compiles its programs.
 
-  None for a point that doesn't train. Raises UserError if the point doesn't fit these chips.
+  None for a point that doesn't train. libtpu's flags in TPU_ENV are used for compiling too. Raises UserError if the
+  point doesn't fit these chips.
   """
   if point.stage not in TRAINS:
     return None
   settings = [argument for argument in point.arguments if argument.startswith('--config')]
   done = subprocess.run(
     [*BETARANK, 'plan', *settings, f'--topology={chips.name}', f'--slices={chips.slices}', '--json'],
-    stdout=subprocess.PIPE, text=True)
+    stdout=subprocess.PIPE, text=True, env={**os.environ, **worker_flags()})
   try:
     found = json.loads(done.stdout)
   except ValueError:
@@ -113,6 +142,12 @@ def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
       raise UserError(f'{point.name}: {plan["program"]} does not fit {chips.name}: {plan["problem"]}')
   low, high = found['stage']['seconds']
   return low / 3600, high / 3600
+
+
+def worker_flags() -> dict[str, str]:
+  """Returns the variable of TPU_ENV that changes compiled programs, for `betarank plan`: {'LIBTPU_INIT_ARGS': ...}."""
+  variables = dict(word.partition('=')[::2] for word in shlex.split(os.environ.get('TPU_ENV', '')))
+  return {name: value for name, value in variables.items() if name == 'LIBTPU_INIT_ARGS'}
 
 
 def print_estimate(console: Console, points: Sequence[Point], parallel: int, compile_first: bool) -> None:

@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import IO, Any
 
 from rich.console import Console
@@ -42,6 +42,7 @@ from betarank.runtime.metrics import duration
 
 POLL_S = 0.2
 PROGRESS_EVERY_S = 60.0  # without a terminal
+READ_AGAIN_S, GIVE_UP_S = 10.0, 600.0  # a result that can't be read, in a bucket say: tried again, and failed after
 STATES = ('waiting', 'running', 'finished', 'stopped', 'failed', 'skipped')
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was asked to stop and has saved
 _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed': 'red', 'skipped': 'yellow'}
@@ -69,6 +70,7 @@ class Sweep:
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
     self.status = {point.name: Status() for point in points}
     self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch and still running
+    self._unread: dict[str, tuple[float, float]] = {}  # result can't be read: (first try, next try), monotonic seconds
     self._record = self._read()
     self.stopping = False
 
@@ -107,19 +109,24 @@ class Sweep:
     return self.folder / '.sweep' / f'{point.name}.log'
 
   def run(self, show: Callable[[], None]) -> None:
-    """Runs points until no command is running and none can be started."""
+    """Runs points until no command is running and none can be started; after an error, asks all commands to stop."""
     for point in self.points:
       self._adopt(point)
     self.write()
-    while True:
-      changed = [self._end(point) for point in self.points if point.name in self._processes]
-      changed += [self._begin(point) for point in self.points if self.status[point.name].state == 'waiting']
-      if any(changed):
-        self.write()
-      show()
-      if not self._processes and (self.stopping or not any(changed)):
-        return
-      time.sleep(POLL_S)
+    try:
+      while True:
+        changed = [self._end(point) for point in self.points if point.name in self._processes]
+        changed += [self._begin(point) for point in self.points if self.status[point.name].state == 'waiting']
+        if any(changed):
+          self.write()
+        show()
+        if not self._processes and (self.stopping or not any(changed)):
+          return
+        time.sleep(POLL_S)
+    finally:
+      if self._processes:  # after an error of the launcher: no run goes on with no one watching
+        self.stop(hard=False)
+        self._wait()
 
   def _begin(self, point: Point) -> bool:
     """Starts a point if nothing prevents it. Returns whether its state changed."""
@@ -171,36 +178,65 @@ class Sweep:
 
   def _end(self, point: Point) -> bool:
     """Updates the state of a point whose command has ended. Returns whether it has."""
-    process, status = self._processes[point.name], self.status[point.name]
+    process, status, now = self._processes[point.name], self.status[point.name], time.monotonic()
+    first, next_try = self._unread.get(point.name, (now, now))
+    if now < next_try:
+      return False
     if process is None:
       if self._adopt(point):
         return False
       code = None  # an earlier launch's command: its status isn't known
     elif (code := process.poll()) is None:
       return False
+    try:
+      state, note = self._outcome(point, code)
+    except OSError as error:  # a launcher runs for weeks, in which buckets fail and tokens expire
+      if now - first < GIVE_UP_S and not self.stopping:
+        self._unread[point.name] = first, now + READ_AGAIN_S
+        status.note = f'its result could not be read, which is tried again ({error})'[:200]
+        return False
+      state, note = 'failed', f'its result could not be read ({error})'[:200]
+    self._unread.pop(point.name, None)
     del self._processes[point.name]
-    status.exit, status.ended, status.note = code, time.time(), ''
+    status.exit, status.ended, status.state, status.note = code, time.time(), state, note
+    return True
+
+  def _outcome(self, point: Point, code: int | None) -> tuple[str, str]:
+    """Returns (state, note) of a point whose command ended with `code`. Raises OSError if its result can't be read."""
     finished = point.finished()
     if finished is None:
       finished = code == 0
     if finished and code in (0, None):
-      status.state = 'finished'
-    elif code in STOPPED:
-      status.state, status.note = 'stopped', f'at step {point.step()} of {point.steps}' if point.steps else ''
-    elif self.stopping or code is None:
-      status.state = 'waiting'
-    else:
-      status.state, status.note = 'failed', self._reason(point, code)
-    return True
+      return 'finished', ''
+    if code in STOPPED:
+      return 'stopped', f'at step {point.step()} of {point.steps}' if point.steps else ''
+    if self.stopping or code is None:
+      return 'waiting', ''
+    return 'failed', self._reason(point, code)
 
   def _reason(self, point: Point, code: int) -> str:
     """Returns why a command failed, on one line: its last error, or else its exit status and last line."""
     lines = self.log(point).read_text(errors='replace').splitlines()
-    errors = [line for line in lines[-50:] if line.startswith('error: ')]
+    errors = [line.removeprefix('tpu.sh: ') for line in lines[-50:] if line.startswith(('error: ', 'tpu.sh: error: '))]
     if code == 0:
       return f'ended at step {point.step()} of {point.steps} with exit 0'
     how = f'killed by signal {-code}' if code < 0 else f'exit {code}'
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
+
+  def slots(self) -> set[int]:
+    """Returns the slots that commands of this sweep have used, in any launch."""
+    return {status.slot for point in self.points for status in [self.status[point.name]]
+            if status.slot >= 0 and point.stage != 'data'}
+
+  def _wait(self) -> None:
+    """Waits until no command of this sweep is running."""
+    for point in self.points:
+      process = self._processes.get(point.name)
+      if process:
+        process.wait()
+      elif point.name in self._processes:
+        while self._adopt(point):
+          time.sleep(POLL_S)
 
   def stop(self, hard: bool) -> None:
     """Asks running commands to save and stop; hard: kills them."""
@@ -299,7 +335,7 @@ def main(argv: Sequence[str]) -> None:
   command = local_command
   if args.on == 'tpu':
     from betarank.launch import on_tpu
-    command = on_tpu.command(args.dry_run)
+    command, clean_up = on_tpu.command(args.dry_run), on_tpu.clean_up
     if args.dry_run:
       on_tpu.print_estimate(console, points, args.parallel, args.plan)
     elif problems := on_tpu.local_files(points):
@@ -328,19 +364,30 @@ def main(argv: Sequence[str]) -> None:
 
     for signum in (signal.SIGINT, signal.SIGTERM):
       signal.signal(signum, stop)
+    run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
+  if not _all_finished(sweep):
+    sys.exit(128 + signals[0] if signals else 1)
+
+
+def run(sweep: Sweep, console: Console, signals: Sequence[int],
+        clean_up: Callable[[Console, Collection[int], bool], None] | None) -> None:
+  """Runs a sweep on the screen and prints how it ended. signals: those received so far.
+
+  clean_up: (console, slots, keep) -> None; called last, whatever happens, to delete the slices or, if the sweep was
+    asked to stop, to say that they are kept.
+  """
+  try:
     with Screen(sweep, console) as screen:
       sweep.run(screen)
       table = screen.table()
-    if args.on == 'tpu' and not sweep.stopping:
-      on_tpu.clean_up(console, args.parallel)
     if console.is_terminal:
       console.print(table)
-  _conclude(sweep, console)
-  if signals and not _all_finished(sweep):
-    print('asked to stop; the same command resumes the sweep', file=sys.stderr)
-    sys.exit(128 + signals[0])
-  if not _all_finished(sweep):
-    sys.exit(1)
+    _conclude(sweep, console)
+    if signals and not _all_finished(sweep):
+      print('asked to stop; the same command resumes the sweep', file=sys.stderr)
+  finally:
+    if clean_up:
+      clean_up(console, sweep.slots(), bool(signals))
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -10,6 +10,7 @@
 #   run COMMAND...          start any other command in the same way
 #   babysit VERB ARGS       create, push, setup and start; start again after a preemption, until the run is finished
 #   status                  print the state of the slice and of the run
+#   state                   print the state of the slice only
 #   logs [0|all]            follow the log of worker 0 or of all workers
 #   stop                    ask the run to save and stop
 #   delete                  delete the slice
@@ -27,14 +28,20 @@
 #   TPU_SLICES=2                                              number of slices; more than 1 are always queued
 #   TPU_NETWORK TPU_SUBNETWORK TPU_SERVICE_ACCOUNT TPU_LABELS=key=value,...
 #   TPU_INTERNAL_IPS=1                                        no external addresses: run this inside the slice's network
-#   TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR (price of all slices): the cap of one babysit
+#   TPU_FLAGS='--valid-until-duration=6h'                     more flags of gcloud's create, such as the server's limits
+#   TPU_TRACK=alpha                                           create through `gcloud alpha`, for flags that only it has
+#   TPU_ENV='LIBTPU_INIT_ARGS="--a --b" NAME=VALUE'           environment of train, rl, eval and run on the workers
+#   TPU_SETUP='sudo mount ...'                                a command that setup runs on every worker
+#   TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR (price of all slices): the cap of one babysit, in time
+#                                                             that the slice was READY
+#   TPU_TRIES=5                                               failures in a row after which babysit ends
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 poll=${TPU_POLL:-30} # seconds between two polls of the slice, and before the first retry
 slices=${TPU_SLICES:-1}
 dry_run='' yes='' delete_after=''
-created='' # set once babysit has a slice, which costs money
+call_limit='' call='' # seconds that one call of gcloud may take, which babysit sets; the process id of the last one
 
 say() { echo "tpu.sh: $*" >&2; }
 die() {
@@ -54,12 +61,17 @@ gc() {
     printf 'gcloud'
     printf ' %q' "$@"
     printf '\n'
+  elif [ -n "$call_limit" ]; then
+    timeout --kill-after=30 "$call_limit" gcloud "$@" </dev/null &
+    call=$!
+    wait "$call" # in the background, so that a signal to this script is handled at once
   else
     gcloud "$@"
   fi
 }
 place() { printf -- '--project=%s\n--zone=%s\n' "$TPU_PROJECT" "$TPU_ZONE"; }
 reach() { place && printf '%s' "${TPU_INTERNAL_IPS:+--internal-ip}"; } # flags of ssh and scp
+words() { [ -z "$1" ] || xargs -n 1 printf '%s\n' <<<"$1"; } # splits at blanks outside quotes; nothing is expanded
 queued() { [ -n "${TPU_QUEUED:-}" ] || [ "$slices" -gt 1 ]; }
 nodes() {
   local i
@@ -76,6 +88,56 @@ chips() { # the number in the name of v5p, v4 and older types counts cores, two 
     *) count=$((count / 2)) ;;
   esac
   echo $((count * slices))
+}
+several_workers() { # more chips than one host has
+  [ -n "${TPU_TYPE:-}" ] || return 1
+  case $TPU_TYPE in
+    v5litepod-* | v5e-* | v6e-*) [ "$(chips)" -gt 8 ] ;;
+    *) [ "$(chips)" -gt 4 ] ;;
+  esac
+}
+
+check_settings() {
+  [[ $TPU_NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ && ${#TPU_NAME} -le 60 ]] ||
+    die "TPU_NAME must be at most 60 lower-case letters, digits and hyphens and begin with a letter, got '$TPU_NAME'"
+  [[ $TPU_ZONE =~ ^[a-z0-9-]+$ ]] || die "TPU_ZONE must be a zone such as us-west4-a, got '$TPU_ZONE'"
+  [[ $TPU_PROJECT =~ ^[a-z0-9:.-]+$ ]] || die "TPU_PROJECT must be a project's id, not its title, got '$TPU_PROJECT'"
+  [[ $slices =~ ^[1-9][0-9]*$ ]] || die "TPU_SLICES must be 1 or more, got $slices"
+  [ -z "${TPU_SPOT:-}" ] || [ -z "${TPU_RESERVED:-}" ] || die 'TPU_SPOT and TPU_RESERVED exclude each other'
+  local name variables
+  for name in TPU_ENV TPU_FLAGS; do
+    words "${!name:-}" >/dev/null 2>&1 || die "$name has a quote without an end: ${!name}"
+  done
+  mapfile -t variables < <(words "${TPU_ENV:-}")
+  for name in "${variables[@]}"; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "TPU_ENV must be NAME=VALUE, with quotes around blanks, got '$name'"
+  done
+}
+
+# What would fail only once there is a slice, which costs money by then.
+check_machine() {
+  command -v gcloud >/dev/null || die 'gcloud is not installed'
+  check_checkout
+  check_agent
+}
+# push sends a commit, so it needs git and a checkout of betarank itself, not a package inside another repository.
+check_checkout() {
+  local inside
+  if ! inside=$(git -C "$here" rev-parse --show-prefix 2>/dev/null) || [ -n "$inside" ]; then
+    die "push sends a git commit, and $here is not a git checkout; clone betarank and run its launch/tpu.sh"
+  fi
+}
+# gcloud refuses to copy to several workers if an ssh-agent runs that has keys, but not gcloud's own.
+check_agent() {
+  local key=$HOME/.ssh/google_compute_engine held fingerprint
+  if ! several_workers || ! held=$(ssh-add -l 2>/dev/null); then return; fi
+  [ -f "$key" ] ||
+    die "gcloud has no ssh key yet, and needs it in your ssh-agent: ssh-keygen -t rsa -f $key && ssh-add $key"
+  fingerprint=$(ssh-keygen -lf "$key" | cut -d' ' -f2)
+  case $held in
+    *"$fingerprint"*) ;;
+    *) die "your ssh-agent doesn't hold gcloud's key, so gcloud would refuse to copy to several workers: ssh-add $key" ;;
+  esac
 }
 
 confirm() { # prints what is about to be done and asks, except with --yes
@@ -95,9 +157,7 @@ summary() {
 }
 
 create() {
-  need TPU_TYPE TPU_RUNTIME
-  [ -z "${TPU_SPOT:-}" ] || [ -z "${TPU_RESERVED:-}" ] || die 'TPU_SPOT and TPU_RESERVED exclude each other'
-  local flags
+  local flags more gcloud=(compute tpus)
   mapfile -t flags < <(place)
   flags+=("--accelerator-type=$TPU_TYPE")
   [ -z "${TPU_SPOT:-}" ] || flags+=(--spot)
@@ -108,8 +168,11 @@ create() {
     flags+=("--service-account=$TPU_SERVICE_ACCOUNT" --scopes=https://www.googleapis.com/auth/cloud-platform)
   [ -z "${TPU_LABELS:-}" ] || flags+=("--labels=$TPU_LABELS")
   [ -z "${TPU_INTERNAL_IPS:-}" ] || flags+=(--internal-ips)
+  mapfile -t more < <(words "${TPU_FLAGS:-}")
+  flags+=("${more[@]}")
+  [ -z "${TPU_TRACK:-}" ] || gcloud=("$TPU_TRACK" "${gcloud[@]}")
   if ! queued; then
-    gc compute tpus tpu-vm create "$TPU_NAME" "${flags[@]}" "--version=$TPU_RUNTIME" --quiet
+    gc "${gcloud[@]}" tpu-vm create "$TPU_NAME" "${flags[@]}" "--version=$TPU_RUNTIME" --quiet
     return
   fi
   if [ "$slices" -gt 1 ]; then
@@ -117,7 +180,7 @@ create() {
   else
     flags+=("--node-id=$TPU_NAME")
   fi
-  gc compute tpus queued-resources create "$TPU_NAME" "${flags[@]}" "--runtime-version=$TPU_RUNTIME" --quiet
+  gc "${gcloud[@]}" queued-resources create "$TPU_NAME" "${flags[@]}" "--runtime-version=$TPU_RUNTIME" --quiet
 }
 
 delete() {
@@ -130,24 +193,27 @@ delete() {
   fi
 }
 
-slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (being created), or UNKNOWN
-  local flags out
+describe() { # describe FIELD: of a queued resource, of a slice
+  local flags
   mapfile -t flags < <(place)
   if queued; then
-    flags=(queued-resources describe "$TPU_NAME" "${flags[@]}" '--format=value(state.state)')
+    gc compute tpus queued-resources describe "$TPU_NAME" "${flags[@]}" "--format=value($1)"
   else
-    flags=(tpu-vm describe "$TPU_NAME" "${flags[@]}" '--format=value(state)')
+    gc compute tpus tpu-vm describe "$TPU_NAME" "${flags[@]}" "--format=value($2)"
   fi
+}
+slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (being created), or UNKNOWN
+  local out
   if [ -n "$dry_run" ]; then
-    gc compute tpus "${flags[@]}"
+    describe state.state state
     return
   fi
-  if ! out=$(gc compute tpus "${flags[@]}" 2>&1); then
+  if ! out=$(describe state.state state 2>&1); then
     case $out in
       *NOT_FOUND* | *'not found'*) echo NONE ;;
       *) echo "UNKNOWN ${out##*$'\n'}" ;;
     esac
-    return
+    return 0 # a plain return in a trap would have the status from before the trap
   fi
   case ${out##*$'\n'} in
     READY | ACTIVE) echo READY ;;
@@ -169,21 +235,16 @@ worker_sh() { # runs launch/worker.sh on every worker
   command="bash betarank/launch/worker.sh$(printf ' %q' "$@")"
   on_workers all "$command"
 }
-
-# push sends a commit, so it needs git and a checkout of betarank itself, not a package inside another repository.
-check_checkout() {
-  local inside
-  if ! inside=$(git -C "$here" rev-parse --show-prefix 2>/dev/null) || [ -n "$inside" ]; then
-    die "push sends a git commit, and $here is not a git checkout; clone betarank and run its launch/tpu.sh"
-  fi
+setup() {
+  if [ -n "${TPU_SETUP:-}" ]; then worker_sh setup "$TPU_SETUP"; else worker_sh setup; fi
 }
+
 push() { # sends the files of the current commit: no ignored file, nothing from the environment
   local folder code=0
   if [ -n "$dry_run" ]; then
     send betarank.tar.gz
     return
   fi
-  check_checkout
   folder=$(mktemp -d)
   send "$folder/betarank.tar.gz" || code=1
   rm -rf "$folder"
@@ -204,14 +265,22 @@ send() {
 echo $commit > betarank.new/.commit && rm -rf betarank && mv betarank.new betarank"
 }
 
-# Sets `command` to what a verb runs on the workers. `betarank` is the one that setup installed there.
+# Sets `command` to what a verb runs on the workers. `betarank` is the one that setup installed there. Compiled programs
+# are cached in the bucket of the workdir, so that a restart doesn't compile again; TPU_ENV may name another place.
 command_of() {
+  local variables bucket
+  mapfile -t variables < <(words "${TPU_ENV:-}")
   case ${1:-} in
-    train | rl | eval) command=(betarank "$@" --coordinator=auto) ;;
+    train | rl | eval)
+      command=(betarank "$@" --coordinator=auto)
+      bucket=$(grep -oE -m 1 -- '^--(workdir|checkpoint)=gs://[^/]+' < <(printf '%s\n' "$@") || true)
+      [ -z "$bucket" ] || variables=("JAX_COMPILATION_CACHE_DIR=${bucket#*=}/jax-compilation-cache" "${variables[@]}")
+      ;;
     run) command=("${@:2}") ;;
     *) die "'${1:-}' can't be run: train, rl, eval or run" ;;
   esac
   [ ${#command[@]} -gt 0 ] || die 'run: no command'
+  [ ${#variables[@]} -eq 0 ] || command=(env "${variables[@]}" "${command[@]}")
 }
 start() { worker_sh start "$(id_of "$@")" "$@"; }
 id_of() { printf '%q ' "$@" | cksum | cut -d' ' -f1; } # identifies a command, so that workers can say which one runs
@@ -219,164 +288,18 @@ id_of() { printf '%q ' "$@" | cksum | cut -d' ' -f1; } # identifies a command, s
 ask_state() { # before the first push a worker has no worker.sh, and no run
   on_workers all "[ ! -f betarank/launch/worker.sh ] && echo betarank-state none || bash betarank/launch/worker.sh state $1"
 }
-run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another command runs), or UNREACHABLE
-  local out lines
-  if ! out=$(ask_state "$(id_of "$@")" 2>&1); then
-    say "a worker can't be reached: ${out##*$'\n'}"
-    echo UNREACHABLE
-    return
-  fi
-  lines=$(grep -o 'betarank-state .*' <<<"$out" | sort -u | cut -d' ' -f2-)
-  case $lines in # one line per distinct state
-    *other*) echo OTHER ;;
-    *failed*) echo "FAILED $(grep -m 1 failed <<<"$lines" | cut -d' ' -f2)" ;;
-    none) echo NONE ;;
-    *none* | *lost*) echo 'FAILED lost' ;; # the run is gone on some workers
-    *running*) echo RUNNING ;;
-    *stopped*) echo STOPPED ;;
-    done) echo DONE ;;
-    *) echo UNREACHABLE ;;
-  esac
-}
-
-hours_allowed() {
-  local cap=${TPU_MAX_HOURS:-}
-  if [ -n "${TPU_MAX_DOLLARS:-}" ]; then
-    need TPU_DOLLARS_PER_HOUR
-    cap=$(awk -v h="${cap:-1e9}" -v m="$TPU_MAX_DOLLARS" -v p="$TPU_DOLLARS_PER_HOUR" \
-      'BEGIN { d = m / p; print d < h ? d : h }')
-  fi
-  [ -n "$cap" ] || die 'babysit needs a cap: TPU_MAX_HOURS, or TPU_MAX_DOLLARS with TPU_DOLLARS_PER_HOUR'
-  echo "$cap"
-}
-used_up() { awk -v s="$SECONDS" -v h="$1" 'BEGIN { exit !(s >= h * 3600) }'; }
-
-# Runs when babysit ends for any reason: deletes the slice with --delete, else warns that it still costs money.
-leave() {
-  local code=$?
-  trap - EXIT INT TERM
-  if [ -n "$created" ] && [ -n "$delete_after" ]; then
-    delete || say "error: $TPU_NAME could not be deleted and COSTS MONEY; launch/tpu.sh --yes delete"
-  elif [ -n "$created" ]; then
-    say "$TPU_NAME still exists and costs money; launch/tpu.sh --yes delete"
-  fi
-  exit "$code"
-}
-
-babysit() {
-  local command cap state run wait=$poll failures=0 began='' unreachable=0 error
-  command_of "$@"
-  cap=$(hours_allowed)
-  confirm "$(summary); for $cap hours at most: ${command[*]}"
-  if [ -n "$dry_run" ]; then
-    create && push && worker_sh setup && start "${command[@]}" && ask_state "$(id_of "${command[@]}")"
-    [ -z "$delete_after" ] || delete
-    return
-  fi
-  SECONDS=0
-  trap leave EXIT
-  trap 'say "asked to stop: the run saves and stops"; worker_sh stop || true; exit 143' TERM
-  trap 'say "no longer watching; the run continues"; delete_after=""; exit 130' INT
-  while true; do
-    if used_up "$cap"; then
-      say "the cap of $cap hours is reached: the run saves and stops"
-      [ -z "$created" ] || worker_sh stop || true
-      exit 4
-    fi
-    state=$(slice_state)
-    case $state in
-      READY) created=yes ;;
-      NONE)
-        say "creating $TPU_NAME"
-        error=$(mktemp)
-        if create 2> >(tee "$error" >&2); then
-          created=yes wait=$poll
-        else
-          sleep 0.2 # until tee has written the file
-          case $(tr '[:upper:]' '[:lower:]' <"$error") in
-            *quota*) die 'the project has no quota for this slice; docs/tpu.md says how to request it' 3 ;;
-            *permission_denied* | *'does not have permission'* | *invalid_argument* | *'unrecognized arguments'*)
-              die 'the slice was refused, and another try would be refused too' 3 ;;
-          esac
-          say "no slice; next try in $wait s"
-          sleep "$wait"
-          wait=$(awk -v w="$wait" -v p="$poll" 'BEGIN { print w * 2 < p * 32 ? w * 2 : p * 32 }')
-        fi
-        rm -f "$error"
-        continue
-        ;;
-      GONE*)
-        created=yes
-        say "the slice is gone (${state#GONE }): deleting and recreating it"
-        delete || sleep "$wait"
-        continue
-        ;;
-      *)
-        [ "${state%% *}" = UNKNOWN ] && say "gcloud: ${state#UNKNOWN }" || created=yes
-        sleep "$poll"
-        continue
-        ;;
-    esac
-
-    run=$(run_state "${command[@]}")
-    [ "$run" = UNREACHABLE ] || unreachable=0
-    if [ -z "$began" ]; then # a failure that an earlier babysit left behind doesn't count
-      case $run in
-        RUNNING) began=$SECONDS ;;
-        FAILED*) run=NONE ;;
-      esac
-    fi
-    case $run in
-      RUNNING) sleep "$poll" ;;
-      DONE)
-        say 'done'
-        exit 0
-        ;;
-      OTHER) die "$TPU_NAME runs another command; stop it with launch/tpu.sh stop, or choose another TPU_NAME" ;;
-      UNREACHABLE) # normal on a new slice; if it lasts, a host is broken
-        unreachable=$((unreachable + 1))
-        if [ "$unreachable" -gt 5 ]; then
-          say 'still unreachable: deleting and recreating the slice'
-          delete || true
-          unreachable=0
-        fi
-        sleep "$wait"
-        ;;
-      FAILED*)
-        worker_sh log 20 || true
-        [ "$run" != 'FAILED 2' ] || die 'the run refused its settings (exit 2), so it is not started again' 2
-        [ $((SECONDS - began)) -lt 1800 ] || failures=0
-        failures=$((failures + 1))
-        [ "$failures" -le 3 ] || die "the run failed $failures times in a row (${run#FAILED })" 5
-        say "the run failed (${run#FAILED }); next try in $wait s"
-        sleep "$wait"
-        began=$SECONDS
-        { worker_sh stop && start "${command[@]}"; } || sleep "$wait"
-        ;;
-      NONE | STOPPED)
-        began=$SECONDS
-        { push && worker_sh setup && start "${command[@]}"; } || sleep "$wait"
-        ;;
-    esac
-  done
-}
 
 logs() {
-  local flags node worker count follow='tail -n 100 -F betarank-run/log'
+  local follow='tail -n 100 -F betarank-run/log' key=$$
   if [ "${1:-0}" != all ]; then
     TPU_NAME=$(nodes | head -n 1) slices=1 on_workers "${1:-0}" "$follow"
     return
   fi
-  mapfile -t flags < <(place)
-  trap 'kill $(jobs -p) 2>/dev/null || true' EXIT INT TERM
-  for node in $(nodes); do # one ssh per worker, because gcloud's --worker=all prints nothing until it ends
-    count=$(gc compute tpus tpu-vm describe "$node" "${flags[@]}" '--format=value(networkEndpoints.len())')
-    [ -z "$dry_run" ] || { echo "$count"; count=1; }
-    for ((worker = 0; worker < count; worker++)); do
-      (TPU_NAME=$node slices=1 on_workers "$worker" "$follow" | sed -u "s/^/$node:$worker  /") &
-    done
+  while true; do # gcloud's --worker=all prints nothing until it ends, so new lines are asked for again and again
+    worker_sh news "$key" || true
+    [ -z "$dry_run" ] || return 0
+    sleep "$poll"
   done
-  wait
 }
 
 while [[ ${1:-} == --* ]]; do
@@ -394,11 +317,16 @@ case $verb in
   help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
 esac
 need TPU_NAME TPU_PROJECT TPU_ZONE
-[[ $slices =~ ^[1-9][0-9]*$ ]] || die "TPU_SLICES must be 1 or more, got $slices"
+check_settings
 case $verb in
-  check) check_checkout ;;
-  create)
+  create | babysit)
     need TPU_TYPE TPU_RUNTIME
+    ;;&
+  create | push | babysit | check) [ -n "$dry_run" ] || check_machine ;;
+esac
+case $verb in
+  check) ;;
+  create)
     confirm "creates $(summary)"
     create
     ;;
@@ -407,17 +335,18 @@ case $verb in
     delete
     ;;
   push) push ;;
-  setup) worker_sh setup ;;
+  setup) setup ;;
   train | rl | eval | run)
     command_of "$verb" "$@"
     start "${command[@]}"
     ;;
   babysit)
-    need TPU_TYPE TPU_RUNTIME
-    [ -n "$dry_run" ] || check_checkout
+    # shellcheck source=launch/babysit.sh
+    . "$here/launch/babysit.sh"
     babysit "$@"
     ;;
   logs) logs "$@" ;;
+  state) slice_state ;;
   status)
     slice_state
     ask_state ''

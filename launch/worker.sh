@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # The part of launch/tpu.sh that runs on each worker of a slice, in the home folder.
 #
-#   setup                 install Python and the pinned packages into betarank-venv, unless they are there
+#   setup [COMMAND]       install Python and the pinned packages into betarank-venv, unless they are there; run COMMAND
 #   start ID COMMAND...   start a command in a tmux session, which outlives ssh; its output goes to betarank-run/log
 #   state ID              print betarank-state none|running|done|stopped|failed CODE|lost|other
 #   stop                  send SIGTERM, on which a run saves and stops; wait until it has ended
 #   log [LINES]           print the end of the log
+#   news KEY              print what was added to the log since the last `news KEY`, with the worker's name on each line
+#
+# If the command has a --workdir, the end of the log is copied to WORKDIR/hosts/WORKER.out every few minutes and at the
+# end: it outlives the slice there.
 #
 # ID identifies the command whose state is asked for: `other` means that another command runs. An empty ID matches any.
 # A command that ends with status 130 (Ctrl-C) or 143 (SIGTERM) was asked to stop: it isn't done, and hasn't failed.
@@ -16,20 +20,35 @@ home=$(dirname "$tree")
 run=$home/betarank-run venv=$home/betarank-venv
 grace=${STOP_GRACE_S:-600} # a checkpoint of a large model takes minutes
 
-alive() { [ -f "$run/pid" ] && kill -0 "$(cat "$run/pid")" 2>/dev/null; }
+log_every=${LOG_EVERY_S:-300}
+
+keep_log() { # keep_log WORKDIR: copies the last megabyte, to a bucket too
+  local copy='import sys; from etils import epath; path = epath.Path(sys.argv[1])
+path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(sys.stdin.buffer.read())'
+  tail -c 1000000 "$run/log" | timeout 120 "$venv/bin/python" -P -c "$copy" "$1/hosts/$(hostname).out" ||
+    echo "worker.sh: the log could not be copied to $1" >>"$run/log"
+}
+alive() { # the command, or `child`, which still copies the log
+  [ -f "$run/pid" ] && [ ! -f "$run/exit" ] && { kill -0 "$(cat "$run/pid")" || kill -0 "$(cat "$run/child")"; } 2>/dev/null
+}
 
 case $1 in
   setup)
     wanted=$(cat "$tree/setup.py" "$tree/launch/constraints.txt" | cksum)
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
       # pycosat is published as C source only, so it needs a compiler.
-      { command -v tmux && command -v gcc; } >/dev/null || sudo apt-get install --yes --quiet tmux gcc libc6-dev
+      { command -v tmux && command -v gcc; } >/dev/null || {
+        # A new machine may be installing its own updates, which holds the lock.
+        sudo apt-get -o DPkg::Lock::Timeout=600 update --quiet
+        sudo apt-get -o DPkg::Lock::Timeout=600 install --yes --quiet tmux gcc libc6-dev
+      }
       python3 -m pip install --quiet --user uv # uv downloads Python 3.12, which the image may not have
       python3 -m uv venv --quiet --clear --python 3.12 "$venv"
       python3 -m uv pip install --quiet --python "$venv/bin/python" --constraint "$tree/launch/constraints.txt" \
         -e "${tree}[tpu]"
       echo "$wanted" >"$venv/installed"
     fi
+    if [ -n "${2:-}" ]; then bash -c "$2"; fi
     ;;
   start)
     if alive; then
@@ -37,7 +56,7 @@ case $1 in
       exit 1
     fi
     mkdir -p "$run"
-    rm -f "$run/exit" "$run/pid"
+    rm -f "$run/exit" "$run/pid" "$run"/seen-*
     echo "$2" >"$run/id"
     printf '%q ' "${@:3}" >"$run/command"
     tmux kill-session -t betarank 2>/dev/null || true
@@ -53,11 +72,21 @@ case $1 in
     export PATH="$venv/bin:$PATH" PYTHONUNBUFFERED=1
     eval "set -- $(cat "$run/command")" # start has quoted it
     echo "\$ $(cat "$run/command")" >>"$run/log"
+    workdir=''
+    for argument; do
+      case $argument in --workdir=?*) workdir=${argument#*=} ;; esac
+    done
     "$@" >>"$run/log" 2>&1 &
-    echo $! >"$run/pid"
+    pid=$!
+    echo "$$" >"$run/child"
+    echo "$pid" >"$run/pid"
+    if [ -n "$workdir" ]; then
+      (while sleep "$log_every" && kill -0 "$pid" 2>/dev/null; do keep_log "$workdir"; done) &
+    fi
     code=0
-    wait $! || code=$?
-    echo "$code" >"$run/exit"
+    wait "$pid" || code=$?
+    [ -z "$workdir" ] || keep_log "$workdir"
+    echo "$code" >"$run/exit" # last: babysit may delete the slice once it sees this
     ;;
   state)
     if [ ! -f "$run/id" ]; then
@@ -80,15 +109,26 @@ case $1 in
     ;;
   stop)
     if alive; then
-      kill -TERM "$(cat "$run/pid")"
+      kill -TERM "$(cat "$run/pid")" 2>/dev/null || true
       for _ in $(seq "$grace"); do
         alive || exit 0
         sleep 1
       done
-      kill -KILL "$(cat "$run/pid")"
+      kill -KILL "$(cat "$run/pid")" 2>/dev/null || true
     fi
     ;;
   log) tail -n "${2:-100}" "$run/log" ;;
+  news)
+    if [ -f "$run/log" ]; then
+      size=$(stat --format=%s "$run/log")
+      if [ -f "$run/seen-$2" ]; then
+        tail -c "+$(($(cat "$run/seen-$2") + 1))" "$run/log" | head -c "$((size - $(cat "$run/seen-$2")))"
+      else
+        head -c "$size" "$run/log" | tail -n 100
+      fi | sed "s/^/$(hostname): /"
+      echo "$size" >"$run/seen-$2"
+    fi
+    ;;
   *)
     echo "error: $1: no such verb" >&2
     exit 2

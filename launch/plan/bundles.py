@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 FLAGS = ('--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
          '--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map')
-# Trip counts assumed for a kernel's data-dependent loops, in order; the last one holds for all that follow. Loops
-# of other kernels count as one iteration. find_head (objectives/kernels): 32, its bound, for the bisection among the kept
+# Trip counts assumed for a kernel's data-dependent loops, in order; the last one holds for all that follow. Those of
+# other kernels count as one iteration. find_head (objectives/kernels): 32, its bound, for the bisection among the kept
 # logits (12 to 17 on random logits), and 0 for the loops of the rare cases, which come last.
 DATA_TRIPS = {'find_head': (32, 0)}
 SKIPPABLE = 0.5  # assumed share of a loop's iterations that run a region which a branch can skip

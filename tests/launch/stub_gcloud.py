@@ -1,9 +1,10 @@
-"""A `gcloud` of one's own: records its calls, keeps slices as folders, and runs on their workers what ssh is told to.
+"""A stand-in for `gcloud`: records its calls, keeps slices as folders, and runs ssh commands in the folders of workers.
 
 STUB/calls.jsonl           every command line
-STUB/fail.json             [{"match": text of a command line, "stderr": ..., "code": 1, "times": 1}, ...]
+STUB/fail.json             [{"match": text of a command line, "stderr": ..., "code": 1, "times": 1, "seconds": 0}, ...]
 STUB/nodes/NAME/state      READY, PREEMPTED, ...; a queued resource is STUB/queued/NAME
 STUB/nodes/NAME/0, 1, ...  the workers' home folders, STUB/workers of them (1 if there is no such file)
+STUB/created_state         the state of new slices (READY if there is no such file); STUB/message: why they are FAILED
 """
 
 import fcntl
@@ -13,6 +14,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 STUB = pathlib.Path(os.environ['STUB'])
 
@@ -26,8 +28,10 @@ def main(argv):
     if rule['match'] in text and rule.get('times', 1):
       rule['times'] = rule.get('times', 1) - 1
       rules.write_text(json.dumps(plan))
+      time.sleep(rule.get('seconds', 0))
       print(rule['stderr'], file=sys.stderr)
       return rule.get('code', 1)
+  argv = argv[argv[0] == 'alpha' :]
   assert argv[:2] == ['compute', 'tpus'], argv
   kind, verb, name = argv[2:5]
   flags = dict(a[2:].partition('=')[::2] for a in argv[5:] if a.startswith('--'))
@@ -40,6 +44,7 @@ def workers(node):
 
 def create(kind, name, flags, _):
   count = int((STUB / 'workers').read_text()) if (STUB / 'workers').exists() else 1
+  state = (STUB / 'created_state').read_text() if (STUB / 'created_state').exists() else 'READY'
   nodes = [name]
   if kind == 'queued-resources':
     nodes = [flags['node-id']] if 'node-id' in flags else [
@@ -49,7 +54,7 @@ def create(kind, name, flags, _):
   for node in nodes:
     for i in range(count):
       (STUB / 'nodes' / node / str(i)).mkdir(parents=True)
-    (STUB / 'nodes' / node / 'state').write_text('READY')
+    (STUB / 'nodes' / node / 'state').write_text(state)
   return 0
 
 
@@ -81,8 +86,8 @@ def describe(kind, name, flags, _):
     print(f'ERROR: (gcloud.compute.tpus.{kind}.describe) NOT_FOUND: Resource {name} was not found', file=sys.stderr)
     return 1
   state = (node / 'state').read_text()
-  if 'networkEndpoints' in flags['format']:
-    state = len(workers(name))
+  if 'failedData' in flags['format']:
+    state = (STUB / 'message').read_text()
   elif kind == 'queued-resources':
     state = {'READY': 'ACTIVE', 'PREEMPTED': 'SUSPENDED'}.get(state, state)
   print(state)
@@ -101,12 +106,15 @@ def ssh(_kind, node, flags, _):
   chosen = homes if flags['worker'] == 'all' else [homes[int(flags['worker'])]]
   code = 0
   for home in chosen:
+    venv = home / 'betarank-venv' / 'bin'
     bin_folder = home / 'bin'  # python3 -m uv, which would download; the venv's python is the tests' own
     bin_folder.mkdir(exist_ok=True)
     (bin_folder / 'python3').write_text(
       f'#!/bin/sh\necho "$@" >>{home}/installed\ncase "$*" in\n'
-      f'  "-m uv venv"*) mkdir -p {home}/betarank-venv/bin; ln -sf {sys.executable} {home}/betarank-venv/bin/python;;\n'
+      f'  "-m uv venv"*) mkdir -p {venv}; cp {bin_folder}/own_python {venv}/python;;\n'
       'esac\n')
+    (bin_folder / 'own_python').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (bin_folder / 'own_python').chmod(0o755)
     (bin_folder / 'python3').chmod(0o755)
     environment = {'PATH': f'{bin_folder}:/usr/local/bin:/usr/bin:/bin', 'HOME': str(home), 'TMUX_TMPDIR': str(home),
                    'LANG': 'C.UTF-8'}

@@ -12,10 +12,12 @@ import sys
 import time
 
 import pytest
+import rich.console
 
 from betarank.configs.errors import ConfigError
 from betarank.launch import on_tpu
-from betarank.launch.points import expand
+from betarank.launch import sweep as sweep_module
+from betarank.launch.points import Point, expand
 from betarank.launch.sweep import Sweep
 from betarank.runtime import checkpoint, workdir
 from tests.runs import BETARANK, assert_no_secret, environment
@@ -315,3 +317,85 @@ def test_on_tpu_from_a_wheel(package_without_git):
   done = subprocess.run(command, cwd=here, env=settings, text=True, capture_output=True)
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
   assert done.stderr.startswith('error: --on=tpu: push sends a git commit, and ') and 'clone betarank' in done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Flaky(Point):
+  """A point whose result can't be read the first few times: each entry of `errors` is raised once."""
+
+  errors: list = dataclasses.field(default_factory=list)
+
+  def finished(self):
+    if self.errors:
+      raise self.errors.pop()
+    return True
+
+
+def flaky(tmp_path, errors, command):
+  """A sweep of one point that trains."""
+  [point] = [p for p in expand(write(tmp_path, '  add()\n'), str(tmp_path / 'root')) if p.stage == 'train']
+  fields = {field.name: getattr(point, field.name) for field in dataclasses.fields(Point)} | {'needs': ()}
+  (tmp_path / 'root').mkdir()
+  made = Sweep([Flaky(**fields)], tmp_path / 'root', 1, lambda point, _: command)
+  made.status[point.name].state = 'waiting'  # finished() has just said that it is
+  made.points[0].errors.extend(errors)
+  return made, made.status[point.name]
+
+
+def test_a_bucket_that_fails_for_a_while_is_read_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep_module, 'READ_AGAIN_S', 0.0)
+  made, status = flaky(tmp_path, [OSError('HTTP 503')] * 3, ['true'])
+  made.run(lambda: None)
+  assert status.state == 'finished' and not made.points[0].errors
+
+
+def test_a_bucket_that_goes_on_failing_fails_the_point_only(tmp_path, monkeypatch):
+  monkeypatch.setattr(sweep_module, 'READ_AGAIN_S', 0.0)
+  monkeypatch.setattr(sweep_module, 'GIVE_UP_S', 0.0)
+  made, status = flaky(tmp_path, [OSError('HTTP 503')] * 3, ['true'])
+  made.run(lambda: None)
+  assert (status.state, status.note) == ('failed', 'its result could not be read (HTTP 503)')
+
+
+@pytest.mark.parametrize('fails_to_delete', [0, 2, 3])
+def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, monkeypatch, capsys, fails_to_delete):
+  """With the stub of gcloud: the command is asked to stop, then its slice is deleted, with three tries; the last line
+  says what is still billed."""
+  stub = tmp_path / 'stub'
+  (stub / 'bin').mkdir(parents=True)
+  (stub / 'bin' / 'gcloud').write_text(
+    f'#!/bin/sh\nexec {sys.executable} {pathlib.Path(__file__).with_name("stub_gcloud.py")} "$@"\n')
+  (stub / 'bin' / 'gcloud').chmod(0o755)
+  settings = dict(STUB=str(stub), PATH=f'{stub / "bin"}:{os.environ["PATH"]}', TPU_NAME='pod', TPU_PROJECT='p',
+                  TPU_ZONE='z', TPU_TYPE='v5litepod-8', TPU_RUNTIME='v')
+  for name, value in settings.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(on_tpu, 'DELETE_WAIT_S', 0.0)
+  assert on_tpu._tpu_sh('pod-0', '--yes', 'create').returncode == 0
+  (stub / 'fail.json').write_text(json.dumps(
+    [{'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': fails_to_delete}] * bool(fails_to_delete)))
+  stopped = tmp_path / 'stopped'
+  made, _ = flaky(tmp_path, [], ['bash', '-c', f'trap "touch {stopped}; exit 143" TERM; sleep 60 & wait'])
+  console, shown = rich.console.Console(width=240), []
+
+  def show():
+    shown.append(1)
+    if len(shown) > 3:
+      raise ZeroDivisionError
+
+  made_run = made.run
+  monkeypatch.setattr(made, 'run', lambda _: made_run(show))
+  with pytest.raises(ZeroDivisionError):
+    sweep_module.run(made, console, [], on_tpu.clean_up)
+  assert stopped.exists()
+  last = capsys.readouterr().out.splitlines()[-1]
+  if fails_to_delete < 3:
+    assert not (stub / 'nodes' / 'pod-0').exists() and last.startswith('no slice of this sweep is left')
+  else:
+    assert last.startswith('STILL BILLED until deleted: pod-0. To delete: TPU_NAME=pod-0 bash ')
+  assert (stub / 'calls.jsonl').read_text().count('"delete"') == 1 + min(fails_to_delete, 2)
+
+
+def test_the_planner_compiles_with_the_flags_that_the_workers_have(monkeypatch):
+  monkeypatch.setenv('TPU_ENV', 'A=1 LIBTPU_INIT_ARGS="--xla_a=1 --xla_b"')
+  assert on_tpu.worker_flags() == {'LIBTPU_INIT_ARGS': '--xla_a=1 --xla_b'}

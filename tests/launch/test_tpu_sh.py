@@ -1,6 +1,6 @@
-"""launch/tpu.sh against a stub of gcloud: exact command lines, and what becomes of a run when a call fails.
+"""launch/tpu.sh and babysit.sh with a stub of gcloud: exact command lines, and what happens when a call fails.
 
-The stub runs on its "workers" what ssh is told to, so what is started there is really started, in tmux.
+The stub runs ssh commands in the folders of its "workers", so commands really start there, in tmux.
 """
 
 import importlib.metadata
@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -19,9 +20,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STUB = pathlib.Path(__file__).with_name('stub_gcloud.py')
-SETTINGS = {'TPU_NAME': 'pod', 'TPU_PROJECT': 'my project', 'TPU_ZONE': 'europe-west4-b', 'TPU_POLL': '0',
+SETTINGS = {'TPU_NAME': 'pod', 'TPU_PROJECT': 'my-project', 'TPU_ZONE': 'europe-west4-b', 'TPU_POLL': '0',
             'TPU_TYPE': 'v5litepod-256', 'TPU_RUNTIME': 'v2-alpha-tpuv5-lite', 'TPU_MAX_HOURS': '1'}
-WHERE = ['--project=my project', '--zone=europe-west4-b']
+WHERE = ['--project=my-project', '--zone=europe-west4-b']
 
 pytestmark = pytest.mark.skipif(not shutil.which('tmux'), reason='the workers run their command in tmux')
 
@@ -35,7 +36,7 @@ class Cloud:
     (self.stub / 'bin' / 'gcloud').write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
     (self.stub / 'bin' / 'gcloud').chmod(0o755)
     (self.tree / 'launch').mkdir(parents=True)
-    for name in ('setup.py', 'launch/tpu.sh', 'launch/worker.sh', 'launch/constraints.txt'):
+    for name in ('setup.py', 'launch/tpu.sh', 'launch/babysit.sh', 'launch/worker.sh', 'launch/constraints.txt'):
       shutil.copy(ROOT / name, self.tree / name)
     (self.tree / '.gitignore').write_text('runs/\n*.key\n')
     self.git('init', '-q')
@@ -104,15 +105,18 @@ QUEUED = ['compute', 'tpus', 'queued-resources', 'create', 'pod', *WHERE, '--acc
     ({}, [*CREATE, '--version=v2-alpha-tpuv5-lite', '--quiet']),
     ({'TPU_SPOT': '1'}, [*CREATE, '--spot', '--version=v2-alpha-tpuv5-lite', '--quiet']),
     ({'TPU_RESERVED': '1'}, [*CREATE, '--reserved', '--version=v2-alpha-tpuv5-lite', '--quiet']),
-    ({'TPU_NETWORK': 'n', 'TPU_SUBNETWORK': 's', 'TPU_LABELS': 'a=b,c=d', 'TPU_INTERNAL_IPS': '1',
+    ({'TPU_NETWORK': 'my network', 'TPU_SUBNETWORK': 's', 'TPU_LABELS': 'a=b,c=d', 'TPU_INTERNAL_IPS': '1',
       'TPU_SERVICE_ACCOUNT': 'x@y.iam.gserviceaccount.com'},
-     [*CREATE, '--network=n', '--subnetwork=s', '--service-account=x@y.iam.gserviceaccount.com',
+     [*CREATE, '--network=my network', '--subnetwork=s', '--service-account=x@y.iam.gserviceaccount.com',
       '--scopes=https://www.googleapis.com/auth/cloud-platform', '--labels=a=b,c=d', '--internal-ips',
       '--version=v2-alpha-tpuv5-lite', '--quiet']),
     ({'TPU_QUEUED': '1', 'TPU_SPOT': '1'},
      [*QUEUED, '--spot', '--node-id=pod', '--runtime-version=v2-alpha-tpuv5-lite', '--quiet']),
     ({'TPU_SLICES': '2'},
      [*QUEUED, '--node-count=2', '--node-prefix=pod', '--runtime-version=v2-alpha-tpuv5-lite', '--quiet']),
+    ({'TPU_TRACK': 'alpha', 'TPU_QUEUED': '1', 'TPU_FLAGS': "--max-run-duration=6h --metadata='a=two words'"},
+     ['alpha', *QUEUED, '--max-run-duration=6h', '--metadata=a=two words', '--node-id=pod',
+      '--runtime-version=v2-alpha-tpuv5-lite', '--quiet']),
   ],
 )
 def test_create(cloud, settings, want):
@@ -129,7 +133,7 @@ def test_create(cloud, settings, want):
 def test_the_summary_counts_chips_and_nothing_is_created_unasked(cloud, kind, chips):
   code, _, err = cloud('create', TPU_TYPE=kind, TPU_DOLLARS_PER_HOUR='12.5', TPU_SPOT='1')
   assert code == 2 and not cloud.calls
-  assert f'1 x {kind} ({chips} chips, spot) in europe-west4-b of my project, $12.5 an hour' in err
+  assert f'1 x {kind} ({chips} chips, spot) in europe-west4-b of my-project, $12.5 an hour' in err
   assert 'nothing was done: add --yes' in err
 
 
@@ -142,6 +146,11 @@ def test_the_summary_counts_chips_and_nothing_is_created_unasked(cloud, kind, ch
     (['--yess', 'create'], {}, '--yess: no such flag'),
     (['creat'], {}, 'creat: no such verb'),
     (['push'], {'TPU_SLICES': '0'}, 'TPU_SLICES must be 1 or more'),
+    (['push'], {'TPU_NAME': 'a b'}, 'TPU_NAME must be at most 60 lower-case letters'),
+    (['push'], {'TPU_NAME': '*'}, 'TPU_NAME must be at most 60 lower-case letters'),
+    (['status'], {'TPU_PROJECT': 'My Project'}, "TPU_PROJECT must be a project's id, not its title"),
+    (['run', 'env'], {'TPU_ENV': 'A=1 b c'}, "TPU_ENV must be NAME=VALUE, with quotes around blanks, got 'b'"),
+    (['--yes', 'create'], {'TPU_FLAGS': "--labels='a"}, 'TPU_FLAGS has a quote without an end'),
     (['--yes', 'babysit', 'train'], {'TPU_MAX_HOURS': ''}, 'babysit needs a cap'),
     (['--yes', 'babysit', 'train'], {'TPU_MAX_DOLLARS': '5'}, 'TPU_DOLLARS_PER_HOUR is not set'),
     (['--yes', 'babysit', 'trane', 'x'], {}, "'trane' can't be run"),
@@ -292,6 +301,7 @@ def test_babysit_runs_once_on_every_worker_and_says_what_still_costs(cloud):
 def test_babysit_deletes_at_the_end_if_asked(cloud):
   code, _, err = babysit(cloud, '0', '--delete')
   assert code == 0 and cloud.verbs() == ['create', 'scp', 'delete'] and 'costs money' not in err
+  assert 'pod does not exist: nothing of it is billed' in err.splitlines()[-1]
 
 
 def test_babysit_takes_a_run_that_was_asked_to_stop_up_again(cloud):
@@ -352,14 +362,14 @@ def test_babysit_starts_again_what_an_earlier_one_gave_up(cloud):
     ("ERROR: RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZone' has been exceeded. Limit: 0", 1, 3,
      'has no quota'),
     ('ERROR: PERMISSION_DENIED: tpu.nodes.create', 1, 3, 'another try would be refused too'),
-    ('ERROR: There is no more capacity in the zone "europe-west4-b"', 2, 0, 'no slice; next try in 0 s'),
+    ('ERROR: There is no more capacity in the zone "europe-west4-b"', 2, 0, 'no capacity; next try in 0 s'),
   ],
 )
 def test_babysit_when_no_slice_can_be_had(cloud, stderr, creates, code, message):
   cloud.fail({'match': 'tpu-vm create', 'stderr': stderr})
   got, _, err = babysit(cloud, '0')
   assert got == code and message in err and cloud.verbs().count('create') == creates, err
-  assert ('costs money' in err) == (code == 0)
+  assert ('still exists and costs money' in err) == (code == 0)
 
 
 @pytest.mark.parametrize('call', ['worker.sh start', *(pytest.param(call, marks=pytest.mark.slow) for call in (
@@ -387,10 +397,169 @@ def test_the_cap_ends_the_run_with_a_checkpoint(cloud):
   assert cloud.verbs()[-1] == 'delete'
 
 
-def test_a_delete_that_fails_is_said_loudly(cloud):
-  cloud.fail({'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE'})
+def test_a_delete_that_fails_is_tried_again_and_then_said_loudly(cloud):
+  cloud.fail({'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': 2})
+  code, _, err = babysit(cloud, '0', '--delete')
+  assert code == 0 and 'COSTS MONEY' not in err
+  assert err.splitlines()[-1].startswith('tpu.sh: pod does not exist: nothing of it is billed')
+  cloud.fail({'match': 'tpu-vm delete', 'stderr': 'ERROR: UNAVAILABLE', 'times': 3})
   code, _, err = babysit(cloud, '0', '--delete')
   assert code == 0 and 'pod could not be deleted and COSTS MONEY' in err
+  assert err.splitlines()[-1].startswith('tpu.sh: pod still exists and costs money')
+
+
+ALWAYS = 1000
+
+
+@pytest.mark.parametrize('call, what, creates', [
+  ('tpu-vm scp', 'push', 1),
+  pytest.param('worker.sh setup', 'setup', 1, marks=pytest.mark.slow),
+  pytest.param('worker.sh start', 'start', 1, marks=pytest.mark.slow),
+  ('tpu-vm ssh', 'ssh', 3)])
+def test_failures_in_a_row_end_the_watch_with_the_reason(cloud, call, what, creates):
+  """On a slice that is billed: with their own exit status, and a last line that says what it still costs."""
+  cloud.fail({'match': call, 'stderr': 'ERROR: the key was refused\nsome hint', 'code': 255, 'times': ALWAYS})
+  code, _, err = babysit(cloud, '0', TPU_TRIES='3', TPU_DOLLARS_PER_HOUR='300')
+  assert code == 6, err
+  assert f'error: {what} failed, the failure number 3 in a row: ERROR: the key was refused' in err
+  assert cloud.verbs().count('create') == creates
+  last = err.splitlines()[-1]
+  if what == 'ssh':  # each slice was deleted
+    assert last.startswith('tpu.sh: pod does not exist: nothing of it is billed'), err
+  else:
+    assert last.startswith('tpu.sh: pod still exists and costs money, $300 an hour; 0.0'), err
+
+
+def test_a_call_that_hangs_is_a_failure_too(cloud):
+  cloud.fail({'match': 'tpu-vm scp', 'stderr': '', 'seconds': 100, 'times': ALWAYS})
+  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='2', TPU_CALL_LIMIT='1')
+  assert code == 6 and 'push failed' in err and cloud.verbs() == ['create', 'scp', 'scp', 'delete'], err
+
+
+def test_a_run_that_was_seen_running_resets_the_count(cloud):
+  cloud.fail({'match': 'tpu-vm scp', 'stderr': 'ERROR: x', 'times': 2})
+  process = babysit(cloud, 'wait', start=True, TPU_TRIES='3')
+  cloud.wait_for(cloud.home() / 'waiting')
+  for _ in range(100):  # polls
+    if sum('worker.sh state' in ' '.join(call) for call in cloud.calls) > 5:
+      break
+    time.sleep(0.1)
+  cloud.fail({'match': 'worker.sh state', 'stderr': 'ERROR: x', 'times': 12})  # two slices
+  (cloud.home() / 'waiting').unlink()
+  for _ in range(600):
+    if cloud.verbs().count('create') == 3 and (cloud.home() / 'waiting').exists():
+      break
+    time.sleep(0.1)
+  process.terminate()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 143 and 'ssh failed (2 of 3 failures in a row)' in err
+
+
+@pytest.mark.parametrize('message, code, creates', [
+  ('There is an internal problem in zone x', 6, 3), ('Quota limit TPUS_PER_PROJECT has been exceeded', 3, 1)])
+def test_a_queued_resource_that_fails_is_reported_with_the_server_s_reason(cloud, message, code, creates):
+  (cloud.stub / 'created_state').write_text('FAILED')
+  (cloud.stub / 'message').write_text(message)
+  got, _, err = babysit(cloud, '0', TPU_QUEUED='1', TPU_TRIES='3')
+  assert got == code and message in err and cloud.verbs().count('create') == creates, err
+  assert ('not billed' in err.splitlines()[-1]) or ('nothing of it is billed' in err.splitlines()[-1])
+
+
+@pytest.mark.parametrize('call, stderr', [
+  ('tpu-vm create', 'ERROR: (gcloud) NOT_FOUND: Location europe-west9-z is not found or access is unauthorized.'),
+  ('tpu-vm create', "ERROR: (gcloud) NOT_FOUND: Requested entity was not found: projects/nobody"),
+  ('tpu-vm describe', 'ERROR: (gcloud) You do not currently have an active account selected.'),
+  ('tpu-vm describe', "ERROR: (gcloud) PERMISSION_DENIED: Permission denied on 'locations/xx'")])
+def test_a_wrong_zone_project_or_login_ends_the_watch_at_once(cloud, call, stderr):
+  cloud.fail({'match': call, 'stderr': stderr, 'times': 1})
+  code, _, err = babysit(cloud, '0')
+  assert code == 3 and stderr.partition(') ')[2][:20] in err and 'scp' not in cloud.verbs(), err
+
+
+def test_an_unknown_error_of_create_is_counted(cloud):
+  cloud.fail({'match': 'tpu-vm create', 'stderr': 'ERROR: INTERNAL: something broke', 'times': ALWAYS})
+  code, _, err = babysit(cloud, '0', TPU_TRIES='3')
+  assert code == 6 and cloud.verbs().count('create') == 3 and 'INTERNAL: something broke' in err
+
+
+def test_the_cap_counts_only_the_time_that_the_slice_was_ready(cloud):
+  """Waiting in a queue costs nothing: here it takes longer than the cap."""
+  (cloud.stub / 'created_state').write_text('CREATING')
+  process = babysit(cloud, '0', start=True, TPU_MAX_HOURS='0.001', TPU_POLL='0.1')  # 3.6 s
+  cloud.wait_for(cloud.home())
+  time.sleep(5)
+  (cloud.home().parent / 'state').write_text('READY')
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+
+
+def test_a_state_that_can_not_be_read_at_the_end_may_cost_money(cloud):
+  process = babysit(cloud, 'wait', start=True)
+  cloud.wait_for(cloud.home() / 'waiting')
+  cloud.fail({'match': 'tpu-vm describe', 'stderr': 'ERROR: token expired', 'times': ALWAYS})
+  process.terminate()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 143 and "the state of pod can't be read, so it MAY COST MONEY" in err.splitlines()[-1]
+
+
+def test_the_environment_and_the_log_of_a_run(cloud, tmp_path):
+  """TPU_ENV reaches the command, TPU_SETUP runs at setup, and the end of the log is kept in the workdir."""
+  settings = {'TPU_ENV': 'A=1 LIBTPU_INIT_ARGS="--x=1 --y"', 'TPU_SETUP': 'echo "mounted here" >"$HOME/mounted"'}
+  for argv in (['--yes', 'create'], ['push'], ['setup'], ['run', 'env', f'B=--workdir={tmp_path}/run', 'env'],):
+    assert cloud(*argv, **settings)[0] == 0
+  cloud.wait_for(cloud.home() / 'betarank-run' / 'exit')
+  log = (cloud.home() / 'betarank-run' / 'log').read_text().splitlines()
+  assert 'A=1' in log and 'LIBTPU_INIT_ARGS=--x=1 --y' in log and f'B=--workdir={tmp_path}/run' in log
+  assert (cloud.home() / 'mounted').read_text() == 'mounted here\n'
+  code, _, err = cloud('run', 'sh', '-c', 'echo kept; exit 7', '--workdir=' + str(tmp_path / 'run'))
+  assert code == 0, err
+  kept = tmp_path / 'run' / 'hosts' / f'{socket.gethostname()}.out'
+  cloud.wait_for(kept)
+  assert kept.read_text().endswith('kept\n')
+
+
+def test_compiled_programs_are_cached_in_the_bucket_unless_told_otherwise(cloud):
+  run = lambda *argv, **settings: cloud('--dry_run', *argv, **settings)[1]
+  assert 'JAX_COMPILATION_CACHE_DIR=gs://b/jax-compilation-cache\\ betarank\\ eval' in run(
+    'eval', 'probe', '--checkpoint=gs://b/run/x')
+  assert 'JAX_COMPILATION_CACHE_DIR' not in run('train', '--workdir=runs/x')
+  theirs = run('train', '--workdir=gs://b/x', TPU_ENV='JAX_COMPILATION_CACHE_DIR=gs://c/d')
+  assert theirs.index('gs://b/jax') < theirs.index('gs://c/d')  # of two, env takes the last
+
+
+@pytest.fixture
+def agent(tmp_path):
+  """An ssh-agent that holds one key, which isn't gcloud's. Returns its socket."""
+  if not shutil.which('ssh-agent'):
+    pytest.skip('needs ssh-agent')
+  sock, key = tmp_path / 'agent', tmp_path / 'other_key'
+  process = subprocess.Popen(['ssh-agent', '-D', '-a', sock], stdout=subprocess.DEVNULL)
+  for _ in range(100):
+    if sock.exists():
+      break
+    time.sleep(0.05)
+  subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key], check=True)
+  subprocess.run(['ssh-add', '-q', key], env={**os.environ, 'SSH_AUTH_SOCK': str(sock)}, check=True)
+  yield str(sock)
+  process.terminate()
+  process.wait()
+
+
+def test_an_ssh_agent_without_gcloud_s_key_is_refused_before_anything_is_created(cloud, agent):
+  """gcloud itself refuses to copy to several workers then, which would be found out on a slice that is billed."""
+  settings = {'SSH_AUTH_SOCK': agent}
+  for argv in (['--yes', 'create'], ['check'], ['--yes', 'babysit', 'run', 'true']):
+    code, _, err = cloud(*argv, **settings)
+    assert code == 2 and 'gcloud has no ssh key yet' in err and not cloud.calls, err
+  key = cloud.stub / '.ssh' / 'google_compute_engine'
+  key.parent.mkdir()
+  subprocess.run(['ssh-keygen', '-q', '-t', 'rsa', '-N', '', '-f', key], check=True)
+  code, _, err = cloud('check', **settings)
+  assert code == 2 and "your ssh-agent doesn't hold gcloud's key" in err and f'ssh-add {key}' in err
+  assert cloud('check', TPU_TYPE='v5litepod-8', **settings)[0] == 0  # one worker
+  subprocess.run(['ssh-add', '-q', key], env={**os.environ, **settings}, check=True)
+  assert cloud('check', **settings)[0] == 0
+  assert cloud('check')[0] == 0  # no agent
 
 
 def test_logs_of_one_and_of_all(cloud):
@@ -398,8 +567,18 @@ def test_logs_of_one_and_of_all(cloud):
   assert cloud('--yes', 'create')[0] == 0
   code, out, err = cloud('--dry_run', 'logs')
   assert code == 0 and '--worker=0' in out and 'tail\\ -n\\ 100\\ -F\\ betarank-run/log' in out, err
-  code, out, _ = cloud('--dry_run', 'logs', 'all')
-  assert 'networkEndpoints.len' in out and 'ssh pod' in out
+  for argv in (['push'], ['setup'], ['run', 'echo', 'hello']):
+    assert cloud(*argv)[0] == 0
+  for worker in range(2):
+    cloud.wait_for(cloud.home(worker=worker) / 'betarank-run' / 'exit')
+  process = cloud.start('logs', 'all', TPU_POLL='0.1')
+  lines = [process.stdout.readline() for _ in range(4)]  # each worker's command and its output, once
+  assert sorted(lines) == sorted(2 * [f'{socket.gethostname()}: {text}\n' for text in ('$ echo hello ', 'hello')])
+  with open(cloud.home() / 'betarank-run' / 'log', 'a') as log:
+    log.write('more\n')
+  assert process.stdout.readline() == f'{socket.gethostname()}: more\n'
+  process.kill()
+  process.communicate()
 
 
 @pytest.mark.parametrize('tool, package, files', [
