@@ -28,7 +28,7 @@ from betarank.data import Batch
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore, write_whole
 from betarank.model.sharding import constrain
 from betarank.objectives import collectives as head_layout
-from betarank.objectives import head_math, linear_token_stats
+from betarank.objectives import linear_logits, linear_token_stats
 from betarank.objectives.top_k import top_k
 from betarank.runtime import multihost
 from betarank.train.score import LAYOUT
@@ -150,18 +150,15 @@ def leaders(hidden: jax.Array, head: jax.Array, layout: head_layout.Layout | Non
 
   Logits are formed by the scorer's own function, CHUNK_TOKENS tokens at a time.
   """
-  options = head_math.Options(
-    with_top_k=False, with_smoothing=False, vocab_size=head.shape[1], chunk_tokens=None, soft_cap=None, z_loss=0.0,
-    temperature=1.0, compute_dtype=hidden.dtype, layout=layout)
 
   def local(hidden, head):
-    head_DV = head_layout.gather_head(layout, head.astype(options.compute_dtype))
+    head_DV = head_layout.gather_head(layout, head.astype(hidden.dtype))
     tokens = math.prod(hidden.shape[:-1])
     size = min(CHUNK_TOKENS, tokens)
     hidden_ND = jnp.pad(hidden.reshape(tokens, -1), ((0, -tokens % size), (0, 0)))
 
     def one(hidden_CD):
-      z_CV = head_math.logits(options, hidden_CD, head_DV)
+      z_CV = linear_logits(hidden_CD, head_DV)
       two_C2, _ = jax.lax.top_k(head_layout.concatenate_over_vocab(layout, top_k(z_CV, 2)[0]), 2)
       mass_C = head_layout.sum_over_vocab(layout, jnp.exp(z_CV - two_C2[:, :1]).sum(-1))
       return -jnp.log(mass_C), two_C2[:, 0] - two_C2[:, 1]

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from betarank import model
 from betarank.model.decode import CACHE_AXES
 from betarank.model.sharding import constrain
-from betarank.objectives import head_math
+from betarank.objectives import linear_logits
 
 ROLLOUT_STREAM = 2  # fold_in(seed, stream, ...); train/loop.py has 1
 SHORTEST_BUCKET = 16
@@ -355,10 +355,6 @@ def _decode(c, s, eos, weights, rows):
   Returns the rows, and for the host (token_TR, logp_TR, count_R, choice_TRLk, which is None unless they are recorded);
   a row's tokens are the first ones of its column.
   """
-  # The scorer's own function for logits, so that the two can't disagree.
-  options = head_math.Options(
-    with_top_k=False, with_smoothing=False, vocab_size=c.vocab_size, chunk_tokens=None, soft_cap=None, z_loss=0.0,
-    temperature=s.temperature or 1.0, compute_dtype=c.dtype, layout=None)
   head_DV = model.head(c, weights)
 
   def uniform(key_2, count):
@@ -369,7 +365,9 @@ def _decode(c, s, eos, weights, rows):
     live_R = rows.count_R < rows.limit_R
     hidden_R1D, cache, routing = model.forward_routed(
       c, weights, rows.token_R[:, None], rows.cache.length_B[:, None], live_R[:, None].astype(jnp.int32), rows.cache)
-    z_RV = constrain(head_math.logits(options, hidden_R1D[:, 0], head_DV), 'batch', 'vocab')
+    # The scorer's own function for logits, so that the two can't disagree.
+    z_RV = linear_logits(hidden_R1D[:, 0], head_DV, temperature=s.temperature or 1.0, compute_dtype=c.dtype)
+    z_RV = constrain(z_RV, 'batch', 'vocab')
     token_R, logp_R = _draw(s, z_RV, jax.vmap(uniform)(rows.key_R2, rows.count_R))
     count_R = rows.count_R + live_R
     rows = _Rows(

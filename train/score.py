@@ -14,7 +14,7 @@ import numpy as np
 
 from betarank import model
 from betarank.data import Batch
-from betarank.objectives import Layout, TokenStats, shaped_linear_total
+from betarank.objectives import Layout, RewardShaping, TokenStats, shaped_linear_total
 
 # How the head's arrays lie on the mesh, in the words of model/sharding.py's table.
 LAYOUT = Layout(
@@ -22,11 +22,11 @@ LAYOUT = Layout(
 
 
 def score_routed(
-  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0, stats: str = 'full'
+  c: model.ModelConfig, params: Any, batch: Batch, shaping: RewardShaping, stats: str = 'full'
 ) -> tuple[jax.Array, jax.Array, TokenStats, model.Routing | None]:
   """(total, loss_BT, statistics [B, T], routing): the summed loss, which can be differentiated, and its parts, in nats.
 
-  shaping: a RewardShaping, or another objective of `objectives.family`, as ObjectiveConfig.at(step) gives it.
+  shaping: the objective, as ObjectiveConfig.at(step) gives it.
   stats: 'basic' leaves the top k out, and head and tail mass with it, where no lambda needs them.
   Padding (segment 0) counts for nothing, whatever stands there: its loss and statistics are 0. The total, not loss_BT,
   has the load-balance loss of a mixture of experts in it; a dense model has no routing.
@@ -34,17 +34,17 @@ def score_routed(
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   total, loss_BT, token_stats = shaped_linear_total(
     hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats=stats,
-    z_loss=z_loss, layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
+    layout=None if jax.sharding.get_abstract_mesh().empty else LAYOUT)
   if c.moe.balance_weight:
     total += c.moe.balance_weight * jnp.mean(routing.balance_L)
   return total, loss_BT, token_stats, routing
 
 
 def score(
-  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0
+  c: model.ModelConfig, params: Any, batch: Batch, shaping: RewardShaping
 ) -> tuple[jax.Array, jax.Array, TokenStats]:
   """(total, loss_BT, statistics [B, T]) of `score_routed`."""
-  return score_routed(c, params, batch, shaping, z_loss)[:3]
+  return score_routed(c, params, batch, shaping)[:3]
 
 
 def sums(
