@@ -1,4 +1,25 @@
-"""The decoder: config (shapes), sharding (where arrays live), transformer (forward function), decode (its cache)."""
+"""The decoder: its shapes (config), weights and forward function (transformer), sharding table and decoding cache.
+
+Profiles and the planner (launch/plan/predict.py) find its parts by their `jax.named_scope` names:
+
+    embed               looks tokens up in the embedding table
+    layers              everything between the parts of the blocks: the loop over layers, residual sums
+    attention/norm      RMSNorm before attention
+    attention/mask      what the core needs to know of documents, computed once for all layers
+    attention/qkv       projections to queries, keys and values
+    attention/rope      QK-norm and rotary positions
+    attention/core      scores, softmax and weighted values, or the kernel that computes them; writes the cache
+    attention/out       output projection
+    feed_forward/norm   RMSNorm before the feed-forward network, dense or a mixture of experts
+    feed_forward/in     gate and up projections of a dense network or a shared expert, and their product
+    feed_forward/out    down projection of a dense network or a shared expert
+    moe/router          scores and choice of experts, weights of the choices, load statistics
+    moe/weights         all-gathers the experts' weights and reduces their gradients
+    moe/dispatch        sends tokens to their experts and sorts them into tiles
+    moe/experts         the experts' matrix products
+    moe/combine         sums the experts' outputs for each token and sends them back
+    final_norm          RMSNorm after the last layer
+"""
 
 from betarank.model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
 from betarank.model.decode import Cache, empty_cache

@@ -1,9 +1,9 @@
 """Attention: rotary positions, and softmax over the keys that a query may see.
 
-`attend` is the plain form: decoding, and the judge of the others. `rows_attention` picks a form for whole rows by the
-backend: flash kernels, which never hold the scores, on TPU and GPU, a part of the scores at a time on CPU.
+`attend` is the plain implementation, used for decoding and as the reference for the others. `rows_attention` chooses an
+implementation for whole rows: flash kernels, which never hold all scores, on TPU and GPU, and blocks of queries on CPU.
 
-# B batch  T query length  S key length  K key heads  G query heads a key head  N = K·G  H head width
+# B batch  T query length  S key length  K key heads  G query heads per key head  N = K·G  H head width
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-  """Rotary position embedding (arXiv 2104.09864), halves paired as in Qwen and Llama checkpoints.
+  """Applies rotary position embedding (arXiv 2104.09864); dimension i is paired with H/2 + i, as in Qwen and Llama.
 
-  Angles are float32 whatever x is: bfloat16 can't tell position 1025 from 1026.
+  Returns x's dtype. Angles are always float32, because bfloat16 rounds positions 1025 and 1026 to the same number.
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -34,21 +34,22 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
 
 
 def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax.Array:
-  """[B, T, S] bool: a query sees the keys of its own segment up to its own position.
+  """Returns a bool mask [B, T, S]: a query sees the keys of its own segment up to its own position.
 
-  Segment 0 is padding, also in a cache's empty slots; nothing but padding sees it.
+  Segment 0 is padding, and also the empty slots of a cache. Only padding sees it.
   """
   same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
   return same & (positions_BT[:, :, None] >= key_positions_BS[:, None, :])
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-  """Grouped-query attention, [B, T, N, H]; scores and softmax in float32.
+  """Computes grouped-query attention, [B, T, N, H], with scores and softmax in float32.
 
-  A query that sees nothing (padding in front of an empty cache) gets the mean of all values, not NaN.
+  A query that sees no key (padding with an empty cache) gets the mean of all values, not NaN.
   """
   batch, length, heads, width = q_BTNH.shape
-  # Queries first, in the products' own order: as einsum would turn them, decoding on a CPU takes twice as long.
+  # The queries are transposed before the matrix products. With the transposes that einsum chooses, decoding on a CPU
+  # takes twice as long.
   q_BKGTH = (q_BTNH * width**-0.5).reshape(batch, length, k_BKSH.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
   score_BKGTS = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
   score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, -1e30)
@@ -58,33 +59,40 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
 
 
 def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, width: int) -> Callable[..., jax.Array]:
-  """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH over whole rows, where a document's tokens stand in order.
+  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH for whole rows, whose documents are in order.
 
-  kernel: one of KERNELS; `auto` takes splash on TPU, on GPU the Hopper kernels, Triton or cuDNN, the first that can do
-  this card, mesh, head width, length and type, blocks on a CPU where no mesh axis splits the length, and the plain form
-  elsewhere. What depends on the segments alone is made here, once for all layers.
+  Everything that depends on the segments alone is computed here, once for all layers.
+
+  Args:
+    kernel: one of KERNELS. 'auto' chooses splash on TPU; on GPU the first of the Hopper kernels, Triton and cuDNN that
+      supports the card, mesh, head width, length and dtype; blocks on CPU if no mesh axis splits the length; and the
+      plain implementation otherwise.
+    segments_BT: int32, the document of each token; 0 is padding.
+    dtype: of q, k and v.
+    kv_heads, width: K and H.
   """
   if kernel == 'auto':
-    kernel = next(_able(segments_BT.shape[1], kv_heads, width, dtype))
-  forms = {'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'hopper': _hopper, 'triton': _triton, 'cudnn': _cudnn}
-  return forms[kernel](segments_BT)
+    kernel = next(_supported(segments_BT.shape[1], kv_heads, width, dtype))
+  makers = {
+    'plain': _plain, 'blocks': _blocks, 'splash': _splash, 'hopper': _hopper, 'triton': _triton, 'cudnn': _cudnn}
+  return makers[kernel](segments_BT)
 
 
-def _able(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
-  """Forms that can do this here, the fastest first."""
-  whole, half = shards('length') == 1, dtype == jnp.bfloat16
+def _supported(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
+  """Yields the kernels that support these sizes on the current platform and mesh, the fastest first."""
+  whole_rows, bfloat16 = shards('length') == 1, dtype == jnp.bfloat16
   on = platform()
   if on == 'tpu' and width % 128 == 0 and length % (128 * shards('length')) == 0:
     yield 'splash'
-  if on == 'cpu' and whole:
+  if on == 'cpu' and whole_rows:
     yield 'blocks'
-  if on == 'gpu' and half and kv_heads % shards('row_heads') == 0:
+  if on == 'gpu' and bfloat16 and kv_heads % shards('row_heads') == 0:
     from betarank.model.kernels import attention_hopper  # takes a second to import
     if attention_hopper.fits(length, width, device_kind()):
       yield 'hopper'
     if attention_triton.fits(length, width):
       yield 'triton'
-  if on == 'gpu' and half and whole and width % 8 == 0 and width <= 256 and length % 2 == 0:
+  if on == 'gpu' and bfloat16 and whole_rows and width % 8 == 0 and width <= 256 and length % 2 == 0:
     yield 'cudnn'
   yield 'plain'
 
@@ -101,28 +109,29 @@ def _plain(segments_BT):
 
 
 def _blocks(segments_BT):
-  """The plain form, an eighth of the queries (or 128) at a time, with the keys up to the last of them. Their scores
-  aren't kept for the backward pass: a CPU computes them again in less time.
+  """The plain implementation, an eighth of the queries (at least 128) at a time, with the keys up to the last of these.
+
+  Scores aren't saved for the backward pass, because recomputing them takes a CPU less time.
   """
   length = segments_BT.shape[1]
   size = max(128, -(-length // 8))
   index_1T = jnp.arange(length)[None]
   visible_BTT = visible(index_1T, segments_BT, index_1T, segments_BT)
-  some = jax.checkpoint(attend)
+  attend_block = jax.checkpoint(attend)
 
   def run(q_BTNH, k_BTKH, v_BTKH):
     k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    parts = [slice(start, start + size) for start in range(0, length, size)]
+    blocks = [slice(start, start + size) for start in range(0, length, size)]
     out_BTNH = jnp.concatenate([
-      some(q_BTNH[:, part], k_BKTH[:, :, :part.stop], v_BKTH[:, :, :part.stop], visible_BTT[:, part, :part.stop])
-      for part in parts], 1)
+      attend_block(q_BTNH[:, b], k_BKTH[:, :, :b.stop], v_BKTH[:, :, :b.stop], visible_BTT[:, b, :b.stop])
+      for b in blocks], 1)
     return checkpoint_name(out_BTNH, 'attention')
 
   return run
 
 
 def _cudnn(segments_BT):
-  """cuDNN's flash attention. It has no segments, so a mask tells documents apart; the acausal half is skipped."""
+  """cuDNN's flash attention. It doesn't support segments, so it gets a mask of documents; it skips acausal blocks."""
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
   return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
     q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation='cudnn')
@@ -138,14 +147,16 @@ def _triton(segments_BT):
 
 
 def _by_documents(kernel, segments_BT):
-  """A kernel that skips other documents. Each device has its own rows and heads; where devices split the length they
-  trade tokens for heads and back (DeepSpeed-Ulysses, arXiv 2309.14509).
+  """Wraps a kernel that skips other documents. Each device processes its own rows and heads.
+
+  If devices split the length, an all-to-all exchanges tokens for heads before the kernel and back after it
+  (DeepSpeed-Ulysses, arXiv 2309.14509).
   """
   ends = attention_triton.documents(segments_BT)
 
   def run(q_BTNH, k_BTKH, v_BTKH):
     rows = kernel
-    if not jax.sharding.get_abstract_mesh().empty:  # XLA can't split a kernel by itself
+    if not jax.sharding.get_abstract_mesh().empty:  # XLA can't partition a kernel
       heads, tokens = spec('batch', None, 'row_heads', None), spec('batch', None)
       rows = jax.shard_map(rows, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False)
     return rows(q_BTNH, k_BTKH, v_BTKH, *ends)
@@ -154,8 +165,9 @@ def _by_documents(kernel, segments_BT):
 
 
 def _splash(segments_BT):
-  """Splash attention, a Pallas kernel for TPU (interpreted elsewhere): each device has its own rows, heads and queries,
-  and all keys of them.
+  """Splash attention, a Pallas kernel for TPU (interpreted elsewhere).
+
+  Each device processes its own rows, heads and queries, with all keys of its rows.
   """
   length = segments_BT.shape[1]
 
@@ -166,7 +178,7 @@ def _splash(segments_BT):
     rows = lambda kernel, q, k, v, q_segments, kv_segments: jax.vmap(
       lambda *x: kernel(*x[:3], segment_ids=splash.SegmentIds(*x[3:])))(q, k, v, q_segments, kv_segments)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:  # XLA can't split a kernel by itself
+    if not mesh.empty:  # XLA can't partition a kernel
       q, kv = spec('batch', 'act_heads', 'length', None), spec('batch', 'act_heads', None, None)
       parts = kernel.manual_sharding_spec(NamedSharding(mesh, spec('act_heads', 'length')))
       rows = jax.shard_map(rows, in_specs=(parts, q, kv, kv, spec('batch', 'length'), spec('batch', None)), out_specs=q,
@@ -177,7 +189,7 @@ def _splash(segments_BT):
 
 
 def _splash_kernel(heads: int, length: int):
-  """The kernel for the heads of one row. How its blocks (in tokens) were chosen: docs/plans.md."""
+  """Returns the kernel for the heads of one row. docs/plans.md says how its block sizes (in tokens) were chosen."""
   queries = length // shards('length')
   fits = lambda *sizes: next(size for size in (*sizes, 128) if not queries % size)
   forward = fits(1024, 512, 256) if 'v6' in device_kind() else fits(512, 256)

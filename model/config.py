@@ -1,4 +1,4 @@
-"""The shape of a decoder: what it takes to build one, and what it costs to run one."""
+"""The config sections `model` and `model.moe`, and the parameter and FLOP counts that follow from them."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from betarank.model.attention import KERNELS
 from betarank.model.sharding import platform
 
-# What the backward pass finds saved, by the names the layers give their intermediates (jax.ad_checkpoint); the rest
-# is computed again. From the most memory to the least; `none` saves everything, also what has no name.
+# Remat policies, from the most memory to the least: the names of the intermediates that are saved for the backward pass
+# (layers name them with jax.ad_checkpoint.checkpoint_name). All others are recomputed; `none` recomputes nothing.
 REMAT = {
   'none': None,
   'matmuls': ('qkv', 'attention', 'mlp'),
@@ -23,9 +23,21 @@ EXPERT_KERNELS = ('auto', 'tiles', 'ragged', 'pallas', 'triton')
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-  """Section `model.moe`: a mixture of experts in place of the dense feed-forward (model/moe.py); experts = 0: none.
+  """Section `model.moe`: a mixture of experts instead of the dense feed-forward network (model/moe.py).
 
-  Raises ValueError, naming the field first.
+  Attributes:
+    experts: number of experts; 0 means a dense model.
+    experts_per_token: experts that each token is sent to.
+    expert_d_ff: hidden size of an expert.
+    shared_d_ff: hidden size of the expert that all tokens use; 0 means none.
+    router: 'sigmoid' or 'softmax', see `moe.MixtureOfExperts`.
+    routed_scale: factor of the routed experts' output.
+    bias_update_rate: how much an update changes a router bias ('sigmoid' only).
+    balance_weight: factor of the load-balance loss ('softmax' only).
+    kernel: one of EXPERT_KERNELS; 'auto' chooses by platform and sizes.
+
+  Raises:
+    ValueError: a value is outside its range; the message starts with the field's name.
   """
 
   experts: int = 0
@@ -59,10 +71,10 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder with Qwen3's block, dense or a mixture of experts; field by field the section `model` of a config
-  (configs/common.py).
+  """Section `model`: a decoder of Qwen3's blocks, dense or with mixtures of experts (configs/common.py has units).
 
-  Raises ValueError, naming the field first, for sizes that don't fit together.
+  Raises:
+    ValueError: sizes that don't fit together or a value outside its range; the message starts with the field's name.
   """
 
   vocab_size: int
@@ -102,16 +114,16 @@ class ModelConfig:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Type of activations and of weights in a matmul; asks the mesh in force when the config says `auto`."""
+    """Dtype of activations and of matmul inputs; 'auto' is float32 if the current mesh is on CPU, else bfloat16."""
     if self.compute_dtype == 'auto':
       return jnp.dtype(jnp.float32 if platform() == 'cpu' else jnp.bfloat16)
     return jnp.dtype(self.compute_dtype)
 
 
 def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
-  """Parameters by part; the parts sum to what `model.init` makes (a test says so).
+  """Returns the number of parameters of each part; their sum is the size of what `model.init` makes.
 
-  active: only those that one token meets, so experts_per_token of the experts.
+  active: counts only the parameters that one token uses, i.e. experts_per_token of the experts.
   """
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   norms = 2 * c.d_model + 2 * c.head_dim
@@ -129,12 +141,12 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
 
 
 def flops_per_token(c: ModelConfig, sequence_length: int) -> float:
-  """Forward and backward FLOPs a trained token: 6 per weight that it meets in a matmul, plus causal attention.
+  """Returns the FLOPs per trained token, forward and backward: 6 per weight used in a matmul, plus causal attention.
 
-  Attention counts the half that causality leaves (on average T/2 keys a query): scores and their use are
-  4·(T/2)·heads·head_dim FLOPs forward, three times that with the backward pass. Recomputation isn't counted.
+  Causal attention has T/2 keys per query on average. Scores and weighted values take 4·(T/2)·heads·head_dim FLOPs per
+  layer in the forward pass, and three times that with the backward pass. Recomputation isn't counted.
   """
   counts = parameter_counts(c, active=True)
   weights = sum(counts[part] for part in ('attention', 'feed_forward', 'experts', 'router'))
-  weights += c.vocab_size * c.d_model  # the head is a matmul
+  weights += c.vocab_size * c.d_model  # the head is a matmul even if its weights are tied
   return 6.0 * weights + 6.0 * c.layers * sequence_length * c.heads * c.head_dim

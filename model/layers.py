@@ -1,4 +1,4 @@
-"""What the blocks are made of: how a weight is declared, lookup, an exact product, the norm, the dense feed-forward.
+"""Building blocks of the decoder: weight declaration, embedding lookup, matrix products, norm, dense feed-forward.
 
 # B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden  L layers  X, Y any dimensions
 """
@@ -16,17 +16,18 @@ from betarank.model.sharding import constrain, platform, shards, spec
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
-  """A weight in one line: shape, logical axes (model/sharding.py) and the width of its normal start."""
+  """Declares a float32 weight: its shape, logical axes (model/sharding.py) and the std of its normal initialization."""
   value = std * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32)
   return nnx.Param(value, axes=axes, eager_sharding=False)
 
 
 def ones(size: int, axis: str) -> nnx.Param:
+  """Declares a float32 vector of ones, such as the scale of a norm."""
   return nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,), eager_sharding=False)
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
-  """[B, T, D] in `dtype`: the table's rows of these tokens, each device in the part of D that it has."""
+  """Returns the table's rows of these tokens, [B, T, D] in `dtype`. Each device looks up its own part of D."""
   rows, length = tokens_BT.shape
   if platform() != 'gpu' or shards('vocab') > 1 or rows % shards('lookup') or length % shards('length'):
     return table_VD.astype(dtype)[tokens_BT]
@@ -39,8 +40,10 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup_sorted(dtype, table_VD, tokens_BT):
-  """The lookup whose gradient adds up each token's rows in turn, in float32. As XLA would have it, a GPU adds all rows
-  at once, atomically and in `dtype`, and waits wherever a frequent token's meet.
+  """Looks tokens up; the gradient sums the rows of each token in order, in float32.
+
+  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`, and stalls where the rows of a
+  frequent token collide.
   """
   return table_VD.astype(dtype)[tokens_BT]
 
@@ -57,51 +60,51 @@ _lookup_sorted.defvjp(
   _lookup_gradient)
 
 
-def product32(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
-  """[B, T, E] float32, x·w as exact as a float32 product is.
+def matmul_bf16x3(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
+  """Returns x·w, [B, T, E] float32, as accurate as a float32 matrix product; w is float32.
 
-  Where x is bfloat16, three such parts make up float32's w and one product multiplies x by all of them, half the work
-  that an accelerator has with x in float32; backward it is as exact for w, and x gets its gradient in bfloat16.
+  If x is bfloat16, w is split into three bfloat16 terms (bf16x3) and one product multiplies x by all three. On an
+  accelerator this is half the work of a float32 product. The gradient of w is as accurate; that of x is bfloat16.
   """
   if x_BTD.dtype == jnp.bfloat16:
-    return _product_of_parts(x_BTD, w_DE)
+    return _matmul_split(x_BTD, w_DE)
   return jnp.einsum('BTD,DE->BTE', x_BTD, w_DE, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
-def _product_of_parts(x_BTD, w_DE):
-  return _sum_parts(_dot('BTD,DE->BTE', x_BTD, _side_by_side(_parts(w_DE, 3))))
+def _matmul_split(x_BTD, w_DE):
+  return _sum_terms(_dot('BTD,DE->BTE', x_BTD, _concat(_bf16_terms(w_DE, 3))))
 
 
-def _product_gradient(saved, dout_BTE):
+def _matmul_split_gradient(saved, dout_BTE):
   x_BTD, w_DE = saved
-  w1_DE, w2_DE = _parts(w_DE, 2)
-  d1_BTE, d2_BTE, _ = d = _parts(dout_BTE, 3)
-  dx_BTD = _dot('BTE,DE->BTD', _side_by_side([d1_BTE, d2_BTE, d1_BTE]), _side_by_side([w1_DE, w1_DE, w2_DE]))
-  dw_DE = _sum_parts(_dot('BTD,BTE->DE', x_BTD, _side_by_side(d)))
+  w1_DE, w2_DE = _bf16_terms(w_DE, 2)
+  d1_BTE, d2_BTE, _ = d = _bf16_terms(dout_BTE, 3)
+  dx_BTD = _dot('BTE,DE->BTD', _concat([d1_BTE, d2_BTE, d1_BTE]), _concat([w1_DE, w1_DE, w2_DE]))
+  dw_DE = _sum_terms(_dot('BTD,BTE->DE', x_BTD, _concat(d)))
   return dx_BTD.astype(x_BTD.dtype), dw_DE
 
 
-_product_of_parts.defvjp(lambda x_BTD, w_DE: (_product_of_parts(x_BTD, w_DE), (x_BTD, w_DE)), _product_gradient)
+_matmul_split.defvjp(lambda x_BTD, w_DE: (_matmul_split(x_BTD, w_DE), (x_BTD, w_DE)), _matmul_split_gradient)
 
 
-def _parts(x: jax.Array, count: int) -> list[jax.Array]:
-  """Arrays in bfloat16 that make up x but for 2^-9 of it, 2^-18 or 2^-27. XLA may drop a cast and its inverse; it keeps
-  reduce_precision.
-  """
-  parts = []
+def _bf16_terms(x: jax.Array, count: int) -> list[jax.Array]:
+  """Splits float32 x into bfloat16 terms whose sum is x up to a relative error of 2^-9, 2^-18 or 2^-27."""
+  terms = []
   for _ in range(count):
+    # XLA may remove a cast and its inverse, but not reduce_precision.
     high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    parts.append(high.astype(jnp.bfloat16))
+    terms.append(high.astype(jnp.bfloat16))
     x = x - high
-  return parts
+  return terms
 
 
-def _side_by_side(parts: list[jax.Array]) -> jax.Array:
-  return jnp.concatenate(parts, -1)
+def _concat(terms: list[jax.Array]) -> jax.Array:
+  return jnp.concatenate(terms, -1)
 
 
-def _sum_parts(x: jax.Array) -> jax.Array:
+def _sum_terms(x: jax.Array) -> jax.Array:
+  """Returns the sum of the three thirds of x's last axis."""
   return sum(jnp.split(x, 3, -1))
 
 
@@ -110,25 +113,26 @@ def _dot(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-  """x / rms(x) · scale over the last dimension, computed in float32."""
+  """Returns x / rms(x) · scale over the last axis, in x's dtype; computed in float32."""
   x32 = x.astype(jnp.float32)
   x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   return (x32 * scale[...]).astype(x.dtype)
 
 
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
-  """[B, T, Y]: x times w over the first `inner` dimensions of w, in the type of x."""
+  """Returns x·w, [B, T, Y] in x's dtype, contracted over the first `inner` dimensions of w."""
   w_XY = w_XY[...].astype(x_BTX.dtype)
   if platform() != 'cpu' or shards('length') > 1:
     return jnp.tensordot(x_BTX, w_XY, inner)
-  # XLA's CPU backend copies what a product sums over two dimensions of, B and T in a weight's gradient, transposed.
+  # XLA's CPU backend would transpose and copy an operand that it contracts over two dimensions. A weight's gradient is
+  # such a product, over B and T.
   rows = math.prod(w_XY.shape[:inner])
   out_NY = x_BTX.reshape(-1, rows) @ w_XY.reshape(rows, -1)
   return out_NY.reshape(*x_BTX.shape[:2], *w_XY.shape[inner:])
 
 
 class FeedForward(nnx.Module):
-  """SwiGLU of width d_ff."""
+  """A SwiGLU network with hidden size d_ff."""
 
   def __init__(self, c: ModelConfig, d_ff: int, key: jax.Array):
     gate, up, down = jax.random.split(key, 3)
@@ -138,8 +142,10 @@ class FeedForward(nnx.Module):
     self.down_FD = weight(down, (d_ff, c.d_model), ('mlp', 'embed'), std=(d_ff * 2 * c.layers) ** -0.5)
 
   def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
-    """(out_BTD, None): a mixture of experts (model/moe.py) takes and returns more."""
-    gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
-    up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')
-    hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
-    return project(hidden_BTF, self.down_FD), None
+    """Returns (out_BTD, None). MixtureOfExperts (model/moe.py) has the same interface and uses all of it."""
+    with jax.named_scope('feed_forward/in'):
+      gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
+      up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')
+      hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
+    with jax.named_scope('feed_forward/out'):
+      return project(hidden_BTF, self.down_FD), None

@@ -1,7 +1,7 @@
-"""Where each dimension of each array goes: one table from logical axis names to mesh axes.
+"""Sharding: one table that maps the logical axis names of all arrays to mesh axes.
 
-A new layout is an edit of RULES. Weights and activations have separate names, so one can move without the other.
-The model names logical axes only; it never sees a device count.
+To change how arrays are sharded, edit RULES. Weights and activations have separate names, so they can be sharded
+independently. The model uses logical names only and never sees a number of devices.
 """
 
 import dataclasses
@@ -26,24 +26,24 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'head_dim': None,
   'mlp': 'tensor',
   'experts': 'expert',
-  'router': None,  # every device chooses among all experts
+  'router': None,  # every device scores all experts
   'norm': None,
   'bias': None,
   # activations
   'batch': ('data', 'fsdp', 'expert'),
-  'lookup': ('data', 'expert'),  # the batch while `embed` splits D
+  'lookup': ('data', 'expert'),  # the batch of the embedding lookup, while `embed` splits D
   'length': 'context',
   'act_embed': None,
   'act_heads': 'tensor',
-  'row_heads': ('tensor', 'context'),  # where a device needs all of a row's tokens
+  'row_heads': ('tensor', 'context'),  # heads where a device needs all tokens of a row
   'act_mlp': 'tensor',
 }
 
 
 def spec(*axes: str | None) -> P:
-  """PartitionSpec of an array whose dimensions have these logical names (None: not sharded).
+  """Returns the PartitionSpec of an array whose dimensions have these logical names (None: not sharded).
 
-  Raises ValueError if two dimensions would share a mesh axis, KeyError for a name not in RULES.
+  Raises ValueError if two dimensions would share a mesh axis, and KeyError if a name isn't in RULES.
   """
   dims = [RULES[axis] if axis else None for axis in axes]
   used = [name for dim in dims if dim for name in ((dim,) if isinstance(dim, str) else dim)]
@@ -54,7 +54,7 @@ def spec(*axes: str | None) -> P:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; at most one may be -1, which takes all that the others leave."""
+  """The number of devices along each mesh axis. One may be -1, which means all devices that the others leave."""
 
   data: int
   fsdp: int
@@ -71,7 +71,7 @@ class MeshConfig:
       raise ValueError('data and all other axes: only one axis may be -1')
 
   def shape(self, devices: int) -> tuple[int, ...]:
-    """Sizes in the order of MESH_AXES. Raises ValueError if they don't make up `devices`."""
+    """Returns the sizes in the order of MESH_AXES. Raises ValueError if their product isn't `devices`."""
     sizes = [getattr(self, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and devices % fixed == 0:
@@ -83,16 +83,17 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """The mesh over `devices` (default: all). Axis types are stated because JAX's default has changed.
+  """Returns the mesh over `devices` (default: all of them).
 
-  Over several TPU slices the data axis, the outermost, spans them, so that only sums of gradients cross the network
-  between them. Raises ValueError if the sizes don't make up the devices, or data isn't a multiple of the slices.
+  With several TPU slices, the data axis, which is the outermost, spans them. Then only sums of gradients cross the
+  network between slices. Raises ValueError if the product of the sizes isn't the number of devices, or if data isn't a
+  multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
-  shape, types = config.shape(len(devices)), (AxisType.Auto,) * len(MESH_AXES)
+  shape, types = config.shape(len(devices)), (AxisType.Auto,) * len(MESH_AXES)  # JAX's default type differs by version
   tpu = devices[0].platform == 'tpu'
   slices = len({getattr(device, 'slice_index', 0) for device in devices}) if tpu else 1
-  # Axes may share one of the torus: no product of the sides of 16 x 16 is 32.
+  # Splitting physical axes allows mesh axes such as 32 on a torus of 16 x 16.
   if slices == 1:
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   elif shape[0] % slices:
@@ -104,43 +105,46 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def platform() -> str:
-  """'cpu', 'gpu' or 'tpu': what the mesh in force is made of, also of devices that aren't here; else JAX's default."""
+  """Returns 'cpu', 'gpu' or 'tpu': the platform of the current mesh, which may be abstract, else JAX's default."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
 
 def device_kind() -> str:
-  """The name of what `platform` speaks of, as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'."""
+  """Returns the kind of the devices of `platform()`, such as 'TPU v5 lite' or 'NVIDIA H100 80GB HBM3'."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.device_kind if device else jax.devices()[0].device_kind
 
 
 def cores() -> int:
-  """Cores of a chip of the mesh in force, over which a kernel's grid can be spread: two on v5p, else one."""
+  """Returns the cores per chip of the current mesh, which a kernel's grid can use in parallel: 2 on v5p, else 1."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (device and device.num_cores) or 1
 
 
 def shards(axis: str) -> int:
-  """Into how many parts the mesh in force cuts a dimension with this logical name."""
+  """Returns the number of parts into which the current mesh splits a dimension with this logical name."""
   sizes, dim = dict(jax.sharding.get_abstract_mesh().shape), RULES[axis]
   return math.prod(sizes.get(name, 1) for name in ((dim,) if isinstance(dim, str) else dim or ()))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Pins an activation to its place in RULES; does nothing where no mesh is set (`jax.set_mesh`)."""
+  """Constrains the sharding of an activation to RULES. Without a current mesh (`jax.set_mesh`), returns x itself."""
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:
-  """NamedShardings for a tree whose leaves are tuples of logical names."""
+  """Returns NamedShardings for a tree whose leaves are tuples of logical names."""
   return jax.tree.map(lambda a: NamedSharding(mesh, spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
 def check_divides(shapes: Any, axes: Any, mesh_shape: Mapping[str, int]) -> None:
-  """Raises ValueError naming the first parameter with a dimension that its mesh axes don't divide."""
+  """Raises ValueError naming the first parameter with a dimension that its mesh axes don't divide.
+
+  shapes and axes are trees as `transformer.abstract` returns them; mesh_shape maps mesh axes to sizes.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(shapes)
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
   for (path, leaf), logical in zip(leaves, names, strict=True):

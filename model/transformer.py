@@ -1,8 +1,8 @@
-"""The decoder: Qwen3's block (RMSNorm, rotary GQA with QK-norm, SwiGLU), layers stacked and scanned.
+"""The decoder: Qwen3's blocks (RMSNorm, rotary GQA with QK-norm, SwiGLU), stacked and scanned over layers.
 
-NNX declares the parameters; all else is plain JAX. `init` makes the parameters as a tree of arrays, `forward`
-is a pure function of them that serves training, prefill and decoding (with a cache). Parameters are float32;
-matmuls run in the config's compute type; norms and softmax in float32.
+NNX declares the parameters; everything else is plain JAX. `init` makes the parameters as a tree of arrays. `forward` is
+a pure function of them, which serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls use
+the config's compute dtype, norms and softmax use float32.
 
 # B batch  T tokens  S cache slots  D width  N query heads  K key heads  H head width  F hidden  L layers  V vocabulary
 """
@@ -21,21 +21,22 @@ from betarank.model.attention import attend, rotate, rows_attention, visible
 from betarank.model.config import REMAT, ModelConfig
 from betarank.model.decode import Cache, slots_for, write, write_heads
 from betarank.model.layers import FeedForward, lookup, ones, project, rms_norm, weight
-from betarank.model.moe import SAVED, MixtureOfExperts, Routing
+from betarank.model.moe import CHOICES, MixtureOfExperts, Routing
 from betarank.model.sharding import constrain
 
 Params = dict[str, Any]
 
 
-def saves(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
-  """A policy for jax.checkpoint: keep what has one of these names, if asked in the host's memory.
+def remat_policy(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
+  """Returns a policy for jax.checkpoint that saves the intermediates with these checkpoint names.
 
-  cuDNN's kernel is known by its primitive, and what it makes stays on the device.
+  offload: keeps them in host memory. The outputs of cuDNN's attention kernel, which are recognized by its primitive,
+  always stay on the device.
   """
-  named = jax.checkpoint_policies.save_only_these_names(*names, SAVED)
+  named = jax.checkpoint_policies.save_only_these_names(*names, CHOICES)
   if offload:
     named = jax.checkpoint_policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[SAVED], names_which_can_be_offloaded=list(names), offload_src='device',
+      names_which_can_be_saved=[CHOICES], names_which_can_be_offloaded=list(names), offload_src='device',
       offload_dst='pinned_host')
 
   def policy(primitive, *args, **params):
@@ -46,6 +47,8 @@ def saves(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
 
 
 class Attention(nnx.Module):
+  """Grouped-query attention with QK-norm and rotary positions."""
+
   def __init__(self, c: ModelConfig, key: jax.Array):
     q, k, v, o = jax.random.split(key, 4)
     std = c.d_model**-0.5
@@ -59,18 +62,24 @@ class Attention(nnx.Module):
     self.k_norm_H = ones(c.head_dim, 'norm')
 
   def __call__(self, x_BTD, positions_BT, attend):
-    """[B, T, D]; attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH is what a query sees and how it is computed."""
+    """Returns out_BTD. attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH computes attention and knows what queries may see."""
     c = self.c
-    q_BTNH = checkpoint_name(project(x_BTD, self.q_DNH), 'qkv')
-    k_BTKH = checkpoint_name(project(x_BTD, self.k_DKH), 'qkv')
-    v_BTKH = checkpoint_name(project(x_BTD, self.v_DKH), 'qkv')
-    q_BTNH = rotate(rms_norm(q_BTNH, self.q_norm_H, c.norm_eps), positions_BT, c.rope_base)
-    k_BTKH = rotate(rms_norm(k_BTKH, self.k_norm_H, c.norm_eps), positions_BT, c.rope_base)
-    out_BTNH = constrain(attend(q_BTNH, k_BTKH, v_BTKH), 'batch', 'length', 'act_heads', None)
-    return project(out_BTNH, self.o_NHD, 2)
+    with jax.named_scope('attention/qkv'):
+      q_BTNH = checkpoint_name(project(x_BTD, self.q_DNH), 'qkv')
+      k_BTKH = checkpoint_name(project(x_BTD, self.k_DKH), 'qkv')
+      v_BTKH = checkpoint_name(project(x_BTD, self.v_DKH), 'qkv')
+    with jax.named_scope('attention/rope'):
+      q_BTNH = rotate(rms_norm(q_BTNH, self.q_norm_H, c.norm_eps), positions_BT, c.rope_base)
+      k_BTKH = rotate(rms_norm(k_BTKH, self.k_norm_H, c.norm_eps), positions_BT, c.rope_base)
+    with jax.named_scope('attention/core'):
+      out_BTNH = constrain(attend(q_BTNH, k_BTKH, v_BTKH), 'batch', 'length', 'act_heads', None)
+    with jax.named_scope('attention/out'):
+      return project(out_BTNH, self.o_NHD, 2)
 
 
 class Block(nnx.Module):
+  """A decoder layer: attention and a feed-forward network, each after a norm and added to the residual stream."""
+
   def __init__(self, c: ModelConfig, key: jax.Array):
     attention, feed_forward = jax.random.split(key)
     self.c = c
@@ -80,18 +89,23 @@ class Block(nnx.Module):
     self.feed_forward = MixtureOfExperts(c, feed_forward) if c.moe.experts else FeedForward(c, c.d_ff, feed_forward)
 
   def __call__(self, x_BTD, positions_BT, segments_BT, attend, choices_BTk):
-    """(x_BTD, Routing of this layer or None)."""
-    x_BTD = x_BTD + self.attention(rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps), positions_BT, attend)
-    normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.c.norm_eps)
+    """Returns (x_BTD, the Routing of this layer or None)."""
+    with jax.named_scope('attention/norm'):
+      normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps)
+    x_BTD = x_BTD + self.attention(normed_BTD, positions_BT, attend)
+    with jax.named_scope('feed_forward/norm'):
+      normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.c.norm_eps)
     out_BTD, routing = self.feed_forward(normed_BTD, segments_BT > 0, choices_BTk)
     return constrain(x_BTD + out_BTD, 'batch', 'length', 'act_embed'), routing
 
 
 class Transformer(nnx.Module):
+  """The decoder without its head. `__call__` returns (hidden_BTD, the new cache or None, Routing or None)."""
+
   def __init__(self, c: ModelConfig, key: jax.Array):
     embed, layers, head = jax.random.split(key, 3)
     self.c = c
-    # D^-1/2 gives first logits a spread of about 1 at any width; at D = 2560 it is the usual 0.02.
+    # D^-1/2 gives the initial logits a standard deviation of about 1 at any width. At D = 2560 it is the usual 0.02.
     self.embed_VD = weight(embed, (c.vocab_size, c.d_model), ('vocab', 'embed'), std=c.d_model**-0.5)
     self.layers = jax.vmap(functools.partial(Block, c))(jax.random.split(layers, c.layers))  # leading axis L
     self.norm_D = ones(c.d_model, 'norm')
@@ -100,53 +114,63 @@ class Transformer(nnx.Module):
 
   def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None, choices_LBTk):
     c = self.c
-    # Each device looks its part of D up for the tokens of all who share its table, and then they trade. Left alone XLA
-    # may gather the whole table, which is more to send, and again for its gradient.
-    tokens_BT = constrain(tokens_BT, 'lookup', 'length')
-    x_BTD = constrain(lookup(self.embed_VD[...], tokens_BT, c.dtype), 'lookup', 'length', 'embed')
-    x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
+    # The devices that share a table each look up their part of D for the tokens of all, then exchange parts in an
+    # all-to-all. Without these constraints XLA may all-gather the table, which sends more, and do so again for its
+    # gradient.
+    with jax.named_scope('embed'):
+      tokens_BT = constrain(tokens_BT, 'lookup', 'length')
+      x_BTD = constrain(lookup(self.embed_VD[...], tokens_BT, c.dtype), 'lookup', 'length', 'embed')
+      x_BTD = constrain(x_BTD, 'batch', 'length', 'act_embed')
     if cache is not None:
       return self.cached(x_BTD, positions_BT, segments_BT, cache, choices_LBTk)
-    attend = rows_attention(c.attention, segments_BT, c.dtype, c.kv_heads, c.head_dim)
+    with jax.named_scope('attention/mask'):
+      attend = rows_attention(c.attention, segments_BT, c.dtype, c.kv_heads, c.head_dim)
     block = lambda x_BTD, layer: layer[0](x_BTD, positions_BT, segments_BT, attend, layer[1])
     if c.remat_policy != 'none':
-      policy = saves(REMAT[c.remat_policy], c.offload_activations)
+      policy = remat_policy(REMAT[c.remat_policy], c.offload_activations)
       block = jax.checkpoint(block, policy=policy, prevent_cse=not c.scan_layers)
-    x_BTD, routing = jax.lax.scan(block, x_BTD, (self.layers, choices_LBTk), unroll=1 if c.scan_layers else c.layers)
-    return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
+    unroll = 1 if c.scan_layers else c.layers
+    with jax.named_scope('layers'):
+      x_BTD, routing = jax.lax.scan(block, x_BTD, (self.layers, choices_LBTk), unroll=unroll)
+    with jax.named_scope('final_norm'):
+      return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 
   def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
-    """The rest of the forward pass for tokens that follow those in the cache."""
-    slot_BT = slots_for(cache, segments_BT)
-    cache = dataclasses.replace(
-      cache,
-      positions_BS=write(cache.positions_BS, positions_BT, slot_BT),
-      segments_BS=write(cache.segments_BS, segments_BT, slot_BT),
-      length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
-    )
-    visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
+    """Returns what `__call__` does for embedded tokens that follow those in the cache."""
+    with jax.named_scope('attention/mask'):
+      slot_BT = slots_for(cache, segments_BT)
+      cache = dataclasses.replace(
+        cache,
+        positions_BS=write(cache.positions_BS, positions_BT, slot_BT),
+        segments_BS=write(cache.segments_BS, segments_BT, slot_BT),
+        length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
+      )
+      visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
     k_LBKSH, v_LBKSH, routings = list(cache.k_LBKSH), list(cache.v_LBKSH), []
-    for i in range(self.c.layers):  # a scan would copy the cache every step
+    for i in range(self.c.layers):  # a scan would copy the cache at every step
 
       def attend_cached(q_BTNH, k_BTKH, v_BTKH, i=i):
         k_LBKSH[i] = write_heads(k_LBKSH[i], k_BTKH, slot_BT)
         v_LBKSH[i] = write_heads(v_LBKSH[i], v_BTKH, slot_BT)
         return attend(q_BTNH, k_LBKSH[i], v_LBKSH[i], visible_BTS)
 
-      layer, choices_BTk = jax.tree.map(
-        lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk), is_leaf=lambda x_L: isinstance(x_L, list))
-      x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
+      with jax.named_scope('layers'):
+        layer, choices_BTk = jax.tree.map(
+          lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk), is_leaf=lambda x_L: isinstance(x_L, list))
+        x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
       routings.append(routing)
     cache = dataclasses.replace(cache, k_LBKSH=tuple(k_LBKSH), v_LBKSH=tuple(v_LBKSH))
-    return rms_norm(x_BTD, self.norm_D, self.c.norm_eps), cache, jax.tree.map(lambda *x: jnp.stack(x), *routings)
+    with jax.named_scope('final_norm'):
+      x_BTD = rms_norm(x_BTD, self.norm_D, self.c.norm_eps)
+    return x_BTD, cache, jax.tree.map(lambda *x: jnp.stack(x), *routings)
 
 
 @functools.lru_cache
 def abstract(c: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
-  """(graph definition, shapes, logical axes) of a model's parameters, without making them."""
+  """Returns (graph definition, shapes, logical axes) of a model's parameters without making them."""
   graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(c, jax.random.key(0))))
 
-  def axes(path, variable):  # vmap put the layers in front of what one Block declared
+  def axes(path, variable):  # vmap adds the axis of layers in front of those that a Block declares
     names = variable.get_metadata('axes')
     return ('layers', *names) if path[0].key == 'layers' else names
 
@@ -155,7 +179,7 @@ def abstract(c: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
 
 
 def init(c: ModelConfig, key: jax.Array) -> Params:
-  """Fresh float32 parameters, layers stacked; jit it with `out_shardings` and they are born sharded."""
+  """Initializes float32 parameters, with layers stacked. Jit it with `out_shardings` to create them sharded."""
   return nnx.to_pure_dict(nnx.split(Transformer(c, key))[1])
 
 
@@ -168,12 +192,20 @@ def forward_routed(
   cache: Cache | None = None,
   choices_LBTk: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, Routing | None]:
-  """Final hidden states [B, T, D] in the compute type, the cache with these tokens added, and where tokens went.
+  """Runs the decoder up to its last norm. `hidden @ head(c, params)` are the logits.
 
-  Args are int32 [B, T]; positions restart in each document, segments number the documents from 1, 0 is padding.
-  Multiply the result with `head(c, params)` for logits; `objectives.shaped_linear_loss` does so piece by piece.
-  choices_LBTk: the experts to use instead of the routers' choice, as an earlier Routing recorded them.
-  A dense model has no Routing: None. With a cache, `layers` may also hold a list of each weight's layers.
+  Args:
+    c: the model's config.
+    params: as `init` makes them. With a cache, each leaf of `layers` may also be a list with one array per layer.
+    tokens_BT: int32 token ids.
+    positions_BT: int32 positions, which restart at 0 in each document.
+    segments_BT: int32, numbers the documents of a row from 1; 0 is padding.
+    cache: the tokens before these; None: there are none.
+    choices_LBTk: int32, the experts to use instead of the routers' choice, as recorded by an earlier Routing.
+
+  Returns:
+    (hidden_BTD, cache, routing): hidden states in the compute dtype, the cache with these tokens added (None without a
+    cache), and the Routing (None for a dense model).
   """
   return nnx.merge(abstract(c)[0], params)(tokens_BT, positions_BT, segments_BT, cache, choices_LBTk)
 
@@ -186,10 +218,10 @@ def forward(
   segments_BT: jax.Array,
   cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-  """The hidden states and the cache of `forward_routed`."""
+  """Returns the hidden states and the cache of `forward_routed`."""
   return forward_routed(c, params, tokens_BT, positions_BT, segments_BT, cache)[:2]
 
 
 def head(c: ModelConfig, params: Params) -> jax.Array:
-  """The prediction matrix [D, V], float32; with tied embeddings the embedding's transpose."""
+  """Returns the head's weights [D, V], float32. With tied embeddings this is the transpose of the embedding table."""
   return params['embed_VD'].T if c.tied_embeddings else params['head_DV']

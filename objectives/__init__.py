@@ -1,9 +1,21 @@
-"""Training objectives: arrays in, arrays out. `reward_shaping.py` has the loss as the paper writes it."""
+"""Training objectives as pure functions: arrays in, arrays out.
+
+`reward_shaping.py` is the paper's loss in its most readable form. `head.py` computes the same loss without ever holding
+all logits.
+
+Profiles and the planner (launch/plan/predict.py) find this code by its `jax.named_scope` names:
+
+    head/weights    all-gathers the head's weights and reduces their gradient
+    head/logits     hidden states times the head's weights
+    head/loss       sums over the vocabulary, the loss and the token statistics
+    head/gradient   gradients with respect to the logits, the hidden states and the weights
+    head            everything else: the loop over chunks
+"""
 
 from betarank.objectives.collectives import Layout
-from betarank.objectives.family import ObjectiveConfig
+from betarank.objectives.config import ObjectiveConfig
 from betarank.objectives.head import linear_token_stats, shaped_linear_loss, shaped_linear_total
-from betarank.objectives.head_math import TokenStats
+from betarank.objectives.head_math import TokenStats, linear_logits
 from betarank.objectives.leaders import leading_two
 from betarank.objectives.reward_shaping import RewardShaping, shaped_loss
 
@@ -13,6 +25,7 @@ __all__ = [
   'RewardShaping',
   'TokenStats',
   'leading_two',
+  'linear_logits',
   'linear_token_stats',
   'shaped_linear_loss',
   'shaped_linear_total',

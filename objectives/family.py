@@ -1,23 +1,29 @@
-"""The paper's objective among its relatives, in one frame, and as a config section with schedules.
+"""The ground-truth term of the paper's objective and of related objectives, in one common form.
 
-A relative is one function of the target's margin m = log p/(1-p), float32 [...]. It returns (cost, weight):
-the loss in nats, and -dcost/dlog p, what cross-entropy's gradient is multiplied by; neither has a gradient of
-its own. Rewards of wrong tokens (lambda_head, lambda_tail) combine with every one. A new objective is such a
-function and a line in FAMILY; the chunked head and the reference then know it.
+Each objective is a function of the target's margin m = log p/(1-p), float32 [...], and of at most one parameter. It
+returns (cost, weight), both float32 [...]:
 
-In this module `knob` stands for the one number each has: β, γ, α, N or ε.
+    cost      the loss in nats
+    weight    -dcost/dlog p, the factor that multiplies the gradient of cross-entropy
+
+The loss functions treat both as constants and form the gradient from `weight`, so JAX never differentiates through
+these functions. Rewards for wrong tokens (lambda_head, lambda_tail) combine with every objective.
+
+To add an objective, write such a function and add a line to FAMILY. The reference loss and the chunked head then
+support it.
 """
 
-import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from betarank.objectives.reward_shaping import RewardShaping, check_number, check_top_k, power_weight, product_weight
+softplus = jax.nn.softplus  # log p = -softplus(-m), log(1-p) = -softplus(m)
 
-softplus = jax.nn.softplus  # -log p = softplus(-m), -log(1-p) = softplus(m)
+# From this margin on 1 - p is too small for float32, so the weight of 'power' is computed from its limit form.
+FAR_MARGIN = 20.0
+# The weight of 'product' grows without bound as p -> 1 if β < 0, so it is capped.
+MAX_PRODUCT_WEIGHT = 30.0
 
 
 def cross_entropy(margin, _=None):
@@ -26,51 +32,51 @@ def cross_entropy(margin, _=None):
 
 
 def power(margin, beta):
-  """-sg(w) log p, w = p^(1-(1-p)^β): arXiv 2512.22955, Eq 11. Cross-entropy at β = 0."""
+  """-sg(w) log p with w = p^(1-(1-p)^β): arXiv 2512.22955, Eq 11. Equals cross-entropy at β = 0."""
   weight = power_weight(margin, beta)
   return weight * softplus(-margin), weight
 
 
 def product(margin, beta):
-  """-sg((1-p)^β) log p, focal loss with a fixed weight. Cross-entropy at β = 0."""
+  """-sg((1-p)^β) log p: focal loss with a constant weight. Equals cross-entropy at β = 0."""
   weight = product_weight(margin, beta)
   return weight * softplus(-margin), weight
 
 
 def label_smoothing(margin, epsilon):
-  """-(1-ε) log p - ε/V Σ_a log p_a (Szegedy et al., arXiv 1512.00567). Cross-entropy at ε = 0.
+  """-(1-ε) log p - ε/V Σ_a log p_a (Szegedy et al., arXiv 1512.00567). Equals cross-entropy at ε = 0.
 
-  The first term only; the second is the smoothing that TokenObjective asks of the head.
+  Returns the first term only. The loss functions add the second one, which `RewardShaping.smoothing` asks for.
   """
   return (1 - epsilon) * softplus(-margin), (1 - epsilon) * jnp.ones_like(margin)
 
 
 def focal(margin, gamma):
-  """-(1-p)^γ log p, differentiated through the weight (arXiv 1708.02002). Cross-entropy at γ = 0."""
+  """-(1-p)^γ log p, differentiated through the weight (arXiv 1708.02002). Equals cross-entropy at γ = 0."""
   nll, scale = softplus(-margin), jnp.exp(-gamma * softplus(margin))
-  near = jnp.minimum(margin, 15.0)  # beyond, -log p / (1-p) is 1 to the last digit and both underflow
+  near = jnp.minimum(margin, 15.0)  # beyond 15, -log p / (1-p) rounds to 1, and both terms would underflow
   ratio = jnp.where(margin < 15, softplus(-margin) * jnp.exp(softplus(near)), 1.0)
   return scale * nll, scale * (1 + gamma * jnp.exp(-nll) * ratio)
 
 
 def dft(margin, _=None):
-  """-sg(p) log p, i.e. reward 1 (Dynamic Fine-Tuning, arXiv 2508.05629). The power form as β -> ∞."""
+  """-sg(p) log p, i.e. reward 1 for the target (Dynamic Fine-Tuning, arXiv 2508.05629); `power` at β -> ∞."""
   p = jnp.exp(-softplus(-margin))
   return p * softplus(-margin), p
 
 
 def likelihood_power(margin, alpha):
-  """(1 - p^α)/α (Beyond Log Likelihood, arXiv 2510.00526). Cross-entropy at α = 0, -p at α = 1."""
+  """(1 - p^α)/α (Beyond Log Likelihood, arXiv 2510.00526). Equals cross-entropy at α = 0, and 1 - p at α = 1."""
   nll = softplus(-margin)
   return nll * _mean_decay(alpha * nll), jnp.exp(-alpha * nll)
 
 
 def coverage(margin, n):
-  """-log(1 - (1-p)^N), that one of N samples is right (arXiv 2502.07154). Cross-entropy at N = 1.
+  """-log(1 - (1-p)^N), minus the log-probability that at least one of N samples is right. Cross-entropy at N = 1.
 
-  Direct Coverage Optimization; weight = N (1-p)^(N-1) p / (1 - (1-p)^N).
+  This is Direct Coverage Optimization (arXiv 2502.07154); weight = N (1-p)^(N-1) p / (1 - (1-p)^N).
   """
-  far = margin < -15  # log(1-p) = -p = -exp(m) to the last digit, and would underflow
+  far = margin < -15  # there log(1-p) rounds to -p = -exp(m), and would underflow
   miss = softplus(margin)  # -log(1-p)
   log_miss = jnp.where(far, margin, jnp.log(softplus(jnp.maximum(margin, -15.0))))
   p_over_miss = jnp.where(far, 1.0, jnp.exp(-softplus(-margin) - log_miss))
@@ -81,12 +87,31 @@ def coverage(margin, n):
   return jnp.where(y > 1, many, few), p_over_miss * jnp.exp((1 - n) * miss) / decay
 
 
+def power_weight(margin, beta):
+  """Returns p^(1 - (1-p)^β) from the margin log p/(1-p): float32 [...], exact at both ends, 1 for β = 0.
+
+  Computed from p itself, 1 - p would round to zero from a margin of 17 on, and β < 0 would give inf or NaN.
+  """
+  near, far = jnp.minimum(margin, FAR_MARGIN), jnp.maximum(margin, FAR_MARGIN)
+  log_p = -softplus(-near)
+  log_1mp = -softplus(near)
+  exponent_near = -log_p * jnp.expm1(beta * log_1mp)
+  exponent_far = jnp.exp(-(1 + beta) * far) - jnp.exp(-far)  # uses log p = -exp(-margin), which holds there
+  return jnp.exp(jnp.where(margin < FAR_MARGIN, exponent_near, exponent_far))
+
+
+def product_weight(margin, beta):
+  """Returns (1-p)^β from the margin log p/(1-p): float32 [...], capped at MAX_PRODUCT_WEIGHT."""
+  log_weight = -beta * softplus(margin)
+  return jnp.exp(jnp.minimum(log_weight, math.log(MAX_PRODUCT_WEIGHT)))
+
+
 def _mean_decay(y):
-  """(1 - exp(-y)) / y for y >= 0, 1 at 0."""
+  """Returns (1 - exp(-y)) / y for y >= 0; 1 at 0."""
   return jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
 
 
-# name -> (function, smallest knob, largest knob)
+# name -> (function, smallest parameter, largest parameter). Objectives without a parameter take 0.
 FAMILY = {
   'power': (power, -1.0, math.inf),
   'product': (product, -1.0, math.inf),
@@ -97,120 +122,3 @@ FAMILY = {
   'likelihood_power': (likelihood_power, 0.0, math.inf),
   'coverage': (coverage, 1.0, math.inf),
 }
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['knob', 'lambda_head', 'lambda_tail'],
-  meta_fields=['name', 'top_k'],
-)
-@dataclasses.dataclass(frozen=True)
-class TokenObjective:
-  """Any member of FAMILY with any rewards for wrong tokens; goes wherever a RewardShaping goes."""
-
-  name: str
-  knob: float | jax.Array = 0.0
-  lambda_head: float | jax.Array = 0.0
-  lambda_tail: float | jax.Array = 0.0
-  top_k: int = 100
-
-  def __post_init__(self):
-    if self.name not in FAMILY:
-      raise ValueError(f'name must be one of {", ".join(FAMILY)}, got {self.name!r}')
-    _, low, high = FAMILY[self.name]
-    check_number('knob', self.knob, at_least=low)
-    if isinstance(self.knob, int | float) and self.knob > high:
-      raise ValueError(f'knob must be <= {high:g} for {self.name}, got {self.knob}')
-    check_number('lambda_head', self.lambda_head)
-    check_number('lambda_tail', self.lambda_tail)
-    check_top_k(self.top_k)
-
-  def positive(self, margin):
-    return FAMILY[self.name][0](margin, self.knob)
-
-  @property
-  def smoothing(self):
-    """ε of the term ε/V Σ_a -log p_a."""
-    return self.knob if self.name == 'label_smoothing' else 0.0
-
-
-SCHEDULES = ('constant', 'linear', 'step')
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-  """The config section `objective`; `at(step)` is what the loss functions take.
-
-  Attributes:
-    form: a name of FAMILY. 'power' is the paper's; all zero with it is plain cross-entropy, bit for bit.
-    beta: the form's number: β of power and product, γ of focal, ε of label_smoothing, α of likelihood_power,
-      N of coverage; cross_entropy and dft have none (0).
-    lambda_head: λ̃, reward of wrong tokens among the top k.
-    lambda_tail: λ̂, reward of all other wrong tokens.
-    top_k: size of the head.
-    schedule: constant; linear: from the three values `*_from` at step schedule_start to the above at
-      schedule_end; step: `*_from` before schedule_start, the above from it on.
-    beta_from, lambda_head_from, lambda_tail_from: what a schedule starts with.
-    schedule_start, schedule_end: optimizer steps.
-    z_loss: factor of logsumexp(logits)^2, to be passed to the head.
-
-  Raises:
-    ValueError: a value outside its range; the message starts with the field's name.
-  """
-
-  form: str = 'power'
-  beta: float = 0.0
-  lambda_head: float = 0.0
-  lambda_tail: float = 0.0
-  top_k: int = 100
-  schedule: str = 'constant'
-  beta_from: float = 0.0
-  lambda_head_from: float = 0.0
-  lambda_tail_from: float = 0.0
-  schedule_start: int = 0
-  schedule_end: int = 0
-  z_loss: float = 0.0
-
-  def __post_init__(self):
-    if self.schedule not in SCHEDULES:
-      raise ValueError(f'schedule must be one of {", ".join(SCHEDULES)}, got {self.schedule!r}')
-    if self.schedule == 'linear' and self.schedule_end <= self.schedule_start:
-      raise ValueError(
-        f'schedule_end must be > schedule_start = {self.schedule_start}, got {self.schedule_end}')
-    check_number('z_loss', self.z_loss, at_least=0.0)
-    self._objective(self.beta, self.lambda_head, self.lambda_tail)
-    if self.schedule != 'constant':
-      try:
-        self._objective(self.beta_from, self.lambda_head_from, self.lambda_tail_from)
-      except ValueError as error:
-        name, rest = str(error).split(' ', 1)
-        raise ValueError(f'{name}_from {rest}') from None
-
-  def at(self, step):
-    """The objective at an optimizer step, int or traced int32 scalar.
-
-    Only numbers that a schedule changes are traced, so that what stays zero still costs nothing.
-    """
-    return self._objective(*(
-      self._value(step, getattr(self, f'{name}_from'), getattr(self, name))
-      for name in ('beta', 'lambda_head', 'lambda_tail')
-    ))
-
-  def _value(self, step, start, end):
-    if self.schedule == 'constant' or start == end:
-      return end
-    if self.schedule == 'step':
-      return jnp.where(step >= self.schedule_start, end, start).astype(jnp.float32)
-    done = (step - self.schedule_start) / (self.schedule_end - self.schedule_start)
-    done = jnp.clip(jnp.asarray(done, jnp.float32), 0, 1)
-    return (1 - done) * start + done * end  # exact at both ends
-
-  def _objective(self, beta, lambda_head, lambda_tail):
-    if self.form in ('power', 'product'):
-      return RewardShaping(beta, lambda_head, lambda_tail, self.top_k, self.form)
-    if self.form not in FAMILY:
-      raise ValueError(f'form must be one of {", ".join(FAMILY)}, got {self.form!r}')
-    try:
-      return TokenObjective(self.form, beta, lambda_head, lambda_tail, self.top_k)
-    except ValueError as error:
-      raise ValueError(str(error).replace('knob', 'beta', 1)) from None

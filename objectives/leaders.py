@@ -8,7 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from betarank.objectives import collectives, head_math
+from betarank.objectives import collectives
+from betarank.objectives.head_math import linear_logits
 from betarank.objectives.top_k import top_k
 
 CHUNK_TOKENS = 256  # tokens whose logits exist at the same time: 155 MB at a vocabulary of 151,936
@@ -24,18 +25,14 @@ def leading_two(
     head: [D, V].
     layout: how both lie on the current mesh; None without a mesh.
   """
-  options = head_math.Options(
-    with_top_k=False, with_smoothing=False, vocab_size=head.shape[1], chunk_tokens=None, soft_cap=None, z_loss=0.0,
-    temperature=1.0, compute_dtype=hidden.dtype, layout=layout)
-
   def local(hidden, head):
-    head_DV = collectives.gather_head(layout, head.astype(options.compute_dtype))
+    head_DV = collectives.gather_head(layout, head.astype(hidden.dtype))
     tokens = math.prod(hidden.shape[:-1])
     size = min(CHUNK_TOKENS, tokens)
     hidden_ND = jnp.pad(hidden.reshape(tokens, -1), ((0, -tokens % size), (0, 0)))
 
     def one(hidden_CD):
-      z_CV = head_math.logits(options, hidden_CD, head_DV)
+      z_CV = linear_logits(hidden_CD, head_DV)
       two_C2, _ = jax.lax.top_k(collectives.concatenate_over_vocab(layout, top_k(z_CV, 2)[0]), 2)
       mass_C = collectives.sum_over_vocab(layout, jnp.exp(z_CV - two_C2[:, :1]).sum(-1))
       return -jnp.log(mass_C), two_C2[:, 0] - two_C2[:, 1]

@@ -1,7 +1,7 @@
-"""The reward-shaped next-token loss, as plainly as it can be written (arXiv 2512.22955).
+"""The reward-shaped next-token loss in its most readable form (arXiv 2512.22955).
 
-Predicting a token is read as an episode of one step: the policy is p = softmax(z), the action is the token.
-Cross-entropy is the reward 1/p for the ground truth x and 0 for every other token. The paper changes both:
+The paper reads the prediction of a token as an episode of one step: the policy is p = softmax(z), the action is the
+token. Cross-entropy then gives reward 1/p to the ground truth x and 0 to every other token. The paper changes both:
 
     reward of x          (1/p_x)^((1 - p_x)^β)                          (Eq 11; β = 0: cross-entropy)
     reward of a != x     λ̃ if a is among the k most probable, else λ̂    (Eq 12)
@@ -10,53 +10,50 @@ Summing p_a r_a ∇log p_a over the whole vocabulary (Eq 13, exactly, not by sam
 
     loss = - sg(w) log p_x - λ̃ Σ_{a in H} p_a - λ̂ Σ_{a in T} p_a        (nats)
     w    = p_x^(1 - (1 - p_x)^β)     form 'power', the paper's
-    w    = (1 - p_x)^β               form 'product', a reading of Eq 11 that loses the nesting
+    w    = (1 - p_x)^β               form 'product', a reading of Eq 11 with (1 - p_x)^β as a factor, not an exponent
 
-with K the k most probable tokens, H = K without x (head), T = the rest without x (tail); w and K are held
-fixed. `linear_head.py` computes the same without ever holding all logits.
+where K is the set of the k most probable tokens, H = K without x (the head) and T = the rest without x (the tail).
+No gradient flows through w or through the choice of K. `head.py` computes the same without ever holding all logits.
 """
-# V vocabulary  k size of the head
+# V vocabulary  k size of K
 # Shapes "..." are the positions: any leading axes, the same for logits and targets.
 
 import dataclasses
 import functools
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-FORMS = ('power', 'product')
+from betarank.objectives.family import FAMILY
 
-# A margin this large leaves 1 - p below float32's resolution; the weight then goes by its limit form.
-FAR_MARGIN = 20.0
-# Stands for infinite log-odds, so that masked (-inf) logits give a huge loss and not NaN.
+# Replaces infinite log-odds, so that masked (-inf) logits give a huge loss instead of NaN.
 MAX_MARGIN = 1e30
-# The product form for β < 0 grows without bound as p -> 1.
-MAX_PRODUCT_WEIGHT = 30.0
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=['beta', 'lambda_head', 'lambda_tail'],
-  meta_fields=['top_k', 'form'],
+  meta_fields=['top_k', 'form', 'z_loss'],
 )
 @dataclasses.dataclass(frozen=True)
 class RewardShaping:
-  """The reward of each token. All zero is plain cross-entropy.
+  """The objective: the reward of each token. The default is plain cross-entropy.
 
-  A pytree whose leaves are beta, lambda_head and lambda_tail, so that a schedule can trace them; a traced
-  value can't be checked, and its top-k can't be left out.
+  It is a pytree whose leaves are beta, lambda_head and lambda_tail, so a schedule can trace them. A traced value isn't
+  checked, and a traced lambda always costs a top-k search, even while it is zero.
 
   Attributes:
-    beta: β >= -1. Negative sharpens (precision), positive flattens (diversity). Below -1 the weight diverges.
-    lambda_head: λ̃, reward of a wrong token among the k most probable.
-    lambda_tail: λ̂, reward of every other wrong token.
-    top_k: k >= 1, size of the head. Ties go to the lower token id, as in jax.lax.top_k.
-    form: 'power' (the paper's exponent form) or 'product'.
+    beta: β >= -1. Negative values sharpen (precision), positive values flatten (diversity). Below -1 the weight
+      diverges. Forms other than 'power' and 'product' read it as their own parameter, see `ObjectiveConfig.beta`.
+    lambda_head: λ̃, the reward of a wrong token among the k most probable.
+    lambda_tail: λ̂, the reward of every other wrong token.
+    top_k: k, from 1 to the vocabulary size. Ties go to the lower token id, as in jax.lax.top_k.
+    form: a name of `family.FAMILY`; 'power' is the paper's.
+    z_loss: factor of logsumexp(logits)^2, which is added to every loss.
 
   Raises:
-    ValueError: a value outside its range; the message starts with the field's name.
+    ValueError: a value is outside its range; the message starts with the field's name.
   """
 
   beta: float | jax.Array = 0.0
@@ -64,68 +61,65 @@ class RewardShaping:
   lambda_tail: float | jax.Array = 0.0
   top_k: int = 100
   form: str = 'power'
-
-  smoothing: ClassVar[float] = 0.0  # see family.py
+  z_loss: float = 0.0
 
   def __post_init__(self):
-    check_number('beta', self.beta, at_least=-1.0)
-    check_number('lambda_head', self.lambda_head)
-    check_number('lambda_tail', self.lambda_tail)
-    check_top_k(self.top_k)
-    if self.form not in FORMS:
-      raise ValueError(f'form must be one of {", ".join(FORMS)}, got {self.form!r}')
+    check_parameters(self.form, self.beta, self.lambda_head, self.lambda_tail)
+    if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 1:
+      raise ValueError(f'top_k must be an integer >= 1, got {self.top_k!r}')
+    check_number('z_loss', self.z_loss, at_least=0.0)
+
+  @property
+  def rewards_wrong_tokens(self):
+    """False if both lambdas are known to be zero, so no top-k search is needed."""
+    return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
+
+  @property
+  def smoothing(self):
+    """ε of the term ε/V Σ_a -log p_a; 0 unless the form is 'label_smoothing'."""
+    return self.beta if self.form == 'label_smoothing' else 0.0
 
   def positive(self, margin):
-    """The ground truth's part: (cost, weight), see `shaped_loss`; margin = log p/(1-p), float32 [...]."""
-    weight = (power_weight if self.form == 'power' else product_weight)(margin, self.beta)
-    return weight * jax.nn.softplus(-margin), weight
+    """Returns (cost, weight) of the ground truth, see family.py; margin = log p/(1-p), float32 [...]."""
+    return FAMILY[self.form][0](margin, self.beta)
 
-
-def power_weight(margin, beta):
-  """p^(1 - (1-p)^β) from the margin log p/(1-p); float32 [...], exact at both ends, 1 for β = 0.
-
-  Written with p itself, 1 - p would round to zero from a margin of 17 on, and β < 0 would give inf or NaN.
-  """
-  near, far = jnp.minimum(margin, FAR_MARGIN), jnp.maximum(margin, FAR_MARGIN)
-  log_p = -jax.nn.softplus(-near)
-  log_1mp = -jax.nn.softplus(near)
-  exponent_near = -log_p * jnp.expm1(beta * log_1mp)
-  exponent_far = jnp.exp(-(1 + beta) * far) - jnp.exp(-far)  # log p = -exp(-margin) there
-  return jnp.exp(jnp.where(margin < FAR_MARGIN, exponent_near, exponent_far))
-
-
-def product_weight(margin, beta):
-  """(1-p)^β from the margin log p/(1-p); float32 [...], capped at MAX_PRODUCT_WEIGHT."""
-  log_weight = -beta * jax.nn.softplus(margin)
-  return jnp.exp(jnp.minimum(log_weight, math.log(MAX_PRODUCT_WEIGHT)))
+  def check_vocabulary(self, vocab):
+    """Raises ValueError if the head would be larger than the vocabulary, so that no token is left for the tail."""
+    if self.top_k > vocab:
+      raise ValueError(f'top_k must be <= the vocabulary size {vocab}, got {self.top_k}')
 
 
 def shaped_loss(logits, targets, shaping):
-  """The loss at every position; the readable reference, which needs all logits in memory.
+  """Computes the loss at every position. This is the readable reference; it needs all logits in memory.
 
   Args:
-    logits: [..., V] any float type; computed on in float32.
-    targets: [...] integer token ids in [0, V). One outside gives NaN, since it can't be refused here.
-    shaping: a RewardShaping, or any objective of `family.py`.
+    logits: [..., V] of any float type; computed on in float32.
+    targets: [...] integer token ids in [0, V). An id outside gives NaN, because its value isn't known while tracing.
+    shaping: a RewardShaping.
 
   Returns:
     [...] float32, nats. Its gradient with respect to the logits is
 
       dloss/dz_j = w (p_j - 1[j=x]) - λ̃ p_j (1[j in H] - P_H) - λ̂ p_j (1[j in T] - P_T)
 
-    No gradient flows through w, through the choice of K, or into the shaping's own numbers.
+    plus that of the label-smoothing and z-loss terms. No gradient flows through w, through the choice of K, or into
+    the numbers of `shaping`.
 
   Raises:
-    ValueError: shapes or types that don't fit.
+    ValueError: a shape or type doesn't fit, or top_k exceeds V while a lambda uses it.
   """
   check_shapes(logits.shape[:-1], 'logits', targets)
   vocab = logits.shape[-1]
   shaping = jax.lax.stop_gradient(shaping)
 
   logits = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)  # -inf masks become finite
-  in_top_k = top_k_mask(logits, shaping.top_k)  # before the next line, which can make neighbours equal
-  # Relative to the largest, so that large logits don't lose the digits the loss is made of.
-  logits = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+  in_top_k = None
+  if shaping.rewards_wrong_tokens:
+    shaping.check_vocabulary(vocab)
+    in_top_k = top_k_mask(logits, shaping.top_k)  # before the subtraction below, which can make two logits equal
+  # Logits relative to the largest one keep the digits of small differences when the logits are large.
+  largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+  logits = logits - largest
   is_target = targets[..., None] == jnp.arange(vocab)
 
   target_logit = jnp.sum(logits, -1, where=is_target)
@@ -133,37 +127,51 @@ def shaped_loss(logits, targets, shaping):
   margin = finite_margin(margin)
   nll = jax.nn.softplus(-margin)  # -log p of the target
   cost, weight = jax.lax.stop_gradient(shaping.positive(margin))
-  loss = cost + weight * (nll - jax.lax.stop_gradient(nll))  # worth `cost`, with the gradient of -sg(w) log p
+  loss = cost + weight * (nll - jax.lax.stop_gradient(nll))  # the value of `cost`, the gradient of -sg(w) log p
 
-  if not (is_zero(shaping.lambda_head) and is_zero(shaping.lambda_tail)):
+  if shaping.rewards_wrong_tokens:
     probs = jax.nn.softmax(logits, -1)
     head_mass = jnp.sum(probs, -1, where=in_top_k & ~is_target)
     tail_mass = jnp.sum(probs, -1, where=~in_top_k & ~is_target)
     loss -= shaping.lambda_head * head_mass + shaping.lambda_tail * tail_mass
-
   if not is_zero(shaping.smoothing):
     loss += shaping.smoothing * (jax.nn.logsumexp(logits, -1) - logits.mean(-1))
+  if shaping.z_loss:
+    loss += shaping.z_loss * (jax.nn.logsumexp(logits, -1) + largest[..., 0]) ** 2
   return jnp.where((targets >= 0) & (targets < vocab), loss, jnp.nan)
 
 
 def top_k_mask(logits, k):
-  """[..., V] bool: the k most probable tokens, ties to the lower id as in jax.lax.top_k; all if k >= V."""
-  logits = jnp.where(logits == 0, 0, logits)  # -0.0 ties with 0.0
-  _, index = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+  """Returns a bool mask [..., V] of the k most probable tokens; ties go to the lower id, as in jax.lax.top_k."""
+  logits = jnp.where(logits == 0, 0, logits)  # makes -0.0 tie with 0.0
+  _, index = jax.lax.top_k(logits, k)
   return jnp.put_along_axis(jnp.zeros(logits.shape, bool), index, True, axis=-1, inplace=False)
 
 
 def finite_margin(margin):
+  """Returns the margin with MAX_MARGIN in place of infinity."""
   return jnp.where(jnp.isinf(margin), jnp.sign(margin) * MAX_MARGIN, margin)
 
 
 def is_zero(value):
-  """Whether a number is known to be zero before anything is traced, so that its work can be left out."""
+  """Returns True if a number is known to be zero before tracing, so its term can be left out of the program."""
   return not isinstance(value, jax.Array) and value == 0
 
 
+def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
+  """Raises ValueError, naming the field with `suffix` appended, if one of an objective's numbers is out of range."""
+  if form not in FAMILY:
+    raise ValueError(f'form must be one of {", ".join(FAMILY)}, got {form!r}')
+  _, low, high = FAMILY[form]
+  check_number(f'beta{suffix}', beta, at_least=low)
+  if isinstance(beta, int | float) and beta > high:
+    raise ValueError(f'beta{suffix} must be <= {high:g} for {form}, got {beta}')
+  check_number(f'lambda_head{suffix}', lambda_head)
+  check_number(f'lambda_tail{suffix}', lambda_tail)
+
+
 def check_number(name, value, *, at_least=-math.inf):
-  """Refuses a Python number that isn't finite or is too small; traced values and arrays pass."""
+  """Raises ValueError for a Python number that isn't finite or is too small. Traced values and arrays pass."""
   if isinstance(value, bool | str) or value is None:
     raise ValueError(f'{name} must be a number, got {value!r}')
   if isinstance(value, int | float) and not (math.isfinite(value) and value >= at_least):
@@ -171,13 +179,8 @@ def check_number(name, value, *, at_least=-math.inf):
     raise ValueError(f'{name} must be {wanted}, got {value}')
 
 
-def check_top_k(top_k):
-  if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-    raise ValueError(f'top_k must be an integer >= 1, got {top_k!r}')
-
-
 def check_shapes(leading, name, targets):
-  """Refuses targets that aren't integers, or not of the shape `leading` that the argument `name` leaves."""
+  """Raises ValueError if targets aren't integers of the shape `leading`, which the argument called `name` requires."""
   if not jnp.issubdtype(targets.dtype, jnp.integer):
     raise ValueError(f'targets must be integer token ids, got {targets.dtype}')
   if targets.shape != leading:

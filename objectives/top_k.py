@@ -1,40 +1,40 @@
-"""An exact top-k along a vocabulary, several times faster than sorting it all."""
+"""An exact top-k along the vocabulary, several times faster than sorting it."""
 
 import functools
 
 import jax.numpy as jnp
 from jax import lax
 
-from betarank.objectives import collectives as mesh
-from betarank.objectives.kernels import top_k_tpu as on_tpu
-from betarank.objectives.kernels import top_k_triton as on_gpu
+from betarank.objectives import collectives
+from betarank.objectives.kernels import top_k_tpu, top_k_triton
 
-GROUP = 128  # a TPU's lanes; neighbours of which only the largest is looked at first
+BLOCK = 128  # consecutive logits of which the first round compares only the largest; the lanes of a TPU
 
 
 def find_head(layout, z_CV, x_C, target_C, shift_C, k):
-  """Which logits are the top k of the whole vocabulary, as jax.lax.top_k orders them, and what the head weighs.
+  """Finds the top k of the whole vocabulary, ordered as jax.lax.top_k does, and the sum of their exponentials.
 
   Args:
-    layout: a Layout or None; how the vocabulary is split.
+    layout: a Layout or None; how the vocabulary is split over devices.
     z_CV: float32 [C, V], this device's logits.
-    x_C, target_C: the targets' ids and logits. A row with a negative id isn't wanted; it gets any finite values.
-    shift_C: largest logit of the whole vocabulary.
-    k: size of the top k.
+    x_C, target_C: the targets' ids and logits. A row with a negative id isn't needed; its results are finite but
+      otherwise arbitrary.
+    shift_C: the largest logit of the whole vocabulary.
+    k: the size of the top k.
 
   Returns:
     (value_C, last_id_C, head_sum_C): the top k are the logits above the value, and those equal to it whose id is
-    at most last_id; sum of exp(z - shift) over the top k without the target.
+    at most last_id; head_sum is the sum of exp(z - shift) over the top k without the target.
   """
-  split = mesh.splits_vocab(layout)
+  split = collectives.splits_vocab(layout)
 
   def by_candidates(z_CV, x_C, _, shift_C):
     value_CK, id_CK = top_k(z_CV, k)
     if split:
-      id_CK += mesh.vocab_offset(layout, z_CV.shape[1])
-      value_CK, id_CK = (mesh.concatenate_over_vocab(layout, a) for a in (value_CK, id_CK))
-      # Parts are in the order of their ids, so a tie's lower position is the lower id here too.
-      value_CK, position_CK = _settled_top_k(value_CK, min(k, value_CK.shape[1]))
+      id_CK += collectives.vocab_offset(layout, z_CV.shape[1])
+      value_CK, id_CK = (collectives.concatenate_over_vocab(layout, a) for a in (value_CK, id_CK))
+      # The parts are concatenated in the order of their ids, so a lower position is a lower id here too.
+      value_CK, position_CK = _isolated_top_k(value_CK, min(k, value_CK.shape[1]))
       id_CK = jnp.take_along_axis(id_CK, position_CK, 1)
     head_sum_C = jnp.sum(jnp.exp(value_CK - shift_C[:, None]), -1, where=id_CK != x_C[:, None])
     return value_CK[:, -1], id_CK[:, -1], head_sum_C
@@ -42,32 +42,33 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
   arguments = z_CV, x_C, target_C, shift_C
   kernels = {} if split else {
     platform: functools.partial(kernel.find_head, k=k)
-    for platform, kernel in (('tpu', on_tpu), ('cuda', on_gpu)) if kernel.fits(z_CV.shape[1], k)}
+    for platform, kernel in (('tpu', top_k_tpu), ('cuda', top_k_triton)) if kernel.fits(z_CV.shape[1], k)}
   return lax.platform_dependent(*arguments, **kernels, default=by_candidates)
 
 
 def top_k(z_CV, k):
-  """`jax.lax.top_k(z_CV, k)`: values and int32 ids [C, min(k, V)], largest first, ties to the lower id.
+  """Returns `jax.lax.top_k(z_CV, k)`: values and int32 ids [C, min(k, V)], largest first, ties to the lower id.
 
-  The top k lie in the k groups of neighbours with the largest maxima: those k maxima come before anything in
-  another group. Groups hold consecutive ids and are kept in order, so ties break by id in both rounds.
+  The top k lie in the k blocks of consecutive logits with the largest maxima, because those k maxima come before any
+  logit of another block. Blocks are kept in the order of their ids, so ties go to the lower id in both rounds.
   """
   tokens, vocab = z_CV.shape
-  groups = -(-vocab // GROUP)
-  if k >= vocab or k * GROUP >= vocab // 2:
-    return _settled_top_k(z_CV, min(k, vocab))
-  z_CV = jnp.pad(z_CV, ((0, 0), (0, groups * GROUP - vocab)), constant_values=-jnp.inf)
-  z_CGN = z_CV.reshape(tokens, groups, GROUP)
-  _, group_CK = _settled_top_k(z_CGN.max(-1), k)
-  group_CK = jnp.sort(group_CK, -1)
-  candidates = jnp.take_along_axis(z_CGN, group_CK[:, :, None], 1).reshape(tokens, k * GROUP)
-  value_CK, position_CK = _settled_top_k(candidates, k)
-  return value_CK, jnp.take_along_axis(group_CK, position_CK // GROUP, 1) * GROUP + position_CK % GROUP
+  blocks = -(-vocab // BLOCK)
+  if k >= vocab or k * BLOCK >= vocab // 2:
+    return _isolated_top_k(z_CV, min(k, vocab))
+  z_CV = jnp.pad(z_CV, ((0, 0), (0, blocks * BLOCK - vocab)), constant_values=-jnp.inf)
+  z_CGN = z_CV.reshape(tokens, blocks, BLOCK)
+  _, block_CK = _isolated_top_k(z_CGN.max(-1), k)
+  block_CK = jnp.sort(block_CK, -1)
+  candidates = jnp.take_along_axis(z_CGN, block_CK[:, :, None], 1).reshape(tokens, k * BLOCK)
+  value_CK, position_CK = _isolated_top_k(candidates, k)
+  return value_CK, jnp.take_along_axis(block_CK, position_CK // BLOCK, 1) * BLOCK + position_CK % BLOCK
 
 
-def _settled_top_k(array, k):
-  # Without a barrier a later slice of the result makes XLA's CPU backend sort the whole row (jax 0.10).
-  # One each: a barrier over the pair aborts its compiler when partitioning.
-  # jax.lax.top_k puts 0.0 before -0.0, which are one number to all comparisons here.
+def _isolated_top_k(array, k):
+  """Returns lax.top_k(array, k) behind optimization barriers, with 0.0 and -0.0 as equal."""
+  # Without a barrier, a later slice of the result makes XLA's CPU backend sort the whole row (jax 0.10). There are two
+  # barriers because one over the pair aborts the compiler when it partitions the program.
+  # lax.top_k puts 0.0 before -0.0, but all comparisons in this package take them as equal.
   value, position = lax.top_k(jnp.where(array == 0, 0.0, array), k)
   return lax.optimization_barrier(value), lax.optimization_barrier(position)

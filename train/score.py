@@ -21,7 +21,7 @@ from betarank.objectives import (
   Layout,
   RewardShaping,
   TokenStats,
-  head_math,
+  linear_logits,
   linear_token_stats,
   shaped_linear_loss,
   shaped_linear_total,
@@ -37,13 +37,12 @@ def layout() -> Layout | None:
 
 
 def total(
-  c: model.ModelConfig, params: Any, batch: Batch, shaping: Any, z_loss: float = 0.0, stats: str = 'full'
+  c: model.ModelConfig, params: Any, batch: Batch, shaping: RewardShaping, stats: str = 'full'
 ) -> tuple[jax.Array, jax.Array, TokenStats, model.Routing | None]:
   """Returns (total, loss_BT, statistics [B, T], routing): the summed loss, which can be differentiated, and its parts.
 
   Args:
-    shaping: a RewardShaping, or another objective of `objectives.family`, as ObjectiveConfig.at(step) gives it.
-    z_loss: factor of logsumexp(logits)^2.
+    shaping: the objective, as ObjectiveConfig.at(step) gives it.
     stats: 'full', or 'basic' to skip the top k, and head and tail mass with it, where no lambda needs them.
 
   All in nats, float32. Padding (segment 0) counts for nothing, whatever its tokens are: its loss and statistics are 0.
@@ -52,7 +51,7 @@ def total(
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   summed, loss_BT, statistics = shaped_linear_total(
     hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats=stats,
-    z_loss=z_loss, layout=layout())
+    layout=layout())
   if c.moe.balance_weight:
     summed += c.moe.balance_weight * jnp.mean(routing.balance_L)
   return summed, loss_BT, statistics, routing
@@ -94,10 +93,7 @@ def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tup
 
 def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperature: float = 1.0) -> jax.Array:
   """Returns float32 logits [..., V] of hidden states [..., D] over `temperature`, by the scorer's own product."""
-  options = head_math.Options(
-    with_top_k=False, with_smoothing=False, vocab_size=c.vocab_size, chunk_tokens=None, soft_cap=None, z_loss=0.0,
-    temperature=temperature, compute_dtype=c.dtype, layout=None)
-  return head_math.logits(options, hidden, head_DV)
+  return linear_logits(hidden, head_DV, temperature=temperature, compute_dtype=c.dtype)
 
 
 def sums(

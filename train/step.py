@@ -38,7 +38,7 @@ def make_step(
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def part(params, batch: Batch, targets, shaping):
-    total, loss_BT, token_stats, routing = score.total(c, params, batch, shaping, objective.z_loss, stats)
+    total, loss_BT, token_stats, routing = score.total(c, params, batch, shaping, stats)
     return total / targets, score.sums(batch, loss_BT, token_stats, bytes_V, routing)
 
   def step(state: TrainState, batch: Batch):
@@ -75,7 +75,7 @@ def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V:
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def evaluate(state: TrainState, batch: Batch):
-    _, loss_BT, stats, routing = score.total(c, state.params, batch, objective.at(state.step), objective.z_loss)
+    _, loss_BT, stats, routing = score.total(c, state.params, batch, objective.at(state.step))
     return score.sums(batch, loss_BT, stats, bytes_V, routing)
 
   return jax.jit(evaluate)

@@ -1,0 +1,1 @@
+"""Pallas kernels for attention, experts and sums of rows, on TPU and GPU. Tests compare each with XLA operations."""

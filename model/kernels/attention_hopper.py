@@ -1,11 +1,12 @@
-"""Causal attention within documents on Hopper GPUs (H100, H200), as Pallas Mosaic GPU kernels; jax 0.11.2 or newer.
+"""Pallas Mosaic GPU kernels for causal attention within documents on Hopper GPUs (H100, H200); jax 0.11.2 or newer.
 
-Documents stand one after the other in a row, so query i sees the keys from the start of its document to itself: blocks
-before it are never read, and only blocks at a document's edges are masked. Scores are never held, forward or backward.
-Two warpgroups compute, each on 64 rows of every block (what a wgmma takes); a third keeps the copy engine (TMA) busy.
+A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks
+before the document are never read, and only blocks at a document's edges are masked. All scores are never held at once,
+forward or backward. Two warpgroups compute, each on 64 rows of every block (the size of a wgmma instruction). A third
+one keeps the copy engine (TMA) busy.
 
-# B batch  T tokens  K key heads  G query heads a key head  N = K·G query heads  H head width
-# Q, S a block of queries, keys  R blocks of a row  P = B·R blocks of all rows, in the order they are taken
+# B batch  T tokens  K key heads  G query heads per key head  N = K·G query heads  H head width
+# Q, S a block of queries, keys  R blocks of a row  P = B·R blocks of all rows, in the order they are processed
 """
 
 import functools
@@ -20,26 +21,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 UNSEEN = -1e30
 HALF = 64  # rows of one warpgroup
-TILE = 2 * HALF  # queries, or keys, that a program owns at a time
-STAGES = 2  # blocks in shared memory: one in use, one on its way
-PROCESSORS = 132  # of an H100
+TILE = 2 * HALF  # queries or keys that a program owns at a time
+STAGES = 2  # blocks in shared memory: one in use, one being loaded
+PROCESSORS = 132  # streaming multiprocessors of an H100
 CARDS = 'H100', 'H200', 'GH200'
 WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def fits(length: int, width: int, device_kind: str) -> bool:
-  """Whether the kernels can do rows of this length and heads of this width on such a card, with this JAX."""
-  new = jax.__version_info__ >= (0, 11, 2)  # the first that can store to an accumulator
+  """Returns True if the kernels support these row lengths and head widths on this card with the installed JAX."""
+  new = jax.__version_info__ >= (0, 11, 2)  # the first version that can store to an accumulator
   return new and length % TILE == 0 and width in (64, 128) and any(card in device_kind for card in CARDS)
 
 
 @jax.custom_vjp
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
-  """softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H]; float32 inside.
+  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H]; computed in float32.
 
-  q, k and v are bfloat16 (or float16) with H 64 or 128 and T a multiple of 128; start_BT and end_BT are those of
-  attention_kernel_gpu.documents.
-  dq is summed by atomic additions in no fixed order, so its last bits differ from run to run.
+  q, k and v are bfloat16 or float16, H is 64 or 128, and T is a multiple of 128. start_BT and end_BT are those of
+  `attention_triton.documents`. dq is summed by atomic additions in no fixed order, so its last bits differ from run to
+  run.
   """
   return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
@@ -60,13 +61,14 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
-  """(out_BTNH, lse_BNT), the latter float32 in units of log 2. A program takes one block of queries after the other."""
+  """Returns (out_BTNH, lse_BNT); lse is float32, to base 2. A program processes blocks of queries one by one."""
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale = q_BTNH.dtype, length // TILE, _scale(width)
   if length % TILE or width not in (64, 128) or dtype.itemsize != 2:
     raise ValueError(f'The Hopper kernel takes 16-bit heads of 64 or 128 and multiples of 128 tokens: {q_BTNH}')
   items, programs = batch * tiles * heads, min(PROCESSORS, batch * tiles * heads)
-  # Blocks of keys from the diagonal back to the start of the first query's document; the last query's starts in `full`.
+  # steps: the blocks of keys from the diagonal back to the start of the first query's document. full: how many of them,
+  # from the diagonal on, lie within the last query's document, and so within those of all queries.
   diagonal_R = jnp.arange(tiles, dtype=jnp.int32)
   steps_BR = diagonal_R + 1 - start_BT[:, ::TILE] // TILE
   full_BR = jnp.maximum(diagonal_R + 1 - pl.cdiv(start_BT[:, TILE - 1::TILE], TILE), 1)
@@ -76,9 +78,9 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
     wg, program = lax.axis_index('wg'), lax.axis_index('program')
 
     def each_item(run):
-      """run(r, t, b, tile, n, steps, full) for each item r of this program; t counts its blocks of keys so far."""
+      """Calls run(r, t, b, tile, n, steps, full) for each item r of this program, after t blocks of keys in total."""
       def one(r, t):
-        # Every other round goes backwards, so that no program has the longest of all rounds.
+        # Every other round runs in reverse order, so that no program gets the longest item of every round.
         item = r * programs + jnp.where(r % 2 == 0, program, programs - 1 - program)
         at = item // heads
         place, steps, full = place_ref[at], steps_ref[at], full_ref[at]
@@ -101,7 +103,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
         start_Q = plgpu.load(start_ref.at[b, at], layout=ROW, optimized=False)
 
         def softmax(t, masked, s_QS, most_Q, sum_Q):
-          """(p, the new maximum, the new sum, what the old output and sum were multiplied by)."""
+          """Returns (p, the new maximum, the new sum, the factor by which the old output and sum are rescaled)."""
           if masked:
             key_QS = plgpu.broadcasted_iota(jnp.int32, s_QS.shape, 1, layout=WGMMA) + (tile - t) * TILE
             row_QS = plgpu.broadcasted_iota(jnp.int32, s_QS.shape, 0, layout=WGMMA) + row
@@ -124,7 +126,10 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
           return s_QS
 
         def step(masked, t, carry):
-          """Scores of block t and the values of block t-1; then the warpgroups swap tensor cores for exponentials."""
+          """Computes the scores of block t and adds the values of block t-1.
+
+          Then the other warpgroup uses the tensor cores while this one computes exponentials.
+          """
           out_QH, most_Q, sum_Q, p_QS = carry
           slot, before = lax.rem(t0 + t, STAGES), lax.rem(t0 + t - 1, STAGES)
 
@@ -144,8 +149,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
           out_QH, _, p_QS, most_Q, sum_Q, factor_Q = pl.run_state(products)(
             (plgpu.ACC.init(out_QH), plgpu.ACC.init(zero_QS), zero_QS, most_Q, sum_Q, sum_Q))
           plgpu.barrier_arrive(v_free.at[before])
-          # Cast here, not in softmax: there, the product of the last p still reads the registers this p would get, and
-          # ptxas answers that by running the two products one after the other (its note C7513).
+          # Cast here, not in softmax. There, the product with the previous p still reads the registers that this p
+          # would get, and ptxas would then run the two products one after the other (its note C7513).
           p_QS = p_QS.astype(dtype)
           return out_QH * lax.broadcast_in_dim(factor_Q, out_QH.shape, [0]), most_Q, sum_Q, p_QS
 
@@ -196,7 +201,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
           plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_full.at[slot])
 
   pair, free = plgpu.Barrier(num_barriers=2), plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)
-  # Sorted by length, for each_item to share them out evenly.
+  # Blocks are sorted by length, so that each_item distributes them evenly.
   return _kernel(
     body, 'attention', grid=dict(program=programs),
     out=[jax.ShapeDtypeStruct(q_BTNH.shape, dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
@@ -207,19 +212,20 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
 
 
 def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
-  """(dq·√H in float32, dk, dv). A program owns a block of keys and adds its share of dq to what the others add.
+  """Returns (dq·√H in float32, dk, dv). A program owns a block of keys and adds its part of dq to that of the others.
 
-  The two computing warpgroups have dk and dv of 64 keys each in registers, which leaves no room for dq. The one that
-  loads makes it from the ds they leave in shared memory, and the copy engine adds it up in the L2 cache.
+  The two computing warpgroups hold dk and dv of 64 keys each in registers, which leaves no registers for dq. So they
+  write ds to shared memory, the loading warpgroup computes dq from it, and the copy engine sums dq in the L2 cache.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
-  # Blocks of 64 queries from the diagonal to the end of the last key's document; the first key's ends in `full`.
+  # steps: blocks of 64 queries from the diagonal to the end of the last key's document. full: the block in which the
+  # first key's document ends.
   start_R = jnp.arange(tiles, dtype=jnp.int32) * (TILE // HALF)
   steps_BR = pl.cdiv(end_BT[:, TILE - 1::TILE], HALF) - start_R
   full_BR = end_BT[:, ::TILE] // HALF
-  # Row after row, so that what programs share is in the L2 cache; the longest block of a row first, and the short ones
-  # of all rows last, to even out when the processors finish.
+  # Rows are processed one after the other, so that the data that programs share is in the L2 cache. The longest block
+  # of a row comes first. The short blocks of all rows come last, so that processors finish at about the same time.
   short_BR = 2 * steps_BR < steps_BR.mean()
   order_BR = jnp.where(short_BR, batch, jnp.arange(batch)[:, None]) * length - steps_BR
 
@@ -234,7 +240,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
     @pl.when(wg < 2)
     def compute():
       plgpu.set_max_registers(216, action='increase')
-      below, whole = start + TILE // HALF, full_ref[block]  # only between these do all keys see all queries
+      below, whole = start + TILE // HALF, full_ref[block]  # between these, all queries see all keys
       at = pl.ds(tile * TILE + wg * HALF, HALF)
       end_S = plgpu.load(end_ref.at[b, at], layout=ROW, optimized=False)
       plgpu.barrier_wait(kv_full)
@@ -242,7 +248,8 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
       def step(g, i, dk_ref, dv_ref):
         t = g * steps + i - start
         slot = lax.rem(t, STAGES)
-        w = wg + (i >> 20)  # wg, but the compiler can't tell: it would compute all addresses ahead and lack registers
+        # Equals wg, but the compiler can't know that. It would compute all addresses in advance and lack registers.
+        w = wg + (i >> 20)
 
         def column(x_ref):
           return lax.broadcast_in_dim(plgpu.load(x_ref.at[slot], layout=COLUMN), (HALF, HALF), [1])
@@ -254,7 +261,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
 
         def products(s_ref, dp_ref):
           plgpu.barrier_wait(full.at[slot])
-          s_ref[...] = column(lse_smem)  # what is to be subtracted is there before the product is added
+          s_ref[...] = column(lse_smem)  # -lse / scale, to which the product is added
           for h in range(parts):
             plgpu.wgmma(s_ref, k_smem.at[h, w], q_smem.at[slot, :, h * HALF:(h + 1) * HALF].T)
           p_SQ = jnp.exp2(s_ref[...] * scale)
@@ -279,7 +286,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
         return dk_ref[...], dv_ref[...]
 
       dk_SH, dv_SH = pl.run_scoped(all_steps, *[plgpu.ACC((HALF, width), jnp.float32)] * 2)
-      for out_ref, value_SH in ((dv_ref, dv_SH), (dk_ref, dk_SH * width**-0.5)):  # v is done with: its room serves both
+      for out_ref, value_SH in ((dv_ref, dv_SH), (dk_ref, dk_SH * width**-0.5)):  # reuses the memory of v
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         v_smem.at[wg][...] = value_SH.astype(dtype)
         plgpu.commit_smem()
@@ -330,7 +337,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
       plgpu.wait_smem_to_gmem(0)
 
   barrier = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES)
-  # A zero that waits for delta: XLA would make one array of all layers' zeros, early, and copy it for each.
+  # This zero depends on delta. Otherwise XLA would make one array of zeros for all layers early, and copy it for each.
   zero, delta_BNT = lax.optimization_barrier((jnp.float32(0), delta_BNT))
   dq = jax.new_ref(jnp.full(q_BTNH.shape, zero))
   dk_BTKH, dv_BTKH = _kernel(
@@ -346,17 +353,17 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
 
 
 def _scale(width: int) -> float:
-  return width**-0.5 * math.log2(math.e)  # exponentials are powers of 2 here
+  return width**-0.5 * math.log2(math.e)  # the kernels use powers of 2 instead of e
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:
-  """int32 [P]: the place in [B, R] of each block, by rising key, and its values."""
+  """Returns int32 [P] arrays, sorted by key: the index of each block in [B, R], and its values."""
   place_P = jnp.argsort(key_BR.ravel()).astype(jnp.int32)
   return [place_P, *(x.ravel()[place_P] for x in values_BR)]
 
 
 def _smem(*shape, dtype):
-  """Shared memory in the order that wgmma and the copy engine share: tiles of 8 rows of 128 bytes, swizzled."""
+  """Returns shared memory in the layout that wgmma and the copy engine use: swizzled tiles of 8 rows of 128 bytes."""
   columns = 128 // jnp.dtype(dtype).itemsize
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 

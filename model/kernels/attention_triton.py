@@ -1,9 +1,10 @@
-"""Causal attention within documents on a GPU, as Triton kernels that skip what no query sees.
+"""Triton kernels for causal attention within documents on a GPU; they skip blocks that no query sees.
 
-Documents stand one after the other in a row, so query i sees the keys from the start of its document to itself: blocks
-before it are never read, and only blocks at its edges are masked. Scores are never held, forward or backward.
+A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks
+before the document are never read, and only blocks at the document's edges are masked. All scores are never held at
+once, forward or backward.
 
-# B batch  T tokens  K key heads  G query heads a key head  N = K·G  H head width  Q, S a block of queries, keys
+# B batch  T tokens  K key heads  G query heads per key head  N = K·G  H head width  Q, S a block of queries, keys
 """
 
 import functools
@@ -19,19 +20,19 @@ from jax.experimental.pallas import triton as plgpu
 from betarank.model.sharding import platform
 
 UNSEEN = -1e30
-# (queries, keys, warps, stages) of each kernel, the fastest of those tried on an H100 (python -m benchmarks.attention).
+# (queries, keys, warps, stages) of each kernel: the fastest that were tried on an H100 (benchmarks/attention.py).
 FORWARD = 128, 64, 8, 3
 DQ = 128, 64, 8, 3
 DKV = 64, 128, 8, 2
 
 
 def fits(length: int, width: int) -> bool:
-  """Whether the kernels can do rows of this length and heads of this width."""
+  """Returns True if the kernels support rows of this length and heads of this width."""
   return length % 128 == 0 and width in (32, 64, 128)
 
 
 def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """int32 [B, T]: where the document of each token starts, and where it ends (one past its last token)."""
+  """Returns (start_BT, end_BT), int32: the first token of each token's document, and one past its last token."""
   length = segments_BT.shape[1]
   index_T = jnp.arange(length, dtype=jnp.int32)
   change_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
@@ -44,7 +45,10 @@ def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
-  """softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H]; float32 inside."""
+  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H]; computed in float32.
+
+  start_BT and end_BT are those of `documents`.
+  """
   return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
 
@@ -54,11 +58,11 @@ def _attention_fwd(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT):
 
 
 def _scale(width: int) -> float:
-  return width**-0.5 * math.log2(math.e)  # exponentials are powers of 2 here
+  return width**-0.5 * math.log2(math.e)  # the kernels use powers of 2 instead of e
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
-  """(out_BTNH, lse_BNT), the latter float32 in units of log 2."""
+  """Returns (out_BTNH, lse_BNT); lse is float32, to base 2."""
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   queries, keys, warps, stages = FORWARD
   scale = _scale(width)
@@ -85,13 +89,13 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
     out_ref[...] = (out_QH / sum_Q[:, None]).astype(out_ref.dtype)
     lse_ref[...] = most_Q + jnp.log2(sum_Q)
 
-  turned = lambda i: tiles - 1 - i  # the last index is the slowest: the longest first
-  rows = pl.BlockSpec((None, queries, None, width), lambda n, b, i: (b, turned(i), n, 0))
+  reverse = lambda i: tiles - 1 - i  # the last grid index varies slowest, so the longest tiles start first
+  rows = pl.BlockSpec((None, queries, None, width), lambda n, b, i: (b, reverse(i), n, 0))
   all_keys = pl.BlockSpec((None, length, None, width), lambda n, b, i: (b, 0, n // group, 0))
   return _call(
     body, 'attention', warps, stages, grid=(heads, batch, tiles),
-    in_specs=[rows, all_keys, all_keys, pl.BlockSpec((None, queries), lambda n, b, i: (b, turned(i)))],
-    out_specs=[rows, pl.BlockSpec((None, None, queries), lambda n, b, i: (b, n, turned(i)))],
+    in_specs=[rows, all_keys, all_keys, pl.BlockSpec((None, queries), lambda n, b, i: (b, reverse(i)))],
+    out_specs=[rows, pl.BlockSpec((None, None, queries), lambda n, b, i: (b, n, reverse(i)))],
     out_shape=[jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
                jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
   )(q_BTNH, k_BTKH, v_BTKH, start_BT)
@@ -129,14 +133,14 @@ def _dq(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT):
     dq_QH = _over_keys(step, start_ref, tile, queries, keys, jnp.zeros((queries, width), jnp.float32))
     dq_ref[...] = (dq_QH * width**-0.5).astype(dq_ref.dtype)
 
-  turned = lambda i: tiles - 1 - i
-  rows = pl.BlockSpec((None, queries, None, width), lambda n, b, i: (b, turned(i), n, 0))
-  per_row = pl.BlockSpec((None, None, queries), lambda n, b, i: (b, n, turned(i)))
+  reverse = lambda i: tiles - 1 - i
+  rows = pl.BlockSpec((None, queries, None, width), lambda n, b, i: (b, reverse(i), n, 0))
+  per_row = pl.BlockSpec((None, None, queries), lambda n, b, i: (b, n, reverse(i)))
   all_keys = pl.BlockSpec((None, length, None, width), lambda n, b, i: (b, 0, n // group, 0))
   return _call(
     body, 'attention_dq', warps, stages, grid=(heads, batch, tiles),
     in_specs=[rows, all_keys, all_keys, rows, per_row, per_row,
-              pl.BlockSpec((None, queries), lambda n, b, i: (b, turned(i)))],
+              pl.BlockSpec((None, queries), lambda n, b, i: (b, reverse(i)))],
     out_specs=rows, out_shape=jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype),
   )(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT)
 
@@ -163,7 +167,7 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
       ds_SQ = p_SQ * (_dot(v_SH, dout_QH.T) - delta_ref[g, at][None])
       return dk_SH + _dot(ds_SQ.astype(q_QH.dtype), q_QH), dv_SH
 
-    # Queries up to the diagonal, then those of the first key's own document, then all others that see some key.
+    # Queries up to the diagonal, then those that see all keys (the first key's document), then others that see some.
     below = pl.cdiv((tile + 1) * keys, queries)
     full = jnp.maximum(end_ref[tile * keys] // queries, below)
     last = jnp.maximum(pl.cdiv(end_ref[tile * keys + keys - 1], queries), below)
@@ -188,9 +192,9 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
 
 
 def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
-  """carry after step(masked, j, carry) for all tiles j of keys that some query of this tile sees."""
+  """Returns the carry after step(masked, j, carry) for all blocks j of keys that some query of this tile sees."""
   last = pl.cdiv((tile + 1) * queries, keys)
-  full = jnp.minimum(pl.cdiv(start_ref[queries - 1], keys), last)  # the first that is in all their documents
+  full = jnp.minimum(pl.cdiv(start_ref[queries - 1], keys), last)  # the first block in the documents of all queries
   diagonal = jnp.maximum(tile * queries // keys, full)
   carry = lax.fori_loop(start_ref[0] // keys, full, functools.partial(step, True), carry)
   carry = lax.fori_loop(full, diagonal, functools.partial(step, False), carry)
@@ -198,6 +202,7 @@ def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
 
 
 def _seen(key_S, start_Q, row_Q) -> jax.Array:
+  """Returns a bool mask [Q, S] of the keys that each query sees."""
   return (key_S[None] >= start_Q[:, None]) & (key_S[None] <= row_Q[:, None])
 
 

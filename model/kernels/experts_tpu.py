@@ -1,9 +1,9 @@
-"""Experts on a TPU: a tile of rows through all three products of its expert in one Pallas kernel.
+"""A Pallas kernel for experts on a TPU: all three matrix products of a tile of rows in one kernel.
 
-A tile's rows are all one expert's, so nothing is masked, and the hidden values never leave the chip's vector memory.
-An expert's weights stay there from one of its tiles to the next, and so do the float32 sums of their gradient, which
-leave rounded, after its last tile. The backward kernel computes gate and up again. On a chip of two cores each takes
-half of the tiles that are used.
+All rows of a tile belong to one expert, so nothing is masked, and the hidden values never leave the chip's vector
+memory (VMEM). An expert's weights stay in VMEM from one of its tiles to the next. So do the float32 sums of their
+gradients, which are rounded and written after its last tile. The backward kernel recomputes gate and up. On a chip with
+two cores, each core takes half of the used tiles.
 
 # C tiles  R rows  D width  F hidden  e experts  H cores
 """
@@ -16,17 +16,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from betarank.model.sharding import cores, platform
 
-VMEM_BYTES = 48 * 2**20  # of 128 MiB on v5e and v6e, 64 on v5p; the default is 16
+VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p has 64; the compiler's default limit is 16
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Whether the kernels' blocks fit: two of each weight and each gradient in bfloat16, and a float32 sum of each."""
+  """Returns True if VMEM holds two bfloat16 blocks of each weight and gradient, and a float32 sum of each gradient."""
   return 3 * width * (-(-hidden // 128) * 128) * (2 * 2 + 2 * 2 + 4) <= VMEM_BYTES * 3 // 4
 
 
 @jax.custom_vjp
 def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """weight · down(silu(gate(x)) · up(x)), [C, R, D]; expert_C never falls. Tiles from `used` on come out undefined."""
+  """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D].
+
+  expert_C must not decrease. The output of tiles from number `used` on is undefined.
+  """
   weights = gate_eDF, up_eDF, down_eFD
   tile, column, of_expert = _blocks(x_CRD, weights)
   return _call(_forward, expert_C, used, [tile, column, *of_expert], [tile], [x_CRD], x_CRD, weight_CR[..., None],
@@ -80,28 +83,32 @@ def _dot(a, b, contract=(1, 0)) -> jax.Array:
 
 
 def _grid(tiles: int) -> tuple[int, int]:
-  """(cores, most steps of one)."""
+  """Returns the kernel's grid: (cores, largest number of tiles per core)."""
   ways = min(cores(), tiles)
   return ways, -(-tiles // ways)
 
 
-def _share(tiles: int, used):
-  """Tiles of a core: its part of those that are used."""
+def _tiles_per_core(tiles: int, used):
+  """Returns how many of the used tiles each core takes."""
   return jnp.maximum(-(-used // _grid(tiles)[0]), 1)
 
 
 def _tile(core, step, expert_C, work):
-  """The tile of a core's step; after its share it stays at the last. work: (tiles used, share)."""
+  """Returns the tile of a core's step; after its last tile a core stays at it. work: (used tiles, tiles per core)."""
   return jnp.minimum(core * work[1] + jnp.minimum(step, work[1] - 1), expert_C.shape[0] - 1)
 
 
 def _works(work):
+  """Returns True if the current step of this core has a used tile."""
   core, step = pl.program_id(0), pl.program_id(1)
   return (step < work[1]) & (core * work[1] + step < work[0])
 
 
 def _blocks(x_CRD, weights):
-  """How a grid step sees x, an array with one number a row, and each weight: its tile, or its tile's expert."""
+  """Returns the BlockSpecs of x, of an array with one number per row, and of each weight.
+
+  A grid step gets its tile of the first two, and the weights of its tile's expert.
+  """
   by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda *at: (_tile(*at), 0, 0))
   of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)], 0, 0)) for w in weights]
   return by_tile(x_CRD.shape[2]), by_tile(1), of_expert
@@ -117,15 +124,15 @@ def _call(body, expert_C, used, ins, outs, shapes, *args, scratch=()):
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'), vmem_limit_bytes=VMEM_BYTES),
     interpret=platform() != 'tpu',
-  )(expert_C, jnp.stack([used, _share(len(expert_C), used)]), *args)
+  )(expert_C, jnp.stack([used, _tiles_per_core(len(expert_C), used)]), *args)
 
 
 def _experts_backward(saved, dout_CRD):
   x_CRD, weight_CR, expert_C, used, *weights = saved
   tile, column, of_expert = _blocks(x_CRD, weights)
   ways, count = _grid(len(expert_C))[0], len(weights[0])
-  # Two cores may meet the same expert, where the one's tiles end and the other's start: core h has a place of its own
-  # for its sum by writing expert e's at e + h.
+  # Both cores may have tiles of one expert, the last one of the first core. Core h writes the sum of expert e at e + h,
+  # so that the two don't overwrite each other.
   placed = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)] + at[0], 0, 0)) for w in weights]
   shape = jax.ShapeDtypeStruct
   dx_CRD, dweight_CR1, *grads = _call(
@@ -133,7 +140,7 @@ def _experts_backward(saved, dout_CRD):
     [x_CRD, shape((*weight_CR.shape, 1), jnp.float32),
      *(shape((count + ways - 1, *w.shape[1:]), w.dtype) for w in weights)],
     x_CRD, weight_CR[..., None], dout_CRD, *weights, scratch=[pltpu.VMEM(w.shape[1:], jnp.float32) for w in weights])
-  core_C = jnp.arange(len(expert_C)) // _share(len(expert_C), used)
+  core_C = jnp.arange(len(expert_C)) // _tiles_per_core(len(expert_C), used)
   met_He = [jnp.any((expert_C == jnp.arange(count)[:, None]) & (core_C == h), 1) for h in range(ways)]
   total = lambda grad: sum(jnp.where(met_e[:, None, None], grad[h : h + count], 0) for h, met_e in enumerate(met_He))
   return dx_CRD, dweight_CR1[..., 0], None, None, *map(total, grads)

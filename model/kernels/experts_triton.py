@@ -1,9 +1,9 @@
-"""Experts on a GPU: tiles of rows times the weights of their expert, as Triton kernels.
+"""Triton kernels for experts on a GPU: tiles of rows times the weights of their experts.
 
-A tile's rows are all one expert's, so that a program only has to look up which weights it multiplies with; nothing is
-copied or masked. The gradient of a weight is one sum over its expert's tiles.
+All rows of a tile belong to one expert, so a program only looks up which weights to multiply by; nothing is copied or
+masked. The gradient of an expert's weights is one sum over its tiles.
 
-# C tiles  R rows  I width of what comes in  O of what goes out  D width  F hidden  e experts
+# C tiles  R rows  I input width  O output width  D width  F hidden  e experts
 """
 
 import jax
@@ -15,16 +15,19 @@ from jax.experimental.pallas import triton as plgpu
 
 from betarank.model.sharding import platform
 
-MOST, DEPTH = 128, 64  # of a block: rows and columns of what it makes, and what it multiplies at once
+MOST, DEPTH = 128, 64  # largest block of the output (rows and columns), and largest slice of what is contracted
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Whether the kernels' blocks, whose sides are powers of two, divide these well."""
+  """Returns True if blocks of at least 32, whose sides are powers of two, divide these sizes."""
   return min(_block(width), _block(hidden)) >= 32
 
 
 def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """weight · down(silu(gate(x)) · up(x)), [C, R, D]; expert_C never falls. Tiles from `used` on come out undefined."""
+  """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D].
+
+  expert_C must not decrease. The output of tiles from number `used` on is undefined.
+  """
   both_CRF = checkpoint_name(product(x_CRD, jnp.concatenate([gate_eDF, up_eDF], 2), expert_C, used), 'mlp')
   gate_CRF, up_CRF = jnp.split(both_CRF.astype(jnp.float32), 2, axis=2)
   hidden_CRF = jax.nn.silu(gate_CRF) * up_CRF * weight_CR[..., None]
@@ -33,14 +36,17 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 
 @jax.custom_vjp
 def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
-  """[C, R, O]: each tile times its expert's weights; expert_C never falls. Tiles from `used` on come out undefined."""
-  return _product(x_CRI, w_eIO, expert_C, used, turned=False)
+  """Returns each tile times its expert's weights, [C, R, O].
+
+  expert_C must not decrease. The output of tiles from number `used` on is undefined.
+  """
+  return _matmul(x_CRI, w_eIO, expert_C, used, transposed=False)
 
 
-def _product(x_CRI, w, expert_C, used, turned: bool) -> jax.Array:
-  """turned: with the transpose of the weights, which are then [e, O, I]."""
+def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
+  """Computes `product`. transposed: w is [e, O, I] instead of [e, I, O]."""
   tiles, rows, depth = x_CRI.shape
-  width = w.shape[1 if turned else 2]
+  width = w.shape[1 if transposed else 2]
   block_R, block_O, step = _block(rows), _block(width), _block(depth, DEPTH)
 
   def body(expert_ref, used_ref, x_ref, w_ref, out_ref):
@@ -53,7 +59,7 @@ def _product(x_CRI, w, expert_C, used, turned: bool) -> jax.Array:
 
       def add(i, sum_RO):
         along = pl.ds(i * step, step)
-        w = w_ref[expert, columns, along].T if turned else w_ref[expert, along, columns]
+        w = w_ref[expert, columns, along].T if transposed else w_ref[expert, along, columns]
         return sum_RO + _dot(x_ref[:, along], w)
 
       out_ref[...] = lax.fori_loop(
@@ -70,10 +76,10 @@ def _product(x_CRI, w, expert_C, used, turned: bool) -> jax.Array:
 
 
 def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
-  """[e, I, O]: of each expert's weights, the sum over its tiles."""
+  """Returns the gradient of each expert's weights, [e, I, O], in the dtype of `like`: a sum over the expert's tiles."""
   rows, (count, depth, width) = x_CRI.shape[1], like.shape
   block_I, block_O, step = _block(depth), _block(width), _block(rows, DEPTH)
-  # Where an expert's tiles end is where the next one's start.
+  # An expert's tiles end where those of the next expert start.
   start_e = jnp.minimum(jnp.sum(expert_C < jnp.arange(count + 1)[:, None], 1, dtype=jnp.int32), used)
 
   def body(start_ref, x_ref, dout_ref, out_ref):
@@ -102,7 +108,7 @@ def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
 
 def _backward(saved, dout_CRO):
   x_CRI, w_eIO, expert_C, used = saved
-  return (_product(dout_CRO, w_eIO, expert_C, used, turned=True),
+  return (_matmul(dout_CRO, w_eIO, expert_C, used, transposed=True),
           _gradient(x_CRI, dout_CRO, expert_C, used, w_eIO), None, None)
 
 
@@ -115,7 +121,7 @@ def _dot(a, b) -> jax.Array:
 
 
 def _block(size: int, most: int = MOST) -> int:
-  """The largest power of two that divides `size`, up to `most`."""
+  """Returns the largest power of two up to `most` that divides `size`."""
   return min(size & -size, most)
 
 

@@ -1,10 +1,10 @@
-"""Sums of rows on a TPU, where XLA adds scattered rows one after the other.
+"""Scatter-add of rows on a TPU, where XLA would add the rows one after the other.
 
-Rows are gathered in the order of where they go. A tile of them then adds to a block of sums by a matrix product with
-zeros and ones; a tile on the border of two blocks is visited for both. On a chip of two cores each takes half of the
-width.
+Rows are gathered in the order of their destinations. A tile of rows is then added to a block of sums by a matrix
+product with zeros and ones. A tile that spans two blocks is visited for each of them. On a chip with two cores, each
+core takes half of the width.
 
-# P rows, V tiles visited, M rows of a tile  G sums, B blocks, T sums of a block  D width
+# P rows  V visits of a tile  M rows of a tile  G sums  B blocks of sums  D width
 """
 
 import jax
@@ -19,18 +19,18 @@ TILE, BLOCK = 256, 128
 
 
 def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
-  """[G, D]: out_g = Σ y_p over the rows with to_p = g; rows that go nowhere (to_p >= G) may hold anything."""
+  """Returns out_g = Σ y_p over the rows with to_p = g, [G, D]. Rows with to_p >= G are ignored, even if NaN."""
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)
   pad = (0, tiles * TILE - len(to_P))
   to_P, order_P = jnp.pad(to_P, pad, constant_values=sums), jnp.pad(order_P, pad)
-  # A row that goes nowhere is replaced by one that goes somewhere, as 0 times what it holds may not be 0.
+  # A row without a destination is replaced by one that has one, because 0 times its values may be NaN.
   order_P = jnp.where(to_P < sums, order_P, order_P[0])
   sorted_PD = y_PD.at[order_P].get(mode='clip')
   end_B = jnp.sum(to_P < jnp.minimum(jnp.arange(1, blocks + 1) * BLOCK, sums)[:, None], 1, dtype=jnp.int32)
   start_B = jnp.pad(end_B[:-1], (1, 0))
   tile_B = start_B // TILE
-  visits_B = jnp.maximum(-(-end_B // TILE) - tile_B, 1)  # a block without rows is visited to become zero
+  visits_B = jnp.maximum(-(-end_B // TILE) - tile_B, 1)  # a block without rows is visited to set it to zero
   visits_end_B = jnp.cumsum(visits_B)
   visit_V = jnp.arange(tiles + blocks)
   block_V = jnp.minimum(jnp.sum(visit_V[:, None] >= visits_end_B, 1, dtype=jnp.int32), blocks - 1)

@@ -1,1 +1,4 @@
-"""Kernels for what XLA does badly on a TPU or a GPU; each has its twin in XLA operations, and a test compares them."""
+"""Pallas kernels for operations that XLA compiles badly on a TPU or GPU.
+
+Each has an equivalent in XLA operations, and a test compares the two.
+"""

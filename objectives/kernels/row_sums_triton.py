@@ -1,9 +1,10 @@
-"""The sums over a row of logits that a loss and its statistics need, in one pass over it: a Triton kernel for GPUs.
+"""A Triton kernel that computes all sums over a row of logits that the loss and its statistics need, in one pass.
 
-XLA takes four passes there, one for the largest logit and one for each sum; at Qwen's vocabulary that is a quarter of
-what the head's products take. Each lane keeps a running maximum of its own, so that lanes meet only at a row's end.
+On a GPU, XLA takes four passes, one for the largest logit and one for each sum. With Qwen's vocabulary they take a
+quarter of the time of the head's matrix products. Each lane keeps its own running maximum, so lanes communicate only at
+the end of a row.
 """
-# C rows  V vocabulary  B a block of it
+# C rows  V vocabulary  B logits of a block
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,24 @@ WARPS = 8
 
 
 def fits(vocab):
-  """Whether the kernel takes rows [V]."""
+  """Returns True if the kernel supports rows of this length."""
   return vocab >= BLOCK
 
 
 def row_sums(z_CV, x_C, target_C, interpret=False):
-  """(shift_C, wrong_C, energy_C, rank_C), float32, of logits z_CV, target ids x_C and their logits; needs `fits(V)`.
+  """Returns (shift_C, wrong_C, energy_C, rank_C), float32. Requires `fits(V)`.
 
-  shift: the largest z; wrong: sum of exp(z - shift) over all tokens but x; energy: the same sum of
-  exp(z - shift) (z - shift); rank: how many tokens come before x, ties by id. z may be a part of the vocabulary: an x
-  that isn't in [0, V) stands before or after it.
+  Args:
+    z_CV: float32 logits. They may be a part of the vocabulary.
+    x_C: int32 target ids, relative to the first logit's. An id outside [0, V) is a token of another part.
+    target_C: float32 logits of the targets.
+    interpret: runs on any device, slowly.
 
-  interpret: run on any device, slowly.
+  Returns:
+    shift: the largest z.
+    wrong: the sum of exp(z - shift) over all tokens except x.
+    energy: the sum of exp(z - shift) (z - shift) over all tokens except x.
+    rank: the number of tokens that come before x; of equal logits, lower ids come first.
   """
   rows, vocab = z_CV.shape
   per_row = pl.BlockSpec((None,), lambda i: (i,))
@@ -36,6 +43,7 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
     x, target = x_ref[...], target_ref[...]
 
     def add(start, unread, carry):
+      """Adds a block of logits; only ids from `unread` on count, if it isn't 0."""
       most_B, wrong_B, energy_B, rank_B = carry
       at_B = start + jnp.arange(BLOCK)
       z_B = z_ref[pl.ds(start, BLOCK)]
@@ -47,9 +55,9 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
       energy_B = factor_B * (energy_B + wrong_B * (most_B - new_B)) + jnp.where(e_B > 0, e_B * (z_B - new_B), 0.0)
       return new_B, wrong_B * factor_B + e_B, energy_B, rank_B + jnp.where(before_B, 1.0, 0.0)
 
-    nothing = jnp.full(BLOCK, jnp.finfo(jnp.float32).min), *[jnp.zeros(BLOCK)] * 3
-    carry = lax.fori_loop(0, vocab // BLOCK, lambda i, carry: add(i * BLOCK, 0, carry), nothing)
-    if vocab % BLOCK:  # the last block, less what was read of it
+    empty = jnp.full(BLOCK, jnp.finfo(jnp.float32).min), *[jnp.zeros(BLOCK)] * 3
+    carry = lax.fori_loop(0, vocab // BLOCK, lambda i, carry: add(i * BLOCK, 0, carry), empty)
+    if vocab % BLOCK:  # the last block overlaps the one before it; what was read already is masked
       carry = add(vocab - BLOCK, vocab - vocab % BLOCK, carry)
     most_B, wrong_B, energy_B, rank_B = carry
     shift = most_B.max()

@@ -1,13 +1,14 @@
-"""The boundary of the top k, found while whole rows of logits lie in VMEM, so that each is read once.
+"""A TPU kernel that finds the k-th largest logit of rows held in VMEM, so that each logit is read from HBM once.
 
-The k-th largest of a row is sought among few of its logits. They are dealt into some 24 k groups, and one sweep
-keeps the DEPTH largest of each. Among these an interval of float32 bit patterns is halved until k lie above it.
-What is found is the row's own unless some group has all its kept entries at or above it; then (for one in some
-3000 rows of independent logits at k = 100) halving goes over the whole row. Where more logits equal the k-th
-largest than belong to the top k, the last id is found by halving too. So the result is always exact; only the
-time depends on the logits. XLA's way (objectives/top_k.py) moves the logits several times on a TPU, and sorts.
+The k-th largest logit is searched for among a few candidates. The logits of a row are divided into about 24 k groups,
+and one sweep keeps the DEPTH largest of each group. Bisection over float32 bit patterns finds the k-th largest of the
+candidates. It is the k-th largest of the row unless all candidates of some group are at or above it, which happens to
+about one row in 3000 of independent logits at k = 100. Bisection then runs over the whole row. If more logits equal the
+k-th largest than belong to the top k, the last id is found by bisection too. So the result is always exact, and only
+the time depends on the logits. The equivalent in XLA operations (objectives/top_k.py) moves the logits several times on
+a TPU, and sorts.
 """
-# R rows of a block  L lanes  V vocabulary  k size of the head
+# R rows of a block  L lanes  V vocabulary  k size of the top k
 
 import functools
 
@@ -20,21 +21,21 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 DEPTH = 4
 GROUPS_PER_K = 24
-MAX_SPAN, MIN_SPAN = 64, 8  # logits of a group
-ROWS = 16  # two registers a column; with one, more cycles go to waiting for results
-UNROLL = 16  # columns
-MAX_BLOCK = 20 * 2**20  # bytes; two blocks are in VMEM at once
+MAX_SPAN, MIN_SPAN = 64, 8  # logits per group
+ROWS = 16  # two registers per column; with one, more cycles are spent waiting for results
+UNROLL = 16  # columns per loop iteration
+MAX_BLOCK = 20 * 2**20  # bytes; VMEM holds two blocks at once
 
 
 def fits(vocab, k):
-  """Whether the kernel takes rows [V]: many groups of several columns, and a block of rows that VMEM holds."""
+  """Returns True if the kernel supports rows [V]: the groups are large enough, and a block of rows fits VMEM."""
   return _span(vocab, k) >= MIN_SPAN and 4 * ROWS * _columns(vocab) * LANES <= MAX_BLOCK
 
 
 def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
-  """As `find_head` of objectives/top_k.py on one device; needs `fits(V, k)`. Subnormal logits count as zero.
+  """Returns what `find_head` of objectives/top_k.py does, on one device. Requires `fits(V, k)`.
 
-  interpret: run on any device, slowly.
+  Subnormal logits count as zero. interpret: runs on any device, slowly.
   """
   tokens, vocab = z_CV.shape
   block = 4 * ROWS * _columns(vocab) * LANES
@@ -55,10 +56,12 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 
 
 def _columns(vocab):
+  """Returns the number of columns of LANES logits in a row."""
   return pl.cdiv(vocab, LANES)
 
 
 def _span(vocab, k):
+  """Returns the number of columns per group, which is the number of logits in each lane of it."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -71,7 +74,7 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
     _column(kept_ref, c) for c in range((DEPTH - 1) * kept_width // DEPTH // LANES, kept_width // LANES)
   ]).max(-1, keepdims=True)
 
-  wanted_R1 = x_R1 >= 0  # masked rows are all ties, and would take the slow ways for nothing
+  wanted_R1 = x_R1 >= 0  # the logits of masked rows are all equal, which would trigger the slow paths needlessly
   search = functools.partial(_search, k=k, high=to_key(largest_R1) + 1, target_R1=target_R1, shift_R1=shift_R1)
   found = search(kept_ref, kept_width, low=to_key(low_R1))
   missed = _any(wanted_R1 & (least_R1 >= found[0]))
@@ -79,16 +82,16 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Largest -i at which k logits are above the value, or equal to it with an id < i."""
+    """Returns the smallest id up to which k logits are above the value or equal to it."""
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
     all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))
-    return -_halve(tied_before, k - above_R1, all_, none) - 1
+    return -_bisect(tied_before, k - above_R1, all_, none) - 1
 
   no_cut = lambda: jnp.full((ROWS, 1), vocab - 1, jnp.int32)
   last_id_R1 = lax.cond(_any(wanted_R1 & (reach_R1 > k)), last_of_ties, no_cut)
 
-  # What equals the target counts without the target itself, by number and not by subtraction.
+  # The target itself is left out by counting the logits that equal it, not by subtracting its exponential.
   equal_R1 = targets_R1 - jnp.where(target_R1 > value_R1, 1.0, 0.0)
   tied_R1 = k - above_R1 - jnp.where((target_R1 == value_R1) & (x_R1 <= last_id_R1), 1.0, 0.0)
   sum_R1 += equal_R1 * jnp.exp(target_R1 - shift_R1) + tied_R1 * jnp.exp(value_R1 - shift_R1)
@@ -96,7 +99,10 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
 
 
 def _bracket(columns, k):
-  """(largest entry, a number that at least k entries reach): the least of the maxima of k or more disjoint sets."""
+  """Returns (the largest entry, a number that at least k entries reach).
+
+  The latter is the smallest of the maxima of k or more disjoint sets of entries.
+  """
   sets = columns[:pl.cdiv(k, LANES)]
   for c in range(len(sets), len(columns)):
     sets[c % len(sets)] = jnp.maximum(sets[c % len(sets)], columns[c])
@@ -105,7 +111,10 @@ def _bracket(columns, k):
 
 
 def _keep_largest(z_ref, kept_ref, vocab, span):
-  """kept[:, d * width + g * L + l] = the (d+1)-th largest in lane l of the span columns from g * span on."""
+  """Writes kept[:, d * width + g * L + l] = the (d+1)-th largest logit of group (g, l), for d < DEPTH.
+
+  Group (g, l) has the logits in lane l of the `span` columns from column g * span on.
+  """
   width = kept_ref.shape[1] // DEPTH
 
   def insert(kept, z):
@@ -129,18 +138,19 @@ def _keep_largest(z_ref, kept_ref, vocab, span):
 
 
 def _search(ref, width, *, k, low, high, target_R1, shift_R1):
-  """What is known of the k-th largest of ref[:, :width], between the keys low and high; all float32 [R, 1].
+  """Finds the k-th largest of ref[:, :width], whose key is in [low, high).
 
   Returns:
-    It; how many are above it; how many at or above it; the sum of exp(z - shift) over those above it that differ
-    from the target's logit; how many above it don't.
+    (kth_largest, above, reach, sum, targets), all float32 [R, 1]. above: the number of logits above the k-th largest;
+    reach: the number at or above it; sum: the sum of exp(z - shift) over the logits above it that differ from the
+    target's; targets: the number of logits above it that equal the target's.
   """
 
   def at_least(key):
     least_R1 = to_float(key)
     return _count(ref, width, lambda z, _: z >= least_R1)
 
-  low_R1 = to_float(_halve(at_least, jnp.float32(k), low, high))
+  low_R1 = to_float(_bisect(at_least, jnp.float32(k), low, high))
   least = lambda value, z, _: jnp.minimum(value, jnp.where(z >= low_R1, z, jnp.inf))
   value_R1 = _fold(ref, width, least, jnp.full((ROWS, LANES), jnp.inf)).min(-1, keepdims=True)
 
@@ -158,16 +168,16 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
   return value_R1, *(s.sum(-1, keepdims=True) for s in sums)
 
 
-def _halve(count, k, low, high):
-  """A key, int32 [R, 1], at which a falling count is k, or else the last at which it is at least k.
+def _bisect(count, k, low, high):
+  """Returns a key, int32 [R, 1], at which count(key) is k, or else the largest at which it is at least k.
 
-  The count is at least k at low, and less at high.
+  count must not increase with the key, must be at least k at low and less than k at high.
   """
   middle = lambda low, high: (low >> 1) + (high >> 1) + (low & high & 1)
 
-  def open_(state):
+  def unfinished(state):
     step, low, high, count_low = state
-    return (step < 32) & _any((count_low != k) & (middle(low, high) != low))  # bounded, for NaN has no order
+    return (step < 32) & _any((count_low != k) & (middle(low, high) != low))  # the bound ends the search for NaN
 
   def halve(state):
     step, low, high, count_low = state
@@ -176,17 +186,17 @@ def _halve(count, k, low, high):
     up = (n >= k) & (count_low != k)
     return step + 1, jnp.where(up, key, low), jnp.where(n < k, key, high), jnp.where(up, n, count_low)
 
-  return lax.while_loop(open_, halve, (0, low, high, jnp.full(low.shape, jnp.inf)))[1]
+  return lax.while_loop(unfinished, halve, (0, low, high, jnp.full(low.shape, jnp.inf)))[1]
 
 
 def _count(ref, width, test):
-  """How many of each row pass, float32 [R, 1]."""
+  """Returns the number of logits in each row that pass test(column, its first id), float32 [R, 1]."""
   add = lambda n, z, first: n + jnp.where(test(z, first), 1.0, 0.0)
   return _fold(ref, width, add, jnp.zeros((ROWS, LANES))).sum(-1, keepdims=True)
 
 
 def _fold(ref, width, step, state):
-  """step(state, column [R, L], its first id) over ref[:, :width]."""
+  """Folds state = step(state, column [R, L], its first id) over ref[:, :width] and returns the state."""
   full = width // LANES // UNROLL
 
   def some(i, state):
@@ -201,7 +211,7 @@ def _fold(ref, width, step, state):
 
 
 def _column(ref, c, width=None):
-  """ref[:, c * L :][:, :L], -inf from width on."""
+  """Returns column c of ref, [R, L], with -inf from `width` on."""
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:
     return column_RL
@@ -213,10 +223,11 @@ def _any(condition):
 
 
 def to_key(value):
-  """float32 to int32 in the same order."""
+  """Maps float32 to int32 keys of the same order."""
   bits = lax.bitcast_convert_type(value, jnp.int32)
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def to_float(key):
+  """Returns the float32 number of a key."""
   return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)

@@ -1,10 +1,11 @@
-"""The boundary of the top k on a GPU, as a Triton kernel that reads each row once; XLA sorts there.
+"""A Triton kernel that finds the k-th largest logit while reading each row once; XLA would sort the row.
 
-Each of LANES lanes keeps the DEPTH largest of the logits that pass it. Among these an interval of float32 bit patterns
-is halved until k lie above it. What is found is the row's own unless a lane has all that it kept at or above it (one
-row in some 2000 of independent logits at k = 100): then halving goes over the whole row. So the result is always exact.
+Each of LANES lanes keeps the DEPTH largest logits that it reads. Bisection over float32 bit patterns finds the k-th
+largest of the logits kept. It is the k-th largest of the row unless all logits kept by some lane are at or above it,
+which happens to about one row in 2000 of independent logits at k = 100. Bisection then runs over the whole row. So the
+result is always exact.
 """
-# C rows  V vocabulary  L lanes  k size of the head
+# C rows  V vocabulary  L lanes  k size of the top k
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +18,28 @@ from betarank.objectives.kernels.top_k_tpu import to_float, to_key
 LANES = 2048
 DEPTH = 4
 WARPS = 8
-MOST_K = 256  # beyond it too many rows go the long way
+MOST_K = 256  # with a larger k, too many rows need bisection over the whole row
 
 
 def fits(vocab, k):
-  """Whether the kernel takes rows [V]."""
+  """Returns True if the kernel supports rows of this length."""
   return vocab >= 2 * LANES and k <= MOST_K
 
 
 def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
-  """As `find_head` of objectives/top_k.py on one device; needs `fits(V, k)`.
+  """Returns what `find_head` of objectives/top_k.py does, on one device. Requires `fits(V, k)`.
 
-  interpret: run on any device, slowly.
+  interpret: runs on any device, slowly.
   """
   rows, vocab = z_CV.shape
   per_row = pl.BlockSpec((None,), lambda i: (i,))
 
   def body(z_ref, x_ref, shift_ref, value_ref, last_id_ref, sum_ref):
     def read(start, unread=0):
-      """(logits, ids) of L tokens; what comes before `unread` as if it weren't there."""
+      """Returns (logits, ids) of L tokens; ids below `unread` are masked out."""
       id_L = start + jnp.arange(LANES)
       z_L = z_ref[pl.ds(start, LANES)]
-      z_L = jnp.where(z_L == 0, 0.0, z_L)  # -0.0 is a tie, but another bit pattern
+      z_L = jnp.where(z_L == 0, 0.0, z_L)  # -0.0 ties with 0.0 but has another bit pattern
       return jnp.where(id_L >= unread, z_L, -jnp.inf), jnp.where(id_L >= unread, id_L, vocab)
 
     def over_row(add, start):
@@ -53,28 +54,31 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
         z_L, id_L = jnp.where(larger_L, kept_z_L, z_L), jnp.where(larger_L, kept_id_L, id_L)
       return tuple(kept)
 
-    def settle(total):
-      """Writes what is asked for, given total(f), the sum of f(logits, ids) over all that may be in the head."""
+    def write_results(total):
+      """Writes the results and returns the k-th largest logit.
+
+      total(f) must return the sum of f(logits, ids) over a set of tokens that contains the top k.
+      """
       count = lambda condition: total(lambda z_L, id_L: jnp.where(condition(z_L, id_L), 1, 0))
-      value = to_float(_halve(lambda low: count(lambda z_L, _: to_key(z_L) >= low) >= k, -(2**31), 2**31 - 1))
+      value = to_float(_bisect(lambda low: count(lambda z_L, _: to_key(z_L) >= low) >= k, -(2**31), 2**31 - 1))
       ties = k - count(lambda z_L, _: z_L > value)
-      # The last id in the head is the first up to which that many tie.
-      last_id = 1 + _halve(lambda id: count(lambda z_L, id_L: (z_L == value) & (id_L <= id)) < ties, -1, vocab)
+      # The last id in the top k is the smallest one up to which `ties` logits equal the value.
+      last_id = 1 + _bisect(lambda id: count(lambda z_L, id_L: (z_L == value) & (id_L <= id)) < ties, -1, vocab)
       in_head = lambda z_L, id_L: ((z_L > value) | ((z_L == value) & (id_L <= last_id))) & (id_L != x_ref[...])
       value_ref[...], last_id_ref[...] = value, last_id
       sum_ref[...] = total(lambda z_L, id_L: jnp.where(in_head(z_L, id_L), jnp.exp(z_L - shift_ref[...]), 0.0))
       return value
 
-    nothing = jnp.full(LANES, -jnp.inf), jnp.full(LANES, vocab, jnp.int32)
-    kept = over_row(keep, (nothing,) * DEPTH)
-    value = settle(lambda f: sum(jnp.sum(f(*token)) for token in kept))
+    empty = jnp.full(LANES, -jnp.inf), jnp.full(LANES, vocab, jnp.int32)
+    kept = over_row(keep, (empty,) * DEPTH)
+    value = write_results(lambda f: sum(jnp.sum(f(*token)) for token in kept))
 
     @pl.when(jnp.max(kept[-1][0]) >= value)
     def _():
       def total(f):
-        zero = jnp.zeros(LANES, jax.eval_shape(f, *nothing).dtype)
+        zero = jnp.zeros(LANES, jax.eval_shape(f, *empty).dtype)
         return jnp.sum(over_row(lambda token, sum_L: sum_L + f(*token), zero))
-      settle(total)
+      write_results(total)
 
   return tuple(pl.pallas_call(
     body, grid=(rows,), in_specs=[pl.BlockSpec((None, vocab), lambda i: (i, 0)), per_row, per_row],
@@ -84,8 +88,11 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
   )(z_CV, x_C, shift_C))
 
 
-def _halve(holds, low: int, high: int):
-  """The largest int32 in [low, high) for which `holds`; it holds at low, and at none above one where it doesn't."""
+def _bisect(holds, low: int, high: int):
+  """Returns the largest int32 in [low, high) for which `holds` is true, by bisection.
+
+  `holds` must be true at low, and never true above a number where it is false.
+  """
   def step(_, ends):
     low, high = ends
     middle = (low & high) + ((low ^ high) >> 1)  # the mean, rounded down, without overflow

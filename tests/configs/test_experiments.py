@@ -46,6 +46,7 @@ def test_the_paper_s_recipe_is_the_default():
     ({'optimizer.lr': '-1'}, 'config.optimizer.lr must be > 0'),
     ({'optimizer.warmup_steps': '100000'}, 'config.optimizer.warmup_steps must be <'),
     ({'objective.beta': '-2'}, 'config.objective.beta must be >= -1'),
+    ({'objective.top_k': '5000'}, 'config.objective.top_k must be <= model.vocab_size = 1024, got 5000'),
     ({'objective.form': 'powr'}, 'config.objective.form must be one of'),
     ({'checkpoint.keep': '0'}, 'config.checkpoint.keep must be >= 1'),
     ({'log.eval_batches': '0'}, 'config.log.eval_batches must be >= 1'),

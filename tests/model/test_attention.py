@@ -9,7 +9,7 @@ import pytest
 
 from betarank import model
 from betarank.model.attention import rows_attention
-from betarank.model.transformer import saves
+from betarank.model.transformer import remat_policy
 
 B, T, N, K, H = 2, 256, 4, 2, 128
 on_cpu = pytest.mark.skipif(jax.default_backend() == 'gpu', reason='interpreted; a card has no room for float32 blocks')
@@ -102,7 +102,7 @@ def test_hopper_kernels_are_lowered_for_an_h100(width):
 
   def total(q, k, v, segments_BT):
     run = rows_attention('auto', segments_BT, q.dtype, 2, width)
-    layer = jax.checkpoint(lambda q, _: (run(q, k, v), None), policy=saves(('attention',)))
+    layer = jax.checkpoint(lambda q, _: (run(q, k, v), None), policy=remat_policy(('attention',)))
     return jnp.sum(jax.lax.scan(layer, q, jnp.arange(2))[0].astype(jnp.float32))
 
   mesh = jax.sharding.AbstractMesh(

@@ -43,7 +43,7 @@ def test_a_product_with_16_bit_x_is_as_exact_as_a_float32_one():
 
   @jax.jit
   def run(x_BTD, w_DE, dout_BTE):
-    out_BTE, gradient = jax.vjp(layers.product32, x_BTD, w_DE)
+    out_BTE, gradient = jax.vjp(layers.matmul_bf16x3, x_BTD, w_DE)
     return out_BTE, *gradient(dout_BTE)
 
   wanted = x @ w, dout @ w.T, np.einsum('btd,bte->de', x, dout)

@@ -1,20 +1,20 @@
-"""The objective in float64 NumPy, by brute force from the formulas; the judge of both implementations."""
+"""The objective in float64 NumPy, written out from its formulas: the reference for both implementations."""
 
 import numpy as np
 
 
 def top_k(z, k):
-  """The k largest of z [V] as a mask, ties to the lower id."""
+  """Returns a mask of the k largest of z [V], ties to the lower id."""
   mask = np.zeros(len(z), bool)
   mask[np.argsort(-z, kind='stable')[:k]] = True
   return mask
 
 
 def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power', sizes=False):
-  """loss, dloss/dz [V] and the statistics of one position.
+  """Returns (loss, dloss/dz [V], statistics) of one position.
 
-  sizes: instead of loss and gradient the sums of their terms' absolute values (one each for w, λ̃, λ̂). Rounding
-  errors are relative to these: where terms cancel, float32 can't know the difference to more digits.
+  sizes: returns the sums of the absolute values of the loss's and the gradient's terms (one each for w, λ̃ and λ̂)
+  instead of the loss and the gradient. Rounding errors are relative to these sums, because terms may cancel.
   """
   z = np.asarray(z, np.float64)
   wrong = np.arange(len(z)) != x
@@ -22,7 +22,7 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
   p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
   margin = z[x] - lse(z[wrong])
   log_p, log_1mp = -np.logaddexp(0, -margin), -np.logaddexp(0, margin)
-  if form == 'power':  # log w = log p (1 - (1-p)^β), by its limit where log p underflows in the product
+  if form == 'power':  # log w = log p (1 - (1-p)^β), or its limit where log p underflows in the product
     far = margin > 30
     w = np.exp(np.exp(-(1 + beta) * margin) - np.exp(-margin) if far else log_p * -np.expm1(beta * log_1mp))
   else:
@@ -31,7 +31,7 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
   head, tail = in_k & wrong, ~in_k & wrong
   head_mass, tail_mass = p[head].sum(), p[tail].sum()
   p_minus_1 = np.where(wrong, p, -np.exp(log_1mp))
-  # 1 - P by adding up what isn't in P
+  # 1 - P as the sum of all probabilities that aren't in P
   minus_head = np.where(head, p[~head].sum(), -head_mass)
   minus_tail = np.where(tail, p[~tail].sum(), -tail_mass)
   loss_terms = np.array([-w * log_p, -lambda_head * head_mass, -lambda_tail * tail_mass])
@@ -48,7 +48,7 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
 
 
 def many(z, x, **kwargs):
-  """The same for z [N, V], x [N]: losses [N], gradients [N, V], statistics [N] by name."""
+  """Returns losses [N], gradients [N, V] and statistics [N] by name, for z [N, V] and x [N]."""
   results = [one(zi, xi, **kwargs) for zi, xi in zip(np.asarray(z, np.float64), np.asarray(x))]
   loss, grad, stats = zip(*results)
   return np.array(loss), np.stack(grad), {name: np.array([s[name] for s in stats]) for name in stats[0]}

@@ -1,6 +1,6 @@
-"""Loss, gradient and statistics against the float64 oracle, over random and adversarial logits.
+"""Loss, gradient and statistics equal those of the float64 oracle, for random and adversarial logits.
 
-The chunked head gets the logits as hidden states and the identity as head, so that both see the same numbers.
+The chunked head gets the logits as hidden states and the identity matrix as its weights, so it sees the same numbers.
 """
 
 import jax
@@ -17,17 +17,17 @@ from betarank.objectives import (
   shaped_linear_total,
   shaped_loss,
 )
-from betarank.objectives.reward_shaping import power_weight
+from betarank.objectives.family import power_weight
 from betarank.objectives.top_k import top_k
 from tests.objectives import objective_oracle as oracle
 
 VOCAB = 12
 SHAPINGS = [
-  RewardShaping(),
-  RewardShaping(beta=-0.25),
+  RewardShaping(top_k=VOCAB),
+  RewardShaping(beta=-0.25, top_k=VOCAB),
   RewardShaping(beta=0.5, lambda_head=0.1, lambda_tail=-0.1, top_k=4),
   RewardShaping(beta=-1.0, lambda_tail=-0.5, top_k=1),
-  RewardShaping(beta=2.0, lambda_head=1.0, top_k=100),
+  RewardShaping(beta=2.0, lambda_head=1.0, top_k=VOCAB),
   RewardShaping(beta=-0.5, lambda_head=-0.3, lambda_tail=0.2, top_k=3, form='product'),
 ]
 IDS = [f'{s.form} {s.beta} {s.lambda_head} {s.lambda_tail} {s.top_k}' for s in SHAPINGS]
@@ -41,7 +41,7 @@ def as_oracle(s):
 
 @pytest.fixture(scope='module', params=range(len(SHAPINGS)), ids=IDS)
 def functions(request):
-  """The three implementations for one shaping, compiled once: (z [4, V], x [4]) -> (losses, gradient)."""
+  """A shaping and its three implementations, compiled once: (z [4, V], x [4]) -> (losses, gradient, ...)."""
   s, eye = SHAPINGS[request.param], jnp.eye(VOCAB)
 
   @jax.jit
@@ -66,7 +66,7 @@ def functions(request):
 
 
 def within(got, wanted, size, name=''):
-  """1e-5 of `size`; the floor is where exp underflows in float32, 87 below the largest logit."""
+  """Asserts an error of at most 1e-5 of `size`, plus 1e-35 for exponentials that underflow in float32."""
   excess = np.abs(np.asarray(got, np.float64) - wanted) - 1e-5 * size - 1e-35
   assert (excess <= 0).all(), (name, got, wanted, excess.max())
 
@@ -83,7 +83,7 @@ def check(functions, z, x):
     for found in got_stats:
       for name, wanted in stats.items():
         if getattr(found, name) is not None:
-          # Where one wrong token is all but certain, the rest of the entropy is lost in sums near 1: 2e-7 nats.
+          # If one wrong token is nearly certain, the entropy loses digits in sums near 1: up to 2e-7 nats.
           size = abs(wanted) + (0.02 if name == 'entropy' else 0)
           within(getattr(found, name), wanted, size, name)
       assert np.asarray(found.target_valid).all()
@@ -131,7 +131,7 @@ def test_properties(functions, z, x):
 @settings(max_examples=60, deadline=None)
 @given(beta=st.floats(-1, 2, width=32), margin=st.floats(-1e4, 1e4, width=32))
 def test_weight_is_finite_and_bounded(beta, margin):
-  """power weights stay in (0, e] over every margin and β in [-1, 2]."""
+  """The weight of the power form stays in (0, e] for every margin and β in [-1, 2]."""
   weight = float(power_weight(jnp.float32(margin), jnp.float32(beta)))
   assert 0 < weight <= np.e * (1 + 1e-6)
 
@@ -139,7 +139,7 @@ def test_weight_is_finite_and_bounded(beta, margin):
 @pytest.mark.parametrize('beta,extreme,at', [(-0.25, 1.141, 0.556), (0.5, 0.813, 0.421), (-0.5, 1.347, None),
                                              (1.0, 0.692, None)])
 def test_weight_extremes(beta, extreme, at):
-  """The extremes of w over p that paper.md §1.6 gives."""
+  """The largest or smallest weight over p, and the p at which it occurs, for four values of β."""
   p = np.linspace(0.001, 0.999, 999)
   w = np.asarray(power_weight(jnp.log(p) - jnp.log1p(-p), beta))
   best = w.argmax() if beta < 0 else w.argmin()
@@ -147,7 +147,7 @@ def test_weight_extremes(beta, extreme, at):
   assert at is None or p[best] == pytest.approx(at, abs=2e-3)
 
 
-def test_infinite_masks_in_the_reference():
+def test_the_reference_accepts_logits_masked_with_minus_infinity():
   z = jnp.array([[0.3, -jnp.inf, 1.0, -jnp.inf]])
   s = RewardShaping(beta=-0.5, lambda_tail=-0.1, top_k=2)
   loss, grad = jax.value_and_grad(lambda z: shaped_loss(z, jnp.array([0]), s).sum())(z)
@@ -157,7 +157,7 @@ def test_infinite_masks_in_the_reference():
 
 
 def test_bfloat16():
-  """bfloat16 hidden states and head: logits exact up to float32 accumulation, gradients rounded to 8 bits."""
+  """With bfloat16 inputs, logits are exact up to float32 accumulation, and gradients are rounded to 8 bits."""
   rng = np.random.default_rng(0)
   h = jnp.asarray(rng.normal(size=(20, 16)), jnp.bfloat16)
   head = jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16)
@@ -178,8 +178,8 @@ def test_bfloat16():
     np.testing.assert_allclose(np.asarray(grad, np.float64), wanted, rtol=2e-2, atol=2e-2)
 
 
-def test_policy_gradient_by_enumeration():
-  """-dloss/dz = Σ_a π(a) r(a) ∇log π(a), with the rewards of Eqs 11 to 13 written out."""
+def test_the_gradient_is_the_policy_gradient_summed_over_all_actions():
+  """-dloss/dz = Σ_a π(a) r(a) ∇log π(a) (Eq 13), with the rewards of Eqs 11 and 12 written out."""
   rng = np.random.default_rng(3)
   z, x = rng.normal(size=9) * 2, 4
   beta, head, tail, k = -0.25, 0.1, -0.2, 3
@@ -192,8 +192,8 @@ def test_policy_gradient_by_enumeration():
   np.testing.assert_allclose(-grad(jnp.asarray(z, jnp.float32)), policy_gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_top_k_is_that_of_jax():
-  """The two rounds agree with jax.lax.top_k, values and ids, with many ties."""
+def test_top_k_equals_that_of_jax():
+  """The top k in two rounds has the values and ids of jax.lax.top_k, also with many ties."""
   rng = np.random.default_rng(0)
   for levels in (3, 40, 10**6):
     z = jnp.asarray(rng.integers(0, levels, (16, 3000)), jnp.float32)
@@ -201,8 +201,7 @@ def test_top_k_is_that_of_jax():
       np.testing.assert_array_equal(got, wanted)
 
 
-def test_statistics_without_gradient():
-  """linear_token_stats: the same numbers as the loss's, at a temperature and under a soft cap."""
+def test_token_stats_alone_equal_the_oracle_with_temperature_and_soft_cap():
   rng = np.random.default_rng(1)
   h, head = rng.normal(size=(2, 7, 8)).astype(np.float32), rng.normal(size=(8, 300)).astype(np.float32)
   x = rng.integers(0, 300, (2, 7))

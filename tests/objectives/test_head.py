@@ -1,11 +1,21 @@
-"""The chunked head as a function: any cotangent, masks, soft cap, z-loss, refusals, memory."""
+"""The chunked head equals the reference for any cotangent, masks and options; what it refuses; its memory."""
+
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from betarank.objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total, shaped_loss
+from betarank.objectives import (
+  Layout,
+  RewardShaping,
+  linear_token_stats,
+  shaped_linear_loss,
+  shaped_linear_total,
+  shaped_loss,
+)
 
 SHAPING = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1, top_k=5)
 RNG = np.random.default_rng(0)
@@ -23,7 +33,7 @@ def close(got, wanted, **tolerance):
     np.testing.assert_allclose(a, b, **{'rtol': 1e-5, 'atol': 1e-5, **tolerance})
 
 
-def test_any_function_of_the_losses():
+def test_any_function_of_the_losses_can_be_differentiated():
   f = lambda losses: jnp.sum(jnp.sin(losses) * jnp.arange(21.0).reshape(3, 7))
   got = jax.grad(lambda h, w: f(shaped_linear_loss(h, w, X, SHAPING, chunk_tokens=4)[0]), (0, 1))(H, HEAD)
   close(got, jax.grad(lambda h, w: f(shaped_loss(h @ w, X, SHAPING)), (0, 1))(H, HEAD), atol=1e-4)
@@ -36,7 +46,7 @@ def test_chunk_size_changes_nothing(chunk):
   close(jax.value_and_grad(f, (0, 1))(H, HEAD), wanted)
 
 
-def test_weights_scale_and_masks_hide_everything():
+def test_weights_scale_losses_and_zero_weights_hide_even_nan():
   weights = jnp.asarray(RNG.integers(0, 3, (3, 7)), jnp.float32) * 0.7
   live = weights > 0
   hostile_h = jnp.where(live[..., None], H, jnp.nan)
@@ -56,15 +66,17 @@ def test_weights_scale_and_masks_hide_everything():
 
 
 def test_soft_cap_z_loss_and_temperature():
-  options = {'soft_cap': 3.0, 'z_loss': 0.01, 'temperature': 0.6}
+  shaping, options = dataclasses.replace(SHAPING, z_loss=0.01), {'soft_cap': 3.0, 'temperature': 0.6}
+  capped = lambda h, w: 3 * jnp.tanh(h @ w / 3) / 0.6
 
   def plain(h, w):
-    z = 3 * jnp.tanh(h @ w / 3) / 0.6
+    z = capped(h, w)
     return jnp.sum(shaped_loss(z, X, SHAPING) + 0.01 * jax.nn.logsumexp(z, -1) ** 2)
 
   wanted = jax.value_and_grad(plain, (0, 1))(H, HEAD)
-  close(jax.value_and_grad(lambda h, w: total_of(h, w, **options), (0, 1))(H, HEAD), wanted)
-  per_token = lambda h, w: shaped_linear_loss(h, w, X, SHAPING, chunk_tokens=4, **options)[0].sum()
+  close(jax.value_and_grad(lambda h, w: shaped_loss(capped(h, w), X, shaping).sum(), (0, 1))(H, HEAD), wanted)
+  close(jax.value_and_grad(lambda h, w: total_of(h, w, shaping=shaping, **options), (0, 1))(H, HEAD), wanted)
+  per_token = lambda h, w: shaped_linear_loss(h, w, X, shaping, chunk_tokens=4, **options)[0].sum()
   close(jax.value_and_grad(per_token, (0, 1))(H, HEAD), wanted)
 
 
@@ -74,16 +86,16 @@ def test_compute_dtype():
   np.testing.assert_allclose(got, jax.grad(lambda w: total_of(H, w))(HEAD), rtol=0.1, atol=0.1)
 
 
-def test_top_k_is_left_out_unless_asked_for():
+def test_no_top_k_is_computed_unless_a_lambda_or_the_statistics_need_it():
   basic = lambda shaping, **o: shaped_linear_loss(H, HEAD, X, shaping, **o)[1]
   assert basic(RewardShaping(beta=0.5)).tail_mass is None
-  assert basic(RewardShaping(beta=0.5), stats='full').tail_mass is not None
+  assert basic(RewardShaping(beta=0.5, top_k=5), stats='full').tail_mass is not None
   assert basic(SHAPING).head_mass is not None
   hlo = lambda s: jax.jit(lambda h: shaped_linear_total(h, HEAD, X, s)[0]).lower(H).as_text()
   assert 'top_k' in hlo(SHAPING) and 'top_k' not in hlo(RewardShaping(beta=0.5))
 
 
-def test_targets_outside_the_vocabulary_show():
+def test_targets_outside_the_vocabulary_give_nan_and_no_gradient():
   x = X.at[0, 0].set(40).at[1, 1].set(-1)
 
   def f(h, head):
@@ -108,14 +120,29 @@ def test_targets_outside_the_vocabulary_show():
   ({'temperature': 0.0}, 'temperature must be positive, got 0.0'),
   ({'soft_cap': -1.0}, 'soft_cap must be positive, got -1.0'),
   ({'chunk_tokens': 0}, 'chunk_tokens must be positive, got 0'),
-  ({'z_loss': float('nan')}, 'z_loss must be finite, got nan'),
-  ({'layout': Layout(vocab='nowhere')}, "layout.vocab: the mesh in force has no axis 'nowhere'"),
+  ({'layout': Layout(vocab='nowhere')}, "layout.vocab: the current mesh has no axis 'nowhere'"),
 ])
-def test_refusals(arguments, message):
+def test_arguments_that_do_not_fit_are_refused_by_name(arguments, message):
   arguments = {'hidden': H, 'head': HEAD, 'targets': X, 'shaping': SHAPING} | arguments
   with pytest.raises(ValueError) as error:
     jax.eval_shape(lambda: shaped_linear_loss(**arguments))
   assert str(error.value).startswith(message)
+
+
+def test_a_head_larger_than_the_vocabulary_is_refused_where_it_is_used():
+  """With k > V every wrong token is in the head, so lambda_tail would silently do nothing."""
+  message = re.escape('top_k must be <= the vocabulary size 40, got 41')
+  shaping = RewardShaping(lambda_tail=-0.1, top_k=41)
+  for function in (
+    lambda: shaped_linear_loss(H, HEAD, X, shaping),
+    lambda: shaped_linear_total(H, HEAD, X, RewardShaping(top_k=41), stats='full'),
+    lambda: shaped_loss(H @ HEAD, X, shaping),
+    lambda: linear_token_stats(H, HEAD, X, top_k=41),
+  ):
+    with pytest.raises(ValueError, match=message):
+      jax.eval_shape(function)
+  jax.eval_shape(lambda: shaped_linear_loss(H, HEAD, X, RewardShaping(top_k=41)))  # k isn't used
+  jax.eval_shape(lambda: shaped_linear_loss(H, HEAD, X, RewardShaping(lambda_tail=-0.1, top_k=40)))
 
 
 @pytest.mark.parametrize('function', [
@@ -123,7 +150,7 @@ def test_refusals(arguments, message):
   lambda *a: (lambda loss, stats: (loss.sum(), stats))(*shaped_linear_loss(*a, SHAPING)),
 ], ids=['total', 'per token'])
 def test_memory(function):
-  """Compiled, not run: forward + backward of 32,768 tokens x 131,072 words in a tenth of their logits."""
+  """Forward and backward of 32,768 tokens x 131,072 words take a tenth of their logits' memory; compiled, not run."""
   tokens, vocab, width = 32_768, 131_072, 2048
   h, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, width), (width, vocab)))
   step = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))

@@ -1,4 +1,4 @@
-"""The kernels beside XLA's operations, on a CPU in interpret mode, and what is lowered where."""
+"""The kernels equal their XLA equivalents (in interpret mode on a CPU), and each platform is lowered to its own."""
 
 import functools
 
@@ -8,21 +8,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from betarank.objectives import Layout, RewardShaping, head_math, shaped_linear_total
-from betarank.objectives import collectives as mesh_layout
-from betarank.objectives.kernels import row_sums_triton
-from betarank.objectives.kernels import top_k_tpu as on_tpu
-from betarank.objectives.kernels import top_k_triton as on_gpu
+from betarank.objectives import Layout, RewardShaping, collectives, head_math, shaped_linear_total
+from betarank.objectives.kernels import row_sums_triton, top_k_tpu, top_k_triton
 from betarank.objectives.top_k import find_head
 
-ROWS = 20  # a block of 16 and a part of one
+ROWS = 20  # a block of 16 rows and a partial one
 
 
 @pytest.fixture(
-  scope='module', params=[(on_tpu, 1100, 5), (on_tpu, 26_000, 130), (on_gpu, 4096, 100), (on_gpu, 26_000, 130)],
+  scope='module',
+  params=[(top_k_tpu, 1100, 5), (top_k_tpu, 26_000, 130), (top_k_triton, 4096, 100), (top_k_triton, 26_000, 130)],
   ids=lambda p: f'{p[0].__name__.split(".")[-1]}-{p[1]}-{p[2]}')
 def pair(request):
-  """(V, k, the kernel, the same by XLA); widths that end within a column of 128, and on a GPU within a block."""
+  """(V, k, the kernel, its XLA equivalent). V ends within a column of 128 logits, and on a GPU within a block."""
   kernel, vocab, k = request.param
   assert kernel.fits(vocab, k)
   by_kernel = jax.jit(functools.partial(kernel.find_head, k=k, interpret=True))
@@ -30,7 +28,7 @@ def pair(request):
 
 
 def check(pair, z, rank=None):
-  """Both give the same top k and head; the target is the one of this rank, or any."""
+  """Asserts that both find the top k and the same sum; the target has the given rank, or a random one."""
   vocab, k, *functions = pair
   rng = np.random.default_rng(1)
   z = np.asarray(z, np.float32)
@@ -51,7 +49,7 @@ def check(pair, z, rank=None):
     np.testing.assert_allclose(head_sum, exact, rtol=1e-6 * (1 + np.abs(z[np.isfinite(z)]).max()), atol=1e-37)
 
 
-def test_any_logits(pair):
+def test_random_logits(pair):
   vocab, k, *_ = pair
   z = np.random.default_rng(0).normal(size=(ROWS, vocab)) * 3
   for rank in (None, 0, k - 1, k):
@@ -59,8 +57,8 @@ def test_any_logits(pair):
   check(pair, -np.abs(z) * 1e30)
 
 
-def test_top_k_in_one_place(pair):
-  """More of the top k in a group than the sweep keeps: sorted logits, and all the large ones in a lane."""
+def test_more_of_the_top_k_in_a_group_than_the_sweep_keeps(pair):
+  """Sorted logits, and all large logits in one lane."""
   z = np.random.default_rng(0).normal(size=(ROWS, pair[0]))
   check(pair, np.sort(z, 1))
   z[:, 7 : 7 + 128 * 8 : 128] += 100
@@ -68,7 +66,7 @@ def test_top_k_in_one_place(pair):
 
 
 def test_ties(pair):
-  """Ties within and across the boundary, everything equal, signed zeros, masks of -inf and of -1e30."""
+  """Ties at the k-th largest and above it, all logits equal, signed zeros, masks of -inf and of -1e30."""
   vocab, k, *_ = pair
   rng = np.random.default_rng(0)
   few = rng.integers(0, 9, (ROWS, vocab)).astype(np.float32)
@@ -80,8 +78,8 @@ def test_ties(pair):
   check(pair, np.where(np.arange(vocab) < 3, few, -np.inf))
 
 
-def test_rows_not_wanted_and_nan_end(pair):
-  """A negative id asks for nothing, and NaN, which has no order, doesn't keep the search going."""
+def test_the_search_ends_on_rows_that_are_not_needed_and_on_nan(pair):
+  """A row with a negative id isn't needed, and leaves the others alone even if it is NaN."""
   vocab, k, by_kernel, _ = pair
   z = np.random.default_rng(0).normal(size=(ROWS, vocab)).astype(np.float32)
   zero = jnp.zeros(ROWS)
@@ -95,8 +93,8 @@ def test_rows_not_wanted_and_nan_end(pair):
   by_kernel(jnp.asarray(np.full((ROWS, vocab), np.nan, np.float32)), ids, zero, zero)[0].block_until_ready()
 
 
-def test_one_switch():
-  """Lowered for a TPU or GPU, a vocabulary that a kernel takes goes by it; elsewhere, or if small, by lax.top_k."""
+def test_each_platform_uses_its_kernel_where_the_vocabulary_fits():
+  """A TPU or GPU program has the kernel; on other platforms, or with a small vocabulary, it has lax.top_k."""
   shaping = RewardShaping(lambda_tail=-0.1, top_k=9)
 
   def text(vocab, platform, shaping=shaping):
@@ -105,8 +103,8 @@ def test_one_switch():
     arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes] + [jax.ShapeDtypeStruct((32,), jnp.int32)]
     return step.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
-  assert on_tpu.fits(20_000, 9) and not on_tpu.fits(1000, 9)
-  assert on_gpu.fits(20_000, 9) and not on_gpu.fits(1000, 9)
+  assert top_k_tpu.fits(20_000, 9) and not top_k_tpu.fits(1000, 9)
+  assert top_k_triton.fits(20_000, 9) and not top_k_triton.fits(1000, 9)
   kernels = lambda *a: 'tpu_custom_call' in text(*a)
   card = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ('data',), abstract_device=card)):
@@ -118,8 +116,8 @@ def test_one_switch():
 
 
 @pytest.mark.parametrize('tensor', [1, 2])
-def test_an_axis_of_one_device_splits_no_vocabulary(tensor):
-  """The kernels need whole rows; training's layout always names the axis that may split them."""
+def test_a_vocabulary_axis_of_one_device_keeps_the_kernel(tensor):
+  """The kernels need whole rows. Training's layout always names the axis that may split them."""
   shaping, layout = RewardShaping(lambda_tail=-0.1, top_k=9), Layout(tokens=('data',), vocab='tensor')
   step = jax.jit(jax.grad(lambda h, w, x: shaped_linear_total(h, w, x, shaping, layout=layout)[0], (0, 1)))
   mesh = jax.sharding.AbstractMesh((1, tensor), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -130,8 +128,8 @@ def test_an_axis_of_one_device_splits_no_vocabulary(tensor):
 
 
 @pytest.mark.parametrize('vocab', [1024, 1500, 5000])
-def test_row_sums_in_one_pass(vocab):
-  """The GPU's kernel and float64: large and -inf logits, ties with the target, targets outside the vocabulary."""
+def test_row_sums_kernel_equals_float64(vocab):
+  """Large and -inf logits, ties with the target, and targets outside the vocabulary."""
   rng = np.random.default_rng(vocab)
   z = (rng.normal(size=(6, vocab)) * np.array([1, 10, 80, 1e-3, 1, 1])[:, None]).astype(np.float32)
   z[4, ::7] = z[4, 3]
@@ -150,27 +148,27 @@ def test_row_sums_in_one_pass(vocab):
 
 
 @pytest.mark.parametrize(
-  'layout', [Layout(), Layout(vocab='tensor'), Layout(tokens=('data',), width='data', neighbours=2)])
-def test_row_sums_of_parts_of_a_vocabulary_on_a_mesh(layout):
-  """The GPU's kernel and the plain passes; two devices have half of the vocabulary each, in one row one half is all."""
+  'layout', [Layout(), Layout(vocab='tensor'), Layout(tokens=('data',), width='data', vocab_group_size=2)])
+def test_row_sums_kernel_equals_xla_on_parts_of_a_vocabulary(layout):
+  """Two devices have half of the vocabulary each; in one row a half has all of the probability."""
   vocab = 2100
   rng = np.random.default_rng(0)
   z = (9 * rng.normal(size=(8, vocab))).astype(np.float32)
   z[1, vocab // 2:] = -1e30
   z[2, ::5] = z[2, 5]
   x = jnp.asarray([3, 4, vocab - 5, vocab // 2, vocab // 2 - 1, vocab - 1, 0, vocab], jnp.int32)
-  options = head_math.Options(False, False, vocab, None, None, 0.0, 1.0, jnp.dtype(jnp.float32), layout)
+  options = head_math.Options(False, False, vocab, None, None, 1.0, jnp.dtype(jnp.float32), layout)
   split = P(None, 'data' if layout.width else layout.vocab)
 
   def run(form, **how):
     def local(z, x):
       target, shift, *sums = form(options, z, x, **how)
-      return target, shift, *(mesh_layout.sum_over_vocab(layout, a) for a in sums)
+      return target, shift, *(collectives.sum_over_vocab(layout, a) for a in sums)
     return jax.jit(jax.shard_map(local, in_specs=(split, P()), out_specs=P(), check_vma=False))(z, x)
 
   types = (jax.sharding.AxisType.Auto,) * 2
   with jax.set_mesh(jax.make_mesh((2, 2), ('data', 'tensor'), types, devices=jax.devices()[:4])):
-    got, want = run(head_math._sums_in_one, interpret=True), run(head_math._sums_by_passes)
+    got, want = run(head_math._row_sums_triton, interpret=True), run(head_math._row_sums_xla)
   assert np.isneginf(want[0][-1]) and np.isfinite(want[0][:-1]).all()
   for a, b, rtol in zip(got, want, (0, 0, 3e-6, 3e-6, 0), strict=True):
     np.testing.assert_allclose(a, b, rtol=rtol)

@@ -1,4 +1,4 @@
-"""Eight devices in several meshes give what one device gives, and no collective carries logits."""
+"""Eight devices in several meshes give the results of one device, and no collective carries logits."""
 
 import re
 
@@ -9,14 +9,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 from betarank.objectives import Layout, RewardShaping, shaped_linear_loss, shaped_linear_total
-from betarank.objectives.collectives import share
+from betarank.objectives.collectives import with_vocab_groups
 
 AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 MESHES = [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (1, 1, 1, 1, 8), (2, 2, 1, 1, 2), (1, 2, 1, 2, 2)]
 LAYOUT = Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
-SHAPING = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1, top_k=9)
+SHAPING = RewardShaping(beta=-0.25, lambda_head=0.1, lambda_tail=-0.1, top_k=9, z_loss=0.01)
+PLAIN = RewardShaping(beta=-0.25, z_loss=0.01)  # needs no top k, so devices may share the vocabulary
 RNG = np.random.default_rng(0)
-# Multiples of 1/4: many exact ties, across the parts of the vocabulary too, and products without rounding.
+# Multiples of 1/4 give products without rounding and many exact ties, also between parts of the vocabulary.
 H = jnp.asarray(RNG.integers(-4, 5, (8, 6, 16)) / 4, jnp.float32)
 HEAD = jnp.asarray(RNG.integers(-4, 5, (16, 96)) / 4, jnp.float32)
 X = jnp.asarray(RNG.integers(0, 96, (8, 6)))
@@ -25,13 +26,13 @@ WEIGHTS = jnp.asarray(RNG.integers(0, 3, (8, 6)), jnp.float32)
 
 def total(h, w, layout, shaping=SHAPING, stats='full'):
   t, loss, stats = shaped_linear_total(
-    h, w, X, shaping, weights=WEIGHTS, chunk_tokens=5, stats=stats, z_loss=0.01, layout=layout)
+    h, w, X, shaping, weights=WEIGHTS, chunk_tokens=5, stats=stats, layout=layout)
   return t, (loss, stats)
 
 
 def per_token(h, w, layout, shaping=SHAPING, stats='full'):
   loss, stats = shaped_linear_loss(
-    h, w, X, shaping, weights=WEIGHTS, chunk_tokens=5, stats=stats, z_loss=0.01, layout=layout)
+    h, w, X, shaping, weights=WEIGHTS, chunk_tokens=5, stats=stats, layout=layout)
   return loss.sum(), (loss, stats)
 
 
@@ -63,7 +64,7 @@ def test_five_meshes(shape, function):
   for op in re.findall(rf'= (.*?) (?:{collectives})[-\w]*\(', hlo):
     for dims in re.findall(r'\w+\[([\d,]+)\]', op):
       dims = [int(d) for d in dims.split(',')]
-      # Weights and their gradient carry D and a part of V, hidden states tokens and D, the rest k a token.
+      # Weights and their gradient have D rows and a part of V, hidden states have tokens and D, the rest k per token.
       is_weight = len(dims) == 2 and dims[-1] == vocab // shape[4] and HEAD.shape[0] % dims[0] == 0
       assert is_weight or vocab // shape[4] not in dims, (op, dims)
       assert np.prod(dims) <= max(HEAD.size, H.size, tokens * SHAPING.top_k * shape[4]), (op, dims)
@@ -71,36 +72,36 @@ def test_five_meshes(shape, function):
 
 @pytest.mark.parametrize('function', [total, per_token])
 @pytest.mark.parametrize(
-  'shape, neighbours', [((1, 8, 1, 1, 1), 4), ((2, 4, 1, 1, 1), 4), ((1, 2, 1, 2, 2), 2), ((2, 2, 1, 1, 2), 2)],
+  'shape, group', [((1, 8, 1, 1, 1), 4), ((2, 4, 1, 1, 1), 4), ((1, 2, 1, 2, 2), 2), ((2, 2, 1, 1, 2), 2)],
   ids=str)
-def test_neighbours_that_share_the_vocabulary(shape, neighbours, function):
-  """Without a top k a few devices have a part of the head each, and nothing is different but what is sent."""
-  options = {'shaping': RewardShaping(beta=-0.25), 'stats': 'basic'}
+def test_vocabulary_groups_change_only_what_is_sent(shape, group, function):
+  """Without a top k, the devices of a group hold a part of the head each, and results are those of one device."""
+  options = {'shaping': PLAIN, 'stats': 'basic'}
   wanted, _ = run(function, None, **options)
   with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5)):
-    assert share(LAYOUT, X.size, HEAD.shape[1]).neighbours == neighbours
+    assert with_vocab_groups(LAYOUT, X.size, HEAD.shape[1]).vocab_group_size == group
     got, hlo = run(function, LAYOUT, **options)
   compare(got, wanted)
   np.testing.assert_array_equal(got[0][1][1].target_rank, wanted[0][1][1].target_rank)
   rows, whole = HEAD.shape[0], HEAD.shape[1] // shape[4]
   reduced = re.findall(r'= (.*?) (?:all-reduce|reduce-scatter|all-gather)[-\w]*\(', hlo)
   sent = [tuple(map(int, dims.split(','))) for op in reduced for dims in re.findall(r'\w+\[(\d+,\d+)\]', op)]
-  assert any(dims[1] == whole // neighbours for dims in sent)
-  assert not [dims for dims in sent if dims[1] == whole and dims[0] > rows // shape[1]]  # but what a device keeps
+  assert any(dims[1] == whole // group for dims in sent)
+  assert not [dims for dims in sent if dims[1] == whole and dims[0] > rows // shape[1]]  # only the part it keeps
 
 
-def test_as_many_share_as_send_the_least():
-  """sqrt(V / T), T tokens a device, or what near it divides the axis and the vocabulary."""
+def test_the_group_size_minimizes_what_is_sent():
+  """It is near sqrt(V / T) for T tokens per device, and divides the axis and the vocabulary."""
   with jax.set_mesh(jax.make_mesh((1, 8, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
-    assert [share(LAYOUT, 8 * t, 1600).neighbours for t in (1600, 400, 100, 25, 1)] == [1, 2, 4, 8, 8]
-    assert [share(LAYOUT, 8, vocab).neighbours for vocab in (1602, 1601)] == [2, 1]
+    assert [with_vocab_groups(LAYOUT, 8 * t, 1600).vocab_group_size for t in (1600, 400, 100, 25, 1)] == [1, 2, 4, 8, 8]
+    assert [with_vocab_groups(LAYOUT, 8, vocab).vocab_group_size for vocab in (1602, 1601)] == [2, 1]
   with jax.set_mesh(jax.make_mesh((8, 1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
-    assert share(LAYOUT, 8, 1600) == LAYOUT  # data may lie across slices
+    assert with_vocab_groups(LAYOUT, 8, 1600) == LAYOUT  # the data axis may span slices
 
 
 def test_gradients_are_rounded_once_before_they_are_sent():
-  """In bfloat16 the sharded gradients are those of one device but for a rounding of each device's part."""
-  h, w, options = H.astype(jnp.bfloat16), HEAD, {'shaping': RewardShaping(beta=-0.25), 'stats': 'basic'}
+  """In bfloat16, sharded gradients differ from those of one device only by a rounding of each device's part."""
+  h, w, options = H.astype(jnp.bfloat16), HEAD, {'shaping': PLAIN, 'stats': 'basic'}
   gradients = lambda layout: jax.jit(jax.grad(lambda h, w: total(h, w, layout, **options)[0], (0, 1)))(h, w)
   wanted = gradients(None)
   with jax.set_mesh(jax.make_mesh((2, 4, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
@@ -112,15 +113,15 @@ def test_gradients_are_rounded_once_before_they_are_sent():
 
 
 def test_width_split_where_tokens_are_not():
-  """A head split over an axis that no token axis uses is sliced, not reduced."""
+  """The gradient of a head split over an axis that no token axis uses is sliced, not reduced."""
   layout = Layout(tokens=('data',), width=('fsdp', 'context'), vocab='tensor')
   wanted, _ = run(total, None)
   with jax.set_mesh(jax.make_mesh((2, 2, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 5)):
     compare(run(total, layout)[0], wanted)
 
 
-def test_weights_move_outside_the_loop_only():
-  """Gathers and reductions of the head stand outside the loop's body; inside is O(tokens k)."""
+def test_the_head_is_gathered_and_reduced_outside_the_loop():
+  """Collectives inside the loop over chunks carry O(tokens k) numbers."""
   with jax.set_mesh(jax.make_mesh((1, 4, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 5)):
     jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: total(h, w, LAYOUT)[0], (0, 1)))(H, HEAD)
   largest = []
@@ -139,7 +140,7 @@ def test_weights_move_outside_the_loop_only():
   assert largest and max(largest) <= 5 * 2 * SHAPING.top_k  # chunk x devices x k
 
 
-def test_refuses_what_does_not_divide():
+def test_a_layout_that_does_not_fit_the_mesh_is_refused_by_name():
   with jax.set_mesh(jax.make_mesh((1, 1, 1, 1, 8), AXES, axis_types=(AxisType.Auto,) * 5)):
     with pytest.raises(ValueError, match=r'layout.vocab: length 95 does not divide over 8 devices'):
       shaped_linear_loss(H, HEAD[:, :95], X, SHAPING, layout=LAYOUT)

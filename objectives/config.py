@@ -1,0 +1,76 @@
+"""The config section `objective`: an objective's numbers, and how they change over the optimizer steps."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from betarank.objectives.reward_shaping import RewardShaping, check_parameters
+
+SCHEDULES = ('constant', 'linear', 'step')
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  """The config section `objective`; `at(step)` returns what the loss functions take.
+
+  Attributes:
+    form: a name of `family.FAMILY`. 'power' is the paper's; with beta and both lambdas 0 it is plain cross-entropy,
+      bit for bit.
+    beta: the parameter of the form. It is read as β by 'power' and 'product', as γ by 'focal', as ε by
+      'label_smoothing', as α by 'likelihood_power' and as N by 'coverage'. 'cross_entropy' and 'dft' have no
+      parameter and require 0.
+    lambda_head: λ̃, the reward of wrong tokens among the top k.
+    lambda_tail: λ̂, the reward of all other wrong tokens.
+    top_k: k, the number of most probable tokens that make up the head.
+    schedule: 'constant'; 'linear', which moves beta and both lambdas from their `*_from` values at step
+      schedule_start to the values above at step schedule_end; or 'step', which uses the `*_from` values before
+      schedule_start and the values above from then on.
+    beta_from, lambda_head_from, lambda_tail_from: the values at the start of a schedule.
+    schedule_start, schedule_end: optimizer steps.
+    z_loss: factor of logsumexp(logits)^2, which is added to the loss of every token.
+
+  Raises:
+    ValueError: a value is outside its range; the message starts with the field's name.
+  """
+
+  form: str = 'power'
+  beta: float = 0.0
+  lambda_head: float = 0.0
+  lambda_tail: float = 0.0
+  top_k: int = 100
+  schedule: str = 'constant'
+  beta_from: float = 0.0
+  lambda_head_from: float = 0.0
+  lambda_tail_from: float = 0.0
+  schedule_start: int = 0
+  schedule_end: int = 0
+  z_loss: float = 0.0
+
+  def __post_init__(self):
+    if self.schedule not in SCHEDULES:
+      raise ValueError(f'schedule must be one of {", ".join(SCHEDULES)}, got {self.schedule!r}')
+    if self.schedule == 'linear' and self.schedule_end <= self.schedule_start:
+      raise ValueError(
+        f'schedule_end must be > schedule_start = {self.schedule_start}, got {self.schedule_end}')
+    RewardShaping(self.beta, self.lambda_head, self.lambda_tail, self.top_k, self.form, self.z_loss)
+    if self.schedule != 'constant':
+      check_parameters(self.form, self.beta_from, self.lambda_head_from, self.lambda_tail_from, suffix='_from')
+
+  def at(self, step):
+    """Returns the RewardShaping of an optimizer step, given as an int or a traced int32 scalar.
+
+    Only numbers that the schedule changes are traced, so a constant zero still costs nothing.
+    """
+    beta, lambda_head, lambda_tail = (
+      self._value(step, getattr(self, f'{name}_from'), getattr(self, name))
+      for name in ('beta', 'lambda_head', 'lambda_tail'))
+    return RewardShaping(beta, lambda_head, lambda_tail, self.top_k, self.form, self.z_loss)
+
+  def _value(self, step, start, end):
+    if self.schedule == 'constant' or start == end:
+      return end
+    if self.schedule == 'step':
+      return jnp.where(step >= self.schedule_start, end, start).astype(jnp.float32)
+    done = (step - self.schedule_start) / (self.schedule_end - self.schedule_start)
+    done = jnp.clip(jnp.asarray(done, jnp.float32), 0, 1)
+    return (1 - done) * start + done * end  # exact at both ends
