@@ -26,13 +26,15 @@ def main(argv: Sequence[str]) -> None:
   if args.list:
     print(_listing())
     return
-  is_rl = 'rl' in config
-  defaults = load.flatten(common.rl_base() if is_rl else common.base())
-  values = load.flatten(config)
-  for key, value in values.items():
-    mark = '' if key in defaults and defaults[key] == value else '   # differs' + (
-      f' from {describe.value(defaults[key])}' if key in defaults else ': not among the defaults')
-    print(f'{key} = {describe.value(value)}{mark}')
+  defaults = load.flatten(common.rl_base() if 'rl' in config else common.base())
+  lines = {key: f'{key} = {describe.value(value)}' for key, value in load.flatten(config).items()}
+  width = min(60, max(map(len, lines.values())))
+  for key, line in lines.items():
+    if key not in defaults:
+      line = f'{line:{width}}  # no default'
+    elif defaults[key] != load.flatten(config)[key]:
+      line = f'{line:{width}}  # default {describe.value(defaults[key])}'
+    print(line)
 
 
 def _listing() -> str:

@@ -197,16 +197,16 @@ RL_SECTION = dict(
   ),
   loss=dict(
     name=S('clip_higher', IDENTITY, 'clip_higher | cispo | gspo | ...; see docs/rl.md'),
-    eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low'),
-    eps_high=S(0.28, IDENTITY, 'and above 1 + eps_high'),
+    eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low; published: gspo 3e-4, cispo 1 (no limit)'),
+    eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high; published: gspo 4e-4, cispo 4'),
     aggregation=S('token_mean', IDENTITY, 'token_mean | sequence_mean | constant'),
-    constant=S(0, IDENTITY, 'divisor of a sequence, in tokens; aggregation=constant'),
+    constant=S(0, IDENTITY, 'divisor of a sequence for aggregation=constant: the longest answer, in tokens'),
     importance_cap=S(2.0, IDENTITY, 'cap of the weight trainer / sampler probability; 0: no such weight'),
     kl=S('k2', IDENTITY, 'estimator of the KL to the start: k2 | k3'),
-    kl_weight=S(0.0, IDENTITY, 'factor of the KL term'),
+    kl_weight=S(0.0, IDENTITY, 'factor of the KL term, in nats of loss per nat; 0: no such term'),
     cov=S('', IDENTITY, 'covariance-based control of entropy: clip_cov | kl_cov; empty: none'),
     cov_share=S(2e-4, IDENTITY, 'share of tokens that it singles out'),
-    kl_cov_weight=S(1.0, IDENTITY, 'factor of their KL; kl_cov'),
+    kl_cov_weight=S(1.0, IDENTITY, 'factor of |logp - old_logp| of those tokens; kl_cov. 0 in an on-policy update'),
   ),
 )
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from betarank.configs.settings import default
 from betarank.objectives.reward_shaping import RewardShaping, check_parameters
 
 SCHEDULES = ('constant', 'linear', 'step')
@@ -33,18 +34,18 @@ class ObjectiveConfig:
     ValueError: a value is outside its range; the message starts with the field's name.
   """
 
-  form: str = 'power'
-  beta: float = 0.0
-  lambda_head: float = 0.0
-  lambda_tail: float = 0.0
-  top_k: int = 100
-  schedule: str = 'constant'
-  beta_from: float = 0.0
-  lambda_head_from: float = 0.0
-  lambda_tail_from: float = 0.0
-  schedule_start: int = 0
-  schedule_end: int = 0
-  z_loss: float = 0.0
+  form: str = default('objective.form')
+  beta: float = default('objective.beta')
+  lambda_head: float = default('objective.lambda_head')
+  lambda_tail: float = default('objective.lambda_tail')
+  top_k: int = default('objective.top_k')
+  schedule: str = default('objective.schedule')
+  beta_from: float = default('objective.beta_from')
+  lambda_head_from: float = default('objective.lambda_head_from')
+  lambda_tail_from: float = default('objective.lambda_tail_from')
+  schedule_start: int = default('objective.schedule_start')
+  schedule_end: int = default('objective.schedule_end')
+  z_loss: float = default('objective.z_loss')
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:

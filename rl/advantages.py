@@ -13,6 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from betarank.configs.settings import default
+
 
 def grpo(rewards_PG, valid_PG, *, ddof=1, eps=1e-6):
   """A = (r - mean) / (std + eps) of the group. Source: GRPO, arXiv 2402.03300 sec. 4.1.2.
@@ -81,10 +83,10 @@ ADVANTAGES = {
 class AdvantageConfig:
   """Which advantage, and the knobs that some of them have."""
 
-  name: str = 'grpo'  # a key of ADVANTAGES
-  ddof: int = 1  # grpo: std divides by n - ddof
-  k: int = 4  # pass_at_k
-  positive_weight: float = 0.1  # w_reinforce
+  name: str = default('rl.advantage.name')
+  ddof: int = default('rl.advantage.ddof')
+  k: int = default('rl.advantage.k')
+  positive_weight: float = default('rl.advantage.positive_weight')
 
   def __post_init__(self):
     if self.name not in ADVANTAGES:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient as sg
 
+from betarank.configs.settings import default
+
 _MOST_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square is still finite
 
 
@@ -190,17 +192,17 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
 class PolicyLossConfig:
   """Which loss, and its knobs. The defaults are the paper's as far as it says, and DAPO's."""
 
-  name: str = 'clip_higher'  # a key of POLICY_LOSSES
-  eps_low: float = 0.2  # gspo: 3e-4, cispo: 1 (none)
-  eps_high: float = 0.28  # gspo: 4e-4, cispo: 4
-  aggregation: str = 'token_mean'  # one of AGGREGATIONS
-  constant: int = 0  # tokens, for 'constant': the longest answer allowed
-  importance_cap: float = 2.0  # of pi_old / pi_sampler; 0: no such weight
-  kl: str = 'k2'  # a key of KL_ESTIMATORS
-  kl_weight: float = 0.0  # nats of loss per nat; 0: none, and no reference is needed
-  cov: str = ''  # clip_cov | kl_cov | '': none
-  cov_share: float = 2e-4  # of all tokens
-  kl_cov_weight: float = 1.0  # of |logp - old_logp|; an on-policy update has none of it
+  name: str = default('rl.loss.name')
+  eps_low: float = default('rl.loss.eps_low')
+  eps_high: float = default('rl.loss.eps_high')
+  aggregation: str = default('rl.loss.aggregation')
+  constant: int = default('rl.loss.constant')
+  importance_cap: float = default('rl.loss.importance_cap')
+  kl: str = default('rl.loss.kl')
+  kl_weight: float = default('rl.loss.kl_weight')
+  cov: str = default('rl.loss.cov')
+  cov_share: float = default('rl.loss.cov_share')
+  kl_cov_weight: float = default('rl.loss.kl_cov_weight')
 
   def __post_init__(self):
     if self.name not in POLICY_LOSSES:

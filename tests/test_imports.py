@@ -12,7 +12,7 @@ LEAVES = {'configs', 'objectives', 'model', 'data'}
 # Package -> what else of the project it may import. configs holds values and their loader, and stands below all.
 ALLOWED = {
   'configs': set(),
-  'objectives': set(),
+  'objectives': {'configs'},
   'model': {'configs'},
   'data': {'configs'},
   'tasks': LEAVES,

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from betarank.configs.settings import default
+
 MOMENT_DTYPES = ('float32', 'bfloat16')
 
 
@@ -22,7 +24,7 @@ class OptimizerConfig:
   eps: float
   weight_decay: float
   clip_norm: float
-  moment_dtype: str = 'float32'
+  moment_dtype: str = default('optimizer.moment_dtype')
 
   def __post_init__(self):
     for name in ('lr', 'eps', 'clip_norm'):
