@@ -1,0 +1,712 @@
+r"""The rules by which an answer is right: what its notation says is compared with what the gold's says.
+
+    judge('1,2', 'x=2 or x=1')      Judgement(RIGHT, 'the same list, in any order', ...)
+
+Every rule is about kinds of notation, not about words. A rule that can't decide says so, and the verdict is undecided.
+Expressions are compared by value (`values`); notation that only math-verify can parse is compared by it, through the
+function `by_math_verify`, which only a worker process has.
+"""
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Sequence
+
+from betarank.tasks import expressions, notation, units, values
+from betarank.tasks.expressions import Node
+from betarank.tasks.latex import Unreadable
+from betarank.tasks.notation import (
+  Clock,
+  Digits,
+  Empty,
+  Family,
+  Interval,
+  Many,
+  Matrix,
+  Ratio,
+  Reading,
+  Relation,
+  Residue,
+  Union,
+  Value,
+  Words,
+)
+
+
+class Verdict(enum.IntEnum):
+  """What a verifier says. Undecided is never counted as wrong: such samples are left out, and counted."""
+
+  UNDECIDED = -1
+  WRONG = 0
+  RIGHT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+  """A verdict, the rule that decided, and how the two sides were read. gold_is_read: False if the gold is to blame."""
+
+  verdict: Verdict
+  rule: str
+  gold: str = ''
+  answer: str = ''
+  gold_is_read: bool = True
+
+
+# (gold, answer) -> whether math-verify calls them equal; None if it can't parse the gold.
+ByMathVerify = Callable[[str, str], bool | None]
+
+
+def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
+  """Returns whether `answer` is right where `gold` is the reference, and why."""
+  if why := why_unreadable(gold, by_math_verify):
+    return Judgement(Verdict.UNDECIDED, f'the gold cannot be read: {why}', gold_is_read=False)
+  wanted = notation.read(gold)
+  try:
+    given = notation.read(answer)
+  except Unreadable as error:
+    return Judgement(Verdict.WRONG, f'the answer cannot be read: {error}', str(wanted), 'nothing')
+  compare = _Comparison(by_math_verify)
+  try:
+    same = compare.same(wanted, given)
+  except values.TooHard as error:  # its values, for the gold has some
+    return Judgement(Verdict.WRONG, f'the answer has no value: {error}', str(wanted), str(given))
+  verdict = Verdict.UNDECIDED if same is None else Verdict.RIGHT if same else Verdict.WRONG
+  return Judgement(verdict, compare.rule, str(wanted), str(given))
+
+
+@functools.lru_cache(maxsize=1024)
+def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
+  """Returns why nothing can be compared with a gold; '' if it can be read."""
+  try:
+    reading = notation.read(gold)
+    if isinstance(reading, Words) and not _is_name(reading):
+      return 'it is words and mathematics in one'
+    for part in _parts(reading):
+      if isinstance(part, Value):
+        if part.node is not None:
+          values.check(part.node)
+        elif by_math_verify(part.text, part.text) is None:
+          return 'math-verify cannot read it either'
+  except Unreadable as error:
+    return str(error)
+  except values.TooHard as error:
+    return f'it has no value: {error}'
+  return ''
+
+
+def _is_name(reading: Words) -> bool:
+  """Whether words are few and nothing else, as a name or 'no solution' is."""
+  words = reading.spelled.split()
+  return 0 < len(words) <= 6 and all(word.replace("'", '').isalnum() for word in words)
+
+
+def _parts(reading: Reading):
+  """Yields the reading and all that it consists of."""
+  yield reading
+  parts = [*getattr(reading, 'items', ()), *getattr(reading, 'sides', ()), getattr(reading, 'low', None),
+           getattr(reading, 'high', None), *(getattr(reading, 'parts', ()) if isinstance(reading, Union) else ()),
+           *(cell for row in getattr(reading, 'rows', ()) for cell in row)]
+  for part in parts:
+    if part is not None:
+      yield from _parts(part)
+
+
+class _Comparison:
+  """One comparison. rule: what decided, of the outermost rule that said something."""
+
+  def __init__(self, by_math_verify: ByMathVerify):
+    self._by_math_verify = by_math_verify
+    self.rule = ''
+
+  def _decide(self, same: bool | None, rule: str) -> bool | None:
+    self.rule = rule
+    return same
+
+  def same(self, gold: Reading, answer: Reading) -> bool | None:
+    """Whether the answer says what the gold says; None if that can't be decided."""
+    if gold.tokens == answer.tokens:
+      return self._decide(True, 'the same notation')
+    for rule in (self._words, self._empty, self._digits, self._residues, self._families, self._clocks, self._regions,
+                 self._assignments, self._lists, self._relations, self._matrices, self._ratios, self._quantities):
+      decided = rule(gold, answer)
+      if decided is not NotImplemented:
+        return decided
+    return self._decide(False, f'the gold is a {gold.kind}, the answer a {answer.kind}')
+
+  # Words, nothing
+
+  def _words(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Words) and not isinstance(answer, Words):
+      return NotImplemented
+    wanted, given = (side.spelled.replace(' ', '').replace("'", '') for side in (gold, answer))
+    if wanted and (wanted == given or len(wanted) > 1 and wanted == given.lower()) or _choice(gold) and _choice(gold) == _choice(answer):
+      return self._decide(True, 'the same words')
+    if isinstance(gold, Words):
+      return self._decide(False, 'other words')
+    return self._decide(False, 'the answer is words, the gold is not')
+
+  def _empty(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Empty) and not isinstance(answer, Empty):
+      return NotImplemented
+    same = isinstance(gold, Empty) and isinstance(answer, Empty)
+    return self._decide(same, 'both are the empty set' if same else 'one is the empty set, the other is not')
+
+  # Numerals, residues, families
+
+  def _digits(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Digits) and not isinstance(answer, Digits):
+      return NotImplemented
+    if isinstance(gold, Digits) and isinstance(answer, Digits):
+      same = (gold.digits, gold.base) == (answer.digits, answer.base)
+      return self._decide(same, 'digits and base agree' if same else 'digits or bases differ')
+    stated, other = (gold, answer) if isinstance(gold, Digits) else (answer, gold)
+    if not isinstance(other, Value):
+      return self._decide(False, 'one is a numeral in a base, the other is not')
+    same = ''.join(other.tokens).lstrip('0') == stated.digits
+    return self._decide(same, 'the same digits, the base left out' if same else 'other digits than those in the base')
+
+  def _residues(self, gold: Reading, answer: Reading):
+    if isinstance(gold, Family) and isinstance(answer, Residue):
+      return self._families(gold, _as_family(answer))
+    if isinstance(gold, Residue):
+      if isinstance(answer, Family):
+        return self._families(_as_family(gold), answer)
+      if isinstance(answer, Residue):
+        named = gold.name == answer.name or not gold.name or not answer.name
+        same = named and self._families(_as_family(gold), _as_family(answer))
+        return self._decide(same, 'the same residue' if same else 'another residue or modulus')
+      return self._decide(False, 'the gold is a residue, the answer names no modulus')
+    if isinstance(answer, Residue):
+      if answer.name or not isinstance(gold, Value) or gold.node is None:
+        return self._decide(False, 'the answer is a residue, the gold is not')
+      return self._decide(values.equal(gold.node, answer.value), 'the number before the modulus')
+    return NotImplemented
+
+  def _families(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Family) and not isinstance(answer, Family):
+      return NotImplemented
+    if not isinstance(gold, Family) or not isinstance(answer, Family):
+      return self._decide(False, 'one is a family of values, the other is not')
+    return self._decide(_same_family(gold, answer), 'families of values, compared as sets')
+
+  def _clocks(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Clock) and not isinstance(answer, Clock):
+      return NotImplemented
+    times = [side.minutes if isinstance(side, Clock) else _minutes(side) for side in (gold, answer)]
+    if None in times:
+      return self._decide(False, 'one is a time of day, the other is not')
+    half_open = not isinstance(gold, Clock) or not isinstance(answer, Clock)
+    same = times[0] == times[1] or (half_open and min(times) < 720 and abs(times[0] - times[1]) == 720)
+    return self._decide(same, 'the same time of day' if same else 'another time of day')
+
+  # Intervals and inequalities
+
+  def _regions(self, gold: Reading, answer: Reading):
+    """Intervals, unions and inequalities of one variable, whichever way each is written."""
+    if not (_is_region(gold) or _is_region(answer)):
+      return NotImplemented
+    wanted, given = _region(gold, open_pairs=True), _region(answer, open_pairs=True)
+    if wanted is None or given is None:
+      if isinstance(gold, Relation) and isinstance(answer, Relation | Many):
+        return NotImplemented
+      return self._decide(False, 'one is an interval or inequality, the other is not')
+    if wanted[0] and given[0] and wanted[0] != given[0]:
+      return self._decide(False, f'the inequalities are about {wanted[0]} and {given[0]}')
+    if len(wanted[1]) != len(given[1]):
+      return self._decide(False, 'other intervals')
+    same = self._matched(wanted[1], given[1], self._same_interval)
+    return self._decide(same, 'the same intervals' if same else 'other ends, or open where the gold is closed')
+
+  def _same_interval(self, gold: Interval | Reading, answer: Interval | Reading) -> bool | None:
+    if not isinstance(gold, Interval) or not isinstance(answer, Interval):
+      return self.same(gold, answer) if not isinstance(gold, Interval) and not isinstance(answer, Interval) else False
+    if [gold.closed[i] for i, end in enumerate((gold.low, gold.high)) if not _infinite(end)] != [
+        answer.closed[i] for i, end in enumerate((answer.low, answer.high)) if not _infinite(end)]:
+      return False
+    return _all([self.same(gold.low, answer.low), self.same(gold.high, answer.high)])
+
+  # Equations that give a name to something
+
+  def _assignments(self, gold: Reading, answer: Reading):
+    """x = 3, f(x) = x^2: right by what is behind the name, if the names agree, or if only one side has one."""
+    if isinstance(gold, Many) and isinstance(answer, Many) and gold.kind != 'pair' and answer.kind != 'pair':
+      return self._named_lists(gold, answer)
+    if isinstance(answer, Many) and answer.kind != 'pair' and isinstance(gold, Many) and gold.kind == 'pair':
+      ordered = _by_name(answer)
+      return self._in_order(gold.items, ordered) if ordered else NotImplemented
+    if isinstance(gold, Many) and isinstance(answer, Many) and answer.kind == 'pair':
+      ordered = _by_name(gold)
+      return self._in_order(ordered, answer.items) if ordered else NotImplemented
+    if not isinstance(gold, Relation) and not isinstance(answer, Relation):
+      return NotImplemented
+    wanted, given = _assignment(gold), _assignment(answer)
+    if wanted and given:
+      return self._both_named(gold, answer, wanted, given)
+    if wanted and not isinstance(answer, Relation):
+      return self._decide(self.same(wanted[1], answer), 'the name left out: ' + self.rule)
+    if given and not isinstance(gold, Relation):
+      return self._decide(self.same(gold, given[1]), 'a name before it: ' + self.rule)
+    if isinstance(answer, Relation) and not isinstance(gold, Relation):
+      if set(answer.operators) <= {'=', r'\approx'} and answer.sides[0] is not None:
+        sides = answer.sides[1:] if notation.name_of(answer.sides[0]) else answer.sides
+        every = _all([self.same(gold, side) for side in sides])
+        return self._decide(every, 'every side of the equation is the gold' if every else
+                            'an equation is not its right side')
+      return self._decide(False, 'an equation, inequality or arrow is not its right side')
+    return NotImplemented
+
+  def _both_named(self, gold: Relation, answer: Relation, wanted, given) -> bool | None:
+    (name, value), (other, said) = wanted, given
+    if name.key != other.key and not (name.is_free or other.is_free):
+      swapped = self._equations(gold, answer)
+      return swapped if swapped else self._decide(False, f'{name.key} and {other.key} are different names')
+    if name.variable and other.variable and name.variable != other.variable:
+      said = _renamed(said, other.variable, name.variable)
+    same = self.same(value, said)
+    return self._decide(same, 'what the names stand for: ' + self.rule)
+
+  def _named_lists(self, gold: Many, answer: Many):
+    """x = 1, y = 2 against the same names in any order."""
+    wanted, given = (_names(side) for side in (gold, answer))
+    if wanted is None or given is None or len(set(wanted)) == 1 or len(set(given)) == 1:
+      return NotImplemented
+    if sorted(wanted) != sorted(given):
+      return NotImplemented if any(n.is_free for n, _ in map(_assignment, gold.items)) else self._decide(
+        False, 'other names')
+    said = dict(zip(given, answer.items))
+    every = _all([self.same(item, said[name]) for name, item in zip(wanted, gold.items)])
+    return self._decide(every, 'each name has the same value' if every else 'a name has another value')
+
+  # Lists, sets, pairs
+
+  def _lists(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Many) and not isinstance(answer, Many):
+      return NotImplemented
+    gold, answer = (_single(side) for side in (gold, answer))
+    if not isinstance(gold, Many) and not isinstance(answer, Many):
+      return self._decide(self.same(gold, answer), 'a set of one: ' + self.rule)
+    if isinstance(gold, Matrix) or isinstance(answer, Matrix):
+      return self._vectors(gold, answer)
+    if not isinstance(gold, Many) or not isinstance(answer, Many):
+      return self._decide(False, 'one is several values, the other is one')
+    wanted, given = [_plain_item(i) for i in gold.items], [_plain_item(i) for i in answer.items]
+    if 'pair' in (gold.kind, answer.kind):
+      if 'set' in (gold.kind, answer.kind):
+        return self._decide(False, 'a point is not a set')
+      return self._in_order(wanted, given)
+    if _repeats(wanted):
+      same = self._matched(wanted, given, self.same) if len(wanted) == len(given) else False
+    else:
+      same = self._matched(wanted, self._distinct(given), self.same)
+    return self._decide(same, 'the same list, in any order' if same else 'other items in the list')
+
+  def _in_order(self, gold: Sequence[Reading], answer: Sequence[Reading]) -> bool | None:
+    if len(gold) != len(answer):
+      return self._decide(False, f'{len(gold)} values in the gold, {len(answer)} in the answer')
+    same = _all([self.same(g, a) for g, a in zip(gold, answer)])
+    return self._decide(same, 'the same values in the same order' if same else 'other values, or another order')
+
+  def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
+    """Whether the two can be paired off."""
+    if len(gold) != len(answer):
+      return False
+    left, unsure = list(answer), False
+    for item in gold:
+      verdicts = []
+      for other in left:
+        verdicts.append(same(item, other))
+        if verdicts[-1]:
+          break
+      if True in verdicts:
+        del left[verdicts.index(True)]
+      elif None in verdicts:
+        unsure = True
+      else:
+        return False
+    return None if unsure else True
+
+  def _distinct(self, items: list[Reading]) -> list[Reading]:
+    kept: list[Reading] = []
+    for item in items:
+      if not any(self.same(item, other) for other in kept):
+        kept.append(item)
+    return kept
+
+  # Equations and other relations
+
+  def _relations(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Relation) and not isinstance(answer, Relation):
+      return NotImplemented
+    if not isinstance(gold, Relation) or not isinstance(answer, Relation):
+      return self._decide(False, 'one is a relation, the other is not')
+    if gold.operators == answer.operators == ('=',):
+      return self._equations(gold, answer)
+    if len(gold.operators) == len(answer.operators) == 1 and {gold.operators[0], answer.operators[0]} <= _DIRECTIONS.keys():
+      return self._inequalities(gold, answer)
+    same = gold.operators == answer.operators and _all(
+      [a is b or (a is not None and b is not None and self.same(a, b)) for a, b in zip(gold.sides, answer.sides)])
+    return self._decide(same, 'the same relation of the same sides' if same else 'other relations')
+
+  def _equations(self, gold: Relation, answer: Relation) -> bool | None:
+    differences = [_difference(side) for side in (gold, answer)]
+    if None not in differences and values.factor(*differences) is not None:
+      return self._decide(True, 'the equations are multiples of each other')
+    swapped = self._sides(gold.sides, answer.sides) or self._sides(gold.sides, answer.sides[::-1])
+    if swapped:
+      return self._decide(True, 'the same sides')
+    decided = self._by_math_verify(gold.text, answer.text)
+    return self._decide(decided, 'other equations' if decided is False else 'equations, by math-verify')
+
+  def _sides(self, gold, answer) -> bool | None:
+    return len(gold) == len(answer) and _all([g is not None and a is not None and self.same(g, a)
+                                              for g, a in zip(gold, answer)])
+
+  def _inequalities(self, gold: Relation, answer: Relation) -> bool | None:
+    """Of several variables: the same direction, or the opposite one of the negative."""
+    differences = [_difference(side) for side in (gold, answer)]
+    if None in differences:
+      return self._decide(None, 'inequalities that cannot be compared')
+    ratio = values.factor(*differences)
+    wanted, given = (_DIRECTIONS[side.operators[0]] for side in (gold, answer))
+    if ratio is None or abs(ratio.imag) > 0:
+      return self._decide(False, 'other inequalities')
+    same = wanted == (given if ratio.real > 0 else (-given[0], given[1]))
+    return self._decide(same, 'the same inequality' if same else 'the other direction, or with equality')
+
+  # Matrices, ratios
+
+  def _matrices(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Matrix) and not isinstance(answer, Matrix):
+      return NotImplemented
+    if not isinstance(gold, Matrix) or not isinstance(answer, Matrix):
+      return self._decide(False, 'one is a matrix, the other is not')
+    if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
+      return self._decide(False, 'matrices of different shapes')
+    same = _all([self.same(g, a) for row, other in zip(gold.rows, answer.rows) for g, a in zip(row, other)])
+    return self._decide(same, 'the same entries' if same else 'an entry differs')
+
+  def _vectors(self, gold: Reading, answer: Reading):
+    """A column or row in a matrix against the same values in parentheses."""
+    sides = [side.items if isinstance(side, Many) and side.kind == 'pair' else _vector(side) for side in (gold, answer)]
+    return self._in_order(*sides) if all(sides) else self._decide(False, 'one is a matrix, the other is not')
+
+  def _ratios(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Ratio) and not isinstance(answer, Ratio):
+      return NotImplemented
+    sides = [_ratio_parts(side) for side in (gold, answer)]
+    if None in sides or len(sides[0]) != len(sides[1]):
+      return self._decide(False, 'ratios of different length, or no ratio')
+    (first, *rest), (other, *others) = sides
+    cross = [values.equal(Node('mul', (first, b)), Node('mul', (a, other))) for a, b in zip(rest, others)]
+    return self._decide(all(cross), 'the same ratio' if all(cross) else 'another ratio')
+
+  # Values with units
+
+  def _quantities(self, gold: Reading, answer: Reading):
+    if not isinstance(gold, Value) or not isinstance(answer, Value):
+      return NotImplemented
+    if (gold.unit is None) != (answer.unit is None):
+      gold, answer = _with_bare_unit(gold, answer)
+    wanted, given = gold.unit, answer.unit
+    if wanted is None and given is None:
+      return self._values(gold, answer)
+    if given is None:
+      return self._unit_left_out(gold, answer)
+    if wanted is None:
+      return self._unit_added(gold, answer)
+    if wanted.dimensions == given.dimensions:
+      same = self._values(_scaled(gold, wanted.factor / given.factor), answer)
+      return self._decide(same, f'{self.rule}, in the same unit' if wanted.factor == given.factor else
+                          f'{self.rule}, converted from {given.name} to {wanted.name}')
+    if {wanted.dimensions, given.dimensions} == {(('degrees', 1),), (('radians', 1),)}:
+      sides = [_radians(side) if side.unit.is_degree else side for side in (gold, answer)]
+      return self._decide(self._values(*sides), 'degrees and radians')
+    if wanted.is_generic or given.is_generic:
+      return self._decide(self._values(gold, answer), 'a unit without a name')
+    return self._decide(False, f'different units: {wanted.name} and {given.name}')
+
+  def _unit_left_out(self, gold: Value, answer: Value) -> bool | None:
+    if self._values(gold, answer):
+      return self._decide(True, 'the unit of the gold left out')
+    if gold.unit.is_percent:
+      return self._decide(self._values(_scaled(gold, values.Fraction(1, 100)), answer), 'a percentage as a number')
+    if gold.unit.is_degree:
+      return self._decide(self._values(_radians(gold), answer), 'degrees as radians')
+    return self._decide(False, 'another number')
+
+  def _unit_added(self, gold: Value, answer: Value) -> bool | None:
+    if answer.unit.is_percent:
+      if self._values(gold, _scaled(answer, values.Fraction(1, 100))):
+        return self._decide(True, 'a percentage for the number')
+      return self._decide(self._values(gold, answer), 'a percentage whose sign the gold leaves out')
+    if answer.unit.is_degree and gold.node is not None and any(
+        n == Node('constant', ('pi',)) for n in expressions.walk(gold.node)):
+      return self._decide(self._values(gold, _radians(answer)), 'degrees for radians')
+    same = self._values(gold, answer)
+    return self._decide(same, 'a unit that the gold leaves out' if same else self.rule)
+
+  def _values(self, gold: Value, answer: Value) -> bool | None:
+    if gold.node is None or answer.node is None:
+      same = self._by_math_verify(gold.text, answer.text)
+      return self._decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
+    if values.equal(gold.node, answer.node):
+      exactly = not expressions.symbols(gold.node) and None not in (values.exact(gold.node), values.exact(answer.node))
+      return self._decide(True, 'equal numbers, exactly' if exactly else 'equal values')
+    if values.near(gold.node, answer.node):
+      return self._decide(True, 'equal to as many digits as its decimals state')
+    return self._decide(False, 'different values')
+
+
+_DIRECTIONS = {'<': (-1, False), '>': (1, False), r'\le': (-1, True), r'\ge': (1, True)}
+
+
+def _all(verdicts: Sequence[bool | None]) -> bool | None:
+  """True if all are, False if one isn't, None otherwise."""
+  return False if any(v is not None and not v for v in verdicts) else None if None in verdicts else True
+
+
+def _choice(reading: Reading) -> str:
+  """The letter of a multiple choice: (C), C, or the label before a value; '' if there is none."""
+  letters = [t for t in reading.tokens if t not in '().:{}']
+  if letters and len(letters[0].lstrip("'")) == 1 and letters[0].lstrip("'").isupper() and (
+      len(letters) == 1 or ')' in reading.tokens[:3]):
+    return letters[0].lstrip("'")
+  if len(letters) == 2 and letters[0].lower() in ("'option", "'choice"):
+    return letters[1].lstrip("'")
+  return ''
+
+
+def _minutes(reading: Reading) -> int | None:
+  if not isinstance(reading, Ratio) or len(reading.parts) != 2:
+    return None
+  hours, minutes = (values.exact(part) for part in reading.parts)
+  return int(60 * hours + minutes) if None not in (hours, minutes) and hours.denominator == 1 else None
+
+
+# Families of values: a + b·k for every integer k
+
+
+def _as_family(residue: Residue) -> Family:
+  node = Node('add', (residue.value, Node('mul', (residue.modulus, Node('symbol', ('k',))))))
+  return Family(residue.tokens, node, 'k')
+
+
+def _same_family(gold: Family, answer: Family) -> bool | None:
+  lines = [_line(family) for family in (gold, answer)]
+  if None in lines:
+    renamed = expressions.rename(answer.node, answer.variable, gold.variable)
+    return values.equal(gold.node, renamed) or None
+  (start, step), (other, stride) = lines
+  if not (values.equal(step, stride) or values.equal(step, Node('neg', (stride,)))):
+    return False
+  shift = Node('div', (Node('add', (start, Node('neg', (other,)))), step))
+  try:
+    size = values.approximate(shift)
+  except values.TooHard:
+    return values.equal(start, other)
+  nearest = Node('number', (values.Fraction(int(round(float(size.real)))), None))
+  return values.equal(shift, nearest)
+
+
+def _line(family: Family) -> tuple[Node, Node] | None:
+  """(value at 0, step) of a family that is linear in its variable; None if it isn't."""
+  at = [expressions.substitute(family.node, family.variable, Node('number', (values.Fraction(i), None))) for i in range(4)]
+  step, second, third = (Node('add', (b, Node('neg', (a,)))) for a, b in zip(at, at[1:]))
+  return (at[0], step) if values.equal(step, second) and values.equal(step, third) else None
+
+
+# Intervals and inequalities
+
+
+def _is_region(reading: Reading) -> bool:
+  if isinstance(reading, Interval | Union):
+    return True
+  if isinstance(reading, Many):
+    return reading.kind in ('or', 'and', 'list') and all(_is_region(item) for item in reading.items)
+  return isinstance(reading, Relation) and _region(reading) is not None
+
+
+def _region(reading: Reading, open_pairs: bool = False) -> tuple[str, list[Reading]] | None:
+  """(variable or '', intervals and single values); None if it is no set of numbers of one variable."""
+  if isinstance(reading, Interval):
+    return '', [reading]
+  if isinstance(reading, Many) and reading.kind == 'pair' and open_pairs and len(reading.items) == 2:
+    return '', [Interval(reading.tokens, *reading.items)]
+  if isinstance(reading, Many) and reading.kind == 'set':
+    return '', list(reading.items)
+  if isinstance(reading, Union):
+    return _joined([_region(part, True) for part in reading.parts])
+  if isinstance(reading, Many) and reading.kind in ('or', 'list', 'and'):
+    parts = [_region(item, True) for item in reading.items]
+    if reading.kind == 'and' and None not in parts and all(len(p[1]) == 1 for p in parts):
+      return _intersection(parts)
+    return _joined(parts)
+  return _bounds(reading) if isinstance(reading, Relation) else None
+
+
+def _joined(parts: list) -> tuple[str, list[Reading]] | None:
+  if None in parts or len({name for name, _ in parts if name}) > 1:
+    return None
+  return next((name for name, _ in parts if name), ''), [piece for _, pieces in parts for piece in pieces]
+
+
+def _intersection(parts) -> tuple[str, list[Reading]] | None:
+  joined = _joined(parts)
+  if joined is None or not all(isinstance(piece, Interval) for piece in joined[1]) or len(joined[1]) != 2:
+    return joined
+  first, second = joined[1]
+  below, above = (first, second) if _infinite(first.high) else (second, first)
+  if not _infinite(below.high) or not _infinite(above.low):
+    return joined
+  return joined[0], [Interval(first.tokens, below.low, above.high, (below.closed[0], above.closed[1]))]
+
+
+def _infinite(reading: Reading | None) -> bool:
+  return reading is None or [t for t in reading.tokens if t not in '+-{}'] == [r'\infty']
+
+
+def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
+  """x > 3, -1 < x \\le 2, x \\ne 0, x \\in (1, 2) as intervals of the variable x."""
+  sides, operators = relation.sides, relation.operators
+  low, high = notation.read(r'-\infty'), notation.read(r'\infty')
+  if None in sides:
+    return None
+  names = [i for i, side in enumerate(sides) if _variable(side)]
+  if len(names) != 1:
+    return None
+  at, name = names[0], _variable(sides[names[0]])
+  others = [side for i, side in enumerate(sides) if i != at]
+  if any(isinstance(side, Words) for side in others):
+    return None
+  if operators == (r'\in',) and at == 0:
+    inner = _region(sides[1], open_pairs=True)
+    return (name, inner[1]) if inner else None
+  if operators == (r'\ne',):
+    return name, [Interval(relation.tokens, low, others[0]), Interval(relation.tokens, others[0], high)]
+  if not set(operators) <= _DIRECTIONS.keys() or len({_DIRECTIONS[o][0] for o in operators}) > 1 or len(sides) > 3 or (
+      len(sides) == 3 and at != 1):
+    return None
+  if len(sides) == 3:
+    ends = [(sides[0], _DIRECTIONS[operators[0]][1]), (sides[2], _DIRECTIONS[operators[1]][1])]
+    (low, a), (high, b) = ends if _DIRECTIONS[operators[0]][0] < 0 else ends[::-1]
+    return name, [Interval(relation.tokens, low, high, (a, b))]
+  direction, closed = _DIRECTIONS[operators[0]]
+  if (direction > 0) == (at == 0):
+    return name, [Interval(relation.tokens, others[0], high, (closed, False))]
+  return name, [Interval(relation.tokens, low, others[0], (False, closed))]
+
+
+def _variable(side: Reading | None) -> str:
+  """The variable that a side consists of; '' if it is anything else."""
+  name = notation.name_of(side) if isinstance(side, Value) and side.unit is None else None
+  return name.key if name else ''
+
+
+# Equations
+
+
+def _assignment(reading: Reading) -> tuple[notation.Name, Reading] | None:
+  """(name, value) of x = 3, also of 3 = x and x = 1 + 2 = 3 if the sides agree; None for other readings."""
+  if not isinstance(reading, Relation) or not set(reading.operators) <= {'=', r'\approx'} or None in reading.sides:
+    if isinstance(reading, Relation) and reading.operators == (r'\in',) and isinstance(reading.sides[1], Many):
+      name = notation.name_of(reading.sides[0])
+      return (name, reading.sides[1]) if name else None
+    return None
+  first, *rest = reading.sides
+  name = notation.name_of(first)
+  if name is None and len(rest) == 1 and isinstance(first, Many) and first.kind == 'pair' and isinstance(rest[0], Many):
+    return notation.Name(''.join(first.tokens), False), rest[0]  # (x, y) = (1, 2)
+  if name is None and len(rest) == 1 and notation.name_of(rest[0]) and isinstance(first, Value | Many):
+    return notation.name_of(rest[0]), first
+  if name is None:
+    return None
+  if len(rest) > 1:
+    nodes = [side.node if isinstance(side, Value) else None for side in rest]
+    if None in nodes or not all(values.equal(nodes[0], node) or values.near(nodes[0], node) for node in nodes[1:]):
+      return None
+  return name, rest[0]
+
+
+def _names(many: Many) -> list[str] | None:
+  found = [_assignment(item) for item in many.items]
+  return None if None in found else [name.key for name, _ in found]
+
+
+def _by_name(many: Many) -> list[Reading] | None:
+  """The values of x = 1, y = 2 in the order of the names; None if the items aren't such equations of several names."""
+  names = _names(many)
+  if names is None or len(set(names)) != len(names):
+    return None
+  return [_assignment(item)[1] for _, item in sorted(zip(names, many.items), key=lambda pair: pair[0])]
+
+
+def _plain_item(item: Reading) -> Reading:
+  """An item of a list without the name before it, as in x = 1, x = 2."""
+  found = _assignment(item)
+  return found[1] if found else item
+
+
+def _single(reading: Reading) -> Reading:
+  if isinstance(reading, Many) and reading.kind == 'set' and len(reading.items) == 1 and isinstance(reading.items[0], Value):
+    return reading.items[0]
+  return reading
+
+
+def _repeats(items: list[Reading]) -> bool:
+  texts = [item.tokens for item in items]
+  return len(set(texts)) < len(texts)
+
+
+def _renamed(reading: Reading, name: str, new: str) -> Reading:
+  if isinstance(reading, Value) and reading.node is not None:
+    return dataclasses.replace(reading, node=expressions.rename(reading.node, name, new), tokens=())
+  return reading
+
+
+def _difference(relation: Relation) -> Node | None:
+  """Left minus right side; None if one can't be evaluated."""
+  sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
+  return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))
+
+
+def _vector(reading: Reading) -> Sequence[Reading] | None:
+  if not isinstance(reading, Matrix):
+    return None
+  if len(reading.rows) == 1:
+    return reading.rows[0]
+  return [row[0] for row in reading.rows] if all(len(row) == 1 for row in reading.rows) else None
+
+
+def _ratio_parts(reading: Reading) -> tuple[Node, ...] | None:
+  if isinstance(reading, Ratio):
+    return reading.parts
+  one = Node('number', (values.Fraction(1), None))
+  return (reading.node, one) if isinstance(reading, Value) and reading.node is not None and reading.unit is None else None
+
+
+# Units
+
+
+def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
+  r"""Reads `5 m` as five metres where the other side has a unit."""
+  gold_again, answer_again = gold, answer
+  if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):
+    gold_again = _read_again(gold)
+  if answer.unit is None and answer.node is not None and expressions.symbols(answer.node):
+    answer_again = _read_again(answer)
+  return gold_again, answer_again
+
+
+def _read_again(reading: Value) -> Value:
+  again = notation.read(reading.text, True)
+  return again if isinstance(again, Value) else reading
+
+
+def _scaled(value: Value, factor) -> Value:
+  if value.node is None or factor == 1:
+    return value
+  return dataclasses.replace(value, node=Node('mul', (Node('number', (factor, None)), value.node)), tokens=())
+
+
+def _radians(value: Value) -> Value:
+  return value if value.node is None else dataclasses.replace(value, node=Node('degree', (value.node,)), tokens=())
