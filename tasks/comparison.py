@@ -12,7 +12,8 @@ import enum
 import functools
 from collections.abc import Callable, Sequence
 
-from betarank.tasks import expressions, notation, units, values
+from betarank.tasks import equations, expressions, families, notation, regions, values, wording
+from betarank.tasks.equations import Claim
 from betarank.tasks.expressions import Node
 from betarank.tasks.latex import Unreadable
 from betarank.tasks.notation import (
@@ -79,9 +80,9 @@ def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
   """Returns why nothing can be compared with a gold; '' if it can be read."""
   try:
     reading = notation.read(gold)
-    if isinstance(reading, Words) and not _is_name(reading):
-      return 'it is words and mathematics in one'
     for part in _parts(reading):
+      if isinstance(part, Words) and not wording.is_name(part.tokens):
+        return f'{part.spelled!r} is neither a name nor mathematics'
       if isinstance(part, Value):
         if part.node is not None:
           values.check(part.node)
@@ -92,12 +93,6 @@ def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
   except values.TooHard as error:
     return f'it has no value: {error}'
   return ''
-
-
-def _is_name(reading: Words) -> bool:
-  """Whether words are few and nothing else, as a name or 'no solution' is."""
-  words = reading.spelled.split()
-  return 0 < len(words) <= 6 and all(word.replace("'", '').isalnum() for word in words)
 
 
 def _parts(reading: Reading):
@@ -126,8 +121,8 @@ class _Comparison:
     """Whether the answer says what the gold says; None if that can't be decided."""
     if gold.tokens == answer.tokens:
       return self._decide(True, 'the same notation')
-    for rule in (self._words, self._empty, self._digits, self._residues, self._families, self._clocks, self._regions,
-                 self._assignments, self._lists, self._relations, self._matrices, self._ratios, self._quantities):
+    for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks, self._regions,
+                 self._named, self._lists, self._relations, self._matrices, self._ratios, self._quantities):
       decided = rule(gold, answer)
       if decided is not NotImplemented:
         return decided
@@ -144,6 +139,12 @@ class _Comparison:
     if isinstance(gold, Words):
       return self._decide(False, 'other words')
     return self._decide(False, 'the answer is words, the gold is not')
+
+  def _unparsed(self, gold: Reading, answer: Reading):
+    if not any(isinstance(side, Value) and side.node is None and side.unit is None for side in (gold, answer)):
+      return NotImplemented
+    same = self._by_math_verify(gold.text, answer.text)
+    return self._decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
 
   def _empty(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Empty) and not isinstance(answer, Empty):
@@ -167,13 +168,13 @@ class _Comparison:
 
   def _residues(self, gold: Reading, answer: Reading):
     if isinstance(gold, Family) and isinstance(answer, Residue):
-      return self._families(gold, _as_family(answer))
+      return self._families(gold, families.as_family(answer))
     if isinstance(gold, Residue):
       if isinstance(answer, Family):
-        return self._families(_as_family(gold), answer)
+        return self._families(families.as_family(gold), answer)
       if isinstance(answer, Residue):
         named = gold.name == answer.name or not gold.name or not answer.name
-        same = named and self._families(_as_family(gold), _as_family(answer))
+        same = named and self._families(families.as_family(gold), families.as_family(answer))
         return self._decide(same, 'the same residue' if same else 'another residue or modulus')
       return self._decide(False, 'the gold is a residue, the answer names no modulus')
     if isinstance(answer, Residue):
@@ -187,7 +188,7 @@ class _Comparison:
       return NotImplemented
     if not isinstance(gold, Family) or not isinstance(answer, Family):
       return self._decide(False, 'one is a family of values, the other is not')
-    return self._decide(_same_family(gold, answer), 'families of values, compared as sets')
+    return self._decide(families.same_family(gold, answer), 'families of values, compared as sets')
 
   def _clocks(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Clock) and not isinstance(answer, Clock):
@@ -203,9 +204,9 @@ class _Comparison:
 
   def _regions(self, gold: Reading, answer: Reading):
     """Intervals, unions and inequalities of one variable, whichever way each is written."""
-    if not (_is_region(gold) or _is_region(answer)):
+    if not (regions.is_region(gold) or regions.is_region(answer)):
       return NotImplemented
-    wanted, given = _region(gold, open_pairs=True), _region(answer, open_pairs=True)
+    wanted, given = regions.region(gold, open_pairs=True), regions.region(answer, open_pairs=True)
     if wanted is None or given is None:
       if isinstance(gold, Relation) and isinstance(answer, Relation | Many):
         return NotImplemented
@@ -220,61 +221,52 @@ class _Comparison:
   def _same_interval(self, gold: Interval | Reading, answer: Interval | Reading) -> bool | None:
     if not isinstance(gold, Interval) or not isinstance(answer, Interval):
       return self.same(gold, answer) if not isinstance(gold, Interval) and not isinstance(answer, Interval) else False
-    if [gold.closed[i] for i, end in enumerate((gold.low, gold.high)) if not _infinite(end)] != [
-        answer.closed[i] for i, end in enumerate((answer.low, answer.high)) if not _infinite(end)]:
+    if [gold.closed[i] for i, end in enumerate((gold.low, gold.high)) if not regions.infinite(end)] != [
+        answer.closed[i] for i, end in enumerate((answer.low, answer.high)) if not regions.infinite(end)]:
       return False
     return _all([self.same(gold.low, answer.low), self.same(gold.high, answer.high)])
 
   # Equations that give a name to something
 
-  def _assignments(self, gold: Reading, answer: Reading):
+  def _named(self, gold: Reading, answer: Reading):
     """x = 3, f(x) = x^2: right by what is behind the name, if the names agree, or if only one side has one."""
-    if isinstance(gold, Many) and isinstance(answer, Many) and gold.kind != 'pair' and answer.kind != 'pair':
+    if isinstance(gold, Many) and isinstance(answer, Many):
       return self._named_lists(gold, answer)
-    if isinstance(answer, Many) and answer.kind != 'pair' and isinstance(gold, Many) and gold.kind == 'pair':
-      ordered = _by_name(answer)
-      return self._in_order(gold.items, ordered) if ordered else NotImplemented
-    if isinstance(gold, Many) and isinstance(answer, Many) and answer.kind == 'pair':
-      ordered = _by_name(gold)
-      return self._in_order(ordered, answer.items) if ordered else NotImplemented
     if not isinstance(gold, Relation) and not isinstance(answer, Relation):
       return NotImplemented
-    wanted, given = _assignment(gold), _assignment(answer)
-    if wanted and given:
+    wanted, given = equations.claim(gold), equations.claim(answer)
+    if wanted and given and wanted.name and given.name:
       return self._both_named(gold, answer, wanted, given)
-    if wanted and not isinstance(answer, Relation):
-      return self._decide(self.same(wanted[1], answer), 'the name left out: ' + self.rule)
-    if given and not isinstance(gold, Relation):
-      return self._decide(self.same(gold, given[1]), 'a name before it: ' + self.rule)
+    if wanted and wanted.name and not isinstance(answer, Relation):
+      return self._decide(self.same(wanted.values[0], answer), 'the name left out: ' + self.rule)
     if isinstance(answer, Relation) and not isinstance(gold, Relation):
-      if set(answer.operators) <= {'=', r'\approx'} and answer.sides[0] is not None:
-        sides = answer.sides[1:] if notation.name_of(answer.sides[0]) else answer.sides
-        every = _all([self.same(gold, side) for side in sides])
-        return self._decide(every, 'every side of the equation is the gold' if every else
-                            'an equation is not its right side')
-      return self._decide(False, 'an equation, inequality or arrow is not its right side')
+      if given is None:
+        return self._decide(False, 'an equation, inequality or arrow is not its right side')
+      same = any(self.same(gold, value) for value in given.values)
+      return self._decide(same, ('a name before it: ' if given.name else 'a chain of equal values: ') + self.rule)
     return NotImplemented
 
-  def _both_named(self, gold: Relation, answer: Relation, wanted, given) -> bool | None:
-    (name, value), (other, said) = wanted, given
-    if name.key != other.key and not (name.is_free or other.is_free):
+  def _both_named(self, gold: Relation, answer: Relation, wanted: Claim, given: Claim) -> bool | None:
+    name, other, said = wanted.name, given.name, given.values[0]
+    if name.key != other.key and not name.may_be(other):
       swapped = self._equations(gold, answer)
       return swapped if swapped else self._decide(False, f'{name.key} and {other.key} are different names')
     if name.variable and other.variable and name.variable != other.variable:
-      said = _renamed(said, other.variable, name.variable)
-    same = self.same(value, said)
-    return self._decide(same, 'what the names stand for: ' + self.rule)
+      said = equations.renamed(said, other.variable, name.variable)
+    return self._decide(self.same(wanted.values[0], said), 'what the names stand for: ' + self.rule)
 
   def _named_lists(self, gold: Many, answer: Many):
-    """x = 1, y = 2 against the same names in any order."""
-    wanted, given = (_names(side) for side in (gold, answer))
+    """x = 1, y = 2 against the same names in any order, or against the pair (1, 2)."""
+    if 'pair' in (gold.kind, answer.kind):
+      wanted, given = (side.items if side.kind == 'pair' else equations.point(side) for side in (gold, answer))
+      return self._in_order(wanted, given) if wanted and given else NotImplemented
+    wanted, given = equations.names(gold), equations.names(answer)
     if wanted is None or given is None or len(set(wanted)) == 1 or len(set(given)) == 1:
       return NotImplemented
-    if sorted(wanted) != sorted(given):
-      return NotImplemented if any(n.is_free for n, _ in map(_assignment, gold.items)) else self._decide(
-        False, 'other names')
-    said = dict(zip(given, answer.items))
-    every = _all([self.same(item, said[name]) for name, item in zip(wanted, gold.items)])
+    keys, said = [name.key for name in wanted], dict(zip((name.key for name in given), answer.items))
+    if sorted(keys) != sorted(name.key for name in given):
+      return NotImplemented if any(name.kind != 'symbol' for name in wanted) else self._decide(False, 'other names')
+    every = _all([self.same(item, said[key]) for key, item in zip(keys, gold.items)])
     return self._decide(every, 'each name has the same value' if every else 'a name has another value')
 
   # Lists, sets, pairs
@@ -289,7 +281,7 @@ class _Comparison:
       return self._vectors(gold, answer)
     if not isinstance(gold, Many) or not isinstance(answer, Many):
       return self._decide(False, 'one is several values, the other is one')
-    wanted, given = [_plain_item(i) for i in gold.items], [_plain_item(i) for i in answer.items]
+    wanted, given = [equations.without_name(i) for i in gold.items], [equations.without_name(i) for i in answer.items]
     if 'pair' in (gold.kind, answer.kind):
       if 'set' in (gold.kind, answer.kind):
         return self._decide(False, 'a point is not a set')
@@ -341,14 +333,14 @@ class _Comparison:
       return self._decide(False, 'one is a relation, the other is not')
     if gold.operators == answer.operators == ('=',):
       return self._equations(gold, answer)
-    if len(gold.operators) == len(answer.operators) == 1 and {gold.operators[0], answer.operators[0]} <= _DIRECTIONS.keys():
+    if len(gold.operators) == len(answer.operators) == 1 and {gold.operators[0], answer.operators[0]} <= regions.DIRECTIONS.keys():
       return self._inequalities(gold, answer)
     same = gold.operators == answer.operators and _all(
       [a is b or (a is not None and b is not None and self.same(a, b)) for a, b in zip(gold.sides, answer.sides)])
     return self._decide(same, 'the same relation of the same sides' if same else 'other relations')
 
   def _equations(self, gold: Relation, answer: Relation) -> bool | None:
-    differences = [_difference(side) for side in (gold, answer)]
+    differences = [equations.difference(side) for side in (gold, answer)]
     if None not in differences and values.factor(*differences) is not None:
       return self._decide(True, 'the equations are multiples of each other')
     swapped = self._sides(gold.sides, answer.sides) or self._sides(gold.sides, answer.sides[::-1])
@@ -363,11 +355,11 @@ class _Comparison:
 
   def _inequalities(self, gold: Relation, answer: Relation) -> bool | None:
     """Of several variables: the same direction, or the opposite one of the negative."""
-    differences = [_difference(side) for side in (gold, answer)]
+    differences = [equations.difference(side) for side in (gold, answer)]
     if None in differences:
-      return self._decide(None, 'inequalities that cannot be compared')
+      return self._decide(None if differences[0] is None else False, 'inequalities that cannot be compared')
     ratio = values.factor(*differences)
-    wanted, given = (_DIRECTIONS[side.operators[0]] for side in (gold, answer))
+    wanted, given = (regions.DIRECTIONS[side.operators[0]] for side in (gold, answer))
     if ratio is None or abs(ratio.imag) > 0:
       return self._decide(False, 'other inequalities')
     same = wanted == (given if ratio.real > 0 else (-given[0], given[1]))
@@ -396,6 +388,8 @@ class _Comparison:
     sides = [_ratio_parts(side) for side in (gold, answer)]
     if None in sides or len(sides[0]) != len(sides[1]):
       return self._decide(False, 'ratios of different length, or no ratio')
+    if isinstance(gold, Ratio) and isinstance(answer, Ratio) and _is_time(gold) and _is_time(answer):
+      return self._decide(_minutes(gold) == _minutes(answer), 'times of day')
     (first, *rest), (other, *others) = sides
     cross = [values.equal(Node('mul', (first, b)), Node('mul', (a, other))) for a, b in zip(rest, others)]
     return self._decide(all(cross), 'the same ratio' if all(cross) else 'another ratio')
@@ -457,9 +451,6 @@ class _Comparison:
     return self._decide(False, 'different values')
 
 
-_DIRECTIONS = {'<': (-1, False), '>': (1, False), r'\le': (-1, True), r'\ge': (1, True)}
-
-
 def _all(verdicts: Sequence[bool | None]) -> bool | None:
   """True if all are, False if one isn't, None otherwise."""
   return False if any(v is not None and not v for v in verdicts) else None if None in verdicts else True
@@ -476,174 +467,17 @@ def _choice(reading: Reading) -> str:
   return ''
 
 
+def _is_time(reading: Ratio) -> bool:
+  """Whether it is written as a time of day is: 3:05."""
+  tokens = reading.tokens
+  return len(tokens) == 3 and len(tokens[0]) <= 2 and len(tokens[2]) == 2 and tokens[2].isdigit() and int(tokens[2]) < 60
+
+
 def _minutes(reading: Reading) -> int | None:
   if not isinstance(reading, Ratio) or len(reading.parts) != 2:
     return None
   hours, minutes = (values.exact(part) for part in reading.parts)
   return int(60 * hours + minutes) if None not in (hours, minutes) and hours.denominator == 1 else None
-
-
-# Families of values: a + b·k for every integer k
-
-
-def _as_family(residue: Residue) -> Family:
-  node = Node('add', (residue.value, Node('mul', (residue.modulus, Node('symbol', ('k',))))))
-  return Family(residue.tokens, node, 'k')
-
-
-def _same_family(gold: Family, answer: Family) -> bool | None:
-  lines = [_line(family) for family in (gold, answer)]
-  if None in lines:
-    renamed = expressions.rename(answer.node, answer.variable, gold.variable)
-    return values.equal(gold.node, renamed) or None
-  (start, step), (other, stride) = lines
-  if not (values.equal(step, stride) or values.equal(step, Node('neg', (stride,)))):
-    return False
-  shift = Node('div', (Node('add', (start, Node('neg', (other,)))), step))
-  try:
-    size = values.approximate(shift)
-  except values.TooHard:
-    return values.equal(start, other)
-  nearest = Node('number', (values.Fraction(int(round(float(size.real)))), None))
-  return values.equal(shift, nearest)
-
-
-def _line(family: Family) -> tuple[Node, Node] | None:
-  """(value at 0, step) of a family that is linear in its variable; None if it isn't."""
-  at = [expressions.substitute(family.node, family.variable, Node('number', (values.Fraction(i), None))) for i in range(4)]
-  step, second, third = (Node('add', (b, Node('neg', (a,)))) for a, b in zip(at, at[1:]))
-  return (at[0], step) if values.equal(step, second) and values.equal(step, third) else None
-
-
-# Intervals and inequalities
-
-
-def _is_region(reading: Reading) -> bool:
-  if isinstance(reading, Interval | Union):
-    return True
-  if isinstance(reading, Many):
-    return reading.kind in ('or', 'and', 'list') and all(_is_region(item) for item in reading.items)
-  return isinstance(reading, Relation) and _region(reading) is not None
-
-
-def _region(reading: Reading, open_pairs: bool = False) -> tuple[str, list[Reading]] | None:
-  """(variable or '', intervals and single values); None if it is no set of numbers of one variable."""
-  if isinstance(reading, Interval):
-    return '', [reading]
-  if isinstance(reading, Many) and reading.kind == 'pair' and open_pairs and len(reading.items) == 2:
-    return '', [Interval(reading.tokens, *reading.items)]
-  if isinstance(reading, Many) and reading.kind == 'set':
-    return '', list(reading.items)
-  if isinstance(reading, Union):
-    return _joined([_region(part, True) for part in reading.parts])
-  if isinstance(reading, Many) and reading.kind in ('or', 'list', 'and'):
-    parts = [_region(item, True) for item in reading.items]
-    if reading.kind == 'and' and None not in parts and all(len(p[1]) == 1 for p in parts):
-      return _intersection(parts)
-    return _joined(parts)
-  return _bounds(reading) if isinstance(reading, Relation) else None
-
-
-def _joined(parts: list) -> tuple[str, list[Reading]] | None:
-  if None in parts or len({name for name, _ in parts if name}) > 1:
-    return None
-  return next((name for name, _ in parts if name), ''), [piece for _, pieces in parts for piece in pieces]
-
-
-def _intersection(parts) -> tuple[str, list[Reading]] | None:
-  joined = _joined(parts)
-  if joined is None or not all(isinstance(piece, Interval) for piece in joined[1]) or len(joined[1]) != 2:
-    return joined
-  first, second = joined[1]
-  below, above = (first, second) if _infinite(first.high) else (second, first)
-  if not _infinite(below.high) or not _infinite(above.low):
-    return joined
-  return joined[0], [Interval(first.tokens, below.low, above.high, (below.closed[0], above.closed[1]))]
-
-
-def _infinite(reading: Reading | None) -> bool:
-  return reading is None or [t for t in reading.tokens if t not in '+-{}'] == [r'\infty']
-
-
-def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
-  """x > 3, -1 < x \\le 2, x \\ne 0, x \\in (1, 2) as intervals of the variable x."""
-  sides, operators = relation.sides, relation.operators
-  low, high = notation.read(r'-\infty'), notation.read(r'\infty')
-  if None in sides:
-    return None
-  names = [i for i, side in enumerate(sides) if _variable(side)]
-  if len(names) != 1:
-    return None
-  at, name = names[0], _variable(sides[names[0]])
-  others = [side for i, side in enumerate(sides) if i != at]
-  if any(isinstance(side, Words) for side in others):
-    return None
-  if operators == (r'\in',) and at == 0:
-    inner = _region(sides[1], open_pairs=True)
-    return (name, inner[1]) if inner else None
-  if operators == (r'\ne',):
-    return name, [Interval(relation.tokens, low, others[0]), Interval(relation.tokens, others[0], high)]
-  if not set(operators) <= _DIRECTIONS.keys() or len({_DIRECTIONS[o][0] for o in operators}) > 1 or len(sides) > 3 or (
-      len(sides) == 3 and at != 1):
-    return None
-  if len(sides) == 3:
-    ends = [(sides[0], _DIRECTIONS[operators[0]][1]), (sides[2], _DIRECTIONS[operators[1]][1])]
-    (low, a), (high, b) = ends if _DIRECTIONS[operators[0]][0] < 0 else ends[::-1]
-    return name, [Interval(relation.tokens, low, high, (a, b))]
-  direction, closed = _DIRECTIONS[operators[0]]
-  if (direction > 0) == (at == 0):
-    return name, [Interval(relation.tokens, others[0], high, (closed, False))]
-  return name, [Interval(relation.tokens, low, others[0], (False, closed))]
-
-
-def _variable(side: Reading | None) -> str:
-  """The variable that a side consists of; '' if it is anything else."""
-  name = notation.name_of(side) if isinstance(side, Value) and side.unit is None else None
-  return name.key if name else ''
-
-
-# Equations
-
-
-def _assignment(reading: Reading) -> tuple[notation.Name, Reading] | None:
-  """(name, value) of x = 3, also of 3 = x and x = 1 + 2 = 3 if the sides agree; None for other readings."""
-  if not isinstance(reading, Relation) or not set(reading.operators) <= {'=', r'\approx'} or None in reading.sides:
-    if isinstance(reading, Relation) and reading.operators == (r'\in',) and isinstance(reading.sides[1], Many):
-      name = notation.name_of(reading.sides[0])
-      return (name, reading.sides[1]) if name else None
-    return None
-  first, *rest = reading.sides
-  name = notation.name_of(first)
-  if name is None and len(rest) == 1 and isinstance(first, Many) and first.kind == 'pair' and isinstance(rest[0], Many):
-    return notation.Name(''.join(first.tokens), False), rest[0]  # (x, y) = (1, 2)
-  if name is None and len(rest) == 1 and notation.name_of(rest[0]) and isinstance(first, Value | Many):
-    return notation.name_of(rest[0]), first
-  if name is None:
-    return None
-  if len(rest) > 1:
-    nodes = [side.node if isinstance(side, Value) else None for side in rest]
-    if None in nodes or not all(values.equal(nodes[0], node) or values.near(nodes[0], node) for node in nodes[1:]):
-      return None
-  return name, rest[0]
-
-
-def _names(many: Many) -> list[str] | None:
-  found = [_assignment(item) for item in many.items]
-  return None if None in found else [name.key for name, _ in found]
-
-
-def _by_name(many: Many) -> list[Reading] | None:
-  """The values of x = 1, y = 2 in the order of the names; None if the items aren't such equations of several names."""
-  names = _names(many)
-  if names is None or len(set(names)) != len(names):
-    return None
-  return [_assignment(item)[1] for _, item in sorted(zip(names, many.items), key=lambda pair: pair[0])]
-
-
-def _plain_item(item: Reading) -> Reading:
-  """An item of a list without the name before it, as in x = 1, x = 2."""
-  found = _assignment(item)
-  return found[1] if found else item
 
 
 def _single(reading: Reading) -> Reading:
@@ -655,18 +489,6 @@ def _single(reading: Reading) -> Reading:
 def _repeats(items: list[Reading]) -> bool:
   texts = [item.tokens for item in items]
   return len(set(texts)) < len(texts)
-
-
-def _renamed(reading: Reading, name: str, new: str) -> Reading:
-  if isinstance(reading, Value) and reading.node is not None:
-    return dataclasses.replace(reading, node=expressions.rename(reading.node, name, new), tokens=())
-  return reading
-
-
-def _difference(relation: Relation) -> Node | None:
-  """Left minus right side; None if one can't be evaluated."""
-  sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
-  return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))
 
 
 def _vector(reading: Reading) -> Sequence[Reading] | None:

@@ -422,6 +422,8 @@ class _Parser:
       return ''
     end = match_of(self.tokens, self.at)
     inside = self.tokens[self.at + 1:end]
+    if self.tokens[end] != ')':
+      raise Unreadable('an interval is no factor')
     if not all(t in (',', '-') or is_number(t) or (',' in inside and t.isalpha()) for t in inside) or not inside:
       return ''
     self.at = end + 1

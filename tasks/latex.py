@@ -67,14 +67,16 @@ _BARE = {**{name: '\\' + name for name in FUNCTIONS - {'max', 'min'}}, 'sqrt': r
          'Infinity': r'\infty'}
 _WORDS = {
   'or', 'and', 'no', 'No', 'is', 'not', 'are', 'for', 'the', 'The', 'all', 'any', 'yes', 'Yes', 'one', 'two', 'six', 'ten', 'odd',
-  'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg', 'usd', 'USD',
+  'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg', 'usd', 'USD', 'pct',
 }
 _UNITS = {'cm', 'km', 'mm', 'dm', 'nm', 'kg', 'mg', 'ft', 'mi', 'hr', 'lb', 'oz', 'Hz', 'kJ', 'kW', 'kN', 'Pa', 'eV', 'ms', 'ml', 'mL', 'yd', 'in',
           'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu'}  # words after a number
-_PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an', 'as', 'be', 'by'}  # words among words
+_PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an', 'as', 'be', 'by', 'our', 'its', 'sum', 'has'}  # words among words
+_COMMANDS = _DROPPED | _TEXT | _SAME.keys() | FUNCTIONS | {
+  'frac', 'sqrt', 'pi', 'infty', 'cup', 'le', 'ge', 'in', 'pm', 'cdot', 'times', 'theta', 'alpha', 'circ', 'binom'}
 _SPACE = r'(?:\{,\}|,\\!\s*|\\[,;:! ]|~|\s)'  # what may separate groups of three digits
 _TOKEN = re.compile(
-  rf'(?P<space>(?:\s|~|\\[,;:!\s/])+)'
+  rf'(?P<space>(?:\s|~|\\[,;:!\s/]|\\q?quad)+)'
   rf'|(?P<grouped>[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?!\d)(?:\.\d+)?)'
   r'|(?P<number>\d+(?:\{,\}\d+|\.(?!\.)\d*)?|\.\d+)'
   r'(?P<exponent>[eE][+-]?\d+(?![\d.]*[A-Za-z({^!]))?'
@@ -89,6 +91,8 @@ _FOLLOWED = re.compile('[A-Za-z]+ [A-Za-z]{2}')
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 _TIMES_TEN = re.compile(r'(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*|\{))')
 _MODULES = re.compile(r'\b(?:np|numpy|math|sympy|sp)\.(?=[a-z])')
+_ASCII_OPERATORS = (('<=', r'\le '), ('>=', r'\ge '), (' != ', r' \ne '), ('==', '='), ('=>', r'\Rightarrow '), ('->', r'\to '))
+_DOUBLED = re.compile(r'\\\\([A-Za-z]+)')
 _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
 _LAST_LETTER = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+([msgLJNWVK])(?=[\s.$]*$)')  # 5 m: a unit, where 5m is a product
@@ -111,6 +115,10 @@ def tokenize(text: str) -> list[str]:
     raise Unreadable('it is too long')
   text = _RAISED.sub(lambda found: f'^{{{found[0].translate(_SUPERSCRIPTS)}}}', text)
   text = _LAST_LETTER.sub(r'\\text{\1}', _MODULES.sub('', text.translate(_CHARACTERS)))
+  if r'\begin' not in text:  # a text escaped twice, as JSON in JSON is
+    text = _DOUBLED.sub(lambda found: found[0][1:] if found[1] in _COMMANDS else found[0], text)
+  for written, meant in _ASCII_OPERATORS:
+    text = text.replace(written, meant)
   text = text.replace(r'\$', r'\dollar ')
   if text.count('$') % 2 and _LEADING_DOLLAR.match(text):  # $5 is money, $5$ is mathematics
     text = text.replace('$', r'\dollar ', 1)

@@ -13,7 +13,7 @@ import itertools
 import re
 from fractions import Fraction
 
-from betarank.tasks import expressions, units
+from betarank.tasks import expressions, units, wording
 from betarank.tasks.expressions import Node
 from betarank.tasks.latex import (
   Unreadable,
@@ -27,6 +27,7 @@ from betarank.tasks.latex import (
   tokenize,
 )
 from betarank.tasks.units import Unit
+from betarank.tasks.wording import trim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,96 +179,6 @@ def read(text: str, bare_units: bool = False) -> Reading:
   return _read(tokenize(text), bare_units)
 
 
-# Words
-
-_LEAD = {
-  'the', 'final', 'answer', 'answers', 'is', 'are', 'so', 'thus', 'hence', 'therefore', 'we', 'get', 'have', 'equals', 'equal',
-  'to', 'it', 'its', 'result', 'value', 'values', 'solution', 'solutions', 'that', 'this', 'correct', 'exact', 'number',
-  'option', 'choice', 'be', 'must', 'there', 'a', 'an', 'of', 'possible', 'set', 'roots', 'root', 'then', 'by',
-  'which', 'integer', 'integers',
-}
-_EMPTY_NAMES = {
-  r'\emptyset', 'no solution', 'no solutions', 'no real solution', 'no real solutions', 'empty set', 'empty', 'none',
-  'null set', 'no roots', 'no real roots', 'no such x', 'no such number', 'no such numbers', 'no solution exists',
-  'no solutions exist', 'there is no solution', 'there are no solutions', 'there are no real solutions', 'no values',
-  'no x', 'has no solution', 'has no solutions', 'no value', 'no integers', 'no integer solutions', 'no integer solution',
-  'solution set is empty', 'there is no such x', 'no real numbers', 'no real number',
-}
-_REALS = {r'\mathbb{R}', 'all real numbers', 'all reals', 'real numbers', 'all real x', 'set of all real numbers',
-          'any real number', 'all real values', 'reals', 'every real number', 'set of real numbers'}
-_UNITS_OF_NUMBERS = dict(zip(
-  'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
-  'eighteen nineteen twenty'.split(), range(21)))
-_TENS = dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(), range(20, 100, 10)))
-_SCALES = {'hundred': 100, 'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
-_MULTIPLIERS = {"'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12}
-
-
-def number_word(words: list[str]) -> int | None:
-  """The number that words such as 'twenty', 'one' or 'three', 'hundred' say; None if they don't."""
-  total, current, known = 0, 0, False
-  for word in itertools.chain.from_iterable(word.lower().split('-') for word in words):
-    if word == 'and' and known:
-      continue
-    if word in _UNITS_OF_NUMBERS or word in _TENS:
-      current += _UNITS_OF_NUMBERS.get(word, _TENS.get(word, 0))
-    elif word == 'hundred' and current:
-      current *= 100
-    elif word in _SCALES and current:
-      total, current = total + current * _SCALES[word], 0
-    else:
-      return None
-    known = True
-  return total + current if known else None
-
-
-def _names(tokens: list[str]) -> str:
-  return spelled([t for t in tokens if t != "'"])
-
-
-def _trim(tokens: list[str]) -> list[str]:
-  """Takes off what surrounds an answer: braces, full stops, 'The answer is'."""
-  while tokens:
-    if tokens[-1] in ('.', ',', ';', ':', '"', '\\\\', '`') and not tokens[-3:] == ['.'] * 3:
-      tokens = tokens[:-1]
-    elif tokens[0] in (',', ';', ':', '"', '`', '\\\\', '*', '.') and len(tokens) > 1:
-      tokens = tokens[1:]
-    elif tokens[0] == '{' and match_of(tokens, 0) == len(tokens) - 1:
-      tokens = tokens[1:-1]
-    elif tokens[:2] == [r'\cdot'] * 2 and tokens[-2:] == [r'\cdot'] * 2 and len(tokens) > 4:  # **7**
-      tokens = tokens[2:-2]
-    elif tokens[0] == '^' and tokens[-1] == '^' and len(tokens) > 2:
-      tokens = tokens[1:-1]
-    elif tokens[0] in ('=', r'\approx') and len(tokens) > 1:
-      tokens = tokens[1:]
-    else:
-      break
-  lead = 0
-  while lead < len(tokens) and is_word(tokens[lead]) and tokens[lead][1:].lower() in _LEAD:
-    lead += 1
-  if 0 < lead < len(tokens):
-    rest = tokens[lead:]
-    if not is_word(rest[0]) or rest[0][1:].lower() not in ('not', 'no', 'numbers', 'numbers'):
-      return _trim(rest)
-  return tokens
-
-
-def _words(tokens: list[str]) -> Reading | None:
-  """A reading of tokens that are words alone; None if they aren't."""
-  names = _names(tokens)
-  if names in _EMPTY_NAMES and r'\{' not in tokens or tokens == [r'\{', r'\}']:
-    return Empty(tuple(tokens))
-  if names in _REALS:
-    return Interval(tuple(tokens), _read(['-', r'\infty']), _read([r'\infty']))
-  letters = [t for t in tokens if is_word(t)]
-  if not letters or not all(is_word(t) or t in ('(', ')', '.', "'", '-', ':', '"', '!', '?') for t in tokens):
-    return None
-  value = number_word([t[1:] for t in letters])
-  if value is not None:
-    return Value(tuple(tokens), Node('number', (Fraction(value), None)))
-  return Words(tuple(tokens))
-
-
 # The structure of an answer
 
 _OPERATORS = {'=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\to', r'\Rightarrow', r'\notin',
@@ -276,8 +187,20 @@ _OPERATORS = {'=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\i
 _INTEGER_SETS = {r'\mathbb{Z}', r'\mathbb{N}', r'\mathbb{Z}^+', 'integer', 'integers', 'any integer', 'an integer', 'natural number'}
 
 
+def _words(tokens: list[str]) -> Reading | None:
+  """A reading of tokens that are words alone; None if they aren't."""
+  if wording.names_empty_set(tokens):
+    return Empty(tuple(tokens))
+  if spelled(tokens) in wording.ALL_REALS:
+    return Interval(tuple(tokens), _read(['-', r'\infty']), _read([r'\infty']))
+  if not wording.is_plain_words(tokens):
+    return None
+  value = wording.number_in_words([t[1:] for t in tokens if is_word(t)])
+  return Words(tuple(tokens)) if value is None else Value(tuple(tokens), Node('number', (Fraction(value), None)))
+
+
 def _read(tokens: list[str], bare: bool = False) -> Reading:
-  tokens = _trim(tokens)
+  tokens = trim(tokens)
   if not tokens:
     raise Unreadable('there is nothing to read')
   for reader in (_words, _family, _several, _relation, _union, _bracketed, _matrix, _residue, _in_base, _clock, _ratio,
@@ -294,7 +217,7 @@ def _several(tokens: list[str], bare: bool) -> Reading | None:
     places = [i for i in at_top(tokens) if tokens[i] in separators]
     if not places:
       continue
-    parts = [part for part in split_at(tokens, places) if _trim(part)]
+    parts = [part for part in split_at(tokens, places) if trim(part)]
     if len(parts) < 2:
       return _read(parts[0], bare) if parts else None
     if kind == 'list' and separators == (',',):
@@ -302,10 +225,25 @@ def _several(tokens: list[str], bare: bool) -> Reading | None:
     items = []
     for part in parts:
       item = _read(part, bare)
+      if isinstance(item, Many) and kind != 'list' or separators == (';',):
+        item = as_point(item)
       items += item.items if isinstance(item, Many) and item.kind in ('list', 'or', 'and') else [item]
     kind = 'list' if kind == 'and' and not all(_bound(item) for item in items) else kind
     return Many(tuple(tokens), tuple(items), kind) if len(items) > 1 else items[0]
   return None
+
+
+def as_point(reading: Reading) -> Reading:
+  """`x = 1, y = 2` as the pair of its values in the order of the names; other readings as they are."""
+  if not isinstance(reading, Many) or reading.kind != 'list':
+    return reading
+  named = {}
+  for item in reading.items:
+    name = name_of(item.sides[0]) if isinstance(item, Relation) and item.operators == ('=',) else None
+    if name is None or name.key in named:
+      return reading
+    named[name.key] = item.sides[1]
+  return Many(reading.tokens, tuple(named[key] for key in sorted(named)), 'pair')
 
 
 def _bound(item: Reading) -> bool:
@@ -462,7 +400,7 @@ def _residue(tokens: list[str], bare: bool) -> Reading | None:
     name, head = ''.join(head[:congruent[0]]), head[congruent[-1] + 1:]
   body = _read(head)
   items = body.items if isinstance(body, Many) else (body,)
-  of = expressions.parse(_trim(modulus))
+  of = expressions.parse(trim(modulus))
   if not all(isinstance(item, Value) and item.node is not None for item in items):
     raise Unreadable('a residue that is no number')
   found = [Residue(tuple(tokens), item.node, of, name) for item in items]
@@ -530,16 +468,16 @@ def _plus_minus(tokens: list[str], bare: bool) -> Reading | None:
 
 
 def _value(tokens: list[str], bare: bool) -> Reading:
-  scale = next((i for i, t in enumerate(tokens) if i and t.lower() in _MULTIPLIERS), None)
+  scale = next((i for i, t in enumerate(tokens) if i and t.lower() in wording.POWERS_OF_TEN), None)
   if scale:  # 1.5 million, $2 million
-    zeros = str(_MULTIPLIERS[tokens[scale].lower()])
+    zeros = str(wording.POWERS_OF_TEN[tokens[scale].lower()])
     tokens = [*tokens[:scale], r'\cdot', '10', '^', zeros, *tokens[scale + 1:]]
   body, unit = _split_unit(tokens, bare)
   label = body[:1] == ['('] and len(body) > 3 and is_word(body[1]) and len(body[1]) == 2 and body[2] == ')'
   if label:  # \text{(C) } 7
     body = body[3:]
   try:
-    return Value(tuple(tokens), expressions.parse(_trim(body)), unit)
+    return Value(tuple(tokens), expressions.parse(trim(body)), unit)
   except Unsupported:
     return Value(tuple(tokens), None, unit)
   except Unreadable:
@@ -609,10 +547,10 @@ class Name:
   kind: str = 'symbol'
   variable: str = ''
 
-  @property
-  def is_free(self) -> bool:
-    """Whether another name says the same: f(x) = 2x and g(x) = 2x, but not x = 2 and y = 2."""
-    return self.kind in ('function', 'words')
+  def may_be(self, other: 'Name') -> bool:
+    """Whether the names may be exchanged: f(x) = 2x says what g(x) = 2x and y = 2x say, but x = 2 isn't y = 2."""
+    kinds = {self.kind, other.kind}
+    return 'words' in kinds or kinds == {'function'} or ('function' in kinds and 'y' in (self.key, other.key))
 
 
 _FUNCTION = re.compile(r"(\\?[A-Za-z]+)((?: _ (?:\{[^{}]*\}|\S+))?(?: ')*)(?: \( ([^()]*) \))?")
@@ -625,8 +563,8 @@ def name_of(side: Reading | None) -> Name | None:
   if isinstance(side, Words):
     return Name(side.spelled, 'words')
   tokens = [t for t in side.tokens if t not in (r'\overline', r'\bar', r'\vec', r'\hat')]
-  marks = [t for t in tokens if t in (r'\angle', r'\triangle', '|', '[')]
-  letters = [t for t in tokens if t not in marks and t not in ('_', '{', '}', ']') and not t.isdigit()]
+  marks = [t for t in tokens if t in (r'\angle', r'\triangle', '|', '[', r'\frac', '/', ':')]
+  letters = [t for t in tokens if t not in marks and t not in ('_', '{', '}', ']') and not (t.isdigit() and '_' in tokens)]
   if letters and all(len(t) == 1 and t.isupper() for t in letters) and (marks or 2 <= len(letters) <= 4):
     return Name(''.join(tokens), 'label')
   found = _FUNCTION.fullmatch(' '.join(tokens))

@@ -300,6 +300,20 @@ def near(gold: Node, answer: Node) -> bool:
     return difference <= abs(g) * _number(_EQUAL if _terminates(gold) else _CLOSE)
 
 
+def rounds(value: Node, stated: Node) -> bool:
+  """Whether `stated` is `value` to as many digits as it states, give or take one of the last."""
+  digits = precision(stated)
+  if symbols(value) or symbols(stated):
+    return False
+  mp = _mp()
+  with mp.workdps(_DIGITS):
+    v, s = approximate(value), approximate(stated)
+    if mp.isinf(v) or mp.isinf(s) or not s:
+      return False
+    places = mp.floor(mp.log10(abs(s)) + mp.mpf(10) ** -30) - digits + 1 if digits else 0
+    return abs(v - s) <= mp.mpf(10) ** places
+
+
 def _terminates(node: Node) -> bool:
   """Whether it is a number that decimals can write."""
   value = exact(node)
