@@ -6,6 +6,7 @@ vocabulary from the model's), so an override can't leave the two apart.
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
@@ -137,12 +138,14 @@ def rl() -> ConfigDict:
     eval_prompts=64,  # held-out problems
     eval_samples=16,
     task=dict(
-      uri='reasoning:chain_sum',  # reasoning:TASK?OPTION=VALUE, jsonl:GLOB or tfds:NAME (rl/tasks.py)
+      uri='reasoning:chain_sum',  # reasoning:TASK?OPTION=VALUE, jsonl:GLOB, tfds:NAME or code:GLOB (tasks/task_set.py)
       prompt='Question: {question}\nSolution:',  # as in the pre-training documents (data/reasoning.py)
       answer_format='line',  # line: 'Answer: X'; boxed: \\boxed{X}
       held_out_fraction=0.02,  # of the questions, never trained on; pre-training: data.held_out_fraction
+      reward='',  # FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own; empty: right answers (docs/judging.md)
     ),
     verifier=dict(workers=2, deadline_s=5.0, memory_mb=2048, answer_chars=10_000),
+    code=_jail(),
     advantage=dict(name='grpo', ddof=1, k=4, positive_weight=0.1),  # k: of pass_at_k; weight: of w_reinforce
     loss=dict(
       name='clip_higher', eps_low=0.2, eps_high=0.28, aggregation='token_mean', constant=0,
@@ -176,15 +179,20 @@ def evaluation() -> ConfigDict:
       held_out_fraction=0.02,  # of the questions of reasoning:..., asked here; no more than rl.task.held_out_fraction
       verifier=dict(workers=2, deadline_s=5.0, memory_mb=2048, answer_chars=10_000),
     ),
-    code=dict(  # the jail that programs run in (eval/code_jail.py)
-      workers=2,  # programs at once
-      cpu_s=5.0,  # of each process of a program
-      deadline_s=20.0,  # by the clock
-      memory_mb=1024,  # of each process
-      processes=4,  # at once, threads included
-      accept_no_isolation=False,  # where the kernel offers none, true runs what a model wrote as you
-    ),
+    code=_jail(),
   ))
+
+
+def _jail() -> dict[str, Any]:
+  """The jail that programs run in (tasks/code_jail.py)."""
+  return dict(
+    workers=2,  # programs at once
+    cpu_s=5.0,  # of each process of a program
+    deadline_s=20.0,  # by the clock
+    memory_mb=1024,  # of each process
+    processes=4,  # at once, threads included
+    accept_no_isolation=False,  # where the kernel offers none, true runs what a model wrote as you
+  )
 
 
 def parse(arg: str | None, **defaults) -> SimpleNamespace:

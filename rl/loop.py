@@ -29,6 +29,7 @@ from betarank.rl.update import cov_tokens, make_update, score_tokens
 from betarank.runtime import checkpoint, multihost, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.state import TrainState, abstract_state, create_state
+from betarank.tasks.code_jail import Jail
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.optimizer import make_optimizer
@@ -65,7 +66,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   except ValueError as error:
     raise ConfigError(f'config.train.mesh: {error}') from None
 
-  with jax.set_mesh(mesh), Verifier(rl.verifier) as verifier:
+  # Made before any device work: not every system has what it takes to run programs.
+  jail = Jail(rl.code, 'config.rl.code') if rl.task.uri.startswith('code:') else None
+  with jax.set_mesh(mesh), Verifier(rl.verifier, jail) as verifier:
     tx = make_optimizer(run.optimizer, rl.steps, model.abstract(c)[2])
     checkpoints = checkpoint.Checkpoints(root, run.checkpoint, fallback)
     state, cursor, parent = _start(run, tx, mesh, checkpoints)
@@ -79,6 +82,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     log.say(f'policy    {sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters from {parent}')
     log.say(f'task      {rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples a step, '
             f'{rl.advantage.name} with {rl.loss.name}')
+    if left_out := tasks.describe_left_out():
+      log.say(f'task      {left_out}')
     log.say(f'run       steps {start} to {rl.steps} in {root}')
 
     placement = NamedSharding(mesh, model.spec('batch', 'length'))

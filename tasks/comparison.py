@@ -16,7 +16,7 @@ from betarank.tasks import equations, expressions, families, notation, regions, 
 from betarank.tasks.equations import Claim
 from betarank.tasks.expressions import Node
 from betarank.tasks.latex import Unreadable
-from betarank.tasks.notation import (
+from betarank.tasks.readings import (
   Clock,
   Digits,
   Empty,
@@ -208,8 +208,8 @@ class _Comparison:
       return NotImplemented
     wanted, given = regions.region(gold, open_pairs=True), regions.region(answer, open_pairs=True)
     if wanted is None or given is None:
-      if isinstance(gold, Relation) and isinstance(answer, Relation | Many):
-        return NotImplemented
+      if isinstance(gold, Relation | Many) and isinstance(answer, Relation | Many):
+        return NotImplemented  # of several variables
       return self._decide(False, 'one is an interval or inequality, the other is not')
     if wanted[0] and given[0] and wanted[0] != given[0]:
       return self._decide(False, f'the inequalities are about {wanted[0]} and {given[0]}')

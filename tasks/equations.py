@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from betarank.tasks import expressions, notation, values
 from betarank.tasks.expressions import Node
-from betarank.tasks.notation import Many, Name, Reading, Relation, Value
+from betarank.tasks.names import Name, name_of
+from betarank.tasks.readings import Many, Reading, Relation, Value
 
 _EQUALS = {'=', r'\approx'}
 
@@ -26,14 +27,14 @@ def claim(reading: Reading) -> Claim | None:
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
   sides, operators = list(reading.sides), list(reading.operators)
-  name = notation.name_of(sides[0])
+  name = name_of(sides[0])
   if operators == [r'\in'] and isinstance(sides[1], Many):
     return Claim(name, (sides[1],)) if name else None
   if not set(operators) <= _EQUALS:
     return None
   if len(sides) == 2 and isinstance(sides[0], Many) and isinstance(sides[1], Many) and sides[0].kind == 'pair':
     return Claim(Name(''.join(sides[0].tokens)), (sides[1],))  # (x, y) = (1, 2)
-  if name is None and len(sides) == 2 and (name := notation.name_of(sides[1])):
+  if name is None and len(sides) == 2 and (name := name_of(sides[1])):
     return Claim(name, (sides[0],))
   if name is not None:
     sides, operators = sides[1:], operators[1:]

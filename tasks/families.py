@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from betarank.tasks import expressions, values
 from betarank.tasks.expressions import Node
-from betarank.tasks.notation import Family, Residue
+from betarank.tasks.readings import Family, Residue
 
 
 def as_family(residue: Residue) -> Family:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from betarank.tasks import notation, values
 from betarank.tasks.latex import Unreadable
+from betarank.tasks.readings import Value
 
 _MAX_CHARS = 100
 _NUMERAL = re.compile(
@@ -32,7 +33,7 @@ def exact_number(text: str) -> Fraction | None:
     reading = notation.read(text)
   except Unreadable:
     return None
-  if not isinstance(reading, notation.Value) or (reading.unit and not reading.unit.is_money):
+  if not isinstance(reading, Value) or (reading.unit and not reading.unit.is_money):
     return None
   return values.exact(reading.node)
 

@@ -1,7 +1,8 @@
 r"""Sets of numbers, whichever way they are written: intervals, unions, inequalities of one variable, `x \in (1, 2)`."""
 
 from betarank.tasks import notation
-from betarank.tasks.notation import Interval, Many, Reading, Relation, Union, Value, Words
+from betarank.tasks.names import name_of
+from betarank.tasks.readings import Interval, Many, Reading, Relation, Union, Value, Words
 
 # Operator -> (the side on which the variable may go on, whether its end belongs to it).
 DIRECTIONS = {'<': (-1, False), '>': (1, False), r'\le': (-1, True), r'\ge': (1, True)}
@@ -87,5 +88,5 @@ def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
 
 def _variable(side: Reading | None) -> str:
   """The variable that a side consists of; '' if it is anything else."""
-  name = notation.name_of(side) if isinstance(side, Value) and side.unit is None else None
+  name = name_of(side) if isinstance(side, Value) and side.unit is None else None
   return name.key if name else ''

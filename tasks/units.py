@@ -45,7 +45,7 @@ _REFUSED = {
   'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe', 'otherwise',
   'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so', 'thus',
 }
-_SINGLE = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}  # letters that are units without \text, too
+SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}  # letters that are units without \text, too
 MAX_WORDS = 3
 
 
@@ -110,7 +110,7 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
       word = token[1:]
     elif token == r'\mu':
       word = 'mu'
-    elif not is_word(token) and (token.isalpha() and not (bare and token in _SINGLE)):
+    elif not is_word(token) and (token.isalpha() and not (bare and token in SINGLE_LETTERS)):
       return None
     words += _COMBINED.get(word.lower(), word).split()
   dimensions: dict[str, int] = {}
