@@ -39,9 +39,9 @@ from betarank.eval.config import (
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
 from betarank.runtime.metrics import duration
-from betarank.tasks import numerals
 from betarank.tasks.answers import final_answer
 from betarank.tasks.code_jail import Jail
+from betarank.tasks.judging import numerals
 from betarank.tasks.task_set import Task
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler

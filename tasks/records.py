@@ -114,8 +114,8 @@ def problem(record: Any, where: str, needs_answer: bool = True) -> Problem:
     raise OddRecord(f"{where}: no text in 'problem' or 'question', only {', '.join(sorted(record))}")
   reference = _reference(record)
   if needs_answer and (not reference or '\n' in reference):
-    raise OddRecord(f"{where}: no final answer; 'answer' must hold it on one line, alone or after '####', or, if there is "
-                    "no 'answer', 'solution' must box it")
+    raise OddRecord(f"{where}: no final answer; 'answer' must hold it on one line, alone or after '####', or, if there "
+                    "is no 'answer', 'solution' must box it")
   return Problem(question.strip(), reference, where)
 
 

@@ -7,7 +7,8 @@ KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. See worker_pool.py fo
 Model text comes here as data and may not become code. reasoning-gym has scorers that call `eval` on it, or sympy's
 `parse_expr`, which does: both are replaced before any text arrives. Should a way be left, the process can't write files
 or start programs, and an audit hook ends it at the first event that touches the system. This keeps the run safe from
-what models write by accident or in pursuit of reward. It is no jail for native code; programs as answers have their own.
+what models write by accident or in pursuit of reward. It is no jail for native code; programs as answers have their
+own.
 """
 
 import ast
@@ -90,7 +91,7 @@ def math_grader():
   import math_verify
   from sympy import Basic, MatrixBase
 
-  from betarank.tasks import comparison
+  from betarank.tasks.judging import comparison
 
   _guard('math_verify')
   latex = [math_verify.LatexExtractionConfig()]  # and not its other way, by sympy's parser, which evaluates text
@@ -182,8 +183,8 @@ def main() -> None:
   try:
     grade = _grader(kind)
   except ImportError as error:
-    hint = '' if kind.startswith('reward ') else f'; pip install {kind.replace("math", "math-verify").replace("_", "-")}'
-    say(error=f'{error}{hint}')
+    package = {'math': 'math-verify', 'reasoning_gym': 'reasoning-gym'}.get(kind)
+    say(error=f'{error}; pip install {package}' if package else str(error))
     return
   except Exception as error:  # whatever the user's module raises while it is loaded
     say(error=f'{type(error).__name__}: {error}')

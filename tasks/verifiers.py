@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from betarank.tasks import numerals
 from betarank.tasks.answers import ANSWER_FORMATS, Question, final_answer
 from betarank.tasks.code_jail import Jail, JailError
-from betarank.tasks.comparison import Verdict, judge
+from betarank.tasks.judging import numerals
+from betarank.tasks.judging.comparison import Verdict, judge
 from betarank.tasks.worker_pool import VerifierConfig, VerifierError, WorkerPool
 
 __all__ = ['Grade', 'Task', 'Verdict', 'Verifier', 'VerifierConfig', 'VerifierError']

@@ -3,8 +3,8 @@ r"""Names on the left of an equation: `x`, `x_1`, `f(x)`, `a_n`, `\angle ABC`, `
 import dataclasses
 import re
 
-from betarank.tasks import expressions
-from betarank.tasks.readings import Reading, Words
+from betarank.tasks.judging import expressions
+from betarank.tasks.judging.readings import Reading, Words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ def name_of(side: Reading | None) -> Name | None:
     return Name(side.spelled, 'words')
   tokens = [t for t in side.tokens if t not in (r'\overline', r'\bar', r'\vec', r'\hat')]
   marks = [t for t in tokens if t in (r'\angle', r'\triangle', '|', '[', r'\frac', '/', ':')]
-  letters = [t for t in tokens if t not in marks and t not in ('_', '{', '}', ']') and not (t.isdigit() and '_' in tokens)]
+  indexed = '_' in tokens
+  letters = [t for t in tokens if t not in (*marks, '_', '{', '}', ']') and not (t.isdigit() and indexed)]
   if letters and all(len(t) == 1 and t.isupper() for t in letters) and (marks or 2 <= len(letters) <= 4):
     return Name(''.join(tokens), 'label')
   found = _FUNCTION.fullmatch(' '.join(tokens))

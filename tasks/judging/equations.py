@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from betarank.tasks import expressions, notation, values
-from betarank.tasks.expressions import Node
-from betarank.tasks.names import Name, name_of
-from betarank.tasks.readings import Many, Reading, Relation, Value
+from betarank.tasks.judging import expressions, notation, values
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.names import Name, name_of
+from betarank.tasks.judging.readings import Many, Reading, Relation, Value
 
 _EQUALS = {'=', r'\approx'}
 

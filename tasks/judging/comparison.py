@@ -10,13 +10,15 @@ function `by_math_verify`, which only a worker process has.
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 
-from betarank.tasks import equations, expressions, families, notation, regions, values, wording
-from betarank.tasks.equations import Claim
-from betarank.tasks.expressions import Node
-from betarank.tasks.latex import Unreadable
-from betarank.tasks.readings import (
+from betarank.tasks.judging import equations, families, notation, regions, values, wording
+from betarank.tasks.judging.equations import Claim
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.latex import Unreadable
+from betarank.tasks.judging.readings import (
   Clock,
   Digits,
   Empty,
@@ -32,6 +34,7 @@ from betarank.tasks.readings import (
   Value,
   Words,
 )
+from betarank.tasks.judging.value_rules import ByMathVerify, ValueRules
 
 
 class Verdict(enum.IntEnum):
@@ -51,10 +54,6 @@ class Judgement:
   gold: str = ''
   answer: str = ''
   gold_is_read: bool = True
-
-
-# (gold, answer) -> whether math-verify calls them equal; None if it can't parse the gold.
-ByMathVerify = Callable[[str, str], bool | None]
 
 
 def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
@@ -95,7 +94,7 @@ def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
   return ''
 
 
-def _parts(reading: Reading):
+def _parts(reading: Reading) -> Iterator[Reading]:
   """Yields the reading and all that it consists of."""
   yield reading
   parts = [*getattr(reading, 'items', ()), *getattr(reading, 'sides', ()), getattr(reading, 'low', None),
@@ -106,27 +105,20 @@ def _parts(reading: Reading):
       yield from _parts(part)
 
 
-class _Comparison:
-  """One comparison. rule: what decided, of the outermost rule that said something."""
-
-  def __init__(self, by_math_verify: ByMathVerify):
-    self._by_math_verify = by_math_verify
-    self.rule = ''
-
-  def _decide(self, same: bool | None, rule: str) -> bool | None:
-    self.rule = rule
-    return same
+class _Comparison(ValueRules):
+  """One comparison, by the first rule that applies to what the two are."""
 
   def same(self, gold: Reading, answer: Reading) -> bool | None:
     """Whether the answer says what the gold says; None if that can't be decided."""
-    if gold.tokens == answer.tokens:
-      return self._decide(True, 'the same notation')
-    for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks, self._regions,
-                 self._named, self._lists, self._relations, self._matrices, self._ratios, self._quantities):
+    if gold.tokens and gold.tokens == answer.tokens:
+      return self.decide(True, 'the same notation')
+    for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks,
+                 self._regions, self._named, self._lists, self._relations, self._matrices, self._ratios,
+                 self.quantities):
       decided = rule(gold, answer)
       if decided is not NotImplemented:
         return decided
-    return self._decide(False, f'the gold is a {gold.kind}, the answer a {answer.kind}')
+    return self.decide(False, f'the gold is a {gold.kind}, the answer a {answer.kind}')
 
   # Words, nothing
 
@@ -134,23 +126,24 @@ class _Comparison:
     if not isinstance(gold, Words) and not isinstance(answer, Words):
       return NotImplemented
     wanted, given = (side.spelled.replace(' ', '').replace("'", '') for side in (gold, answer))
-    if wanted and (wanted == given or len(wanted) > 1 and wanted == given.lower()) or _choice(gold) and _choice(gold) == _choice(answer):
-      return self._decide(True, 'the same words')
+    given = given if len(given) == 1 else given.lower()  # variables differ in case, words don't
+    if (wanted and wanted == given) or (_choice(gold) and _choice(gold) == _choice(answer)):
+      return self.decide(True, 'the same words')
     if isinstance(gold, Words):
-      return self._decide(False, 'other words')
-    return self._decide(False, 'the answer is words, the gold is not')
+      return self.decide(False, 'other words')
+    return self.decide(False, 'the answer is words, the gold is not')
 
   def _unparsed(self, gold: Reading, answer: Reading):
     if not any(isinstance(side, Value) and side.node is None and side.unit is None for side in (gold, answer)):
       return NotImplemented
-    same = self._by_math_verify(gold.text, answer.text)
-    return self._decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
+    same = self.by_math_verify(gold.text, answer.text)
+    return self.decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
 
   def _empty(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Empty) and not isinstance(answer, Empty):
       return NotImplemented
     same = isinstance(gold, Empty) and isinstance(answer, Empty)
-    return self._decide(same, 'both are the empty set' if same else 'one is the empty set, the other is not')
+    return self.decide(same, 'both are the empty set' if same else 'one is the empty set, the other is not')
 
   # Numerals, residues, families
 
@@ -159,12 +152,12 @@ class _Comparison:
       return NotImplemented
     if isinstance(gold, Digits) and isinstance(answer, Digits):
       same = (gold.digits, gold.base) == (answer.digits, answer.base)
-      return self._decide(same, 'digits and base agree' if same else 'digits or bases differ')
+      return self.decide(same, 'digits and base agree' if same else 'digits or bases differ')
     stated, other = (gold, answer) if isinstance(gold, Digits) else (answer, gold)
     if not isinstance(other, Value):
-      return self._decide(False, 'one is a numeral in a base, the other is not')
+      return self.decide(False, 'one is a numeral in a base, the other is not')
     same = ''.join(other.tokens).lstrip('0') == stated.digits
-    return self._decide(same, 'the same digits, the base left out' if same else 'other digits than those in the base')
+    return self.decide(same, 'the same digits, the base left out' if same else 'other digits than those in the base')
 
   def _residues(self, gold: Reading, answer: Reading):
     if isinstance(gold, Family) and isinstance(answer, Residue):
@@ -175,30 +168,30 @@ class _Comparison:
       if isinstance(answer, Residue):
         named = gold.name == answer.name or not gold.name or not answer.name
         same = named and self._families(families.as_family(gold), families.as_family(answer))
-        return self._decide(same, 'the same residue' if same else 'another residue or modulus')
-      return self._decide(False, 'the gold is a residue, the answer names no modulus')
+        return self.decide(same, 'the same residue' if same else 'another residue or modulus')
+      return self.decide(False, 'the gold is a residue, the answer names no modulus')
     if isinstance(answer, Residue):
       if answer.name or not isinstance(gold, Value) or gold.node is None:
-        return self._decide(False, 'the answer is a residue, the gold is not')
-      return self._decide(values.equal(gold.node, answer.value), 'the number before the modulus')
+        return self.decide(False, 'the answer is a residue, the gold is not')
+      return self.decide(values.equal(gold.node, answer.value), 'the number before the modulus')
     return NotImplemented
 
   def _families(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Family) and not isinstance(answer, Family):
       return NotImplemented
     if not isinstance(gold, Family) or not isinstance(answer, Family):
-      return self._decide(False, 'one is a family of values, the other is not')
-    return self._decide(families.same_family(gold, answer), 'families of values, compared as sets')
+      return self.decide(False, 'one is a family of values, the other is not')
+    return self.decide(families.same_family(gold, answer), 'families of values, compared as sets')
 
   def _clocks(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Clock) and not isinstance(answer, Clock):
       return NotImplemented
     times = [side.minutes if isinstance(side, Clock) else _minutes(side) for side in (gold, answer)]
     if None in times:
-      return self._decide(False, 'one is a time of day, the other is not')
+      return self.decide(False, 'one is a time of day, the other is not')
     half_open = not isinstance(gold, Clock) or not isinstance(answer, Clock)
     same = times[0] == times[1] or (half_open and min(times) < 720 and abs(times[0] - times[1]) == 720)
-    return self._decide(same, 'the same time of day' if same else 'another time of day')
+    return self.decide(same, 'the same time of day' if same else 'another time of day')
 
   # Intervals and inequalities
 
@@ -210,13 +203,13 @@ class _Comparison:
     if wanted is None or given is None:
       if isinstance(gold, Relation | Many) and isinstance(answer, Relation | Many):
         return NotImplemented  # of several variables
-      return self._decide(False, 'one is an interval or inequality, the other is not')
+      return self.decide(False, 'one is an interval or inequality, the other is not')
     if wanted[0] and given[0] and wanted[0] != given[0]:
-      return self._decide(False, f'the inequalities are about {wanted[0]} and {given[0]}')
+      return self.decide(False, f'the inequalities are about {wanted[0]} and {given[0]}')
     if len(wanted[1]) != len(given[1]):
-      return self._decide(False, 'other intervals')
+      return self.decide(False, 'other intervals')
     same = self._matched(wanted[1], given[1], self._same_interval)
-    return self._decide(same, 'the same intervals' if same else 'other ends, or open where the gold is closed')
+    return self.decide(same, 'the same intervals' if same else 'other ends, or open where the gold is closed')
 
   def _same_interval(self, gold: Interval | Reading, answer: Interval | Reading) -> bool | None:
     if not isinstance(gold, Interval) or not isinstance(answer, Interval):
@@ -238,22 +231,22 @@ class _Comparison:
     if wanted and given and wanted.name and given.name:
       return self._both_named(gold, answer, wanted, given)
     if wanted and wanted.name and not isinstance(answer, Relation):
-      return self._decide(self.same(wanted.values[0], answer), 'the name left out: ' + self.rule)
+      return self.decide(self.same(wanted.values[0], answer), 'the name left out: ' + self.rule)
     if isinstance(answer, Relation) and not isinstance(gold, Relation):
       if given is None:
-        return self._decide(False, 'an equation, inequality or arrow is not its right side')
+        return self.decide(False, 'an equation, inequality or arrow is not its right side')
       same = any(self.same(gold, value) for value in given.values)
-      return self._decide(same, ('a name before it: ' if given.name else 'a chain of equal values: ') + self.rule)
+      return self.decide(same, ('a name before it: ' if given.name else 'a chain of equal values: ') + self.rule)
     return NotImplemented
 
   def _both_named(self, gold: Relation, answer: Relation, wanted: Claim, given: Claim) -> bool | None:
     name, other, said = wanted.name, given.name, given.values[0]
     if name.key != other.key and not name.may_be(other):
       swapped = self._equations(gold, answer)
-      return swapped if swapped else self._decide(False, f'{name.key} and {other.key} are different names')
+      return swapped if swapped else self.decide(False, f'{name.key} and {other.key} are different names')
     if name.variable and other.variable and name.variable != other.variable:
       said = equations.renamed(said, other.variable, name.variable)
-    return self._decide(self.same(wanted.values[0], said), 'what the names stand for: ' + self.rule)
+    return self.decide(self.same(wanted.values[0], said), 'what the names stand for: ' + self.rule)
 
   def _named_lists(self, gold: Many, answer: Many):
     """x = 1, y = 2 against the same names in any order, or against the pair (1, 2)."""
@@ -265,9 +258,9 @@ class _Comparison:
       return NotImplemented
     keys, said = [name.key for name in wanted], dict(zip((name.key for name in given), answer.items))
     if sorted(keys) != sorted(name.key for name in given):
-      return NotImplemented if any(name.kind != 'symbol' for name in wanted) else self._decide(False, 'other names')
+      return NotImplemented if any(name.kind != 'symbol' for name in wanted) else self.decide(False, 'other names')
     every = _all([self.same(item, said[key]) for key, item in zip(keys, gold.items)])
-    return self._decide(every, 'each name has the same value' if every else 'a name has another value')
+    return self.decide(every, 'each name has the same value' if every else 'a name has another value')
 
   # Lists, sets, pairs
 
@@ -276,27 +269,27 @@ class _Comparison:
       return NotImplemented
     gold, answer = (_single(side) for side in (gold, answer))
     if not isinstance(gold, Many) and not isinstance(answer, Many):
-      return self._decide(self.same(gold, answer), 'a set of one: ' + self.rule)
+      return self.decide(self.same(gold, answer), 'a set of one: ' + self.rule)
     if isinstance(gold, Matrix) or isinstance(answer, Matrix):
       return self._vectors(gold, answer)
     if not isinstance(gold, Many) or not isinstance(answer, Many):
-      return self._decide(False, 'one is several values, the other is one')
+      return self.decide(False, 'one is several values, the other is one')
     wanted, given = [equations.without_name(i) for i in gold.items], [equations.without_name(i) for i in answer.items]
     if 'pair' in (gold.kind, answer.kind):
       if 'set' in (gold.kind, answer.kind):
-        return self._decide(False, 'a point is not a set')
+        return self.decide(False, 'a point is not a set')
       return self._in_order(wanted, given)
     if _repeats(wanted):
       same = self._matched(wanted, given, self.same) if len(wanted) == len(given) else False
     else:
       same = self._matched(wanted, self._distinct(given), self.same)
-    return self._decide(same, 'the same list, in any order' if same else 'other items in the list')
+    return self.decide(same, 'the same list, in any order' if same else 'other items in the list')
 
   def _in_order(self, gold: Sequence[Reading], answer: Sequence[Reading]) -> bool | None:
     if len(gold) != len(answer):
-      return self._decide(False, f'{len(gold)} values in the gold, {len(answer)} in the answer')
+      return self.decide(False, f'{len(gold)} values in the gold, {len(answer)} in the answer')
     same = _all([self.same(g, a) for g, a in zip(gold, answer)])
-    return self._decide(same, 'the same values in the same order' if same else 'other values, or another order')
+    return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
     """Whether the two can be paired off."""
@@ -330,24 +323,25 @@ class _Comparison:
     if not isinstance(gold, Relation) and not isinstance(answer, Relation):
       return NotImplemented
     if not isinstance(gold, Relation) or not isinstance(answer, Relation):
-      return self._decide(False, 'one is a relation, the other is not')
+      return self.decide(False, 'one is a relation, the other is not')
     if gold.operators == answer.operators == ('=',):
       return self._equations(gold, answer)
-    if len(gold.operators) == len(answer.operators) == 1 and {gold.operators[0], answer.operators[0]} <= regions.DIRECTIONS.keys():
+    if len(gold.operators) == len(answer.operators) == 1 and (
+        {*gold.operators, *answer.operators} <= regions.DIRECTIONS.keys()):
       return self._inequalities(gold, answer)
     same = gold.operators == answer.operators and _all(
       [a is b or (a is not None and b is not None and self.same(a, b)) for a, b in zip(gold.sides, answer.sides)])
-    return self._decide(same, 'the same relation of the same sides' if same else 'other relations')
+    return self.decide(same, 'the same relation of the same sides' if same else 'other relations')
 
   def _equations(self, gold: Relation, answer: Relation) -> bool | None:
     differences = [equations.difference(side) for side in (gold, answer)]
     if None not in differences and values.factor(*differences) is not None:
-      return self._decide(True, 'the equations are multiples of each other')
+      return self.decide(True, 'the equations are multiples of each other')
     swapped = self._sides(gold.sides, answer.sides) or self._sides(gold.sides, answer.sides[::-1])
     if swapped:
-      return self._decide(True, 'the same sides')
-    decided = self._by_math_verify(gold.text, answer.text)
-    return self._decide(decided, 'other equations' if decided is False else 'equations, by math-verify')
+      return self.decide(True, 'the same sides')
+    decided = self.by_math_verify(gold.text, answer.text)
+    return self.decide(decided, 'other equations' if decided is False else 'equations, by math-verify')
 
   def _sides(self, gold, answer) -> bool | None:
     return len(gold) == len(answer) and _all([g is not None and a is not None and self.same(g, a)
@@ -357,13 +351,13 @@ class _Comparison:
     """Of several variables: the same direction, or the opposite one of the negative."""
     differences = [equations.difference(side) for side in (gold, answer)]
     if None in differences:
-      return self._decide(None if differences[0] is None else False, 'inequalities that cannot be compared')
+      return self.decide(None if differences[0] is None else False, 'inequalities that cannot be compared')
     ratio = values.factor(*differences)
     wanted, given = (regions.DIRECTIONS[side.operators[0]] for side in (gold, answer))
     if ratio is None or abs(ratio.imag) > 0:
-      return self._decide(False, 'other inequalities')
+      return self.decide(False, 'other inequalities')
     same = wanted == (given if ratio.real > 0 else (-given[0], given[1]))
-    return self._decide(same, 'the same inequality' if same else 'the other direction, or with equality')
+    return self.decide(same, 'the same inequality' if same else 'the other direction, or with equality')
 
   # Matrices, ratios
 
@@ -371,84 +365,28 @@ class _Comparison:
     if not isinstance(gold, Matrix) and not isinstance(answer, Matrix):
       return NotImplemented
     if not isinstance(gold, Matrix) or not isinstance(answer, Matrix):
-      return self._decide(False, 'one is a matrix, the other is not')
+      return self.decide(False, 'one is a matrix, the other is not')
     if [len(row) for row in gold.rows] != [len(row) for row in answer.rows]:
-      return self._decide(False, 'matrices of different shapes')
+      return self.decide(False, 'matrices of different shapes')
     same = _all([self.same(g, a) for row, other in zip(gold.rows, answer.rows) for g, a in zip(row, other)])
-    return self._decide(same, 'the same entries' if same else 'an entry differs')
+    return self.decide(same, 'the same entries' if same else 'an entry differs')
 
   def _vectors(self, gold: Reading, answer: Reading):
     """A column or row in a matrix against the same values in parentheses."""
     sides = [side.items if isinstance(side, Many) and side.kind == 'pair' else _vector(side) for side in (gold, answer)]
-    return self._in_order(*sides) if all(sides) else self._decide(False, 'one is a matrix, the other is not')
+    return self._in_order(*sides) if all(sides) else self.decide(False, 'one is a matrix, the other is not')
 
   def _ratios(self, gold: Reading, answer: Reading):
     if not isinstance(gold, Ratio) and not isinstance(answer, Ratio):
       return NotImplemented
     sides = [_ratio_parts(side) for side in (gold, answer)]
     if None in sides or len(sides[0]) != len(sides[1]):
-      return self._decide(False, 'ratios of different length, or no ratio')
+      return self.decide(False, 'ratios of different length, or no ratio')
     if isinstance(gold, Ratio) and isinstance(answer, Ratio) and _is_time(gold) and _is_time(answer):
-      return self._decide(_minutes(gold) == _minutes(answer), 'times of day')
+      return self.decide(_minutes(gold) == _minutes(answer), 'times of day')
     (first, *rest), (other, *others) = sides
     cross = [values.equal(Node('mul', (first, b)), Node('mul', (a, other))) for a, b in zip(rest, others)]
-    return self._decide(all(cross), 'the same ratio' if all(cross) else 'another ratio')
-
-  # Values with units
-
-  def _quantities(self, gold: Reading, answer: Reading):
-    if not isinstance(gold, Value) or not isinstance(answer, Value):
-      return NotImplemented
-    if (gold.unit is None) != (answer.unit is None):
-      gold, answer = _with_bare_unit(gold, answer)
-    wanted, given = gold.unit, answer.unit
-    if wanted is None and given is None:
-      return self._values(gold, answer)
-    if given is None:
-      return self._unit_left_out(gold, answer)
-    if wanted is None:
-      return self._unit_added(gold, answer)
-    if wanted.dimensions == given.dimensions:
-      same = self._values(_scaled(gold, wanted.factor / given.factor), answer)
-      return self._decide(same, f'{self.rule}, in the same unit' if wanted.factor == given.factor else
-                          f'{self.rule}, converted from {given.name} to {wanted.name}')
-    if {wanted.dimensions, given.dimensions} == {(('degrees', 1),), (('radians', 1),)}:
-      sides = [_radians(side) if side.unit.is_degree else side for side in (gold, answer)]
-      return self._decide(self._values(*sides), 'degrees and radians')
-    if wanted.is_generic or given.is_generic:
-      return self._decide(self._values(gold, answer), 'a unit without a name')
-    return self._decide(False, f'different units: {wanted.name} and {given.name}')
-
-  def _unit_left_out(self, gold: Value, answer: Value) -> bool | None:
-    if self._values(gold, answer):
-      return self._decide(True, 'the unit of the gold left out')
-    if gold.unit.is_percent:
-      return self._decide(self._values(_scaled(gold, values.Fraction(1, 100)), answer), 'a percentage as a number')
-    if gold.unit.is_degree:
-      return self._decide(self._values(_radians(gold), answer), 'degrees as radians')
-    return self._decide(False, 'another number')
-
-  def _unit_added(self, gold: Value, answer: Value) -> bool | None:
-    if answer.unit.is_percent:
-      if self._values(gold, _scaled(answer, values.Fraction(1, 100))):
-        return self._decide(True, 'a percentage for the number')
-      return self._decide(self._values(gold, answer), 'a percentage whose sign the gold leaves out')
-    if answer.unit.is_degree and gold.node is not None and any(
-        n == Node('constant', ('pi',)) for n in expressions.walk(gold.node)):
-      return self._decide(self._values(gold, _radians(answer)), 'degrees for radians')
-    same = self._values(gold, answer)
-    return self._decide(same, 'a unit that the gold leaves out' if same else self.rule)
-
-  def _values(self, gold: Value, answer: Value) -> bool | None:
-    if gold.node is None or answer.node is None:
-      same = self._by_math_verify(gold.text, answer.text)
-      return self._decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
-    if values.equal(gold.node, answer.node):
-      exactly = not expressions.symbols(gold.node) and None not in (values.exact(gold.node), values.exact(answer.node))
-      return self._decide(True, 'equal numbers, exactly' if exactly else 'equal values')
-    if values.near(gold.node, answer.node):
-      return self._decide(True, 'equal to as many digits as its decimals state')
-    return self._decide(False, 'different values')
+    return self.decide(all(cross), 'the same ratio' if all(cross) else 'another ratio')
 
 
 def _all(verdicts: Sequence[bool | None]) -> bool | None:
@@ -469,8 +407,7 @@ def _choice(reading: Reading) -> str:
 
 def _is_time(reading: Ratio) -> bool:
   """Whether it is written as a time of day is: 3:05."""
-  tokens = reading.tokens
-  return len(tokens) == 3 and len(tokens[0]) <= 2 and len(tokens[2]) == 2 and tokens[2].isdigit() and int(tokens[2]) < 60
+  return re.fullmatch(r'\d{1,2}:[0-5]\d', ''.join(reading.tokens)) is not None
 
 
 def _minutes(reading: Reading) -> int | None:
@@ -481,7 +418,8 @@ def _minutes(reading: Reading) -> int | None:
 
 
 def _single(reading: Reading) -> Reading:
-  if isinstance(reading, Many) and reading.kind == 'set' and len(reading.items) == 1 and isinstance(reading.items[0], Value):
+  """The number in a set of one; other readings as they are."""
+  if isinstance(reading, Many) and reading.kind == 'set' and [type(item) for item in reading.items] == [Value]:
     return reading.items[0]
   return reading
 
@@ -502,33 +440,6 @@ def _vector(reading: Reading) -> Sequence[Reading] | None:
 def _ratio_parts(reading: Reading) -> tuple[Node, ...] | None:
   if isinstance(reading, Ratio):
     return reading.parts
-  one = Node('number', (values.Fraction(1), None))
-  return (reading.node, one) if isinstance(reading, Value) and reading.node is not None and reading.unit is None else None
-
-
-# Units
-
-
-def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
-  r"""Reads `5 m` as five metres where the other side has a unit."""
-  gold_again, answer_again = gold, answer
-  if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):
-    gold_again = _read_again(gold)
-  if answer.unit is None and answer.node is not None and expressions.symbols(answer.node):
-    answer_again = _read_again(answer)
-  return gold_again, answer_again
-
-
-def _read_again(reading: Value) -> Value:
-  again = notation.read(reading.text, True)
-  return again if isinstance(again, Value) else reading
-
-
-def _scaled(value: Value, factor) -> Value:
-  if value.node is None or factor == 1:
-    return value
-  return dataclasses.replace(value, node=Node('mul', (Node('number', (factor, None)), value.node)), tokens=())
-
-
-def _radians(value: Value) -> Value:
-  return value if value.node is None else dataclasses.replace(value, node=Node('degree', (value.node,)), tokens=())
+  if not isinstance(reading, Value) or reading.node is None or reading.unit is not None:
+    return None
+  return reading.node, Node('number', (Fraction(1), None))

@@ -5,7 +5,9 @@ by its quote), or a symbol (`+`, `{`, `,`). Layout is gone: dollar signs, `\left
 `1\,000` and `1 000` are one number. `1,000` stays three tokens, because in `(1,000)` it is a pair.
 """
 
+import itertools
 import re
+from collections.abc import Iterator
 
 MAX_CHARS = 10_000
 MAX_TOKENS = 4_000
@@ -37,11 +39,14 @@ _CHARACTERS = str.maketrans({
 _DROPPED = {
   'left', 'right', 'bigl', 'bigr', 'big', 'Big', 'Bigl', 'Bigr', 'bigg', 'Bigg', 'biggl', 'biggr', 'Biggl', 'Biggr',
   'middle', 'displaystyle', 'textstyle', 'limits', 'nolimits', 'quad', 'qquad', 'thinspace', 'enspace', 'mathbf',
-  'boldsymbol', 'bm', 'mathit', 'mathcal', 'mathsf', 'mathnormal', 'boxed', 'fbox', 'framebox', 'therefore',
-  '(', ')', '[', ']', 'mathopen', 'mathclose', 'mathord', 'mathbin', 'ensuremath', 'allowbreak', 'null', 'hfill', 'noindent', 'large', 'mathstrut',
+  'boldsymbol', 'bm', 'mathit', 'mathcal', 'mathsf', 'mathnormal', 'boxed', 'fbox', 'framebox', 'therefore', '(', ')',
+  '[', ']', 'mathopen', 'mathclose', 'mathord', 'mathbin', 'ensuremath', 'allowbreak', 'null', 'hfill', 'noindent',
+  'large', 'mathstrut',
 }
-_TEXT = {'text', 'textbf', 'textit', 'textrm', 'textsf', 'texttt', 'textnormal', 'mbox', 'hbox', 'mathrm', 'operatorname',
-         'rm', 'bf', 'it', 'emph', 'mathop', 'underline'}
+_TEXT = {
+  'text', 'textbf', 'textit', 'textrm', 'textsf', 'texttt', 'textnormal', 'mbox', 'hbox', 'mathrm', 'operatorname',
+  'rm', 'bf', 'it', 'emph', 'mathop', 'underline',
+}
 _SAME = {
   'dfrac': r'\frac', 'tfrac': r'\frac', 'cfrac': r'\frac', 'dbinom': r'\binom', 'tbinom': r'\binom', 'geq': r'\ge',
   'leq': r'\le', 'geqslant': r'\ge', 'leqslant': r'\le', 'geqq': r'\ge', 'leqq': r'\le', 'gt': '>', 'lt': '<',
@@ -61,17 +66,23 @@ FUNCTIONS = {
   'arcsinh', 'arccosh', 'arctanh', 'asin', 'acos', 'atan', 'ln', 'log', 'lg', 'exp', 'gcd', 'lcm', 'max', 'min',
 }
 # Letters in a row that are a command without its backslash. All else of four letters and more is a word.
-_BARE = {**{name: '\\' + name for name in FUNCTIONS - {'max', 'min'}}, 'sqrt': r'\sqrt', 'pi': r'\pi',
-         'infinity': r'\infty', 'infty': r'\infty', 'inf': r'\infty', 'oo': r'\infty', 'theta': r'\theta',
-         'alpha': r'\alpha', 'beta': r'\beta', 'lambda': r'\lambda', 'mod': r'\bmod', 'frac': r'\frac', 'cdot': r'\cdot',
-         'Infinity': r'\infty'}
-_WORDS = {
-  'or', 'and', 'no', 'No', 'is', 'not', 'are', 'for', 'the', 'The', 'all', 'any', 'yes', 'Yes', 'one', 'two', 'six', 'ten', 'odd',
-  'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg', 'usd', 'USD', 'pct',
+_BARE = {
+  **{name: '\\' + name for name in FUNCTIONS - {'max', 'min'}}, 'sqrt': r'\sqrt', 'pi': r'\pi', 'theta': r'\theta',
+  'infinity': r'\infty', 'Infinity': r'\infty', 'infty': r'\infty', 'inf': r'\infty', 'oo': r'\infty', 'mod': r'\bmod',
+  'alpha': r'\alpha', 'beta': r'\beta', 'lambda': r'\lambda', 'frac': r'\frac', 'cdot': r'\cdot',
 }
-_UNITS = {'cm', 'km', 'mm', 'dm', 'nm', 'kg', 'mg', 'ft', 'mi', 'hr', 'lb', 'oz', 'Hz', 'kJ', 'kW', 'kN', 'Pa', 'eV', 'ms', 'ml', 'mL', 'yd', 'in',
-          'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu'}  # words after a number
-_PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an', 'as', 'be', 'by', 'our', 'its', 'sum', 'has'}  # words among words
+_WORDS = {
+  'or', 'and', 'no', 'No', 'is', 'not', 'are', 'for', 'the', 'The', 'all', 'any', 'yes', 'Yes', 'one', 'two', 'six',
+  'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
+  'usd', 'USD', 'pct',
+}
+# Words after a number, and words among other words; elsewhere their letters are variables.
+_UNITS = {
+  'cm', 'km', 'mm', 'dm', 'nm', 'kg', 'mg', 'ft', 'mi', 'hr', 'lb', 'oz', 'Hz', 'kJ', 'kW', 'kN', 'Pa', 'eV', 'ms',
+  'ml', 'mL', 'yd', 'in', 'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu',
+}
+_PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an', 'as', 'be', 'by', 'our', 'its', 'sum',
+          'has'}
 _COMMANDS = _DROPPED | _TEXT | _SAME.keys() | FUNCTIONS | {
   'frac', 'sqrt', 'pi', 'infty', 'cup', 'le', 'ge', 'in', 'pm', 'cdot', 'times', 'theta', 'alpha', 'circ', 'binom'}
 _SPACE = r'(?:\{,\}|,\\!\s*|\\[,;:! ]|~|\s)'  # what may separate groups of three digits
@@ -91,7 +102,8 @@ _FOLLOWED = re.compile('[A-Za-z]+ [A-Za-z]{2}')
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 _TIMES_TEN = re.compile(r'(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*|\{))')
 _MODULES = re.compile(r'\b(?:np|numpy|math|sympy|sp)\.(?=[a-z])')
-_ASCII_OPERATORS = (('<=', r'\le '), ('>=', r'\ge '), (' != ', r' \ne '), ('==', '='), ('=>', r'\Rightarrow '), ('->', r'\to '))
+_ASCII_OPERATORS = (('<=', r'\le '), ('>=', r'\ge '), (' != ', r' \ne '), ('==', '='), ('=>', r'\Rightarrow '),
+                    ('->', r'\to '))
 _DOUBLED = re.compile(r'\\\\([A-Za-z]+)')
 _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
@@ -158,8 +170,10 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
   if (word if in_text else run) in _BARE:
     tokens.append(_BARE[run])
     return start + len(run)
-  known = run in _WORDS or (run in _UNITS and tokens and (is_number(tokens[-1]) or tokens[-1] in ('}', ')', "'sq"))) or (
-    run in _PROSE and (bool(_FOLLOWED.match(text, start)) or (tokens and is_word(tokens[-1]))))
+  previous = tokens[-1] if tokens else ''
+  after_number = previous in ('}', ')', "'sq") or (previous and is_number(previous))
+  among_words = _FOLLOWED.match(text, start) or is_word(previous)
+  known = run in _WORDS or (run in _UNITS and after_number) or (run in _PROSE and among_words)
   if in_text or known or (len(run) >= 4 and not run.isupper()):
     tokens.append("'" + word)
     return start + len(word)
@@ -266,7 +280,7 @@ def match_of(tokens: list[str], start: int) -> int:
   raise Unreadable(f'{tokens[start]} is not closed')
 
 
-def at_top(tokens: list[str]):
+def at_top(tokens: list[str]) -> Iterator[int]:
   """Yields the index of each token outside all brackets and environments, brackets themselves excluded."""
   depth = 0
   for i, token in enumerate(tokens):
@@ -281,7 +295,7 @@ def at_top(tokens: list[str]):
 def split_at(tokens: list[str], places: list[int]) -> list[list[str]]:
   """The parts of `tokens` between the tokens at `places`."""
   edges = [-1, *places, len(tokens)]
-  return [tokens[a + 1:b] for a, b in zip(edges, edges[1:])]
+  return [tokens[a + 1:b] for a, b in itertools.pairwise(edges)]
 
 
 def spelled(tokens: list[str]) -> str:

@@ -6,13 +6,13 @@ Only short texts of digits, signs and powers of ten come this far, so that nothi
 import re
 from fractions import Fraction
 
-from betarank.tasks import notation, values
-from betarank.tasks.latex import Unreadable
-from betarank.tasks.readings import Value
+from betarank.tasks.judging import notation, values
+from betarank.tasks.judging.latex import Unreadable
+from betarank.tasks.judging.readings import Value
 
 _MAX_CHARS = 100
 _NUMERAL = re.compile(
-  r'(?:[\d\s.,+/{}$()*-]|(?<=\d)[eE](?=[+-]?\d)|\\[dt]?frac|\\times|\\cdot|\\[,!$ ]|10\s*\^|\\boxed|\\text(?=\{[\d\s]))*',
+  r'(?:[\d\s.,+/{}$()*-]|(?<=\d)[eE](?=[+-]?\d)|\\[dt]?frac|\\times|\\cdot|\\[,!$ ]|10\s*\^|\\boxed)*',
   re.ASCII)
 _WRAPPED = (
   ('$$', '$$'), ('$', '$'), (r'\(', r'\)'), (r'\[', r'\]'), ('**', '**'),

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from fractions import Fraction
 
-from betarank.tasks.expressions import Node, precision, symbols, walk
+from betarank.tasks.judging.expressions import Node, precision, symbols, walk
 
 _DIGITS, _MORE_DIGITS = 50, 100
 _POINTS = 3
@@ -62,7 +62,7 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
   if exponent.denominator != 1 or (not base and exponent <= 0):
     return None
   size = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent)
-  return base ** int(exponent) if size <= _MAX_BITS or abs(base) == 1 and exponent < 2**63 else None
+  return base ** int(exponent) if size <= _MAX_BITS else None
 
 
 def _exact_root(value: Fraction, degree: Fraction) -> Fraction | None:
@@ -235,7 +235,7 @@ def _evaluate(node: Node, point: dict[str, Fraction], base: int | None):
 
 def _power(base, exponent):
   mp = _mp()
-  if abs(exponent) > _MAX_EXPONENT and abs(base) not in (0, 1) or abs(base) > mp.mpf(10) ** _MAX_EXPONENT:
+  if (abs(exponent) > _MAX_EXPONENT and abs(base) not in (0, 1)) or abs(base) > mp.mpf(10) ** _MAX_EXPONENT:
     raise TooHard('a power is out of bounds')
   return mp.power(base, exponent)
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from betarank.tasks import expressions
-from betarank.tasks.expressions import Node
-from betarank.tasks.latex import is_word, spelled
-from betarank.tasks.units import Unit
+from betarank.tasks.judging import expressions
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.latex import is_word, spelled
+from betarank.tasks.judging.units import Unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Union(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Relation(Reading):
-  r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to, \Rightarrow and others.
+  r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to and others.
 
   A side is None where nothing stands before the first operator, as in `> 7`.
   """

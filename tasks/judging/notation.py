@@ -13,12 +13,12 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from betarank.tasks import expressions, values, wording
-from betarank.tasks.expressions import Node
-from betarank.tasks.latex import Unreadable, Unsupported, at_top, is_word, match_of, spelled, split_at, tokenize
-from betarank.tasks.names import name_of
-from betarank.tasks.quantities import split_unit
-from betarank.tasks.readings import (
+from betarank.tasks.judging import expressions, values, wording
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.latex import Unreadable, Unsupported, at_top, is_word, match_of, spelled, split_at, tokenize
+from betarank.tasks.judging.names import name_of
+from betarank.tasks.judging.quantities import split_unit
+from betarank.tasks.judging.readings import (
   Clock,
   Digits,
   Empty,
@@ -34,12 +34,12 @@ from betarank.tasks.readings import (
   Value,
   Words,
 )
-from betarank.tasks.wording import trim
+from betarank.tasks.judging.wording import trim
 
 _OPERATORS = {
-  '=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\notin', r'\to', r'\Rightarrow', r'\Leftarrow',
-  r'\Leftrightarrow', r'\sim', r'\cong', r'\subset', r'\subseteq', r'\supset', r'\perp', r'\parallel', r'\propto', r'\ni',
-  r'\gg', r'\ll', r'\nmid', r'\leftarrow', r'\uparrow', r'\downarrow',
+  '=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\notin', r'\to', r'\Rightarrow',
+  r'\Leftarrow', r'\Leftrightarrow', r'\sim', r'\cong', r'\subset', r'\subseteq', r'\supset', r'\perp', r'\parallel',
+  r'\propto', r'\ni', r'\gg', r'\ll', r'\nmid', r'\leftarrow', r'\uparrow', r'\downarrow',
 }
 _BOUNDS = {'<', '>', r'\le', r'\ge', r'\ne'}
 _SEPARATORS = ((("'or",), 'or'), (("'and", r'\&', '&'), 'and'), ((';',), 'list'), ((',',), 'list'))

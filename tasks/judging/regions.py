@@ -1,8 +1,8 @@
 r"""Sets of numbers, whichever way they are written: intervals, unions, inequalities of one variable, `x \in (1, 2)`."""
 
-from betarank.tasks import notation
-from betarank.tasks.names import name_of
-from betarank.tasks.readings import Interval, Many, Reading, Relation, Union, Value, Words
+from betarank.tasks.judging import notation
+from betarank.tasks.judging.names import name_of
+from betarank.tasks.judging.readings import Interval, Many, Reading, Relation, Union, Value, Words
 
 # Operator -> (the side on which the variable may go on, whether its end belongs to it).
 DIRECTIONS = {'<': (-1, False), '>': (1, False), r'\le': (-1, True), r'\ge': (1, True)}

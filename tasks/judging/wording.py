@@ -1,28 +1,33 @@
-"""Words in answers: what is said around a value, numbers in words, and the names of the empty set and of all numbers."""
+"""Words in answers: what is said around a value, numbers in words, names of the empty set and of all reals."""
 
 import itertools
 from collections.abc import Sequence
 
-from betarank.tasks.latex import is_word, match_of, spelled
+from betarank.tasks.judging.latex import is_word, match_of, spelled
 
 # Words that may stand alone before an answer.
 _LEAD = {
-  'the', 'final', 'answer', 'answers', 'is', 'are', 'so', 'thus', 'hence', 'therefore', 'we', 'get', 'have', 'equals', 'equal',
-  'to', 'it', 'its', 'result', 'value', 'values', 'solution', 'solutions', 'that', 'this', 'correct', 'exact', 'number',
-  'option', 'choice', 'be', 'must', 'there', 'a', 'an', 'of', 'possible', 'set', 'roots', 'root', 'then', 'by', 'which',
-  'integer', 'integers',
+  'the', 'final', 'answer', 'answers', 'is', 'are', 'so', 'thus', 'hence', 'therefore', 'we', 'get', 'have', 'equals',
+  'equal', 'to', 'it', 'its', 'result', 'value', 'values', 'solution', 'solutions', 'that', 'this', 'correct',
+  'exact', 'number', 'option', 'choice', 'be', 'must', 'there', 'a', 'an', 'of', 'possible', 'set', 'roots', 'root',
+  'then', 'by', 'which', 'integer', 'integers',
 }
 # Words that end a sentence's beginning, after which the answer comes, and words that change what comes.
-_INTRODUCING = {'is', 'are', 'equals', 'be', 'that', 'get', 'have', 'find', 'obtain', 'therefore', 'thus', 'hence', 'then'}
-_CHANGING = {
-  'not', 'no', 'never', 'cannot', 'wrong', 'incorrect', 'false', 'less', 'more', 'than', 'least', 'most', 'greater', 'fewer',
-  'between', 'or', 'if', 'unless', 'except', 'neither', 'nor', 'either', 'twice', 'half', 'double', 'minus', 'plus', 'over',
-  'under', 'below', 'above', 'opposite', 'negative', 'reciprocal', 'inverse', 'times', 'without', 'excluding', 'but', 'maybe',
-  'perhaps', 'other', 'another', 'wasn', 'isn',
+_INTRODUCING = {
+  'is', 'are', 'equals', 'be', 'that', 'get', 'have', 'find', 'obtain', 'therefore', 'thus', 'hence', 'then',
 }
-_FOLLOWING = {'is', 'are', 'the', 'our', 'final', 'answer', 'answers', 'solution', 'solutions', 'result', 'correct', 'only',
-              'required', 'value', 'desired', 'this', 'a', 'an'}
-_EXPLAINING = {'where', 'if', 'when', 'for', 'such', 'is', 'are', 'any', 'arbitrary', 'every', 'with', 'exactly', 'iff'}
+_CHANGING = {
+  'not', 'no', 'never', 'cannot', 'wrong', 'incorrect', 'false', 'less', 'more', 'than', 'least', 'most', 'greater',
+  'fewer', 'between', 'or', 'if', 'unless', 'except', 'neither', 'nor', 'either', 'twice', 'half', 'double', 'minus',
+  'plus', 'over', 'under', 'below', 'above', 'opposite', 'negative', 'reciprocal', 'inverse', 'times', 'without',
+  'excluding', 'but', 'maybe', 'perhaps', 'other', 'another', 'wasn', 'isn',
+}
+_FOLLOWING = {
+  'is', 'are', 'the', 'our', 'final', 'answer', 'answers', 'solution', 'solutions', 'result', 'correct', 'only',
+  'required', 'value', 'desired', 'this', 'a', 'an',
+}
+_EXPLAINING = {'where', 'if', 'when', 'for', 'such', 'is', 'are', 'any', 'arbitrary', 'every', 'with', 'iff'}
+_CONCLUDED = {'answer', 'answers', 'solution', 'solutions', 'result'}
 _EDGES = {'.', ',', ';', ':', '"', '\\\\', '`'}
 
 EMPTY_SET = {
@@ -34,10 +39,10 @@ EMPTY_SET = {
 }
 ALL_REALS = {r'\mathbb{R}', 'all real numbers', 'all reals', 'real numbers', 'all real x', 'any real number',
              'all real values', 'reals', 'every real number', 'all real values of x', 'all x', 'all values of x'}
-_SMALL = dict(zip(
-  'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
-  'eighteen nineteen'.split(), range(20)))
-_TENS = dict(zip('twenty thirty forty fifty sixty seventy eighty ninety'.split(), range(20, 100, 10)))
+_SMALL = {word: i for i, word in enumerate((
+  'zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven', 'twelve', 'thirteen',
+  'fourteen', 'fifteen', 'sixteen', 'seventeen', 'eighteen', 'nineteen'))}
+_TENS = {'twenty': 20, 'thirty': 30, 'forty': 40, 'fifty': 50, 'sixty': 60, 'seventy': 70, 'eighty': 80, 'ninety': 90}
 _SCALES = {'thousand': 10**3, 'million': 10**6, 'billion': 10**9, 'trillion': 10**12}
 POWERS_OF_TEN = {"'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12}  # 1.5 million
 
@@ -68,13 +73,11 @@ def names_empty_set(tokens: list[str]) -> bool:
 def trim(tokens: list[str]) -> list[str]:
   """Returns the tokens without what surrounds an answer: braces, full stops, 'The answer is', '... is the answer'."""
   while tokens:
-    if tokens[-1] in _EDGES and tokens[-3:] != ['.'] * 3:
+    if tokens[-1] in _EDGES and tokens[-3:] != ['.'] * 3:  # ... stands for decimals that repeat
       tokens = tokens[:-1]
     elif tokens[0] in {*_EDGES, '=', r'\approx'} and len(tokens) > 1:
       tokens = tokens[1:]
-    elif tokens[0] == '{' and match_of(tokens, 0) == len(tokens) - 1:
-      tokens = tokens[1:-1]
-    elif tokens[0] == '^' and tokens[-1] == '^' and len(tokens) > 2:  # **7**, in bold type
+    elif _wrapped(tokens):
       tokens = tokens[1:-1]
     elif begin := _introduction(tokens):
       tokens = tokens[begin:]
@@ -83,6 +86,13 @@ def trim(tokens: list[str]) -> list[str]:
     else:
       break
   return tokens
+
+
+def _wrapped(tokens: list[str]) -> bool:
+  """Whether the tokens are in braces, or in the asterisks of bold type, which are read as powers."""
+  if tokens[0] == '{':
+    return match_of(tokens, 0) == len(tokens) - 1
+  return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
 
 
 def _word(token: str) -> str:
@@ -106,10 +116,8 @@ def _conclusion(tokens: list[str]) -> int:
   """How many tokens at the end say that this is the answer."""
   words = list(itertools.takewhile(lambda t: _word(t) in _FOLLOWING, reversed(tokens)))
   said = [_word(t) for t in words]
-  if len(words) == len(tokens) or not said or said[-1] not in ('is', 'are') or not {'answer', 'answers', 'solution',
-                                                                                   'solutions', 'result'} & set(said):
-    return 0
-  return len(words)
+  concludes = said and said[-1] in ('is', 'are') and _CONCLUDED & set(said)
+  return len(words) if concludes and len(words) < len(tokens) else 0
 
 
 def is_plain_words(tokens: list[str]) -> bool:

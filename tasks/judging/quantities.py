@@ -1,8 +1,8 @@
 """Cuts the unit off a number: `5 \\text{ cm}^2`, `\\$3.50`, `62.5\\%`, `90^\\circ`."""
 
-from betarank.tasks import units
-from betarank.tasks.latex import is_word
-from betarank.tasks.units import Unit
+from betarank.tasks.judging import units
+from betarank.tasks.judging.latex import is_word
+from betarank.tasks.judging.units import Unit
 
 _DEGREES = (['^', '{', r'\circ', '}'], ['^', r'\circ'], [r'\degree'], ['^', '{', r'\degree', '}'])
 _OF_ANGLES = {r'\sin', r'\cos', r'\tan', r'\cot', r'\sec', r'\csc'}

@@ -3,9 +3,9 @@
 import itertools
 from fractions import Fraction
 
-from betarank.tasks import expressions, values
-from betarank.tasks.expressions import Node
-from betarank.tasks.readings import Family, Residue
+from betarank.tasks.judging import expressions, values
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.readings import Family, Residue
 
 
 def as_family(residue: Residue) -> Family:
@@ -26,7 +26,7 @@ def same_family(gold: Family, answer: Family) -> bool | None:
     size = values.approximate(shift)
   except values.TooHard:
     return values.equal(start, other)
-  nearest = Node('number', (Fraction(int(round(float(size.real)))), None))
+  nearest = Node('number', (Fraction(round(float(size.real))), None))
   return values.equal(shift, nearest)
 
 

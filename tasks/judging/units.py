@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from betarank.tasks.latex import is_word
+from betarank.tasks.judging.latex import is_word
 
 _BASE = {
   'metre': ('length', 1, 'm meter metre'), 'inch': ('length', Fraction('0.0254'), 'in inch'),
@@ -34,18 +34,21 @@ _BASE = {
 }
 _PREFIXES = {'k': 3, 'M': 6, 'G': 9, 'c': -2, 'm': -3, 'd': -1, 'n': -9, 'p': -12, 'mu': -6, 'u': -6}
 _LONG_PREFIXES = {'kilo': 3, 'mega': 6, 'giga': 9, 'centi': -2, 'milli': -3, 'deci': -1, 'nano': -9, 'micro': -6}
-_PREFIXED = 'm s g l L J N W Pa V A eV Hz K mol'.split()
-_LONG_PREFIXED = 'meter metre gram gramme liter litre second joule watt newton volt hertz pascal byte bit ohm'.split()
+_PREFIXED = ('m', 's', 'g', 'l', 'L', 'J', 'N', 'W', 'Pa', 'V', 'A', 'eV', 'Hz', 'K', 'mol')
+_LONG_PREFIXED = ('meter', 'metre', 'gram', 'gramme', 'liter', 'litre', 'second', 'joule', 'watt', 'newton', 'volt',
+                  'hertz', 'pascal', 'byte', 'bit', 'ohm')
 _COMBINED = {'mph': 'mile / hour', 'kph': 'km / hour', 'kmh': 'km / hour', 'cc': 'cm ^ 3', 'ml': 'mL', 'sqft': 'ft ^ 2'}
 # Words in a unit that say nothing, and words that make it no unit at all.
 _EMPTY = {'unit', 'units', 'of', 'the', 'a', 'an', 'in', 'exactly', 'each', 'total', 'altogether', 'long', 'away'}
 _REFUSED = {
-  'is', 'not', 'are', 'or', 'and', 'no', 'more', 'less', 'than', 'greater', 'fewer', 'least', 'most', 'wrong', 'if', 'when',
-  'but', 'except', 'where', 'for', 'with', 'about', 'approximately', 'if', 'then', 'incorrect', 'plus', 'minus', 'times',
-  'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe', 'otherwise',
-  'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so', 'thus',
+  'is', 'not', 'are', 'or', 'and', 'no', 'more', 'less', 'than', 'greater', 'fewer', 'least', 'most', 'wrong', 'if',
+  'when', 'but', 'except', 'where', 'for', 'with', 'about', 'approximately', 'then', 'incorrect', 'plus', 'minus',
+  'times', 'from', 'to', 'between', 'mod', 'base', 'squared', 'i', 'we', 'it', 'they', 'cannot', 'never', 'maybe',
+  'otherwise', 'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so',
+  'thus',
 }
-SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}  # letters that are units without \text, too
+# Letters that may be units without \text, too.
+SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}
 MAX_WORDS = 3
 
 
@@ -104,14 +107,15 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
   Words of it may be multiplied, divided, raised to a power; 'square' and 'cubic' go before, 'squared' after.
   """
   words: list[str] = []
-  for token in tokens:
+  for before, token in zip(['', *tokens], tokens):
+    if token == r'\mu':
+      continue
     word = token[1:] if is_word(token) else token
     if token in (r'\sec', r'\min'):
       word = token[1:]
-    elif token == r'\mu':
-      word = 'mu'
     elif not is_word(token) and (token.isalpha() and not (bare and token in SINGLE_LETTERS)):
       return None
+    word = 'mu' + word if before == r'\mu' else word
     words += _COMBINED.get(word.lower(), word).split()
   dimensions: dict[str, int] = {}
   factor, sign, power, nouns = Fraction(1), 1, 1, 0

@@ -12,19 +12,22 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from betarank.tasks.latex import CLOSING, FUNCTIONS, Unreadable, Unsupported, is_number, is_word, match_of
+from betarank.tasks.judging.latex import CLOSING, FUNCTIONS, Unreadable, Unsupported, is_number, is_word, match_of
 
 GREEK = {
-  'alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta', 'iota', 'kappa', 'lambda', 'mu', 'nu', 'xi', 'rho',
-  'sigma', 'tau', 'upsilon', 'phi', 'chi', 'psi', 'omega', 'Gamma', 'Delta', 'Theta', 'Lambda', 'Xi', 'Sigma', 'Upsilon',
-  'Phi', 'Psi', 'Omega', 'hbar', 'ell', 'aleph', 'nabla', 'mho', 'odot', 'oplus', 'star', 'triangle', 'angle', 'partial',
+  'alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta', 'iota', 'kappa', 'lambda', 'mu', 'nu', 'xi',
+  'rho', 'sigma', 'tau', 'upsilon', 'phi', 'chi', 'psi', 'omega', 'Gamma', 'Delta', 'Theta', 'Lambda', 'Xi', 'Sigma',
+  'Upsilon', 'Phi', 'Psi', 'Omega', 'hbar', 'ell', 'aleph', 'nabla', 'mho', 'odot', 'oplus', 'star', 'triangle',
+  'angle', 'partial',
 }
 _ACCENTS = {'bar', 'vec', 'hat', 'tilde', 'overline', 'mathring', 'acute', 'check'}
+_SHORT = {'asin': 'arcsin', 'acos': 'arccos', 'atan': 'arctan', 'lg': 'log10'}
 _DOTS = {r'\dot': 1, r'\ddot': 2, r'\dddot': 3}
-_NO_FACTOR = {'+', '-', '/', ':', '=', '<', '>', ',', ';', '|', '&', '^', '_', '!', '%', "'", '.', '?', '"', '~', '`', '@', '#',
-              r'\dollar', '\\\\'}
-_RELATIONS = {'=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\to', r'\Rightarrow', r'\sim',
-              r'\cong', r'\cup', r'\cap', r'\subset', r'\setminus', r'\pm', r'\mp'}
+_NO_FACTOR = {*'+-/:=<>,;|&^_!%.?"~`@#' "'", r'\dollar', '\\\\'}
+_RELATIONS = {
+  '=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\to', r'\Rightarrow', r'\sim', r'\cong',
+  r'\cup', r'\cap', r'\subset', r'\setminus', r'\pm', r'\mp',
+}
 MAX_DIGITS = 1000  # of a literal number, and of its exponent's value
 _MIXED = re.compile(r'(\d+) (?:\\frac (?:\{ (\d+) \} \{ (\d+) \}|(\d) ?(\d)) |(\d+) / (\d+) )')
 _LITERAL = re.compile(r'(\d*)(?:(\.)(\d*))?(?:[eE]([+-]?\d+))?')
@@ -336,7 +339,7 @@ class _Parser:
       if name in ('log', 'lg') and base is not None:
         node = Node('call', ('logarithm', argument, base))
       else:
-        node = Node('call', ({'asin': 'arcsin', 'acos': 'arccos', 'atan': 'arctan', 'lg': 'log10'}.get(name, name), argument))
+        node = Node('call', (_SHORT.get(name, name), argument))
     return node if power is None else Node('pow', (node, power))
 
   def _several(self) -> list[Node]:
