@@ -41,6 +41,16 @@ VERIFIER = dict(
   answer_chars=S(10_000, IDENTITY, 'longest answer that is read, in characters; a longer one is wrong'),
 )
 
+# The jail that programs run in (tasks/code_jail.py).
+CODE_JAIL = dict(
+  workers=S(2, EXECUTION, 'programs at the same time'),
+  cpu_s=S(5.0, EXECUTION, 'CPU seconds per process of a program'),
+  deadline_s=S(20.0, EXECUTION, 'wall-clock seconds per program'),
+  memory_mb=S(1024, EXECUTION, 'MB of memory per process'),
+  processes=S(4, EXECUTION, 'processes at the same time, threads included'),
+  accept_no_isolation=S(False, EXECUTION, 'where the kernel offers no isolation, run what a model wrote as you'),
+)
+
 # What `betarank train` reads, but for `train.mesh` and the like, which RL shares.
 MODEL = dict(
   vocab_size=S(8192, IDENTITY, 'tokens; a tokenizer that is trained for the run gets the same number'),
@@ -182,13 +192,16 @@ RL_SECTION = dict(
   eval_prompts=S(64, REPORTING, 'held-out problems per evaluation'),
   eval_samples=S(16, REPORTING, 'samples per held-out problem'),
   task=dict(
-    uri=S('reasoning:chain_sum', IDENTITY, 'reasoning:TASK?OPTION=VALUE, jsonl:GLOB or tfds:NAME (docs/rl.md)'),
+    uri=S('reasoning:chain_sum', IDENTITY, 'reasoning:TASK?OPTION=VALUE, jsonl:GLOB, tfds:NAME or code:GLOB (docs/rl.md)'),
     prompt=S('Question: {question}\nSolution:', IDENTITY, 'what the model sees; as in the pre-training documents'),
     answer_format=S('line', IDENTITY, "line ('Answer: X') | boxed (\\boxed{X})"),
     held_out_fraction=S(0.02, IDENTITY, 'share of the questions that are never trained on; for pre-training: '
                         'data.held_out_fraction'),
+    reward=S('', IDENTITY, 'FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own (docs/judging.md); empty: 1 for right '
+             'answers, 0 for wrong ones'),
   ),
   verifier=VERIFIER,
+  code=CODE_JAIL,
   advantage=dict(
     name=S('grpo', IDENTITY, 'grpo | dr_grpo | rloo | pass_at_k | w_reinforce'),
     ddof=S(1, IDENTITY, 'degrees of freedom taken off in the standard deviation; grpo'),
@@ -248,14 +261,7 @@ EVAL = dict(
                         'rl.task.held_out_fraction'),
     verifier=VERIFIER,
   ),
-  code=dict(  # the jail that programs run in (tasks/code_jail.py)
-    workers=S(2, EXECUTION, 'programs at the same time'),
-    cpu_s=S(5.0, EXECUTION, 'CPU seconds per process of a program'),
-    deadline_s=S(20.0, EXECUTION, 'wall-clock seconds per program'),
-    memory_mb=S(1024, EXECUTION, 'MB of memory per process'),
-    processes=S(4, EXECUTION, 'processes at the same time, threads included'),
-    accept_no_isolation=S(False, EXECUTION, 'where the kernel offers no isolation, run what a model wrote as you'),
-  ),
+  code=CODE_JAIL,
 )
 
 _ALL = {**PRETRAIN, 'rl': RL_SECTION, 'eval': EVAL}

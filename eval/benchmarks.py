@@ -1,8 +1,8 @@
-"""Benchmarks: problems with checked answers, from jsonl files that the user brings, or any task of rl/tasks.py.
+"""Benchmarks: problems with checked answers, from jsonl files that the user brings, or any task of tasks/task_set.py.
 
     --benchmark=amc23,math500                     a name of TABLE; its file lies in config.eval.sample.data_dir
-    --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; made-up problems are held-out ones (rl/tasks.py)
-    --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms that rl/tasks.py reads
+    --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; made-up problems are held-out ones
+    --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
     --benchmark=code:/path/to/mine.jsonl          programming problems, as HumanEval or MBPP has them (code_problems.py)
 
 A file whose sha256 is known must have it; other files are taken as they are, and every result says which file and
@@ -27,8 +27,8 @@ from betarank.data.config import DataError
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.config import EvalError, SampleConfig
 from betarank.tasks import code_problems
+from betarank.tasks.answers import last_boxed
 from betarank.tasks.task_set import Task, TaskConfig, TaskSet, read_jsonl
-from betarank.tasks.verifiers import extract_answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Entry:
     file: its name in data_dir.
     origin: where it comes from.
     shots: worked examples that the paper puts before each question; 0 where it doesn't say.
-    answer_format: line | boxed, see rl/verifiers.py; code, see code_problems.py.
+    answer_format: line | boxed, see tasks/answers.py; code, see tasks/code_problems.py.
     examples: the file that examples come from.
     sha256: of the file; '' if we don't know it.
   """
@@ -93,6 +93,8 @@ class Benchmark:
     data_sha256: of the prompts, references and verifiers: two results with the same one answer the same questions.
     file_sha256: of the file they come from; '' if they are made up.
     shots, answer_format: as used.
+    left_out: one line on the problems of the file that aren't asked, because no answer can be compared with theirs; ''
+      if there are none.
   """
 
   name: str
@@ -102,6 +104,7 @@ class Benchmark:
   file_sha256: str
   shots: int
   answer_format: str
+  left_out: str = ''
 
 
 def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
@@ -144,13 +147,15 @@ def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
   count = min(c.problems or tasks.size, tasks.size or c.problems)
   before = _examples(c, entry, shots, task)
   asked = [dataclasses.replace(tasks[i], prompt=before + tasks[i].prompt) for i in range(count)]
-  return _benchmark(name, asked, file_sha256, shots, answer_format)
+  return _benchmark(name, asked, file_sha256, shots, answer_format, tasks.describe_left_out(shown=len(tasks.left_out)))
 
 
-def _benchmark(name: str, tasks: list[Task], file_sha256: str, shots: int, answer_format: str) -> Benchmark:
+def _benchmark(
+  name: str, tasks: list[Task], file_sha256: str, shots: int, answer_format: str, left_out: str = '',
+) -> Benchmark:
   content = [[t.prompt, t.reference, t.verifier, t.answer_format, t.answer_lines, t.entry] for t in tasks]
   return Benchmark(name, re.sub(r'[^\w.=+-]+', '_', name).strip('_'), tasks, _hash(json.dumps(content).encode()),
-                   file_sha256, shots, answer_format)
+                   file_sha256, shots, answer_format, left_out)
 
 
 def _path(c: SampleConfig, file: str) -> str:
@@ -182,7 +187,7 @@ def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> st
     text = f'{tasks[i].prompt} {_worked(record, where)}'
     if task.answer_format == 'line':
       text += f'{ANSWER_MARK}{tasks[i].reference}'
-    elif extract_answer(text, 'boxed') is None:
+    elif last_boxed(text) is None:
       text += rf' The answer is \boxed{{{tasks[i].reference}}}.'
     texts.append(text + '\n\n')
   return ''.join(texts)

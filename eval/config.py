@@ -16,9 +16,10 @@ from betarank.configs.sections import section
 from betarank.data import DataConfig
 from betarank.model import MeshConfig, ModelConfig
 from betarank.runtime import checkpoint, workdir
+from betarank.tasks.answers import ANSWER_FORMATS
 from betarank.tasks.code_jail import JailConfig
 from betarank.tasks.task_set import TaskConfig
-from betarank.tasks.verifiers import ANSWER_FORMATS, VerifierConfig
+from betarank.tasks.verifiers import VerifierConfig
 from betarank.train import setup
 from betarank.train.sampler import SamplerConfig
 

@@ -10,7 +10,6 @@ there, and draws for them what it would have drawn.
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -40,9 +39,11 @@ from betarank.eval.config import (
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
 from betarank.runtime.metrics import duration
-from betarank.tasks import code_problems
+from betarank.tasks.answers import final_answer
+from betarank.tasks.code_jail import Jail
+from betarank.tasks.judging import numerals
 from betarank.tasks.task_set import Task
-from betarank.tasks.verifiers import Verdict, Verifier, extract_answer, number, plain
+from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
 
 COMPARED = 16  # distinct wrong answers to a problem, the most frequent ones, that the verifier compares with each other
@@ -64,12 +65,13 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
   tokenizer = read_tokenizer(run, subjects[-1])
   mesh = make_mesh(run, 'eval.sample.decode_batch_size', c.decode_batch_size)
   benchmarks = [open_benchmark(name, c) for name in names]
+  for benchmark in benchmarks:
+    if benchmark.left_out:
+      print(f'{benchmark.name}: {benchmark.left_out}', flush=True)
   prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
-  with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-    # Programs are judged by another one, and it is only asked for if there are any: not every system can jail them.
-    code = {b.answer_format == 'code' for b in benchmarks}
-    verifiers = {is_code: stack.enter_context(
-      code_problems.CodeVerifier(run.eval.code) if is_code else Verifier(c.verifier)) for is_code in code}
+  # A jail is made only if there are programs to judge: not every system has what it takes.
+  jail = Jail(run.eval.code) if any(b.answer_format == 'code' for b in benchmarks) else None
+  with jax.set_mesh(mesh), Verifier(c.verifier, jail) as verifier:
     samplers = {b.name: _sampler(run, prompts[b.name], tokenizer, mesh) for b in benchmarks}
     files = {s.step: [SampleFile(s, b, run) for b in benchmarks] for s in subjects}
     for subject in subjects:
@@ -77,7 +79,6 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
       for benchmark, file in zip(benchmarks, files[subject.step]):
         if file.missing and params is None:
           params = restore(run, subject, mesh)
-        verifier = verifiers[benchmark.answer_format == 'code']
         _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed)
   print_table([file for some in files.values() for file in some])
 
@@ -128,30 +129,14 @@ def benchmark_key(name: str) -> int:
 def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
   """The lines of one problem's samples, as they are written."""
   texts = [tokenizer.decode(s.tokens[:-1] if s.finish == 'eos' else s.tokens) for s in group]
-  read = [up_to_next_question(text, task) for text in texts]
-  answers = [_answer(text, task) for text in read]
-  verdicts = verifier.verify([(text, task) for text in read])
+  answers = [final_answer(text, task) for text in texts]
+  verdicts = verifier.verify([(text, task) for text in texts])
   classes = answer_classes(answers, verdicts, task, verifier)
   return [{
     'problem': s.prompt_id, 'sample': s.index, 'text': text, 'answer': answer, 'verdict': verdict.name.lower(),
     'logp': float(np.sum(s.logp, dtype=np.float64)), 'tokens': len(s.tokens),
     'finish': 'stop' if s.finish == 'eos' else 'length', 'group': group_number,
   } for s, text, answer, verdict, group_number in zip(group, texts, answers, verdicts, classes)]
-
-
-def _answer(text: str, task: Task) -> str | None:
-  if task.verifier == 'code':
-    return code_problems.answer(text, task)
-  return extract_answer(text, task.answer_format, task.answer_lines)
-
-
-def up_to_next_question(text: str, task: Task) -> str:
-  r"""`text` as far as it answers this question, where that matters: of boxed answers the last one counts.
-
-  A base model often doesn't stop, and makes up a question of its own in the form of the prompt.
-  """
-  opening = task.prompt[: task.prompt.rfind(task.question)].rsplit('\n', 1)[-1].strip()
-  return text.partition(f'\n{opening}')[0] if opening and task.answer_format == 'boxed' else text
 
 
 def answer_classes(
@@ -172,9 +157,10 @@ def answer_classes(
     counts = collections.Counter(key for key in keys if key is not None and key not in right)
     wrong = [key for key, _ in counts.most_common(COMPARED)]
     pairs = [(j, i) for j in range(len(wrong)) for i in range(j)]
-    alike = verifier.verify([_compared(text_of[wrong[j]], text_of[wrong[i]], task) for j, i in pairs])
-    for (j, i), verdict in zip(pairs, alike):
-      if verdict == Verdict.RIGHT and home[wrong[j]] == wrong[j] and home[wrong[i]] == wrong[i]:
+    both_ways = [*pairs, *((i, j) for j, i in pairs)]  # an answer may leave out what a reference mustn't
+    alike = verifier.verify([_compared(text_of[wrong[j]], text_of[wrong[i]], task) for j, i in both_ways])
+    for (j, i), *verdicts in zip(pairs, alike, alike[len(pairs):]):
+      if Verdict.RIGHT in verdicts and home[wrong[j]] == wrong[j] and home[wrong[i]] == wrong[i]:
         home[wrong[j]] = wrong[i]
   numbers: dict[Any, int] = {}
   return [-1 if key is None else numbers.setdefault(home[key], len(numbers)) for key in keys]
@@ -183,9 +169,8 @@ def answer_classes(
 def _key(answer: str, task: Task) -> Any:
   if task.verifier != 'math':
     return answer
-  text = plain(answer)
-  value = number(text)
-  return text if value is None else value
+  value = numerals.exact_number(answer)
+  return numerals.plain(answer) if value is None else value
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:

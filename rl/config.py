@@ -10,6 +10,7 @@ from betarank.model import MeshConfig, ModelConfig
 from betarank.rl.advantages import AdvantageConfig
 from betarank.rl.policy_losses import PolicyLossConfig
 from betarank.runtime.checkpoint import CheckpointConfig
+from betarank.tasks.code_jail import JailConfig
 from betarank.tasks.task_set import TaskConfig
 from betarank.tasks.verifiers import VerifierConfig
 from betarank.train.config import at_least_one, check_seed, check_warmup, first_and_last
@@ -39,6 +40,7 @@ class RlConfig:
   eval_samples: int
   task: TaskConfig
   verifier: VerifierConfig
+  code: JailConfig
   advantage: AdvantageConfig
   loss: PolicyLossConfig
 

@@ -37,6 +37,7 @@ from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
+from betarank.tasks.code_jail import Jail
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train import score, setup
@@ -98,10 +99,13 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
+  # Before any device work: not every system can run programs safely.
+  jail = Jail(rl.code, 'config.rl.code') if rl.task.uri.startswith('code:') else None
+
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     stop = stack.enter_context(StopSignal(jax.process_count()))
-    verifier = stack.enter_context(Verifier(rl.verifier))
+    verifier = stack.enter_context(Verifier(rl.verifier, jail))
     checkpoints = stack.enter_context(setup.open_checkpoints(root, run.checkpoint, fallback))
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
@@ -114,6 +118,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
+      **({'left out': left_out} if (left_out := tasks.describe_left_out()) else {}),
       'mesh': setup.describe_mesh(mesh),
       'run': setup.describe_length(beginning, run.steps, root)})
     parts = Parts(

@@ -28,14 +28,15 @@ class Group(NamedTuple):
   samples: list[Sample]
   texts: list[str]
   verdicts: list[Verdict]
+  scores: list[float]  # 1 if right else 0, or what a reward function of the user's own returned; NaN if undecided
 
   def rewards(self, truncated_reward: str) -> tuple[list[float], list[bool]]:
-    """(1 if right else 0, whether it counts) of each sample. Undecided never counts; a truncated answer that isn't
-    right counts as wrong, or with 'masked' not at all."""
+    """Returns (reward, whether it counts) of each sample. Undecided never counts; a truncated answer that isn't right
+    counts, or with 'masked' not at all."""
     valid = [verdict != Verdict.UNDECIDED and (
       truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
       for verdict, sample in zip(self.verdicts, self.samples)]
-    return [float(verdict == Verdict.RIGHT) for verdict in self.verdicts], valid
+    return [score if counts else 0.0 for score, counts in zip(self.scores, valid)], valid
 
   def has_reward_variance(self, truncated_reward: str) -> bool:
     """Whether its rewards differ: otherwise every advantage is 0."""
@@ -61,6 +62,7 @@ def graded_groups(
                       f'{sampler.s.max_prompt_tokens}')
     prompts[cursor] = (task, tokens)
   drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
+  score_PG = np.full((len(cursors), samples), -np.inf, np.float32)
   asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
   for n, drawn in enumerate(sampler(params, asked, samples=samples, seed=seed, step=step)):
     cursor = drawn[0].prompt_id
@@ -68,9 +70,14 @@ def graded_groups(
     texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
     drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
     if n % jax.process_count() == jax.process_index():
-      verdict_PG[cursor - cursors.start] = verifier.verify([(text, task) for text in texts])
+      grades = verifier.grade([(text, task) for text in texts])
+      verdict_PG[cursor - cursors.start] = [grade.verdict for grade in grades]
+      score_PG[cursor - cursors.start] = [grade.reward for grade in grades]
   verdict_PG = multihost.max_over_processes(verdict_PG)
-  return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdict_PG[cursor - cursors.start]]) for cursor in cursors]
+  score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
+  score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
+  return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdicts], scores.tolist())
+          for cursor, verdicts, scores in zip(cursors, verdict_PG, score_PG)]
 
 
 @dataclasses.dataclass(frozen=True)

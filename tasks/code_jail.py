@@ -78,11 +78,12 @@ class Jail:
 
   Attributes:
     isolated: whether it is a jail, or limits alone.
+    workers: programs at once.
   """
 
-  def __init__(self, config: JailConfig):
-    """Tries whether a harmless program runs. Raises JailError if not."""
-    self._c, self.isolated = config, True
+  def __init__(self, config: JailConfig, section: str = 'config.eval.code'):
+    """Runs a harmless program as a test. Raises JailError, which names settings of `section`, if that fails."""
+    self._c, self.isolated, self.workers = config, True, config.workers
     try:
       outcome = self.run('pass')
     except JailError as error:

@@ -6,24 +6,18 @@ the same): the model goes on with the function that the prompt begins. MBPP (`te
 the words of arXiv 2108.07732, and its program goes from [BEGIN] to [DONE].
 """
 
-import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any
 
 from betarank.data.config import DataError
-from betarank.tasks.code_jail import Jail, JailConfig, JailError
-from betarank.tasks.task_set import Task, read_jsonl
-from betarank.tasks.verifiers import Verdict
+from betarank.tasks.answers import CODE_END
+from betarank.tasks.records import Task, read_jsonl
 
 _MBPP_ASKED = range(11, 511)  # task_id of the test split, where a file has all of MBPP; 1 to 10 are for examples
 _MBPP_SHOWN = (2, 3, 4)  # as in its paper
 _MBPP_SIZE = 974
 _PROMPT = ('You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n'
            '{}\n[BEGIN]\n')
-_END = '\n[DONE]'
-# A line at the margin ends the function that the prompt began; a closing bracket or the end of a long string doesn't.
-_LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
 
 
 def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
@@ -107,42 +101,4 @@ def _mbpp_tests(record: Mapping, where: str) -> str:
 def _worked(record: Any, where: str) -> str:
   if not _is_mbpp(record):
     raise DataError(f"{where}: an example needs 'text', 'test_list' and 'code', as MBPP has them")
-  return f'{_asked(record, where)}{_text(record, "code", where).strip()}{_END}\n\n'
-
-
-def answer(text: str, task: Task) -> str:
-  """The part of a sampled text that is run: up to the end of the function, or to [DONE]."""
-  if not task.entry:
-    return text.partition(_END)[0]
-  found = _LEFT_FUNCTION.search(text)
-  return text[: found.start() + 1] if found else text
-
-
-class CodeVerifier:
-  """Verdicts on programs, like rl/verifiers.py's: right if program and tests run to their end in a jail.
-
-  Attributes: jail. Raises JailError at its making where code can't be run.
-  """
-
-  def __init__(self, config: JailConfig):
-    self.jail = Jail(config)
-    self._threads = ThreadPoolExecutor(config.workers)
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._threads.shutdown(cancel_futures=True)
-
-  def verify(self, items: Sequence[tuple[str, Task]]) -> list[Verdict]:
-    """A verdict on each (sampled text, task), in order; equal programs run once. Undecided: no jail could be made."""
-    programs = [f'{task.entry}{answer(text, task)}\n{task.reference}' for text, task in items]
-    different = list(dict.fromkeys(programs))
-    verdicts = dict(zip(different, self._threads.map(self._judge, different)))
-    return [verdicts[program] for program in programs]
-
-  def _judge(self, program: str) -> Verdict:
-    try:
-      return Verdict.RIGHT if self.jail.run(program).passed else Verdict.WRONG
-    except JailError:  # it has worked before: the machine is too busy, or out of something
-      return Verdict.UNDECIDED
+  return f'{_asked(record, where)}{_text(record, "code", where).strip()}{CODE_END}\n\n'

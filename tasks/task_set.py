@@ -1,53 +1,59 @@
 """What RL and evaluation ask of the model: prompts with their references, by index, in a fixed order.
 
     reasoning:TASK?OPTION=VALUE+TASK   made-up problems, as in pre-training (data/reasoning.py); endless
-    jsonl:GLOB                   GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer),
-                                 AIME and AMC (problem, answer), OlympiadBench (question, final_answer of one
-                                 entry): told apart by their fields; .gz too
-    tfds:NAME[/CONFIG][:SPLIT]   the same fields in a TFDS data set
+    jsonl:GLOB                         files of problems with final answers, in one of the forms of records.py
+    tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
+    code:GLOB                          programming problems as HumanEval or MBPP has them (code_problems.py)
 
-Questions are split by a hash of their text, so that one that comes up twice, in another stream or file, stays
-on its side. Errors are DataErrors of one line, naming the file and the line in it.
+Questions are split by a hash of their text, so that one that comes up twice, in another stream or file, stays on its
+side. Records without a final answer, and references that nothing can be compared with, are left out and counted, for
+every answer alike. Errors are DataErrors of one line that names the file and the line in it.
 """
 
 import ast
 import dataclasses
 import functools
-import gzip
-import io
-import itertools
-import json
 import math
-import zlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from betarank.data import formats, packing, reasoning, record_formats
+from betarank.data import packing, reasoning
 from betarank.data.config import DataError
 from betarank.data.reasoning import question_hash
-from betarank.tasks.verifiers import ANSWER_FORMATS, extract_answer
+from betarank.tasks import code_problems, records
+from betarank.tasks.answers import ANSWER_FORMATS
+from betarank.tasks.records import LeftOut, OddRecord, Task, read_jsonl
+from betarank.tasks.verifiers import Verifier, VerifierConfig
 
+_READING_S = 20.0  # CPU time for a reference
 SPLITS = ('train', 'held_out', 'all')
-_MOST_BYTES = 2**30  # of a packed file, unpacked: it is held in memory
-_MISSED = 1e-12  # chance that an endless set finds no question of its split for an index
+_MISS_CHANCE = 1e-12  # chance that an endless set finds no question of its split for an index
 _UNFIT = {'game_of_life_halting': 'its scorer calls any text right'}
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-  """Where prompts come from and how they and their answers are written."""
+  """Where prompts come from and how they and their answers are written.
 
-  uri: str  # see above
-  prompt: str = reasoning.PROMPT  # {question} is replaced; nothing else in it has a meaning
-  answer_format: str = 'line'  # line: 'Answer: X' on a line of its own; boxed: \boxed{X}
-  held_out_fraction: float = 0.02  # of the questions, by a hash of their text: never in 'train'
+  Attributes:
+    uri: the source, see above.
+    prompt: {question} is replaced; nothing else in it has a meaning. Programming problems bring their own prompts.
+    answer_format: line: 'Answer: X' on a line of its own; boxed: \\boxed{X}.
+    held_out_fraction: of the questions, by a hash of their text: never in 'train'.
+    reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward of the user's own in place of comparing with the reference;
+      '' for none. It is called with the keywords text, answer, reference and question, see docs/judging.md.
+  """
+
+  uri: str
+  prompt: str = reasoning.PROMPT
+  answer_format: str = 'line'
+  held_out_fraction: float = 0.02
+  reward: str = ''
 
   def __post_init__(self):
-    if self.uri.partition(':')[0] not in ('reasoning', 'jsonl', 'tfds') or not self.uri.partition(':')[2]:
-      raise ValueError(f'uri must be reasoning:TASK, jsonl:GLOB or tfds:NAME, got {self.uri!r}')
+    if self.uri.partition(':')[0] not in ('reasoning', 'jsonl', 'tfds', 'code') or not self.uri.partition(':')[2]:
+      raise ValueError(f'uri must be reasoning:TASK, jsonl:GLOB, tfds:NAME or code:GLOB, got {self.uri!r}')
     if self.prompt.count('{question}') != 1:
       raise ValueError(f'prompt must hold {{question}} once, got {self.prompt!r}')
     if self.prompt != self.prompt.rstrip(' '):  # tokenizers glue a space to the word after it
@@ -56,20 +62,9 @@ class TaskConfig:
       raise ValueError(f'answer_format must be {" or ".join(ANSWER_FORMATS)}, got {self.answer_format!r}')
     if not 0 <= self.held_out_fraction <= 1:
       raise ValueError(f'held_out_fraction must be in [0, 1], got {self.held_out_fraction}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """A prompt, and what its verifier needs."""
-
-  id: str  # the same question of the same source has the same one in any split, order or run
-  question: str
-  prompt: str
-  reference: str  # the right answer, or one of them; empty if there is only a scorer
-  verifier: str  # exact | math | reasoning_gym
-  answer_format: str
-  answer_lines: int = 1  # how many lines an answer takes; 0: all that are left
-  entry: str = ''  # reasoning_gym: (name, options, record) as a Python literal, which a worker reads safely
+    place, _, function = self.reward.rpartition(':')
+    if self.reward and not (place and function.isidentifier()):
+      raise ValueError(f'reward must be FILE.py:FUNCTION or MODULE:FUNCTION, got {self.reward!r}')
 
 
 class TaskSet:
@@ -77,6 +72,9 @@ class TaskSet:
 
   Attributes:
     size: number of tasks; None if there is no end of them.
+    left_out: the records of the source that can't be used: without a final answer (of all splits), or with a reference
+      that can't be read (of this one).
+    records: how many records there are in this split, with those left out; 0 if there is no end of them.
   """
 
   def __init__(
@@ -90,10 +88,13 @@ class TaskSet:
 
     Raises:
       DataError: a source that can't be read, or whose split is empty.
+      VerifierError: the processes that read references don't start.
     """
     if split not in SPLITS:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
+    self.left_out: list[LeftOut] = []
+    self.records = 0
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
@@ -101,14 +102,19 @@ class TaskSet:
       if share < 1e-3:
         raise DataError(f'{config.uri}: held_out_fraction={config.held_out_fraction} leaves too little to {split!r}')
       share = min(share, 0.98 if exclude else 1)  # what else is left out is assumed to be rare
-      self._tries = 1 if share == 1 else math.ceil(math.log(_MISSED) / math.log(1 - share))
+      self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
       return
-    found = list(_from_tfds(rest) if kind == 'tfds' else itertools.starmap(_fields, read_jsonl(rest)))
-    self._kept = [fields for fields in found if self._belongs(fields['question'])]
+    found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
+    kept = [(task, where) for task, where in found if self._belongs(task.question)]
+    self.records = len(kept) + len(self.left_out)
+    self._kept = self._readable(kept)
     self.size = len(self._kept)
     if not self._kept:
       raise DataError(f'{config.uri}: none of its {len(found)} questions is in the {split!r} split '
-                      f'(held_out_fraction={config.held_out_fraction}, {len(exclude)} excluded)')
+                      f'(held_out_fraction={config.held_out_fraction}, {len(exclude)} excluded, '
+                      f'{len(self.left_out)} left out)')
+    if config.reward:
+      self._try_reward()
 
   def __len__(self) -> int:
     if self.size is None:
@@ -119,9 +125,11 @@ class TaskSet:
     """Task `index` >= 0 of the set, in the source's own order. Raises IndexError after the last."""
     if index < 0 or (self.size is not None and index >= self.size):
       raise IndexError(f'{self.config.uri}: no task {index}, there are {self.size}')
-    fields = self._kept[index] if self.size is not None else self._generate(index)
-    prompt = self.config.prompt.replace('{question}', fields['question'])
-    return Task(prompt=prompt, answer_format=self.config.answer_format, **fields)
+    return self._kept[index] if self.size is not None else self._generate(index)
+
+  def describe_left_out(self, shown: int = 5) -> str:
+    """Returns one line that says how many problems are left out, and names the first ones; '' if there are none."""
+    return records.describe(self.left_out, self.records, shown)
 
   def at(self, cursor: int) -> Task:
     """The task of prompt number `cursor` of a run: each epoch has every task once, in another order.
@@ -142,73 +150,57 @@ class TaskSet:
     return question_hash(question) not in self._exclude and (
       self.split == 'all' or held_out == (self.split == 'held_out'))
 
-  def _generate(self, index: int) -> dict[str, Any]:
+  def _generate(self, index: int) -> Task:
     for attempt in range(self._tries):  # an index has its own candidates, so that no other need be looked at
       fields = self._source.fields(index, attempt, self._tries)
       if self._belongs(fields['question']):
-        return fields
+        return self._task(**fields)
     raise DataError(f'{self.config.uri}: {self._tries} problems in a row are not in the {self.split!r} split; '
                     'the task has too few different ones for this held_out_fraction')
 
+  def _task(self, question: str, **fields: Any) -> Task:
+    if self.config.reward:
+      fields |= {'verifier': 'reward', 'entry': self.config.reward}
+    prompt = self.config.prompt.replace('{question}', question)
+    return Task(question=question, prompt=prompt, answer_format=self.config.answer_format, **fields)
 
-# Records of files
+  def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
+    """(task, where) for each record that is a problem; the others go to left_out. Raises DataError if none is."""
+    found = []
+    for record, where in records.read_tfds(rest) if kind == 'tfds' else read_jsonl(rest):
+      try:
+        problem = records.problem(record, where, needs_answer=not self.config.reward)
+      except OddRecord as error:
+        self.left_out.append(LeftOut(where, str(error).removeprefix(f'{where}: ')))
+        continue
+      found.append((self._task(problem.question, id=problem.id, reference=problem.reference, verifier='math'), where))
+    if not found and self.left_out:
+      raise DataError(f'{self.left_out[0]}; so it is with all {len(self.left_out)} records of {self.config.uri}')
+    return found
 
+  def _from_code(self, rest: str) -> list[tuple[Task, str]]:
+    return [(task, f'{rest}, task {task.id}') for task in code_problems.read(rest)]
 
-def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
-  """(record, 'FILE:LINE') of each line that isn't empty. Raises DataError where one isn't JSON."""
-  for path in formats.find(pattern):
-    content = epath.Path(path).read_bytes()
-    try:
-      if path.endswith('.gz'):
-        with gzip.open(io.BytesIO(content)) as file:
-          content = file.read(_MOST_BYTES)
-        if len(content) == _MOST_BYTES:
-          raise OSError(f'it unpacks to {_MOST_BYTES} bytes or more')
-      lines = content.decode().split('\n')
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-      raise DataError(f'{path}: can\'t be read ({error}); fetch it again') from None
-    for number, line in enumerate(lines, 1):
-      if line.strip():
-        try:
-          record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
-          raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
-        yield record, f'{path}:{number}'
+  def _readable(self, kept: list[tuple[Task, str]]) -> list[Task]:
+    """The tasks whose references an answer can be compared with; the others go to left_out."""
+    references = [task.reference for task, _ in kept if task.verifier == 'math']
+    with Verifier(VerifierConfig(deadline_s=_READING_S)) as verifier:
+      whys = verifier.unreadable(references)
+    readable = []
+    for task, where in kept:
+      if task.verifier == 'math' and task.reference in whys:
+        self.left_out.append(LeftOut(where, f"its answer {task.reference!r} can't be read ({whys[task.reference]})"))
+      else:
+        readable.append(task)
+    return readable
 
-
-def _from_tfds(spec: str) -> Iterator[dict[str, Any]]:
-  records = record_formats._tfds(spec)
-  for i in range(len(records)):
-    values = {name: value.item() if hasattr(value, 'item') else value for name, value in records[i].items()}
-    record = {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
-    yield _fields(record, f'tfds:{spec}, record {i}')
-
-
-def _fields(record: Any, where: str) -> dict[str, Any]:
-  """The fields of a Task from a record of one of the known forms."""
-  if not isinstance(record, Mapping):
-    raise DataError(f'{where}: expected an object, got {type(record).__name__}')
-  question = record.get('problem', record.get('question'))
-  answer, solution = record.get('answer'), record.get('solution')
-  if not isinstance(question, str) or not question.strip():
-    raise DataError(f"{where}: no text in 'problem' or 'question', only {', '.join(sorted(record))}")
-  final = record.get('final_answer')
-  if answer is None and isinstance(final, list) and len(final) == 1:  # OlympiadBench
-    answer = final[0]
-  if isinstance(answer, float) and answer.is_integer():  # AMC: 27.0
-    answer = int(answer)
-  if isinstance(answer, str) and '####' in answer:  # GSM8K: worked steps, then the number
-    reference = answer.rsplit('####', 1)[1].strip().replace(',', '')
-  elif answer is None and isinstance(solution, str):  # MATH as published
-    reference = extract_answer(solution, 'boxed') or ''
-  else:
-    reference = '' if answer is None or isinstance(answer, bool | list | dict) else str(answer).strip()
-  if not reference or '\n' in reference:
-    raise DataError(f"{where}: no final answer; 'answer' must hold it, alone or after '####', or, if there is "
-                    "no 'answer', 'solution' must box it")
-  question = question.strip()
-  key = f'{question_hash(question):016x}'
-  return {'id': key, 'question': question, 'reference': reference, 'verifier': 'math'}
+  def _try_reward(self) -> None:
+    """Raises DataError if the reward function fails on the first task's reference."""
+    task = self._kept[0]
+    with Verifier(VerifierConfig(workers=1)) as verifier:
+      verifier.grade([(task.reference, task)])
+    if verifier.first_error:
+      raise DataError(f'reward {self.config.reward}: {verifier.first_error}, when called with the first reference')
 
 
 # Generated problems

@@ -1,18 +1,19 @@
-"""A process that grades by math-verify or reasoning-gym's scorers, code that isn't ours. See verifiers.py.
+"""A process that grades by our rules and math-verify, by reasoning-gym's scorers, or by a reward of the user's own.
 
-    python rl/verifier_worker.py math|reasoning_gym MEMORY_MB CPU_S       JSON lines in, JSON lines out
+    python tasks/verifier_worker.py KIND MEMORY_MB CPU_S       JSON lines in, JSON lines out
 
-Model text comes here as data and may not become code. reasoning-gym has scorers that call `eval` on it, or
-sympy's `parse_expr`, which does: both are replaced before any text arrives. Should a way be left, the process
-can't write files or start programs, and an audit hook ends it at the first event that touches the system. It
-keeps the run safe from what models write by accident or in pursuit of reward. It is no jail for native code;
-programs as answers have their own.
+KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. See worker_pool.py for the other end.
 
-Imports nothing of the project, so that it starts in about a second.
+Model text comes here as data and may not become code. reasoning-gym has scorers that call `eval` on it, or sympy's
+`parse_expr`, which does: both are replaced before any text arrives. Should a way be left, the process can't write files
+or start programs, and an audit hook ends it at the first event that touches the system. This keeps the run safe from
+what models write by accident or in pursuit of reward. It is no jail for native code; programs as answers have their
+own.
 """
 
 import ast
 import json
+import math
 import os
 import re
 import resource
@@ -50,7 +51,7 @@ def _limit(memory_mb: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-  """The next item's: should our parent be gone, nobody else would end an endless one."""
+  """Limits the next item: if the parent is gone, nothing else would end an endless one."""
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
   resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
@@ -80,50 +81,91 @@ def _guard(package: str) -> None:
 
 
 def math_grader():
-  """(answer, reference, entry) -> (verdict, why) by math-verify."""
+  """Returns the function request -> reply by the rules of comparison.py, with math-verify for what they leave open.
+
+  A request whose answer is None asks whether its reference can be read; the reply's rule says why not.
+  """
   import logging
 
   logging.disable(logging.CRITICAL)
   import math_verify
   from sympy import Basic, MatrixBase
 
+  from betarank.tasks.judging import comparison
+
   _guard('math_verify')
+  latex = [math_verify.LatexExtractionConfig()]  # and not its other way, by sympy's parser, which evaluates text
 
   def parse(text):
-    text = text.replace('**', '^')  # LaTeX reads 9**9 as 9
-    wrapped = text if '$' in text.replace(r'\$', '') or r'\(' in text or r'\[' in text else f'${text}$'
     # Its own time limit is an alarm signal; ours is the parent's, which nothing in here can catch.
-    found = math_verify.parse(wrapped, parsing_timeout=None)
-    if not any(isinstance(x, Basic | MatrixBase) for x in found) and '\\' not in text:
-      found = math_verify.parse(text, parsing_timeout=None) or found
-    return found
+    return [x for x in math_verify.parse(f'${text}$', latex, parsing_timeout=None) if isinstance(x, Basic | MatrixBase)]
 
-  def grade(answer, reference, _):
-    gold = parse(reference)
-    if math_verify.verify(gold, parse(answer), timeout_seconds=None):
-      return RIGHT, None
-    return (WRONG, None) if any(isinstance(x, Basic | MatrixBase) for x in gold) else (UNDECIDED, 'unparsed')
+  def by_math_verify(gold, answer):
+    wanted = parse(gold)
+    return math_verify.verify(wanted, parse(answer), timeout_seconds=None) if wanted else None
 
-  grade(r'\frac{1}{2}x^2', r'0.5x^2', '')  # builds grammar and regular expressions, imports what it needs
+  def grade(request):
+    if request['answer'] is None:
+      return {'rule': comparison.why_unreadable(request['reference'], by_math_verify)}
+    judged = comparison.judge(request['reference'], request['answer'], by_math_verify)
+    reply = {'verdict': int(judged.verdict), 'rule': judged.rule, 'gold': judged.gold, 'given': judged.answer}
+    return reply if judged.gold_is_read else {**reply, 'why': 'unread'}
+
+  # The first use builds grammar and regular expressions and imports what it needs.
+  grade({'reference': r'\int_0^1 x^2 dx', 'answer': r'\sum_{k=1}^3 \sin(k)'})
   return grade
 
 
 def reasoning_gym_grader():
-  """(answer, reference, entry) -> (verdict, why) by the scorer of the task's own generator."""
+  """Returns the function request -> reply by the scorer of the task's own generator."""
   from reasoning_gym.factory import DATASETS
 
   _guard('reasoning_gym.')
   scorers = {}
 
-  def grade(answer, _, entry):
-    name, options, record = ast.literal_eval(entry)
+  def grade(request):
+    name, options, record = ast.literal_eval(request['entry'])
     key = name, repr(options)
     if key not in scorers:
       dataset, config = DATASETS[name]
       scorers[key] = dataset(config=config(**{'seed': 0, 'size': 1, **options})).score_answer
-    return (RIGHT if scorers[key](answer, record) >= 1 else WRONG), None
+    score = scorers[key](request['answer'], record)
+    return {'verdict': RIGHT if score >= 1 else WRONG, 'rule': f'its scorer gives {score:g}'}
 
   return grade
+
+
+def reward_grader(name):
+  """Returns the function request -> reply by the user's function FILE.py:FUNCTION or MODULE:FUNCTION.
+
+  It is called with the keywords text, answer (None if there is no final answer), reference and question, and returns a
+  number, or true or false. A sample counts as right from 1.0 on. An exception leaves the sample undecided.
+  """
+  import importlib.util
+
+  place, _, function = name.rpartition(':')
+  spec = (importlib.util.spec_from_file_location('user_reward', place) if place.endswith('.py')
+          else importlib.util.find_spec(place))
+  if spec is None:
+    raise ImportError(f'there is no {place}')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  score = getattr(module, function)
+
+  def grade(request):
+    reward = float(score(text=request['text'], answer=request['answer'] or None, reference=request['reference'],
+                         question=request['question']))
+    if not math.isfinite(reward):
+      raise ValueError(f'it returned {reward}')
+    return {'verdict': RIGHT if reward >= 1 else WRONG, 'reward': reward, 'rule': f'{function} returned {reward:g}'}
+
+  return grade
+
+
+def _grader(kind: str):
+  if kind.startswith('reward '):
+    return reward_grader(kind.removeprefix('reward '))
+  return {'math': math_grader, 'reasoning_gym': reasoning_gym_grader}[kind]()
 
 
 def main() -> None:
@@ -139,9 +181,13 @@ def main() -> None:
     answers.flush()
 
   try:
-    grade = {'math': math_grader, 'reasoning_gym': reasoning_gym_grader}[kind]()
+    grade = _grader(kind)
   except ImportError as error:
-    say(error=f'{error}; pip install {kind.replace("math", "math-verify").replace("_", "-")}')
+    package = {'math': 'math-verify', 'reasoning_gym': 'reasoning-gym'}.get(kind)
+    say(error=f'{error}; pip install {package}' if package else str(error))
+    return
+  except Exception as error:  # whatever the user's module raises while it is loaded
+    say(error=f'{type(error).__name__}: {error}')
     return
   _limit(memory_mb)
   sys.addaudithook(_audit)
@@ -150,12 +196,13 @@ def main() -> None:
     request = json.loads(line)
     _limit_cpu(cpu_s)
     try:
-      verdict, why = grade(request['answer'], request['reference'], request['entry'])
+      reply = grade(request)
     except (MemoryError, RecursionError):
-      verdict, why = UNDECIDED, 'crashes'
-    except Exception:  # a library that stumbles over an answer: it couldn't be read as one
-      verdict, why = WRONG, 'stumbles'
-    say(token=request['token'], verdict=verdict, **({'why': why} if why else {}))
+      reply = {'verdict': UNDECIDED, 'rule': 'it takes too much memory', 'why': 'crashes'}
+    except Exception as error:  # whatever a scorer raises over an answer that it can't read, or a reward function
+      verdict = WRONG if kind == 'reasoning_gym' else UNDECIDED
+      reply = {'verdict': verdict, 'rule': f'{type(error).__name__}: {error}'[:300], 'why': 'errors'}
+    say(token=request['token'], **reply)
 
 
 if __name__ == '__main__':

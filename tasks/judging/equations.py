@@ -1,0 +1,88 @@
+"""Equations that give a name to a value, and what they claim."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from betarank.tasks.judging import expressions, notation, values
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.names import Name, name_of
+from betarank.tasks.judging.readings import Many, Reading, Relation, Value
+
+_EQUALS = {'=', r'\approx'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """What a chain of equations says. name: None if it has none; values: the exact one, and a stated approximation."""
+
+  name: Name | None
+  values: tuple[Reading, ...]
+
+
+def claim(reading: Reading) -> Claim | None:
+  r"""Returns what `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` or `x \in \{1, 2\}` claims.
+
+  None for other readings, and for chains whose sides differ: `x = 8 = 7` claims nothing.
+  """
+  if not isinstance(reading, Relation) or None in reading.sides:
+    return None
+  sides, operators = list(reading.sides), list(reading.operators)
+  name = name_of(sides[0])
+  if operators == [r'\in'] and isinstance(sides[1], Many):
+    return Claim(name, (sides[1],)) if name else None
+  if not set(operators) <= _EQUALS:
+    return None
+  if len(sides) == 2 and isinstance(sides[0], Many) and isinstance(sides[1], Many) and sides[0].kind == 'pair':
+    return Claim(Name(''.join(sides[0].tokens)), (sides[1],))  # (x, y) = (1, 2)
+  if name is None and len(sides) == 2 and (name := name_of(sides[1])):
+    return Claim(name, (sides[0],))
+  if name is not None:
+    sides, operators = sides[1:], operators[1:]
+  found = [sides[0]]
+  for operator, side in zip(operators, sides[1:]):
+    if not _agrees(found[0], side, rounded=operator == r'\approx'):
+      return None
+    if operator == r'\approx':
+      found.append(side)
+  return Claim(name, tuple(found))
+
+
+def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
+  """Whether a further side of a chain is the value, or, if `rounded`, the value to the digits that it states."""
+  nodes = [part.node if isinstance(part, Value) else None for part in (value, side)]
+  if None in nodes:
+    return False
+  if values.equal(*nodes) or values.near(*nodes):
+    return True
+  return rounded and values.rounds(*nodes)
+
+
+def names(many: Many) -> list[Name] | None:
+  """The names in a list of equations such as x = 1, y = 2; None if an item has no name."""
+  found = [claim(item) for item in many.items]
+  return None if any(c is None or c.name is None for c in found) else [c.name for c in found]
+
+
+def point(many: Many) -> Sequence[Reading] | None:
+  """The values of x = 1, y = 2 in the order of the names; None if the items aren't such equations of several names."""
+  found = notation.as_point(many)
+  return found.items if found is not many else None
+
+
+def without_name(item: Reading) -> Reading:
+  """An item of a list without the name before it, as in x = 1, x = 2."""
+  found = claim(item)
+  return found.values[0] if found and found.name else item
+
+
+def renamed(reading: Reading, name: str, new: str) -> Reading:
+  """An expression in another variable; other readings as they are."""
+  if not isinstance(reading, Value) or reading.node is None:
+    return reading
+  return dataclasses.replace(reading, node=expressions.rename(reading.node, name, new), tokens=())
+
+
+def difference(relation: Relation) -> Node | None:
+  """Left minus right side; None if one can't be evaluated."""
+  sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
+  return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))

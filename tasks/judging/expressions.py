@@ -1,0 +1,445 @@
+r"""Parses the tokens of one mathematical expression into a tree, without evaluating anything.
+
+    parse(tokenize(r'\frac{1}{2} x^2'))      Node('mul', (Node('div', ...), Node('pow', ...)))
+
+It knows what answers mostly consist of: numbers, variables, arithmetic, roots, elementary functions, floors, binomials.
+Anything else that is well-formed (integrals, sums, unknown commands) raises Unsupported, so that math-verify's parser
+can be asked. A number and a letter side by side are a product; `7 8` isn't one. `f(2)` is the value of a function that
+nothing else is known of, `\frac{dv}{dt}`, `\dot v` and `v'` are one symbol, and `1\frac{1}{2}` is a mixed number.
+"""
+
+import re
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from betarank.tasks.judging.latex import CLOSING, FUNCTIONS, Unreadable, Unsupported, is_number, is_word, match_of
+
+GREEK = {
+  'alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta', 'iota', 'kappa', 'lambda', 'mu', 'nu', 'xi',
+  'rho', 'sigma', 'tau', 'upsilon', 'phi', 'chi', 'psi', 'omega', 'Gamma', 'Delta', 'Theta', 'Lambda', 'Xi', 'Sigma',
+  'Upsilon', 'Phi', 'Psi', 'Omega', 'hbar', 'ell', 'aleph', 'nabla', 'mho', 'odot', 'oplus', 'star', 'triangle',
+  'angle', 'partial',
+}
+_ACCENTS = {'bar', 'vec', 'hat', 'tilde', 'overline', 'mathring', 'acute', 'check'}
+_SHORT = {'asin': 'arcsin', 'acos': 'arccos', 'atan': 'arctan', 'lg': 'log10'}
+_DOTS = {r'\dot': 1, r'\ddot': 2, r'\dddot': 3}
+_NO_FACTOR = {*'+-/:=<>,;|&^_!%.?"~`@#' "'", r'\dollar', '\\\\'}
+_RELATIONS = {
+  '=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\to', r'\Rightarrow', r'\sim', r'\cong',
+  r'\cup', r'\cap', r'\subset', r'\setminus', r'\pm', r'\mp',
+}
+MAX_DIGITS = 1000  # of a literal number, and of its exponent's value
+_MIXED = re.compile(r'(\d+) (?:\\frac (?:\{ (\d+) \} \{ (\d+) \}|(\d) ?(\d)) |(\d+) / (\d+) )')
+_LITERAL = re.compile(r'(\d*)(?:(\.)(\d*))?(?:[eE]([+-]?\d+))?')
+
+
+class Node(NamedTuple):
+  """A number (Fraction, significant digits or None if exact), symbol (name), constant (pi, e, i, inf), or operation."""
+
+  op: str
+  args: tuple[Any, ...] = ()
+
+
+def literal(token: str) -> Node:
+  """The number that a token holds, exactly. A decimal keeps its number of significant digits: 3.20e5 has 3."""
+  whole, point, decimals, exponent = _LITERAL.fullmatch(token).groups()
+  if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
+    raise Unreadable('a number is too long')
+  value = Fraction(int((whole + (decimals or '')) or 0)) * Fraction(10) ** (int(exponent or 0) - len(decimals or ''))
+  digits = len((whole + (decimals or '')).lstrip('0')) or 1
+  return Node('number', (value, digits if point or exponent else None))
+
+
+def parse(tokens: list[str]) -> Node:
+  """The tree of an expression. Raises Unreadable, or Unsupported for what math-verify may know."""
+  parser = _Parser(tokens)
+  node = parser.sum()
+  if parser.at < len(tokens):
+    raise Unreadable(f'{parser.next!r} is out of place')
+  return node
+
+
+def walk(node: Node):
+  """Yields the node and all below it."""
+  stack = [node]
+  while stack:
+    node = stack.pop()
+    yield node
+    stack += [arg for arg in node.args if isinstance(arg, Node)]
+
+
+def symbols(node: Node) -> set[str]:
+  """The names of its variables."""
+  return {n.args[0] for n in walk(node) if n.op == 'symbol'}
+
+
+def precision(node: Node) -> int | None:
+  """Significant digits of its least precise decimal; None if it has no decimals."""
+  return min((n.args[1] for n in walk(node) if n.op == 'number' and n.args[1] is not None), default=None)
+
+
+class _Parser:
+  def __init__(self, tokens: list[str]):
+    self.tokens, self.at = tokens, 0
+    self._depth = self._bars = 0
+
+  @property
+  def next(self) -> str:
+    return self.tokens[self.at] if self.at < len(self.tokens) else ''
+
+  def _peek(self, offset: int) -> str:
+    return self.tokens[self.at + offset] if self.at + offset < len(self.tokens) else ''
+
+  def _take(self, *expected: str) -> str:
+    token = self.next
+    if not token or (expected and token not in expected):
+      raise Unreadable(f'{expected[0] if expected else "something"} is missing')
+    self.at += 1
+    return token
+
+  def _took(self, *tokens: str) -> bool:
+    if self.next and self.next in tokens:
+      self.at += 1
+      return True
+    return False
+
+  # Sums, products, powers
+
+  def sum(self) -> Node:
+    self._depth += 1
+    if self._depth > 60:
+      raise Unreadable('it nests too deeply')
+    terms = [self._product()]
+    while self.next in ('+', '-'):
+      negative = self._take() == '-'
+      term = self._product()
+      terms.append(Node('neg', (term,)) if negative else term)
+    self._depth -= 1
+    return terms[0] if len(terms) == 1 else Node('add', tuple(terms))
+
+  def _product(self) -> Node:
+    if self._took('-'):
+      return Node('neg', (self._product(),))
+    if self._took('+'):
+      return self._product()
+    node = self._mixed_number() or self._power()
+    while True:
+      if self._took(r'\cdot'):
+        node = Node('mul', (node, self._signed()))
+      elif self._took('/', ':'):
+        node = Node('div', (node, self._signed()))
+      elif self._starts_factor():
+        if is_number(self.next) and is_number(self.tokens[self.at - 1]):
+          raise Unreadable('two numbers stand side by side')
+        node = Node('mul', (node, self._power()))
+      else:
+        return node
+
+  def _signed(self) -> Node:
+    if self._took('-'):
+      return Node('neg', (self._power(),))
+    self._took('+')
+    return self._power()
+
+  def _mixed_number(self) -> Node | None:
+    r"""1\frac{1}{2}, 1\frac12 and 1 1/2; None if that isn't what comes."""
+    found = _MIXED.match(' '.join(self.tokens[self.at:self.at + 9]) + ' ') if self.next.isdigit() else None
+    if found is None:
+      return None
+    whole, *parts = (int(part) for part in found.groups() if part)
+    if not parts[1]:
+      raise Unreadable('it divides by zero')
+    self.at += found[0].count(' ')
+    return Node('number', (whole + Fraction(*parts), None))
+
+  def _starts_factor(self) -> bool:
+    token = self.next
+    if not token or token in CLOSING or token in _NO_FACTOR or token in _RELATIONS or is_word(token):
+      return token == '|' and not self._bars
+    return True
+
+  def _power(self) -> Node:
+    node = self._primary()
+    while True:
+      if self.next == '^':
+        self.at += 1
+        if self._degree():
+          node = Node('degree', (node,))
+          continue
+        node = Node('pow', (node, self._exponent()))
+      elif self._took(r'\degree'):
+        node = Node('degree', (node,))
+      elif self._took('!'):
+        node = Node('call', ('factorial', node))
+      elif self._took('%'):
+        node = Node('div', (node, Node('number', (Fraction(100), None))))
+      else:
+        return node
+
+  def _degree(self) -> bool:
+    for form in (['{', r'\circ', '}'], [r'\circ'], ['{', r'\degree', '}']):
+      if self.tokens[self.at:self.at + len(form)] == form:
+        self.at += len(form)
+        return True
+    return False
+
+  # Parts
+
+  def _exponent(self) -> Node:
+    """A group, a symbol, or a whole number with its sign, as 2^10 is meant where LaTeX reads (2^1)0."""
+    if self._took('-'):
+      return Node('neg', (self._argument(),))
+    return self._argument()
+
+  def _argument(self, digit: bool = False) -> Node:
+    """What a command or ^ applies to: a group, or the one number or symbol that follows. digit: one digit of it."""
+    if self._took('{'):
+      return self._inside('}')
+    token = self.next
+    if digit and token.isdigit() and len(token) > 1:
+      self.tokens = [*self.tokens[:self.at], token[0], token[1:], *self.tokens[self.at + 1:]]
+    return self._primary(bare=True)
+
+  def _inside(self, *closing: str) -> Node:
+    node = self.sum()
+    if self._took(r'\choose'):
+      node = Node('call', ('binomial', node, self.sum()))
+    elif self._took(r'\over'):
+      node = Node('div', (node, self.sum()))
+    self._take(*closing)
+    return node
+
+  def _primary(self, bare: bool = False) -> Node:
+    token = self.next
+    if not token:
+      raise Unreadable('it ends too early')
+    if is_number(token):
+      return self._number()
+    if token in ('(', '['):
+      self.at += 1
+      return self._inside(')' if token == '(' else ']')
+    if token == '{':
+      self.at += 1
+      return self._inside('}')
+    if token in ('|', r'\|'):
+      return self._absolute(token)
+    if token in (r'\lfloor', r'\lceil'):
+      self.at += 1
+      return Node('call', (token[2:], self._inside(r'\rfloor' if token == r'\lfloor' else r'\rceil')))
+    if token == r'\frac':
+      return self._fraction()
+    if token == r'\sqrt':
+      return self._root()
+    if token == r'\binom':
+      self.at += 1
+      return Node('call', ('binomial', self._argument(digit=True), self._argument(digit=True)))
+    if token.startswith('\\') and token[1:] in FUNCTIONS:
+      return self._function()
+    if token in (r'\pi', r'\infty'):
+      self.at += 1
+      return Node('constant', (token[1:],))
+    if token in ('e', 'i') and self._peek(1) not in ('_', "'"):
+      self.at += 1
+      return Node('constant', (token,))
+    return self._symbol(bare)
+
+  def _number(self) -> Node:
+    token = self._take()
+    if '.' in token and 'e' not in token.lower():
+      repeated = self._repeated()
+      if repeated:
+        start = literal(token).args[0]
+        places = len(token.partition('.')[2])
+        tail = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** places)
+        return Node('number', (start + tail, None))
+    return literal(token)
+
+  def _repeated(self) -> str:
+    r"""The digits that repeat: 0.\overline{3}, 0.\dot{3}, and 0.333..., whose last digit has come three times."""
+    if self.next in (r'\overline', r'\bar', r'\dot') and self._peek(1) == '{' and self._peek(2).isdigit() and (
+        self._peek(3) == '}'):
+      digits, self.at = self._peek(2), self.at + 4
+      return digits
+    token = self.tokens[self.at - 1]
+    dots = 1 if self.next == r'\dots' else 3 if self.tokens[self.at:self.at + 3] == ['.'] * 3 else 0
+    if dots:
+      if not re.search(r'\.\d*(\d)\1\1$', token):
+        raise Unreadable('what repeats in its decimals is not clear')
+      self.at += dots
+      return token[-1]
+    return ''
+
+  def _absolute(self, bar: str) -> Node:
+    self.at += 1
+    self._bars += 1
+    node = self.sum()
+    self._bars -= 1
+    self._take(bar)
+    return Node('call', ('abs', node))
+
+  def _fraction(self) -> Node:
+    derivative = self._derivative()
+    if derivative:
+      return derivative
+    self.at += 1
+    top = self._argument(digit=True)
+    return Node('div', (top, self._argument(digit=True)))
+
+  def _derivative(self) -> Node | None:
+    r"""\frac{d^2 v_o}{d t^2} as the symbol v_o''; None if the fraction is something else."""
+    if self._peek(1) != '{':
+      return None
+    middle = match_of(self.tokens, self.at + 1)
+    if self.tokens[middle + 1:middle + 2] != ['{']:
+      return None
+    end = match_of(self.tokens, middle + 1)
+    top, bottom = self.tokens[self.at + 2:middle], self.tokens[middle + 2:end]
+    d = top[0] if top else ''
+    if d not in ('d', r'\partial') or not bottom or bottom[0] != d or len(top) < 2:
+      return None
+    order, rest = 1, top[1:]
+    if rest[0] == '^':
+      power = [t for t in rest[1:4] if t not in ('{', '}')][:1]
+      if not power or not power[0].isdigit():
+        return None
+      order, rest = int(power[0]), rest[4 if rest[1] == '{' else 2:]
+    if not rest or order > 9:
+      return None
+    inner = _Parser(rest)
+    symbol = inner._symbol()
+    if inner.at < len(rest) and rest[inner.at] != '(':
+      return None
+    self.at = end + 1
+    return Node('symbol', (symbol.args[0] + "'" * order,))
+
+  def _root(self) -> Node:
+    self.at += 1
+    degree = Node('number', (Fraction(2), None))
+    if self._took('['):
+      degree = self._inside(']')
+    return Node('root', (self._argument(), degree))
+
+  def _function(self) -> Node:
+    name = self._take()[1:]
+    base = power = None
+    for _ in range(2):
+      if self.next == '_':
+        self.at += 1
+        base = self._argument()
+      elif self.next == '^' and self._peek(1) != r'\circ':
+        self.at += 1
+        power = self._exponent()
+    if name in ('gcd', 'lcm', 'max', 'min'):
+      node = Node('call', (name, *self._several()))
+    else:
+      argument = self._argument() if self.next in ('(', '{', '[') else self._run()
+      inverse = power is not None and power == Node('neg', (Node('number', (Fraction(1), None)),))
+      if inverse and name in ('sin', 'cos', 'tan', 'cot', 'sec', 'csc'):
+        name, power = 'arc' + name, None
+      if name in ('log', 'lg') and base is not None:
+        node = Node('call', ('logarithm', argument, base))
+      else:
+        node = Node('call', (_SHORT.get(name, name), argument))
+    return node if power is None else Node('pow', (node, power))
+
+  def _several(self) -> list[Node]:
+    opening = self._take('(', r'\{', '{')
+    nodes = [self.sum()]
+    while self._took(',', ';'):
+      nodes.append(self.sum())
+    self._take({'(': ')', '{': '}'}.get(opening, r'\}'))
+    return nodes
+
+  def _run(self) -> Node:
+    r"""The argument of a function without brackets: factors side by side, as in \sin 2\pi t \cos t."""
+    node = self._mixed_number() or (Node('neg', (self._power(),)) if self._took('-') else self._power())
+    while self._starts_factor() and self.next[1:] not in FUNCTIONS:
+      node = Node('mul', (node, self._power()))
+    return node
+
+  def _symbol(self, bare: bool = False) -> Node:
+    """A variable with its accents, index and primes. bare: nothing that follows belongs to it, as in x^yz."""
+    token = self._take()
+    primes = _DOTS.get(token, 0)
+    if primes or token[1:] in _ACCENTS:
+      braces = self._took('{')
+      inner = self._symbol()
+      name = inner.args[0] if primes else f'{token[1:].replace("overline", "bar")}({inner.args[0]})'
+      while braces and self.next != '}':
+        name += self._symbol().args[0]
+      if braces:
+        self._take('}')
+      name, own = name.rstrip("'"), len(name) - len(name.rstrip("'"))
+      primes += own
+    elif token.isalpha() and len(token) == 1:
+      name = token
+    elif token.startswith('\\') and token[1:] in GREEK:
+      name = token[1:]
+      if name in ('triangle', 'angle'):
+        while self.next.isalpha() and len(self.next) == 1:
+          name += ' ' + self._symbol().args[0]
+    elif token.startswith('\\') and token not in _RELATIONS:
+      raise Unsupported(f'{token} is not known here')
+    else:
+      raise Unreadable(f'{token!r} is out of place')
+    if bare:
+      return Node('symbol', (name + "'" * primes,))
+    if self._took('_'):
+      name += '_' + self._index()
+    primes += self._primes()
+    if self.next == '_' and '_' not in name:
+      self.at += 1
+      name += '_' + self._index()
+    name += "'" * primes
+    called = self._call_of_a_number()
+    return Node('symbol', (name + called,))
+
+  def _index(self) -> str:
+    if self.next == '{':
+      end = match_of(self.tokens, self.at)
+      inside = self.tokens[self.at + 1:end]
+      self.at = end + 1
+    else:
+      inside = [self._take()]
+    return ''.join(t.lstrip("'") for t in inside if t not in ('{', '}'))
+
+  def _primes(self) -> int:
+    count = 0
+    while True:
+      if self._took("'"):
+        count += 1
+      elif self.next == '^' and self._peek(1) == r'\prime':
+        self.at, count = self.at + 2, count + 1
+      elif self.next == '^' and self._peek(1) == '{' and self._peek(2) == r'\prime':
+        end = match_of(self.tokens, self.at + 1)
+        inside = self.tokens[self.at + 2:end]
+        if set(inside) != {r'\prime'}:
+          raise Unreadable('a prime is out of place')
+        self.at, count = end + 1, count + len(inside)
+      else:
+        return count
+
+  def _call_of_a_number(self) -> str:
+    """'(2)' of f(2), '(2,3)' of f(2, 3); '' where brackets hold anything else, which is a factor."""
+    if self.next != '(':
+      return ''
+    end = match_of(self.tokens, self.at)
+    inside = self.tokens[self.at + 1:end]
+    if self.tokens[end] != ')':
+      raise Unreadable('an interval is no factor')
+    if not all(t in (',', '-') or is_number(t) or (',' in inside and t.isalpha()) for t in inside) or not inside:
+      return ''
+    self.at = end + 1
+    return f'({"".join(inside)})'
+
+
+def substitute(node: Node, name: str, value: Node) -> Node:
+  """The expression with `value` for the variable `name`."""
+  if node.op == 'symbol':
+    return value if node.args[0] == name else node
+  return Node(node.op, tuple(substitute(arg, name, value) if isinstance(arg, Node) else arg for arg in node.args))
+
+
+def rename(node: Node, name: str, new: str) -> Node:
+  """The expression with the variable `name` called `new`."""
+  return substitute(node, name, Node('symbol', (new,)))

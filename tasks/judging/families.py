@@ -1,0 +1,37 @@
+"""Values for every integer, a + b·k, compared as sets; residues are the families of integers with a stated modulus."""
+
+import itertools
+from fractions import Fraction
+
+from betarank.tasks.judging import expressions, values
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.readings import Family, Residue
+
+
+def as_family(residue: Residue) -> Family:
+  node = Node('add', (residue.value, Node('mul', (residue.modulus, Node('symbol', ('k',))))))
+  return Family(residue.tokens, node, 'k')
+
+
+def same_family(gold: Family, answer: Family) -> bool | None:
+  lines = [_line(family) for family in (gold, answer)]
+  if None in lines:
+    renamed = expressions.rename(answer.node, answer.variable, gold.variable)
+    return values.equal(gold.node, renamed) or None
+  (start, step), (other, stride) = lines
+  if not (values.equal(step, stride) or values.equal(step, Node('neg', (stride,)))):
+    return False
+  shift = Node('div', (Node('add', (start, Node('neg', (other,)))), step))
+  try:
+    size = values.approximate(shift)
+  except values.TooHard:
+    return values.equal(start, other)
+  nearest = Node('number', (Fraction(round(float(size.real))), None))
+  return values.equal(shift, nearest)
+
+
+def _line(family: Family) -> tuple[Node, Node] | None:
+  """(value at 0, step) of a family that is linear in its variable; None if it isn't."""
+  at = [expressions.substitute(family.node, family.variable, Node('number', (Fraction(i), None))) for i in range(4)]
+  step, second, third = (Node('add', (b, Node('neg', (a,)))) for a, b in itertools.pairwise(at))
+  return (at[0], step) if values.equal(step, second) and values.equal(step, third) else None

@@ -1,0 +1,151 @@
+"""What an answer may be: a number, an expression, an interval, a list, an equation, words. See notation.py."""
+
+import dataclasses
+
+from betarank.tasks.judging import expressions
+from betarank.tasks.judging.expressions import Node
+from betarank.tasks.judging.latex import is_word, spelled
+from betarank.tasks.judging.units import Unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What was read. tokens: of the text that it was read from."""
+
+  tokens: tuple[str, ...]
+
+  kind = 'answer'
+
+  @property
+  def text(self) -> str:
+    """The tokens as LaTeX."""
+    return ' '.join(rf'\text{{{token[1:]}}}' if is_word(token) else token for token in self.tokens)
+
+  @property
+  def spelled(self) -> str:
+    return spelled(list(self.tokens))
+
+  def __str__(self) -> str:
+    return f'{self.kind} {self.text}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Value(Reading):
+  """An expression, and the unit behind it. node is None where only math-verify may be able to read it."""
+
+  node: Node | None = None
+  unit: Unit | None = None
+
+  @property
+  def kind(self) -> str:
+    return 'expression' if self.node is None or expressions.symbols(self.node) else 'number'
+
+  def __str__(self) -> str:
+    unit = f', unit {self.unit.name}' if self.unit else ''
+    return f'{self.kind} {self.text}{unit}{"" if self.node else ", for math-verify"}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Many(Reading):
+  """Several answers. kind: list (bare), set, pair (in parentheses: ordered, or an open interval), or, and."""
+
+  items: tuple[Reading, ...] = ()
+  kind: str = 'list'
+
+  def __str__(self) -> str:
+    return f'{self.kind} of {len(self.items)}: {"; ".join(item.text for item in self.items)}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval(Reading):
+  low: Reading | None = None
+  high: Reading | None = None
+  closed: tuple[bool, bool] = (False, False)
+
+  kind = 'interval'
+
+
+@dataclasses.dataclass(frozen=True)
+class Union(Reading):
+  parts: tuple[Reading, ...] = ()
+
+  kind = 'union'
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation(Reading):
+  r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to and others.
+
+  A side is None where nothing stands before the first operator, as in `> 7`.
+  """
+
+  sides: tuple[Reading, ...] = ()
+  operators: tuple[str, ...] = ()
+
+  @property
+  def kind(self) -> str:
+    return 'equation' if set(self.operators) == {'='} else 'relation'
+
+
+@dataclasses.dataclass(frozen=True)
+class Residue(Reading):
+  """value mod modulus; name: of the variable that is congruent to it, '' if there is none."""
+
+  value: Node | None = None
+  modulus: Node | None = None
+  name: str = ''
+
+  kind = 'residue'
+
+
+@dataclasses.dataclass(frozen=True)
+class Family(Reading):
+  """An expression for every integer value of a variable in it."""
+
+  node: Node | None = None
+  variable: str = ''
+
+  kind = 'family'
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits(Reading):
+  """A number written in a stated base."""
+
+  digits: str = ''
+  base: int = 10
+
+  kind = 'numeral in a base'
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio(Reading):
+  parts: tuple[Node, ...] = ()
+
+  kind = 'ratio'
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock(Reading):
+  """A time of day with am or pm, in minutes since midnight."""
+
+  minutes: int = 0
+
+  kind = 'time of day'
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix(Reading):
+  rows: tuple[tuple[Reading, ...], ...] = ()
+
+  kind = 'matrix'
+
+
+@dataclasses.dataclass(frozen=True)
+class Words(Reading):
+  kind = 'words'
+
+
+@dataclasses.dataclass(frozen=True)
+class Empty(Reading):
+  kind = 'empty set'

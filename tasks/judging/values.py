@@ -1,0 +1,341 @@
+"""Compares expressions by their values: exactly where they are rational numbers, else to many digits.
+
+Two expressions in variables are equal if they agree at several points, which are fixed by the variables' names. That
+decides identities without rewriting anything: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a). Decimals are
+exact, too, until a tolerance is asked about: see `near`. mpmath is loaded when first needed, in workers only.
+"""
+
+import functools
+import itertools
+import math
+import zlib
+from collections.abc import Callable
+from fractions import Fraction
+
+from betarank.tasks.judging.expressions import Node, precision, symbols, walk
+
+_DIGITS, _MORE_DIGITS = 50, 100
+_POINTS = 3
+_MAX_BITS = 2**18  # of an exact number
+_MAX_EXPONENT = 10**6
+_MAX_FACTORIAL = 3000  # exactly; beyond, to so many digits
+_INTEGER_LETTERS = set('nmkpqrjlNMKtab')
+# A decimal in the gold with so many digits stands for what rounds to it, one in the answer for what it is close to.
+GOLD_DIGITS, ANSWER_DIGITS = 4, 6
+_CLOSE, _EQUAL = Fraction(1, 10**6), Fraction(1, 10**12)
+
+
+class TooHard(Exception):
+  """The value can't be found: it is out of all bounds, or not defined."""
+
+
+def exact(node: Node) -> Fraction | None:
+  """The value of a rational expression without variables; None if it is something else or too large."""
+  op, args = node.op, node.args
+  if op == 'number':
+    return args[0]
+  if op in ('symbol', 'constant', 'degree'):
+    return None
+  values = [exact(arg) if isinstance(arg, Node) else arg for arg in args]
+  if None in values:
+    return None
+  if op == 'add':
+    return sum(values)
+  if op == 'mul':
+    return _bounded(values[0] * values[1])
+  if op == 'neg':
+    return -values[0]
+  if op == 'div':
+    return _bounded(values[0] / values[1]) if values[1] else None
+  if op == 'pow':
+    return _exact_power(*values)
+  if op == 'root':
+    return _exact_root(*values)
+  return _exact_call(*values)
+
+
+def _bounded(value: Fraction) -> Fraction | None:
+  return value if max(value.numerator.bit_length(), value.denominator.bit_length()) <= _MAX_BITS else None
+
+
+def _exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
+  if exponent.denominator != 1 or (not base and exponent <= 0):
+    return None
+  size = max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent)
+  return base ** int(exponent) if size <= _MAX_BITS else None
+
+
+def _exact_root(value: Fraction, degree: Fraction) -> Fraction | None:
+  if degree not in (2, 3, 4, 5, 6) or (value < 0 and not degree % 2):
+    return None
+  parts = [_integer_root(part, int(degree)) for part in (abs(value.numerator), value.denominator)]
+  return None if None in parts else Fraction(*parts) * (-1 if value < 0 else 1)
+
+
+def _integer_root(value: int, degree: int) -> int | None:
+  if value.bit_length() > 2000:
+    return None
+  low, high = 0, 1 << (value.bit_length() // degree + 1)
+  while low < high:
+    middle = (low + high) // 2
+    low, high = (middle + 1, high) if middle ** degree < value else (low, middle)
+  return low if low ** degree == value else None
+
+
+def _exact_call(name: str, *values: Fraction) -> Fraction | None:
+  whole = all(value.denominator == 1 for value in values)
+  if name == 'abs':
+    return abs(values[0])
+  if name in ('floor', 'ceil'):
+    return Fraction(getattr(math, name)(values[0]))
+  if name in ('max', 'min'):
+    return max(values) if name == 'max' else min(values)
+  if name in ('gcd', 'lcm') and whole:
+    return Fraction(getattr(math, name)(*(int(value) for value in values)))
+  if name == 'factorial' and whole and 0 <= values[0] <= _MAX_FACTORIAL:
+    return Fraction(math.factorial(int(values[0])))
+  if name == 'binomial' and whole and 0 <= values[1] <= values[0] <= _MAX_FACTORIAL:
+    return Fraction(math.comb(int(values[0]), int(values[1])))
+  return None
+
+
+def equal(a: Node, b: Node) -> bool:
+  """Whether the two have the same value wherever their variables lie. Raises TooHard where no value can be found.
+
+  A logarithm without a base is natural or decimal, whichever makes them equal.
+  """
+  if a == b:
+    return True
+  exactly = exact(a), exact(b)
+  if None not in exactly:
+    return exactly[0] == exactly[1]
+  logarithms = any(node.op == 'call' and node.args[0] == 'log' for side in (a, b) for node in walk(side))
+  return any(_equal(a, b, base) for base in ((None, 10) if logarithms else (None,)))
+
+
+def _equal(a: Node, b: Node, base: int | None) -> bool:
+  names = sorted(symbols(a) | symbols(b))
+  if all(_agree(a, b, point, base) for point in _points(names, _needs_signs(a, b))):
+    return True
+  return bool(names) and _over_integers(a, b) and all(
+    _agree(a, b, point, base) for point in _integer_points(names))
+
+
+def _needs_signs(a: Node, b: Node) -> bool:
+  return any(node.op == 'call' and node.args[0] == 'abs' for side in (a, b) for node in walk(side))
+
+
+def _over_integers(a: Node, b: Node) -> bool:
+  """Whether the variables seem to be integers: floors, factorials and powers of -1 aren't asked elsewhere."""
+  if not (symbols(a) | symbols(b)) <= _INTEGER_LETTERS:
+    return False
+  return any(
+    (node.op == 'call' and node.args[0] in ('floor', 'ceil', 'factorial', 'binomial', 'cos', 'sin'))
+    or (node.op == 'pow' and exact(node.args[0]) is not None and exact(node.args[0]) < 0)
+    for side in (a, b) for node in walk(side))
+
+
+def _points(names: list[str], signs: bool) -> list[dict[str, Fraction]]:
+  """Where to compare: one point if there are no variables; with `signs`, negative ones, too."""
+  if not names:
+    return [{}]
+  place = lambda name, i: Fraction(zlib.crc32(f'{i}/{name}'.encode()) % 99_991 + 30_011, 50_021)
+  points = [{name: place(name, i) for name in names} for i in range(_POINTS)]
+  return points + [{name: -value for name, value in point.items()} for point in points] if signs else points
+
+
+def _integer_points(names: list[str]) -> list[dict[str, Fraction]]:
+  values = list(itertools.islice(itertools.cycle((7, 4, 12, 5, 9, 2, 11, 6, 3, 8)), len(names) + 10))
+  return [{name: Fraction(values[i + shift]) for i, name in enumerate(names)} for shift in range(10)]
+
+
+def check(node: Node) -> None:
+  """Raises TooHard for an expression that has no value which can be found."""
+  if exact(node) is None:
+    for point in _points(sorted(symbols(node)), signs=False):
+      with _mp().workdps(_DIGITS):
+        _value(node, point, None)
+
+
+def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
+  """Whether their values are the same: their difference vanishes as more digits are taken."""
+  rough, fine = (_difference(a, b, point, base, digits) for digits in (_DIGITS, _MORE_DIGITS))
+  if rough is None or fine is None:
+    return rough == fine
+  (difference, _), (finer, scale) = rough, fine
+  return finer <= scale * _mp().mpf(10) ** -70 or (finer < difference * _mp().mpf(10) ** -30 and difference < 1)
+
+
+def _difference(a: Node, b: Node, point, base, digits):
+  """(|a - b|, the larger of |a| and |b|); None if both are the same infinity."""
+  mp = _mp()
+  with mp.workdps(digits):
+    x, y = _value(a, point, base), _value(b, point, base)
+    if mp.isinf(x) or mp.isinf(y):
+      return None if x == y else (mp.mpf(1), mp.mpf(1))
+    return abs(x - y), max(abs(x), abs(y))
+
+
+@functools.cache
+def _mp():
+  import mpmath
+
+  return mpmath.mp.clone()
+
+
+def approximate(node: Node, base: int | None = None):
+  """The value of an expression without variables, to 50 digits, as an mpmath number. Raises TooHard."""
+  with _mp().workdps(_DIGITS):
+    return _value(node, {}, base)
+
+
+def _value(node: Node, point: dict[str, Fraction], base: int | None):
+  mp = _mp()
+  try:
+    value = _evaluate(node, point, base)
+  except (ZeroDivisionError, OverflowError, ValueError, TypeError, mp.NoConvergence) as error:
+    raise TooHard(str(error)) from None
+  if mp.isnan(value):
+    raise TooHard('it has no value')
+  return value
+
+
+def _number(value: Fraction):
+  return _mp().mpf(value.numerator) / value.denominator
+
+
+def _evaluate(node: Node, point: dict[str, Fraction], base: int | None):
+  mp = _mp()
+  op, args = node.op, node.args
+  if op == 'number':
+    return _number(args[0])
+  if op == 'symbol':
+    if args[0] not in point:
+      raise TooHard('it has variables')
+    return _number(point[args[0]])
+  if op == 'constant':
+    return {'pi': +mp.pi, 'e': +mp.e, 'i': mp.mpc(0, 1), 'infty': mp.inf}[args[0]]
+  values = [_evaluate(arg, point, base) if isinstance(arg, Node) else arg for arg in args]
+  if op == 'add':
+    return sum(values[1:], values[0])
+  if op == 'mul':
+    return values[0] * values[1]
+  if op == 'neg':
+    return -values[0]
+  if op == 'div':
+    return values[0] / values[1]
+  if op == 'degree':
+    return values[0] * mp.pi / 180
+  if op == 'pow':
+    return _power(*values)
+  if op == 'root':
+    return _root(*values)
+  return _call(base, *values)
+
+
+def _power(base, exponent):
+  mp = _mp()
+  if (abs(exponent) > _MAX_EXPONENT and abs(base) not in (0, 1)) or abs(base) > mp.mpf(10) ** _MAX_EXPONENT:
+    raise TooHard('a power is out of bounds')
+  return mp.power(base, exponent)
+
+
+def _root(value, degree):
+  mp = _mp()
+  if mp.im(value) == 0 and mp.re(value) < 0 and degree in (3, 5, 7, 9):
+    return -mp.power(-value, 1 / degree)
+  return _power(value, 1 / degree)
+
+
+def _near_integer(rounding: Callable) -> Callable:
+  """Floor or ceiling of a number that may miss an integer by its last digits."""
+  def rounded(x):
+    nearest = _mp().nint(x)
+    return nearest if abs(x - nearest) < _mp().mpf(10) ** -30 else rounding(x)
+  return rounded
+
+
+def _call(base: int | None, name: str, *values):
+  mp = _mp()
+  if name == 'factorial' and abs(values[0]) > _MAX_EXPONENT:
+    raise TooHard('a factorial is out of bounds')
+  if name == 'exp':
+    return _power(+mp.e, values[0])
+  if name == 'log':
+    return mp.log(values[0]) if base is None else mp.log(values[0], base)
+  if name in ('gcd', 'lcm'):
+    raise TooHard(f'{name} of what is no number')
+  functions = {
+    'ln': mp.log, 'log10': lambda x: mp.log(x, 10), 'logarithm': mp.log, 'abs': abs, 'binomial': mp.binomial,
+    'factorial': mp.factorial, 'floor': _near_integer(mp.floor), 'ceil': _near_integer(mp.ceil), 'max': max, 'min': min,
+    'arcsin': mp.asin, 'arccos': mp.acos, 'arctan': mp.atan, 'arccot': mp.acot, 'arcsec': mp.asec, 'arccsc': mp.acsc,
+    'arcsinh': mp.asinh, 'arccosh': mp.acosh, 'arctanh': mp.atanh,
+  }
+  return (functions.get(name) or getattr(mp, name))(*values)
+
+
+def near(gold: Node, answer: Node) -> bool:
+  """Whether decimals make up for a difference between two numbers. Both are compared exactly before.
+
+  A decimal gold of at least 4 significant digits stands for all that rounds to it, if that is no less precise: 0.6667
+  for 2/3, 20.39 for 20.394. An answer in decimals, of at least 6 digits, may be off by a relative 1e-6 where the gold
+  can't be written in decimals (0.333333 for 1/3), else by 1e-12, which is the noise of floating point.
+  """
+  given, wanted = precision(answer), precision(gold)
+  if symbols(gold) or symbols(answer) or (given is None and wanted is None):
+    return False
+  mp = _mp()
+  with mp.workdps(_DIGITS):
+    a, g = approximate(answer), approximate(gold)
+    if mp.isinf(a) or mp.isinf(g) or not g:
+      return False
+    difference = abs(a - g)
+    if gold.op in ('number', 'neg', 'mul', 'div') and wanted is not None and wanted >= GOLD_DIGITS and (
+        given is None or given >= wanted):
+      half = mp.mpf(10) ** (mp.floor(mp.log10(abs(g)) + mp.mpf(10) ** -30) - wanted + 1) / 2
+      if difference <= half * (1 + mp.mpf(10) ** -20):
+        return True
+    if given is None or given < ANSWER_DIGITS:
+      return False
+    return difference <= abs(g) * _number(_EQUAL if _terminates(gold) else _CLOSE)
+
+
+def rounds(value: Node, stated: Node) -> bool:
+  """Whether `stated` is `value` to as many digits as it states, give or take one of the last."""
+  digits = precision(stated)
+  if symbols(value) or symbols(stated):
+    return False
+  mp = _mp()
+  with mp.workdps(_DIGITS):
+    v, s = approximate(value), approximate(stated)
+    if mp.isinf(v) or mp.isinf(s) or not s:
+      return False
+    places = mp.floor(mp.log10(abs(s)) + mp.mpf(10) ** -30) - digits + 1 if digits else 0
+    return abs(v - s) <= mp.mpf(10) ** places
+
+
+def _terminates(node: Node) -> bool:
+  """Whether it is a number that decimals can write."""
+  value = exact(node)
+  if value is None:
+    return False
+  rest = value.denominator
+  for prime in (2, 5):
+    while rest % prime == 0:
+      rest //= prime
+  return rest == 1
+
+
+def factor(a: Node, b: Node):
+  """The constant c other than 0 with a = c·b everywhere; None if there is none. Raises TooHard."""
+  mp = _mp()
+  names = sorted(symbols(a) | symbols(b))
+  ratios = []
+  with mp.workdps(_DIGITS):
+    for point in _points(names, signs=True):
+      x, y = _value(a, point, None), _value(b, point, None)
+      if not x or not y:
+        return None
+      ratios.append(x / y)
+  first = ratios[0]
+  return first if all(abs(ratio - first) <= abs(first) * mp.mpf(10) ** -35 for ratio in ratios) else None

@@ -1,0 +1,132 @@
+"""Problems in files: the forms of records that are known, and which records can't be used.
+
+    jsonl:GLOB    GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer), AIME and AMC (problem,
+                  answer), OlympiadBench (question, final_answer), Minerva (problem, solution); .gz too
+    tfds:NAME     the same fields in a TFDS data set
+"""
+
+import dataclasses
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from betarank.data import formats, record_formats
+from betarank.data.config import DataError
+from betarank.data.reasoning import question_hash
+from betarank.tasks.answers import last_boxed
+
+_MAX_BYTES = 2**30  # of a packed file, unpacked: it is held in memory
+
+
+class OddRecord(DataError):
+  """A record that is no problem with a final answer. One line with its place in the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A prompt, and what its verifier needs."""
+
+  id: str  # the same question of the same source has the same one in any split, order or run
+  question: str
+  prompt: str
+  reference: str  # the right answer, or one of them; empty if there is only a scorer
+  verifier: str  # exact | math | reasoning_gym | code | reward
+  answer_format: str  # line | boxed | code
+  answer_lines: int = 1  # how many lines an answer takes; 0: all that are left
+  entry: str = ''  # reasoning_gym: (name, options, record) as a Python literal, which a worker reads safely; code: what
+  # runs before the answer; reward: FILE.py:FUNCTION or MODULE:FUNCTION
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What a record asks. where: its file and line."""
+
+  question: str
+  reference: str
+  where: str
+
+  @property
+  def id(self) -> str:
+    return f'{question_hash(self.question):016x}'
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+  """A record that isn't asked, in any split: where it is, and why it can't be used."""
+
+  where: str
+  why: str
+
+  def __str__(self) -> str:
+    return f'{self.where}: {self.why}'
+
+
+def describe(left_out: list[LeftOut], total: int, shown: int = 5) -> str:
+  """Returns one line that says how many of `total` problems are left out, and names the first ones; '' for none."""
+  if not left_out:
+    return ''
+  more = f'; and {len(left_out) - shown} more' if len(left_out) > shown else ''
+  return f'{len(left_out)} of {total} problems left out: {"; ".join(map(str, left_out[:shown]))}{more}'
+
+
+def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
+  """Yields (record, 'FILE:LINE') for each line that isn't empty. Raises DataError where one isn't JSON."""
+  for path in formats.find(pattern):
+    content = epath.Path(path).read_bytes()
+    try:
+      if path.endswith('.gz'):
+        with gzip.open(io.BytesIO(content)) as file:
+          content = file.read(_MAX_BYTES)
+        if len(content) == _MAX_BYTES:
+          raise OSError(f'it unpacks to {_MAX_BYTES} bytes or more')
+      lines = content.decode().split('\n')
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+      raise DataError(f'{path}: can\'t be read ({error}); fetch it again') from None
+    for number, line in enumerate(lines, 1):
+      if line.strip():
+        try:
+          record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
+          raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
+        yield record, f'{path}:{number}'
+
+
+def read_tfds(spec: str) -> Iterator[tuple[Any, str]]:
+  """Yields (record, where) for each record of a TFDS data set."""
+  records = record_formats._tfds(spec)
+  for i in range(len(records)):
+    values = {name: value.item() if hasattr(value, 'item') else value for name, value in records[i].items()}
+    record = {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+    yield record, f'tfds:{spec}, record {i}'
+
+
+def problem(record: Any, where: str, needs_answer: bool = True) -> Problem:
+  """Returns the problem of a record in one of the known forms. Raises OddRecord for one without question or answer."""
+  if not isinstance(record, Mapping):
+    raise OddRecord(f'{where}: expected an object, got {type(record).__name__}')
+  question = record.get('problem', record.get('question'))
+  if not isinstance(question, str) or not question.strip():
+    raise OddRecord(f"{where}: no text in 'problem' or 'question', only {', '.join(sorted(record))}")
+  reference = _reference(record)
+  if needs_answer and (not reference or '\n' in reference):
+    raise OddRecord(f"{where}: no final answer; 'answer' must hold it on one line, alone or after '####', or, if there "
+                    "is no 'answer', 'solution' must box it")
+  return Problem(question.strip(), reference, where)
+
+
+def _reference(record: Mapping) -> str:
+  answer, solution, final = record.get('answer'), record.get('solution'), record.get('final_answer')
+  if answer is None and isinstance(final, list) and final and all(isinstance(part, str) for part in final):
+    answer = ', '.join(final)  # OlympiadBench
+  if isinstance(answer, float) and answer.is_integer():  # AMC: 27.0
+    answer = int(answer)
+  if isinstance(answer, str) and '####' in answer:  # GSM8K: worked steps, then the number
+    return answer.rsplit('####', 1)[1].strip().replace(',', '')
+  if answer is None and isinstance(solution, str):  # MATH as published
+    return last_boxed(solution) or ''
+  return '' if answer is None or isinstance(answer, bool | list | dict) else str(answer).strip()

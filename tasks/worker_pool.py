@@ -1,0 +1,234 @@
+"""Processes that grade: started when first needed, limited in time and memory, killed and replaced when they are lost.
+
+A request and its reply are one JSON line each; see verifier_worker.py for the other end.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import secrets
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from betarank.configs.errors import UserError
+
+_START_S = 120.0  # imports take one to three seconds; a machine under load or a network disk takes longer
+_MAX_FAILED_STARTS = 3  # in a row
+_WALL_FACTOR = 6  # wall time that an item may take, in deadlines
+_WORKER = pathlib.Path(__file__).with_name('verifier_worker.py')
+REFUSED = 86  # exit status of a worker whose item touched the system
+
+
+class VerifierError(UserError):
+  """Worker processes can't be started: one line that says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierConfig:
+  """How many workers there are, and what one item may cost them.
+
+  Attributes:
+    workers: processes of each kind (math, reasoning_gym, a reward function).
+    deadline_s: CPU time of one item; then its worker is killed and the verdict is undecided. A busy machine takes
+      nothing away from it. Wall time is limited, too, to six times as much.
+    memory_mb: address space of a worker.
+    answer_chars: a longer final answer is wrong.
+  """
+
+  workers: int = 2
+  deadline_s: float = 5.0
+  memory_mb: int = 2048
+  answer_chars: int = 10_000
+
+  def __post_init__(self):
+    if self.workers < 1:
+      raise ValueError(f'workers must be positive, got {self.workers}')
+    if not 0 < self.deadline_s < math.inf:
+      raise ValueError(f'deadline_s must be positive, got {self.deadline_s}')
+    if self.memory_mb < 512:
+      raise ValueError(f'memory_mb must be 512 or more, got {self.memory_mb}')
+    if self.answer_chars < 1:
+      raise ValueError(f'answer_chars must be positive, got {self.answer_chars}')
+
+
+class _Worker:
+  """A process that answers one JSON line with another. busy: the index of its request, None if it has none."""
+
+  def __init__(self, kind: str, c: VerifierConfig):
+    keep = ('PATH', 'HOME', 'LANG', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV')  # and no credentials
+    environment = {key: os.environ[key] for key in keep if key in os.environ}
+    self.process = subprocess.Popen(
+      # -P: the folder of the script isn't on the path; -B: nothing is written
+      [sys.executable, '-P', '-B', str(_WORKER), kind, str(c.memory_mb), str(math.ceil(2 * c.deadline_s))],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+      env={**environment, 'PYTHONPATH': _import_path(), 'OPENBLAS_NUM_THREADS': '1'})
+    self.kind, self.busy, self.ready = kind, None, False
+    self._token = ''
+    self.deadline = time.monotonic() + _START_S
+    self._buffer = b''
+
+  def send(self, item: int, request: dict[str, Any], deadline_s: float) -> None:
+    self.busy, self._token = item, secrets.token_hex(8)
+    now = time.monotonic()
+    self.deadline, self._last_moment = now + deadline_s, now + _WALL_FACTOR * deadline_s
+    self._cpu_deadline_s = (_cpu_s(self.process.pid) or 0.0) + deadline_s
+    with contextlib.suppress(BrokenPipeError):  # it has died: reading will say so
+      self.process.stdin.write(json.dumps({**request, 'token': self._token}).encode() + b'\n')
+      self.process.stdin.flush()
+
+  def extend(self) -> bool:
+    """Moves the deadline by the CPU time that the worker has not had yet. Returns False if there is none left."""
+    used = _cpu_s(self.process.pid)
+    now = time.monotonic()
+    if self.busy is None or used is None or used >= self._cpu_deadline_s or now >= self._last_moment:
+      return False
+    self.deadline = min(now + max(self._cpu_deadline_s - used, 0.05), self._last_moment)
+    return True
+
+  def read(self) -> dict[str, Any] | None:
+    """Returns a message, {} while it is incomplete, None if the worker has ended or this is no answer of its own."""
+    chunk = os.read(self.process.stdout.fileno(), 2**16)
+    self._buffer += chunk
+    if b'\n' not in self._buffer:
+      return {} if chunk else None
+    line, self._buffer = self._buffer.split(b'\n', 1)
+    try:
+      message = json.loads(line)
+    except ValueError:
+      return None
+    # A reply carries the token of its own request, so that what one item may have left behind decides no other.
+    expected = self._token if self.busy is not None else ''
+    return message if isinstance(message, dict) and message.get('token', '') == expected else None
+
+  def kill(self) -> int:
+    """Ends the process; returns its exit status."""
+    self.process.kill()
+    status = self.process.wait()
+    self.process.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+      self.process.stdin.close()
+    return status
+
+
+def _import_path() -> str:
+  """The folders that this package is imported from, for a process that starts elsewhere."""
+  folders = [os.path.abspath(folder) for folder in sys.path if os.path.isdir(os.path.join(folder, 'betarank'))]
+  return os.pathsep.join(dict.fromkeys([*folders, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
+
+
+def _cpu_s(pid: int) -> float | None:
+  """CPU seconds that a process has used; None where the system doesn't say, so that wall time counts."""
+  try:
+    fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+  except OSError:
+    return None
+  return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+class WorkerPool:
+  """Workers of several kinds. One call at a time; the caller holds a lock.
+
+  Attributes:
+    counts: Counter of restarts, and of items lost: timeouts, crashes, refused (they touched the system).
+  """
+
+  def __init__(self, config: VerifierConfig):
+    self._c = config
+    self._workers: dict[str, list[_Worker]] = {}
+    self._failed_starts = 0
+    self._asked_again: set[int] = set()
+    self.counts: collections.Counter[str] = collections.Counter()
+
+  def close(self) -> None:
+    """Ends all workers; a later `ask` starts new ones."""
+    for workers in self._workers.values():
+      for worker in workers:
+        worker.kill()
+    self._workers.clear()
+
+  def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
+    """Returns the reply to each request by a worker of its kind, or what became of it: timeouts, crashes or refused.
+
+    Raises VerifierError: workers don't start.
+    """
+    replies: list[dict[str, Any] | str | None] = [None] * len(requests)
+    pending: dict[str, collections.deque[int]] = {}
+    self._asked_again = set()
+    for i, kind in enumerate(kinds):
+      pending.setdefault(kind, collections.deque()).append(i)
+    try:
+      with selectors.DefaultSelector() as selector:
+        for kind, queue in pending.items():
+          workers = self._workers.setdefault(kind, [])
+          while len(workers) < min(self._c.workers, len(queue)):
+            workers.append(_Worker(kind, self._c))
+          for worker in workers:
+            selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        while None in replies:
+          for key in list(selector.get_map().values()):
+            worker = key.data
+            if worker.ready and worker.busy is None and pending[worker.kind]:
+              if worker.process.poll() is not None:  # ended between two calls, from outside
+                self._replace(selector, worker, replies, 'crashes', pending)
+                continue
+              i = pending[worker.kind].popleft()
+              worker.send(i, requests[i], self._c.deadline_s)
+          self._wait(selector, replies, pending)
+    except BaseException:  # leave no worker at work on an item of a call that has ended
+      self.close()
+      raise
+    return replies
+
+  def _wait(self, selector: selectors.BaseSelector, replies: list, pending: dict[str, collections.deque]) -> None:
+    """Takes in replies, until the first deadline at the latest, and replaces workers that are lost."""
+    workers = [key.data for key in selector.get_map().values()]
+    working = [worker for worker in workers if worker.busy is not None or not worker.ready]
+    patience = min(worker.deadline for worker in working) - time.monotonic()
+    heard = {key.data for key, _ in selector.select(max(0.0, patience))}
+    for worker in working:
+      if worker in heard:
+        message = worker.read()
+        if message is None:
+          self._replace(selector, worker, replies, 'crashes', pending)
+        elif 'ready' in message:
+          worker.ready, self._failed_starts = True, 0
+        elif 'error' in message:
+          raise VerifierError(f'verifier worker {worker.kind!r}: {message["error"]}')
+        elif message:
+          replies[worker.busy], worker.busy = message, None
+      elif time.monotonic() > worker.deadline and not worker.extend():
+        self._replace(selector, worker, replies, 'timeouts', pending)
+
+  def _replace(self, selector, worker: _Worker, replies: list, why: str,
+               pending: dict[str, collections.deque]) -> None:
+    selector.unregister(worker.process.stdout)
+    killed = False
+    if why == 'crashes':
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        killed = worker.process.wait(1.0) == -signal.SIGKILL  # its own status, before ours
+    status = worker.kill()
+    if worker.busy is not None and killed and worker.busy not in self._asked_again:
+      # Killed by the system, short of memory, or by a person: the item needn't be the cause, and is tried once more.
+      self._asked_again.add(worker.busy)
+      pending[worker.kind].appendleft(worker.busy)
+    elif worker.busy is not None:
+      replies[worker.busy] = 'refused' if status == REFUSED else why
+      self.counts[replies[worker.busy]] += 1
+    elif not worker.ready:
+      self._failed_starts += 1
+      if self._failed_starts >= _MAX_FAILED_STARTS:
+        raise VerifierError(f'verifier worker {worker.kind!r} ended {self._failed_starts} times at its start '
+                            f'(status {status}); is memory_mb={self._c.memory_mb} too little?')
+    self.counts['restarts'] += 1
+    workers = self._workers[worker.kind]
+    workers[workers.index(worker)] = new = _Worker(worker.kind, self._c)
+    selector.register(new.process.stdout, selectors.EVENT_READ, new)
