@@ -176,7 +176,7 @@ PRETRAIN = dict(
 RL_SECTION = dict(
   steps=S(1000, LENGTH, 'RL steps'),
   prompts_per_step=S(128, IDENTITY, 'groups to learn from per step'),
-  group_size=S(16, IDENTITY, 'samples per prompt, at temperature 1'),
+  group_size=S(16, IDENTITY, 'samples per prompt'),
   max_resampling_rounds=S(3, IDENTITY, 'dynamic sampling: draws per step, the first included; each draw replaces the '
                           'zero-variance groups of the one before'),
   max_prompt_tokens=S(1024, IDENTITY, 'longest prompt, in tokens'),
@@ -185,20 +185,28 @@ RL_SECTION = dict(
   decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
   truncated_reward=S('zero', IDENTITY, 'of an answer cut off by the length limit: zero | masked (overlong filtering). '
                      'The paper leaves it open'),
+  overlong_buffer=S(0, IDENTITY, 'soft penalty for long answers (DAPO): from 0 to -1 over the last so many tokens '
+                    'before the limit; 0: none'),
+  temperature=S(1.0, IDENTITY, 'of sampling, and of the log-probabilities that are learned from'),
+  long_prompts=S('refuse', DATA, 'prompts of more than max_prompt_tokens: refuse (before the run starts, if the task'
+                 ' has an end) | skip (left out and counted)'),
   zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
                          'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatches=S(1, EXECUTION, 'parts in which an update is computed one after the other, to save memory'),
-  eval_prompts=S(64, REPORTING, 'held-out problems per evaluation'),
-  eval_samples=S(16, REPORTING, 'samples per held-out problem'),
+  eval_prompts=S(64, REPORTING, 'problems per evaluation'),
+  eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
+  eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri as rl.task.uri, such as '
+               '{"aime24": "jsonl:aime24.jsonl"}; the first eval_prompts of each'),
   task=dict(
-    uri=S('reasoning:chain_sum', IDENTITY, 'reasoning:TASK?OPTION=VALUE, jsonl:GLOB, tfds:NAME or code:GLOB (docs/rl.md)'),
+    uri=S('reasoning:chain_sum', IDENTITY, 'reasoning:TASK?OPTION=VALUE, jsonl:GLOB, tfds:NAME or code:GLOB '
+          '(docs/rl.md)'),
     prompt=S('Question: {question}\nSolution:', IDENTITY, 'what the model sees; as in the pre-training documents'),
     answer_format=S('line', IDENTITY, "line ('Answer: X') | boxed (\\boxed{X})"),
     held_out_fraction=S(0.02, IDENTITY, 'share of the questions that are never trained on; for pre-training: '
                         'data.held_out_fraction'),
-    reward=S('', IDENTITY, 'FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own (docs/judging.md); empty: 1 for right '
-             'answers, 0 for wrong ones'),
+    reward=S('', IDENTITY, 'FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own (docs/judging.md); empty: 1 '
+             'for right answers, 0 for wrong ones'),
   ),
   verifier=VERIFIER,
   code=CODE_JAIL,
@@ -212,6 +220,8 @@ RL_SECTION = dict(
     name=S('clip_higher', IDENTITY, 'clip_higher | cispo | gspo | ...; see docs/rl.md'),
     eps_low=S(0.2, IDENTITY, 'the ratio is clipped below 1 - eps_low; published: gspo 3e-4, cispo 1 (no limit)'),
     eps_high=S(0.28, IDENTITY, 'the ratio is clipped above 1 + eps_high; published: gspo 4e-4, cispo 4'),
+    dual_clip=S(0.0, IDENTITY, 'largest ratio that counts where the advantage is negative (dual clip, usually 3); '
+                'clip_higher. 0: no limit'),
     aggregation=S('token_mean', IDENTITY, 'token_mean | sequence_mean | constant'),
     constant=S(0, IDENTITY, 'divisor of a sequence for aggregation=constant: the longest answer, in tokens'),
     importance_cap=S(2.0, IDENTITY, 'cap of the weight trainer / sampler probability; 0: no such weight'),

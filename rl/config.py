@@ -1,6 +1,8 @@
 """A whole RL run as one frozen dataclass: the sections it shares with pre-training, and `rl`."""
 
 import dataclasses
+import math
+import re
 
 from ml_collections import ConfigDict
 
@@ -9,6 +11,7 @@ from betarank.configs.settings import default
 from betarank.model import MeshConfig, ModelConfig
 from betarank.rl.advantages import AdvantageConfig
 from betarank.rl.policy_losses import PolicyLossConfig
+from betarank.rl.rewards import RewardRule
 from betarank.runtime.checkpoint import CheckpointConfig
 from betarank.tasks.code_jail import JailConfig
 from betarank.tasks.task_set import TaskConfig
@@ -17,6 +20,7 @@ from betarank.train.config import at_least_one, check_seed, check_warmup, first_
 from betarank.train.optimizer import OptimizerConfig
 
 TRUNCATED_REWARD = ('zero', 'masked')
+LONG_PROMPTS = ('refuse', 'skip')
 ZERO_VARIANCE_GROUPS = ('auto', 'replace', 'keep')
 
 
@@ -33,11 +37,15 @@ class RlConfig:
   phase_steps: tuple[int, ...]
   decode_batch_size: int
   truncated_reward: str
+  overlong_buffer: int
+  temperature: float
+  long_prompts: str
   zero_variance_groups: str
   minibatches: int
   microbatches: int
   eval_prompts: int
   eval_samples: int
+  eval_tasks: dict[str, str]
   task: TaskConfig
   verifier: VerifierConfig
   code: JailConfig
@@ -61,6 +69,17 @@ class RlConfig:
     if self.loss.cov == 'kl_cov' and self.minibatches == 1:
       raise ValueError("minibatches must be > 1 with loss.cov = 'kl_cov', whose penalty is 0 in the first update after "
                        'sampling, got 1')
+    if not 0 < self.temperature < math.inf:
+      raise ValueError(f'temperature must be > 0 and finite, got {self.temperature}')
+    if not 0 <= self.overlong_buffer <= min(self.max_new_tokens):
+      raise ValueError(f'overlong_buffer must be from 0 to max_new_tokens = {min(self.max_new_tokens)}, got '
+                       f'{self.overlong_buffer}')
+    if self.long_prompts not in LONG_PROMPTS:
+      raise ValueError(f'long_prompts must be one of {", ".join(LONG_PROMPTS)}, got {self.long_prompts!r}')
+    for name in self.eval_tasks:
+      if not re.fullmatch(r'[a-z]\w*', name) or name == 'held_out':
+        raise ValueError('eval_tasks must have names of lower-case letters, digits and _, other than held_out, got '
+                         f'{name!r}')
     if self.zero_variance_groups not in ZERO_VARIANCE_GROUPS:
       raise ValueError(f'zero_variance_groups must be one of {", ".join(ZERO_VARIANCE_GROUPS)}, got '
                        f'{self.zero_variance_groups!r}')
@@ -79,6 +98,10 @@ class RlConfig:
   def rows(self) -> int:
     """Samples per update."""
     return self.prompts_per_step // self.minibatches * self.group_size
+
+  def reward_rule(self, step: int) -> RewardRule:
+    """Returns what an answer's length changes in step number `step`."""
+    return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:
     """Returns the phase that step number `step` (from 1) belongs to."""

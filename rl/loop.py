@@ -14,6 +14,7 @@ step, prompt numbers) alone, and the checkpoint holds the number of prompts cons
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -26,12 +27,13 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from betarank import data, model
-from betarank.configs.errors import UserError
+from betarank.configs.errors import ConfigError, UserError
 from betarank.rl import policy_losses
 from betarank.rl.advantages import advantages
-from betarank.rl.config import RlRun, rl_run
-from betarank.rl.rollout import Group, graded_groups, lengths, pack
+from betarank.rl.config import RlConfig, RlRun, rl_run
+from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack
 from betarank.rl.update import cov_tokens, make_update
+from betarank.rl.warnings import warnings
 from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
@@ -70,7 +72,7 @@ class Parts:
   run: RlRun
   tokenizer: data.Tokenizer
   tasks: TaskSet
-  held_out: TaskSet
+  evaluated: dict[str, TaskSet]
   verifier: Verifier
   samplers: list[Sampler]
   update: Callable
@@ -95,8 +97,14 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
-  tasks = TaskSet(rl.task, seed=run.seed)
-  held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
+  check_held_out(rl, parent)
+  evaluated = evaluation_sets(run)
+  tasks = TaskSet(rl.task, seed=run.seed, exclude=frozenset().union(*(
+    found.hashes(min(rl.eval_prompts, found.size or rl.eval_prompts)) for found in evaluated.values())))
+  long = check_prompts(tokenizer, tasks, rl.max_prompt_tokens)
+  if long and rl.long_prompts == 'refuse':
+    raise ConfigError(f'config.rl.max_prompt_tokens: {long}; raise it, or leave them out with '
+                      '--config.rl.long_prompts=skip')
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
   # Before any device work: not every system can run programs safely.
@@ -118,17 +126,20 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
-      **({'left out': left_out} if (left_out := tasks.describe_left_out()) else {}),
+      'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'no problem',
       'mesh': setup.describe_mesh(mesh),
       'run': setup.describe_length(beginning, run.steps, root)})
     parts = Parts(
-      run, tokenizer, tasks, held_out, verifier, make_samplers(run, tokenizer, mesh),
-      make_update(run.model, rl.loss, tx, run.microbatches), jax.jit(score.log_probabilities, static_argnums=0),
+      run, tokenizer, tasks, evaluated, verifier, make_samplers(run, tokenizer, mesh),
+      make_update(run.model, rl.loss, tx, run.microbatches, rl.temperature),
+      jax.jit(functools.partial(score.log_probabilities, temperature=rl.temperature), static_argnums=0),
       NamedSharding(mesh, model.spec('batch', 'length')), NamedSharding(mesh, model.spec('batch')),
       _reference(run, tx, mesh, beginning.parent) if rl.loss.kl_weight else None)
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
     profile = Profile(root, first_and_last(run.log.profile_steps))
     last: dict[str, float] = {}
+    history: list[dict[str, float]] = []
+    warned: set[str] = set()
 
     if not start:
       evaluate(parts, state.params, 0, log)
@@ -146,6 +157,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
               'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
+      history.append(last)
+      for kind, text in warnings(history).items():
+        if kind not in warned:
+          log.say(f'warning: {text}')
+          warned.add(kind)
       checkpoints.check()
       job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
@@ -164,7 +180,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sampler]:
   """Returns the sampler of each phase; they differ in the longest answer."""
   rl = run.rl
-  settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, record_choices=True)
+  settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True)
               for new in rl.max_new_tokens]
   return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]
 
@@ -176,16 +192,18 @@ def sample_and_judge(parts: Parts, params: Any, cursor: int, step: int) -> tuple
   included (dynamic sampling: DAPO, arXiv 2503.14476 section 3.2). Groups are judged while the device draws on.
   """
   rl, kept, seen = parts.run.rl, [], []
+  rule = rl.reward_rule(step)
   for _ in range(rl.max_resampling_rounds):
     wanted = rl.prompts_per_step - len(kept)
     if not wanted:
       break
     groups = graded_groups(
       parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, parts.tasks,
-      range(cursor, cursor + wanted), samples=rl.group_size, seed=parts.run.seed, step=step)
+      range(cursor, cursor + wanted), samples=rl.group_size, seed=parts.run.seed, step=step,
+      long_prompts=rl.long_prompts)
     cursor += wanted
     seen += groups
-    kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rl.truncated_reward)]
+    kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rule)]
   return kept, seen, cursor
 
 
@@ -214,7 +232,7 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]
   needed = max(lengths(groups))
   length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)  # three shapes at most
   out = pack(groups, prompts=rl.prompts_per_step, samples=rl.group_size, length=length,
-             truncated_reward=rl.truncated_reward)
+             rule=rl.reward_rule(step))
   advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
   # The tokens of a sample that doesn't count are not in the mean either.
   counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
@@ -264,17 +282,44 @@ def learn(
   return state, figures
 
 
+def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
+  """Raises ConfigError if held-out problems of this run can be in the documents that its parent was trained on."""
+  documents = setup.whole_config(parent).get('data', {})
+  made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
+  left_out = documents.get('held_out_fraction', 0.0)
+  if made and rl.task.uri.startswith('reasoning') and rl.task.held_out_fraction > left_out:
+    raise ConfigError(f'config.rl.task.held_out_fraction must be at most {left_out}, what the documents of the '
+                      f'pre-training left out (data.held_out_fraction), got {rl.task.held_out_fraction}')
+
+
+def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
+  """Returns the problems that the policy is evaluated on, by name: those held out of the task, and `rl.eval_tasks`."""
+  rl, found = run.rl, {}
+  if rl.task.held_out_fraction:
+    found['held_out'] = TaskSet(rl.task, seed=run.seed, split='held_out')
+  for name, uri in rl.eval_tasks.items():
+    found[name] = TaskSet(dataclasses.replace(rl.task, uri=uri), seed=run.seed, split='all')
+  return found
+
+
 def evaluate(parts: Parts, params: Any, step: int, log: Log) -> None:
-  """Samples the held-out problems; logs the share of right answers, its standard error, and some texts."""
+  """Samples the problems of each evaluation set; logs the share of right answers, its standard error, and some texts.
+  """
+  for name, tasks in parts.evaluated.items():
+    _evaluate(parts, params, name, tasks, step, log)
+
+
+def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> None:
   run, rl = parts.run, parts.run.rl
   groups = graded_groups(
-    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer, parts.held_out,
-    range(rl.eval_prompts), samples=rl.eval_samples, seed=run.seed, step=HELD_OUT_STEP + step)
+    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer, tasks,
+    range(min(rl.eval_prompts, tasks.size or rl.eval_prompts)), samples=rl.eval_samples, seed=run.seed,
+    step=HELD_OUT_STEP + step, long_prompts=rl.long_prompts)
   rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0]) for group in groups]
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
-    step, 'held_out', {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error},
-    f'  eval held out: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
+    step, name, {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error},
+    f'  eval {name}: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
   for group in groups[: run.log.samples]:
     log.sample(step, group.task.prompt, group.texts[0])
 

@@ -32,16 +32,19 @@ class TokenLoss(NamedTuple):
   clipped_BT: jax.Array  # bool: clipping has changed this token's gradient
 
 
-def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, eps_high=0.28):
+def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, eps_high=0.28, dual_clip=0.0):
   r"""PPO's clipped surrogate with a wider upper side.
 
       L = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   r = exp(logp - old_logp)
 
   eps_low = eps_high is PPO (arXiv 1707.06347 eq. 7); with old_logp = logp it is REINFORCE. Source: DAPO,
   arXiv 2503.14476 sec. 3.1.
+
+  dual_clip: where A < 0 and r > dual_clip, the loss is -dual_clip A, without a gradient, so that one token whose
+  probability has grown can't dominate the batch; 0 for no limit. Source: arXiv 1912.09729 sec. 3.3.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
-  return _clipped(_ratio(logp_BT, old_logp_BT), advantages_BT, mask_BT, eps_low, eps_high)
+  return _clipped(_ratio(logp_BT, old_logp_BT), advantages_BT, mask_BT, eps_low, eps_high, dual_clip)
 
 
 def cispo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=1.0, eps_high=4.0):
@@ -86,12 +89,17 @@ def _ratio(logp_BT, old_logp_BT):
   return jnp.exp(jnp.clip(logp_BT - sg(old_logp_BT), -_MOST_LOG_RATIO, _MOST_LOG_RATIO))
 
 
-def _clipped(ratio_BT, advantages_BT, mask_BT, eps_low, eps_high):
+def _clipped(ratio_BT, advantages_BT, mask_BT, eps_low, eps_high, dual_clip=0.0):
   plain_BT = -ratio_BT * advantages_BT
   clipped_BT = -jnp.clip(ratio_BT, 1 - eps_low, 1 + eps_high) * advantages_BT
   # where, not maximum: at a tie, such as a ratio of exactly 1, maximum would halve the gradient between both
   is_clipped_BT = clipped_BT > plain_BT
-  return _token_loss(jnp.where(is_clipped_BT, sg(clipped_BT), plain_BT), ratio_BT, is_clipped_BT, mask_BT)
+  loss_BT = jnp.where(is_clipped_BT, sg(clipped_BT), plain_BT)
+  if dual_clip:
+    is_beyond_BT = (advantages_BT < 0) & (ratio_BT > dual_clip)
+    loss_BT = jnp.where(is_beyond_BT, -dual_clip * advantages_BT, loss_BT)
+    is_clipped_BT |= is_beyond_BT
+  return _token_loss(loss_BT, ratio_BT, is_clipped_BT, mask_BT)
 
 
 def _token_loss(loss_BT, ratio_BT, clipped_BT, mask_BT):
@@ -190,11 +198,12 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-  """Which loss, and its knobs. The defaults are the paper's as far as it says, and DAPO's."""
+  """Which loss, and its parameters. The defaults are the paper's where it gives them, else DAPO's."""
 
   name: str = default('rl.loss.name')
   eps_low: float = default('rl.loss.eps_low')
   eps_high: float = default('rl.loss.eps_high')
+  dual_clip: float = default('rl.loss.dual_clip')
   aggregation: str = default('rl.loss.aggregation')
   constant: int = default('rl.loss.constant')
   importance_cap: float = default('rl.loss.importance_cap')
@@ -211,6 +220,8 @@ class PolicyLossConfig:
       raise ValueError(f'eps_low must be in [0, 1], got {self.eps_low}')
     if not 0 <= self.eps_high < math.inf:
       raise ValueError(f'eps_high must be >= 0, got {self.eps_high}')
+    if self.dual_clip and not (self.name == 'clip_higher' and 1 + self.eps_high <= self.dual_clip < math.inf):
+      raise ValueError(f'dual_clip must be 0, or at least 1 + eps_high with name = clip_higher, got {self.dual_clip}')
     for name in ('eps_low', 'eps_high'):
       if self.name == 'gspo' and getattr(self, name) > 0.05:  # its ratio, a geometric mean, stays near 1
         raise ValueError(f'{name} must be small for gspo (its paper: 3e-4, 4e-4), got {getattr(self, name)}')
@@ -256,9 +267,11 @@ def policy_loss(
   if c.cov and cov_tokens_BT is None:
     raise ValueError('cov_tokens_BT must be given with cov')
   old_logp_BT, mask_BT = sg(old_logp_BT), jnp.asarray(mask_BT, bool)
+  options = {'dual_clip': c.dual_clip} if c.dual_clip else {}
   token = POLICY_LOSSES[c.name](
-    logp_BT, old_logp_BT, advantages_BT, mask_BT, eps_low=c.eps_low, eps_high=c.eps_high)
+    logp_BT, old_logp_BT, advantages_BT, mask_BT, eps_low=c.eps_low, eps_high=c.eps_high, **options)
   loss_BT = token.loss_BT
+  token_ratio_BT = _ratio(*_at_mask(mask_BT, logp_BT, old_logp_BT))
   if c.cov:
     cov_tokens_BT &= mask_BT
   if c.cov == 'clip_cov':
@@ -281,7 +294,8 @@ def policy_loss(
       sums |= {'weight': jnp.sum(weight_BT), 'weight_squared': jnp.sum(weight_BT**2)}
   if c.kl_weight:
     kl_BT = KL_ESTIMATORS[c.kl](logp_BT, ref_logp_BT, mask_BT)
-    loss_BT += c.kl_weight * kl_BT
+    # The samples are of the old policy: off-policy, the estimate needs their importance weight. On-policy it is 1.
+    loss_BT += c.kl_weight * sg(token_ratio_BT) * kl_BT
     sums['kl'] = sg(jnp.sum(kl_BT))
   return *aggregate(loss_BT, mask_BT, c.aggregation, constant=c.constant), sums
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from betarank.data import Batch, DataError, Tokenizer
+from betarank.rl.rewards import RewardRule, rewards, vary
 from betarank.runtime import multihost
 from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
@@ -30,37 +31,34 @@ class Group(NamedTuple):
   verdicts: list[Verdict]
   scores: list[float]  # 1 if right else 0, or what a reward function of the user's own returned; NaN if undecided
 
-  def rewards(self, truncated_reward: str) -> tuple[list[float], list[bool]]:
-    """Returns (reward, whether it counts) of each sample. Undecided never counts; a truncated answer that isn't right
-    counts, or with 'masked' not at all."""
-    valid = [verdict != Verdict.UNDECIDED and (
-      truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
-      for verdict, sample in zip(self.verdicts, self.samples)]
-    return [score if counts else 0.0 for score, counts in zip(self.scores, valid)], valid
+  def rewards(self, rule: RewardRule) -> tuple[list[float], list[bool]]:
+    """Returns (reward, whether it counts) of each sample; see rl/rewards.py."""
+    return rewards(rule, self.scores, self.verdicts, self.samples)
 
-  def has_reward_variance(self, truncated_reward: str) -> bool:
-    """Whether its rewards differ: otherwise every advantage is 0."""
-    return len({reward for reward, valid in zip(*self.rewards(truncated_reward)) if valid}) > 1
+  def has_reward_variance(self, rule: RewardRule) -> bool:
+    """Returns whether the samples' scores differ. If they don't, most advantages are 0 for every sample."""
+    return vary(rule, self.scores, self.verdicts, self.samples)
 
 
 def graded_groups(
   sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: range, *, samples: int,
-  seed: int, step: int
+  seed: int, step: int, long_prompts: str = 'refuse'
 ) -> list[Group]:
-  """The prompts number `cursors` of the run, sampled and judged, in that order.
+  """Returns the groups of the prompts number `cursors` of the run, sampled and judged, in that order.
 
   A pure function of its arguments, but for verdicts that a deadline leaves undecided. Groups are judged while the
   device draws the next ones. Several processes draw together, judge a share of the groups each, and get all of them.
-  Raises DataError for a prompt that is too long.
+  long_prompts: 'skip' leaves out prompts that are too long for the sampler; 'refuse' raises DataError for one.
   """
   prompts = {}
   for cursor in cursors:
     task = tasks.at(cursor)
-    tokens = [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]
-    if len(tokens) > sampler.s.max_prompt_tokens:
+    tokens = prompt_tokens(tokenizer, task)
+    if len(tokens) <= sampler.s.max_prompt_tokens:
+      prompts[cursor] = (task, tokens)
+    elif long_prompts == 'refuse':
       raise DataError(f'{task.id}: its prompt has {len(tokens)} tokens, more than config.rl.max_prompt_tokens = '
-                      f'{sampler.s.max_prompt_tokens}')
-    prompts[cursor] = (task, tokens)
+                      f'{sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip leaves such prompts out')
   drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
   score_PG = np.full((len(cursors), samples), -np.inf, np.float32)
   asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
@@ -77,7 +75,21 @@ def graded_groups(
   score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
   score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
   return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdicts], scores.tolist())
-          for cursor, verdicts, scores in zip(cursors, verdict_PG, score_PG)]
+          for cursor, verdicts, scores in zip(cursors, verdict_PG, score_PG) if cursor in prompts]
+
+
+def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:
+  """Returns the tokens that the model continues: BOS and the task's prompt."""
+  return [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]
+
+
+def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
+  """Returns '' if no prompt of a set that ends has more than `longest` tokens, else how many have, and the longest."""
+  if tasks.size is None:
+    return ''
+  lengths = [len(prompt_tokens(tokenizer, tasks[i])) for i in range(tasks.size)]
+  long = sum(n > longest for n in lengths)
+  return f'{long} of {len(lengths)} prompts have more than {longest} tokens, the longest {max(lengths)}' if long else ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +104,7 @@ class Rollouts:
   choices_BTLk: np.ndarray | None = None  # int16, the experts that the sampler's tokens went to, if it recorded them
 
 
-def pack(groups: list[Group], *, prompts: int, samples: int, length: int, truncated_reward: str) -> Rollouts:
+def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: RewardRule) -> Rollouts:
   """Lays prompt and completion of each sample into a row of `length` (input, target) pairs."""
   rows = prompts * samples
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
@@ -101,7 +113,7 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, trunca
   recorded = next((sample.choices for group in groups for sample in group.samples), None)
   choices = None if recorded is None else np.zeros((rows, length, *recorded.shape[1:]), np.int16)
   for p, group in enumerate(groups):
-    rewards[p], valid[p] = group.rewards(truncated_reward)
+    rewards[p], valid[p] = group.rewards(rule)
     for g, sample in enumerate(group.samples):
       row, start = p * samples + g, len(group.prompt) - 1
       whole = np.concatenate([group.prompt, sample.tokens])

@@ -25,13 +25,16 @@ def cov_tokens(loss: PolicyLossConfig, key: jax.Array, old_logp_BT, advantages_B
   return clip_cov_tokens(old_logp_BT, advantages_B[:, None], completion_BT, noise_BT, share=loss.cov_share)
 
 
-def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransformation, microbatches: int):
+def make_update(
+  c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransformation, microbatches: int, temperature: float = 1.0
+):
   """Returns the jitted update of one minibatch.
 
   (state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT, choices_BTLk) ->
   (state, sums for `policy_losses.means`, entropy_BT on every device). The last four may be None. Without old_logp
   the update is on-policy: the ratio is 1. ref_logp is needed with loss.kl_weight, cov_tokens with loss.cov, and choices
   are the experts that the sampler sent tokens to, which a dense model doesn't have. A router's bias doesn't change.
+  temperature: of the policy, as the sampler's.
   The loss is a sum over the minibatch, divided once, so the number of microbatches changes nothing.
   """
 
@@ -42,7 +45,7 @@ def make_update(c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransf
 
     def part(params, piece):
       batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT, choices_BTLk = piece
-      logp_BT, entropy_BT = score.log_probabilities(c, params, batch, choices_BTLk)
+      logp_BT, entropy_BT = score.log_probabilities(c, params, batch, choices_BTLk, temperature)
       old_logp_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
       total, _, sums = policy_loss(
         loss, logp_BT, old_logp_BT, advantages_B[:, None], completion_BT, sampler_logp_BT=sampler_logp_BT,

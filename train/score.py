@@ -58,20 +58,21 @@ def total(
 
 
 def log_probabilities(
-  c: model.ModelConfig, params: Any, batch: Batch, choices_BTLk: jax.Array | None = None
+  c: model.ModelConfig, params: Any, batch: Batch, choices_BTLk: jax.Array | None = None, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (log-probability of each target, entropy), [B, T] float32 nats; 0 in padding.
 
   Gradients flow through the first.
 
   choices_BTLk: the experts that the sampler sent each token to. Without them, rounding can send a token elsewhere.
+  temperature: of the distribution, as the sampler's.
   """
   choices_LBTk = None if choices_BTLk is None else jnp.moveaxis(choices_BTLk, 2, 0).astype(jnp.int32)
   hidden_BTD, _, _ = model.forward_routed(
     c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT, None, choices_LBTk)
   loss_BT, statistics = shaped_linear_loss(
     hidden_BTD, model.head(c, params), batch.targets_BT, RewardShaping(), weights=batch.segments_BT > 0,
-    layout=layout())
+    temperature=temperature, layout=layout())
   return -loss_BT, statistics.entropy
 
 

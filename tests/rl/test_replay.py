@@ -7,6 +7,7 @@ import pytest
 
 from betarank import model
 from betarank.rl.policy_losses import PolicyLossConfig, means
+from betarank.rl.rewards import RewardRule
 from betarank.rl.rollout import Group, lengths, pack
 from betarank.rl.update import make_update
 from betarank.runtime.state import create_state
@@ -33,12 +34,12 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
   sampler = Sampler(C, SamplerConfig(4, 8, 7, record_choices=True), eos=0, mesh=mesh)
   drawn = sorted(sampler(state.params, PROMPTS, samples=4, seed=1, step=0), key=lambda group: group[0].prompt_id)
   verdicts = [Verdict.RIGHT, Verdict.WRONG] * 2
-  groups = [Group(i, None, list(p.tokens), samples, [""] * 4, verdicts)
+  groups = [Group(i, None, list(p.tokens), samples, [""] * 4, verdicts, [float(v == Verdict.RIGHT) for v in verdicts])
             for i, (p, samples) in enumerate(zip(PROMPTS, drawn))]
   for group in groups:
     for sample in group.samples:
       assert sample.choices.shape == (len(group.prompt) + len(sample.tokens) - 1, C.layers, 2)
-  out = pack(groups, prompts=2, samples=4, length=12, truncated_reward='zero')
+  out = pack(groups, prompts=2, samples=4, length=12, rule=RewardRule('zero', 7))
   assert max(lengths(groups)) <= 12 and out.choices_BTLk.dtype == np.int16
 
   with jax.set_mesh(mesh):

@@ -9,6 +9,7 @@ import pytest
 from betarank import model
 from betarank.data import Batch
 from betarank.rl.policy_losses import PolicyLossConfig, means
+from betarank.rl.rewards import RewardRule
 from betarank.rl.rollout import Group, lengths, pack
 from betarank.rl.update import cov_tokens, make_update
 from betarank.runtime.state import create_state
@@ -171,12 +172,13 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
 def group(cursor, prompt, answers, verdicts, finishes):
   samples = [Sample(cursor, i, np.array(tokens, np.int32), np.full(len(tokens), -0.5 - i, np.float32), finish)
              for i, (tokens, finish) in enumerate(zip(answers, finishes))]
-  return Group(cursor, None, prompt, samples, [''] * len(samples), verdicts)
+  return Group(cursor, None, prompt, samples, [''] * len(samples), verdicts,
+               [float(v == Verdict.RIGHT) for v in verdicts])
 
 
 def test_rollouts_are_laid_out_as_they_were_drawn():
   groups = [group(0, [2, 5, 6], [[7, 3], [8, 9, 3]], [Verdict.RIGHT, Verdict.UNDECIDED], ['eos', 'eos'])]
-  out = pack(groups, prompts=2, samples=2, length=6, truncated_reward='zero')
+  out = pack(groups, prompts=2, samples=2, length=6, rule=RewardRule('zero', 6))
   np.testing.assert_array_equal(out.batch.tokens_BT[1], [2, 5, 6, 8, 9, 0])
   np.testing.assert_array_equal(out.batch.targets_BT[1], [5, 6, 8, 9, 3, 0])
   np.testing.assert_array_equal(out.completion_BT[1], [0, 0, 1, 1, 1, 0])
@@ -190,5 +192,5 @@ def test_rollouts_are_laid_out_as_they_were_drawn():
   'truncated, valid, signal', [('zero', [True, True], True), ('masked', [True, False], False)])
 def test_truncated_answers_follow_the_stated_rule(truncated, valid, signal):
   g = group(0, [2], [[7, 3], [8, 9]], [Verdict.RIGHT, Verdict.WRONG], ['eos', 'length'])
-  assert g.rewards(truncated) == ([1.0, 0.0], valid)
-  assert g.has_reward_variance(truncated) is signal
+  assert g.rewards(RewardRule(truncated, 6)) == ([1.0, 0.0], valid)
+  assert g.has_reward_variance(RewardRule(truncated, 6)) is signal

@@ -1,0 +1,40 @@
+"""What a person should be told while RL runs: pure functions of the steps' figures.
+
+The report's list of odd things has the same conditions.
+"""
+
+from collections.abc import Mapping, Sequence
+
+QUIET_STEPS = 10  # without a group to learn from
+TRUNCATED_STEPS = 10  # with nearly all answers cut off
+FLAT_STEPS = 100  # over which the pass rate hasn't moved
+COLLAPSED = 0.1  # entropy of drawn tokens, as a share of what it was in the first steps
+
+
+def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+  """Returns {kind: one line} of what is odd about the steps so far.
+
+  history: the figures of each step, as rl/loop.py logs them, oldest first.
+  """
+  found = {}
+  recent = lambda name, steps: [line[name] for line in history[-steps:]] if len(history) >= steps else []
+  if (learned := recent('train/groups_learned_from', QUIET_STEPS)) and not any(learned):
+    found['no signal'] = (f'no group had reward variance for {QUIET_STEPS} steps, so nothing is learned: the problems '
+                          'are too hard or too easy for this model, or its answers are not in the expected format')
+  if (shares := recent('train/truncated_share', TRUNCATED_STEPS)) and min(shares) > 0.95:
+    found['truncated'] = (f'over 95 % of the answers were cut off for {TRUNCATED_STEPS} steps: config.rl.max_new_tokens '
+                          'is too small, or the model does not end its answers')
+  if rates := recent('train/pass_rate', FLAT_STEPS):
+    half = FLAT_STEPS // 2
+    if abs(_mean(rates[half:]) - _mean(rates[:half])) < 0.005:
+      found['flat'] = f'the pass rate has not moved for {FLAT_STEPS} steps ({_mean(rates):.3f})'
+  if len(history) >= 20:
+    entropies = [line['train/entropy_drawn_nats'] for line in history]
+    if _mean(entropies[-5:]) < COLLAPSED * _mean(entropies[:5]):
+      found['collapse'] = (f'entropy fell from {_mean(entropies[:5]):.3f} to {_mean(entropies[-5:]):.3f} nats: the '
+                           'samples of a prompt are nearly all the same')
+  return found
+
+
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / len(values)

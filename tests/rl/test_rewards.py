@@ -1,0 +1,110 @@
+"""Rules of RL: what length changes, when a group teaches something, and what a person is warned of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from betarank.configs import load
+from betarank.configs.errors import ConfigError
+from betarank.rl import policy_losses as pl
+from betarank.rl.config import rl_run
+from betarank.rl.loop import check_held_out
+from betarank.rl.rewards import RewardRule, rewards, vary
+from betarank.rl.warnings import warnings
+from betarank.tasks.verifiers import Verdict
+from betarank.train.sampler import Sample
+
+RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
+
+
+def sample(tokens, finish='eos'):
+  return Sample(0, 0, np.zeros(tokens, np.int32), np.zeros(tokens, np.float32), finish)
+
+
+def test_the_soft_penalty_falls_linearly_over_the_buffer():
+  """DAPO's equation 13: none up to the buffer, -1 at the limit."""
+  rule = RewardRule('zero', longest=100, overlong_buffer=20)
+  assert [rule.penalty(n) for n in (1, 80, 85, 90, 100)] == [0, 0, -0.25, -0.5, -1]
+  assert RewardRule('zero', 100).penalty(100) == 0
+
+
+def test_rewards_are_scores_less_what_the_length_costs():
+  rule = RewardRule('masked', longest=10, overlong_buffer=4)
+  samples = [sample(2), sample(8), sample(10, 'length'), sample(10, 'length'), sample(3)]
+  values, valid = rewards(rule, [1, 0, 0, 1, float('nan')], [RIGHT, WRONG, WRONG, RIGHT, UNDECIDED], samples)
+  assert values == [1, -0.5, 0, 0, 0] and valid == [True, True, False, True, False]
+
+
+def test_a_group_that_is_right_throughout_does_not_vary_by_its_lengths():
+  rule = RewardRule('zero', longest=10, overlong_buffer=4)
+  assert not vary(rule, [1, 1], [RIGHT, RIGHT], [sample(2), sample(9)])
+  assert vary(rule, [1, 0], [RIGHT, WRONG], [sample(2), sample(2)])
+  assert not vary(rule, [1, float('nan')], [RIGHT, UNDECIDED], [sample(2), sample(2)])
+
+
+@pytest.mark.parametrize('advantage, keeps', [('grpo', False), ('w_reinforce', True)])
+def test_w_reinforce_keeps_groups_that_agree_unless_told_otherwise(advantage, keeps):
+  """Its advantages compare nothing: on hard prompts, groups that are wrong throughout are the point of it."""
+  run = lambda **changes: rl_run(load.load('tests/tiny_rl.py:init_from=x', {'rl.advantage.name': advantage, **changes}))
+  assert run().rl.keeps_zero_variance is keeps
+  assert run(**{'rl.zero_variance_groups': 'keep'}).rl.keeps_zero_variance
+  assert not run(**{'rl.zero_variance_groups': 'replace'}).rl.keeps_zero_variance
+
+
+def token_loss(logp, old, advantage, **options):
+  array = lambda x: jnp.full((1, 1), x, jnp.float32)
+  loss = lambda logp: pl.clip_higher(logp, array(old), array(advantage), jnp.ones((1, 1), bool), **options).loss_BT.sum()
+  return [float(x.sum()) for x in jax.value_and_grad(loss)(array(logp))]
+
+
+def test_dual_clip_bounds_what_one_token_can_cost():
+  """A wrong sample's token whose probability has grown e^5 times would have a gradient of 148."""
+  assert token_loss(5.0, 0.0, -1.0)[1] == pytest.approx(np.exp(5), rel=1e-5)
+  assert token_loss(5.0, 0.0, -1.0, dual_clip=3.0) == [3.0, 0.0]
+  for logp, advantage in ((0.5, -1.0), (-1.0, -1.0), (5.0, 1.0), (0.1, 1.0)):
+    assert token_loss(logp, 0.0, advantage, dual_clip=3.0) == token_loss(logp, 0.0, advantage)
+
+
+def test_the_kl_term_off_policy_has_the_gradient_of_the_expectation_under_the_policy():
+  """Samples are of the old policy. Weighted, the mean gradient of k2 over them is that over the policy's own."""
+  rng = np.random.default_rng(0)
+  old, new, ref = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=5), jnp.float32)) for _ in range(3))
+  config = pl.PolicyLossConfig(kl='k2', kl_weight=1.0, importance_cap=0.0)
+  mask = jnp.ones((1, 1), bool)
+
+  def mean_loss(logits):
+    logp = jax.nn.log_softmax(logits)
+    terms = [pl.policy_loss(config, logp[a].reshape(1, 1), old[a].reshape(1, 1), jnp.zeros((1, 1)), mask,
+                            ref_logp_BT=ref[a].reshape(1, 1))[0] for a in range(5)]
+    return sum(jnp.exp(old[a]) * terms[a] for a in range(5))
+
+  want = jax.grad(lambda logits: jnp.sum(jnp.exp(jax.nn.log_softmax(logits)) * (jax.nn.log_softmax(logits) - ref)))(new)
+  np.testing.assert_allclose(jax.grad(mean_loss)(new), want, atol=1e-5)
+
+
+def test_problems_that_the_documents_may_hold_are_not_held_out():
+  rl = rl_run(load.load('tests/tiny_rl.py:init_from=x')).rl
+  parent = lambda fraction, uri: {'config': {'data': {
+    'dir': 'd', 'sources': {'main': {'uri': uri}}, 'held_out_fraction': fraction}}, 'tokenizer': 't'}
+  check_held_out(rl, parent(0.2, 'reasoning'))
+  check_held_out(rl, parent(0.0, 'text:/any'))
+  with pytest.raises(ConfigError, match='config.rl.task.held_out_fraction must be at most 0.1, what the documents'):
+    check_held_out(rl, parent(0.1, 'reasoning:chain_sum'))
+
+
+def step(**changes):
+  return {f'train/{name}': value for name, value in {
+    'groups_learned_from': 4.0, 'truncated_share': 0.1, 'pass_rate': 0.3, 'entropy_drawn_nats': 0.5, **changes}.items()}
+
+
+@pytest.mark.parametrize('kind, history', [
+  ('no signal', [step(groups_learned_from=0.0)] * 10),
+  ('truncated', [step(truncated_share=1.0)] * 10),
+  ('flat', [step()] * 100),
+  ('collapse', [step(entropy_drawn_nats=0.8)] * 10 + [step(entropy_drawn_nats=0.01)] * 10)])
+def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, history):
+  assert kind in warnings(history)
+  assert kind not in warnings(history[:-1] + [step(groups_learned_from=1.0, truncated_share=0.5, pass_rate=0.9)]) or (
+    kind in ('flat', 'collapse'))
+  assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])
