@@ -22,7 +22,7 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     found['no signal'] = (f'no group had reward variance for {QUIET_STEPS} steps, so nothing is learned: the problems '
                           'are too hard or too easy for this model, or its answers are not in the expected format')
   if (shares := recent('train/truncated_share', TRUNCATED_STEPS)) and min(shares) > 0.95:
-    found['truncated'] = (f'over 95 % of the answers were cut off for {TRUNCATED_STEPS} steps: config.rl.max_new_tokens '
+    found['truncated'] = (f'over 95 % of answers were cut off for {TRUNCATED_STEPS} steps: config.rl.max_new_tokens '
                           'is too small, or the model does not end its answers')
   if rates := recent('train/pass_rate', FLAT_STEPS):
     half = FLAT_STEPS // 2

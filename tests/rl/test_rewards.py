@@ -54,7 +54,8 @@ def test_w_reinforce_keeps_groups_that_agree_unless_told_otherwise(advantage, ke
 
 def token_loss(logp, old, advantage, **options):
   array = lambda x: jnp.full((1, 1), x, jnp.float32)
-  loss = lambda logp: pl.clip_higher(logp, array(old), array(advantage), jnp.ones((1, 1), bool), **options).loss_BT.sum()
+  mask = jnp.ones((1, 1), bool)
+  loss = lambda logp: pl.clip_higher(logp, array(old), array(advantage), mask, **options).loss_BT.sum()
   return [float(x.sum()) for x in jax.value_and_grad(loss)(array(logp))]
 
 
@@ -105,6 +106,6 @@ def step(**changes):
   ('collapse', [step(entropy_drawn_nats=0.8)] * 10 + [step(entropy_drawn_nats=0.01)] * 10)])
 def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, history):
   assert kind in warnings(history)
-  assert kind not in warnings(history[:-1] + [step(groups_learned_from=1.0, truncated_share=0.5, pass_rate=0.9)]) or (
+  assert kind not in warnings([*history[:-1], step(groups_learned_from=1.0, truncated_share=0.5, pass_rate=0.9)]) or (
     kind in ('flat', 'collapse'))
   assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])
