@@ -75,6 +75,9 @@ class RunConfig:
     if self.model.vocab_size != self.data.vocab_size:
       raise ValueError(f'model.vocab_size must equal data.vocab_size = {self.data.vocab_size}, '
                        f'got {self.model.vocab_size}')
+    if self.objective.top_k > self.model.vocab_size:
+      raise ValueError(f'objective.top_k must be <= model.vocab_size = {self.model.vocab_size}, '
+                       f'got {self.objective.top_k}')
     if self.optimizer.warmup_steps >= self.steps:
       raise ValueError(f'optimizer.warmup_steps must be < {self.steps}, the steps that train.tokens = '
                        f'{self.train.tokens} make, got {self.optimizer.warmup_steps}')

@@ -145,7 +145,7 @@ def test_plain_cross_entropy_equals_optax_and_metrics_are_what_they_say():
   }.items():
     np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-7, err_msg=name)
   want = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits, jnp.float32), b.targets_BT)[mask].sum()
-  np.testing.assert_allclose(score(C, params, b, RewardShaping())[0], want, rtol=1e-6)
+  np.testing.assert_allclose(score(C, params, b, RewardShaping(top_k=8))[0], want, rtol=1e-6)
 
 
 def test_sums_of_parts_add_to_the_whole():
@@ -159,8 +159,8 @@ def test_sums_of_parts_add_to_the_whole():
 
 
 def test_training_learns_a_repeated_batch():
-  _, first = updates(steps=1, objective=ObjectiveConfig())
-  _, last = updates(steps=30, objective=ObjectiveConfig())
+  _, first = updates(steps=1, objective=ObjectiveConfig(top_k=8))
+  _, last = updates(steps=30, objective=ObjectiveConfig(top_k=8))
   assert last['ce'] < 0.6 * first['ce']
 
 
@@ -273,9 +273,9 @@ def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
   b = batch()
   c = [dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, router='softmax', balance_weight=w)) for w in (0, 0.1)]
   params = model.init(c[0], jax.random.key(0))
-  (plain, loss_BT, *_), (with_loss, same_BT, *_) = (score(c, params, b, RewardShaping()) for c in c)
+  (plain, loss_BT, *_), (with_loss, same_BT, *_) = (score(c, params, b, RewardShaping(top_k=8)) for c in c)
   np.testing.assert_array_equal(loss_BT, same_BT)
-  routing = score_routed(c[1], params, b, RewardShaping())[3]
+  routing = score_routed(c[1], params, b, RewardShaping(top_k=8))[3]
   np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)
 
 
