@@ -5,7 +5,7 @@ Profiles and the planner (launch/plan/predict.py) find its parts by their `jax.n
     embed               looks tokens up in the embedding table
     layers              everything between the parts of the blocks: the loop over layers, residual sums
     attention/norm      RMSNorm before attention
-    attention/mask      what the core needs to know of documents, computed once for all layers
+    attention/mask      masks and boundaries of documents, computed once for all layers
     attention/qkv       projections to queries, keys and values
     attention/rope      QK-norm and rotary positions
     attention/core      scores, softmax and weighted values, or the kernel that computes them; writes the cache

@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     self.k_norm_H = ones(c.head_dim, 'norm')
 
   def __call__(self, x_BTD, positions_BT, attend):
-    """Returns out_BTD. attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH computes attention and knows what queries may see."""
+    """Returns out_BTD. attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH applies attention with the mask it was made for."""
     c = self.c
     with jax.named_scope('attention/qkv'):
       q_BTNH = checkpoint_name(project(x_BTD, self.q_DNH), 'qkv')

@@ -70,12 +70,12 @@ def check_layout(layout, hidden, head):
 def on_mesh(layout, function, kinds_in, kinds_out):
   """Returns `function` wrapped so that each device runs it on its own shards; without a layout, `function` itself.
 
-  kinds_in and kinds_out are trees of what `Layout.spec` takes.
+  kinds_in and kinds_out are trees of arguments of `Layout.spec`.
   """
   if layout is None:
     return function
   specs = lambda kinds: jax.tree.map(layout.spec, kinds, is_leaf=lambda x: x is None or isinstance(x, str))
-  # All sums over mesh axes are explicit, so the replication check would have nothing to insert.
+  # The replication check is off because all sums over mesh axes are explicit.
   return jax.shard_map(function, in_specs=specs(kinds_in), out_specs=specs(kinds_out), check_vma=False)
 
 

@@ -21,20 +21,35 @@ import re
 from betarank.launch.plan import bundles, hlo
 from betarank.launch.plan.chips import Topology
 
-# Parts of a step, by a pattern of what its instructions were written as (hlo.Program.source); the first that is found.
-PARTS = (
-  ('attention', r'splash|model/attention\.py|Attention\.__call__'),
-  ('expert weights', r'moe\.py:_whole'),  # gathered for a layer, and their gradients reduced
-  ('dispatch', r'sum_rows|model/row_kernel\.py'),
-  ('experts', r'pallas_call.*model/moe\.py|model/expert_kernel\.py|moe\.py:_(tiles|ragged|hidden)'),
-  ('dispatch', r'model/moe\.py:_(local|experts|collect|return|gather|make_plan|take|sum)'),  # tokens to experts, back
-  ('router', r'model/moe\.py'),
-  ('feed-forward', r'FeedForward\.__call__'),
-  ('head and loss', r'objectives/|train/score\.py:sums'),
-  ('layers, other', r'Block\.__call__'),
-  ('embedding', r'Transformer\.__call__'),
-  ('optimizer', r'optax/|make_(step|update)'),
-)
+# The part of a step that each `jax.named_scope` belongs to. model/__init__.py and objectives/__init__.py describe the
+# scopes; the optimizer's is in train/step.py and rl/update.py.
+PARTS = {
+  'embed': 'embedding',
+  'layers': 'layers, other',
+  'attention/norm': 'norms',
+  'attention/mask': 'attention',
+  'attention/qkv': 'attention',
+  'attention/rope': 'attention',
+  'attention/core': 'attention',
+  'attention/out': 'attention',
+  'feed_forward/norm': 'norms',
+  'feed_forward/in': 'feed-forward',
+  'feed_forward/out': 'feed-forward',
+  'moe/router': 'router',
+  'moe/weights': 'expert weights',
+  'moe/dispatch': 'dispatch',
+  'moe/experts': 'experts',
+  'moe/combine': 'dispatch',
+  'final_norm': 'norms',
+  'head': 'head and loss',
+  'head/weights': 'head and loss',
+  'head/logits': 'head and loss',
+  'head/loss': 'head and loss',
+  'head/gradient': 'head and loss',
+  'optimizer': 'optimizer',
+}
+# Longer names come first, because an alternation takes the first one that matches.
+_SCOPE = re.compile(f'/({"|".join(sorted(PARTS, key=len, reverse=True))})(?=/)')
 # Bundles per row of 1536 bfloat16 that XLA gathers or scatter-adds. The loops over rows are data-dependent, so
 # bundles.py counts one iteration. Read from v5e bundles: 4976 for 256 rows, and 2.8 million for 67,328 rows, 49,152 of
 # them real.
@@ -90,7 +105,7 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
     once[run.computation, one.name] = seconds
     by_computation[run.computation] += run.times * seconds
     by_operation[_label(one)] += run.times * seconds
-    of_part[_part(f'{one.name} {program.source(run)}')] += run.times * seconds
+    of_part[_part(program.source(run))] += run.times * seconds
   sizes, spent, exposed = collections.Counter(), 0.0, 0.0
   for collective in program.collectives():
     group = collective.group or topology.chips
@@ -107,8 +122,17 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
     parts={name: (of_part[name], sent_by_part[name]) for name, _ in (of_part + sent_by_part).most_common()})
 
 
+def scope(source: str) -> str | None:
+  """Returns the innermost scope of PARTS that an instruction lies in, given what hlo.Program.source returns for it."""
+  path, unwrapped = '', '/' + source.partition(' ')[0]
+  while path != unwrapped:  # transformations wrap the first scope after them, as in jit(step)/transpose(jvp(embed))/add
+    path, unwrapped = unwrapped, re.sub(r'\b(?!p?jit\b)\w+\(([^()]*)\)', r'\1', unwrapped)
+  found = _SCOPE.findall(path)
+  return found[-1] if found else None
+
+
 def _part(source: str) -> str:
-  return next((name for name, pattern in PARTS if re.search(pattern, source)), 'other')
+  return PARTS.get(scope(source), 'other')
 
 
 def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:

@@ -1,4 +1,4 @@
-"""Flash kernels and blocks = the plain form, values and gradients, with several documents a row; on one device or 8."""
+"""Every attention kernel equals the plain implementation, values and gradients, with several documents per row."""
 
 import contextlib
 
@@ -12,20 +12,21 @@ from betarank.model.attention import rows_attention
 from betarank.model.transformer import remat_policy
 
 B, T, N, K, H = 2, 256, 4, 2, 128
-on_cpu = pytest.mark.skipif(jax.default_backend() == 'gpu', reason='interpreted; a card has no room for float32 blocks')
+on_cpu = pytest.mark.skipif(jax.default_backend() == 'gpu', reason='interpreted; float32 blocks do not fit a card')
 
 
 @pytest.fixture(scope='module')
 def inputs():
   rng = np.random.default_rng(0)
   normal = lambda heads: jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32)
-  segments_BT = np.zeros((B, T), np.int32)  # padding at the end of row 1, a boundary inside a block
+  segments_BT = np.zeros((B, T), np.int32)  # padding at the end of row 1, and documents that end within a block
   segments_BT[0, :100], segments_BT[0, 100:] = 1, 2
   segments_BT[1, :30], segments_BT[1, 30:240] = 1, 2
   return normal(N), normal(K), normal(K), normal(N), jnp.asarray(segments_BT)
 
 
 def output_and_gradients(kernel, q, k, v, weight, segments_BT):
+  """Returns the kernel's output and the gradients of a weighted sum of it with respect to q, k and v."""
   real = (segments_BT > 0)[..., None, None]
 
   def total(q, k, v):
@@ -51,7 +52,7 @@ def test_splash_equals_plain(inputs, mesh):
 
 @pytest.mark.parametrize('mesh', [None, (2, 1, 1, 1, 2)])
 def test_blocks_equal_plain(inputs, mesh):
-  """A last block that isn't full, and padding."""
+  """The last block is partial, and there is padding."""
   cut = [x[:, :200] for x in inputs]
   want = output_and_gradients('plain', *cut)
   with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), jax.devices()[:4])) if mesh else contextlib.nullcontext():
@@ -71,8 +72,8 @@ def test_triton_equals_plain(inputs, mesh):
 
 
 @on_cpu
-def test_triton_skips_and_masks_any_documents():
-  """Documents of one token, ends at and inside blocks, padding between them, one key head for each query head."""
+def test_triton_equals_plain_for_documents_of_any_length():
+  """Documents of one token, ends at and within blocks, padding between documents, one key head per query head."""
   rng = np.random.default_rng(1)
   rows, length = 3, 512
   ends = [[128, 256, 512], [1, 2, 3, 63, 64, 65, 200, 201, 383, 384, 511, 512], [7, 130, 131, 400, 512]]
@@ -90,13 +91,13 @@ def test_cudnn_equals_plain(inputs):
   got = output_and_gradients('cudnn', *(x.astype(jnp.bfloat16) for x in inputs[:4]), inputs[4])
   for a, b in zip(want, got, strict=True):
     a, b = np.asarray(a), np.asarray(b, np.float32)
-    assert np.max(np.abs(a - b)) < 0.02 * np.max(np.abs(a))  # bfloat16 has 8 bits
+    assert np.max(np.abs(a - b)) < 0.02 * np.max(np.abs(a))  # bfloat16 has 8 significant bits
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason='the Hopper kernels need a newer JAX')
 @pytest.mark.parametrize('width', [64, 128])
 def test_hopper_kernels_are_lowered_for_an_h100(width):
-  """They run on such a card only (below); here they must go through JAX's lowering, in a scan, with remat."""
+  """They run on such a card only (see below). This test lowers them on any machine, in a scan with remat."""
   card = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
   shape = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, width), jnp.bfloat16)
 
@@ -117,7 +118,7 @@ def test_hopper_kernels_are_lowered_for_an_h100(width):
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='needs a Hopper GPU')
 @pytest.mark.parametrize('kernel', ['hopper', 'triton'])
 @pytest.mark.parametrize('heads', [(4, 2, 128), (2, 2, 64)])
-def test_kernels_for_documents_equal_plain(kernel, heads):
+def test_hopper_and_triton_equal_plain_on_a_card(kernel, heads):
   rng = np.random.default_rng(1)
   n, k, width = heads
   length, ends = 512, [[128, 256, 512], [1, 2, 3, 63, 64, 65, 200, 201, 383, 384, 511, 512], [7, 130, 131, 400, 512]]
@@ -127,4 +128,4 @@ def test_kernels_for_documents_equal_plain(kernel, heads):
   got = output_and_gradients(kernel, *inputs, segments_BT)
   for a, b in zip(want, got, strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(a)  # bfloat16 has 8 bits
+    assert np.linalg.norm(a - b) < 5e-3 * np.linalg.norm(a)  # bfloat16 has 8 significant bits

@@ -1,4 +1,4 @@
-"""What the blocks are made of, held to plain forms."""
+"""Building blocks of the decoder equal plain implementations."""
 
 import contextlib
 import math
@@ -15,8 +15,8 @@ from betarank.model import layers
 @pytest.mark.parametrize(
   'shape', [None, (2, 2, 1, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 3, 1)],
   ids=lambda shape: f'mesh{shape}' if shape else 'alone')
-def test_the_sorted_lookup_of_gpus_has_the_plain_one_s_gradient(monkeypatch, shape):
-  """Tokens that never occur, once and often; on meshes that split rows, length and width, or can't."""
+def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape):
+  """Tokens occur never, once or often. The meshes split rows, length and width; the last doesn't divide the length."""
   rng = np.random.default_rng(0)
   tokens_BT = jnp.asarray(rng.zipf(1.3, (4, 64)) % 50, jnp.int32)
   table_VD, weight_BTD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((50, 8), (4, 64, 8)))
@@ -35,7 +35,7 @@ def test_the_sorted_lookup_of_gpus_has_the_plain_one_s_gradient(monkeypatch, sha
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_product_with_16_bit_x_is_as_exact_as_a_float32_one():
+def test_a_bf16x3_matmul_is_as_accurate_as_a_float32_one():
   rng = np.random.default_rng(0)
   x_BTD = jnp.asarray(rng.normal(size=(2, 24, 64)), jnp.bfloat16)
   w_DE, dout_BTE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((64, 16), (2, 24, 16)))
@@ -49,5 +49,5 @@ def test_a_product_with_16_bit_x_is_as_exact_as_a_float32_one():
   wanted = x @ w, dout @ w.T, np.einsum('btd,bte->de', x, dout)
   for got, want, limit in zip(run(x_BTD, w_DE, dout_BTE), wanted, (2e-7, 2**-8, 2e-7), strict=True):
     assert np.linalg.norm(got - want) < limit * np.linalg.norm(want)
-  once = run(x_BTD, w_DE.astype(jnp.bfloat16).astype(jnp.float32), dout_BTE)[0]  # what it would be with rounded w
+  once = run(x_BTD, w_DE.astype(jnp.bfloat16).astype(jnp.float32), dout_BTE)[0]  # with w rounded to bfloat16
   assert np.linalg.norm(once - x @ w) > 1e-4 * np.linalg.norm(x @ w)

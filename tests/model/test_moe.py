@@ -1,4 +1,4 @@
-"""Truths of the mixture of experts: fast = a slow loop, sharded = single, replayed = chosen, nothing dropped."""
+"""The mixture of experts: fast = a slow loop, sharded = single device, replayed = chosen, no token dropped."""
 
 import dataclasses
 
@@ -24,13 +24,13 @@ def with_moe(**changes):
 
 
 def same(a, b, tolerance=2e-5):
-  """Equal up to float32 rounding of each array's largest entry."""
+  """Asserts that arrays are equal up to float32 rounding of each one's largest entry."""
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * (np.abs(y).max() + 0.05)), a, b)
 
 
 def slow(c, params, x_BTD, real_BT):
-  """One token at a time would be slower still: a loop over experts, each on all tokens."""
+  """Returns (out_BTD, choices): the reference, a loop over experts that applies each one to all tokens."""
   m = c.moe
   logits = x_BTD @ params['router_DE']
   score = jax.nn.sigmoid(logits) if m.router == 'sigmoid' else jax.nn.softmax(logits)
@@ -68,7 +68,7 @@ def values_and_gradients(f, c):
 
 
 def layer(c, seed=0, batch=8, length=6):
-  """Parameters of one layer, inputs and which of them are no padding."""
+  """Returns the parameters of one layer, its inputs, and a mask that is False for padding."""
   params = nnx.to_pure_dict(nnx.split(moe.MixtureOfExperts(c, jax.random.key(seed)))[1])
   keys = jax.random.split(jax.random.key(seed + 1), 2)
   x_BTD = jax.random.normal(keys[0], (batch, length, c.d_model))
@@ -95,10 +95,10 @@ def test_fast_equals_a_slow_loop_over_experts(changes):
 def test_empty_experts_and_all_tokens_to_one_expert():
   c = with_moe(experts_per_token=1)
   params, x_BTD, real_BT = layer(c)
-  params['router_bias_E'] = params['router_bias_E'].at[5].set(2.0)  # a score is below 1
+  params['router_bias_E'] = params['router_bias_E'].at[5].set(2.0)  # more than any difference of scores
   chosen = check(c, params, x_BTD, real_BT)
   assert (chosen == 5).all()
-  chosen = check(c, params, x_BTD, jnp.zeros_like(real_BT))  # nothing but padding
+  chosen = check(c, params, x_BTD, jnp.zeros_like(real_BT))  # all padding
 
 
 MESHES = [((1, 2, 4, 1, 1), True, 'pallas'), ((1, 1, 4, 2, 1), False, 'triton'), ((2, 1, 2, 2, 1), True, 'tiles'),
@@ -107,7 +107,7 @@ MESHES = [((1, 2, 4, 1, 1), True, 'pallas'), ((1, 1, 4, 2, 1), False, 'triton'),
 
 @pytest.mark.parametrize('shape, skew, kernel', MESHES)
 def test_sharded_equals_a_slow_loop_on_one_device(shape, skew, kernel):
-  """Also where all tokens go to one device's experts, which takes several pieces."""
+  """With skew, all tokens go to the experts of one device, which takes several passes."""
   c = with_moe(kernel=kernel)
   params, x_BTD, real_BT = layer(c, batch=16, length=32)
   if skew:
@@ -126,7 +126,7 @@ def test_sharded_equals_a_slow_loop_on_one_device(shape, skew, kernel):
 
 
 def row(*lengths, total=16, rows=1):
-  """Tokens, positions and segments of packed rows with documents of these lengths."""
+  """Returns tokens, positions and segments of packed rows with documents of these lengths."""
   tokens = np.random.default_rng(sum(lengths)).integers(0, 64, (rows, total))
   positions, segments = np.zeros((2, rows, total), np.int32)
   start = 0
@@ -145,7 +145,7 @@ def params():
   return model.init(CONFIG, jax.random.key(0))
 
 
-def test_replay_equals_the_original_bit_for_bit_and_follows_what_it_is_given(params):
+def test_replayed_choices_give_the_same_bits_and_other_choices_are_followed(params):
   batch = row(9, 5, rows=2)
   hidden, _, routing = forward(CONFIG, params, *batch)
   assert routing.choices_LBTk.shape == (2, 2, 16, 2) and routing.choices_LBTk.dtype == jnp.int32
@@ -157,7 +157,7 @@ def test_replay_equals_the_original_bit_for_bit_and_follows_what_it_is_given(par
   np.testing.assert_array_equal(replayed.load_LE, np.roll(routing.load_LE, 1, axis=1))
 
 
-def test_load_and_entropy_count_real_tokens_only_and_padding_reaches_nobody(params):
+def test_padding_counts_in_no_statistic_and_changes_no_other_token(params):
   tokens, positions, segments = row(7, 5)
   hidden, _, routing = forward(CONFIG, params, tokens, positions, segments)
   np.testing.assert_array_equal(routing.load_LE.sum(1), [12 * 2] * 2)
@@ -185,7 +185,8 @@ def test_cached_decode_equals_the_full_forward_and_replays(params):
 @pytest.mark.slow
 def test_scan_equals_loop_and_remat_equals_plain(params):
   batch = row(9, 6)
-  weight_D = jnp.arange(CONFIG.d_model) % 5 - 2.0  # not squares: of what the last norm made equally long all cancels
+  # A weighted sum, because the last norm makes the sum of squares constant, so that its gradient vanishes.
+  weight_D = jnp.arange(CONFIG.d_model) % 5 - 2.0
 
   def value_and_grad(c):
     return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.forward(c, p, *batch)[0] * weight_D)))(params)
@@ -195,7 +196,7 @@ def test_scan_equals_loop_and_remat_equals_plain(params):
     same(value_and_grad(dataclasses.replace(CONFIG, **changes)), want)
 
 
-def test_the_balance_loss_is_what_its_formula_says_and_1_when_scores_are_even():
+def test_the_balance_loss_follows_its_formula_and_is_1_when_scores_are_even():
   c = dataclasses.replace(CONFIG, moe=SOFTMAX)
   params, x_BTD, real_BT = layer(c)
   router_DE = params['router_DE']
@@ -211,7 +212,7 @@ def test_the_balance_loss_is_what_its_formula_says_and_1_when_scores_are_even():
 
 
 def test_parameter_counts_of_the_paper():
-  """Its table of models, with Qwen's vocabulary, tied embeddings and head_dim 128; active is without embeddings."""
+  """The paper's table of models: Qwen's vocabulary, tied embeddings, head_dim 128; active counts omit embeddings."""
   base = dataclasses.replace(CONFIG, vocab_size=151_936, head_dim=128)
   dense = dataclasses.replace(base, moe=model.MoeConfig())
   experts = dataclasses.replace(MOE, experts=384, experts_per_token=12, expert_d_ff=320)
@@ -230,7 +231,7 @@ def test_parameter_counts_of_the_paper():
       assert model.flops_per_token(c, 0) == 6 * (sum(met.values()) - met['norms'])
 
 
-def test_counts_match_what_is_made():
+def test_parameter_counts_are_the_sizes_of_the_parameters():
   for m in (MOE, SOFTMAX):
     c = dataclasses.replace(CONFIG, moe=m)
     made = sum(x.size for x in jax.tree.leaves(model.abstract(c)[1]))
@@ -257,8 +258,8 @@ def test_a_mesh_that_does_not_divide_the_experts_names_the_weight():
 
 @pytest.mark.parametrize('cores', [1, 2])
 @pytest.mark.parametrize('rows, sums, width', [(700, 300, 256), (40, 1000, 5), (3, 1, 128)])
-def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatch, cores, rows, sums, width):
-  """Also where blocks of sums get no row or many tiles, and whatever rows hold that go nowhere."""
+def test_the_row_kernel_sums_the_rows_of_each_destination(monkeypatch, cores, rows, sums, width):
+  """Some blocks of sums get no row and some get many tiles. Rows without a destination are NaN."""
   monkeypatch.setattr(rows_tpu, 'cores', lambda: cores)
   rng = np.random.default_rng(rows)
   to_P = rng.integers(0, sums + sums // 4, rows).astype(np.int32)
@@ -274,8 +275,8 @@ def test_the_row_kernel_sums_what_goes_to_each_place_and_nothing_else(monkeypatc
 
 
 @pytest.mark.parametrize('experts', [1, 7])
-def test_two_cores_give_what_one_gives(monkeypatch, experts):
-  """The cores' halves meet within an expert, or one of them is empty."""
+def test_two_cores_equal_one(monkeypatch, experts):
+  """Both cores have tiles of the same expert, or one core has none."""
   c = with_moe(experts=experts, experts_per_token=1, kernel='pallas')
   monkeypatch.setattr(experts_tpu, 'cores', lambda: 2)
   check(c, *layer(c))

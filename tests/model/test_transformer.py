@@ -1,4 +1,4 @@
-"""Truths of the forward function: packed = separate, cached = full, scan = loop, remat = plain, sharded = single."""
+"""The forward function: packed = separate, cached = full, scan = loop, remat = plain, sharded = single device."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ def params():
 
 
 def row(*lengths, total=16):
-  """Tokens, positions and segments of one packed row [1, total] with documents of these lengths."""
+  """Returns tokens, positions and segments of one packed row [1, total] with documents of these lengths."""
   tokens = np.random.default_rng(sum(lengths)).integers(0, 64, (1, total))
   positions, segments = np.zeros((2, 1, total), np.int32)
   start = 0
@@ -45,11 +45,11 @@ value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
 def same(a, b, tolerance=2e-5):
-  """Equal up to float32 rounding of each array's largest entry."""
+  """Asserts that arrays are equal up to float32 rounding of each one's largest entry."""
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max()), a, b)
 
 
-def test_counts_match_what_is_made(params):
+def test_parameter_counts_are_the_sizes_of_the_parameters(params):
   for tied in (True, False):
     c = dataclasses.replace(CONFIG, tied_embeddings=tied)
     made = sum(x.size for x in jax.tree.leaves(model.abstract(c)[1]))
@@ -102,7 +102,7 @@ def test_cached_decode_equals_full_forward(params, chunks):
 
 @pytest.mark.parametrize('side', ['left', 'right'])
 def test_padded_prefill_of_unequal_rows_equals_each_alone(params, side):
-  """Rows of one batch keep their own lengths in the cache, wherever their padding was."""
+  """Rows of a batch keep their own lengths in the cache, whether they are padded on the left or on the right."""
   a, b = row(8, total=8)[0], row(5, total=5)[0]
   pad = [(0, 0), (3, 0)] if side == 'left' else [(0, 0), (0, 3)]
   tokens = jnp.concatenate([a, jnp.pad(b, pad, constant_values=7)])
@@ -120,7 +120,7 @@ def test_padded_prefill_of_unequal_rows_equals_each_alone(params, side):
     same(got[i], want[:, -1])
 
 
-def test_a_full_cache_drops_what_does_not_fit_and_harms_nothing(params):
+def test_a_full_cache_drops_new_tokens_and_keeps_the_old_ones(params):
   tokens, positions, segments = (x[:, :6] for x in row(6))
   _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 1, 6))
   _, after = forward(CONFIG, params, tokens[:, :1], positions[:, :1] + 6, segments[:, :1], cache)
@@ -129,7 +129,7 @@ def test_a_full_cache_drops_what_does_not_fit_and_harms_nothing(params):
 
 @pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2)])
 def test_sharded_equals_single(params, shape):
-  """Data, FSDP, context and tensor axes, and mixes of them: the loss and every gradient of one device."""
+  """The loss and every gradient are those of one device, for data, FSDP, context and tensor axes and mixes of them."""
   batch = [jnp.concatenate([x] * 8) for x in row(9, 6)]
   want = value_and_grad(CONFIG, params, *batch)
   mesh = model.make_mesh(model.MeshConfig(*shape))
@@ -141,8 +141,10 @@ def test_sharded_equals_single(params, shape):
 
 
 def test_no_sharded_device_receives_the_whole_table(params):
-  """Tokens are looked up in the part of D that a device has; what is sent is hidden states, and the table's gradient
-  only where the table is on several devices."""
+  """A device looks tokens up in its part of D, so hidden states are sent and the table isn't.
+
+  The gradient is sent only where several devices hold the same part of the table.
+  """
   mesh = model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
   batch = [jnp.concatenate([x] * 8) for x in row(9, 6)]
   with jax.set_mesh(mesh):
@@ -156,7 +158,7 @@ def test_no_sharded_device_receives_the_whole_table(params):
   assert not [kinds for kinds in sent if whole in kinds]
 
 
-def test_parameters_are_born_sharded_and_the_same_on_any_mesh(params):
+def test_parameters_are_created_sharded_and_equal_on_any_mesh(params):
   mesh = model.make_mesh(model.MeshConfig(1, 4, 1, 1, 2))
   shardings = model.shardings(mesh, model.abstract(CONFIG)[2])
   born = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(CONFIG, jax.random.key(0))

@@ -44,19 +44,6 @@ def test_links_of_a_group(name, group, links):
   assert Topology(name).links(group) == links
 
 
-@pytest.mark.parametrize('part, source', [
-  ('attention', 'splash_mha_fwd.1 '),
-  ('expert weights', 'jit(step)/all_gather /here/model/moe.py:_whole /here/model/moe.py:_local'),
-  ('experts', 'jit(step)/shard_map/pallas_call /here/model/moe.py:_local'),
-  ('dispatch', 'sum_rows.5 jit(step)/sum_rows/pallas_call /here/model/moe.py:_local'),
-  ('dispatch', 'jit(step)/gather /here/model/moe.py:_local /here/model/transformer.py:Block.__call__'),
-  ('router', 'jit(step)/dot_general /here/model/moe.py:MixtureOfExperts.__call__ /model/transformer.py:Block.__call__'),
-  ('optimizer', 'jit(step)/mul /there/optax/_src/update.py:apply_updates /here/train/step.py:make_step.<locals>.step'),
-  ('other', 'copy')])
-def test_which_part_of_the_model_an_instruction_belongs_to(part, source):
-  assert predict._part(source) == part
-
-
 def test_search_proposes_only_what_divides():
   found = search.candidates(workload(load.load('configs/paper/moe_10b_a0p5b.py')), Topology('v5e-256'))
   assert found
