@@ -228,7 +228,7 @@ babysit() {
       UNREACHABLE) # normal on a new slice; if it lasts, a host is broken
         unreachable=$((unreachable + 1))
         if [ "$unreachable" -le 5 ]; then
-          nap "$pause"
+          nap "$poll"
         else
           unreachable=0 message=$(reason)
           say 'still unreachable: deleting and recreating the slice'

@@ -51,20 +51,6 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
   return run
 
 
-def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns a line per file on this machine that points would read on a slice, which can't reach it."""
-  readers: dict[str, list[str]] = {}
-  for point in points:
-    uris = [point.config.rl.task.uri] if point.stage == 'rl' else [
-      uri for argument in point.arguments if argument.startswith('--benchmark=')
-      for uri in argument.partition('=')[2].split(',')]
-    for uri in uris:
-      if uri.startswith('jsonl:') and '://' not in uri:
-        readers.setdefault(uri, []).append(point.name)
-  return [f'{uri} is on this machine, where no slice can read it; copy it to the bucket and name it there '
-          f'({names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""})' for uri, names in readers.items()]
-
-
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
   """Deletes the slices of these slots and prints, as the last line, which ones cost money.
 
@@ -188,8 +174,6 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
                 'are not included.', markup=False)
   if not os.environ.get('TPU_TYPE'):
     console.print(f'TPU_TYPE is not set: {DEFAULT_TYPE} is assumed', markup=False)
-  for problem in local_files(points):
-    console.print(f'to be fixed before a launch: {problem}', markup=False)
 
 
 def program_key(point: Point) -> str:

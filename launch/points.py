@@ -257,3 +257,17 @@ def check_workdirs(points: Iterable[Point]) -> None:
 def resolved(points: Iterable[Point]) -> dict[str, Any]:
   """Returns {name: resolved config as JSON values}."""
   return {point.name: json.loads(to_json(point.config)) for point in points}
+
+
+def local_files(points: Sequence[Point]) -> list[str]:
+  """Returns a line per file on this machine that points would read on another one, which can't reach it."""
+  readers: dict[str, list[str]] = {}
+  for point in points:
+    uris = [point.config.rl.task.uri] if point.stage == 'rl' else [
+      uri for argument in point.arguments if argument.startswith('--benchmark=')
+      for uri in argument.partition('=')[2].split(',')]
+    for uri in uris:
+      if uri.startswith('jsonl:') and '://' not in uri:
+        readers.setdefault(uri, []).append(point.name)
+  return [f'{uri} is on this machine, where no other machine can read it; copy it to the bucket and name it there '
+          f'({names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""})' for uri, names in readers.items()]

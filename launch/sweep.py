@@ -1,5 +1,5 @@
-"""betarank sweep --config=configs/smoke.py --on=local|tpu --root=DIR [--only=PATTERN] [--parallel=N]
-    [--dry_run [--plan]]
+"""betarank sweep --config=configs/smoke.py --on=local|tpu|COMMAND --root=DIR [--only=PATTERN] [--parallel=N]
+    [--chips=N] [--dry_run [--plan]]
 
 Runs the points that `sweep(add)` in the config file names (launch/points.py): at most N at once, each after the points
 it needs. The same command given again skips finished points, resumes interrupted ones and retries failed ones. If a
@@ -13,6 +13,9 @@ With --on=tpu a point runs on a slice through launch/tpu.sh, which reads its set
 (docs/tpu.md). N is then the number of slices, and points take them in turn. Workdirs must be in a bucket (gs://...);
 the files of DIR itself are written to runs/sweeps on this machine. Data is prepared on this machine, into DIR if the
 config names a local folder.
+
+With --on='COMMAND with {command} {name} {chips}' another engine runs the points, such as Slurm or GKE:
+launch/engine.py says how, and launch/examples has commands.
 """
 
 import argparse
@@ -36,7 +39,8 @@ from rich.table import Table
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError, UserError
-from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, resolved
+from betarank.launch import engine
+from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
 from betarank.runtime.metrics import duration
 
@@ -332,17 +336,21 @@ def main(argv: Sequence[str]) -> None:
   root = args.root.rstrip('/')
   points = expand(args.config, root, args.only)
   console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
-  command = local_command
+  command, problems = local_command, local_files(points) if remote else []
   if args.on == 'tpu':
     from betarank.launch import on_tpu
     command, clean_up = on_tpu.command(args.dry_run), on_tpu.clean_up
     if args.dry_run:
       on_tpu.print_estimate(console, points, args.parallel, args.plan)
-    elif problems := on_tpu.local_files(points):
-      raise ConfigError(problems[0])
+  elif args.on != 'local':
+    command = engine.command(args.on, args.chips)
   if args.dry_run:
+    for problem in problems:
+      console.print(f'to be fixed before a launch: {problem}', markup=False)
     _print_points(console, points, command, remote)
     return
+  if problems:
+    raise ConfigError(problems[0])
   if remote and not importlib.util.find_spec('gcsfs'):
     raise ConfigError(f'--root={args.root}: a bucket needs gcsfs: pip install gcsfs')
   check_workdirs(points)
@@ -395,7 +403,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog='betarank sweep', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
-  parser.add_argument('--on', choices=('local', 'tpu'), default='local')
+  parser.add_argument('--on', default='local', metavar='local|tpu|COMMAND',
+                      help='where points run; COMMAND has {command} in it, and may have {name} and {chips}')
+  parser.add_argument('--chips', action='append', default=[], metavar='[STAGE=]N',
+                      help='the number for {chips} in --on; repeatable')
   parser.add_argument('--root', default='', metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')
   parser.add_argument('--only', action='append', default=[], metavar='PATTERN',
                       help='run only the points whose names match this shell pattern, and those they need; repeatable')

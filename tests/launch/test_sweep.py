@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,9 +17,9 @@ import pytest
 import rich.console
 
 from betarank.configs.errors import ConfigError
-from betarank.launch import on_tpu
+from betarank.launch import engine, on_tpu
 from betarank.launch import sweep as sweep_module
-from betarank.launch.points import Point, expand
+from betarank.launch.points import Point, expand, local_files
 from betarank.launch.sweep import Sweep
 from betarank.runtime import checkpoint, workdir
 from tests.runs import BETARANK, assert_no_secret, environment
@@ -126,7 +128,7 @@ def test_on_tpu_data_goes_to_the_bucket():
 def test_on_tpu_a_file_of_this_machine_is_refused(tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match='config.data.tokenizer: /my/own.model is on this machine'):
     expand(write(tmp_path, '  add(**{"data.tokenizer": "/my/own.model"})\n'), 'gs://b/x')
-  [problem] = on_tpu.local_files(expand('configs/paper/dense_4b.py', 'gs://b/4b'))
+  [problem] = local_files(expand('configs/paper/dense_4b.py', 'gs://b/4b'))
   assert problem.startswith('jsonl:corpus/math/*.jsonl is on this machine') and 'and 4 more' in problem
   for name in on_tpu.REQUIRED:
     monkeypatch.setenv(name, 'x')
@@ -399,3 +401,36 @@ def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, monkeypat
 def test_the_planner_compiles_with_the_flags_that_the_workers_have(monkeypatch):
   monkeypatch.setenv('TPU_ENV', 'A=1 LIBTPU_INIT_ARGS="--xla_a=1 --xla_b"')
   assert on_tpu.worker_flags() == {'LIBTPU_INIT_ARGS': '--xla_a=1 --xla_b'}
+
+
+def engine_commands(tmp_path, template, *chips):
+  points = expand(f'{CONFIG}:dir=/d,arms=1,seeds=1,probes=true', str(tmp_path / 'root'))
+  run = engine.command(template, chips)
+  return {point.name: run(point, 0) for point in points}
+
+
+def test_a_point_is_handed_to_an_engine_by_a_template(tmp_path):
+  made = engine_commands(tmp_path, "submit --n={chips} '--job={name} x' {command}", '8', 'rl=16')
+  assert made['data/d'][:1] == [sys.executable]  # data is prepared here
+  train, rl, probe = (made[f'arm0,seed0/{stage}'] for stage in ('train', 'rl', 'probe'))
+  assert [words[:2] for words in (train, rl, probe)] == [['submit', f'--n={n}'] for n in (8, 16, 8)]
+  assert len(train) == 4 and shlex.split(train[3])[:2] == ['betarank', 'train']
+  point = expand(f'{CONFIG}:dir=/d,arms=1,seeds=1,probes=true', str(tmp_path / 'root'))[1]
+  assert shlex.split(train[3])[1:] == list(point.arguments)
+  names = [re.fullmatch(r'--job=([a-z][a-z0-9-]{0,49}) x', words[2])[1] for words in (train, rl, probe)]
+  assert len(set(names)) == 3 and names[0].startswith('arm0-seed0-train-')
+  other = engine_commands(tmp_path / 'other', "'--job={name} x' {command}")['arm0,seed0/train'][0]
+  assert other != f'--job={names[0]} x'  # another root, another job
+
+
+@pytest.mark.parametrize('template, chips, message', [
+  ('slurm', [], 'must be local, tpu, or a command with {command} in it'),
+  ('sbatch {comand}', [], '{comand} is not one of {command}, {name}, {chips}; did you mean {command}?'),
+  ("sbatch '{command}", [], 'no closing quotation'),
+  ('x {chips} {command}', ['rl=4'], '{chips} needs --chips=N or --chips=train=N'),
+  ('x {command}', ['many'], '--chips=many: must be a number'),
+  ('x {command}', ['rll=4'], '--chips=rll=4: must be a number, or STAGE=NUMBER')])
+def test_a_template_that_can_not_be_used_is_refused(tmp_path, template, chips, message):
+  with pytest.raises(ConfigError) as error:
+    engine_commands(tmp_path, template, *chips)
+  assert message in str(error.value)

@@ -436,6 +436,7 @@ def test_a_call_that_hangs_is_a_failure_too(cloud):
   assert code == 6 and 'push failed' in err and cloud.verbs() == ['create', 'scp', 'scp', 'delete'], err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_seen_running_resets_the_count(cloud):
   cloud.fail({'match': 'tpu-vm scp', 'stderr': 'ERROR: x', 'times': 2})
   process = babysit(cloud, 'wait', start=True, TPU_TRIES='3')

@@ -1,0 +1,73 @@
+"""A sweep on another engine, such as Slurm or GKE: each point is handed over by a command made from a template.
+
+    betarank sweep --config=FILE --root=DIR --on='bash launch/examples/slurm.sh {name} {command}'
+
+The template is split into words as a shell would, and nothing else of a shell applies. Then {command} is replaced by
+the betarank command of the point, as one word; {name} by a name for the job, which is the same in every launch; {chips}
+by the number that --chips gives for the point's stage. The graph of the points, their states and resuming stay with the
+sweep, so the command must behave like the point's own: wait until the job has ended, exit with the job's status, and on
+SIGTERM ask the job to save and stop.
+"""
+
+import hashlib
+import pathlib
+import re
+import shlex
+from collections.abc import Callable, Sequence
+
+from betarank.configs.errors import ConfigError, suggestion
+from betarank.launch.points import BETARANK, STAGES, Point
+
+PLACEHOLDERS = ('{command}', '{name}', '{chips}')
+
+
+def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
+  """Returns the function (point, slot) -> command that hands the point over; data is prepared on this machine.
+
+  chips: values of --chips, 'N' for all stages or 'STAGE=N'. Raises ConfigError for a template that can't be used.
+  """
+  try:
+    words = shlex.split(template)
+  except ValueError as error:
+    raise ConfigError(f'--on={template}: {str(error).lower()}') from None
+  used = re.findall(r'\{\w+\}', template)
+  for placeholder in used:
+    if placeholder not in PLACEHOLDERS:
+      raise ConfigError(f'--on={template}: {placeholder} is not one of {", ".join(PLACEHOLDERS)}'
+                        f'{suggestion(placeholder, PLACEHOLDERS)}')
+  if '{command}' not in used:
+    raise ConfigError(f'--on={template}: must be local, tpu, or a command with {{command}} in it')
+  chips_of = _read_chips(chips)
+
+  def run(point: Point, _slot: int) -> list[str]:
+    if point.stage == 'data':
+      return [*BETARANK, *point.arguments]
+    values = {'{command}': shlex.join(['betarank', *point.arguments]), '{name}': job_name(point)}
+    if '{chips}' in used:
+      number = chips_of.get(point.stage, chips_of.get(''))
+      if number is None:
+        raise ConfigError(f'--on={template}: {{chips}} needs --chips=N or --chips={point.stage}=N')
+      values['{chips}'] = str(number)
+    return [re.sub(r'\{\w+\}', lambda match: values[match[0]], word) for word in words]
+
+  return run
+
+
+def _read_chips(flags: Sequence[str]) -> dict[str, int]:
+  """Returns {stage: number of chips}; '' is the stage of a number without one."""
+  found = {}
+  for flag in flags:
+    stage, _, number = flag.rpartition('=')
+    if not re.fullmatch(r'[1-9]\d*', number) or stage not in ('', *STAGES):
+      raise ConfigError(f'--chips={flag}: must be a number, or STAGE=NUMBER with one of {", ".join(STAGES)}')
+    found[stage] = int(number)
+  return found
+
+
+def job_name(point: Point) -> str:
+  """Returns a name of lower-case letters, digits and hyphens, at most 50 characters, that only this point of this root
+  has; Kubernetes allows no other characters."""
+  root = point.workdir if '://' in point.workdir else pathlib.Path(point.workdir).absolute()
+  tail = hashlib.sha256(f'{root}\n{point.name}'.encode()).hexdigest()[:8]
+  readable = re.sub(r'[^a-z0-9]+', '-', point.name.lower()).strip('-')
+  return f'{"" if readable[:1].isalpha() else "p-"}{readable}'[:40].rstrip('-') + f'-{tail}'

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs one point of a sweep as a JobSet (jobset.yaml beside this file) and waits for it:
+#
+#   export IMAGE=... QUEUE=...            # the image of the Dockerfile; a LocalQueue of Kueue
+#   betarank sweep --config=FILE --root=gs://BUCKET/DIR --parallel=4 --on='bash launch/examples/jobset.sh {name} {command}'
+#
+# A JobSet that exists already, since this script was killed while its job lived on, is waited for. On SIGTERM it is
+# deleted: its pods get SIGTERM and have ten minutes to save.
+set -euo pipefail
+name=$1 command=$2
+: "${IMAGE:?IMAGE is not set}" "${QUEUE:?QUEUE is not set}"
+here=$(cd "$(dirname "$0")" && pwd)
+
+quoted() { # as a YAML string in single quotes
+  local text=${1//\'/\'\'}
+  printf "'%s'" "$text"
+}
+manifest() {
+  local text
+  text=$(cat "$here/jobset.yaml")
+  text=${text//__NAME__/"$name"}
+  text=${text//__QUEUE__/"$QUEUE"}
+  text=${text//__IMAGE__/"$IMAGE"}
+  printf '%s\n' "${text//__COMMAND__/"$(quoted "exec $command --coordinator=auto")"}"
+}
+if [ "${1:-}" = --print ]; then
+  name=$2 command=$3
+  manifest
+  exit
+fi
+
+state() { kubectl get jobset "$name" --output=jsonpath='{.status.terminalState}' 2>/dev/null || echo Missing; }
+trap 'kubectl delete jobset "$name" --wait=true; exit 143' TERM INT
+
+[ "$(state)" != Missing ] || manifest | kubectl create --filename=-
+while true; do
+  case $(state) in
+    Completed)
+      kubectl delete jobset "$name" --wait=false
+      exit 0
+      ;;
+    Failed)
+      kubectl logs --selector="jobset.sigs.k8s.io/jobset-name=$name" --tail=20 >&2 || true
+      kubectl delete jobset "$name" --wait=false # so that the next launch may try again
+      exit 1
+      ;;
+  esac
+  sleep "${POLL_S:-30}" &
+  wait $! || true
+done

@@ -1,0 +1,142 @@
+"""The examples in launch/examples that hand points to GKE and SkyPilot, with stand-ins for kubectl and sky."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / 'launch' / 'examples'
+COMMAND = shlex.join(['betarank', 'train', '--config=a b', "--x=it's", '--y=$HOME & \\1'])
+
+# Records its arguments and input; `get` prints the state that the test has written.
+STAND_IN = '''#!{python}
+import json, os, pathlib, signal, sys, time
+here = pathlib.Path(os.environ['HERE'])
+text = sys.stdin.read() if '--filename=-' in sys.argv else ''
+with open(here / 'calls.jsonl', 'a') as file:
+  file.write(json.dumps([sys.argv[1:], text]) + '\\n')
+if sys.argv[1] == 'create':
+  (here / 'state').write_text('Running')
+if sys.argv[1] == 'get':
+  if not (here / 'state').exists():
+    sys.exit('NotFound')
+  print((here / 'state').read_text(), end='')
+if sys.argv[1:3] == ['jobs', 'launch']:
+  (here / 'launched').touch()
+  status = here / 'status'
+  while not status.exists():
+    time.sleep(0.05)
+  sys.exit(int(status.read_text()))
+'''
+
+
+class Engine:
+  """A folder with a stand-in for one program, and the example script that calls it."""
+
+  def __init__(self, folder, program, script):
+    self.folder, self.script = folder, EXAMPLES / script
+    (folder / 'bin').mkdir()
+    (folder / 'bin' / program).write_text(STAND_IN.format(python=sys.executable))
+    (folder / 'bin' / program).chmod(0o755)
+
+  def start(self, *arguments):
+    settings = {**os.environ, 'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}', 'HERE': str(self.folder),
+                'IMAGE': 'registry/image:1', 'QUEUE': 'queue', 'POLL_S': '0.1'}
+    return subprocess.Popen(['bash', self.script, *arguments], env=settings, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+  def calls(self, verb):
+    path = self.folder / 'calls.jsonl'
+    calls = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [call for call in calls if verb in call[0]]
+
+  def wait(self, holds):
+    for _ in range(600):
+      if holds():
+        return
+      time.sleep(0.05)
+    raise AssertionError((self.folder / 'calls.jsonl').read_text())
+
+
+@pytest.fixture
+def jobset(tmp_path):
+  return Engine(tmp_path, 'kubectl', 'jobset.sh')
+
+
+def manifest(engine):
+  yaml = pytest.importorskip('yaml')
+  out, err = engine.start('--print', 'job-1', COMMAND).communicate(timeout=60)
+  assert out, err
+  return yaml.safe_load(out)
+
+
+def test_the_manifest_runs_the_command_as_it_is(jobset):
+  made = manifest(jobset)
+  assert made['metadata']['name'] == 'job-1'
+  job = made['spec']['replicatedJobs'][0]['template']['spec']
+  [container] = job['template']['spec']['containers']
+  assert container['image'] == 'registry/image:1'
+  [line] = container['args']
+  assert shlex.split(line) == ['exec', *shlex.split(COMMAND), '--coordinator=auto']
+  assert job['parallelism'] == job['completions']
+
+
+@pytest.mark.parametrize('state, status', [('Completed', 0), ('Failed', 1)])
+def test_a_jobset_is_waited_for_and_removed(jobset, state, status):
+  process = jobset.start('job-1', COMMAND)
+  jobset.wait(lambda: len(jobset.calls('get')) > 2)
+  assert process.poll() is None
+  (jobset.folder / 'state').write_text(state)
+  assert process.wait(60) == status
+  [(_, text)] = jobset.calls('create')
+  assert 'name: job-1' in text and len(jobset.calls('delete')) == 1
+
+
+def test_a_jobset_that_lives_on_is_not_created_again_and_a_stop_deletes_it(jobset):
+  (jobset.folder / 'state').write_text('Running')
+  process = jobset.start('job-1', COMMAND)
+  jobset.wait(lambda: len(jobset.calls('get')) > 2)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 143
+  assert not jobset.calls('create') and jobset.calls('delete') == [[['delete', 'jobset', 'job-1', '--wait=true'], '']]
+
+
+@pytest.fixture
+def sky(tmp_path):
+  return Engine(tmp_path, 'sky', 'sky.sh')
+
+
+def test_sky_passes_the_command_and_the_status_on(sky):
+  (sky.folder / 'status').write_text('100')
+  assert sky.start('job-1', COMMAND).wait(60) == 100
+  [(arguments, _)] = sky.calls('launch')
+  assert arguments == ['jobs', 'launch', '--yes', '--name', 'job-1', '--env', f'COMMAND={COMMAND}',
+                       str(EXAMPLES / 'sky.yaml')]
+
+
+def test_sky_cancels_on_a_stop(sky):
+  process = sky.start('job-1', COMMAND)
+  sky.wait((sky.folder / 'launched').exists)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == 143 and sky.calls('cancel') == [[['jobs', 'cancel', '--yes', '--name', 'job-1'], '']]
+  (sky.folder / 'status').write_text('0')
+
+
+@pytest.mark.parametrize('nodes, expected', [
+  ({'SKYPILOT_NUM_GPUS_PER_NODE': '0'}, ['--coordinator=auto']),
+  ({'SKYPILOT_NUM_GPUS_PER_NODE': '8', 'SKYPILOT_NODE_IPS': '10.0.0.1\n10.0.0.2', 'SKYPILOT_NUM_NODES': '2',
+    'SKYPILOT_NODE_RANK': '1'}, ['--coordinator=10.0.0.1:8476', '--processes=2', '--process_id=1'])])
+def test_sky_s_run_section_tells_each_host_its_place(tmp_path, nodes, expected):
+  yaml = pytest.importorskip('yaml')
+  run = yaml.safe_load((EXAMPLES / 'sky.yaml').read_text())['run']
+  (tmp_path / 'betarank').write_text(f'#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n')
+  (tmp_path / 'betarank').chmod(0o755)
+  done = subprocess.run(['bash', '-c', run], text=True, capture_output=True, env={
+    'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(tmp_path), 'COMMAND': COMMAND, **nodes})
+  assert json.loads(done.stdout) == [*shlex.split(COMMAND)[1:], *expected], done.stderr
