@@ -66,7 +66,7 @@ def test_a_run_repeats_to_the_last_bit(data_dir, tmp_path):
 @pytest.mark.parametrize('shape', [(1, 1), (2, 1), (1, 4), (4, 2)], ids=str)  # data, fsdp
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_the_rows_of_a_step_are_the_same_for_any_number_of_processes_and_devices(data_dir, processes, shape):
-  """Each process reads the part that train/hosts.py gives it; together, on the devices, they are one batch."""
+  """Each process reads the part that runtime/multihost.py gives it; together, on the devices, they are one batch."""
   run = run_config(load.load(f'tests/tiny.py:dir={data_dir}', {}))
   rows = run.train.batch_size
   mesh = model.make_mesh(model.MeshConfig(*shape, 1, 1, 1), jax.devices()[: shape[0] * shape[1]])
