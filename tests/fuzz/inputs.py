@@ -1,4 +1,4 @@
-"""The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face files."""
+"""The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face."""
 
 import argparse
 import contextlib
