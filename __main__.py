@@ -18,7 +18,7 @@ COMMANDS = {
   'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),
   'sweep': ('launch.sweep', 'run the points of an experiment here, or on TPU slices'),
   'plan': ('launch.plan.command', 'compile a config for a TPU pod that is not here; predict memory, time and cost'),
-  'checkpoint': ('runtime.checkpoint', 'inspect or verify checkpoints'),
+  'checkpoint': ('runtime.checkpoint_command', 'inspect or verify checkpoints'),
   'hf': ('train.hf', 'export to, or import from, the Hugging Face format'),
   'config': ('configs.command', 'print a resolved config, or list the configs that ship'),
 }

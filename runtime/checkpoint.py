@@ -1,22 +1,15 @@
-"""Checkpoints through Orbax: written in the background, whole or not at all, restorable on any mesh.
-
-    betarank checkpoint inspect DIR     what a run's checkpoints, or one of them, hold
-    betarank checkpoint verify DIR      reads every byte of them and says which file is damaged
+"""Saves and restores checkpoints through Orbax: atomically, in the background, and onto any mesh.
 
 WORKDIR/checkpoints/STEP/ holds `state` (parameters with layers stacked, optimizer, step), `meta` (JSON: data cursor,
-resolved config, parent checkpoint, code version, shape of every array) and manifest.json (train/integrity.py), against
-which every restore checks them first. The order in which a run looks for its start is in `train/loop.py`: this
-workdir's newest checkpoint, then `train.init_from`, then the seed.
+resolved config, parent checkpoint, code version, shape of every array) and manifest.json (runtime/integrity.py), which
+every restore compares them with first. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies them.
 """
 
-import argparse
 import dataclasses
 import json
 import logging
-import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,15 +20,14 @@ from jax.experimental import multihost_utils
 
 from betarank.configs import renamed
 from betarank.configs.errors import UserError, suggestion
-from betarank.configs.load import check_places, flatten
 from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
 
-COMMITTED = 'commit_success.txt'  # Orbax's last file: what tells a whole checkpoint in a bucket, which can't rename
+COMMITTED = 'commit_success.txt'  # Orbax writes it last; without it a checkpoint in a bucket isn't complete
 
 
 class CheckpointError(UserError):
-  """A checkpoint that can't be written, or can't be what it is asked to be. One line, naming the path."""
+  """A checkpoint that can't be written, found or restored. The message is one line that names the path."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,36 +47,43 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-  """The checkpoints of one workdir."""
+  """The checkpoints of one workdir. Every process of a job must make the same calls."""
 
   def __init__(self, workdir: str | epath.Path, config: CheckpointConfig, fallback: bool = False):
-    """Raises CheckpointError if the newest one is damaged; with `fallback` the newest good one becomes the newest.
+    """Opens the folder of checkpoints, and creates it if needed.
 
-    Every process of a job must call.
+    Args:
+      workdir: of the run.
+      config: how many checkpoints to keep.
+      fallback: if the newest checkpoint is damaged, move it aside and continue with the newest good one.
+
+    Raises:
+      CheckpointError: the newest checkpoint is damaged, and `fallback` is False or no older one is good.
     """
-    _say_failures_once()
+    _suppress_background_tracebacks()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
-    _settle(self.path, fallback)
+    _ensure_newest_is_valid(self.path, fallback)
     self._manager = ocp.CheckpointManager(
       absolute(self.path),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.keep,
         keep_period=config.keep_every_steps or None,
-        cleanup_tmp_directories=True,  # what a killed run left half-written
-        # Folders made in the background fail there, and Orbax's other threads wait 20 minutes for them.
-        async_options=ocp.AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False),
+        cleanup_tmp_directories=True,  # unfinished saves of a killed run
+        # If a folder can't be created in the background, other threads of Orbax wait 20 minutes for it.
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._write_manifest, create_directories_asynchronously=False),
       ),
       item_names=integrity.ITEMS,
     )
 
   @property
   def latest(self) -> int | None:
-    """Step of the newest whole checkpoint."""
+    """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
-    """Starts writing and returns once the state may be donated. A failed earlier write raises here."""
+    """Starts writing, and returns when the state may be donated. Raises CheckpointError, of an earlier write too."""
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
     self._saving = step
@@ -92,63 +91,64 @@ class Checkpoints:
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True))
 
   def check(self) -> None:
-    """Raises CheckpointError if a write in the background has failed; cheap, called every step."""
+    """Raises CheckpointError if a write in the background has failed. It is cheap: call it every step."""
     self._guard(self._manager.check_for_errors)
 
   def wait(self) -> None:
-    """Returns when all is written. Raises CheckpointError if it couldn't be."""
+    """Waits until everything is written. Raises CheckpointError if that fails."""
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
     self._guard(self._manager.close)
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint, laid out as `target` (shapes, types, shardings) says, and its meta."""
-    return _restore(self.path / str(self.latest), target)  # checked when this was made
+    """Returns the newest checkpoint with the shapes, dtypes and shardings of `target`, and its meta."""
+    return _restore(self.path / str(self.latest), target)  # `__init__` has checked its files
 
-  def _seal(self) -> None:
-    """Called in process 0's writing thread once all files are there, before Orbax commits them under their name."""
+  def _write_manifest(self) -> None:
+    """Writes the manifest, in process 0's writing thread: all files are written, and Orbax commits them after this."""
     final = self.path / str(self._saving)
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
-  def _guard(self, write) -> None:
+  def _guard(self, write: Callable[[], object]) -> None:
+    """Calls `write`. Raises CheckpointError instead of what Orbax and tensorstore raise if a disk is full."""
     try:
       write()
-    except (OSError, ValueError, RuntimeError) as error:  # what Orbax and tensorstore raise when a disk is full
-      if _of_another_process(error):
+    except (OSError, ValueError, RuntimeError) as error:
+      if _is_peer_failure(error):
         raise
-      reason = str(error).strip().splitlines()[0][-160:]  # its end says what the system answered
-      whole = steps(self.path)
-      last = f'the last good one is {self.path / str(whole[-1])}' if whole else 'there is no earlier one'
+      reason = str(error).strip().splitlines()[0][-160:]  # the system's own message is at its end
+      found = steps(self.path)
+      last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
       raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
 
 
-def _say_failures_once() -> None:
-  """Drops the tracebacks that Orbax's threads log of a failed write; it is raised again by `check` or `wait`."""
+def _suppress_background_tracebacks() -> None:
+  """Drops the tracebacks that Orbax's threads log if a write fails. `check` or `wait` raises the error."""
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
 def absolute(path: epath.Path) -> epath.Path:
-  """`path` from the root; gs://... is that already, and epath's resolve() would make it /HERE/gs:/..."""
+  """Returns an absolute path. That of a bucket already is one: epath's resolve() would prefix the current folder."""
   return path if '://' in str(path) else epath.Path(path).resolve()
 
 
 def shapes_of(tree: Any) -> dict[str, list]:
-  """{'params.layers.norm_D': [[4, 256], 'float32'], ...}: what a checkpoint holds, readable without devices."""
+  """Returns the shape and dtype of every array, as {'params.layers.norm_D': [[4, 256], 'float32'], ...}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='.'): [list(leaf.shape), str(leaf.dtype)]
           for path, leaf in leaves}
 
 
 def steps(folder: epath.Path) -> list[int]:
-  """The whole checkpoints in a folder, by step, oldest first."""
-  whole = lambda path: path.name.isdigit() and ('://' not in str(path) or (path / COMMITTED).exists())
-  return sorted(int(p.name) for p in folder.iterdir() if whole(p)) if folder.exists() else []
+  """Returns the steps of the complete checkpoints in a folder, in ascending order."""
+  complete = lambda path: path.name.isdigit() and ('://' not in str(path) or (path / COMMITTED).exists())
+  return sorted(int(p.name) for p in folder.iterdir() if complete(p)) if folder.exists() else []
 
 
 def find(path: str) -> epath.Path:
-  """The checkpoint at `path`: itself one, or a workdir, whose newest is taken. Raises CheckpointError."""
+  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir. Raises CheckpointError."""
   root = epath.Path(path)
   if ((root / 'meta').exists() and (root / 'state').exists()) or (root / integrity.NAME).exists():
     return root
@@ -160,66 +160,70 @@ def find(path: str) -> epath.Path:
 
 
 def check(path: epath.Path) -> None:
-  """Raises CheckpointError if a file at `path` isn't what was written: which one, and which checkpoint is good.
+  """Raises CheckpointError if a file of the checkpoint at `path` is damaged; names it and the newest good checkpoint.
 
-  Every process of a job must call; each looks at its part.
+  Every process of a job must call; each one checks a part of the files.
   """
-  if problem := _problem(path):
-    good = _good_before(path)
+  if problem := _damage(path):
+    good = _newest_good_before(path)
     raise CheckpointError(f'{path}/{problem}; ' + (f'{good} is good' if good else 'no earlier checkpoint is good'))
 
 
-def _settle(folder: epath.Path, fallback: bool) -> None:
-  """Makes sure that the newest checkpoint in `folder`, if there is one, is good; see Checkpoints."""
+def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
+  """Checks the newest checkpoint in `folder`, if there is one; see Checkpoints.__init__."""
   found = steps(folder)
-  if not found or not (problem := _problem(newest := folder / str(found[-1]))):
+  if not found or not (problem := _damage(newest := folder / str(found[-1]))):
     return
-  good = _good_before(newest)
+  good = _newest_good_before(newest)
   if good is None:
     raise CheckpointError(f'{newest}/{problem}; no earlier checkpoint is good, choose another workdir')
   if not fallback:
-    raise CheckpointError(f'{newest}/{problem}; {good} is good, and --fallback goes on from it')
+    raise CheckpointError(f'{newest}/{problem}; {good} is good, and --fallback resumes from it')
   aside = folder.parent / 'damaged'
-  if _place()[0] == 0:
+  if _process_index_and_count()[0] == 0:
     aside.mkdir(exist_ok=True)
     for step in found[found.index(int(good.name)) + 1:]:
       (aside / str(step)).rmtree(missing_ok=True)
       (folder / str(step)).rename(aside / str(step))
-    print(f'{newest}/{problem}; moved to {aside}, going on from {good}', file=sys.stderr)
-  _agree('')  # nobody looks before they are moved
+    print(f'{newest}/{problem}; moved to {aside}, resuming from {good}', file=sys.stderr)
+  _first_message_of_any_process('')  # the others wait here until they are moved
 
 
-def _good_before(path: epath.Path) -> epath.Path | None:
-  """The newest good checkpoint beside `path` that is older."""
+def _newest_good_before(path: epath.Path) -> epath.Path | None:
+  """Returns the newest checkpoint in the same folder that is older than `path` and good, or None."""
   older = [step for step in steps(path.parent) if path.name.isdigit() and step < int(path.name)]
-  return next((p for step in reversed(older) if not _problem(p := path.parent / str(step))), None)
+  return next((p for step in reversed(older) if not _damage(p := path.parent / str(step))), None)
 
 
-def _problem(path: epath.Path) -> str:
-  """'' or what is damaged at `path`, the same in all processes, which must all call."""
-  return _agree(integrity.damage(absolute(path), share=_place()))
+def _damage(path: epath.Path) -> str:
+  """Returns what is damaged at `path`, or ''; the same in all processes, which must all call."""
+  return _first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
 
 
-def _place() -> tuple[int, int]:
-  """(index, number) of processes; asks no device where there is one."""
+def _process_index_and_count() -> tuple[int, int]:
+  """Returns (index of this process, number of processes), without starting a device in a job of one."""
   return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
-def _of_another_process(error: Exception) -> bool:
-  """Whether it needn't be a disk's error: another process that is gone is one here too, and train/job.py names it."""
-  return _place()[1] > 1 and not getattr(error, 'errno', None) and 'os_error_code' not in str(error)
+def _is_peer_failure(error: Exception) -> bool:
+  """Returns True if a lost peer process, not storage, may have caused this error. The watchdog names the process."""
+  return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
+          and 'os_error_code' not in str(error))
 
 
-def _agree(text: str) -> str:
-  """The first text of a process that isn't ''; every process must call, and gets it."""
-  if _place()[1] == 1:
+def _first_message_of_any_process(text: str) -> str:
+  """Returns the first `text` of a process that isn't ''; every process must call."""
+  if _process_index_and_count()[1] == 1:
     return text
-  said_PC = multihost_utils.process_allgather(np.frombuffer(text.encode()[:500].ljust(500), np.uint8))
-  return next((line for said_C in said_PC if (line := said_C.tobytes().decode(errors='replace').strip())), '')
+  text_PC = multihost_utils.process_allgather(np.frombuffer(text.encode()[:500].ljust(500), np.uint8))
+  return next((line for text_C in text_PC if (line := text_C.tobytes().decode(errors='replace').strip())), '')
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-  """A checkpoint's meta, without its arrays; needs no device. Raises CheckpointError if it's missing or damaged."""
+  """Returns a checkpoint's meta, without reading its arrays or starting a device.
+
+  Raises CheckpointError if it is missing or damaged.
+  """
   try:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)
@@ -232,7 +236,10 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-  """The state at `path` laid out as `target`, and its meta. Raises CheckpointError if it's damaged or shapes differ."""
+  """Returns the state at `path` with the shardings of `target`, and its meta.
+
+  Raises CheckpointError if it is damaged or its shapes differ from those of `target`.
+  """
   check(path)
   return _restore(path, target)
 
@@ -244,7 +251,7 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Only the parameters at `path`, laid out as `params`, and the checkpoint's meta. Raises as `restore` does."""
+  """Returns only the parameters at `path`, with the shardings of `params`, and the meta. Raises as `restore` does."""
   check(path)
   meta = read_meta(path)
   saved = {k: v for k, v in meta['shapes'].items() if k.startswith('params.')}
@@ -258,7 +265,7 @@ def _read(path: epath.Path, target: Any) -> Any:
       return reader.restore(absolute(path) / 'state', ocp.args.PyTreeRestore(
         target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True))
   except (OSError, ValueError, RuntimeError) as error:
-    if _of_another_process(error):
+    if _is_peer_failure(error):
       raise
     raise CheckpointError(f'{path}: could not be read ({str(error).strip().splitlines()[0][:300]})') from error
 
@@ -269,55 +276,3 @@ def _check_shapes(path: epath.Path, saved: dict[str, list], wanted: dict[str, li
       show = lambda entry: f'{entry[1]}{entry[0]}' if entry else 'nothing'
       raise CheckpointError(f'{path}: holds {show(saved.get(name))} for {name}, '
                             f'but this config makes it {show(wanted.get(name))}')
-
-
-# betarank checkpoint
-
-
-def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank checkpoint', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('command', choices=('inspect', 'verify'))
-  parser.add_argument('path', metavar='DIR', help='a workdir or one checkpoint; local or gs://')
-  args = parser.parse_args(argv)
-  check_places({'DIR': args.path}, '')
-  found = find(args.path)
-  one = str(found) == str(epath.Path(args.path)) or not found.name.isdigit()
-  paths = [found] if one else [found.parent / str(step) for step in steps(found.parent)]
-  if args.command == 'inspect':
-    _inspect(paths)
-  else:
-    _verify(paths)
-
-
-def _inspect(paths: list[epath.Path]) -> None:
-  for path in paths:
-    meta = read_meta(path)
-    shapes = {name: (math.prod(shape), np.dtype(kind).itemsize if kind != 'bfloat16' else 2)
-              for name, (shape, kind) in meta['shapes'].items()}
-    parameters = sum(n for name, (n, _) in shapes.items() if name.startswith('params.'))
-    written = (path / 'meta' / 'metadata').stat().mtime
-    print(f'{path}: step {meta["step"]}, {parameters:,} parameters, {(time.time() - written) / 3600:.1f} h old')
-    files = integrity.read(path)
-    for item in integrity.ITEMS if files else ():
-      sizes = [f['size'] for name, f in files.items() if name.startswith(f'{item}/')]
-      print(f'  {item:6} {sum(sizes):,} bytes in {len(sizes)} files')
-    if not files:
-      print('  no manifest: what it holds can\'t be checked')
-    print(f'  arrays {len(shapes)}, {sum(n * size for n, size in shapes.values()):,} bytes')
-    print(f'  code {meta.get("code_version") or "unknown"}, parent {meta.get("parent") or "none"}')
-  print(f'config of {paths[-1]}:')
-  for key, value in flatten(meta['config']).items():
-    print(f'  {key} = {json.dumps(value)}')
-
-
-def _verify(paths: list[epath.Path]) -> None:
-  """A line for each; exit status 1 if one is damaged or can't be checked."""
-  bad = 0
-  for path in paths:
-    problem = integrity.damage(absolute(path), full=True)
-    if not problem and not (path / integrity.NAME).exists():
-      problem = f'{integrity.NAME}: missing, so what the checkpoint holds can\'t be checked'
-    bad += bool(problem)
-    print(f'{path}/{problem}' if problem else f'{path}: good')
-  sys.exit(bad > 0)

@@ -1,13 +1,13 @@
-"""What the files of a checkpoint were when they were written, in its manifest.json, and whether they still are.
+"""Finds damaged files in a checkpoint, by the sizes and checksums in its manifest.json.
 
     {"version": 1, "block_bytes": 67108864,
      "files": {"state/manifest.ocdbt": {"size": 115, "sha256": "7c1f...", "crc32": ["1c291ca3"]}, ...}}
 
-It is written before the checkpoint is committed, so a checkpoint that is there has one, unless an older version wrote
-it; such a one is taken as it is. crc32, of each block, is what every start can afford to check, all of it: it misses
-no flipped byte, and other damage once in 2^32. sha256, of each file, is what `betarank checkpoint verify`
-checks, and what sha256sum prints. An object store checks content itself, and reading it twice would double the time
-of a start: there a start compares all sizes, and the content of small files.
+The manifest is written before the checkpoint is committed, so every complete checkpoint has one. A checkpoint of an
+older version has none and is accepted as it is. Every start checks the crc32 of each block: it finds every flipped
+byte, and misses other damage once in 2^32. `betarank checkpoint verify` checks the sha256 of each file, which is what
+sha256sum prints. An object store checks content itself, and reading everything twice would double the time of a start:
+in a bucket a start compares all sizes, and the content of small files only.
 """
 
 import concurrent.futures
@@ -21,10 +21,10 @@ from typing import Any
 from etils import epath
 
 NAME = 'manifest.json'
-ITEMS = ('state', 'meta')  # folders of a checkpoint; the files beside them are Orbax's notes to itself
-BLOCK_BYTES = 2**26  # what one thread checks at a time
-_PIECE_BYTES = 2**20  # what is in memory of it
-_SMALL_BYTES = 2**20  # a file whose content is checked in an object store too
+ITEMS = ('state', 'meta')  # the folders of a checkpoint that are checked; its other files are Orbax's own
+BLOCK_BYTES = 2**26  # one thread checks a block
+_PIECE_BYTES = 2**20  # of it are in memory at a time
+_SMALL_BYTES = 2**20  # up to this size the content is checked in a bucket too
 _Check = Callable[[], str]
 
 
@@ -38,7 +38,7 @@ def write(folder: epath.Path) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
-  """{file: its size and checksums} or None without a manifest. Raises ValueError if it is none."""
+  """Returns {file: its size and checksums}, or None without a manifest. Raises ValueError if it can't be read."""
   try:
     manifest = json.loads((folder / NAME).read_text())
     if not (manifest['version'] == 1 and manifest['block_bytes'] == BLOCK_BYTES and all(
@@ -53,12 +53,13 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
 
 
 def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tuple[int, int] = (0, 1)) -> str:
-  """'' if the files in `folder` are what its manifest says, else the first one that isn't, with what is wrong.
+  """Returns '' if the files in `folder` are as its manifest says, else 'FILE: what is wrong' for the first that isn't.
 
   Args:
-    item: look only at this one's files.
-    full: sha256 of all files, wherever they are.
-    share: (i, n): look at the i-th of n equal parts of the content, and at all sizes.
+    folder: of the checkpoint.
+    item: check only the files of this one of ITEMS.
+    full: check the sha256 of all files, in a bucket too.
+    share: (i, n): check all sizes, and part i of n equal parts of the content.
   """
   try:
     files = read(folder)
@@ -75,7 +76,7 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
                   for block, crc in enumerate(f['crc32'])]
   sizes = [(name, lambda name=name, f=f: _check_size(folder / name, f)) for name, f in files.items()]
   with _threads() as pool:
-    for checks in (sizes, content[share[0]::share[1]]):  # a file that is too short is said to be that
+    for checks in (sizes, content[share[0]::share[1]]):  # sizes first, so that a short file is reported as one
       for (name, _), problem in zip(checks, pool.map(lambda check: _guarded(check[1]), checks)):
         if problem:
           return f'{name}: {problem}'
@@ -139,4 +140,4 @@ def _files(folder: epath.Path, item: str) -> Iterator[str]:
 
 
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
-  return concurrent.futures.ThreadPoolExecutor(min(32, 4 + (os.cpu_count() or 1)))  # some of them wait for a disk
+  return concurrent.futures.ThreadPoolExecutor(min(32, 4 + (os.cpu_count() or 1)))  # they also wait for the disk

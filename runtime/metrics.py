@@ -1,7 +1,7 @@
-"""What a run writes down: a JSON line a step, TensorBoard events, and a line for the person watching.
+"""Writes the metrics of a run: one JSON line per step, TensorBoard events, and a line on the screen.
 
-metrics.jsonl holds one object a line: {"step": 12, "train/ce_nats": 2.31, ...}; evaluations add lines with
-`eval/SOURCE/...`. Everything but `time/...` repeats to the last bit when a run is killed and goes on.
+metrics.jsonl holds one object per line: {"step": 12, "train/ce_nats": 2.31, ...}; evaluations add lines with
+`eval/SOURCE/...`. Everything but `time/...` is the same to the last bit in a run that was killed and resumed.
 """
 
 import json
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from betarank.configs.files import write_atomically
 
-# Dense bfloat16 FLOP/s of a chip, from the makers' data sheets; by the start of jax.Device.device_kind.
+# Dense bfloat16 FLOP/s per chip, from the vendors' data sheets. The keys are prefixes of jax.Device.device_kind.
 PEAK_FLOPS = {
   'TPU v4': 275e12,
   'TPU v5 lite': 197e12,
@@ -34,13 +34,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Peak FLOP/s of one chip, or None for a kind that isn't in the table (a CPU)."""
+  """Returns the peak FLOP/s of one chip, or None for a kind that isn't in the table, such as a CPU."""
   kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
   return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 class JsonLines:
-  """A file of JSON objects, one a line, each with its `step`; reopening it at a step drops what came after."""
+  """A file of JSON objects, one per line, each with its `step`. Opening it at a step drops the lines of later steps."""
 
   def __init__(self, path: epath.Path, step: int):
     self._path = path
@@ -51,7 +51,7 @@ class JsonLines:
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     line = {'step': step, **values}
-    if self._remote:  # object stores can't append: kept, and written whole now and then
+    if self._remote:  # object stores can't append: `flush` writes all lines again
       self._lines.append(line)
     else:
       self._file.write(json.dumps(line) + '\n')
@@ -66,7 +66,7 @@ class JsonLines:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-  """The lines of a metrics file; one that a kill cut short is left out."""
+  """Returns the lines of a metrics file, without those that a killed process left incomplete."""
   if not path.exists():
     return []
   lines = []
@@ -81,7 +81,7 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Where a run's time goes: steps, waiting for input, and what is kept apart (evaluation, saving)."""
+  """Measures the time of steps and of waiting for input, without what runs under `apart` (evaluation, saving)."""
 
   def __init__(self):
     self._last = time.perf_counter()
@@ -95,7 +95,7 @@ class Clock:
     return _Span(self, '_apart')
 
   def lap(self) -> tuple[float, float]:
-    """(seconds, share of them spent waiting for input) since the last lap, without what was kept apart."""
+    """Returns (seconds, share of them spent waiting for input) since the last lap, without what ran under `apart`."""
     now = time.perf_counter()
     seconds = max(now - self._last - self._apart, 1e-9)
     wait = self._waited / seconds
@@ -115,10 +115,10 @@ class _Span:
 
 
 def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
-  """One line that answers: is it fine, and when does it end."""
+  """Returns the line on the screen for a training step: is the run fine, and when does it end."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   parts = [f'step {step:>{len(str(steps))}}/{steps} {100 * step / steps:3.0f}%']
-  if v['loss_nats'] != v['ce_nats']:  # they are one number in a plain run
+  if v['loss_nats'] != v['ce_nats']:  # they are equal with plain cross-entropy
     parts.append(f'loss {v["loss_nats"]:.4f}')
   parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'rank1 {v["rank1_accuracy"]:.3f}',
             f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}', f'{v["tokens_per_s"]:,.0f} tok/s']
@@ -133,13 +133,14 @@ def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> s
 
 
 def describe_evaluation(source: str, values: dict[str, float]) -> str:
-  """The line for one source's validation."""
+  """Returns the line on the screen for the validation of one source."""
   return (f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
           f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
           f'tail mass {values["tail_mass"]:.4f}')
 
 
 def duration(seconds: float) -> str:
+  """Returns H:MM:SS, or '?' for an infinite time."""
   if not math.isfinite(seconds):
     return '?'
   hours, rest = divmod(int(seconds + 0.5), 3600)
@@ -147,19 +148,29 @@ def duration(seconds: float) -> str:
 
 
 class Log:
-  """One run's files and its line on the screen. Other processes than the first get a Log that does nothing."""
+  """The files of a run and its line on the screen. It does nothing in processes other than the first."""
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
     describe: Callable[[int, int, dict[str, float], float], str] = describe,
   ):
-    """describe(step, steps, figures, seconds left): the line to show."""
+    """Opens the files, without the lines of steps after `step`.
+
+    Args:
+      workdir: of the run.
+      step: the step to continue from.
+      steps: the last step.
+      every: steps between two lines on the screen.
+      tensorboard: write TensorBoard events too.
+      active: False for a Log that does nothing.
+      describe: (step, steps, figures, seconds left) -> the line on the screen.
+    """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
     self._step_s = None
     if not active:
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    kept = step or -1  # a run that starts anew writes its step 0 again
+    kept = step or -1  # a run that starts from scratch writes its step 0 again
     self._lines = JsonLines(workdir / 'metrics.jsonl', kept)
     self._samples = JsonLines(workdir / 'samples.jsonl', kept)
     self._board = None
@@ -175,17 +186,17 @@ class Log:
       self._progress.start()
 
   def say(self, text: str) -> None:
-    """A line for the person, above the live one."""
+    """Prints a line, above the live one."""
     if self._active:
       self._console.print(text, markup=False)
 
   def train(self, step: int, values: dict[str, float]) -> None:
-    """Figures of one update; names have a slash and a unit."""
+    """Records the figures of one update. Their names have a slash and a unit."""
     if not self._active:
       return
     self._lines.write(step, values)
     step_s = values['time/step_s']
-    # The first step compiles; after it, a running mean makes the estimate of the end steady.
+    # The first step compiles. After it, a running mean keeps the estimate of the end steady.
     self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
     line = self._describe(step, self._steps, values, (self._steps - step) * self._step_s)
     if self._progress:
@@ -196,7 +207,7 @@ class Log:
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], line: str) -> None:
-    """Figures on what isn't trained on, and the line to show."""
+    """Records the figures of an evaluation, and prints `line`."""
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}

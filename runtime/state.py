@@ -1,4 +1,4 @@
-"""What training changes: step, parameters, optimizer state. Born sharded."""
+"""The training state: step, parameters and optimizer state, created on the mesh with their shardings."""
 
 import dataclasses
 from typing import Any
@@ -15,15 +15,15 @@ from betarank import model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """One pytree; a step maps it and a batch to the next one."""
+  """The pytree that an update maps, with a batch, to the next one."""
 
-  step: jax.Array  # int32 []: updates done
-  params: Any  # float32, as model.init makes them
+  step: jax.Array  # int32 []: number of updates so far
+  params: Any  # float32, with the structure of model.init
   opt_state: Any
 
 
 def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Shapes, types and shardings of a state on `mesh`, with nothing allocated.
+  """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating anything.
 
   Raises ValueError if a mesh axis doesn't divide a dimension it shards.
   """
@@ -45,7 +45,7 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
 def create_state(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
-  """Step 0 with fresh parameters from `seed`, the same on any mesh, or with `params`."""
+  """Returns the state of step 0 with `params`, or with fresh parameters from `seed`, equal on every mesh."""
   def create(params):
     if params is None:
       params = model.init(c, jax.random.key(seed))
@@ -56,18 +56,18 @@ def create_state(
 
 
 def donated() -> tuple[int, ...]:
-  """Arguments an update may overwrite: the state, except on a CPU.
+  """Returns the positions of the arguments that an update donates: that of the state, but none on a CPU.
 
-  There a checkpoint being written reads the state's own memory (elsewhere it is copied to the host first), and an
-  update that wants to overwrite it would have to wait for the disk.
+  On a CPU a checkpoint is written from the state's own memory (elsewhere it is copied to the host first), and an update
+  that overwrites it would have to wait for the disk.
   """
   return () if model.platform() == 'cpu' else (0,)
 
 
 def compiler_options() -> dict[str, bool] | None:
-  """What XLA should do otherwise in an update.
+  """Returns the XLA options of an update, or None.
 
-  On a GPU it would fuse a kernel (attention, a matrix product) with the copy of its output to where a scanned layer
-  saves it, and run the kernel a second time for its other use.
+  On a GPU XLA would fuse a kernel (attention, a matmul) with the copy of its output to where a scanned layer saves it,
+  and run the kernel a second time for its other use.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

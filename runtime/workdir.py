@@ -1,4 +1,4 @@
-"""What a run keeps in its workdir besides checkpoints: its config, and where it comes from."""
+"""The workdir of a run: its config, its lock, and the version of the code that writes to it."""
 
 import contextlib
 import fcntl
@@ -68,10 +68,9 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
-  """The emptied file at a local `path`, locked; None if somebody else holds it.
+  """Yields the local file at `path`, emptied and locked, or None if another process holds its lock.
 
-  The lock lasts as long as the block and any process that has inherited the file: it ends with its holders, however
-  they end.
+  The lock lasts until the block has ended and so have all processes that inherited the file, whatever ends them.
   """
   with open(path, 'a+', encoding='utf-8') as file:
     try:
@@ -84,15 +83,15 @@ def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
 
 
 def holder(path: str | os.PathLike) -> str:
-  """What the one who holds a lock wrote of itself."""
+  """Returns what the holder of a lock wrote into its file."""
   return pathlib.Path(path).read_text(encoding='utf-8')
 
 
 @contextlib.contextmanager
 def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> Iterator[None]:
-  """Keeps a second run, or another with the same lock, out of a local folder; a bucket has no locks.
+  """Holds a lock of a local folder for the block; a bucket has none.
 
-  Raises UserError, one line, if there is one.
+  Raises UserError, with `flag` and the holder, if another command holds the lock.
   """
   if '://' in str(workdir):
     yield
@@ -107,14 +106,14 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
 
 
 def code_version() -> str:
-  """The commit this code is from, with '+' if files differ from it; '' where that isn't known.
+  """Returns the commit of this code, with '+' if files differ from it, or '' if it is unknown.
 
-  A copy without git has it in the file `.commit` (launch/tpu.sh, Dockerfile).
+  A copy without git has the commit in its file `.commit` (launch/tpu.sh, Dockerfile).
   """
   root = pathlib.Path(__file__).resolve().parent.parent
   if (root / '.commit').exists():
     return (root / '.commit').read_text(encoding='utf-8').strip()
-  if not (root / '.git').exists():  # an installed wheel inside somebody else's checkout
+  if not (root / '.git').exists():  # a wheel, maybe installed inside another project's checkout
     return ''
   git = lambda *command: subprocess.run(
     ['git', '-C', str(root), *command], capture_output=True, text=True, timeout=20, check=True).stdout.strip()

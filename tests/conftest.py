@@ -1,21 +1,28 @@
-"""Eight CPU devices for every test, set before JAX is imported anywhere. TEST_ON=gpu leaves the devices as they are.
+"""The set-up of all tests: eight CPU devices, a shared compilation cache, and strict ranks.
 
-What takes long to compile is compiled once for all workers and for the processes that tests start: runs are killed,
-started again and compared, each time with the same programs.
+It is made by environment variables, before JAX is imported anywhere, so that the commands which tests start have it
+too. TEST_ON=gpu leaves the devices as they are.
 """
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import pytest
 
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # workers have it from the process that starts them
+# Runs are killed, resumed and compared, each time with the same programs: these are compiled once for all workers and
+# commands. Workers have the variables from the process that starts them.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='betarank-tests-')
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
+
+# [B] + [B, T] is an error in tests: it broadcasts over the wrong axis where B = T.
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
 # Commands that tests start read configs of tests/, which import from there.
 os.environ['PYTHONPATH'] = os.pathsep.join(
@@ -24,6 +31,15 @@ os.environ['PYTHONPATH'] = os.pathsep.join(
 if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def release_programs():
+  """Frees the compiled programs of a module at its end. A worker would need 4 GB if it kept those of all modules."""
+  yield
+  if jax := sys.modules.get('jax'):
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: their environment, and what a run left behind."""
+"""Commands as processes: how tests start them, wait for them, and compare what they leave."""
 
 import json
 import os
@@ -19,20 +19,8 @@ SECRET = 'hunter2-is-the-password'
 
 
 def environment(devices=1):
+  """The environment of a command that sees so many CPU devices."""
   return {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'SECRET_TOKEN': SECRET}
-
-
-def assert_no_secret(folder):
-  """Nothing that a run has written holds what was in its environment."""
-  files = [path for path in folder.rglob('*') if path.is_file()]
-  assert files and not [path for path in files if SECRET.encode() in path.read_bytes()]
-
-
-def prepare(config, *flags):
-  """`betarank data prepare` of a config, which must go well."""
-  done = subprocess.run([*BETARANK, 'data', 'prepare', f'--config={config}', *flags], capture_output=True,
-                        text=True)
-  assert done.returncode == 0, done.stderr
 
 
 def free_port():
@@ -41,33 +29,62 @@ def free_port():
     return s.getsockname()[1]
 
 
+# Starting and waiting
+
+
+def betarank(*arguments, devices=1, **popen):
+  """Starts `betarank ARGUMENTS`."""
+  return python('-m', 'betarank', *arguments, devices=devices, **popen)
+
+
+def python(*arguments, devices=1, **popen):
+  """Starts `python ARGUMENTS`, and reads its output and errors as text."""
+  return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment(devices), text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
 def deadline_s(processes):
-  """Of the jobs here; more for more of them, which share this machine's cores."""
+  """The deadline for heartbeats in a job of tests: longer for more processes, which share this machine's cores."""
   return 5 * processes
 
 
-def start(module, config, workdir, processes, *extra, devices=1, replaced=None):
-  """A run as a job of so many processes of so many devices each. replaced: {process: what it runs, not -m MODULE}."""
-  command = [f'--config={config}', f'--workdir={workdir}', *extra]
+def start(command, config, workdir, processes, *extra, devices=1, replaced=None):
+  """Starts `betarank train` or `rl` as a job of `processes` processes of `devices` devices each; returns all of them.
+
+  replaced: {process: Python arguments that take the place of '-m betarank COMMAND'}. See tests/cached.py on the others.
+  """
+  flags = [f'--config={config}', f'--workdir={workdir}']
   if processes > 1:
-    command += [f'--coordinator=127.0.0.1:{free_port()}', f'--processes={processes}',
-                f'--host_deadline_s={deadline_s(processes)}']
-  replaced = replaced or {}
-  return [subprocess.Popen([sys.executable, *replaced.get(i, (*BETARANK[1:], module)), *command, f'--process_id={i}'],
-                           env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-          for i in range(processes)]
+    flags += [f'--coordinator=127.0.0.1:{free_port()}', f'--processes={processes}',
+              f'--host_deadline_s={deadline_s(processes)}']
+  program = lambda i: (replaced or {}).get(i, ('-m', 'tests.cached' if i else 'betarank', command))
+  return [python(*program(i), *flags, *extra, f'--process_id={i}', devices=devices) for i in range(processes)]
 
 
 def finish(processes, timeout=900):
-  """[(exit status, standard output, standard error)] of all."""
-  outs = [p.communicate(timeout=timeout) for p in processes]
-  return [(p.returncode, *out) for p, out in zip(processes, outs)]
+  """Waits for all; returns [(exit status, standard output, standard error)]."""
+  outputs = [p.communicate(timeout=timeout) for p in processes]
+  return [(p.returncode, *output) for p, output in zip(processes, outputs)]
 
 
-def finish_well(processes):
-  for code, _, err in (results := finish(processes)):
+def finish_well(processes, timeout=900):
+  """Waits for all, which must end with status 0; returns [(0, standard output, standard error)]."""
+  for code, _, err in (results := finish(processes, timeout=timeout)):
     assert code == 0, err
   return results
+
+
+def refused(process, alone=True):
+  """Waits for a command that must be refused; returns its one line of error. alone: nothing else may be there."""
+  [(code, _, err)] = finish([process], timeout=240)
+  [line] = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert code == 2 and (err == line + '\n' or not alone), err
+  return line
+
+
+def prepare(config, *flags):
+  """Runs `betarank data prepare` of a config."""
+  finish_well([betarank('data', 'prepare', f'--config={config}', *flags)])
 
 
 def wait_for_step(workdir, step, processes, timeout=600):
@@ -82,12 +99,21 @@ def wait_for_step(workdir, step, processes, timeout=600):
   raise AssertionError(f'no step {step} in {timeout} s')
 
 
+# What they leave
+
+
 def last_error(err):
   return [line for line in err.splitlines() if line.startswith('error: ')][-1]
 
 
+def assert_no_secret(folder):
+  """Nothing that a run has written holds what was in its environment."""
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  assert files and not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
 def assert_lost(results, victim, processes, workdir):
-  """Whoever wasn't killed ended with a line that names who was, in its log too."""
+  """Every process but the victim ended with a line that names the victim, in its log too."""
   for index, (code, _, err) in enumerate(results):
     if index != victim:
       assert code == EXIT_JOB_LOST, err
@@ -95,22 +121,41 @@ def assert_lost(results, victim, processes, workdir):
       assert last_error(err) in (workdir / 'hosts' / f'{index}.log').read_text()
 
 
+def assert_stopped(results, workdir, statuses=None):
+  """All processes were stopped by a signal after the same step, which is saved; returns that step."""
+  saved = int(checkpoints(workdir)[-1])
+  assert [code for code, _, _ in results] == (statuses or [143] * len(results)), results
+  assert f'asked to stop: step {saved} is saved; the same command resumes from it' in results[0][1]
+  return saved
+
+
 def assert_same_run(a, b, step):
-  """Bit for bit, in figures and in the checkpoint of this step."""
-  assert metrics(a) == metrics(b)
+  """Two runs are equal to the last bit: their metrics, their samples, and the checkpoint of this step."""
+  assert metrics(a) == metrics(b) and samples(a) == samples(b)
   want, got = arrays(b, step), arrays(a, step)
+  assert got.keys() == want.keys() and len(got) > 20
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
+def checkpoints(workdir):
+  """The steps of the checkpoints of a run, as their folders are named, oldest first."""
+  return sorted((p.name for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()), key=int)
+
+
 def metrics(workdir):
-  """Every line of the run's file without what can't repeat."""
+  """All lines of the run's metrics.jsonl, without the times, which don't repeat."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [{k: v for k, v in line.items() if not k.startswith('time/')} for line in lines]
 
 
+def samples(workdir):
+  """The text of the run's samples.jsonl."""
+  return (workdir / 'samples.jsonl').read_text()
+
+
 def arrays(workdir, step):
-  """All arrays of a checkpoint, by name, read without knowing what they should be."""
+  """All arrays of a checkpoint, by name, read without a model that says what they should be."""
   path = epath.Path(workdir) / 'checkpoints' / str(step) / 'state'
   with ocp.PyTreeCheckpointer() as reader:
     shapes = reader.metadata(path).item_metadata

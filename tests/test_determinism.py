@@ -3,10 +3,6 @@
 Bits are every metric but `time/...`, every sample and every array of the last checkpoint.
 """
 
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -17,27 +13,17 @@ from betarank.configs import load
 from betarank.data import TrainBatches
 from betarank.runtime import checkpoint, multihost
 from betarank.train.config import run_config
-from tests.runs import arrays, environment, metrics, prepare
+from tests.runs import arrays, finish_well, metrics, prepare, start
 
 SUMS = '--config.data.sources.main.uri=reasoning:chain_sum'
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]  # processes, CPU devices of each
 
 
-def launch(module, config, workdir, *extra, processes=1, devices=1):
-  """Runs `python -m MODULE` as so many processes, which must end well."""
-  program, command = 'betarank', [module, f'--config={config}', f'--workdir={workdir}', *extra]
-  if processes > 1:
-    with socket.socket() as s:
-      s.bind(('127.0.0.1', 0))
-      command += [f'--coordinator=127.0.0.1:{s.getsockname()[1]}', f'--processes={processes}', '--host_deadline_s=100']
-  elif devices > 1:
-    program = 'tests.gloo'
-  running = [subprocess.Popen(
-    [sys.executable, '-m', program, *command, *([f'--process_id={i}'] if processes > 1 else [])],
-    env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes)]
-  for process in running:
-    _, err = process.communicate(timeout=900)
-    assert process.returncode == 0, err
+def launch(command, config, workdir, *extra, processes=1, devices=1):
+  """Runs `betarank COMMAND` in so many processes, which must end well."""
+  one = {0: ('-m', 'tests.gloo', command)} if processes == 1 and devices > 1 else None
+  finish_well(start(command, config, workdir, processes, *extra, '--host_deadline_s=100', devices=devices,
+                    replaced=one))
   return workdir
 
 
@@ -80,7 +66,7 @@ def test_a_run_repeats_to_the_last_bit(data_dir, tmp_path):
 @pytest.mark.parametrize('shape', [(1, 1), (2, 1), (1, 4), (4, 2)], ids=str)  # data, fsdp
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_the_rows_of_a_step_are_the_same_for_any_number_of_processes_and_devices(data_dir, processes, shape):
-  """Each process reads the part that train/hosts.py gives it; together, on the devices, they are one batch."""
+  """Each process reads the part that runtime/multihost.py gives it; together, on the devices, they are one batch."""
   run = run_config(load.load(f'tests/tiny.py:dir={data_dir}', {}))
   rows = run.train.batch_size
   mesh = model.make_mesh(model.MeshConfig(*shape, 1, 1, 1), jax.devices()[: shape[0] * shape[1]])

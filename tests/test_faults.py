@@ -1,11 +1,11 @@
-"""A few points of each class of the campaign that `python -m tests.faults` runs at length."""
+"""Two points of each fault class; `python -m tests.faults` runs many."""
 
 import pytest
 
 from tests.faults.__main__ import run
 from tests.faults.classes import CLASSES
 
-pytestmark = pytest.mark.slow  # undisturbed runs alone take half a minute
+pytestmark = pytest.mark.slow  # the undisturbed runs alone take half a minute
 
 
 @pytest.mark.parametrize('name', CLASSES)

@@ -1,4 +1,4 @@
-"""What `python -m tests.soak` sees: growth that is there, and none that isn't."""
+"""`python -m tests.soak` finds growth, and only where there is some."""
 
 import subprocess
 import sys
@@ -38,12 +38,12 @@ def grown(samples):
   return {row.figure for row in rows(samples, {7: 'it'}) if not row.flat}
 
 
-def test_what_grows_is_named_and_what_settles_is_not():
+def test_figures_that_grow_are_named_and_those_that_settle_are_not():
   assert grown(series(lambda i: 300.0)) == set()
   assert grown(series(lambda i: 300 + 0.02 * i)) == {'memory MB', 'own memory MB'}  # 2 MB per 1000 steps
-  assert grown(series(lambda i: 300 + 40 * min(i, 150) / 150)) == set()  # while it warms up
-  assert grown(series(lambda i: 300 + (i % 90))) == set()  # a collector's teeth
-  assert grown(series(lambda i: 300.0, lambda i: 0.01 + 3e-6 * i)) == {'ms a step', 'CPU ms a step'}
+  assert grown(series(lambda i: 300 + 40 * min(i, 150) / 150)) == set()  # only during the warm-up
+  assert grown(series(lambda i: 300 + (i % 90))) == set()  # up and down, as with a garbage collector
+  assert grown(series(lambda i: 300.0, lambda i: 0.01 + 3e-6 * i)) == {'ms per step', 'CPU ms per step'}
 
 
 @pytest.mark.parametrize('leaks', [False, True])

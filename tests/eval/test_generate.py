@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -19,7 +18,8 @@ from betarank.runtime import workdir
 from betarank.tasks.task_set import Task
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 from betarank.train.sampler import Sample
-from tests.runs import BETARANK, environment
+from tests import runs
+from tests.runs import betarank
 
 URI = 'reasoning:chain_sum?max_terms=2'
 FOLDER = 'reasoning_chain_sum_max_terms=2'
@@ -29,13 +29,11 @@ SMALL = [f'--config.eval.sample.{setting}' for setting in (
 
 
 def start(run_dir, *extra):
-  command = [*BETARANK, 'eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *extra]
-  return subprocess.Popen(command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  return betarank('eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *extra)
 
 
 def finish(process):
-  out, err = process.communicate(timeout=240)
-  return process.returncode, out, err
+  return runs.finish([process])[0]
 
 
 def lines(path):

@@ -1,6 +1,7 @@
 """python -m tests.faults [--seed=0] [--points=20] [--only=WORDS,...] [--minutes=N] [--parallel=2] [--keep=DIR]
 
-Breaks tiny runs of every kind at random points and holds what they end with against undisturbed ones, to the last bit.
+Kills and damages tiny runs of every kind at random points, starts them again, and checks that they end with the same
+bits as undisturbed runs.
 """
 
 import argparse
@@ -18,15 +19,15 @@ import time
 from tests.faults.campaign import Campaign, Missed, kill_all
 from tests.faults.classes import CLASSES
 
-TRIES = 4  # at one point, until the fault hits something
+TRIES = 4  # per point, until the fault hits something
 
 
 def attempt(campaign, name, number, seed):
-  """(survived, notes): what the fault hit, or why it wasn't survived; None if nothing could be hit."""
+  """Runs one trial; returns (survived, notes on what was hit or why not). survived is None if nothing could be hit."""
   fault, _, _ = CLASSES[name]
   for again in range(TRIES):
     place = campaign.root / 'trials' / f'{name.replace(" ", "_").replace(chr(39), "")}-{number}-{again}'
-    shutil.rmtree(place, ignore_errors=True)  # an earlier campaign's, in a folder that was kept
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier campaign in the same folder
     try:
       hit = fault(campaign, place, random.Random(f'{seed}/{name}/{number}/{again}'))
       shutil.rmtree(place)
@@ -36,23 +37,23 @@ def attempt(campaign, name, number, seed):
       shutil.rmtree(place, ignore_errors=True)
     except PermissionError as error:
       return None, [f'skipped: {error}']
-    except Exception as error:  # whatever it is, it was not survived
+    except Exception as error:  # any error means that the fault wasn't survived
       kill_all(place)
       return False, [f'{place}: {type(error).__name__}: {error}']
   return None, ['missed']
 
 
 def run(seed, points, only, parallel, root, say=print, minutes=float('inf')):
-  """({class: Counter of points tried, survived}, {class: Counter of what was hit})."""
+  """Runs a campaign; returns ({class: Counter of points tried, survived}, {class: Counter of what was hit})."""
   names = [name for name in CLASSES if not only or any(word in name for word in only)]
   c = Campaign(root)
   began = time.monotonic()
   c.prepare({kind for name in names for kind in CLASSES[name][1].split()})
-  say(f'undisturbed runs, each made twice and equal: {", ".join(sorted(c.ready))} ({time.monotonic() - began:.0f} s)')
+  say(f'undisturbed runs, each run twice and equal: {", ".join(sorted(c.ready))} ({time.monotonic() - began:.0f} s)')
   counts = {name: collections.Counter() for name in names}
   notes = {name: collections.Counter() for name in names}
   count_of = lambda name: math.ceil(points * CLASSES[name][2] / 100 / getattr(CLASSES[name][0], 'points', 1))
-  # All classes get on alike, should time run out.
+  # All classes advance equally, in case time runs out.
   trials = sorted((number / count_of(name), name, number) for name in names for number in range(count_of(name)))
   in_time = lambda: time.monotonic() - began < 60 * minutes
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
@@ -73,12 +74,12 @@ def main():
   parser = argparse.ArgumentParser(prog='python -m tests.faults', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--points', type=int, default=20, help='of a class; classes that differ little take fewer')
+  parser.add_argument('--points', type=int, default=20, help='per class; classes with little variety take fewer')
   parser.add_argument('--only', default='', help='classes with one of these words in their name')
-  parser.add_argument('--minutes', type=float, default=float('inf'), help='nothing is begun after these')
+  parser.add_argument('--minutes', type=float, default=float('inf'), help='no trial begins later')
   parser.add_argument('--parallel', type=int, default=2, help='trials at once')
   parser.add_argument('--keep', default='', metavar='DIR',
-                      help='a folder for inputs, which it makes or finds there, and trials that fail')
+                      help='a folder for the inputs, which are reused, and for the trials that fail')
   args = parser.parse_args()
   os.environ['JAX_PLATFORMS'] = 'cpu'
   root = pathlib.Path(args.keep or tempfile.mkdtemp(prefix='faults-')).resolve()

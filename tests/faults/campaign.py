@@ -1,7 +1,7 @@
-"""What the faults are done to: tiny runs, what an undisturbed one of each kind leaves, and the comparison with it.
+"""The tiny runs that the faults hit, what an undisturbed run of each kind leaves, and the comparison with it.
 
-A trial has a folder of its own, which is HOME and the place for temporary files of all processes in it: by that its
-orphans are found, and what they left lying about.
+Each trial has a folder of its own. It is HOME and the folder for temporary files of all its processes, which is how
+orphaned processes and forgotten files are found.
 """
 
 import contextlib
@@ -12,31 +12,30 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
 from betarank.runtime import checkpoint
-from tests.runs import arrays, environment, metrics
+from tests.runs import arrays, environment, free_port, metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-PATIENCE_S = 300.0  # for a run of seconds, on a machine that does much else
+PATIENCE_S = 300.0  # for a run that takes seconds on an idle machine
 SUMS = 'reasoning:chain_sum?max_terms=2&max_digits=1'
 
 
 class Missed(Exception):
-  """The fault came too late or too early to be one; another point is tried."""
+  """The fault came too late or too early to hit anything; another point is tried."""
 
 
 class Kind:
-  """A sort of run: the command lines of its processes, and what counts of what it leaves."""
+  """A kind of run: its steps and the command lines of its processes."""
 
   def __init__(self, name: str, steps: int, *commands: tuple[str, ...], processes: int = 1, of: str = ''):
-    """of: the kind of run in whose finished workdir it works."""
+    """of: the kind of run whose finished workdir it starts in."""
     self.name, self.steps, self.commands, self.processes, self.of = name, steps, commands, processes, of
-    self.took_s = 0.0  # of the undisturbed run, with programs compiled before
+    self.took_s = 0.0  # duration of the undisturbed run, with all programs compiled before
 
 
 class Campaign:
@@ -45,16 +44,16 @@ class Campaign:
   def __init__(self, root: pathlib.Path):
     self.root = root
     self.ready: set[str] = set()  # kinds that can be used
-    self._left: dict[str, dict] = {}  # what the undisturbed run of a kind left
+    self._expected: dict[str, dict] = {}  # what the undisturbed run of a kind left
     self.data, self.sums, self.trained = root / 'data', root / 'sums', root / 'trained'
     tiny, tiny_rl = f'--config=tests/tiny.py:dir={self.data}', 'tests/tiny_rl.py'
-    config = f'--config={tiny_rl}:dir={self.sums},init_from={self.trained}'
+    config = f'--config={tiny_rl}:init_from={self.trained}'
     self.kinds = {kind.name: kind for kind in (
       Kind('train', 12, ('train', tiny, '--workdir={workdir}')),
       Kind('pair', 12, ('train', tiny, '--workdir={workdir}', '--config.model.layers=1', '--config.log.samples=0',
                         '--host_deadline_s=8'), processes=2),
       Kind('rl', 6, ('rl', config, '--workdir={workdir}')),
-      # Answers to these go to the verifier's workers.
+      # Problems whose answers go to the verifier's workers.
       Kind('workers', 3, ('rl', config, '--workdir={workdir}', '--config.rl.steps=3', '--config.rl.eval_prompts=2',
                           '--config.rl.task.uri=reasoning:decimal_chain_sum?max_terms=2&max_digits=1')),
       Kind('eval', 0, ('eval', 'sample', '--checkpoint={workdir}', f'--benchmark={SUMS}',
@@ -65,13 +64,13 @@ class Campaign:
     )}
 
   def prepare(self, names: set[str]) -> None:
-    """Makes the inputs and the undisturbed run of each kind in `names`, which is made twice: it must repeat."""
+    """Makes the inputs, and runs each kind in `names` twice undisturbed: both runs must be equal."""
     self.ready = names
-    done = self.root / 'undisturbed.json'  # {kind: seconds}, of an earlier campaign in this folder
+    done = self.root / 'undisturbed.json'  # {kind: seconds}, maybe from an earlier campaign in this folder
     took = json.loads(done.read_text()) if done.exists() else {}
     wanted = {name for name in self.kinds if name in names or any(self.kinds[n].of == name for n in names)}
     (self.root / 'setup').mkdir(parents=True, exist_ok=True)
-    run = lambda *args: self.well(self.start(self.root / 'setup', args))
+    run = lambda *args: self.finish_well(self.start(self.root / 'setup', args))
     if wanted & {'train', 'pair'} and not self.data.exists():
       run('data', 'prepare', f'--config=tests/tiny.py:dir={self.data}')
     if wanted & {'rl', 'workers'} and not self.trained.exists():
@@ -82,15 +81,15 @@ class Campaign:
           '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000')
     for name in [name for name in self.kinds if name in wanted]:
       kind = self.kinds[name]
-      for again in (False, True) if name not in took else ():  # the first one compiles
+      for again in (False, True) if name not in took else ():  # the first run compiles
         place = self.root / ('again' if again else 'undisturbed') / name
         shutil.rmtree(place, ignore_errors=True)
         workdir = self.workdir(kind, place)
         began = time.monotonic()
-        self.well(*self.launch(kind, workdir))
+        self.finish_well(*self.launch(kind, workdir))
         took[name] = time.monotonic() - began
         if again:
-          self.same(kind, workdir)
+          self.check_same(kind, workdir)
           shutil.rmtree(place)
           done.write_text(json.dumps(took))
       kind.took_s = took[name]
@@ -99,7 +98,7 @@ class Campaign:
   # Trials
 
   def workdir(self, kind: Kind, place: pathlib.Path) -> pathlib.Path:
-    """Where a run of this kind starts: nothing, or what its predecessor left."""
+    """Returns a new workdir for a run of this kind: empty, or a copy of the one that it starts in."""
     (place / 'tmp').mkdir(parents=True)
     if kind.of:
       shutil.copytree(self.undisturbed(self.kinds[kind.of]), place / 'workdir')
@@ -112,7 +111,7 @@ class Campaign:
     (place / 'tmp').mkdir(exist_ok=True)
     settings = {**environment(), 'HOME': str(place), 'TMPDIR': str(place / 'tmp'),
                 'PYTHONDONTWRITEBYTECODE': '1',
-                # Compiled once; the programs are the same, and a run takes five seconds instead of fifteen.
+                # Compiled once: all runs have the same programs, and take five seconds instead of fifteen.
                 'JAX_COMPILATION_CACHE_DIR': str(self.root / 'programs'),
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
     module = ('tests.faults.child',) if fault else ('betarank',)
@@ -126,17 +125,15 @@ class Campaign:
     args = [part.format(workdir=workdir) for part in command] + list(flags)
     if kind.processes == 1:
       return [self.start(workdir.parent, args, **options)]
-    with socket.socket() as s:
-      s.bind(('127.0.0.1', 0))
-      port = s.getsockname()[1]
-    return [self.start(workdir.parent, [*args, f'--coordinator=127.0.0.1:{port}', f'--processes={kind.processes}',
+    address = f'127.0.0.1:{free_port()}'
+    return [self.start(workdir.parent, [*args, f'--coordinator={address}', f'--processes={kind.processes}',
                                         f'--process_id={i}'], **options) for i in range(kind.processes)]
 
   @staticmethod
-  def end(process: subprocess.Popen) -> tuple[int, str, str]:
-    """(exit status, output, errors) of a process that ends by itself."""
+  def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits for a process that ends by itself; returns (exit status, output, errors)."""
     if process.stdout.closed:
-      return process.returncode, '', ''  # it was waited for before
+      return process.returncode, '', ''  # waited for before
     try:
       out, err = process.communicate(timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
@@ -145,60 +142,60 @@ class Campaign:
       raise AssertionError(f'did not end: {err[-300:]}') from None
     return process.returncode, out, err
 
-  def well(self, *processes: subprocess.Popen) -> list[str]:
-    """Outputs of processes that must end well."""
+  def finish_well(self, *processes: subprocess.Popen) -> list[str]:
+    """Waits for processes that must end with status 0; returns their outputs."""
     outs = []
-    for code, out, err in [self.end(p) for p in processes]:
+    for code, out, err in [self.finish(p) for p in processes]:
       assert code == 0 and 'Traceback' not in err, f'exit {code}: {err[-600:]}'
       outs.append(out)
     return outs
 
   def refused(self, processes: list[subprocess.Popen]) -> str:
-    """The one line of a run that must not start."""
-    (code, _, err), *_ = [self.end(p) for p in processes]
+    """Waits for a run that must be refused; returns its one line of error."""
+    (code, _, err), *_ = [self.finish(p) for p in processes]
     errors = [line for line in err.splitlines() if line.startswith('error: ')]
     assert code == 2 and len(errors) == 1 and 'Traceback' not in err, f'exit {code}: {err[-600:]}'
     return errors[0]
 
-  def go_on(self, kind: Kind, workdir: pathlib.Path, hits: Sequence[str] = ('',), *flags: str,
-            all_kept: bool = True) -> Sequence[str]:
-    """Starts the same command again, to the end, and holds what it leaves against the undisturbed run.
+  def resume(self, kind: Kind, workdir: pathlib.Path, hits: Sequence[str] = ('',), *flags: str,
+             all_kept: bool = True) -> Sequence[str]:
+    """Runs the same command again to its end, and compares what it leaves with the undisturbed run.
 
-    hits: what it was hit by, which is returned; Missed without any.
+    hits: notes on what the faults hit, which are returned. Raises Missed if there are none.
     """
     if not hits:
-      raise Missed('it was through before')
-    self.well(*self.launch(kind, workdir, *flags))
-    self.same(kind, workdir, all_kept)
-    self.clean(workdir.parent)
+      raise Missed('it had ended before')
+    self.finish_well(*self.launch(kind, workdir, *flags))
+    self.check_same(kind, workdir, all_kept)
+    self.check_clean(workdir.parent)
     return hits
 
-  # What is compared
+  # Comparing
 
-  def same(self, kind: Kind, workdir: pathlib.Path, all_kept: bool = True) -> None:
-    """To the last bit: every metric but times, samples, every array and cursor, and the names of all files.
+  def check_same(self, kind: Kind, workdir: pathlib.Path, all_kept: bool = True) -> None:
+    """Compares to the last bit: all metrics but times, samples, every array and cursor, and the names of all files.
 
-    all_kept: the checkpoints before the last one too.
+    all_kept: compares the checkpoints before the last one too.
     """
-    if kind.name not in self._left:
-      self._left[kind.name] = leaves(self.undisturbed(kind))
-    got, want = leaves(workdir), self._left[kind.name]
+    if kind.name not in self._expected:
+      self._expected[kind.name] = contents(self.undisturbed(kind))
+    got, want = contents(workdir), self._expected[kind.name]
     if not all_kept:
       earlier = lambda name: 'checkpoints/' in name and not name.endswith(f'checkpoints/{kind.steps}')
       got, want = ({name: x for name, x in found.items() if not earlier(name)} for found in (got, want))
     for name in sorted(want.keys() | got.keys()):
       assert name in got, f'{name} is missing'
-      assert name in want, f'{name} is left over'
+      assert name in want, f'{name} is in no undisturbed run'
       assert got[name] == want[name], f'{name} differs from the undisturbed run'
 
-  def clean(self, place: pathlib.Path) -> None:
-    """No process of this trial is left, no temporary file of it, and no input has changed."""
+  def check_clean(self, place: pathlib.Path) -> None:
+    """Checks that no process and no temporary file of this trial is left, and that no input has changed."""
     until = time.monotonic() + 10
     while (left := orphans(place)) and time.monotonic() < until:
       time.sleep(0.1)
     assert not left, f'processes are left: {left}'
-    lying = sorted(str(p.relative_to(place)) for p in (place / 'tmp').rglob('*'))
-    assert not lying, f'temporary files are left: {lying[:5]}'
+    files = sorted(str(p.relative_to(place)) for p in (place / 'tmp').rglob('*'))
+    assert not files, f'temporary files are left: {files[:5]}'
     assert self._listing() == self._inputs, 'an input has changed'
 
   def _listing(self) -> dict[str, tuple[int, int]]:
@@ -206,16 +203,16 @@ class Campaign:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.name != '.lock'}
 
 
-def leaves(workdir: pathlib.Path) -> dict[str, object]:
-  """What a run left, by name, as something that can be compared."""
+def contents(workdir: pathlib.Path) -> dict[str, object]:
+  """Returns what a run left, by name, as values that can be compared."""
   found: dict[str, object] = {}
   for path in sorted(p for p in workdir.rglob('*') if p.is_file()):
     name = str(path.relative_to(workdir))
     if re.search(r'(^|/)(damaged|hosts|\.sweep|data)/', name):
-      continue  # what was moved aside, and logs; a sweep's data is judged by what came of it
+      continue  # checkpoints that were moved aside, logs, and a sweep's data, which shows in its results
     if inside := re.match(r'(.*checkpoints/\d+)/', name):
       if inside[1] not in found:
-        found[inside[1]] = saved(workdir / inside[1])
+        found[inside[1]] = checkpoint_contents(workdir / inside[1])
     elif path.name == 'metrics.jsonl':
       found[name] = metrics(path.parent)
     elif path.suffix == '.jsonl':
@@ -225,17 +222,17 @@ def leaves(workdir: pathlib.Path) -> dict[str, object]:
   return found
 
 
-def saved(path: pathlib.Path) -> dict[str, object]:
-  """A checkpoint's arrays as hashes, and its meta without where and by which code it was written."""
+def checkpoint_contents(path: pathlib.Path) -> dict[str, object]:
+  """Returns hashes of a checkpoint's arrays, its step and cursor, and the names of its files."""
   checkpoint.check(checkpoint.epath.Path(path))
   meta = checkpoint.read_meta(checkpoint.epath.Path(path))
   hashes = {name: hashlib.sha256(x.tobytes()).hexdigest() for name, x in arrays(path.parent.parent, path.name).items()}
-  beside = sorted(p.name for p in path.iterdir())
-  return {'arrays': hashes, 'step': meta['step'], 'cursor': meta['cursor'], 'files': beside}
+  files = sorted(p.name for p in path.iterdir())
+  return {'arrays': hashes, 'step': meta['step'], 'cursor': meta['cursor'], 'files': files}
 
 
 def processes(place: pathlib.Path) -> dict[int, str]:
-  """{process id: command} of all that live with this trial's HOME."""
+  """Returns {process id: command} of all running processes with this trial's HOME."""
   found = {}
   for entry in pathlib.Path('/proc').iterdir():
     with contextlib.suppress(OSError):
@@ -251,7 +248,7 @@ def orphans(place: pathlib.Path) -> list[str]:
 
 
 def kill_all(place: pathlib.Path) -> None:
-  """Ends what a failed trial left running."""
+  """Kills the processes of a trial that are still running."""
   for pid in processes(place):
     with contextlib.suppress(ProcessLookupError):
       os.kill(pid, signal.SIGKILL)

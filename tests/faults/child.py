@@ -1,9 +1,11 @@
-"""python -m tests.faults.child MODULE ARGS: that module as a program; what $FAULT (JSON) says goes wrong inside it.
+"""python -m tests.faults.child ARGS: runs `betarank ARGS` with the fault that the variable $FAULT (JSON) describes.
 
-    {"at": "betarank.rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}   SIGKILL that long into the
-                                                             third call, or at its end if that comes first
-    {"at": "betarank.data.prepared:Documents.read", "call": 9, "do": "hang", "stall_s": 5}   the call never returns
-    {"jumps": [[2.5, -3600]]}                                  after 2.5 s the wall clock is an hour slow, and so on
+    {"at": "betarank.rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}
+        SIGKILL 0.02 s after the third call begins, or at its end if that comes first
+    {"at": "betarank.data.prepared:Documents.read", "call": 9, "do": "hang", "stall_s": 5}
+        the ninth call never returns, and the watchdog allows 5 s without a step
+    {"jumps": [[2.5, -3600]]}
+        after 2.5 s the wall clock is an hour slow; more jumps may follow
 """
 
 import functools
@@ -17,7 +19,7 @@ import time
 
 
 def disturb(at, call, do, after_s=0.0, stall_s=None):
-  """Makes call number `call` (from 1) of the function `at` the last one."""
+  """Kills the process in, or never returns from, call number `call` (from 1) of the function `at`."""
   module, _, path = at.partition(':')
   owner = importlib.import_module(module)
   *parents, name = path.split('.')
@@ -44,11 +46,11 @@ def disturb(at, call, do, after_s=0.0, stall_s=None):
 
   setattr(owner, name, wrapped)
   if stall_s:
-    importlib.import_module('betarank.runtime.job').STALL_S = stall_s
+    importlib.import_module('betarank.runtime.watchdog').STALL_S = stall_s
 
 
 def jump(jumps):
-  """time.time and time.time_ns go wrong by the last jump whose time has come, seconds after the start."""
+  """Shifts time.time and time.time_ns. jumps: [(seconds after the start, shift from then on), ...]."""
   start, real, real_ns = time.monotonic(), time.time, time.time_ns
   off = lambda: next((by for at, by in reversed(jumps) if time.monotonic() - start >= at), 0)
   time.time = lambda: real() + off()

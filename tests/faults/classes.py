@@ -1,6 +1,7 @@
-"""The faults. Each function does one to a run, at a point that its random numbers choose, and starts the run again.
+"""The faults. Each function breaks a run at a random point, starts it again, and compares it with an undisturbed one.
 
-It returns what it hit, for the table; it raises Missed where nothing was hit, AssertionError where not all is well.
+It returns notes on what was hit, for the table. It raises Missed if nothing was hit, and AssertionError if the run
+didn't survive.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def unfinished(workdir: pathlib.Path, since: float) -> bool:
-  """Whether a checkpoint that was begun after `since` is being written."""
+  """Returns whether a checkpoint whose writing began after `since` is unfinished."""
   with contextlib.suppress(FileNotFoundError):
     return any('tmp' in p.name and p.stat().st_mtime > since for p in (workdir / 'checkpoints').iterdir())
   return False
@@ -52,13 +53,13 @@ def wait(running: list[subprocess.Popen], holds, delay_s: float = 0.0) -> None:
   until = time.monotonic() + 300
   while not holds():
     if any(p.poll() is not None for p in running) or time.monotonic() > until:
-      raise Missed('it was through before')
+      raise Missed('it had ended before')
     time.sleep(0.0005)
   time.sleep(delay_s)
 
 
 def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], victim: int, rng: random.Random) -> str:
-  """SIGKILL at a random point of what has just been started: in its time, its progress, or a save. Returns where."""
+  """Sends SIGKILL to a run that has just started: at a random time, at a random step, or in a save. Returns which."""
   how, began, before = rng.choice(['time', 'step', 'save', 'save']), time.time(), last_step(workdir)
   if how == 'time':
     wait(running, lambda: True, rng.uniform(0, kind.took_s))
@@ -71,17 +72,17 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
   running[victim].kill()
   running[victim].communicate()
   if running[victim].returncode != -signal.SIGKILL:
-    raise Missed('it was through before')
+    raise Missed('it had ended before')
   return 'in a save' if unfinished(workdir, began) else 'after a save' if how == 'save' else f'by {how}'
 
 
 # SIGKILL and SIGTERM
 
-KILLS = 3  # in one trial: each costs less than a trial of its own, and the later ones hit a run that is going on
+KILLS = 3  # per trial: more of them cost less than trials of their own, and the later ones hit a resumed run
 
 
 def killed(name: str):
-  """SIGKILL at a random point of a run of one process, up to KILLS times, also while it is going on after the last."""
+  """SIGKILL at a random point of a run of one process, up to KILLS times, the later ones in the resumed run."""
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
     kind = c.kinds[name]
     workdir = c.workdir(kind, place)
@@ -91,9 +92,9 @@ def killed(name: str):
       try:
         hits.append(hit(kind, workdir, running, 0, rng))
       except Missed:
-        c.well(*running)
+        c.finish_well(*running)
         break
-    return c.go_on(kind, workdir, hits)
+    return c.resume(kind, workdir, hits)
   fault.points = KILLS
   return fault
 
@@ -104,16 +105,16 @@ def killed_inside(name: str, at: str, calls: int, longest_s: float):
     kind = c.kinds[name]
     workdir = c.workdir(kind, place)
     hits = []
-    for left in range(KILLS, 0, -1):  # the later ones have fewer calls left to make
+    for left in range(KILLS, 0, -1):  # a resumed run has fewer calls left
       spec = {'at': rng.choice(at.split()), 'call': rng.randint(1, -(-calls * left // KILLS)), 'do': 'kill',
               'after_s': rng.uniform(0, longest_s)}
       [process] = c.launch(kind, workdir, fault=spec)
-      code, _, err = c.end(process)
+      code, _, err = c.finish(process)
       assert code in (0, -signal.SIGKILL), err[-600:]
       if code == 0:
         break
       hits.append(f'{spec["at"].rpartition(":")[2]} {spec["call"]}')
-    return c.go_on(kind, workdir, hits)
+    return c.resume(kind, workdir, hits)
   fault.points = KILLS
   return fault
 
@@ -130,22 +131,22 @@ def killed_pair(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[st
     try:
       where = hit(kind, workdir, pair, victim, rng)
     except Missed:
-      c.well(*pair)
+      c.finish_well(*pair)
       break
     started = all(now > then for now, then in zip(sizes(), before))
-    if not started:  # while they gather there is nobody to notice: who is missing is waited for, for minutes
+    if not started:  # before the rendezvous no process notices: it waits minutes for a missing one
       pair[1 - victim].kill()
-    code, _, err = c.end(pair[1 - victim])
+    code, _, err = c.finish(pair[1 - victim])
     assert not started or code == 0 or (code == 3 and 'error: ' in err), f'exit {code}: {err[-600:]}'
     hits.append(f'process {victim} {where}')
-  return c.go_on(kind, workdir, hits)
+  return c.resume(kind, workdir, hits)
 
 
 killed_pair.points = KILLS
 
 
 def killed_sweep(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
-  """SIGKILL of the launcher, up to KILLS times, half the time with all that it has started."""
+  """SIGKILL of the launcher, up to KILLS times, half of them with all commands that it has started."""
   kind = c.kinds['sweep']
   workdir = c.workdir(kind, place)
   notes = []
@@ -153,7 +154,7 @@ def killed_sweep(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[s
     [launcher] = c.launch(kind, workdir)
     time.sleep(rng.uniform(0.5, kind.took_s))
     if launcher.poll() is not None:
-      c.well(launcher)
+      c.finish_well(launcher)
       break
     launcher.kill()
     if rng.random() < 0.5:
@@ -162,27 +163,27 @@ def killed_sweep(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[s
     else:
       notes.append('alone')
     launcher.communicate()
-  return c.go_on(kind, workdir, notes)
+  return c.resume(kind, workdir, notes)
 
 
 killed_sweep.points = KILLS
 
 
 def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """SIGTERM at a random point from its first log on: the run saves and ends well, and goes on."""
+  """SIGTERM at a random point after the first log: the run saves and ends with status 143, and resumes."""
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'pair') if name in c.ready])]
   workdir = c.workdir(kind, place)
   running = c.launch(kind, workdir)
   wait(running, (workdir / 'metrics.jsonl').exists, rng.uniform(0, kind.took_s / 3))  # compiling, then steps
   asked = rng.choice(running)
   asked.terminate()
-  ends = [c.end(p) for p in running]
-  if asked.returncode == -signal.SIGTERM:  # before it listened: as good as killed
-    return c.go_on(kind, workdir, [f'{kind.name}, too early'])[0]
-  assert all(code == 0 and 'Traceback' not in err for code, _, err in ends), ends
-  if 'asked to stop' not in ends[0][1]:
-    raise Missed('it was through before')
-  return c.go_on(kind, workdir, [kind.name], all_kept=False)[0]  # the one that was asked for takes the place of another
+  ends = [c.finish(p) for p in running]
+  if asked.returncode == -signal.SIGTERM:  # before it handles the signal, which then kills it
+    return c.resume(kind, workdir, [f'{kind.name}, too early'])[0]
+  if all(code == 0 for code, _, _ in ends):
+    raise Missed('it had ended before')
+  assert all(code == 143 and 'Traceback' not in err for code, _, err in ends) and 'asked to stop' in ends[0][1], ends
+  return c.resume(kind, workdir, [kind.name], all_kept=False)[0]  # its checkpoint takes the place of an earlier one
 
 
 # Disks
@@ -190,7 +191,7 @@ def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, kilobytes: int):
-  """A file system of so many kB at `folder`; yields resize(kB)."""
+  """Mounts a file system of so many kB at `folder`; yields resize(kB)."""
   folder.mkdir()
   mount = lambda *args: subprocess.run(['mount', *args], capture_output=True, text=True)
   done = mount('-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', str(folder))
@@ -205,15 +206,15 @@ def small_disk(folder: pathlib.Path, kilobytes: int):
 
 
 def one_line(err: str) -> str:
-  """The last line of a run that ended for a reason, which it must be."""
-  # What tensorstore prints where it has results for a save that has failed meanwhile; there is no way to it.
+  """Returns the last line of a run's errors, which must be an error of ours, without a traceback."""
+  # tensorstore prints this if it has results for a save that has failed meanwhile, and nothing can suppress it.
   err = re.sub(r'Traceback .*\n(  .*\n)+RuntimeError: Event loop is closed\n', '', err)
   assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err, err[-1000:]
   return err.splitlines()[-1]
 
 
 def full_disk(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """The disk fills up at a random point, and later has room. A small tmpfs; a limit on file size where mount fails."""
+  """The disk is full at a random point, and has room later: a small tmpfs, or a limit on file size if mount fails."""
   kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'train', 'rl'])]
   size = rng.randint(8, 1200)
   c.workdir(kind, place)
@@ -228,18 +229,18 @@ def full_disk(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 def _filled(c: Campaign, kind: Kind, workdir: pathlib.Path, make_room, **options) -> str:
   [process] = c.launch(kind, workdir, **options)
-  code, _, err = c.end(process)
+  code, _, err = c.finish(process)
   if code == 0:
-    raise Missed('there was room enough')
+    raise Missed('the disk was large enough')
   line = one_line(err)
   assert code == 2 and str(workdir) in line, f'exit {code}: {line}'
   make_room()
-  c.go_on(kind, workdir)
+  c.resume(kind, workdir)
   return 'a save' if 'checkpoint could not be written' in line else 'a log or config'
 
 
 def read_only(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """In the middle of a run no file can be made in its workdir any more, not even by root: chattr +i."""
+  """In the middle of a run its workdir becomes read-only, even for root: chattr +i."""
   kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'train', 'rl'])]
   workdir = c.workdir(kind, place)
   running = c.launch(kind, workdir)
@@ -251,14 +252,14 @@ def read_only(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
     kill_all(place)
     raise PermissionError(f'chattr: {done.stderr.strip()}')
   try:
-    code, _, err = c.end(*running)
+    code, _, err = c.finish(*running)
   finally:
     subprocess.run(['chattr', '-i', *locked], check=True)
   if code == 0:
-    raise Missed('it had nothing to write any more')
+    raise Missed('it had nothing left to write')
   line = one_line(err)
   assert code == 2 and str(workdir) in line, f'exit {code}: {line}'
-  c.go_on(kind, workdir)
+  c.resume(kind, workdir)
   return kind.name
 
 
@@ -266,7 +267,7 @@ def read_only(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def damaged_checkpoint(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """One file of the newest checkpoint: the run is refused, the file and the good one are named; --fallback mends it."""
+  """Damages a file of the newest checkpoint. The error names it and a good checkpoint; --fallback resumes from that."""
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'pair') if name in c.ready])]
   workdir = c.workdir(kind, place)
   shutil.copytree(c.undisturbed(kind), workdir, dirs_exist_ok=True)
@@ -276,20 +277,20 @@ def damaged_checkpoint(c: Campaign, place: pathlib.Path, rng: random.Random) -> 
   inside = path.parent != newest or (path.name == 'manifest.json' and how != 'missing')
   damage(path, how, rng)
   note = f'{kind.name} {path.relative_to(newest).parts[0]} {how}'
-  if not inside:  # Orbax's notes to itself are no part of what is restored; without a manifest it is taken as it is
-    c.well(*c.launch(kind, workdir))
-    return note + ', of no consequence'
+  if not inside:  # nothing is restored from Orbax's own files, and a checkpoint without a manifest is accepted
+    c.finish_well(*c.launch(kind, workdir))
+    return note + ', without effect'
   line = c.refused(c.launch(kind, workdir))
-  # A manifest that was damaged may say something wrong of another file.
+  # A damaged manifest may make another file look wrong.
   named = newest if path.name == 'manifest.json' else path
-  assert str(named) in line and f'{good} is good, and --fallback goes on from it' in line, line
-  c.go_on(kind, workdir, [note], '--fallback')
+  assert str(named) in line and f'{good} is good, and --fallback resumes from it' in line, line
+  c.resume(kind, workdir, [note], '--fallback')
   assert (workdir / 'damaged' / newest.name).exists()
   return note
 
 
 def damaged_parent(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """One file of a checkpoint that RL or an evaluation would start from: both are refused, with the file named."""
+  """Damages a file of a checkpoint that RL or an evaluation starts from. Both are refused; the error names the file."""
   (place / 'tmp').mkdir(parents=True)
   parent = shutil.copytree(c.undisturbed(c.kinds['rl']), place / 'parent')
   newest = max((parent / 'checkpoints').iterdir(), key=lambda p: int(p.name))
@@ -302,12 +303,12 @@ def damaged_parent(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
      '--config.eval.sample.samples=4', '--config.eval.sample.max_new_tokens=8')])
   line = c.refused([c.start(place, args)])
   assert (str(path) in line or str(path.relative_to(newest)) in line) and str(newest) in line, line
-  c.clean(place)
+  c.check_clean(place)
   return f'{args[0]} {path.relative_to(newest).parts[0]} {how}'
 
 
 def damaged_data(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """One file of the prepared data: it is named, or what it held was never needed; put back, all goes on."""
+  """Damages a file of the prepared data: the error names it, unless it was never read. Restored, the run resumes."""
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
   copy = shutil.copytree(c.data, place / 'data')
@@ -317,13 +318,13 @@ def damaged_data(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   damage(path, how, rng)
   flag = f'--config=tests/tiny.py:dir={copy}'
   [process] = c.launch(kind, workdir, flag)
-  code, _, err = c.end(process)
+  code, _, err = c.finish(process)
   if code:
     line = one_line(err)
-    # A damaged manifest may say something wrong of the files it lists; a damaged tokenizer isn't the data's any more.
+    # A damaged manifest may make other files look wrong; a damaged tokenizer isn't the one that the data was made with.
     assert (code == 2 and str(copy) in line) or 'tokenizer' in line or 'manifest' in path.name, line
   path.write_bytes(before)
-  c.go_on(kind, workdir, [how], flag)
+  c.resume(kind, workdir, [how], flag)
   return f'{re.sub("-?[0-9]+.*", "", path.name)} {how}, ' + ('refused' if code else 'not needed')
 
 
@@ -331,34 +332,34 @@ def damaged_data(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def jumping_clock(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """The wall clock goes forward and back by up to a day while the run goes on."""
+  """The wall clock jumps forward and back by up to a day during the run."""
   kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'rl'])]
   workdir = c.workdir(kind, place)
   jumps = [[rng.uniform(0, kind.took_s), rng.uniform(-86_400, 86_400)] for _ in range(4)]
-  c.well(*c.launch(kind, workdir, fault={'jumps': sorted(jumps)}))
-  c.same(kind, workdir)
-  c.go_on(kind, workdir)
+  c.finish_well(*c.launch(kind, workdir, fault={'jumps': sorted(jumps)}))
+  c.check_same(kind, workdir)
+  c.resume(kind, workdir)
   return kind.name
 
 
 def hung_source(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """A read of the prepared data never returns: the run ends, in time, with a line that says since when; and goes on."""
+  """A read of the prepared data never returns: the watchdog ends the run with a line that says since when."""
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
-  # Batches are read ahead: the first four hang before there is a step to be stalled after.
+  # Batches are prefetched: a hang in one of the first four comes before the first step, when the watchdog doesn't act.
   spec = {'at': 'betarank.data.prepared:Documents.read', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
   [process] = c.launch(kind, workdir, fault=spec)
-  code, _, err = c.end(process)
+  code, _, err = c.finish(process)
   if code == 0:
     raise Missed('it made fewer calls')
   line = [text for text in err.splitlines() if text.startswith('error: ')][-1]
   assert code == 3 and 'no step for' in line and 'data/batches.py' in err, f'exit {code}: {err[-600:]}'
-  c.go_on(kind, workdir)
+  c.resume(kind, workdir)
   return f'call {spec["call"]}'
 
 
 def dead_verifiers(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """SIGKILL to all of the verifier's workers, again and again, busy or not."""
+  """SIGKILL to all of the verifier's workers, several times, busy or not."""
   kind = c.kinds['workers']
   workdir = c.workdir(kind, place)
   [process] = c.launch(kind, workdir)
@@ -372,37 +373,37 @@ def dead_verifiers(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
           os.kill(pid, signal.SIGKILL)
           hits += 1
   if not hits:
-    raise Missed('it was through before')
-  code, _, err = c.end(process)
-  if code:  # workers that are killed three times before they have started: it gives up, in one line
+    raise Missed('it had ended before')
+  code, _, err = c.finish(process)
+  if code:  # workers were killed three times before they had started: the run ends with one line
     assert code == 2 and 'times at its start' in one_line(err), f'exit {code}: {err[-600:]}'
   else:
-    c.same(kind, workdir)
-  c.go_on(kind, workdir)
-  return 'given up, and gone on' if code else 'not noticed'
+    c.check_same(kind, workdir)
+  c.resume(kind, workdir)
+  return 'ended, and resumed' if code else 'without effect'
 
 
 def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """A second launch in the same workdir is refused, and the first one doesn't notice."""
+  """A second launch in the same workdir is refused, without effect on the first one."""
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'sweep', 'eval') if name in c.ready])]
   workdir = c.workdir(kind, place)
   first = c.launch(kind, workdir)
   names = {'eval': 'eval/.lock-sample', 'sweep': '.sweep.lock'}
   wait(first, lambda: (lock := workdir / names.get(kind.name, '.lock')).exists() and lock.stat().st_size,
        rng.uniform(0, 0.3))
-  first[0].send_signal(signal.SIGSTOP)  # so that it can't be through before the second one looks
+  first[0].send_signal(signal.SIGSTOP)  # so that it can't end before the second one looks
   try:
     line = c.refused(c.launch(kind, workdir))
   finally:
     first[0].send_signal(signal.SIGCONT)
   assert 'at work there' in line and str(first[0].pid) in line, line
-  c.well(*first)
-  c.same(kind, workdir)
-  c.go_on(kind, workdir)
+  c.finish_well(*first)
+  c.check_same(kind, workdir)
+  c.resume(kind, workdir)
   return kind.name
 
 
-# Name: (what does it, kinds of run that it needs; it uses others where they are there, how many points of a hundred).
+# Name: (function, kinds of run that it needs (it uses others if they are ready), share of the points in percent).
 CLASSES = {
   'pretrain SIGKILL': (killed('train'), 'train', 100),
   'pretrain SIGKILL in a save\'s manifest': (

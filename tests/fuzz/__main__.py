@@ -1,8 +1,8 @@
 """python -m tests.fuzz [--cases=100000] [--seed=0] [--only=TARGET,...] [--jobs=2] [--case=N]
 
-Gives hostile input to everything that reads input, and prints what became of it. A case is good if it is read, or
-refused with the documented one-line error; anything else is a crash, and one past its deadline a hang. Ends with status
-1 if there is one. --case runs one case of one target here, with its traceback.
+Gives hostile input to everything that reads input, and prints the outcomes. A case passes if it is read, or refused
+with the documented one-line error. Anything else is a crash, or a hang past the deadline; the exit status is then 1.
+--case runs one case of one target in this process, with its traceback.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tests.fuzz.targets import TARGETS
 
 
 def plan(cases: int, only: list[str]) -> dict[str, int]:
-  """How many cases each target gets, by their weights: in all at least `cases`."""
+  """Returns the number of cases per target, in proportion to the weights, at least `cases` in total."""
   chosen = {name: TARGETS[name].weight for name in only}
   return {name: max(1, -(-cases * weight // sum(chosen.values()))) for name, weight in chosen.items()}
 

@@ -1,8 +1,8 @@
-"""python -m tests.fuzz.audit: what compiles, runs or unpickles something while all that can be loaded is loaded.
+"""python -m tests.fuzz.audit: lists what compiles, runs or unpickles anything while every kind of input is loaded.
 
-An audit hook sees every such event of the interpreter, from whatever library. Everything that is read carries a mark,
-as Python that would leave a file behind. Prints, as JSON, the events that are no imports, by step, and what held the
-mark.
+An audit hook receives every such event of the interpreter, from any library. All input contains a marker, in Python
+code that would create a file if it ran. Prints, as JSON, the events other than imports, by step, and the texts with the
+marker.
 """
 
 import collections
@@ -19,7 +19,14 @@ WATCHED = ('compile', 'exec', 'pickle.find_class', 'code.__new__', 'socket.conne
 
 
 class Audit:
-  """events: {step: {(event, who asked for it)}}; marked: compiled or run texts with the mark; sources: of compile."""
+  """An audit hook, from its creation on.
+
+  Attributes:
+    step: the name that the next events are recorded under.
+    events: {step: {(event, module that caused it)}}.
+    marked: the compiled or executed texts that contain MARK.
+    sources: {step: texts that were compiled}.
+  """
 
   def __init__(self):
     self.step, self.events, self.marked = 'import', collections.defaultdict(set), []
@@ -55,7 +62,7 @@ def hostile(folder: pathlib.Path) -> str:
 
 
 def load_config(folder: pathlib.Path):
-  """A config as a run writes it, its name, values and folder marked."""
+  """Loads a config as a run writes it, with the marker in its name, values and folder."""
   from betarank.configs import load
   from betarank.train.config import run_config
 
@@ -68,7 +75,7 @@ def load_config(folder: pathlib.Path):
 
 
 def write_sources(folder: pathlib.Path) -> dict[str, str]:
-  """{name: URI} of the same marked documents in every format."""
+  """Writes the same marked documents in every format; returns {name: URI}."""
   import numpy as np
   import pyarrow
   import pyarrow.parquet
@@ -101,7 +108,7 @@ def write_sources(folder: pathlib.Path) -> dict[str, str]:
 
 
 def prepare(folder: pathlib.Path, uris: dict[str, str]):
-  """Tokenizer and prepared data of all formats; reads some of each, and the tokenizer with the mark."""
+  """Trains a tokenizer, prepares the data of all formats, reads some of each, and encodes the marker."""
   from betarank.data.config import DataConfig, SourceConfig
   from betarank.data.prepare import prepare_source, train_tokenizer
   from betarank.data.prepared import Documents
@@ -119,7 +126,7 @@ def prepare(folder: pathlib.Path, uris: dict[str, str]):
 
 
 def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
-  """Saves a marked checkpoint and restores it, then takes it to Hugging Face's format and back."""
+  """Saves and restores a checkpoint with the marker, and converts it to Hugging Face's format and back."""
   import jax
 
   from betarank import model
@@ -155,7 +162,7 @@ def answers(folder: pathlib.Path) -> list[str]:
 
 
 def grade(folder: pathlib.Path) -> None:
-  """By the verifier, as RL does."""
+  """Grades the answers with the verifier, as RL does."""
   from betarank.tasks.task_set import Task, TaskConfig, TaskSet
   from betarank.tasks.verifiers import Verifier, VerifierConfig
 
@@ -168,18 +175,18 @@ def grade(folder: pathlib.Path) -> None:
 
 
 def grade_as_a_worker(folder: pathlib.Path, audit: Audit) -> None:
-  """What a worker process does, here, where the hook sees it. Last: it changes sympy's parser for this process."""
+  """Grades the answers in this process as a worker does. It comes last, because it changes SymPy's parser."""
   from betarank.tasks import verifier_worker
   from betarank.tasks.task_set import TaskConfig, TaskSet
 
   game = TaskSet(TaskConfig('reasoning:countdown'))[0]
   graders = (verifier_worker.math_grader(), ''), (verifier_worker.reasoning_gym_grader(), game.entry)
-  for audit.step in ('worker, first', 'worker'):  # what the libraries still import comes with the first
+  for audit.step in ('worker, first', 'worker'):  # the first pass has the libraries' late imports
     for grader, entry in graders:
       for answer in answers(folder):
         try:
           grader(answer, '2x+1', entry)
-        except Exception:  # as its main does: a library that stumbles
+        except Exception:  # an error in a library, which the worker's main catches too
           continue
 
 

@@ -1,4 +1,4 @@
-"""Runs cases in worker processes, kills those that hang, goes on after those that die, and adds up."""
+"""Runs the cases in worker processes, kills those that hang, replaces those that die, and counts the outcomes."""
 
 import collections
 import concurrent.futures
@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping
 from tests.fuzz.targets import TARGETS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-START_S = 180.0  # a worker's imports and its good cases
-MOST_LOST = 20  # workers of one target: more says enough
+START_S = 180.0  # for a worker's imports and its good cases
+MOST_LOST = 20  # workers per target, after which it is given up
 
 
 @dataclasses.dataclass
 class Result:
-  """What became of the cases of one target. bad: {(type of error, line): [(case number, message), ...]}."""
+  """The outcomes of the cases of one target. bad: {(type of error, line): [(case number, message), ...]}."""
 
   name: str
   cases: int = 0
@@ -38,7 +38,7 @@ class Result:
     default_factory=lambda: collections.defaultdict(list))
 
   def lose(self, case: int, what: str, where: str = '') -> None:
-    """Counts a case that came to a bad end: past its `deadline`, or else in a crash."""
+    """Counts a failed case: a hang if `what` is 'deadline', else a crash."""
     self.crashes += what != 'deadline'
     self.hangs += what == 'deadline'
     self.bad[what.split(':')[0], where].append((case, what))
@@ -46,8 +46,11 @@ class Result:
 
 def run(plan: Mapping[str, int], seed: int, jobs: int = 1, together: bool = False,
         report: Callable[[Result], None] = lambda _: None) -> list[Result]:
-  """The results of {target: cases}. together: all in one process one after the other, which saves starting many."""
-  costly_first = sorted(plan, key=lambda name: TARGETS[name].weight)  # so that no processor waits at the end
+  """Runs the plan {target: cases}; returns the results.
+
+  together: runs all targets in one process, one after the other, which saves the start of many.
+  """
+  costly_first = sorted(plan, key=lambda name: TARGETS[name].weight)  # so that no core is idle at the end
   lanes = [dict(plan)] if together else [{name: plan[name]} for name in costly_first]
   with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
     futures = [pool.submit(_lane, lane, seed, pathlib.Path(folder), report) for lane in lanes]
@@ -79,7 +82,10 @@ def _lane(plan: dict[str, int], seed: int, folder: pathlib.Path, report) -> list
 
 def _worker(todo: dict[str, tuple[int, int]], results: dict[str, Result], seed: int, folder: pathlib.Path,
             report) -> tuple[str | None, int, str]:
-  """Works through `todo`, taking out what is done; (target, case, why) of the case that ended the worker early."""
+  """Runs the targets of `todo` in a worker process, and removes those that are done.
+
+  Returns (target, case, reason) of the case that ended the worker early.
+  """
   arguments = [str(word) for name, (first, count) in todo.items() for word in (name, first, count)]
   with tempfile.TemporaryFile() as errors, subprocess.Popen(
       [sys.executable, '-m', 'tests.fuzz.worker', str(folder), str(seed), *arguments], cwd=ROOT,
@@ -99,25 +105,25 @@ def _worker(todo: dict[str, tuple[int, int]], results: dict[str, Result], seed: 
         break
       *lines, buffer = (buffer + chunk).split(b'\n')
       for line in lines:
-        said = json.loads(line)
-        name = said['target']
+        message = json.loads(line)
+        name = message['target']
         result = results[name]
         deadline = time.monotonic() + TARGETS[name].deadline_s
-        if 'ready' in said:
+        if 'ready' in message:
           at = todo[name][0]
-        elif 'done' in said:
-          result.peak_mb = max(result.peak_mb, said['peak_mb'])
-          result.slope_kb = said['slope_kb']
+        elif 'done' in message:
+          result.peak_mb = max(result.peak_mb, message['peak_mb'])
+          result.slope_kb = message['slope_kb']
           report(result)
           del todo[name]
           name, deadline = None, time.monotonic() + START_S
         else:
-          at = said['i'] + 1
+          at = message['i'] + 1
           result.cases += 1
-          result.slowest_s = max(result.slowest_s, said['seconds'])
-          if said['outcome'] == 'crash':
-            result.lose(said['i'], said['what'], said['where'])
-          elif said['outcome'] == 'good':
+          result.slowest_s = max(result.slowest_s, message['seconds'])
+          if message['outcome'] == 'crash':
+            result.lose(message['i'], message['what'], message['where'])
+          elif message['outcome'] == 'good':
             result.good += 1
           else:
             result.refused += 1

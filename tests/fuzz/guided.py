@@ -1,7 +1,7 @@
-"""python -m tests.fuzz.guided TARGET [--seconds=60]: cases led by the lines that they reach, made by Atheris.
+"""python -m tests.fuzz.guided TARGET [--seconds=60]: coverage-guided cases, by Atheris.
 
-For targets whose reader is Python of ours, which it can follow. Ends with status 77 and a traceback at the first bad
-end. Needs `pip install atheris`, which is none of our dependencies.
+For targets whose reader is our own Python, which it can instrument. Ends at the first failure, with status 77 and a
+traceback. Needs `pip install atheris`, which is not one of our dependencies.
 """
 
 import argparse
@@ -13,13 +13,13 @@ import tempfile
 
 import atheris
 
-READERS = ['configs', 'data', 'model', 'rl', 'eval', 'train']
+READERS = ['betarank']
 with atheris.instrument_imports(include=READERS):
   from tests.fuzz.targets import TARGETS
   from tests.fuzz.texts import ANSWERS
 
 BYTES = ('config_file', 'hf_config', 'text', 'tokenizer_export')
-# What a case has beside bytes.
+# The first part of a case that isn't only bytes.
 LINES = {'jsonl': False, 'tasks': 'x.jsonl', 'programs': 'x.jsonl', 'metrics': 'x.jsonl'}
 
 

@@ -1,4 +1,4 @@
-"""Targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face's files."""
+"""The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face."""
 
 import argparse
 import contextlib
@@ -43,7 +43,7 @@ def read_all(uri: str, document_bytes: int = 512) -> None:
 
 
 def files(path: pathlib.Path, goods: list[bytes], tokens: Iterable[bytes], read: Callable[[], Any]):
-  """(make, check, close) of a reader of one file."""
+  """Returns (make, check, close) for a reader of one file."""
   def make(rng, good=False):
     content = rng.choice(goods)
     return content if good else mutate.data(rng, content, goods, tuple(tokens))
@@ -204,7 +204,7 @@ def arrayrecord(folder):
 
 @target(20, DataError)
 def tfds(folder):
-  """The JSON files that say what a folder of TFDS holds; its records are ArrayRecord's."""
+  """The JSON files that describe a TFDS data set; its records are ArrayRecord's."""
   import tensorflow_datasets as tfds
   from array_record.python import array_record_module
 
@@ -274,7 +274,7 @@ def reasoning_uri(folder):
 
 
 def _prepared(folder: pathlib.Path) -> DataConfig:
-  """A small prepared source `a` with its tokenizer in the folder."""
+  """Prepares a small source `a` and its tokenizer in the folder."""
   from betarank.data.prepare import prepare_source, train_tokenizer
 
   (folder / 'a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in documents(5, 200)))
@@ -285,7 +285,7 @@ def _prepared(folder: pathlib.Path) -> DataConfig:
 
 
 def _tokenizers(folder: pathlib.Path) -> list[bytes]:
-  """Serialised SentencePiece models: ours, and one that normalises, adds spaces and isn't BPE."""
+  """Returns serialized SentencePiece models: ours, and one that normalizes, adds spaces and isn't BPE."""
   import sentencepiece
 
   from betarank.data.tokenizer import train
@@ -409,8 +409,8 @@ def safetensors(folder):
   def header(rng, content):
     size = int.from_bytes(content[:8], 'little')
     written = mutate.json_text(rng, json.loads(content[8:8 + size]))
-    told = len(written) if rng.random() < 0.8 else rng.choice(mutate.NUMBERS) % 2**64
-    return told.to_bytes(8, 'little') + written + content[8 + size:]
+    size = len(written) if rng.random() < 0.8 else rng.choice(mutate.NUMBERS) % 2**64
+    return size.to_bytes(8, 'little') + written + content[8 + size:]
 
   def make(rng, good=False):
     path = rng.choice(list(raw))
@@ -418,8 +418,8 @@ def safetensors(folder):
       return path, raw[path]
     if path == index:
       return path, mutate.json_text(rng, json.loads(raw[index]))
-    spoil = header if rng.random() < 0.5 else lambda rng, content: mutate.data(rng, content, list(raw.values()))
-    return path, spoil(rng, raw[path])
+    change = header if rng.random() < 0.5 else lambda rng, content: mutate.data(rng, content, list(raw.values()))
+    return path, change(rng, raw[path])
 
   def check(case):
     path, content = case

@@ -1,4 +1,4 @@
-"""Hostile variants of good bytes and good JSON; every choice is the random generator's."""
+"""Makes hostile variants of good bytes, text and JSON, with the choices of a random generator."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ TEXTS = ('', ' ', '\0', '\n', '\r\n', 'a\nb', '\ud800', '\U0010ffff', '\u202e', 
          '{0.__class__}', '<script>alert(1)</script>', "__import__('os').system('true')", 'gs:/x', 'GS://x', 'gs://',
          'file:///etc/passwd', 'nan', '1e400', '-0', '0x10', '1_000', '٤', 'null', '[]', '__class__', 'items', 'a.b',
          'a' * 300)
-_RAW = {  # what json.dumps can't write, by a stand-in
+_RAW = {  # {placeholder: JSON that json.dumps can't write}
   '"\ue000long"': '9' * 5000, '"\ue000deep"': '[' * 3000 + ']' * 3000,
   '"\ue000objects"': '{"a":' * 3000 + '1' + '}' * 3000,
   '"\ue000huge"': '1e999', '"\ue000cut"': '', '"\ue000wide"': '[' + '0,' * 30_000 + '0]',
@@ -22,7 +22,7 @@ TOKENS = (b'\0', b'\xff\xff\xff\xff', b'\n', b'\xed\xa0\x80', b'\xc0\x80', b'"',
 
 
 def data(rng: random.Random, good: bytes, others: Sequence[bytes] = (), tokens: Sequence[bytes] = ()) -> bytes:
-  """`good` after one to six changes: bits, bytes, lengths, pieces of `others`, words that readers trip over."""
+  """Returns `good` after one to six changes: bits, bytes, lengths, pieces of `others`, problematic words."""
   out = bytearray(good)
   for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
     size = len(out)
@@ -54,7 +54,7 @@ def data(rng: random.Random, good: bytes, others: Sequence[bytes] = (), tokens: 
 
 
 def text(rng: random.Random, good: str, words: Sequence[str] = ()) -> str:
-  """`good` with pieces doubled, lost, swapped or replaced by `words`."""
+  """Returns `good` with pieces repeated, removed, or replaced by `words`."""
   for _ in range(rng.choice((1, 1, 2, 4))):
     at, end = sorted((rng.randrange(len(good) + 1), rng.randrange(len(good) + 1)))
     kind = rng.randrange(5)
@@ -65,7 +65,7 @@ def text(rng: random.Random, good: str, words: Sequence[str] = ()) -> str:
 
 
 def value(rng: random.Random) -> Any:
-  """Something a JSON document shouldn't hold here."""
+  """Returns a value that is unlikely to be valid in a JSON document."""
   return rng.choice((
     None, True, False, 0.0, -0.0, 0.5, 1e-320, 1e308, float('nan'), float('inf'), -float('inf'), [], {}, [[]], [None],
     {'': 0}, {'a.b': 1}, {'items': 1}, 10**400, rng.choice(NUMBERS), -rng.choice(NUMBERS), rng.choice(TEXTS),
@@ -73,7 +73,7 @@ def value(rng: random.Random) -> Any:
 
 
 def json_text(rng: random.Random, good: Any) -> bytes:
-  """The JSON document `good` with one to three values, keys or places changed."""
+  """Returns the JSON document `good` with one to three changed, removed or added values and keys."""
   document = copy.deepcopy(good)
   for _ in range(rng.choice((1, 1, 2, 3))):
     holder, key = _place(rng, document)
@@ -90,14 +90,14 @@ def json_text(rng: random.Random, good: Any) -> bytes:
     else:
       holder.insert(key, copy.deepcopy(holder[key]) if kind == 4 else value(rng))
   written = json.dumps(document, ensure_ascii=rng.random() < 0.5)
-  for stand_in, raw in _RAW.items():
-    for form in (stand_in, json.dumps(json.loads(stand_in))):
+  for placeholder, raw in _RAW.items():
+    for form in (placeholder, json.dumps(json.loads(placeholder))):
       written = written.replace(form, raw)
   return written.encode('utf-8', 'surrogatepass')
 
 
 def _place(rng: random.Random, document: Any) -> tuple[Any, Any]:
-  """A container in `document` and a key of it; rarely, or where there is none, (None, None): the document itself."""
+  """Returns a container in `document` and one of its keys; rarely, or if there is none, (None, None)."""
   if rng.random() < 0.02:
     return None, None
   holder, key = None, None

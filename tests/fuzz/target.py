@@ -1,4 +1,4 @@
-"""What a target is, and their register."""
+"""The register of targets: what reads input."""
 
 import dataclasses
 import pathlib
@@ -10,11 +10,16 @@ Make, Check = Callable[..., Any], Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What reads input.
+  """A reader of input, and how to make cases for it.
 
-  weight: its share of all cases, by what one costs. build(folder) gives (make, check, close): make(random, good=False)
-  is a case, check(case) reads it as a command would. errors: what it documents for input that it can't use. strategy:
-  of Hypothesis, for some of the cases.
+  Attributes:
+    name: of the target.
+    weight: its share of all cases, larger for cheap ones.
+    build: (folder) -> (make, check, close). make(random, good=False) returns a case; check(case) reads it as a command
+      would; close() ends what build started.
+    errors: the documented errors for input that can't be used.
+    deadline_s: of a case.
+    strategy: returns a Hypothesis strategy for some of the cases, if there is one.
   """
 
   name: str

@@ -1,6 +1,6 @@
 """All targets, by name."""
 
-from tests.fuzz import inputs, texts  # noqa: F401 (they register themselves)
+from tests.fuzz import inputs, texts  # noqa: F401 (importing registers their targets)
 from tests.fuzz.target import TARGETS, Target
 
 __all__ = ['TARGETS', 'Target']

@@ -1,4 +1,4 @@
-"""A slice of the campaign (python -m tests.fuzz), and that the campaign notices what it is for."""
+"""A small part of the campaign (python -m tests.fuzz); and the campaign counts every kind of failure."""
 
 import pytest
 
@@ -23,8 +23,8 @@ def test_all_cases_are_planned():
 
 
 @pytest.mark.slow
-def test_each_bad_end_is_counted():
-  """A target made to fail: an exception, too much memory, a segmentation fault, no end."""
+def test_each_failure_is_counted():
+  """A target made to fail: an exception, too much memory, a segmentation fault, a hang."""
   [result] = campaign.run({'broken': 10}, seed=0)
   assert (result.cases, result.good, result.refused, result.crashes, result.hangs) == (10, 4, 2, 3, 1), result.bad
   assert {what for what, _ in result.bad} == {'ZeroDivisionError', 'MemoryError', 'deadline',

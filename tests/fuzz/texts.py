@@ -1,4 +1,4 @@
-"""Targets that read what models and runs wrote: answers, benchmarks, and the inputs of a report."""
+"""The targets that read what models and runs wrote: answers, benchmarks, and the inputs of a report."""
 
 import gzip
 import html.parser
@@ -45,7 +45,7 @@ def _answer(rng: random.Random, good: bool):
 
 @target(160, strategy=_answers)
 def answers(folder):
-  """What is done to an answer in the trainer's own process: cut out, stripped, read as a number."""
+  """What the trainer's own process does with an answer: it extracts it, strips it, and reads it as a number."""
   from betarank.tasks import verifiers
   from betarank.tasks.task_set import Task
 
@@ -63,7 +63,7 @@ def answers(folder):
 
 @target(15, deadline_s=120.0)
 def verifier(folder):
-  """The whole of it, in its own killable processes; whatever the answer, there is a verdict."""
+  """The whole verifier, with its worker processes: every answer gets a verdict."""
   from betarank.tasks.task_set import Task, TaskConfig, TaskSet
   from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
@@ -75,21 +75,21 @@ def verifier(folder):
     boxed, given, wanted = _answer(rng, good)
     task = Task('', '', '', wanted, 'math', 'boxed' if boxed else 'line')
     task = rng.choice(generated) if rng.random() < 0.2 else task
-    # The same text that the reference is would be settled before any worker is asked.
+    # (An answer with the text of the reference would be decided before any worker is asked.)
     return (f'\\boxed{{{given}}}' if task.answer_format == 'boxed' else f'\nAnswer: {given}'), task
 
   def check(case):
     [verdict] = pool.verify([case])
     assert isinstance(verdict, Verdict)
-    assert not pool.counts['refused'], 'model text came as far as touching the system'
+    assert not pool.counts['refused'], 'model text reached the system'
 
   return make, check, pool.close
 
 
 @target(0, DataError, deadline_s=3.0)
 def broken(folder):
-  """What the campaign is to notice; in no campaign but the one that tests this."""
-  counter = folder / 'cases'  # on disk: a process that follows goes on counting
+  """Fails in every way that the campaign must count; only its own test uses it."""
+  counter = folder / 'cases'  # on disk, so that a process which replaces a dead one continues the count
 
   def check(case):
     if case == 'good':
@@ -117,7 +117,7 @@ _RECORDS = (
 
 @target(60, DataError)
 def tasks(folder):
-  """Questions with answers, as RL and evaluation read them."""
+  """Problems with answers, as RL and evaluation read them."""
   from betarank.tasks.task_set import TaskConfig, TaskSet
 
   def read(path):
@@ -128,7 +128,7 @@ def tasks(folder):
 
 
 def _records(folder, records, read):
-  """(make, check, close) of a reader of JSON lines, packed or not."""
+  """Returns (make, check, close) for a reader of JSON lines, compressed or not."""
   raw = b'\n'.join(json.dumps(record).encode() for record in records)
 
   def make(rng, good=False):
@@ -157,7 +157,7 @@ _PROGRAMS = (
 
 @target(40, DataError)
 def programs(folder):
-  """Programming problems; nothing is run."""
+  """Programming problems; no program is run."""
   from betarank.tasks.code_problems import read
 
   return _records(folder, _PROGRAMS, lambda path: read(str(path)))
@@ -165,7 +165,7 @@ def programs(folder):
 
 @target(40)
 def metrics(folder):
-  """A run's metrics when it goes on, which leaves out what it can't use."""
+  """The metrics of a run that is resumed; lines that can't be read are dropped."""
   from etils import epath
 
   from betarank.runtime.metrics import read_lines
@@ -189,7 +189,7 @@ class _Tags(html.parser.HTMLParser):
 
 
 def _sweep(folder: pathlib.Path):
-  """(root, {path: bytes}) of two arms' workdirs."""
+  """Makes the workdirs of two arms; returns (root, {path: bytes})."""
   from tests.eval import sweep
 
   root = folder / 'sweep'
@@ -210,9 +210,9 @@ def _report(folder, read):
     if rng.random() < 0.6:
       lines = content.decode().splitlines() if path.suffix == '.jsonl' else [content.decode()]
       at = rng.randrange(len(lines))
-      spoilt = [line.encode() for line in lines]
-      spoilt[at] = mutate.json_text(rng, json.loads(lines[at]))
-      return path, b'\n'.join(spoilt)
+      changed = [line.encode() for line in lines]
+      changed[at] = mutate.json_text(rng, json.loads(lines[at]))
+      return path, b'\n'.join(changed)
     return path, mutate.data(rng, content, [content])
 
   def check(case):
@@ -228,7 +228,7 @@ def _report(folder, read):
 
 @target(15)
 def report(folder):
-  """All that a report computes; nothing that a file holds may end it."""
+  """All computations of a report; no content of a file may end it."""
   from etils import epath
 
   from betarank.eval.report.arms import read_sweep
@@ -240,7 +240,7 @@ def report(folder):
 
 @target(1)
 def report_page(folder):
-  """The whole page, with its figures; also that nothing in it is markup that a file brought."""
+  """The whole page with its figures; it contains no markup from the files."""
   from betarank.eval.report.command import write_report
 
   return _report(folder, lambda root: _Tags().feed(write_report(str(root), str(folder / 'out')).read_text()))

@@ -1,6 +1,6 @@
-"""The process that cases run in: `python -m tests.fuzz.worker FOLDER SEED TARGET FIRST COUNT ...`.
+"""python -m tests.fuzz.worker FOLDER SEED TARGET FIRST COUNT ...: the process that runs the cases.
 
-A JSON line goes out after each case, so that the parent knows which one a crash or a hang belongs to.
+It prints a JSON line after each case, so that its parent knows which one crashed or hung.
 """
 
 import json
@@ -16,9 +16,9 @@ import hypothesis
 
 from tests.fuzz.targets import TARGETS, Target
 
-ROOM = 2**31  # bytes of address space beyond what the process has at its start: who wants more gets a MemoryError
-WARM, WARM_S = 20, 3.0  # good cases before memory is measured, and how long they may take
-BY_HYPOTHESIS = 0.3  # share of the cases, where a target has a strategy
+EXTRA_BYTES = 2**31  # of address space beyond that of the process at its start; more is a MemoryError
+WARM, WARM_S = 20, 3.0  # good cases before memory is measured, and the seconds that they may take
+HYPOTHESIS_SHARE = 0.3  # of the cases, if a target has a strategy
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
   out = os.fdopen(os.dup(1), 'w')
   null = os.open(os.devnull, os.O_RDWR)
   os.dup2(null, 0)
-  os.dup2(null, 1)  # what libraries print
+  os.dup2(null, 1)  # libraries print too
 
   def say(**message):
     out.write(json.dumps(message) + '\n')
@@ -42,7 +42,7 @@ def run(target: Target, seed: int, first: int, count: int, folder: pathlib.Path,
   make, check, close = target.build(folder)
   begin = time.monotonic()
   for i in range(WARM):
-    check(make(random.Random(i), good=True))  # a good case must go well, or the others show nothing
+    check(make(random.Random(i), good=True))  # the test is worth nothing if a good case fails
     if time.monotonic() - begin > WARM_S:
       break
   _limit_memory()
@@ -56,13 +56,13 @@ def run(target: Target, seed: int, first: int, count: int, folder: pathlib.Path,
     say(target=target.name, i=i, seconds=round(time.monotonic() - start, 4), **result)
 
   last = first + count
-  drawn = int(count * BY_HYPOTHESIS) if target.strategy else 0
+  drawn = int(count * HYPOTHESIS_SHARE) if target.strategy else 0
   for i in range(first, last - drawn):
     one(i, make(case_random(seed, target.name, i)))
     if i % 20 == 0:
       samples.append((i, _memory('VmRSS')))
   peak = _memory('VmHWM') - before
-  if drawn:  # after memory is measured: Hypothesis remembers what it has drawn
+  if drawn:  # after memory is measured, because Hypothesis remembers what it has drawn
     _by_hypothesis(target, seed + first, range(last - drawn, last), one)
   say(target=target.name, done=True, peak_mb=peak / 2**20,
       slope_kb=_slope(samples[len(samples) // 2:]) / 2**10)
@@ -74,7 +74,7 @@ def case_random(seed: int, name: str, i: int) -> random.Random:
 
 
 def outcome(target: Target, check, case) -> dict[str, str]:
-  """{'outcome': 'good' | 'refused' | 'crash', 'what': ..., 'where': ...}."""
+  """Runs a case; returns {'outcome': 'good' | 'refused' | 'crash', 'what': ..., 'where': ...}."""
   try:
     check(case)
   except target.errors as error:
@@ -92,7 +92,7 @@ def outcome(target: Target, check, case) -> dict[str, str]:
 
 
 def _by_hypothesis(target: Target, seed: int, numbers: range, one) -> None:
-  """Cases that Hypothesis makes of the target's strategy; they may be fewer than asked for if there are no more."""
+  """Runs cases from the target's Hypothesis strategy; fewer than `numbers` if it has no more."""
   left = iter(numbers)
 
   @hypothesis.seed(seed)
@@ -107,12 +107,12 @@ def _by_hypothesis(target: Target, seed: int, numbers: range, one) -> None:
 
 
 def _limit_memory() -> None:
-  room = _memory('VmSize') + ROOM
-  resource.setrlimit(resource.RLIMIT_AS, (room, resource.getrlimit(resource.RLIMIT_AS)[1]))
+  limit = _memory('VmSize') + EXTRA_BYTES
+  resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def _memory(name: str) -> int:
-  """Bytes, from /proc: VmSize, VmRSS or VmHWM (the peak of VmRSS)."""
+  """Returns bytes, from /proc: VmSize, VmRSS or VmHWM (the peak of VmRSS)."""
   for line in pathlib.Path('/proc/self/status').read_text().splitlines():
     if line.startswith(f'{name}:'):
       return int(line.split()[1]) * 1024
@@ -124,7 +124,7 @@ def _reset_peak() -> None:
 
 
 def _slope(samples: list[tuple[int, int]]) -> float:
-  """Bytes a thousand cases, by least squares."""
+  """Returns bytes per thousand cases, by least squares."""
   if len(samples) < 3:
     return 0.0
   x, y = zip(*samples)

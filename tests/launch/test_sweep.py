@@ -22,7 +22,8 @@ from betarank.launch import sweep as sweep_module
 from betarank.launch.points import Point, expand, local_files
 from betarank.launch.sweep import Sweep
 from betarank.runtime import checkpoint, workdir
-from tests.runs import BETARANK, assert_no_secret, environment
+from tests import runs
+from tests.runs import BETARANK, assert_no_secret, betarank, environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = 'tests/tiny_sweep.py'
@@ -145,14 +146,12 @@ def test_a_plan_compiles_a_program_once_for_all_points_that_run_it():
 
 
 def start(root, *flags, arguments=''):
-  return subprocess.Popen(
-    [*BETARANK, 'sweep', f'--config={CONFIG}:dir={root.parent}/data{arguments}', f'--root={root}',
-     '--on=local', *flags], env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  return betarank('sweep', f'--config={CONFIG}:dir={root.parent}/data{arguments}', f'--root={root}', '--on=local',
+                  *flags)
 
 
 def finish(process, timeout=600):
-  out, err = process.communicate(timeout=timeout)
-  return process.returncode, out, err
+  return runs.finish([process], timeout)[0]
 
 
 def status(root):

@@ -1,34 +1,33 @@
 """Whole RL runs as processes: a killed one goes on to the last bit, and what it writes is what happened."""
 
 import json
-import signal
-import socket
-import subprocess
-import time
 
-import numpy as np
 import pytest
 
-from tests.runs import BETARANK, arrays, assert_no_secret, environment, metrics
+from tests import runs
+from tests.runs import (
+  assert_no_secret,
+  assert_same_run,
+  assert_stopped,
+  finish,
+  finish_well,
+  metrics,
+  refused,
+  wait_for_step,
+)
 
 STEPS = 6
+LONG = 1000  # steps; ended long before
 
 
-def start(module, config, workdir, *extra, devices=1):
-  return subprocess.Popen([*BETARANK, module, f'--config={config}', f'--workdir={workdir}', *extra],
-                          env=environment(devices), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process):
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == 0, err
-  return out
+def start(config, workdir, *extra, processes=1, devices=1):
+  return runs.start('rl', config, workdir, processes, *extra, devices=devices)
 
 
 @pytest.fixture(scope='module')
 def undisturbed(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish(start('rl', config, workdir))
+  finish_well(start(config, workdir))
   return workdir
 
 
@@ -52,25 +51,19 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
   assert_no_secret(undisturbed)
 
 
-def wait_for(workdir, step, process):
-  """Returns once the run has written this step, or has ended."""
-  path = workdir / 'metrics.jsonl'
-  while process.poll() is None and not (path.exists() and f'"step": {step}, "train' in path.read_text()):
-    time.sleep(0.02)
-
-
-@pytest.mark.parametrize('kill_at', [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_killed_and_started_again_equals_uninterrupted(undisturbed, config, tmp_path, kill_at):
-  process = start('rl', config, tmp_path)
-  wait_for(tmp_path, kill_at, process)
-  process.kill()
-  process.communicate()
-  assert process.returncode in (-signal.SIGKILL, 0)
-  finish(start('rl', config, tmp_path))
-  assert metrics(tmp_path) == metrics(undisturbed)
-  want, got = arrays(undisturbed, STEPS), arrays(tmp_path, STEPS)
-  for name in want:
-    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_path):
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}')
+  wait_for_step(tmp_path, 1, running)
+  running[0].kill()
+  finish(running)
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}')
+  wait_for_step(tmp_path, metrics(tmp_path)[-1]['step'] + 1, running)
+  running[0].terminate()
+  steps = assert_stopped(finish(running), tmp_path) + 2
+  undisturbed = tmp_path / 'undisturbed'
+  for workdir in (tmp_path, undisturbed):
+    finish_well(start(config, workdir, f'--config.rl.steps={steps}'))
+  assert_same_run(tmp_path, undisturbed, steps)
 
 
 # A reference, covariance terms and two updates a step, on two devices; samples enough for some to be right each step.
@@ -81,20 +74,14 @@ EVERYTHING = ('--config.rl.steps=4', '--config.rl.loss.kl_weight=0.1', '--config
 @pytest.fixture(scope='module')
 def two_devices(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('two_devices')
-  finish(start('rl', config, workdir, *EVERYTHING, devices=2))
+  finish_well(start(config, workdir, *EVERYTHING, devices=2))
   return workdir
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_two_devices(two_devices, config, tmp_path):
   """They draw the same samples, judge half of them each, and learn the same."""
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  pair = [start('rl', config, tmp_path, *EVERYTHING, f'--coordinator=127.0.0.1:{port}', '--processes=2',
-                f'--process_id={i}') for i in range(2)]
-  for process in pair:
-    finish(process)
+  finish_well(start(config, tmp_path, *EVERYTHING, processes=2))
   for mine, theirs in zip(metrics(tmp_path), metrics(two_devices), strict=True):
     assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
@@ -108,15 +95,12 @@ def test_the_kl_is_to_the_start(two_devices):
 
 @pytest.mark.slow
 def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
-  process = start('rl', config, tmp_path, *EVERYTHING, devices=2)
-  wait_for(tmp_path, 3, process)
-  process.kill()
-  process.communicate()
-  finish(start('rl', config, tmp_path, *EVERYTHING, devices=2))
-  assert metrics(tmp_path) == metrics(two_devices)
-  want, got = arrays(two_devices, 4), arrays(tmp_path, 4)
-  for name in want:
-    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+  running = start(config, tmp_path, *EVERYTHING, devices=2)
+  wait_for_step(tmp_path, 3, running)
+  running[0].kill()
+  assert finish(running)[0][0] == -9
+  finish_well(start(config, tmp_path, *EVERYTHING, devices=2))
+  assert_same_run(tmp_path, two_devices, 4)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +117,5 @@ def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
   ],
 )
 def test_what_cannot_be_ends_in_one_line(config, tmp_path, override, message):
-  process = start('rl', config, tmp_path, override)
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == 2 and len(err.splitlines()) == 1, err
-  assert message in err
+  [process] = start(config, tmp_path, override)
+  assert message in refused(process)

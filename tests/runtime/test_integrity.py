@@ -177,9 +177,9 @@ def test_in_a_bucket_a_start_compares_sizes_and_small_files_and_verify_all(bucke
 
 NO_DEVICES = '''
 import sys
-from betarank.runtime import checkpoint
+from betarank.runtime import checkpoint_command
 try:
-  checkpoint.main(sys.argv[1:])
+  checkpoint_command.main(sys.argv[1:])
 finally:
   from jax._src import xla_bridge
   assert not xla_bridge._backends, 'a device was touched'

@@ -1,13 +1,11 @@
 """A command asked to stop finishes its step and saves, and its exit status says so. A second Ctrl-C is final."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from betarank.runtime.stop import StopSignal
-from tests.runs import environment, finish, free_port
+from tests.runs import finish, free_port, python
 
 STEPS = '''
 import sys, time
@@ -44,15 +42,9 @@ with StopSignal(jax.process_count()) as stop:
 '''
 
 
-def start(program, *arguments):
-  process = subprocess.Popen([sys.executable, '-c', program, *arguments], env=environment(), text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-  return process
-
-
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_first_signal_ends_after_the_step_and_the_save(number, status):
-  process = start(STEPS)
+  process = python('-c', STEPS)
   first = process.stdout.readline()
   process.send_signal(number)
   [(code, out, err)] = finish([process], timeout=60)
@@ -62,7 +54,7 @@ def test_the_first_signal_ends_after_the_step_and_the_save(number, status):
 
 
 def test_a_second_sigterm_changes_nothing():
-  process = start(STEPS)
+  process = python('-c', STEPS)
   process.stdout.readline()
   for _ in range(3):
     process.terminate()
@@ -71,7 +63,7 @@ def test_a_second_sigterm_changes_nothing():
 
 
 def test_the_second_ctrl_c_ends_at_once_even_in_c_code():
-  process = start(BUSY)
+  process = python('-c', BUSY)
   process.stdout.readline()
   process.send_signal(signal.SIGINT)
   assert 'Ctrl-C again ends at once' in process.stderr.readline()
@@ -93,7 +85,7 @@ def test_signals_act_as_before_after_the_block():
 @pytest.mark.parametrize('number, statuses', [(signal.SIGTERM, [143, 143]), (signal.SIGINT, [143, 130])])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(number, statuses):
   address = f'127.0.0.1:{free_port()}'
-  pair = [start(JOB, address, str(i)) for i in range(2)]
+  pair = [python('-c', JOB, address, i) for i in range(2)]
   for process in pair:
     assert process.stdout.readline() == 'step 0\n'
   pair[1].send_signal(number)

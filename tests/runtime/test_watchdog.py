@@ -2,14 +2,12 @@
 
 import dataclasses
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from betarank.runtime.rendezvous import EXIT_JOB_LOST
 from betarank.runtime.watchdog import FINISHED, STALL_S, Heartbeat, Process, is_own_error, update, verdict
-from tests.runs import environment, finish, free_port, last_error
+from tests.runs import finish, free_port, last_error, python
 
 NAMES = [f'process {i} of 3 (host-{i}, pid {i})' for i in range(3)]
 DEADLINE_S = 60.0
@@ -91,9 +89,9 @@ with watchdog.Watchdog() as dog:
 
 
 def test_a_process_that_hangs_ends_with_its_stacks_and_one_line():
-  done = subprocess.run([sys.executable, '-c', HANGS], text=True, capture_output=True, timeout=120)
-  assert done.returncode == EXIT_JOB_LOST and done.stderr.splitlines()[-1].startswith('error: no step for ')
-  assert 'since step 7' in done.stderr and 'line 7 in <module>' in done.stderr
+  [(code, _, err)] = finish([python('-c', HANGS)], timeout=120)
+  assert code == EXIT_JOB_LOST and err.splitlines()[-1].startswith('error: no step for ')
+  assert 'since step 7' in err and 'line 7 in <module>' in err
 
 
 JOB = '''
@@ -115,9 +113,7 @@ with JobWatchdog(info, names, 3.0, open(sys.argv[3], 'w')) as dog:
 def start_job(folder, last):
   """Two processes that have made three steps. last: the last argument of process 1."""
   address = f'127.0.0.1:{free_port()}'
-  return [subprocess.Popen([sys.executable, '-c', JOB, address, str(i), folder / str(i), *(last if i else [])],
-                           env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-          for i in range(2)]
+  return [python('-c', JOB, address, i, folder / str(i), *(last if i else [])) for i in range(2)]
 
 
 def test_a_stopped_process_ends_the_other_one_which_names_it(tmp_path):

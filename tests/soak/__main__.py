@@ -1,7 +1,7 @@
 """python -m tests.soak [--steps=20000] [--rl_steps=300] [--prompts=100000] [--gb=10] [--only=train,rl,eval,data]
 
-Long loads on tiny models: a day's worth of steps, checkpoints, evaluations and prompts in an hour. Every process is
-looked at from outside, twice a second. A figure is flat if it grows, after the first fifth of the way, by less than
+Runs tiny models for a long time: a day's worth of steps, checkpoints, evaluations and prompts in an hour. Every process
+is observed from outside, twice per second. A figure is flat if its growth after the first fifth of the run is less than
 three standard errors of its slope, or less than the bound in tests/soak/watch.py.
 """
 
@@ -21,12 +21,12 @@ from tests.soak import loads, watch
 def main():
   parser = argparse.ArgumentParser(prog='python -m tests.soak', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--steps', type=int, default=20_000, help='of training')
+  parser.add_argument('--steps', type=int, default=20_000, help='of pre-training')
   parser.add_argument('--rl_steps', type=int, default=300)
   parser.add_argument('--prompts', type=int, default=100_000, help='of the evaluation')
   parser.add_argument('--gb', type=float, default=10.0, help='of prepared data')
   parser.add_argument('--only', default='train,rl,eval,data')
-  parser.add_argument('--keep', default='', metavar='DIR', help='a new folder for runs, which stays')
+  parser.add_argument('--keep', default='', metavar='DIR', help='a new folder for the runs, which is kept')
   args = parser.parse_args()
   todo = {'train': (loads.train, args.steps), 'rl': (loads.rl, args.rl_steps),
           'eval': (loads.evaluation, args.prompts), 'data': (loads.data, args.gb)}
@@ -48,7 +48,7 @@ def main():
 
 
 def show(name: str, load: loads.Load, took_s: float) -> int:
-  """Prints a load's table; returns how many of its figures aren't flat."""
+  """Prints the table of a load; returns how many of its figures aren't flat."""
   known_mb = loads.CHECKPOINT_MB * load.checkpoints_per_1000
   rows = watch.rows(load.watch.samples, load.watch.names, known_mb)
   print(f'\n{name}: {load.did}; {took_s / 60:.1f} min, load {os.getloadavg()[1]:.1f} on {os.cpu_count()} processors')

@@ -1,4 +1,4 @@
-"""What the pipeline is loaded with: tiny models and much of everything else, each as the command that a user gives."""
+"""The loads: tiny models, and large numbers of everything else. Each runs the command that a user would run."""
 
 import collections
 import contextlib
@@ -27,21 +27,21 @@ from tests.soak.watch import Watch
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SUMS = '--config.data.sources.main.uri=reasoning:chain_sum'
 EVERY, RL_EVERY = 50, 10  # steps between two checkpoints
-CHECKPOINT_MB = 0.1  # what tensorstore 0.1.86 keeps of each for good: its Spec.to_json(), called for every array, leaks
-DOCUMENT_TOKENS = 16_384  # of the large data set, on average; two bytes each
+CHECKPOINT_MB = 0.1  # leaked per checkpoint by tensorstore 0.1.86: Spec.to_json(), which is called for every array
+DOCUMENT_TOKENS = 16_384  # mean length in the large data set, two bytes per token
 SHARDS = 40
-ROWS, ROW_TOKENS = 8, 32_768  # a step of the walk over it
+ROWS, ROW_TOKENS = 8, 32_768  # per step, when the data set is read
 
 
 class Soak:
-  """A folder for all loads, and what they share."""
+  """The folder of all loads, and what they share."""
 
   def __init__(self, root: pathlib.Path):
     self.root = root
     self.data, self.trained = root / 'data', root / 'trained'
 
   def start(self, name: str, *args: object) -> subprocess.Popen:
-    """`betarank ARGS`, with a folder of its own for temporary files; what it says goes to NAME.log."""
+    """Starts `betarank ARGS` with its own folder for temporary files, and its output in NAME.log."""
     (self.root / f'{name}.tmp').mkdir(exist_ok=True)
     with open(self.root / f'{name}.log', 'a', encoding='utf-8') as log:
       return subprocess.Popen(
@@ -55,7 +55,7 @@ class Soak:
     assert not left, f'{name}: temporary files are left: {left[:5]}'
 
   def model(self) -> pathlib.Path:
-    """A model that has learned what an answer looks like, and little else."""
+    """Returns the run of a model that has learned the format of an answer, and little else."""
     if not self.trained.exists():
       tiny = f'--config=tests/tiny.py:dir={self.data},beta=0'
       self.finish('data', self.start('data', 'data', 'prepare', tiny, SUMS))
@@ -67,7 +67,7 @@ class Soak:
 
 @dataclasses.dataclass
 class Load:
-  """A finished load: what was seen, and a line on what it did."""
+  """A finished load: what was observed, and a line that describes it."""
 
   watch: Watch
   did: str
@@ -75,7 +75,7 @@ class Load:
 
 
 def train(s: Soak, steps: int) -> Load:
-  """A long run of the tiny model, with a checkpoint every 50 steps and an evaluation every 100."""
+  """Runs a long pre-training of the tiny model, with a checkpoint every 50 steps and an evaluation every 100."""
   s.model()
   workdir = s.root / 'train'
   process = s.start(
@@ -94,7 +94,7 @@ def train(s: Soak, steps: int) -> Load:
 
 
 def rl(s: Soak, steps: int) -> Load:
-  """RL with a checkpoint every 10 steps; every second problem goes to the verifier's workers."""
+  """Runs RL with a checkpoint every 10 steps; every second problem goes to the verifier's workers."""
   s.model()
   workdir = s.root / 'rl'
   process = s.start(
@@ -114,7 +114,7 @@ def rl(s: Soak, steps: int) -> Load:
 
 
 def evaluation(s: Soak, prompts: int) -> Load:
-  """Many prompts from a file, killed three times on its way; nothing may be lost, doubled or drawn otherwise."""
+  """Samples answers to many prompts from a file, killed three times; no line may be lost, duplicated or different."""
   s.model()
   workdir, file = s.root / 'eval', s.root / 'prompts.jsonl'
   shutil.copytree(s.trained, workdir)
@@ -126,11 +126,12 @@ def evaluation(s: Soak, prompts: int) -> Load:
   few = max(prompts // 50, 10)
   args = ('eval', 'sample', f'--benchmark=jsonl:{file}', '--config.eval.sample.samples=1',
           '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.decode_batch_size=64')
-  # The first few in one go, as a judge of the whole.
-  judge = s.root / 'judge'
-  shutil.copytree(s.trained, judge)
-  s.finish('judge', s.start('judge', *args, f'--checkpoint={judge}', f'--config.eval.sample.problems={few}'))
-  [undisturbed] = (judge / 'eval' / 'samples').rglob('[0-9]*.jsonl')
+  # The first few without a kill, to compare with.
+  reference = s.root / 'reference'
+  shutil.copytree(s.trained, reference)
+  s.finish('reference', s.start('reference', *args, f'--checkpoint={reference}',
+                                f'--config.eval.sample.problems={few}'))
+  [undisturbed] = (reference / 'eval' / 'samples').rglob('[0-9]*.jsonl')
   kills = [few // 2, prompts // 10, prompts // 5]
   lines = last_line(workdir / 'eval' / 'samples')
   for at in kills:
@@ -149,14 +150,14 @@ def evaluation(s: Soak, prompts: int) -> Load:
   with open(path, encoding='utf-8') as written:
     for line in map(json.loads, written):
       counts[line['problem']] += 1
-      assert expected.get(line['problem'], line) == line, f'problem {line["problem"]} was drawn otherwise'
-  assert sorted(counts) == list(range(prompts)) and set(counts.values()) == {1}, 'problems are lost or doubled'
-  return Load(watch, f'{prompts:,} prompts, each there once after {len(kills)} kills, the first {few:,} the same lines '
-                     f'as in a run without; file of {path.stat().st_size / 1e6:.0f} MB')
+      assert expected.get(line['problem'], line) == line, f'problem {line["problem"]} has another sample'
+  assert sorted(counts) == list(range(prompts)) and set(counts.values()) == {1}, 'problems are lost or duplicated'
+  return Load(watch, f'{prompts:,} prompts, each present once after {len(kills)} kills, the first {few:,} with the '
+                     f'same lines as in a run without; file of {path.stat().st_size / 1e6:.0f} MB')
 
 
 def data(s: Soak, gigabytes: float) -> Load:
-  """One epoch of a large prepared set, read as training reads it."""
+  """Reads one epoch of a large prepared data set as training does."""
   s.model()
   config = large(s, gigabytes)
   (s.root / 'walk.json').write_text(json.dumps(dataclasses.asdict(config)))
@@ -175,7 +176,7 @@ def data(s: Soak, gigabytes: float) -> Load:
 
 
 def large(s: Soak, gigabytes: float) -> DataConfig:
-  """A prepared set of random tokens, written by what `betarank data prepare` writes with, without the tokenising."""
+  """Writes a prepared data set of random tokens with the code of `betarank data prepare`, without tokenizing."""
   path = str(s.data / 'tokenizer.model')
   tokenizer = Tokenizer(path)
   config = DataConfig(str(s.root / 'large'), path, tokenizer.vocab_size, {'main': SourceConfig('synthetic:', 1.0, 0)},
@@ -203,7 +204,7 @@ def large(s: Soak, gigabytes: float) -> DataConfig:
 
 
 def last_step(path: pathlib.Path):
-  """A function that says the step of the last line of a file that grows."""
+  """Returns a function that returns the step of the last line of a growing file."""
   def position() -> float:
     with contextlib.suppress(OSError, ValueError, IndexError), open(path, 'rb') as file:
       file.seek(max(0, os.path.getsize(path) - 8192))
@@ -213,14 +214,14 @@ def last_step(path: pathlib.Path):
 
 
 def last_line(folder: pathlib.Path):
-  """A function that says how many lines the growing file of samples below `folder` has."""
+  """Returns a function that returns the number of lines in the growing file of samples below `folder`."""
   at, count = 0, 0
 
   def position() -> float:
     nonlocal at, count
     for path in folder.rglob('[0-9]*.jsonl'):
       size = path.stat().st_size
-      if size < at:  # written anew, without what a kill cut short
+      if size < at:  # rewritten without the lines that a kill left incomplete
         at = count = 0
       with open(path, 'rb') as file:
         file.seek(at)

@@ -1,4 +1,4 @@
-"""python -m tests.soak.walk CONFIG.json: reads one epoch of prepared data as training does; a line every 50 steps."""
+"""python -m tests.soak.walk CONFIG.json: reads one epoch of prepared data as training does, and logs every 50 steps."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ def main():
   with open(path.with_suffix('.jsonl'), 'w', encoding='utf-8') as out:
     for step in range(1, steps + 1):
       batch = next(batches)
-      of_epoch = batch.segments_BT[: rows - (step - 1) * ROWS]  # the last batch begins the next epoch
+      of_epoch = batch.segments_BT[: rows - (step - 1) * ROWS]  # the last batch also has rows of the next epoch
       pairs += int((of_epoch > 0).sum())
       if step % 50 == 0 or step == steps:
         out.write(json.dumps({'step': step, 'pairs': pairs}) + '\n')

@@ -1,4 +1,4 @@
-"""A process and all below it, looked at from outside: memory, threads, open files, and whether they grow."""
+"""Observes a process and its descendants from outside: memory, threads and open files, and whether they grow."""
 
 import dataclasses
 import os
@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 PAGE, TICKS = os.sysconf('SC_PAGE_SIZE'), os.sysconf('SC_CLK_TCK')
-WARM_UP = 0.2  # of all steps: programs compile, pools fill, the allocator finds its size
-BLOCKS = 16  # what a slope is fitted to: means of so many equal parts, as neighbouring samples aren't independent
-# What growth per 1000 steps is none, however surely it is seen.
+WARM_UP = 0.2  # of all steps, in which programs compile, pools fill and the allocator reaches its size
+BLOCKS = 16  # a slope is fitted to the means of so many equal parts, because neighbouring samples aren't independent
+# Growth per 1000 steps that is accepted, however significant it is.
 BOUNDS = {'memory MB': 1.0, 'own memory MB': 1.0, 'threads': 0.5, 'open files': 0.5}
 RATE_BOUND = 0.10  # of throughput, from one end to the other
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One look. `figures` has the keys of BOUNDS for each process id."""
+  """One observation. `figures` has the keys of BOUNDS for each process id."""
 
   time_s: float
   position: float
@@ -29,27 +29,27 @@ class Sample:
 
 
 class Watch:
-  """Looks at a running command every `every_s` seconds until it ends."""
+  """Observes a running command every `every_s` seconds until it ends."""
 
   def __init__(self, name: str, process: subprocess.Popen, position: Callable[[], float], every_s: float = 0.5):
-    """position: how far the command is, in steps; asked at each look."""
+    """position: returns the step that the command has reached; called at each observation."""
     self.samples: list[Sample] = []
     self.names = {process.pid: name}
     self._process, self._position, self._every_s = process, position, every_s
-    self._thread = threading.Thread(target=self._look, daemon=True)
+    self._thread = threading.Thread(target=self._observe, daemon=True)
     self._thread.start()
 
   def join(self) -> None:
     self._thread.join()
 
-  def _look(self) -> None:
+  def _observe(self) -> None:
     while self._process.poll() is None:
       figures, cpu = {}, 0.0
       for pid in tree(self._process.pid):
         try:
-          figures[pid], used, name = look(pid)
+          figures[pid], used, name = observe(pid)
         except (OSError, ValueError, LookupError):
-          continue  # it has just ended
+          continue  # the process has just ended
         cpu += used
         self.names.setdefault(pid, name)
       if self._process.pid in figures:
@@ -58,7 +58,7 @@ class Watch:
 
 
 def tree(root: int) -> list[int]:
-  """`root` and the processes below it."""
+  """Returns the ids of `root` and its descendants."""
   children: dict[int, list[int]] = {}
   for entry in os.listdir('/proc'):
     if entry.isdigit():
@@ -73,15 +73,15 @@ def tree(root: int) -> list[int]:
   return found
 
 
-def look(pid: int) -> tuple[dict[str, float], float, str]:
-  """(figures, CPU seconds with those of its ended children, what it is) of one process."""
+def observe(pid: int) -> tuple[dict[str, float], float, str]:
+  """Returns (figures, CPU seconds with those of its ended children, name) of one process."""
   folder = pathlib.Path('/proc', str(pid))
   fields = (folder / 'stat').read_text().rpartition(')')[2].split()
   status = dict(line.split(':', 1) for line in (folder / 'status').read_text().splitlines())
   mega = lambda *names: sum(int(status[name].split()[0]) for name in names) / 1024
   figures = {
     'memory MB': mega('VmRSS'),
-    'own memory MB': mega('RssAnon', 'RssShmem'),  # without files that are mapped: the system may drop those
+    'own memory MB': mega('RssAnon', 'RssShmem'),  # without mapped files, which the system may drop
     'threads': int(fields[17]),
     'open files': len(os.listdir(folder / 'fd')),
   }
@@ -92,31 +92,31 @@ def look(pid: int) -> tuple[dict[str, float], float, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A figure over a run after its warm-up; slope and error per 1000 steps."""
+  """A figure of a run after its warm-up; slope and its standard error are per 1000 steps."""
 
   process: str
   figure: str
-  first: float  # mean of the first tenth, and of the last
-  last: float
+  first: float  # mean of the first tenth
+  last: float  # mean of the last tenth
   slope: float
   error: float
   bound: float
 
   @property
   def flat(self) -> bool:
-    """Whether it doesn't grow; becoming less is no fault."""
+    """True if the figure doesn't grow; it may fall."""
     return self.slope < max(3 * self.error, self.bound)
 
 
 def slope(position_N: Sequence[float], value_N: Sequence[float]) -> tuple[float, float]:
-  """(growth per 1000 steps, its standard error), by least squares over the means of BLOCKS equal parts of the way."""
+  """Returns (growth per 1000 steps, its standard error), by least squares over the means of BLOCKS equal parts."""
   position_N, value_N = np.asarray(position_N, float), np.asarray(value_N, float)
   edges = np.linspace(position_N.min(), position_N.max(), BLOCKS + 1)
   block_N = np.clip(np.searchsorted(edges, position_N, 'right') - 1, 0, BLOCKS - 1)
-  there = [block_N == b for b in range(BLOCKS) if (block_N == b).any()]
-  if len(there) < 4:
-    raise ValueError(f'only {len(position_N)} looks after the warm-up; take more steps')
-  x, y = (np.array([values[mask].mean() for mask in there]) for values in (position_N / 1000, value_N))
+  masks = [block_N == b for b in range(BLOCKS) if (block_N == b).any()]
+  if len(masks) < 4:
+    raise ValueError(f'only {len(position_N)} observations after the warm-up; take more steps')
+  x, y = (np.array([values[mask].mean() for mask in masks]) for values in (position_N / 1000, value_N))
   x = x - x.mean()
   per_1000 = float(x @ y / (x @ x))
   rest = y - y.mean() - per_1000 * x
@@ -124,14 +124,14 @@ def slope(position_N: Sequence[float], value_N: Sequence[float]) -> tuple[float,
 
 
 def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0) -> list[Row]:
-  """A row for each figure of each process that is there most of the time, of all together, and of the pace.
+  """Returns a row for each figure of each process that lives for most of the run, one for their number, and the speed.
 
-  known_mb: growth of the first process's memory per 1000 steps that is known, and nobody's here to mend.
+  known_mb: growth of the first process's memory per 1000 steps that is known and accepted.
   """
   warm = samples[0].position + WARM_UP * (samples[-1].position - samples[0].position)
   kept = [s for s in samples if s.position > warm]
   if len(kept) < 2 * BLOCKS:
-    raise ValueError(f'only {len(kept)} looks after the warm-up; take more steps')
+    raise ValueError(f'only {len(kept)} observations after the warm-up; take more steps')
   lasting = [pid for pid in names if sum(pid in s.figures for s in kept) > len(kept) / 2]
   out = []
 
@@ -141,23 +141,24 @@ def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0
                    *slope(at, values), bound))
 
   for number, pid in enumerate(lasting):
-    there = [s for s in kept if pid in s.figures]
-    at = [s.position for s in there]
+    own = [s for s in kept if pid in s.figures]
+    at = [s.position for s in own]
     for figure, bound in BOUNDS.items():
       name = f'{names[pid]} {number}' if number else names[pid]
       known = known_mb if 'MB' in figure and not number else 0.0
-      add(name, figure, at, [s.figures[pid][figure] for s in there], bound + known)
+      add(name, figure, at, [s.figures[pid][figure] for s in own], bound + known)
   add('all', 'processes', [s.position for s in kept], [len(s.figures) for s in kept], BOUNDS['threads'])
-  return out + pace(kept)
+  return out + speed(kept)
 
 
-def pace(samples: Sequence[Sample]) -> list[Row]:
-  """Seconds a step, of the clock and of the processors: the second says more on a machine that does much else."""
+def speed(samples: Sequence[Sample]) -> list[Row]:
+  """Returns the rows of wall and CPU time per step. CPU time is the better figure on a busy machine."""
   edges = np.linspace(samples[0].position, samples[-1].position, BLOCKS + 1)
   at_N = np.array([s.position for s in samples])
   out = []
-  for figure, value_N in (('ms a step', [s.time_s for s in samples]), ('CPU ms a step', [s.cpu_s for s in samples])):
-    # Positions stand still between two looks, so the time at an edge is read off between those where they move.
+  values = {'ms per step': [s.time_s for s in samples], 'CPU ms per step': [s.cpu_s for s in samples]}
+  for figure, value_N in values.items():
+    # Several observations may have the same position; the time at an edge is interpolated between those that moved.
     moved = np.concatenate([[True], np.diff(at_N) > 0])
     reached = np.interp(edges, at_N[moved], np.asarray(value_N)[moved])
     ms = np.diff(reached) / np.diff(edges) * 1000
