@@ -14,6 +14,7 @@ COMMANDS = {
   'train': ('train.command', 'pre-train a model'),
   'rl': ('rl.command', 'continue a model with reinforcement learning on verifiable rewards'),
   'eval': ('eval.command', 'probe a checkpoint, sample answers to a benchmark, or run lm-evaluation-harness'),
+  'judge': ('tasks.command', 'judge answers as RL and evaluation do, and say why'),
   'compare': ('eval.compare', 'print the metrics of several runs side by side, and plot their curves'),
   'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),
   'sweep': ('launch.sweep', 'run the points of an experiment here, or on TPU slices'),

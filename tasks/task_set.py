@@ -197,8 +197,9 @@ class TaskSet:
   def _try_reward(self) -> None:
     """Raises DataError if the reward function fails on the first task's reference."""
     task = self._kept[0]
+    form = '\\boxed{{{}}}' if self.config.answer_format == 'boxed' else f'{reasoning.ANSWER_MARK}{{}}'
     with Verifier(VerifierConfig(workers=1)) as verifier:
-      verifier.grade([(task.reference, task)])
+      verifier.grade([(form.format(task.reference or 'x'), task)])
     if verifier.first_error:
       raise DataError(f'reward {self.config.reward}: {verifier.first_error}, when called with the first reference')
 

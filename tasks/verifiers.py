@@ -19,7 +19,7 @@ from typing import Protocol
 from betarank.tasks.answers import ANSWER_FORMATS, Question, final_answer
 from betarank.tasks.code_jail import Jail, JailError
 from betarank.tasks.judging import numerals
-from betarank.tasks.judging.comparison import Verdict, judge
+from betarank.tasks.judging.comparison import Verdict, judge, why_unreadable
 from betarank.tasks.worker_pool import VerifierConfig, VerifierError, WorkerPool
 
 __all__ = ['Grade', 'Task', 'Verdict', 'Verifier', 'VerifierConfig', 'VerifierError']
@@ -133,12 +133,17 @@ class Verifier:
     return grades
 
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
-    """Returns {reference: why} for the references in mathematics that no answer can be compared with."""
-    asked = [text for text in dict.fromkeys(references) if numerals.exact_number(text) is None]
-    with self._lock:
-      replies = self._pool.ask(['math'] * len(asked), [{'reference': text, 'answer': None} for text in asked])
-    whys = [_LOST[reply] if isinstance(reply, str) else reply['rule'] for reply in replies]
-    return {text: why for text, why in zip(asked, whys) if why}
+    """Returns {reference: why} for the references in mathematics that no answer can be compared with.
+
+    References aren't a model's text, so that they are read here; a worker is asked for what needs math-verify's parser.
+    """
+    found = {text: _why_unreadable(text) for text in dict.fromkeys(references)}
+    asked = [text for text, why in found.items() if why is None]
+    if asked:
+      with self._lock:
+        replies = self._pool.ask(['math'] * len(asked), [{'reference': text, 'answer': None} for text in asked])
+      found |= {text: _LOST[reply] if isinstance(reply, str) else reply['rule'] for text, reply in zip(asked, replies)}
+    return {text: why for text, why in found.items() if why}
 
   def _check(self, task: Task) -> None:
     if task.verifier not in VERIFIERS or task.answer_format not in (*ANSWER_FORMATS, 'code'):
@@ -157,6 +162,9 @@ class Verifier:
     if task.verifier == 'exact' or (task.verifier == 'reasoning_gym' and answer == task.reference.strip()):
       same = answer == task.reference.strip()
       return _graded(Verdict.RIGHT if same else Verdict.WRONG, answer, 'the same text' if same else 'another text')
+    if task.verifier == 'math' and numerals.plain(answer) == numerals.plain(task.reference) and (
+        _why_unreadable(task.reference) == ''):
+      return _graded(Verdict.RIGHT, answer, 'the same text')
     if task.verifier == 'math' and numerals.is_numeral(answer) and numerals.is_numeral(task.reference):
       judged = judge(task.reference, answer)
       if judged.verdict != Verdict.UNDECIDED:
@@ -195,6 +203,18 @@ class Verifier:
       return _graded(Verdict.UNDECIDED, None, str(error))
     verdict = Verdict.RIGHT if outcome.passed else Verdict.WRONG
     return _graded(verdict, None, 'the tests pass' if outcome.passed else f'a test fails: {outcome.why}')
+
+
+def _needs_math_verify(gold: str, answer: str) -> bool | None:
+  raise LookupError('only a worker has math-verify')
+
+
+def _why_unreadable(reference: str) -> str | None:
+  """Why no answer can be compared with a reference; '' if one can be, None if math-verify has to be asked."""
+  try:
+    return why_unreadable(reference, _needs_math_verify)
+  except LookupError:
+    return None
 
 
 def _graded(verdict: Verdict, answer: str | None, rule: str, gold: str = '', given: str = '') -> Grade:

@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from betarank.tasks.judging.latex import CLOSING, FUNCTIONS, Unreadable, Unsupported, is_number, is_word, match_of
+from betarank.tasks.judging.latex import CLOSING, FUNCTIONS, MAX_DEPTH, Unreadable, Unsupported, is_number, is_word, match_of
 
 GREEK = {
   'alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta', 'iota', 'kappa', 'lambda', 'mu', 'nu', 'xi',
@@ -78,6 +78,10 @@ def precision(node: Node) -> int | None:
   return min((n.args[1] for n in walk(node) if n.op == 'number' and n.args[1] is not None), default=None)
 
 
+def _joined(op: str, nodes: list[Node]) -> Node:
+  return nodes[0] if len(nodes) == 1 else Node(op, tuple(nodes))
+
+
 class _Parser:
   def __init__(self, tokens: list[str]):
     self.tokens, self.at = tokens, 0
@@ -106,40 +110,44 @@ class _Parser:
   # Sums, products, powers
 
   def sum(self) -> Node:
-    self._depth += 1
-    if self._depth > 60:
-      raise Unreadable('it nests too deeply')
     terms = [self._product()]
     while self.next in ('+', '-'):
       negative = self._take() == '-'
       term = self._product()
       terms.append(Node('neg', (term,)) if negative else term)
-    self._depth -= 1
-    return terms[0] if len(terms) == 1 else Node('add', tuple(terms))
+    return _joined('add', terms)
 
   def _product(self) -> Node:
-    if self._took('-'):
-      return Node('neg', (self._product(),))
-    if self._took('+'):
-      return self._product()
-    node = self._mixed_number() or self._power()
+    """Factors, with or without a sign between them, divided from left to right."""
+    negative = self._is_negative()
+    factors = [self._mixed_number() or self._power()]
+    divisions = 0
     while True:
       if self._took(r'\cdot'):
-        node = Node('mul', (node, self._signed()))
+        factors.append(self._signed())
       elif self._took('/', ':'):
-        node = Node('div', (node, self._signed()))
+        divisions += 1
+        factors = [Node('div', (_joined('mul', factors), self._signed()))]
       elif self._starts_factor():
         if is_number(self.next) and is_number(self.tokens[self.at - 1]):
           raise Unreadable('two numbers stand side by side')
-        node = Node('mul', (node, self._power()))
+        factors.append(self._power())
       else:
-        return node
+        break
+      if divisions > MAX_DEPTH:
+        raise Unreadable('it nests too deeply')
+    node = _joined('mul', factors)
+    return Node('neg', (node,)) if negative else node
+
+  def _is_negative(self) -> bool:
+    """Takes signs, and says whether they make negative what follows."""
+    negative = False
+    while self.next in ('-', '+') and self.next:
+      negative ^= self._take() == '-'
+    return negative
 
   def _signed(self) -> Node:
-    if self._took('-'):
-      return Node('neg', (self._power(),))
-    self._took('+')
-    return self._power()
+    return Node('neg', (self._power(),)) if self._is_negative() else self._power()
 
   def _mixed_number(self) -> Node | None:
     r"""1\frac{1}{2}, 1\frac12 and 1 1/2; None if that isn't what comes."""
@@ -160,7 +168,7 @@ class _Parser:
 
   def _power(self) -> Node:
     node = self._primary()
-    while True:
+    for _ in range(MAX_DEPTH):
       if self.next == '^':
         self.at += 1
         if self._degree():
@@ -175,6 +183,7 @@ class _Parser:
         node = Node('div', (node, Node('number', (Fraction(100), None))))
       else:
         return node
+    raise Unreadable('it nests too deeply')
 
   def _degree(self) -> bool:
     for form in (['{', r'\circ', '}'], [r'\circ'], ['{', r'\degree', '}']):
@@ -210,6 +219,15 @@ class _Parser:
     return node
 
   def _primary(self, bare: bool = False) -> Node:
+    """A number, a group, a function or a symbol; bare: a symbol without what follows it."""
+    self._depth += 1
+    if self._depth > MAX_DEPTH:
+      raise Unreadable('it nests too deeply')
+    node = self._part(bare)
+    self._depth -= 1
+    return node
+
+  def _part(self, bare: bool) -> Node:
     token = self.next
     if not token:
       raise Unreadable('it ends too early')
@@ -352,16 +370,19 @@ class _Parser:
 
   def _run(self) -> Node:
     r"""The argument of a function without brackets: factors side by side, as in \sin 2\pi t \cos t."""
-    node = self._mixed_number() or (Node('neg', (self._power(),)) if self._took('-') else self._power())
+    factors = [self._mixed_number() or self._signed()]
     while self._starts_factor() and self.next[1:] not in FUNCTIONS:
-      node = Node('mul', (node, self._power()))
-    return node
+      factors.append(self._power())
+    return _joined('mul', factors)
 
   def _symbol(self, bare: bool = False) -> Node:
     """A variable with its accents, index and primes. bare: nothing that follows belongs to it, as in x^yz."""
     token = self._take()
     primes = _DOTS.get(token, 0)
     if primes or token[1:] in _ACCENTS:
+      self._depth += 1
+      if self._depth > MAX_DEPTH:
+        raise Unreadable('it nests too deeply')
       braces = self._took('{')
       inner = self._symbol()
       name = inner.args[0] if primes else f'{token[1:].replace("overline", "bar")}({inner.args[0]})'

@@ -1,11 +1,14 @@
 """What an answer may be: a number, an expression, an interval, a list, an equation, words. See notation.py."""
 
 import dataclasses
+import re
 
-from betarank.tasks.judging import expressions
+from betarank.tasks.judging import expressions, values
 from betarank.tasks.judging.expressions import Node
 from betarank.tasks.judging.latex import is_word, spelled
 from betarank.tasks.judging.units import Unit
+
+_GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't keep two letters apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +25,16 @@ class Reading:
     return ' '.join(rf'\text{{{token[1:]}}}' if is_word(token) else token for token in self.tokens)
 
   @property
+  def shown(self) -> str:
+    """The tokens for a person to read."""
+    return _GAP.sub('', self.text)
+
+  @property
   def spelled(self) -> str:
     return spelled(list(self.tokens))
 
   def __str__(self) -> str:
-    return f'{self.kind} {self.text}'
+    return f'{self.kind} {self.shown}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +49,10 @@ class Value(Reading):
     return 'expression' if self.node is None or expressions.symbols(self.node) else 'number'
 
   def __str__(self) -> str:
+    exact = None if self.node is None else values.exact(self.node)
+    value = '' if exact is None or str(exact) == self.shown or max(exact.as_integer_ratio()) > 10**30 else f' = {exact}'
     unit = f', unit {self.unit.name}' if self.unit else ''
-    return f'{self.kind} {self.text}{unit}{"" if self.node else ", for math-verify"}'
+    return f'{self.kind} {self.shown}{value}{unit}{"" if self.node else ", for math-verify"}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +63,8 @@ class Many(Reading):
   kind: str = 'list'
 
   def __str__(self) -> str:
-    return f'{self.kind} of {len(self.items)}: {"; ".join(item.text for item in self.items)}'
+    name = {'pair': 'values in order', 'or': 'alternatives', 'and': 'conditions'}.get(self.kind, f'values, a {self.kind}')
+    return f'{len(self.items)} {name}: {"; ".join(item.shown for item in self.items)}'
 
 
 @dataclasses.dataclass(frozen=True)

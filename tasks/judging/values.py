@@ -40,9 +40,9 @@ def exact(node: Node) -> Fraction | None:
   if None in values:
     return None
   if op == 'add':
-    return sum(values)
+    return _bounded(sum(values))
   if op == 'mul':
-    return _bounded(values[0] * values[1])
+    return functools.reduce(lambda a, b: None if a is None else _bounded(a * b), values)
   if op == 'neg':
     return -values[0]
   if op == 'div':
@@ -219,7 +219,7 @@ def _evaluate(node: Node, point: dict[str, Fraction], base: int | None):
   if op == 'add':
     return sum(values[1:], values[0])
   if op == 'mul':
-    return values[0] * values[1]
+    return math.prod(values[1:], start=values[0])
   if op == 'neg':
     return -values[0]
   if op == 'div':

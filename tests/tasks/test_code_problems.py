@@ -17,8 +17,9 @@ from betarank.eval import generate
 from betarank.eval.benchmarks import open_benchmark
 from betarank.eval.config import SampleConfig
 from betarank.tasks import code_problems
-from betarank.tasks.code_jail import JailConfig, JailError
-from betarank.tasks.verifiers import Verdict
+from betarank.tasks.answers import final_answer
+from betarank.tasks.code_jail import Jail, JailConfig, JailError
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 from betarank.train.sampler import Sample
 
 PROMPT = 'def add(a, b):\n    """Adds.\n    >>> add(1, 2)\n    3\n    """\n'
@@ -40,7 +41,7 @@ def write(path, records):
 @pytest.fixture(scope='module')
 def verifier():
   try:
-    made = code_problems.CodeVerifier(JailConfig(deadline_s=30))
+    made = Verifier(VerifierConfig(), Jail(JailConfig(deadline_s=30)))
   except JailError as error:  # test_code_jail.py asks why
     pytest.skip(str(error))
   with made:
@@ -56,7 +57,7 @@ def test_humaneval_goes_on_with_a_function(tmp_path, verifier):
     '    return a - b\n# no\n': '    return a - b\n',
   }
   for text, want in cut.items():
-    assert code_problems.answer(text, task) == want
+    assert final_answer(text, task) == want
   assert verifier.verify([(text, task) for text in cut] * 2) == [RIGHT, RIGHT, WRONG] * 2
   no = ['', '    import os; os._exit(0)\n', '    return a + b\0\n', '    return a +\n']
   assert verifier.verify([(text, task) for text in no]) == [WRONG] * 4

@@ -1,6 +1,7 @@
 """Prompts by index: their forms, their order, and that nothing held out is ever trained on."""
 
 import ast
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import verifiers as bench
+from betarank.configs.errors import UserError
 from betarank.data import reasoning
 from betarank.data.config import DataError
 from betarank.tasks.task_set import TaskConfig, TaskSet, question_hash
@@ -37,6 +39,8 @@ def numbered(count):
   ({'id': 60, 'problem': 'q', 'answer': '204', 'url': 'u'}, '204'),  # AIME
   ({'id': 0, 'problem': 'q', 'answer': 27.0, 'question': 'q'}, '27'),  # AMC
   ({'question': 'q', 'answer': 2.5}, '2.5'),
+  ({'question': 'q', 'final_answer': ['$2n$'], 'solution': ['s']}, '$2n$'),  # OlympiadBench
+  ({'question': 'q', 'final_answer': ['1', '2']}, '1, 2'),
 ])
 @pytest.mark.parametrize('name', ['t.jsonl', 't.jsonl.gz'])
 def test_forms_of_records(jsonl, record, reference, name):
@@ -45,18 +49,41 @@ def test_forms_of_records(jsonl, record, reference, name):
   assert task.prompt == reasoning.PROMPT.format(question='q')
 
 
-@pytest.mark.parametrize('record,message', [
-  ({'text': 'q'}, r"tasks.jsonl:2: no text in 'problem' or 'question', only text"),
-  ({'problem': 'q'}, 'tasks.jsonl:2: no final answer'),
-  ({'question': 'q', 'answer': 'two lines\nand no mark'}, 'tasks.jsonl:2: no final answer'),
-  ({'question': 'q', 'answer': None, 'solution': 'no box'}, 'tasks.jsonl:2: no final answer'),
-  ({'question': 'q', 'answer': True}, 'tasks.jsonl:2: no final answer'),
-  ('{"question": ', 'tasks.jsonl:2: not JSON'), ('[1]', 'tasks.jsonl:2: expected an object, got list'),
+@pytest.mark.parametrize('record,why', [
+  ({'text': 'q'}, "no text in 'problem' or 'question', only text"), ({'problem': 'q'}, 'no final answer'),
+  ({'question': 'q', 'answer': 'two lines\nand no mark'}, 'no final answer'),
+  ({'question': 'q', 'answer': ''}, 'no final answer'), ({'question': 'q', 'answer': True}, 'no final answer'),
+  ({'question': 'q', 'answer': None, 'solution': 'no box'}, 'no final answer'),
+  ('[1]', 'expected an object, got list'),
 ])
-def test_records_that_cannot_be_used(jsonl, record, message):
-  uri = jsonl({'question': 'fine', 'answer': '1'}, record)
-  with pytest.raises(DataError, match=message):
-    TaskSet(TaskConfig(uri), split='all')
+def test_odd_records_are_left_out_and_counted(jsonl, record, why):
+  tasks = TaskSet(TaskConfig(jsonl({'question': 'fine', 'answer': '1'}, record)), split='all')
+  assert [task.question for task in tasks] == ['fine'] and tasks.records == 2
+  [left_out] = tasks.left_out
+  assert left_out.where.endswith('tasks.jsonl:2') and left_out.why.startswith(why)
+  assert tasks.describe_left_out().startswith('1 of 2 problems left out: ')
+  with pytest.raises(DataError, match='tasks.jsonl:1: .*so it is with all 2 records'):
+    TaskSet(TaskConfig(jsonl(record, record)), split='all')
+
+
+def test_a_line_that_is_not_json_is_an_error(jsonl):
+  with pytest.raises(DataError, match='tasks.jsonl:2: not JSON'):
+    TaskSet(TaskConfig(jsonl({'question': 'fine', 'answer': '1'}, '{"question": ')), split='all')
+
+
+def test_a_gold_that_cannot_be_read_leaves_its_problem_out_for_every_answer(jsonl):
+  """Not for wrong answers alone, which would make the hits that are left look like all there is."""
+  golds = ['4.5e33', r'\frac{', '$t(0,4]$', 'E_{1},E_{2}', r'\int_0^1 x dx', r'\undefinedcommand']
+  uri = jsonl(*({'question': f'q{i}', 'answer': gold} for i, gold in enumerate(golds)))
+  tasks = TaskSet(TaskConfig(uri), split='all')
+  assert [task.reference for task in tasks] == ['4.5e33', 'E_{1},E_{2}', r'\int_0^1 x dx']
+  assert [left_out.where.rpartition(':')[2] for left_out in tasks.left_out] == ['2', '3', '6']
+  assert r"its answer '$t(0,4]$' can't be read (an interval is no factor)" in tasks.describe_left_out()
+  text = '\nAnswer: $t(0,4]$'
+  with Verifier(VerifierConfig(workers=1)) as verifier:  # and by itself such a problem is undecided, also for its text
+    task = dataclasses.replace(tasks[0], reference='$t(0,4]$')
+    assert verifier.verify([(text, task), ('\nAnswer: 4', task)]) == [Verdict.UNDECIDED] * 2
+    assert verifier.counts['unread'] == 2
 
 
 @pytest.mark.parametrize('uri,message', [
@@ -181,9 +208,33 @@ def test_the_prompt_template():
   assert problem.prompt == TaskConfig('reasoning:gcd').prompt.replace('{question}', problem.question)
 
 
+def test_programs_as_tasks(tmp_path):
+  records = [{'task_id': i, 'text': f'Write add{i}.', 'code': '', 'test_list': [f'assert add{i}(1) == 2']}
+             for i in range(20)]
+  (tmp_path / 'mbpp.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+  config = TaskConfig(f'code:{tmp_path}/mbpp.jsonl', held_out_fraction=0.3)
+  train, held_out = (TaskSet(config, split=split) for split in ('train', 'held_out'))
+  assert train.size + held_out.size == 20 and train.size > 0 < held_out.size
+  assert {task.id for task in train} & {task.id for task in held_out} == set()
+  assert train[0].verifier == train[0].answer_format == 'code' and '[BEGIN]' in train[0].prompt
+
+
+def test_a_reward_of_ones_own(jsonl, tmp_path):
+  (tmp_path / 'rewards.py').write_text('def brevity(answer, **_):\n  return 1 / len(answer)\n'
+                                       'def broken(answer, **_):\n  return answer.nothing\n')
+  uri = jsonl({'question': 'q', 'answer': 'any\ntext'}, {'question': 'r', 'answer': '2'})
+  tasks = TaskSet(TaskConfig(uri, reward=f'{tmp_path}/rewards.py:brevity'), split='all')
+  assert [task.reference for task in tasks] == ['any\ntext', '2'] and tasks[0].verifier == 'reward'
+  for reward, message in ((f'{tmp_path}/rewards.py:broken', "AttributeError: 'str' object has no attribute 'nothing'"),
+                          (f'{tmp_path}/rewards.py:absent', 'AttributeError: .*absent'),
+                          (f'{tmp_path}/nowhere.py:f', 'nowhere.py'), ('no_such_module:f', 'no_such_module')):
+    with pytest.raises(UserError, match=message):
+      TaskSet(TaskConfig(uri, reward=reward), split='all')
+
+
 @pytest.mark.parametrize('field,value', [
   ('uri', 'csv:x'), ('uri', 'jsonl:'), ('prompt', 'no place'), ('prompt', '{question} '), ('answer_format', 'xml'),
-  ('held_out_fraction', 1.5), ('held_out_fraction', float('nan')),
+  ('held_out_fraction', 1.5), ('held_out_fraction', float('nan')), ('reward', 'no_colon'), ('reward', 'a.py:1x'),
 ])
 def test_settings_are_checked(field, value):
   with pytest.raises(ValueError, match=f'^{field} '):

@@ -1,0 +1,72 @@
+"""Where the final answer of a text is: one function for RL, evaluation and `betarank judge`."""
+
+import dataclasses
+
+import pytest
+
+from betarank.tasks.answers import final_answer, last_boxed
+from betarank.tasks.records import Task
+
+LINE = Task('', '', '', '', 'math', 'line')
+BOXED = dataclasses.replace(LINE, answer_format='boxed')
+
+
+@pytest.mark.parametrize('text,expected', [
+  (' 1 + 1 = 2\nAnswer: 2\n', '2'), ('\nAnswer: 2', '2'), ('Answer: 2', None), ('\nAnswer: \n', None), ('', None),
+  ('\nAnswer: 2\nQuestion: next\nSolution: x\nAnswer: 3', '2'), ('\nAnswer:  a b \nc', 'a b'),
+])
+def test_answer_on_a_line(text, expected):
+  assert final_answer(text, LINE) == expected
+
+
+def test_answer_of_several_lines():
+  text = '\nAnswer: 1 2\n3 4\n\nQuestion:'
+  assert final_answer(text, dataclasses.replace(LINE, answer_lines=2)) == '1 2\n3 4'
+  assert final_answer(text, dataclasses.replace(LINE, answer_lines=0)) == '1 2\n3 4\n\nQuestion:'
+
+
+@pytest.mark.parametrize('text,expected', [
+  (r'so \boxed{2}.', '2'), (r'\boxed{\frac{1}{2}}', r'\frac{1}{2}'), (r'\boxed{1} then \boxed{2}', '2'),
+  (r'\boxed{1} then \boxed{2', '1'), (r'\boxed 7', '7'), (r'\framebox{204}', '204'), (r'\boxed{\{1,2\}}', r'\{1,2\}'),
+  (r'\boxed{}', None), ('no box', None), ('\\boxed', None), (r'\fbox{3}', '3'),
+])
+def test_answer_in_a_box(text, expected):
+  assert final_answer(text, BOXED) == expected == last_boxed(text)
+
+
+@pytest.mark.parametrize('text,expected', [
+  (r'\boxed{1} and \boxed{2}', '1, 2'), (r'$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$', '1, 2, 3'),
+  (r'x = \boxed{1} or x = \boxed{2}', '1, 2'), (r'x_1 = \boxed{1}, \quad x_{2} = \boxed{2}', '1, 2'),
+  ('\\[\\boxed{1}\\]\n\\[\\boxed{2}\\]', '1, 2'), (r'\boxed{1} \text{ and } \boxed{2}', '1, 2'),
+  (r'\boxed{2} and again \boxed{2}', '2'), (r'\boxed{7} or \boxed{7}', '7'),
+  (r'First \boxed{1}. Therefore \boxed{2}', '2'), (r'so 3 \boxed{1}, which gives \boxed{2}', '2'),
+  (r'\boxed{\boxed{1}, \boxed{2}}', '1, 2'),
+])
+def test_boxes_that_are_one_answer(text, expected):
+  """Nothing but 'and', 'or', commas and names stands between them; a box of an earlier step isn't part of it."""
+  assert last_boxed(text) == expected
+
+
+def test_a_question_of_the_models_own_is_not_answered():
+  """A base model that doesn't stop goes on in the form of the prompt, few-shot examples or not."""
+  prompt = 'Question: 1+1\nSolution: 2\n\nQuestion: What is 2+2?\nSolution:'
+  task = dataclasses.replace(BOXED, question='What is 2+2?', prompt=prompt)
+  text = ' It is \\boxed{4}.\n\nQuestion: What is 3+4?\nSolution: It is \\boxed{7}.'
+  assert final_answer(text, task) == '4'
+  assert final_answer(text, dataclasses.replace(task, prompt='What is 2+2?')) == '7'  # nothing opens a question
+  assert final_answer(text.replace('Question', 'question'), task) == '7'
+
+
+def test_programs():
+  whole = dataclasses.replace(LINE, answer_format='code')
+  assert final_answer('x = 1\n[DONE]\nprint(x)', whole) == 'x = 1'
+  rest = dataclasses.replace(whole, entry='def f():\n')
+  assert final_answer('  return (\n  1\n)\n\nprint(2)', rest) == '  return (\n  1\n)\n\n'
+
+
+@pytest.mark.parametrize('text', ['\\boxed{' * 5000, '\\boxed{1}' * 5000, '{' * 10_000, 'x = ' * 2000 + '\\boxed{1}',
+                                  '\\boxed{1}' + ' and x_1 =' * 2000 + '\\boxed{2}'])
+def test_long_texts_take_no_long_time(text):
+  """Linear in the text, or bounded: the regular expressions have nothing to go back over."""
+  for task in (LINE, BOXED):
+    final_answer(text, task)
