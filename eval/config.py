@@ -185,12 +185,8 @@ def make_mesh(run: EvalRun) -> Mesh:
 
 
 def read_tokenizer(run: EvalRun) -> data.Tokenizer:
-  """Raises DataError, or ConfigError for another vocabulary than the model's."""
-  tokenizer = data.Tokenizer(run.data.tokenizer_path)
-  if tokenizer.vocab_size != run.model.vocab_size:
-    raise ConfigError(f'config.data.tokenizer: {run.data.tokenizer_path} has {tokenizer.vocab_size} tokens, the model '
-                      f'{run.model.vocab_size}')
-  return tokenizer
+  """Returns the run's tokenizer. Raises DataError, also if it has more tokens than the model."""
+  return data.read_tokenizer(run.data.tokenizer_path, run.model.vocab_size)
 
 
 def restore(run: EvalRun, subject: CheckpointRef, mesh: Mesh) -> Any:

@@ -54,9 +54,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   c, rl = run.model, run.rl
   root = epath.Path(path)
   workdir.check_config(root, config)
-  tokenizer = data.Tokenizer(run.data.tokenizer_path)
-  if tokenizer.vocab_size != c.vocab_size:
-    raise ConfigError(f'config.model.vocab_size must be {tokenizer.vocab_size}, the tokenizer\'s, got {c.vocab_size}')
+  tokenizer = data.read_tokenizer(run.data.tokenizer_path, c.vocab_size)
   tasks = TaskSet(rl.task, seed=run.seed)
   held_out = TaskSet(rl.task, seed=run.seed, split='held_out')
   try:

@@ -47,7 +47,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   run = run_config(config)
   root = epath.Path(path)
   workdir.check_config(root, config)
-  tokenizer = data.Tokenizer(run.data.tokenizer_path)
+  tokenizer = data.read_tokenizer(run.data.tokenizer_path, run.model.vocab_size)
   for source in run.data.sources:
     data.check_prepared(run.data, source)
   mesh = _make_mesh(run)

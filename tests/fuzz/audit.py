@@ -105,7 +105,7 @@ def prepare(folder: pathlib.Path, uris: dict[str, str]):
   from betarank.data.config import DataConfig, SourceConfig
   from betarank.data.prepare import prepare_source, train_tokenizer
   from betarank.data.prepared import Documents
-  from betarank.data.tokenizer import Tokenizer
+  from betarank.data.tokenizer import read_tokenizer
 
   config = DataConfig(str(folder / 'data'), '', 384, {name: SourceConfig(uri, 1.0, 50) for name, uri in uris.items()},
                       0.0, 32)
@@ -113,7 +113,7 @@ def prepare(folder: pathlib.Path, uris: dict[str, str]):
   for name in uris:
     prepare_source(config, name, workers=1)
     Documents(config, name, 'train').read([0])
-  tokenizer = Tokenizer(config.tokenizer_path)
+  tokenizer = read_tokenizer(config.tokenizer_path)
   tokenizer.decode(tokenizer.encode(hostile(folder)))
   return config
 

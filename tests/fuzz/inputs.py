@@ -300,12 +300,12 @@ def _tokenizers(folder: pathlib.Path) -> list[bytes]:
 
 @target(80, DataError)
 def tokenizer(folder):
-  from betarank.data.tokenizer import Tokenizer
+  from betarank.data.tokenizer import read_tokenizer
 
   path = folder / 'x.model'
 
   def read():
-    tokens = Tokenizer(str(path))
+    tokens = read_tokenizer(str(path))
     for word in (*WORDS, '▁', ''):
       tokens.decode(tokens.encode(word))
 
