@@ -40,6 +40,7 @@ def base() -> ConfigDict:
       expert_d_ff=0,  # width of each; d_ff then plays no part
       shared_d_ff=0,  # width of one more that every token passes; 0: none
       router='sigmoid',  # sigmoid: a bias on the choice evens out the load; softmax: balance_weight does
+      norm_topk_prob=True,  # divide the chosen experts' scores by their sum; false: as Qwen3-MoE's config has it
       routed_scale=1.0,  # on the sum of the chosen experts
       bias_update_rate=1e-3,  # what the bias moves a step (sigmoid)
       balance_weight=0.0,  # of the load-balance loss, which is 1 when even (softmax)

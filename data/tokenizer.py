@@ -124,7 +124,8 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
   Raises DataError, one line, for one that is missing, broken or unusable, or that has more tokens than the model,
   where that number is given.
   """
-  tokenizer = JsonTokenizer(path) if _is_json(path) else SentencePieceTokenizer(path)
+  file = find(path)
+  tokenizer = JsonTokenizer(file) if file.suffix == '.json' else SentencePieceTokenizer(file)
   if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
     raise DataError(f'{path}: has {tokenizer.vocab_size} tokens, but config.model.vocab_size is {model_vocab_size}; '
                     f'set that to {tokenizer.vocab_size} or more, or use another tokenizer')
@@ -133,16 +134,20 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
 
 def sha256_of(path: str) -> str:
   """Returns read_tokenizer(path).sha256, faster. Raises DataError."""
-  return tokenizer_json.sha256_of(path) if _is_json(path) else hashlib.sha256(_read_model(path)).hexdigest()
+  file = find(path)
+  return tokenizer_json.sha256_of(file) if file.suffix == '.json' else _sha256(read_file(file, _ADVICE))
 
 
-def _is_json(path: str) -> bool:
-  return tokenizer_json.folder_of(path) is not None
-
-
-def _read_model(path: str) -> bytes:
+def find(path: str) -> epath.Path:
+  """Returns the file that `path` names: itself, or in a folder tokenizer.json and otherwise tokenizer.model."""
   place = epath.Path(path)
-  return read_file(place / 'tokenizer.model' if place.is_dir() else place, _ADVICE)
+  if not place.is_dir():
+    return place
+  return file if (file := place / 'tokenizer.json').exists() else place / 'tokenizer.model'
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
 
 
 class SentencePieceTokenizer:
@@ -152,17 +157,17 @@ class SentencePieceTokenizer:
   front; their bytes are those of the changed text.
   """
 
-  def __init__(self, path: str):
+  def __init__(self, path: epath.Path):
     """Raises DataError if the file is missing, isn't a SentencePiece model or has no EOS token."""
     import sentencepiece
 
-    model = _read_model(path)
+    model = read_file(path, _ADVICE)
     self._processor = p = sentencepiece.SentencePieceProcessor()
     try:
       p.LoadFromSerializedProto(model)
     except (RuntimeError, UnicodeDecodeError):  # the second: of its own message, when that quotes the file
       raise DataError(f'{path}: not a SentencePiece model; {_ADVICE}') from None
-    self.sha256 = hashlib.sha256(model).hexdigest()
+    self.sha256 = _sha256(model)
     self.vocab_size: int = p.vocab_size()
     self.eos: int = p.eos_id()
     if self.eos < 0:

@@ -18,7 +18,6 @@ from etils import epath
 
 from betarank.data.config import DataError
 
-_NAME = 'tokenizer.json'
 _LARGEST_BYTES = 100 * 10**6  # of a file; the largest published ones have 35 MB
 _LARGEST_ID = 2**22  # a table of all ids is made, so one absurd id must not ask for all memory
 _SPACE = '▁'  # how SentencePiece, and vocabularies converted from it, write a space
@@ -49,14 +48,6 @@ def read_file(path: epath.Path, advice: str) -> bytes:
     raise DataError(f'{path}: could not be read ({error.strerror or error}); {advice}') from None
 
 
-def folder_of(path: str) -> epath.Path | None:
-  """Returns the folder of the tokenizer.json that `path` names, itself or by its folder; None if it names another."""
-  place = epath.Path(path)
-  if place.name.endswith('.json'):
-    return place.parent
-  return place if (place / _NAME).exists() else None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Files:
   """A tokenizer's files as they were read, before the `tokenizers` library has seen them.
@@ -78,9 +69,8 @@ class _Files:
     return hashlib.sha256(self.data + f'\nbos {self.bos} eos {self.eos}\n'.encode()).hexdigest()
 
 
-def _read(path: str) -> _Files:
+def _read(where: epath.Path) -> _Files:
   """Raises DataError for files that are missing, broken, or name no token that ends a document."""
-  where = epath.Path(path) if path.endswith('.json') else epath.Path(path) / _NAME
   data = read_file(where, 'give config.data.tokenizer a folder with tokenizer.json')
   added = _added_tokens(data, where)
   optional = {}
@@ -107,7 +97,21 @@ def _parse(data: bytes, where: epath.Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)  # parsing 10 MB takes half a second, and each source of a run asks for the identity
 def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]:
+  """Returns the added tokens of a tokenizer.json. Raises DataError where the tokenizer can't be used."""
   content = _parse(data, where)
+  model = content.get('model')
+  if not isinstance(model, dict):
+    raise DataError(f'{where}: has no model; fetch it again')
+  if (kind := model.get('type', 'BPE')) != 'BPE':
+    raise DataError(f'{where}: its model is {kind!r:.100}; only BPE can be used')
+  if model.get('dropout'):
+    raise DataError(f'{where}: has dropout, so a text would get other tokens each time; set it to null there')
+  # These change text, and the library ends the process over some files that have them.
+  wrong = ('a continuing_subword_prefix' if model.get('continuing_subword_prefix') else
+           'an end_of_word_suffix' if model.get('end_of_word_suffix') else
+           'a Precompiled normalizer' if '"Precompiled"' in json.dumps(content.get('normalizer')) else '')
+  if wrong:
+    raise DataError(f'{where}: has {wrong}, so it would change text; use another tokenizer')
   try:
     added = {token['content']: (token['id'], token['special']) for token in content['added_tokens']}
     if all(isinstance(text, str) and type(id) is int and type(special) is bool
@@ -138,13 +142,15 @@ def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple
     return None
   if token is None and type(given) is int and given in special.values():
     return given
+  if name == 'pad':  # nothing here reads it
+    return None
   raise DataError(f'{where}: its {name.upper()} token {token if token is not None else given!r:.100} is not among the '
                   'special added_tokens; correct tokenizer_config.json or generation_config.json')
 
 
-def sha256_of(path: str) -> str:
-  """Returns JsonTokenizer(path).sha256 without building the tokenizer. Raises DataError."""
-  return _read(path).sha256
+def sha256_of(where: epath.Path) -> str:
+  """Returns JsonTokenizer(where).sha256 without building the tokenizer. Raises DataError."""
+  return _read(where).sha256
 
 
 class JsonTokenizer:
@@ -155,15 +161,15 @@ class JsonTokenizer:
   space in front. Bytes are those of the text so read. Other changes of the text are refused.
   """
 
-  def __init__(self, path: str):
-    """Reads tokenizer.json at `path`, itself or its folder.
+  def __init__(self, where: epath.Path):
+    """Reads the tokenizer.json at `where`, and the side files in its folder.
 
     Raises DataError if a file is missing or broken, names no EOS, or describes a tokenizer that isn't BPE, is random,
     or loses or changes text.
     """
     import tokenizers
 
-    files = _read(path)
+    files = _read(where)
     # One text is encoded at a time, so threads would only make a later fork of this process warn of deadlocks.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
@@ -172,26 +178,20 @@ class JsonTokenizer:
       raise DataError(f'{files.where}: not a tokenizer ({" ".join(str(error).split())[:200]}); fetch it again, or '
                       'upgrade tokenizers') from None
     self._where = files.where
+    if not isinstance(self._tokenizer.model, tokenizers.models.BPE):  # old files don't say the type
+      raise DataError(f'{files.where}: its model is {type(self._tokenizer.model).__name__}; only BPE can be used')
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is thirteen characters
     self.bos, self.eos, self.pad, self.sha256 = files.bos, files.eos, files.pad, files.sha256
-    self._check_model(files.added, tokenizers.models.BPE)
+    for text, (id, _) in files.added.items():
+      if (given := self._tokenizer.token_to_id(text)) != id:  # `tokenizers` renumbers added tokens that leave a gap
+        raise DataError(f'{files.where}: gives the added token {text!r:.100} the id {id}, but `tokenizers` makes it '
+                        f'{given}; number the added tokens without gaps')
     self.token_bytes = self._token_bytes()
     self.vocab_size = len(self.token_bytes)
     self.bytes_per_token_V = np.array([len(piece) for piece in self.token_bytes], np.int32)
     self._check_bytes()
-
-  def _check_model(self, added: dict[str, tuple[int, bool]], bpe: type) -> None:
-    t = self._tokenizer
-    if not isinstance(t.model, bpe):
-      raise DataError(f'{self._where}: is of type {type(t.model).__name__}; only BPE can be used')
-    if t.model.dropout:
-      raise DataError(f'{self._where}: has dropout, so a text would get other tokens each time; set it to null there')
-    for text, (id, _) in added.items():
-      if t.token_to_id(text) != id:  # `tokenizers` renumbers added tokens that leave a gap
-        raise DataError(f'{self._where}: gives the added token {text!r:.100} the id {id}, but `tokenizers` makes it '
-                        f'{t.token_to_id(text)}; number the added tokens without gaps')
 
   def _token_bytes(self) -> list[bytes]:
     """Returns the bytes of every id; b'' for special tokens and for ids without a token."""

@@ -55,7 +55,8 @@ class MixtureOfExperts(nnx.Module):
 
   router: `sigmoid` scores each expert by itself, chooses by score + bias and weighs by the scores of the chosen as
   shares of their sum; train/step.py moves the bias against the load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16).
-  `softmax` has no bias and relies on the loss in Routing (Qwen3-MoE).
+  `softmax` has no bias and relies on the loss in Routing (Qwen3-MoE). norm_topk_prob=False: weighs by the scores as
+  they are.
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
@@ -84,7 +85,7 @@ class MixtureOfExperts(nnx.Module):
     # Comparisons instead of a gather: on a TPU they fuse, also in the backward pass.
     chosen_BTkE = (choices_BTk[..., None] == jnp.arange(m.experts)) & real_BT[..., None, None]
     weight_BTk = jnp.sum(score_BTE[..., None, :], -1, where=chosen_BTkE)
-    weight_BTk *= m.routed_scale / (jnp.sum(weight_BTk, -1, keepdims=True) + 1e-20)
+    weight_BTk *= m.routed_scale / (jnp.sum(weight_BTk, -1, keepdims=True) + 1e-20 if m.norm_topk_prob else 1.0)
     routing = _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT)
     nowhere_BTk = jnp.where(real_BT[..., None], choices_BTk, m.experts)
     weights = [w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]

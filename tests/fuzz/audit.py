@@ -124,6 +124,7 @@ def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
 
   from betarank import model
   from betarank.configs import load
+  from betarank.data.tokenizer import read_tokenizer
   from betarank.runtime import checkpoint
   from betarank.runtime.state import create_state
   from betarank.train import hf
@@ -139,11 +140,17 @@ def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
                       'code_version': MARK}, 1)
     keep.close()
     checkpoint.restore(checkpoint.find(str(folder / 'run')), state)
-  hf.export(str(folder / 'run'), str(folder / 'hf'), tokenizer=tokenizer)
+  hf.export(str(folder / 'run'), str(folder / 'hf'), tokenizer_path=tokenizer)
   path = folder / 'hf' / 'config.json'
   theirs = json.loads(path.read_text())
   path.write_text(json.dumps({**theirs, 'auto_map': {'AutoModel': f'{MARK}.Model'}, MARK: hostile(folder)}))
+  path = folder / 'hf' / 'tokenizer_config.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'auto_map': {
+    'AutoTokenizer': [f'{MARK}.Tokenizer', None]}, 'chat_template': hostile(folder)}))
+  (folder / 'hf' / f'{MARK}.py').write_text(hostile(folder))
   hf.import_(str(folder / 'hf'), str(folder / 'imported'))
+  json_tokenizer = read_tokenizer(str(folder / 'imported' / 'tokenizer'))
+  json_tokenizer.decode(json_tokenizer.encode(hostile(folder)))
 
 
 def answers(folder: pathlib.Path) -> list[str]:
