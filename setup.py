@@ -21,6 +21,7 @@ CORE = [
     'tensorflow-datasets>=4.9.9',
     'importlib_resources>=6.0',
     'sentencepiece>=0.2.0',
+    'tokenizers>=0.21',  # tokenizer.json
     'pyarrow>=17.0',
     'fsspec>=2024.6',
     'reasoning-gym>=0.1.23',

@@ -78,6 +78,8 @@ MODEL = dict(
     expert_d_ff=S(0, IDENTITY, 'width of an expert; d_ff then has no effect'),
     shared_d_ff=S(0, IDENTITY, 'width of an expert that every token passes; 0: none'),
     router=S('sigmoid', IDENTITY, 'sigmoid (a bias balances the load) | softmax (balance_weight does)'),
+    norm_topk_prob=S(True, IDENTITY, 'divide the scores of the chosen experts by their sum; false: as in the config of '
+                     'Qwen3-MoE'),
     routed_scale=S(1.0, IDENTITY, 'factor of the weighted sum of the chosen experts'),
     bias_update_rate=S(1e-3, IDENTITY, "router bias update per step (DeepSeek-V3's gamma); sigmoid only"),
     balance_weight=S(0.0, IDENTITY, 'factor of the load-balance loss, which is 1 for an even load; softmax only'),
@@ -106,7 +108,8 @@ OBJECTIVE = dict(
 DATA_SECTION = dict(
   dir=S('runs/data/base', EXECUTION, 'holds tokenizer.model and one folder of prepared data per source; local or '
         'gs://'),
-  tokenizer=S('', EXECUTION, 'tokenizer to use; empty: the one that was trained into data.dir'),
+  tokenizer=S('', EXECUTION, 'tokenizer to use: a SentencePiece .model, a tokenizer.json, or a folder with one of them; '
+              'empty: the one that was trained into data.dir'),
   vocab_size=S(8192, IDENTITY, 'always equal to model.vocab_size'),
   sources=S(dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000)), DATA,
             'name -> uri (see docs/data.md), weight (share of the training rows), max_documents (0: all; a number is '

@@ -11,7 +11,7 @@ import importlib
 
 _HOME = {
   'DataConfig': 'config', 'DataError': 'config', 'SourceConfig': 'config',
-  'Tokenizer': 'tokenizer',
+  'Tokenizer': 'tokenizer', 'read_tokenizer': 'tokenizer',
   'check_prepared': 'prepared',
   'prepare_source': 'prepare', 'train_tokenizer': 'prepare',
   'Batch': 'batches', 'PackingStats': 'batches', 'TrainBatches': 'batches', 'validation_batches': 'batches',

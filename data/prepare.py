@@ -23,7 +23,7 @@ from etils import epath
 
 from betarank.data import prepared, sources
 from betarank.data.config import DataConfig, DataError
-from betarank.data.tokenizer import TRAIN_BYTES, Tokenizer, train
+from betarank.data.tokenizer import TRAIN_BYTES, Tokenizer, read_tokenizer, train
 from betarank.data.worker import Job, Worker, write_whole
 
 Report = Callable[[int, int, int, int], None]  # units done, units, documents so far, tokens so far
@@ -66,11 +66,7 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
   Raises DataError for a source or tokenizer that can't be used, or data there that was made otherwise.
   """
-  tokenizer = Tokenizer(config.tokenizer_path)
-  if tokenizer.vocab_size != config.vocab_size:
-    path = config.tokenizer_path
-    raise DataError(f'{path}: has {tokenizer.vocab_size} tokens, but config.model.vocab_size '
-                    f'is {config.vocab_size}; set that to {tokenizer.vocab_size}, or use another tokenizer')
+  tokenizer = read_tokenizer(config.tokenizer_path, config.vocab_size)
   where = prepared.folder(config, name)
   wanted = prepared.settings(config, name, tokenizer.sha256)
   if manifest := prepared.read_manifest(where):

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from betarank.data import tokenizer
 from betarank.data.config import DataConfig, DataError
 
 VERSION = '1.0.0'  # of the layout; TFDS wants it in the path
@@ -94,11 +95,7 @@ def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str
 
 
 def tokenizer_sha256(config: DataConfig) -> str:
-  try:
-    return hashlib.sha256(epath.Path(config.tokenizer_path).read_bytes()).hexdigest()
-  except FileNotFoundError:
-    raise DataError(f'{config.tokenizer_path}: no such tokenizer; run: '
-                    + (_COMMAND if not config.tokenizer else 'ls, and mend config.data.tokenizer')) from None
+  return tokenizer.sha256_of(config.tokenizer_path)
 
 
 def read_manifest(where: epath.Path) -> dict[str, Any] | None:

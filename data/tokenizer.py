@@ -1,26 +1,36 @@
-"""SentencePiece BPE that loses nothing: decode(encode(text)) == text, and every token knows its bytes."""
+"""Any tokenizer behind one interface, and the SentencePiece BPE that betarank trains itself.
+
+    tokenizer = read_tokenizer(path)     a SentencePiece .model, a tokenizer.json, or a folder with one of them
+
+A tokenizer may have fewer tokens than the model: models are often padded to a round vocabulary. It may not have more.
+"""
 
 import hashlib
 import io
 import re
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 from etils import epath
 
+from betarank.data import tokenizer_json
 from betarank.data.config import DataError
+from betarank.data.tokenizer_json import JsonTokenizer, checked, read_file, surrogates
 
-PAD, UNK, BOS, EOS = 0, 1, 2, 3  # of the tokenizers trained here; one from outside may have others
+PAD, UNK, BOS, EOS = 0, 1, 2, 3  # of the tokenizers trained here; others may have other ids
 TRAIN_BYTES = 16 * 2**20  # more text changes few merges and costs minutes
 _LINE_BYTES = 4096  # the trainer's memory grows with its longest sentence
-_SPACE = '▁'  # SentencePiece writes a space as this, so this itself must go by another way
+_SPACE = '▁'  # SentencePiece writes a space as this character, so the character itself is encoded as bytes
+_ADVICE = ('give config.data.tokenizer a SentencePiece model or a tokenizer.json, or leave it empty and run: '
+           'betarank data tokenizer --config=...')
 
 
 def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int = TRAIN_BYTES) -> None:
-  """Trains on the first `max_bytes` (UTF-8) of `documents`; writes the model to `path`, whole or not at all.
+  """Trains a SentencePiece BPE on the first `max_bytes` (UTF-8) of `documents` and writes it to `path` atomically.
 
-  The same documents give the same file. Digits are single tokens, a line end is one too, and what has no
-  token falls back to bytes. Raises DataError where the documents don't yield `vocab_size` tokens.
+  The same documents give the same file. Each digit and each line end is a token; characters without a token become
+  bytes. Raises DataError if the documents don't yield `vocab_size` tokens.
   """
   import sentencepiece
 
@@ -61,7 +71,7 @@ def _explain(error: str, vocab_size: int, path: str) -> str:
 
 
 def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-  """Lines, as no token spans one. What the trainer can't take (NUL, its own space mark) splits them too."""
+  """Yields lines, as no token spans two. NUL and SentencePiece's own space, which the trainer can't take, split too."""
   used = 0
   for document in documents:
     for line in re.split(f'[\n\0{_SPACE}]', document):
@@ -73,62 +83,123 @@ def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
         return
 
 
-class Tokenizer:
-  """A SentencePiece model file.
+class Tokenizer(Protocol):
+  """A tokenizer, of whatever kind.
 
-  Attributes: vocab_size, bos, eos (ids), sha256 (of the file) and bytes_per_token_V, int32 [vocab_size]: the
-  UTF-8 bytes that a token stands for, 0 for specials. For tokenizers trained here they add up over
-  encode(text) to len(text.encode()); one that adds a space or normalises text is off by what it changes.
+  Attributes:
+    vocab_size: the largest id plus 1.
+    bos, eos: the ids that begin and end a document. A tokenizer without BOS, such as Qwen's, begins documents with EOS.
+    pad: the id for padding; EOS's if there is no other. Nothing here reads it: padding is masked.
+    sha256: the tokenizer's identity. It doesn't depend on the path; other files or another BOS or EOS change it.
+    token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
+    bytes_per_token_V: int32 [vocab_size], their numbers. Over encode(text) they add up to the bytes of the text, as the
+      tokenizer reads it: some normalise Unicode to NFC (Qwen), some put a space in front (Llama 2).
   """
 
-  def __init__(self, path: str):
-    """Raises DataError if the file is missing, isn't a SentencePiece model or has no BOS or EOS token."""
-    import sentencepiece
-
-    try:
-      model = epath.Path(path).read_bytes()
-    except FileNotFoundError:
-      raise DataError(f'{path}: no such tokenizer; run: betarank data tokenizer --config=...') from None
-    except OSError as error:
-      raise DataError(f'{path}: could not be read ({error.strerror or error}); give a SentencePiece model') from None
-    self._processor = sentencepiece.SentencePieceProcessor()
-    try:
-      self._processor.LoadFromSerializedProto(model)
-    except (RuntimeError, UnicodeDecodeError):  # the second: of its own message, when that quotes the file
-      raise DataError(f'{path}: not a SentencePiece model; use another file or train one') from None
-    self.sha256 = hashlib.sha256(model).hexdigest()
-    self.vocab_size: int = self._processor.vocab_size()
-    self.bos: int = self._processor.bos_id()
-    self.eos: int = self._processor.eos_id()
-    if self.bos < 0 or self.eos < 0:
-      raise DataError(f'{path}: has no BOS or EOS token to mark where documents begin and end; use another')
-    self._mark_ids = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode()]
-    try:
-      self.bytes_per_token_V = np.array([self._bytes(i) for i in range(self.vocab_size)], np.int32)
-    except UnicodeDecodeError:
-      raise DataError(f'{path}: damaged, as one of its pieces is no text; fetch it again or train one') from None
-
-  def _bytes(self, token: int) -> int:
-    p = self._processor
-    if p.is_control(token) or p.is_unknown(token) or p.is_unused(token):
-      return 0
-    return 1 if p.is_byte(token) else len(p.id_to_piece(token).replace(_SPACE, ' ').encode())
+  vocab_size: int
+  bos: int
+  eos: int
+  pad: int
+  sha256: str
+  token_bytes: list[bytes]
+  bytes_per_token_V: np.ndarray
 
   def encode(self, text: str) -> np.ndarray:
-    """Token ids, int32 [N], without BOS and EOS."""
-    if _SPACE not in text:
-      return np.array(self._processor.encode(text), np.int32)
-    ids = []
-    for i, part in enumerate(text.split(_SPACE)):
-      ids += self._mark_ids * (i > 0) + self._processor.encode(part)
-    return np.array(ids, np.int32)
+    """Returns token ids, int32 [N], without BOS and EOS. Special tokens never come from text.
+
+    Raises DataError for a text with lone surrogates.
+    """
 
   def decode(self, ids: np.ndarray | list[int]) -> str:
-    """The text of `ids`; specials give nothing, and bytes that aren't UTF-8 give U+FFFD.
+    """Returns the text of `ids`. Bytes that aren't UTF-8 become U+FFFD.
 
-    Raises DataError for an id outside the vocabulary.
+    Special tokens add nothing, nor do ids >= vocab_size, which a model with a larger vocabulary may draw. Raises
+    DataError for negative ids.
     """
-    ids = np.asarray(ids, np.int64).reshape(-1)
-    if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
-      raise DataError(f'token ids must be in [0, {self.vocab_size}), got {ids.min()} to {ids.max()}')
-    return self._processor.decode(ids.tolist())
+
+
+def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
+  """Reads the tokenizer at `path`: a SentencePiece model, a tokenizer.json, or a folder with one of them.
+
+  Raises DataError, one line, for one that is missing, broken or unusable, or that has more tokens than the model,
+  where that number is given.
+  """
+  file = find(path)
+  tokenizer = JsonTokenizer(file) if file.suffix == '.json' else SentencePieceTokenizer(file)
+  if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
+    raise DataError(f'{path}: has {tokenizer.vocab_size} tokens, but config.model.vocab_size is {model_vocab_size}; '
+                    f'set that to {tokenizer.vocab_size} or more, or use another tokenizer')
+  return tokenizer
+
+
+def sha256_of(path: str) -> str:
+  """Returns read_tokenizer(path).sha256, faster. Raises DataError."""
+  file = find(path)
+  return tokenizer_json.sha256_of(file) if file.suffix == '.json' else _sha256(read_file(file, _ADVICE))
+
+
+def find(path: str) -> epath.Path:
+  """Returns the file that `path` names: itself, or in a folder tokenizer.json and otherwise tokenizer.model."""
+  place = epath.Path(path)
+  if not place.is_dir():
+    return place
+  return file if (file := place / 'tokenizer.json').exists() else place / 'tokenizer.model'
+
+
+def _sha256(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model; see Tokenizer for what it offers.
+
+  Tokenizers trained here are lossless: decode(encode(text)) == text. Others may change text, such as by a space in
+  front; their bytes are those of the changed text.
+  """
+
+  def __init__(self, path: epath.Path):
+    """Raises DataError if the file is missing, isn't a SentencePiece model or has no EOS token."""
+    import sentencepiece
+
+    model = read_file(path, _ADVICE)
+    self._processor = p = sentencepiece.SentencePieceProcessor()
+    try:
+      p.LoadFromSerializedProto(model)
+    except (RuntimeError, UnicodeDecodeError):  # the second: of its own message, when that quotes the file
+      raise DataError(f'{path}: not a SentencePiece model; {_ADVICE}') from None
+    self.sha256 = _sha256(model)
+    self.vocab_size: int = p.vocab_size()
+    self.eos: int = p.eos_id()
+    if self.eos < 0:
+      raise DataError(f'{path}: has no EOS token to end a document with; use another tokenizer')
+    self.bos: int = p.bos_id() if p.bos_id() >= 0 else self.eos
+    self.pad: int = p.pad_id() if p.pad_id() >= 0 else self.eos
+    self._mark_ids = [p.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode()]
+    try:
+      self.token_bytes = [self._bytes(i) for i in range(self.vocab_size)]
+    except ValueError:  # not UTF-8, or no number in a byte's piece
+      raise DataError(f'{path}: damaged, as one of its pieces is no text; fetch it again or train one') from None
+    self.bytes_per_token_V = np.array([len(piece) for piece in self.token_bytes], np.int32)
+
+  def _bytes(self, token: int) -> bytes:
+    p = self._processor
+    if p.is_control(token) or p.is_unknown(token) or p.is_unused(token):
+      return b''
+    piece = p.id_to_piece(token)
+    return bytes([int(piece[3:5], 16)]) if p.is_byte(token) else piece.replace(_SPACE, ' ').encode()
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns token ids, int32 [N], without BOS and EOS. Raises DataError for a text with lone surrogates."""
+    try:
+      if _SPACE not in text:
+        return np.array(self._processor.encode(text), np.int32)
+      ids = []
+      for i, part in enumerate(text.split(_SPACE)):
+        ids += self._mark_ids * (i > 0) + self._processor.encode(part)
+      return np.array(ids, np.int32)
+    except RuntimeError:  # of pybind, for what isn't UTF-8
+      raise surrogates(text) from None
+
+  def decode(self, ids: np.ndarray | list[int]) -> str:
+    """Returns the text of `ids`; special tokens and ids >= vocab_size add nothing. Raises DataError for ids < 0."""
+    return self._processor.decode([id for id in checked(ids) if id < self.vocab_size])

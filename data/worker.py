@@ -13,7 +13,7 @@ from etils import epath
 
 from betarank.data import prepared, sources
 from betarank.data.config import DataConfig
-from betarank.data.tokenizer import Tokenizer
+from betarank.data.tokenizer import read_tokenizer
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
@@ -44,7 +44,7 @@ class Worker:
   def __init__(self, job: Job):
     self.job = job
     self.source = sources.open_source(job.config, job.name)
-    self.tokenizer = Tokenizer(job.config.tokenizer_path)
+    self.tokenizer = read_tokenizer(job.config.tokenizer_path)
 
   def run(self, index: int, unit: sources.Unit, limit: int) -> dict[str, Any]:
     """Writes the unit's first `limit` (0: all) documents, then its marker, which it returns."""
@@ -65,7 +65,7 @@ class Worker:
 
   def _tokens(self, text: str) -> np.ndarray:
     ids = np.concatenate([[self.tokenizer.bos], self.tokenizer.encode(text), [self.tokenizer.eos]])
-    return ids.astype(prepared.token_dtype(self.tokenizer.vocab_size))
+    return ids.astype(prepared.token_dtype(self.job.config.vocab_size))
 
 
 def _split(document: str, validation_fraction: float) -> str:

@@ -45,6 +45,7 @@ class MoeConfig:
   expert_d_ff: int = 0
   shared_d_ff: int = 0
   router: str = 'sigmoid'
+  norm_topk_prob: bool = True
   routed_scale: float = 1.0
   bias_update_rate: float = 1e-3
   balance_weight: float = 0.0

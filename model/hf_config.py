@@ -1,7 +1,7 @@
-"""A model's shape as Hugging Face's config.json, and back.
+"""Converts a model's shape to Hugging Face's config.json, and back.
 
-Dense models are Qwen3's; mixtures of experts are Qwen3-MoE's with a softmax router and Glm4-MoE's with a sigmoid
-router, which has our block, full rotary embedding and QK-norm being options of it.
+Dense models become Qwen3. Mixtures of experts become Qwen3-MoE with a softmax router, and Glm4-MoE with a sigmoid
+router: with full rotary width and QK-norm, which are options of it, its block is ours.
 """
 
 import math
@@ -12,30 +12,31 @@ from betarank.model.config import ModelConfig
 
 DENSE, SOFTMAX, SIGMOID = 'Qwen3ForCausalLM', 'Qwen3MoeForCausalLM', 'Glm4MoeForCausalLM'
 TYPES = {DENSE: 'qwen3', SOFTMAX: 'qwen3_moe', SIGMOID: 'glm4_moe'}
-# Glm4-MoE can't be without a shared expert: one of zeros stands in where a model has none, and this says so.
+# Glm4-MoE always has a shared expert. For a model without one, an expert of zeros is written and this key set.
 ZERO_SHARED = 'shared_experts_are_zero'
 
-SIZES = {  # ours -> theirs, in all three
+SIZES = {  # ours -> theirs, in all three architectures
   'vocab_size': 'vocab_size', 'layers': 'num_hidden_layers', 'd_model': 'hidden_size', 'd_ff': 'intermediate_size',
   'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim',
 }
-# Options that a block like ours has at one value only: (what it must be, what transformers takes when it is left out).
+# Options of which our block has one value only: (that value, transformers' default).
 OPTIONS = {'hidden_act': ('silu', 'silu'), 'attention_bias': (False, False), 'use_sliding_window': (False, False),
            'rope_type': ('default', 'default'), 'quantization_config': (None, None)}
 ROPE_OPTIONS = ('rope_type', 'partial_rotary_factor')
 MOE_OPTIONS = {
-  SOFTMAX: {'norm_topk_prob': (True, False), 'decoder_sparse_step': (1, 1), 'mlp_only_layers': ([], [])},
-  SIGMOID: {'norm_topk_prob': (True, True), 'n_group': (1, 1), 'topk_group': (1, 1), 'first_k_dense_replace': (0, 1),
-            'use_qk_norm': (True, False), 'partial_rotary_factor': (1.0, 0.5), 'num_nextn_predict_layers': (0, 0)},
+  SOFTMAX: {'decoder_sparse_step': (1, 1), 'mlp_only_layers': ([], [])},
+  SIGMOID: {'n_group': (1, 1), 'topk_group': (1, 1), 'first_k_dense_replace': (0, 1), 'use_qk_norm': (True, False),
+            'partial_rotary_factor': (1.0, 0.5), 'num_nextn_predict_layers': (0, 0)},
 }
+NORM_TOPK_PROB = {SOFTMAX: False, SIGMOID: True}  # transformers' default
 
 
 class HfError(UserError):
-  """A model, directory or tokenizer that can't be exchanged. One line that names what is in the way."""
+  """A model, directory or tokenizer that can't be exported or imported. One line that names what prevents it."""
 
 
 def architecture(c: ModelConfig) -> str:
-  """The class in transformers that computes what this model does. Raises HfError where there is none."""
+  """Returns the class in transformers that computes the same function. Raises HfError if there is none."""
   moe = c.moe
   if not moe.experts:
     return DENSE
@@ -54,7 +55,7 @@ def architecture(c: ModelConfig) -> str:
 
 
 def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
-  """config.json of a model trained on rows of `positions` tokens, its weights stored as `dtype`."""
+  """Returns config.json of a model for texts of up to `positions` tokens, its weights stored as `dtype`."""
   name, moe = architecture(c), c.moe
   rope = {'rope_type': 'default', 'rope_theta': c.rope_base}
   experts = {
@@ -64,7 +65,8 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
               ZERO_SHARED: moe.shared_d_ff == 0, 'routed_scaling_factor': moe.routed_scale},
   }[name]
   if moe.experts:
-    experts |= {'num_experts_per_tok': moe.experts_per_token, 'moe_intermediate_size': moe.expert_d_ff}
+    experts |= {'num_experts_per_tok': moe.experts_per_token, 'moe_intermediate_size': moe.expert_d_ff,
+                'norm_topk_prob': moe.norm_topk_prob}
     experts |= {option: wanted for option, (wanted, _) in MOE_OPTIONS[name].items()}
   if name == SIGMOID:
     rope['partial_rotary_factor'] = 1.0
@@ -75,7 +77,7 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
     'rms_norm_eps': c.norm_eps,
     'tie_word_embeddings': c.tied_embeddings,
     'max_position_embeddings': positions,
-    'rope_theta': c.rope_base,  # read by transformers 4, and rope_parameters by 5
+    'rope_theta': c.rope_base,  # transformers 4 reads this, 5 reads rope_parameters
     'rope_parameters': rope,
     'hidden_act': 'silu',
     'attention_bias': False,
@@ -88,7 +90,10 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
 
 
 def from_hf(config: Any, where: str) -> dict[str, Any]:
-  """The values of section `model` that config.json fixes. Raises HfError, naming the key, for what our block lacks."""
+  """Returns the values of section `model` that config.json fixes.
+
+  Raises HfError, naming the key, for an option that our block doesn't have.
+  """
   if not isinstance(config, dict):
     raise HfError(f'{where}: not a JSON object')
   names = config.get('architectures')
@@ -109,13 +114,12 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
   model = {ours: integer(theirs) for ours, theirs in SIZES.items()}
   model |= {'rope_base': _number(rope, ('rope_theta',), float, where),
             'norm_eps': _number(config, ('rms_norm_eps',), float, where),
-            'tied_embeddings': config.get('tie_word_embeddings', False)}
-  if not isinstance(model['tied_embeddings'], bool):
-    raise HfError(f'{where}: tie_word_embeddings is {model["tied_embeddings"]!r}; it must be true or false')
+            'tied_embeddings': _boolean(config, 'tie_word_embeddings', False, where)}
   if name == DENSE:
     return model
   expert_d_ff = integer('moe_intermediate_size')
-  moe = {'experts_per_token': integer('num_experts_per_tok'), 'expert_d_ff': expert_d_ff}
+  moe = {'experts_per_token': integer('num_experts_per_tok'), 'expert_d_ff': expert_d_ff,
+         'norm_topk_prob': _boolean(config, 'norm_topk_prob', NORM_TOPK_PROB[name], where)}
   if name == SOFTMAX:
     moe |= {'router': 'softmax', 'experts': integer('num_experts', 'num_local_experts'), 'shared_d_ff': 0,
             'routed_scale': 1.0}
@@ -127,7 +131,7 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
-  """Rotary settings, which transformers 4 keeps at the top and in rope_scaling, 5 in rope_parameters."""
+  """Returns the rotary settings. transformers 4 has them at the top level and in rope_scaling, 5 in rope_parameters."""
   rope = {'rope_theta': config.get('rope_theta')}
   for key in ('rope_scaling', 'rope_parameters'):
     given = config.get(key) or {}
@@ -140,7 +144,7 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: str) -> Any:
-  """The value of the first of `keys` that is there: a number > 0."""
+  """Returns the value of the first of `keys` that is there. Raises HfError if it isn't a number > 0."""
   key = next((key for key in keys if config.get(key) is not None), keys[0])
   value = config.get(key)
   good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
@@ -148,3 +152,16 @@ def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: st
     what = 'is missing' if key not in config else f'is {value!r}'
     raise HfError(f'{where}: {key} {what}; it must be a {"whole number" if kind is int else "number"} > 0')
   return kind(value)
+
+
+def _boolean(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
+  value = config.get(key, default)
+  if not isinstance(value, bool):
+    raise HfError(f'{where}: {key} is {value!r:.100}; it must be true or false')
+  return value
+
+
+def positions(config: dict[str, Any]) -> int:
+  """Returns the longest text, in tokens, that a config.json allows; 0 if it doesn't say."""
+  value = config.get('max_position_embeddings')
+  return value if type(value) is int and 0 < value < 2**31 else 0

@@ -1,7 +1,7 @@
-"""A SentencePiece model as the JSON that the `tokenizers` library reads, so that both give the same ids.
+"""Converts a SentencePiece model to tokenizer.json, so that both give the same ids.
 
-Pieces keep real spaces here, where SentencePiece writes '▁': a literal '▁' then has no piece and falls back to
-bytes, as data/tokenizer.py makes it do. Text is never searched for `<s>` and its like; BOS is put in front.
+Pieces are written with real spaces, where SentencePiece has '▁'. A literal '▁' then has no piece and is encoded as
+bytes, as data/tokenizer.py does. Special tokens such as `<s>` never come from text. BOS is put in front.
 """
 
 import json
@@ -16,17 +16,17 @@ _SPACE = '▁'
 
 
 def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
-  """Writes tokenizer.json, tokenizer_config.json and a copy of the model to `folder`.
+  """Writes tokenizer.json, tokenizer_config.json and a copy of the SentencePiece model to `folder`.
 
-  Returns the ids of bos, eos and, where there is one, pad. Raises HfError for a model that isn't there, isn't BPE
-  with byte fallback, changes the text, or has another vocabulary than the model.
+  Returns the ids of bos, eos and, where there is one, pad. Raises HfError if the file is missing, isn't BPE with byte
+  fallback, changes text, or has more than vocab_size tokens.
   """
   try:
     data = epath.Path(model_file).read_bytes()
   except OSError:
-    raise HfError(f'{model_file}: no such tokenizer; give --tokenizer=FILE.model, or none to leave it out') from None
+    raise HfError(f'{model_file}: no such tokenizer; give --tokenizer=PATH, or none to leave it out') from None
   tokenizer, ids = convert(data, model_file)
-  if (tokens := len(tokenizer['model']['vocab'])) != vocab_size:
+  if (tokens := len(tokenizer['model']['vocab'])) > vocab_size:
     raise HfError(f'{model_file}: has {tokens} tokens, but the model {vocab_size}; give the one it was trained with')
   token = lambda id: next(t['content'] for t in tokenizer['added_tokens'] if t['id'] == id)
   config = {
@@ -39,14 +39,21 @@ def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, 
     'unk_token': tokenizer['model']['unk_token'],
     **{f'{name}_token': token(id) for name, id in ids.items()},
   }
-  for name, content in (('tokenizer.json', tokenizer), ('tokenizer_config.json', config)):
-    (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+  (folder / 'tokenizer.json').write_bytes(to_bytes(tokenizer))
+  (folder / 'tokenizer_config.json').write_bytes(to_bytes(config))
   (folder / 'tokenizer.model').write_bytes(data)
   return ids
 
 
+def to_bytes(content: dict[str, Any]) -> bytes:
+  return (json.dumps(content, ensure_ascii=False, indent=1) + '\n').encode()
+
+
 def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
-  """(tokenizer.json as a dict, ids of bos, eos and pad) of a serialised SentencePiece model."""
+  """Returns (tokenizer.json as a dict, the ids of bos, eos and pad) for a serialised SentencePiece model.
+
+  Raises HfError if it has no exact counterpart.
+  """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto
 
@@ -56,7 +63,7 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   except DecodeError:
     raise HfError(f'{name}: not a SentencePiece model; give the one that the run was trained with') from None
   if not all(isinstance(p.piece, str) for p in spm.pieces):
-    raise HfError(f'{name}: damaged, as one of its pieces is no text; give the one that the run was trained with')
+    raise HfError(f'{name}: damaged, as one of its pieces is not text; give the one that the run was trained with')
   _check(spm, name)
   kinds = proto.ModelProto.SentencePiece
   text = [p.piece if p.type in (kinds.BYTE, kinds.CONTROL, kinds.UNKNOWN) else p.piece.replace(_SPACE, ' ')
@@ -65,7 +72,7 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   if len(vocabulary) < len(text):
     raise HfError(f'{name}: two of its pieces are the same text; train a tokenizer without such pieces')
   special = [id for id, p in enumerate(spm.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
-  # Of one character, they need no search in the text: nothing merges with them.
+  # Those of one character need no search in the text: nothing merges with them.
   whole = [id for id, p in enumerate(spm.pieces) if p.type == kinds.USER_DEFINED and len(text[id]) > 1]
   normal = {text[id]: (-p.score, id) for id, p in enumerate(spm.pieces) if p.type == kinds.NORMAL}
   ids = {'bos': spm.trainer_spec.bos_id, 'eos': spm.trainer_spec.eos_id, 'pad': spm.trainer_spec.pad_id}
@@ -92,7 +99,7 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
-  """Every way to make a piece of two others, best piece first: SentencePiece merges whatever gives a piece."""
+  """Returns all pairs of pieces that make a piece, best piece first. SentencePiece merges any pair that makes one."""
   merges = []
   for piece in sorted(normal, key=normal.get):
     splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
@@ -101,6 +108,7 @@ def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
 
 
 def _check(spm: Any, name: str) -> None:
+  """Raises HfError for a SentencePiece model that changes text or isn't BPE with byte fallback."""
   trainer, normalizer = spm.trainer_spec, spm.normalizer_spec
   wrong = (
     'is not BPE' if trainer.model_type != trainer.BPE else

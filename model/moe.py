@@ -62,7 +62,7 @@ class MixtureOfExperts(nnx.Module):
   """k of E experts for each token, plus one shared expert for all tokens if shared_d_ff > 0.
 
   The 'sigmoid' router scores each expert independently and chooses by score + bias. It weights the chosen experts by
-  their scores, normalized to sum to 1. train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv
+  their scores, normalized to sum to 1 unless norm_topk_prob is False. train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv
   2412.19437, eq. 12 to 16). The 'softmax' router has no bias and relies on the load-balance loss (Qwen3-MoE).
   """
 
@@ -99,7 +99,7 @@ class MixtureOfExperts(nnx.Module):
       # Comparisons instead of a gather, because a TPU fuses them, also in the backward pass.
       chosen_BTkE = (choices_BTk[..., None] == jnp.arange(m.experts)) & real_BT[..., None, None]
       weight_BTk = jnp.sum(score_BTE[..., None, :], -1, where=chosen_BTkE)
-      weight_BTk *= m.routed_scale / (jnp.sum(weight_BTk, -1, keepdims=True) + 1e-20)
+      weight_BTk *= m.routed_scale / (jnp.sum(weight_BTk, -1, keepdims=True) + 1e-20 if m.norm_topk_prob else 1.0)
       routing = _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT)
       expert_BTk = jnp.where(real_BT[..., None], choices_BTk, m.experts)  # E means no expert
     with jax.named_scope('moe/weights'):

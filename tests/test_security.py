@@ -16,7 +16,7 @@ from betarank.configs import errors, load
 from betarank.configs.errors import ConfigError, UserError
 from betarank.data import formats, prepared, reasoning, record_formats
 from betarank.data.config import DataConfig, DataError, SourceConfig
-from betarank.data.tokenizer import Tokenizer
+from betarank.data.tokenizer import read_tokenizer
 from betarank.eval.report import arms, command
 from betarank.model import hf_weights
 from betarank.model.hf_config import HfError
@@ -274,7 +274,7 @@ def test_import_reads_no_devices_and_copies_only_tokenizers(tmp_path):
     hf_weights.Files(tmp_path)
   (tmp_path / 'tokenizer.model').symlink_to(__file__)
   with pytest.raises(DataError, match='not a SentencePiece model'):  # train/hf.py reads it before it copies it
-    Tokenizer(str(tmp_path / 'tokenizer.model'))
+    read_tokenizer(str(tmp_path / 'tokenizer.model'))
 
 
 # Found by the fuzzer

@@ -1,7 +1,7 @@
-"""betarank hf export --checkpoint=RUN --to=DIR | import --from=DIR --to=CHECKPOINT
+"""betarank hf export --checkpoint=RUN --to=DIR | import --from=DIR --to=RUN
 
-To and from Hugging Face's format: config.json, safetensors and a tokenizer (docs/huggingface.md). This command sits
-on top of the packages; nothing imports it.
+Converts a checkpoint to Hugging Face's format (config.json, safetensors and a tokenizer), and back; see
+docs/huggingface.md.
 """
 
 import argparse
@@ -23,33 +23,41 @@ from rich.progress import Progress
 
 from betarank.configs import common, load
 from betarank.configs.sections import section
-from betarank.data import DataConfig, Tokenizer
+from betarank.data import DataConfig, DataError, read_tokenizer, tokenizer
 from betarank.model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
 from betarank.model.hf_config import HfError
-from betarank.runtime import checkpoint, integrity
+from betarank.runtime import checkpoint, integrity, workdir
 
-CHUNK_BYTES = 2**26  # of an imported array on disk, and of the files there: what is in memory while it is written
+CHUNK_BYTES = 2**26  # of an imported array on disk and of its files: this much is in memory while it is written
 STORED = {'float32': 'F32', 'bfloat16': 'BF16'}
+TOKENIZER_FILES = (  # all that transformers may read for a tokenizer; they are copied as they are
+  'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'tokenizer.model', 'special_tokens_map.json',
+  'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json')
+_LARGEST_TOKENIZER_FILE = 10**8  # bytes
 
 
-def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, tokenizer: str = '') -> str:
-  """Writes the checkpoint at `path` (or the newest of a workdir) to the new directory `to`; says what it wrote.
+def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, tokenizer_path: str = '',
+           positions: int = 0) -> str:
+  """Writes the checkpoint at `path` (or the newest of a workdir) to the new directory `to`; returns a summary line.
 
-  tokenizer: a SentencePiece model file, 'none', or '' for the one the run was trained with. Memory: one stored
-  chunk of one array.
+  Args:
+    tokenizer_path: a SentencePiece model, a tokenizer.json, a folder with one of them, or 'none'. '': the run's own.
+    positions: the longest text that config.json allows, in tokens. 0: what the model was trained on or imported with.
+
+  Needs the memory of one stored chunk of one array.
   """
   source = checkpoint.find(path)
   checkpoint.check(source)
-  config = checkpoint.read_meta(source)['config']
+  meta = checkpoint.read_meta(source)
+  config = meta['config']
   c = section(ModelConfig, config['model'], 'model')
-  theirs = hf_config.to_hf(c, positions=_positions(config), dtype=dtype)
+  positions = positions or max(_trained_positions(config), meta.get('positions', 0))
+  theirs = hf_config.to_hf(c, positions=positions, dtype=dtype)
   leaves = hf_weights.leaves(c)
-  tokenizer = tokenizer or section(DataConfig, config['data'], 'data').tokenizer_path
+  tokenizer_path = tokenizer_path or section(DataConfig, config['data'], 'data').tokenizer_path
   with _new_folder(to) as folder:
-    if tokenizer != 'none':
-      ids = hf_tokenizer.export(tokenizer, folder, c.vocab_size)
-      theirs |= (ids := {f'{name}_token_id': id for name, id in ids.items()})
-      _write_json(folder / 'generation_config.json', ids)
+    if tokenizer_path != 'none':
+      theirs |= _export_tokenizer(tokenizer_path, folder, c.vocab_size)
     _write_json(folder / 'config.json', theirs)
     stored = lambda name: 'F32' if name.endswith(hf_weights.ALWAYS_FLOAT32) else STORED[dtype]
     tensors = [(name, stored(name), leaf.their_shape) for leaf in leaves for name, _ in leaf.tensors()]
@@ -62,16 +70,34 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   return f'{to}: {parameters:,} parameters as {theirs["architectures"][0]}, {dtype}, from {source}'
 
 
-def _positions(config: dict) -> int:
-  """The longest text the model was trained on, in tokens."""
+def _trained_positions(config: dict) -> int:
+  """Returns the longest text that the model was trained on, in tokens."""
   longest = config['data']['sequence_length']
   if rl := config.get('rl'):
     longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
   return longest
 
 
+def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
+  """Writes the tokenizer at `path` to `folder`; returns its ids as config.json names them.
+
+  A tokenizer.json is copied with all its side files. A SentencePiece model is converted.
+  """
+  file = tokenizer.find(path)
+  if file.suffix != '.json':
+    ids = hf_tokenizer.export(str(file), folder, vocab_size)
+    ids = {f'{name}_token_id': id for name, id in ids.items()}
+    _write_json(folder / 'generation_config.json', ids)
+    return ids
+  read = read_tokenizer(path, vocab_size)
+  for name in TOKENIZER_FILES:
+    if (file.parent / name).exists():
+      (folder / name).write_bytes((file.parent / name).read_bytes())
+  return {'bos_token_id': read.bos, 'eos_token_id': read.eos, 'pad_token_id': read.pad}
+
+
 def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
-  """Fills the tensors of one array from where Orbax stored it, without reading it whole."""
+  """Fills the tensors of one array chunk by chunk from where Orbax stored it."""
   where = str(source.resolve()) if '://' in str(source) else f'file://{source.resolve()}'
   try:
     store = tensorstore.open(f'{where}/state/|ocdbt:params.{leaf.path}/', read=True).result()
@@ -83,48 +109,106 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
                   'export another checkpoint') from None
 
 
-def import_(path: str, to: str) -> str:
-  """Writes the model in the directory `path` as the new checkpoint `to`; returns its config section and what is next.
+def import_(path: str, to: str, tokenizer_path: str = '') -> str:
+  """Writes the model in the directory `path` as the new workdir `to`; returns a summary with the next commands.
 
-  Everything is checked by its headers first. Arrays are put together in files beside `to`, not in memory.
+  The workdir has the weights as checkpoint 0, the tokenizer's files, and config.json, to start a run from.
+
+  Args:
+    tokenizer_path: another tokenizer than the directory's, or 'none'.
+
+  All shapes and names are checked by the files' headers first. Arrays are put together in files, not in memory.
   """
-  folder = pathlib.Path(path)
-  sizes = hf_config.from_hf(hf_weights.read_json(folder / 'config.json'), str(folder / 'config.json'))
+  folder, final = pathlib.Path(path), pathlib.Path(to).resolve()
+  theirs = hf_weights.read_json(folder / 'config.json')
+  sizes = hf_config.from_hf(theirs, str(folder / 'config.json'))
   config = common.base()
   config.model.update(sizes)
   c = section(ModelConfig, config.model, 'model')
   files = hf_weights.Files(folder)
   leaves = hf_weights.leaves(c, head_copy=c.tied_embeddings and hf_weights.HEAD in files.found)
   files.check(leaves)
-  tokenizer = folder / 'tokenizer.model'
-  if tokenizer.is_file():
-    Tokenizer(str(tokenizer))  # it will be copied, and what isn't one may be a link to anything
-    config.data.tokenizer = str(pathlib.Path(to).resolve() / tokenizer.name)
-  with _new_folder(to) as out, tempfile.TemporaryDirectory(dir=out) as scratch:
-    arrays = {}
-    for leaf in leaves:
-      if leaf.path and leaf.path not in arrays:
-        memory = hf_weights.mapped(pathlib.Path(scratch) / leaf.path, 4 * math.prod(leaf.shape))
-        arrays[leaf.path] = memory.view(np.float32).reshape(leaf.shape)
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-      task = bar.add_task('import', total=len(files.found))
-      files.copy_in(leaves, arrays, lambda: bar.advance(task))
-    params: dict = {}
-    for name, array in arrays.items():
-      *parents, last = name.split('.')
-      node = params
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[last] = array
-    _save(out, params, {'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
-                        'config': json.loads(load.to_json(config))})
-    if config.data.tokenizer:
-      shutil.copy(tokenizer, out)
-  return _next_steps(config, sizes, to, sum(parameter_counts(c).values()))
+  tokenizer_files = _tokenizer_files(tokenizer_path or path, c.vocab_size)
+  if tokenizer_files:
+    config.data.tokenizer = str(final / 'tokenizer' / _main_file(tokenizer_files))
+  with _new_folder(to) as out:
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+      params = _read_params(files, leaves, pathlib.Path(scratch))
+      _save(out / 'checkpoints' / '0', params, {
+        'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
+        'config': json.loads(load.to_json(config)), 'positions': hf_config.positions(theirs)})
+    for file in tokenizer_files:
+      (out / 'tokenizer').mkdir(exist_ok=True)
+      shutil.copyfile(file, out / 'tokenizer' / file.name)
+    config.train.init_from = str(final)
+    workdir.write_config(epath.Path(out), config)
+  return _next_steps(to, sum(parameter_counts(c).values()), config.data.tokenizer)
+
+
+def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
+  """Returns the files of the tokenizer at `path`, having read it; none if `path` is 'none' or a folder without one.
+
+  Raises HfError for a link to a file elsewhere: what it links to would be copied, and perhaps published.
+  """
+  if path == 'none' or (pathlib.Path(path).is_dir() and not tokenizer.find(path).exists()):
+    return []
+  try:
+    read_tokenizer(path, vocab_size)
+  except DataError as error:
+    raise HfError(f'{error} (or leave it out with --tokenizer=none)') from None
+  main = pathlib.Path(tokenizer.find(path))
+  if main.suffix != '.json':
+    return [main]
+  files = [main.parent / name for name in TOKENIZER_FILES if (main.parent / name).exists()]
+  home = main.parent.resolve()
+  for file in files:
+    # Hugging Face's cache links each file of snapshots/REVISION to one in blobs.
+    if file.resolve().parent not in (home, home.parent.parent / 'blobs'):
+      raise HfError(f'{file}: is a link to {file.resolve()}, outside of the model; replace it with the file')
+    if not file.is_file() or file.stat().st_size > _LARGEST_TOKENIZER_FILE:
+      raise HfError(f'{file}: not a file of at most {_LARGEST_TOKENIZER_FILE:,} bytes; fetch it again')
+  return files
+
+
+def _main_file(files: list[pathlib.Path]) -> str:
+  """Returns the name of the file to read of a tokenizer's: '' for their folder, so that tokenizer.json is read.
+
+  Our own exports hold the SentencePiece model that tokenizer.json was made from. Then the model is read, so that the
+  tokenizer keeps its identity.
+  """
+  by_name = {file.name: file for file in files}
+  if 'tokenizer.json' in by_name and 'tokenizer.model' in by_name:
+    try:
+      converted, _ = hf_tokenizer.convert(by_name['tokenizer.model'].read_bytes(), 'tokenizer.model')
+      same = hf_tokenizer.to_bytes(converted) == by_name['tokenizer.json'].read_bytes()
+    except HfError:  # of another kind, as in Mistral's and Llama's folders
+      same = False
+    return 'tokenizer.model' if same else ''
+  return '' if 'tokenizer.json' in by_name else files[0].name
+
+
+def _read_params(files: hf_weights.Files, leaves: list[hf_weights.Leaf], scratch: pathlib.Path) -> dict:
+  """Returns the tree of parameters, float32, as arrays in files in `scratch`."""
+  arrays = {}
+  for leaf in leaves:
+    if leaf.path and leaf.path not in arrays:
+      memory = hf_weights.mapped(scratch / leaf.path, 4 * math.prod(leaf.shape))
+      arrays[leaf.path] = memory.view(np.float32).reshape(leaf.shape)
+  with Progress(disable=not sys.stdout.isatty()) as bar:
+    task = bar.add_task('import', total=len(files.found))
+    files.copy_in(leaves, arrays, lambda: bar.advance(task))
+  params: dict = {}
+  for name, array in arrays.items():
+    *parents, last = name.split('.')
+    node = params
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = array
+  return params
 
 
 def _save(out: pathlib.Path, params: dict, meta: dict) -> None:
-  """A checkpoint as train/checkpoint.py lays it out, of parameters alone."""
+  """Writes a checkpoint as runtime/checkpoint.py lays it out, with parameters only."""
   kinds = ocp.type_handlers
   registry = kinds.create_type_handler_registry(
     (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False)),  # a copy would be in memory
@@ -143,28 +227,25 @@ def _save(out: pathlib.Path, params: dict, meta: dict) -> None:
     raise HfError(f'{out}: the checkpoint could not be written ({reason}); it needs room twice') from error
 
 
-def _next_steps(config, sizes: dict, to: str, parameters: int) -> str:
-  section = lambda name, values: f'  c.{name}.update({", ".join(f"{k}={v!r}" for k, v in values.items())})'
-  lines = [f'{to}: {parameters:,} parameters. For the config:', '',
-           section('model', {k: v for k, v in sizes.items() if k != 'moe'})]
-  if 'moe' in sizes:
-    lines += [section('model.moe', sizes['moe'])]
-  if config.data.tokenizer:
-    lines += [section('data', {'tokenizer': config.data.tokenizer})]
-  lines += ['', f'  betarank train --config=... --config.train.init_from={to} --workdir=...']
-  if not config.data.tokenizer:
-    lines += ['', 'It brings no SentencePiece tokenizer.model, the only kind that `betarank data` reads.']
+def _next_steps(to: str, parameters: int, tokenizer_path: str) -> str:
+  config = f'--config={to}/config.json'
+  lines = [f'{to}: {parameters:,} parameters, '
+           + (f'tokenizer in {tokenizer_path}' if tokenizer_path else 'no tokenizer: --config.data.tokenizer= one'),
+           '', 'Train it on data of your own, or ask it (docs/huggingface.md):', '',
+           f'  betarank data prepare {config} --config.data.dir=DIR --config.data.sources=...',
+           f'  betarank train {config} --config.data.dir=DIR --config.data.sources=... --workdir=RUN',
+           f'  betarank eval sample --checkpoint={to} --benchmark=...']
   return '\n'.join(lines)
 
 
 @contextlib.contextmanager
 def _new_folder(to: str):
-  """A directory that becomes `to` once all is in it. Raises HfError if there is something already."""
+  """Yields a directory that becomes `to` when the block ends. Raises HfError if `to` exists and isn't empty."""
   if '://' in to:
     raise HfError(f'--to={to}: only a local directory can be written; copy it from there')
   final = pathlib.Path(to)
   if final.exists() and (not final.is_dir() or any(final.iterdir())):
-    raise HfError(f'--to={to}: is there already and not empty; give a new directory')
+    raise HfError(f'--to={to}: exists and is not empty; give a new directory')
   final.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=final.parent, prefix=f'{final.name}.partial-') as folder:
     work = pathlib.Path(folder) / 'whole'
@@ -189,15 +270,20 @@ def main(argv: Sequence[str]) -> None:
   out.add_argument('--to', required=True, metavar='DIR', help='a new directory')
   out.add_argument('--dtype', choices=tuple(STORED), default='float32')
   out.add_argument('--shard_gb', type=float, default=4.0, help='largest size of a file (default: 4)')
-  out.add_argument('--tokenizer', default='', metavar='FILE.model | none', help="default: the run's own")
-  back = commands.add_parser('import', help='a Qwen3 or Qwen3-MoE directory to a checkpoint to start from')
+  out.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the run's own")
+  out.add_argument('--positions', type=int, default=0, metavar='TOKENS',
+                   help='longest text that config.json allows; default: what the model was trained on or imported with')
+  back = commands.add_parser('import', help='a Qwen3 or Qwen3-MoE directory to a workdir to start from')
   back.add_argument('--from', required=True, dest='source', metavar='DIR')
   back.add_argument('--to', required=True, metavar='DIR', help='a new directory')
+  back.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the directory's own")
   args = parser.parse_args(argv)
   load.check_places(vars(args))
   if args.command == 'import':
-    print(import_(args.source, args.to))
+    print(import_(args.source, args.to, args.tokenizer))
   else:
     if not 0 < args.shard_gb < math.inf:
       parser.error('--shard_gb must be > 0')
-    print(export(args.checkpoint, args.to, args.dtype, args.shard_gb, args.tokenizer))
+    if args.positions < 0:
+      parser.error('--positions must be > 0')
+    print(export(args.checkpoint, args.to, args.dtype, args.shard_gb, args.tokenizer, args.positions))

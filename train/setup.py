@@ -112,15 +112,13 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
 
   Args:
     path: of the file.
-    c: the model, whose vocabulary it must have.
+    c: the model, whose vocabulary must be as large or larger.
     trained: meta of the checkpoint that it will be used with, if any.
 
-  Raises DataError for a file that is no tokenizer, ConfigError for a vocabulary of another size than the model's and
-  for another tokenizer than the checkpoint was trained with.
+  Raises DataError for a file that is no tokenizer or has more tokens than the model, ConfigError for another tokenizer
+  than the checkpoint was trained with.
   """
-  tokenizer = data.Tokenizer(path)
-  if tokenizer.vocab_size != c.vocab_size:
-    raise ConfigError(f'config.model.vocab_size must be {tokenizer.vocab_size}, as {path} has it, got {c.vocab_size}')
+  tokenizer = data.read_tokenizer(path, c.vocab_size)
   before = (trained or {}).get('tokenizer_sha256')
   if before and before != tokenizer.sha256:
     raise ConfigError(f'config.data.tokenizer: {path} is not the tokenizer that the checkpoint was trained with '

@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from betarank.data import formats, prepare, prepared
 from betarank.data.config import DataError, SourceConfig
 from betarank.data.prepare import prepare_source, train_tokenizer
-from betarank.data.tokenizer import Tokenizer
+from betarank.data.tokenizer import read_tokenizer
 from tests.runs import BETARANK
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def tokens(config, name, split):
 
 
 def texts(config, name, split):
-  tokenizer = Tokenizer(config.tokenizer_path)
+  tokenizer = read_tokenizer(config.tokenizer_path)
   return [tokenizer.decode(t) for t in tokens(config, name, split)[1]]
 
 
@@ -55,7 +55,7 @@ def test_documents_and_counts(prepared_config, corpus):
   assert 0.04 < len(validation) / len(every) < 0.2
   documents, read = tokens(prepared_config, 'a', 'train')
   assert documents.lengths.tolist() == [len(t) for t in read]
-  tokenizer = Tokenizer(prepared_config.tokenizer_path)
+  tokenizer = read_tokenizer(prepared_config.tokenizer_path)
   assert all(t[0] == tokenizer.bos and t[-1] == tokenizer.eos for t in read)
   counts = documents.manifest['splits']['train']
   assert counts['tokens'] == sum(map(len, read))
@@ -150,9 +150,14 @@ def test_bucket(config, corpus, tmp_path, monkeypatch):
     np.testing.assert_array_equal(a, b)
 
 
-def test_wrong_vocabulary(config):
-  with pytest.raises(DataError, match=r'has 384 tokens, but config.model.vocab_size is 512; set that to 384'):
-    prepare_source(dataclasses.replace(only(config), vocab_size=512), 'a', workers=1)
+def test_a_model_may_have_more_tokens_than_the_tokenizer_but_not_fewer(config):
+  with pytest.raises(DataError, match=r'has 384 tokens, but config.model.vocab_size is 383; set that to 384 or more'):
+    prepare_source(dataclasses.replace(only(config), vocab_size=383), 'a', workers=1)
+  exact = prepare_source(only(config), 'a', workers=1)
+  larger = dataclasses.replace(only(config), dir=f'{config.dir}/larger', vocab_size=2**16 + 1)  # ids of four bytes
+  assert prepare_source(larger, 'a', workers=1)['token_dtype'] == 'uint32' != exact['token_dtype']
+  for here, there in zip(tokens(only(config), 'a', 'train')[1], tokens(larger, 'a', 'train')[1]):
+    np.testing.assert_array_equal(here, there)
 
 
 def test_empty_splits(config, tmp_path):

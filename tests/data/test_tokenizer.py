@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from betarank.data import reasoning, tokenizer
 from betarank.data.config import DataError
-from betarank.data.tokenizer import Tokenizer
+from betarank.data.tokenizer import read_tokenizer, sha256_of
 
 TEXT = [reasoning.problem(reasoning.parse('chain_sum+gcd'), i).document for i in range(300)]
 
@@ -19,7 +19,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(path):
-  return Tokenizer(path)
+  return read_tokenizer(path)
 
 
 @given(text=st.text() | st.text(alphabet=' \n\t▁ab01<>/s\r\0') | st.sampled_from(TEXT))
@@ -55,7 +55,8 @@ def test_a_prompt_s_tokens_begin_the_document_s(trained):
 
 def test_same_text_same_file(trained, tmp_path):
   tokenizer.train(TEXT, 400, str(tmp_path / 'again.model'))
-  assert Tokenizer(str(tmp_path / 'again.model')).sha256 == trained.sha256
+  again = str(tmp_path / 'again.model')
+  assert read_tokenizer(again).sha256 == sha256_of(again) == trained.sha256
 
 
 def test_training_text_is_bounded(tmp_path):
@@ -77,11 +78,46 @@ def test_training_errors(documents, vocab_size, message, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_file_errors(tmp_path, trained):
-  with pytest.raises(DataError, match=r'none\.model: no such tokenizer; run: betarank data'):
-    Tokenizer(str(tmp_path / 'none.model'))
+def test_bytes_of_each_token(trained):
+  pieces = trained.token_bytes
+  assert pieces[tokenizer.EOS] == b'' and {bytes([byte]) for byte in range(256)} <= set(pieces)
+  assert b''.join(pieces[id] for id in trained.encode('  \n▁ é😀')) == '  \n▁ é😀'.encode()
+  assert trained.bytes_per_token_V.tolist() == [len(piece) for piece in pieces]
+  assert trained.pad == tokenizer.PAD
+
+
+def spm(path, **options):
+  import sentencepiece
+  settings = dict(model_type='bpe', vocab_size=320, byte_fallback=True, normalization_rule_name='identity',
+                  minloglevel=2, hard_vocab_limit=False)
+  with open(path, 'wb') as file:
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_writer=file, **settings | options)
+  return str(path)
+
+
+def test_without_bos_a_document_begins_with_eos(tmp_path):
+  other = read_tokenizer(spm(tmp_path / 't.model', bos_id=-1, eos_id=1, unk_id=0, pad_id=-1))
+  assert other.bos == other.eos == other.pad == 1
+  with pytest.raises(DataError, match=r't\.model: has no EOS token to end a document with'):
+    read_tokenizer(spm(tmp_path / 't.model', bos_id=1, eos_id=-1, unk_id=0))
+
+
+def test_errors(tmp_path, trained, path):
+  with pytest.raises(DataError, match=r'none\.model: no such tokenizer; give .* and run: betarank data'):
+    read_tokenizer(str(tmp_path / 'none.model'))
   (tmp_path / 'bad.model').write_bytes(b'no model')
   with pytest.raises(DataError, match=r'bad\.model: not a SentencePiece model'):
-    Tokenizer(str(tmp_path / 'bad.model'))
-  with pytest.raises(DataError, match=r'token ids must be in \[0, 400\), got -1 to 7'):
+    read_tokenizer(str(tmp_path / 'bad.model'))
+  (tmp_path / 'zero.model').symlink_to('/dev/zero')
+  with pytest.raises(DataError, match=r'zero\.model: not a file'):
+    read_tokenizer(str(tmp_path / 'zero.model'))
+  with pytest.raises(DataError, match=r'token ids must be >= 0, got -1'):
     trained.decode([-1, 7])
+  with pytest.raises(DataError, match=r'half of a surrogate pair \(U\+DFFF\) at character 3'):
+    trained.encode('▁x\udfff')
+  with pytest.raises(DataError, match=r'has 400 tokens, but config\.model\.vocab_size is 399; set that to 400 or more'):
+    read_tokenizer(path, 399)
+
+
+def test_a_larger_model_may_draw_ids_without_a_token(trained, path):
+  assert read_tokenizer(path, 512).decode([511, *trained.encode('State'), 400]) == 'State'

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from betarank.data import Tokenizer
+from betarank.data import read_tokenizer
 from betarank.eval import config as settings
 from betarank.eval import generate
 from betarank.eval.benchmarks import open_benchmark
@@ -140,7 +140,7 @@ def test_two_samplings_of_a_run_are_not_mixed_but_a_probe_may_go_on_beside(run_d
 
 def test_a_sample_is_judged_as_it_is_stored(run_dir):
   [subject] = settings.find_checkpoints(str(run_dir))
-  tokenizer = Tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
+  tokenizer = read_tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
   task = Task('id', 'Q', 'Question: Q\nSolution:', '1/2', 'math', 'line')
   texts = [' so\nAnswer: 0.5\n', ' hm\nAnswer: 3', ' hm', ' hm\nAnswer: 1/2']
   tokens = [[*tokenizer.encode(text), *([tokenizer.eos] if i else [])] for i, text in enumerate(texts)]

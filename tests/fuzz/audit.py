@@ -112,7 +112,7 @@ def prepare(folder: pathlib.Path, uris: dict[str, str]):
   from betarank.data.config import DataConfig, SourceConfig
   from betarank.data.prepare import prepare_source, train_tokenizer
   from betarank.data.prepared import Documents
-  from betarank.data.tokenizer import Tokenizer
+  from betarank.data.tokenizer import read_tokenizer
 
   config = DataConfig(str(folder / 'data'), '', 384, {name: SourceConfig(uri, 1.0, 50) for name, uri in uris.items()},
                       0.0, 32)
@@ -120,7 +120,7 @@ def prepare(folder: pathlib.Path, uris: dict[str, str]):
   for name in uris:
     prepare_source(config, name, workers=1)
     Documents(config, name, 'train').read([0])
-  tokenizer = Tokenizer(config.tokenizer_path)
+  tokenizer = read_tokenizer(config.tokenizer_path)
   tokenizer.decode(tokenizer.encode(hostile(folder)))
   return config
 
@@ -131,6 +131,7 @@ def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
 
   from betarank import model
   from betarank.configs import load
+  from betarank.data.tokenizer import read_tokenizer
   from betarank.runtime import checkpoint
   from betarank.runtime.state import create_state
   from betarank.train import hf
@@ -146,11 +147,17 @@ def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
                       'code_version': MARK}, 1)
     keep.close()
     checkpoint.restore(checkpoint.find(str(folder / 'run')), state)
-  hf.export(str(folder / 'run'), str(folder / 'hf'), tokenizer=tokenizer)
+  hf.export(str(folder / 'run'), str(folder / 'hf'), tokenizer_path=tokenizer)
   path = folder / 'hf' / 'config.json'
   theirs = json.loads(path.read_text())
   path.write_text(json.dumps({**theirs, 'auto_map': {'AutoModel': f'{MARK}.Model'}, MARK: hostile(folder)}))
+  path = folder / 'hf' / 'tokenizer_config.json'
+  path.write_text(json.dumps({**json.loads(path.read_text()), 'auto_map': {
+    'AutoTokenizer': [f'{MARK}.Tokenizer', None]}, 'chat_template': hostile(folder)}))
+  (folder / 'hf' / f'{MARK}.py').write_text(hostile(folder))
   hf.import_(str(folder / 'hf'), str(folder / 'imported'))
+  json_tokenizer = read_tokenizer(str(folder / 'imported' / 'tokenizer'))
+  json_tokenizer.decode(json_tokenizer.encode(hostile(folder)))
 
 
 def answers(folder: pathlib.Path) -> list[str]:

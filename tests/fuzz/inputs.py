@@ -300,16 +300,45 @@ def _tokenizers(folder: pathlib.Path) -> list[bytes]:
 
 @target(80, DataError)
 def tokenizer(folder):
-  from betarank.data.tokenizer import Tokenizer
+  from betarank.data.tokenizer import read_tokenizer
 
   path = folder / 'x.model'
 
   def read():
-    tokens = Tokenizer(str(path))
+    tokens = read_tokenizer(str(path))
     for word in (*WORDS, '▁', ''):
       tokens.decode(tokens.encode(word))
 
   return files(path, _tokenizers(folder), [b'<s>', b'</s>', b'<0x41>', b'\xe2\x96\x81'], read)
+
+
+@target(40, DataError)
+def tokenizer_json(folder):
+  from betarank.data.tokenizer import read_tokenizer
+  from tests import tokenizer_files
+
+  kinds = (*(tokenizer_files.byte_level(folder / kind, kind) for kind in tokenizer_files.KINDS),
+           tokenizer_files.byte_fallback(folder / 'fallback'))
+  raw = {path: path.read_bytes() for kind in kinds for path in sorted(pathlib.Path(kind).iterdir())}
+
+  def make(rng, good=False):
+    path = rng.choice(list(raw))
+    if good:
+      return path, raw[path]
+    spoilt = mutate.json_text(rng, json.loads(raw[path])) if rng.random() < 0.7 else mutate.data(rng, raw[path])
+    return path, spoilt
+
+  def check(case):
+    path, content = case
+    try:
+      path.write_bytes(content)
+      tokens = read_tokenizer(str(path.parent))
+      for word in (*WORDS, '▁', ''):
+        tokens.decode(tokens.encode(word))
+    finally:
+      path.write_bytes(raw[path])
+
+  return make, check, nothing
 
 
 @target(40, HfError)

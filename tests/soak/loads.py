@@ -18,7 +18,7 @@ from etils import epath
 
 from betarank.data import prepare, prepared
 from betarank.data.config import DataConfig, SourceConfig
-from betarank.data.tokenizer import Tokenizer
+from betarank.data.tokenizer import read_tokenizer
 from betarank.data.worker import Job, _Shard
 from betarank.runtime import checkpoint
 from tests.runs import environment, metrics
@@ -178,7 +178,7 @@ def data(s: Soak, gigabytes: float) -> Load:
 def large(s: Soak, gigabytes: float) -> DataConfig:
   """Writes a prepared data set of random tokens with the code of `betarank data prepare`, without tokenizing."""
   path = str(s.data / 'tokenizer.model')
-  tokenizer = Tokenizer(path)
+  tokenizer = read_tokenizer(path)
   config = DataConfig(str(s.root / 'large'), path, tokenizer.vocab_size, {'main': SourceConfig('synthetic:', 1.0, 0)},
                       validation_fraction=0.0, sequence_length=ROW_TOKENS)
   where = prepared.folder(config, 'main')

@@ -11,7 +11,7 @@ import pytest
 from betarank.configs import common
 from betarank.configs.errors import UserError
 from betarank.configs.sections import section
-from betarank.data import DataError, Tokenizer
+from betarank.data import DataError, read_tokenizer
 from betarank.eval import config as settings
 from betarank.eval import generate
 from betarank.eval.benchmarks import open_benchmark
@@ -119,7 +119,7 @@ def test_as_benchmarks(tmp_path):
 
 def test_samples_are_judged_in_the_jail(run_dir, tmp_path, verifier):
   [subject] = settings.find_checkpoints(str(run_dir))
-  tokenizer = Tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
+  tokenizer = read_tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
   task = code_problems.read(write(tmp_path / 'h.jsonl', HUMAN))[0]
   texts = ['    return a + b\n\ndef more():\n', '    return a', '    return a + b\n']
   group = [Sample(0, i, np.array([*tokenizer.encode(text), tokenizer.eos]), np.zeros(1, np.float32), 'eos')

@@ -155,7 +155,8 @@ def test_workers_end_with_us():
   """A parent that is killed leaves no process behind, not even one that was busy."""
   code = ('from betarank.tasks.verifiers import *; from betarank.tasks.task_set import Task\n'
           'task = Task("", "", "", "1+x", "math", "line"); v = Verifier(VerifierConfig(workers=1, deadline_s=1.0))\n'
-          'v.verify([("\\nAnswer: x+2", task)]); pid = v._pool._workers["math"][0].process.pid; print(pid, flush=True)\n'
+          'v.verify([("\\nAnswer: x+2", task)]); pid = v._pool._workers["math"][0].process.pid; '
+          'print(pid, flush=True)\n'
           f'v._pool._c = VerifierConfig(deadline_s=60.0); v.verify([("\\nAnswer: {ENDLESS}", task)])')
   root = pathlib.Path(verifiers.__file__).parent.parent
   with subprocess.Popen([sys.executable, '-c', code], cwd=root, stdout=subprocess.PIPE, text=True) as parent:

@@ -17,6 +17,7 @@ import pytest
 from betarank import model
 from betarank.configs import common, errors, load
 from betarank.configs.sections import section
+from betarank.data import read_tokenizer
 from betarank.data import tokenizer as spm
 from betarank.model import hf_config, hf_tokenizer, hf_weights
 from betarank.model.config import MoeConfig
@@ -24,6 +25,7 @@ from betarank.model.hf_config import HfError
 from betarank.runtime import checkpoint
 from betarank.runtime.state import TrainState
 from betarank.train import hf
+from tests import tokenizer_files
 
 DENSE = model.ModelConfig(
   vocab_size=300, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-6,
@@ -32,7 +34,7 @@ EXPERTS = MoeConfig(experts=6, experts_per_token=2, expert_d_ff=24)
 MODELS = {
   'dense tied': DENSE,
   'dense': dataclasses.replace(DENSE, tied_embeddings=False, layers=11, rope_base=1e6, norm_eps=1e-5),
-  'softmax': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, router='softmax')),
+  'softmax': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, router='softmax', norm_topk_prob=False)),
   'sigmoid': dataclasses.replace(DENSE, moe=EXPERTS),
   'sigmoid, shared': dataclasses.replace(
     DENSE, tied_embeddings=False, moe=dataclasses.replace(EXPERTS, shared_d_ff=48, routed_scale=2.5)),
@@ -102,14 +104,25 @@ def test_round_trip_is_bit_exact(exported, tmp_path):
   c, params, folder = exported
   said = hf.import_(str(folder), str(tmp_path / 'back'))
   again, meta = checkpoint.restore_weights(checkpoint.find(str(tmp_path / 'back')), model.abstract(c)[1])
-  assert (tmp_path / 'back' / 'manifest.json').exists()  # against which it was checked
+  assert (tmp_path / 'back' / 'checkpoints' / '0' / 'manifest.json').exists()  # against which it was checked
   jax.tree.map(np.testing.assert_array_equal, again, params)
   got = section(model.ModelConfig, meta['config']['model'], 'model')
-  fixed = {name: getattr(c, name) for name in ('compute_dtype', 'remat', 'scan_layers', 'attention')}
+  fixed = {name: getattr(c, name) for name in ('compute_dtype', 'remat_policy', 'scan_layers', 'attention')}
   moe = dataclasses.replace(got.moe, bias_update_rate=c.moe.bias_update_rate, kernel=c.moe.kernel)
   assert dataclasses.replace(got, moe=moe, **fixed) == c
-  assert f'd_model={c.d_model}' in said and '--config.train.init_from=' in said
-  assert spm.Tokenizer(meta['config']['data']['tokenizer']).vocab_size == c.vocab_size
+  assert f'betarank train --config={tmp_path}/back/config.json' in said
+  resolved = load.load(f'{tmp_path}/back/config.json')
+  assert section(model.ModelConfig, resolved.model, 'model') == got
+  assert resolved.train.init_from == str(tmp_path / 'back')
+  assert resolved.data.tokenizer == meta['config']['data']['tokenizer'] == f'{tmp_path}/back/tokenizer/tokenizer.model'
+
+
+def test_a_tokenizer_of_ours_keeps_its_identity(exported, tokenizer_file, tmp_path):
+  hf.import_(str(exported[2]), str(tmp_path / 'back'))
+  assert spm.sha256_of(str(tmp_path / 'back' / 'tokenizer' / 'tokenizer.model')) == spm.sha256_of(tokenizer_file)
+  hf.export(str(tmp_path / 'back'), str(tmp_path / 'again'))
+  for name in ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'generation_config.json', 'config.json'):
+    assert (tmp_path / 'again' / name).read_bytes() == (exported[2] / name).read_bytes()
 
 
 def test_files(exported):
@@ -130,7 +143,7 @@ def test_files(exported):
 def test_bfloat16(tmp_path):
   c = MODELS['sigmoid']
   params = random_params(c)
-  hf.export(save(c, params, tmp_path / 'run'), str(tmp_path / 'hf'), dtype='bfloat16', tokenizer='none')
+  hf.export(save(c, params, tmp_path / 'run'), str(tmp_path / 'hf'), dtype='bfloat16', tokenizer_path='none')
   assert (tmp_path / 'hf' / 'model.safetensors').exists()
   hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'back'))
   again, _ = checkpoint.restore_weights(checkpoint.find(str(tmp_path / 'back')), model.abstract(c)[1])
@@ -147,7 +160,7 @@ def test_import_of_what_transformers_writes(kind, tmp_path):
   sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                head_dim=8, intermediate_size=48, tie_word_embeddings=kind == 'Qwen3', rope_theta=1e6)
   if kind == 'Qwen3Moe':
-    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)  # norm_topk_prob is False by default
   torch.manual_seed(0)
   theirs = getattr(transformers, f'{kind}ForCausalLM')(getattr(transformers, f'{kind}Config')(**sizes))
   theirs.to(torch.bfloat16).save_pretrained(tmp_path / 'hf', max_shard_size='10KB')
@@ -171,7 +184,7 @@ def test_import_of_what_transformers_writes(kind, tmp_path):
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
   root = tmp_path_factory.mktemp('good')
-  hf.export(save(DENSE, random_params(DENSE), root / 'run'), str(root / 'hf'), tokenizer='none')
+  hf.export(save(DENSE, random_params(DENSE), root / 'run'), str(root / 'hf'), tokenizer_path='none')
   return root / 'hf'
 
 
@@ -230,7 +243,9 @@ BAD = [
   (edit_config(hidden_act='gelu'), r"hidden_act is 'gelu'; only Qwen3ForCausalLM with 'silu'"),
   (edit_config(quantization_config={'bits': 4}), r"quantization_config is {'bits': 4}; only"),
   (edit_config(layer_types=['full_attention', 'sliding_attention']), r"layer_types is .*'sliding_attention'\]; only"),
-  (edit_config(architectures=['Qwen3MoeForCausalLM']), r'norm_topk_prob is False; only Qwen3MoeForCausalLM with True'),
+  (edit_config(architectures=['Qwen3MoeForCausalLM'], decoder_sparse_step=2), r'decoder_sparse_step is 2; only'),
+  (edit_config(architectures=['Qwen3MoeForCausalLM'], moe_intermediate_size=8, num_experts_per_tok=2, num_experts=4,
+               norm_topk_prob='no'), r"norm_topk_prob is 'no'; it must be true or false"),
   (lambda folder: (folder / 'config.json').write_text('['), r'config.json: not JSON'),
   (lambda folder: (folder / 'config.json').write_text('[' * 100_000), r'config.json: not JSON'),
   (lambda folder: (folder / 'config.json').write_text('[]'), r'config.json: not a JSON object'),
@@ -272,7 +287,7 @@ def test_a_head_equal_to_the_embedding_is_taken(good, tmp_path):
 def test_a_zero_shared_expert_must_be_zero(tmp_path):
   numpy = pytest.importorskip('safetensors.numpy')
   c, folder = MODELS['sigmoid'], tmp_path / 'hf'
-  hf.export(save(c, random_params(c), tmp_path / 'run'), str(folder), tokenizer='none')
+  hf.export(save(c, random_params(c), tmp_path / 'run'), str(folder), tokenizer_path='none')
   tensors = numpy.load_file(folder / 'model.safetensors')
   name = 'model.layers.1.mlp.shared_experts.up_proj.weight'
   tensors[name] = tensors[name] + 1
@@ -294,13 +309,13 @@ def test_what_cannot_be_exported(moe, message):
 
 def test_export_needs_room_and_a_fitting_tokenizer(good, tmp_path, tokenizer_file):
   run = save(DENSE, random_params(DENSE), tmp_path / 'run', str(tmp_path / 'none.model'))
-  with pytest.raises(HfError, match=r'is there already and not empty; give a new directory'):
-    hf.export(run, str(good), tokenizer='none')
-  with pytest.raises(HfError, match=r'none\.model: no such tokenizer; give --tokenizer=FILE\.model, or none'):
+  with pytest.raises(HfError, match=r'exists and is not empty; give a new directory'):
+    hf.export(run, str(good), tokenizer_path='none')
+  with pytest.raises(HfError, match=r'none\.model: no such tokenizer; give --tokenizer=PATH, or none'):
     hf.export(run, str(tmp_path / 'out'))
-  larger = dataclasses.replace(DENSE, vocab_size=302)
-  other = save(larger, random_params(larger), tmp_path / 'other', tokenizer_file)
-  with pytest.raises(HfError, match=r'has 300 tokens, but the model 302; give the one'):
+  smaller = dataclasses.replace(DENSE, vocab_size=298)
+  other = save(smaller, random_params(smaller), tmp_path / 'other', tokenizer_file)
+  with pytest.raises(HfError, match=r'has 300 tokens, but the model 298; give the one'):
     hf.export(other, str(tmp_path / 'out'))
   with pytest.raises(checkpoint.CheckpointError, match='no checkpoint there'):
     hf.export(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
@@ -313,7 +328,7 @@ def test_a_full_disk_is_one_line(tmp_path):
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     with pytest.raises(HfError, match=r'out: could not be written \(File too large\)'):
-      hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+      hf.export(run, str(tmp_path / 'out'), tokenizer_path='none')
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert [p.name for p in tmp_path.iterdir()] == ['run']
@@ -326,10 +341,10 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     data[len(data) // 2] ^= 0xff
     path.write_bytes(data)
   with pytest.raises(checkpoint.CheckpointError, match=r'checkpoints/3/state/\S+: not what was written'):
-    hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+    hf.export(run, str(tmp_path / 'out'), tokenizer_path='none')
   (tmp_path / 'run' / 'checkpoints' / '3' / 'manifest.json').unlink()  # as older ones are
   with pytest.raises(HfError, match=r'checkpoints/3: params\.\S+ could not be read \(.*\); export another checkpoint$'):
-    hf.export(run, str(tmp_path / 'out'), tokenizer='none')
+    hf.export(run, str(tmp_path / 'out'), tokenizer_path='none')
   assert not (tmp_path / 'out').exists()
 
 
@@ -348,7 +363,7 @@ def test_memory_is_bounded(tmp_path):
   anonymous = lambda: int(pathlib.Path('/proc/self/status').read_text().split('RssAnon:')[1].split()[0]) * 1024
   for name, work in {'import': lambda: hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'ours')),
                      'export': lambda: hf.export(str(tmp_path / 'ours'), str(tmp_path / 'out'), shard_gb=1.0,
-                                                 tokenizer='none')}.items():
+                                                 tokenizer_path='none')}.items():
     before, done = anonymous(), threading.Thread(target=work)
     done.start()
     peak = before
@@ -362,10 +377,11 @@ def test_memory_is_bounded(tmp_path):
   shutil.rmtree(tmp_path)  # pytest would keep 6 GB
 
 
-def test_command_line(good, tmp_path, monkeypatch, capsys):
-  run = lambda *args: monkeypatch.setattr('sys.argv', ['hf', *args]) or errors.run_main(hf.main, HfError)
+def test_command_line(good, tmp_path, capsys):
+  run = lambda *args: errors.run_main(lambda: hf.main(args))
   run('import', f'--from={good}', f'--to={tmp_path / "ours"}')
-  assert f'--config.train.init_from={tmp_path / "ours"}' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert f'--config={tmp_path / "ours"}/config.json' in said and 'no tokenizer' in said
   run('export', f'--checkpoint={tmp_path / "ours"}', f'--to={tmp_path / "hf"}', '--tokenizer=none')
   for path in good.iterdir():
     assert (tmp_path / 'hf' / path.name).read_bytes() == path.read_bytes()
@@ -377,7 +393,7 @@ def test_command_line(good, tmp_path, monkeypatch, capsys):
 
 def test_tokenizer_gives_the_same_ids(exported, tokenizer_file):
   transformers = pytest.importorskip('transformers')
-  theirs, ours = transformers.AutoTokenizer.from_pretrained(exported[2]), spm.Tokenizer(tokenizer_file)
+  theirs, ours = transformers.AutoTokenizer.from_pretrained(exported[2]), read_tokenizer(tokenizer_file)
   random = np.random.default_rng(0)
   alphabets = [' \n\t▁ab01<>/s\r\0', '= -#', 'éßø日本語😀a ', 'the sum of 12 ', ''.join(TEXT)]
   texts = [*TEXT, '', ' ', '\n', '  two  spaces \n\n▁ literal mark▁▁ ', '</s><s><pad><unk><0x41>',
@@ -390,6 +406,84 @@ def test_tokenizer_gives_the_same_ids(exported, tokenizer_file):
     assert theirs.decode(ids) == text
   assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (spm.BOS, spm.EOS, spm.PAD)
   assert theirs.decode([spm.BOS, *ours.encode('sum'), spm.EOS], skip_special_tokens=True) == 'sum'
+
+
+# A tokenizer.json that comes with the weights.
+
+
+LARGER = dataclasses.replace(DENSE, vocab_size=416)  # than the tokenizer, as Qwen3's is
+
+
+@pytest.fixture(scope='module')
+def qwen(tmp_path_factory):
+  """A directory as Qwen's are: weights in bfloat16, tokenizer.json and what transformers writes with it."""
+  root = tmp_path_factory.mktemp('qwen')
+  run = save(LARGER, random_params(LARGER), root / 'run')
+  hf.export(run, str(root / 'hf'), dtype='bfloat16', tokenizer_path='none')
+  tokenizer_files.byte_level(root / 'hf', 'qwen')
+  (root / 'hf' / 'merges.txt').write_text('#version: 0.2\n')
+  (root / 'hf' / 'chat_template.jinja').write_text("{{ cycler.__init__.__globals__.os.abort() }}")
+  edit_config(max_position_embeddings=40_960)(root / 'hf')
+  return root / 'hf'
+
+
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'merges.txt',
+                   'chat_template.jinja')
+
+
+def test_weights_and_tokenizer_come_back_as_they_were(qwen, tmp_path):
+  hf.import_(str(qwen), str(tmp_path / 'ours'))
+  config = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'ours')))['config']
+  read = read_tokenizer(config['data']['tokenizer'], config['model']['vocab_size'])
+  assert (read.vocab_size, config['model']['vocab_size'], config['data']['vocab_size']) == (400, 416, 416)
+  assert read.sha256 == spm.sha256_of(str(qwen))
+  hf.export(str(tmp_path / 'ours'), str(tmp_path / 'again'), dtype='bfloat16')
+  assert sorted(p.name for p in qwen.iterdir()) == sorted(p.name for p in (tmp_path / 'again').iterdir())
+  for name in (*TOKENIZER_FILES, 'model.safetensors'):
+    assert (tmp_path / 'again' / name).read_bytes() == (qwen / name).read_bytes(), name
+  before, after = (json.loads((folder / 'config.json').read_text()) for folder in (qwen, tmp_path / 'again'))
+  assert after == before | {'bos_token_id': read.bos, 'eos_token_id': read.eos, 'pad_token_id': read.pad}
+  hf.export(str(tmp_path / 'ours'), str(tmp_path / 'short'), positions=8192, tokenizer_path='none')
+  assert json.loads((tmp_path / 'short' / 'config.json').read_text())['max_position_embeddings'] == 8192
+
+
+def test_a_tokenizer_can_be_replaced_or_left_out(qwen, tokenizer_file, tmp_path):
+  hf.import_(str(qwen), str(tmp_path / 'other'), tokenizer_file)
+  path = load.load(f'{tmp_path}/other/config.json').data.tokenizer
+  assert spm.sha256_of(path) == spm.sha256_of(tokenizer_file) and path.startswith(f'{tmp_path}/other/tokenizer/')
+  assert 'no tokenizer' in hf.import_(str(qwen), str(tmp_path / 'none'), 'none')
+  assert not (tmp_path / 'none' / 'tokenizer').exists()
+
+
+def test_a_model_smaller_than_its_tokenizer_and_a_broken_tokenizer_are_one_line(qwen, tmp_path):
+  folder = shutil.copytree(qwen, tmp_path / 'hf')
+  (folder / 'tokenizer.json').write_text('{')
+  with pytest.raises(HfError, match=r'tokenizer\.json: not JSON .*\(or leave it out with --tokenizer=none\)'):
+    hf.import_(str(folder), str(tmp_path / 'out'))
+  small = tmp_path / 'small'
+  hf.export(save(DENSE, random_params(DENSE), tmp_path / 'run'), str(small), tokenizer_path='none')
+  tokenizer_files.byte_level(small, 'qwen')
+  with pytest.raises(HfError, match=r'small: has 400 tokens, but config\.model\.vocab_size is 300'):
+    hf.import_(str(small), str(tmp_path / 'out'))
+  assert not (tmp_path / 'out').exists()
+
+
+def test_only_files_of_the_model_are_copied(qwen, tmp_path):
+  """A link to a file elsewhere would bring that file into what may be published; Hugging Face's own cache has links."""
+  (tmp_path / 'secret').write_text('{"password": 1}')
+  folder = shutil.copytree(qwen, tmp_path / 'hf')
+  (folder / 'merges.txt').unlink()
+  (folder / 'merges.txt').symlink_to(tmp_path / 'secret')
+  with pytest.raises(HfError, match=r'merges\.txt: is a link to .*secret, outside of the model'):
+    hf.import_(str(folder), str(tmp_path / 'out'))
+  cached = tmp_path / 'cache' / 'snapshots' / '1f2e'
+  shutil.copytree(qwen, tmp_path / 'cache' / 'blobs')
+  cached.mkdir(parents=True)
+  for path in (tmp_path / 'cache' / 'blobs').iterdir():
+    (cached / path.name).symlink_to(f'../../blobs/{path.name}')
+  hf.import_(str(cached), str(tmp_path / 'out'))
+  assert (tmp_path / 'out' / 'tokenizer' / 'merges.txt').read_text() == '#version: 0.2\n'
+  assert not any(path.is_symlink() for path in (tmp_path / 'out').rglob('*'))
 
 
 @pytest.mark.parametrize('options, message', [

@@ -1,0 +1,282 @@
+"""Byte-exact BPE tokenizers in Hugging Face's format, tokenizer.json, as published with Qwen and Llama 3.
+
+Only tokenizer.json, tokenizer_config.json and generation_config.json are read, as data. Chat templates, Python files
+and everything else in the folder are ignored.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from betarank.data.config import DataError
+
+_LARGEST_BYTES = 100 * 10**6  # of a file; the largest published ones have 35 MB
+_LARGEST_ID = 2**22  # a table of all ids is made, so one absurd id must not ask for all memory
+_SPACE = '▁'  # how SentencePiece, and vocabularies converted from it, write a space
+
+# Texts that show whether a tokenizer keeps every byte: case, accents, ligatures, spaces, line ends, digits, scripts
+# with and without pieces of their own, control characters and emoji.
+_PROBES = (
+  "Don't CHANGE this:  two  spaces, 1234567890.50 + 3e-7 = ?!", ' leading and trailing ',
+  '\ttab\n\n  \r\nline ends\n ', '\ufb01ne \xbd \uff21 café', 'cafe\u0301 naïve \u2126 Ω', '日本語 русский العربية',
+  'हिन्दी ไทย 한국어', '\U0001f642\U0001f469\u200d\U0001f467 \U0010ffff', '\0\x1b\x7f\ufeff\u2028\u00a0\u200b',
+  '<pad> </s> <0x41> [UNK] ##ing', 'a' * 300)
+
+
+def read_file(path: epath.Path, advice: str) -> bytes:
+  """Returns the content of a tokenizer's file. Raises DataError, ending with `advice`, if it can't be read."""
+  try:
+    if not path.exists():
+      raise DataError(f'{path}: no such tokenizer; {advice}')
+    # Reading a device might never end; epath's own is_file takes one for a file.
+    if '://' not in str(path) and not os.path.isfile(path):
+      raise DataError(f'{path}: not a file; {advice}')
+    if (size := path.stat().length) > _LARGEST_BYTES:
+      raise DataError(f'{path}: has {size:,} bytes, too many for a tokenizer; {advice}')
+    return path.read_bytes()
+  except ImportError as error:
+    raise DataError(f'{path}: {error} (pip install gcsfs for gs://)') from None
+  except OSError as error:
+    raise DataError(f'{path}: could not be read ({error.strerror or error}); {advice}') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+  """A tokenizer's files as they were read, before the `tokenizers` library has seen them.
+
+  Attributes: where (the path of tokenizer.json), data (its content), added ({content: (id, special)}), the ids bos, eos
+  and pad, and sha256, the tokenizer's identity.
+  """
+
+  where: epath.Path
+  data: bytes
+  added: dict[str, tuple[int, bool]]
+  bos: int
+  eos: int
+  pad: int
+
+  @property
+  def sha256(self) -> str:
+    """The identity: the same for the same tokenizer.json with the same BOS and EOS, wherever it is."""
+    return hashlib.sha256(self.data + f'\nbos {self.bos} eos {self.eos}\n'.encode()).hexdigest()
+
+
+def _read(where: epath.Path) -> _Files:
+  """Raises DataError for files that are missing, broken, or name no token that ends a document."""
+  data = read_file(where, 'give config.data.tokenizer a folder with tokenizer.json')
+  added = _added_tokens(data, where)
+  optional = {}
+  for name in ('tokenizer_config.json', 'generation_config.json'):
+    side = where.parent / name
+    optional[name] = _parse(read_file(side, 'fetch it again'), side) if side.exists() else {}
+  role = lambda name: _role(name, optional, added, where)
+  if (eos := role('eos')) is None:
+    raise DataError(f'{where}: tokenizer_config.json and generation_config.json there name no EOS token to end a '
+                    'document with; fetch them too, or give "eos_token" in tokenizer_config.json')
+  bos, pad = role('bos'), role('pad')
+  return _Files(where, data, added, eos if bos is None else bos, eos, eos if pad is None else pad)
+
+
+def _parse(data: bytes, where: epath.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(data)
+  except (ValueError, RecursionError) as error:
+    raise DataError(f'{where}: not JSON ({str(error)[:100]}); fetch it again') from None
+  if not isinstance(content, dict):
+    raise DataError(f'{where}: not a JSON object; fetch it again')
+  return content
+
+
+@functools.lru_cache(maxsize=1)  # parsing 10 MB takes half a second, and each source of a run asks for the identity
+def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]:
+  """Returns the added tokens of a tokenizer.json. Raises DataError where the tokenizer can't be used."""
+  content = _parse(data, where)
+  model = content.get('model')
+  if not isinstance(model, dict):
+    raise DataError(f'{where}: has no model; fetch it again')
+  if (kind := model.get('type', 'BPE')) != 'BPE':
+    raise DataError(f'{where}: its model is {kind!r:.100}; only BPE can be used')
+  if model.get('dropout'):
+    raise DataError(f'{where}: has dropout, so a text would get other tokens each time; set it to null there')
+  # These change text, and the library ends the process over some files that have them.
+  wrong = ('a continuing_subword_prefix' if model.get('continuing_subword_prefix') else
+           'an end_of_word_suffix' if model.get('end_of_word_suffix') else
+           'a Precompiled normalizer' if '"Precompiled"' in json.dumps(content.get('normalizer')) else '')
+  if wrong:
+    raise DataError(f'{where}: has {wrong}, so it would change text; use another tokenizer')
+  try:
+    added = {token['content']: (token['id'], token['special']) for token in content['added_tokens']}
+    if all(isinstance(text, str) and type(id) is int and type(special) is bool
+           for text, (id, special) in added.items()):
+      return added
+  except (KeyError, TypeError):
+    pass
+  raise DataError(f'{where}: has no added_tokens, each with id, content and special; fetch it again')
+
+
+def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple[int, bool]],
+          where: epath.Path) -> int | None:
+  """Returns the id of the BOS, EOS or PAD token, or None.
+
+  tokenizer_config.json decides, or where it is silent generation_config.json. Raises DataError for a token that isn't
+  special: a text could hold it, and a document would seem to end there.
+  """
+  special = {text: id for text, (id, special) in added.items() if special}
+  token = optional['tokenizer_config.json'].get(f'{name}_token')
+  if isinstance(token, dict):  # as transformers 4 wrote it
+    token = token.get('content')
+  if isinstance(token, str) and token in special:
+    return special[token]
+  given = optional['generation_config.json'].get(f'{name}_token_id')
+  if isinstance(given, list) and given:  # any of them ends a text; the first is written
+    given = given[0]
+  if token is None and given is None:
+    return None
+  if token is None and type(given) is int and given in special.values():
+    return given
+  if name == 'pad':  # nothing here reads it
+    return None
+  raise DataError(f'{where}: its {name.upper()} token {token if token is not None else given!r:.100} is not among the '
+                  'special added_tokens; correct tokenizer_config.json or generation_config.json')
+
+
+def sha256_of(where: epath.Path) -> str:
+  """Returns JsonTokenizer(where).sha256 without building the tokenizer. Raises DataError."""
+  return _read(where).sha256
+
+
+class JsonTokenizer:
+  """A tokenizer.json; see Tokenizer in data/tokenizer.py for what it offers.
+
+  Ids are those of transformers' AutoTokenizer without special tokens, called with split_special_tokens=True. Text is
+  read as the tokenizer's normalizer leaves it: Qwen's is Unicode's NFC, and vocabularies from SentencePiece may put a
+  space in front. Bytes are those of the text so read. Other changes of the text are refused.
+  """
+
+  def __init__(self, where: epath.Path):
+    """Reads the tokenizer.json at `where`, and the side files in its folder.
+
+    Raises DataError if a file is missing or broken, names no EOS, or describes a tokenizer that isn't BPE, is random,
+    or loses or changes text.
+    """
+    import tokenizers
+
+    files = _read(where)
+    # One text is encoded at a time, so threads would only make a later fork of this process warn of deadlocks.
+    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(files.data)
+    except ValueError as error:
+      raise DataError(f'{files.where}: not a tokenizer ({" ".join(str(error).split())[:200]}); fetch it again, or '
+                      'upgrade tokenizers') from None
+    self._where = files.where
+    if not isinstance(self._tokenizer.model, tokenizers.models.BPE):  # old files don't say the type
+      raise DataError(f'{files.where}: its model is {type(self._tokenizer.model).__name__}; only BPE can be used')
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is thirteen characters
+    self.bos, self.eos, self.pad, self.sha256 = files.bos, files.eos, files.pad, files.sha256
+    for text, (id, _) in files.added.items():
+      if (given := self._tokenizer.token_to_id(text)) != id:  # `tokenizers` renumbers added tokens that leave a gap
+        raise DataError(f'{files.where}: gives the added token {text!r:.100} the id {id}, but `tokenizers` makes it '
+                        f'{given}; number the added tokens without gaps')
+    self.token_bytes = self._token_bytes()
+    self.vocab_size = len(self.token_bytes)
+    self.bytes_per_token_V = np.array([len(piece) for piece in self.token_bytes], np.int32)
+    self._check_bytes()
+
+  def _token_bytes(self) -> list[bytes]:
+    """Returns the bytes of every id; b'' for special tokens and for ids without a token."""
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+    added = self._tokenizer.get_added_tokens_decoder()
+    size = max([*vocabulary.values(), *added, self.eos]) + 1
+    if size > _LARGEST_ID:
+      raise DataError(f'{self._where}: has the id {size - 1}; the largest that can be used is {_LARGEST_ID - 1}')
+    out, to_bytes = [b''] * size, self._piece_bytes()
+    for piece, id in vocabulary.items():
+      out[id] = to_bytes(piece)
+    for id, token in added.items():
+      out[id] = b'' if token.special else token.content.encode()
+    return out
+
+  def _piece_bytes(self):
+    """Returns the function from a piece of the vocabulary to its bytes. What the decoder does says which it is."""
+    decoder = self._tokenizer.decoder
+    decode = decoder.decode if decoder else ''.join
+    if decode(['aĠa']) == 'a a':
+      byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
+
+      def of_characters(piece: str) -> bytes:
+        try:
+          return bytes(map(byte_of.__getitem__, piece))
+        except KeyError:  # an added token that is also in the vocabulary
+          return piece.encode()
+
+      return of_characters
+    if decode(['a', '<0x41>']) == 'aA':
+      space = ' ' if decode([f'a{_SPACE}a']) == 'a a' else _SPACE
+
+      def of_text(piece: str) -> bytes:
+        if byte := re.fullmatch('<0x([0-9A-F]{2})>', piece):
+          return bytes([int(byte[1], 16)])
+        return piece.replace(_SPACE, space).encode()
+
+      return of_text
+    raise DataError(f'{self._where}: has neither byte-level pieces nor byte fallback, so it would lose text; use '
+                    'another tokenizer')
+
+  def _check_bytes(self) -> None:
+    """Raises DataError if a text could be lost or changed, other than by NFC or a space in front."""
+    single = {piece for piece in self.token_bytes if len(piece) == 1}
+    if len(single) < 256:
+      byte = next(byte for byte in range(256) if bytes([byte]) not in single)
+      raise DataError(f'{self._where}: has no token for byte 0x{byte:02X}, so it would lose text; use another '
+                      'tokenizer')
+    for text in _PROBES:
+      read = b''.join(self.token_bytes[id] for id in self.encode(text))
+      same = (text.encode(), unicodedata.normalize('NFC', text).encode())
+      if read not in same and read.removeprefix(b' ') not in same:
+        raise DataError(f'{self._where}: changes text ({text[:40]!r} becomes {read[:40].decode(errors="replace")!r}); '
+                        'use another tokenizer')
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns token ids, int32 [N], without BOS and EOS. Raises DataError for a text with lone surrogates."""
+    try:  # the fast form of one text is 15 % faster than `encode`, which also notes where tokens are
+      return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+    except TypeError:
+      raise surrogates(text) from None
+
+  def decode(self, ids: np.ndarray | list[int]) -> str:
+    """Returns the text of `ids`: their bytes as UTF-8, U+FFFD for what isn't UTF-8. Raises DataError for ids < 0."""
+    size = self.vocab_size
+    return b''.join(self.token_bytes[id] for id in checked(ids) if id < size).decode(errors='replace')
+
+
+def checked(ids: np.ndarray | list[int]) -> list[int]:
+  """Returns ids as a list of int. Raises DataError for a negative one."""
+  ids = np.asarray(ids, np.int64).reshape(-1)
+  if ids.size and ids.min() < 0:
+    raise DataError(f'token ids must be >= 0, got {ids.min()}')
+  return ids.tolist()
+
+
+def surrogates(text: str) -> DataError:
+  """Returns the error for a text that no tokenizer's library accepts."""
+  position = next((i for i, char in enumerate(text) if '\ud800' <= char <= '\udfff'), 0)
+  return DataError(f'a text has half of a surrogate pair (U+{ord(text[position]):04X}) at character {position + 1}; '
+                   'that is no character: remove it')
+
+
+def _byte_characters() -> list[str]:
+  """Returns the 256 printable characters that stand for bytes in byte-level pieces (GPT-2's table)."""
+  printable = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
+  others = iter(range(0x100, 0x200))
+  return [chr(byte if byte in printable else next(others)) for byte in range(256)]
