@@ -108,8 +108,8 @@ OBJECTIVE = dict(
 DATA_SECTION = dict(
   dir=S('runs/data/base', EXECUTION, 'holds tokenizer.model and one folder of prepared data per source; local or '
         'gs://'),
-  tokenizer=S('', EXECUTION, 'tokenizer to use: a SentencePiece .model, a tokenizer.json, or a folder with one of them; '
-              'empty: the one that was trained into data.dir'),
+  tokenizer=S('', EXECUTION, 'tokenizer to use: a SentencePiece .model, a tokenizer.json, or a folder with one of '
+              'them; empty: the one that was trained into data.dir'),
   vocab_size=S(8192, IDENTITY, 'always equal to model.vocab_size'),
   sources=S(dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000)), DATA,
             'name -> uri (see docs/data.md), weight (share of the training rows), max_documents (0: all; a number is '

@@ -5,6 +5,7 @@ import math
 import re
 
 from betarank.configs.errors import UserError
+from betarank.configs.settings import default
 
 
 class DataError(UserError):
@@ -38,8 +39,8 @@ class DataConfig:
   sources: dict[str, SourceConfig]
   validation_fraction: float
   sequence_length: int
-  document_bytes: int = 65_536
-  held_out_fraction: float = 0.0  # of all questions: those that `reasoning` sources leave out, for RL and evaluation
+  document_bytes: int = default('data.document_bytes')
+  held_out_fraction: float = default('data.held_out_fraction')
 
   def __post_init__(self):
     if not self.dir:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from betarank.configs.settings import default
 from betarank.model.attention import KERNELS
 from betarank.model.sharding import platform
 
@@ -40,16 +41,16 @@ class MoeConfig:
     ValueError: a value is outside its range; the message starts with the field's name.
   """
 
-  experts: int = 0
-  experts_per_token: int = 0
-  expert_d_ff: int = 0
-  shared_d_ff: int = 0
-  router: str = 'sigmoid'
-  norm_topk_prob: bool = True
-  routed_scale: float = 1.0
-  bias_update_rate: float = 1e-3
-  balance_weight: float = 0.0
-  kernel: str = 'auto'
+  experts: int = default('model.moe.experts')
+  experts_per_token: int = default('model.moe.experts_per_token')
+  expert_d_ff: int = default('model.moe.expert_d_ff')
+  shared_d_ff: int = default('model.moe.shared_d_ff')
+  router: str = default('model.moe.router')
+  norm_topk_prob: bool = default('model.moe.norm_topk_prob')
+  routed_scale: float = default('model.moe.routed_scale')
+  bias_update_rate: float = default('model.moe.bias_update_rate')
+  balance_weight: float = default('model.moe.balance_weight')
+  kernel: str = default('model.moe.kernel')
 
   def __post_init__(self):
     for name in ('experts', 'shared_d_ff', 'bias_update_rate', 'balance_weight'):
@@ -91,8 +92,8 @@ class ModelConfig:
   compute_dtype: str
   remat_policy: str
   scan_layers: bool
-  attention: str = 'auto'
-  offload_activations: bool = False
+  attention: str = default('model.attention')
+  offload_activations: bool = default('model.offload_activations')
   moe: MoeConfig = MoeConfig()
 
   def __post_init__(self):

@@ -62,8 +62,9 @@ class MixtureOfExperts(nnx.Module):
   """k of E experts for each token, plus one shared expert for all tokens if shared_d_ff > 0.
 
   The 'sigmoid' router scores each expert independently and chooses by score + bias. It weights the chosen experts by
-  their scores, normalized to sum to 1 unless norm_topk_prob is False. train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv
-  2412.19437, eq. 12 to 16). The 'softmax' router has no bias and relies on the load-balance loss (Qwen3-MoE).
+  their scores, normalized to sum to 1 unless norm_topk_prob is False. train/step.py changes the bias to even out the
+  load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The 'softmax' router has no bias and relies on the load-balance
+  loss (Qwen3-MoE).
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):

@@ -260,8 +260,11 @@ def policy_loss(
     cov_tokens_BT: [B, T] bool from `clip_cov_tokens` or `kl_cov_tokens` of the whole batch, needed with cov.
 
   Raises:
-    ValueError: an array that `c` needs is missing.
+    ValueError: an array that `c` needs is missing, or has another shape.
   """
+  shapes = {'logp_BT': logp_BT, 'old_logp_BT': old_logp_BT, 'sampler_logp_BT': sampler_logp_BT,
+            'ref_logp_BT': ref_logp_BT, 'cov_tokens_BT': cov_tokens_BT}
+  _check_shapes(jnp.shape(mask_BT), advantages_BT, shapes)
   if c.kl_weight and ref_logp_BT is None:
     raise ValueError('ref_logp_BT must be given with a kl_weight')
   if c.cov and cov_tokens_BT is None:
@@ -298,6 +301,17 @@ def policy_loss(
     loss_BT += c.kl_weight * sg(token_ratio_BT) * kl_BT
     sums['kl'] = sg(jnp.sum(kl_BT))
   return *aggregate(loss_BT, mask_BT, c.aggregation, constant=c.constant), sums
+
+
+def _check_shapes(shape, advantages_BT, arrays):
+  """Raises ValueError, naming the array, for a shape that would broadcast instead of matching the mask's [B, T]."""
+  if len(shape) != 2:
+    raise ValueError(f'mask_BT must be [B, T], got {shape}')
+  if jnp.shape(advantages_BT) not in (shape, (shape[0], 1)):
+    raise ValueError(f'advantages_BT must be {shape} or {(shape[0], 1)}, got {jnp.shape(advantages_BT)}')
+  for name, array in arrays.items():
+    if array is not None and jnp.shape(array) != shape:
+      raise ValueError(f'{name} must be {shape}, as mask_BT is, got {jnp.shape(array)}')
 
 
 def add(a, b):

@@ -21,9 +21,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
-# [B] + [B, T] is an error in tests: it broadcasts over the wrong axis where B = T.
-os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
-
 # Commands that tests start read configs of tests/, which import from there.
 os.environ['PYTHONPATH'] = os.pathsep.join(
   [str(pathlib.Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])])

@@ -29,13 +29,15 @@ def config(name, arg='', **overrides):
 def shrunken(name, arg):
   """2 layers, 32 wide, 64 tokens of vocabulary, 2 rows of 16: seconds on a CPU."""
   small = {'model.layers': '2', 'model.d_model': '32', 'model.d_ff': '48', 'model.heads': '4', 'model.kv_heads': '2',
-           'model.head_dim': '8', 'model.vocab_size': '64', 'data.sequence_length': '16', 'train.microbatches': '1',
-           'train.batch_size': '2', 'objective.top_k': '4', 'train.mesh.fsdp': '1', 'train.mesh.data': '1',
-           'train.mesh.expert': '1', 'train.tokens': '3200', 'optimizer.warmup_steps': '0'}
+           'model.head_dim': '8', 'model.vocab_size': '64', 'train.mesh.fsdp': '1', 'train.mesh.data': '1',
+           'train.mesh.expert': '1', 'optimizer.warmup_steps': '0'}
   if name.startswith('moe'):
     small |= {'model.moe.experts': '8', 'model.moe.experts_per_token': '2', 'model.moe.expert_d_ff': '8'}
   if 'stage=rl' in arg:
     small |= {'rl.prompts_per_step': '1', 'rl.group_size': '2', 'rl.microbatches': '1', 'rl.eval_prompts': '1'}
+  else:
+    small |= {'data.sequence_length': '16', 'train.microbatches': '1', 'train.batch_size': '2', 'objective.top_k': '4',
+              'train.tokens': '3200'}
   return config(name, arg, **small)
 
 

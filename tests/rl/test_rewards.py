@@ -109,3 +109,14 @@ def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, history):
   assert kind not in warnings([*history[:-1], step(groups_learned_from=1.0, truncated_share=0.5, pass_rate=0.9)]) or (
     kind in ('flat', 'collapse'))
   assert not warnings([step(pass_rate=0.3 + i / 200) for i in range(100)])
+
+
+@pytest.mark.parametrize('name, shape', [
+  ('advantages_BT', (4,)), ('advantages_BT', (4, 2)), ('old_logp_BT', (4,)), ('sampler_logp_BT', (4, 1)),
+  ('mask_BT', (4,))])
+def test_an_array_that_would_broadcast_is_named(name, shape):
+  """With 4 rows of 4 tokens, [4] would broadcast over rows and give a plausible loss."""
+  arrays = {key: jnp.zeros((4, 4)) for key in ('logp_BT', 'old_logp_BT', 'advantages_BT', 'sampler_logp_BT')}
+  arrays |= {'mask_BT': jnp.ones((4, 4), bool)} | {name: jnp.zeros(shape)}
+  with pytest.raises(ValueError, match=name):
+    pl.policy_loss(pl.PolicyLossConfig(), **arrays)
