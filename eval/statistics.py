@@ -1,42 +1,59 @@
-"""Is it more than noise? Intervals over problems and seeds, paired differences, correction for many comparisons.
+"""Computes intervals, p-values and their corrections: whether a difference is more than noise.
 
-Problems are the sample: a benchmark's 30 are drawn from all that could have been asked. They are resampled, and the
-interval is studentised (the bootstrap-t, symmetric: mean ± q·se, with q from |mean* - mean| / se*). Per-problem scores
-of hard benchmarks are skewed, many zeros and a few ones; there, with 30 problems, percentile and BCa intervals cover
-88-93 % instead of 95 %, the studentised one 94-97 %. `tests/eval/test_statistics.py` holds that.
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 12; Hall, The Bootstrap and Edgeworth
-Expansion (1992), section 3.6.
+Problems are a sample: the 30 of a benchmark are drawn from all that could have been asked. Seeds are a second sample,
+of two to five.
 
-Seeds are a second sample, of two to five, too few to resample: what they add beyond the noise of the problems gets
-Student's t. Both half-widths add in quadrature (the method of variance estimates recovery; Zou and Donner, Statistics
-in Medicine 27, 2008). That covers 95-97.5 %: never less than it says. Adding variances under one t with Satterthwaite's
+**Over problems**: the symmetric studentised bootstrap, |t*| = |mean* - mean| / se*, on problems that are resampled.
+
+- Values with two bounds (shares, differences of shares) are studentised on the arcsine scale, asin(sqrt(u)) for u in
+  [0, 1], which evens out the variance near a bound. Intervals of skewed shares are then as skewed as they should be.
+  Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form,
+  Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
+- The half-width is multiplied by sqrt(1 + 2/P): a set of P = 10 problems shows less skewness than there is.
+- No limit lies beyond Gaffke's bound, which holds for any distribution between two bounds, as far as is known: the mean
+  of the sorted values and one at the bound, with weights drawn from a flat Dirichlet distribution. It equals
+  Clopper and Pearson's for right-or-wrong scores, and is all there is where the problems are alike. Source: Gaffke,
+  Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv 1905.06208.
+
+Shares of ten problems, most of them never solved, are covered 96-99 % of the time and missed on both sides; paired
+differences of ten problems 96 % on average, 90 % where a fifth of the problems gains 50 points, because one set in nine
+holds none of those. `python -m benchmarks.intervals` prints the table, `tests/eval/test_statistics.py` checks it.
+
+**Over seeds**: there are too few to resample. What they add beyond the noise of the problems gets Student's t. The
+distances from the mean to both limits add in quadrature (MOVER, the method of variance estimates recovery; Zou and
+Donner, Statistics in Medicine 27, 2008). That covers 95-97.5 %. Adding the variances under one t with Satterthwaite's
 degrees of freedom is narrower, but falls to 92 % for three seeds and below 90 % for two.
 
-The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so the two never disagree.
+The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so the two always agree.
 
 # S seeds  P problems  B resamples
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
 RESAMPLES = 10_000
-_CHUNK = 2_000_000  # resampled values at once
+SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
+_CHUNK = 2_000_000  # resampled values held at once
+
+Bounds = tuple[float, float]
+Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - alpha interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean with its interval at `level`, and the p-value of its being zero."""
+  """A mean, its interval, and the p-value of the mean being zero."""
 
   mean: float
   low: float
   high: float
   p_value: float
-  smallest_detectable: float  # a true distance from zero that would be seen with 80 % power
+  smallest_detectable: float  # a true distance from zero that would be detected with 80 % power
   problems: int  # used
   left_out: int  # problems without a value in some seed or arm
   seeds: int
@@ -47,14 +64,13 @@ class Estimate:
 
 
 def bootstrap_interval(
-  values: np.ndarray, *, bounds: tuple[float, float] = (-math.inf, math.inf), level: float = 0.95,
-  resamples: int = RESAMPLES, seed: int = 0,
+  values: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95, resamples: int = RESAMPLES,
+  seed: int = 0,
 ) -> Estimate:
-  """The mean of values [P], or [S, P] with a row a seed, and its interval; repeatable from `seed`.
+  """Returns the mean of values [P], or [S, P] with one row per seed, and its interval; repeatable from `seed`.
 
-  Problems that are NaN anywhere are left out. Where all problems are alike there is nothing to resample: the interval
-  is then what the unseen share of problems, at most 1 - (1-level)^(1/P), could change within `bounds`, and the p-value
-  that of a sign test. Raises ValueError if no problem is left.
+  bounds: what a value can be at least and at most. Problems that are NaN in any seed are left out. Raises ValueError
+  if none is left.
   """
   values_SP = np.atleast_2d(np.asarray(values, np.float64))
   kept_P = ~np.isnan(values_SP).any(0)
@@ -63,37 +79,104 @@ def bootstrap_interval(
   if not problems or not seeds:
     raise ValueError(f'no problem has a value in all of {seeds} seeds')
   x_P, mean = x_SP.mean(0), float(x_SP.mean())
-  scale = max(float(np.abs(x_SP).max()), 1e-300)
-  estimate = dict(mean=mean, problems=problems, left_out=len(kept_P) - problems, seeds=seeds)
+  negligible = 1e-12 * max(float(np.abs(x_SP).max()), 1e-300)
+  alike = np.ptp(x_P) <= negligible
+  problem_limits = _alike_limits(mean, problems, bounds) if alike else _bootstrap_limits(
+    x_P, bounds, resamples, np.random.default_rng(seed))
   seed_se = _seed_error(x_SP) if seeds > 1 else 0.0
 
-  if np.ptp(x_P) <= 1e-12 * scale:
-    problem_half = lambda alpha: 0.0
-    unseen = 1 - (1 - level) ** (1 / problems)
-    slack = (unseen * (mean - bounds[0]), unseen * (bounds[1] - mean))
-    floor = 2.0 ** (1 - problems)
-  else:
-    se = float(x_P.std(ddof=1) / math.sqrt(problems))
-    t_B = np.sort(_studentised(x_P, mean, resamples, np.random.default_rng(seed)))
-    # The ceil((1-alpha)(B+1))-th of the sorted: as the p-value of a permutation test, never below 1/(B+1).
-    problem_half = lambda alpha: se * t_B[min(math.ceil((1 - alpha) * (resamples + 1) - 1e-9), resamples) - 1]
-    slack, floor = (0.0, 0.0), 1 / (resamples + 1)
-
-  def half(alpha: float) -> float:
+  def limits(alpha: float) -> tuple[float, float]:
     seed_half = seed_se * float(stdtrit(seeds - 1, 1 - alpha / 2)) if seeds > 1 else 0.0
-    return math.hypot(problem_half(alpha), seed_half)
+    low, high = problem_limits(alpha)
+    return mean - math.hypot(mean - low, seed_half), mean + math.hypot(high - mean, seed_half)
 
-  width = half(1 - level)
+  low, high = limits(1 - level)
   z = NormalDist().inv_cdf
-  spread = max(width, *slack)
   return Estimate(
-    low=max(mean - math.hypot(width, slack[0]), bounds[0]), high=min(mean + math.hypot(width, slack[1]), bounds[1]),
-    p_value=_p_value(abs(mean), half, floor) if abs(mean) > 1e-12 * scale else 1.0,
-    smallest_detectable=spread * (1 + z(0.8) / z(0.5 + level / 2)), **estimate)
+    mean=mean, low=max(low, bounds[0]), high=min(high, bounds[1]),
+    p_value=_p_value(mean, limits, 0.0 if alike else 1 / (resamples + 1)) if abs(mean) > negligible else 1.0,
+    smallest_detectable=max(mean - low, high - mean) * (1 + z(0.8) / z(0.5 + level / 2)),
+    problems=problems, left_out=len(kept_P) - problems, seeds=seeds)
+
+
+def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
+  """Gaffke's bounds for problems that all have the same value: nothing can be resampled."""
+  def limits(alpha: float) -> tuple[float, float]:
+    unseen = 1 - (alpha / 2) ** (1 / problems)  # the largest share of problems that such a set may have missed
+    return mean - unseen * (mean - bounds[0]), mean + unseen * (bounds[1] - mean)
+
+  return limits
+
+
+def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
+  """The studentised interval over problems, cut to Gaffke's bounds."""
+  problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
+  scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
+  t_B, low_B, high_B = [], [], []
+  for size in _chunks(resamples, problems):
+    star_BP = x_P[rng.integers(0, problems, (size, problems))]
+    mean_B = star_BP.mean(1)
+    # The sample's own variance has the weight of one problem in each se*. Otherwise, where all but a few problems are
+    # alike, resamples without those few have none, and the interval has no end.
+    se_B = np.sqrt(((problems - 1) * star_BP.var(1, ddof=1) + variance) / problems**2)
+    t_B.append(np.abs(scale(mean_B) - scale(mean)) / (se_B * slope(mean_B)))
+    if scale is not _IDENTITY[0]:
+      weight_BP = rng.standard_exponential((size, problems + 1))
+      total_B, at_bound_B = weight_BP[:, :problems] @ x_P, weight_BP[:, problems]
+      weight_B = weight_BP.sum(1)
+      low_B.append((total_B + at_bound_B * bounds[0]) / weight_B)
+      high_B.append((total_B + at_bound_B * bounds[1]) / weight_B)
+  t_B, low_B, high_B = (np.sort(np.concatenate(parts)) if parts else np.array([]) for parts in (t_B, low_B, high_B))
+  se = math.sqrt(variance / problems * (1 + SMALL_SET / problems)) * float(slope(mean))
+
+  def limits(alpha: float) -> tuple[float, float]:
+    half = se * t_B[_rank(1 - alpha, resamples)]
+    low, high = float(back(scale(mean) - half)), float(back(scale(mean) + half))
+    if len(low_B):
+      low = max(low, float(low_B[resamples - 1 - _rank(1 - alpha / 2, resamples)]))
+      high = min(high, float(high_B[_rank(1 - alpha / 2, resamples)]))
+    return low, high
+
+  return limits
+
+
+def _rank(share: float, resamples: int) -> int:
+  """Returns the index of a quantile among `resamples` sorted values."""
+  return min(max(math.ceil(share * (resamples + 1) - 1e-9), 1), resamples) - 1
+
+
+def _chunks(resamples: int, problems: int) -> list[int]:
+  """Sizes of the parts in which resamples are drawn."""
+  size = max(1, _CHUNK // problems)
+  return [min(size, resamples - start) for start in range(0, resamples, size)]
+
+
+_IDENTITY = (lambda x: x, lambda x: np.ones_like(x), lambda x: x)
+
+
+def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callable]:
+  """(scale, its derivative, its inverse) for values between `bounds`.
+
+  The derivative has no end at a bound: it is taken 1/P of the range away from it at least.
+  """
+  start, width = bounds[0], bounds[1] - bounds[0]
+  margin = min(1 / problems, 0.5)
+
+  def scale(x):
+    return np.arcsin(np.sqrt(np.clip((x - start) / width, 0, 1)))
+
+  def slope(x):
+    u = np.clip((x - start) / width, margin, 1 - margin)
+    return 0.5 / np.sqrt(u * (1 - u)) / width
+
+  def back(angle):
+    return start + width * np.sin(np.clip(angle, 0, np.pi / 2)) ** 2
+
+  return scale, slope, back
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Standard error of the mean that seeds add; what seed means owe to the rest of the noise is in the problems' own."""
+  """Returns the standard error of the mean that seeds add to the noise of the problems."""
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
   rest_SP = x_SP - mean_S[:, None] - x_SP.mean(0) + x_SP.mean()
@@ -101,37 +184,26 @@ def _seed_error(x_SP: np.ndarray) -> float:
   return math.sqrt(max(mean_S.var(ddof=1) / seeds - rest, 0.0))
 
 
-def _studentised(x_P: np.ndarray, mean: float, resamples: int, rng: np.random.Generator) -> np.ndarray:
-  """[B]: |mean* - mean| / se* of resampled problems.
+def _p_value(mean: float, limits: Limits, floor: float) -> float:
+  """Returns the smallest alpha >= floor whose interval excludes zero, by bisection: intervals narrow as alpha rises."""
+  def excludes_zero(alpha: float) -> bool:
+    low, high = limits(alpha)
+    return low > 0 if mean > 0 else high < 0
 
-  The sample's own variance has the weight of one problem in each se*. Otherwise, where all but a few problems are
-  alike, resamples without those few have none, and the interval no end; coverage stays what it is.
-  """
-  parts, problems, variance = [], len(x_P), x_P.var(ddof=1)
-  for start in range(0, resamples, max(1, _CHUNK // problems)):
-    size = min(max(1, _CHUNK // problems), resamples - start)
-    star_BP = x_P[rng.integers(0, problems, (size, problems))]
-    se_B = np.sqrt(((problems - 1) * star_BP.var(1, ddof=1) + variance) / problems**2)
-    parts.append(np.abs(star_BP.mean(1) - mean) / se_B)
-  return np.concatenate(parts)
-
-
-def _p_value(distance: float, half, floor: float) -> float:
-  """The smallest alpha with half(alpha) < distance, by bisection; half falls as alpha rises."""
   low, high = 0.0, 1.0
   for _ in range(50):
     middle = (low + high) / 2
-    low, high = (low, middle) if half(max(middle, 1e-15)) < distance else (middle, high)
-  return min(max(high, floor), 1.0)
+    low, high = (low, middle) if excludes_zero(max(middle, 1e-15)) else (middle, high)
+  return max(high, floor)
 
 
 def paired_difference(
-  a: np.ndarray, b: np.ndarray, *, bounds: tuple[float, float] = (-math.inf, math.inf), level: float = 0.95,
+  a: np.ndarray, b: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95,
   resamples: int = RESAMPLES, seed: int = 0,
 ) -> Estimate:
-  """The mean of a - b on the same problems, [P] or [S, P] with the same seeds in both, with interval and p-value.
+  """Returns the mean of a - b on the same problems, [P] or [S, P] with the same seeds in both, with its interval.
 
-  `bounds` are those of a difference: (-1, 1) for shares. Raises ValueError if the shapes differ.
+  bounds: those of a difference, (-1, 1) for shares. Raises ValueError if the shapes differ.
   """
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.shape != b.shape:
@@ -140,11 +212,11 @@ def paired_difference(
 
 
 def over_seeds(
-  values_S: np.ndarray, *, bounds: tuple[float, float] = (-math.inf, math.inf), level: float = 0.95
+  values_S: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95
 ) -> Estimate:
-  """The mean of one figure a seed, with Student's t interval cut at `bounds`; of one seed alone there is none (NaN).
+  """Returns the mean of one figure per seed, with Student's t interval cut at `bounds`; NaN limits for a single seed.
 
-  For figures that have no problems to resample: a loss, a share. Raises ValueError if no seed has a value.
+  For figures without problems to resample, such as a loss. Raises ValueError if no seed has a value.
   """
   values_S = np.asarray(values_S, np.float64)
   x_S = values_S[np.isfinite(values_S)]
@@ -162,10 +234,10 @@ def over_seeds(
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-  """p-values corrected for being many (Holm, Scandinavian Journal of Statistics 6, 1979); any dependence is allowed.
+  """Returns p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-  Rejecting where the result is <= alpha keeps the chance of even one false claim below alpha. NaN is no comparison:
-  it stays NaN and doesn't count.
+  Rejecting where the result is <= alpha keeps the chance of even one false claim below alpha, whatever the dependence
+  between the tests. NaN stays NaN and doesn't count.
   """
   p = np.asarray(p_values, np.float64)
   out = np.full(p.shape, np.nan)
