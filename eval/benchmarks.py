@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import re
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,38 +201,3 @@ def _worked(record: Mapping[str, Any], where: str) -> str:
   if not isinstance(solution, str) or not solution.strip():
     raise DataError(f"{where}: no worked solution; an example needs one in 'solution', or before '####' in 'answer'")
   return re.sub(r'<<[^>]*>>', '', solution).strip()
-
-
-# The paper's averages over its 19 benchmarks of base models: two categories of knowledge, three of reasoning.
-
-CATEGORIES = {
-  'general': ('mmlu', 'mmlu_pro', 'triviaqa', 'naturalquestions'),
-  'commonsense': ('hellaswag', 'siqa', 'piqa', 'winogrande', 'openbookqa', 'commonsenseqa'),
-  'logic': ('arc_easy', 'arc_challenge', 'bbh'),
-  'math': ('gsm8k', 'math500', 'minerva', 'olympiadbench'),
-  'code': ('humaneval_plus', 'mbpp_plus'),
-}
-KNOWLEDGE = ('general', 'commonsense')
-
-
-def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
-  """Mean score of each category from {benchmark: score}. Raises ValueError for a benchmark missing or unknown."""
-  known = [name for names in CATEGORIES.values() for name in names]
-  if wrong := sorted(set(scores) ^ set(known)):
-    raise ValueError(f'scores must be of the paper\'s {len(known)} benchmarks; missing or unknown: {", ".join(wrong)}')
-  return {category: statistics.fmean(scores[name] for name in names) for category, names in CATEGORIES.items()}
-
-
-def paper_average(scores: Mapping[str, float]) -> dict[str, float]:
-  """{'knowledge', 'reasoning', 'overall'} from the five categories' scores, each category counting alike.
-
-  So overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. Raises ValueError
-  for a category missing or unknown.
-  """
-  if wrong := sorted(set(scores) ^ set(CATEGORIES)):
-    raise ValueError(f'scores must be of {", ".join(CATEGORIES)}; missing or unknown: {", ".join(wrong)}')
-  return {
-    'knowledge': statistics.fmean(scores[name] for name in KNOWLEDGE),
-    'reasoning': statistics.fmean(scores[name] for name in CATEGORIES if name not in KNOWLEDGE),
-    'overall': statistics.fmean(scores.values()),
-  }

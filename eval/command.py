@@ -1,6 +1,7 @@
 """betarank eval probe  --checkpoint=RUN [--all] [--config=FILE] [--config.eval.probe.KEY=VALUE ...]
 betarank eval sample --checkpoint=RUN [--all] --benchmark=NAME[,NAME] [--config.eval.sample.KEY=VALUE ...]
 betarank eval harness --checkpoint=RUN [--all] --tasks=NAME[,NAME] [--num_fewshot=N] [--limit=N] [--include_path=DIR]
+betarank eval paper   --checkpoint=RUN [--all]      the paper's average over 19 benchmarks (eval/paper.py)
 
 RUN is a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is taken, or one of its checkpoints.
 Results go to RUN/eval. Started again, what is there already isn't done twice.
@@ -16,7 +17,7 @@ from betarank.configs import load, settings
 def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(prog='betarank eval', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('command', choices=('probe', 'sample', 'harness'))
+  parser.add_argument('command', choices=('probe', 'sample', 'harness', 'paper'))
   parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
   parser.add_argument('--all', action='store_true', help='all checkpoints of the run')
   parser.add_argument('--benchmark', default='', metavar='NAME[,NAME]',
@@ -56,8 +57,11 @@ def main(argv: Sequence[str]) -> None:
       generate.sample(run, subjects, args.benchmark)
     else:
       try:
-        from betarank.eval import lm_harness
+        from betarank.eval import lm_harness, paper
       except ImportError as error:
-        raise eval_config.EvalError(f"betarank eval harness: {error}; pip install -e '.[lm_eval]'") from None
-      lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, limit=args.limit,
-                         include_path=args.include_path, max_length=args.max_length)
+        raise eval_config.EvalError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
+      asked = dict(limit=args.limit, include_path=args.include_path, max_length=args.max_length)
+      if args.command == 'paper':
+        paper.evaluate(run, subjects, **asked)
+      else:
+        lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, **asked)

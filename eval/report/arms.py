@@ -1,53 +1,64 @@
-"""A sweep: every run under a folder, with its parent, its stage, and the arm it belongs to.
+"""Finds every run under a folder, links it to its parent, and names its stage and its arm.
 
-An arm is a pre-training objective, by what differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. Runs that
-start from another run belong to the arm of the first one; a mid-training with another objective extends the name.
+An arm is a pre-training objective. A sweep's own names are used where there is a sweep.json; otherwise an arm is named
+by what differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. Runs that start from another run belong to the
+arm of the first one; mid-training with another objective extends the name.
 """
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from betarank.configs import common
-from betarank.configs.load import flatten
-from betarank.eval.report.runs import PLAIN, Run, Sweep, number, read_run
+from betarank.eval.report.agreement import choices, disagreements
+from betarank.eval.report.oddities import of_rl
+from betarank.eval.report.reading import read_object, read_run
+from betarank.eval.report.runs import PLAIN, Run, Sweep, number
 from betarank.runtime import checkpoint
 
 # Folders of a run, or of a report, in which no other run is looked for.
 NOT_RUNS = ('checkpoints', 'eval', 'tensorboard', 'report', 'figures', 'tables')
-DEPTH = 6
+DEPTH = 6  # folders below the root that are searched
 SYMBOLS = {'beta': 'β', 'lambda_head': 'λ̃', 'lambda_tail': 'λ̂'}
-# Settings that don't make another arm: where and how a run is carried out, and what is told of elsewhere.
-NOT_AN_ARM = ('seed', 'objective', 'data.dir', 'data.tokenizer', 'train.init_from', 'train.init_what', 'train.mesh',
-              'train.microbatches', 'train.tokens', 'checkpoint', 'log', 'eval', 'rl.decode_batch_size',
-              'rl.microbatches',
-              'rl.steps', 'rl.verifier', 'rl.eval_prompts', 'rl.eval_samples',
-              'model.remat_policy', 'model.scan_layers',
-              'model.attention', 'model.compute_dtype')
 
 
 def read_sweep(root: str | epath.Path) -> Sweep:
-  """Every run under `root`, named, staged, with parents linked."""
+  """Returns every run under `root`, named, with stage, arm and parent, and notes on what is missing or odd."""
   sweep = Sweep(epath.Path(root))
-  for path in _find_runs(sweep.root, DEPTH, set()):
+  named: dict[int, str] = {}  # id of a run -> arm as its sweep names it
+  for path, arm in _find_runs(sweep.root, DEPTH, set(), {}, sweep):
     name = str(path.relative_to(sweep.root)) if path != sweep.root else path.name
-    sweep.runs.append(read_run(path, name, sweep))
-  _link(sweep)
+    run = read_run(path, name, sweep)
+    sweep.runs.append(run)
+    named[id(run)] = _without_seed(arm, run.seed)
+  _link(sweep, named)
+  sweep.baselines = {arm: _baseline(sweep, arm) for arm in sweep.arms}
   _note_gaps(sweep)
   return sweep
 
 
-def _find_runs(folder: epath.Path, depth: int, seen: set[str]) -> Iterator[epath.Path]:
-  """seen: folders that were looked into, as a link may lead back to one."""
+# Finding
+
+
+def _find_runs(
+  folder: epath.Path, depth: int, seen: set[str], points: dict[str, str], sweep: Sweep
+) -> Iterator[tuple[epath.Path, str]]:
+  """Yields (workdir, arm as a sweep.json names it, or '').
+
+  seen: folders already searched, as a link may lead back to one. points: workdir -> arm, of the sweeps above.
+  """
   here = str(folder) if '://' in str(folder) else os.path.realpath(folder)  # epath's resolve() follows no links
   if here in seen:
     return
   seen.add(here)
+  if (folder / 'sweep.json').exists():
+    points = points | _points(folder, sweep)
   if (folder / 'config.json').exists() or (folder / 'metrics.jsonl').exists():
-    yield folder
+    yield folder, points.get(str(folder), '')
   if depth:
     try:
       inner = sorted(p for p in folder.iterdir() if p.name not in NOT_RUNS and not p.name.startswith('.'))
@@ -55,11 +66,26 @@ def _find_runs(folder: epath.Path, depth: int, seen: set[str]) -> Iterator[epath
     except OSError:
       return
     for path in folders:
-      yield from _find_runs(path, depth - 1, seen)
+      yield from _find_runs(path, depth - 1, seen, points, sweep)
+
+
+def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
+  """Returns {workdir: arm} of a sweep.json, whose points are named ARM/STAGE."""
+  points = (read_object(folder / 'sweep.json', sweep) or {}).get('points')
+  names = [name for name in points if '/' in name] if isinstance(points, dict) else []
+  return {str(folder / name): name.rpartition('/')[0] for name in names}
+
+
+def _without_seed(arm: str, seed: int | None) -> str:
+  """'beta=-0.25' of 'beta=-0.25,seed=1': seeds of an arm are one arm."""
+  return ','.join(part for part in arm.split(',') if not re.fullmatch(rf's(eed)?[=_-]?{seed}', part))
+
+
+# Linking and naming
 
 
 def label(objective: Any) -> str:
-  """'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50': what differs from plain cross-entropy. '' for no objective at all."""
+  """Returns what differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50'; '' for no objective."""
   if not isinstance(objective, dict) or not objective:
     return ''
   plain = common.base().objective.to_dict()
@@ -74,15 +100,15 @@ def label(objective: Any) -> str:
   return ', '.join(parts) or PLAIN
 
 
-def _link(sweep: Sweep) -> None:
-  """Parents, then stage and arm: an arm is the objective of the pre-training that a run descends from."""
+def _link(sweep: Sweep, named: dict[int, str]) -> None:
+  """Sets parents first, then each run's stage, objective and arm."""
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
   for run in sweep.runs:
-    chain, names = [run], {run.name}
-    while (parent := chain[-1].parent) and parent.name not in names:
+    chain, seen = [run], {run.name}
+    while (parent := chain[-1].parent) and parent.name not in seen:
       chain.append(parent)
-      names.add(parent.name)
+      seen.add(parent.name)
     chain.reverse()
     first = chain[0]
     kinds = ['RL' if r.is_rl else 'pre-training' if r is first else 'mid-training' for r in chain]
@@ -97,19 +123,19 @@ def _link(sweep: Sweep) -> None:
       if first.config:
         sweep.note(run.name, 'its config has no objective, so its arm is unknown')
       continue
-    unique = [name for i, name in enumerate(labels) if i == 0 or name != labels[i - 1]]
-    run.arm = ' → '.join(unique)
+    run.objective = ' → '.join(name for i, name in enumerate(labels) if i == 0 or name != labels[i - 1])
+    run.arm = named[id(run)] or run.objective
   _tell_apart(sweep)
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Runs of one stage and objective that differ in another setting are arms of their own, named by it too."""
+  """Extends the names of runs of one stage and arm that differ in another setting: they are arms of their own."""
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
     if run.arm:
       groups.setdefault((run.stage, run.arm), []).append(run)
   for runs in groups.values():
-    flat = [{key: value for key, value in flatten(run.config).items() if not _ignored(key)} for run in runs]
+    flat = [choices(run) for run in runs]
     # A setting that one of them lacks is one that its code didn't have yet, not a choice.
     shared = set.intersection(*map(set, flat))
     differing = sorted(key for key in shared if any(f[key] != flat[0][key] for f in flat))
@@ -117,14 +143,11 @@ def _tell_apart(sweep: Sweep) -> None:
       run.arm += ''.join(f', {key.rsplit(".", 1)[-1]} = {values.get(key)}' for key in differing[:3])
 
 
-def _ignored(key: str) -> bool:
-  return any(key == name or key.startswith(name + '.') for name in NOT_AN_ARM)
-
-
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
-  """The run that holds run.parent_path: by the whole path, in the sweep or beside it, or by how the path ends.
+  """Returns the run that holds run.parent_path: by its whole path, in the sweep or outside it, or by how the path ends.
 
-  The last is for sweeps that were moved: the run that agrees longest, unless that is `run` itself or there are two.
+  The last is for sweeps that were moved: it takes the run that agrees in most folders, unless that is `run` itself or
+  there are two.
   """
   if not run.parent_path:
     return None
@@ -138,7 +161,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   if whole:
     return whole[0]
   try:
-    if (path / 'config.json').exists():  # beside the sweep: its objective names the arm
+    if (path / 'config.json').exists():  # outside the sweep: its objective names the arm
       return read_run(path, str(path), sweep)
   except OSError:
     pass
@@ -153,15 +176,33 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   return best if clear and best is not run else None
 
 
+def _baseline(sweep: Sweep, arm: str) -> str:
+  """Returns the arm that `arm` is compared with: of those with plain cross-entropy the first that agrees in the rest.
+
+  Without one that agrees it is the first arm of all; the comparison then says in what they disagree.
+  """
+  first, *others = sweep.arms
+  plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]
+  for candidate in () if arm in plain else plain:
+    pairs = [(sweep.of(stage, arm), sweep.of(stage, candidate)) for stage in sweep.stages]
+    pairs = [(mine[0], theirs[0]) for mine, theirs in pairs if mine and theirs]
+    if pairs and not any(disagreements(*pair) for pair in pairs):
+      return candidate
+  return first
+
+
+# What is missing or odd
+
+
 def _note_gaps(sweep: Sweep) -> None:
-  """What a full grid of arms and seeds would have, and runs that stand still or failed."""
-  if not sweep.runs:
-    sweep.note(sweep.root, 'no run found (a folder with config.json or metrics.jsonl)')
   for run in sweep.runs:
     if run.state != 'finished' and 'train/ce_nats' not in run.curves and run.last_step == 0:
       sweep.note(run.name, 'has not finished a step')
     elif run.state.startswith('unfinished'):
       sweep.note(run.name, f'{run.state} (running, stopped or failed)')
+    if run.is_rl:
+      for line in of_rl(run.curves):
+        sweep.note(run.name, line)
   for stage in sweep.stages:
     runs = sweep.of(stage)
     if any(run.probes for run in runs):

@@ -1,195 +1,118 @@
-"""Arms against the baseline arm: curves with seed bands, and figures with paired differences and their noise.
+"""Compares arms with their baselines: one figure per run or per problem, paired by seed, with its noise.
 
-# S seeds  P problems  X points of a curve
+A difference is taken only between runs that agree in everything but the objective (agreement.py); otherwise the
+comparison says in what they disagree. Differences of a single seed have an interval over problems at most, and no
+verdict: what another seed would give isn't known.
+
+# S seeds  P problems
 """
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from betarank.eval.report.runs import Run, SampleSet, Sweep, number, setting
+from betarank.eval import paper
+from betarank.eval.report.agreement import disagreements, of_steps
+from betarank.eval.report.oddities import EDGE_SHARE
+from betarank.eval.report.runs import SAME_SETTINGS, Run, SampleSet, Sweep, number
 from betarank.eval.statistics import Estimate, bootstrap_interval, holm, over_seeds, paired_difference
 
 ALPHA = 0.05
-BINS = 100  # points of a curve
-BAND_RESAMPLES = 2000
-EDGE_SHARE = 0.1  # of the steps of an RL run: its "start" and its "end"
-CHANGE = 'change'
-BEFORE = 'before RL'
-SHARES = ('tail_mass', 'ece', 'rank1_accuracy', 'pass_rate', 'truncated_share')
-# What samples must agree in to be compared.
-SAME_SETTINGS = ('benchmark', 'data_sha256', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'n', 'shots',
-                 'answer_format')
+CHANGE = 'change'  # the subject of RL's change from start to end
+BEFORE_RL = 'before RL'
+SHARES = ('tail_mass', 'ece', 'rank1_accuracy', 'pass_rate', 'truncated_share', 'score', *paper.BENCHMARKS,
+          *paper.CATEGORIES, *paper.AVERAGES)
+_REASONS = 3  # named in a remark
+
+ByProblem = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # SampleSet.metrics -> [P]
 
 
 @dataclasses.dataclass
 class Comparison:
-  """One figure of one arm, and its difference to the baseline's on the same problems and seeds."""
+  """One figure of one arm, and its difference to the baseline's on the same seeds (and problems).
+
+  Attributes:
+    subject: a benchmark, a domain of the probe, or a part of an RL run.
+    remark: why there is no difference, or what limits it.
+  """
 
   stage: str
-  subject: str  # a benchmark, or a domain of the probe
+  subject: str
   metric: str
   arm: str
   baseline: str
   value: Estimate | None
   difference: Estimate | None = None
   p_holm: float = math.nan
-  remark: str = ''  # why there is no difference, or what is odd about it
+  remark: str = ''
 
   @property
   def verdict(self) -> str:
-    """'beyond' noise after Holm's correction, 'within' it, or '' where that can't be told."""
+    """'beyond' noise after Holm's correction, 'within' it, or '' where that isn't known, as for one seed."""
     if self.difference is None or math.isnan(self.p_holm):
       return ''
     return 'beyond' if self.p_holm <= ALPHA else 'within'
 
 
 def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """Holm's correction over all arms and subjects of each stage and metric."""
+  """Applies Holm's correction over all arms and subjects of each stage and metric, where there are several seeds."""
   for family_of in {(c.stage, c.metric) for c in comparisons}:
-    family = [c for c in comparisons if (c.stage, c.metric) == family_of and c.difference is not None]
+    family = [c for c in comparisons if (c.stage, c.metric) == family_of and c.difference and c.difference.seeds > 1]
     for c, p in zip(family, holm([c.difference.p_value for c in family])):
       c.p_holm = float(p)
   return list(comparisons)
 
 
-# Curves
+def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], list[str]]:
+  """Returns the runs of an arm with the baseline's runs of the same seed that they agree with, and why others don't."""
+  baseline = sweep.baselines[arm]
+  if arm == baseline:
+    return [], []
+  mine, theirs = ({run.seed: run for run in reversed(sweep.of(stage, name))} for name in (arm, baseline))
+  agreeing, reasons = [], []
+  for seed in sorted(mine.keys() & theirs.keys(), key=str):
+    found = disagreements(mine[seed], theirs[seed])
+    reasons += found
+    if not found:
+      agreeing.append((mine[seed], theirs[seed]))
+  if not mine.keys() & theirs.keys():
+    reasons.append('no seed in common')
+  return agreeing, list(dict.fromkeys(reasons))
 
 
-@dataclasses.dataclass
-class Series:
-  """A line of a figure: mean over seeds at x, and what the band shows; low and high are NaN for one seed."""
-
-  arm: str
-  x_X: np.ndarray
-  mean_X: np.ndarray
-  low_X: np.ndarray
-  high_X: np.ndarray
-  seeds: int
+def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
+  """Returns why some or all pairs were not compared, and that one seed gives no verdict."""
+  reasons = list(dict.fromkeys(reasons))
+  shown = '; '.join(reasons[:_REASONS]) + ('; ...' if len(reasons) > _REASONS else '')
+  if not compared:
+    return f'not compared with {baseline}: {shown}' if reasons else ''
+  parts = [f'some seeds are not compared: {shown}'] if reasons else []
+  return '; '.join([*parts, *(['one seed: no verdict'] if compared == 1 else [])])
 
 
-def curve(sweep: Sweep, stage: str, name: str, *, minus: str | None = None) -> list[Series]:
-  """The metric `name` by arm; with `minus`, each seed less the same seed of that arm.
-
-  Of more than BINS steps, means over as many bins. The band is the range over seeds. Arms without the metric, or
-  without a seed in common with `minus`, are left out.
-  """
-  steps = [run.curves[name][0] for run in sweep.of(stage) if name in run.curves]
-  x_X = np.unique(np.concatenate([*steps, []]))
-  if len(x_X) > BINS:
-    x_X = np.linspace(0, x_X[-1], BINS + 1)[1:]
-  binned = {arm: {run.seed: _binned(*run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))
-                  if name in run.curves} for arm in sweep.arms}
-  out = []
-  for arm, by_seed in binned.items():
-    if minus is not None:
-      by_seed = {seed: y_X - binned[minus][seed] for seed, y_X in by_seed.items() if seed in binned.get(minus, {})}
-    if not by_seed or arm == minus:
-      continue
-    y_SX = np.array(list(by_seed.values()))
-    there_X = ~np.isnan(y_SX).all(0)
-    if not there_X.any():
-      continue
-    y_SX = y_SX[:, there_X]
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore', RuntimeWarning)
-      mean_X, low_X, high_X = np.nanmean(y_SX, 0), np.nanmin(y_SX, 0), np.nanmax(y_SX, 0)
-    if len(y_SX) < 2:
-      low_X = high_X = np.full_like(mean_X, np.nan)
-    out.append(Series(arm, x_X[there_X], mean_X, low_X, high_X, len(y_SX)))
-  return out
+# Figures that a run has one of
 
 
-def _binned(steps: np.ndarray, values: np.ndarray, x_X: np.ndarray) -> np.ndarray:
-  """[X]: the mean of the values at steps in (x[i-1], x[i]]; NaN where there is none."""
-  keep = np.isfinite(values)
-  index = np.searchsorted(x_X, steps[keep], side='left')
-  count_X = np.bincount(index, minlength=len(x_X))
-  total_X = np.bincount(index, weights=values[keep], minlength=len(x_X))
-  return np.divide(total_X, count_X, out=np.full(len(x_X), np.nan), where=count_X > 0)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """A figure of a run, the step it belongs to, and what it must agree in with another to be compared."""
+
+  value: float
+  step: int
+  basis: Any = None
 
 
-def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
-  """A histogram of the newest probes by arm, as shares of the tokens; with `survival`, the share at or above an edge.
-
-  x is the middle of a bin, or with `survival` its lower edge. Probes with other edges than the first one's, or that
-  have no such histogram, are left out.
-  """
-  out, first = [], None
-  for arm in sweep.arms:
-    shares: dict[Any, np.ndarray] = {}
-    for run in reversed(sweep.of(stage, arm)):
-      found = (run.probe() or {}).get('domains', {}).get(domain)
-      edges_X, counts_X = (_numbers(setting(found, f'{name}.{part}')) for part in ('edges', 'counts'))
-      if len(edges_X) != len(counts_X) + 1 or not np.isfinite(counts_X).all() or not counts_X.sum():
-        continue
-      first = edges_X if first is None else first
-      if np.array_equal(edges_X, first):
-        share_X = counts_X / counts_X.sum()
-        shares[run.seed] = np.cumsum(share_X[::-1])[::-1] if survival else share_X
-    if shares:
-      y_SX = np.array(list(shares.values()))
-      x_X = first[:-1] if survival else (first[:-1] + first[1:]) / 2
-      band = (y_SX.min(0), y_SX.max(0)) if len(y_SX) > 1 else (np.full(len(x_X), np.nan),) * 2
-      out.append(Series(arm, x_X, y_SX.mean(0), *band, len(y_SX)))
-  return out
-
-
-def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
-  """The share of tokens to which the newest probe gives a probability of at most 1/N, over N, by arm."""
-  out = []
-  for arm in sweep.arms:
-    found: dict[Any, dict[float, float]] = {}
-    for run in reversed(sweep.of(stage, arm)):
-      domains = (run.probe() or {}).get('domains', {})
-      shares = domains.get(domain, {}).get('coverage')
-      shares = shares if isinstance(shares, dict) else {}
-      points = {float(n): number(share) for n, share in shares.items() if n.isdecimal() and number(share) > 0}
-      if points:
-        found[run.seed] = points
-    if found:
-      x_X = np.array(sorted(set.intersection(*map(set, found.values()))))
-      y_SX = np.array([[points[x] for x in x_X] for points in found.values()])
-      band = (y_SX.min(0), y_SX.max(0)) if len(y_SX) > 1 else (np.full(len(x_X), np.nan),) * 2
-      out.append(Series(arm, x_X, y_SX.mean(0), *band, len(y_SX)))
-  return out
-
-
-def _numbers(values: Any) -> np.ndarray:
-  return np.array([number(x) for x in values], np.float64) if isinstance(values, list) else np.array([])
-
-
-def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
-  """Pass@k over k = 1, 2, 4, ..., n by arm; the band is the 95 % interval over problems and seeds."""
-  out = []
-  for arm in sweep.arms:
-    sets = _samples(sweep, stage, arm, benchmark)
-    if not sets:
-      continue
-    most = min(found.samples.score_PN.shape[1] for found in sets.values())
-    estimates = {}
-    for k in [2**i for i in range(int(math.log2(most)) + 1)]:
-      values_SP = _aligned(list(sets.values()), lambda m, k=k: m['pass_at_k'][:, k - 1])[0]
-      if (found := _estimate(values_SP, (0.0, 1.0), resamples=BAND_RESAMPLES)) is not None:
-        estimates[k] = found
-    if estimates:
-      rows = np.array([(k, e.mean, e.low, e.high) for k, e in estimates.items()]).T
-      out.append(Series(arm, *rows, len(sets)))
-  return out
-
-
-# Figures a checkpoint has one of
+Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Figures of the newest probe, by stage, domain and arm; where a stage has no probe, of the last validation."""
+  """Returns figures of the newest probe by stage, domain and arm; in a stage without probes, of the last validation."""
   out = []
   for stage in sweep.stages:
-    probed = {domain for run in sweep.of(stage) for domain in (run.probe() or {}).get('domains', {})}
+    probed = {domain for run in sweep.of(stage) if run.probe() for domain in run.probe()[1]['domains']}
     validated = {name.split('/')[1] for run in sweep.of(stage) for name in run.curves
                  if name.startswith('eval/') and name.endswith('/ce_nats')}
     for domain in sorted(probed or validated):
@@ -199,30 +122,31 @@ def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
   return correct(out)
 
 
-def _probe_figure(run: Run, domain: str, metric: str) -> tuple[float, Any]:
-  probe = run.probe() or {}
-  domains = probe.get('domains', {})
-  found = domains.get(domain) if isinstance(domains, dict) else None
-  return number((found or {}).get(metric)), probe.get('deciding')
+def _probe_figure(run: Run, domain: str, metric: str) -> Measured | None:
+  if not (found := run.probe()):
+    return None
+  step, probe = found
+  return Measured(number(probe['domains'].get(domain, {}).get(metric)), step, probe.get('deciding'))
 
 
-def _validation_figure(run: Run, domain: str, metric: str) -> tuple[float, Any]:
-  _, values = run.curves.get(f'eval/{domain}/{metric}', ((), ()))
-  return (float(values[-1]) if len(values) else math.nan), None
+def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
+  steps, values = run.curves.get(f'eval/{domain}/{metric}', ((), ()))
+  return Measured(float(values[-1]), int(steps[-1])) if len(values) else None
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """RL's logged figures at its start, at its end, and the change, each a mean over a tenth of the steps."""
+  """Returns RL's logged figures at its start, at its end, and the change, each a mean over a tenth of the steps."""
   out = []
   for stage in sweep.stages:
     if any(run.is_rl for run in sweep.of(stage)):
       for subject, part in (('start', 0), ('end', 1), (CHANGE, 2)):
-        read = lambda run, metric, part=part: (_edges(run, metric)[part], None)
-        out += _by_seed(sweep, stage, subject, metrics, read)
+        out += _by_seed(sweep, stage, subject, metrics,
+                        lambda run, metric, part=part: Measured(_edges(run, metric)[part], run.last_step))
   return correct(out)
 
 
 def _edges(run: Run, metric: str) -> tuple[float, float, float]:
+  """Returns the means over the first and the last tenth of the steps that have the figure, and the change."""
   _, values = run.curves.get(f'train/{metric}', ((), np.array([])))
   values = values[np.isfinite(values)]
   size = max(1, round(EDGE_SHARE * len(values)))
@@ -232,33 +156,72 @@ def _edges(run: Run, metric: str) -> tuple[float, float, float]:
   return start, end, end - start
 
 
-def _by_seed(
-  sweep: Sweep, stage: str, subject: str, metrics: Sequence[str],
-  read: Callable[[Run, str], tuple[float, Any]],
-) -> list[Comparison]:
-  """Comparisons of one figure a run, paired by seed. read(run, metric) -> (figure, what it must agree in)."""
-  baseline, out = sweep.arms[0], []
-  for metric in metrics:
-    found = {arm: {run.seed: read(run, metric) for run in reversed(sweep.of(stage, arm))} for arm in sweep.arms}
-    found = {arm: {seed: pair for seed, pair in by_seed.items() if math.isfinite(pair[0])}
-             for arm, by_seed in found.items()}
-    for arm, by_seed in found.items():
-      if not by_seed:
+def harness(sweep: Sweep) -> list[Comparison]:
+  """Returns the scores of lm-evaluation-harness by stage and task, of the newest step that has the task."""
+  out = []
+  for stage in sweep.stages:
+    tasks = sorted({task for run in sweep.of(stage) for results in run.harness.values() for task in results})
+    for task in tasks:
+      out += _by_seed(sweep, stage, task, ('score',), lambda run, _, task=task: _harness_figure(run, task))
+  return correct(out)
+
+
+def _harness_figure(run: Run, task: str) -> Measured | None:
+  step = max((step for step, results in run.harness.items() if task in results), default=None)
+  if step is None:
+    return None
+  found = run.harness[step][task]
+  return Measured(found['score'], step, (found['metric'], found['settings']))
+
+
+def paper_averages(sweep: Sweep) -> list[Comparison]:
+  """Returns the scores of the paper's benchmarks by stage and arm, their categories and averages (eval/paper.py)."""
+  members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
+  names = paper.CATEGORIES.keys()
+  for average, of in (('knowledge', paper.KNOWLEDGE), ('reasoning', names - set(paper.KNOWLEDGE)), ('overall', names)):
+    members[average] = tuple(name for category in sorted(of) for name in paper.CATEGORIES[category])
+
+  def read(run: Run, metric: str) -> Measured | None:
+    if (step := paper.newest_step(run)) is None:
+      return None
+    scores = paper.benchmark_scores(run, step)
+    categories = paper.category_scores(scores)
+    value = {**scores, **categories, **paper.paper_average(categories)}.get(metric, math.nan)
+    return Measured(value, step, [paper.settings(run, step, name) for name in members[metric]])
+
+  return correct([c for stage in sweep.stages for c in _by_seed(sweep, stage, 'benchmarks', list(members), read)])
+
+
+def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
+  """Returns comparisons of figures that a run has one of, paired by seed."""
+  out = []
+  for arm in sweep.arms:
+    baseline = sweep.baselines[arm]
+    agreeing, why_not = pairs(sweep, stage, arm)
+    for metric in metrics:
+      values = [found.value for run in {run.seed: run for run in reversed(sweep.of(stage, arm))}.values()
+                if (found := read(run, metric)) and math.isfinite(found.value)]
+      if not values:
         continue
-      # A change has either sign; all else that is measured here can't be negative.
+      # A change can have either sign; all else that is measured here can't be negative.
       bounds = (-math.inf, math.inf) if subject == CHANGE else (0.0, 1.0 if metric in SHARES else math.inf)
-      c = Comparison(stage, subject, metric, arm, baseline, over_seeds([x for x, _ in by_seed.values()], bounds=bounds))
+      c = Comparison(stage, subject, metric, arm, baseline, over_seeds(values, bounds=bounds))
       out.append(c)
       if arm == baseline:
         continue
-      common = [seed for seed in by_seed if seed in found[baseline]]
-      if not common:
-        c.remark = f'no seed in common with {baseline}'
-      elif any(by_seed[seed][1] != found[baseline][seed][1] for seed in common):
-        c.remark = f'not comparable: measured on other tokens than {baseline}'
-      else:
-        c.difference = over_seeds([_difference(by_seed[seed][0], found[baseline][seed][0]) for seed in common])
-        c.remark = 'one seed: its noise is unknown' if len(common) == 1 else ''
+      differences, reasons = [], list(why_not)
+      for run, other in agreeing:
+        a, b = read(run, metric), read(other, metric)
+        if not (a and b and math.isfinite(a.value) and math.isfinite(b.value)):
+          continue
+        differing = of_steps(run, a.step, other, b.step) + (
+          [] if a.basis == b.basis else ['measured on other tokens or with other settings'])
+        reasons += differing
+        if not differing:
+          differences.append(_difference(a.value, b.value))
+      if differences:
+        c.difference = over_seeds(differences)
+      c.remark = remark(reasons, baseline, len(differences))
   return out
 
 
@@ -275,14 +238,14 @@ def sampled_benchmarks(sweep: Sweep, stage: str) -> list[str]:
 
 
 def pass_k(sweep: Sweep) -> int:
-  """The k to report: the largest power of two up to half the samples of a problem, as the paper's 64 of 128."""
+  """Returns the k to report: the largest power of two up to half the samples per problem, as the paper's 64 of 128."""
   sizes = [found.samples.score_PN.shape[1] for run in sweep.runs for there in run.samples.values()
            for found in there.values()]
   return 2 ** int(math.log2(max(min(sizes) // 2, 1))) if sizes else 64
 
 
-def benchmark_metrics(k: int) -> dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]]:
-  """Metric name -> its value a problem, from SampleSet.metrics. The shares come first."""
+def benchmark_metrics(k: int) -> dict[str, ByProblem]:
+  """Returns {metric: its value per problem, from SampleSet.metrics}; shares of right answers come first."""
   return {
     'avg_at_n': lambda m: m['avg_at_n'], 'cons_at_n': lambda m: m['cons_at_n'],
     f'pass_at_{k}': lambda m: m['pass_at_k'][:, k - 1], 'distinct_answers': lambda m: m['distinct_answers'],
@@ -296,74 +259,79 @@ def is_share(metric: str) -> bool:
 
 
 def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
-  """Every benchmark's figures by stage and arm, newest samples of each run, paired with the baseline's."""
-  out = []
-  for stage in sweep.stages:
-    for benchmark in sampled_benchmarks(sweep, stage):
-      sets = {arm: _samples(sweep, stage, arm, benchmark) for arm in sweep.arms}
-      for metric, read in benchmark_metrics(k).items():
-        out += [_compared(Comparison(stage, benchmark, metric, arm, sweep.arms[0], None), there,
-                          sets[sweep.arms[0]] if arm != sweep.arms[0] else None, read)
-                for arm, there in sets.items() if there]
-  return correct(out)
-
-
-def gains(sweep: Sweep, k: int) -> list[Comparison]:
-  """What RL made of each arm: its samples against those of the checkpoint it started from, seed by seed."""
+  """Returns every benchmark's figures by stage and arm, from the newest samples of each run, paired by seed."""
   out = []
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):
       for arm in sweep.arms:
-        runs = [run for run in sweep.of(stage, arm) if run.is_rl and run.parent]
-        before = {run.seed: found[1] for run in runs if (found := run.parent.sampled(benchmark))}
-        after = {run.seed: found[1] for run in runs if run.seed in before and (found := run.sampled(benchmark))}
-        for metric, read in benchmark_metrics(k).items() if after else ():
-          out.append(_compared(Comparison(stage, benchmark, metric, arm, BEFORE, None), after, before, read))
+        mine = sample_sets(sweep, stage, arm, benchmark)
+        agreeing, why_not = pairs(sweep, stage, arm)
+        both = [(run, run.sampled(benchmark), other, other.sampled(benchmark)) for run, other in agreeing
+                if run.sampled(benchmark) and other.sampled(benchmark)]
+        reasons, usable = list(why_not), []
+        for run, (step, found), other, (other_step, theirs) in both:
+          differing = of_steps(run, step, other, other_step) + _of_sampling(found, theirs)
+          reasons += differing
+          if not differing:
+            usable.append((found, theirs))
+        for metric, read in benchmark_metrics(k).items() if mine else ():
+          c = Comparison(stage, benchmark, metric, arm, sweep.baselines[arm], None)
+          out.append(_compared(c, [found for _, found in mine.values()], usable, reasons, read))
   return correct(out)
 
 
-def _samples(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any, SampleSet]:
-  """seed -> newest samples."""
+def gains(sweep: Sweep, k: int) -> list[Comparison]:
+  """Returns what RL made of each arm: its samples against those of the checkpoint it started from, by seed."""
+  out = []
+  for stage in sweep.stages:
+    for benchmark in sampled_benchmarks(sweep, stage):
+      for arm in sweep.arms:
+        runs = [run for run in reversed(sweep.of(stage, arm)) if run.is_rl and run.parent]
+        both = {run.seed: (after[1], before[1]) for run in runs if (after := run.sampled(benchmark))
+                and (before := run.parent.sampled(benchmark, run.parent_step))}
+        reasons = [reason for pair in both.values() for reason in _of_sampling(*pair)]
+        usable = [pair for pair in both.values() if not _of_sampling(*pair)]
+        for metric, read in benchmark_metrics(k).items() if both else ():
+          c = Comparison(stage, benchmark, metric, arm, BEFORE_RL, None)
+          out.append(_compared(c, [after for after, _ in both.values()], usable, reasons, read))
+  return correct(out)
+
+
+def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any, tuple[int, SampleSet]]:
+  """Returns {seed: (step, newest samples)}."""
   runs = reversed(sweep.of(stage, arm))
-  return {run.seed: found[1] for run in runs if (found := run.sampled(benchmark))}
+  return {run.seed: found for run in runs if (found := run.sampled(benchmark))}
+
+
+def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
+  """Returns [] if two sets of samples were drawn alike, else one reason that names the settings."""
+  differing = [key for key in SAME_SETTINGS if found.settings.get(key) != other.settings.get(key)]
+  return [f'sampled with other {", ".join(differing)}'] if differing else []
 
 
 def _compared(
-  c: Comparison, sets: dict[Any, SampleSet], others: dict[Any, SampleSet] | None,
-  read: Callable[[dict[str, np.ndarray]], np.ndarray],
+  c: Comparison, sets: list[SampleSet], usable: list[tuple[SampleSet, SampleSet]], reasons: list[str], read: ByProblem,
 ) -> Comparison:
-  """Fills in value and difference; others: the baseline's samples, None for the baseline itself."""
+  """Fills in value, difference and remark."""
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
-  c.value = _estimate(_aligned(list(sets.values()), read)[0], bounds)
-  if others is None:
+  c.value = estimate(aligned(sets, read)[0], bounds)
+  if c.arm == c.baseline:
     return c
-  common = [seed for seed in sets if seed in others]
-  pairs = [(sets[seed], others[seed]) for seed in common]
-  differing = {key for a, b in pairs for key in SAME_SETTINGS if a.settings.get(key) != b.settings.get(key)}
-  if not common:
-    c.remark = f'no seed in common with {c.baseline}'
-  elif differing:
-    c.remark = f'not comparable with {c.baseline}: {", ".join(sorted(differing))} differ'
-  else:
-    both_SP, problems = _aligned([x for pair in pairs for x in pair], read)
-    a_SP, b_SP = both_SP[0::2], both_SP[1::2]
-    if problems:
-      try:
-        c.difference = paired_difference(a_SP, b_SP, bounds=(-1, 1) if bounds[1] == 1 else (-math.inf, math.inf))
-      except ValueError as error:
-        c.remark = str(error)
-    else:
-      c.remark = f'no problem in common with {c.baseline}'
-    steps = {tuple(str(x.settings.get('step')) for x in pair) for pair in pairs}
-    if c.baseline != BEFORE and any(a != b for a, b in steps):
-      c.remark = c.remark or 'other steps: ' + ', '.join(f'{a} against {b}' for a, b in sorted(steps))
-    if len(common) == 1:
-      c.remark = c.remark or 'one seed: intervals are over problems only'
+  reasons, compared = list(reasons), len(usable)
+  if usable:
+    both_SP, problems = aligned([x for pair in usable for x in pair], read)
+    try:
+      c.difference = paired_difference(both_SP[0::2], both_SP[1::2],
+                                       bounds=(-1, 1) if bounds[1] == 1 else (-math.inf, math.inf))
+    except ValueError as error:
+      reasons.append('no problem in common' if not problems else str(error))
+      compared = 0
+  c.remark = remark(reasons, c.baseline, compared)
   return c
 
 
-def _aligned(sets: Iterable[SampleSet], read: Callable) -> tuple[np.ndarray, list[str]]:
-  """([S, P] values on the problems that all sets have, their names)."""
+def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, list[str]]:
+  """Returns ([S, P] values on the problems that all sets have, the problems' names)."""
   sets = list(sets)
   shared = set.intersection(*(set(found.samples.problems) for found in sets))
   problems = [name for name in sets[0].samples.problems if name in shared]
@@ -374,7 +342,8 @@ def _aligned(sets: Iterable[SampleSet], read: Callable) -> tuple[np.ndarray, lis
   return np.array(rows, np.float64).reshape(len(sets), len(problems)), problems
 
 
-def _estimate(values_SP: np.ndarray, bounds: tuple[float, float], **settings) -> Estimate | None:
+def estimate(values_SP: np.ndarray, bounds: tuple[float, float], **settings) -> Estimate | None:
+  """Returns the mean with its interval over problems and seeds, None if no problem has a value."""
   try:
     return bootstrap_interval(values_SP, bounds=bounds, **settings)
   except ValueError:

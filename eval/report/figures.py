@@ -1,39 +1,53 @@
-"""A report's figures: each a small panel, as SVG for the page, and as SVG, PNG and CSV files.
+"""The report's figures: small panels, as SVG for the page, and as SVG, PNG and CSV files.
 
-Arms differ in colour and in line style: Okabe and Ito's palette, told apart by colour-blind readers, and in grey print.
+Arms differ in colour and in line style: Okabe and Ito's palette, which colour-blind readers can distinguish, and dashes
+for grey print.
 """
 
 import csv
 import dataclasses
 import html
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from betarank.eval.report.comparisons import Series
+from betarank.eval.report.curves import Series
+from betarank.eval.report.metrics import metric
+from betarank.eval.statistics import Estimate
 
 COLOURS = ('#000000', '#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 DASHES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-SIZE = (4.6, 3.0)  # inches: text is readable where the page shows a panel 360 px wide
-TITLE = 58  # characters that fit above a panel
-WARM_UP = 0.08  # of a curve, that doesn't decide the axis: the first fall would flatten all that matters
+SIZE = (4.2, 2.9)  # inches: text is readable where the page shows a panel 340 px wide
+TITLE = 52  # characters that fit above a panel
+FEW_POINTS = 12  # of a line, which then has markers, and bars instead of a band
+WARM_UP = 0.08  # of a curve, which doesn't decide the axis: the first fall would flatten all that matters
 STYLE = {
-  'font.family': 'sans-serif', 'font.size': 9, 'axes.titlesize': 9.5, 'axes.titlelocation': 'left',
+  'font.family': 'sans-serif', 'font.size': 10, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
   'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#dddddd',
   'grid.linewidth': 0.6, 'axes.axisbelow': True, 'lines.linewidth': 1.6, 'legend.frameon': False,
   'svg.fonttype': 'none',  # text stays text: selectable, and small
   'text.parse_math': False,  # names come from files; a $ in one is no formula
 }
 
+Write = Callable[[str, bytes], None]  # (file name, content)
+
 
 @dataclasses.dataclass
 class Panel:
-  """One plot. `name` is the stem of its files."""
+  """A plot of lines.
+
+  Attributes:
+    name: the stem of its files.
+    zero: draws a line at zero, for differences.
+    settle: the y axis is decided without the warm-up.
+    svg: filled in by `draw`.
+  """
 
   name: str
   title: str
@@ -42,8 +56,31 @@ class Panel:
   y_label: str = ''
   x_scale: str = 'linear'
   y_scale: str = 'linear'
-  zero: bool = False  # a line at zero: a difference
-  settle: bool = False  # the axis is decided without the warm-up
+  zero: bool = False
+  settle: bool = False
+  svg: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class ForestRow:
+  """The difference of one arm to its baseline, before and after RL; None where there is none."""
+
+  arm: str
+  subject: str
+  before: Estimate | None
+  after: Estimate | None
+  remark: str = ''  # why there is none
+
+
+@dataclasses.dataclass
+class Forest:
+  """A forest plot of one metric: a row per arm, with both differences and their intervals."""
+
+  name: str
+  metric: str
+  title: str
+  x_label: str
+  rows: list[ForestRow]
   svg: str = ''
 
 
@@ -52,48 +89,58 @@ def colour(i: int) -> str:
 
 
 def dash(i: int):
-  """Changes with the colour, and differs where colours come round again."""
+  """Returns a line style that changes with the colour, and differs where colours repeat."""
   return DASHES[(i + i // len(COLOURS)) % len(DASHES)]
 
 
-def draw(panel: Panel, arms: Sequence[str], write: Callable[[str, bytes], None]) -> None:
-  """Fills in panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv through write(file, bytes)."""
+def dodge(count: int, i: int, width: float) -> float:
+  """Returns how far to move the i-th of `count` marks at one place, so that their bars don't hide each other."""
+  return width * (i - (count - 1) / 2) / max(count - 1, 1)
+
+
+# Lines
+
+
+def draw(panel: Panel, arms: Sequence[str], write: Write) -> None:
+  """Fills in panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv."""
   with matplotlib.rc_context({**STYLE, 'svg.hashsalt': panel.name}):
     figure = Figure(figsize=SIZE)
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    _place(figure, axis, 0)
-    for series in panel.series:
-      if panel.y_scale == 'log':  # nothing is not drawn, rather than at the bottom
-        series = dataclasses.replace(series, **{
-          name: np.where(getattr(series, name) > 0, getattr(series, name), np.nan)
-          for name in ('mean_X', 'low_X', 'high_X')})
-      i = arms.index(series.arm)
-      points = dict(marker='o', markersize=3) if len(series.x_X) <= 12 else {}
-      if np.isfinite(series.low_X).any():
-        axis.fill_between(series.x_X, series.low_X, series.high_X, color=colour(i), alpha=0.16, linewidth=0)
-      axis.plot(series.x_X, series.mean_X, color=colour(i), linestyle=dash(i), label=series.arm, **points)
+    _place(figure, axis, SIZE[1], 0)
+    for place, series in enumerate(panel.series):
+      _draw_line(axis, panel, series, arms.index(series.arm), place)
     if panel.zero:
       axis.axhline(0, color='#555555', linewidth=0.8, zorder=1)
-    axis.set_title(panel.title if len(panel.title) <= TITLE else panel.title[: TITLE - 3] + '...')
+    axis.set_title(_fit(panel.title, TITLE))
     axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.y_label)
     _scale(axis, panel)
     panel.svg = _inline(_save(figure, 'svg').decode(), panel.title)
-    figure.legend(loc='lower center', ncols=2, fontsize=8)
-    _place(figure, axis, -(-len(panel.series) // 2))
-    write(f'{panel.name}.svg', _save(figure, 'svg'))
-    write(f'{panel.name}.png', _save(figure, 'png'))
+    figure.legend(loc='lower center', ncols=2, fontsize=9)
+    _place(figure, axis, SIZE[1], -(-len(panel.series) // 2))
+    _write_both(figure, panel.name, write)
     write(f'{panel.name}.csv', table(('arm', 'x', 'mean', 'low', 'high', 'seeds'), (
       (s.arm, *row, s.seeds) for s in panel.series for row in zip(s.x_X, s.mean_X, s.low_X, s.high_X))))
 
 
-def _place(figure: Figure, axis, legend_lines: int) -> None:
-  """Fixed margins, in inches: panels line up on the page, and a layout engine takes longer than all the drawing."""
-  below = 0.5 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
-  height = SIZE[1] + below - 0.5
-  figure.set_size_inches(SIZE[0], height)
-  axis.set_position((0.7 / SIZE[0], below / height, (SIZE[0] - 0.8) / SIZE[0], (height - below - 0.3) / height))
+def _draw_line(axis, panel: Panel, series: Series, i: int, place: int) -> None:
+  if panel.y_scale == 'log':  # zero is not drawn, rather than at the bottom
+    series = dataclasses.replace(series, **{
+      name: np.where(getattr(series, name) > 0, getattr(series, name), np.nan)
+      for name in ('mean_X', 'low_X', 'high_X')})
+  style = dict(color=colour(i), linestyle=dash(i), label=series.arm)
+  x_X, banded = series.x_X, np.isfinite(series.low_X).any()
+  if len(x_X) > FEW_POINTS:
+    if banded:
+      axis.fill_between(x_X, series.low_X, series.high_X, color=colour(i), alpha=0.16, linewidth=0)
+    axis.plot(x_X, series.mean_X, **style)
+    return
+  if panel.x_scale == 'log':  # a twelfth of a doubling, so that the arms' bars stand next to each other
+    x_X = x_X * 2 ** dodge(len(panel.series), place, 0.3)
+  axis.plot(x_X, series.mean_X, marker='o', markersize=3, **style)
+  if banded:
+    axis.vlines(x_X, series.low_X, series.high_X, color=colour(i), linewidth=1)
 
 
 def _scale(axis, panel: Panel) -> None:
@@ -118,11 +165,85 @@ def _scale(axis, panel: Panel) -> None:
 
 
 def _compact(x: float, _) -> str:
-  """1.5M, 20k, 300."""
+  """1.5M, 20k, 300"""
   for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
     if abs(x) >= size:
       return f'{x / size:g}{letter}'
   return f'{x:g}'
+
+
+# Forest plots
+
+
+def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
+  """Fills in forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
+
+  An open circle is the difference before RL, a filled one after; the arm's name stands above both.
+  """
+  factor = metric(forest.metric).factor
+  with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    _place(figure, axis, 0.9 + 0.66 * len(forest.rows), 0, left=0.12)
+    for y, row in enumerate(forest.rows):
+      i = arms.index(row.arm)
+      name = ' · '.join(filter(None, (row.arm, row.subject, row.remark)))
+      axis.text(0, y - 0.26, _fit(name, TITLE), transform=axis.get_yaxis_transform(), va='center', fontsize=11,
+                bbox=dict(facecolor='white', edgecolor='none', pad=1))
+      for e, lift, face in ((row.before, 0.02, 'white'), (row.after, 0.26, colour(i))):
+        if e is None:
+          continue
+        if math.isfinite(e.low) and math.isfinite(e.high):
+          axis.plot([factor * e.low, factor * e.high], [y + lift] * 2, color=colour(i), linewidth=1.6,
+                    solid_capstyle='butt', linestyle='solid' if e.seeds > 1 else (0, (1.5, 1)))
+        axis.plot(factor * e.mean, y + lift, marker='o', markersize=5.5, color=colour(i), markerfacecolor=face)
+    axis.axvline(0, color='#555555', linewidth=0.9, zorder=1)
+    axis.set_ylim(len(forest.rows) - 0.5, -0.5)
+    axis.set_yticks([])
+    axis.spines['left'].set_visible(False)
+    axis.set_title(_fit(forest.title, 40))
+    axis.set_xlabel(forest.x_label)
+    shown = [factor * x for row in forest.rows for e in (row.before, row.after) if e is not None
+             for x in (e.low, e.mean, e.high)]
+    _set_range(axis, shown, least=10 * 10.0 ** -int(metric(forest.metric).form.strip('.f')))
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    forest.svg = _inline(_save(figure, 'svg').decode(), forest.title)
+    _write_both(figure, forest.name, write)
+    write(f'{forest.name}.csv', table(('arm', 'subject', 'when', 'difference', 'low', 'high', 'seeds'), (
+      (row.arm, row.subject, when, e.mean, e.low, e.high, e.seeds) for row in forest.rows
+      for when, e in (('before RL', row.before), ('after RL', row.after)) if e is not None)))
+
+
+_LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # up to four forest plots stand side by side
+
+
+def _set_range(axis, values: Sequence[float], least: float) -> None:
+  """Shows zero and all finite values, and `least` at least: differences of rounding must not fill the axis."""
+  finite = [0.0, *(x for x in values if math.isfinite(x))]
+  low, high = min(finite), max(finite)
+  margin = max(0.08 * (high - low), (least - (high - low)) / 2)
+  axis.set_xlim(low - margin, high + margin)
+
+
+# Parts
+
+
+def _place(figure: Figure, axis, height: float, legend_lines: int, left: float = 0.75) -> None:
+  """Sets fixed margins in inches: panels line up on the page, and a layout engine takes longer than all the drawing."""
+  below = 0.52 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
+  total = height + below - 0.52
+  figure.set_size_inches(SIZE[0], total)
+  axis.set_position((left / SIZE[0], below / total, (SIZE[0] - left - 0.12) / SIZE[0], (total - below - 0.3) / total))
+
+
+def _fit(title: str, size: int) -> str:
+  return title if len(title) <= size else title[: size - 3] + '...'
+
+
+def _write_both(figure: Figure, name: str, write: Write) -> None:
+  write(f'{name}.svg', _save(figure, 'svg'))
+  write(f'{name}.png', _save(figure, 'png'))
 
 
 def _save(figure: Figure, kind: str) -> bytes:
@@ -132,7 +253,7 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def _inline(svg: str, title: str) -> str:
-  """The <svg> element alone, sized by the page; ids are this panel's own (svg.hashsalt)."""
+  """Returns the <svg> element alone, sized by the page; ids are this panel's own (svg.hashsalt)."""
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.DOTALL)
   opening = re.search(r'viewBox="[^"]*"', svg)[0]
   return (f'<svg {opening} role="img" aria-label="{html.escape(title)}" xmlns="http://www.w3.org/2000/svg" '
@@ -140,15 +261,21 @@ def _inline(svg: str, title: str) -> str:
 
 
 def swatch(i: int) -> str:
-  """A bit of an arm's line, for the page's legends."""
+  """Returns a piece of an arm's line, for the page's legends."""
   pattern = dash(i)
   array = '' if pattern == 'solid' else f' stroke-dasharray="{" ".join(f"{2 * x:g}" for x in pattern[1])}"'
   return (f'<svg class="swatch" viewBox="0 0 36 8" aria-hidden="true"><line x1="0" y1="4" x2="36" y2="4" '
           f'stroke="{colour(i)}" stroke-width="3"{array}/></svg>')
 
 
-def table(titles: Sequence[str], rows) -> bytes:
-  """A CSV file. A text that a spreadsheet would take for a formula gets a ' in front."""
+def circle(filled: bool) -> str:
+  """Returns the mark of a forest plot, for its legend."""
+  return (f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" stroke="#1a1a1a" '
+          f'stroke-width="1.8" fill="{"#1a1a1a" if filled else "#fff"}"/></svg>')
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence]) -> bytes:
+  """Returns a CSV file. A text that a spreadsheet would take for a formula gets a ' in front."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   writer.writerow(titles)

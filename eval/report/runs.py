@@ -1,13 +1,7 @@
-"""What a report is made from: runs, as they stand, and a list of what is missing or odd.
-
-Nothing here raises for what a file holds. A run may be unfinished, its log cut short, its config unreadable: what can
-be read is used, and the rest becomes a line in `Sweep.notes`.
-"""
+"""The data of a report: a run as far as its workdir could be read, and a sweep of them with notes on what is odd."""
 
 import dataclasses
-import json
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -17,11 +11,13 @@ from betarank.configs.errors import ConfigError
 from betarank.configs.sections import section
 from betarank.eval import sampling_metrics
 from betarank.model import ModelConfig, flops_per_token
-from betarank.runtime import checkpoint
 
-PLAIN = 'CE'  # the arm of plain cross-entropy
-EXAMPLES = 6  # sample texts kept of each file
-MOST_BYTES = 2**30  # of a file, which is read as a whole
+PLAIN = 'CE'  # the objective's name where it is plain cross-entropy
+# What two sets of samples must agree in to be compared.
+SAME_SETTINGS = ('benchmark', 'data_sha256', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'n', 'shots',
+                 'answer_format')
+
+Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 
 @dataclasses.dataclass
@@ -36,22 +32,66 @@ class SampleSet:
     self.metrics = self.samples.metrics()
 
 
+@dataclasses.dataclass(frozen=True)
+class DataIdentity:
+  """What a run read, as its newest checkpoint records it.
+
+  Attributes:
+    tokenizer: SHA-256 of the tokenizer; '' if not recorded.
+    sources: source -> SHA-256 of its prepared tokens; empty for RL, or if not recorded.
+    rows: rows of data.sequence_length tokens read so far; NaN if not recorded.
+    prompts: prompts consumed by RL; NaN for pre-training.
+  """
+
+  tokenizer: str = ''
+  sources: dict[str, str] = dataclasses.field(default_factory=dict)
+  rows: float = math.nan
+  prompts: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """How a run was started, from its run.json; empty fields are not recorded."""
+
+  command: str = ''
+  device_kind: str = ''
+  devices: float = math.nan
+  started_s: float = math.nan  # seconds since 1970
+
+
 @dataclasses.dataclass
 class Run:
-  """A workdir, as far as it can be read."""
+  """A workdir, as far as it can be read.
+
+  Attributes:
+    name: relative to the sweep's root.
+    objective: of the pre-training that it descends from, 'CE' or 'β = -0.25'; '' if unknown.
+    arm: the name under which it is compared; '' if unknown.
+    stage: 'pre-training', 'pre-training → RL', ...
+    parent_path: the checkpoint that it started from; '' for random weights.
+    curves: metric -> (steps, values), for train/..., eval/... and time/....
+    probes: step -> result of `betarank eval probe`.
+    samples: benchmark -> step -> samples.
+    harness: step -> task -> {'score', 'standard_error', 'metric'}.
+    texts: the last lines of samples.jsonl.
+  """
 
   path: epath.Path
-  name: str  # relative to the sweep's root
+  name: str
   config: dict[str, Any]
+  objective: str = ''
   arm: str = ''
   stage: str = ''
   parent: 'Run | None' = None
   parent_path: str = ''
   code_version: str = ''
   checkpoint: str = ''
-  curves: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)  # name -> steps, values
+  identity: DataIdentity = dataclasses.field(default_factory=DataIdentity)
+  start: Start = dataclasses.field(default_factory=Start)
+  curves: dict[str, Curve] = dataclasses.field(default_factory=dict)
   probes: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
-  samples: dict[str, dict[int, SampleSet]] = dataclasses.field(default_factory=dict)  # benchmark -> step -> samples
+  samples: dict[str, dict[int, SampleSet]] = dataclasses.field(default_factory=dict)
+  harness: dict[int, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
   texts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   @property
@@ -68,12 +108,18 @@ class Run:
     return max((int(steps[-1]) for name, (steps, _) in self.curves.items() if name.startswith('train/')), default=0)
 
   @property
+  def parent_step(self) -> int | None:
+    """The step of the checkpoint that the run started from; None if its path doesn't say."""
+    name = self.parent_path.rstrip('/').rpartition('/')[2]
+    return int(name) if name.isdecimal() else None
+
+  @property
   def tokens_per_step(self) -> float:
     return number(setting(self.config, 'train.batch_size')) * number(setting(self.config, 'data.sequence_length'))
 
   @property
   def steps(self) -> float:
-    """How many there are to be; NaN if the config doesn't say."""
+    """The number of steps that the config asks for; NaN if it doesn't say."""
     if self.is_rl:
       return number(setting(self.config, 'rl.steps'))
     steps = number(setting(self.config, 'train.tokens')) / self.tokens_per_step if self.tokens_per_step else math.nan
@@ -88,7 +134,7 @@ class Run:
 
   @property
   def flops(self) -> float:
-    """Of training so far, by the same count as a run's MFU; NaN for RL, which mostly samples."""
+    """FLOPs of training so far, counted as for a run's MFU; NaN for RL, which mostly samples."""
     if self.is_rl:
       return math.nan
     try:
@@ -96,6 +142,18 @@ class Run:
       return flops_per_token(section(ModelConfig, self.config['model'], 'model'), length) * self.tokens
     except (ConfigError, KeyError, TypeError, ValueError, ZeroDivisionError):
       return math.nan
+
+  @property
+  def seconds(self) -> float:
+    """Wall time of all steps, without evaluation and saving; NaN if not recorded."""
+    return float(np.nansum(self.curves['time/step_s'][1])) if 'time/step_s' in self.curves else math.nan
+
+  @property
+  def tokens_per_s(self) -> float:
+    """The median over steps: compiling and a busy machine make outliers. NaN if not recorded."""
+    values = self.curves.get('time/tokens_per_s', ((), np.array([])))[1]
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
 
   @property
   def state(self) -> str:
@@ -107,22 +165,29 @@ class Run:
       return 'finished'
     return f'unfinished: step {self.last_step:,} of {self.steps:,.0f}'
 
-  def probe(self, step: int | None = None) -> dict[str, Any] | None:
-    """The probe of `step`, or the newest."""
-    return self.probes.get(max(self.probes) if step is None else step) if self.probes else None
+  def probe(self) -> tuple[int, dict[str, Any]] | None:
+    """Returns (step, result) of the newest probe."""
+    return (max(self.probes), self.probes[max(self.probes)]) if self.probes else None
 
-  def sampled(self, benchmark: str) -> tuple[int, SampleSet] | None:
-    """(step, samples) of the newest step that has any."""
-    there = self.samples.get(benchmark)
-    return (max(there), there[max(there)]) if there else None
+  def sampled(self, benchmark: str, step: int | None = None) -> tuple[int, SampleSet] | None:
+    """Returns (step, samples) on a benchmark: of `step`, or of the newest step that has any."""
+    there = self.samples.get(benchmark, {})
+    step = max(there, default=None) if step is None else step
+    return (step, there[step]) if step in there else None
 
 
 @dataclasses.dataclass
 class Sweep:
-  """All runs under a folder. `notes` says what is missing or odd, a line each."""
+  """All runs under a folder.
+
+  Attributes:
+    notes: one line for each thing that is missing or odd.
+    baselines: arm -> the arm that it is compared with.
+  """
 
   root: epath.Path
   runs: list[Run] = dataclasses.field(default_factory=list)
+  baselines: dict[str, str] = dataclasses.field(default_factory=dict)
   notes: list[str] = dataclasses.field(default_factory=list)
 
   def note(self, where: Any, what: str) -> None:
@@ -130,25 +195,24 @@ class Sweep:
 
   @property
   def arms(self) -> list[str]:
-    """Plain cross-entropy first: the others are compared with the first."""
-    return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (arm != PLAIN, not _is_plain(arm), arm))
+    """All arms, those of plain cross-entropy first: the others are compared with them."""
+    return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (not self._is_plain(arm), arm))
+
+  def _is_plain(self, arm: str) -> bool:
+    return any(run.objective == PLAIN for run in self.runs if run.arm == arm)
 
   @property
   def stages(self) -> list[str]:
     return sorted({run.stage for run in self.runs if run.arm}, key=lambda stage: (stage.count('→'), stage))
 
   def of(self, stage: str, arm: str | None = None) -> list[Run]:
-    """The runs of a stage with a known arm, in order of their seeds."""
+    """Returns the runs of a stage with a known arm, in order of their seeds."""
     found = [run for run in self.runs if run.stage == stage and run.arm and arm in (None, run.arm)]
     return sorted(found, key=lambda run: (run.seed is None, run.seed or 0, run.name))
 
 
-def _is_plain(arm: str) -> bool:
-  return arm == PLAIN or arm.startswith(f'{PLAIN},')
-
-
 def number(value: Any) -> float:
-  """`value` as a float; NaN for what is none."""
+  """Returns `value` as a float, NaN if it is no number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     return math.nan
   try:
@@ -158,199 +222,7 @@ def number(value: Any) -> float:
 
 
 def setting(config: Any, key: str) -> Any:
-  """The value at a dotted key, None where there is none."""
+  """Returns the value at a dotted key, None if there is none."""
   for part in key.split('.'):
     config = config.get(part) if isinstance(config, dict) else None
   return config
-
-
-def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
-  """All that can be read of the workdir `path`; the rest is noted in `sweep`."""
-  config = _read_object(path / 'config.json', sweep)
-  run = Run(path, name, config or {})
-  if config is None and not (path / 'config.json').exists():
-    sweep.note(name, 'no config.json; its figures can\'t be given to an arm')
-  _read_metrics(run, sweep)
-  _read_lineage(run, sweep)
-  _read_probes(run, sweep)
-  _read_samples(run, sweep)
-  return run
-
-
-def _text(path: epath.Path, sweep: Sweep) -> str | None:
-  try:
-    if not path.exists():
-      return None
-    if '://' not in str(path) and not os.path.isfile(path):  # a pipe or a device, which is_file() takes, has no end
-      raise OSError('it is no file')
-    if path.stat().length > MOST_BYTES:
-      raise OSError(f'it is larger than {MOST_BYTES} bytes')
-    return path.read_bytes().decode('utf-8', errors='replace')
-  except OSError as error:
-    sweep.note(_short(path, sweep), f'could not be read ({error.strerror or error})')
-    return None
-
-
-def _short(path: epath.Path, sweep: Sweep) -> str:
-  try:
-    return str(path.relative_to(sweep.root))
-  except ValueError:
-    return str(path)
-
-
-def _json(text: str) -> Any:
-  """Parsed, or ValueError: also for what is nested too deep to be anything of ours."""
-  try:
-    return json.loads(text)
-  except RecursionError:
-    raise ValueError('nested too deep') from None
-
-
-def _read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
-  text = _text(path, sweep)
-  if text is None:
-    return None
-  try:
-    value = _json(text)
-  except ValueError as error:
-    sweep.note(_short(path, sweep), f'not JSON ({error})')
-    return None
-  if not isinstance(value, dict):
-    sweep.note(_short(path, sweep), 'no JSON object')
-    return None
-  return value
-
-
-def _read_lines(path: epath.Path, sweep: Sweep) -> list[dict[str, Any]]:
-  """The objects of a file, one a line. What isn't one is counted in a note."""
-  text = _text(path, sweep)
-  lines, bad = [], []
-  texts = (text or '').split('\n')
-  for i, line in enumerate(texts):
-    if not line.strip():
-      continue
-    try:
-      value = _json(line)
-      if not isinstance(value, dict):
-        raise ValueError
-      lines.append(value)
-    except ValueError:
-      bad.append(i + 1)
-  if bad == [len(texts)]:
-    sweep.note(_short(path, sweep), 'the last line is half written (the run was ended, or is writing it now); left out')
-  elif bad:
-    shown = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
-    sweep.note(_short(path, sweep), f'{len(bad)} malformed lines left out (line {shown})')
-  return lines
-
-
-def _read_metrics(run: Run, sweep: Sweep) -> None:
-  path = run.path / 'metrics.jsonl'
-  if not path.exists():
-    sweep.note(run.name, 'no metrics.jsonl yet')
-    return
-  columns: dict[str, dict[int, float]] = {}
-  without_step, wrong, not_finite = 0, set(), {}
-  for line in _read_lines(path, sweep):
-    step = line.get('step')
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
-      without_step += 1
-      continue
-    for name, value in line.items():
-      if not name.startswith(('train/', 'eval/')):
-        continue
-      x = value if type(value) is float else number(value)
-      if not math.isfinite(x):
-        if isinstance(value, float):
-          not_finite.setdefault(name, []).append(step)
-        else:
-          wrong.add(name)
-        x = math.nan
-      columns.setdefault(name, {})[step] = x
-  for name, column in columns.items():
-    steps = sorted(column)
-    run.curves[name] = np.array(steps), np.array([column[step] for step in steps])
-  if without_step:
-    sweep.note(run.name, f'{without_step} lines of metrics.jsonl have no step; left out')
-  for name in sorted(wrong):
-    sweep.note(run.name, f'metrics.jsonl has values of {name} that are no numbers; left out')
-  for name, steps in sorted(not_finite.items()):
-    if not name.endswith('standard_error'):  # of one problem: there is none
-      sweep.note(run.name, f'{name} is NaN or infinite at {len(steps)} steps, first at step {min(steps)}; left out')
-  run.texts = _read_lines(run.path / 'samples.jsonl', sweep)[-EXAMPLES:]
-
-
-def _read_lineage(run: Run, sweep: Sweep) -> None:
-  """Parent and code version, from the newest checkpoint; before there is one, from the config."""
-  run.parent_path = setting(run.config, 'train.init_from') or ''
-  if not isinstance(run.parent_path, str):
-    run.parent_path = ''
-  if not (run.path / 'checkpoints').exists():
-    return
-  try:
-    found = checkpoint.find(str(run.path))
-    meta = checkpoint.read_meta(found)
-  except (checkpoint.CheckpointError, OSError) as error:
-    sweep.note(run.name, str(error).replace(f'{run.path}/', ''))
-    return
-  run.checkpoint = _short(found, sweep)
-  run.parent_path = str(meta.get('parent') or run.parent_path)
-  run.code_version = str(meta.get('code_version') or '')
-
-
-def _steps_in(folder: epath.Path, sweep: Sweep) -> list[int]:
-  if not folder.exists():
-    return []
-  return sorted(int(p.stem) for p in folder.iterdir() if p.suffix == '.json' and p.stem.isdecimal())
-
-
-def _read_probes(run: Run, sweep: Sweep) -> None:
-  folder = run.path / 'eval' / 'probe'
-  for step in _steps_in(folder, sweep):
-    probe = _read_object(folder / f'{step}.json', sweep)
-    if probe is None:
-      continue
-    domains = probe.get('domains')
-    if not isinstance(domains, dict) or not all(isinstance(domain, dict) for domain in domains.values()) or not domains:
-      sweep.note(_short(folder / f'{step}.json', sweep), 'a probe without domains; left out')
-      continue
-    run.probes[step] = probe
-
-
-def _read_samples(run: Run, sweep: Sweep) -> None:
-  folder = run.path / 'eval' / 'samples'
-  for benchmark in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.exists() else ():
-    for step in _steps_in(benchmark, sweep):
-      where = _short(benchmark / f'{step}.jsonl', sweep)
-      settings = _read_object(benchmark / f'{step}.json', sweep) or {}
-      good, wrong, examples, shown = [], [], [], set()
-      for line in _read_lines(benchmark / f'{step}.jsonl', sweep):
-        try:
-          sampling_metrics.parse(line)
-        except ValueError as error:
-          wrong.append(str(error))
-          continue
-        if len(examples) < EXAMPLES and (kind := line['verdict']) not in shown:
-          shown.add(kind)
-          examples.append(line)
-        good.append({name: line[name] for name in sampling_metrics.FIELDS})
-      if wrong:
-        sweep.note(where, f'{len(wrong)} samples left out: {wrong[0]}')
-      if not good:
-        sweep.note(where, 'no samples yet')
-        continue
-      found = SampleSet(settings, sampling_metrics.collect(good), examples)
-      named = settings.get('benchmark')
-      run.samples.setdefault(named if isinstance(named, str) else benchmark.name, {})[step] = found
-      _note_samples(where, found, sweep)
-
-
-def _note_samples(where: str, found: SampleSet, sweep: Sweep) -> None:
-  there_P = (~np.isnan(found.samples.tokens_PN)).sum(1)
-  problems, n = number(found.settings.get('problems')), number(found.settings.get('n'))
-  if problems > len(there_P):
-    sweep.note(where, f'{len(there_P)} of {problems:.0f} problems so far')
-  if n > there_P.min():
-    sweep.note(where, f'{int((there_P < n).sum())} problems have fewer than n = {n:.0f} samples so far')
-  if found.samples.undecided:
-    sweep.note(where, f'{found.samples.undecided} samples undecided by the verifier; counted neither right nor wrong')

@@ -1,4 +1,4 @@
-"""A sweep's workdirs as runs write them, with effects that are known because they were put in."""
+"""Writes a sweep's workdirs as runs do, with known effects."""
 
 import json
 
@@ -10,8 +10,11 @@ ARMS = ({}, {'beta': -0.25}, {'beta': 0.5}, {'lambda_tail': -0.1}, {'lambda_head
 
 
 def make(root, *, arms=ARMS, seeds=3, steps=40, rl_steps=10, problems=30, n=16, benchmarks=('amc23',), gain=0.3):
-  """Pre-training and RL runs under root/pre and root/rl. Arm i > 0 has 0.1·i nats less entropy than the first, and is
-  right more often on each problem of a benchmark, after RL only, by `gain` for arm 1 and by nothing for others."""
+  """Writes pre-training and RL runs under root/pre and root/rl.
+
+  Arm i > 0 has 0.1·i nats less entropy than the first. After RL arm 1 is right more often on each problem of a
+  benchmark, by `gain`.
+  """
   rng = np.random.default_rng(0)
   level_BP = {name: rng.beta(0.5, 1, problems) for name in benchmarks}
   for i, objective in enumerate(arms):
@@ -37,11 +40,17 @@ def config(*, objective, seed, steps, init_from='', rl=False):
   return c.to_dict()
 
 
-def run(path, *, objective, seed, steps, entropy, init_from=''):
+def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
+  """Writes a finished run: config, run.json, metrics and the meta of its last checkpoint. data: hash of its tokens."""
   path.mkdir(parents=True)
   rl = bool(init_from)
   settings = config(objective=objective, seed=seed, steps=steps, init_from=init_from, rl=rl)
   (path / 'config.json').write_text(json.dumps(settings, default=list))
+  write(path / 'run.json', json.dumps({
+    'command': f'betarank {"rl" if rl else "train"} --config=mine.py --workdir={path}', 'device_kind': 'TPU v5e',
+    'devices': 4, 'started_s': 1.8e9}))
+  checkpoint(path, steps, settings, init_from, {'prompts': 8 * steps} if rl else {
+    'sources': {'main': {'rows': steps * settings['train']['batch_size'], 'fingerprint': data}}})
   noise = np.random.default_rng(seed).normal(0, 0.01, steps + 1)
   lines = []
   for step in range(1, steps + 1):
@@ -59,6 +68,15 @@ def run(path, *, objective, seed, steps, entropy, init_from=''):
   (path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
 
 
+def checkpoint(path, step, settings, parent, cursor):
+  """Writes what a report reads of a checkpoint: its meta."""
+  folder = path / 'checkpoints' / str(step)
+  write(folder / 'state' / 'x', '')
+  write(folder / 'meta' / 'metadata', json.dumps({
+    'shapes': {}, 'config': settings, 'parent': str(parent), 'code_version': 'c0de', 'tokenizer_sha256': 'f' * 64,
+    'cursor': cursor}, default=list))
+
+
 def probe(path, step, *, entropy, domain='main'):
   counts = [500, 200, 150, 100, 50]
   found = {
@@ -71,8 +89,17 @@ def probe(path, step, *, entropy, domain='main'):
   write(path / 'eval' / 'probe' / f'{step}.json', json.dumps({'step': step, 'domains': {domain: found}}))
 
 
+def harness(path, step, scores, **settings):
+  """Writes results of lm-evaluation-harness, {task: accuracy}."""
+  found = {task: {'alias': task, 'acc,none': score, 'acc_stderr,none': 0.01, 'acc_norm,none': 0.9}
+           for task, score in scores.items()}
+  write(path / 'eval' / 'harness' / '+'.join(scores) / f'{step}.json', json.dumps({
+    'step': step, 'tasks': list(scores), 'num_fewshot': 0, 'limit': None, 'lm_eval': '0.4.13', 'max_length': 512,
+    'seed': 0, 'results': {**found, 'a_part_of_a_group': {'acc,none': 0.1}}} | settings))
+
+
 def samples(path, step, benchmark, right_P, n, rng, **settings):
-  """Sample lines in which problem p is right with probability right_P[p]; wrong answers fall into three groups."""
+  """Writes samples in which problem p is right with probability right_P[p]; wrong answers are of three kinds."""
   lines = []
   for p, right in enumerate(right_P):
     for i, hit in enumerate(rng.random(n) < right):

@@ -1,4 +1,4 @@
-"""Benchmarks are what they say they are, or are refused in one line; the paper's averages are its own."""
+"""Benchmarks are what they say they are, or are refused in one line."""
 
 import dataclasses
 import gzip
@@ -13,7 +13,7 @@ from betarank.configs.errors import UserError
 from betarank.configs.sections import section
 from betarank.data import DataError
 from betarank.eval import benchmarks
-from betarank.eval.benchmarks import CATEGORIES, TABLE, category_scores, open_benchmark, paper_average
+from betarank.eval.benchmarks import TABLE, open_benchmark
 from betarank.eval.config import SampleConfig
 
 GSM = [{'question': f'What is {i} plus {i}?', 'answer': f'Add: {i}+{i}=<<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}'}
@@ -114,24 +114,6 @@ def test_what_cannot_be_is_refused_in_one_line(known, settings, tmp_path, name, 
   with pytest.raises((UserError, DataError)) as error:
     open_benchmark(name, settings(**overrides))
   assert re.search(message.replace('?', r'\?').replace('/*', r'/\*'), str(error.value)) and '\n' not in str(error.value)
-
-
-def test_the_papers_averages():
-  scores = dict(general=41.0, commonsense=53.0, logic=60.0, math=50.0, code=70.0)
-  assert paper_average(scores) == pytest.approx(dict(knowledge=47.0, reasoning=60.0, overall=0.4 * 47 + 0.6 * 60))
-  # 4B after mid-training, as published: 0.4 of knowledge and 0.6 of reasoning are the overall score to rounding.
-  for knowledge, reasoning, overall in ((41.37, 60.35, 52.76), (41.30, 60.39, 52.75)):
-    half = dict(general=knowledge, commonsense=knowledge)
-    made = paper_average({**half, **dict.fromkeys(('logic', 'math', 'code'), reasoning)})
-    assert made['overall'] == pytest.approx(overall, abs=0.011)
-  names = [name for some in CATEGORIES.values() for name in some]
-  assert len(names) == 19 and set(TABLE) - set(names) == {'amc23', 'aime24', 'aime25', 'humaneval', 'mbpp'}
-  by_name = {name: float(len(name)) for name in names}
-  assert category_scores(by_name)['math'] == pytest.approx((5 + 7 + 7 + 13) / 4)
-  with pytest.raises(ValueError, match='bbh'):
-    category_scores({name: 1.0 for name in names if name != 'bbh'})
-  with pytest.raises(ValueError, match='code'):
-    paper_average({name: 1.0 for name in CATEGORIES if name != 'code'})
 
 
 def test_every_shot_has_a_file_to_come_from():

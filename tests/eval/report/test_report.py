@@ -1,4 +1,4 @@
-"""The report says what was put into the runs, and says what is missing or odd, whatever the files hold."""
+"""The page shows what was put into the runs, and says what is missing or odd, whatever the files hold."""
 
 import html.parser
 import json
@@ -10,11 +10,12 @@ import time
 import numpy as np
 import pytest
 
-from betarank.eval.report import arms, command, comparisons
+from betarank.configs.errors import ConfigError
+from betarank.eval.report import command
 from tests.eval import sweep
 from tests.runs import BETARANK, environment
 
-VOID = {'meta', 'link', 'br', 'path', 'use', 'rect', 'line', 'image'}
+VOID = {'meta', 'link', 'br', 'path', 'use', 'rect', 'line', 'image', 'circle'}
 
 
 class Page(html.parser.HTMLParser):
@@ -57,7 +58,7 @@ def made(root, **settings):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """Three arms, two seeds; arm 1 is better after RL."""
+  """Three arms, three seeds; arm 1 is better after RL."""
   root = tmp_path_factory.mktemp('whole')
   sweep.make(root, arms=sweep.ARMS[:3], seeds=3, steps=60)
   return root, made(root)
@@ -65,19 +66,77 @@ def whole(tmp_path_factory):
 
 def test_the_page_says_what_was_put_in(whole):
   root, page = whole
-  assert 'β = -0.25 Avg@n on amc23 +2' in page.text and 'beyond noise' in page.text
-  assert 'β = 0.5 Avg@n on amc23' not in page.text  # no better: not in the answer
+  assert 'β = -0.25 is better than CE on amc23 (+2' in page.text
   for title in ('Arms and settings', 'Training', 'The token distribution', 'RL as it went', 'Samples on benchmarks',
-                'Runs and lineage'):
+                'Runs, data and commands'):
     assert title in page.text
   assert 'betarank eval sample --checkpoint=' in page.text and '--config.eval.sample.samples=16' in page.text
   assert f'betarank rl --config={root}/rl/arm1-seed0/config.json' in page.text
   assert 'missing or odd' not in page.text
   rows = (root / 'report' / 'tables' / 'settings.csv').read_text()
-  assert rows.count('matched') == 6 and 'differs' not in rows
+  assert rows.count('it is the baseline') == 2 and rows.count('yes, with CE') == 4 and 'no, with' not in rows
 
 
-def test_the_page_asks_for_nothing_and_shows_every_figure(whole):
+def test_a_forest_plot_has_every_arm_before_and_after_rl(whole):
+  root, page = whole
+  rows = (root / 'report' / 'figures' / 'forest_avg_at_n.csv').read_text().splitlines()
+  assert rows[0] == 'arm,subject,when,difference,low,high,seeds'
+  assert [row.split(',')[:3:2] for row in rows[1:]] == [
+    ['β = -0.25', 'before RL'], ['β = -0.25', 'after RL'], ['β = 0.5', 'before RL'], ['β = 0.5', 'after RL']]
+  before, after = (float(row.split(',')[3]) for row in rows[1:3])
+  assert abs(before) < 0.06 and after == pytest.approx(0.25, abs=0.06)
+  assert page.text.index('before RL') < page.text.index('Arms and settings')  # on the first screen
+
+
+def test_data_device_speed_and_command_of_each_run_are_on_the_page(whole):
+  root, page = whole
+  assert f'betarank rl --config=mine.py --workdir={root}/rl/arm1-seed0' in page.text
+  assert 'main dddddddddddd' in page.text and 'ffffffffffff' in page.text  # hashes of data and tokenizer
+  assert '4 x TPU v5e' in page.text and '10,000' in page.text and '2027-01-15 08:00 UTC' in page.text
+  run = next(line for line in (root / 'report' / 'tables' / 'runs.csv').read_text().splitlines()
+             if line.startswith('pre/arm0-seed0'))
+  assert '0:00:06' in run and ',480,' in run  # 60 steps of 0.1 s, of 8 rows each
+
+
+def test_what_a_run_did_not_record_is_said(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[:1], seeds=1)
+  run = tmp_path / 'pre' / 'arm0-seed0'
+  (run / 'run.json').unlink()
+  meta = run / 'checkpoints' / '40' / 'meta' / 'metadata'
+  meta.write_text(json.dumps(json.loads(meta.read_text()) | {'cursor': {}, 'tokenizer_sha256': ''}))
+  made(tmp_path)
+  row = next(line for line in (tmp_path / 'report' / 'tables' / 'runs.csv').read_text().splitlines()
+             if line.startswith('pre/'))
+  assert row.count('not recorded') == 6  # device, start, tokenizer, data, rows, command
+
+
+def test_one_seed_has_no_mark_of_noise_anywhere(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
+  text = made(tmp_path).text
+  page, how = text[:text.rindex('How to read this')], text[text.rindex('How to read this'):]
+  assert '▲' in how and not re.search('[▲▼]|beyond noise|within noise', page)
+  assert 'no arm can be called better' in page and '(one seed)' in page
+
+
+def test_scores_of_the_harness_and_the_papers_average_are_on_the_page(tmp_path):
+  logic, general = {'arc_easy': 0.6, 'arc_challenge': 0.4, 'bbh_cot_fewshot': 0.2}, {'triviaqa': 0.3}
+  for seed in (0, 1):
+    for name, beta, more in (('ce', 0.0, 0.0), ('low', -0.25, 0.01 + 0.001 * seed)):
+      path = tmp_path / f'{name}{seed}'
+      sweep.run(path, objective={'beta': beta}, seed=seed, steps=20, entropy=1.0)
+      sweep.harness(path, 20, {task: score + more for task, score in logic.items()})
+      sweep.harness(path, 20, general)
+  page = made(tmp_path)
+  paper = [line.split(',') for line in (tmp_path / 'report' / 'tables' / 'paper.csv').read_text().splitlines()]
+  scores = {row[2]: float(row[5]) for row in paper if row[3] == 'CE'}
+  assert scores['logic'] == pytest.approx(0.4) and scores['triviaqa'] == 0.3
+  assert 'overall' not in scores and 'general' not in scores  # not without all their benchmarks
+  assert 'Not evaluated yet: mmlu, mmlu_pro, naturalquestions' in page.text
+  assert '40.00' in page.text and 'Δ +1.05' in page.text
+  assert 'bbh_cot_fewshot' in page.text and 'a_part_of_a_group' not in page.text
+
+
+def test_the_page_requests_nothing_and_shows_every_figure(whole):
   root, page = whole
   assert not [link for link in page.links if not link.startswith(('#', 'figures/', 'data:,'))]
   source = (root / 'report' / 'report.html').read_text()
@@ -85,70 +144,12 @@ def test_the_page_asks_for_nothing_and_shows_every_figure(whole):
   assert 'script' not in page.tags and 'img' not in page.tags
   assert len(page.ids) == len(set(page.ids))  # else one figure's clipping would hide another's curves
   names = [p.stem for p in (root / 'report' / 'figures').glob('*.svg')]
-  assert len(names) == 6 + 6 + 5 + 2 and page.tags.count('figure') == 4
+  assert len(names) == 4 + 6 + 6 + 5 + 2 and page.tags.count('figure') == 5
   for name in names:
     assert (root / 'report' / 'figures' / f'{name}.png').read_bytes().startswith(b'\x89PNG')
-    assert (root / 'report' / 'figures' / f'{name}.csv').read_text().startswith('arm,x,mean,low,high,seeds\n')
+    assert (root / 'report' / 'figures' / f'{name}.csv').read_text().startswith('arm,')
   for link in page.links:
     assert not link.startswith('figures/') or (root / 'report' / link).exists()
-
-
-def test_differences_are_paired_and_corrected(whole):
-  found = {(c.stage, c.metric, c.arm): c for c in comparisons.benchmarks(arms.read_sweep(whole[0]), k=8)}
-  after = {arm: found['pre-training → RL', 'avg_at_n', arm] for arm in ('CE', 'β = -0.25', 'β = 0.5')}
-  assert after['β = -0.25'].verdict == 'beyond' and after['β = -0.25'].difference.mean == pytest.approx(0.25, abs=0.06)
-  assert after['β = 0.5'].verdict == 'within' and after['CE'].difference is None
-  better = after['β = -0.25']
-  assert better.difference.mean == pytest.approx(better.value.mean - after['CE'].value.mean)
-  assert better.difference.high - better.difference.low < (better.value.high - better.value.low) / 2
-  assert better.p_holm >= better.difference.p_value
-  assert found['pre-training', 'avg_at_n', 'β = -0.25'].verdict == 'within'
-  gains = {(c.metric, c.arm): c for c in comparisons.gains(arms.read_sweep(whole[0]), k=8)}
-  assert gains['avg_at_n', 'β = -0.25'].verdict == 'beyond' and gains['avg_at_n', 'CE'].verdict == 'within'
-
-
-def test_curves_are_means_over_seeds_of_means_over_bins(tmp_path):
-  for seed, values in ((0, [1.0, 3.0]), (1, [3.0, 5.0])):
-    path = tmp_path / str(seed)
-    sweep.write(path / 'config.json', json.dumps(sweep.config(objective={}, seed=seed, steps=2)))
-    sweep.write(path / 'metrics.jsonl', ''.join(json.dumps({'step': i + 1, 'train/x': v}) + '\n'
-                                                for i, v in enumerate(values)))
-  series, = comparisons.curve(arms.read_sweep(tmp_path), 'pre-training', 'train/x')
-  assert series.x_X.tolist() == [1, 2] and series.mean_X.tolist() == [2, 4]
-  assert series.low_X.tolist() == [1, 3] and series.high_X.tolist() == [3, 5]
-  values, x = np.array([7.0, 1, 4, 5, np.nan, np.inf]), np.array([2.0, 4, 6])
-  np.testing.assert_allclose(comparisons._binned(np.arange(6), values, x), [4, 5, np.nan])
-
-
-@pytest.mark.parametrize(('objective', 'name'), [
-  ({}, 'CE'), ({'beta': -0.25}, 'β = -0.25'), ({'lambda_tail': -0.1}, 'λ̂ = -0.1'),
-  ({'lambda_tail': -0.1, 'top_k': 50}, 'λ̂ = -0.1, k = 50'), ({'top_k': 50}, 'CE'),
-  ({'beta': 1, 'form': 'product'}, 'β = 1, form = product'),
-])
-def test_arms_are_named_by_what_differs_from_cross_entropy(objective, name):
-  assert arms.label(sweep.config(objective=objective, seed=0, steps=1)['objective']) == name
-
-
-def test_another_setting_makes_another_arm_and_unequal_tokens_are_flagged(tmp_path):
-  for name, lr, steps in (('a', 3e-4, 20), ('b', 1e-3, 20), ('c', 3e-4, 30)):
-    sweep.run(tmp_path / name, objective={'beta': -0.25 * (name == 'c')}, seed=0, steps=steps, entropy=1.0)
-    settings = json.loads((tmp_path / name / 'config.json').read_text())
-    settings['optimizer']['lr'] = lr
-    (tmp_path / name / 'config.json').write_text(json.dumps(settings))
-  page = made(tmp_path)
-  assert 'CE, lr = 0.0003' in page.text and 'CE, lr = 0.001' in page.text
-  assert 'optimizer.lr 0.001 against 0.0003' in page.text
-  assert 'step 30 against 20' in page.text and 'noise unknown' in page.text
-
-
-def test_samples_drawn_otherwise_are_not_compared(tmp_path):
-  sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
-  settings = tmp_path / 'rl' / 'arm1-seed0' / 'eval' / 'samples' / 'amc23' / '10.json'
-  settings.write_text(json.dumps(json.loads(settings.read_text()) | {'temperature': 1.0}))
-  found = {(c.stage, c.arm): c for c in comparisons.benchmarks(arms.read_sweep(tmp_path), k=8)}
-  after = found['pre-training → RL', 'β = -0.25']
-  assert after.remark == 'not comparable with CE: temperature differ' and after.difference is None
-  assert found['pre-training', 'β = -0.25'].difference is not None
 
 
 HOSTILE = '</pre></svg><script>fetch("http://evil.example/")</script><img src=x onerror=alert(1)> $\\frac{1 "\'&\u202e'
@@ -238,30 +239,35 @@ def test_malformed_and_missing_things_are_said_not_raised(tmp_path):
     assert said in page.text, said
 
 
-def test_nothing_at_all_and_no_folder(tmp_path):
+def test_a_folder_without_runs_is_refused_and_left_alone(tmp_path):
+  (tmp_path / 'corpus.txt').write_text('text')
+  for root, said in ((tmp_path, 'no run under it (a folder with config.json or metrics.jsonl)'),
+                     (tmp_path / 'none', 'no such folder')):
+    done = subprocess.run([*BETARANK, 'report', str(root)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == f'error: {root}: {said}'
+  assert [path.name for path in tmp_path.iterdir()] == ['corpus.txt']
+  with pytest.raises(ConfigError, match='no run under it'):
+    command.write_report(str(tmp_path))
+
+
+def test_runs_without_an_objective_or_alone_have_nothing_to_compare(tmp_path):
+  sweep.write(tmp_path / 'a' / 'config.json', '{"seed": 0}')
+  assert 'no run here with a known objective' in made(tmp_path).text
+  sweep.run(tmp_path / 'b', objective={}, seed=0, steps=20, entropy=1.0)
+  assert 'There is one arm only, CE' in made(tmp_path).text
+
+
+def test_signs_in_rl_that_a_person_should_look_at_are_listed(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[:1], seeds=1, rl_steps=40)
+  path = tmp_path / 'rl' / 'arm0-seed0' / 'metrics.jsonl'
+  lines = [json.loads(line) | {'train/zero_variance_groups': 1.0, 'train/truncated_share': 1.0, 'train/pass_rate': 0.0,
+                               'train/entropy_nats': 0.001 if i > 20 else 1.0}
+           for i, line in enumerate(path.read_text().splitlines())]
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   page = made(tmp_path)
-  assert 'nothing to compare yet' in page.text and 'no run found' in page.text
-  done = subprocess.run([*BETARANK, 'report', str(tmp_path / 'none')], capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr.splitlines()[-1] == f'error: {tmp_path}/none: no such folder'
-
-
-def test_a_moved_sweep_still_finds_its_parents(tmp_path):
-  sweep.make(tmp_path / 'here', arms=sweep.ARMS[:2], seeds=1)
-  shutil.move(tmp_path / 'here', tmp_path / 'there')
-  found = arms.read_sweep(tmp_path / 'there')
-  assert {run.name: run.parent.name for run in found.runs if run.is_rl} == {
-    'rl/arm0-seed0': 'pre/arm0-seed0', 'rl/arm1-seed0': 'pre/arm1-seed0'}
-  # The parents lie beside, where the config doesn't say; runs of the same name are not taken for them.
-  (tmp_path / 'there' / 'rl' / 'again').mkdir()
-  shutil.copytree(tmp_path / 'there' / 'rl' / 'arm0-seed0', tmp_path / 'there' / 'rl' / 'again' / 'arm0-seed0')
-  alone = arms.read_sweep(tmp_path / 'there' / 'rl')
-  assert all('unknown' in run.arm for run in alone.runs) and len(alone.notes) >= 3
-
-
-def test_a_parent_beside_the_sweep_names_the_arm(tmp_path):
-  sweep.make(tmp_path, arms=sweep.ARMS[1:2], seeds=1)
-  found = arms.read_sweep(tmp_path / 'rl')
-  assert [(run.arm, run.stage) for run in found.runs] == [('β = -0.25', 'pre-training → RL')] and not found.notes
+  for said in ('no reward signal', 'every sample is truncated', 'the reward does not move', 'the entropy collapses'):
+    assert f'rl/arm0-seed0: {said}' in page.text
+  assert '4 things are missing or odd' in page.text
 
 
 @pytest.mark.slow
@@ -274,14 +280,17 @@ def test_five_arms_three_seeds_ten_thousand_steps_in_half_a_minute(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('chromium'), reason='needs a browser')
-def test_a_browser_has_nothing_to_complain_of(whole, tmp_path):
-  """The page's policy blocks whatever it would ask for, and a browser says so on its console: there must be nothing."""
+def test_a_browser_prints_nothing_on_its_console(whole, tmp_path):
+  """The page's policy blocks all requests, and a browser says so on its console: there must be nothing."""
   root, _ = whole
-  for width in (500, 1440):
+  frame = tmp_path / 'frame.html'
+  for width in (390, 1440):  # a window has at least 500 pixels, a frame in it any number
+    frame.write_text(f'<iframe style="border:0;width:{width}px;height:4000px" src="file://{root}/report/report.html">')
     done = subprocess.run(
-      ['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
-       f'--window-size={width},4000', f'--user-data-dir={tmp_path}/profile', f'--screenshot={tmp_path}/{width}.png',
-       f'file://{root}/report/report.html'],
+      ['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
+       '--disable-background-networking', '--disable-component-update', '--enable-logging=stderr',
+       f'--window-size={max(width, 500)},4000', f'--user-data-dir={tmp_path}/profile',
+       f'--screenshot={tmp_path}/{width}.png', f'file://{frame}'],
       capture_output=True, text=True, timeout=120)
     assert (tmp_path / f'{width}.png').stat().st_size > 50_000
     assert 'CONSOLE' not in done.stderr
@@ -293,8 +302,8 @@ def test_real_runs_of_every_stage_make_a_page_with_nothing_odd(tmp_path):
   source = '--config.data.sources.main.uri=reasoning:chain_sum'
   tiny, pre = f'tests/tiny.py:dir={tmp_path}/data', tmp_path / 'runs' / 'pre'
 
-  def run(module, *arguments):
-    done = subprocess.run([*BETARANK, module, *map(str, arguments)], capture_output=True, text=True,
+  def run(command, *arguments):
+    done = subprocess.run([*BETARANK, command, *map(str, arguments)], capture_output=True, text=True,
                           env=environment())
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -307,7 +316,7 @@ def test_real_runs_of_every_stage_make_a_page_with_nothing_odd(tmp_path):
     run('eval', 'probe', f'--checkpoint={tmp_path}/runs/{name}', '--config.eval.probe.rows=8')
     run('eval', 'sample', f'--checkpoint={tmp_path}/runs/{name}', '--benchmark=reasoning:chain_sum?max_terms=2',
         *(f'--config.eval.sample.{x}' for x in ('samples=4', 'problems=5', 'max_new_tokens=8', 'decode_batch_size=4')))
-  out = run('eval.report', tmp_path / 'runs', f'--out={tmp_path}/page')
+  out = run('report', tmp_path / 'runs', f'--out={tmp_path}/page')
   assert out.strip() == f'report: {tmp_path}/page/report.html'
   page = Page((tmp_path / 'page' / 'report.html').read_text())
   assert 'missing or odd' not in page.text and 'There is one arm only, β = -0.25' in page.text

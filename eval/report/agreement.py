@@ -1,0 +1,86 @@
+"""What two runs must agree in before a difference between them is put down to the objective.
+
+That is everything but objective and seed: the prepared data by its hash, the tokenizer, every setting that decides what
+is learned, the step, and so the tokens seen; for a run that started from another, the same of both parents.
+"""
+
+import math
+from typing import Any
+
+from betarank.configs.load import flatten
+from betarank.eval.report.runs import Run
+
+# Settings that don't decide what is learned: how a run is executed, and what it reports.
+NOT_DECIDING = ('checkpoint', 'log', 'eval', 'data.dir', 'data.tokenizer', 'train.mesh', 'train.microbatches',
+                'train.init_from', 'train.init_what', 'rl.decode_batch_size', 'rl.microbatches', 'rl.verifier',
+                'rl.eval_prompts', 'rl.eval_samples', 'model.remat_policy', 'model.offload_activations',
+                'model.scan_layers', 'model.attention', 'model.compute_dtype', 'model.moe.kernel')
+# How long a run is to be. Runs of different length are one arm, but aren't compared: the learning rate depends on it.
+LENGTH = ('train.tokens', 'rl.steps')
+# Compared by hash; the setting is where the data came from.
+ORIGIN = ('uri', 'max_documents')
+_SHOWN = 12  # characters of a hash
+
+
+def choices(run: Run) -> dict[str, Any]:
+  """Returns {dotted key: value} of the settings that decide what is learned, without objective, seed and length."""
+  return {key: value for key, value in flatten(run.config).items()
+          if not _among(key, ('seed', 'objective', *LENGTH, *NOT_DECIDING))}
+
+
+def _among(key: str, names: tuple[str, ...]) -> bool:
+  return any(key == name or key.startswith(name + '.') for name in names)
+
+
+def disagreements(run: Run, other: Run) -> list[str]:
+  """Returns in what two runs of one stage disagree beyond objective, seed and step, data first; [] if in nothing."""
+  found = _of_data(run, other) + _of_settings(run, other)
+  if run.parent and other.parent:
+    if run.parent_step != other.parent_step:
+      found.append(f'started from step {run.parent_step} against {other.parent_step}')
+    found += [f'{reason} (before {run.stage.rpartition("→")[2].strip()})'
+              for reason in disagreements(run.parent, other.parent)]
+  return list(dict.fromkeys(found))
+
+
+def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
+  """Returns [] if both steps are one, else one reason that names them and the tokens seen."""
+  if step == other_step:
+    return []
+  seen = [f' ({run.tokens_per_step * at:,.0f} tokens)' if not run.is_rl and math.isfinite(run.tokens_per_step) else ''
+          for run, at in ((run, step), (other, other_step))]
+  return [f'step {step:,}{seen[0]} against {other_step:,}{seen[1]}']
+
+
+def _of_data(run: Run, other: Run) -> list[str]:
+  mine, theirs = run.identity, other.identity
+  if mine.tokenizer and theirs.tokenizer and mine.tokenizer != theirs.tokenizer:
+    return [f'another tokenizer ({mine.tokenizer[:_SHOWN]} against {theirs.tokenizer[:_SHOWN]})']
+  if run.is_rl:  # what it learns from is in its settings
+    return []
+  if not mine.sources or not theirs.sources:
+    return ['data identity not recorded (no checkpoint)']
+  if mine.sources.keys() != theirs.sources.keys():
+    return [f'data sources {", ".join(sorted(mine.sources))} against {", ".join(sorted(theirs.sources))}']
+  return [f'other data in source {name} ({mine.sources[name][:_SHOWN]} against {theirs.sources[name][:_SHOWN]})'
+          for name in sorted(mine.sources) if mine.sources[name] != theirs.sources[name]]
+
+
+def _of_settings(run: Run, other: Run) -> list[str]:
+  def deciding(run: Run) -> dict[str, Any]:
+    length = {key: value for key, value in flatten(run.config).items() if _among(key, LENGTH[1:] if run.is_rl else
+                                                                                 LENGTH[:1])}
+    return {key: value for key, value in {**choices(run), **length}.items()
+            if not (key.startswith('data.sources.') and key.rpartition('.')[2] in ORIGIN)
+            and not (run.is_rl and _among(key, ('data',)))}
+
+  mine, theirs = deciding(run), deciding(other)
+  found = [f'{key} {_plain(mine[key])} against {_plain(theirs[key])}' for key in sorted(mine.keys() & theirs.keys())
+           if mine[key] != theirs[key]]
+  if alone := sorted(mine.keys() ^ theirs.keys()):
+    found.append(f'{len(alone)} settings that only one of them has, as {alone[0]} (other code)')
+  return found
+
+
+def _plain(value: Any) -> str:
+  return f'{value:,}' if type(value) is int else str(value)

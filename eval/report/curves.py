@@ -1,0 +1,161 @@
+"""The lines of the report's figures: by arm, the mean over seeds, and the range or the interval around it.
+
+# S seeds  P problems  X points of a curve
+"""
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from betarank.eval.report.comparisons import aligned, estimate, pairs, sample_sets
+from betarank.eval.report.runs import Curve, Run, Sweep, number, setting
+
+BINS = 100  # points of a curve at most
+BAND_RESAMPLES = 2000
+
+
+@dataclasses.dataclass
+class Series:
+  """A line of a figure: the mean over seeds at x, and what is drawn around it; low and high are NaN for one seed."""
+
+  arm: str
+  x_X: np.ndarray
+  mean_X: np.ndarray
+  low_X: np.ndarray
+  high_X: np.ndarray
+  seeds: int
+
+
+def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
+  """Returns the metric `name` by arm, with the range over seeds, and of how many steps each point is the mean."""
+  x_X, size = _points(sweep, stage, name)
+  binned = {arm: {run.seed: _binned(run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))
+                  if name in run.curves} for arm in sweep.arms}
+  return [series for arm, by_seed in binned.items() if (series := _series(arm, x_X, list(by_seed.values())))], size
+
+
+def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
+  """Returns as `curve` does, each run less the baseline's with the same seed; only runs that agree in all the rest."""
+  x_X, size = _points(sweep, stage, name)
+  out = []
+  for arm in sweep.arms:
+    found = [(a, b) for a, b in pairs(sweep, stage, arm)[0] if name in a.curves and name in b.curves]
+    rows = [_binned(a.curves[name], x_X) - _binned(b.curves[name], x_X) for a, b in found]
+    if series := _series(arm, x_X, rows):
+      out.append(series)
+  return out, size
+
+
+def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
+  """Returns the right edges of the bins, and the steps that a bin holds."""
+  steps = [run.curves[name][0] for run in sweep.of(stage) if name in run.curves]
+  x_X = np.unique(np.concatenate([*steps, []]))
+  if len(x_X) <= BINS:
+    return x_X, 1
+  size = max(1, round(len(x_X) / BINS))
+  return np.linspace(0, x_X[-1], BINS + 1)[1:], size
+
+
+def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
+  """Returns [X]: the mean of the values at steps in (x[i-1], x[i]], NaN where there is none."""
+  steps, values = curve
+  keep = np.isfinite(values)
+  index = np.searchsorted(x_X, steps[keep], side='left')
+  keep_index = index < len(x_X)
+  count_X = np.bincount(index[keep_index], minlength=len(x_X))
+  total_X = np.bincount(index[keep_index], weights=values[keep][keep_index], minlength=len(x_X))
+  return np.divide(total_X, count_X, out=np.full(len(x_X), np.nan), where=count_X > 0)
+
+
+def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
+  """Returns the mean and range of rows [X], one per seed; None if nothing is there."""
+  if not rows:
+    return None
+  y_SX = np.array(rows)
+  there_X = ~np.isnan(y_SX).all(0)
+  if not there_X.any():
+    return None
+  y_SX = y_SX[:, there_X]
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', RuntimeWarning)
+    mean_X, low_X, high_X = np.nanmean(y_SX, 0), np.nanmin(y_SX, 0), np.nanmax(y_SX, 0)
+  if len(y_SX) < 2:
+    low_X = high_X = np.full_like(mean_X, np.nan)
+  return Series(arm, x_X[there_X], mean_X, low_X, high_X, len(y_SX))
+
+
+# Distributions of the newest probes
+
+
+def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
+  """Returns a histogram of the newest probes by arm, as shares of the tokens.
+
+  survival: the share at or above an edge. x is then the lower edge of a bin, otherwise its middle. Probes with other
+  edges than the first one's, or without such a histogram, are left out.
+  """
+  out, first = [], None
+  for arm in sweep.arms:
+    shares: dict[Any, np.ndarray] = {}
+    for run in reversed(sweep.of(stage, arm)):
+      found = _domain(run, domain)
+      edges_X, counts_X = (_numbers(setting(found, f'{name}.{part}')) for part in ('edges', 'counts'))
+      if len(edges_X) != len(counts_X) + 1 or not np.isfinite(counts_X).all() or not counts_X.sum():
+        continue
+      first = edges_X if first is None else first
+      if np.array_equal(edges_X, first):
+        share_X = counts_X / counts_X.sum()
+        shares[run.seed] = np.cumsum(share_X[::-1])[::-1] if survival else share_X
+    if shares:
+      x_X = first[:-1] if survival else (first[:-1] + first[1:]) / 2
+      out.append(_series(arm, x_X, list(shares.values())))
+  return out
+
+
+def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
+  """Returns the share of tokens to which the newest probe gives a probability of at most 1/N, over N, by arm."""
+  out = []
+  for arm in sweep.arms:
+    found: dict[Any, dict[float, float]] = {}
+    for run in reversed(sweep.of(stage, arm)):
+      shares = _domain(run, domain).get('coverage')
+      shares = shares if isinstance(shares, dict) else {}
+      points = {float(n): number(share) for n, share in shares.items() if n.isdecimal() and number(share) > 0}
+      if points:
+        found[run.seed] = points
+    if found and (x_X := np.array(sorted(set.intersection(*map(set, found.values()))))).size:
+      out.append(_series(arm, x_X, [np.array([points[x] for x in x_X]) for points in found.values()]))
+  return out
+
+
+def _domain(run: Run, domain: str) -> dict[str, Any]:
+  found = run.probe()
+  return found[1].get('domains', {}).get(domain, {}) if found else {}
+
+
+def _numbers(values: Any) -> np.ndarray:
+  return np.array([number(x) for x in values], np.float64) if isinstance(values, list) else np.array([])
+
+
+# Samples
+
+
+def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
+  """Returns Pass@k over k = 1, 2, 4, ..., n by arm, with the 95 % interval over problems and seeds."""
+  out = []
+  for arm in sweep.arms:
+    sets = [found for _, found in sample_sets(sweep, stage, arm, benchmark).values()]
+    if not sets:
+      continue
+    most = min(found.samples.score_PN.shape[1] for found in sets)
+    estimates = {}
+    for k in [2**i for i in range(int(math.log2(most)) + 1)]:
+      values_SP = aligned(sets, lambda m, k=k: m['pass_at_k'][:, k - 1])[0]
+      if (found := estimate(values_SP, (0.0, 1.0), resamples=BAND_RESAMPLES)) is not None:
+        estimates[k] = found
+    if estimates:
+      rows = np.array([(k, e.mean, e.low, e.high) for k, e in estimates.items()]).T
+      out.append(Series(arm, *rows, len(sets)))
+  return out

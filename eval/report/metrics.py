@@ -1,0 +1,89 @@
+"""Names, units and formats of the report's figures."""
+
+import dataclasses
+import math
+
+from betarank.eval import paper
+from betarank.eval.statistics import Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """How a figure is shown.
+
+  Attributes:
+    form: format of the value, and of a difference, after multiplication by `factor`.
+    change_unit: unit of a difference, if another than the value's.
+  """
+
+  title: str
+  form: str
+  unit: str = ''
+  factor: float = 1.0
+  change_unit: str = ''
+
+
+_PERCENT = dict(unit='%', factor=100.0, change_unit='points')
+_METRICS = {
+  'ce_nats': Metric('cross-entropy', '.4f', 'nats'),
+  'bits_per_byte': Metric('bits per byte', '.4f'),
+  'perplexity': Metric('perplexity', '.3f'),
+  'entropy_nats': Metric('entropy', '.4f', 'nats'),
+  'entropy_top20_nats': Metric('entropy of the top 20 %', '.3f', 'nats'),
+  'tail_mass': Metric('tail mass', '.5f'),
+  'top_gap_nats': Metric('top-1 to top-2 gap', '.3f', 'nats'),
+  'ece': Metric('calibration error (ECE)', '.4f'),
+  'rank1_accuracy': Metric('rank-1 accuracy', '.2f', **_PERCENT),
+  'pass_rate': Metric('pass rate', '.1f', **_PERCENT),
+  'length_tokens': Metric('length', '.1f', 'tokens'),
+  'truncated_share': Metric('truncated', '.1f', **_PERCENT),
+  'avg_at_n': Metric('Avg@n', '.1f', **_PERCENT),
+  'cons_at_n': Metric('Cons@n', '.1f', **_PERCENT),
+  'distinct_answers': Metric('distinct answers', '.2f'),
+  'answer_entropy_nats': Metric('answer entropy', '.3f', 'nats'),
+  'score': Metric('score', '.1f', **_PERCENT),
+  **{name: Metric(name, '.2f', **_PERCENT) for name in (*paper.BENCHMARKS, *paper.CATEGORIES, *paper.AVERAGES)},
+}
+
+
+def metric(name: str) -> Metric:
+  """Returns how the figure `name` is shown; 'pass_at_8' and unknown names included."""
+  if name.startswith('pass_at_'):
+    return Metric(f'Pass@{name.removeprefix("pass_at_")}', '.1f', **_PERCENT)
+  return _METRICS.get(name, Metric(name.replace('_', ' '), '.4g'))
+
+
+def title(name: str) -> str:
+  """'Avg@n (%)'"""
+  found = metric(name)
+  start = found.title[:1].upper() + found.title[1:]
+  return f'{start} ({found.unit})' if found.unit else start
+
+
+def shown(name: str, value: float) -> str:
+  """Returns a value without its unit, which is in the title of its row."""
+  found = metric(name)
+  return _minus(f'{found.factor * value:{found.form}}')
+
+
+def shown_change(name: str, value: float, *, unit: bool = False) -> str:
+  """'+1.2', or '+1.2 points' with the unit"""
+  found = metric(name)
+  change_unit = found.change_unit or found.unit
+  return _minus(f'{found.factor * value:+{found.form}}') + (f' {change_unit}' if unit and change_unit else '')
+
+
+def interval(name: str, e: Estimate) -> str:
+  """'[−0.3, +2.7]', the limits of a difference; '' where there are none"""
+  if not (math.isfinite(e.low) and math.isfinite(e.high)):
+    return ''
+  return f'[{shown_change(name, e.low)}, {shown_change(name, e.high)}]'
+
+
+def change(name: str, e: Estimate) -> str:
+  """'+1.2 points [−0.3, +2.7]'"""
+  return f'{shown_change(name, e.mean, unit=True)} {interval(name, e)}'.strip()
+
+
+def _minus(text: str) -> str:
+  return text.replace('-', '−')

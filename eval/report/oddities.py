@@ -1,0 +1,59 @@
+"""Signs in the log of an RL run that a person should look at: no signal, all truncated, no progress, collapse."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from betarank.eval.report.runs import Curve
+
+IN_A_ROW = 10  # steps without signal, or with everything truncated, that are worth a line
+ALL = 0.995  # a share that counts as all
+FEW_STEPS = 20  # of a run, before which progress and collapse can't be told
+EDGE_SHARE = 0.1  # of the steps: the start and the end of a run
+COLLAPSED = 0.2  # of the entropy at the start
+
+
+def of_rl(curves: Mapping[str, Curve]) -> list[str]:
+  """Returns one line for each sign found in the curves train/... of an RL run."""
+  found = []
+  for name, what in (('zero_variance_groups', 'no reward signal: all groups have zero variance'),
+                     ('truncated_share', 'every sample is truncated')):
+    steps, values = _finite(curves, name)
+    if (longest := _longest_stretch(values >= ALL)) and longest[1] >= IN_A_ROW:
+      first, count = longest
+      found.append(f'{what} at {count} steps in a row (step {steps[first]} to {steps[first + count - 1]})')
+  steps, reward = _finite(curves, 'pass_rate')
+  if len(reward) >= FEW_STEPS:
+    start, end = _edges(reward)
+    noise = 2 * math.hypot(*(part.std(ddof=1) / math.sqrt(len(part)) for part in (start, end)))
+    if abs(end.mean() - start.mean()) <= noise:
+      found.append(f'the reward does not move: pass rate {start.mean():.3f} in the first tenth of the steps, '
+                   f'{end.mean():.3f} in the last (noise of the steps ± {noise:.3f})')
+  steps, entropy = _finite(curves, 'entropy_nats')
+  if len(entropy) >= FEW_STEPS:
+    start, end = _edges(entropy)
+    if end.mean() < COLLAPSED * start.mean():
+      found.append(f'the entropy collapses: {start.mean():.3g} nats in the first tenth of the steps, {end.mean():.3g} '
+                   'in the last')
+  return found
+
+
+def _finite(curves: Mapping[str, Curve], name: str) -> Curve:
+  steps, values = curves.get(f'train/{name}', (np.array([], int), np.array([])))
+  return steps[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  size = max(2, round(EDGE_SHARE * len(values)))
+  return values[:size], values[-size:]
+
+
+def _longest_stretch(there: np.ndarray) -> tuple[int, int] | None:
+  """Returns (start, length) of the longest stretch of True, None if there is none."""
+  edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]]).astype(int)))
+  if not len(edges):
+    return None
+  lengths = edges[1::2] - edges[::2]
+  longest = int(np.argmax(lengths))
+  return int(edges[2 * longest]), int(lengths[longest])

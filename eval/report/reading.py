@@ -1,0 +1,281 @@
+"""Reading of a workdir for the report.
+
+Nothing here raises for what a file holds. A run may be unfinished, its log cut short, its config unreadable: what can
+be read is used, and the rest becomes a line in `Sweep.notes`.
+"""
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from betarank.eval import sampling_metrics
+from betarank.eval.report.runs import DataIdentity, Run, SampleSet, Start, Sweep, number, setting
+from betarank.runtime import checkpoint
+
+EXAMPLES = 6  # sample texts kept of each file
+MOST_BYTES = 2**30  # of a file, which is read into memory
+# Scores of lm-evaluation-harness, the first of which counts where a task has several.
+HARNESS_SCORES = ('acc', 'exact_match', 'em', 'pass@1', 'acc_norm', 'f1')
+
+
+def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
+  """Returns all that can be read of the workdir `path`; the rest is noted in `sweep`."""
+  config = read_object(path / 'config.json', sweep)
+  run = Run(path, name, config or {})
+  if config is None and not (path / 'config.json').exists():
+    sweep.note(name, 'no config.json; its figures can\'t be given to an arm')
+  _read_metrics(run, sweep)
+  _read_lineage(run, sweep)
+  _read_start(run, sweep)
+  _read_probes(run, sweep)
+  _read_samples(run, sweep)
+  _read_harness(run, sweep)
+  return run
+
+
+# Files
+
+
+def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
+  """Returns the JSON object in a file; None, and a note, if there is none."""
+  text = _text(path, sweep)
+  if text is None:
+    return None
+  try:
+    value = _json(text)
+  except ValueError as error:
+    sweep.note(_short(path, sweep), f'not JSON ({error})')
+    return None
+  if not isinstance(value, dict):
+    sweep.note(_short(path, sweep), 'no JSON object')
+    return None
+  return value
+
+
+def _read_lines(path: epath.Path, sweep: Sweep) -> list[dict[str, Any]]:
+  """Returns the objects of a JSON-lines file; other lines are counted in a note."""
+  lines, bad = [], []
+  texts = (_text(path, sweep) or '').split('\n')
+  for i, line in enumerate(texts):
+    if not line.strip():
+      continue
+    try:
+      value = _json(line)
+      if not isinstance(value, dict):
+        raise ValueError
+      lines.append(value)
+    except ValueError:
+      bad.append(i + 1)
+  if bad == [len(texts)]:
+    sweep.note(_short(path, sweep), 'the last line is half written (the run was ended, or is writing it now); left out')
+  elif bad:
+    shown = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
+    sweep.note(_short(path, sweep), f'{len(bad)} malformed lines left out (line {shown})')
+  return lines
+
+
+def _text(path: epath.Path, sweep: Sweep) -> str | None:
+  try:
+    if not path.exists():
+      return None
+    if '://' not in str(path) and not os.path.isfile(path):  # a pipe or a device, which is_file() takes, has no end
+      raise OSError('it is no file')
+    if path.stat().length > MOST_BYTES:
+      raise OSError(f'it is larger than {MOST_BYTES} bytes')
+    return path.read_bytes().decode('utf-8', errors='replace')
+  except OSError as error:
+    sweep.note(_short(path, sweep), f'could not be read ({error.strerror or error})')
+    return None
+
+
+def _short(path: epath.Path, sweep: Sweep) -> str:
+  try:
+    return str(path.relative_to(sweep.root))
+  except ValueError:
+    return str(path)
+
+
+def _json(text: str) -> Any:
+  """Parses JSON. Raises ValueError, also for what is nested too deep to be written by this project."""
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError('nested too deep') from None
+
+
+def _steps_in(folder: epath.Path) -> list[int]:
+  if not folder.exists():
+    return []
+  return sorted(int(p.stem) for p in folder.iterdir() if p.suffix == '.json' and p.stem.isdecimal())
+
+
+def _folders_in(folder: epath.Path) -> list[epath.Path]:
+  return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.exists() else []
+
+
+# Training
+
+
+def _read_metrics(run: Run, sweep: Sweep) -> None:
+  path = run.path / 'metrics.jsonl'
+  if not path.exists():
+    sweep.note(run.name, 'no metrics.jsonl yet')
+    return
+  columns: dict[str, dict[int, float]] = {}
+  without_step, wrong, not_finite = 0, set(), {}
+  for line in _read_lines(path, sweep):
+    step = line.get('step')
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
+      without_step += 1
+      continue
+    for name, value in line.items():
+      if not name.startswith(('train/', 'eval/', 'time/')):
+        continue
+      x = value if type(value) is float else number(value)
+      if not math.isfinite(x):
+        if isinstance(value, float):
+          not_finite.setdefault(name, []).append(step)
+        else:
+          wrong.add(name)
+        x = math.nan
+      columns.setdefault(name, {})[step] = x
+  for name, column in columns.items():
+    steps = sorted(column)
+    run.curves[name] = np.array(steps), np.array([column[step] for step in steps])
+  if without_step:
+    sweep.note(run.name, f'{without_step} lines of metrics.jsonl have no step; left out')
+  for name in sorted(wrong):
+    sweep.note(run.name, f'metrics.jsonl has values of {name} that are no numbers; left out')
+  for name, steps in sorted(not_finite.items()):
+    if not name.endswith('standard_error'):  # of one problem: there is none
+      sweep.note(run.name, f'{name} is NaN or infinite at {len(steps)} steps, first at step {min(steps)}; left out')
+  run.texts = _read_lines(run.path / 'samples.jsonl', sweep)[-EXAMPLES:]
+
+
+def _read_lineage(run: Run, sweep: Sweep) -> None:
+  """Reads parent, code version and data identity from the newest checkpoint; before there is one, the config's parent.
+  """
+  run.parent_path = setting(run.config, 'train.init_from') or ''
+  if not isinstance(run.parent_path, str):
+    run.parent_path = ''
+  if not (run.path / 'checkpoints').exists():
+    return
+  try:
+    found = checkpoint.find(str(run.path))
+    meta = checkpoint.read_meta(found)
+  except (checkpoint.CheckpointError, OSError) as error:
+    sweep.note(run.name, str(error).replace(f'{run.path}/', ''))
+    return
+  run.checkpoint = _short(found, sweep)
+  run.parent_path = str(meta.get('parent') or run.parent_path)
+  run.code_version = str(meta.get('code_version') or '')
+  run.identity = _identity(meta)
+
+
+def _identity(meta: Mapping[str, Any]) -> DataIdentity:
+  sources = setting(meta, 'cursor.sources')
+  sources = sources if isinstance(sources, dict) else {}
+  fingerprints = {name: str(source['fingerprint']) for name, source in sources.items()
+                  if isinstance(source, dict) and 'fingerprint' in source}
+  rows = [number(source.get('rows')) for source in sources.values() if isinstance(source, dict)]
+  return DataIdentity(str(meta.get('tokenizer_sha256') or ''), fingerprints, sum(rows) if rows else math.nan,
+                      number(setting(meta, 'cursor.prompts')))
+
+
+def _read_start(run: Run, sweep: Sweep) -> None:
+  found = read_object(run.path / 'run.json', sweep) or {}
+  command = found.get('command') or ''
+  if isinstance(command, list):
+    command = shlex.join(map(str, command))
+  run.start = Start(str(command), str(found.get('device_kind') or ''), number(found.get('devices')),
+                    number(found.get('started_s')))
+
+
+# Evaluations
+
+
+def _read_probes(run: Run, sweep: Sweep) -> None:
+  folder = run.path / 'eval' / 'probe'
+  for step in _steps_in(folder):
+    probe = read_object(folder / f'{step}.json', sweep)
+    if probe is None:
+      continue
+    domains = probe.get('domains')
+    if not isinstance(domains, dict) or not all(isinstance(domain, dict) for domain in domains.values()) or not domains:
+      sweep.note(_short(folder / f'{step}.json', sweep), 'a probe without domains; left out')
+      continue
+    run.probes[step] = probe
+
+
+def _read_samples(run: Run, sweep: Sweep) -> None:
+  for benchmark in _folders_in(run.path / 'eval' / 'samples'):
+    for step in _steps_in(benchmark):
+      where = _short(benchmark / f'{step}.jsonl', sweep)
+      settings = read_object(benchmark / f'{step}.json', sweep) or {}
+      good, wrong, examples, shown = [], [], [], set()
+      for line in _read_lines(benchmark / f'{step}.jsonl', sweep):
+        try:
+          sampling_metrics.parse(line)
+        except ValueError as error:
+          wrong.append(str(error))
+          continue
+        if len(examples) < EXAMPLES and (kind := line['verdict']) not in shown:
+          shown.add(kind)
+          examples.append(line)
+        good.append({name: line[name] for name in sampling_metrics.FIELDS})
+      if wrong:
+        sweep.note(where, f'{len(wrong)} samples left out: {wrong[0]}')
+      if not good:
+        sweep.note(where, 'no samples yet')
+        continue
+      found = SampleSet(settings, sampling_metrics.collect(good), examples)
+      named = settings.get('benchmark')
+      run.samples.setdefault(named if isinstance(named, str) else benchmark.name, {})[step] = found
+      _note_samples(where, found, sweep)
+
+
+def _note_samples(where: str, found: SampleSet, sweep: Sweep) -> None:
+  there_P = (~np.isnan(found.samples.tokens_PN)).sum(1)
+  problems, n = number(found.settings.get('problems')), number(found.settings.get('n'))
+  if problems > len(there_P):
+    sweep.note(where, f'{len(there_P)} of {problems:.0f} problems so far')
+  if n > there_P.min():
+    sweep.note(where, f'{int((there_P < n).sum())} problems have fewer than n = {n:.0f} samples so far')
+  if found.samples.undecided:
+    sweep.note(where, f'{found.samples.undecided} samples undecided by the verifier; counted neither right nor wrong')
+
+
+def _read_harness(run: Run, sweep: Sweep) -> None:
+  for tasks in _folders_in(run.path / 'eval' / 'harness'):
+    for step in _steps_in(tasks):
+      found = read_object(tasks / f'{step}.json', sweep)
+      if found is None:
+        continue
+      results = found.get('results')
+      if not isinstance(results, dict):
+        sweep.note(_short(tasks / f'{step}.json', sweep), 'no results of lm-evaluation-harness; left out')
+        continue
+      groups = found.get('groups')
+      results = {**results, **(groups if isinstance(groups, dict) else {})}
+      asked = found.get('tasks')
+      how = {key: found.get(key) for key in ('num_fewshot', 'limit', 'lm_eval', 'max_length', 'seed')}
+      for task in asked if isinstance(asked, list) else results:  # a group's own tasks are in its score
+        values = results.get(str(task))
+        if isinstance(values, dict) and (score := _harness_score(values)):
+          run.harness.setdefault(step, {})[str(task)] = {**score, 'settings': how}
+
+
+def _harness_score(values: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Returns {'metric', 'score', 'standard_error'} from a task's results, {'acc,none': 0.3, 'acc_stderr,none': 0.01}."""
+  for name in HARNESS_SCORES:
+    for key, value in values.items():
+      metric, _, kind = key.partition(',')
+      if metric == name and math.isfinite(number(value)):
+        return {'metric': name, 'score': number(value), 'standard_error': number(values.get(f'{name}_stderr,{kind}'))}
+  return None

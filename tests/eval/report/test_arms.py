@@ -1,0 +1,83 @@
+"""Runs are found, linked to their parents and named, and a sweep's own names are used."""
+
+import json
+import shutil
+
+import pytest
+
+from betarank.eval.report import arms
+from tests.eval import sweep
+
+
+@pytest.mark.parametrize(('objective', 'name'), [
+  ({}, 'CE'), ({'beta': -0.25}, 'β = -0.25'), ({'lambda_tail': -0.1}, 'λ̂ = -0.1'),
+  ({'lambda_tail': -0.1, 'top_k': 50}, 'λ̂ = -0.1, k = 50'), ({'top_k': 50}, 'CE'),
+  ({'beta': 1, 'form': 'product'}, 'β = 1, form = product'),
+])
+def test_arms_are_named_by_what_differs_from_cross_entropy(objective, name):
+  assert arms.label(sweep.config(objective=objective, seed=0, steps=1)['objective']) == name
+
+
+def test_a_moved_sweep_still_finds_its_parents(tmp_path):
+  sweep.make(tmp_path / 'here', arms=sweep.ARMS[:2], seeds=1)
+  shutil.move(tmp_path / 'here', tmp_path / 'there')
+  found = arms.read_sweep(tmp_path / 'there')
+  assert {run.name: run.parent.name for run in found.runs if run.is_rl} == {
+    'rl/arm0-seed0': 'pre/arm0-seed0', 'rl/arm1-seed0': 'pre/arm1-seed0'}
+  # The parents lie elsewhere; runs of the same name are not mistaken for them.
+  (tmp_path / 'there' / 'rl' / 'again').mkdir()
+  shutil.copytree(tmp_path / 'there' / 'rl' / 'arm0-seed0', tmp_path / 'there' / 'rl' / 'again' / 'arm0-seed0')
+  alone = arms.read_sweep(tmp_path / 'there' / 'rl')
+  assert all('unknown' in run.arm for run in alone.runs) and len(alone.notes) >= 3
+
+
+def test_a_parent_outside_the_sweep_names_the_arm(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[1:2], seeds=1)
+  found = arms.read_sweep(tmp_path / 'rl')
+  assert [(run.arm, run.stage) for run in found.runs] == [('β = -0.25', 'pre-training → RL')] and not found.notes
+
+
+def change(path, **settings):
+  """Changes settings of a run's config by dotted key ('__' for the dot)."""
+  config = json.loads((path / 'config.json').read_text())
+  for key, value in settings.items():
+    section, name = key.split('__')
+    config[section][name] = value
+  (path / 'config.json').write_text(json.dumps(config))
+
+
+def test_another_setting_makes_another_arm_with_a_baseline_of_its_own(tmp_path):
+  for name, beta, lr in (('a', 0.0, 3e-4), ('b', 0.0, 1e-3), ('c', -0.25, 3e-4), ('d', -0.25, 1e-3)):
+    sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0)
+    change(tmp_path / name, optimizer__lr=lr)
+  found = arms.read_sweep(tmp_path)
+  assert found.arms == ['CE, lr = 0.0003', 'CE, lr = 0.001', 'β = -0.25, lr = 0.0003', 'β = -0.25, lr = 0.001']
+  assert found.baselines == {
+    'CE, lr = 0.0003': 'CE, lr = 0.0003', 'CE, lr = 0.001': 'CE, lr = 0.0003',
+    'β = -0.25, lr = 0.0003': 'CE, lr = 0.0003', 'β = -0.25, lr = 0.001': 'CE, lr = 0.001'}
+
+
+def test_how_a_run_is_executed_makes_no_arm(tmp_path):
+  for name, policy, offload in (('a', 'none', False), ('b', 'full', True)):
+    sweep.run(tmp_path / name, objective={}, seed=int(name == 'b'), steps=20, entropy=1.0)
+    change(tmp_path / name, model__remat_policy=policy, model__offload_activations=offload)
+  assert arms.read_sweep(tmp_path).arms == ['CE']
+
+
+def test_arms_have_the_names_that_sweep_json_gives_them(tmp_path):
+  points = {}
+  for beta in (0.0, -0.25):
+    for seed in (0, 1):
+      name = f'beta={beta},seed={seed}'
+      train, rl = tmp_path / name / 'train', tmp_path / name / 'rl'
+      sweep.run(train, objective={'beta': beta}, seed=seed, steps=4, entropy=1.0)
+      sweep.run(rl, objective={}, seed=seed, steps=2, entropy=1.0, init_from=train / 'checkpoints' / '4')
+      points |= {f'{name}/train': {'stage': 'train'}, f'{name}/rl': {'stage': 'rl'}}
+  sweep.write(tmp_path / 'sweep.json', json.dumps({'points': points}))
+  found = arms.read_sweep(tmp_path)
+  assert found.arms == ['beta=0.0', 'beta=-0.25']  # plain cross-entropy first, by its config and not by its name
+  assert {(run.arm, run.stage) for run in found.runs} == {
+    (arm, stage) for arm in found.arms for stage in ('pre-training', 'pre-training → RL')}
+  assert set(found.baselines.values()) == {'beta=0.0'} and not found.notes
+  above = arms.read_sweep(tmp_path.parent)  # a folder with several sweeps
+  assert {'beta=0.0', 'beta=-0.25'} <= set(above.arms)

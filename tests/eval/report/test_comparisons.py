@@ -1,0 +1,166 @@
+"""Differences are paired, corrected, and taken only between runs that agree in all but the objective."""
+
+import json
+
+import numpy as np
+import pytest
+
+from betarank.eval.report import arms, comparisons, curves, words
+from tests.eval import sweep
+
+AFTER = 'pre-training → RL'
+
+
+def compared(root):
+  """{(stage, metric, arm): comparison} of samples and distributions."""
+  found = arms.read_sweep(root)
+  both = comparisons.benchmarks(found, k=8) + comparisons.distributions(found, ['entropy_nats', 'ce_nats'])
+  return {(c.stage, c.metric, c.arm): c for c in both}
+
+
+def sentences(root):
+  found = arms.read_sweep(root)
+  said = words.first_screen(found, comparisons.distributions(found, ['entropy_nats', 'ce_nats']),
+                            comparisons.benchmarks(found, k=8))
+  return [sentence.removeprefix('<p>').removesuffix('</p>') for sentence in said]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """Three arms, three seeds; arm 1 is better after RL."""
+  root = tmp_path_factory.mktemp('whole')
+  sweep.make(root, arms=sweep.ARMS[:3], seeds=3)
+  return root
+
+
+def test_differences_are_paired_and_corrected(whole):
+  found = compared(whole)
+  after = {arm: found[AFTER, 'avg_at_n', arm] for arm in ('CE', 'β = -0.25', 'β = 0.5')}
+  assert after['β = -0.25'].verdict == 'beyond' and after['β = -0.25'].difference.mean == pytest.approx(0.25, abs=0.06)
+  assert after['β = 0.5'].verdict == 'within' and after['CE'].difference is None
+  better = after['β = -0.25']
+  assert better.difference.mean == pytest.approx(better.value.mean - after['CE'].value.mean)
+  assert better.difference.high - better.difference.low < (better.value.high - better.value.low) / 2
+  assert better.p_holm >= better.difference.p_value
+  assert found['pre-training', 'avg_at_n', 'β = -0.25'].verdict == 'within'
+  gains = {(c.metric, c.arm): c for c in comparisons.gains(arms.read_sweep(whole), k=8)}
+  assert gains['avg_at_n', 'β = -0.25'].verdict == 'beyond' and gains['avg_at_n', 'CE'].verdict == 'within'
+
+
+def test_three_sentences_say_what_was_put_in(whole):
+  what, before, after = sentences(whole)
+  assert what == ('CE, β = -0.25 and β = 0.5 saw the same data for the same steps, with 3 seeds each, and differ only '
+                  'in the objective.')
+  assert before.startswith('Before RL, on main and relative to CE, entropy is lower for β = -0.25 (−0.')
+  assert before.endswith(' and cross-entropy differs for no arm beyond noise.')
+  assert after.startswith('After RL, β = -0.25 is better than CE on amc23 (+2')
+  assert after.endswith('; no other difference is beyond noise.') and 'β = 0.5' not in after
+
+
+def test_one_seed_gives_no_verdict_and_no_rank(tmp_path):
+  """A gain of 30 points was called beyond noise with one seed per arm."""
+  sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
+  found = compared(tmp_path)
+  better = found[AFTER, 'avg_at_n', 'β = -0.25']
+  assert better.difference.excludes_zero and better.verdict == '' and better.remark == 'one seed: no verdict'
+  assert not any(c.verdict for c in found.values())
+  what, before, after = sentences(tmp_path)
+  assert '1 seed each' in what and 'this is one seed per arm, and what another would give is not known' in before
+  assert after.startswith('After RL, with one seed per arm, no arm can be called better: on amc23, relative to CE')
+  assert after.endswith('these intervals hold the noise of problems only, not that of seeds.')
+  assert 'beyond' not in before + after
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path):
+  """The data has the same name and the same settings; its hash is another."""
+  for name, beta, data in (('ce', 0.0, 'd' * 64), ('low', -0.25, 'e' * 64), ('high', 0.5, 'd' * 64)):
+    sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0 - beta, data=data)
+  found = compared(tmp_path)
+  low, high = (found['pre-training', 'entropy_nats', arm] for arm in ('β = -0.25', 'β = 0.5'))
+  assert low.difference is None
+  assert low.remark == 'not compared with CE: other data in source main (eeeeeeeeeeee against dddddddddddd)'
+  assert high.difference.mean == pytest.approx(-0.5)
+  what, before, _ = sentences(tmp_path)
+  assert what == ('CE and β = 0.5 saw the same data for the same steps, with 1 seed each, and differ only in the '
+                  'objective; β = -0.25 is not compared with CE: other data in source main (eeeeeeeeeeee against '
+                  'dddddddddddd).')
+  assert 'β = -0.25' not in before
+  assert not curves.difference(arms.read_sweep(tmp_path / 'low'), 'pre-training', 'train/entropy_nats')[0]
+
+
+@pytest.mark.parametrize(('key', 'value', 'said'), [
+  ('optimizer.lr', 1e-3, 'optimizer.lr 0.001 against 0.0003'),
+  ('train.tokens', 10**6, 'train.tokens 1,000,000 against 81,920'),
+  ('model.layers', 5, 'model.layers 5 against 4'),
+  ('train.microbatches', 2, ''),  # how a run is executed changes nothing
+  ('log.every_steps', 3, ''),
+])
+def test_a_difference_needs_all_but_the_objective_to_be_alike(tmp_path, key, value, said):
+  for name, beta in (('ce', 0.0), ('low', -0.25)):
+    sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0)
+  config = json.loads((tmp_path / 'low' / 'config.json').read_text())
+  section, name = key.split('.')
+  config[section][name] = value
+  (tmp_path / 'low' / 'config.json').write_text(json.dumps(config))
+  c = next(c for (_, metric, arm), c in compared(tmp_path).items() if metric == 'entropy_nats' and 'β' in arm)
+  assert (c.difference is None) == bool(said) and said in c.remark
+
+
+def test_figures_of_other_steps_are_not_compared(tmp_path):
+  """A run at step 12 was compared with a finished one, as if they had seen the same tokens."""
+  for name, beta, steps in (('ce', 0.0, 20), ('low', -0.25, 12)):
+    sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=steps, entropy=1.0)
+    config = json.loads((tmp_path / name / 'config.json').read_text())
+    config['train']['tokens'] = 20 * 8 * 512
+    (tmp_path / name / 'config.json').write_text(json.dumps(config))
+  c = compared(tmp_path)['pre-training', 'entropy_nats', 'β = -0.25']
+  assert c.difference is None and 'step 12 (49,152 tokens) against 20 (81,920 tokens)' in c.remark
+  assert sentences(tmp_path)[0] == ('β = -0.25 is not compared with CE: step 12 (49,152 tokens) against 20 (81,920 '
+                                    'tokens); so no change is put down to an objective.')
+
+
+def test_parents_must_agree_too(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
+  meta = tmp_path / 'pre' / 'arm1-seed0' / 'checkpoints' / '40' / 'meta' / 'metadata'
+  meta.write_text(meta.read_text().replace('d' * 64, 'e' * 64))
+  c = compared(tmp_path)[AFTER, 'avg_at_n', 'β = -0.25']
+  assert c.difference is None and 'other data in source main' in c.remark and '(before RL)' in c.remark
+
+
+def test_samples_drawn_otherwise_are_not_compared(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
+  settings = tmp_path / 'rl' / 'arm1-seed0' / 'eval' / 'samples' / 'amc23' / '10.json'
+  settings.write_text(json.dumps(json.loads(settings.read_text()) | {'temperature': 1.0}))
+  found = compared(tmp_path)
+  after = found[AFTER, 'avg_at_n', 'β = -0.25']
+  assert after.remark == 'not compared with CE: sampled with other temperature' and after.difference is None
+  assert found['pre-training', 'avg_at_n', 'β = -0.25'].difference is not None
+
+
+def test_gains_are_measured_from_the_checkpoint_that_rl_started_from(tmp_path):
+  sweep.make(tmp_path, arms=sweep.ARMS[:1], seeds=1)
+  rng = np.random.default_rng(0)
+  later = tmp_path / 'pre' / 'arm0-seed0'
+  sweep.samples(later, 99, 'amc23', [1.0] * 30, 16, rng)  # of a step that RL never saw
+  gain = next(c for c in comparisons.gains(arms.read_sweep(tmp_path), k=8) if c.metric == 'avg_at_n')
+  assert abs(gain.difference.mean) < 0.1
+
+
+def test_curves_are_means_over_seeds_of_means_over_bins(tmp_path):
+  for seed, values in ((0, [1.0, 3.0]), (1, [3.0, 5.0])):
+    path = tmp_path / str(seed)
+    sweep.write(path / 'config.json', json.dumps(sweep.config(objective={}, seed=seed, steps=2)))
+    sweep.write(path / 'metrics.jsonl', ''.join(json.dumps({'step': i + 1, 'train/x': v}) + '\n'
+                                                for i, v in enumerate(values)))
+  (series,), size = curves.curve(arms.read_sweep(tmp_path), 'pre-training', 'train/x')
+  assert size == 1
+  assert series.x_X.tolist() == [1, 2] and series.mean_X.tolist() == [2, 4]
+  assert series.low_X.tolist() == [1, 3] and series.high_X.tolist() == [3, 5]
+  values, x = np.array([7.0, 1, 4, 5, np.nan, np.inf]), np.array([2.0, 4, 6])
+  np.testing.assert_allclose(curves._binned((np.arange(6), values), x), [4, 5, np.nan])
+
+
+def test_long_curves_say_how_many_steps_a_point_is_the_mean_of(tmp_path):
+  sweep.run(tmp_path / 'a', objective={}, seed=0, steps=1000, entropy=1.0)
+  (series,), size = curves.curve(arms.read_sweep(tmp_path), 'pre-training', 'train/ce_nats')
+  assert size == 10 and len(series.x_X) == 100
