@@ -1,155 +1,305 @@
-"""Runs side by side, from what they wrote: betarank compare WORKDIR WORKDIR ... [--plot=FILE.png]
+"""Compares runs from what they logged: betarank compare WORKDIR WORKDIR ... [--plot=FILE.png|FILE.svg]
 
-Prints a table of the last validation figures and draws the curves. Only reads; needs no device.
+Prints a table, of the last validation of pre-training runs, or of the start and the end of RL runs, and draws the
+curves. Runs are named by the settings in which they differ. Only reads; needs no device.
 """
 
 import argparse
+import dataclasses
+import math
+import shutil
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from rich.console import Console
-from rich.table import Table
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import check_places, flatten, read
+from betarank.eval.report.figures import STYLE, colour, dash, dodge
 from betarank.runtime.metrics import read_lines
 
-KEYS = {'train/ce_nats': 'cross-entropy (nats)', 'train/entropy_nats': 'entropy (nats)'}
-COLUMNS = {'ce_nats': '.4f', 'bits_per_byte': '.4f', 'entropy_nats': '.4f', 'tail_mass': '.5f', 'rank1_accuracy': '.4f'}
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+KINDS = {'train/pass_rate': 'RL', 'train/ce_nats': 'pre-training'}  # what a run logs -> what it is
+VALIDATION = {'ce_nats': ('CE (nats)', '.4f'), 'bits_per_byte': ('bits/byte', '.4f'),
+              'entropy_nats': ('entropy (nats)', '.4f'), 'tail_mass': ('tail mass', '.5f'),
+              'rank1_accuracy': ('rank-1', '.4f')}
+DYNAMICS = {'pass_rate': ('reward', '.3f'), 'entropy_nats': ('entropy (nats)', '.3f'),
+            'length_tokens': ('length', '.1f'), 'truncated_share': ('truncated', '.1%')}
+FIRST_AND_LAST = 10  # steps whose mean is the start or the end of an RL run
+WIDTH = 80  # columns where there is no terminal
+LABEL = 22  # characters of the longest name that stands in the table itself
+FORMATS = ('png', 'svg')
 
 
-def read_run(path: str, key: str = 'train/ce_nats') -> dict[str, Any]:
-  """{'config': flat config, 'lines': metrics}. Raises ConfigError if `path` is no workdir of a run that wrote `key`."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run's settings, {dotted key: value}, and the lines of its metrics.jsonl."""
+
+  path: str
+  kind: str
+  config: Mapping[str, Any]
+  lines: Sequence[Mapping[str, Any]]
+
+  def curve(self, key: str) -> dict[int, float]:
+    """Returns {step: value} of one figure, where it is a number."""
+    return {line['step']: line[key] for line in self.lines
+            if isinstance(line.get(key), int | float) and math.isfinite(line[key])}
+
+
+def read_run(path: str) -> Run:
+  """Returns the run in the workdir `path`. Raises ConfigError if there is none, or it hasn't finished a step."""
   check_places({'WORKDIR': path}, '')
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
-  run = {'path': path, 'config': flatten(read(str(root / 'config.json'))), 'lines': read_lines(root / 'metrics.jsonl')}
-  if not any(key in line for line in run['lines']):
-    raise ConfigError(f'{path}: no {key} in its metrics.jsonl; this run has not finished a step yet, or is of another '
-                      'kind')
-  return run
+  lines = read_lines(root / 'metrics.jsonl')
+  kind = next((kind for key, kind in KINDS.items() if any(key in line for line in lines)), '')
+  if not kind:
+    raise ConfigError(f'{path}: no {" or ".join(KINDS)} in its metrics.jsonl; this run has not finished a step yet')
+  return Run(path, kind, flatten(read(str(root / 'config.json'))), lines)
 
 
-def names(runs: list[dict[str, Any]]) -> list[str]:
-  """What tells the runs apart: the settings in which their configs differ."""
-  keys = sorted({k for run in runs for k in run['config'] if k != 'data.dir'
-                 and any(run['config'].get(k) != other['config'].get(k) for other in runs)})
-  starts = [str(run['config'].get('train.init_from')).strip('/').split('/') for run in runs]
+def read_runs(paths: Sequence[str]) -> list[Run]:
+  """Returns the runs in several workdirs. Raises ConfigError if they are not of one kind."""
+  runs = [read_run(path) for path in paths]
+  other = next((run for run in runs if run.kind != runs[0].kind), None)
+  if other:
+    raise ConfigError(f'{other.path}: a run of {other.kind}, and {runs[0].path} is one of {runs[0].kind}; compare runs '
+                      'of one kind')
+  return runs
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+  """Returns the settings in which each run differs from any other, 'beta=-0.25, seed=1'; a lone run's path."""
+  keys = sorted({key for run in runs for key in run.config if key != 'data.dir'
+                 and any(run.config.get(key) != other.config.get(key) for other in runs)})
+  starts = [str(run.config.get('train.init_from')).strip('/').split('/') for run in runs]
   while len({start[-1] for start in starts}) == 1 and min(map(len, starts)) > 1:
     starts = [start[:-1] for start in starts]  # runs/beta=0/pretrain and runs/beta=1/pretrain
-  labels = [', '.join(f'{k.rsplit(".", 1)[-1]}={start[-1] if k == "train.init_from" else run["config"].get(k)}'
-                      for k in keys) for run, start in zip(runs, starts)]
-  return [label or run['path'] for label, run in zip(labels, runs)]
+  leaves = [key.rsplit('.', 1)[-1] for key in keys]
+  short = [leaf if leaves.count(leaf) == 1 else key for key, leaf in zip(keys, leaves)]
+  labels = [', '.join(f'from {start[-1]}' if key == 'train.init_from' else f'{name}={run.config.get(key)}'
+                      for key, name in zip(keys, short)) for run, start in zip(runs, starts)]
+  return [label or run.path for label, run in zip(labels, runs)]
 
 
-def last_evaluation(run: dict[str, Any]) -> dict[str, float]:
-  """{'SOURCE/ce_nats': ...} of the newest validation of each source."""
-  figures = {}
-  for line in run['lines']:
-    figures |= {k.removeprefix('eval/'): v for k, v in line.items() if k.startswith('eval/')}
-  return figures
+# Tables
 
 
-def table(runs: list[dict[str, Any]]) -> Table:
-  """The figures that decide: is cross-entropy equal, is entropy not."""
-  out = Table(title='validation, after the last step', title_justify='left', box=None, pad_edge=False)
-  out.add_column('run', no_wrap=True)
-  for column in ('step', 'CE (nats)', 'bits/byte', 'entropy (nats)', 'tail mass', 'rank-1', 'tokens/s'):
-    out.add_column(column, justify='right', no_wrap=True)
-  for label, run in zip(names(runs), runs):
-    figures = last_evaluation(run)
-    steps = [line for line in run['lines'] if 'train/ce_nats' in line]
-    # The median step: compiling and a busy machine make outliers.
-    speed = statistics.median(line['time/tokens_per_s'] for line in steps)
-    sources = sorted({name.split('/')[0] for name in figures}) or ['']
-    for source in sources:
-      shown = [f'{figures[f"{source}/{name}"]:{form}}' if f'{source}/{name}' in figures else '-'
-               for name, form in COLUMNS.items()]
-      name = f'{label} on {source}' if len(sources) > 1 else label
-      out.add_row(name, str(steps[-1]['step']), *shown, f'{speed:,.0f}')
-  return out
+def report(runs: Sequence[Run], width: int) -> str:
+  """Returns the table as text of at most `width` columns, with a legend where names are too long for it."""
+  labels, legend = names(runs), []
+  if max(map(len, labels)) > LABEL:
+    for number, label in enumerate(labels, 1):
+      legend += textwrap.wrap(f'{number}  {label}', width, subsequent_indent='   ')
+    labels = [str(number) for number in range(1, len(runs) + 1)]
+  make = _of_rl if runs[0].kind == 'RL' else _of_pretraining
+  title, columns, rows, notes = make(runs, labels)
+  body = blocks(columns, rows, width)
+  notes = [line for note in notes for line in textwrap.wrap(note, width)]
+  return '\n'.join([*legend, *([''] if legend else []), *textwrap.wrap(title, width), *body, *notes])
 
 
-def plot(runs: list[dict[str, Any]], path: str) -> None:
-  """Cross-entropy and entropy over steps, and how far each run is from the first, as one picture."""
-  labels = names(runs)
-  curves = [{key: curve(run, key) for key in KEYS} for run in runs]
-  figure, axes = canvas(3)
-  for axis, (key, title) in zip(axes, KEYS.items()):
-    draw(axis, title, labels, [c[key] for c in curves], lambda steps: max(20, steps // 25))
-  for c, colour in list(zip(curves, COLOURS * len(runs)))[1:]:
-    for style, key in zip(('--', '-'), KEYS):
-      shared = [step for step in c[key] if step in curves[0][key]]
-      values = smooth([c[key][step] - curves[0][key][step] for step in shared], max(50, len(shared) // 12))
-      axes[2].plot(shared, values, style, color=colour, linewidth=1.5)
-  axes[2].axhline(0, color='black', linewidth=0.8)
-  axes[2].set(title=f'difference from {labels[0]}', ylabel='entropy; dashed: cross-entropy (nats)')
-  save(figure, axes, path)
+def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
+  """The figures that decide: is cross-entropy equal, and is entropy not? Each row is of one validation."""
+  rows, notes, steps = [], [], {}
+  for label, run in zip(labels, runs):
+    found = {source: last_validation(run, source) for source in _sources(run)} or {'': {}}
+    last = max(run.curve('train/ce_nats'), default=0)
+    speed = _median(run.curve('time/tokens_per_s'))
+    for source, figures in found.items():
+      step = figures.get('step')
+      steps.setdefault(source, set()).add(step)
+      rows.append([f'{label} {source}' if len(found) > 1 else label, '-' if step is None else str(step),
+                   *(f'{figures[name]:{form}}' if name in figures else '-' for name, (_, form) in VALIDATION.items()),
+                   speed])
+    behind = {figures.get('step') for figures in found.values()} - {last}
+    if behind:
+      when = ', '.join('none yet' if step is None else f'step {step}' for step in behind)
+      notes.append(f'{label}: at step {last}; last validation: {when}')
+  if any(len(found) > 1 for found in steps.values()):
+    notes.append('The validations are of different steps: their figures can\'t be compared.')
+  columns = ['run', 'step', *(title for title, _ in VALIDATION.values()), 'tokens/s']
+  return 'Last validation of each run, and its step', columns, rows, notes
 
 
-def curve(run: dict[str, Any], key: str) -> dict[int, float]:
-  """{step: value} of one figure."""
-  return {line['step']: line[key] for line in run['lines'] if key in line}
+def last_validation(run: Run, source: str) -> dict[str, float]:
+  """Returns the step and the figures of the newest validation of a source, all from one line; {} if there is none."""
+  start = f'eval/{source}/'
+  for line in reversed(run.lines):
+    if f'{start}ce_nats' in line:
+      return {'step': line['step'], **{key.removeprefix(start): value for key, value in line.items()
+                                       if key.startswith(start) and isinstance(value, int | float)}}
+  return {}
 
 
-def canvas(panels: int):
-  """A matplotlib figure and its `panels` axes, side by side."""
+def _sources(run: Run) -> list[str]:
+  return sorted({key.split('/')[1] for line in run.lines for key in line
+                 if key.startswith('eval/') and key.endswith('/ce_nats')})
+
+
+def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
+  """Start -> end of each figure."""
+  held_out = sorted({key for run in runs for key in evaluations(run)})
+  rows, notes = [], []
+  for label, run in zip(labels, runs):
+    found = evaluations(run)
+    ends = [_arrow(*(_with_error(*list(found[key].values())[at]) for at in (0, -1))) if key in found else '-'
+            for key in held_out]
+    figures = [_ends(run.curve(f'train/{name}'), form) for name, (_, form) in DYNAMICS.items()]
+    rows.append([label, str(max(run.curve('train/pass_rate'))), *ends, *figures,
+                 _median(run.curve('time/tokens_per_s'))])
+  if len({row[1] for row in rows}) > 1:
+    notes.append('The runs are at different steps: their ends can\'t be compared.')
+  columns = ['run', 'steps', *held_out, *(title for title, _ in DYNAMICS.values()), 'tokens/s drawn']
+  return (f'RL, start -> end: held-out problems ± standard error over problems; all else, reward included, means of '
+          f'{FIRST_AND_LAST} training steps'), columns, rows, notes
+
+
+def evaluations(run: Run) -> dict[str, dict[int, tuple[float, float]]]:
+  """Returns {'held_out Avg@16': {step: (mean, standard error or NaN)}} of what was evaluated during RL."""
+  found = {}
+  for key in sorted({key for line in run.lines for key in line if key.startswith('eval/') and '/avg_at_' in key}):
+    _, subject, name = key.split('/', 2)
+    errors = run.curve(f'eval/{subject}/standard_error')
+    found[f'{subject} {name.replace("avg_at_", "Avg@")}'] = {
+      step: (value, errors.get(step, math.nan)) for step, value in run.curve(key).items()}
+  return {key: values for key, values in found.items() if values}
+
+
+def _with_error(value: float, error: float) -> str:
+  return f'{value:.3f} ± {error:.3f}' if math.isfinite(error) else f'{value:.3f}'
+
+
+def _ends(curve: Mapping[int, float], form: str) -> str:
+  values = list(curve.values())
+  parts = values[:FIRST_AND_LAST], values[-FIRST_AND_LAST:]
+  return _arrow(*(f'{statistics.fmean(part):{form}}' for part in parts)) if values else '-'
+
+
+def _arrow(start: str, end: str) -> str:
+  return f'{start} -> {end}'
+
+
+def _median(curve: Mapping[int, float]) -> str:
+  """The median over steps: compiling and a busy machine make outliers."""
+  return f'{statistics.median(curve.values()):,.0f}' if curve else '-'
+
+
+def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+  """Returns the lines of a table. What doesn't fit into `width` continues below, with the first column again.
+
+  Titles wrap between words; a cell is never cut.
+  """
+  def size(column: int) -> int:
+    return max(*(len(row[column]) for row in rows), *map(len, titles[column].split()))
+
+  lines, left = [], list(range(1, len(titles)))
+  while left:
+    shown, used = [], size(0)
+    while left and (not shown or used + 2 + size(left[0]) <= width):
+      used += 2 + size(left[0])
+      shown.append(left.pop(0))
+    heads = {column: textwrap.wrap(titles[column], size(column)) for column in (0, *shown)}
+    height = max(map(len, heads.values()))
+    texts = [[([''] * (height - len(heads[column])) + heads[column])[line] for column in (0, *shown)]
+             for line in range(height)]
+    texts += [[row[column] for column in (0, *shown)] for row in rows]
+    lines += ['  '.join(f'{cell:{"<" if column == 0 else ">"}{size(column)}}' for cell, column in
+                        zip(text, (0, *shown))).rstrip() for text in texts]
+    lines += [''] if left else []
+  return lines
+
+
+# Curves
+
+
+def plot(runs: Sequence[Run], path: str) -> None:
+  """Draws four panels: of pre-training cross-entropy and entropy, and their differences from the first run; of RL
+  reward, held-out problems, entropy and length.
+  """
   import matplotlib
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
 
-  return plt.subplots(1, panels, figsize=(13, 3.8), constrained_layout=True)
-
-
-def draw(axis, title: str, labels: list[str], curves: list[dict[int, float]], window: Callable[[int], int]) -> None:
-  """A smoothed line for each run; window(steps) is how many steps a point is the mean of."""
-  settled = []
-  for label, values, colour in zip(labels, curves, COLOURS * len(curves)):
-    smoothed = smooth(list(values.values()), window(len(values)))
-    settled += smoothed[len(smoothed) // 10:]  # the first steps would flatten all that matters
-    axis.plot(list(values), smoothed, color=colour, label=label, linewidth=1.5)
-  low, high = min(settled), max(settled)
-  axis.set(title=title, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else None)
+  labels = [textwrap.fill(name, 60) for name in names(runs)]
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(10, 6.6), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2).flat
+    (_draw_rl if runs[0].kind == 'RL' else _draw_pretraining)(list(axes), runs, labels)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
+    figure.savefig(path, dpi=130)
 
 
-def save(figure, axes, path: str) -> None:
-  import matplotlib.pyplot as plt
-
-  for axis in axes:
-    axis.set_xlabel('step')
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25)
-  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, frameon=False)
-  figure.savefig(path, dpi=130)
-  plt.close(figure)
+def _draw_pretraining(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
+  for column, (key, title) in enumerate((('train/ce_nats', 'cross-entropy (nats)'),
+                                         ('train/entropy_nats', 'entropy (nats)'))):
+    curves = [run.curve(key) for run in runs]
+    _draw(axes[column], title, labels, curves, lambda steps: max(20, steps // 25))
+    less = [{step: value - curves[0][step] for step, value in curve.items() if step in curves[0]} for curve in curves]
+    _draw(axes[2 + column], f'{title} less that of {_short(labels[0])}', labels, less,
+          lambda steps: max(50, steps // 12))
 
 
-def smooth(values: list[float], window: int) -> list[float]:
-  """Mean of the last `window` values at each point."""
+def _draw_rl(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
+  window = lambda steps: max(FIRST_AND_LAST, steps // 12)
+  _draw(axes[0], 'reward on training prompts', labels, [run.curve('train/pass_rate') for run in runs], window, 0)
+  _draw(axes[2], 'entropy (nats)', labels, [run.curve('train/entropy_nats') for run in runs], window, 0)
+  _draw(axes[3], 'length (tokens)', labels, [run.curve('train/length_tokens') for run in runs], window, 0, 0.2)
+  found = [evaluations(run) for run in runs]
+  subject = next((key for some in found for key in some), '')
+  axes[1].set(title=f'{subject}, ± standard error' if subject else 'nothing was evaluated', xlabel='step')
+  longest = max(max(run.curve('train/pass_rate')) for run in runs)
+  for i, some in enumerate(found):
+    if values := some.get(subject):
+      means, errors = zip(*values.values())
+      steps = [step + dodge(len(runs), i, 0.02 * longest) for step in values]
+      bars = [0 if math.isnan(error) else error for error in errors]
+      axes[1].errorbar(steps, means, bars, fmt='o', linestyle=dash(i), markersize=4, linewidth=1, color=colour(i),
+                       capsize=3)
+
+
+def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int, float]], window: Callable[[int], int],
+          first: float = 0.1, least: float = 0.0) -> None:
+  """Draws a smoothed line per run, and says so below it.
+
+  window(steps): of how many steps a point is the mean. first: share of the points that don't decide the axis, as the
+  first fall of a loss would flatten all that matters. least: height of the axis at least, as a share of the values.
+  """
+  size, settled = window(max(map(len, curves))), []
+  for i, (label, curve) in enumerate(zip(labels, curves)):
+    smoothed = smooth(list(curve.values()), size)
+    settled += smoothed[int(first * len(smoothed)):]
+    axis.plot(list(curve), smoothed, color=colour(i), linestyle=dash(i), label=label, linewidth=1.5)
+  axis.set(title=title, xlabel=f'step (each point: mean of the last {size} steps)')
+  if settled:
+    low, high = min(settled), max(settled)
+    spare = max(0.05 * (high - low), (least * abs(high + low) / 2 - (high - low)) / 2)
+    if spare > 0:
+      axis.set_ylim(low - spare, high + spare)
+
+
+def _short(label: str) -> str:
+  return label if len(label) <= LABEL else 'the first run'
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+  """Returns the mean of the last `window` values at each point."""
   return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def show(
-  argv: Sequence[str], prog: str, doc: str, key: str, table: Callable[..., Table], plot: Callable[..., None]
-) -> None:
-  """The command line of a comparison of runs that have written `key`."""
-  parser = argparse.ArgumentParser(prog=prog, description=doc, allow_abbrev=False,
+def main(argv: Sequence[str]) -> None:
+  parser = argparse.ArgumentParser(prog='betarank compare', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('workdirs', nargs='+')
-  parser.add_argument('--plot', default='', metavar='FILE.png')
+  parser.add_argument('workdirs', nargs='+', metavar='WORKDIR')
+  parser.add_argument('--plot', default='', metavar='FILE.png|FILE.svg')
   args = parser.parse_args(argv)
-  runs = [read_run(path, key) for path in args.workdirs]
-  Console(width=None if sys.stdout.isatty() else 240).print(table(runs))
+  if args.plot and args.plot.rpartition('.')[2] not in FORMATS:
+    raise ConfigError(f'--plot={args.plot}: must end in .{" or .".join(FORMATS)}')
+  runs = read_runs(args.workdirs)
+  print(report(runs, shutil.get_terminal_size((WIDTH, 24)).columns))
   if args.plot:
     plot(runs, args.plot)
     print(f'curves: {args.plot}')
-
-
-def main(argv: Sequence[str]) -> None:
-  show(argv, 'betarank compare', __doc__, 'train/ce_nats', table, plot)
