@@ -1,8 +1,9 @@
-"""Our stacked arrays as the tensors of safetensors files, and back, a piece at a time.
+"""Converts our stacked arrays to the tensors of safetensors files, and back, one block at a time.
 
-The shape suffix of an array says its dimensions, and NAMES says how the other side groups them: `q_DNH` of all
-layers is one tensor [N·H, D] a layer there. Both ways a tensor is seen through a view with our dimensions, so that
-one table is all there is to know. Files are mapped, not held: what takes memory is the piece being copied.
+The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups them: `q_DNH`, all layers in
+one array, is one tensor [N·H, D] per layer there. In both directions a tensor is used through a view with our
+dimensions, so this one table describes the whole conversion. Files are memory-mapped; only the block being copied is
+in memory.
 
 # L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden
 """
@@ -27,7 +28,7 @@ from betarank.model.hf_config import SIGMOID, HfError, architecture
 from betarank.model.transformer import abstract
 
 HEAD = 'lm_head.weight'
-NAMES = {  # ours -> theirs, and their dimensions; {L} and {E} are counted in the name
+NAMES = {  # ours -> theirs, and their dimensions; {L} and {E} are indices in the name
   'embed_VD': ('model.embed_tokens.weight', 'V D'),
   'head_DV': (HEAD, 'V D'),
   'norm_D': ('model.norm.weight', 'D'),
@@ -51,23 +52,30 @@ NAMES = {  # ours -> theirs, and their dimensions; {L} and {E} are counted in th
   'layers.feed_forward.shared.up_DF': ('model.layers.{L}.mlp.shared_experts.up_proj.weight', 'F D'),
   'layers.feed_forward.shared.down_FD': ('model.layers.{L}.mlp.shared_experts.down_proj.weight', 'D F'),
 }
-ALWAYS_FLOAT32 = 'e_score_correction_bias'  # bfloat16 steps are coarser than what a bias moves by
+ALWAYS_FLOAT32 = 'e_score_correction_bias'  # an update of the bias is smaller than bfloat16's resolution
 TYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16': np.dtype(np.float16)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our arrays and its tensors there. path: in the tree of parameters; '': zeros that only they need."""
+  """One of our arrays and its tensors in Hugging Face's format.
+
+  Attributes:
+    path: in the tree of parameters; '' for zeros that only Hugging Face's format has.
+    letters, shape: our dimensions, L first where layers are stacked.
+    template: the tensors' name, with {L} and {E} for indices.
+    groups: a tensor's dimensions, such as 'NH D'.
+  """
 
   path: str
-  letters: str  # our dimensions, L in front where layers are stacked
+  letters: str
   shape: tuple[int, ...]
   template: str
-  groups: str  # their dimensions
+  groups: str
 
   @property
-  def counted(self) -> int:
-    """How many of our leading dimensions are in the names there."""
+  def indexed(self) -> int:
+    """How many of our leading dimensions are indices in the tensors' names."""
     return self.template.count('{')
 
   @property
@@ -76,19 +84,19 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, index into our leading dimensions) of each."""
-    for index in _indices(self.shape[:self.counted]):
+    """Yields (name, index into our leading dimensions) of each tensor."""
+    for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """One of their tensors with our dimensions, without a copy."""
+    """Returns one of the tensors with our dimensions, without a copy."""
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
-    order = [flat.index(letter) for letter in self.letters[self.counted:]]
+    order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
 
 
 def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-  """All indices, made as they are asked for (itertools.product holds its ranges): a config.json may say anything."""
+  """Yields all indices lazily. itertools.product would hold its ranges, and a hostile config.json may ask for 2^31."""
   if not shape:
     yield ()
     return
@@ -98,10 +106,10 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
-  """All tensors of the exchanged model.
+  """Returns all tensors of the exported or imported model.
 
-  head_copy: whether a tied embedding is there a second time as the head. vLLM doesn't tie Glm4-MoE's, so by default
-  that has it.
+  head_copy: whether a tied embedding is written a second time, as the head. By default only for Glm4-MoE, whose head
+  vLLM doesn't tie.
   """
   theirs = architecture(c)
   found = []
@@ -128,7 +136,10 @@ def _leaf(path: str, shape: tuple[int, ...]) -> Leaf:
 
 
 def mapped(path: pathlib.Path, size: int) -> np.memmap:
-  """A new file of zeros as bytes in memory. Its room is taken now: a full disk is an OSError, not a crash later."""
+  """Returns a new file of `size` zero bytes, memory-mapped.
+
+  Raises OSError if the disk is full: the space is allocated here, as a later write to the mapping would crash.
+  """
   with path.open('wb') as file:
     if hasattr(os, 'posix_fallocate'):  # not on macOS
       os.posix_fallocate(file.fileno(), 0, size)
@@ -139,13 +150,14 @@ def mapped(path: pathlib.Path, size: int) -> np.memmap:
 
 def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]],
            shard_bytes: int) -> dict[str, np.ndarray]:
-  """Files of at most `shard_bytes` (more only for one tensor that is larger) with zeros for (name, dtype, shape).
+  """Creates safetensors files of zeros for tensors of (name, dtype, shape); returns the tensors, mapped for writing.
 
-  Returns the tensors, mapped for writing. The format: 8 bytes with the length of a JSON header, it, and the data.
+  A file has at most `shard_bytes`, or one tensor that is larger. The format: 8 bytes with the length of the header, the
+  header as JSON, and the data.
   """
   shards, used = [[]], 0
   natural = lambda tensor: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', tensor[0])]
-  for tensor in sorted(tensors, key=natural):  # layer by layer, as they will be read
+  for tensor in sorted(tensors, key=natural):  # layer by layer, the order in which readers need them
     size = math.prod(tensor[2]) * TYPES[tensor[1]].itemsize
     if used and used + size > shard_bytes:
       shards.append([])
@@ -156,7 +168,7 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
   for number, shard in enumerate(shards, 1):
     one = len(shards) == 1
     path = folder / ('model.safetensors' if one else f'model-{number:05}-of-{len(shards):05}.safetensors')
-    shard.sort(key=lambda tensor: -TYPES[tensor[1]].itemsize)  # keeps the wider ones aligned
+    shard.sort(key=lambda tensor: -TYPES[tensor[1]].itemsize)  # keeps float32 tensors aligned
     ends = list(itertools.accumulate((size for *_, size in shard), initial=0))
     header = {'__metadata__': {'format': 'pt'}} | {
       name: {'dtype': dtype, 'shape': shape, 'data_offsets': [start, start + size]}
@@ -176,21 +188,24 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
 
 def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
-  """Fills the tensors of one array. store: a TensorStore, read chunk by chunk as it was written."""
+  """Fills the tensors of one array from `store`, a TensorStore, which is read chunk by chunk."""
   steps = [range(0, size, chunk) for size, chunk in zip(leaf.shape, store.chunk_layout.read_chunk.shape, strict=True)]
   names = {index: name for name, index in leaf.tensors()}
   for starts in itertools.product(*steps):
     region = tuple(slice(a, min(a + r.step, r.stop)) for a, r in zip(starts, steps, strict=True))
     block = store[region].read().result()
-    inside = region[leaf.counted:]
-    for at in np.ndindex(block.shape[:leaf.counted]):
+    inside = region[leaf.indexed:]
+    for at in np.ndindex(block.shape[:leaf.indexed]):
       index = tuple(a + r.start for a, r in zip(at, region, strict=False))
       leaf.view(views[names[index]])[inside] = block[at]
 
 
 @contextlib.contextmanager
 def open_file(path: pathlib.Path):
-  """A safetensors file. Its reader checks the header (100 MB at most) against the file before anything is trusted."""
+  """Opens a safetensors file. Its reader first checks the header, at most 100 MB, against the file.
+
+  Raises HfError for a damaged file.
+  """
   try:
     import safetensors
   except ImportError:
@@ -203,7 +218,7 @@ def open_file(path: pathlib.Path):
 
 
 class Files:
-  """The safetensors files of a directory: one, or those that an index names. Only headers are read here.
+  """The safetensors files of a directory: one file, or those that an index names. Creating it reads only headers.
 
   Attributes: found, {tensor: (path, dtype, shape)}.
   """
@@ -230,7 +245,7 @@ class Files:
     files = list(files.values()) if isinstance(files, dict) else []
     for file in files:
       if not isinstance(file, str) or not re.fullmatch(r'[\w.-]+\.safetensors', file):
-        raise HfError(f'{index}: weight_map names {file!r}; only files beside it can be read')
+        raise HfError(f'{index}: weight_map names {file!r}; only files in its folder can be read')
     for file in sorted(set(files)):
       if not (self.folder / file).is_file():
         raise HfError(f'{index}: weight_map names {file}, which is not there; fetch all files of the model')
@@ -239,7 +254,7 @@ class Files:
     return [self.folder / file for file in sorted(set(files))]
 
   def check(self, wanted: list[Leaf]) -> None:
-    """Raises HfError for the first tensor that is missing, of another shape or type, or too many."""
+    """Raises HfError for the first tensor that is missing, has another shape or type, or isn't wanted."""
     known = set()
     for leaf in wanted:
       for name, _ in leaf.tensors():
@@ -254,18 +269,18 @@ class Files:
         known.add(name)
     if extra := sorted(self.found.keys() - known):
       more = f' and {len(extra) - 1} more tensors' if len(extra) > 1 else ''
-      raise HfError(f'{self.folder}: holds {extra[0]}{more}, which a model of its config.json has not; only plain '
-                    f'Qwen3 and Qwen3-MoE models can be imported')
+      raise HfError(f'{self.folder}: holds {extra[0]}{more}, which a model of its config.json does not have; only '
+                    'plain Qwen3 and Qwen3-MoE models can be imported')
 
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
-    """Fills our arrays, file by file, and checks what is there twice or must be zero. report: called after each.
+    """Fills our arrays file by file; calls `report` after each tensor.
 
-    Raises HfError where a copy of the embedding differs from it, or zeros aren't.
+    Raises HfError if a copy of the embedding differs from it, or a tensor that must be zero isn't.
     """
     places = {name: (leaf, index) for leaf in wanted for name, index in leaf.tensors()}
     by_file = sorted(self.found.items(), key=lambda item: item[1][0])
     second = lambda name: name == HEAD and places[name][0].path == 'embed_VD'
-    for late in (False, True):  # a copy is compared once what it copies is there
+    for late in (False, True):  # a copy of the embedding is compared after the embedding has been read
       for path, items in itertools.groupby((i for i in by_file if second(i[0]) == late), key=lambda item: item[1][0]):
         with open_file(path) as file:
           for name, _ in items:
@@ -281,7 +296,7 @@ class Files:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object of at most 100 MB. Raises HfError."""
+  """Reads a JSON object of at most 100 MB. Raises HfError."""
   try:
     if path.exists() and not path.is_file():  # a link to a device would never end
       raise HfError(f'{path}: not a file; fetch it again')

@@ -6,6 +6,7 @@ import json
 import pathlib
 import resource
 import shutil
+import subprocess
 import threading
 
 import jax
@@ -26,6 +27,7 @@ from betarank.runtime import checkpoint
 from betarank.runtime.state import TrainState
 from betarank.train import hf
 from tests import tokenizer_files
+from tests.runs import BETARANK, environment
 
 DENSE = model.ModelConfig(
   vocab_size=300, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-6,
@@ -484,6 +486,47 @@ def test_only_files_of_the_model_are_copied(qwen, tmp_path):
   hf.import_(str(cached), str(tmp_path / 'out'))
   assert (tmp_path / 'out' / 'tokenizer' / 'merges.txt').read_text() == '#version: 0.2\n'
   assert not any(path.is_symlink() for path in (tmp_path / 'out').rglob('*'))
+
+
+RL = """
+from betarank.configs import common, load
+
+def get_config(arg=None):
+  c = load.read('{model}/config.json')
+  c.rl = common.rl()
+  c.rl.update(steps=1, prompts_per_step=2, group_size=2, max_resampling_rounds=1, max_prompt_tokens=64,
+              max_new_tokens=(8,), phase_steps=(), decode_batch_size=4, eval_prompts=2, eval_samples=2)
+  c.rl.task.uri = 'reasoning:chain_sum?max_terms=2&max_digits=1'
+  c.optimizer.warmup_steps = 0
+  return c
+"""
+
+
+@pytest.mark.slow
+def test_an_imported_model_goes_through_every_command(qwen, tmp_path):
+  """import, prepare, train, rl, eval, export; the tokenizer's files come out as they went in."""
+  def betarank(*command):
+    done = subprocess.run([*BETARANK, *command], capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+  betarank('hf', 'import', f'--from={qwen}', '--to=base')
+  data = ['--config=base/config.json', '--config.data.dir=data', '--config.data.sources.main.max_documents=300',
+          '--config.data.sequence_length=32', '--config.data.validation_fraction=0.1']
+  betarank('data', 'prepare', *data, '--workers=1')
+  betarank('train', *data, '--config.train.tokens=512', '--config.optimizer.warmup_steps=1', '--workdir=tuned')
+  (tmp_path / 'rl.py').write_text(RL.format(model='base'))
+  betarank('rl', '--config=rl.py', '--config.train.init_from=tuned', '--workdir=rl')
+  betarank('eval', 'probe', '--checkpoint=tuned', '--config.eval.probe.rows=8')
+  betarank('eval', 'sample', '--checkpoint=rl', '--benchmark=reasoning:chain_sum', '--config.eval.sample.problems=2',
+           '--config.eval.sample.samples=2', '--config.eval.sample.max_new_tokens=8')
+  assert 'Qwen3ForCausalLM' in betarank('hf', 'export', '--checkpoint=rl', '--to=out')
+  for name in TOKENIZER_FILES:
+    assert (tmp_path / 'out' / name).read_bytes() == (qwen / name).read_bytes(), name
+  manifest = json.loads((tmp_path / 'data' / 'main' / '1.0.0' / 'manifest.json').read_text())
+  assert manifest['settings']['tokenizer_sha256'] == spm.sha256_of(str(tmp_path / 'out'))
+  bits = json.loads(next((tmp_path / 'tuned' / 'eval' / 'probe').glob('*.json')).read_text())
+  assert 0 < bits['domains']['main']['bits_per_byte'] < 20
 
 
 @pytest.mark.parametrize('options, message', [
