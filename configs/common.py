@@ -74,6 +74,8 @@ def base() -> ConfigDict:
     sequence_length=512,  # tokens a row; documents are packed into rows
     document_bytes=65_536,  # longer ones are cut at line ends, plain text files too
     held_out_fraction=0.0,  # of all questions: `reasoning` leaves them out, so that RL can be tested on unseen ones
+    cache_dir='',  # local folder for copies of prepared sets in a bucket, for small ones; empty: they are read in place
+    cache_gb=20.0,  # GB (10^9 bytes) of all copies in cache_dir; those not in use are deleted to make room
   ))
 
   c.train = ConfigDict(dict(

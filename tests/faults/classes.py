@@ -346,7 +346,7 @@ def hung_source(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
   # Batches are read ahead: the first four hang before there is a step to be stalled after.
-  spec = {'at': 'betarank.data.prepared:Documents.read', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
+  spec = {'at': 'betarank.data.prepared:Documents.request', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
   [process] = c.launch(kind, workdir, fault=spec)
   code, _, err = c.end(process)
   if code == 0:
