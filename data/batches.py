@@ -9,6 +9,7 @@ processes, and any step is reached without going through those before it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,13 +51,19 @@ def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> B
   """Reads the pieces of each row and lays them out; None is a row of padding."""
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
-  for documents in {id(row[0]): row[0] for row in rows if row}.values():
-    mine = [(r, row[1]) for r, row in enumerate(rows) if row and row[0] is documents]
-    read = iter(documents.read(np.concatenate([pieces.document for _, pieces in mine]).tolist()))
-    for r, pieces in mine:
+  mine: dict[int, tuple[Documents, list[tuple[int, Pieces]]]] = {}
+  for r, row in enumerate(rows):
+    if row:
+      mine.setdefault(id(row[0]), (row[0], []))[1].append((r, row[1]))
+  # All sources are asked before the first answer is waited for.
+  waits = [documents.request(np.concatenate([pieces.document for _, pieces in places]))
+           for documents, places in mine.values()]
+  for wait, (_, places) in zip(waits, mine.values()):
+    read = iter(wait())
+    for r, pieces in places:
       at = 0
       for number, (start, length) in enumerate(zip(pieces.start.tolist(), pieces.length.tolist()), 1):
-        document, place = next(read), slice(at, at + length)
+        document, place = next(read).tokens, slice(at, at + length)
         tokens[r, place] = document[start:start + length]
         targets[r, place] = document[start + 1:start + length + 1]
         positions[r, place] = np.arange(length)
@@ -173,6 +180,13 @@ def _check_cursor(cursor: Mapping[str, Any], expected: Mapping[str, Any],
                       'former data, give the new data another name, or start the data anew')
 
 
+@functools.lru_cache(maxsize=32)
+def _open_validation(config: DataConfig, name: str) -> tuple[Documents, Packer]:
+  # Opened once per process: a run evaluates every few hundred steps, and opening checks every file.
+  documents = Documents(config, name, 'validation')
+  return documents, Packer(documents.lengths, config.sequence_length, 'validation', shuffle=False)
+
+
 def validation_batches(config: DataConfig, name: str, *, batch_size: int, count: int, process_index: int = 0,
                        process_count: int = 1) -> Iterator[Batch]:
   """The first `count` batches, at most, of source `name`'s validation split: the same ones each time.
@@ -183,8 +197,7 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:
     raise DataError(f'no source {name!r}; there are {", ".join(config.sources)}')
-  documents = Documents(config, name, 'validation')
-  packer = Packer(documents.lengths, config.sequence_length, 'validation', shuffle=False)
+  documents, packer = _open_validation(config, name)
 
   def batches():
     for k in range(min(count, -(-packer.rows_per_epoch // batch_size))):

@@ -41,6 +41,8 @@ class DataConfig:
   sequence_length: int
   document_bytes: int = default('data.document_bytes')
   held_out_fraction: float = default('data.held_out_fraction')
+  cache_dir: str = default('data.cache_dir')
+  cache_gb: float = default('data.cache_gb')
 
   def __post_init__(self):
     if not self.dir:
@@ -62,6 +64,14 @@ class DataConfig:
       raise ValueError(f'sequence_length must be positive, got {self.sequence_length}')
     if self.document_bytes < 16:
       raise ValueError(f'document_bytes must be 16 or more, got {self.document_bytes}')
+
+    if '://' in self.cache_dir:
+      raise ValueError(f'cache_dir must be a local folder, got {self.cache_dir!r}')
+    if self.cache_gb <= 0:
+      raise ValueError(f'cache_gb must be positive, got {self.cache_gb}')
+
+  def __hash__(self) -> int:  # what is opened once is remembered by its settings
+    return hash((self.dir, self.tokenizer, self.sequence_length, *self.sources))
 
   @property
   def tokenizer_path(self) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import glob
 import gzip
+import io
 import json
 import os
 import re
@@ -136,7 +137,8 @@ class Jsonl:
     """The documents of the lines that start in the segment."""
     path, position = segment.path, segment.start
     with contextlib.ExitStack() as stack:
-      file = stack.enter_context(epath.Path(path).open('rb'))
+      # fsspec's own readline takes no limit.
+      file = stack.enter_context(io.BufferedReader(epath.Path(path).open('rb'), 2**20))
       if not segment.splittable:
         file = stack.enter_context(gzip.open(file))
       elif position:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from betarank.data import prepared, sources
+from betarank.data import prepared, records, sources
 from betarank.data.config import DataConfig, DataError
 from betarank.data.tokenizer import TRAIN_BYTES, Tokenizer, read_tokenizer, train
 from betarank.data.worker import Job, Worker, write_whole
@@ -218,8 +218,9 @@ def _finish(config: DataConfig, name: str, where: epath.Path, wanted: dict[str, 
                      'lengths_sha256': hashlib.sha256(packed.getvalue()).hexdigest(), 'shards': shards}
   _write_tfds(where, name, splits, config.vocab_size)
   manifest = {'format_version': prepared.VERSION, 'name': name, 'settings': wanted, 'splits': splits,
-              'token_dtype': prepared.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,
-              'eos': tokenizer.eos, 'fingerprint': content.hexdigest()}
+              'record': {'checksum': 'crc32', 'masked': False},
+              'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos, 'eos': tokenizer.eos,
+              'fingerprint': content.hexdigest()}
   write_whole(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
   (where / 'partial').rmtree()
   return manifest
@@ -228,7 +229,7 @@ def _finish(config: DataConfig, name: str, where: epath.Path, wanted: dict[str, 
 def _write_tfds(where: epath.Path, name: str, splits: dict[str, Any], vocab_size: int) -> None:
   import tensorflow_datasets as tfds
 
-  tokens = tfds.features.Tensor(shape=(None,), dtype=prepared.token_dtype(vocab_size), encoding='bytes')
+  tokens = tfds.features.Tensor(shape=(None,), dtype=records.token_dtype(vocab_size), encoding='bytes')
   file = tfds.core.ShardedFileTemplate(data_dir=where, dataset_name=name, filetype_suffix='array_record')
   infos = [
     tfds.core.SplitInfo(name=split, filename_template=file.replace(split=split),

@@ -1,41 +1,37 @@
-"""Prepared data on disk: a TFDS data set of token ids in ArrayRecord shards, its manifest, its reader.
+"""Prepared data: a TFDS data set of token ids in ArrayRecord shards, its manifest, its reader.
 
-    DIR/NAME/1.0.0/NAME-SPLIT.array_record-00000-of-00005   a record is a document: BOS, tokens, EOS
+    DIR/NAME/1.0.0/NAME-SPLIT.array_record-00000-of-00005   a record is a document (data/records.py)
                    lengths-SPLIT.npy                 tokens of each document, so that packing needs no scan
                    manifest.json                     settings, counts, hashes, fingerprint of all; written last
                    dataset_info.json, features.json  TFDS's own
 
-Sizes and the lengths are checked at every start, a record by ArrayRecord's own checksum whenever it is read, and all
-of them by `betarank data verify`. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}.
-From a bucket, every machine that trains copies the split to its disk once.
+Sizes and the lengths are checked at every start, a record by its checksum whenever it is read, and all of them by
+`betarank data verify`. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}. A bucket is
+read in place; with `data.cache_dir` small sets are copied to a disk.
 """
 
-import bisect
 import concurrent.futures
-import functools
 import hashlib
 import io
 import itertools
 import json
 import os
-import pathlib
 import re
-import resource
-import tempfile
-import threading
 import tokenize
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from betarank.data import tokenizer
+from betarank.data import cache, records, storage, tokenizer
 from betarank.data.config import DataConfig, DataError
 
 VERSION = '1.0.0'  # of the layout; TFDS wants it in the path
 SPLITS = ('train', 'validation')
 _VERIFIED_AT_ONCE = 1024  # records in memory
+_TRIES = 3  # of reading a record before its shard counts as damaged
+_NPY_HEADER = 4096  # bytes; more than the header takes
 _COMMAND = 'betarank data prepare --config=...'
 
 
@@ -45,33 +41,6 @@ def folder(config: DataConfig, name: str) -> epath.Path:
 
 def shard_name(name: str, split: str, shard: int, count: int) -> str:
   return f'{name}-{split}.array_record-{shard:05d}-of-{count:05d}'
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
-
-
-@functools.lru_cache(maxsize=65_536)
-def _header(size: int) -> bytes:
-  """What precedes `size` bytes of tokens in a tf.train.Example {'tokens': bytes}; no proto library needed."""
-  def varint(n: int) -> bytes:
-    out = bytearray()
-    while n > 127:
-      out.append(n & 127 | 128)
-      n >>= 7
-    return bytes([*out, n])
-
-  header, length = b'', size
-  # From the inside out: bytes, BytesList, Feature with its key, map entry, Features.
-  for prefix in (b'\x0a', b'\x0a', b'\x0a\x06tokens\x12', b'\x0a', b'\x0a'):
-    header = prefix + varint(length) + header
-    length = size + len(header)
-  return header
-
-
-def to_record(tokens: np.ndarray) -> bytes:
-  raw = tokens.tobytes()
-  return _header(len(raw)) + raw
 
 
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
@@ -106,6 +75,8 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
     return manifest
   except FileNotFoundError:
     return None
+  except ImportError as error:
+    raise DataError(f'{where}: {error} ({storage.install_hint(str(where))})') from None
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise DataError(f'{where}/manifest.json: not a manifest of prepared data ({str(error)[:200]}); delete {where} and '
                     f'run {_COMMAND}') from None
@@ -116,6 +87,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
   if not re.fullmatch('[0-9a-f]{64}', manifest['fingerprint']):
     raise ValueError('its fingerprint is no SHA-256')
   manifest['settings'].items()
+  manifest.get('record', {}).items()
   for split, counts in manifest['splits'].items():
     if split not in SPLITS or type(counts['lengths_size']) is not int:
       raise ValueError(f'it has a split {split!r}, or no sizes')
@@ -128,16 +100,21 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 def check_files(where: epath.Path, manifest: dict[str, Any]) -> None:
   """Raises DataError if a shard or the lengths are missing or of another size than the manifest says."""
-  for split, counts in manifest['splits'].items():
-    for file in [*counts['shards'], {'file': f'lengths-{split}.npy', 'size': counts['lengths_size']}]:
-      try:
-        size = (where / file['file']).stat().length
-      except FileNotFoundError:
-        raise DataError(f'{where / file["file"]}: missing; copy it back, or delete {where} and run '
-                        f'{_COMMAND}') from None
-      if size != file['size']:
-        raise DataError(f'{where / file["file"]}: {size} bytes where the manifest says {file["size"]}; copy '
-                        f'it again, or delete {where} and run {_COMMAND}')
+  there = storage.open_folder(where).sizes()
+  for split in manifest['splits']:
+    for name, size in _files(manifest, split).items():
+      if name not in there:
+        raise DataError(f'{where / name}: missing; copy it back, or delete {where} and run {_COMMAND}')
+      if there[name] != size:
+        raise DataError(f'{where / name}: {there[name]} bytes where the manifest says {size}; copy it again, or delete '
+                        f'{where} and run {_COMMAND}')
+
+
+def _files(manifest: dict[str, Any], split: str) -> dict[str, int]:
+  """Returns the bytes of each file of a split, by name."""
+  counts = manifest['splits'][split]
+  shards = {shard['file']: shard['size'] for shard in counts['shards']}
+  return {f'lengths-{split}.npy': counts['lengths_size'], **shards}
 
 
 def verify(config: DataConfig, name: str) -> int:
@@ -154,7 +131,7 @@ def verify(config: DataConfig, name: str) -> int:
 
 
 def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
-  """The manifest of source `name`, having checked that it is whole and was made with these settings."""
+  """Returns the manifest of source `name`, having checked that it is whole and was made with these settings."""
   where = folder(config, name)
   manifest = read_manifest(where)
   if manifest is None:
@@ -164,10 +141,18 @@ def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
   return manifest
 
 
-class Documents:
-  """A split of a prepared source, by index.
+class Document(NamedTuple):
+  """A document as it was prepared."""
 
-  Attributes: manifest, fingerprint (of the content), lengths (int32 [N], tokens with BOS and EOS).
+  tokens: np.ndarray  # [N], read-only, of the stored type: BOS, the text's, EOS
+  mask: np.ndarray | None  # bool [N]: the tokens that count as targets; None: all
+
+
+class Documents:
+  """A split of a prepared source, indexed. Takes 2 to 4 bytes of memory per document. Thread-safe.
+
+  Attributes: manifest, fingerprint (of the content), lengths (uint16 or uint32 [N], tokens with BOS and EOS), masked
+  (whether the documents have a mask).
   """
 
   def __init__(self, config: DataConfig, name: str, split: str):
@@ -175,115 +160,103 @@ class Documents:
     self.manifest = check_prepared(config, name)
     self.fingerprint: str = self.manifest['fingerprint']
     counts = self.manifest['splits'].get(split)
+    where = folder(config, name)
     if counts is None:  # prepare writes no empty split; it was told to make none
-      raise DataError(f'{folder(config, name)}: there is no {split} split; prepare again with another '
-                      'data.validation_fraction')
-    where = _local(folder(config, name), self.manifest, split)
-    packed = (where / f'lengths-{split}.npy').read_bytes()
-    if counts.get('lengths_sha256') not in (None, hashlib.sha256(packed).hexdigest()):  # None: by an older version
-      raise DataError(f'{where}/lengths-{split}.npy: damaged (sha256 differs); copy it again, or delete the folder '
-                      f'and run {_COMMAND}')
-    try:
-      self.lengths = _lengths(packed, sum(shard['documents'] for shard in counts['shards']))
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:  # what NumPy raises for a bad header
-      raise DataError(f'{where}/lengths-{split}.npy: damaged ({str(error)[:200]}); copy it again, or delete the folder '
-                      f'and run {_COMMAND}') from None
-    self._dtype = token_dtype(self.manifest['settings']['vocab_size'])
-    _allow_open_files(len(counts['shards']))
-    self._paths = [str(where / shard['file']) for shard in counts['shards']]
+      raise DataError(f'{where}: there is no {split} split; prepare again with another data.validation_fraction')
+    self._folder = storage.open_folder(where)
+    if config.cache_dir and storage.is_remote(where):
+      self._folder = cache.local_copy(self._folder, _files(self.manifest, split), config.cache_dir, self.fingerprint,
+                                      int(config.cache_gb * 1e9))
+    self.lengths = _read_lengths(self._folder, where, split, counts)
+    about = self.manifest.get('record', {})
+    self.masked: bool = bool(about.get('masked'))
+    self._form = records.Form(records.token_dtype(self.manifest['settings']['vocab_size']), self.masked,
+                              about.get('checksum') == 'crc32')
+    self._where = where
+    self._names = [shard['file'] for shard in counts['shards']]
     self._hashes = [shard.get('sha256') for shard in counts['shards']]  # None: prepared by an older version
     self._starts = [0, *itertools.accumulate(shard['documents'] for shard in counts['shards'])]
-    self._readers: list[Any] = [None] * len(self._paths)
-    self._lock = threading.Lock()
+    self._places = records.Places(self.lengths, self._starts, self._form)
+    for shard, size in enumerate(self._places.sizes):
+      if size > counts['shards'][shard]['size']:
+        raise self._damaged(shard, 'too short for its documents')
 
   def __len__(self) -> int:
     return len(self.lengths)
 
   def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-    """The tokens of documents `indices`: read-only arrays [length] of the stored type. Thread-safe."""
-    wanted: dict[int, list[int]] = {}  # a call for each shard costs more than the records it reads
-    for position, index in enumerate(indices):
-      wanted.setdefault(bisect.bisect_right(self._starts, index) - 1, []).append(position)
-    out: list[Any] = [None] * len(indices)
-    for shard, positions in wanted.items():
-      start = self._starts[shard]
+    """Returns the tokens of documents `indices`: read-only arrays [length] of the stored type."""
+    return [document.tokens for document in self.request(indices)()]
+
+  def request(self, indices: Sequence[int]) -> Callable[[], list[Document]]:
+    """Asks for documents `indices` at once. What it returns waits for them, and raises DataError."""
+    indices_N = np.asarray(indices, np.int64)
+    places = list(zip(indices_N.tolist(), *(part.tolist() for part in self._places.of(indices_N))))
+    waits = [self._folder.start(self._names[shard], begin, end) for _, shard, begin, end in places]
+    return lambda: [self._document(wait(), *place) for wait, place in zip(waits, places)]
+
+  def _document(self, raw: bytes, index: int, shard: int, begin: int, end: int) -> Document:
+    for attempt in range(_TRIES):
       try:
-        records = self._reader(shard).read([int(indices[p]) - start for p in positions])
-      except RuntimeError as error:  # a checksum doesn't hold
-        raise self._damaged(shard, str(error)) from None
-      for position, record in zip(positions, records):
-        size = int(self.lengths[indices[position]]) * self._dtype.itemsize
-        header = _header(size)
-        if len(record) != len(header) + size or not record.startswith(header):
-          raise self._damaged(shard, 'a document is not as long as lengths-*.npy says')
-        out[position] = np.frombuffer(record, self._dtype, offset=len(header))
-    return out
+        return Document(*records.from_record(records.record_in(raw, begin), int(self.lengths[index]), self._form))
+      except ValueError as error:
+        if attempt == _TRIES - 1:
+          raise self._damaged(shard, str(error)) from None
+      raw = self._folder.start(self._names[shard], begin, end)()  # it may have been damaged on its way here
 
   @property
   def shards(self) -> int:
-    return len(self._paths)
+    return len(self._names)
 
   def verify_shard(self, shard: int) -> None:
     """Raises DataError if the records of a shard aren't what was written."""
     start, content = self._starts[shard], hashlib.sha256()
     for first in range(start, self._starts[shard + 1], _VERIFIED_AT_ONCE):
-      for tokens in self.read(range(first, min(first + _VERIFIED_AT_ONCE, self._starts[shard + 1]))):
-        content.update(to_record(tokens))
+      for document in self.request(range(first, min(first + _VERIFIED_AT_ONCE, self._starts[shard + 1])))():
+        content.update(records.without_checksum(records.to_record(*document)))
     if self._hashes[shard] not in (None, content.hexdigest()):
       raise self._damaged(shard, 'its records are not what was written')
 
-  def _reader(self, shard: int):
-    if self._readers[shard] is None:
-      with self._lock:
-        if self._readers[shard] is None:
-          from array_record.python import array_record_module
-
-          # Reads are scattered: reading ahead would fetch 16 MB for each document.
-          reader = array_record_module.ArrayRecordReader(self._paths[shard], 'readahead_buffer_size:0')
-          if not reader.ok():
-            raise self._damaged(shard, 'not an ArrayRecord file')
-          self._readers[shard] = reader
-    return self._readers[shard]
-
   def _damaged(self, shard: int, reason: str) -> DataError:
-    reason = ' '.join(reason.split())
-    return DataError(f'{self._paths[shard]}: damaged ({reason}); copy it again, or delete the folder and run '
-                     f'{_COMMAND}')
+    return DataError(f'{self._where / self._names[shard]}: damaged ({reason}); copy it again, or delete the folder and '
+                     f'run {_COMMAND}')
 
 
-def _lengths(npy: bytes, documents: int) -> np.ndarray:
-  """int32 [documents]: tokens of each. Reserves no memory for what the header claims."""
-  file = io.BytesIO(npy)
+def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
+  """Returns the tokens of each document, uint16 or uint32. Raises DataError if the file isn't what was written."""
+  name, documents = f'lengths-{split}.npy', sum(shard['documents'] for shard in counts['shards'])
+  content = hashlib.sha256()
+  try:
+    pieces = storage.read_pieces(where, name, counts['lengths_size'])
+    lengths_N = _parse_lengths(pieces, counts['lengths_size'], documents, content.update)
+  except (ValueError, SyntaxError, tokenize.TokenError) as error:  # what NumPy raises for a bad header
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f'{path}/{name}: damaged ({str(error)[:200]}); copy it again, or delete the folder and run '
+                    f'{_COMMAND}') from None
+  if counts.get('lengths_sha256') not in (None, content.hexdigest()):  # None: by an older version
+    raise DataError(f'{path}/{name}: damaged (sha256 differs); copy it again, or delete the folder and run {_COMMAND}')
+  return lengths_N
+
+
+def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: Callable[[bytes], None]) -> np.ndarray:
+  """Reads the .npy file that `pieces` are. Reserves no memory for what its header claims."""
+  first = next(pieces, b'')
+  file = io.BytesIO(first[:_NPY_HEADER])
   np.lib.format.read_magic(file)
   shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-  if shape != (documents,) or dtype != np.uint32 or len(npy) != file.tell() + 4 * documents:
+  if shape != (documents,) or dtype not in (np.uint16, np.uint32) or size != file.tell() + dtype.itemsize * documents:
     raise ValueError(f'not {documents} lengths')
-  lengths_N = np.frombuffer(npy, np.uint32, offset=file.tell())
-  if lengths_N.min() < 2 or lengths_N.max() >= 2**31:
-    raise ValueError('a document has BOS and EOS at least')
-  return lengths_N.astype(np.int32)
-
-
-def _allow_open_files(more: int) -> None:
-  """Every shard stays open, and the usual limit is 1024 files where much more is allowed."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  if soft != resource.RLIM_INFINITY and soft < hard:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + more, hard), hard))
-
-
-def _local(where: epath.Path, manifest: dict[str, Any], split: str) -> pathlib.Path:
-  """`where` or, as ArrayRecord can't read a bucket, a copy of the split on this machine's disk."""
-  if '://' not in str(where):
-    return pathlib.Path(where)
-  ours = pathlib.Path(tempfile.gettempdir()) / f'betarank-{os.getuid()}'
-  ours.mkdir(mode=0o700, exist_ok=True)
-  if ours.is_symlink() or ours.stat().st_uid != os.getuid():  # anybody may make folders there
-    raise DataError(f'{ours}: belongs to somebody else; remove it, or set TMPDIR to a folder of your own')
-  cache = ours / manifest['fingerprint']
-  cache.mkdir(exist_ok=True)
-  for file in [*manifest['splits'][split]['shards'], {'file': f'lengths-{split}.npy'}]:
-    if not (cache / file['file']).exists():
-      partial = cache / f'{file["file"]}.{os.getpid()}'
-      (where / file['file']).copy(partial, overwrite=True)
-      partial.replace(cache / file['file'])
-  return cache
+  lengths_N, at, rest, header = np.empty(documents, dtype), 0, b'', file.tell()
+  for piece in itertools.chain([first], pieces):
+    update(piece)
+    piece, header = rest + piece[header:], 0
+    whole = len(piece) // dtype.itemsize
+    part, rest = np.frombuffer(piece, dtype, count=whole), piece[whole * dtype.itemsize:]
+    if at + whole > documents or (whole and (part.min() < 2 or part.max() >= 2**31)):
+      raise ValueError('a document has BOS and EOS at least')
+    lengths_N[at:at + whole] = part
+    at += whole
+  if at != documents or rest:
+    raise ValueError(f'not {documents} lengths')
+  return lengths_N

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from betarank.data import prepared, sources
+from betarank.data import prepared, records, sources
 from betarank.data.config import DataConfig
 from betarank.data.tokenizer import read_tokenizer
 
@@ -65,7 +65,7 @@ class Worker:
 
   def _tokens(self, text: str) -> np.ndarray:
     ids = np.concatenate([[self.tokenizer.bos], self.tokenizer.encode(text), [self.tokenizer.eos]])
-    return ids.astype(prepared.token_dtype(self.job.config.vocab_size))
+    return ids.astype(records.token_dtype(self.job.config.vocab_size))
 
 
 def _split(document: str, validation_fraction: float) -> str:
@@ -89,9 +89,9 @@ class _Shard:
       self.temporary = pathlib.Path(parent) / f'{self.path.name}.{os.getpid()}'
       # A group is read as a whole, and training reads single documents.
       self.writer = array_record_module.ArrayRecordWriter(str(self.temporary), 'group_size:1,uncompressed')
-    record = prepared.to_record(tokens)
+    record = records.to_record(tokens)
     self.writer.write(record)
-    self.hash.update(record)
+    self.hash.update(records.without_checksum(record))
     self.lengths.append(len(tokens))
     self.tokens, self.bytes = self.tokens + len(tokens), self.bytes + text_bytes
 

@@ -292,7 +292,7 @@ def test_small_files_that_claim_to_be_large_are_refused(tmp_path, monkeypatch):
   header = np.lib.format.magic(1, 0) + (118).to_bytes(2, 'little')
   claim = str({'descr': '<u4', 'fortran_order': False, 'shape': (2**60,)}).encode()
   with pytest.raises(ValueError, match='not 3 lengths'):
-    prepared._lengths(header + claim.ljust(117) + b'\n', 3)
+    prepared._parse_lengths(iter([header + claim.ljust(117) + b'\n']), 128, 3, hashlib.sha256().update)
 
 
 @pytest.mark.parametrize('content', [

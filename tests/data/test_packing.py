@@ -1,4 +1,5 @@
 import collections
+import hashlib
 
 import numpy as np
 import pytest
@@ -13,6 +14,25 @@ from betarank.data.packing import Packer, permute
 @settings(max_examples=50, deadline=None)
 def test_permute_is_a_bijection(size, key):
   assert sorted(permute(np.arange(size), size, key)) == list(range(size))
+
+
+def permuted(index, size, key):
+  """The definition of the order, in whole numbers of any size: a run that resumes depends on every bit of it."""
+  bits = max(3, (size - 1).bit_length())
+  digest = hashlib.shake_128(key.encode()).digest(96)
+  keys = [int.from_bytes(digest[i:i + 8], 'little') for i in range(0, 96, 8)]
+  while True:
+    for add, multiply in zip(keys[::2], keys[1::2]):
+      index = (index + add) * (multiply | 1) % 2**bits
+      index ^= index >> (bits + 1) // 2
+    if index < size:
+      return index
+
+
+@pytest.mark.parametrize('size', [2, 3, 9, 1000, 65_536, 500_000_000, 2**32, 2**32 + 1, 5 * 10**9, 2**40 + 3])
+def test_the_order_never_changes(size):
+  index = np.random.default_rng(size).integers(0, size, 50)
+  assert permute(index, size, 'seed/a/0').tolist() == [permuted(int(i), size, 'seed/a/0') for i in index]
 
 
 def test_permute_shuffles():
@@ -85,3 +105,22 @@ def test_epochs_differ():
 @pytest.mark.parametrize('far', [10**12])
 def test_far_rows_cost_nothing_more(far):
   assert Packer(np.full(10, 5), 8, 'key').row(far).length.sum() <= 8
+
+
+def test_an_epoch_begins_without_adding_up_the_others(monkeypatch):
+  """Nor does the next one: training never stops for it."""
+  monkeypatch.setattr(packing, '_WINDOW_PAIRS', 1)
+  lengths = np.random.default_rng(0).integers(2, 90, 1_000_000)
+  packer, seen = Packer(lengths, 20, 'key'), []
+  order = packer._order
+
+  def counting(epoch, start, stop):
+    seen.append(stop - start)
+    return order(epoch, start, stop)
+
+  monkeypatch.setattr(packer, '_order', counting)
+  packer.row(0)
+  packer.row(packer.rows_per_epoch)
+  assert sum(seen) < len(lengths) / 5
+  packer.row(2 * packer.rows_per_epoch - 1)
+  assert sum(seen) > len(lengths)

@@ -6,16 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
-import fsspec
 import numpy as np
 import pytest
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
-from betarank.data import formats, prepare, prepared
+from betarank.data import formats, prepare, prepared, records
 from betarank.data.config import DataError, SourceConfig
 from betarank.data.prepare import prepare_source, train_tokenizer
 from betarank.data.tokenizer import read_tokenizer
@@ -68,18 +64,10 @@ def test_tfds_reads_it(prepared_config):
   by_name = tfds.data_source('b', split='validation', data_dir=prepared_config.dir)
   builder = tfds.builder_from_directory(prepared.folder(prepared_config, 'b'))
   by_folder = builder.as_data_source(split='validation')
-  for records in (by_name, by_folder):
-    assert len(records) == len(read)
-    for record, expected in zip(records, read):
+  for found in (by_name, by_folder):
+    assert len(found) == len(read)
+    for record, expected in zip(found, read):
       np.testing.assert_array_equal(record['tokens'], expected)
-
-
-def test_records_are_tf_examples():
-  from tensorflow_datasets.proto import tf_example_pb2
-  for n in (1, 50, 130, 5000, 70_000):
-    array = np.arange(n, dtype=np.uint32)
-    example = tf_example_pb2.Example.FromString(prepared.to_record(array))
-    assert example.features.feature['tokens'].bytes_list.value == [array.tobytes()]
 
 
 def test_duplicates_fall_on_one_side(config, tmp_path):
@@ -125,29 +113,6 @@ def test_again_is_nothing_and_other_settings_stop(config):
     prepare_source(only(c, max_documents=7), 'a', workers=1)
   with pytest.raises(DataError, match=r'validation_fraction is 0.1 there and 0.2 now'):
     prepare_source(dataclasses.replace(c, validation_fraction=0.2), 'a', workers=1)
-
-
-def test_bucket(config, corpus, tmp_path, monkeypatch):
-  """A file system in memory stands for gs://: corpus, prepared data and tokenizer can all be there."""
-  class Bucket(MemoryFileSystem):
-    protocol, store, pseudo_dirs = 'gs', {}, ['']
-
-    @classmethod
-    def _strip_protocol(cls, path):
-      return super()._strip_protocol(path.replace('gs://', 'memory://'))
-
-  fsspec.register_implementation('gcs', Bucket, clobber=True)
-  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-  epath.Path('gs://b').mkdir()
-  epath.Path('gs://b/a.jsonl').write_text((corpus / 'a.jsonl').read_text())
-  epath.Path('gs://b/t.model').write_bytes(pathlib.Path(config.tokenizer).read_bytes())
-  here = only(config)
-  there = dataclasses.replace(config, dir='gs://b/data', tokenizer='gs://b/t.model')
-  there = only(there, uri='jsonl:gs://b/*.jsonl')
-  one, other = (prepare_source(c, 'a', workers=1) for c in (here, there))
-  assert one['fingerprint'] == other['fingerprint']
-  for a, b in zip(tokens(here, 'a', 'train')[1], tokens(there, 'a', 'train')[1]):
-    np.testing.assert_array_equal(a, b)
 
 
 def test_a_model_may_have_more_tokens_than_the_tokenizer_but_not_fewer(config):
@@ -211,6 +176,26 @@ def test_missing_and_damaged_data(prepared_config, tmp_path):
   shard.unlink()
   with pytest.raises(DataError, match='00000-of-00001: missing; copy it back'):
     prepared.Documents(copy, 'a', 'train')
+
+
+def test_a_set_of_an_older_version_is_read(config, monkeypatch):
+  """Its records have no checksums. The content, and so the fingerprint, is the same."""
+  c = only(config)
+  new = prepare_source(c, 'a', workers=1)
+  expected = tokens(c, 'a', 'train')[1]
+  old = dataclasses.replace(c, dir=f'{c.dir}/old')
+  with monkeypatch.context() as patch:
+    to_record, strip = records.to_record, records.without_checksum
+    patch.setattr(records, 'to_record', lambda *document: bytes(strip(to_record(*document))))
+    patch.setattr(records, 'without_checksum', bytes)
+    prepare_source(old, 'a', workers=1)
+  place = pathlib.Path(prepared.folder(old, 'a')) / 'manifest.json'
+  manifest = json.loads(place.read_text())
+  del manifest['record']
+  place.write_text(json.dumps(manifest))
+  assert manifest['fingerprint'] == new['fingerprint']
+  for found, wanted in zip(tokens(old, 'a', 'train')[1], expected, strict=True):
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_retrained_tokenizer_is_noticed(prepared_config, tmp_path):

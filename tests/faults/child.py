@@ -2,7 +2,7 @@
 
     {"at": "betarank.rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}
         SIGKILL 0.02 s after the third call begins, or at its end if that comes first
-    {"at": "betarank.data.prepared:Documents.read", "call": 9, "do": "hang", "stall_s": 5}
+    {"at": "betarank.data.prepared:Documents.request", "call": 9, "do": "hang", "stall_s": 5}
         the ninth call never returns, and the watchdog allows 5 s without a step
     {"jumps": [[2.5, -3600]]}
         after 2.5 s the wall clock is an hour slow; more jumps may follow

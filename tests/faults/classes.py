@@ -347,7 +347,7 @@ def hung_source(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
   # Batches are prefetched: a hang in one of the first four comes before the first step, when the watchdog doesn't act.
-  spec = {'at': 'betarank.data.prepared:Documents.read', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
+  spec = {'at': 'betarank.data.prepared:Documents.request', 'call': rng.randint(6, 13), 'do': 'hang', 'stall_s': 4}
   [process] = c.launch(kind, workdir, fault=spec)
   code, _, err = c.finish(process)
   if code == 0:

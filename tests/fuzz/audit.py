@@ -82,7 +82,7 @@ def write_sources(folder: pathlib.Path) -> dict[str, str]:
   import tensorflow_datasets as tfds
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  from betarank.data.prepared import to_record
+  from betarank.data.records import to_record
 
   documents = [f'document {i}: {i} + 1 = {i + 1}\n{hostile(folder)}\n' for i in range(60)]
   (folder / 'x.txt').write_text(''.join(documents))

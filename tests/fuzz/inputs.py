@@ -209,7 +209,7 @@ def tfds(folder):
   from array_record.python import array_record_module
 
   from betarank.data import record_formats
-  from betarank.data.prepared import to_record
+  from betarank.data.records import to_record
 
   place = folder / 'a' / '1.0.0'
   place.mkdir(parents=True)

@@ -16,7 +16,7 @@ import time
 import numpy as np
 from etils import epath
 
-from betarank.data import prepare, prepared
+from betarank.data import prepare, prepared, records
 from betarank.data.config import DataConfig, SourceConfig
 from betarank.data.tokenizer import read_tokenizer
 from betarank.data.worker import Job, _Shard
@@ -185,7 +185,7 @@ def large(s: Soak, gigabytes: float) -> DataConfig:
   job = Job('main', config, str(where / 'partial'))
   epath.Path(job.folder).mkdir(parents=True)
   rng = np.random.default_rng(0)
-  text = rng.integers(4, tokenizer.vocab_size, 2**24).astype(prepared.token_dtype(tokenizer.vocab_size))
+  text = rng.integers(4, tokenizer.vocab_size, 2**24).astype(records.token_dtype(tokenizer.vocab_size))
   markers = []
   documents = int(gigabytes * 1e9 / (2 * DOCUMENT_TOKENS) / SHARDS)
   for index in range(SHARDS):

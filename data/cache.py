@@ -1,0 +1,97 @@
+"""Copies of prepared sets from a bucket in a folder of limited size, for those who ask for it (`data.cache_dir`).
+
+    CACHE_DIR/FINGERPRINT/FILE     whole, or FILE.partial while it is copied
+                          used     locked while a process reads the set; its time says when one last began to
+              copying            locked while a process looks or copies; others wait for it and find the copies
+
+The locks are the kernel's, so that they end with the process. A set that isn't in use is deleted to make room.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+
+from betarank.data import storage
+from betarank.data.config import DataError
+
+_IN_USE: dict[pathlib.Path, object] = {}  # sets of this process, with the open file that holds the lock
+
+
+def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key: str, limit: int) -> storage.Folder:
+  """Returns the folder PLACE/KEY once it holds copies of `files` ({name: bytes}) of `source`.
+
+  Raises DataError if they are larger than `limit` bytes or the disk has no room for them.
+  """
+  here = pathlib.Path(place) / key
+  try:
+    here.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(here.parent / 'copying'):
+      here.mkdir(exist_ok=True)
+      if here not in _IN_USE:
+        _IN_USE[here] = used = open(here / 'used', 'ab')  # noqa: SIM115 (as long as the process runs)
+        fcntl.flock(used, fcntl.LOCK_SH)
+        os.utime(here / 'used')
+      missing = _missing(here, files)
+      if missing:
+        _make_room(here, sum(missing.values()), limit)
+      for name, size in missing.items():
+        _copy(source, name, size, here)
+  except OSError as error:
+    reason = 'no space left' if error.errno == errno.ENOSPC else error.strerror or str(error)
+    raise DataError(f'{here}: {reason}; free some, choose another data.cache_dir, or leave it empty to read the data '
+                    'where they are') from None
+  return storage.open_folder(here)
+
+
+def _missing(here: pathlib.Path, files: Mapping[str, int]) -> dict[str, int]:
+  there = storage.open_folder(here).sizes()
+  return {name: size for name, size in files.items() if there.get(name) != size}
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+  with open(path, 'ab') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _copy(source: storage.Folder, name: str, size: int, here: pathlib.Path) -> None:
+  partial = here / f'{name}.partial'
+  try:
+    with open(partial, 'wb') as file:
+      for piece in storage.read_pieces(source, name, size):
+        file.write(piece)
+    partial.replace(here / name)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def _size(folder: pathlib.Path) -> int:
+  return sum(storage.open_folder(folder).sizes().values())
+
+
+def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
+  """Deletes what is left of interrupted copies and, oldest first, sets that no process uses."""
+  for partial in here.parent.glob('*/*.partial'):
+    partial.unlink()
+  others = sorted((set_ for set_ in here.parent.iterdir() if set_ != here and (set_ / 'used').exists()),
+                  key=lambda set_: (set_ / 'used').stat().st_mtime)
+  total = _size(here) + more + sum(map(_size, others))
+  for other in others:
+    if total <= limit:
+      return
+    with open(other / 'used', 'ab') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        continue
+      total -= _size(other)
+      shutil.rmtree(other)
+  if total > limit:
+    raise DataError(f'{here.parent}: the set takes {total / 1e9:.2f} GB with those in use, more than data.cache_gb='
+                    f'{limit / 1e9:g}; raise it, or leave data.cache_dir empty to read the data where they are')

@@ -1,0 +1,177 @@
+"""Ranged reads of the files of a folder, on a disk or in a bucket, without copies.
+
+    folder = open_folder('gs://bucket/data/main/1.0.0')
+    wait = folder.start('x', 4096, 8192)     # asked for at once; many may be under way
+    content = wait()
+
+A bucket is read with TensorStore, which Orbax brings: its threads don't hold Python's, it keeps connections, and it
+retries what is refused (429, 5xx), cut short or silent, with growing pauses. What still fails after about five minutes
+is a DataError that names the file and the reason.
+"""
+
+import collections
+import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from betarank.configs.errors import one_line
+from betarank.data.config import DataError
+
+REQUESTS_AT_ONCE = 64  # of a process; one takes 20 to 50 ms, so this is more than 1000 per second
+RETRIES = {'max_retries': 16, 'initial_delay': '500ms', 'max_delay': '30s'}  # about five minutes in all
+_SILENT_S = 30  # a request that gets no byte for so long is made again
+_DEADLINE_S = 900.0  # for one read with all its retries; nothing should take as long
+_OPEN_FILES = 256
+_PIECE = 2**24  # bytes of a large file read at once
+_PIECES_AT_ONCE = 8
+_SCHEMES = ('gs', 's3')
+_Wait = Callable[[], bytes]
+
+
+class Folder(Protocol):
+  """The files of a folder."""
+
+  def sizes(self) -> dict[str, int]:
+    """Returns the bytes of each file, with one look at the folder. Raises DataError."""
+
+  def start(self, name: str, begin: int, end: int) -> _Wait:
+    """Asks for bytes [begin, end) of a file. What it returns waits for them, and raises DataError.
+
+    There are fewer than end - begin bytes if the file ends before.
+    """
+
+
+def is_remote(path: Any) -> bool:
+  return '://' in str(path)
+
+
+def open_folder(path: Any) -> Folder:
+  """Returns the folder at `path`: local, gs:// or s3://. Raises DataError for another kind of place."""
+  return _BucketFolder(str(path)) if is_remote(path) else _LocalFolder(pathlib.Path(path))
+
+
+def read_pieces(folder: Folder, name: str, size: int) -> Iterator[bytes]:
+  """Yields the first `size` bytes of a file in order, reading ahead."""
+  waiting: collections.deque[_Wait] = collections.deque()
+  begins = iter(range(0, size, _PIECE))
+  while True:
+    for begin in itertools.islice(begins, _PIECES_AT_ONCE - len(waiting)):
+      waiting.append(folder.start(name, begin, min(size, begin + _PIECE)))
+    if not waiting:
+      return
+    yield waiting.popleft()()
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _open_file(path: str):
+  # A file that leaves the cache is closed when the last thread that reads from it is done.
+  return open(path, 'rb', buffering=0)
+
+
+class _LocalFolder:
+
+  def __init__(self, path: pathlib.Path):
+    self.path = path
+
+  def sizes(self) -> dict[str, int]:
+    try:
+      with os.scandir(self.path) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except FileNotFoundError:
+      return {}
+
+  def start(self, name: str, begin: int, end: int) -> _Wait:
+    return lambda: self._read(name, begin, end)
+
+  def _read(self, name: str, begin: int, end: int) -> bytes:
+    path = str(self.path / name)
+    try:
+      file = _open_file(path)  # held here: it is closed when nothing refers to it
+      content = os.pread(file.fileno(), end - begin, begin)
+      while 0 < len(content) < end - begin:  # a read gives 2 GB at most
+        more = os.pread(file.fileno(), end - begin - len(content), begin + len(content))
+        if not more:
+          break
+        content += more
+      return content
+    except OSError as error:
+      raise DataError(f'{path}: could not be read ({error.strerror or error})') from None
+
+
+@functools.cache
+def _context():
+  """The settings that all folders share, so that the limit on requests is the process's."""
+  import tensorstore
+
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(_SILENT_S))
+  os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
+  limits = {f'{scheme}_request_concurrency': {'limit': REQUESTS_AT_ONCE} for scheme in ('gcs', 's3')}
+  retries = {f'{scheme}_request_retries': RETRIES for scheme in ('gcs', 's3')}
+  return tensorstore.Context({**limits, **retries})
+
+
+# TensorStore has no type of its own for what fails: these are what Python makes of its status codes.
+_STORE_ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplementedError)
+
+
+class _BucketFolder:
+
+  def __init__(self, path: str):
+    if path.partition('://')[0] not in _SCHEMES:
+      raise DataError(f'{path}: prepared data is read from a disk, gs:// or s3://; copy it there')
+    import tensorstore
+
+    self.path = path.rstrip('/')
+    try:
+      self._store = tensorstore.KvStore.open(f'{self.path}/', context=_context()).result()
+    except _STORE_ERRORS as error:
+      raise self._failed('', error) from None
+
+  def sizes(self) -> dict[str, int]:
+    import fsspec
+
+    try:
+      files, path = fsspec.core.url_to_fs(self.path)
+      files.invalidate_cache()  # a listing from before would hide what was written since
+      return {item['name'].rpartition('/')[2]: item['size'] for item in files.ls(path, detail=True)
+              if item['type'] == 'file'}
+    except FileNotFoundError:
+      return {}
+    except ImportError as error:
+      raise DataError(f'{self.path}: {error} ({install_hint(self.path)})') from None
+    except _STORE_ERRORS as error:
+      raise self._failed('', error) from None
+
+  def start(self, name: str, begin: int, end: int) -> _Wait:
+    future = self._store.read(name, byte_range=slice(begin, end))
+
+    def wait() -> bytes:
+      try:
+        found = future.result(timeout=_DEADLINE_S)
+      except TimeoutError:
+        future.cancel()
+        raise self._failed(name, f'no answer within {_DEADLINE_S:.0f} s') from None
+      except _STORE_ERRORS as error:
+        if str(error).startswith('OUT_OF_RANGE'):  # shorter than the range begins at
+          return b''
+        raise self._failed(name, error) from None
+      if found.state == 'missing':
+        raise DataError(f'{self.path}/{name}: missing; copy it back, or prepare again')
+      return found.value
+
+    return wait
+
+  def _failed(self, name: str, reason: object) -> DataError:
+    return DataError(f'{self.path}/{name}: the store failed ({one_line(reason)[:300]}); check the network, the bucket '
+                     'and your access to it, then run the same command again')
+
+
+def install_hint(path: str) -> str:
+  """Returns what to install to read a place like `path`."""
+  packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
+              'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
+  scheme = path.partition('://')[0]
+  return f'pip install {packages[scheme]}' if scheme in packages else f'no reader of {scheme}:// is known'

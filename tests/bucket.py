@@ -1,0 +1,368 @@
+"""A fake Google Cloud Storage server over a folder, as slow and as faulty as a test asks for.
+
+    with Bucket(tmp_path) as bucket:             # object gs://b/data/x is the file tmp_path/b/data/x
+      bucket.latency_s = 0.03                    # before every answer
+      bucket.error_rate = 0.01                   # share of requests answered with a status of `error_statuses`
+      bucket.truncate_rate = 0.01                # share of downloads that end after half of the body
+      ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath find it
+    python -m tests.bucket FOLDER [--port=N] [--latency_s=0.03] [--error_rate=0.01] ...    # in a process of its own
+
+It speaks the part of the JSON and XML interfaces that these libraries use: download with ranges, upload (media,
+multipart, resumable), list, copy, delete, and preconditions on generations.
+"""
+
+import argparse
+import asyncio
+import collections
+import email.parser
+import http
+import json
+import mimetypes
+import os
+import pathlib
+import random
+import re
+import shutil
+import threading
+import urllib.parse
+from typing import Any
+
+_PAGE = 1000  # names in one answer to a list request, as the real service gives
+
+
+class Bucket:
+  """The server, in a thread of this process from `with` on.
+
+  Attributes: latency_s, error_rate, error_statuses, truncate_rate, hang_rate (share of requests never answered),
+  bytes_per_s (of each download; 0: no limit), which may all be changed at any time; `requests`, a Counter of what was
+  answered by method and status; `downloads`, one of the objects that were read, by BUCKET/NAME; `bytes_sent`;
+  `largest_download` in bytes; `busiest`, the most requests in flight at once.
+  """
+
+  def __init__(self, folder: str | os.PathLike, *, port: int = 0, latency_s: float = 0.0, error_rate: float = 0.0,
+               error_statuses: tuple[int, ...] = (429, 503), truncate_rate: float = 0.0, hang_rate: float = 0.0,
+               bytes_per_s: float = 0.0, seed: int = 0):
+    self.folder = pathlib.Path(folder)
+    self.latency_s, self.error_rate, self.error_statuses = latency_s, error_rate, error_statuses
+    self.truncate_rate, self.hang_rate, self.bytes_per_s = truncate_rate, hang_rate, bytes_per_s
+    self.requests: collections.Counter = collections.Counter()
+    self.downloads: collections.Counter = collections.Counter()
+    self.bytes_sent = self.largest_download = self.busiest = self.in_flight = 0
+    self._random, self._port = random.Random(seed), port
+    self._uploads: dict[str, tuple[str, str, bytearray]] = {}
+
+  @property
+  def endpoint(self) -> str:
+    return f'http://127.0.0.1:{self._port}'
+
+  @property
+  def environment(self) -> dict[str, str]:
+    """What makes the clients of this process, and of those it starts, talk to this server."""
+    return {'TENSORSTORE_GCS_HTTP_URL': self.endpoint, 'CLOUD_STORAGE_EMULATOR_ENDPOINT': self.endpoint,
+            'STORAGE_EMULATOR_HOST': self.endpoint, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': '',
+            'BUCKET_FOR_TESTS': self.endpoint}
+
+  def __enter__(self) -> 'Bucket':
+    self._loop, started = asyncio.new_event_loop(), threading.Event()
+
+    def serve():
+      asyncio.set_event_loop(self._loop)
+      self._server = self._loop.run_until_complete(self._listen())
+      started.set()
+      self._loop.run_forever()
+      self._server.close()
+      for task in asyncio.all_tasks(self._loop):
+        task.cancel()
+      self._loop.run_until_complete(asyncio.sleep(0))
+      self._loop.close()
+
+    self._thread = threading.Thread(target=serve, daemon=True)
+    self._thread.start()
+    started.wait()
+    self._before = {name: os.environ.get(name) for name in self.environment}
+    os.environ.update(self.environment)
+    register()
+    return self
+
+  def __exit__(self, *_) -> None:
+    for name, value in self._before.items():
+      os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join()
+
+  async def _listen(self) -> asyncio.Server:
+    server = await asyncio.get_running_loop().create_server(lambda: _Connection(self), '127.0.0.1', self._port)
+    self._port = server.sockets[0].getsockname()[1]
+    return server
+
+  async def run(self) -> None:
+    """Serves until cancelled."""
+    async with await self._listen() as server:
+      print(self.endpoint, flush=True)
+      await server.serve_forever()
+
+  # What a request gets: (status, headers, body)
+
+  def _path(self, bucket: str, name: str) -> pathlib.Path:
+    path = self.folder / bucket / name
+    if '..' in path.parts:
+      raise ValueError(name)
+    return path
+
+  def _item(self, bucket: str, name: str) -> dict[str, Any] | None:
+    try:
+      stat = self._path(bucket, name).stat()
+    except (FileNotFoundError, NotADirectoryError):
+      return None
+    if not self._path(bucket, name).is_file():
+      return None
+    return {'kind': 'storage#object', 'bucket': bucket, 'name': name, 'size': str(stat.st_size),
+            'generation': str(stat.st_mtime_ns), 'metageneration': '1', 'timeCreated': '2026-01-01T00:00:00.000Z',
+            'updated': '2026-01-01T00:00:00.000Z', 'id': f'{bucket}/{name}/{stat.st_mtime_ns}',
+            'storageClass': 'STANDARD',
+            'contentType': mimetypes.guess_type(name)[0] or 'application/octet-stream', 'etag': str(stat.st_mtime_ns)}
+
+  def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, dict, bytes]:
+    parts = urllib.parse.urlsplit(target)
+    query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+    unquote = urllib.parse.unquote
+    if match := re.fullmatch(r'/upload/storage/v1/b/([^/]+)/o', parts.path):
+      return self._upload(method, unquote(match[1]), query, headers, body)
+    if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/(.+)/(?:copyTo|rewriteTo)/b/([^/]+)/o/(.+)', parts.path):
+      source, target = (self._path(unquote(match[i]), unquote(match[i + 1])) for i in (1, 3))
+      if not source.is_file():
+        return _missing()
+      target.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(source, target)
+      item = self._item(unquote(match[3]), unquote(match[4]))
+      if 'copyTo' in parts.path:
+        return _json(item)
+      return _json({'kind': 'storage#rewriteResponse', 'done': True, 'resource': item,
+                    'totalBytesRewritten': item['size'], 'objectSize': item['size']})
+    if match := re.fullmatch(r'(?:/download)?/storage/v1/b/([^/]+)/o/(.+)', parts.path):
+      return self._object(method, unquote(match[1]), unquote(match[2]), query, headers)
+    if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/?', parts.path):
+      return self._list(unquote(match[1]), query)
+    if match := re.fullmatch(r'/storage/v1/b/([^/]+)', parts.path):
+      return _json({'kind': 'storage#bucket', 'name': match[1], 'id': match[1], 'location': 'US',
+                    'storageClass': 'STANDARD'}) if (self.folder / match[1]).is_dir() else _missing()
+    if match := re.fullmatch(r'/([^/]+)/(.+)', parts.path):  # the XML interface
+      return self._object(method, unquote(match[1]), unquote(match[2]), {'alt': 'media'}, headers)
+    return _missing()
+
+  def _object(self, method, bucket, name, query, headers) -> tuple[int, dict, bytes]:
+    item = self._item(bucket, name)
+    if (wanted := query.get('ifGenerationMatch')) is not None and wanted != (item['generation'] if item else '0'):
+      return 412, {}, b'{}'
+    if item is None:
+      return _missing()
+    if method == 'DELETE':
+      self._path(bucket, name).unlink()
+      return 204, {}, b''
+    if query.get('ifGenerationNotMatch') == item['generation']:
+      return 304, {}, b''
+    if query.get('alt') != 'media':
+      return _json(item)
+    self.downloads[f'{bucket}/{name}'] += 1
+    size, first = int(item['size']), 0
+    last, status = size - 1, 200
+    if match := re.fullmatch(r'bytes=(\d*)-(\d*)', headers.get('range', '')):
+      status = 206
+      if match[1]:
+        first, last = int(match[1]), min(int(match[2] or size - 1), size - 1)
+      else:
+        first = max(0, size - int(match[2]))
+      if first >= size:
+        return 416, {'content-range': f'bytes */{size}'}, b''
+    with self._path(bucket, name).open('rb') as file:
+      content = os.pread(file.fileno(), last - first + 1, first)
+    out = {'content-type': item['contentType'], 'x-goog-generation': item['generation'], 'etag': f'"{item["etag"]}"',
+           'x-goog-stored-content-length': str(size)}
+    if status == 206:
+      out['content-range'] = f'bytes {first}-{last}/{size}'
+    return status, out, content
+
+  def _list(self, bucket: str, query: dict[str, str]) -> tuple[int, dict, bytes]:
+    root = self.folder / bucket
+    if not root.is_dir():
+      return _missing()
+    prefix, delimiter = query.get('prefix', ''), query.get('delimiter', '')
+    # Only the folder that the prefix ends in can hold a match.
+    below = root / prefix.rpartition('/')[0]
+    names = sorted(str(p.relative_to(root)) for p in below.rglob('*') if p.is_file()) if below.is_dir() else []
+    items, prefixes = [], set()
+    for name in names:
+      if not name.startswith(prefix) or name < query.get('startOffset', '') or name <= query.get('pageToken', ''):
+        continue
+      if 'endOffset' in query and query['endOffset'] and name >= query['endOffset']:
+        continue
+      if delimiter and delimiter in name[len(prefix):]:
+        prefixes.add(prefix + name[len(prefix):].partition(delimiter)[0] + delimiter)
+      else:
+        items.append(name)
+    page = items[:min(int(query.get('maxResults', _PAGE)), _PAGE)]
+    found = {'kind': 'storage#objects', 'items': [self._item(bucket, name) for name in page],
+             'prefixes': sorted(prefixes)}
+    if len(page) < len(items):
+      found['nextPageToken'] = page[-1]
+    return _json(found)
+
+  def _upload(self, method, bucket, query, headers, body) -> tuple[int, dict, bytes]:
+    kind = query.get('uploadType')
+    if 'upload_id' in query:
+      _, name, content = self._uploads[query['upload_id']]
+      match = re.fullmatch(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', headers.get('content-range', ''))
+      if match and match[1]:
+        del content[int(match[1]):]
+      content += body
+      if match and match[3] == '*':
+        return 308, {'range': f'bytes=0-{len(content) - 1}'} if content else {}, b''
+      del self._uploads[query['upload_id']]
+      return self._store(bucket, name, bytes(content), query)
+    if kind == 'media':
+      return self._store(bucket, query['name'], body, query)
+    if kind == 'multipart':
+      head = f'content-type: {headers["content-type"]}\n\n'.encode()
+      message = email.parser.BytesParser().parsebytes(head + body)
+      about, content = message.get_payload()
+      return self._store(bucket, json.loads(about.get_payload())['name'], content.get_payload(decode=True), query)
+    upload = str(len(self._uploads) + self._random.randrange(10**9))
+    self._uploads[upload] = bucket, query.get('name') or json.loads(body)['name'], bytearray()
+    place = f'{self.endpoint}/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={upload}'
+    return 200, {'location': place}, b''
+
+  def _store(self, bucket: str, name: str, content: bytes, query: dict[str, str]) -> tuple[int, dict, bytes]:
+    item = self._item(bucket, name)
+    if (wanted := query.get('ifGenerationMatch')) is not None and wanted != (item['generation'] if item else '0'):
+      return 412, {}, b'{}'
+    path = self._path(bucket, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = self.folder / f'.{self._random.randrange(10**12)}'
+    temporary.write_bytes(content)
+    temporary.replace(path)
+    return _json(self._item(bucket, name))
+
+
+def _json(value: Any, status: int = 200) -> tuple[int, dict, bytes]:
+  return status, {'content-type': 'application/json; charset=UTF-8'}, json.dumps(value).encode()
+
+
+def _missing() -> tuple[int, dict, bytes]:
+  return _json({'error': {'code': 404, 'message': 'Not Found', 'errors': [{'reason': 'notFound'}]}}, 404)
+
+
+class _Connection(asyncio.Protocol):
+  """HTTP/1.1 with kept connections: one request after another."""
+
+  def __init__(self, bucket: Bucket):
+    self.bucket, self.received, self.queue = bucket, bytearray(), None
+
+  def connection_made(self, transport):
+    self.transport = transport
+    self.queue = asyncio.Queue()
+    self.worker = asyncio.get_running_loop().create_task(self._serve())
+
+  def connection_lost(self, _):
+    self.worker.cancel()
+
+  def data_received(self, data: bytes) -> None:
+    self.received += data
+    while (request := self._parse()) is not None:
+      self.queue.put_nowait(request)
+
+  def _parse(self):
+    end = self.received.find(b'\r\n\r\n')
+    if end < 0:
+      return None
+    first, *lines = self.received[:end].decode('latin1').split('\r\n')
+    method, target, _ = first.split(' ')
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(':') for line in lines)}
+    if headers.get('transfer-encoding') == 'chunked':
+      body, at = bytearray(), end + 4
+      while (line_end := self.received.find(b'\r\n', at)) >= 0:
+        size = int(self.received[at:line_end], 16)
+        if len(self.received) < line_end + 4 + size:
+          return None
+        body += self.received[line_end + 2:line_end + 2 + size]
+        at = line_end + 4 + size
+        if not size:
+          del self.received[:at]
+          return method, target, headers, bytes(body)
+      return None
+    size = int(headers.get('content-length', 0))
+    if headers.get('expect') and len(self.received) == end + 4 and size:
+      self.transport.write(b'HTTP/1.1 100 Continue\r\n\r\n')
+    if len(self.received) < end + 4 + size:
+      return None
+    body = bytes(self.received[end + 4:end + 4 + size])
+    del self.received[:end + 4 + size]
+    return method, target, headers, body
+
+  async def _serve(self) -> None:
+    while True:
+      request = await self.queue.get()
+      bucket = self.bucket
+      bucket.in_flight += 1
+      bucket.busiest = max(bucket.busiest, bucket.in_flight)
+      try:
+        await self._answer(bucket, *request)
+      finally:
+        bucket.in_flight -= 1
+
+  async def _answer(self, bucket: Bucket, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
+    if bucket.latency_s:
+      await asyncio.sleep(bucket.latency_s)
+    if bucket.hang_rate and bucket._random.random() < bucket.hang_rate:
+      bucket.requests[method, 'hang'] += 1
+      await asyncio.sleep(3600)
+    if bucket.error_rate and bucket._random.random() < bucket.error_rate:
+      status, out, content = bucket._random.choice(bucket.error_statuses), {}, b'{"error": {"message": "made to fail"}}'
+    else:
+      status, out, content = bucket.answer(method, target, headers, body)
+    bucket.requests[method, status] += 1
+    download = method == 'GET' and status in (200, 206) and 'x-goog-generation' in out
+    out = {'content-length': str(len(content)), 'date': 'Thu, 01 Jan 2026 00:00:00 GMT', **out}
+    head = ''.join(f'{name}: {value}\r\n' for name, value in out.items())
+    head = f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n{head}\r\n'.encode('latin1')
+    if method == 'HEAD':
+      content = b''
+    if download:
+      bucket.largest_download = max(bucket.largest_download, len(content))
+      if bucket.truncate_rate and bucket._random.random() < bucket.truncate_rate:
+        bucket.requests[method, 'truncated'] += 1
+        self.transport.write(head + content[:len(content) // 2])
+        self.transport.close()
+        return
+    bucket.bytes_sent += len(content)
+    if bucket.bytes_per_s and download:
+      self.transport.write(head)
+      for start in range(0, len(content), 2**16):
+        self.transport.write(content[start:start + 2**16])
+        await asyncio.sleep(min(2**16, len(content) - start) / bucket.bytes_per_s)
+    else:
+      self.transport.write(head + content)
+
+
+def register() -> None:
+  """Makes `gs://` of fsspec and epath talk to the server that BUCKET_FOR_TESTS names, without gcsfs."""
+  import fsspec
+  from etils.epath import backend
+
+  from tests.bucket_files import BucketFiles
+
+  fsspec.register_implementation('gcs', BucketFiles, clobber=True)
+  fsspec.register_implementation('gs', BucketFiles, clobber=True)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('folder')
+  parser.add_argument('--port', type=int, default=0)
+  for name in ('latency_s', 'error_rate', 'truncate_rate', 'hang_rate', 'bytes_per_s'):
+    parser.add_argument(f'--{name}', type=float, default=0.0)
+  asyncio.run(Bucket(**vars(parser.parse_args())).run())
+
+
+if __name__ == '__main__':
+  main()
