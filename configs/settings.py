@@ -119,8 +119,8 @@ DATA_SECTION = dict(
   document_bytes=S(65_536, IDENTITY, 'longer documents are split at line ends'),
   held_out_fraction=S(0.0, IDENTITY, 'share of all questions that `reasoning` leaves out of documents, so that RL can '
                       'be tested on unseen ones'),
-  cache_dir=S('', EXECUTION, 'local folder for copies of prepared sets that are in a bucket, for small ones; empty: they are '
-              'read in place'),
+  cache_dir=S('', EXECUTION, 'local folder for copies of prepared sets that are in a bucket, for small ones; empty: '
+              'they are read in place'),
   cache_gb=S(20.0, EXECUTION, 'GB (10^9 bytes) of all copies in cache_dir; those not in use are deleted to make room'),
 )
 

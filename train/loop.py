@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from betarank import data, model
-from betarank.configs.errors import UserError
+from betarank.configs.errors import ConfigError, UserError
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
@@ -26,7 +26,7 @@ from betarank.runtime.state import TrainState
 from betarank.runtime.stop import StopSignal
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
-from betarank.train.optimizer import make_optimizer, schedule
+from betarank.train.optimizer import decay_start, make_optimizer, schedule
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 from betarank.train.step import make_evaluate, make_step
 
@@ -48,6 +48,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   run, root = run_config(config), epath.Path(path)
   workdir.check_config(root, config)
   parent = setup.parent_meta(root, run.train.init_from)
+  check_budget(run, root, parent)
   tokenizer = setup.read_tokenizer(run.data.tokenizer_path, run.model, parent)
   for source in run.data.sources:
     data.check_prepared(run.data, source)
@@ -70,6 +71,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'data': f'{", ".join(f"{name} ({source.uri})" for name, source in run.data.sources.items())} in {run.data.dir}',
       'mesh': setup.describe_mesh(mesh),
       'run': f'{setup.describe_length(beginning, run.steps, root)}, {run.tokens_per_step:,} tokens per step'})
+    if start == run.steps:
+      log.say('finished already: this was the last step; a larger config.train.tokens continues the run')
     update = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.microbatches,
                        'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
@@ -103,6 +106,29 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
   return recorder.last
+
+
+def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
+  """Raises ConfigError if the run in the workdir `root` has gone too far for the token budget of this config: beyond
+  its end, or into the decay of the learning rate by a smaller budget, which a larger one would undo.
+
+  meta: of the newest checkpoint.
+  """
+  steps = checkpoint.steps(root / 'checkpoints')
+  if not steps:
+    return
+  reached, before = steps[-1], meta['config']['train']['tokens']
+  if reached > run.steps:
+    raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {root} has reached step '
+                      f'{reached}; choose another workdir, or at least {reached * run.tokens_per_step} tokens')
+  decays = decay_start(run.optimizer, math.ceil(before / run.tokens_per_step))
+  if run.train.tokens > before and reached > decays:
+    kept = [step for step in steps if step <= decays]
+    way = (f'start from the checkpoint before the decay in another workdir: --config.train.init_from='
+           f'{root}/checkpoints/{kept[-1]} --config.train.init_what=all' if kept else
+           'no checkpoint from before the decay was kept (config.checkpoint.keep_every_steps keeps some for good)')
+    raise ConfigError(f'config.train.tokens: {root} has been lowering its learning rate since step {decays}, by its '
+                      f'budget of {before} tokens, and a larger budget would raise it again; {way}')
 
 
 class Feed(Iterator[data.Batch]):

@@ -43,17 +43,23 @@ class OptimizerConfig:
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Linear warmup to lr, constant, then linear decay to final_lr over the last decay_fraction of `steps`.
+  """Returns a linear warm-up to lr, then a constant, then a linear decay to final_lr over the last decay_fraction of
+  `steps`, or over all that follow the warm-up if those are fewer.
 
   The first step already moves: the schedule at step 0 is lr / (warmup_steps + 1). Source: WSD, arXiv 2404.06395.
   """
-  decay_steps = round(c.decay_fraction * steps)
+  decay_steps = steps - decay_start(c, steps)
   parts = [optax.linear_schedule(c.lr / (c.warmup_steps + 1), c.lr, c.warmup_steps), optax.constant_schedule(c.lr)]
   boundaries = [c.warmup_steps]
   if decay_steps:
     parts.append(optax.linear_schedule(c.lr, c.final_lr, decay_steps))
-    boundaries.append(max(c.warmup_steps, steps - decay_steps))
+    boundaries.append(decay_start(c, steps))
   return optax.join_schedules(parts, boundaries)
+
+
+def decay_start(c: OptimizerConfig, steps: int) -> int:
+  """Returns the step after which the learning rate decays; `steps` if it doesn't."""
+  return max(min(c.warmup_steps, steps), steps - round(c.decay_fraction * steps))
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
