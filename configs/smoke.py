@@ -1,15 +1,16 @@
-"""Smoke: a 1M-parameter model on made-up arithmetic problems, a minute or two an arm on two CPU cores.
+"""Smoke: 0.9M parameters on generated arithmetic problems; one to two minutes per run on two CPU cores.
 
-    make smoke                                              # both arms, side by side, then RL from both
-    make smoke SOURCE='text:/path/to/*.txt'                 # pre-training alone, on text of your own
+    make smoke                                              # beta = 0 and -0.25, then RL from both, and a report
+    make smoke SOURCE='text:/path/to/*.txt'                 # pre-training only, on your own text
     betarank train --config=configs/smoke.py:beta=-0.25 --workdir=runs/mine
 
-Expect: cross-entropy about equal for beta = 0 and beta = -0.25, and lower entropy for the latter.
+Expect about equal cross-entropy for beta = 0 and beta = -0.25, and a lower entropy for the latter. On two cores, one
+seed, 2026-11-26: 1.1427 and 1.1444 nats of cross-entropy, 1.4538 and 1.4200 nats of entropy (source `main`).
 """
 
 from betarank.configs import common
 
-# Easy enough for a model of this size to be right now and then, which is where RL begins (configs/rl_smoke.py).
+# Easy enough that a model of this size is sometimes right, without which RL has nothing to learn from.
 SUMS = 'reasoning:chain_sum?max_terms=3&max_digits=1'
 
 
@@ -24,7 +25,7 @@ def get_config(arg=None):
   c.data.sources.main.update(uri=a.source, max_documents=20_000)
   if a.source == 'reasoning':
     c.data.sources.sums = dict(uri=SUMS, weight=2.0, max_documents=25_000)
-    c.data.held_out_fraction = 0.1  # so that RL is tested on questions in no document
+    c.data.held_out_fraction = 0.1  # RL is then evaluated on questions that are in no document
   c.train.update(tokens=1_400_000, batch_size=4)
   c.optimizer.update(lr=2e-3, warmup_steps=50, decay_fraction=0.3, final_lr=1e-4)
   c.checkpoint.every_steps = 250

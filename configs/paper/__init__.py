@@ -1,7 +1,7 @@
-"""What the five models of arXiv 2512.22955 share: the stages, the five objectives, and the sweep.
+"""Shared by the five models of arXiv 2512.22955: the stages, the five objectives, and the sweep.
 
-The paper's text wasn't at hand for all of it. A value marked "open" is one it leaves open or that couldn't be found:
-what stands here is then a usual choice, not the paper's.
+Not all of the paper's text was available. A value marked "open" is one that the paper leaves open or that couldn't be
+found; the value here is then a usual choice, not the paper's.
 """
 
 from ml_collections import ConfigDict
@@ -14,14 +14,14 @@ OBJECTIVES = {
   'ce': dict(),
   'beta_low': dict(beta=-0.25),  # global low entropy: precision
   'beta_high': dict(beta=0.5),  # global high entropy: diversity
-  'tail': dict(lambda_tail=-0.1),  # punishes what is ranked below the top 100: local precision
+  'tail': dict(lambda_tail=-0.1),  # punishes tokens ranked below the top 100: local precision
   'head': dict(lambda_head=0.1),  # rewards wrong tokens among the top 100: local diversity
 }
 STAGES = ('pretrain', 'midtrain', 'rl')
 
 
 def parse(arg: str | None):
-  """`stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`."""
+  """Reads `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`."""
   a = common.parse(arg, stage='pretrain', objective='ce', seed=0)
   for name, known in (('stage', STAGES), ('objective', OBJECTIVES)):
     value = getattr(a, name)
@@ -31,7 +31,7 @@ def parse(arg: str | None):
 
 
 def base(a) -> ConfigDict:
-  """Returns everything but the model's shape and its place on chips."""
+  """Returns everything except the model's sizes and its mesh."""
   c = common.rl_base() if a.stage == 'rl' else common.base()
   c.seed = a.seed
   if a.stage == 'rl':
@@ -51,7 +51,7 @@ def base(a) -> ConfigDict:
 
 
 def _pretrain(c):
-  """500B tokens in batches of 16M (31 thousand steps): warm-up, then a constant rate; the decay is mid-training."""
+  """Sets 500B tokens in batches of 16M (31 thousand steps): warm-up, then a constant rate; mid-training decays it."""
   c.train.update(tokens=500_000_000_000, batch_size=4096)
   c.data.sequence_length = 4096
   c.model.rope_base = 1e4
@@ -59,8 +59,8 @@ def _pretrain(c):
 
 
 def _midtrain(c):
-  """100B tokens at 16k context, the rate falling from 3e-4 to 3e-5. Open: the shape of the decay (linear here), whether
-  the optimizer's moments are kept (not here), and whether mid-training keeps the shaped objective (it does here;
+  """Sets 100B tokens at 16k context, the rate falling from 3e-4 to 3e-5. Open: the form of the decay (linear here), if
+  the optimizer's moments are kept (not here), and if mid-training keeps the shaped objective (it does here;
   objective=ce for plain cross-entropy).
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)
@@ -71,8 +71,8 @@ def _midtrain(c):
 
 
 def _rl(c):
-  """GRPO with clip-higher and dynamic sampling, 16 answers to each of 128 prompts, 700 steps at 8k, then 16k."""
-  c.train.init_from = 'runs/paper/midtrain'  # which run to start from: --config.train.init_from=
+  """Sets GRPO with clip-higher and dynamic sampling, 16 answers to each of 128 prompts, 700 steps at 8k, then 16k."""
+  c.train.init_from = 'runs/paper/midtrain'  # a placeholder: name your run with --config.train.init_from=
   c.model.rope_base = 1e6
   c.optimizer.update(lr=1e-6, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)  # open: weight decay
   c.checkpoint.every_steps = 100
@@ -82,7 +82,7 @@ def _rl(c):
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """The sweep of a file: every objective, through all stages. The paper ran single seeds; set more for a spread."""
+  """Adds the sweep of a config: every objective through all stages. The paper ran one seed each."""
   for seed in range(seeds):
     for changed in OBJECTIVES.values():
       objective = {f'objective.{key}': value for key, value in (changed or dict(beta=0.0)).items()}

@@ -5,8 +5,8 @@
     betarank train --config=configs/paper/dense_1b.py:objective=beta_low --workdir=gs://BUCKET/dense_1b/pretrain
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values and those that it leaves open. Pre-training on 256 v5e chips takes 6.8 of 16.9 GB a chip
-and 33 to 39 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
+has the paper's values, and marks those that it leaves open. Pre-training on 256 v5e chips takes 6.8 of 16.9 GB per chip
+and 33 to 39 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
 The paper: all five objectives average 31 to 32 over its 19 benchmarks; no difference shows at this size.
 """
@@ -18,7 +18,7 @@ def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
   c.model.update(layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4, remat_policy='attention')
-  c.train.mesh.update(fsdp=16, data=-1)  # 96 rows of a weight a chip; with 6, XLA pads them and reduces zeros
+  c.train.mesh.update(fsdp=16, data=-1)  # 96 rows of a weight per chip; with 6, XLA pads them and reduces zeros
   if a.stage != 'rl':
     c.train.microbatches = 4
   return c

@@ -1,4 +1,4 @@
-"""MoE 10B-A0.5B (9.53B parameters, 0.52B active besides the embedding): all three stages.
+"""MoE 10B-A0.5B (9.53B parameters, 0.52B active without the embedding): all three stages.
 
     betarank plan --config=configs/paper/moe_10b_a0p5b.py --topology=v5e-256 --usd_per_chip_hour=1.2
     betarank data prepare --config=configs/paper/moe_10b_a0p5b.py
@@ -9,8 +9,8 @@
         --config.train.init_from=gs://BUCKET/moe_10b_a0p5b/midtrain --workdir=gs://BUCKET/moe_10b_a0p5b/rl
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 17.5 of 102.8 GB a chip
-and 38 to 40 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
+has the paper's values, and marks those that it leaves open. Pre-training on 128 chips of v5p takes 17.5 of 102.8 GB
+per chip and 38 to 40 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
 The paper, average of 19 benchmarks after pre-training: 44.89 (beta_low), 44.11 (ce), 44.52 (beta_high);
 after mid-training 51.13, 50.85, 50.60, tail 50.92, head 51.06; after RL, Avg@128 of six math sets: 16.18, 14.37, 14.49,
@@ -26,7 +26,7 @@ def get_config(arg=None):
   c.model.update(layers=16, d_model=1536, heads=32, kv_heads=4, remat_policy='attention')
   # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
   c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=320, router='sigmoid', bias_update_rate=1e-3)
-  c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts a chip
+  c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts per chip
   if a.stage == 'rl':
     c.rl.update(decode_batch_size=256, microbatches=8)
   else:

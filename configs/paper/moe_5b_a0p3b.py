@@ -1,12 +1,12 @@
-"""MoE 5B-A0.3B (4.80B parameters, 0.26B active besides the embedding): pre-training only.
+"""MoE 5B-A0.3B (4.80B parameters, 0.26B active without the embedding): pre-training only.
 
     betarank plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5e-256 --usd_per_chip_hour=1.2
     betarank data prepare --config=configs/paper/moe_5b_a0p3b.py
     betarank train --config=configs/paper/moe_5b_a0p3b.py:objective=beta_low --workdir=gs://BUCKET/moe_5b_a0p3b/pretrain
 
 The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values and those that it leaves open. Pre-training on 128 v5p chips takes 11.6 of 102.8 GB a chip
-and 23 to 24 hours by the plan, a prediction; docs/plans.md has the other stages and pods.
+has the paper's values, and marks those that it leaves open. Pre-training on 128 chips of v5p takes 11.6 of 102.8 GB
+per chip and 23 to 24 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
 The paper gives no figures for this size.
 """
@@ -20,7 +20,7 @@ def get_config(arg=None):
   c.model.update(layers=12, d_model=1024, heads=32, kv_heads=4, remat_policy='attention')
   # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
   c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=320, router='sigmoid', bias_update_rate=1e-3)
-  c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts a chip
+  c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts per chip
   if a.stage != 'rl':
     c.train.microbatches = 4
   return c

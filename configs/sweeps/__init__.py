@@ -1,4 +1,4 @@
-"""What the sweeps share: the model by its size, and the stages that an arm goes through.
+"""Shared by the sweeps: the experiment of each model size, and the stages of an arm.
 
     betarank sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
     betarank sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from betarank.configs import common, load, rl_smoke, smoke
 from betarank.configs.errors import ConfigError, suggestion
 
-SIZES = {  # and the stages of each; the paper's two smallest models were pre-trained only
+SIZES = {  # size -> its stages; the paper only pre-trained its two smallest models
   'smoke': ('pretrain', 'rl'),
   'dense_1b': ('pretrain',),
   'dense_4b': ('pretrain', 'midtrain', 'rl'),
@@ -22,7 +22,7 @@ SIZES = {  # and the stages of each; the paper's two smallest models were pre-tr
 
 
 def parse(arg: str | None, seeds: int) -> SimpleNamespace:
-  """size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, and tokens=N (0: the size's own) for a trial."""
+  """Reads size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, tokens=N (0: the budget of the size)."""
   a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
   if a.size not in SIZES:
     raise ConfigError(f'config argument size={a.size}: must be one of {", ".join(SIZES)}{suggestion(a.size, SIZES)}')
@@ -32,7 +32,7 @@ def parse(arg: str | None, seeds: int) -> SimpleNamespace:
 
 
 def config(a: SimpleNamespace) -> ConfigDict:
-  """The experiment of this size and stage, before an arm changes it."""
+  """Returns the experiment of this size and stage, before an arm changes it."""
   if a.size != 'smoke':
     c = load.read(f'configs/paper/{a.size}.py:stage={a.stage}')
   elif a.stage == 'rl':
@@ -45,7 +45,7 @@ def config(a: SimpleNamespace) -> ConfigDict:
 
 
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
-  """One arm: every stage of the size for every seed, and at its end what the checkpoint thinks of held-out tokens."""
+  """Adds one arm: every stage of the size for every seed, then a probe of the last checkpoint."""
   changed = {f'objective.{name}': value for name, value in objective.items()}
   for seed in range(a.seeds):
     point = ''

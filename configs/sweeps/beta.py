@@ -1,8 +1,8 @@
-"""The positive reward's beta on a grid, which the paper didn't do: it has -0.25, 0 and 0.5.
+"""Sweep of beta over seven values; the paper has three: -0.25, 0 and 0.5.
 
     betarank sweep --config=configs/sweeps/beta.py --root=runs/beta --parallel=2
 
-Entropy isn't monotone in beta: towards large ones the loss turns into -p, whose optimum is the mode. Hence up to 1.
+Entropy isn't monotone in beta: for large beta the loss approaches -p, whose optimum is the mode. So the grid ends at 1.
 """
 
 from betarank.configs import sweeps

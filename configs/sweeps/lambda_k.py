@@ -1,8 +1,8 @@
-"""Rewards of wrong tokens in the head and in the tail, and the k that parts them, on a grid.
+"""Sweep of the rewards of wrong tokens in head and tail, and of the k between head and tail.
 
     betarank sweep --config=configs/sweeps/lambda_k.py --root=runs/lambda_k --parallel=2
 
-The paper has lambda_tail = -0.1 and lambda_head = 0.1, one at a time, at k = 100 only.
+The paper has lambda_tail = -0.1 or lambda_head = 0.1, only at k = 100.
 """
 
 from betarank.configs import sweeps

@@ -1,8 +1,8 @@
-"""The paper's five objectives (arXiv 2512.22955, section 4), through every stage of the size.
+"""Sweep of the paper's five objectives (arXiv 2512.22955, section 4) through all stages of a model size.
 
     betarank sweep --config=configs/sweeps/paper.py --root=runs/paper --parallel=2
 
-The paper ran single seeds; seeds=N for a spread.
+The paper ran one seed each; seeds=N runs more.
 """
 
 from betarank.configs import paper, sweeps

@@ -1,8 +1,8 @@
-"""Plain cross-entropy and the paper's two winners over five seeds: how far arms differ by chance.
+"""Sweep of five seeds of cross-entropy and of the paper's two best objectives: how much arms differ by chance.
 
     betarank sweep --config=configs/sweeps/seeds.py --root=runs/seeds --parallel=2
 
-The paper has single seeds; its gaps are 0.5 to 2 points.
+The paper has one seed each, and differences of 0.5 to 2 points.
 """
 
 from betarank.configs import paper, sweeps
