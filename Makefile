@@ -1,11 +1,11 @@
-# make smoke | test | test-all | lint      Each sets itself up: a .venv here, filled by plain pip.
+# make smoke | test | test-all | lint      Each creates .venv first, if there is none, and installs into it with pip.
 PYTHON ?= python3
 PY := .venv/bin/python
 BETARANK := .venv/bin/betarank
 SOURCE ?= reasoning
 SMOKE := runs/smoke/$(firstword $(subst :, ,$(SOURCE)))
 CONFIG := configs/smoke.py:source=$(SOURCE)
-# Held-out problems of the task that RL trains on, at RL's own temperature.
+# Evaluation: held-out problems of the task that RL trains on, at RL's temperature.
 SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.eval.sample.held_out_fraction=0.1 \
   --config.eval.sample.problems=64 --config.eval.sample.samples=16 --config.eval.sample.max_new_tokens=28 \
   --config.eval.sample.temperature=1.0 --config.eval.sample.top_p=1.0
@@ -13,14 +13,15 @@ SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.ev
 .PHONY: smoke test test-all lint clean
 
 .venv/installed: setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
-	@echo "installing into .venv (a minute or two, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")'
+	@echo "installing into .venv (once; one to two minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-# Data, pre-training of both arms, RL from both, a table of each, and the report of all four runs. Text has no answers to
-# reward, so it ends with pre-training: make smoke SOURCE='text:/path/*.txt'. ARGS go to every command but the last ones.
+# Prepares data, pre-trains with beta = 0 and -0.25, continues both with RL, evaluates, prints a table of each stage, and
+# writes the report of all four runs. Text has no answers to reward, so make smoke SOURCE='text:/path/*.txt' ends after
+# pre-training. ARGS are appended to the commands that prepare and train.
 smoke: .venv/installed
 	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl
 	$(BETARANK) data prepare --config='$(CONFIG)' $(ARGS)
@@ -30,7 +31,7 @@ ifeq ($(SOURCE),reasoning)
 	$(BETARANK) rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=0 --workdir=$(SMOKE)/rl/beta=0 $(ARGS)
 	$(BETARANK) rl --config=configs/rl_smoke.py:init_from=$(SMOKE)/beta=-0.25 --workdir=$(SMOKE)/rl/beta=-0.25 $(ARGS)
 	@for run in beta=0 beta=-0.25 rl/beta=0 rl/beta=-0.25; do \
-	  echo "$(BETARANK) eval probe and sample, $(SMOKE)/$$run"; \
+	  echo "$(BETARANK) eval probe; $(BETARANK) eval sample: $(SMOKE)/$$run"; \
 	  $(BETARANK) eval probe --checkpoint=$(SMOKE)/$$run && $(BETARANK) eval sample --checkpoint=$(SMOKE)/$$run $(SAMPLE) \
 	  || exit 1; \
 	done
@@ -40,7 +41,7 @@ ifeq ($(SOURCE),reasoning)
 	$(BETARANK) report $(SMOKE)
 else
 	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
-	@echo 'no RL: it needs problems that have answers, which SOURCE=reasoning makes'
+	@echo 'RL was skipped: it needs problems with answers, as SOURCE=reasoning generates them'
 endif
 
 test: .venv/installed

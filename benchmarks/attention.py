@@ -1,8 +1,8 @@
-"""Attention of whole rows on a GPU, forward and backward, beside other kernels: python -m benchmarks.attention
+"""Times attention kernels on a GPU, forward and backward, ours and others: python -m benchmarks.attention
 
 Rows of the 1B model: 8 x 4096 tokens, 16 query and 4 key heads of 128, bfloat16; `--documents=N` cuts each row into N
-of about equal length. TFLOP/s count 4·T/2·heads·width FLOPs a token forward and 2.5 times that backward, whatever the
-documents leave out. `cudnn causal` sees across documents: what masking costs is beside it.
+of about equal length. TFLOP/s count 4·T/2·heads·width FLOPs per token forward and 2.5 times that backward, also where
+documents let a kernel skip some. `cudnn causal` attends across documents; the other cuDNN line shows what a mask costs.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a save costs training, and what checking costs a restore: python -m benchmarks.checkpoint
+"""Times how long a save stalls training, and how long checks delay a restore: python -m benchmarks.checkpoint
 
 The state is that of a 100M-parameter model (weights and two AdamW moments, 1.2 GB in float32). Each round saves
-once in the background (what training does) and once waiting for the disk; the ratio is taken round by round.
-The figure after it also counts what the next update loses to the writer, with which it shares the cores on a CPU.
-Then the last one is restored, whole and weights only, beside the checks of it: crc32 of every byte, which each restore
-makes, and sha256 of every byte, which is in the manifest and what `train.checkpoint verify` makes.
+asynchronously, as training does, and once blocking; the ratio is computed per round. The next figure also counts what
+the next update loses to the writer, which shares its cores on a CPU. Then the last checkpoint is restored, whole and
+weights only, and its checks are timed: crc32 of every byte, which each restore computes, and sha256 of every byte,
+which is in the manifest and which `betarank checkpoint verify` computes.
 """
 
 import argparse

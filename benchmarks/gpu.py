@@ -1,7 +1,7 @@
-"""All that is worth measuring on one GPU, one command after the other: python -m benchmarks.gpu [--only=train,head]
+"""Runs everything worth measuring on one GPU, one command at a time: python -m benchmarks.gpu [--only=train,head]
 
-Each part is a process of its own, since JAX keeps the card's memory; what a part can't do (a peer that isn't
-installed, a model that doesn't fit) ends that part alone. The last lines are one table of all of them.
+Each part is a process of its own, because JAX keeps the card's memory. A part that fails (a peer isn't installed, a
+model doesn't fit) ends only itself. The last lines are one table of all parts.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import time
 
 MODULE = [sys.executable, '-m']
-TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3', '--no-masses', '--no-scan_layers']
+TRAIN = [*MODULE, 'benchmarks.train', '--no-naive', '--rounds=3', '--no-head_tail_mass', '--no-scan_layers']
 HEAD = '--grid=32768x2048x131072'
 ROLLOUT = [*MODULE, 'benchmarks.rollout', '--size=1b', '--repeats=1']
 PARTS = {

@@ -1,9 +1,9 @@
-"""How fast batches are made, beside the simplest ways to make them.
+"""Times how fast batches are made, compared with the simplest ways to make them.
 
     python -m benchmarks.input [--seconds=3] [--steps=100]
 
-Prepares the smoke config's documents in a temporary folder, runs each way for some seconds on its own, then trains
-and looks how long it waited. Tokens are real ones: padding doesn't count, neither as work done nor as work to do.
+Prepares the smoke config's documents in a temporary folder, runs each way alone for some seconds, then trains and
+measures how long training waits for batches. Only real tokens count, padding doesn't.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def training(config, workdir: str, steps: int) -> tuple[float, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--seconds', type=float, default=3.0, help='for each way')
-  parser.add_argument('--steps', type=int, default=100, help='of training')
+  parser.add_argument('--seconds', type=float, default=3.0, help='per way of making batches')
+  parser.add_argument('--steps', type=int, default=100, help='training steps')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     whole = load.load('configs/smoke.py', {'data.dir': folder})

@@ -1,14 +1,14 @@
-"""What the shaped objective costs beside plain cross-entropy: forward + backward, time and temp memory.
+"""Measures the shaped objective against plain cross-entropy: time and temporary memory, forward and backward.
 
     python -m benchmarks.objective                                # runs on the first device
     python -m benchmarks.objective --grid=2048x512x65536,8192x1024x32768
     python -m benchmarks.objective --tpu=v5e-4 --grid=32768x2048x131072 --dtype=bfloat16
 
-Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds: on a shared machine
-the CPU seconds are the steadier. tokamax (pip install tokamax) is timed if it is there. --tpu compiles ahead
-of time (pip install "jax[tpu]") and runs nothing: temp memory is the compiler's, times are predicted from the
-compiled programs as launch.plan does, for bfloat16. There `allocated` is the size of the program's one temporary
-allocation, from the compiler's buffer assignment; what memory_analysis calls temp counts a chunk's logits once more.
+Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds; on a shared machine CPU seconds
+vary less. tokamax (pip install tokamax) is timed if it is installed. --tpu compiles ahead of time (pip install
+"jax[tpu]") and runs nothing: temporary memory is the compiler's, times are predicted from the compiled programs as
+`betarank plan` does, for bfloat16. There `allocated` is the size of the program's one temporary allocation, from the
+compiler's buffer assignment; the temp size of memory_analysis counts a chunk's logits twice.
 """
 # N tokens  D width  V vocabulary
 

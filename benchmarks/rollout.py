@@ -1,14 +1,13 @@
-"""How fast answers are sampled: beside google-tunix and transformers, and beside the simpler ways of our own.
+"""Times sampling, compared with google-tunix, with transformers, and with simpler variants of our own sampler.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
-    python -m benchmarks.rollout --size=1b --only=ours --repeats=1       # a process each, where a card holds
-    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # only one of them
+    python -m benchmarks.rollout --size=1b --only=ours --repeats=1       # in two processes, where a card
+    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # can hold only one of them
 
-A fresh model on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or 1.05B. Peers
-that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to compile (not with
---cold), then --repeats times in turn with the others; the table has the fastest run of each, in generated tokens per
-second.
-transformers runs on the GPU, in bfloat16, where torch sees one.
+A model with random weights on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or
+1.05B. Peers that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to
+compile (not with --cold), then --repeats times, interleaved with the others; the table has the fastest run of each, in
+generated tokens per second. transformers runs on the GPU, in bfloat16, where torch finds one.
 """
 
 import argparse
@@ -150,7 +149,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--size', choices=('small', '1b'), default='small')
   parser.add_argument('--repeats', type=int, default=3)
-  parser.add_argument('--cold', action='store_true', help='for what compiles nothing and takes minutes')
+  parser.add_argument('--cold', action='store_true', help='no first run to compile: for peers that take minutes')
   parser.add_argument('--only', default='ours,theirs,refill,prefill')
   args = parser.parse_args()
   if args.size == '1b':

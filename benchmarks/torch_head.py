@@ -1,8 +1,8 @@
-"""The head in PyTorch on the same card as `benchmarks.objective`: python -m benchmarks.torch_head [--grid=...]
+"""Times the head in PyTorch, to compare with `benchmarks.objective`: python -m benchmarks.torch_head [--grid=...]
 
 Forward and backward of cross-entropy from hidden states and a head, in bfloat16 with float32 logits: plain, and under
-torch.compile, which fuses the softmax with its neighbours. Both hold the logits. Medians of --repeats, and the most
-memory taken beyond inputs and their gradients.
+torch.compile, which fuses the softmax with the operations around it. Both hold all logits. Prints medians of --repeats,
+and the peak memory beyond inputs and their gradients.
 """
 # N tokens  D width  V vocabulary
 

@@ -1,17 +1,17 @@
-"""Training speed on whatever is here, beside the same model with all logits in memory: python -m benchmarks.train
+"""Times training steps, compared with the same model with all logits in memory: python -m benchmarks.train
 
-    --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens a step: for a CPU
+    --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens per step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
-    --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens a step: for an 80 GB accelerator
+    --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
     --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
     --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture there
 
-Steps are the real ones (train/step.py) on made-up tokens. `all logits` differs in the loss alone: all logits, optax's
+Steps are those of train/step.py, on random tokens. `all logits` differs only in the loss: all logits, optax's
 cross-entropy, no statistics. `naive`, for the small models, also holds all attention scores and recomputes nothing.
-Ways are timed in turn, and ratios taken round by round; on a CPU, in CPU seconds, as other work on the machine slows
-the clock's. MFU counts 6 FLOPs a weight and token and half of the attention (model.flops_per_token), recomputation left
-out, of the chip's peak; on a CPU, of the rate of a matrix product measured here, a CPU second.
+Ways are timed in turn, and ratios are computed per round; on a CPU from CPU seconds, because other work on the machine
+stretches wall time. MFU counts 6 FLOPs per weight and token and half of the attention (model.flops_per_token), without
+recomputation, relative to the chip's peak; on a CPU relative to a matrix product measured here, per CPU second.
 """
 
 import argparse
@@ -119,18 +119,18 @@ def profile(run, program: str, most: int):
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--model', choices=MODELS, default='small')
-  parser.add_argument('--rows', type=int, default=0, help='a step; 0: the default of the model')
+  parser.add_argument('--rows', type=int, default=0, help='per step; 0: the default of the model')
   parser.add_argument('--remat', choices=model.config.REMAT, default='')
   parser.add_argument('--expert_kernel', choices=model.config.EXPERT_KERNELS, default='auto')
   parser.add_argument('--attention', choices=model.config.KERNELS, default='auto')
   parser.add_argument('--scan_layers', action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument('--documents', type=int, default=1, help='of about equal length in each row')
-  parser.add_argument('--masses', action=argparse.BooleanOptionalAction, default=True,
-                      help='head and tail mass, which take a top k, also where the objective needs none')
-  parser.add_argument('--only', default='', help='objectives whose names start so, commas between')
+  parser.add_argument('--head_tail_mass', action=argparse.BooleanOptionalAction, default=True,
+                      help='compute head and tail mass, which need a top k, even if the objective needs none')
+  parser.add_argument('--only', default='', help='objectives whose names start with one of these, separated by commas')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--profile', type=int, default=0, metavar='N',
-                      help="also print what took longest in a step of the last way, N kernels with their time")
+                      help="also print the N kernels that took longest in a step of the last way")
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
   args = parser.parse_args()
   c, rows, length = MODELS[args.model]
@@ -145,13 +145,13 @@ def main():
   segments = np.arange(length, dtype=np.int32) * args.documents // length
   positions = np.concatenate([np.arange(n, dtype=np.int32) for n in np.bincount(segments)])
   batch = Batch(tokens[:, :-1], tokens[:, 1:], np.tile(positions, (rows, 1)), np.tile(segments + 1, (rows, 1)))
-  print(f'{sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters, {rows} x {length} tokens a step, '
+  print(f'{sum(model.parameter_counts(c).values()) / 1e6:,.1f}M parameters, {rows} x {length} tokens per step, '
         f'{args.documents} documents a row, {c.dtype}, remat {c.remat_policy}, '
         f'{"" if c.scan_layers else "layers unrolled, "}{device.device_kind} x {jax.device_count()}, '
         f'jax {jax.__version__}')
   with jax.set_mesh(mesh):
     tx = make_optimizer(ADAMW, 10_000, model.abstract(c)[2])
-    stats = 'full' if args.masses else 'basic'
+    stats = 'full' if args.head_tail_mass else 'basic'
     ways = {}
     if args.naive and args.model.startswith('small'):
       ways['naive'] = naive_step(dataclasses.replace(c, attention='plain', remat_policy='none'), tx)

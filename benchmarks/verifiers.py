@@ -1,6 +1,6 @@
-"""How right, how fast and how safe grading is, beside math-verify called plainly.
+"""Measures how right, fast and safe grading is, compared with plain calls of math-verify.
 
-    python benchmarks/verifiers.py [--data=../shared/data/reasoning] [--workers=2]
+    python -m benchmarks.verifiers [--data=../shared/data/reasoning] [--workers=2]
 
 Gold answers: the reference of every problem of GSM8K, MATH-500, AIME 2024 and AMC 2023, graded against the
 final answer of its own worked solution (AMC has none: against its answer). Three ways: as RL does it; with every
