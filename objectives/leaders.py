@@ -1,4 +1,4 @@
-"""The two most probable tokens of each position, from logits that exist a chunk at a time.
+"""The two most probable tokens of each position, from the logits of one chunk of tokens at a time.
 
 # C tokens of a chunk  D width  V vocabulary (of this device)
 """
@@ -15,6 +15,7 @@ from betarank.objectives.top_k import top_k
 CHUNK_TOKENS = 256  # tokens whose logits exist at the same time: 155 MB at a vocabulary of 151,936
 
 
+@jax.named_scope('head')
 def leading_two(
   hidden: jax.Array, head: jax.Array, layout: collectives.Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -25,6 +26,7 @@ def leading_two(
     head: [D, V].
     layout: how both lie on the current mesh; None without a mesh.
   """
+
   def local(hidden, head):
     head_DV = collectives.gather_head(layout, head.astype(hidden.dtype))
     tokens = math.prod(hidden.shape[:-1])

@@ -5,20 +5,24 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from betarank import model
+from betarank.data import Batch
 from betarank.launch.plan import predict
-from betarank.objectives import Layout, RewardShaping, shaped_linear_total
+from betarank.objectives import ObjectiveConfig
+from betarank.runtime.state import abstract_state
+from betarank.train.step import make_step
 
 DENSE = model.ModelConfig(
   vocab_size=64, layers=2, d_model=16, d_ff=16, heads=2, kv_heads=1, head_dim=8, rope_base=1e4, norm_eps=1e-6,
   tied_embeddings=False, compute_dtype='bfloat16', remat_policy='attention', scan_layers=True)
 MOE = model.ModelConfig(**vars(DENSE) | {'moe': model.MoeConfig(
   experts=4, experts_per_token=2, expert_d_ff=16, shared_d_ff=16)})
-LAYOUT = Layout(tokens=(model.RULES['batch'], model.RULES['length']), width=model.RULES['embed'])
 OF_EXPERTS = {scope for scope in predict.PARTS if scope.startswith('moe/')}
-OF_ALL_MODELS = predict.PARTS.keys() - OF_EXPERTS - {'optimizer'}
+OF_ALL_MODELS = predict.PARTS.keys() - OF_EXPERTS
 # The head forms its gradients in the forward pass, and a mask has no gradient.
 IN_BACKWARD = {scope for scope in predict.PARTS if not scope.startswith('head')} - {'attention/mask', 'optimizer'}
 
@@ -41,20 +45,12 @@ def test_the_innermost_scope_of_an_instruction(scope, path):
 
 
 def scopes(c, mesh):
-  """Returns the scopes found in a compiled loss and gradient: (all of them, those in the backward pass)."""
+  """Returns the scopes found in a compiled training step: (all of them, those in the backward pass)."""
   with jax.set_mesh(mesh):
-    _, shapes, axes = model.abstract(c)
-    params = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes,
-      model.shardings(mesh, axes))
+    tx = optax.sgd(0.1)
     tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=jax.NamedSharding(mesh, model.spec('batch', 'length')))
-
-    def loss(params, tokens_BT, positions_BT, segments_BT):
-      hidden_BTD = model.forward(c, params, tokens_BT, positions_BT, segments_BT)[0]
-      shaping = RewardShaping(lambda_tail=-0.1, top_k=8)
-      return shaped_linear_total(hidden_BTD, model.head(c, params), tokens_BT, shaping, layout=LAYOUT)[0]
-
-    lowered = jax.jit(jax.grad(loss)).lower(params, tokens, tokens, tokens)
+    step = make_step(c, ObjectiveConfig(lambda_tail=-0.1, top_k=8), tx, np.ones(c.vocab_size, np.int32))
+    lowered = step.lower(abstract_state(c, tx, mesh), Batch(tokens, tokens, tokens, tokens))
   text = lowered.compile(compiler_options={'xla_backend_optimization_level': 0}).as_text()  # in half the time
   names = set(re.findall(r'op_name="([^"]*)"', text))
   found = lambda names: {predict.scope(name) for name in names} - {None}
