@@ -7,29 +7,31 @@ is learned, the step, and so the tokens seen; for a run that started from anothe
 import math
 from typing import Any
 
+from betarank.configs import settings
 from betarank.configs.load import flatten
 from betarank.eval.report.runs import Run
 
-# Settings that don't decide what is learned: how a run is executed, and what it reports.
-NOT_DECIDING = ('checkpoint', 'log', 'eval', 'data.dir', 'data.tokenizer', 'train.mesh', 'train.microbatches',
-                'train.init_from', 'train.init_what', 'rl.decode_batch_size', 'rl.microbatches', 'rl.verifier',
-                'rl.eval_prompts', 'rl.eval_samples', 'model.remat_policy', 'model.offload_activations',
-                'model.scan_layers', 'model.attention', 'model.compute_dtype', 'model.moe.kernel')
-# How long a run is to be. Runs of different length are one arm, but aren't compared: the learning rate depends on it.
-LENGTH = ('train.tokens', 'rl.steps')
-# Compared by hash; the setting is where the data came from.
-ORIGIN = ('uri', 'max_documents')
+# Compared by hash; the setting says where the data came from.
+_ORIGIN = ('uri', 'max_documents')
 _SHOWN = 12  # characters of a hash
 
 
 def choices(run: Run) -> dict[str, Any]:
-  """Returns {dotted key: value} of the settings that decide what is learned, without objective, seed and length."""
+  """Returns {dotted key: value} of the settings that decide what is learned, without objective and seed."""
+  return _with_roles(run, (settings.IDENTITY, settings.DATA))
+
+
+def _with_roles(run: Run, roles: tuple[str, ...]) -> dict[str, Any]:
   return {key: value for key, value in flatten(run.config).items()
-          if not _among(key, ('seed', 'objective', *LENGTH, *NOT_DECIDING))}
+          if _role(key) in roles and key != 'seed' and not key.startswith('objective.')}
 
 
-def _among(key: str, names: tuple[str, ...]) -> bool:
-  return any(key == name or key.startswith(name + '.') for name in names)
+def _role(key: str) -> str:
+  """The role of a setting; one that this version doesn't know counts as part of what is learned."""
+  try:
+    return settings.role(key)
+  except KeyError:
+    return settings.IDENTITY
 
 
 def disagreements(run: Run, other: Run) -> list[str]:
@@ -67,19 +69,19 @@ def _of_data(run: Run, other: Run) -> list[str]:
 
 
 def _of_settings(run: Run, other: Run) -> list[str]:
-  def deciding(run: Run) -> dict[str, Any]:
-    length = {key: value for key, value in flatten(run.config).items() if _among(key, LENGTH[1:] if run.is_rl else
-                                                                                 LENGTH[:1])}
-    return {key: value for key, value in {**choices(run), **length}.items()
-            if not (key.startswith('data.sources.') and key.rpartition('.')[2] in ORIGIN)
-            and not (run.is_rl and _among(key, ('data',)))}
-
-  mine, theirs = deciding(run), deciding(other)
+  mine, theirs = _compared(run), _compared(other)
   found = [f'{key} {_plain(mine[key])} against {_plain(theirs[key])}' for key in sorted(mine.keys() & theirs.keys())
            if mine[key] != theirs[key]]
   if alone := sorted(mine.keys() ^ theirs.keys()):
     found.append(f'{len(alone)} settings that only one of them has, as {alone[0]} (other code)')
   return found
+
+
+def _compared(run: Run) -> dict[str, Any]:
+  """Choices and length, on which the learning rate depends; not where the data came from."""
+  found = _with_roles(run, (settings.IDENTITY, settings.DATA, settings.LENGTH))
+  return {key: value for key, value in found.items()
+          if not (key.startswith('data.sources.') and key.rpartition('.')[2] in _ORIGIN)}
 
 
 def _plain(value: Any) -> str:

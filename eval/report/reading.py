@@ -191,8 +191,8 @@ def _identity(meta: Mapping[str, Any]) -> DataIdentity:
 def _read_start(run: Run, sweep: Sweep) -> None:
   found = read_object(run.path / 'run.json', sweep) or {}
   command = found.get('command') or ''
-  if isinstance(command, list):
-    command = shlex.join(map(str, command))
+  if isinstance(command, list):  # sys.argv
+    command = f'betarank {shlex.join(map(str, command[1:]))}'
   run.start = Start(str(command), str(found.get('device_kind') or ''), number(found.get('devices')),
                     number(found.get('started_s')))
 

@@ -30,13 +30,14 @@ def make(root, *, arms=ARMS, seeds=3, steps=40, rl_steps=10, problems=30, n=16, 
 
 
 def config(*, objective, seed, steps, init_from='', rl=False):
-  c = common.base()
+  c = common.rl_base() if rl else common.base()
   c.seed = seed
-  c.objective.update(objective)
-  c.train.update(tokens=steps * c.train.batch_size * c.data.sequence_length, init_from=str(init_from))
+  c.train.init_from = str(init_from)
   if rl:
-    c.rl = common.rl_base().rl
-    c.rl.update(steps=steps)
+    c.rl.steps = steps
+  else:
+    c.objective.update(objective)
+    c.train.tokens = steps * c.train.batch_size * c.data.sequence_length
   return c.to_dict()
 
 
@@ -47,10 +48,10 @@ def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
   settings = config(objective=objective, seed=seed, steps=steps, init_from=init_from, rl=rl)
   (path / 'config.json').write_text(json.dumps(settings, default=list))
   write(path / 'run.json', json.dumps({
-    'command': f'betarank {"rl" if rl else "train"} --config=mine.py --workdir={path}', 'device_kind': 'TPU v5e',
-    'devices': 4, 'started_s': 1.8e9}))
+    'command': ['/usr/bin/betarank', 'rl' if rl else 'train', '--config=mine.py', f'--workdir={path}'],
+    'device_kind': 'TPU v5e', 'devices': 4, 'started_s': 1.8e9}))
   checkpoint(path, steps, settings, init_from, {'prompts': 8 * steps} if rl else {
-    'sources': {'main': {'rows': steps * settings['train']['batch_size'], 'fingerprint': data}}})
+    'sources': {'main': {'rows': 8 * steps, 'fingerprint': data}}})
   noise = np.random.default_rng(seed).normal(0, 0.01, steps + 1)
   lines = []
   for step in range(1, steps + 1):
