@@ -128,7 +128,7 @@ class Sweep:
           return
         time.sleep(POLL_S)
     finally:
-      if self._processes:  # after an error of the launcher: no run goes on with no one watching
+      if self._processes:  # after an error of the launcher: no run continues unwatched
         self.stop(hard=False)
         self._wait()
 
