@@ -39,6 +39,7 @@ from rich.table import Table
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.files import write_atomically
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
@@ -104,9 +105,7 @@ class Sweep:
     """Writes sweep.json, atomically."""
     for name, status in self.status.items():
       self._record['points'][name]['status'] = dataclasses.asdict(status)
-    temporary = self.folder / 'sweep.json.tmp'
-    temporary.write_text(json.dumps(self._record, indent=1) + '\n')
-    temporary.replace(self.folder / 'sweep.json')
+    write_atomically(self.folder / 'sweep.json', json.dumps(self._record, indent=1) + '\n')
 
   def log(self, point: Point) -> pathlib.Path:
     """Returns the file that holds the output of a point's command."""
@@ -128,7 +127,7 @@ class Sweep:
           return
         time.sleep(POLL_S)
     finally:
-      if self._processes:  # after an error of the launcher: no run goes on with no one watching
+      if self._processes:  # after an error of the launcher: no run continues unwatched
         self.stop(hard=False)
         self._wait()
 

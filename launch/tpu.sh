@@ -211,7 +211,7 @@ slice_state() { # READY, NONE, GONE (preempted or failed: delete it), BUSY (bein
   if ! out=$(describe state.state state 2>&1); then
     case $out in
       *NOT_FOUND* | *'not found'*) echo NONE ;;
-      *) echo "UNKNOWN ${out##*$'\n'}" ;;
+      *) echo "UNKNOWN $(grep -m 1 ERROR <<<"$out" | cut -c1-500 || true)" ;; # gcloud's hints may follow it
     esac
     return 0 # a plain return in a trap would have the status from before the trap
   fi

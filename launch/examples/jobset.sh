@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one point of a sweep as a JobSet (jobset.yaml beside this file) and waits for it:
+# Runs one point of a sweep as a JobSet (jobset.yaml next to this file) and waits for it:
 #
 #   export IMAGE=... QUEUE=...            # the image of the Dockerfile; a LocalQueue of Kueue
 #   betarank sweep --config=FILE --root=gs://BUCKET/DIR --parallel=4 --on='bash launch/examples/jobset.sh {name} {command}'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one point of a sweep as a managed job of SkyPilot (sky.yaml beside this file) and waits for it:
+# Runs one point of a sweep as a managed job of SkyPilot (sky.yaml next to this file) and waits for it:
 #
 #   betarank sweep --config=FILE --root=gs://BUCKET/DIR --parallel=4 --on='bash launch/examples/sky.sh {name} {command}'
 #

@@ -40,6 +40,6 @@ while true; do
     code=0
     wait "$waiting" || code=$?
   done
-  # 143: asked to stop and saved. If nobody asked through this script, it was the time limit.
+  # 143: asked to stop and saved. If this script has not asked, it was the time limit.
   [ "$code" = 143 ] && [ -z "$asked" ] || exit "$code"
 done

@@ -469,7 +469,7 @@ def test_a_queued_resource_that_fails_is_reported_with_the_server_s_reason(cloud
 @pytest.mark.parametrize('call, stderr', [
   ('tpu-vm create', 'ERROR: (gcloud) NOT_FOUND: Location europe-west9-z is not found or access is unauthorized.'),
   ('tpu-vm create', "ERROR: (gcloud) NOT_FOUND: Requested entity was not found: projects/nobody"),
-  ('tpu-vm describe', 'ERROR: (gcloud) You do not currently have an active account selected.'),
+  ('tpu-vm describe', 'ERROR: (gcloud) You do not currently have an active account selected.\nPlease run:\n  $ x'),
   ('tpu-vm describe', "ERROR: (gcloud) PERMISSION_DENIED: Permission denied on 'locations/xx'")])
 def test_a_wrong_zone_project_or_login_ends_the_watch_at_once(cloud, call, stderr):
   cloud.fail({'match': call, 'stderr': stderr, 'times': 1})
