@@ -68,12 +68,14 @@ def base() -> ConfigDict:
     tokenizer='',  # an existing SentencePiece .model to use; empty: the one trained into data.dir
     vocab_size=vocab_size,
     # Name -> where documents come from (see data/sources.py) and their share of the training rows.
-    # max_documents: 0 takes all there are; `reasoning` has no end, so it needs a number.
-    sources=dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000)),
+    # max_documents: 0 takes all there are; `reasoning` has no end, so it needs a number. max_bad_rows: rows without
+    # text that are skipped, at most; 0: the first one stops. template: of instruction data (data/fields.py).
+    sources=dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000, max_bad_rows=0, template='')),
     validation_fraction=0.01,  # of the documents, chosen by a hash of their text
     sequence_length=512,  # tokens a row; documents are packed into rows
     document_bytes=65_536,  # longer ones are cut at line ends, plain text files too
     held_out_fraction=0.0,  # of all questions: `reasoning` leaves them out, so that RL can be tested on unseen ones
+    tokenizer_sample_mb=0.0,  # MB of text to train the tokenizer on; 0: 1 KB per token of the vocabulary, 16 at least
     cache_dir='',  # local folder for copies of prepared sets in a bucket, for small ones; empty: they are read in place
     cache_gb=20.0,  # GB (10^9 bytes) of all copies in cache_dir; those not in use are deleted to make room
   ))

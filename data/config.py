@@ -18,6 +18,8 @@ class SourceConfig:
   uri: str  # see data/sources.py for the kinds
   weight: float  # relative to the other sources'; 0: prepared and evaluated on, but not trained on
   max_documents: int  # 0: all there are
+  max_bad_rows: int = 0  # rows without text that are skipped, at most; 0: the first one stops the preparation
+  template: str = ''  # of instruction data and chats; see data/fields.py
 
   def __post_init__(self):
     if not self.uri:
@@ -26,6 +28,8 @@ class SourceConfig:
       raise ValueError(f'weight must be a number >= 0, got {self.weight}')
     if self.max_documents < 0:
       raise ValueError(f'max_documents must be >= 0 (0: all), got {self.max_documents}')
+    if self.max_bad_rows < 0:
+      raise ValueError(f'max_bad_rows must be >= 0 (0: none), got {self.max_bad_rows}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,7 @@ class DataConfig:
   sequence_length: int
   document_bytes: int = 65_536
   held_out_fraction: float = 0.0  # of all questions: those that `reasoning` sources leave out, for RL and evaluation
+  tokenizer_sample_mb: float = 0.0  # MB of text to train the tokenizer on; 0: grows with vocab_size
   cache_dir: str = ''  # local folder for copies of prepared sets that are in a bucket; empty: none
   cache_gb: float = 20.0  # of all copies in cache_dir
 
@@ -64,6 +69,8 @@ class DataConfig:
     if self.document_bytes < 16:
       raise ValueError(f'document_bytes must be 16 or more, got {self.document_bytes}')
 
+    if self.tokenizer_sample_mb < 0:
+      raise ValueError(f'tokenizer_sample_mb must be >= 0 (0: by the vocabulary), got {self.tokenizer_sample_mb}')
     if '://' in self.cache_dir:
       raise ValueError(f'cache_dir must be a local folder, got {self.cache_dir!r}')
     if self.cache_gb <= 0:
