@@ -111,14 +111,17 @@ DATA_SECTION = dict(
   tokenizer=S('', EXECUTION, 'tokenizer to use: a SentencePiece .model, a tokenizer.json, or a folder with one of '
               'them; empty: the one that was trained into data.dir'),
   vocab_size=S(8192, IDENTITY, 'always equal to model.vocab_size'),
-  sources=S(dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000)), DATA,
+  sources=S(dict(main=dict(uri='reasoning', weight=1.0, max_documents=100_000, max_bad_rows=0, template='')), DATA,
             'name -> uri (see docs/data.md), weight (share of the training rows), max_documents (0: all; a number is '
-            'needed where there is no end of them, as in `reasoning`)'),
+            'needed where there is no end of them, as in `reasoning`), max_bad_rows (rows without text that are '
+            'skipped; 0: the first one stops), template (of instruction data)'),
   validation_fraction=S(0.01, IDENTITY, 'share of the documents, chosen by a hash of their text'),
   sequence_length=S(512, IDENTITY, 'tokens per row; documents are packed into rows'),
   document_bytes=S(65_536, IDENTITY, 'longer documents are split at line ends'),
   held_out_fraction=S(0.0, IDENTITY, 'share of all questions that `reasoning` leaves out of documents, so that RL can '
                       'be tested on unseen ones'),
+  tokenizer_sample_mb=S(0.0, IDENTITY, 'MB of text to train the tokenizer on; 0: 1 KB per token of the '
+                        'vocabulary, at least 16 MB'),
   cache_dir=S('', EXECUTION, 'local folder for copies of prepared sets that are in a bucket, for small ones; empty: '
               'they are read in place'),
   cache_gb=S(20.0, EXECUTION, 'GB (10^9 bytes) of all copies in cache_dir; those not in use are deleted to make room'),

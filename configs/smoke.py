@@ -8,6 +8,8 @@ Expect about equal cross-entropy for beta = 0 and beta = -0.25, and a lower entr
 seed, 2026-11-26: 1.1427 and 1.1444 nats of cross-entropy, 1.4538 and 1.4200 nats of entropy (source `main`).
 """
 
+import hashlib
+
 from betarank.configs import common
 
 # Easy enough that a model of this size is sometimes right, without which RL has nothing to learn from.
@@ -21,7 +23,10 @@ def get_config(arg=None):
   c.model.update(vocab_size=1024, layers=4, d_model=128, d_ff=384, heads=2, kv_heads=1, head_dim=64,
                  remat_policy='matmuls')
   c.objective.update(beta=a.beta, lambda_head=a.lambda_head, lambda_tail=a.lambda_tail, top_k=20)
-  c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data', sequence_length=256, validation_fraction=0.02)
+  # Each text has a folder of its own, with its own tokenizer.
+  of_text = '' if a.source == 'reasoning' else f'-{hashlib.blake2b(a.source.encode(), digest_size=4).hexdigest()}'
+  c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data{of_text}', sequence_length=256,
+                validation_fraction=0.02)
   c.data.sources.main.update(uri=a.source, max_documents=20_000)
   if a.source == 'reasoning':
     c.data.sources.sums = dict(uri=SUMS, weight=2.0, max_documents=25_000)

@@ -1,73 +1,129 @@
-"""betarank data tokenizer|prepare|verify --config=FILE [--config.KEY=VALUE] [--workers=N]"""
+"""betarank data COMMAND --config=FILE [--config.KEY=VALUE] [flags]
+
+    tokenizer    train the tokenizer, and say how well it compresses text that it wasn't trained on
+    prepare      tokenize all sources into DIR, training the tokenizer first if needed; --part=I/N: one of N parts, for
+                 another machine each
+    finish       make parts a data set, when all of them are there
+    verify       read all that is prepared, and say which file is damaged
+    show         print what training reads: a packed row as text, counts, the longest and shortest documents
+"""
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from betarank.configs import load, settings
+from betarank.configs.errors import ConfigError
 from betarank.configs.sections import section
-from betarank.data import prepared
+from betarank.data import prepare, prepared, show
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
-from betarank.data.prepare import prepare_source, train_tokenizer
+
+_COMMANDS = ('tokenizer', 'prepare', 'finish', 'verify', 'show')
+_LINE_S = 10.0  # between two lines of progress in a log file
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank data', description=__doc__)
-  parser.add_argument('command', choices=('tokenizer', 'prepare', 'verify'),
-                      help='train the tokenizer; prepare all sources, training it first if needed; or read all that is '
-                           'prepared, and say which file is damaged')
-  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (default: all CPUs)')
+  parser = argparse.ArgumentParser(prog='betarank data', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('command', choices=_COMMANDS)
+  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes of prepare (default: all CPUs)')
+  parser.add_argument('--part', default='1/1', metavar='I/N', help='prepare: part I, from 1, of N (default: all)')
+  parser.add_argument('--source', default='', help='show: one source (default: all)')
+  parser.add_argument('--split', default='train', choices=prepared.SPLITS, help='show: of this split')
+  parser.add_argument('--row', type=int, default=0, help='show: this row, counted over all epochs')
   config, args = load.from_command_line(
     parser, argv, settings={'model': {'vocab_size': settings.MODEL['vocab_size']}, 'data': settings.DATA_SECTION})
   if args.workers < 1:
     parser.error('--workers must be 1 or more')
+  part, parts = _part(args.part)
   data = section(DataConfig, config.get('data'), 'data')
   console = Console()
-  if data.tokenizer and args.command == 'tokenizer':
-    raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
   if args.command == 'verify':
     for name in data.sources:
       print(f'{prepared.folder(data, name)}: {prepared.verify(data, name):,} documents, all as they were written')
-    return
-  trained = train_tokenizer(data)
-  if trained or args.command == 'tokenizer':
-    print(f'{data.tokenizer_path}: {data.vocab_size} tokens, {"trained" if trained else "was there already"}')
-  if args.command == 'prepare':
-    manifests = {name: _prepare(data, name, args.workers, console) for name in data.sources}
-    _summary(data, manifests, console)
+  elif args.command == 'show':
+    show.show(data, [args.source] if args.source else list(data.sources), args.split, args.row, config.get('seed', 0))
+  elif args.command == 'finish':
+    _summary(data, {name: prepare.finish(data, name) for name in data.sources}, console)
+  elif args.command == 'tokenizer':
+    if data.tokenizer:
+      raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
+    _tokenizer(data, console)
+    show.tokenizer(data)
+  elif parts == 1:
+    _tokenizer(data, console)
+    _summary(data, {name: _prepare(data, name, args.workers, console) for name in data.sources}, console)
+  else:
+    for name in data.sources:
+      _prepare(data, name, args.workers, console, part, parts)
+    print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
 
 
-def _prepare(data: DataConfig, name: str, workers: int, console: Console) -> dict:
+def _part(text: str) -> tuple[int, int]:
+  match = re.fullmatch(r'(\d{1,6})/(\d{1,6})', text)
+  if not match or not 1 <= int(match[1]) <= int(match[2]):
+    raise ConfigError(f'--part={text}: expected I/N, part I of N parts, from 1/N to N/N')
+  return int(match[1]) - 1, int(match[2])
+
+
+def _tokenizer(data: DataConfig, console: Console) -> None:
+  start = time.monotonic()
+  if not data.tokenizer and not prepared.has_tokenizer(data):
+    print(f'training a tokenizer of {data.vocab_size:,} tokens on up to {prepare.sample_bytes(data) / 1e6:,.0f} MB of '
+          'text', flush=True)
+  trained = prepare.train_tokenizer(data)
+  if trained:
+    print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, trained in {time.monotonic() - start:.0f} s')
+  elif not data.tokenizer:
+    print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, was there already')
+
+
+def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: int = 0, parts: int = 1) -> dict | None:
+  def run(report):
+    prepare.prepare_part(data, name, part, parts, workers=workers, report=report)
+    return prepare.finish(data, name) if parts == 1 else None
+
   if not console.is_terminal:
-    return prepare_source(data, name, workers=workers, report=_Lines(name))
-  columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
-             TextColumn('{task.fields[counts]}'), TimeRemainingColumn())
+    return run(_Lines(name))
+  columns = (TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TextColumn('{task.fields[counts]}'),
+             TimeRemainingColumn())
   with Progress(*columns, console=console) as bar:
     task = bar.add_task(name, total=None, counts='')
+    start = time.monotonic()
 
-    def report(done, units, documents, tokens):
-      bar.update(task, completed=done, total=units, counts=f'{documents:,} documents, {tokens:,} tokens')
+    def report(progress: prepare.Progress) -> None:
+      bar.update(task, completed=progress.done_bytes, total=progress.total_bytes, counts=_counts(progress, start))
 
-    return prepare_source(data, name, workers=workers, report=report)
+    return run(report)
+
+
+def _counts(progress: prepare.Progress, start: float) -> str:
+  skipped = f', {progress.bad_rows:,} bad rows' if progress.bad_rows else ''
+  return (f'{progress.documents:,} documents, {_short(progress.tokens)} tokens{skipped}, '
+          f'{progress.done_bytes / 1e6 / max(time.monotonic() - start, 1e-3):.1f} MB/s')
 
 
 class _Lines:
   """Progress for a log file: a line every ten seconds at most, and one at the end."""
 
   def __init__(self, name: str):
-    self.name, self.shown = name, time.monotonic()
+    self.name, self.start = name, time.monotonic()
+    self.shown = self.start
 
-  def __call__(self, done: int, units: int, documents: int, tokens: int) -> None:
+  def __call__(self, progress: prepare.Progress) -> None:
     now = time.monotonic()
-    if done == units or now - self.shown > 10:
+    if progress.units_done == progress.units or now - self.shown > _LINE_S:
       self.shown = now
-      print(f'{self.name}: part {done} of {units}, {documents:,} documents, {tokens:,} tokens', flush=True)
+      share = progress.done_bytes / max(progress.total_bytes, 1)
+      print(f'{self.name}: {share:.0%} of about {_short(int(progress.total_bytes))} bytes, unit {progress.units_done} '
+            f'of {progress.units}, {_counts(progress, self.start)}', flush=True)
 
 
 def _summary(data: DataConfig, manifests: dict[str, dict], console: Console) -> None:
@@ -82,6 +138,14 @@ def _summary(data: DataConfig, manifests: dict[str, dict], console: Console) -> 
       table.add_row(name, split, *map(_short, numbers), f'{counts["bytes"] / counts["tokens"]:.2f}',
                     _short(packer.rows_per_epoch), f'{packer.efficiency:.2%}')
   console.print(table)
+  for name, manifest in manifests.items():
+    about = manifest.get('input', {})
+    if about.get('empty_files'):
+      print(f'{name}: {about["empty_files"]} of {about["files"] + about["empty_files"]} files are empty, and skipped')
+    if about.get('bad_rows'):
+      print(f'{name}: {about["bad_rows"]:,} bad rows skipped')
+    if manifest.get('divided') == 'text':
+      print(f'{name}: so few documents that the end of each one is the validation split')
 
 
 def _short(number: int) -> str:

@@ -19,6 +19,8 @@ class SourceConfig:
   uri: str  # see data/sources.py for the kinds
   weight: float  # relative to the other sources'; 0: prepared and evaluated on, but not trained on
   max_documents: int  # 0: all there are
+  max_bad_rows: int = 0  # rows without text that are skipped, at most; 0: the first one stops the preparation
+  template: str = ''  # of instruction data and chats; see data/fields.py
 
   def __post_init__(self):
     if not self.uri:
@@ -27,6 +29,8 @@ class SourceConfig:
       raise ValueError(f'weight must be a number >= 0, got {self.weight}')
     if self.max_documents < 0:
       raise ValueError(f'max_documents must be >= 0 (0: all), got {self.max_documents}')
+    if self.max_bad_rows < 0:
+      raise ValueError(f'max_bad_rows must be >= 0 (0: none), got {self.max_bad_rows}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class DataConfig:
   sequence_length: int
   document_bytes: int = default('data.document_bytes')
   held_out_fraction: float = default('data.held_out_fraction')
+  tokenizer_sample_mb: float = default('data.tokenizer_sample_mb')
   cache_dir: str = default('data.cache_dir')
   cache_gb: float = default('data.cache_gb')
 
@@ -65,6 +70,8 @@ class DataConfig:
     if self.document_bytes < 16:
       raise ValueError(f'document_bytes must be 16 or more, got {self.document_bytes}')
 
+    if self.tokenizer_sample_mb < 0:
+      raise ValueError(f'tokenizer_sample_mb must be >= 0 (0: by the vocabulary), got {self.tokenizer_sample_mb}')
     if '://' in self.cache_dir:
       raise ValueError(f'cache_dir must be a local folder, got {self.cache_dir!r}')
     if self.cache_gb <= 0:

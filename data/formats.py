@@ -1,26 +1,28 @@
-"""Readers of text files: plain text and JSON Lines. data/record_formats.py has those of records.
+"""Readers of text files: plain text, JSON Lines and CSV. data/record_formats.py has those of records.
 
-A reader has `segments()`, all there is to read, and `read(segment)`, the documents of any part of one; parts
-that cover a segment without overlap give each document once.
+A reader has `segments()`, all there is to read, and `read(segment)`, the documents of any part of one; parts that
+cover a segment without overlap give each document once. In place of a row that can't be used, `read` yields a DataError
+that names its file and line.
 """
 
-import contextlib
+import csv
 import dataclasses
-import glob
-import gzip
+import functools
 import io
 import json
-import os
-import re
-import zlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from etils import epath
-
+from betarank.data import files
 from betarank.data.config import DataError
+from betarank.data.fields import BadValue, Dialogue, Fields, missing_field
+from betarank.data.files import find  # noqa: F401 (tasks and eval name their files by the same patterns)
 
-_LINE_BYTES = 256 * 2**20  # the longest JSON line: it must be parsed in one piece
+_LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV: it must be parsed at once
+_EXPANSION = 4  # what a packed file is taken to hold, times its size
+
+Row = str | Dialogue | DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,34 +33,18 @@ class Segment:
   start: int
   stop: int
   splittable: bool = True
+  item_bytes: float = 1.0  # of what start and stop count, about
 
 
-def find(pattern: str) -> list[str]:
-  """The files that match, by name. Raises DataError if there are none."""
-  if '://' in pattern:
-    fixed = re.split(r'[^/]*[*?\[]', pattern, maxsplit=1)[0]
-    try:
-      found = epath.Path(fixed).glob(pattern[len(fixed):]) if fixed != pattern else [epath.Path(pattern)]
-      paths = [str(path) for path in found if path.exists()]
-    except ImportError as error:
-      raise DataError(f'{pattern}: {error} (pip install gcsfs for gs://)') from None
-  else:
-    paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]  # no pipes, no devices
-  if not paths:
-    raise DataError(f'{pattern}: no file matches; check the path (quote wildcards from the shell)')
-  return sorted(paths)
-
-
-def sized(pattern: str) -> list[tuple[str, int]]:
-  files = [(path, epath.Path(path).stat().length) for path in find(pattern)]
-  for path, size in files:
-    if not size:
-      raise DataError(f'{path}: the file is empty; remove it, or fetch it again')
-  return files
+def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
+  """Returns a segment of bytes for each file; packed ones can't be split."""
+  kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
+  return [Segment(file.path, 0, file.size, splittable and not kind, _EXPANSION if kind else 1.0)
+          for file, kind in zip(found.files, kinds)]
 
 
 def cut_point(block: bytes) -> int:
-  """Where in `block` to end a piece: after the last line end or, without one, between two characters."""
+  """Returns where in `block` to end a piece: after the last line end or, without one, between two characters."""
   if (line_end := block.rfind(b'\n')) >= 0:
     return line_end + 1
   last = len(block) - 1
@@ -67,51 +53,58 @@ def cut_point(block: bytes) -> int:
   return last or len(block)
 
 
-def utf8(raw: bytes, path: str, where: str) -> str:
-  try:
-    return raw.decode()
-  except UnicodeDecodeError as error:
-    raise DataError(f'{path}: not UTF-8 at {where}byte {error.start}; convert the file') from None
+def unpack_error(path: str, error: Exception) -> DataError:
+  return DataError(f'{path}: can\'t be unpacked ({error}); fetch it again')
 
 
-def checked_text(text: object, where: Callable[[], str], field: str) -> str:
-  if not isinstance(text, str):
-    raise DataError(f'{where()}: field {field!r} must be text, got {type(text).__name__}')
-  # JSON can spell half a surrogate pair, which no UTF-8 text can hold: it becomes U+FFFD.
-  return text if text.isascii() else text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+class FileReader:
+  """What readers of files share: the listing, made once."""
 
+  pattern: str
+  suffixes: tuple[str, ...] = ()
 
-def missing_field(where: str, field: str, present: list[str], uri: str) -> DataError:
-  names = ', '.join(sorted(present))
-  return DataError(f'{where}: no field {field!r}, only {names}; name the right one: {uri}#FIELD')
+  @functools.cached_property
+  def found(self) -> files.Found:
+    return files.look(self.pattern, self.suffixes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(FileReader):
+  """Plain text: a file is one stream, cut into documents at line ends."""
+
   pattern: str
   document_bytes: int
-  smallest_unit = 16 * 2**20
+  suffixes = ('.txt', '.text', '.md')
 
   def segments(self) -> list[Segment]:
-    return [Segment(path, 0, size) for path, size in sized(self.pattern)]
+    return text_segments(self.found)
 
-  def read(self, segment: Segment) -> Iterator[str]:
-    with epath.Path(segment.path).open('rb') as file:
-      position, stop = self._boundary(file, segment.start), self._boundary(file, segment.stop)
-      file.seek(position)
-      block = b''
-      while position < stop:
-        block += file.read(min(self.document_bytes - len(block), stop - position - len(block)))
-        length = len(block) if position + len(block) >= stop else cut_point(block)
-        try:
-          yield block[:length].decode()
-        except UnicodeDecodeError as error:
-          raise DataError(f'{segment.path}: not UTF-8 at byte {position + error.start}; convert the '
-                          'file') from None
-        position, block = position + length, block[length:]
+  def read(self, segment: Segment) -> Iterator[Row]:
+    path = segment.path
+    with files.unpacked(path) as file:
+      position, stop = 0, sys.maxsize
+      try:
+        if segment.splittable:
+          position, stop = self._boundary(file, segment.start), self._boundary(file, segment.stop)
+          file.seek(position)
+        block, ended = b'', False
+        while position < stop:
+          wanted = min(self.document_bytes - len(block), stop - position - len(block))
+          new = file.read(wanted)
+          ended, block = len(new) < wanted, block + new
+          if not block:
+            return
+          length = len(block) if ended or position + len(block) >= stop else cut_point(block)
+          try:
+            yield block[:length].decode()
+          except UnicodeDecodeError as error:
+            yield DataError(f'{path}: not UTF-8 at byte {position + error.start}; convert the file')
+          position, block = position + length, block[length:]
+      except files.UNPACKING_ERRORS as error:
+        raise unpack_error(path, error) from None
 
   def _boundary(self, file: BinaryIO, offset: int) -> int:
-    """The first line start from `offset` on; the first character's if that is further than a document."""
+    """Returns the first line start from `offset` on; the first character's if that is further than a document."""
     if offset <= 0:
       return 0
     file.seek(offset - 1)
@@ -125,61 +118,106 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Jsonl:
+class Jsonl(FileReader):
+  """JSON Lines: a line is an object."""
+
   pattern: str
-  field: str
-  smallest_unit = 16 * 2**20
+  fields: Fields
+  suffixes = ('.jsonl', '.json', '.ndjson')
 
   def segments(self) -> list[Segment]:
-    return [Segment(path, 0, size, not path.endswith('.gz')) for path, size in sized(self.pattern)]
+    return text_segments(self.found)
 
-  def read(self, segment: Segment) -> Iterator[str]:
-    """The documents of the lines that start in the segment."""
+  def read(self, segment: Segment) -> Iterator[Row]:
+    """Yields the documents of the lines that start in the segment."""
     path, position = segment.path, segment.start
-    with contextlib.ExitStack() as stack:
-      # fsspec's own readline takes no limit.
-      file = stack.enter_context(io.BufferedReader(epath.Path(path).open('rb'), 2**20))
-      if not segment.splittable:
-        file = stack.enter_context(gzip.open(file))
-      elif position:
-        file.seek(position - 1)
-        while (skipped := file.readline(2**20)) and not skipped.endswith(b'\n'):
-          pass
-        position = file.tell()
-      number = None if segment.start else 1  # counting lines up to here is for errors only
-      while position < segment.stop or not segment.splittable:
-        try:
+    with files.unpacked(path) as file:
+      try:
+        if segment.splittable and position:
+          file.seek(position - 1)
+          while (skipped := file.readline(2**20)) and not skipped.endswith(b'\n'):
+            pass
+          position = file.tell()
+        number = None if segment.start else 1  # counting lines up to here is for errors only
+        while position < segment.stop or not segment.splittable:
           line = file.readline(_LINE_BYTES)
-        except (OSError, EOFError, zlib.error) as error:  # gzip: not a gzip file, cut short, bad checksum, garbage
-          raise DataError(f'{path}: can\'t be unpacked ({error}); fetch it again') from None
-        if not line:
-          return
-        if line.strip():
-          yield self._document(line, path, lambda: number or _line_number(path, position))  # noqa: B023
-        position += len(line)
-        number = number and number + 1
+          if not line:
+            return
+          if line.strip():
+            yield self._document(line, path, lambda: number or _line_number(path, position))  # noqa: B023
+          position += len(line)
+          number = number and number + 1
+      except files.UNPACKING_ERRORS as error:
+        raise unpack_error(path, error) from None
 
-  def _document(self, line: bytes, path: str, number: Callable[[], int]) -> str:
+  def _document(self, line: bytes, path: str, number: Callable[[], int]) -> Row:
     if len(line) >= _LINE_BYTES and not line.endswith(b'\n'):
       raise DataError(f'{path}:{number()}: the line is longer than {_LINE_BYTES} bytes; is this JSON Lines?')
     try:
       record = json.loads(line)
+      if not isinstance(record, dict):
+        raise BadValue(f'expected an object with field {self.fields.names[0]!r}, got {type(record).__name__}')
+      return self.fields.document(record)
     except UnicodeDecodeError as error:
-      at = f'{path}:{number()}'
-      raise DataError(f'{at}: not UTF-8 at byte {error.start} of the line; convert the file') from None
+      return DataError(f'{path}:{number()}: not UTF-8 at byte {error.start} of the line; convert the file')
     except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
-      raise DataError(f'{path}:{number()}: not JSON ({error}); mend or remove the line') from None
-    if not isinstance(record, dict):
-      raise DataError(f'{path}:{number()}: expected an object with field {self.field!r}, got '
-                      f'{type(record).__name__}')
-    if self.field not in record:
-      raise missing_field(f'{path}:{number()}', self.field, list(record), f'jsonl:{self.pattern}')
-    return checked_text(record[self.field], lambda: f'{path}:{number()}', self.field)
+      return DataError(f'{path}:{number()}: not JSON ({error}); fix or remove the line')
+    except BadValue as error:
+      return DataError(f'{path}:{number()}: {error}; name the right field: jsonl:{self.pattern}#FIELD'
+                       if str(error).startswith('no field') else f'{path}:{number()}: {error}')
 
 
 def _line_number(path: str, position: int) -> int:
-  with epath.Path(path).open('rb') as file:
+  with files.opened(path) as file:
     count = 1
     while position > 0 and (block := file.read(min(position, 2**20))):
       count, position = count + block.count(b'\n'), position - len(block)
   return count
+
+
+@dataclasses.dataclass(frozen=True)
+class Csv(FileReader):
+  """CSV with a line of names, and TSV for files of that suffix. Quoted fields may hold line ends."""
+
+  pattern: str
+  fields: Fields
+  suffixes = ('.csv', '.tsv')
+
+  def segments(self) -> list[Segment]:
+    return text_segments(self.found, splittable=False)
+
+  def read(self, segment: Segment) -> Iterator[Row]:
+    path = segment.path
+    csv.field_size_limit(_LINE_BYTES)
+    with files.unpacked(path) as file:
+      # Bytes that aren't UTF-8 become surrogates, which no text has otherwise, so that only their row is bad.
+      lines = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')
+      name = path.lower()
+      rows = csv.DictReader(lines, delimiter='\t' if '.tsv' in name.rpartition('/')[2] else ',', strict=True)
+      try:
+        present = rows.fieldnames or []
+        for needed in self.fields.names:
+          if needed not in present:
+            raise missing_field(path, needed, present, f'csv:{self.pattern}')
+        while True:
+          try:
+            yield self._document(next(rows), f'{path}:{rows.line_num}')
+          except StopIteration:
+            return
+          except csv.Error as error:
+            yield DataError(f'{path}:{rows.line_num + 1}: not CSV ({error}); fix or remove the line')
+      except csv.Error as error:
+        raise DataError(f'{path}: not CSV ({error})') from None
+      except files.UNPACKING_ERRORS as error:
+        raise unpack_error(path, error) from None
+      finally:
+        lines.detach()
+
+  def _document(self, row: dict[str, str], where: str) -> Row:
+    try:
+      for name in self.fields.names:
+        if row[name] and any('\udc80' <= character <= '\udcff' for character in row[name]):
+          raise BadValue(f'field {name!r} is not UTF-8')
+      return self.fields.document(row)
+    except BadValue as error:
+      return DataError(f'{where}: {error}')

@@ -1,50 +1,117 @@
-"""Tokenises a source once, in parallel, into the shards that data/prepared.py describes.
+"""Tokenizes a source once, in parallel, into the shards that data/prepared.py describes.
 
-The source's units (data/sources.py) are worked on apart from each other by worker processes. A finished unit
-leaves its shards and a marker in `partial/`; a run that was killed starts again with the units that have none
-and ends with the same files. Only the last step makes them data: it renames shards and writes the manifest.
+The source's units (data/sources.py) are independent: processes and machines share them by number. A unit leaves shards
+and markers in `partial/` (data/worker.py). A run that was killed resumes after the last whole piece of each unit and
+ends with the same files, byte for byte, as one process that was never interrupted. Only the last step, `finish`, makes
+them a data set: it renames shards and writes the lengths and the manifest.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from betarank.data import prepared, records, sources
+from betarank.data import prepared, records, sources, storage
 from betarank.data.config import DataConfig, DataError
-from betarank.data.tokenizer import TRAIN_BYTES, Tokenizer, read_tokenizer, train
+from betarank.data.tokenizer import Tokenizer, read_tokenizer, train
 from betarank.data.worker import Job, Worker, write_whole
 
-Report = Callable[[int, int, int, int], None]  # units done, units, documents so far, tokens so far
+_FEW_DOCUMENTS = 2000  # with at most so many, an empty split is avoided by dividing each document
+_REQUESTS_AT_ONCE = 32  # of a bucket
+_REPORT_S = 1.0
+_LEAST_SAMPLE = 16e6  # bytes of text that a tokenizer is trained on
+_SAMPLE_PER_TOKEN = 1024  # bytes of text for each token of the vocabulary
+
+Marker = dict[str, Any]
+
+
+class Progress(NamedTuple):
+  """How far a preparation is."""
+
+  units: int
+  units_done: int
+  total_bytes: float  # of the input, about
+  done_bytes: float
+  documents: int  # of whole pieces
+  tokens: int
+  bad_rows: int
+
+
+Report = Callable[[Progress], None]
+
+
+def sample_bytes(config: DataConfig) -> float:
+  """Returns the bytes of text that the tokenizer is trained on."""
+  if config.tokenizer_sample_mb:
+    return config.tokenizer_sample_mb * 1e6
+  return max(_LEAST_SAMPLE, _SAMPLE_PER_TOKEN * config.vocab_size)
 
 
 def train_tokenizer(config: DataConfig) -> bool:
   """Trains the tokenizer into `config.dir` on all sources alike; returns False if there is one already.
 
-  Raises DataError for a source that can't be read, or that holds too little text for config.vocab_size.
+  Where the sources are so small that all of their text yields fewer than config.vocab_size tokens, it has as many as
+  they yield. Raises DataError for a source that can't be read, or a sample that is too small for config.vocab_size.
   """
-  if config.tokenizer or epath.Path(config.tokenizer_path).exists():
+  path = config.tokenizer_path
+  if config.tokenizer or epath.Path(path).exists():
     return False
-  share = TRAIN_BYTES // len(config.sources)
-
-  def documents():
-    for name in config.sources:
-      with _named(name):
-        yield from sources.open_source(config, name).sample(share)
-
-  train(documents(), config.vocab_size, config.tokenizer_path, max_bytes=2 * TRAIN_BYTES)
+  try:
+    _train(config, config.vocab_size)
+  except _TooLittleTextError as error:
+    every = sum(_open(config, name).total_bytes for name in config.sources)
+    if every > sample_bytes(config):
+      raise DataError(f'{path}: {sample_bytes(config) / 1e6:.0f} MB of text yield {error.tokens} tokens at most, fewer '
+                      f'than vocab_size={config.vocab_size}; raise config.data.tokenizer_sample_mb (there are about '
+                      f'{every / 1e6:,.0f} MB), or lower config.model.vocab_size') from None
+    _train(config, error.tokens)
   return True
+
+
+class _TooLittleTextError(Exception):
+
+  def __init__(self, tokens: int):
+    super().__init__(tokens)
+    self.tokens = tokens
+
+
+def _train(config: DataConfig, vocab_size: int) -> None:
+  share = sample_bytes(config) / len(config.sources)
+  failed: list[BaseException] = []
+
+  def texts() -> Iterator[str]:
+    try:
+      for name in config.sources:
+        with _named(name):
+          yield from sources.open_source(config, name).sample(share)
+    except BaseException as error:  # SentencePiece would make a message of its own out of it
+      failed.append(error)
+      raise
+
+  try:
+    train(texts(), vocab_size, config.tokenizer_path, max_bytes=2 * int(sample_bytes(config)))
+  except DataError as error:
+    if failed:
+      raise failed[0] from None
+    if limit := re.search(r'yield (\d+) tokens at most', str(error)):
+      raise _TooLittleTextError(int(limit[1])) from None
+    raise
+
+
+def _open(config: DataConfig, name: str) -> sources.Source:
+  with _named(name):
+    return sources.open_source(config, name)
 
 
 @contextlib.contextmanager
@@ -56,46 +123,134 @@ def _named(name: str):
     raise DataError(f'source {name!r}: {error}') from None
 
 
+class _Preparation:
+  """One source on its way: its settings, its units, and what is there of them."""
+
+  def __init__(self, config: DataConfig, name: str):
+    self.config, self.name = config, name
+    self.tokenizer = read_tokenizer(config.tokenizer_path, config.vocab_size)
+    self.where = prepared.folder(config, name)
+    self.wanted = prepared.settings(config, name, self.tokenizer.sha256)
+    self.job = Job(name, config, str(self.where / 'partial'))
+
+  def finished(self) -> dict[str, Any] | None:
+    """Returns the manifest if the source is prepared. Raises DataError if it was prepared otherwise."""
+    manifest = prepared.read_manifest(self.where)
+    if manifest:
+      prepared.check_settings(self.where, manifest['settings'], self.wanted)
+      prepared.check_input(self.where, manifest, self._listing_now())
+      prepared.check_files(self.where, manifest)
+    return manifest
+
+  def _listing_now(self) -> dict[str, Any]:
+    sources.open_source.cache_clear()
+    try:
+      return sources.open_source(self.config, self.name).listing
+    except DataError:  # the files needn't be there any more
+      return {}
+
+  def open(self) -> None:
+    """Looks at the source's files, and plans its units or takes the plan that is there."""
+    source = sources.open_source(self.config, self.name)
+    self.listing = source.listing
+    partial = self.where / 'partial'
+    partial.mkdir(parents=True, exist_ok=True)
+    now = {**self.wanted, 'input_files_sha256': self.listing.get('sha256', '')}
+    if (partial / 'plan.json').exists():  # looking into each file of a large source takes minutes
+      plan = json.loads((partial / 'plan.json').read_text())
+      prepared.check_settings(self.where, plan['settings'], now)
+      self.units = [tuple(sources.Segment(*segment) for segment in unit) for unit in plan['units']]
+      return
+    self.units = source.units()
+    units = [[dataclasses.astuple(segment) for segment in unit] for unit in self.units]
+    write_whole(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
+
+  def markers(self, job: Job) -> dict[int, list[Marker]]:
+    """Returns the markers of each unit's whole pieces, in order."""
+    names = sorted(name for name in storage.open_folder(job.folder).sizes()
+                   if name.startswith('unit-') and name.endswith('.json'))
+    read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
+    found: dict[int, list[Marker]] = {}
+    for marker in _several(read, names, job.folder):
+      pieces = found.setdefault(marker['unit'], [])
+      if marker['piece'] == len(pieces):
+        pieces.append(marker)
+    return found
+
+
+def _several(function: Callable, items: list, place: Any) -> Iterator:
+  """Yields function(item) for each in order; several at a time in a bucket, where each takes long."""
+  if not storage.is_remote(place):
+    yield from map(function, items)
+    return
+  with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+    for start in range(0, len(items), 4 * _REQUESTS_AT_ONCE):
+      yield from pool.map(function, items[start:start + 4 * _REQUESTS_AT_ONCE])
+
+
 def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
-                   report: Report = lambda *_: None) -> dict[str, Any]:
+                   report: Report = lambda _: None) -> dict[str, Any]:
   """Prepares source `name` and returns its manifest; does nothing if that was done with the same settings.
 
   Args:
-    workers: processes, by default one a CPU; the result is the same for any number. 1: all in this process.
-    report: called as units finish.
+    workers: processes, by default one per CPU; the result is the same for any number. 1: all in this process.
+    report: called as it proceeds.
 
   Raises DataError for a source or tokenizer that can't be used, or data there that was made otherwise.
   """
-  tokenizer = read_tokenizer(config.tokenizer_path, config.vocab_size)
-  where = prepared.folder(config, name)
-  wanted = prepared.settings(config, name, tokenizer.sha256)
-  if manifest := prepared.read_manifest(where):
-    prepared.check_settings(where, manifest['settings'], wanted)
-    prepared.check_files(where, manifest)
+  prepare_part(config, name, workers=workers, report=report)
+  return finish(config, name, workers=workers)
+
+
+def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
+                 report: Report = lambda _: None) -> None:
+  """Works through the units of part `part` of `parts`, counted from 0; nothing if source `name` is finished.
+
+  Processes on other machines may work through other parts at the same time. Arguments and errors are those of
+  `prepare_source`.
+  """
+  preparation = _Preparation(config, name)
+  if preparation.finished():
+    return
+  with _named(name):
+    preparation.open()
+    mine = range(part, len(preparation.units), parts)
+    _work(preparation, preparation.job, mine, workers or os.cpu_count() or 1, report, stop_early=parts == 1)
+
+
+def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
+  """Makes the units of source `name`, which must all be there, a data set; returns its manifest.
+
+  Raises DataError if units are missing, a split is empty, or too many rows were bad.
+  """
+  preparation = _Preparation(config, name)
+  if manifest := preparation.finished():
     return manifest
   with _named(name):
-    units = sources.open_source(config, name).units()
-    plan = json.dumps([[dataclasses.astuple(segment) for segment in unit] for unit in units]).encode()
-    _check_partial(where, {**wanted, 'input_files_sha256': hashlib.sha256(plan).hexdigest()})
-    job = Job(name, config, str(where / 'partial'))
-    markers = _work(job, units, config.sources[name].max_documents, workers or os.cpu_count() or 1, report)
-    return _finish(config, name, where, wanted, tokenizer, markers)
+    if not (preparation.where / 'partial' / 'plan.json').exists():
+      raise DataError(f'{preparation.where}: nothing is prepared yet; run: betarank data prepare --config=...')
+    preparation.open()
+    markers = _kept(preparation, preparation.job)
+    job = preparation.job
+    if config.validation_fraction and _empty_split(markers) and _documents(markers) <= _FEW_DOCUMENTS:
+      job = dataclasses.replace(job, folder=f'{job.folder}/share', share=True)
+      epath.Path(job.folder).mkdir(parents=True, exist_ok=True)
+      _work(preparation, job, range(len(preparation.units)), workers or 1, lambda _: None, stop_early=True)
+      markers = _kept(preparation, job)
+    manifest = publish(job, preparation.tokenizer, markers, preparation.listing)
+  sources.open_source.cache_clear()
+  return manifest
 
 
-def _check_partial(where: epath.Path, wanted: dict[str, Any]) -> None:
-  path = where / 'partial' / 'settings.json'
-  if path.exists():
-    prepared.check_settings(where, json.loads(path.read_text()), wanted)
-  else:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(wanted).encode())
+# Units
 
 
 _WORKER: Worker | None = None  # in a worker process: set once, as each unit would load the tokenizer again
+_DONE_BYTES: Any = None  # the same: what the units in work have read, which the parent shows
 
 
-def _start_worker(job: Job) -> None:
-  global _WORKER
+def _start_worker(job: Job, done_bytes) -> None:
+  global _WORKER, _DONE_BYTES
   parent = multiprocessing.parent_process()
 
   def follow():  # a worker whose parent was killed would wait for work for ever
@@ -103,127 +258,226 @@ def _start_worker(job: Job) -> None:
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()
-  _WORKER = Worker(job)
+  _WORKER, _DONE_BYTES = Worker(job), done_bytes
 
 
-def _run_unit(index: int, unit: sources.Unit, limit: int) -> dict[str, Any]:
-  return _WORKER.run(index, unit, limit)
+def _run_unit(index: int, unit: sources.Unit, limit: int, done: list[Marker]) -> list[Marker]:
+  def report(text_bytes: int) -> None:
+    with _DONE_BYTES.get_lock():
+      _DONE_BYTES.value += text_bytes
+
+  return [*done, *_WORKER.run(index, unit, limit, done, report)]
 
 
-def _work(job: Job, units: list[sources.Unit], max_documents: int, workers: int,
-          report: Report) -> list[dict[str, Any]]:
-  """The markers of the units that hold the first `max_documents` documents (0: all), in order."""
-  done: dict[int, dict] = {}
-  for index in range(len(units)):
-    if job.marker(index).exists():
-      done[index] = json.loads(job.marker(index).read_text())
+class _State:
+  """Which units are done, and what a report says of it."""
 
-  def enough() -> bool:
-    count = 0  # units end in any order, but one only counts when all before it have ended
-    for index in range(len(units)):
-      if index not in done:
+  def __init__(self, preparation: _Preparation, job: Job, mine: range, report: Report):
+    self.units, self.mine, self._report = preparation.units, mine, report
+    self.limit = preparation.config.sources[preparation.name].max_documents
+    self.found = preparation.markers(job)
+    self._sizes = {index: sum(sources.segment_bytes(segment) for segment in self.units[index]) for index in mine}
+    self._bad = sources.BadRows(preparation.config.sources[preparation.name].max_bad_rows)
+
+  def done(self, index: int) -> bool:
+    return bool(self.found.get(index)) and self.found[index][-1]['last']
+
+  def enough(self) -> bool:
+    """Whether the first units, as far as they are done without a gap, hold max_documents."""
+    count = 0
+    for index in range(len(self.units)):
+      if not self.done(index):
         return False
-      count += done[index]['documents']
-      if max_documents and count >= max_documents:
+      count += sum(marker['documents'] for marker in self.found[index])
+      if self.limit and count >= self.limit:
         return True
     return True
 
-  def show():
-    counts = [m['splits'][split] for m in done.values() for split in prepared.SPLITS]
-    report(len(done), len(units), sum(c['documents'] for c in counts), sum(c['tokens'] for c in counts))
+  def show(self, in_work: float = 0.0) -> None:
+    pieces = [marker for index in self.mine for marker in self.found.get(index, ())]
+    splits = [counts for marker in pieces for counts in marker['splits'].values()]
+    total, done = sum(self._sizes.values()), [index for index in self.mine if self.done(index)]
+    bad_rows = sum(marker['bad_rows'] for marker in pieces)
+    if bad_rows > self._bad.limit:
+      self._bad.add(bad_rows, next(marker['last_bad'] for marker in reversed(pieces) if marker['last_bad']))
+    self._report(Progress(
+      len(self.mine), len(done), total, min(total, sum(self._sizes[index] for index in done) + in_work),
+      sum(counts['documents'] for counts in splits), sum(counts['tokens'] for counts in splits), bad_rows))
 
-  show()
-  todo = [index for index in range(len(units)) if index not in done]
+
+def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool) -> None:
+  """Works through the units `mine`, as far as they aren't done; stops with `max_documents` where all units are ours."""
+  state = _State(preparation, job, mine, report)
+  state.show()
+  enough = lambda: stop_early and state.enough()
+  todo = [index for index in mine if not state.done(index)]
+  workers = min(workers, len(todo))
+  if workers > 1:
+    _in_parallel(job, state, todo, workers, enough)
+    return
   worker = None
-  if min(workers, len(todo)) > 1:
-    for index, marker in _in_parallel(job, units, todo, max_documents, min(workers, len(todo)), enough):
-      done[index] = marker
-      show()
-  for index in range(len(units)):
+  for index in todo:
     if enough():
       break
-    if index not in done:
-      worker = worker or Worker(job)
-      done[index] = worker.run(index, units[index], max_documents)
-      show()
+    worker = worker or Worker(job)
+    in_work = 0
 
-  kept, room = [], max_documents or float('inf')
-  for index in range(len(units)):
-    if room <= 0:
-      break
-    if done[index]['documents'] > room:
-      done[index] = (worker or Worker(job)).run(index, units[index], room)
-    kept.append(done[index])
-    room -= done[index]['documents']
-  return kept
+    def show(text_bytes: int) -> None:
+      nonlocal in_work
+      in_work += text_bytes
+      state.show(in_work)
+
+    pieces = state.found.setdefault(index, [])
+    for marker in worker.run(index, state.units[index], state.limit, list(pieces), show):
+      pieces.append(marker)
+      state.show(in_work)
 
 
-def _in_parallel(job: Job, units, todo, limit: int, workers: int, enough) -> Iterator[tuple[int, dict]]:
-  """Yields (index, marker) as units finish, until all have or `enough`."""
+def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough: Callable[[], bool]) -> None:
   spawn = multiprocessing.get_context('spawn')
-  pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (job,))
-  waiting, running = iter(todo), {}
+  done_bytes = spawn.Value('q', 0)
+  pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (job, done_bytes))
+  waiting, running, finished_bytes = iter(todo), {}, 0
   with pool:
     try:
       while True:
         while len(running) < workers + 2 and not enough() and (index := next(waiting, None)) is not None:
-          running[pool.submit(_run_unit, index, units[index], limit)] = index
+          done = state.found.get(index, [])
+          running[pool.submit(_run_unit, index, state.units[index], state.limit, done)] = index
         if not running:
           return
-        finished, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        finished, _ = concurrent.futures.wait(running, _REPORT_S, concurrent.futures.FIRST_COMPLETED)
         for future in finished:
-          yield running.pop(future), future.result()
+          pieces = future.result()
+          state.found[running.pop(future)] = pieces
+          finished_bytes += sum(counts['bytes'] for marker in pieces for counts in marker['splits'].values())
+        state.show(max(0, done_bytes.value - finished_bytes))
     except concurrent.futures.process.BrokenProcessPool:
-      raise DataError('a worker process was killed, perhaps for lack of memory; run the command again to go '
-                      'on from here (fewer --workers need less memory)') from None
+      raise DataError('a worker process was killed, perhaps for lack of memory; run the command again to resume '
+                      '(fewer --workers need less memory)') from None
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
 
 
-def _finish(config: DataConfig, name: str, where: epath.Path, wanted: dict[str, Any], tokenizer: Tokenizer,
-            markers: list[dict]) -> dict[str, Any]:
-  """Makes the finished units a data set: renames shards, writes lengths, TFDS's files and the manifest."""
-  job = Job(name, config, str(where / 'partial'))
+# The last step
+
+
+def _documents(markers: list[Marker]) -> int:
+  return sum(marker['documents'] for marker in markers)
+
+
+def _empty_split(markers: list[Marker]) -> str:
+  """Returns the name of a split without documents, or ''."""
+  return next((split for split in prepared.SPLITS
+               if not any(marker['splits'][split]['documents'] for marker in markers)), '')
+
+
+def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
+  """Returns the markers of the pieces that hold the first max_documents documents (0: all), in order."""
+  found, kept, worker = preparation.markers(job), [], None
+  source = preparation.config.sources[preparation.name]
+  room = source.max_documents or float('inf')
+  missing = []
+  for index, unit in enumerate(preparation.units):
+    pieces = found.get(index, [])
+    for i, marker in enumerate(pieces):
+      if room <= 0:
+        break
+      if marker['documents'] > room:
+        worker = worker or Worker(job)
+        marker = next(worker.run(index, unit, int(room), pieces[:i]))
+      kept.append(marker)
+      room -= marker['documents']
+    if room > 0 and not (pieces and pieces[-1]['last']):
+      missing.append(index)
+    if room <= 0:
+      break
+  if missing:
+    raise DataError(f'{preparation.where}: {len(missing)} of {len(preparation.units)} units are not prepared yet, '
+                    f'the first is unit {missing[0]}, which is in part {missing[0]} mod N + 1 of N; run '
+                    'betarank data prepare --config=... with --part=I/N for the parts that are missing, or without it')
+  bad = sources.BadRows(source.max_bad_rows)
+  for marker in kept:
+    bad.add(marker['bad_rows'], marker['last_bad'])
+  return kept
+
+
+def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
+  """Makes the pieces a data set: renames shards, writes lengths, TFDS's files and the manifest, which it returns."""
+  config, name = job.config, job.name
+  where = prepared.folder(config, name)
+  needed = prepared.SPLITS if config.validation_fraction else ('train',)
+  if (empty := _empty_split(markers)) in needed:
+    (where / 'partial').rmtree()
+    raise DataError(f'the {empty} split is empty ({_documents(markers)} documents, data.validation_fraction='
+                    f'{config.validation_fraction}); give more text, or change the fraction')
   splits, content = {}, hashlib.sha256()
-  needed = ['train', 'validation'] if config.validation_fraction else ['train']
   for split in needed:
-    if not any(m['splits'][split]['documents'] for m in markers):
-      (where / 'partial').rmtree()
-      count = sum(m['documents'] for m in markers)
-      raise DataError(f'the {split} split is empty ({count} documents, data.validation_fraction='
-                      f'{config.validation_fraction}); give more documents, change the fraction, or make '
-                      'documents shorter with data.document_bytes')
-  for split in needed:
-    units = [m for m in markers if m['splits'][split]['documents']]
-    shards, lengths = [], []
-    for number, marker in enumerate(units):
-      counts = marker['splits'][split]
-      stage = job.stage(marker['index'], split)
-      final = where / prepared.shard_name(name, split, number, len(units))
-      if stage.exists():  # else an earlier run got this far
-        stage.replace(final)
-      elif not final.exists():
-        raise DataError(f'{stage}: vanished; delete {where} and prepare again')
-      with stage.with_suffix('.npy').open('rb') as file:
-        lengths.append(np.load(file))
-      shards.append({'file': final.name, 'size': counts['size'], 'documents': counts['documents'],
-                     'sha256': counts['sha256']})
-      content.update(f'{split} {counts["documents"]} {counts["sha256"]}\n'.encode())
-    packed = io.BytesIO()
-    np.save(packed, np.concatenate(lengths))
-    write_whole(where / f'lengths-{split}.npy', packed.getvalue())
-    totals = {key: sum(m['splits'][split][key] for m in units) for key in ('documents', 'tokens', 'bytes')}
-    splits[split] = {**totals, 'lengths_size': len(packed.getvalue()),
-                     'lengths_sha256': hashlib.sha256(packed.getvalue()).hexdigest(), 'shards': shards}
+    pieces = [marker for marker in markers if marker['splits'][split]['documents']]
+    stages = [job.stage(marker['unit'], marker['piece'], split) for marker in pieces]
+    final = [where / prepared.shard_name(name, split, number, len(pieces)) for number in range(len(pieces))]
+    counts = [marker['splits'][split] for marker in pieces]
+    lengths = _write_lengths(where / f'lengths-{split}.npy', stages, counts)
+    for _ in _several(lambda pair: _rename(*pair), list(zip(stages, final)), where):
+      pass
+    shards = [{'file': path.name, **{key: count[key] for key in ('size', 'documents', 'sha256')}}
+              for path, count in zip(final, counts)]
+    for count in counts:
+      content.update(f'{split} {count["documents"]} {count["sha256"]}\n'.encode())
+    totals = {key: sum(count[key] for count in counts) for key in ('documents', 'tokens', 'bytes')}
+    splits[split] = {**totals, 'longest': max(count['longest'] for count in counts), **lengths, 'shards': shards}
   _write_tfds(where, name, splits, config.vocab_size)
-  manifest = {'format_version': prepared.VERSION, 'name': name, 'settings': wanted, 'splits': splits,
-              'record': {'checksum': 'crc32', 'masked': False},
-              'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos, 'eos': tokenizer.eos,
-              'fingerprint': content.hexdigest()}
+  masked = sources.masked(config.sources[name])
+  manifest = {'format_version': prepared.VERSION, 'name': name,
+              'settings': prepared.settings(config, name, tokenizer.sha256),
+              'input': {**listing, 'bad_rows': sum(marker['bad_rows'] for marker in markers)},
+              'splits': splits, 'divided': 'text' if job.share else 'documents',
+              'record': {'checksum': 'crc32', 'masked': masked},
+              'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,
+              'eos': tokenizer.eos, 'fingerprint': content.hexdigest()}
   write_whole(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
   (where / 'partial').rmtree()
   return manifest
+
+
+def _rename(stage: epath.Path, final: epath.Path) -> None:
+  if stage.exists():  # else an earlier run got this far
+    stage.replace(final)
+  elif not final.exists():
+    raise DataError(f'{stage}: vanished; delete {final.parent} and prepare again')
+
+
+def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
+  """Writes the lengths of all documents, piece by piece; returns the file's size and hash."""
+  dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
+  content, size = hashlib.sha256(), 0
+  temporary = path.parent / f'{path.name}.{os.getpid()}'
+
+  def parts() -> Iterator[bytes]:
+    header = _Buffer()
+    about = {'descr': dtype.str, 'fortran_order': False, 'shape': (sum(count['documents'] for count in counts),)}
+    np.lib.format.write_array_header_1_0(header, about)
+    yield b''.join(header)
+    for lengths_N in _several(_read_lengths, stages, path):
+      yield lengths_N.astype(dtype).tobytes()
+
+  with temporary.open('wb') as file:
+    for part in parts():
+      file.write(part)
+      content.update(part)
+      size += len(part)
+  temporary.replace(path)
+  return {'lengths_size': size, 'lengths_sha256': content.hexdigest()}
+
+
+class _Buffer(list):
+  write = list.append
+
+
+def _read_lengths(stage: epath.Path) -> np.ndarray:
+  with stage.with_suffix('.npy').open('rb') as file:
+    return np.load(file)
 
 
 def _write_tfds(where: epath.Path, name: str, splits: dict[str, Any], vocab_size: int) -> None:

@@ -44,13 +44,15 @@ def shard_name(name: str, split: str, shard: int, count: int) -> str:
 
 
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
-  """What decides the prepared tokens; other settings may change without preparing again."""
+  """Returns what decides the prepared tokens; other settings may change without preparing again."""
   source = config.sources[name]
   wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.document_bytes,
             'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
             'tokenizer_sha256': tokenizer_sha256}
   if source.uri.partition(':')[0] == 'reasoning':  # others have no questions
     wanted['held_out_fraction'] = config.held_out_fraction
+  if source.template:
+    wanted['template'] = source.template
   return wanted
 
 
@@ -61,6 +63,15 @@ def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str
   if differ:
     raise DataError(f'{where}: prepared with other settings: {"; ".join(differ)}. Restore them, choose '
                     f'another data.dir, or delete the folder and run {_COMMAND}')
+
+
+def check_input(where: epath.Path, manifest: dict[str, Any], listing: dict[str, Any]) -> None:
+  """Raises DataError if the source's files, where they are known, aren't those that were prepared."""
+  there = manifest.get('input', {})
+  if listing and 'sha256' in there and there['sha256'] != listing['sha256']:
+    size = lambda about: f'{about["files"]} files of {about["bytes"]:,} bytes'
+    raise DataError(f'{where}: prepared from other files: {size(there)} then, {size(listing)} now. Choose another '
+                    f'data.dir or another name for the source, or delete the folder and run {_COMMAND}')
 
 
 def tokenizer_sha256(config: DataConfig) -> str:
@@ -260,3 +271,7 @@ def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: C
   if at != documents or rest:
     raise ValueError(f'not {documents} lengths')
   return lengths_N
+
+
+def has_tokenizer(config: DataConfig) -> bool:
+  return epath.Path(config.tokenizer_path).exists()

@@ -2,53 +2,78 @@
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 from collections.abc import Iterator
 
 from etils import epath
 
+from betarank.configs.errors import one_line
+from betarank.data import files
 from betarank.data.config import DataError
-from betarank.data.formats import Segment, checked_text, missing_field, sized, utf8
+from betarank.data.fields import BadValue, Fields, missing_field
+from betarank.data.formats import FileReader, Row, Segment
+
+_READ_AT_ONCE = 64  # records
+_RECORD_BYTES = 4096.0  # what a record of TFDS is taken to have
+
+
+@contextlib.contextmanager
+def _parquet(path: str):
+  import pyarrow
+  import pyarrow.parquet
+
+  with files.opened(path) as file:
+    try:
+      yield pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+      reason = str(error).splitlines()[0]
+      raise DataError(f'{path}: not a readable Parquet file ({reason}); fetch it again') from None
 
 
 @dataclasses.dataclass(frozen=True)
-class Parquet:
+class Parquet(FileReader):
+  """Parquet: a row is a document."""
+
   pattern: str
-  field: str
-  smallest_unit = 1  # row groups
-
-  @staticmethod
-  @contextlib.contextmanager
-  def _open(path: str):
-    import pyarrow
-    import pyarrow.parquet
-
-    with epath.Path(path).open('rb') as file:
-      try:
-        yield pyarrow.parquet.ParquetFile(file)
-      except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f'{path}: not a readable Parquet file ({reason}); fetch it again') from None
+  fields: Fields
+  suffixes = ('.parquet', '.pq')
 
   def segments(self) -> list[Segment]:
-    segments = []
-    for path, _ in sized(self.pattern):
-      with self._open(path) as file:
-        if self.field not in file.schema_arrow.names:
-          raise missing_field(path, self.field, file.schema_arrow.names, f'parquet:{self.pattern}')
-        segments.append(Segment(path, 0, file.num_row_groups))
-    return segments
+    return files.in_parallel(self._segment, self.found.files)
 
-  def read(self, segment: Segment) -> Iterator[str]:
-    with self._open(segment.path) as file:
+  def _segment(self, file: files.File) -> Segment:
+    with _parquet(file.path) as parquet:
+      present = parquet.schema_arrow
+      for name in self.fields.names:
+        outer, *inner = [name] if name in present.names else name.split('.')
+        if outer not in present.names:
+          raise missing_field(file.path, name, present.names, f'parquet:{self.pattern}')
+        kind = present.field(present.names.index(outer)).type
+        for part in inner:
+          here = [kind.field(i).name for i in range(kind.num_fields)]
+          if part not in here:
+            raise missing_field(file.path, name, [f'{outer}.{other}' for other in here] or present.names,
+                                f'parquet:{self.pattern}')
+          outer, kind = f'{outer}.{part}', kind.field(part).type
+      groups = parquet.num_row_groups
+      return Segment(file.path, 0, groups, item_bytes=file.size / max(groups, 1))
+
+  def read(self, segment: Segment) -> Iterator[Row]:
+    with _parquet(segment.path) as parquet:
+      row = sum(parquet.metadata.row_group(i).num_rows for i in range(segment.start))
       groups = list(range(segment.start, segment.stop))
-      for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[self.field]):
-        for text in batch.column(0).to_pylist():
-          yield checked_text(text, lambda: segment.path, self.field)
+      for batch in parquet.iter_batches(batch_size=1024, row_groups=groups, columns=list(self.fields.names)):
+        for record in batch.to_pylist():
+          try:
+            yield self.fields.document(record)
+          except BadValue as error:
+            yield DataError(f'{segment.path}: row {row}: {error}')
+          row += 1
 
 
 def _records(path: str):
-  """An open ArrayRecord reader. Raises DataError if the file is cut short or is something else."""
+  """Returns an open ArrayRecord reader. Raises DataError if the file is cut short or is something else."""
   from array_record.python import array_record_module
 
   reader = array_record_module.ArrayRecordReader(path, 'readahead_buffer_size:0')
@@ -58,31 +83,38 @@ def _records(path: str):
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayRecord:
+class ArrayRecord(FileReader):
+  """ArrayRecord: a record is a document in UTF-8."""
+
   pattern: str
-  smallest_unit = 4096
+  suffixes = ('.array_record', '.arrayrecord')
 
   def segments(self) -> list[Segment]:
-    if '://' in self.pattern:
-      raise DataError(f'{self.pattern}: ArrayRecord is read from disks only; mount the bucket or copy it')
-    segments = []
-    for path, _ in sized(self.pattern):
-      reader = _records(path)
-      segments.append(Segment(path, 0, reader.num_records()))
-      reader.close()
-    return segments
+    if '://' in self.pattern and not self.pattern.startswith('gs://'):
+      raise DataError(f'{self.pattern}: ArrayRecord is read from disks and gs:// only; copy it there')
+    return files.in_parallel(self._segment, self.found.files)
 
-  def read(self, segment: Segment) -> Iterator[str]:
+  @staticmethod
+  def _segment(file: files.File) -> Segment:
+    reader = _records(file.path)
+    count = reader.num_records()
+    reader.close()
+    return Segment(file.path, 0, count, item_bytes=file.size / max(count, 1))
+
+  def read(self, segment: Segment) -> Iterator[Row]:
     reader = _records(segment.path)
-    for start in range(segment.start, segment.stop, 64):
-      stop = min(start + 64, segment.stop)
+    for start in range(segment.start, segment.stop, _READ_AT_ONCE):
+      stop = min(start + _READ_AT_ONCE, segment.stop)
       try:
         records = reader.read(list(range(start, stop)))
       except (RuntimeError, IndexError) as error:
         at = f'{segment.path}: records {start} to {stop}'
         raise DataError(f'{at} are damaged ({error}); fetch the file again') from None
       for i, record in enumerate(records, start):
-        yield utf8(record, segment.path, f'record {i}, ')
+        try:
+          yield record.decode()
+        except UnicodeDecodeError as error:
+          yield DataError(f'{segment.path}: record {i}: not UTF-8 at byte {error.start}; convert the file')
     reader.close()
 
 
@@ -112,42 +144,62 @@ def _tfds(spec: str):
 
   name, _, split = spec.partition(':')
   split = split or 'train'
+  folder = epath.Path(name).is_absolute() or name.startswith('.')
   try:
     with _no_foreign_features():
-      if epath.Path(name).is_absolute() or name.startswith('.'):
+      if folder:
         return tfds.builder_from_directory(name).as_data_source(split=split)
       return tfds.data_source(name, split=split, download=False)
   except Exception as error:  # TFDS raises a different type for each way in which a set can be absent
-    reason = ' '.join(str(error).split())[:200]
-    raise DataError(f'tfds:{spec}: can\'t be opened ({reason}); it must have been prepared by TFDS with '
-                    "file_format='array_record'") from None
+    if folder:
+      raise DataError(f"tfds:{spec}: can't be opened ({one_line(error)[:200]}); it must have been prepared by TFDS "
+                      "with file_format='array_record'") from None
+    raise DataError(f'tfds:{spec}: {_how_to_get(name, one_line(error))}') from None
+
+
+def _how_to_get(name: str, reason: str) -> str:
+  import tensorflow_datasets as tfds
+
+  base = name.partition('/')[0]
+  known = tfds.list_builders(with_community_datasets=False)
+  if base in known:
+    place = tfds.core.constants.DATA_DIR
+    return (f'not on this machine (in {place}, or where TFDS_DATA_DIR says); prepare it once: '
+            'python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}', file_format='array_record').download_and_prepare()\", which may need "
+            'pip install tensorflow apache-beam')
+  near = difflib.get_close_matches(base, known, n=1)
+  return (f'TFDS has no set of this name that it can make ({reason[:150]}); '
+          + (f'did you mean {near[0]}? ' if near else '') + 'Name the folder of a prepared set, '
+          'tfds:/PATH/NAME/VERSION, or Parquet files such as those of Hugging Face, parquet:hf://datasets/ORG/NAME')
 
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
+  """A TFDS data set: an example is a document."""
+
   spec: str
-  field: str
-  smallest_unit = 4096
+  fields: Fields
 
   def segments(self) -> list[Segment]:
     records = _tfds(self.spec)
     features = list(records.dataset_info.features)
-    if self.field not in features:
-      raise missing_field(f'tfds:{self.spec}', self.field, features, f'tfds:{self.spec}')
-    return [Segment(self.spec, 0, len(records))]
+    for name in self.fields.names:
+      if name.partition('.')[0] not in features:
+        raise missing_field(f'tfds:{self.spec}', name, features, f'tfds:{self.spec}')
+    return [Segment(self.spec, 0, len(records), item_bytes=_RECORD_BYTES)]
 
-  def read(self, segment: Segment) -> Iterator[str]:
+  def read(self, segment: Segment) -> Iterator[Row]:
     records, where = _tfds(self.spec), f'tfds:{self.spec}'
-    for start in range(segment.start, segment.stop, 64):
-      indices = range(start, min(start + 64, segment.stop))
+    for start in range(segment.start, segment.stop, _READ_AT_ONCE):
+      indices = range(start, min(start + _READ_AT_ONCE, segment.stop))
       try:
         found = records.__getitems__(list(indices))
       except Exception as error:  # as for _tfds: there is no type that they share
         at, reason = f'{where}: records {start} to {indices.stop}', ' '.join(str(error).split())[:200]
         raise DataError(f"{at} can't be read ({reason}); prepare the set again") from None
       for i, record in zip(indices, found):
-        text = record[self.field]
-        if isinstance(text, bytes):
-          yield utf8(text, where, f'record {i}, ')
-        else:
-          yield checked_text(text, lambda: where, self.field)
+        try:
+          yield self.fields.document(record)
+        except BadValue as error:
+          yield DataError(f'{where}: record {i}: {error}')

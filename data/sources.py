@@ -1,28 +1,42 @@
-"""A source of documents, named by a URI, in units that can be read apart from each other and in any order.
+"""A source of documents, named by a URI, in units that can be read independently and in any order.
 
-    reasoning[:TASK?OPTION=VALUE+TASK] made-up problems with worked solutions (data/reasoning.py); endless
-    text:GLOB                          plain UTF-8; a file is one stream, cut into documents at line ends
-    jsonl:GLOB[#FIELD]                 .jsonl or .jsonl.gz; FIELD holds the text ('text' if not given)
-    parquet:GLOB[#COLUMN]              COLUMN holds the text ('text' if not given)
-    arrayrecord:GLOB                   a record is a UTF-8 document
+    reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py); endless
+    text:FILES                         plain UTF-8; a file is one stream, cut into documents at line ends
+    jsonl:FILES[#FIELD]                a line is an object; FIELD holds the text ('text' if not given)
+    csv:FILES[#COLUMN]                 with a line of names; .tsv for tabs
+    parquet:FILES[#COLUMN]             COLUMN holds the text
+    arrayrecord:FILES                  a record is a UTF-8 document
     tfds:NAME[/CONFIG][:SPLIT][#FIELD] a TFDS data set on this machine, or the folder of one; 'train', 'text'
 
-GLOB is local or gs:// (arrayrecord: local) and may hold `**`; files are taken in order of their names. All
-errors are DataErrors that name the file and where in it.
+FILES is a path, a glob that may hold `**`, or a folder; local, gs://, s3://, hf:// or whatever else fsspec reads (see
+data/files.py). Text, JSON Lines and CSV may be packed: gzip, bz2, zstd and xz are known by their content. FIELD is a
+field, OUTER.INNER for one inside another, PROMPT+ANSWER for instruction data, or the list of messages of a chat
+(data/fields.py). All errors are DataErrors that name the file and where in it.
 """
 
+import concurrent.futures
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from betarank.data import formats, reasoning, record_formats
+from betarank.data import fields, files, formats, reasoning, record_formats
 from betarank.data.config import DataConfig, DataError, SourceConfig
+from betarank.data.fields import Dialogue
 from betarank.data.formats import Segment
+from betarank.data.storage import is_remote
 
-_MOST_UNITS = 256  # a unit becomes a file that the loader keeps open
+UNIT_BYTES = 16 * 2**20  # the least that a unit holds, about
+MOST_UNITS = 8192  # so that many machines can share a large source; of 2 TB, a unit is 250 MB
+_PROBLEM_BYTES = 4096.0  # what a problem is taken to have
+_PLACES, _PLACE_BYTES = 1024, 2**16  # where a source is sampled, at most, and the least that a place gives
+_PLACES_AT_ONCE = 16  # of remote files
 
 Unit = tuple[Segment, ...]
+Document = str | Dialogue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +44,6 @@ class _Reasoning:
   rest: str
   max_documents: int
   held_out_fraction: float
-  smallest_unit = 4096
 
   @functools.cached_property
   def kinds(self) -> tuple[reasoning.Kind, ...]:
@@ -38,7 +51,7 @@ class _Reasoning:
 
   def segments(self) -> list[Segment]:
     self.kinds  # noqa: B018 (a URI that can't be used is said here)
-    return [Segment('', 0, self.max_documents)]
+    return [Segment('', 0, self.max_documents, item_bytes=_PROBLEM_BYTES)]
 
   def read(self, segment: Segment) -> Iterator[str]:
     for i in range(segment.start, segment.stop):
@@ -47,19 +60,36 @@ class _Reasoning:
         yield problem.document
 
 
-_KINDS = {
-  'reasoning': lambda rest, source, _, held_out: _Reasoning(rest, source.max_documents, held_out),
-  'text': lambda rest, _, document_bytes, __: formats.Text(rest, document_bytes),
-  'jsonl': lambda rest, *_: formats.Jsonl(*_field(rest)),
-  'parquet': lambda rest, *_: record_formats.Parquet(*_field(rest)),
-  'arrayrecord': lambda rest, *_: record_formats.ArrayRecord(rest),
-  'tfds': lambda rest, *_: record_formats.Tfds(*_field(rest)),
-}
-
-
-def _field(rest: str) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[str, str, str]:
+  """Returns (kind, path, field) of a source's URI; 'text' where no field is given."""
+  kind, _, rest = uri.partition(':')
   path, _, field = rest.partition('#')
-  return path, field or 'text'
+  return kind, path, field or 'text'
+
+
+def masked(source: SourceConfig) -> bool:
+  """Returns whether the source's documents say which of their parts the loss counts."""
+  return fields.masked(split_uri(source.uri)[2], source.template)
+
+
+class BadRows:
+  """Decides what a bad row does: stops the reading, or is skipped and counted up to a limit.
+
+  Attributes: count, and last, the message of the last one.
+  """
+
+  def __init__(self, limit: int):
+    self.limit, self.count, self.last = limit, 0, ''
+
+  def __call__(self, error: DataError) -> None:
+    self.add(1, str(error))
+
+  def add(self, count: int, last: str) -> None:
+    """Counts rows that were skipped. Raises DataError if there are more than the limit."""
+    self.count, self.last = self.count + count, last or self.last
+    if self.count > self.limit:
+      raise DataError(f'{self.last}; or skip such rows: max_bad_rows=N of the source' if not self.limit else
+                      f'{self.count} bad rows, more than max_bad_rows={self.limit}; the last: {self.last}')
 
 
 class Source:
@@ -73,60 +103,179 @@ class Source:
 
     Raises DataError for a URI that can't be understood; looks at no file yet.
     """
-    kind, _, rest = config.uri.partition(':')
-    if kind not in _KINDS:
-      near = difflib.get_close_matches(kind, _KINDS, n=1)
+    self.config = config
+    kind, path, field = split_uri(config.uri)
+    try:
+      fields.check_template(field, config.template)
+    except ValueError as error:
+      raise DataError(f'uri {config.uri!r}: its {error}') from None
+    readers: dict[str, Callable[[], Any]] = {
+      'reasoning': lambda: _Reasoning(config.uri.partition(':')[2], config.max_documents, held_out_fraction),
+      'text': lambda: formats.Text(config.uri.partition(':')[2], document_bytes),
+      'jsonl': lambda: formats.Jsonl(path, fields.Fields(field, config.template)),
+      'csv': lambda: formats.Csv(path, fields.Fields(field, config.template)),
+      'parquet': lambda: record_formats.Parquet(path, fields.Fields(field, config.template)),
+      'arrayrecord': lambda: record_formats.ArrayRecord(path),
+      'tfds': lambda: record_formats.Tfds(path, fields.Fields(field, config.template)),
+    }
+    if kind not in readers:
+      near = difflib.get_close_matches(kind, readers, n=1)
       raise DataError(f'uri {config.uri!r}: no such kind of source {kind!r}; '
-                      + (f'did you mean {near[0]}?' if near else f'there are {", ".join(_KINDS)}'))
+                      + (f'did you mean {near[0]}?' if near else f'there are {", ".join(readers)}'))
     if kind == 'reasoning' and not config.max_documents:
       raise DataError(f'uri {config.uri!r} has no end; set max_documents to the number of documents you want')
-    if kind != 'reasoning' and not rest:
+    if kind != 'reasoning' and not path:
       raise DataError(f'uri {config.uri!r}: nothing after the kind; write {kind}:PATH')
-    self._reader = _KINDS[kind](rest, config, document_bytes, held_out_fraction)
+    self._reader = readers[kind]()
+
+  @functools.cached_property
+  def segments(self) -> list[Segment]:
+    """All there is to read, in order. Files are looked at once."""
+    return self._reader.segments()
+
+  @property
+  def listing(self) -> dict[str, Any]:
+    """What the source's files are: {'files', 'empty_files', 'bytes', 'sha256' of their names and sizes}; {} if none."""
+    if not isinstance(self._reader, formats.FileReader):
+      return {}
+    found: files.Found = self._reader.found
+    names = json.dumps([[file.path, file.size] for file in found.files]).encode()
+    return {'files': len(found.files), 'empty_files': found.empty, 'bytes': sum(file.size for file in found.files),
+            'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """The source cut into at most about 256 parts of similar size, in order."""
-    segments = self._reader.segments()
-    size = max(self._reader.smallest_unit, -(-sum(s.stop - s.start for s in segments) // _MOST_UNITS))
+    """Returns the source cut into at most about MOST_UNITS parts of similar size, in order."""
+    size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
-    for segment in segments:
+    for segment in self.segments:
       start = segment.start
       while start < segment.stop:
-        stop = min(segment.stop, start + room) if segment.splittable else segment.stop
-        unit.append(dataclasses.replace(segment, start=start, stop=stop))
-        room -= stop - start
+        stop = segment.stop
+        if segment.splittable:
+          stop = min(stop, start + max(1, round(room / segment.item_bytes)))
+        part = dataclasses.replace(segment, start=start, stop=stop)
+        unit.append(part)
+        room -= segment_bytes(part)
         start = stop
-        if room <= 0:
+        if room < segment.item_bytes / 2:
           units.append(tuple(unit))
           unit, room = [], size
     return [*units, tuple(unit)] if unit else units
 
-  def read(self, unit: Unit) -> Iterator[str]:
-    """The unit's documents, whole (`text` alone cuts them as it reads) and without empty ones."""
+  def read(self, unit: Iterable[Segment], bad_rows: Callable[[DataError], None] | None = None) -> Iterator[Document]:
+    """Yields the unit's documents, whole (`text` alone cuts them as it reads) and without empty ones.
+
+    bad_rows: called for each row that can't be used; by default the first one is raised.
+    """
+    bad_rows = bad_rows or BadRows(0)
     for segment in unit:
       for document in self._reader.read(segment):
-        if document:
+        if isinstance(document, DataError):
+          bad_rows(document)
+        elif document:
           yield document
 
-  def sample(self, max_bytes: int) -> Iterator[str]:
-    """Documents of about `max_bytes` in all, taken evenly from the beginnings of all units."""
-    units = self.units()
-    for unit in units:
-      room = max_bytes / len(units)
-      for document in self.read(unit):
-        yield document
-        room -= len(document)
-        if room <= 0:
+  @property
+  def total_bytes(self) -> float:
+    """About how many bytes the source has."""
+    return sum(segment_bytes(segment) for segment in self.segments)
+
+  def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
+    """Yields texts of about `max_bytes` in all, from places that are spread evenly over all files.
+
+    held_out: if given, yields about so many bytes of the texts that follow those of the sample.
+    """
+    bad_rows = BadRows(self.config.max_bad_rows)
+    ranges = self._ranges(max_bytes)
+    room, skipped = (held_out, max_bytes) if held_out else (max_bytes, 0.0)
+
+    def read(part: list[Segment]) -> list[str]:
+      texts = map(text_of, self.read(part, bad_rows))
+      return list(_between(texts, skipped / len(ranges), room / len(ranges)))
+
+    if self.segments and is_remote(self.segments[0].path):
+      with concurrent.futures.ThreadPoolExecutor(_PLACES_AT_ONCE) as pool:
+        for texts in pool.map(read, ranges):
+          yield from texts
+    else:
+      for texts in map(read, ranges):
+        yield from texts
+
+  def _ranges(self, max_bytes: float) -> list[list[Segment]]:
+    """Returns the source in equal parts, at the beginning of each of which a sample reads."""
+    total = self.total_bytes
+    count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))
+    size, at = max(total, 1) / count, 0.0
+    ranges: list[list[Segment]] = [[] for _ in range(count)]
+    for segment in self.segments:
+      begin, at = at, at + segment_bytes(segment)
+      if not segment.splittable:
+        ranges[min(count - 1, int(begin / size))].append(segment)
+        continue
+      start = segment.start
+      for index in range(min(count - 1, int(begin / size)), count):
+        stop = min(segment.stop, segment.start + round(((index + 1) * size - begin) / segment.item_bytes))
+        stop = segment.stop if index == count - 1 else stop
+        if stop > start:
+          ranges[index].append(dataclasses.replace(segment, start=start, stop=stop))
+          start = stop
+        if start >= segment.stop:
           break
+    return [part for part in ranges if part]
 
 
+def _between(texts: Iterable[str], skipped: float, room: float) -> Iterator[str]:
+  """Yields about `room` bytes of `texts` after those that hold the first `skipped` bytes."""
+  for text in texts:
+    size = len(text.encode())
+    if skipped > 0:
+      skipped -= size
+      continue
+    yield text if size <= room else text[:max(1, int(room * len(text) / size))]
+    room -= size
+    if room <= 0:
+      return
+
+
+def segment_bytes(segment: Segment) -> float:
+  """Returns about how many bytes a segment has."""
+  return (segment.stop - segment.start) * segment.item_bytes
+
+
+@functools.lru_cache(maxsize=64)
 def open_source(config: DataConfig, name: str) -> Source:
-  """The source that `config` calls `name`."""
+  """Returns the source that `config` calls `name`; the same object each time, so that its files are looked at once."""
   return Source(config.sources[name], config.document_bytes, config.held_out_fraction)
 
 
-def cut(text: str, document_bytes: int) -> Iterator[str]:
-  """`text` in pieces of at most `document_bytes` (UTF-8), cut at line ends where there are any."""
+def text_of(document: Document) -> str:
+  return document.text if isinstance(document, Dialogue) else document
+
+
+def cut(document: Document, document_bytes: int) -> Iterator[Document]:
+  """Yields `document` in pieces of at most `document_bytes` (UTF-8), cut at line ends where there are any.
+
+  A piece of a dialogue that has no part which counts is left out.
+  """
+  if isinstance(document, str):
+    yield from _cut_text(document, document_bytes)
+    return
+  piece: list[tuple[str, bool]] = []
+  room = document_bytes
+  for text, trained in document.parts:
+    for part in _cut_text(text, document_bytes):
+      size = len(part.encode())
+      if size > room:
+        if any(counts for _, counts in piece):
+          yield Dialogue(tuple(piece))
+        piece, room = [], document_bytes
+      piece.append((part, trained))
+      room -= size
+  if any(counts for _, counts in piece):
+    yield Dialogue(tuple(piece))
+
+
+def _cut_text(text: str, document_bytes: int) -> Iterator[str]:
   if len(text) * 4 <= document_bytes or len(data := text.encode()) <= document_bytes:
     yield text
     return

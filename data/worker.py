@@ -1,23 +1,35 @@
-"""Tokenises one unit of a source into staged shards and a marker; see data/prepare.py."""
+"""Tokenizes one unit of a source into staged shards with a marker each; see data/prepare.py.
 
+A unit is written in pieces of PIECE_BYTES of text, each of which becomes a shard of the data set. Where a piece ends
+depends on the input alone, so a unit that was interrupted resumes after its last whole piece and ends with the same
+files.
+"""
+
+import array
+import collections
 import dataclasses
 import hashlib
 import json
 import os
-import pathlib
-import tempfile
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from betarank.data import prepared, records, sources
-from betarank.data.config import DataConfig
+from betarank.data.config import DataConfig, DataError
+from betarank.data.fields import Dialogue
+from betarank.data.storage import is_remote
 from betarank.data.tokenizer import read_tokenizer
+
+PIECE_BYTES = 128 * 2**20  # of text; one to three minutes of a core, which is what a restart loses
+_REPORTED = 2**20  # bytes of text between two reports
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-  """Writes the file so that, whenever we are killed, it is whole or absent."""
+  """Writes a file atomically: a process that is killed leaves it whole or absent."""
   temporary = path.parent / f'{path.name}.{os.getpid()}'
   temporary.write_bytes(content)
   temporary.replace(path)
@@ -25,17 +37,22 @@ def write_whole(path: epath.Path, content: bytes) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What every unit needs; a worker process gets it once."""
+  """What every unit needs; a worker process gets it once.
+
+  Attributes:
+    share: whether the validation split is a share of each document, and not of the documents.
+  """
 
   name: str
   config: DataConfig
   folder: str
+  share: bool = False
 
-  def marker(self, index: int) -> epath.Path:
-    return epath.Path(self.folder) / f'unit-{index:05d}.json'
+  def marker(self, unit: int, piece: int) -> epath.Path:
+    return epath.Path(self.folder) / f'unit-{unit:05d}-{piece:03d}.json'
 
-  def stage(self, index: int, split: str) -> epath.Path:
-    return epath.Path(self.folder) / f'{split}-{index:05d}.array_record'
+  def stage(self, unit: int, piece: int, split: str) -> epath.Path:
+    return epath.Path(self.folder) / f'{split}-{unit:05d}-{piece:03d}.array_record'
 
 
 class Worker:
@@ -45,51 +62,121 @@ class Worker:
     self.job = job
     self.source = sources.open_source(job.config, job.name)
     self.tokenizer = read_tokenizer(job.config.tokenizer_path)
+    self.form = records.Form(records.token_dtype(job.config.vocab_size), sources.masked(self.source.config))
 
-  def run(self, index: int, unit: sources.Unit, limit: int) -> dict[str, Any]:
-    """Writes the unit's first `limit` (0: all) documents, then its marker, which it returns."""
-    splits = {split: _Shard(self.job.stage(index, split)) for split in prepared.SPLITS}
-    count = 0
-    for document in self.source.read(unit):
-      if limit and count == limit:
-        break
-      count += 1
-      # Before cutting, so that a long document's parts, and its duplicates, stay on one side.
-      split = _split(document, self.job.config.validation_fraction)
-      for piece in sources.cut(document, self.job.config.document_bytes):
-        splits[split].add(self._tokens(piece), len(piece.encode()))
-    marker = {'index': index, 'limit': limit, 'documents': count,
-              'splits': {split: shard.close() for split, shard in splits.items()}}
-    write_whole(self.job.marker(index), json.dumps(marker).encode())
+  def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
+          report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+    """Writes the unit's next pieces, with at most `limit` (0: any number of) documents; yields the marker of each.
+
+    Args:
+      done: the markers of the unit's pieces that are there already.
+      report: called with the bytes of text since the last call.
+    """
+    done = done or []
+    bad = sources.BadRows(self.source.config.max_bad_rows)
+    documents = self.source.read(unit, bad)
+    skipped = sum(marker['documents'] for marker in done)
+    collections.deque(zip(range(skipped), documents), maxlen=0)
+    bad.count = sum(marker['bad_rows'] for marker in done)  # those among them are counted there
+    ended, written = False, 0
+    while not ended:
+      piece, before = _Piece(self, index, len(done)), bad.count
+      while piece.text_bytes < PIECE_BYTES and not (limit and written == limit):
+        document = next(documents, None)
+        if document is None:
+          ended = True
+          break
+        piece.add(document, report)
+        written += 1
+      ended = ended or bool(limit and written == limit)
+      marker = piece.close(bad_rows=bad.count - before, last_bad=bad.last, last=ended)
+      done = [*done, marker]
+      yield marker
+
+
+class _Piece:
+  """The shards of one piece of a unit, and its marker."""
+
+  def __init__(self, worker: Worker, unit: int, piece: int):
+    self._worker, self._at = worker, (unit, piece)
+    self._shards = {split: ShardWriter(worker.job.stage(unit, piece, split), worker.form) for split in prepared.SPLITS}
+    self._documents = self._unreported = self.text_bytes = 0
+
+  def add(self, document: sources.Document, report: Callable[[int], None]) -> None:
+    config = self._worker.job.config
+    self._documents += 1
+    # Before cutting, so that a long document's pieces, and its duplicates, stay on one side.
+    for split, part in self._divide(document).items():
+      for cut in sources.cut(part, config.document_bytes):
+        size = len(sources.text_of(cut).encode())
+        self._shards[split].add(*_tokens(self._worker, cut), size)
+        self.text_bytes, self._unreported = self.text_bytes + size, self._unreported + size
+    if self._unreported >= _REPORTED:
+      report(self._unreported)
+      self._unreported = 0
+
+  def _divide(self, document: sources.Document) -> dict[str, sources.Document]:
+    fraction = self._worker.job.config.validation_fraction
+    if not self._worker.job.share:
+      text = sources.text_of(document)
+      digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+      return {'validation' if int.from_bytes(digest) < fraction * 2**64 else 'train': document}
+    if isinstance(document, Dialogue):  # these can't be divided: the first of every 1 / fraction
+      return {'validation' if (self._documents - 1) % max(2, round(1 / fraction)) == 0 else 'train': document}
+    return _share(document, fraction)
+
+  def close(self, **about: Any) -> dict[str, Any]:
+    unit, piece = self._at
+    marker = {'unit': unit, 'piece': piece, 'documents': self._documents, **about,
+              'splits': {split: shard.close() for split, shard in self._shards.items()}}
+    write_whole(self._worker.job.marker(unit, piece), json.dumps(marker).encode())
     return marker
 
-  def _tokens(self, text: str) -> np.ndarray:
-    ids = np.concatenate([[self.tokenizer.bos], self.tokenizer.encode(text), [self.tokenizer.eos]])
-    return ids.astype(records.token_dtype(self.job.config.vocab_size))
+
+def _share(text: str, fraction: float) -> dict[str, str]:
+  """Returns {'train': the beginning, 'validation': the last `fraction`}, cut after a line or a word where it can be."""
+  tail = max(1, round(fraction * len(text)))
+  cut = max(1, len(text) - tail)
+  near = text[max(0, cut - tail):cut]
+  cut -= len(near) - 1 - max(near.rfind('\n'), near.rfind(' ')) if any(c in near for c in '\n ') else 0
+  return {split: part for split, part in (('train', text[:cut]), ('validation', text[cut:])) if part}
 
 
-def _split(document: str, validation_fraction: float) -> str:
-  digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-  return 'validation' if int.from_bytes(digest) < validation_fraction * 2**64 else 'train'
+def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns the document's token ids with BOS and EOS and, of a masked set, which of them count as targets."""
+  tokenizer = worker.tokenizer
+  parts = document.parts if isinstance(document, Dialogue) else ((document, True),)
+  ids = [tokenizer.encode(text) for text, _ in parts]
+  tokens = np.concatenate([[tokenizer.bos], *ids, [tokenizer.eos]]).astype(worker.form.dtype)
+  if not worker.form.masked:
+    return tokens, None
+  counts = [trained for _, trained in parts]
+  return tokens, np.repeat([False, *counts, counts[-1]], [1, *map(len, ids), 1])
 
 
-class _Shard:
-  """One unit's part of one split, on its way to `path`; there is no file without documents."""
+class ShardWriter:
+  """One split's part of a piece, on its way to `path`; there is no file without documents.
 
-  def __init__(self, path: epath.Path):
-    self.path, self.writer = path, None
-    self.lengths, self.tokens, self.bytes, self.hash = [], 0, 0, hashlib.sha256()
+  ArrayRecord writes to a disk only. What is to be in a bucket is kept in memory until it is whole, PIECE_BYTES at most,
+  so that no disk is needed and a killed process leaves nothing behind.
+  """
 
-  def add(self, tokens: np.ndarray, text_bytes: int) -> None:
+  def __init__(self, path: epath.Path, form: records.Form):
+    self.path, self.form, self.writer = path, form, None
+    self.lengths, self.tokens, self.bytes, self.hash = array.array('I'), 0, 0, hashlib.sha256()
+
+  def add(self, tokens: np.ndarray, mask: np.ndarray | None, text_bytes: int) -> None:
     if self.writer is None:
       from array_record.python import array_record_module
 
-      # ArrayRecord writes to disks only; a bucket gets the finished file.
-      parent = tempfile.gettempdir() if '://' in str(self.path) else self.path.parent
-      self.temporary = pathlib.Path(parent) / f'{self.path.name}.{os.getpid()}'
+      if is_remote(self.path):
+        self.file = open(os.memfd_create(self.path.name), 'rb')  # noqa: SIM115 (closed by `close`)
+        self.temporary = f'/proc/self/fd/{self.file.fileno()}'
+      else:
+        self.temporary = f'{self.path}.{os.getpid()}'
       # A group is read as a whole, and training reads single documents.
-      self.writer = array_record_module.ArrayRecordWriter(str(self.temporary), 'group_size:1,uncompressed')
-    record = records.to_record(tokens)
+      self.writer = array_record_module.ArrayRecordWriter(self.temporary, 'group_size:1,uncompressed')
+    record = records.to_record(tokens, mask)
     self.writer.write(record)
     self.hash.update(records.without_checksum(record))
     self.lengths.append(len(tokens))
@@ -99,13 +186,29 @@ class _Shard:
     size = 0
     if self.writer is not None:
       self.writer.close()
-      size = self.temporary.stat().st_size
-      if '://' in str(self.path):
-        epath.Path(self.temporary).copy(self.path, overwrite=True)
-        self.temporary.unlink()
-      else:
-        self.temporary.replace(self.path)
+      lengths_N = np.frombuffer(self.lengths, np.uint32)
+      with open(self.temporary, 'rb') as file:
+        self._check_layout(file, lengths_N)
+        size = os.fstat(file.fileno()).st_size
+        if is_remote(self.path):
+          file.seek(0)
+          with self.path.open('wb') as out:
+            shutil.copyfileobj(file, out, 2**23)
+          self.file.close()
+        else:
+          os.replace(self.temporary, self.path)
       with self.path.with_suffix('.npy').open('wb') as file:
-        np.save(file, np.array(self.lengths, np.uint32))
+        np.save(file, lengths_N)
     return {'documents': len(self.lengths), 'tokens': self.tokens, 'bytes': self.bytes, 'size': size,
-            'sha256': self.hash.hexdigest()}
+            'longest': max(self.lengths, default=0), 'sha256': self.hash.hexdigest()}
+
+  def _check_layout(self, file, lengths_N: np.ndarray) -> None:
+    """Raises DataError if ArrayRecord didn't put the last record where data/records.py will look for it."""
+    last = len(lengths_N) - 1
+    _, [begin], [end] = records.Places(lengths_N, [0, len(lengths_N)], self.form).of(np.array([last]))
+    raw = os.pread(file.fileno(), int(end - begin), int(begin))
+    try:
+      records.from_record(records.record_in(raw, int(begin)), int(lengths_N[last]), self.form)
+    except ValueError as error:
+      raise DataError(f'{self.path}: this version of array_record writes another layout than expected ({error}); '
+                      'install array-record==0.8.6') from None

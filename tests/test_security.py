@@ -14,7 +14,7 @@ import pytest
 
 from betarank.configs import errors, load
 from betarank.configs.errors import ConfigError, UserError
-from betarank.data import formats, prepared, reasoning, record_formats
+from betarank.data import formats, prepared, reasoning, sources
 from betarank.data.config import DataConfig, DataError, SourceConfig
 from betarank.data.tokenizer import read_tokenizer
 from betarank.eval.report import arms, command
@@ -199,7 +199,7 @@ def test_a_set_of_tfds_may_not_name_a_module(tmp_path, monkeypatch):
       'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}]}))
   (tmp_path / 'features.json').write_text(json.dumps({'pythonClassName': 'intruder.Feature', 'text': {}}))
   with pytest.raises(DataError, match='no feature of TFDS itself'):
-    record_formats.Tfds(str(tmp_path), 'text').segments()
+    read_source(f'tfds:{tmp_path}')
   assert not (tmp_path / 'canary').exists()
 
 
@@ -280,11 +280,16 @@ def test_import_reads_no_devices_and_copies_only_tokenizers(tmp_path):
 # Found by the fuzzer
 
 
+def read_source(uri):
+  source = sources.Source(SourceConfig(uri, 1.0, 0), 1000)
+  return [document for unit in source.units() for document in source.read(unit)]
+
+
 def test_small_files_that_claim_to_be_large_are_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(formats, '_LINE_BYTES', 2**20)
   (tmp_path / 'x.jsonl.gz').write_bytes(gzip.compress(b'{"text": "' + b'0' * 2**24))
   with pytest.raises(DataError, match='longer than'):
-    list(formats.Jsonl(f'{tmp_path}/x.jsonl.gz', 'text').read(formats.Segment(f'{tmp_path}/x.jsonl.gz', 0, 1, False)))
+    read_source(f'jsonl:{tmp_path}/x.jsonl.gz')
   for claimed in (2**63, 2**64 - 1, 10**8 + 1):
     (tmp_path / 'model.safetensors').write_bytes(claimed.to_bytes(8, 'little') + b'{}')
     with pytest.raises(HfError, match='not a whole safetensors file'):
@@ -303,7 +308,7 @@ def test_damaged_compressed_lines_are_refused(content, tmp_path):
   with pytest.raises(DataError, match=r'x\.jsonl\.gz'):
     TaskSet(TaskConfig(f'jsonl:{tmp_path}/x.jsonl.gz'), split='all')
   with pytest.raises(DataError, match=r'x\.jsonl\.gz'):
-    list(formats.Jsonl(f'{tmp_path}/x.jsonl.gz', 'text').read(formats.Segment(f'{tmp_path}/x.jsonl.gz', 0, 1, False)))
+    read_source(f'jsonl:{tmp_path}/x.jsonl.gz')
 
 
 def test_a_problem_without_end_is_refused(monkeypatch):

@@ -54,4 +54,4 @@ def config(prepared_config, tmp_path):
 
 @pytest.fixture
 def make_source():
-  return lambda uri, max_documents=0, weight=1.0: SourceConfig(uri, weight, max_documents)
+  return lambda uri, max_documents=0, weight=1.0, **kwargs: SourceConfig(uri, weight, max_documents, **kwargs)

@@ -1,4 +1,5 @@
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from betarank.data import formats, prepare, prepared, records
+from betarank.data import prepare, prepared, record_formats, records, sources, worker
 from betarank.data.config import DataError, SourceConfig
 from betarank.data.prepare import prepare_source, train_tokenizer
 from betarank.data.tokenizer import read_tokenizer
@@ -92,7 +93,7 @@ def test_long_documents_are_cut_onto_one_side(config, tmp_path):
 
 @pytest.mark.parametrize('max_documents', [0, 130, 400, 1000])
 def test_the_number_of_workers_does_not_matter(config, corpus, monkeypatch, max_documents, tmp_path):
-  monkeypatch.setattr(formats.Jsonl, 'smallest_unit', 4000)  # several units
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 4000)  # several units
   one = only(config, max_documents=max_documents)
   manifest = prepare_source(one, 'a', workers=1)
   assert sum(s['documents'] for s in manifest['splits'].values()) == min(max_documents or 400, 400)
@@ -125,15 +126,201 @@ def test_a_model_may_have_more_tokens_than_the_tokenizer_but_not_fewer(config):
     np.testing.assert_array_equal(here, there)
 
 
-def test_empty_splits(config, tmp_path):
-  (tmp_path / 'one.jsonl').write_text('{"text": "just one"}\n')
-  c = only(config, uri=f'jsonl:{tmp_path}/one.jsonl')
-  with pytest.raises(DataError, match=r"source 'a': the validation split is empty \(1 documents, .*fraction"):
+# Small corpora
+
+
+def small(config, tmp_path, text, **changes):
+  (tmp_path / 'small.txt').write_text(text)
+  return dataclasses.replace(only(config, uri=f'text:{tmp_path}/small.txt'), validation_fraction=0.02, **changes)
+
+
+@pytest.mark.parametrize('text', [
+  'words and words on one line ' * 3600, 'a line of text\n' * 7000, 'one short line', 'x' * 5000, 'é\n', 'ab'])
+def test_a_small_text_has_a_validation_split(config, tmp_path, text):
+  """A file of 100 KB, of one line, of a few characters: the end of each document is held out."""
+  c = small(config, tmp_path, text)
+  manifest = prepare_source(c, 'a', workers=1)
+  train, validation = texts(c, 'a', 'train'), texts(c, 'a', 'validation')
+  assert manifest['divided'] == 'text'
+  assert ''.join(a + b for a, b in zip(train, validation, strict=True)) == text
+  share = sum(map(len, validation)) / len(text)
+  assert 0.015 < share < 0.06 or len(text) < 100
+  if ' ' in text and len(text) > 1000:
+    assert all(t.endswith((' ', '\n')) for t in train)  # no word is cut
+
+
+def test_a_small_text_is_prepared_the_same_way_after_a_kill(config, tmp_path, monkeypatch):
+  whole = small(config, tmp_path, 'a line of text\n' * 7000)
+  stopped = dataclasses.replace(whole, dir=str(tmp_path / 'stopped'))
+  prepare_source(whole, 'a', workers=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, 'publish', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      prepare_source(stopped, 'a', workers=1)
+  prepare_source(stopped, 'a', workers=1)
+  assert contents(whole.dir) == contents(stopped.dir)
+
+
+def test_a_text_that_cannot_be_divided(config, tmp_path):
+  c = small(config, tmp_path, 'x')
+  with pytest.raises(DataError, match=r"source 'a': the validation split is empty \(1 documents, .*give more text"):
     prepare_source(c, 'a', workers=1)
   c = dataclasses.replace(c, validation_fraction=0.0)
   prepare_source(c, 'a', workers=1)
   with pytest.raises(DataError, match='there is no validation split'):
     prepared.Documents(c, 'a', 'validation')
+
+
+def test_other_files_under_the_same_name_are_noticed(config, tmp_path):
+  c = small(config, tmp_path, 'words ' * 100)
+  prepare_source(c, 'a', workers=1)
+  small(config, tmp_path, 'other words ' * 100)
+  with pytest.raises(DataError, match=r'from other files: 1 files of 600 bytes then, 1 files of 1,200 bytes now'):
+    prepare_source(c, 'a', workers=1)
+  (tmp_path / 'small.txt').unlink()
+  prepare_source(c, 'a', workers=1)  # what is prepared doesn't need its source
+
+
+# Tokenizers
+
+
+def test_a_small_text_makes_a_small_tokenizer(config, tmp_path):
+  c = small(config, tmp_path, 'one line of text', tokenizer='', vocab_size=1024)
+  assert train_tokenizer(c)
+  assert 256 < read_tokenizer(c.tokenizer_path).vocab_size < 300
+  prepare_source(c, 'a', workers=1)
+
+
+def test_a_sample_too_small_for_the_vocabulary_says_what_to_raise(config, tmp_path):
+  c = small(config, tmp_path, 'line of text number seven\n' * 10_000, tokenizer='', vocab_size=1024,
+            tokenizer_sample_mb=0.01)
+  with pytest.raises(DataError, match=r'0 MB of text yield \d+ tokens at most, fewer than vocab_size=1024; raise '
+                                      r'config.data.tokenizer_sample_mb \(there are about 0 MB\), or lower'):
+    train_tokenizer(c)
+
+
+def test_the_sample_grows_with_the_vocabulary(config):
+  size = lambda **changes: prepare.sample_bytes(dataclasses.replace(config, **changes))
+  assert size(vocab_size=1024) == 16e6 and size(vocab_size=151_936) > 100e6 and size(tokenizer_sample_mb=3.5) == 3.5e6
+
+
+@pytest.mark.parametrize('content, message', [
+  ('{"text": "fine"}\nnot JSON\n', r"^source 'a': .*x.jsonl:2: not JSON"), ('{"text": 3}', 'must be text, got int')])
+def test_what_stops_the_sample_is_said_as_it_is(config, tmp_path, content, message):
+  (tmp_path / 'x.jsonl').write_text(content)
+  with pytest.raises(DataError, match=message):
+    train_tokenizer(dataclasses.replace(only(config, uri=f'jsonl:{tmp_path}/x.jsonl'), tokenizer=''))
+
+
+def test_ctrl_c_while_the_sample_is_read(config, monkeypatch):
+  def interrupted(*_):
+    yield 'some text'
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(sources.Source, 'sample', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    train_tokenizer(dataclasses.replace(config, tokenizer=''))
+
+
+def test_files_are_looked_into_once(config, tmp_path, monkeypatch):
+  import pyarrow.parquet
+  for i in range(3):
+    table = pyarrow.table({'text': [f'{i} some words {j}' for j in range(300)]})
+    pyarrow.parquet.write_table(table, tmp_path / f'{i}.parquet', row_group_size=100)
+  c = dataclasses.replace(only(config, uri=f'parquet:{tmp_path}'), tokenizer='', vocab_size=300)
+  looked, segment = [], record_formats.Parquet._segment
+  monkeypatch.setattr(record_formats.Parquet, '_segment',
+                      lambda self, file: looked.append(file.path) or segment(self, file))
+  train_tokenizer(c)
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare, 'publish', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      prepare_source(c, 'a', workers=1)
+  assert len(looked) == 3
+  sources.open_source.cache_clear()
+  prepare_source(c, 'a', workers=1)  # another start takes the plan that is there
+  assert len(looked) == 3
+
+
+# Bad rows
+
+
+def test_bad_rows_are_counted_in_the_manifest_once(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 1000)
+  monkeypatch.setattr(worker, 'PIECE_BYTES', 300)
+  lines = [json.dumps({'text': f'document {i}' if i % 10 else None}) for i in range(200)]
+  (tmp_path / 'x.jsonl').write_text('\n'.join(lines))
+  c = only(config, uri=f'jsonl:{tmp_path}/x.jsonl', max_bad_rows=20)
+  seen = []
+  manifest = prepare_source(c, 'a', workers=1, report=seen.append)
+  assert manifest['input']['bad_rows'] == 20 == seen[-1].bad_rows
+  assert sum(counts['documents'] for counts in manifest['splits'].values()) == 180
+  limited = dataclasses.replace(only(c, max_bad_rows=19), dir=str(tmp_path / 'limited'))
+  with pytest.raises(DataError, match=r"source 'a': 20 bad rows, more than max_bad_rows=19; the last: .*x.jsonl:191"):
+    prepare_source(limited, 'a', workers=1)
+  with pytest.raises(DataError, match=r"x.jsonl:1: field 'text' must be text, got NoneType; or skip such rows"):
+    prepare_source(dataclasses.replace(only(c, max_bad_rows=0), dir=str(tmp_path / 'strict')), 'a', workers=1)
+
+
+# Parts
+
+
+def test_parts_are_one_preparation_byte_for_byte(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 4000)
+  monkeypatch.setattr(worker, 'PIECE_BYTES', 1500)
+  whole, parted = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'parted'))
+  prepare_source(whole, 'a', workers=1)
+  with pytest.raises(DataError, match='nothing is prepared yet; run: betarank data prepare'):
+    prepare.finish(parted, 'a')
+  for part in (2, 0, 3):
+    prepare.prepare_part(parted, 'a', part, 4, workers=1)
+  with pytest.raises(DataError, match=r'2 of 7 units are not prepared yet, the first is unit 1, which is in part 1 m'):
+    prepare.finish(parted, 'a')
+  prepare.prepare_part(parted, 'a', 1, 4, workers=1)
+  manifest = prepare.finish(parted, 'a')
+  assert contents(whole.dir) == contents(parted.dir) and len(manifest['splits']['train']['shards']) > 7
+  assert prepare.finish(parted, 'a') == manifest
+  prepare.prepare_part(parted, 'a', 1, 4, workers=1)  # as a machine that comes late
+
+
+def test_parts_stop_at_max_documents_together(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 4000)
+  monkeypatch.setattr(worker, 'PIECE_BYTES', 1500)
+  whole = only(config, max_documents=130)
+  parted = dataclasses.replace(whole, dir=str(tmp_path / 'parted'))
+  prepare_source(whole, 'a', workers=1)
+  for part in range(2):
+    prepare.prepare_part(parted, 'a', part, 2, workers=1)
+  manifest = prepare.finish(parted, 'a')
+  assert sum(counts['documents'] for counts in manifest['splits'].values()) == 130
+  assert contents(whole.dir) == contents(parted.dir)
+
+
+def test_a_packed_file_resumes_after_its_last_whole_piece(config, corpus, tmp_path, monkeypatch):
+  """It is one unit, as it can't be split; what was tokenized before the interruption isn't again."""
+  monkeypatch.setattr(worker, 'PIECE_BYTES', 3000)
+  (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress((corpus / 'a.jsonl').read_bytes()))
+  whole = only(config, uri=f'jsonl:{tmp_path}/a.jsonl.gz')
+  stopped = dataclasses.replace(whole, dir=str(tmp_path / 'stopped'))
+  manifest = prepare_source(whole, 'a', workers=1)
+  assert len(manifest['splits']['train']['shards']) > 5
+  closed, tokenized, tokens_of = [], [], worker._tokens
+
+  def close(piece, **about):
+    if len(closed) == 4:
+      raise KeyboardInterrupt
+    closed.append(piece)
+    return real_close(piece, **about)
+
+  real_close = worker._Piece.close
+  with monkeypatch.context() as patch:
+    patch.setattr(worker._Piece, 'close', close)
+    with pytest.raises(KeyboardInterrupt):
+      prepare_source(stopped, 'a', workers=1)
+  monkeypatch.setattr(worker, '_tokens', lambda *args: tokenized.append(1) or tokens_of(*args))
+  prepare_source(stopped, 'a', workers=1)
+  assert contents(whole.dir) == contents(stopped.dir)
+  assert len(tokenized) == 400 - sum(piece._documents for piece in closed)
 
 
 def test_missing_and_damaged_data(prepared_config, tmp_path):
@@ -185,7 +372,8 @@ def test_a_set_of_an_older_version_is_read(config, monkeypatch):
   expected = tokens(c, 'a', 'train')[1]
   old = dataclasses.replace(c, dir=f'{c.dir}/old')
   with monkeypatch.context() as patch:
-    to_record, strip = records.to_record, records.without_checksum
+    to_record, strip, form = records.to_record, records.without_checksum, records.Form
+    patch.setattr(records, 'Form', lambda *about: form(*about, checksum=False))
     patch.setattr(records, 'to_record', lambda *document: bytes(strip(to_record(*document))))
     patch.setattr(records, 'without_checksum', bytes)
     prepare_source(old, 'a', workers=1)
@@ -212,14 +400,14 @@ def test_retrained_tokenizer_is_noticed(prepared_config, tmp_path):
 
 RUN = '''
 import dataclasses, pathlib, sys, time
-from betarank.data import config, formats, prepare
-formats.Jsonl.smallest_unit = 4000
+from betarank.data import config, prepare, sources
+sources.UNIT_BYTES = 4000
 c = eval(sys.argv[1], vars(config))
 if sys.argv[2] == 'slowly':
   work = prepare.Worker.run
   def slowly(*args):
     time.sleep(0.2)
-    return work(*args)
+    yield from work(*args)
   prepare.Worker.run = slowly
 prepare.prepare_source(c, 'a', workers=int(sys.argv[3]))
 '''
@@ -275,7 +463,7 @@ def test_workers_follow_a_killed_parent(config, tmp_path):
     'if __name__ == "__main__":\n'
     f'  job = prepare.Job("a", {only(config)!r}, "unused")\n'
     '  spawn = multiprocessing.get_context("spawn")\n'
-    '  pool = concurrent.futures.ProcessPoolExecutor(1, spawn, prepare._start_worker, (job,))\n'
+    '  pool = concurrent.futures.ProcessPoolExecutor(1, spawn, prepare._start_worker, (job, None))\n'
     '  print(pool.submit(os.getpid).result(), flush=True)\n'
     '  os.kill(os.getpid(), signal.SIGKILL)\n')
   out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
@@ -307,6 +495,8 @@ def test_command_line(config, tmp_path):
   second = command('prepare', '--workers=1')
   assert second.returncode == 0, second.stderr
   assert 'train' in second.stdout and 'bytes/token' in second.stdout
+  shown = command('show', '--source=main', '--row=1')
+  assert shown.returncode == 0 and 'row 1, epoch 0: ' in shown.stdout and 'Question: ' in shown.stdout, shown.stderr
   third = command('prepare', '--config.data.sources.main.uri=resoning')
   assert third.returncode == 2
   assert third.stderr.count('\n') == 1 and 'prepared with other settings: uri' in third.stderr

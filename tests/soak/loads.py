@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ from etils import epath
 from betarank.data import prepare, prepared, records
 from betarank.data.config import DataConfig, SourceConfig
 from betarank.data.tokenizer import read_tokenizer
-from betarank.data.worker import Job, _Shard
+from betarank.data.worker import Job, ShardWriter
 from betarank.runtime import checkpoint
 from tests.runs import environment, metrics
 from tests.soak.watch import Watch
@@ -181,25 +180,24 @@ def large(s: Soak, gigabytes: float) -> DataConfig:
   tokenizer = read_tokenizer(path)
   config = DataConfig(str(s.root / 'large'), path, tokenizer.vocab_size, {'main': SourceConfig('synthetic:', 1.0, 0)},
                       validation_fraction=0.0, sequence_length=ROW_TOKENS)
-  where = prepared.folder(config, 'main')
-  job = Job('main', config, str(where / 'partial'))
+  job = Job('main', config, str(prepared.folder(config, 'main') / 'partial'))
   epath.Path(job.folder).mkdir(parents=True)
   rng = np.random.default_rng(0)
-  text = rng.integers(4, tokenizer.vocab_size, 2**24).astype(records.token_dtype(tokenizer.vocab_size))
+  form = records.Form(records.token_dtype(tokenizer.vocab_size))
+  text = rng.integers(4, tokenizer.vocab_size, 2**24).astype(form.dtype)
   markers = []
   documents = int(gigabytes * 1e9 / (2 * DOCUMENT_TOKENS) / SHARDS)
   for index in range(SHARDS):
-    shard = _Shard(job.stage(index, 'train'))
+    shard = ShardWriter(job.stage(index, 0, 'train'), form)
     lengths = rng.integers(64, 2 * DOCUMENT_TOKENS - 64, documents)
     starts = rng.integers(0, len(text) - 2 * DOCUMENT_TOKENS, documents)
     for start, length in zip(starts.tolist(), lengths.tolist()):
       tokens = text[start : start + length].copy()
       tokens[0], tokens[-1] = tokenizer.bos, tokenizer.eos
-      shard.add(tokens, 2 * length)
-    nothing = {'documents': 0}
-    markers.append({'index': index, 'documents': documents, 'splits': {'train': shard.close(), 'validation': nothing}})
-  prepare._finish(config, 'main', where, prepared.settings(config, 'main', hashlib.sha256(
-    pathlib.Path(path).read_bytes()).hexdigest()), tokenizer, markers)
+      shard.add(tokens, None, 2 * length)
+    markers.append({'unit': index, 'piece': 0, 'documents': documents, 'bad_rows': 0,
+                    'splits': {'train': shard.close(), 'validation': {'documents': 0}}})
+  prepare.publish(job, tokenizer, markers, {})
   return config
 
 

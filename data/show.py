@@ -1,0 +1,121 @@
+"""Prints what training reads, and how well a tokenizer fits the text: `betarank data show` and `... tokenizer`."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from betarank.configs.errors import suggestion
+from betarank.data import prepare, sources
+from betarank.data.config import DataConfig, DataError
+from betarank.data.packing import Packer
+from betarank.data.prepared import Documents
+from betarank.data.tokenizer import Tokenizer, read_tokenizer
+
+_EXTREMES = 3  # longest and shortest documents that are shown
+_BEGINNING = 100  # characters of each
+_MOST_HELD_OUT = 8e6  # bytes of text that a tokenizer is judged on
+
+
+def read(config: DataConfig) -> Tokenizer:
+  return read_tokenizer(config.tokenizer_path)
+
+
+def printable(text: str) -> str:
+  """Returns `text` with what a terminal would obey, such as escape sequences, made visible."""
+  return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
+
+
+def show(config: DataConfig, names: Sequence[str], split: str, row: int, seed: int) -> None:
+  """Prints a packed row of each source as text, its counts, and its longest and shortest documents.
+
+  Raises DataError for a source that isn't there or isn't prepared, or a row below 0.
+  """
+  if row < 0:
+    raise DataError(f'--row must be >= 0, got {row}')
+  for name in names:
+    if name not in config.sources:
+      raise DataError(f'--source={name}: no such source{suggestion(name, config.sources)}; there are '
+                      f'{", ".join(config.sources)}')
+  tokenizer = read(config)
+  for name in names:
+    for line in _source(config, name, split, row, seed, tokenizer):
+      print(line)
+
+
+def _source(config: DataConfig, name: str, split: str, row: int, seed: int, tokenizer: Tokenizer) -> Iterable[str]:
+  documents = Documents(config, name, split)
+  counts = documents.manifest['splits'][split]
+  training = split == 'train'
+  packer = Packer(documents.lengths, config.sequence_length, f'{seed}/{name}' if training else 'validation',
+                  shuffle=training)
+  yield (f'{name} ({config.sources[name].uri}), {split}: {counts["documents"]:,} documents, {counts["tokens"]:,} '
+         f'tokens, {counts["bytes"] / counts["tokens"]:.2f} bytes per token; {packer.rows_per_epoch:,} rows of '
+         f'{config.sequence_length:,} tokens per epoch, {packer.efficiency:.2%} filled')
+  pieces = packer.row(row)
+  found = documents.request(pieces.document)()
+  yield (f'row {row}, epoch {row // packer.rows_per_epoch}: {pieces.length.sum():,} tokens of {len(found)} documents')
+  for document, index, start, length in zip(found, *(field.tolist() for field in pieces)):
+    tokens = document.tokens[start:start + length + 1]
+    size = int(tokenizer.bytes_per_token_V[tokens].sum())
+    whole = 'whole' if length + 1 == len(document.tokens) else f'tokens {start:,} to {start + length:,} of it'
+    yield (f'---- document {index:,}: {len(document.tokens):,} tokens, {whole}, '
+           f'{size / max(length, 1):.2f} bytes per token')
+    mask = None if document.mask is None else document.mask[start:start + length + 1]
+    yield printable(_text(tokenizer, tokens, mask))
+  yield '----'
+  for what, order in (('longest', -1), ('shortest', 1)):
+    indices = _extreme(documents.lengths, order)
+    for index, tokens in zip(indices, documents.read(indices)):
+      text = ' '.join(printable(tokenizer.decode(tokens)).split())
+      text = text if len(text) <= _BEGINNING else f'{text[:_BEGINNING]} ...'
+      yield f'{what}: document {index:,}, {len(tokens):,} tokens: {text}'
+
+
+def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
+  """Returns the text; of a masked set, with what the loss counts in brackets."""
+  if mask is None:
+    return tokenizer.decode(tokens)
+  edges = np.flatnonzero(np.diff(mask, prepend=not mask[0])).tolist()
+  runs = zip(edges, [*edges[1:], len(tokens)])
+  return ''.join(f'⟦{tokenizer.decode(tokens[a:b])}⟧' if mask[a] else tokenizer.decode(tokens[a:b]) for a, b in runs)
+
+
+def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
+  """Returns the documents with the smallest lengths times `order`, without sorting or copying all."""
+  best = np.array([], np.int64)
+  for start in range(0, len(lengths_N), 2**20):
+    part = np.arange(start, min(start + 2**20, len(lengths_N)))
+    some = np.concatenate([best, part])
+    keys = order * lengths_N[some].astype(np.int64)
+    best = some[np.argsort(keys, kind='stable')[:_EXTREMES]]
+  return best.tolist()
+
+
+def tokenizer(config: DataConfig) -> None:
+  """Prints, for each source, bytes per token on text that isn't in the sample, and how many tokens it never uses.
+
+  A source that is in the sample as a whole is judged on the sample, which the line says.
+  """
+  tokenizer, every = read(config), np.zeros(0, np.int64)
+  share = prepare.sample_bytes(config) / len(config.sources)
+  for name in config.sources:
+    source = sources.open_source(config, name)
+    room = min(_MOST_HELD_OUT / len(config.sources), share)
+    counts, size, what = *_encoded(tokenizer, source.sample(share, held_out=room)), 'held-out text'
+    if not size:
+      counts, size, what = *_encoded(tokenizer, source.sample(room)), 'its training text, as there is no other'
+    every = counts + (every if every.size else 0)
+    print(f'{name}: {size / max(counts.sum(), 1):.2f} bytes per token on {size / 1e6:.1f} MB of {what}')
+  never, rare = int((every == 0).sum()), int((every <= 3).sum())
+  special = int((tokenizer.bytes_per_token_V == 0).sum())
+  print(f'of {tokenizer.vocab_size:,} tokens, {special} of them special, {never:,} ({never / len(every):.1%}) are '
+        f'never used there, {rare:,} ({rare / len(every):.1%}) at most three times')
+
+
+def _encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, int]:
+  """Returns how often each token occurs in `texts`, int64 [vocab_size], and their bytes."""
+  counts, size = np.zeros(tokenizer.vocab_size, np.int64), 0
+  for text in texts:
+    counts += np.bincount(tokenizer.encode(text), minlength=tokenizer.vocab_size)
+    size += len(text.encode())
+  return counts, size
