@@ -192,7 +192,7 @@ def grade_as_a_worker(folder: pathlib.Path, audit: Audit) -> None:
     for grader, entry in graders:
       for answer in answers(folder):
         try:
-          grader(answer, '2x+1', entry)
+          grader({'answer': answer, 'reference': '2x+1', 'entry': entry})
         except Exception:  # an error in a library, which the worker's main catches too
           continue
 
