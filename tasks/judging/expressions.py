@@ -12,7 +12,16 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from betarank.tasks.judging.latex import CLOSING, FUNCTIONS, MAX_DEPTH, Unreadable, Unsupported, is_number, is_word, match_of
+from betarank.tasks.judging.latex import (
+  CLOSING,
+  FUNCTIONS,
+  MAX_DEPTH,
+  Unreadable,
+  Unsupported,
+  is_number,
+  is_word,
+  match_of,
+)
 
 GREEK = {
   'alpha', 'beta', 'gamma', 'delta', 'epsilon', 'zeta', 'eta', 'theta', 'iota', 'kappa', 'lambda', 'mu', 'nu', 'xi',

@@ -63,7 +63,8 @@ class Many(Reading):
   kind: str = 'list'
 
   def __str__(self) -> str:
-    name = {'pair': 'values in order', 'or': 'alternatives', 'and': 'conditions'}.get(self.kind, f'values, a {self.kind}')
+    names = {'pair': 'values in order', 'or': 'alternatives', 'and': 'conditions'}
+    name = names.get(self.kind, f'values, a {self.kind}')
     return f'{len(self.items)} {name}: {"; ".join(item.shown for item in self.items)}'
 
 

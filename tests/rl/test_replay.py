@@ -32,7 +32,7 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
   sampler = Sampler(C, SamplerConfig(4, 8, 7, record_choices=True), eos=0, mesh=mesh)
   drawn = sorted(sampler(state.params, PROMPTS, samples=4, seed=1, step=0), key=lambda group: group[0].prompt_id)
   verdicts = [Verdict.RIGHT, Verdict.WRONG] * 2
-  groups = [Group(i, None, list(p.tokens), samples, [""] * 4, verdicts)
+  groups = [Group(i, None, list(p.tokens), samples, [""] * 4, verdicts, [1.0, 0.0] * 2)
             for i, (p, samples) in enumerate(zip(PROMPTS, drawn))]
   for group in groups:
     for sample in group.samples:

@@ -170,7 +170,8 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
 def group(cursor, prompt, answers, verdicts, finishes):
   samples = [Sample(cursor, i, np.array(tokens, np.int32), np.full(len(tokens), -0.5 - i, np.float32), finish)
              for i, (tokens, finish) in enumerate(zip(answers, finishes))]
-  return Group(cursor, None, prompt, samples, [''] * len(samples), verdicts)
+  scores = [float(verdict) if verdict != Verdict.UNDECIDED else float('nan') for verdict in verdicts]
+  return Group(cursor, None, prompt, samples, [''] * len(samples), verdicts, scores)
 
 
 def test_rollouts_are_laid_out_as_they_were_drawn():
