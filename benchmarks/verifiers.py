@@ -1,31 +1,37 @@
-"""Measures how right, fast and safe grading is, compared with plain calls of math-verify.
+"""How right, how fast and how safe grading is, compared with math-verify alone.
 
-    python -m benchmarks.verifiers [--data=../shared/data/reasoning] [--workers=2]
+    python -m benchmarks.verifiers [pairs] [golds] [speed] [hostile] [--data=../shared/data] [--workers=2]
 
-Gold answers: the reference of every problem of GSM8K, MATH-500, AIME 2024 and AMC 2023, graded against the
-final answer of its own worked solution (AMC has none: against its answer). Three ways: as RL does it; with every
-item sent to a worker; and math-verify's parse and verify in this process, one after another, under its alarm
-signal. Then 200 hostile answers, with files and variables that they try to reach.
+pairs: judged pairs, those of tests/tasks/pairs.tsv and, if they are there, DATA/judge/pairs.tsv, with the counts of
+wrong verdicts here and by math-verify's parse and verify alone. golds: every reference of Minerva, OlympiadBench and
+MATH-500 against itself in other notations (benchmarks/notations.py), and against the other references that look most
+like it. speed: the references of GSM8K, MATH-500, AIME 2024 and AMC 2023 against the final answers of their own worked
+solutions. hostile: 200 answers, with files and variables that they try to reach. Without a name: all of them.
 """
 
 import argparse
+import collections
 import contextlib
+import csv
 import dataclasses
+import difflib
 import json
 import os
 import pathlib
-import sys
+import re
 import tempfile
 import time
 from unittest import mock
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-from betarank.tasks import verifiers
+from benchmarks.notations import notations
+from betarank.data.reasoning import ANSWER_MARK
 from betarank.tasks.task_set import Task, TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
-DATA = pathlib.Path(__file__).resolve().parent.parent.parent / 'shared' / 'data' / 'reasoning'
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared' / 'data'
+DATA = SHARED / 'reasoning'
+PARTS = ('pairs', 'golds', 'speed', 'hostile')
 SETS = ('gsm8k_train', 'gsm8k_test', 'math500', 'aime24', 'amc23')
 
 
@@ -97,45 +103,128 @@ def grade(verifier: Verifier, items: list[tuple[str, Task]]) -> dict[str, float]
   }
 
 
-def plainly(items: list[tuple[str, Task]]) -> dict[str, float]:
+def alone(gold: str, answer: str) -> bool:
+  """Math-verify's own verdict, under its alarm signal."""
   import math_verify
 
-  start, right = time.perf_counter(), 0
-  for text, task in items:
-    right += math_verify.verify(math_verify.parse(f'${task.reference}$'), math_verify.parse(text))
+  return math_verify.verify(math_verify.parse(f'${gold}$'), math_verify.parse(answer))
+
+
+def plainly(items: list[tuple[str, Task]]) -> dict[str, float]:
+  start = time.perf_counter()
+  right = sum(alone(task.reference, text) for text, task in items)
   return {'right': right / len(items), 'seconds': time.perf_counter() - start}
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--data', type=pathlib.Path, default=DATA)
-  parser.add_argument('--workers', type=int, default=2)
-  args = parser.parse_args()
-  columns = ('right', 'wrong', 'undecided', 'timeouts', 'crashes', 'plain', 'seconds')
-  print(f'{"":36}' + ''.join(f'{name:>11}' for name in columns))
+def boxed(answer: str, gold: str) -> tuple[str, Task]:
+  return f'\\boxed{{{answer}}}', Task('', '', '', gold, 'math', 'boxed')
 
-  def show(name, result):
-    cells = (f'{result[c]:11.2%}' if c == 'right' else f'{result[c]:11.2f}' if c == 'seconds' else f'{result[c]:11d}'
-             if c in result else f'{"-":>11}' for c in columns)
-    print(f'{name:36}' + ''.join(cells), flush=True)
 
-  config = VerifierConfig(workers=args.workers)
-  for name in SETS if args.data.is_dir() else ():
-    items = gold(args.data, name)
+def pairs(data: pathlib.Path, verifier: Verifier) -> None:
+  """Prints the counts of wrong verdicts on files of judged pairs."""
+  print(f'{"pairs":28}{"":14}{"right":>8}{"wrong":>8}{"false right":>14}{"false wrong":>14}{"undecided":>12}')
+  for path in (ROOT / 'tests' / 'tasks' / 'pairs.tsv', data / 'judge' / 'pairs.tsv'):
+    if not path.is_file():
+      continue
+    with path.open(encoding='utf-8', newline='') as file:
+      rows = [row for row in csv.DictReader(file, delimiter='\t', quoting=csv.QUOTE_NONE) if row['answer']]
+    truth = [int(row['right']) for row in rows]
+    task = lambda row: Task('', '', '', row['gold'], 'math', 'line')
+    ours = verifier.verify([(f"{ANSWER_MARK}{row['answer']}", task(row)) for row in rows])
+    theirs = [int(alone(row['gold'], f'\\boxed{{{row["answer"]}}}')) for row in rows]
+    for name, verdicts in (('betarank', ours), ('math-verify', theirs)):
+      counts = collections.Counter(zip(truth, map(int, verdicts)))
+      print(f'{path.parent.name + "/" + path.name:28}{name:14}{sum(truth):8d}{len(truth) - sum(truth):8d}'
+            f'{counts[0, 1]:14d}{counts[1, 0]:14d}{counts[0, -1] + counts[1, -1]:12d}')
+    lost = [row for row, right, a, b in zip(rows, truth, ours, theirs) if a != right == b]
+    for row in lost:
+      print(f'  only math-verify is right: gold {row["gold"]!r}, answer {row["answer"]!r}')
+
+
+def golds(data: pathlib.Path, verifier: Verifier) -> None:
+  """Prints how golds fare against themselves in other notations, and against the golds that look most like them."""
+  for name in ('minerva_math', 'olympiadbench', 'math500'):
+    path = data / 'reasoning' / f'{name}.jsonl'
+    if not path.is_file():
+      continue
+    tasks = TaskSet(TaskConfig(f'jsonl:{path}'), split='all')
+    references = list(dict.fromkeys(task.reference for task in tasks))
+    items = [(other, gold) for gold in references for other in notations(gold)]
+    verdicts = verifier.verify([boxed(other, gold) for other, gold in items])
+    accepted = collections.Counter(gold for (_, gold), verdict in zip(items, verdicts) if verdict == Verdict.RIGHT)
+    few = [gold for gold in references if accepted[gold] < 2]
+    print(f'{name}: {len(tasks)} of {tasks.records} problems, {len(references)} different golds; '
+          f'{accepted.total()} of {len(items)} other notations accepted; golds with fewer than two: {few or "none"}')
+    for left_out in tasks.left_out:
+      print(f'  left out: {left_out}')
+    for (other, gold), verdict in zip(items, verdicts):
+      if verdict != Verdict.RIGHT:
+        print(f'  not accepted ({verdict.name.lower()}): gold {gold!r}, answer {other!r}')
+    near = [(other, gold) for gold in references for other in _nearest(gold, references)]
+    for (other, gold), verdict in zip(near, verifier.verify([boxed(other, gold) for other, gold in near])):
+      if verdict != Verdict.WRONG:
+        print(f'  another gold {verdict.name.lower()}: gold {gold!r}, answer {other!r}')
+
+
+def _nearest(gold: str, references: list[str], count: int = 3) -> list[str]:
+  """The other golds whose texts are most like `gold`, but for those that differ in layout alone."""
+  bare = lambda text: re.sub(r'[\s${}]|\\left|\\right|\\!', '', text).lstrip('+')
+  others = [other for other in references if bare(other) != bare(gold)]
+  return difflib.get_close_matches(gold, others, count, cutoff=0.0)
+
+
+def speed(data: pathlib.Path, config: VerifierConfig) -> None:
+  """Prints verdicts and seconds for worked solutions: as RL grades them, by workers alone, and by math-verify alone."""
+  for name in SETS if (data / 'reasoning').is_dir() else ():
+    items = gold(data / 'reasoning', name)
     with Verifier(config) as verifier:
-      show(f'{name} ({len(items)})', grade(verifier, items))
+      _show(f'{name} ({len(items)})', grade(verifier, items))
     if name != 'gsm8k_train':
       references = [(f'\nAnswer: {task.reference}', dataclasses.replace(task, answer_format='line'))
                     for _, task in items]
-      with Verifier(config) as verifier, mock.patch.object(verifiers, '_compare_plainly', lambda *_: None):
-        show('  references by workers, with start', grade(verifier, references))
-      show('  math-verify in this process', plainly(items))
+      with Verifier(config) as verifier, mock.patch.object(Verifier, '_grade_here', lambda *_: None):
+        _show('  references by workers, with start', grade(verifier, references))
+      _show('  math-verify in this process', plainly(items))
+
+
+def attacks(config: VerifierConfig) -> None:
+  """Prints verdicts on hostile answers, and what files they have made."""
   with tempfile.TemporaryDirectory() as folder, Verifier(config) as verifier:
     canary = os.path.join(folder, 'canary')
     with mock.patch.dict(os.environ, BETARANK_CANARY='secret'), contextlib.suppress(KeyboardInterrupt):
       items = hostile(canary)
-      show(f'hostile ({len(items)})', grade(verifier, items))
+      _show(f'hostile ({len(items)})', grade(verifier, items))
     print(f'hostile: files made: {os.listdir(folder)}; {dict(verifier.counts)}')
+
+
+def _show(name: str, result: dict[str, float]) -> None:
+  columns = ('right', 'wrong', 'undecided', 'timeouts', 'crashes', 'plain', 'seconds')
+  if not _show.headed:
+    print(f'{"":36}' + ''.join(f'{column:>11}' for column in columns))
+    _show.headed = True
+  cells = (f'{result[c]:11.2%}' if c == 'right' else f'{result[c]:11.2f}' if c == 'seconds' else f'{result[c]:11d}'
+           if c in result else f'{"-":>11}' for c in columns)
+  print(f'{name:36}' + ''.join(cells), flush=True)
+
+
+_show.headed = False
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('parts', nargs='*', choices=(*PARTS, []), metavar='PART', help=', '.join(PARTS))
+  parser.add_argument('--data', type=pathlib.Path, default=SHARED)
+  parser.add_argument('--workers', type=int, default=2)
+  args = parser.parse_args()
+  config = VerifierConfig(workers=args.workers)
+  for part in args.parts or PARTS:
+    if part == 'speed':
+      speed(args.data, config)
+    elif part == 'hostile':
+      attacks(config)
+    else:
+      with Verifier(config) as verifier:
+        {'pairs': pairs, 'golds': golds}[part](args.data, verifier)
 
 
 if __name__ == '__main__':

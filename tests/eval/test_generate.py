@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -166,11 +167,16 @@ def test_classes_of_answers_are_those_of_the_verifier():
     assert generate.answer_classes(['7', '7.0', '7'], [Verdict.WRONG] * 3, exact, verifier) == [0, 1, 0]
 
 
-def test_a_boxed_answer_to_a_question_of_its_own_does_not_count():
+def test_rl_and_evaluation_cut_the_same_answer_out_of_a_text():
+  """Also where a model that doesn't stop makes up a question of its own after the answer."""
   task = Task('id', 'Q', 'Question: 1+1\nSolution: 2\n\nQuestion: Q\nSolution:', '5', 'math', 'boxed')
   own = ' \\boxed{5}\n\nQuestion: other\nSolution: \\boxed{6}'
-  assert generate.up_to_next_question(own, task) == ' \\boxed{5}\n'
-  assert generate.up_to_next_question(own, dataclasses.replace(task, answer_format='line')) == own
+  tokenizer = types.SimpleNamespace(decode=lambda tokens: own)
+  group = [Sample(0, 0, np.array([1, 0], np.int32), np.zeros(2, np.float32), 'eos')]
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    [line] = generate.judged(group, task, tokenizer, verifier)
+    assert (line['answer'], line['verdict']) == ('5', 'right')
+    assert verifier.grade([(own, task)])[0].answer == '5'  # as rl/rollout.py asks
 
 
 def test_made_up_problems_are_ones_that_rl_never_sees(run_dir):

@@ -86,11 +86,9 @@ def test_a_deadline_costs_one_worker_and_no_other_verdict():
   with Verifier(VerifierConfig(deadline_s=1.5)) as verifier:
     verifier.verify([(text, task('x+1')) for text in answers('x+2', 'x+3')])
     assert len(workers(verifier)) == 2
-    start = time.monotonic()
     texts = answers('1+x', ENDLESS, *(f'x+{i}' for i in range(2, 12)), '1+x ')
     found = verifier.verify([(text, task('x+1')) for text in texts])
     assert found == [RIGHT, UNDECIDED, *[WRONG] * 10, RIGHT]
-    assert time.monotonic() - start < 20
     assert verifier.counts['timeouts'] == verifier.counts['restarts'] == verifier.counts['undecided'] == 1
 
 
@@ -139,6 +137,68 @@ def test_a_forged_verdict_is_not_believed(tmp_path, monkeypatch):
     assert verifier.counts['crashes'] == 2
 
 
+SLEEPY = """import json, sys, time
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+  request = json.loads(line)
+  time.sleep(60 if 'forever' in request['answer'] else 1.5)
+  print(json.dumps({'token': request['token'], 'verdict': 1}), flush=True)
+"""
+
+
+def test_the_deadline_is_of_cpu_time(tmp_path, monkeypatch):
+  """A worker that a busy machine keeps waiting has its time all the same; one that waits for ever ends nevertheless."""
+  script = tmp_path / 'worker.py'
+  script.write_text(SLEEPY)
+  monkeypatch.setattr(worker_pool, '_WORKER', script)
+  with Verifier(VerifierConfig(workers=1, deadline_s=0.5)) as verifier:
+    found = verifier.verify([(text, task('x+1')) for text in answers('1+x', 'for forever')])
+    assert found == [RIGHT, UNDECIDED] and verifier.counts['timeouts'] == 1
+
+
+def test_a_grade_tells_how_it_came_about(verifier):
+  right, wrong, missing, undecided = verifier.grade([
+    (text, task(gold)) for text, gold in ((answers('x = 3')[0], '3'), (answers('8 = 7')[0], '7'), ('7', '7'),
+                                          (answers('1')[0], r'\frac{'))])
+  assert (right.verdict, right.reward, right.answer, right.rule) == (
+    RIGHT, 1.0, 'x = 3', 'a name before it: the same notation')
+  assert (right.gold_reading, right.answer_reading) == ('number 3', 'equation x=3')
+  assert (wrong.verdict, wrong.reward) == (WRONG, 0.0) and 'not its right side' in wrong.rule
+  assert (missing.verdict, missing.answer) == (WRONG, None) and 'no final answer' in missing.rule
+  assert undecided.verdict == UNDECIDED and undecided.reward != undecided.reward and '} is missing' in undecided.rule
+
+
+REWARDS = """calls = []
+def reward(text, answer, reference, question):
+  if answer == 'fail':
+    raise RuntimeError('no idea')
+  if answer == 'write':
+    open('canary', 'w')
+  calls.append(answer)
+  return {'half': 0.5, 'nan': float('nan'), 'yes': True}.get(answer, -1)
+"""
+
+
+def test_a_reward_function_of_the_users_own(tmp_path, monkeypatch):
+  """It runs in a worker process, with its limits; what it raises leaves the sample undecided and is told once."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'mine.py').write_text(REWARDS)
+  own = task('', 'reward', entry='mine.py:reward')
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    grades = verifier.grade([(text, own) for text in [*answers('half', 'yes', 'no', 'fail', 'nan', 'write'), 'none']])
+    assert [grade.verdict for grade in grades] == [WRONG, RIGHT, WRONG, UNDECIDED, UNDECIDED, UNDECIDED, WRONG]
+    assert [grade.reward for grade in grades[:3]] == [0.5, 1.0, -1.0] and grades[6].reward == -1.0
+    assert verifier.counts['errors'] == 2 and verifier.counts['refused'] == 1
+    assert verifier.first_error == 'RuntimeError: no idea' and not (tmp_path / 'canary').exists()
+    with pytest.raises(VerifierError, match="verifier worker 'reward mine.py:absent': .*absent"):
+      verifier.grade([(answers('x')[0], task('', 'reward', entry='mine.py:absent'))])
+
+
+def test_programs_need_a_jail(verifier):
+  with pytest.raises(ValueError, match='need a jail'):
+    verifier.verify([('x = 1', task('assert x', 'code', 'code'))])
+
+
 def test_threads_share_a_verifier(verifier):
   found = {}
   def use(i):
@@ -155,8 +215,7 @@ def test_workers_end_with_us():
   """A parent that is killed leaves no process behind, not even one that was busy."""
   code = ('from betarank.tasks.verifiers import *; from betarank.tasks.task_set import Task\n'
           'task = Task("", "", "", "1+x", "math", "line"); v = Verifier(VerifierConfig(workers=1, deadline_s=1.0))\n'
-          'v.verify([("\\nAnswer: x+2", task)]); pid = v._pool._workers["math"][0].process.pid; '
-          'print(pid, flush=True)\n'
+          'v.verify([("\\nAnswer: x+2", task)]); print(v._pool._workers["math"][0].process.pid, flush=True)\n'
           f'v._pool._c = VerifierConfig(deadline_s=60.0); v.verify([("\\nAnswer: {ENDLESS}", task)])')
   root = pathlib.Path(verifiers.__file__).parent.parent
   with subprocess.Popen([sys.executable, '-c', code], cwd=root, stdout=subprocess.PIPE, text=True) as parent:
@@ -190,9 +249,7 @@ def test_the_second_wall(act, tmp_path):
 def test_workers_import_no_jax_and_see_no_secrets(verifier, monkeypatch):
   monkeypatch.setenv('BETARANK_SECRET', 'x')
   with Verifier(VerifierConfig(workers=1)) as verifier:
-    start = time.monotonic()
     verifier.verify([(answers('x+2')[0], task('x+1'))])
-    assert time.monotonic() - start < 30
     (worker,) = workers(verifier)
     proc = pathlib.Path(f'/proc/{worker.process.pid}')
     assert b'BETARANK_SECRET' not in (proc / 'environ').read_bytes()
@@ -208,12 +265,10 @@ def test_hostile_answers(kind, tmp_path, monkeypatch):
   if kind == 'code':
     items = [(text, task) for text, task in items if 'canary' in text.lower()]
     assert len(items) > 80
-  start = time.monotonic()
   with Verifier(VerifierConfig(deadline_s=0.5)) as verifier:
     assert RIGHT not in verifier.verify(items)
     assert not list(tmp_path.iterdir())
     assert verifier.verify([(answers('1')[0], task('1'))]) == [RIGHT]
-  assert time.monotonic() - start < 300
 
 
 @pytest.mark.skipif(not bench.DATA.is_dir(), reason='no ../shared/data')

@@ -1,0 +1,79 @@
+"""What RL rewards: right answers, programs that pass their tests, and what a function of the user's own returns."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from betarank.rl.rewards import RewardRule
+from betarank.rl.rollout import graded_groups, pack
+from betarank.tasks.code_jail import Jail, JailConfig, JailError
+from betarank.tasks.task_set import TaskConfig, TaskSet
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
+from betarank.train.sampler import Sample
+
+RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
+
+
+class Scripted:
+  """A tokenizer and a sampler that answer every prompt with the same texts."""
+
+  bos = 0
+
+  def __init__(self, texts):
+    self.texts, self.s = texts, types.SimpleNamespace(max_prompt_tokens=8)
+
+  def encode(self, text):
+    return np.array([1, 2])
+
+  def decode(self, tokens):
+    return self.texts[int(tokens[0])]
+
+  def __call__(self, params, prompts, *, samples, seed, step):
+    for prompt in prompts:
+      yield [Sample(prompt.id, i, np.array([i, 9], np.int32), np.zeros(2, np.float32), 'eos')
+             for i in range(samples)]
+
+
+def graded(tasks, texts, jail=None):
+  model = Scripted(texts)
+  with Verifier(VerifierConfig(workers=1), jail) as verifier:
+    [group] = graded_groups(model, None, verifier, model, tasks, range(1), samples=len(texts), seed=0, step=1)
+  return group
+
+
+def write(path, *records):
+  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return path
+
+
+def test_a_text_is_cut_as_evaluation_cuts_it(tmp_path):
+  uri = f'jsonl:{write(tmp_path / "q.jsonl", {"question": "What is 2+2?", "answer": "4"})}'
+  tasks = TaskSet(TaskConfig(uri, answer_format='boxed', held_out_fraction=0.0))
+  group = graded(tasks, [' \\boxed{4}.\n\nQuestion: What is 3+4?\nSolution: \\boxed{7}', ' \\boxed{7}'])
+  assert group.verdicts == [RIGHT, WRONG] and group.rewards(RewardRule('zero', 8)) == ([1.0, 0.0], [True, True])
+
+
+def test_a_reward_of_the_users_own_reaches_the_update(tmp_path):
+  (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'a': 0.25, 'b': -2}[answer]\n")
+  uri = f'jsonl:{write(tmp_path / "q.jsonl", {"question": "Q", "answer": "a"})}'
+  tasks = TaskSet(TaskConfig(uri, held_out_fraction=0.0, reward=f'{tmp_path}/mine.py:reward'))
+  group = graded(tasks, ['\nAnswer: a', '\nAnswer: b', '\nAnswer: c'])
+  assert group.verdicts == [WRONG, WRONG, UNDECIDED]
+  assert group.rewards(RewardRule('zero', 8)) == ([0.25, -2.0, 0.0], [True, True, False])
+  assert group.has_reward_variance(RewardRule('zero', 8))
+  out = pack([group], prompts=1, samples=3, length=6, rule=RewardRule('zero', 8))
+  np.testing.assert_array_equal(out.rewards_PG, [[0.25, -2.0, 0.0]])
+  np.testing.assert_array_equal(out.valid_PG, [[True, True, False]])
+
+
+def test_programs_are_rewarded_through_the_jail(tmp_path):
+  try:
+    jail = Jail(JailConfig(deadline_s=30), 'config.rl.code')
+  except JailError as error:  # tests/tasks/test_code_jail.py asks why
+    pytest.skip(str(error))
+  record = {'task_id': 1, 'text': 'Write inc.', 'code': '', 'test_list': ['assert inc(1) == 2']}
+  tasks = TaskSet(TaskConfig(f'code:{write(tmp_path / "p.jsonl", record)}', held_out_fraction=0.0))
+  group = graded(tasks, ['def inc(x):\n  return x + 1\n[DONE]\nnonsense', 'def inc(x):\n  return x\n', 'exit('], jail)
+  assert group.verdicts == [RIGHT, WRONG, WRONG] and group.rewards(RewardRule('zero', 8))[0] == [1.0, 0.0, 0.0]
