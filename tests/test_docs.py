@@ -139,6 +139,14 @@ def test_links_lead_somewhere(name):
       assert (ROOT / name).parent.joinpath(target.partition('#')[0]).exists(), f'{name} links to {target}'
 
 
+@pytest.mark.parametrize('name', ['README.md', *DOCS])
+def test_source_files_that_a_document_names_exist(name):
+  folders = '|'.join(path.parent.name for path in ROOT.glob('*/__init__.py')) + '|tests'
+  text = (ROOT / name).read_text(encoding='utf-8')
+  named = set(re.findall(rf'(?<![\w/.])((?:{folders})/[\w/]+\.(?:py|sh|txt|yaml))', text))
+  assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_files_that_the_readme_names_exist():
   named = set(re.findall(r'`((?:[\w.]+/)+[\w.]*|\w+\.(?:py|md|sh))`', README))
   named |= set(re.findall(r'^(\w+/)  ', README, re.M))

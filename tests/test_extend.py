@@ -14,8 +14,8 @@ from betarank.data import Batch, reasoning
 from betarank.data.formats import Segment
 from betarank.objectives import family
 from betarank.rl import advantages
+from betarank.tasks import verifier_worker
 from betarank.tasks.task_set import TaskConfig, TaskSet
-from betarank.tasks.verifiers import Verdict, VerifierConfig
 from betarank.train.config import run_config
 
 DOCUMENT = pathlib.Path(__file__).resolve().parent.parent / 'docs' / 'extend.md'
@@ -83,12 +83,13 @@ def test_task(run, capsys):
   assert problem.solution.endswith(f'= {problem.answer}') and problem.document in capsys.readouterr().out
 
 
-def test_reward(run):
-  names = run('A reward')
-  task = types.SimpleNamespace(reference='4', verifier='exact', answer_format='line', answer_lines=1, entry='')
-  with names.ShortAnswers(VerifierConfig()) as verifier:
-    verdicts = verifier.verify([('\nAnswer: 4', task), (' ' * 200 + '\nAnswer: 4', task), ('\nAnswer: 5', task)])
-  assert verdicts == [Verdict.RIGHT, Verdict.WRONG, Verdict.WRONG]
+def test_reward(run, tmp_path):
+  run('A reward')
+  (tmp_path / 'brief.py').write_text(re.search(r'^```python\n(.*?)^```', SECTIONS['A reward'], re.M | re.S)[1])
+  grade = verifier_worker.reward_grader('brief.py:brief')
+  rewards = [grade({'text': text, 'answer': answer, 'reference': '4', 'question': 'What is 2 + 2?'})['reward']
+             for text, answer in (('4', '4'), ('4' + ' ' * 200, '4'), ('5', '5'), ('', ''))]
+  assert rewards == [1.0, 0.5, 0.0, 0.0] and TaskConfig(uri='jsonl:x', reward='brief.py:brief')
   found = advantages.advantages(advantages.AdvantageConfig(name='sign'), np.array([[1.0, 0, 0, 0]]), np.ones((1, 4)))
   assert found.tolist() == [[1, -1, -1, -1]]
 
