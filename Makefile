@@ -45,10 +45,10 @@ else
 endif
 
 test: .venv/installed
-	$(PY) -m pytest -m 'not slow' -n 2
+	$(PY) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-all: .venv/installed
-	$(PY) -m pytest -n 2
+	TEST_OPTIMIZED=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	.venv/bin/ruff check .

@@ -27,7 +27,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H
+  angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
   sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

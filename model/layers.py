@@ -116,7 +116,7 @@ def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
   """Returns x / rms(x) · scale over the last axis, in x's dtype; computed in float32."""
   x32 = x.astype(jnp.float32)
   x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-  return (x32 * scale[...]).astype(x.dtype)
+  return (x32 * jnp.broadcast_to(scale[...], x.shape)).astype(x.dtype)
 
 
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:

@@ -94,11 +94,11 @@ class MixtureOfExperts(nnx.Module):
       logits_BTE = matmul_bf16x3(x_BTD, self.router_DE[...])
       score_BTE = jax.nn.sigmoid(logits_BTE) if m.router == 'sigmoid' else jax.nn.softmax(logits_BTE)
       if choices_BTk is None:
-        bias_E = self.router_bias_E[...] if m.router == 'sigmoid' else 0.0
-        choices_BTk = lax.top_k(lax.stop_gradient(score_BTE + bias_E), m.experts_per_token)[1]
+        bias_11E = self.router_bias_E[...][None, None] if m.router == 'sigmoid' else 0.0
+        choices_BTk = lax.top_k(lax.stop_gradient(score_BTE + bias_11E), m.experts_per_token)[1]
       choices_BTk = checkpoint_name(choices_BTk, CHOICES)
       # Comparisons instead of a gather, because a TPU fuses them, also in the backward pass.
-      chosen_BTkE = (choices_BTk[..., None] == jnp.arange(m.experts)) & real_BT[..., None, None]
+      chosen_BTkE = jax.nn.one_hot(choices_BTk, m.experts, dtype=bool) & real_BT[..., None, None]
       weight_BTk = jnp.sum(score_BTE[..., None, :], -1, where=chosen_BTkE)
       weight_BTk *= m.routed_scale / (jnp.sum(weight_BTk, -1, keepdims=True) + 1e-20 if m.norm_topk_prob else 1.0)
       routing = _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT)
@@ -249,7 +249,7 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
   """Returns the _Plan from the experts choice_n of this device's pairs, for passes of `size` tiles with `rows` rows."""
   ways = shards('experts')
   order_n = checkpoint_name(jnp.argsort(choice_n), CHOICES)
-  count_XE = _all_gather('experts', jnp.sum(choice_n == jnp.arange(m.experts)[:, None], 1)[None])
+  count_XE = _all_gather('experts', jnp.sum(choice_n[None] == jnp.arange(m.experts)[:, None], 1)[None])
   first = lax.axis_index(RULES['experts']) * experts if ways > 1 else 0
   source_X = jnp.arange(ways) * len(choice_n)
   order_Xn = _all_gather('experts', order_n[None]) + source_X[:, None]
@@ -276,14 +276,14 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
   add = rows_tpu.add if kernel is experts_tpu.experts else _scatter_add
   with jax.named_scope('moe/dispatch'):
     tile_C = i * size + jnp.arange(size)
-    expert_C = jnp.minimum(jnp.sum(tile_C[:, None] >= plan.tile_end_e, 1), len(plan.count_e) - 1)
+    expert_C = jnp.minimum(jnp.sum(tile_C[:, None] >= plan.tile_end_e[None], 1), len(plan.count_e) - 1)
     tile_start_e = plan.tile_end_e - -(-plan.count_e // rows)
-    within_CR = ((tile_C - tile_start_e[expert_C]) * rows)[:, None] + jnp.arange(rows)
+    within_CR = ((tile_C - tile_start_e[expert_C]) * rows)[:, None] + jnp.arange(rows)[None]
     real_CR = within_CR < plan.count_e[expert_C][:, None]
     place_CR = within_CR + (jnp.cumsum(plan.count_e) - plan.count_e)[expert_C][:, None]
     if plan.row_p is None:  # adds the shift of the run that the place is in, as the sum of the changes up to it
       change = jnp.diff(plan.run_shift, prepend=0)
-      place_CR += jnp.sum(jnp.where(place_CR[..., None] >= plan.run_start, change, 0), -1)
+      place_CR += jnp.sum(jnp.where(place_CR[..., None] >= plan.run_start[None, None], change[None, None], 0), -1)
     pair_CR = jnp.where(real_CR, plan.order_p.at[place_CR].get(mode='clip'), len(weight_p))
     x_CRD = _dispatch(m.experts_per_token, add, x_GD, pair_CR, plan.row_p)
     weight_CR = jnp.where(real_CR, _dispatch(1, _scatter_add, weight_p[:, None], pair_CR, plan.row_p)[..., 0], 0)
@@ -388,7 +388,7 @@ def _gathered_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_e
 def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):
   """Uses XLA's grouped matrix product, lax.ragged_dot; the tiles of an expert are one group."""
   rows = weight_CR.shape[1]
-  group_e = rows * jnp.sum(expert_C == jnp.arange(len(gate_eDF))[:, None], 1, dtype=jnp.int32)
+  group_e = rows * jnp.sum(expert_C[None] == jnp.arange(len(gate_eDF))[:, None], 1, dtype=jnp.int32)
   x_PD, weight_P = x_CRD.reshape(-1, x_CRD.shape[-1]), weight_CR.reshape(-1)
   gate_PF = checkpoint_name(lax.ragged_dot(x_PD, gate_eDF, group_e), 'mlp')
   up_PF = checkpoint_name(lax.ragged_dot(x_PD, up_eDF, group_e), 'mlp')

@@ -134,14 +134,14 @@ def chunk_logits(options, h_CD, head_DV):
 @jax.named_scope('head/loss')
 def score(options, z_CV, x_C, weight_C, shaping):
   """Returns (loss_C, TokenStats, Coefficients) of a chunk from its logits, targets and weights."""
-  id_V = _ids(options, z_CV)
+  id_1V = _ids(options, z_CV)
   target_C, shift_C, sums = _row_sums(options, z_CV, x_C)
   if options.with_top_k:
     wanted_C = jnp.where(weight_C != 0, x_C, -1)
     threshold_C, last_id_C, head_sum_C = find_head(
       options.layout, z_CV, wanted_C, target_C, shift_C, shaping.top_k)
-    e_CV = _wrong_exp(z_CV, shift_C, id_V == x_C[:, None])
-    sums['tail'] = jnp.sum(e_CV, -1, where=~_in_head(z_CV, id_V, threshold_C, last_id_C))
+    e_CV = _wrong_exp(z_CV, shift_C, id_1V == x_C[:, None])
+    sums['tail'] = jnp.sum(e_CV, -1, where=~_in_head(z_CV, id_1V, threshold_C, last_id_C))
   if options.with_smoothing:
     sums['logits'] = jnp.sum(z_CV - shift_C[:, None], -1)
   sums = dict(zip(sums, collectives.sum_over_vocab(options.layout, jnp.stack(list(sums.values())))))
@@ -213,12 +213,12 @@ def _row_sums(options, z_CV, x_C):
 
 
 def _row_sums_xla(options, z_CV, x_C):
-  id_V = _ids(options, z_CV)
-  is_target = id_V == x_C[:, None]
+  id_1V = _ids(options, z_CV)
+  is_target = id_1V == x_C[:, None]
   target_C, shift_C = collectives.max_over_vocab(
     options.layout, jnp.stack([jnp.max(z_CV, -1, where=is_target, initial=-jnp.inf), z_CV.max(-1)]))
   e_CV = _wrong_exp(z_CV, shift_C, is_target)
-  before = (z_CV > target_C[:, None]) | ((z_CV == target_C[:, None]) & (id_V < x_C[:, None]))
+  before = (z_CV > target_C[:, None]) | ((z_CV == target_C[:, None]) & (id_1V < x_C[:, None]))
   energy_C = jnp.vecdot(e_CV, z_CV - shift_C[:, None], precision=lax.Precision.HIGHEST)
   return target_C, shift_C, e_CV.sum(-1), energy_C, before.sum(-1, dtype=jnp.float32)
 
@@ -239,12 +239,12 @@ def _row_sums_triton(options, z_CV, x_C, interpret=False):
 
 def logit_gradient(options, z_CV, x_C, coefficients):
   """Returns dloss/d(hidden @ head), float32 [C, V]."""
-  id_V = _ids(options, z_CV)
-  is_target = id_V == x_C[:, None]
+  id_1V = _ids(options, z_CV)
+  is_target = id_1V == x_C[:, None]
   c = coefficients
   rate = c.tail_rate[:, None]
   if options.with_top_k:
-    rate = jnp.where(_in_head(z_CV, id_V, c.threshold, c.last_id), c.head_rate[:, None], rate)
+    rate = jnp.where(_in_head(z_CV, id_1V, c.threshold, c.last_id), c.head_rate[:, None], rate)
   dz_CV = jnp.where(is_target, c.target[:, None], rate * _wrong_exp(z_CV, c.shift, is_target))
   if options.with_smoothing:
     dz_CV += c.uniform[:, None]
@@ -277,8 +277,8 @@ def gradients(options, h_CD, head_DV, z_CV, x_C, coefficients, dhead_DV):
 
 
 def _ids(options, z_CV):
-  """Returns the token ids [V] of this device's part of the vocabulary."""
-  return collectives.vocab_offset(options.layout, z_CV.shape[1]) + jnp.arange(z_CV.shape[1])
+  """Returns the token ids [1, V] of this device's part of the vocabulary."""
+  return collectives.vocab_offset(options.layout, z_CV.shape[1]) + jnp.arange(z_CV.shape[1])[None]
 
 
 def _wrong_exp(z_CV, shift_C, is_target):
@@ -286,6 +286,6 @@ def _wrong_exp(z_CV, shift_C, is_target):
   return jnp.where(is_target, 0, jnp.exp(z_CV - shift_C[:, None]))
 
 
-def _in_head(z_CV, id_V, threshold_C, last_id_C):
+def _in_head(z_CV, id_1V, threshold_C, last_id_C):
   """Returns bool [C, V], True for the top k."""
-  return (z_CV > threshold_C[:, None]) | ((z_CV == threshold_C[:, None]) & (id_V <= last_id_C[:, None]))
+  return (z_CV > threshold_C[:, None]) | ((z_CV == threshold_C[:, None]) & (id_1V <= last_id_C[:, None]))

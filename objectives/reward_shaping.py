@@ -120,7 +120,7 @@ def shaped_loss(logits, targets, shaping):
   # Logits relative to the largest one keep the digits of small differences when the logits are large.
   largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
   logits = logits - largest
-  is_target = targets[..., None] == jnp.arange(vocab)
+  is_target = jax.nn.one_hot(targets, vocab, dtype=bool)
 
   target_logit = jnp.sum(logits, -1, where=is_target)
   margin = target_logit - jax.nn.logsumexp(jnp.where(is_target, -jnp.inf, logits), -1)

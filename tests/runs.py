@@ -20,7 +20,8 @@ SECRET = 'hunter2-is-the-password'
 
 def environment(devices=1):
   """The environment of a command that sees so many CPU devices."""
-  return {**os.environ, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}', 'SECRET_TOKEN': SECRET}
+  flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'  # the last one counts
+  return {**os.environ, 'XLA_FLAGS': flags, 'SECRET_TOKEN': SECRET}
 
 
 def free_port():

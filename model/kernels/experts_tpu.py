@@ -141,7 +141,7 @@ def _experts_backward(saved, dout_CRD):
      *(shape((count + ways - 1, *w.shape[1:]), w.dtype) for w in weights)],
     x_CRD, weight_CR[..., None], dout_CRD, *weights, scratch=[pltpu.VMEM(w.shape[1:], jnp.float32) for w in weights])
   core_C = jnp.arange(len(expert_C)) // _tiles_per_core(len(expert_C), used)
-  met_He = [jnp.any((expert_C == jnp.arange(count)[:, None]) & (core_C == h), 1) for h in range(ways)]
+  met_He = [jnp.any((expert_C[None] == jnp.arange(count)[:, None]) & (core_C == h)[None], 1) for h in range(ways)]
   total = lambda grad: sum(jnp.where(met_e[:, None, None], grad[h : h + count], 0) for h, met_e in enumerate(met_He))
   return dx_CRD, dweight_CR1[..., 0], None, None, *map(total, grads)
 

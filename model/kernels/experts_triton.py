@@ -80,7 +80,7 @@ def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
   rows, (count, depth, width) = x_CRI.shape[1], like.shape
   block_I, block_O, step = _block(depth), _block(width), _block(rows, DEPTH)
   # An expert's tiles end where those of the next expert start.
-  start_e = jnp.minimum(jnp.sum(expert_C < jnp.arange(count + 1)[:, None], 1, dtype=jnp.int32), used)
+  start_e = jnp.minimum(jnp.sum(expert_C[None] < jnp.arange(count + 1)[:, None], 1, dtype=jnp.int32), used)
 
   def body(start_ref, x_ref, dout_ref, out_ref):
     expert, ins, outs = (pl.program_id(axis) for axis in (2, 1, 0))

@@ -27,13 +27,13 @@ def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
   # A row without a destination is replaced by one that has one, because 0 times its values may be NaN.
   order_P = jnp.where(to_P < sums, order_P, order_P[0])
   sorted_PD = y_PD.at[order_P].get(mode='clip')
-  end_B = jnp.sum(to_P < jnp.minimum(jnp.arange(1, blocks + 1) * BLOCK, sums)[:, None], 1, dtype=jnp.int32)
+  end_B = jnp.sum(to_P[None] < jnp.minimum(jnp.arange(1, blocks + 1) * BLOCK, sums)[:, None], 1, dtype=jnp.int32)
   start_B = jnp.pad(end_B[:-1], (1, 0))
   tile_B = start_B // TILE
   visits_B = jnp.maximum(-(-end_B // TILE) - tile_B, 1)  # a block without rows is visited to set it to zero
   visits_end_B = jnp.cumsum(visits_B)
   visit_V = jnp.arange(tiles + blocks)
-  block_V = jnp.minimum(jnp.sum(visit_V[:, None] >= visits_end_B, 1, dtype=jnp.int32), blocks - 1)
+  block_V = jnp.minimum(jnp.sum(visit_V[:, None] >= visits_end_B[None], 1, dtype=jnp.int32), blocks - 1)
   tile_V = jnp.minimum(tile_B[block_V] + visit_V - (visits_end_B - visits_B)[block_V], tiles - 1)
   works_V = (visit_V < visits_end_B[-1]) & (end_B > start_B)[block_V]
   ways = cores() if width % (128 * cores()) == 0 else 1

@@ -34,7 +34,7 @@ def slow(c, params, x_BTD, real_BT):
   m = c.moe
   logits = x_BTD @ params['router_DE']
   score = jax.nn.sigmoid(logits) if m.router == 'sigmoid' else jax.nn.softmax(logits)
-  ranked = score + params['router_bias_E'] if m.router == 'sigmoid' else score
+  ranked = score + params['router_bias_E'][None, None] if m.router == 'sigmoid' else score
   chosen = jax.lax.top_k(jax.lax.stop_gradient(ranked), m.experts_per_token)[1]
   share = jnp.take_along_axis(score, chosen, -1)
   share = m.routed_scale * share / share.sum(-1, keepdims=True)

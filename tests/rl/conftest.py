@@ -1,17 +1,8 @@
-"""What RL's tests share: no silent broadcast in losses, and a model to start whole runs from."""
+"""A model to start RL from, for every test of whole runs."""
 
-import jax
 import pytest
 
 from tests.runs import finish_well, prepare, start
-
-
-@pytest.fixture(autouse=True)
-def no_rank_promotion(request):
-  """[B] + [B, T] is an error in the tests of losses and advantages: it broadcasts over the wrong axis where B = T."""
-  losses = request.module.__name__.rpartition('.')[2] in ('test_policy_losses', 'test_advantages')
-  with jax.numpy_rank_promotion('raise' if losses else 'allow'):
-    yield
 
 
 @pytest.fixture(scope='session')
