@@ -214,7 +214,7 @@ RL_SECTION = dict(
     answer_format=S('line', IDENTITY, "line ('Answer: X') | boxed (\\boxed{X})"),
     held_out_fraction=S(0.02, IDENTITY, 'share of the questions that are never trained on; for pre-training: '
                         'data.held_out_fraction'),
-    reward=S('', IDENTITY, 'FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own (docs/judging.md); empty: 1 '
+    reward=S('', IDENTITY, 'FILE.py:FUNCTION or MODULE:FUNCTION, a reward of your own (docs/extend.md); empty: 1 '
              'for right answers, 0 for wrong ones'),
   ),
   verifier=VERIFIER,

@@ -42,7 +42,7 @@ class TaskConfig:
     answer_format: line: 'Answer: X' on a line of its own; boxed: \\boxed{X}.
     held_out_fraction: of the questions, by a hash of their text: never in 'train'.
     reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward of the user's own in place of comparing with the reference;
-      '' for none. It is called with the keywords text, answer, reference and question, see docs/judging.md.
+      '' for none. It is called with the keywords text, answer, reference and question, see docs/extend.md.
   """
 
   uri: str
