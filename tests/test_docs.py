@@ -64,9 +64,9 @@ def check(words):
     return
   assert name in COMMANDS, f'{name}: no such command'
   command = (name,)
-  choices = re.search(r'\{([a-z,]+)\}', help_of(name))
+  choices = re.search(r'^ +\{([a-z,]+)\}|\] \{([a-z,]+)\}', help_of(name), re.M)  # of the positional argument
   if choices and rest and not rest[0].startswith('-'):
-    assert rest[0] in choices[1].split(','), f'{name} {rest[0]}: no such command'
+    assert rest[0] in (choices[1] or choices[2]).split(','), f'{name} {rest[0]}: no such command'
     command = (name, rest[0]) if name == 'hf' else command
   overrides, spec = {}, ''
   for word in rest:
