@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from betarank.configs.files import write_atomically
 from betarank.data import prepared, records, sources, storage
 from betarank.data.config import DataConfig, DataError
 from betarank.data.tokenizer import Tokenizer, read_tokenizer, train
-from betarank.data.worker import Job, Worker, write_whole
+from betarank.data.worker import Job, Worker
 
 _FEW_DOCUMENTS = 2000  # with at most so many, an empty split is avoided by dividing each document
 _REQUESTS_AT_ONCE = 32  # of a bucket
@@ -163,7 +164,7 @@ class _Preparation:
       return
     self.units = source.units()
     units = [[dataclasses.astuple(segment) for segment in unit] for unit in self.units]
-    write_whole(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
+    write_atomically(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
 
   def markers(self, job: Job) -> dict[int, list[Marker]]:
     """Returns the markers of each unit's whole pieces, in order."""
@@ -436,7 +437,7 @@ def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict
               'record': {'checksum': 'crc32', 'masked': masked},
               'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,
               'eos': tokenizer.eos, 'fingerprint': content.hexdigest()}
-  write_whole(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
+  write_atomically(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
   (where / 'partial').rmtree()
   return manifest
 

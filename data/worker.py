@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from betarank.configs.files import write_atomically
 from betarank.data import prepared, records, sources
 from betarank.data.config import DataConfig, DataError
 from betarank.data.fields import Dialogue
@@ -26,13 +27,6 @@ from betarank.data.tokenizer import read_tokenizer
 
 PIECE_BYTES = 128 * 2**20  # of text; one to three minutes of a core, which is what a restart loses
 _REPORTED = 2**20  # bytes of text between two reports
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-  """Writes a file atomically: a process that is killed leaves it whole or absent."""
-  temporary = path.parent / f'{path.name}.{os.getpid()}'
-  temporary.write_bytes(content)
-  temporary.replace(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +123,7 @@ class _Piece:
     unit, piece = self._at
     marker = {'unit': unit, 'piece': piece, 'documents': self._documents, **about,
               'splits': {split: shard.close() for split, shard in self._shards.items()}}
-    write_whole(self._worker.job.marker(unit, piece), json.dumps(marker).encode())
+    write_atomically(self._worker.job.marker(unit, piece), json.dumps(marker).encode())
     return marker
 
 

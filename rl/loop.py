@@ -266,9 +266,10 @@ def learn(
     chosen_BT = None
     if rl.loss.cov:
       chosen_BT = cov_tokens(rl.loss, jax.random.fold_in(key, m), old_logp_BT, b.advantages_B, b.counts_BT)
-    state, sums, entropy_BT = parts.update(
-      state, b.batch, b.counts_BT, b.sampler_logp_BT, b.advantages_B, old_logp_BT if off_policy else None, ref_logp_BT,
-      chosen_BT, b.choices_BTLk)
+    with jax.transfer_guard('disallow'):  # nothing may go to or from the host unnoticed
+      state, sums, entropy_BT = parts.update(
+        state, b.batch, b.counts_BT, b.sampler_logp_BT, b.advantages_B, old_logp_BT if off_policy else None,
+        ref_logp_BT, chosen_BT, b.choices_BTLk)
     sums = jax.device_get(sums)
     total = policy_losses.add(total, sums) if total else sums
     entropies.append(np.asarray(entropy_BT)[b.counted_BT])
