@@ -2,10 +2,10 @@
 
     batches = TrainBatches(config, batch_size=64, seed=0, process_index=p, process_count=P)
     batch = next(batches)          # this process's rows of the global batch
-    save(batches.cursor)           # after it; TrainBatches(..., cursor=cursor) goes on with the next one
+    save(batches.cursor)           # TrainBatches(..., cursor=cursor) continues with the batch after this one
 
-The global batch of a step depends on the config, the batch size and the seed alone, not on the number of
-processes, and any step is reached without going through those before it.
+The global batch of a step depends only on the config, the batch size and the seed, not on the number of processes.
+Any step can be reached without computing the steps before it.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from betarank.data.packing import Packer, Pieces
 from betarank.data.prepared import Documents
 
 _ENDLESS = 2**62
-_CURSOR_VERSION = 1  # raise it when packing or mixing changes: an old cursor would silently mean other rows
+_CURSOR_VERSION = 1  # raise it when packing or mixing changes: an old cursor would silently select other rows
 
 
 @jax.tree_util.register_dataclass
@@ -34,28 +34,28 @@ class Batch:
   tokens_BT: Any  # int32 [B, T]: inputs
   targets_BT: Any  # int32 [B, T]: the token after each input
   positions_BT: Any  # int32 [B, T]: from 0 in each piece
-  segments_BT: Any  # int32 [B, T]: piece's number in the row from 1, 0 is padding; attention stays inside
+  segments_BT: Any  # number of the piece within its row, from 1; 0 is padding; attention stays inside a piece
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingStats:
-  """How a source's training split fills rows."""
+  """Statistics of the packing of a source's training split."""
 
   documents: int
   rows_per_epoch: int
-  efficiency: float  # share of an epoch's places that hold a token
-  cut_documents: float  # share of documents that aren't whole in one row; over the first windows of rows
+  efficiency: float  # share of an epoch's positions that hold a token
+  cut_documents: float  # share of documents that are split over rows; measured on the first windows of rows
 
 
 def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> Batch:
-  """Reads the pieces of each row and lays them out; None is a row of padding."""
+  """Reads the pieces of each row and lays them out. A row that is None becomes a row of padding."""
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
   mine: dict[int, tuple[Documents, list[tuple[int, Pieces]]]] = {}
   for r, row in enumerate(rows):
     if row:
       mine.setdefault(id(row[0]), (row[0], []))[1].append((r, row[1]))
-  # All sources are asked before the first answer is waited for.
+  # All sources are sent their requests before the first reply is awaited.
   waits = [documents.request(np.concatenate([pieces.document for _, pieces in places]))
            for documents, places in mine.values()]
   for wait, (_, places) in zip(waits, mine.values()):
@@ -82,7 +82,7 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 
 
 class _Steps:
-  """This process's rows of batch k from a fixed beginning, by k: what Grain reads ahead from."""
+  """This process's rows of batch k, for any k, counted from a fixed beginning. Grain reads ahead from this sequence."""
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,
                batch_size: int, local: slice, row_length: int):
@@ -102,23 +102,29 @@ class _Steps:
 
 
 class TrainBatches(Iterator[Batch]):
-  """Endless batches from the sources' training splits, mixed by weight; each source goes through its epochs.
+  """Endless batches from the sources' training splits, mixed by weight.
 
-  Attributes: stats, {source: PackingStats}; cursor, see there.
+  Each source is repeated, epoch after epoch.
+
+  Attributes:
+    stats: packing statistics per source, {source: PackingStats}.
+    cursor: the position to resume from; see `cursor`.
   """
 
   def __init__(self, config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0,
                process_count: int = 1, cursor: Mapping[str, Any] | None = None, prefetch: int = 4):
-    """Checks everything, then starts to read ahead.
+    """Checks the config and the data, then starts to read ahead.
 
     Args:
       batch_size: rows of the global batch; process p gets the p-th of process_count equal parts of them.
-      seed: of the documents' order.
-      cursor: where to go on. Weights and batch size may have changed, and sources come or gone: each source
-        continues where it was. The seed, sequence_length and the prepared data must be the same.
-      prefetch: batches made ahead, by threads; 0: none.
+      seed: decides the order of the documents.
+      cursor: the position to resume from. The weights, the batch size and the set of sources may have changed since it
+        was saved: each source continues at its own position. The seed, sequence_length and the prepared data must be
+        the same.
+      prefetch: number of batches that threads prepare ahead; 0: none.
 
-    Raises DataError if data isn't prepared, is damaged or was made otherwise, or the cursor doesn't fit.
+    Raises DataError if data isn't prepared, is damaged or was prepared with other settings, or if the cursor doesn't
+    fit.
     """
     local = _check_split(batch_size, process_index, process_count)
     weights = {name: source.weight for name, source in config.sources.items()}
@@ -143,7 +149,7 @@ class TrainBatches(Iterator[Batch]):
       for name, packer in packers.items()}
     steps = _Steps(documents, packers, schedule, self._origin, start['row'], batch_size,
                    slice(process_index * local, (process_index + 1) * local), config.sequence_length)
-    # Two threads: one can wait for a disk while the other works; more only contend for the interpreter.
+    # Two threads: one can wait for a disk while the other computes. More only contend for the interpreter.
     options = grain.ReadOptions(num_threads=min(prefetch, 2), prefetch_buffer_size=prefetch)
     self._iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 
@@ -154,7 +160,7 @@ class TrainBatches(Iterator[Batch]):
 
   @property
   def cursor(self) -> dict[str, Any]:
-    """Decides the batch after the last one returned; fit for JSON. `step` counts batches from the start."""
+    """Returns the position that determines the next batch, as a JSON value. `step` counts batches from the start."""
     row = self._start['row'] + self._returned * self._batch_size
     sources = {name: {'rows': self._origin[name] + count, 'fingerprint': self._fingerprints[name]}
                for name, count in self._schedule.counts(row).items()}
@@ -182,17 +188,17 @@ def _check_cursor(cursor: Mapping[str, Any], expected: Mapping[str, Any],
 
 @functools.lru_cache(maxsize=32)
 def _open_validation(config: DataConfig, name: str) -> tuple[Documents, Packer]:
-  # Opened once per process: a run evaluates every few hundred steps, and opening checks every file.
+  # Opened once per process: a run evaluates every few hundred steps, and opening a data set checks all of its files.
   documents = Documents(config, name, 'validation')
   return documents, Packer(documents.lengths, config.sequence_length, 'validation', shuffle=False)
 
 
 def validation_batches(config: DataConfig, name: str, *, batch_size: int, count: int, process_index: int = 0,
                        process_count: int = 1) -> Iterator[Batch]:
-  """The first `count` batches, at most, of source `name`'s validation split: the same ones each time.
+  """Yields the first `count` batches of source `name`'s validation split, or fewer if it is shorter.
 
-  The last one is filled up with rows of padding if the split ends in it. Raises DataError as TrainBatches
-  does, before the first batch is asked for.
+  The batches are the same at each call. If the split ends within a batch, rows of padding fill that batch. Raises
+  DataError in the same cases as TrainBatches, before the first batch is requested.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:

@@ -1,10 +1,10 @@
-"""Copies of prepared sets from a bucket in a folder of limited size, for those who ask for it (`data.cache_dir`).
+"""Copies prepared sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
 
-    CACHE_DIR/FINGERPRINT/FILE     whole, or FILE.partial while it is copied
-                          used     locked while a process reads the set; its time says when one last began to
-              copying            locked while a process looks or copies; others wait for it and find the copies
+    CACHE_DIR/FINGERPRINT/FILE     a complete file, or FILE.partial while it is copied
+                          used     locked while a process reads the set; its time is that of the newest reader's start
+              copying            locked while a process checks or copies; the other processes wait, then find the copies
 
-The locks are the kernel's, so that they end with the process. A set that isn't in use is deleted to make room.
+The locks are the kernel's, so they end with the process. Sets that are not in use are deleted to make room.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping
 from betarank.data import storage
 from betarank.data.config import DataError
 
-_IN_USE: dict[pathlib.Path, object] = {}  # sets of this process, with the open file that holds the lock
+_IN_USE: dict[pathlib.Path, object] = {}  # sets that this process uses -> the open file that holds the lock
 
 
 def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key: str, limit: int) -> storage.Folder:
   """Returns the folder PLACE/KEY once it holds copies of `files` ({name: bytes}) of `source`.
 
-  Raises DataError if they are larger than `limit` bytes or the disk has no room for them.
+  Raises DataError if the files are larger than `limit` bytes in all, or if the disk has no room for them.
   """
   here = pathlib.Path(place) / key
   try:
@@ -76,7 +76,7 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
-  """Deletes what is left of interrupted copies and, oldest first, sets that no process uses."""
+  """Deletes the remains of interrupted copies, then sets that no process uses, oldest first."""
   for partial in here.parent.glob('*/*.partial'):
     partial.unlink()
   others = sorted((set_ for set_ in here.parent.iterdir() if set_ != here and (set_ / 'used').exists()),

@@ -1,10 +1,10 @@
 """betarank data COMMAND --config=FILE [--config.KEY=VALUE] [flags]
 
-    tokenizer    train the tokenizer, and say how well it compresses text that it wasn't trained on
-    prepare      tokenize all sources into DIR, training the tokenizer first if needed; --part=I/N: one of N parts, for
-                 another machine each
-    finish       make parts a data set, when all of them are there
-    verify       read all that is prepared, and say which file is damaged
+    tokenizer    train the tokenizer, and print how well it compresses text that it wasn't trained on
+    prepare      tokenize all sources into DIR, training the tokenizer first if needed; --part=I/N prepares only part I
+                 of N, so that N machines can share the work
+    finish       combine the parts into one data set once all of them are complete
+    verify       read all prepared data, and name the first damaged file
     show         print what training reads: a packed row as text, counts, the longest and shortest documents
 """
 
@@ -26,7 +26,7 @@ from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
 
 _COMMANDS = ('tokenizer', 'prepare', 'finish', 'verify', 'show')
-_LINE_S = 10.0  # between two lines of progress in a log file
+_LINE_S = 10.0  # least time between two lines of progress in a log file
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ def _counts(progress: prepare.Progress, start: float) -> str:
 
 
 class _Lines:
-  """Progress for a log file: a line every ten seconds at most, and one at the end."""
+  """Progress for a log file: at most one line every ten seconds, and one at the end."""
 
   def __init__(self, name: str):
     self.name, self.start = name, time.monotonic()

@@ -1,4 +1,4 @@
-"""Which fields of a record make up a document, and how.
+"""Makes a document from the fields of a record.
 
     text                 a field; OUTER.INNER is a field inside another
     question+answer      two fields, a prompt and its answer: the loss counts the answer only
@@ -16,7 +16,7 @@ _TRAINED_ROLES = ('assistant', 'gpt', 'model')
 
 
 class Dialogue(NamedTuple):
-  """A document of which the loss counts some parts: (text, whether it counts), in order."""
+  """A document of which the loss counts only some parts: (text, whether the loss counts it), in order."""
 
   parts: tuple[tuple[str, bool], ...]
 
@@ -26,16 +26,16 @@ class Dialogue(NamedTuple):
 
 
 class BadValue(Exception):
-  """What is wrong with a record."""
+  """An error that describes what is wrong with a record."""
 
 
 def masked(spec: str, template: str) -> bool:
-  """Returns whether documents of these fields are Dialogues."""
+  """Returns True if documents of these fields are Dialogues."""
   return '+' in spec or bool(template)
 
 
 def check_template(spec: str, template: str) -> None:
-  """Raises ValueError for a template that doesn't fit the fields."""
+  """Raises ValueError if the template doesn't fit the fields."""
   if not template:
     return
   needed = ('{prompt}', '{answer}') if '+' in spec else ('{role}', '{content}')
@@ -48,9 +48,10 @@ def check_template(spec: str, template: str) -> None:
 
 
 class Fields:
-  """Reads documents out of records.
+  """A reader of documents from records.
 
-  Attributes: names, the fields that are needed.
+  Attributes:
+    names: the fields that are needed.
   """
 
   def __init__(self, spec: str, template: str):
@@ -85,7 +86,10 @@ class Fields:
 
 
 def _dialogue(parts: list[tuple[str, bool]]) -> Dialogue:
-  """Joins neighbours of a kind. A space before a part that counts goes into it: tokenizers glue it to the next word."""
+  """Joins neighbouring parts that both count, or both don't.
+
+  A space before a part that counts is moved into that part, because tokenizers join a space to the next word.
+  """
   joined: list[tuple[str, bool]] = []
   for text, trained in parts:
     if trained and joined and not joined[-1][1]:
@@ -114,7 +118,7 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
 
 
 def text_of(value: Any, name: str) -> str:
-  """Returns a value that is text, or UTF-8. Raises BadValue for another one."""
+  """Returns a value that is text or UTF-8 bytes. Raises BadValue for any other value."""
   if isinstance(value, bytes):
     try:
       return value.decode()
@@ -123,7 +127,7 @@ def text_of(value: Any, name: str) -> str:
   if not isinstance(value, str):
     hint = '; a list of messages needs a template (sources.NAME.template)' if isinstance(value, list) else ''
     raise BadValue(f'field {name!r} must be text, got {type(value).__name__}{hint}')
-  # JSON can spell half a surrogate pair, which no UTF-8 text can hold: it becomes U+FFFD.
+  # JSON can contain half a surrogate pair, which UTF-8 text can't hold: it becomes U+FFFD.
   return value if value.isascii() else value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 

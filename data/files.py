@@ -1,8 +1,8 @@
 """Finds and opens the files of a source: on a disk, or wherever fsspec reaches (gs://, s3://, hf://, https://, ...).
 
-A pattern is a path, a glob that may hold `**`, or a folder. Of a folder, all files below it of a kind's suffixes are
-taken. If their names say splits, as those of Hugging Face data sets do (data/train-00000-of-00004.parquet), only the
-training split is.
+A pattern is a path, a glob that may hold `**`, or a folder. A folder means all files below it that have one of the
+suffixes of the source's kind. If the file names contain splits, as those of Hugging Face data sets do
+(data/train-00000-of-00004.parquet), only the training split is used.
 """
 
 import bz2
@@ -23,10 +23,10 @@ from betarank.configs.errors import one_line
 from betarank.data.config import DataError
 from betarank.data.storage import install_hint, is_remote
 
-_OPENED_AT_ONCE = 32  # remote files; one takes 20 to 200 ms
+_OPENED_AT_ONCE = 32  # remote files; opening a file takes 20 to 200 ms
 _BUFFER = 2**18
 _SPLIT = re.compile(r'(?:^|/)(train|validation|valid|val|dev|test|eval)(?![a-z])', re.IGNORECASE)
-# The first bytes of packed files. Names are no guide: there are gzip files without .gz and the other way around.
+# The first bytes of compressed files. Names are unreliable: .gz files may be uncompressed, and others compressed.
 _PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bz2', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ\x00': 'xz'}
 _PACKED_SUFFIXES = ('.gz', '.bz2', '.zst', '.zstd', '.xz')
 
@@ -36,26 +36,26 @@ T = TypeVar('T')
 @dataclasses.dataclass(frozen=True)
 class File:
   path: str
-  size: int  # bytes; 0 if the place doesn't say
+  size: int  # bytes; 0 if the file system doesn't say
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """The files of a pattern, by name, without the empty ones."""
+  """The files that match a pattern, sorted by name, without the empty files."""
 
   files: tuple[File, ...]
-  empty: int  # files without a byte, which are skipped
+  empty: int  # number of empty files, which are skipped
 
 
 def find(pattern: str) -> list[str]:
-  """Returns the paths of all files that match, by name. Raises DataError if there are none."""
+  """Returns the paths of all files that match, sorted by name. Raises DataError if there are none."""
   return [file.path for file in _all(pattern, ())]
 
 
 def look(pattern: str, suffixes: tuple[str, ...]) -> Found:
-  """Returns the files that match `pattern`, with one listing. `suffixes` are those taken from a folder.
+  """Returns the files that match `pattern`, with one listing. `suffixes` selects the files of a folder.
 
-  Raises DataError if there are none, if all are empty, or if the place can't be read.
+  Raises DataError if no file matches, if all files are empty, or if the place can't be read.
   """
   every = _all(pattern, suffixes)
   files = tuple(file for file in every if file.size)
@@ -98,7 +98,7 @@ def _hidden(path: str) -> bool:
 
 
 def _local(pattern: str) -> tuple[list[File], bool]:
-  """Returns the matching files, and whether `pattern` is a folder. Pipes and devices are no files."""
+  """Returns the matching files, and True if `pattern` is a folder. Pipes and devices are excluded."""
   folder = os.path.isdir(pattern)
   paths = glob.iglob(os.path.join(glob.escape(pattern), '**/*'), recursive=True) if folder else glob.iglob(
     pattern, recursive=True)
@@ -130,7 +130,7 @@ def _remote(pattern: str) -> tuple[list[File], bool]:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-  """Makes what a file system raises a DataError of one line."""
+  """Turns any error of a file system into a DataError of one line."""
   try:
     yield
   except DataError:
@@ -143,7 +143,7 @@ def _errors(path: str) -> Iterator[None]:
 
 
 def in_parallel(function: Callable[[File], T], files: Iterable[File]) -> list[T]:
-  """Returns function(file) for each, in order; remote files several at a time."""
+  """Returns function(file) for each file, in order. Several remote files are handled at a time."""
   files = list(files)
   if not files or not is_remote(files[0].path):
     return [function(file) for file in files]
@@ -153,7 +153,10 @@ def in_parallel(function: Callable[[File], T], files: Iterable[File]) -> list[T]
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-  """Opens a file as it is, for reading and seeking. Raises DataError if that fails; reading may raise OSError."""
+  """Opens a file without decompressing it, for reading and seeking.
+
+  Raises DataError if opening fails. Reading may raise OSError.
+  """
   with contextlib.ExitStack() as stack:
     with _errors(path):
       if is_remote(path):
@@ -168,7 +171,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 def packing(path: str) -> str:
-  """Returns gzip, bz2, zstd or xz, or '' for a file that isn't packed, by its first bytes."""
+  """Returns a file's compression by its first bytes: gzip, bz2, zstd or xz; '' if the file isn't compressed."""
   with opened(path) as file, _errors(path):
     start = file.read(6)
   return next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), '')
@@ -179,14 +182,17 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 @contextlib.contextmanager
 def unpacked(path: str) -> Iterator[BinaryIO]:
-  """Opens the content of a file, packed or not. Reading raises one of UNPACKING_ERRORS where it is damaged."""
+  """Opens the content of a file, decompressed if necessary.
+
+  Reading raises one of UNPACKING_ERRORS if the file is damaged.
+  """
   kind = packing(path)
   with opened(path) as file, contextlib.ExitStack() as stack:
     yield stack.enter_context(_unpack(kind, file)) if kind else file
 
 
 def _unpack(kind: str, file: BinaryIO) -> Any:
-  if kind == 'zstd':  # pyarrow is there anyway; Python has its own only from 3.14 on
+  if kind == 'zstd':  # pyarrow is a dependency anyway; Python has zstd only from 3.14 on
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), 'zstd'), _BUFFER)

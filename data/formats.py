@@ -1,8 +1,8 @@
-"""Readers of text files: plain text, JSON Lines and CSV. data/record_formats.py has those of records.
+"""Readers of text files: plain text, JSON Lines and CSV. Readers of record files are in data/record_formats.py.
 
-A reader has `segments()`, all there is to read, and `read(segment)`, the documents of any part of one; parts that
-cover a segment without overlap give each document once. In place of a row that can't be used, `read` yields a DataError
-that names its file and line.
+A reader has two methods. `segments()` returns everything there is to read. `read(segment)` yields the documents of a
+segment or of any part of a segment. Parts that cover a segment without overlap yield each document exactly once. In
+place of a row that can't be used, `read` yields a DataError that names the file and line.
 """
 
 import csv
@@ -19,32 +19,34 @@ from betarank.data.config import DataError
 from betarank.data.fields import BadValue, Dialogue, Fields, missing_field
 from betarank.data.files import find  # noqa: F401 (tasks and eval name their files by the same patterns)
 
-_LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV: it must be parsed at once
-_EXPANSION = 4  # what a packed file is taken to hold, times its size
+_LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV: a line must be parsed as a whole
+_EXPANSION = 4  # assumed ratio of a compressed file's content to its size
 
 Row = str | Dialogue | DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A part of a file; what start and stop count (bytes, records, row groups) is the reader's own."""
+  """A part of a file. The unit of start and stop (bytes, records or row groups) depends on the format's reader."""
 
   path: str
   start: int
   stop: int
   splittable: bool = True
-  item_bytes: float = 1.0  # of what start and stop count, about
+  item_bytes: float = 1.0  # approximate bytes per unit of start and stop
 
 
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
-  """Returns a segment of bytes for each file; packed ones can't be split."""
+  """Returns a segment of bytes for each file. Compressed files can't be split."""
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
   return [Segment(file.path, 0, file.size, splittable and not kind, _EXPANSION if kind else 1.0)
           for file, kind in zip(found.files, kinds)]
 
 
 def cut_point(block: bytes) -> int:
-  """Returns where in `block` to end a piece: after the last line end or, without one, between two characters."""
+  """Returns the position in `block` at which to end a piece: after the last line end or, without one, between
+  characters.
+  """
   if (line_end := block.rfind(b'\n')) >= 0:
     return line_end + 1
   last = len(block) - 1
@@ -58,7 +60,7 @@ def unpack_error(path: str, error: Exception) -> DataError:
 
 
 class FileReader:
-  """What readers of files share: the listing, made once."""
+  """The part that all readers of files share: the listing, made once."""
 
   pattern: str
   suffixes: tuple[str, ...] = ()
@@ -70,7 +72,7 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True)
 class Text(FileReader):
-  """Plain text: a file is one stream, cut into documents at line ends."""
+  """A reader of plain text: a file is one stream, cut into documents at line ends."""
 
   pattern: str
   document_bytes: int
@@ -104,7 +106,10 @@ class Text(FileReader):
         raise unpack_error(path, error) from None
 
   def _boundary(self, file: BinaryIO, offset: int) -> int:
-    """Returns the first line start from `offset` on; the first character's if that is further than a document."""
+    """Returns the first line start at or after `offset`.
+
+    If that is more than a document's length away, returns the start of the first character instead.
+    """
     if offset <= 0:
       return 0
     file.seek(offset - 1)
@@ -119,7 +124,7 @@ class Text(FileReader):
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(FileReader):
-  """JSON Lines: a line is an object."""
+  """A reader of JSON Lines: each line is an object."""
 
   pattern: str
   fields: Fields
@@ -138,7 +143,7 @@ class Jsonl(FileReader):
           while (skipped := file.readline(2**20)) and not skipped.endswith(b'\n'):
             pass
           position = file.tell()
-        number = None if segment.start else 1  # counting lines up to here is for errors only
+        number = None if segment.start else 1  # lines before are counted only if an error needs the number
         while position < segment.stop or not segment.splittable:
           line = file.readline(_LINE_BYTES)
           if not line:
@@ -160,7 +165,7 @@ class Jsonl(FileReader):
       return self.fields.document(record)
     except UnicodeDecodeError as error:
       return DataError(f'{path}:{number()}: not UTF-8 at byte {error.start} of the line; convert the file')
-    except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError is also raised for a number of thousands of digits
       return DataError(f'{path}:{number()}: not JSON ({error}); fix or remove the line')
     except BadValue as error:
       return DataError(f'{path}:{number()}: {error}; name the right field: jsonl:{self.pattern}#FIELD'
@@ -177,7 +182,7 @@ def _line_number(path: str, position: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Csv(FileReader):
-  """CSV with a line of names, and TSV for files of that suffix. Quoted fields may hold line ends."""
+  """A reader of CSV with a header line, and of TSV for files with that suffix. Quoted fields may contain line ends."""
 
   pattern: str
   fields: Fields
@@ -190,7 +195,7 @@ class Csv(FileReader):
     path = segment.path
     csv.field_size_limit(_LINE_BYTES)
     with files.unpacked(path) as file:
-      # Bytes that aren't UTF-8 become surrogates, which no text has otherwise, so that only their row is bad.
+      # Bytes that aren't UTF-8 become surrogates, which valid text never contains, so only their row is rejected.
       lines = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')
       name = path.lower()
       rows = csv.DictReader(lines, delimiter='\t' if '.tsv' in name.rpartition('/')[2] else ',', strict=True)

@@ -1,13 +1,13 @@
-"""Which pieces of which documents make up row i, as a pure function of (seed, source, i).
+"""Decides which pieces of which documents make up row i, as a pure function of (seed, source, i).
 
-A document of n tokens is n-1 (input, target) pairs; a row holds T of them. An epoch's documents, in a shuffled
-order, form one line of pairs that is divided into windows of R rows, R * T pairs each. Within its window a document is
-kept whole if it fits (best fit, longest first); the few that fit nowhere are cut up to fill the holes. So every pair
-occurs exactly once per epoch, every row but the epoch's last is full, and the number of rows is known without planning
-any.
+A document of n tokens is n-1 (input, target) pairs; a row holds T pairs. An epoch's documents, in a shuffled order,
+form one line of pairs that is divided into windows of R rows, R * T pairs each. Within its window a document is kept
+whole if it fits (best fit, longest first). The few documents that fit nowhere are cut up to fill the holes. So every
+pair occurs exactly once per epoch, every row but the epoch's last is full, and the number of rows is known without
+planning any row.
 
-A window's documents are found by the sums of lengths before it, which are added up as far as they are needed: nothing
-for an epoch's beginning, about 25 ns per document for a place further on.
+A window's documents are found from the sums of the lengths before it. The sums are computed only as far as needed: none
+for the beginning of an epoch, about 25 ns per document for a later position.
 """
 
 import bisect
@@ -19,22 +19,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-_WINDOW_PAIRS = 2**18  # more cuts fewer documents and takes longer to reach the first row
+_WINDOW_PAIRS = 2**18  # a larger window cuts fewer documents, but takes longer to reach the first row
 _FEWEST_ROWS = 64
 _CHUNK = 8192  # documents between two remembered positions on the line of pairs
-_CHUNKS_AT_ONCE = 8  # chunks added up at once: 64k documents fit in a processor's cache
+_CHUNKS_AT_ONCE = 8  # chunks summed at once: 64k documents fit in a processor's cache
 
 
 def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
-  """Returns where a shuffle of range(size) puts `index_N`, int64 [N]: a bijection for each key, in O(1) memory.
+  """Returns the positions to which a shuffle of range(size) moves `index_N`, int64 [N].
 
-  Rounds of invertible arithmetic on b-bit numbers, repeated while the result is not below `size`. Unlike NumPy's
-  shuffles it needs no array of that size and is the same in all versions, which a resumed run depends on.
+  The shuffle is a bijection for each key and needs O(1) memory. It applies rounds of invertible arithmetic to b-bit
+  numbers, repeated until the result is below `size`. Unlike NumPy's shuffles it needs no array of that size and is the
+  same in all versions, on which resumed runs depend.
   """
   if size <= 1:
     return np.zeros(len(index_N), np.int64)
   bits = max(3, (size - 1).bit_length())
-  # The low b bits of a sum or product depend on the low b bits of its parts alone, so that 32 bits do for most sets.
+  # The low b bits of a sum or product depend only on the low b bits of its parts, so 32 bits suffice for most sets.
   dtype = np.uint32 if bits <= 32 else np.uint64
   digest = hashlib.shake_128(key.encode()).digest(8 * 12)
   keys = np.frombuffer(digest, '<u8') & np.uint64(2**bits - 1)
@@ -59,25 +60,27 @@ class Pieces(NamedTuple):
   """Runs of pairs: int64 [N] each."""
 
   document: np.ndarray
-  start: np.ndarray  # first pair within the document
-  length: np.ndarray  # pairs
+  start: np.ndarray  # number of the first pair within the document
+  length: np.ndarray  # number of pairs
 
 
 class Packer:
-  """Rows of one split of one source. Thread-safe.
+  """The rows of one split of one source. Thread-safe.
 
-  Attributes: rows_per_epoch, and efficiency: the share of an epoch's positions that hold a pair.
+  Attributes:
+    rows_per_epoch: the number of rows in an epoch.
+    efficiency: the share of an epoch's positions that hold a pair.
   """
 
   def __init__(self, lengths_N: np.ndarray, row_length: int, key: str, *, shuffle: bool = True):
-    """Args: lengths_N in tokens, BOS and EOS included; row_length T in pairs; key: seed and source."""
-    self._lengths_N = np.asarray(lengths_N)  # there may be 10^9, so no copy is made
+    """Args: lengths_N in tokens, including BOS and EOS; row_length T in pairs; key: made of seed and source."""
+    self._lengths_N = np.asarray(lengths_N)  # there may be 10^9 documents, so no copy is made
     self._T, self._key, self._shuffle = row_length, key, shuffle
     self._R = max(_FEWEST_ROWS, _WINDOW_PAIRS // row_length)
     self._total = int(self._lengths_N.sum(dtype=np.int64)) - len(self._lengths_N)
     self.rows_per_epoch = -(-self._total // row_length)
     self.efficiency = self._total / (self.rows_per_epoch * row_length)
-    self._lock = threading.Lock()  # so that threads that need one window don't all plan it
+    self._lock = threading.Lock()  # keeps threads that need the same window from all planning it
     self._line = functools.lru_cache(maxsize=2)(lambda epoch: _Line(functools.partial(self._sums, epoch)))
     self._window = functools.lru_cache(maxsize=4)(self._window)
 
@@ -90,7 +93,7 @@ class Packer:
     return Pieces(*(field[bounds[row]:bounds[row + 1]] for field in pieces))
 
   def cut_share(self, windows: int = 4) -> float:
-    """Returns the share of documents that are not whole in one row, from the first epoch's first windows."""
+    """Returns the share of documents that are split over rows, estimated from the first epoch's first windows."""
     windows = min(windows, -(-self.rows_per_epoch // self._R))
     pieces = [self._window(0, w)[0] for w in range(windows)]
     document = np.concatenate([p.document for p in pieces])
@@ -105,12 +108,12 @@ class Packer:
     return permute(index, len(self._lengths_N), f'{self._key}/{epoch}') if self._shuffle else index
 
   def _sums(self, epoch: int, chunk: int) -> np.ndarray:
-    """Returns the pairs of each of the chunks from `chunk` on, at most _CHUNKS_AT_ONCE of them."""
+    """Returns the number of pairs in each chunk, starting with chunk `chunk`, for at most _CHUNKS_AT_ONCE chunks."""
     pairs = self._pairs(self._order(epoch, chunk * _CHUNK, (chunk + _CHUNKS_AT_ONCE) * _CHUNK))
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))
 
   def _slice(self, epoch: int, window: int) -> Pieces:
-    """Returns what lies between the window's ends on the line of pairs."""
+    """Returns the pieces between the window's ends on the line of pairs."""
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)
     starts = self._line(epoch).up_to(high)
@@ -125,11 +128,11 @@ class Packer:
     return Pieces(document, start, np.minimum(high, ends) - begins - start)
 
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
-    """Returns the window's pieces sorted by row, and where each row's begin."""
+    """Returns the window's pieces sorted by row, and the index of each row's first piece."""
     pieces = _cut_to(self._slice(epoch, window), self._T)
     rows = -(-int(pieces.length.sum()) // self._T)
     row, pieces = _place(pieces, rows, self._T)
-    # Best fit leaves rows ordered by what they hold, and a batch should be a fair sample.
+    # Best fit leaves rows ordered by their content, but a batch should be a fair sample.
     row = permute(np.arange(rows), rows, f'{self._key}/{epoch}/{window}')[row]
     order = np.argsort(row, kind='stable')
     bounds = np.searchsorted(row[order], np.arange(rows + 1))
@@ -137,7 +140,7 @@ class Packer:
 
 
 class _Line:
-  """Where on an epoch's line of pairs every _CHUNKth document begins, as far as it was asked for."""
+  """The start of every _CHUNKth document on an epoch's line of pairs, computed as far as requested."""
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
@@ -154,7 +157,7 @@ class _Line:
 
 
 def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
-  """Cuts pieces longer than a row into rows and a rest."""
+  """Cuts pieces that are longer than a row into whole rows and a remainder."""
   count = -(-pieces.length // row_length)
   which = np.repeat(np.arange(len(count)), count)
   offset = (np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)) * row_length
@@ -163,9 +166,9 @@ def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
 
 
 def _place(pieces: Pieces, rows: int, row_length: int) -> tuple[np.ndarray, Pieces]:
-  """Returns a row for each piece: best fit, longest first; those that fit nowhere are cut into the largest holes.
+  """Returns a row for each piece: best fit, longest first. Pieces that fit nowhere are cut into the largest holes.
 
-  The pieces' pairs must be at most rows * row_length, and each at most row_length.
+  The pieces' pairs must be at most rows * row_length in all, and each piece at most row_length.
   """
   holes = [(row_length, row) for row in range(rows)]  # always sorted
   placed, unplaced = [], []  # (row, piece, offset in it, length)

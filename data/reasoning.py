@@ -1,18 +1,20 @@
-"""Made-up problems with worked solutions, from reasoning-gym's generators: endless, and by index.
+"""Generated problems with worked solutions, from reasoning-gym: an endless supply, each addressed by its index.
 
-Pre-training reads whole documents, RL gives the prompt and grades what follows it; both use this form:
+Pre-training reads whole documents. RL gives the model the prompt and grades what follows it. Both use this form:
 
     Question: State the final answer to the following arithmetic problem: 4 - 1 - 7 =
     Solution: 4 - 1 = 3
     3 - 7 = -4
     Answer: -4
 
-and both name their problems by one URI, of tasks that take turns, each at its own difficulty:
+RL and pre-training select problems with the same kind of URI: one or more tasks, which alternate, each with its own
+options of difficulty:
 
     reasoning:TASK[?OPTION=VALUE&...][+TASK...]        reasoning:chain_sum?max_terms=2&max_digits=1+gcd
 
-An OPTION is one of the task's generator, or level=N of reasoning-gym's curriculum; what isn't given is as in TASKS
-below, or with a level as the curriculum has it, and else the generator's own default.
+An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. Options that are not
+given come from the curriculum if a level is set, otherwise from TASKS below, and otherwise are the generator's
+defaults.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ from typing import Any
 
 from betarank.data.config import DataError
 
-# Ends without a space: a tokenizer glues a space to the word after it, so a prompt must not end in one.
+# Ends without a space: a tokenizer joins a space to the word after it, so a prompt must not end in a space.
 PROMPT = 'Question: {question}\nSolution:'
 COMPLETION = ' {solution}\nAnswer: {answer}\n'
 ANSWER_MARK = '\nAnswer: '
@@ -37,11 +39,11 @@ ANSWER_MARK = '\nAnswer: '
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A question with its answer; `entry` is the generator's own record, which its verifier wants back."""
+  """A question with its answer. `entry` is the generator's own record, which its verifier needs."""
 
   task: str
   question: str
-  solution: str  # worked steps; empty for a task that we can't work
+  solution: str  # worked steps; empty for a task without worked solutions here
   answer: str
   entry: dict[str, Any]
 
@@ -93,14 +95,14 @@ def _given(entry: dict[str, Any]) -> str:
   return '\n'.join(line for line in lines if not line.startswith('####'))  # the answer has its own line
 
 
-# Task -> the generator's options that make it fit for a small model, and how to work its problems.
+# Task -> the generator's options that suit a small model, and the function that writes the worked solution.
 TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], str]]] = {
   'chain_sum': ({'max_terms': 4, 'max_digits': 2}, _running_sum),
   'gcd': ({}, _euclid),
   'products': ({'max_digits': 3}, _long_multiplication),
   'gsm_symbolic': ({}, _given),
 }
-_TRIAL_S = 10.0  # a problem takes milliseconds, but an option may ask for one of a billion terms
+_TRIAL_S = 10.0  # a problem takes milliseconds, but an option may request a problem of a billion terms
 _UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite': 'name its tasks instead'}
 
 
@@ -109,19 +111,20 @@ class Kind:
   """Problems of one task at one difficulty."""
 
   task: str
-  options: dict[str, Any]  # of its generator, where they aren't its defaults
+  options: dict[str, Any]  # options of the generator that differ from its defaults
 
 
 def parse(rest: str) -> tuple[Kind, ...]:
-  """What follows `reasoning:` in a URI; '' is all of TASKS. Each kind has been tried on a problem.
+  """Returns the kinds of problems in the part of a URI after `reasoning:`; '' means all of TASKS.
 
-  Raises DataError for a task or an option that reasoning-gym doesn't have, or values that it refuses.
+  Each kind has been tested on one problem. Raises DataError for a task or an option that reasoning-gym doesn't have, or
+  for a value that reasoning-gym refuses.
   """
   return tuple(_kind(*part.partition('?')[::2]) for part in (rest or '+'.join(TASKS)).split('+'))
 
 
 def _kind(task: str, query: str) -> Kind:
-  from reasoning_gym.factory import CURRICULA, DATASETS  # a second to import: only those who make problems pay
+  from reasoning_gym.factory import CURRICULA, DATASETS  # importing takes a second
 
   uri = f'reasoning:{task}?{query}' if query else f'reasoning:{task}'
   if task not in DATASETS:
@@ -135,7 +138,7 @@ def _kind(task: str, query: str) -> Kind:
   for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True):
     if name != 'level' and name not in defaults:
       raise DataError(f'{uri}: {task} has no option {name!r}{_instead(name, ("level", *defaults))}')
-    try:  # words are text; numbers, true/false and lists are themselves
+    try:  # words are text; numbers, true/false and lists are parsed as such
       given[name] = json.loads(text)
     except (ValueError, RecursionError):
       given[name] = text
@@ -155,18 +158,18 @@ def _kind(task: str, query: str) -> Kind:
       problem((kind,), 0, stream='tried')
   except _TooLongError:
     raise DataError(f'{uri}: no problem within {_TRIAL_S:.0f} seconds; give smaller numbers') from None
-  except Exception as error:  # a generator has its own for what it can't make
+  except Exception as error:  # each generator raises its own error for what it can't generate
     raise DataError(f'{uri}: {str(error) or "refused by the generator"}') from None
   return kind
 
 
-class _TooLongError(BaseException):  # so that no generator takes it for an error of its own and tries again
+class _TooLongError(BaseException):  # a BaseException, so that no generator mistakes it for its own error and retries
   pass
 
 
 @contextlib.contextmanager
 def _deadline():
-  """Ends the block with _TooLongError after _TRIAL_S; in a main thread only, as others get no signals."""
+  """Ends the block with _TooLongError after _TRIAL_S; only in a main thread, as other threads get no signals."""
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -188,7 +191,7 @@ def _instead(name: str, known: Sequence[str]) -> str:
   return (f'; did you mean {near[0]}?' if near else ';') + f' There are {", ".join(sorted(known))}'
 
 
-_BLOCK = 1024  # generators are of fixed size, and some precompute by it: an endless one is a chain of these
+_BLOCK = 1024  # generators have a fixed size, and some precompute by it: an endless sequence chains blocks of this size
 
 
 @functools.lru_cache(maxsize=32)
@@ -201,10 +204,10 @@ def _block(kind: Kind, stream: str, number: int):
 
 
 def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:
-  """Problem `index` >= 0 of an endless sequence in which the kinds take turns; a pure function of its arguments.
+  """Returns problem `index` >= 0 of an endless sequence in which the kinds alternate; a pure function.
 
-  Another `stream` is another sequence, such as RL's, that shares no random seed with this one. Short problems
-  of small numbers still coincide: `held_out` is what keeps questions apart.
+  Another `stream` (such as RL's) is another sequence and shares no random seed with this stream. Short problems of
+  small numbers can still coincide: `held_out` is what keeps questions apart.
   """
   kind = kinds[index % len(kinds)]
   block, item = divmod(index // len(kinds), _BLOCK)
@@ -214,10 +217,10 @@ def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Prob
 
 
 def question_hash(question: str) -> int:
-  """64 bits, the same for texts that differ in white space and case only."""
+  """Returns a hash of 64 bits, equal for texts that differ only in white space and case."""
   return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
 
 
 def held_out(question: str, fraction: float) -> bool:
-  """Whether the question is in the held-out share; one that is in a share is in each larger one."""
+  """Returns True if the question is in the held-out share. Larger shares contain all questions of smaller shares."""
   return question_hash(question) < fraction * 2**64

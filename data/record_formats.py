@@ -1,4 +1,4 @@
-"""Readers of files of records: Parquet, ArrayRecord and prepared TFDS data sets. See data/formats.py."""
+"""Readers of record files: Parquet, ArrayRecord and prepared TFDS data sets. See data/formats.py."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from betarank.data.fields import BadValue, Fields, missing_field
 from betarank.data.formats import FileReader, Row, Segment
 
 _READ_AT_ONCE = 64  # records
-_RECORD_BYTES = 4096.0  # what a record of TFDS is taken to have
+_RECORD_BYTES = 4096.0  # assumed size of a TFDS record
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def _parquet(path: str):
 
 @dataclasses.dataclass(frozen=True)
 class Parquet(FileReader):
-  """Parquet: a row is a document."""
+  """A reader of Parquet: each row is a document."""
 
   pattern: str
   fields: Fields
@@ -73,7 +73,7 @@ class Parquet(FileReader):
 
 
 def _records(path: str):
-  """Returns an open ArrayRecord reader. Raises DataError if the file is cut short or is something else."""
+  """Returns an open ArrayRecord reader. Raises DataError if the file is truncated or has another format."""
   from array_record.python import array_record_module
 
   reader = array_record_module.ArrayRecordReader(path, 'readahead_buffer_size:0')
@@ -84,7 +84,7 @@ def _records(path: str):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord(FileReader):
-  """ArrayRecord: a record is a document in UTF-8."""
+  """A reader of ArrayRecord: each record is a document in UTF-8."""
 
   pattern: str
   suffixes = ('.array_record', '.arrayrecord')
@@ -120,7 +120,7 @@ class ArrayRecord(FileReader):
 
 @contextlib.contextmanager
 def _no_foreign_features():
-  """TFDS imports whatever module a features.json names, so that data could run code: here it knows its own alone."""
+  """Restricts TFDS to its own feature types: it imports any module that features.json names, so data could run code."""
   import tensorflow_datasets as tfds
 
   connector = tfds.features.FeatureConnector
@@ -176,7 +176,7 @@ def _how_to_get(name: str, reason: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-  """A TFDS data set: an example is a document."""
+  """A reader of TFDS data sets: each example is a document."""
 
   spec: str
   fields: Fields
@@ -195,7 +195,7 @@ class Tfds:
       indices = range(start, min(start + _READ_AT_ONCE, segment.stop))
       try:
         found = records.__getitems__(list(indices))
-      except Exception as error:  # as for _tfds: there is no type that they share
+      except Exception as error:  # as in _tfds: the errors share no base type
         at, reason = f'{where}: records {start} to {indices.stop}', ' '.join(str(error).split())[:200]
         raise DataError(f"{at} can't be read ({reason}); prepare the set again") from None
       for i, record in zip(indices, found):

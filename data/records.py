@@ -30,16 +30,16 @@ _TABLE = 2**20  # tokens; sizes of documents up to this length are looked up
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-  """Returns the type in which token ids are stored."""
+  """Returns the data type in which token ids are stored."""
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 class Form(NamedTuple):
-  """What all records of a set have in common."""
+  """The format that all records of a set share."""
 
   dtype: np.dtype  # of token ids
   masked: bool = False
-  checksum: bool = True  # False: prepared by a version that wrote none
+  checksum: bool = True  # False: prepared by a version that wrote no checksums
 
 
 def _varint(n: int) -> bytes:
@@ -51,7 +51,7 @@ def _varint(n: int) -> bytes:
 
 
 def _varint_size(n):
-  """Bytes of a varint; for an int or an array."""
+  """Returns the size of a varint in bytes, for an int or an array."""
   return 1 + (n >= 2**7) + (n >= 2**14) + (n >= 2**21) + (n >= 2**28)
 
 
@@ -61,7 +61,7 @@ _PREFIXES = (b'\x0a', b'\x0a', b'\x0a\x06tokens\x12', b'\x0a', b'\x0a')
 
 @functools.lru_cache(maxsize=65_536)
 def _header(size: int) -> bytes:
-  """Returns what precedes `size` bytes of tokens in a tf.train.Example; no proto library needed."""
+  """Returns the bytes that precede `size` bytes of tokens in a tf.train.Example; no proto library needed."""
   header, length = b'', size
   for prefix in _PREFIXES:
     header = prefix + _varint(length) + header
@@ -74,7 +74,7 @@ def _mask_header(length: int) -> bytes:
 
 
 def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
-  """Returns the record of a document. mask: bool [N], of a masked set."""
+  """Returns the record of a document. mask: bool [N], for a masked set."""
   raw = tokens.tobytes()
   record = _header(len(raw)) + raw
   if mask is not None:
@@ -83,12 +83,18 @@ def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 
 
 def without_checksum(record: bytes) -> memoryview:
-  """Returns what the content's hash covers, so that it is the same as of older sets, which have no checksums."""
+  """Returns the record without its checksum.
+
+  The content hash is computed over this, so that it equals the hash of older data sets, whose records have no
+  checksums.
+  """
   return memoryview(record)[:-_CHECKSUM_BYTES]
 
 
 def from_record(record: bytes, length: int, form: Form) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns (token ids, mask or None), read-only [length]. Raises ValueError if the record isn't what was written."""
+  """Returns (token ids, mask or None), read-only [length]. Raises ValueError if the record differs from what was
+  written.
+  """
   size = length * form.dtype.itemsize
   header = _header(size)
   mask_header = _mask_header(length) if form.masked else b''
@@ -119,27 +125,28 @@ def _record_sizes(lengths_N: np.ndarray, form: Form) -> np.ndarray:
 
 
 def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
-  """Returns the bytes of the chunk around each record: its header, the compression's type, two varints, the record."""
+  """Returns the bytes of the chunk around each record: chunk header, compression type, two varints and the record."""
   return _CHUNK_HEADER + 2 + _varint_size(records_N) + records_N
 
 
 def _in_file(position):
-  """Returns where in the file a position on the line of chunks is, which doesn't count the blocks' headers."""
+  """Converts a position on the line of chunks, which excludes block headers, into a position in the file."""
   return position + _BLOCK_HEADER * (position // (_BLOCK - _BLOCK_HEADER) + 1)
 
 
 class Places:
-  """Where each of a split's documents lies. Takes 0.13 bytes per document, and no file is read.
+  """The position of each of a split's documents. Takes 0.13 bytes per document, and reads no file.
 
-  Attributes: sizes, the bytes that each shard has at least.
+  Attributes:
+    sizes: the least size of each shard in bytes.
   """
 
   def __init__(self, lengths_N: np.ndarray, starts: list[int], form: Form):
-    """Args: lengths_N in tokens; starts: the first document of each shard, and the number of documents."""
+    """Args: lengths_N in tokens; starts: the first document of each shard, followed by the number of documents."""
     self._lengths, self._starts, self._form = lengths_N, np.array(starts, np.int64), form
     longest = int(lengths_N.max())
     self._table = self._compute_chunks(np.arange(longest + 1)) if longest < _TABLE else None
-    # The chunks of all shards form one line; a position on it is remembered for every _STRIDEth document.
+    # The chunks of all shards form one line; the position of every _STRIDEth document on it is stored.
     blocks = -(-len(lengths_N) // _STRIDE)
     self._line = np.zeros(blocks + 1, np.int64)
     for first in range(0, len(lengths_N), _PIECE):
@@ -157,7 +164,7 @@ class Places:
     return self._compute_chunks(lengths_N) if self._table is None else self._table.take(lengths_N)
 
   def _on_line(self, indices_N: np.ndarray) -> np.ndarray:
-    """Returns where on the line the chunk of each document begins."""
+    """Returns the position on the line at which each document's chunk begins."""
     block_N = indices_N // _STRIDE
     of_block_NS = np.minimum(block_N[:, None] * _STRIDE + np.arange(_STRIDE), len(self._lengths) - 1)
     chunks_NS = self._chunks(self._lengths[of_block_NS])
@@ -174,7 +181,7 @@ class Places:
 
 
 def record_in(raw: bytes, begin: int) -> bytes:
-  """Returns the record that bytes `raw` of a shard hold, which start at `begin`: without the headers of blocks."""
+  """Returns the record in the bytes `raw` of a shard, which start at `begin`, without the headers of blocks."""
   header = -begin % _BLOCK
   if header >= len(raw):
     return raw
