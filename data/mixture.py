@@ -8,10 +8,7 @@ PERIOD = 2**16  # rows after which the interleaving repeats: weights are rounded
 
 
 class Schedule:
-  """The source of each row and its number within that source, in O(1). Rows count from when the weights were set.
-
-  row.
-  """
+  """The source of each row and its number within that source, in O(1). Rows count from when the weights were set."""
 
   def __init__(self, weights: Mapping[str, float]):
     """Args: weights of any scale, at least one of them positive. Their order doesn't matter."""

@@ -284,7 +284,7 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Whether the first units, as far as they are done without a gap, hold max_documents."""
+    """Returns True if the first units, as far as they are done without a gap, hold max_documents."""
     count = 0
     for index in range(len(self.units)):
       if not self.done(index):

@@ -79,7 +79,7 @@ def tokenizer_sha256(config: DataConfig) -> str:
 
 
 def read_manifest(where: epath.Path) -> dict[str, Any] | None:
-  """The manifest in folder `where`, or None if the data isn't prepared (or not to its end)."""
+  """Returns the manifest in folder `where`, or None if the data isn't prepared, or only partly."""
   try:
     manifest = json.loads((where / 'manifest.json').read_text())
     _check_manifest(manifest)
@@ -200,7 +200,7 @@ class Documents:
     return [document.tokens for document in self.request(indices)()]
 
   def request(self, indices: Sequence[int]) -> Callable[[], list[Document]]:
-    """Asks for documents `indices` at once. What it returns waits for them, and raises DataError."""
+    """Requests documents `indices` at once. The returned function waits for the documents, and raises DataError."""
     indices_N = np.asarray(indices, np.int64)
     places = list(zip(indices_N.tolist(), *(part.tolist() for part in self._places.of(indices_N))))
     waits = [self._folder.start(self._names[shard], begin, end) for _, shard, begin, end in places]

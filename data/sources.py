@@ -68,7 +68,7 @@ def split_uri(uri: str) -> tuple[str, str, str]:
 
 
 def masked(source: SourceConfig) -> bool:
-  """Returns whether the source's documents say which of their parts the loss counts."""
+  """Returns True if the source's documents say which of their parts the loss counts."""
   return fields.masked(split_uri(source.uri)[2], source.template)
 
 
@@ -93,7 +93,10 @@ class BadRows:
 
 
 class Source:
-  """The documents at `config.uri`. The units, and what each holds, depend on the input alone."""
+  """The documents at `config.uri`, divided into units of work.
+
+  The division depends on the input alone, not on the number of workers.
+  """
 
   def __init__(self, config: SourceConfig, document_bytes: int, held_out_fraction: float = 0.0):
     """
@@ -130,7 +133,7 @@ class Source:
 
   @functools.cached_property
   def segments(self) -> list[Segment]:
-    """All there is to read, in order. Files are looked at once."""
+    """Returns all segments of the source, in order. Files are examined only once."""
     return self._reader.segments()
 
   @property
@@ -177,7 +180,7 @@ class Source:
 
   @property
   def total_bytes(self) -> float:
-    """About how many bytes the source has."""
+    """Returns the approximate number of bytes of the source."""
     return sum(segment_bytes(segment) for segment in self.segments)
 
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:

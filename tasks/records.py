@@ -29,7 +29,7 @@ class OddRecord(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A prompt, and what its verifier needs."""
+  """A prompt, and the data that its verifier needs."""
 
   id: str  # the same question of the same source has the same one in any split, order or run
   question: str
@@ -44,7 +44,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What a record asks. where: its file and line."""
+  """The question of a record. where: the record's file and line."""
 
   question: str
   reference: str

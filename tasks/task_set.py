@@ -122,7 +122,7 @@ class TaskSet:
     return self.size
 
   def __getitem__(self, index: int) -> Task:
-    """Task `index` >= 0 of the set, in the source's own order. Raises IndexError after the last."""
+    """Returns task `index` >= 0 of the set, in the source's own order. Raises IndexError after the last task."""
     if index < 0 or (self.size is not None and index >= self.size):
       raise IndexError(f'{self.config.uri}: no task {index}, there are {self.size}')
     return self._kept[index] if self.size is not None else self._generate(index)
@@ -132,7 +132,7 @@ class TaskSet:
     return records.describe(self.left_out, self.records, shown)
 
   def at(self, cursor: int) -> Task:
-    """The task of prompt number `cursor` of a run: each epoch has every task once, in another order.
+    """Returns the task of prompt number `cursor` of a run: each epoch has every task once, in another order.
 
     A run's whole state is the number of prompts that it has consumed.
     """
@@ -234,7 +234,7 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Whether the task's scorer gives 1 to nothing but the answer itself, so that no worker is needed."""
+  """Returns True if the task's scorer gives 1 only to the answer itself, so that no worker is needed."""
   from reasoning_gym.dataset import ProceduralDataset
   from reasoning_gym.factory import DATASETS
 
@@ -242,7 +242,7 @@ def _is_exact(task: str) -> bool:
 
 
 def _literal(value: Any, uri: str) -> str:
-  """`value` as a Python literal. Raises DataError if there is none that equals it."""
+  """Returns `value` as a Python literal. Raises DataError if no literal equals it."""
   text = repr(value)
   try:
     if ast.literal_eval(text) == value:

@@ -1,11 +1,11 @@
-"""Is an answer right? One verifier for RL and evaluation alike: right, wrong, or undecided.
+"""Grades answers as right, wrong or undecided: one verifier for RL and evaluation.
 
     with Verifier(VerifierConfig()) as verifier:
       verdicts = verifier.verify([(text, task), ...])
 
 A final answer is cut out of the text (answers.py) and compared with the reference by rules (comparison.py). Plain
-numbers are compared here. All else goes to worker processes, which are killed at a deadline and then replaced. Model
-text is parsed there only, and evaluated nowhere; programs run in a jail of their own (code_jail.py).
+numbers are compared in this process. All other answers go to worker processes, which are killed at a deadline and then
+replaced. Model text is parsed only there, and evaluated nowhere; programs run in a jail of their own (code_jail.py).
 """
 
 import collections
@@ -93,7 +93,7 @@ class Verifier:
       self._pool.close()
 
   def verify(self, items: Sequence[tuple[str, Task]]) -> list[Verdict]:
-    """The verdict of `grade` on each (sampled text, task), in order."""
+    """Returns the verdict of `grade` on each (sampled text, task), in order."""
     return [grade.verdict for grade in self.grade(items)]
 
   def grade(self, items: Sequence[tuple[str, Task]]) -> list[Grade]:
@@ -152,7 +152,7 @@ class Verifier:
       raise ValueError('answers that are programs need a jail')
 
   def _grade_here(self, answer: str | None, task: Task) -> Grade | None:
-    """A grade where the answer is missing or text or numbers settle it; None where a process has to be asked."""
+    """Returns a grade if the answer is missing or if text or numbers decide; None if a process must be asked."""
     if task.verifier in ('code', 'reward'):
       return None
     if answer is None:
@@ -210,7 +210,7 @@ def _needs_math_verify(gold: str, answer: str) -> bool | None:
 
 
 def _why_unreadable(reference: str) -> str | None:
-  """Why no answer can be compared with a reference; '' if one can be, None if math-verify has to be asked."""
+  """Returns why no answer can be compared with a reference; '' if one can be, None if math-verify must be asked."""
   try:
     return why_unreadable(reference, _needs_math_verify)
   except LookupError:

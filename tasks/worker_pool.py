@@ -61,7 +61,8 @@ class VerifierConfig:
 
 
 class _Worker:
-  """A process that answers one JSON line with another. busy: the index of its request, None if it has none."""
+  """A process that answers one JSON line with another. busy: the index of its current request, None if there is none.
+  """
 
   def __init__(self, kind: str, c: VerifierConfig):
     keep = ('PATH', 'HOME', 'LANG', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV')  # and no credentials
@@ -95,7 +96,7 @@ class _Worker:
     return True
 
   def read(self) -> dict[str, Any] | None:
-    """Returns a message, {} while it is incomplete, None if the worker has ended or this is no answer of its own."""
+    """Returns a message; {} if it is incomplete; None if the worker has ended or the line isn't its own reply."""
     chunk = os.read(self.process.stdout.fileno(), 2**16)
     self._buffer += chunk
     if b'\n' not in self._buffer:
@@ -120,13 +121,13 @@ class _Worker:
 
 
 def _import_path() -> str:
-  """The folders that this package is imported from, for a process that starts elsewhere."""
+  """Returns the folders from which this package is imported, for a process that starts in another folder."""
   folders = [os.path.abspath(folder) for folder in sys.path if os.path.isdir(os.path.join(folder, 'betarank'))]
   return os.pathsep.join(dict.fromkeys([*folders, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
 
 
 def _cpu_s(pid: int) -> float | None:
-  """CPU seconds that a process has used; None where the system doesn't say, so that wall time counts."""
+  """Returns the CPU seconds that a process has used; None if the system doesn't say, in which case wall time counts."""
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:
@@ -135,10 +136,11 @@ def _cpu_s(pid: int) -> float | None:
 
 
 class WorkerPool:
-  """Workers of several kinds. One call at a time; the caller holds a lock.
+  """Worker processes of several kinds. Not thread-safe: the caller must hold a lock during a call.
 
   Attributes:
-    counts: Counter of restarts, and of items lost: timeouts, crashes, refused (they touched the system).
+    counts: a Counter of worker restarts and of lost items by cause: timeouts, crashes, and refused (the item tried to
+      reach the system).
   """
 
   def __init__(self, config: VerifierConfig):
@@ -156,9 +158,9 @@ class WorkerPool:
     self._workers.clear()
 
   def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
-    """Returns the reply to each request by a worker of its kind, or what became of it: timeouts, crashes or refused.
+    """Returns each request's reply by a worker of its kind, or the cause of its loss: timeouts, crashes or refused.
 
-    Raises VerifierError: workers don't start.
+    Raises VerifierError if workers don't start.
     """
     replies: list[dict[str, Any] | str | None] = [None] * len(requests)
     pending: dict[str, collections.deque[int]] = {}

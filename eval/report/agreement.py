@@ -1,7 +1,8 @@
-"""What two runs must agree in before a difference between them is put down to the objective.
+"""Lists the conditions that two runs must share before their difference is attributed to the objective.
 
-That is everything but objective and seed: the prepared data by its hash, the tokenizer, every setting that decides what
-is learned, the step, and so the tokens seen; for a run that started from another, the same of both parents.
+They must share everything but objective and seed: the prepared data (by its hash), the tokenizer, every setting that
+decides what is learned, the step, and so the tokens seen. If a run started from another run, its parent must satisfy
+the same conditions.
 """
 
 import math
@@ -27,7 +28,7 @@ def _with_roles(run: Run, roles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _role(key: str) -> str:
-  """The role of a setting; one that this version doesn't know counts as part of what is learned."""
+  """Returns the role of a setting. A setting that this version doesn't know counts as part of what is learned."""
   try:
     return settings.role(key)
   except KeyError:
@@ -35,7 +36,8 @@ def _role(key: str) -> str:
 
 
 def disagreements(run: Run, other: Run) -> list[str]:
-  """Returns in what two runs of one stage disagree beyond objective, seed and step, data first; [] if in nothing."""
+  """Returns the differences of two runs of one stage beyond objective, seed and step, data first; [] if there are none.
+  """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
     if run.parent_step != other.parent_step:
@@ -46,7 +48,7 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if both steps are one, else one reason that names them and the tokens seen."""
+  """Returns [] if both steps are equal, otherwise one reason that names the steps and the tokens seen."""
   if step == other_step:
     return []
   seen = [f' ({run.tokens_per_step * at:,.0f} tokens)' if not run.is_rl and math.isfinite(run.tokens_per_step) else ''
@@ -78,7 +80,7 @@ def _of_settings(run: Run, other: Run) -> list[str]:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-  """Choices and length, on which the learning rate depends; not where the data came from."""
+  """Returns the choices and the length, which decides the learning rate; leaves out the data's location."""
   found = _with_roles(run, (settings.IDENTITY, settings.DATA, settings.LENGTH))
   return {key: value for key, value in found.items()
           if not (key.startswith('data.sources.') and key.rpartition('.')[2] in _ORIGIN)}

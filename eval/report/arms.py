@@ -77,7 +77,7 @@ def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
 
 
 def _without_seed(arm: str, seed: int | None) -> str:
-  """'beta=-0.25' of 'beta=-0.25,seed=1': seeds of an arm are one arm."""
+  """Removes the seed from an arm's name, 'beta=-0.25' from 'beta=-0.25,seed=1': seeds of an arm are one arm."""
   return ','.join(part for part in arm.split(',') if not re.fullmatch(rf's(eed)?[=_-]?{seed}', part))
 
 
@@ -129,7 +129,7 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Extends the names of runs of one stage and arm that differ in another setting: they are arms of their own."""
+  """Extends the names of runs of one stage and arm that differ in another setting: they become separate arms."""
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
     if run.arm:
@@ -167,7 +167,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """How many names at the end of both paths agree."""
+    """Returns the number of names at the end of both paths that agree."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 

@@ -43,9 +43,9 @@ class Panel:
   """A plot of lines.
 
   Attributes:
-    name: the stem of its files.
-    zero: draws a line at zero, for differences.
-    settle: the y axis is decided without the warm-up.
+    name: the stem of its files' names.
+    zero: if True, draws a line at zero, for differences.
+    settle: if True, the limits of the y axis ignore the warm-up steps.
     svg: filled in by `draw`.
   """
 
@@ -63,7 +63,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-  """The difference of one arm to its baseline, before and after RL; None where there is none."""
+  """The difference of one arm to its baseline, before and after RL; None if there is no difference."""
 
   arm: str
   subject: str
@@ -94,7 +94,7 @@ def dash(i: int):
 
 
 def dodge(count: int, i: int, width: float) -> float:
-  """Returns how far to move the i-th of `count` marks at one place, so that their bars don't hide each other."""
+  """Returns the distance by which to move the i-th of `count` marks at one place, so that their bars don't overlap."""
   return width * (i - (count - 1) / 2) / max(count - 1, 1)
 
 
@@ -165,7 +165,7 @@ def _scale(axis, panel: Panel) -> None:
 
 
 def _compact(x: float, _) -> str:
-  """1.5M, 20k, 300"""
+  """Returns a short form of a number: 1.5M, 20k, 300."""
   for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
     if abs(x) >= size:
       return f'{x / size:g}{letter}'

@@ -54,7 +54,7 @@ def metric(name: str) -> Metric:
 
 
 def title(name: str) -> str:
-  """'Avg@n (%)'"""
+  """Returns a metric's title with its unit, such as 'Avg@n (%)'."""
   found = metric(name)
   start = found.title[:1].upper() + found.title[1:]
   return f'{start} ({found.unit})' if found.unit else start
@@ -67,21 +67,21 @@ def shown(name: str, value: float) -> str:
 
 
 def shown_change(name: str, value: float, *, unit: bool = False) -> str:
-  """'+1.2', or '+1.2 points' with the unit"""
+  """Returns a difference: '+1.2', or '+1.2 points' with the unit."""
   found = metric(name)
   change_unit = found.change_unit or found.unit
   return _minus(f'{found.factor * value:+{found.form}}') + (f' {change_unit}' if unit and change_unit else '')
 
 
 def interval(name: str, e: Estimate) -> str:
-  """'[−0.3, +2.7]', the limits of a difference; '' where there are none"""
+  """Returns the limits of a difference, such as '[−0.3, +2.7]'; '' if there are none."""
   if not (math.isfinite(e.low) and math.isfinite(e.high)):
     return ''
   return f'[{shown_change(name, e.low)}, {shown_change(name, e.high)}]'
 
 
 def change(name: str, e: Estimate) -> str:
-  """'+1.2 points [−0.3, +2.7]'"""
+  """Returns a difference with its limits, such as '+1.2 points [−0.3, +2.7]'."""
   return f'{shown_change(name, e.mean, unit=True)} {interval(name, e)}'.strip()
 
 

@@ -109,7 +109,7 @@ class Run:
 
   @property
   def parent_step(self) -> int | None:
-    """The step of the checkpoint that the run started from; None if its path doesn't say."""
+    """Returns the step of the checkpoint that the run started from; None if its path doesn't say."""
     name = self.parent_path.rstrip('/').rpartition('/')[2]
     return int(name) if name.isdecimal() else None
 
@@ -119,7 +119,7 @@ class Run:
 
   @property
   def steps(self) -> float:
-    """The number of steps that the config asks for; NaN if it doesn't say."""
+    """Returns the number of steps that the config requests; NaN if the config doesn't say."""
     if self.is_rl:
       return number(setting(self.config, 'rl.steps'))
     steps = number(setting(self.config, 'train.tokens')) / self.tokens_per_step if self.tokens_per_step else math.nan
@@ -127,14 +127,14 @@ class Run:
 
   @property
   def tokens(self) -> float:
-    """Tokens learned from so far."""
+    """Returns the number of tokens learned from so far."""
     if not self.is_rl:
       return self.last_step * self.tokens_per_step
     return float(np.nansum(self.curves['train/tokens'][1])) if 'train/tokens' in self.curves else math.nan
 
   @property
   def flops(self) -> float:
-    """FLOPs of training so far, counted as for a run's MFU; NaN for RL, which mostly samples."""
+    """Returns the FLOPs of training so far, counted as for a run's MFU; NaN for RL, which mostly samples."""
     if self.is_rl:
       return math.nan
     try:
@@ -145,12 +145,12 @@ class Run:
 
   @property
   def seconds(self) -> float:
-    """Wall time of all steps, without evaluation and saving; NaN if not recorded."""
+    """Returns the wall time of all steps, without evaluation and saving; NaN if not recorded."""
     return float(np.nansum(self.curves['time/step_s'][1])) if 'time/step_s' in self.curves else math.nan
 
   @property
   def tokens_per_s(self) -> float:
-    """The median over steps: compiling and a busy machine make outliers. NaN if not recorded."""
+    """Returns the median over steps, as compiling and a busy machine cause outliers; NaN if not recorded."""
     values = self.curves.get('time/tokens_per_s', ((), np.array([])))[1]
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else math.nan
@@ -195,7 +195,7 @@ class Sweep:
 
   @property
   def arms(self) -> list[str]:
-    """All arms, those of plain cross-entropy first: the others are compared with them."""
+    """Returns all arms, those of plain cross-entropy first, because other arms are compared with them."""
     return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (not self._is_plain(arm), arm))
 
   def _is_plain(self, arm: str) -> bool:

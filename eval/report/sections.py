@@ -273,7 +273,7 @@ class Report:
   # Parts of sections
 
   def _agreement(self, stage: str, arm: str) -> Html:
-    """'the baseline', 'yes', or in what the runs of an arm disagree with the baseline's."""
+    """Returns 'the baseline', 'yes', or the first disagreement of an arm's runs with the baseline's runs."""
     if arm == self.sweep.baselines[arm]:
       return text('it is the baseline')
     agreeing, reasons = comparisons.pairs(self.sweep, stage, arm)
@@ -350,7 +350,7 @@ def write_over(path: epath.Path, content: bytes) -> None:
 
 
 def _cell(c: Comparison | None, name: str) -> Html:
-  """value [interval], and beneath it the difference to the baseline with its verdict."""
+  """Returns 'value [interval]' and, below, the difference to the baseline with its verdict."""
   if c is None or c.value is None:
     return Html('–')
   lines = [text(shown(name, c.value.mean))]
@@ -368,7 +368,7 @@ def _cell(c: Comparison | None, name: str) -> Html:
 
 
 def _counted(found: Iterable[Comparison]) -> str:
-  """'3 seeds, 30 problems'"""
+  """Returns the counts, such as '3 seeds, 30 problems'."""
   values = [c.value for c in found if c.value]
   parts = []
   for count, what in (({e.seeds for e in values}, 'seed'), ({e.problems for e in values} - {0}, 'problem')):
@@ -387,7 +387,7 @@ def _csv_row(c: Comparison) -> tuple:
 
 
 def _several(runs: Sequence[Run], read: Callable[[Run], float]) -> str:
-  """One figure for runs that agree, else the range."""
+  """Returns one figure if all runs agree, otherwise the range."""
   values = sorted({read(run) for run in runs if math.isfinite(read(run))})
   form = lambda x: f'{x:,.0f}' if x < 1e5 else f'{x / 1e6:,.4g}M' if x < 1e11 else f'{x:.3g}'.replace('e+', 'e')
   return ' to '.join(form(x) for x in dict.fromkeys((values[0], values[-1]))) if values else '–'
@@ -411,7 +411,7 @@ def _moment(seconds: float) -> str:
 
 
 def _data(run: Run) -> str:
-  """'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL."""
+  """Returns the data's names and hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL."""
   if run.is_rl:
     return str(setting(run.config, 'rl.task.uri') or UNKNOWN)
   return ', '.join(f'{name} {sha256[:HASH]}' for name, sha256 in sorted(run.identity.sources.items())) or UNKNOWN

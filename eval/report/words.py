@@ -70,7 +70,8 @@ def stages_around_rl(sweep: Sweep) -> tuple[str, str]:
 
 
 def _compared(sweep: Sweep) -> str:
-  """What is compared: which arms agree in all but the objective, and in what the others disagree first."""
+  """Returns the first sentence: the arms that agree in all but the objective, and the first disagreement of other arms.
+  """
   good, wrong = [], []
   for arm in sweep.arms:
     stage, reason = _first_disagreement(sweep, arm)
@@ -153,7 +154,7 @@ def _with_change(c: Comparison) -> str:
 
 
 def _of(c: Comparison) -> str:
-  """'+1.2 points [−0.3, +2.7] of right answers'"""
+  """Returns a change with its subject, such as '+1.2 points [−0.3, +2.7] of right answers'."""
   what = {'avg_at_n': 'of right answers', 'cons_at_n': 'by majority vote'}
   return f'{change(c.metric, c.difference)} {what.get(c.metric, f"in {metric(c.metric).title}")}'
 
@@ -163,7 +164,7 @@ def _of_right_answers(c: Comparison) -> bool:
 
 
 def _judged(comparisons: Iterable[Comparison]) -> bool:
-  """Whether there are several seeds, and so verdicts."""
+  """Returns True if there are several seeds, and so verdicts."""
   return any(c.verdict for c in comparisons)
 
 

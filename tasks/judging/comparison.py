@@ -109,7 +109,7 @@ class _Comparison(ValueRules):
   """One comparison, by the first rule that applies to what the two are."""
 
   def same(self, gold: Reading, answer: Reading) -> bool | None:
-    """Whether the answer says what the gold says; None if that can't be decided."""
+    """Returns True if the answer says what the gold says; None if that can't be decided."""
     if gold.tokens and gold.tokens == answer.tokens:
       return self.decide(True, 'the same notation')
     for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks,
@@ -196,7 +196,7 @@ class _Comparison(ValueRules):
   # Intervals and inequalities
 
   def _regions(self, gold: Reading, answer: Reading):
-    """Intervals, unions and inequalities of one variable, whichever way each is written."""
+    """Compares intervals, unions and inequalities of one variable, in any combination of notations."""
     if not (regions.is_region(gold) or regions.is_region(answer)):
       return NotImplemented
     wanted, given = regions.region(gold, open_pairs=True), regions.region(answer, open_pairs=True)
@@ -292,7 +292,7 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Whether the two can be paired off."""
+    """Returns True if the items of both sides can be paired so that each pair is the same."""
     if len(gold) != len(answer):
       return False
     left, unsure = list(answer), False
@@ -390,7 +390,7 @@ class _Comparison(ValueRules):
 
 
 def _all(verdicts: Sequence[bool | None]) -> bool | None:
-  """True if all are, False if one isn't, None otherwise."""
+  """Returns True if all verdicts are True, False if any is False, None otherwise."""
   return False if any(v is not None and not v for v in verdicts) else None if None in verdicts else True
 
 
@@ -406,7 +406,7 @@ def _choice(reading: Reading) -> str:
 
 
 def _is_time(reading: Ratio) -> bool:
-  """Whether it is written as a time of day is: 3:05."""
+  """Returns True if the ratio is written as a time of day is: 3:05."""
   return re.fullmatch(r'\d{1,2}:[0-5]\d', ''.join(reading.tokens)) is not None
 
 

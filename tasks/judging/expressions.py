@@ -50,7 +50,7 @@ class Node(NamedTuple):
 
 
 def literal(token: str) -> Node:
-  """The number that a token holds, exactly. A decimal keeps its number of significant digits: 3.20e5 has 3."""
+  """Returns the number that a token holds, exactly. A decimal keeps its number of significant digits: 3.20e5 has 3."""
   whole, point, decimals, exponent = _LITERAL.fullmatch(token).groups()
   if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
     raise Unreadable('a number is too long')
@@ -60,7 +60,7 @@ def literal(token: str) -> Node:
 
 
 def parse(tokens: list[str]) -> Node:
-  """The tree of an expression. Raises Unreadable, or Unsupported for what math-verify may know."""
+  """Returns the tree of an expression. Raises Unreadable, or Unsupported for notation that math-verify may know."""
   parser = _Parser(tokens)
   node = parser.sum()
   if parser.at < len(tokens):
@@ -69,7 +69,7 @@ def parse(tokens: list[str]) -> Node:
 
 
 def walk(node: Node):
-  """Yields the node and all below it."""
+  """Yields the node and all nodes below it."""
   stack = [node]
   while stack:
     node = stack.pop()
@@ -78,7 +78,7 @@ def walk(node: Node):
 
 
 def symbols(node: Node) -> set[str]:
-  """The names of its variables."""
+  """Returns the names of the expression's variables."""
   return {n.args[0] for n in walk(node) if n.op == 'symbol'}
 
 
@@ -464,12 +464,12 @@ class _Parser:
 
 
 def substitute(node: Node, name: str, value: Node) -> Node:
-  """The expression with `value` for the variable `name`."""
+  """Returns the expression with `value` in place of the variable `name`."""
   if node.op == 'symbol':
     return value if node.args[0] == name else node
   return Node(node.op, tuple(substitute(arg, name, value) if isinstance(arg, Node) else arg for arg in node.args))
 
 
 def rename(node: Node, name: str, new: str) -> Node:
-  """The expression with the variable `name` called `new`."""
+  """Returns the expression with the variable `name` renamed to `new`."""
   return substitute(node, name, Node('symbol', (new,)))

@@ -112,12 +112,12 @@ _LEADING_DOLLAR = re.compile(r'\s*-?\s*\$\s*[\d.]')
 
 
 def is_word(token: str) -> bool:
-  """Whether the token is a word rather than mathematics."""
+  """Returns True if the token is a word rather than mathematics."""
   return token[:1] == "'" and len(token) > 1
 
 
 def is_number(token: str) -> bool:
-  """Whether the token is a number."""
+  """Returns True if the token is a number."""
   return token[0].isdigit() or (token[0] == '.' and len(token) > 1)
 
 
@@ -271,7 +271,7 @@ def _match_brackets(tokens: list[str]) -> None:
 
 
 def match_of(tokens: list[str], start: int) -> int:
-  """The index of the bracket that closes the one at `start`."""
+  """Returns the index of the bracket that closes the bracket at `start`."""
   depth = 0
   for i in range(start, len(tokens)):
     depth += (tokens[i] in OPENING) - (tokens[i] in CLOSING)
@@ -293,7 +293,7 @@ def at_top(tokens: list[str]) -> Iterator[int]:
 
 
 def split_at(tokens: list[str], places: list[int]) -> list[list[str]]:
-  """The parts of `tokens` between the tokens at `places`."""
+  """Returns the parts of `tokens` between the tokens at `places`."""
   edges = [-1, *places, len(tokens)]
   return [tokens[a + 1:b] for a, b in itertools.pairwise(edges)]
 

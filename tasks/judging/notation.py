@@ -247,7 +247,11 @@ class _Reader:
     return Ratio(tuple(tokens), tuple(expressions.parse(part) for part in split_at(tokens, places)))
 
   def _plus_minus(self, tokens: list[str]) -> Reading | None:
-    """2 ± 1 as the list of 2 + 1 and 2 - 1. Several signs are independent, unless one is ∓."""
+    """Reads 2 ± 1 as the list of 2 + 1 and 2 - 1.
+
+    With several ± signs all combinations are listed; if one of them is ∓, the signs are linked (all upper or all
+    lower).
+    """
     places = [i for i, t in enumerate(tokens) if t in (r'\pm', r'\mp')]
     if not places:
       return None

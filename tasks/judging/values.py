@@ -30,7 +30,7 @@ class TooHard(Exception):
 
 
 def exact(node: Node) -> Fraction | None:
-  """The value of a rational expression without variables; None if it is something else or too large."""
+  """Returns the value of a rational expression without variables; None for other expressions and too large values."""
   op, args = node.op, node.args
   if op == 'number':
     return args[0]
@@ -100,9 +100,10 @@ def _exact_call(name: str, *values: Fraction) -> Fraction | None:
 
 
 def equal(a: Node, b: Node) -> bool:
-  """Whether the two have the same value wherever their variables lie. Raises TooHard where no value can be found.
+  """Returns True if both have the same value for all values of their variables. Raises TooHard if no value can be
+  found.
 
-  A logarithm without a base is natural or decimal, whichever makes them equal.
+  A logarithm without a base is taken as natural or decimal, whichever makes the two equal.
   """
   if a == b:
     return True
@@ -315,7 +316,7 @@ def rounds(value: Node, stated: Node) -> bool:
 
 
 def _terminates(node: Node) -> bool:
-  """Whether it is a number that decimals can write."""
+  """Returns True if decimals can write the number exactly."""
   value = exact(node)
   if value is None:
     return False
@@ -327,7 +328,7 @@ def _terminates(node: Node) -> bool:
 
 
 def factor(a: Node, b: Node):
-  """The constant c other than 0 with a = c·b everywhere; None if there is none. Raises TooHard."""
+  """Returns the constant c other than 0 with a = c·b everywhere; None if there is none. Raises TooHard."""
   mp = _mp()
   names = sorted(symbols(a) | symbols(b))
   ratios = []
