@@ -21,9 +21,9 @@ _PROMPT = ('You are an expert Python programmer, and here is your task: {} Your 
 
 
 def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
-  """The problems of the files, in order, each after the first `shots` worked ones of the file `examples`.
+  """Returns the problems of the files, in order, each after the first `shots` worked ones of the file `examples`.
 
-  Task.reference is what runs after the answer, Task.entry what before it. An example is not also asked.
+  Task.reference is the code that runs after the answer, Task.entry the code before it. An example is not also asked.
 
   Raises DataError, one line with file and line number.
   """

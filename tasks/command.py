@@ -52,14 +52,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """What a verifier is asked. Without a format the whole text is the final answer."""
+  """Returns the text and task for a verifier. Without a format the whole text is the final answer."""
   text = answer if answer_format else f'{ANSWER_MARK}{answer}'
   lines = 1 if answer_format else 0
   return text, Task('', '', '', gold, 'math', answer_format or 'line', answer_lines=lines)
 
 
 def _read(path: str) -> list[tuple[str, str, str]]:
-  """(gold, answer, known verdict or '') of each line. Raises UserError, one line that names file and line."""
+  """Returns (gold, answer, known verdict or '') of each line. Raises UserError, one line that names file and line."""
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
   except (OSError, UnicodeDecodeError) as error:
@@ -93,7 +93,7 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """The counts of verdicts, by what they should be where that is known."""
+  """Returns the counts of verdicts, grouped by the known verdicts if there are any."""
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')
   lines = [f'{"":16}' + ''.join(f'{"judged " + name:>18}' for name in names)]

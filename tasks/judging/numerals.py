@@ -21,7 +21,7 @@ _WRAPPED = (
 
 
 def is_numeral(text: str) -> bool:
-  """Whether `text` has the looks of a plain number, so that the rules can be applied to it here."""
+  """Returns True if `text` looks like a plain number, so that the rules can be applied to it in this process."""
   return 0 < len(text) <= _MAX_CHARS and _NUMERAL.fullmatch(text) is not None and any(c.isdigit() for c in text)
 
 
@@ -55,7 +55,7 @@ def plain(text: str) -> str:
 
 
 def _is_one_group(inside: str, left: str) -> bool:
-  """Whether the delimiters at both ends belong to each other."""
+  """Returns True if the delimiters at both ends belong to each other."""
   if left[-1] != '{':
     return left not in inside
   depth = 0

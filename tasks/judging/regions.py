@@ -87,6 +87,6 @@ def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
 
 
 def _variable(side: Reading | None) -> str:
-  """The variable that a side consists of; '' if it is anything else."""
+  """Returns the variable that a side consists of; '' if the side is anything else."""
   name = name_of(side) if isinstance(side, Value) and side.unit is None else None
   return name.key if name else ''

@@ -73,7 +73,7 @@ class Unit(NamedTuple):
 
   @property
   def is_generic(self) -> bool:
-    """Whether it says no more than that there is a unit, as in 'square units'."""
+    """Returns True if the unit says only that there is a unit, as in 'square units'."""
     return not self.dimensions
 
 

@@ -66,7 +66,7 @@ def number_in_words(words: list[str]) -> int | None:
 
 
 def names_empty_set(tokens: list[str]) -> bool:
-  """Whether the tokens are one of the names of the empty set."""
+  """Returns True if the tokens are one of the names of the empty set."""
   return tokens == [r'\{', r'\}'] or (r'\{' not in tokens and spelled(tokens) in EMPTY_SET)
 
 
@@ -89,7 +89,7 @@ def trim(tokens: list[str]) -> list[str]:
 
 
 def _wrapped(tokens: list[str]) -> bool:
-  """Whether the tokens are in braces, or in the asterisks of bold type, which are read as powers."""
+  """Returns True if the tokens are in braces, or in the asterisks of bold type, which are read as powers."""
   if tokens[0] == '{':
     return match_of(tokens, 0) == len(tokens) - 1
   return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
@@ -113,7 +113,7 @@ def _introduction(tokens: list[str]) -> int:
 
 
 def _conclusion(tokens: list[str]) -> int:
-  """How many tokens at the end say that this is the answer."""
+  """Returns the number of tokens at the end that say that this is the answer."""
   words = list(itertools.takewhile(lambda t: _word(t) in _FOLLOWING, reversed(tokens)))
   said = [_word(t) for t in words]
   concludes = said and said[-1] in ('is', 'are') and _CONCLUDED & set(said)
@@ -121,13 +121,13 @@ def _conclusion(tokens: list[str]) -> int:
 
 
 def is_plain_words(tokens: list[str]) -> bool:
-  """Whether the tokens are words and their punctuation, with no mathematics."""
+  """Returns True if the tokens are words and their punctuation, with no mathematics."""
   return any(is_word(t) for t in tokens) and all(
     is_word(t) or t in ('(', ')', '.', "'", '-', '"', '!', '?') for t in tokens)
 
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-  """Whether words are few and say no more than a name, a colour or a direction does."""
+  """Returns True if words are few and say no more than a name, a colour or a direction does."""
   words = [_word(t) for t in tokens if is_word(t)]
   return 0 < len(words) <= 6 and is_plain_words(list(tokens)) and not _EXPLAINING & set(words)
