@@ -53,8 +53,9 @@ _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ
 
 
 def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
-  """Samples the benchmarks in the comma-separated `names` for each checkpoint, and prints a table of the results. Samples
-  that are already stored are not drawn again.
+  """Samples the benchmarks in the comma-separated `names` for each checkpoint, and prints a table of the results.
+
+  Samples that are already stored are not drawn again.
 
   Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, each with a one-line message.
   """
@@ -191,7 +192,7 @@ class SampleFile:
     path: the path of the file.
     n: the number of samples per problem in the finished file.
     problems: the number of problems in the finished file.
-    missing: the problems that the file doesn't have yet.
+    missing: the indices of the problems that the file doesn't have yet.
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun):
