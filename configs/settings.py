@@ -304,7 +304,7 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default(key: str) -> Any:
-  """Returns the default of the setting with the dotted `key`, for a field of a dataclass."""
+  """Returns the default of the setting `key` (a dotted name), for use as the default of a dataclass field."""
   return _FLAT[key].default
 
 

@@ -220,8 +220,8 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 
 
 def plot(runs: Sequence[Run], path: str) -> None:
-  """Draws four panels. For pre-training runs: cross-entropy, entropy, and the difference of each from the first run. For
-  RL runs: reward, held-out problems, entropy and length.
+  """Draws four panels. For pre-training runs: cross-entropy, entropy, and the difference of each from the first run.
+  For RL runs: reward, held-out problems, entropy and length.
   """
   import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg

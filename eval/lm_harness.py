@@ -127,8 +127,8 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """Returns (log-probability of the continuation in nats, True if greedy decoding gives the continuation) per request,
-    in the order of `requests`.
+    """Returns (log-probability of the continuation in nats, True if greedy decoding gives the continuation) per
+    request, in the order of `requests`.
     """
     rows = []
     for name, context, continuation in requests:
@@ -161,7 +161,8 @@ class Betarank(TemplateLM):
   # Texts
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task says otherwise.
+    """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task says
+    otherwise.
 
     Each text is sampled up to EOS or max_gen_toks, and stop strings are searched for afterwards.
     """

@@ -3,7 +3,8 @@
     betarank eval paper --checkpoint=RUN [--all]
 
 Runs lm-evaluation-harness for the benchmarks of knowledge and logic, samples answers to the benchmarks of mathematics
-and code, skips benchmarks that already have results, and prints the table. The report shows the same table for all arms.
+and code, skips benchmarks that already have results, and prints the table. The report shows the same table for all
+arms.
 """
 
 import statistics

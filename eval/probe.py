@@ -121,7 +121,8 @@ def _read(path) -> dict[str, Any] | None:
 
 
 def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the numbers per token that figures are computed from: arrays [B, T], equal on every device, float32, in nats.
+  """Returns the numbers per token that figures are computed from: arrays [B, T], equal on every device, float32, in
+  nats.
 
   counts: True for positions that count; elsewhere all other values are arbitrary. target: the position's target token.
   logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats, with the `head_tokens` most probable
@@ -142,8 +143,8 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
   """Returns the figures of one domain, computed from its tokens in float64. Their names include the unit.
 
-  coverage[N] is the share of tokens with p(target) <= 1/N, for which N samples of the next token are expected to contain
-  the true token at most once. It is an upper bound of the token-level coverage profile of arXiv 2510.15020,
+  coverage[N] is the share of tokens with p(target) <= 1/N, for which N samples of the next token are expected to
+  contain the true token at most once. It is an upper bound of the token-level coverage profile of arXiv 2510.15020,
   P[p_data / p_model >= N], because p_data, which is unknown, is at most 1.
   """
   v = {name: np.asarray(x, np.float64) for name, x in values.items()}

@@ -70,8 +70,8 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
 
 
 def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, float]]:
-  """Returns (problem, sample number, (score, group, tokens, truncated)). Raises ValueError, naming the field, if a field
-  is missing or wrong.
+  """Returns (problem, sample number, (score, group, tokens, truncated)). Raises ValueError, naming the field, if a
+  field is missing or wrong.
   """
   for name in FIELDS:
     if name not in line:
@@ -102,9 +102,9 @@ def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
 
-  A tie gets the expected score of a fair draw among the tied answers, which is the mean of their scores. The score of an
-  answer is the share of its samples that were judged right; they may differ, because equivalence isn't quite transitive.
-  If no sample has an answer, the vote is wrong.
+  A tie gets the expected score of a fair draw among the tied answers, which is the mean of their scores. The score of
+  an answer is the share of its samples that were judged right; they may differ, because equivalence isn't quite
+  transitive. If no sample has an answer, the vote is wrong.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):
@@ -126,8 +126,8 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
 
       Pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=1..k} (n-c-i+1) / (n-i+1),   c of n right
 
-  The estimate is unbiased and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product has no large
-  binomials, and each factor is at most 1, so its relative error stays below k rounding errors.
+  The estimate is unbiased and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product has no
+  large binomials, and each factor is at most 1, so its relative error stays below k rounding errors.
   """
   n_P1 = np.sum(~np.isnan(score_PN), axis=-1, keepdims=True)
   c_P1 = np.nansum(score_PN, axis=-1, keepdims=True)

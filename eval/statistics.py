@@ -1,7 +1,7 @@
 """Computes intervals, p-values and their corrections: whether a difference is more than noise.
 
-Problems are a sample: the 30 problems of a benchmark are drawn from all problems that could have been asked. Seeds are a
-second sample, of two to five.
+Problems are a sample: the 30 problems of a benchmark are drawn from all problems that could have been asked. Seeds are
+a second sample, of two to five.
 
 **Over problems**: the symmetric studentised bootstrap, |t*| = |mean* - mean| / se*, on problems that are resampled.
 
@@ -20,8 +20,8 @@ Shares of ten problems, most of them never solved, are covered 96-99 % of the ti
 differences of ten problems 96 % on average, 90 % where a fifth of the problems gains 50 points, because one set in nine
 holds none of those. `python -m benchmarks.intervals` prints the table, `tests/eval/test_statistics.py` checks it.
 
-**Over seeds**: there are too few to resample. The noise that seeds add to the noise of the problems gets Student's t. The
-distances from the mean to both limits add in quadrature (MOVER, the method of variance estimates recovery; Zou and
+**Over seeds**: there are too few to resample. The noise that seeds add to the noise of the problems gets Student's t.
+The distances from the mean to both limits add in quadrature (MOVER, the method of variance estimates recovery; Zou and
 Donner, Statistics in Medicine 27, 2008). That covers 95-97.5 %. Adding the variances under one t with Satterthwaite's
 degrees of freedom is narrower, but falls to 92 % for three seeds and below 90 % for two.
 

@@ -1,4 +1,4 @@
-"""What each sample's reward is worth beside its siblings': ten-line pure functions, each with its source.
+"""Computes the advantage of each sample over its group: ten-line pure functions, each with its source.
 
 All take rewards_PG float32 and valid_PG bool: samples whose verdict is undecided are not valid. They count in
 no mean and get advantage 0; NaN in their place does no harm. A group whose valid rewards are all equal, or
