@@ -311,7 +311,7 @@ def default(key: str) -> Any:
 def role(key: str) -> str:
   """Returns the role of the dotted `key`, which may lie inside a setting that is a section (data.sources.main.uri).
 
-  Raises KeyError for a key that is no setting.
+  Raises KeyError if the key isn't a setting.
   """
   name = key
   while name not in _FLAT:
