@@ -173,7 +173,10 @@ class Recorder:
     self._pending = (step, sums)
 
   def catch_up(self) -> None:
-    """Waits for the last dispatched update and logs its figures. Raises TrainingError if a figure isn't finite."""
+    """Waits for the last dispatched update and logs its figures.
+
+    Raises TrainingError if the loss or the gradient norm isn't finite, or if a target isn't a token of the vocabulary.
+    """
     if self._pending is None:
       return
     (step, sums), self._pending = self._pending, None
