@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-  """A setting that can't be used."""
+  """The error for a setting that can't be used."""
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""From a command line to a config.
+"""Makes a config from a command line.
 
 A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; a resolved config is the JSON that every
 run writes to its workdir. Either can be passed as `--config`, and any value in it can be overridden:
@@ -73,7 +73,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def read(spec: str) -> ConfigDict:
-  """Returns the config at `spec` as it is there, not locked yet."""
+  """Returns the config at `spec` without overrides, not locked yet."""
   return _load_json(spec) if spec.endswith('.json') else _load_python(spec)
 
 
@@ -183,7 +183,7 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[st
 def override(config: ConfigDict, key: str, text: str) -> None:
   """Sets the dotted `key` to `text`, read as the type of its present value; a section takes JSON.
 
-  Raises ConfigError for a key that isn't there and for a value of another type.
+  Raises ConfigError if the config doesn't have the key, or if the value has another type.
   """
   *parents, leaf = key.split('.')
   section = config

@@ -1,4 +1,4 @@
-"""From a config section, which is a dictionary, to the frozen dataclass that code takes.
+"""Converts a config section, which is a dictionary, to the frozen dataclass that code takes.
 
     model = section(ModelConfig, config.model, 'model')
 """

@@ -304,14 +304,14 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default(key: str) -> Any:
-  """Returns the default of the setting with the dotted `key`, for a field of a dataclass."""
+  """Returns the default of the setting `key` (a dotted name), for use as the default of a dataclass field."""
   return _FLAT[key].default
 
 
 def role(key: str) -> str:
   """Returns the role of the dotted `key`, which may lie inside a setting that is a section (data.sources.main.uri).
 
-  Raises KeyError for a key that is no setting.
+  Raises KeyError if the key isn't a setting.
   """
   name = key
   while name not in _FLAT:

@@ -1,1 +1,3 @@
-"""What an objective did to a model: the distribution over tokens, samples on benchmarks, and the report on both."""
+"""Evaluates what a training objective did to a model: its token distribution, its answers to benchmarks, and a report
+on both.
+"""

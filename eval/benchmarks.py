@@ -1,13 +1,13 @@
-"""Benchmarks: problems with checked answers, from jsonl files that the user brings, or any task of tasks/task_set.py.
+"""Opens benchmarks: problems with checked answers, from the user's jsonl files or from any task of tasks/task_set.py.
 
     --benchmark=amc23,math500                     a name of TABLE; its file lies in config.eval.sample.data_dir
-    --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; made-up problems are held-out ones
+    --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; generated problems come from the held-out split
     --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
     --benchmark=code:/path/to/mine.jsonl          programming problems, as HumanEval or MBPP has them (code_problems.py)
 
-A file whose sha256 is known must have it; other files are taken as they are, and every result says which file and
-which prompts it was made with. The paper gives worked examples before the questions of some benchmarks
-(arXiv 2512.22955, appendix); they are the first problems of a training set, `examples`.
+If TABLE lists a file's sha256, the file must match it; other files are not checked. Every result records hashes of the
+file and the prompts that it was made with. The paper puts worked examples before the questions of some benchmarks
+(arXiv 2512.22955, appendix); these few-shot examples are the first problems of the training set named in `examples`.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ class Entry:
   """A file of problems.
 
   Attributes:
-    file: its name in data_dir.
-    origin: where it comes from.
-    shots: worked examples that the paper puts before each question; 0 where it doesn't say.
-    answer_format: line | boxed, see tasks/answers.py; code, see tasks/code_problems.py.
-    examples: the file that examples come from.
-    sha256: of the file; '' if we don't know it.
+    file: the file's name in data_dir.
+    origin: the source of the file.
+    shots: the number of worked examples that the paper puts before each question; 0 if the paper doesn't say.
+    answer_format: 'line' or 'boxed' (see tasks/answers.py), or 'code' (see tasks/code_problems.py).
+    examples: the name of the file that the worked examples come from.
+    sha256: the file's sha256; '' if unknown.
   """
 
   file: str
@@ -83,17 +83,18 @@ TABLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """Problems to be asked.
+  """The problems of one benchmark, ready to be asked.
 
   Attributes:
-    name: as it was asked for.
-    folder: the name as part of a path.
-    tasks: in the order of the source.
-    data_sha256: of the prompts, references and verifiers: two results with the same one answer the same questions.
-    file_sha256: of the file they come from; '' if they are made up.
-    shots, answer_format: as used.
-    left_out: one line on the problems of the file that aren't asked, because no answer can be compared with theirs; ''
-      if there are none.
+    name: the name as the user gave it.
+    folder: the name in a form that can be part of a path.
+    tasks: the problems, in the order of their source.
+    data_sha256: the sha256 of prompts, references and verifiers. Two results with equal data_sha256 answer the same
+      questions.
+    file_sha256: the sha256 of the file of problems; '' for generated problems.
+    shots, answer_format: the values in use.
+    left_out: one line on the problems of the file that are left out because their answers can't be compared with any
+      other; '' if there are no such problems.
   """
 
   name: str
@@ -107,9 +108,10 @@ class Benchmark:
 
 
 def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
-  """The benchmark with the settings' prompt, shots and number of problems.
+  """Returns the benchmark `name`, with the prompt, worked examples and number of problems that the settings ask for.
 
-  Raises EvalError, ConfigError or DataError, one line: an unknown name, a missing file, one with another hash.
+  Raises EvalError, ConfigError or DataError, each with a one-line message, if the name is unknown, or if the file is
+  missing or has another hash than TABLE lists.
   """
   if ':' in name:
     entry, uri = Entry('', '', answer_format='line'), name
@@ -166,13 +168,15 @@ def _hash(content: bytes) -> str:
 
 
 def _sha256(pattern: str) -> str:
-  """Of one file its sha256, of several that of theirs."""
+  """Returns the sha256 of the file that matches `pattern`; for several files, the sha256 of their sha256s."""
   found = [_hash(epath.Path(path).read_bytes()) for path in formats.find(pattern)]
   return found[0] if len(found) == 1 else _hash(''.join(found).encode())
 
 
 def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> str:
-  """The first `shots` problems of the benchmark's training set, worked, each in the form that answers are asked in."""
+  """Returns the first `shots` problems of the benchmark's training set with their solutions, in the form in which the
+  prompt asks for answers.
+  """
   if not shots:
     return ''
   if not entry.examples:
@@ -201,7 +205,7 @@ def _examples_path(c: SampleConfig, entry: Entry, shots: int) -> str:
 
 
 def _worked(record: Mapping[str, Any], where: str) -> str:
-  """The steps of a solution: MATH's `solution`, or what GSM8K has before '####', without its calculator marks."""
+  """Returns the steps of a solution: MATH's `solution`, or GSM8K's text before '####' without its calculator marks."""
   solution = record.get('solution') or str(record.get('answer', '')).rsplit('####', 1)[0]
   if not isinstance(solution, str) or not solution.strip():
     raise DataError(f"{where}: no worked solution; an example needs one in 'solution', or before '####' in 'answer'")

@@ -20,15 +20,15 @@ from betarank.configs.load import check_places, flatten, read
 from betarank.eval.report.figures import STYLE, colour, dash, dodge
 from betarank.runtime.metrics import read_lines
 
-KINDS = {'train/pass_rate': 'RL', 'train/ce_nats': 'pre-training'}  # what a run logs -> what it is
+KINDS = {'train/pass_rate': 'RL', 'train/ce_nats': 'pre-training'}  # a metric that a run logs -> the kind of run
 VALIDATION = {'ce_nats': ('CE (nats)', '.4f'), 'bits_per_byte': ('bits/byte', '.4f'),
               'entropy_nats': ('entropy (nats)', '.4f'), 'tail_mass': ('tail mass', '.5f'),
               'rank1_accuracy': ('rank-1', '.4f')}
 DYNAMICS = {'pass_rate': ('reward', '.3f'), 'entropy_nats': ('entropy (nats)', '.3f'),
             'length_tokens': ('length', '.1f'), 'truncated_share': ('truncated', '.1%')}
-FIRST_AND_LAST = 10  # steps whose mean is the start or the end of an RL run
-WIDTH = 80  # columns where there is no terminal
-LABEL = 22  # characters of the longest name that stands in the table itself
+FIRST_AND_LAST = 10  # number of steps averaged to get the start or the end of an RL run
+WIDTH = 80  # columns, if there is no terminal
+LABEL = 22  # characters of the longest name that is printed in the table itself, not in the legend
 FORMATS = ('png', 'svg')
 
 
@@ -42,13 +42,13 @@ class Run:
   lines: Sequence[Mapping[str, Any]]
 
   def curve(self, key: str) -> dict[int, float]:
-    """Returns {step: value} of one figure, where it is a number."""
+    """Returns {step: value} of the metric `key`, without steps at which its value isn't a number."""
     return {line['step']: line[key] for line in self.lines
             if isinstance(line.get(key), int | float) and math.isfinite(line[key])}
 
 
 def read_run(path: str) -> Run:
-  """Returns the run in the workdir `path`. Raises ConfigError if there is none, or it hasn't finished a step."""
+  """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or it hasn't finished a step."""
   check_places({'WORKDIR': path}, '')
   root = epath.Path(path)
   if not (root / 'config.json').exists():
@@ -61,7 +61,7 @@ def read_run(path: str) -> Run:
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-  """Returns the runs in several workdirs. Raises ConfigError if they are not of one kind."""
+  """Returns the runs in several workdirs. Raises ConfigError if some are RL runs and some are pre-training runs."""
   runs = [read_run(path) for path in paths]
   other = next((run for run in runs if run.kind != runs[0].kind), None)
   if other:
@@ -71,7 +71,9 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-  """Returns the settings in which each run differs from any other, 'beta=-0.25, seed=1'; a lone run's path."""
+  """Returns a name per run: the settings that aren't the same in all runs, 'beta=-0.25, seed=1'. A single run is named
+  by its path.
+  """
   keys = sorted({key for run in runs for key in run.config if key != 'data.dir'
                  and any(run.config.get(key) != other.config.get(key) for other in runs)})
   starts = [str(run.config.get('train.init_from')).strip('/').split('/') for run in runs]
@@ -102,7 +104,7 @@ def report(runs: Sequence[Run], width: int) -> str:
 
 
 def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
-  """The figures that decide: is cross-entropy equal, and is entropy not? Each row is of one validation."""
+  """Returns the rows that show if the runs have equal cross-entropy but different entropy, one validation per row."""
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
     found = {source: last_validation(run, source) for source in _sources(run)} or {'': {}}
@@ -125,7 +127,9 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def last_validation(run: Run, source: str) -> dict[str, float]:
-  """Returns the step and the figures of the newest validation of a source, all from one line; {} if there is none."""
+  """Returns the step and the figures of the newest validation of `source`, all from one line of metrics.jsonl, or {} if
+  `source` was never validated.
+  """
   start = f'eval/{source}/'
   for line in reversed(run.lines):
     if f'{start}ce_nats' in line:
@@ -140,7 +144,7 @@ def _sources(run: Run) -> list[str]:
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
-  """Start -> end of each figure."""
+  """Returns the rows for RL runs: each figure at the start and at the end of the run, as 'start -> end'."""
   held_out = sorted({key for run in runs for key in evaluations(run)})
   rows, notes = [], []
   for label, run in zip(labels, runs):
@@ -158,7 +162,7 @@ def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def evaluations(run: Run) -> dict[str, dict[int, tuple[float, float]]]:
-  """Returns {'held_out Avg@16': {step: (mean, standard error or NaN)}} of what was evaluated during RL."""
+  """Returns the evaluations that were made during RL, as {'held_out Avg@16': {step: (mean, standard error or NaN)}}."""
   found = {}
   for key in sorted({key for line in run.lines for key in line if key.startswith('eval/') and '/avg_at_' in key}):
     _, subject, name = key.split('/', 2)
@@ -183,12 +187,12 @@ def _arrow(start: str, end: str) -> str:
 
 
 def _median(curve: Mapping[int, float]) -> str:
-  """The median over steps: compiling and a busy machine make outliers."""
+  """Returns the median over steps, because compilation and a busy machine cause outliers."""
   return f'{statistics.median(curve.values()):,.0f}' if curve else '-'
 
 
 def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-  """Returns the lines of a table. What doesn't fit into `width` continues below, with the first column again.
+  """Returns the lines of a table. Columns that don't fit into `width` continue below, after a copy of the first column.
 
   Titles wrap between words; a cell is never cut.
   """
@@ -216,8 +220,8 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 
 
 def plot(runs: Sequence[Run], path: str) -> None:
-  """Draws four panels: of pre-training cross-entropy and entropy, and their differences from the first run; of RL
-  reward, held-out problems, entropy and length.
+  """Draws four panels. For pre-training runs: cross-entropy, entropy, and the difference of each from the first run.
+  For RL runs: reward, held-out problems, entropy and length.
   """
   import matplotlib
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -263,10 +267,11 @@ def _draw_rl(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
 
 def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int, float]], window: Callable[[int], int],
           first: float = 0.1, least: float = 0.0) -> None:
-  """Draws a smoothed line per run, and says so below it.
+  """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
-  window(steps): of how many steps a point is the mean. first: share of the points that don't decide the axis, as the
-  first fall of a loss would flatten all that matters. least: height of the axis at least, as a share of the values.
+  window(steps): the number of steps that each point averages. first: the share of points, from the start, that the
+  range of the y axis ignores, because the first fall of a loss would flatten the rest of the curve. least: the smallest
+  height of the y axis, as a share of the values.
   """
   size, settled = window(max(map(len, curves))), []
   for i, (label, curve) in enumerate(zip(labels, curves)):

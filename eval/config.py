@@ -1,4 +1,4 @@
-"""What is evaluated, and how: a checkpoint of any stage, and section `eval` of a config."""
+"""Describes an evaluation: a checkpoint of any stage, and section `eval` of a config."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from betarank.train.sampler import SamplerConfig
 
 
 class EvalError(UserError):
-  """An evaluation that can't be done. One line that says why."""
+  """The error for an evaluation that can't be done. Its message is one line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: on which tokens."""
+  """Section `eval.probe`: which tokens the probe is computed on."""
 
   rows: int
   batch_size: int
@@ -46,7 +46,7 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """Section `eval.sample`: what is asked, and how answers are drawn and judged."""
+  """Section `eval.sample`: the problems to ask, and how answers are sampled and judged."""
 
   seed: int
   samples: int
@@ -93,9 +93,9 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalRun:
-  """All that an evaluation is told.
+  """All settings of an evaluation.
 
-  top_k: tokens in the head, where eval.probe.top_k is 0.
+  top_k: the number of tokens in the head, used if eval.probe.top_k is 0.
   """
 
   model: ModelConfig
@@ -110,10 +110,10 @@ class CheckpointRef:
   """A checkpoint to evaluate.
 
   Attributes:
-    path: the checkpoint.
-    run: the workdir it is from; results are written to its folder `eval`.
-    step: of the run.
-    meta: what the checkpoint says of itself (see `train.setup.lineage`).
+    path: the path of the checkpoint.
+    run: the workdir of its run. Results are written to the folder `eval` there.
+    step: the step of the run at which the checkpoint was saved.
+    meta: the checkpoint's own record of its origin (see `train.setup.lineage`).
   """
 
   path: epath.Path
@@ -122,15 +122,16 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """Returns what every result says of its origin."""
+    """Returns the origin of a result, as every result file records it."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns the checkpoint at `path`, or the newest of a workdir; with `every` all in the same folder, oldest first.
+  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir. With `every`: all checkpoints in the
+  same folder, oldest first.
 
-  Raises CheckpointError where there is none, or one is damaged.
+  Raises CheckpointError if there is no checkpoint, or if a checkpoint is damaged.
   """
   found = checkpoint.find(path)
   folder = found.parent
@@ -143,10 +144,10 @@ def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
 
 
 def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
-  """Returns the checkpoint's own config with section `eval`, still open to overrides.
+  """Returns the checkpoint's own config with section `eval` added, not locked yet, so that it can be overridden.
 
-  spec: a config whose sections `data` and `eval` replace the checkpoint's, so that runs on different data can be
-  evaluated on the same.
+  spec: a config whose sections `data` and `eval` replace the checkpoint's, so that runs trained on different data can
+  be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -157,7 +158,7 @@ def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
 
 
 def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
-  """Returns the checked evaluation. Raises ConfigError, one line that names the key."""
+  """Returns the checked evaluation. Raises ConfigError, with a one-line message that names the key."""
   run = EvalRun(
     model=section(ModelConfig, config.model, 'model'),
     data=section(DataConfig, config.data, 'data'),
@@ -179,26 +180,30 @@ def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
 
 
 def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
-  """Returns the mesh that config.train.mesh makes of the devices here. Raises ConfigError if it doesn't fit them, or
-  doesn't divide the model or the `rows` that config.`key` asks for.
+  """Returns the mesh that config.train.mesh describes, over all devices. Raises ConfigError if the mesh doesn't fit the
+  number of devices, or doesn't divide the model or the `rows` that config.`key` asks for.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
 
 def read_tokenizer(run: EvalRun, ref: CheckpointRef) -> data.Tokenizer:
-  """Returns the tokenizer. Raises DataError, or ConfigError for another one than the checkpoint was trained with."""
+  """Returns the tokenizer.
+
+  Raises DataError if the tokenizer can't be read, and ConfigError if it isn't the one that the checkpoint was trained
+  with.
+  """
   return setup.read_tokenizer(run.data.tokenizer_path, run.model, ref.meta)
 
 
 def restore(run: EvalRun, ref: CheckpointRef, mesh: Mesh) -> Any:
-  """Returns the checkpoint's parameters on `mesh`. Raises CheckpointError."""
+  """Returns the checkpoint's parameters on `mesh`. Raises CheckpointError if they can't be restored."""
   _, shapes, axes = model.abstract(run.model)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
   return checkpoint.restore_weights(ref.path, jax.tree.map(place, shapes, model.shardings(mesh, axes)))[0]
 
 
 def difference(before: Any, now: Any, keys: Sequence[str]) -> str:
-  """Returns '' if two JSON objects agree in `keys`, else a phrase on the first difference."""
+  """Returns '' if two JSON objects have equal values for `keys`, else a phrase that describes the first difference."""
   for key in keys:
     if before.get(key) != now.get(key):
       return f'{key} = {before.get(key)!r}, now {now.get(key)!r}'

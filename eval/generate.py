@@ -1,11 +1,11 @@
-"""Samples on benchmarks, judged and kept: every metric can be computed again, or another one, without sampling.
+"""Samples answers to benchmarks, judges and stores them, so that any metric can be computed later without sampling.
 
     RUN/eval/samples/BENCHMARK/STEP.json     settings and lineage, written before the first sample
-    RUN/eval/samples/BENCHMARK/STEP.jsonl    a line a sample, in whatever order problems were done
+    RUN/eval/samples/BENCHMARK/STEP.jsonl    one line per sample, in the order in which problems were finished
 
-A sample depends on the parameters, the prompt and (seed, benchmark, problem, sample number) alone. A problem's lines
-are written together once all its samples are judged; a run that is killed goes on with the problems that aren't
-there, and draws for them what it would have drawn.
+A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). A problem's lines are
+written together, once all its samples are judged. After a kill, the same command draws the samples of the missing
+problems, and they are the same samples as without the kill.
 """
 
 import collections
@@ -48,14 +48,16 @@ from betarank.train.sampler import Prompt, Sample, Sampler
 
 COMPARED = 16  # distinct wrong answers to a problem, the most frequent ones, that the verifier compares with each other
 _PROGRESS_S = 10.0
-_REMOTE_S = 60.0  # object stores can't append: the file is written whole, at most this often
-_MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # when sampling goes on
+_REMOTE_S = 60.0  # object stores can't append: the whole file is rewritten, at most once in so many seconds
+_MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ when sampling is resumed
 
 
 def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
-  """Samples the benchmarks in the comma-separated `names` for each checkpoint, from where that stands; ends in a table.
+  """Samples the benchmarks in the comma-separated `names` for each checkpoint, and prints a table of the results.
 
-  Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, one line.
+  Samples that are already stored are not drawn again.
+
+  Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, each with a one-line message.
   """
   c = run.eval.sample
   if not (names := [name for name in names.split(',') if name]):
@@ -69,7 +71,7 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
     if benchmark.left_out:
       print(f'{benchmark.name}: {benchmark.left_out}', flush=True)
   prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
-  # A jail is made only if there are programs to judge: not every system has what it takes.
+  # A jail is made only if there are programs to judge, because not every system can make one.
   jail = Jail(run.eval.code) if any(b.answer_format == 'code' for b in benchmarks) else None
   with jax.set_mesh(mesh), Verifier(c.verifier, jail) as verifier:
     samplers = {b.name: _sampler(run, prompts[b.name], tokenizer, mesh) for b in benchmarks}
@@ -88,13 +90,14 @@ def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) -> Sampler:
-  """With room for the longest prompt, rounded up so that few shapes are compiled."""
+  """Returns a sampler with room for the longest prompt, rounded up so that few shapes are compiled."""
   longest = max(len(prompt.tokens) for prompt in prompts)
   return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
-  """Draws, judges and writes what the file doesn't have. Groups are judged while the device draws on."""
+  """Draws, judges and writes the samples that the file lacks. The device draws the next groups while a group is judged.
+  """
   if not file.missing:
     print(f'{file.path}: all {file.problems} problems are there already', flush=True)
     return
@@ -119,7 +122,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
 
 
 def benchmark_key(name: str) -> int:
-  """The number that stands for a benchmark in random keys, where RL has its step."""
+  """Returns the number that represents a benchmark in random keys, in the position where RL uses its step."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -127,7 +130,7 @@ def benchmark_key(name: str) -> int:
 
 
 def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
-  """The lines of one problem's samples, as they are written."""
+  """Returns the lines of one problem's samples, as they are written to the file."""
   texts = [tokenizer.decode(s.tokens[:-1] if s.finish == 'eos' else s.tokens) for s in group]
   answers = [final_answer(text, task) for text in texts]
   verdicts = verifier.verify([(text, task) for text in texts])
@@ -142,11 +145,12 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
 def answer_classes(
   answers: Sequence[str | None], verdicts: Sequence[Verdict], task: Task, verifier: Verifier
 ) -> list[int]:
-  """Which answers to one problem are the same answer, numbered by first appearance; -1: no answer.
+  """Returns a class number per answer: equal answers to the problem get the same number. Classes are numbered by first
+  appearance; -1 means that the sample has no answer.
 
-  Equal texts (and, for mathematics, equal plain texts or exact numbers) are one answer. For mathematics so are all
-  right ones, and wrong ones of which the verifier says that one would be right if the other were the reference; of
-  these only the COMPARED most frequent ones are compared, because there are as many pairs as that squared.
+  Equal texts are one answer. For mathematics, answers are also equal in three other cases: their plain texts or exact
+  numbers are equal; both are right; both are wrong, but the verifier accepts one with the other as reference. The
+  verifier compares only the COMPARED most frequent wrong answers, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
@@ -157,7 +161,7 @@ def answer_classes(
     counts = collections.Counter(key for key in keys if key is not None and key not in right)
     wrong = [key for key, _ in counts.most_common(COMPARED)]
     pairs = [(j, i) for j in range(len(wrong)) for i in range(j)]
-    both_ways = [*pairs, *((i, j) for j, i in pairs)]  # an answer may leave out what a reference mustn't
+    both_ways = [*pairs, *((i, j) for j, i in pairs)]  # not symmetric: an answer may omit parts that a reference needs
     alike = verifier.verify([_compared(text_of[wrong[j]], text_of[wrong[i]], task) for j, i in both_ways])
     for (j, i), *verdicts in zip(pairs, alike, alike[len(pairs):]):
       if Verdict.RIGHT in verdicts and home[wrong[j]] == wrong[j] and home[wrong[i]] == wrong[i]:
@@ -174,7 +178,7 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """What to ask the verifier to hear whether two answers are the same."""
+  """Returns the (answer, task) to give to the verifier so that its verdict tells if two answers are the same."""
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -182,13 +186,19 @@ def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
 
 
 class SampleFile:
-  """The samples of one checkpoint on one benchmark.
+  """The file with the samples of one checkpoint on one benchmark.
 
-  Attributes: path; n and problems, how many there are to be; missing: problems that aren't there yet.
+  Attributes:
+    path: the path of the file.
+    n: the number of samples per problem in the finished file.
+    problems: the number of problems in the finished file.
+    missing: the indices of the problems that the file doesn't have yet.
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun):
-    """Takes up what is there, or begins. Raises EvalError if that was made with other settings."""
+    """Opens an existing file to continue it, or creates one. Raises EvalError if an existing file was made with other
+    settings.
+    """
     c = run.eval.sample
     folder = subject.run / 'eval' / 'samples' / benchmark.folder
     self.path, self.n, self.problems = folder / f'{subject.step}.jsonl', c.samples, len(benchmark.tasks)
@@ -219,9 +229,10 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> str:
-    """Finds out what is missing, drops what a kill left unfinished, and returns the text of the rest (remote only).
+    """Finds the missing problems, and removes lines that a killed process left incomplete. Returns the text of the
+    remaining lines if the file is remote.
 
-    Goes through the file line by line: it may be larger than memory.
+    Reads the file line by line, because it may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():
@@ -242,7 +253,7 @@ class SampleFile:
     return self.path.read_text() if self._remote else ''
 
   def _lines(self) -> Iterator[tuple[bytes, int, int]]:
-    """(line, problem, sample) for those that were written to their end."""
+    """Yields (line, problem, sample) for each line that was completely written."""
     if not self.path.exists():
       return
     with self.path.open('rb') as file:
@@ -251,12 +262,12 @@ class SampleFile:
           line = json.loads(text) if text.isascii() and text.endswith(b'\n') else {}
           problem, sample = line['problem'], line['sample']
         except (ValueError, RecursionError, KeyError, TypeError):
-          continue  # cut short
+          continue  # an incomplete line
         if type(problem) is type(sample) is int and 0 <= problem < self.problems and 0 <= sample < self.n:
           yield text, problem, sample
 
   def append(self, lines: list[dict[str, Any]]) -> None:
-    """Writes a problem's lines, so that another reader finds them."""
+    """Appends a problem's lines to the file and flushes, so that other processes see them."""
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     if self._remote:
       self._text += text
@@ -277,7 +288,7 @@ class SampleFile:
 
 
 def print_table(files: Sequence[SampleFile]) -> None:
-  """What the samples say, in percent, with 95 % intervals over problems."""
+  """Prints the metrics of the samples in percent, with 95 % intervals over problems."""
   n = max(file.n for file in files)
   ks = [k for k in (4, 16, 64) if k <= n]
   titles = ('step', 'benchmark', 'problems', f'Avg@{n}', f'Cons@{n}', *(f'Pass@{k}' for k in ks), 'answers', 'tokens',
@@ -307,7 +318,7 @@ def _percent(values_P: np.ndarray) -> str:
 
 
 class _Progress:
-  """A line now and then for the person who waits."""
+  """Prints a progress line from time to time."""
 
   def __init__(self, file: SampleFile):
     self._file, self._start = file, time.monotonic()

@@ -1,12 +1,12 @@
-"""lm-evaluation-harness's tasks on our own scorer and sampler; no conversion to another format.
+"""Runs the tasks of lm-evaluation-harness on our own scorer and sampler, without conversion to another format.
 
     betarank eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
     lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
 
-What goes in and how it is cut is as in the harness's own model for Hugging Face, `hf`, so that the same weights give
-the same numbers there: BOS first, a context's trailing spaces count as the continuation's, what is too long loses its
-beginning, rolling windows don't overlap. That includes its habit of asking, in rolling likelihoods of a tokenizer with
-BOS, for the probability of a BOS after BOS.
+Inputs are built and truncated as by `hf`, the harness's own model for Hugging Face, so that equal weights give equal
+numbers in both: BOS comes first, the trailing spaces of a context belong to the continuation, texts that are too long
+lose their beginning, and rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS
+includes the probability of a BOS after BOS.
 
 # B rows  T tokens
 """
@@ -47,31 +47,34 @@ from betarank.model.sharding import constrain
 from betarank.train import score
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
-_SHORTEST = 64  # rows are padded to this times a power of two, so that few shapes are compiled
-_DEFAULT_NEW_TOKENS = 256  # the harness's
-_Request = tuple[Any, list[int], list[int]]  # what it is called, context and continuation as tokens
+_SHORTEST = 64  # tokens; rows are padded to this times a power of two, so that few shapes are compiled
+_DEFAULT_NEW_TOKENS = 256  # the harness's own default
+_Request = tuple[Any, list[int], list[int]]  # the request's name, its context and continuation as tokens
 
 
 @register_model('betarank')
 class Betarank(TemplateLM):
-  """A checkpoint, as the harness wants it.
+  """A checkpoint with the interface of the harness's models.
 
-  Attributes: max_length, the most tokens that are looked at; by default as many as it was trained on.
+  Attributes:
+    max_length: the maximum sequence length in tokens; by default the training length.
   """
 
   def __init__(
     self, checkpoint: str | CheckpointRef, run: EvalRun | None = None, *, max_length: int = 0,
     batch_size: int | None = None, device: str | None = None, max_batch_size: int | None = None, **settings: Any,
   ):
-    """
+    """Loads the checkpoint.
+
     Args:
       checkpoint: a workdir or a checkpoint.
-      run: how it is evaluated; left out, the checkpoint's own config with `settings` ({'eval.probe.rows': 8}) in it.
-      max_length: tokens; 0 for what it was trained on.
-      batch_size: rows at once; left out, eval.probe.batch_size.
-      device, max_batch_size: the harness passes them; the mesh decides.
+      run: the evaluation config. Default: the checkpoint's own config, overridden by `settings` (e.g.
+        {'eval.probe.rows': 8}).
+      max_length: the maximum sequence length in tokens; 0 means the training length.
+      batch_size: rows per forward pass. Default: eval.probe.batch_size.
+      device, max_batch_size: accepted because the harness passes them, but ignored.
 
-    Raises ConfigError, DataError, EvalError or CheckpointError, one line.
+    Raises ConfigError, DataError, EvalError or CheckpointError, each with a one-line message.
     """
     super().__init__()
     subject = checkpoint if isinstance(checkpoint, CheckpointRef) else find_checkpoints(checkpoint)[-1]
@@ -124,7 +127,9 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """(log-probability of the continuation in nats, whether greedy decoding gives it), in order."""
+    """Returns (log-probability of the continuation in nats, True if greedy decoding gives the continuation) per
+    request, in the order of `requests`.
+    """
     rows = []
     for name, context, continuation in requests:
       if not context or not 0 < len(continuation) <= self.max_length:
@@ -149,16 +154,17 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """The next power of two times _SHORTEST, but no more than the longest row needs."""
+    """Returns `length` rounded up to _SHORTEST times a power of two, but no more than the longest row needs."""
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
 
   # Texts
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Texts up to the first stop string, greedy unless the task says otherwise.
+    """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task says
+    otherwise.
 
-    Sampling goes on to EOS or max_gen_toks; the stop strings are looked for afterwards.
+    Each text is sampled up to EOS or max_gen_toks, and stop strings are searched for afterwards.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):
@@ -173,7 +179,9 @@ class Betarank(TemplateLM):
     return texts
 
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
-    """(stop strings, settings of the sampler) from a task's generation_kwargs; its prompts have what room is left."""
+    """Returns (stop strings, settings of the sampler) for a task's generation_kwargs. Prompts may take the tokens of
+    max_length that the answer doesn't need.
+    """
     told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
     until, new = told.pop('until'), told.pop('max_gen_toks')
     temperature = float(told.pop('temperature', 0.0)) if told.pop('do_sample') else 0.0
@@ -200,7 +208,7 @@ class Betarank(TemplateLM):
 
 
 def trained_length(subject: CheckpointRef) -> int:
-  """The longest text that the checkpoint was trained on, in tokens."""
+  """Returns the length of the longest text that the checkpoint was trained on, in tokens."""
   config = subject.meta['config']
   longest = config['data']['sequence_length']
   if rl := config.get('rl'):
@@ -210,7 +218,7 @@ def trained_length(subject: CheckpointRef) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(log-probability of each next token, whether it is the most probable one), [B, T - 1] each."""
+  """Returns (log-probability of each next token, True if that token is the most probable one), [B, T - 1] each."""
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
   batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)
   stats, _ = score.token_stats(c, params, batch, top_k=1)
@@ -224,12 +232,14 @@ def harness(
   run: EvalRun, subjects: Sequence[CheckpointRef], tasks: str, *, num_fewshot: int | None, limit: int | None,
   include_path: str, max_length: int, say: Callable[..., None] = print,
 ) -> None:
-  """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint that has none yet, and prints the harness's table.
+  """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint without such a file, and prints the harness's table.
 
-  num_fewshot, limit (documents of each task): None leaves them to the task. include_path: a folder with tasks of one's
-  own; '' for none.
+  Args:
+    num_fewshot: the number of worked examples; None leaves it to the task.
+    limit: the number of documents per task; None leaves it to the task.
+    include_path: a folder with the user's own tasks; '' for none.
 
-  Raises ConfigError, DataError, EvalError or CheckpointError, one line.
+  Raises ConfigError, DataError, EvalError or CheckpointError, each with a one-line message.
   """
   if jax.process_count() > 1:
     raise EvalError('the harness runs in one process so far; its devices may be several')
@@ -246,7 +256,7 @@ def harness(
       say(f'{path}: is there already')
     else:
       todo.append((subject, path, settings))
-  manager = TaskManager(include_path=include_path or None) if todo else None  # it takes its time
+  manager = TaskManager(include_path=include_path or None) if todo else None  # creating a TaskManager is slow
   for subject, path, settings in todo:
     if unknown := [name for name in names if name not in manager.all_tasks]:
       raise EvalError(f'--tasks={unknown[0]}: no such task{errors.suggestion(unknown[0], manager.all_tasks)}')

@@ -1,9 +1,10 @@
-"""The paper's average of base models over 19 benchmarks (arXiv 2512.22955, section 6): one command, one table.
+"""Computes the paper's average of base models over 19 benchmarks (arXiv 2512.22955, section 6): one command, one table.
 
     betarank eval paper --checkpoint=RUN [--all]
 
-Runs lm-evaluation-harness for the benchmarks of knowledge and logic, samples answers to those of mathematics and code,
-skips what is done already, and prints the table. The report shows the same table for all arms.
+Runs lm-evaluation-harness for the benchmarks of knowledge and logic, samples answers to the benchmarks of mathematics
+and code, skips benchmarks that already have results, and prints the table. The report shows the same table for all
+arms.
 """
 
 import statistics
@@ -38,13 +39,13 @@ HARNESS_TASKS: dict[int | None, dict[str, str]] = {
       'commonsense_qa': 'commonsenseqa'},
 }
 SAMPLED = (*CATEGORIES['math'], *CATEGORIES['code'])  # by Pass@K
-K = 64  # of 128 samples
+K = 64  # K of Pass@K, computed from 128 samples
 
 
 def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
   """Returns the mean score of each category that has all its benchmarks, from {benchmark: score}.
 
-  Raises ValueError for a name that is none of the paper's benchmarks.
+  Raises ValueError if a name isn't one of the paper's benchmarks.
   """
   if unknown := sorted(set(scores) - set(BENCHMARKS)):
     raise ValueError(f'scores must be of the paper\'s {len(BENCHMARKS)} benchmarks; unknown: {", ".join(unknown)}')
@@ -55,8 +56,8 @@ def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
 def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
   """Returns {'knowledge', 'reasoning', 'overall'} from {category: score}, each category counting alike.
 
-  So overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. An average without
-  all its categories is left out. Raises ValueError for an unknown category.
+  Therefore overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. An average is
+  left out if one of its categories is missing. Raises ValueError if a category is unknown.
   """
   if unknown := sorted(set(categories) - set(CATEGORIES)):
     raise ValueError(f'scores must be of {", ".join(CATEGORIES)}; unknown: {", ".join(unknown)}')
@@ -67,7 +68,7 @@ def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
 
 
 def benchmark_scores(run: Run, step: int) -> dict[str, float]:
-  """Returns {benchmark: score in [0, 1]} of a checkpoint, as far as it has been evaluated."""
+  """Returns {benchmark: score in [0, 1]} of a checkpoint, for the benchmarks on which it has been evaluated."""
   harness = run.harness.get(step, {})
   scores = {name: harness[task]['score'] for tasks in HARNESS_TASKS.values() for task, name in tasks.items()
             if task in harness}
@@ -81,7 +82,7 @@ def benchmark_scores(run: Run, step: int) -> dict[str, float]:
 
 
 def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
-  """Returns how a benchmark was evaluated, which two scores must agree in to be compared."""
+  """Returns the settings that a benchmark was evaluated with. Two scores can be compared only if these are equal."""
   if benchmark in SAMPLED:
     found = run.sampled(benchmark, step)
     return {key: found[1].settings.get(key) for key in SAME_SETTINGS} if found else None
@@ -90,7 +91,7 @@ def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
 
 
 def newest_step(run: Run) -> int | None:
-  """Returns the newest step at which one of the paper's benchmarks was evaluated, None if there is none."""
+  """Returns the newest step at which one of the paper's benchmarks was evaluated, or None if there is no such step."""
   tasks = {task for group in HARNESS_TASKS.values() for task in group}
   steps = [step for step, found in run.harness.items() if tasks & found.keys()]
   steps += [step for name in SAMPLED for step in run.samples.get(name, {})]
@@ -120,13 +121,13 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | None, include_path: str,
              max_length: int) -> None:
-  """Evaluates checkpoints on all 19 benchmarks, as far as that isn't done yet, and prints the table.
+  """Evaluates checkpoints on those of the 19 benchmarks that have no results yet, and prints the table.
 
-  Args: as of lm_harness.harness. Raises UserError, one line.
+  The arguments are those of lm_harness.harness. Raises UserError, with a one-line message, if an evaluation fails.
   """
   from betarank.eval import benchmarks, generate, lm_harness
 
-  for name in SAMPLED:  # a missing file is known before hours of evaluation
+  for name in SAMPLED:  # reports a missing file before hours of evaluation, not after
     benchmarks.open_benchmark(name, run.eval.sample)
   for shots, tasks in HARNESS_TASKS.items():
     lm_harness.harness(run, subjects, ','.join(tasks), num_fewshot=shots, limit=limit, include_path=include_path,

@@ -1,9 +1,9 @@
-"""What a checkpoint thinks of a fixed set of tokens: how sure, how right, how spread out, per domain.
+"""Measures a checkpoint's predictions on a fixed set of tokens: confidence, accuracy and entropy, per domain.
 
-The tokens are the first rows of the validation split of each source (= domain): the same ones for every checkpoint
-whose sections `data` agree, and RUN/eval/probe/STEP.json says with a hash which ones they were. One forward pass
-gives a few numbers a token, from logits that exist a chunk at a time; every figure is then computed from those
-numbers in float64. A file is written whole or not at all, so a killed probe just starts that checkpoint again.
+The tokens are the first rows of the validation split of each source (= domain). They are the same for every checkpoint
+with an equal section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward pass gives a few numbers per
+token; its logits are computed in chunks and never exist all at once. Every figure is then computed from those numbers
+in float64. A file is written whole or not at all, so a probe that was killed repeats only the checkpoint in progress.
 
 # B rows  T tokens of a row  N tokens  D width  V vocabulary (of this device)
 """
@@ -29,7 +29,7 @@ from betarank.model.sharding import constrain
 from betarank.runtime import multihost
 from betarank.train import score
 
-HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
+HIGH_ENTROPY_SHARE = 0.2  # share of tokens, those at which reasoning branches (arXiv 2506.01939)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 COVERAGE_N = tuple(2**i for i in range(1, 15))
 ENTROPY_BINS = 40  # equal parts of [0, log V]
@@ -37,16 +37,16 @@ CONFIDENCE_BINS = 15  # equal parts of [0, 1], as is usual for ECE
 
 
 def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
-  """Writes RUN/eval/probe/STEP.json for each checkpoint that has none yet, and prints the main figures.
+  """Writes RUN/eval/probe/STEP.json for each checkpoint without such a file, and prints the main figures.
 
-  Raises ConfigError, DataError, CheckpointError or EvalError, one line.
+  Raises ConfigError, DataError, CheckpointError or EvalError, each with a one-line message.
   """
   c, settings = run.model, run.eval.probe
   head = min(settings.top_k or run.top_k, c.vocab_size)
   tokenizer = read_tokenizer(run, subjects[-1])
   mesh = make_mesh(run, 'eval.probe.batch_size', settings.batch_size)
   config = {**dataclasses.asdict(run.eval), 'probe': dataclasses.asdict(settings) | {'top_k': head}}
-  # What decides the figures; batch_size only says how they are worked out.
+  # The settings that determine the figures. batch_size isn't one of them: it only affects the computation.
   tokens = {name: _fingerprint(run, name) for name in run.data.sources}
   deciding = {'rows': settings.rows, 'top_k': head, 'tokens_sha256': tokens}
   paths = [subject.run / 'eval' / 'probe' / f'{subject.step}.json' for subject in subjects]
@@ -76,7 +76,7 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
 
 
 def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
-  """values(batch) of all the domain's batches, [N] each, the same in every process."""
+  """Returns values(batch) for all batches of the domain, concatenated: arrays [N], equal in every process."""
   size = run.eval.probe.batch_size
   placement = NamedSharding(mesh, model.spec('batch', 'length'))
   share = multihost.row_share(placement, size, run.data.sequence_length)
@@ -88,7 +88,9 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """The domain's rows, `batch_size` at a time, or this process's part of each; the tokens are the same for any size."""
+  """Yields the domain's rows in batches of `batch_size`, or this process's part of each batch. The tokens don't depend
+  on the batch size.
+  """
   rows, size = run.eval.probe.rows, run.eval.probe.batch_size
   local = size // processes
   found = data.validation_batches(run.data, name, batch_size=size, count=-(-rows // size), process_index=process,
@@ -99,7 +101,7 @@ def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> It
 
 
 def _fingerprint(run: EvalRun, name: str) -> str:
-  """sha256 of the domain's tokens as they lie in rows."""
+  """Returns the sha256 of the domain's tokens in their rows."""
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
@@ -115,15 +117,17 @@ def _read(path) -> dict[str, Any] | None:
     return None
 
 
-# On the device: a few numbers a token
+# On the device: a few numbers per token
 
 
 def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """What the figures are made of, [B, T] each, the same on every device; nats, float32.
+  """Returns the numbers per token that figures are computed from: arrays [B, T], equal on every device, float32, in
+  nats.
 
-  counts: whether the position is one to look at; where it isn't, all else is arbitrary. target: its token. logp,
-  entropy, rank, head_mass, tail_mass, valid: objectives.TokenStats, the head being the `head_tokens` most probable
-  tokens. top_logp: log-probability of the most probable token; gap: its lead over the second.
+  counts: True for positions that count; elsewhere all other values are arbitrary. target: the position's target token.
+  logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats, with the `head_tokens` most probable
+  tokens as the head. top_logp: the log-probability of the most probable token. gap: top_logp minus the log-probability
+  of the second most probable token.
   """
   stats, hidden_BTD = score.token_stats(c, params, batch, head_tokens)
   top_logp, gap = score.leading_two(c, params, hidden_BTD)
@@ -137,11 +141,11 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 
 
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
-  """The figures of one domain from its tokens, in float64; names carry the unit.
+  """Returns the figures of one domain, computed from its tokens in float64. Their names include the unit.
 
-  coverage[N] is the share of tokens with p(target) <= 1/N: N samples of the next token would not be expected to hold
-  the true one. It bounds the token-level coverage profile of arXiv 2510.15020, P[p_data / p_model >= N], from above,
-  because p_data, which nobody knows, is at most 1.
+  coverage[N] is the share of tokens with p(target) <= 1/N, for which N samples of the next token are expected to
+  contain the true token at most once. It is an upper bound of the token-level coverage profile of arXiv 2510.15020,
+  P[p_data / p_model >= N], because p_data, which is unknown, is at most 1.
   """
   v = {name: np.asarray(x, np.float64) for name, x in values.items()}
   surprise, entropy, right = -v['logp'], v['entropy'], v['rank'] == 0
@@ -171,12 +175,14 @@ def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: i
 
 
 def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
-  """Bin i holds edges[i] <= value < edges[i + 1]; the last one its upper edge too."""
+  """Returns a histogram. Bin i counts edges[i] <= value < edges[i + 1]; the last bin includes its upper edge."""
   return {'edges': edges, 'counts': np.histogram(values_N, edges)[0].tolist()}
 
 
 def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
-  """Mean probability of the most probable token, and how often it is the true one, by that probability."""
+  """Returns, per bin of the most probable token's probability, the mean of that probability and the share of tokens for
+  which the most probable token is the true one.
+  """
   edges_E = np.linspace(0, 1, CONFIDENCE_BINS + 1)
   bin_N = np.clip(np.digitize(confidence_N, edges_E) - 1, 0, CONFIDENCE_BINS - 1)
   counts_E = np.bincount(bin_N, minlength=CONFIDENCE_BINS)
@@ -186,7 +192,7 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """The line a person reads."""
+  """Returns a checkpoint's main figures as one line of text."""
   return (f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats  {f["bits_per_byte"]:.4f} bits/byte  entropy '
           f'{f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})  tail mass {f["tail_mass"]:.4f}  '
           f'gap {f["top_gap_nats"]:.3f}  ece {f["ece"]:.4f}  {f["tokens"]:,} tokens')

@@ -1,10 +1,11 @@
-"""What many samples a problem say: Avg@n, Cons@n, Pass@k, diversity, length. Pure NumPy; a value a problem.
+"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length. Pure NumPy.
 
-Everything is kept by problem, so that eval/statistics.py can resample problems and pair them between checkpoints.
+Every metric has one value per problem, so that eval/statistics.py can resample problems and pair them between
+checkpoints.
 
-Rules. An *undecided* sample (its verifier ran out of time) is as good as not drawn: it counts neither as right nor as
-wrong, and casts no vote. A sample *without an answer* is wrong and casts no vote. A problem for which nothing is left
-has NaN, which the statistics leave out and count.
+Rules. An *undecided* sample (its verifier ran out of time) is treated as if it had not been drawn: it counts neither as
+right nor as wrong, and casts no vote. A sample *without an answer* is wrong and casts no vote. A problem without any
+usable sample gets NaN; the statistics leave such problems out and report their number.
 
 # P problems  N samples  K = N, column k-1 is Pass@k
 """
@@ -21,21 +22,23 @@ VERDICTS = {'right': 1.0, 'wrong': 0.0, 'undecided': np.nan}
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  """The samples of one checkpoint on one benchmark. Rows are `problems`; a slot with no sample is NaN, group -1."""
+  """The samples of one checkpoint on one benchmark, one row per entry of `problems`. A missing sample has NaN and group
+  -1.
+  """
 
   problems: tuple[str, ...]
-  score_PN: np.ndarray  # float64: 1 right, 0 wrong, NaN undecided or not there
+  score_PN: np.ndarray  # float64: 1 right, 0 wrong, NaN undecided or missing
   group_PN: np.ndarray  # int64: equal answers share a number >= 0; -1 no answer
   tokens_PN: np.ndarray  # float64: length
-  truncated_PN: np.ndarray  # float64: 1 if the length limit ended it
+  truncated_PN: np.ndarray  # float64: 1 if the sample was cut off at the length limit
 
   @property
   def undecided(self) -> int:
-    """Samples that are there but have no verdict."""
+    """The number of samples that exist but have no verdict."""
     return int(np.sum(np.isnan(self.score_PN) & ~np.isnan(self.tokens_PN)))
 
   def metrics(self) -> dict[str, np.ndarray]:
-    """{'avg_at_n': [P], 'cons_at_n': [P], 'pass_at_k': [P, K], ...}, float64."""
+    """Returns {'avg_at_n': [P], 'cons_at_n': [P], 'pass_at_k': [P, K], ...}, float64."""
     return {
       'avg_at_n': avg_at_n(self.score_PN),
       'cons_at_n': cons_at_n(self.score_PN, self.group_PN),
@@ -48,9 +51,9 @@ class Samples:
 
 
 def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
-  """Samples from their stored lines (`problem`, `sample`, `verdict`, `group`, `tokens`, `finish`), in any order.
+  """Returns the samples in stored lines (`problem`, `sample`, `verdict`, `group`, `tokens`, `finish`), in any order.
 
-  Of two lines for one (problem, sample) the first counts. Raises ValueError as `parse` does.
+  Of two lines with the same (problem, sample), the first one counts. Raises ValueError if `parse` does.
   """
   by_problem: dict[str, dict[int, tuple[float, int, float, float]]] = {}
   for line in lines:
@@ -67,7 +70,9 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
 
 
 def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, float]]:
-  """(problem, sample number, (score, group, tokens, truncated)). Raises ValueError naming what is missing or wrong."""
+  """Returns (problem, sample number, (score, group, tokens, truncated)). Raises ValueError, naming the field, if a
+  field is missing or wrong.
+  """
   for name in FIELDS:
     if name not in line:
       raise ValueError(f'a sample has no {name!r}')
@@ -83,23 +88,23 @@ def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, f
 
 
 def mean(values_PN: np.ndarray) -> np.ndarray:
-  """[P]: the mean of what isn't NaN; NaN where nothing is left."""
+  """Returns [P]: the mean over values that aren't NaN, or NaN if all values of a problem are NaN."""
   there_PN = ~np.isnan(values_PN)
   total_P = np.sum(np.where(there_PN, values_PN, 0.0), axis=-1)
   return _divide(total_P, there_PN.sum(-1))
 
 
 def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
-  """[P]: the share of right samples; an unbiased estimate of Pass@1."""
+  """Returns [P]: the share of right samples, an unbiased estimate of Pass@1."""
   return mean(score_PN)
 
 
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
-  """[P]: is the answer that most samples give right? Source: majority voting, arXiv 2203.11171.
+  """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
 
-  Ties count with their expectation under a fair draw among the tied answers: the mean of their rightness. That of a
-  group is the share of its samples judged right (equivalence isn't quite transitive, so they may differ). Where no
-  sample has an answer the vote is wrong.
+  A tie gets the expected score of a fair draw among the tied answers, which is the mean of their scores. The score of
+  an answer is the share of its samples that were judged right; they may differ, because equivalence isn't quite
+  transitive. If no sample has an answer, the vote is wrong.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):
@@ -117,12 +122,12 @@ def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
 
 
 def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
-  """[P, K]: for every k <= n, the chance that k of a problem's n samples hold a right one; NaN for k > n.
+  """Returns [P, K]: for every k <= n, the chance that k of a problem's n samples include a right one; NaN for k > n.
 
       Pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=1..k} (n-c-i+1) / (n-i+1),   c of n right
 
-  Unbiased, from one set of samples (arXiv 2107.03374, equation 1). The product has no large binomials, and each factor
-  is at most 1, so its relative error stays below k rounding errors.
+  The estimate is unbiased and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product has no
+  large binomials, and each factor is at most 1, so its relative error stays below k rounding errors.
   """
   n_P1 = np.sum(~np.isnan(score_PN), axis=-1, keepdims=True)
   c_P1 = np.nansum(score_PN, axis=-1, keepdims=True)
@@ -133,14 +138,15 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
 
 
 def distinct_answers(group_PN: np.ndarray) -> np.ndarray:
-  """[P]: how many different answers the samples give. It grows with n, so compare equal n only."""
+  """Returns [P]: the number of different answers among the samples. It grows with n, so only compare equal n."""
   return np.array([len(np.unique(group_N[group_N >= 0])) for group_N in group_PN], dtype=np.float64)
 
 
 def answer_entropy(group_PN: np.ndarray) -> np.ndarray:
-  """[P]: entropy in nats of the empirical distribution of answers, samples without one left out; 0 without any.
+  """Returns [P]: the entropy in nats of the empirical distribution of answers. Samples without an answer are left out;
+  without any answer the entropy is 0.
 
-  The plug-in estimate: too low by about (distinct - 1) / 2n, so compare equal n only.
+  This is the plug-in estimate, which is too low by about (distinct - 1) / 2n, so only compare equal n.
   """
   out_P = np.zeros(len(group_PN))
   for p, group_N in enumerate(group_PN):

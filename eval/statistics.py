@@ -1,7 +1,7 @@
 """Computes intervals, p-values and their corrections: whether a difference is more than noise.
 
-Problems are a sample: the 30 of a benchmark are drawn from all that could have been asked. Seeds are a second sample,
-of two to five.
+Problems are a sample: the 30 problems of a benchmark are drawn from all problems that could have been asked. Seeds are
+a second sample, of two to five.
 
 **Over problems**: the symmetric studentised bootstrap, |t*| = |mean* - mean| / se*, on problems that are resampled.
 
@@ -10,17 +10,18 @@ of two to five.
   Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form,
   Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P): a set of P = 10 problems shows less skewness than there is.
-- No limit lies beyond Gaffke's bound, which holds for any distribution between two bounds, as far as is known: the mean
-  of the sorted values and one at the bound, with weights drawn from a flat Dirichlet distribution. It equals
-  Clopper and Pearson's for right-or-wrong scores, and is all there is where the problems are alike. Source: Gaffke,
-  Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv 1905.06208.
+- No limit lies beyond Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
+  quantile of the mean of the sorted values and one more value at the bound, with weights drawn from a flat Dirichlet
+  distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
+  have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
+  arXiv 1905.06208.
 
 Shares of ten problems, most of them never solved, are covered 96-99 % of the time and missed on both sides; paired
 differences of ten problems 96 % on average, 90 % where a fifth of the problems gains 50 points, because one set in nine
 holds none of those. `python -m benchmarks.intervals` prints the table, `tests/eval/test_statistics.py` checks it.
 
-**Over seeds**: there are too few to resample. What they add beyond the noise of the problems gets Student's t. The
-distances from the mean to both limits add in quadrature (MOVER, the method of variance estimates recovery; Zou and
+**Over seeds**: there are too few to resample. The noise that seeds add to the noise of the problems gets Student's t.
+The distances from the mean to both limits add in quadrature (MOVER, the method of variance estimates recovery; Zou and
 Donner, Statistics in Medicine 27, 2008). That covers 95-97.5 %. Adding the variances under one t with Satterthwaite's
 degrees of freedom is narrower, but falls to 92 % for three seeds and below 90 % for two.
 
@@ -39,7 +40,7 @@ from scipy.special import stdtr, stdtrit
 
 RESAMPLES = 10_000
 SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
-_CHUNK = 2_000_000  # resampled values held at once
+_CHUNK = 2_000_000  # resampled values in memory at the same time
 
 Bounds = tuple[float, float]
 Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - alpha interval
@@ -54,8 +55,8 @@ class Estimate:
   high: float
   p_value: float
   smallest_detectable: float  # a true distance from zero that would be detected with 80 % power
-  problems: int  # used
-  left_out: int  # problems without a value in some seed or arm
+  problems: int  # number of problems used
+  left_out: int  # number of problems without a value in some seed or arm
   seeds: int
 
   @property
@@ -69,8 +70,8 @@ def bootstrap_interval(
 ) -> Estimate:
   """Returns the mean of values [P], or [S, P] with one row per seed, and its interval; repeatable from `seed`.
 
-  bounds: what a value can be at least and at most. Problems that are NaN in any seed are left out. Raises ValueError
-  if none is left.
+  bounds: the smallest and the largest possible value. Problems that are NaN in any seed are left out. Raises ValueError
+  if no problem is left.
   """
   values_SP = np.atleast_2d(np.asarray(values, np.float64))
   kept_P = ~np.isnan(values_SP).any(0)
@@ -100,7 +101,7 @@ def bootstrap_interval(
 
 
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
-  """Gaffke's bounds for problems that all have the same value: nothing can be resampled."""
+  """Returns Gaffke's bounds for problems that all have the same value, which can't be resampled."""
   def limits(alpha: float) -> tuple[float, float]:
     unseen = 1 - (alpha / 2) ** (1 / problems)  # the largest share of problems that such a set may have missed
     return mean - unseen * (mean - bounds[0]), mean + unseen * (bounds[1] - mean)
@@ -109,7 +110,7 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """The studentised interval over problems, cut to Gaffke's bounds."""
+  """Returns the studentised interval over problems, cut to Gaffke's bounds."""
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
   t_B, low_B, high_B = [], [], []
@@ -146,7 +147,7 @@ def _rank(share: float, resamples: int) -> int:
 
 
 def _chunks(resamples: int, problems: int) -> list[int]:
-  """Sizes of the parts in which resamples are drawn."""
+  """Returns the sizes of the parts in which resamples are drawn."""
   size = max(1, _CHUNK // problems)
   return [min(size, resamples - start) for start in range(0, resamples, size)]
 
@@ -155,9 +156,9 @@ _IDENTITY = (lambda x: x, lambda x: np.ones_like(x), lambda x: x)
 
 
 def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callable]:
-  """(scale, its derivative, its inverse) for values between `bounds`.
+  """Returns (arcsine scale, its derivative, its inverse) for values between `bounds`.
 
-  The derivative has no end at a bound: it is taken 1/P of the range away from it at least.
+  The derivative is infinite at a bound, so it is evaluated at a distance of at least 1/P of the range from each bound.
   """
   start, width = bounds[0], bounds[1] - bounds[0]
   margin = min(1 / problems, 0.5)

@@ -1,4 +1,4 @@
-"""What each sample's reward is worth beside its siblings': ten-line pure functions, each with its source.
+"""Computes the advantage of each sample over its group: ten-line pure functions, each with its source.
 
 All take rewards_PG float32 and valid_PG bool: samples whose verdict is undecided are not valid. They count in
 no mean and get advantage 0; NaN in their place does no harm. A group whose valid rewards are all equal, or
@@ -41,7 +41,7 @@ def rloo(rewards_PG, valid_PG):
 
 
 def pass_at_k(rewards_PG, valid_PG, *, k=4):
-  """Advantage when the reward is that of k samples together: right if one of them is.
+  """Returns the advantage for the joint reward of k samples, which is right if at least one of the k samples is right.
 
       R = 1 - C(W, k) / C(n, k),  s = sqrt(R (1 - R))       W wrong ones of n: the mean and std of Pass@k
       right: A = (1 - R) / s      wrong: A = (1 - R - C(W-1, k-1) / C(n-1, k-1)) / s
@@ -81,7 +81,7 @@ ADVANTAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-  """Which advantage, and the knobs that some of them have."""
+  """The name of the advantage, and the parameters that some advantages have."""
 
   name: str = default('rl.advantage.name')
   ddof: int = default('rl.advantage.ddof')
@@ -100,7 +100,7 @@ class AdvantageConfig:
 
 
 def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-  """float32 [P, G] by `c`. Raises ValueError for shapes that aren't equal [P, G], and for G < 2 or G < k."""
+  """Returns float32 [P, G], as `c` says. Raises ValueError if the shapes aren't equal [P, G], or if G < 2 or G < k."""
   rewards_PG, valid_PG = jnp.asarray(rewards_PG, jnp.float32), jnp.asarray(valid_PG, bool)
   if rewards_PG.ndim != 2 or rewards_PG.shape != valid_PG.shape:
     raise ValueError(f'rewards and valid must both be [P, G], got {rewards_PG.shape} and {valid_PG.shape}')
@@ -114,17 +114,19 @@ def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -
 
 
 def has_reward_variance(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-  """bool [P]: the group's valid rewards differ. Dynamic sampling keeps such (DAPO, 2503.14476 sec. 3.2)."""
+  """Returns bool [P]: True if the group's valid rewards differ. Dynamic sampling keeps only these groups (DAPO,
+  arXiv 2503.14476 sec. 3.2).
+  """
   high_P = jnp.max(rewards_PG, -1, where=valid_PG, initial=-jnp.inf)
   low_P = jnp.min(rewards_PG, -1, where=valid_PG, initial=jnp.inf)
   return high_P > low_P
 
 
 def _centred(rewards_PG, valid_PG):
-  """(rewards less their group's mean, n [P, 1] float32); 0 where not valid, and in groups without signal.
+  """Returns (rewards minus their group's mean, n [P, 1] float32); 0 for invalid samples and groups without signal.
 
-  Those are set to 0 by comparing rewards: a mean of equal numbers need not round to that number, and dividing
-  what is left by a std of nearly nothing would make noise of size one.
+  Groups without signal are found by comparing rewards, because the mean of equal numbers can differ from them by
+  rounding, and dividing that difference by a std near 0 would make noise of size one.
   """
   n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
   mean_P1 = jnp.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / jnp.maximum(n_P1, 1)

@@ -26,7 +26,7 @@ ZERO_VARIANCE_GROUPS = ('auto', 'replace', 'keep')
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
-  """Section `rl`: what is asked, how answers are drawn and judged, and what is learned from them."""
+  """Section `rl`: the problems to ask, how answers are sampled and judged, and how the policy learns from them."""
 
   steps: int
   prompts_per_step: int
@@ -89,7 +89,7 @@ class RlConfig:
 
   @property
   def keeps_zero_variance(self) -> bool:
-    """Whether groups whose rewards don't vary are learned from, not replaced."""
+    """True if groups with equal rewards are learned from, and not replaced."""
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'
@@ -100,7 +100,7 @@ class RlConfig:
     return self.prompts_per_step // self.minibatches * self.group_size
 
   def reward_rule(self, step: int) -> RewardRule:
-    """Returns what an answer's length changes in step number `step`."""
+    """Returns the rule for rewards by answer length that applies in step number `step`."""
     return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:
@@ -117,7 +117,7 @@ class RlDataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-  """Section `train`: on which mesh, from where."""
+  """Section `train`: the mesh, and the checkpoint to start from."""
 
   mesh: MeshConfig
   init_from: str
@@ -125,7 +125,7 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlLogConfig:
-  """Section `log`: what is written, and how often."""
+  """Section `log`: the logs to write, and how often."""
 
   every_steps: int
   eval_every_steps: int
@@ -142,7 +142,7 @@ class RlLogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlRun:
-  """All that `betarank rl` is told, except for the workdir."""
+  """All settings of `betarank rl`, except for the workdir."""
 
   seed: int
   model: ModelConfig
@@ -165,7 +165,7 @@ class RlRun:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """{config key: (rows, microbatches)} of all that the mesh splits by rows."""
+    """{config key: (rows, microbatches)} for every batch whose rows the mesh splits."""
     return {'rl.prompts_per_step / rl.minibatches * rl.group_size': (self.rows, self.microbatches),
             'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
 
@@ -181,7 +181,7 @@ class RlRun:
 
   @property
   def sequence_length(self) -> int:
-    """Tokens per row of the longest phase's updates."""
+    """Tokens per row of an update, in the phase with the longest answers."""
     return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens)
 
   @property
@@ -195,5 +195,5 @@ class RlRun:
 
 
 def rl_run(config: ConfigDict) -> RlRun:
-  """Returns the checked run. Raises ConfigError, one line that names the key."""
+  """Returns the checked run. Raises ConfigError, with a one-line message that names the key, if a setting is bad."""
   return section(RlRun, config)

@@ -54,12 +54,12 @@ SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings
 
 
 class RlError(UserError):
-  """RL failed. One line that says at which step, and which checkpoint is good."""
+  """The error for failed RL. Its message is one line that names the step and the newest good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """What the functions of a step share; nothing here changes while a run lasts.
+  """The objects that the functions of a step share. None of them changes during a run.
 
   Attributes:
     samplers: one per phase.
@@ -266,7 +266,7 @@ def learn(
     chosen_BT = None
     if rl.loss.cov:
       chosen_BT = cov_tokens(rl.loss, jax.random.fold_in(key, m), old_logp_BT, b.advantages_B, b.counts_BT)
-    with jax.transfer_guard('disallow'):  # nothing may go to or from the host unnoticed
+    with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
       state, sums, entropy_BT = parts.update(
         state, b.batch, b.counts_BT, b.sampler_logp_BT, b.advantages_B, old_logp_BT if off_policy else None,
         ref_logp_BT, chosen_BT, b.choices_BTLk)

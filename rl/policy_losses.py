@@ -1,13 +1,13 @@
-"""Token losses of policy-gradient RL: arrays in, arrays out, and gradients through `logp_BT` alone.
+"""Computes token losses of policy-gradient RL: arrays in, arrays out, and gradients through `logp_BT` alone.
 
     token loss -> x truncated importance weight -> + KL -> (total, count) -> total / count of the whole batch
 
 Row b holds one sample; mask_BT is true at its sampled tokens, end of text included, and false at the prompt,
-at padding, and all along a row whose verdict is undecided. What stands in other places, NaN included, changes
+at padding, and all along a row whose verdict is undecided. Values outside the mask, NaN included, change
 neither loss nor gradient. All log-probabilities come from the one scorer (objectives.shaped_linear_loss), at
 the sampling temperature; everything here is float32 and in nats.
 
-Sums and counts are returned apart, to be divided once: then microbatches, padding and devices can't matter.
+Sums and counts are returned separately and divided once, so microbatches, padding and devices can't matter.
 """
 # B rows (samples)  T tokens
 
@@ -25,7 +25,7 @@ _MOST_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square i
 
 
 class TokenLoss(NamedTuple):
-  """[B, T] each, 0 or False where not masked in."""
+  """The loss of each token. Arrays are [B, T], and 0 or False outside the mask."""
 
   loss_BT: jax.Array  # float32, to be minimised
   ratio_BT: jax.Array  # float32, no gradient: pi / pi_old, of the whole sequence for gspo
@@ -81,7 +81,7 @@ POLICY_LOSSES = {'clip_higher': clip_higher, 'cispo': cispo, 'gspo': gspo}
 
 
 def _at_mask(mask_BT, *arrays):
-  """Zero outside the mask, before any arithmetic: NaN times 0 is NaN, in the gradient too."""
+  """Returns the arrays with 0 outside the mask. Needed before any arithmetic: NaN times 0 is NaN, also in gradients."""
   return tuple(jnp.where(mask_BT, jnp.asarray(array, jnp.float32), 0) for array in arrays)
 
 
@@ -107,7 +107,7 @@ def _token_loss(loss_BT, ratio_BT, clipped_BT, mask_BT):
 
 
 def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.0):
-  """min(pi_old / pi_sampler, cap) per token, float32 [B, T], detached, 0 outside the mask.
+  """Returns min(pi_old / pi_sampler, cap) per token, float32 [B, T], without a gradient, 0 outside the mask.
 
   The samples come from the sampler's distribution, which can differ numerically from the trainer's at equal
   weights. Source: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", F. Yao et al.
@@ -122,18 +122,18 @@ def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.
 
 
 def kl_k1(logp_BT, ref_logp_BT, mask_BT):
-  """d: unbiased, can be negative. Its gradient has mean 0: as a loss it is noise. For logging."""
+  """Returns d: unbiased, can be negative. Its gradient has mean 0, so it is noise as a loss. For logging."""
   logp_BT, ref_logp_BT = _at_mask(mask_BT, logp_BT, ref_logp_BT)
   return logp_BT - sg(ref_logp_BT)
 
 
 def kl_k2(logp_BT, ref_logp_BT, mask_BT):
-  """d^2 / 2: biased, but on-policy its gradient is that of KL(pi || ref). The one to use as a loss."""
+  """Returns d^2 / 2: biased, but on-policy its gradient is that of KL(pi || ref). Use this estimator as a loss."""
   return 0.5 * kl_k1(logp_BT, ref_logp_BT, mask_BT) ** 2
 
 
 def kl_k3(logp_BT, ref_logp_BT, mask_BT):
-  """exp(-d) - 1 + d: unbiased and >= 0, but its gradient is that of the other direction, KL(ref || pi)."""
+  """Returns exp(-d) - 1 + d: unbiased and >= 0, but its gradient is that of the other direction, KL(ref || pi)."""
   d_BT = kl_k1(logp_BT, ref_logp_BT, mask_BT)
   return jnp.expm1(-jnp.clip(d_BT, -_MOST_LOG_RATIO, _MOST_LOG_RATIO)) + d_BT
 
@@ -146,7 +146,7 @@ KL_ESTIMATORS = {'k1': kl_k1, 'k2': kl_k2, 'k3': kl_k3}
 
 
 def token_covariance(old_logp_BT, advantages_BT, mask_BT):
-  """(logp - mean logp) (A - mean A), means over all masked-in tokens; float32 [B, T], 0 elsewhere."""
+  """Returns (logp - mean logp) (A - mean A), with means over all tokens in the mask; float32 [B, T], 0 elsewhere."""
   logp_BT, advantages_BT = sg(_at_mask(mask_BT, old_logp_BT, advantages_BT))
   tokens = jnp.maximum(jnp.sum(mask_BT), 1)
   covariance_BT = (logp_BT - logp_BT.sum() / tokens) * (advantages_BT - advantages_BT.sum() / tokens)
@@ -154,7 +154,7 @@ def token_covariance(old_logp_BT, advantages_BT, mask_BT):
 
 
 def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4, low=1.0, high=5.0):
-  """bool [B, T]: tokens to take out of the gradient, drawn among those of covariance in (low, high).
+  """Returns bool [B, T]: tokens to remove from the gradient, drawn from the tokens with covariance in (low, high).
 
   noise_BT: float [B, T] in [0, 1), drawn by the caller from (seed, step, sample): the lowest ones are chosen.
   At most share of all tokens, but one if there is a candidate.
@@ -165,12 +165,12 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 
 
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
-  """bool [B, T]: the share of tokens of highest covariance, one at least, to be held by a KL penalty."""
+  """Returns bool [B, T]: the `share` of tokens with the highest covariance, at least one token, to get a KL penalty."""
   return _highest(token_covariance(old_logp_BT, advantages_BT, mask_BT), mask_BT, jnp.sum(mask_BT), share)
 
 
 def _highest(score_BT, candidates_BT, tokens, share):
-  """The max(1, floor(share * tokens)) candidates of highest score; ties at the last place all belong."""
+  """Returns the max(1, floor(share * tokens)) candidates of highest score, including all ties for the last place."""
   score_BT = jnp.where(candidates_BT, score_BT, -jnp.inf)
   k = jnp.maximum(jnp.floor(share * tokens).astype(jnp.int32), 1)
   return candidates_BT & (score_BT >= jnp.sort(score_BT.reshape(-1))[-k])
@@ -180,7 +180,7 @@ AGGREGATIONS = ('token_mean', 'sequence_mean', 'constant')
 
 
 def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
-  """(total, count): float32 sum and int32 count. Add both over microbatches, then divide once.
+  """Returns (total, count): float32 sum and int32 count. Add both over microbatches, then divide once.
 
     token_mean     every token of the batch weighs the same (DAPO, arXiv 2503.14476 sec. 3.3)
     sequence_mean  every sample weighs the same, its tokens 1 / length (GRPO; favours short right answers)
@@ -198,7 +198,7 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-  """Which loss, and its parameters. The defaults are the paper's where it gives them, else DAPO's."""
+  """The name of the loss and its parameters. The defaults are the paper's if it gives them, else DAPO's."""
 
   name: str = default('rl.loss.name')
   eps_low: float = default('rl.loss.eps_low')
@@ -248,7 +248,7 @@ def policy_loss(
   c: PolicyLossConfig, logp_BT, old_logp_BT, advantages_BT, mask_BT, *,
   sampler_logp_BT=None, ref_logp_BT=None, cov_tokens_BT=None,
 ):
-  """The whole loss by `c`, as (total, count, sums), see `aggregate` and `means`.
+  """Returns the whole loss that `c` describes, as (total, count, sums); see `aggregate` and `means`.
 
   Args:
     logp_BT: [B, T] float, log-probabilities that gradients flow through.
@@ -315,12 +315,12 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """The sums of two parts of a batch together; `_max` ones take the larger."""
+  """Returns the sums of two parts of a batch, added. Of sums named `_max` the larger one is returned."""
   return {name: jnp.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 
 def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:
-  """What is logged, from the sums of a whole batch: per token, scalar float32. Without tokens, all are 0."""
+  """Returns the figures to log, from the sums of a whole batch: per token, scalar float32. All are 0 without tokens."""
   tokens = jnp.maximum(sums['tokens'], 1)
   out = {'ratio_mean': sums['ratio'] / tokens, 'clip_fraction': sums['clipped'] / tokens}
   if 'gap' in sums:

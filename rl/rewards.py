@@ -1,4 +1,4 @@
-"""From verdicts to rewards: what a sample is worth, and whether a group teaches anything.
+"""Computes rewards from verdicts, and finds groups whose scores are all equal.
 
 A sample's score is 1 if its answer is right and 0 if it is wrong, or what the user's own reward function returned. The
 rules here add what its length is worth.
@@ -13,11 +13,11 @@ from betarank.train.sampler import Sample
 
 @dataclasses.dataclass(frozen=True)
 class RewardRule:
-  """What the length of an answer changes.
+  """The rule by which the length of an answer changes its reward.
 
   Attributes:
-    truncated_reward: what an answer is worth that the length limit cut off and that isn't right: 'zero', or 'masked' to
-      leave it out of the loss (overlong filtering).
+    truncated_reward: the treatment of a wrong answer that was cut off at the length limit: 'zero' for reward 0, or
+      'masked' to leave the answer out of the loss (overlong filtering).
     longest: the length limit, in tokens.
     overlong_buffer: the last so many tokens before the limit cost a soft penalty; 0 for none.
   """

@@ -1,4 +1,4 @@
-"""From prompts to graded groups to the arrays an update takes.
+"""Turns prompts into graded groups of samples, and groups into the arrays that an update takes.
 
 # P prompts  G samples of each  B = P·G rows  T tokens
 """
@@ -94,7 +94,9 @@ def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-  """What an update takes, [B, T]: rows in groups of G; empty rows fill up what dynamic sampling couldn't."""
+  """The arrays [B, T] that an update takes, with rows in groups of G. Empty rows replace groups that dynamic sampling
+  didn't find.
+  """
 
   batch: Batch
   completion_BT: np.ndarray  # bool: the target is a token that was drawn
@@ -126,5 +128,5 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: 
 
 
 def lengths(groups: list[Group]) -> Iterator[int]:
-  """Pairs each sample takes in a row."""
+  """Yields the number of (input, target) pairs that each sample takes in its row."""
   return (len(group.prompt) + len(sample.tokens) - 1 for group in groups for sample in group.samples)

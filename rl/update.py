@@ -1,4 +1,4 @@
-"""One policy-gradient update: rollouts and advantages in, new state out; a pure function, jitted.
+"""Builds one policy-gradient update: rollouts and advantages in, new state out; a pure function, jitted.
 
 # B rows  T tokens  L layers  k experts per token
 """

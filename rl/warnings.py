@@ -1,4 +1,4 @@
-"""What a person should be told while RL runs: pure functions of the steps' figures.
+"""Finds conditions that the user should be warned of while RL runs: pure functions of the steps' figures.
 
 The report's list of odd things has the same conditions.
 """

@@ -53,7 +53,7 @@ class Checkpoints:
     """Opens the folder of checkpoints, and creates it if needed.
 
     Args:
-      workdir: of the run.
+      workdir: the workdir of the run.
       config: how many checkpoints to keep.
       fallback: if the newest checkpoint is damaged, move it aside and continue with the newest good one.
 
@@ -83,7 +83,9 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
-    """Starts writing, and returns when the state may be donated. Raises CheckpointError, of an earlier write too."""
+    """Starts writing, and returns when the state may be donated. Raises CheckpointError if this or an earlier write
+    fails.
+    """
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
     self._saving = step

@@ -56,8 +56,8 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
   """Returns '' if the files in `folder` are as its manifest says, else 'FILE: what is wrong' for the first that isn't.
 
   Args:
-    folder: of the checkpoint.
-    item: check only the files of this one of ITEMS.
+    folder: the folder of the checkpoint.
+    item: the entry of ITEMS whose files are checked; '' for all entries.
     full: check the sha256 of all files, in a bucket too.
     share: (i, n): check all sizes, and part i of n equal parts of the content.
   """

@@ -157,7 +157,7 @@ class Log:
     """Opens the files, without the lines of steps after `step`.
 
     Args:
-      workdir: of the run.
+      workdir: the workdir of the run.
       step: the step to continue from.
       steps: the last step.
       every: steps between two lines on the screen.
@@ -186,7 +186,7 @@ class Log:
       self._progress.start()
 
   def say(self, text: str) -> None:
-    """Prints a line, above the live one."""
+    """Prints a line above the live status line."""
     if self._active:
       self._console.print(text, markup=False)
 

@@ -44,7 +44,9 @@ class _Connection:
     self._socket.sendall(f'{text}\n'.encode())
 
   def receive(self, timeout_s: float) -> str:
-    """Returns the next line, or '' if the other side has closed. Raises OSError, or TimeoutError, which is one."""
+    """Returns the next line, or '' if the other side has closed. Raises OSError if the connection fails, and
+    TimeoutError, a subclass of OSError, if no line comes in time.
+    """
     self._socket.settimeout(timeout_s)
     return self._reader.readline(1 << 20)
 
@@ -59,7 +61,7 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
   """Waits until all processes have come with the same fingerprint.
 
   Args:
-    info: of this process.
+    info: the position of this process in the job.
     fingerprint: values that must be equal in all processes.
     deadline_s: seconds until all must have come.
     refused: why process 0 can't start, if it can't. All processes then end with this reason.

@@ -34,8 +34,9 @@ class StopSignal:
     """Creates the context; the signals act as before until it is entered.
 
     Args:
-      processes: of the job. All of them must call with the same steps, and all get True at the same step when one of
-        them receives a signal. Several processes need jax.distributed, which carries the request to the others.
+      processes: the number of processes of the job. All of them must call this object after the same steps, and for all
+        of them it returns True at the same step, once any process has received a signal. Several processes need
+        jax.distributed, which carries the request from that process to the rest.
       before_exit: called in another thread before a second Ctrl-C ends the process, to end child processes.
     """
     self._processes, self._before_exit = processes, before_exit

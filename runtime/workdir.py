@@ -39,7 +39,9 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def _is_fixed(key: str, is_rl: bool) -> bool:
-  """Returns whether a run keeps this setting for life; a key that is no setting is someone's own, and does."""
+  """Returns True if a run can't change this setting. A key that isn't in configs/settings.py is the user's own, and
+  can't be changed either.
+  """
   if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
     return False
   try:
@@ -49,7 +51,7 @@ def _is_fixed(key: str, is_rl: bool) -> bool:
 
 
 def _default(key: str) -> Any:
-  """Returns the default of a setting, which is what a config from before there was the setting amounts to."""
+  """Returns the default of a setting. A config that is older than the setting counts as having this default."""
   try:
     return settings.default(key)
   except KeyError:

@@ -1,4 +1,4 @@
-"""A whole pre-training run as one frozen dataclass: every section of a config, checked."""
+"""Defines a whole pre-training run as one frozen dataclass with every section of a config, checked."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ SEEDS = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Section `train`: how much, how many rows at the same time, on which mesh, from where."""
+  """Section `train`: the token budget, rows per batch, mesh, and the checkpoint to start from."""
 
   tokens: int
   batch_size: int
@@ -39,7 +39,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """Section `log`: what is written, and how often."""
+  """Section `log`: the logs to write, and how often."""
 
   every_steps: int
   eval_every_steps: int
@@ -59,7 +59,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """All that `betarank train` is told, except for the workdir."""
+  """All settings of `betarank train`, except for the workdir."""
 
   seed: int
   model: ModelConfig
@@ -86,7 +86,7 @@ class RunConfig:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """{config key: (rows, microbatches)} of all that the mesh splits by rows."""
+    """{config key: (rows, microbatches)} for every batch whose rows the mesh splits."""
     return {'train.batch_size': (self.rows, self.microbatches)}
 
   @property

@@ -1,4 +1,4 @@
-"""Pre-training, top to bottom: build, restore, loop, close.
+"""Runs pre-training from top to bottom: build, restore, loop, close.
 
 Step n is dispatched before the figures of step n-1 are read, so the device never waits for the log.
 """
@@ -34,7 +34,7 @@ PROMPT_TOKENS = 12  # of a training row, which a logged text continues
 
 
 class TrainingError(UserError):
-  """Training failed. One line that says at which step, and which checkpoint is good."""
+  """The error for failed training. Its message is one line that names the step and the newest good checkpoint."""
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
@@ -86,7 +86,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         batch = next(feed)
       with profile.at(step):
         placed = feed.to_devices(batch)
-        with jax.transfer_guard('disallow'):  # nothing may go to or from the host unnoticed
+        with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
           state, sums = update(state, placed)
       recorder.dispatched(step, sums)
       checkpoints.check()
@@ -109,10 +109,10 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
 
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
-  """Raises ConfigError if the run in the workdir `root` has gone too far for the token budget of this config: beyond
-  its end, or into the decay of the learning rate by a smaller budget, which a larger one would undo.
+  """Raises ConfigError if the run in the workdir `root` has gone too far for the token budget of this config: it has
+  passed the budget's end, or its learning rate already decays under a smaller budget, which a larger budget would undo.
 
-  meta: of the newest checkpoint.
+  meta: the meta of the newest checkpoint.
   """
   steps = checkpoint.steps(root / 'checkpoints')
   if not steps:
@@ -132,7 +132,7 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
 
 
 class Feed(Iterator[data.Batch]):
-  """The batches of a run: this process's rows of each, and their way to the devices."""
+  """The batches of a run, as this process's rows of each batch, and their transfer to the devices."""
 
   def __init__(self, run: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None):
     self._placement, self._rows = NamedSharding(mesh, model.spec('batch', 'length')), run.rows
@@ -149,7 +149,7 @@ class Feed(Iterator[data.Batch]):
 
   @property
   def cursor(self) -> dict[str, Any]:
-    """What decides the next batch; JSON."""
+    """The JSON-serializable position that determines the next batch."""
     return self._batches.cursor
 
   def close(self) -> None:
@@ -168,12 +168,14 @@ class Recorder:
     self.last: dict[str, float] = {}  # figures of the newest step that was read
 
   def dispatched(self, step: int, sums: dict[str, jax.Array]) -> None:
-    """Takes the figures of the update that was just dispatched, and logs those of the one before."""
+    """Stores the figures of the update that was just dispatched, and logs the figures of the update before it."""
     self.catch_up()
     self._pending = (step, sums)
 
   def catch_up(self) -> None:
-    """Waits for the update that was dispatched last and logs its figures. Raises TrainingError if they are no numbers.
+    """Waits for the last dispatched update and logs its figures.
+
+    Raises TrainingError if the loss or the gradient norm isn't finite, or if a target isn't a token of the vocabulary.
     """
     if self._pending is None:
       return

@@ -1,4 +1,4 @@
-"""AdamW with a warmup-stable-decay schedule, and which parameters decay."""
+"""Builds AdamW with a warmup-stable-decay schedule, and selects the parameters that get weight decay."""
 
 import dataclasses
 from typing import Any
@@ -63,8 +63,8 @@ def decay_start(c: OptimizerConfig, steps: int) -> int:
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-  """Clip by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by `axes`, norms and
-  router biases, which have no gradient either, don't decay.
+  """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by
+  `axes`, norms and router biases get no weight decay. Router biases have no gradient either.
   """
   decays = jax.tree.map(lambda names: names[-1] not in ('norm', 'bias'), axes, is_leaf=lambda a: isinstance(a, tuple))
   return optax.chain(

@@ -72,7 +72,9 @@ class SamplerConfig:
 
 
 class Prompt(NamedTuple):
-  """What to continue. `id` (below 2^32) goes into the random keys; `max_new_tokens` lowers the setting's."""
+  """A prompt to sample continuations of. `id` (below 2^32) is folded into the random keys; `max_new_tokens` is a lower
+  limit for this prompt than the setting's.
+  """
 
   id: int
   tokens: Sequence[int]
@@ -100,7 +102,9 @@ class Sample(NamedTuple):
 
 
 def decode_param_axes(c: model.ModelConfig) -> Any:
-  """Logical axes of `decode_params`: as the model's, but whole along the width, and a list of those of each layer."""
+  """Returns the logical axes of `decode_params`: the model's axes, but unsharded along the width, and with layers as a
+  list.
+  """
   whole = lambda names: tuple(None if name == 'embed' else name for name in names)
   return jax.tree.map(
     lambda names: [whole(names[1:])] * c.layers if names[0] == 'layers' else whole(names), model.abstract(c)[2],
@@ -108,7 +112,9 @@ def decode_param_axes(c: model.ModelConfig) -> Any:
 
 
 def decode_params(c: model.ModelConfig, params: model.transformer.Params) -> Any:
-  """The sampler's copy: in the compute type, and each layer an array of its own, or each token would copy it again."""
+  """Returns the sampler's copy of the parameters, in the compute type. Each layer is a separate array, because slicing
+  stacked layers would copy them for every token.
+  """
   float32 = {'norm', 'router', 'bias'}
   cast = lambda x, names: x if float32 & set(names) else x.astype(c.dtype)
   return jax.tree.map(
@@ -256,7 +262,8 @@ class Sampler:
     return prompt.max_new_tokens or self.s.max_new_tokens
 
   def _prefill(self, weights, prompts, first):
-    """Caches of prompts[first] and the next ones, without their last token: decoding starts with that."""
+    """Returns caches of prompts[first] and the prompts after it, without their last tokens, which decoding starts with.
+    """
     some = [prompt.tokens[:-1] for prompt in prompts[first : first + self.prompts_at_once]]
     longest = max(map(len, some))
     bucket = min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), self.s.max_prompt_tokens)
@@ -269,7 +276,7 @@ class Sampler:
     return {first + f: (cache, f, choice_FPLk) for f in range(len(some))}
 
   def _insert(self, rows, prefilled, prompts, some, seed, step):
-    """Puts samples (row, prompt, index) into their rows; all come from one prefilled cache."""
+    """Writes samples (row, prompt, index) into their rows. All their prompts are in one prefilled cache."""
     cache = prefilled[some[0][1]][0]
     task = _Start(*np.zeros((6, INSERTED), np.uint32))
     task.row[:] = self.s.decode_batch_size  # out of range: nothing to put there
@@ -362,7 +369,7 @@ def _insert(rows, prompts, task, seed, step) -> _Rows:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(c, s, eos, weights, rows):
-  """Up to s.decode_steps tokens for every row that isn't done; fewer if none is left.
+  """Draws up to s.decode_steps tokens for every unfinished row, and stops early once all rows are finished.
 
   Returns the rows, and for the host (token_TR, logp_TR, count_R, choice_TRLk, which is None unless they are recorded);
   a row's tokens are the first ones of its column.
@@ -407,10 +414,11 @@ def _decode(c, s, eos, weights, rows):
 
 
 def _draw(s, z_RV, u_R2):
-  """Tokens and their log-probabilities from two uniform numbers each: one picks a block, one a token in it.
+  """Returns tokens and their log-probabilities. Each token is drawn with two uniform numbers: the first picks a block
+  of the vocabulary, the second a token in that block.
 
-  One number for each of the V tokens (Gumbel's way) takes 30 times as long on a CPU. Two also resolve a token down
-  to 2^-23 of its block, where one would to 2^-23 of the whole.
+  Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers resolve
+  probabilities down to 2^-23 of a block; a single number would resolve only 2^-23 of the whole distribution.
   """
   e_RV = jnp.exp(z_RV - z_RV.max(-1, keepdims=True))
   if s.temperature == 0 or s.top_k or s.top_p < 1:
@@ -430,13 +438,13 @@ def _draw(s, z_RV, u_R2):
 
 
 def _pick(mass_RN, u_R):
-  """Index drawn in proportion to mass >= 0; never one without mass, however the sums round."""
+  """Returns an index drawn in proportion to mass >= 0. An index with mass 0 is never drawn, however the sums round."""
   upto_RN = jnp.where(mass_RN > 0, jnp.cumsum(mass_RN, -1), 0)
   return jnp.argmax(upto_RN > u_R[:, None] * upto_RN.max(-1, keepdims=True), -1)
 
 
 def _kept(s, z_RV):
-  """[R, V] bool: what temperature 0, top_k and then top_p leave."""
+  """Returns bool [R, V]: the tokens that remain after temperature 0, top_k and then top_p."""
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))
   p_RK = jax.nn.softmax(value_RK)

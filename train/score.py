@@ -1,4 +1,4 @@
-"""Where model and objective meet. Everything that asks how likely a text is goes through here, so that pre-training,
+"""Connects model and objective. All code that needs the probability of a text calls this module, so that pre-training,
 validation, RL, the probe, the harness and the sampler can't disagree.
 
     total         the summed loss, for training

@@ -207,7 +207,7 @@ def _inherited(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer, tokenizer_path: str) -> dict[str, Any]:
-  """Returns what every checkpoint of a run says of its origin, besides its step and cursor."""
+  """Returns the record of a run's origin that every checkpoint holds in addition to its step and cursor."""
   return {
     'config': json.loads(to_json(config)),
     'parent': beginning.parent,
@@ -277,7 +277,7 @@ def short(n: float) -> str:
 
 
 class Due(NamedTuple):
-  """What has to follow a step."""
+  """The actions that must follow a step."""
 
   evaluate: bool
   save: bool
@@ -285,7 +285,7 @@ class Due(NamedTuple):
 
 
 def due(step: int, steps: int, *, stopping: bool, eval_every: int, save_every: int) -> Due:
-  """Returns what follows step number `step` of `steps`; the last step is evaluated and saved in any case."""
+  """Returns the actions after step number `step` of `steps`. The last step is always evaluated and saved."""
   final = step == steps
   return Due(final or step % eval_every == 0, final or stopping or step % save_every == 0, stopping and not final)
 

@@ -1,4 +1,4 @@
-"""One update of pre-training: (state, batch) -> (state, metrics), a pure function, jitted."""
+"""Builds one update of pre-training: (state, batch) -> (state, metrics), a pure function, jitted."""
 
 from collections.abc import Callable
 

@@ -45,7 +45,9 @@ def config(a: SimpleNamespace) -> ConfigDict:
 
 
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
-  """Adds one arm: every stage of the size for every seed, then a probe of the last checkpoint."""
+  """Adds one arm to the sweep: for every seed, all training stages of the model size, then a probe of the last
+  checkpoint.
+  """
   changed = {f'objective.{name}': value for name, value in objective.items()}
   for seed in range(a.seeds):
     point = ''

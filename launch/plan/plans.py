@@ -1,4 +1,4 @@
-"""A plan: what one compiled program needs and how long it takes on one topology; and the stage that plans add up to."""
+"""Plans the memory and time of each compiled program on one topology, and of the whole stage that the programs form."""
 
 import dataclasses
 import pathlib
@@ -94,7 +94,8 @@ def _out_of_memory(text: str) -> str:
 
 
 def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = ()) -> dict[str, Any]:
-  """Returns sizes, FLOPs and steps of the whole stage, and from the plans of its programs `seconds`: (least, most).
+  """Returns the sizes, FLOPs and number of steps of the whole stage. `seconds`, a (least, most) estimate of its time,
+  is computed from the plans of its programs.
 
   `seconds` is None without plans or if one of them doesn't fit.
   """
