@@ -74,7 +74,7 @@ def test_a_verdict_says_why():
   wrong = judge('(1,234)', '1234')
   assert (wrong.verdict, wrong.rule) == (Verdict.WRONG, 'one is several values, the other is one')
   assert judge('7', r'\frac{7').rule == 'the answer cannot be read: } is missing'
-  assert judge('10 \\text{ m/s}', '10 \\text{ km/h}').rule == 'different units: m / s and km / h'
+  assert judge('10 \\text{ m}', '10 \\text{ s}').rule == 'different units: m and s'
 
 
 @pytest.mark.parametrize('gold,why', [
