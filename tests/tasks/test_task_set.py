@@ -92,7 +92,7 @@ def test_a_gold_that_cannot_be_read_leaves_its_problem_out_for_every_answer(json
   ('reasoning:chain_sum?max_term=3', r"no option 'max_term'; did you mean max_terms\?"),
   ('reasoning:chain_sum?max_terms=1', 'max_terms must be >= min_terms'),
   ('reasoning:gsm_symbolic?level=1', 'level must be a whole number >= 0, of a task with a curriculum'),
-  ('reasoning:game_of_life_halting', 'not for RL'), ('tfds:no_such_set', "can't be opened"),
+  ('reasoning:game_of_life_halting', 'not for RL'), ('tfds:no_such_set', 'TFDS has no set of this name'),
 ])
 def test_sources_that_cannot_be_used(uri, message):
   with pytest.raises(DataError, match=message):
