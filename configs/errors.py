@@ -1,6 +1,8 @@
 """Errors for the person at the command line, and how an entry point shows them."""
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -32,9 +34,16 @@ def one_line(error: object) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-  """Runs an entry point; a UserError ends it with its message on one line and exit status 2."""
+  """Runs an entry point; a UserError ends it with its message on one line and exit status 2.
+
+  If the reader of its output goes away, as `head` does, it ends silently with status 141, as programs in C do.
+  """
   try:
     main()
+    sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more fails when Python closes it
+    sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     sys.exit(2)

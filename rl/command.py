@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
   from betarank.rl import loop  # only now that the config is known to be good: this starts JAX
   from betarank.runtime import job
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)
 
 

@@ -39,6 +39,7 @@ from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
+from betarank.tasks import task_set
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
@@ -80,6 +81,12 @@ class Parts:
   rows_by_token: NamedSharding
   rows: NamedSharding
   reference: Any
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns {what it is: path} for the files that all processes of a run must read with the same content."""
+  rl = rl_run(config).rl
+  return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from betarank.data import packing, reasoning
 from betarank.data.config import DataError
+from betarank.data.files import find
 from betarank.data.reasoning import question_hash
 from betarank.tasks import code_problems, records
 from betarank.tasks.answers import ANSWER_FORMATS
@@ -239,6 +240,12 @@ def _is_exact(task: str) -> bool:
   from reasoning_gym.factory import DATASETS
 
   return DATASETS[task][0].score_answer is ProceduralDataset.score_answer
+
+
+def files(uri: str) -> list[str]:
+  """Returns the paths of the files that `uri` reads, in order; none for generated problems and TFDS sets."""
+  kind, _, pattern = uri.partition(':')
+  return find(pattern) if kind in ('jsonl', 'code') else []
 
 
 def _literal(value: Any, uri: str) -> str:

@@ -19,5 +19,5 @@ def main(argv: Sequence[str]) -> None:
   from betarank.runtime import job  # only now that the config is known to be good: this starts JAX
   from betarank.train import loop
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)

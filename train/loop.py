@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
@@ -35,6 +36,13 @@ PROMPT_TOKENS = 12  # of a training row, which a logged text continues
 
 class TrainingError(UserError):
   """The error for failed training. Its message is one line that names the step and the newest good checkpoint."""
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns {what it is: path} for the files that all processes of a run must read with the same content."""
+  c = run_config(config).data
+  manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
+  return {'tokenizer': c.tokenizer_path, **manifests}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
