@@ -95,9 +95,10 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 
 
 def tokenizer(config: DataConfig) -> None:
-  """Prints, for each source, bytes per token on text that isn't in the sample, and how many tokens it never uses.
+  """Prints, for each source, bytes per token on text that the tokenizer wasn't trained on, and how many tokens are
+  never used.
 
-  A source that is in the sample as a whole is judged on the sample, which the line says.
+  If a source is entirely in the training sample, it is judged on the sample, and the line says so.
   """
   tokenizer, every = read(config), np.zeros(0, np.int64)
   share = prepare.sample_bytes(config) / len(config.sources)
