@@ -54,10 +54,13 @@ def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
-  """Returns {'knowledge', 'reasoning', 'overall'} from {category: score}, each category counting alike.
+  """Returns {'knowledge', 'reasoning', 'overall'} from {category: score}. All categories have the same weight.
 
   Therefore overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. An average is
-  left out if one of its categories is missing. Raises ValueError if a category is unknown.
+  left out if one of its categories is missing.
+
+  Raises:
+    ValueError: a category is unknown.
   """
   if unknown := sorted(set(categories) - set(CATEGORIES)):
     raise ValueError(f'scores must be of {", ".join(CATEGORIES)}; unknown: {", ".join(unknown)}')
