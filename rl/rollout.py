@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,8 +41,8 @@ class Group(NamedTuple):
 
 
 def graded_groups(
-  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: range, *, samples: int,
-  seed: int, step: int, long_prompts: str = 'refuse'
+  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: Sequence[int], *,
+  samples: int, seed: int, step: int, long_prompts: str = 'refuse'
 ) -> list[Group]:
   """Returns the groups of the prompts number `cursors` of the run, sampled and judged, in that order.
 
@@ -62,6 +62,7 @@ def graded_groups(
   drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
   score_PG = np.full((len(cursors), samples), -np.inf, np.float32)
   asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
+  row = {cursor: i for i, cursor in enumerate(cursors)}
   for n, drawn in enumerate(sampler(params, asked, samples=samples, seed=seed, step=step)):
     cursor = drawn[0].prompt_id
     task, tokens = prompts[cursor]
@@ -69,8 +70,8 @@ def graded_groups(
     drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
     if n % jax.process_count() == jax.process_index():
       grades = verifier.grade([(text, task) for text in texts])
-      verdict_PG[cursor - cursors.start] = [grade.verdict for grade in grades]
-      score_PG[cursor - cursors.start] = [grade.reward for grade in grades]
+      verdict_PG[row[cursor]] = [grade.verdict for grade in grades]
+      score_PG[row[cursor]] = [grade.reward for grade in grades]
   verdict_PG = multihost.max_over_processes(verdict_PG)
   score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
   score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)

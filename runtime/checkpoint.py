@@ -63,12 +63,12 @@ class Checkpoints:
     _suppress_background_tracebacks()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
+    self._kept = _Kept(config)
     _ensure_newest_is_valid(self.path, fallback)
     self._manager = ocp.CheckpointManager(
       absolute(self.path),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep,
-        keep_period=config.keep_every_steps or None,
+        preservation_policy=self._kept,
         cleanup_tmp_directories=True,  # unfinished saves of a killed run
         # If a folder can't be created in the background, other threads of Orbax wait 20 minutes for it.
         async_options=ocp.AsyncOptions(
@@ -82,13 +82,16 @@ class Checkpoints:
     """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
-    """Starts writing, and returns when the state may be donated. Raises CheckpointError if this or an earlier write
-    fails.
+  def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
+    """Starts writing, and returns when the state may be donated.
+
+    Old checkpoints are deleted once this one is complete, but not that of step `best`.
+
+    Raises CheckpointError if this or an earlier write fails.
     """
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
-    self._saving = step
+    self._saving, self._kept.best = step, best
     self._guard(lambda: self._manager.save(
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True))
 
@@ -123,6 +126,18 @@ class Checkpoints:
       found = steps(self.path)
       last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
       raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
+
+
+class _Kept:
+  """Tells Orbax which checkpoints to keep: the newest `keep`, multiples of `keep_every_steps`, and the best one."""
+
+  def __init__(self, config: CheckpointConfig):
+    self._config, self.best = config, None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    every, first_new = self._config.keep_every_steps, len(checkpoints) - self._config.keep
+    return [i >= first_new or found.step == self.best or bool(every and found.step % every == 0)
+            for i, found in enumerate(checkpoints)]
 
 
 def _suppress_background_tracebacks() -> None:

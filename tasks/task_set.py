@@ -136,10 +136,14 @@ class TaskSet:
 
     A run's whole state is the number of prompts that it has consumed.
     """
+    return self[self.index(cursor)]
+
+  def index(self, cursor: int) -> int:
+    """Returns which task of the set prompt number `cursor` of a run asks."""
     if self.size is None:
-      return self[cursor]
-    epoch, index = divmod(cursor, self.size)
-    return self[int(packing.permute(np.array([index]), self.size, f'tasks/{self.seed}/{epoch}')[0])]
+      return cursor
+    epoch, place = divmod(cursor, self.size)
+    return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
     """question_hash of the first `count` tasks (0: all, if they end), for another set's `exclude`."""
