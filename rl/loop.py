@@ -156,7 +156,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         ended = time.perf_counter()
       if not all(math.isfinite(learned.get(name, 0.0)) for name in ('policy_loss', 'grad_norm')):
         raise RlError(f'step {step}: loss is {learned["policy_loss"]}, gradient norm {learned["grad_norm"]}; '
-                      f'the last good checkpoint is {checkpoints.path / str(checkpoints.latest)}')
+                      f'{checkpoints.describe()}')
       last = {**describe_step(learned, kept, seen, progress.prompts - before), 'time/step_s': ended - began,
               'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}

@@ -104,7 +104,19 @@ class Checkpoints:
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
+    """Waits, and ends the threads. Raises CheckpointError if a write fails."""
     self._guard(self._manager.close)
+
+  @property
+  def in_flight(self) -> int | None:
+    """The step whose checkpoint is being written, or None."""
+    return self._saving if self._manager.is_saving_in_progress() else None
+
+  def describe(self) -> str:
+    """Returns which checkpoint is the last good one, for the error of a run that fails."""
+    found = [step for step in steps(self.path) if step != self.in_flight]
+    text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
+    return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Returns the newest checkpoint with the shapes, dtypes and shardings of `target`, and its meta."""

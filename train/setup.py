@@ -71,7 +71,8 @@ def open_checkpoints(
 ) -> Iterator[checkpoint.Checkpoints]:
   """Opens the checkpoints of a workdir; whatever ends the block, a save in flight is finished first.
 
-  After an error it has SAVE_DEADLINE_S to do so. Raises CheckpointError as Checkpoints does.
+  After an error it has SAVE_DEADLINE_S to do so, and what becomes of it is printed. Raises CheckpointError as
+  Checkpoints does.
   """
   checkpoints, failed = checkpoint.Checkpoints(root, config, fallback), True
   try:
@@ -79,19 +80,32 @@ def open_checkpoints(
     failed = False
   finally:
     if failed:
-      closing = threading.Thread(target=_close, args=(checkpoints,), daemon=True)
-      closing.start()
-      closing.join(SAVE_DEADLINE_S)
-      if closing.is_alive():
-        print(f'a save in flight did not finish within {SAVE_DEADLINE_S} s', file=sys.stderr)
+      _finish_save(checkpoints)
   checkpoints.close()
 
 
-def _close(checkpoints: checkpoint.Checkpoints) -> None:
-  try:
-    checkpoints.close()
-  except checkpoint.CheckpointError as error:  # the run's own error is the one to show
-    print(error, file=sys.stderr)
+def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
+  """Closes `checkpoints` after an error, within SAVE_DEADLINE_S, and prints what became of a save in flight. It never
+  raises: the run's own error is the one to show.
+  """
+  step = checkpoints.in_flight
+  outcome = f'did not finish within {SAVE_DEADLINE_S} s'
+
+  def close():
+    nonlocal outcome
+    try:
+      checkpoints.close()
+      outcome = 'is complete'
+    except checkpoint.CheckpointError as error:
+      outcome = f'failed: {error}'
+
+  if step is not None:
+    print(f'waiting for the checkpoint of step {step}, at most {SAVE_DEADLINE_S} s', file=sys.stderr)
+  closing = threading.Thread(target=close, daemon=True)
+  closing.start()
+  closing.join(SAVE_DEADLINE_S)
+  if step is not None or outcome != 'is complete':
+    print(f'the checkpoint of step {step} {outcome}', file=sys.stderr)
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
