@@ -32,7 +32,7 @@ from betarank.rl import policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.rl.progress import Progress
-from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack
+from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack, prompt_tokens
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
 from betarank.runtime import checkpoint, job, multihost, workdir
@@ -41,7 +41,7 @@ from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
 from betarank.tasks.code_jail import Jail
-from betarank.tasks.task_set import TaskSet
+from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train import score, setup
 from betarank.train.config import first_and_last
@@ -109,7 +109,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
   # Before any device work: not every system can run programs safely.
-  jail = Jail(rl.code, 'config.rl.code') if rl.task.uri.startswith('code:') else None
+  programs = any(uri.startswith('code:') for uri in (rl.task.uri, *rl.eval_tasks.values()))
+  jail = Jail(rl.code, 'config.rl.code') if programs else None
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -204,14 +205,21 @@ def sample_and_judge(
     wanted = rl.prompts_per_step - len(kept)
     if not wanted:
       break
-    cursors, progress = progress.next_prompts(parts.tasks, wanted, rl.repeat_zero_variance, parts.run.seed)
+    asked, progress = progress.next_prompts(
+      parts.tasks, wanted, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
     groups = graded_groups(
-      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, parts.tasks, cursors,
-      samples=rl.group_size, seed=parts.run.seed, step=step, long_prompts=rl.long_prompts)
+      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, asked, samples=rl.group_size,
+      seed=parts.run.seed, step=step)
     progress = progress.recorded(parts.tasks, ((group.cursor, group.has_reward_variance(rule)) for group in groups))
     seen += groups
     kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rule)]
   return kept, seen, progress
+
+
+def _is_asked(parts: Parts, task: Task) -> bool:
+  """Returns False for a prompt that is too long and is therefore skipped."""
+  rl = parts.run.rl
+  return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,16 +328,17 @@ def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log)
     if name == parts.run.rl.keep_best:
       progress = progress.evaluated(f'eval/{name}/avg_at_{parts.run.rl.eval_samples}', step, average)
       if progress.best.step == step:
-        log.say(f'  best on {name} so far' + (f'; the checkpoint of step {step} will be kept' if step else ''))
+        log.say(f'  best on {name} so far: ' + (f'step {step}, whose checkpoint is kept' if step else 'the start'))
   return progress
 
 
 def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> float:
   run, rl = parts.run, parts.run.rl
+  first = {i: tasks[i] for i in range(min(rl.eval_prompts, tasks.size or rl.eval_prompts))}
   groups = graded_groups(
-    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer, tasks,
-    range(min(rl.eval_prompts, tasks.size or rl.eval_prompts)), samples=rl.eval_samples, seed=run.seed,
-    step=HELD_OUT_STEP + step, long_prompts=rl.long_prompts)
+    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
+    {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
+    step=HELD_OUT_STEP + step)
   rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0]) for group in groups]
   average = float(np.mean(rates))
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')

@@ -7,12 +7,16 @@ functions of the seed and of what has been recorded so far, so a resumed run doe
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from betarank.tasks.task_set import TaskSet
+from betarank.data import DataError
+from betarank.tasks.task_set import Task, TaskSet
+
+_MOST_MISSED = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +67,32 @@ class Progress:
       found['best'] = dataclasses.asdict(self.best)
     return found
 
-  def next_prompts(self, tasks: TaskSet, count: int, repeat: float, seed: int) -> 'tuple[list[int], Progress]':
-    """Returns the numbers of the next `count` prompts to ask, and the progress after them.
+  def next_prompts(
+    self, tasks: TaskSet, count: int, repeat: float, fits: Callable[[Task], bool] = lambda task: True
+  ) -> 'tuple[dict[int, Task], Progress]':
+    """Returns the next `count` prompts to ask, {number: task}, and the progress after them.
 
-    A prompt whose last group had zero variance is asked in a share `repeat` > 0 of its turns, and passed over in the
-    others.
+    Passed over are prompts that don't fit, and those whose last group had zero variance, but for a share `repeat` > 0
+    of their turns. Raises DataError if none fits.
     """
-    if self.zero_variance_N is None:
-      after = self.prompts + count
-      return list(range(self.prompts, after)), dataclasses.replace(self, prompts=after)
-    found, number = [], self.prompts
+    found, number, missed = {}, self.prompts, 0
     while len(found) < count:
-      if not self.zero_variance_N[tasks.index(number)] or _uniform(seed, number) < repeat:
-        found.append(number)
+      if self._has_turn(tasks, number, repeat):
+        task = tasks.at(number)
+        missed = 0 if fits(task) else missed + 1
+        if not missed:
+          found[number] = task
+        elif missed == _MOST_MISSED:
+          raise DataError(f'{tasks.config.uri}: {missed} prompts in a row are longer than config.rl.max_prompt_tokens')
       number += 1
     return found, dataclasses.replace(self, prompts=number)
+
+  def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
+    """Returns False if the difficulty filter passes over prompt `number`."""
+    if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
+      return True
+    digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, 'big') < repeat * 2**48
 
   def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
     """Returns the progress after some groups. drawn: (number of the prompt, whether its rewards vary) of each."""
@@ -90,11 +105,6 @@ class Progress:
 
   def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
     """Returns the progress after an evaluation. One by another metric than before begins a new comparison."""
-    if self.best and self.best.metric == metric and not value > self.best.value:
+    if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
       return self
     return dataclasses.replace(self, best=Best(metric, step, value))
-
-
-def _uniform(seed: int, number: int) -> float:
-  """Returns a number in [0, 1) that depends on the arguments alone."""
-  return int.from_bytes(hashlib.blake2b(f'difficulty/{seed}/{number}'.encode(), digest_size=6).digest(), 'big') / 2**48

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -41,42 +41,41 @@ class Group(NamedTuple):
 
 
 def graded_groups(
-  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: Sequence[int], *,
-  samples: int, seed: int, step: int, long_prompts: str = 'refuse'
+  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
+  seed: int, step: int
 ) -> list[Group]:
-  """Returns the groups of the prompts number `cursors` of the run, sampled and judged, in that order.
+  """Returns the groups of some prompts, sampled and judged, in the order of `asked`.
 
   A pure function of its arguments, but for verdicts that a deadline leaves undecided. Groups are judged while the
   device draws the next ones. Several processes draw together, judge a share of the groups each, and get all of them.
-  long_prompts: 'skip' leaves out prompts that are too long for the sampler; 'refuse' raises DataError for one.
+
+  asked: the tasks by the number of the prompt, which decides what is drawn.
+
+  Raises DataError for a prompt that is too long for the sampler.
   """
-  prompts = {}
-  for cursor in cursors:
-    task = tasks.at(cursor)
-    tokens = prompt_tokens(tokenizer, task)
-    if len(tokens) <= sampler.s.max_prompt_tokens:
-      prompts[cursor] = (task, tokens)
-    elif long_prompts == 'refuse':
-      raise DataError(f'{task.id}: its prompt has {len(tokens)} tokens, more than config.rl.max_prompt_tokens = '
-                      f'{sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip leaves such prompts out')
-  drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
-  score_PG = np.full((len(cursors), samples), -np.inf, np.float32)
-  asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
-  row = {cursor: i for i, cursor in enumerate(cursors)}
-  for n, drawn in enumerate(sampler(params, asked, samples=samples, seed=seed, step=step)):
-    cursor = drawn[0].prompt_id
-    task, tokens = prompts[cursor]
+  prompts = [Prompt(number, prompt_tokens(tokenizer, task)) for number, task in asked.items()]
+  for prompt in prompts:
+    if len(prompt.tokens) > sampler.s.max_prompt_tokens:
+      raise DataError(f'{asked[prompt.id].id}: its prompt has {len(prompt.tokens)} tokens, more than '
+                      f'config.rl.max_prompt_tokens = {sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip '
+                      'leaves such prompts out')
+  drawn_P, row = {}, {number: i for i, number in enumerate(asked)}
+  verdict_PG = np.full((len(prompts), samples), _NOT_MINE, np.int32)
+  score_PG = np.full((len(prompts), samples), -np.inf, np.float32)
+  for n, drawn in enumerate(sampler(params, prompts, samples=samples, seed=seed, step=step)):
+    i = row[drawn[0].prompt_id]
     texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
-    drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
+    drawn_P[i] = (drawn, texts)
     if n % jax.process_count() == jax.process_index():
-      grades = verifier.grade([(text, task) for text in texts])
-      verdict_PG[row[cursor]] = [grade.verdict for grade in grades]
-      score_PG[row[cursor]] = [grade.reward for grade in grades]
+      grades = verifier.grade([(text, asked[prompts[i].id]) for text in texts])
+      verdict_PG[i] = [grade.verdict for grade in grades]
+      score_PG[i] = [grade.reward for grade in grades]
   verdict_PG = multihost.max_over_processes(verdict_PG)
   score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
   score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
-  return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdicts], scores.tolist())
-          for cursor, verdicts, scores in zip(cursors, verdict_PG, score_PG) if cursor in prompts]
+  return [Group(prompt.id, asked[prompt.id], prompt.tokens, *drawn_P[i], [Verdict(v) for v in verdict_PG[i]],
+                score_PG[i].tolist())
+          for i, prompt in enumerate(prompts)]
 
 
 def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:

@@ -8,6 +8,7 @@ import pytest
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
+from betarank.data import DataError
 from betarank.rl.config import rl_run
 from betarank.rl.progress import Best, Progress
 from betarank.tasks.task_set import TaskSet
@@ -18,8 +19,9 @@ SIZE, SEED = 40, 3
 @pytest.fixture
 def tasks():
   """Forty tasks, of which no text matters here."""
-  found = types.SimpleNamespace(size=SIZE, seed=SEED)
+  found = types.SimpleNamespace(size=SIZE, seed=SEED, config=types.SimpleNamespace(uri='jsonl:x'))
   found.index = lambda cursor: TaskSet.index(found, cursor)
+  found.at = found.index
   return found
 
 
@@ -27,7 +29,7 @@ def steps(progress, tasks, count, repeat):
   """The tasks asked in `count` steps of 8 prompts; those with a number below 30 are always or never solved."""
   asked = []
   for _ in range(count):
-    numbers, progress = progress.next_prompts(tasks, 8, repeat, SEED)
+    numbers, progress = progress.next_prompts(tasks, 8, repeat)
     indices = [tasks.index(number) for number in numbers]
     progress = progress.recorded(tasks, [(number, index >= 30) for number, index in zip(numbers, indices)])
     asked += indices
@@ -55,9 +57,16 @@ def test_the_order_is_the_same_after_a_restart(tasks):
 
 
 def test_without_filter_every_prompt_has_its_turn(tasks):
-  numbers, progress = Progress.read({'prompts': 5}, 0).next_prompts(tasks, 3, 1.0, SEED)
-  assert numbers == [5, 6, 7] and progress.cursor() == {'prompts': 8}
+  numbers, progress = Progress.read({'prompts': 5}, 0).next_prompts(tasks, 3, 1.0)
+  assert list(numbers) == [5, 6, 7] and progress.cursor() == {'prompts': 8}
   assert progress.recorded(tasks, [(5, False)]) is progress
+
+
+def test_prompts_that_do_not_fit_are_passed_over(tasks):
+  asked, progress = Progress().next_prompts(tasks, SIZE, 1.0, lambda task: task % 2 == 0)
+  assert sorted(asked.values()) == sorted(2 * list(range(0, SIZE, 2))) and progress.prompts >= 2 * SIZE - 2
+  with pytest.raises(DataError, match='jsonl:x: 10000 prompts in a row are longer than config.rl.max_prompt_tokens'):
+    Progress().next_prompts(tasks, 1, 1.0, lambda task: False)
 
 
 def test_what_was_recorded_for_another_set_is_dropped(tasks):
@@ -67,7 +76,7 @@ def test_what_was_recorded_for_another_set_is_dropped(tasks):
 
 def test_the_best_evaluation_is_the_earliest_of_the_highest():
   progress = Progress()
-  for step, value in ((0, 0.2), (3, 0.5), (6, 0.5), (9, float('nan')), (12, 0.4)):
+  for step, value in ((0, float('nan')), (1, 0.2), (3, 0.5), (6, 0.5), (9, float('nan')), (12, 0.4)):
     progress = progress.evaluated('eval/held_out/avg_at_4', step, value)
   assert progress.best == Best('eval/held_out/avg_at_4', 3, 0.5)
   assert Progress.read(json.loads(json.dumps(progress.cursor())), 0) == progress
