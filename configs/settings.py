@@ -202,12 +202,16 @@ RL_SECTION = dict(
                  ' has an end) | skip (left out and counted)'),
   zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
                          'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
+  repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '
+                         'are asked again in this share of their turns, and else passed over; 1: in all'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatches=S(1, EXECUTION, 'parts in which an update is computed one after the other, to save memory'),
   eval_prompts=S(64, REPORTING, 'problems per evaluation'),
   eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
   eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri as rl.task.uri, such as '
                '{"aime24": "jsonl:aime24.jsonl"}; the first eval_prompts of each'),
+  keep_best=S('', REPORTING, 'held_out, or a name of eval_tasks: the checkpoint with the highest avg_at_N on it is '
+              'kept, however old; empty: none'),
   task=dict(
     uri=S('reasoning:chain_sum', IDENTITY, 'reasoning:TASK?OPTION=VALUE, jsonl:GLOB, tfds:NAME or code:GLOB '
           '(docs/rl.md)'),

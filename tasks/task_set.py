@@ -140,10 +140,14 @@ class TaskSet:
 
     So the number of prompts that a run has consumed is its whole state.
     """
+    return self[self.index(cursor)]
+
+  def index(self, cursor: int) -> int:
+    """Returns which task of the set prompt number `cursor` of a run asks."""
     if self.size is None:
-      return self[cursor]
-    epoch, index = divmod(cursor, self.size)
-    return self[int(packing.permute(np.array([index]), self.size, f'tasks/{self.seed}/{epoch}')[0])]
+      return cursor
+    epoch, place = divmod(cursor, self.size)
+    return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
     """Returns question_hash of the first `count` tasks, for `exclude` of another set. 0: all tasks, if they are

@@ -215,10 +215,8 @@ class Recorder:
     if sums['invalid']:
       raise TrainingError(f'step {step}: {int(sums["invalid"])} targets are no tokens of the vocabulary')
     if not math.isfinite(figures['loss_nats']) or not math.isfinite(sums['grad_norm']):
-      good = self._checkpoints.latest
-      good = f'the last good checkpoint is {self._checkpoints.path / str(good)}' if good else 'no checkpoint yet'
       raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {float(sums["grad_norm"])}; '
-                          f'{good}')
+                          f'{self._checkpoints.describe()}')
 
 
 def device_figures(flops_per_s: float) -> dict[str, float]:

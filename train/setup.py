@@ -73,8 +73,8 @@ def open_checkpoints(
 ) -> Iterator[checkpoint.Checkpoints]:
   """Opens the checkpoints of a workdir for a block. When the block ends, a save in progress is finished first.
 
-  If the block ends with an error, the save gets at most SAVE_DEADLINE_S seconds. Raises CheckpointError as the
-  constructor of `Checkpoints` does.
+  If the block ends with an error, the save gets at most SAVE_DEADLINE_S seconds, and its outcome is printed. Raises
+  CheckpointError as the constructor of `Checkpoints` does.
   """
   checkpoints, failed = checkpoint.Checkpoints(root, config, fallback), True
   try:
@@ -82,19 +82,32 @@ def open_checkpoints(
     failed = False
   finally:
     if failed:
-      closing = threading.Thread(target=_close, args=(checkpoints,), daemon=True)
-      closing.start()
-      closing.join(SAVE_DEADLINE_S)
-      if closing.is_alive():
-        print(f'a save in flight did not finish within {SAVE_DEADLINE_S} s', file=sys.stderr)
+      _finish_save(checkpoints)
   checkpoints.close()
 
 
-def _close(checkpoints: checkpoint.Checkpoints) -> None:
-  try:
-    checkpoints.close()
-  except checkpoint.CheckpointError as error:  # printed, not raised, so that it doesn't hide the run's own error
-    print(error, file=sys.stderr)
+def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
+  """Closes `checkpoints` after an error, within SAVE_DEADLINE_S, and prints what became of a save in flight. It never
+  raises: the run's own error is the one to show.
+  """
+  step = checkpoints.in_flight
+  outcome = f'did not finish within {SAVE_DEADLINE_S} s'
+
+  def close():
+    nonlocal outcome
+    try:
+      checkpoints.close()
+      outcome = 'is complete'
+    except checkpoint.CheckpointError as error:
+      outcome = f'failed: {error}'
+
+  if step is not None:
+    print(f'waiting for the checkpoint of step {step}, at most {SAVE_DEADLINE_S} s', file=sys.stderr)
+  closing = threading.Thread(target=close, daemon=True)
+  closing.start()
+  closing.join(SAVE_DEADLINE_S)
+  if step is not None or outcome != 'is complete':
+    print(f'the checkpoint of step {step} {outcome}', file=sys.stderr)
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
