@@ -34,7 +34,7 @@ from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
@@ -93,6 +93,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   run, root = rl_run(config), epath.Path(path)
   rl = run.rl
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
@@ -120,8 +121,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     state, start = beginning.state, beginning.step
     cursor = beginning.cursor['prompts'] if beginning.cursor and start else 0
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
-      describe=describe_line)))
+      root, config, start=start, steps=run.steps, describe=describe_line)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -174,6 +174,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps)
   return last
 
 

@@ -219,12 +219,12 @@ def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer,
 
 
 def open_log(
-  root: epath.Path, config: ConfigDict, *, start: int, steps: int, every: int, tensorboard: bool,
+  root: epath.Path, config: ConfigDict, *, start: int, steps: int,
   describe: Callable[[int, int, dict[str, float], float], str] | None = None,
 ) -> Log:
   """Writes the workdir's config.json and run.json, and returns the run's log.
 
-  start, steps: the step that the run resumes after, and its last one. every: steps between lines.
+  start, steps: the step that the run resumes after, and its last one.
   describe: the line of a step; default: that of pre-training.
   """
   first = jax.process_index() == 0
@@ -235,7 +235,9 @@ def open_log(
       'command': sys.argv, 'started_s': time.time(), 'device_kind': device.device_kind, 'devices': jax.device_count(),
       'processes': jax.process_count(), 'code_version': workdir.code_version()})
   given = {} if describe is None else {'describe': describe}
-  return Log(root, step=start, steps=steps, every=every, tensorboard=tensorboard, active=first, **given)
+  project = config.log.get('wandb', '')
+  return Log(root, step=start, steps=steps, every=config.log.every_steps, tensorboard=config.log.tensorboard,
+             wandb=(project, json.loads(to_json(config))) if project else None, active=first, **given)
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
@@ -274,6 +276,14 @@ def short(n: float) -> str:
     if n >= size:
       return f'{n / size:.3g}{unit}'
   return f'{n:.3g}'
+
+
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int) -> None:
+  """Logs where a run that has ended is saved, and how to look at it."""
+  log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
+  if config.log.tensorboard:
+    log.say(f'curves:   tensorboard --logdir={root}')
+  log.say(f'try:      betarank explore {root}')
 
 
 class Due(NamedTuple):
