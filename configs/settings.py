@@ -172,6 +172,8 @@ LOG = dict(
   samples=S(3, REPORTING, 'texts written at each evaluation'),
   sample_tokens=S(64, REPORTING, 'longest such text, in tokens'),
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
+  wandb=S('', REPORTING, "project of Weights & Biases to send the figures to (pip install 'betarank[wandb]'); empty: "
+          'none'),
   head_tail_mass=S(True, REPORTING, "log head and tail mass at every step; false skips their top-k (5 to 7 % of a "
                    "large model's step on TPU and GPU) unless a lambda needs it. Validation always logs them"),
   profile_steps=S('', REPORTING, 'FIRST-LAST: steps of which a profile is written to WORKDIR/profile (TensorBoard, '
@@ -255,7 +257,8 @@ RL = dict(
   train=dict(mesh=MESH, init_from=S('', EXECUTION, 'pre-trained workdir or checkpoint to start from')),
   optimizer=OPTIMIZER,
   checkpoint=CHECKPOINT,
-  log={name: LOG[name] for name in ('every_steps', 'eval_every_steps', 'samples', 'tensorboard', 'profile_steps')},
+  log={name: LOG[name] for name in ('every_steps', 'eval_every_steps', 'samples', 'tensorboard', 'wandb',
+                                 'profile_steps')},
   rl=RL_SECTION,
 )
 

@@ -143,6 +143,7 @@ class RlLogConfig:
   samples: int
   tensorboard: bool
   profile_steps: str = default('log.profile_steps')
+  wandb: str = default('log.wandb')
 
   def __post_init__(self):
     at_least_one(self, 'every_steps', 'eval_every_steps')

@@ -37,7 +37,7 @@ from betarank.rl.progress import Progress
 from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack, prompt_tokens
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
@@ -108,6 +108,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   run, root = rl_run(config), epath.Path(path)
   rl = run.rl
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
@@ -138,8 +139,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
       progress = dataclasses.replace(progress, best=None)  # it is lost: somebody deleted it, or --fallback went back
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
-      describe=describe_line)))
+      root, config, start=start, steps=run.steps, describe=describe_line)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -194,6 +194,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps)
   return last
 
 

@@ -20,7 +20,7 @@ from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
@@ -59,6 +59,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   """
   run, root = run_config(config), epath.Path(path)
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   check_budget(run, root, parent)
   tokenizer = setup.read_tokenizer(run.data.tokenizer_path, run.model, parent)
@@ -75,8 +76,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                             everything=run.train.init_what == 'all')
     state, start = beginning.state, beginning.step
     feed = stack.enter_context(contextlib.closing(Feed(run, mesh, beginning.cursor)))
-    log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard)))
+    log = stack.enter_context(contextlib.closing(setup.open_log(root, config, start=start, steps=run.steps)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'objective': describe_objective(run.objective),
@@ -117,6 +117,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps)
   return recorder.last
 
 

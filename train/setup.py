@@ -246,7 +246,7 @@ def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer,
 
 
 def open_log(
-  root: epath.Path, config: ConfigDict, *, start: int, steps: int, every: int, tensorboard: bool,
+  root: epath.Path, config: ConfigDict, *, start: int, steps: int,
   describe: Callable[[int, int, dict[str, float], float], str] | None = None,
 ) -> Log:
   """Writes config.json and run.json to the workdir, and returns the log of the run.
@@ -256,8 +256,6 @@ def open_log(
     config: the resolved config.
     start: the step that the run resumes after; 0 for a new run.
     steps: the last step.
-    every: the number of steps between two printed lines.
-    tensorboard: whether to write TensorBoard events.
     describe: returns the line to print for a step. None: the line of pre-training.
   """
   first = jax.process_index() == 0
@@ -268,7 +266,9 @@ def open_log(
       'command': sys.argv, 'started_s': time.time(), 'device_kind': device.device_kind, 'devices': jax.device_count(),
       'processes': jax.process_count(), 'code_version': workdir.code_version()})
   given = {} if describe is None else {'describe': describe}
-  return Log(root, step=start, steps=steps, every=every, tensorboard=tensorboard, active=first, **given)
+  project = config.log.get('wandb', '')
+  return Log(root, step=start, steps=steps, every=config.log.every_steps, tensorboard=config.log.tensorboard,
+             wandb=(project, json.loads(to_json(config))) if project else None, active=first, **given)
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
@@ -307,6 +307,14 @@ def short(n: float) -> str:
     if n >= size:
       return f'{n / size:.3g}{unit}'
   return f'{n:.3g}'
+
+
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int) -> None:
+  """Logs where a run that has ended is saved, and how to look at it."""
+  log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
+  if config.log.tensorboard:
+    log.say(f'curves:   tensorboard --logdir={root}')
+  log.say(f'try:      betarank explore {root}')
 
 
 class Due(NamedTuple):
