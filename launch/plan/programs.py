@@ -85,7 +85,7 @@ def _lower_update(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stag
   if c.moe.experts:
     choices_BTLk = _abstract(
       mesh, (work.rows, work.length, c.layers, c.moe.experts_per_token), jnp.int16, 'batch')
-  return make_update(c, rl.loss, tx, rl.microbatches).lower(
+  return make_update(c, rl.loss, tx, rl.microbatches, rl.temperature).lower(
     state,
     Batch(*[tokens(jnp.int32)] * 4),
     tokens(jnp.bool_),  # which tokens count
