@@ -1,13 +1,13 @@
 """Times sampling, compared with google-tunix, with transformers, and with simpler variants of our own sampler.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
-    python -m benchmarks.rollout --size=1b --only=ours --repeats=1       # in two processes, where a card
+    python -m benchmarks.rollout --size=1b --only=ours --repeats=1       # in two processes, if a card
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # can hold only one of them
 
-A model with random weights on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or
-1.05B. Peers that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to
-compile (not with --cold), then --repeats times, interleaved with the others; the table has the fastest run of each, in
-generated tokens per second. transformers runs on the GPU, in bfloat16, where torch finds one.
+The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or
+1.05B. Packages that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to
+compile (not with --cold), then --repeats times, interleaved with the others. The table has the fastest run of each, in
+generated tokens per second. transformers runs on the GPU, in bfloat16, if torch finds one.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def ours(params):
 
 
 def tunix():
-  """Its vanilla sampler, full distribution, no end token."""
+  """Returns a run of tunix's vanilla sampler, with the full distribution and no end token."""
   from flax import nnx
   from tunix.generate import sampler as peer
   from tunix.models.qwen3 import model as qwen3
@@ -74,7 +74,7 @@ def tunix():
 
 
 def transformers():
-  """`generate`, full distribution, no end token."""
+  """Returns a run of `generate`, with the full distribution and no end token."""
   import torch
   import transformers as peer
 
@@ -99,7 +99,11 @@ def transformers():
 
 
 def refill(params):
-  """Lengths from a log-normal distribution; padded batches are the same sampler with as many prompts as rows."""
+  """Returns runs with answers whose lengths have a log-normal distribution: with padded batches, and with refilled
+  rows.
+
+  Padded batches are the same sampler with only as many prompts as rows.
+  """
   rows, longest = 32, 512
   length = np.exp(np.random.default_rng(1).normal(3.4, 1.0, 8 * rows)).astype(int).clip(1, longest).tolist()
   prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS), length)]
@@ -115,7 +119,7 @@ def refill(params):
 
 
 def prefill(params):
-  """One prompt of 1k tokens and 16 answers; repeated: as 16 prompts."""
+  """Returns runs with one prompt of 1k tokens and 16 answers: the prompt prefilled once, or as 16 prompts."""
   (prompt,) = make_prompts(1, 1024)
   copies = [prompt._replace(id=i) for i in range(16)]
   sampler = Sampler(CONFIG, SamplerConfig(16, 1024, 64), EOS)
@@ -126,7 +130,9 @@ def prefill(params):
 
 
 def measure(ways, repeats, cold=False):
-  """Tokens per second of each, the fastest of some runs taken in turn."""
+  """Returns the tokens per second of each way: the fastest of its runs, which are interleaved with those of the
+  others.
+  """
   best = dict.fromkeys(ways, 0.0)
   for run in ways.values() if not cold else ():
     run(0)
