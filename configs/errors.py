@@ -1,6 +1,8 @@
 """Defines the errors that are shown to the user of the command line, and how they are shown."""
 
 import difflib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -32,9 +34,16 @@ def one_line(error: object) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-  """Runs `main`. If it raises a UserError, prints the message on one line and exits with status 2."""
+  """Runs `main`. If it raises a UserError, prints the message on one line and exits with status 2.
+
+  If the reader of the output closes it, as `head` does, exits silently with status 141, as C programs do.
+  """
   try:
     main()
+    sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more fails when Python closes it
+    sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
     print(f'error: {one_line(error)}', file=sys.stderr)
     sys.exit(2)

@@ -172,6 +172,8 @@ LOG = dict(
   samples=S(3, REPORTING, 'texts written at each evaluation'),
   sample_tokens=S(64, REPORTING, 'longest such text, in tokens'),
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
+  wandb=S('', REPORTING, "project of Weights & Biases to send the figures to (pip install 'betarank[wandb]'); empty: "
+          'none'),
   head_tail_mass=S(True, REPORTING, "log head and tail mass at every step; false skips their top-k (5 to 7 % of a "
                    "large model's step on TPU and GPU) unless a lambda needs it. Validation always logs them"),
   profile_steps=S('', REPORTING, 'FIRST-LAST: steps of which a profile is written to WORKDIR/profile (TensorBoard, '
@@ -202,12 +204,16 @@ RL_SECTION = dict(
                  ' has an end) | skip (left out and counted)'),
   zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
                          'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
+  repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '
+                         'are asked again in this share of their turns, and else passed over; 1: in all'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
   microbatches=S(1, EXECUTION, 'parts in which an update is computed one after the other, to save memory'),
   eval_prompts=S(64, REPORTING, 'problems per evaluation'),
   eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
   eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri as rl.task.uri, such as '
                '{"aime24": "jsonl:aime24.jsonl"}; the first eval_prompts of each'),
+  keep_best=S('', REPORTING, 'held_out, or a name of eval_tasks: the checkpoint with the highest avg_at_N on it is '
+              'kept, however old; empty: none'),
   task=dict(
     uri=S('reasoning:chain_sum', IDENTITY, 'reasoning:TASK?OPTION=VALUE, jsonl:GLOB, tfds:NAME or code:GLOB '
           '(docs/rl.md)'),
@@ -251,7 +257,8 @@ RL = dict(
   train=dict(mesh=MESH, init_from=S('', EXECUTION, 'pre-trained workdir or checkpoint to start from')),
   optimizer=OPTIMIZER,
   checkpoint=CHECKPOINT,
-  log={name: LOG[name] for name in ('every_steps', 'eval_every_steps', 'samples', 'tensorboard', 'profile_steps')},
+  log={name: LOG[name] for name in ('every_steps', 'eval_every_steps', 'samples', 'tensorboard', 'wandb',
+                                 'profile_steps')},
   rl=RL_SECTION,
 )
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
   from betarank.rl import loop  # imported after the config was checked, because this starts JAX
   from betarank.runtime import job
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)
 
 

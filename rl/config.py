@@ -41,11 +41,13 @@ class RlConfig:
   temperature: float
   long_prompts: str
   zero_variance_groups: str
+  repeat_zero_variance: float
   minibatches: int
   microbatches: int
   eval_prompts: int
   eval_samples: int
   eval_tasks: dict[str, str]
+  keep_best: str
   task: TaskConfig
   verifier: VerifierConfig
   code: JailConfig
@@ -80,6 +82,15 @@ class RlConfig:
       if not re.fullmatch(r'[a-z]\w*', name) or name == 'held_out':
         raise ValueError('eval_tasks must have names of lower-case letters, digits and _, other than held_out, got '
                          f'{name!r}')
+    sets = [*(['held_out'] if self.task.held_out_fraction else []), *self.eval_tasks]
+    if self.keep_best and self.keep_best not in sets:
+      raise ValueError('keep_best must be empty or an evaluation set of this run '
+                       f'({", ".join(sets) or "there is none"}), got {self.keep_best!r}')
+    if not 0 < self.repeat_zero_variance <= 1:
+      raise ValueError(f'repeat_zero_variance must be > 0 and at most 1, got {self.repeat_zero_variance}')
+    if self.repeat_zero_variance < 1 and self.task.uri.startswith('reasoning:'):
+      raise ValueError('repeat_zero_variance must be 1 with generated problems, which never come twice, got '
+                       f'{self.repeat_zero_variance}')
     if self.zero_variance_groups not in ZERO_VARIANCE_GROUPS:
       raise ValueError(f'zero_variance_groups must be one of {", ".join(ZERO_VARIANCE_GROUPS)}, got '
                        f'{self.zero_variance_groups!r}')
@@ -132,6 +143,7 @@ class RlLogConfig:
   samples: int
   tensorboard: bool
   profile_steps: str = default('log.profile_steps')
+  wandb: str = default('log.wandb')
 
   def __post_init__(self):
     at_least_one(self, 'every_steps', 'eval_every_steps')

@@ -33,16 +33,18 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.rl import policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
-from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack
+from betarank.rl.progress import Progress
+from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack, prompt_tokens
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
+from betarank.tasks import task_set
 from betarank.tasks.code_jail import Jail
-from betarank.tasks.task_set import TaskSet
+from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train import score, setup
 from betarank.train.config import first_and_last
@@ -85,6 +87,12 @@ class Parts:
   reference: Any
 
 
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns {what it is: path} for the files that all processes of a run must read with the same content."""
+  rl = rl_run(config).rl
+  return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
+
+
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
   """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
@@ -100,6 +108,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   run, root = rl_run(config), epath.Path(path)
   rl = run.rl
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
@@ -115,7 +124,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
   # Created before any device work, because it fails on systems that can't run programs safely.
-  jail = Jail(rl.code, 'config.rl.code') if rl.task.uri.startswith('code:') else None
+  programs = any(uri.startswith('code:') for uri in (rl.task.uri, *rl.eval_tasks.values()))
+  jail = Jail(rl.code, 'config.rl.code') if programs else None
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -125,10 +135,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
     state, start = beginning.state, beginning.step
-    cursor = beginning.cursor['prompts'] if beginning.cursor and start else 0
+    progress = Progress.read(beginning.cursor if start else {}, tasks.size or 0 if rl.repeat_zero_variance < 1 else 0)
+    if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
+      progress = dataclasses.replace(progress, best=None)  # it is lost: somebody deleted it, or --fallback went back
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
-      describe=describe_line)))
+      root, config, start=start, steps=run.steps, describe=describe_line)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -149,19 +160,20 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     warned: set[str] = set()
 
     if not start:
-      evaluate(parts, state.params, 0, log)
+      progress = evaluate(parts, state.params, progress, 0, log)
     for step in range(start + 1, run.steps + 1):
       with profile.at(step):
         began = time.perf_counter()
-        kept, seen, cursor = sample_and_judge(parts, state.params, cursor, step)
+        before = progress.prompts
+        kept, seen, progress = sample_and_judge(parts, state.params, progress, step)
         sampled = time.perf_counter()
         state, learned = learn(parts, state, minibatches(parts, kept, step), step)
         ended = time.perf_counter()
       if not all(math.isfinite(learned.get(name, 0.0)) for name in ('policy_loss', 'grad_norm')):
         raise RlError(f'step {step}: loss is {learned["policy_loss"]}, gradient norm {learned["grad_norm"]}; '
-                      f'the last good checkpoint is {checkpoints.path / str(checkpoints.latest)}')
-      last = {**describe_step(learned, kept, seen), 'time/step_s': ended - began, 'time/rollout_s': sampled - began,
-              'time/update_s': ended - sampled,
+                      f'{checkpoints.describe()}')
+      last = {**describe_step(learned, kept, seen, progress.prompts - before), 'time/step_s': ended - began,
+              'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
       history.append(last)
@@ -174,13 +186,15 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.evaluate:  # before saving, so that a checkpoint exists only if everything else of its step was written
-        evaluate(parts, state.params, step, log)
-      if due.save:
+        progress = evaluate(parts, state.params, progress, step, log)
+      best = progress.best.step if progress.best else None
+      if due.save or best == step:
         log.flush()
-        checkpoints.save(state, {**lineage, 'cursor': {'prompts': cursor}}, step)
+        checkpoints.save(state, {**lineage, 'cursor': progress.cursor()}, step, best)
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps)
   return last
 
 
@@ -192,8 +206,10 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
   return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]
 
 
-def sample_and_judge(parts: Parts, params: Any, cursor: int, step: int) -> tuple[list[Group], list[Group], int]:
-  """Draws and judges the samples of a step.
+def sample_and_judge(
+  parts: Parts, params: Any, progress: Progress, step: int
+) -> tuple[list[Group], list[Group], Progress]:
+  """Returns (groups to learn from, all groups drawn, the progress after them).
 
   A group whose scores are all equal is replaced by that of the next prompt (dynamic sampling: DAPO, arXiv 2503.14476
   sec. 3.2). There are at most `rl.max_resampling_rounds` draws, including the first. Groups are judged while the device
@@ -209,14 +225,21 @@ def sample_and_judge(parts: Parts, params: Any, cursor: int, step: int) -> tuple
     wanted = rl.prompts_per_step - len(kept)
     if not wanted:
       break
+    asked, progress = progress.next_prompts(
+      parts.tasks, wanted, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
     groups = graded_groups(
-      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, parts.tasks,
-      range(cursor, cursor + wanted), samples=rl.group_size, seed=parts.run.seed, step=step,
-      long_prompts=rl.long_prompts)
-    cursor += wanted
+      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, asked, samples=rl.group_size,
+      seed=parts.run.seed, step=step)
+    progress = progress.recorded(parts.tasks, ((group.cursor, group.has_reward_variance(rule)) for group in groups))
     seen += groups
     kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rule)]
-  return kept, seen, cursor
+  return kept, seen, progress
+
+
+def _is_asked(parts: Parts, task: Task) -> bool:
+  """Returns False for a prompt that is too long and is therefore skipped."""
+  rl = parts.run.rl
+  return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,32 +348,45 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
   return found
 
 
-def evaluate(parts: Parts, params: Any, step: int, log: Log) -> None:
-  """Samples answers to each evaluation set. Logs the share of right answers, its standard error, and a few texts."""
+def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
+  """Samples answers to each evaluation set. Logs the share of right answers, its standard error, and a few texts.
+
+  Returns the progress with the best evaluation so far on the set `rl.keep_best`.
+  """
   for name, tasks in parts.evaluated.items():
-    _evaluate(parts, params, name, tasks, step, log)
+    average = _evaluate(parts, params, name, tasks, step, log)
+    if name == parts.run.rl.keep_best:
+      progress = progress.evaluated(f'eval/{name}/avg_at_{parts.run.rl.eval_samples}', step, average)
+      if progress.best.step == step:
+        log.say(f'  best on {name} so far: ' + (f'step {step}, whose checkpoint is kept' if step else 'the start'))
+  return progress
 
 
-def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> None:
+def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> float:
   run, rl = parts.run, parts.run.rl
+  first = {i: tasks[i] for i in range(min(rl.eval_prompts, tasks.size or rl.eval_prompts))}
   groups = graded_groups(
-    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer, tasks,
-    range(min(rl.eval_prompts, tasks.size or rl.eval_prompts)), samples=rl.eval_samples, seed=run.seed,
-    step=HELD_OUT_STEP + step, long_prompts=rl.long_prompts)
+    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
+    {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
+    step=HELD_OUT_STEP + step)
   rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0]) for group in groups]
+  average = float(np.mean(rates))
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
-    step, name, {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error},
-    f'  eval {name}: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
+    step, name, {f'avg_at_{rl.eval_samples}': average, 'standard_error': error},
+    f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems')
   for group in groups[: run.log.samples]:
     log.sample(step, group.task.prompt, group.texts[0])
+  return average
 
 
-def describe_step(learned: dict[str, float], kept: list[Group], seen: list[Group]) -> dict[str, float]:
+def describe_step(
+  learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int
+) -> dict[str, float]:
   """Returns the figures of a step, under the names that are logged.
 
   They are the figures of the update, if there was one, and figures of all samples drawn. The latter include
-  zero-variance groups.
+  zero-variance groups. `consumed` is the number of prompts that were asked or passed over.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   samples = [sample for group in seen for sample in group.samples]
@@ -364,6 +400,7 @@ def describe_step(learned: dict[str, float], kept: list[Group], seen: list[Group
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
     'zero_variance_groups': 1 - len(kept) / len(seen),
     'groups_learned_from': float(len(kept)),
+    'prompts_passed_over': float(consumed - len(seen)),
     'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),
     'truncated_share': float(np.mean([sample.finish == 'length' for sample in samples])),
   }

@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -41,51 +41,46 @@ class Group(NamedTuple):
 
 
 def graded_groups(
-  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: range, *, samples: int,
-  seed: int, step: int, long_prompts: str = 'refuse'
+  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
+  seed: int, step: int
 ) -> list[Group]:
-  """Samples and judges the answers to the prompts numbered `cursors`.
+  """Samples and judges the answers to prompts. Returns one group per prompt, in the order of `asked`.
 
   Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together;
   each judges a share of the groups, and all get the verdicts of all. The result is a pure function of the arguments,
   except for verdicts that stay undecided because of a deadline.
 
   Args:
+    asked: the tasks, by the number of the prompt. The number selects the random numbers, together with `seed` and
+      `step`.
     samples: the group size.
-    seed, step: select the random numbers.
-    long_prompts: 'skip' leaves out prompts that are too long for the sampler; 'refuse' raises an error.
-
-  Returns one group per prompt, in the order of `cursors`.
 
   Raises:
-    DataError: a prompt is too long, and long_prompts is 'refuse'.
+    DataError: a prompt is too long for the sampler.
   """
-  prompts = {}
-  for cursor in cursors:
-    task = tasks.at(cursor)
-    tokens = prompt_tokens(tokenizer, task)
-    if len(tokens) <= sampler.s.max_prompt_tokens:
-      prompts[cursor] = (task, tokens)
-    elif long_prompts == 'refuse':
-      raise DataError(f'{task.id}: its prompt has {len(tokens)} tokens, more than config.rl.max_prompt_tokens = '
-                      f'{sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip leaves such prompts out')
-  drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
-  score_PG = np.full((len(cursors), samples), -np.inf, np.float32)
-  asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
-  for n, drawn in enumerate(sampler(params, asked, samples=samples, seed=seed, step=step)):
-    cursor = drawn[0].prompt_id
-    task, tokens = prompts[cursor]
+  prompts = [Prompt(number, prompt_tokens(tokenizer, task)) for number, task in asked.items()]
+  for prompt in prompts:
+    if len(prompt.tokens) > sampler.s.max_prompt_tokens:
+      raise DataError(f'{asked[prompt.id].id}: its prompt has {len(prompt.tokens)} tokens, more than '
+                      f'config.rl.max_prompt_tokens = {sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip '
+                      'leaves such prompts out')
+  drawn_P, row = {}, {number: i for i, number in enumerate(asked)}
+  verdict_PG = np.full((len(prompts), samples), _NOT_MINE, np.int32)
+  score_PG = np.full((len(prompts), samples), -np.inf, np.float32)
+  for n, drawn in enumerate(sampler(params, prompts, samples=samples, seed=seed, step=step)):
+    i = row[drawn[0].prompt_id]
     texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
-    drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
+    drawn_P[i] = (drawn, texts)
     if n % jax.process_count() == jax.process_index():
-      grades = verifier.grade([(text, task) for text in texts])
-      verdict_PG[cursor - cursors.start] = [grade.verdict for grade in grades]
-      score_PG[cursor - cursors.start] = [grade.reward for grade in grades]
+      grades = verifier.grade([(text, asked[prompts[i].id]) for text in texts])
+      verdict_PG[i] = [grade.verdict for grade in grades]
+      score_PG[i] = [grade.reward for grade in grades]
   verdict_PG = multihost.max_over_processes(verdict_PG)
   score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
   score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
-  return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdicts], scores.tolist())
-          for cursor, verdicts, scores in zip(cursors, verdict_PG, score_PG) if cursor in prompts]
+  return [Group(prompt.id, asked[prompt.id], prompt.tokens, *drawn_P[i], [Verdict(v) for v in verdict_PG[i]],
+                score_PG[i].tolist())
+          for i, prompt in enumerate(prompts)]
 
 
 def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:

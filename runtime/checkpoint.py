@@ -64,12 +64,12 @@ class Checkpoints:
     _suppress_background_tracebacks()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
+    self._kept = _Kept(config)
     _ensure_newest_is_valid(self.path, fallback)
     self._manager = ocp.CheckpointManager(
       absolute(self.path),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep,
-        keep_period=config.keep_every_steps or None,
+        preservation_policy=self._kept,
         cleanup_tmp_directories=True,  # unfinished saves of a killed run
         # If a folder can't be created in the background, other threads of Orbax wait 20 minutes for it.
         async_options=ocp.AsyncOptions(
@@ -83,15 +83,17 @@ class Checkpoints:
     """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
+  def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
     """Starts to write a checkpoint, and returns as soon as the state may be donated.
+
+    Old checkpoints are deleted once this one is complete, except for the one of step `best`.
 
     Raises:
       CheckpointError: this write or an earlier one failed.
     """
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
-    self._saving = step
+    self._saving, self._kept.best = step, best
     self._guard(lambda: self._manager.save(
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True))
 
@@ -104,7 +106,19 @@ class Checkpoints:
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
+    """Waits, and ends the threads. Raises CheckpointError if a write fails."""
     self._guard(self._manager.close)
+
+  @property
+  def in_flight(self) -> int | None:
+    """The step whose checkpoint is being written, or None."""
+    return self._saving if self._manager.is_saving_in_progress() else None
+
+  def describe(self) -> str:
+    """Returns which checkpoint is the last good one, for the error of a run that fails."""
+    found = [step for step in steps(self.path) if step != self.in_flight]
+    text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
+    return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Returns the newest checkpoint and its meta. The state gets the shapes, dtypes and shardings of `target`."""
@@ -128,6 +142,18 @@ class Checkpoints:
       found = steps(self.path)
       last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
       raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
+
+
+class _Kept:
+  """Tells Orbax which checkpoints to keep: the newest `keep`, multiples of `keep_every_steps`, and the best one."""
+
+  def __init__(self, config: CheckpointConfig):
+    self._config, self.best = config, None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    every, first_new = self._config.keep_every_steps, len(checkpoints) - self._config.keep
+    return [i >= first_new or found.step == self.best or bool(every and found.step % every == 0)
+            for i, found in enumerate(checkpoints)]
 
 
 def _suppress_background_tracebacks() -> None:

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
@@ -19,8 +19,6 @@ from ml_collections import ConfigDict
 
 from betarank.configs.errors import UserError
 from betarank.configs.load import flatten, to_json
-from betarank.configs.sections import section
-from betarank.data import DataConfig, prepared
 from betarank.runtime import workdir
 from betarank.runtime.rendezvous import JobError, ProcessInfo, StartupWatchdog, rendezvous
 from betarank.runtime.watchdog import JobWatchdog, Watchdog
@@ -75,10 +73,12 @@ def join(coordinator: str, processes: int, index: int) -> None:
 
 
 @contextlib.contextmanager
-def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
+def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str]) -> Iterator[None]:
   """Joins the job that the flags of runtime/flags.py describe, until the block ends.
 
-  Process 0 locks args.workdir. An error in the block ends the other processes too, with its message.
+  All processes must have the same code, the same config, and the same content in the files of `inputs`, which maps what
+  a file is to its path. Process 0 locks args.workdir. An error in the block ends the other processes too, with its
+  message.
 
   Raises:
     UserError: another command is running in the workdir, or its disk refused a write in the block.
@@ -99,7 +99,7 @@ def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
         raise UserError(refused)
       _watchdog = Watchdog()
     else:
-      names, connections = rendezvous(info, _job_fingerprint(config, args.workdir), RENDEZVOUS_S, refused)
+      names, connections = rendezvous(info, _job_fingerprint(config, args.workdir, inputs), RENDEZVOUS_S, refused)
       with StartupWatchdog(info, names, connections, args.host_deadline_s):
         initialize(info, args.host_deadline_s)
       _watchdog = JobWatchdog(info, names, args.host_deadline_s, _open_log(root, info.index))
@@ -125,15 +125,13 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
                     'command resumes from the last checkpoint') from error
 
 
-def _job_fingerprint(config: ConfigDict, path: str) -> dict[str, Any]:
+def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
   """Returns the values that must be equal in all processes, under the names that the user knows."""
-  c = section(DataConfig, config.data, 'data')
   digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else 'missing'
   return {
     'code': workdir.code_version(), 'jax': jax.__version__, '--workdir': path,
     **{f'config.{key}': value for key, value in flatten(json.loads(to_json(config))).items()},
-    'tokenizer': digest(epath.Path(c.tokenizer_path)),
-    **{f'data manifest of {name}': digest(prepared.folder(c, name) / 'manifest.json') for name in c.sources},
+    **{name: digest(epath.Path(file)) for name, file in inputs.items()},
   }
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from betarank.configs.files import write_atomically
+from betarank.runtime.wandb_board import WandbBoard
 
 # bfloat16 FLOP/s per chip without sparsity, from the vendors' data sheets. Keys are prefixes of
 # jax.Device.device_kind.
@@ -158,6 +159,7 @@ class Log:
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
+    wandb: tuple[str, dict[str, Any]] | None = None,
     describe: Callable[[int, int, dict[str, float], float], str] = describe,
   ):
     """Opens the files, and removes the lines of steps after `step`.
@@ -169,6 +171,7 @@ class Log:
       every: the number of steps between two printed lines.
       tensorboard: also write TensorBoard events.
       active: False for a Log that does nothing.
+      wandb: (project of Weights & Biases, the run's config), to send the figures there too.
       describe: a function (step, steps, figures, seconds left) -> the line to print.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
@@ -183,6 +186,7 @@ class Log:
     if tensorboard:
       from tensorboardX import SummaryWriter
       self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+    self._wandb = WandbBoard(*wandb, workdir) if wandb else None
     self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     self._progress = None
     if self._console.is_terminal:
@@ -228,6 +232,8 @@ class Log:
   def _scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items() if self._board else ():
       self._board.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.add_scalars(step, values)
 
   def flush(self) -> None:
     if self._active:
@@ -239,5 +245,7 @@ class Log:
       self.flush()
       if self._board:
         self._board.close()
+      if self._wandb:
+        self._wandb.close()
       if self._progress:
         self._progress.stop()

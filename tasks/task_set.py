@@ -20,6 +20,7 @@ import numpy as np
 
 from betarank.data import packing, reasoning
 from betarank.data.config import DataError
+from betarank.data.files import find
 from betarank.data.reasoning import question_hash
 from betarank.tasks import code_problems, records
 from betarank.tasks.answers import ANSWER_FORMATS
@@ -139,10 +140,14 @@ class TaskSet:
 
     So the number of prompts that a run has consumed is its whole state.
     """
+    return self[self.index(cursor)]
+
+  def index(self, cursor: int) -> int:
+    """Returns which task of the set prompt number `cursor` of a run asks."""
     if self.size is None:
-      return self[cursor]
-    epoch, index = divmod(cursor, self.size)
-    return self[int(packing.permute(np.array([index]), self.size, f'tasks/{self.seed}/{epoch}')[0])]
+      return cursor
+    epoch, place = divmod(cursor, self.size)
+    return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
     """Returns question_hash of the first `count` tasks, for `exclude` of another set. 0: all tasks, if they are
@@ -248,6 +253,12 @@ def _is_exact(task: str) -> bool:
   from reasoning_gym.factory import DATASETS
 
   return DATASETS[task][0].score_answer is ProceduralDataset.score_answer
+
+
+def files(uri: str) -> list[str]:
+  """Returns the paths of the files that `uri` reads, in order; none for generated problems and TFDS sets."""
+  kind, _, pattern = uri.partition(':')
+  return find(pattern) if kind in ('jsonl', 'code') else []
 
 
 def _literal(value: Any, uri: str) -> str:

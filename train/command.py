@@ -19,5 +19,5 @@ def main(argv: Sequence[str]) -> None:
   from betarank.runtime import job  # imported after the config was checked, because this starts JAX
   from betarank.train import loop
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)

@@ -49,6 +49,7 @@ class LogConfig:
   tensorboard: bool
   head_tail_mass: bool
   profile_steps: str = default('log.profile_steps')
+  wandb: str = default('log.wandb')
 
   def __post_init__(self):
     at_least_one(self, 'every_steps', 'eval_every_steps', 'eval_batches', 'sample_tokens')

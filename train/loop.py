@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
@@ -37,6 +38,13 @@ class TrainingError(UserError):
   """Raised when training fails. The message is one line that names the step and the newest good checkpoint."""
 
 
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns {what it is: path} for the files that all processes of a run must read with the same content."""
+  c = run_config(config).data
+  manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
+  return {'tokenizer': c.tokenizer_path, **manifests}
+
+
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
   """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
@@ -51,6 +59,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   """
   run, root = run_config(config), epath.Path(path)
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   check_budget(run, root, parent)
   tokenizer = setup.read_tokenizer(run.data.tokenizer_path, run.model, parent)
@@ -67,8 +76,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                             everything=run.train.init_what == 'all')
     state, start = beginning.state, beginning.step
     feed = stack.enter_context(contextlib.closing(Feed(run, mesh, beginning.cursor)))
-    log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard)))
+    log = stack.enter_context(contextlib.closing(setup.open_log(root, config, start=start, steps=run.steps)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'objective': describe_objective(run.objective),
@@ -109,6 +117,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps)
   return recorder.last
 
 
@@ -207,10 +216,8 @@ class Recorder:
     if sums['invalid']:
       raise TrainingError(f'step {step}: {int(sums["invalid"])} targets are no tokens of the vocabulary')
     if not math.isfinite(figures['loss_nats']) or not math.isfinite(sums['grad_norm']):
-      good = self._checkpoints.latest
-      good = f'the last good checkpoint is {self._checkpoints.path / str(good)}' if good else 'no checkpoint yet'
       raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {float(sums["grad_norm"])}; '
-                          f'{good}')
+                          f'{self._checkpoints.describe()}')
 
 
 def device_figures(flops_per_s: float) -> dict[str, float]:

@@ -73,8 +73,8 @@ def open_checkpoints(
 ) -> Iterator[checkpoint.Checkpoints]:
   """Opens the checkpoints of a workdir for a block. When the block ends, a save in progress is finished first.
 
-  If the block ends with an error, the save gets at most SAVE_DEADLINE_S seconds. Raises CheckpointError as the
-  constructor of `Checkpoints` does.
+  If the block ends with an error, the save gets at most SAVE_DEADLINE_S seconds, and its outcome is printed. Raises
+  CheckpointError as the constructor of `Checkpoints` does.
   """
   checkpoints, failed = checkpoint.Checkpoints(root, config, fallback), True
   try:
@@ -82,19 +82,32 @@ def open_checkpoints(
     failed = False
   finally:
     if failed:
-      closing = threading.Thread(target=_close, args=(checkpoints,), daemon=True)
-      closing.start()
-      closing.join(SAVE_DEADLINE_S)
-      if closing.is_alive():
-        print(f'a save in flight did not finish within {SAVE_DEADLINE_S} s', file=sys.stderr)
+      _finish_save(checkpoints)
   checkpoints.close()
 
 
-def _close(checkpoints: checkpoint.Checkpoints) -> None:
-  try:
-    checkpoints.close()
-  except checkpoint.CheckpointError as error:  # printed, not raised, so that it doesn't hide the run's own error
-    print(error, file=sys.stderr)
+def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
+  """Closes `checkpoints` after an error, within SAVE_DEADLINE_S, and prints what became of a save in flight. It never
+  raises: the run's own error is the one to show.
+  """
+  step = checkpoints.in_flight
+  outcome = f'did not finish within {SAVE_DEADLINE_S} s'
+
+  def close():
+    nonlocal outcome
+    try:
+      checkpoints.close()
+      outcome = 'is complete'
+    except checkpoint.CheckpointError as error:
+      outcome = f'failed: {error}'
+
+  if step is not None:
+    print(f'waiting for the checkpoint of step {step}, at most {SAVE_DEADLINE_S} s', file=sys.stderr)
+  closing = threading.Thread(target=close, daemon=True)
+  closing.start()
+  closing.join(SAVE_DEADLINE_S)
+  if step is not None or outcome != 'is complete':
+    print(f'the checkpoint of step {step} {outcome}', file=sys.stderr)
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
@@ -233,7 +246,7 @@ def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer,
 
 
 def open_log(
-  root: epath.Path, config: ConfigDict, *, start: int, steps: int, every: int, tensorboard: bool,
+  root: epath.Path, config: ConfigDict, *, start: int, steps: int,
   describe: Callable[[int, int, dict[str, float], float], str] | None = None,
 ) -> Log:
   """Writes config.json and run.json to the workdir, and returns the log of the run.
@@ -243,8 +256,6 @@ def open_log(
     config: the resolved config.
     start: the step that the run resumes after; 0 for a new run.
     steps: the last step.
-    every: the number of steps between two printed lines.
-    tensorboard: whether to write TensorBoard events.
     describe: returns the line to print for a step. None: the line of pre-training.
   """
   first = jax.process_index() == 0
@@ -255,7 +266,9 @@ def open_log(
       'command': sys.argv, 'started_s': time.time(), 'device_kind': device.device_kind, 'devices': jax.device_count(),
       'processes': jax.process_count(), 'code_version': workdir.code_version()})
   given = {} if describe is None else {'describe': describe}
-  return Log(root, step=start, steps=steps, every=every, tensorboard=tensorboard, active=first, **given)
+  project = config.log.get('wandb', '')
+  return Log(root, step=start, steps=steps, every=config.log.every_steps, tensorboard=config.log.tensorboard,
+             wandb=(project, json.loads(to_json(config))) if project else None, active=first, **given)
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
@@ -294,6 +307,14 @@ def short(n: float) -> str:
     if n >= size:
       return f'{n / size:.3g}{unit}'
   return f'{n:.3g}'
+
+
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int) -> None:
+  """Logs where a run that has ended is saved, and how to look at it."""
+  log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
+  if config.log.tensorboard:
+    log.say(f'curves:   tensorboard --logdir={root}')
+  log.say(f'try:      betarank explore {root}')
 
 
 class Due(NamedTuple):

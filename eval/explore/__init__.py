@@ -1,0 +1,1 @@
+"""What a checkpoint predicts, token by token."""

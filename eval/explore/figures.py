@@ -1,0 +1,87 @@
+"""Computes what a checkpoint predicts at each token of a few texts.
+
+# B texts  T tokens  D width  V vocabulary  n most probable tokens that are shown
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from betarank import model
+from betarank.data import Batch
+from betarank.eval.loaded import Loaded
+from betarank.train import score
+
+SHOWN = 20  # most probable tokens per position
+_AT_ONCE = 64  # positions whose logits exist at the same time
+_SHORTEST = 16
+
+
+class Figures(NamedTuple):
+  """Predictions along one text of N tokens. Entry i < N is about token i, given BOS and the tokens before it; entry N
+  is about the token after the last one, and has no target. In nats, by the model's own distribution (temperature 1).
+
+  Attributes:
+    logp: float32 [N], of the text's tokens.
+    rank: int32 [N], 0 for the most probable token.
+    entropy: float32 [N + 1].
+    head, tail: float32 [N], probability of the wrong tokens among the k most probable ones, and of all other wrong
+      ones. With exp(logp) they add up to 1.
+    top: int32 [N + 1, n], the most probable tokens, in order.
+    top_logp: float32 [N + 1, n].
+  """
+
+  logp: np.ndarray
+  rank: np.ndarray
+  entropy: np.ndarray
+  head: np.ndarray
+  tail: np.ndarray
+  top: np.ndarray
+  top_logp: np.ndarray
+
+
+def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[Figures]:
+  """Returns the figures of each text, given as token ids without BOS.
+
+  top_k: tokens that make up the head. Shapes are rounded up, so that few of them are compiled.
+  """
+  c, tokenizer = loaded.run.model, loaded.tokenizer
+  longest = max(_SHORTEST, *(len(text) + 1 for text in texts))
+  B, T = (1 << (size - 1).bit_length() for size in (len(texts), longest))
+  tokens_BT, targets_BT, segments_BT = (np.zeros((B, T), np.int32) for _ in range(3))
+  for b, text in enumerate(texts):
+    end = len(text) + 1
+    tokens_BT[b, :end] = [tokenizer.bos, *text]
+    targets_BT[b, :end] = [*text, tokenizer.eos]
+    segments_BT[b, :end] = 1
+  positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  batch = Batch(tokens_BT, targets_BT, positions_BT, segments_BT)
+  shown = min(SHOWN, c.vocab_size)
+  values = jax.device_get(_values(c, min(top_k, c.vocab_size), shown, loaded.params, batch))
+  found = []
+  for b, text in enumerate(texts):
+    N = len(text)
+    x = {name: value[b] for name, value in values.items()}
+    found.append(Figures(x['logp'][:N], x['rank'][:N], x['entropy'][: N + 1], x['head'][:N], x['tail'][:N],
+                         x['top'][: N + 1], x['top_logp'][: N + 1]))
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
+  """Returns the fields of Figures, [B, T] and [B, T, n]; the target of a text's last position is arbitrary."""
+  stats, hidden_BTD = score.token_stats(c, params, batch, top_k)
+  head_DV = model.head(c, params)
+
+  def leading(hidden_D):
+    return jax.lax.top_k(jax.nn.log_softmax(score.logits(c, hidden_D[None], head_DV)[0]), shown)
+
+  flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+  logp_Nn, ids_Nn = jax.lax.map(leading, flat_ND, batch_size=_AT_ONCE)
+  shape = (*batch.tokens_BT.shape, shown)
+  return {'logp': stats.target_logp, 'rank': stats.target_rank, 'entropy': stats.entropy, 'head': stats.head_mass,
+          'tail': stats.tail_mass, 'top': ids_Nn.reshape(shape).astype(jnp.int32), 'top_logp': logp_Nn.reshape(shape)}

@@ -1,0 +1,110 @@
+"""What an RL run carries from step to step besides its parameters; a checkpoint holds it as the run's cursor.
+
+It decides which prompts come next (the difficulty filter) and which checkpoint is kept as the best. Both are pure
+functions of the seed and of what has been recorded so far, so a resumed run does as an uninterrupted one.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from betarank.data import DataError
+from betarank.tasks.task_set import Task, TaskSet
+
+_MOST_MISSED = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+  """The evaluation with the highest figure so far, the earliest if several have it. step: 0 is the policy at the start.
+  """
+
+  metric: str  # as it is logged: eval/held_out/avg_at_16
+  step: int
+  value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """How far a run is.
+
+  Attributes:
+    prompts: prompts consumed so far, with those that the difficulty filter passed over.
+    zero_variance_N: bool, for each task of the set: the last group drawn for it had zero variance. None without filter.
+    best: None without an evaluation, or if no checkpoint is to be kept for one.
+  """
+
+  prompts: int = 0
+  zero_variance_N: np.ndarray | None = None
+  best: Best | None = None
+
+  @classmethod
+  def read(cls, cursor: Mapping[str, Any], tasks: int) -> 'Progress':
+    """Returns the progress that a checkpoint's cursor holds; {} is that of a fresh run.
+
+    tasks: the size of the task set, 0 without filter. What was recorded for a set of another size is dropped.
+    """
+    zero_variance_N = np.zeros(tasks, bool) if tasks else None
+    before = cursor.get('zero_variance', {})
+    if tasks and before.get('tasks') == tasks:
+      bits = np.frombuffer(base64.b64decode(before['bits']), np.uint8)
+      zero_variance_N = np.unpackbits(bits, count=tasks).astype(bool)
+    best = Best(**cursor['best']) if 'best' in cursor else None
+    return cls(cursor.get('prompts', 0), zero_variance_N, best)
+
+  def cursor(self) -> dict[str, Any]:
+    """Returns the JSON-serializable form that `read` takes. The filter needs one bit per task."""
+    found: dict[str, Any] = {'prompts': self.prompts}
+    if self.zero_variance_N is not None:
+      bits = base64.b64encode(np.packbits(self.zero_variance_N).tobytes()).decode()
+      found['zero_variance'] = {'tasks': len(self.zero_variance_N), 'bits': bits}
+    if self.best:
+      found['best'] = dataclasses.asdict(self.best)
+    return found
+
+  def next_prompts(
+    self, tasks: TaskSet, count: int, repeat: float, fits: Callable[[Task], bool] = lambda task: True
+  ) -> 'tuple[dict[int, Task], Progress]':
+    """Returns the next `count` prompts to ask, {number: task}, and the progress after them.
+
+    Passed over are prompts that don't fit, and those whose last group had zero variance, but for a share `repeat` > 0
+    of their turns. Raises DataError if none fits.
+    """
+    found, number, missed = {}, self.prompts, 0
+    while len(found) < count:
+      if self._has_turn(tasks, number, repeat):
+        task = tasks.at(number)
+        missed = 0 if fits(task) else missed + 1
+        if not missed:
+          found[number] = task
+        elif missed == _MOST_MISSED:
+          raise DataError(f'{tasks.config.uri}: {missed} prompts in a row are longer than config.rl.max_prompt_tokens')
+      number += 1
+    return found, dataclasses.replace(self, prompts=number)
+
+  def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
+    """Returns False if the difficulty filter passes over prompt `number`."""
+    if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
+      return True
+    digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, 'big') < repeat * 2**48
+
+  def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
+    """Returns the progress after some groups. drawn: (number of the prompt, whether its rewards vary) of each."""
+    if self.zero_variance_N is None:
+      return self
+    zero_variance_N = self.zero_variance_N.copy()
+    for number, varies in drawn:
+      zero_variance_N[tasks.index(number)] = not varies
+    return dataclasses.replace(self, zero_variance_N=zero_variance_N)
+
+  def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
+    """Returns the progress after an evaluation. One by another metric than before begins a new comparison."""
+    if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
+      return self
+    return dataclasses.replace(self, best=Best(metric, step, value))
