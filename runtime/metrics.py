@@ -171,7 +171,7 @@ class Log:
       every: the number of steps between two printed lines.
       tensorboard: also write TensorBoard events.
       active: False for a Log that does nothing.
-      wandb: (project of Weights & Biases, the run's config), to send the figures there too.
+      wandb: (a project of Weights & Biases, the run's config). The figures are sent there too. None: they aren't.
       describe: a function (step, steps, figures, seconds left) -> the line to print.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
