@@ -5,9 +5,9 @@
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # can hold only one of them
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or
-1.05B. Packages that aren't installed are left out: pip install google-tunix transformers torch. Each way runs once to
-compile (not with --cold), then --repeats times, interleaved with the others. The table has the fastest run of each, in
-generated tokens per second. transformers runs on the GPU, in bfloat16, if torch finds one.
+1.05B. Packages that aren't installed are left out: pip install google-tunix transformers torch. Each variant runs once
+to compile (not with --cold), then --repeats times, interleaved with the others. The table has the fastest run of each
+variant, in generated tokens per second. transformers runs on the GPU, in bfloat16, if torch finds one.
 """
 
 import argparse
@@ -42,7 +42,9 @@ def ours(params):
 
 
 def tunix():
-  """Returns a run of tunix's vanilla sampler, with the full distribution and no end token."""
+  """Returns a function seed -> number of tokens that runs tunix's vanilla sampler. It samples from the full
+  distribution, and no token ends an answer.
+  """
   from flax import nnx
   from tunix.generate import sampler as peer
   from tunix.models.qwen3 import model as qwen3
@@ -74,7 +76,9 @@ def tunix():
 
 
 def transformers():
-  """Returns a run of `generate`, with the full distribution and no end token."""
+  """Returns a function seed -> number of tokens that runs `generate`. It samples from the full distribution, and no
+  token ends an answer.
+  """
   import torch
   import transformers as peer
 
@@ -99,10 +103,10 @@ def transformers():
 
 
 def refill(params):
-  """Returns runs with answers whose lengths have a log-normal distribution: with padded batches, and with refilled
-  rows.
+  """Returns two variants of our sampler, {name: function seed -> number of tokens}, for answers of log-normal length.
 
-  Padded batches are the same sampler with only as many prompts as rows.
+  'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
+  one. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt.
   """
   rows, longest = 32, 512
   length = np.exp(np.random.default_rng(1).normal(3.4, 1.0, 8 * rows)).astype(int).clip(1, longest).tolist()
@@ -119,7 +123,11 @@ def refill(params):
 
 
 def prefill(params):
-  """Returns runs with one prompt of 1k tokens and 16 answers: the prompt prefilled once, or as 16 prompts."""
+  """Returns two variants of our sampler, {name: function seed -> number of tokens}, for 16 answers to a prompt of 1k
+  tokens.
+
+  'prefill shared' computes the prompt once, and 'prefill repeated' computes it 16 times.
+  """
   (prompt,) = make_prompts(1, 1024)
   copies = [prompt._replace(id=i) for i in range(16)]
   sampler = Sampler(CONFIG, SamplerConfig(16, 1024, 64), EOS)
@@ -130,9 +138,7 @@ def prefill(params):
 
 
 def measure(ways, repeats, cold=False):
-  """Returns the tokens per second of each way: the fastest of its runs, which are interleaved with those of the
-  others.
-  """
+  """Returns the tokens per second of each variant in its fastest run. The runs of all variants are interleaved."""
   best = dict.fromkeys(ways, 0.0)
   for run in ways.values() if not cold else ():
     run(0)

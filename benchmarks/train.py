@@ -5,14 +5,14 @@
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
     --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
-    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture there
+    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture that it holds
 
 Steps are those of train/step.py, on random tokens. `all logits` differs only in the loss: it holds all logits, and
 computes optax's cross-entropy without statistics. `naive`, for the small models, also holds all attention scores and
 recomputes nothing.
 
-Ways are timed in turn, and ratios are computed per round. On a CPU they are ratios of CPU seconds, because other work
-on the machine stretches wall time. MFU counts 6 FLOPs per weight and token and half of the attention
+All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
+because other work on the machine stretches wall time. MFU counts 6 FLOPs per weight and token and half of the attention
 (model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU it is relative to a matrix product
 measured here, per CPU second.
 """

@@ -387,11 +387,11 @@ def main(argv: Sequence[str]) -> None:
 
 def run(sweep: Sweep, console: Console, signals: Sequence[int],
         clean_up: Callable[[Console, Collection[int], bool], None] | None) -> None:
-  """Runs a sweep on the screen, and prints how it ended.
+  """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
   signals: the signals received so far.
   clean_up: a function (console, slots, keep) that is always called last. It deletes the slices or, if the sweep was
-  asked to stop, says that they are kept.
+    asked to stop, says that they are kept.
   """
   try:
     with Screen(sweep, console) as screen:

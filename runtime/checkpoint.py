@@ -295,7 +295,10 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Returns only the parameters at `path`, with the shardings of `params`, and the meta. Raises as `restore` does."""
+  """Returns the parameters at `path`, with the shardings of `params`, and the meta. The optimizer's state isn't read.
+
+  Raises the same errors as `restore`.
+  """
   check(path)
   meta = read_meta(path)
   saved = {k: v for k, v in meta['shapes'].items() if k.startswith('params.')}

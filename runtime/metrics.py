@@ -1,4 +1,4 @@
-"""Writes the metrics of a run to metrics.jsonl and TensorBoard, and prints a line per step.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases, and prints a line per step.
 
 metrics.jsonl holds one JSON object per line: {"step": 12, "train/ce_nats": 2.31, ...}. Evaluations add lines with keys
 `eval/SOURCE/...`. If a run is killed and resumed, all values except `time/...` are the same to the last bit.

@@ -46,11 +46,12 @@ def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[s
 
 
 def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,)) -> float:
-  """Returns the cycles of one program of bundles.
+  """Returns the number of cycles that an instruction takes, counted from the bundles of its program.
 
-  text: the file that libtpu wrote.
-  share: as in `read`.
-  data_trips: as in DATA_TRIPS.
+  Args:
+    text: the content of the file that libtpu wrote for the instruction.
+    share: the share of grid steps that have work, as in `read`.
+    data_trips: the trip counts of loops that depend on data, as in DATA_TRIPS.
   """
   exits: dict[str, int | None] = {}  # predicate of a loop's exit test -> trip count; None if it depends on data
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):
