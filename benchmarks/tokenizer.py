@@ -2,9 +2,9 @@
 
     python -m benchmarks.tokenizer [--tokenizer=PATH] [--megabytes=8] [--rounds=3]
 
-Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every way once, and measures the
-CPU seconds of one thread. The ratio of a round is relative to the library's faster way in that round; the median over
-rounds is printed. Without --tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
+Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, and measures
+the CPU seconds of one thread. The ratio of a round is relative to the library's faster variant in that round; the
+median over rounds is printed. Without --tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
 """
 
 import argparse

@@ -75,7 +75,9 @@ class Packer:
   """
 
   def __init__(self, lengths_N: np.ndarray, row_length: int, key: str, *, shuffle: bool = True):
-    """Args:
+    """Prepares the packing, without planning any row.
+
+    Args:
       lengths_N: the number of tokens of each document, including BOS and EOS.
       row_length: T, in pairs.
       key: identifies the shuffle; made of seed and source.
