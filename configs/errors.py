@@ -36,13 +36,14 @@ def one_line(error: object) -> str:
 def run_main(main: Callable[[], None]) -> None:
   """Runs `main`. If it raises a UserError, prints the message on one line and exits with status 2.
 
-  If the reader of the output closes it, as `head` does, exits silently with status 141, as C programs do.
+  If the program that reads the output closes it early, as `head` does, exits without a message with status 141.
   """
   try:
     main()
     sys.stdout.flush()
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more fails when Python closes it
+    # So that flushing the output when Python exits doesn't fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
     print(f'error: {one_line(error)}', file=sys.stderr)

@@ -57,7 +57,9 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """Parts of documents, as runs of pairs. Arrays are int64 [N]."""
+  """The documents of a row, or parts of them. Piece i consists of adjacent pairs of one document. Arrays are int64
+  [N].
+  """
 
   document: np.ndarray
   start: np.ndarray  # the index of the first pair in the document
@@ -73,7 +75,9 @@ class Packer:
   """
 
   def __init__(self, lengths_N: np.ndarray, row_length: int, key: str, *, shuffle: bool = True):
-    """Args:
+    """Prepares the packing, without planning any row.
+
+    Args:
       lengths_N: the number of tokens of each document, including BOS and EOS.
       row_length: T, in pairs.
       key: identifies the shuffle; made of seed and source.

@@ -1,8 +1,8 @@
 """Reads prepared data: a TFDS data set of token ids in ArrayRecord shards, and its manifest.
 
     DIR/NAME/1.0.0/NAME-SPLIT.array_record-00000-of-00005   a record is a document (data/records.py)
-                   lengths-SPLIT.npy                 the number of tokens of each document, so that packing needs no
-                   scan manifest.json                     settings, counts, hashes, fingerprint of all; written last
+                   lengths-SPLIT.npy                 the number of tokens of each document, for packing
+                   manifest.json                     settings, counts, hashes, fingerprint of all; written last
                    dataset_info.json, features.json  TFDS's own files
 
 Every start checks the sizes of all files, and the content of the lengths. Every read of a record checks its checksum.

@@ -133,8 +133,8 @@ def _blocks(segments_BT):
 
 
 def _cudnn(segments_BT):
-  """cuDNN's flash attention. It doesn't support segments, so it gets a mask of documents. It skips blocks above the
-  diagonal.
+  """Uses cuDNN's flash attention. It doesn't support segments, so it gets a mask of documents. It skips blocks above
+  the diagonal.
   """
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
   return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
@@ -169,7 +169,7 @@ def _by_documents(kernel, segments_BT):
 
 
 def _splash(segments_BT):
-  """Splash attention, a Pallas kernel for TPU (interpreted elsewhere).
+  """Uses splash attention, a Pallas kernel for TPU (interpreted elsewhere).
 
   Each device processes its own rows, heads and queries, with all keys of its rows.
   """

@@ -88,7 +88,7 @@ class Parts:
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns {what it is: path} for the files that all processes of a run must read with the same content."""
+  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
   rl = rl_run(config).rl
   return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
 
@@ -137,7 +137,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     state, start = beginning.state, beginning.step
     progress = Progress.read(beginning.cursor if start else {}, tasks.size or 0 if rl.repeat_zero_variance < 1 else 0)
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
-      progress = dataclasses.replace(progress, best=None)  # it is lost: somebody deleted it, or --fallback went back
+      # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
+      progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
       root, config, start=start, steps=run.steps, describe=describe_line)))
     setup.log_header(log, {
@@ -209,15 +210,13 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
 def sample_and_judge(
   parts: Parts, params: Any, progress: Progress, step: int
 ) -> tuple[list[Group], list[Group], Progress]:
-  """Returns (groups to learn from, all groups drawn, the progress after them).
+  """Draws and judges the samples of a step.
 
   A group whose scores are all equal is replaced by that of the next prompt (dynamic sampling: DAPO, arXiv 2503.14476
   sec. 3.2). There are at most `rl.max_resampling_rounds` draws, including the first. Groups are judged while the device
   draws the next ones.
 
-  cursor: the number of prompts consumed before this step.
-
-  Returns (groups to learn from, all groups drawn, number of prompts consumed so far).
+  Returns (groups to learn from, all groups drawn, the progress after them).
   """
   rl, kept, seen = parts.run.rl, [], []
   rule = rl.reward_rule(step)
@@ -237,7 +236,7 @@ def sample_and_judge(
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
-  """Returns False for a prompt that is too long and is therefore skipped."""
+  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts."""
   rl = parts.run.rl
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
@@ -351,7 +350,7 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
   """Samples answers to each evaluation set. Logs the share of right answers, its standard error, and a few texts.
 
-  Returns the progress with the best evaluation so far on the set `rl.keep_best`.
+  Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
   """
   for name, tasks in parts.evaluated.items():
     average = _evaluate(parts, params, name, tasks, step, log)

@@ -132,16 +132,16 @@ def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.
 
 
 def kl_k1(logp_BT, ref_logp_BT, mask_BT):
-  """Estimates KL(pi || ref) as d, which is unbiased but can be negative.
+  """Estimates KL(pi || ref) as d = logp - ref_logp, which is unbiased but can be negative.
 
-  Use it for logging only: as a loss, its gradient has mean 0, so it is pure noise.
+  Use it for logging only. As a loss its gradient has mean 0, so it would only add noise.
   """
   logp_BT, ref_logp_BT = _at_mask(mask_BT, logp_BT, ref_logp_BT)
   return logp_BT - sg(ref_logp_BT)
 
 
 def kl_k2(logp_BT, ref_logp_BT, mask_BT):
-  """Estimates KL(pi || ref) as d^2 / 2, which is biased.
+  """Estimates KL(pi || ref) as d^2 / 2 with d = logp - ref_logp, which is biased.
 
   Use it as a loss: on-policy, its gradient is that of KL(pi || ref).
   """
@@ -149,7 +149,7 @@ def kl_k2(logp_BT, ref_logp_BT, mask_BT):
 
 
 def kl_k3(logp_BT, ref_logp_BT, mask_BT):
-  """Estimates KL(pi || ref) as exp(-d) - 1 + d, which is unbiased and never negative.
+  """Estimates KL(pi || ref) as exp(-d) - 1 + d with d = logp - ref_logp, which is unbiased and never negative.
 
   As a loss, its gradient is that of KL(ref || pi), with the arguments exchanged.
   """

@@ -51,8 +51,7 @@ def graded_groups(
   except for verdicts that stay undecided because of a deadline.
 
   Args:
-    asked: the tasks, by the number of the prompt. The number selects the random numbers, together with `seed` and
-      `step`.
+    asked: {number of the prompt: task}. The number selects the random numbers, together with `seed` and `step`.
     samples: the group size.
 
   Raises:

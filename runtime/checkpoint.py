@@ -86,7 +86,7 @@ class Checkpoints:
   def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
     """Starts to write a checkpoint, and returns as soon as the state may be donated.
 
-    Old checkpoints are deleted once this one is complete, except for the one of step `best`.
+    When this checkpoint is complete, old ones are deleted as the config says. The one of step `best` is never deleted.
 
     Raises:
       CheckpointError: this write or an earlier one failed.
@@ -106,7 +106,7 @@ class Checkpoints:
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Waits, and ends the threads. Raises CheckpointError if a write fails."""
+    """Waits until everything is written, and ends the threads. Raises CheckpointError if a write failed."""
     self._guard(self._manager.close)
 
   @property
@@ -115,7 +115,7 @@ class Checkpoints:
     return self._saving if self._manager.is_saving_in_progress() else None
 
   def describe(self) -> str:
-    """Returns which checkpoint is the last good one, for the error of a run that fails."""
+    """Returns a phrase that names the last good checkpoint, for the message of a run that fails."""
     found = [step for step in steps(self.path) if step != self.in_flight]
     text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
     return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
@@ -145,12 +145,13 @@ class Checkpoints:
 
 
 class _Kept:
-  """Tells Orbax which checkpoints to keep: the newest `keep`, multiples of `keep_every_steps`, and the best one."""
+  """Tells Orbax which checkpoints to keep: the newest `keep`, the multiples of `keep_every_steps`, and the best one."""
 
   def __init__(self, config: CheckpointConfig):
     self._config, self.best = config, None
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Returns, for each of the checkpoints (oldest first), whether it is kept. Orbax calls this."""
     every, first_new = self._config.keep_every_steps, len(checkpoints) - self._config.keep
     return [i >= first_new or found.step == self.best or bool(every and found.step % every == 0)
             for i, found in enumerate(checkpoints)]
@@ -294,7 +295,10 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Returns only the parameters at `path`, with the shardings of `params`, and the meta. Raises as `restore` does."""
+  """Returns the parameters at `path`, with the shardings of `params`, and the meta. The optimizer's state isn't read.
+
+  Raises the same errors as `restore`.
+  """
   check(path)
   meta = read_meta(path)
   saved = {k: v for k, v in meta['shapes'].items() if k.startswith('params.')}

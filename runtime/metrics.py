@@ -1,4 +1,4 @@
-"""Writes the metrics of a run to metrics.jsonl and TensorBoard, and prints a line per step.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases, and prints a line per step.
 
 metrics.jsonl holds one JSON object per line: {"step": 12, "train/ce_nats": 2.31, ...}. Evaluations add lines with keys
 `eval/SOURCE/...`. If a run is killed and resumed, all values except `time/...` are the same to the last bit.
@@ -171,7 +171,7 @@ class Log:
       every: the number of steps between two printed lines.
       tensorboard: also write TensorBoard events.
       active: False for a Log that does nothing.
-      wandb: (project of Weights & Biases, the run's config), to send the figures there too.
+      wandb: (a project of Weights & Biases, the run's config). The figures are sent there too. None: they aren't.
       describe: a function (step, steps, figures, seconds left) -> the line to print.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe

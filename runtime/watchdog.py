@@ -39,7 +39,7 @@ _XLA_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADL
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-  """What a process publishes about itself."""
+  """The state that a process publishes for the other processes of its job."""
 
   count: int = 0
   step: int = 0

@@ -1,6 +1,6 @@
 """Builds a jail around itself and runs one Python program in it. See code_jail.py.
 
-    python -I -S -B eval/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
+    python -I -S -B tasks/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
 
 There are three processes. This one limits the time. Its child is process 1 of a new process namespace, whose death ends
 all other processes in it. The grandchild gives up its rights and becomes the program. One byte is written to the

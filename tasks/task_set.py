@@ -143,7 +143,7 @@ class TaskSet:
     return self[self.index(cursor)]
 
   def index(self, cursor: int) -> int:
-    """Returns which task of the set prompt number `cursor` of a run asks."""
+    """Returns the index of the task that a run's prompt number `cursor` asks."""
     if self.size is None:
       return cursor
     epoch, place = divmod(cursor, self.size)
@@ -256,7 +256,7 @@ def _is_exact(task: str) -> bool:
 
 
 def files(uri: str) -> list[str]:
-  """Returns the paths of the files that `uri` reads, in order; none for generated problems and TFDS sets."""
+  """Returns the paths of the files that `uri` reads, in order. Generated problems and TFDS sets have none."""
   kind, _, pattern = uri.partition(':')
   return find(pattern) if kind in ('jsonl', 'code') else []
 

@@ -88,7 +88,8 @@ def math_grader():
   """Returns the function request -> reply, which applies the rules of comparison.py, and math-verify where they need
   it.
 
-  If the request's answer is None, the reply's rule says why its reference can't be read, or is empty.
+  A request whose answer is None asks only whether its reference can be read. The rule in the reply then says why it
+  can't, or is '' if it can.
   """
   import logging
 

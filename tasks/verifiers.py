@@ -103,8 +103,9 @@ class Verifier:
     """Grades each (sampled text, task), in order.
 
     An answer is wrong if there is none in the task's format, if it is too long, or if it differs from the reference. It
-    is undecided if the worker reached the deadline or died (if it was killed from outside: twice), or if the reference
-    can't be read. A grade doesn't depend on the other items; equal items are graded once.
+    is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker was killed
+    from outside, another worker grades the answer once more. A grade doesn't depend on the other items; equal items are
+    graded once.
 
     Raises:
       VerifierError: workers can't be started.

@@ -39,7 +39,7 @@ class TrainingError(UserError):
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns {what it is: path} for the files that all processes of a run must read with the same content."""
+  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
   c = run_config(config).data
   manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
   return {'tokenizer': c.tokenizer_path, **manifests}

@@ -87,8 +87,10 @@ def open_checkpoints(
 
 
 def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
-  """Closes `checkpoints` after an error, within SAVE_DEADLINE_S, and prints what became of a save in flight. It never
-  raises: the run's own error is the one to show.
+  """Closes `checkpoints` after an error, within SAVE_DEADLINE_S seconds. Prints whether a save in progress was
+  completed.
+
+  Never raises an error, because the run's own error is the one to show.
   """
   step = checkpoints.in_flight
   outcome = f'did not finish within {SAVE_DEADLINE_S} s'
@@ -310,7 +312,7 @@ def short(n: float) -> str:
 
 
 def finished(log: Log, root: epath.Path, config: ConfigDict, step: int) -> None:
-  """Logs where a run that has ended is saved, and how to look at it."""
+  """Logs where the result of a finished run is saved, and how to look at it."""
   log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:
     log.say(f'curves:   tensorboard --logdir={root}')

@@ -12,8 +12,11 @@ The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|h
 has the paper's values, and marks those that it leaves open. Pre-training on 128 chips of v5p takes 23.2 of 102.8 GB
 per chip and 60 to 62 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
-The paper, average of 19 benchmarks after pre-training: 50.27 (beta_low), 49.80 (ce), 49.99 (beta_high), 50.11
-(tail); after RL, Avg@128 of six math sets: 36.06, 34.79, 32.41, tail 36.02, head 34.13.
+The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+
+    objective             ce     beta_low   beta_high   tail    head
+    after pre-training    49.80  50.27      49.99       50.11
+    after RL              34.79  36.06      32.41       36.02   34.13
 """
 
 from betarank.configs import paper

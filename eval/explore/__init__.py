@@ -1,1 +1,1 @@
-"""What a checkpoint predicts, token by token."""
+"""Shows what a checkpoint predicts at each token of a text."""

@@ -94,9 +94,9 @@ def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
 
 
 def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
-  """Returns a histogram of the newest probes by arm, as shares of the tokens.
+  """Returns a histogram of the newest probes by arm. x is the middle of a bin, and y the share of the tokens in it.
 
-  survival: returns the share at or above an edge. x is then the lower edge of a bin, otherwise its middle.
+  survival: y is instead the share of the tokens at or above x, the lower edge of a bin.
 
   Probes without such a histogram, or with other edges than the first probe, are left out.
   """

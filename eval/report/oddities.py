@@ -17,7 +17,7 @@ COLLAPSED = 0.2  # the entropy has collapsed if it is below this share of that a
 
 
 def of_rl(curves: Mapping[str, Curve]) -> list[str]:
-  """Returns one line for each sign found.
+  """Returns one line for each sign of trouble that is found.
 
   curves: the curves train/... of an RL run.
   """

@@ -33,8 +33,9 @@ _FUNCTION = re.compile(r"(\\?[A-Za-z]+)((?: _ (?:\{[^{}]*\}|\S+))?(?: ')*)(?: \(
 
 
 def name_of(side: Reading | None) -> Name | None:
-  r"""Returns the name that a side of an equation is: x, x_1, f(x), a_n, \angle ABC, AB, Area; None if it is an
-  expression.
+  r"""Returns the name on one side of an equation, such as x, x_1, f(x), a_n, \angle ABC, AB or Area.
+
+  Returns None if the side isn't just a name.
   """
   if side is None:
     return None

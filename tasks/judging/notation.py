@@ -227,7 +227,8 @@ class _Reader:
   def _in_base(self, tokens: list[str]) -> Reading | None:
     r"""Reads `1011_2`, `2516_{8}`, `1A_{16}` or `1011 \text{ base } 2`."""
     text = ' '.join(t for t in tokens if t not in ('{', '}', '(', ')'))
-    # Each token ends with one space, so that there is only one way to match and no backtracking on long numbers.
+    # Exactly one space follows each token, so that there is only one way to match. Otherwise a long number would make
+    # the matcher backtrack forever.
     found = re.fullmatch(r"((?:[0-9]+ |[A-F] )*)(?:'in )?(?:_|'base) (\d{1,2}|'\w+)", text)
     digits = found[1].replace(' ', '') if found else ''
     if not any(d.isdigit() for d in digits):

@@ -285,12 +285,12 @@ def _call(base: int | None, name: str, *values):
 
 
 def near(gold: Node, answer: Node) -> bool:
-  """Returns whether the difference between two numbers is explained by the precision of decimals.
+  """Returns whether the difference between two numbers can be explained by the precision of decimals.
 
-  There are two cases. A decimal gold of at least 4 significant digits stands for all numbers that round to it, if they
-  are no less precise: 0.6667 for 2/3, 20.39 for 20.394. And an answer in decimals of at least 6 digits may differ from
-  the gold by a relative 1e-6 if the gold can't be written in decimals (0.333333 for 1/3). Otherwise only 1e-12 is
-  allowed, which is the noise of floating point.
+  A decimal gold with at least 4 significant digits accepts every number that rounds to it and is at least as precise.
+  So 0.6667 accepts 2/3, and 20.39 accepts 20.394. A decimal answer with at least 6 digits may differ from the gold by a
+  relative 1e-6 if the gold has no exact decimal form: 1/3 accepts 0.333333. Otherwise it may differ by a relative
+  1e-12, the noise of floating point.
   """
   given, wanted = precision(answer), precision(gold)
   if symbols(gold) or symbols(answer) or (given is None and wanted is None):
