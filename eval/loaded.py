@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from betarank import data, model
-from betarank.configs import load
 from betarank.eval import config
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun
 from betarank.eval.report.arms import label
@@ -48,7 +47,6 @@ def load_model(path: str) -> Loaded:
   Raises:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
   """
-  load.check_places({'RUN': path}, '')
   [ref] = config.find_checkpoints(path)
   run = config.eval_run(config.configure(ref), ref)
   tokenizer = config.read_tokenizer(run, ref)

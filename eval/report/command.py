@@ -7,7 +7,6 @@ Reads every run under ROOT (local or gs://), with any arms, seeds and stages, fi
 ROOT/report. It only reads what runs wrote, and needs no accelerator.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 
@@ -15,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from betarank.configs.errors import ConfigError, UserError
-from betarank.configs.load import check_places
+from betarank.configs.parser import Parser, place
 from betarank.eval.report.arms import read_sweep
 from betarank.eval.report.sections import Report, write_over
 
 
-def write_report(root: str, out: str = '') -> epath.Path:
+def write_report(root: str, out: str | None = None) -> epath.Path:
   """Writes the report of all runs under `root`, and returns the path of the page.
 
   Raises:
@@ -46,12 +45,10 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # a training run on this machine may hold the accelerator
-  parser = argparse.ArgumentParser(prog='betarank report', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('root', metavar='ROOT')
-  parser.add_argument('--out', default='', metavar='DIR')
+  parser = Parser('betarank report', __doc__)
+  parser.add_argument('root', type=place, metavar='ROOT')
+  parser.add_argument('--out', type=place, metavar='DIR')
   args = parser.parse_args(argv)
-  check_places(vars(args))
   try:
     print(f'report: {write_report(args.root, args.out)}')
   except OSError as error:
