@@ -8,6 +8,7 @@ import importlib
 import sys
 
 from betarank.configs.errors import UserError, run_main, suggestion
+from betarank.runtime.stop import interruptible
 
 # Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {
@@ -37,7 +38,10 @@ def usage() -> str:
 
 
 def main() -> None:
-  """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2."""
+  """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2.
+
+  After Ctrl-C it is 130. A second Ctrl-C ends the process at once.
+  """
   run_main(lambda: _run(sys.argv[1:]))
 
 
@@ -48,7 +52,8 @@ def _run(argv: list[str]) -> None:
   name, *rest = argv
   if name not in COMMANDS:
     raise UserError(f'{name}: no such command{suggestion(name, COMMANDS)}; betarank --help lists them')
-  importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
+  with interruptible():
+    importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
 
 
 if __name__ == '__main__':

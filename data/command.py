@@ -59,13 +59,21 @@ def main(argv: Sequence[str]) -> None:
       raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
     _tokenizer(data, console)
     show.tokenizer(data)
-  elif parts == 1:
-    _tokenizer(data, console)
-    _summary(data, {name: _prepare(data, name, args.workers, console) for name in data.sources}, console)
   else:
-    for name in data.sources:
-      _prepare(data, name, args.workers, console, part, parts)
-    print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
+    try:
+      _prepare_all(data, args.workers, console, part, parts)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt('what is prepared is kept, and the same command resumes') from None
+
+
+def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, parts: int) -> None:
+  if parts == 1:
+    _tokenizer(data, console)
+    _summary(data, {name: _prepare(data, name, workers, console) for name in data.sources}, console)
+    return
+  for name in data.sources:
+    _prepare(data, name, workers, console, part, parts)
+  print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -117,13 +117,15 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
       file.append(lines)
       progress(lines)
 
-    for group in drawn:
-      waiting.append(judge.submit(write, group))
-      while waiting and (waiting[0].done() or len(waiting) > 8):
-        waiting.popleft().result()
-    for future in waiting:
-      future.result()
-  file.close()
+    try:
+      for group in drawn:
+        waiting.append(judge.submit(write, group))
+        while waiting and (waiting[0].done() or len(waiting) > 8):
+          waiting.popleft().result()
+    finally:  # also after Ctrl-C: what is drawn is judged and kept
+      for future in waiting:
+        future.result()
+      file.close()
 
 
 def benchmark_key(name: str) -> int:

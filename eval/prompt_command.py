@@ -34,11 +34,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.samples < 1:
     raise UserError(f'--samples must be >= 1, got {args.samples}')
-  try:
-    _run(args)
-  except KeyboardInterrupt:
-    print(flush=True)
-    sys.exit(130)
+  _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:

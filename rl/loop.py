@@ -165,6 +165,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
     if not start:
       progress = evaluate(parts, state.params, progress, 0, log)
+    setup.stopped_before(log, start, stop)
     for step in range(start + 1, run.steps + 1):
       with profile.at(step):
         began = time.perf_counter()

@@ -344,3 +344,14 @@ def stopped(log: Log, checkpoints: checkpoint.Checkpoints, step: int, stop: Stop
   checkpoints.wait()
   log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
   raise Stopped(stop.exit_status)
+
+
+def stopped_before(log: Log, start: int, stop: StopSignal) -> None:
+  """Ends a run that was asked to stop before it did a step, by raising Stopped. All processes must call it.
+
+  start: the step that the run resumes after; 0 for a new run.
+  """
+  if stop(start):
+    log.say('asked to stop before the next step; ' + (f'step {start} is saved' if start else 'nothing is lost')
+            + ', and the same command ' + ('resumes from it' if start else 'starts again'))
+    raise Stopped(stop.exit_status)

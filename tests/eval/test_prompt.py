@@ -61,15 +61,6 @@ def test_lines_of_standard_input_are_prompts_until_it_ends(generate, monkeypatch
   assert len(re.findall(r' after \d+ tokens\]', out)) == 2
 
 
-def test_ctrl_c_ends_without_a_traceback(generate, monkeypatch):
-  def interrupted(*_):
-    raise KeyboardInterrupt
-  monkeypatch.setattr('builtins.input', interrupted)
-  with pytest.raises(SystemExit) as end:
-    generate()
-  assert end.value.code == 130
-
-
 @pytest.mark.parametrize('flag, words', [
   ('--temperature=-1', '--temperature must be >= 0'), ('--top_p=0', r'--top_p must be in \(0, 1\]'),
   ('--max_new_tokens=0', '--max_new_tokens must be >= 1'), ('--seed=-1', '--seed must be in'),
