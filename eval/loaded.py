@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from betarank import data, model
-from betarank.configs import load
+from betarank.configs import load, settings
 from betarank.eval import config
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun
 from betarank.eval.report.arms import label
@@ -41,18 +41,24 @@ class Loaded(NamedTuple):
   params: Any
 
 
-def load_model(path: str) -> Loaded:
+def load_model(path: str, tokenizer: str = '') -> Loaded:
   """Loads the checkpoint at `path`, or the newest one if `path` is a workdir.
+
+  The kernels are those of this machine, whatever the run used on its own. tokenizer: where the one that it was trained
+  with is now, if not in its old place.
 
   Raises CheckpointError, ConfigError or DataError, each with a one-line message.
   """
   load.check_places({'RUN': path}, '')
   [ref] = config.find_checkpoints(path)
-  run = config.eval_run(config.configure(ref), ref)
-  tokenizer = config.read_tokenizer(run, ref)
+  resolved = config.configure(ref)
+  resolved.model.attention = settings.default('model.attention')
+  resolved.model.moe.kernel = settings.default('model.moe.kernel')
+  resolved.data.tokenizer = tokenizer or resolved.data.get('tokenizer', '')
+  run = config.eval_run(resolved, ref)
   mesh = model.make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
   objective = label(setup.whole_config(ref.meta).get('objective')) or 'objective unknown'
-  return Loaded(ref, run, str(ref.run), objective, tokenizer, config.restore(run, ref, mesh))
+  return Loaded(ref, run, str(ref.run), objective, config.read_tokenizer(run, ref), config.restore(run, ref, mesh))
 
 
 @dataclasses.dataclass(frozen=True)
