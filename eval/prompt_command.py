@@ -34,8 +34,10 @@ def main(argv: Sequence[str]) -> None:
   try:
     _run(args)
   except KeyboardInterrupt:
-    print(flush=True)
-    sys.exit(130)
+    from betarank.runtime import stop
+
+    print()
+    stop.leave(130)
 
 
 def _run(args: argparse.Namespace) -> None:

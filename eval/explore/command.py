@@ -8,8 +8,6 @@ problem. RUN is a workdir, whose newest checkpoint is taken, or a checkpoint. Al
 """
 
 import argparse
-import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,11 +38,13 @@ def main(argv: Sequence[str]) -> None:
     raise UserError('--text and --problem are for --export=FILE.html; the page has fields for them')
   if args.top_k < 0:
     raise UserError(f'--top_k must be >= 1, or 0 for the one of the first run, got {args.top_k}')
-  with contextlib.suppress(KeyboardInterrupt):
+  try:
     _run(args)
-    return
-  print(file=sys.stderr)
-  sys.exit(130 if args.export else 0)
+  except KeyboardInterrupt:
+    from betarank.runtime import stop
+
+    print()
+    stop.leave(130 if args.export else 0)
 
 
 def _run(args: argparse.Namespace) -> None:
