@@ -54,8 +54,7 @@ class Progress:
     """Returns the progress that a checkpoint's cursor holds. For {} it is that of a new run.
 
     tasks: the size of the task set; 0 without a difficulty filter. If the cursor was saved for a set of another size,
-    its
-      record of zero variance is dropped.
+      its record of zero variance is dropped.
     """
     zero_variance_N = np.zeros(tasks, bool) if tasks else None
     before = cursor.get('zero_variance', {})
@@ -82,8 +81,8 @@ class Progress:
   ) -> 'tuple[dict[int, Task], Progress]':
     """Returns the next `count` prompts as {number: task}, and the progress after them.
 
-    Prompts for which `fits` is False are passed over. So are prompts whose last group had zero variance, except in the
-    share `repeat` > 0 of their turns.
+    Prompts for which `fits` is False are passed over. A prompt whose last group had zero variance is asked only in a
+    share `repeat` > 0 of its turns, and passed over in the others.
 
     Raises:
       DataError: none of 10,000 prompts in a row fits.

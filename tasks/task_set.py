@@ -1,6 +1,6 @@
 """Provides the tasks of RL and evaluation: prompts with their references, by index, in a fixed order.
 
-    reasoning:TASK?OPTION=VALUE+TASK   generated problems, as in pre-training (data/reasoning.py); of unlimited number
+    reasoning:TASK?OPTION=VALUE+TASK   generated problems, as in pre-training (data/reasoning.py), without end
     jsonl:GLOB                         files of problems with final answers, in one of the forms of records.py
     tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
     code:GLOB                          programming problems in the form of HumanEval or MBPP (code_problems.py)

@@ -211,7 +211,7 @@ class Report:
     return join(parts)
 
   def other_benchmarks(self) -> Html:
-    """Returns the paper's average, and all scores of lm-evaluation-harness."""
+    """Returns the arms' averages over the paper's 19 benchmarks, and all their scores of lm-evaluation-harness."""
     parts = []
     names = (*paper.AVERAGES, *paper.CATEGORIES, *paper.BENCHMARKS)
     if self.paper:

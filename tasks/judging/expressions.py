@@ -160,7 +160,7 @@ class _Parser:
     return Node('neg', (node,)) if negative else node
 
   def _is_negative(self) -> bool:
-    """Takes signs, and returns whether they make the following negative."""
+    """Consumes plus and minus signs. Returns True if they make what follows negative."""
     negative = False
     while self.next in ('-', '+') and self.next:
       negative ^= self._take() == '-'
