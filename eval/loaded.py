@@ -1,4 +1,4 @@
-"""Holds a checkpoint in memory on one device, for the commands that a person looks through: generate and explore."""
+"""Loads a checkpoint onto one device and samples from it, for the interactive commands `generate` and `explore`."""
 
 import dataclasses
 import functools
@@ -17,19 +17,20 @@ from betarank.model import MeshConfig
 from betarank.train import setup
 from betarank.train.sampler import Prompt, Sample, Sampler, SamplerConfig
 
-_SHORTEST_ROOM = 32  # tokens for a prompt; a longer one has the next power of two, so that few shapes are compiled
-_DECODE_STEPS = 4  # tokens drawn between two looks at them
+# Room for a prompt, in tokens. For a longer prompt it is the next power of two, so that few shapes are compiled.
+_SHORTEST_ROOM = 32
+_DECODE_STEPS = 4  # tokens drawn per dispatch, that is, before they are shown
 
 
 class Loaded(NamedTuple):
-  """A checkpoint with its parameters.
+  """A checkpoint and its parameters.
 
   Attributes:
-    ref: which checkpoint.
+    ref: says which checkpoint it is.
     run: its settings.
-    name: of its workdir, as the user gave it.
-    objective: of the pre-training that it descends from, by what differs from plain cross-entropy: 'CE', 'β = -0.25'.
-    tokenizer: the one that it was trained with.
+    name: its workdir, as the user wrote it.
+    objective: how the objective of its pre-training differs from cross-entropy, such as 'CE' or 'β = -0.25'.
+    tokenizer: the tokenizer that it was trained with.
     params: float32, on the first device.
   """
 
@@ -42,12 +43,16 @@ class Loaded(NamedTuple):
 
 
 def load_model(path: str, tokenizer: str = '') -> Loaded:
-  """Loads the checkpoint at `path`, or the newest one if `path` is a workdir.
+  """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
 
-  The kernels are those of this machine, whatever the run used on its own. tokenizer: where the one that it was trained
-  with is now, if not in its old place.
+  It uses the kernels of this machine, whichever kernels the run used.
 
-  Raises CheckpointError, ConfigError or DataError, each with a one-line message.
+  Args:
+    path: a workdir or a checkpoint.
+    tokenizer: the path of the tokenizer that the model was trained with, if it has been moved.
+
+  Raises:
+    CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
   """
   load.check_places({'RUN': path}, '')
   [ref] = config.find_checkpoints(path)
@@ -63,7 +68,11 @@ def load_model(path: str, tokenizer: str = '') -> Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How to continue a text; see SamplerConfig. Raises EvalError that names the flag."""
+  """Says how to continue a text. The fields have the meaning they have in SamplerConfig.
+
+  Raises:
+    EvalError: a value is not allowed. The message names the flag.
+  """
 
   temperature: float = 1.0
   top_p: float = 1.0
@@ -79,6 +88,7 @@ class Sampling:
       raise EvalError(f'--{error}') from None
 
   def sampler(self, rows: int, prompt_tokens: int) -> SamplerConfig:
+    """Returns the settings of a sampler that draws `rows` continuations of a prompt of `prompt_tokens` tokens."""
     room = max(_SHORTEST_ROOM, 1 << (prompt_tokens - 1).bit_length())
     return SamplerConfig(rows, room, self.max_new_tokens, self.temperature, self.top_p, decode_steps=_DECODE_STEPS)
 
@@ -87,9 +97,13 @@ def sample(
   loaded: Loaded, prompt: Sequence[int], sampling: Sampling, indices: Sequence[int], step: int = 0,
   watch: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
-  """Returns continuations of the prompt, token ids without BOS, in the order of their `indices`.
+  """Returns continuations of a prompt, in the order of `indices`.
 
-  step: another number gives other continuations. watch: called with what is drawn, as it is drawn (see Sampler).
+  Args:
+    prompt: token ids, without BOS.
+    indices: the numbers of the continuations. Each number selects its own random numbers.
+    step: also selects the random numbers, so that another number gives other continuations.
+    watch: is called with the new tokens while they are drawn, as in `Sampler.__call__`.
   """
   tokens = [loaded.tokenizer.bos, *prompt]
   draw = _sampler(loaded.run.model, sampling.sampler(len(indices), len(tokens)), loaded.tokenizer.eos)
@@ -97,7 +111,7 @@ def sample(
   return group
 
 
-_sampler = functools.lru_cache(maxsize=16)(Sampler)  # holds no parameters, but a program that takes time to compile
+_sampler = functools.lru_cache(maxsize=16)(Sampler)  # because a sampler compiles a program; it holds no parameters
 
 
 def continuation(drawn: Sample) -> np.ndarray:

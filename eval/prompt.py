@@ -12,12 +12,15 @@ from betarank.train.sampler import Sample
 def generate(
   loaded: Loaded, text: str, sampling: Sampling, samples: int, number: int = 0, entropy: bool = False,
 ) -> None:
-  """Prints `samples` continuations of `text`, each after the text itself.
+  """Prints continuations of a text. Each is printed after the text itself, token by token.
 
-  number: of the prompt in its session: the same text asked again is continued differently.
-  entropy: lists the tokens of each continuation.
+  Args:
+    samples: the number of continuations.
+    number: the number of the prompt in its session. The same text with another number is continued differently.
+    entropy: whether to print a table of the tokens after each continuation.
 
-  Raises DataError for a text that can't be encoded.
+  Raises:
+    DataError: the text can't be encoded.
   """
   tokenizer = loaded.tokenizer
   prompt = tokenizer.encode(text).tolist()
@@ -37,7 +40,7 @@ def generate(
 
 
 def table(loaded: Loaded, prompt: list[int], drawn: Sample) -> str:
-  """Returns one line for each token of a continuation, and one with means over them, at temperature 1."""
+  """Returns a table of a continuation: one line per token, and a last line with means. Values are at temperature 1."""
   [f] = figures(loaded, [[*prompt, *drawn.tokens.tolist()]], loaded.run.top_k)
   logp, rank, entropy = (x[len(prompt):len(prompt) + len(drawn.tokens)] for x in (f.logp, f.rank, f.entropy))
   lines = [f'{"token":>14}  {"p":>6}  {"rank":>5}  entropy, nats']

@@ -1,7 +1,7 @@
 r"""betarank generate --checkpoint=RUN [--prompt=TEXT] [--samples=N] [--temperature=X] [--top_p=X] [--max_new_tokens=N]
 
-Continues a text, and prints the tokens as they are drawn. RUN is a workdir, whose newest checkpoint is taken, or a
-checkpoint. Without --prompt each line of standard input is a prompt, until Ctrl-D. In a prompt \n is a line end:
+Continues a text, and prints the tokens as they are drawn. RUN is a checkpoint, or a workdir, whose newest checkpoint
+is used. Without --prompt, each line of standard input is a prompt, until Ctrl-D. \n in a prompt stands for a line end:
 
     betarank generate --checkpoint=runs/smoke/reasoning/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'
 """
@@ -14,7 +14,11 @@ from betarank.configs.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command; Ctrl-C ends it with status 130. Raises UserError for arguments that don't fit."""
+  """Runs the command. Ctrl-C ends it with status 130.
+
+  Raises:
+    UserError: an argument is not allowed.
+  """
   parser = argparse.ArgumentParser(prog='betarank generate', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
@@ -56,7 +60,7 @@ def _lines() -> Iterator[str]:
   """Yields the lines of standard input that aren't empty."""
   ask = sys.stdin.isatty()
   if ask:
-    import readline  # noqa: F401 (gives `input` a history and line editing)
+    import readline  # noqa: F401 (importing it adds line editing and a history to `input`)
     print(r'Type a text to continue; \n is a line end. Ctrl-D ends.', file=sys.stderr, flush=True)
   while True:
     try:

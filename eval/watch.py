@@ -1,8 +1,8 @@
 """betarank watch RUN_OR_FOLDER [...] [--once] [--every=SECONDS]
 
-Shows a table of runs, and draws it again until all of them have finished, or until Ctrl-C. Everything comes from the
-files of their workdirs, local or gs://, so it works on any machine that sees them. A run in a bucket writes its figures
-with every checkpoint. The states that a sweep on this machine records, such as waiting and failed, are shown too.
+Shows a table of runs, and refreshes it until all of them have finished, or until Ctrl-C. It only reads the files of
+their workdirs, local or gs://, so it works on any machine that can read them. A run in a bucket uploads its figures
+with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are shown too.
 """
 
 import argparse
@@ -26,27 +26,30 @@ from betarank.configs import load
 from betarank.configs.errors import UserError
 from betarank.runtime.metrics import duration
 
-DEPTH = 6  # folders below the one that is given
+DEPTH = 6  # levels of folders that are searched for runs
 NOT_RUNS = ('checkpoints', 'eval', 'tensorboard', 'report', 'hosts', 'profile', 'data')
-TAIL_BYTES = 64 * 1024  # of metrics.jsonl that are read
-AVERAGED = 10  # last steps over which figures are averaged
-QUIET_S = 60.0  # without a new step, or 5 times the time of a step if that is longer: no longer running
+TAIL_BYTES = 64 * 1024  # how much of metrics.jsonl is read
+AVERAGED = 10  # the number of logged steps over which figures are averaged
+# A run that has logged nothing for this long, or for 5 times the time of a step if that is longer, isn't running.
+QUIET_S = 60.0
 TITLES = ('run', 'state', 'step', 'CE', 'entropy', 'pass', 'tokens/s', 'left')
 _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed': 'red', 'skipped': 'yellow'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A run as the table shows it; NaN and None for what isn't known.
+  """One row of the table. An unknown value is NaN or None.
 
   Attributes:
-    name: relative to the folder.
-    state: waiting, starting, running, stopped, finished, or failed or skipped as a sweep says.
-    step, steps: done and asked for.
-    ce, entropy: nats, means over the last steps.
-    pass_rate: share of right answers, likewise; of RL.
-    tokens_per_s: median over the last steps, trained on or, in RL, drawn.
-    left_s: seconds to the last step at the median time of a step, without evaluations.
+    name: the run's workdir, relative to the folder.
+    state: waiting, starting, running, stopped or finished; or failed or skipped, if a sweep has recorded that.
+    step: the last step that was logged.
+    steps: the last step of the run.
+    ce, entropy: means over the last steps, in nats.
+    pass_rate: the share of right answers, a mean over the last steps. Only for RL.
+    tokens_per_s: the median over the last steps, of trained tokens or, in RL, of drawn tokens.
+    left_s: an estimate of the remaining seconds: the remaining steps times the median time of a step. It leaves out
+      evaluations.
   """
 
   name: str
@@ -60,7 +63,7 @@ class Row:
   left_s: float = math.nan
 
   def cells(self) -> list[str]:
-    """Returns the row's texts, in the order of TITLES."""
+    """Returns the texts of the row's cells, in the order of TITLES."""
     number = lambda x, form: '' if math.isnan(x) else format(x, form)
     step = f'{self.step}/{self.steps}' if self.steps else str(self.step or '')
     return [self.name, self.state, step, number(self.ce, '.3f'), number(self.entropy, '.3f'),
@@ -69,7 +72,7 @@ class Row:
 
 
 def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
-  """Yields the workdirs in a folder, itself included, in the order of their names."""
+  """Yields the workdirs in a folder, ordered by name. If the folder itself is a workdir, yields only it."""
   if (folder / 'config.json').exists():
     yield folder
     return
@@ -80,7 +83,7 @@ def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
 
 
 def read_folder(folder: epath.Path) -> list[Row]:
-  """Returns a row for each run in a folder, and for each run that its sweep.json has but that hasn't begun."""
+  """Returns one row per run in a folder. Runs that are listed in its sweep.json but haven't begun have a row too."""
   points = {name: point for name, point in (_object(folder / 'sweep.json').get('points') or {}).items()
             if isinstance(point, dict) and point.get('stage') in ('train', 'rl')}
   states = {name: (point.get('status') or {}).get('state', '') for name, point in points.items()}
@@ -93,9 +96,13 @@ def read_folder(folder: epath.Path) -> list[Row]:
 
 
 def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
-  """Returns the row of the run in a workdir. Nothing in its files makes this raise but a file that can't be read.
+  """Returns the row of the run in a workdir. Files that are missing or damaged leave values unknown.
 
-  launcher_s: the state that a sweep's launcher recorded; '' for none.
+  Args:
+    launcher_s: the state that a sweep has recorded for this run; '' if there is none.
+
+  Raises:
+    OSError: a file exists but can't be read.
   """
   config, file = _object(path / 'config.json'), path / 'metrics.jsonl'
   lines = [line for line in _tail(file) if 'time/step_s' in line][-AVERAGED:]
@@ -120,7 +127,7 @@ def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
 
 
 def _steps(config: dict[str, Any]) -> int | None:
-  """Returns the number of steps that a config asks for; None if it doesn't say."""
+  """Returns the number of steps that a config asks for, or None if the config doesn't say."""
   try:
     if 'rl' in config:
       return int(config['rl']['steps'])
@@ -130,7 +137,7 @@ def _steps(config: dict[str, Any]) -> int | None:
 
 
 def _object(path: epath.Path) -> dict[str, Any]:
-  """Returns the JSON object in a file; {} if there is none."""
+  """Returns the JSON object in a file, or {} if there is no file or it doesn't contain an object."""
   try:
     value = json.loads(path.read_text())
   except (FileNotFoundError, ValueError, RecursionError):
@@ -139,7 +146,7 @@ def _object(path: epath.Path) -> dict[str, Any]:
 
 
 def _tail(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the whole lines in the last TAIL_BYTES of a metrics file: a long run's has hundreds of megabytes."""
+  """Returns the complete lines in the last TAIL_BYTES of a metrics file, which can have hundreds of megabytes."""
   try:
     with path.open('rb') as file:
       size = file.seek(0, 2)
@@ -157,7 +164,9 @@ def _tail(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row], width: int) -> Table:
-  """Returns the table, no wider than `width` columns: names are cut at their beginnings, which runs have in common."""
+  """Returns the table, at most `width` columns wide. A long name loses its beginning, which is usually the same for all
+  runs.
+  """
   cells = [row.cells() for row in rows]
   shown = [i for i in range(len(TITLES)) if i < 3 or any(row[i] for row in cells)]
   sizes = {i: max(len(TITLES[i]), *(len(row[i]) for row in cells)) for i in shown}
@@ -172,7 +181,11 @@ def table(rows: Sequence[Row], width: int) -> Table:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command. Raises UserError for a folder without runs."""
+  """Runs the command.
+
+  Raises:
+    UserError: a folder has no runs or can't be read.
+  """
   parser = argparse.ArgumentParser(prog='betarank watch', description=__doc__, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('folder', nargs='+', metavar='RUN_OR_FOLDER', help='a workdir, or a folder with runs: a sweep')
@@ -199,7 +212,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _read(folders: Sequence[str]) -> list[Row]:
-  """Returns the rows of all folders. Raises UserError for one without runs, or that can't be read."""
+  """Returns the rows of all folders.
+
+  Raises:
+    UserError: a folder has no runs or can't be read.
+  """
   rows = []
   for folder in folders:
     try:

@@ -1,8 +1,8 @@
-"""Sends the figures of a run to Weights & Biases (an extra: pip install 'betarank[wandb]').
+"""Sends the figures of a run to Weights & Biases, which needs `pip install 'betarank[wandb]'`.
 
-The run's id is kept in WORKDIR/wandb.json, so a run that resumes is the same run there. Modes and keys are wandb's own
-(WANDB_MODE=offline, WANDB_API_KEY, ...). Curves are drawn over `step`: after a kill the figures of a few steps are sent
-twice, and are the same.
+The id of the run in Weights & Biases is kept in WORKDIR/wandb.json, so a resumed run continues there. Modes and keys
+are those of wandb (WANDB_MODE=offline, WANDB_API_KEY, ...). Curves are drawn over `step`. If a run was killed, the
+figures of a few steps are sent twice, with the same values.
 """
 
 import importlib.util
@@ -20,16 +20,16 @@ FILE = 'wandb.json'
 
 
 def check(project: str) -> None:
-  """Raises ConfigError if figures are to be sent and wandb isn't installed."""
+  """Raises ConfigError if a project is named and wandb isn't installed."""
   if project and importlib.util.find_spec('wandb') is None:
     raise ConfigError(f"config.log.wandb={project}: wandb is not installed; pip install 'betarank[wandb]'")
 
 
 class WandbBoard:
-  """A run in the project `project`, which resumes with the run of betarank."""
+  """The run in a project of Weights & Biases that belongs to a workdir."""
 
   def __init__(self, project: str, config: dict[str, Any], workdir: epath.Path):
-    """Starts the run, or resumes the one that the workdir names if it is of this project."""
+    """Starts a run. Resumes the one that the workdir names instead, if there is one and it is in this project."""
     import wandb
 
     path = workdir / FILE
@@ -49,5 +49,5 @@ class WandbBoard:
     self._run.log({'step': step, **values})
 
   def close(self) -> None:
-    """Ends the run, once everything is sent or, offline, written."""
+    """Ends the run, after everything was sent or, in offline mode, written."""
     self._run.finish()

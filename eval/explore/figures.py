@@ -18,21 +18,23 @@ from betarank.train import score
 
 SHOWN = 20  # most probable tokens per position
 _AT_ONCE = 64  # positions whose logits exist at the same time
-_SHORTEST = 16
+_SHORTEST = 16  # a shorter text is padded to this many tokens
 
 
 class Figures(NamedTuple):
-  """Predictions along one text of N tokens. Entry i < N is about token i, given BOS and the tokens before it; entry N
-  is about the token after the last one, and has no target. In nats, by the model's own distribution (temperature 1).
+  """The model's predictions along one text of N tokens, in nats and at temperature 1.
+
+  Entry i < N describes the prediction of token i from BOS and the tokens before it. Entry N describes the prediction
+  after the last token; it has no target, so only `entropy`, `top` and `top_logp` have it.
 
   Attributes:
-    logp: float32 [N], of the text's tokens.
-    rank: int32 [N], 0 for the most probable token.
+    logp: float32 [N], the log probability of each token.
+    rank: int32 [N], the rank of each token; 0 for the most probable one.
     entropy: float32 [N + 1].
-    head, tail: float32 [N], probability of the wrong tokens among the k most probable ones, and of all other wrong
-      ones. With exp(logp) they add up to 1.
-    top: int32 [N + 1, n], the most probable tokens, in order.
-    top_logp: float32 [N + 1, n].
+    head: float32 [N], the probability of the wrong tokens among the k most probable ones.
+    tail: float32 [N], the probability of all other wrong tokens. exp(logp) + head + tail = 1.
+    top: int32 [N + 1, n], the ids of the n most probable tokens, the most probable one first.
+    top_logp: float32 [N + 1, n], their log probabilities.
   """
 
   logp: np.ndarray
@@ -45,9 +47,13 @@ class Figures(NamedTuple):
 
 
 def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[Figures]:
-  """Returns the figures of each text, given as token ids without BOS.
+  """Returns the figures of each text.
 
-  top_k: tokens that make up the head. Shapes are rounded up, so that few of them are compiled.
+  Batch size and length are rounded up to powers of two, so that only few shapes are compiled.
+
+  Args:
+    texts: token ids, without BOS.
+    top_k: the number of tokens that make up the head.
   """
   c, tokenizer = loaded.run.model, loaded.tokenizer
   longest = max(_SHORTEST, *(len(text) + 1 for text in texts))
@@ -73,7 +79,10 @@ def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the fields of Figures, [B, T] and [B, T, n]; the target of a text's last position is arbitrary."""
+  """Returns the fields of Figures, by name. Shapes are [B, T] and, for the most probable tokens, [B, T, n].
+
+  At the last position of a text, the values that depend on a target are meaningless.
+  """
   stats, hidden_BTD = score.token_stats(c, params, batch, top_k)
   head_DV = model.head(c, params)
 

@@ -45,18 +45,19 @@ def _answer(rng: random.Random, good: bool):
 
 @target(160, strategy=_answers)
 def answers(folder):
-  """What the trainer's own process does with an answer: it extracts it, strips it, and reads it as a number."""
-  from betarank.tasks import verifiers
+  """What the trainer's own process does with an answer: it extracts it, strips it, and judges it if it is a number."""
+  from betarank.tasks.answers import final_answer
   from betarank.tasks.task_set import Task
+  from betarank.tasks.verifiers import Verifier, VerifierConfig
+
+  verifier = Verifier(VerifierConfig())  # starts no worker here
 
   def check(case):
     boxed, given, wanted = case
     for text in (f' steps\nAnswer: {given}\n', f'so \\boxed{{{given}}}.', given):
-      found = verifiers.extract_answer(text, 'boxed' if boxed else 'line', 1)
-      if found is not None:
-        verifiers.number(verifiers.plain(found))
-        for kind in ('math', 'exact'):
-          verifiers._compare_plainly(found, Task('', '', '', wanted, kind, 'line'))
+      for kind in ('math', 'exact'):
+        task = Task('', '', '', wanted, kind, 'boxed' if boxed else 'line')
+        verifier._grade_here(final_answer(text, task), task)
 
   return lambda rng, good=False: _answer(rng, good), check, nothing
 
