@@ -8,7 +8,8 @@ from betarank.eval.explore import command, page
 from betarank.eval.explore.server import Server
 from tests import browser as browsers
 
-pytestmark = pytest.mark.skipif(not (browsers.CHROMIUM and browsers.DRIVER), reason='needs chromium and chromedriver')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+  not (browsers.CHROMIUM and browsers.DRIVER), reason='needs chromium and chromedriver')]
 WIDTHS = (390, 1440)
 TEXT = 'Question: What is 3 + 4?\nSolution: <img src="http://example.com/x"> 7'
 FEW = '["samples", "max_new_tokens"].forEach((id) => document.getElementById(id).value = id == "samples" ? 2 : 8);'

@@ -270,6 +270,19 @@ def test_signs_in_rl_that_a_person_should_look_at_are_listed(tmp_path):
   assert '4 things are missing or odd' in page.text
 
 
+def test_a_watched_report_is_written_again_until_it_is_interrupted(tmp_path, monkeypatch):
+  written = []
+
+  def sleep(_):
+    if len(written) == 3:
+      raise KeyboardInterrupt
+  monkeypatch.setattr(command, 'write_report', lambda *arguments: written.append(arguments))
+  monkeypatch.setattr(time, 'sleep', sleep)
+  with pytest.raises(SystemExit) as end:
+    command.main([str(tmp_path), '--watch'])
+  assert end.value.code == 130 and written == [(str(tmp_path), '')] * 3
+
+
 @pytest.mark.slow
 def test_five_arms_three_seeds_ten_thousand_steps_in_half_a_minute(tmp_path):
   sweep.make(tmp_path, steps=10_000, rl_steps=1000, n=128, benchmarks=('amc23', 'aime24'))
