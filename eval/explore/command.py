@@ -8,6 +8,7 @@ problem. RUN is a workdir, whose newest checkpoint is taken, or a checkpoint. Al
 """
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,7 +53,10 @@ def _run(args: argparse.Namespace) -> None:
   from betarank.eval.loaded import load_model
   from betarank.tasks.verifiers import Verifier, VerifierConfig
 
-  models = [load_model(path, args.tokenizer) for path in args.run]
+  models = []
+  for path in args.run:
+    print(f'loading {path}', file=sys.stderr, flush=True)
+    models.append(load_model(path, args.tokenizer))
   views.check_same_tokens(models)
   with Verifier(VerifierConfig(workers=1)) as verifier:
     explorer = views.Explorer(models, args.top_k or models[0].run.top_k, views.open_sources(models[0]),

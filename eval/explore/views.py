@@ -7,6 +7,7 @@ continuations of it, each as a passage of its own:
 """
 
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -123,15 +124,23 @@ class Explorer:
 
 
 def labels(models: Sequence[Loaded]) -> list[str]:
-  """Returns a name for each checkpoint: its objective, whether RL followed, and if that isn't enough its workdir."""
-  stage = lambda m: ' + RL' if 'rl' in m.ref.meta['config'] else ''
-  short = [NAMES.get(m.objective, m.objective) + stage(m) for m in models]
-  longer = [f'{text}, step {m.ref.step}' for text, m in zip(short, models)]
-  if len(set(short)) == len(short):
-    return short
-  if len(set(longer)) == len(longer) and len({m.name for m in models}) == 1:
-    return longer
-  return [f'{text}, {m.name}' for text, m in zip(longer, models)]
+  """Returns a name for each checkpoint: its objective and whether RL followed. Where several agree in that, the step or
+  the part of the workdir in which they differ is added.
+  """
+  short = [NAMES.get(m.objective, m.objective) + (' + RL' if 'rl' in m.ref.meta['config'] else '') for m in models]
+
+  def name(model, text):
+    same = [m for m, other in zip(models, short) if other == text]
+    if len(same) == 1:
+      return text
+    if len({m.ref.step for m in same}) == len(same):
+      return f'{text}, step {model.ref.step}'
+    parts = zip(*(m.name.split('/') for m in same))
+    shared = sum(1 for _ in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
+    found = f'{text}, {"/".join(model.name.split("/")[shared:]) or model.name}'
+    return found if len({m.name for m in same}) == len(same) else f'{found}, step {model.ref.step}'
+
+  return [name(*pair) for pair in zip(models, short)]
 
 
 def passage(row: Sequence[int], of_models: Sequence[Figures], start: int) -> dict[str, Any]:

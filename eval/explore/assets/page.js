@@ -219,10 +219,10 @@ function comparison(rows, m, N) {
   const name = (i) => make('strong', {color: i}, label(i));
   const d = rows[m].entropy - rows[0].entropy;
   const gap = rows[m].ce - rows[0].ce;
+  const change = (x) => (Math.abs(x) < 5e-4 ? 'equal' : `${Math.abs(x).toFixed(3)} nats ${x < 0 ? 'lower' : 'higher'}`);
   return make('p', {},
-    name(m), ` is sharper than `, name(0), ` at ${sharper} of ${N} tokens and flatter at ${flatter}: its entropy is `,
-    `${Math.abs(d).toFixed(3)} nats ${d < 0 ? 'lower' : 'higher'} on average, and its cross-entropy `
-    + `${Math.abs(gap).toFixed(3)} nats ${gap < 0 ? 'lower' : 'higher'}.`);
+    name(m), ` is sharper than `, name(0), ` at ${sharper} of ${N} tokens and flatter at ${flatter}: `
+    + `its entropy is ${change(d)} on average, and its cross-entropy ${change(gap)}.`);
 }
 
 function drawScale() {
@@ -259,8 +259,9 @@ function drawChart() {
   if (N < 2) return;
   svg.setAttribute('viewBox', `0 0 ${N} ${H}`);
   svg.replaceChildren();
-  const names = view.prompt.figures.map((_, m) => make('span', {}, dot(m), ' ', label(m)));
-  const title = compare === 'difference' ? drawBars(svg, N) : drawLines(svg, N);
+  const difference = compare === 'difference';
+  const title = difference ? drawBars(svg, N) : drawLines(svg, N);
+  const names = difference ? [] : view.prompt.figures.map((_, m) => make('span', {}, dot(m), ' ', label(m)));
   svg.setAttribute('aria-label', title);
   $('chart').querySelector('figcaption').replaceChildren(make('span', {}, title), ...names);
   svg.append(shape('line', {class: 'hover', y1: 0, y2: H, visibility: 'hidden'}));
@@ -499,7 +500,8 @@ async function request(name, body, working) {
       method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body)});
     const type = response.headers.get('Content-Type') ?? '';
     const isJson = type.startsWith('application/json');
-    const answer = isJson ? await response.json() : {error: `refused (${response.status})`};
+    const why = response.status === 413 ? 'the text is longer than 64 KB' : `refused (${response.status})`;
+    const answer = isJson ? await response.json() : {error: why};
     if (!response.ok) throw new Error(answer.error);
     status.textContent = '';
     return answer;

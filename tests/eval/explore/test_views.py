@@ -72,7 +72,8 @@ def test_models_are_named_by_what_differs(models):
   assert views.labels([plain, shaped]) == ['β = 0', 'β = -0.25']
   assert views.labels([shaped, other(models[0], 'β = -0.25', rl=True)]) == ['β = -0.25', 'β = -0.25 + RL']
   assert views.labels([shaped, other(models[0], 'β = -0.25', step=8)]) == ['β = -0.25, step 4', 'β = -0.25, step 8']
-  assert views.labels([shaped, other(models[0], 'β = -0.25', name='runs/b')])[1] == 'β = -0.25, step 4, runs/b'
+  assert views.labels([shaped, plain, other(models[0], 'β = -0.25', name='runs/b')]) == [
+    'β = -0.25, a', 'β = 0', 'β = -0.25, b']
   tokenizer = type('T', (), {'sha256': 'other'})
   with pytest.raises(UserError, match='have different tokenizers'):
     views.check_same_tokens([plain, shaped._replace(tokenizer=tokenizer)])
