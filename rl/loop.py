@@ -120,7 +120,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
     state, start = beginning.state, beginning.step
-    progress = Progress.read(beginning.cursor if start else {}, tasks.size or 0 if rl.repeat_zero_variance < 1 else 0)
+    progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
       progress = dataclasses.replace(progress, best=None)  # it is lost: somebody deleted it, or --fallback went back
     log = stack.enter_context(contextlib.closing(setup.open_log(
@@ -369,6 +369,7 @@ def describe_step(
     'zero_variance_groups': 1 - len(kept) / len(seen),
     'groups_learned_from': float(len(kept)),
     'prompts_passed_over': float(consumed - len(seen)),
+    'tokens': float(tokens),
     'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),
     'truncated_share': float(np.mean([sample.finish == 'length' for sample in samples])),
   }

@@ -13,6 +13,7 @@ every answer alike. Errors are DataErrors of one line that names the file and th
 import ast
 import dataclasses
 import functools
+import hashlib
 import math
 from typing import Any
 
@@ -75,6 +76,7 @@ class TaskSet:
     left_out: the records of the source that can't be used: without a final answer (of all splits), or with a reference
       that can't be read (of this one).
     records: how many records there are in this split, with those left out; 0 if there is no end of them.
+    sha256: of all questions and references of the source, in its order; '' if there is no end of them.
   """
 
   def __init__(
@@ -94,7 +96,7 @@ class TaskSet:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
     self.left_out: list[LeftOut] = []
-    self.records = 0
+    self.records, self.sha256 = 0, ''
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
@@ -105,6 +107,8 @@ class TaskSet:
       self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
       return
     found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
+    self.sha256 = hashlib.sha256(repr([(task.question, task.reference) for task, _ in found]).encode(
+      errors='backslashreplace')).hexdigest()
     kept = [(task, where) for task, where in found if self._belongs(task.question)]
     self.records = len(kept) + len(self.left_out)
     self._kept = self._readable(kept)

@@ -41,12 +41,14 @@ class DataIdentity:
     sources: source -> SHA-256 of its prepared tokens; empty for RL, or if not recorded.
     rows: rows of data.sequence_length tokens read so far; NaN if not recorded.
     prompts: prompts consumed by RL; NaN for pre-training.
+    problems: SHA-256 of RL's problems; '' if there is no end of them, or if not recorded.
   """
 
   tokenizer: str = ''
   sources: dict[str, str] = dataclasses.field(default_factory=dict)
   rows: float = math.nan
   prompts: float = math.nan
+  problems: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Run:
 
   @property
   def tokens(self) -> float:
-    """Returns the number of tokens learned from so far."""
+    """Returns the number of tokens learned from so far; for RL, of tokens drawn."""
     if not self.is_rl:
       return self.last_step * self.tokens_per_step
     return float(np.nansum(self.curves['train/tokens'][1])) if 'train/tokens' in self.curves else math.nan

@@ -74,7 +74,7 @@ def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothi
 def test_settled_prompts_are_asked_less_often(parts):
   for texts, share in (([WRONG, WRONG], 0.25), ([RIGHT, RIGHT], 0.25), ([RIGHT, WRONG], 1)):
     p = parts(texts, **{'rl.repeat_zero_variance': '0.25', 'rl.max_prompt_tokens': '64'})
-    progress, asked = Progress.read({}, p.tasks.size), 0
+    progress, asked = Progress.read({}, p.tasks, True), 0
     for number in range(1, 40):
       _, seen, progress = loop.sample_and_judge(p, None, progress, number)
       asked += len(seen)
