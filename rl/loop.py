@@ -319,7 +319,8 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 
 
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
-  """Samples the problems of each evaluation set; logs the share of right answers, its standard error, and some texts.
+  """Samples the problems of each evaluation set; logs the mean score, its standard error, and some texts. The score of
+  an answer is 1 if it is right and 0 if it is wrong, or what a reward function of the user's own returned.
 
   Returns the progress with the best evaluation so far on the set `rl.keep_best`.
   """
@@ -339,7 +340,7 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
     parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
     {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
     step=HELD_OUT_STEP + step)
-  rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0]) for group in groups]
+  rates = [np.mean([score for score in group.scores if not math.isnan(score)] or [0]) for group in groups]
   average = float(np.mean(rates))
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
@@ -357,6 +358,7 @@ def describe_step(
   samples that were drawn, before zero-variance groups were dropped. consumed: prompts asked and passed over.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
+  scores = [score for group in seen for score in group.scores]  # NaN where undecided
   samples = [sample for group in seen for sample in group.samples]
   tokens = sum(len(sample.tokens) for sample in samples)
   decided = max(sum(v != Verdict.UNDECIDED for v in verdicts), 1)
@@ -364,7 +366,7 @@ def describe_step(
     **learned,
     # -log p of a token, by the distribution it was drawn from, is an unbiased estimate of that distribution's entropy.
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
-    'pass_rate': sum(v == Verdict.RIGHT for v in verdicts) / decided,
+    'pass_rate': float(np.nansum(scores)) / decided,
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
     'zero_variance_groups': 1 - len(kept) / len(seen),
     'groups_learned_from': float(len(kept)),

@@ -81,6 +81,15 @@ def test_settled_prompts_are_asked_less_often(parts):
     assert asked / progress.prompts == pytest.approx(share, abs=0.06)
 
 
+def test_figures_of_a_reward_of_ones_own_are_its_means(parts, tmp_path):
+  (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
+  p = parts([RIGHT, WRONG], **{'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip'})
+  kept, seen, progress = step(p)
+  figures = loop.describe_step({}, kept, seen, progress.prompts)
+  assert figures['train/pass_rate'] == -0.25 and figures['train/undecided'] == 0
+  assert figures['train/tokens'] == 2 * 2 * 4 and figures['train/prompts_passed_over'] == progress.prompts - 4
+
+
 def test_problems_to_evaluate_on_need_no_held_out_ones(parts, tmp_path):
   other = write(tmp_path / 'aime.jsonl', *({'question': f'Q{i}', 'answer': '4'} for i in range(5)))
   alone = parts([RIGHT, WRONG]).run
