@@ -224,7 +224,8 @@ class _Reader:
   def _in_base(self, tokens: list[str]) -> Reading | None:
     r"""`1011_2`, `2516_{8}`, `1A_{16}`, `1011 \text{ base } 2`."""
     text = ' '.join(t for t in tokens if t not in ('{', '}', '(', ')'))
-    found = re.fullmatch(r"((?:[0-9]+ ?|[A-F] )*?)(?:'in )?(?:_|'base) (\d{1,2}|'\w+)", text)
+    # Possessive: what follows the digits can't begin with one, and long digits would be tried in all ways to cut them.
+    found = re.fullmatch(r"((?:[0-9]++ ?|[A-F] )*+)(?:'in )?(?:_|'base) (\d{1,2}|'\w+)", text)
     digits = found[1].replace(' ', '') if found else ''
     if not any(d.isdigit() for d in digits):
       return None
