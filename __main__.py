@@ -1,6 +1,7 @@
-"""The one command: `betarank COMMAND ...`, or `python -m betarank COMMAND ...`.
+"""Runs `betarank COMMAND ...`; `python -m betarank COMMAND ...` does the same.
 
-Each command is a module with `main(argv)`. Only the chosen one is imported, so that help and errors come at once.
+Each command is a module with a function `main(argv)`. Only the module of the chosen command is imported, so that help
+and error messages appear quickly.
 """
 
 import importlib
@@ -8,13 +9,15 @@ import sys
 
 from betarank.configs.errors import UserError, run_main, suggestion
 
-# Command -> (module, what `betarank --help` says of it), in the order of a project's life.
+# Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {
   'data': ('data.command', 'train a tokenizer; tokenize, index, verify or show data'),
   'train': ('train.command', 'pre-train a model'),
   'rl': ('rl.command', 'continue a model with reinforcement learning on verifiable rewards'),
   'eval': ('eval.command', 'probe a checkpoint, sample answers to a benchmark, or run lm-evaluation-harness'),
   'judge': ('tasks.command', 'judge answers as RL and evaluation do, and say why'),
+  'generate': ('eval.prompt_command', 'continue a text with a model, token by token; interactive'),
+  'watch': ('eval.watch', 'show the state of running runs in a table, from their files'),
   'compare': ('eval.compare', 'print the metrics of several runs side by side, and plot their curves'),
   'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),
   'sweep': ('launch.sweep', 'run the points of an experiment here, or on TPU slices'),
@@ -26,7 +29,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-  """The text of `betarank --help`."""
+  """Returns the text of `betarank --help`."""
   width = max(map(len, COMMANDS))
   lines = [f'  {name:{width}}  {text}' for name, (_, text) in COMMANDS.items()]
   return '\n'.join(['usage: betarank COMMAND [--help] ...', '', *lines, '',
@@ -34,7 +37,7 @@ def usage() -> str:
 
 
 def main() -> None:
-  """Runs the command named on the command line; prints errors as one line and exits with status 2."""
+  """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2."""
   run_main(lambda: _run(sys.argv[1:]))
 
 

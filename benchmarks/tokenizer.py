@@ -1,10 +1,10 @@
-"""How fast texts become tokens, relative to the `tokenizers` library alone, per core.
+"""Times how fast texts become tokens, per core, relative to the `tokenizers` library alone.
 
     python -m benchmarks.tokenizer [--tokenizer=PATH] [--megabytes=8] [--rounds=3]
 
-Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs all ways once, in CPU seconds of
-one thread; the ratio of each round is to the library's faster way in that round, and the median over rounds is printed.
-Without --tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
+Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, and measures
+the CPU seconds of one thread. The ratio of a round is relative to the library's faster variant in that round; the
+median over rounds is printed. Without --tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CUT_CHARACTERS = 2**16
 
 
 def texts(megabytes: float) -> list[str]:
-  """Returns source files of the standard library, at least `megabytes` of them if there are as many."""
+  """Returns source files of the standard library, at least `megabytes` of them if there are enough."""
   found, size = [], 0
   for path in sorted(pathlib.Path(sysconfig.get_path('stdlib')).rglob('*.py')):
     text = path.read_text(encoding='utf-8', errors='replace')
@@ -38,7 +38,7 @@ def texts(megabytes: float) -> list[str]:
 
 
 def train(documents: list[str], folder: pathlib.Path) -> str:
-  """Trains a byte-level BPE on the documents and writes it to `folder`; returns the folder."""
+  """Trains a byte-level BPE on the documents and writes it to `folder`. Returns the folder."""
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers, trainers
 

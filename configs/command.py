@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _listing() -> str:
-  """Returns a line per config: its path and the first line of its docstring."""
+  """Returns one line per config: its path and the first line of its docstring."""
   root = pathlib.Path(__file__).resolve().parent.parent
   names = load.shipped()
   width = max(map(len, names))

@@ -1,12 +1,9 @@
-"""Makes a config from a command line.
+"""Runs a config's Python file, and returns the module and ARG.
 
-A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; a resolved config is the JSON that every
-run writes to its workdir. Either can be passed as `--config`, and any value in it can be overridden:
-`--config.optimizer.lr=1e-3`. The set of keys is closed. A misspelt key, or a value of another type or out of range, is
-a `ConfigError`: one line that names the key and, if there is one, the nearest right one.
+spec: FILE.py or FILE.py:ARG.
 
-    config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
-    model = section(ModelConfig, config.model, 'model')       # configs/sections.py
+Raises:
+  ConfigError: there is no such file, it doesn't define get_config, or it fails.
 """
 
 import argparse
@@ -37,13 +34,16 @@ def from_command_line(
   """Parses `--config=FILE[:ARG]`, `--config.KEY=VALUE` and the flags that `parser` already has.
 
   Args:
-    parser: with the command's own flags.
-    argv: the command line, without the program's name.
+    parser: has the command's own flags.
+    argv: the command line without the program's name; None: sys.argv.
     settings: the part of configs/settings.py that the command reads; `--help` lists it.
-    configure: returns the config for (flags, overrides) where it isn't simply that of --config.
-    needs_config: whether --config must be given.
+    configure: a function (flags, overrides) -> config, for commands whose config isn't simply that of --config.
+    needs_config: whether --config is required.
 
-  Raises ConfigError for a config that can't be used. argparse reports errors in its own flags.
+  Returns (config, flags). The config is locked.
+
+  Raises:
+    ConfigError: the config can't be used. Errors in the command's own flags are reported by argparse.
   """
   parser.add_argument('--config', required=needs_config, default='', metavar='FILE.py[:ARG] | FILE.json',
                       help='experiment to run; override any setting in it with --config.KEY=VALUE')
@@ -68,12 +68,16 @@ def from_command_line(
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """Returns the config at `spec` (FILE.py, FILE.py:ARG or FILE.json) with `overrides` ({'optimizer.lr': '1e-3'})."""
+  """Returns the config at `spec`, with overrides, locked.
+
+  spec: FILE.py, FILE.py:ARG or FILE.json.
+  overrides: for example {'optimizer.lr': '1e-3'}.
+  """
   return _finish(read(spec), overrides or {})
 
 
 def read(spec: str) -> ConfigDict:
-  """Returns the config at `spec` without overrides, not locked yet."""
+  """Returns the config at `spec` without overrides. It isn't locked yet."""
   return _load_json(spec) if spec.endswith('.json') else _load_python(spec)
 
 
@@ -84,13 +88,14 @@ def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
   return config.lock()
 
 
-# Looks like a bucket. `gs:/x` would be a local folder, lost with the machine, and `GS://x` is nothing at all.
+# Matches what was probably meant as a bucket. `gs:/x` would be a local folder, lost with the machine; `GS://x` is
+# neither a folder nor a bucket.
 _BUCKET_MEANT = re.compile(r'\s*([a-z]+:)?(gs:|(s3|az|hf|file|https?|ftp):/)', re.IGNORECASE)
 _BUCKET = re.compile(r'([a-z]+:)?(gs|s3|az|hf)://[^/\s]')
 
 
 def check_places(values: Mapping[str, Any], prefix: str = '--') -> None:
-  """Raises ConfigError for a value that looks like a bucket but isn't one."""
+  """Raises ConfigError for a value that was probably meant as a bucket but isn't written like one, such as `gs:/x`."""
   for name, text in values.items():
     if isinstance(text, str) and _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
       raise ConfigError(f'{prefix}{name}={text!r}: neither a local path nor a bucket, which is gs://NAME/...')
@@ -116,7 +121,7 @@ def module(spec: str) -> tuple[types.ModuleType, str]:
 
 @contextlib.contextmanager
 def _errors_of(path: pathlib.Path) -> Iterator[None]:
-  """Turns whatever a config file raises into a ConfigError that names its line: it is its user's own code."""
+  """Converts any error that a config file raises to a ConfigError with the file and the line."""
   try:
     yield
   except ConfigError:
@@ -138,16 +143,16 @@ def _load_python(spec: str) -> ConfigDict:
 
 
 def _find(path: str) -> pathlib.Path:
-  """Returns `path` as given or, for a config that ships with the package, in the package's own folder."""
+  """Returns `path` as given if the file exists, or else the config of this name that ships with the package."""
   root = pathlib.Path(__file__).resolve().parent.parent
   for candidate in (pathlib.Path(path), root / path):
-    if os.path.isfile(candidate):  # unlike its own method, no error for a name that can't be one
+    if os.path.isfile(candidate):  # unlike candidate.is_file(), it doesn't raise for an impossible name
       return candidate
   raise ConfigError(f'--config={path}: no such file{suggestion(path, shipped())}')
 
 
 def shipped() -> list[str]:
-  """Returns the configs that ship with the package, as --config takes them: those files that define get_config."""
+  """Returns the paths of the configs that ship with the package: the files that define get_config."""
   root = pathlib.Path(__file__).resolve().parent
   return [str(p.relative_to(root.parent)) for p in sorted(root.rglob('*.py'))
           if '\ndef get_config(' in p.read_text(encoding='utf-8')]
@@ -165,12 +170,12 @@ def _load_json(path: str) -> ConfigDict:
     raise ConfigError(f'--config={path}: {error} (pip install gcsfs for gs://)') from None
   except OSError as error:
     raise ConfigError(f'--config={path}: could not be read ({error.strerror or error})') from None
-  except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: names no ConfigDict can have
+  except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: a key ConfigDict can't hold
     raise ConfigError(f'--config={path}: not a resolved config ({error})') from None
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns {'optimizer.lr': 1e-3, ...}: every value that is not itself a section, by its dotted key."""
+  """Returns the values of a nested config by their dotted keys, as in {'optimizer.lr': 1e-3, ...}."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict | dict) and len(value):
@@ -181,9 +186,10 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[st
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the dotted `key` to `text`, read as the type of its present value; a section takes JSON.
+  """Sets the dotted `key` to `text`, which is parsed as the type of the present value. A section takes JSON.
 
-  Raises ConfigError if the config doesn't have the key, or if the value has another type.
+  Raises:
+    ConfigError: the config doesn't have the key, or the text isn't of this type.
   """
   *parents, leaf = key.split('.')
   section = config
@@ -223,5 +229,5 @@ def _read(key: str, text: str, old: Any) -> Any:
 
 
 def to_json(config: ConfigDict) -> str:
-  """Returns the resolved config as text that `load` reads back to an equal config."""
+  """Returns the resolved config as JSON. `load` reads it back to an equal config."""
   return json.dumps(config.to_dict(), indent=2) + '\n'

@@ -19,11 +19,13 @@ T = TypeVar('T')
 
 
 def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
-  """Returns `values` as the frozen dataclass `cls`.
+  """Converts a section of a config to the frozen dataclass `cls`.
 
   path: the dotted key of the section, for error messages.
-  Raises ConfigError for an unknown or missing key, a value of another type, and whatever ValueError the class's own
-  checks raise, whose message must start with the name of the field.
+
+  Raises:
+    ConfigError: a key is unknown or missing, a value has the wrong type, or a check of `cls` failed. Such a check
+      raises a ValueError whose message begins with the name of the field.
   """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)

@@ -1,30 +1,31 @@
-"""Every setting, once: its default, its role, and what it means, with its unit.
+"""Defines every setting, once: its default, its role, and what it means, with its unit.
 
-`betarank COMMAND --help` prints this table, configs/common.py makes configs of it, and dataclasses that can be made
-without a config take their defaults from it. Whatever has to know which settings matter for what asks `role`.
+`betarank COMMAND --help` prints this table, and configs/common.py builds configs from it. Dataclasses that can be
+created without a config take their defaults from here. Code that needs to know what a setting affects calls `role`.
 
-A setting is here if some run changes it; everything else is a constant next to the code that uses it. What follows from
-other settings is computed where it is used (steps from `train.tokens`), so that an override can't leave the two apart.
+Only what some run changes is a setting. Everything else is a constant next to the code that uses it. A value that
+follows from other settings is computed where it is needed, so that an override can't contradict it: for example, the
+number of steps is computed from `train.tokens`.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# The role of a setting. Every setting has exactly one.
-IDENTITY = 'identity'  # what is learned: fixed for the life of a run, and runs that differ in it are different arms
-DATA = 'data'  # what is read from now on: may change when a run resumes, but makes another arm
-EXECUTION = 'execution'  # how and where it is computed: may change when a run resumes, and makes no other arm
-LENGTH = 'length'  # how long the run lasts: may change when it resumes
-REPORTING = 'reporting'  # what is logged, evaluated and kept along the way: may change when a run resumes
+# The roles. Every setting has exactly one. An arm is a set of runs that reports treat as repetitions of one experiment.
+IDENTITY = 'identity'  # what is learned. It can't change when a run resumes. Runs that differ in it are different arms.
+DATA = 'data'  # what is read from now on. It can change when a run resumes. Runs that differ in it are different arms.
+EXECUTION = 'execution'  # how and where it is computed. It can change when a run resumes, and doesn't matter for arms.
+LENGTH = 'length'  # how long the run lasts. It can change when a run resumes.
+REPORTING = 'reporting'  # what is logged, evaluated and kept during a run. It can change when a run resumes.
 
 
 class Setting(NamedTuple):
   """One setting.
 
   Attributes:
-    default: its value unless a config says otherwise; the type of an override is the type of this value.
+    default: the value unless a config changes it. Overrides must have the type of this value.
     role: one of the constants above.
-    help: what it means, with the unit and the values it can take.
+    help: what the setting means, with its unit and the possible values.
   """
 
   default: Any
@@ -51,7 +52,7 @@ CODE_JAIL = dict(
   accept_no_isolation=S(False, EXECUTION, 'where the kernel offers no isolation, run what a model wrote as you'),
 )
 
-# What `betarank train` reads, but for `train.mesh` and the like, which RL shares.
+# The sections of `betarank train`. RL reads some of them too.
 MODEL = dict(
   vocab_size=S(8192, IDENTITY, 'tokens; a tokenizer that is trained for the run gets the same number'),
   layers=S(4, IDENTITY, 'transformer blocks'),
@@ -171,6 +172,8 @@ LOG = dict(
   samples=S(3, REPORTING, 'texts written at each evaluation'),
   sample_tokens=S(64, REPORTING, 'longest such text, in tokens'),
   tensorboard=S(True, REPORTING, 'write TensorBoard event files to WORKDIR/tensorboard'),
+  wandb=S('', REPORTING, "project of Weights & Biases to send the figures to (pip install 'betarank[wandb]'); empty: "
+          'none'),
   head_tail_mass=S(True, REPORTING, "log head and tail mass at every step; false skips their top-k (5 to 7 % of a "
                    "large model's step on TPU and GPU) unless a lambda needs it. Validation always logs them"),
   profile_steps=S('', REPORTING, 'FIRST-LAST: steps of which a profile is written to WORKDIR/profile (TensorBoard, '
@@ -246,7 +249,7 @@ RL_SECTION = dict(
   ),
 )
 
-# What `betarank rl` reads. The objective has no part in RL, and all it needs of the data is the tokenizer.
+# The settings of `betarank rl`. It has no objective, and needs only the tokenizer from section `data`.
 RL = dict(
   seed=S(0, IDENTITY, 'one integer decides which problems come when, and every sampled text'),
   model=MODEL,
@@ -254,7 +257,8 @@ RL = dict(
   train=dict(mesh=MESH, init_from=S('', EXECUTION, 'pre-trained workdir or checkpoint to start from')),
   optimizer=OPTIMIZER,
   checkpoint=CHECKPOINT,
-  log={name: LOG[name] for name in ('every_steps', 'eval_every_steps', 'samples', 'tensorboard', 'profile_steps')},
+  log={name: LOG[name] for name in ('every_steps', 'eval_every_steps', 'samples', 'tensorboard', 'wandb',
+                                 'profile_steps')},
   rl=RL_SECTION,
 )
 
@@ -291,7 +295,7 @@ _ALL = {**PRETRAIN, 'rl': RL_SECTION, 'eval': EVAL}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Setting]:
-  """Returns {'optimizer.lr': Setting, ...} for a nested dictionary of settings."""
+  """Returns the settings of a nested dictionary by their dotted keys, as in {'optimizer.lr': Setting, ...}."""
   found = {}
   for key, value in tree.items():
     found |= {prefix + key: value} if isinstance(value, Setting) else flat(value, f'{prefix}{key}.')
@@ -308,14 +312,17 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default(key: str) -> Any:
-  """Returns the default of the setting `key` (a dotted name), for use as the default of a dataclass field."""
+  """Returns the default of the setting with the dotted name `key`. Dataclass fields use it as their default."""
   return _FLAT[key].default
 
 
 def role(key: str) -> str:
-  """Returns the role of the dotted `key`, which may lie inside a setting that is a section (data.sources.main.uri).
+  """Returns the role of a setting.
 
-  Raises KeyError if the key isn't a setting.
+  key: the dotted name of a setting, or a key inside of one that is a dictionary, such as data.sources.main.uri.
+
+  Raises:
+    KeyError: there is no such setting.
   """
   name = key
   while name not in _FLAT:

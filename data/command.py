@@ -26,7 +26,7 @@ from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
 
 _COMMANDS = ('tokenizer', 'prepare', 'finish', 'verify', 'show')
-_LINE_S = 10.0  # least time between two lines of progress in a log file
+_LINE_S = 10.0  # the shortest time between two lines of progress in a log file
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ def _counts(progress: prepare.Progress, start: float) -> str:
 
 
 class _Lines:
-  """Progress for a log file: at most one line every ten seconds, and one at the end."""
+  """Prints progress for a log file: at most one line every ten seconds, and one at the end."""
 
   def __init__(self, name: str):
     self.name, self.start = name, time.monotonic()

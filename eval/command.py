@@ -3,8 +3,8 @@ betarank eval sample --checkpoint=RUN [--all] --benchmark=NAME[,NAME] [--config.
 betarank eval harness --checkpoint=RUN [--all] --tasks=NAME[,NAME] [--num_fewshot=N] [--limit=N] [--include_path=DIR]
 betarank eval paper   --checkpoint=RUN [--all]      the paper's average over 19 benchmarks (eval/paper.py)
 
-RUN is a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is taken, or one of its checkpoints.
-Results go to RUN/eval. Started again, what is there already isn't done twice.
+RUN is one checkpoint, or a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is used. Results are
+written to the folder `eval` of the workdir. Running a command again repeats nothing that already has results.
 """
 
 import argparse

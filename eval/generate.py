@@ -1,11 +1,11 @@
-"""Samples answers to benchmarks, judges and stores them, so that any metric can be computed later without sampling.
+"""Samples answers to benchmarks, judges and stores them. Any metric can be computed later without sampling again.
 
     RUN/eval/samples/BENCHMARK/STEP.json     settings and lineage, written before the first sample
     RUN/eval/samples/BENCHMARK/STEP.jsonl    one line per sample, in the order in which problems were finished
 
-A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). A problem's lines are
-written together, once all its samples are judged. After a kill, the same command draws the samples of the missing
-problems, and they are the same samples as without the kill.
+A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
+problem are written together, once all its samples are judged. If a command is killed and run again, it draws only the
+samples of the missing problems. They are the same as without the kill.
 """
 
 import collections
@@ -46,18 +46,22 @@ from betarank.tasks.task_set import Task
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
 
-COMPARED = 16  # distinct wrong answers to a problem, the most frequent ones, that the verifier compares with each other
+COMPARED = 16  # the verifier compares only so many distinct wrong answers to a problem, the most frequent ones
 _PROGRESS_S = 10.0
-_REMOTE_S = 60.0  # object stores can't append: the whole file is rewritten, at most once in so many seconds
+_REMOTE_S = 60.0  # object stores can't append, so the whole file is rewritten, at most once in so many seconds
 _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ when sampling is resumed
 
 
 def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
-  """Samples the benchmarks in the comma-separated `names` for each checkpoint, and prints a table of the results.
+  """Samples answers to benchmarks for each checkpoint, and prints a table of the results.
 
-  Samples that are already stored are not drawn again.
+  Samples that are already stored aren't drawn again.
 
-  Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, each with a one-line message.
+  names: the benchmarks, separated by commas.
+
+  Raises:
+    ConfigError, DataError, EvalError, CheckpointError or VerifierError: a checkpoint, a setting, a benchmark or the
+      verifier can't be used.
   """
   c = run.eval.sample
   if not (names := [name for name in names.split(',') if name]):
@@ -71,7 +75,7 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
     if benchmark.left_out:
       print(f'{benchmark.name}: {benchmark.left_out}', flush=True)
   prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
-  # A jail is made only if there are programs to judge, because not every system can make one.
+  # A jail is created only if there are programs to judge, because not every system supports it.
   jail = Jail(run.eval.code) if any(b.answer_format == 'code' for b in benchmarks) else None
   with jax.set_mesh(mesh), Verifier(c.verifier, jail) as verifier:
     samplers = {b.name: _sampler(run, prompts[b.name], tokenizer, mesh) for b in benchmarks}
@@ -96,7 +100,8 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
-  """Draws, judges and writes the samples that the file lacks. The device draws the next groups while a group is judged.
+  """Draws, judges and writes the samples that the file lacks. While a group is judged, the device draws the next
+  ones.
   """
   if not file.missing:
     print(f'{file.path}: all {file.problems} problems are there already', flush=True)
@@ -122,7 +127,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns the number that represents a benchmark in random keys, in the position where RL uses its step."""
+  """Returns the number that stands for a benchmark in random keys, where RL has its step."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -145,19 +150,19 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
 def answer_classes(
   answers: Sequence[str | None], verdicts: Sequence[Verdict], task: Task, verifier: Verifier
 ) -> list[int]:
-  """Returns a class number per answer: equal answers to the problem get the same number. Classes are numbered by first
-  appearance; -1 means that the sample has no answer.
+  """Returns a class number per answer. Equal answers get the same number; -1 means that the sample has no answer.
 
-  Equal texts are one answer. For mathematics, answers are also equal in three other cases: their plain texts or exact
-  numbers are equal; both are right; both are wrong, but the verifier accepts one with the other as reference. The
-  verifier compares only the COMPARED most frequent wrong answers, because the number of pairs grows quadratically.
+  Classes are numbered by first appearance. Equal texts are one answer. In mathematics, answers are also equal in three
+  other cases: their plain texts or exact numbers are equal; both are right; both are wrong, but the verifier accepts
+  one with the other as reference. For the last case, only the COMPARED most frequent wrong answers are considered,
+  because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
   if task.verifier == 'math':
     right = {key: None for key, verdict in zip(keys, verdicts) if key is not None and verdict == Verdict.RIGHT}
     home |= {key: next(iter(right)) for key in right}
-    text_of = dict(zip(reversed(keys), reversed(answers)))  # the first one's
+    text_of = dict(zip(reversed(keys), reversed(answers)))  # of equal keys, the text of the first answer
     counts = collections.Counter(key for key in keys if key is not None and key not in right)
     wrong = [key for key, _ in counts.most_common(COMPARED)]
     pairs = [(j, i) for j in range(len(wrong)) for i in range(j)]
@@ -178,7 +183,7 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns the (answer, task) to give to the verifier so that its verdict tells if two answers are the same."""
+  """Returns (answer, task) for the verifier, whose verdict then says whether two answers are the same."""
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -196,8 +201,10 @@ class SampleFile:
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun):
-    """Opens an existing file to continue it, or creates one. Raises EvalError if an existing file was made with other
-    settings.
+    """Opens an existing file to continue it, or creates one.
+
+    Raises:
+      EvalError: an existing file was made with other settings.
     """
     c = run.eval.sample
     folder = subject.run / 'eval' / 'samples' / benchmark.folder
@@ -229,10 +236,10 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> str:
-    """Finds the missing problems, and removes lines that a killed process left incomplete. Returns the text of the
-    remaining lines if the file is remote.
+    """Finds the missing problems, and removes lines that a killed process left incomplete.
 
-    Reads the file line by line, because it may be larger than memory.
+    Returns the text of the remaining lines if the file is remote, else ''. It reads the file line by line, because it
+    may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():
@@ -247,7 +254,7 @@ class SampleFile:
       with temporary.open('wb') as kept:
         for text, problem, sample in self._lines():
           if whole_P[problem] and there_PN[problem, sample]:
-            there_PN[problem, sample] = False  # once
+            there_PN[problem, sample] = False  # so that each sample is kept only once
             kept.write(text)
       temporary.replace(self.path)
     return self.path.read_text() if self._remote else ''
@@ -267,7 +274,7 @@ class SampleFile:
           yield text, problem, sample
 
   def append(self, lines: list[dict[str, Any]]) -> None:
-    """Appends a problem's lines to the file and flushes, so that other processes see them."""
+    """Appends a problem's lines to the file and flushes it, so that other processes see them."""
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     if self._remote:
       self._text += text
@@ -306,7 +313,7 @@ def print_table(files: Sequence[SampleFile]) -> None:
       f'{m["distinct_answers"].mean():.1f}', f'{m["length_tokens"].mean():,.0f}',
       f'{100 * m["truncated_share"].mean():.0f}%', str(samples.undecided))
   console = Console()
-  console.width = max(console.width, 60 + 20 * len(titles))  # a file has no width; lines of a table must not wrap
+  console.width = max(console.width, 60 + 20 * len(titles))  # wide enough that lines don't wrap, also in a file
   console.print(table)
 
 

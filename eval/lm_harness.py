@@ -1,12 +1,12 @@
-"""Runs the tasks of lm-evaluation-harness on our own scorer and sampler, without conversion to another format.
+"""Runs the tasks of lm-evaluation-harness with our own scorer and sampler, without converting the checkpoint.
 
     betarank eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
     lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
 
-Inputs are built and truncated as by `hf`, the harness's own model for Hugging Face, so that equal weights give equal
-numbers in both: BOS comes first, the trailing spaces of a context belong to the continuation, texts that are too long
-lose their beginning, and rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS
-includes the probability of a BOS after BOS.
+Inputs are built and truncated as in `hf`, the harness's own model for Hugging Face, so that equal weights give equal
+numbers in both. BOS comes first. Trailing spaces of a context belong to the continuation. Texts that are too long lose
+their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS includes the
+probability of a BOS after BOS.
 
 # B rows  T tokens
 """
@@ -47,7 +47,7 @@ from betarank.model.sharding import constrain
 from betarank.train import score
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
-_SHORTEST = 64  # tokens; rows are padded to this times a power of two, so that few shapes are compiled
+_SHORTEST = 64  # rows are padded to so many tokens times a power of two, so that few shapes are compiled
 _DEFAULT_NEW_TOKENS = 256  # the harness's own default
 _Request = tuple[Any, list[int], list[int]]  # the request's name, its context and continuation as tokens
 
@@ -68,13 +68,14 @@ class Betarank(TemplateLM):
 
     Args:
       checkpoint: a workdir or a checkpoint.
-      run: the evaluation config. Default: the checkpoint's own config, overridden by `settings` (e.g.
-        {'eval.probe.rows': 8}).
+      run: the evaluation config. Default: the checkpoint's own config, overridden by `settings`.
       max_length: the maximum sequence length in tokens; 0 means the training length.
       batch_size: rows per forward pass. Default: eval.probe.batch_size.
       device, max_batch_size: accepted because the harness passes them, but ignored.
+      settings: overrides, such as {'eval.probe.rows': 8}.
 
-    Raises ConfigError, DataError, EvalError or CheckpointError, each with a one-line message.
+    Raises:
+      ConfigError, DataError, EvalError or CheckpointError: the checkpoint or a setting can't be used.
     """
     super().__init__()
     subject = checkpoint if isinstance(checkpoint, CheckpointRef) else find_checkpoints(checkpoint)[-1]
@@ -127,8 +128,8 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """Returns (log-probability of the continuation in nats, True if greedy decoding gives the continuation) per
-    request, in the order of `requests`.
+    """Returns, for each request in order, the log-probability of its continuation in nats, and whether greedy decoding
+    gives it.
     """
     rows = []
     for name, context, continuation in requests:
@@ -154,7 +155,7 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """Returns `length` rounded up to _SHORTEST times a power of two, but no more than the longest row needs."""
+    """Returns `length` rounded up to _SHORTEST times a power of two, but at most what the longest row needs."""
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
 
@@ -164,7 +165,7 @@ class Betarank(TemplateLM):
     """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task says
     otherwise.
 
-    Each text is sampled up to EOS or max_gen_toks, and stop strings are searched for afterwards.
+    Each text is sampled up to EOS or max_gen_toks. Stop strings are searched for afterwards.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):
@@ -179,8 +180,9 @@ class Betarank(TemplateLM):
     return texts
 
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
-    """Returns (stop strings, settings of the sampler) for a task's generation_kwargs. Prompts may take the tokens of
-    max_length that the answer doesn't need.
+    """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
+
+    A prompt may have max_length tokens, minus those of the answer.
     """
     told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
     until, new = told.pop('until'), told.pop('max_gen_toks')
@@ -235,11 +237,16 @@ def harness(
   """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint without such a file, and prints the harness's table.
 
   Args:
+    run, subjects: the evaluation, and its checkpoints.
+    tasks: names of tasks, separated by commas.
     num_fewshot: the number of worked examples; None leaves it to the task.
     limit: the number of documents per task; None leaves it to the task.
     include_path: a folder with the user's own tasks; '' for none.
+    max_length: the maximum sequence length in tokens; 0 means the training length.
+    say: prints a line.
 
-  Raises ConfigError, DataError, EvalError or CheckpointError, each with a one-line message.
+  Raises:
+    ConfigError, DataError, EvalError or CheckpointError: a checkpoint, a setting or a task can't be used.
   """
   if jax.process_count() > 1:
     raise EvalError('the harness runs in one process so far; its devices may be several')

@@ -18,15 +18,17 @@ def main(argv: Sequence[str]) -> None:
   add_run_flags(parser)
   config, args = load.from_command_line(parser, argv, settings=settings.RL, configure=_with_model)
 
-  from betarank.rl import loop  # only now that the config is known to be good: this starts JAX
+  from betarank.rl import loop  # imported after the config was checked, because this starts JAX
   from betarank.runtime import job
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)
 
 
 def _with_model(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config of --config; one without section `model` takes that of the checkpoint it starts from."""
+  """Reads the config file of --config. If it has no section `model`, adds that of the checkpoint that the run starts
+  from.
+  """
   config = load.read(args.config)
   if 'model' not in config and 'train' in config:
     from betarank.runtime import checkpoint

@@ -1,13 +1,15 @@
-"""Policy gradient on verifiable rewards, top to bottom. A step is four functions, in this order:
+"""Runs RL with verifiable rewards. A step calls four functions, in this order:
 
-    sample_and_judge   draws groups of samples and their verdicts; zero-variance groups are replaced by new prompts
-    minibatches        lays the samples into rows, with their advantages
+    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by new prompts
+    minibatches        computes advantages, and packs the samples into rows
     learn              updates the policy, once per minibatch
-    describe_step      computes the figures that are logged
+    describe_step      computes the figures to log
 
-The paper's recipe by default (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
-samples per prompt at temperature 1, constant learning rate, no KL term. What a step draws depends on (parameters, seed,
-step, prompt numbers) alone, and the checkpoint holds the number of prompts consumed, so a killed run resumes exactly.
+The default is the paper's recipe (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
+samples per prompt at temperature 1, a constant learning rate, and no KL term.
+
+The samples of a step depend only on parameters, seed, step and prompt numbers. The checkpoint holds the number of
+prompts consumed, so a killed run resumes exactly.
 
 # P prompts  G samples per prompt  B = P·G rows  T tokens
 """
@@ -35,11 +37,12 @@ from betarank.rl.progress import Progress
 from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack, prompt_tokens
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Log, duration
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
+from betarank.tasks import task_set
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
@@ -48,26 +51,27 @@ from betarank.train.config import first_and_last
 from betarank.train.optimizer import make_optimizer
 from betarank.train.sampler import Sampler, SamplerConfig
 
-HELD_OUT_STEP = 2**31  # added to the step number, so that evaluation draws other samples than training
-COV_STREAM = 3  # fold_in(seed, stream, step, update); the sampler has 2
-HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
-SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings that no array's shape shows
+HELD_OUT_STEP = 2**31  # added to the step number, so that evaluation and training use different random numbers
+COV_STREAM = 3  # the random stream of cov_tokens: fold_in(seed, stream, step, update). The sampler uses stream 2.
+HIGH_ENTROPY_SHARE = 0.2  # the share of tokens at which reasoning branches (arXiv 2506.01939)
+SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings that array shapes don't show
 
 
 class RlError(UserError):
-  """The error for failed RL. Its message is one line that names the step and the newest good checkpoint."""
+  """Raised when RL fails. The message is one line that names the step and the newest good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """The objects that the functions of a step share. None of them changes during a run.
+  """The objects that the functions of a step share. They don't change during a run.
 
   Attributes:
-    samplers: one per phase.
+    evaluated: the problems to evaluate on, by name.
+    samplers: one sampler per phase.
     update: see `make_update`.
     log_probabilities: jitted `score.log_probabilities`.
-    rows_by_token, rows: shardings of [B, T] and of [B] arrays.
-    reference: parameters that the KL term refers to, or None.
+    rows_by_token, rows: the shardings of [B, T] and of [B] arrays.
+    reference: the parameters of the KL reference, or None.
   """
 
   run: RlRun
@@ -83,17 +87,28 @@ class Parts:
   reference: Any
 
 
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
+  rl = rl_run(config).rl
+  return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
+
+
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Runs `config` in the workdir `path` to its last step, resuming from the workdir's newest checkpoint if it has one.
+  """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
-  fallback: moves a damaged newest checkpoint aside, and resumes from the newest good one.
+  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good one.
 
-  Returns the figures of the last step. Raises ConfigError, data.DataError or CheckpointError before any device work if
-  something doesn't fit, RlError if the run itself fails.
+  Returns the figures of the last step.
+
+  Raises:
+    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used. Raised before any
+      device work.
+    RlError: the loss or the gradient norm isn't finite.
   """
   run, root = rl_run(config), epath.Path(path)
   rl = run.rl
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
@@ -108,7 +123,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                       '--config.rl.long_prompts=skip')
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
-  # Before any device work: not every system can run programs safely.
+  # Created before any device work, because it fails on systems that can't run programs safely.
   programs = any(uri.startswith('code:') for uri in (rl.task.uri, *rl.eval_tasks.values()))
   jail = Jail(rl.code, 'config.rl.code') if programs else None
 
@@ -122,10 +137,10 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     state, start = beginning.state, beginning.step
     progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
-      progress = dataclasses.replace(progress, best=None)  # it is lost: somebody deleted it, or --fallback went back
+      # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
+      progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
-      describe=describe_line)))
+      root, config, start=start, steps=run.steps, describe=describe_line)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -171,7 +186,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
-      if due.evaluate:  # before saving: all that belongs to a step is written before its checkpoint is
+      if due.evaluate:  # before saving, so that a checkpoint exists only if everything else of its step was written
         progress = evaluate(parts, state.params, progress, step, log)
       best = progress.best.step if progress.best else None
       if due.save or best == step:
@@ -180,11 +195,12 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps)
   return last
 
 
 def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sampler]:
-  """Returns the sampler of each phase; they differ in the longest answer."""
+  """Returns one sampler per phase. They differ only in the longest answer."""
   rl = run.rl
   settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True)
               for new in rl.max_new_tokens]
@@ -194,10 +210,13 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
 def sample_and_judge(
   parts: Parts, params: Any, progress: Progress, step: int
 ) -> tuple[list[Group], list[Group], Progress]:
-  """Returns (groups to learn from, all groups drawn, the progress after them).
+  """Draws and judges the samples of a step.
 
-  Groups whose rewards don't vary are replaced by the next prompts, in `rl.max_resampling_rounds` draws, the first
-  included (dynamic sampling: DAPO, arXiv 2503.14476 section 3.2). Groups are judged while the device draws on.
+  A group whose scores are all equal is replaced by that of the next prompt (dynamic sampling: DAPO, arXiv 2503.14476
+  sec. 3.2). There are at most `rl.max_resampling_rounds` draws, including the first. Groups are judged while the device
+  draws the next ones.
+
+  Returns (groups to learn from, all groups drawn, the progress after them).
   """
   rl, kept, seen = parts.run.rl, [], []
   rule = rl.reward_rule(step)
@@ -217,16 +236,17 @@ def sample_and_judge(
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
-  """Returns False for a prompt that is too long and is therefore skipped."""
+  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts."""
   rl = parts.run.rl
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Minibatch:
-  """The rows of one update, on the devices, and which tokens count.
+  """The rows of one update, on the devices.
 
-  Attributes: as `make_update` names them; counts_BT is also there on the host.
+  Attributes have the meaning they have in `make_update`. counts_BT is bool, True for the tokens of the loss; counted_BT
+  is the same array on the host.
   """
 
   batch: data.Batch
@@ -238,18 +258,22 @@ class Minibatch:
 
 
 def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]:
-  """Returns the rows of each update of a step, with advantages; [] if there is no group to learn from."""
+  """Computes the advantages of a step's groups and packs the samples into rows, one Minibatch per update.
+
+  Returns [] if there is no group to learn from.
+  """
   if not groups:
     return []
   rl = parts.run.rl
   rows = rl.prompts_per_step * rl.group_size
   longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
   needed = max(lengths(groups))
-  length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)  # three shapes at most
+  # Only three lengths are used, so that the update is compiled at most three times.
+  length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)
   out = pack(groups, prompts=rl.prompts_per_step, samples=rl.group_size, length=length,
              rule=rl.reward_rule(step))
   advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
-  # The tokens of a sample that doesn't count are not in the mean either.
+  # Tokens of samples that don't count are left out of the loss's mean too.
   counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
   found = []
   for at in range(0, rows, rl.rows):
@@ -264,14 +288,16 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]
 def learn(
   parts: Parts, state: TrainState, batches: list[Minibatch], step: int
 ) -> tuple[TrainState, dict[str, float]]:
-  """Returns (new state, figures), after one update per minibatch. Without a minibatch the state stays as it is, the
-  optimizer's moments included, and there are no figures.
+  """Updates the policy once per minibatch.
+
+  Returns (new state, figures to log). Without a minibatch, the state (including the optimizer's moments) is returned
+  unchanged, and there are no figures.
   """
   run, rl = parts.run, parts.run.rl
   if not batches:
     return state, {}
   off_policy = rl.minibatches > 1
-  # Before the first update, by the policy that drew the samples: all updates of this step refer to it.
+  # Computed before the first update, with the policy that drew the samples. All updates of this step use these.
   old = [parts.log_probabilities(run.model, state.params, b.batch, b.choices_BTLk)[0]
          if off_policy or rl.loss.cov else None for b in batches]
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), COV_STREAM), step)
@@ -299,7 +325,10 @@ def learn(
 
 
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
-  """Raises ConfigError if held-out problems of this run can be in the documents that its parent was trained on."""
+  """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
+
+  parent: the meta of the checkpoint that the run starts from.
+  """
   documents = setup.whole_config(parent).get('data', {})
   made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
   left_out = documents.get('held_out_fraction', 0.0)
@@ -309,7 +338,7 @@ def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
 
 
 def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
-  """Returns the problems that the policy is evaluated on, by name: those held out of the task, and `rl.eval_tasks`."""
+  """Returns the problem sets to evaluate on, by name: the held-out problems of the task, and `rl.eval_tasks`."""
   rl, found = run.rl, {}
   if rl.task.held_out_fraction:
     found['held_out'] = TaskSet(rl.task, seed=run.seed, split='held_out')
@@ -319,10 +348,11 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 
 
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
-  """Samples the problems of each evaluation set; logs the mean score, its standard error, and some texts. The score of
-  an answer is 1 if it is right and 0 if it is wrong, or what a reward function of the user's own returned.
+  """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
 
-  Returns the progress with the best evaluation so far on the set `rl.keep_best`.
+  The score of an answer is 1 if it is right and 0 if it is wrong, or what the user's own reward function returned.
+
+  Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
   """
   for name, tasks in parts.evaluated.items():
     average = _evaluate(parts, params, name, tasks, step, log)
@@ -354,8 +384,10 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
 def describe_step(
   learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int
 ) -> dict[str, float]:
-  """Returns a step's figures under the names of the log: those of the update, if there was one, and those of all
-  samples that were drawn, before zero-variance groups were dropped. consumed: prompts asked and passed over.
+  """Returns the figures of a step, under the names that are logged.
+
+  They are the figures of the update, if there was one, and figures of all samples drawn. The latter include
+  zero-variance groups. `consumed` is the number of prompts that were asked or passed over.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
@@ -364,7 +396,7 @@ def describe_step(
   decided = max(sum(v != Verdict.UNDECIDED for v in verdicts), 1)
   found = {
     **learned,
-    # -log p of a token, by the distribution it was drawn from, is an unbiased estimate of that distribution's entropy.
+    # The mean of -log p over tokens drawn from a distribution is an unbiased estimate of its entropy.
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
     'pass_rate': float(np.nansum(scores)) / decided,
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
@@ -379,7 +411,7 @@ def describe_step(
 
 
 def describe_line(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
-  """Returns the line of a step for a person."""
+  """Returns the line that is printed for a step."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   learned = (f'entropy {v["entropy_nats"]:.3f}  |g| {v["grad_norm"]:.2f}  gap {v["sampler_gap_mean"]:.1e}'
              if 'grad_norm' in v else 'no update: all groups have zero variance')
@@ -389,5 +421,7 @@ def describe_line(step: int, steps: int, values: dict[str, float], eta_s: float)
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:
-  """Returns the weights that the run started from, for the KL term; from disk, as the state moves away from them."""
+  """Reads the weights that the run started from, for the KL term. They are read from disk, because the state
+  changes.
+  """
   return checkpoint.restore_weights(epath.Path(parent), abstract_state(run.model, tx, mesh).params)[0]

@@ -1,7 +1,7 @@
-"""What an RL run carries from step to step besides its parameters; a checkpoint holds it as the run's cursor.
+"""Holds what an RL run carries from step to step besides its training state. Checkpoints save it as the run's cursor.
 
-It decides which prompts come next (the difficulty filter) and which checkpoint is kept as the best. Both are pure
-functions of the seed and of what has been recorded so far, so a resumed run does as an uninterrupted one.
+It decides which prompts come next (the difficulty filter), and which checkpoint is kept as the best one. Both depend
+only on the seed and on what was recorded so far, so a resumed run makes the same decisions as an uninterrupted one.
 """
 
 import base64
@@ -21,23 +21,29 @@ _MOST_MISSED = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-  """The evaluation with the highest figure so far, the earliest if several have it. step: 0 is the policy at the start.
+  """The best evaluation so far; the earliest one if several are equally good.
+
+  Attributes:
+    metric: the name that it is logged by, such as eval/held_out/avg_at_16.
+    step: the step that it followed; 0 for the policy at the start.
+    value: its result.
   """
 
-  metric: str  # as it is logged: eval/held_out/avg_at_16
+  metric: str
   step: int
   value: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """How far a run is.
+  """How far a run has got.
 
   Attributes:
-    prompts: prompts consumed so far, with those that the difficulty filter passed over.
-    zero_variance_N: bool, for each task of the set: the last group drawn for it had zero variance. None without filter.
-    best: None without an evaluation, or if no checkpoint is to be kept for one.
-    problems: SHA-256 of the problems; '' if there is no end of them.
+    prompts: the number of prompts consumed so far, including those that were passed over.
+    zero_variance_N: bool, for each task of the set: True if the last group drawn for it had zero variance. None
+      without a difficulty filter.
+    best: the best evaluation. None before the first one, or if `rl.keep_best` is empty.
+    problems: SHA-256 of the problems; '' if their number is unlimited.
   """
 
   prompts: int = 0
@@ -47,9 +53,10 @@ class Progress:
 
   @classmethod
   def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
-    """Returns the progress that a checkpoint's cursor holds; {} is that of a fresh run.
+    """Returns the progress that a checkpoint's cursor holds. For {} it is that of a new run.
 
-    filtered: there is a difficulty filter. What was recorded for a split of another size is dropped.
+    filtered: True with a difficulty filter. If the cursor was saved for a split of another size, its record of zero
+      variance is dropped.
 
     Raises DataError if the problems have changed since.
     """
@@ -65,7 +72,9 @@ class Progress:
     return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256)
 
   def cursor(self) -> dict[str, Any]:
-    """Returns the JSON-serializable form that `read` takes. The filter needs one bit per task."""
+    """Returns the progress in a form that JSON can hold and `read` takes. The difficulty filter needs one bit per
+    task.
+    """
     found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
     if self.zero_variance_N is not None:
       bits = base64.b64encode(np.packbits(self.zero_variance_N).tobytes()).decode()
@@ -77,10 +86,13 @@ class Progress:
   def next_prompts(
     self, tasks: TaskSet, count: int, repeat: float, fits: Callable[[Task], bool] = lambda task: True
   ) -> 'tuple[dict[int, Task], Progress]':
-    """Returns the next `count` prompts to ask, {number: task}, and the progress after them.
+    """Returns the next `count` prompts as {number: task}, and the progress after them.
 
-    Passed over are prompts that don't fit, and those whose last group had zero variance, but for a share `repeat` > 0
-    of their turns. Raises DataError if none fits.
+    Prompts for which `fits` is False are passed over. So are prompts whose last group had zero variance, except in the
+    share `repeat` > 0 of their turns.
+
+    Raises:
+      DataError: none of 10,000 prompts in a row fits.
     """
     found, number, missed = {}, self.prompts, 0
     while len(found) < count:
@@ -95,14 +107,17 @@ class Progress:
     return found, dataclasses.replace(self, prompts=number)
 
   def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
-    """Returns False if the difficulty filter passes over prompt `number`."""
+    """Returns whether the difficulty filter lets prompt `number` be asked."""
     if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
       return True
     digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()
     return int.from_bytes(digest, 'big') < repeat * 2**48
 
   def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
-    """Returns the progress after some groups. drawn: (number of the prompt, whether its rewards vary) of each."""
+    """Returns the progress after groups were drawn.
+
+    drawn: for each group, the number of its prompt and whether its rewards differ.
+    """
     if self.zero_variance_N is None:
       return self
     zero_variance_N = self.zero_variance_N.copy()
@@ -111,7 +126,9 @@ class Progress:
     return dataclasses.replace(self, zero_variance_N=zero_variance_N)
 
   def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
-    """Returns the progress after an evaluation. One by another metric than before begins a new comparison."""
+    """Returns the progress after an evaluation with the result `value`; NaN changes nothing. If `metric` is another one
+    than before, the comparison starts anew.
+    """
     if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
       return self
     return dataclasses.replace(self, best=Best(metric, step, value))

@@ -1,6 +1,6 @@
-"""Turns prompts into graded groups of samples, and groups into the arrays that an update takes.
+"""Samples and judges groups of answers, and packs groups into the arrays that an update takes.
 
-# P prompts  G samples of each  B = P·G rows  T tokens
+# P prompts  G samples per prompt  B = P·G rows  T tokens
 """
 
 import dataclasses
@@ -17,26 +17,26 @@ from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
 
-_NOT_MINE = min(Verdict) - 1  # a verdict that another process gives
+_NOT_MINE = min(Verdict) - 1  # placeholder for the verdicts that other processes compute
 
 
 class Group(NamedTuple):
-  """A prompt's samples with their verdicts."""
+  """The samples of one prompt, with their verdicts."""
 
-  cursor: int  # which prompt of the run
+  cursor: int  # the number of the prompt in the run
   task: Task
   prompt: list[int]  # tokens, BOS first
   samples: list[Sample]
   texts: list[str]
   verdicts: list[Verdict]
-  scores: list[float]  # 1 if right else 0, or what a reward function of the user's own returned; NaN if undecided
+  scores: list[float]  # 1 if right else 0, or the result of the user's reward function; NaN if undecided
 
   def rewards(self, rule: RewardRule) -> tuple[list[float], list[bool]]:
-    """Returns (reward, whether it counts) of each sample; see rl/rewards.py."""
+    """Returns two lists: the reward of each sample, and whether the sample counts. See rl/rewards.py."""
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
   def has_reward_variance(self, rule: RewardRule) -> bool:
-    """Returns whether the samples' scores differ. If they don't, most advantages are 0 for every sample."""
+    """Returns whether the scores of the valid samples differ. If not, most advantage functions give all samples 0."""
     return vary(rule, self.scores, self.verdicts, self.samples)
 
 
@@ -44,14 +44,18 @@ def graded_groups(
   sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
   seed: int, step: int
 ) -> list[Group]:
-  """Returns the groups of some prompts, sampled and judged, in the order of `asked`.
+  """Samples and judges the answers to prompts. Returns one group per prompt, in the order of `asked`.
 
-  A pure function of its arguments, but for verdicts that a deadline leaves undecided. Groups are judged while the
-  device draws the next ones. Several processes draw together, judge a share of the groups each, and get all of them.
+  Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together;
+  each judges a share of the groups, and all get the verdicts of all. The result is a pure function of the arguments,
+  except for verdicts that stay undecided because of a deadline.
 
-  asked: the tasks by the number of the prompt, which decides what is drawn.
+  Args:
+    asked: {number of the prompt: task}. The number selects the random numbers, together with `seed` and `step`.
+    samples: the group size.
 
-  Raises DataError for a prompt that is too long for the sampler.
+  Raises:
+    DataError: a prompt is too long for the sampler.
   """
   prompts = [Prompt(number, prompt_tokens(tokenizer, task)) for number, task in asked.items()]
   for prompt in prompts:
@@ -79,12 +83,15 @@ def graded_groups(
 
 
 def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:
-  """Returns the tokens that the model continues: BOS and the task's prompt."""
+  """Returns the tokens that the model continues: BOS, then the task's prompt."""
   return [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]
 
 
 def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
-  """Returns '' if no prompt of a set that ends has more than `longest` tokens, else how many have, and the longest."""
+  """Returns '' if every prompt fits in `longest` tokens; otherwise a sentence that says how many don't.
+
+  Sets of unlimited size aren't checked; for them it returns ''.
+  """
   if tasks.size is None:
     return ''
   lengths = [len(prompt_tokens(tokenizer, tasks[i])) for i in range(tasks.size)]
@@ -94,20 +101,24 @@ def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-  """The arrays [B, T] that an update takes, with rows in groups of G. Empty rows replace groups that dynamic sampling
-  didn't find.
+  """The arrays of one step. Rows of the same group are adjacent.
+
+  If dynamic sampling found fewer groups than wanted, empty rows take the place of the missing ones.
   """
 
   batch: Batch
-  completion_BT: np.ndarray  # bool: the target is a token that was drawn
-  sampler_logp_BT: np.ndarray  # float32, nats; 0 elsewhere
+  completion_BT: np.ndarray  # bool: True where the target is a sampled token
+  sampler_logp_BT: np.ndarray  # float32, nats; 0 where the target isn't a sampled token
   rewards_PG: np.ndarray  # float32
   valid_PG: np.ndarray  # bool
-  choices_BTLk: np.ndarray | None = None  # int16, the experts that the sampler's tokens went to, if it recorded them
+  choices_BTLk: np.ndarray | None = None  # int16: the experts that the sampler used for each token, if recorded
 
 
 def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: RewardRule) -> Rollouts:
-  """Lays prompt and completion of each sample into a row of `length` (input, target) pairs."""
+  """Writes the prompt and completion of each sample into a row of `length` (input, target) pairs.
+
+  prompts, samples: the P and G of the result; there may be fewer groups than P.
+  """
   rows = prompts * samples
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
   completion, logp = np.zeros((rows, length), bool), np.zeros((rows, length), np.float32)
@@ -128,5 +139,5 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: 
 
 
 def lengths(groups: list[Group]) -> Iterator[int]:
-  """Yields the number of (input, target) pairs that each sample takes in its row."""
+  """Yields the number of (input, target) pairs of each sample."""
   return (len(group.prompt) + len(sample.tokens) - 1 for group in groups for sample in group.samples)

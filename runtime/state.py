@@ -1,4 +1,4 @@
-"""The training state: step, parameters and optimizer state, created on the mesh with their shardings."""
+"""Defines the training state (step, parameters, optimizer state), and creates it sharded over the mesh."""
 
 import dataclasses
 from typing import Any
@@ -15,17 +15,18 @@ from betarank import model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """The pytree that an update maps, with a batch, to the next one."""
+  """The state of training. An update is a function from a state and a batch to the next state."""
 
-  step: jax.Array  # int32 []: number of updates so far
+  step: jax.Array  # int32 []: the number of updates so far
   params: Any  # float32, with the structure of model.init
   opt_state: Any
 
 
 def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating anything.
+  """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating memory.
 
-  Raises ValueError if a mesh axis doesn't divide a dimension it shards.
+  Raises:
+    ValueError: a dimension isn't divisible by the mesh axis that shards it.
   """
   _, shapes, axes = model.abstract(c)
   model.check_divides(shapes, axes, mesh.shape)
@@ -45,7 +46,10 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
 def create_state(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
-  """Returns the state of step 0 with `params`, or with fresh parameters from `seed`, equal on every mesh."""
+  """Returns the state of step 0, with `params` or with random parameters from `seed`.
+
+  The random parameters are the same on every mesh.
+  """
   def create(params):
     if params is None:
       params = model.init(c, jax.random.key(seed))
@@ -56,10 +60,10 @@ def create_state(
 
 
 def donated() -> tuple[int, ...]:
-  """Returns the positions of the arguments that an update donates: that of the state, but none on a CPU.
+  """Returns the positions of the arguments that an update donates: the state, or nothing on a CPU.
 
-  On a CPU a checkpoint is written from the state's own memory (elsewhere it is copied to the host first), and an update
-  that overwrites it would have to wait for the disk.
+  On a CPU, a checkpoint is written directly from the state's memory. If the state were donated, the next update would
+  have to wait for the disk. On other devices the state is first copied to the host.
   """
   return () if model.platform() == 'cpu' else (0,)
 
@@ -67,7 +71,7 @@ def donated() -> tuple[int, ...]:
 def compiler_options() -> dict[str, bool] | None:
   """Returns the XLA options of an update, or None.
 
-  On a GPU XLA would fuse a kernel (attention, a matmul) with the copy of its output to where a scanned layer saves it,
-  and run the kernel a second time for its other use.
+  On a GPU, XLA would fuse a kernel (attention or a matmul) with the copy of its output that a scanned layer saves. It
+  would then run the kernel a second time for the other use of that output. The option prevents this.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

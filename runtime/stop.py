@@ -1,4 +1,4 @@
-"""Stops a command on request, after it has saved: SIGTERM from a scheduler, or Ctrl-C.
+"""Stops a command on request, after it has saved. A request is SIGTERM, from a scheduler, or Ctrl-C.
 
     with StopSignal(jax.process_count()) as stop:
       for step in steps:
@@ -8,8 +8,8 @@
           print(f'asked to stop: step {step} is saved; the same command resumes from it')
           raise Stopped(stop.exit_status)
 
-The first signal changes only what `stop` returns. The exit status, 143 for SIGTERM and 130 for Ctrl-C, tells scripts
-that the command did not finish. A second Ctrl-C ends the process at once, whatever it is doing.
+The first signal only makes `stop` return True. The exit status is 143 for SIGTERM and 130 for Ctrl-C, so that scripts
+can see that the command didn't finish. A second Ctrl-C ends the process at once, whatever it is doing.
 """
 
 import os
@@ -21,34 +21,36 @@ from collections.abc import Callable
 
 
 class Stopped(SystemExit):
-  """Ends the process after a stop on request. Everything is saved; this is no failure."""
+  """Raised to end the process after a stop on request. Everything is saved, so this isn't a failure."""
 
 
 class StopSignal:
-  """A context that holds back SIGTERM and Ctrl-C, and an object to call after each step: True to save and end.
+  """A context manager that catches SIGTERM and Ctrl-C. Call it after each step: it returns True once the command must
+  end.
 
-  Must be entered in the main thread. Attribute `exit_status`: the status to end with.
+  It must be entered in the main thread. The attribute `exit_status` is the status to end with.
   """
 
   def __init__(self, processes: int = 1, before_exit: Callable[[], None] = lambda: None):
-    """Creates the context; the signals act as before until it is entered.
+    """Creates the context manager. The signals keep their usual effect until it is entered.
 
     Args:
-      processes: the number of processes of the job. All of them must call this object after the same steps, and for all
-        of them it returns True at the same step, once any process has received a signal. Several processes need
-        jax.distributed, which carries the request from that process to the rest.
-      before_exit: called in another thread before a second Ctrl-C ends the process, to end child processes.
+      processes: the number of processes of the job. All of them must call this object after the same steps. Once any of
+        them has received a signal, it returns True in all of them at the same step. With several processes,
+        jax.distributed must be initialized.
+      before_exit: called before a second Ctrl-C ends the process, in order to end child processes. It runs in another
+        thread.
     """
     self._processes, self._before_exit = processes, before_exit
     self._received: list[int] = []
 
   def __enter__(self):
-    # JAX has its own SIGTERM handler in a job of several processes. It must stay, to tell the others.
+    # In a job of several processes JAX has its own SIGTERM handler, which tells the other processes. It must stay.
     handled = (signal.SIGINT,) if self._processes > 1 else (signal.SIGINT, signal.SIGTERM)
     self._handlers = {number: signal.signal(number, lambda number, _: self._received.append(number))
                       for number in handled}
-    # Python runs those handlers in the main thread, between two lines of Python. A compilation or a collective can keep
-    # it from there for minutes, so a thread listens too.
+    # Python runs signal handlers in the main thread, between two bytecode instructions. A compilation or a collective
+    # can delay them for minutes, so another thread listens too.
     listener, self._writer = socket.socketpair()
     self._writer.setblocking(False)
     self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -62,7 +64,7 @@ class StopSignal:
       signal.signal(number, handler)
 
   def __call__(self, step: int = 0) -> bool:
-    """Returns True if the command has to save and end now."""
+    """Returns True if the command must save and end now."""
     if self._processes == 1:
       return bool(self._received)
     from jax.experimental import multihost_utils
@@ -70,7 +72,7 @@ class StopSignal:
 
   @property
   def exit_status(self) -> int:
-    """130 if Ctrl-C was the first signal that this process received, else 143."""
+    """130 if the first signal that this process received was Ctrl-C, else 143."""
     return 128 + (self._received or [signal.SIGTERM])[0]
 
   def _listen(self, listener: socket.socket) -> None:

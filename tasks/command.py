@@ -1,11 +1,11 @@
-r"""Judge answers as RL and evaluation do, and say why.
+r"""Judges answers as RL and evaluation do, and says why.
 
     betarank judge --gold='1,2' --answer='x = 2 or x = 1'
     betarank judge --gold='3/4' --format=boxed --answer='So it is \boxed{0.75}.'
     betarank judge pairs.tsv
 
-A file has a header that names the columns `gold` and `answer` and, if the right verdicts are known, `right` (1 or 0):
-then every pair that is judged otherwise is shown, and the counts. Without it every pair is shown.
+The first line of a file names its columns: `gold`, `answer` and, if the right verdicts are known, `right` (1 or 0).
+With `right`, only the pairs that are judged differently are shown, and the counts. Without it, every pair is shown.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _KNOWN = {'1': 'right', '0': 'wrong', 'right': 'right', 'wrong': 'wrong', 'true'
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints the verdict on one pair, or on the pairs of a file. Raises UserError for arguments that don't fit."""
+  """Prints the verdict on one pair, or on the pairs of a file. Raises UserError if the arguments can't be used."""
   parser = argparse.ArgumentParser(prog='betarank judge', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('file', nargs='?', help='tab-separated pairs, with a header')
@@ -52,14 +52,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """Returns the text and task for a verifier. Without a format the whole text is the final answer."""
+  """Returns the text and the task for a verifier. Without a format, the whole text is the final answer."""
   text = answer if answer_format else f'{ANSWER_MARK}{answer}'
   lines = 1 if answer_format else 0
   return text, Task('', '', '', gold, 'math', answer_format or 'line', answer_lines=lines)
 
 
 def _read(path: str) -> list[tuple[str, str, str]]:
-  """Returns (gold, answer, known verdict or '') of each line. Raises UserError, one line that names file and line."""
+  """Returns (gold, answer, known verdict or '') for each line. Raises UserError, with the file and the line, if one is
+  bad.
+  """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
   except (OSError, UnicodeDecodeError) as error:
@@ -93,7 +95,7 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """Returns the counts of verdicts, grouped by the known verdicts if there are any."""
+  """Returns the counts of verdicts, for each known verdict separately."""
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')
   lines = [f'{"":16}' + ''.join(f'{"judged " + name:>18}' for name in names)]

@@ -16,8 +16,8 @@ def main(argv: Sequence[str]) -> None:
   add_run_flags(parser)
   config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
 
-  from betarank.runtime import job  # only now that the config is known to be good: this starts JAX
+  from betarank.runtime import job  # imported after the config was checked, because this starts JAX
   from betarank.train import loop
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)

@@ -1,4 +1,4 @@
-"""Builds AdamW with a warmup-stable-decay schedule, and selects the parameters that get weight decay."""
+"""Builds AdamW with a warmup-stable-decay schedule, and decides which parameters get weight decay."""
 
 import dataclasses
 from typing import Any
@@ -43,10 +43,11 @@ class OptimizerConfig:
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Returns a linear warm-up to lr, then a constant, then a linear decay to final_lr over the last decay_fraction of
-  `steps`, or over all that follow the warm-up if those are fewer.
+  """Returns the learning rate as a function of the step: a linear warm-up, then a constant, then a linear decay.
 
-  The first step already moves: the schedule at step 0 is lr / (warmup_steps + 1). Source: WSD, arXiv 2404.06395.
+  The decay to final_lr takes the last `decay_fraction` of `steps`, but never begins before the warm-up has ended. At
+  step 0 the rate is lr / (warmup_steps + 1), not 0, so that the first update has an effect. Source: WSD, arXiv
+  2404.06395.
   """
   decay_steps = steps - decay_start(c, steps)
   parts = [optax.linear_schedule(c.lr / (c.warmup_steps + 1), c.lr, c.warmup_steps), optax.constant_schedule(c.lr)]
@@ -58,13 +59,16 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_start(c: OptimizerConfig, steps: int) -> int:
-  """Returns the step after which the learning rate decays; `steps` if it doesn't."""
+  """Returns the number of steps before the learning rate begins to decay; `steps` if it never does."""
   return max(min(c.warmup_steps, steps), steps - round(c.decay_fraction * steps))
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-  """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by
-  `axes`, norms and router biases get no weight decay. Router biases have no gradient either.
+  """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101).
+
+  Norms and router biases get no weight decay. Router biases have no gradient either, so AdamW doesn't change them.
+
+  axes: the names of the dimensions of each parameter, from model.abstract.
   """
   decays = jax.tree.map(lambda names: names[-1] not in ('norm', 'bias'), axes, is_leaf=lambda a: isinstance(a, tuple))
   return optax.chain(

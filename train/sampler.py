@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -153,7 +153,7 @@ class Sampler:
 
   def __call__(
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
-    step: int,
+    step: int, watch: Callable[[Sample], None] | None = None,
   ) -> Iterator[list[Sample]]:
     """Yields each prompt's samples, ordered by index, as soon as the last of them has ended.
 
@@ -167,12 +167,14 @@ class Sampler:
       prompts: with different ids.
       samples: how many of each prompt, or their indices.
       seed, step: integers in [0, 2^32).
+      watch: called after each dispatch with what it added to each sample: a Sample of the new tokens, whose `finish` is
+        '' if there are more to come.
 
     Raises ValueError for prompts that don't fit, before any device work.
     """
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)
-    return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step))
+    return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch)
 
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
@@ -207,7 +209,7 @@ class Sampler:
         raise ValueError(
           f'{where} has max_new_tokens = {prompt.max_new_tokens}, not 1 to {self.s.max_new_tokens}')
 
-  def _run(self, params, prompts, indices, seed, step):
+  def _run(self, params, prompts, indices, seed, step, watch):
     c, s = self.c, self.s
     record = s.record_choices and c.moe.experts > 0
     # A generator must not hold the mesh while its caller runs.
@@ -243,9 +245,12 @@ class Sampler:
         logps.append(logp_TR[:new, row])
         choices.append(choice_TRLk[:new, row] if record else None)
         eos = tokens[-1][-1] == self.eos
-        if eos or count_R[row] == self._limit(prompts[p]):
+        finish = 'eos' if eos else 'length' if count_R[row] == self._limit(prompts[p]) else ''
+        if watch:
+          watch(Sample(prompts[p].id, i, tokens[-1], logps[-1], finish))
+        if finish:
           ended[p][i] = Sample(
-            prompts[p].id, i, np.concatenate(tokens), np.concatenate(logps), 'eos' if eos else 'length',
+            prompts[p].id, i, np.concatenate(tokens), np.concatenate(logps), finish,
             self._choices(prompts[p], *choices) if record else None)
           del running[row]
           free.append(row)

@@ -2,9 +2,9 @@
 
     betarank report ROOT [--out=DIR]
 
-Reads every run under ROOT (local or gs://), whatever arms, seeds and stages there are, finished or not, and writes
-DIR/report.html (one file that requests nothing), DIR/figures/*.svg, *.png and *.csv, and DIR/tables/*.csv. DIR is
-ROOT/report unless given. Only reads what runs wrote; needs no device.
+Reads every run under ROOT (local or gs://), with any arms, seeds and stages, finished or not. Writes DIR/report.html
+(one file that loads nothing else), DIR/figures/*.svg, *.png and *.csv, and DIR/tables/*.csv. By default DIR is
+ROOT/report. It only reads what runs wrote, and needs no accelerator.
 """
 
 import argparse
@@ -21,9 +21,10 @@ from betarank.eval.report.sections import Report, write_over
 
 
 def write_report(root: str, out: str = '') -> epath.Path:
-  """Writes the report of all runs under `root`; returns the page's path.
+  """Writes the report of all runs under `root`, and returns the path of the page.
 
-  Raises ConfigError, and writes nothing, if there is no folder `root` or no run under it.
+  Raises:
+    ConfigError: there is no folder `root`, or no run under it. Nothing is written then.
   """
   folder = epath.Path(root)
   if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What an answer may be: a number, an expression, an interval, a list, an equation, words. See notation.py."""
+"""Defines the kinds of answers: number, expression, interval, list, equation, words and so on. See notation.py."""
 
 import dataclasses
 import re
@@ -8,12 +8,12 @@ from betarank.tasks.judging.expressions import Node
 from betarank.tasks.judging.latex import is_word, spelled
 from betarank.tasks.judging.units import Unit
 
-_GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't keep two letters apart
+_GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't separate two letters
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What was read. tokens: of the text that it was read from."""
+  """What a text says. tokens: the tokens of the text."""
 
   tokens: tuple[str, ...]
 
@@ -26,7 +26,7 @@ class Reading:
 
   @property
   def shown(self) -> str:
-    """The tokens for a person to read."""
+    """The tokens in a form that is easy to read."""
     return _GAP.sub('', self.text)
 
   @property
@@ -39,7 +39,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Value(Reading):
-  """An expression, and the unit behind it. node is None where only math-verify may be able to read it."""
+  """An expression, and the unit after it. node is None if only math-verify may be able to parse it."""
 
   node: Node | None = None
   unit: Unit | None = None
@@ -57,7 +57,10 @@ class Value(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Many(Reading):
-  """Several answers. kind: list (bare), set, pair (in parentheses: ordered, or an open interval), or, and."""
+  """Several answers.
+
+  kind: list (without brackets), set, pair (in parentheses: in order, or an open interval), or, and.
+  """
 
   items: tuple[Reading, ...] = ()
   kind: str = 'list'
@@ -88,7 +91,7 @@ class Union(Reading):
 class Relation(Reading):
   r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to and others.
 
-  A side is None where nothing stands before the first operator, as in `> 7`.
+  A side is None if nothing is before the first operator, as in `> 7`.
   """
 
   sides: tuple[Reading, ...] = ()
@@ -101,7 +104,7 @@ class Relation(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Residue(Reading):
-  """value mod modulus; name: of the variable that is congruent to it, '' if there is none."""
+  """A value modulo a modulus. name: the variable that is congruent to it, '' if there is none."""
 
   value: Node | None = None
   modulus: Node | None = None
@@ -112,7 +115,7 @@ class Residue(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Family(Reading):
-  """An expression for every integer value of a variable in it."""
+  """An expression for every integer value of one of its variables."""
 
   node: Node | None = None
   variable: str = ''

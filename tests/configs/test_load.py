@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 
 import pytest
@@ -138,3 +139,12 @@ def test_the_command_line_ends_with_one_line_and_touches_no_device():
     capture_output=True, text=True, env={'PATH': '', 'JAX_PLATFORMS': 'none_such'})
   assert done.returncode == 2
   assert done.stderr == 'error: config.optimizer.lrr: no such key; did you mean config.optimizer.lr?\n'
+
+
+def test_a_reader_that_goes_away_ends_a_command_silently():
+  """`betarank --help | head`: the pipe is closed before anything is written to it."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run([*BETARANK, '--help'], stdout=writer, stderr=subprocess.PIPE, text=True)
+  os.close(writer)
+  assert (done.returncode, done.stderr) == (141, '')

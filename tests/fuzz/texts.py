@@ -45,10 +45,13 @@ def _answer(rng: random.Random, good: bool):
 
 @target(160, strategy=_answers)
 def answers(folder):
-  """An answer is cut out of a text and judged by our own rules: a verdict, and never an exception."""
+  """An answer is cut out of a text, and judged by all rules but math-verify: a verdict, and never an exception."""
   from betarank.tasks.answers import final_answer
   from betarank.tasks.judging.comparison import Judgement, judge
   from betarank.tasks.task_set import Task
+  from betarank.tasks.verifiers import Verifier, VerifierConfig
+
+  verifier = Verifier(VerifierConfig())  # starts no worker here
 
   def check(case):
     boxed, given, wanted = case
@@ -57,6 +60,7 @@ def answers(folder):
       found = final_answer(text, task)
       if found is not None and len(found) <= 10_000:  # as eval.sample.verifier.answer_chars
         assert isinstance(judge(wanted, found), Judgement)
+      verifier._grade_here(found, task)  # in the trainer's own process
 
   return lambda rng, good=False: _answer(rng, good), check, nothing
 

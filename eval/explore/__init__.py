@@ -1,0 +1,1 @@
+"""Shows what a checkpoint predicts at each token of a text."""
