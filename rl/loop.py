@@ -110,6 +110,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   workdir.check_config(root, config)
   wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
+  check_steps(rl, root)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
@@ -148,6 +149,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'no problem',
       'mesh': setup.describe_mesh(mesh),
       'run': setup.describe_length(beginning, run.steps, root)})
+    if start == run.steps:
+      log.say('nothing to do; a larger config.rl.steps continues the run, another --workdir starts a new one')
     parts = Parts(
       run, tokenizer, tasks, evaluated, verifier, make_samplers(run, tokenizer, mesh),
       make_update(run.model, rl.loss, tx, run.microbatches, rl.temperature),
@@ -322,6 +325,14 @@ def learn(
   if entropy_N.size:
     figures['entropy_top20_nats'] = float(entropy_N[-max(1, round(HIGH_ENTROPY_SHARE * entropy_N.size)):].mean())
   return state, figures
+
+
+def check_steps(rl: RlConfig, root: epath.Path) -> None:
+  """Raises ConfigError if the run in the workdir `root` has already passed the last step of this config."""
+  reached = max(checkpoint.steps(root / 'checkpoints'), default=0)
+  if reached > rl.steps:
+    raise ConfigError(f'config.rl.steps must be at least {reached}, the step that {root} has reached, or choose '
+                      f'another workdir; got {rl.steps}')
 
 
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
