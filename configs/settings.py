@@ -150,11 +150,13 @@ TRAIN = dict(
 )
 
 OPTIMIZER = dict(
+  name=S('adamw', IDENTITY, "adamw | muon (the layers' matrices by Muon, the rest by Adam)"),
   lr=S(3e-4, IDENTITY, 'learning rate after warm-up'),
   warmup_steps=S(100, IDENTITY, 'optimizer steps of linear warm-up'),
   decay_fraction=S(0.0, IDENTITY, 'share of the steps, at the end, in which lr falls to final_lr; 0: no decay'),
+  decay_shape=S('linear', IDENTITY, 'linear | cosine | 1-sqrt: how lr falls to final_lr'),
   final_lr=S(3e-5, IDENTITY, 'learning rate at the end of the decay'),
-  b1=S(0.9, IDENTITY, 'AdamW decay of the first moment'),
+  b1=S(0.9, IDENTITY, "decay of the first moment; of Muon's momentum too, for which 0.95 is usual"),
   b2=S(0.95, IDENTITY, 'AdamW decay of the second moment'),
   eps=S(1e-8, IDENTITY, 'AdamW epsilon'),
   weight_decay=S(0.1, IDENTITY, 'AdamW weight decay of matrices; norms and router biases have none'),

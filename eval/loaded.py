@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from betarank import data, model
-from betarank.configs import load, settings
+from betarank.configs import settings
 from betarank.eval import config
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun
 from betarank.eval.report.arms import label
@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
   params: Any
 
 
-def load_model(path: str, tokenizer: str = '') -> Loaded:
+def load_model(path: str, tokenizer: str | None = None) -> Loaded:
   """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
 
   It uses the kernels of this machine, whichever kernels the run used.
@@ -54,7 +54,6 @@ def load_model(path: str, tokenizer: str = '') -> Loaded:
   Raises:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
   """
-  load.check_places({'RUN': path}, '')
   [ref] = config.find_checkpoints(path)
   resolved = config.configure(ref)
   resolved.model.attention = settings.default('model.attention')

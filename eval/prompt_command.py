@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from betarank.configs.errors import UserError
+from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,10 +20,10 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: an argument is not allowed.
   """
-  parser = argparse.ArgumentParser(prog='betarank generate', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
-  parser.add_argument('--tokenizer', default='', metavar='PATH',
+  parser = Parser('betarank generate', __doc__)
+  parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
+                      help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--tokenizer', type=place, metavar='PATH',
                       help='where the tokenizer is, if not where it was in training')
   parser.add_argument('--prompt', help='the text to continue; default: each line of standard input')
   parser.add_argument('--samples', type=int, default=1, help='continuations of each prompt (default 1)')

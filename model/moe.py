@@ -51,7 +51,8 @@ class Routing:
     balance_L: float32, the load-balance loss E·Σ_e f_e·p_e times the number of tokens. f_e is the expert's fraction of
       the choices, and p_e its mean normalized score. An even load gives 1 per token. Only p has a gradient. f and p are
       means over the tokens of one forward call. So with several microbatches, the loss per token is the mean of the
-      microbatches' losses, not that of the whole batch. Source: Switch, arXiv 2101.03961, eq. 4.
+      microbatches' losses, weighted by their tokens, not that of the whole batch. Source: Switch, arXiv 2101.03961,
+      eq. 4.
   """
 
   choices_LBTk: jax.Array

@@ -26,7 +26,7 @@ def make_step(
 
   The loss is a sum over the targets of the batch, divided once by their number. So microbatches, packing and mesh don't
   change what is learned. The only exception is the load-balance loss of a softmax router: it is computed within each
-  microbatch and then averaged.
+  microbatch and then averaged over tokens.
 
   Args:
     c, objective, tx: the model, the objective and the optimizer.

@@ -13,21 +13,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from betarank.configs.errors import UserError
+from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command; Ctrl-C ends it. Raises UserError for arguments that don't fit."""
-  parser = argparse.ArgumentParser(prog='betarank explore', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('run', nargs='+', metavar='RUN', help='a workdir or a checkpoint; local or gs://')
-  parser.add_argument('--tokenizer', default='', metavar='PATH',
+  parser = Parser('betarank explore', __doc__)
+  parser.add_argument('run', nargs='+', type=place, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--tokenizer', type=place, metavar='PATH',
                       help='where the tokenizer is, if not where it was in training')
   parser.add_argument('--task', default='', metavar='URI', help='problems to ask, such as reasoning:chain_sum or '
                       "jsonl:FILE; default: the run's own")
   parser.add_argument('--top_k', type=int, default=0, help="tokens that make up the head; default: objective.top_k of "
                       'the first run')
   parser.add_argument('--port', type=int, default=0, help='of the page; default: any that is free')
-  parser.add_argument('--export', default='', metavar='FILE.html', help='write one view to a file, and serve nothing')
+  parser.add_argument('--export', type=place, metavar='FILE.html', help='write one view to a file, and serve nothing')
   parser.add_argument('--text', help=r'the text to export; \n is a line end')
   parser.add_argument('--problem', type=int, help='the problem to export, by its number, in place of a text')
   parser.add_argument('--samples', type=int, default=4, help='continuations per checkpoint in the export (default 4)')

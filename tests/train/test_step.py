@@ -40,11 +40,12 @@ def batch(rows=8, length=16, seed=0):
   return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, segments)
 
 
-def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C):
+def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C,
+            optimizer=ADAMW):
   """(parameters, metrics) after a few steps on a mesh of this shape."""
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    tx = make_optimizer(ADAMW, 100, model.abstract(c)[2])
+    tx = make_optimizer(optimizer, 100, model.abstract(c)[2])
     state = create_state(c, tx, mesh, seed=0)
     step = make_step(c, objective, tx, BYTES_V, microbatches)
     placed = jax.device_put(the_batch or batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
@@ -215,10 +216,11 @@ def test_schedule_is_warmup_stable_decay():
   np.testing.assert_allclose(rate(100), 0.1, rtol=1e-6)
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_only_matrices_decay(name):
   axes = model.abstract(C)[2]
   tx = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
-                                      eps=1e-8, weight_decay=0.5, clip_norm=1.0), 10, axes)
+                                      eps=1e-8, weight_decay=0.5, clip_norm=1.0, name=name), 10, axes)
   params = jax.tree.map(jnp.ones_like, model.init(C, jax.random.key(0)))
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
@@ -228,7 +230,8 @@ def test_only_matrices_decay():
 
 @pytest.mark.parametrize('name, value, message', [
   ('lr', 0.0, 'lr must be > 0'), ('b2', 1.0, r'b2 must be in \[0, 1\)'), ('decay_fraction', 1.5, 'decay_fraction must'),
-  ('warmup_steps', -1, 'warmup_steps must be >= 0')])
+  ('warmup_steps', -1, 'warmup_steps must be >= 0'), ('name', 'sgd', "name must be one of adamw, muon, got 'sgd'"),
+  ('decay_shape', 'sqrt', "decay_shape must be one of linear, cosine, 1-sqrt, got 'sqrt'")])
 def test_bad_optimizer_values_are_refused_by_name(name, value, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(ADAMW, **{name: value})
@@ -279,6 +282,19 @@ def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
   np.testing.assert_array_equal(loss_BT, same_BT)
   routing = score.total(c[1], params, b, RewardShaping(top_k=8))[3]
   np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)
+
+
+def test_the_balance_loss_of_microbatches_is_their_mean_over_tokens():
+  """Each microbatch has its own f and p. The balance loss of the whole batch would give another gradient."""
+  softmax = dataclasses.replace(MOE.moe, router='softmax', balance_weight=10.0)
+  c = dataclasses.replace(MOE, layers=1, moe=softmax)
+  b, params = batch(rows=4), model.init(c, jax.random.key(0))
+  tx = make_optimizer(ADAMW, 100, model.abstract(c)[2])
+  _, metrics = make_step(c, ObjectiveConfig(top_k=8), tx, BYTES_V, microbatches=2)(
+    TrainState(jnp.int32(0), params, tx.init(params)), b)
+  total = lambda p, rows: score.total(c, p, jax.tree.map(lambda x: x[rows], b), RewardShaping(top_k=8))[0]
+  gradient = jax.jit(jax.grad(lambda p: sum(total(p, slice(i, None, 2)) for i in range(2)) / (b.segments_BT > 0).sum()))
+  np.testing.assert_allclose(metrics['grad_norm'], optax.tree.norm(gradient(params)), rtol=1e-5)
 
 
 def test_xla_knows_the_options_for_a_gpu(monkeypatch):

@@ -92,6 +92,7 @@ def test_data_device_speed_and_command_of_each_run_are_on_the_page(whole):
   root, page = whole
   assert f'betarank rl --config=mine.py --workdir={root}/rl/arm1-seed0' in page.text
   assert 'main dddddddddddd' in page.text and 'ffffffffffff' in page.text  # hashes of data and tokenizer
+  assert 'reasoning:chain_sum bbbbbbbbbbbb' in page.text
   assert '4 x TPU v5e' in page.text and '10,000' in page.text and '2027-01-15 08:00 UTC' in page.text
   run = next(line for line in (root / 'report' / 'tables' / 'runs.csv').read_text().splitlines()
              if line.startswith('pre/arm0-seed0'))
