@@ -7,8 +7,8 @@ and error messages appear quickly.
 import importlib
 import sys
 
-from betarank.configs.errors import UserError, run_main, suggestion
-from betarank.runtime.stop import interruptible
+from betarank.configs.errors import Interrupted, UserError, run_main, suggestion
+from betarank.runtime.stop import interruptible, leave
 
 # Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
   'eval': ('eval.command', 'probe a checkpoint, sample answers to a benchmark, or run lm-evaluation-harness'),
   'judge': ('tasks.command', 'judge answers as RL and evaluation do, and say why'),
   'generate': ('eval.prompt_command', 'continue a text with a model, token by token; interactive'),
+  'explore': ('eval.explore.command', 'look at what checkpoints predict, token by token, side by side, in a browser'),
   'watch': ('eval.watch', 'show the state of running runs in a table, from their files'),
   'compare': ('eval.compare', 'print the metrics of several runs side by side, and plot their curves'),
   'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),
@@ -42,7 +43,10 @@ def main() -> None:
 
   After Ctrl-C it is 130. A second Ctrl-C ends the process at once.
   """
-  run_main(lambda: _run(sys.argv[1:]))
+  try:
+    run_main(lambda: _run(sys.argv[1:]))
+  except Interrupted:
+    leave(130)
 
 
 def _run(argv: list[str]) -> None:

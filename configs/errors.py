@@ -22,6 +22,10 @@ class ConfigError(UserError):
   """Raised for a setting that can't be used."""
 
 
+class Interrupted(SystemExit):
+  """Raised to end the process after Ctrl-C, with status 130."""
+
+
 def suggestion(name: str, candidates: Iterable[str]) -> str:
   """Returns '; did you mean X?' for the candidate X that is most similar to `name`, or '' if none is similar."""
   candidates = sorted(set(candidates) - {name})
@@ -29,12 +33,19 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
   same_leaf = [c for c in candidates if '.' in c and leaf(c) == leaf(name)]
   if len(same_leaf) == 1 and '/' not in name:  # the section is missing or wrong, as in config.lr
     return f'; did you mean {same_leaf[0]}?'
-  # What all of them begin with, such as `config.` or a folder, must not make them similar.
+  initials = ''.join(word[0] for word in leaf(name).split('_') if word)  # lr for learning_rate
+  if (short := name.removesuffix(leaf(name)) + initials) in candidates:
+    return f'; did you mean {short}?'
+  # What a name and a candidate begin with, such as `config.` or a folder, must not make them similar. Candidates of the
+  # same section come first, then those of the section around it.
   start = name[:max(name.rfind('.'), name.rfind('/')) + 1]
-  while not all(c.startswith(start) for c in candidates):
+  while True:
+    inside = [c.removeprefix(start) for c in candidates if c.startswith(start)]
+    if near := difflib.get_close_matches(name.removeprefix(start), inside, n=1):
+      return f'; did you mean {start}{near[0]}?'
+    if len(inside) == len(candidates):
+      return ''
     start = start[:max(start[:-1].rfind('.'), start[:-1].rfind('/')) + 1]
-  near = difflib.get_close_matches(name.removeprefix(start), [c.removeprefix(start) for c in candidates], n=1)
-  return f'; did you mean {start}{near[0]}?' if near else ''
 
 
 def one_line(error: object) -> str:
@@ -62,7 +73,7 @@ def run_main(main: Callable[[], None]) -> None:
     _refuse(error)
   except KeyboardInterrupt as error:
     print(f'\nstopped{"; " if str(error) else ""}{error}', file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
+    raise Interrupted(128 + signal.SIGINT) from None
   except OSError as error:
     if error.errno not in _PLACE_ERRORS or not error.filename:
       raise

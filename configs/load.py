@@ -1,9 +1,12 @@
-"""Runs a config's Python file, and returns the module and ARG.
+"""Reads the config of a command line, and applies its overrides.
 
-spec: FILE.py or FILE.py:ARG.
+A config is a Python file that defines `get_config(arg) -> ml_collections.ConfigDict`, or the JSON file that every run
+writes to its workdir. `--config` takes either. Any value in it can be overridden: `--config.optimizer.lr=1e-3`. A
+misspelt key, or a value of another type, raises a ConfigError of one line. It names the key and, if there is one, the
+most similar key that exists.
 
-Raises:
-  ConfigError: there is no such file, it doesn't define get_config, or it fails.
+    config, flags = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
+    model = section(ModelConfig, config.model, 'model')       # configs/sections.py
 """
 
 import argparse

@@ -23,6 +23,8 @@ def main(argv: Sequence[str]) -> None:
   parser = Parser('betarank generate', __doc__)
   parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
                       help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--tokenizer', type=place, metavar='PATH',
+                      help='where the tokenizer is, if not where it was in training')
   parser.add_argument('--prompt', help='the text to continue; default: each line of standard input')
   parser.add_argument('--samples', type=int, default=1, help='continuations of each prompt (default 1)')
   parser.add_argument('--temperature', type=float, default=1.0, help='0: the most probable token (default 1)')
@@ -42,7 +44,7 @@ def _run(args: argparse.Namespace) -> None:
   from betarank.eval.loaded import Sampling, load_model
 
   sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-  loaded = load_model(args.checkpoint)
+  loaded = load_model(args.checkpoint, args.tokenizer)
   print(f'{loaded.name}, step {loaded.ref.step}, {loaded.objective}', file=sys.stderr, flush=True)
   texts = _lines() if args.prompt is None else [args.prompt]
   for number, text in enumerate(texts):

@@ -442,7 +442,7 @@ def _print_points(console: Console, points: Sequence[Point], command: Callable[[
                   remote: bool) -> None:
   """Prints each point with its state and command.
 
-  remote: doesn't print the state, which would need credentials.
+  remote: True leaves out the state, which can't be read without credentials.
   """
   for point in points:
     state = ''

@@ -51,7 +51,8 @@ class Routing:
     balance_L: float32, the load-balance loss E·Σ_e f_e·p_e times the number of tokens. f_e is the expert's fraction of
       the choices, and p_e its mean normalized score. An even load gives 1 per token. Only p has a gradient. f and p are
       means over the tokens of one forward call. So with several microbatches, the loss per token is the mean of the
-      microbatches' losses, not that of the whole batch. Source: Switch, arXiv 2101.03961, eq. 4.
+      microbatches' losses, weighted by their tokens, not that of the whole batch. Source: Switch, arXiv 2101.03961,
+      eq. 4.
   """
 
   choices_LBTk: jax.Array
@@ -180,7 +181,10 @@ class _Plan:
 
 
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns the output for this device's tokens. It applies its experts to the tokens of all devices along `expert`."""
+  """Returns the output for this device's tokens.
+
+  The devices along `expert` exchange tokens: each applies its own experts to the tokens of all of them.
+  """
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
     gate_eDF, up_eDF, down_eFD = _all_gather_weights(gate_eDF, up_eDF, down_eFD)
@@ -238,7 +242,7 @@ def _all_gather(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _tile_rows(pairs: int, experts: int) -> int:
-  """Returns R. It is large enough for a matmul, but small compared with an expert's even share of the pairs.
+  """Returns R, the number of rows of a tile: enough for a fast matmul, but few compared with the pairs per expert.
 
   On average, half of the last tile of each expert is empty.
   """

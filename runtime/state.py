@@ -33,13 +33,16 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
   place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
   everywhere = NamedSharding(mesh, P())
   param_shardings = model.shardings(mesh, axes)
-  opt_state = optax.tree.map_params(
-    tx, place, jax.eval_shape(tx.init, shapes), param_shardings,
-    transform_non_params=lambda leaf: place(leaf, everywhere))
+  of_param = dict(jax.tree_util.tree_leaves_with_path(param_shardings))
+
+  def place_moment(path, leaf):  # the path of a moment ends with that of its parameter; a count has no such path
+    ends = (path[i:] for i in range(len(path)))
+    return place(leaf, next((of_param[end] for end in ends if end in of_param), everywhere))
+
   return TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
     params=jax.tree.map(place, shapes, param_shardings),
-    opt_state=opt_state,
+    opt_state=jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(tx.init, shapes)),
   )
 
 

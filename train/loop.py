@@ -118,7 +118,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
-    setup.finished(log, root, config, run.steps)
+    setup.finished(log, root, config, run.steps, beginning.parent)
   return recorder.last
 
 

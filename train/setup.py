@@ -6,6 +6,7 @@ A run begins from the first of these that exists: the newest checkpoint in its w
 
 import contextlib
 import json
+import shlex
 import sys
 import threading
 import time
@@ -317,12 +318,15 @@ def short(n: float) -> str:
   return f'{n:.3g}'
 
 
-def finished(log: Log, root: epath.Path, config: ConfigDict, step: int) -> None:
-  """Logs where the result of a finished run is saved, and how to look at it."""
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
+  """Logs where the result of a finished run is saved, and how to look at it and at the checkpoint that it started from.
+
+  parent: that checkpoint; '' for random weights.
+  """
   log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:
     log.say(f'curves:   tensorboard --logdir={root}')
-  log.say(f'try:      betarank explore {root}')
+  log.say('try:      ' + shlex.join(['betarank', 'explore', *filter(None, [parent]), str(root)]))
 
 
 class Due(NamedTuple):

@@ -68,7 +68,8 @@ def _pretrain(c):
 def _midtrain(c):
   """Sets the values of mid-training: 100B tokens at 16k context, with a learning rate that falls from 3e-4 to 3e-5.
 
-  The paper leaves three things open. The form of the decay is linear here. The optimizer's moments aren't kept from
+  The paper leaves three things open. The form of the decay is linear here
+  (optimizer.decay_shape has others). The optimizer's moments aren't kept from
   pre-training. The shaped objective is kept; objective=ce selects plain cross-entropy.
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)

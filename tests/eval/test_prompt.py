@@ -23,7 +23,7 @@ def loaded(run_dir):
 @pytest.fixture
 def generate(loaded, run_dir, monkeypatch, capsys):
   """Runs the command on a checkpoint that is loaded once; returns what it prints."""
-  monkeypatch.setattr(loading, 'load_model', lambda path: loaded)
+  monkeypatch.setattr(loading, 'load_model', lambda path, tokenizer: loaded)
 
   def run(*flags):
     prompt_command.main([f'--checkpoint={run_dir}', *FEW, *flags])
