@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import duration
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -43,7 +44,6 @@ from betarank.eval.config import (
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
 from betarank.runtime import multihost
-from betarank.runtime.metrics import duration
 from betarank.tasks.answers import final_answer
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.judging import numerals

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
-from betarank.runtime.metrics import duration
+from betarank.configs.terminal import duration
 
 DEPTH = 6  # levels of folders that are searched for runs
 NOT_RUNS = ('checkpoints', 'eval', 'tensorboard', 'report', 'hosts', 'profile', 'data')
