@@ -120,7 +120,8 @@ DATA_SECTION = dict(
             'one more is an error), template (how instruction data is written as text)'),
   validation_fraction=S(0.01, IDENTITY, 'share of the documents used for validation, chosen by a hash of their text'),
   sequence_length=S(512, IDENTITY, 'tokens per row; documents are packed into rows'),
-  document_bytes=S(65_536, IDENTITY, 'longest document, in bytes; longer ones are split, at line ends if possible'),
+  document_bytes=S(0, IDENTITY, 'longest document, in bytes; longer ones are split, at line ends if possible; 0: 8 '
+                   'bytes per token of a row, at least 65,536'),
   held_out_fraction=S(0.0, IDENTITY, 'share of all questions that `reasoning` leaves out of documents, so that RL can '
                       'be tested on unseen ones'),
   tokenizer_sample_mb=S(0.0, IDENTITY, 'MB of text to train the tokenizer on; 0: 1 KB per token of the '

@@ -29,12 +29,19 @@ _CURSOR_VERSION = 1  # increase it if packing or mixing changes, because old cur
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Rows of packed pieces of documents. The loss counts positions where segments_BT > 0."""
+  """Rows of packed pieces of documents."""
 
   tokens_BT: Any  # int32 [B, T]: inputs
   targets_BT: Any  # int32 [B, T]: the token after each input
   positions_BT: Any  # int32 [B, T]: start at 0 in each piece
   segments_BT: Any  # int32 [B, T]: number of the piece in its row, from 1; 0 is padding. Attention stays in a piece.
+  counts_BT: Any = None  # bool [B, T]: whether the loss counts the target, as in an answer; None: it counts all
+
+  @property
+  def counted_BT(self) -> Any:
+    """bool [B, T]: True for the targets that the loss and all figures count. Padding never counts."""
+    real_BT = self.segments_BT > 0
+    return real_BT if self.counts_BT is None else real_BT & self.counts_BT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +54,15 @@ class PackingStats:
   cut_documents: float  # the share of documents that are split over rows, estimated from the first rows
 
 
-def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> Batch:
-  """Reads the pieces of each row and writes them into a batch. A row that is None becomes a row of padding."""
+def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int, masked: bool) -> Batch:
+  """Reads the pieces of each row and writes them into a batch. A row that is None becomes a row of padding.
+
+  masked: whether the batch says which targets count. It must be equal for all batches of a run, and in all processes,
+  because it decides which program is compiled.
+  """
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
+  counts = np.zeros(shape, bool) if masked else None
   mine: dict[int, tuple[Documents, list[tuple[int, Pieces]]]] = {}
   for r, row in enumerate(rows):
     if row:
@@ -63,13 +75,15 @@ def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> B
     for r, pieces in places:
       at = 0
       for number, (start, length) in enumerate(zip(pieces.start.tolist(), pieces.length.tolist()), 1):
-        document, place = next(read).tokens, slice(at, at + length)
-        tokens[r, place] = document[start:start + length]
-        targets[r, place] = document[start + 1:start + length + 1]
+        document, place, next_ones = next(read), slice(at, at + length), slice(start + 1, start + length + 1)
+        tokens[r, place] = document.tokens[start:start + length]
+        targets[r, place] = document.tokens[next_ones]
+        if masked:
+          counts[r, place] = True if document.mask is None else document.mask[next_ones]
         positions[r, place] = np.arange(length)
         segments[r, place] = number
         at += length
-  return Batch(tokens, targets, positions, segments)
+  return Batch(tokens, targets, positions, segments, counts)
 
 
 def _check_split(batch_size: int, process_index: int, process_count: int) -> int:
@@ -88,6 +102,7 @@ class _Steps:
                batch_size: int, local: slice, row_length: int):
     self._documents, self._packers, self._schedule, self._origin = documents, packers, schedule, origin
     self._first_row, self._batch_size, self._local, self._T = first_row, batch_size, local, row_length
+    self._masked = any(one.masked for one in documents.values())
 
   def __len__(self) -> int:
     return _ENDLESS
@@ -98,7 +113,7 @@ class _Steps:
     for row in range(start + self._local.start, start + self._local.stop):
       name, draw = self._schedule.at(row)
       rows.append((self._documents[name], self._packers[name].row(self._origin[name] + draw)))
-    return _fill(rows, self._T)
+    return _fill(rows, self._T, self._masked)
 
 
 class TrainBatches(Iterator[Batch]):
@@ -213,6 +228,6 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
     for k in range(min(count, -(-packer.rows_per_epoch // batch_size))):
       start = k * batch_size + process_index * local
       yield _fill([(documents, packer.row(row)) if row < packer.rows_per_epoch else None
-                   for row in range(start, start + local)], config.sequence_length)
+                   for row in range(start, start + local)], config.sequence_length, documents.masked)
 
   return batches()

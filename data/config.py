@@ -70,9 +70,8 @@ class DataConfig:
       raise ValueError(f'held_out_fraction must be in [0, 1), got {self.held_out_fraction}')
     if self.sequence_length < 1:
       raise ValueError(f'sequence_length must be positive, got {self.sequence_length}')
-    if self.document_bytes < 16:
-      raise ValueError(f'document_bytes must be 16 or more, got {self.document_bytes}')
-
+    if self.document_bytes and self.document_bytes < 16:
+      raise ValueError(f'document_bytes must be 16 or more, or 0 for the default, got {self.document_bytes}')
     if self.tokenizer_sample_mb < 0:
       raise ValueError(f'tokenizer_sample_mb must be >= 0 (0: by the vocabulary), got {self.tokenizer_sample_mb}')
     if '://' in self.cache_dir:
@@ -82,6 +81,11 @@ class DataConfig:
 
   def __hash__(self) -> int:  # needed because caches of opened data use the settings as keys
     return hash((self.dir, self.tokenizer, self.sequence_length, *self.sources))
+
+  @property
+  def longest_document(self) -> int:
+    """The size in bytes from which documents are split. The default is more than what fits into a row."""
+    return self.document_bytes or max(65_536, 8 * self.sequence_length)
 
   @property
   def tokenizer_path(self) -> str:

@@ -46,7 +46,7 @@ def shard_name(name: str, split: str, shard: int, count: int) -> str:
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
   """Returns the settings that decide the prepared tokens. Other settings can change without preparing again."""
   source = config.sources[name]
-  wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.document_bytes,
+  wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.longest_document,
             'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
             'tokenizer_sha256': tokenizer_sha256}
   if source.uri.partition(':')[0] == 'reasoning':  # other sources have no questions to hold out

@@ -258,7 +258,7 @@ def open_source(config: DataConfig, name: str) -> Source:
   """Returns the source that `config` calls `name`. It is the same object each time, so that files are examined only
   once.
   """
-  return Source(config.sources[name], config.document_bytes, config.held_out_fraction)
+  return Source(config.sources[name], config.longest_document, config.held_out_fraction)
 
 
 def text_of(document: Document) -> str:

@@ -106,7 +106,7 @@ class _Piece:
     self._documents += 1
     # The split is chosen before cutting, so that all parts of a long document, and its duplicates, are in one split.
     for split, part in self._divide(document).items():
-      for cut in sources.cut(part, config.document_bytes):
+      for cut in sources.cut(part, config.longest_document):
         size = len(sources.text_of(cut).encode())
         self._shards[split].add(*_tokens(self._worker, cut), size)
         self.text_bytes, self._unreported = self.text_bytes + size, self._unreported + size

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--include_path', type=place, help='harness: a folder with tasks of your own')
   parser.add_argument('--max_length', type=int, default=0, help='harness: tokens, if not what the model was trained on')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
-                      help='probe: join several processes into one job; auto on TPU pods and Slurm')
+                      help='join several processes into one job; auto on TPU pods and Slurm')
   parser.add_argument('--processes', type=int, default=1)
   parser.add_argument('--process_id', type=int, default=0)
   subjects = []
@@ -44,13 +44,15 @@ def main(argv: Sequence[str]) -> None:
   config, args = load.from_command_line(
     parser, argv, settings={'eval': settings.EVAL}, configure=configure, needs_config=False)
 
+  import jax
+
   from betarank.eval import config as eval_config
   from betarank.eval import generate, probe
   from betarank.runtime import workdir
 
   run = eval_config.eval_run(config, subjects[-1])
   alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
-  with alone if args.process_id == 0 else contextlib.nullcontext():
+  with alone if jax.process_index() == 0 else contextlib.nullcontext():
     if args.command == 'probe':
       probe.probe(run, subjects)
     elif args.command == 'sample':

@@ -6,10 +6,14 @@
 A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
 problem are written together, once all its samples are judged. If a command is killed and run again, it draws only the
 samples of the missing problems. They are the same as without the kill.
+
+In a job of several processes, the rows that are decoded are spread over the devices of all. Process 0 judges and
+writes.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,6 +42,7 @@ from betarank.eval.config import (
 )
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
+from betarank.runtime import multihost
 from betarank.runtime.metrics import duration
 from betarank.tasks.answers import final_answer
 from betarank.tasks.code_jail import Jail
@@ -66,27 +71,28 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
   c = run.eval.sample
   if not (names := [name for name in names.split(',') if name]):
     raise EvalError('--benchmark: name one or more, separated by commas')
-  if jax.process_count() > 1:
-    raise EvalError('sampling runs in one process so far; its devices may be several')
+  first = jax.process_index() == 0
   tokenizer = read_tokenizer(run, subjects[-1])
   mesh = make_mesh(run, 'eval.sample.decode_batch_size', c.decode_batch_size)
   benchmarks = [open_benchmark(name, c) for name in names]
   for benchmark in benchmarks:
-    if benchmark.left_out:
+    if benchmark.left_out and first:
       print(f'{benchmark.name}: {benchmark.left_out}', flush=True)
   prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
   # A jail is created only if there are programs to judge, because not every system supports it.
-  jail = Jail(run.eval.code) if any(b.answer_format == 'code' for b in benchmarks) else None
-  with jax.set_mesh(mesh), Verifier(c.verifier, jail) as verifier:
+  jail = Jail(run.eval.code) if first and any(b.answer_format == 'code' for b in benchmarks) else None
+  with jax.set_mesh(mesh), Verifier(c.verifier, jail) if first else contextlib.nullcontext() as verifier:
     samplers = {b.name: _sampler(run, prompts[b.name], tokenizer, mesh) for b in benchmarks}
-    files = {s.step: [SampleFile(s, b, run) for b in benchmarks] for s in subjects}
+    files = {s.step: [SampleFile(s, b, run, first) for b in benchmarks] for s in subjects}
     for subject in subjects:
       params = None
       for benchmark, file in zip(benchmarks, files[subject.step]):
         if file.missing and params is None:
           params = restore(run, subject, mesh)
         _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed)
-  print_table([file for some in files.values() for file in some])
+  if first:
+    print_table([file for some in files.values() for file in some])
+  multihost.wait_for_all('sampled')  # process 0 may judge for longer than JAX would wait for it at the end
 
 
 def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
@@ -101,14 +107,18 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
   """Draws, judges and writes the samples that the file lacks. While a group is judged, the device draws the next
-  ones.
+  ones. A process without a verifier only takes part in the drawing.
   """
   if not file.missing:
-    print(f'{file.path}: all {file.problems} problems are there already', flush=True)
+    if verifier:
+      print(f'{file.path}: all {file.problems} problems are there already', flush=True)
     return
-  progress = _Progress(file)
   missing = [prompts[i] for i in file.missing]
   drawn = sampler(params, missing, samples=file.n, seed=seed, step=benchmark_key(benchmark.name))
+  if not verifier:
+    collections.deque(drawn, maxlen=0)
+    return
+  progress = _Progress(file)
   with concurrent.futures.ThreadPoolExecutor(1) as judge:
     waiting = collections.deque()
 
@@ -197,11 +207,13 @@ class SampleFile:
     path: the path of the file.
     n: the number of samples per problem in the finished file.
     problems: the number of problems in the finished file.
-    missing: the indices of the problems that the file doesn't have yet.
+    missing: the indices of the problems that the file of process 0 doesn't have yet.
   """
 
-  def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun):
-    """Opens an existing file to continue it, or creates one.
+  def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
+    """Opens an existing file to continue it, or creates one. Every process of a job must do so.
+
+    writes: whether this is process 0, the only one that changes files.
 
     Raises:
       EvalError: an existing file was made with other settings.
@@ -218,12 +230,13 @@ class SampleFile:
     settings = folder / f'{subject.step}.json'
     if settings.exists():
       self._check(settings)
-    elif self.path.exists():
+    elif writes and self.path.exists():
       raise EvalError(f'{self.path}: samples without their settings, {settings.name}; remove them to sample again')
-    else:
+    elif writes:
       write_atomically(settings, json.dumps(self.about, indent=1) + '\n')
     self._remote = '://' in str(self.path)
-    self._text = self._take_up()
+    self._text, lacks_P = self._take_up() if writes else ('', np.ones(self.problems, bool))
+    self.missing = np.flatnonzero(multihost.of_first_process(lacks_P)).tolist()
     self._file, self._written = None, time.monotonic()
 
   def _check(self, settings: epath.Path) -> None:
@@ -235,20 +248,19 @@ class SampleFile:
       raise EvalError(f'{settings}: holds samples made with {differs}; set it back, or remove both files of step '
                       f'{self.about["step"]} there to sample again')
 
-  def _take_up(self) -> str:
+  def _take_up(self) -> tuple[str, np.ndarray]:
     """Finds the missing problems, and removes lines that a killed process left incomplete.
 
-    Returns the text of the remaining lines if the file is remote, else ''. It reads the file line by line, because it
-    may be larger than memory.
+    Returns (text, bool [P]): the text of the remaining lines if the file is remote, else '', and whether each problem
+    is missing. It reads the file line by line, because it may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():
       there_PN[problem, sample] = True
       count, size = count + 1, size + len(text)
     whole_P = there_PN.all(1)
-    self.missing = np.flatnonzero(~whole_P).tolist()
     if not self.path.exists():
-      return ''
+      return '', ~whole_P
     if count != whole_P.sum() * self.n or size != self.path.stat().length:
       temporary = self.path.parent / (self.path.name + '.tmp')
       with temporary.open('wb') as kept:
@@ -257,7 +269,7 @@ class SampleFile:
             there_PN[problem, sample] = False  # so that each sample is kept only once
             kept.write(text)
       temporary.replace(self.path)
-    return self.path.read_text() if self._remote else ''
+    return self.path.read_text() if self._remote else '', ~whole_P
 
   def _lines(self) -> Iterator[tuple[bytes, int, int]]:
     """Yields (line, problem, sample) for each line that was completely written."""

@@ -8,11 +8,15 @@ numbers in both. BOS comes first. Trailing spaces of a context belong to the con
 their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS includes the
 probability of a BOS after BOS.
 
+In a job of several processes, the harness runs in each of them and asks the same questions; the rows are spread over
+the devices of all. Process 0 writes the results.
+
 # B rows  T tokens
 """
 
 import collections
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +48,7 @@ from betarank.eval.config import (
   restore,
 )
 from betarank.model.sharding import constrain
+from betarank.runtime import multihost
 from betarank.train import score
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
@@ -137,6 +142,7 @@ class Betarank(TemplateLM):
         raise EvalError(f'{str(name)[:80]!r}: {len(context)} tokens of context and {len(continuation)} to be scored; '
                         f'there must be some of both, and at most {self.max_length} to be scored')
       rows.append(((context + continuation)[-(self.max_length + 1):], len(continuation)))
+    _check_alike(rows)
     answers: list[Any] = [None] * len(rows)
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for start in range(0, len(rows), self.batch_size):
@@ -174,6 +180,7 @@ class Betarank(TemplateLM):
     for key, members in alike.items():
       until, s = self._how(json.loads(key))
       contexts = [self.tok_encode(requests[i].args[0])[-s.max_prompt_tokens:] for i in members]
+      _check_alike([key, contexts])
       for i, text in self._draw(s, [Prompt(i, tokens) for i, tokens in zip(members, contexts)]):
         texts[i] = postprocess_generated_text(text, until, None)
         self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
@@ -207,6 +214,17 @@ class Betarank(TemplateLM):
       raise EvalError(f'config.eval.sample.{error}') from None
     for [sample] in sampler(self._params, prompts, samples=1, seed=self._run.eval.sample.seed, step=0):
       yield sample.prompt_id, self._tokens.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens)
+
+
+def _check_alike(asked: Any) -> None:
+  """Raises EvalError if the harness asks this process for other texts than process 0, such as other examples.
+
+  The processes compute all rows together, so each would get answers to questions of another.
+  """
+  mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
+  if not np.array_equal(mine, multihost.of_first_process(mine)):
+    raise EvalError(f'process {jax.process_index()}: the task asks for other texts here than in process 0; its files, '
+                    'or the versions of lm_eval and datasets, differ between the hosts')
 
 
 def trained_length(subject: CheckpointRef) -> int:
@@ -248,8 +266,8 @@ def harness(
   Raises:
     ConfigError, DataError, EvalError or CheckpointError: a checkpoint, a setting or a task can't be used.
   """
-  if jax.process_count() > 1:
-    raise EvalError('the harness runs in one process so far; its devices may be several')
+  first = jax.process_index() == 0
+  say = say if first else lambda *_, **__: None
   if not (names := [name for name in tasks.split(',') if name]):
     raise EvalError('--tasks: name one or more of lm-evaluation-harness\'s, separated by commas')
   folder = re.sub(r'[^\w.+-]+', '_', '+'.join(names))
@@ -259,7 +277,8 @@ def harness(
   for subject in subjects:
     path = subject.run / 'eval' / 'harness' / folder / f'{subject.step}.json'
     settings = {**asked, 'max_length': max_length or trained_length(subject)}
-    if path.exists() and not difference(json.loads(path.read_text()), settings, list(settings)):
+    there = path.exists() and not difference(json.loads(path.read_text()), settings, list(settings))
+    if multihost.of_first_process(np.array(there)):
       say(f'{path}: is there already')
     else:
       todo.append((subject, path, settings))
@@ -271,6 +290,7 @@ def harness(
       Betarank(subject, run, max_length=max_length), tasks=names, num_fewshot=num_fewshot, limit=limit,
       task_manager=manager, log_samples=False, bootstrap_iters=1000)
     kept = {key: found[key] for key in ('results', 'groups', 'n-shot', 'n-samples', 'versions') if key in found}
-    write_atomically(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
+    if first:
+      write_atomically(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
     say(f'step {subject.step}\n{utils.make_table(found)}')
     say(f'{path}: written', flush=True)

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from betarank.eval.config import CheckpointRef, EvalRun
@@ -142,5 +143,7 @@ def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | No
     lm_harness.harness(run, subjects, ','.join(tasks), num_fewshot=shots, limit=limit, include_path=include_path,
                        max_length=max_length)
   generate.sample(run, subjects, ','.join(SAMPLED))
+  if jax.process_index():
+    return
   found = read_run(subjects[0].run, subjects[0].run.name, Sweep(subjects[0].run))  # all subjects belong to one run
   print(table([(f'step {subject.step}', benchmark_scores(found, subject.step)) for subject in subjects]))

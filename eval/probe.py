@@ -107,7 +107,8 @@ def _fingerprint(run: EvalRun, name: str) -> str:
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
-    for x_BT in (batch.tokens_BT, batch.targets_BT, batch.segments_BT):
+    counts = [] if batch.counts_BT is None else [batch.counts_BT]
+    for x_BT in (batch.tokens_BT, batch.targets_BT, batch.segments_BT, *counts):
       digest.update(np.ascontiguousarray(x_BT[live_B], '<i4').tobytes())
   return digest.hexdigest()
 
@@ -135,7 +136,7 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
   """
   stats, hidden_BTD = score.token_stats(c, params, batch, head_tokens)
   top_logp, gap = score.leading_two(c, params, hidden_BTD)
-  out = {'counts': batch.segments_BT > 0, 'target': batch.targets_BT, 'valid': stats.target_valid,
+  out = {'counts': batch.counted_BT, 'target': batch.targets_BT, 'valid': stats.target_valid,
          'logp': stats.target_logp, 'entropy': stats.entropy, 'rank': stats.target_rank,
          'head_mass': stats.head_mass, 'tail_mass': stats.tail_mass, 'top_logp': top_logp, 'gap': gap}
   return {name: constrain(x_BT, None, None) for name, x_BT in out.items()}

@@ -225,7 +225,7 @@ def _with_data(points: list[Point], root: str) -> list[Point]:
       done.append(point)
       continue
     c = section(DataConfig, point.config.data, 'data')
-    key = json.dumps([c.dir, c.tokenizer, c.vocab_size, c.validation_fraction, c.document_bytes, c.held_out_fraction,
+    key = json.dumps([c.dir, c.tokenizer, c.vocab_size, c.validation_fraction, c.longest_document, c.held_out_fraction,
                       {name: [s.uri, s.max_documents] for name, s in c.sources.items()}], sort_keys=True)
     if key not in prepare:
       same_folder = sum(p.workdir == c.dir for p in prepare.values())

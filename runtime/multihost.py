@@ -1,4 +1,4 @@
-"""Handles batches in a job of several processes: which rows each process reads, and how they form global arrays.
+"""Handles a job of several processes: which rows each process reads, how they form global arrays, and what all know.
 
 # B rows  T tokens
 """
@@ -40,3 +40,14 @@ def replicated_to_global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def max_over_processes(x: np.ndarray) -> np.ndarray:
   """Returns the elementwise maximum of the arrays of all processes. Every process must call this."""
   return x if jax.process_count() == 1 else multihost_utils.process_allgather(x).max(0)
+
+
+def of_first_process(x: np.ndarray) -> np.ndarray:
+  """Returns the array that process 0 has. Every process must call this, with an array of the same shape and dtype."""
+  return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when every process has called this. `what` names the place, in an error if they call it at others."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)

@@ -44,7 +44,7 @@ def total(
 
   Args:
     c, params: the model and its parameters.
-    batch: the tokens. Padding (segment 0) adds nothing: its loss and statistics are 0, whatever its tokens are.
+    batch: the tokens. Targets that don't count, such as padding, add nothing: their loss and statistics are 0.
     shaping: the objective, from ObjectiveConfig.at(step).
     stats: 'full', or 'basic' to skip the top k (and with it head and tail mass) where no lambda needs it.
 
@@ -53,10 +53,13 @@ def total(
   """
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   summed, loss_BT, statistics = shaped_linear_total(
-    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats=stats,
+    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.counted_BT, stats=stats,
     layout=layout())
   if c.moe.balance_weight:
-    summed += c.moe.balance_weight * jnp.mean(routing.balance_L)
+    balance = jnp.mean(routing.balance_L)
+    if batch.counts_BT is not None:  # it is a sum over all tokens, but will be divided by the targets that count
+      balance *= jnp.sum(batch.counted_BT) / jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
+    summed += c.moe.balance_weight * balance
   return summed, loss_BT, statistics, routing
 
 
@@ -81,13 +84,13 @@ def log_probabilities(
 
 
 def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> tuple[TokenStats, jax.Array]:
-  """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 in padding.
+  """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 where no target counts.
 
   top_k: the number of tokens in the head.
   """
   hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
   statistics = linear_token_stats(
-    hidden_BTD, model.head(c, params), batch.targets_BT, top_k=top_k, weights=batch.segments_BT > 0, layout=layout())
+    hidden_BTD, model.head(c, params), batch.targets_BT, top_k=top_k, weights=batch.counted_BT, layout=layout())
   return statistics, hidden_BTD
 
 
@@ -108,16 +111,18 @@ def sums(
   batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
-  """Returns sums over a batch, from which `means` computes figures. Use `add` to combine those of several batches.
+  """Returns sums over the targets of a batch that count, from which `means` computes figures. Use `add` to combine
+  those of several batches.
 
   Counts of tokens and bytes are int32, because float32 can't count past 16 million.
   """
   of_experts = {} if routing is None else {
     'expert_load': routing.load_LE,
+    'routed_tokens': jnp.sum(batch.segments_BT > 0, dtype=jnp.int32),
     'router_entropy': jnp.mean(routing.entropy_L),
     'balance_loss': jnp.mean(routing.balance_L),
   }
-  mask_BT = batch.segments_BT > 0
+  mask_BT = batch.counted_BT
   total = lambda x_BT: jnp.sum(x_BT, where=mask_BT)
   return {
     'loss': total(loss_BT),
@@ -155,8 +160,8 @@ def means(s: dict[str, Any]) -> dict[str, float]:
   tokens = max(s['tokens'], 1.0)
   of_experts = {} if load_LE is None else {
     'expert_load_max_over_mean': float((load_LE.max(-1) / np.maximum(load_LE.mean(-1), 1e-9)).max()),
-    'router_entropy_nats': s['router_entropy'] / tokens,
-    'balance_loss': s['balance_loss'] / tokens,
+    'router_entropy_nats': s['router_entropy'] / max(s['routed_tokens'], 1.0),
+    'balance_loss': s['balance_loss'] / max(s['routed_tokens'], 1.0),
   }
   return {
     'loss_nats': s['loss'] / tokens,

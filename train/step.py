@@ -24,9 +24,9 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update of pre-training.
 
-  The loss is a sum over the targets of the batch, divided once by their number. So microbatches, packing and mesh don't
-  change what is learned. The only exception is the load-balance loss of a softmax router: it is computed within each
-  microbatch and then averaged over tokens.
+  The loss is a sum over the targets of the batch that count, divided once by their number. So microbatches, packing and
+  mesh don't change what is learned. The only exception is the load-balance loss of a softmax router: it is computed
+  within each microbatch and then averaged over tokens.
 
   Args:
     c, objective, tx: the model, the objective and the optimizer.
@@ -44,7 +44,7 @@ def make_step(
     return total / targets, score.sums(batch, loss_BT, token_stats, bytes_V, routing)
 
   def step(state: TrainState, batch: Batch):
-    targets = jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
+    targets = jnp.maximum(jnp.sum(batch.counted_BT), 1)
     shaping = objective.at(state.step)
     grad = jax.grad(part, has_aux=True)
 

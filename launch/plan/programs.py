@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
 from betarank.configs.errors import ConfigError
-from betarank.data import Batch
+from betarank.data import Batch, sources
 from betarank.launch.plan.chips import PlanError
 from betarank.launch.plan.workload import Workload
 from betarank.rl.update import make_update
@@ -75,7 +75,9 @@ def sampler_config(work: Workload) -> SamplerConfig:
 
 def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:
   run = work.run
-  batch = Batch(*[_abstract(mesh, (work.rows, work.length), jnp.int32, 'batch', 'length')] * 4)
+  tokens = lambda dtype: _abstract(mesh, (work.rows, work.length), dtype, 'batch', 'length')
+  masked = any(sources.masked(source) for source in run.data.sources.values())
+  batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_) if masked else None)
   stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
   return make_step(run.model, run.objective, tx, byte_counts, work.microbatches, stats).lower(state, batch)
 

@@ -107,6 +107,17 @@ def test_no_answer_takes_long(answer):
     assert time.process_time() - began < 1
 
 
+@pytest.mark.parametrize('text', [
+  '10^9999', '-10^9999', '10^{-9999}', '1e9999', '3' * 5000, '3.' + '3' * 5000, f'0.\\overline{{{"3" * 5000}}}',
+  f'3 {"3" * 5000}/2', f'{"3" * 5000}_8', f'\\sqrt[{"3" * 5000}]{{2}}', f'\\frac{{d^{"3" * 5000}y}}{{dx}}', '3000!',
+  '2^{9999} \\text{ m}', '10^{9999}\\%', f'x^{"3" * 5000}'])
+def test_a_number_too_long_to_be_written_is_judged(text):
+  """Python refuses to write or read integers of more than 4300 digits; one such answer ended a run of RL."""
+  assert judge('7', text).verdict == Verdict.WRONG
+  assert judge(text, '7').verdict in (Verdict.WRONG, Verdict.UNDECIDED)
+  Verifier(VerifierConfig())._grade_here(text, Task('', '', '', '7', 'math', 'line'))  # in the trainer's own process
+
+
 def test_math_verify_is_asked_about_what_only_it_may_know():
   asked = []
 

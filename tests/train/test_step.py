@@ -108,6 +108,27 @@ def test_packed_equals_separate():
   same(grad(params, packed), grad(params, alone), 1e-5)
 
 
+def test_answers_packed_with_a_mask_equal_answers_alone():
+  """The loss, its gradient and all figures are those of the answers, whatever stands as a target in the prompts."""
+  packed = batch()
+  counts = np.arange(16)[None] % 16 >= np.array([3, 6])[np.maximum(packed.segments_BT - 1, 0)]
+  masked = dataclasses.replace(packed, counts_BT=counts)
+  params = model.init(C, jax.random.key(0))
+  run = jax.jit(lambda p, b: jax.value_and_grad(
+    lambda p: (lambda total, loss, stats, _: (total, sums(b, loss, stats, jnp.asarray(BYTES_V))))(
+      *score.total(C, p, b, SHAPED)), has_aux=True)(p))
+  (total, figures), grads = jax.device_get(run(params, masked))
+  other = dataclasses.replace(masked, targets_BT=np.where(masked.counted_BT, packed.targets_BT, 10**6))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run(params, other)), ((total, figures), grads))
+  # Each document in a row of its own, with its prompt.
+  rows = [(r, packed.segments_BT[r] == s) for r in range(8) for s in (1, 2)]
+  alone = [np.stack([np.pad(x[r][where], (0, 16 - where.sum())) for r, where in rows])
+           for x in (packed.tokens_BT, packed.targets_BT, packed.positions_BT, packed.segments_BT, counts)]
+  alone[3] = np.minimum(alone[3], 1)
+  same(jax.device_get(run(params, Batch(*alone))), ((total, figures), grads), 1e-5)
+  assert figures['tokens'] == masked.counted_BT.sum() < (packed.segments_BT > 0).sum()
+
+
 def test_what_stands_in_padding_changes_nothing():
   plain, dirty = batch(), batch()
   noise = np.random.default_rng(1).integers(0, 64, (8, 16))

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import time
+import types
 
 import numpy as np
 import pytest
 
 from betarank.configs.errors import ConfigError
-from betarank.eval.report import command
+from betarank.eval.report import command, curves, figures
 from tests.eval import sweep
 from tests.runs import BETARANK, environment
 
@@ -86,6 +87,18 @@ def test_a_forest_plot_has_every_arm_before_and_after_rl(whole):
   before, after = (float(row.split(',')[3]) for row in rows[1:3])
   assert abs(before) < 0.06 and after == pytest.approx(0.25, abs=0.06)
   assert page.text.index('before RL') < page.text.index('Arms and settings')  # on the first screen
+
+
+@pytest.mark.parametrize('dodge, apart', [(False, False), (True, True)])
+def test_equal_curves_are_drawn_on_each_other_but_bars_of_pass_at_k_next_to_each_other(dodge, apart):
+  drawn = []
+  axis = types.SimpleNamespace(plot=lambda x, y, **_: drawn.append(list(x)), vlines=lambda *_, **__: None)
+  x = np.array([1.0, 2.0, 4.0])
+  panel = figures.Panel('name', 'title', 'k', [
+    curves.Series(arm, x, x, x - 0.1, x + 0.1, 3) for arm in ('a', 'b')], x_scale='log', dodge=dodge)
+  for i, series in enumerate(panel.series):
+    figures._draw_line(axis, panel, series, i, i)
+  assert (drawn[0] != drawn[1]) == apart and np.allclose(drawn, [x, x], rtol=0.12)
 
 
 def test_data_device_speed_and_command_of_each_run_are_on_the_page(whole):
