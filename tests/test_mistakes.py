@@ -60,6 +60,9 @@ MISTAKES = [
   ('sweep --config=configs/smoke.py --root=runs/x --on=tpu', 'gs://BUCKET'),
   ('plan --config=configs/smoke.py --topology=v5e-3', 'v5e comes as v5e-4'),
   ('generate --checkpoint={run} --samples=0', '--samples'),
+  ('explore {run} --export=view.html', 'name what to show'),
+  ('explore {run} --top_k=-1', '--top_k'),
+  ('explore {run} --prot=8000', 'did you mean --port'),
   ('generate --checkpoint={run} --temperature=-1', 'temperature'),
   ('config configs/smok.py', 'did you mean configs/smoke.py'),
   # places
