@@ -5,6 +5,7 @@ The commands run in this process. All of these mistakes are found before a devic
 
 import sys
 
+import fsspec  # noqa: F401   registers what it can read
 import pytest
 
 from betarank import __main__
@@ -164,6 +165,7 @@ def test_a_suggestion_is_neither_what_was_typed_nor_an_unrelated_neighbour():
   assert suggestion('config.rl', ['config.log', 'config.train', 'config.model']) == ''
   assert suggestion('config.optimiser.lr', ['config.optimizer.lr', 'config.log.every_steps']).endswith('optimizer.lr?')
   assert suggestion('runs/bta', ['runs/beta', 'runs/data']) == '; did you mean runs/beta?'
+  assert suggestion('runs/nowhere', ['runs/other']) == ''
 
 
 def test_home_and_dashes_are_read_as_meant(monkeypatch):
