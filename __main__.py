@@ -7,7 +7,8 @@ and error messages appear quickly.
 import importlib
 import sys
 
-from betarank.configs.errors import UserError, run_main, suggestion
+from betarank.configs.errors import Interrupted, UserError, run_main, suggestion
+from betarank.runtime.stop import interruptible, leave
 
 # Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {
@@ -38,8 +39,14 @@ def usage() -> str:
 
 
 def main() -> None:
-  """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2."""
-  run_main(lambda: _run(sys.argv[1:]))
+  """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2.
+
+  After Ctrl-C it is 130. A second Ctrl-C ends the process at once.
+  """
+  try:
+    run_main(lambda: _run(sys.argv[1:]))
+  except Interrupted:
+    leave(130)
 
 
 def _run(argv: list[str]) -> None:
@@ -49,7 +56,8 @@ def _run(argv: list[str]) -> None:
   name, *rest = argv
   if name not in COMMANDS:
     raise UserError(f'{name}: no such command{suggestion(name, COMMANDS)}; betarank --help lists them')
-  importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
+  with interruptible():
+    importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
 
 
 if __name__ == '__main__':

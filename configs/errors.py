@@ -22,6 +22,10 @@ class ConfigError(UserError):
   """Raised for a setting that can't be used."""
 
 
+class Interrupted(SystemExit):
+  """Raised to end the process after Ctrl-C, with status 130."""
+
+
 def suggestion(name: str, candidates: Iterable[str]) -> str:
   """Returns '; did you mean X?' for the candidate X that is most similar to `name`, or '' if none is similar."""
   candidates = sorted(set(candidates) - {name})
@@ -54,7 +58,8 @@ def one_line(error: object) -> str:
 def run_main(main: Callable[[], None]) -> None:
   """Runs `main`. If it raises a UserError, prints the message on one line and exits with status 2.
 
-  An OSError that names a place which can't be read or written is treated in the same way. If the program that reads the
+  Ctrl-C ends with one line too, and status 130; the argument of KeyboardInterrupt, if it has one, is a part of it. An
+  OSError that names a place which can't be read or written is treated in the same way. If the program that reads the
   output closes it early, as `head` does, exits without a message with status 141.
   """
   try:
@@ -66,6 +71,9 @@ def run_main(main: Callable[[], None]) -> None:
     sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
     _refuse(error)
+  except KeyboardInterrupt as error:
+    print(f'\nstopped{"; " if str(error) else ""}{error}', file=sys.stderr)
+    raise Interrupted(128 + signal.SIGINT) from None
   except OSError as error:
     if error.errno not in _PLACE_ERRORS or not error.filename:
       raise

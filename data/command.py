@@ -22,6 +22,7 @@ from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser, install_hint
 from betarank.configs.sections import section
+from betarank.configs.terminal import BAR, waiting
 from betarank.data import prepare, prepared, show
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
@@ -59,13 +60,21 @@ def main(argv: Sequence[str]) -> None:
       raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
     _tokenizer(data, console)
     show.tokenizer(data)
-  elif parts == 1:
-    _tokenizer(data, console)
-    _summary(data, {name: _prepare(data, name, args.workers, console) for name in data.sources}, console)
   else:
-    for name in data.sources:
-      _prepare(data, name, args.workers, console, part, parts)
-    print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
+    try:
+      _prepare_all(data, args.workers, console, part, parts)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt('what is prepared is kept, and the same command resumes') from None
+
+
+def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, parts: int) -> None:
+  if parts == 1:
+    _tokenizer(data, console)
+    _summary(data, {name: _prepare(data, name, workers, console) for name in data.sources}, console)
+    return
+  for name in data.sources:
+    _prepare(data, name, workers, console, part, parts)
+  print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -90,7 +99,8 @@ def _tokenizer(data: DataConfig, console: Console) -> None:
   if not data.tokenizer and not prepared.has_tokenizer(data):
     print(f'training a tokenizer of {data.vocab_size:,} tokens on up to {prepare.sample_bytes(data) / 1e6:,.0f} MB of '
           'text', flush=True)
-  trained = prepare.train_tokenizer(data)
+  with waiting('reading text and merging pairs', console):
+    trained = prepare.train_tokenizer(data)
   if trained:
     print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, trained in {time.monotonic() - start:.0f} s')
   elif not data.tokenizer:
@@ -104,8 +114,8 @@ def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: 
 
   if not console.is_terminal:
     return run(_Lines(name))
-  columns = (TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TextColumn('{task.fields[counts]}'),
-             TimeRemainingColumn())
+  columns = (TextColumn('{task.description}'), BarColumn(BAR), TaskProgressColumn(), TimeRemainingColumn(),
+             TextColumn('{task.fields[counts]}'))
   with Progress(*columns, console=console) as bar:
     task = bar.add_task(name, total=None, counts='')
     start = time.monotonic()

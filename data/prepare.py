@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -359,7 +360,9 @@ def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough:
       while True:
         while len(running) < workers + 2 and not enough() and (index := next(waiting, None)) is not None:
           done = state.found.get(index, [])
-          running[pool.submit(_run_unit, index, state.units[index], state.limit, done)] = index
+          with _without_interrupts():
+            future = pool.submit(_run_unit, index, state.units[index], state.limit, done)
+          running[future] = index
         if not running:
           return
         finished, _ = concurrent.futures.wait(running, _REPORT_S, concurrent.futures.FIRST_COMPLETED)
@@ -371,9 +374,23 @@ def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough:
     except concurrent.futures.process.BrokenProcessPool:
       raise DataError('a worker process was killed, perhaps for lack of memory; run the command again to resume '
                       '(fewer --workers need less memory)') from None
-    except BaseException:
+    except BaseException as error:
+      workers_alive = list((pool._processes or {}).values())
       pool.shutdown(wait=False, cancel_futures=True)
+      if isinstance(error, KeyboardInterrupt):  # what they have written is complete
+        for process in workers_alive:
+          process.kill()
       raise
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+  """Lets processes start that Ctrl-C doesn't reach: a terminal sends it to all, and only this one handles it."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # The last step

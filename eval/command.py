@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Sequence
 
 from betarank.configs import load, settings
+from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
 
 
@@ -53,17 +54,24 @@ def main(argv: Sequence[str]) -> None:
   run = eval_config.eval_run(config, subjects[-1])
   alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
   with alone if jax.process_index() == 0 else contextlib.nullcontext():
-    if args.command == 'probe':
-      probe.probe(run, subjects)
-    elif args.command == 'sample':
-      generate.sample(run, subjects, args.benchmark)
-    else:
-      try:
-        from betarank.eval import lm_harness, paper
-      except ImportError as error:
-        raise eval_config.EvalError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
-      asked = dict(limit=args.limit, include_path=args.include_path or '', max_length=args.max_length)
-      if args.command == 'paper':
-        paper.evaluate(run, subjects, **asked)
+    try:
+      if args.command == 'probe':
+        probe.probe(run, subjects)
+      elif args.command == 'sample':
+        generate.sample(run, subjects, args.benchmark)
       else:
-        lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, **asked)
+        _harness(run, subjects, args)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt('results so far are kept, and the same command does the rest') from None
+
+
+def _harness(run, subjects, args) -> None:
+  try:
+    from betarank.eval import lm_harness, paper
+  except ImportError as error:
+    raise UserError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
+  asked = dict(limit=args.limit, include_path=args.include_path or '', max_length=args.max_length)
+  if args.command == 'paper':
+    paper.evaluate(run, subjects, **asked)
+  else:
+    lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, **asked)

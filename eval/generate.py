@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import duration
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -43,7 +44,6 @@ from betarank.eval.config import (
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
 from betarank.runtime import multihost
-from betarank.runtime.metrics import duration
 from betarank.tasks.answers import final_answer
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.judging import numerals
@@ -127,13 +127,15 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
       file.append(lines)
       progress(lines)
 
-    for group in drawn:
-      waiting.append(judge.submit(write, group))
-      while waiting and (waiting[0].done() or len(waiting) > 8):
-        waiting.popleft().result()
-    for future in waiting:
-      future.result()
-  file.close()
+    try:
+      for group in drawn:
+        waiting.append(judge.submit(write, group))
+        while waiting and (waiting[0].done() or len(waiting) > 8):
+          waiting.popleft().result()
+    finally:  # also after Ctrl-C: what is drawn is judged and kept
+      for future in waiting:
+        future.result()
+      file.close()
 
 
 def benchmark_key(name: str) -> int:

@@ -36,13 +36,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.samples < 1:
     raise UserError(f'--samples must be >= 1, got {args.samples}')
-  try:
-    _run(args)
-  except KeyboardInterrupt:
-    from betarank.runtime import stop
-
-    print()
-    stop.leave(130)
+  _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:

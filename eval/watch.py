@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from rich.text import Text
 
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
-from betarank.runtime.metrics import duration
+from betarank.configs.terminal import duration
 
 DEPTH = 6  # levels of folders that are searched for runs
 NOT_RUNS = ('checkpoints', 'eval', 'tensorboard', 'report', 'hosts', 'profile', 'data')
@@ -199,14 +198,11 @@ def main(argv: Sequence[str]) -> None:
   if args.once or _done(rows):
     console.print(table(rows, console.width))
     return
-  with contextlib.suppress(KeyboardInterrupt):
-    with Live(table(rows, console.width), console=console, auto_refresh=False) as live:
-      while not _done(rows):
-        time.sleep(every)
-        rows = _read(args.folder)
-        live.update(table(rows, console.width), refresh=True)
-    return
-  sys.exit(130)
+  with Live(table(rows, console.width), console=console, auto_refresh=False) as live:
+    while not _done(rows):
+      time.sleep(every)
+      rows = _read(args.folder)
+      live.update(table(rows, console.width), refresh=True)
 
 
 def _read(folders: Sequence[str]) -> list[Row]:

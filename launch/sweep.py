@@ -39,10 +39,11 @@ from rich.table import Table
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
 from betarank.configs.parser import Parser, unopened_place
+from betarank.configs.terminal import duration
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
-from betarank.runtime.metrics import duration
+from betarank.runtime.stop import listening
 
 POLL_S = 0.2
 PROGRESS_EVERY_S = 60.0  # the time between lines of progress, if there is no terminal
@@ -376,11 +377,14 @@ def main(argv: Sequence[str]) -> None:
 
     def stop(signum: int, _frame) -> None:
       signals.append(signum)
+      if len(signals) == 1:
+        print('stopping: runs save after their step; Ctrl-C again ends them at once', file=sys.stderr, flush=True)
       sweep.stop(hard=len(signals) > 1)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
       signal.signal(signum, stop)
-    run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
+    with listening(lambda count: None):  # instead of ending this process after the second Ctrl-C
+      run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
   if not _all_finished(sweep):
     sys.exit(128 + signals[0] if signals else 1)
 

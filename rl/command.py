@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
 from betarank.configs.parser import Parser
+from betarank.configs.terminal import waiting
 from betarank.runtime.flags import add_run_flags
 
 
@@ -18,8 +19,9 @@ def main(argv: Sequence[str]) -> None:
   add_run_flags(parser)
   config, args = load.from_command_line(parser, argv, settings=settings.RL, configure=_with_model)
 
-  from betarank.rl import loop  # imported after the config was checked, because this starts JAX
-  from betarank.runtime import job
+  with waiting('starting JAX'):
+    from betarank.rl import loop  # imported after the config was checked, because this takes seconds
+    from betarank.runtime import job
 
   with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)

@@ -38,7 +38,7 @@ from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pa
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
 from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
-from betarank.runtime.metrics import Log, duration
+from betarank.runtime.metrics import Log
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
@@ -141,7 +141,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
       progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, describe=describe_line)))
+      root, config, start=start, steps=run.steps, describe=describe_figures)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -165,6 +165,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
     if not start:
       progress = evaluate(parts, state.params, progress, 0, log)
+    setup.stopped_before(log, start, stop)
     for step in range(start + 1, run.steps + 1):
       with profile.at(step):
         began = time.perf_counter()
@@ -421,14 +422,14 @@ def describe_step(
   return {f'train/{name}': value for name, value in found.items()}
 
 
-def describe_line(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
-  """Returns the line that is printed for a step."""
+def describe_figures(values: dict[str, float]) -> list[str]:
+  """Returns the figures to print for a step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
-  learned = (f'entropy {v["entropy_nats"]:.3f}  |g| {v["grad_norm"]:.2f}  gap {v["sampler_gap_mean"]:.1e}'
-             if 'grad_norm' in v else 'no update: all groups have zero variance')
-  return (f'step {step:>{len(str(steps))}}/{steps}  pass {v["pass_rate"]:.3f}  zero-variance groups '
-          f'{100 * v["zero_variance_groups"]:.0f}%  {learned}  length {v["length_tokens"]:.1f}  truncated '
-          f'{100 * v["truncated_share"]:.0f}%  {v["tokens_per_s"]:,.0f} tok/s drawn  eta {duration(eta_s)}')
+  learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'gap {v["sampler_gap_mean"]:.1e}']
+             if 'grad_norm' in v else ['no update'])
+  return [f'pass {v["pass_rate"]:.3f}', *learned[:1], f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%',
+          *learned[1:], f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
+          f'{v["tokens_per_s"]:,.0f} tok/s drawn']
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:

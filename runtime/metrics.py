@@ -7,6 +7,7 @@ metrics.jsonl holds one JSON object per line: {"step": 12, "train/ce_nats": 2.31
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import jax
 from etils import epath
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task
+from rich.text import Text
 
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import duration, progress_line, step_line
 from betarank.runtime.wandb_board import WandbBoard
 
 # bfloat16 FLOP/s per chip without sparsity, from the vendors' data sheets. Keys are prefixes of
@@ -121,22 +124,21 @@ class _Span:
     setattr(self._clock, self._name, getattr(self._clock, self._name) + time.perf_counter() - self._start)
 
 
-def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
-  """Returns the line to print for a training step."""
+def describe(values: dict[str, float]) -> list[str]:
+  """Returns the figures to print for a training step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
-  parts = [f'step {step:>{len(str(steps))}}/{steps} {100 * step / steps:3.0f}%']
+  parts = []
   if v['loss_nats'] != v['ce_nats']:  # they are equal with plain cross-entropy
     parts.append(f'loss {v["loss_nats"]:.4f}')
-  parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'rank1 {v["rank1_accuracy"]:.3f}',
-            f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}', f'{v["tokens_per_s"]:,.0f} tok/s']
+  parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'{v["tokens_per_s"]:,.0f} tok/s',
+            f'rank1 {v["rank1_accuracy"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}']
   if 'expert_load_max_over_mean' in v:
     parts.append(f'load {v["expert_load_max_over_mean"]:.2f}')
   if 'mfu' in v:
     parts.append(f'mfu {100 * v["mfu"]:.1f}%')
   if 'hbm_bytes' in v:
     parts.append(f'hbm {v["hbm_bytes"] / 2**30:.1f} GiB')
-  parts += [f'wait {100 * v["input_wait_share"]:.1f}%', f'eta {duration(eta_s)}']
-  return '  '.join(parts)
+  return [*parts, f'wait {100 * v["input_wait_share"]:.1f}%']
 
 
 def describe_evaluation(source: str, values: dict[str, float]) -> str:
@@ -146,12 +148,21 @@ def describe_evaluation(source: str, values: dict[str, float]) -> str:
           f'tail mass {values["tail_mass"]:.4f}')
 
 
-def duration(seconds: float) -> str:
-  """Formats seconds as H:MM:SS, or as '?' if they are infinite."""
-  if not math.isfinite(seconds):
-    return '?'
-  hours, rest = divmod(int(seconds + 0.5), 3600)
-  return f'{hours}:{rest // 60:02d}:{rest % 60:02d}'
+class _Live(ProgressColumn):
+  """Renders the one line at the bottom of a terminal."""
+
+  max_refresh = None
+
+  def __init__(self, console: Console):
+    self._console = console
+    super().__init__()
+
+  def render(self, task: Task) -> Text:
+    width = self._console.width
+    if task.fields['figures'] is None:
+      return Text(f'compiling, and doing the first step  {duration(task.elapsed or 0)}'[:width])
+    return Text(progress_line(int(task.completed), int(task.total or 1), task.fields['eta_s'], task.fields['figures'],
+                              width), no_wrap=True)
 
 
 class Log:
@@ -160,7 +171,7 @@ class Log:
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
     wandb: tuple[str, dict[str, Any]] | None = None,
-    describe: Callable[[int, int, dict[str, float], float], str] = describe,
+    describe: Callable[[dict[str, float]], list[str]] = describe,
   ):
     """Opens the files, and removes the lines of steps after `step`.
 
@@ -172,7 +183,7 @@ class Log:
       tensorboard: also write TensorBoard events.
       active: False for a Log that does nothing.
       wandb: (a project of Weights & Biases, the run's config). The figures are sent there too. None: they aren't.
-      describe: a function (step, steps, figures, seconds left) -> the line to print.
+      describe: a function (figures) -> how they are printed, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
     self._step_s = None
@@ -190,15 +201,20 @@ class Log:
     self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     self._progress = None
     if self._console.is_terminal:
-      self._progress = Progress(BarColumn(16), TextColumn('{task.description}'), TimeRemainingColumn(),
-                                console=self._console, transient=True)
-      self._task = self._progress.add_task('starting (compiling)', total=steps, completed=step)
+      self._progress = Progress(_Live(self._console), console=self._console, transient=True)
+      self._task = self._progress.add_task('', total=steps, completed=step, figures=None, eta_s=math.inf)
       self._progress.start()
 
-  def say(self, text: str) -> None:
-    """Prints a line, above the progress bar if there is one."""
-    if self._active:
-      self._console.print(text, markup=False)
+  def say(self, text: str, indent: int = 0) -> None:
+    """Prints a line, above the progress bar if there is one.
+
+    indent: on a terminal, a longer line continues so many columns further right. 0: the terminal wraps it.
+    """
+    if not self._active:
+      return
+    if self._progress and indent:
+      text = textwrap.fill(text, self._console.width, subsequent_indent=' ' * indent, break_on_hyphens=False)
+    self._console.print(text, markup=False)
 
   def train(self, step: int, values: dict[str, float]) -> None:
     """Records the figures of one update. Their names have a slash and a unit, as in train/ce_nats."""
@@ -208,12 +224,11 @@ class Log:
     step_s = values['time/step_s']
     # The first step is slow because it compiles. Later steps are averaged, so that the estimated end doesn't jump.
     self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
-    line = self._describe(step, self._steps, values, (self._steps - step) * self._step_s)
+    figures, eta_s = self._describe(values), (self._steps - step) * self._step_s
     if self._progress:
-      self._progress.update(self._task, completed=step, description=line.rsplit('  eta', 1)[0])
+      self._progress.update(self._task, completed=step, figures=figures, eta_s=eta_s)
     if step % self._every == 0 or step == self._steps:
-      if not self._progress:
-        self._console.print(line, markup=False)
+      self.say(step_line(step, self._steps, eta_s, figures, self._console.width if self._progress else None))
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], line: str) -> None:

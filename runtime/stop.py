@@ -1,4 +1,6 @@
-"""Stops a command on request, after it has saved. A request is SIGTERM, from a scheduler, or Ctrl-C.
+"""Stops a command on request. A request is SIGTERM, from a scheduler, or Ctrl-C.
+
+A command of many steps saves before it ends:
 
     with StopSignal(jax.process_count()) as stop:
       for step in steps:
@@ -10,14 +12,18 @@
 
 The first signal only makes `stop` return True. The exit status is 143 for SIGTERM and 130 for Ctrl-C, so that scripts
 can see that the command didn't finish. A second Ctrl-C ends the process at once, whatever it is doing.
+
+Everything else runs in `interruptible`: the first Ctrl-C raises KeyboardInterrupt, which ends the command with one line
+(configs/errors.py). What it wrote before is complete, because results are written atomically.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 
@@ -59,17 +65,12 @@ class StopSignal:
     handled = (signal.SIGINT,) if self._processes > 1 else (signal.SIGINT, signal.SIGTERM)
     self._handlers = {number: signal.signal(number, lambda number, _: self._received.append(number))
                       for number in handled}
-    # Python runs signal handlers in the main thread, between two bytecode instructions. A compilation or a collective
-    # can delay them for minutes, so another thread listens too.
-    listener, self._writer = socket.socketpair()
-    self._writer.setblocking(False)
-    self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=self._listen, args=(listener,), name='stop signal', daemon=True).start()
+    self._listening = listening(self._interrupted)
+    self._listening.__enter__()
     return self
 
   def __exit__(self, *_):
-    signal.set_wakeup_fd(self._wakeup_fd)
-    self._writer.close()  # ends the thread
+    self._listening.__exit__(None, None, None)
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
@@ -85,16 +86,85 @@ class StopSignal:
     """130 if the first signal that this process received was Ctrl-C, else 143."""
     return 128 + (self._received or [signal.SIGTERM])[0]
 
-  def _listen(self, listener: socket.socket) -> None:
+  def _interrupted(self, count: int) -> None:
+    if count > 1:
+      self._before_exit()
+      os._exit(128 + signal.SIGINT)
+    print('stopping after this step; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
+    if self._processes > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """Makes Ctrl-C end the block by KeyboardInterrupt, and a second Ctrl-C the process, at once and with status 130.
+
+  It must be entered in the main thread. A StopSignal or `listening` in the block replaces it for a time.
+
+  Python alone doesn't promise the first: code in C may turn KeyboardInterrupt into another error, as an import does, or
+  ignore it, as a callback of the garbage collector does. It is then raised again.
+  """
+  count, ignored, raised = 0, False, False
+
+  def raise_(signum: int, frame) -> None:
+    nonlocal raised
+    raised = True
+    signal.default_int_handler(signum, frame)
+
+  def interrupted(_: int) -> None:
+    nonlocal count, ignored
+    if ignored:  # this is the signal of `unraisable`, not another Ctrl-C
+      ignored = False
+      return
+    count += 1
+    if count > 1:
+      os._exit(128 + signal.SIGINT)
+
+  def unraisable(error) -> None:
+    nonlocal ignored
+    if error.exc_type is KeyboardInterrupt:
+      ignored = True
+      # Later and from another thread, or it would be raised here, where it is ignored too.
+      threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+      before(error)
+
+  before, sys.unraisablehook = sys.unraisablehook, unraisable
+  handler = signal.signal(signal.SIGINT, raise_)
+  try:
+    with listening(interrupted):
+      yield
+  except Exception:
+    if raised:
+      raise KeyboardInterrupt from None
+    raise
+  finally:
+    signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def listening(interrupted: Callable[[int], None]) -> Iterator[None]:
+  """Calls `interrupted` with the number of the Ctrl-C, 1 or more, in another thread, until the block ends.
+
+  Python runs signal handlers in the main thread, between two bytecode instructions. A compilation or a collective can
+  delay them for minutes, but not this. Signal handlers stay as they are.
+  """
+  listener, writer = socket.socketpair()
+  writer.setblocking(False)
+
+  def listen():
+    count = 0
     with listener:
-      interrupts = 0
       while received := listener.recv(1):
-        if received[0] != signal.SIGINT:
-          continue
-        interrupts += 1
-        if interrupts > 1:
-          self._before_exit()
-          os._exit(128 + signal.SIGINT)
-        print('stopping after this step; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
-        if self._processes > 1:
-          os.kill(os.getpid(), signal.SIGTERM)
+        if received[0] == signal.SIGINT:
+          count += 1
+          interrupted(count)
+
+  before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  threading.Thread(target=listen, name='Ctrl-C', daemon=True).start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    writer.close()  # ends the thread

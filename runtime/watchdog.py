@@ -215,9 +215,11 @@ class JobWatchdog(Watchdog):
     own = is_own_error(error)
     if not own and not isinstance(error, SystemExit | KeyboardInterrupt):
       time.sleep(self._deadline_s + 3 * self.period_s)  # the watchdog thread ends the process if it finds a lost peer
-    if not own:
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if not own and not interrupted:
       traceback.print_exception(error)
-    self._end(str(error) or type(error).__name__, 2 if own else 1, stacks=False)
+    self._end('stopped by Ctrl-C' if interrupted else str(error) or type(error).__name__,
+              130 if interrupted else 2 if own else 1, stacks=False)
 
   def _end(self, reason: str, status: int, stacks: bool = True) -> None:
     """Writes the reason to standard error, to the log and to the heartbeat, and ends this process."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from betarank.configs import load, settings
 from betarank.configs.parser import Parser
+from betarank.configs.terminal import waiting
 from betarank.runtime.flags import add_run_flags
 
 
@@ -16,8 +17,9 @@ def main(argv: Sequence[str]) -> None:
   config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN,
                                         configure=lambda args, _: load.read_stage(args.config, 'train'))
 
-  from betarank.runtime import job  # imported after the config was checked, because this starts JAX
-  from betarank.train import loop
+  with waiting('starting JAX'):
+    from betarank.runtime import job  # imported after the config was checked, because this takes seconds
+    from betarank.train import loop
 
   with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import to_json
+from betarank.configs.terminal import waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.state import TrainState, abstract_state, create_state
@@ -208,15 +209,18 @@ def begin(
   """
   target = abstract_state(c, tx, mesh)
   if checkpoints.latest is not None:
-    state, meta = checkpoints.restore(target)
+    with waiting(f'restoring step {checkpoints.latest}'):
+      state, meta = checkpoints.restore(target)
     return Beginning(state, meta['step'], meta['cursor'], meta['parent'], meta.get('inherited', {}))
   if not init_from:
     return Beginning(create_state(c, tx, mesh, seed), 0, None, '', {})
   source = checkpoint.find(init_from)
   if everything:
-    state, meta = checkpoint.restore(source, target)
+    with waiting(f'restoring {source}'):
+      state, meta = checkpoint.restore(source, target)
     return Beginning(state, meta['step'], meta['cursor'], str(source), _inherited(meta))
-  params, meta = checkpoint.restore_weights(source, target.params)
+  with waiting(f'restoring the weights of {source}'):
+    params, meta = checkpoint.restore_weights(source, target.params)
   return Beginning(create_state(c, tx, mesh, seed, params), 0, None, str(source), _inherited(meta))
 
 
@@ -254,7 +258,7 @@ def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer,
 
 def open_log(
   root: epath.Path, config: ConfigDict, *, start: int, steps: int,
-  describe: Callable[[int, int, dict[str, float], float], str] | None = None,
+  describe: Callable[[dict[str, float]], list[str]] | None = None,
 ) -> Log:
   """Writes config.json and run.json to the workdir, and returns the log of the run.
 
@@ -263,7 +267,7 @@ def open_log(
     config: the resolved config.
     start: the step that the run resumes after; 0 for a new run.
     steps: the last step.
-    describe: returns the line to print for a step. None: the line of pre-training.
+    describe: returns the figures to print of a step. None: those of pre-training.
   """
   first = jax.process_index() == 0
   if first:
@@ -281,7 +285,7 @@ def open_log(
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
   """Prints what a run is: its model, data, mesh and so on, one line per entry of `lines`."""
   for name, text in lines.items():
-    log.say(f'{name:9} {text}')
+    log.say(f'{name:9} {text}', indent=10)
 
 
 def describe_model(c: model.ModelConfig) -> str:
@@ -348,3 +352,14 @@ def stopped(log: Log, checkpoints: checkpoint.Checkpoints, step: int, stop: Stop
   checkpoints.wait()
   log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
   raise Stopped(stop.exit_status)
+
+
+def stopped_before(log: Log, start: int, stop: StopSignal) -> None:
+  """Ends a run that was asked to stop before it did a step, by raising Stopped. All processes must call it.
+
+  start: the step that the run resumes after; 0 for a new run.
+  """
+  if stop(start):
+    log.say('asked to stop before the next step; ' + (f'step {start} is saved' if start else 'nothing is lost')
+            + ', and the same command ' + ('resumes from it' if start else 'starts again'))
+    raise Stopped(stop.exit_status)

@@ -12,6 +12,7 @@ from etils import epath
 from betarank.configs import common
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import flatten
+from betarank.configs.terminal import duration
 from betarank.eval import paper
 from betarank.eval.report import comparisons, curves, figures, words
 from betarank.eval.report.agreement import of_steps
@@ -21,7 +22,6 @@ from betarank.eval.report.metrics import interval, metric, shown, shown_change, 
 from betarank.eval.report.page import Html, details, html_section, join, page, table, tag, text
 from betarank.eval.report.runs import Run, Sweep, setting
 from betarank.runtime import workdir
-from betarank.runtime.metrics import duration
 
 CURVES = {'ce_nats': 'cross-entropy (nats)', 'entropy_nats': 'entropy (nats)', 'tail_mass': 'tail mass'}
 RL_CURVES = {'pass_rate': 'reward: pass rate on training prompts', 'entropy_nats': 'entropy (nats)',

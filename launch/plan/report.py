@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from betarank.configs.terminal import duration
 from betarank.launch.plan.chips import Topology
 from betarank.launch.plan.plans import GB, Plan, describe_stage, suggest_fix
 from betarank.launch.plan.predict import ERROR
 from betarank.launch.plan.workload import Workload
-from betarank.runtime.metrics import duration
 
 
 def report(work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_chip_hour: float) -> None:

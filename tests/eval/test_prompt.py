@@ -2,7 +2,6 @@
 
 import io
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from betarank.configs.errors import UserError
 from betarank.eval import loaded as loading
 from betarank.eval import prompt_command
 from betarank.eval.loaded import Sampling, continuation, load_model, sample
-from betarank.runtime import stop
 
 TEXT = 'Question: What is 3 + 4?\nSolution:'
 FEW = ['--max_new_tokens=8']
@@ -61,16 +59,6 @@ def test_lines_of_standard_input_are_prompts_until_it_ends(generate, monkeypatch
   out = generate()
   assert out.startswith('Question: What is 5 + 6?\nSolution:') and '\nQuestion: What is 7 + 8?' in out
   assert len(re.findall(r' after \d+ tokens\]', out)) == 2
-
-
-def test_ctrl_c_ends_without_a_traceback(generate, monkeypatch):
-  def interrupted(*_):
-    raise KeyboardInterrupt
-  monkeypatch.setattr('builtins.input', interrupted)
-  monkeypatch.setattr(stop, 'leave', sys.exit)  # this process must go on
-  with pytest.raises(SystemExit) as end:
-    generate()
-  assert end.value.code == 130
 
 
 @pytest.mark.parametrize('flag, words', [
