@@ -19,11 +19,15 @@ SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.ev
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# Both arms run the same programs: these are compiled once.
+smoke: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/$(SMOKE)/compiled
+smoke: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.2
+
 # Prepares data, pre-trains with beta = 0 and -0.25, continues both with RL, evaluates, prints a table of each stage, and
 # writes the report of all four runs. Text has no answers to reward, so make smoke SOURCE='text:/path/*.txt' ends after
 # pre-training. ARGS are appended to the commands that prepare and train.
 smoke: .venv/installed
-	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl
+	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl $(SMOKE)/compiled
 	$(BETARANK) data prepare --config='$(CONFIG)' $(ARGS)
 	$(BETARANK) train --config='$(CONFIG),beta=0' --workdir=$(SMOKE)/beta=0 $(ARGS)
 	$(BETARANK) train --config='$(CONFIG),beta=-0.25' --workdir=$(SMOKE)/beta=-0.25 $(ARGS)

@@ -17,6 +17,7 @@ COMMANDS = {
   'eval': ('eval.command', 'probe a checkpoint, sample answers to a benchmark, or run lm-evaluation-harness'),
   'judge': ('tasks.command', 'judge answers as RL and evaluation do, and say why'),
   'generate': ('eval.prompt_command', 'continue a text with a model, token by token; interactive'),
+  'explore': ('eval.explore.command', 'look at what checkpoints predict, token by token, side by side, in a browser'),
   'watch': ('eval.watch', 'show the state of running runs in a table, from their files'),
   'compare': ('eval.compare', 'print the metrics of several runs side by side, and plot their curves'),
   'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),

@@ -54,7 +54,7 @@ setup(
     python_requires='>=3.11',
     package_dir={'betarank': '.'},
     packages=['betarank', *(f'betarank.{p}' for top in FOLDERS for p in find_packages(include=[top, f'{top}.*']))],
-    package_data={'betarank.launch': ['*.sh', 'constraints.txt', 'examples/*']},
+    package_data={'betarank.launch': ['*.sh', 'constraints.txt', 'examples/*'], 'betarank.eval.explore': ['assets/*']},
     entry_points={'console_scripts': ['betarank = betarank.__main__:main']},
     install_requires=CORE,
     extras_require=EXTRAS,

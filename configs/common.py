@@ -57,5 +57,6 @@ def parse(arg: str | None, **defaults) -> SimpleNamespace:
         raise ValueError
       values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-      raise ConfigError(f'config argument {item!r}: {key} takes a value of type {kind.__name__}') from None
+      what = {float: 'a number', int: 'a whole number', bool: 'true or false'}.get(kind, 'a text')
+      raise ConfigError(f'config argument {item!r}: expected {key}=VALUE, where VALUE is {what}') from None
   return SimpleNamespace(**values)

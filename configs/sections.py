@@ -42,7 +42,8 @@ def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = ''
     if name in values:
       arguments[name] = _convert(hints[name], values[name], prefix + name)
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-      raise ConfigError(f'config.{prefix}{name}: missing; {cls.__name__} needs it')
+      raise ConfigError(f'config.{prefix}{name}: missing; a config begins with common.base() or '
+                        'common.rl_base() of betarank.configs, which have every setting')
   try:
     return cls(**arguments)
   except ConfigError:

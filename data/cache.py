@@ -1,7 +1,7 @@
 """Copies prepared sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
 
     CACHE_DIR/FINGERPRINT/FILE     a complete file; FILE.partial while it is copied
-                          used     locked while a process reads the set; its time is when the newest reader started
+                          used     locked while a process reads the set; modified when a process starts to read
               copying              locked while a process checks or copies; others wait, and then find the copies
 
 The kernel releases the locks when a process ends. Sets that aren't in use are deleted to make room.

@@ -8,18 +8,19 @@
     show         print what training reads: a packed row as text, counts, the longest and shortest documents
 """
 
-import argparse
 import os
 import re
 import time
 from collections.abc import Sequence
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
+from betarank.configs.parser import Parser, install_hint
 from betarank.configs.sections import section
 from betarank.data import prepare, prepared, show
 from betarank.data.config import DataConfig, DataError
@@ -30,8 +31,7 @@ _LINE_S = 10.0  # the shortest time between two lines of progress in a log file
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank data', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank data', __doc__)
   parser.add_argument('command', choices=_COMMANDS)
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes of prepare (default: all CPUs)')
   parser.add_argument('--part', default='1/1', metavar='I/N', help='prepare: part I, from 1, of N (default: all)')
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
   part, parts = _part(args.part)
   data = section(DataConfig, config.get('data'), 'data')
   console = Console()
+  if args.command in ('tokenizer', 'prepare'):
+    _make_folder(data)
   if args.command == 'verify':
     for name in data.sources:
       print(f'{prepared.folder(data, name)}: {prepared.verify(data, name):,} documents, all as they were written')
@@ -71,6 +73,16 @@ def _part(text: str) -> tuple[int, int]:
   if not match or not 1 <= int(match[1]) <= int(match[2]):
     raise ConfigError(f'--part={text}: expected I/N, part I of N parts, from 1/N to N/N')
   return int(match[1]) - 1, int(match[2])
+
+
+def _make_folder(data: DataConfig) -> None:
+  """Creates the folder of prepared data before the work begins, which may take hours. Raises DataError if it can't."""
+  try:
+    epath.Path(data.dir).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise DataError(f'config.data.dir: {data.dir} can\'t be created ({error.strerror or error})') from None
+  except ImportError as error:
+    raise DataError(f'config.data.dir: {data.dir}: {error} ({install_hint(data.dir)})') from None
 
 
 def _tokenizer(data: DataConfig, console: Console) -> None:

@@ -10,7 +10,7 @@ PERIOD = 2**16  # the order repeats after so many rows; weights are rounded to m
 
 
 class Schedule:
-  """Returns the source of any row, and the row's number within that source, in O(1).
+  """The order of the sources. `at` returns the source of any row, and the row's number within that source, in O(1).
 
   Rows are counted from the moment the weights were set.
   """

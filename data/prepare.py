@@ -296,7 +296,7 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Returns True if the first units, without a gap, are done and contain max_documents, or if all units are done."""
+    """Returns True if all units are done, or if the ones before the first unfinished unit contain max_documents."""
     count = 0
     for index in range(len(self.units)):
       if not self.done(index):

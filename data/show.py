@@ -84,7 +84,7 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 
 
 def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
-  """Returns the documents with the smallest lengths times `order`, without sorting or copying all lengths."""
+  """Returns the shortest documents for order 1, or the longest for order -1. Doesn't sort or copy all lengths."""
   best = np.array([], np.int64)
   for start in range(0, len(lengths_N), 2**20):
     part = np.arange(start, min(start + 2**20, len(lengths_N)))

@@ -1,6 +1,6 @@
 """Reads a source of documents, which is named by a URI. It is divided into units that can be read in any order.
 
-    reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py); of unlimited number
+    reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py), without end
     text:FILES                         plain UTF-8; each file is one stream, cut into documents at line ends
     jsonl:FILES[#FIELD]                each line is an object; FIELD holds the text (default 'text')
     csv:FILES[#COLUMN]                 with a header line; .tsv for tabs
@@ -194,7 +194,7 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` in all, from places that are spread evenly over all files.
 
-    held_out: if given, yields instead about so many bytes of the texts that follow those of the sample.
+    held_out: if not 0, yields other texts instead: those that follow the texts of the sample, about `held_out` bytes.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from betarank.configs.errors import one_line
+from betarank.configs.parser import install_hint
 from betarank.data.config import DataError
 
 REQUESTS_AT_ONCE = 64  # per process. A request takes 20 to 50 ms, so this allows more than 1000 per second.
@@ -168,11 +169,3 @@ class _BucketFolder:
   def _failed(self, name: str, reason: object) -> DataError:
     return DataError(f'{self.path}/{name}: the store failed ({one_line(reason)[:300]}); check the network, the bucket '
                      'and your access to it, then run the same command again')
-
-
-def install_hint(path: str) -> str:
-  """Returns the command that installs the package for reading paths like `path`."""
-  packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
-              'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
-  scheme = path.partition('://')[0]
-  return f'pip install {packages[scheme]}' if scheme in packages else f'no reader of {scheme}:// is known'

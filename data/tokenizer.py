@@ -24,7 +24,7 @@ TRAIN_BYTES = 16 * 2**20  # more text takes minutes and changes few merges
 _LINE_BYTES = 4096  # longer lines are cut, because the trainer's memory grows with the longest sentence
 _SPACE = '▁'  # SentencePiece's character for a space; so the character itself must be encoded as bytes
 _ADVICE = ('give config.data.tokenizer a SentencePiece model or a tokenizer.json, or leave it empty and run: '
-           'betarank data tokenizer --config=...')
+           'betarank data prepare --config=...')
 
 
 def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int = TRAIN_BYTES) -> None:
@@ -49,9 +49,15 @@ def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int =
   if first is None:
     raise DataError(f'{path}: no text to train a tokenizer on; the sources gave no documents')
 
+  failed: list[BaseException] = []  # SentencePiece would turn it into an error of its own
+
   def sentences():
     yield first
-    yield from lines
+    try:
+      yield from lines
+    except (Exception, KeyboardInterrupt) as error:
+      failed.append(error)
+      raise
 
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -62,6 +68,8 @@ def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int =
       max_sentence_length=2 * _LINE_BYTES, num_threads=1, minloglevel=2,
       pad_id=PAD, unk_id=UNK, bos_id=BOS, eos_id=EOS)
   except RuntimeError as error:
+    if failed:
+      raise failed[0] from None
     raise DataError(_explain(str(error), vocab_size, path)) from None
   out = epath.Path(path)
   out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,25 +7,25 @@ RUN is one checkpoint, or a workdir of `betarank train` or `betarank rl`, whose 
 written to the folder `eval` of the workdir. Running a command again repeats nothing that already has results.
 """
 
-import argparse
 import contextlib
 from collections.abc import Sequence
 
 from betarank.configs import load, settings
+from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank eval', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank eval', __doc__)
   parser.add_argument('command', choices=('probe', 'sample', 'harness', 'paper'))
-  parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
+                      help='a workdir or a checkpoint; local or gs://')
   parser.add_argument('--all', action='store_true', help='all checkpoints of the run')
   parser.add_argument('--benchmark', default='', metavar='NAME[,NAME]',
                       help='a name from eval/benchmarks.py, or the URI of a task, such as reasoning:chain_sum?level=1')
   parser.add_argument('--tasks', default='', metavar='NAME[,NAME]', help='harness: tasks of lm-evaluation-harness')
   parser.add_argument('--num_fewshot', type=int, help="harness: examples before a question, if not the task's number")
   parser.add_argument('--limit', type=int, help='harness: questions of each task, the first ones')
-  parser.add_argument('--include_path', default='', help='harness: a folder with tasks of your own')
+  parser.add_argument('--include_path', type=place, help='harness: a folder with tasks of your own')
   parser.add_argument('--max_length', type=int, default=0, help='harness: tokens, if not what the model was trained on')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
                       help='join several processes into one job; auto on TPU pods and Slurm')
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         from betarank.eval import lm_harness, paper
       except ImportError as error:
         raise eval_config.EvalError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
-      asked = dict(limit=args.limit, include_path=args.include_path, max_length=args.max_length)
+      asked = dict(limit=args.limit, include_path=args.include_path or '', max_length=args.max_length)
       if args.command == 'paper':
         paper.evaluate(run, subjects, **asked)
       else:

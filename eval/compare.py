@@ -4,7 +4,6 @@ Prints a table: the last validation of pre-training runs, or the start and the e
 curves. Runs are named by the settings in which they differ. It only reads files and needs no accelerator.
 """
 
-import argparse
 import dataclasses
 import math
 import shutil
@@ -16,7 +15,8 @@ from typing import Any
 from etils import epath
 
 from betarank.configs.errors import ConfigError
-from betarank.configs.load import check_places, flatten, read
+from betarank.configs.load import flatten, read
+from betarank.configs.parser import Parser, place
 from betarank.eval.report.figures import STYLE, colour, dash, dodge
 from betarank.runtime.metrics import read_lines
 
@@ -49,7 +49,6 @@ class Run:
 
 def read_run(path: str) -> Run:
   """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or if it hasn't finished a step."""
-  check_places({'WORKDIR': path}, '')
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
@@ -306,10 +305,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank compare', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('workdirs', nargs='+', metavar='WORKDIR')
-  parser.add_argument('--plot', default='', metavar='FILE.png|FILE.svg')
+  parser = Parser('betarank compare', __doc__)
+  parser.add_argument('workdirs', nargs='+', type=place, metavar='WORKDIR')
+  parser.add_argument('--plot', type=place, metavar='FILE.png|FILE.svg')
   args = parser.parse_args(argv)
   if args.plot and args.plot.rpartition('.')[2] not in FORMATS:
     raise ConfigError(f'--plot={args.plot}: must end in .{" or .".join(FORMATS)}')

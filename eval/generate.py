@@ -137,7 +137,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns the number that stands for a benchmark in random keys, where RL has its step."""
+  """Returns a number made from the benchmark's name. Random keys contain it in the place where RL has the step."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -163,9 +163,9 @@ def answer_classes(
   """Returns a class number per answer. Equal answers get the same number; -1 means that the sample has no answer.
 
   Classes are numbered by first appearance. Equal texts are one answer. In mathematics, answers are also equal in three
-  other cases: their plain texts or exact numbers are equal; both are right; both are wrong, but the verifier accepts
-  one with the other as reference. For the last case, only the COMPARED most frequent wrong answers are considered,
-  because the number of pairs grows quadratically.
+  other cases: they are the same number, or the same text apart from delimiters, spaces and a final full stop; both are
+  right; both are wrong, but the verifier accepts one with the other as reference. For the last case, only the COMPARED
+  most frequent wrong answers are considered, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from betarank import data, model
-from betarank.configs import load
+from betarank.configs import settings
 from betarank.eval import config
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun
 from betarank.eval.report.arms import label
@@ -42,19 +42,27 @@ class Loaded(NamedTuple):
   params: Any
 
 
-def load_model(path: str) -> Loaded:
+def load_model(path: str, tokenizer: str | None = None) -> Loaded:
   """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
+
+  It uses the kernels of this machine, whichever kernels the run used.
+
+  Args:
+    path: a workdir or a checkpoint.
+    tokenizer: the path of the tokenizer that the model was trained with, if it has been moved.
 
   Raises:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
   """
-  load.check_places({'RUN': path}, '')
   [ref] = config.find_checkpoints(path)
-  run = config.eval_run(config.configure(ref), ref)
-  tokenizer = config.read_tokenizer(run, ref)
+  resolved = config.configure(ref)
+  resolved.model.attention = settings.default('model.attention')
+  resolved.model.moe.kernel = settings.default('model.moe.kernel')
+  resolved.data.tokenizer = tokenizer or resolved.data.get('tokenizer', '')
+  run = config.eval_run(resolved, ref)
   mesh = model.make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
   objective = label(setup.whole_config(ref.meta).get('objective')) or 'objective unknown'
-  return Loaded(ref, run, str(ref.run), objective, tokenizer, config.restore(run, ref, mesh))
+  return Loaded(ref, run, str(ref.run), objective, config.read_tokenizer(run, ref), config.restore(run, ref, mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from betarank.configs.errors import UserError
+from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,9 +20,11 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: an argument is not allowed.
   """
-  parser = argparse.ArgumentParser(prog='betarank generate', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
+  parser = Parser('betarank generate', __doc__)
+  parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
+                      help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--tokenizer', type=place, metavar='PATH',
+                      help='where the tokenizer is, if not where it was in training')
   parser.add_argument('--prompt', help='the text to continue; default: each line of standard input')
   parser.add_argument('--samples', type=int, default=1, help='continuations of each prompt (default 1)')
   parser.add_argument('--temperature', type=float, default=1.0, help='0: the most probable token (default 1)')
@@ -36,8 +39,10 @@ def main(argv: Sequence[str]) -> None:
   try:
     _run(args)
   except KeyboardInterrupt:
-    print(flush=True)
-    sys.exit(130)
+    from betarank.runtime import stop
+
+    print()
+    stop.leave(130)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -45,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
   from betarank.eval.loaded import Sampling, load_model
 
   sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-  loaded = load_model(args.checkpoint)
+  loaded = load_model(args.checkpoint, args.tokenizer)
   print(f'{loaded.name}, step {loaded.ref.step}, {loaded.objective}', file=sys.stderr, flush=True)
   texts = _lines() if args.prompt is None else [args.prompt]
   for number, text in enumerate(texts):

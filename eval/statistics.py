@@ -18,13 +18,13 @@ resampled problems.
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
   arXiv 1905.06208.
 
-Coverage of the 95 % intervals: for shares of ten problems, most of which are never solved, 96-99 %, missed on both
-sides. For paired differences of ten problems 96 % on average, but 90 % if a fifth of the problems gains 50 points,
-because one set in nine contains none of those. `python -m benchmarks.intervals` prints the table, and
-`tests/eval/test_statistics.py` checks it.
+Coverage of the 95 % intervals: for shares of ten problems, most of which are never solved, 96-99 %; the true
+value is missed above as well as below. For paired differences of ten problems 96 % on average, but 90 % if a fifth of
+the problems gains 50 points, because one set in nine contains none of those. `python -m benchmarks.intervals` prints
+the table, and `tests/eval/test_statistics.py` checks it.
 
-**Over seeds**, there are too few values to resample. The noise that seeds add to the noise of the problems gets
-Student's t. The distances from the mean to the limits are added in quadrature (MOVER, the method of variance estimates
+**Over seeds**, there are too few values to resample. For the noise that seeds add to that of the problems, Student's
+t is used. The distances from the mean to the limits are added in quadrature (MOVER, the method of variance estimates
 recovery; Zou and Donner, Statistics in Medicine 27, 2008). This covers 95-97.5 %. Adding the variances under one t,
 with Satterthwaite's degrees of freedom, gives narrower intervals, but covers only 92 % for three seeds and less than 90
 % for two.
@@ -121,7 +121,7 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """Returns the studentised interval over problems, cut to Gaffke's bounds."""
+  """Returns the studentized interval over problems, cut to Gaffke's bounds."""
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
   t_B, low_B, high_B = [], [], []
@@ -188,7 +188,7 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the standard error of the mean that seeds add to the noise of the problems."""
+  """Returns the part of the mean's standard error that comes from seeds, in addition to that from problems."""
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
   rest_SP = x_SP - mean_S[:, None] - x_SP.mean(0) + x_SP.mean()

@@ -5,7 +5,6 @@ their workdirs, local or gs://, so it works on any machine that can read them. A
 with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are shown too.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -22,8 +21,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from betarank.configs import load
 from betarank.configs.errors import UserError
+from betarank.configs.parser import Parser, place
 from betarank.runtime.metrics import duration
 
 DEPTH = 6  # levels of folders that are searched for runs
@@ -186,13 +185,12 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: a folder has no runs or can't be read.
   """
-  parser = argparse.ArgumentParser(prog='betarank watch', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('folder', nargs='+', metavar='RUN_OR_FOLDER', help='a workdir, or a folder with runs: a sweep')
+  parser = Parser('betarank watch', __doc__)
+  parser.add_argument('folder', nargs='+', type=place, metavar='RUN_OR_FOLDER',
+                      help='a workdir, or a folder with runs: a sweep')
   parser.add_argument('--once', action='store_true', help='print the table once')
   parser.add_argument('--every', type=float, default=0.0, metavar='SECONDS', help='default: 2, or 30 for gs://')
   args = parser.parse_args(argv)
-  load.check_places({f'RUN_OR_FOLDER {i}': folder for i, folder in enumerate(args.folder, 1)}, '')
   if not 0 <= args.every < math.inf:
     raise UserError(f'--every must be a number of seconds, got {args.every}')
   every = args.every or (30.0 if any('://' in folder for folder in args.folder) else 2.0)

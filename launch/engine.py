@@ -6,7 +6,7 @@ The template is split into words like a shell command, but nothing else of a she
 replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a name for the job, which is
 the same in every launch. {chips} becomes the number that --chips gives for the point's stage.
 
-The sweep itself keeps the order of the points, their states, and resumes them. So the command must behave like the
+The sweep itself runs the points in order, records their states, and resumes them. So the command must behave like the
 point's own command: wait until the job has ended, exit with the job's status, and on SIGTERM ask the job to save and
 stop.
 """

@@ -31,7 +31,7 @@ MFU_DENSE, MFU_MOE = 0.4, 0.1  # the MFU that an estimate without --plan assumes
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
   """Returns a function (point, slot) -> command that runs the point on the slice of this number.
 
-  dry_run: doesn't check anything.
+  dry_run: True skips all checks.
 
   Raises:
     ConfigError: a setting is missing, or launch/tpu.sh couldn't start a run.
@@ -57,7 +57,7 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
   """Deletes the slices of these slots. The last line that it prints names the slices that still cost money.
 
-  keep: doesn't delete them, because the sweep was asked to stop and the next launch will use them.
+  keep: True keeps the slices, because the sweep was asked to stop and the next launch will use them.
   """
   names = [_slice_name(slot) for slot in sorted(slots)]
   if keep:

@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from betarank.configs import load
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
+from betarank.configs.parser import Parser, unopened_place
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
@@ -409,22 +409,20 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
   """Parses and checks the flags. Raises ConfigError for values that can't be used; argparse reports other errors."""
-  parser = argparse.ArgumentParser(prog='betarank sweep', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank sweep', __doc__)
   parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
   parser.add_argument('--on', default='local', metavar='local|tpu|COMMAND',
                       help='where points run; COMMAND has {command} in it, and may have {name} and {chips}')
   parser.add_argument('--chips', action='append', default=[], metavar='[STAGE=]N',
                       help='the number for {chips} in --on; repeatable')
-  parser.add_argument('--root', default='', metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')
+  parser.add_argument('--root', type=unopened_place, metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')
   parser.add_argument('--only', action='append', default=[], metavar='PATTERN',
                       help='run only the points whose names match this shell pattern, and those they need; repeatable')
   parser.add_argument('--parallel', type=int, default=1, help='points, or slices, at once (default 1)')
-  parser.add_argument('--dry_run', '--dry-run', action='store_true', help='print what would be run, and start nothing')
+  parser.add_argument('--dry_run', action='store_true', help='print what would be run, and start nothing')
   parser.add_argument('--plan', action='store_true',
                       help='with --on=tpu --dry_run: hours from betarank plan, which compiles for minutes')
   args = parser.parse_args(argv)
-  load.check_places(vars(args))
   if args.parallel < 1:
     parser.error('--parallel must be 1 or more')
   if not args.root:
@@ -440,7 +438,7 @@ def _print_points(console: Console, points: Sequence[Point], command: Callable[[
                   remote: bool) -> None:
   """Prints each point with its state and command.
 
-  remote: doesn't print the state, which would need credentials.
+  remote: True leaves out the state, which can't be read without credentials.
   """
   for point in points:
     state = ''

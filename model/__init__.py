@@ -21,6 +21,7 @@ Profiles and the planner (launch/plan/predict.py) identify its parts by their `j
     final_norm          RMSNorm after the last layer
 """
 
+from betarank.model.attention import GPU_ONLY_ATTENTION
 from betarank.model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
 from betarank.model.decode import Cache, empty_cache
 from betarank.model.moe import Routing, update_router_bias
@@ -28,6 +29,7 @@ from betarank.model.sharding import RULES, MeshConfig, check_divides, make_mesh,
 from betarank.model.transformer import abstract, forward, forward_routed, head, init
 
 __all__ = [
+  'GPU_ONLY_ATTENTION',
   'RULES',
   'Cache',
   'MeshConfig',

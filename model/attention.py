@@ -19,6 +19,7 @@ from betarank.model.kernels import attention_triton
 from betarank.model.sharding import device_kind, platform, shards, spec
 
 KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
+GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run everywhere, though slowly where they are interpreted
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:

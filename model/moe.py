@@ -181,7 +181,10 @@ class _Plan:
 
 
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns the output for this device's tokens. It applies its experts to the tokens of all devices along `expert`."""
+  """Returns the output for this device's tokens.
+
+  The devices along `expert` exchange tokens: each applies its own experts to the tokens of all of them.
+  """
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
     gate_eDF, up_eDF, down_eFD = _all_gather_weights(gate_eDF, up_eDF, down_eFD)
@@ -239,7 +242,7 @@ def _all_gather(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _tile_rows(pairs: int, experts: int) -> int:
-  """Returns R. It is large enough for a matmul, but small compared with an expert's even share of the pairs.
+  """Returns R, the number of rows of a tile: enough for a fast matmul, but few compared with the pairs per expert.
 
   On average, half of the last tile of each expert is empty.
   """

@@ -169,7 +169,10 @@ def reduce_head(layout, dhead):
 
 
 def gather_group(layout, array):
-  """All-gathers the tokens of a vocabulary group: [C, ...] -> [vocab_group_size C, ...]."""
+  """All-gathers an array with one entry per token over the vocabulary group: [C, ...] -> [vocab_group_size C, ...].
+
+  See `with_vocab_groups`. Without groups, returns the array itself.
+  """
   if not _has_groups(layout):
     return array
   axis, groups = _groups(layout)

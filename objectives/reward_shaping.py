@@ -42,8 +42,9 @@ MAX_MARGIN = 1e30
 class RewardShaping:
   """The objective, as rewards of tokens. The default is plain cross-entropy.
 
-  It is a pytree whose leaves are beta, lambda_head and lambda_tail, so a schedule can trace them. A traced value isn't
-  checked. A traced lambda always costs a top-k search, even while it is zero.
+  It is a pytree whose leaves are beta, lambda_head and lambda_tail. So they can be traced values, and change on a
+  schedule without a new compilation. A traced value isn't checked. A traced lambda always costs a top-k search, even
+  while it is zero.
 
   Attributes:
     beta: β >= -1. Negative values sharpen the distribution (precision), positive values flatten it (diversity). Below

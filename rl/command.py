@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
+from betarank.configs.parser import Parser
 from betarank.runtime.flags import add_run_flags
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank rl', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank rl', __doc__)
   add_run_flags(parser)
   config, args = load.from_command_line(parser, argv, settings=settings.RL, configure=_with_model)
 
@@ -29,7 +29,7 @@ def _with_model(args: argparse.Namespace, overrides: Mapping[str, str]) -> Confi
   """Reads the config file of --config. If it has no section `model`, adds that of the checkpoint that the run starts
   from.
   """
-  config = load.read(args.config)
+  config = load.read_stage(args.config, 'rl')
   if 'model' not in config and 'train' in config:
     from betarank.runtime import checkpoint
     source = overrides.get('train.init_from') or config.train.get('init_from')

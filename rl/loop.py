@@ -110,6 +110,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   workdir.check_config(root, config)
   wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
+  check_steps(rl, root)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
@@ -135,7 +136,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
     state, start = beginning.state, beginning.step
-    progress = Progress.read(beginning.cursor if start else {}, tasks.size or 0 if rl.repeat_zero_variance < 1 else 0)
+    progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
       # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
       progress = dataclasses.replace(progress, best=None)
@@ -148,6 +149,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'no problem',
       'mesh': setup.describe_mesh(mesh),
       'run': setup.describe_length(beginning, run.steps, root)})
+    if start == run.steps:
+      log.say('nothing to do; a larger config.rl.steps continues the run, another --workdir starts a new one')
     parts = Parts(
       run, tokenizer, tasks, evaluated, verifier, make_samplers(run, tokenizer, mesh),
       make_update(run.model, rl.loss, tx, run.microbatches, rl.temperature),
@@ -195,7 +198,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
-    setup.finished(log, root, config, run.steps)
+    setup.finished(log, root, config, run.steps, beginning.parent)
   return last
 
 
@@ -324,6 +327,14 @@ def learn(
   return state, figures
 
 
+def check_steps(rl: RlConfig, root: epath.Path) -> None:
+  """Raises ConfigError if the run in the workdir `root` has already passed the last step of this config."""
+  reached = max(checkpoint.steps(root / 'checkpoints'), default=0)
+  if reached > rl.steps:
+    raise ConfigError(f'config.rl.steps must be at least {reached}, the step that {root} has reached, or choose '
+                      f'another workdir; got {rl.steps}')
+
+
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
   """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
 
@@ -348,7 +359,9 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 
 
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
-  """Samples answers to each evaluation set. Logs the share of right answers, its standard error, and a few texts.
+  """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
+
+  The score of an answer is 1 if it is right and 0 if it is wrong, or what the user's own reward function returned.
 
   Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
   """
@@ -368,7 +381,7 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
     parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
     {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
     step=HELD_OUT_STEP + step)
-  rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0]) for group in groups]
+  rates = [np.mean([score for score in group.scores if not math.isnan(score)] or [0]) for group in groups]
   average = float(np.mean(rates))
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
@@ -388,6 +401,7 @@ def describe_step(
   zero-variance groups. `consumed` is the number of prompts that were asked or passed over.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
+  scores = [score for group in seen for score in group.scores]  # NaN where undecided
   samples = [sample for group in seen for sample in group.samples]
   tokens = sum(len(sample.tokens) for sample in samples)
   decided = max(sum(v != Verdict.UNDECIDED for v in verdicts), 1)
@@ -395,11 +409,12 @@ def describe_step(
     **learned,
     # The mean of -log p over tokens drawn from a distribution is an unbiased estimate of its entropy.
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
-    'pass_rate': sum(v == Verdict.RIGHT for v in verdicts) / decided,
+    'pass_rate': float(np.nansum(scores)) / decided,
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
     'zero_variance_groups': 1 - len(kept) / len(seen),
     'groups_learned_from': float(len(kept)),
     'prompts_passed_over': float(consumed - len(seen)),
+    'tokens': float(tokens),
     'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),
     'truncated_share': float(np.mean([sample.finish == 'length' for sample in samples])),
   }

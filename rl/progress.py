@@ -43,33 +43,39 @@ class Progress:
     zero_variance_N: bool, for each task of the set: True if the last group drawn for it had zero variance. None
       without a difficulty filter.
     best: the best evaluation. None before the first one, or if `rl.keep_best` is empty.
+    problems: SHA-256 of the problems; '' if their number is unlimited.
   """
 
   prompts: int = 0
   zero_variance_N: np.ndarray | None = None
   best: Best | None = None
+  problems: str = ''
 
   @classmethod
-  def read(cls, cursor: Mapping[str, Any], tasks: int) -> 'Progress':
+  def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
     """Returns the progress that a checkpoint's cursor holds. For {} it is that of a new run.
 
-    tasks: the size of the task set; 0 without a difficulty filter. If the cursor was saved for a set of another size,
-    its
-      record of zero variance is dropped.
+    filtered: True with a difficulty filter. If the cursor was saved for a split of another size, its record of zero
+      variance is dropped.
+
+    Raises DataError if the problems have changed since.
     """
-    zero_variance_N = np.zeros(tasks, bool) if tasks else None
+    if (known := cursor.get('problems', '')) and known != tasks.sha256:
+      raise DataError(f'{tasks.config.uri}: holds other problems than when the run began (sha256 {tasks.sha256[:12]}, '
+                      f'not {known[:12]}); choose another workdir')
+    zero_variance_N = np.zeros(tasks.size, bool) if filtered else None
     before = cursor.get('zero_variance', {})
-    if tasks and before.get('tasks') == tasks:
+    if filtered and before.get('tasks') == tasks.size:
       bits = np.frombuffer(base64.b64decode(before['bits']), np.uint8)
-      zero_variance_N = np.unpackbits(bits, count=tasks).astype(bool)
+      zero_variance_N = np.unpackbits(bits, count=tasks.size).astype(bool)
     best = Best(**cursor['best']) if 'best' in cursor else None
-    return cls(cursor.get('prompts', 0), zero_variance_N, best)
+    return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256)
 
   def cursor(self) -> dict[str, Any]:
     """Returns the progress in a form that JSON can hold and `read` takes. The difficulty filter needs one bit per
     task.
     """
-    found: dict[str, Any] = {'prompts': self.prompts}
+    found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
     if self.zero_variance_N is not None:
       bits = base64.b64encode(np.packbits(self.zero_variance_N).tobytes()).decode()
       found['zero_variance'] = {'tasks': len(self.zero_variance_N), 'bits': bits}
@@ -82,8 +88,8 @@ class Progress:
   ) -> 'tuple[dict[int, Task], Progress]':
     """Returns the next `count` prompts as {number: task}, and the progress after them.
 
-    Prompts for which `fits` is False are passed over. So are prompts whose last group had zero variance, except in the
-    share `repeat` > 0 of their turns.
+    Prompts for which `fits` is False are passed over. A prompt whose last group had zero variance is asked only in a
+    share `repeat` > 0 of its turns, and passed over in the others.
 
     Raises:
       DataError: none of 10,000 prompts in a row fits.

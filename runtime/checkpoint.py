@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from betarank.configs import renamed
 from betarank.configs.errors import UserError, suggestion
+from betarank.configs.parser import install_hint
 from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
 
@@ -188,12 +189,20 @@ def find(path: str) -> epath.Path:
     CheckpointError: there is none.
   """
   root = epath.Path(path)
+  try:
+    return _find(root)
+  except ImportError as error:
+    raise CheckpointError(f'{path}: {error} ({install_hint(path)})') from None
+
+
+def _find(root: epath.Path) -> epath.Path:
   if ((root / 'meta').exists() and (root / 'state').exists()) or (root / integrity.NAME).exists():
     return root
   folder = root / 'checkpoints' if (root / 'checkpoints').exists() else root
   if not (found := steps(folder)):
-    siblings = [str(p) for p in root.parent.iterdir() if p.is_dir()] if root.parent.exists() else []
-    raise CheckpointError(f'{path}: no checkpoint there{suggestion(str(root), siblings)}')
+    siblings = [str(p) for p in root.parent.iterdir() if (p / 'checkpoints').is_dir()] if root.parent.exists() else []
+    missing = 'no checkpoint there' if root.exists() else 'no such folder'
+    raise CheckpointError(f'{root}: {missing}{suggestion(str(root), siblings)}')
   return folder / str(found[-1])
 
 

@@ -2,7 +2,6 @@
 betarank checkpoint verify DIR      reads every byte of them, and names the files that are damaged
 """
 
-import argparse
 import json
 import math
 import sys
@@ -12,17 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from betarank.configs.load import check_places, flatten
+from betarank.configs.load import flatten
+from betarank.configs.parser import Parser, place
 from betarank.runtime import checkpoint, integrity
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank checkpoint', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank checkpoint', __doc__)
   parser.add_argument('command', choices=('inspect', 'verify'))
-  parser.add_argument('path', metavar='DIR', help='a workdir or one checkpoint; local or gs://')
+  parser.add_argument('path', type=place, metavar='DIR', help='a workdir or one checkpoint; local or gs://')
   args = parser.parse_args(argv)
-  check_places({'DIR': args.path}, '')
   found = checkpoint.find(args.path)
   one = str(found) == str(epath.Path(args.path)) or not found.name.isdigit()
   paths = [found] if one else [found.parent / str(step) for step in checkpoint.steps(found.parent)]

@@ -2,10 +2,12 @@
 
 import argparse
 
+from betarank.configs.parser import place
+
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags for the workdir, for resuming, and for jobs of several processes (runtime/job.py)."""
-  parser.add_argument('--workdir', required=True, help='where checkpoints, logs and the resolved config go')
+  parser.add_argument('--workdir', required=True, type=place, help='where checkpoints, logs and the resolved config go')
   parser.add_argument('--fallback', action='store_true',
                       help='if the newest checkpoint is damaged, move it aside and resume from the newest good one')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',

@@ -47,6 +47,9 @@ def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
                      '--process_id')
     return ProcessInfo(*found)
   if not coordinator:
+    if processes != 1 or index:
+      raise JobError(f'--processes={processes} --process_id={index}: a job of several processes needs '
+                     '--coordinator=HOST:PORT of process 0, or --coordinator=auto')
     return ProcessInfo('', 1, 0, None)
   if not coordinator.rpartition(':')[2].isdigit() or not 0 <= index < processes:
     raise JobError(f'--coordinator={coordinator} --processes={processes} --process_id={index}: needs HOST:PORT, and '

@@ -18,10 +18,20 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class Stopped(SystemExit):
   """Raised to end the process after a stop on request. Everything is saved, so this isn't a failure."""
+
+
+def leave(status: int) -> NoReturn:
+  """Ends the process at once, once its output is written. Python's own way out frees what a computation that was
+  interrupted still uses, which can crash.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 class StopSignal:

@@ -40,7 +40,7 @@ class WandbBoard:
     # wandb writes to a local folder; a workdir in a bucket isn't one.
     folder = tempfile.mkdtemp(prefix='betarank-wandb-') if '://' in str(workdir) else str(workdir)
     self._run = wandb.init(project=project, id=known['id'], resume='allow', name=workdir.name, config=config,
-                           dir=folder)
+                           dir=folder, settings={'console': 'off'})  # the terminal is the run's own
     self._run.define_metric('step')
     self._run.define_metric('*', step_metric='step')
 

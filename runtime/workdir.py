@@ -96,12 +96,18 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
   """Locks a local folder until the block ends. A bucket isn't locked.
 
   Raises:
-    UserError: another command holds the lock. The message has `flag` and the holder.
+    UserError: another command holds the lock, or the folder can't be created or written. The message has `flag`.
   """
   if '://' in str(workdir):
     yield
     return
-  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / lock).touch()
+  except (FileExistsError, NotADirectoryError):
+    raise UserError(f'{flag}={workdir}: is a file, or in a file, not a folder') from None
+  except OSError as error:
+    raise UserError(f'{flag}={workdir}: can\'t be created or written ({error.strerror})') from None
   with lock_file(workdir / lock) as held:
     if held is None:
       raise UserError(f'{flag}={workdir}: {holder(workdir / lock)} is at work there; stop it first')

@@ -20,7 +20,7 @@ _LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
 
 
 class Question(Protocol):
-  """What is needed of a question to extract an answer. tasks/records.py has the whole task."""
+  """The fields of a task that are needed to extract an answer. tasks/records.py has the whole task."""
 
   question: str
   prompt: str

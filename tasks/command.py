@@ -8,7 +8,6 @@ The first line of a file names its columns: `gold`, `answer` and, if the right v
 With `right`, only the pairs that are judged differently are shown, and the counts. Without it, every pair is shown.
 """
 
-import argparse
 import csv
 import io
 import pathlib
@@ -17,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from betarank.configs.errors import UserError, one_line
+from betarank.configs.parser import Parser, place
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.tasks.answers import ANSWER_FORMATS
 from betarank.tasks.records import Task
@@ -28,9 +28,8 @@ _KNOWN = {'1': 'right', '0': 'wrong', 'right': 'right', 'wrong': 'wrong', 'true'
 
 def main(argv: Sequence[str]) -> None:
   """Prints the verdict on one pair, or on the pairs of a file. Raises UserError if the arguments can't be used."""
-  parser = argparse.ArgumentParser(prog='betarank judge', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('file', nargs='?', help='tab-separated pairs, with a header')
+  parser = Parser('betarank judge', __doc__)
+  parser.add_argument('file', nargs='?', type=place, help='tab-separated pairs, with a header')
   parser.add_argument('--gold', help='the reference')
   parser.add_argument('--answer', help='the final answer; with --format, a text that holds one')
   parser.add_argument('--format', default='', choices=('', *ANSWER_FORMATS), help='how the answer is cut out of a text')
@@ -64,7 +63,9 @@ def _read(path: str) -> list[tuple[str, str, str]]:
   """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror})') from None
+  except UnicodeDecodeError as error:
     raise UserError(f'{path}: cannot be read ({error})') from None
   rows = csv.DictReader(io.StringIO(text), delimiter='\t', quoting=csv.QUOTE_NONE)
   if missing := {'gold', 'answer'} - set(rows.fieldnames or ()):

@@ -1,6 +1,6 @@
 """Provides the tasks of RL and evaluation: prompts with their references, by index, in a fixed order.
 
-    reasoning:TASK?OPTION=VALUE+TASK   generated problems, as in pre-training (data/reasoning.py); of unlimited number
+    reasoning:TASK?OPTION=VALUE+TASK   generated problems, as in pre-training (data/reasoning.py), without end
     jsonl:GLOB                         files of problems with final answers, in one of the forms of records.py
     tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
     code:GLOB                          programming problems in the form of HumanEval or MBPP (code_problems.py)
@@ -13,6 +13,7 @@ compared with. All errors are DataErrors of one line that names the file and the
 import ast
 import dataclasses
 import functools
+import hashlib
 import math
 from typing import Any
 
@@ -77,6 +78,7 @@ class TaskSet:
     left_out: the records that can't be used. Those without a final answer are listed for all splits, those whose
       reference can't be read only for this split.
     records: the number of records in this split, including those left out; 0 if it is unlimited.
+    sha256: SHA-256 of all questions and references of the source, in its order; '' if it is unlimited.
   """
 
   def __init__(
@@ -98,7 +100,7 @@ class TaskSet:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
     self.left_out: list[LeftOut] = []
-    self.records = 0
+    self.records, self.sha256 = 0, ''
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
@@ -109,6 +111,8 @@ class TaskSet:
       self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
       return
     found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
+    self.sha256 = hashlib.sha256(repr([(task.question, task.reference) for task, _ in found]).encode(
+      errors='backslashreplace')).hexdigest()
     kept = [(task, where) for task, where in found if self._belongs(task.question)]
     self.records = len(kept) + len(self.left_out)
     self._kept = self._readable(kept)

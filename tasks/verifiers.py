@@ -67,8 +67,9 @@ class Verifier:
 
   Attributes:
     counts: a Counter over the verifier's life. Verdicts: right, wrong, undecided. Where they were reached: plain (this
-      process), worker, jail. restarts: of workers. Problems with distinct items: timeouts, crashes, refused (the worker
-      touched the system), unread (the reference can't be read), errors (a library or a reward function failed).
+      process), worker, jail. restarts: of workers. Failures, where equal items count once: timeouts, crashes, refused
+      (the worker touched the system), unread (the reference can't be read), errors (a library or a reward function
+      failed).
     first_error: the first of these errors, one line; '' if there was none.
   """
 

@@ -4,7 +4,6 @@ Converts a checkpoint to Hugging Face's format (config.json, safetensors and a t
 docs/huggingface.md.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -22,6 +21,7 @@ from etils import epath
 from rich.progress import Progress
 
 from betarank.configs import common, load
+from betarank.configs.parser import Parser, place
 from betarank.configs.sections import section
 from betarank.data import DataConfig, DataError, read_tokenizer, tokenizer
 from betarank.model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
@@ -275,23 +275,21 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank hf', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank hf', __doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   out = commands.add_parser('export', help='a checkpoint to a directory that transformers and vLLM load')
-  out.add_argument('--checkpoint', required=True, metavar='DIR', help='a workdir, or one checkpoint')
-  out.add_argument('--to', required=True, metavar='DIR', help='a new directory')
+  out.add_argument('--checkpoint', required=True, type=place, metavar='DIR', help='a workdir, or one checkpoint')
+  out.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
   out.add_argument('--dtype', choices=tuple(STORED), default='float32')
   out.add_argument('--shard_gb', type=float, default=4.0, help='largest size of a file (default: 4)')
   out.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the run's own")
   out.add_argument('--positions', type=int, default=0, metavar='TOKENS',
                    help='longest text that config.json allows; default: what the model was trained on or imported with')
   back = commands.add_parser('import', help='a Qwen3 or Qwen3-MoE directory to a workdir to start from')
-  back.add_argument('--from', required=True, dest='source', metavar='DIR')
-  back.add_argument('--to', required=True, metavar='DIR', help='a new directory')
+  back.add_argument('--from', required=True, type=place, dest='source', metavar='DIR')
+  back.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
   back.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the directory's own")
   args = parser.parse_args(argv)
-  load.check_places(vars(args))
   if args.command == 'import':
     print(import_(args.source, args.to, args.tokenizer))
   else:

@@ -84,7 +84,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'mesh': setup.describe_mesh(mesh),
       'run': f'{setup.describe_length(beginning, run.steps, root)}, {run.tokens_per_step:,} tokens per step'})
     if start == run.steps:
-      log.say('finished already: this was the last step; a larger config.train.tokens continues the run')
+      log.say('nothing to do; a larger config.train.tokens continues the run, another --workdir starts a new one')
     update = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.microbatches,
                        'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
@@ -117,7 +117,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
-    setup.finished(log, root, config, run.steps)
+    setup.finished(log, root, config, run.steps, beginning.parent)
   return recorder.last
 
 

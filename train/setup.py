@@ -6,6 +6,7 @@ A run begins from the first of these that exists: the newest checkpoint in its w
 
 import contextlib
 import json
+import shlex
 import sys
 import threading
 import time
@@ -45,6 +46,10 @@ def make_mesh(
     ConfigError: the devices can't form this mesh, or it doesn't divide the model or the rows. The message names
       config.train.mesh or the key of the rows.
   """
+  on = (jax.devices() if devices is None else devices)[0].platform
+  if c.attention in model.GPU_ONLY_ATTENTION and on != 'gpu':
+    raise ConfigError(f'config.model.attention={c.attention} runs only on a GPU, and this is a {on.upper()}; '
+                      'auto chooses what suits it')
   try:
     made = model.make_mesh(mesh, devices)
     _, shapes, axes = model.abstract(c)
@@ -293,8 +298,10 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
-  """Returns the first and last step of a run and what it starts from, for `log_header`."""
+  """Returns the first and last step of a run and what it starts from, or that it is finished, for `log_header`."""
   start = beginning.step
+  if start >= steps:
+    return f'finished already: step {start} of {steps} is in {root}'
   if start:
     origin = f'resumed after step {start}'
   else:
@@ -311,12 +318,15 @@ def short(n: float) -> str:
   return f'{n:.3g}'
 
 
-def finished(log: Log, root: epath.Path, config: ConfigDict, step: int) -> None:
-  """Logs where the result of a finished run is saved, and how to look at it."""
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
+  """Logs where the result of a finished run is saved, and how to look at it and at the checkpoint that it started from.
+
+  parent: that checkpoint; '' for random weights.
+  """
   log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:
     log.say(f'curves:   tensorboard --logdir={root}')
-  log.say(f'try:      betarank explore {root}')
+  log.say('try:      ' + shlex.join(['betarank', 'explore', *filter(None, [parent]), str(root)]))
 
 
 class Due(NamedTuple):

@@ -58,8 +58,9 @@ def _of_data(run: Run, other: Run) -> list[str]:
   mine, theirs = run.identity, other.identity
   if mine.tokenizer and theirs.tokenizer and mine.tokenizer != theirs.tokenizer:
     return [f'another tokenizer ({mine.tokenizer[:_SHOWN]} against {theirs.tokenizer[:_SHOWN]})']
-  if run.is_rl:  # its data are problems, which its settings determine
-    return []
+  if run.is_rl:  # its settings determine the problems, unless they come from files
+    known = bool(mine.problems and theirs.problems) and mine.problems != theirs.problems
+    return [f'other problems ({mine.problems[:_SHOWN]} against {theirs.problems[:_SHOWN]})'] if known else []
   if not mine.sources or not theirs.sources:
     return ['data identity not recorded (no checkpoint)']
   if mine.sources.keys() != theirs.sources.keys():

@@ -151,9 +151,9 @@ def _tell_apart(sweep: Sweep) -> None:
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   """Returns the run that wrote run.parent_path, or None.
 
-  It is searched for by its full path, in the sweep and outside of it, then by the end of the path. The latter is for
-  sweeps that were moved. It takes the run whose path agrees in most folders, unless that is `run` itself or there are
-  two.
+  It is searched for by its full path, in the sweep and outside of it, then by the end of the path. The
+  second search is for sweeps that were moved. It finds the run whose path agrees in most folders, or None if that is
+  `run` itself or if two runs agree equally well.
   """
   if not run.parent_path:
     return None

@@ -45,6 +45,8 @@ class Panel:
   Attributes:
     name: the stem of the names of its files.
     zero: draws a line at zero, for differences.
+    dodge: draws the arms next to each other, a fraction of a doubling apart, so that their bars don't overlap. Not for
+      curves that are compared by eye along x.
     settle: makes the limits of the y axis ignore the warm-up steps.
     svg: filled in by `draw`.
   """
@@ -57,6 +59,7 @@ class Panel:
   x_scale: str = 'linear'
   y_scale: str = 'linear'
   zero: bool = False
+  dodge: bool = False
   settle: bool = False
   svg: str = ''
 
@@ -136,7 +139,7 @@ def _draw_line(axis, panel: Panel, series: Series, i: int, place: int) -> None:
       axis.fill_between(x_X, series.low_X, series.high_X, color=colour(i), alpha=0.16, linewidth=0)
     axis.plot(x_X, series.mean_X, **style)
     return
-  if panel.x_scale == 'log':  # moves points by a fraction of a doubling, so that the bars of arms don't overlap
+  if panel.dodge:
     x_X = x_X * 2 ** dodge(len(panel.series), place, 0.3)
   axis.plot(x_X, series.mean_X, marker='o', markersize=3, **style)
   if banded:

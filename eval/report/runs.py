@@ -43,12 +43,14 @@ class DataIdentity:
     sources: source -> SHA-256 of its prepared tokens; empty for RL, or if not recorded.
     rows: the number of rows of data.sequence_length tokens read so far; NaN if not recorded.
     prompts: the number of prompts consumed by RL; NaN for pre-training.
+    problems: SHA-256 of RL's problems; '' if their number is unlimited, or if not recorded.
   """
 
   tokenizer: str = ''
   sources: dict[str, str] = dataclasses.field(default_factory=dict)
   rows: float = math.nan
   prompts: float = math.nan
+  problems: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Run:
 
   @property
   def tokens(self) -> float:
-    """The number of tokens learned from so far."""
+    """The number of tokens learned from so far; for RL, the number of tokens drawn."""
     if not self.is_rl:
       return self.last_step * self.tokens_per_step
     return float(np.nansum(self.curves['train/tokens'][1])) if 'train/tokens' in self.curves else math.nan

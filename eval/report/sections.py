@@ -202,7 +202,7 @@ class Report:
              self._tables('gains', self.gains, names, words.GAIN_NOTE, name='What RL changed')]
     for benchmark in sorted({name for run in self.sweep.runs for name in run.samples}):
       panels = [Panel(f'{stage}_{benchmark}_pass_at_k', f'Pass@k, {stage}', 'k',
-                      curves.pass_curve(self.sweep, stage, benchmark), x_scale='log')
+                      curves.pass_curve(self.sweep, stage, benchmark), x_scale='log', dodge=True)
                 for stage in self.sweep.stages]
       parts.append(self._figure(
         f'Pass@k on {benchmark}, unbiased, all k from one set of samples. Bars are the 95 % interval over problems and '
@@ -211,7 +211,7 @@ class Report:
     return join(parts)
 
   def other_benchmarks(self) -> Html:
-    """Returns the paper's average, and all scores of lm-evaluation-harness."""
+    """Returns the arms' averages over the paper's 19 benchmarks, and all their scores of lm-evaluation-harness."""
     parts = []
     names = (*paper.AVERAGES, *paper.CATEGORIES, *paper.BENCHMARKS)
     if self.paper:
@@ -266,8 +266,9 @@ class Report:
     return join([
       table(where, rows, 'Time in steps is without evaluation and saving. Tokens/s is the median over steps; for RL, '
             'of tokens drawn.', class_='words'),
-      table(what, data, 'SHA-256 of the tokenizer and of each source\'s prepared tokens, as the newest checkpoint '
-            f'records them (first {HASH} characters). RL reads prompts.', class_='words'),
+      table(what, data, 'SHA-256 of the tokenizer, of each source\'s prepared tokens, and of RL\'s problems where they '
+            f'come from files, as the newest checkpoint records them (first {HASH} characters). Tokens of RL are those '
+            'drawn.', class_='words'),
       details('The command that started each run', tag('pre', commands))])
 
   # Parts of sections
@@ -414,9 +415,9 @@ def _moment(seconds: float) -> str:
 
 
 def _data(run: Run) -> str:
-  """Returns the data's names and hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL."""
+  """Returns the data's names and hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL and its hash."""
   if run.is_rl:
-    return str(setting(run.config, 'rl.task.uri') or UNKNOWN)
+    return f'{setting(run.config, "rl.task.uri") or UNKNOWN} {run.identity.problems[:HASH]}'.strip()
   return ', '.join(f'{name} {sha256[:HASH]}' for name, sha256 in sorted(run.identity.sources.items())) or UNKNOWN
 
 

@@ -8,7 +8,6 @@ Memory is what the compiler assigned. Time is predicted from the compiled progra
 launch/plan/predict.py describes the method.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -19,12 +18,12 @@ import tempfile
 from collections.abc import Sequence
 
 from betarank.configs import load, settings
+from betarank.configs.parser import Parser
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command. The exit status is 1 if no plan fits."""
-  parser = argparse.ArgumentParser(prog='betarank plan', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank plan', __doc__)
   parser.add_argument('--topology', required=True, help='v5e-256, v5p-128, v6e-64, ...')
   parser.add_argument('--slices', type=int, default=1, help='pods joined by a network; the data axis spans them')
   parser.add_argument('--usd_per_chip_hour', type=float, default=0.0, help='the price, to print what the stage costs')

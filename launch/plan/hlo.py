@@ -142,8 +142,8 @@ class Program:
     return found
 
   def trip_count(self, loop: Instruction) -> int:
-    """Returns how often a loop runs: XLA's own number, or N if its condition is `i < N`. Otherwise 1, or 0 if it is
-    RARE.
+    """Returns how often a loop runs: XLA's own number, or N if its condition is `i < N`. Otherwise 1, or 0 for
+    the loop that RARE matches.
     """
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:

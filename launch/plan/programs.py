@@ -26,10 +26,10 @@ EOS = 0  # any id will do, because it is a constant that changes neither memory 
 
 
 def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
-  """Returns the run's mesh over `devices`, the same that a start of the run creates.
+  """Returns the mesh that the run would create over `devices`.
 
   Raises:
-    PlanError: a start would raise ConfigError. The message has a mesh or batch that would work.
+    PlanError: the run would end with a ConfigError. The message has a mesh or batch that would work.
   """
   run, count = work.run, len(devices)
   try:
@@ -53,8 +53,9 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
   """Returns the abstract train state, and for each program a function that lowers it.
 
-  The programs are `train`, or in RL `update` and `decode`, with the shapes of the longest phase. RL also runs two
-  smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference policies.
+  The programs are `train`, or in RL `update` and `decode`, with the shapes of the phase with the longest answers. RL
+  also runs two smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference
+  policies.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -67,7 +68,7 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
 
 
 def sampler_config(work: Workload) -> SamplerConfig:
-  """Returns the settings of the sampler in RL's longest phase, as rl/loop.py creates them."""
+  """Returns the settings of the sampler, as rl/loop.py creates them, for RL's phase with the longest answers."""
   rl = work.rl
   return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True)
 

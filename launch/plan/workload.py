@@ -33,7 +33,7 @@ class Workload:
 
   @property
   def length(self) -> int:
-    """The number of tokens per row. In RL, a row has a prompt and an answer of the longest phase."""
+    """The number of tokens per row. In RL, a row has a prompt and an answer of the largest length."""
     return self.run.sequence_length
 
   @property

@@ -132,7 +132,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
         def step(masked, t, carry):
           """Computes the scores of block t and adds the values of block t-1.
 
-          Then the other warpgroup uses the tensor cores while this one computes exponentials.
+          In this order, one warpgroup can use the tensor cores while the other computes exponentials.
           """
           out_QH, most_Q, sum_Q, p_QS = carry
           slot, before = lax.rem(t0 + t, STAGES), lax.rem(t0 + t - 1, STAGES)

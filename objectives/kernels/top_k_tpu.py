@@ -62,7 +62,7 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns per group. Each lane of these columns is a group, so it has so many logits."""
+  """Returns the number of columns per group. A group is one lane of these columns, so this is also its size."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -101,9 +101,9 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
 
 
 def _bracket(columns, k):
-  """Returns (the largest entry, a number that at least k entries are not below).
+  """Returns (the largest entry, a lower bound for the k-th largest entry).
 
-  The second is the smallest of the maxima of k or more disjoint sets of entries.
+  The bound is the smallest of the maxima of k or more disjoint sets of entries.
   """
   sets = columns[:pl.cdiv(k, LANES)]
   for c in range(len(sets), len(columns)):

@@ -1,4 +1,4 @@
-"""Finds out what equations say that give a name to a value."""
+"""Reads equations that give a name to a value, such as `x = 3`, and returns the name and the value."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -160,7 +160,7 @@ class _Parser:
     return Node('neg', (node,)) if negative else node
 
   def _is_negative(self) -> bool:
-    """Takes signs, and returns whether they make the following negative."""
+    """Consumes plus and minus signs. Returns True if they make what follows negative."""
     negative = False
     while self.next in ('-', '+') and self.next:
       negative ^= self._take() == '-'
@@ -174,6 +174,8 @@ class _Parser:
     found = _MIXED.match(' '.join(self.tokens[self.at:self.at + 9]) + ' ') if self.next.isdigit() else None
     if found is None:
       return None
+    if len(found[0]) > MAX_DIGITS:
+      raise Unreadable('a number is too long')
     whole, *parts = (int(part) for part in found.groups() if part)
     if not parts[1]:
       raise Unreadable('it divides by zero')
@@ -289,6 +291,8 @@ class _Parser:
     if '.' in token and 'e' not in token.lower():
       repeated = self._repeated()
       if repeated:
+        if len(repeated) > MAX_DIGITS:
+          raise Unreadable('a number is too long')
         start = literal(token).args[0]
         places = len(token.partition('.')[2])
         tail = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** places)
@@ -343,10 +347,10 @@ class _Parser:
     order, rest = 1, top[1:]
     if rest[0] == '^':
       power = [t for t in rest[1:4] if t not in ('{', '}')][:1]
-      if not power or not power[0].isdigit():
+      if not power or not power[0].isdigit() or len(power[0]) > 1:
         return None
       order, rest = int(power[0]), rest[4 if rest[1] == '{' else 2:]
-    if not rest or order > 9:
+    if not rest:
       return None
     inner = _Parser(rest)
     symbol = inner._symbol()

@@ -3,8 +3,8 @@ r"""Recognizes what kind of answer a text is: a number with a unit, an interval,
     read(r'(-\infty, 3]')        Interval(low=..., high=..., closed=(False, True))
     read('x = 1 or x = 2')       Many(kind='or', items=(Relation(...), Relation(...)))
 
-Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for any other text. Nothing is
-evaluated.
+Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for a text of another kind.
+Nothing is evaluated.
 """
 
 import functools

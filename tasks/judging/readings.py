@@ -8,6 +8,7 @@ from betarank.tasks.judging.expressions import Node
 from betarank.tasks.judging.latex import is_word, spelled
 from betarank.tasks.judging.units import Unit
 
+_SHOWN_BITS = 100  # a larger number isn't written out; Python refuses to, from 4300 digits
 _GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't separate two letters
 
 
@@ -50,7 +51,8 @@ class Value(Reading):
 
   def __str__(self) -> str:
     exact = None if self.node is None else values.exact(self.node)
-    value = '' if exact is None or str(exact) == self.shown or max(exact.as_integer_ratio()) > 10**30 else f' = {exact}'
+    long = exact is None or max(part.bit_length() for part in exact.as_integer_ratio()) > _SHOWN_BITS
+    value = '' if long or str(exact) == self.shown else f' = {exact}'
     unit = f', unit {self.unit.name}' if self.unit else ''
     return f'{self.kind} {self.shown}{value}{unit}{"" if self.node else ", for math-verify"}'
 

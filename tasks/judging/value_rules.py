@@ -14,7 +14,7 @@ _PERCENT = Fraction(1, 100)
 
 
 class ValueRules:
-  """Compares values. rule: the rule that decided, of the outermost comparison."""
+  """Compares values. rule: the rule that decided the outermost comparison."""
 
   def __init__(self, by_math_verify: ByMathVerify):
     self.by_math_verify = by_math_verify

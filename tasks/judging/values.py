@@ -312,7 +312,7 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Returns whether `stated` is `value` rounded to the digits that it has. It may be off by one in the last digit."""
+  """Returns whether `stated` is `value` rounded to the digits of `stated`. The last digit may be off by one."""
   digits = precision(stated)
   if symbols(value) or symbols(stated):
     return False

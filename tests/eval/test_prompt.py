@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from betarank.configs.errors import UserError
 from betarank.eval import loaded as loading
 from betarank.eval import prompt_command
 from betarank.eval.loaded import Sampling, continuation, load_model, sample
+from betarank.runtime import stop
 
 TEXT = 'Question: What is 3 + 4?\nSolution:'
 FEW = ['--max_new_tokens=8']
@@ -23,7 +25,7 @@ def loaded(run_dir):
 @pytest.fixture
 def generate(loaded, run_dir, monkeypatch, capsys):
   """Runs the command on a checkpoint that is loaded once; returns what it prints."""
-  monkeypatch.setattr(loading, 'load_model', lambda path: loaded)
+  monkeypatch.setattr(loading, 'load_model', lambda path, tokenizer: loaded)
 
   def run(*flags):
     prompt_command.main([f'--checkpoint={run_dir}', *FEW, *flags])
@@ -65,6 +67,7 @@ def test_ctrl_c_ends_without_a_traceback(generate, monkeypatch):
   def interrupted(*_):
     raise KeyboardInterrupt
   monkeypatch.setattr('builtins.input', interrupted)
+  monkeypatch.setattr(stop, 'leave', sys.exit)  # this process must go on
   with pytest.raises(SystemExit) as end:
     generate()
   assert end.value.code == 130

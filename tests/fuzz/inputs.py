@@ -1,6 +1,5 @@
 """The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face."""
 
-import argparse
 import contextlib
 import dataclasses
 import gzip
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.parser import Parser
 from betarank.configs.sections import section
 from betarank.data.config import DataConfig, DataError, SourceConfig
 from betarank.model.hf_config import HfError
@@ -140,7 +140,7 @@ def command_line(folder):
 
   def check(argv):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-      config, _ = load.from_command_line(argparse.ArgumentParser(prog='x'), argv)
+      config, _ = load.from_command_line(Parser('x'), argv)
     _sections(config)
 
   return make, check, nothing

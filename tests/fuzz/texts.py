@@ -45,8 +45,9 @@ def _answer(rng: random.Random, good: bool):
 
 @target(160, strategy=_answers)
 def answers(folder):
-  """What the trainer's own process does with an answer: it extracts it, strips it, and judges it if it is a number."""
+  """An answer is cut out of a text, and judged by all rules but math-verify: a verdict, and never an exception."""
   from betarank.tasks.answers import final_answer
+  from betarank.tasks.judging.comparison import Judgement, judge
   from betarank.tasks.task_set import Task
   from betarank.tasks.verifiers import Verifier, VerifierConfig
 
@@ -54,10 +55,12 @@ def answers(folder):
 
   def check(case):
     boxed, given, wanted = case
+    task = Task('', 'Q', 'Question: Q\nSolution:', wanted, 'math', 'boxed' if boxed else 'line')
     for text in (f' steps\nAnswer: {given}\n', f'so \\boxed{{{given}}}.', given):
-      for kind in ('math', 'exact'):
-        task = Task('', '', '', wanted, kind, 'boxed' if boxed else 'line')
-        verifier._grade_here(final_answer(text, task), task)
+      found = final_answer(text, task)
+      if found is not None and len(found) <= 10_000:  # as eval.sample.verifier.answer_chars
+        assert isinstance(judge(wanted, found), Judgement)
+      verifier._grade_here(found, task)  # in the trainer's own process
 
   return lambda rng, good=False: _answer(rng, good), check, nothing
 

@@ -74,11 +74,20 @@ def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothi
 def test_settled_prompts_are_asked_less_often(parts):
   for texts, share in (([WRONG, WRONG], 0.25), ([RIGHT, RIGHT], 0.25), ([RIGHT, WRONG], 1)):
     p = parts(texts, **{'rl.repeat_zero_variance': '0.25', 'rl.max_prompt_tokens': '64'})
-    progress, asked = Progress.read({}, p.tasks.size), 0
+    progress, asked = Progress.read({}, p.tasks, True), 0
     for number in range(1, 40):
       _, seen, progress = loop.sample_and_judge(p, None, progress, number)
       asked += len(seen)
     assert asked / progress.prompts == pytest.approx(share, abs=0.06)
+
+
+def test_figures_of_a_reward_of_ones_own_are_its_means(parts, tmp_path):
+  (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
+  p = parts([RIGHT, WRONG], **{'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip'})
+  kept, seen, progress = step(p)
+  figures = loop.describe_step({}, kept, seen, progress.prompts)
+  assert figures['train/pass_rate'] == -0.25 and figures['train/undecided'] == 0
+  assert figures['train/tokens'] == 2 * 2 * 4 and figures['train/prompts_passed_over'] == progress.prompts - 4
 
 
 def test_problems_to_evaluate_on_need_no_held_out_ones(parts, tmp_path):

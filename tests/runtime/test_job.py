@@ -30,7 +30,9 @@ def test_flags_that_name_no_process_are_refused(flags):
 
 
 def test_without_a_coordinator_the_job_is_one_process():
-  assert job.locate('', 4, 3)[:3] == ('', 1, 0)
+  assert job.locate('', 1, 0)[:3] == ('', 1, 0)
+  with pytest.raises(JobError, match='--coordinator=HOST:PORT'):
+    job.locate('', 4, 3)
 
 
 def test_auto_reads_slurms_environment(monkeypatch):
