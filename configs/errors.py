@@ -41,7 +41,7 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
   start = name[:max(name.rfind('.'), name.rfind('/')) + 1]
   while True:
     inside = [c.removeprefix(start) for c in candidates if c.startswith(start)]
-    if near := difflib.get_close_matches(name.removeprefix(start), inside, n=1):
+    if near := difflib.get_close_matches(name.removeprefix(start), inside, n=1, cutoff=0.7):
       return f'; did you mean {start}{near[0]}?'
     if len(inside) == len(candidates):
       return ''

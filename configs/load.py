@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from betarank.configs import describe, renamed, settings
 from betarank.configs.errors import ConfigError, suggestion
-from betarank.configs.parser import Parser, at_home, not_a_place
+from betarank.configs.parser import Parser, at_home, not_a_place, place
 
 
 def from_command_line(
@@ -191,14 +191,14 @@ def shipped() -> list[str]:
 
 def _load_json(path: str) -> ConfigDict:
   try:
-    values = json.loads(epath.Path(path).read_text())
+    values = json.loads(epath.Path(place(path)).read_text())
     if not isinstance(values, dict):
       raise ValueError('the top level is no object')
     return ConfigDict(values)
   except FileNotFoundError:
     raise ConfigError(f'--config={path}: no such file') from None
-  except ImportError as error:
-    raise ConfigError(f'--config={path}: {error} (pip install gcsfs for gs://)') from None
+  except argparse.ArgumentTypeError as error:  # a package for gs:// is missing
+    raise ConfigError(f'--config={error}') from None
   except OSError as error:
     raise ConfigError(f'--config={path}: could not be read ({error.strerror or error})') from None
   except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: a key ConfigDict can't hold

@@ -5,6 +5,7 @@ The commands run in this process. All of these mistakes are found before a devic
 
 import sys
 
+import fsspec  # noqa: F401   registers what it can read
 import pytest
 
 from betarank import __main__
@@ -60,6 +61,9 @@ MISTAKES = [
   ('sweep --config=configs/smoke.py --root=runs/x --on=tpu', 'gs://BUCKET'),
   ('plan --config=configs/smoke.py --topology=v5e-3', 'v5e comes as v5e-4'),
   ('generate --checkpoint={run} --samples=0', '--samples'),
+  ('explore {run} --export=view.html', 'name what to show'),
+  ('explore {run} --top_k=-1', '--top_k'),
+  ('explore {run} --prot=8000', 'did you mean --port'),
   ('generate --checkpoint={run} --temperature=-1', 'temperature'),
   ('config configs/smok.py', 'did you mean configs/smoke.py'),
   # places
@@ -147,6 +151,8 @@ def places(data_dir, tmp_path_factory):
 @pytest.mark.parametrize('line, says', MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_one_line_says_what_was_meant(line, says, places, capsys, monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
+  for name in ('gs', 'gcs'):  # which tests with a bucket in memory register
+    monkeypatch.delitem(sys.modules['fsspec.registry']._registry, name, raising=False)
   assert says.format(**places) in refused(capsys, [word.format(**places) for word in line.split()])
   assert not (places['new'] / 'config.json').exists() and not (places['new'] / 'tokenizer.model').exists()
 
@@ -162,6 +168,7 @@ def test_a_suggestion_is_neither_what_was_typed_nor_an_unrelated_neighbour():
   assert suggestion('config.rl', ['config.log', 'config.train', 'config.model']) == ''
   assert suggestion('config.optimiser.lr', ['config.optimizer.lr', 'config.log.every_steps']).endswith('optimizer.lr?')
   assert suggestion('runs/bta', ['runs/beta', 'runs/data']) == '; did you mean runs/beta?'
+  assert suggestion('runs/nowhere', ['runs/other']) == ''
 
 
 def test_home_and_dashes_are_read_as_meant(monkeypatch):

@@ -2,7 +2,7 @@
 betarank explore RUN [RUN ...] --export=FILE --text=TEXT   writes the view of a text as one HTML file
 
 Shows what each checkpoint predicts, token by token. Type a text, or pick a document of the validation data or a
-problem. RUN is a workdir, whose newest checkpoint is taken, or a checkpoint. All must have the same tokenizer.
+problem. RUN is a checkpoint, or a workdir, whose newest checkpoint is used. All must have the same tokenizer.
 
     betarank explore runs/smoke/reasoning/beta=0 runs/smoke/reasoning/beta=-0.25
 """
@@ -17,7 +17,11 @@ from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command; Ctrl-C ends it. Raises UserError for arguments that don't fit."""
+  """Runs the command until Ctrl-C, or until the view is written.
+
+  Raises:
+    UserError: an argument is not allowed.
+  """
   parser = Parser('betarank explore', __doc__)
   parser.add_argument('run', nargs='+', type=place, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
   parser.add_argument('--tokenizer', type=place, metavar='PATH',

@@ -10,6 +10,7 @@ import http.server
 import json
 import secrets
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +47,8 @@ class Server(http.server.ThreadingHTTPServer):
       actions: {name: function}, for POST to api/NAME: JSON in, JSON out. A UserError of theirs is shown to the user.
       port: 0 for any that is free.
 
-    Raises OSError if the port is taken.
+    Raises:
+      OSError: the port is taken.
     """
     self.files, self.actions, self.token = files, actions, secrets.token_urlsafe(16)
     super().__init__((ADDRESS, port), _Handler)
@@ -96,6 +98,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return 400, {'error': one_line(error)}
     except (ValueError, TypeError, KeyError, RecursionError):
       return 400, {'error': 'not a request that the page makes'}
+    except Exception:  # such as a device that is out of memory: the page stays up
+      traceback.print_exc()
+      return 500, {'error': 'the computation failed; the terminal shows why'}
 
   def _path(self):
     """Returns the path below the token; None, and an answer, for a request that has no right to one."""

@@ -8,7 +8,6 @@ continuations of it, each as a passage of its own:
 
 import dataclasses
 import itertools
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from betarank.tasks.verifiers import Verifier
 MOST_TOKENS = 2048  # of a text
 MOST_SAMPLES = 16  # per checkpoint
 MOST_NEW_TOKENS = 1024
+MOST_PROBLEMS = 10**9 - 1  # number of the last one that is asked of a task without end
 NAMES = {'CE': 'β = 0'}
 
 
@@ -74,7 +74,7 @@ class Explorer:
     """Returns the view of a problem, with `samples` answers by each checkpoint and the verdicts on them."""
     if self.tasks is None:
       raise EvalError('there are no problems; name a task with --task=reasoning:NAME or --task=jsonl:FILE')
-    last = math.inf if self.tasks.size is None else self.tasks.size - 1
+    last = MOST_PROBLEMS if self.tasks.size is None else self.tasks.size - 1
     if not 0 <= index <= last:
       raise EvalError(f'problems are numbered 0 to {last}, got {index}')
     with self.lock:
@@ -184,7 +184,11 @@ def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
   """Returns the problems of the task `uri`, or of the first checkpoint that names one.
 
   RL's own task comes first, then a source of generated problems. Problems that were held out of training are asked
-  where there are any. Raises EvalError for a task that can't be used.
+  where there are any.
+
+  Raises:
+    EvalError: the task can't be used.
+    DataError: its problems can't be read.
   """
   configs = [m.ref.meta['config'] for m in models]
   of_rl = [c['rl']['task'] for c in configs if 'rl' in c]

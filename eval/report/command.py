@@ -55,11 +55,12 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--out', type=place, metavar='DIR')
   parser.add_argument('--watch', action='store_true', help='write the report again every minute, until Ctrl-C')
   args = parser.parse_args(argv)
+  out = args.out or ''
   try:
-    print(f'report: {write_report(args.root, args.out)}', flush=True)
+    print(f'report: {write_report(args.root, out)}', flush=True)
     while args.watch:
       time.sleep(EVERY_S)
-      write_report(args.root, args.out)
+      write_report(args.root, out)
   except OSError as error:
     raise UserError(str(error)) from None
   except KeyboardInterrupt:

@@ -140,21 +140,19 @@ def test_what_the_sampler_cannot_do_is_refused(ours, asked, message):
   assert '\n' not in str(error.value)
 
 
-def test_the_command_writes_what_the_harness_finds(run_dir, folder, monkeypatch, capsys):
-  command = ['eval', 'harness', f'--checkpoint={run_dir}', '--tasks=sums,texts', '--limit=6',
+def test_the_command_writes_what_the_harness_finds(run_dir, folder, capsys):
+  command = ['harness', f'--checkpoint={run_dir}', '--tasks=sums,texts', '--limit=6',
              f'--include_path={folder}']
-  monkeypatch.setattr('sys.argv', command)
-  main()
+  main(command)
   path = run_dir / 'eval' / 'harness' / 'sums+texts' / '8.json'
   found = json.loads(path.read_text())
   assert found['step'] == 8 and found['tasks'] == ['sums', 'texts'] and found['limit'] == 6
   assert 0 <= found['results']['sums']['acc,none'] <= 1 and found['results']['texts']['bits_per_byte,none'] > 0
   assert 'word_perplexity' in capsys.readouterr().out
-  main()
+  main(command)
   assert 'is there already' in capsys.readouterr().out
-  monkeypatch.setattr('sys.argv', [*command[:3], '--tasks=hellaswagg'])
   with pytest.raises(UserError, match='--tasks=hellaswagg: no such task; did you mean hellaswag.'):
-    main()
+    main([*command[:2], '--tasks=hellaswagg'])
 
 
 def test_processes_that_are_asked_for_other_texts_end_with_one_line(ours, monkeypatch):

@@ -87,22 +87,22 @@ const tint = (lead) => clamp(Math.abs(lead)) ** 0.55 * 0.85;
 function paint(node, passage, m, i) {
   const {of, heat, lead} = MEASURES[measure];
   const difference = compare === 'difference';
-  let strong = false;
+  let v;
   if (difference) {
     const other = m === 0 ? 1 : m;
     const d = lead(passage.figures[0], passage.figures[other], i);
-    const v = tint(d);
+    v = tint(d);
     node.style.setProperty('--c', colour(d > 0 ? other : 0));
     node.style.setProperty('--v1', v.toFixed(3));
-    strong = v > 0.6;
   } else {
-    const v = heat(of(passage.figures[m], i));
+    v = heat(of(passage.figures[m], i));
     node.style.setProperty('--v1', clamp(2 * v).toFixed(3));
     node.style.setProperty('--v2', clamp(2 * v - 1).toFixed(3));
-    strong = v > 0.78;
   }
   node.classList.toggle('tint', difference);
-  node.classList.toggle('strong', strong);
+  // Where the text has to change its colour to stay readable: on light paper if hot, on dark paper if warm.
+  node.classList.toggle('warm', v > (difference ? 0.5 : 0.57));
+  node.classList.toggle('hot', !difference && v > 0.86);
 }
 
 // Tokens
@@ -188,7 +188,7 @@ function drawVerdict() {
   for (let m = 1; m < rows.length; m++) words.append(comparison(rows, m, N));
   words.append(make('p', {}, compare === 'difference'
     ? 'A token has the colour of the model that ' + MEASURES[measure].surer + '; the deepest is 1 nat.'
-    : 'Dark tokens are those where a model is ' + (measure === 'entropy' ? 'unsure what comes next' : 'surprised')
+    : 'Highlighted tokens are those where a model is ' + (measure === 'entropy' ? 'unsure what comes next' : 'surprised')
       + '. Choose one to see what each model expected there.'
       + (rows.length > 1 ? ' Entropies within 0.01 nats count as equal.' : '')));
   const k = about.top_k;

@@ -18,9 +18,14 @@ def fail(_):
   raise UserError('the reason,\nin words')
 
 
+def crash(_):
+  raise RuntimeError('out of memory, at /home/secret')
+
+
 @pytest.fixture(scope='module')
 def server():
-  actions = {'echo': lambda request: request, 'fail': fail, 'broken': lambda request: request['missing']}
+  actions = {'echo': lambda request: request, 'fail': fail, 'broken': lambda request: request['missing'],
+             'crash': crash}
   with Server(page.served(), actions) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -61,6 +66,12 @@ def test_an_error_is_told_in_one_line_without_details(ask):
   for action, body in (('broken', '{}'), ('echo', '{'), ('echo', '[' * 60_000), ('broken', '[]'), ('echo', b'\xff')):
     status, _, content = ask('POST', f'api/{action}', body, JSON)
     assert status == 400 and json.loads(content) == {'error': 'not a request that the page makes'}
+
+
+def test_a_computation_that_fails_is_shown_in_the_terminal_only(ask, capfd):
+  status, _, content = ask('POST', 'api/crash', '{}', JSON)
+  assert status == 500 and b'secret' not in content and 'secret' in capfd.readouterr().err
+  assert ask('GET', '')[0] == 200
 
 
 @pytest.mark.parametrize('status, method, path, headers', [

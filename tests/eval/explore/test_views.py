@@ -12,7 +12,7 @@ from betarank.eval.explore import command, page, views
 from betarank.eval.loaded import Sampling
 from tests.eval.explore.conftest import FEW, TASK
 
-TEXT = 'Question: What is 3 + 4?\nSolution: <b>7</b> ☃'
+TEXT = 'Question: 3 + 4?\nSolution: <b>7</b> ☃'
 
 
 @pytest.fixture(scope='module')
@@ -24,7 +24,7 @@ def view(explorer):
 def test_a_text_is_its_tokens_with_what_each_model_predicts(view, explorer):
   prompt = view['prompt']
   whole = ''.join(views.token_text(explorer.models[0].tokenizer, t) for t in prompt['tokens'])
-  assert whole.startswith('Question: What is 3 + 4?\nSolution: <b>7</b> ') and '<E2><98><83>' in whole
+  assert whole.startswith('Question: 3 + 4?\nSolution: <b>7</b> ') and '<E2><98><83>' in whole
   N = len(prompt['tokens'])
   a, b = prompt['figures']
   assert a != b and view['samples'] == [] and view['problem'] is None
@@ -52,7 +52,8 @@ def test_documents_are_those_of_the_validation_split(explorer):
 
 @pytest.mark.parametrize('ask, words', [
   (lambda e: e.document('mian', 0), 'no source'), (lambda e: e.document('main', 10**9), 'documents 0 to'),
-  (lambda e: e.problem(-1, 1, FEW), 'numbered 0 to'), (lambda e: e.text('x ' * 5000), 'at most 2048 are shown'),
+  (lambda e: e.problem(-1, 1, FEW), 'numbered 0 to'), (lambda e: e.problem(10**30, 1, FEW), 'numbered 0 to'),
+  (lambda e: e.text('x ' * 5000), 'at most 2048 are shown'),
   (lambda e: e.text('x', 17, FEW), r'samples must be in \[0, 16\]'),
   (lambda e: e.text('x', 1, Sampling(max_new_tokens=10**6)), 'max_new_tokens must be at most'),
   (lambda e: dataclasses.replace(e, tasks=None).problem(0, 1, FEW), 'name a task with --task'),
