@@ -31,12 +31,12 @@ def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Map
       load.override(asked, key, text)
   wanted, present = load.flatten(asked), load.flatten(ConfigDict({'model': config.model}))
   for key, value in load.flatten({'model': trained['config']['model']}).items():
-    if settings.role(key) != settings.IDENTITY:
+    if key not in present or settings.role(key) != settings.IDENTITY:
       continue
     if wanted[key] != value:
       raise ConfigError(f'config.{key} is {value} in the checkpoint to start from, and can\'t be {wanted[key]}; leave '
                         'it out')
-    if present.get(key) != value:
+    if present[key] != value:
       *sections, leaf = key.split('.')
       place = config
       for name in sections:

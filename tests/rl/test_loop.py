@@ -125,7 +125,7 @@ def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
     ('--config.rl.minibatches=3', 'config.rl.minibatches must divide prompts_per_step = 4'),
     ('--config.rl.loss.cov=kl_cov', "config.rl.minibatches must be > 1 with loss.cov = 'kl_cov'"),
     ('--config.train.init_from=nowhere', 'nowhere: no such folder'),
-    ('--config.model.rope_base=1e6', 'config.model.rope_base must be 10000.0'),
+    ('--config.model.rope_base=1e6', 'config.model.rope_base is 10000.0 in the checkpoint'),
     ('--config.rl.max_prompt_tokens=5', 'more than config.rl.max_prompt_tokens = 5'),
   ],
 )

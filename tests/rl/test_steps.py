@@ -3,8 +3,10 @@
 import types
 
 import pytest
+from etils import epath
 
 from betarank.configs import load
+from betarank.configs.errors import ConfigError
 from betarank.data import DataError
 from betarank.rl import loop
 from betarank.rl.config import rl_run
@@ -109,3 +111,12 @@ def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
                               sample=lambda *_: None, say=lambda _: None)
   loop.evaluate(p, None, Progress(), 0, log)
   assert asked == [0, 1, 2] and lines[0][1]['avg_at_2'] == 0.5
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+  rl = rl_run(load.load('configs/rl_smoke.py')).rl
+  (tmp_path / 'checkpoints' / '60').mkdir(parents=True)
+  loop.check_steps(rl, epath.Path(tmp_path))
+  (tmp_path / 'checkpoints' / '61').mkdir()
+  with pytest.raises(ConfigError, match='config.rl.steps must be at least 61, .* got 60'):
+    loop.check_steps(rl, epath.Path(tmp_path))

@@ -96,8 +96,9 @@ def test_two_processes_killed_and_started_again_equal_uninterrupted_ones_and_one
 
 def test_a_finished_run_started_again_changes_nothing(undisturbed, data_dir):
   before = metrics(undisturbed)
-  finish_well([start(data_dir, undisturbed)])
+  [(_, out, _)] = finish_well([start(data_dir, undisturbed)])
   assert metrics(undisturbed) == before
+  assert f'finished already: step {STEPS} of {STEPS}' in out and 'a larger config.train.tokens continues the run' in out
 
 
 def test_a_workdir_of_another_config_is_refused(undisturbed, data_dir):
@@ -106,10 +107,9 @@ def test_a_workdir_of_another_config_is_refused(undisturbed, data_dir):
   assert metrics(undisturbed)[-1]['step'] == STEPS
 
 
-def test_a_checkpoint_of_another_shape_is_refused(undisturbed, data_dir, tmp_path):
+def test_an_override_that_contradicts_the_checkpoint_is_refused(undisturbed, data_dir, tmp_path):
   message = refused(data_dir, tmp_path, f'--config.train.init_from={undisturbed}', '--config.model.d_ff=48')
-  assert 'checkpoints/12: holds float32[2, 64, 32] for params.layers.feed_forward.down_FD' in message
-  assert 'but this config makes it float32[2, 48, 32]' in message
+  assert "config.model.d_ff is 64 in the checkpoint to start from, and can't be 48" in message
 
 
 def test_init_from_nowhere_is_refused(data_dir, tmp_path):
