@@ -30,6 +30,7 @@ FIRST_AND_LAST = 10  # the figures at the start and the end of an RL run are mea
 WIDTH = 80  # the width of the table in columns, if there is no terminal
 LABEL = 22  # if a name is longer, the table has numbers, and a legend explains them
 FORMATS = ('png', 'svg')
+LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room that a line's sample takes, in characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,20 +230,29 @@ def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
   For pre-training runs they show cross-entropy, entropy, and the difference of each from the first run. For RL runs
-  they show reward, held-out problems, entropy and length.
+  they show reward, held-out problems, entropy and length. The legend has the settings in which the runs differ.
   """
   import matplotlib
+
+  with matplotlib.rc_context(STYLE):
+    draw(runs).savefig(path, dpi=130)
+
+
+def draw(runs: Sequence[Run]) -> Any:
+  """Returns the figure that `plot` saves, a matplotlib Figure."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  labels = [textwrap.fill(name, 60) for name in names(runs)]
-  with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(10, 6.6), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2).flat
-    (_draw_rl if runs[0].kind == 'RL' else _draw_pretraining)(list(axes), runs, labels)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    figure.savefig(path, dpi=130)
+  labels = [textwrap.fill(name, LEGEND - LEGEND_KEY) for name in names(runs)]
+  longest = max(len(line) for label in labels for line in label.splitlines())
+  columns = max(1, min(3, LEGEND // (longest + LEGEND_KEY)))
+  lines = sum(label.count('\n') + 1 for label in labels) / columns
+  figure = Figure(figsize=(10, 6.4 + 0.2 * lines), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(2, 2).flat
+  (_draw_rl if runs[0].kind == 'RL' else _draw_pretraining)(list(axes), runs, labels)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=columns)
+  return figure
 
 
 def _draw_pretraining(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:

@@ -5,9 +5,11 @@ import argparse
 from betarank.configs.parser import place
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) -> None:
   """Adds the flags for the workdir, for resuming, and for jobs of several processes (runtime/job.py)."""
-  parser.add_argument('--workdir', required=True, type=place, help='where checkpoints, logs and the resolved config go')
+  parser.add_argument('--workdir', required=workdir_needed, type=place,
+                      help='where checkpoints, logs and the resolved config go'
+                      + ('' if workdir_needed else '; default: RUN-rl, beside RUN'))
   parser.add_argument('--fallback', action='store_true',
                       help='if the newest checkpoint is damaged, move it aside and resume from the newest good one')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
