@@ -9,8 +9,8 @@ The step between configs/small.py, where no difference between objectives shows,
 huggingface_hub); text=URI takes another source, such as text=parquet:corpus/*.parquet. The other arguments:
 objective=ce|beta_low|beta_high|tail|head, seed=0.
 
-Nobody has run it yet. `betarank plan` predicts 8 to 10 hours on a v5e-8, about 70 chip-hours, with 3.1 of 16.9 GB per
-chip. The time of the attention kernels isn't in that prediction.
+Nobody has run it yet. `betarank plan` predicts 6.3 to 7.3 hours on a v5e-8, 50 to 59 chip-hours, with 3.1 of 16.9 GB
+per chip.
 """
 
 from betarank.configs import common, paper

@@ -200,7 +200,8 @@ def _find(root: epath.Path) -> epath.Path:
     return root
   folder = root / 'checkpoints' if (root / 'checkpoints').exists() else root
   if not (found := steps(folder)):
-    siblings = [str(p) for p in root.parent.iterdir() if (p / 'checkpoints').is_dir()] if root.parent.exists() else []
+    beside = root.parent.iterdir() if root.parent.exists() else []
+    siblings = [str(p) for p in beside if p.name == 'checkpoints' or (p / 'checkpoints').is_dir()]
     missing = 'no checkpoint there' if root.exists() else 'no such folder'
     raise CheckpointError(f'{root}: {missing}{suggestion(str(root), siblings)}')
   return folder / str(found[-1])
