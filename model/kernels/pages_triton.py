@@ -100,9 +100,9 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   )(q_RNH, pages_P2KSH, table.rows_UM, table.count_U, table.pages_BJ, table.prefix_B, length_R)
   if parts == 1:
     return out[0]
-  out, lse = out
-  w = jnp.exp2(lse - lse.max(0))
-  return (jnp.sum(out * w[..., None], 0) / w.sum(0)[..., None]).astype(q_RNH.dtype)
+  out_CRNH, lse_CRN = out
+  weight_CRN = jnp.exp2(lse_CRN - lse_CRN.max(0))
+  return (jnp.sum(out_CRNH * weight_CRN[..., None], 0) / weight_CRN.sum(0)[..., None]).astype(q_RNH.dtype)
 
 
 def _dot(a, b):
