@@ -19,11 +19,15 @@ SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.ev
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+# Both arms run the same programs: these are compiled once.
+smoke: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/$(SMOKE)/compiled
+smoke: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.2
+
 # Prepares data, pre-trains with beta = 0 and -0.25, continues both with RL, evaluates, prints a table of each stage, and
 # writes the report of all four runs. Text has no answers to reward, so make smoke SOURCE='text:/path/*.txt' ends after
 # pre-training. ARGS are appended to the commands that prepare and train.
 smoke: .venv/installed
-	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl
+	@rm -rf $(SMOKE)/beta=* $(SMOKE)/rl $(SMOKE)/compiled
 	$(BETARANK) data prepare --config='$(CONFIG)' $(ARGS)
 	$(BETARANK) train --config='$(CONFIG),beta=0' --workdir=$(SMOKE)/beta=0 $(ARGS)
 	$(BETARANK) train --config='$(CONFIG),beta=-0.25' --workdir=$(SMOKE)/beta=-0.25 $(ARGS)
@@ -39,9 +43,22 @@ ifeq ($(SOURCE),reasoning)
 	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
 	$(BETARANK) compare $(SMOKE)/rl/beta=0 $(SMOKE)/rl/beta=-0.25 --plot=$(SMOKE)/rl.png
 	$(BETARANK) report $(SMOKE)
+	@echo
+	@echo 'made, in $(SMOKE): data, two pre-trained models (beta=0, beta=-0.25), the same two after RL (rl/),'
+	@echo 'curves.png and rl.png, and report/report.html, which is the file to open first. Worth trying next:'
+	@echo '  . .venv/bin/activate'
+	@echo '  betarank explore $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25'
+	@printf '%s\n' "  betarank generate --checkpoint=$(SMOKE)/rl/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'"
+	@echo "  betarank rl --from=$(SMOKE)/beta=0 --task='reasoning:chain_sum?max_terms=4&max_digits=1'"
 else
 	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
-	@echo 'RL was skipped: it needs problems with answers, as SOURCE=reasoning generates them'
+	@echo
+	@echo 'made, in $(SMOKE): data, two models (beta=0, beta=-0.25), and curves.png. RL was skipped: it needs'
+	@echo 'problems with answers, as SOURCE=reasoning generates them. Worth trying next:'
+	@echo '  . .venv/bin/activate'
+	@echo '  betarank explore $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25'
+	@echo '  betarank generate --checkpoint=$(SMOKE)/beta=0'
+	@echo '  betarank report $(SMOKE)'
 endif
 
 test: .venv/installed

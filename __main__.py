@@ -1,20 +1,25 @@
-"""The one command: `betarank COMMAND ...`, or `python -m betarank COMMAND ...`.
+"""Runs `betarank COMMAND ...`; `python -m betarank COMMAND ...` does the same.
 
-Each command is a module with `main(argv)`. Only the chosen one is imported, so that help and errors come at once.
+Each command is a module with a function `main(argv)`. Only the module of the chosen command is imported, so that help
+and error messages appear quickly.
 """
 
 import importlib
 import sys
 
-from betarank.configs.errors import UserError, run_main, suggestion
+from betarank.configs.errors import Interrupted, UserError, run_main, suggestion
+from betarank.runtime.stop import interruptible, leave
 
-# Command -> (module, what `betarank --help` says of it), in the order of a project's life.
+# Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {
   'data': ('data.command', 'train a tokenizer; tokenize, index, verify or show data'),
   'train': ('train.command', 'pre-train a model'),
   'rl': ('rl.command', 'continue a model with reinforcement learning on verifiable rewards'),
   'eval': ('eval.command', 'probe a checkpoint, sample answers to a benchmark, or run lm-evaluation-harness'),
   'judge': ('tasks.command', 'judge answers as RL and evaluation do, and say why'),
+  'generate': ('eval.prompt_command', 'continue a text with a model, token by token; interactive'),
+  'explore': ('eval.explore.command', 'look at what checkpoints predict, token by token, side by side, in a browser'),
+  'watch': ('eval.watch', 'show the state of running runs in a table, from their files'),
   'compare': ('eval.compare', 'print the metrics of several runs side by side, and plot their curves'),
   'report': ('eval.report.command', 'write an HTML report of all runs below a folder'),
   'sweep': ('launch.sweep', 'run the points of an experiment here, or on TPU slices'),
@@ -26,7 +31,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-  """The text of `betarank --help`."""
+  """Returns the text of `betarank --help`."""
   width = max(map(len, COMMANDS))
   lines = [f'  {name:{width}}  {text}' for name, (_, text) in COMMANDS.items()]
   return '\n'.join(['usage: betarank COMMAND [--help] ...', '', *lines, '',
@@ -34,8 +39,14 @@ def usage() -> str:
 
 
 def main() -> None:
-  """Runs the command named on the command line; prints errors as one line and exits with status 2."""
-  run_main(lambda: _run(sys.argv[1:]))
+  """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2.
+
+  After Ctrl-C it is 130. A second Ctrl-C ends the process at once.
+  """
+  try:
+    run_main(lambda: _run(sys.argv[1:]))
+  except Interrupted:
+    leave(130)
 
 
 def _run(argv: list[str]) -> None:
@@ -45,7 +56,8 @@ def _run(argv: list[str]) -> None:
   name, *rest = argv
   if name not in COMMANDS:
     raise UserError(f'{name}: no such command{suggestion(name, COMMANDS)}; betarank --help lists them')
-  importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
+  with interruptible():
+    importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
 
 
 if __name__ == '__main__':

@@ -37,6 +37,7 @@ EXTRAS = {
     'gpu': ['jax[cuda13]>=0.10,<0.13'],
     'gcs': ['gcsfs>=2024.6'],
     'hf': ['safetensors>=0.7'],  # betarank hf import
+    'wandb': ['wandb>=0.19'],  # config.log.wandb
     'lm_eval': ['lm_eval>=0.4.13'],  # betarank eval harness
     'dev': ['safetensors>=0.7', 'pytest>=8.3', 'pytest-xdist>=3.6', 'hypothesis>=6.112', 'ruff>=0.8'],
 }
@@ -53,7 +54,7 @@ setup(
     python_requires='>=3.11',
     package_dir={'betarank': '.'},
     packages=['betarank', *(f'betarank.{p}' for top in FOLDERS for p in find_packages(include=[top, f'{top}.*']))],
-    package_data={'betarank.launch': ['*.sh', 'constraints.txt', 'examples/*']},
+    package_data={'betarank.launch': ['*.sh', 'constraints.txt', 'examples/*'], 'betarank.eval.explore': ['assets/*']},
     entry_points={'console_scripts': ['betarank = betarank.__main__:main']},
     install_requires=CORE,
     extras_require=EXTRAS,

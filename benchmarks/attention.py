@@ -1,8 +1,9 @@
 """Times attention kernels on a GPU, forward and backward, ours and others: python -m benchmarks.attention
 
-Rows of the 1B model: 8 x 4096 tokens, 16 query and 4 key heads of 128, bfloat16; `--documents=N` cuts each row into N
-of about equal length. TFLOP/s count 4·T/2·heads·width FLOPs per token forward and 2.5 times that backward, also where
-documents let a kernel skip some. `cudnn causal` attends across documents; the other cuDNN line shows what a mask costs.
+The rows are those of the 1B model: 8 x 4096 tokens, 16 query and 4 key heads of width 128, bfloat16. `--documents=N`
+cuts each row into N documents of about equal length. TFLOP/s count 4·T/2·heads·width FLOPs per token forward and 2.5
+times that backward, even if a kernel skips some because of documents. `cudnn causal` attends across documents; the
+other cuDNN line shows the cost of a mask.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def main():
       error = [np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(got, reference)]
       print(f'{name:36}{a * 1e3:12.3f}{forward_flops / a / 1e12:9.0f}{(ab - a) * 1e3:13.3f}'
             f'{2.5 * forward_flops / (ab - a) / 1e12:9.0f}   {" ".join(f"{e:.1e}" for e in error)}', flush=True)
-    except Exception as e:  # a kernel that isn't here or doesn't fit
+    except Exception as e:  # the kernel isn't installed, or doesn't support these sizes
       print(f'{name:36}{type(e).__name__}: {str(e)[:300]}', flush=True)
 
 

@@ -1,10 +1,10 @@
 """Times how long a save stalls training, and how long checks delay a restore: python -m benchmarks.checkpoint
 
-The state is that of a 100M-parameter model (weights and two AdamW moments, 1.2 GB in float32). Each round saves
-asynchronously, as training does, and once blocking; the ratio is computed per round. The next figure also counts what
-the next update loses to the writer, which shares its cores on a CPU. Then the last checkpoint is restored, whole and
-weights only, and its checks are timed: crc32 of every byte, which each restore computes, and sha256 of every byte,
-which is in the manifest and which `betarank checkpoint verify` computes.
+The state is that of a 100M-parameter model: weights and two AdamW moments, 1.2 GB in float32. Each round makes one
+asynchronous save, as training does, and one blocking save; their ratio is computed per round. A second ratio includes
+how much the next update is slowed down by the writer, which uses the same cores on a CPU. Then the last checkpoint is
+restored, whole and weights only, and its checks are timed: crc32 of every byte, which each restore computes, and sha256
+of every byte, which `betarank checkpoint verify` computes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax remarks that saves follow each other closely
+  logging.getLogger('absl').setLevel(logging.ERROR)  # hides Orbax's warnings that saves follow each other closely
   mesh = model.make_mesh(model.MeshConfig(1, -1, 1, 1, 1))
   with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
     tx = make_optimizer(ADAMW, 10, model.abstract(MODEL)[2])
@@ -92,7 +92,7 @@ def _restores(path, target, rounds: int) -> None:
 
 
 def timed(work):
-  """(seconds, result) of work(), its arrays ready."""
+  """Returns (seconds, result) of work(), after waiting for its arrays."""
   start = time.perf_counter()
   result = jax.block_until_ready(work())
   return time.perf_counter() - start, result

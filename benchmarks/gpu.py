@@ -1,7 +1,7 @@
-"""Runs everything worth measuring on one GPU, one command at a time: python -m benchmarks.gpu [--only=train,head]
+"""Runs all GPU benchmarks and tests, one command at a time: python -m benchmarks.gpu [--only=train,head]
 
-Each part is a process of its own, because JAX keeps the card's memory. A part that fails (a peer isn't installed, a
-model doesn't fit) ends only itself. The last lines are one table of all parts.
+Each part is a separate process, because JAX keeps the card's memory. If a part fails, because a package isn't installed
+or a model doesn't fit, the others still run. The output ends with one table of all parts.
 """
 
 import argparse
@@ -30,18 +30,18 @@ PARTS = {
             '--ignore=tests/model/test_hf.py', 'tests/model', 'tests/objectives'],
   'tests-two': [*MODULE, 'pytest', '-m', '', '-rf', '-n', '2', 'tests/train/test_two_devices.py'],
 }
-TORCH = 'head-torch', 'rollout-peers'  # JAX leaves them the card
+TORCH = 'head-torch', 'rollout-peers'  # in these parts, JAX doesn't allocate the card's memory in advance
 TESTS = 'tests', 'tests-two'  # the latter needs two GPUs
-TABLE_LINES = 9  # of a part's output that the table keeps
+TABLE_LINES = 9  # the table has the last so many lines of each part's output
 
 
 def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[str]]:
-  """(how it ended, seconds, its last lines); what it prints is shown as it comes."""
+  """Runs one part and shows its output. Returns (how it ended, seconds, its last lines)."""
   start = time.perf_counter()
   environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92', 'TF_CPP_MIN_LOG_LEVEL': '2', **os.environ}
   if name in TORCH:
     environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
-  if name in TESTS:  # tests/conftest.py; several processes share the card, and TF32 is no float32
+  if name in TESTS:  # for tests/conftest.py; several processes share the card, and TF32 isn't as accurate as float32
     environment |= {'TEST_ON': 'gpu', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
                     'JAX_DEFAULT_MATMUL_PRECISION': 'highest'}
   process = subprocess.Popen(argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

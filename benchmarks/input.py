@@ -2,8 +2,8 @@
 
     python -m benchmarks.input [--seconds=3] [--steps=100]
 
-Prepares the smoke config's documents in a temporary folder, runs each way alone for some seconds, then trains and
-measures how long training waits for batches. Only real tokens count, padding doesn't.
+Prepares the smoke config's documents in a temporary folder, and runs each way alone for some seconds. Then it trains,
+and measures how long training waits for batches. Only real tokens are counted, not padding.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from betarank.train.config import run_config
 
 
 def padded(config: DataConfig, batch_size: int):
-  """The naive loader: a document a row, cut or padded to the row's length, read one by one."""
+  """Yields batches of the naive loader: one document per row, cut or padded to the row's length, read one by one."""
   documents, T = Documents(config, 'main', 'train'), config.sequence_length
   rng = np.random.default_rng(0)
   while True:
@@ -41,7 +41,7 @@ def padded(config: DataConfig, batch_size: int):
 
 def measure(batches, seconds: float) -> dict[str, float]:
   rows = tokens = places = 0
-  list(itertools.islice(batches, 5))  # files are opened and the first rows planned
+  list(itertools.islice(batches, 5))  # opens the files and plans the first rows
   start = time.perf_counter()
   while (elapsed := time.perf_counter() - start) < seconds:
     batch = next(batches)
@@ -52,7 +52,9 @@ def measure(batches, seconds: float) -> dict[str, float]:
 
 
 def training(config, workdir: str, steps: int) -> tuple[float, float]:
-  """(median tokens/s, share of the time spent waiting for input) of real training steps, the first ones left out."""
+  """Trains for some steps. Returns (median tokens/s, share of the time spent waiting for input), without the first
+  steps.
+  """
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.train.tokens = steps * config.train.batch_size * config.data.sequence_length

@@ -1,8 +1,8 @@
-"""Coverage of the 95 % intervals over problems (eval/statistics.py), by simulation: python -m benchmarks.intervals
+"""Simulates the coverage of the 95 % intervals over problems (eval/statistics.py): python -m benchmarks.intervals
 
-Prints, for sets of 10, 30 and 100 problems, how often the interval holds the true mean, how often it lies above and
-below the truth, and how wide it is. Scores are shares of 16 samples per problem; `pair` is the paired difference of two
-arms. Takes about 10 minutes on one core; --trials=300 takes two.
+For sets of 10, 30 and 100 problems, it prints how often the interval contains the true mean, how often it is above and
+below it, and how wide it is. Scores are shares of 16 samples per problem; `pair` is the paired difference of two arms.
+It takes about 10 minutes on one core, and two with --trials=300.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 from betarank.eval.statistics import bootstrap_interval
 
 SAMPLES = 16  # per problem
-RESAMPLES = 400  # the report draws 10,000, which makes the limits less noisy
+RESAMPLES = 400  # the report uses 10,000, which makes the limits less noisy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Kind:
   """A population of problems.
 
   Attributes:
-    draw: (rng, problems) -> values [problems].
+    draw: a function (rng, problems) -> values [problems].
     truth: the mean over the population.
-    bounds: of a value.
+    bounds: the smallest and the largest possible value.
   """
 
   draw: Callable[[np.random.Generator, int], np.ndarray]
@@ -37,17 +37,19 @@ def _solved(level_P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _beta(a: float, b: float) -> Kind:
-  """Problems whose chance of being solved has a beta distribution."""
+  """Returns problems whose chance of being solved has a beta distribution."""
   return Kind(lambda rng, P: _solved(rng.beta(a, b, P), rng), a / (a + b))
 
 
 def _mostly_unsolved(share: float) -> Kind:
-  """Problems of which `share` are never solved, and the others half of the time on average."""
+  """Returns problems of which `share` are never solved, and the others half of the time on average."""
   return Kind(lambda rng, P: _solved((rng.random(P) >= share) * rng.beta(2, 2, P), rng), 0.5 * (1 - share))
 
 
 def _pair(change: Callable[[np.random.Generator, np.ndarray], np.ndarray], a: float = 0.5, b: float = 1.0) -> Kind:
-  """The difference that `change` makes to each problem's chance of being solved, which is beta(a, b) before."""
+  """Returns the differences that `change` makes to the chance that a problem is solved. This chance is beta(a, b)
+  before.
+  """
   def draw(rng, P):
     before_P = rng.beta(a, b, P)
     return _solved(change(rng, before_P), rng) - _solved(before_P, rng)

@@ -1,8 +1,8 @@
-r"""Other notations of a reference, made from its text alone: a judge has to accept each of them.
+r"""Writes a reference in other notations. A judge must accept each of them.
 
     notations('4.5e33')      ['4.5 \\times 10^{33}', '4.5 \\cdot 10^{33}', '45e32', '$4.5e33$']
 
-Written without the judge's own reader, so that the two can disagree.
+It doesn't use the judge's own parser, so that the two can disagree.
 """
 
 import re
@@ -13,7 +13,7 @@ _NAMED = re.compile(r"\s*([A-Za-z](?:_\{?\\?\w+\s*\}?)?(?:\([a-z]\))?)\s*=([^=]*
 
 
 def notations(gold: str) -> list[str]:
-  """Returns at least two other ways to write `gold`, none of them the text itself."""
+  """Returns at least two other ways to write `gold`. The text itself isn't among them."""
   text = re.sub(r'(?<!\\)\$', '', gold).strip().rstrip('.').strip()
   if re.fullmatch(r'\\?\$?\d{1,3}(,\s*(\\!)?\s*\d{3})+(\.\d+)?', text):
     bare = re.sub(r'[^\d.]', '', text)
@@ -48,7 +48,7 @@ def _of_number(text: str) -> list[str]:
 
 
 def _split(text: str, separator: str = ',') -> list[str]:
-  """The parts between separators that no bracket holds."""
+  """Returns the parts between separators that aren't in brackets."""
   parts, depth, start = [], 0, 0
   for i, character in enumerate(text):
     depth += (character in '([{') - (character in ')]}')

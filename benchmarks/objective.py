@@ -1,14 +1,16 @@
-"""Measures the shaped objective against plain cross-entropy: time and temporary memory, forward and backward.
+"""Compares the shaped objective with plain cross-entropy: time and temporary memory, forward and backward.
 
     python -m benchmarks.objective                                # runs on the first device
     python -m benchmarks.objective --grid=2048x512x65536,8192x1024x32768
     python -m benchmarks.objective --tpu=v5e-4 --grid=32768x2048x131072 --dtype=bfloat16
 
-Runs are interleaved and the fastest of `--repeats` counts, in wall and in CPU seconds; on a shared machine CPU seconds
-vary less. tokamax (pip install tokamax) is timed if it is installed. --tpu compiles ahead of time (pip install
-"jax[tpu]") and runs nothing: temporary memory is the compiler's, times are predicted from the compiled programs as
-`betarank plan` does, for bfloat16. There `allocated` is the size of the program's one temporary allocation, from the
-compiler's buffer assignment; the temp size of memory_analysis counts a chunk's logits twice.
+Runs are interleaved, and the fastest of `--repeats` counts, in wall and in CPU seconds. On a shared machine CPU seconds
+vary less. tokamax (pip install tokamax) is timed if it is installed.
+
+--tpu compiles ahead of time (pip install "jax[tpu]") and runs nothing. Temporary memory is then that of the compiler.
+Times are predicted from the compiled programs as in `betarank plan`, for bfloat16. `allocated` is the size of the
+program's one temporary allocation, from the compiler's buffer assignment; the temp size of memory_analysis counts the
+logits of a chunk twice.
 """
 # N tokens  D width  V vocabulary
 
@@ -37,7 +39,7 @@ NO_KERNEL = 'ours: ranks, no TPU kernel'
 
 
 def contenders(chunk_tokens):
-  """Name -> f(hidden, head, targets) -> (scalar loss, whatever else it reports)."""
+  """Returns the functions to compare, by name: f(hidden, head, targets) -> (scalar loss, other results)."""
   import jax.numpy as jnp
   import optax
 
@@ -82,7 +84,7 @@ def contenders(chunk_tokens):
 
 
 def allocated_bytes(folder):
-  """HBM that a program compiled for a TPU takes for itself, from the dump of its buffer assignment."""
+  """Returns the temporary HBM of a program compiled for a TPU, from the dump of its buffer assignment."""
   texts = (f.read_text() for f in folder.glob('*.after_optimizations-buffer-assignment.txt'))
   sizes = (re.findall(r'^allocation \d+: size (\d+), page 0, preallocated-temp:', text, re.MULTILINE) for text in texts)
   return max(sum(map(int, found)) for found in sizes)
@@ -106,7 +108,7 @@ def compare(shape, run_names, dump_folder):
   arguments = *weights, abstract((tokens,), jnp.int32)
 
   chunk_tokens = CHUNK.value
-  if TPU.value and not chunk_tokens:  # the head would go by the CPU that compiles
+  if TPU.value and not chunk_tokens:  # otherwise the head would choose it for the CPU that compiles
     chunk_tokens = default_chunk(tokens, vocab, 'accelerator')
   compiled, seconds, allocated = {}, {}, {}
   for name, f in contenders(chunk_tokens).items():
@@ -139,7 +141,7 @@ def compare(shape, run_names, dump_folder):
   w = jax.random.normal(keys[1], (width, vocab), dtype) * 0.05
   x = jax.random.randint(keys[2], (tokens,), 0, vocab)
   wall, cpu = {}, {}
-  for round_ in range(REPEATS.value + 1):  # the first warms up
+  for round_ in range(REPEATS.value + 1):  # the first round only warms up
     for name, run in compiled.items():
       start = time.perf_counter(), time.process_time()
       jax.block_until_ready(run(h, w, x))
@@ -158,7 +160,7 @@ def compare(shape, run_names, dump_folder):
 def main(argv):
   del argv
   with tempfile.TemporaryDirectory() as folder:
-    if TPU.value:  # no TPU is attached: keep libtpu from looking for one
+    if TPU.value:  # no TPU is attached, so libtpu must not search for one
       os.environ |= {
         'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
         'TPU_WORKER_HOSTNAMES': 'localhost', 'LIBTPU_INIT_ARGS': BUNDLE_FLAGS.format(folder=folder),

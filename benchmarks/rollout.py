@@ -1,13 +1,14 @@
 """Times sampling, compared with google-tunix, with transformers, and with simpler variants of our own sampler.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
-    python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1       # in two processes, where a card
-    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # can hold only one of them
+    python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1   # in two processes, if a card
+    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1        # can hold only one of them
 
-A model with random weights on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
-1.05B, or a mixture of 2.1B. Peers that aren't installed are left out: pip install google-tunix transformers torch. Each
-way runs once to compile (not with --cold), then --repeats times, interleaved with the others; the table has the fastest
-run of each, in generated tokens per second. transformers runs on the GPU, in bfloat16, where torch finds one.
+The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
+1.05B, or a mixture of experts with 2.1B. Packages that aren't installed are left out: pip install google-tunix
+transformers torch. Each variant runs once to compile (not with --cold), then --repeats times, interleaved with the
+others. The table has the fastest run of each variant, in generated tokens per second. transformers runs on the GPU, in
+bfloat16, if torch finds one.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def ours(params):
 
 
 def tunix():
-  """Its vanilla sampler, full distribution, no end token."""
+  """Returns a function seed -> number of tokens that runs tunix's vanilla sampler. It samples from the full
+  distribution, and no token ends an answer.
+  """
   from flax import nnx
   from tunix.generate import sampler as peer
   from tunix.models.qwen3 import model as qwen3
@@ -75,7 +78,9 @@ def tunix():
 
 
 def transformers():
-  """`generate`, full distribution, no end token."""
+  """Returns a function seed -> number of tokens that runs `generate`. It samples from the full distribution, and no
+  token ends an answer.
+  """
   import torch
   import transformers as peer
 
@@ -100,7 +105,11 @@ def transformers():
 
 
 def refill(params):
-  """Lengths from a log-normal distribution; padded batches are the same sampler with as many prompts as rows."""
+  """Returns two variants of our sampler, {name: function seed -> number of tokens}, for answers of log-normal length.
+
+  'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
+  one. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt.
+  """
   rows, longest, middle, cache_tokens = REFILL
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()
   prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS), length)]
@@ -116,7 +125,11 @@ def refill(params):
 
 
 def prefill(params):
-  """One prompt of 1k tokens and 16 answers; repeated: as 16 prompts."""
+  """Returns two variants of our sampler, {name: function seed -> number of tokens}, for 16 answers to a prompt of 1k
+  tokens.
+
+  'prefill shared' computes the prompt once, and 'prefill repeated' computes it 16 times.
+  """
   (prompt,) = make_prompts(1, 1024)
   copies = [prompt._replace(id=i) for i in range(16)]
   sampler = Sampler(CONFIG, SamplerConfig(16, 1024, 64), EOS)
@@ -127,7 +140,7 @@ def prefill(params):
 
 
 def measure(ways, repeats, cold=False):
-  """Tokens per second of each, the fastest of some runs taken in turn."""
+  """Returns the tokens per second of each variant in its fastest run. The runs of all variants are interleaved."""
   best = dict.fromkeys(ways, 0.0)
   for run in ways.values() if not cold else ():
     run(0)

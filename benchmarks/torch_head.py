@@ -1,8 +1,8 @@
 """Times the head in PyTorch, to compare with `benchmarks.objective`: python -m benchmarks.torch_head [--grid=...]
 
-Forward and backward of cross-entropy from hidden states and a head, in bfloat16 with float32 logits: plain, and under
-torch.compile, which fuses the softmax with the operations around it. Both hold all logits. Prints medians of --repeats,
-and the peak memory beyond inputs and their gradients.
+It runs cross-entropy from hidden states and a head, forward and backward, in bfloat16 with float32 logits: plain, and
+with torch.compile, which fuses the softmax with the operations around it. Both hold all logits. It prints medians of
+--repeats, and the peak memory in addition to inputs and their gradients.
 """
 # N tokens  D width  V vocabulary
 

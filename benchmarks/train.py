@@ -5,13 +5,16 @@
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
     --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
-    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture there
+    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture that it holds
 
-Steps are those of train/step.py, on random tokens. `all logits` differs only in the loss: all logits, optax's
-cross-entropy, no statistics. `naive`, for the small models, also holds all attention scores and recomputes nothing.
-Ways are timed in turn, and ratios are computed per round; on a CPU from CPU seconds, because other work on the machine
-stretches wall time. MFU counts 6 FLOPs per weight and token and half of the attention (model.flops_per_token), without
-recomputation, relative to the chip's peak; on a CPU relative to a matrix product measured here, per CPU second.
+Steps are those of train/step.py, on random tokens. `all logits` differs only in the loss: it holds all logits, and
+computes optax's cross-entropy without statistics. `naive`, for the small models, also holds all attention scores and
+recomputes nothing.
+
+All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
+because other work on the machine stretches wall time. MFU counts 6 FLOPs per weight and token and half of the attention
+(model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU it is relative to a matrix product
+measured here, per CPU second.
 """
 
 import argparse
@@ -64,7 +67,7 @@ OBJECTIVES = {
 
 
 def naive_step(c: model.ModelConfig, tx):
-  """The update with all logits in memory."""
+  """Returns the update with all logits in memory."""
   def loss(params, batch):
     hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     logits_BTV = (hidden_BTD @ model.head(c, params).astype(hidden_BTD.dtype)).astype(jnp.float32)
@@ -79,7 +82,7 @@ def naive_step(c: model.ModelConfig, tx):
 
 
 def matmul_rate(device) -> float:
-  """FLOP/s of a CPU second in a float32 product of 2048 x 2048 matrices."""
+  """Returns the FLOPs per CPU second of a float32 product of 2048 x 2048 matrices."""
   x = jax.device_put(np.ones((2048, 2048), np.float32), device)
   product = jax.jit(jnp.matmul).lower(x, x).compile()
   seconds = []
@@ -91,8 +94,8 @@ def matmul_rate(device) -> float:
 
 
 def profile(run, program: str, most: int):
-  """Prints the kernels of one call of the compiled `program` that took longest, and what each is of."""
-  # Kernels are named as what they compute; in a CUDA graph that is all that is known of them.
+  """Prints the kernels that took longest in one call of the compiled `program`, and the operation of each."""
+  # A kernel has the name of the operation that it computes. In a CUDA graph, nothing else is known of it.
   names = {re.sub(r'\W', '_', name): of for name, of in re.findall(r'([\w.-]+) = .*?op_name="([^"]*)"', program)}
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -174,7 +177,7 @@ def main():
         start = clock(), time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
-        if n:  # the first round warms up
+        if n:  # the first round only warms up
           seconds[name].append(clock() - start[0])
           wall[name].append(time.perf_counter() - start[1])
     if args.profile:

@@ -1,12 +1,15 @@
-"""How right, how fast and how safe grading is, compared with math-verify alone.
+"""Measures how right, how fast and how safe grading is, compared with math-verify alone.
 
     python -m benchmarks.verifiers [pairs] [golds] [speed] [hostile] [--data=../shared/data] [--workers=2]
 
-pairs: judged pairs, those of tests/tasks/pairs.tsv and, if they are there, DATA/judge/pairs.tsv, with the counts of
-wrong verdicts here and by math-verify's parse and verify alone. golds: every reference of Minerva, OlympiadBench and
-MATH-500 against itself in other notations (benchmarks/notations.py), and against the other references that look most
-like it. speed: the references of GSM8K, MATH-500, AIME 2024 and AMC 2023 against the final answers of their own worked
-solutions. hostile: 200 answers, with files and variables that they try to reach. Without a name: all of them.
+pairs: judged pairs, from tests/tasks/pairs.tsv and, if it exists, DATA/judge/pairs.tsv. Prints the number of wrong
+verdicts, by betarank and by math-verify's parse and verify alone.
+golds: every reference of Minerva, OlympiadBench and MATH-500, compared with itself in other notations
+(benchmarks/notations.py), and with the other references that look most similar.
+speed: the references of GSM8K, MATH-500, AIME 2024 and AMC 2023, compared with the final answers of their own worked
+solutions.
+hostile: 200 answers that try to reach files and variables.
+Without a name, all of them run.
 """
 
 import argparse
@@ -36,7 +39,7 @@ SETS = ('gsm8k_train', 'gsm8k_test', 'math500', 'aime24', 'amc23')
 
 
 def gold(data: pathlib.Path, name: str) -> list[tuple[str, Task]]:
-  """(worked solution with its final answer in the task's format, task) for every problem of a set."""
+  """Returns (worked solution with its final answer in the task's format, task) for every problem of a set."""
   path = data / f'{name}.jsonl'
   tasks = TaskSet(TaskConfig(f'jsonl:{path}', answer_format='line' if 'gsm8k' in name else 'boxed'), split='all')
   items = []
@@ -78,7 +81,7 @@ SCORED = ('string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens', 'num
 
 
 def hostile(canary: str, count: int = 200) -> list[tuple[str, Task]]:
-  """(text, task) of `count` answers that try to run code, or to take for ever, under both kinds of worker."""
+  """Returns (text, task) of `count` answers that try to run code, or to take forever, for both kinds of worker."""
   math_task = Task(id='', question='', prompt='', reference='x^2+3', verifier='math', answer_format='line')
   code = [text.format(canary=canary) for text in CODE]
   items = [(text, math_task) for text in BOMBS]
@@ -104,7 +107,7 @@ def grade(verifier: Verifier, items: list[tuple[str, Task]]) -> dict[str, float]
 
 
 def alone(gold: str, answer: str) -> bool:
-  """Math-verify's own verdict, under its alarm signal."""
+  """Returns math-verify's own verdict, with its own time limit."""
   import math_verify
 
   return math_verify.verify(math_verify.parse(f'${gold}$'), math_verify.parse(answer))
@@ -121,7 +124,7 @@ def boxed(answer: str, gold: str) -> tuple[str, Task]:
 
 
 def pairs(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints the counts of wrong verdicts on files of judged pairs."""
+  """Prints the number of wrong verdicts on files of judged pairs."""
   print(f'{"pairs":28}{"":14}{"right":>8}{"wrong":>8}{"false right":>14}{"false wrong":>14}{"undecided":>12}')
   for path in (ROOT / 'tests' / 'tasks' / 'pairs.tsv', data / 'judge' / 'pairs.tsv'):
     if not path.is_file():
@@ -142,7 +145,9 @@ def pairs(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def golds(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints how golds fare against themselves in other notations, and against the golds that look most like them."""
+  """Prints how references compare with themselves in other notations, and with the references that look most
+  similar.
+  """
   for name in ('minerva_math', 'olympiadbench', 'math500'):
     path = data / 'reasoning' / f'{name}.jsonl'
     if not path.is_file():
@@ -167,7 +172,7 @@ def golds(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def _nearest(gold: str, references: list[str], count: int = 3) -> list[str]:
-  """The other golds whose texts are most like `gold`, but for those that differ in layout alone."""
+  """Returns the other references whose texts are most similar to `gold`, except those that differ only in layout."""
   bare = lambda text: re.sub(r'[\s${}]|\\left|\\right|\\!', '', text).lstrip('+')
   others = [other for other in references if bare(other) != bare(gold)]
   return difflib.get_close_matches(gold, others, count, cutoff=0.0)
@@ -188,7 +193,7 @@ def speed(data: pathlib.Path, config: VerifierConfig) -> None:
 
 
 def attacks(config: VerifierConfig) -> None:
-  """Prints verdicts on hostile answers, and what files they have made."""
+  """Prints the verdicts on hostile answers, and the files that these have created."""
   with tempfile.TemporaryDirectory() as folder, Verifier(config) as verifier:
     canary = os.path.join(folder, 'canary')
     with mock.patch.dict(os.environ, BETARANK_CANARY='secret'), contextlib.suppress(KeyboardInterrupt):

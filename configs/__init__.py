@@ -1,1 +1,3 @@
-"""Experiments one can run (`smoke.py`, `paper/`), what they share (`common.py`), and their loader (`load.py`)."""
+"""The experiments that ship (`smoke.py`, `small.py`, `paper/`, `sweeps/`), what they share, and the loader
+(`load.py`).
+"""

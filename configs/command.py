@@ -4,18 +4,17 @@ betarank config --list                                  lists the configs that s
 Starts nothing: neither devices nor data are touched.
 """
 
-import argparse
 import ast
 import pathlib
 from collections.abc import Sequence
 
 from betarank.configs import common, describe, load, settings
 from betarank.configs.errors import ConfigError
+from betarank.configs.parser import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank config', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank config', __doc__)
   parser.add_argument('file', nargs='?', default='', metavar='FILE[:ARG]')
   parser.add_argument('--list', action='store_true', help='list the configs that ship')
   configure = lambda args, overrides: load.read(args.config or args.file) if not args.list else common.base()
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _listing() -> str:
-  """Returns a line per config: its path and the first line of its docstring."""
+  """Returns one line per config: its path and the first line of its docstring."""
   root = pathlib.Path(__file__).resolve().parent.parent
   names = load.shipped()
   width = max(map(len, names))

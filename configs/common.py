@@ -1,5 +1,6 @@
-"""What every experiment starts from, and the reading of a config's argument. configs/settings.py says what each
-setting means.
+"""Builds the configs that every experiment starts from, and parses the argument of a config.
+
+configs/settings.py says what each setting means.
 """
 
 from types import SimpleNamespace
@@ -11,16 +12,17 @@ from betarank.configs.errors import ConfigError, suggestion
 
 
 def base() -> ConfigDict:
-  """Returns a pre-training config: a 5M-parameter model on made-up reasoning problems, with plain cross-entropy."""
+  """Returns a pre-training config: a 5M-parameter model on generated reasoning problems, with plain cross-entropy."""
   values = settings.defaults(settings.PRETRAIN)
   values['model']['vocab_size'] = values['data']['vocab_size'] = FieldReference(values['model']['vocab_size'])
   return ConfigDict(values)
 
 
 def rl_base() -> ConfigDict:
-  """Returns an RL config with the paper's recipe (on-policy GRPO, clip-higher, dynamic sampling, no KL), and DAPO's
-  where the paper is silent. It has no section `model`: a run takes that of the checkpoint it starts from, unless the
-  config gives one.
+  """Returns an RL config with the paper's recipe: on-policy GRPO, clip-higher, dynamic sampling, no KL term.
+
+  Values that the paper doesn't specify are those of DAPO. The config has no section `model`. Unless the caller adds
+  one, a run uses the model of the checkpoint that it starts from.
   """
   values = settings.defaults(settings.RL)
   del values['model']
@@ -28,14 +30,19 @@ def rl_base() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
-  """Returns section `eval`, which `betarank eval` adds to a checkpoint's config: the paper's way of sampling."""
+  """Returns section `eval`, which `betarank eval` adds to a checkpoint's config. Its sampling settings are the
+  paper's.
+  """
   return ConfigDict(settings.defaults(settings.EVAL))
 
 
 def parse(arg: str | None, **defaults) -> SimpleNamespace:
-  """Reads 'beta=-0.25,seed=1' by the types of `defaults`, e.g. parse(arg, beta=0.0, seed=0).
+  """Parses a config's argument, such as 'beta=-0.25,seed=1'.
 
-  Raises ConfigError for a name that isn't among them and for a value of another type.
+  defaults: the names that are allowed, with their default values. A value is read as the type of its default.
+
+  Raises:
+    ConfigError: a name isn't allowed, or a value has the wrong type.
   """
   values = dict(defaults)
   for item in (arg or '').split(','):
@@ -50,5 +57,6 @@ def parse(arg: str | None, **defaults) -> SimpleNamespace:
         raise ValueError
       values[key] = {'true': True, 'false': False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
-      raise ConfigError(f'config argument {item!r}: {key} takes a value of type {kind.__name__}') from None
+      what = {float: 'a number', int: 'a whole number', bool: 'true or false'}.get(kind, 'a text')
+      raise ConfigError(f'config argument {item!r}: expected {key}=VALUE, where VALUE is {what}') from None
   return SimpleNamespace(**values)

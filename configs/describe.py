@@ -1,4 +1,4 @@
-"""Settings as text for a person: for --help, and for `betarank config`."""
+"""Formats settings as text, for --help and for `betarank config`."""
 
 import json
 import shutil
@@ -10,9 +10,10 @@ from betarank.configs import settings
 
 
 def table(tree: Mapping[str, Any], width: int = 0) -> str:
-  """Returns a line per setting of `tree` (see configs/settings.py): key, default and meaning, by section.
+  """Returns a list of settings with key, default and meaning, grouped by section.
 
-  width: of a line, in characters; 0: that of the terminal.
+  tree: a nested dictionary of settings, as in configs/settings.py.
+  width: the length of a line, in characters; 0: the width of the terminal.
   """
   width = width or shutil.get_terminal_size().columns
   flat = settings.flat(tree)
@@ -29,7 +30,7 @@ def table(tree: Mapping[str, Any], width: int = 0) -> str:
 
 
 def value(default: Any) -> str:
-  """Returns a setting's value as one would write it on a command line."""
+  """Formats a setting's value as it is written on a command line."""
   if isinstance(default, bool):
     return str(default).lower()
   if isinstance(default, str):

@@ -1,40 +1,85 @@
-"""Errors for the person at the command line, and how an entry point shows them."""
+"""Defines the errors that are shown to the user of the command line, and how they are shown."""
 
 import difflib
+import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 _LONGEST_SHOWN = 2000  # characters of a message
+# Errors of the file system that are about the place, not about the program.
+_PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,
+                 errno.EDQUOT, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):
-  """An error that the person at the command line can fix. Its message is one line, written for them."""
+  """Raised for an error that the user of the command line can fix. The message is one line, written for that user."""
 
 
 class ConfigError(UserError):
-  """The error for a setting that can't be used."""
+  """Raised for a setting that can't be used."""
+
+
+class Interrupted(SystemExit):
+  """Raised to end the process after Ctrl-C, with status 130."""
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
-  """Returns '; did you mean X?' for the candidate nearest to `name`, or '' if none is near."""
+  """Returns '; did you mean X?' for the candidate X that is most similar to `name`, or '' if none is similar."""
   candidates = sorted(set(candidates) - {name})
-  same_leaf = [c for c in candidates if c.rsplit('.', 1)[-1] == name.rsplit('.', 1)[-1]]
-  # `config.lr` for `config.optimizer.lr`: the last part is right, the sections before it aren't.
-  near = difflib.get_close_matches(name, same_leaf, n=1, cutoff=0) or difflib.get_close_matches(name, candidates, n=1)
-  return f'; did you mean {near[0]}?' if near else ''
+  leaf = lambda text: text.rpartition('.')[2]
+  same_leaf = [c for c in candidates if '.' in c and leaf(c) == leaf(name)]
+  if len(same_leaf) == 1 and '/' not in name:  # the section is missing or wrong, as in config.lr
+    return f'; did you mean {same_leaf[0]}?'
+  initials = ''.join(word[0] for word in leaf(name).split('_') if word)  # lr for learning_rate
+  if (short := name.removesuffix(leaf(name)) + initials) in candidates:
+    return f'; did you mean {short}?'
+  # What a name and a candidate begin with, such as `config.` or a folder, must not make them similar. Candidates of the
+  # same section come first, then those of the section around it.
+  start = name[:max(name.rfind('.'), name.rfind('/')) + 1]
+  while True:
+    inside = [c.removeprefix(start) for c in candidates if c.startswith(start)]
+    if near := difflib.get_close_matches(name.removeprefix(start), inside, n=1, cutoff=0.7):
+      return f'; did you mean {start}{near[0]}?'
+    if len(inside) == len(candidates):
+      return ''
+    start = start[:max(start[:-1].rfind('.'), start[:-1].rfind('/')) + 1]
 
 
 def one_line(error: object) -> str:
-  """Returns the message as one printable line: no line ends, no control characters, at most 2000 characters."""
+  """Returns the message on one line, without control characters, cut to 2000 characters."""
   text = ' '.join(str(error).split())
   text = text if len(text) <= _LONGEST_SHOWN else f'{text[:_LONGEST_SHOWN]} ...'
   return ''.join(c if c.isprintable() else '\ufffd' for c in text)
 
 
 def run_main(main: Callable[[], None]) -> None:
-  """Runs an entry point; a UserError ends it with its message on one line and exit status 2."""
+  """Runs `main`. If it raises a UserError, prints the message on one line and exits with status 2.
+
+  Ctrl-C ends with one line too, and status 130; the argument of KeyboardInterrupt, if it has one, is a part of it. An
+  OSError that names a place which can't be read or written is treated in the same way. If the program that reads the
+  output closes it early, as `head` does, exits without a message with status 141.
+  """
   try:
     main()
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # So that flushing the output when Python exits doesn't fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
   except UserError as error:
-    print(f'error: {one_line(error)}', file=sys.stderr)
-    sys.exit(2)
+    _refuse(error)
+  except KeyboardInterrupt as error:
+    print(f'\nstopped{"; " if str(error) else ""}{error}', file=sys.stderr)
+    raise Interrupted(128 + signal.SIGINT) from None
+  except OSError as error:
+    if error.errno not in _PLACE_ERRORS or not error.filename:
+      raise
+    _refuse(f'{error.filename}: {error.strerror}')
+
+
+def _refuse(error: object) -> NoReturn:
+  print(f'error: {one_line(error)}', file=sys.stderr)
+  sys.exit(2)

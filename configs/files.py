@@ -1,6 +1,6 @@
-"""Writes files atomically: a reader sees the old content or all of the new, never a part.
+"""Writes files atomically: a reader sees either the old content or the whole new content.
 
-This module is in configs, below every other package, because data, runtime, eval and launch all need it.
+data, runtime, eval and launch all need this module, so it is in configs, which every package may import.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ from etils import epath
 
 @contextlib.contextmanager
 def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-  """Yields a binary file that becomes `path` when the block ends, and is removed if the block raises.
+  """Yields a binary file that replaces `path` when the block ends. If the block raises, `path` stays as it was.
 
-  Use it for content that doesn't fit in memory. `path` is local or in a bucket; its folder is created. The file has a
-  unique temporary name in that folder until then, so that two writers can't disturb each other: the last one wins.
-  A local file reaches the disk before it replaces the old one. A link at `path` is replaced, not followed.
-  Only a killed process leaves the temporary file behind, under the name `.NAME.RANDOM.tmp`.
+  Use it for content that doesn't fit in memory. `path` is local or in a bucket; its folder is created if needed. Until
+  the block ends, the content is in the same folder under a unique temporary name, `.NAME.RANDOM.tmp`. So two writers
+  can't disturb each other, and the last one wins. The temporary file stays behind only if the process is killed.
+
+  A local file is flushed to the disk before it replaces the old one. If `path` is a symbolic link, the link is
+  replaced.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +38,6 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-  """Writes a whole file, text as UTF-8; see `atomic_writer`."""
+  """Writes a whole file atomically; text is encoded as UTF-8. See `atomic_writer`."""
   with atomic_writer(path) as file:
     file.write(content.encode() if isinstance(content, str) else content)

@@ -1,22 +1,22 @@
-"""Makes a config from a command line.
+"""Reads the config of a command line, and applies its overrides.
 
-A config file is Python with `get_config(arg) -> ml_collections.ConfigDict`; a resolved config is the JSON that every
-run writes to its workdir. Either can be passed as `--config`, and any value in it can be overridden:
-`--config.optimizer.lr=1e-3`. The set of keys is closed. A misspelt key, or a value of another type or out of range, is
-a `ConfigError`: one line that names the key and, if there is one, the nearest right one.
+A config is a Python file that defines `get_config(arg) -> ml_collections.ConfigDict`, or the JSON file that every run
+writes to its workdir. `--config` takes either. Any value in it can be overridden: `--config.optimizer.lr=1e-3`. A
+misspelt key, or a value of another type, raises a ConfigError of one line. It names the key and, if there is one, the
+most similar key that exists.
 
-    config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
+    config, flags = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
     model = section(ModelConfig, config.model, 'model')       # configs/sections.py
 """
 
 import argparse
 import contextlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
 import re
-import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,27 +27,30 @@ from ml_collections import ConfigDict
 
 from betarank.configs import describe, renamed, settings
 from betarank.configs.errors import ConfigError, suggestion
+from betarank.configs.parser import Parser, at_home, not_a_place, place
 
 
 def from_command_line(
-  parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *,
-  settings: Mapping[str, Any] = settings.PRETRAIN,
+  parser: Parser, argv: Sequence[str], *, settings: Mapping[str, Any] = settings.PRETRAIN,
   configure: Callable[[argparse.Namespace, Mapping[str, str]], ConfigDict] | None = None, needs_config: bool = True,
 ) -> tuple[ConfigDict, argparse.Namespace]:
   """Parses `--config=FILE[:ARG]`, `--config.KEY=VALUE` and the flags that `parser` already has.
 
   Args:
-    parser: with the command's own flags.
-    argv: the command line, without the program's name.
+    parser: has the command's own flags.
+    argv: the command line without the program's name.
     settings: the part of configs/settings.py that the command reads; `--help` lists it.
-    configure: returns the config for (flags, overrides) where it isn't simply that of --config.
-    needs_config: whether --config must be given.
+    configure: a function (flags, overrides) -> config, for commands whose config isn't simply that of --config.
+    needs_config: whether --config is required.
 
-  Raises ConfigError for a config that can't be used. argparse reports errors in its own flags.
+  Returns (config, flags). The config is locked.
+
+  Raises:
+    ConfigError: the config or a flag can't be used.
   """
   parser.add_argument('--config', required=needs_config, default='', metavar='FILE.py[:ARG] | FILE.json',
                       help='experiment to run; override any setting in it with --config.KEY=VALUE')
-  if {'-h', '--help'} & set(argv if argv is not None else sys.argv[1:]):
+  if {'-h', '--help'} & set(argv):
     parser.epilog = describe.table(settings)
   args, rest = parser.parse_known_args(argv)
   overrides = {}
@@ -55,45 +58,57 @@ def from_command_line(
   while rest:
     flag = rest.pop(0)
     if not flag.startswith('--config.'):
-      known = [option for action in parser._actions for option in action.option_strings]
-      raise ConfigError(f'{flag}: no such flag{suggestion(flag.split("=")[0], known)}')
+      raise parser.unknown(flag)
     key, equals, value = flag.removeprefix('--config.').partition('=')
     if not equals:
       if not rest or rest[0].startswith('--config.'):
         raise ConfigError(f'{flag}: has no value; write {flag}=VALUE')
       value = rest.pop(0)
     overrides[key] = value
-  check_places(vars(args))
   return _finish(configure(args, overrides) if configure else read(args.config), overrides), args
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """Returns the config at `spec` (FILE.py, FILE.py:ARG or FILE.json) with `overrides` ({'optimizer.lr': '1e-3'})."""
+  """Returns the config at `spec`, with overrides, locked.
+
+  spec: FILE.py, FILE.py:ARG or FILE.json.
+  overrides: for example {'optimizer.lr': '1e-3'}.
+  """
   return _finish(read(spec), overrides or {})
 
 
+def read_stage(spec: str, stage: str) -> ConfigDict:
+  """Returns the config at `spec` as `read` does. Raises ConfigError if it isn't one of `stage`: 'train' or 'rl'."""
+  config = read(spec)
+  found = 'rl' if 'rl' in config else 'train'
+  if found != stage:
+    raise ConfigError(f'--config={spec}: is a config of betarank {found}, not of betarank {stage}; '
+                      f'configs/{"rl_smoke" if stage == "rl" else "smoke"}.py is one of that')
+  return config
+
+
 def read(spec: str) -> ConfigDict:
-  """Returns the config at `spec` without overrides, not locked yet."""
-  return _load_json(spec) if spec.endswith('.json') else _load_python(spec)
+  """Returns the config at `spec` without overrides. It isn't locked yet."""
+  return _load_json(spec) if spec.endswith('.json') and '.py:' not in spec else _load_python(spec)
 
 
 def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
   for key, value in overrides.items():
     override(config, key, value)
-  check_places(flatten(config), 'config.')
+  _check_places(config)
   return config.lock()
 
 
-# Looks like a bucket. `gs:/x` would be a local folder, lost with the machine, and `GS://x` is nothing at all.
-_BUCKET_MEANT = re.compile(r'\s*([a-z]+:)?(gs:|(s3|az|hf|file|https?|ftp):/)', re.IGNORECASE)
-_BUCKET = re.compile(r'([a-z]+:)?(gs|s3|az|hf)://[^/\s]')
-
-
-def check_places(values: Mapping[str, Any], prefix: str = '--') -> None:
-  """Raises ConfigError for a value that looks like a bucket but isn't one."""
-  for name, text in values.items():
-    if isinstance(text, str) and _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
-      raise ConfigError(f'{prefix}{name}={text!r}: neither a local path nor a bucket, which is gs://NAME/...')
+def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
+  """Replaces `~` in the paths of a config. Raises ConfigError for one like `gs:/x`, which was meant as a bucket."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      _check_places(value, f'{prefix}{name}.')
+    elif isinstance(value, str):
+      if problem := not_a_place(value):
+        raise ConfigError(f'{prefix}{name}: {problem}')
+      if at_home(value) != value:
+        config[name] = at_home(value)
 
 
 def module(spec: str) -> tuple[types.ModuleType, str]:
@@ -109,14 +124,14 @@ def module(spec: str) -> tuple[types.ModuleType, str]:
   loaded = importlib.util.module_from_spec(module_spec)
   with _errors_of(path):
     module_spec.loader.exec_module(loaded)
-  if not hasattr(loaded, 'get_config'):
-    raise ConfigError(f'--config={spec}: {path} has no get_config(arg)')
+  if not callable(getattr(loaded, 'get_config', None)):
+    raise ConfigError(f'{path}: has no function get_config(arg)')
   return loaded, arg
 
 
 @contextlib.contextmanager
 def _errors_of(path: pathlib.Path) -> Iterator[None]:
-  """Turns whatever a config file raises into a ConfigError that names its line: it is its user's own code."""
+  """Converts any error that a config file raises to a ConfigError with the file and the line."""
   try:
     yield
   except ConfigError:
@@ -124,30 +139,51 @@ def _errors_of(path: pathlib.Path) -> Iterator[None]:
   except Exception as error:
     here = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = f':{here[-1]}' if here else f':{error.lineno}' if isinstance(error, SyntaxError) else ''
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    raise ConfigError(f'{path}{line}: {type(error).__name__}: {message}') from error
+    raise ConfigError(f'{path}{line}: {_explain(error)}') from error
+
+
+def _explain(error: Exception) -> str:
+  """Returns what is wrong in a config file. ml_collections' messages are in its own terms; here they get ours."""
+  message = str(error.args[0]) if error.args else ''
+  if found := re.match(r"Could not override field '(.+?)'.*?\. (.*) is of original type .* to type <class '([\w.]+)'>",
+                       message, re.DOTALL):
+    what = {'float': 'a number', 'int': 'a whole number', 'str': 'a text', 'bool': 'true or false'}
+    kind = found[3].rpartition('.')[2]
+    return f'{found[1]}: expected {what.get(kind, "a section" if kind == "ConfigDict" else kind)}, got {found[2]!r}'
+  if found := re.match(r"'(\w+)'\nDid you mean \"(\w+)\"", message):
+    return f'no such key: {found[1]}; did you mean {found[2]}?'
+  if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict):
+    return f'no such key: {error.name}{suggestion(error.name, error.obj) or "; there are " + ", ".join(error.obj)}'
+  if isinstance(error, KeyError):
+    return f'no such key: {message}'
+  return f'{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}'
 
 
 def _load_python(spec: str) -> ConfigDict:
   loaded, arg = module(spec)
+  try:
+    inspect.signature(loaded.get_config).bind(None)
+  except TypeError:
+    raise ConfigError(f'{loaded.__file__}: get_config must take one argument, as in get_config(arg=None)') from None
   with _errors_of(pathlib.Path(loaded.__file__)):
     config = loaded.get_config(arg or None)
   if not isinstance(config, ConfigDict):
-    raise ConfigError(f'{loaded.__file__}: get_config returned {type(config).__name__}, not a ConfigDict')
+    got = 'nothing' if config is None else type(config).__name__
+    raise ConfigError(f'{loaded.__file__}: get_config must return the config, a ConfigDict; it returned {got}')
   return config
 
 
 def _find(path: str) -> pathlib.Path:
-  """Returns `path` as given or, for a config that ships with the package, in the package's own folder."""
+  """Returns `path` as given if the file exists, or else the config of this name that ships with the package."""
   root = pathlib.Path(__file__).resolve().parent.parent
-  for candidate in (pathlib.Path(path), root / path):
-    if os.path.isfile(candidate):  # unlike its own method, no error for a name that can't be one
+  for candidate in (pathlib.Path(at_home(path)), root / path):
+    if os.path.isfile(candidate):  # unlike candidate.is_file(), it doesn't raise for an impossible name
       return candidate
   raise ConfigError(f'--config={path}: no such file{suggestion(path, shipped())}')
 
 
 def shipped() -> list[str]:
-  """Returns the configs that ship with the package, as --config takes them: those files that define get_config."""
+  """Returns the paths of the configs that ship with the package: the files that define get_config."""
   root = pathlib.Path(__file__).resolve().parent
   return [str(p.relative_to(root.parent)) for p in sorted(root.rglob('*.py'))
           if '\ndef get_config(' in p.read_text(encoding='utf-8')]
@@ -155,22 +191,22 @@ def shipped() -> list[str]:
 
 def _load_json(path: str) -> ConfigDict:
   try:
-    values = json.loads(epath.Path(path).read_text())
+    values = json.loads(epath.Path(place(path)).read_text())
     if not isinstance(values, dict):
       raise ValueError('the top level is no object')
     return ConfigDict(values)
   except FileNotFoundError:
     raise ConfigError(f'--config={path}: no such file') from None
-  except ImportError as error:
-    raise ConfigError(f'--config={path}: {error} (pip install gcsfs for gs://)') from None
+  except argparse.ArgumentTypeError as error:  # a package for gs:// is missing
+    raise ConfigError(f'--config={error}') from None
   except OSError as error:
     raise ConfigError(f'--config={path}: could not be read ({error.strerror or error})') from None
-  except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: names no ConfigDict can have
+  except (ValueError, RecursionError, AttributeError, KeyError) as error:  # the last two: a key ConfigDict can't hold
     raise ConfigError(f'--config={path}: not a resolved config ({error})') from None
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns {'optimizer.lr': 1e-3, ...}: every value that is not itself a section, by its dotted key."""
+  """Returns the values of a nested config by their dotted keys, as in {'optimizer.lr': 1e-3, ...}."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict | dict) and len(value):
@@ -181,9 +217,10 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[st
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the dotted `key` to `text`, read as the type of its present value; a section takes JSON.
+  """Sets the dotted `key` to `text`, which is parsed as the type of the present value. A section takes JSON.
 
-  Raises ConfigError if the config doesn't have the key, or if the value has another type.
+  Raises:
+    ConfigError: the config doesn't have the key, or the text isn't of this type.
   """
   *parents, leaf = key.split('.')
   section = config
@@ -223,5 +260,5 @@ def _read(key: str, text: str, old: Any) -> Any:
 
 
 def to_json(config: ConfigDict) -> str:
-  """Returns the resolved config as text that `load` reads back to an equal config."""
+  """Returns the resolved config as JSON. `load` reads it back to an equal config."""
   return json.dumps(config.to_dict(), indent=2) + '\n'

@@ -1,5 +1,7 @@
-"""Keys that a config once had under another name. A config file or an override with an old one is refused with the new
-name; the config in a checkpoint, which nobody can edit, is brought up to date when it is read.
+"""Handles config keys that have been renamed.
+
+A config file or an override with an old key is refused, and the error gives the new name. The config in a checkpoint
+can't be edited, so old keys in it are renamed when it is read.
 """
 
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ RENAMED = {
 }
 # New key -> old value -> new value.
 VALUES = {'rl.truncated_reward': {'wrong': 'zero', 'left_out': 'masked'}}
-# What an RL config no longer has, as `betarank rl` never read it.
+# Keys that were removed from RL configs, because `betarank rl` never read them.
 NOT_IN_RL = ('objective', 'data.dir', 'data.vocab_size', 'data.sources', 'data.validation_fraction',
              'data.sequence_length', 'data.document_bytes', 'data.held_out_fraction', 'train.tokens',
              'train.batch_size', 'train.microbatches', 'train.init_what', 'log.eval_batches', 'log.sample_tokens',
@@ -29,7 +31,7 @@ NOT_IN_RL = ('objective', 'data.dir', 'data.vocab_size', 'data.sources', 'data.v
 
 
 def update(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a resolved config of any earlier version, a nested dictionary, with the keys of this one."""
+  """Returns a resolved config, a nested dictionary, with old keys and values replaced by the present ones."""
   return _section(config, '')
 
 

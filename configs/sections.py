@@ -19,11 +19,13 @@ T = TypeVar('T')
 
 
 def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
-  """Returns `values` as the frozen dataclass `cls`.
+  """Converts a section of a config to the frozen dataclass `cls`.
 
   path: the dotted key of the section, for error messages.
-  Raises ConfigError for an unknown or missing key, a value of another type, and whatever ValueError the class's own
-  checks raise, whose message must start with the name of the field.
+
+  Raises:
+    ConfigError: a key is unknown or missing, a value has the wrong type, or a check of `cls` failed. Such a check
+      raises a ValueError whose message begins with the name of the field.
   """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)
@@ -40,7 +42,8 @@ def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = ''
     if name in values:
       arguments[name] = _convert(hints[name], values[name], prefix + name)
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-      raise ConfigError(f'config.{prefix}{name}: missing; {cls.__name__} needs it')
+      raise ConfigError(f'config.{prefix}{name}: missing; a config begins with common.base() or '
+                        'common.rl_base() of betarank.configs, which have every setting')
   try:
     return cls(**arguments)
   except ConfigError:

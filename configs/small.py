@@ -11,7 +11,7 @@ runs more seeds, tokens=N changes the budget. docs/small.md has the results.
 from betarank.configs import common, paper
 
 TASK = 'reasoning:chain_sum?max_terms=5&max_digits=3+gcd+products?max_digits=3'
-HELD_OUT = 0.02  # share of the questions that are in no document and no RL step, for evaluation
+HELD_OUT = 0.02  # share of questions that are kept out of all documents and RL steps, for evaluation
 SAMPLE = {'eval.sample.problems': 128, 'eval.sample.samples': 64, 'eval.sample.max_new_tokens': 128,
           'eval.sample.temperature': 1.0, 'eval.sample.top_p': 1.0, 'eval.sample.decode_batch_size': 2048,
           'eval.sample.held_out_fraction': HELD_OUT, 'eval.sample.verifier.workers': 4}

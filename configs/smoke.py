@@ -12,7 +12,7 @@ import hashlib
 
 from betarank.configs import common
 
-# Easy enough that a model of this size is sometimes right, without which RL has nothing to learn from.
+# So easy that a model of this size is sometimes right. Otherwise RL would have nothing to learn from.
 SUMS = 'reasoning:chain_sum?max_terms=3&max_digits=1'
 
 
@@ -23,7 +23,7 @@ def get_config(arg=None):
   c.model.update(vocab_size=1024, layers=4, d_model=128, d_ff=384, heads=2, kv_heads=1, head_dim=64,
                  remat_policy='matmuls')
   c.objective.update(beta=a.beta, lambda_head=a.lambda_head, lambda_tail=a.lambda_tail, top_k=20)
-  # Each text has a folder of its own, with its own tokenizer.
+  # Each source text gets its own folder, because it has its own tokenizer.
   of_text = '' if a.source == 'reasoning' else f'-{hashlib.blake2b(a.source.encode(), digest_size=4).hexdigest()}'
   c.data.update(dir=f'runs/smoke/{a.source.partition(":")[0]}/data{of_text}', sequence_length=256,
                 validation_fraction=0.02)

@@ -1,10 +1,11 @@
-"""Documents from anywhere, tokenised once into indexed shards, read back as packed batches in a fixed order.
+"""Tokenizes documents from any source once into indexed shards, and reads the shards as packed batches in a fixed
+order.
 
-    sources -> tokenizer -> prepare   offline: betarank data prepare --config=...
-    prepared -> packing, mixture -> batches   during training
+    sources -> tokenizer -> prepare             before training: betarank data prepare --config=...
+    prepared -> packing, mixture -> batches     during training
 
-Order, packing and mixing are pure functions of (settings, seed, index): nothing has to be replayed to resume.
-Names are imported when first used, so that a worker process which only tokenises doesn't wait for JAX.
+Order, packing and mixing are pure functions of (settings, seed, index), so a run can resume without replaying anything.
+Names are imported when they are first used, so that a process which only tokenizes doesn't import JAX.
 """
 
 import importlib

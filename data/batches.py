@@ -4,8 +4,8 @@
     batch = next(batches)          # this process's rows of the global batch
     save(batches.cursor)           # TrainBatches(..., cursor=cursor) continues with the batch after this one
 
-The global batch of a step depends only on the config, the batch size and the seed, not on the number of processes.
-Any step can be reached without computing the steps before it.
+The global batch of a step depends only on the config, the batch size and the seed, not on the number of processes. Any
+step can be reached without computing the steps before it.
 """
 
 import dataclasses
@@ -23,18 +23,25 @@ from betarank.data.packing import Packer, Pieces
 from betarank.data.prepared import Documents
 
 _ENDLESS = 2**62
-_CURSOR_VERSION = 1  # raise it when packing or mixing changes: an old cursor would silently select other rows
+_CURSOR_VERSION = 1  # increase it if packing or mixing changes, because old cursors would then select other rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Rows of packed pieces of documents. The loss counts where segments_BT > 0."""
+  """Rows of packed pieces of documents."""
 
   tokens_BT: Any  # int32 [B, T]: inputs
   targets_BT: Any  # int32 [B, T]: the token after each input
-  positions_BT: Any  # int32 [B, T]: from 0 in each piece
-  segments_BT: Any  # number of the piece within its row, from 1; 0 is padding; attention stays inside a piece
+  positions_BT: Any  # int32 [B, T]: start at 0 in each piece
+  segments_BT: Any  # int32 [B, T]: number of the piece in its row, from 1; 0 is padding. Attention stays in a piece.
+  counts_BT: Any = None  # bool [B, T]: whether the loss counts the target, as in an answer; None: it counts all
+
+  @property
+  def counted_BT(self) -> Any:
+    """bool [B, T]: True for the targets that the loss and all figures count. Padding never counts."""
+    real_BT = self.segments_BT > 0
+    return real_BT if self.counts_BT is None else real_BT & self.counts_BT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +50,24 @@ class PackingStats:
 
   documents: int
   rows_per_epoch: int
-  efficiency: float  # share of an epoch's positions that hold a token
-  cut_documents: float  # share of documents that are split over rows; measured on the first windows of rows
+  efficiency: float  # the share of an epoch's positions that hold a token
+  cut_documents: float  # the share of documents that are split over rows, estimated from the first rows
 
 
-def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> Batch:
-  """Reads the pieces of each row and lays them out. A row that is None becomes a row of padding."""
+def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int, masked: bool) -> Batch:
+  """Reads the pieces of each row and writes them into a batch. A row that is None becomes a row of padding.
+
+  masked: whether the batch says which targets count. It must be equal for all batches of a run, and in all processes,
+  because it decides which program is compiled.
+  """
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
+  counts = np.zeros(shape, bool) if masked else None
   mine: dict[int, tuple[Documents, list[tuple[int, Pieces]]]] = {}
   for r, row in enumerate(rows):
     if row:
       mine.setdefault(id(row[0]), (row[0], []))[1].append((r, row[1]))
-  # All sources are sent their requests before the first reply is awaited.
+  # Requests are sent to all sources before waiting for the first reply.
   waits = [documents.request(np.concatenate([pieces.document for _, pieces in places]))
            for documents, places in mine.values()]
   for wait, (_, places) in zip(waits, mine.values()):
@@ -63,13 +75,15 @@ def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int) -> B
     for r, pieces in places:
       at = 0
       for number, (start, length) in enumerate(zip(pieces.start.tolist(), pieces.length.tolist()), 1):
-        document, place = next(read).tokens, slice(at, at + length)
-        tokens[r, place] = document[start:start + length]
-        targets[r, place] = document[start + 1:start + length + 1]
+        document, place, next_ones = next(read), slice(at, at + length), slice(start + 1, start + length + 1)
+        tokens[r, place] = document.tokens[start:start + length]
+        targets[r, place] = document.tokens[next_ones]
+        if masked:
+          counts[r, place] = True if document.mask is None else document.mask[next_ones]
         positions[r, place] = np.arange(length)
         segments[r, place] = number
         at += length
-  return Batch(tokens, targets, positions, segments)
+  return Batch(tokens, targets, positions, segments, counts)
 
 
 def _check_split(batch_size: int, process_index: int, process_count: int) -> int:
@@ -88,6 +102,7 @@ class _Steps:
                batch_size: int, local: slice, row_length: int):
     self._documents, self._packers, self._schedule, self._origin = documents, packers, schedule, origin
     self._first_row, self._batch_size, self._local, self._T = first_row, batch_size, local, row_length
+    self._masked = any(one.masked for one in documents.values())
 
   def __len__(self) -> int:
     return _ENDLESS
@@ -98,17 +113,17 @@ class _Steps:
     for row in range(start + self._local.start, start + self._local.stop):
       name, draw = self._schedule.at(row)
       rows.append((self._documents[name], self._packers[name].row(self._origin[name] + draw)))
-    return _fill(rows, self._T)
+    return _fill(rows, self._T, self._masked)
 
 
 class TrainBatches(Iterator[Batch]):
-  """Endless batches from the sources' training splits, mixed by weight.
+  """Yields batches from the sources' training splits, mixed by weight, without end.
 
   Each source is repeated, epoch after epoch.
 
   Attributes:
     stats: packing statistics per source, {source: PackingStats}.
-    cursor: the position to resume from; see `cursor`.
+    cursor: the position to resume from.
   """
 
   def __init__(self, config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0,
@@ -116,15 +131,17 @@ class TrainBatches(Iterator[Batch]):
     """Checks the config and the data, then starts to read ahead.
 
     Args:
-      batch_size: rows of the global batch; process p gets the p-th of process_count equal parts of them.
+      config: the settings of the data.
+      batch_size: the number of rows of the global batch.
       seed: decides the order of the documents.
+      process_index, process_count: process p gets the p-th of process_count equal parts of the rows.
       cursor: the position to resume from. The weights, the batch size and the set of sources may have changed since it
-        was saved: each source continues at its own position. The seed, sequence_length and the prepared data must be
+        was saved; each source continues at its own position. The seed, sequence_length and the prepared data must be
         the same.
-      prefetch: number of batches that threads prepare ahead; 0: none.
+      prefetch: the number of batches that threads prepare ahead; 0 for none.
 
-    Raises DataError if data isn't prepared, is damaged or was prepared with other settings, or if the cursor doesn't
-    fit.
+    Raises:
+      DataError: data isn't prepared, is damaged or was prepared with other settings, or the cursor doesn't fit.
     """
     local = _check_split(batch_size, process_index, process_count)
     weights = {name: source.weight for name, source in config.sources.items()}
@@ -149,7 +166,7 @@ class TrainBatches(Iterator[Batch]):
       for name, packer in packers.items()}
     steps = _Steps(documents, packers, schedule, self._origin, start['row'], batch_size,
                    slice(process_index * local, (process_index + 1) * local), config.sequence_length)
-    # Two threads: one can wait for a disk while the other computes. More only contend for the interpreter.
+    # With two threads, one can wait for a disk while the other computes. More would only compete for the interpreter.
     options = grain.ReadOptions(num_threads=min(prefetch, 2), prefetch_buffer_size=prefetch)
     self._iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 
@@ -160,7 +177,7 @@ class TrainBatches(Iterator[Batch]):
 
   @property
   def cursor(self) -> dict[str, Any]:
-    """Returns the position that determines the next batch, as a JSON value. `step` counts batches from the start."""
+    """The position that determines the next batch, as a JSON value. `step` counts batches from the start."""
     row = self._start['row'] + self._returned * self._batch_size
     sources = {name: {'rows': self._origin[name] + count, 'fingerprint': self._fingerprints[name]}
                for name, count in self._schedule.counts(row).items()}
@@ -197,8 +214,10 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
                        process_count: int = 1) -> Iterator[Batch]:
   """Yields the first `count` batches of source `name`'s validation split, or fewer if it is shorter.
 
-  The batches are the same at each call. If the split ends within a batch, rows of padding fill that batch. Raises
-  DataError in the same cases as TrainBatches, before the first batch is requested.
+  The batches are the same at each call. If the split ends within a batch, the batch is filled with rows of padding.
+
+  Raises:
+    DataError: in the same cases as TrainBatches. It is raised by this call, not by the first batch.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:
@@ -209,6 +228,6 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
     for k in range(min(count, -(-packer.rows_per_epoch // batch_size))):
       start = k * batch_size + process_index * local
       yield _fill([(documents, packer.row(row)) if row < packer.rows_per_epoch else None
-                   for row in range(start, start + local)], config.sequence_length)
+                   for row in range(start, start + local)], config.sequence_length, documents.masked)
 
   return batches()

@@ -1,10 +1,10 @@
 """Copies prepared sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
 
-    CACHE_DIR/FINGERPRINT/FILE     a complete file, or FILE.partial while it is copied
-                          used     locked while a process reads the set; its time is that of the newest reader's start
-              copying            locked while a process checks or copies; the other processes wait, then find the copies
+    CACHE_DIR/FINGERPRINT/FILE     a complete file; FILE.partial while it is copied
+                          used     locked while a process reads the set; modified when a process starts to read
+              copying              locked while a process checks or copies; others wait, and then find the copies
 
-The locks are the kernel's, so they end with the process. Sets that are not in use are deleted to make room.
+The kernel releases the locks when a process ends. Sets that aren't in use are deleted to make room.
 """
 
 import contextlib
@@ -18,13 +18,20 @@ from collections.abc import Iterator, Mapping
 from betarank.data import storage
 from betarank.data.config import DataError
 
-_IN_USE: dict[pathlib.Path, object] = {}  # sets that this process uses -> the open file that holds the lock
+_IN_USE: dict[pathlib.Path, object] = {}  # a set that this process uses -> the open file that holds its lock
 
 
 def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key: str, limit: int) -> storage.Folder:
-  """Returns the folder PLACE/KEY once it holds copies of `files` ({name: bytes}) of `source`.
+  """Returns the folder PLACE/KEY, after copying the missing files of `source` to it.
 
-  Raises DataError if the files are larger than `limit` bytes in all, or if the disk has no room for them.
+  Args:
+    source: the folder to copy.
+    files: {name: size in bytes}.
+    place, key: the folder of all copies, and the name of this one.
+    limit: the largest size of all copies together, in bytes.
+
+  Raises:
+    DataError: the files don't fit within `limit`, or the disk is full.
   """
   here = pathlib.Path(place) / key
   try:
@@ -32,7 +39,7 @@ def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key
     with _locked(here.parent / 'copying'):
       here.mkdir(exist_ok=True)
       if here not in _IN_USE:
-        _IN_USE[here] = used = open(here / 'used', 'ab')  # noqa: SIM115 (as long as the process runs)
+        _IN_USE[here] = used = open(here / 'used', 'ab')  # noqa: SIM115 (open until the process ends)
         fcntl.flock(used, fcntl.LOCK_SH)
         os.utime(here / 'used')
       missing = _missing(here, files)
@@ -76,7 +83,7 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
-  """Deletes the remains of interrupted copies, then sets that no process uses, oldest first."""
+  """Deletes incomplete copies, then sets that no process uses, oldest first, until there is room for `more` bytes."""
   for partial in here.parent.glob('*/*.partial'):
     partial.unlink()
   others = sorted((set_ for set_ in here.parent.iterdir() if set_ != here and (set_ / 'used').exists()),

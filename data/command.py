@@ -8,30 +8,31 @@
     show         print what training reads: a packed row as text, counts, the longest and shortest documents
 """
 
-import argparse
 import os
 import re
 import time
 from collections.abc import Sequence
 
+from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
+from betarank.configs.parser import Parser, install_hint
 from betarank.configs.sections import section
+from betarank.configs.terminal import BAR, waiting
 from betarank.data import prepare, prepared, show
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
 
 _COMMANDS = ('tokenizer', 'prepare', 'finish', 'verify', 'show')
-_LINE_S = 10.0  # least time between two lines of progress in a log file
+_LINE_S = 10.0  # the shortest time between two lines of progress in a log file
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank data', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank data', __doc__)
   parser.add_argument('command', choices=_COMMANDS)
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes of prepare (default: all CPUs)')
   parser.add_argument('--part', default='1/1', metavar='I/N', help='prepare: part I, from 1, of N (default: all)')
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
   part, parts = _part(args.part)
   data = section(DataConfig, config.get('data'), 'data')
   console = Console()
+  if args.command in ('tokenizer', 'prepare'):
+    _make_folder(data)
   if args.command == 'verify':
     for name in data.sources:
       print(f'{prepared.folder(data, name)}: {prepared.verify(data, name):,} documents, all as they were written')
@@ -57,13 +60,21 @@ def main(argv: Sequence[str]) -> None:
       raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
     _tokenizer(data, console)
     show.tokenizer(data)
-  elif parts == 1:
-    _tokenizer(data, console)
-    _summary(data, {name: _prepare(data, name, args.workers, console) for name in data.sources}, console)
   else:
-    for name in data.sources:
-      _prepare(data, name, args.workers, console, part, parts)
-    print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
+    try:
+      _prepare_all(data, args.workers, console, part, parts)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt('what is prepared is kept, and the same command resumes') from None
+
+
+def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, parts: int) -> None:
+  if parts == 1:
+    _tokenizer(data, console)
+    _summary(data, {name: _prepare(data, name, workers, console) for name in data.sources}, console)
+    return
+  for name in data.sources:
+    _prepare(data, name, workers, console, part, parts)
+  print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -73,12 +84,23 @@ def _part(text: str) -> tuple[int, int]:
   return int(match[1]) - 1, int(match[2])
 
 
+def _make_folder(data: DataConfig) -> None:
+  """Creates the folder of prepared data before the work begins, which may take hours. Raises DataError if it can't."""
+  try:
+    epath.Path(data.dir).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise DataError(f'config.data.dir: {data.dir} can\'t be created ({error.strerror or error})') from None
+  except ImportError as error:
+    raise DataError(f'config.data.dir: {data.dir}: {error} ({install_hint(data.dir)})') from None
+
+
 def _tokenizer(data: DataConfig, console: Console) -> None:
   start = time.monotonic()
   if not data.tokenizer and not prepared.has_tokenizer(data):
     print(f'training a tokenizer of {data.vocab_size:,} tokens on up to {prepare.sample_bytes(data) / 1e6:,.0f} MB of '
           'text', flush=True)
-  trained = prepare.train_tokenizer(data)
+  with waiting('reading text and merging pairs', console):
+    trained = prepare.train_tokenizer(data)
   if trained:
     print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, trained in {time.monotonic() - start:.0f} s')
   elif not data.tokenizer:
@@ -92,8 +114,8 @@ def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: 
 
   if not console.is_terminal:
     return run(_Lines(name))
-  columns = (TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TextColumn('{task.fields[counts]}'),
-             TimeRemainingColumn())
+  columns = (TextColumn('{task.description}'), BarColumn(BAR), TaskProgressColumn(), TimeRemainingColumn(),
+             TextColumn('{task.fields[counts]}'))
   with Progress(*columns, console=console) as bar:
     task = bar.add_task(name, total=None, counts='')
     start = time.monotonic()
@@ -111,7 +133,7 @@ def _counts(progress: prepare.Progress, start: float) -> str:
 
 
 class _Lines:
-  """Progress for a log file: at most one line every ten seconds, and one at the end."""
+  """Prints progress for a log file: at most one line every ten seconds, and one at the end."""
 
   def __init__(self, name: str):
     self.name, self.start = name, time.monotonic()

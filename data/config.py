@@ -1,4 +1,4 @@
-"""The settings of the data, checked before any file is read, and DataError, the error that all of `data` raises."""
+"""Defines the settings of the data, checked before any file is read, and DataError, which all of `data` raises."""
 
 import dataclasses
 import math
@@ -9,18 +9,21 @@ from betarank.configs.settings import default
 
 
 class DataError(UserError):
-  """Data, or a setting of the data, that can't be used. The message is one line: the file or key, and what to do."""
+  """Raised for data, or a setting of the data, that can't be used.
+
+  The message is one line with the file or key, and what to do about it.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """The origin of documents, and their share of the training rows."""
+  """Where documents come from, and their share of the training rows."""
 
-  uri: str  # see data/sources.py for the kinds
-  weight: float  # see data/sources.py for the kinds of URI
+  uri: str  # see data/sources.py for the kinds of URI
+  weight: float  # the share of training rows, on any scale
   max_documents: int  # 0: all documents of the source
-  max_bad_rows: int = 0  # most rows without text to skip; 0: the first such row stops the preparation
-  template: str = ''  # of instruction data and chats; see data/fields.py
+  max_bad_rows: int = 0  # the largest number of rows without text to skip; 0: the first one stops the preparation
+  template: str = ''  # for instruction data and chats; see data/fields.py
 
   def __post_init__(self):
     if not self.uri:
@@ -35,7 +38,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """All settings that decide what the model reads, apart from the seed and the batch size."""
+  """All settings that decide what the model reads, except the seed and the batch size."""
 
   dir: str
   tokenizer: str
@@ -57,7 +60,7 @@ class DataConfig:
     if not self.sources:
       raise ValueError('sources must name one source or more, got none')
     for name in self.sources:
-      if not re.fullmatch(r'[a-z]\w*', name):  # the name becomes that of a TFDS data set and part of file names
+      if not re.fullmatch(r'[a-z]\w*', name):  # it becomes the name of a TFDS data set, and part of file names
         raise ValueError(f'sources must have names of lower-case letters, digits and _, got {name!r}')
     if not any(source.weight for source in self.sources.values()):
       raise ValueError('sources must have a weight > 0 somewhere, got none')
@@ -67,9 +70,8 @@ class DataConfig:
       raise ValueError(f'held_out_fraction must be in [0, 1), got {self.held_out_fraction}')
     if self.sequence_length < 1:
       raise ValueError(f'sequence_length must be positive, got {self.sequence_length}')
-    if self.document_bytes < 16:
-      raise ValueError(f'document_bytes must be 16 or more, got {self.document_bytes}')
-
+    if self.document_bytes and self.document_bytes < 16:
+      raise ValueError(f'document_bytes must be 16 or more, or 0 for the default, got {self.document_bytes}')
     if self.tokenizer_sample_mb < 0:
       raise ValueError(f'tokenizer_sample_mb must be >= 0 (0: by the vocabulary), got {self.tokenizer_sample_mb}')
     if '://' in self.cache_dir:
@@ -77,10 +79,15 @@ class DataConfig:
     if self.cache_gb <= 0:
       raise ValueError(f'cache_gb must be positive, got {self.cache_gb}')
 
-  def __hash__(self) -> int:  # caches of opened data are keyed by the settings
+  def __hash__(self) -> int:  # needed because caches of opened data use the settings as keys
     return hash((self.dir, self.tokenizer, self.sequence_length, *self.sources))
 
   @property
+  def longest_document(self) -> int:
+    """The size in bytes from which documents are split. The default is more than what fits into a row."""
+    return self.document_bytes or max(65_536, 8 * self.sequence_length)
+
+  @property
   def tokenizer_path(self) -> str:
-    """Returns the path of the given tokenizer or, by default, of the tokenizer trained into `dir`."""
+    """The path of the given tokenizer or, if none is given, of the tokenizer that is trained into `dir`."""
     return self.tokenizer or f'{self.dir.rstrip("/")}/tokenizer.model'

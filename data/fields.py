@@ -1,9 +1,9 @@
-"""Makes a document from the fields of a record.
+"""Makes documents from the fields of records. A specification of fields has one of these forms:
 
-    text                 a field; OUTER.INNER is a field inside another
-    question+answer      two fields, a prompt and its answer: the loss counts the answer only
-    messages             with a template that holds {content}: a list of {"role": ..., "content": ...}; the loss counts
-                         what the assistant says
+    text                 one field; OUTER.INNER is a field inside another
+    question+answer      two fields, a prompt and its answer; the loss counts only the answer
+    messages             with a template that contains {content}: a list of {"role": ..., "content": ...}; the loss
+                         counts only what the assistant says
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 from betarank.data.config import DataError
 
-PAIR = 'Question: {prompt}\nSolution: {answer}\n'  # the template of a prompt and an answer, unless another is given
+PAIR = 'Question: {prompt}\nSolution: {answer}\n'  # the default template of a prompt and an answer
 _TRAINED_ROLES = ('assistant', 'gpt', 'model')
 
 
 class Dialogue(NamedTuple):
-  """A document of which the loss counts only some parts: (text, whether the loss counts it), in order."""
+  """A document of which the loss counts only some parts. Each part is (text, whether the loss counts it)."""
 
   parts: tuple[tuple[str, bool], ...]
 
@@ -26,7 +26,7 @@ class Dialogue(NamedTuple):
 
 
 class BadValue(Exception):
-  """An error that describes what is wrong with a record."""
+  """Raised for a record that isn't a document. The message says why."""
 
 
 def masked(spec: str, template: str) -> bool:
@@ -35,7 +35,7 @@ def masked(spec: str, template: str) -> bool:
 
 
 def check_template(spec: str, template: str) -> None:
-  """Raises ValueError if the template doesn't fit the fields."""
+  """Raises ValueError if the template doesn't match the fields."""
   if not template:
     return
   needed = ('{prompt}', '{answer}') if '+' in spec else ('{role}', '{content}')
@@ -48,7 +48,7 @@ def check_template(spec: str, template: str) -> None:
 
 
 class Fields:
-  """A reader of documents from records.
+  """Makes documents from records.
 
   Attributes:
     names: the fields that are needed.
@@ -59,7 +59,7 @@ class Fields:
     self._template = template or (PAIR if len(self.names) == 2 else '')
 
   def document(self, record: Mapping[str, Any]) -> str | Dialogue:
-    """Returns the document of a record. Raises BadValue if a field is absent or isn't text."""
+    """Returns the document of a record. Raises BadValue if a field is missing or isn't text."""
     values = [_value(record, name) for name in self.names]
     if not self._template:
       return text_of(values[0], self.names[0])
@@ -86,9 +86,9 @@ class Fields:
 
 
 def _dialogue(parts: list[tuple[str, bool]]) -> Dialogue:
-  """Joins neighbouring parts that both count, or both don't.
+  """Joins adjacent parts that both count, or both don't.
 
-  A space before a part that counts is moved into that part, because tokenizers join a space to the next word.
+  A space before a part that counts is moved to that part, because tokenizers join a space to the next word.
   """
   joined: list[tuple[str, bool]] = []
   for text, trained in parts:
@@ -118,7 +118,7 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
 
 
 def text_of(value: Any, name: str) -> str:
-  """Returns a value that is text or UTF-8 bytes. Raises BadValue for any other value."""
+  """Returns a value that is text or UTF-8 bytes as text. Raises BadValue for any other value."""
   if isinstance(value, bytes):
     try:
       return value.decode()
@@ -127,7 +127,7 @@ def text_of(value: Any, name: str) -> str:
   if not isinstance(value, str):
     hint = '; a list of messages needs a template (sources.NAME.template)' if isinstance(value, list) else ''
     raise BadValue(f'field {name!r} must be text, got {type(value).__name__}{hint}')
-  # JSON can contain half a surrogate pair, which UTF-8 text can't hold: it becomes U+FFFD.
+  # JSON can contain half of a surrogate pair, which UTF-8 can't encode. It becomes U+FFFD.
   return value if value.isascii() else value.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 

@@ -1,7 +1,8 @@
-"""Finds and opens the files of a source: on a disk, or wherever fsspec reaches (gs://, s3://, hf://, https://, ...).
+"""Finds and opens the files of a source, on a disk or anywhere that fsspec can read (gs://, s3://, hf://, https://,
+...).
 
-A pattern is a path, a glob that may hold `**`, or a folder. A folder means all files below it that have one of the
-suffixes of the source's kind. If the file names contain splits, as those of Hugging Face data sets do
+A pattern is a path, a glob that may contain `**`, or a folder. A folder means all files below it that have one of the
+suffixes of the source's kind. If file names contain splits, as in Hugging Face data sets
 (data/train-00000-of-00004.parquet), only the training split is used.
 """
 
@@ -23,10 +24,10 @@ from betarank.configs.errors import one_line
 from betarank.data.config import DataError
 from betarank.data.storage import install_hint, is_remote
 
-_OPENED_AT_ONCE = 32  # remote files; opening a file takes 20 to 200 ms
+_OPENED_AT_ONCE = 32  # the number of remote files opened at the same time; opening one takes 20 to 200 ms
 _BUFFER = 2**18
 _SPLIT = re.compile(r'(?:^|/)(train|validation|valid|val|dev|test|eval)(?![a-z])', re.IGNORECASE)
-# The first bytes of compressed files. Names are unreliable: .gz files may be uncompressed, and others compressed.
+# The first bytes of compressed files. Names aren't reliable: a .gz file may be uncompressed, another file compressed.
 _PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bz2', b'\x28\xb5\x2f\xfd': 'zstd', b'\xfd7zXZ\x00': 'xz'}
 _PACKED_SUFFIXES = ('.gz', '.bz2', '.zst', '.zstd', '.xz')
 
@@ -41,10 +42,10 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """The files that match a pattern, sorted by name, without the empty files."""
+  """The files that match a pattern, sorted by name, without empty files."""
 
   files: tuple[File, ...]
-  empty: int  # number of empty files, which are skipped
+  empty: int  # the number of empty files, which are skipped
 
 
 def find(pattern: str) -> list[str]:
@@ -53,9 +54,12 @@ def find(pattern: str) -> list[str]:
 
 
 def look(pattern: str, suffixes: tuple[str, ...]) -> Found:
-  """Returns the files that match `pattern`, with one listing. `suffixes` selects the files of a folder.
+  """Returns the files that match `pattern`, from one listing.
 
-  Raises DataError if no file matches, if all files are empty, or if the place can't be read.
+  suffixes: selects the files of a folder.
+
+  Raises:
+    DataError: no file matches, all files are empty, or the place can't be read.
   """
   every = _all(pattern, suffixes)
   files = tuple(file for file in every if file.size)
@@ -80,7 +84,7 @@ def _all(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def _suffix(path: str) -> str:
-  """Returns '.jsonl' for x.jsonl and x.jsonl.gz."""
+  """Returns the suffix without that of compression: '.jsonl' for x.jsonl and for x.jsonl.gz."""
   name, suffix = os.path.splitext(path.lower())
   return (os.path.splitext(name)[1] or suffix) if suffix in _PACKED_SUFFIXES else suffix
 
@@ -98,7 +102,7 @@ def _hidden(path: str) -> bool:
 
 
 def _local(pattern: str) -> tuple[list[File], bool]:
-  """Returns the matching files, and True if `pattern` is a folder. Pipes and devices are excluded."""
+  """Returns the matching files, and whether `pattern` is a folder. Pipes and devices are ignored."""
   folder = os.path.isdir(pattern)
   paths = glob.iglob(os.path.join(glob.escape(pattern), '**/*'), recursive=True) if folder else glob.iglob(
     pattern, recursive=True)
@@ -130,20 +134,20 @@ def _remote(pattern: str) -> tuple[list[File], bool]:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-  """Turns any error of a file system into a DataError of one line."""
+  """Converts any error of a file system to a DataError of one line."""
   try:
     yield
   except DataError:
     raise
   except ImportError as error:
     raise DataError(f'{path}: {one_line(error)} ({install_hint(path)})') from None
-  except Exception as error:  # each file system has its own: gcsfs, botocore, aiohttp and huggingface_hub share no type
+  except Exception as error:  # gcsfs, botocore, aiohttp and huggingface_hub have no common error type
     raise DataError(f'{path}: can\'t be read ({type(error).__name__}: {one_line(error)[:300]}); check the path, the '
                     'network and your access to it') from None
 
 
 def in_parallel(function: Callable[[File], T], files: Iterable[File]) -> list[T]:
-  """Returns function(file) for each file, in order. Several remote files are handled at a time."""
+  """Returns function(file) for each file, in order. Several remote files are processed at the same time."""
   files = list(files)
   if not files or not is_remote(files[0].path):
     return [function(file) for file in files]
@@ -153,9 +157,12 @@ def in_parallel(function: Callable[[File], T], files: Iterable[File]) -> list[T]
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-  """Opens a file without decompressing it, for reading and seeking.
+  """Opens a file for reading and seeking, without decompressing it.
 
-  Raises DataError if opening fails. Reading may raise OSError.
+  Reading may raise OSError.
+
+  Raises:
+    DataError: the file can't be opened.
   """
   with contextlib.ExitStack() as stack:
     with _errors(path):
@@ -163,7 +170,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
         import fsspec
 
         store, name = fsspec.core.url_to_fs(path)
-        # fsspec's own readline takes no limit.
+        # Wrapped, because the readline of fsspec has no limit.
         file = stack.enter_context(io.BufferedReader(store.open(name, 'rb'), _BUFFER))
       else:
         file = stack.enter_context(open(path, 'rb', buffering=_BUFFER))
@@ -171,7 +178,9 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 def packing(path: str) -> str:
-  """Returns a file's compression by its first bytes: gzip, bz2, zstd or xz; '' if the file isn't compressed."""
+  """Returns how a file is compressed: gzip, bz2, zstd or xz; '' if it isn't. It looks at the first bytes of the
+  file.
+  """
   with opened(path) as file, _errors(path):
     start = file.read(6)
   return next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), '')
@@ -192,7 +201,7 @@ def unpacked(path: str) -> Iterator[BinaryIO]:
 
 
 def _unpack(kind: str, file: BinaryIO) -> Any:
-  if kind == 'zstd':  # pyarrow is a dependency anyway; Python has zstd only from 3.14 on
+  if kind == 'zstd':  # pyarrow is a dependency anyway; Python supports zstd only from 3.14 on
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), 'zstd'), _BUFFER)

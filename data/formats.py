@@ -1,8 +1,8 @@
 """Readers of text files: plain text, JSON Lines and CSV. Readers of record files are in data/record_formats.py.
 
 A reader has two methods. `segments()` returns everything there is to read. `read(segment)` yields the documents of a
-segment or of any part of a segment. Parts that cover a segment without overlap yield each document exactly once. In
-place of a row that can't be used, `read` yields a DataError that names the file and line.
+segment, or of a part of a segment. Parts that cover a segment without overlap yield each document exactly once. For a
+row that can't be used, `read` yields a DataError that names the file and the line.
 """
 
 import csv
@@ -19,32 +19,32 @@ from betarank.data.config import DataError
 from betarank.data.fields import BadValue, Dialogue, Fields, missing_field
 from betarank.data.files import find  # noqa: F401 (tasks and eval name their files by the same patterns)
 
-_LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV: a line must be parsed as a whole
-_EXPANSION = 4  # assumed ratio of a compressed file's content to its size
+_LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV, limited because a line must be in memory
+_EXPANSION = 4  # the assumed size of a compressed file's content, relative to the file
 
 Row = str | Dialogue | DataError
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A part of a file. The unit of start and stop (bytes, records or row groups) depends on the format's reader."""
+  """A part of a file. The unit of start and stop (bytes, records or row groups) depends on the format."""
 
   path: str
   start: int
   stop: int
   splittable: bool = True
-  item_bytes: float = 1.0  # approximate bytes per unit of start and stop
+  item_bytes: float = 1.0  # the approximate number of bytes per unit of start and stop
 
 
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
-  """Returns a segment of bytes for each file. Compressed files can't be split."""
+  """Returns one segment of bytes for each file. Compressed files can't be split."""
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
   return [Segment(file.path, 0, file.size, splittable and not kind, _EXPANSION if kind else 1.0)
           for file, kind in zip(found.files, kinds)]
 
 
 def cut_point(block: bytes) -> int:
-  """Returns the position in `block` at which to end a piece: after the last line end or, without one, between
+  """Returns the position at which to cut `block`: after the last line end or, if there is none, between two
   characters.
   """
   if (line_end := block.rfind(b'\n')) >= 0:
@@ -60,7 +60,7 @@ def unpack_error(path: str, error: Exception) -> DataError:
 
 
 class FileReader:
-  """The part that all readers of files share: the listing, made once."""
+  """The base class of all readers of files. It lists the files once."""
 
   pattern: str
   suffixes: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True)
 class Text(FileReader):
-  """A reader of plain text: a file is one stream, cut into documents at line ends."""
+  """A reader of plain text. Each file is one stream, cut into documents at line ends."""
 
   pattern: str
   document_bytes: int
@@ -106,7 +106,7 @@ class Text(FileReader):
         raise unpack_error(path, error) from None
 
   def _boundary(self, file: BinaryIO, offset: int) -> int:
-    """Returns the first line start at or after `offset`.
+    """Returns the start of the first line that begins at or after `offset`.
 
     If that is more than a document's length away, returns the start of the first character instead.
     """
@@ -134,7 +134,7 @@ class Jsonl(FileReader):
     return text_segments(self.found)
 
   def read(self, segment: Segment) -> Iterator[Row]:
-    """Yields the documents of the lines that start in the segment."""
+    """Yields the documents of the lines that begin in the segment."""
     path, position = segment.path, segment.start
     with files.unpacked(path) as file:
       try:
@@ -143,7 +143,7 @@ class Jsonl(FileReader):
           while (skipped := file.readline(2**20)) and not skipped.endswith(b'\n'):
             pass
           position = file.tell()
-        number = None if segment.start else 1  # lines before are counted only if an error needs the number
+        number = None if segment.start else 1  # None: the lines before are counted only if an error needs the number
         while position < segment.stop or not segment.splittable:
           line = file.readline(_LINE_BYTES)
           if not line:
@@ -165,7 +165,7 @@ class Jsonl(FileReader):
       return self.fields.document(record)
     except UnicodeDecodeError as error:
       return DataError(f'{path}:{number()}: not UTF-8 at byte {error.start} of the line; convert the file')
-    except (ValueError, RecursionError) as error:  # ValueError is also raised for a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits raises ValueError too
       return DataError(f'{path}:{number()}: not JSON ({error}); fix or remove the line')
     except BadValue as error:
       return DataError(f'{path}:{number()}: {error}; name the right field: jsonl:{self.pattern}#FIELD'
@@ -195,7 +195,7 @@ class Csv(FileReader):
     path = segment.path
     csv.field_size_limit(_LINE_BYTES)
     with files.unpacked(path) as file:
-      # Bytes that aren't UTF-8 become surrogates, which valid text never contains, so only their row is rejected.
+      # Bytes that aren't UTF-8 become surrogates, which never occur in valid text. So only rows with them are rejected.
       lines = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')
       name = path.lower()
       rows = csv.DictReader(lines, delimiter='\t' if '.tsv' in name.rpartition('/')[2] else ',', strict=True)

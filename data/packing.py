@@ -1,13 +1,13 @@
-"""Decides which pieces of which documents make up row i, as a pure function of (seed, source, i).
+"""Decides which parts of which documents make up row i, as a pure function of (seed, source, i).
 
-A document of n tokens is n-1 (input, target) pairs; a row holds T pairs. An epoch's documents, in a shuffled order,
-form one line of pairs that is divided into windows of R rows, R * T pairs each. Within its window a document is kept
-whole if it fits (best fit, longest first). The few documents that fit nowhere are cut up to fill the holes. So every
-pair occurs exactly once per epoch, every row but the epoch's last is full, and the number of rows is known without
-planning any row.
+A document of n tokens is n-1 (input, target) pairs, and a row holds T pairs. The documents of an epoch, in a shuffled
+order, form one sequence of pairs. It is divided into windows of R * T pairs, which fill R rows. Within a window, a
+document is placed whole if it fits into a row (best fit, longest first). The few documents that fit nowhere are cut to
+fill the remaining space. So every pair occurs exactly once per epoch, and every row is full except the last of the
+epoch. The number of rows is known without planning any row.
 
-A window's documents are found from the sums of the lengths before it. The sums are computed only as far as needed: none
-for the beginning of an epoch, about 25 ns per document for a later position.
+To find the documents of a window, the lengths of the documents before it must be summed. The sums are computed only as
+far as needed: none at the beginning of an epoch, and about 25 ns per document for a later position.
 """
 
 import bisect
@@ -19,23 +19,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-_WINDOW_PAIRS = 2**18  # a larger window cuts fewer documents, but takes longer to reach the first row
+_WINDOW_PAIRS = 2**18  # with larger windows, fewer documents are cut, but the first row takes longer
 _FEWEST_ROWS = 64
-_CHUNK = 8192  # documents between two remembered positions on the line of pairs
-_CHUNKS_AT_ONCE = 8  # chunks summed at once: 64k documents fit in a processor's cache
+_CHUNK = 8192  # the position in the sequence of pairs is stored for every 8192nd document
+_CHUNKS_AT_ONCE = 8  # so many chunks are summed at once: 64k documents fit into a processor's cache
 
 
 def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
-  """Returns the positions to which a shuffle of range(size) moves `index_N`, int64 [N].
+  """Returns the positions to which a shuffle of range(size) moves the indices `index_N`, int64 [N].
 
-  The shuffle is a bijection for each key and needs O(1) memory. It applies rounds of invertible arithmetic to b-bit
-  numbers, repeated until the result is below `size`. Unlike NumPy's shuffles it needs no array of that size and is the
-  same in all versions, on which resumed runs depend.
+  The shuffle is a bijection that depends on `key`. It applies rounds of invertible arithmetic to b-bit numbers,
+  repeated until the result is below `size`. Unlike NumPy's shuffles, it needs no array of length `size`, and it is the
+  same in all versions, which resumed runs rely on.
   """
   if size <= 1:
     return np.zeros(len(index_N), np.int64)
   bits = max(3, (size - 1).bit_length())
-  # The low b bits of a sum or product depend only on the low b bits of its parts, so 32 bits suffice for most sets.
+  # The low b bits of a sum or product depend only on those of its operands, so 32 bits are enough for most sets.
   dtype = np.uint32 if bits <= 32 else np.uint64
   digest = hashlib.shake_128(key.encode()).digest(8 * 12)
   keys = np.frombuffer(digest, '<u8') & np.uint64(2**bits - 1)
@@ -57,15 +57,17 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """Runs of pairs: int64 [N] each."""
+  """The documents of a row, or parts of them. Piece i consists of adjacent pairs of one document. Arrays are int64
+  [N].
+  """
 
   document: np.ndarray
-  start: np.ndarray  # number of the first pair within the document
-  length: np.ndarray  # number of pairs
+  start: np.ndarray  # the index of the first pair in the document
+  length: np.ndarray  # the number of pairs
 
 
 class Packer:
-  """The rows of one split of one source. Thread-safe.
+  """Computes the rows of one split of one source. Thread-safe.
 
   Attributes:
     rows_per_epoch: the number of rows in an epoch.
@@ -73,19 +75,26 @@ class Packer:
   """
 
   def __init__(self, lengths_N: np.ndarray, row_length: int, key: str, *, shuffle: bool = True):
-    """Args: lengths_N in tokens, including BOS and EOS; row_length T in pairs; key: made of seed and source."""
+    """Prepares the packing, without planning any row.
+
+    Args:
+      lengths_N: the number of tokens of each document, including BOS and EOS.
+      row_length: T, in pairs.
+      key: identifies the shuffle; made of seed and source.
+      shuffle: False keeps the documents in order.
+    """
     self._lengths_N = np.asarray(lengths_N)  # there may be 10^9 documents, so no copy is made
     self._T, self._key, self._shuffle = row_length, key, shuffle
     self._R = max(_FEWEST_ROWS, _WINDOW_PAIRS // row_length)
     self._total = int(self._lengths_N.sum(dtype=np.int64)) - len(self._lengths_N)
     self.rows_per_epoch = -(-self._total // row_length)
     self.efficiency = self._total / (self.rows_per_epoch * row_length)
-    self._lock = threading.Lock()  # keeps threads that need the same window from all planning it
+    self._lock = threading.Lock()  # makes sure that only one thread plans a window
     self._line = functools.lru_cache(maxsize=2)(lambda epoch: _Line(functools.partial(self._sums, epoch)))
     self._window = functools.lru_cache(maxsize=4)(self._window)
 
   def row(self, index: int) -> Pieces:
-    """Returns the pieces of row `index` >= 0; epoch = index // rows_per_epoch."""
+    """Returns the pieces of row `index` >= 0, which is in epoch index // rows_per_epoch."""
     epoch, row = divmod(index, self.rows_per_epoch)
     window, row = divmod(row, self._R)
     with self._lock:
@@ -93,7 +102,7 @@ class Packer:
     return Pieces(*(field[bounds[row]:bounds[row + 1]] for field in pieces))
 
   def cut_share(self, windows: int = 4) -> float:
-    """Returns the share of documents that are split over rows, estimated from the first epoch's first windows."""
+    """Returns the share of documents that are split over rows, estimated from the first windows of the first epoch."""
     windows = min(windows, -(-self.rows_per_epoch // self._R))
     pieces = [self._window(0, w)[0] for w in range(windows)]
     document = np.concatenate([p.document for p in pieces])
@@ -108,12 +117,12 @@ class Packer:
     return permute(index, len(self._lengths_N), f'{self._key}/{epoch}') if self._shuffle else index
 
   def _sums(self, epoch: int, chunk: int) -> np.ndarray:
-    """Returns the number of pairs in each chunk, starting with chunk `chunk`, for at most _CHUNKS_AT_ONCE chunks."""
+    """Returns the number of pairs in each chunk, for at most _CHUNKS_AT_ONCE chunks from chunk `chunk` on."""
     pairs = self._pairs(self._order(epoch, chunk * _CHUNK, (chunk + _CHUNKS_AT_ONCE) * _CHUNK))
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))
 
   def _slice(self, epoch: int, window: int) -> Pieces:
-    """Returns the pieces between the window's ends on the line of pairs."""
+    """Returns the pieces of the window, as parts of the sequence of pairs."""
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)
     starts = self._line(epoch).up_to(high)
@@ -128,11 +137,11 @@ class Packer:
     return Pieces(document, start, np.minimum(high, ends) - begins - start)
 
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
-    """Returns the window's pieces sorted by row, and the index of each row's first piece."""
+    """Returns the pieces of the window sorted by row, and the index of each row's first piece."""
     pieces = _cut_to(self._slice(epoch, window), self._T)
     rows = -(-int(pieces.length.sum()) // self._T)
     row, pieces = _place(pieces, rows, self._T)
-    # Best fit leaves rows ordered by their content, but a batch should be a fair sample.
+    # Best fit leaves rows in an order that depends on their content. A shuffle makes each batch a fair sample.
     row = permute(np.arange(rows), rows, f'{self._key}/{epoch}/{window}')[row]
     order = np.argsort(row, kind='stable')
     bounds = np.searchsorted(row[order], np.arange(rows + 1))
@@ -140,13 +149,13 @@ class Packer:
 
 
 class _Line:
-  """The start of every _CHUNKth document on an epoch's line of pairs, computed as far as requested."""
+  """The position of every _CHUNKth document in an epoch's sequence of pairs, computed only as far as requested."""
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
 
   def up_to(self, position: int) -> np.ndarray:
-    """Returns the starts, int64 [chunks], up to the first one at or after `position`."""
+    """Returns the positions, int64 [chunks], up to the first one at or after `position`."""
     while self._starts[self._known] < position:
       sums = self._sums(self._known)
       if self._known + len(sums) >= len(self._starts):
@@ -166,9 +175,11 @@ def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
 
 
 def _place(pieces: Pieces, rows: int, row_length: int) -> tuple[np.ndarray, Pieces]:
-  """Returns a row for each piece: best fit, longest first. Pieces that fit nowhere are cut into the largest holes.
+  """Assigns a row to each piece: best fit, longest first. Pieces that fit nowhere are cut into the largest holes.
 
-  The pieces' pairs must be at most rows * row_length in all, and each piece at most row_length.
+  The pieces must have at most rows * row_length pairs in all, and at most row_length each.
+
+  Returns (row of each piece, pieces).
   """
   holes = [(row_length, row) for row in range(rows)]  # always sorted
   placed, unplaced = [], []  # (row, piece, offset in it, length)

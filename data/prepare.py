@@ -1,9 +1,9 @@
-"""Tokenizes a source once, in parallel, into the shards that data/prepared.py describes.
+"""Tokenizes a source once, in parallel, into the shards that data/prepared.py reads.
 
-The source's units (data/sources.py) are independent: processes and machines share them by number. A unit leaves shards
-and markers in `partial/` (data/worker.py). A run that was killed resumes after the last whole piece of each unit and
-ends with the same files, byte for byte, as one process that was never interrupted. Only the last step, `finish`, makes
-them a data set: it renames shards and writes the lengths and the manifest.
+The source is divided into units (data/sources.py), which are independent. Processes and machines share them by number.
+A unit leaves shards and markers in `partial/` (data/worker.py). A run that was killed resumes after the last complete
+piece of each unit. The result is the same, byte for byte, as that of one process that was never interrupted. The last
+step, `finish`, turns the shards into a data set: it renames them, and writes the lengths and the manifest.
 """
 
 import concurrent.futures
@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -28,23 +29,23 @@ from betarank.data.config import DataConfig, DataError
 from betarank.data.tokenizer import Tokenizer, read_tokenizer, train
 from betarank.data.worker import Job, Worker
 
-_FEW_DOCUMENTS = 2000  # with at most so many, an empty split is avoided by dividing each document
-_REQUESTS_AT_ONCE = 32  # of a bucket
+_FEW_DOCUMENTS = 2000  # if there are no more documents than this, each is divided rather than leaving a split empty
+_REQUESTS_AT_ONCE = 32  # the number of requests to a bucket at the same time
 _REPORT_S = 1.0
-_LEAST_SAMPLE = 16e6  # bytes of text that a tokenizer is trained on
+_LEAST_SAMPLE = 16e6  # a tokenizer is trained on at least so many bytes of text
 _SAMPLE_PER_TOKEN = 1024  # bytes of text for each token of the vocabulary
 
 Marker = dict[str, Any]
 
 
 class Progress(NamedTuple):
-  """How far a preparation is."""
+  """The progress of a preparation."""
 
   units: int
   units_done: int
-  total_bytes: float  # of the input, about
+  total_bytes: float  # the approximate size of the input
   done_bytes: float
-  documents: int  # of whole pieces
+  documents: int  # those in complete pieces; the same for tokens and bad_rows
   tokens: int
   bad_rows: int
 
@@ -53,17 +54,20 @@ Report = Callable[[Progress], None]
 
 
 def sample_bytes(config: DataConfig) -> float:
-  """Returns the bytes of text that the tokenizer is trained on."""
+  """Returns the number of bytes of text that the tokenizer is trained on."""
   if config.tokenizer_sample_mb:
     return config.tokenizer_sample_mb * 1e6
   return max(_LEAST_SAMPLE, _SAMPLE_PER_TOKEN * config.vocab_size)
 
 
 def train_tokenizer(config: DataConfig) -> bool:
-  """Trains the tokenizer into `config.dir` on all sources alike; returns False if there is one already.
+  """Trains the tokenizer of `config.dir`, on equal amounts of text from each source. Returns False if it exists
+  already.
 
-  Where the sources are so small that all of their text yields fewer than config.vocab_size tokens, it has as many as
-  they yield. Raises DataError for a source that can't be read, or a sample that is too small for config.vocab_size.
+  If all text of the sources yields fewer than config.vocab_size tokens, the tokenizer has as many as it yields.
+
+  Raises:
+    DataError: a source can't be read, or the sample is too small for config.vocab_size.
   """
   path = config.tokenizer_path
   if config.tokenizer or epath.Path(path).exists():
@@ -96,7 +100,7 @@ def _train(config: DataConfig, vocab_size: int) -> None:
       for name in config.sources:
         with _named(name):
           yield from sources.open_source(config, name).sample(share)
-    except BaseException as error:  # SentencePiece would make a message of its own out of it
+    except BaseException as error:  # kept here, because SentencePiece would replace it by an error of its own
       failed.append(error)
       raise
 
@@ -117,7 +121,7 @@ def _open(config: DataConfig, name: str) -> sources.Source:
 
 @contextlib.contextmanager
 def _named(name: str):
-  """Puts the source's name before the message of a DataError."""
+  """Adds the source's name to the message of a DataError."""
   try:
     yield
   except DataError as error:
@@ -125,7 +129,7 @@ def _named(name: str):
 
 
 class _Preparation:
-  """One source on its way: its settings, its units, and what is there of them."""
+  """The state of a source that is being prepared: its settings, its units, and the units that are done."""
 
   def __init__(self, config: DataConfig, name: str):
     self.config, self.name = config, name
@@ -135,7 +139,9 @@ class _Preparation:
     self.job = Job(name, config, str(self.where / 'partial'))
 
   def finished(self) -> dict[str, Any] | None:
-    """Returns the manifest if the source is prepared. Raises DataError if it was prepared otherwise."""
+    """Returns the manifest if the source is prepared, else None. Raises DataError if it was prepared with other
+    settings.
+    """
     manifest = prepared.read_manifest(self.where)
     if manifest:
       prepared.check_settings(self.where, manifest['settings'], self.wanted)
@@ -147,17 +153,17 @@ class _Preparation:
     sources.open_source.cache_clear()
     try:
       return sources.open_source(self.config, self.name).listing
-    except DataError:  # the files needn't be there any more
+    except DataError:  # the files may have been removed since
       return {}
 
   def open(self) -> None:
-    """Looks at the source's files, and plans its units or takes the plan that is there."""
+    """Examines the source's files. Plans the units, or reads the plan of an earlier run."""
     source = sources.open_source(self.config, self.name)
     self.listing = source.listing
     partial = self.where / 'partial'
     partial.mkdir(parents=True, exist_ok=True)
     now = {**self.wanted, 'input_files_sha256': self.listing.get('sha256', '')}
-    if (partial / 'plan.json').exists():  # looking into each file of a large source takes minutes
+    if (partial / 'plan.json').exists():  # saves minutes, which examining each file of a large source would take
       plan = json.loads((partial / 'plan.json').read_text())
       prepared.check_settings(self.where, plan['settings'], now)
       self.units = [tuple(sources.Segment(*segment) for segment in unit) for unit in plan['units']]
@@ -167,7 +173,7 @@ class _Preparation:
     write_atomically(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
 
   def markers(self, job: Job) -> dict[int, list[Marker]]:
-    """Returns the markers of each unit's whole pieces, in order."""
+    """Returns the markers of each unit's complete pieces, in order."""
     names = sorted(name for name in storage.open_folder(job.folder).sizes()
                    if name.startswith('unit-') and name.endswith('.json'))
     read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
@@ -180,7 +186,9 @@ class _Preparation:
 
 
 def _several(function: Callable, items: list, place: Any) -> Iterator:
-  """Yields function(item) for each in order; several at a time in a bucket, where each takes long."""
+  """Yields function(item) for each item, in order. In a bucket, where each call takes long, several run at the same
+  time.
+  """
   if not storage.is_remote(place):
     yield from map(function, items)
     return
@@ -191,13 +199,17 @@ def _several(function: Callable, items: list, place: Any) -> Iterator:
 
 def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
                    report: Report = lambda _: None) -> dict[str, Any]:
-  """Prepares source `name` and returns its manifest; does nothing if that was done with the same settings.
+  """Prepares source `name` and returns its manifest. Does nothing if it is prepared with the same settings already.
 
   Args:
-    workers: processes, by default one per CPU; the result is the same for any number. 1: all in this process.
-    report: called as it proceeds.
+    config: the settings of the data.
+    name: the source.
+    workers: the number of processes; None: one per CPU. With 1, this process does the work. The result doesn't depend
+      on this number.
+    report: called with the progress.
 
-  Raises DataError for a source or tokenizer that can't be used, or data there that was made otherwise.
+  Raises:
+    DataError: the source or the tokenizer can't be used, or the source was prepared with other settings.
   """
   prepare_part(config, name, workers=workers, report=report)
   return finish(config, name, workers=workers)
@@ -205,10 +217,10 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
                  report: Report = lambda _: None) -> None:
-  """Works through the units of part `part` of `parts`, counted from 0; nothing if source `name` is finished.
+  """Tokenizes the units of part `part` of `parts`, counted from 0. Does nothing if source `name` is finished.
 
-  Processes on other machines may work through other parts at the same time. Arguments and errors are those of
-  `prepare_source`.
+  Processes on other machines may work on other parts at the same time. The other arguments, and the errors, are those
+  of `prepare_source`.
   """
   preparation = _Preparation(config, name)
   if preparation.finished():
@@ -220,9 +232,10 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
 
 
 def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
-  """Makes the units of source `name`, which must all be there, a data set; returns its manifest.
+  """Turns the units of source `name` into a data set, and returns its manifest. All units must be complete.
 
-  Raises DataError if units are missing, a split is empty, or too many rows were bad.
+  Raises:
+    DataError: units are missing, a split is empty, or there are too many bad rows.
   """
   preparation = _Preparation(config, name)
   if manifest := preparation.finished():
@@ -246,15 +259,15 @@ def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict
 # Units
 
 
-_WORKER: Worker | None = None  # in a worker process: set once, as each unit would load the tokenizer again
-_DONE_BYTES: Any = None  # the same: what the units in work have read, which the parent shows
+_WORKER: Worker | None = None  # in a worker process; created once, so that the tokenizer is loaded only once
+_DONE_BYTES: Any = None  # in a worker process; the bytes read by unfinished units, which the parent displays
 
 
 def _start_worker(job: Job, done_bytes) -> None:
   global _WORKER, _DONE_BYTES
   parent = multiprocessing.parent_process()
 
-  def follow():  # a worker whose parent was killed would wait for work for ever
+  def follow():  # otherwise a worker whose parent was killed would wait for work forever
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
@@ -271,7 +284,7 @@ def _run_unit(index: int, unit: sources.Unit, limit: int, done: list[Marker]) ->
 
 
 class _State:
-  """Which units are done, and what a report says of it."""
+  """Knows which units are done, and reports the progress."""
 
   def __init__(self, preparation: _Preparation, job: Job, mine: range, report: Report):
     self.units, self.mine, self._report = preparation.units, mine, report
@@ -284,7 +297,7 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Returns True if the first units, as far as they are done without a gap, hold max_documents."""
+    """Returns True if all units are done, or if the ones before the first unfinished unit contain max_documents."""
     count = 0
     for index in range(len(self.units)):
       if not self.done(index):
@@ -307,7 +320,10 @@ class _State:
 
 
 def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool) -> None:
-  """Works through the units `mine`, as far as they aren't done; stops with `max_documents` where all units are ours."""
+  """Tokenizes the units `mine` that aren't done yet.
+
+  stop_early: stops once there are max_documents. It is set if no other machine works on the source.
+  """
   state = _State(preparation, job, mine, report)
   state.show()
   enough = lambda: stop_early and state.enough()
@@ -344,7 +360,9 @@ def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough:
       while True:
         while len(running) < workers + 2 and not enough() and (index := next(waiting, None)) is not None:
           done = state.found.get(index, [])
-          running[pool.submit(_run_unit, index, state.units[index], state.limit, done)] = index
+          with _without_interrupts():
+            future = pool.submit(_run_unit, index, state.units[index], state.limit, done)
+          running[future] = index
         if not running:
           return
         finished, _ = concurrent.futures.wait(running, _REPORT_S, concurrent.futures.FIRST_COMPLETED)
@@ -356,9 +374,23 @@ def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough:
     except concurrent.futures.process.BrokenProcessPool:
       raise DataError('a worker process was killed, perhaps for lack of memory; run the command again to resume '
                       '(fewer --workers need less memory)') from None
-    except BaseException:
+    except BaseException as error:
+      workers_alive = list((pool._processes or {}).values())
       pool.shutdown(wait=False, cancel_futures=True)
+      if isinstance(error, KeyboardInterrupt):  # what they have written is complete
+        for process in workers_alive:
+          process.kill()
       raise
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+  """Lets processes start that Ctrl-C doesn't reach: a terminal sends it to all, and only this one handles it."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # The last step
@@ -369,13 +401,13 @@ def _documents(markers: list[Marker]) -> int:
 
 
 def _empty_split(markers: list[Marker]) -> str:
-  """Returns the name of a split without documents, or ''."""
+  """Returns the name of a split that has no documents, or ''."""
   return next((split for split in prepared.SPLITS
                if not any(marker['splits'][split]['documents'] for marker in markers)), '')
 
 
 def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
-  """Returns the markers of the pieces that hold the first max_documents documents (0: all), in order."""
+  """Returns the markers of the pieces that contain the first max_documents documents (0: all), in order."""
   found, kept, worker = preparation.markers(job), [], None
   source = preparation.config.sources[preparation.name]
   room = source.max_documents or float('inf')
@@ -405,7 +437,10 @@ def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
 
 
 def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
-  """Makes the pieces a data set: renames shards, writes lengths, TFDS's files and the manifest, which it returns."""
+  """Turns the pieces into a data set, and returns its manifest.
+
+  It renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+  """
   config, name = job.config, job.name
   where = prepared.folder(config, name)
   needed = prepared.SPLITS if config.validation_fraction else ('train',)
@@ -443,14 +478,14 @@ def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict
 
 
 def _rename(stage: epath.Path, final: epath.Path) -> None:
-  if stage.exists():  # else an earlier run got this far
+  if stage.exists():  # otherwise an earlier run has renamed it already
     stage.replace(final)
   elif not final.exists():
     raise DataError(f'{stage}: vanished; delete {final.parent} and prepare again')
 
 
 def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
-  """Writes the lengths of all documents, piece by piece; returns the file's size and hash."""
+  """Writes the lengths of all documents to one file, piece by piece. Returns the file's size and hash."""
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
   content, size = hashlib.sha256(), 0
   temporary = path.parent / f'{path.name}.{os.getpid()}'

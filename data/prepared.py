@@ -1,13 +1,13 @@
-"""Prepared data: a TFDS data set of token ids in ArrayRecord shards, its manifest, its reader.
+"""Reads prepared data: a TFDS data set of token ids in ArrayRecord shards, and its manifest.
 
     DIR/NAME/1.0.0/NAME-SPLIT.array_record-00000-of-00005   a record is a document (data/records.py)
-                   lengths-SPLIT.npy                 tokens of each document, so that packing needs no scan
+                   lengths-SPLIT.npy                 the number of tokens of each document, for packing
                    manifest.json                     settings, counts, hashes, fingerprint of all; written last
-                   dataset_info.json, features.json  TFDS's own
+                   dataset_info.json, features.json  TFDS's own files
 
-Sizes and the lengths are checked at every start, a record by its checksum whenever it is read, and all of them by
-`betarank data verify`. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads it as {'tokens': [N]}. A bucket is
-read in place; with `data.cache_dir` small sets are copied to a disk.
+Every start checks the sizes of all files, and the content of the lengths. Every read of a record checks its checksum.
+`betarank data verify` checks all records. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads the data set as
+{'tokens': [N]}. Data in a bucket are read in place; with `data.cache_dir`, small sets are copied to a disk.
 """
 
 import concurrent.futures
@@ -27,11 +27,11 @@ from etils import epath
 from betarank.data import cache, records, storage, tokenizer
 from betarank.data.config import DataConfig, DataError
 
-VERSION = '1.0.0'  # of the layout; TFDS wants it in the path
+VERSION = '1.0.0'  # the version of the layout; TFDS requires it in the path
 SPLITS = ('train', 'validation')
-_VERIFIED_AT_ONCE = 1024  # records in memory
-_TRIES = 3  # of reading a record before its shard counts as damaged
-_NPY_HEADER = 4096  # bytes; more than the header takes
+_VERIFIED_AT_ONCE = 1024  # the number of records in memory during verification
+_TRIES = 3  # a shard counts as damaged if a record can't be read after so many tries
+_NPY_HEADER = 4096  # bytes; the header is smaller
 _COMMAND = 'betarank data prepare --config=...'
 
 
@@ -44,12 +44,12 @@ def shard_name(name: str, split: str, shard: int, count: int) -> str:
 
 
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
-  """Returns what decides the prepared tokens; other settings may change without preparing again."""
+  """Returns the settings that decide the prepared tokens. Other settings can change without preparing again."""
   source = config.sources[name]
-  wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.document_bytes,
+  wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.longest_document,
             'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
             'tokenizer_sha256': tokenizer_sha256}
-  if source.uri.partition(':')[0] == 'reasoning':  # others have no questions
+  if source.uri.partition(':')[0] == 'reasoning':  # other sources have no questions to hold out
     wanted['held_out_fraction'] = config.held_out_fraction
   if source.template:
     wanted['template'] = source.template
@@ -57,7 +57,9 @@ def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, 
 
 
 def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:
-  """Raises DataError naming the settings that differ."""
+  """Raises DataError if the data in folder `where` were prepared with other settings. The message names the
+  settings.
+  """
   differ = [f'{key} is {prepared.get(key)!r} there and {wanted[key]!r} now' for key in wanted
             if prepared.get(key) != wanted[key]]
   if differ:
@@ -66,7 +68,7 @@ def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str
 
 
 def check_input(where: epath.Path, manifest: dict[str, Any], listing: dict[str, Any]) -> None:
-  """Raises DataError if the source's files, where they are known, aren't those that were prepared."""
+  """Raises DataError if the source's files aren't those that were prepared. Does nothing if the files aren't known."""
   there = manifest.get('input', {})
   if listing and 'sha256' in there and there['sha256'] != listing['sha256']:
     size = lambda about: f'{about["files"]} files of {about["bytes"]:,} bytes'
@@ -94,7 +96,10 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-  """Raises an error of the types above. What it names becomes a path: it may name nothing but files beside it."""
+  """Raises an error if the manifest isn't valid.
+
+  File names in it become paths, so they may only name files in the same folder.
+  """
   if not re.fullmatch('[0-9a-f]{64}', manifest['fingerprint']):
     raise ValueError('its fingerprint is no SHA-256')
   manifest['settings'].items()
@@ -110,7 +115,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def check_files(where: epath.Path, manifest: dict[str, Any]) -> None:
-  """Raises DataError if a shard or the lengths are missing or of another size than the manifest says."""
+  """Raises DataError if a file is missing, or has another size than the manifest says."""
   there = storage.open_folder(where).sizes()
   for split in manifest['splits']:
     for name, size in _files(manifest, split).items():
@@ -122,16 +127,17 @@ def check_files(where: epath.Path, manifest: dict[str, Any]) -> None:
 
 
 def _files(manifest: dict[str, Any], split: str) -> dict[str, int]:
-  """Returns the bytes of each file of a split, by name."""
+  """Returns {file: size in bytes} for the files of a split."""
   counts = manifest['splits'][split]
   shards = {shard['file']: shard['size'] for shard in counts['shards']}
   return {f'lengths-{split}.npy': counts['lengths_size'], **shards}
 
 
 def verify(config: DataConfig, name: str) -> int:
-  """Reads every record of source `name`, in parallel; returns how many there are.
+  """Reads every record of source `name`, in parallel. Returns the number of records.
 
-  Raises DataError naming the first file whose content isn't what was written.
+  Raises:
+    DataError: a file isn't what was written. The message names the first such file.
   """
   manifest = check_prepared(config, name)
   splits = {split: Documents(config, name, split) for split in manifest['splits']}
@@ -142,7 +148,9 @@ def verify(config: DataConfig, name: str) -> int:
 
 
 def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
-  """Returns the manifest of source `name`, having checked that it is whole and was made with these settings."""
+  """Returns the manifest of source `name`, after checking that the data is complete and was made with these
+  settings.
+  """
   where = folder(config, name)
   manifest = read_manifest(where)
   if manifest is None:
@@ -153,26 +161,33 @@ def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
 
 
 class Document(NamedTuple):
-  """A document as it was prepared."""
+  """A prepared document."""
 
-  tokens: np.ndarray  # [N], read-only, of the stored type: BOS, the text's, EOS
-  mask: np.ndarray | None  # bool [N]: the tokens that count as targets; None: all
+  tokens: np.ndarray  # [N], read-only, in the stored dtype: BOS, those of the text, EOS
+  mask: np.ndarray | None  # bool [N]: True for tokens that count as targets; None: all count
 
 
 class Documents:
-  """A split of a prepared source, indexed. Takes 2 to 4 bytes of memory per document. Thread-safe.
+  """The documents of one split of a prepared source, by index. Takes 2 to 4 bytes of memory per document. Thread-safe.
 
-  Attributes: manifest, fingerprint (of the content), lengths (uint16 or uint32 [N], tokens with BOS and EOS), masked
-  (whether the documents have a mask).
+  Attributes:
+    manifest: the manifest of the source.
+    fingerprint: identifies the content.
+    lengths: uint16 or uint32 [N], the number of tokens of each document, with BOS and EOS.
+    masked: whether the documents have a mask.
   """
 
   def __init__(self, config: DataConfig, name: str, split: str):
-    """Raises DataError if the data is absent, damaged, made with other settings, or the split is empty."""
+    """Opens the split.
+
+    Raises:
+      DataError: the data is missing, damaged, or made with other settings, or there is no such split.
+    """
     self.manifest = check_prepared(config, name)
     self.fingerprint: str = self.manifest['fingerprint']
     counts = self.manifest['splits'].get(split)
     where = folder(config, name)
-    if counts is None:  # prepare writes no empty split; it was told to make none
+    if counts is None:  # no split is ever empty, so the data was prepared without this one
       raise DataError(f'{where}: there is no {split} split; prepare again with another data.validation_fraction')
     self._folder = storage.open_folder(where)
     if config.cache_dir and storage.is_remote(where):
@@ -196,11 +211,14 @@ class Documents:
     return len(self.lengths)
 
   def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-    """Returns the tokens of documents `indices`: read-only arrays [length] of the stored type."""
+    """Returns the tokens of the documents `indices`: read-only arrays [length] in the stored dtype."""
     return [document.tokens for document in self.request(indices)()]
 
   def request(self, indices: Sequence[int]) -> Callable[[], list[Document]]:
-    """Requests documents `indices` at once. The returned function waits for the documents, and raises DataError."""
+    """Requests the documents `indices` and returns at once.
+
+    The returned function waits for the documents and returns them. It raises DataError if they can't be read.
+    """
     indices_N = np.asarray(indices, np.int64)
     places = list(zip(indices_N.tolist(), *(part.tolist() for part in self._places.of(indices_N))))
     waits = [self._folder.start(self._names[shard], begin, end) for _, shard, begin, end in places]
@@ -213,7 +231,7 @@ class Documents:
       except ValueError as error:
         if attempt == _TRIES - 1:
           raise self._damaged(shard, str(error)) from None
-      raw = self._folder.start(self._names[shard], begin, end)()  # it may have been damaged on its way here
+      raw = self._folder.start(self._names[shard], begin, end)()  # it may have been damaged in transfer
 
   @property
   def shards(self) -> int:
@@ -234,24 +252,28 @@ class Documents:
 
 
 def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
-  """Returns the tokens of each document, uint16 or uint32. Raises DataError if the file isn't what was written."""
+  """Returns the number of tokens of each document, uint16 or uint32.
+
+  Raises:
+    DataError: the file isn't what was written.
+  """
   name, documents = f'lengths-{split}.npy', sum(shard['documents'] for shard in counts['shards'])
   content = hashlib.sha256()
   try:
     pieces = storage.read_pieces(where, name, counts['lengths_size'])
     lengths_N = _parse_lengths(pieces, counts['lengths_size'], documents, content.update)
-  except (ValueError, SyntaxError, tokenize.TokenError) as error:  # what NumPy raises for a bad header
+  except (ValueError, SyntaxError, tokenize.TokenError) as error:  # the last two: NumPy raises them for a bad header
     if isinstance(error, DataError):
       raise
     raise DataError(f'{path}/{name}: damaged ({str(error)[:200]}); copy it again, or delete the folder and run '
                     f'{_COMMAND}') from None
-  if counts.get('lengths_sha256') not in (None, content.hexdigest()):  # None: by an older version
+  if counts.get('lengths_sha256') not in (None, content.hexdigest()):  # None: written by an older version
     raise DataError(f'{path}/{name}: damaged (sha256 differs); copy it again, or delete the folder and run {_COMMAND}')
   return lengths_N
 
 
 def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: Callable[[bytes], None]) -> np.ndarray:
-  """Reads the .npy file that `pieces` are. Reserves no memory for what its header claims."""
+  """Parses an .npy file that arrives in pieces. It never allocates more memory than `documents` lengths need."""
   first = next(pieces, b'')
   file = io.BytesIO(first[:_NPY_HEADER])
   np.lib.format.read_magic(file)

@@ -1,4 +1,4 @@
-"""Generated problems with worked solutions, from reasoning-gym: an endless supply, each addressed by its index.
+"""Generates problems with worked solutions, by reasoning-gym. There is an unlimited number; each has an index.
 
 Pre-training reads whole documents. RL gives the model the prompt and grades what follows it. Both use this form:
 
@@ -7,13 +7,13 @@ Pre-training reads whole documents. RL gives the model the prompt and grades wha
     3 - 7 = -4
     Answer: -4
 
-RL and pre-training select problems with the same kind of URI: one or more tasks, which alternate, each with its own
-options of difficulty:
+RL and pre-training select problems with the same kind of URI. It names one or more tasks, which alternate, and the
+difficulty of each:
 
     reasoning:TASK[?OPTION=VALUE&...][+TASK...]        reasoning:chain_sum?max_terms=2&max_digits=1+gcd
 
-An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. Options that are not
-given come from the curriculum if a level is set, otherwise from TASKS below, and otherwise are the generator's
+An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. Options that aren't
+given are those of the curriculum if a level is given, otherwise those in TASKS below, otherwise the generator's
 defaults.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 
 from betarank.data.config import DataError
 
-# Ends without a space: a tokenizer joins a space to the word after it, so a prompt must not end in a space.
+# A prompt must not end in a space, because a tokenizer joins a space to the word after it.
 PROMPT = 'Question: {question}\nSolution:'
 COMPLETION = ' {solution}\nAnswer: {answer}\n'
 ANSWER_MARK = '\nAnswer: '
@@ -39,11 +39,11 @@ ANSWER_MARK = '\nAnswer: '
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A question with its answer. `entry` is the generator's own record, which its verifier needs."""
+  """A question with its answer. `entry` is the generator's own record, which the task's scorer needs."""
 
   task: str
   question: str
-  solution: str  # worked steps; empty for a task without worked solutions here
+  solution: str  # the worked steps; empty for a task that isn't in TASKS
   answer: str
   entry: dict[str, Any]
 
@@ -95,14 +95,14 @@ def _given(entry: dict[str, Any]) -> str:
   return '\n'.join(line for line in lines if not line.startswith('####'))  # the answer has its own line
 
 
-# Task -> the generator's options that suit a small model, and the function that writes the worked solution.
+# Task -> (options of the generator that suit a small model, the function that writes the worked solution).
 TASKS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], str]]] = {
   'chain_sum': ({'max_terms': 4, 'max_digits': 2}, _running_sum),
   'gcd': ({}, _euclid),
   'products': ({'max_digits': 3}, _long_multiplication),
   'gsm_symbolic': ({}, _given),
 }
-_TRIAL_S = 10.0  # a problem takes milliseconds, but an option may request a problem of a billion terms
+_TRIAL_S = 10.0  # a problem takes milliseconds, but an option could ask for a billion terms
 _UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite': 'name its tasks instead'}
 
 
@@ -115,10 +115,12 @@ class Kind:
 
 
 def parse(rest: str) -> tuple[Kind, ...]:
-  """Returns the kinds of problems in the part of a URI after `reasoning:`; '' means all of TASKS.
+  """Returns the kinds of problems in a URI, after generating one problem of each as a test.
 
-  Each kind has been tested on one problem. Raises DataError for a task or an option that reasoning-gym doesn't have, or
-  for a value that reasoning-gym refuses.
+  rest: the part of the URI after `reasoning:`; '' means all of TASKS.
+
+  Raises:
+    DataError: reasoning-gym doesn't have the task or the option, or doesn't accept the value.
   """
   return tuple(_kind(*part.partition('?')[::2]) for part in (rest or '+'.join(TASKS)).split('+'))
 
@@ -158,18 +160,20 @@ def _kind(task: str, query: str) -> Kind:
       problem((kind,), 0, stream='tried')
   except _TooLongError:
     raise DataError(f'{uri}: no problem within {_TRIAL_S:.0f} seconds; give smaller numbers') from None
-  except Exception as error:  # each generator raises its own error for what it can't generate
+  except Exception as error:  # the errors of the generators have no common type
     raise DataError(f'{uri}: {str(error) or "refused by the generator"}') from None
   return kind
 
 
-class _TooLongError(BaseException):  # a BaseException, so that no generator mistakes it for its own error and retries
+class _TooLongError(BaseException):  # not an Exception, because a generator might catch that and retry
   pass
 
 
 @contextlib.contextmanager
 def _deadline():
-  """Ends the block with _TooLongError after _TRIAL_S; only in a main thread, as other threads get no signals."""
+  """Ends the block with _TooLongError after _TRIAL_S seconds. It works only in the main thread, which receives
+  signals.
+  """
   if threading.current_thread() is not threading.main_thread():
     yield
     return
@@ -191,23 +195,23 @@ def _instead(name: str, known: Sequence[str]) -> str:
   return (f'; did you mean {near[0]}?' if near else ';') + f' There are {", ".join(sorted(known))}'
 
 
-_BLOCK = 1024  # generators have a fixed size, and some precompute by it: an endless sequence chains blocks of this size
+_BLOCK = 1024  # a generator has a fixed number of problems, so an unlimited sequence uses one generator per block
 
 
 @functools.lru_cache(maxsize=32)
 def _block(kind: Kind, stream: str, number: int):
   import reasoning_gym
 
-  # The generators seed item i with seed + i, so blocks need seeds far apart: a 48-bit hash.
+  # A generator seeds item i with seed + i. So the seeds of blocks must be far apart, and are 48-bit hashes.
   seed = int.from_bytes(hashlib.blake2b(f'{kind.task}/{stream}/{number}'.encode(), digest_size=6).digest())
   return reasoning_gym.create_dataset(kind.task, seed=seed, size=_BLOCK, **kind.options)
 
 
 def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:
-  """Returns problem `index` >= 0 of an endless sequence in which the kinds alternate; a pure function.
+  """Returns problem `index` >= 0 of an unlimited sequence in which the kinds alternate. It is a pure function.
 
-  Another `stream` (such as RL's) is another sequence and shares no random seed with this stream. Short problems of
-  small numbers can still coincide: `held_out` is what keeps questions apart.
+  stream: names the sequence. Sequences with other names, such as RL's, use other random seeds. Short problems with
+  small numbers can still be equal; to keep questions apart, use `held_out`.
   """
   kind = kinds[index % len(kinds)]
   block, item = divmod(index // len(kinds), _BLOCK)
@@ -222,5 +226,5 @@ def question_hash(question: str) -> int:
 
 
 def held_out(question: str, fraction: float) -> bool:
-  """Returns True if the question is in the held-out share. Larger shares contain all questions of smaller shares."""
+  """Returns True if the question is in the held-out share. A larger share contains all questions of a smaller one."""
   return question_hash(question) < fraction * 2**64

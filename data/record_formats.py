@@ -14,7 +14,7 @@ from betarank.data.config import DataError
 from betarank.data.fields import BadValue, Fields, missing_field
 from betarank.data.formats import FileReader, Row, Segment
 
-_READ_AT_ONCE = 64  # records
+_READ_AT_ONCE = 64  # records are read in groups of so many
 _RECORD_BYTES = 4096.0  # assumed size of a TFDS record
 
 
@@ -120,7 +120,10 @@ class ArrayRecord(FileReader):
 
 @contextlib.contextmanager
 def _no_foreign_features():
-  """Restricts TFDS to its own feature types: it imports any module that features.json names, so data could run code."""
+  """Restricts TFDS to its own feature types.
+
+  TFDS imports any module that features.json names, so a data set could run code.
+  """
   import tensorflow_datasets as tfds
 
   connector = tfds.features.FeatureConnector
@@ -150,7 +153,7 @@ def _tfds(spec: str):
       if folder:
         return tfds.builder_from_directory(name).as_data_source(split=split)
       return tfds.data_source(name, split=split, download=False)
-  except Exception as error:  # TFDS raises a different type for each way in which a set can be absent
+  except Exception as error:  # TFDS raises many different types if a set is missing
     if folder:
       raise DataError(f"tfds:{spec}: can't be opened ({one_line(error)[:200]}); it must have been prepared by TFDS "
                       "with file_format='array_record'") from None
@@ -195,7 +198,7 @@ class Tfds:
       indices = range(start, min(start + _READ_AT_ONCE, segment.stop))
       try:
         found = records.__getitems__(list(indices))
-      except Exception as error:  # as in _tfds: the errors share no base type
+      except Exception as error:  # as in _tfds, the errors have no common base type
         at, reason = f'{where}: records {start} to {indices.stop}', ' '.join(str(error).split())[:200]
         raise DataError(f"{at} can't be read ({reason}); prepare the set again") from None
       for i, record in zip(indices, found):

@@ -1,14 +1,14 @@
-"""The bytes of a prepared document, and where each document lies in its shard.
+"""Encodes prepared documents, and computes the position of each document in its shard.
 
-A shard is an ArrayRecord file, which is a Riegeli file: blocks of 64 KiB with a header each, across which chunks run.
-Shards are written with one record per chunk and without compression, so the place of a record follows from the lengths
-of the documents before it. Any document is one ranged read from a disk or a bucket. ArrayRecord's own index isn't
-needed, which takes 8 bytes and 0.2 us per document to open.
+A shard is an ArrayRecord file, which is a Riegeli file: a sequence of chunks, written to blocks of 64 KiB that have a
+header each. Shards have one record per chunk and no compression. So the position of a record follows from the lengths
+of the documents before it, and any document takes one ranged read from a disk or a bucket. ArrayRecord's own index,
+which takes 8 bytes and 0.2 us per document to open, isn't needed.
 
-A record is a tf.train.Example {'tokens': bytes} and two fields that readers of Examples skip:
+A record is a tf.train.Example {'tokens': bytes}, with two more fields that readers of Examples skip:
 
-    tokens   token ids, uint16 or uint32, little-endian: BOS, the text's, EOS
-    14       one bit per token, of masked sets only: whether the loss counts the token where it is the target
+    tokens   token ids, uint16 or uint32, little-endian: BOS, those of the text, EOS
+    14       only in masked sets: one bit per token, which says whether the token counts as a target
     15       CRC-32 of all bytes before it
 
 Source: https://github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md
@@ -24,13 +24,13 @@ _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 2**16, 24, 40  # bytes, of Riegeli
 _SIGNATURE = _CHUNK_HEADER  # the first chunk has no data
 _MASK_TAG, _CHECKSUM_TAG = b'\x72', b'\x7d'  # fields 14 (bytes) and 15 (fixed32)
 _CHECKSUM_BYTES = 5
-_STRIDE = 64  # documents between two remembered positions
-_PIECE = 2**20  # documents whose positions are computed at once
-_TABLE = 2**20  # tokens; sizes of documents up to this length are looked up
+_STRIDE = 64  # the position of every 64th document is stored
+_PIECE = 2**20  # the positions of so many documents are computed at once
+_TABLE = 2**20  # the sizes of documents up to this length, in tokens, are looked up in a table
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-  """Returns the data type in which token ids are stored."""
+  """Returns the dtype in which token ids are stored."""
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
@@ -39,7 +39,7 @@ class Form(NamedTuple):
 
   dtype: np.dtype  # of token ids
   masked: bool = False
-  checksum: bool = True  # False: prepared by a version that wrote no checksums
+  checksum: bool = True  # False: written by a version without checksums
 
 
 def _varint(n: int) -> bytes:
@@ -51,17 +51,17 @@ def _varint(n: int) -> bytes:
 
 
 def _varint_size(n):
-  """Returns the size of a varint in bytes, for an int or an array."""
+  """Returns the size of a varint in bytes. n may be an int or an array."""
   return 1 + (n >= 2**7) + (n >= 2**14) + (n >= 2**21) + (n >= 2**28)
 
 
-# What precedes the tokens, from the inside out: bytes, BytesList, Feature with its key, map entry, Features.
+# The tags before the tokens, from the inside out: bytes, BytesList, Feature with its key, map entry, Features.
 _PREFIXES = (b'\x0a', b'\x0a', b'\x0a\x06tokens\x12', b'\x0a', b'\x0a')
 
 
 @functools.lru_cache(maxsize=65_536)
 def _header(size: int) -> bytes:
-  """Returns the bytes that precede `size` bytes of tokens in a tf.train.Example; no proto library needed."""
+  """Returns the bytes that precede `size` bytes of tokens in a tf.train.Example, without using a proto library."""
   header, length = b'', size
   for prefix in _PREFIXES:
     header = prefix + _varint(length) + header
@@ -74,7 +74,10 @@ def _mask_header(length: int) -> bytes:
 
 
 def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
-  """Returns the record of a document. mask: bool [N], for a masked set."""
+  """Returns the record of a document.
+
+  mask: bool [N], only for a masked set.
+  """
   raw = tokens.tobytes()
   record = _header(len(raw)) + raw
   if mask is not None:
@@ -83,17 +86,18 @@ def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 
 
 def without_checksum(record: bytes) -> memoryview:
-  """Returns the record without its checksum.
+  """Returns a record without its checksum.
 
-  The content hash is computed over this, so that it equals the hash of older data sets, whose records have no
-  checksums.
+  The content hash is computed from this. So it equals the hash of older data sets, whose records have no checksums.
   """
   return memoryview(record)[:-_CHECKSUM_BYTES]
 
 
 def from_record(record: bytes, length: int, form: Form) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns (token ids, mask or None), read-only [length]. Raises ValueError if the record differs from what was
-  written.
+  """Returns (token ids, mask or None) of a record, read-only arrays [length].
+
+  Raises:
+    ValueError: the record isn't what was written.
   """
   size = length * form.dtype.itemsize
   header = _header(size)
@@ -113,7 +117,7 @@ def from_record(record: bytes, length: int, form: Form) -> tuple[np.ndarray, np.
 
 
 def _record_sizes(lengths_N: np.ndarray, form: Form) -> np.ndarray:
-  """Returns the bytes of each record, int64 [N]."""
+  """Returns the size of each record in bytes, int64 [N]."""
   lengths_N = lengths_N.astype(np.int64)
   sizes_N = lengths_N * form.dtype.itemsize
   for prefix in _PREFIXES:
@@ -125,28 +129,36 @@ def _record_sizes(lengths_N: np.ndarray, form: Form) -> np.ndarray:
 
 
 def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
-  """Returns the bytes of the chunk around each record: chunk header, compression type, two varints and the record."""
+  """Returns the size in bytes of the chunk of each record: chunk header, compression type, two varints and the
+  record.
+  """
   return _CHUNK_HEADER + 2 + _varint_size(records_N) + records_N
 
 
 def _in_file(position):
-  """Converts a position on the line of chunks, which excludes block headers, into a position in the file."""
+  """Converts a position that doesn't count block headers to a position in the file."""
   return position + _BLOCK_HEADER * (position // (_BLOCK - _BLOCK_HEADER) + 1)
 
 
 class Places:
-  """The position of each of a split's documents. Takes 0.13 bytes per document, and reads no file.
+  """The position of each document of a split. Takes 0.13 bytes of memory per document, and reads no file.
 
   Attributes:
-    sizes: the least size of each shard in bytes.
+    sizes: the smallest possible size of each shard, in bytes.
   """
 
   def __init__(self, lengths_N: np.ndarray, starts: list[int], form: Form):
-    """Args: lengths_N in tokens; starts: the first document of each shard, followed by the number of documents."""
+    """Computes the stored positions.
+
+    Args:
+      lengths_N: the lengths of the documents, in tokens.
+      starts: the first document of each shard, then the number of documents.
+      form: the format of the records.
+    """
     self._lengths, self._starts, self._form = lengths_N, np.array(starts, np.int64), form
     longest = int(lengths_N.max())
     self._table = self._compute_chunks(np.arange(longest + 1)) if longest < _TABLE else None
-    # The chunks of all shards form one line; the position of every _STRIDEth document on it is stored.
+    # The chunks of all shards are treated as one sequence. The position in it is stored for every _STRIDEth document.
     blocks = -(-len(lengths_N) // _STRIDE)
     self._line = np.zeros(blocks + 1, np.int64)
     for first in range(0, len(lengths_N), _PIECE):
@@ -164,7 +176,7 @@ class Places:
     return self._compute_chunks(lengths_N) if self._table is None else self._table.take(lengths_N)
 
   def _on_line(self, indices_N: np.ndarray) -> np.ndarray:
-    """Returns the position on the line at which each document's chunk begins."""
+    """Returns the position of each document's chunk in the sequence of all chunks."""
     block_N = indices_N // _STRIDE
     of_block_NS = np.minimum(block_N[:, None] * _STRIDE + np.arange(_STRIDE), len(self._lengths) - 1)
     chunks_NS = self._chunks(self._lengths[of_block_NS])
@@ -172,7 +184,7 @@ class Places:
     return self._line[block_N] + np.sum(chunks_NS, axis=1, where=before_NS)
 
   def of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (shard, first byte, byte after the last) of documents `indices`, int64 [N] each."""
+    """Returns (shard, first byte, byte after the last) of the documents `indices`, int64 [N] each."""
     shard_N = np.searchsorted(self._starts, indices, 'right') - 1
     records_N = _record_sizes(self._lengths[indices], self._form)
     chunk_N = _SIGNATURE + self._on_line(indices) - self._shard_line[shard_N]
@@ -181,7 +193,10 @@ class Places:
 
 
 def record_in(raw: bytes, begin: int) -> bytes:
-  """Returns the record in the bytes `raw` of a shard, which start at `begin`, without the headers of blocks."""
+  """Returns the record in a range of bytes of a shard, without the block headers in it.
+
+  raw: the bytes. begin: their position in the shard.
+  """
   header = -begin % _BLOCK
   if header >= len(raw):
     return raw

@@ -1,4 +1,6 @@
-"""Prints what training reads, and how well a tokenizer fits the text: `betarank data show` and `... tokenizer`."""
+"""Prints what training reads (`betarank data show`), and how well a tokenizer fits the text (`betarank data
+tokenizer`).
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,9 +13,9 @@ from betarank.data.packing import Packer
 from betarank.data.prepared import Documents
 from betarank.data.tokenizer import Tokenizer, read_tokenizer
 
-_EXTREMES = 3  # longest and shortest documents that are shown
-_BEGINNING = 100  # characters of each
-_MOST_HELD_OUT = 8e6  # bytes of text that a tokenizer is judged on
+_EXTREMES = 3  # so many of the longest and of the shortest documents are shown
+_BEGINNING = 100  # the number of characters shown of each
+_MOST_HELD_OUT = 8e6  # a tokenizer is judged on at most so many bytes of text
 
 
 def read(config: DataConfig) -> Tokenizer:
@@ -21,14 +23,15 @@ def read(config: DataConfig) -> Tokenizer:
 
 
 def printable(text: str) -> str:
-  """Returns `text` with what a terminal would obey, such as escape sequences, made visible."""
+  """Returns `text` with control characters, such as those of terminal escape sequences, replaced by U+FFFD."""
   return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
 
 
 def show(config: DataConfig, names: Sequence[str], split: str, row: int, seed: int) -> None:
   """Prints a packed row of each source as text, its counts, and its longest and shortest documents.
 
-  Raises DataError for a source that isn't there or isn't prepared, or a row below 0.
+  Raises:
+    DataError: a source doesn't exist or isn't prepared, or the row is negative.
   """
   if row < 0:
     raise DataError(f'--row must be >= 0, got {row}')
@@ -72,7 +75,7 @@ def _source(config: DataConfig, name: str, split: str, row: int, seed: int, toke
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
-  """Returns the text; of a masked set, with what the loss counts in brackets."""
+  """Returns the text of tokens. In a masked set, what the loss counts is in brackets."""
   if mask is None:
     return tokenizer.decode(tokens)
   edges = np.flatnonzero(np.diff(mask, prepend=not mask[0])).tolist()
@@ -81,7 +84,7 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 
 
 def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
-  """Returns the documents with the smallest lengths times `order`, without sorting or copying all."""
+  """Returns the shortest documents for order 1, or the longest for order -1. Doesn't sort or copy all lengths."""
   best = np.array([], np.int64)
   for start in range(0, len(lengths_N), 2**20):
     part = np.arange(start, min(start + 2**20, len(lengths_N)))
@@ -92,9 +95,10 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 
 
 def tokenizer(config: DataConfig) -> None:
-  """Prints, for each source, bytes per token on text that isn't in the sample, and how many tokens it never uses.
+  """Prints, for each source, bytes per token on text that the tokenizer wasn't trained on, and how many tokens are
+  never used.
 
-  A source that is in the sample as a whole is judged on the sample, which the line says.
+  If a source is entirely in the training sample, it is judged on the sample, and the line says so.
   """
   tokenizer, every = read(config), np.zeros(0, np.int64)
   share = prepare.sample_bytes(config) / len(config.sources)
@@ -113,7 +117,7 @@ def tokenizer(config: DataConfig) -> None:
 
 
 def _encoded(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, int]:
-  """Returns how often each token occurs in `texts`, int64 [vocab_size], and their bytes."""
+  """Returns how often each token occurs in `texts`, int64 [vocab_size], and the size of the texts in bytes."""
   counts, size = np.zeros(tokenizer.vocab_size, np.int64), 0
   for text in texts:
     counts += np.bincount(tokenizer.encode(text), minlength=tokenizer.vocab_size)

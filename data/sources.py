@@ -1,17 +1,17 @@
-"""A source of documents, named by a URI, in units that can be read independently and in any order.
+"""Reads a source of documents, which is named by a URI. It is divided into units that can be read in any order.
 
-    reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py); endless
-    text:FILES                         plain UTF-8; a file is one stream, cut into documents at line ends
-    jsonl:FILES[#FIELD]                a line is an object; FIELD holds the text ('text' if not given)
-    csv:FILES[#COLUMN]                 with a line of names; .tsv for tabs
+    reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py), without end
+    text:FILES                         plain UTF-8; each file is one stream, cut into documents at line ends
+    jsonl:FILES[#FIELD]                each line is an object; FIELD holds the text (default 'text')
+    csv:FILES[#COLUMN]                 with a header line; .tsv for tabs
     parquet:FILES[#COLUMN]             COLUMN holds the text
-    arrayrecord:FILES                  a record is a UTF-8 document
-    tfds:NAME[/CONFIG][:SPLIT][#FIELD] a TFDS data set on this machine, or the folder of one; 'train', 'text'
+    arrayrecord:FILES                  each record is a UTF-8 document
+    tfds:NAME[/CONFIG][:SPLIT][#FIELD] a TFDS data set on this machine, or its folder; defaults 'train' and 'text'
 
-FILES is a path, a glob that may hold `**`, or a folder; local, gs://, s3://, hf:// or whatever else fsspec reads (see
-data/files.py). Text, JSON Lines and CSV may be packed: gzip, bz2, zstd and xz are known by their content. FIELD is a
-field, OUTER.INNER for one inside another, PROMPT+ANSWER for instruction data, or the list of messages of a chat
-(data/fields.py). All errors are DataErrors that name the file and where in it.
+FILES is a path, a glob that may contain `**`, or a folder. It may be local, gs://, s3://, hf:// or anything else that
+fsspec reads (data/files.py). Text, JSON Lines and CSV may be compressed with gzip, bz2, zstd or xz, which is recognized
+by the content. FIELD is a field, OUTER.INNER for a field inside another, PROMPT+ANSWER for instruction data, or the
+list of messages of a chat (data/fields.py). All errors are DataErrors that name the file and the place in it.
 """
 
 import concurrent.futures
@@ -29,11 +29,11 @@ from betarank.data.fields import Dialogue
 from betarank.data.formats import Segment
 from betarank.data.storage import is_remote
 
-UNIT_BYTES = 16 * 2**20  # the least that a unit holds, about
-MOST_UNITS = 8192  # so that many machines can share a large source; of 2 TB, a unit is 250 MB
-_PROBLEM_BYTES = 4096.0  # what a problem is taken to have
-_PLACES, _PLACE_BYTES = 1024, 2**16  # where a source is sampled, at most, and the least that a place gives
-_PLACES_AT_ONCE = 16  # of remote files
+UNIT_BYTES = 16 * 2**20  # the approximate smallest size of a unit
+MOST_UNITS = 8192  # enough to share a large source between many machines; a unit of 2 TB has 250 MB
+_PROBLEM_BYTES = 4096.0  # the assumed size of a generated problem
+_PLACES, _PLACE_BYTES = 1024, 2**16  # a sample is read at no more than 1024 places, at least 64 KiB at each
+_PLACES_AT_ONCE = 16  # remote files are sampled at so many places at the same time
 
 Unit = tuple[Segment, ...]
 Document = str | Dialogue
@@ -50,7 +50,7 @@ class _Reasoning:
     return reasoning.parse(self.rest)
 
   def segments(self) -> list[Segment]:
-    self.kinds  # noqa: B018 (a URI that can't be used is said here)
+    self.kinds  # noqa: B018 (raises an error if the URI can't be used)
     return [Segment('', 0, self.max_documents, item_bytes=_PROBLEM_BYTES)]
 
   def read(self, segment: Segment) -> Iterator[str]:
@@ -61,21 +61,23 @@ class _Reasoning:
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-  """Returns (kind, path, field) of a source's URI; 'text' where no field is given."""
+  """Returns (kind, path, field) of a source's URI. The field is 'text' if the URI has none."""
   kind, _, rest = uri.partition(':')
   path, _, field = rest.partition('#')
   return kind, path, field or 'text'
 
 
 def masked(source: SourceConfig) -> bool:
-  """Returns True if the source's documents say which of their parts the loss counts."""
+  """Returns True if the loss counts only parts of the source's documents."""
   return fields.masked(split_uri(source.uri)[2], source.template)
 
 
 class BadRows:
-  """Decides what a bad row does: stops the reading, or is skipped and counted up to a limit.
+  """Decides what happens to a bad row. It stops the reading, or is skipped and counted up to a limit.
 
-  Attributes: count, and last, the message of the last one.
+  Attributes:
+    count: the number of bad rows so far.
+    last: the message of the last one.
   """
 
   def __init__(self, limit: int):
@@ -95,16 +97,19 @@ class BadRows:
 class Source:
   """The documents at `config.uri`, divided into units of work.
 
-  The division depends on the input alone, not on the number of workers.
+  The division depends only on the input, not on the number of workers.
   """
 
   def __init__(self, config: SourceConfig, document_bytes: int, held_out_fraction: float = 0.0):
-    """
-    Args:
-      document_bytes: where `text` is cut.
-      held_out_fraction: of all questions, what `reasoning` leaves out.
+    """Checks the URI, without looking at files.
 
-    Raises DataError for a URI that can't be understood; looks at no file yet.
+    Args:
+      config: the settings of the source.
+      document_bytes: `text` is cut into documents of at most this size.
+      held_out_fraction: the share of questions that `reasoning` leaves out.
+
+    Raises:
+      DataError: the URI isn't valid.
     """
     self.config = config
     kind, path, field = split_uri(config.uri)
@@ -133,12 +138,15 @@ class Source:
 
   @functools.cached_property
   def segments(self) -> list[Segment]:
-    """Returns all segments of the source, in order. Files are examined only once."""
+    """All segments of the source, in order. Files are examined only once."""
     return self._reader.segments()
 
   @property
   def listing(self) -> dict[str, Any]:
-    """What the source's files are: {'files', 'empty_files', 'bytes', 'sha256' of their names and sizes}; {} if none."""
+    """Describes the source's files: {'files', 'empty_files', 'bytes', 'sha256'}; {} for a source without files.
+
+    The hash is that of their names and sizes.
+    """
     if not isinstance(self._reader, formats.FileReader):
       return {}
     found: files.Found = self._reader.found
@@ -147,7 +155,7 @@ class Source:
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """Returns the source cut into at most about MOST_UNITS parts of similar size, in order."""
+    """Returns units of similar size that make up the source, in order. There are at most about MOST_UNITS."""
     size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
     for segment in self.segments:
@@ -166,9 +174,9 @@ class Source:
     return [*units, tuple(unit)] if unit else units
 
   def read(self, unit: Iterable[Segment], bad_rows: Callable[[DataError], None] | None = None) -> Iterator[Document]:
-    """Yields the unit's documents, whole (`text` alone cuts them as it reads) and without empty ones.
+    """Yields the documents of a unit, without empty ones. Only `text` cuts them into parts while reading.
 
-    bad_rows: called for each row that can't be used; by default the first one is raised.
+    bad_rows: called for each row that can't be used. None: the first such row is raised as an error.
     """
     bad_rows = bad_rows or BadRows(0)
     for segment in unit:
@@ -180,13 +188,13 @@ class Source:
 
   @property
   def total_bytes(self) -> float:
-    """Returns the approximate number of bytes of the source."""
+    """The approximate size of the source in bytes."""
     return sum(segment_bytes(segment) for segment in self.segments)
 
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` in all, from places that are spread evenly over all files.
 
-    held_out: if given, yields about so many bytes of the texts that follow those of the sample.
+    held_out: if not 0, yields other texts instead: those that follow the texts of the sample, about `held_out` bytes.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)
@@ -205,7 +213,7 @@ class Source:
         yield from texts
 
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
-    """Returns the source in equal parts, at the beginning of each of which a sample reads."""
+    """Divides the source into equal parts. A sample is read at the beginning of each."""
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))
     size, at = max(total, 1) / count, 0.0
@@ -228,7 +236,7 @@ class Source:
 
 
 def _between(texts: Iterable[str], skipped: float, room: float) -> Iterator[str]:
-  """Yields about `room` bytes of `texts` after those that hold the first `skipped` bytes."""
+  """Yields about `room` bytes of `texts`, after skipping the texts that make up the first `skipped` bytes."""
   for text in texts:
     size = len(text.encode())
     if skipped > 0:
@@ -241,14 +249,16 @@ def _between(texts: Iterable[str], skipped: float, room: float) -> Iterator[str]
 
 
 def segment_bytes(segment: Segment) -> float:
-  """Returns about how many bytes a segment has."""
+  """Returns the approximate size of a segment in bytes."""
   return (segment.stop - segment.start) * segment.item_bytes
 
 
 @functools.lru_cache(maxsize=64)
 def open_source(config: DataConfig, name: str) -> Source:
-  """Returns the source that `config` calls `name`; the same object each time, so that its files are looked at once."""
-  return Source(config.sources[name], config.document_bytes, config.held_out_fraction)
+  """Returns the source that `config` calls `name`. It is the same object each time, so that files are examined only
+  once.
+  """
+  return Source(config.sources[name], config.longest_document, config.held_out_fraction)
 
 
 def text_of(document: Document) -> str:
@@ -256,9 +266,9 @@ def text_of(document: Document) -> str:
 
 
 def cut(document: Document, document_bytes: int) -> Iterator[Document]:
-  """Yields `document` in pieces of at most `document_bytes` (UTF-8), cut at line ends where there are any.
+  """Yields a document in parts of at most `document_bytes` (UTF-8), cut at line ends if possible.
 
-  A piece of a dialogue that has no part which counts is left out.
+  Parts of a dialogue in which nothing counts for the loss are left out.
   """
   if isinstance(document, str):
     yield from _cut_text(document, document_bytes)

@@ -1,12 +1,12 @@
-"""Ranged reads of the files of a folder, on a disk or in a bucket, without copies.
+"""Reads ranges of the files of a folder, on a disk or in a bucket, without copying the files.
 
     folder = open_folder('gs://bucket/data/main/1.0.0')
-    wait = folder.start('x', 4096, 8192)     # asked for at once; many may be under way
+    wait = folder.start('x', 4096, 8192)     # requested at once; many requests may run at the same time
     content = wait()
 
-A bucket is read with TensorStore, which Orbax brings: its threads don't hold Python's, it keeps connections, and it
-retries what is refused (429, 5xx), cut short or silent, with growing pauses. What still fails after about five minutes
-is a DataError that names the file and the reason.
+A bucket is read with TensorStore, which Orbax depends on. Its threads don't hold Python's lock, and it keeps
+connections open. It retries requests that are refused (429, 5xx), cut short or not answered, with growing pauses. A
+request that still fails after about five minutes raises a DataError that names the file and the reason.
 """
 
 import collections
@@ -18,14 +18,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from betarank.configs.errors import one_line
+from betarank.configs.parser import install_hint
 from betarank.data.config import DataError
 
-REQUESTS_AT_ONCE = 64  # of a process; one takes 20 to 50 ms, so this is more than 1000 per second
+REQUESTS_AT_ONCE = 64  # per process. A request takes 20 to 50 ms, so this allows more than 1000 per second.
 RETRIES = {'max_retries': 16, 'initial_delay': '500ms', 'max_delay': '30s'}  # about five minutes in all
-_SILENT_S = 30  # a request that gets no byte for so long is made again
-_DEADLINE_S = 900.0  # for one read with all its retries; nothing should take as long
+_SILENT_S = 30  # a request that receives no byte for so long is repeated
+_DEADLINE_S = 900.0  # the limit for one read with all its retries, which should never be reached
 _OPEN_FILES = 256
-_PIECE = 2**24  # bytes of a large file read at once
+_PIECE = 2**24  # large files are read in pieces of so many bytes
 _PIECES_AT_ONCE = 8
 _SCHEMES = ('gs', 's3')
 _Wait = Callable[[], bytes]
@@ -35,12 +36,13 @@ class Folder(Protocol):
   """The files of a folder."""
 
   def sizes(self) -> dict[str, int]:
-    """Returns the bytes of each file, with one look at the folder. Raises DataError."""
+    """Returns {file: size in bytes}, from one listing of the folder. Raises DataError if it can't be read."""
 
   def start(self, name: str, begin: int, end: int) -> _Wait:
-    """Asks for bytes [begin, end) of a file. What it returns waits for them, and raises DataError.
+    """Requests the bytes [begin, end) of a file.
 
-    There are fewer than end - begin bytes if the file ends before.
+    Returns a function that waits for the bytes and returns them. They are fewer than end - begin if the file ends
+    earlier. The function raises DataError if they can't be read.
     """
 
 
@@ -49,12 +51,12 @@ def is_remote(path: Any) -> bool:
 
 
 def open_folder(path: Any) -> Folder:
-  """Returns the folder at `path`: local, gs:// or s3://. Raises DataError for another kind of place."""
+  """Returns the folder at `path`: local, gs:// or s3://. Raises DataError for any other kind of path."""
   return _BucketFolder(str(path)) if is_remote(path) else _LocalFolder(pathlib.Path(path))
 
 
 def read_pieces(folder: Folder, name: str, size: int) -> Iterator[bytes]:
-  """Yields the first `size` bytes of a file in order, reading ahead."""
+  """Yields the first `size` bytes of a file in order. It reads ahead."""
   waiting: collections.deque[_Wait] = collections.deque()
   begins = iter(range(0, size, _PIECE))
   while True:
@@ -89,9 +91,9 @@ class _LocalFolder:
   def _read(self, name: str, begin: int, end: int) -> bytes:
     path = str(self.path / name)
     try:
-      file = _open_file(path)  # held here: it is closed when nothing refers to it
+      file = _open_file(path)  # the local reference keeps it open while this thread reads
       content = os.pread(file.fileno(), end - begin, begin)
-      while 0 < len(content) < end - begin:  # a read gives 2 GB at most
+      while 0 < len(content) < end - begin:  # one read returns at most 2 GB
         more = os.pread(file.fileno(), end - begin - len(content), begin + len(content))
         if not more:
           break
@@ -103,7 +105,7 @@ class _LocalFolder:
 
 @functools.cache
 def _context():
-  """The settings that all folders share, so that the limit on requests is the process's."""
+  """Returns the settings that all folders share, so that the limit on requests holds for the whole process."""
   import tensorstore
 
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(_SILENT_S))
@@ -113,7 +115,7 @@ def _context():
   return tensorstore.Context({**limits, **retries})
 
 
-# TensorStore has no type of its own for what fails: these are what Python makes of its status codes.
+# TensorStore has no error types of its own. Its status codes become these Python errors.
 _STORE_ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplementedError)
 
 
@@ -135,7 +137,7 @@ class _BucketFolder:
 
     try:
       files, path = fsspec.core.url_to_fs(self.path)
-      files.invalidate_cache()  # a listing from before would hide what was written since
+      files.invalidate_cache()  # a cached listing wouldn't show files that were written since
       return {item['name'].rpartition('/')[2]: item['size'] for item in files.ls(path, detail=True)
               if item['type'] == 'file'}
     except FileNotFoundError:
@@ -155,7 +157,7 @@ class _BucketFolder:
         future.cancel()
         raise self._failed(name, f'no answer within {_DEADLINE_S:.0f} s') from None
       except _STORE_ERRORS as error:
-        if str(error).startswith('OUT_OF_RANGE'):  # shorter than the range begins at
+        if str(error).startswith('OUT_OF_RANGE'):  # the file ends before the range begins
           return b''
         raise self._failed(name, error) from None
       if found.state == 'missing':
@@ -167,11 +169,3 @@ class _BucketFolder:
   def _failed(self, name: str, reason: object) -> DataError:
     return DataError(f'{self.path}/{name}: the store failed ({one_line(reason)[:300]}); check the network, the bucket '
                      'and your access to it, then run the same command again')
-
-
-def install_hint(path: str) -> str:
-  """Returns what to install to read a place like `path`."""
-  packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
-              'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
-  scheme = path.partition('://')[0]
-  return f'pip install {packages[scheme]}' if scheme in packages else f'no reader of {scheme}:// is known'

@@ -1,8 +1,9 @@
-"""Any tokenizer behind one interface, and the SentencePiece BPE that betarank trains itself.
+"""Gives all kinds of tokenizers one interface, and trains SentencePiece BPE tokenizers.
 
     tokenizer = read_tokenizer(path)     a SentencePiece .model, a tokenizer.json, or a folder with one of them
 
-A tokenizer may have fewer tokens than the model: models are often padded to a round vocabulary. It may not have more.
+A tokenizer may have fewer tokens than the model, because models are often padded to a round vocabulary size. It may not
+have more.
 """
 
 import hashlib
@@ -18,19 +19,28 @@ from betarank.data import tokenizer_json
 from betarank.data.config import DataError
 from betarank.data.tokenizer_json import JsonTokenizer, checked, read_file, surrogates
 
-PAD, UNK, BOS, EOS = 0, 1, 2, 3  # of the tokenizers trained here; others may have other ids
-TRAIN_BYTES = 16 * 2**20  # more text changes few merges and costs minutes
-_LINE_BYTES = 4096  # the trainer's memory grows with its longest sentence
-_SPACE = '▁'  # SentencePiece writes a space as this character, so the character itself is encoded as bytes
+PAD, UNK, BOS, EOS = 0, 1, 2, 3  # the ids in tokenizers trained here; others may have other ids
+TRAIN_BYTES = 16 * 2**20  # more text takes minutes and changes few merges
+_LINE_BYTES = 4096  # longer lines are cut, because the trainer's memory grows with the longest sentence
+_SPACE = '▁'  # SentencePiece's character for a space; so the character itself must be encoded as bytes
 _ADVICE = ('give config.data.tokenizer a SentencePiece model or a tokenizer.json, or leave it empty and run: '
-           'betarank data tokenizer --config=...')
+           'betarank data prepare --config=...')
 
 
 def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int = TRAIN_BYTES) -> None:
-  """Trains a SentencePiece BPE on the first `max_bytes` (UTF-8) of `documents` and writes it to `path` atomically.
+  """Trains a SentencePiece BPE tokenizer and writes it to `path` atomically.
 
-  The same documents give the same file. Each digit and each line end is a token; characters without a token become
-  bytes. Raises DataError if the documents don't yield `vocab_size` tokens.
+  The same documents give the same file. Each digit and each line end is a token. Characters without a token become
+  bytes.
+
+  Args:
+    documents: texts; the first `max_bytes` of them (UTF-8) are used.
+    vocab_size: the number of tokens.
+    path: the file to write.
+    max_bytes: the number of bytes to train on.
+
+  Raises:
+    DataError: the documents don't yield `vocab_size` tokens.
   """
   import sentencepiece
 
@@ -39,19 +49,27 @@ def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int =
   if first is None:
     raise DataError(f'{path}: no text to train a tokenizer on; the sources gave no documents')
 
+  failed: list[BaseException] = []  # SentencePiece would turn it into an error of its own
+
   def sentences():
     yield first
-    yield from lines
+    try:
+      yield from lines
+    except (Exception, KeyboardInterrupt) as error:
+      failed.append(error)
+      raise
 
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=sentences(), model_writer=model, model_type='bpe', vocab_size=vocab_size,
       byte_fallback=True, split_digits=True, normalization_rule_name='identity', add_dummy_prefix=False,
       remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, user_defined_symbols=['\n'],
-      character_coverage=0.9995,  # a character rarer than that isn't worth a row of the embedding
+      character_coverage=0.9995,  # rarer characters aren't worth a row of the embedding
       max_sentence_length=2 * _LINE_BYTES, num_threads=1, minloglevel=2,
       pad_id=PAD, unk_id=UNK, bos_id=BOS, eos_id=EOS)
   except RuntimeError as error:
+    if failed:
+      raise failed[0] from None
     raise DataError(_explain(str(error), vocab_size, path)) from None
   out = epath.Path(path)
   out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +89,10 @@ def _explain(error: str, vocab_size: int, path: str) -> str:
 
 
 def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-  """Yields lines, as no token spans two. NUL and SentencePiece's own space, which the trainer can't take, split too."""
+  """Yields the lines of the documents, because no token spans two lines.
+
+  It also splits at NUL and at SentencePiece's character for a space, which the trainer doesn't accept.
+  """
   used = 0
   for document in documents:
     for line in re.split(f'[\n\0{_SPACE}]', document):
@@ -84,16 +105,17 @@ def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 class Tokenizer(Protocol):
-  """A tokenizer, of whatever kind.
+  """The interface of all tokenizers.
 
   Attributes:
     vocab_size: the largest id plus 1.
     bos, eos: the ids that begin and end a document. A tokenizer without BOS, such as Qwen's, begins documents with EOS.
-    pad: the id for padding; EOS's if there is no other. Nothing here reads it: padding is masked.
-    sha256: the tokenizer's identity. It doesn't depend on the path; other files or another BOS or EOS change it.
+    pad: the id for padding, or EOS's if there is none. It isn't used here, because padding is masked.
+    sha256: identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
-    bytes_per_token_V: int32 [vocab_size], their numbers. Over encode(text) they add up to the bytes of the text, as the
-      tokenizer reads it: some normalise Unicode to NFC (Qwen), some put a space in front (Llama 2).
+    bytes_per_token_V: int32 [vocab_size], the number of these bytes. Their sum over encode(text) is the number of bytes
+      of the text as the tokenizer reads it. Some tokenizers normalize Unicode to NFC (Qwen), or add a space before the
+      text (Llama 2).
   """
 
   vocab_size: int
@@ -107,22 +129,26 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> np.ndarray:
     """Returns token ids, int32 [N], without BOS and EOS. Special tokens never come from text.
 
-    Raises DataError for a text with lone surrogates.
+    Raises:
+      DataError: the text has lone surrogates.
     """
 
   def decode(self, ids: np.ndarray | list[int]) -> str:
     """Returns the text of `ids`. Bytes that aren't UTF-8 become U+FFFD.
 
-    Special tokens add nothing, nor do ids >= vocab_size, which a model with a larger vocabulary may draw. Raises
-    DataError for negative ids.
+    Special tokens add nothing. Nor do ids >= vocab_size, which a model with a larger vocabulary may draw.
+
+    Raises:
+      DataError: an id is negative.
     """
 
 
 def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
   """Reads the tokenizer at `path`: a SentencePiece model, a tokenizer.json, or a folder with one of them.
 
-  Raises DataError, one line, for one that is missing, broken or unusable, or that has more tokens than the model,
-  where that number is given.
+  Raises:
+    DataError: the tokenizer is missing, broken or unusable, or has more than `model_vocab_size` tokens, if that is
+      given.
   """
   file = find(path)
   tokenizer = JsonTokenizer(file) if file.suffix == '.json' else SentencePieceTokenizer(file)
@@ -133,13 +159,13 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
 
 
 def sha256_of(path: str) -> str:
-  """Returns read_tokenizer(path).sha256, faster. Raises DataError."""
+  """Returns read_tokenizer(path).sha256, but faster. Raises DataError as read_tokenizer does."""
   file = find(path)
   return tokenizer_json.sha256_of(file) if file.suffix == '.json' else _sha256(read_file(file, _ADVICE))
 
 
 def find(path: str) -> epath.Path:
-  """Returns the file that `path` names: itself, or in a folder tokenizer.json and otherwise tokenizer.model."""
+  """Returns the file that `path` means. In a folder this is tokenizer.json or, if there is none, tokenizer.model."""
   place = epath.Path(path)
   if not place.is_dir():
     return place
@@ -151,21 +177,25 @@ def _sha256(content: bytes) -> str:
 
 
 class SentencePieceTokenizer:
-  """A SentencePiece model; see Tokenizer for what it offers.
+  """A SentencePiece model; see Tokenizer for its methods.
 
-  Tokenizers trained here are lossless: decode(encode(text)) == text. Others may change text, such as by a space in
-  front; their bytes are those of the changed text.
+  Tokenizers trained here are lossless: decode(encode(text)) == text. Others may change the text, for example by adding
+  a space before it. Their bytes are then those of the changed text.
   """
 
   def __init__(self, path: epath.Path):
-    """Raises DataError if the file is missing, isn't a SentencePiece model or has no EOS token."""
+    """Reads the model.
+
+    Raises:
+      DataError: the file is missing, isn't a SentencePiece model, or has no EOS token.
+    """
     import sentencepiece
 
     model = read_file(path, _ADVICE)
     self._processor = p = sentencepiece.SentencePieceProcessor()
     try:
       p.LoadFromSerializedProto(model)
-    except (RuntimeError, UnicodeDecodeError):  # the second: of its own message, when that quotes the file
+    except (RuntimeError, UnicodeDecodeError):  # the second if its own message quotes bytes of the file
       raise DataError(f'{path}: not a SentencePiece model; {_ADVICE}') from None
     self.sha256 = _sha256(model)
     self.vocab_size: int = p.vocab_size()
@@ -177,7 +207,7 @@ class SentencePieceTokenizer:
     self._mark_ids = [p.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode()]
     try:
       self.token_bytes = [self._bytes(i) for i in range(self.vocab_size)]
-    except ValueError:  # not UTF-8, or no number in a byte's piece
+    except ValueError:  # a piece isn't UTF-8, or that of a byte has no number
       raise DataError(f'{path}: damaged, as one of its pieces is no text; fetch it again or train one') from None
     self.bytes_per_token_V = np.array([len(piece) for piece in self.token_bytes], np.int32)
 
@@ -189,7 +219,7 @@ class SentencePieceTokenizer:
     return bytes([int(piece[3:5], 16)]) if p.is_byte(token) else piece.replace(_SPACE, ' ').encode()
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns token ids, int32 [N], without BOS and EOS. Raises DataError for a text with lone surrogates."""
+    """Returns token ids, int32 [N], without BOS and EOS. Raises DataError if the text has lone surrogates."""
     try:
       if _SPACE not in text:
         return np.array(self._processor.encode(text), np.int32)
@@ -197,9 +227,11 @@ class SentencePieceTokenizer:
       for i, part in enumerate(text.split(_SPACE)):
         ids += self._mark_ids * (i > 0) + self._processor.encode(part)
       return np.array(ids, np.int32)
-    except RuntimeError:  # of pybind, for what isn't UTF-8
+    except RuntimeError:  # raised by pybind if the text can't be UTF-8
       raise surrogates(text) from None
 
   def decode(self, ids: np.ndarray | list[int]) -> str:
-    """Returns the text of `ids`; special tokens and ids >= vocab_size add nothing. Raises DataError for ids < 0."""
+    """Returns the text of `ids`. Special tokens and ids >= vocab_size add nothing. Raises DataError if an id is
+    negative.
+    """
     return self._processor.decode([id for id in checked(ids) if id < self.vocab_size])

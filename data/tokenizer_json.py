@@ -1,7 +1,8 @@
-"""Byte-exact BPE tokenizers in Hugging Face's format, tokenizer.json, as published with Qwen and Llama 3.
+"""Reads tokenizers in Hugging Face's format, tokenizer.json, as published with Qwen and Llama 3.
 
-Only tokenizer.json, tokenizer_config.json and generation_config.json are read, as data. Chat templates, Python files
-and everything else in the folder are ignored.
+Only BPE tokenizers that keep all bytes of a text are accepted. Only tokenizer.json, tokenizer_config.json and
+generation_config.json are read, as data. Everything else in the folder, such as chat templates and Python files, is
+ignored.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from etils import epath
 
 from betarank.data.config import DataError
 
-_LARGEST_BYTES = 100 * 10**6  # of a file; the largest published ones have 35 MB
-_LARGEST_ID = 2**22  # a table of all ids is made, so one absurd id must not ask for all memory
+_LARGEST_BYTES = 100 * 10**6  # a larger file is refused; the largest published ones have 35 MB
+_LARGEST_ID = 2**22  # a larger id is refused, because a table of all ids must fit in memory
 _SPACE = '▁'  # how SentencePiece, and vocabularies converted from it, write a space
 
 # Texts that show whether a tokenizer keeps every byte: case, accents, ligatures, spaces, line ends, digits, scripts
@@ -36,7 +37,7 @@ def read_file(path: epath.Path, advice: str) -> bytes:
   try:
     if not path.exists():
       raise DataError(f'{path}: no such tokenizer; {advice}')
-    # Reading a device might never end; epath's own is_file takes one for a file.
+    # Reading a device might never end. epath's is_file can't be used, because it returns True for a device.
     if '://' not in str(path) and not os.path.isfile(path):
       raise DataError(f'{path}: not a file; {advice}')
     if (size := path.stat().length) > _LARGEST_BYTES:
@@ -50,10 +51,13 @@ def read_file(path: epath.Path, advice: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-  """A tokenizer's files as they were read, before the `tokenizers` library has seen them.
+  """The content of a tokenizer's files, before the `tokenizers` library has read it.
 
-  Attributes: where (the path of tokenizer.json), data (its content), added ({content: (id, special)}), the ids bos, eos
-  and pad, and sha256, the tokenizer's identity.
+  Attributes:
+    where: the path of tokenizer.json.
+    data: its content.
+    added: {content: (id, special)} of the added tokens.
+    bos, eos, pad: ids.
   """
 
   where: epath.Path
@@ -65,12 +69,16 @@ class _Files:
 
   @property
   def sha256(self) -> str:
-    """The identity: the same for the same tokenizer.json with the same BOS and EOS, wherever it is."""
+    """A hash that identifies the tokenizer. It depends on tokenizer.json and on BOS and EOS, not on the path."""
     return hashlib.sha256(self.data + f'\nbos {self.bos} eos {self.eos}\n'.encode()).hexdigest()
 
 
 def _read(where: epath.Path) -> _Files:
-  """Raises DataError for files that are missing, broken, or name no token that ends a document."""
+  """Reads the files of the tokenizer at `where`.
+
+  Raises:
+    DataError: a file is missing or broken, or none of them names a token that ends a document.
+  """
   data = read_file(where, 'give config.data.tokenizer a folder with tokenizer.json')
   added = _added_tokens(data, where)
   optional = {}
@@ -95,9 +103,13 @@ def _parse(data: bytes, where: epath.Path) -> dict[str, Any]:
   return content
 
 
-@functools.lru_cache(maxsize=1)  # parsing 10 MB takes half a second, and each source of a run asks for the identity
+@functools.lru_cache(maxsize=1)  # because parsing 10 MB takes half a second, and each source of a run calls this
 def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]:
-  """Returns the added tokens of a tokenizer.json. Raises DataError where the tokenizer can't be used."""
+  """Returns the added tokens of a tokenizer.json, as {content: (id, special)}.
+
+  Raises:
+    DataError: the tokenizer can't be used.
+  """
   content = _parse(data, where)
   model = content.get('model')
   if not isinstance(model, dict):
@@ -106,7 +118,7 @@ def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]
     raise DataError(f'{where}: its model is {kind!r:.100}; only BPE can be used')
   if model.get('dropout'):
     raise DataError(f'{where}: has dropout, so a text would get other tokens each time; set it to null there')
-  # These change text, and the library ends the process over some files that have them.
+  # These change text. With some files that have them, the library even ends the process.
   wrong = ('a continuing_subword_prefix' if model.get('continuing_subword_prefix') else
            'an end_of_word_suffix' if model.get('end_of_word_suffix') else
            'a Precompiled normalizer' if '"Precompiled"' in json.dumps(content.get('normalizer')) else '')
@@ -126,51 +138,56 @@ def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple
           where: epath.Path) -> int | None:
   """Returns the id of the BOS, EOS or PAD token, or None.
 
-  tokenizer_config.json decides, or where it is silent generation_config.json. Raises DataError for a token that isn't
-  special: a text could hold it, and a document would seem to end there.
+  The token is named by tokenizer_config.json or, if that names none, by generation_config.json.
+
+  Raises:
+    DataError: the token isn't special. Such a token could come from a text, and would then seem to end a document.
   """
   special = {text: id for text, (id, special) in added.items() if special}
   token = optional['tokenizer_config.json'].get(f'{name}_token')
-  if isinstance(token, dict):  # as transformers 4 wrote it
+  if isinstance(token, dict):  # the form that transformers 4 wrote
     token = token.get('content')
   if isinstance(token, str) and token in special:
     return special[token]
   given = optional['generation_config.json'].get(f'{name}_token_id')
-  if isinstance(given, list) and given:  # any of them ends a text; the first is written
+  if isinstance(given, list) and given:  # each of them ends a text; we write the first one
     given = given[0]
   if token is None and given is None:
     return None
   if token is None and type(given) is int and given in special.values():
     return given
-  if name == 'pad':  # nothing here reads it
+  if name == 'pad':  # it isn't used here, so it may be unusable
     return None
   raise DataError(f'{where}: its {name.upper()} token {token if token is not None else given!r:.100} is not among the '
                   'special added_tokens; correct tokenizer_config.json or generation_config.json')
 
 
 def sha256_of(where: epath.Path) -> str:
-  """Returns JsonTokenizer(where).sha256 without building the tokenizer. Raises DataError."""
+  """Returns JsonTokenizer(where).sha256, without building the tokenizer. Raises DataError as `_read` does."""
   return _read(where).sha256
 
 
 class JsonTokenizer:
-  """A tokenizer.json; see Tokenizer in data/tokenizer.py for what it offers.
+  """A tokenizer.json; see Tokenizer in data/tokenizer.py for its methods.
 
-  Ids are those of transformers' AutoTokenizer without special tokens, called with split_special_tokens=True. Text is
-  read as the tokenizer's normalizer leaves it: Qwen's is Unicode's NFC, and vocabularies from SentencePiece may put a
-  space in front. Bytes are those of the text so read. Other changes of the text are refused.
+  Ids are the same as those of transformers' AutoTokenizer, called with add_special_tokens=False and
+  split_special_tokens=True. The tokenizer's normalizer may change a text in two ways: Qwen's converts it to Unicode's
+  NFC, and vocabularies from SentencePiece may add a space before it. Bytes are then those of the changed text. A
+  tokenizer that changes text in any other way is refused.
   """
 
   def __init__(self, where: epath.Path):
-    """Reads the tokenizer.json at `where`, and the side files in its folder.
+    """Reads the tokenizer.json at `where`, and the two other files in its folder.
 
-    Raises DataError if a file is missing or broken, names no EOS, or describes a tokenizer that isn't BPE, is random,
-    or loses or changes text.
+    Raises:
+      DataError: a file is missing or broken, names no EOS, or describes a tokenizer that isn't BPE, is random, or loses
+        or changes text.
     """
     import tokenizers
 
     files = _read(where)
-    # One text is encoded at a time, so threads would only make a later fork of this process warn of deadlocks.
+    # Threads have no use here, because one text is encoded at a time. With them, a later fork of this process would
+    # warn of deadlocks.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
       self._tokenizer = tokenizers.Tokenizer.from_buffer(files.data)
@@ -182,7 +199,7 @@ class JsonTokenizer:
       raise DataError(f'{files.where}: its model is {type(self._tokenizer.model).__name__}; only BPE can be used')
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is thirteen characters
+    self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text stays thirteen characters
     self.bos, self.eos, self.pad, self.sha256 = files.bos, files.eos, files.pad, files.sha256
     for text, (id, _) in files.added.items():
       if (given := self._tokenizer.token_to_id(text)) != id:  # `tokenizers` renumbers added tokens that leave a gap
@@ -208,7 +225,9 @@ class JsonTokenizer:
     return out
 
   def _piece_bytes(self):
-    """Returns the function from a piece of the vocabulary to its bytes. What the decoder does says which it is."""
+    """Returns the function that converts a piece of the vocabulary to its bytes. It depends on the tokenizer's
+    decoder.
+    """
     decoder = self._tokenizer.decoder
     decode = decoder.decode if decoder else ''.join
     if decode(['aĠa']) == 'a a':
@@ -234,7 +253,7 @@ class JsonTokenizer:
                     'another tokenizer')
 
   def _check_bytes(self) -> None:
-    """Raises DataError if a text could be lost or changed, other than by NFC or a space in front."""
+    """Raises DataError if the tokenizer could lose or change a text, except by NFC or by a space before it."""
     single = {piece for piece in self.token_bytes if len(piece) == 1}
     if len(single) < 256:
       byte = next(byte for byte in range(256) if bytes([byte]) not in single)
@@ -248,20 +267,20 @@ class JsonTokenizer:
                         'use another tokenizer')
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns token ids, int32 [N], without BOS and EOS. Raises DataError for a text with lone surrogates."""
-    try:  # the fast form of one text is 15 % faster than `encode`, which also notes where tokens are
+    """Returns token ids, int32 [N], without BOS and EOS. Raises DataError if the text has lone surrogates."""
+    try:  # 15 % faster than `encode`, which also computes the position of each token
       return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
     except TypeError:
       raise surrogates(text) from None
 
   def decode(self, ids: np.ndarray | list[int]) -> str:
-    """Returns the text of `ids`: their bytes as UTF-8, U+FFFD for what isn't UTF-8. Raises DataError for ids < 0."""
+    """Returns the text of `ids`. Bytes that aren't UTF-8 become U+FFFD. Raises DataError if an id is negative."""
     size = self.vocab_size
     return b''.join(self.token_bytes[id] for id in checked(ids) if id < size).decode(errors='replace')
 
 
 def checked(ids: np.ndarray | list[int]) -> list[int]:
-  """Returns ids as a list of int. Raises DataError for a negative one."""
+  """Returns ids as a list of int. Raises DataError if one is negative."""
   ids = np.asarray(ids, np.int64).reshape(-1)
   if ids.size and ids.min() < 0:
     raise DataError(f'token ids must be >= 0, got {ids.min()}')
@@ -269,7 +288,7 @@ def checked(ids: np.ndarray | list[int]) -> list[int]:
 
 
 def surrogates(text: str) -> DataError:
-  """Returns the error for a text that no tokenizer's library accepts."""
+  """Returns the error for a text with a lone surrogate, which no tokenizer library accepts."""
   position = next((i for i, char in enumerate(text) if '\ud800' <= char <= '\udfff'), 0)
   return DataError(f'a text has half of a surrogate pair (U+{ord(text[position]):04X}) at character {position + 1}; '
                    'that is no character: remove it')

@@ -1,7 +1,7 @@
-"""Tokenizes one unit of a source into staged shards with a marker each; see data/prepare.py.
+"""Tokenizes one unit of a source, and writes shards with a marker each; see data/prepare.py.
 
-A unit is written in pieces of PIECE_BYTES of text, each of which becomes a shard of the data set. Where a piece ends
-depends on the input alone, so a unit that was interrupted resumes after its last whole piece and ends with the same
+A unit is written in pieces of PIECE_BYTES of text. Each piece becomes a shard of the data set. Where a piece ends
+depends only on the input. So a unit that was interrupted resumes after its last complete piece, and produces the same
 files.
 """
 
@@ -25,16 +25,19 @@ from betarank.data.fields import Dialogue
 from betarank.data.storage import is_remote
 from betarank.data.tokenizer import read_tokenizer
 
-PIECE_BYTES = 128 * 2**20  # of text; one to three minutes of a core, which is what a restart loses
-_REPORTED = 2**20  # bytes of text between two reports
+PIECE_BYTES = 128 * 2**20  # bytes of text. A restart loses at most one piece: one to three minutes of one core.
+_REPORTED = 2**20  # bytes of text between two reports of progress
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What every unit needs; a worker process gets it once.
+  """What is common to all units. A worker process gets it once.
 
   Attributes:
-    share: whether the validation split is a share of each document, and not of the documents.
+    name: the source.
+    config: the settings of the data.
+    folder: where shards and markers are written.
+    share: if True, the validation split takes the end of each document, instead of whole documents.
   """
 
   name: str
@@ -50,7 +53,7 @@ class Job:
 
 
 class Worker:
-  """The source and the tokenizer, opened once for all units that a process works on."""
+  """Tokenizes units. The source and the tokenizer are opened once, for all units of a process."""
 
   def __init__(self, job: Job):
     self.job = job
@@ -60,18 +63,20 @@ class Worker:
 
   def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
           report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """Writes the unit's next pieces, with at most `limit` (0: any number of) documents; yields the marker of each.
+    """Writes the next pieces of a unit, and yields the marker of each.
 
     Args:
-      done: the markers of the unit's pieces that are there already.
-      report: called with the bytes of text since the last call.
+      index, unit: the number of the unit, and the unit.
+      limit: the largest number of documents to write; 0 for any number.
+      done: the markers of the unit's pieces that exist already.
+      report: called with the number of bytes of text since the last call.
     """
     done = done or []
     bad = sources.BadRows(self.source.config.max_bad_rows)
     documents = self.source.read(unit, bad)
     skipped = sum(marker['documents'] for marker in done)
     collections.deque(zip(range(skipped), documents), maxlen=0)
-    bad.count = sum(marker['bad_rows'] for marker in done)  # those among them are counted there
+    bad.count = sum(marker['bad_rows'] for marker in done)  # bad rows in these pieces were counted before
     ended, written = False, 0
     while not ended:
       piece, before = _Piece(self, index, len(done)), bad.count
@@ -99,9 +104,9 @@ class _Piece:
   def add(self, document: sources.Document, report: Callable[[int], None]) -> None:
     config = self._worker.job.config
     self._documents += 1
-    # Before cutting, so that a long document's pieces, and its duplicates, stay on one side.
+    # The split is chosen before cutting, so that all parts of a long document, and its duplicates, are in one split.
     for split, part in self._divide(document).items():
-      for cut in sources.cut(part, config.document_bytes):
+      for cut in sources.cut(part, config.longest_document):
         size = len(sources.text_of(cut).encode())
         self._shards[split].add(*_tokens(self._worker, cut), size)
         self.text_bytes, self._unreported = self.text_bytes + size, self._unreported + size
@@ -115,7 +120,7 @@ class _Piece:
       text = sources.text_of(document)
       digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
       return {'validation' if int.from_bytes(digest) < fraction * 2**64 else 'train': document}
-    if isinstance(document, Dialogue):  # these can't be divided: the first of every 1 / fraction
+    if isinstance(document, Dialogue):  # can't be divided, so one dialogue of every 1 / fraction goes to validation
       return {'validation' if (self._documents - 1) % max(2, round(1 / fraction)) == 0 else 'train': document}
     return _share(document, fraction)
 
@@ -128,7 +133,9 @@ class _Piece:
 
 
 def _share(text: str, fraction: float) -> dict[str, str]:
-  """Returns {'train': the beginning, 'validation': the last `fraction`}, cut after a line or a word where it can be."""
+  """Splits a text into {'train': its beginning, 'validation': its last `fraction`}, after a line or a word if
+  possible.
+  """
   tail = max(1, round(fraction * len(text)))
   cut = max(1, len(text) - tail)
   near = text[max(0, cut - tail):cut]
@@ -137,7 +144,7 @@ def _share(text: str, fraction: float) -> dict[str, str]:
 
 
 def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns the document's token ids with BOS and EOS and, of a masked set, which of them count as targets."""
+  """Returns the token ids of a document with BOS and EOS and, in a masked set, which of them count as targets."""
   tokenizer = worker.tokenizer
   parts = document.parts if isinstance(document, Dialogue) else ((document, True),)
   ids = [tokenizer.encode(text) for text, _ in parts]
@@ -149,10 +156,10 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
 
 
 class ShardWriter:
-  """One split's part of a piece, on its way to `path`; there is no file without documents.
+  """Writes one split of a piece to `path`. Without documents, it writes no file.
 
-  ArrayRecord writes to a disk only. What is to be in a bucket is kept in memory until it is whole, PIECE_BYTES at most,
-  so that no disk is needed and a killed process leaves nothing behind.
+  ArrayRecord can write only to a disk. A shard for a bucket, of at most PIECE_BYTES, is kept in memory until it is
+  complete. So no disk is needed, and a killed process leaves nothing behind.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):
@@ -168,7 +175,7 @@ class ShardWriter:
         self.temporary = f'/proc/self/fd/{self.file.fileno()}'
       else:
         self.temporary = f'{self.path}.{os.getpid()}'
-      # A group is read as a whole, and training reads single documents.
+      # A group can only be read as a whole, but training reads single documents, so a group has one document.
       self.writer = array_record_module.ArrayRecordWriter(self.temporary, 'group_size:1,uncompressed')
     record = records.to_record(tokens, mask)
     self.writer.write(record)
@@ -197,7 +204,7 @@ class ShardWriter:
             'longest': max(self.lengths, default=0), 'sha256': self.hash.hexdigest()}
 
   def _check_layout(self, file, lengths_N: np.ndarray) -> None:
-    """Raises DataError if ArrayRecord didn't put the last record where data/records.py will look for it."""
+    """Raises DataError if ArrayRecord didn't write the last record where data/records.py will look for it."""
     last = len(lengths_N) - 1
     _, [begin], [end] = records.Places(lengths_N, [0, len(lengths_N)], self.form).of(np.array([last]))
     raw = os.pread(file.fileno(), int(end - begin), int(begin))

@@ -1,3 +1,3 @@
-"""Evaluates what a training objective did to a model: its token distribution, its answers to benchmarks, and a report
-on both.
+"""Evaluates models: what they predict token by token, and how they answer benchmarks. Also compares runs and writes the
+report.
 """

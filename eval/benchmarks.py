@@ -1,13 +1,13 @@
 """Opens benchmarks: problems with checked answers, from the user's jsonl files or from any task of tasks/task_set.py.
 
-    --benchmark=amc23,math500                     a name of TABLE; its file lies in config.eval.sample.data_dir
+    --benchmark=amc23,math500                     names of TABLE, whose files are in config.eval.sample.data_dir
     --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; generated problems come from the held-out split
     --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
-    --benchmark=code:/path/to/mine.jsonl          programming problems, as HumanEval or MBPP has them (code_problems.py)
+    --benchmark=code:/path/to/mine.jsonl          programming problems in the form of HumanEval or MBPP
 
-If TABLE lists a file's sha256, the file must match it; other files are not checked. Every result records hashes of the
-file and the prompts that it was made with. The paper puts worked examples before the questions of some benchmarks
-(arXiv 2512.22955, appendix); these few-shot examples are the first problems of the training set named in `examples`.
+If TABLE lists a file's sha256, the file must match it; other files aren't checked. Every result records hashes of the
+file and of the prompts that it was made with. The paper puts worked examples before the questions of some benchmarks
+(arXiv 2512.22955, appendix). These examples are the first problems of the training set named in `examples`.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Entry:
 
   Attributes:
     file: the file's name in data_dir.
-    origin: the source of the file.
+    origin: where the file comes from.
     shots: the number of worked examples that the paper puts before each question; 0 if the paper doesn't say.
     answer_format: 'line' or 'boxed' (see tasks/answers.py), or 'code' (see tasks/code_problems.py).
     examples: the name of the file that the worked examples come from.
@@ -89,12 +89,12 @@ class Benchmark:
     name: the name as the user gave it.
     folder: the name in a form that can be part of a path.
     tasks: the problems, in the order of their source.
-    data_sha256: the sha256 of prompts, references and verifiers. Two results with equal data_sha256 answer the same
+    data_sha256: the sha256 of prompts, references and verifiers. Results with equal data_sha256 answer the same
       questions.
     file_sha256: the sha256 of the file of problems; '' for generated problems.
     shots, answer_format: the values in use.
-    left_out: one line on the problems of the file that are left out because their answers can't be compared with any
-      other; '' if there are no such problems.
+    left_out: one line about the problems that are left out because no answer can be compared with theirs; '' if there
+      are none.
   """
 
   name: str
@@ -108,10 +108,11 @@ class Benchmark:
 
 
 def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
-  """Returns the benchmark `name`, with the prompt, worked examples and number of problems that the settings ask for.
+  """Returns the benchmark `name`, with the prompt, worked examples and number of problems of the settings.
 
-  Raises EvalError, ConfigError or DataError, each with a one-line message, if the name is unknown, or if the file is
-  missing or has another hash than TABLE lists.
+  Raises:
+    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or its hash isn't the one that TABLE
+      lists.
   """
   if ':' in name:
     entry, uri = Entry('', '', answer_format='line'), name
@@ -174,8 +175,9 @@ def _sha256(pattern: str) -> str:
 
 
 def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> str:
-  """Returns the first `shots` problems of the benchmark's training set with their solutions, in the form in which the
-  prompt asks for answers.
+  """Returns the first `shots` problems of the benchmark's training set with their solutions.
+
+  They have the form in which the prompt asks for answers.
   """
   if not shots:
     return ''

@@ -3,32 +3,33 @@ betarank eval sample --checkpoint=RUN [--all] --benchmark=NAME[,NAME] [--config.
 betarank eval harness --checkpoint=RUN [--all] --tasks=NAME[,NAME] [--num_fewshot=N] [--limit=N] [--include_path=DIR]
 betarank eval paper   --checkpoint=RUN [--all]      the paper's average over 19 benchmarks (eval/paper.py)
 
-RUN is a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is taken, or one of its checkpoints.
-Results go to RUN/eval. Started again, what is there already isn't done twice.
+RUN is one checkpoint, or a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is used. Results are
+written to the folder `eval` of the workdir. Running a command again repeats nothing that already has results.
 """
 
-import argparse
 import contextlib
 from collections.abc import Sequence
 
 from betarank.configs import load, settings
+from betarank.configs.errors import UserError
+from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank eval', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank eval', __doc__)
   parser.add_argument('command', choices=('probe', 'sample', 'harness', 'paper'))
-  parser.add_argument('--checkpoint', required=True, metavar='RUN', help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
+                      help='a workdir or a checkpoint; local or gs://')
   parser.add_argument('--all', action='store_true', help='all checkpoints of the run')
   parser.add_argument('--benchmark', default='', metavar='NAME[,NAME]',
                       help='a name from eval/benchmarks.py, or the URI of a task, such as reasoning:chain_sum?level=1')
   parser.add_argument('--tasks', default='', metavar='NAME[,NAME]', help='harness: tasks of lm-evaluation-harness')
   parser.add_argument('--num_fewshot', type=int, help="harness: examples before a question, if not the task's number")
   parser.add_argument('--limit', type=int, help='harness: questions of each task, the first ones')
-  parser.add_argument('--include_path', default='', help='harness: a folder with tasks of your own')
+  parser.add_argument('--include_path', type=place, help='harness: a folder with tasks of your own')
   parser.add_argument('--max_length', type=int, default=0, help='harness: tokens, if not what the model was trained on')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',
-                      help='probe: join several processes into one job; auto on TPU pods and Slurm')
+                      help='join several processes into one job; auto on TPU pods and Slurm')
   parser.add_argument('--processes', type=int, default=1)
   parser.add_argument('--process_id', type=int, default=0)
   subjects = []
@@ -44,24 +45,33 @@ def main(argv: Sequence[str]) -> None:
   config, args = load.from_command_line(
     parser, argv, settings={'eval': settings.EVAL}, configure=configure, needs_config=False)
 
+  import jax
+
   from betarank.eval import config as eval_config
   from betarank.eval import generate, probe
   from betarank.runtime import workdir
 
   run = eval_config.eval_run(config, subjects[-1])
   alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
-  with alone if args.process_id == 0 else contextlib.nullcontext():
-    if args.command == 'probe':
-      probe.probe(run, subjects)
-    elif args.command == 'sample':
-      generate.sample(run, subjects, args.benchmark)
-    else:
-      try:
-        from betarank.eval import lm_harness, paper
-      except ImportError as error:
-        raise eval_config.EvalError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
-      asked = dict(limit=args.limit, include_path=args.include_path, max_length=args.max_length)
-      if args.command == 'paper':
-        paper.evaluate(run, subjects, **asked)
+  with alone if jax.process_index() == 0 else contextlib.nullcontext():
+    try:
+      if args.command == 'probe':
+        probe.probe(run, subjects)
+      elif args.command == 'sample':
+        generate.sample(run, subjects, args.benchmark)
       else:
-        lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, **asked)
+        _harness(run, subjects, args)
+    except KeyboardInterrupt:
+      raise KeyboardInterrupt('results so far are kept, and the same command does the rest') from None
+
+
+def _harness(run, subjects, args) -> None:
+  try:
+    from betarank.eval import lm_harness, paper
+  except ImportError as error:
+    raise UserError(f"betarank eval {args.command}: {error}; pip install -e '.[lm_eval]'") from None
+  asked = dict(limit=args.limit, include_path=args.include_path or '', max_length=args.max_length)
+  if args.command == 'paper':
+    paper.evaluate(run, subjects, **asked)
+  else:
+    lm_harness.harness(run, subjects, args.tasks, num_fewshot=args.num_fewshot, **asked)

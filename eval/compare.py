@@ -1,10 +1,9 @@
 """Compares runs from what they logged: betarank compare WORKDIR WORKDIR ... [--plot=FILE.png|FILE.svg]
 
-Prints a table, of the last validation of pre-training runs, or of the start and the end of RL runs, and draws the
-curves. Runs are named by the settings in which they differ. Only reads; needs no device.
+Prints a table: the last validation of pre-training runs, or the start and the end of RL runs. With --plot, draws the
+curves. Runs are named by the settings in which they differ. It only reads files and needs no accelerator.
 """
 
-import argparse
 import dataclasses
 import math
 import shutil
@@ -16,25 +15,27 @@ from typing import Any
 from etils import epath
 
 from betarank.configs.errors import ConfigError
-from betarank.configs.load import check_places, flatten, read
+from betarank.configs.load import flatten, read
+from betarank.configs.parser import Parser, place
 from betarank.eval.report.figures import STYLE, colour, dash, dodge
 from betarank.runtime.metrics import read_lines
 
-KINDS = {'train/pass_rate': 'RL', 'train/ce_nats': 'pre-training'}  # a metric that a run logs -> the kind of run
+KINDS = {'train/pass_rate': 'RL', 'train/ce_nats': 'pre-training'}  # a metric -> the kind of run that logs it
 VALIDATION = {'ce_nats': ('CE (nats)', '.4f'), 'bits_per_byte': ('bits/byte', '.4f'),
               'entropy_nats': ('entropy (nats)', '.4f'), 'tail_mass': ('tail mass', '.5f'),
               'rank1_accuracy': ('rank-1', '.4f')}
 DYNAMICS = {'pass_rate': ('reward', '.3f'), 'entropy_nats': ('entropy (nats)', '.3f'),
             'length_tokens': ('length', '.1f'), 'truncated_share': ('truncated', '.1%')}
-FIRST_AND_LAST = 10  # number of steps averaged to get the start or the end of an RL run
-WIDTH = 80  # columns, if there is no terminal
-LABEL = 22  # characters of the longest name that is printed in the table itself, not in the legend
+FIRST_AND_LAST = 10  # the figures at the start and the end of an RL run are means over so many steps
+WIDTH = 80  # the width of the table in columns, if there is no terminal
+LABEL = 22  # if a name is longer, the table has numbers, and a legend explains them
 FORMATS = ('png', 'svg')
+LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room that a line's sample takes, in characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run's settings, {dotted key: value}, and the lines of its metrics.jsonl."""
+  """The settings of a run, {dotted key: value}, and the lines of its metrics.jsonl."""
 
   path: str
   kind: str
@@ -42,14 +43,13 @@ class Run:
   lines: Sequence[Mapping[str, Any]]
 
   def curve(self, key: str) -> dict[int, float]:
-    """Returns {step: value} of the metric `key`, without steps at which its value isn't a number."""
+    """Returns {step: value} of the metric `key`, without steps at which its value isn't a finite number."""
     return {line['step']: line[key] for line in self.lines
             if isinstance(line.get(key), int | float) and math.isfinite(line[key])}
 
 
 def read_run(path: str) -> Run:
-  """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or it hasn't finished a step."""
-  check_places({'WORKDIR': path}, '')
+  """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or if it hasn't finished a step."""
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
@@ -71,8 +71,9 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-  """Returns a name per run: the settings that aren't the same in all runs, 'beta=-0.25, seed=1'. A single run is named
-  by its path.
+  """Returns a name per run, made of the settings that differ between runs, such as 'beta=-0.25, seed=1'.
+
+  A single run is named by its path.
   """
   keys = sorted({key for run in runs for key in run.config if key != 'data.dir'
                  and any(run.config.get(key) != other.config.get(key) for other in runs)})
@@ -90,7 +91,7 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def report(runs: Sequence[Run], width: int) -> str:
-  """Returns the table as text of at most `width` columns, with a legend where names are too long for it."""
+  """Returns the table as text of at most `width` columns, with a legend if names are too long for the table."""
   labels, legend = names(runs), []
   if max(map(len, labels)) > LABEL:
     for number, label in enumerate(labels, 1):
@@ -104,7 +105,10 @@ def report(runs: Sequence[Run], width: int) -> str:
 
 
 def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns the rows that show if the runs have equal cross-entropy but different entropy, one validation per row."""
+  """Returns the table of pre-training runs, with one validation per row.
+
+  It shows whether the runs have equal cross-entropy but different entropy.
+  """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
     found = {source: last_validation(run, source) for source in _sources(run)} or {'': {}}
@@ -127,8 +131,9 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def last_validation(run: Run, source: str) -> dict[str, float]:
-  """Returns the step and the figures of the newest validation of `source`, all from one line of metrics.jsonl, or {} if
-  `source` was never validated.
+  """Returns the step and the figures of the newest validation of `source`; {} if it was never validated.
+
+  All of them come from the same line of metrics.jsonl.
   """
   start = f'eval/{source}/'
   for line in reversed(run.lines):
@@ -144,7 +149,7 @@ def _sources(run: Run) -> list[str]:
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns the rows for RL runs: each figure at the start and at the end of the run, as 'start -> end'."""
+  """Returns the table of RL runs, with each figure at the start and at the end of the run, as 'start -> end'."""
   held_out = sorted({key for run in runs for key in evaluations(run)})
   rows, notes = [], []
   for label, run in zip(labels, runs):
@@ -162,7 +167,7 @@ def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def evaluations(run: Run) -> dict[str, dict[int, tuple[float, float]]]:
-  """Returns the evaluations that were made during RL, as {'held_out Avg@16': {step: (mean, standard error or NaN)}}."""
+  """Returns the evaluations during RL, as {'held_out Avg@16': {step: (mean, standard error or NaN)}}."""
   found = {}
   for key in sorted({key for line in run.lines for key in line if key.startswith('eval/') and '/avg_at_' in key}):
     _, subject, name = key.split('/', 2)
@@ -187,14 +192,16 @@ def _arrow(start: str, end: str) -> str:
 
 
 def _median(curve: Mapping[int, float]) -> str:
-  """Returns the median over steps, because compilation and a busy machine cause outliers."""
+  """Returns the median over steps as text. Compilation and a busy machine cause outliers, which don't change the
+  median.
+  """
   return f'{statistics.median(curve.values()):,.0f}' if curve else '-'
 
 
 def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
   """Returns the lines of a table. Columns that don't fit into `width` continue below, after a copy of the first column.
 
-  Titles wrap between words; a cell is never cut.
+  Titles wrap between words. A cell is never cut.
   """
   def size(column: int) -> int:
     return max(*(len(row[column]) for row in rows), *map(len, titles[column].split()))
@@ -220,21 +227,32 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 
 
 def plot(runs: Sequence[Run], path: str) -> None:
-  """Draws four panels. For pre-training runs: cross-entropy, entropy, and the difference of each from the first run.
-  For RL runs: reward, held-out problems, entropy and length.
+  """Draws four panels, and saves them to `path`.
+
+  For pre-training runs they show cross-entropy, entropy, and the difference of each from the first run. For RL runs
+  they show reward, held-out problems, entropy and length. The legend has the settings in which the runs differ.
   """
   import matplotlib
+
+  with matplotlib.rc_context(STYLE):
+    draw(runs).savefig(path, dpi=130)
+
+
+def draw(runs: Sequence[Run]) -> Any:
+  """Returns the figure that `plot` saves, a matplotlib Figure."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  labels = [textwrap.fill(name, 60) for name in names(runs)]
-  with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(10, 6.6), layout='constrained')
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2).flat
-    (_draw_rl if runs[0].kind == 'RL' else _draw_pretraining)(list(axes), runs, labels)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
-    figure.savefig(path, dpi=130)
+  labels = [textwrap.fill(name, LEGEND - LEGEND_KEY) for name in names(runs)]
+  longest = max(len(line) for label in labels for line in label.splitlines())
+  columns = max(1, min(3, LEGEND // (longest + LEGEND_KEY)))
+  lines = sum(label.count('\n') + 1 for label in labels) / columns
+  figure = Figure(figsize=(10, 6.4 + 0.2 * lines), layout='constrained')
+  FigureCanvasAgg(figure)
+  axes = figure.subplots(2, 2).flat
+  (_draw_rl if runs[0].kind == 'RL' else _draw_pretraining)(list(axes), runs, labels)
+  figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=columns)
+  return figure
 
 
 def _draw_pretraining(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
@@ -269,9 +287,10 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
           first: float = 0.1, least: float = 0.0) -> None:
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
-  window(steps): the number of steps that each point averages. first: the share of points, from the start, that the
-  range of the y axis ignores, because the first fall of a loss would flatten the rest of the curve. least: the smallest
-  height of the y axis, as a share of the values.
+  window: a function of the number of steps; returns how many steps each point averages.
+  first: the share of points, from the start, that the range of the y axis ignores. The first fall of a loss would
+  otherwise make the rest of the curve flat.
+  least: the smallest height of the y axis, as a share of the values.
   """
   size, settled = window(max(map(len, curves))), []
   for i, (label, curve) in enumerate(zip(labels, curves)):
@@ -296,10 +315,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank compare', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('workdirs', nargs='+', metavar='WORKDIR')
-  parser.add_argument('--plot', default='', metavar='FILE.png|FILE.svg')
+  parser = Parser('betarank compare', __doc__)
+  parser.add_argument('workdirs', nargs='+', type=place, metavar='WORKDIR')
+  parser.add_argument('--plot', type=place, metavar='FILE.png|FILE.svg')
   args = parser.parse_args(argv)
   if args.plot and args.plot.rpartition('.')[2] not in FORMATS:
     raise ConfigError(f'--plot={args.plot}: must end in .{" or .".join(FORMATS)}')

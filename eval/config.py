@@ -1,4 +1,4 @@
-"""Describes an evaluation: a checkpoint of any stage, and section `eval` of a config."""
+"""Defines an evaluation: a checkpoint of any stage, and section `eval` of a config."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from betarank.train.sampler import SamplerConfig
 
 
 class EvalError(UserError):
-  """The error for an evaluation that can't be done. Its message is one line that says why."""
+  """Raised if an evaluation can't be done. The message is one line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: which tokens the probe is computed on."""
+  """Section `eval.probe`: the tokens that the probe is computed on."""
 
   rows: int
   batch_size: int
@@ -112,9 +112,9 @@ class CheckpointRef:
 
   Attributes:
     path: the path of the checkpoint.
-    run: the workdir of its run. Results are written to the folder `eval` there.
+    run: the workdir of its run. Results are written to its folder `eval`.
     step: the step of the run at which the checkpoint was saved.
-    meta: the checkpoint's own record of its origin (see `train.setup.lineage`).
+    meta: the checkpoint's record of its origin (see `train.setup.lineage`).
   """
 
   path: epath.Path
@@ -123,16 +123,18 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """Returns the origin of a result, as every result file records it."""
+    """Returns the origin of a result, which is stored in every result file."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir. With `every`: all checkpoints in the
-  same folder, oldest first.
+  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir.
 
-  Raises CheckpointError if there is no checkpoint, or if a checkpoint is damaged.
+  every: returns all checkpoints in the same folder instead, oldest first.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or a checkpoint is damaged.
   """
   found = checkpoint.find(path)
   folder = found.parent
@@ -145,10 +147,10 @@ def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
 
 
 def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
-  """Returns the checkpoint's own config with section `eval` added, not locked yet, so that it can be overridden.
+  """Returns the checkpoint's config with section `eval` added. It isn't locked, so it can be overridden.
 
-  spec: a config whose sections `data` and `eval` replace the checkpoint's, so that runs trained on different data can
-  be evaluated on the same data.
+  spec: a config whose sections `data` and `eval` replace the checkpoint's. So runs that were trained on different data
+  can be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -159,7 +161,11 @@ def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
 
 
 def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
-  """Returns the checked evaluation. Raises ConfigError, with a one-line message that names the key."""
+  """Returns the settings of an evaluation, checked.
+
+  Raises:
+    ConfigError: a setting is invalid or doesn't fit the checkpoint. The message names its key.
+  """
   run = EvalRun(
     model=section(ModelConfig, config.model, 'model'),
     data=section(DataConfig, config.data, 'data'),
@@ -181,8 +187,10 @@ def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
 
 
 def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
-  """Returns the mesh that config.train.mesh describes, over all devices. Raises ConfigError if the mesh doesn't fit the
-  number of devices, or doesn't divide the model or the `rows` that config.`key` asks for.
+  """Returns the mesh that config.train.mesh describes, over all devices.
+
+  Raises:
+    ConfigError: the mesh doesn't fit the number of devices, or doesn't divide the model or the `rows` of config.`key`.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
@@ -190,8 +198,9 @@ def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
 def read_tokenizer(run: EvalRun, ref: CheckpointRef) -> data.Tokenizer:
   """Returns the tokenizer.
 
-  Raises DataError if the tokenizer can't be read, and ConfigError if it isn't the one that the checkpoint was trained
-  with.
+  Raises:
+    DataError: the tokenizer can't be read.
+    ConfigError: it isn't the tokenizer that the checkpoint was trained with.
   """
   return setup.read_tokenizer(run.data.tokenizer_path, run.model, ref.meta)
 

@@ -1,15 +1,19 @@
-"""Samples answers to benchmarks, judges and stores them, so that any metric can be computed later without sampling.
+"""Samples answers to benchmarks, judges and stores them. Any metric can be computed later without sampling again.
 
     RUN/eval/samples/BENCHMARK/STEP.json     settings and lineage, written before the first sample
     RUN/eval/samples/BENCHMARK/STEP.jsonl    one line per sample, in the order in which problems were finished
 
-A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). A problem's lines are
-written together, once all its samples are judged. After a kill, the same command draws the samples of the missing
-problems, and they are the same samples as without the kill.
+A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
+problem are written together, once all its samples are judged. If a command is killed and run again, it draws only the
+samples of the missing problems. They are the same as without the kill.
+
+In a job of several processes, the rows that are decoded are spread over the devices of all. Process 0 judges and
+writes.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,6 +29,7 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import duration
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -39,7 +44,7 @@ from betarank.eval.config import (
 )
 from betarank.eval.sampling_metrics import collect
 from betarank.eval.statistics import bootstrap_interval
-from betarank.runtime.metrics import duration
+from betarank.runtime import multihost
 from betarank.tasks.answers import final_answer
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.judging import numerals
@@ -47,43 +52,48 @@ from betarank.tasks.task_set import Task
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
 
-COMPARED = 16  # distinct wrong answers to a problem, the most frequent ones, that the verifier compares with each other
+COMPARED = 16  # the verifier compares only so many distinct wrong answers to a problem, the most frequent ones
 _PROGRESS_S = 10.0
-_REMOTE_S = 60.0  # object stores can't append: the whole file is rewritten, at most once in so many seconds
+_REMOTE_S = 60.0  # object stores can't append, so the whole file is rewritten, at most once in so many seconds
 _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ when sampling is resumed
 
 
 def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
-  """Samples the benchmarks in the comma-separated `names` for each checkpoint, and prints a table of the results.
+  """Samples answers to benchmarks for each checkpoint, and prints a table of the results.
 
-  Samples that are already stored are not drawn again.
+  Samples that are already stored aren't drawn again.
 
-  Raises ConfigError, DataError, EvalError, CheckpointError or VerifierError, each with a one-line message.
+  names: the benchmarks, separated by commas.
+
+  Raises:
+    ConfigError, DataError, EvalError, CheckpointError or VerifierError: a checkpoint, a setting, a benchmark or the
+      verifier can't be used.
   """
   c = run.eval.sample
   if not (names := [name for name in names.split(',') if name]):
     raise EvalError('--benchmark: name one or more, separated by commas')
-  if jax.process_count() > 1:
-    raise EvalError('sampling runs in one process so far; its devices may be several')
+  first = jax.process_index() == 0
   tokenizer = read_tokenizer(run, subjects[-1])
   mesh = make_mesh(run, 'eval.sample.decode_batch_size', c.decode_batch_size)
   benchmarks = [open_benchmark(name, c) for name in names]
   for benchmark in benchmarks:
-    if benchmark.left_out:
+    if benchmark.left_out and first:
       print(f'{benchmark.name}: {benchmark.left_out}', flush=True)
   prompts = {b.name: _prompts(b, tokenizer) for b in benchmarks}
-  # A jail is made only if there are programs to judge, because not every system can make one.
-  jail = Jail(run.eval.code) if any(b.answer_format == 'code' for b in benchmarks) else None
-  with jax.set_mesh(mesh), Verifier(c.verifier, jail) as verifier:
+  # A jail is created only if there are programs to judge, because not every system supports it.
+  jail = Jail(run.eval.code) if first and any(b.answer_format == 'code' for b in benchmarks) else None
+  with jax.set_mesh(mesh), Verifier(c.verifier, jail) if first else contextlib.nullcontext() as verifier:
     samplers = {b.name: _sampler(run, prompts[b.name], tokenizer, mesh) for b in benchmarks}
-    files = {s.step: [SampleFile(s, b, run) for b in benchmarks] for s in subjects}
+    files = {s.step: [SampleFile(s, b, run, first) for b in benchmarks] for s in subjects}
     for subject in subjects:
       params = None
       for benchmark, file in zip(benchmarks, files[subject.step]):
         if file.missing and params is None:
           params = restore(run, subject, mesh)
         _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed)
-  print_table([file for some in files.values() for file in some])
+  if first:
+    print_table([file for some in files.values() for file in some])
+  multihost.wait_for_all('sampled')  # process 0 may judge for longer than JAX would wait for it at the end
 
 
 def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
@@ -100,14 +110,19 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
-  """Draws, judges and writes the samples that the file lacks. The device draws the next groups while a group is judged.
+  """Draws, judges and writes the samples that the file lacks. While a group is judged, the device draws the next
+  ones. A process without a verifier only takes part in the drawing.
   """
   if not file.missing:
-    print(f'{file.path}: all {file.problems} problems are there already', flush=True)
+    if verifier:
+      print(f'{file.path}: all {file.problems} problems are there already', flush=True)
     return
-  progress = _Progress(file)
   missing = [prompts[i] for i in file.missing]
   drawn = sampler(params, missing, samples=file.n, seed=seed, step=benchmark_key(benchmark.name))
+  if not verifier:
+    collections.deque(drawn, maxlen=0)
+    return
+  progress = _Progress(file)
   with concurrent.futures.ThreadPoolExecutor(1) as judge:
     waiting = collections.deque()
 
@@ -116,17 +131,19 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
       file.append(lines)
       progress(lines)
 
-    for group in drawn:
-      waiting.append(judge.submit(write, group))
-      while waiting and (waiting[0].done() or len(waiting) > 8):
-        waiting.popleft().result()
-    for future in waiting:
-      future.result()
-  file.close()
+    try:
+      for group in drawn:
+        waiting.append(judge.submit(write, group))
+        while waiting and (waiting[0].done() or len(waiting) > 8):
+          waiting.popleft().result()
+    finally:  # also after Ctrl-C: what is drawn is judged and kept
+      for future in waiting:
+        future.result()
+      file.close()
 
 
 def benchmark_key(name: str) -> int:
-  """Returns the number that represents a benchmark in random keys, in the position where RL uses its step."""
+  """Returns a number made from the benchmark's name. Random keys contain it in the place where RL has the step."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -149,19 +166,19 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
 def answer_classes(
   answers: Sequence[str | None], verdicts: Sequence[Verdict], task: Task, verifier: Verifier
 ) -> list[int]:
-  """Returns a class number per answer: equal answers to the problem get the same number. Classes are numbered by first
-  appearance; -1 means that the sample has no answer.
+  """Returns a class number per answer. Equal answers get the same number; -1 means that the sample has no answer.
 
-  Equal texts are one answer. For mathematics, answers are also equal in three other cases: their plain texts or exact
-  numbers are equal; both are right; both are wrong, but the verifier accepts one with the other as reference. The
-  verifier compares only the COMPARED most frequent wrong answers, because the number of pairs grows quadratically.
+  Classes are numbered by first appearance. Equal texts are one answer. In mathematics, answers are also equal in three
+  other cases: they are the same number, or the same text apart from delimiters, spaces and a final full stop; both are
+  right; both are wrong, but the verifier accepts one with the other as reference. For the last case, only the COMPARED
+  most frequent wrong answers are considered, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
   if task.verifier == 'math':
     right = {key: None for key, verdict in zip(keys, verdicts) if key is not None and verdict == Verdict.RIGHT}
     home |= {key: next(iter(right)) for key in right}
-    text_of = dict(zip(reversed(keys), reversed(answers)))  # the first one's
+    text_of = dict(zip(reversed(keys), reversed(answers)))  # of equal keys, the text of the first answer
     counts = collections.Counter(key for key in keys if key is not None and key not in right)
     wrong = [key for key, _ in counts.most_common(COMPARED)]
     pairs = [(j, i) for j in range(len(wrong)) for i in range(j)]
@@ -182,7 +199,7 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns the (answer, task) to give to the verifier so that its verdict tells if two answers are the same."""
+  """Returns (answer, task) for the verifier, whose verdict then says whether two answers are the same."""
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -196,12 +213,16 @@ class SampleFile:
     path: the path of the file.
     n: the number of samples per problem in the finished file.
     problems: the number of problems in the finished file.
-    missing: the indices of the problems that the file doesn't have yet.
+    missing: the indices of the problems that the file of process 0 doesn't have yet.
   """
 
-  def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun):
-    """Opens an existing file to continue it, or creates one. Raises EvalError if an existing file was made with other
-    settings.
+  def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
+    """Opens an existing file to continue it, or creates one. Every process of a job must do so.
+
+    writes: whether this is process 0, the only one that changes files.
+
+    Raises:
+      EvalError: an existing file was made with other settings.
     """
     c = run.eval.sample
     folder = subject.run / 'eval' / 'samples' / benchmark.folder
@@ -215,12 +236,13 @@ class SampleFile:
     settings = folder / f'{subject.step}.json'
     if settings.exists():
       self._check(settings)
-    elif self.path.exists():
+    elif writes and self.path.exists():
       raise EvalError(f'{self.path}: samples without their settings, {settings.name}; remove them to sample again')
-    else:
+    elif writes:
       write_atomically(settings, json.dumps(self.about, indent=1) + '\n')
     self._remote = '://' in str(self.path)
-    self._text = self._take_up()
+    self._text, lacks_P = self._take_up() if writes else ('', np.ones(self.problems, bool))
+    self.missing = np.flatnonzero(multihost.of_first_process(lacks_P)).tolist()
     self._file, self._written = None, time.monotonic()
 
   def _check(self, settings: epath.Path) -> None:
@@ -232,29 +254,28 @@ class SampleFile:
       raise EvalError(f'{settings}: holds samples made with {differs}; set it back, or remove both files of step '
                       f'{self.about["step"]} there to sample again')
 
-  def _take_up(self) -> str:
-    """Finds the missing problems, and removes lines that a killed process left incomplete. Returns the text of the
-    remaining lines if the file is remote.
+  def _take_up(self) -> tuple[str, np.ndarray]:
+    """Finds the missing problems, and removes lines that a killed process left incomplete.
 
-    Reads the file line by line, because it may be larger than memory.
+    Returns (text, bool [P]): the text of the remaining lines if the file is remote, else '', and whether each problem
+    is missing. It reads the file line by line, because it may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():
       there_PN[problem, sample] = True
       count, size = count + 1, size + len(text)
     whole_P = there_PN.all(1)
-    self.missing = np.flatnonzero(~whole_P).tolist()
     if not self.path.exists():
-      return ''
+      return '', ~whole_P
     if count != whole_P.sum() * self.n or size != self.path.stat().length:
       temporary = self.path.parent / (self.path.name + '.tmp')
       with temporary.open('wb') as kept:
         for text, problem, sample in self._lines():
           if whole_P[problem] and there_PN[problem, sample]:
-            there_PN[problem, sample] = False  # once
+            there_PN[problem, sample] = False  # so that each sample is kept only once
             kept.write(text)
       temporary.replace(self.path)
-    return self.path.read_text() if self._remote else ''
+    return self.path.read_text() if self._remote else '', ~whole_P
 
   def _lines(self) -> Iterator[tuple[bytes, int, int]]:
     """Yields (line, problem, sample) for each line that was completely written."""
@@ -271,7 +292,7 @@ class SampleFile:
           yield text, problem, sample
 
   def append(self, lines: list[dict[str, Any]]) -> None:
-    """Appends a problem's lines to the file and flushes, so that other processes see them."""
+    """Appends a problem's lines to the file and flushes it, so that other processes see them."""
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     if self._remote:
       self._text += text
@@ -310,7 +331,7 @@ def print_table(files: Sequence[SampleFile]) -> None:
       f'{m["distinct_answers"].mean():.1f}', f'{m["length_tokens"].mean():,.0f}',
       f'{100 * m["truncated_share"].mean():.0f}%', str(samples.undecided))
   console = Console()
-  console.width = max(console.width, 60 + 20 * len(titles))  # a file has no width; lines of a table must not wrap
+  console.width = max(console.width, 60 + 20 * len(titles))  # wide enough that lines don't wrap, also in a file
   console.print(table)
 
 

@@ -1,18 +1,22 @@
-"""Runs the tasks of lm-evaluation-harness on our own scorer and sampler, without conversion to another format.
+"""Runs the tasks of lm-evaluation-harness with our own scorer and sampler, without converting the checkpoint.
 
     betarank eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
     lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
 
-Inputs are built and truncated as by `hf`, the harness's own model for Hugging Face, so that equal weights give equal
-numbers in both: BOS comes first, the trailing spaces of a context belong to the continuation, texts that are too long
-lose their beginning, and rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS
-includes the probability of a BOS after BOS.
+Inputs are built and truncated as in `hf`, the harness's own model for Hugging Face, so that equal weights give equal
+numbers in both. BOS comes first. Trailing spaces of a context belong to the continuation. Texts that are too long lose
+their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS includes the
+probability of a BOS after BOS.
+
+In a job of several processes, the harness runs in each of them and asks the same questions; the rows are spread over
+the devices of all. Process 0 writes the results.
 
 # B rows  T tokens
 """
 
 import collections
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -44,10 +48,11 @@ from betarank.eval.config import (
   restore,
 )
 from betarank.model.sharding import constrain
+from betarank.runtime import multihost
 from betarank.train import score
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
-_SHORTEST = 64  # tokens; rows are padded to this times a power of two, so that few shapes are compiled
+_SHORTEST = 64  # rows are padded to so many tokens times a power of two, so that few shapes are compiled
 _DEFAULT_NEW_TOKENS = 256  # the harness's own default
 _Request = tuple[Any, list[int], list[int]]  # the request's name, its context and continuation as tokens
 
@@ -68,13 +73,14 @@ class Betarank(TemplateLM):
 
     Args:
       checkpoint: a workdir or a checkpoint.
-      run: the evaluation config. Default: the checkpoint's own config, overridden by `settings` (e.g.
-        {'eval.probe.rows': 8}).
+      run: the evaluation config. Default: the checkpoint's own config, overridden by `settings`.
       max_length: the maximum sequence length in tokens; 0 means the training length.
       batch_size: rows per forward pass. Default: eval.probe.batch_size.
       device, max_batch_size: accepted because the harness passes them, but ignored.
+      settings: overrides, such as {'eval.probe.rows': 8}.
 
-    Raises ConfigError, DataError, EvalError or CheckpointError, each with a one-line message.
+    Raises:
+      ConfigError, DataError, EvalError or CheckpointError: the checkpoint or a setting can't be used.
     """
     super().__init__()
     subject = checkpoint if isinstance(checkpoint, CheckpointRef) else find_checkpoints(checkpoint)[-1]
@@ -127,8 +133,8 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """Returns (log-probability of the continuation in nats, True if greedy decoding gives the continuation) per
-    request, in the order of `requests`.
+    """Returns, for each request in order, the log-probability of its continuation in nats, and whether greedy decoding
+    gives it.
     """
     rows = []
     for name, context, continuation in requests:
@@ -136,6 +142,7 @@ class Betarank(TemplateLM):
         raise EvalError(f'{str(name)[:80]!r}: {len(context)} tokens of context and {len(continuation)} to be scored; '
                         f'there must be some of both, and at most {self.max_length} to be scored')
       rows.append(((context + continuation)[-(self.max_length + 1):], len(continuation)))
+    _check_alike(rows)
     answers: list[Any] = [None] * len(rows)
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     for start in range(0, len(rows), self.batch_size):
@@ -154,7 +161,7 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """Returns `length` rounded up to _SHORTEST times a power of two, but no more than the longest row needs."""
+    """Returns `length` rounded up to _SHORTEST times a power of two, but at most what the longest row needs."""
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
 
@@ -164,7 +171,7 @@ class Betarank(TemplateLM):
     """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task says
     otherwise.
 
-    Each text is sampled up to EOS or max_gen_toks, and stop strings are searched for afterwards.
+    Each text is sampled up to EOS or max_gen_toks. Stop strings are searched for afterwards.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):
@@ -173,14 +180,16 @@ class Betarank(TemplateLM):
     for key, members in alike.items():
       until, s = self._how(json.loads(key))
       contexts = [self.tok_encode(requests[i].args[0])[-s.max_prompt_tokens:] for i in members]
+      _check_alike([key, contexts])
       for i, text in self._draw(s, [Prompt(i, tokens) for i, tokens in zip(members, contexts)]):
         texts[i] = postprocess_generated_text(text, until, None)
         self.cache_hook.add_partial('generate_until', requests[i].args, texts[i])
     return texts
 
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
-    """Returns (stop strings, settings of the sampler) for a task's generation_kwargs. Prompts may take the tokens of
-    max_length that the answer doesn't need.
+    """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
+
+    A prompt may have max_length tokens, minus those of the answer.
     """
     told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
     until, new = told.pop('until'), told.pop('max_gen_toks')
@@ -205,6 +214,17 @@ class Betarank(TemplateLM):
       raise EvalError(f'config.eval.sample.{error}') from None
     for [sample] in sampler(self._params, prompts, samples=1, seed=self._run.eval.sample.seed, step=0):
       yield sample.prompt_id, self._tokens.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens)
+
+
+def _check_alike(asked: Any) -> None:
+  """Raises EvalError if the harness asks this process for other texts than process 0, such as other examples.
+
+  The processes compute all rows together, so each would get answers to questions of another.
+  """
+  mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
+  if not np.array_equal(mine, multihost.of_first_process(mine)):
+    raise EvalError(f'process {jax.process_index()}: the task asks for other texts here than in process 0; its files, '
+                    'or the versions of lm_eval and datasets, differ between the hosts')
 
 
 def trained_length(subject: CheckpointRef) -> int:
@@ -235,14 +255,19 @@ def harness(
   """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint without such a file, and prints the harness's table.
 
   Args:
+    run, subjects: the evaluation, and its checkpoints.
+    tasks: names of tasks, separated by commas.
     num_fewshot: the number of worked examples; None leaves it to the task.
     limit: the number of documents per task; None leaves it to the task.
     include_path: a folder with the user's own tasks; '' for none.
+    max_length: the maximum sequence length in tokens; 0 means the training length.
+    say: prints a line.
 
-  Raises ConfigError, DataError, EvalError or CheckpointError, each with a one-line message.
+  Raises:
+    ConfigError, DataError, EvalError or CheckpointError: a checkpoint, a setting or a task can't be used.
   """
-  if jax.process_count() > 1:
-    raise EvalError('the harness runs in one process so far; its devices may be several')
+  first = jax.process_index() == 0
+  say = say if first else lambda *_, **__: None
   if not (names := [name for name in tasks.split(',') if name]):
     raise EvalError('--tasks: name one or more of lm-evaluation-harness\'s, separated by commas')
   folder = re.sub(r'[^\w.+-]+', '_', '+'.join(names))
@@ -252,7 +277,8 @@ def harness(
   for subject in subjects:
     path = subject.run / 'eval' / 'harness' / folder / f'{subject.step}.json'
     settings = {**asked, 'max_length': max_length or trained_length(subject)}
-    if path.exists() and not difference(json.loads(path.read_text()), settings, list(settings)):
+    there = path.exists() and not difference(json.loads(path.read_text()), settings, list(settings))
+    if multihost.of_first_process(np.array(there)):
       say(f'{path}: is there already')
     else:
       todo.append((subject, path, settings))
@@ -264,6 +290,7 @@ def harness(
       Betarank(subject, run, max_length=max_length), tasks=names, num_fewshot=num_fewshot, limit=limit,
       task_manager=manager, log_samples=False, bootstrap_iters=1000)
     kept = {key: found[key] for key in ('results', 'groups', 'n-shot', 'n-samples', 'versions') if key in found}
-    write_atomically(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
+    if first:
+      write_atomically(path, json.dumps({**subject.lineage(), **settings, **kept}, indent=1, default=str) + '\n')
     say(f'step {subject.step}\n{utils.make_table(found)}')
     say(f'{path}: written', flush=True)

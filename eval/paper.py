@@ -1,16 +1,17 @@
-"""Computes the paper's average of base models over 19 benchmarks (arXiv 2512.22955, section 6): one command, one table.
+"""Computes the paper's average of base models over 19 benchmarks (arXiv 2512.22955, section 6).
 
     betarank eval paper --checkpoint=RUN [--all]
 
-Runs lm-evaluation-harness for the benchmarks of knowledge and logic, samples answers to the benchmarks of mathematics
-and code, skips benchmarks that already have results, and prints the table. The report shows the same table for all
-arms.
+Runs lm-evaluation-harness for the benchmarks of knowledge and logic, and samples answers to the benchmarks of
+mathematics and code. Benchmarks that already have results are skipped. Then it prints one table. The report shows the
+same table for all arms.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from betarank.eval.config import CheckpointRef, EvalRun
@@ -29,8 +30,8 @@ KNOWLEDGE = ('general', 'commonsense')
 AVERAGES = ('knowledge', 'reasoning', 'overall')
 BENCHMARKS = tuple(name for names in CATEGORIES.values() for name in names)
 
-# Worked examples -> {task of lm-evaluation-harness: the paper's benchmark}; None leaves their number to the task, which
-# has the paper's: 4 for MMLU and 5 for MMLU-Pro, 3 for BBH, with chains of thought.
+# Number of worked examples -> {task of lm-evaluation-harness: the paper's benchmark}. None leaves the number to the
+# task. These tasks use the paper's numbers, with chains of thought: 4 for MMLU, 5 for MMLU-Pro and 3 for BBH.
 HARNESS_TASKS: dict[int | None, dict[str, str]] = {
   None: {'mmlu_flan_cot_fewshot': 'mmlu', 'mmlu_pro': 'mmlu_pro', 'bbh_cot_fewshot': 'bbh'},
   0: {'hellaswag': 'hellaswag', 'social_iqa': 'siqa', 'piqa': 'piqa', 'winogrande': 'winogrande',
@@ -54,10 +55,13 @@ def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
-  """Returns {'knowledge', 'reasoning', 'overall'} from {category: score}, each category counting alike.
+  """Returns {'knowledge', 'reasoning', 'overall'} from {category: score}. All categories have the same weight.
 
   Therefore overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. An average is
-  left out if one of its categories is missing. Raises ValueError if a category is unknown.
+  left out if one of its categories is missing.
+
+  Raises:
+    ValueError: a category is unknown.
   """
   if unknown := sorted(set(categories) - set(CATEGORIES)):
     raise ValueError(f'scores must be of {", ".join(CATEGORIES)}; unknown: {", ".join(unknown)}')
@@ -68,7 +72,7 @@ def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
 
 
 def benchmark_scores(run: Run, step: int) -> dict[str, float]:
-  """Returns {benchmark: score in [0, 1]} of a checkpoint, for the benchmarks on which it has been evaluated."""
+  """Returns {benchmark: score in [0, 1]} of a checkpoint, for the benchmarks that it has been evaluated on."""
   harness = run.harness.get(step, {})
   scores = {name: harness[task]['score'] for tasks in HARNESS_TASKS.values() for task, name in tasks.items()
             if task in harness}
@@ -82,7 +86,7 @@ def benchmark_scores(run: Run, step: int) -> dict[str, float]:
 
 
 def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
-  """Returns the settings that a benchmark was evaluated with. Two scores can be compared only if these are equal."""
+  """Returns the settings that a benchmark was evaluated with. Two scores can only be compared if these are equal."""
   if benchmark in SAMPLED:
     found = run.sampled(benchmark, step)
     return {key: found[1].settings.get(key) for key in SAME_SETTINGS} if found else None
@@ -91,7 +95,7 @@ def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
 
 
 def newest_step(run: Run) -> int | None:
-  """Returns the newest step at which one of the paper's benchmarks was evaluated, or None if there is no such step."""
+  """Returns the newest step at which one of the paper's benchmarks was evaluated; None if there is no such step."""
   tasks = {task for group in HARNESS_TASKS.values() for task in group}
   steps = [step for step, found in run.harness.items() if tasks & found.keys()]
   steps += [step for name in SAMPLED for step in run.samples.get(name, {})]
@@ -99,7 +103,10 @@ def newest_step(run: Run) -> int | None:
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-  """Returns the scores of (name, {benchmark: score}) as text in percent: a column per name, the averages last."""
+  """Returns the scores in percent as a table, with one column per name and the averages at the end.
+
+  rows: (name, {benchmark: score}) of each column.
+  """
   columns = []
   for _, scores in rows:
     categories = category_scores(scores)
@@ -123,15 +130,20 @@ def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | No
              max_length: int) -> None:
   """Evaluates checkpoints on those of the 19 benchmarks that have no results yet, and prints the table.
 
-  The arguments are those of lm_harness.harness. Raises UserError, with a one-line message, if an evaluation fails.
+  The arguments are those of lm_harness.harness.
+
+  Raises:
+    UserError: an evaluation can't be done.
   """
   from betarank.eval import benchmarks, generate, lm_harness
 
-  for name in SAMPLED:  # reports a missing file before hours of evaluation, not after
+  for name in SAMPLED:  # so that a missing file is reported before hours of evaluation
     benchmarks.open_benchmark(name, run.eval.sample)
   for shots, tasks in HARNESS_TASKS.items():
     lm_harness.harness(run, subjects, ','.join(tasks), num_fewshot=shots, limit=limit, include_path=include_path,
                        max_length=max_length)
   generate.sample(run, subjects, ','.join(SAMPLED))
-  found = read_run(subjects[0].run, subjects[0].run.name, Sweep(subjects[0].run))  # all of one run
+  if jax.process_index():
+    return
+  found = read_run(subjects[0].run, subjects[0].run.name, Sweep(subjects[0].run))  # all subjects belong to one run
   print(table([(f'step {subject.step}', benchmark_scores(found, subject.step)) for subject in subjects]))

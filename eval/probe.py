@@ -2,8 +2,8 @@
 
 The tokens are the first rows of the validation split of each source (= domain). They are the same for every checkpoint
 with an equal section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward pass gives a few numbers per
-token; its logits are computed in chunks and never exist all at once. Every figure is then computed from those numbers
-in float64. A file is written whole or not at all, so a probe that was killed repeats only the checkpoint in progress.
+token. Its logits are computed in chunks and never exist all at once. Every figure is then computed from these numbers
+in float64. Files are written atomically, so if a probe is killed, only the checkpoint in progress is repeated.
 
 # B rows  T tokens of a row  N tokens  D width  V vocabulary (of this device)
 """
@@ -29,17 +29,18 @@ from betarank.model.sharding import constrain
 from betarank.runtime import multihost
 from betarank.train import score
 
-HIGH_ENTROPY_SHARE = 0.2  # share of tokens, those at which reasoning branches (arXiv 2506.01939)
+HIGH_ENTROPY_SHARE = 0.2  # the share of tokens at which reasoning branches (arXiv 2506.01939)
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 COVERAGE_N = tuple(2**i for i in range(1, 15))
-ENTROPY_BINS = 40  # equal parts of [0, log V]
-CONFIDENCE_BINS = 15  # equal parts of [0, 1], as is usual for ECE
+ENTROPY_BINS = 40  # bins of equal width in [0, log V]
+CONFIDENCE_BINS = 15  # bins of equal width in [0, 1], the usual number for ECE
 
 
 def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
   """Writes RUN/eval/probe/STEP.json for each checkpoint without such a file, and prints the main figures.
 
-  Raises ConfigError, DataError, CheckpointError or EvalError, each with a one-line message.
+  Raises:
+    ConfigError, DataError, CheckpointError or EvalError: a checkpoint, a setting or the data can't be used.
   """
   c, settings = run.model, run.eval.probe
   head = min(settings.top_k or run.top_k, c.vocab_size)
@@ -51,7 +52,7 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
   deciding = {'rows': settings.rows, 'top_k': head, 'tokens_sha256': tokens}
   paths = [subject.run / 'eval' / 'probe' / f'{subject.step}.json' for subject in subjects]
   done = np.array([(_read(path) or {}).get('deciding') == deciding for path in paths])
-  done = multihost_utils.broadcast_one_to_all(done)  # several processes must agree, whatever their disks hold
+  done = multihost_utils.broadcast_one_to_all(done)  # several processes must agree, even if their disks differ
   say = print if jax.process_index() == 0 else lambda *_, **__: None
   with jax.set_mesh(mesh):
     values = jax.jit(token_values, static_argnums=(0, 1))
@@ -88,8 +89,9 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """Yields the domain's rows in batches of `batch_size`, or this process's part of each batch. The tokens don't depend
-  on the batch size.
+  """Yields the domain's rows in batches of `batch_size`, or this process's part of each batch.
+
+  The tokens don't depend on the batch size.
   """
   rows, size = run.eval.probe.rows, run.eval.probe.batch_size
   local = size // processes
@@ -105,7 +107,8 @@ def _fingerprint(run: EvalRun, name: str) -> str:
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
-    for x_BT in (batch.tokens_BT, batch.targets_BT, batch.segments_BT):
+    counts = [] if batch.counts_BT is None else [batch.counts_BT]
+    for x_BT in (batch.tokens_BT, batch.targets_BT, batch.segments_BT, *counts):
       digest.update(np.ascontiguousarray(x_BT[live_B], '<i4').tobytes())
   return digest.hexdigest()
 
@@ -124,14 +127,16 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
   """Returns the numbers per token that figures are computed from: arrays [B, T], equal on every device, float32, in
   nats.
 
-  counts: True for positions that count; elsewhere all other values are arbitrary. target: the position's target token.
+  counts: True for positions that count. At other positions all other values are arbitrary.
+  target: the target token of the position.
   logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats, with the `head_tokens` most probable
-  tokens as the head. top_logp: the log-probability of the most probable token. gap: top_logp minus the log-probability
-  of the second most probable token.
+  tokens as the head.
+  top_logp: the log-probability of the most probable token.
+  gap: top_logp minus the log-probability of the second most probable token.
   """
   stats, hidden_BTD = score.token_stats(c, params, batch, head_tokens)
   top_logp, gap = score.leading_two(c, params, hidden_BTD)
-  out = {'counts': batch.segments_BT > 0, 'target': batch.targets_BT, 'valid': stats.target_valid,
+  out = {'counts': batch.counted_BT, 'target': batch.targets_BT, 'valid': stats.target_valid,
          'logp': stats.target_logp, 'entropy': stats.entropy, 'rank': stats.target_rank,
          'head_mass': stats.head_mass, 'tail_mass': stats.tail_mass, 'top_logp': top_logp, 'gap': gap}
   return {name: constrain(x_BT, None, None) for name, x_BT in out.items()}
@@ -143,9 +148,9 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
   """Returns the figures of one domain, computed from its tokens in float64. Their names include the unit.
 
-  coverage[N] is the share of tokens with p(target) <= 1/N, for which N samples of the next token are expected to
-  contain the true token at most once. It is an upper bound of the token-level coverage profile of arXiv 2510.15020,
-  P[p_data / p_model >= N], because p_data, which is unknown, is at most 1.
+  coverage[N] is the share of tokens with p(target) <= 1/N. For such a token, N samples are expected to contain the
+  target at most once. This is an upper bound of the token-level coverage profile of arXiv 2510.15020, P[p_data /
+  p_model >= N], because p_data is unknown but at most 1.
   """
   v = {name: np.asarray(x, np.float64) for name, x in values.items()}
   surprise, entropy, right = -v['logp'], v['entropy'], v['rank'] == 0
@@ -180,8 +185,9 @@ def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
 
 
 def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
-  """Returns, per bin of the most probable token's probability, the mean of that probability and the share of tokens for
-  which the most probable token is the true one.
+  """Returns figures for each bin of the probability of the most probable token.
+
+  They are the mean of this probability, and the share of tokens for which the most probable token is the true one.
   """
   edges_E = np.linspace(0, 1, CONFIDENCE_BINS + 1)
   bin_N = np.clip(np.digitize(confidence_N, edges_E) - 1, 0, CONFIDENCE_BINS - 1)

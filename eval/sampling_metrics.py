@@ -1,11 +1,11 @@
-"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length. Pure NumPy.
+"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length. It uses only NumPy.
 
 Every metric has one value per problem, so that eval/statistics.py can resample problems and pair them between
 checkpoints.
 
-Rules. An *undecided* sample (its verifier ran out of time) is treated as if it had not been drawn: it counts neither as
-right nor as wrong, and casts no vote. A sample *without an answer* is wrong and casts no vote. A problem without any
-usable sample gets NaN; the statistics leave such problems out and report their number.
+An undecided sample (its verifier ran out of time) is treated as if it had not been drawn: it counts neither as right
+nor as wrong, and has no vote. A sample without an answer is wrong and has no vote. A problem without any usable sample
+gets NaN; the statistics leave such problems out and report their number.
 
 # P problems  N samples  K = N, column k-1 is Pass@k
 """
@@ -16,20 +16,18 @@ from typing import Any
 
 import numpy as np
 
-FIELDS = ('problem', 'sample', 'verdict', 'group', 'tokens', 'finish')  # of a stored sample, what is counted
+FIELDS = ('problem', 'sample', 'verdict', 'group', 'tokens', 'finish')  # the fields of a stored sample that are used
 VERDICTS = {'right': 1.0, 'wrong': 0.0, 'undecided': np.nan}
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  """The samples of one checkpoint on one benchmark, one row per entry of `problems`. A missing sample has NaN and group
-  -1.
-  """
+  """The samples of one checkpoint on one benchmark, with one row per problem. A missing sample has NaN and group -1."""
 
   problems: tuple[str, ...]
   score_PN: np.ndarray  # float64: 1 right, 0 wrong, NaN undecided or missing
-  group_PN: np.ndarray  # int64: equal answers share a number >= 0; -1 no answer
-  tokens_PN: np.ndarray  # float64: length
+  group_PN: np.ndarray  # int64: equal answers have the same number >= 0; -1 means no answer
+  tokens_PN: np.ndarray  # float64: the length in tokens
   truncated_PN: np.ndarray  # float64: 1 if the sample was cut off at the length limit
 
   @property
@@ -51,9 +49,14 @@ class Samples:
 
 
 def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
-  """Returns the samples in stored lines (`problem`, `sample`, `verdict`, `group`, `tokens`, `finish`), in any order.
+  """Returns the samples in stored lines, which may be in any order.
 
-  Of two lines with the same (problem, sample), the first one counts. Raises ValueError if `parse` does.
+  If two lines have the same problem and sample, the first one counts.
+
+  lines: objects with the fields in FIELDS.
+
+  Raises:
+    ValueError: a field is missing or wrong.
   """
   by_problem: dict[str, dict[int, tuple[float, int, float, float]]] = {}
   for line in lines:
@@ -70,8 +73,10 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
 
 
 def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, float]]:
-  """Returns (problem, sample number, (score, group, tokens, truncated)). Raises ValueError, naming the field, if a
-  field is missing or wrong.
+  """Returns (problem, sample number, (score, group, tokens, truncated)) of a stored line.
+
+  Raises:
+    ValueError: a field is missing or wrong. The message names it.
   """
   for name in FIELDS:
     if name not in line:
@@ -88,7 +93,7 @@ def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, f
 
 
 def mean(values_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the mean over values that aren't NaN, or NaN if all values of a problem are NaN."""
+  """Returns [P]: the mean over values that aren't NaN; NaN if all values of a problem are NaN."""
   there_PN = ~np.isnan(values_PN)
   total_P = np.sum(np.where(there_PN, values_PN, 0.0), axis=-1)
   return _divide(total_P, there_PN.sum(-1))
@@ -102,9 +107,9 @@ def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
 
-  A tie gets the expected score of a fair draw among the tied answers, which is the mean of their scores. The score of
-  an answer is the share of its samples that were judged right; they may differ, because equivalence isn't quite
-  transitive. If no sample has an answer, the vote is wrong.
+  In a tie, the score is the expectation of a fair draw among the tied answers, which is the mean of their scores. The
+  score of an answer is the share of its samples that were judged right. These can differ, because equivalence of
+  answers isn't perfectly transitive. If no sample has an answer, the score is 0.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):
@@ -126,8 +131,8 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
 
       Pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=1..k} (n-c-i+1) / (n-i+1),   c of n right
 
-  The estimate is unbiased and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product has no
-  large binomials, and each factor is at most 1, so its relative error stays below k rounding errors.
+  The estimate is unbiased, and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product needs no
+  large binomials. Each of its factors is at most 1, so its relative error is below k rounding errors.
   """
   n_P1 = np.sum(~np.isnan(score_PN), axis=-1, keepdims=True)
   c_P1 = np.nansum(score_PN, axis=-1, keepdims=True)
@@ -143,10 +148,10 @@ def distinct_answers(group_PN: np.ndarray) -> np.ndarray:
 
 
 def answer_entropy(group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the entropy in nats of the empirical distribution of answers. Samples without an answer are left out;
-  without any answer the entropy is 0.
+  """Returns [P]: the entropy of the distribution of answers among the samples, in nats; 0 if no sample has an answer.
 
-  This is the plug-in estimate, which is too low by about (distinct - 1) / 2n, so only compare equal n.
+  Samples without an answer are left out. This is the plug-in estimate, which is too low by about (distinct - 1) / 2n,
+  so only compare equal n.
   """
   out_P = np.zeros(len(group_PN))
   for p, group_N in enumerate(group_PN):

@@ -1,29 +1,33 @@
-"""Computes intervals, p-values and their corrections: whether a difference is more than noise.
+"""Computes intervals, p-values and their corrections, which say whether a difference is more than noise.
 
 Problems are a sample: the 30 problems of a benchmark are drawn from all problems that could have been asked. Seeds are
-a second sample, of two to five.
+a second sample, usually of two to five.
 
-**Over problems**: the symmetric studentised bootstrap, |t*| = |mean* - mean| / se*, on problems that are resampled.
+**Over problems**, the intervals come from the symmetric studentized bootstrap, |t*| = |mean* - mean| / se*, with
+resampled problems.
 
-- Values with two bounds (shares, differences of shares) are studentised on the arcsine scale, asin(sqrt(u)) for u in
-  [0, 1], which evens out the variance near a bound. Intervals of skewed shares are then as skewed as they should be.
-  Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form,
-  Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
-- The half-width is multiplied by sqrt(1 + 2/P): a set of P = 10 problems shows less skewness than there is.
-- No limit lies beyond Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
-  quantile of the mean of the sorted values and one more value at the bound, with weights drawn from a flat Dirichlet
+- Values with two bounds (shares, differences of shares) are studentized on the arcsine scale, asin(sqrt(u)) for u in
+  [0, 1], which makes the variance near a bound more even. Intervals of skewed shares are then as skewed as they should
+  be. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric
+  form, Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
+- The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
+  than there is.
+- No limit exceeds Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
+  quantile of the mean of the sorted values and one more value at the bound, with weights from a flat Dirichlet
   distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
   arXiv 1905.06208.
 
-Shares of ten problems, most of them never solved, are covered 96-99 % of the time and missed on both sides; paired
-differences of ten problems 96 % on average, 90 % where a fifth of the problems gains 50 points, because one set in nine
-holds none of those. `python -m benchmarks.intervals` prints the table, `tests/eval/test_statistics.py` checks it.
+Coverage of the 95 % intervals: for shares of ten problems, most of which are never solved, 96-99 %; the true
+value is missed above as well as below. For paired differences of ten problems 96 % on average, but 90 % if a fifth of
+the problems gains 50 points, because one set in nine contains none of those. `python -m benchmarks.intervals` prints
+the table, and `tests/eval/test_statistics.py` checks it.
 
-**Over seeds**: there are too few to resample. The noise that seeds add to the noise of the problems gets Student's t.
-The distances from the mean to both limits add in quadrature (MOVER, the method of variance estimates recovery; Zou and
-Donner, Statistics in Medicine 27, 2008). That covers 95-97.5 %. Adding the variances under one t with Satterthwaite's
-degrees of freedom is narrower, but falls to 92 % for three seeds and below 90 % for two.
+**Over seeds**, there are too few values to resample. For the noise that seeds add to that of the problems, Student's
+t is used. The distances from the mean to the limits are added in quadrature (MOVER, the method of variance estimates
+recovery; Zou and Donner, Statistics in Medicine 27, 2008). This covers 95-97.5 %. Adding the variances under one t,
+with Satterthwaite's degrees of freedom, gives narrower intervals, but covers only 92 % for three seeds and less than 90
+% for two.
 
 The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so the two always agree.
 
@@ -40,7 +44,7 @@ from scipy.special import stdtr, stdtrit
 
 RESAMPLES = 10_000
 SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
-_CHUNK = 2_000_000  # resampled values in memory at the same time
+_CHUNK = 2_000_000  # the number of resampled values in memory at the same time
 
 Bounds = tuple[float, float]
 Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - alpha interval
@@ -54,9 +58,9 @@ class Estimate:
   low: float
   high: float
   p_value: float
-  smallest_detectable: float  # a true distance from zero that would be detected with 80 % power
-  problems: int  # number of problems used
-  left_out: int  # number of problems without a value in some seed or arm
+  smallest_detectable: float  # the true distance from zero that would be detected with 80 % power
+  problems: int  # the number of problems used
+  left_out: int  # the number of problems without a value in some seed or arm
   seeds: int
 
   @property
@@ -68,10 +72,17 @@ def bootstrap_interval(
   values: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95, resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> Estimate:
-  """Returns the mean of values [P], or [S, P] with one row per seed, and its interval; repeatable from `seed`.
+  """Returns the mean of values and its interval.
 
-  bounds: the smallest and the largest possible value. Problems that are NaN in any seed are left out. Raises ValueError
-  if no problem is left.
+  Args:
+    values: [P], or [S, P] with one row per seed. Problems that are NaN in any seed are left out.
+    bounds: the smallest and the largest possible value.
+    level: the level of the interval.
+    resamples: the number of resamples.
+    seed: of the resamples; the result is repeatable.
+
+  Raises:
+    ValueError: no problem is left.
   """
   values_SP = np.atleast_2d(np.asarray(values, np.float64))
   kept_P = ~np.isnan(values_SP).any(0)
@@ -101,7 +112,7 @@ def bootstrap_interval(
 
 
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
-  """Returns Gaffke's bounds for problems that all have the same value, which can't be resampled."""
+  """Returns Gaffke's bounds for problems that all have the same value, which resampling can't handle."""
   def limits(alpha: float) -> tuple[float, float]:
     unseen = 1 - (alpha / 2) ** (1 / problems)  # the largest share of problems that such a set may have missed
     return mean - unseen * (mean - bounds[0]), mean + unseen * (bounds[1] - mean)
@@ -110,15 +121,15 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """Returns the studentised interval over problems, cut to Gaffke's bounds."""
+  """Returns the studentized interval over problems, cut to Gaffke's bounds."""
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
   t_B, low_B, high_B = [], [], []
   for size in _chunks(resamples, problems):
     star_BP = x_P[rng.integers(0, problems, (size, problems))]
     mean_B = star_BP.mean(1)
-    # The sample's own variance has the weight of one problem in each se*. Otherwise, where all but a few problems are
-    # alike, resamples without those few have none, and the interval has no end.
+    # Each se* includes the variance of the sample with the weight of one problem. Otherwise, if all but a few problems
+    # are alike, a resample without those few would have variance 0, and the interval would be infinite.
     se_B = np.sqrt(((problems - 1) * star_BP.var(1, ddof=1) + variance) / problems**2)
     t_B.append(np.abs(scale(mean_B) - scale(mean)) / (se_B * slope(mean_B)))
     if scale is not _IDENTITY[0]:
@@ -177,7 +188,7 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the standard error of the mean that seeds add to the noise of the problems."""
+  """Returns the part of the mean's standard error that comes from seeds, in addition to that from problems."""
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
   rest_SP = x_SP - mean_S[:, None] - x_SP.mean(0) + x_SP.mean()
@@ -186,7 +197,10 @@ def _seed_error(x_SP: np.ndarray) -> float:
 
 
 def _p_value(mean: float, limits: Limits, floor: float) -> float:
-  """Returns the smallest alpha >= floor whose interval excludes zero, by bisection: intervals narrow as alpha rises."""
+  """Returns the smallest alpha >= floor whose interval excludes zero. It is found by bisection.
+
+  This works because the intervals become narrower as alpha rises.
+  """
   def excludes_zero(alpha: float) -> bool:
     low, high = limits(alpha)
     return low > 0 if mean > 0 else high < 0
@@ -202,9 +216,13 @@ def paired_difference(
   a: np.ndarray, b: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95,
   resamples: int = RESAMPLES, seed: int = 0,
 ) -> Estimate:
-  """Returns the mean of a - b on the same problems, [P] or [S, P] with the same seeds in both, with its interval.
+  """Returns the mean of a - b and its interval.
 
-  bounds: those of a difference, (-1, 1) for shares. Raises ValueError if the shapes differ.
+  a, b: values on the same problems, [P], or [S, P] with the same seeds in both.
+  bounds: those of a difference; (-1, 1) for shares.
+
+  Raises:
+    ValueError: the shapes differ, or no problem has a value in all seeds.
   """
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.shape != b.shape:
@@ -215,9 +233,12 @@ def paired_difference(
 def over_seeds(
   values_S: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95
 ) -> Estimate:
-  """Returns the mean of one figure per seed, with Student's t interval cut at `bounds`; NaN limits for a single seed.
+  """Returns the mean of one figure per seed, with Student's t interval cut at `bounds`. A single seed has NaN limits.
 
-  For figures without problems to resample, such as a loss. Raises ValueError if no seed has a value.
+  Use it for figures that have no problems to resample, such as a loss.
+
+  Raises:
+    ValueError: no seed has a value.
   """
   values_S = np.asarray(values_S, np.float64)
   x_S = values_S[np.isfinite(values_S)]
@@ -237,8 +258,8 @@ def over_seeds(
 def holm(p_values: np.ndarray) -> np.ndarray:
   """Returns p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-  Rejecting where the result is <= alpha keeps the chance of even one false claim below alpha, whatever the dependence
-  between the tests. NaN stays NaN and doesn't count.
+  If a difference is claimed only where the result is <= alpha, then the chance of even one false claim is below alpha,
+  however the tests depend on each other. NaN stays NaN and isn't counted.
   """
   p = np.asarray(p_values, np.float64)
   out = np.full(p.shape, np.nan)

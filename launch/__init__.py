@@ -1,1 +1,1 @@
-"""Starts runs: sweeps of a config file, TPU slices through gcloud, and plans for a pod before it is rented."""
+"""Starts runs: the sweep of a config file, TPU slices through gcloud, and plans for a pod before it is rented."""

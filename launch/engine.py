@@ -1,12 +1,14 @@
-"""A sweep on another engine, such as Slurm or GKE: each point is handed over by a command made from a template.
+"""Runs a sweep on another engine, such as Slurm or GKE. A template turns each point into a command.
 
     betarank sweep --config=FILE --root=DIR --on='bash launch/examples/slurm.sh {name} {command}'
 
-The template is split into words as a shell would, and nothing else of a shell applies. Then {command} is replaced by
-the betarank command of the point, as one word; {name} by a name for the job, which is the same in every launch; {chips}
-by the number that --chips gives for the point's stage. The graph of the points, their states and resuming stay with the
-sweep, so the command must behave like the point's own: wait until the job has ended, exit with the job's status, and on
-SIGTERM ask the job to save and stop.
+The template is split into words like a shell command, but nothing else of a shell applies. Then three placeholders are
+replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a name for the job, which is
+the same in every launch. {chips} becomes the number that --chips gives for the point's stage.
+
+The sweep itself runs the points in order, records their states, and resumes them. So the command must behave like the
+point's own command: wait until the job has ended, exit with the job's status, and on SIGTERM ask the job to save and
+stop.
 """
 
 import hashlib
@@ -22,9 +24,12 @@ PLACEHOLDERS = ('{command}', '{name}', '{chips}')
 
 
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
-  """Returns the function (point, slot) -> command that hands the point over; data is prepared on this machine.
+  """Returns a function (point, slot) -> command that runs the point on the engine. Data is prepared on this machine.
 
-  chips: values of --chips, 'N' for all stages or 'STAGE=N'. Raises ConfigError for a template that can't be used.
+  chips: the values of --chips: 'N' for all stages, or 'STAGE=N'.
+
+  Raises:
+    ConfigError: the template can't be used.
   """
   try:
     words = shlex.split(template)
@@ -54,7 +59,7 @@ def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[
 
 
 def _read_chips(flags: Sequence[str]) -> dict[str, int]:
-  """Returns {stage: number of chips}; '' is the stage of a number without one."""
+  """Returns {stage: number of chips}. A number without a stage has the key ''."""
   found = {}
   for flag in flags:
     stage, _, number = flag.rpartition('=')
@@ -65,8 +70,10 @@ def _read_chips(flags: Sequence[str]) -> dict[str, int]:
 
 
 def job_name(point: Point) -> str:
-  """Returns a name of lower-case letters, digits and hyphens, at most 50 characters, that only this point of this root
-  has; Kubernetes allows no other characters."""
+  """Returns a name for the job that no other point and no other root has.
+
+  It has at most 50 characters, and only lower-case letters, digits and hyphens, because Kubernetes allows no others.
+  """
   root = point.workdir if '://' in point.workdir else pathlib.Path(point.workdir).absolute()
   tail = hashlib.sha256(f'{root}\n{point.name}'.encode()).hexdigest()[:8]
   readable = re.sub(r'[^a-z0-9]+', '-', point.name.lower()).strip('-')

@@ -1,6 +1,6 @@
-"""A sweep on TPU slices: the launch/tpu.sh command that runs a point, and an estimate of what the sweep costs.
+"""Runs a sweep on TPU slices: returns the launch/tpu.sh command of a point, and estimates what the sweep costs.
 
-Slice number i is TPU_NAME-i. It is created for the first point that needs it, and later points reuse it.
+Slice number i is named TPU_NAME-i. It is created for the first point that needs it, and later points reuse it.
 """
 
 import json
@@ -23,15 +23,18 @@ from betarank.train.config import run_config
 
 SCRIPT = pathlib.Path(__file__).with_name('tpu.sh')
 REQUIRED = ('TPU_NAME', 'TPU_PROJECT', 'TPU_ZONE', 'TPU_TYPE', 'TPU_RUNTIME')
-DEFAULT_TYPE = 'v5litepod-256'  # of a dry run without TPU_TYPE
+DEFAULT_TYPE = 'v5litepod-256'  # used by a dry run if TPU_TYPE isn't set
 DELETE_TRIES, DELETE_WAIT_S = 3, 10.0
-MFU_DENSE, MFU_MOE = 0.4, 0.1  # assumed without --plan: model FLOPs over the chips' peak
+MFU_DENSE, MFU_MOE = 0.4, 0.1  # the MFU that an estimate without --plan assumes
 
 
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
-  """Returns the function (point, slot) -> command that runs the point on that slice.
+  """Returns a function (point, slot) -> command that runs the point on the slice of this number.
 
-  Raises ConfigError if a setting is missing or launch/tpu.sh couldn't start a run; a dry run checks nothing.
+  dry_run: True skips all checks.
+
+  Raises:
+    ConfigError: a setting is missing, or launch/tpu.sh couldn't start a run.
   """
   missing = [name for name in REQUIRED if not os.environ.get(name)]
   if not os.environ.get('TPU_MAX_HOURS') and not os.environ.get('TPU_MAX_DOLLARS'):
@@ -44,7 +47,7 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
       raise ConfigError(f'--on=tpu: {_last_line(checked.stderr).removeprefix("tpu.sh: error: ")}')
 
   def run(point: Point, slot: int) -> list[str]:
-    if point.stage == 'data':  # runs once, on any machine: not worth a slice
+    if point.stage == 'data':  # runs once and on any machine, so it doesn't need a slice
       return [*BETARANK, *point.arguments]
     return ['env', f'TPU_NAME={_slice_name(slot)}', 'bash', str(SCRIPT), '--yes', 'babysit', *point.arguments]
 
@@ -52,9 +55,9 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 
 
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
-  """Deletes the slices of these slots and prints, as the last line, which ones cost money.
+  """Deletes the slices of these slots. The last line that it prints names the slices that still cost money.
 
-  keep: the sweep was asked to stop, so they stay for the next launch.
+  keep: True keeps the slices, because the sweep was asked to stop and the next launch will use them.
   """
   names = [_slice_name(slot) for slot in sorted(slots)]
   if keep:
@@ -67,7 +70,7 @@ def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
 
 
 def _delete(console: Console, name: str) -> bool:
-  """Deletes a slice, with three tries. Returns whether it is gone; prints an error if not."""
+  """Deletes a slice, with up to three tries. Returns whether it is deleted, and prints an error if it isn't."""
   for attempt in range(DELETE_TRIES):
     if attempt:
       time.sleep(DELETE_WAIT_S)
@@ -92,13 +95,16 @@ def _last_line(text: str) -> str:
 
 
 def topology() -> Topology:
-  """Returns the chips of one point, from TPU_TYPE and TPU_SLICES. Raises PlanError for a pod that doesn't exist."""
+  """Returns the chips of one point, from TPU_TYPE and TPU_SLICES. Raises PlanError if there is no such pod."""
   name = (os.environ.get('TPU_TYPE') or DEFAULT_TYPE).replace('v5litepod', 'v5e')
   return Topology(name, int(os.environ.get('TPU_SLICES') or 1))
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point at the assumed MFU; None for RL, where answers decide."""
+  """Returns (least, most) hours of a pre-training point at the assumed MFU.
+
+  Returns None for other stages. In RL, the time depends on the lengths of the answers.
+  """
   if point.stage != 'train':
     return None
   run = run_config(point.config)
@@ -108,10 +114,12 @@ def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 
 
 def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a point that trains, from `betarank plan`, which compiles its programs.
+  """Returns (least, most) hours of a point that trains, predicted by `betarank plan`, which compiles its programs.
 
-  None for a point that doesn't train. libtpu's flags in TPU_ENV are used for compiling too. Raises UserError if the
-  point doesn't fit these chips.
+  Returns None for a point that doesn't train. libtpu's flags in TPU_ENV are also used for compiling.
+
+  Raises:
+    UserError: the point doesn't fit on these chips.
   """
   if point.stage not in TRAINS:
     return None
@@ -131,13 +139,18 @@ def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 
 
 def worker_flags() -> dict[str, str]:
-  """Returns the variable of TPU_ENV that changes compiled programs, for `betarank plan`: {'LIBTPU_INIT_ARGS': ...}."""
+  """Returns the variables of TPU_ENV that change compiled programs, for `betarank plan`: {'LIBTPU_INIT_ARGS': ...} or
+  {}.
+  """
   variables = dict(word.partition('=')[::2] for word in shlex.split(os.environ.get('TPU_ENV', '')))
   return {name: value for name, value in variables.items() if name == 'LIBTPU_INIT_ARGS'}
 
 
 def print_estimate(console: Console, points: Sequence[Point], parallel: int, compile_first: bool) -> None:
-  """Prints chips, hours and cost of each point and of the whole sweep. compile_first: hours from compiled programs."""
+  """Prints chips, hours and cost of each point and of the whole sweep.
+
+  compile_first: predicts the hours from compiled programs instead of assuming an MFU.
+  """
   chips = topology()
   estimate = planned_hours if compile_first else assumed_hours
   price = os.environ.get('TPU_DOLLARS_PER_HOUR')
@@ -177,9 +190,9 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 
 
 def program_key(point: Point) -> str:
-  """Returns a text that is equal for points that compile to the same programs, and so take equally long.
+  """Returns a text that is equal for points that compile to the same programs, and so take the same time.
 
-  Neither the seed nor the strength of the objective changes a program, except that a lambda needs the top k.
+  Seed and strength of the objective don't change a program. The only exception is that a lambda needs the top k.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

@@ -1,4 +1,4 @@
-"""The points of a sweep, named by `sweep(add)` at the end of a config file and checked before anything starts.
+"""Creates the points of a sweep from `sweep(add)` in a config file, and checks them before anything starts.
 
     def sweep(add):
       for beta in (0.0, -0.25):
@@ -6,7 +6,7 @@
         rl = add(after=base, stage='rl', config='configs/rl_smoke.py')    # betarank rl, from base's weights
         add(after=rl, stage='sample', benchmark='reasoning:chain_sum', **{'eval.sample.problems': 50})
 
-`add` returns the point's name, which is also its folder under the sweep's root.
+`add` returns the name of the point, which is also its folder in the sweep's root.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ from betarank.rl.config import rl_run
 from betarank.runtime import workdir
 from betarank.train.config import run_config
 
-# -P keeps Python from importing modules of the current folder, which may hold anything.
+# -P prevents Python from importing modules of the current folder, which may contain anything.
 BETARANK = (sys.executable, '-P', '-m', 'betarank')
 
 STAGES = ('train', 'rl', 'probe', 'sample')  # what a point can run; points that prepare data are added automatically
-TRAINS = ('train', 'rl')  # stages with a workdir of their own; finished if its last checkpoint is of the last step
+TRAINS = ('train', 'rl')  # stages with their own workdir; they are finished if there is a checkpoint of the last step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,10 @@ class Point:
   Attributes:
     name: ARM/STAGE. The workdir of a stage that trains is ROOT/NAME.
     after: the point whose weights this one starts from, or which it evaluates; '' for none.
-    needs: the points that must be finished first: `after`, and the one that prepares the data.
+    needs: the points that must be finished first: `after`, and the point that prepares the data.
     config: the resolved config.
     steps: the number of steps; 0 for a stage that doesn't count steps.
+    workdir: the folder that it writes to.
     arguments: the arguments of `betarank` that run it.
   """
 
@@ -67,7 +68,7 @@ class Point:
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
 
   def finished(self) -> bool | None:
-    """Returns whether its result exists and is complete; None for an evaluation, whose result doesn't tell."""
+    """Returns whether the result exists and is complete; None for an evaluation, whose result doesn't show this."""
     if self.stage in TRAINS:
       return self.step() >= self.steps
     if self.stage != 'data':
@@ -80,16 +81,18 @@ class Point:
 
 
 def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
-  """Returns the points that the config file at `spec` names, each after those it needs; data preparation comes first.
+  """Returns the points of the config file at `spec`, sorted such that each comes after those it needs.
 
-  only: shell patterns of names; the points that they need are kept too. Raises ConfigError for a point that is named
-  twice, needs one that doesn't exist, or has a config that can't be run.
+  only: shell patterns of names. The points that the selected ones need are included too.
+
+  Raises:
+    ConfigError: a name occurs twice, a needed point doesn't exist, or a config can't be run.
   """
   module, arg = load.module(spec)
   if not hasattr(module, 'sweep'):
     raise ConfigError(f'--config={spec}: has no sweep(add)')
   points: dict[str, Point] = {}
-  takes_argument = len(inspect.signature(module.sweep).parameters) > 1  # sweep(add, arg), as get_config(arg)
+  takes_argument = len(inspect.signature(module.sweep).parameters) > 1  # sweep(add, arg), like get_config(arg)
   module.sweep(_adder(spec, root, points), *([arg or None] if takes_argument else []))
   if not points:
     raise ConfigError(f'--config={spec}: its sweep(add) names no point')
@@ -101,12 +104,14 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
           benchmark: str = '', **overrides: Any) -> str:
     """Adds a point and returns its full name.
 
-    name: the arm; by default the arm of `after`, else made from the overrides.
-    stage: train (pre-training and mid-training), rl, probe or sample (the last two are `betarank eval`).
-    config: another config file than the sweep's own. arg: appended to its argument, 'stage=mid'.
-    after: the point whose weights it starts from, or which it evaluates.
-    benchmark: for stage sample, as in `betarank eval sample --benchmark`.
-    overrides: by dotted key, **{'optimizer.lr': 1e-3}.
+    Args:
+      name: the arm. By default the arm of `after`; without `after`, it is made from the overrides.
+      stage: train (pre-training and mid-training), rl, probe or sample (the last two are `betarank eval`).
+      config: another config file than the sweep's own.
+      arg: appended to the argument of the config file, such as 'stage=mid'.
+      after: the point whose weights it starts from, or which it evaluates.
+      benchmark: for stage sample, as in `betarank eval sample --benchmark`.
+      overrides: by dotted key, **{'optimizer.lr': 1e-3}.
     """
     if stage not in STAGES:
       raise ConfigError(f'sweep: stage must be one of {", ".join(STAGES)}, got {stage!r}')
@@ -136,21 +141,21 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
 
 
 def _describe(overrides: dict[str, Any]) -> str:
-  """Returns 'beta=-0.25,seed=1': overrides by the last part of their keys, or the whole key if that isn't unique."""
+  """Returns overrides as 'beta=-0.25,seed=1'. A key is shortened to its last part if that is unique."""
   leaves = [key.rpartition('.')[2] for key in overrides]
   short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, overrides)]
   return ','.join(f'{key}={_plain(str(value))}' for key, value in zip(short, overrides.values()))
 
 
 def _stage_name(stage: str, arg: str, benchmark: str) -> str:
-  """Returns the stage's name within its arm: 'train', 'mid' for the argument stage=mid, 'sample,gsm8k'."""
+  """Returns the name of a stage in its arm: 'train', 'mid' for the argument stage=mid, 'sample,gsm8k'."""
   if arg.startswith('stage='):
     return _plain(arg.removeprefix('stage='))
   return ','.join(filter(None, (stage, _plain(arg), _plain(benchmark))))
 
 
 def _plain(text: str) -> str:
-  """Returns `text` with '-' in place of characters that don't belong in a file name."""
+  """Returns `text` with '-' in place of characters that are unusual in file names."""
   return re.sub(r'[^\w.=,+-]+', '-', text)
 
 
@@ -177,13 +182,15 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
 
 
 def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
-  """Returns overrides that move the config's local data to the bucket, as slices can't read this machine's disk."""
+  """Returns overrides that move the config's local data to the bucket, because slices can't read this machine's
+  disk.
+  """
   moved = {f'data.{key}': f'{root}/{value.lstrip("/")}' for key in ('dir', 'tokenizer')
            if (value := config.data.get(key)) and '://' not in value}
   trained = ''
   if parent and 'dir' in parent.config.data:
     trained = section(DataConfig, parent.config.data, 'data').tokenizer_path
-  if moved.get('data.tokenizer', trained) != trained:  # no point of the sweep trains this tokenizer
+  if moved.get('data.tokenizer', trained) != trained:  # it isn't a tokenizer that a point of the sweep trains
     raise ConfigError(f'config.data.tokenizer: {config.data.tokenizer} is on this machine, where no slice can read it; '
                       'copy it to the bucket')
   return moved
@@ -207,18 +214,18 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
-  """Adds a point per data section that pre-training reads, before all others, which prepares that data.
+  """Adds a point that prepares data, before all others, for each data section that pre-training reads.
 
-  These points run one after another: each uses all cores, and may need a tokenizer that an earlier one trains.
+  These points run one after the other. Each uses all cores, and may need a tokenizer that an earlier one trains.
   """
   prepare: dict[str, Point] = {}
   done = []
   for point in points:
-    if point.after and point.stage != 'train':  # RL reads only the tokenizer, which the point before it needed too
+    if point.after and point.stage != 'train':  # RL reads only the tokenizer, which the point before it has prepared
       done.append(point)
       continue
     c = section(DataConfig, point.config.data, 'data')
-    key = json.dumps([c.dir, c.tokenizer, c.vocab_size, c.validation_fraction, c.document_bytes, c.held_out_fraction,
+    key = json.dumps([c.dir, c.tokenizer, c.vocab_size, c.validation_fraction, c.longest_document, c.held_out_fraction,
                       {name: [s.uri, s.max_documents] for name, s in c.sources.items()}], sort_keys=True)
     if key not in prepare:
       same_folder = sum(p.workdir == c.dir for p in prepare.values())
@@ -248,7 +255,7 @@ def _select(points: list[Point], only: Sequence[str]) -> list[Point]:
 
 
 def check_workdirs(points: Iterable[Point]) -> None:
-  """Raises ConfigError if a workdir holds a run that can't be resumed with its point's config."""
+  """Raises ConfigError if a workdir has a run that can't be resumed with the config of its point."""
   for point in points:
     if point.stage in TRAINS:
       workdir.check_config(epath.Path(point.workdir), point.config)
@@ -260,7 +267,7 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns a line per file on this machine that points would read on another one, which can't reach it."""
+  """Returns one line per file of this machine that points on another machine would need but can't read."""
   readers: dict[str, list[str]] = {}
   for point in points:
     uris = [point.config.rl.task.uri] if point.stage == 'rl' else [

@@ -1,21 +1,20 @@
 """betarank sweep --config=configs/smoke.py --on=local|tpu|COMMAND --root=DIR [--only=PATTERN] [--parallel=N]
     [--chips=N] [--dry_run [--plan]]
 
-Runs the points that `sweep(add)` in the config file names (launch/points.py): at most N at once, each after the points
-it needs. The same command given again skips finished points, resumes interrupted ones and retries failed ones. If a
-point fails, only the points that need it are skipped.
+Runs the points that `sweep(add)` in the config file adds (launch/points.py). At most N run at the same time, each after
+the points it needs. The same command again skips finished points, resumes interrupted ones and retries failed ones. If
+a point fails, only the points that need it are skipped.
 
     DIR/sweep.json          points, their states, commands and configs, and the code versions of all launches
     DIR/NAME/               workdir of a point that trains
     DIR/.sweep/NAME.log     output of its command
 
-With --on=tpu a point runs on a slice through launch/tpu.sh, which reads its settings from the environment
-(docs/tpu.md). N is then the number of slices, and points take them in turn. Workdirs must be in a bucket (gs://...);
-the files of DIR itself are written to runs/sweeps on this machine. Data is prepared on this machine, into DIR if the
-config names a local folder.
+With --on=tpu, points run on slices through launch/tpu.sh, which reads its settings from the environment (docs/tpu.md).
+N is then the number of slices. Workdirs must be in a bucket (gs://...); the files of DIR itself are written to
+runs/sweeps on this machine. Data is prepared on this machine, and written to DIR if the config names a local folder.
 
-With --on='COMMAND with {command} {name} {chips}' another engine runs the points, such as Slurm or GKE:
-launch/engine.py says how, and launch/examples has commands.
+With --on='COMMAND with {command} {name} {chips}', another engine such as Slurm or GKE runs the points.
+launch/engine.py explains this, and launch/examples has commands.
 """
 
 import argparse
@@ -37,19 +36,21 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from betarank.configs import load
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
+from betarank.configs.parser import Parser, unopened_place
+from betarank.configs.terminal import duration
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
-from betarank.runtime.metrics import duration
+from betarank.runtime.stop import listening
 
 POLL_S = 0.2
-PROGRESS_EVERY_S = 60.0  # without a terminal
-READ_AGAIN_S, GIVE_UP_S = 10.0, 600.0  # a result that can't be read, in a bucket say: tried again, and failed after
+PROGRESS_EVERY_S = 60.0  # the time between lines of progress, if there is no terminal
+# If a result can't be read, as from a bucket, it is tried again every READ_AGAIN_S until GIVE_UP_S have passed.
+READ_AGAIN_S, GIVE_UP_S = 10.0, 600.0
 STATES = ('waiting', 'running', 'finished', 'stopped', 'failed', 'skipped')
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was asked to stop and has saved
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses of a run that was asked to stop, and has saved
 _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed': 'red', 'skipped': 'yellow'}
 
 
@@ -60,7 +61,7 @@ class Status:
   state: str = 'waiting'
   note: str = ''
   starts: int = 0
-  slot: int = -1  # of the last start
+  slot: int = -1  # the slot of the last start
   exit: int | None = None
   started: float = 0.0  # seconds since 1970
   ended: float = 0.0
@@ -71,16 +72,21 @@ class Sweep:
 
   def __init__(self, points: Sequence[Point], folder: pathlib.Path, parallel: int,
                command: Callable[[Point, int], list[str]]):
-    """command: (point, slot) -> what to run; no two running points have the same slot in [0, parallel)."""
+    """Reads the states of earlier launches.
+
+    command: a function (point, slot) -> command. Points that run at the same time have different slots in [0,
+    parallel).
+    """
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
     self.status = {point.name: Status() for point in points}
-    self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch and still running
-    self._unread: dict[str, tuple[float, float]] = {}  # result can't be read: (first try, next try), monotonic seconds
+    self._processes: dict[str, subprocess.Popen | None] = {}  # None: started by an earlier launch, and still running
+    # Points whose result couldn't be read: (first try, next try), in monotonic seconds.
+    self._unread: dict[str, tuple[float, float]] = {}
     self._record = self._read()
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
-    """Reads the record of earlier launches and takes over the states that still hold."""
+    """Reads the record of earlier launches, and keeps the states that are still valid."""
     path = self.folder / 'sweep.json'
     record = json.loads(path.read_text()) if path.exists() else {'launches': [], 'points': {}}
     configs = resolved(self.points)
@@ -88,7 +94,7 @@ class Sweep:
       before = record['points'].get(point.name)
       if before:
         status = self.status[point.name] = Status(**before['status'])
-        # An evaluation leaves nothing to check, so the record decides, if it is of the same settings.
+        # An evaluation leaves nothing that could be checked, so the record decides if its settings are the same.
         same = before['config'] == configs[point.name] and before['arguments'] == list(point.arguments)
         if status.state != 'finished' or point.finished() is False or not (same or point.stage in TRAINS):
           status.state, status.note = 'waiting', ''
@@ -108,11 +114,11 @@ class Sweep:
     write_atomically(self.folder / 'sweep.json', json.dumps(self._record, indent=1) + '\n')
 
   def log(self, point: Point) -> pathlib.Path:
-    """Returns the file that holds the output of a point's command."""
+    """Returns the file with the output of a point's command."""
     return self.folder / '.sweep' / f'{point.name}.log'
 
   def run(self, show: Callable[[], None]) -> None:
-    """Runs points until no command is running and none can be started; after an error, asks all commands to stop."""
+    """Runs points until no command is running and none can be started. After an error, asks all commands to stop."""
     for point in self.points:
       self._adopt(point)
     self.write()
@@ -127,12 +133,12 @@ class Sweep:
           return
         time.sleep(POLL_S)
     finally:
-      if self._processes:  # after an error of the launcher: no run continues unwatched
+      if self._processes:  # the launcher has failed, and no run may continue without it
         self.stop(hard=False)
         self._wait()
 
   def _begin(self, point: Point) -> bool:
-    """Starts a point if nothing prevents it. Returns whether its state changed."""
+    """Starts a point if nothing prevents it. Returns whether its state has changed."""
     status = self.status[point.name]
     for name in point.needs:
       if self.status[name].state in ('failed', 'skipped'):
@@ -155,15 +161,15 @@ class Sweep:
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(held.fileno(),),
         start_new_session=True)  # Ctrl-C reaches only the launcher, which asks its commands to stop
       held.write(str(process.pid))
-    if self.stopping:  # the signal came while the command was being started
+    if self.stopping:  # a signal arrived while the command was being started
       self.stop(hard=False)
     return True
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """Opens the lock of a point, or yields None if it is taken.
+    """Opens the lock of a point; yields None if another process holds it.
 
-    A point's command inherits the lock and holds it as long as it lives, whatever happens to this process. A later
-    launch that finds it taken knows that the command is still running. The file holds the command's process id.
+    A point's command inherits the lock and holds it as long as it runs, even if this process dies. So if a later launch
+    finds the lock held, the command is still running. The file contains the command's process id.
     """
     path = self.log(point).with_suffix('.lock')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +186,7 @@ class Sweep:
     return True
 
   def _end(self, point: Point) -> bool:
-    """Updates the state of a point whose command has ended. Returns whether it has."""
+    """Updates the state of a point if its command has ended. Returns whether it has."""
     process, status, now = self._processes[point.name], self.status[point.name], time.monotonic()
     first, next_try = self._unread.get(point.name, (now, now))
     if now < next_try:
@@ -188,12 +194,12 @@ class Sweep:
     if process is None:
       if self._adopt(point):
         return False
-      code = None  # an earlier launch's command: its status isn't known
+      code = None  # the status of a command that an earlier launch started isn't known
     elif (code := process.poll()) is None:
       return False
     try:
       state, note = self._outcome(point, code)
-    except OSError as error:  # a launcher runs for weeks, in which buckets fail and tokens expire
+    except OSError as error:  # a launcher may run for weeks, during which buckets fail and tokens expire
       if now - first < GIVE_UP_S and not self.stopping:
         self._unread[point.name] = first, now + READ_AGAIN_S
         status.note = f'its result could not be read, which is tried again ({error})'[:200]
@@ -218,7 +224,7 @@ class Sweep:
     return 'failed', self._reason(point, code)
 
   def _reason(self, point: Point, code: int) -> str:
-    """Returns why a command failed, on one line: its last error, or else its exit status and last line."""
+    """Returns why a command failed, on one line: its last error, or its exit status and last line."""
     lines = self.log(point).read_text(errors='replace').splitlines()
     errors = [line.removeprefix('tpu.sh: ') for line in lines[-50:] if line.startswith(('error: ', 'tpu.sh: error: '))]
     if code == 0:
@@ -242,7 +248,7 @@ class Sweep:
           time.sleep(POLL_S)
 
   def stop(self, hard: bool) -> None:
-    """Asks running commands to save and stop; hard: kills them."""
+    """Asks running commands to save and stop. hard: kills them instead."""
     self.stopping = True
     for point in self.points:
       if point.name in self._processes:
@@ -252,7 +258,9 @@ class Sweep:
           os.killpg(int(pid), signal.SIGKILL) if hard else os.kill(int(pid), signal.SIGTERM)
 
   def progress(self, point: Point) -> tuple[int, float | None]:
-    """Returns (step, seconds left) of a running point, from the end of its metrics file; (0, None) before its first."""
+    """Returns (step, seconds left) of a running point, from the end of its metrics file; (0, None) before the first
+    step.
+    """
     path = pathlib.Path(point.workdir) / 'metrics.jsonl'
     if point.stage not in TRAINS or not path.exists():
       return 0, None
@@ -272,7 +280,9 @@ class Sweep:
 
 
 class Screen:
-  """A live table on a terminal; elsewhere a line for each change of state and the progress every minute."""
+  """Shows the sweep: a live table on a terminal, elsewhere one line per change of state, and the progress every
+  minute.
+  """
 
   def __init__(self, sweep: Sweep, console: Console):
     self._sweep, self._console = sweep, console
@@ -310,7 +320,7 @@ class Screen:
       self._next_progress = now + PROGRESS_EVERY_S
 
   def table(self) -> Table:
-    """Returns a row per point: state, step, time left and note."""
+    """Returns a table with a row per point: state, step, time left and note."""
     table = Table('point', 'state', 'step', 'left', 'note', box=None)
     for point in self._sweep.points:
       status = self._sweep.status[point.name]
@@ -329,7 +339,7 @@ def local_command(point: Point, _slot: int) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command. Exit status: 0 if every point is finished, 130 or 143 if it was asked to stop, else 1."""
+  """Runs the command. The exit status is 0 if every point is finished, 130 or 143 if it was asked to stop, else 1."""
   args = _parse(argv)
   remote = '://' in args.root
   root = args.root.rstrip('/')
@@ -367,21 +377,25 @@ def main(argv: Sequence[str]) -> None:
 
     def stop(signum: int, _frame) -> None:
       signals.append(signum)
+      if len(signals) == 1:
+        print('stopping: runs save after their step; Ctrl-C again ends them at once', file=sys.stderr, flush=True)
       sweep.stop(hard=len(signals) > 1)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
       signal.signal(signum, stop)
-    run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
+    with listening(lambda count: None):  # instead of ending this process after the second Ctrl-C
+      run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
   if not _all_finished(sweep):
     sys.exit(128 + signals[0] if signals else 1)
 
 
 def run(sweep: Sweep, console: Console, signals: Sequence[int],
         clean_up: Callable[[Console, Collection[int], bool], None] | None) -> None:
-  """Runs a sweep on the screen and prints how it ended. signals: those received so far.
+  """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
-  clean_up: (console, slots, keep) -> None; called last, whatever happens, to delete the slices or, if the sweep was
-    asked to stop, to say that they are kept.
+  signals: the signals received so far.
+  clean_up: a function (console, slots, keep) that is always called last. It deletes the slices or, if the sweep was
+    asked to stop, says that they are kept.
   """
   try:
     with Screen(sweep, console) as screen:
@@ -398,23 +412,21 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses and checks the flags. Raises ConfigError, or ends as argparse does."""
-  parser = argparse.ArgumentParser(prog='betarank sweep', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  """Parses and checks the flags. Raises ConfigError for values that can't be used; argparse reports other errors."""
+  parser = Parser('betarank sweep', __doc__)
   parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
   parser.add_argument('--on', default='local', metavar='local|tpu|COMMAND',
                       help='where points run; COMMAND has {command} in it, and may have {name} and {chips}')
   parser.add_argument('--chips', action='append', default=[], metavar='[STAGE=]N',
                       help='the number for {chips} in --on; repeatable')
-  parser.add_argument('--root', default='', metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')
+  parser.add_argument('--root', type=unopened_place, metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')
   parser.add_argument('--only', action='append', default=[], metavar='PATTERN',
                       help='run only the points whose names match this shell pattern, and those they need; repeatable')
   parser.add_argument('--parallel', type=int, default=1, help='points, or slices, at once (default 1)')
-  parser.add_argument('--dry_run', '--dry-run', action='store_true', help='print what would be run, and start nothing')
+  parser.add_argument('--dry_run', action='store_true', help='print what would be run, and start nothing')
   parser.add_argument('--plan', action='store_true',
                       help='with --on=tpu --dry_run: hours from betarank plan, which compiles for minutes')
   args = parser.parse_args(argv)
-  load.check_places(vars(args))
   if args.parallel < 1:
     parser.error('--parallel must be 1 or more')
   if not args.root:
@@ -428,7 +440,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _print_points(console: Console, points: Sequence[Point], command: Callable[[Point, int], list[str]],
                   remote: bool) -> None:
-  """Prints each point with its state and command. remote: without the state, which would need credentials."""
+  """Prints each point with its state and command.
+
+  remote: True leaves out the state, which can't be read without credentials.
+  """
   for point in points:
     state = ''
     if not remote:
@@ -443,7 +458,7 @@ def _all_finished(sweep: Sweep) -> bool:
 
 
 def _conclude(sweep: Sweep, console: Console) -> None:
-  """Prints how many points are in each state, and a line for each one that didn't finish but was tried."""
+  """Prints the number of points in each state, and one line for each point that was stopped, failed or skipped."""
   count = lambda state: sum(status.state == state for status in sweep.status.values())
   console.print(', '.join(f'{count(state)} {state}' for state in STATES if count(state)) + f', of {len(sweep.points)}')
   for point in sweep.points:

@@ -1,9 +1,9 @@
-"""The decoder: its shapes (config), weights and forward function (transformer), sharding table and decoding cache.
+"""The decoder: its config, its weights and forward function, the sharding table, and the cache for decoding.
 
-Profiles and the planner (launch/plan/predict.py) find its parts by their `jax.named_scope` names:
+Profiles and the planner (launch/plan/predict.py) identify its parts by their `jax.named_scope` names:
 
     embed               looks tokens up in the embedding table
-    layers              everything between the parts of the blocks: the loop over layers, residual sums
+    layers              everything else in the loop over layers, such as residual sums
     attention/norm      RMSNorm before attention
     attention/mask      masks and boundaries of documents, computed once for all layers
     attention/qkv       projections to queries, keys and values
@@ -21,6 +21,7 @@ Profiles and the planner (launch/plan/predict.py) find its parts by their `jax.n
     final_norm          RMSNorm after the last layer
 """
 
+from betarank.model.attention import GPU_ONLY_ATTENTION
 from betarank.model.config import ModelConfig, MoeConfig, flops_per_token, parameter_counts
 from betarank.model.decode import Cache, empty_cache
 from betarank.model.moe import Routing, update_router_bias
@@ -28,6 +29,7 @@ from betarank.model.sharding import RULES, MeshConfig, check_divides, make_mesh,
 from betarank.model.transformer import abstract, forward, forward_routed, head, init
 
 __all__ = [
+  'GPU_ONLY_ATTENTION',
   'RULES',
   'Cache',
   'MeshConfig',

@@ -19,12 +19,13 @@ from betarank.model.kernels import attention_triton
 from betarank.model.sharding import device_kind, platform, shards, spec
 
 KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
+GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run everywhere, though slowly where they are interpreted
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
-  """Applies rotary position embedding (arXiv 2104.09864); dimension i is paired with H/2 + i, as in Qwen and Llama.
+  """Applies rotary position embedding (arXiv 2104.09864). Dimension i is paired with H/2 + i, as in Qwen and Llama.
 
-  Returns x's dtype. Angles are always float32, because bfloat16 rounds positions 1025 and 1026 to the same number.
+  Returns x's dtype. Angles are always float32, because bfloat16 would round positions 1025 and 1026 to the same number.
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -59,16 +60,16 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
 
 
 def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, width: int) -> Callable[..., jax.Array]:
-  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH for whole rows, whose documents are in order.
+  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH for whole rows that hold one document after the other.
 
-  Everything that depends on the segments alone is computed here, once for all layers.
+  Everything that depends only on the segments is computed here, once for all layers.
 
   Args:
-    kernel: one of KERNELS. 'auto' chooses splash on TPU; on GPU the first of the Hopper kernels, Triton and cuDNN that
-      supports the card, mesh, head width, length and dtype; blocks on CPU if no mesh axis splits the length; and the
-      plain implementation otherwise.
+    kernel: one of KERNELS. 'auto' chooses splash on TPU; on GPU, the first of the Hopper kernels, Triton and cuDNN that
+      supports the card, mesh, head width, length and dtype; blocks on CPU if no mesh axis splits the length; and
+      otherwise the plain implementation.
     segments_BT: int32, the document of each token; 0 is padding.
-    dtype: of q, k and v.
+    dtype: that of q, k and v.
     kv_heads, width: K and H.
   """
   if kernel == 'auto':
@@ -109,9 +110,10 @@ def _plain(segments_BT):
 
 
 def _blocks(segments_BT):
-  """The plain implementation, an eighth of the queries (at least 128) at a time, with the keys up to the last of these.
+  """Computes plain attention for one block of queries after another, with the keys up to the block's last query.
 
-  Scores aren't saved for the backward pass, because recomputing them takes a CPU less time.
+  A block has an eighth of the queries, but at least 128. Scores aren't saved for the backward pass, because recomputing
+  them is faster on a CPU.
   """
   length = segments_BT.shape[1]
   size = max(128, -(-length // 8))
@@ -131,7 +133,9 @@ def _blocks(segments_BT):
 
 
 def _cudnn(segments_BT):
-  """cuDNN's flash attention. It doesn't support segments, so it gets a mask of documents; it skips acausal blocks."""
+  """Uses cuDNN's flash attention. It doesn't support segments, so it gets a mask of documents. It skips blocks above
+  the diagonal.
+  """
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
   return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
     q_BTNH, k_BTKH, v_BTKH, mask=same_B1TT, is_causal=True, implementation='cudnn')
@@ -147,9 +151,9 @@ def _triton(segments_BT):
 
 
 def _by_documents(kernel, segments_BT):
-  """Wraps a kernel that skips other documents. Each device processes its own rows and heads.
+  """Wraps a kernel that skips other documents, so that each device processes its own rows and heads.
 
-  If devices split the length, an all-to-all exchanges tokens for heads before the kernel and back after it
+  If devices split the length, an all-to-all exchanges tokens for heads before the kernel, and back after it
   (DeepSpeed-Ulysses, arXiv 2309.14509).
   """
   ends = attention_triton.documents(segments_BT)
@@ -165,7 +169,7 @@ def _by_documents(kernel, segments_BT):
 
 
 def _splash(segments_BT):
-  """Splash attention, a Pallas kernel for TPU (interpreted elsewhere).
+  """Uses splash attention, a Pallas kernel for TPU (interpreted elsewhere).
 
   Each device processes its own rows, heads and queries, with all keys of its rows.
   """
@@ -189,7 +193,7 @@ def _splash(segments_BT):
 
 
 def _splash_kernel(heads: int, length: int):
-  """Returns the kernel for the heads of one row. docs/plans.md says how its block sizes (in tokens) were chosen."""
+  """Returns the kernel for the heads of one row. docs/plans.md explains its block sizes, which are in tokens."""
   queries = length // shards('length')
   fits = lambda *sizes: next(size for size in (*sizes, 128) if not queries % size)
   forward = fits(1024, 512, 256) if 'v6' in device_kind() else fits(512, 256)

@@ -1,4 +1,4 @@
-"""The config sections `model` and `model.moe`, and the parameter and FLOP counts that follow from them."""
+"""Defines sections `model` and `model.moe`, and counts parameters and FLOPs."""
 
 import dataclasses
 
@@ -8,8 +8,9 @@ from betarank.configs.settings import default
 from betarank.model.attention import KERNELS
 from betarank.model.sharding import platform
 
-# Remat policies, from the most memory to the least: the names of the intermediates that are saved for the backward pass
-# (layers name them with jax.ad_checkpoint.checkpoint_name). All others are recomputed; `none` recomputes nothing.
+# Remat policies, from the most memory to the least. Each lists the intermediates that are saved for the backward pass,
+# by the names that layers give them with jax.ad_checkpoint.checkpoint_name. All others are recomputed. The policy
+# `none` recomputes nothing.
 REMAT = {
   'none': None,
   'matmuls': ('qkv', 'attention', 'mlp'),
@@ -24,21 +25,22 @@ EXPERT_KERNELS = ('auto', 'tiles', 'ragged', 'pallas', 'triton')
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-  """Section `model.moe`: a mixture of experts instead of the dense feed-forward network (model/moe.py).
+  """Section `model.moe`: a mixture of experts in place of the dense feed-forward network (model/moe.py).
 
   Attributes:
-    experts: number of experts; 0 means a dense model.
-    experts_per_token: experts that each token is sent to.
-    expert_d_ff: hidden size of an expert.
-    shared_d_ff: hidden size of the expert that all tokens use; 0 means none.
+    experts: the number of experts; 0 for a dense model.
+    experts_per_token: the number of experts that each token is sent to.
+    expert_d_ff: the hidden size of an expert.
+    shared_d_ff: the hidden size of the expert that all tokens use; 0 for none.
     router: 'sigmoid' or 'softmax', see `moe.MixtureOfExperts`.
-    routed_scale: factor of the routed experts' output.
+    norm_topk_prob: whether the scores of the chosen experts are divided by their sum.
+    routed_scale: the factor of the routed experts' output.
     bias_update_rate: how much an update changes a router bias ('sigmoid' only).
-    balance_weight: factor of the load-balance loss ('softmax' only).
+    balance_weight: the factor of the load-balance loss ('softmax' only).
     kernel: one of EXPERT_KERNELS; 'auto' chooses by platform and sizes.
 
   Raises:
-    ValueError: a value is outside its range; the message starts with the field's name.
+    ValueError: a value is out of range. The message begins with the field's name.
   """
 
   experts: int = default('model.moe.experts')
@@ -73,10 +75,10 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Section `model`: a decoder of Qwen3's blocks, dense or with mixtures of experts (configs/common.py has units).
+  """Section `model`: a decoder of Qwen3's blocks, dense or with mixtures of experts. configs/settings.py has the units.
 
   Raises:
-    ValueError: sizes that don't fit together or a value outside its range; the message starts with the field's name.
+    ValueError: sizes don't fit together, or a value is out of range. The message begins with the field's name.
   """
 
   vocab_size: int
@@ -116,16 +118,16 @@ class ModelConfig:
 
   @property
   def dtype(self) -> jnp.dtype:
-    """Dtype of activations and of matmul inputs; 'auto' is float32 if the current mesh is on CPU, else bfloat16."""
+    """The dtype of activations and of matmul inputs. 'auto' is float32 if the current mesh is on CPU, else bfloat16."""
     if self.compute_dtype == 'auto':
       return jnp.dtype(jnp.float32 if platform() == 'cpu' else jnp.bfloat16)
     return jnp.dtype(self.compute_dtype)
 
 
 def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
-  """Returns the number of parameters of each part; their sum is the size of what `model.init` makes.
+  """Returns the number of parameters of each part. Their sum is the number of parameters that `model.init` creates.
 
-  active: counts only the parameters that one token uses, i.e. experts_per_token of the experts.
+  active: counts only the parameters that one token uses, which are those of experts_per_token experts.
   """
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   norms = 2 * c.d_model + 2 * c.head_dim
@@ -145,8 +147,9 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
 def flops_per_token(c: ModelConfig, sequence_length: int) -> float:
   """Returns the FLOPs per trained token, forward and backward: 6 per weight used in a matmul, plus causal attention.
 
-  Causal attention has T/2 keys per query on average. Scores and weighted values take 4·(T/2)·heads·head_dim FLOPs per
-  layer in the forward pass, and three times that with the backward pass. Recomputation isn't counted.
+  In causal attention over T tokens, a query has T/2 keys on average. Scores and weighted values take
+  4·(T/2)·heads·head_dim FLOPs per layer in the forward pass, and three times that with the backward pass. Recomputation
+  isn't counted.
   """
   counts = parameter_counts(c, active=True)
   weights = sum(counts[part] for part in ('attention', 'feed_forward', 'experts', 'router'))

@@ -1,7 +1,7 @@
-"""Converts a model's shape to Hugging Face's config.json, and back.
+"""Converts a model's config to Hugging Face's config.json, and back.
 
-Dense models become Qwen3. Mixtures of experts become Qwen3-MoE with a softmax router, and Glm4-MoE with a sigmoid
-router: with full rotary width and QK-norm, which are options of it, its block is ours.
+Dense models become Qwen3. Mixtures of experts with a softmax router become Qwen3-MoE, and those with a sigmoid router
+Glm4-MoE. Glm4-MoE's block equals ours with two of its options: full rotary width and QK-norm.
 """
 
 import math
@@ -12,14 +12,14 @@ from betarank.model.config import ModelConfig
 
 DENSE, SOFTMAX, SIGMOID = 'Qwen3ForCausalLM', 'Qwen3MoeForCausalLM', 'Glm4MoeForCausalLM'
 TYPES = {DENSE: 'qwen3', SOFTMAX: 'qwen3_moe', SIGMOID: 'glm4_moe'}
-# Glm4-MoE always has a shared expert. For a model without one, an expert of zeros is written and this key set.
+# Glm4-MoE always has a shared expert. A model without one is written with an expert of zeros, and with this key set.
 ZERO_SHARED = 'shared_experts_are_zero'
 
 SIZES = {  # ours -> theirs, in all three architectures
   'vocab_size': 'vocab_size', 'layers': 'num_hidden_layers', 'd_model': 'hidden_size', 'd_ff': 'intermediate_size',
   'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim',
 }
-# Options of which our block has one value only: (that value, transformers' default).
+# Options for which our block supports only one value: (this value, the default in transformers).
 OPTIONS = {'hidden_act': ('silu', 'silu'), 'attention_bias': (False, False), 'use_sliding_window': (False, False),
            'rope_type': ('default', 'default'), 'quantization_config': (None, None)}
 ROPE_OPTIONS = ('rope_type', 'partial_rotary_factor')
@@ -28,15 +28,21 @@ MOE_OPTIONS = {
   SIGMOID: {'n_group': (1, 1), 'topk_group': (1, 1), 'first_k_dense_replace': (0, 1), 'use_qk_norm': (True, False),
             'partial_rotary_factor': (1.0, 0.5), 'num_nextn_predict_layers': (0, 0)},
 }
-NORM_TOPK_PROB = {SOFTMAX: False, SIGMOID: True}  # transformers' default
+NORM_TOPK_PROB = {SOFTMAX: False, SIGMOID: True}  # the defaults in transformers
 
 
 class HfError(UserError):
-  """A model, directory or tokenizer that can't be exported or imported. One line that names what prevents it."""
+  """Raised if a model, directory or tokenizer can't be exported or imported. The message is one line with the
+  reason.
+  """
 
 
 def architecture(c: ModelConfig) -> str:
-  """Returns the class in transformers that computes the same function. Raises HfError if there is none."""
+  """Returns the class in transformers that computes the same function as the model.
+
+  Raises:
+    HfError: there is no such class.
+  """
   moe = c.moe
   if not moe.experts:
     return DENSE
@@ -55,7 +61,11 @@ def architecture(c: ModelConfig) -> str:
 
 
 def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
-  """Returns config.json of a model for texts of up to `positions` tokens, its weights stored as `dtype`."""
+  """Returns the content of config.json.
+
+  positions: the longest text, in tokens.
+  dtype: the dtype of the stored weights.
+  """
   name, moe = architecture(c), c.moe
   rope = {'rope_type': 'default', 'rope_theta': c.rope_base}
   experts = {
@@ -90,9 +100,12 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
 
 
 def from_hf(config: Any, where: str) -> dict[str, Any]:
-  """Returns the values of section `model` that config.json fixes.
+  """Returns the values of section `model` that a config.json determines.
 
-  Raises HfError, naming the key, for an option that our block doesn't have.
+  where: the path of config.json, for messages.
+
+  Raises:
+    HfError: config.json has an option that our block doesn't support. The message names its key.
   """
   if not isinstance(config, dict):
     raise HfError(f'{where}: not a JSON object')
@@ -131,7 +144,10 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
-  """Returns the rotary settings. transformers 4 has them at the top level and in rope_scaling, 5 in rope_parameters."""
+  """Returns the rotary settings of a config.json.
+
+  transformers 4 writes them at the top level and in rope_scaling, transformers 5 in rope_parameters.
+  """
   rope = {'rope_theta': config.get('rope_theta')}
   for key in ('rope_scaling', 'rope_parameters'):
     given = config.get(key) or {}
@@ -144,7 +160,11 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: str) -> Any:
-  """Returns the value of the first of `keys` that is there. Raises HfError if it isn't a number > 0."""
+  """Returns the value of the first of `keys` that exists.
+
+  Raises:
+    HfError: it isn't a number > 0.
+  """
   key = next((key for key in keys if config.get(key) is not None), keys[0])
   value = config.get(key)
   good = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
@@ -162,6 +182,6 @@ def _boolean(config: dict[str, Any], key: str, default: bool, where: str) -> boo
 
 
 def positions(config: dict[str, Any]) -> int:
-  """Returns the longest text, in tokens, that a config.json allows; 0 if it doesn't say."""
+  """Returns the length of the longest text that a config.json allows, in tokens; 0 if it doesn't say."""
   value = config.get('max_position_embeddings')
   return value if type(value) is int and 0 < value < 2**31 else 0

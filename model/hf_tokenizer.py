@@ -1,7 +1,7 @@
-"""Converts a SentencePiece model to tokenizer.json, so that both give the same ids.
+"""Converts a SentencePiece model to a tokenizer.json that gives the same ids.
 
-Pieces are written with real spaces, where SentencePiece has '▁'. A literal '▁' then has no piece and is encoded as
-bytes, as data/tokenizer.py does. Special tokens such as `<s>` never come from text. BOS is put in front.
+SentencePiece writes a space as '▁'; here pieces have real spaces. A literal '▁' in a text is then encoded as bytes, as
+in data/tokenizer.py. Special tokens such as `<s>` never come from text. BOS is added before the text.
 """
 
 import json
@@ -18,8 +18,10 @@ _SPACE = '▁'
 def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
   """Writes tokenizer.json, tokenizer_config.json and a copy of the SentencePiece model to `folder`.
 
-  Returns the ids of bos, eos and, where there is one, pad. Raises HfError if the file is missing, isn't BPE with byte
-  fallback, changes text, or has more than vocab_size tokens.
+  Returns the ids of bos, eos and, if there is one, pad.
+
+  Raises:
+    HfError: the file is missing, isn't BPE with byte fallback, changes text, or has more than vocab_size tokens.
   """
   try:
     data = epath.Path(model_file).read_bytes()
@@ -35,7 +37,7 @@ def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, 
     'clean_up_tokenization_spaces': False,
     'add_bos_token': True,
     'add_eos_token': False,
-    'split_special_tokens': True,  # '</s>' in a text is five characters, not the end of it
+    'split_special_tokens': True,  # '</s>' in a text stays four characters, and isn't the EOS token
     'unk_token': tokenizer['model']['unk_token'],
     **{f'{name}_token': token(id) for name, id in ids.items()},
   }
@@ -50,9 +52,10 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 
 
 def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
-  """Returns (tokenizer.json as a dict, the ids of bos, eos and pad) for a serialised SentencePiece model.
+  """Converts a serialized SentencePiece model. Returns (tokenizer.json as a dictionary, the ids of bos, eos and pad).
 
-  Raises HfError if it has no exact counterpart.
+  Raises:
+    HfError: the model has no exact counterpart.
   """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto
@@ -72,7 +75,7 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   if len(vocabulary) < len(text):
     raise HfError(f'{name}: two of its pieces are the same text; train a tokenizer without such pieces')
   special = [id for id, p in enumerate(spm.pieces) if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
-  # Those of one character need no search in the text: nothing merges with them.
+  # Pieces of one character aren't included. Nothing merges with them, so they needn't be searched for in the text.
   whole = [id for id, p in enumerate(spm.pieces) if p.type == kinds.USER_DEFINED and len(text[id]) > 1]
   normal = {text[id]: (-p.score, id) for id, p in enumerate(spm.pieces) if p.type == kinds.NORMAL}
   ids = {'bos': spm.trainer_spec.bos_id, 'eos': spm.trainer_spec.eos_id, 'pad': spm.trainer_spec.pad_id}
@@ -99,7 +102,9 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
-  """Returns all pairs of pieces that make a piece, best piece first. SentencePiece merges any pair that makes one."""
+  """Returns all pairs of pieces whose concatenation is a piece, best piece first. SentencePiece merges all such
+  pairs.
+  """
   merges = []
   for piece in sorted(normal, key=normal.get):
     splits = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
@@ -108,7 +113,7 @@ def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
 
 
 def _check(spm: Any, name: str) -> None:
-  """Raises HfError for a SentencePiece model that changes text or isn't BPE with byte fallback."""
+  """Raises HfError for a SentencePiece model that changes text, or isn't BPE with byte fallback."""
   trainer, normalizer = spm.trainer_spec, spm.normalizer_spec
   wrong = (
     'is not BPE' if trainer.model_type != trainer.BPE else

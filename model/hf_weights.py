@@ -1,9 +1,9 @@
 """Converts our stacked arrays to the tensors of safetensors files, and back, one block at a time.
 
-The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups them: `q_DNH`, all layers in
-one array, is one tensor [N·H, D] per layer there. In both directions a tensor is used through a view with our
-dimensions, so this one table describes the whole conversion. Files are memory-mapped; only the block being copied is
-in memory.
+The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups them. For example, `q_DNH`
+holds all layers in one array; there it is one tensor [N·H, D] per layer. In both directions, a tensor is accessed
+through a view that has our dimensions, so this table describes the whole conversion. Files are memory-mapped, and only
+the block being copied is in memory.
 
 # L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden
 """
@@ -28,7 +28,7 @@ from betarank.model.hf_config import SIGMOID, HfError, architecture
 from betarank.model.transformer import abstract
 
 HEAD = 'lm_head.weight'
-NAMES = {  # ours -> theirs, and their dimensions; {L} and {E} are indices in the name
+NAMES = {  # our name -> (their name, their dimensions); {L} and {E} are indices in the name
   'embed_VD': ('model.embed_tokens.weight', 'V D'),
   'head_DV': (HEAD, 'V D'),
   'norm_D': ('model.norm.weight', 'D'),
@@ -58,13 +58,13 @@ TYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our arrays and its tensors in Hugging Face's format.
+  """One of our arrays, and its tensors in Hugging Face's format.
 
   Attributes:
-    path: in the tree of parameters; '' for zeros that only Hugging Face's format has.
-    letters, shape: our dimensions, L first where layers are stacked.
-    template: the tensors' name, with {L} and {E} for indices.
-    groups: a tensor's dimensions, such as 'NH D'.
+    path: its place in the tree of parameters; '' for zeros that only Hugging Face's format has.
+    letters, shape: our dimensions; L is the first where layers are stacked.
+    template: the name of the tensors, with {L} and {E} for indices.
+    groups: the dimensions of a tensor, such as 'NH D'.
   """
 
   path: str
@@ -75,7 +75,7 @@ class Leaf:
 
   @property
   def indexed(self) -> int:
-    """How many of our leading dimensions are indices in the tensors' names."""
+    """The number of our leading dimensions that are indices in the names of the tensors."""
     return self.template.count('{')
 
   @property
@@ -84,19 +84,22 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields (name, index into our leading dimensions) of each tensor."""
+    """Yields the name of each tensor, and its index in our leading dimensions."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns one of the tensors with our dimensions, without a copy."""
+    """Returns a view of one of the tensors that has our dimensions."""
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
 
 
 def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-  """Yields all indices lazily. itertools.product would hold its ranges, and a hostile config.json may ask for 2^31."""
+  """Yields all indices lazily.
+
+  itertools.product would hold its ranges in memory, and a malicious config.json may ask for 2^31 of them.
+  """
   if not shape:
     yield ()
     return
@@ -106,10 +109,10 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
-  """Returns all tensors of the exported or imported model.
+  """Returns all arrays of the exported or imported model.
 
-  head_copy: whether a tied embedding is written a second time, as the head. By default only for Glm4-MoE, whose head
-  vLLM doesn't tie.
+  head_copy: whether a tied embedding is written a second time, as the head. None: only for Glm4-MoE, because vLLM
+  doesn't tie its head.
   """
   theirs = architecture(c)
   found = []
@@ -136,9 +139,10 @@ def _leaf(path: str, shape: tuple[int, ...]) -> Leaf:
 
 
 def mapped(path: pathlib.Path, size: int) -> np.memmap:
-  """Returns a new file of `size` zero bytes, memory-mapped.
+  """Returns a new memory-mapped file of `size` zero bytes.
 
-  Raises OSError if the disk is full: the space is allocated here, as a later write to the mapping would crash.
+  Raises:
+    OSError: the disk is full. The space is allocated here, because a later write to the mapping would crash.
   """
   with path.open('wb') as file:
     if hasattr(os, 'posix_fallocate'):  # not on macOS
@@ -150,10 +154,12 @@ def mapped(path: pathlib.Path, size: int) -> np.memmap:
 
 def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]],
            shard_bytes: int) -> dict[str, np.ndarray]:
-  """Creates safetensors files of zeros for tensors of (name, dtype, shape); returns the tensors, mapped for writing.
+  """Creates safetensors files of zeros, and returns their tensors by name, mapped for writing.
 
-  A file has at most `shard_bytes`, or one tensor that is larger. The format: 8 bytes with the length of the header, the
-  header as JSON, and the data.
+  Such a file has 8 bytes with the length of the header, then the header as JSON, then the data.
+
+  tensors: (name, dtype, shape) of each.
+  shard_bytes: the largest size of a file; a larger tensor gets a file of its own.
   """
   shards, used = [[]], 0
   natural = lambda tensor: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', tensor[0])]
@@ -188,7 +194,10 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
 
 def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
-  """Fills the tensors of one array from `store`, a TensorStore, which is read chunk by chunk."""
+  """Fills the tensors of one array.
+
+  store: the array as a TensorStore, which is read chunk by chunk.
+  """
   steps = [range(0, size, chunk) for size, chunk in zip(leaf.shape, store.chunk_layout.read_chunk.shape, strict=True)]
   names = {index: name for name, index in leaf.tensors()}
   for starts in itertools.product(*steps):
@@ -202,9 +211,10 @@ def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def open_file(path: pathlib.Path):
-  """Opens a safetensors file. Its reader first checks the header, at most 100 MB, against the file.
+  """Opens a safetensors file. Its header, of at most 100 MB, is checked first.
 
-  Raises HfError for a damaged file.
+  Raises:
+    HfError: the file is damaged, or the package safetensors is missing.
   """
   try:
     import safetensors
@@ -218,9 +228,10 @@ def open_file(path: pathlib.Path):
 
 
 class Files:
-  """The safetensors files of a directory: one file, or those that an index names. Creating it reads only headers.
+  """The safetensors files of a directory: one file, or those that an index names. Only their headers are read at first.
 
-  Attributes: found, {tensor: (path, dtype, shape)}.
+  Attributes:
+    found: {tensor: (path, dtype, shape)}.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -254,7 +265,9 @@ class Files:
     return [self.folder / file for file in sorted(set(files))]
 
   def check(self, wanted: list[Leaf]) -> None:
-    """Raises HfError for the first tensor that is missing, has another shape or type, or isn't wanted."""
+    """Raises HfError for the first tensor that is missing, has the wrong shape or type, or doesn't belong to the
+    model.
+    """
     known = set()
     for leaf in wanted:
       for name, _ in leaf.tensors():
@@ -273,14 +286,15 @@ class Files:
                     'plain Qwen3 and Qwen3-MoE models can be imported')
 
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
-    """Fills our arrays file by file; calls `report` after each tensor.
+    """Fills our arrays, file by file. Calls `report` after each tensor.
 
-    Raises HfError if a copy of the embedding differs from it, or a tensor that must be zero isn't.
+    Raises:
+      HfError: a copy of the embedding differs from it, or a tensor that must be zero isn't.
     """
     places = {name: (leaf, index) for leaf in wanted for name, index in leaf.tensors()}
     by_file = sorted(self.found.items(), key=lambda item: item[1][0])
     second = lambda name: name == HEAD and places[name][0].path == 'embed_VD'
-    for late in (False, True):  # a copy of the embedding is compared after the embedding has been read
+    for late in (False, True):  # the copy of the embedding comes last, because it is compared with the embedding
       for path, items in itertools.groupby((i for i in by_file if second(i[0]) == late), key=lambda item: item[1][0]):
         with open_file(path) as file:
           for name, _ in items:
@@ -296,7 +310,11 @@ class Files:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object of at most 100 MB. Raises HfError."""
+  """Reads a JSON object.
+
+  Raises:
+    HfError: the file is missing, larger than 100 MB, or not a JSON object.
+  """
   try:
     if path.exists() and not path.is_file():  # a link to a device would never end
       raise HfError(f'{path}: not a file; fetch it again')

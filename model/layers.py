@@ -1,4 +1,4 @@
-"""Building blocks of the decoder: weight declaration, embedding lookup, matrix products, norm, dense feed-forward.
+"""Building blocks of the decoder: weights, embedding lookup, matrix products, norm, dense feed-forward network.
 
 # B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden  L layers  X, Y any dimensions
 """
@@ -16,7 +16,14 @@ from betarank.model.sharding import constrain, platform, shards, spec
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
-  """Declares a float32 weight: its shape, logical axes (model/sharding.py) and the std of its normal initialization."""
+  """Declares a float32 weight.
+
+  Args:
+    key: for its random initial values.
+    shape: its shape.
+    axes: the logical names of its dimensions (model/sharding.py).
+    std: the standard deviation of its normal distribution, which is truncated at 3 std.
+  """
   value = std * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32)
   return nnx.Param(value, axes=axes, eager_sharding=False)
 
@@ -40,9 +47,9 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup_sorted(dtype, table_VD, tokens_BT):
-  """Looks tokens up; the gradient sums the rows of each token in order, in float32.
+  """Looks tokens up, with a gradient that sums the rows of each token in a fixed order, in float32.
 
-  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`, and stalls where the rows of a
+  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`. This is slow where many rows of a
   frequent token collide.
   """
   return table_VD.astype(dtype)[tokens_BT]
@@ -63,8 +70,9 @@ _lookup_sorted.defvjp(
 def matmul_bf16x3(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
   """Returns x·w, [B, T, E] float32, as accurate as a float32 matrix product; w is float32.
 
-  If x is bfloat16, w is split into three bfloat16 terms (bf16x3) and one product multiplies x by all three. On an
-  accelerator this is half the work of a float32 product. The gradient of w is as accurate; that of x is bfloat16.
+  If x is bfloat16, w is split into three bfloat16 terms (bf16x3), and one product multiplies x by all three. On an
+  accelerator this takes half as long as a float32 product. The gradient of w is equally accurate; that of x is
+  bfloat16.
   """
   if x_BTD.dtype == jnp.bfloat16:
     return _matmul_split(x_BTD, w_DE)
@@ -89,7 +97,7 @@ _matmul_split.defvjp(lambda x_BTD, w_DE: (_matmul_split(x_BTD, w_DE), (x_BTD, w_
 
 
 def _bf16_terms(x: jax.Array, count: int) -> list[jax.Array]:
-  """Splits float32 x into bfloat16 terms whose sum is x up to a relative error of 2^-9, 2^-18 or 2^-27."""
+  """Splits float32 x into 1, 2 or 3 bfloat16 terms, whose sum is x up to a relative error of 2^-9, 2^-18 or 2^-27."""
   terms = []
   for _ in range(count):
     # XLA may remove a cast and its inverse, but not reduce_precision.
@@ -113,14 +121,14 @@ def _dot(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-  """Returns x / rms(x) · scale over the last axis, in x's dtype; computed in float32."""
+  """Returns x / rms(x) · scale over the last axis, in x's dtype. It is computed in float32."""
   x32 = x.astype(jnp.float32)
   x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   return (x32 * jnp.broadcast_to(scale[...], x.shape)).astype(x.dtype)
 
 
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
-  """Returns x·w, [B, T, Y] in x's dtype, contracted over the first `inner` dimensions of w."""
+  """Returns x·w, [B, T, Y] in x's dtype. The last axis of x is contracted with the first `inner` dimensions of w."""
   w_XY = w_XY[...].astype(x_BTX.dtype)
   if platform() != 'cpu' or shards('length') > 1:
     return jnp.tensordot(x_BTX, w_XY, inner)
@@ -142,7 +150,7 @@ class FeedForward(nnx.Module):
     self.down_FD = weight(down, (d_ff, c.d_model), ('mlp', 'embed'), std=(d_ff * 2 * c.layers) ** -0.5)
 
   def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
-    """Returns (out_BTD, None). MixtureOfExperts (model/moe.py) has the same interface and uses all of it."""
+    """Returns (out_BTD, None). The interface is that of MixtureOfExperts (model/moe.py), which uses all arguments."""
     with jax.named_scope('feed_forward/in'):
       gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
       up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')

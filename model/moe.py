@@ -4,11 +4,12 @@ The (token, choice) pairs are sorted by expert and laid out in tiles of R rows. 
 so a tile takes three plain matrix products.
 
 Experts are split over the mesh's `expert` axis. The devices along this axis all-gather their tokens, process the pairs
-of their own experts, and reduce-scatter the results. With 16 chips in a ring and 12 choices per token, a link carries a
-third of what it would if each pair were sent to its expert, which takes four hops on average.
+of their own experts, and reduce-scatter the results. The alternative would be to send each pair to its expert. With 16
+chips in a ring and 12 choices per token, such a pair would cross four links on average, and each link would carry three
+times as much.
 
 The number of tiles depends on the data, but a pass over tiles has a fixed size, set by CAPACITY_FACTOR. If the load is
-nearly even, one pass is enough. If it isn't, more passes process the overflow.
+nearly even, one pass is enough. Otherwise more passes process the overflow.
 
 # B batch  T tokens  D width  F hidden  E experts  k choices per token  L layers
 # N tokens of a device  G tokens of the X devices along the expert axis  e experts of a device
@@ -30,8 +31,9 @@ from betarank.model.kernels import experts_tpu, experts_triton, rows_tpu
 from betarank.model.layers import FeedForward, matmul_bf16x3, weight
 from betarank.model.sharding import RULES, platform, shards, spec
 
-CAPACITY_FACTOR = 1.25  # pairs that a pass has tiles for, relative to an even load
-# Every remat policy saves the arrays of this checkpoint name: choices recomputed with other rounding could differ.
+CAPACITY_FACTOR = 1.25  # the number of pairs that a pass has tiles for, relative to an even load
+# The checkpoint name of the router's choices. Every remat policy saves them, because recomputed choices could differ by
+# rounding.
 CHOICES = 'choices'
 
 
@@ -40,16 +42,17 @@ CHOICES = 'choices'
 class Routing:
   """The experts that tokens were sent to, and load statistics, for all layers.
 
-  All fields except the choices are sums over tokens that aren't padding, so the values of several calls can be added.
+  All fields except the choices are sums over tokens without padding, so the values of several calls can be added.
 
   Attributes:
     choices_LBTk: int32, the experts of each token, best first; arbitrary in padding.
     load_LE: int32, the number of tokens that each expert received.
-    entropy_L: float32, nats, the entropy of each token's normalized scores, summed over tokens.
+    entropy_L: float32, the entropy of a token's normalized scores, in nats, summed over tokens.
     balance_L: float32, the load-balance loss E·Σ_e f_e·p_e times the number of tokens. f_e is the expert's fraction of
-      the choices and p_e its mean normalized score; an even load gives 1 per token. Only p has a gradient. f and p are
-      means over the tokens of one forward call, so with several microbatches the loss per token is the mean of the
-      microbatches' losses, not that of the whole batch. Source: Switch, arXiv 2101.03961, eq. 4.
+      the choices, and p_e its mean normalized score. An even load gives 1 per token. Only p has a gradient. f and p are
+      means over the tokens of one forward call. So with several microbatches, the loss per token is the mean of the
+      microbatches' losses, weighted by their tokens, not that of the whole batch. Source: Switch, arXiv 2101.03961,
+      eq. 4.
   """
 
   choices_LBTk: jax.Array
@@ -59,11 +62,11 @@ class Routing:
 
 
 class MixtureOfExperts(nnx.Module):
-  """k of E experts for each token, plus one shared expert for all tokens if shared_d_ff > 0.
+  """A layer that sends each token to k of E experts, and to one shared expert if shared_d_ff > 0.
 
   The 'sigmoid' router scores each expert independently and chooses by score + bias. It weights the chosen experts by
   their scores, normalized to sum to 1 unless norm_topk_prob is False. train/step.py changes the bias to even out the
-  load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The 'softmax' router has no bias and relies on the load-balance
+  load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The 'softmax' router has no bias, and relies on the load-balance
   loss (Qwen3-MoE).
   """
 
@@ -97,7 +100,7 @@ class MixtureOfExperts(nnx.Module):
         bias_11E = self.router_bias_E[...][None, None] if m.router == 'sigmoid' else 0.0
         choices_BTk = lax.top_k(lax.stop_gradient(score_BTE + bias_11E), m.experts_per_token)[1]
       choices_BTk = checkpoint_name(choices_BTk, CHOICES)
-      # Comparisons instead of a gather, because a TPU fuses them, also in the backward pass.
+      # Comparisons are used instead of a gather, because a TPU fuses them, in the backward pass too.
       chosen_BTkE = jax.nn.one_hot(choices_BTk, m.experts, dtype=bool) & real_BT[..., None, None]
       weight_BTk = jnp.sum(score_BTE[..., None, :], -1, where=chosen_BTkE)
       weight_BTk *= m.routed_scale / (jnp.sum(weight_BTk, -1, keepdims=True) + 1e-20 if m.norm_topk_prob else 1.0)
@@ -110,7 +113,7 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
-  """Returns the Routing of one layer, whose fields have no axis L."""
+  """Returns the Routing of one layer. Its fields have no axis L."""
   share_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
   total = lambda x_BTE: jnp.sum(x_BTE, (0, 1), where=real_BT[..., None])
   load_E = jnp.sum(chosen_BTkE, (0, 1, 2), dtype=jnp.int32)
@@ -122,7 +125,7 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
 
 
 def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-  """Returns (params, bias_LE) with the new bias b + bias_update_rate · sign(mean load - load), float32.
+  """Updates the router bias by b + bias_update_rate · sign(mean load - load), float32. Returns (params, bias_LE).
 
   An expert with more than the mean load is then chosen less often.
   """
@@ -134,7 +137,7 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 
 
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-  """Returns Σ over each token's choices of weight · expert(x), [B, T, D]; the choice E means no expert.
+  """Returns Σ over each token's choices of weight · expert(x), [B, T, D]. The choice E means no expert.
 
   With a mesh, each device processes its own experts.
   """
@@ -162,23 +165,26 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """The row of each pair; int32 arrays. Pair g·k + j is choice j of token g. Rows are numbered across all passes.
+  """The row of each pair in the tiles. Arrays are int32.
 
-  This device sorts the pairs of its experts by (expert, device that the pair comes from). The pairs of one expert from
-  one device are a run.
+  Pair g·k + j is choice j of token g. Rows are numbered across all passes. This device sorts the pairs of its experts
+  by expert, then by the device that the pair comes from. The pairs of one expert from one device are called a run.
   """
 
-  passes: jax.Array  # []: passes that have tiles
-  count_e: jax.Array  # pairs of each expert
-  tile_end_e: jax.Array  # tiles of the experts up to and including this one
-  order_p: jax.Array  # pairs of all devices, device by device, sorted by expert within each
-  run_start: jax.Array  # [e·X] the start of each run in this device's order
-  run_shift: jax.Array  # [e·X] what to add to get its start in order_p
+  passes: jax.Array  # []: the number of passes that have tiles
+  count_e: jax.Array  # the number of pairs of each expert
+  tile_end_e: jax.Array  # the number of tiles of all experts up to and including this one
+  order_p: jax.Array  # the pairs of all devices, device by device, sorted by expert within each device
+  run_start: jax.Array  # [e·X]: the start of each run in this device's order
+  run_shift: jax.Array  # [e·X]: add it to run_start to get the start of the run in order_p
   row_p: jax.Array | None  # the row of each pair; None unless one device has all experts
 
 
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns the output for this device's tokens. It applies its experts to the tokens of all devices along `expert`."""
+  """Returns the output for this device's tokens.
+
+  The devices along `expert` exchange tokens: each applies its own experts to the tokens of all of them.
+  """
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
     gate_eDF, up_eDF, down_eFD = _all_gather_weights(gate_eDF, up_eDF, down_eFD)
@@ -201,9 +207,9 @@ def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eD
     return y_ND.reshape(x_BTD.shape)
 
 
-# The next two functions are each other's transposes. JAX's own transpose of an all-gather that makes a new axis is a
-# reduce-scatter over a separate axis. But a TPU copies all tokens unless the all-gather has a separate axis and the
-# reduce-scatter doesn't (tiled=True).
+# The next two functions are each other's transposes. They are written out because a TPU avoids copying all tokens only
+# if the all-gather makes a new axis and the reduce-scatter doesn't (tiled=True). JAX's own transpose of such an
+# all-gather is a reduce-scatter over a separate axis.
 
 
 @jax.custom_vjp
@@ -226,19 +232,19 @@ _reduce_scatter_tokens.defvjp(
 
 @jax.named_scope('moe/weights')
 def _all_gather_weights(gate_eDF, up_eDF, down_eFD):
-  """Returns the weights with their full width D. In the backward pass their gradients are reduce-scattered."""
+  """Returns the weights with their full width D. In the backward pass, their gradients are reduce-scattered."""
   return _all_gather('embed', gate_eDF, 1), _all_gather('embed', up_eDF, 1), _all_gather('embed', down_eFD, 2)
 
 
 def _all_gather(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
-  """All-gathers `axis` of x over the mesh axes of a logical axis name."""
+  """All-gathers `axis` of x over the mesh axes that a logical axis name maps to."""
   return lax.all_gather(x, RULES[name], axis=axis, tiled=True) if shards(name) > 1 else x
 
 
 def _tile_rows(pairs: int, experts: int) -> int:
-  """Returns R: large enough for a matmul, but small compared with an expert's even share of the pairs.
+  """Returns R, the number of rows of a tile: enough for a fast matmul, but few compared with the pairs per expert.
 
-  On average half of the last tile of each expert is empty.
+  On average, half of the last tile of each expert is empty.
   """
   share = max(pairs // experts, 1)
   least = 128 if platform() != 'cpu' and share >= 64 else 16
@@ -246,7 +252,12 @@ def _tile_rows(pairs: int, experts: int) -> int:
 
 
 def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
-  """Returns the _Plan from the experts choice_n of this device's pairs, for passes of `size` tiles with `rows` rows."""
+  """Returns the _Plan of this device.
+
+  choice_n: the experts of this device's pairs.
+  experts: the number of experts of this device.
+  rows, size: R, and the number of tiles per pass.
+  """
   ways = shards('experts')
   order_n = checkpoint_name(jnp.argsort(choice_n), CHOICES)
   count_XE = _all_gather('experts', jnp.sum(choice_n[None] == jnp.arange(m.experts)[:, None], 1)[None])
@@ -263,14 +274,17 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
   if ways == 1:
     rank_n = jnp.argsort(order_n)  # the inverse permutation
     tile_start_e = tile_end_e - -(-count_e // rows)
-    shift_E = jnp.append(tile_start_e * rows - start, size * rows)  # pairs of padding (expert E) get a row out of range
+    shift_E = jnp.append(tile_start_e * rows - start, size * rows)  # pairs of padding, expert E, get a row out of range
     row_n = checkpoint_name(rank_n + shift_E[choice_n], CHOICES)
   return _Plan(
     -(-tile_end_e[-1] // size), count_e, tile_end_e, order_Xn.reshape(-1), start, found_eX.reshape(-1) - start, row_n)
 
 
 def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns y_GD of pass i, i.e. of the tiles i·C to (i + 1)·C. sizes: (MoeConfig, R, C)."""
+  """Returns y_GD of pass i, which has the tiles from i·C to (i + 1)·C.
+
+  sizes: (MoeConfig, R, C).
+  """
   m, rows, size = sizes
   kernel = _kernel(m.kernel, gate_eDF)
   add = rows_tpu.add if kernel is experts_tpu.experts else _scatter_add
@@ -281,7 +295,7 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
     within_CR = ((tile_C - tile_start_e[expert_C]) * rows)[:, None] + jnp.arange(rows)[None]
     real_CR = within_CR < plan.count_e[expert_C][:, None]
     place_CR = within_CR + (jnp.cumsum(plan.count_e) - plan.count_e)[expert_C][:, None]
-    if plan.row_p is None:  # adds the shift of the run that the place is in, as the sum of the changes up to it
+    if plan.row_p is None:  # adds the shift of the place's run, computed as the sum of all changes of the shift so far
       change = jnp.diff(plan.run_shift, prepend=0)
       place_CR += jnp.sum(jnp.where(place_CR[..., None] >= plan.run_start[None, None], change[None, None], 0), -1)
     pair_CR = jnp.where(real_CR, plan.order_p.at[place_CR].get(mode='clip'), len(weight_p))
@@ -298,9 +312,9 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   """Returns the sum of `_expert_tiles` over all passes that have tiles.
 
-  The first pass is usually the only one. It runs outside the loop, which would add it to zeros. The backward pass
-  computes each pass again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py recognizes the
-  loop by the name of its scope.
+  Usually there is only one pass. So the first pass runs before the loop, which avoids adding it to zeros. The backward
+  pass computes each pass again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py
+  recognizes the loop by the name of its scope.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
   with jax.named_scope('moe/combine/overflow'):
@@ -324,7 +338,8 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 
 
 # The next two functions are each other's transposes. If a device has all pairs of its tokens (row_p isn't None), both
-# are gathers, because scatter-adds are slow on a CPU and have no fixed order on a GPU. Otherwise `add` sums the rows.
+# are gathers. Scatter-adds would be slow on a CPU, and would have no fixed order on a GPU. Otherwise `add` sums the
+# rows.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -344,7 +359,7 @@ def _combine(k: int, add, y_CRD, pair_CR, row_p, tokens: int) -> jax.Array:
 
 
 def _scatter_add(y_PD, to_P, sums: int) -> jax.Array:
-  """Returns out_g = Σ y_p over the rows with to_p = g, [sums, D]; ignores rows with to_p >= sums."""
+  """Returns out_g, the sum of y_p over the rows with to_p = g, [sums, D]. Rows with to_p >= sums are ignored."""
   return jnp.zeros((sums, y_PD.shape[1]), y_PD.dtype).at[to_P].add(y_PD, mode='drop')
 
 
@@ -356,14 +371,14 @@ _combine.defvjp(
   lambda k, add, tokens, saved, dy_GD: (_dispatch(k, add, dy_GD, *saved), None, None))
 
 
-# Kernels map (x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) to weight · down(silu(gate(x)) · up(x)),
-# [C, R, D]. The output of tiles from number `used` on is arbitrary.
+# The kernels. Each takes (x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) and returns
+# weight · down(silu(gate(x)) · up(x)), [C, R, D]. Only the first `used` tiles of the output are defined.
 
 
 def _kernel(name: str, gate_eDF):
   """Returns the kernel of this name; 'auto' chooses by platform.
 
-  XLA has a grouped matrix product for TPUs only. Elsewhere ragged_dot multiplies all rows by all experts, as the FLOPs
+  Only TPUs have a grouped matrix product in XLA. Elsewhere ragged_dot multiplies all rows by all experts, as the FLOPs
   of the compiled program show.
   """
   if name == 'auto':
@@ -386,7 +401,7 @@ def _gathered_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_e
 
 
 def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):
-  """Uses XLA's grouped matrix product, lax.ragged_dot; the tiles of an expert are one group."""
+  """Uses XLA's grouped matrix product, lax.ragged_dot. The tiles of an expert are one group."""
   rows = weight_CR.shape[1]
   group_e = rows * jnp.sum(expert_C[None] == jnp.arange(len(gate_eDF))[:, None], 1, dtype=jnp.int32)
   x_PD, weight_P = x_CRD.reshape(-1, x_CRD.shape[-1]), weight_CR.reshape(-1)
@@ -396,5 +411,7 @@ def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD
 
 
 def _swiglu(gate, up, weight):
-  """Returns silu(gate) · up · weight. Weighting F numbers per row here is less work than D after the last product."""
+  """Returns silu(gate) · up · weight. Weighting here takes F products per row; after the last matmul it would take
+  D.
+  """
   return (jax.nn.silu(gate.astype(jnp.float32)) * up * weight[..., None]).astype(gate.dtype)

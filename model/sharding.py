@@ -1,7 +1,7 @@
-"""Sharding: one table that maps the logical axis names of all arrays to mesh axes.
+"""Maps the logical axis names of all arrays to mesh axes, in one table.
 
 To change how arrays are sharded, edit RULES. Weights and activations have separate names, so they can be sharded
-independently. The model uses logical names only and never sees a number of devices.
+independently. The model uses only logical names, and never a number of devices.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')  # outermost first: data may cross slices
+MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')  # outermost first; only data may span TPU slices
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
   # weights
@@ -31,19 +31,21 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'bias': None,
   # activations
   'batch': ('data', 'fsdp', 'expert'),
-  'lookup': ('data', 'expert'),  # the batch of the embedding lookup, while `embed` splits D
+  'lookup': ('data', 'expert'),  # the batch during the embedding lookup, where `embed` splits D
   'length': 'context',
   'act_embed': None,
   'act_heads': 'tensor',
-  'row_heads': ('tensor', 'context'),  # heads where a device needs all tokens of a row
+  'row_heads': ('tensor', 'context'),  # the heads where a device needs all tokens of a row
   'act_mlp': 'tensor',
 }
 
 
 def spec(*axes: str | None) -> P:
-  """Returns the PartitionSpec of an array whose dimensions have these logical names (None: not sharded).
+  """Returns the PartitionSpec of an array whose dimensions have these logical names. None: the dimension isn't sharded.
 
-  Raises ValueError if two dimensions would share a mesh axis, and KeyError if a name isn't in RULES.
+  Raises:
+    ValueError: two dimensions would be split by the same mesh axis.
+    KeyError: a name isn't in RULES.
   """
   dims = [RULES[axis] if axis else None for axis in axes]
   used = [name for dim in dims if dim for name in ((dim,) if isinstance(dim, str) else dim)]
@@ -54,7 +56,7 @@ def spec(*axes: str | None) -> P:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """The number of devices along each mesh axis. One may be -1, which means all devices that the others leave."""
+  """The number of devices along each mesh axis. One of them may be -1, which means all remaining devices."""
 
   data: int
   fsdp: int
@@ -71,7 +73,11 @@ class MeshConfig:
       raise ValueError('data and all other axes: only one axis may be -1')
 
   def shape(self, devices: int) -> tuple[int, ...]:
-    """Returns the sizes in the order of MESH_AXES. Raises ValueError if their product isn't `devices`."""
+    """Returns the sizes in the order of MESH_AXES.
+
+    Raises:
+      ValueError: the product of the sizes isn't `devices`.
+    """
     sizes = [getattr(self, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and devices % fixed == 0:
@@ -83,11 +89,12 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """Returns the mesh over `devices` (default: all of them).
+  """Returns the mesh over `devices`; None means all devices.
 
-  With several TPU slices, the data axis, which is the outermost, spans them. Then only sums of gradients cross the
-  network between slices. Raises ValueError if the product of the sizes isn't the number of devices, or if data isn't a
-  multiple of the number of slices.
+  With several TPU slices, the data axis spans them. Then only sums of gradients are sent between slices.
+
+  Raises:
+    ValueError: the product of the sizes isn't the number of devices, or data isn't a multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else devices
   shape, types = config.shape(len(devices)), (AxisType.Auto,) * len(MESH_AXES)  # JAX's default type differs by version
@@ -105,7 +112,10 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def platform() -> str:
-  """Returns 'cpu', 'gpu' or 'tpu': the platform of the current mesh, which may be abstract, else JAX's default."""
+  """Returns the platform: 'cpu', 'gpu' or 'tpu'.
+
+  It is that of the current mesh, which may be abstract, or else JAX's default.
+  """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
 
@@ -117,7 +127,7 @@ def device_kind() -> str:
 
 
 def cores() -> int:
-  """Returns the cores per chip of the current mesh, which a kernel's grid can use in parallel: 2 on v5p, else 1."""
+  """Returns the number of cores per chip of the current mesh, which a kernel can use in parallel: 2 on v5p, else 1."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (device and device.num_cores) or 1
 
@@ -141,9 +151,10 @@ def shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def check_divides(shapes: Any, axes: Any, mesh_shape: Mapping[str, int]) -> None:
-  """Raises ValueError naming the first parameter with a dimension that its mesh axes don't divide.
+  """Raises ValueError for the first parameter with a dimension that its mesh axes don't divide.
 
-  shapes and axes are trees as `transformer.abstract` returns them; mesh_shape maps mesh axes to sizes.
+  shapes, axes: trees from `transformer.abstract`.
+  mesh_shape: the size of each mesh axis.
   """
   leaves = jax.tree_util.tree_leaves_with_path(shapes)
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))

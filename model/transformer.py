@@ -1,8 +1,8 @@
 """The decoder: Qwen3's blocks (RMSNorm, rotary GQA with QK-norm, SwiGLU), stacked and scanned over layers.
 
-NNX declares the parameters; everything else is plain JAX. `init` makes the parameters as a tree of arrays. `forward` is
-a pure function of them, which serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls use
-the config's compute dtype, norms and softmax use float32.
+NNX declares the parameters; everything else is plain JAX. `init` creates the parameters as a tree of arrays. `forward`
+is a pure function of them. It serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls use
+the config's compute dtype, and norms and softmax use float32.
 
 # B batch  T tokens  P pages  S tokens of a page  D width  N query heads  K key heads  H head width  F hidden  L layers
 # V vocabulary
@@ -31,8 +31,8 @@ Params = dict[str, Any]
 def remat_policy(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
   """Returns a policy for jax.checkpoint that saves the intermediates with these checkpoint names.
 
-  offload: keeps them in host memory. The outputs of cuDNN's attention kernel, which are recognized by its primitive,
-  always stay on the device.
+  offload: keeps them in host memory. Outputs of cuDNN's attention kernel always stay on the device; they have no
+  checkpoint name and are recognized by their primitive.
   """
   named = jax.checkpoint_policies.save_only_these_names(*names, CHOICES)
   if offload:
@@ -63,7 +63,10 @@ class Attention(nnx.Module):
     self.k_norm_H = ones(c.head_dim, 'norm')
 
   def __call__(self, x_BTD, positions_BT, attend):
-    """Returns out_BTD. attend(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH applies attention with the mask it was made for."""
+    """Returns out_BTD.
+
+    attend: a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH, which applies attention with the right mask.
+    """
     c = self.c
     with jax.named_scope('attention/qkv'):
       q_BTNH = checkpoint_name(project(x_BTD, self.q_DNH), 'qkv')
@@ -79,7 +82,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-  """A decoder layer: attention and a feed-forward network, each after a norm and added to the residual stream."""
+  """A decoder layer: attention and a feed-forward network. Each follows a norm and is added to the residual stream."""
 
   def __init__(self, c: ModelConfig, key: jax.Array):
     attention, feed_forward = jax.random.split(key)
@@ -108,16 +111,16 @@ class Transformer(nnx.Module):
     self.c = c
     # D^-1/2 gives the initial logits a standard deviation of about 1 at any width. At D = 2560 it is the usual 0.02.
     self.embed_VD = weight(embed, (c.vocab_size, c.d_model), ('vocab', 'embed'), std=c.d_model**-0.5)
-    self.layers = jax.vmap(functools.partial(Block, c))(jax.random.split(layers, c.layers))  # leading axis L
+    self.layers = jax.vmap(functools.partial(Block, c))(jax.random.split(layers, c.layers))  # adds a leading axis L
     self.norm_D = ones(c.d_model, 'norm')
     if not c.tied_embeddings:
       self.head_DV = weight(head, (c.d_model, c.vocab_size), ('embed', 'vocab'), std=c.d_model**-0.5)
 
   def __call__(self, tokens_BT, positions_BT, segments_BT, cache: Cache | None, choices_LBTk):
     c = self.c
-    # The devices that share a table each look up their part of D for the tokens of all, then exchange parts in an
-    # all-to-all. Without these constraints XLA may all-gather the table, which sends more, and do so again for its
-    # gradient.
+    # The table's D is split over devices. Each device looks up its part of D for the tokens of all these devices, which
+    # then exchange parts in an all-to-all. Without these constraints XLA may all-gather the table instead, which sends
+    # more data, and the same again for its gradient.
     with jax.named_scope('embed'):
       tokens_BT = constrain(tokens_BT, 'lookup', 'length')
       x_BTD = constrain(lookup(self.embed_VD[...], tokens_BT, c.dtype), 'lookup', 'length', 'embed')
@@ -137,7 +140,7 @@ class Transformer(nnx.Module):
       return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 
   def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
-    """Returns what `__call__` does for embedded tokens that follow those in the cache."""
+    """Returns the same as `__call__`, for embedded tokens that follow those in the cache."""
     with jax.named_scope('attention/mask'):
       attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
     pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
@@ -160,10 +163,10 @@ class Transformer(nnx.Module):
 
 @functools.lru_cache
 def abstract(c: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
-  """Returns (graph definition, shapes, logical axes) of a model's parameters without making them."""
+  """Returns (graph definition, shapes, logical axes) of a model's parameters without creating them."""
   graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(c, jax.random.key(0))))
 
-  def axes(path, variable):  # vmap adds the axis of layers in front of those that a Block declares
+  def axes(path, variable):  # vmap adds the axis of layers before the axes that a Block declares
     names = variable.get_metadata('axes')
     return ('layers', *names) if path[0].key == 'layers' else names
 
@@ -189,7 +192,8 @@ def forward_routed(
 
   Args:
     c: the model's config.
-    params: as `init` makes them. With a cache, each leaf of `layers` may also be a list with one array per layer.
+    params: the parameters, from `init`. With a cache, each leaf of `layers` may also be a list with one array per
+      layer.
     tokens_BT: int32 token ids.
     positions_BT: int32 positions, which restart at 0 in each document.
     segments_BT: int32, numbers the documents of a row from 1; 0 is padding.

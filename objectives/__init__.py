@@ -1,9 +1,9 @@
-"""Training objectives as pure functions: arrays in, arrays out.
+"""Training objectives as pure functions of arrays.
 
-`reward_shaping.py` is the paper's loss in its most readable form. `head.py` computes the same loss without ever holding
-all logits.
+`reward_shaping.py` has the paper's loss in its most readable form. `head.py` computes the same loss, but never holds
+all logits in memory.
 
-Profiles and the planner (launch/plan/predict.py) find this code by its `jax.named_scope` names:
+Profiles and the planner (launch/plan/predict.py) identify this code by its `jax.named_scope` names:
 
     head/weights    all-gathers the head's weights and reduces their gradient
     head/logits     hidden states times the head's weights

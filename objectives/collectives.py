@@ -1,15 +1,15 @@
-"""How the chunked head's arrays are sharded over a mesh, and the collectives that this takes.
+"""Says how the chunked head's arrays are sharded over a mesh, and has the collectives that this needs.
 
 Every device computes the logits of its own tokens for its own part of the vocabulary. The head's weights are
-all-gathered once before the loop over chunks and their gradient is reduced once after it, as plain cross-entropy needs
-too. Within the loop, only a few numbers per token cross the vocabulary axis, and k candidates per token if a top k is
-used.
+all-gathered once before the loop over chunks, and their gradient is reduced once after it. Plain cross-entropy needs
+these two as well. Inside the loop, only a few numbers per token are exchanged, and k candidates per token if a top k is
+needed.
 
 The devices along the axis that splits the head's width can also form small groups that share the vocabulary
-(`with_vocab_groups`). Each device of a group holds one part of the head and works on the tokens of the whole group.
-The group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. In groups of m
-devices with T tokens each, this sends 2 m T D + 2 V D / m numbers instead of 2 V D, and the head and its float32
-gradient take 1/m of the memory. The width axis never leaves a TPU slice, so a group doesn't either.
+(`with_vocab_groups`). Each device of a group holds one part of the head, and works on the tokens of the whole group.
+The group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With groups of m
+devices and T tokens per device, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
+gradient take 1/m of the memory. The width axis never leaves a TPU slice, so groups don't either.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Which axes of the current mesh (`jax.set_mesh`) split which dimension of the head's arrays.
+  """The axes of the current mesh (`jax.set_mesh`) that split the dimensions of the head's arrays.
 
   Attributes:
     tokens: one entry per leading axis of hidden: the mesh axis (or tuple of axes) that splits it, or None.
@@ -40,7 +40,10 @@ class Layout:
   vocab_group_size: int = 1
 
   def spec(self, kind):
-    """Returns a PartitionSpec; kind: 'hidden', 'head', 'tokens' (one entry per token), or None for a scalar."""
+    """Returns the PartitionSpec of a kind of array.
+
+    kind: 'hidden', 'head', 'tokens' (an array with one entry per token), or None for a scalar.
+    """
     return {
       'hidden': P(*self.tokens),
       'tokens': P(*self.tokens),
@@ -50,7 +53,10 @@ class Layout:
 
 
 def check_layout(layout, hidden, head):
-  """Raises ValueError naming the first dimension that the current mesh doesn't divide, or an axis it doesn't have."""
+  """Raises ValueError for a mesh axis that doesn't exist, or a dimension that its mesh axes don't divide.
+
+  The message names the first such dimension.
+  """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if len(layout.tokens) > hidden.ndim - 1:
     raise ValueError(f'layout.tokens has {len(layout.tokens)} entries, too many for hidden {hidden.shape}')
@@ -68,9 +74,10 @@ def check_layout(layout, hidden, head):
 
 
 def on_mesh(layout, function, kinds_in, kinds_out):
-  """Returns `function` wrapped so that each device runs it on its own shards; without a layout, `function` itself.
+  """Returns `function` wrapped so that each device runs it on its own shards. Without a layout, returns `function`
+  itself.
 
-  kinds_in and kinds_out are trees of arguments of `Layout.spec`.
+  kinds_in and kinds_out are trees of the kinds that `Layout.spec` takes.
   """
   if layout is None:
     return function
@@ -80,9 +87,11 @@ def on_mesh(layout, function, kinds_in, kinds_out):
 
 
 def with_vocab_groups(layout, tokens, vocab):
-  """Returns `layout` with the vocab_group_size that minimizes communication for these global sizes.
+  """Returns `layout` with the vocab_group_size that minimizes communication.
 
-  The size stays 1 (no sharing) if the axis that splits the head's width doesn't also split the tokens.
+  The size stays 1, which means no groups, unless the axis that splits the head's width also splits the tokens.
+
+  tokens, vocab: the global sizes.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   ways = lambda axes: math.prod(sizes[a] for a in _axes(axes))
@@ -95,7 +104,10 @@ def with_vocab_groups(layout, tokens, vocab):
 
 
 def vocab_offset(layout, local_size):
-  """Returns the first token id of this device's part of the vocabulary, which has `local_size` ids."""
+  """Returns the first token id of this device's part of the vocabulary.
+
+  local_size: the number of ids in this part.
+  """
   part = lax.axis_index(_axes(layout.vocab)) if layout and layout.vocab else 0
   return (part * layout.vocab_group_size + _group_rank(layout) if _has_groups(layout) else part) * local_size
 
@@ -127,17 +139,17 @@ def gather_head(layout, head):
     return head
   if not _has_groups(layout):
     return lax.all_gather(head, _axes(layout.width), axis=0, tiled=True)
-  # Within a group, devices exchange columns for rows. Each then needs the rows of the devices in other groups that
-  # hold the same columns.
+  # First, the devices of a group exchange parts, so that each has fewer columns of more rows. Then each gets the
+  # remaining rows from the devices of other groups that have the same columns.
   axis, groups = _groups(layout)
   head = lax.all_to_all(head, axis, 1, 0, axis_index_groups=groups, tiled=True)
   return lax.all_gather(head, axis, axis=0, axis_index_groups=_same_columns(groups), tiled=True)
 
 
 def reduce_head(layout, dhead):
-  """Sums the gradient over all tokens and shards it: the transpose of `gather_head`.
+  """Sums the head's gradient over all tokens and shards it. It is the transpose of `gather_head`.
 
-  dhead is each device's gradient of what `gather_head` returned. Returns [D / width, V / vocab].
+  dhead: each device's gradient with respect to the result of `gather_head`. Returns [D / width, V / vocab].
   """
   tokens, width = _axes(layout.tokens), _axes(layout.width)
   if _has_groups(layout):
@@ -157,7 +169,10 @@ def reduce_head(layout, dhead):
 
 
 def gather_group(layout, array):
-  """All-gathers the tokens of a vocabulary group: [C, ...] -> [vocab_group_size C, ...]."""
+  """All-gathers an array with one entry per token over the vocabulary group: [C, ...] -> [vocab_group_size C, ...].
+
+  See `with_vocab_groups`. Without groups, returns the array itself.
+  """
   if not _has_groups(layout):
     return array
   axis, groups = _groups(layout)
@@ -165,7 +180,7 @@ def gather_group(layout, array):
 
 
 def own_tokens(layout, array):
-  """Returns this device's C tokens of [vocab_group_size C, ...], an array that is equal on all devices of the group."""
+  """Returns the C tokens of this device from an array [vocab_group_size C, ...] that all devices of the group have."""
   if not _has_groups(layout):
     return array
   size = array.shape[0] // layout.vocab_group_size
@@ -173,7 +188,9 @@ def own_tokens(layout, array):
 
 
 def reduce_scatter_group(layout, array):
-  """Sums [vocab_group_size C, ...] over the vocabulary group and returns this device's C tokens of the sum."""
+  """Sums an array [vocab_group_size C, ...] over the vocabulary group, and returns this device's C tokens of the
+  sum.
+  """
   if not _has_groups(layout):
     return array
   axis, groups = _groups(layout)
@@ -181,7 +198,9 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums dhidden over the vocabulary axes. `reduce_scatter_group` has already summed it over the groups."""
+  """Sums dhidden over the vocabulary axes. The sum over vocabulary groups was already made by
+  `reduce_scatter_group`.
+  """
   return lax.psum(dhidden, _axes(layout.vocab)) if layout and layout.vocab else dhidden
 
 
@@ -195,19 +214,24 @@ def _group_rank(layout):
 
 
 def _groups(layout):
-  """Returns the axis along which vocabulary groups lie, and the positions of each group on it."""
+  """Returns the mesh axis of the vocabulary groups, and the positions of each group's devices on it."""
   (axis,) = _axes(layout.width)
   size, group = lax.axis_size(axis), layout.vocab_group_size
   return axis, [list(range(first, first + group)) for first in range(0, size, group)]
 
 
 def _same_columns(groups):
-  """Returns groups of the devices that hold the same part of the vocabulary: the first of each group, and so on."""
+  """Returns groups of the devices that hold the same part of the vocabulary: the first of each group, the second, and
+  so on.
+  """
   return [list(group) for group in zip(*groups)]
 
 
 def _over_vocab(collective, layout, array):
-  """Applies `collective` within the groups first: a group holds consecutive parts of what the vocab axes split."""
+  """Applies `collective` first within the vocabulary groups, then over the vocab axes.
+
+  This order keeps ids sorted, because a group holds consecutive parts of what the vocab axes split.
+  """
   if _has_groups(layout):
     axis, groups = _groups(layout)
     array = collective(array, axis, axis_index_groups=groups)

@@ -1,4 +1,4 @@
-"""The config section `objective`: an objective's numbers, and how they change over the optimizer steps."""
+"""Defines section `objective`: the parameters of the objective, and how they change during training."""
 
 import dataclasses
 
@@ -12,26 +12,25 @@ SCHEDULES = ('constant', 'linear', 'step')
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """The config section `objective`; `at(step)` returns what the loss functions take.
+  """Section `objective`. `at(step)` returns the objective of one optimizer step, which the loss functions take.
 
   Attributes:
-    form: a name of `family.FAMILY`. 'power' is the paper's; with beta and both lambdas 0 it is plain cross-entropy,
-      bit for bit.
-    beta: the parameter of the form. It is read as β by 'power' and 'product', as γ by 'focal', as ε by
-      'label_smoothing', as α by 'likelihood_power' and as N by 'coverage'. 'cross_entropy' and 'dft' have no
-      parameter and require 0.
+    form: a name of `family.FAMILY`. 'power' is the paper's. With beta and both lambdas 0 it is plain cross-entropy, bit
+      for bit.
+    beta: the parameter of the form: β for 'power' and 'product', γ for 'focal', ε for 'label_smoothing', α for
+      'likelihood_power', N for 'coverage'. 'cross_entropy' and 'dft' have no parameter and require 0.
     lambda_head: λ̃, the reward of wrong tokens among the top k.
     lambda_tail: λ̂, the reward of all other wrong tokens.
     top_k: k, the number of most probable tokens that make up the head.
-    schedule: 'constant'; 'linear', which moves beta and both lambdas from their `*_from` values at step
-      schedule_start to the values above at step schedule_end; or 'step', which uses the `*_from` values before
-      schedule_start and the values above from then on.
+    schedule: how beta and both lambdas change. 'constant': they don't. 'linear': they move from their `*_from` values
+      at step schedule_start to the values above at step schedule_end. 'step': they have their `*_from` values before
+      schedule_start, and the values above from then on.
     beta_from, lambda_head_from, lambda_tail_from: the values at the start of a schedule.
     schedule_start, schedule_end: optimizer steps.
-    z_loss: factor of logsumexp(logits)^2, which is added to the loss of every token.
+    z_loss: the factor of logsumexp(logits)^2, which is added to the loss of every token.
 
   Raises:
-    ValueError: a value is outside its range; the message starts with the field's name.
+    ValueError: a value is out of range. The message begins with the field's name.
   """
 
   form: str = default('objective.form')
@@ -58,9 +57,10 @@ class ObjectiveConfig:
       check_parameters(self.form, self.beta_from, self.lambda_head_from, self.lambda_tail_from, suffix='_from')
 
   def at(self, step):
-    """Returns the RewardShaping of an optimizer step, given as an int or a traced int32 scalar.
+    """Returns the RewardShaping of an optimizer step.
 
-    Only numbers that the schedule changes are traced, so a constant zero still costs nothing.
+    step: an int, or a traced int32 scalar. Only the numbers that the schedule changes are traced, so a lambda that is
+    always 0 costs nothing.
     """
     beta, lambda_head, lambda_tail = (
       self._value(step, getattr(self, f'{name}_from'), getattr(self, name))

@@ -1,16 +1,16 @@
-"""The ground-truth term of the paper's objective and of related objectives, in one common form.
+"""Defines the loss of the ground-truth token, for the paper's objective and for related ones.
 
 Each objective is a function of the target's margin m = log p/(1-p), float32 [...], and of at most one parameter. It
-returns (cost, weight), both float32 [...]:
+returns two float32 arrays [...]:
 
     cost      the loss in nats
-    weight    -dcost/dlog p, the factor that multiplies the gradient of cross-entropy
+    weight    -dcost/dlog p, by which the gradient of cross-entropy is multiplied
 
-The loss functions treat both as constants and form the gradient from `weight`, so JAX never differentiates through
-these functions. Rewards for wrong tokens (lambda_head, lambda_tail) combine with every objective.
+The loss functions treat both as constants and compute the gradient from `weight`, so JAX never differentiates through
+these functions. Rewards for wrong tokens (lambda_head, lambda_tail) can be added to every objective.
 
-To add an objective, write such a function and add a line to FAMILY. The reference loss and the chunked head then
-support it.
+To add an objective, write such a function and add it to FAMILY. The reference loss and the chunked head then support
+it.
 """
 
 import math
@@ -20,63 +20,80 @@ import jax.numpy as jnp
 
 softplus = jax.nn.softplus  # log p = -softplus(-m), log(1-p) = -softplus(m)
 
-# From this margin on 1 - p is too small for float32, so the weight of 'power' is computed from its limit form.
+# For larger margins 1 - p is too small for float32, so the weight of 'power' is computed from its limit.
 FAR_MARGIN = 20.0
-# The weight of 'product' grows without bound as p -> 1 if β < 0, so it is capped.
+# If β < 0, the weight of 'product' goes to infinity as p -> 1, so it is capped.
 MAX_PRODUCT_WEIGHT = 30.0
 
 
 def cross_entropy(margin, _=None):
-  """-log p."""
+  """Computes plain cross-entropy, -log p."""
   return softplus(-margin), jnp.ones_like(margin)
 
 
 def power(margin, beta):
-  """-sg(w) log p with w = p^(1-(1-p)^β): arXiv 2512.22955, Eq 11. Equals cross-entropy at β = 0."""
+  """Computes the paper's objective: -sg(w) log p, with w = p^(1-(1-p)^β).
+
+  Equals cross-entropy at β = 0. Source: arXiv 2512.22955, Eq 11.
+  """
   weight = power_weight(margin, beta)
   return weight * softplus(-margin), weight
 
 
 def product(margin, beta):
-  """-sg((1-p)^β) log p: focal loss with a constant weight. Equals cross-entropy at β = 0."""
+  """Computes -sg((1-p)^β) log p, which is focal loss without a gradient through its weight.
+
+  Equals cross-entropy at β = 0.
+  """
   weight = product_weight(margin, beta)
   return weight * softplus(-margin), weight
 
 
 def label_smoothing(margin, epsilon):
-  """-(1-ε) log p - ε/V Σ_a log p_a (Szegedy et al., arXiv 1512.00567). Equals cross-entropy at ε = 0.
+  """Computes the first term of label smoothing, -(1-ε) log p - ε/V Σ_a log p_a.
 
-  Returns the first term only. The loss functions add the second one, which `RewardShaping.smoothing` asks for.
+  The loss functions add the second term, because `RewardShaping.smoothing` is not 0. Equals cross-entropy at ε = 0.
+  Source: Szegedy et al., arXiv 1512.00567.
   """
   return (1 - epsilon) * softplus(-margin), (1 - epsilon) * jnp.ones_like(margin)
 
 
 def focal(margin, gamma):
-  """-(1-p)^γ log p, differentiated through the weight (arXiv 1708.02002). Equals cross-entropy at γ = 0."""
+  """Computes focal loss, -(1-p)^γ log p, with a gradient through the weight.
+
+  Equals cross-entropy at γ = 0. Source: arXiv 1708.02002.
+  """
   nll, scale = softplus(-margin), jnp.exp(-gamma * softplus(margin))
-  near = jnp.minimum(margin, 15.0)  # beyond 15, -log p / (1-p) rounds to 1, and both terms would underflow
+  near = jnp.minimum(margin, 15.0)  # above 15, -log p / (1-p) rounds to 1, and both of its terms would underflow
   ratio = jnp.where(margin < 15, softplus(-margin) * jnp.exp(softplus(near)), 1.0)
   return scale * nll, scale * (1 + gamma * jnp.exp(-nll) * ratio)
 
 
 def dft(margin, _=None):
-  """-sg(p) log p, i.e. reward 1 for the target (Dynamic Fine-Tuning, arXiv 2508.05629); `power` at β -> ∞."""
+  """Computes -sg(p) log p, the loss of Dynamic Fine-Tuning, in which the target has reward 1.
+
+  It is the limit of `power` for β -> ∞. Source: arXiv 2508.05629.
+  """
   p = jnp.exp(-softplus(-margin))
   return p * softplus(-margin), p
 
 
 def likelihood_power(margin, alpha):
-  """(1 - p^α)/α (Beyond Log Likelihood, arXiv 2510.00526). Equals cross-entropy at α = 0, and 1 - p at α = 1."""
+  """Computes (1 - p^α)/α. This is cross-entropy at α = 0, and 1 - p at α = 1.
+
+  Source: Beyond Log Likelihood, arXiv 2510.00526.
+  """
   nll = softplus(-margin)
   return nll * _mean_decay(alpha * nll), jnp.exp(-alpha * nll)
 
 
 def coverage(margin, n):
-  """-log(1 - (1-p)^N), minus the log-probability that at least one of N samples is right. Cross-entropy at N = 1.
+  """Computes -log(1 - (1-p)^N): minus the log-probability that at least one of N samples is right.
 
-  This is Direct Coverage Optimization (arXiv 2502.07154); weight = N (1-p)^(N-1) p / (1 - (1-p)^N).
+  Equals cross-entropy at N = 1. The weight is N (1-p)^(N-1) p / (1 - (1-p)^N). Source: Direct Coverage Optimization,
+  arXiv 2502.07154.
   """
-  far = margin < -15  # there log(1-p) rounds to -p = -exp(m), and would underflow
+  far = margin < -15  # here log(1-p) rounds to -p = -exp(m), and its computation would underflow
   miss = softplus(margin)  # -log(1-p)
   log_miss = jnp.where(far, margin, jnp.log(softplus(jnp.maximum(margin, -15.0))))
   p_over_miss = jnp.where(far, 1.0, jnp.exp(-softplus(-margin) - log_miss))
@@ -88,26 +105,27 @@ def coverage(margin, n):
 
 
 def power_weight(margin, beta):
-  """Returns p^(1 - (1-p)^β) from the margin log p/(1-p): float32 [...], exact at both ends, 1 for β = 0.
+  """Returns p^(1 - (1-p)^β), computed from the margin log p/(1-p): float32 [...].
 
-  Computed from p itself, 1 - p would round to zero from a margin of 17 on, and β < 0 would give inf or NaN.
+  It is accurate for p near 0 and near 1, and is exactly 1 for β = 0. If it were computed from p, 1 - p would round to
+  zero for margins above 17, and β < 0 would give inf or NaN.
   """
   near, far = jnp.minimum(margin, FAR_MARGIN), jnp.maximum(margin, FAR_MARGIN)
   log_p = -softplus(-near)
   log_1mp = -softplus(near)
   exponent_near = -log_p * jnp.expm1(beta * log_1mp)
-  exponent_far = jnp.exp(-(1 + beta) * far) - jnp.exp(-far)  # uses log p = -exp(-margin), which holds there
+  exponent_far = jnp.exp(-(1 + beta) * far) - jnp.exp(-far)  # for large margins, log p = -exp(-margin)
   return jnp.exp(jnp.where(margin < FAR_MARGIN, exponent_near, exponent_far))
 
 
 def product_weight(margin, beta):
-  """Returns (1-p)^β from the margin log p/(1-p): float32 [...], capped at MAX_PRODUCT_WEIGHT."""
+  """Returns (1-p)^β, computed from the margin log p/(1-p) and capped at MAX_PRODUCT_WEIGHT: float32 [...]."""
   log_weight = -beta * softplus(margin)
   return jnp.exp(jnp.minimum(log_weight, math.log(MAX_PRODUCT_WEIGHT)))
 
 
 def _mean_decay(y):
-  """Returns (1 - exp(-y)) / y for y >= 0; 1 at 0."""
+  """Returns (1 - exp(-y)) / y for y >= 0, which is 1 at 0."""
   return jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
 
 

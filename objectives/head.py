@@ -1,10 +1,10 @@
-"""The shaped loss computed from hidden states and the head's weights, one chunk of tokens at a time.
+"""Computes the shaped loss from hidden states and the head's weights, one chunk of tokens at a time.
 
-All logits at once would take tokens x vocabulary floats (80 GB for 131,072 tokens and Qwen's vocabulary). Here only one
-chunk's logits exist at a time, forward and backward, and a few numbers per token are kept between the two passes.
+All logits at once would take tokens x vocabulary floats, which is 80 GB for 131,072 tokens and Qwen's vocabulary. Here
+the logits of only one chunk exist at a time, in both passes. Between the passes, only a few numbers per token are kept.
 
 This file has the public functions, the loop over chunks and the differentiation rules. `head_math.py` has the
-arithmetic on one chunk, `collectives.py` the communication between devices.
+arithmetic on one chunk, and `collectives.py` the communication between devices.
 """
 # N tokens of this device  C tokens of a chunk  D width  V vocabulary (of this device)
 
@@ -18,61 +18,65 @@ from jax import lax
 from betarank.objectives import collectives, head_math
 from betarank.objectives.reward_shaping import RewardShaping, check_shapes, is_zero
 
-# Logits of a default chunk: on a CPU 8 MiB in float32, which fit its caches; on an accelerator 512 MiB.
+# The number of logits in a default chunk. In float32 it takes 8 MiB on a CPU, to fit its caches, and 512 MiB on an
+# accelerator.
 DEFAULT_CHUNK_LOGITS = {'cpu': 2**21, 'accelerator': 2**27}
-# With fewer tokens, adding to the head's gradient in memory takes longer than computing what is added (TPU v5e: below
-# 960 tokens; H100, benchmarks/objective.py: chunks of 192 take twice the time of chunks of 1024).
+# The smallest default chunk. With fewer tokens, adding a chunk's gradient to that of the head takes longer than
+# computing it: on TPU v5e below 960 tokens. On H100, chunks of 192 take twice the time of chunks of 1024
+# (benchmarks/objective.py).
 LEAST_CHUNK_TOKENS = {'cpu': 192, 'accelerator': 1024}
-# On an accelerator a chunk has at least this fraction of all tokens. It then takes 1/32 of the memory of all logits,
-# and fewer chunks mean fewer additions to the head's gradient.
+# On an accelerator, a default chunk has at least 1/32 of all tokens. Its logits then take 1/32 of the memory of all
+# logits, and there are at most 32 additions to the head's gradient.
 LEAST_CHUNK_FRACTION = 32
 
 
 def shaped_linear_loss(hidden, head, targets, shaping, **options):
   """Computes `shaped_loss(hidden @ head, targets, shaping)` at every position without ever holding all logits.
 
-  The backward pass computes each chunk's logits again, so any function of the losses can be differentiated. For a
-  weighted sum of them, as in pre-training, `shaped_linear_total` needs one matrix product less.
+  The backward pass computes the logits of each chunk again. In return, any function of the losses can be
+  differentiated. For a weighted sum of the losses, as in pre-training, `shaped_linear_total` saves one of four matrix
+  products.
 
   Args:
     hidden: [..., D] float, the inputs of the head.
-    head: [D, V] float, the head's weights, in the orientation of `hidden @ head`.
+    head: [D, V] float, the head's weights, such that the logits are `hidden @ head`.
     targets: [...] integer token ids in [0, V).
     shaping: a RewardShaping. No gradient flows into it.
 
-  Keyword args, all optional:
+  Optional keyword args:
     weights: [...] bool or float factors of the losses; default: ones. Where a weight is zero, the values of hidden and
       targets have no effect, even if they are NaN. No gradient flows into the weights.
-    stats: 'full' computes head and tail mass in any case; 'basic' (default) only if a lambda needs the top k anyway.
+    stats: 'full' always computes head and tail mass; 'basic' (default) only if a lambda needs the top k anyway.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); default: no cap.
     temperature: divides the logits, after the cap; default 1.
-    compute_dtype: dtype of the inputs of matrix products, which accumulate in float32, and of the head and its gradient
-      when devices exchange them; default: that of hidden. Everything else is float32.
-    chunk_tokens: tokens that a device works on at a time. By default their float32 logits take 8 MiB on a CPU, but at
-      least 192 tokens; on an accelerator 512 MiB, but at least 1024 tokens and at least 1/32 of all tokens.
+    compute_dtype: the dtype of the inputs of matrix products, and of the head and its gradient when devices exchange
+      them; default: that of hidden. Products accumulate in float32, and everything else is float32.
+    chunk_tokens: the number of tokens that a device processes at a time. By default their float32 logits take 8 MiB on
+      a CPU, but there are at least 192 tokens. On an accelerator they take 512 MiB, but there are at least 1024 tokens
+      and at least 1/32 of all tokens.
     layout: a Layout, which says how the arrays are sharded over the current mesh; default: all on one device.
 
   Returns:
-    (loss, stats): [...] float32 weighted losses in nats, and TokenStats. A target outside the vocabulary makes its loss
-    NaN, contributes no gradient, and clears its stats.target_valid.
+    (loss, stats): [...] float32 weighted losses in nats, and TokenStats. A target outside the vocabulary has loss NaN
+    and no gradient, and its stats.target_valid is False.
 
   Raises:
-    ValueError: an argument has a wrong shape, type or value; the message starts with its name.
+    ValueError: an argument has a wrong shape, type or value. The message begins with its name.
   """
   return _per_token(*_prepare(hidden, head, targets, shaping, **options))
 
 
 def shaped_linear_total(hidden, head, targets, shaping, **options):
-  """Sums `shaped_linear_loss` over all positions, and forms the gradients of the sum in the forward pass.
+  """Computes the sum of `shaped_linear_loss` over all positions, with its gradient already in the forward pass.
 
-  The losses of a sum all have the same cotangent, so their gradients are known up to that factor while a chunk's logits
+  All losses of a sum have the same cotangent. So their gradients are known up to this factor while a chunk's logits
   still exist. This takes three matrix products instead of four. Don't rematerialize it.
 
   Args: as for `shaped_linear_loss`.
 
   Returns:
-    (total, loss, stats): the float32 sum of the weighted losses in nats over all positions of the global batch, which
-    can be differentiated; [...] float32 losses without gradient; TokenStats.
+    (total, loss, stats): the float32 sum of the weighted losses in nats over the global batch, which can be
+    differentiated; the [...] float32 losses, without gradient; TokenStats.
 
   Raises:
     ValueError: as `shaped_linear_loss`.
@@ -81,9 +85,9 @@ def shaped_linear_total(hidden, head, targets, shaping, **options):
 
 
 def linear_token_stats(hidden, head, targets, *, top_k=100, **options):
-  """Returns the TokenStats alone, for evaluation and RL: no gradient, one matrix product.
+  """Returns only the TokenStats, for evaluation and RL. It takes one matrix product and has no gradient.
 
-  Args: as for `shaped_linear_loss`; top_k is the size of the head that head_mass and tail_mass refer to.
+  Args: as for `shaped_linear_loss`; top_k is the number of tokens in the head, for head_mass and tail_mass.
   """
   hidden, head = lax.stop_gradient((hidden, head))
   options = {'stats': 'full', **options}
@@ -111,7 +115,7 @@ def _prepare(
   with_top_k = stats == 'full' or shaping.rewards_wrong_tokens
   if with_top_k:
     shaping.check_vocabulary(head.shape[1])
-  elif layout is not None:  # the kernels that find a top k need all of a token's logits on one device
+  elif layout is not None:  # not with a top k, because its kernels need all logits of a token on one device
     layout = collectives.with_vocab_groups(layout, targets.size, head.shape[1])
   options = head_math.Options(
     with_top_k=with_top_k,
@@ -170,7 +174,10 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 @jax.named_scope('head')
 def _forward(options, hidden, head, targets, weights, shaping, form_gradients=False):
-  """Returns loss, stats, and either (dhidden, dhead) or, without form_gradients, the Coefficients to form them from."""
+  """Returns the losses, the statistics, and what the backward pass needs.
+
+  The last is (dhidden, dhead) with form_gradients, and otherwise the Coefficients to compute them from.
+  """
 
   def local(hidden, head, targets, weights, shaping):
     head_DV = _gather_head(options, head)
@@ -199,7 +206,7 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
 
 @jax.named_scope('head')
 def _backward(options, hidden, head, targets, weights, coefficients, cotangent):
-  """Returns (dhidden, dhead) from the cotangent [...] of each loss; computes the logits again."""
+  """Returns (dhidden, dhead) from the cotangent [...] of each loss. It computes the logits again."""
 
   def local(hidden, head, targets, weights, coefficients, cotangent):
     head_DV = _gather_head(options, head)
@@ -229,10 +236,10 @@ def _gather_head(options, head):
 
 @jax.named_scope('head/weights')
 def _reduce_gradients(options, dhidden, dhead, head):
-  """Sums both gradients over the devices, once, after the loop. Returns (dhidden, dhead).
+  """Sums both gradients over the devices, once after the loop. Returns (dhidden, dhead).
 
-  Each device's sum over its own tokens is float32. It is rounded to the compute dtype before it is sent. The layers'
-  gradients are rounded likewise, because they are matrix products in that dtype.
+  Each device's sum over its own tokens is float32, and is rounded to the compute dtype before it is sent. The gradients
+  of the layers are rounded in the same way, because they are matrix products in that dtype.
   """
   dhidden = collectives.sum_hidden(options.layout, dhidden)
   if options.layout is not None:
@@ -241,18 +248,18 @@ def _reduce_gradients(options, dhidden, dhead, head):
 
 
 def _over_chunks(options, body, carry, head_DV, arrays):
-  """Runs lax.scan of `body` over chunks of the arrays [..., *]; returns the carry and the outputs, also [..., *].
+  """Runs lax.scan of `body` over chunks of the arrays [..., *]. Returns the carry and the outputs, also [..., *].
 
   body(carry, chunk) returns (carry, common, partial). A chunk has the tokens of the whole vocabulary group. `common` is
-  equal on all devices of the group; `partial` is this device's part of a sum over the group. Each device returns the
-  values of its own tokens.
+  equal on all devices of the group, and `partial` is this device's part of a sum over the group. The outputs are
+  `common` and the sum of `partial`, for this device's own tokens.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)
   group = options.layout.vocab_group_size if options.layout else 1
   most = max(1, (options.chunk_tokens or default_chunk(tokens * group, head_DV.shape[1])) // group)
   chunks = max(1, -(-tokens // most))
-  size = -(-tokens // chunks)  # chunks of equal size, because the padding of the last one is computed too
+  size = -(-tokens // chunks)  # equal chunks need little padding, which costs as much time as tokens
   size = min(size + -size % 64, most)
 
   def split(array):
@@ -273,9 +280,9 @@ def _over_chunks(options, body, carry, head_DV, arrays):
 
 
 def default_chunk(tokens, vocab, kind=None):
-  """Returns the default number of tokens per chunk for a device with `tokens` tokens and `vocab` vocabulary entries.
+  """Returns the default number of tokens per chunk, for a device with `tokens` tokens and `vocab` vocabulary entries.
 
-  kind: 'cpu' or 'accelerator'; None: the current mesh's devices (which needn't exist), else JAX's default.
+  kind: 'cpu' or 'accelerator'. None: that of the current mesh's devices, which may be abstract, or else JAX's default.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   kind = kind or ('cpu' if (device.platform if device else jax.default_backend()) == 'cpu' else 'accelerator')

@@ -1,16 +1,17 @@
-"""The arithmetic on one chunk's logits: sums over the vocabulary, loss, statistics and gradient.
+"""Computes loss, statistics and gradient from one chunk's logits.
 
-For every objective, the gradient of the loss with respect to the logits z of a token with target x has the form
+For every objective, the gradient of a token's loss with respect to its logits z has the form
 
-    dloss/dz_j = target                     for j = x
+    dloss/dz_j = target                     for the target j = x
                  head_rate e_j              for j among the top k, not x
                  tail_rate e_j              for all other j,             e_j = exp(z_j - max_i z_i)
 
-plus a constant if labels are smoothed. So one pass over the chunk's logits takes a few sums. `score` turns these into
-the loss, the statistics and the Coefficients above, which is O(tokens) work. One more pass writes the gradient.
+plus a constant if labels are smoothed. So one pass over the chunk's logits computes a few sums. `score` turns the sums
+into the loss, the statistics and the Coefficients of this gradient, which is O(tokens) work. A second pass writes the
+gradient.
 
 All sums run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
-log p = -softplus(-m) and log(1-p) = -softplus(m) keep their digits however certain the model is.
+log p = -softplus(-m) and log(1-p) = -softplus(m) are accurate even if p is close to 0 or 1.
 """
 # C tokens of a chunk  D width  V vocabulary (of this device)  K top k
 
@@ -26,29 +27,29 @@ from betarank.objectives.kernels import row_sums_triton
 from betarank.objectives.reward_shaping import finite_margin
 from betarank.objectives.top_k import find_head
 
-MAX_ADDED = 2**24  # elements of the head's gradient that a CPU adds to at once: 64 MiB
+MAX_ADDED = 2**24  # on a CPU, so many elements of the head's gradient are added to at once: 64 MiB
 
 
 def pytree(cls):
-  """Makes `cls` a frozen dataclass and a JAX pytree."""
+  """Makes `cls` a frozen dataclass that is also a JAX pytree."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
 @pytree
 class TokenStats:
-  """What the model predicted at each position; fields are [...] and have no gradient.
+  """The model's prediction at each position. Fields are [...] and have no gradient.
 
-  They describe the distribution that the loss is computed on, after soft cap and temperature. Where the weight is zero
-  all of them are 0, and target_valid is True.
+  They describe the distribution that the loss uses, after soft cap and temperature. Where the weight is zero, all
+  fields are 0 except target_valid, which is True.
 
   Attributes:
-    target_logp: float32, log-probability of the target, nats.
-    entropy: float32, entropy of the whole distribution, exact, nats.
-    target_rank: int32, number of tokens more probable than the target. Ties go to the lower id, as in jax.lax.top_k,
-      so the target is among the top k if target_rank < k.
-    head_mass: float32, probability of the top k without the target; None if no top k was asked for.
-    tail_mass: float32, probability of all tokens outside the top k except the target, summed directly; None if no top
-      k was asked for.
+    target_logp: float32, the log-probability of the target, in nats.
+    entropy: float32, the exact entropy of the whole distribution, in nats.
+    target_rank: int32, the number of tokens more probable than the target. Of equal logits, lower ids come first, as in
+      jax.lax.top_k. So the target is among the top k if target_rank < k.
+    head_mass: float32, the probability of the top k without the target; None if the top k wasn't computed.
+    tail_mass: float32, the probability of all tokens outside the top k, without the target; None if the top k wasn't
+      computed. It is summed directly.
     target_valid: bool, False where the target isn't in the vocabulary.
   """
 
@@ -62,18 +63,18 @@ class TokenStats:
 
 @pytree
 class Coefficients:
-  """Everything that the gradient of a token's loss needs besides its logits; fields are float32 [...]."""
+  """What the gradient of a token's loss needs besides its logits. Fields are float32 [...]."""
 
   shift: jax.Array  # the largest logit
   target: jax.Array
   tail_rate: jax.Array
-  head_rate: jax.Array | None  # None: no top k, so tail_rate holds for all wrong tokens
+  head_rate: jax.Array | None  # None: no top k, so tail_rate applies to all wrong tokens
   threshold: jax.Array | None  # the k-th largest logit
-  last_id: jax.Array | None  # int32; of the logits equal to the threshold, those with ids up to this are in the top k
+  last_id: jax.Array | None  # int32; logits equal to the threshold are in the top k if their id is at most this
   uniform: jax.Array | None  # added to the gradient of every logit; None: no label smoothing
 
   def times(self, factor):
-    """Returns the coefficients of the loss multiplied by factor [...]."""
+    """Returns the coefficients of the loss multiplied by `factor` [...]."""
     scaled = {f: getattr(self, f) for f in ('target', 'tail_rate', 'head_rate', 'uniform')}
     return dataclasses.replace(self, **{f: v * factor for f, v in scaled.items() if v is not None})
 
@@ -93,14 +94,15 @@ class Options:
 
 
 def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute_dtype=None):
-  """Returns float32 logits [C, V], computed exactly as the losses and statistics of this package compute them.
+  """Returns float32 logits [C, V], the very ones that the losses and statistics of this package use.
 
   Args:
     hidden_CD: float [C, D].
     head_DV: float [D, V].
-    soft_cap: logits become soft_cap * tanh(logits / soft_cap), if given.
+    soft_cap: if given, logits become soft_cap * tanh(logits / soft_cap).
     temperature: divides the logits, after the cap.
-    compute_dtype: dtype of the matrix product's inputs; None: that of hidden_CD. It accumulates in float32.
+    compute_dtype: the dtype of the matrix product's inputs; None: that of hidden_CD. The product accumulates in
+      float32.
   """
   with jax.named_scope('head/logits'):
     z_CV = isolate_on_cpu(matmul(compute_dtype or hidden_CD.dtype, 'CD,DV->CV', hidden_CD, head_DV))
@@ -110,7 +112,9 @@ def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute
 
 
 def matmul(dtype, subscripts, a, b):
-  """Returns einsum(a, b) with inputs in `dtype` and float32 accumulation. float32 inputs stay exact on TPU too."""
+  """Returns einsum(a, b) with inputs in `dtype`, accumulated in float32. float32 inputs aren't rounded, not even on a
+  TPU.
+  """
   return jnp.einsum(
     subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32,
     precision=lax.Precision.HIGHEST if dtype == jnp.float32 else None)
@@ -150,7 +154,7 @@ def score(options, z_CV, x_C, weight_C, shaping):
   valid_C = (x_C >= 0) & (x_C < options.vocab_size)
   target_C = jnp.where(valid_C, target_C, 0.0)  # -inf would make the margin below NaN
 
-  wrong_C = jnp.maximum(sums['wrong'], jnp.finfo(jnp.float32).tiny)  # all terms underflow beyond a margin of 87
+  wrong_C = jnp.maximum(sums['wrong'], jnp.finfo(jnp.float32).tiny)  # for margins above 87 all terms underflow
   log_wrong_C = jnp.log(wrong_C)
   margin_C = finite_margin(target_C - shift_C - log_wrong_C)
   nll_C = jax.nn.softplus(-margin_C)
@@ -167,10 +171,10 @@ def score(options, z_CV, x_C, weight_C, shaping):
     reward_C = shaping.lambda_head * head_mass_C + shaping.lambda_tail * tail_mass_C
     loss_C -= reward_C
     target += p_C * reward_C
-    # 1 - P_H is the sum of all other probabilities, which loses no digits; likewise 1 - P_T.
+    # 1 - P_H is computed as the sum of all other probabilities, which is more accurate; likewise 1 - P_T.
     head = w_C - shaping.lambda_head * (p_C + tail_mass_C) + shaping.lambda_tail * tail_mass_C
     tail = w_C + shaping.lambda_head * head_mass_C - shaping.lambda_tail * (p_C + head_mass_C)
-  every_C = 0.0  # this many times p_j is added to the gradient of every logit j, the target's included
+  every_C = 0.0  # every_C p_j is added to the gradient of every logit j, including the target's
   if options.with_smoothing:
     log_sum_C = log_wrong_C + jax.nn.softplus(margin_C)  # logsumexp of all logits, minus the shift
     loss_C += shaping.smoothing * (log_sum_C - sums['logits'] / options.vocab_size)
@@ -200,11 +204,11 @@ def score(options, z_CV, x_C, weight_C, shaping):
 def _row_sums(options, z_CV, x_C):
   """Returns (target_C, shift_C, sums): the target's logit, the largest logit, and this device's part of three sums.
 
-  target and shift are those of the whole vocabulary. The sums run over the wrong tokens j of this device:
+  target_C and shift_C are those of the whole vocabulary. The sums run over the wrong tokens j of this device:
 
     wrong   Σ e_j
     energy  Σ e_j log e_j
-    rank    the number of tokens that come before the target
+    rank    the number of tokens that are ordered before the target
   """
   forms = {'default': _row_sums_xla} | ({'cuda': _row_sums_triton} if row_sums_triton.fits(z_CV.shape[1]) else {})
   forms = {platform: functools.partial(form, options) for platform, form in forms.items()}
@@ -224,8 +228,11 @@ def _row_sums_xla(options, z_CV, x_C):
 
 
 def _row_sums_triton(options, z_CV, x_C, interpret=False):
-  """Computes the same in one pass. The kernel's sums are relative to this device's largest logit, so they are rescaled
-  once the largest of all is known."""
+  """Computes the same as `_row_sums_xla` in one pass.
+
+  The kernel's sums are relative to the largest logit of this device. They are rescaled once the largest logit of all
+  devices is known.
+  """
   local_C = x_C - collectives.vocab_offset(options.layout, z_CV.shape[1])
   target_C = jnp.take_along_axis(z_CV, local_C[:, None], 1, mode='clip')[:, 0]
   target_C = jnp.where((local_C >= 0) & (local_C < z_CV.shape[1]), target_C, -jnp.inf)
@@ -238,7 +245,7 @@ def _row_sums_triton(options, z_CV, x_C, interpret=False):
 
 
 def logit_gradient(options, z_CV, x_C, coefficients):
-  """Returns dloss/d(hidden @ head), float32 [C, V]."""
+  """Returns the gradient of the loss with respect to hidden @ head, float32 [C, V]."""
   id_1V = _ids(options, z_CV)
   is_target = id_1V == x_C[:, None]
   c = coefficients
@@ -255,7 +262,11 @@ def logit_gradient(options, z_CV, x_C, coefficients):
 
 @jax.named_scope('head/gradient')
 def gradients(options, h_CD, head_DV, z_CV, x_C, coefficients, dhead_DV):
-  """Returns (dhidden_CD of this part of the vocabulary, dhead_DV with this chunk's gradient added), both float32."""
+  """Returns (dhidden_CD, dhead_DV), both float32.
+
+  dhidden_CD is the part that comes from this device's part of the vocabulary. dhead_DV is the argument of this name
+  plus the gradient of this chunk.
+  """
   dtype = options.compute_dtype
   dz_CV = logit_gradient(options, z_CV, x_C, coefficients)
   dh_CD = matmul(dtype, 'CV,DV->CD', dz_CV, head_DV)
@@ -282,7 +293,7 @@ def _ids(options, z_CV):
 
 
 def _wrong_exp(z_CV, shift_C, is_target):
-  """Returns e [C, V], with 0 for the target."""
+  """Returns e [C, V], with 0 at the target."""
   return jnp.where(is_target, 0, jnp.exp(z_CV - shift_C[:, None]))
 
 

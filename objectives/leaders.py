@@ -1,4 +1,4 @@
-"""The two most probable tokens of each position, from the logits of one chunk of tokens at a time.
+"""Finds the two most probable tokens at each position, one chunk of tokens at a time.
 
 # C tokens of a chunk  D width  V vocabulary (of this device)
 """
@@ -12,7 +12,7 @@ from betarank.objectives import collectives
 from betarank.objectives.head_math import linear_logits
 from betarank.objectives.top_k import top_k
 
-CHUNK_TOKENS = 256  # tokens whose logits exist at the same time: 155 MB at a vocabulary of 151,936
+CHUNK_TOKENS = 256  # the logits of so many tokens exist at a time: 155 MB with a vocabulary of 151,936
 
 
 @jax.named_scope('head')
@@ -24,7 +24,7 @@ def leading_two(
   Args:
     hidden: [..., D].
     head: [D, V].
-    layout: how both lie on the current mesh; None without a mesh.
+    layout: how both arrays are sharded over the current mesh; None without a mesh.
   """
 
   def local(hidden, head):

@@ -1,19 +1,21 @@
-"""The reward-shaped next-token loss in its most readable form (arXiv 2512.22955).
+"""Computes the reward-shaped next-token loss in its most readable form (arXiv 2512.22955).
 
-The paper reads the prediction of a token as an episode of one step: the policy is p = softmax(z), the action is the
-token. Cross-entropy then gives reward 1/p to the ground truth x and 0 to every other token. The paper changes both:
+The paper treats the prediction of a token as an episode of one step. The policy is p = softmax(z), and the action is
+the token. Cross-entropy then gives reward 1/p to the ground truth x, and 0 to every other token. The paper changes
+both:
 
     reward of x          (1/p_x)^((1 - p_x)^β)                          (Eq 11; β = 0: cross-entropy)
     reward of a != x     λ̃ if a is among the k most probable, else λ̂    (Eq 12)
 
-Summing p_a r_a ∇log p_a over the whole vocabulary (Eq 13, exactly, not by sampling) is the gradient of
+The policy gradient is the sum of p_a r_a ∇log p_a over the whole vocabulary (Eq 13). It is computed exactly, not from
+samples, and is the gradient of
 
     loss = - sg(w) log p_x - λ̃ Σ_{a in H} p_a - λ̂ Σ_{a in T} p_a        (nats)
     w    = p_x^(1 - (1 - p_x)^β)     form 'power', the paper's
-    w    = (1 - p_x)^β               form 'product', a reading of Eq 11 with (1 - p_x)^β as a factor, not an exponent
+    w    = (1 - p_x)^β               form 'product', which reads (1 - p_x)^β in Eq 11 as a factor, not an exponent
 
-where K is the set of the k most probable tokens, H = K without x (the head) and T = the rest without x (the tail).
-No gradient flows through w or through the choice of K. `head.py` computes the same without ever holding all logits.
+K is the set of the k most probable tokens. H is K without x (the head), and T is the rest without x (the tail). No
+gradient flows through w or through the choice of K. `head.py` computes the same without ever holding all logits.
 """
 # V vocabulary  k size of K
 # Shapes "..." are the positions: any leading axes, the same for logits and targets.
@@ -38,22 +40,25 @@ MAX_MARGIN = 1e30
 )
 @dataclasses.dataclass(frozen=True)
 class RewardShaping:
-  """The objective: the reward of each token. The default is plain cross-entropy.
+  """The objective, as rewards of tokens. The default is plain cross-entropy.
 
-  It is a pytree whose leaves are beta, lambda_head and lambda_tail, so a schedule can trace them. A traced value isn't
-  checked, and a traced lambda always costs a top-k search, even while it is zero.
+  It is a pytree whose leaves are beta, lambda_head and lambda_tail. So they can be traced values, and change on a
+  schedule without a new compilation. A traced value isn't checked. A traced lambda always costs a top-k search, even
+  while it is zero.
 
   Attributes:
-    beta: β >= -1. Negative values sharpen (precision), positive values flatten (diversity). Below -1 the weight
-      diverges. Forms other than 'power' and 'product' read it as their own parameter, see `ObjectiveConfig.beta`.
+    beta: β >= -1. Negative values sharpen the distribution (precision), positive values flatten it (diversity). Below
+      -1 the weight diverges. Forms other than 'power' and 'product' use it as their own parameter, see
+      `ObjectiveConfig.beta`.
     lambda_head: λ̃, the reward of a wrong token among the k most probable.
     lambda_tail: λ̂, the reward of every other wrong token.
-    top_k: k, from 1 to the vocabulary size. Ties go to the lower token id, as in jax.lax.top_k.
+    top_k: k, from 1 to the vocabulary size. Of equal logits, those with lower token ids come first, as in
+      jax.lax.top_k.
     form: a name of `family.FAMILY`; 'power' is the paper's.
-    z_loss: factor of logsumexp(logits)^2, which is added to every loss.
+    z_loss: the factor of logsumexp(logits)^2, which is added to every loss.
 
   Raises:
-    ValueError: a value is outside its range; the message starts with the field's name.
+    ValueError: a value is out of range. The message begins with the field's name.
   """
 
   beta: float | jax.Array = 0.0
@@ -71,7 +76,7 @@ class RewardShaping:
 
   @property
   def rewards_wrong_tokens(self):
-    """False if both lambdas are known to be zero, so no top-k search is needed."""
+    """Whether a top-k search is needed; False only if both lambdas are known to be zero before tracing."""
     return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
 
   @property
@@ -80,21 +85,25 @@ class RewardShaping:
     return self.beta if self.form == 'label_smoothing' else 0.0
 
   def positive(self, margin):
-    """Returns (cost, weight) of the ground truth, see family.py; margin = log p/(1-p), float32 [...]."""
+    """Returns (cost, weight) of the ground truth; see family.py.
+
+    margin: log p/(1-p) of the ground truth, float32 [...].
+    """
     return FAMILY[self.form][0](margin, self.beta)
 
   def check_vocabulary(self, vocab):
-    """Raises ValueError if the head would be larger than the vocabulary, so that no token is left for the tail."""
+    """Raises ValueError if top_k is larger than the vocabulary."""
     if self.top_k > vocab:
       raise ValueError(f'top_k must be <= the vocabulary size {vocab}, got {self.top_k}')
 
 
 def shaped_loss(logits, targets, shaping):
-  """Computes the loss at every position. This is the readable reference; it needs all logits in memory.
+  """Computes the loss at every position. This is the readable reference, which needs all logits in memory.
 
   Args:
-    logits: [..., V] of any float type; computed on in float32.
-    targets: [...] integer token ids in [0, V). An id outside gives NaN, because its value isn't known while tracing.
+    logits: [..., V] of any float type. The computation is in float32.
+    targets: [...] integer token ids in [0, V). For an id out of range the loss is NaN, because the values of ids aren't
+      known while tracing.
     shaping: a RewardShaping.
 
   Returns:
@@ -102,11 +111,11 @@ def shaped_loss(logits, targets, shaping):
 
       dloss/dz_j = w (p_j - 1[j=x]) - λ̃ p_j (1[j in H] - P_H) - λ̂ p_j (1[j in T] - P_T)
 
-    plus that of the label-smoothing and z-loss terms. No gradient flows through w, through the choice of K, or into
-    the numbers of `shaping`.
+    plus the gradients of the label-smoothing and z-loss terms. P_H and P_T are the probabilities of H and T. No
+    gradient flows through w, through the choice of K, or into `shaping`.
 
   Raises:
-    ValueError: a shape or type doesn't fit, or top_k exceeds V while a lambda uses it.
+    ValueError: a shape or type is wrong, or top_k exceeds V while a lambda needs the top k.
   """
   check_shapes(logits.shape[:-1], 'logits', targets)
   vocab = logits.shape[-1]
@@ -117,7 +126,7 @@ def shaped_loss(logits, targets, shaping):
   if shaping.rewards_wrong_tokens:
     shaping.check_vocabulary(vocab)
     in_top_k = top_k_mask(logits, shaping.top_k)  # before the subtraction below, which can make two logits equal
-  # Logits relative to the largest one keep the digits of small differences when the logits are large.
+  # Subtracting the largest logit preserves small differences between large logits.
   largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
   logits = logits - largest
   is_target = jax.nn.one_hot(targets, vocab, dtype=bool)
@@ -142,24 +151,24 @@ def shaped_loss(logits, targets, shaping):
 
 
 def top_k_mask(logits, k):
-  """Returns a bool mask [..., V] of the k most probable tokens; ties go to the lower id, as in jax.lax.top_k."""
-  logits = jnp.where(logits == 0, 0, logits)  # makes -0.0 tie with 0.0
+  """Returns a bool mask [..., V] of the k most probable tokens. Ties go to the lower id, as in jax.lax.top_k."""
+  logits = jnp.where(logits == 0, 0, logits)  # makes -0.0 equal to 0.0
   _, index = jax.lax.top_k(logits, k)
   return jnp.put_along_axis(jnp.zeros(logits.shape, bool), index, True, axis=-1, inplace=False)
 
 
 def finite_margin(margin):
-  """Returns the margin with MAX_MARGIN in place of infinity."""
+  """Returns the margin with infinities replaced by MAX_MARGIN of the same sign."""
   return jnp.where(jnp.isinf(margin), jnp.sign(margin) * MAX_MARGIN, margin)
 
 
 def is_zero(value):
-  """Returns True if a number is known to be zero before tracing, so its term can be left out of the program."""
+  """Returns True if a number is known to be zero before tracing. Its term is then left out of the program."""
   return not isinstance(value, jax.Array) and value == 0
 
 
 def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
-  """Raises ValueError, naming the field with `suffix` appended, if one of an objective's numbers is out of range."""
+  """Raises ValueError if a parameter of an objective is out of range. The message has the field's name and `suffix`."""
   if form not in FAMILY:
     raise ValueError(f'form must be one of {", ".join(FAMILY)}, got {form!r}')
   _, low, high = FAMILY[form]
@@ -171,7 +180,9 @@ def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
 
 
 def check_number(name, value, *, at_least=-math.inf):
-  """Raises ValueError for a Python number that isn't finite or is too small. Traced values and arrays pass."""
+  """Raises ValueError for a Python number that isn't finite or is too small. Traced values and arrays aren't
+  checked.
+  """
   if isinstance(value, bool | str) or value is None:
     raise ValueError(f'{name} must be a number, got {value!r}')
   if isinstance(value, int | float) and not (math.isfinite(value) and value >= at_least):
@@ -180,7 +191,10 @@ def check_number(name, value, *, at_least=-math.inf):
 
 
 def check_shapes(leading, name, targets):
-  """Raises ValueError if targets aren't integers of the shape `leading`, which the argument called `name` requires."""
+  """Raises ValueError if targets aren't integers of the shape `leading`.
+
+  name: the argument that `leading` comes from, for the message.
+  """
   if not jnp.issubdtype(targets.dtype, jnp.integer):
     raise ValueError(f'targets must be integer token ids, got {targets.dtype}')
   if targets.shape != leading:

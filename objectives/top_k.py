@@ -1,4 +1,4 @@
-"""An exact top-k along the vocabulary, several times faster than sorting it."""
+"""Computes an exact top k along the vocabulary, several times faster than by sorting."""
 
 import functools
 
@@ -8,23 +8,23 @@ from jax import lax
 from betarank.objectives import collectives
 from betarank.objectives.kernels import top_k_tpu, top_k_triton
 
-BLOCK = 128  # consecutive logits of which the first round compares only the largest; the lanes of a TPU
+BLOCK = 128  # the first round compares the maxima of blocks of so many logits; a TPU has so many lanes
 
 
 def find_head(layout, z_CV, x_C, target_C, shift_C, k):
-  """Finds the top k of the whole vocabulary, ordered as jax.lax.top_k does, and the sum of their exponentials.
+  """Finds the top k of the whole vocabulary, ordered as in jax.lax.top_k, and the sum of their exponentials.
 
   Args:
-    layout: a Layout or None; how the vocabulary is split over devices.
+    layout: a Layout or None; says how the vocabulary is split over devices.
     z_CV: float32 [C, V], this device's logits.
-    x_C, target_C: the targets' ids and logits. A row with a negative id isn't needed; its results are finite but
-      otherwise arbitrary.
+    x_C, target_C: the ids and logits of the targets. A negative id means that the row isn't needed. Its results are
+      then arbitrary finite numbers.
     shift_C: the largest logit of the whole vocabulary.
     k: the size of the top k.
 
   Returns:
-    (value_C, last_id_C, head_sum_C): the top k are the logits above the value, and those equal to it whose id is
-    at most last_id; head_sum is the sum of exp(z - shift) over the top k without the target.
+    (value_C, last_id_C, head_sum_C). The top k are all logits above the value, and those equal to it whose id is at
+    most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
   """
   split = collectives.splits_vocab(layout)
 
@@ -47,10 +47,12 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
 
 
 def top_k(z_CV, k):
-  """Returns `jax.lax.top_k(z_CV, k)`: values and int32 ids [C, min(k, V)], largest first, ties to the lower id.
+  """Returns `jax.lax.top_k(z_CV, k)`: values and int32 ids [C, min(k, V)], largest first, equal logits by lower id
+  first.
 
-  The top k lie in the k blocks of consecutive logits with the largest maxima, because those k maxima come before any
-  logit of another block. Blocks are kept in the order of their ids, so ties go to the lower id in both rounds.
+  The logits are divided into blocks. The top k lie in the k blocks with the largest maxima, because these k maxima come
+  before any logit of another block. The blocks are kept in the order of their ids, so equal logits are ordered by id in
+  both rounds.
   """
   tokens, vocab = z_CV.shape
   blocks = -(-vocab // BLOCK)
@@ -66,9 +68,9 @@ def top_k(z_CV, k):
 
 
 def _isolated_top_k(array, k):
-  """Returns lax.top_k(array, k) behind optimization barriers, with 0.0 and -0.0 as equal."""
+  """Returns lax.top_k(array, k) behind optimization barriers, treating 0.0 and -0.0 as equal."""
   # Without a barrier, a later slice of the result makes XLA's CPU backend sort the whole row (jax 0.10). There are two
-  # barriers because one over the pair aborts the compiler when it partitions the program.
-  # lax.top_k puts 0.0 before -0.0, but all comparisons in this package take them as equal.
+  # barriers because one for the pair makes the compiler abort when it partitions the program.
+  # lax.top_k puts 0.0 before -0.0, but all comparisons in this package treat them as equal.
   value, position = lax.top_k(jnp.where(array == 0, 0.0, array), k)
   return lax.optimization_barrier(value), lax.optimization_barrier(position)

@@ -1,1 +1,1 @@
-"""Reinforcement learning with verifiable rewards. `betarank rl` runs loop.py: sample, judge, advantage, update."""
+"""Reinforcement learning with verifiable rewards. loop.py runs it: sample, judge, compute advantages, update."""

@@ -1,9 +1,10 @@
-"""Computes the advantage of each sample over its group: ten-line pure functions, each with its source.
+"""Computes the advantage of each sample relative to the other samples of its prompt.
 
-All take rewards_PG float32 and valid_PG bool: samples whose verdict is undecided are not valid. They count in
-no mean and get advantage 0; NaN in their place does no harm. A group whose valid rewards are all equal, or
-with fewer than two of them, holds no comparison and gets exactly 0. `w_reinforce` alone compares nothing, so
-there a group that agrees keeps its signal.
+Every function takes rewards_PG (float32) and valid_PG (bool) and returns float32 [P, G]. A sample is invalid if its
+verdict is undecided. Invalid samples are left out of all means and get advantage 0, even if their reward is NaN.
+
+A group has no signal if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of
+such a group get exactly 0. The exception is `w_reinforce`, which doesn't compare samples with each other.
 """
 # P prompts  G samples of one prompt (a group)
 
@@ -17,9 +18,13 @@ from betarank.configs.settings import default
 
 
 def grpo(rewards_PG, valid_PG, *, ddof=1, eps=1e-6):
-  """A = (r - mean) / (std + eps) of the group. Source: GRPO, arXiv 2402.03300 sec. 4.1.2.
+  """Computes how many standard deviations each reward lies above the mean of its group.
 
-  The paper doesn't say which std. ddof=1 divides by n - 1 as verl, TRL and tunix do, ddof=0 by n.
+      A = (r - mean) / (std + eps)
+
+  ddof: 1 divides the variance by n - 1, as verl, TRL and tunix do; 0 divides it by n. The paper doesn't specify it.
+
+  Source: GRPO, arXiv 2402.03300 sec. 4.1.2.
   """
   centred_PG, n_P1 = _centred(rewards_PG, valid_PG)
   variance_P1 = jnp.sum(centred_PG**2, -1, keepdims=True) / jnp.maximum(n_P1 - ddof, 1)
@@ -27,27 +32,38 @@ def grpo(rewards_PG, valid_PG, *, ddof=1, eps=1e-6):
 
 
 def dr_grpo(rewards_PG, valid_PG):
-  """A = r - mean of the group: no division by std, which favours prompts of extreme pass rate.
+  """Computes how much each reward exceeds the mean of its group.
 
-  Source: Dr. GRPO, arXiv 2503.20783 sec. 3. Its other half is policy_losses' 'constant' aggregation.
+      A = r - mean
+
+  Unlike GRPO it doesn't divide by the standard deviation, because that gives more weight to prompts with an extreme
+  pass rate. Source: Dr. GRPO, arXiv 2503.20783 sec. 3. The paper's second change is the aggregation 'constant' of
+  policy_losses.py.
   """
   return _centred(rewards_PG, valid_PG)[0]
 
 
 def rloo(rewards_PG, valid_PG):
-  """A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean). Source: RLOO, arXiv 2402.14740."""
+  """Computes how much each reward exceeds the mean of the other rewards in its group (leave one out).
+
+      A_i = r_i - mean of the others = n / (n - 1) * (r_i - mean)
+
+  Source: RLOO, arXiv 2402.14740.
+  """
   centred_PG, n_P1 = _centred(rewards_PG, valid_PG)
   return centred_PG * n_P1 / jnp.maximum(n_P1 - 1, 1)
 
 
 def pass_at_k(rewards_PG, valid_PG, *, k=4):
-  """Returns the advantage for the joint reward of k samples, which is right if at least one of the k samples is right.
+  """Computes the advantage for Pass@k, the reward of k samples together: 1 if at least one of them is right.
 
-      R = 1 - C(W, k) / C(n, k),  s = sqrt(R (1 - R))       W wrong ones of n: the mean and std of Pass@k
-      right: A = (1 - R) / s      wrong: A = (1 - R - C(W-1, k-1) / C(n-1, k-1)) / s
+      R = 1 - C(W, k) / C(n, k)     the mean of Pass@k, for n valid samples of which W are wrong
+      s = sqrt(R (1 - R))           its standard deviation
+      A = (1 - R) / s                                   for a right sample
+      A = (1 - R - C(W-1, k-1) / C(n-1, k-1)) / s       for a wrong sample
 
-  Rewards count as right above 0.5. With W < k every k samples hold a right one: s = 0, and A is 0. k = 1 is
-  `grpo` with ddof=0, eps=0. Source: Pass@k Training, arXiv 2508.10751, analytical derivation.
+  A reward above 0.5 counts as right. If W < k, any k samples include a right one, so s = 0 and all advantages are 0.
+  With k = 1 this is `grpo` with ddof=0 and eps=0. Source: Pass@k Training, arXiv 2508.10751, analytical derivation.
   """
   right_PG = valid_PG & (jnp.where(valid_PG, rewards_PG, 0) > 0.5)
   n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
@@ -65,10 +81,10 @@ def pass_at_k(rewards_PG, valid_PG, *, k=4):
 
 
 def w_reinforce(rewards_PG, valid_PG, *, positive_weight=0.1):
-  """A = positive_weight for a right sample, -1 for a wrong one, whatever its siblings are.
+  """Gives every right sample the advantage `positive_weight`, and every wrong one -1. Other samples don't matter.
 
-  positive_weight=0 is negative reinforcement alone (NSR). Rewards count as right above 0.5. Source: Weighted-
-  REINFORCE, arXiv 2506.01347 sec. 5, where the weight is 0.1.
+  A reward above 0.5 counts as right. positive_weight=0 learns from wrong samples only (the paper's NSR). Source:
+  Weighted-REINFORCE, arXiv 2506.01347 sec. 5, which uses the weight 0.1.
   """
   right_PG = jnp.where(valid_PG, rewards_PG, 0) > 0.5
   return jnp.where(valid_PG, jnp.where(right_PG, jnp.float32(positive_weight), -1), 0)
@@ -81,7 +97,7 @@ ADVANTAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-  """The name of the advantage, and the parameters that some advantages have."""
+  """The name of the advantage function and its parameters. A function ignores the parameters that it doesn't have."""
 
   name: str = default('rl.advantage.name')
   ddof: int = default('rl.advantage.ddof')
@@ -100,7 +116,12 @@ class AdvantageConfig:
 
 
 def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-  """Returns float32 [P, G], as `c` says. Raises ValueError if the shapes aren't equal [P, G], or if G < 2 or G < k."""
+  """Computes the advantages that `c` selects, float32 [P, G].
+
+  Raises:
+    ValueError: the arrays don't have the same shape [P, G], or a group has too few samples (2 for most advantages, also
+      at least k for pass_at_k).
+  """
   rewards_PG, valid_PG = jnp.asarray(rewards_PG, jnp.float32), jnp.asarray(valid_PG, bool)
   if rewards_PG.ndim != 2 or rewards_PG.shape != valid_PG.shape:
     raise ValueError(f'rewards and valid must both be [P, G], got {rewards_PG.shape} and {valid_PG.shape}')
@@ -114,8 +135,9 @@ def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -
 
 
 def has_reward_variance(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-  """Returns bool [P]: True if the group's valid rewards differ. Dynamic sampling keeps only these groups (DAPO,
-  arXiv 2503.14476 sec. 3.2).
+  """Returns bool [P]: True if the group's valid rewards differ.
+
+  Dynamic sampling keeps only these groups (DAPO, arXiv 2503.14476 sec. 3.2).
   """
   high_P = jnp.max(rewards_PG, -1, where=valid_PG, initial=-jnp.inf)
   low_P = jnp.min(rewards_PG, -1, where=valid_PG, initial=jnp.inf)
@@ -123,10 +145,11 @@ def has_reward_variance(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array
 
 
 def _centred(rewards_PG, valid_PG):
-  """Returns (rewards minus their group's mean, n [P, 1] float32); 0 for invalid samples and groups without signal.
+  """Returns each reward minus the mean of its group, and the number of valid samples per group, float32 [P, 1].
 
-  Groups without signal are found by comparing rewards, because the mean of equal numbers can differ from them by
-  rounding, and dividing that difference by a std near 0 would make noise of size one.
+  The difference is exactly 0 for invalid samples and for groups without reward variance. Such groups are found by
+  comparing the rewards themselves: the computed mean of equal numbers can differ from them by a rounding error, and
+  division by a standard deviation near 0 would turn that error into advantages of size one.
   """
   n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
   mean_P1 = jnp.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / jnp.maximum(n_P1, 1)

@@ -1,36 +1,69 @@
-"""betarank rl --config=configs/rl_smoke.py --workdir=DIR --config.train.init_from=PRETRAINED [--config.KEY=VALUE ...]
+"""betarank rl --from=RUN --task=URI [--workdir=DIR] [--config=FILE.py[:ARG]] [--config.KEY=VALUE ...]
 
 Continues a pre-trained model with reinforcement learning on verifiable rewards. Run the same command again to resume.
+The model's settings and its tokenizer come from RUN, a workdir or a checkpoint. URI names the problems, for example
+reasoning:chain_sum or jsonl:FILE (docs/rl.md). Without --config, the settings are those of configs/rl.py.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
+from betarank.configs.errors import ConfigError
+from betarank.configs.parser import Parser, place
+from betarank.configs.terminal import waiting
 from betarank.runtime.flags import add_run_flags
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank rl', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  add_run_flags(parser)
-  config, args = load.from_command_line(parser, argv, settings=settings.RL, configure=_with_model)
+  parser = Parser('betarank rl', __doc__)
+  add_run_flags(parser, workdir_needed=False)
+  parser.add_argument('--from', type=place, dest='source', metavar='RUN',
+                      help='the model to start from, a workdir or a checkpoint; the same as --config.train.init_from')
+  parser.add_argument('--task', metavar='URI', help='the problems; the same as --config.rl.task.uri')
+  config, args = load.from_command_line(
+    parser, argv, settings=settings.RL, configure=_configure, needs_config=False)
+  if not args.workdir:
+    raise ConfigError('betarank rl: missing --workdir')
 
-  from betarank.rl import loop  # only now that the config is known to be good: this starts JAX
-  from betarank.runtime import job
+  with waiting('starting JAX'):
+    from betarank.rl import loop  # imported after the config was checked, because this takes seconds
+    from betarank.runtime import job
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)
 
 
-def _with_model(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config of --config; one without section `model` takes that of the checkpoint it starts from."""
-  config = load.read(args.config)
-  if 'model' not in config and 'train' in config:
-    from betarank.runtime import checkpoint
-    source = overrides.get('train.init_from') or config.train.get('init_from')
-    if source:
-      config.model = ConfigDict(checkpoint.read_meta(checkpoint.find(source))['config']['model'])
+def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDict:
+  """Returns the config of --config with what --from and --task say, and with the model of the checkpoint to start from.
+
+  Adds a workdir to `args` if there is none.
+  """
+  for flag, key in (('source', 'train.init_from'), ('task', 'rl.task.uri')):
+    if getattr(args, flag):
+      overrides.setdefault(key, getattr(args, flag))
+  if not args.config and 'train.init_from' not in overrides:
+    raise ConfigError('betarank rl: missing --from=RUN, the model to start from, or --config')
+  config = load.read_stage(args.config or 'configs/rl.py', 'rl')
+  if not args.config:
+    del config.model  # that of the checkpoint is added below
+  source = overrides.get('train.init_from') or config.train.get('init_from')
+  if not source:
+    return config
+  from betarank.runtime import checkpoint
+  from betarank.train import setup
+  from betarank.train.inherit import inherit_model
+
+  if not args.workdir:
+    run = checkpoint.find(source)
+    run = run.parent.parent if run.parent.name == 'checkpoints' else run
+    args.workdir = f'{str(run).rstrip("/")}-rl'
+  trained = setup.parent_meta(epath.Path(args.workdir), source)
+  inherit_model(config, trained, overrides)
+  if not args.config:  # the default is to hold problems out, if the documents of the pre-training left them out
+    left_out = setup.whole_config(trained)['data'].get('held_out_fraction', 0.0)
+    config.rl.task.held_out_fraction = min(config.rl.task.held_out_fraction, left_out)
   return config

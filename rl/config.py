@@ -1,4 +1,4 @@
-"""A whole RL run as one frozen dataclass: the sections it shares with pre-training, and `rl`."""
+"""Defines the settings of an RL run as frozen dataclasses. Section `rl` is defined here; the others are shared."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ ZERO_VARIANCE_GROUPS = ('auto', 'replace', 'keep')
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
-  """Section `rl`: the problems to ask, how answers are sampled and judged, and how the policy learns from them."""
+  """Section `rl`: the problems, how answers are sampled and judged, and how the policy learns from them."""
 
   steps: int
   prompts_per_step: int
@@ -42,11 +42,13 @@ class RlConfig:
   temperature: float
   long_prompts: str
   zero_variance_groups: str
+  repeat_zero_variance: float
   minibatches: int
   microbatches: int
   eval_prompts: int
   eval_samples: int
   eval_tasks: dict[str, str]
+  keep_best: str
   task: TaskConfig
   verifier: VerifierConfig
   code: JailConfig
@@ -83,6 +85,15 @@ class RlConfig:
       if not re.fullmatch(r'[a-z]\w*', name) or name == 'held_out':
         raise ValueError('eval_tasks must have names of lower-case letters, digits and _, other than held_out, got '
                          f'{name!r}')
+    sets = [*(['held_out'] if self.task.held_out_fraction else []), *self.eval_tasks]
+    if self.keep_best and self.keep_best not in sets:
+      raise ValueError('keep_best must be empty or an evaluation set of this run '
+                       f'({", ".join(sets) or "there is none"}), got {self.keep_best!r}')
+    if not 0 < self.repeat_zero_variance <= 1:
+      raise ValueError(f'repeat_zero_variance must be > 0 and at most 1, got {self.repeat_zero_variance}')
+    if self.repeat_zero_variance < 1 and self.task.uri.startswith('reasoning:'):
+      raise ValueError('repeat_zero_variance must be 1 with generated problems, which never come twice, got '
+                       f'{self.repeat_zero_variance}')
     if self.zero_variance_groups not in ZERO_VARIANCE_GROUPS:
       raise ValueError(f'zero_variance_groups must be one of {", ".join(ZERO_VARIANCE_GROUPS)}, got '
                        f'{self.zero_variance_groups!r}')
@@ -92,35 +103,35 @@ class RlConfig:
 
   @property
   def keeps_zero_variance(self) -> bool:
-    """True if groups with equal rewards are learned from, and not replaced."""
+    """Whether groups with equal rewards are kept for the update instead of being replaced by new prompts."""
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'
 
   @property
   def rows(self) -> int:
-    """Samples per update."""
+    """The number of samples per update."""
     return self.prompts_per_step // self.minibatches * self.group_size
 
   def reward_rule(self, step: int) -> RewardRule:
-    """Returns the rule for rewards by answer length that applies in step number `step`."""
+    """Returns the reward rule of step number `step`. Its length limit is that of the step's phase."""
     return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:
-    """Returns the phase that step number `step` (from 1) belongs to."""
+    """Returns the index (from 0) of the phase that step number `step` (from 1) belongs to."""
     return sum(step > end for end in self.phase_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class RlDataConfig:
-  """Section `data`: the tokenizer is all that RL needs of it."""
+  """Section `data`. RL needs only the tokenizer."""
 
   tokenizer: str
 
 
 @dataclasses.dataclass(frozen=True)
 class StartConfig:
-  """Section `train`: the mesh, and the checkpoint to start from."""
+  """Section `train`: the mesh, and the checkpoint that RL starts from."""
 
   mesh: MeshConfig
   init_from: str
@@ -128,13 +139,14 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlLogConfig:
-  """Section `log`: the logs to write, and how often."""
+  """Section `log`: which logs are written, and how often."""
 
   every_steps: int
   eval_every_steps: int
   samples: int
   tensorboard: bool
   profile_steps: str = default('log.profile_steps')
+  wandb: str = default('log.wandb')
 
   def __post_init__(self):
     at_least_one(self, 'every_steps', 'eval_every_steps')
@@ -168,23 +180,23 @@ class RlRun:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """{config key: (rows, microbatches)} for every batch whose rows the mesh splits."""
+    """Maps a config key to (rows, microbatches), for each batch whose rows are split over the mesh."""
     return {'rl.prompts_per_step / rl.minibatches * rl.group_size': (self.rows, self.microbatches),
             'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
 
   @property
   def rows(self) -> int:
-    """Rows per update, over all devices."""
+    """The number of rows per update, over all devices."""
     return self.rl.rows
 
   @property
   def microbatches(self) -> int:
-    """Parts in which the rows of an update are computed."""
+    """The number of parts in which one update is computed."""
     return self.rl.microbatches
 
   @property
   def sequence_length(self) -> int:
-    """Tokens per row of an update, in the phase with the longest answers."""
+    """The number of tokens per row of an update, in the phase with the longest answers."""
     return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens)
 
   @property
@@ -193,10 +205,14 @@ class RlRun:
 
   @property
   def updates(self) -> int:
-    """Optimizer updates in all steps."""
+    """The number of optimizer updates in all steps."""
     return self.rl.steps * self.rl.minibatches
 
 
 def rl_run(config: ConfigDict) -> RlRun:
-  """Returns the checked run. Raises ConfigError, with a one-line message that names the key, if a setting is bad."""
+  """Returns the settings of an RL run, checked.
+
+  Raises:
+    ConfigError: a setting is missing, unknown or invalid. The message names its key.
+  """
   return section(RlRun, config)

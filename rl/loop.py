@@ -1,13 +1,15 @@
-"""Policy gradient on verifiable rewards, top to bottom. A step is four functions, in this order:
+"""Runs RL with verifiable rewards. A step calls four functions, in this order:
 
-    sample_and_judge   draws groups of samples and their verdicts; zero-variance groups are replaced by new prompts
-    minibatches        lays the samples into rows, with their advantages
+    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by new prompts
+    minibatches        computes advantages, and packs the samples into rows
     learn              updates the policy, once per minibatch
-    describe_step      computes the figures that are logged
+    describe_step      computes the figures to log
 
-The paper's recipe by default (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
-samples per prompt at temperature 1, constant learning rate, no KL term. What a step draws depends on (parameters, seed,
-step, prompt numbers) alone, and the checkpoint holds the number of prompts consumed, so a killed run resumes exactly.
+The default is the paper's recipe (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
+samples per prompt at temperature 1, a constant learning rate, and no KL term.
+
+The samples of a step depend only on parameters, seed, step and prompt numbers. The checkpoint holds the number of
+prompts consumed, so a killed run resumes exactly.
 
 # P prompts  G samples per prompt  B = P·G rows  T tokens
 """
@@ -31,42 +33,45 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.rl import policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
-from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack
+from betarank.rl.progress import Progress
+from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack, prompt_tokens
 from betarank.rl.update import cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import checkpoint, job, multihost, workdir
-from betarank.runtime.metrics import Log, duration
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
+from betarank.runtime.metrics import Log
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.runtime.stop import StopSignal
+from betarank.tasks import task_set
 from betarank.tasks.code_jail import Jail
-from betarank.tasks.task_set import TaskSet
+from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train import score, setup
 from betarank.train.config import first_and_last
 from betarank.train.optimizer import make_optimizer
 from betarank.train.sampler import Sampler, SamplerConfig
 
-HELD_OUT_STEP = 2**31  # added to the step number, so that evaluation draws other samples than training
-COV_STREAM = 3  # fold_in(seed, stream, step, update); the sampler has 2
-HIGH_ENTROPY_SHARE = 0.2  # of tokens: where reasoning forks (arXiv 2506.01939)
-SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings that no array's shape shows
+HELD_OUT_STEP = 2**31  # added to the step number, so that evaluation and training use different random numbers
+COV_STREAM = 3  # the random stream of cov_tokens: fold_in(seed, stream, step, update). The sampler uses stream 2.
+HIGH_ENTROPY_SHARE = 0.2  # the share of tokens at which reasoning branches (arXiv 2506.01939)
+SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings that array shapes don't show
 
 
 class RlError(UserError):
-  """The error for failed RL. Its message is one line that names the step and the newest good checkpoint."""
+  """Raised when RL fails. The message is one line that names the step and the newest good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """The objects that the functions of a step share. None of them changes during a run.
+  """The objects that the functions of a step share. They don't change during a run.
 
   Attributes:
-    samplers: one per phase.
+    evaluated: the problems to evaluate on, by name.
+    samplers: one sampler per phase.
     update: see `make_update`.
     log_probabilities: jitted `score.log_probabilities`.
-    rows_by_token, rows: shardings of [B, T] and of [B] arrays.
-    reference: parameters that the KL term refers to, or None.
+    rows_by_token, rows: the shardings of [B, T] and of [B] arrays.
+    reference: the parameters of the KL reference, or None.
   """
 
   run: RlRun
@@ -82,18 +87,30 @@ class Parts:
   reference: Any
 
 
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
+  rl = rl_run(config).rl
+  return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
+
+
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Runs `config` in the workdir `path` to its last step, resuming from the workdir's newest checkpoint if it has one.
+  """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
-  fallback: moves a damaged newest checkpoint aside, and resumes from the newest good one.
+  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good one.
 
-  Returns the figures of the last step. Raises ConfigError, data.DataError or CheckpointError before any device work if
-  something doesn't fit, RlError if the run itself fails.
+  Returns the figures of the last step.
+
+  Raises:
+    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used. Raised before any
+      device work.
+    RlError: the loss or the gradient norm isn't finite.
   """
   run, root = rl_run(config), epath.Path(path)
   rl = run.rl
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
+  check_steps(rl, root)
   setup.check_same_function(run.model, parent, SAME_FUNCTION)
   tokenizer_path = run.data.tokenizer or setup.trained_tokenizer(parent)
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
@@ -107,8 +124,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                       '--config.rl.long_prompts=skip')
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
 
-  # Before any device work: not every system can run programs safely.
-  jail = Jail(rl.code, 'config.rl.code') if rl.task.uri.startswith('code:') else None
+  # Created before any device work, because it fails on systems that can't run programs safely.
+  programs = any(uri.startswith('code:') for uri in (rl.task.uri, *rl.eval_tasks.values()))
+  jail = Jail(rl.code, 'config.rl.code') if programs else None
 
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
@@ -118,10 +136,12 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
     state, start = beginning.state, beginning.step
-    cursor = beginning.cursor['prompts'] if beginning.cursor and start else 0
+    progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
+    if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
+      # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
+      progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard,
-      describe=describe_line)))
+      root, config, start=start, steps=run.steps, describe=describe_figures)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
@@ -129,6 +149,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'no problem',
       'mesh': setup.describe_mesh(mesh),
       'run': setup.describe_length(beginning, run.steps, root)})
+    if start == run.steps:
+      log.say('nothing to do; a larger config.rl.steps continues the run, another --workdir starts a new one')
     parts = Parts(
       run, tokenizer, tasks, evaluated, verifier, make_samplers(run, tokenizer, mesh),
       make_update(run.model, rl.loss, tx, run.microbatches, rl.temperature),
@@ -142,19 +164,21 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     warned: set[str] = set()
 
     if not start:
-      evaluate(parts, state.params, 0, log)
+      progress = evaluate(parts, state.params, progress, 0, log)
+    setup.stopped_before(log, start, stop)
     for step in range(start + 1, run.steps + 1):
       with profile.at(step):
         began = time.perf_counter()
-        kept, seen, cursor = sample_and_judge(parts, state.params, cursor, step)
+        before = progress.prompts
+        kept, seen, progress = sample_and_judge(parts, state.params, progress, step)
         sampled = time.perf_counter()
         state, learned = learn(parts, state, minibatches(parts, kept, step), step)
         ended = time.perf_counter()
       if not all(math.isfinite(learned.get(name, 0.0)) for name in ('policy_loss', 'grad_norm')):
         raise RlError(f'step {step}: loss is {learned["policy_loss"]}, gradient norm {learned["grad_norm"]}; '
-                      f'the last good checkpoint is {checkpoints.path / str(checkpoints.latest)}')
-      last = {**describe_step(learned, kept, seen), 'time/step_s': ended - began, 'time/rollout_s': sampled - began,
-              'time/update_s': ended - sampled,
+                      f'{checkpoints.describe()}')
+      last = {**describe_step(learned, kept, seen, progress.prompts - before), 'time/step_s': ended - began,
+              'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
       history.append(last)
@@ -166,19 +190,21 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
-      if due.evaluate:  # before saving: all that belongs to a step is written before its checkpoint is
-        evaluate(parts, state.params, step, log)
-      if due.save:
+      if due.evaluate:  # before saving, so that a checkpoint exists only if everything else of its step was written
+        progress = evaluate(parts, state.params, progress, step, log)
+      best = progress.best.step if progress.best else None
+      if due.save or best == step:
         log.flush()
-        checkpoints.save(state, {**lineage, 'cursor': {'prompts': cursor}}, step)
+        checkpoints.save(state, {**lineage, 'cursor': progress.cursor()}, step, best)
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps, beginning.parent)
   return last
 
 
 def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sampler]:
-  """Returns the sampler of each phase; they differ in the longest answer."""
+  """Returns one sampler per phase. They differ only in the longest answer."""
   rl = run.rl
   settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True,
                             cache_tokens=rl.cache_tokens)
@@ -189,11 +215,16 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
     raise ConfigError(f'config.rl.{error}') from None
 
 
-def sample_and_judge(parts: Parts, params: Any, cursor: int, step: int) -> tuple[list[Group], list[Group], int]:
-  """Returns (groups to learn from, all groups drawn, number of prompts consumed so far).
+def sample_and_judge(
+  parts: Parts, params: Any, progress: Progress, step: int
+) -> tuple[list[Group], list[Group], Progress]:
+  """Draws and judges the samples of a step.
 
-  Groups whose rewards don't vary are replaced by the next prompts, in `rl.max_resampling_rounds` draws, the first
-  included (dynamic sampling: DAPO, arXiv 2503.14476 section 3.2). Groups are judged while the device draws on.
+  A group whose scores are all equal is replaced by that of the next prompt (dynamic sampling: DAPO, arXiv 2503.14476
+  sec. 3.2). There are at most `rl.max_resampling_rounds` draws, including the first. Groups are judged while the device
+  draws the next ones.
+
+  Returns (groups to learn from, all groups drawn, the progress after them).
   """
   rl, kept, seen = parts.run.rl, [], []
   rule = rl.reward_rule(step)
@@ -201,21 +232,29 @@ def sample_and_judge(parts: Parts, params: Any, cursor: int, step: int) -> tuple
     wanted = rl.prompts_per_step - len(kept)
     if not wanted:
       break
+    asked, progress = progress.next_prompts(
+      parts.tasks, wanted, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
     groups = graded_groups(
-      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, parts.tasks,
-      range(cursor, cursor + wanted), samples=rl.group_size, seed=parts.run.seed, step=step,
-      long_prompts=rl.long_prompts)
-    cursor += wanted
+      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, asked, samples=rl.group_size,
+      seed=parts.run.seed, step=step)
+    progress = progress.recorded(parts.tasks, ((group.cursor, group.has_reward_variance(rule)) for group in groups))
     seen += groups
     kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rule)]
-  return kept, seen, cursor
+  return kept, seen, progress
+
+
+def _is_asked(parts: Parts, task: Task) -> bool:
+  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts."""
+  rl = parts.run.rl
+  return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Minibatch:
-  """The rows of one update, on the devices, and which tokens count.
+  """The rows of one update, on the devices.
 
-  Attributes: as `make_update` names them; counts_BT is also there on the host.
+  Attributes have the meaning they have in `make_update`. counts_BT is bool, True for the tokens of the loss; counted_BT
+  is the same array on the host.
   """
 
   batch: data.Batch
@@ -227,18 +266,22 @@ class Minibatch:
 
 
 def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]:
-  """Returns the rows of each update of a step, with advantages; [] if there is no group to learn from."""
+  """Computes the advantages of a step's groups and packs the samples into rows, one Minibatch per update.
+
+  Returns [] if there is no group to learn from.
+  """
   if not groups:
     return []
   rl = parts.run.rl
   rows = rl.prompts_per_step * rl.group_size
   longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
   needed = max(lengths(groups))
-  length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)  # three shapes at most
+  # Only three lengths are used, so that the update is compiled at most three times.
+  length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)
   out = pack(groups, prompts=rl.prompts_per_step, samples=rl.group_size, length=length,
              rule=rl.reward_rule(step))
   advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
-  # The tokens of a sample that doesn't count are not in the mean either.
+  # Tokens of samples that don't count are left out of the loss's mean too.
   counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
   found = []
   for at in range(0, rows, rl.rows):
@@ -253,14 +296,16 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]
 def learn(
   parts: Parts, state: TrainState, batches: list[Minibatch], step: int
 ) -> tuple[TrainState, dict[str, float]]:
-  """Returns (new state, figures), after one update per minibatch. Without a minibatch the state stays as it is, the
-  optimizer's moments included, and there are no figures.
+  """Updates the policy once per minibatch.
+
+  Returns (new state, figures to log). Without a minibatch, the state (including the optimizer's moments) is returned
+  unchanged, and there are no figures.
   """
   run, rl = parts.run, parts.run.rl
   if not batches:
     return state, {}
   off_policy = rl.minibatches > 1
-  # Before the first update, by the policy that drew the samples: all updates of this step refer to it.
+  # Computed before the first update, with the policy that drew the samples. All updates of this step use these.
   old = [parts.log_probabilities(run.model, state.params, b.batch, b.choices_BTLk)[0]
          if off_policy or rl.loss.cov else None for b in batches]
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), COV_STREAM), step)
@@ -287,8 +332,19 @@ def learn(
   return state, figures
 
 
+def check_steps(rl: RlConfig, root: epath.Path) -> None:
+  """Raises ConfigError if the run in the workdir `root` has already passed the last step of this config."""
+  reached = max(checkpoint.steps(root / 'checkpoints'), default=0)
+  if reached > rl.steps:
+    raise ConfigError(f'config.rl.steps must be at least {reached}, the step that {root} has reached, or choose '
+                      f'another workdir; got {rl.steps}')
+
+
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
-  """Raises ConfigError if held-out problems of this run can be in the documents that its parent was trained on."""
+  """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
+
+  parent: the meta of the checkpoint that the run starts from.
+  """
   documents = setup.whole_config(parent).get('data', {})
   made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
   left_out = documents.get('held_out_fraction', 0.0)
@@ -298,7 +354,7 @@ def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
 
 
 def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
-  """Returns the problems that the policy is evaluated on, by name: those held out of the task, and `rl.eval_tasks`."""
+  """Returns the problem sets to evaluate on, by name: the held-out problems of the task, and `rl.eval_tasks`."""
   rl, found = run.rl, {}
   if rl.task.held_out_fraction:
     found['held_out'] = TaskSet(rl.task, seed=run.seed, split='held_out')
@@ -307,60 +363,81 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
   return found
 
 
-def evaluate(parts: Parts, params: Any, step: int, log: Log) -> None:
-  """Samples the problems of each evaluation set; logs the share of right answers, its standard error, and some texts.
+def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
+  """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
+
+  The score of an answer is 1 if it is right and 0 if it is wrong, or what the user's own reward function returned.
+
+  Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
   """
   for name, tasks in parts.evaluated.items():
-    _evaluate(parts, params, name, tasks, step, log)
+    average = _evaluate(parts, params, name, tasks, step, log)
+    if name == parts.run.rl.keep_best:
+      progress = progress.evaluated(f'eval/{name}/avg_at_{parts.run.rl.eval_samples}', step, average)
+      if progress.best.step == step:
+        log.say(f'  best on {name} so far: ' + (f'step {step}, whose checkpoint is kept' if step else 'the start'))
+  return progress
 
 
-def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> None:
+def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> float:
   run, rl = parts.run, parts.run.rl
+  first = {i: tasks[i] for i in range(min(rl.eval_prompts, tasks.size or rl.eval_prompts))}
   groups = graded_groups(
-    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer, tasks,
-    range(min(rl.eval_prompts, tasks.size or rl.eval_prompts)), samples=rl.eval_samples, seed=run.seed,
-    step=HELD_OUT_STEP + step, long_prompts=rl.long_prompts)
-  rates = [np.mean([v == Verdict.RIGHT for v in group.verdicts if v != Verdict.UNDECIDED] or [0]) for group in groups]
+    parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
+    {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
+    step=HELD_OUT_STEP + step)
+  rates = [np.mean([score for score in group.scores if not math.isnan(score)] or [0]) for group in groups]
+  average = float(np.mean(rates))
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
-    step, name, {f'avg_at_{rl.eval_samples}': float(np.mean(rates)), 'standard_error': error},
-    f'  eval {name}: Avg@{rl.eval_samples} {np.mean(rates):.3f} ± {error:.3f} over {len(groups)} problems')
+    step, name, {f'avg_at_{rl.eval_samples}': average, 'standard_error': error},
+    f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems')
   for group in groups[: run.log.samples]:
     log.sample(step, group.task.prompt, group.texts[0])
+  return average
 
 
-def describe_step(learned: dict[str, float], kept: list[Group], seen: list[Group]) -> dict[str, float]:
-  """Returns a step's figures under the names of the log: those of the update, if there was one, and those of all
-  samples that were drawn, before zero-variance groups were dropped.
+def describe_step(
+  learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int
+) -> dict[str, float]:
+  """Returns the figures of a step, under the names that are logged.
+
+  They are the figures of the update, if there was one, and figures of all samples drawn. The latter include
+  zero-variance groups. `consumed` is the number of prompts that were asked or passed over.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
+  scores = [score for group in seen for score in group.scores]  # NaN where undecided
   samples = [sample for group in seen for sample in group.samples]
   tokens = sum(len(sample.tokens) for sample in samples)
   decided = max(sum(v != Verdict.UNDECIDED for v in verdicts), 1)
   found = {
     **learned,
-    # -log p of a token, by the distribution it was drawn from, is an unbiased estimate of that distribution's entropy.
+    # The mean of -log p over tokens drawn from a distribution is an unbiased estimate of its entropy.
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
-    'pass_rate': sum(v == Verdict.RIGHT for v in verdicts) / decided,
+    'pass_rate': float(np.nansum(scores)) / decided,
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
     'zero_variance_groups': 1 - len(kept) / len(seen),
     'groups_learned_from': float(len(kept)),
+    'prompts_passed_over': float(consumed - len(seen)),
+    'tokens': float(tokens),
     'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),
     'truncated_share': float(np.mean([sample.finish == 'length' for sample in samples])),
   }
   return {f'train/{name}': value for name, value in found.items()}
 
 
-def describe_line(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
-  """Returns the line of a step for a person."""
+def describe_figures(values: dict[str, float]) -> list[str]:
+  """Returns the figures to print for a step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
-  learned = (f'entropy {v["entropy_nats"]:.3f}  |g| {v["grad_norm"]:.2f}  gap {v["sampler_gap_mean"]:.1e}'
-             if 'grad_norm' in v else 'no update: all groups have zero variance')
-  return (f'step {step:>{len(str(steps))}}/{steps}  pass {v["pass_rate"]:.3f}  zero-variance groups '
-          f'{100 * v["zero_variance_groups"]:.0f}%  {learned}  length {v["length_tokens"]:.1f}  truncated '
-          f'{100 * v["truncated_share"]:.0f}%  {v["tokens_per_s"]:,.0f} tok/s drawn  eta {duration(eta_s)}')
+  learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'gap {v["sampler_gap_mean"]:.1e}']
+             if 'grad_norm' in v else ['no update'])
+  return [f'pass {v["pass_rate"]:.3f}', *learned[:1], f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%',
+          *learned[1:], f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
+          f'{v["tokens_per_s"]:,.0f} tok/s drawn']
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:
-  """Returns the weights that the run started from, for the KL term; from disk, as the state moves away from them."""
+  """Reads the weights that the run started from, for the KL term. They are read from disk, because the state
+  changes.
+  """
   return checkpoint.restore_weights(epath.Path(parent), abstract_state(run.model, tx, mesh).params)[0]

@@ -1,13 +1,16 @@
-"""Computes token losses of policy-gradient RL: arrays in, arrays out, and gradients through `logp_BT` alone.
+"""Computes the token losses of policy-gradient RL. All functions are pure; gradients flow through `logp_BT` only.
 
-    token loss -> x truncated importance weight -> + KL -> (total, count) -> total / count of the whole batch
+The loss of a batch is built in this order:
 
-Row b holds one sample; mask_BT is true at its sampled tokens, end of text included, and false at the prompt,
-at padding, and all along a row whose verdict is undecided. Values outside the mask, NaN included, change
-neither loss nor gradient. All log-probabilities come from the one scorer (objectives.shaped_linear_loss), at
-the sampling temperature; everything here is float32 and in nats.
+    loss of each token, times truncated importance weight, plus KL term -> (total, count) -> total / count
 
-Sums and counts are returned separately and divided once, so microbatches, padding and devices can't matter.
+Row b holds one sample. mask_BT is true at sampled tokens, including the end-of-text token. It is false at the prompt,
+at padding, and in the whole row if the verdict is undecided. Values outside the mask, even NaN, change neither the
+loss nor its gradient. All log-probabilities come from the same function (objectives.shaped_linear_loss), at the
+sampling temperature. Everything is float32, in nats.
+
+Sums and counts are returned separately and divided once at the end. So the result doesn't depend on microbatches,
+padding or the number of devices.
 """
 # B rows (samples)  T tokens
 
@@ -25,35 +28,37 @@ _MOST_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square i
 
 
 class TokenLoss(NamedTuple):
-  """The loss of each token. Arrays are [B, T], and 0 or False outside the mask."""
+  """The loss of each token. All arrays are [B, T], and 0 or False outside the mask."""
 
   loss_BT: jax.Array  # float32, to be minimised
-  ratio_BT: jax.Array  # float32, no gradient: pi / pi_old, of the whole sequence for gspo
-  clipped_BT: jax.Array  # bool: clipping has changed this token's gradient
+  ratio_BT: jax.Array  # float32, no gradient: pi / pi_old of the token; for gspo, of the whole sequence
+  clipped_BT: jax.Array  # bool: True if clipping changed this token's gradient
 
 
 def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, eps_high=0.28, dual_clip=0.0):
-  r"""PPO's clipped surrogate with a wider upper side.
+  """Computes PPO's clipped loss, with separate limits for the ratio below and above 1.
 
       L = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   r = exp(logp - old_logp)
 
-  eps_low = eps_high is PPO (arXiv 1707.06347 eq. 7); with old_logp = logp it is REINFORCE. Source: DAPO,
-  arXiv 2503.14476 sec. 3.1.
+  A wider upper limit lets unlikely tokens gain probability faster. With eps_low = eps_high this is PPO (arXiv
+  1707.06347 eq. 7). With old_logp = logp its gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
 
-  dual_clip: where A < 0 and r > dual_clip, the loss is -dual_clip A, without a gradient, so that one token whose
-  probability has grown can't dominate the batch; 0 for no limit. Source: arXiv 1912.09729 sec. 3.3.
+  dual_clip: limits the loss of a token with A < 0 whose probability has grown a lot, so that it can't dominate the
+  batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv 1912.09729
+  sec. 3.3.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   return _clipped(_ratio(logp_BT, old_logp_BT), advantages_BT, mask_BT, eps_low, eps_high, dual_clip)
 
 
 def cispo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=1.0, eps_high=4.0):
-  r"""Clips the importance weight, not the update: no token loses its gradient.
+  """Computes a REINFORCE loss with a clipped importance weight. Unlike in PPO, clipped tokens keep a gradient.
 
-      L = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp
+      L = -sg(clip(r, 1 - eps_low, 1 + eps_high)) A logp,   r = exp(logp - old_logp)
 
-  eps_low = 1 is no lower limit, as in the source, which leaves eps_high open; a weight of at most 5 is what
-  ScaleRL (arXiv 2510.13786) settled on. Source: CISPO in MiniMax-M1, arXiv 2506.13585 sec. 3.1.
+  sg stops the gradient. eps_low = 1 means no lower limit, as in the source. The source doesn't give eps_high; the
+  default limits the weight to 5, the value that ScaleRL (arXiv 2510.13786) chose. Source: CISPO in MiniMax-M1, arXiv
+  2506.13585 sec. 3.1.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   ratio_BT = sg(_ratio(logp_BT, old_logp_BT))
@@ -62,17 +67,19 @@ def cispo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=1.0, eps_high
 
 
 def gspo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=3e-4, eps_high=4e-4):
-  r"""One ratio for the whole sequence: s = exp(mean_t(logp - old_logp)), clipped as a whole.
+  """Computes PPO's clipped loss with one ratio per sequence, the geometric mean of its tokens' ratios.
 
-      L_t = -min(s_t A, clip(s_t, 1 - eps_low, 1 + eps_high) A),   s_t = sg(s) exp(logp - sg(logp))
+      s = exp(mean_t(logp - old_logp)),   s_t = sg(s) exp(logp - sg(logp))
+      L_t = -min(s_t A, clip(s_t, 1 - eps_low, 1 + eps_high) A)
 
-  Averaged over a row ('sequence_mean') its gradient is that of -min(s A, clip(s) A). Source: GSPO, arXiv
-  2507.18071 sec. 4.1, in the token form of sec. 4.3; the limits are those of sec. 5.1.
+  s_t has the value of s, and its gradient is that of one token. sg stops the gradient. The mean of L_t over a row
+  (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071 sec. 4.1, in
+  the token form of sec. 4.3; the default limits are those of sec. 5.1.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   tokens_B1 = jnp.maximum(jnp.sum(mask_BT, -1, keepdims=True), 1)
   mean_B1 = sg(jnp.sum(logp_BT - old_logp_BT, -1, keepdims=True) / tokens_B1)
-  # Two factors: added up inside one exp, a mean of 1e-4 would drown in the rounding of logp.
+  # The product of two exp, because inside one exp a mean of 1e-4 would be lost to the rounding of logp.
   ratio_BT = _ratio(mean_B1, 0.0) * jnp.exp(logp_BT - sg(logp_BT))
   return _clipped(ratio_BT, advantages_BT, mask_BT, eps_low, eps_high)
 
@@ -81,7 +88,10 @@ POLICY_LOSSES = {'clip_higher': clip_higher, 'cispo': cispo, 'gspo': gspo}
 
 
 def _at_mask(mask_BT, *arrays):
-  """Returns the arrays with 0 outside the mask. Needed before any arithmetic: NaN times 0 is NaN, also in gradients."""
+  """Returns the arrays as float32, with 0 outside the mask.
+
+  This must happen before any arithmetic: NaN times 0 is NaN, in gradients too.
+  """
   return tuple(jnp.where(mask_BT, jnp.asarray(array, jnp.float32), 0) for array in arrays)
 
 
@@ -92,7 +102,7 @@ def _ratio(logp_BT, old_logp_BT):
 def _clipped(ratio_BT, advantages_BT, mask_BT, eps_low, eps_high, dual_clip=0.0):
   plain_BT = -ratio_BT * advantages_BT
   clipped_BT = -jnp.clip(ratio_BT, 1 - eps_low, 1 + eps_high) * advantages_BT
-  # where, not maximum: at a tie, such as a ratio of exactly 1, maximum would halve the gradient between both
+  # jnp.maximum would halve the gradient at a tie, for example at a ratio of exactly 1.
   is_clipped_BT = clipped_BT > plain_BT
   loss_BT = jnp.where(is_clipped_BT, sg(clipped_BT), plain_BT)
   if dual_clip:
@@ -109,31 +119,40 @@ def _token_loss(loss_BT, ratio_BT, clipped_BT, mask_BT):
 def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.0):
   """Returns min(pi_old / pi_sampler, cap) per token, float32 [B, T], without a gradient, 0 outside the mask.
 
-  The samples come from the sampler's distribution, which can differ numerically from the trainer's at equal
-  weights. Source: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", F. Yao et al.
-  2025; verl's rollout correction, whose default cap is 2.
+  The weight corrects for numerical differences between sampler and trainer, which exist even at equal weights. Source:
+  "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", F. Yao et al. 2025. The default cap is that
+  of verl's rollout correction.
   """
   old_logp_BT, sampler_logp_BT = _at_mask(mask_BT, old_logp_BT, sampler_logp_BT)
   return sg(jnp.where(mask_BT, jnp.minimum(_ratio(old_logp_BT, sampler_logp_BT), cap), 0))
 
 
-# Estimators of KL(pi || ref) from samples of pi, float32 [B, T] and 0 outside the mask, and their gradients.
-# Source: J. Schulman, "Approximating KL Divergence"; gradients: arXiv 2506.09477. With d = logp - ref_logp:
+# Three estimators of KL(pi || ref) from samples of pi. Each returns float32 [B, T], 0 outside the mask.
+# d = logp - ref_logp. Sources: J. Schulman, "Approximating KL Divergence"; for the gradients, arXiv 2506.09477.
 
 
 def kl_k1(logp_BT, ref_logp_BT, mask_BT):
-  """Returns d: unbiased, can be negative. Its gradient has mean 0, so it is noise as a loss. For logging."""
+  """Estimates KL(pi || ref) as d = logp - ref_logp, which is unbiased but can be negative.
+
+  Use it for logging only. As a loss its gradient has mean 0, so it would only add noise.
+  """
   logp_BT, ref_logp_BT = _at_mask(mask_BT, logp_BT, ref_logp_BT)
   return logp_BT - sg(ref_logp_BT)
 
 
 def kl_k2(logp_BT, ref_logp_BT, mask_BT):
-  """Returns d^2 / 2: biased, but on-policy its gradient is that of KL(pi || ref). Use this estimator as a loss."""
+  """Estimates KL(pi || ref) as d^2 / 2 with d = logp - ref_logp, which is biased.
+
+  Use it as a loss: on-policy, its gradient is that of KL(pi || ref).
+  """
   return 0.5 * kl_k1(logp_BT, ref_logp_BT, mask_BT) ** 2
 
 
 def kl_k3(logp_BT, ref_logp_BT, mask_BT):
-  """Returns exp(-d) - 1 + d: unbiased and >= 0, but its gradient is that of the other direction, KL(ref || pi)."""
+  """Estimates KL(pi || ref) as exp(-d) - 1 + d with d = logp - ref_logp, which is unbiased and never negative.
+
+  As a loss, its gradient is that of KL(ref || pi), with the arguments exchanged.
+  """
   d_BT = kl_k1(logp_BT, ref_logp_BT, mask_BT)
   return jnp.expm1(-jnp.clip(d_BT, -_MOST_LOG_RATIO, _MOST_LOG_RATIO)) + d_BT
 
@@ -141,12 +160,15 @@ def kl_k3(logp_BT, ref_logp_BT, mask_BT):
 KL_ESTIMATORS = {'k1': kl_k1, 'k2': kl_k2, 'k3': kl_k3}
 
 
-# Which tokens lower the entropy most: chosen once over the whole batch, from old log-probabilities, so that
-# microbatches of an update see parts of one choice. Source: arXiv 2505.22617 sec. 4.2 (Clip-Cov, KL-Cov).
+# Clip-Cov and KL-Cov select the tokens that lower the entropy most. They select from the whole batch at once, by the
+# old log-probabilities, so the number of microbatches doesn't change the selection. Source: arXiv 2505.22617 sec. 4.2.
 
 
 def token_covariance(old_logp_BT, advantages_BT, mask_BT):
-  """Returns (logp - mean logp) (A - mean A), with means over all tokens in the mask; float32 [B, T], 0 elsewhere."""
+  """Returns each token's contribution to the covariance of log-probability and advantage, float32 [B, T].
+
+  It is (logp - mean logp) (A - mean A), with means over all tokens in the mask, and 0 outside the mask.
+  """
   logp_BT, advantages_BT = sg(_at_mask(mask_BT, old_logp_BT, advantages_BT))
   tokens = jnp.maximum(jnp.sum(mask_BT), 1)
   covariance_BT = (logp_BT - logp_BT.sum() / tokens) * (advantages_BT - advantages_BT.sum() / tokens)
@@ -154,10 +176,16 @@ def token_covariance(old_logp_BT, advantages_BT, mask_BT):
 
 
 def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4, low=1.0, high=5.0):
-  """Returns bool [B, T]: tokens to remove from the gradient, drawn from the tokens with covariance in (low, high).
+  """Selects the tokens that Clip-Cov removes from the gradient: a random part of those with a covariance in (low,
+  high).
 
-  noise_BT: float [B, T] in [0, 1), drawn by the caller from (seed, step, sample): the lowest ones are chosen.
-  At most share of all tokens, but one if there is a candidate.
+  Args:
+    old_logp_BT, advantages_BT, mask_BT: as in `policy_loss`.
+    noise_BT: float [B, T] in [0, 1), drawn by the caller. Candidates with the lowest values are selected.
+    share: the largest number selected, as a share of all tokens. At least one is selected if there is a candidate.
+    low, high: the limits of the covariance.
+
+  Returns bool [B, T].
   """
   covariance_BT = token_covariance(old_logp_BT, advantages_BT, mask_BT)
   candidates_BT = mask_BT & (covariance_BT > low) & (covariance_BT < high)
@@ -165,12 +193,17 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 
 
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
-  """Returns bool [B, T]: the `share` of tokens with the highest covariance, at least one token, to get a KL penalty."""
+  """Selects the tokens that get KL-Cov's penalty: the `share` of tokens with the highest covariance, at least one.
+
+  Returns bool [B, T].
+  """
   return _highest(token_covariance(old_logp_BT, advantages_BT, mask_BT), mask_BT, jnp.sum(mask_BT), share)
 
 
 def _highest(score_BT, candidates_BT, tokens, share):
-  """Returns the max(1, floor(share * tokens)) candidates of highest score, including all ties for the last place."""
+  """Selects the max(1, floor(share * tokens)) candidates with the highest score. Ties for the last place are all
+  selected.
+  """
   score_BT = jnp.where(candidates_BT, score_BT, -jnp.inf)
   k = jnp.maximum(jnp.floor(share * tokens).astype(jnp.int32), 1)
   return candidates_BT & (score_BT >= jnp.sort(score_BT.reshape(-1))[-k])
@@ -180,13 +213,20 @@ AGGREGATIONS = ('token_mean', 'sequence_mean', 'constant')
 
 
 def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
-  """Returns (total, count): float32 sum and int32 count. Add both over microbatches, then divide once.
+  """Sums the token losses of a batch, with the weights that `aggregation` gives to tokens.
 
-    token_mean     every token of the batch weighs the same (DAPO, arXiv 2503.14476 sec. 3.3)
-    sequence_mean  every sample weighs the same, its tokens 1 / length (GRPO; favours short right answers)
-    constant       a sample's sum over `constant` tokens, whatever its length (Dr. GRPO, arXiv 2503.20783)
+  Args:
+    loss_BT, mask_BT: [B, T].
+    aggregation: one of
+      'token_mean': every token of the batch has the same weight (DAPO, arXiv 2503.14476 sec. 3.3).
+      'sequence_mean': every sample has the same weight, and so each of its tokens 1 / length (GRPO). This favours
+        right answers that are short.
+      'constant': the sum over a sample's tokens is divided by `constant`, whatever its length (Dr. GRPO, arXiv
+        2503.20783).
+    constant: a number of tokens.
 
-  Rows without a masked-in token count for nothing.
+  Returns (total, count): a float32 sum, and the int32 number to divide it by. Add both over microbatches, then divide
+  once. Rows without a token in the mask add nothing to either.
   """
   loss_BT = jnp.where(mask_BT, loss_BT, 0)
   if aggregation == 'token_mean':
@@ -198,7 +238,7 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-  """The name of the loss and its parameters. The defaults are the paper's if it gives them, else DAPO's."""
+  """The name of the loss, and its parameters. Defaults are the paper's where it states them, otherwise DAPO's."""
 
   name: str = default('rl.loss.name')
   eps_low: float = default('rl.loss.eps_low')
@@ -248,19 +288,24 @@ def policy_loss(
   c: PolicyLossConfig, logp_BT, old_logp_BT, advantages_BT, mask_BT, *,
   sampler_logp_BT=None, ref_logp_BT=None, cov_tokens_BT=None,
 ):
-  """Returns the whole loss that `c` describes, as (total, count, sums); see `aggregate` and `means`.
+  """Computes the whole loss that `c` describes.
 
   Args:
-    logp_BT: [B, T] float, log-probabilities that gradients flow through.
-    old_logp_BT: [B, T] float, the trainer's at the weights that sampled; `stop_gradient(logp_BT)` on-policy.
+    c: the loss and its parameters.
+    logp_BT: [B, T] float, log-probabilities of the current policy; gradients flow through them.
+    old_logp_BT: [B, T] float, the trainer's log-probabilities at the weights that drew the samples. On-policy, pass
+      `stop_gradient(logp_BT)`.
     advantages_BT: float, of shape [B, T] or [B, 1].
     mask_BT: [B, T] bool.
-    sampler_logp_BT: [B, T] float as the sampler saw them; None: no weight, and no gap among the sums.
-    ref_logp_BT: [B, T] float of the reference, needed with a kl_weight.
-    cov_tokens_BT: [B, T] bool from `clip_cov_tokens` or `kl_cov_tokens` of the whole batch, needed with cov.
+    sampler_logp_BT: [B, T] float, log-probabilities computed by the sampler. None: no importance weight is applied, and
+      the sampler gap isn't measured.
+    ref_logp_BT: [B, T] float, log-probabilities of the KL reference. Required if c.kl_weight > 0.
+    cov_tokens_BT: [B, T] bool, from `clip_cov_tokens` or `kl_cov_tokens` of the whole batch. Required if c.cov is set.
+
+  Returns (total, count, sums): the loss is total / count, see `aggregate`; `means` turns sums into figures to log.
 
   Raises:
-    ValueError: an array that `c` needs is missing, or has another shape.
+    ValueError: an array that `c` requires is missing, or an array has the wrong shape.
   """
   shapes = {'logp_BT': logp_BT, 'old_logp_BT': old_logp_BT, 'sampler_logp_BT': sampler_logp_BT,
             'ref_logp_BT': ref_logp_BT, 'cov_tokens_BT': cov_tokens_BT}
@@ -297,14 +342,16 @@ def policy_loss(
       sums |= {'weight': jnp.sum(weight_BT), 'weight_squared': jnp.sum(weight_BT**2)}
   if c.kl_weight:
     kl_BT = KL_ESTIMATORS[c.kl](logp_BT, ref_logp_BT, mask_BT)
-    # The samples are of the old policy: off-policy, the estimate needs their importance weight. On-policy it is 1.
+    # The samples were drawn by the old policy, so the estimate needs an importance weight. On-policy it is 1.
     loss_BT += c.kl_weight * sg(token_ratio_BT) * kl_BT
     sums['kl'] = sg(jnp.sum(kl_BT))
   return *aggregate(loss_BT, mask_BT, c.aggregation, constant=c.constant), sums
 
 
 def _check_shapes(shape, advantages_BT, arrays):
-  """Raises ValueError, naming the array, for a shape that would broadcast instead of matching the mask's [B, T]."""
+  """Raises ValueError if an array doesn't have the mask's shape [B, T]. Without this check it could broadcast
+  silently.
+  """
   if len(shape) != 2:
     raise ValueError(f'mask_BT must be [B, T], got {shape}')
   if jnp.shape(advantages_BT) not in (shape, (shape[0], 1)):
@@ -315,16 +362,18 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """Returns the sums of two parts of a batch, added. Of sums named `_max` the larger one is returned."""
+  """Adds the sums of two parts of a batch. For names that end in `_max` it takes the larger value instead."""
   return {name: jnp.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 
 def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:
-  """Returns the figures to log, from the sums of a whole batch: per token, scalar float32. All are 0 without tokens."""
+  """Computes the figures to log from the sums of a whole batch: scalar float32 means per token, 0 if there are no
+  tokens.
+  """
   tokens = jnp.maximum(sums['tokens'], 1)
   out = {'ratio_mean': sums['ratio'] / tokens, 'clip_fraction': sums['clipped'] / tokens}
   if 'gap' in sums:
-    # |exp(dlogp) - 1|, of trainer and sampler at the same weights
+    # |exp(difference of logp) - 1| between trainer and sampler, at the same weights
     out |= {'sampler_gap_mean': sums['gap'] / tokens, 'sampler_gap_max': sums['gap_max']}
   if 'weight' in sums:  # Kish's effective sample size as a share of the tokens: 1 if all weigh the same
     squares = jnp.where(sums['weight_squared'] > 0, sums['weight_squared'], 1)

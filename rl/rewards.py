@@ -1,7 +1,7 @@
-"""Computes rewards from verdicts, and finds groups whose scores are all equal.
+"""Computes the rewards of samples, and finds groups whose scores are all equal.
 
-A sample's score is 1 if its answer is right and 0 if it is wrong, or what the user's own reward function returned. The
-rules here add what its length is worth.
+The score of a sample is 1 for a right answer and 0 for a wrong one, or the result of the user's reward function. The
+reward is the score after the rules for the answer's length.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from betarank.train.sampler import Sample
 
 @dataclasses.dataclass(frozen=True)
 class RewardRule:
-  """The rule by which the length of an answer changes its reward.
+  """Says how the length of an answer changes its reward.
 
   Attributes:
-    truncated_reward: the treatment of a wrong answer that was cut off at the length limit: 'zero' for reward 0, or
-      'masked' to leave the answer out of the loss (overlong filtering).
+    truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' gives it reward 0;
+      'masked' leaves it out of the loss (overlong filtering).
     longest: the length limit, in tokens.
-    overlong_buffer: the last so many tokens before the limit cost a soft penalty; 0 for none.
+    overlong_buffer: the number of tokens before the limit in which the reward falls gradually; 0 for no penalty.
   """
 
   truncated_reward: str
@@ -27,7 +27,10 @@ class RewardRule:
   overlong_buffer: int = 0
 
   def penalty(self, tokens: int) -> float:
-    """Returns 0 down to -1, linearly over the buffer: the soft overlong punishment of DAPO, arXiv 2503.14476 eq. 13."""
+    """Returns the penalty for an answer's length: 0 before the buffer, falling linearly to -1 at the limit.
+
+    Source: the soft overlong punishment of DAPO, arXiv 2503.14476 eq. 13.
+    """
     if not self.overlong_buffer:
       return 0.0
     return -min(max(tokens - (self.longest - self.overlong_buffer), 0) / self.overlong_buffer, 1.0)
@@ -36,7 +39,11 @@ class RewardRule:
 def rewards(
   rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]
 ) -> tuple[list[float], list[bool]]:
-  """Returns (reward, whether it counts) of each sample. An undecided one never counts."""
+  """Computes the reward of each sample, and whether the sample counts. Undecided samples never count; their reward is
+  0.
+
+  Returns (rewards, valid), two lists as long as `samples`.
+  """
   valid = [verdict != Verdict.UNDECIDED and (
     rule.truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
     for verdict, sample in zip(verdicts, samples)]
@@ -46,8 +53,10 @@ def rewards(
 
 
 def vary(rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> bool:
-  """Returns whether the scores of a group's valid samples differ. Penalties for length don't count: a group that is
-  right, or wrong, throughout is replaced by dynamic sampling whatever its lengths.
+  """Returns whether the scores of a group's valid samples differ.
+
+  Length penalties are ignored here. So dynamic sampling replaces a group whose answers are all right, or all wrong,
+  whatever their lengths.
   """
   _, valid = rewards(rule, scores, verdicts, samples)
   return len({score for score, counts in zip(scores, valid) if counts}) > 1

@@ -1,10 +1,10 @@
-"""Turns prompts into graded groups of samples, and groups into the arrays that an update takes.
+"""Samples and judges groups of answers, and packs groups into the arrays that an update takes.
 
-# P prompts  G samples of each  B = P·G rows  T tokens
+# P prompts  G samples per prompt  B = P·G rows  T tokens
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,74 +17,81 @@ from betarank.tasks.task_set import Task, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
 
-_NOT_MINE = min(Verdict) - 1  # a verdict that another process gives
+_NOT_MINE = min(Verdict) - 1  # placeholder for the verdicts that other processes compute
 
 
 class Group(NamedTuple):
-  """A prompt's samples with their verdicts."""
+  """The samples of one prompt, with their verdicts."""
 
-  cursor: int  # which prompt of the run
+  cursor: int  # the number of the prompt in the run
   task: Task
   prompt: list[int]  # tokens, BOS first
   samples: list[Sample]
   texts: list[str]
   verdicts: list[Verdict]
-  scores: list[float]  # 1 if right else 0, or what a reward function of the user's own returned; NaN if undecided
+  scores: list[float]  # 1 if right else 0, or the result of the user's reward function; NaN if undecided
 
   def rewards(self, rule: RewardRule) -> tuple[list[float], list[bool]]:
-    """Returns (reward, whether it counts) of each sample; see rl/rewards.py."""
+    """Returns two lists: the reward of each sample, and whether the sample counts. See rl/rewards.py."""
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
   def has_reward_variance(self, rule: RewardRule) -> bool:
-    """Returns whether the samples' scores differ. If they don't, most advantages are 0 for every sample."""
+    """Returns whether the scores of the valid samples differ. If not, most advantage functions give all samples 0."""
     return vary(rule, self.scores, self.verdicts, self.samples)
 
 
 def graded_groups(
-  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, tasks: TaskSet, cursors: range, *, samples: int,
-  seed: int, step: int, long_prompts: str = 'refuse'
+  sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
+  seed: int, step: int
 ) -> list[Group]:
-  """Returns the groups of the prompts number `cursors` of the run, sampled and judged, in that order.
+  """Samples and judges the answers to prompts. Returns one group per prompt, in the order of `asked`.
 
-  A pure function of its arguments, but for verdicts that a deadline leaves undecided. Groups are judged while the
-  device draws the next ones. Several processes draw together, judge a share of the groups each, and get all of them.
-  long_prompts: 'skip' leaves out prompts that are too long for the sampler; 'refuse' raises DataError for one.
+  Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together;
+  each judges a share of the groups, and all get the verdicts of all. The result is a pure function of the arguments,
+  except for verdicts that stay undecided because of a deadline.
+
+  Args:
+    asked: {number of the prompt: task}. The number selects the random numbers, together with `seed` and `step`.
+    samples: the group size.
+
+  Raises:
+    DataError: a prompt is too long for the sampler.
   """
-  prompts = {}
-  for cursor in cursors:
-    task = tasks.at(cursor)
-    tokens = prompt_tokens(tokenizer, task)
-    if len(tokens) <= sampler.s.max_prompt_tokens:
-      prompts[cursor] = (task, tokens)
-    elif long_prompts == 'refuse':
-      raise DataError(f'{task.id}: its prompt has {len(tokens)} tokens, more than config.rl.max_prompt_tokens = '
-                      f'{sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip leaves such prompts out')
-  drawn_groups, verdict_PG = {}, np.full((len(cursors), samples), _NOT_MINE, np.int32)
-  score_PG = np.full((len(cursors), samples), -np.inf, np.float32)
-  asked = [Prompt(cursor, tokens) for cursor, (_, tokens) in prompts.items()]
-  for n, drawn in enumerate(sampler(params, asked, samples=samples, seed=seed, step=step)):
-    cursor = drawn[0].prompt_id
-    task, tokens = prompts[cursor]
+  prompts = [Prompt(number, prompt_tokens(tokenizer, task)) for number, task in asked.items()]
+  for prompt in prompts:
+    if len(prompt.tokens) > sampler.s.max_prompt_tokens:
+      raise DataError(f'{asked[prompt.id].id}: its prompt has {len(prompt.tokens)} tokens, more than '
+                      f'config.rl.max_prompt_tokens = {sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip '
+                      'leaves such prompts out')
+  drawn_P, row = {}, {number: i for i, number in enumerate(asked)}
+  verdict_PG = np.full((len(prompts), samples), _NOT_MINE, np.int32)
+  score_PG = np.full((len(prompts), samples), -np.inf, np.float32)
+  for n, drawn in enumerate(sampler(params, prompts, samples=samples, seed=seed, step=step)):
+    i = row[drawn[0].prompt_id]
     texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
-    drawn_groups[cursor] = (cursor, task, tokens, drawn, texts)
+    drawn_P[i] = (drawn, texts)
     if n % jax.process_count() == jax.process_index():
-      grades = verifier.grade([(text, task) for text in texts])
-      verdict_PG[cursor - cursors.start] = [grade.verdict for grade in grades]
-      score_PG[cursor - cursors.start] = [grade.reward for grade in grades]
+      grades = verifier.grade([(text, asked[prompts[i].id]) for text in texts])
+      verdict_PG[i] = [grade.verdict for grade in grades]
+      score_PG[i] = [grade.reward for grade in grades]
   verdict_PG = multihost.max_over_processes(verdict_PG)
   score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
   score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
-  return [Group(*drawn_groups[cursor], [Verdict(v) for v in verdicts], scores.tolist())
-          for cursor, verdicts, scores in zip(cursors, verdict_PG, score_PG) if cursor in prompts]
+  return [Group(prompt.id, asked[prompt.id], prompt.tokens, *drawn_P[i], [Verdict(v) for v in verdict_PG[i]],
+                score_PG[i].tolist())
+          for i, prompt in enumerate(prompts)]
 
 
 def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:
-  """Returns the tokens that the model continues: BOS and the task's prompt."""
+  """Returns the tokens that the model continues: BOS, then the task's prompt."""
   return [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]
 
 
 def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
-  """Returns '' if no prompt of a set that ends has more than `longest` tokens, else how many have, and the longest."""
+  """Returns '' if every prompt fits in `longest` tokens; otherwise a sentence that says how many don't.
+
+  Sets of unlimited size aren't checked; for them it returns ''.
+  """
   if tasks.size is None:
     return ''
   lengths = [len(prompt_tokens(tokenizer, tasks[i])) for i in range(tasks.size)]
@@ -94,20 +101,24 @@ def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-  """The arrays [B, T] that an update takes, with rows in groups of G. Empty rows replace groups that dynamic sampling
-  didn't find.
+  """The arrays of one step. Rows of the same group are adjacent.
+
+  If dynamic sampling found fewer groups than wanted, empty rows take the place of the missing ones.
   """
 
   batch: Batch
-  completion_BT: np.ndarray  # bool: the target is a token that was drawn
-  sampler_logp_BT: np.ndarray  # float32, nats; 0 elsewhere
+  completion_BT: np.ndarray  # bool: True where the target is a sampled token
+  sampler_logp_BT: np.ndarray  # float32, nats; 0 where the target isn't a sampled token
   rewards_PG: np.ndarray  # float32
   valid_PG: np.ndarray  # bool
-  choices_BTLk: np.ndarray | None = None  # int16, the experts that the sampler's tokens went to, if it recorded them
+  choices_BTLk: np.ndarray | None = None  # int16: the experts that the sampler used for each token, if recorded
 
 
 def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: RewardRule) -> Rollouts:
-  """Lays prompt and completion of each sample into a row of `length` (input, target) pairs."""
+  """Writes the prompt and completion of each sample into a row of `length` (input, target) pairs.
+
+  prompts, samples: the P and G of the result; there may be fewer groups than P.
+  """
   rows = prompts * samples
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
   completion, logp = np.zeros((rows, length), bool), np.zeros((rows, length), np.float32)
@@ -128,5 +139,5 @@ def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: 
 
 
 def lengths(groups: list[Group]) -> Iterator[int]:
-  """Yields the number of (input, target) pairs that each sample takes in its row."""
+  """Yields the number of (input, target) pairs of each sample."""
   return (len(group.prompt) + len(sample.tokens) - 1 for group in groups for sample in group.samples)

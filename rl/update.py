@@ -1,4 +1,4 @@
-"""Builds one policy-gradient update: rollouts and advantages in, new state out; a pure function, jitted.
+"""Builds one policy-gradient update: a pure, jitted function from a state and rollouts to a new state.
 
 # B rows  T tokens  L layers  k experts per token
 """
@@ -18,7 +18,7 @@ from betarank.train import score
 
 @functools.partial(jax.jit, static_argnums=0)
 def cov_tokens(loss: PolicyLossConfig, key: jax.Array, old_logp_BT, advantages_B, completion_BT) -> jax.Array:
-  """Returns bool [B, T]: the tokens of an update that `loss.cov` singles out. Only clip_cov is random."""
+  """Returns bool [B, T]: the tokens that `loss.cov` selects. `key` is used by clip_cov only; kl_cov isn't random."""
   if loss.cov == 'kl_cov':
     return kl_cov_tokens(old_logp_BT, advantages_B[:, None], completion_BT, share=loss.cov_share)
   noise_BT = jax.random.uniform(key, completion_BT.shape)
@@ -30,12 +30,21 @@ def make_update(
 ):
   """Returns the jitted update of one minibatch.
 
-  (state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT, choices_BTLk) ->
-  (state, sums for `policy_losses.means`, entropy_BT on every device). The last four may be None. Without old_logp
-  the update is on-policy: the ratio is 1. ref_logp is needed with loss.kl_weight, cov_tokens with loss.cov, and choices
-  are the experts that the sampler sent tokens to, which a dense model doesn't have. A router's bias doesn't change.
-  temperature: of the policy, as the sampler's.
-  The loss is a sum over the minibatch, divided once, so the number of microbatches changes nothing.
+      update(state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
+             cov_tokens_BT=None, choices_BTLk=None) -> (state, sums, entropy_BT)
+
+  sums are the input of `policy_losses.means`. entropy_BT is replicated on all devices.
+
+  The last four arguments may be None:
+    old_logp_BT: None for an on-policy update, whose ratio is 1.
+    ref_logp_BT: required if loss.kl_weight > 0.
+    cov_tokens_BT: required if loss.cov is set.
+    choices_BTLk: the experts that the sampler used for each token. A dense model has none.
+
+  temperature: that of the sampler; the policy's log-probabilities are computed at it.
+
+  The loss is a sum over the minibatch, divided once, so the number of microbatches doesn't change the result. The bias
+  of a router stays unchanged.
   """
 
   def update(state: TrainState, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
@@ -60,7 +69,7 @@ def make_update(
     if microbatches == 1:
       grads, (sums, entropy_BT) = grad(state.params, pieces)
     else:
-      # Row i goes to part i % microbatches, as in train/step.py.
+      # Row i is in microbatch i % microbatches, as in train/step.py.
       split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), pieces)
       first = jax.tree.map(lambda x: x[0], split)
       zero_grads, (zero_sums, _) = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first))

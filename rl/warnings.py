@@ -1,18 +1,18 @@
-"""Finds conditions that the user should be warned of while RL runs: pure functions of the steps' figures.
+"""Decides what a running RL job should warn the user of. All functions are pure; their input is the logged figures.
 
-The report's list of odd things has the same conditions.
+The report checks the same conditions in its list of oddities.
 """
 
 from collections.abc import Mapping, Sequence
 
-QUIET_STEPS = 10  # without a group to learn from
-TRUNCATED_STEPS = 10  # with nearly all answers cut off
-FLAT_STEPS = 100  # over which the pass rate hasn't moved
-COLLAPSED = 0.1  # entropy of drawn tokens, as a share of what it was in the first steps
+QUIET_STEPS = 10  # warn after so many steps without a group to learn from
+TRUNCATED_STEPS = 10  # warn after so many steps in which nearly all answers were cut off
+FLAT_STEPS = 100  # warn if the pass rate hasn't changed over so many steps
+COLLAPSED = 0.1  # warn if the entropy of drawn tokens falls below this share of its first values
 
 
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-  """Returns {kind: one line} of what is odd about the steps so far.
+  """Returns a dictionary from the kind of each warning to its text, one line.
 
   history: the figures of each step, as rl/loop.py logs them, oldest first.
   """

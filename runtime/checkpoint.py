@@ -1,8 +1,9 @@
-"""Saves and restores checkpoints through Orbax: atomically, in the background, and onto any mesh.
+"""Saves and restores checkpoints with Orbax: atomically, in the background, and onto any mesh.
 
-WORKDIR/checkpoints/STEP/ holds `state` (parameters with layers stacked, optimizer, step), `meta` (JSON: data cursor,
-resolved config, parent checkpoint, code version, shape of every array) and manifest.json (runtime/integrity.py), which
-every restore compares them with first. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies them.
+WORKDIR/checkpoints/STEP/ has three parts. `state` holds the parameters (with layers stacked), the optimizer state and
+the step. `meta` is JSON: the data cursor, the resolved config, the parent checkpoint, the code version and the shape of
+every array. manifest.json holds checksums (runtime/integrity.py), and every restore checks the other two against it.
+`betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
 """
 
 import dataclasses
@@ -20,19 +21,20 @@ from jax.experimental import multihost_utils
 
 from betarank.configs import renamed
 from betarank.configs.errors import UserError, suggestion
+from betarank.configs.parser import install_hint
 from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
 
-COMMITTED = 'commit_success.txt'  # Orbax writes it last; without it a checkpoint in a bucket isn't complete
+COMMITTED = 'commit_success.txt'  # Orbax writes this file last; without it a checkpoint in a bucket is incomplete
 
 
 class CheckpointError(UserError):
-  """A checkpoint that can't be written, found or restored. The message is one line that names the path."""
+  """Raised if a checkpoint can't be written, found or restored. The message is one line that names the path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Section `checkpoint`."""
+  """Section `checkpoint`: how often a run saves, and which checkpoints it keeps."""
 
   every_steps: int
   keep: int
@@ -58,17 +60,17 @@ class Checkpoints:
       fallback: if the newest checkpoint is damaged, move it aside and continue with the newest good one.
 
     Raises:
-      CheckpointError: the newest checkpoint is damaged, and `fallback` is False or no older one is good.
+      CheckpointError: the newest checkpoint is damaged, and `fallback` is False or no older checkpoint is good.
     """
     _suppress_background_tracebacks()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
+    self._kept = _Kept(config)
     _ensure_newest_is_valid(self.path, fallback)
     self._manager = ocp.CheckpointManager(
       absolute(self.path),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep,
-        keep_period=config.keep_every_steps or None,
+        preservation_policy=self._kept,
         cleanup_tmp_directories=True,  # unfinished saves of a killed run
         # If a folder can't be created in the background, other threads of Orbax wait 20 minutes for it.
         async_options=ocp.AsyncOptions(
@@ -82,57 +84,88 @@ class Checkpoints:
     """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
-    """Starts writing, and returns when the state may be donated. Raises CheckpointError if this or an earlier write
-    fails.
+  def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
+    """Starts to write a checkpoint, and returns as soon as the state may be donated.
+
+    When this checkpoint is complete, old ones are deleted as the config says. The one of step `best` is never deleted.
+
+    Raises:
+      CheckpointError: this write or an earlier one failed.
     """
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
-    self._saving = step
+    self._saving, self._kept.best = step, best
     self._guard(lambda: self._manager.save(
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True))
 
   def check(self) -> None:
-    """Raises CheckpointError if a write in the background has failed. It is cheap: call it every step."""
+    """Raises CheckpointError if a write in the background has failed. This is cheap, so call it after every step."""
     self._guard(self._manager.check_for_errors)
 
   def wait(self) -> None:
-    """Waits until everything is written. Raises CheckpointError if that fails."""
+    """Waits until everything is written. Raises CheckpointError if a write failed."""
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
+    """Waits until everything is written, and ends the threads. Raises CheckpointError if a write failed."""
     self._guard(self._manager.close)
 
+  @property
+  def in_flight(self) -> int | None:
+    """The step whose checkpoint is being written, or None."""
+    return self._saving if self._manager.is_saving_in_progress() else None
+
+  def describe(self) -> str:
+    """Returns a phrase that names the last good checkpoint, for the message of a run that fails."""
+    found = [step for step in steps(self.path) if step != self.in_flight]
+    text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
+    return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
+
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the newest checkpoint with the shapes, dtypes and shardings of `target`, and its meta."""
-    return _restore(self.path / str(self.latest), target)  # `__init__` has checked its files
+    """Returns the newest checkpoint and its meta. The state gets the shapes, dtypes and shardings of `target`."""
+    return _restore(self.path / str(self.latest), target)  # its files were checked by `__init__`
 
   def _write_manifest(self) -> None:
-    """Writes the manifest, in process 0's writing thread: all files are written, and Orbax commits them after this."""
+    """Writes the manifest. Orbax calls this in process 0's writing thread, after all files and before it commits
+    them.
+    """
     final = self.path / str(self._saving)
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
   def _guard(self, write: Callable[[], object]) -> None:
-    """Calls `write`. Raises CheckpointError instead of what Orbax and tensorstore raise if a disk is full."""
+    """Calls `write`, and raises CheckpointError if Orbax or tensorstore fails, for example because a disk is full."""
     try:
       write()
     except (OSError, ValueError, RuntimeError) as error:
       if _is_peer_failure(error):
         raise
-      reason = str(error).strip().splitlines()[0][-160:]  # the system's own message is at its end
+      reason = str(error).strip().splitlines()[0][-160:]  # the operating system's message is at the end
       found = steps(self.path)
       last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
       raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
 
 
+class _Kept:
+  """Tells Orbax which checkpoints to keep: the newest `keep`, the multiples of `keep_every_steps`, and the best one."""
+
+  def __init__(self, config: CheckpointConfig):
+    self._config, self.best = config, None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Returns, for each of the checkpoints (oldest first), whether it is kept. Orbax calls this."""
+    every, first_new = self._config.keep_every_steps, len(checkpoints) - self._config.keep
+    return [i >= first_new or found.step == self.best or bool(every and found.step % every == 0)
+            for i, found in enumerate(checkpoints)]
+
+
 def _suppress_background_tracebacks() -> None:
-  """Drops the tracebacks that Orbax's threads log if a write fails. `check` or `wait` raises the error."""
+  """Hides the tracebacks that Orbax's threads log when a write fails; `check` or `wait` raises the error anyway."""
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
 def absolute(path: epath.Path) -> epath.Path:
-  """Returns an absolute path. That of a bucket already is one: epath's resolve() would prefix the current folder."""
+  """Returns an absolute path. The path of a bucket is returned unchanged, because epath's resolve() would damage it."""
   return path if '://' in str(path) else epath.Path(path).resolve()
 
 
@@ -150,21 +183,35 @@ def steps(folder: epath.Path) -> list[int]:
 
 
 def find(path: str) -> epath.Path:
-  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir. Raises CheckpointError."""
+  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir.
+
+  Raises:
+    CheckpointError: there is none.
+  """
   root = epath.Path(path)
+  try:
+    return _find(root)
+  except ImportError as error:
+    raise CheckpointError(f'{path}: {error} ({install_hint(path)})') from None
+
+
+def _find(root: epath.Path) -> epath.Path:
   if ((root / 'meta').exists() and (root / 'state').exists()) or (root / integrity.NAME).exists():
     return root
   folder = root / 'checkpoints' if (root / 'checkpoints').exists() else root
   if not (found := steps(folder)):
-    siblings = [str(p) for p in root.parent.iterdir() if p.is_dir()] if root.parent.exists() else []
-    raise CheckpointError(f'{path}: no checkpoint there{suggestion(str(root), siblings)}')
+    beside = root.parent.iterdir() if root.parent.exists() else []
+    siblings = [str(p) for p in beside if p.name == 'checkpoints' or (p / 'checkpoints').is_dir()]
+    missing = 'no checkpoint there' if root.exists() else 'no such folder'
+    raise CheckpointError(f'{root}: {missing}{suggestion(str(root), siblings)}')
   return folder / str(found[-1])
 
 
 def check(path: epath.Path) -> None:
-  """Raises CheckpointError if a file of the checkpoint at `path` is damaged; names it and the newest good checkpoint.
+  """Raises CheckpointError if a file of the checkpoint at `path` is damaged.
 
-  Every process of a job must call; each one checks a part of the files.
+  The message names the file, and the newest good checkpoint. Every process of a job must call this; each checks a part
+  of the files.
   """
   if problem := _damage(path):
     good = _newest_good_before(path)
@@ -172,7 +219,7 @@ def check(path: epath.Path) -> None:
 
 
 def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
-  """Checks the newest checkpoint in `folder`, if there is one; see Checkpoints.__init__."""
+  """Checks the newest checkpoint in `folder`, if there is one. For `fallback` see Checkpoints.__init__."""
   found = steps(folder)
   if not found or not (problem := _damage(newest := folder / str(found[-1]))):
     return
@@ -188,33 +235,36 @@ def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
       (aside / str(step)).rmtree(missing_ok=True)
       (folder / str(step)).rename(aside / str(step))
     print(f'{newest}/{problem}; moved to {aside}, resuming from {good}', file=sys.stderr)
-  _first_message_of_any_process('')  # the others wait here until they are moved
+  _first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
 
 
 def _newest_good_before(path: epath.Path) -> epath.Path | None:
-  """Returns the newest checkpoint in the same folder that is older than `path` and good, or None."""
+  """Returns the newest good checkpoint in the same folder that is older than `path`, or None."""
   older = [step for step in steps(path.parent) if path.name.isdigit() and step < int(path.name)]
   return next((p for step in reversed(older) if not _damage(p := path.parent / str(step))), None)
 
 
 def _damage(path: epath.Path) -> str:
-  """Returns what is damaged at `path`, or ''; the same in all processes, which must all call."""
+  """Returns what is damaged at `path`, or ''. All processes must call this, and all get the same result."""
   return _first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
 
 
 def _process_index_and_count() -> tuple[int, int]:
-  """Returns (index of this process, number of processes), without starting a device in a job of one."""
+  """Returns (index of this process, number of processes). In a job of one process it doesn't start a device."""
   return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
 def _is_peer_failure(error: Exception) -> bool:
-  """Returns True if a lost peer process, not storage, may have caused this error. The watchdog names the process."""
+  """Returns True if this error may come from a lost peer process instead of from storage.
+
+  Such an error isn't reported here, because the watchdog will name the process.
+  """
   return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
           and 'os_error_code' not in str(error))
 
 
 def _first_message_of_any_process(text: str) -> str:
-  """Returns the first `text` of a process that isn't ''; every process must call."""
+  """Returns the `text` of the first process whose text isn't empty, or ''. Every process must call this."""
   if _process_index_and_count()[1] == 1:
     return text
   text_PC = multihost_utils.process_allgather(np.frombuffer(text.encode()[:500].ljust(500), np.uint8))
@@ -222,25 +272,27 @@ def _first_message_of_any_process(text: str) -> str:
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-  """Returns a checkpoint's meta, without reading its arrays or starting a device.
+  """Returns the meta of a checkpoint. It reads no arrays and starts no device.
 
-  Raises CheckpointError if it is missing or damaged.
+  Raises:
+    CheckpointError: the meta is missing or damaged.
   """
   try:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)
     meta = json.loads((path / 'meta' / 'metadata').read_text())  # as Orbax's JsonCheckpointHandler writes it
     meta['shapes']
-    meta['config'] = renamed.update(meta['config'])  # it may be from an earlier version
+    meta['config'] = renamed.update(meta['config'])  # an earlier version may have written it
     return meta
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f'{path}: meta is missing or damaged ({str(error).splitlines()[0][:200]})') from error
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the state at `path` with the shardings of `target`, and its meta.
+  """Returns the state at `path`, with the shardings of `target`, and its meta.
 
-  Raises CheckpointError if it is damaged or its shapes differ from those of `target`.
+  Raises:
+    CheckpointError: the checkpoint is damaged, or its shapes differ from those of `target`.
   """
   check(path)
   return _restore(path, target)
@@ -253,7 +305,10 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Returns only the parameters at `path`, with the shardings of `params`, and the meta. Raises as `restore` does."""
+  """Returns the parameters at `path`, with the shardings of `params`, and the meta. The optimizer's state isn't read.
+
+  Raises the same errors as `restore`.
+  """
   check(path)
   meta = read_meta(path)
   saved = {k: v for k, v in meta['shapes'].items() if k.startswith('params.')}

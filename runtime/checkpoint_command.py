@@ -1,8 +1,7 @@
-"""betarank checkpoint inspect DIR     prints what the checkpoints of a run, or one of them, hold
+"""betarank checkpoint inspect DIR     prints what is in the checkpoints of a run, or in one checkpoint
 betarank checkpoint verify DIR      reads every byte of them, and names the files that are damaged
 """
 
-import argparse
 import json
 import math
 import sys
@@ -12,17 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from betarank.configs.load import check_places, flatten
+from betarank.configs.load import flatten
+from betarank.configs.parser import Parser, place
 from betarank.runtime import checkpoint, integrity
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank checkpoint', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank checkpoint', __doc__)
   parser.add_argument('command', choices=('inspect', 'verify'))
-  parser.add_argument('path', metavar='DIR', help='a workdir or one checkpoint; local or gs://')
+  parser.add_argument('path', type=place, metavar='DIR', help='a workdir or one checkpoint; local or gs://')
   args = parser.parse_args(argv)
-  check_places({'DIR': args.path}, '')
   found = checkpoint.find(args.path)
   one = str(found) == str(epath.Path(args.path)) or not found.name.isdigit()
   paths = [found] if one else [found.parent / str(step) for step in checkpoint.steps(found.parent)]
@@ -47,6 +45,9 @@ def _inspect(paths: list[epath.Path]) -> None:
     if not files:
       print('  no manifest: what it holds can\'t be checked')
     print(f'  arrays {len(shapes)}, {sum(n * size for n, size in shapes.values()):,} bytes')
+    if best := (meta.get('cursor') or {}).get('best'):  # recorded by RL with rl.keep_best
+      where = f'step {best["step"]}' if best['step'] else 'the start, which is the parent'
+      print(f'  best so far: {best["metric"]} {best["value"]:.4f} at {where}')
     print(f'  code {meta.get("code_version") or "unknown"}, parent {meta.get("parent") or "none"}')
   print(f'config of {paths[-1]}:')
   for key, value in flatten(meta['config']).items():

@@ -1,11 +1,15 @@
-"""Command-line flags that `betarank train` and `betarank rl` share. Importing this module doesn't import JAX."""
+"""Defines the command-line flags that `betarank train` and `betarank rl` share. Importing it doesn't import JAX."""
 
 import argparse
 
+from betarank.configs.parser import place
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags for the workdir, for resuming in it, and for jobs of several processes (runtime/job.py)."""
-  parser.add_argument('--workdir', required=True, help='where checkpoints, logs and the resolved config go')
+
+def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) -> None:
+  """Adds the flags for the workdir, for resuming, and for jobs of several processes (runtime/job.py)."""
+  parser.add_argument('--workdir', required=workdir_needed, type=place,
+                      help='where checkpoints, logs and the resolved config go'
+                      + ('' if workdir_needed else '; default: RUN-rl, beside RUN'))
   parser.add_argument('--fallback', action='store_true',
                       help='if the newest checkpoint is damaged, move it aside and resume from the newest good one')
   parser.add_argument('--coordinator', default='', metavar='HOST:PORT | auto',

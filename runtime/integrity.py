@@ -1,13 +1,16 @@
-"""Finds damaged files in a checkpoint, by the sizes and checksums in its manifest.json.
+"""Finds damaged files in a checkpoint, by comparing them with the sizes and checksums in manifest.json.
 
     {"version": 1, "block_bytes": 67108864,
      "files": {"state/manifest.ocdbt": {"size": 115, "sha256": "7c1f...", "crc32": ["1c291ca3"]}, ...}}
 
-The manifest is written before the checkpoint is committed, so every complete checkpoint has one. A checkpoint of an
-older version has none and is accepted as it is. Every start checks the crc32 of each block: it finds every flipped
-byte, and misses other damage once in 2^32. `betarank checkpoint verify` checks the sha256 of each file, which is what
-sha256sum prints. An object store checks content itself, and reading everything twice would double the time of a start:
-in a bucket a start compares all sizes, and the content of small files only.
+The manifest is written before the checkpoint is committed, so every complete checkpoint has one. A checkpoint from a
+version before manifests has none, and is accepted unchecked.
+
+Every start of a run checks the crc32 of each block. This finds every flipped byte, and misses other damage with a
+probability of 2^-32. `betarank checkpoint verify` checks the sha256 of each file, the same that sha256sum prints.
+
+In a bucket, a start compares all sizes, but reads the content of small files only. The object store checks content
+itself, and reading everything twice would double the time of a start.
 """
 
 import concurrent.futures
@@ -22,9 +25,9 @@ from etils import epath
 
 NAME = 'manifest.json'
 ITEMS = ('state', 'meta')  # the folders of a checkpoint that are checked; its other files are Orbax's own
-BLOCK_BYTES = 2**26  # one thread checks a block
-_PIECE_BYTES = 2**20  # of it are in memory at a time
-_SMALL_BYTES = 2**20  # up to this size the content is checked in a bucket too
+BLOCK_BYTES = 2**26  # the part of a file that one thread checks
+_PIECE_BYTES = 2**20  # the part of a block that is in memory at a time
+_SMALL_BYTES = 2**20  # in a bucket, only the content of files up to this size is checked
 _Check = Callable[[], str]
 
 
@@ -38,7 +41,11 @@ def write(folder: epath.Path) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
-  """Returns {file: its size and checksums}, or None without a manifest. Raises ValueError if it can't be read."""
+  """Returns the manifest as {file: {size, checksums}}, or None if there is no manifest.
+
+  Raises:
+    ValueError: the manifest isn't readable by this version.
+  """
   try:
     manifest = json.loads((folder / NAME).read_text())
     if not (manifest['version'] == 1 and manifest['block_bytes'] == BLOCK_BYTES and all(
@@ -53,13 +60,14 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
 
 
 def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tuple[int, int] = (0, 1)) -> str:
-  """Returns '' if the files in `folder` are as its manifest says, else 'FILE: what is wrong' for the first that isn't.
+  """Returns the first difference between the files in `folder` and its manifest, as 'FILE: PROBLEM', or '' if all is
+  well.
 
   Args:
     folder: the folder of the checkpoint.
     item: the entry of ITEMS whose files are checked; '' for all entries.
-    full: check the sha256 of all files, in a bucket too.
-    share: (i, n): check all sizes, and part i of n equal parts of the content.
+    full: check the sha256 of all files, even in a bucket.
+    share: (i, n) checks all sizes, but only part i of n equal parts of the content.
   """
   try:
     files = read(folder)
@@ -76,7 +84,7 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
                   for block, crc in enumerate(f['crc32'])]
   sizes = [(name, lambda name=name, f=f: _check_size(folder / name, f)) for name, f in files.items()]
   with _threads() as pool:
-    for checks in (sizes, content[share[0]::share[1]]):  # sizes first, so that a short file is reported as one
+    for checks in (sizes, content[share[0]::share[1]]):  # sizes first, so that a truncated file is reported as such
       for (name, _), problem in zip(checks, pool.map(lambda check: _guarded(check[1]), checks)):
         if problem:
           return f'{name}: {problem}'
@@ -140,4 +148,5 @@ def _files(folder: epath.Path, item: str) -> Iterator[str]:
 
 
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
-  return concurrent.futures.ThreadPoolExecutor(min(32, 4 + (os.cpu_count() or 1)))  # they also wait for the disk
+  # More threads than CPUs, because threads also wait for the disk.
+  return concurrent.futures.ThreadPoolExecutor(min(32, 4 + (os.cpu_count() or 1)))

@@ -1,7 +1,7 @@
-"""Joins several processes into one job that starts together or not at all, and ends together with a reason.
+"""Joins several processes into one job: either all of them start or none, and they end together with a reason.
 
-Before JAX starts, the processes meet and compare what they are about to run (rendezvous.py). While the job runs, they
-watch each other (watchdog.py). A job of one process has neither a rendezvous nor peers, but a watchdog too.
+Before JAX starts, the processes compare what they are about to run (rendezvous.py). While the job runs, they watch each
+other (watchdog.py). A job of one process has no rendezvous, but its watchdog ends it if it hangs.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
@@ -19,25 +19,27 @@ from ml_collections import ConfigDict
 
 from betarank.configs.errors import UserError
 from betarank.configs.load import flatten, to_json
-from betarank.configs.sections import section
-from betarank.data import DataConfig, prepared
 from betarank.runtime import workdir
 from betarank.runtime.rendezvous import JobError, ProcessInfo, StartupWatchdog, rendezvous
 from betarank.runtime.watchdog import JobWatchdog, Watchdog
 
-RENDEZVOUS_S = 300.0  # all processes must come within this time
+RENDEZVOUS_S = 300.0  # the time within which all processes must connect
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 _watchdog: Watchdog | None = None
 
 
 def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
-  """Returns the position of this process, from its flags or, for 'auto', from its environment.
+  """Returns the position of this process in its job.
 
-  auto: TPU VMs, GKE, Slurm or Open MPI. '' is a job of one process. Raises JobError.
+  coordinator: HOST:PORT of process 0. 'auto' reads the position from the environment of a TPU VM, GKE, Slurm or Open
+  MPI. '' means a job of one process.
+
+  Raises:
+    JobError: 'auto' found no such environment, or the flags are wrong.
   """
   if coordinator == 'auto':
-    from jax._src import clusters  # what jax.distributed.initialize() asks; it has no public name
+    from jax._src import clusters  # used by jax.distributed.initialize(); there is no public function
     found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
       None, None, None, None, None, int(RENDEZVOUS_S))
     if None in found[:3]:
@@ -45,6 +47,9 @@ def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
                      '--process_id')
     return ProcessInfo(*found)
   if not coordinator:
+    if processes != 1 or index:
+      raise JobError(f'--processes={processes} --process_id={index}: a job of several processes needs '
+                     '--coordinator=HOST:PORT of process 0, or --coordinator=auto')
     return ProcessInfo('', 1, 0, None)
   if not coordinator.rpartition(':')[2].isdigit() or not 0 <= index < processes:
     raise JobError(f'--coordinator={coordinator} --processes={processes} --process_id={index}: needs HOST:PORT, and '
@@ -53,9 +58,9 @@ def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
 
 
 def initialize(info: ProcessInfo, deadline_s: float) -> None:
-  """Starts jax.distributed if the job has several processes. Must come before anything else touches a device.
+  """Starts jax.distributed if the job has several processes. Call it before anything uses a device.
 
-  CPU processes communicate through gloo.
+  Processes on CPUs communicate with gloo.
   """
   if info.processes == 1:
     return
@@ -66,18 +71,20 @@ def initialize(info: ProcessInfo, deadline_s: float) -> None:
 
 
 def join(coordinator: str, processes: int, index: int) -> None:
-  """Joins a job without rendezvous and watchdog; see `locate`. Must come before anything else touches a device."""
+  """Joins a job without rendezvous and watchdog; see `locate`. Call it before anything uses a device."""
   initialize(locate(coordinator, processes, index), deadline_s=100)
 
 
 @contextlib.contextmanager
-def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
-  """Joins the job that the flags of runtime/flags.py describe, for as long as the block lasts.
+def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str]) -> Iterator[None]:
+  """Joins the job that the flags of runtime/flags.py describe, until the block ends.
 
-  Process 0 claims args.workdir. An error in the block ends the other processes too, with its message.
+  All processes must have the same code, the same config, and the same content in the files of `inputs`, which maps what
+  a file is to its path. Process 0 locks args.workdir. An error in the block ends the other processes too, with its
+  message.
 
   Raises:
-    UserError: another command is running in the workdir, or its disk refuses a write in the block.
+    UserError: another command is running in the workdir, or its disk refused a write in the block.
     JobError: a process is missing, or would run something else.
   """
   global _watchdog
@@ -95,7 +102,7 @@ def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
         raise UserError(refused)
       _watchdog = Watchdog()
     else:
-      names, connections = rendezvous(info, _job_fingerprint(config, args.workdir), RENDEZVOUS_S, refused)
+      names, connections = rendezvous(info, _job_fingerprint(config, args.workdir, inputs), RENDEZVOUS_S, refused)
       with StartupWatchdog(info, names, connections, args.host_deadline_s):
         initialize(info, args.host_deadline_s)
       _watchdog = JobWatchdog(info, names, args.host_deadline_s, _open_log(root, info.index))
@@ -104,14 +111,14 @@ def job(args: argparse.Namespace, config: ConfigDict) -> Iterator[None]:
 
 
 def note_step(step: int) -> None:
-  """Tells the watchdog that this process has reached a step; every loop must call it."""
+  """Tells the watchdog that this process has reached a step. Every loop must call this."""
   if _watchdog:
     _watchdog.note_step(step)
 
 
 @contextlib.contextmanager
 def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
-  """Raises UserError for an OSError of a disk, such as a full one. Checkpoints have errors of their own."""
+  """Converts an OSError of the disk, such as a full disk, to UserError. Checkpoints raise their own errors."""
   try:
     yield
   except OSError as error:
@@ -121,21 +128,19 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
                     'command resumes from the last checkpoint') from error
 
 
-def _job_fingerprint(config: ConfigDict, path: str) -> dict[str, Any]:
-  """Returns the values that must be equal in all processes, under names that mean something to the user."""
-  c = section(DataConfig, config.data, 'data')
+def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the values that must be equal in all processes, under the names that the user knows."""
   digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else 'missing'
   return {
     'code': workdir.code_version(), 'jax': jax.__version__, '--workdir': path,
     **{f'config.{key}': value for key, value in flatten(json.loads(to_json(config))).items()},
-    'tokenizer': digest(epath.Path(c.tokenizer_path)),
-    **{f'data manifest of {name}': digest(prepared.folder(c, name) / 'manifest.json') for name in c.sources},
+    **{name: digest(epath.Path(file)) for name, file in inputs.items()},
   }
 
 
 def _open_log(root: epath.Path, index: int) -> IO[str]:
-  """Returns the log of a process, WORKDIR/hosts/INDEX.log; standard error if the workdir is in a bucket."""
+  """Opens the log of a process: WORKDIR/hosts/INDEX.log, or standard error if the workdir is in a bucket."""
   if '://' in str(root):
     return sys.stderr
   (root / 'hosts').mkdir(parents=True, exist_ok=True)
-  return open(root / 'hosts' / f'{index}.log', 'a', buffering=1, encoding='utf-8')  # open as long as the process
+  return open(root / 'hosts' / f'{index}.log', 'a', buffering=1, encoding='utf-8')  # never closed: used until the end

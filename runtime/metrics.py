@@ -1,12 +1,13 @@
-"""Writes the metrics of a run: one JSON line per step, TensorBoard events, and a line on the screen.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases, and prints a line per step.
 
-metrics.jsonl holds one object per line: {"step": 12, "train/ce_nats": 2.31, ...}; evaluations add lines with
-`eval/SOURCE/...`. Everything but `time/...` is the same to the last bit in a run that was killed and resumed.
+metrics.jsonl holds one JSON object per line: {"step": 12, "train/ce_nats": 2.31, ...}. Evaluations add lines with keys
+`eval/SOURCE/...`. If a run is killed and resumed, all values except `time/...` are the same to the last bit.
 """
 
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,15 @@ from typing import Any
 import jax
 from etils import epath
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task
+from rich.text import Text
 
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import duration, progress_line, step_line
+from betarank.runtime.wandb_board import WandbBoard
 
-# Dense bfloat16 FLOP/s per chip, from the vendors' data sheets. The keys are prefixes of jax.Device.device_kind.
+# bfloat16 FLOP/s per chip without sparsity, from the vendors' data sheets. Keys are prefixes of
+# jax.Device.device_kind.
 PEAK_FLOPS = {
   'TPU v4': 275e12,
   'TPU v5 lite': 197e12,
@@ -34,13 +39,15 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Returns the peak FLOP/s of one chip, or None for a kind that isn't in the table, such as a CPU."""
+  """Returns the peak FLOP/s of one chip, or None if the table has no entry for it, as for CPUs."""
   kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
   return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 class JsonLines:
-  """A file of JSON objects, one per line, each with its `step`. Opening it at a step drops the lines of later steps."""
+  """A file of JSON objects, one per line, each with its `step`. Opening it at a step removes the lines of later
+  steps.
+  """
 
   def __init__(self, path: epath.Path, step: int):
     self._path = path
@@ -51,7 +58,7 @@ class JsonLines:
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     line = {'step': step, **values}
-    if self._remote:  # object stores can't append: `flush` writes all lines again
+    if self._remote:  # object stores can't append, so `flush` writes all lines again
       self._lines.append(line)
     else:
       self._file.write(json.dumps(line) + '\n')
@@ -81,7 +88,10 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Measures the time of steps and of waiting for input, without what runs under `apart` (evaluation, saving)."""
+  """Measures the time per step, and the part of it spent waiting for input.
+
+  Time spent in blocks under `apart` (evaluation, saving) isn't counted.
+  """
 
   def __init__(self):
     self._last = time.perf_counter()
@@ -95,7 +105,7 @@ class Clock:
     return _Span(self, '_apart')
 
   def lap(self) -> tuple[float, float]:
-    """Returns (seconds, share of them spent waiting for input) since the last lap, without what ran under `apart`."""
+    """Returns the seconds since the last lap, and the share of them spent waiting for input."""
     now = time.perf_counter()
     seconds = max(now - self._last - self._apart, 1e-9)
     wait = self._waited / seconds
@@ -114,96 +124,111 @@ class _Span:
     setattr(self._clock, self._name, getattr(self._clock, self._name) + time.perf_counter() - self._start)
 
 
-def describe(step: int, steps: int, values: dict[str, float], eta_s: float) -> str:
-  """Returns the line on the screen for a training step: is the run fine, and when does it end."""
+def describe(values: dict[str, float]) -> list[str]:
+  """Returns the figures to print for a training step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
-  parts = [f'step {step:>{len(str(steps))}}/{steps} {100 * step / steps:3.0f}%']
+  parts = []
   if v['loss_nats'] != v['ce_nats']:  # they are equal with plain cross-entropy
     parts.append(f'loss {v["loss_nats"]:.4f}')
-  parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'rank1 {v["rank1_accuracy"]:.3f}',
-            f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}', f'{v["tokens_per_s"]:,.0f} tok/s']
+  parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'{v["tokens_per_s"]:,.0f} tok/s',
+            f'rank1 {v["rank1_accuracy"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}']
   if 'expert_load_max_over_mean' in v:
     parts.append(f'load {v["expert_load_max_over_mean"]:.2f}')
   if 'mfu' in v:
     parts.append(f'mfu {100 * v["mfu"]:.1f}%')
   if 'hbm_bytes' in v:
     parts.append(f'hbm {v["hbm_bytes"] / 2**30:.1f} GiB')
-  parts += [f'wait {100 * v["input_wait_share"]:.1f}%', f'eta {duration(eta_s)}']
-  return '  '.join(parts)
+  return [*parts, f'wait {100 * v["input_wait_share"]:.1f}%']
 
 
 def describe_evaluation(source: str, values: dict[str, float]) -> str:
-  """Returns the line on the screen for the validation of one source."""
+  """Returns the line to print for the validation of one source."""
   return (f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
           f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
           f'tail mass {values["tail_mass"]:.4f}')
 
 
-def duration(seconds: float) -> str:
-  """Returns H:MM:SS, or '?' for an infinite time."""
-  if not math.isfinite(seconds):
-    return '?'
-  hours, rest = divmod(int(seconds + 0.5), 3600)
-  return f'{hours}:{rest // 60:02d}:{rest % 60:02d}'
+class _Live(ProgressColumn):
+  """Renders the one line at the bottom of a terminal."""
+
+  max_refresh = None
+
+  def __init__(self, console: Console):
+    self._console = console
+    super().__init__()
+
+  def render(self, task: Task) -> Text:
+    width = self._console.width
+    if task.fields['figures'] is None:
+      return Text(f'compiling, and doing the first step  {duration(task.elapsed or 0)}'[:width])
+    return Text(progress_line(int(task.completed), int(task.total or 1), task.fields['eta_s'], task.fields['figures'],
+                              width), no_wrap=True)
 
 
 class Log:
-  """The files of a run and its line on the screen. It does nothing in processes other than the first."""
+  """The log files of a run, and the lines it prints. In processes other than the first it does nothing."""
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
-    describe: Callable[[int, int, dict[str, float], float], str] = describe,
+    wandb: tuple[str, dict[str, Any]] | None = None,
+    describe: Callable[[dict[str, float]], list[str]] = describe,
   ):
-    """Opens the files, without the lines of steps after `step`.
+    """Opens the files, and removes the lines of steps after `step`.
 
     Args:
       workdir: the workdir of the run.
-      step: the step to continue from.
+      step: the step that the run resumes after.
       steps: the last step.
-      every: steps between two lines on the screen.
-      tensorboard: write TensorBoard events too.
+      every: the number of steps between two printed lines.
+      tensorboard: also write TensorBoard events.
       active: False for a Log that does nothing.
-      describe: (step, steps, figures, seconds left) -> the line on the screen.
+      wandb: (a project of Weights & Biases, the run's config). The figures are sent there too. None: they aren't.
+      describe: a function (figures) -> how they are printed, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
     self._step_s = None
     if not active:
       return
     workdir.mkdir(parents=True, exist_ok=True)
-    kept = step or -1  # a run that starts from scratch writes its step 0 again
+    kept = step or -1  # a new run removes all lines, because it writes step 0 again
     self._lines = JsonLines(workdir / 'metrics.jsonl', kept)
     self._samples = JsonLines(workdir / 'samples.jsonl', kept)
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
       self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+    self._wandb = WandbBoard(*wandb, workdir) if wandb else None
     self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     self._progress = None
     if self._console.is_terminal:
-      self._progress = Progress(BarColumn(16), TextColumn('{task.description}'), TimeRemainingColumn(),
-                                console=self._console, transient=True)
-      self._task = self._progress.add_task('starting (compiling)', total=steps, completed=step)
+      self._progress = Progress(_Live(self._console), console=self._console, transient=True)
+      self._task = self._progress.add_task('', total=steps, completed=step, figures=None, eta_s=math.inf)
       self._progress.start()
 
-  def say(self, text: str) -> None:
-    """Prints a line above the live status line."""
-    if self._active:
-      self._console.print(text, markup=False)
+  def say(self, text: str, indent: int = 0) -> None:
+    """Prints a line, above the progress bar if there is one.
+
+    indent: on a terminal, a longer line continues so many columns further right. 0: the terminal wraps it.
+    """
+    if not self._active:
+      return
+    if self._progress and indent:
+      text = textwrap.fill(text, self._console.width, subsequent_indent=' ' * indent, break_on_hyphens=False)
+    self._console.print(text, markup=False)
 
   def train(self, step: int, values: dict[str, float]) -> None:
-    """Records the figures of one update. Their names have a slash and a unit."""
+    """Records the figures of one update. Their names have a slash and a unit, as in train/ce_nats."""
     if not self._active:
       return
     self._lines.write(step, values)
     step_s = values['time/step_s']
-    # The first step compiles. After it, a running mean keeps the estimate of the end steady.
+    # The first step is slow because it compiles. Later steps are averaged, so that the estimated end doesn't jump.
     self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
-    line = self._describe(step, self._steps, values, (self._steps - step) * self._step_s)
+    figures, eta_s = self._describe(values), (self._steps - step) * self._step_s
     if self._progress:
-      self._progress.update(self._task, completed=step, description=line.rsplit('  eta', 1)[0])
+      self._progress.update(self._task, completed=step, figures=figures, eta_s=eta_s)
     if step % self._every == 0 or step == self._steps:
-      if not self._progress:
-        self._console.print(line, markup=False)
+      self.say(step_line(step, self._steps, eta_s, figures, self._console.width if self._progress else None))
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], line: str) -> None:
@@ -222,6 +247,8 @@ class Log:
   def _scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items() if self._board else ():
       self._board.add_scalar(name, value, step)
+    if self._wandb:
+      self._wandb.add_scalars(step, values)
 
   def flush(self) -> None:
     if self._active:
@@ -233,5 +260,7 @@ class Log:
       self.flush()
       if self._board:
         self._board.close()
+      if self._wandb:
+        self._wandb.close()
       if self._progress:
         self._progress.stop()

@@ -1,4 +1,4 @@
-"""Batches in a job of several processes: which rows each process reads, and arrays that span all of them.
+"""Handles a job of several processes: which rows each process reads, how they form global arrays, and what all know.
 
 # B rows  T tokens
 """
@@ -10,10 +10,13 @@ from jax.sharding import NamedSharding
 
 
 def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = 'train.mesh') -> tuple[int, int]:
-  """Returns (index, count): this process reads part `index` of `count` equal contiguous parts of the global batch.
+  """Returns which part of the global batch this process reads: (index, count) means part `index` of `count` equal
+  parts.
 
-  Processes whose devices hold the same rows, because the tensor axis spans processes, get the same index. Raises
-  ValueError, with the mesh's config key, if the rows of a process are no such part.
+  Processes whose devices hold the same rows get the same index. This happens if the tensor axis spans processes.
+
+  Raises:
+    ValueError: the rows of this process aren't one such part. The message begins with `mesh_key`.
   """
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
@@ -24,16 +27,27 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
 
 
 def local_to_global(local, sharding: NamedSharding, rows: int):
-  """Builds a global batch of `rows` rows, a tree of arrays [B, T], from the rows that each process has read."""
+  """Returns a global batch of `rows` rows, a tree of arrays [B, T], built from the rows that each process has read."""
   build = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
   return jax.tree.map(build, local)
 
 
 def replicated_to_global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """Builds a global array from copies of it that all processes have."""
+  """Returns a global array, built from an array that all processes have in full."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def max_over_processes(x: np.ndarray) -> np.ndarray:
-  """Returns the elementwise maximum over the arrays of all processes, all of which must call."""
+  """Returns the elementwise maximum of the arrays of all processes. Every process must call this."""
   return x if jax.process_count() == 1 else multihost_utils.process_allgather(x).max(0)
+
+
+def of_first_process(x: np.ndarray) -> np.ndarray:
+  """Returns the array that process 0 has. Every process must call this, with an array of the same shape and dtype."""
+  return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when every process has called this. `what` names the place, in an error if they call it at others."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)

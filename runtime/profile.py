@@ -1,4 +1,4 @@
-"""Profiles of chosen steps, for TensorBoard's profile page (xprof)."""
+"""Writes profiles of chosen steps, for TensorBoard's profile page (xprof)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from etils import epath
 
 
 class Profile:
-  """Traces the steps from `first` to `last` into WORKDIR/profile.
+  """Traces the steps from `first` to `last`, and writes the trace to WORKDIR/profile.
 
-  A trace starts before the first of these steps is dispatched and ends after the last one has run.
+  The trace starts before the first of these steps is dispatched, and ends after the last one has finished.
   """
 
   def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
@@ -18,7 +18,7 @@ class Profile:
 
   @contextlib.contextmanager
   def at(self, step: int) -> Iterator[None]:
-    """Surrounds the work of one step; every step must be surrounded, or the trace doesn't end."""
+    """Wraps the work of one step. Every step must be wrapped, or else the trace doesn't end."""
     if self._steps is None:
       yield
       return

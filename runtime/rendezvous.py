@@ -1,9 +1,11 @@
-"""Brings the processes of a job together before JAX starts, and watches them until it has started.
+"""Brings the processes of a job together before JAX starts, and watches them until JAX has started.
 
-Every process connects to process 0, on the coordinator's port, and sends its fingerprint as one line of JSON. Process
-0 answers all of them with the same line: the names of the processes, or the error that ends them all. The error names
-a process that didn't come in time, or one that has other code, another config or other data. The connections stay open
-until JAX is up: JAX alone would wait minutes for a process that dies meanwhile, and then abort.
+Every process connects to process 0, on the coordinator's port, and sends its fingerprint as one line of JSON. Process 0
+sends the same answer to all: the names of the processes, or an error that ends them all. The error names a process that
+didn't connect in time, or one whose code, config or data differ.
+
+The connections stay open until JAX has started, so that the death of a process is noticed at once. JAX alone would wait
+for minutes and then abort.
 """
 
 import contextlib
@@ -18,11 +20,11 @@ from typing import Any, NamedTuple
 
 from betarank.configs.errors import UserError
 
-EXIT_JOB_LOST = 3  # exit status if the job can't continue though its settings are right; the same command resumes it
+EXIT_JOB_LOST = 3  # exit status if the job can't continue although its settings are valid; the same command resumes it
 
 
 class JobError(UserError):
-  """The processes can't form one job. The message is one line that names the process."""
+  """Raised if the processes can't form one job. The message is one line that names the process at fault."""
 
 
 class ProcessInfo(NamedTuple):
@@ -35,7 +37,7 @@ class ProcessInfo(NamedTuple):
 
 
 class _Connection:
-  """A socket that carries lines of text."""
+  """A socket that sends and receives lines of text."""
 
   def __init__(self, connection: socket.socket):
     self._socket, self._reader = connection, connection.makefile('r', encoding='utf-8')
@@ -44,8 +46,10 @@ class _Connection:
     self._socket.sendall(f'{text}\n'.encode())
 
   def receive(self, timeout_s: float) -> str:
-    """Returns the next line, or '' if the other side has closed. Raises OSError if the connection fails, and
-    TimeoutError, a subclass of OSError, if no line comes in time.
+    """Returns the next line, or '' if the other side has closed the connection.
+
+    Raises:
+      OSError: the connection failed. It is a TimeoutError if no line came in time.
     """
     self._socket.settimeout(timeout_s)
     return self._reader.readline(1 << 20)
@@ -58,20 +62,20 @@ class _Connection:
 
 def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: float, refused: str = ''
                ) -> tuple[list[str], dict[int, _Connection]]:
-  """Waits until all processes have come with the same fingerprint.
+  """Waits until all processes of the job have connected with the same fingerprint.
 
   Args:
     info: the position of this process in the job.
     fingerprint: values that must be equal in all processes.
-    deadline_s: seconds until all must have come.
-    refused: why process 0 can't start, if it can't. All processes then end with this reason.
+    deadline_s: the seconds within which all must connect.
+    refused: the reason why process 0 can't start; '' if it can. All processes then end with this reason.
 
   Returns:
-    The names 'process I of N (HOST, pid P)' of all processes, and open connections by process index: from process 0 to
-    all others, from the others to process 0.
+    The names 'process I of N (HOST, pid P)' of all processes, and the open connections by process index: in process 0
+    to all other processes, in those to process 0.
 
   Raises:
-    JobError: with the same message in all processes.
+    JobError: the processes can't form a job. The message is the same in all of them.
   """
   own = {'index': info.index, 'host': socket.gethostname(), 'pid': os.getpid(),
          'fingerprint': {'--processes': info.processes, **fingerprint}}
@@ -90,7 +94,7 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
 
 def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, error: str
                 ) -> tuple[dict[str, Any], dict[int, _Connection]]:
-  """Collects the entries of all processes, and sends the answer to those that came; for process 0."""
+  """Runs in process 0: collects the entries of all processes, and sends the answer to those that connected."""
   entries, connections = {0: own}, []
   name = lambda entry: f'process {entry["index"]} of {processes} ({entry["host"]}, pid {entry["pid"]})'
   family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -106,7 +110,7 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
         entry = json.loads(connection.receive(5))
         index = entry['index']
       except (OSError, ValueError, KeyError, TypeError):
-        continue  # a program that isn't ours, or nobody until the deadline
+        continue  # another program connected, or no process did before the deadline
       connections.append((index, connection))
       if index in entries:
         error = error or f'{name(entries[index])} and {name(entry)} have the same --process_id'
@@ -129,7 +133,7 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
 
 
 def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[dict[str, Any], dict[int, _Connection]]:
-  """Sends this process's entry to process 0 and waits for its answer; for all other processes."""
+  """Runs in all other processes: sends this process's entry to process 0, and waits for the answer."""
   reason = 'it did not answer'
   while (left := until - time.monotonic()) > 0:
     try:
@@ -144,10 +148,10 @@ def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[
 
 
 class StartupWatchdog:
-  """A context in which JAX is started: it ends this process if another one dies or hangs meanwhile.
+  """A context manager in which JAX is started. It ends this process if another one dies or hangs meanwhile.
 
-  A process that dies closes its connection; one that hangs sends nothing for `deadline_s`. Process 0 tells the others.
-  Leaving the block tells them that JAX has started here, or why it hasn't.
+  A process that dies closes its connection, and one that hangs sends nothing for `deadline_s` seconds. Process 0 tells
+  the others. When the block ends, the others are told that JAX has started here, or why it hasn't.
   """
 
   def __init__(self, info: ProcessInfo, names: list[str], connections: Mapping[int, _Connection], deadline_s: float):

@@ -1,4 +1,4 @@
-"""The training state: step, parameters and optimizer state, created on the mesh with their shardings."""
+"""Defines the training state (step, parameters, optimizer state), and creates it sharded over the mesh."""
 
 import dataclasses
 from typing import Any
@@ -15,37 +15,44 @@ from betarank import model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """The pytree that an update maps, with a batch, to the next one."""
+  """The state of training. An update is a function from a state and a batch to the next state."""
 
-  step: jax.Array  # int32 []: number of updates so far
+  step: jax.Array  # int32 []: the number of updates so far
   params: Any  # float32, with the structure of model.init
   opt_state: Any
 
 
 def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating anything.
+  """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating memory.
 
-  Raises ValueError if a mesh axis doesn't divide a dimension it shards.
+  Raises:
+    ValueError: a dimension isn't divisible by the mesh axis that shards it.
   """
   _, shapes, axes = model.abstract(c)
   model.check_divides(shapes, axes, mesh.shape)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
   everywhere = NamedSharding(mesh, P())
   param_shardings = model.shardings(mesh, axes)
-  opt_state = optax.tree.map_params(
-    tx, place, jax.eval_shape(tx.init, shapes), param_shardings,
-    transform_non_params=lambda leaf: place(leaf, everywhere))
+  of_param = dict(jax.tree_util.tree_leaves_with_path(param_shardings))
+
+  def place_moment(path, leaf):  # the path of a moment ends with that of its parameter; a count has no such path
+    ends = (path[i:] for i in range(len(path)))
+    return place(leaf, next((of_param[end] for end in ends if end in of_param), everywhere))
+
   return TrainState(
     step=jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
     params=jax.tree.map(place, shapes, param_shardings),
-    opt_state=opt_state,
+    opt_state=jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(tx.init, shapes)),
   )
 
 
 def create_state(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
-  """Returns the state of step 0 with `params`, or with fresh parameters from `seed`, equal on every mesh."""
+  """Returns the state of step 0, with `params` or with random parameters from `seed`.
+
+  The random parameters are the same on every mesh.
+  """
   def create(params):
     if params is None:
       params = model.init(c, jax.random.key(seed))
@@ -56,10 +63,10 @@ def create_state(
 
 
 def donated() -> tuple[int, ...]:
-  """Returns the positions of the arguments that an update donates: that of the state, but none on a CPU.
+  """Returns the positions of the arguments that an update donates: the state, or nothing on a CPU.
 
-  On a CPU a checkpoint is written from the state's own memory (elsewhere it is copied to the host first), and an update
-  that overwrites it would have to wait for the disk.
+  On a CPU, a checkpoint is written directly from the state's memory. If the state were donated, the next update would
+  have to wait for the disk. On other devices the state is first copied to the host.
   """
   return () if model.platform() == 'cpu' else (0,)
 
@@ -67,7 +74,7 @@ def donated() -> tuple[int, ...]:
 def compiler_options() -> dict[str, bool] | None:
   """Returns the XLA options of an update, or None.
 
-  On a GPU XLA would fuse a kernel (attention, a matmul) with the copy of its output to where a scanned layer saves it,
-  and run the kernel a second time for its other use.
+  On a GPU, XLA would fuse a kernel (attention or a matmul) with the copy of its output that a scanned layer saves. It
+  would then run the kernel a second time for the other use of that output. The option prevents this.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

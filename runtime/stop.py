@@ -1,4 +1,6 @@
-"""Stops a command on request, after it has saved: SIGTERM from a scheduler, or Ctrl-C.
+"""Stops a command on request. A request is SIGTERM, from a scheduler, or Ctrl-C.
+
+A command of many steps saves before it ends:
 
     with StopSignal(jax.process_count()) as stop:
       for step in steps:
@@ -8,61 +10,72 @@
           print(f'asked to stop: step {step} is saved; the same command resumes from it')
           raise Stopped(stop.exit_status)
 
-The first signal changes only what `stop` returns. The exit status, 143 for SIGTERM and 130 for Ctrl-C, tells scripts
-that the command did not finish. A second Ctrl-C ends the process at once, whatever it is doing.
+The first signal only makes `stop` return True. The exit status is 143 for SIGTERM and 130 for Ctrl-C, so that scripts
+can see that the command didn't finish. A second Ctrl-C ends the process at once, whatever it is doing.
+
+Everything else runs in `interruptible`: the first Ctrl-C raises KeyboardInterrupt, which ends the command with one line
+(configs/errors.py). What it wrote before is complete, because results are written atomically.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 class Stopped(SystemExit):
-  """Ends the process after a stop on request. Everything is saved; this is no failure."""
+  """Raised to end the process after a stop on request. Everything is saved, so this isn't a failure."""
+
+
+def leave(status: int) -> NoReturn:
+  """Ends the process at once, once its output is written. Python's own way out frees what a computation that was
+  interrupted still uses, which can crash.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 class StopSignal:
-  """A context that holds back SIGTERM and Ctrl-C, and an object to call after each step: True to save and end.
+  """A context manager that catches SIGTERM and Ctrl-C. Call it after each step: it returns True once the command must
+  end.
 
-  Must be entered in the main thread. Attribute `exit_status`: the status to end with.
+  It must be entered in the main thread. The attribute `exit_status` is the status to end with.
   """
 
   def __init__(self, processes: int = 1, before_exit: Callable[[], None] = lambda: None):
-    """Creates the context; the signals act as before until it is entered.
+    """Creates the context manager. The signals keep their usual effect until it is entered.
 
     Args:
-      processes: the number of processes of the job. All of them must call this object after the same steps, and for all
-        of them it returns True at the same step, once any process has received a signal. Several processes need
-        jax.distributed, which carries the request from that process to the rest.
-      before_exit: called in another thread before a second Ctrl-C ends the process, to end child processes.
+      processes: the number of processes of the job. All of them must call this object after the same steps. Once any of
+        them has received a signal, it returns True in all of them at the same step. With several processes,
+        jax.distributed must be initialized.
+      before_exit: called before a second Ctrl-C ends the process, in order to end child processes. It runs in another
+        thread.
     """
     self._processes, self._before_exit = processes, before_exit
     self._received: list[int] = []
 
   def __enter__(self):
-    # JAX has its own SIGTERM handler in a job of several processes. It must stay, to tell the others.
+    # In a job of several processes JAX has its own SIGTERM handler, which tells the other processes. It must stay.
     handled = (signal.SIGINT,) if self._processes > 1 else (signal.SIGINT, signal.SIGTERM)
     self._handlers = {number: signal.signal(number, lambda number, _: self._received.append(number))
                       for number in handled}
-    # Python runs those handlers in the main thread, between two lines of Python. A compilation or a collective can keep
-    # it from there for minutes, so a thread listens too.
-    listener, self._writer = socket.socketpair()
-    self._writer.setblocking(False)
-    self._wakeup_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=self._listen, args=(listener,), name='stop signal', daemon=True).start()
+    self._listening = listening(self._interrupted)
+    self._listening.__enter__()
     return self
 
   def __exit__(self, *_):
-    signal.set_wakeup_fd(self._wakeup_fd)
-    self._writer.close()  # ends the thread
+    self._listening.__exit__(None, None, None)
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
   def __call__(self, step: int = 0) -> bool:
-    """Returns True if the command has to save and end now."""
+    """Returns True if the command must save and end now."""
     if self._processes == 1:
       return bool(self._received)
     from jax.experimental import multihost_utils
@@ -70,19 +83,88 @@ class StopSignal:
 
   @property
   def exit_status(self) -> int:
-    """130 if Ctrl-C was the first signal that this process received, else 143."""
+    """130 if the first signal that this process received was Ctrl-C, else 143."""
     return 128 + (self._received or [signal.SIGTERM])[0]
 
-  def _listen(self, listener: socket.socket) -> None:
+  def _interrupted(self, count: int) -> None:
+    if count > 1:
+      self._before_exit()
+      os._exit(128 + signal.SIGINT)
+    print('stopping after this step; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
+    if self._processes > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+  """Makes Ctrl-C end the block by KeyboardInterrupt, and a second Ctrl-C the process, at once and with status 130.
+
+  It must be entered in the main thread. A StopSignal or `listening` in the block replaces it for a time.
+
+  Python alone doesn't promise the first: code in C may turn KeyboardInterrupt into another error, as an import does, or
+  ignore it, as a callback of the garbage collector does. It is then raised again.
+  """
+  count, ignored, raised = 0, False, False
+
+  def raise_(signum: int, frame) -> None:
+    nonlocal raised
+    raised = True
+    signal.default_int_handler(signum, frame)
+
+  def interrupted(_: int) -> None:
+    nonlocal count, ignored
+    if ignored:  # this is the signal of `unraisable`, not another Ctrl-C
+      ignored = False
+      return
+    count += 1
+    if count > 1:
+      os._exit(128 + signal.SIGINT)
+
+  def unraisable(error) -> None:
+    nonlocal ignored
+    if error.exc_type is KeyboardInterrupt:
+      ignored = True
+      # Later and from another thread, or it would be raised here, where it is ignored too.
+      threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+      before(error)
+
+  before, sys.unraisablehook = sys.unraisablehook, unraisable
+  handler = signal.signal(signal.SIGINT, raise_)
+  try:
+    with listening(interrupted):
+      yield
+  except Exception:
+    if raised:
+      raise KeyboardInterrupt from None
+    raise
+  finally:
+    signal.signal(signal.SIGINT, handler)
+    sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def listening(interrupted: Callable[[int], None]) -> Iterator[None]:
+  """Calls `interrupted` with the number of the Ctrl-C, 1 or more, in another thread, until the block ends.
+
+  Python runs signal handlers in the main thread, between two bytecode instructions. A compilation or a collective can
+  delay them for minutes, but not this. Signal handlers stay as they are.
+  """
+  listener, writer = socket.socketpair()
+  writer.setblocking(False)
+
+  def listen():
+    count = 0
     with listener:
-      interrupts = 0
       while received := listener.recv(1):
-        if received[0] != signal.SIGINT:
-          continue
-        interrupts += 1
-        if interrupts > 1:
-          self._before_exit()
-          os._exit(128 + signal.SIGINT)
-        print('stopping after this step; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
-        if self._processes > 1:
-          os.kill(os.getpid(), signal.SIGTERM)
+        if received[0] == signal.SIGINT:
+          count += 1
+          interrupted(count)
+
+  before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  threading.Thread(target=listen, name='Ctrl-C', daemon=True).start()
+  try:
+    yield
+  finally:
+    signal.set_wakeup_fd(before)
+    writer.close()  # ends the thread

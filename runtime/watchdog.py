@@ -1,12 +1,13 @@
-"""Watches a job while it runs, and ends it with a reason if a process dies, hangs or fails.
+"""Watches a running job, and ends it with a clear reason if a process dies, hangs or fails.
 
-Each process of a job writes a heartbeat to JAX's key-value store every few seconds and reads those of the others. If
-one sends none until the deadline, or publishes why it ends, the others end with a line that names it. On a TPU they
-would otherwise wait in a collective forever. A job without a step for two hours ends too, even if it is one process.
+Each process writes a heartbeat to JAX's key-value store every few seconds, and reads those of the other processes. If a
+process sends no heartbeat within the deadline, or publishes the error that ended it, all others end with a message that
+names it. Otherwise they would wait in a collective forever, at least on a TPU. A job that makes no step for two hours
+ends too, even if it has only one process.
 
-JAX has heartbeats of its own, but ends a process by abort() with C++ stack frames. Its deadline is set later than ours.
-One abort can't be avoided: when process 0 is gone, and JAX's coordination service with it. A handler then prints our
-line.
+JAX has its own heartbeats, but reports a lost process by abort() with C++ stack frames. We set JAX's deadline later
+than ours, so ours is reached first. One abort can't be avoided: if process 0 is gone, so is JAX's coordination service.
+For this case a signal handler prints our message.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ from betarank.configs.errors import UserError
 from betarank.runtime.rendezvous import EXIT_JOB_LOST, ProcessInfo
 from betarank.runtime.stop import Stopped
 
-HANG_S = 600.0  # without a step: the stacks of all threads go to the process's log, and again after as long
-STALL_S = 7200.0  # without a step, after the first one: the job ends
+HANG_S = 600.0  # after each such time without a step, the stacks of all threads are written to the process's log
+STALL_S = 7200.0  # after this time without a step, not counting the first step, the job ends
 FINISHED = 'finished'
 _KEY = 'betarank/heartbeat/'
 _XLA_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
@@ -38,7 +39,7 @@ _XLA_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADL
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-  """What a process publishes about itself."""
+  """The state that a process publishes for the other processes of its job."""
 
   count: int = 0
   step: int = 0
@@ -47,28 +48,38 @@ class Heartbeat:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-  """What is known of a process: its last heartbeat, and the time when that, or for this process its step, changed."""
+  """What is known about a process.
+
+  Attributes:
+    name: for messages.
+    heartbeat: its last heartbeat.
+    changed_s: the time.monotonic() at which its heartbeat last changed; for this process itself, its step.
+  """
 
   name: str
   heartbeat: Heartbeat
-  changed_s: float  # time.monotonic()
+  changed_s: float
 
 
 def update(peers: Mapping[int, Process], heartbeats: Mapping[int, Heartbeat], now_s: float) -> dict[int, Process]:
-  """Returns `peers` with the heartbeats that have changed; others, also those of this process, have no effect."""
+  """Returns `peers` with their new heartbeats. A peer's `changed_s` is set to `now_s` only if its heartbeat has
+  changed.
+
+  heartbeats: may include processes that aren't in `peers`; those are ignored.
+  """
   new = {i: beat for i, beat in heartbeats.items() if i in peers and beat != peers[i].heartbeat}
   return {i: dataclasses.replace(peer, heartbeat=new[i], changed_s=now_s) if i in new else peer
           for i, peer in peers.items()}
 
 
 def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: float) -> str | None:
-  """Returns why this process must end, or None if all is well.
+  """Decides whether this process must end. Returns the reason, or None if it may continue.
 
   Args:
-    now_s: the time, on the clock of `Process.changed_s`.
-    own: this process; `changed_s` is when it reached its step.
-    peers: the others; `changed_s` is when their last heartbeat came.
-    deadline_s: the longest time without a heartbeat.
+    now_s: the present time, on the clock of `Process.changed_s`.
+    own: this process. Its `changed_s` is when it reached its step.
+    peers: the other processes. Their `changed_s` is when their last heartbeat arrived.
+    deadline_s: the longest allowed time without a heartbeat.
   """
   peers = list(peers)
   for peer in peers:
@@ -79,7 +90,7 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
       return (f'{peer.name} sent no heartbeat for {silent_s:.0f} s, since step {peer.heartbeat.step}; the same command '
               'resumes from the last checkpoint')
   still_s, step = now_s - own.changed_s, own.heartbeat.step
-  if not step or still_s <= STALL_S:  # the first step compiles, which may take long
+  if not step or still_s <= STALL_S:  # the first step has no limit, because compiling may take long
     return None
   if not peers:
     return (f'no step for {still_s:.0f} s, since step {step}; the stacks above show where it hangs, and the same '
@@ -90,15 +101,16 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
 
 
 def is_own_error(error: BaseException) -> bool:
-  """Returns True for an error in this process's settings, False for one that a lost peer may have caused.
+  """Returns True if an error is certainly this process's own, and False if a lost peer may have caused it.
 
-  A collective that fails because a peer is gone can raise a ValueError, as wrong settings do.
+  The type alone doesn't tell: a collective that fails because a peer is gone can raise a ValueError, like a wrong
+  setting.
   """
   return isinstance(error, UserError | ValueError) and not _XLA_STATUS.match(str(error))
 
 
 class Watchdog:
-  """A context that ends a job of one process if it makes no step for STALL_S."""
+  """A context manager that ends a job of one process if it makes no step for STALL_S seconds."""
 
   period_s = 1.0
 
@@ -132,15 +144,22 @@ class Watchdog:
 
 
 class JobWatchdog(Watchdog):
-  """A context that ends this process if another one of its job dies, hangs or fails, and tells them if it fails itself.
+  """A context manager that ends this process if another process of its job dies, hangs or fails.
 
-  An error that leaves the block ends this process, and by its heartbeat the others, with a line that names the process
-  at fault.
+  If this process itself fails, by an error that leaves the block, the watchdog ends it and tells the others. All of
+  them then print a message that names the process at fault.
   """
 
   def __init__(self, info: ProcessInfo, names: Sequence[str], deadline_s: float, log: IO[str]):
-    """Creates the context. Needs jax.distributed; `log` gets the messages and, on a hang, the stacks of all threads."""
-    from jax._src import distributed  # the job's key-value store has no public name
+    """Creates the context manager. jax.distributed must be initialized.
+
+    Args:
+      info: the position of this process in its job.
+      names: the names of all processes, for messages.
+      deadline_s: the longest allowed time without a heartbeat.
+      log: gets the messages, and on a hang the stacks of all threads.
+    """
+    from jax._src import distributed  # there is no public way to reach the job's key-value store
     super().__init__(names[info.index])
     self._store = distributed.global_state.client
     self._info, self._names, self._deadline_s, self._log = info, names, deadline_s, log
@@ -160,7 +179,7 @@ class JobWatchdog(Watchdog):
     if error is not None and not isinstance(error, Stopped):
       self._fail(error)
     self._ended = FINISHED
-    with contextlib.suppress(RuntimeError):  # the others may have left, and the store with them
+    with contextlib.suppress(RuntimeError):  # fails if process 0 has already ended, because it holds the store
       self._publish()
     super().__exit__(kind, error, trace)
     faulthandler.cancel_dump_traceback_later()
@@ -175,7 +194,7 @@ class JobWatchdog(Watchdog):
       self._publish()
       heartbeats = {int(key.rpartition('/')[2]): Heartbeat(**json.loads(value))
                     for key, value in self._store.key_value_dir_get(_KEY)}
-    except RuntimeError as error:  # JAX can't reach the store either, and aborts the process
+    except RuntimeError as error:  # JAX can't reach the store either, and will abort this process
       self._write_log(f'key-value store: {str(error).splitlines()[0]}')
       return None
     now_s = time.monotonic()
@@ -189,16 +208,21 @@ class JobWatchdog(Watchdog):
                               allow_overwrite=True)
 
   def _fail(self, error: BaseException) -> None:
-    """Ends this process because of an error in it; if a peer may be the cause, after the time it takes to find out."""
+    """Ends this process because of an error in it.
+
+    If a lost peer may have caused the error, first waits long enough for the watchdog to find that peer and report it.
+    """
     own = is_own_error(error)
     if not own and not isinstance(error, SystemExit | KeyboardInterrupt):
-      time.sleep(self._deadline_s + 3 * self.period_s)  # the other thread ends the process if it finds a lost peer
-    if not own:
+      time.sleep(self._deadline_s + 3 * self.period_s)  # the watchdog thread ends the process if it finds a lost peer
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if not own and not interrupted:
       traceback.print_exception(error)
-    self._end(str(error) or type(error).__name__, 2 if own else 1, stacks=False)
+    self._end('stopped by Ctrl-C' if interrupted else str(error) or type(error).__name__,
+              130 if interrupted else 2 if own else 1, stacks=False)
 
   def _end(self, reason: str, status: int, stacks: bool = True) -> None:
-    """Writes the reason to standard error, the log and the heartbeat, and ends this process."""
+    """Writes the reason to standard error, to the log and to the heartbeat, and ends this process."""
     if not self._ending.acquire(blocking=False):
       time.sleep(3600)  # another thread is ending the process
     self._write_error(reason, stacks)
@@ -206,7 +230,7 @@ class JobWatchdog(Watchdog):
     with contextlib.suppress(RuntimeError):  # the store may be gone
       self._publish()
     if self._info.index == 0:
-      time.sleep(3 * self.period_s)  # it holds the store, in which the others must find the reason
+      time.sleep(3 * self.period_s)  # process 0 holds the store, so it waits until the others have read the reason
     os._exit(status)
 
   def _aborted(self) -> None:
@@ -231,9 +255,10 @@ class JobWatchdog(Watchdog):
 
 
 def _on_abort(act: Callable[[], None]):
-  """Calls `act` if this process calls abort(). JAX aborts from C++ threads, where no Python signal handler runs.
+  """Makes the process call `act` when it calls abort().
 
-  Returns the C handler, which must be kept alive as long as the process.
+  JAX aborts from C++ threads, in which Python's signal handlers don't run. Returns the C handler; keep a reference to
+  it for the life of the process.
   """
   handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: act())
   libc = ctypes.CDLL(None)

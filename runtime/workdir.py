@@ -1,4 +1,4 @@
-"""The workdir of a run: its config, its lock, and the version of the code that writes to it."""
+"""Handles the workdir of a run: its config, its lock, and the version of the code that writes to it."""
 
 import contextlib
 import fcntl
@@ -20,9 +20,9 @@ from betarank.configs.load import flatten, to_json
 
 
 def check_config(workdir: epath.Path, config: ConfigDict) -> None:
-  """Raises ConfigError, naming the first difference, if the workdir holds a run that can't resume with this config.
+  """Raises ConfigError if the workdir holds a run that can't resume with this config. The message names the difference.
 
-  Settings whose role is IDENTITY must be the same (configs/settings.py).
+  Settings with the role IDENTITY must be unchanged (configs/settings.py).
   """
   path = workdir / 'config.json'
   if not path.exists():
@@ -39,8 +39,9 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def _is_fixed(key: str, is_rl: bool) -> bool:
-  """Returns True if a run can't change this setting. A key that isn't in configs/settings.py is the user's own, and
-  can't be changed either.
+  """Returns True if a run can't change this setting.
+
+  Settings that the user's config adds, which aren't in configs/settings.py, can't be changed either.
   """
   if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
     return False
@@ -51,7 +52,7 @@ def _is_fixed(key: str, is_rl: bool) -> bool:
 
 
 def _default(key: str) -> Any:
-  """Returns the default of a setting. A config that is older than the setting counts as having this default."""
+  """Returns the default of a setting. It is used for a setting that is missing in a config from an older version."""
   try:
     return settings.default(key)
   except KeyError:
@@ -70,9 +71,10 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
-  """Yields the local file at `path`, emptied and locked, or None if another process holds its lock.
+  """Yields the local file at `path`, locked and emptied, or None if another process has locked it.
 
-  The lock lasts until the block has ended and so have all processes that inherited the file, whatever ends them.
+  The lock is held until the block has ended and all child processes that inherited the file have ended. It is released
+  even if they are killed.
   """
   with open(path, 'a+', encoding='utf-8') as file:
     try:
@@ -85,20 +87,27 @@ def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
 
 
 def holder(path: str | os.PathLike) -> str:
-  """Returns what the holder of a lock wrote into its file."""
+  """Returns the text that the holder of a lock wrote to the lock file."""
   return pathlib.Path(path).read_text(encoding='utf-8')
 
 
 @contextlib.contextmanager
 def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> Iterator[None]:
-  """Holds a lock of a local folder for the block; a bucket has none.
+  """Locks a local folder until the block ends. A bucket isn't locked.
 
-  Raises UserError, with `flag` and the holder, if another command holds the lock.
+  Raises:
+    UserError: another command holds the lock, or the folder can't be created or written. The message has `flag`.
   """
   if '://' in str(workdir):
     yield
     return
-  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / lock).touch()
+  except (FileExistsError, NotADirectoryError):
+    raise UserError(f'{flag}={workdir}: is a file, or in a file, not a folder') from None
+  except OSError as error:
+    raise UserError(f'{flag}={workdir}: can\'t be created or written ({error.strerror})') from None
   with lock_file(workdir / lock) as held:
     if held is None:
       raise UserError(f'{flag}={workdir}: {holder(workdir / lock)} is at work there; stop it first')
@@ -108,14 +117,14 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
 
 
 def code_version() -> str:
-  """Returns the commit of this code, with '+' if files differ from it, or '' if it is unknown.
+  """Returns the commit of this code, with '+' if files were changed since; '' if it is unknown.
 
-  A copy without git has the commit in its file `.commit` (launch/tpu.sh, Dockerfile).
+  In a copy without git, the commit is read from the file `.commit`, which launch/tpu.sh and the Dockerfile write.
   """
   root = pathlib.Path(__file__).resolve().parent.parent
   if (root / '.commit').exists():
     return (root / '.commit').read_text(encoding='utf-8').strip()
-  if not (root / '.git').exists():  # a wheel, maybe installed inside another project's checkout
+  if not (root / '.git').exists():  # an installed wheel; it may be inside the checkout of another project
     return ''
   git = lambda *command: subprocess.run(
     ['git', '-C', str(root), *command], capture_output=True, text=True, timeout=20, check=True).stdout.strip()

@@ -1,6 +1,6 @@
-r"""Cuts the final answer out of a text that a model wrote.
+"""Extracts the final answer from a text that a model wrote.
 
-`final_answer` is the one way to do this: reinforcement learning, evaluation and `betarank judge` all go through it.
+RL, evaluation and `betarank judge` all use `final_answer`.
 """
 
 import re
@@ -9,33 +9,34 @@ from typing import Protocol
 from betarank.data.reasoning import ANSWER_MARK
 
 ANSWER_FORMATS = ('line', 'boxed')
-CODE_END = '\n[DONE]'  # of a program, in the prompts of MBPP
+CODE_END = '\n[DONE]'  # ends a program in the prompts of MBPP
 _BOX = re.compile(r'\\(?:boxed|framebox|fbox)\s*')
-_MAX_BOXES = 64  # the last ones of a text
-# What may stand between two boxes of one answer: \boxed{1} and \boxed{2}, x_1 = \boxed{1}, x_2 = \boxed{2}.
+_MAX_BOXES = 64  # only the last 64 boxes of a text are considered
+# What can be between two boxes of one answer, as in \boxed{1} and \boxed{2}, or x_1 = \boxed{1}, x_2 = \boxed{2}.
 _JOINED = re.compile(r'(?:[\s$,;&]|\\[,;:!()\[\]\\ ]|\\q?quad|\\?\b(?:text|mathrm)\s*\{\s*|\}|and|or|'
                      r'(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?\s*=)*')
-# A line at the margin ends the function that the prompt began; a closing bracket or the end of a long string doesn't.
+# A line without indentation ends the function that the prompt began, unless it is a closing bracket or a quote.
 _LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
 
 
 class Question(Protocol):
-  """What is known of a question when an answer is cut out; tasks/records.py has the whole task."""
+  """The fields of a task that are needed to extract an answer. tasks/records.py has the whole task."""
 
   question: str
   prompt: str
   answer_format: str  # line | boxed | code
-  answer_lines: int  # of an answer in 'line' format; 0: all there are
+  answer_lines: int  # the number of lines of an answer in 'line' format; 0: all lines
   entry: str  # code: the beginning of the function, '' for a whole program
 
 
 def final_answer(text: str, task: Question) -> str | None:
-  r"""Returns the final answer in `text`, stripped; None if there is none.
+  r"""Returns the final answer in `text`, stripped, or None if there is none. It depends on the task's answer_format:
 
-  line: the `answer_lines` lines (0: all) after the first '\nAnswer: '. The first, because a model that doesn't stop
-  continues with questions of its own. boxed: the content of the last \boxed{...} with balanced braces that answers this
-  question; boxes with nothing but 'and', 'or' or commas between them are one answer, joined by commas. code: the part
-  that is run, up to the end of the function or to [DONE].
+  line: the `answer_lines` lines (0: all) after the first '\nAnswer: '. The first one counts, because a model that
+  doesn't stop continues with new questions of its own.
+  boxed: the content of the last \boxed{...} with balanced braces, in the answer to this question. Boxes that are
+  separated only by 'and', 'or' or commas are one answer, joined by commas.
+  code: the part of the program that is run, up to the end of the function or to [DONE].
   """
   if task.answer_format == 'line':
     _, mark, rest = text.partition(ANSWER_MARK)
@@ -47,8 +48,10 @@ def final_answer(text: str, task: Question) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""Returns the content of the last \boxed{...}, or of the last run of boxes that make up one answer."""
-  found: list[tuple[int, int, str]] = []  # (start, end, content), from the last one back
+  r"""Returns the content of the last \boxed{...}, or of the last boxes that form one answer together; None if there is
+  none.
+  """
+  found: list[tuple[int, int, str]] = []  # (start, end, content), the last box first
   limit = len(text)
   for match in reversed(list(_BOX.finditer(text))[-_MAX_BOXES:]):
     inside = _balanced(text, match.end(), limit)
@@ -64,7 +67,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
-  """(content, end) of the group at `start`, or of the one character there; None if it isn't closed before `limit`."""
+  """Returns (content, end) of the brace group at `start`, or of the single character there; None if it has no end."""
   if text[start:start + 1] != '{':
     return (text[start], start + 1) if start < limit else None  # \boxed 5
   depth = 0
@@ -77,7 +80,7 @@ def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
 
 
 def _up_to_next_question(text: str, task: Question) -> str:
-  """Cuts `text` where a model that didn't stop makes up a question of its own in the form of the prompt."""
+  """Cuts `text` where a model that didn't stop begins a new question in the form of the prompt."""
   if not task.question:
     return text
   opening = task.prompt[: max(task.prompt.rfind(task.question), 0)].rsplit('\n', 1)[-1].strip()

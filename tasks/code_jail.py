@@ -1,17 +1,18 @@
-"""Runs a program that a model wrote so that the machine comes to no harm, and says whether it ran to its end.
+"""Runs a program that a model wrote, so that it can't harm the machine, and says whether it ran to its end.
 
     outcome = Jail(JailConfig()).run(program)
 
-Each program has a jail of its own, made for it and gone after it (code_jail_worker.py): its own process, mount, network
-and IPC namespaces, as a user who owns nothing; a read-only root of the system's libraries and this Python, and 16 MB of
-/tmp; no network, no environment, no /proc; limits on time, memory, processes, files and output. At the deadline
-process 1 is killed, and the kernel ends whatever else runs in there. Linux 5.12 with namespaces is needed; elsewhere
-code is refused, or runs under the limits alone if the user says so.
+Each program gets a new jail, which is removed afterwards (code_jail_worker.py). A jail has its own process, mount,
+network and IPC namespaces, and a user who owns nothing. Its root is read-only and has the system's libraries, this
+Python, and 16 MB of /tmp. There is no network, no environment and no /proc. Time, memory, processes, files and output
+are limited. At the deadline process 1 of the jail is killed, and the kernel ends all others in it. This needs Linux
+5.12 with namespaces. Elsewhere programs are refused, or run with the limits alone if the user accepts that.
 
-What comes back is data to compare: a token that is handed out after the program's last line, and the tail of what it
-printed. Nothing of it is parsed. A jail protects the machine, not the tests: these share an interpreter with the
-program, and one that is out to deceive them can, as in any harness of this kind. Nor is the kernel's own surface
-narrowed (no seccomp filter).
+The result is plain data: a token that the program gets only after its last line has run, and the end of what it
+printed. Nothing of it is parsed.
+
+A jail protects the machine, not the tests. Tests and program share an interpreter, so a program that tries to deceive
+the tests can, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
 """
 
 import dataclasses
@@ -31,23 +32,23 @@ from betarank.configs.errors import UserError
 
 _WORKER = pathlib.Path(__file__).with_name('code_jail_worker.py')
 _READY = b'R'
-_SHOWN = 2000  # bytes of what a program printed
+_SHOWN = 2000  # the last so many bytes of a program's output are kept
 
 
 class JailError(UserError):
-  """Code can't be run. One line that says what would help."""
+  """Raised if programs can't be run. The message is one line that says what would help."""
 
 
 @dataclasses.dataclass(frozen=True)
 class JailConfig:
-  """Section `eval.code`: limits on each program.
+  """Section `rl.code` or `eval.code`: the limits on each program.
 
   Attributes:
-    workers: programs at once.
-    cpu_s, memory_mb: of each of its processes.
-    deadline_s: by the clock, the making of the jail included.
-    processes: at once, threads included.
-    accept_no_isolation: runs code under the limits alone where the kernel offers no isolation.
+    workers: the number of programs at the same time.
+    cpu_s, memory_mb: for each process of a program.
+    deadline_s: wall-clock seconds, including the creation of the jail.
+    processes: the number of processes and threads at the same time.
+    accept_no_isolation: if the kernel offers no isolation, runs programs with the limits alone.
   """
 
   workers: int = 2
@@ -67,22 +68,32 @@ class JailConfig:
 
 
 class Outcome(NamedTuple):
-  """passed: the program ran to its end. why: if it didn't, 'deadline' or the last line that it printed."""
+  """The result of a program.
+
+  passed: whether the program ran to its end.
+  why: if it didn't, 'deadline' or the last line that it printed.
+  """
 
   passed: bool
   why: str
 
 
 class Jail:
-  """A place to run programs in; can be used from several threads.
+  """Runs programs. Thread-safe.
 
   Attributes:
-    isolated: whether it is a jail, or limits alone.
-    workers: programs at once.
+    isolated: True for a jail, False for limits alone.
+    workers: the number of programs at the same time.
   """
 
   def __init__(self, config: JailConfig, section: str = 'config.eval.code'):
-    """Runs a harmless program as a test. Raises JailError, which names settings of `section`, if that fails."""
+    """Runs a harmless program as a test.
+
+    section: the section of the config, for messages.
+
+    Raises:
+      JailError: the test failed.
+    """
     self._c, self.isolated, self.workers = config, True, config.workers
     try:
       outcome = self.run('pass')
@@ -102,7 +113,7 @@ class Jail:
                       f'{sys.base_prefix}?')
 
   def run(self, program: str) -> Outcome:
-    """Runs Python source as a script. Raises JailError if the jail can't be built."""
+    """Runs Python source as a script. Raises JailError if the jail can't be created."""
     token = secrets.token_hex(16).encode()
     reader, writer = os.pipe()
     with (open(reader, 'rb', buffering=0) as reports, tempfile.TemporaryFile() as printed,
@@ -119,8 +130,8 @@ class Jail:
       except subprocess.TimeoutExpired:
         late = True
       finally:
-        if worker.returncode is None:  # still there, so that its number is its own
-          os.killpg(worker.pid, signal.SIGKILL)  # and its child's, process 1 of the jail: the kernel ends all others
+        if worker.returncode is None:  # it hasn't been waited for, so its pid is still its own
+          os.killpg(worker.pid, signal.SIGKILL)  # also kills its child, process 1 of the jail; the kernel ends the rest
           worker.wait()
       os.set_blocking(reader, False)
       said = reports.read(64) or b''

@@ -1,12 +1,13 @@
 """Builds a jail around itself and runs one Python program in it. See code_jail.py.
 
-    python -I -S -B eval/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
+    python -I -S -B tasks/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
 
-Three processes: this one keeps the time; its child is process 1 of a new process namespace, whose death ends all others
-in it; the grandchild gives up its rights and becomes the program. On descriptor `report` goes one byte when the jail
-stands, and after the program's last line the token.
+There are three processes. This one limits the time. Its child is process 1 of a new process namespace, whose death ends
+all other processes in it. The grandchild gives up its rights and becomes the program. One byte is written to the
+descriptor `report` when the jail is ready, and the token after the program's last line.
 
-Imports nothing of the project and no third party: what runs here has rights that the program must not have.
+This file imports nothing of the project or of third parties, because it runs with rights that the program must not
+have.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ import sys
 
 TOKEN = 32  # bytes
 READY = b'R'
-FILE_MB = 4  # of one file, what is printed included
-_FILES = 64  # open at once
-_SCRATCH = 'size=16m,nr_inodes=256,mode=1777'  # of /tmp
-_FIRST_USER = 0x70000000  # nobody has such a number
+FILE_MB = 4  # the largest size of a file, and of the output
+_FILES = 64  # the number of open files
+_SCRATCH = 'size=16m,nr_inodes=256,mode=1777'  # the options of /tmp
+_FIRST_USER = 0x70000000  # no real user has a number from here on
 
-# What a program may see of this machine, if it is there; besides Python's own folders.
+# What a program can read of this machine, besides Python's own folders. Missing ones are skipped.
 _SYSTEM = ('/usr', '/bin', '/sbin', '/lib', '/lib32', '/lib64', '/etc/ld.so.cache', '/etc/alternatives')
 _DEVICES = ('/dev/null', '/dev/zero', '/dev/random', '/dev/urandom')
 
@@ -39,7 +40,7 @@ _SET_DEATH_SIGNAL, _SET_DUMPABLE, _NO_NEW_PRIVILEGES = 1, 4, 38
 _ATTR_READ_ONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
 _HERE, _ALL_BELOW = -100, 0x8000
 
-# Run by the jailed interpreter: the token is out of a program's sight until its last line has run.
+# Run by the jailed interpreter. The token is read only after the program's last line has run.
 _RUN = """
 import os, runpy, sys
 sys.path[:] = [*sys.path, *sys.argv[2:]]
@@ -54,7 +55,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(name: str, *args) -> None:
-  """Calls into libc. Raises OSError that names the function."""
+  """Calls a function of libc. Raises OSError, with the function's name, if it fails."""
   if getattr(_libc, name)(*(os.fsencode(a) if isinstance(a, str) else a for a in args)) < 0:
     code = ctypes.get_errno()
     raise OSError(code, f'{name}: {os.strerror(code)}')
@@ -65,13 +66,13 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _restrict(path: str, attributes: int, below: int = _ALL_BELOW) -> None:
-  """Makes a mount (and those below it) read-only, ...; needs Linux 5.12."""
+  """Sets attributes such as read-only on a mount, and on those below it. Needs Linux 5.12."""
   given = struct.pack('QQQQ', attributes, 0, 0, 0)
   _call('syscall', ctypes.c_long(_MOUNT_SETATTR), _HERE, path, below, given, ctypes.c_size_t(len(given)))
 
 
 def unshare() -> None:
-  """Namespaces of its own for the next child: mounts, processes, network, IPC; without root, users too."""
+  """Creates new namespaces for the next child: mounts, processes, network and IPC. Without root, also users."""
   user, group = os.geteuid(), os.getegid()
   flags = _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS
   _call('unshare', flags | (_NEW_USER if user else 0))
@@ -80,11 +81,14 @@ def unshare() -> None:
       with open(f'/proc/self/{name}', 'w') as file:
         file.write(text)
   with contextlib.suppress(OSError), open('/proc/sys/kernel/shmall', 'w') as file:
-    file.write('0')  # shared memory that outlives its process escapes the limit on memory; root's to forbid
+    file.write('0')  # forbids shared memory that outlives its process, which no limit counts; only root can
 
 
 def build(folder: str, readable: list[str], program: bytes) -> None:
-  """Makes a root of what may be read, the program, and an empty /tmp; all else of the machine is gone after it."""
+  """Creates a root with the readable folders, the program and an empty /tmp, and moves into it.
+
+  Nothing else of the machine is visible after that.
+  """
   _mount(None, '/', None, _RECURSIVE | _PRIVATE)
   _mount('tmpfs', folder, 'tmpfs', _NOSUID | _NODEV, 'size=16m,nr_inodes=4096,mode=755')
   root = f'{folder}/root'
@@ -112,7 +116,7 @@ def build(folder: str, readable: list[str], program: bytes) -> None:
   os.chdir(folder)
   _call('syscall', ctypes.c_long(_PIVOT_ROOT[os.uname().machine]), '.', '.')
   _call('umount2', '.', _DETACH)
-  # Who has been moved by chroot can't make user namespaces, in which it would have rights again.
+  # After chroot, a process can't create user namespaces, in which it would have rights again.
   os.chroot('root')
   os.chdir('/tmp')
 
@@ -129,7 +133,7 @@ def limit(settings: dict, extra_processes: int) -> None:
 
 
 def become_nobody(user: int) -> None:
-  """Root becomes a user who has nothing else; whoever it is can't gain rights again."""
+  """Turns root into a user who owns nothing. Whoever the user is, the process can't gain rights again."""
   if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid(user, user, user)
@@ -138,14 +142,14 @@ def become_nobody(user: int) -> None:
 
 
 def run(settings: dict, path: str, token: bytes, user: int) -> None:
-  """Becomes the program."""
+  """Replaces this process by the program."""
   source, sink = os.pipe()
   os.write(sink, token)
   os.dup2(source, 0)
   os.closerange(3, settings['report'])
   os.closerange(settings['report'] + 1, _FILES * 16)
   root = os.geteuid() == 0
-  limit(settings, extra_processes=0 if root else 1)  # process 1 is of the same user, unless that is root
+  limit(settings, extra_processes=0 if root else 1)  # process 1 belongs to the same user, unless that is root
   if settings['isolated']:
     become_nobody(user)
   os.set_inheritable(settings['report'], True)
@@ -156,13 +160,15 @@ def run(settings: dict, path: str, token: bytes, user: int) -> None:
 
 
 def first_process(settings: dict, program: bytes, token: bytes, user: int) -> None:
-  """Process 1: builds the jail, starts the program, and takes all that is left with it when the program has ended."""
+  """Runs as process 1: builds the jail and starts the program. When the program ends, so does everything in the
+  jail.
+  """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-  _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # nobody may look into it
+  _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory
   path = f'{settings["folder"]}/program.py'
   if settings['isolated']:
     with contextlib.suppress(OSError), open('/proc/self/oom_score_adj', 'w') as file:
-      file.write('1000')  # should memory run out all the same, these go first
+      file.write('1000')  # if memory runs out, the kernel kills these processes first
     build(settings['folder'], settings['readable'], program)
     path = '/program.py'
   else:
@@ -180,7 +186,7 @@ def main() -> None:
   settings = json.loads(sys.argv[1])
   given = sys.stdin.buffer.read()
   token, program = given[:TOKEN], given[TOKEN:]
-  signal.alarm(math.ceil(settings['deadline_s']) + 2)  # should our parent be gone
+  signal.alarm(math.ceil(settings['deadline_s']) + 2)  # in case our parent has died
   try:
     if settings['isolated']:
       unshare()
@@ -189,7 +195,7 @@ def main() -> None:
     if child:
       os.waitpid(child, 0)
       if not settings['isolated']:
-        os.killpg(0, signal.SIGKILL)  # what is left of the program, unless it has left the group
+        os.killpg(0, signal.SIGKILL)  # kills what is left of the program, unless it has left the process group
       return
     first_process(settings, program, token, user)
   except Exception as error:

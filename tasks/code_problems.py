@@ -1,9 +1,10 @@
-r"""Programming problems: prompts, where an answer ends, and what is run to judge it.
+"""Reads programming problems: their prompts, and the code that tests an answer.
 
-Files are jsonl(.gz) in two forms, told apart by their fields. HumanEval (`prompt`, `test`, `entry_point`; HumanEval+
-the same): the model goes on with the function that the prompt begins. MBPP (`text` or `prompt`, `test_list`, `code`,
-`test_setup_code` or `test_imports`; MBPP+ has a whole script in `test`): the model is told the task and the tests, in
-the words of arXiv 2108.07732, and its program goes from [BEGIN] to [DONE].
+Files are jsonl or jsonl.gz, in two forms that are distinguished by their fields. HumanEval and HumanEval+ have
+`prompt`, `test` and `entry_point`; the model continues the function that the prompt begins. MBPP has `text` or
+`prompt`, `test_list`, `code`, and `test_setup_code` or `test_imports`; MBPP+ has a whole script in `test`. For these,
+the prompt has the task and the tests, in the words of arXiv 2108.07732, and the answer is a program between [BEGIN] and
+[DONE].
 """
 
 from collections.abc import Mapping
@@ -13,19 +14,25 @@ from betarank.data.config import DataError
 from betarank.tasks.answers import CODE_END
 from betarank.tasks.records import Task, read_jsonl
 
-_MBPP_ASKED = range(11, 511)  # task_id of the test split, where a file has all of MBPP; 1 to 10 are for examples
-_MBPP_SHOWN = (2, 3, 4)  # as in its paper
+_MBPP_ASKED = range(11, 511)  # the task_ids of the test split in a file with all of MBPP; 1 to 10 are for examples
+_MBPP_SHOWN = (2, 3, 4)  # the examples in its paper
 _MBPP_SIZE = 974
 _PROMPT = ('You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n'
            '{}\n[BEGIN]\n')
 
 
 def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
-  """Returns the problems of the files, in order, each after the first `shots` worked ones of the file `examples`.
+  """Returns the problems of the files, in order. Examples aren't asked as problems.
 
-  Task.reference is the code that runs after the answer, Task.entry the code before it. An example is not also asked.
+  Task.reference is the code that runs after the answer, and Task.entry the code that runs before it.
 
-  Raises DataError, one line with file and line number.
+  Args:
+    pattern: the files.
+    shots: the number of worked examples before each problem.
+    examples: the file with these examples.
+
+  Raises:
+    DataError: a record can't be used. The message has the file and the line number.
   """
   records = list(read_jsonl(pattern))
   if len(records) == _MBPP_SIZE:

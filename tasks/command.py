@@ -1,14 +1,13 @@
-r"""Judge answers as RL and evaluation do, and say why.
+r"""Judges answers as RL and evaluation do, and says why.
 
     betarank judge --gold='1,2' --answer='x = 2 or x = 1'
     betarank judge --gold='3/4' --format=boxed --answer='So it is \boxed{0.75}.'
     betarank judge pairs.tsv
 
-A file has a header that names the columns `gold` and `answer` and, if the right verdicts are known, `right` (1 or 0):
-then every pair that is judged otherwise is shown, and the counts. Without it every pair is shown.
+The first line of a file names its columns: `gold`, `answer` and, if the right verdicts are known, `right` (1 or 0).
+With `right`, only the pairs that are judged differently are shown, and the counts. Without it, every pair is shown.
 """
 
-import argparse
 import csv
 import io
 import pathlib
@@ -17,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from betarank.configs.errors import UserError, one_line
+from betarank.configs.parser import Parser, place
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.tasks.answers import ANSWER_FORMATS
 from betarank.tasks.records import Task
@@ -27,10 +27,9 @@ _KNOWN = {'1': 'right', '0': 'wrong', 'right': 'right', 'wrong': 'wrong', 'true'
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints the verdict on one pair, or on the pairs of a file. Raises UserError for arguments that don't fit."""
-  parser = argparse.ArgumentParser(prog='betarank judge', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('file', nargs='?', help='tab-separated pairs, with a header')
+  """Prints the verdict on one pair, or on the pairs of a file. Raises UserError if the arguments can't be used."""
+  parser = Parser('betarank judge', __doc__)
+  parser.add_argument('file', nargs='?', type=place, help='tab-separated pairs, with a header')
   parser.add_argument('--gold', help='the reference')
   parser.add_argument('--answer', help='the final answer; with --format, a text that holds one')
   parser.add_argument('--format', default='', choices=('', *ANSWER_FORMATS), help='how the answer is cut out of a text')
@@ -52,17 +51,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """Returns the text and task for a verifier. Without a format the whole text is the final answer."""
+  """Returns the text and the task for a verifier. Without a format, the whole text is the final answer."""
   text = answer if answer_format else f'{ANSWER_MARK}{answer}'
   lines = 1 if answer_format else 0
   return text, Task('', '', '', gold, 'math', answer_format or 'line', answer_lines=lines)
 
 
 def _read(path: str) -> list[tuple[str, str, str]]:
-  """Returns (gold, answer, known verdict or '') of each line. Raises UserError, one line that names file and line."""
+  """Returns (gold, answer, known verdict or '') for each line. Raises UserError, with the file and the line, if one is
+  bad.
+  """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
+  except OSError as error:
+    raise UserError(f'{path}: cannot be read ({error.strerror})') from None
+  except UnicodeDecodeError as error:
     raise UserError(f'{path}: cannot be read ({error})') from None
   rows = csv.DictReader(io.StringIO(text), delimiter='\t', quoting=csv.QUOTE_NONE)
   if missing := {'gold', 'answer'} - set(rows.fieldnames or ()):
@@ -93,7 +96,7 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """Returns the counts of verdicts, grouped by the known verdicts if there are any."""
+  """Returns the counts of verdicts, for each known verdict separately."""
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')
   lines = [f'{"":16}' + ''.join(f'{"judged " + name:>18}' for name in names)]

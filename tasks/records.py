@@ -1,7 +1,7 @@
-"""Problems in files: the forms of records that are known, and which records can't be used.
+"""Reads problems from files, and decides which records can't be used.
 
     jsonl:GLOB    GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer), AIME and AMC (problem,
-                  answer), OlympiadBench (question, final_answer), Minerva (problem, solution); .gz too
+                  answer), OlympiadBench (question, final_answer), Minerva (problem, solution); also as .gz
     tfds:NAME     the same fields in a TFDS data set
 """
 
@@ -20,31 +20,37 @@ from betarank.data.config import DataError
 from betarank.data.reasoning import question_hash
 from betarank.tasks.answers import last_boxed
 
-_MAX_BYTES = 2**30  # of a packed file, unpacked: it is held in memory
+_MAX_BYTES = 2**30  # the largest size of a compressed file's content, which is held in memory
 
 
 class OddRecord(DataError):
-  """A record that is no problem with a final answer. One line with its place in the file."""
+  """Raised for a record that isn't a problem with a final answer. The message is one line with its place in the
+  file.
+  """
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A prompt, and the data that its verifier needs."""
+  """A prompt, and what its verifier needs."""
 
-  id: str  # the same question of the same source has the same one in any split, order or run
+  id: str  # depends only on the question and its source, not on split, order or run
   question: str
   prompt: str
-  reference: str  # the right answer, or one of them; empty if there is only a scorer
+  reference: str  # the right answer, or one of several; empty if only a scorer can tell
   verifier: str  # exact | math | reasoning_gym | code | reward
   answer_format: str  # line | boxed | code
-  answer_lines: int = 1  # how many lines an answer takes; 0: all that are left
-  entry: str = ''  # reasoning_gym: (name, options, record) as a Python literal, which a worker reads safely; code: what
-  # runs before the answer; reward: FILE.py:FUNCTION or MODULE:FUNCTION
+  answer_lines: int = 1  # the number of lines of an answer; 0: all remaining lines
+  # What else the verifier needs. reasoning_gym: (name, options, record) as a Python literal, which a worker parses
+  # safely. code: the code that runs before the answer. reward: FILE.py:FUNCTION or MODULE:FUNCTION.
+  entry: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """The question of a record. where: the record's file and line."""
+  """The question of a record, and its answer.
+
+  where: the record's file and line.
+  """
 
   question: str
   reference: str
@@ -57,7 +63,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-  """A record that isn't asked, in any split: where it is, and why it can't be used."""
+  """A record that is never asked: where it is, and why it can't be used."""
 
   where: str
   why: str
@@ -67,7 +73,9 @@ class LeftOut:
 
 
 def describe(left_out: list[LeftOut], total: int, shown: int = 5) -> str:
-  """Returns one line that says how many of `total` problems are left out, and names the first ones; '' for none."""
+  """Returns one line that says how many of `total` problems are left out, and lists the first ones; '' if there are
+  none.
+  """
   if not left_out:
     return ''
   more = f'; and {len(left_out) - shown} more' if len(left_out) > shown else ''
@@ -75,7 +83,7 @@ def describe(left_out: list[LeftOut], total: int, shown: int = 5) -> str:
 
 
 def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
-  """Yields (record, 'FILE:LINE') for each line that isn't empty. Raises DataError where one isn't JSON."""
+  """Yields (record, 'FILE:LINE') for each line that isn't empty. Raises DataError if a line isn't JSON."""
   for path in formats.find(pattern):
     content = epath.Path(path).read_bytes()
     try:
@@ -91,7 +99,7 @@ def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
       if line.strip():
         try:
           record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits raises ValueError too
           raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
         yield record, f'{path}:{number}'
 
@@ -106,7 +114,7 @@ def read_tfds(spec: str) -> Iterator[tuple[Any, str]]:
 
 
 def problem(record: Any, where: str, needs_answer: bool = True) -> Problem:
-  """Returns the problem of a record in one of the known forms. Raises OddRecord for one without question or answer."""
+  """Returns the problem of a record in one of the known forms. Raises OddRecord if question or answer are missing."""
   if not isinstance(record, Mapping):
     raise OddRecord(f'{where}: expected an object, got {type(record).__name__}')
   question = record.get('problem', record.get('question'))
@@ -125,7 +133,7 @@ def _reference(record: Mapping) -> str:
     answer = ', '.join(final)  # OlympiadBench
   if isinstance(answer, float) and answer.is_integer():  # AMC: 27.0
     answer = int(answer)
-  if isinstance(answer, str) and '####' in answer:  # GSM8K: worked steps, then the number
+  if isinstance(answer, str) and '####' in answer:  # GSM8K: worked steps, '####', the number
     return answer.rsplit('####', 1)[1].strip().replace(',', '')
   if answer is None and isinstance(solution, str):  # MATH as published
     return last_boxed(solution) or ''

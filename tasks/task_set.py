@@ -1,18 +1,19 @@
-"""What RL and evaluation ask of the model: prompts with their references, by index, in a fixed order.
+"""Provides the tasks of RL and evaluation: prompts with their references, by index, in a fixed order.
 
-    reasoning:TASK?OPTION=VALUE+TASK   made-up problems, as in pre-training (data/reasoning.py); endless
+    reasoning:TASK?OPTION=VALUE+TASK   generated problems, as in pre-training (data/reasoning.py), without end
     jsonl:GLOB                         files of problems with final answers, in one of the forms of records.py
     tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
-    code:GLOB                          programming problems as HumanEval or MBPP has them (code_problems.py)
+    code:GLOB                          programming problems in the form of HumanEval or MBPP (code_problems.py)
 
-Questions are split by a hash of their text, so that one that comes up twice, in another stream or file, stays on its
-side. Records without a final answer, and references that nothing can be compared with, are left out and counted, for
-every answer alike. Errors are DataErrors of one line that names the file and the line in it.
+Questions are split by a hash of their text. So a question that occurs twice, in another stream or file, is always in
+the same split. Records without a final answer are left out and counted, and so are references that no answer can be
+compared with. All errors are DataErrors of one line that names the file and the line in it.
 """
 
 import ast
 import dataclasses
 import functools
+import hashlib
 import math
 from typing import Any
 
@@ -20,29 +21,31 @@ import numpy as np
 
 from betarank.data import packing, reasoning
 from betarank.data.config import DataError
+from betarank.data.files import find
 from betarank.data.reasoning import question_hash
 from betarank.tasks import code_problems, records
 from betarank.tasks.answers import ANSWER_FORMATS
 from betarank.tasks.records import LeftOut, OddRecord, Task, read_jsonl
 from betarank.tasks.verifiers import Verifier, VerifierConfig
 
-_READING_S = 20.0  # CPU time for a reference
+_READING_S = 20.0  # the CPU time for reading a reference
 SPLITS = ('train', 'held_out', 'all')
-_MISS_CHANCE = 1e-12  # chance that an endless set finds no question of its split for an index
+_MISS_CHANCE = 1e-12  # the probability that a generated set finds no question of its split for an index
 _UNFIT = {'game_of_life_halting': 'its scorer calls any text right'}
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-  """Where prompts come from and how they and their answers are written.
+  r"""Where prompts come from, and how prompts and answers are written.
 
   Attributes:
-    uri: the source, see above.
-    prompt: {question} is replaced; nothing else in it has a meaning. Programming problems bring their own prompts.
-    answer_format: line: 'Answer: X' on a line of its own; boxed: \\boxed{X}.
-    held_out_fraction: of the questions, by a hash of their text: never in 'train'.
-    reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward of the user's own in place of comparing with the reference;
-      '' for none. It is called with the keywords text, answer, reference and question, see docs/extend.md.
+    uri: the source; see the docstring of this module.
+    prompt: the template, in which {question} is replaced; nothing else in it has a meaning. Programming problems have
+      their own prompts.
+    answer_format: 'line' for 'Answer: X' on its own line, or 'boxed' for \boxed{X}.
+    held_out_fraction: the share of questions, by a hash of their text, that is never in 'train'.
+    reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward function of the user that replaces the comparison with the
+      reference; '' for none. It is called with the keywords text, answer, reference and question; see docs/extend.md.
   """
 
   uri: str
@@ -56,7 +59,7 @@ class TaskConfig:
       raise ValueError(f'uri must be reasoning:TASK, jsonl:GLOB, tfds:NAME or code:GLOB, got {self.uri!r}')
     if self.prompt.count('{question}') != 1:
       raise ValueError(f'prompt must hold {{question}} once, got {self.prompt!r}')
-    if self.prompt != self.prompt.rstrip(' '):  # tokenizers glue a space to the word after it
+    if self.prompt != self.prompt.rstrip(' '):  # tokenizers join a space to the word after it
       raise ValueError(f'prompt must not end in a space, got {self.prompt!r}')
     if self.answer_format not in ANSWER_FORMATS:
       raise ValueError(f'answer_format must be {" or ".join(ANSWER_FORMATS)}, got {self.answer_format!r}')
@@ -71,40 +74,45 @@ class TaskSet:
   """The tasks of one split of a source. `tasks[i]` and `tasks.at(cursor)` are pure functions.
 
   Attributes:
-    size: number of tasks; None if there is no end of them.
-    left_out: the records of the source that can't be used: without a final answer (of all splits), or with a reference
-      that can't be read (of this one).
-    records: how many records there are in this split, with those left out; 0 if there is no end of them.
+    size: the number of tasks; None if it is unlimited.
+    left_out: the records that can't be used. Those without a final answer are listed for all splits, those whose
+      reference can't be read only for this split.
+    records: the number of records in this split, including those left out; 0 if it is unlimited.
+    sha256: SHA-256 of all questions and references of the source, in its order; '' if it is unlimited.
   """
 
   def __init__(
     self, config: TaskConfig, *, seed: int = 0, split: str = 'train', exclude: frozenset[int] = frozenset(),
   ):
-    """
+    """Reads the source.
+
     Args:
-      seed: of the order and, in an endless 'train' split, of the problems. Held-out tasks don't depend on it.
-      split: 'train', 'held_out', or 'all' for a benchmark that is only evaluated on.
-      exclude: hashes of questions to leave out, `hashes()` of the sets to be evaluated on.
+      config: the source and the formats.
+      seed: decides the order and, in a generated 'train' split, the problems. Held-out tasks don't depend on it.
+      split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
+      exclude: hashes of questions to leave out: `hashes()` of the sets that are used for evaluation.
 
     Raises:
-      DataError: a source that can't be read, or whose split is empty.
-      VerifierError: the processes that read references don't start.
+      DataError: the source can't be read, or the split is empty.
+      VerifierError: the processes that read references can't be started.
     """
     if split not in SPLITS:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
     self.left_out: list[LeftOut] = []
-    self.records = 0
+    self.records, self.sha256 = 0, ''
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
       share = {'train': 1 - config.held_out_fraction, 'held_out': config.held_out_fraction, 'all': 1.0}[split]
       if share < 1e-3:
         raise DataError(f'{config.uri}: held_out_fraction={config.held_out_fraction} leaves too little to {split!r}')
-      share = min(share, 0.98 if exclude else 1)  # what else is left out is assumed to be rare
+      share = min(share, 0.98 if exclude else 1)  # assumes that at most 2 % of the questions are excluded
       self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
       return
     found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
+    self.sha256 = hashlib.sha256(repr([(task.question, task.reference) for task, _ in found]).encode(
+      errors='backslashreplace')).hexdigest()
     kept = [(task, where) for task, where in found if self._belongs(task.question)]
     self.records = len(kept) + len(self.left_out)
     self._kept = self._readable(kept)
@@ -122,27 +130,33 @@ class TaskSet:
     return self.size
 
   def __getitem__(self, index: int) -> Task:
-    """Returns task `index` >= 0 of the set, in the source's own order. Raises IndexError after the last task."""
+    """Returns task `index` >= 0 of the set, in the order of the source. Raises IndexError after the last task."""
     if index < 0 or (self.size is not None and index >= self.size):
       raise IndexError(f'{self.config.uri}: no task {index}, there are {self.size}')
     return self._kept[index] if self.size is not None else self._generate(index)
 
   def describe_left_out(self, shown: int = 5) -> str:
-    """Returns one line that says how many problems are left out, and names the first ones; '' if there are none."""
+    """Returns one line that says how many problems are left out, and lists the first ones; '' if there are none."""
     return records.describe(self.left_out, self.records, shown)
 
   def at(self, cursor: int) -> Task:
-    """Returns the task of prompt number `cursor` of a run: each epoch has every task once, in another order.
+    """Returns the task of prompt number `cursor` of a run. Each epoch has every task once, in a new order.
 
-    A run's whole state is the number of prompts that it has consumed.
+    So the number of prompts that a run has consumed is its whole state.
     """
+    return self[self.index(cursor)]
+
+  def index(self, cursor: int) -> int:
+    """Returns the index of the task that a run's prompt number `cursor` asks."""
     if self.size is None:
-      return self[cursor]
-    epoch, index = divmod(cursor, self.size)
-    return self[int(packing.permute(np.array([index]), self.size, f'tasks/{self.seed}/{epoch}')[0])]
+      return cursor
+    epoch, place = divmod(cursor, self.size)
+    return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
-    """question_hash of the first `count` tasks (0: all, if they end), for another set's `exclude`."""
+    """Returns question_hash of the first `count` tasks, for `exclude` of another set. 0: all tasks, if they are
+    limited.
+    """
     return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
 
   def _belongs(self, question: str) -> bool:
@@ -151,7 +165,7 @@ class TaskSet:
       self.split == 'all' or held_out == (self.split == 'held_out'))
 
   def _generate(self, index: int) -> Task:
-    for attempt in range(self._tries):  # an index has its own candidates, so that no other need be looked at
+    for attempt in range(self._tries):  # each index has its own candidates, so it doesn't depend on other indices
       fields = self._source.fields(index, attempt, self._tries)
       if self._belongs(fields['question']):
         return self._task(**fields)
@@ -165,7 +179,11 @@ class TaskSet:
     return Task(question=question, prompt=prompt, answer_format=self.config.answer_format, **fields)
 
   def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
-    """(task, where) for each record that is a problem; the others go to left_out. Raises DataError if none is."""
+    """Returns (task, where) for each record that is a problem, and adds the others to left_out.
+
+    Raises:
+      DataError: no record is a problem.
+    """
     found = []
     for record, where in records.read_tfds(rest) if kind == 'tfds' else read_jsonl(rest):
       try:
@@ -182,7 +200,7 @@ class TaskSet:
     return [(task, f'{rest}, task {task.id}') for task in code_problems.read(rest)]
 
   def _readable(self, kept: list[tuple[Task, str]]) -> list[Task]:
-    """The tasks whose references an answer can be compared with; the others go to left_out."""
+    """Returns the tasks whose reference can be read, and adds the others to left_out."""
     references = [task.reference for task, _ in kept if task.verifier == 'math']
     with Verifier(VerifierConfig(deadline_s=_READING_S)) as verifier:
       whys = verifier.unreadable(references)
@@ -195,7 +213,7 @@ class TaskSet:
     return readable
 
   def _try_reward(self) -> None:
-    """Raises DataError if the reward function fails on the first task's reference."""
+    """Raises DataError if the reward function fails for the reference of the first task."""
     task = self._kept[0]
     form = '\\boxed{{{}}}' if self.config.answer_format == 'boxed' else f'{reasoning.ANSWER_MARK}{{}}'
     with Verifier(VerifierConfig(workers=1)) as verifier:
@@ -208,7 +226,7 @@ class TaskSet:
 
 
 class _Generated:
-  """reasoning-gym's problems, by index."""
+  """The problems of reasoning-gym, by index."""
 
   def __init__(self, rest: str, stream: str):
     self._kinds, self._stream = reasoning.parse(rest), stream
@@ -218,7 +236,7 @@ class _Generated:
       self.fields(i, 0, 1)
 
   def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
-    """Candidate `attempt` of `attempts` for task `index`, which stays with its kind of task."""
+    """Returns candidate `attempt` of `attempts` for task `index`. The kind of task depends on the index only."""
     kind, turn = self._kinds[index % len(self._kinds)], index // len(self._kinds)
     entry = reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream).entry
     reference = '' if entry['answer'] is None else str(entry['answer']).strip()
@@ -234,15 +252,21 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Returns True if the task's scorer gives 1 only to the answer itself, so that no worker is needed."""
+  """Returns True if the task's scorer gives 1 only to the reference itself, so that no worker is needed."""
   from reasoning_gym.dataset import ProceduralDataset
   from reasoning_gym.factory import DATASETS
 
   return DATASETS[task][0].score_answer is ProceduralDataset.score_answer
 
 
+def files(uri: str) -> list[str]:
+  """Returns the paths of the files that `uri` reads, in order. Generated problems and TFDS sets have none."""
+  kind, _, pattern = uri.partition(':')
+  return find(pattern) if kind in ('jsonl', 'code') else []
+
+
 def _literal(value: Any, uri: str) -> str:
-  """Returns `value` as a Python literal. Raises DataError if no literal equals it."""
+  """Returns `value` as a Python literal. Raises DataError if there is no literal that equals it."""
   text = repr(value)
   try:
     if ast.literal_eval(text) == value:

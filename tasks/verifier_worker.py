@@ -1,14 +1,16 @@
-"""A process that grades by our rules and math-verify, by reasoning-gym's scorers, or by a reward of the user's own.
+"""Grades answers in a process of its own: by our rules and math-verify, by reasoning-gym's scorers, or by a user's
+reward.
 
     python tasks/verifier_worker.py KIND MEMORY_MB CPU_S       JSON lines in, JSON lines out
 
-KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. See worker_pool.py for the other end.
+KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. worker_pool.py is the other end.
 
-Model text comes here as data and may not become code. reasoning-gym has scorers that call `eval` on it, or sympy's
-`parse_expr`, which does: both are replaced before any text arrives. Should a way be left, the process can't write files
-or start programs, and an audit hook ends it at the first event that touches the system. This keeps the run safe from
-what models write by accident or in pursuit of reward. It is no jail for native code; programs as answers have their
-own.
+Model text arrives here as data, and must not become code. reasoning-gym has scorers that call `eval` on it, or sympy's
+`parse_expr`, which calls `eval`. Both are replaced before any text arrives. In case there is another way, the process
+can't write files or start programs, and an audit hook ends it at the first event that touches the system.
+
+This protects a run from what models write by accident or to get reward. It isn't a jail for native code. Programs as
+answers have a jail of their own.
 """
 
 import ast
@@ -51,19 +53,21 @@ def _limit(memory_mb: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-  """Limits the next item: if the parent is gone, nothing else would end an endless one."""
+  """Limits the CPU time of the next item. If the parent has died, nothing else would end an endless item."""
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
   resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))
 
 
 def _guard(package: str) -> None:
-  """Replaces what evaluates text, as the modules of an imported package see it; sympy's own use stays."""
+  """Replaces the functions that evaluate text, in the modules of an imported package. sympy's own use of them stays."""
   import sympy
   from sympy.parsing.sympy_parser import parse_expr
 
   def guarded(text, *args, **kwargs):
-    """Arithmetic only: no attributes, subscripts, strings, or names that aren't variables or functions."""
+    """Accepts only arithmetic: no attributes, subscripts or strings, and no names except variables and known
+    functions.
+    """
     names = re.findall(r'[^\W\d]\w*', text)
     if not re.fullmatch(r'[\w\s+\-*/^().,!=<>|]*', text, re.ASCII) or re.search(r'\.\s*[^\W\d]|__', text):
       raise ValueError('not an expression')
@@ -76,14 +80,16 @@ def _guard(package: str) -> None:
     if name.startswith(package):
       if getattr(module, 'parse_expr', None) is parse_expr:
         module.parse_expr = guarded
-      if not name.endswith('.bitwise_arithmetic'):  # evaluates its own problem, not the answer
+      if not name.endswith('.bitwise_arithmetic'):  # this module evaluates its own problem, not the answer
         module.eval = ast.literal_eval
 
 
 def math_grader():
-  """Returns the function request -> reply by the rules of comparison.py, with math-verify for what they leave open.
+  """Returns the function request -> reply, which applies the rules of comparison.py, and math-verify where they need
+  it.
 
-  A request whose answer is None asks whether its reference can be read; the reply's rule says why not.
+  A request whose answer is None asks only whether its reference can be read. The rule in the reply then says why it
+  can't, or is '' if it can.
   """
   import logging
 
@@ -94,10 +100,10 @@ def math_grader():
   from betarank.tasks.judging import comparison
 
   _guard('math_verify')
-  latex = [math_verify.LatexExtractionConfig()]  # and not its other way, by sympy's parser, which evaluates text
+  latex = [math_verify.LatexExtractionConfig()]  # its other method isn't used, because sympy's parser evaluates text
 
   def parse(text):
-    # Its own time limit is an alarm signal; ours is the parent's, which nothing in here can catch.
+    # math-verify's own time limit is an alarm signal. Ours is enforced by the parent, and nothing here can catch it.
     return [x for x in math_verify.parse(f'${text}$', latex, parsing_timeout=None) if isinstance(x, Basic | MatrixBase)]
 
   def by_math_verify(gold, answer):
@@ -111,13 +117,13 @@ def math_grader():
     reply = {'verdict': int(judged.verdict), 'rule': judged.rule, 'gold': judged.gold, 'given': judged.answer}
     return reply if judged.gold_is_read else {**reply, 'why': 'unread'}
 
-  # The first use builds grammar and regular expressions and imports what it needs.
+  # The first use builds the grammar and regular expressions, and imports more modules.
   grade({'reference': r'\int_0^1 x^2 dx', 'answer': r'\sum_{k=1}^3 \sin(k)'})
   return grade
 
 
 def reasoning_gym_grader():
-  """Returns the function request -> reply by the scorer of the task's own generator."""
+  """Returns the function request -> reply, which calls the scorer of the task's generator."""
   from reasoning_gym.factory import DATASETS
 
   _guard('reasoning_gym.')
@@ -136,10 +142,12 @@ def reasoning_gym_grader():
 
 
 def reward_grader(name):
-  """Returns the function request -> reply by the user's function FILE.py:FUNCTION or MODULE:FUNCTION.
+  """Returns the function request -> reply, which calls a reward function of the user.
 
-  It is called with the keywords text, answer (None if there is no final answer), reference and question, and returns a
-  number, or true or false. A sample counts as right from 1.0 on. An exception leaves the sample undecided.
+  The function is called with the keywords text, answer (None if there is no final answer), reference and question. It
+  returns a number or a bool. A sample counts as right from 1.0 on. If it raises an exception, the sample is undecided.
+
+  name: FILE.py:FUNCTION or MODULE:FUNCTION.
   """
   import importlib.util
 
@@ -170,7 +178,7 @@ def _grader(kind: str):
 
 def main() -> None:
   kind, memory_mb, cpu_s = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-  # The pipes move away from 0 and 1, where a library's print would end up among our answers.
+  # The pipes get other descriptors than 0 and 1, so that the output of a library's print isn't taken for an answer.
   requests, answers = os.fdopen(os.dup(0), 'rb'), os.fdopen(os.dup(1), 'wb')
   null = os.open(os.devnull, os.O_RDWR)
   for fd in (0, 1, 2):
@@ -186,7 +194,7 @@ def main() -> None:
     package = {'math': 'math-verify', 'reasoning_gym': 'reasoning-gym'}.get(kind)
     say(error=f'{error}; pip install {package}' if package else str(error))
     return
-  except Exception as error:  # whatever the user's module raises while it is loaded
+  except Exception as error:  # the user's module may raise anything while it is loaded
     say(error=f'{type(error).__name__}: {error}')
     return
   _limit(memory_mb)
@@ -199,7 +207,7 @@ def main() -> None:
       reply = grade(request)
     except (MemoryError, RecursionError):
       reply = {'verdict': UNDECIDED, 'rule': 'it takes too much memory', 'why': 'crashes'}
-    except Exception as error:  # whatever a scorer raises over an answer that it can't read, or a reward function
+    except Exception as error:  # a scorer may raise anything for an answer that it can't read; so may a reward function
       verdict = WRONG if kind == 'reasoning_gym' else UNDECIDED
       reply = {'verdict': verdict, 'rule': f'{type(error).__name__}: {error}'[:300], 'why': 'errors'}
     say(token=request['token'], **reply)

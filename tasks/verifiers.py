@@ -1,11 +1,11 @@
-"""Grades answers as right, wrong or undecided: one verifier for RL and evaluation.
+"""Grades answers as right, wrong or undecided, for RL and for evaluation.
 
     with Verifier(VerifierConfig()) as verifier:
       verdicts = verifier.verify([(text, task), ...])
 
-A final answer is cut out of the text (answers.py) and compared with the reference by rules (comparison.py). Plain
-numbers are compared in this process. All other answers go to worker processes, which are killed at a deadline and then
-replaced. Model text is parsed only there, and evaluated nowhere; programs run in a jail of their own (code_jail.py).
+The final answer is extracted from the text (answers.py), and compared with the reference by rules (comparison.py).
+Plain numbers are compared in this process. All other answers go to worker processes, which are killed at a deadline and
+replaced. Model text is parsed only in workers, and never evaluated. Programs run in a jail (code_jail.py).
 """
 
 import collections
@@ -28,24 +28,24 @@ VERIFIERS = ('exact', 'math', 'reasoning_gym', 'code', 'reward')
 
 
 class Task(Question, Protocol):
-  """What a verifier needs to know of a task; tasks/records.py has the whole of it."""
+  """What a verifier needs to know of a task. tasks/records.py has the whole task."""
 
   reference: str
   verifier: str  # one of VERIFIERS
-  # entry: reasoning_gym: (name, options, record) as a Python literal; code: what runs before the answer;
-  # reward: FILE.py:FUNCTION or MODULE:FUNCTION
+  # `entry` depends on the verifier. reasoning_gym: (name, options, record) as a Python literal. code: the code that
+  # runs before the answer. reward: FILE.py:FUNCTION or MODULE:FUNCTION.
 
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-  """A verdict and how it came about.
+  """A verdict, and how it was reached.
 
   Attributes:
     verdict: right, wrong or undecided.
-    reward: 1.0 if right, else 0.0; what a reward function of the user's own returned; NaN if undecided.
-    answer: the final answer that was cut out of the text; None if there is none.
-    rule: what decided.
-    gold_reading, answer_reading: how the two were read, for mathematics.
+    reward: 1.0 if right, 0.0 if wrong, NaN if undecided; with a reward function of the user, what it returned.
+    answer: the final answer that was extracted from the text; None if there is none.
+    rule: the rule that decided.
+    gold_reading, answer_reading: in mathematics, how reference and answer were understood.
   """
 
   verdict: Verdict
@@ -63,17 +63,21 @@ _LOST = {
 
 
 class Verifier:
-  """Verdicts on answers. Can be used from several threads; one call at a time does its work.
+  """Grades answers. It can be called from several threads, but processes one call at a time.
 
   Attributes:
-    counts: Counter over the verifier's life: right, wrong, undecided; plain, worker, jail (who decided); restarts of
-      workers; and of distinct items: timeouts, crashes, refused (it touched the system), unread (the reference can't be
-      read), errors (a library or a reward function failed on the answer).
-    first_error: what the first such failure was, one line; '' if there was none.
+    counts: a Counter over the verifier's life. Verdicts: right, wrong, undecided. Where they were reached: plain (this
+      process), worker, jail. restarts: of workers. Failures, where equal items count once: timeouts, crashes, refused
+      (the worker touched the system), unread (the reference can't be read), errors (a library or a reward function
+      failed).
+    first_error: the first of these errors, one line; '' if there was none.
   """
 
   def __init__(self, config: VerifierConfig, jail: Jail | None = None):
-    """jail: where programs run; without it, tasks whose answers are programs are refused."""
+    """Creates the verifier. Workers are started when they are first needed.
+
+    jail: runs programs. Without it, tasks whose answers are programs are refused.
+    """
     self._c, self._lock = config, threading.Lock()
     self._pool = WorkerPool(config)
     self._jail = jail
@@ -88,7 +92,7 @@ class Verifier:
     self.close()
 
   def close(self) -> None:
-    """Ends the workers; a later `verify` starts new ones."""
+    """Ends the workers. A later `verify` starts new ones."""
     with self._lock:
       self._pool.close()
 
@@ -99,12 +103,13 @@ class Verifier:
   def grade(self, items: Sequence[tuple[str, Task]]) -> list[Grade]:
     """Grades each (sampled text, task), in order.
 
-    Wrong: no final answer in the task's format, too long a one, or one that differs from the reference. Undecided: the
-    worker ran past the deadline, or died (killed from outside: twice), or the reference can't be read. A grade doesn't
-    depend on what else is in the list; equal items are graded once.
+    An answer is wrong if there is none in the task's format, if it is too long, or if it differs from the reference. It
+    is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker was killed
+    from outside, another worker grades the answer once more. A grade doesn't depend on the other items; equal items are
+    graded once.
 
     Raises:
-      VerifierError: workers don't start.
+      VerifierError: workers can't be started.
       ValueError: a task's verifier or answer_format is unknown, or its answers are programs and there is no jail.
     """
     grades: list[Grade | None] = []
@@ -133,9 +138,10 @@ class Verifier:
     return grades
 
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
-    """Returns {reference: why} for the references in mathematics that no answer can be compared with.
+    """Returns {reference: reason} for the mathematical references that no answer can be compared with.
 
-    References aren't a model's text, so that they are read here; a worker is asked for what needs math-verify's parser.
+    References aren't written by a model, so they are read in this process. Only what needs math-verify's parser goes to
+    a worker.
     """
     found = {text: _why_unreadable(text) for text in dict.fromkeys(references)}
     asked = [text for text, why in found.items() if why is None]
@@ -152,7 +158,9 @@ class Verifier:
       raise ValueError('answers that are programs need a jail')
 
   def _grade_here(self, answer: str | None, task: Task) -> Grade | None:
-    """Returns a grade if the answer is missing or if text or numbers decide; None if a process must be asked."""
+    """Returns the grade if this process can decide: there is no answer, or texts or plain numbers decide. Otherwise
+    None.
+    """
     if task.verifier in ('code', 'reward'):
       return None
     if answer is None:
@@ -199,7 +207,7 @@ class Verifier:
   def _run(self, program: str) -> Grade:
     try:
       outcome = self._jail.run(program)
-    except JailError as error:  # it has worked before: the machine is too busy, or out of something
+    except JailError as error:  # the jail has worked before, so the machine is too busy or short of a resource
       return _graded(Verdict.UNDECIDED, None, str(error))
     verdict = Verdict.RIGHT if outcome.passed else Verdict.WRONG
     return _graded(verdict, None, 'the tests pass' if outcome.passed else f'a test fails: {outcome.why}')
@@ -210,7 +218,7 @@ def _needs_math_verify(gold: str, answer: str) -> bool | None:
 
 
 def _why_unreadable(reference: str) -> str | None:
-  """Returns why no answer can be compared with a reference; '' if one can be, None if math-verify must be asked."""
+  """Returns why no answer can be compared with a reference; '' if one can; None if only math-verify knows."""
   try:
     return why_unreadable(reference, _needs_math_verify)
   except LookupError:

@@ -1,6 +1,6 @@
-"""Processes that grade: started when first needed, limited in time and memory, killed and replaced when they are lost.
+"""Manages the processes that grade. They are started when needed, limited in time and memory, and replaced if they die.
 
-A request and its reply are one JSON line each; see verifier_worker.py for the other end.
+A request and its reply are one JSON line each. verifier_worker.py is the other end.
 """
 
 import collections
@@ -21,26 +21,26 @@ from typing import Any
 
 from betarank.configs.errors import UserError
 
-_START_S = 120.0  # imports take one to three seconds; a machine under load or a network disk takes longer
-_MAX_FAILED_STARTS = 3  # in a row
-_WALL_FACTOR = 6  # wall time that an item may take, in deadlines
+_START_S = 120.0  # imports take one to three seconds, and longer on a busy machine or a network disk
+_MAX_FAILED_STARTS = 3  # after so many failed starts in a row, the pool gives up
+_WALL_FACTOR = 6  # the wall time that an item may take, relative to the deadline, which is CPU time
 _WORKER = pathlib.Path(__file__).with_name('verifier_worker.py')
 REFUSED = 86  # exit status of a worker whose item touched the system
 
 
 class VerifierError(UserError):
-  """Worker processes can't be started: one line that says why."""
+  """Raised if worker processes can't be started. The message is one line that says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifierConfig:
-  """How many workers there are, and what one item may cost them.
+  """The number of workers, and the limits on one item.
 
   Attributes:
-    workers: processes of each kind (math, reasoning_gym, a reward function).
-    deadline_s: CPU time of one item; then its worker is killed and the verdict is undecided. A busy machine takes
-      nothing away from it. Wall time is limited, too, to six times as much.
-    memory_mb: address space of a worker.
+    workers: the number of processes of each kind (math, reasoning_gym, a reward function).
+    deadline_s: the CPU time for one item. After it, the worker is killed and the verdict is undecided. Since it is CPU
+      time, a busy machine doesn't change verdicts. Wall time is limited to six times as much.
+    memory_mb: the address space of a worker.
     answer_chars: a longer final answer is wrong.
   """
 
@@ -61,11 +61,13 @@ class VerifierConfig:
 
 
 class _Worker:
-  """A process that answers one JSON line with another. busy: the index of its current request, None if there is none.
+  """A process that answers one JSON line with another.
+
+  busy: the index of its current request, or None.
   """
 
   def __init__(self, kind: str, c: VerifierConfig):
-    keep = ('PATH', 'HOME', 'LANG', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV')  # and no credentials
+    keep = ('PATH', 'HOME', 'LANG', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV')  # no others, which may be credentials
     environment = {key: os.environ[key] for key in keep if key in os.environ}
     self.process = subprocess.Popen(
       # -P: the folder of the script isn't on the path; -B: nothing is written
@@ -82,12 +84,12 @@ class _Worker:
     now = time.monotonic()
     self.deadline, self._last_moment = now + deadline_s, now + _WALL_FACTOR * deadline_s
     self._cpu_deadline_s = (_cpu_s(self.process.pid) or 0.0) + deadline_s
-    with contextlib.suppress(BrokenPipeError):  # it has died: reading will say so
+    with contextlib.suppress(BrokenPipeError):  # if the worker has died, `read` will notice
       self.process.stdin.write(json.dumps({**request, 'token': self._token}).encode() + b'\n')
       self.process.stdin.flush()
 
   def extend(self) -> bool:
-    """Moves the deadline by the CPU time that the worker has not had yet. Returns False if there is none left."""
+    """Moves the deadline if the worker hasn't used up its CPU time. Returns False if it has."""
     used = _cpu_s(self.process.pid)
     now = time.monotonic()
     if self.busy is None or used is None or used >= self._cpu_deadline_s or now >= self._last_moment:
@@ -96,7 +98,9 @@ class _Worker:
     return True
 
   def read(self) -> dict[str, Any] | None:
-    """Returns a message; {} if it is incomplete; None if the worker has ended or the line isn't its own reply."""
+    """Returns a message; {} if it isn't complete yet; None if the worker has ended, or if the line isn't the expected
+    reply.
+    """
     chunk = os.read(self.process.stdout.fileno(), 2**16)
     self._buffer += chunk
     if b'\n' not in self._buffer:
@@ -106,12 +110,12 @@ class _Worker:
       message = json.loads(line)
     except ValueError:
       return None
-    # A reply carries the token of its own request, so that what one item may have left behind decides no other.
+    # A reply must have the token of its request. So if an item leaves output behind, it can't decide the next item.
     expected = self._token if self.busy is not None else ''
     return message if isinstance(message, dict) and message.get('token', '') == expected else None
 
   def kill(self) -> int:
-    """Ends the process; returns its exit status."""
+    """Ends the process, and returns its exit status."""
     self.process.kill()
     status = self.process.wait()
     self.process.stdout.close()
@@ -127,7 +131,9 @@ def _import_path() -> str:
 
 
 def _cpu_s(pid: int) -> float | None:
-  """Returns the CPU seconds that a process has used; None if the system doesn't say, in which case wall time counts."""
+  """Returns the CPU seconds that a process has used; None if the system doesn't say, so that wall time counts
+  instead.
+  """
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:
@@ -139,8 +145,8 @@ class WorkerPool:
   """Worker processes of several kinds. Not thread-safe: the caller must hold a lock during a call.
 
   Attributes:
-    counts: a Counter of worker restarts and of lost items by cause: timeouts, crashes, and refused (the item tried to
-      reach the system).
+    counts: a Counter of worker restarts, and of lost items by cause: timeouts, crashes, and refused (the item tried to
+      touch the system).
   """
 
   def __init__(self, config: VerifierConfig):
@@ -151,16 +157,19 @@ class WorkerPool:
     self.counts: collections.Counter[str] = collections.Counter()
 
   def close(self) -> None:
-    """Ends all workers; a later `ask` starts new ones."""
+    """Ends all workers. A later `ask` starts new ones."""
     for workers in self._workers.values():
       for worker in workers:
         worker.kill()
     self._workers.clear()
 
   def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
-    """Returns each request's reply by a worker of its kind, or the cause of its loss: timeouts, crashes or refused.
+    """Returns the reply to each request, or why it was lost: 'timeouts', 'crashes' or 'refused'.
 
-    Raises VerifierError if workers don't start.
+    kinds: the kind of worker for each request.
+
+    Raises:
+      VerifierError: workers can't be started.
     """
     replies: list[dict[str, Any] | str | None] = [None] * len(requests)
     pending: dict[str, collections.deque[int]] = {}
@@ -179,19 +188,19 @@ class WorkerPool:
           for key in list(selector.get_map().values()):
             worker = key.data
             if worker.ready and worker.busy is None and pending[worker.kind]:
-              if worker.process.poll() is not None:  # ended between two calls, from outside
+              if worker.process.poll() is not None:  # it was killed from outside between two calls
                 self._replace(selector, worker, replies, 'crashes', pending)
                 continue
               i = pending[worker.kind].popleft()
               worker.send(i, requests[i], self._c.deadline_s)
           self._wait(selector, replies, pending)
-    except BaseException:  # leave no worker at work on an item of a call that has ended
+    except BaseException:  # no worker may continue with an item of a call that has ended
       self.close()
       raise
     return replies
 
   def _wait(self, selector: selectors.BaseSelector, replies: list, pending: dict[str, collections.deque]) -> None:
-    """Takes in replies, until the first deadline at the latest, and replaces workers that are lost."""
+    """Receives replies, at most until the first deadline, and replaces lost workers."""
     workers = [key.data for key in selector.get_map().values()]
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]
     patience = min(worker.deadline for worker in working) - time.monotonic()
@@ -216,10 +225,11 @@ class WorkerPool:
     killed = False
     if why == 'crashes':
       with contextlib.suppress(subprocess.TimeoutExpired):
-        killed = worker.process.wait(1.0) == -signal.SIGKILL  # its own status, before ours
+        killed = worker.process.wait(1.0) == -signal.SIGKILL  # its status before we kill it
     status = worker.kill()
     if worker.busy is not None and killed and worker.busy not in self._asked_again:
-      # Killed by the system, short of memory, or by a person: the item needn't be the cause, and is tried once more.
+      # It was killed by the system, for lack of memory, or by a person. The item may not be the cause, so it is tried
+      # once more.
       self._asked_again.add(worker.busy)
       pending[worker.kind].appendleft(worker.busy)
     elif worker.busy is not None:

@@ -1,5 +1,6 @@
 """Input can't become code, can't name files elsewhere, and ends a command with one line at worst."""
 
+import argparse
 import ast
 import gzip
 import hashlib
@@ -12,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from betarank.configs import errors, load
+from betarank.configs import errors, load, parser
 from betarank.configs.errors import ConfigError, UserError
 from betarank.data import formats, prepared, reasoning, sources
 from betarank.data.config import DataConfig, DataError, SourceConfig
@@ -126,23 +127,23 @@ def test_the_audit_records_each_event():
 # Names and paths
 
 
-@pytest.mark.parametrize('place', [
+@pytest.mark.parametrize('path', [
   'gs:/bucket/x', 'GS://bucket/x', 'gs:bucket', 'gs://', 'gs:///x', ' gs:/x', 'Gs://b', 's3:/x', 'file:///x',
   'https://h/x'])
-def test_a_path_that_only_looks_like_a_bucket_is_refused(place):
-  with pytest.raises(ConfigError, match='neither a local path nor a bucket'):
-    load.check_places({'workdir': place})
-  with pytest.raises(ConfigError, match=r'config\.data\.dir='):
-    load.load('configs/smoke.py', {'data.dir': place})
-  with pytest.raises(ConfigError, match=r'config\.data\.sources\.main\.uri='):
-    load.load('configs/smoke.py', {'data.sources.main.uri': f'jsonl:{place.strip()}'})
+def test_a_path_that_only_looks_like_a_bucket_is_refused(path):
+  with pytest.raises(argparse.ArgumentTypeError, match='neither a local path nor a bucket'):
+    parser.place(path)
+  with pytest.raises(ConfigError, match=r'config\.data\.dir: '):
+    load.load('configs/smoke.py', {'data.dir': path})
+  with pytest.raises(ConfigError, match=r'config\.data\.sources\.main\.uri: '):
+    load.load('configs/smoke.py', {'data.sources.main.uri': f'jsonl:{path.strip()}'})
 
 
-@pytest.mark.parametrize('place', [
+@pytest.mark.parametrize('path', [
   'gs://bucket/x', '/x', 'x/y', 's3://b', 'jsonl:gs://bucket/*.jsonl', 'reasoning:gcd', '', 'a:b'])
-def test_other_paths_are_accepted_unchanged(place):
-  load.check_places({'workdir': place})
-  assert load.load('configs/smoke.py', {'train.init_from': place}).train.init_from == place
+def test_other_paths_are_accepted_unchanged(path):
+  assert parser.not_a_place(path) == '' and parser.at_home(path) == path
+  assert load.load('configs/smoke.py', {'train.init_from': path}).train.init_from == path
 
 
 @pytest.mark.parametrize('command', [['train', '--config=configs/smoke.py', '--workdir=gs:/x'], ['report', 'GS://x']])

@@ -13,6 +13,7 @@ def get_config(arg=None):
   c.checkpoint.every_steps = 2
   c.log.update(every_steps=1, eval_every_steps=3, samples=1, tensorboard=False)
   c.rl.update(steps=6, prompts_per_step=4, group_size=8, max_resampling_rounds=3, max_prompt_tokens=64,
-              max_new_tokens=(32,), phase_steps=(), decode_batch_size=16, eval_prompts=4, eval_samples=4)
+              max_new_tokens=(32,), phase_steps=(), decode_batch_size=16, eval_prompts=4, eval_samples=4,
+              keep_best='held_out')
   c.rl.task.update(uri='reasoning:chain_sum?max_terms=2&max_digits=1', held_out_fraction=0.2)
   return c

@@ -1,1 +1,1 @@
-"""Pre-training. `betarank train` runs loop.py; score.py is where model and objective meet."""
+"""Pre-training. loop.py runs it; score.py connects model and objective."""

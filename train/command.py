@@ -4,20 +4,42 @@ Pre-trains a model. Run the same command again to resume.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
+from betarank.configs.parser import Parser
+from betarank.configs.terminal import waiting
 from betarank.runtime.flags import add_run_flags
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank train', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank train', __doc__)
   add_run_flags(parser)
-  config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
+  config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN, configure=_configure)
 
-  from betarank.runtime import job  # only now that the config is known to be good: this starts JAX
-  from betarank.train import loop
+  with waiting('starting JAX'):
+    from betarank.runtime import job  # imported after the config was checked, because this takes seconds
+    from betarank.train import loop
 
-  with job.job(args, config):
+  with job.job(args, config, loop.inputs(config)):
     loop.train(config, args.workdir, args.fallback)
+
+
+def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
+  """Returns the config of --config. If the run starts from a checkpoint, model and tokenizer are those of the
+  checkpoint.
+  """
+  config = load.read_stage(args.config, 'train')
+  source = overrides.get('train.init_from', config.get('train', {}).get('init_from'))
+  if source:
+    from betarank.train import setup
+    from betarank.train.inherit import inherit_model
+
+    trained = setup.parent_meta(epath.Path(args.workdir), source)
+    inherit_model(config, trained, overrides)
+    if not config.data.tokenizer and not (epath.Path(config.data.dir) / 'tokenizer.model').exists():
+      config.data.tokenizer = setup.trained_tokenizer(trained)
+  return config

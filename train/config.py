@@ -1,4 +1,4 @@
-"""Defines a whole pre-training run as one frozen dataclass with every section of a config, checked."""
+"""Defines the settings of a pre-training run as frozen dataclasses, one per section, which check themselves."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ SEEDS = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Section `train`: the token budget, rows per batch, mesh, and the checkpoint to start from."""
+  """Section `train`: the token budget, the rows per batch, the mesh, and the checkpoint to start from."""
 
   tokens: int
   batch_size: int
@@ -39,7 +39,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """Section `log`: the logs to write, and how often."""
+  """Section `log`: which logs are written, and how often."""
 
   every_steps: int
   eval_every_steps: int
@@ -49,6 +49,7 @@ class LogConfig:
   tensorboard: bool
   head_tail_mass: bool
   profile_steps: str = default('log.profile_steps')
+  wandb: str = default('log.wandb')
 
   def __post_init__(self):
     at_least_one(self, 'every_steps', 'eval_every_steps', 'eval_batches', 'sample_tokens')
@@ -86,27 +87,27 @@ class RunConfig:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """{config key: (rows, microbatches)} for every batch whose rows the mesh splits."""
+    """Maps a config key to (rows, microbatches), for each batch whose rows are split over the mesh."""
     return {'train.batch_size': (self.rows, self.microbatches)}
 
   @property
   def rows(self) -> int:
-    """Rows per update, over all devices."""
+    """The number of rows per update, over all devices."""
     return self.train.batch_size
 
   @property
   def microbatches(self) -> int:
-    """Parts in which the rows of an update are computed."""
+    """The number of parts in which one update is computed."""
     return self.train.microbatches
 
   @property
   def sequence_length(self) -> int:
-    """Tokens per row of an update."""
+    """The number of tokens per row of an update."""
     return self.data.sequence_length
 
   @property
   def updates(self) -> int:
-    """Optimizer updates in all steps."""
+    """The number of optimizer updates in all steps."""
     return self.steps
 
   @property
@@ -115,16 +116,20 @@ class RunConfig:
 
   @property
   def steps(self) -> int:
-    """Optimizer steps that spend the token budget."""
+    """The number of optimizer steps that use up the token budget."""
     return math.ceil(self.train.tokens / self.tokens_per_step)
 
 
 def run_config(config: ConfigDict) -> RunConfig:
-  """Returns the checked run. Raises ConfigError, one line that names the key."""
+  """Returns the settings of a pre-training run, checked.
+
+  Raises:
+    ConfigError: a setting is missing, unknown or invalid. The message names its key.
+  """
   return section(RunConfig, config)
 
 
-# Checks that the sections of RL share. Each raises ValueError, whose message starts with the key.
+# Checks that RL's sections use too. Each raises a ValueError whose message starts with the key.
 
 
 def at_least_one(values, *names: str) -> None:
@@ -144,7 +149,7 @@ def check_warmup(optimizer: OptimizerConfig, steps: int, which: str) -> None:
 
 
 def first_and_last(profile_steps: str) -> tuple[int, int] | None:
-  """Returns the steps that `log.profile_steps` names, or None for ''."""
+  """Returns the first and last step to profile, read from `log.profile_steps`; None if it is empty."""
   if not profile_steps:
     return None
   found = re.fullmatch(r'(\d+)-(\d+)', profile_steps)

@@ -4,7 +4,6 @@ Converts a checkpoint to Hugging Face's format (config.json, safetensors and a t
 docs/huggingface.md.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -22,15 +21,16 @@ from etils import epath
 from rich.progress import Progress
 
 from betarank.configs import common, load
+from betarank.configs.parser import Parser, place
 from betarank.configs.sections import section
 from betarank.data import DataConfig, DataError, read_tokenizer, tokenizer
 from betarank.model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
 from betarank.model.hf_config import HfError
 from betarank.runtime import checkpoint, integrity, workdir
 
-CHUNK_BYTES = 2**26  # of an imported array on disk and of its files: this much is in memory while it is written
+CHUNK_BYTES = 2**26  # size of a chunk of an imported checkpoint on disk; one chunk at a time is in memory
 STORED = {'float32': 'F32', 'bfloat16': 'BF16'}
-TOKENIZER_FILES = (  # all that transformers may read for a tokenizer; they are copied as they are
+TOKENIZER_FILES = (  # all files that transformers may read for a tokenizer; they are copied unchanged
   'tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'tokenizer.model', 'special_tokens_map.json',
   'added_tokens.json', 'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json')
 _LARGEST_TOKENIZER_FILE = 10**8  # bytes
@@ -38,13 +38,19 @@ _LARGEST_TOKENIZER_FILE = 10**8  # bytes
 
 def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, tokenizer_path: str = '',
            positions: int = 0) -> str:
-  """Writes the checkpoint at `path` (or the newest of a workdir) to the new directory `to`; returns a summary line.
+  """Writes a checkpoint in Hugging Face's format to the new directory `to`.
+
+  Only one stored chunk of one array is in memory at a time.
 
   Args:
+    path: a checkpoint, or a workdir, whose newest checkpoint is taken.
+    to: a directory that doesn't exist or is empty.
+    dtype: 'float32' or 'bfloat16'.
+    shard_gb: the largest size of a file, in GB (10^9 bytes).
     tokenizer_path: a SentencePiece model, a tokenizer.json, a folder with one of them, or 'none'. '': the run's own.
     positions: the longest text that config.json allows, in tokens. 0: what the model was trained on or imported with.
 
-  Needs the memory of one stored chunk of one array.
+  Returns a summary, one line.
   """
   source = checkpoint.find(path)
   checkpoint.check(source)
@@ -71,7 +77,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
 
 
 def _trained_positions(config: dict) -> int:
-  """Returns the longest text that the model was trained on, in tokens."""
+  """Returns the length of the longest text that the model was trained on, in tokens."""
   longest = config['data']['sequence_length']
   if rl := config.get('rl'):
     longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
@@ -79,9 +85,9 @@ def _trained_positions(config: dict) -> int:
 
 
 def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
-  """Writes the tokenizer at `path` to `folder`; returns its ids as config.json names them.
+  """Writes the tokenizer at `path` to `folder`, and returns its special tokens under the names of config.json.
 
-  A tokenizer.json is copied with all its side files. A SentencePiece model is converted.
+  A tokenizer.json is copied together with the files that belong to it. A SentencePiece model is converted.
   """
   file = tokenizer.find(path)
   if file.suffix != '.json':
@@ -97,7 +103,7 @@ def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[
 
 
 def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
-  """Fills the tensors of one array chunk by chunk from where Orbax stored it."""
+  """Copies one array from Orbax's storage into the exported tensors, chunk by chunk."""
   where = str(source.resolve()) if '://' in str(source) else f'file://{source.resolve()}'
   try:
     store = tensorstore.open(f'{where}/state/|ocdbt:params.{leaf.path}/', read=True).result()
@@ -110,14 +116,17 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
 
 
 def import_(path: str, to: str, tokenizer_path: str = '') -> str:
-  """Writes the model in the directory `path` as the new workdir `to`; returns a summary with the next commands.
+  """Writes a Hugging Face model as the new workdir `to`, so that a run can start from it.
 
-  The workdir has the weights as checkpoint 0, the tokenizer's files, and config.json, to start a run from.
+  The workdir gets the weights as checkpoint 0, the tokenizer's files, and a config.json. Shapes and names are checked
+  first, by the headers of the files. Arrays are assembled in memory-mapped files, so they needn't fit in memory.
 
   Args:
-    tokenizer_path: another tokenizer than the directory's, or 'none'.
+    path: the directory of the model.
+    to: a directory that doesn't exist or is empty.
+    tokenizer_path: a tokenizer to use instead of the directory's own, or 'none'.
 
-  All shapes and names are checked by the files' headers first. Arrays are put together in files, not in memory.
+  Returns a summary, with the commands to run next.
   """
   folder, final = pathlib.Path(path), pathlib.Path(to).resolve()
   theirs = hf_weights.read_json(folder / 'config.json')
@@ -146,9 +155,10 @@ def import_(path: str, to: str, tokenizer_path: str = '') -> str:
 
 
 def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
-  """Returns the files of the tokenizer at `path`, having read it; none if `path` is 'none' or a folder without one.
+  """Returns the files of the tokenizer at `path`, after reading it as a check.
 
-  Raises HfError for a link to a file elsewhere: what it links to would be copied, and perhaps published.
+  Returns [] if `path` is 'none', or a folder without a tokenizer. Raises HfError for a symbolic link that leads out of
+  the model's folder: the file it points to would be copied, and perhaps published.
   """
   if path == 'none' or (pathlib.Path(path).is_dir() and not tokenizer.find(path).exists()):
     return []
@@ -171,24 +181,24 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file to read of a tokenizer's: '' for their folder, so that tokenizer.json is read.
+  """Returns the name of the file that the tokenizer is to be read from; '' means the folder, so tokenizer.json.
 
-  Our own exports hold the SentencePiece model that tokenizer.json was made from. Then the model is read, so that the
-  tokenizer keeps its identity.
+  Our own exports hold a SentencePiece model and the tokenizer.json that was made from it. For these the SentencePiece
+  model is read, so that the tokenizer keeps its hash.
   """
   by_name = {file.name: file for file in files}
   if 'tokenizer.json' in by_name and 'tokenizer.model' in by_name:
     try:
       converted, _ = hf_tokenizer.convert(by_name['tokenizer.model'].read_bytes(), 'tokenizer.model')
       same = hf_tokenizer.to_bytes(converted) == by_name['tokenizer.json'].read_bytes()
-    except HfError:  # of another kind, as in Mistral's and Llama's folders
+    except HfError:  # tokenizer.model isn't one that we convert, as in the folders of Mistral and Llama
       same = False
     return 'tokenizer.model' if same else ''
   return '' if 'tokenizer.json' in by_name else files[0].name
 
 
 def _read_params(files: hf_weights.Files, leaves: list[hf_weights.Leaf], scratch: pathlib.Path) -> dict:
-  """Returns the tree of parameters, float32, as arrays in files in `scratch`."""
+  """Returns the tree of parameters as float32 arrays that are memory-mapped to files in `scratch`."""
   arrays = {}
   for leaf in leaves:
     if leaf.path and leaf.path not in arrays:
@@ -208,10 +218,10 @@ def _read_params(files: hf_weights.Files, leaves: list[hf_weights.Leaf], scratch
 
 
 def _save(out: pathlib.Path, params: dict, meta: dict) -> None:
-  """Writes a checkpoint as runtime/checkpoint.py lays it out, with parameters only."""
+  """Writes a checkpoint in the layout of runtime/checkpoint.py, with parameters only."""
   kinds = ocp.type_handlers
   registry = kinds.create_type_handler_registry(
-    (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False)),  # a copy would be in memory
+    (np.ndarray, kinds.NumpyHandler(deepcopy_host_arrays=False)),  # without copying the array to memory
     (jax.Array, kinds.ArrayHandler()))
   state = {'params': params}
   chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
@@ -240,7 +250,10 @@ def _next_steps(to: str, parameters: int, tokenizer_path: str) -> str:
 
 @contextlib.contextmanager
 def _new_folder(to: str):
-  """Yields a directory that becomes `to` when the block ends. Raises HfError if `to` exists and isn't empty."""
+  """Yields a temporary directory that is renamed to `to` when the block ends.
+
+  Raises HfError if `to` exists and isn't an empty directory.
+  """
   if '://' in to:
     raise HfError(f'--to={to}: only a local directory can be written; copy it from there')
   final = pathlib.Path(to)
@@ -262,23 +275,21 @@ def _write_json(path: pathlib.Path, content: dict) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = argparse.ArgumentParser(prog='betarank hf', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = Parser('betarank hf', __doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   out = commands.add_parser('export', help='a checkpoint to a directory that transformers and vLLM load')
-  out.add_argument('--checkpoint', required=True, metavar='DIR', help='a workdir, or one checkpoint')
-  out.add_argument('--to', required=True, metavar='DIR', help='a new directory')
+  out.add_argument('--checkpoint', required=True, type=place, metavar='DIR', help='a workdir, or one checkpoint')
+  out.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
   out.add_argument('--dtype', choices=tuple(STORED), default='float32')
   out.add_argument('--shard_gb', type=float, default=4.0, help='largest size of a file (default: 4)')
   out.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the run's own")
   out.add_argument('--positions', type=int, default=0, metavar='TOKENS',
                    help='longest text that config.json allows; default: what the model was trained on or imported with')
   back = commands.add_parser('import', help='a Qwen3 or Qwen3-MoE directory to a workdir to start from')
-  back.add_argument('--from', required=True, dest='source', metavar='DIR')
-  back.add_argument('--to', required=True, metavar='DIR', help='a new directory')
+  back.add_argument('--from', required=True, type=place, dest='source', metavar='DIR')
+  back.add_argument('--to', required=True, type=place, metavar='DIR', help='a new directory')
   back.add_argument('--tokenizer', default='', metavar='PATH | none', help="default: the directory's own")
   args = parser.parse_args(argv)
-  load.check_places(vars(args))
   if args.command == 'import':
     print(import_(args.source, args.to, args.tokenizer))
   else:

@@ -1,4 +1,4 @@
-"""Runs pre-training from top to bottom: build, restore, loop, close.
+"""Runs pre-training: sets up the run, restores its state, and repeats the update.
 
 Step n is dispatched before the figures of step n-1 are read, so the device never waits for the log.
 """
@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
-from betarank.runtime import checkpoint, job, multihost, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
@@ -30,23 +31,35 @@ from betarank.train.optimizer import decay_start, make_optimizer, schedule
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 from betarank.train.step import make_evaluate, make_step
 
-PROMPT_TOKENS = 12  # of a training row, which a logged text continues
+PROMPT_TOKENS = 12  # a logged text continues so many tokens of a training row
 
 
 class TrainingError(UserError):
-  """The error for failed training. Its message is one line that names the step and the newest good checkpoint."""
+  """Raised when training fails. The message is one line that names the step and the newest good checkpoint."""
+
+
+def inputs(config: ConfigDict) -> dict[str, str]:
+  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
+  c = run_config(config).data
+  manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
+  return {'tokenizer': c.tokenizer_path, **manifests}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Runs `config` in the workdir `path` to its last step, resuming from the workdir's newest checkpoint if it has one.
+  """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
-  fallback: moves a damaged newest checkpoint aside, and resumes from the newest good one.
+  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good one.
 
-  Returns the figures of the last step. Raises ConfigError, data.DataError or CheckpointError before any device work if
-  something doesn't fit, TrainingError if training itself fails.
+  Returns the figures of the last step.
+
+  Raises:
+    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used. Raised before any
+      device work.
+    TrainingError: the loss or the gradient norm isn't finite, or a target isn't a token of the vocabulary.
   """
   run, root = run_config(config), epath.Path(path)
   workdir.check_config(root, config)
+  wandb_board.check(run.log.wandb)
   parent = setup.parent_meta(root, run.train.init_from)
   check_budget(run, root, parent)
   tokenizer = setup.read_tokenizer(run.data.tokenizer_path, run.model, parent)
@@ -63,8 +76,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                             everything=run.train.init_what == 'all')
     state, start = beginning.state, beginning.step
     feed = stack.enter_context(contextlib.closing(Feed(run, mesh, beginning.cursor)))
-    log = stack.enter_context(contextlib.closing(setup.open_log(
-      root, config, start=start, steps=run.steps, every=run.log.every_steps, tensorboard=run.log.tensorboard)))
+    log = stack.enter_context(contextlib.closing(setup.open_log(root, config, start=start, steps=run.steps)))
     setup.log_header(log, {
       'model': setup.describe_model(run.model),
       'objective': describe_objective(run.objective),
@@ -72,7 +84,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'mesh': setup.describe_mesh(mesh),
       'run': f'{setup.describe_length(beginning, run.steps, root)}, {run.tokens_per_step:,} tokens per step'})
     if start == run.steps:
-      log.say('finished already: this was the last step; a larger config.train.tokens continues the run')
+      log.say('nothing to do; a larger config.train.tokens continues the run, another --workdir starts a new one')
     update = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.microbatches,
                        'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
@@ -81,6 +93,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     lineage = setup.lineage(config, beginning, tokenizer, run.data.tokenizer_path)
     profile = Profile(root, first_and_last(run.log.profile_steps))
 
+    setup.stopped_before(log, start, stop)
     for step in range(start + 1, run.steps + 1):
       with recorder.clock.waiting():
         batch = next(feed)
@@ -94,9 +107,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.save or due.evaluate:
-        recorder.catch_up()  # nothing that isn't a number gets into a checkpoint
+        recorder.catch_up()  # fails if the loss isn't finite, so that such a state is never saved
         with recorder.clock.apart():
-          if due.evaluate:  # before saving: all that belongs to a step is written before its checkpoint is
+          if due.evaluate:  # before saving, so that a checkpoint exists only if all else of its step was written
             validate(run, feed, evaluate, state, step, log)
             texts.write(state.params, batch, step, log)
           if due.save:
@@ -105,12 +118,15 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
+    setup.finished(log, root, config, run.steps, beginning.parent)
   return recorder.last
 
 
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
-  """Raises ConfigError if the run in the workdir `root` has gone too far for the token budget of this config: it has
-  passed the budget's end, or its learning rate already decays under a smaller budget, which a larger budget would undo.
+  """Raises ConfigError if the run in the workdir `root` can't continue with the token budget of this config.
+
+  There are two such cases. The run has already passed the end of the budget. Or the budget is larger than before, and
+  the learning rate has already begun to decay; a larger budget would raise it again.
 
   meta: the meta of the newest checkpoint.
   """
@@ -132,7 +148,7 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
 
 
 class Feed(Iterator[data.Batch]):
-  """The batches of a run, as this process's rows of each batch, and their transfer to the devices."""
+  """Iterates over the batches of a run, and moves them to the devices. Each process reads only its own rows."""
 
   def __init__(self, run: RunConfig, mesh: Mesh, cursor: dict[str, Any] | None):
     self._placement, self._rows = NamedSharding(mesh, model.spec('batch', 'length')), run.rows
@@ -144,12 +160,12 @@ class Feed(Iterator[data.Batch]):
     return next(self._batches)
 
   def to_devices(self, batch: data.Batch) -> data.Batch:
-    """Returns this process's rows as arrays of the whole batch, split over the mesh."""
+    """Returns the global batch on the devices, built from the rows of all processes."""
     return multihost.local_to_global(batch, self._placement, self._rows)
 
   @property
   def cursor(self) -> dict[str, Any]:
-    """The JSON-serializable position that determines the next batch."""
+    """The position in the data, which determines the next batch. It can be stored as JSON."""
     return self._batches.cursor
 
   def close(self) -> None:
@@ -157,7 +173,7 @@ class Feed(Iterator[data.Batch]):
 
 
 class Recorder:
-  """Reads the figures of an update while the next one runs, and logs them."""
+  """Logs the figures of each update. It reads those of one update while the next one runs."""
 
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
@@ -165,17 +181,18 @@ class Recorder:
     self._flops_per_step = model.flops_per_token(run.model, run.sequence_length) * run.tokens_per_step
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self.clock = Clock()
-    self.last: dict[str, float] = {}  # figures of the newest step that was read
+    self.last: dict[str, float] = {}  # the figures of the newest step that was logged
 
   def dispatched(self, step: int, sums: dict[str, jax.Array]) -> None:
-    """Stores the figures of the update that was just dispatched, and logs the figures of the update before it."""
+    """Stores the figures of the update that was just dispatched, and logs those of the update before it."""
     self.catch_up()
     self._pending = (step, sums)
 
   def catch_up(self) -> None:
-    """Waits for the last dispatched update and logs its figures.
+    """Waits for the last dispatched update, and logs its figures.
 
-    Raises TrainingError if the loss or the gradient norm isn't finite, or if a target isn't a token of the vocabulary.
+    Raises:
+      TrainingError: the loss or the gradient norm isn't finite, or a target isn't a token of the vocabulary.
     """
     if self._pending is None:
       return
@@ -200,14 +217,15 @@ class Recorder:
     if sums['invalid']:
       raise TrainingError(f'step {step}: {int(sums["invalid"])} targets are no tokens of the vocabulary')
     if not math.isfinite(figures['loss_nats']) or not math.isfinite(sums['grad_norm']):
-      good = self._checkpoints.latest
-      good = f'the last good checkpoint is {self._checkpoints.path / str(good)}' if good else 'no checkpoint yet'
       raise TrainingError(f'step {step}: loss is {figures["loss_nats"]}, gradient norm {float(sums["grad_norm"])}; '
-                          f'{good}')
+                          f'{self._checkpoints.describe()}')
 
 
 def device_figures(flops_per_s: float) -> dict[str, float]:
-  """Returns MFU at this rate of model FLOPs over all devices, and the peak memory, where the device tells."""
+  """Returns the MFU and the peak memory, each only if it is known for this kind of device.
+
+  flops_per_s: model FLOPs per second, over all devices.
+  """
   found, peak = {}, peak_flops(jax.devices()[0])
   if peak:
     found['time/mfu'] = flops_per_s / peak / jax.device_count()
@@ -218,7 +236,7 @@ def device_figures(flops_per_s: float) -> dict[str, float]:
 
 
 def validate(run: RunConfig, feed: Feed, evaluate, state: TrainState, step: int, log: Log) -> None:
-  """Logs the figures of each source's validation split, if there is one."""
+  """Logs the figures of the validation split of each source. Does nothing if there is no such split."""
   if not run.data.validation_fraction:
     return
   for source in run.data.sources:
@@ -231,7 +249,7 @@ def validate(run: RunConfig, feed: Feed, evaluate, state: TrainState, step: int,
 
 
 class Texts:
-  """A few texts by the model as it is, to look at while it trains: continuations of the beginnings of training rows."""
+  """Writes a few texts by the current model, which continue the beginnings of training rows."""
 
   def __init__(self, run: RunConfig, tokenizer: data.Tokenizer, mesh: Mesh):
     self._count, self._seed, self._tokenizer = run.log.samples, run.seed, tokenizer
@@ -240,11 +258,11 @@ class Texts:
     self._sampler = Sampler(run.model, SamplerConfig(size, PROMPT_TOKENS, run.log.sample_tokens), tokenizer.eos, mesh)
 
   def write(self, params: Any, batch: data.Batch, step: int, log: Log) -> None:
-    """Samples at temperature 1 and logs prompt and continuation. Every process must call."""
+    """Samples continuations at temperature 1, and logs them with their prompts. Every process must call this."""
     if not self._count:
       return
     prompt_BP = np.asarray(batch.tokens_BT)[: self._count, :PROMPT_TOKENS]
-    if jax.process_count() > 1:  # each has rows of its own
+    if jax.process_count() > 1:  # each process has other rows
       prompt_BP = multihost_utils.broadcast_one_to_all(prompt_BP)
     prompts = [Prompt(i, prompt_P.tolist()) for i, prompt_P in enumerate(prompt_BP)]
     texts = {}
@@ -255,7 +273,7 @@ class Texts:
 
 
 def describe_objective(objective: ObjectiveConfig) -> str:
-  """Returns what differs from plain cross-entropy, for the log's header."""
+  """Returns the settings that differ from plain cross-entropy, for the log header."""
   changed = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)
              if getattr(objective, field.name) != field.default}
   k = changed.pop('top_k', objective.top_k)

@@ -1,14 +1,26 @@
-"""Builds AdamW with a warmup-stable-decay schedule, and selects the parameters that get weight decay."""
+"""Builds AdamW or Muon with a warmup-stable-decay schedule, and decides which parameters get weight decay."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from betarank.configs.settings import default
 
+NAMES = ('adamw', 'muon')
 MOMENT_DTYPES = ('float32', 'bfloat16')
+# The height of the learning rate above final_lr, from 1 to 0, as a function of the decay's progress from 0 to 1.
+DECAY_SHAPES = {
+  'linear': lambda x: 1 - x,
+  'cosine': lambda x: (1 + jnp.cos(math.pi * x)) / 2,
+  '1-sqrt': lambda x: 1 - jnp.sqrt(x),  # arXiv 2405.18392
+}
+# The root mean square of Muon's updates, before the learning rate. It is about that of AdamW's, so that a learning rate
+# and a weight decay found for AdamW also suit Muon. Source: arXiv 2502.16982, section 2.2.
+MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +37,13 @@ class OptimizerConfig:
   weight_decay: float
   clip_norm: float
   moment_dtype: str = default('optimizer.moment_dtype')
+  name: str = default('optimizer.name')
+  decay_shape: str = default('optimizer.decay_shape')
 
   def __post_init__(self):
+    for name, choices in (('name', NAMES), ('decay_shape', DECAY_SHAPES), ('moment_dtype', MOMENT_DTYPES)):
+      if getattr(self, name) not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {getattr(self, name)!r}')
     for name in ('lr', 'eps', 'clip_norm'):
       if getattr(self, name) <= 0:
         raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
@@ -36,39 +53,66 @@ class OptimizerConfig:
     for name in ('b1', 'b2'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name} must be in [0, 1), got {getattr(self, name)}')
-    if self.moment_dtype not in MOMENT_DTYPES:
-      raise ValueError(f'moment_dtype must be one of {", ".join(MOMENT_DTYPES)}, got {self.moment_dtype!r}')
     if not 0 <= self.decay_fraction <= 1:
       raise ValueError(f'decay_fraction must be in [0, 1], got {self.decay_fraction}')
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Returns a linear warm-up to lr, then a constant, then a linear decay to final_lr over the last decay_fraction of
-  `steps`, or over all that follow the warm-up if those are fewer.
+  """Returns the learning rate as a function of the step: a linear warm-up, then a constant, then a decay.
 
-  The first step already moves: the schedule at step 0 is lr / (warmup_steps + 1). Source: WSD, arXiv 2404.06395.
+  The decay to final_lr takes the last `decay_fraction` of `steps`, but never begins before the warm-up has ended. Its
+  form is `decay_shape`. At step 0 the rate is lr / (warmup_steps + 1), not 0, so that the first update has an effect.
+  Source: WSD, arXiv 2404.06395.
   """
-  decay_steps = steps - decay_start(c, steps)
+  start = decay_start(c, steps)
   parts = [optax.linear_schedule(c.lr / (c.warmup_steps + 1), c.lr, c.warmup_steps), optax.constant_schedule(c.lr)]
   boundaries = [c.warmup_steps]
-  if decay_steps:
-    parts.append(optax.linear_schedule(c.lr, c.final_lr, decay_steps))
-    boundaries.append(decay_start(c, steps))
+  if start < steps:
+    shape = DECAY_SHAPES[c.decay_shape]
+    parts.append(lambda step: (c.lr - c.final_lr) * shape(jnp.clip(step / (steps - start), 0, 1)) + c.final_lr)
+    boundaries.append(start)
   return optax.join_schedules(parts, boundaries)
 
 
 def decay_start(c: OptimizerConfig, steps: int) -> int:
-  """Returns the step after which the learning rate decays; `steps` if it doesn't."""
+  """Returns the number of steps before the learning rate begins to decay; `steps` if it never does."""
   return max(min(c.warmup_steps, steps), steps - round(c.decay_fraction * steps))
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
-  """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101). Of the parameters named by
-  `axes`, norms and router biases get no weight decay. Router biases have no gradient either.
+  """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101) or Muon.
+
+  Muon orthogonalizes the momentum of each matrix of the layers, of each expert's too. The embedding, the head, norms
+  and biases have no such matrices: optax updates them with Adam, with Nesterov momentum. So Muon stores one moment of
+  the layers' matrices, and two of the rest. Sources: optax.contrib.muon, arXiv 2502.16982.
+
+  Norms and router biases get no weight decay. Router biases have no gradient either, so they don't change.
+
+  axes: the names of the dimensions of each parameter, from model.abstract.
   """
-  decays = jax.tree.map(lambda names: names[-1] not in ('norm', 'bias'), axes, is_leaf=lambda a: isinstance(a, tuple))
+  by_names = lambda f: jax.tree.map(f, axes, is_leaf=lambda a: isinstance(a, tuple))
+  decays = by_names(lambda names: names[-1] not in ('norm', 'bias'))
+  rate, clip = schedule(c, steps), optax.clip_by_global_norm(c.clip_norm)
+  if c.name == 'adamw':
+    return optax.chain(clip, optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays,
+                                         mu_dtype=c.moment_dtype))
   return optax.chain(
-    optax.clip_by_global_norm(c.clip_norm),
-    optax.adamw(schedule(c, steps), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decays,
-                mu_dtype=c.moment_dtype),
-  )
+    clip,
+    optax.contrib.muon(rate, beta=c.b1, eps=c.eps, mu_dtype=c.moment_dtype, adam_b1=c.b1, adam_b2=c.b2,
+                       muon_weight_dimension_numbers=by_names(matrix), consistent_rms=MUON_RMS),
+    # Added here for all parameters alike, because optax.contrib.muon has no mask for those that Adam updates.
+    optax.add_decayed_weights(lambda step: -c.weight_decay * rate(step), decays))
+
+
+def matrix(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+  """Returns the dimensions that make up the rows and columns of a parameter's matrices, for Muon.
+
+  One side is `embed`, the other side everything else, such as heads x head_dim. There is one matrix per layer and
+  expert. None: Adam updates the parameter.
+
+  names: the names of the parameter's dimensions.
+  """
+  if 'embed' not in names or 'vocab' in names:
+    return None
+  columns = [i for i, name in enumerate(names) if name not in ('layers', 'experts', 'embed')]
+  return optax.contrib.MuonDimensionNumbers(names.index('embed'), tuple(columns))

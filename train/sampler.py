@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -184,7 +184,7 @@ class Sampler:
 
   def __call__(
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
-    step: int,
+    step: int, watch: Callable[[Sample], None] | None = None,
   ) -> Iterator[list[Sample]]:
     """Yields each prompt's samples, ordered by index, as soon as the last of them has ended.
 
@@ -198,12 +198,14 @@ class Sampler:
       prompts: with different ids.
       samples: how many of each prompt, or their indices.
       seed, step: integers in [0, 2^32).
+      watch: called after each dispatch with what it added to each sample: a Sample of the new tokens, whose `finish` is
+        '' if there are more to come.
 
     Raises ValueError for prompts that don't fit, before any device work.
     """
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)
-    return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step))
+    return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch)
 
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
@@ -244,7 +246,7 @@ class Sampler:
     return Pages(rows=s.decode_batch_size, pages=s.pages, parts=self.ways, size=s.page_tokens,
                  prompt_pages=s.prompt_pages, row_pages=s.row_pages, unit_rows=decode.unit_rows(self.c))
 
-  def _run(self, params, prompts, indices, seed, step):
+  def _run(self, params, prompts, indices, seed, step, watch):
     s = self.s
     record = s.record_choices and self.c.moe.experts > 0
     # A generator must not hold the mesh while its caller runs.
@@ -280,7 +282,11 @@ class Sampler:
         new = count_R[row] - sample.count
         sample.count += new
         sample.drawn.append((token_TR[:new, row], logp_TR[:new, row], choice_TRLk[:new, row] if record else None))
-        if (new and token_TR[new - 1, row] == self.eos) or sample.count == sample.limit:
+        eos = new and token_TR[new - 1, row] == self.eos
+        finish = 'eos' if eos else 'length' if sample.count == sample.limit else ''
+        if watch and new:
+          watch(Sample(prompts[p].id, sample.index, token_TR[:new, row], logp_TR[:new, row], finish))
+        if finish:
           ended[p][sample.index] = self._ended(prompts[p], sample)
           pages.stop(sample)
           if len(ended[p]) == len(indices):

@@ -1,9 +1,10 @@
-"""Connects model and objective. All code that needs the probability of a text calls this module, so that pre-training,
-validation, RL, the probe, the harness and the sampler can't disagree.
+"""Connects the model with the objective, and is the only way to get probabilities of text.
+
+Pre-training, validation, RL, the probe, the harness and the sampler all call this module, so they can't disagree.
 
     total         the summed loss, for training
     token_stats   log-probability, entropy, rank and masses of each token, for RL and evaluation
-    logits        of given hidden states, for the sampler
+    logits        the logits of given hidden states, for the sampler
 
 # B rows  T tokens  D width  V vocabulary  L layers  E experts  k experts per token
 """
@@ -29,7 +30,7 @@ from betarank.objectives import (
 
 
 def layout() -> Layout | None:
-  """Returns how the head's arrays lie on the current mesh, by the table in model/sharding.py; None without a mesh."""
+  """Returns how the head's arrays are sharded over the current mesh (see model/sharding.py), or None without a mesh."""
   if jax.sharding.get_abstract_mesh().empty:
     return None
   return Layout(
@@ -39,33 +40,39 @@ def layout() -> Layout | None:
 def total(
   c: model.ModelConfig, params: Any, batch: Batch, shaping: RewardShaping, stats: str = 'full'
 ) -> tuple[jax.Array, jax.Array, TokenStats, model.Routing | None]:
-  """Returns (total, loss_BT, statistics [B, T], routing): the summed loss, which can be differentiated, and its parts.
+  """Computes the summed loss of a batch, which can be differentiated, and the statistics of its tokens.
 
   Args:
-    shaping: the objective, as ObjectiveConfig.at(step) gives it.
-    stats: 'full', or 'basic' to skip the top k, and head and tail mass with it, where no lambda needs them.
+    c, params: the model and its parameters.
+    batch: the tokens. Targets that don't count, such as padding, add nothing: their loss and statistics are 0.
+    shaping: the objective, from ObjectiveConfig.at(step).
+    stats: 'full', or 'basic' to skip the top k (and with it head and tail mass) where no lambda needs it.
 
-  All in nats, float32. Padding (segment 0) counts for nothing, whatever its tokens are: its loss and statistics are 0.
-  The load-balance loss of a mixture of experts is part of the total, not of loss_BT. A dense model has no routing.
+  Returns (total, loss_BT, statistics [B, T], routing), in float32 nats. The total includes the load-balance loss of a
+  mixture of experts; loss_BT doesn't. routing is None for a dense model.
   """
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   summed, loss_BT, statistics = shaped_linear_total(
-    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.segments_BT > 0, stats=stats,
+    hidden_BTD, model.head(c, params), batch.targets_BT, shaping, weights=batch.counted_BT, stats=stats,
     layout=layout())
   if c.moe.balance_weight:
-    summed += c.moe.balance_weight * jnp.mean(routing.balance_L)
+    balance = jnp.mean(routing.balance_L)
+    if batch.counts_BT is not None:  # it is a sum over all tokens, but will be divided by the targets that count
+      balance *= jnp.sum(batch.counted_BT) / jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
+    summed += c.moe.balance_weight * balance
   return summed, loss_BT, statistics, routing
 
 
 def log_probabilities(
   c: model.ModelConfig, params: Any, batch: Batch, choices_BTLk: jax.Array | None = None, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (log-probability of each target, entropy), [B, T] float32 nats; 0 in padding.
+  """Returns the log-probability of each target, and the entropy at each position: [B, T] float32 nats, 0 in padding.
 
-  Gradients flow through the first.
+  Gradients flow through the log-probabilities.
 
-  choices_BTLk: the experts that the sampler sent each token to. Without them, rounding can send a token elsewhere.
-  temperature: of the distribution, as the sampler's.
+  choices_BTLk: the experts that the sampler used for each token. If they are None, the router chooses again, and
+  rounding can make it choose differently.
+  temperature: the logits are divided by it, as in the sampler.
   """
   choices_LBTk = None if choices_BTLk is None else jnp.moveaxis(choices_BTLk, 2, 0).astype(jnp.int32)
   hidden_BTD, _, _ = model.forward_routed(
@@ -77,23 +84,26 @@ def log_probabilities(
 
 
 def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> tuple[TokenStats, jax.Array]:
-  """Returns (statistics [B, T], hidden_BTD); statistics are 0 in padding, and have no gradient.
+  """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 where no target counts.
 
-  top_k: tokens that make up the head.
+  top_k: the number of tokens in the head.
   """
   hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
   statistics = linear_token_stats(
-    hidden_BTD, model.head(c, params), batch.targets_BT, top_k=top_k, weights=batch.segments_BT > 0, layout=layout())
+    hidden_BTD, model.head(c, params), batch.targets_BT, top_k=top_k, weights=batch.counted_BT, layout=layout())
   return statistics, hidden_BTD
 
 
 def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (log p1, log p1 - log p2) of the two most probable tokens, [B, T] float32 nats."""
+  """Returns (log p1, log p1 - log p2) for the two most probable tokens at each position, [B, T] float32 nats."""
   return objectives.leading_two(hidden_BTD, model.head(c, params), layout())
 
 
 def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperature: float = 1.0) -> jax.Array:
-  """Returns float32 logits [..., V] of hidden states [..., D] over `temperature`, by the scorer's own product."""
+  """Returns the float32 logits [..., V] of hidden states [..., D], divided by `temperature`.
+
+  They come from the same matmul as those of the loss.
+  """
   return linear_logits(hidden, head_DV, temperature=temperature, compute_dtype=c.dtype)
 
 
@@ -101,16 +111,18 @@ def sums(
   batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
-  """Returns the sums over a batch from which `means` computes figures. Add the sums of several batches with `add`.
+  """Returns sums over the targets of a batch that count, from which `means` computes figures. Use `add` to combine
+  those of several batches.
 
-  Counts of tokens and bytes are int32, as float32 can't count past 16 million.
+  Counts of tokens and bytes are int32, because float32 can't count past 16 million.
   """
   of_experts = {} if routing is None else {
     'expert_load': routing.load_LE,
+    'routed_tokens': jnp.sum(batch.segments_BT > 0, dtype=jnp.int32),
     'router_entropy': jnp.mean(routing.entropy_L),
     'balance_loss': jnp.mean(routing.balance_L),
   }
-  mask_BT = batch.segments_BT > 0
+  mask_BT = batch.counted_BT
   total = lambda x_BT: jnp.sum(x_BT, where=mask_BT)
   return {
     'loss': total(loss_BT),
@@ -126,8 +138,9 @@ def sums(
 
 
 def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-  """Returns the sum of two batches' sums on the host, in Python integers and float64: int32 overflows after 29 batches
-  of 16.8M tokens.
+  """Adds the sums of one batch to a running total, on the host.
+
+  Integers are added as int64 and floats as float64, because int32 overflows after 29 batches of 16.8M tokens.
 
   total: {} for the first batch.
   """
@@ -136,9 +149,10 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def means(s: dict[str, Any]) -> dict[str, float]:
-  """Returns figures per token and per byte from the sums, under the names that logs and reports use.
+  """Computes the figures per token and per byte from sums, under the names that logs and reports use.
 
-  A mixture of experts adds the load of the busiest expert over the mean load, in the layer where it is highest.
+  A mixture of experts adds `expert_load_max_over_mean`: the load of the busiest expert relative to the mean load, in
+  the layer where this is largest.
   """
   s = dict(s)
   load_LE = s.pop('expert_load', None)
@@ -146,8 +160,8 @@ def means(s: dict[str, Any]) -> dict[str, float]:
   tokens = max(s['tokens'], 1.0)
   of_experts = {} if load_LE is None else {
     'expert_load_max_over_mean': float((load_LE.max(-1) / np.maximum(load_LE.mean(-1), 1e-9)).max()),
-    'router_entropy_nats': s['router_entropy'] / tokens,
-    'balance_loss': s['balance_loss'] / tokens,
+    'router_entropy_nats': s['router_entropy'] / max(s['routed_tokens'], 1.0),
+    'balance_loss': s['balance_loss'] / max(s['routed_tokens'], 1.0),
   }
   return {
     'loss_nats': s['loss'] / tokens,

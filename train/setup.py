@@ -1,11 +1,12 @@
-"""The start of every run, written once: pre-training, RL, evaluation and the planner all begin with these functions.
+"""Sets up a run: mesh, tokenizer, state and log. Pre-training, RL, evaluation and the planner all use these functions.
 
-A run begins, in this order, from: the newest checkpoint in its workdir; else `train.init_from`; else fresh weights from
-the seed.
+A run begins from the first of these that exists: the newest checkpoint in its workdir, the checkpoint named by
+`train.init_from`, random weights from the seed.
 """
 
 import contextlib
 import json
+import shlex
 import sys
 import threading
 import time
@@ -21,29 +22,35 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import to_json
+from betarank.configs.terminal import waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.state import TrainState, abstract_state, create_state
 from betarank.runtime.stop import Stopped, StopSignal
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
-SAVE_DEADLINE_S = 1800  # for a save in flight when a run fails; one of a large model takes minutes
+SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; that of a large model takes minutes
 
 
 def make_mesh(
   mesh: model.MeshConfig, c: model.ModelConfig, rows: Mapping[str, tuple[int, int]], devices: Any = None
 ) -> Mesh:
-  """Returns the mesh of a run over `devices` (default: all there are).
+  """Returns the mesh of a run.
 
   Args:
-    mesh: sizes of its axes.
-    c: the model, whose arrays the mesh must divide.
-    rows: {config key: (rows, microbatches)} of everything that the mesh splits by rows.
-    devices: as jax.make_mesh takes them.
+    mesh: the sizes of its axes.
+    c: the model, whose arrays must be divisible by the mesh.
+    rows: maps a config key to (rows, microbatches), for every batch whose rows are split over the mesh.
+    devices: the devices to use, as in jax.make_mesh. None: all devices.
 
-  Raises ConfigError, naming config.train.mesh or the key, for a mesh that the devices can't form, or that doesn't
-  divide the model or the rows.
+  Raises:
+    ConfigError: the devices can't form this mesh, or it doesn't divide the model or the rows. The message names
+      config.train.mesh or the key of the rows.
   """
+  on = (jax.devices() if devices is None else devices)[0].platform
+  if c.attention in model.GPU_ONLY_ATTENTION and on != 'gpu':
+    raise ConfigError(f'config.model.attention={c.attention} runs only on a GPU, and this is a {on.upper()}; '
+                      'auto chooses what suits it')
   try:
     made = model.make_mesh(mesh, devices)
     _, shapes, axes = model.abstract(c)
@@ -56,9 +63,10 @@ def make_mesh(
 
 
 def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
-  """Returns the meta of the checkpoint that a run in the workdir `root` begins with; {} for random weights.
+  """Returns the meta of the checkpoint that a run in the workdir `root` begins from; {} for random weights.
 
-  Raises CheckpointError if `init_from` holds no checkpoint.
+  Raises:
+    CheckpointError: there is no checkpoint at `init_from`.
   """
   if found := checkpoint.steps(root / 'checkpoints'):
     return checkpoint.read_meta(root / 'checkpoints' / str(found[-1]))
@@ -69,9 +77,10 @@ def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
 def open_checkpoints(
   root: epath.Path, config: checkpoint.CheckpointConfig, fallback: bool
 ) -> Iterator[checkpoint.Checkpoints]:
-  """Opens the checkpoints of a workdir; whatever ends the block, a save in flight is finished first.
+  """Opens the checkpoints of a workdir for a block. When the block ends, a save in progress is finished first.
 
-  After an error it has SAVE_DEADLINE_S to do so. Raises CheckpointError as Checkpoints does.
+  If the block ends with an error, the save gets at most SAVE_DEADLINE_S seconds, and its outcome is printed. Raises
+  CheckpointError as the constructor of `Checkpoints` does.
   """
   checkpoints, failed = checkpoint.Checkpoints(root, config, fallback), True
   try:
@@ -79,23 +88,38 @@ def open_checkpoints(
     failed = False
   finally:
     if failed:
-      closing = threading.Thread(target=_close, args=(checkpoints,), daemon=True)
-      closing.start()
-      closing.join(SAVE_DEADLINE_S)
-      if closing.is_alive():
-        print(f'a save in flight did not finish within {SAVE_DEADLINE_S} s', file=sys.stderr)
+      _finish_save(checkpoints)
   checkpoints.close()
 
 
-def _close(checkpoints: checkpoint.Checkpoints) -> None:
-  try:
-    checkpoints.close()
-  except checkpoint.CheckpointError as error:  # the run's own error is the one to show
-    print(error, file=sys.stderr)
+def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
+  """Closes `checkpoints` after an error, within SAVE_DEADLINE_S seconds. Prints whether a save in progress was
+  completed.
+
+  Never raises an error, because the run's own error is the one to show.
+  """
+  step = checkpoints.in_flight
+  outcome = f'did not finish within {SAVE_DEADLINE_S} s'
+
+  def close():
+    nonlocal outcome
+    try:
+      checkpoints.close()
+      outcome = 'is complete'
+    except checkpoint.CheckpointError as error:
+      outcome = f'failed: {error}'
+
+  if step is not None:
+    print(f'waiting for the checkpoint of step {step}, at most {SAVE_DEADLINE_S} s', file=sys.stderr)
+  closing = threading.Thread(target=close, daemon=True)
+  closing.start()
+  closing.join(SAVE_DEADLINE_S)
+  if step is not None or outcome != 'is complete':
+    print(f'the checkpoint of step {step} {outcome}', file=sys.stderr)
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError, naming config.`key`, if a microbatch of `rows` can't be split over the mesh."""
+  """Raises ConfigError, naming config.`key`, if a microbatch of `rows` can't be split evenly over the mesh."""
   sizes = {axis: mesh_shape[axis] for axis in BATCH_AXES}
   if microbatches > 1:
     sizes['microbatches'] = microbatches
@@ -111,12 +135,13 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
   """Returns the tokenizer at `path`.
 
   Args:
-    path: of the file.
-    c: the model, whose vocabulary must be as large or larger.
-    trained: meta of the checkpoint that it will be used with, if any.
+    path: the tokenizer's file.
+    c: the model; it must have at least as many tokens as the tokenizer.
+    trained: the meta of the checkpoint that the tokenizer will be used with, if there is one.
 
-  Raises DataError for a file that is no tokenizer or has more tokens than the model, ConfigError for another tokenizer
-  than the checkpoint was trained with.
+  Raises:
+    DataError: the file isn't a tokenizer, or has more tokens than the model.
+    ConfigError: the checkpoint was trained with another tokenizer.
   """
   tokenizer = data.read_tokenizer(path, c.vocab_size)
   before = (trained or {}).get('tokenizer_sha256')
@@ -127,7 +152,10 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
 
 
 def trained_tokenizer(meta: Mapping[str, Any]) -> str:
-  """Returns the path of the tokenizer that the checkpoint with this meta was trained with."""
+  """Returns the path of the tokenizer that a checkpoint was trained with.
+
+  meta: the meta of the checkpoint.
+  """
   if 'tokenizer' in meta:
     return meta['tokenizer']
   own = meta['config']['data']
@@ -135,7 +163,10 @@ def trained_tokenizer(meta: Mapping[str, Any]) -> str:
 
 
 def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a checkpoint's config with the sections it inherited: if it is from RL, those on data and objective."""
+  """Returns the config of a checkpoint together with the sections it inherited.
+
+  A checkpoint from RL inherits the sections on data and objective from the pre-training it started from.
+  """
   config, inherited = dict(meta['config']), meta.get('inherited', {})
   if 'sources' not in config['data'] and 'data' in inherited:
     config = {**inherited, **config, 'data': {**inherited['data'], 'tokenizer': trained_tokenizer(meta)}}
@@ -143,14 +174,14 @@ def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Beginning(NamedTuple):
-  """Where a run begins, or resumes.
+  """The state that a run begins with, and its origin.
 
   Attributes:
-    state: on the devices.
-    step: steps done; 0 for a fresh run.
-    cursor: of the data or the prompts, as the checkpoint has it; None for a fresh run.
-    parent: the checkpoint that the run first started from; '' for random weights.
-    inherited: what the run's checkpoints must keep of the pre-training they descend from (see `lineage`).
+    state: the training state, on the devices.
+    step: the number of steps done; 0 for a new run.
+    cursor: the position in the data or the prompts, from the checkpoint; None for a new run.
+    parent: the checkpoint that the run originally started from; '' for random weights.
+    inherited: sections of the config of the original pre-training, which the run's checkpoints keep (see `lineage`).
   """
 
   state: TrainState
@@ -164,34 +195,41 @@ def begin(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, checkpoints: checkpoint.Checkpoints, *,
   seed: int, init_from: str, everything: bool = False,
 ) -> Beginning:
-  """Returns the state to begin with; see the module for the order in which it is looked for.
+  """Returns the state to begin with. The order of the search is in the docstring of this module.
 
   Args:
-    c, tx, mesh: model, optimizer and mesh of the state.
-    checkpoints: those of the run's workdir.
-    seed: of fresh weights.
-    init_from: a workdir or checkpoint; '' for none.
-    everything: takes optimizer state, step and data cursor from init_from too, not only the weights.
+    c, tx, mesh: the model, optimizer and mesh of the state.
+    checkpoints: the checkpoints of the run's workdir.
+    seed: selects the random weights.
+    init_from: a workdir or a checkpoint; '' for none.
+    everything: takes the optimizer state, step and data cursor from init_from too, not only the weights.
 
-  Raises CheckpointError for a checkpoint that is damaged, or holds arrays of other shapes.
+  Raises:
+    CheckpointError: the checkpoint is damaged, or its arrays have other shapes.
   """
   target = abstract_state(c, tx, mesh)
   if checkpoints.latest is not None:
-    state, meta = checkpoints.restore(target)
+    with waiting(f'restoring step {checkpoints.latest}'):
+      state, meta = checkpoints.restore(target)
     return Beginning(state, meta['step'], meta['cursor'], meta['parent'], meta.get('inherited', {}))
   if not init_from:
     return Beginning(create_state(c, tx, mesh, seed), 0, None, '', {})
   source = checkpoint.find(init_from)
   if everything:
-    state, meta = checkpoint.restore(source, target)
+    with waiting(f'restoring {source}'):
+      state, meta = checkpoint.restore(source, target)
     return Beginning(state, meta['step'], meta['cursor'], str(source), _inherited(meta))
-  params, meta = checkpoint.restore_weights(source, target.params)
+  with waiting(f'restoring the weights of {source}'):
+    params, meta = checkpoint.restore_weights(source, target.params)
   return Beginning(create_state(c, tx, mesh, seed, params), 0, None, str(source), _inherited(meta))
 
 
 def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-  """Raises ConfigError if the checkpoint with the meta `trained` differs in `fields` of the model, which the shapes of
-  its arrays don't show.
+  """Raises ConfigError if the model differs from that of a checkpoint in one of `fields`.
+
+  These are settings that the shapes of arrays don't show, so restoring wouldn't fail.
+
+  trained: the meta of the checkpoint.
   """
   before = trained['config']['model']
   for name in fields:
@@ -201,13 +239,13 @@ def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields
 
 
 def _inherited(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the sections of a parent's config that a child's config doesn't have but its readers need."""
+  """Returns the sections of a parent's config that a child's config lacks, but that readers of its checkpoints need."""
   config = whole_config(meta)
   return {name: config[name] for name in ('data', 'objective') if name in config}
 
 
 def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer, tokenizer_path: str) -> dict[str, Any]:
-  """Returns the record of a run's origin that every checkpoint holds in addition to its step and cursor."""
+  """Returns the origin of a run, which is stored in every checkpoint with the step and the cursor."""
   return {
     'config': json.loads(to_json(config)),
     'parent': beginning.parent,
@@ -219,13 +257,17 @@ def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer,
 
 
 def open_log(
-  root: epath.Path, config: ConfigDict, *, start: int, steps: int, every: int, tensorboard: bool,
-  describe: Callable[[int, int, dict[str, float], float], str] | None = None,
+  root: epath.Path, config: ConfigDict, *, start: int, steps: int,
+  describe: Callable[[dict[str, float]], list[str]] | None = None,
 ) -> Log:
-  """Writes the workdir's config.json and run.json, and returns the run's log.
+  """Writes config.json and run.json to the workdir, and returns the log of the run.
 
-  start, steps: the step that the run resumes after, and its last one. every: steps between lines.
-  describe: the line of a step; default: that of pre-training.
+  Args:
+    root: the workdir.
+    config: the resolved config.
+    start: the step that the run resumes after; 0 for a new run.
+    steps: the last step.
+    describe: returns the figures to print of a step. None: those of pre-training.
   """
   first = jax.process_index() == 0
   if first:
@@ -235,31 +277,35 @@ def open_log(
       'command': sys.argv, 'started_s': time.time(), 'device_kind': device.device_kind, 'devices': jax.device_count(),
       'processes': jax.process_count(), 'code_version': workdir.code_version()})
   given = {} if describe is None else {'describe': describe}
-  return Log(root, step=start, steps=steps, every=every, tensorboard=tensorboard, active=first, **given)
+  project = config.log.get('wandb', '')
+  return Log(root, step=start, steps=steps, every=config.log.every_steps, tensorboard=config.log.tensorboard,
+             wandb=(project, json.loads(to_json(config))) if project else None, active=first, **given)
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
-  """Logs what a run is, a line per name: model, data, mesh and so on."""
+  """Prints what a run is: its model, data, mesh and so on, one line per entry of `lines`."""
   for name, text in lines.items():
-    log.say(f'{name:9} {text}')
+    log.say(f'{name:9} {text}', indent=10)
 
 
 def describe_model(c: model.ModelConfig) -> str:
-  """Returns the number of parameters, in all and by part, for `log_header`."""
+  """Returns the number of parameters, total and by part, for `log_header`."""
   counts = model.parameter_counts(c)
   parts = ', '.join(f'{name} {short(n)}' for name, n in counts.items() if n)
   return f'{short(sum(counts.values()))} parameters ({parts}), {c.dtype} compute'
 
 
 def describe_mesh(mesh: Mesh) -> str:
-  """Returns axes and devices, for `log_header`."""
+  """Returns the axes of the mesh and the devices, for `log_header`."""
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
   return f'{axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
-  """Returns from which step to which a run goes and what it starts from, for `log_header`."""
+  """Returns the first and last step of a run and what it starts from, or that it is finished, for `log_header`."""
   start = beginning.step
+  if start >= steps:
+    return f'finished already: step {start} of {steps} is in {root}'
   if start:
     origin = f'resumed after step {start}'
   else:
@@ -269,29 +315,51 @@ def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
 
 
 def short(n: float) -> str:
-  """Returns a count with its unit, in three digits: 1.05B, 64.3M, 12.3k."""
+  """Returns a number with three digits and a unit, for example 1.05B, 64.3M or 12.3k."""
   for size, unit in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
     if n >= size:
       return f'{n / size:.3g}{unit}'
   return f'{n:.3g}'
 
 
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
+  """Logs where the result of a finished run is saved, and how to look at it and at the checkpoint that it started from.
+
+  parent: that checkpoint; '' for random weights.
+  """
+  log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
+  if config.log.tensorboard:
+    log.say(f'curves:   tensorboard --logdir={root}')
+  log.say('try:      ' + shlex.join(['betarank', 'explore', *filter(None, [parent]), str(root)]))
+
+
 class Due(NamedTuple):
-  """The actions that must follow a step."""
+  """What has to be done after a step."""
 
   evaluate: bool
   save: bool
-  stop: bool  # after saving
+  stop: bool  # comes after saving
 
 
 def due(step: int, steps: int, *, stopping: bool, eval_every: int, save_every: int) -> Due:
-  """Returns the actions after step number `step` of `steps`. The last step is always evaluated and saved."""
+  """Returns what has to be done after step number `step` of `steps`. The last step is always evaluated and saved."""
   final = step == steps
   return Due(final or step % eval_every == 0, final or stopping or step % save_every == 0, stopping and not final)
 
 
 def stopped(log: Log, checkpoints: checkpoint.Checkpoints, step: int, stop: StopSignal) -> None:
-  """Ends a run that was asked to stop, once its checkpoint of `step` is written. Raises Stopped."""
+  """Waits for the checkpoint of `step`, then ends a run that was asked to stop, by raising Stopped."""
   checkpoints.wait()
   log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
   raise Stopped(stop.exit_status)
+
+
+def stopped_before(log: Log, start: int, stop: StopSignal) -> None:
+  """Ends a run that was asked to stop before it did a step, by raising Stopped. All processes must call it.
+
+  start: the step that the run resumes after; 0 for a new run.
+  """
+  if stop(start):
+    log.say('asked to stop before the next step; ' + (f'step {start} is saved' if start else 'nothing is lost')
+            + ', and the same command ' + ('resumes from it' if start else 'starts again'))
+    raise Stopped(stop.exit_status)

@@ -1,4 +1,4 @@
-"""Builds one update of pre-training: (state, batch) -> (state, metrics), a pure function, jitted."""
+"""Builds one update of pre-training: a pure, jitted function (state, batch) -> (state, metrics)."""
 
 from collections.abc import Callable
 
@@ -22,18 +22,20 @@ def make_step(
   microbatches: int = 1,
   stats: str = 'full',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the jitted update. Its metrics are sums (train/score.py), the norm of the whole gradient and, where a
-  router's bias balances the load, the range of that bias.
+  """Returns the jitted update of pre-training.
+
+  The loss is a sum over the targets of the batch that count, divided once by their number. So microbatches, packing and
+  mesh don't change what is learned. The only exception is the load-balance loss of a softmax router: it is computed
+  within each microbatch and then averaged over tokens.
 
   Args:
-    c, objective, tx: model, objective and optimizer.
-    bytes_per_token_V: UTF-8 bytes of each token.
-    microbatches: parts in which a batch is computed. Row i is in part i % microbatches.
-    stats: 'full', or 'basic' to skip the top k where no lambda needs it.
+    c, objective, tx: the model, the objective and the optimizer.
+    bytes_per_token_V: the number of UTF-8 bytes of each token.
+    microbatches: the number of parts in which a batch is computed. Row i is in part i % microbatches.
+    stats: 'full', or 'basic' to skip the statistics of the top k where no lambda needs them.
 
-  The loss is the sum over the batch's targets, divided once by their number. Microbatches are exact parts of that sum,
-  so neither they nor packing nor the mesh change what is learned. The exception is the load-balance loss of a softmax
-  router, which is a mean over microbatches of each one's own balance.
+  Returns a function (state, batch) -> (new state, metrics). The metrics are the sums of train/score.py and the norm of
+  the gradient before clipping. A model whose router has a load-balancing bias adds the range of that bias.
   """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
@@ -42,18 +44,19 @@ def make_step(
     return total / targets, score.sums(batch, loss_BT, token_stats, bytes_V, routing)
 
   def step(state: TrainState, batch: Batch):
-    targets = jnp.maximum(jnp.sum(batch.segments_BT > 0), 1)
+    targets = jnp.maximum(jnp.sum(batch.counted_BT), 1)
     shaping = objective.at(state.step)
     grad = jax.grad(part, has_aux=True)
 
     if microbatches == 1:
       grads, metrics = grad(state.params, batch, targets, shaping)
     else:
-      # Each part has rows of every device, and none of them move.
+      # Each microbatch takes rows from every device, so no row moves between devices.
       parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
       add = lambda total, one: (jax.tree.map(jnp.add, total, grad(state.params, one, targets, shaping)), None)
       first = jax.tree.map(lambda x: x[0], parts)
-      # `shaping` is closed over here as in the loop: a traced lambda isn't known to be 0, and needs other statistics.
+      # `shaping` isn't an argument here: it would be traced, and a traced lambda isn't known to be 0, which changes the
+      # metrics.
       shapes = jax.eval_shape(lambda params, one: grad(params, one, targets, shaping), state.params, first)
       zeros = jax.tree.map(jnp.zeros_like, shapes)
       (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
@@ -71,7 +74,7 @@ def make_step(
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
-  """Returns the jitted (state, batch) -> sums (train/score.py): the figures of training, without an update."""
+  """Returns the jitted function (state, batch) -> sums, the same sums as in training (train/score.py)."""
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def evaluate(state: TrainState, batch: Batch):

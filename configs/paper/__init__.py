@@ -1,7 +1,7 @@
-"""Shared by the five models of arXiv 2512.22955: the stages, the five objectives, and the sweep.
+"""What the configs of the paper's five models (arXiv 2512.22955) share: the stages, the five objectives and the sweep.
 
-Not all of the paper's text was available. A value marked "open" is one that the paper leaves open or that couldn't be
-found; the value here is then a usual choice, not the paper's.
+Not all of the paper's text was available. A comment "open" marks a value that the paper doesn't give, or that couldn't
+be found. The value here is then a usual choice, not the paper's.
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from betarank.configs import common
 from betarank.configs.errors import ConfigError, suggestion
 
-# Section 4 of the paper: single seeds, no combinations, top k = 100 only.
+# Section 4 of the paper. It runs one seed of each, doesn't combine them, and uses only k = 100.
 OBJECTIVES = {
   'ce': dict(),
   'beta_low': dict(beta=-0.25),  # global low entropy: precision
@@ -21,7 +21,7 @@ STAGES = ('pretrain', 'midtrain', 'rl')
 
 
 def parse(arg: str | None):
-  """Reads `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`."""
+  """Parses `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`."""
   a = common.parse(arg, stage='pretrain', objective='ce', seed=0)
   for name, known in (('stage', STAGES), ('objective', OBJECTIVES)):
     value = getattr(a, name)
@@ -31,12 +31,16 @@ def parse(arg: str | None):
 
 
 def base(a) -> ConfigDict:
-  """Returns everything except the model's sizes and its mesh."""
+  """Returns the config of a stage, complete except for the model's sizes and the mesh.
+
+  a: the parsed argument; see `parse`.
+  """
   c = common.rl_base() if a.stage == 'rl' else common.base()
   c.seed = a.seed
   if a.stage == 'rl':
     c.model = common.base().model
-  # Open: tokenizer and vocabulary. Qwen's size with tied embeddings and heads of 128 gives the models' names.
+  # Open: tokenizer and vocabulary. With Qwen's vocabulary size, tied embeddings and heads of width 128, the models have
+  # as many parameters as their names say.
   c.model.update(vocab_size=151_936, head_dim=128, tied_embeddings=True, remat_policy='full')
   c.optimizer.update(lr=3e-4, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8)  # open: b1, b2, eps
   c.checkpoint.update(every_steps=500, keep=2, keep_every_steps=5000)
@@ -44,14 +48,17 @@ def base(a) -> ConfigDict:
   if a.stage != 'rl':
     c.objective.update(top_k=100, **OBJECTIVES[a.objective])
     c.data.dir = f'runs/data/paper/{a.stage}'
-    # Open: corpora and mixture. Pre-training was mostly general knowledge, mid-training much more reasoning.
+    # Open: corpora and mixture. Pre-training used mostly general knowledge, mid-training much more reasoning.
     c.data.sources.main.update(uri=f'parquet:corpus/{a.stage}/*.parquet', max_documents=0)
     c.log.update(every_steps=10, eval_every_steps=1000, head_tail_mass=False)
   return c
 
 
 def _pretrain(c):
-  """Sets 500B tokens in batches of 16M (31 thousand steps): warm-up, then a constant rate; mid-training decays it."""
+  """Sets the values of pre-training: 500B tokens in batches of 16M, which makes 31 thousand steps.
+
+  The learning rate is constant after the warm-up; it decays only in mid-training.
+  """
   c.train.update(tokens=500_000_000_000, batch_size=4096)
   c.data.sequence_length = 4096
   c.model.rope_base = 1e4
@@ -59,9 +66,11 @@ def _pretrain(c):
 
 
 def _midtrain(c):
-  """Sets 100B tokens at 16k context, the rate falling from 3e-4 to 3e-5. Open: the form of the decay (linear here), if
-  the optimizer's moments are kept (not here), and if mid-training keeps the shaped objective (it does here;
-  objective=ce for plain cross-entropy).
+  """Sets the values of mid-training: 100B tokens at 16k context, with a learning rate that falls from 3e-4 to 3e-5.
+
+  The paper leaves three things open. The form of the decay is linear here
+  (optimizer.decay_shape has others). The optimizer's moments aren't kept from
+  pre-training. The shaped objective is kept; objective=ce selects plain cross-entropy.
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)
   c.data.sequence_length = 16_384
@@ -71,18 +80,21 @@ def _midtrain(c):
 
 
 def _rl(c):
-  """Sets GRPO with clip-higher and dynamic sampling, 16 answers to each of 128 prompts, 700 steps at 8k, then 16k."""
+  """Sets the values of RL: GRPO with clip-higher and dynamic sampling, 128 prompts with 16 answers each per step.
+
+  Answers have at most 8k tokens for the first 700 steps, then at most 16k.
+  """
   c.train.init_from = 'runs/paper/midtrain'  # a placeholder: name your run with --config.train.init_from=
   c.model.rope_base = 1e6
   c.optimizer.update(lr=1e-6, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0)  # open: weight decay
   c.checkpoint.every_steps = 100
   c.log.update(every_steps=1, eval_every_steps=100)
-  # Open: prompts and verifier. Math with verifiable answers; a row is {"question": ..., "answer": ...}.
+  # Open: prompts and verifier. Here: math with verifiable answers, in rows {"question": ..., "answer": ...}.
   c.rl.task.update(uri='jsonl:corpus/math/*.jsonl', answer_format='boxed')
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """Adds the sweep of a config: every objective through all stages. The paper ran one seed each."""
+  """Adds every objective, through all stages, to a sweep. The paper ran one seed of each."""
   for seed in range(seeds):
     for changed in OBJECTIVES.values():
       objective = {f'objective.{key}': value for key, value in (changed or dict(beta=0.0)).items()}

@@ -18,7 +18,7 @@ def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
   c.model.update(layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4, remat_policy='attention')
-  c.train.mesh.update(fsdp=16, data=-1)  # 96 rows of a weight per chip; with 6, XLA pads them and reduces zeros
+  c.train.mesh.update(fsdp=16, data=-1)  # 96 rows of a weight per chip; with only 6, XLA would pad them with zeros
   if a.stage != 'rl':
     c.train.microbatches = 4
   return c

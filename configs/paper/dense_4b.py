@@ -12,9 +12,12 @@ The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|h
 has the paper's values, and marks those that it leaves open. Pre-training on 256 v5e chips takes 9.6 of 16.9 GB per chip
 and 118 to 140 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
-The paper, average of 19 benchmarks after pre-training: 43.11 (beta_low), 42.62 (ce), 42.44 (beta_high), 42.48
-(tail); after mid-training 52.76, 52.75, 52.23, 53.00; after RL, Avg@128 of six math sets: 21.34, 20.49, 21.37, 21.25,
-21.19 (head).
+The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+
+    objective             ce     beta_low   beta_high   tail    head
+    after pre-training    42.62  43.11      42.44       42.48
+    after mid-training    52.75  52.76      52.23       53.00
+    after RL              20.49  21.34      21.37       21.25   21.19
 """
 
 from betarank.configs import paper
@@ -24,7 +27,7 @@ def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
   c.model.update(layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8, remat_policy='full')
-  c.train.mesh.update(fsdp=32, data=-1)  # 80 rows of a weight per chip; with 10 or 20, XLA all-reduces weights
+  c.train.mesh.update(fsdp=32, data=-1)  # 80 rows of a weight per chip; with 10 or 20, XLA would all-reduce weights
   if a.stage == 'rl':
     c.rl.update(decode_batch_size=256, microbatches=8)
   else:

@@ -12,9 +12,12 @@ The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|h
 has the paper's values, and marks those that it leaves open. Pre-training on 128 chips of v5p takes 17.5 of 102.8 GB
 per chip and 38 to 40 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
-The paper, average of 19 benchmarks after pre-training: 44.89 (beta_low), 44.11 (ce), 44.52 (beta_high);
-after mid-training 51.13, 50.85, 50.60, tail 50.92, head 51.06; after RL, Avg@128 of six math sets: 16.18, 14.37, 14.49,
-tail 16.50, head 14.74.
+The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+
+    objective             ce     beta_low   beta_high   tail    head
+    after pre-training    44.11  44.89      44.52
+    after mid-training    50.85  51.13      50.60       50.92   51.06
+    after RL              14.37  16.18      14.49       16.50   14.74
 """
 
 from betarank.configs import paper
@@ -24,7 +27,8 @@ def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
   c.model.update(layers=16, d_model=1536, heads=32, kv_heads=4, remat_policy='attention')
-  # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
+  # Sigmoid scores with a bias that balances the load, as in DeepSeek-V3. Open: the update rate of the bias, the
+  # function of the router, and whether there are shared experts.
   c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=320, router='sigmoid', bias_update_rate=1e-3)
   c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts per chip
   if a.stage == 'rl':

@@ -12,8 +12,11 @@ The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|h
 has the paper's values, and marks those that it leaves open. Pre-training on 128 chips of v5p takes 23.2 of 102.8 GB
 per chip and 60 to 62 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
 
-The paper, average of 19 benchmarks after pre-training: 50.27 (beta_low), 49.80 (ce), 49.99 (beta_high), 50.11
-(tail); after RL, Avg@128 of six math sets: 36.06, 34.79, 32.41, tail 36.02, head 34.13.
+The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+
+    objective             ce     beta_low   beta_high   tail    head
+    after pre-training    49.80  50.27      49.99       50.11
+    after RL              34.79  36.06      32.41       36.02   34.13
 """
 
 from betarank.configs import paper
@@ -22,9 +25,10 @@ from betarank.configs import paper
 def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
-  # Open: expert width and heads of this model; 448 and 32/4 give the name's 20B and 1B.
+  # Open: the expert width and the heads of this model. With 448 and 32/4 it has the 20B and 1B of its name.
   c.model.update(layers=24, d_model=1536, heads=32, kv_heads=4, remat_policy='attention')
-  # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
+  # Sigmoid scores with a bias that balances the load, as in DeepSeek-V3. Open: the update rate of the bias, the
+  # function of the router, and whether there are shared experts.
   c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=448, router='sigmoid', bias_update_rate=1e-3)
   c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts per chip
   if a.stage == 'rl':

@@ -18,7 +18,8 @@ def get_config(arg=None):
   a = paper.parse(arg)
   c = paper.base(a)
   c.model.update(layers=12, d_model=1024, heads=32, kv_heads=4, remat_policy='attention')
-  # Sigmoid scores balanced by a bias, as DeepSeek-V3 does. Open: the bias's rate, the gate's function, shared experts.
+  # Sigmoid scores with a bias that balances the load, as in DeepSeek-V3. Open: the update rate of the bias, the
+  # function of the router, and whether there are shared experts.
   c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=320, router='sigmoid', bias_update_rate=1e-3)
   c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts per chip
   if a.stage != 'rl':

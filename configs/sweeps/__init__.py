@@ -1,4 +1,4 @@
-"""Shared by the sweeps: the experiment of each model size, and the stages of an arm.
+"""What the sweeps share: the config of each model size, and the stages of an arm.
 
     betarank sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
     betarank sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from betarank.configs import common, load, rl_smoke, smoke
 from betarank.configs.errors import ConfigError, suggestion
 
-SIZES = {  # size -> its stages; the paper only pre-trained its two smallest models
+SIZES = {  # size -> its stages; two of the paper's models were only pre-trained
   'smoke': ('pretrain', 'rl'),
   'dense_1b': ('pretrain',),
   'dense_4b': ('pretrain', 'midtrain', 'rl'),
@@ -22,7 +22,10 @@ SIZES = {  # size -> its stages; the paper only pre-trained its two smallest mod
 
 
 def parse(arg: str | None, seeds: int) -> SimpleNamespace:
-  """Reads size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, tokens=N (0: the budget of the size)."""
+  """Parses `size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, tokens=N`.
+
+  seeds: the default of seeds. tokens=0 means the token budget of the size.
+  """
   a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
   if a.size not in SIZES:
     raise ConfigError(f'config argument size={a.size}: must be one of {", ".join(SIZES)}{suggestion(a.size, SIZES)}')
@@ -32,7 +35,7 @@ def parse(arg: str | None, seeds: int) -> SimpleNamespace:
 
 
 def config(a: SimpleNamespace) -> ConfigDict:
-  """Returns the experiment of this size and stage, before an arm changes it."""
+  """Returns the config of a size and stage, before an arm changes it."""
   if a.size != 'smoke':
     c = load.read(f'configs/paper/{a.size}.py:stage={a.stage}')
   elif a.stage == 'rl':
@@ -45,8 +48,9 @@ def config(a: SimpleNamespace) -> ConfigDict:
 
 
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
-  """Adds one arm to the sweep: for every seed, all training stages of the model size, then a probe of the last
-  checkpoint.
+  """Adds one arm to the sweep: for each seed, all training stages of the size, then a probe of the last checkpoint.
+
+  objective: the settings of section `objective` that the arm changes.
   """
   changed = {f'objective.{name}': value for name, value in objective.items()}
   for seed in range(a.seeds):

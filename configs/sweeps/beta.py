@@ -1,8 +1,9 @@
-"""Sweep of beta over seven values; the paper has three: -0.25, 0 and 0.5.
+"""Sweep of beta over seven values; the paper has three of them: -0.25, 0 and 0.5.
 
     betarank sweep --config=configs/sweeps/beta.py --root=runs/beta --parallel=2
 
-Entropy isn't monotone in beta: for large beta the loss approaches -p, whose optimum is the mode. So the grid ends at 1.
+The grid ends at 1, because entropy doesn't keep rising with beta. For large beta the loss approaches -p, and the
+distribution that minimizes it puts all probability on the most likely token.
 """
 
 from betarank.configs import sweeps

@@ -1,4 +1,4 @@
-"""Sweep of the rewards of wrong tokens in head and tail, and of the k between head and tail.
+"""Sweep of the rewards of wrong tokens in head and tail, and of k, the size of the head.
 
     betarank sweep --config=configs/sweeps/lambda_k.py --root=runs/lambda_k --parallel=2
 

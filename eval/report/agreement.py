@@ -1,8 +1,7 @@
-"""Lists the conditions that two runs must share before their difference is attributed to the objective.
+"""Lists what makes it impossible to attribute the difference of two runs to the objective.
 
-They must share everything but objective and seed: the prepared data (by its hash), the tokenizer, every setting that
-decides what is learned, the step, and so the tokens seen. If a run started from another run, its parent must satisfy
-the same conditions.
+Two runs must agree in everything but objective and seed: the prepared data (by its hash), the tokenizer, every setting
+that decides what is learned, the step, and so the tokens seen. If they started from other runs, these must agree too.
 """
 
 import math
@@ -12,9 +11,9 @@ from betarank.configs import settings
 from betarank.configs.load import flatten
 from betarank.eval.report.runs import Run
 
-# Compared by hash; the setting says where the data came from.
+# These settings of a source aren't compared, because its data is compared by hash.
 _ORIGIN = ('uri', 'max_documents')
-_SHOWN = 12  # characters of a hash
+_SHOWN = 12  # the number of characters shown of a hash
 
 
 def choices(run: Run) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def _with_roles(run: Run, roles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _role(key: str) -> str:
-  """Returns the role of a setting. A setting that this version doesn't know counts as part of what is learned."""
+  """Returns the role of a setting. A setting that this version doesn't know is assumed to decide what is learned."""
   try:
     return settings.role(key)
   except KeyError:
@@ -36,8 +35,7 @@ def _role(key: str) -> str:
 
 
 def disagreements(run: Run, other: Run) -> list[str]:
-  """Returns the differences of two runs of one stage beyond objective, seed and step, data first; [] if there are none.
-  """
+  """Returns the differences of two runs of the same stage, data first. Objective, seed and step aren't counted."""
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
     if run.parent_step != other.parent_step:
@@ -48,7 +46,7 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if both steps are equal, otherwise one reason that names the steps and the tokens seen."""
+  """Returns [] if both steps are equal, otherwise one reason with the steps and the tokens seen."""
   if step == other_step:
     return []
   seen = [f' ({run.tokens_per_step * at:,.0f} tokens)' if not run.is_rl and math.isfinite(run.tokens_per_step) else ''
@@ -60,8 +58,9 @@ def _of_data(run: Run, other: Run) -> list[str]:
   mine, theirs = run.identity, other.identity
   if mine.tokenizer and theirs.tokenizer and mine.tokenizer != theirs.tokenizer:
     return [f'another tokenizer ({mine.tokenizer[:_SHOWN]} against {theirs.tokenizer[:_SHOWN]})']
-  if run.is_rl:  # what it learns from is in its settings
-    return []
+  if run.is_rl:  # its settings determine the problems, unless they come from files
+    known = bool(mine.problems and theirs.problems) and mine.problems != theirs.problems
+    return [f'other problems ({mine.problems[:_SHOWN]} against {theirs.problems[:_SHOWN]})'] if known else []
   if not mine.sources or not theirs.sources:
     return ['data identity not recorded (no checkpoint)']
   if mine.sources.keys() != theirs.sources.keys():
@@ -80,7 +79,10 @@ def _of_settings(run: Run, other: Run) -> list[str]:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-  """Returns the choices and the length, which decides the learning rate; leaves out the data's location."""
+  """Returns the settings that must agree: what is learned, and the length, which decides the learning rate.
+
+  The location of the data is left out.
+  """
   found = _with_roles(run, (settings.IDENTITY, settings.DATA, settings.LENGTH))
   return {key: value for key, value in found.items()
           if not (key.startswith('data.sources.') and key.rpartition('.')[2] in _ORIGIN)}

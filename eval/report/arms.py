@@ -1,8 +1,8 @@
 """Finds every run under a folder, links it to its parent, and names its stage and its arm.
 
-An arm is a pre-training objective. A sweep's own names are used where there is a sweep.json; otherwise an arm is named
-by what differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. Runs that start from another run belong to the
-arm of the first one; mid-training with another objective extends the name.
+An arm is a pre-training objective. If there is a sweep.json, its names are used. Otherwise an arm is named by how it
+differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. A run that started from another run belongs to the arm
+of the first run. If mid-training had another objective, the name is extended.
 """
 
 import math
@@ -20,14 +20,14 @@ from betarank.eval.report.reading import read_object, read_run
 from betarank.eval.report.runs import PLAIN, Run, Sweep, number
 from betarank.runtime import checkpoint
 
-# Folders of a run, or of a report, in which no other run is looked for.
+# Folders of a run or a report. No runs are searched for in them.
 NOT_RUNS = ('checkpoints', 'eval', 'tensorboard', 'report', 'figures', 'tables')
-DEPTH = 6  # folders below the root that are searched
+DEPTH = 6  # folders are searched to this depth below the root
 SYMBOLS = {'beta': 'β', 'lambda_head': 'λ̃', 'lambda_tail': 'λ̂'}
 
 
 def read_sweep(root: str | epath.Path) -> Sweep:
-  """Returns every run under `root`, named, with stage, arm and parent, and notes on what is missing or odd."""
+  """Returns every run under `root` with its name, stage, arm and parent, and notes on what is missing or odd."""
   sweep = Sweep(epath.Path(root))
   named: dict[int, str] = {}  # id of a run -> arm as its sweep names it
   for path, arm in _find_runs(sweep.root, DEPTH, set(), {}, sweep):
@@ -47,9 +47,10 @@ def read_sweep(root: str | epath.Path) -> Sweep:
 def _find_runs(
   folder: epath.Path, depth: int, seen: set[str], points: dict[str, str], sweep: Sweep
 ) -> Iterator[tuple[epath.Path, str]]:
-  """Yields (workdir, arm as a sweep.json names it, or '').
+  """Yields (workdir, arm in a sweep.json or '').
 
-  seen: folders already searched, as a link may lead back to one. points: workdir -> arm, of the sweeps above.
+  seen: the folders that were searched already, because links may form a circle.
+  points: workdir -> arm, from the sweep.json files in folders above.
   """
   here = str(folder) if '://' in str(folder) else os.path.realpath(folder)  # epath's resolve() follows no links
   if here in seen:
@@ -77,7 +78,7 @@ def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
 
 
 def _without_seed(arm: str, seed: int | None) -> str:
-  """Removes the seed from an arm's name, 'beta=-0.25' from 'beta=-0.25,seed=1': seeds of an arm are one arm."""
+  """Removes the seed from an arm's name: 'beta=-0.25,seed=1' becomes 'beta=-0.25'. All seeds belong to the same arm."""
   return ','.join(part for part in arm.split(',') if not re.fullmatch(rf's(eed)?[=_-]?{seed}', part))
 
 
@@ -85,7 +86,9 @@ def _without_seed(arm: str, seed: int | None) -> str:
 
 
 def label(objective: Any) -> str:
-  """Returns what differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50'; '' for no objective."""
+  """Returns how an objective differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50'; '' for no
+  objective.
+  """
   if not isinstance(objective, dict) or not objective:
     return ''
   plain = common.base().objective.to_dict()
@@ -101,7 +104,7 @@ def label(objective: Any) -> str:
 
 
 def _link(sweep: Sweep, named: dict[int, str]) -> None:
-  """Sets parents first, then each run's stage, objective and arm."""
+  """Sets the parents of all runs, then each run's stage, objective and arm."""
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
   for run in sweep.runs:
@@ -129,14 +132,16 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Extends the names of runs of one stage and arm that differ in another setting: they become separate arms."""
+  """Extends the names of runs that have the same stage and arm but differ in another setting: they become separate
+  arms.
+  """
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
     if run.arm:
       groups.setdefault((run.stage, run.arm), []).append(run)
   for runs in groups.values():
     flat = [choices(run) for run in runs]
-    # A setting that one of them lacks is one that its code didn't have yet, not a choice.
+    # If a run lacks a setting, its code didn't have the setting yet. So this isn't a difference.
     shared = set.intersection(*map(set, flat))
     differing = sorted(key for key in shared if any(f[key] != flat[0][key] for f in flat))
     for run, values in zip(runs, flat) if differing else ():
@@ -144,10 +149,11 @@ def _tell_apart(sweep: Sweep) -> None:
 
 
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
-  """Returns the run that holds run.parent_path: by its whole path, in the sweep or outside it, or by how the path ends.
+  """Returns the run that wrote run.parent_path, or None.
 
-  The last is for sweeps that were moved: it takes the run that agrees in most folders, unless that is `run` itself or
-  there are two.
+  It is searched for by its full path, in the sweep and outside of it, then by the end of the path. The
+  second search is for sweeps that were moved. It finds the run whose path agrees in most folders, or None if that is
+  `run` itself or if two runs agree equally well.
   """
   if not run.parent_path:
     return None
@@ -167,7 +173,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns the number of names at the end of both paths that agree."""
+    """Returns how many names at the end of both paths agree."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 
@@ -177,9 +183,9 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
 
 
 def _baseline(sweep: Sweep, arm: str) -> str:
-  """Returns the arm that `arm` is compared with: of those with plain cross-entropy the first that agrees in the rest.
+  """Returns the arm that `arm` is compared with: the first with plain cross-entropy that agrees in everything else.
 
-  Without one that agrees it is the first arm of all; the comparison then says in what they disagree.
+  If none agrees, it is the first of all arms. The comparison then says in what they disagree.
   """
   first, *others = sweep.arms
   plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]

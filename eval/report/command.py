@@ -1,29 +1,34 @@
 """Writes one page on what the objective did to exploration, from the workdirs of a sweep.
 
-    betarank report ROOT [--out=DIR]
+    betarank report ROOT [--out=DIR] [--watch]
 
-Reads every run under ROOT (local or gs://), whatever arms, seeds and stages there are, finished or not, and writes
-DIR/report.html (one file that requests nothing), DIR/figures/*.svg, *.png and *.csv, and DIR/tables/*.csv. DIR is
-ROOT/report unless given. Only reads what runs wrote; needs no device.
+Reads every run under ROOT (local or gs://), with any arms, seeds and stages, finished or not. Writes DIR/report.html
+(one file that loads nothing else), DIR/figures/*.svg, *.png and *.csv, and DIR/tables/*.csv. By default DIR is
+ROOT/report. It only reads what runs wrote, and needs no accelerator. --watch writes it again every minute, until
+Ctrl-C.
 """
 
-import argparse
 import os
+import sys
+import time
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
 from betarank.configs.errors import ConfigError, UserError
-from betarank.configs.load import check_places
+from betarank.configs.parser import Parser, place
 from betarank.eval.report.arms import read_sweep
 from betarank.eval.report.sections import Report, write_over
 
+EVERY_S = 60.0  # between two reports with --watch
 
-def write_report(root: str, out: str = '') -> epath.Path:
-  """Writes the report of all runs under `root`; returns the page's path.
 
-  Raises ConfigError, and writes nothing, if there is no folder `root` or no run under it.
+def write_report(root: str, out: str | None = None) -> epath.Path:
+  """Writes the report of all runs under `root`, and returns the path of the page.
+
+  Raises:
+    ConfigError: there is no folder `root`, or no run under it. Nothing is written then.
   """
   folder = epath.Path(root)
   if not folder.is_dir():
@@ -45,13 +50,18 @@ def main(argv: Sequence[str]) -> None:
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # a training run on this machine may hold the accelerator
-  parser = argparse.ArgumentParser(prog='betarank report', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('root', metavar='ROOT')
-  parser.add_argument('--out', default='', metavar='DIR')
+  parser = Parser('betarank report', __doc__)
+  parser.add_argument('root', type=place, metavar='ROOT')
+  parser.add_argument('--out', type=place, metavar='DIR')
+  parser.add_argument('--watch', action='store_true', help='write the report again every minute, until Ctrl-C')
   args = parser.parse_args(argv)
-  check_places(vars(args))
+  out = args.out or ''
   try:
-    print(f'report: {write_report(args.root, args.out)}')
+    print(f'report: {write_report(args.root, out)}', flush=True)
+    while args.watch:
+      time.sleep(EVERY_S)
+      write_report(args.root, out)
   except OSError as error:
     raise UserError(str(error)) from None
+  except KeyboardInterrupt:
+    sys.exit(130)

@@ -1,8 +1,8 @@
 """Compares arms with their baselines: one figure per run or per problem, paired by seed, with its noise.
 
-A difference is taken only between runs that agree in everything but the objective (agreement.py); otherwise the
-comparison says in what they disagree. Differences of a single seed have an interval over problems at most, and no
-verdict: what another seed would give isn't known.
+A difference is computed only between runs that agree in everything but the objective (agreement.py). Otherwise the
+comparison says in what they disagree. A difference from a single seed has at most an interval over problems, and no
+verdict, because the result of another seed isn't known.
 
 # S seeds  P problems
 """
@@ -21,21 +21,23 @@ from betarank.eval.report.runs import SAME_SETTINGS, Run, SampleSet, Sweep, numb
 from betarank.eval.statistics import Estimate, bootstrap_interval, holm, over_seeds, paired_difference
 
 ALPHA = 0.05
-CHANGE = 'change'  # the subject of RL's change from start to end
+CHANGE = 'change'  # the subject of comparisons of RL's change from start to end
 BEFORE_RL = 'before RL'
 SHARES = ('tail_mass', 'ece', 'rank1_accuracy', 'pass_rate', 'truncated_share', 'score', *paper.BENCHMARKS,
           *paper.CATEGORIES, *paper.AVERAGES)
-_REASONS = 3  # named in a remark
+_REASONS = 3  # a remark names at most so many
 
 ByProblem = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # SampleSet.metrics -> [P]
 
 
 @dataclasses.dataclass
 class Comparison:
-  """One figure of one arm, and its difference to the baseline's on the same seeds (and problems).
+  """One figure of one arm, and its difference to the baseline's figure on the same seeds (and problems).
 
   Attributes:
     subject: a benchmark, a domain of the probe, or a part of an RL run.
+    value, difference: the figure and the difference, with their intervals; None if unknown.
+    p_holm: the p-value of the difference after Holm's correction.
     remark: why there is no difference, or what limits it.
   """
 
@@ -51,14 +53,16 @@ class Comparison:
 
   @property
   def verdict(self) -> str:
-    """'beyond' noise after Holm's correction, 'within' it, or '' where that isn't known, as for one seed."""
+    """'beyond' if the difference is beyond noise after Holm's correction, 'within' if not, '' if unknown (a single
+    seed).
+    """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
     return 'beyond' if self.p_holm <= ALPHA else 'within'
 
 
 def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """Applies Holm's correction over all arms and subjects of each stage and metric, where there are several seeds."""
+  """Applies Holm's correction over all arms and subjects of each stage and metric that have several seeds."""
   for family_of in {(c.stage, c.metric) for c in comparisons}:
     family = [c for c in comparisons if (c.stage, c.metric) == family_of and c.difference and c.difference.seeds > 1]
     for c, p in zip(family, holm([c.difference.p_value for c in family])):
@@ -67,7 +71,9 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], list[str]]:
-  """Returns the runs of an arm with the baseline's runs of the same seed that they agree with, and why others don't."""
+  """Returns the pairs (run of the arm, run of its baseline) that have the same seed and agree, and why others don't
+  agree.
+  """
   baseline = sweep.baselines[arm]
   if arm == baseline:
     return [], []
@@ -93,12 +99,12 @@ def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
   return '; '.join([*parts, *(['one seed: no verdict'] if compared == 1 else [])])
 
 
-# Figures that a run has one of
+# Figures with one value per run
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A figure of a run, the step it belongs to, and what it must agree in with another to be compared."""
+  """A figure of a run, and its step. Two figures can only be compared if their `basis` is equal."""
 
   value: float
   step: int
@@ -109,7 +115,9 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns figures of the newest probe by stage, domain and arm; in a stage without probes, of the last validation."""
+  """Returns the figures of the newest probe by stage, domain and arm. In a stage without probes, uses the last
+  validation.
+  """
   out = []
   for stage in sweep.stages:
     probed = {domain for run in sweep.of(stage) if run.probe() for domain in run.probe()[1]['domains']}
@@ -135,7 +143,9 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns RL's logged figures at its start, at its end, and the change, each a mean over a tenth of the steps."""
+  """Returns RL's logged figures at its start and at its end, and their change. Each is a mean over a tenth of the
+  steps.
+  """
   out = []
   for stage in sweep.stages:
     if any(run.is_rl for run in sweep.of(stage)):
@@ -146,7 +156,7 @@ def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
 
 
 def _edges(run: Run, metric: str) -> tuple[float, float, float]:
-  """Returns the means over the first and the last tenth of the steps that have the figure, and the change."""
+  """Returns the means over the first and the last tenth of the steps that have the figure, and their difference."""
   _, values = run.curves.get(f'train/{metric}', ((), np.array([])))
   values = values[np.isfinite(values)]
   size = max(1, round(EDGE_SHARE * len(values)))
@@ -157,7 +167,7 @@ def _edges(run: Run, metric: str) -> tuple[float, float, float]:
 
 
 def harness(sweep: Sweep) -> list[Comparison]:
-  """Returns the scores of lm-evaluation-harness by stage and task, of the newest step that has the task."""
+  """Returns the scores of lm-evaluation-harness by stage and task, from the newest step with this task."""
   out = []
   for stage in sweep.stages:
     tasks = sorted({task for run in sweep.of(stage) for results in run.harness.values() for task in results})
@@ -175,7 +185,7 @@ def _harness_figure(run: Run, task: str) -> Measured | None:
 
 
 def paper_averages(sweep: Sweep) -> list[Comparison]:
-  """Returns the scores of the paper's benchmarks by stage and arm, their categories and averages (eval/paper.py)."""
+  """Returns the scores of the paper's benchmarks, their categories and averages, by stage and arm (eval/paper.py)."""
   members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
   names = paper.CATEGORIES.keys()
   for average, of in (('knowledge', paper.KNOWLEDGE), ('reasoning', names - set(paper.KNOWLEDGE)), ('overall', names)):
@@ -193,7 +203,7 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 
 
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
-  """Returns comparisons of figures that a run has one of, paired by seed."""
+  """Returns comparisons of figures with one value per run, paired by seed."""
   out = []
   for arm in sweep.arms:
     baseline = sweep.baselines[arm]
@@ -203,7 +213,7 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
                 if (found := read(run, metric)) and math.isfinite(found.value)]
       if not values:
         continue
-      # A change can have either sign; all else that is measured here can't be negative.
+      # A change can have either sign. Other figures can't be negative.
       bounds = (-math.inf, math.inf) if subject == CHANGE else (0.0, 1.0 if metric in SHARES else math.inf)
       c = Comparison(stage, subject, metric, arm, baseline, over_seeds(values, bounds=bounds))
       out.append(c)
@@ -226,7 +236,9 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
 
 
 def _difference(a: float, b: float) -> float:
-  """a - b, where rounding alone is no difference: arms that agree must not differ by 1e-17 with certainty."""
+  """Returns a - b, or 0 if they differ only by rounding. Otherwise equal arms could differ by 1e-17 "with
+  certainty".
+  """
   return 0.0 if math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-15) else a - b
 
 
@@ -238,14 +250,16 @@ def sampled_benchmarks(sweep: Sweep, stage: str) -> list[str]:
 
 
 def pass_k(sweep: Sweep) -> int:
-  """Returns the k to report: the largest power of two up to half the samples per problem, as the paper's 64 of 128."""
+  """Returns the k to report: the largest power of two up to half the samples per problem. The paper has 64 of 128."""
   sizes = [found.samples.score_PN.shape[1] for run in sweep.runs for there in run.samples.values()
            for found in there.values()]
   return 2 ** int(math.log2(max(min(sizes) // 2, 1))) if sizes else 64
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: its value per problem, from SampleSet.metrics}; shares of right answers come first."""
+  """Returns {metric: a function from SampleSet.metrics to its value per problem}. Shares of right answers come
+  first.
+  """
   return {
     'avg_at_n': lambda m: m['avg_at_n'], 'cons_at_n': lambda m: m['cons_at_n'],
     f'pass_at_{k}': lambda m: m['pass_at_k'][:, k - 1], 'distinct_answers': lambda m: m['distinct_answers'],
@@ -259,7 +273,7 @@ def is_share(metric: str) -> bool:
 
 
 def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
-  """Returns every benchmark's figures by stage and arm, from the newest samples of each run, paired by seed."""
+  """Returns the figures of every benchmark by stage and arm, from the newest samples of each run, paired by seed."""
   out = []
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):
@@ -281,7 +295,7 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
 
 
 def gains(sweep: Sweep, k: int) -> list[Comparison]:
-  """Returns what RL made of each arm: its samples against those of the checkpoint it started from, by seed."""
+  """Returns what RL changed in each arm: its samples compared with those of the checkpoint it started from, by seed."""
   out = []
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):
@@ -304,7 +318,7 @@ def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any,
 
 
 def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
-  """Returns [] if two sets of samples were drawn alike, else one reason that names the settings."""
+  """Returns [] if two sets of samples were drawn with the same settings, else one reason that names the settings."""
   differing = [key for key in SAME_SETTINGS if found.settings.get(key) != other.settings.get(key)]
   return [f'sampled with other {", ".join(differing)}'] if differing else []
 
@@ -312,7 +326,7 @@ def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
 def _compared(
   c: Comparison, sets: list[SampleSet], usable: list[tuple[SampleSet, SampleSet]], reasons: list[str], read: ByProblem,
 ) -> Comparison:
-  """Fills in value, difference and remark."""
+  """Fills in value, difference and remark of a comparison, and returns it."""
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
   c.value = estimate(aligned(sets, read)[0], bounds)
   if c.arm == c.baseline:
@@ -331,7 +345,7 @@ def _compared(
 
 
 def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, list[str]]:
-  """Returns ([S, P] values on the problems that all sets have, the problems' names)."""
+  """Returns (values [S, P] on the problems that all sets have, the names of these problems)."""
   sets = list(sets)
   shared = set.intersection(*(set(found.samples.problems) for found in sets))
   problems = [name for name in sets[0].samples.problems if name in shared]
@@ -343,7 +357,7 @@ def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, lis
 
 
 def estimate(values_SP: np.ndarray, bounds: tuple[float, float], **settings) -> Estimate | None:
-  """Returns the mean with its interval over problems and seeds, None if no problem has a value."""
+  """Returns the mean with its interval over problems and seeds; None if no problem has a value."""
   try:
     return bootstrap_interval(values_SP, bounds=bounds, **settings)
   except ValueError:

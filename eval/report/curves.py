@@ -1,4 +1,4 @@
-"""The lines of the report's figures: by arm, the mean over seeds, and the range or the interval around it.
+"""Computes the lines of the report's figures: by arm, the mean over seeds, and the range or interval around it.
 
 # S seeds  P problems  X points of a curve
 """
@@ -13,13 +13,13 @@ import numpy as np
 from betarank.eval.report.comparisons import aligned, estimate, pairs, sample_sets
 from betarank.eval.report.runs import Curve, Run, Sweep, number, setting
 
-BINS = 100  # points of a curve at most
+BINS = 100  # a curve has at most so many points
 BAND_RESAMPLES = 2000
 
 
 @dataclasses.dataclass
 class Series:
-  """A line of a figure: the mean over seeds at x, and what is drawn around it; low and high are NaN for one seed."""
+  """A line of a figure: the mean over seeds at x, and the limits drawn around it, which are NaN for one seed."""
 
   arm: str
   x_X: np.ndarray
@@ -30,7 +30,7 @@ class Series:
 
 
 def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns the metric `name` by arm, with the range over seeds, and of how many steps each point is the mean."""
+  """Returns the metric `name` by arm, with the range over seeds, and the number of steps that each point averages."""
   x_X, size = _points(sweep, stage, name)
   binned = {arm: {run.seed: _binned(run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))
                   if name in run.curves} for arm in sweep.arms}
@@ -38,7 +38,10 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns as `curve` does, each run less the baseline's with the same seed; only runs that agree in all the rest."""
+  """Returns the same as `curve`, for the difference of each run to the baseline's run with the same seed.
+
+  Only runs that agree in everything else are used.
+  """
   x_X, size = _points(sweep, stage, name)
   out = []
   for arm in sweep.arms:
@@ -50,7 +53,7 @@ def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
-  """Returns the right edges of the bins, and the steps that a bin holds."""
+  """Returns the right edges of the bins, and the number of steps per bin."""
   steps = [run.curves[name][0] for run in sweep.of(stage) if name in run.curves]
   x_X = np.unique(np.concatenate([*steps, []]))
   if len(x_X) <= BINS:
@@ -60,7 +63,7 @@ def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
 
 
 def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
-  """Returns [X]: the mean of the values at steps in (x[i-1], x[i]], NaN where there is none."""
+  """Returns [X]: the mean of the values at steps in (x[i-1], x[i]]; NaN if there are none."""
   steps, values = curve
   keep = np.isfinite(values)
   index = np.searchsorted(x_X, steps[keep], side='left')
@@ -71,7 +74,7 @@ def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
 
 
 def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
-  """Returns the mean and range of rows [X], one per seed; None if nothing is there."""
+  """Returns the mean and range of rows [X], one per seed; None if there are no values."""
   if not rows:
     return None
   y_SX = np.array(rows)
@@ -91,10 +94,11 @@ def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
 
 
 def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
-  """Returns a histogram of the newest probes by arm, as shares of the tokens.
+  """Returns a histogram of the newest probes by arm. x is the middle of a bin, and y the share of the tokens in it.
 
-  survival: the share at or above an edge. x is then the lower edge of a bin, otherwise its middle. Probes with other
-  edges than the first one's, or without such a histogram, are left out.
+  survival: y is instead the share of the tokens at or above x, the lower edge of a bin.
+
+  Probes without such a histogram, or with other edges than the first probe, are left out.
   """
   out, first = [], None
   for arm in sweep.arms:
@@ -115,7 +119,7 @@ def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: boo
 
 
 def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
-  """Returns the share of tokens to which the newest probe gives a probability of at most 1/N, over N, by arm."""
+  """Returns, by arm and over N, the share of tokens to which the newest probe gives a probability of at most 1/N."""
   out = []
   for arm in sweep.arms:
     found: dict[Any, dict[float, float]] = {}

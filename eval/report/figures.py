@@ -1,7 +1,7 @@
-"""The report's figures: small panels, as SVG for the page, and as SVG, PNG and CSV files.
+"""Draws the report's figures: small panels, as SVG in the page, and as SVG, PNG and CSV files.
 
-Arms differ in colour and in line style: Okabe and Ito's palette, which colour-blind readers can distinguish, and dashes
-for grey print.
+Arms differ in colour and in line style. The colours are Okabe and Ito's palette, which colour-blind readers can
+distinguish. The line styles are for grey print.
 """
 
 import csv
@@ -23,16 +23,16 @@ from betarank.eval.statistics import Estimate
 
 COLOURS = ('#000000', '#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 DASHES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-SIZE = (4.2, 2.9)  # inches: text is readable where the page shows a panel 340 px wide
-TITLE = 52  # characters that fit above a panel
-FEW_POINTS = 12  # of a line, which then has markers, and bars instead of a band
-WARM_UP = 0.08  # of a curve, which doesn't decide the axis: the first fall would flatten all that matters
+SIZE = (4.2, 2.9)  # inches; text is then readable in a panel 340 px wide
+TITLE = 52  # so many characters fit above a panel
+FEW_POINTS = 12  # a line with no more points has markers, and bars instead of a band
+WARM_UP = 0.08  # the axis ignores this share of a curve, because its first fall would make the rest flat
 STYLE = {
   'font.family': 'sans-serif', 'font.size': 10, 'axes.titlesize': 10.5, 'axes.titlelocation': 'left',
   'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#dddddd',
   'grid.linewidth': 0.6, 'axes.axisbelow': True, 'lines.linewidth': 1.6, 'legend.frameon': False,
-  'svg.fonttype': 'none',  # text stays text: selectable, and small
-  'text.parse_math': False,  # names come from files; a $ in one is no formula
+  'svg.fonttype': 'none',  # text stays text, which can be selected and is small
+  'text.parse_math': False,  # names come from files, and a $ in a name doesn't begin a formula
 }
 
 Write = Callable[[str, bytes], None]  # (file name, content)
@@ -43,9 +43,11 @@ class Panel:
   """A plot of lines.
 
   Attributes:
-    name: the stem of its files' names.
-    zero: if True, draws a line at zero, for differences.
-    settle: if True, the limits of the y axis ignore the warm-up steps.
+    name: the stem of the names of its files.
+    zero: draws a line at zero, for differences.
+    dodge: draws the arms next to each other, a fraction of a doubling apart, so that their bars don't overlap. Not for
+      curves that are compared by eye along x.
+    settle: makes the limits of the y axis ignore the warm-up steps.
     svg: filled in by `draw`.
   """
 
@@ -57,6 +59,7 @@ class Panel:
   x_scale: str = 'linear'
   y_scale: str = 'linear'
   zero: bool = False
+  dodge: bool = False
   settle: bool = False
   svg: str = ''
 
@@ -74,7 +77,7 @@ class ForestRow:
 
 @dataclasses.dataclass
 class Forest:
-  """A forest plot of one metric: a row per arm, with both differences and their intervals."""
+  """A forest plot of one metric. Each row is an arm, with both differences and their intervals."""
 
   name: str
   metric: str
@@ -89,12 +92,12 @@ def colour(i: int) -> str:
 
 
 def dash(i: int):
-  """Returns a line style that changes with the colour, and differs where colours repeat."""
+  """Returns a line style. It changes with the colour, and differs between arms that have the same colour."""
   return DASHES[(i + i // len(COLOURS)) % len(DASHES)]
 
 
 def dodge(count: int, i: int, width: float) -> float:
-  """Returns the distance by which to move the i-th of `count` marks at one place, so that their bars don't overlap."""
+  """Returns how far to move the i-th of `count` marks at the same place, so that their bars don't overlap."""
   return width * (i - (count - 1) / 2) / max(count - 1, 1)
 
 
@@ -125,7 +128,7 @@ def draw(panel: Panel, arms: Sequence[str], write: Write) -> None:
 
 
 def _draw_line(axis, panel: Panel, series: Series, i: int, place: int) -> None:
-  if panel.y_scale == 'log':  # zero is not drawn, rather than at the bottom
+  if panel.y_scale == 'log':  # zeros aren't drawn
     series = dataclasses.replace(series, **{
       name: np.where(getattr(series, name) > 0, getattr(series, name), np.nan)
       for name in ('mean_X', 'low_X', 'high_X')})
@@ -136,7 +139,7 @@ def _draw_line(axis, panel: Panel, series: Series, i: int, place: int) -> None:
       axis.fill_between(x_X, series.low_X, series.high_X, color=colour(i), alpha=0.16, linewidth=0)
     axis.plot(x_X, series.mean_X, **style)
     return
-  if panel.x_scale == 'log':  # a twelfth of a doubling, so that the arms' bars stand next to each other
+  if panel.dodge:
     x_X = x_X * 2 ** dodge(len(panel.series), place, 0.3)
   axis.plot(x_X, series.mean_X, marker='o', markersize=3, **style)
   if banded:
@@ -178,7 +181,7 @@ def _compact(x: float, _) -> str:
 def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
   """Fills in forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
 
-  An open circle is the difference before RL, a filled one after; the arm's name stands above both.
+  An open circle is the difference before RL, a filled one that after RL. The arm's name is above both.
   """
   factor = metric(forest.metric).factor
   with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
@@ -215,11 +218,14 @@ def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
       for when, e in (('before RL', row.before), ('after RL', row.after)) if e is not None)))
 
 
-_LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # up to four forest plots stand side by side
+_LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four forest plots are side by side
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
-  """Shows zero and all finite values, and `least` at least: differences of rounding must not fill the axis."""
+  """Makes the axis show zero and all finite values, and a range of at least `least`.
+
+  Without the latter, differences by rounding would fill the axis.
+  """
   finite = [0.0, *(x for x in values if math.isfinite(x))]
   low, high = min(finite), max(finite)
   margin = max(0.08 * (high - low), (least - (high - low)) / 2)
@@ -230,7 +236,9 @@ def _set_range(axis, values: Sequence[float], least: float) -> None:
 
 
 def _place(figure: Figure, axis, height: float, legend_lines: int, left: float = 0.75) -> None:
-  """Sets fixed margins in inches: panels line up on the page, and a layout engine takes longer than all the drawing."""
+  """Sets fixed margins in inches, so that panels line up on the page. A layout engine would take longer than the
+  drawing.
+  """
   below = 0.52 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
   total = height + below - 0.52
   figure.set_size_inches(SIZE[0], total)
@@ -253,7 +261,7 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def _inline(svg: str, title: str) -> str:
-  """Returns the <svg> element alone, sized by the page; ids are this panel's own (svg.hashsalt)."""
+  """Returns only the <svg> element, without a fixed size. Its ids are unique to the panel (svg.hashsalt)."""
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.DOTALL)
   opening = re.search(r'viewBox="[^"]*"', svg)[0]
   return (f'<svg {opening} role="img" aria-label="{html.escape(title)}" xmlns="http://www.w3.org/2000/svg" '
@@ -261,7 +269,7 @@ def _inline(svg: str, title: str) -> str:
 
 
 def swatch(i: int) -> str:
-  """Returns a piece of an arm's line, for the page's legends."""
+  """Returns a short sample of an arm's line, for legends."""
   pattern = dash(i)
   array = '' if pattern == 'solid' else f' stroke-dasharray="{" ".join(f"{2 * x:g}" for x in pattern[1])}"'
   return (f'<svg class="swatch" viewBox="0 0 36 8" aria-hidden="true"><line x1="0" y1="4" x2="36" y2="4" '
@@ -275,7 +283,7 @@ def circle(filled: bool) -> str:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence]) -> bytes:
-  """Returns a CSV file. A text that a spreadsheet would take for a formula gets a ' in front."""
+  """Returns a CSV file. A text that a spreadsheet would read as a formula gets a ' before it."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   writer.writerow(titles)

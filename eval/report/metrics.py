@@ -1,4 +1,4 @@
-"""Names, units and formats of the report's figures."""
+"""Defines the names, units and formats of the report's figures."""
 
 import dataclasses
 import math
@@ -12,8 +12,10 @@ class Metric:
   """How a figure is shown.
 
   Attributes:
-    form: format of the value, and of a difference, after multiplication by `factor`.
-    change_unit: unit of a difference, if another than the value's.
+    title: its name.
+    form: the format of the value, and of a difference, after multiplication by `factor`.
+    unit, factor: the unit, and the factor that converts a value to it.
+    change_unit: the unit of a difference, if it isn't that of the value.
   """
 
   title: str
@@ -47,7 +49,7 @@ _METRICS = {
 
 
 def metric(name: str) -> Metric:
-  """Returns how the figure `name` is shown; 'pass_at_8' and unknown names included."""
+  """Returns how the figure `name` is shown. It accepts names such as 'pass_at_8', and unknown names."""
   if name.startswith('pass_at_'):
     return Metric(f'Pass@{name.removeprefix("pass_at_")}', '.1f', **_PERCENT)
   return _METRICS.get(name, Metric(name.replace('_', ' '), '.4g'))
@@ -61,27 +63,27 @@ def title(name: str) -> str:
 
 
 def shown(name: str, value: float) -> str:
-  """Returns a value without its unit, which is in the title of its row."""
+  """Returns a value as text without its unit, which is in the title of its row."""
   found = metric(name)
   return _minus(f'{found.factor * value:{found.form}}')
 
 
 def shown_change(name: str, value: float, *, unit: bool = False) -> str:
-  """Returns a difference: '+1.2', or '+1.2 points' with the unit."""
+  """Returns a difference as text: '+1.2', or '+1.2 points' with its unit."""
   found = metric(name)
   change_unit = found.change_unit or found.unit
   return _minus(f'{found.factor * value:+{found.form}}') + (f' {change_unit}' if unit and change_unit else '')
 
 
 def interval(name: str, e: Estimate) -> str:
-  """Returns the limits of a difference, such as '[−0.3, +2.7]'; '' if there are none."""
+  """Returns the limits of a difference as text, such as '[−0.3, +2.7]'; '' if there are none."""
   if not (math.isfinite(e.low) and math.isfinite(e.high)):
     return ''
   return f'[{shown_change(name, e.low)}, {shown_change(name, e.high)}]'
 
 
 def change(name: str, e: Estimate) -> str:
-  """Returns a difference with its limits, such as '+1.2 points [−0.3, +2.7]'."""
+  """Returns a difference and its limits as text, such as '+1.2 points [−0.3, +2.7]'."""
   return f'{shown_change(name, e.mean, unit=True)} {interval(name, e)}'.strip()
 
 

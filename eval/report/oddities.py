@@ -1,4 +1,6 @@
-"""Signs in the log of an RL run that a person should look at: no signal, all truncated, no progress, collapse."""
+"""Finds signs of trouble in the log of an RL run: no signal, all samples truncated, no progress, collapse of the
+entropy.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,15 +9,18 @@ import numpy as np
 
 from betarank.eval.report.runs import Curve
 
-IN_A_ROW = 10  # steps without signal, or with everything truncated, that are worth a line
-ALL = 0.995  # a share that counts as all
-FEW_STEPS = 20  # of a run, before which progress and collapse can't be told
-EDGE_SHARE = 0.1  # of the steps: the start and the end of a run
-COLLAPSED = 0.2  # of the entropy at the start
+IN_A_ROW = 10  # so many steps in a row without signal, or with everything truncated, are reported
+ALL = 0.995  # a share from here on counts as all
+FEW_STEPS = 20  # shorter runs aren't checked for progress and collapse
+EDGE_SHARE = 0.1  # the first and the last tenth of the steps are the start and the end of a run
+COLLAPSED = 0.2  # the entropy has collapsed if it is below this share of that at the start
 
 
 def of_rl(curves: Mapping[str, Curve]) -> list[str]:
-  """Returns one line for each sign found in the curves train/... of an RL run."""
+  """Returns one line for each sign of trouble that is found.
+
+  curves: the curves train/... of an RL run.
+  """
   found = []
   for name, what in (('zero_variance_groups', 'no reward signal: all groups have zero variance'),
                      ('truncated_share', 'every sample is truncated')):
@@ -50,7 +55,7 @@ def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _longest_stretch(there: np.ndarray) -> tuple[int, int] | None:
-  """Returns (start, length) of the longest stretch of True, None if there is none."""
+  """Returns (start, length) of the longest run of True values; None if there is none."""
   edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]]).astype(int)))
   if not len(edges):
     return None

@@ -1,7 +1,7 @@
-"""The report's HTML: one page that requests nothing, for a phone, a screen and paper.
+"""Builds the report's HTML: one page that loads nothing else, for phones, screens and paper.
 
-Whatever comes from a file is escaped: `text` does it for all but `Html`, which only this project's own code makes.
-The page has no script, and its policy forbids scripts and requests should anything get through.
+Everything that comes from a file is escaped. `text` escapes everything except `Html`, which only this project creates.
+The page has no scripts, and its security policy forbids scripts and requests even if one got in.
 """
 
 import html
@@ -15,14 +15,16 @@ class Html(str):
 
 
 def text(value: Any) -> Html:
-  """Returns `value` as markup: escaped, with characters that can't be shown (control, lone surrogates) replaced."""
+  """Returns `value` as markup. It is escaped, and characters that can't be shown (control, lone surrogates) are
+  replaced.
+  """
   if isinstance(value, Html):
     return value
   shown = ''.join(c if c in '\n\t' or (c.isprintable() and c not in _REORDER) else '\ufffd' for c in str(value))
   return Html(html.escape(shown))
 
 
-_REORDER = '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'  # would turn the text around them
+_REORDER = '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'  # would change the direction of other text
 
 
 def join(parts: Iterable[Any], between: str = '') -> Html:
@@ -30,7 +32,7 @@ def join(parts: Iterable[Any], between: str = '') -> Html:
 
 
 def tag(name: str, *inside: Any, **attributes: Any) -> Html:
-  """tag('p', 'a < b', class_='note') -> <p class="note">a &lt; b</p>"""
+  """Returns an element: tag('p', 'a < b', class_='note') gives <p class="note">a &lt; b</p>."""
   written = ''.join(f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items())
   return Html(f'<{name}{written}>{join(inside)}</{name}>')
 
@@ -40,7 +42,7 @@ def html_section(title: str, *inside: Any, id_: str) -> Html:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], caption: Any = '', class_: str = '') -> Html:
-  """Returns a table, or '' without rows. On a narrow screen each row becomes a card that names its cells."""
+  """Returns a table, or '' if there are no rows. On a narrow screen each row becomes a card that names its cells."""
   body = [tag('tr', tag('th', row[0], scope='row'),
               *(tag('td', tag('div', cell), data_title=title) for title, cell in zip(titles[1:], row[1:])))
           for row in rows]
@@ -48,7 +50,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], caption: Any = '
     return Html('')
   head = tag('thead', tag('tr', *(tag('th', title, scope='col') for title in titles)))
   shown = tag('table', *([tag('caption', caption)] if caption else []), head, tag('tbody', *body), class_=class_)
-  # The box scrolls sideways where a table is wider than the screen. It takes focus, so that a keyboard can scroll it.
+  # If the table is wider than the screen, its box scrolls. It can have the focus, so that a keyboard can scroll it.
   return tag('div', shown, class_='scroll', tabindex='0', role='region', aria_label='table')
 
 

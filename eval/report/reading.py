@@ -1,7 +1,7 @@
-"""Reading of a workdir for the report.
+"""Reads a workdir for the report.
 
-Nothing here raises for what a file holds. A run may be unfinished, its log cut short, its config unreadable: what can
-be read is used, and the rest becomes a line in `Sweep.notes`.
+Nothing here raises an error because of a file's content. A run may be unfinished, its log cut short, its config
+unreadable. What can be read is used, and the rest becomes a line in `Sweep.notes`.
 """
 
 import json
@@ -18,14 +18,14 @@ from betarank.eval import sampling_metrics
 from betarank.eval.report.runs import DataIdentity, Run, SampleSet, Start, Sweep, number, setting
 from betarank.runtime import checkpoint
 
-EXAMPLES = 6  # sample texts kept of each file
-MOST_BYTES = 2**30  # of a file, which is read into memory
-# Scores of lm-evaluation-harness, the first of which counts where a task has several.
+EXAMPLES = 6  # so many sample texts are kept of each file
+MOST_BYTES = 2**30  # larger files aren't read, because a file is read into memory
+# Scores of lm-evaluation-harness. If a task has several of them, the first in this order is used.
 HARNESS_SCORES = ('acc', 'exact_match', 'em', 'pass@1', 'acc_norm', 'f1')
 
 
 def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
-  """Returns all that can be read of the workdir `path`; the rest is noted in `sweep`."""
+  """Returns everything that can be read in the workdir `path`. What can't be read is noted in `sweep`."""
   config = read_object(path / 'config.json', sweep)
   run = Run(path, name, config or {})
   if config is None and not (path / 'config.json').exists():
@@ -43,7 +43,9 @@ def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
 
 
 def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
-  """Returns the JSON object in a file; None, and a note, if there is none."""
+  """Returns the JSON object in a file. If there is none, returns None and adds a note, unless the file doesn't
+  exist.
+  """
   text = _text(path, sweep)
   if text is None:
     return None
@@ -59,7 +61,7 @@ def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _read_lines(path: epath.Path, sweep: Sweep) -> list[dict[str, Any]]:
-  """Returns the objects of a JSON-lines file; other lines are counted in a note."""
+  """Returns the objects of a JSON-lines file. Other lines are counted in a note."""
   lines, bad = [], []
   texts = (_text(path, sweep) or '').split('\n')
   for i, line in enumerate(texts):
@@ -84,7 +86,7 @@ def _text(path: epath.Path, sweep: Sweep) -> str | None:
   try:
     if not path.exists():
       return None
-    if '://' not in str(path) and not os.path.isfile(path):  # a pipe or a device, which is_file() takes, has no end
+    if '://' not in str(path) and not os.path.isfile(path):  # reading a pipe or a device might never end
       raise OSError('it is no file')
     if path.stat().length > MOST_BYTES:
       raise OSError(f'it is larger than {MOST_BYTES} bytes')
@@ -102,7 +104,7 @@ def _short(path: epath.Path, sweep: Sweep) -> str:
 
 
 def _json(text: str) -> Any:
-  """Parses JSON. Raises ValueError, also for what is nested too deep to be written by this project."""
+  """Parses JSON. Raises ValueError for invalid JSON, and for JSON that is nested too deep."""
   try:
     return json.loads(text)
   except RecursionError:
@@ -153,13 +155,15 @@ def _read_metrics(run: Run, sweep: Sweep) -> None:
   for name in sorted(wrong):
     sweep.note(run.name, f'metrics.jsonl has values of {name} that are no numbers; left out')
   for name, steps in sorted(not_finite.items()):
-    if not name.endswith('standard_error'):  # of one problem: there is none
+    if not name.endswith('standard_error'):  # it is NaN if there is only one problem
       sweep.note(run.name, f'{name} is NaN or infinite at {len(steps)} steps, first at step {min(steps)}; left out')
   run.texts = _read_lines(run.path / 'samples.jsonl', sweep)[-EXAMPLES:]
 
 
 def _read_lineage(run: Run, sweep: Sweep) -> None:
-  """Reads parent, code version and data identity from the newest checkpoint; before there is one, the config's parent.
+  """Reads parent, code version and data identity from the newest checkpoint.
+
+  If there is no checkpoint yet, reads the parent from the config.
   """
   run.parent_path = setting(run.config, 'train.init_from') or ''
   if not isinstance(run.parent_path, str):
@@ -185,7 +189,7 @@ def _identity(meta: Mapping[str, Any]) -> DataIdentity:
                   if isinstance(source, dict) and 'fingerprint' in source}
   rows = [number(source.get('rows')) for source in sources.values() if isinstance(source, dict)]
   return DataIdentity(str(meta.get('tokenizer_sha256') or ''), fingerprints, sum(rows) if rows else math.nan,
-                      number(setting(meta, 'cursor.prompts')))
+                      number(setting(meta, 'cursor.prompts')), str(setting(meta, 'cursor.problems') or ''))
 
 
 def _read_start(run: Run, sweep: Sweep) -> None:
@@ -265,7 +269,7 @@ def _read_harness(run: Run, sweep: Sweep) -> None:
       results = {**results, **(groups if isinstance(groups, dict) else {})}
       asked = found.get('tasks')
       how = {key: found.get(key) for key in ('num_fewshot', 'limit', 'lm_eval', 'max_length', 'seed')}
-      for task in asked if isinstance(asked, list) else results:  # a group's own tasks are in its score
+      for task in asked if isinstance(asked, list) else results:  # the score of a group includes its tasks
         values = results.get(str(task))
         if isinstance(values, dict) and (score := _harness_score(values)):
           run.harness.setdefault(step, {})[str(task)] = {**score, 'settings': how}

@@ -1,4 +1,6 @@
-"""The data of a report: a run as far as its workdir could be read, and a sweep of them with notes on what is odd."""
+"""Holds the data of a report: a run, as far as its workdir could be read, and a sweep of runs with notes on
+oddities.
+"""
 
 import dataclasses
 import math
@@ -12,8 +14,8 @@ from betarank.configs.sections import section
 from betarank.eval import sampling_metrics
 from betarank.model import ModelConfig, flops_per_token
 
-PLAIN = 'CE'  # the objective's name where it is plain cross-entropy
-# What two sets of samples must agree in to be compared.
+PLAIN = 'CE'  # the name of plain cross-entropy
+# Two sets of samples can only be compared if they agree in these settings.
 SAME_SETTINGS = ('benchmark', 'data_sha256', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'n', 'shots',
                  'answer_format')
 
@@ -22,7 +24,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 @dataclasses.dataclass
 class SampleSet:
-  """One file of samples: its settings, the counted samples, and a few texts."""
+  """One file of samples: its settings, the parsed samples, and a few texts."""
 
   settings: dict[str, Any]
   samples: sampling_metrics.Samples
@@ -34,24 +36,26 @@ class SampleSet:
 
 @dataclasses.dataclass(frozen=True)
 class DataIdentity:
-  """What a run read, as its newest checkpoint records it.
+  """What a run has read, as recorded in its newest checkpoint.
 
   Attributes:
     tokenizer: SHA-256 of the tokenizer; '' if not recorded.
     sources: source -> SHA-256 of its prepared tokens; empty for RL, or if not recorded.
-    rows: rows of data.sequence_length tokens read so far; NaN if not recorded.
-    prompts: prompts consumed by RL; NaN for pre-training.
+    rows: the number of rows of data.sequence_length tokens read so far; NaN if not recorded.
+    prompts: the number of prompts consumed by RL; NaN for pre-training.
+    problems: SHA-256 of RL's problems; '' if their number is unlimited, or if not recorded.
   """
 
   tokenizer: str = ''
   sources: dict[str, str] = dataclasses.field(default_factory=dict)
   rows: float = math.nan
   prompts: float = math.nan
+  problems: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """How a run was started, from its run.json; empty fields are not recorded."""
+  """How a run was started, from its run.json. Empty fields aren't recorded."""
 
   command: str = ''
   device_kind: str = ''
@@ -64,8 +68,8 @@ class Run:
   """A workdir, as far as it can be read.
 
   Attributes:
-    name: relative to the sweep's root.
-    objective: of the pre-training that it descends from, 'CE' or 'β = -0.25'; '' if unknown.
+    name: the path relative to the sweep's root.
+    objective: the objective of the pre-training that it descends from, 'CE' or 'β = -0.25'; '' if unknown.
     arm: the name under which it is compared; '' if unknown.
     stage: 'pre-training', 'pre-training → RL', ...
     parent_path: the checkpoint that it started from; '' for random weights.
@@ -109,7 +113,7 @@ class Run:
 
   @property
   def parent_step(self) -> int | None:
-    """Returns the step of the checkpoint that the run started from; None if its path doesn't say."""
+    """The step of the checkpoint that the run started from; None if its path doesn't say."""
     name = self.parent_path.rstrip('/').rpartition('/')[2]
     return int(name) if name.isdecimal() else None
 
@@ -119,7 +123,7 @@ class Run:
 
   @property
   def steps(self) -> float:
-    """Returns the number of steps that the config requests; NaN if the config doesn't say."""
+    """The number of steps that the config asks for; NaN if it doesn't say."""
     if self.is_rl:
       return number(setting(self.config, 'rl.steps'))
     steps = number(setting(self.config, 'train.tokens')) / self.tokens_per_step if self.tokens_per_step else math.nan
@@ -127,14 +131,14 @@ class Run:
 
   @property
   def tokens(self) -> float:
-    """Returns the number of tokens learned from so far."""
+    """The number of tokens learned from so far; for RL, the number of tokens drawn."""
     if not self.is_rl:
       return self.last_step * self.tokens_per_step
     return float(np.nansum(self.curves['train/tokens'][1])) if 'train/tokens' in self.curves else math.nan
 
   @property
   def flops(self) -> float:
-    """Returns the FLOPs of training so far, counted as for a run's MFU; NaN for RL, which mostly samples."""
+    """The FLOPs of training so far, counted as for a run's MFU; NaN for RL, which mostly samples."""
     if self.is_rl:
       return math.nan
     try:
@@ -145,12 +149,12 @@ class Run:
 
   @property
   def seconds(self) -> float:
-    """Returns the wall time of all steps, without evaluation and saving; NaN if not recorded."""
+    """The wall time of all steps, without evaluation and saving; NaN if not recorded."""
     return float(np.nansum(self.curves['time/step_s'][1])) if 'time/step_s' in self.curves else math.nan
 
   @property
   def tokens_per_s(self) -> float:
-    """Returns the median over steps, as compiling and a busy machine cause outliers; NaN if not recorded."""
+    """The median over steps, since compilation and a busy machine cause outliers; NaN if not recorded."""
     values = self.curves.get('time/tokens_per_s', ((), np.array([])))[1]
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else math.nan
@@ -166,11 +170,14 @@ class Run:
     return f'unfinished: step {self.last_step:,} of {self.steps:,.0f}'
 
   def probe(self) -> tuple[int, dict[str, Any]] | None:
-    """Returns (step, result) of the newest probe."""
+    """Returns (step, result) of the newest probe, or None."""
     return (max(self.probes), self.probes[max(self.probes)]) if self.probes else None
 
   def sampled(self, benchmark: str, step: int | None = None) -> tuple[int, SampleSet] | None:
-    """Returns (step, samples) on a benchmark: of `step`, or of the newest step that has any."""
+    """Returns (step, samples) on a benchmark, or None.
+
+    step: the step of the samples; None: the newest step that has samples.
+    """
     there = self.samples.get(benchmark, {})
     step = max(there, default=None) if step is None else step
     return (step, there[step]) if step in there else None
@@ -195,7 +202,7 @@ class Sweep:
 
   @property
   def arms(self) -> list[str]:
-    """Returns all arms, those of plain cross-entropy first, because other arms are compared with them."""
+    """All arms. Those of plain cross-entropy come first, because other arms are compared with them."""
     return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (not self._is_plain(arm), arm))
 
   def _is_plain(self, arm: str) -> bool:
@@ -206,13 +213,13 @@ class Sweep:
     return sorted({run.stage for run in self.runs if run.arm}, key=lambda stage: (stage.count('→'), stage))
 
   def of(self, stage: str, arm: str | None = None) -> list[Run]:
-    """Returns the runs of a stage with a known arm, in order of their seeds."""
+    """Returns the runs of a stage with a known arm, sorted by seed."""
     found = [run for run in self.runs if run.stage == stage and run.arm and arm in (None, run.arm)]
     return sorted(found, key=lambda run: (run.seed is None, run.seed or 0, run.name))
 
 
 def number(value: Any) -> float:
-  """Returns `value` as a float, NaN if it is no number."""
+  """Returns `value` as a float, or NaN if it isn't a number."""
   if isinstance(value, bool) or not isinstance(value, int | float):
     return math.nan
   try:
@@ -222,7 +229,7 @@ def number(value: Any) -> float:
 
 
 def setting(config: Any, key: str) -> Any:
-  """Returns the value at a dotted key, None if there is none."""
+  """Returns the value at a dotted key, or None if there is none."""
   for part in key.split('.'):
     config = config.get(part) if isinstance(config, dict) else None
   return config

@@ -1,4 +1,4 @@
-"""The sections of the report's page. Each is made from the sweep alone and can be empty."""
+"""Writes the sections of the report's page. Each depends only on the sweep, and can be empty."""
 
 import datetime
 import math
@@ -12,6 +12,7 @@ from etils import epath
 from betarank.configs import common
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import flatten
+from betarank.configs.terminal import duration
 from betarank.eval import paper
 from betarank.eval.report import comparisons, curves, figures, words
 from betarank.eval.report.agreement import of_steps
@@ -21,7 +22,6 @@ from betarank.eval.report.metrics import interval, metric, shown, shown_change, 
 from betarank.eval.report.page import Html, details, html_section, join, page, table, tag, text
 from betarank.eval.report.runs import Run, Sweep, setting
 from betarank.runtime import workdir
-from betarank.runtime.metrics import duration
 
 CURVES = {'ce_nats': 'cross-entropy (nats)', 'entropy_nats': 'entropy (nats)', 'tail_mass': 'tail mass'}
 RL_CURVES = {'pass_rate': 'reward: pass rate on training prompts', 'entropy_nats': 'entropy (nats)',
@@ -30,17 +30,17 @@ RL_CURVES = {'pass_rate': 'reward: pass rate on training prompts', 'entropy_nats
 DISTRIBUTION = ('ce_nats', 'bits_per_byte', 'perplexity', 'entropy_nats', 'entropy_top20_nats', 'tail_mass',
                 'top_gap_nats', 'ece', 'rank1_accuracy')
 DYNAMICS = ('pass_rate', 'entropy_nats', 'length_tokens', 'truncated_share')
-SUBJECTS = 4  # domains and benchmarks that are drawn; the tables have all
-TEXT = 700  # characters of a sample that are shown
+SUBJECTS = 4  # at most so many domains and benchmarks are drawn; the tables have all
+TEXT = 700  # the number of characters shown of a sample
 UNKNOWN = 'not recorded'
-HASH = 12  # characters of a hash that are shown
+HASH = 12  # the number of characters shown of a hash
 
 
 class Report:
   """One page, with its figures and tables."""
 
   def __init__(self, sweep: Sweep, out: epath.Path):
-    """Computes all comparisons and makes the folders. Raises ConfigError if one of them is a link."""
+    """Computes all comparisons and creates the folders. Raises ConfigError if one of them is a symbolic link."""
     self.sweep, self.out, self.arms = sweep, out, sweep.arms
     self.k = comparisons.pass_k(sweep)
     self._stems: dict[str, int] = {}
@@ -51,12 +51,12 @@ class Report:
     self.harness = comparisons.harness(sweep)
     self.paper = comparisons.paper_averages(sweep)
     for folder in ('figures', 'tables'):
-      if os.path.islink(out / folder):  # what lies there may come from somewhere else
+      if os.path.islink(out / folder):  # it could lead to files that aren't part of a report
         raise ConfigError(f'{out / folder}: is a link, which a report would fill wherever it leads; remove it')
       (out / folder).mkdir(parents=True, exist_ok=True)
 
   def html(self) -> str:
-    """Returns the page; writes its figures and tables."""
+    """Returns the page, and writes its figures and tables."""
     made = f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC'
     version = workdir.code_version()
     parts = {
@@ -83,7 +83,7 @@ class Report:
   # Sections
 
   def forest(self) -> Html:
-    """Differences to the baseline, arms by metric, before and after RL."""
+    """Returns the differences to the baseline, per arm and metric, before and after RL."""
     before, after = words.stages_around_rl(self.sweep)
     found = {(c.stage, c.subject, c.metric, c.arm): c for c in (*self.distributions, *self.benchmarks)}
     forests = []
@@ -202,7 +202,7 @@ class Report:
              self._tables('gains', self.gains, names, words.GAIN_NOTE, name='What RL changed')]
     for benchmark in sorted({name for run in self.sweep.runs for name in run.samples}):
       panels = [Panel(f'{stage}_{benchmark}_pass_at_k', f'Pass@k, {stage}', 'k',
-                      curves.pass_curve(self.sweep, stage, benchmark), x_scale='log')
+                      curves.pass_curve(self.sweep, stage, benchmark), x_scale='log', dodge=True)
                 for stage in self.sweep.stages]
       parts.append(self._figure(
         f'Pass@k on {benchmark}, unbiased, all k from one set of samples. Bars are the 95 % interval over problems and '
@@ -211,7 +211,7 @@ class Report:
     return join(parts)
 
   def other_benchmarks(self) -> Html:
-    """The paper's average, and all scores of lm-evaluation-harness."""
+    """Returns the arms' averages over the paper's 19 benchmarks, and all their scores of lm-evaluation-harness."""
     parts = []
     names = (*paper.AVERAGES, *paper.CATEGORIES, *paper.BENCHMARKS)
     if self.paper:
@@ -230,7 +230,7 @@ class Report:
     return join(parts)
 
   def texts(self) -> Html:
-    """A few answers of each arm's newest stage, right and wrong ones, as they were sampled."""
+    """Returns a few answers of each arm's newest stage, right and wrong ones, as they were sampled."""
     shown_texts = []
     for arm in self.arms:
       run = next((run for stage in reversed(self.sweep.stages) for run in self.sweep.of(stage, arm)
@@ -249,7 +249,7 @@ class Report:
     return tag('ul', *(tag('li', note) for note in self.sweep.notes), class_='notes') if self.sweep.notes else Html('')
 
   def runs(self) -> Html:
-    """What each run is, where it ran, what it read, and the command that started it."""
+    """Returns what each run is, where it ran, what it read, and the command that started it."""
     where = ('Run', 'Arm', 'Seed', 'Stage', 'State', 'Device', 'Time in steps', 'Tokens/s', 'Started')
     rows = [(run.name, run.arm or 'unknown', '?' if run.seed is None else run.seed, run.stage or '?', run.state,
              _device(run), duration(run.seconds) if math.isfinite(run.seconds) else UNKNOWN,
@@ -266,14 +266,17 @@ class Report:
     return join([
       table(where, rows, 'Time in steps is without evaluation and saving. Tokens/s is the median over steps; for RL, '
             'of tokens drawn.', class_='words'),
-      table(what, data, 'SHA-256 of the tokenizer and of each source\'s prepared tokens, as the newest checkpoint '
-            f'records them (first {HASH} characters). RL reads prompts.', class_='words'),
+      table(what, data, 'SHA-256 of the tokenizer, of each source\'s prepared tokens, and of RL\'s problems where they '
+            f'come from files, as the newest checkpoint records them (first {HASH} characters). Tokens of RL are those '
+            'drawn.', class_='words'),
       details('The command that started each run', tag('pre', commands))])
 
   # Parts of sections
 
   def _agreement(self, stage: str, arm: str) -> Html:
-    """Returns 'the baseline', 'yes', or the first disagreement of an arm's runs with the baseline's runs."""
+    """Returns whether an arm's runs agree with the baseline's: that it is the baseline, 'yes', or the first
+    disagreements.
+    """
     if arm == self.sweep.baselines[arm]:
       return text('it is the baseline')
     agreeing, reasons = comparisons.pairs(self.sweep, stage, arm)
@@ -285,7 +288,7 @@ class Report:
 
   def _figure(self, caption: str, panels: Sequence[Panel], runs: Sequence[Run], *, probe: bool = False,
               benchmark: str = '') -> Html:
-    """Panels with their legend, the commands behind them, and what they were made from; empty ones are left out."""
+    """Returns panels with their legend, the commands behind them, and their files. Empty panels are left out."""
     panels = [panel for panel in panels if panel.series]
     if not panels:
       return Html('')
@@ -307,9 +310,10 @@ class Report:
 
   def _tables(self, file: str, found: Sequence[Comparison], names: Sequence[str], note: str, name: str = '',
               shown_as: str = '') -> Html:
-    """A table for each stage and subject, metrics down and arms across, and one CSV of all.
+    """Returns a table for each stage and subject, with a row per metric and a column per arm. Writes all of them to one
+    CSV.
 
-    shown_as: the metric whose format all rows have, where `names` are names of tasks.
+    shown_as: the metric whose format all rows have, if `names` are names of tasks.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -327,7 +331,7 @@ class Report:
     return join(parts)
 
   def _file_name(self, name: str) -> str:
-    """Returns a file's stem made of a name from anywhere; never the same one twice."""
+    """Returns the stem of a file, made from any name. It never returns the same stem twice."""
     stem = re.sub(r'[^A-Za-z0-9.@=-]+', '_', name.replace('→', 'then')).strip('_.')[:100] or 'figure'
     self._stems[stem] = self._stems.get(stem, 0) + 1
     return stem if self._stems[stem] == 1 else f'{stem}-{self._stems[stem]}'
@@ -340,7 +344,7 @@ class Report:
 
 
 def write_over(path: epath.Path, content: bytes) -> None:
-  """Writes a file; a link of that name is replaced, not followed."""
+  """Writes a file. If there is a symbolic link of that name, it is replaced, not followed."""
   if os.path.islink(path):
     path.unlink()
   path.write_bytes(content)
@@ -350,7 +354,7 @@ def write_over(path: epath.Path, content: bytes) -> None:
 
 
 def _cell(c: Comparison | None, name: str) -> Html:
-  """Returns 'value [interval]' and, below, the difference to the baseline with its verdict."""
+  """Returns 'value [interval]' and, below it, the difference to the baseline with its verdict."""
   if c is None or c.value is None:
     return Html('–')
   lines = [text(shown(name, c.value.mean))]
@@ -411,9 +415,9 @@ def _moment(seconds: float) -> str:
 
 
 def _data(run: Run) -> str:
-  """Returns the data's names and hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL."""
+  """Returns the data's names and hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL and its hash."""
   if run.is_rl:
-    return str(setting(run.config, 'rl.task.uri') or UNKNOWN)
+    return f'{setting(run.config, "rl.task.uri") or UNKNOWN} {run.identity.problems[:HASH]}'.strip()
   return ', '.join(f'{name} {sha256[:HASH]}' for name, sha256 in sorted(run.identity.sources.items())) or UNKNOWN
 
 
@@ -427,12 +431,12 @@ def _settings_text(run: Run) -> str:
 
 
 def _line(name: str) -> str:
-  """A name from a file on one line: a line break in it must not begin a command of its own."""
+  """Returns a name from a file on one line. Otherwise a line break in it could begin a command of its own."""
   return name.replace('\n', ' ').replace('\r', ' ')
 
 
 def _commands(run: Run, probe: bool, benchmark: str) -> list[str]:
-  """A comment on the run's origin, and the commands that make again what a figure shows of it."""
+  """Returns the commands that recreate a run and what a figure shows of it, after a comment on its origin."""
   quote = lambda path: shlex.quote(str(path))
   lines = [f'# {run.arm or "unknown arm"}, seed {run.seed}; config {run.name}/config.json; '
            f'parent {run.parent_path or "none"}; code {run.code_version or "?"}',

@@ -1,7 +1,8 @@
-"""The report's words: the three sentences at its top, made from the comparisons, and the notes on its tables.
+"""Writes the report's text: the three sentences at its top, from the comparisons, and the notes on its tables.
 
-The first sentence says what is compared, the second what the objective changed before RL, the third what is left of it
-after RL. A change is stated only between runs that agree in everything but the objective. One seed gives no verdict.
+The first sentence says what is compared, the second what the objective changed before RL, and the third what is left of
+it after RL. A change is stated only between runs that agree in everything but the objective. A single seed gives no
+verdict.
 """
 
 import math
@@ -13,8 +14,8 @@ from betarank.eval.report.metrics import change, metric
 from betarank.eval.report.page import Html, join, tag
 from betarank.eval.report.runs import Sweep
 
-BEFORE_METRICS = ('entropy_nats', 'ce_nats')  # of the second sentence
-NAMED = 2  # arms and benchmarks with a difference that the third sentence names
+BEFORE_METRICS = ('entropy_nats', 'ce_nats')  # the metrics of the second sentence
+NAMED = 2  # the third sentence names at most so many differences
 
 BY_SEED = ('Mean over seeds with Student\'s 95 % interval; beneath it the difference Δ to the baseline, seed by seed '
            'on the same tokens.')
@@ -63,14 +64,15 @@ def first_screen(
 
 
 def stages_around_rl(sweep: Sweep) -> tuple[str, str]:
-  """Returns (the last stage before RL, the last stage with RL); '' where there is none."""
+  """Returns (the last stage before RL, the last stage with RL); '' for a stage that doesn't exist."""
   with_rl = [stage for stage in sweep.stages if 'RL' in stage]
   without = [stage for stage in sweep.stages if 'RL' not in stage]
   return (without[-1] if without else ''), (with_rl[-1] if with_rl else '')
 
 
 def _compared(sweep: Sweep) -> str:
-  """Returns the first sentence: the arms that agree in all but the objective, and the first disagreement of other arms.
+  """Returns the first sentence. It names the arms that differ only in the objective, and why other arms aren't
+  compared.
   """
   good, wrong = [], []
   for arm in sweep.arms:
@@ -90,7 +92,8 @@ def _compared(sweep: Sweep) -> str:
 
 
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
-  """Returns (stage, reason) of the first stage in which no run of an arm agrees with one of its baseline, or ('', '').
+  """Returns (stage, reason) of the first stage in which no run of an arm agrees with one of its baseline; else ('',
+  '').
   """
   for stage in sweep.stages if arm != sweep.baselines[arm] else ():
     if sweep.of(stage, arm):
@@ -154,7 +157,7 @@ def _with_change(c: Comparison) -> str:
 
 
 def _of(c: Comparison) -> str:
-  """Returns a change with its subject, such as '+1.2 points [−0.3, +2.7] of right answers'."""
+  """Returns a change with what has changed, such as '+1.2 points [−0.3, +2.7] of right answers'."""
   what = {'avg_at_n': 'of right answers', 'cons_at_n': 'by majority vote'}
   return f'{change(c.metric, c.difference)} {what.get(c.metric, f"in {metric(c.metric).title}")}'
 
@@ -164,7 +167,7 @@ def _of_right_answers(c: Comparison) -> bool:
 
 
 def _judged(comparisons: Iterable[Comparison]) -> bool:
-  """Returns True if there are several seeds, and so verdicts."""
+  """Returns True if there are several seeds, so that there are verdicts."""
   return any(c.verdict for c in comparisons)
 
 

@@ -1,7 +1,7 @@
-"""Reads libtpu's final bundles: very long instruction words, of which a TPU core issues one per cycle.
+"""Reads libtpu's final bundles, which are very long instruction words. A TPU core issues one bundle per cycle.
 
-With FLAGS, libtpu writes one file per HLO instruction. The number of bundles, with loops multiplied out, is the time
-of an instruction in cycles if it never waits. It misses waits for memory and, on v5e and v5p, for the matrix unit;
+With FLAGS, libtpu writes one file per HLO instruction. Its number of bundles, with loops multiplied out, is the time of
+the instruction in cycles if it never waits. Waits for memory and, on v5e and v5p, for the matrix unit aren't included;
 predict.py adds those.
 """
 
@@ -11,19 +11,21 @@ from collections.abc import Sequence
 
 FLAGS = ('--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true '
          '--xla_jf_dump_llo_pass_label_regex=final_bundles|deduplication-map')
-# Trip counts assumed for a kernel's data-dependent loops, in order; the last one holds for all that follow. Those of
-# other kernels count as one iteration. find_head (objectives/kernels): 32, its bound, for the bisection among the kept
-# logits (12 to 17 on random logits), and 0 for the loops of the rare cases, which come last.
+# The assumed trip counts of a kernel's data-dependent loops, in order; the last number is used for all following loops.
+# In other kernels, such a loop counts as one iteration. For find_head (objectives/kernels) it is 32 for the bisection
+# among the kept logits, which is its bound (12 to 17 on random logits), and 0 for the loops of rare cases, which come
+# last.
 DATA_TRIPS = {'find_head': (32, 0)}
-SKIPPABLE = 0.5  # assumed share of a loop's iterations that run a region which a branch can skip
+SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assumed to run in this share of iterations
 
 
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
-  """Returns the cycles of each HLO instruction, by name, that has bundles in `folder`.
+  """Returns the cycles of each HLO instruction that has bundles in `folder`, by name.
 
-  shares: the share of grid steps that have work, by kernel name. It replaces SKIPPABLE for the kernel's largest region.
+  shares: the share of grid steps that have work, by kernel name. It replaces SKIPPABLE for the largest region of a
+  kernel.
   """
-  twins: dict[str, str] = {}  # instruction -> the identical one that was compiled in its place
+  twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
     key = ''
     for line in path.read_text(errors='replace').splitlines():
@@ -44,13 +46,19 @@ def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[s
 
 
 def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,)) -> float:
-  """Returns the cycles of one program of bundles. share: as in `read`. data_trips: as in DATA_TRIPS."""
+  """Returns the number of cycles that an instruction takes, counted from the bundles of its program.
+
+  Args:
+    text: the content of the file that libtpu wrote for the instruction.
+    share: the share of grid steps that have work, as in `read`.
+    data_trips: the trip counts of loops that depend on data, as in DATA_TRIPS.
+  """
   exits: dict[str, int | None] = {}  # predicate of a loop's exit test -> trip count; None if it depends on data
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):
     limit = re.match(r'scmp\.(?:ge|eq)\.s32\.totalorder %\w+, (\d+)', test)
     exits[predicate] = max(1, int(limit[1])) if limit else None
   size, loops, spans = 0, [], []  # spans: (first bundle, last bundle, trip count) of each loop
-  skips, regions = [], {}  # (bundle of the branch, region it jumps to); region -> bundle where it begins
+  skips, regions = [], {}  # (bundle of the branch, region that it jumps to); region -> its first bundle
   for line in text.splitlines():
     bundle = re.match(r'\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:', line)
     if not bundle:
@@ -72,7 +80,7 @@ def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,
   for first, last, trips in spans:
     for i in range(first, last + 1):
       weight[i] *= trips
-  inside = []  # regions in a loop that a branch can skip; not those that fill the loop, whose branch only guards it
+  inside = []  # regions in a loop that a branch can skip, except those that fill the whole loop
   for first, region in skips:
     last = regions.get(region, 0)
     around = min((s for s in spans if s[0] <= first and last <= s[1]), key=lambda s: s[1] - s[0], default=None)

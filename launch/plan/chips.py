@@ -1,4 +1,4 @@
-"""TPU chips and pods: the speed and memory of a chip, and the shapes of the pods."""
+"""Describes TPU chips and pods: the speed and memory of a chip, and the shapes of the pods."""
 
 import dataclasses
 import itertools
@@ -8,23 +8,23 @@ from betarank.configs.errors import UserError, suggestion
 
 
 class PlanError(UserError):
-  """An error in what a plan was asked for; the message says what would work."""
+  """Raised if a plan asks for something that isn't possible. The message says what would work."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip, which is one JAX device (a v5p chip's two cores are one device).
+  """One chip, which is one JAX device. The two cores of a v5p chip are one device.
 
   Attributes:
-    flops: peak bfloat16 FLOPs per second, the denominator of MFU.
-    clock: cycles per second of the core whose bundles libtpu writes: flops over the matrix unit's FLOPs per cycle.
-      Certain for v5e and v6e, fairly certain for v5p.
+    flops: the peak bfloat16 FLOPs per second, the denominator of MFU.
+    clock: cycles per second of the core whose bundles libtpu writes. It is flops divided by the matrix unit's FLOPs per
+      cycle. This is certain for v5e and v6e, and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
-    hbm_rate: bytes per second.
-    link_rate: bytes per second of one link of the torus, one way.
-    interlock: waits inside matrix products that bundles don't show, as a share of the products' time; from single
-      products compiled for each chip.
-    cores_in_name: cores per chip in a pod's name: 2 on v5p, where v5p-128 has 64 chips, 1 elsewhere.
+    hbm_rate: bytes per second from and to this memory.
+    link_rate: bytes per second of one link of the torus, in one direction.
+    interlock: waits inside matrix products that bundles don't show, as a share of the products' time. Determined from
+      single products compiled for each chip.
+    cores_in_name: the number of cores per chip in a pod's name: 2 on v5p, where v5p-128 has 64 chips; otherwise 1.
   """
 
   name: str
@@ -42,7 +42,7 @@ CHIPS = {chip.name: chip for chip in (
   Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 90e9, 0.26, cores_in_name=2),
   Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 90e9, 0.03),
 )}
-SHAPES = {  # number of chips -> torus
+SHAPES = {  # number of chips -> shape of the torus
   'v5e': {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'},
   'v5p': {4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4', 64: '4x4x4', 128: '4x4x8', 256: '4x8x8', 512: '8x8x8',
           1024: '8x8x16', 2048: '8x16x16', 4096: '16x16x16'},
@@ -52,9 +52,9 @@ SHAPES['v6e'] = SHAPES['v5e']
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A number of pods of the same shape. Raises PlanError for a pod that doesn't exist."""
+  """A number of pods of the same shape. Raises PlanError if there is no such pod."""
 
-  name: str  # of one slice: v5e-256, v5p-128, v6e-64
+  name: str  # the name of one slice: v5e-256, v5p-128, v6e-64
   slices: int = 1
 
   def __post_init__(self):
@@ -86,22 +86,23 @@ class Topology:
     return self.slices * math.prod(self.dims)
 
   def devices(self) -> list:
-    """Returns JAX devices of this topology, to compile for; no TPU is needed. Raises PlanError without libtpu."""
+    """Returns JAX devices of this topology, to compile for. No TPU is needed. Raises PlanError if libtpu is missing."""
     from jax.experimental import topologies
     try:
       more = {'num_slices': self.slices} if self.slices > 1 else {}
       return topologies.get_topology_desc(
         platform='tpu', topology_name=f'{self.chip.name}:{self.shape}', **more).devices
-    except Exception as error:  # the class depends on the version of jaxlib
+    except Exception as error:  # its type depends on the version of jaxlib
       first = str(error).splitlines()[0]
       raise PlanError(f'--topology={self.name}: libtpu is needed to compile for it, pip install -e ".[tpu]" ({first})'
                       ) from None
 
   def links(self, group: int) -> int:
-    """Returns how many links of a chip a transfer among `group` chips can use, estimated from the group's size.
+    """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
+    size.
 
-    Two along each axis of the torus that the group fills; one along an axis that it fills in part, where the ends of
-    the line aren't connected.
+    A group has two links along each axis of the torus that it fills. It has one link along an axis that it fills in
+    part, because the ends of such a line aren't connected.
     """
     dims = [d for d in self.dims if d > 1]
     sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)

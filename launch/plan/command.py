@@ -1,14 +1,13 @@
 """betarank plan --config=FILE[:ARG] --topology=v5e-256 [--search] [--json] [--config.KEY=VALUE ...]
 
-Compiles the programs that a config runs for a TPU pod that isn't here. Prints whether they fit, how long a step takes
-and what the stage costs. Nothing is allocated, and neither data nor a tokenizer is needed. A compile takes minutes.
-Pods have their usual names: v5e-256 and v6e-256 have 256 chips, v5p-128 has 64.
+Compiles the programs of a config for a TPU pod that isn't here. Prints whether they fit, how long a step takes, and
+what the stage costs. Nothing is allocated, and neither data nor a tokenizer is needed. A compile takes minutes. Pods
+have their usual names: v5e-256 and v6e-256 have 256 chips, v5p-128 has 64.
 
-Memory is what the compiler laid out. Time is predicted from the compiled program, as an interval;
-launch/plan/predict.py has the method.
+Memory is what the compiler assigned. Time is predicted from the compiled program, as an interval;
+launch/plan/predict.py describes the method.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -19,12 +18,12 @@ import tempfile
 from collections.abc import Sequence
 
 from betarank.configs import load, settings
+from betarank.configs.parser import Parser
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command; exits with status 1 if no plan fits."""
-  parser = argparse.ArgumentParser(prog='betarank plan', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  """Runs the command. The exit status is 1 if no plan fits."""
+  parser = Parser('betarank plan', __doc__)
   parser.add_argument('--topology', required=True, help='v5e-256, v5p-128, v6e-64, ...')
   parser.add_argument('--slices', type=int, default=1, help='pods joined by a network; the data axis spans them')
   parser.add_argument('--usd_per_chip_hour', type=float, default=0.0, help='the price, to print what the stage costs')
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
   _configure_libtpu(folder, not args.no_bundles)
 
-  from betarank.launch.plan import chips, plans, report, search, workload  # JAX reads the environment here
+  from betarank.launch.plan import chips, plans, report, search, workload  # after the environment was set, for JAX
   say = (lambda text: print(text, file=sys.stderr)) if args.json else print
   try:
     work = workload.workload(config)
@@ -59,16 +58,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
-  """Sets the environment for compiling without a TPU. Must come before JAX is imported.
+  """Sets the environment for compiling without a TPU. Call it before JAX is imported.
 
-  write_bundles: libtpu writes its bundles to `folder`. It then checks each one, which takes twice as long as the rest
-  of a compile.
+  write_bundles: makes libtpu write its bundles to `folder`. It then also checks each bundle, which takes twice as long
+  as the rest of a compile.
   """
   from betarank.launch.plan import bundles
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  # libtpu queries the machine it runs on, and prints complaints on one that isn't a TPU VM.
+  # Without these, libtpu queries the machine, and prints warnings if it isn't a TPU VM.
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_STDERR_LOG_LEVEL', '3')

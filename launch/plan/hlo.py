@@ -1,7 +1,8 @@
-"""Reads the text of a compiled program (HLO): instructions and how often they run, matmul FLOPs, traffic, collectives.
+"""Reads the text of a compiled program (HLO): how often each instruction runs, its matmul FLOPs, traffic and
+collectives.
 
-XLA's own cost analysis counts the body of a loop once. Here each instruction has the number of times it runs, from the
-trip counts that loop conditions state. Needs neither a device nor JAX.
+XLA's own cost analysis counts the body of a loop once. Here, each instruction has the number of times that it runs,
+computed from the trip counts in loop conditions. Neither a device nor JAX is needed.
 """
 
 import collections
@@ -13,18 +14,18 @@ import re
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
 BYTES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 's32': 4, 'u32': 4, 's64': 8, 'u64': 8,
          'bf16': 2, 'f16': 2, 'f32': 4, 'f64': 8, 'c64': 8, 'c128': 16}
-# Opcodes that move no data: views of existing arrays, and wrappers whose contents are counted themselves.
+# Opcodes that move no data: views of existing arrays, and wrappers whose contents are counted separately.
 FREE = {'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
         'copy-start', 'copy-done', 'async-start', 'async-update', 'async-done', 'partition-id', 'replica-id',
         'optimization-barrier'}
-RARE = re.compile(r'op_name="[^"]*\boverflow/while')  # a loop over the overflow, which normally runs zero times
+RARE = re.compile(r'op_name="[^"]*\boverflow/while')  # the loop over the overflow of experts, which rarely runs at all
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
   dtype: str
   dims: tuple[int, ...]
-  on_chip: bool  # in VMEM or scalar memory, so reading it is no HBM traffic
+  on_chip: bool  # it is in VMEM or scalar memory, so reading it causes no HBM traffic
 
   @property
   def bytes(self) -> float:
@@ -35,31 +36,31 @@ class Array:
 class Instruction:
   name: str
   opcode: str
-  arrays: tuple[Array, ...]  # its result; several for a tuple
+  arrays: tuple[Array, ...]  # the result; several arrays for a tuple
   operands: tuple[str, ...]
-  text: str  # starts at the opcode
+  text: str  # the text of the instruction from the opcode on
   root: bool
 
   def called(self, key: str) -> str | None:
-    """Returns the name of the computation in attribute `key`: calls, to_apply, body or condition."""
+    """Returns the name of the computation in the attribute `key`: calls, to_apply, body or condition."""
     found = re.search(rf'\b{key}=%?([\w.\-]+)', self.text)
     return found and found[1]
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns the first group of a regular expression's match in the text; None without a match."""
+    """Returns the first group of a regular expression in the text; None if it doesn't match."""
     found = re.search(pattern, self.text)
     return found and found[1]
 
   @functools.cached_property
   def estimated_cycles(self) -> int | None:
-    """XLA's own estimate; only on TPU, and None for kernels."""
+    """XLA's own estimate. It exists only on TPU, and is None for kernels."""
     found = self.attribute(r'"estimated_cycles":"(\d+)"')
     return found and int(found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An instruction that a device executes, and how often; not one inside a fusion."""
+  """An instruction that a device executes, and how often. Instructions inside of fusions aren't runs."""
 
   instruction: Instruction
   computation: str
@@ -68,30 +69,33 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A transfer between devices. bytes: the result on one device (reduce-scatter: the operand) of one execution."""
+  """A transfer between devices.
+
+  bytes: the size of the result on one device, for one execution; for a reduce-scatter, the size of the operand.
+  """
 
   kind: str
   bytes: float
   group: int
   times: int
-  meanwhile: tuple[str, ...] | None  # instructions between its start and its end; None if it is synchronous
+  meanwhile: tuple[str, ...] | None  # the instructions between its start and its end; None if it is synchronous
   computation: str
-  source: str  # as Program.source returns it
+  source: str  # from Program.source
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A parsed program: computations by name, each with its instructions by name in the order of the schedule."""
+  """A parsed program: computations by name. Each has its instructions by name, in the order of the schedule."""
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
-  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # stack frame number -> `file:function ...`
+  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # number of a stack frame -> `file:function ...`
 
   def source(self, run: Run) -> str:
     """Returns an instruction's operation and source functions, innermost first: `.../gather model/moe.py:_take ...`.
 
-    An instruction without this metadata has that of the instructions fused into it, else of its operands; '' if those
-    have none either.
+    If an instruction doesn't have this metadata, it is taken from the instructions fused into it, or from its operands.
+    If those don't have it either, returns ''.
     """
     home, seen = self.computations[run.computation], set()
     listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
@@ -108,7 +112,7 @@ class Program:
   def is_transfer(self, run: Run) -> bool:
     """Returns whether an instruction is only a collective, or the start or end of an asynchronous one.
 
-    On TPU a reduce-scatter is a fusion of an all-reduce and a slice.
+    On TPU, a reduce-scatter is a fusion of an all-reduce and a slice.
     """
     one, inside = run.instruction, self._inside_fusion(run.instruction)
     ends = any('"AsyncCollective' in i.text for i in inside.values())
@@ -138,7 +142,9 @@ class Program:
     return found
 
   def trip_count(self, loop: Instruction) -> int:
-    """Returns how often a loop runs: XLA's own figure, or N of a condition `i < N`; else 1, or 0 if it is RARE."""
+    """Returns how often a loop runs: XLA's own number, or N if its condition is `i < N`. Otherwise 1, or 0 for
+    the loop that RARE matches.
+    """
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:
       return int(known)
@@ -167,7 +173,7 @@ class Program:
                if i.opcode in ('fusion', 'dot', 'convolution'))
 
   def rows_moved(self, run: Run) -> dict[str, int]:
-    """Returns how many rows of at least 128 numbers an instruction gathers and scatters: {'gather': n}, say."""
+    """Returns how many rows of at least 128 numbers an instruction gathers and scatters, for example {'gather': n}."""
     def count(one, home):
       if one.opcode == 'fusion':
         inside = self._inside_fusion(one)
@@ -184,10 +190,11 @@ class Program:
     return count(run.instruction, self.computations[run.computation])
 
   def hbm_bytes(self, run: Run) -> float:
-    """Returns the bytes that one execution of an instruction moves from and to HBM: each operand once, and results.
+    """Returns the bytes that one execution of an instruction reads from and writes to HBM: each operand once, and the
+    results.
 
-    A slice counts only itself, not its operand, and so do gathered rows; an update in place counts the update. The
-    buffers of an asynchronous collective that is part of a fusion aren't counted.
+    For a slice or gathered rows, only these are counted, not the whole operand. For an update in place, only the update
+    is counted. If an asynchronous collective is part of a fusion, its buffers aren't counted.
     """
     one, home = run.instruction, self.computations[run.computation]
     if one.opcode in FREE:
@@ -218,7 +225,7 @@ class Program:
     return total
 
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
-    """Returns the bytes of the array `name` that a fusion reads: its slices if it only slices it, else infinity."""
+    """Returns the bytes of the array `name` that a fusion reads: its slices if it is only sliced, else infinity."""
     total = 0.0
     for user in inner.values():
       if name not in user.operands:
@@ -240,7 +247,7 @@ class Program:
     return total
 
   def collectives(self) -> list[Collective]:
-    """Returns each collective once, even if XLA split it over several fusions, which then have the same chain_id."""
+    """Returns each collective once. XLA may split it over several fusions, which then have the same chain_id."""
     found, seen = [], set()
     for run in self.runs():
       inside = self._inside_fusion(run.instruction)
@@ -263,7 +270,7 @@ class Program:
     return found
 
   def _meanwhile(self, run: Run, chain: str | None) -> tuple[str, ...] | None:
-    """Returns the instructions between a collective's start and its end; the order of the text is the schedule."""
+    """Returns the instructions between a collective's start and its end. The order of the text is the schedule."""
     one, home = run.instruction, self.computations[run.computation]
     if not chain and not one.opcode.endswith('-start'):
       return None
@@ -279,7 +286,7 @@ class Program:
 
 
 def _chain(one: Instruction) -> str | None:
-  """Returns the chain_id that the parts of one asynchronous collective share."""
+  """Returns the chain_id that all parts of an asynchronous collective share."""
   return one.attribute(r'chain_id="(\d+)"')
 
 
@@ -290,7 +297,7 @@ def _scatters(computation: dict[str, Instruction]) -> bool:
 
 
 def read(text: str) -> Program:
-  """Parses the text that `compiled.as_text()` returns."""
+  """Parses a program. text: what `compiled.as_text()` returns."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = '', None
   for line in text.splitlines():
@@ -384,14 +391,14 @@ def _product_flops(one: Instruction, home: dict[str, Instruction]) -> float:
       break
     size, kernel, outputs = left[lhs.index(str(d))], right[rhs.index(str(d))], out[result.index(str(d))]
     stride, low, lhs_by, rhs_by = int(stride), int(pad.split('_')[0]), int(lhs_by), int(rhs_by)
-    # XLA writes batched matmuls as convolutions whose window lies mostly in the padding; padding doesn't count.
+    # XLA writes batched matmuls as convolutions whose window is mostly in the padding, which doesn't count.
     pairs *= sum(0 <= at < (size - 1) * lhs_by + 1 and at % lhs_by == 0
                  for o in range(outputs) for k in range(kernel) if (at := o * stride + k * rhs_by - low) is not None)
   return 2.0 * out[result.index('b')] * out[result.index('f')] * right[rhs.index('i')] * pairs
 
 
 def _group_size(text: str) -> int:
-  """Returns how many devices take part in one collective; 0 for all devices."""
+  """Returns the number of devices that take part in one collective; 0 means all devices."""
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
   if mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", mesh[1])}

@@ -1,4 +1,4 @@
-"""Plans the memory and time of each compiled program on one topology, and of the whole stage that the programs form."""
+"""Plans the memory and time of each compiled program on one topology, and of the stage that the programs form."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,7 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One program on one topology. Bytes are per chip, seconds per execution; intervals are (least, most)."""
+  """One program on one topology. Bytes are per chip, seconds per execution. Intervals are (least, most)."""
 
   program: str
   topology: str
@@ -27,7 +27,7 @@ class Plan:
   microbatches: int
   remat_policy: str
   fits: bool
-  problem: str  # why it doesn't fit
+  problem: str  # why it doesn't fit; '' if it does
   hbm_bytes: float
   params_bytes: int
   optimizer_bytes: int
@@ -36,14 +36,17 @@ class Plan:
   compile_s: float
   prediction: Prediction | None  # None if it doesn't fit
   mfu: tuple[float, float]
-  tokens: int  # of one execution
+  tokens: int  # the number of tokens of one execution
 
 
 def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
                say: Callable[[str], None] = lambda text: None) -> Iterator[Plan]:
-  """Yields the Plan of each program of `work`. Raises PlanError for a mesh that the devices can't form.
+  """Yields the Plan of each program of `work`.
 
-  folder: where libtpu writes bundles; emptied before each compile.
+  folder: where libtpu writes bundles. It is emptied before each compile.
+
+  Raises:
+    PlanError: the devices can't form the mesh.
   """
   mesh = programs.make_mesh(work, devices)
   state, lowerings = programs.lowerings(work, mesh)
@@ -62,7 +65,7 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
     start = time.perf_counter()
     try:
       compiled = lower().compile()
-    except Exception as error:  # the class depends on the version of jaxlib
+    except Exception as error:  # its type depends on the version of jaxlib
       if 'RESOURCE_EXHAUSTED' not in str(error) and 'Ran out of memory' not in str(error):
         raise
       yield dataclasses.replace(plan, problem=_out_of_memory(str(error)), compile_s=time.perf_counter() - start)
@@ -81,7 +84,7 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
 
 
 def _tokens(program: str, work: Workload) -> int:
-  """Returns the number of tokens that one execution of a program works on."""
+  """Returns the number of tokens of one execution of a program."""
   if program == 'decode':
     settings = programs.sampler_config(work)
     return settings.decode_batch_size * settings.decode_steps
@@ -94,10 +97,10 @@ def _out_of_memory(text: str) -> str:
 
 
 def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = ()) -> dict[str, Any]:
-  """Returns the sizes, FLOPs and number of steps of the whole stage. `seconds`, a (least, most) estimate of its time,
-  is computed from the plans of its programs.
+  """Returns the sizes, FLOPs, number of steps and time of the whole stage.
 
-  `seconds` is None without plans or if one of them doesn't fit.
+  `seconds` is the (least, most) estimate of its time, computed from the plans of its programs. It is None without
+  plans, or if one of them doesn't fit.
   """
   c = work.run.model
   return {
@@ -114,7 +117,7 @@ def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = (
 def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
   """Returns (least, most) seconds of the whole stage, without input, evaluation and checkpoints.
 
-  RL: if every answer has its full length and no prompt is drawn again.
+  For RL it assumes that every answer has its full length, and that no prompt is resampled.
   """
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:
@@ -122,7 +125,7 @@ def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
   rl, decode, update = work.rl, by_name['decode'], by_name['update']
   before, total = 0, [0.0, 0.0]
   for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
-    fills = -(-rl.prompts_per_step * rl.group_size // rl.decode_batch_size)  # of the decode batch
+    fills = -(-rl.prompts_per_step * rl.group_size // rl.decode_batch_size)  # how often the decode batch is filled
     dispatches = fills * new * rl.decode_batch_size / decode.tokens
     for side in (0, 1):
       total[side] += (end - before) * (

@@ -1,16 +1,17 @@
 """Predicts how long a compiled step takes on a TPU that isn't here, as an interval.
 
 The time of an instruction is the longest of three: its final bundles, with loops multiplied out (bundles.py); its
-matrix products at the chip's peak; its operands and results passing through HBM once. Instructions run one after
-another, each as often as its loop runs. Their sum is the lower end of the interval. The upper end adds the waits inside
-matrix products that bundles don't show (Chip.interlock). Both ends include the collectives: the whole time of a
-synchronous one, and of an asynchronous one the part that is longer than the compute scheduled between its start and its
-end.
+matrix products at the chip's peak; the transfer of its operands and results through HBM, once. Instructions run one
+after the other, each as often as its loop runs. Their sum is the lower end of the interval. The upper end adds the
+waits inside matrix products that bundles don't show (Chip.interlock). Both ends include the collectives. A synchronous
+collective counts in full. An asynchronous one counts by how much longer it takes than the compute scheduled between its
+start and its end.
 
-Accuracy: another program with the same method put three published dense MaxText runs (v5e-256 at 16B and 32B, v5p-128
-at 32B) inside the interval or within 2 % of an end; this module has not been run on them. Nothing has been checked for
-v6e, mixtures of experts or several slices: use those predictions to rank settings. Not included: input, checkpoints,
-the network between slices, contention between transfers and compute, and imbalance of experts.
+Accuracy: another program with the same method predicted three published dense MaxText runs (v5e-256 at 16B and 32B,
+v5p-128 at 32B). They were inside the interval, or within 2 % of one of its ends. This module hasn't been run on them.
+Nothing has been checked for v6e, mixtures of experts or several slices, so use those predictions only to rank settings.
+Not included are input, checkpoints, the network between slices, contention between transfers and compute, and imbalance
+of experts.
 """
 
 import collections
@@ -22,7 +23,7 @@ from betarank.launch.plan import bundles, hlo
 from betarank.launch.plan.chips import Topology
 
 # The part of a step that each `jax.named_scope` belongs to. model/__init__.py and objectives/__init__.py describe the
-# scopes; the optimizer's is in train/step.py and rl/update.py.
+# scopes. That of the optimizer is in train/step.py and rl/update.py.
 PARTS = {
   'embed': 'embedding',
   'layers': 'layers, other',
@@ -50,9 +51,9 @@ PARTS = {
 }
 # Longer names come first, because an alternation takes the first one that matches.
 _SCOPE = re.compile(f'/({"|".join(sorted(PARTS, key=len, reverse=True))})(?=/)')
-# Bundles per row of 1536 bfloat16 that XLA gathers or scatter-adds. The loops over rows are data-dependent, so
-# bundles.py counts one iteration. Read from v5e bundles: 4976 for 256 rows, and 2.8 million for 67,328 rows, 49,152 of
-# them real.
+# The number of bundles per row of 1536 bfloat16 that XLA gathers or scatter-adds. The loops over rows are
+# data-dependent, so bundles.py counts only one iteration. The numbers are from bundles for v5e: 4976 for 256 rows, and
+# 2.8 million for 67,328 rows, of which 49,152 were real.
 ROW_CYCLES = {'gather': 20, 'scatter': 40}
 ERROR = 'an interval, not measured on a chip; use it to rank settings (docs/plans.md)'
 
@@ -67,13 +68,16 @@ class Prediction:
   collective_s: float
   collective_bytes: dict[str, float]  # by kind
   matmul_flops: float  # with recomputation, without kernels
-  unread: tuple[str, ...]  # kernels with neither bundles nor an estimate: missing from the time
+  unread: tuple[str, ...]  # kernels with neither bundles nor an estimate; their time is missing
   hottest: tuple[tuple[str, float], ...]  # (operation, seconds), the longest first
-  parts: dict[str, tuple[float, float]]  # by name in PARTS: seconds of compute, seconds of collectives, hidden or not
+  parts: dict[str, tuple[float, float]]  # part in PARTS -> (seconds of compute, seconds of collectives, also hidden)
 
 
 def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> Prediction:
-  """Returns the prediction for a program. folder: where libtpu wrote the program's bundles."""
+  """Returns the prediction for a program.
+
+  folder: where libtpu wrote the bundles of the program.
+  """
   chip, runs = topology.chip, program.runs()
   cycles = bundles.read(folder, {
     r.instruction.name: _share(r.instruction) for r in runs if 'tpu_custom_call' in r.instruction.text})
@@ -85,14 +89,14 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
   unread = set()
   for run in runs:
     one = run.instruction
-    # A SparseCore's gather is asynchronous too, but its whole time counts: the rest of the layer waits for it.
+    # A SparseCore's gather is asynchronous too, but its whole time counts, because the rest of the layer waits for it.
     asynchronous = one.opcode.endswith(('-start', '-done', '-update')) and one.opcode != 'custom-call-done'
     if one.opcode in hlo.FREE or asynchronous or program.is_transfer(run):
       continue
     product = program.flops(run)
     known = cycles.get(one.name)
     if known is None and one.estimated_cycles is not None:
-      # XLA's estimate is good for matrix products, and 3 or more times too high for other instructions.
+      # XLA's estimate is good for matrix products, but at least 3 times too high for other instructions.
       known = one.estimated_cycles if product else one.estimated_cycles / 3
     if known is None and 'tpu_custom_call' in one.text:
       unread.add(one.name)
@@ -123,9 +127,12 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
 
 
 def scope(source: str) -> str | None:
-  """Returns the innermost scope of PARTS that an instruction lies in, given what hlo.Program.source returns for it."""
+  """Returns the innermost scope of PARTS that an instruction is in, or None.
+
+  source: what hlo.Program.source returns for the instruction.
+  """
   path, unwrapped = '', '/' + source.partition(' ')[0]
-  while path != unwrapped:  # transformations wrap the first scope after them, as in jit(step)/transpose(jvp(embed))/add
+  while path != unwrapped:  # transformations wrap the scope that follows, as in jit(step)/transpose(jvp(embed))/add
     path, unwrapped = unwrapped, re.sub(r'\b(?!p?jit\b)\w+\(([^()]*)\)', r'\1', unwrapped)
   found = _SCOPE.findall(path)
   return found[-1] if found else None
@@ -136,12 +143,12 @@ def _part(source: str) -> str:
 
 
 def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
-  """Returns the seconds of one collective at the links' full rate."""
+  """Returns the seconds of one collective at the full rate of the links."""
   rate = topology.links(group) * topology.chip.link_rate
   moved = size * (group - 1) / group
   if kind == 'all-reduce':
     return 2 * moved / rate
-  if kind in ('all-to-all', 'ragged-all-to-all'):  # a row travels a quarter of the ring on average
+  if kind in ('all-to-all', 'ragged-all-to-all'):  # on average, a row crosses a quarter of the ring
     return moved * max(1.0, min(group, max(topology.dims)) / 4) / rate
   if kind == 'collective-permute':
     return size / topology.chip.link_rate
@@ -149,9 +156,10 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def _share(kernel: hlo.Instruction) -> float:
-  """Returns the share of a kernel's blocks that have work: those that the causal mask leaves, for splash attention.
+  """Returns the share of a kernel's blocks that have work. In splash attention, these are the ones that the mask
+  leaves.
 
-  Splash attention's first operand has one entry per block. All blocks of any other kernel have work.
+  The first operand of splash attention has one entry per block. In other kernels, all blocks have work.
   """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:

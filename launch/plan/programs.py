@@ -1,4 +1,4 @@
-"""The programs that a config runs, lowered for devices that aren't here. Nothing is allocated and no data is read."""
+"""Lowers the programs of a config for devices that aren't here. Nothing is allocated, and no data is read."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
 from betarank.configs.errors import ConfigError
-from betarank.data import Batch
+from betarank.data import Batch, sources
 from betarank.launch.plan.chips import PlanError
 from betarank.launch.plan.workload import Workload
 from betarank.rl.update import make_update
@@ -22,13 +22,14 @@ from betarank.train.sampler import Sampler, SamplerConfig
 from betarank.train.step import make_step
 
 Lower = Callable[[], jax.stages.Lowered]
-EOS = 0  # which token ends an answer changes a constant of the decode program, not its memory or time
+EOS = 0  # any id will do, because it is a constant that changes neither memory nor time of the decode program
 
 
 def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
-  """Returns the run's mesh over `devices`, as its start makes it.
+  """Returns the mesh that the run would create over `devices`.
 
-  Raises PlanError where the start would raise ConfigError, with a mesh or batch that would work.
+  Raises:
+    PlanError: the run would end with a ConfigError. The message has a mesh or batch that would work.
   """
   run, count = work.run, len(devices)
   try:
@@ -50,10 +51,11 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 
 
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
-  """Returns the abstract train state, and a function per program that lowers it.
+  """Returns the abstract train state, and for each program a function that lowers it.
 
-  The programs are `train`, or in RL `update` and `decode`, with the shapes of the longest phase. RL also runs two
-  smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference policies.
+  The programs are `train`, or in RL `update` and `decode`, with the shapes of the phase with the longest answers. RL
+  also runs two smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference
+  policies.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -66,7 +68,7 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
 
 
 def sampler_config(work: Workload) -> SamplerConfig:
-  """Returns the sampler's settings in RL's longest phase, as rl/loop.py makes them."""
+  """Returns the settings of the sampler, as rl/loop.py creates them, for RL's phase with the longest answers."""
   rl = work.rl
   return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True,
                        cache_tokens=rl.cache_tokens)
@@ -74,7 +76,9 @@ def sampler_config(work: Workload) -> SamplerConfig:
 
 def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:
   run = work.run
-  batch = Batch(*[_abstract(mesh, (work.rows, work.length), jnp.int32, 'batch', 'length')] * 4)
+  tokens = lambda dtype: _abstract(mesh, (work.rows, work.length), dtype, 'batch', 'length')
+  masked = any(sources.masked(source) for source in run.data.sources.values())
+  batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_) if masked else None)
   stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
   return make_step(run.model, run.objective, tx, byte_counts, work.microbatches, stats).lower(state, batch)
 
@@ -86,14 +90,14 @@ def _lower_update(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stag
   if c.moe.experts:
     choices_BTLk = _abstract(
       mesh, (work.rows, work.length, c.layers, c.moe.experts_per_token), jnp.int16, 'batch')
-  return make_update(c, rl.loss, tx, rl.microbatches).lower(
+  return make_update(c, rl.loss, tx, rl.microbatches, rl.temperature).lower(
     state,
     Batch(*[tokens(jnp.int32)] * 4),
     tokens(jnp.bool_),  # which tokens count
-    tokens(jnp.float32),  # the sampler's log-probabilities
+    tokens(jnp.float32),  # log-probabilities from the sampler
     _abstract(mesh, (work.rows,), jnp.float32, 'batch'),  # advantages
     tokens(jnp.float32) if rl.minibatches > 1 else None,  # log-probabilities before the first update
-    tokens(jnp.float32) if rl.loss.kl_weight else None,  # those of the reference
+    tokens(jnp.float32) if rl.loss.kl_weight else None,  # log-probabilities of the reference
     tokens(jnp.bool_) if rl.loss.cov else None,
     choices_BTLk,
   )
@@ -104,7 +108,10 @@ def _abstract(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str) -> jax.Shap
 
 
 def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
-  """Returns `lower` with `mesh` as the current mesh: abstract, because its devices can't hold a traced constant."""
+  """Returns `lower` wrapped to run with `mesh` as the current mesh.
+
+  The mesh is abstract, because constants can't be placed on devices that aren't here.
+  """
   def run():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return lower()

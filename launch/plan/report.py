@@ -1,16 +1,16 @@
-"""Plans as text for a person."""
+"""Prints plans as text."""
 
 from collections.abc import Sequence
 
+from betarank.configs.terminal import duration
 from betarank.launch.plan.chips import Topology
 from betarank.launch.plan.plans import GB, Plan, describe_stage, suggest_fix
 from betarank.launch.plan.predict import ERROR
 from betarank.launch.plan.workload import Workload
-from betarank.runtime.metrics import duration
 
 
 def report(work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_chip_hour: float) -> None:
-  """Prints the model's size, every plan, and time and cost of the stage; the cost only if the price isn't 0."""
+  """Prints the model's size, every plan, and the time and cost of the stage. The cost is omitted if the price is 0."""
   stage = describe_stage(work, topology, plans)
   total, active = sum(stage['parameters'].values()), stage['active_parameters']
   parts = ', '.join(f'{name} {_short(n)}' for name, n in stage['parameters'].items() if n)

@@ -1,4 +1,6 @@
-"""Which mesh, microbatches and remat policy to take: compiles the likeliest settings and ranks those that fit."""
+"""Finds good settings for mesh, microbatches and remat policy: compiles the likeliest ones, and ranks those that
+fit.
+"""
 
 import dataclasses
 import itertools
@@ -15,7 +17,7 @@ from betarank.launch.plan.report import summary
 from betarank.launch.plan.workload import Workload, workload
 from betarank.model.config import REMAT, ModelConfig, parameter_counts
 
-ROWS_PER_CHIP = (1, 2, 4, 8)  # of a microbatch
+ROWS_PER_CHIP = (1, 2, 4, 8)  # the numbers of rows per chip of a microbatch that are tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Candidate:
   mesh: tuple[tuple[str, int], ...]
   microbatches: int
   remat_policy: str
-  least_bytes: float  # per chip: state, gradients and saved activations, so a lower bound on memory
+  least_bytes: float  # a lower bound on the memory per chip: state, gradients and saved activations
 
   def __str__(self):
     mesh = ' x '.join(f'{axis} {n}' for axis, n in self.mesh if n > 1) or 'one device'
@@ -33,9 +35,9 @@ class Candidate:
 
 
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
-  """Returns the settings whose lower bound on memory fits, the likeliest to be fast first.
+  """Returns the settings whose lower bound on memory fits. Those that are likely to be fast come first.
 
-  Those are the ones with the least recomputation, then the fewest microbatches, then the least memory.
+  They are sorted by the least recomputation, then by the fewest microbatches, then by the least memory.
   """
   c, chips = work.run.model, topology.chips
   experts = [e for e in (1, 8, 16, 32) if c.moe.experts and c.moe.experts % e == 0] or [1]
@@ -58,7 +60,7 @@ def _powers_of_2(limit: int) -> list[int]:
 
 
 def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str) -> float:
-  """Returns bytes per chip of state and gradients (float32, 16 per parameter) and of the layers' saved activations."""
+  """Returns the bytes per chip of the state and gradients (float32, 16 per parameter) and of the saved activations."""
   counts = parameter_counts(c)
   state = 16 * (counts['experts'] / expert + sum(counts.values()) - counts['experts']) / fsdp
   hidden = c.moe.experts_per_token * c.moe.expert_d_ff + c.moe.shared_d_ff if c.moe.experts else c.d_ff
@@ -69,7 +71,9 @@ def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str
 
 def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path, tries: int,
            say: Callable[[str], None]) -> list[Plan]:
-  """Compiles up to `tries` candidates. Prints a line for each and the ranking; returns the plans, the fastest first."""
+  """Compiles up to `tries` candidates, and prints a line for each and the ranking. Returns the plans, the fastest
+  first.
+  """
   work = workload(config)
   possible = candidates(work, topology)
   if not possible:
@@ -101,7 +105,10 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
 
 
 def _spread(ordered: list[Candidate], tries: int) -> list[Candidate]:
-  """Returns the first candidate of each remat policy, then the second of each, so that few tries see every policy."""
+  """Returns the first candidate of each remat policy, then the second of each, and so on, up to `tries` candidates.
+
+  So even a few tries cover every policy.
+  """
   groups: dict[str, list[Candidate]] = {}
   for candidate in ordered:
     groups.setdefault(candidate.remat_policy, []).append(candidate)

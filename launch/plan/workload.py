@@ -1,4 +1,4 @@
-"""What a config runs, with one set of names for pre-training and RL."""
+"""Gives pre-training and RL runs the same names, for the planner."""
 
 import dataclasses
 
@@ -10,19 +10,21 @@ from betarank.train.config import RunConfig, run_config
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """A checked run. `rl` is None for pre-training; nothing else in the planner asks which of the two a run is."""
+  """A checked run. `rl` is None for pre-training. The planner finds out from this field alone which of the two it
+  is.
+  """
 
   run: RunConfig | RlRun
   rl: RlConfig | None
 
   @property
   def section(self) -> str:
-    """The config section that holds `microbatches`."""
+    """The config section that has `microbatches`."""
     return 'rl' if self.rl else 'train'
 
   @property
   def rows(self) -> int:
-    """Sequences in one update."""
+    """The number of sequences in one update."""
     return self.run.rows
 
   @property
@@ -31,7 +33,7 @@ class Workload:
 
   @property
   def length(self) -> int:
-    """Tokens per row; in RL, a prompt and an answer of the longest phase."""
+    """The number of tokens per row. In RL, a row has a prompt and an answer of the largest length."""
     return self.run.sequence_length
 
   @property
@@ -40,7 +42,11 @@ class Workload:
 
 
 def workload(config: ConfigDict) -> Workload:
-  """Returns what `config` runs: RL if it has a section `rl`, else pre-training. Raises ConfigError, naming the key."""
+  """Returns the run of `config`: RL if it has a section `rl`, else pre-training.
+
+  Raises:
+    ConfigError: a setting is invalid. The message names its key.
+  """
   if 'rl' in config:
     run = rl_run(config)
     return Workload(run, run.rl)

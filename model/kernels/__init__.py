@@ -1,1 +1,3 @@
-"""Pallas kernels for attention, experts and sums of rows, on TPU and GPU. Tests compare each with XLA operations."""
+"""Pallas kernels for attention, experts and sums of rows, on TPU and GPU. Tests compare each of them with XLA
+operations.
+"""

@@ -1,9 +1,9 @@
-"""Pallas Mosaic GPU kernels for causal attention within documents on Hopper GPUs (H100, H200); jax 0.11.2 or newer.
+"""Pallas Mosaic GPU kernels for causal attention within documents on Hopper GPUs (H100, H200). They need jax >= 0.11.2.
 
 A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks
-before the document are never read, and only blocks at a document's edges are masked. All scores are never held at once,
-forward or backward. Two warpgroups compute, each on 64 rows of every block (the size of a wgmma instruction). A third
-one keeps the copy engine (TMA) busy.
+before the document are never read. Only blocks at the edges of documents are masked. The scores are never all in
+memory, neither in the forward nor in the backward pass. Two warpgroups compute, each on 64 rows of every block (the
+size of a wgmma instruction). A third one keeps the copy engine (TMA) busy.
 
 # B batch  T tokens  K key heads  G query heads per key head  N = K·G query heads  H head width
 # Q, S a block of queries, keys  R blocks of a row  P = B·R blocks of all rows, in the order they are processed
@@ -22,23 +22,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 UNSEEN = -1e30
 HALF = 64  # rows of one warpgroup
 TILE = 2 * HALF  # queries or keys that a program owns at a time
-STAGES = 2  # blocks in shared memory: one in use, one being loaded
+STAGES = 2  # the number of blocks in shared memory: one in use, one being loaded
 PROCESSORS = 132  # streaming multiprocessors of an H100
 CARDS = 'H100', 'H200', 'GH200'
 WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 def fits(length: int, width: int, device_kind: str) -> bool:
-  """Returns True if the kernels support these row lengths and head widths on this card with the installed JAX."""
+  """Returns True if the kernels support this row length and head width on this card with the installed JAX."""
   new = jax.__version_info__ >= (0, 11, 2)  # the first version that can store to an accumulator
   return new and length % TILE == 0 and width in (64, 128) and any(card in device_kind for card in CARDS)
 
 
 @jax.custom_vjp
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H]; computed in float32.
+  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H], computed in float32.
 
-  q, k and v are bfloat16 or float16, H is 64 or 128, and T is a multiple of 128. start_BT and end_BT are those of
+  q, k and v are bfloat16 or float16, H is 64 or 128, and T is a multiple of 128. start_BT and end_BT come from
   `attention_triton.documents`. dq is summed by atomic additions in no fixed order, so its last bits differ from run to
   run.
   """
@@ -61,14 +61,18 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
-  """Returns (out_BTNH, lse_BNT); lse is float32, to base 2. A program processes blocks of queries one by one."""
+  """Returns (out_BTNH, lse_BNT). lse is the float32 logarithm, to base 2, of the sum of exponentials.
+
+  A program processes several blocks of queries, one after the other.
+  """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale = q_BTNH.dtype, length // TILE, _scale(width)
   if length % TILE or width not in (64, 128) or dtype.itemsize != 2:
     raise ValueError(f'The Hopper kernel takes 16-bit heads of 64 or 128 and multiples of 128 tokens: {q_BTNH}')
   items, programs = batch * tiles * heads, min(PROCESSORS, batch * tiles * heads)
-  # steps: the blocks of keys from the diagonal back to the start of the first query's document. full: how many of them,
-  # from the diagonal on, lie within the last query's document, and so within those of all queries.
+  # steps: the number of blocks of keys from the diagonal back to the start of the first query's document. full: the
+  # number of these blocks, counted from the diagonal, that lie within the last query's document. Since they lie between
+  # its start and the diagonal, they lie within the documents of all queries.
   diagonal_R = jnp.arange(tiles, dtype=jnp.int32)
   steps_BR = diagonal_R + 1 - start_BT[:, ::TILE] // TILE
   full_BR = jnp.maximum(diagonal_R + 1 - pl.cdiv(start_BT[:, TILE - 1::TILE], TILE), 1)
@@ -128,7 +132,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
         def step(masked, t, carry):
           """Computes the scores of block t and adds the values of block t-1.
 
-          Then the other warpgroup uses the tensor cores while this one computes exponentials.
+          In this order, one warpgroup can use the tensor cores while the other computes exponentials.
           """
           out_QH, most_Q, sum_Q, p_QS = carry
           slot, before = lax.rem(t0 + t, STAGES), lax.rem(t0 + t - 1, STAGES)
@@ -212,15 +216,15 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
 
 
 def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
-  """Returns (dq·√H in float32, dk, dv). A program owns a block of keys and adds its part of dq to that of the others.
+  """Returns (dq·√H in float32, dk, dv). Each program owns a block of keys, and adds its part of dq to the sum.
 
-  The two computing warpgroups hold dk and dv of 64 keys each in registers, which leaves no registers for dq. So they
-  write ds to shared memory, the loading warpgroup computes dq from it, and the copy engine sums dq in the L2 cache.
+  The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. So they
+  write ds to shared memory. The loading warpgroup computes dq from it, and the copy engine sums dq in the L2 cache.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
-  # steps: blocks of 64 queries from the diagonal to the end of the last key's document. full: the block in which the
-  # first key's document ends.
+  # steps: the number of blocks of 64 queries from the diagonal to the end of the last key's document. full: the index
+  # of the block in which the first key's document ends.
   start_R = jnp.arange(tiles, dtype=jnp.int32) * (TILE // HALF)
   steps_BR = pl.cdiv(end_BT[:, TILE - 1::TILE], HALF) - start_R
   full_BR = end_BT[:, ::TILE] // HALF
@@ -248,7 +252,8 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
       def step(g, i, dk_ref, dv_ref):
         t = g * steps + i - start
         slot = lax.rem(t, STAGES)
-        # Equals wg, but the compiler can't know that. It would compute all addresses in advance and lack registers.
+        # This equals wg, but the compiler can't know it. Otherwise it would compute all addresses in advance, and run
+        # out of registers.
         w = wg + (i >> 20)
 
         def column(x_ref):
@@ -337,7 +342,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
       plgpu.wait_smem_to_gmem(0)
 
   barrier = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES)
-  # This zero depends on delta. Otherwise XLA would make one array of zeros for all layers early, and copy it for each.
+  # This zero depends on delta. Otherwise XLA would make one array of zeros early, and copy it for each layer.
   zero, delta_BNT = lax.optimization_barrier((jnp.float32(0), delta_BNT))
   dq = jax.new_ref(jnp.full(q_BTNH.shape, zero))
   dk_BTKH, dv_BTKH = _kernel(
@@ -357,7 +362,7 @@ def _scale(width: int) -> float:
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:
-  """Returns int32 [P] arrays, sorted by key: the index of each block in [B, R], and its values."""
+  """Returns int32 arrays [P], sorted by key: the index of each block in [B, R], and the values of each block."""
   place_P = jnp.argsort(key_BR.ravel()).astype(jnp.int32)
   return [place_P, *(x.ravel()[place_P] for x in values_BR)]
 

@@ -1,8 +1,8 @@
-"""Triton kernels for causal attention within documents on a GPU; they skip blocks that no query sees.
+"""Triton kernels for causal attention within documents on a GPU. They skip blocks that no query sees.
 
 A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks
-before the document are never read, and only blocks at the document's edges are masked. All scores are never held at
-once, forward or backward.
+before the document are never read. Only blocks at the edges of documents are masked. The scores are never all in
+memory, neither in the forward nor in the backward pass.
 
 # B batch  T tokens  K key heads  G query heads per key head  N = K·G  H head width  Q, S a block of queries, keys
 """
@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from betarank.model.sharding import platform
 
 UNSEEN = -1e30
-# (queries, keys, warps, stages) of each kernel: the fastest that were tried on an H100 (benchmarks/attention.py).
+# (queries, keys, warps, stages) of each kernel: the fastest of those tried on an H100 (benchmarks/attention.py).
 FORWARD = 128, 64, 8, 3
 DQ = 128, 64, 8, 3
 DKV = 64, 128, 8, 2
@@ -32,7 +32,9 @@ def fits(length: int, width: int) -> bool:
 
 
 def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (start_BT, end_BT), int32: the first token of each token's document, and one past its last token."""
+  """Returns (start_BT, end_BT), int32: the first token of each token's document, and one past the document's last
+  token.
+  """
   length = segments_BT.shape[1]
   index_T = jnp.arange(length, dtype=jnp.int32)
   change_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
@@ -45,9 +47,9 @@ def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H]; computed in float32.
+  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H], computed in float32.
 
-  start_BT and end_BT are those of `documents`.
+  start_BT and end_BT come from `documents`.
   """
   return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
@@ -62,7 +64,7 @@ def _scale(width: int) -> float:
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
-  """Returns (out_BTNH, lse_BNT); lse is float32, to base 2."""
+  """Returns (out_BTNH, lse_BNT). lse is the float32 logarithm, to base 2, of the sum of exponentials."""
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   queries, keys, warps, stages = FORWARD
   scale = _scale(width)
@@ -167,7 +169,8 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
       ds_SQ = p_SQ * (_dot(v_SH, dout_QH.T) - delta_ref[g, at][None])
       return dk_SH + _dot(ds_SQ.astype(q_QH.dtype), q_QH), dv_SH
 
-    # Queries up to the diagonal, then those that see all keys (the first key's document), then others that see some.
+    # Three ranges of queries: those at the diagonal, which see some keys; those in the first key's document, which see
+    # all keys; and the rest, which see some keys.
     below = pl.cdiv((tile + 1) * keys, queries)
     full = jnp.maximum(end_ref[tile * keys] // queries, below)
     last = jnp.maximum(pl.cdiv(end_ref[tile * keys + keys - 1], queries), below)
@@ -192,7 +195,9 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
 
 
 def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
-  """Returns the carry after step(masked, j, carry) for all blocks j of keys that some query of this tile sees."""
+  """Applies carry = step(masked, j, carry) for all blocks j of keys that some query of this tile sees. Returns the
+  carry.
+  """
   last = pl.cdiv((tile + 1) * queries, keys)
   full = jnp.minimum(pl.cdiv(start_ref[queries - 1], keys), last)  # the first block in the documents of all queries
   diagonal = jnp.maximum(tile * queries // keys, full)

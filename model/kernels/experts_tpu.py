@@ -1,9 +1,9 @@
 """A Pallas kernel for experts on a TPU: all three matrix products of a tile of rows in one kernel.
 
-All rows of a tile belong to one expert, so nothing is masked, and the hidden values never leave the chip's vector
-memory (VMEM). An expert's weights stay in VMEM from one of its tiles to the next. So do the float32 sums of their
-gradients, which are rounded and written after its last tile. The backward kernel recomputes gate and up. On a chip with
-two cores, each core takes half of the used tiles.
+All rows of a tile belong to one expert, so nothing is masked. The hidden values never leave the chip's vector memory
+(VMEM). An expert's weights stay in VMEM while its tiles are processed. So do the float32 sums of their gradients, which
+are rounded and written after its last tile. The backward kernel recomputes gate and up. On a chip with two cores, each
+core takes half of the used tiles.
 
 # C tiles  R rows  D width  F hidden  e experts  H cores
 """
@@ -16,11 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from betarank.model.sharding import cores, platform
 
-VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p has 64; the compiler's default limit is 16
+VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p has 64 MiB; the compiler's default limit is 16 MiB
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if VMEM holds two bfloat16 blocks of each weight and gradient, and a float32 sum of each gradient."""
+  """Returns True if VMEM holds two bfloat16 blocks of each weight and each gradient, and a float32 sum of each
+  gradient.
+  """
   return 3 * width * (-(-hidden // 128) * 128) * (2 * 2 + 2 * 2 + 4) <= VMEM_BYTES * 3 // 4
 
 
@@ -28,7 +30,7 @@ def fits(width: int, hidden: int) -> bool:
 def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
   """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D].
 
-  expert_C must not decrease. The output of tiles from number `used` on is undefined.
+  expert_C must not decrease. Only the first `used` tiles of the output are defined.
   """
   weights = gate_eDF, up_eDF, down_eFD
   tile, column, of_expert = _blocks(x_CRD, weights)
@@ -83,23 +85,26 @@ def _dot(a, b, contract=(1, 0)) -> jax.Array:
 
 
 def _grid(tiles: int) -> tuple[int, int]:
-  """Returns the kernel's grid: (cores, largest number of tiles per core)."""
+  """Returns the kernel's grid: (number of cores, largest number of tiles per core)."""
   ways = min(cores(), tiles)
   return ways, -(-tiles // ways)
 
 
 def _tiles_per_core(tiles: int, used):
-  """Returns how many of the used tiles each core takes."""
+  """Returns the number of used tiles that each core takes."""
   return jnp.maximum(-(-used // _grid(tiles)[0]), 1)
 
 
 def _tile(core, step, expert_C, work):
-  """Returns the tile of a core's step; after its last tile a core stays at it. work: (used tiles, tiles per core)."""
+  """Returns the tile that a core processes in a step. After its last tile, a core stays at that tile.
+
+  work: (number of used tiles, tiles per core).
+  """
   return jnp.minimum(core * work[1] + jnp.minimum(step, work[1] - 1), expert_C.shape[0] - 1)
 
 
 def _works(work):
-  """Returns True if the current step of this core has a used tile."""
+  """Returns True if this core has a used tile to process in the current step."""
   core, step = pl.program_id(0), pl.program_id(1)
   return (step < work[1]) & (core * work[1] + step < work[0])
 
@@ -107,7 +112,7 @@ def _works(work):
 def _blocks(x_CRD, weights):
   """Returns the BlockSpecs of x, of an array with one number per row, and of each weight.
 
-  A grid step gets its tile of the first two, and the weights of its tile's expert.
+  A grid step gets its tile of the first two, and the weights of the tile's expert.
   """
   by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda *at: (_tile(*at), 0, 0))
   of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)], 0, 0)) for w in weights]
@@ -131,8 +136,8 @@ def _experts_backward(saved, dout_CRD):
   x_CRD, weight_CR, expert_C, used, *weights = saved
   tile, column, of_expert = _blocks(x_CRD, weights)
   ways, count = _grid(len(expert_C))[0], len(weights[0])
-  # Both cores may have tiles of one expert, the last one of the first core. Core h writes the sum of expert e at e + h,
-  # so that the two don't overwrite each other.
+  # Both cores may have tiles of the same expert, where the first core's tiles end. So core h writes the sum of expert e
+  # at e + h, and the two don't overwrite each other.
   placed = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)] + at[0], 0, 0)) for w in weights]
   shape = jax.ShapeDtypeStruct
   dx_CRD, dweight_CR1, *grads = _call(

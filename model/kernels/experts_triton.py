@@ -1,7 +1,7 @@
 """Triton kernels for experts on a GPU: tiles of rows times the weights of their experts.
 
-All rows of a tile belong to one expert, so a program only looks up which weights to multiply by; nothing is copied or
-masked. The gradient of an expert's weights is one sum over its tiles.
+All rows of a tile belong to one expert, so a program only looks up which weights to use; nothing is copied or masked.
+The gradient of an expert's weights is a sum over its tiles.
 
 # C tiles  R rows  I input width  O output width  D width  F hidden  e experts
 """
@@ -15,18 +15,18 @@ from jax.experimental.pallas import triton as plgpu
 
 from betarank.model.sharding import platform
 
-MOST, DEPTH = 128, 64  # largest block of the output (rows and columns), and largest slice of what is contracted
+MOST, DEPTH = 128, 64  # the largest block of the output (rows and columns), and of the contracted dimension
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if blocks of at least 32, whose sides are powers of two, divide these sizes."""
+  """Returns True if both sizes are divisible by a power of two of at least 32, which becomes the side of a block."""
   return min(_block(width), _block(hidden)) >= 32
 
 
 def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
   """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D].
 
-  expert_C must not decrease. The output of tiles from number `used` on is undefined.
+  expert_C must not decrease. Only the first `used` tiles of the output are defined.
   """
   both_CRF = checkpoint_name(product(x_CRD, jnp.concatenate([gate_eDF, up_eDF], 2), expert_C, used), 'mlp')
   gate_CRF, up_CRF = jnp.split(both_CRF.astype(jnp.float32), 2, axis=2)
@@ -38,13 +38,13 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
   """Returns each tile times its expert's weights, [C, R, O].
 
-  expert_C must not decrease. The output of tiles from number `used` on is undefined.
+  expert_C must not decrease. Only the first `used` tiles of the output are defined.
   """
   return _matmul(x_CRI, w_eIO, expert_C, used, transposed=False)
 
 
 def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
-  """Computes `product`. transposed: w is [e, O, I] instead of [e, I, O]."""
+  """Computes `product`. With transposed=True, w is [e, O, I] instead of [e, I, O]."""
   tiles, rows, depth = x_CRI.shape
   width = w.shape[1 if transposed else 2]
   block_R, block_O, step = _block(rows), _block(width), _block(depth, DEPTH)
@@ -76,7 +76,9 @@ def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
 
 
 def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
-  """Returns the gradient of each expert's weights, [e, I, O], in the dtype of `like`: a sum over the expert's tiles."""
+  """Returns the gradient of each expert's weights, [e, I, O], in the dtype of `like`. It is a sum over the expert's
+  tiles.
+  """
   rows, (count, depth, width) = x_CRI.shape[1], like.shape
   block_I, block_O, step = _block(depth), _block(width), _block(rows, DEPTH)
   # An expert's tiles end where those of the next expert start.

@@ -1,8 +1,8 @@
-"""Scatter-add of rows on a TPU, where XLA would add the rows one after the other.
+"""Scatter-add of rows on a TPU. XLA would add the rows one by one.
 
-Rows are gathered in the order of their destinations. A tile of rows is then added to a block of sums by a matrix
-product with zeros and ones. A tile that spans two blocks is visited for each of them. On a chip with two cores, each
-core takes half of the width.
+Rows are gathered in the order of their destinations. Then a tile of rows is added to a block of sums by a matrix
+product with a matrix of zeros and ones. A tile whose rows go to two blocks is visited once for each of them. On a chip
+with two cores, each core takes half of the width.
 
 # P rows  V visits of a tile  M rows of a tile  G sums  B blocks of sums  D width
 """
@@ -19,7 +19,7 @@ TILE, BLOCK = 256, 128
 
 
 def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
-  """Returns out_g = Σ y_p over the rows with to_p = g, [G, D]. Rows with to_p >= G are ignored, even if NaN."""
+  """Returns out_g, the sum of y_p over the rows with to_p = g, [G, D]. Rows with to_p >= G are ignored, even if NaN."""
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)
   pad = (0, tiles * TILE - len(to_P))
@@ -30,7 +30,7 @@ def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
   end_B = jnp.sum(to_P[None] < jnp.minimum(jnp.arange(1, blocks + 1) * BLOCK, sums)[:, None], 1, dtype=jnp.int32)
   start_B = jnp.pad(end_B[:-1], (1, 0))
   tile_B = start_B // TILE
-  visits_B = jnp.maximum(-(-end_B // TILE) - tile_B, 1)  # a block without rows is visited to set it to zero
+  visits_B = jnp.maximum(-(-end_B // TILE) - tile_B, 1)  # a block without rows needs a visit that sets it to zero
   visits_end_B = jnp.cumsum(visits_B)
   visit_V = jnp.arange(tiles + blocks)
   block_V = jnp.minimum(jnp.sum(visit_V[:, None] >= visits_end_B[None], 1, dtype=jnp.int32), blocks - 1)

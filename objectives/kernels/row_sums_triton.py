@@ -1,8 +1,8 @@
-"""A Triton kernel that computes all sums over a row of logits that the loss and its statistics need, in one pass.
+"""A Triton kernel that computes, in one pass over a row of logits, all sums that the loss and its statistics need.
 
-On a GPU, XLA takes four passes, one for the largest logit and one for each sum. With Qwen's vocabulary they take a
-quarter of the time of the head's matrix products. Each lane keeps its own running maximum, so lanes communicate only at
-the end of a row.
+On a GPU, XLA takes four passes: one for the largest logit, and one for each sum. With Qwen's vocabulary they take a
+quarter of the time of the head's matrix products. In the kernel, each lane keeps its own running maximum, so lanes
+communicate only at the end of a row.
 """
 # C rows  V vocabulary  B logits of a block
 
@@ -25,16 +25,16 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
   """Returns (shift_C, wrong_C, energy_C, rank_C), float32. Requires `fits(V)`.
 
   Args:
-    z_CV: float32 logits. They may be a part of the vocabulary.
-    x_C: int32 target ids, relative to the first logit's. An id outside [0, V) is a token of another part.
+    z_CV: float32 logits, of the whole vocabulary or of a part of it.
+    x_C: int32 target ids, relative to the first logit. An id outside [0, V) is a token of another part.
     target_C: float32 logits of the targets.
-    interpret: runs on any device, slowly.
+    interpret: runs the kernel on any device, slowly.
 
   Returns:
     shift: the largest z.
     wrong: the sum of exp(z - shift) over all tokens except x.
     energy: the sum of exp(z - shift) (z - shift) over all tokens except x.
-    rank: the number of tokens that come before x; of equal logits, lower ids come first.
+    rank: the number of tokens ordered before x. Of equal logits, lower ids come first.
   """
   rows, vocab = z_CV.shape
   per_row = pl.BlockSpec((None,), lambda i: (i,))
@@ -43,7 +43,7 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
     x, target = x_ref[...], target_ref[...]
 
     def add(start, unread, carry):
-      """Adds a block of logits; only ids from `unread` on count, if it isn't 0."""
+      """Adds a block of logits. If `unread` isn't 0, only ids from `unread` on count."""
       most_B, wrong_B, energy_B, rank_B = carry
       at_B = start + jnp.arange(BLOCK)
       z_B = z_ref[pl.ds(start, BLOCK)]
@@ -57,7 +57,7 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
 
     empty = jnp.full(BLOCK, jnp.finfo(jnp.float32).min), *[jnp.zeros(BLOCK)] * 3
     carry = lax.fori_loop(0, vocab // BLOCK, lambda i, carry: add(i * BLOCK, 0, carry), empty)
-    if vocab % BLOCK:  # the last block overlaps the one before it; what was read already is masked
+    if vocab % BLOCK:  # the last block overlaps the one before it, so logits that were already added are masked
       carry = add(vocab - BLOCK, vocab - vocab % BLOCK, carry)
     most_B, wrong_B, energy_B, rank_B = carry
     shift = most_B.max()

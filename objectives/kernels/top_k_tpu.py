@@ -1,12 +1,13 @@
-"""A TPU kernel that finds the k-th largest logit of rows held in VMEM, so that each logit is read from HBM once.
+"""A TPU kernel that finds the k-th largest logit of rows held in VMEM, reading each logit from HBM only once.
 
-The k-th largest logit is searched for among a few candidates. The logits of a row are divided into about 24 k groups,
-and one sweep keeps the DEPTH largest of each group. Bisection over float32 bit patterns finds the k-th largest of the
-candidates. It is the k-th largest of the row unless all candidates of some group are at or above it, which happens to
-about one row in 3000 of independent logits at k = 100. Bisection then runs over the whole row. If more logits equal the
-k-th largest than belong to the top k, the last id is found by bisection too. So the result is always exact, and only
-the time depends on the logits. The equivalent in XLA operations (objectives/top_k.py) moves the logits several times on
-a TPU, and sorts.
+The logits of a row are divided into about 24 k groups, and one sweep keeps the DEPTH largest of each group as
+candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th largest logit of
+the row, unless all candidates of some group are at or above it. That happens to about one row in 3000 of independent
+logits at k = 100. For such rows, bisection then runs over the whole row.
+
+If more logits equal the k-th largest than belong to the top k, the last id of the top k is found by bisection too. So
+the result is always exact, and only the time depends on the logits. The same in XLA operations (objectives/top_k.py)
+moves the logits several times on a TPU, and sorts.
 """
 # R rows of a block  L lanes  V vocabulary  k size of the top k
 
@@ -21,21 +22,21 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 DEPTH = 4
 GROUPS_PER_K = 24
-MAX_SPAN, MIN_SPAN = 64, 8  # logits per group
-ROWS = 16  # two registers per column; with one, more cycles are spent waiting for results
+MAX_SPAN, MIN_SPAN = 64, 8  # limits of the number of logits per group
+ROWS = 16  # a column takes two registers; with 8 rows and one register, more cycles would be spent waiting for results
 UNROLL = 16  # columns per loop iteration
-MAX_BLOCK = 20 * 2**20  # bytes; VMEM holds two blocks at once
+MAX_BLOCK = 20 * 2**20  # bytes of a block of rows; VMEM holds two blocks at once
 
 
 def fits(vocab, k):
-  """Returns True if the kernel supports rows [V]: the groups are large enough, and a block of rows fits VMEM."""
+  """Returns True if the kernel supports rows [V]: the groups are large enough, and a block of rows fits into VMEM."""
   return _span(vocab, k) >= MIN_SPAN and 4 * ROWS * _columns(vocab) * LANES <= MAX_BLOCK
 
 
 def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
-  """Returns what `find_head` of objectives/top_k.py does, on one device. Requires `fits(V, k)`.
+  """Returns the same as `find_head` of objectives/top_k.py, on one device. Requires `fits(V, k)`.
 
-  Subnormal logits count as zero. interpret: runs on any device, slowly.
+  Subnormal logits count as zero. interpret: runs the kernel on any device, slowly.
   """
   tokens, vocab = z_CV.shape
   block = 4 * ROWS * _columns(vocab) * LANES
@@ -61,7 +62,7 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns per group, which is the number of logits in each lane of it."""
+  """Returns the number of columns per group. A group is one lane of these columns, so this is also its size."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -74,7 +75,7 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
     _column(kept_ref, c) for c in range((DEPTH - 1) * kept_width // DEPTH // LANES, kept_width // LANES)
   ]).max(-1, keepdims=True)
 
-  wanted_R1 = x_R1 >= 0  # the logits of masked rows are all equal, which would trigger the slow paths needlessly
+  wanted_R1 = x_R1 >= 0  # masked rows have equal logits, which would start the slow searches for nothing
   search = functools.partial(_search, k=k, high=to_key(largest_R1) + 1, target_R1=target_R1, shift_R1=shift_R1)
   found = search(kept_ref, kept_width, low=to_key(low_R1))
   missed = _any(wanted_R1 & (least_R1 >= found[0]))
@@ -82,7 +83,7 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Returns the smallest id up to which k logits are above the value or equal to it."""
+    """Returns the smallest id for which k logits up to this id are above the value or equal to it."""
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
     all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))
@@ -91,7 +92,8 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   no_cut = lambda: jnp.full((ROWS, 1), vocab - 1, jnp.int32)
   last_id_R1 = lax.cond(_any(wanted_R1 & (reach_R1 > k)), last_of_ties, no_cut)
 
-  # The target itself is left out by counting the logits that equal it, not by subtracting its exponential.
+  # The sum leaves out all logits that equal the target's. Here those other than the target are added again. This is
+  # more accurate than subtracting the target's exponential from a sum.
   equal_R1 = targets_R1 - jnp.where(target_R1 > value_R1, 1.0, 0.0)
   tied_R1 = k - above_R1 - jnp.where((target_R1 == value_R1) & (x_R1 <= last_id_R1), 1.0, 0.0)
   sum_R1 += equal_R1 * jnp.exp(target_R1 - shift_R1) + tied_R1 * jnp.exp(value_R1 - shift_R1)
@@ -99,9 +101,9 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
 
 
 def _bracket(columns, k):
-  """Returns (the largest entry, a number that at least k entries reach).
+  """Returns (the largest entry, a lower bound for the k-th largest entry).
 
-  The latter is the smallest of the maxima of k or more disjoint sets of entries.
+  The bound is the smallest of the maxima of k or more disjoint sets of entries.
   """
   sets = columns[:pl.cdiv(k, LANES)]
   for c in range(len(sets), len(columns)):
@@ -111,9 +113,10 @@ def _bracket(columns, k):
 
 
 def _keep_largest(z_ref, kept_ref, vocab, span):
-  """Writes kept[:, d * width + g * L + l] = the (d+1)-th largest logit of group (g, l), for d < DEPTH.
+  """Writes the DEPTH largest logits of each group: kept[:, d * width + g * L + l] is the (d+1)-th largest of group (g,
+  l).
 
-  Group (g, l) has the logits in lane l of the `span` columns from column g * span on.
+  Group (g, l) has the logits in lane l of the `span` columns that begin at column g * span.
   """
   width = kept_ref.shape[1] // DEPTH
 
@@ -141,9 +144,11 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
   """Finds the k-th largest of ref[:, :width], whose key is in [low, high).
 
   Returns:
-    (kth_largest, above, reach, sum, targets), all float32 [R, 1]. above: the number of logits above the k-th largest;
-    reach: the number at or above it; sum: the sum of exp(z - shift) over the logits above it that differ from the
-    target's; targets: the number of logits above it that equal the target's.
+    (kth_largest, above, reach, sum, targets), all float32 [R, 1].
+    above: the number of logits above the k-th largest.
+    reach: the number of logits at or above it.
+    sum: the sum of exp(z - shift) over the logits above it that differ from the target's logit.
+    targets: the number of logits above it that equal the target's logit.
   """
 
   def at_least(key):
@@ -169,15 +174,15 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
 
 
 def _bisect(count, k, low, high):
-  """Returns a key, int32 [R, 1], at which count(key) is k, or else the largest at which it is at least k.
+  """Returns a key, int32 [R, 1], for which count(key) is k, or else the largest key for which it is at least k.
 
-  count must not increase with the key, must be at least k at low and less than k at high.
+  count must not increase with the key. It must be at least k at low, and less than k at high.
   """
   middle = lambda low, high: (low >> 1) + (high >> 1) + (low & high & 1)
 
   def unfinished(state):
     step, low, high, count_low = state
-    return (step < 32) & _any((count_low != k) & (middle(low, high) != low))  # the bound ends the search for NaN
+    return (step < 32) & _any((count_low != k) & (middle(low, high) != low))  # 32 ends the search if logits are NaN
 
   def halve(state):
     step, low, high, count_low = state
@@ -190,13 +195,18 @@ def _bisect(count, k, low, high):
 
 
 def _count(ref, width, test):
-  """Returns the number of logits in each row that pass test(column, its first id), float32 [R, 1]."""
+  """Returns the number of logits in each row that pass a test, float32 [R, 1].
+
+  test: a function (column [R, L], its first id) -> bool [R, L].
+  """
   add = lambda n, z, first: n + jnp.where(test(z, first), 1.0, 0.0)
   return _fold(ref, width, add, jnp.zeros((ROWS, LANES))).sum(-1, keepdims=True)
 
 
 def _fold(ref, width, step, state):
-  """Folds state = step(state, column [R, L], its first id) over ref[:, :width] and returns the state."""
+  """Applies state = step(state, column [R, L], its first id) to all columns of ref[:, :width], and returns the
+  state.
+  """
   full = width // LANES // UNROLL
 
   def some(i, state):
@@ -211,7 +221,7 @@ def _fold(ref, width, step, state):
 
 
 def _column(ref, c, width=None):
-  """Returns column c of ref, [R, L], with -inf from `width` on."""
+  """Returns column c of ref, [R, L], with -inf at positions from `width` on."""
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:
     return column_RL
@@ -223,7 +233,7 @@ def _any(condition):
 
 
 def to_key(value):
-  """Maps float32 to int32 keys of the same order."""
+  """Maps float32 numbers to int32 keys that have the same order."""
   bits = lax.bitcast_convert_type(value, jnp.int32)
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 

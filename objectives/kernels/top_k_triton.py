@@ -1,9 +1,9 @@
-"""A Triton kernel that finds the k-th largest logit while reading each row once; XLA would sort the row.
+"""A Triton kernel that finds the k-th largest logit of a row, reading each logit once. XLA would sort the row.
 
 Each of LANES lanes keeps the DEPTH largest logits that it reads. Bisection over float32 bit patterns finds the k-th
-largest of the logits kept. It is the k-th largest of the row unless all logits kept by some lane are at or above it,
-which happens to about one row in 2000 of independent logits at k = 100. Bisection then runs over the whole row. So the
-result is always exact.
+largest of these. It is also the k-th largest of the row, unless all logits kept by some lane are at or above it. That
+happens to about one row in 2000 of independent logits at k = 100. For such rows, bisection then runs over the whole
+row. So the result is always exact.
 """
 # C rows  V vocabulary  L lanes  k size of the top k
 
@@ -27,9 +27,9 @@ def fits(vocab, k):
 
 
 def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
-  """Returns what `find_head` of objectives/top_k.py does, on one device. Requires `fits(V, k)`.
+  """Returns the same as `find_head` of objectives/top_k.py, on one device. Requires `fits(V, k)`.
 
-  interpret: runs on any device, slowly.
+  interpret: runs the kernel on any device, slowly.
   """
   rows, vocab = z_CV.shape
   per_row = pl.BlockSpec((None,), lambda i: (i,))
@@ -39,7 +39,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
       """Returns (logits, ids) of L tokens; ids below `unread` are masked out."""
       id_L = start + jnp.arange(LANES)
       z_L = z_ref[pl.ds(start, LANES)]
-      z_L = jnp.where(z_L == 0, 0.0, z_L)  # -0.0 ties with 0.0 but has another bit pattern
+      z_L = jnp.where(z_L == 0, 0.0, z_L)  # -0.0 equals 0.0 but has another bit pattern
       return jnp.where(id_L >= unread, z_L, -jnp.inf), jnp.where(id_L >= unread, id_L, vocab)
 
     def over_row(add, start):
@@ -89,9 +89,9 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 
 
 def _bisect(holds, low: int, high: int):
-  """Returns the largest int32 in [low, high) for which `holds` is true, by bisection.
+  """Returns the largest int32 in [low, high) for which `holds` is true.
 
-  `holds` must be true at low, and never true above a number where it is false.
+  `holds` must be true at low. If it is false for some number, it must be false for all larger ones.
   """
   def step(_, ends):
     low, high = ends

@@ -1,10 +1,10 @@
-r"""The rules by which an answer is right: what its notation says is compared with what the gold's says.
+"""Decides whether an answer is right, by comparing what its notation says with what the reference (the gold) says.
 
     judge('1,2', 'x=2 or x=1')      Judgement(RIGHT, 'the same list, in any order', ...)
 
-Every rule is about kinds of notation, not about words. A rule that can't decide says so, and the verdict is undecided.
-Expressions are compared by value (`values`); notation that only math-verify can parse is compared by it, through the
-function `by_math_verify`, which only a worker process has.
+The rules are about kinds of notation, not about wording. If a rule can't decide, the verdict is undecided. Expressions
+are compared by value (values.py). Notation that only math-verify can parse is compared by the function
+`by_math_verify`, which only a worker process has.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from betarank.tasks.judging.value_rules import ByMathVerify, ValueRules
 
 
 class Verdict(enum.IntEnum):
-  """What a verifier says. Undecided is never counted as wrong: such samples are left out, and counted."""
+  """The verdict on an answer. Undecided never counts as wrong: such samples are left out and counted separately."""
 
   UNDECIDED = -1
   WRONG = 0
@@ -47,7 +47,10 @@ class Verdict(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-  """A verdict, the rule that decided, and how the two sides were read. gold_is_read: False if the gold is to blame."""
+  """A verdict, the rule that decided, and how both sides were understood.
+
+  gold_is_read: False if the verdict is undecided because the gold can't be read.
+  """
 
   verdict: Verdict
   rule: str
@@ -57,7 +60,10 @@ class Judgement:
 
 
 def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
-  """Returns whether `answer` is right where `gold` is the reference, and why."""
+  """Returns whether `answer` is right if `gold` is the reference, and why.
+
+  by_math_verify: see value_rules.ByMathVerify. The default can't decide anything.
+  """
   if why := why_unreadable(gold, by_math_verify):
     return Judgement(Verdict.UNDECIDED, f'the gold cannot be read: {why}', gold_is_read=False)
   wanted = notation.read(gold)
@@ -68,7 +74,7 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
   compare = _Comparison(by_math_verify)
   try:
     same = compare.same(wanted, given)
-  except values.TooHard as error:  # its values, for the gold has some
+  except values.TooHard as error:  # the answer's value, because that of the gold was checked before
     return Judgement(Verdict.WRONG, f'the answer has no value: {error}', str(wanted), str(given))
   verdict = Verdict.UNDECIDED if same is None else Verdict.RIGHT if same else Verdict.WRONG
   return Judgement(verdict, compare.rule, str(wanted), str(given))
@@ -76,7 +82,7 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
 
 @functools.lru_cache(maxsize=1024)
 def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
-  """Returns why nothing can be compared with a gold; '' if it can be read."""
+  """Returns why no answer can be compared with a gold; '' if the gold can be read."""
   try:
     reading = notation.read(gold)
     for part in _parts(reading):
@@ -95,7 +101,7 @@ def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
 
 
 def _parts(reading: Reading) -> Iterator[Reading]:
-  """Yields the reading and all that it consists of."""
+  """Yields the reading, and everything that it consists of."""
   yield reading
   parts = [*getattr(reading, 'items', ()), *getattr(reading, 'sides', ()), getattr(reading, 'low', None),
            getattr(reading, 'high', None), *(getattr(reading, 'parts', ()) if isinstance(reading, Union) else ()),
@@ -106,10 +112,13 @@ def _parts(reading: Reading) -> Iterator[Reading]:
 
 
 class _Comparison(ValueRules):
-  """One comparison, by the first rule that applies to what the two are."""
+  """Compares two readings by the first rule that applies to them.
+
+  A rule returns True, False, None if it can't decide, or NotImplemented if it doesn't apply.
+  """
 
   def same(self, gold: Reading, answer: Reading) -> bool | None:
-    """Returns True if the answer says what the gold says; None if that can't be decided."""
+    """Returns True if the answer says the same as the gold, or None if that can't be decided."""
     if gold.tokens and gold.tokens == answer.tokens:
       return self.decide(True, 'the same notation')
     for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks,
@@ -196,13 +205,13 @@ class _Comparison(ValueRules):
   # Intervals and inequalities
 
   def _regions(self, gold: Reading, answer: Reading):
-    """Compares intervals, unions and inequalities of one variable, in any combination of notations."""
+    """Compares intervals, unions and inequalities of one variable. The two sides may use different notations."""
     if not (regions.is_region(gold) or regions.is_region(answer)):
       return NotImplemented
     wanted, given = regions.region(gold, open_pairs=True), regions.region(answer, open_pairs=True)
     if wanted is None or given is None:
       if isinstance(gold, Relation | Many) and isinstance(answer, Relation | Many):
-        return NotImplemented  # of several variables
+        return NotImplemented  # they have several variables
       return self.decide(False, 'one is an interval or inequality, the other is not')
     if wanted[0] and given[0] and wanted[0] != given[0]:
       return self.decide(False, f'the inequalities are about {wanted[0]} and {given[0]}')
@@ -222,7 +231,10 @@ class _Comparison(ValueRules):
   # Equations that give a name to something
 
   def _named(self, gold: Reading, answer: Reading):
-    """x = 3, f(x) = x^2: right by what is behind the name, if the names agree, or if only one side has one."""
+    """Compares equations that give something a name, as in x = 3 or f(x) = x^2.
+
+    The answer is right if the values after the names agree, and the names agree or only one side has a name.
+    """
     if isinstance(gold, Many) and isinstance(answer, Many):
       return self._named_lists(gold, answer)
     if not isinstance(gold, Relation) and not isinstance(answer, Relation):
@@ -249,7 +261,7 @@ class _Comparison(ValueRules):
     return self.decide(self.same(wanted.values[0], said), 'what the names stand for: ' + self.rule)
 
   def _named_lists(self, gold: Many, answer: Many):
-    """x = 1, y = 2 against the same names in any order, or against the pair (1, 2)."""
+    """Compares x = 1, y = 2 with the same names in any order, or with the pair (1, 2)."""
     if 'pair' in (gold.kind, answer.kind):
       wanted, given = (side.items if side.kind == 'pair' else equations.point(side) for side in (gold, answer))
       return self._in_order(wanted, given) if wanted and given else NotImplemented
@@ -292,7 +304,7 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Returns True if the items of both sides can be paired so that each pair is the same."""
+    """Returns True if the items of both sides can be paired such that `same` holds for each pair."""
     if len(gold) != len(answer):
       return False
     left, unsure = list(answer), False
@@ -348,7 +360,7 @@ class _Comparison(ValueRules):
                                               for g, a in zip(gold, answer)])
 
   def _inequalities(self, gold: Relation, answer: Relation) -> bool | None:
-    """Of several variables: the same direction, or the opposite one of the negative."""
+    """Compares inequalities of several variables. Multiplication by a negative number must reverse the direction."""
     differences = [equations.difference(side) for side in (gold, answer)]
     if None in differences:
       return self.decide(None if differences[0] is None else False, 'inequalities that cannot be compared')
@@ -372,7 +384,7 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same entries' if same else 'an entry differs')
 
   def _vectors(self, gold: Reading, answer: Reading):
-    """A column or row in a matrix against the same values in parentheses."""
+    """Compares a matrix of one row or column with the same values in parentheses."""
     sides = [side.items if isinstance(side, Many) and side.kind == 'pair' else _vector(side) for side in (gold, answer)]
     return self._in_order(*sides) if all(sides) else self.decide(False, 'one is a matrix, the other is not')
 
@@ -395,7 +407,7 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 
 
 def _choice(reading: Reading) -> str:
-  """The letter of a multiple choice: (C), C, or the label before a value; '' if there is none."""
+  """Returns the letter of a multiple-choice answer, such as (C), C, or a label before a value; '' if there is none."""
   letters = [t for t in reading.tokens if t not in '().:{}']
   if letters and len(letters[0].lstrip("'")) == 1 and letters[0].lstrip("'").isupper() and (
       len(letters) == 1 or ')' in reading.tokens[:3]):
@@ -406,7 +418,7 @@ def _choice(reading: Reading) -> str:
 
 
 def _is_time(reading: Ratio) -> bool:
-  """Returns True if the ratio is written as a time of day is: 3:05."""
+  """Returns True if the ratio is written like a time of day, such as 3:05."""
   return re.fullmatch(r'\d{1,2}:[0-5]\d', ''.join(reading.tokens)) is not None
 
 
@@ -418,7 +430,7 @@ def _minutes(reading: Reading) -> int | None:
 
 
 def _single(reading: Reading) -> Reading:
-  """The number in a set of one; other readings as they are."""
+  """Returns the number in a set of one number; other readings unchanged."""
   if isinstance(reading, Many) and reading.kind == 'set' and [type(item) for item in reading.items] == [Value]:
     return reading.items[0]
   return reading

@@ -1,4 +1,4 @@
-"""Equations that give a name to a value, and what they claim."""
+"""Reads equations that give a name to a value, such as `x = 3`, and returns the name and the value."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,16 +13,20 @@ _EQUALS = {'=', r'\approx'}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """What a chain of equations says. name: None if it has none; values: the exact one, and a stated approximation."""
+  """What a chain of equations says.
+
+  name: the name, or None if there is none.
+  values: the exact value, then its stated approximation if there is one.
+  """
 
   name: Name | None
   values: tuple[Reading, ...]
 
 
 def claim(reading: Reading) -> Claim | None:
-  r"""Returns what `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` or `x \in \{1, 2\}` claims.
+  r"""Returns what `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` or `x \in \{1, 2\}` says.
 
-  None for other readings, and for chains whose sides differ: `x = 8 = 7` claims nothing.
+  Returns None for other readings, and for chains whose sides differ, such as `x = 8 = 7`.
   """
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
@@ -48,7 +52,9 @@ def claim(reading: Reading) -> Claim | None:
 
 
 def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
-  """Whether a further side of a chain is the value, or, if `rounded`, the value to the digits that it states."""
+  """Returns whether another side of a chain equals the value or, if `rounded`, the value rounded to the stated
+  digits.
+  """
   nodes = [part.node if isinstance(part, Value) else None for part in (value, side)]
   if None in nodes:
     return False
@@ -58,31 +64,31 @@ def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
 
 
 def names(many: Many) -> list[Name] | None:
-  """The names in a list of equations such as x = 1, y = 2; None if an item has no name."""
+  """Returns the names in a list of equations such as x = 1, y = 2; None if an item has no name."""
   found = [claim(item) for item in many.items]
   return None if any(c is None or c.name is None for c in found) else [c.name for c in found]
 
 
 def point(many: Many) -> Sequence[Reading] | None:
-  """The values of x = 1, y = 2 in the order of the names; None if the items aren't such equations of several names."""
+  """Returns the values of x = 1, y = 2 in the order of the names; None if the items aren't such equations."""
   found = notation.as_point(many)
   return found.items if found is not many else None
 
 
 def without_name(item: Reading) -> Reading:
-  """An item of a list without the name before it, as in x = 1, x = 2."""
+  """Returns an item of a list without the name before it: for x = 1, this is 1."""
   found = claim(item)
   return found.values[0] if found and found.name else item
 
 
 def renamed(reading: Reading, name: str, new: str) -> Reading:
-  """An expression in another variable; other readings as they are."""
+  """Returns an expression with a variable renamed; other readings unchanged."""
   if not isinstance(reading, Value) or reading.node is None:
     return reading
   return dataclasses.replace(reading, node=expressions.rename(reading.node, name, new), tokens=())
 
 
 def difference(relation: Relation) -> Node | None:
-  """Left minus right side; None if one can't be evaluated."""
+  """Returns the left minus the right side; None if a side isn't an expression without a unit."""
   sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
   return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))

@@ -2,10 +2,12 @@ r"""Parses the tokens of one mathematical expression into a tree, without evalua
 
     parse(tokenize(r'\frac{1}{2} x^2'))      Node('mul', (Node('div', ...), Node('pow', ...)))
 
-It knows what answers mostly consist of: numbers, variables, arithmetic, roots, elementary functions, floors, binomials.
-Anything else that is well-formed (integrals, sums, unknown commands) raises Unsupported, so that math-verify's parser
-can be asked. A number and a letter side by side are a product; `7 8` isn't one. `f(2)` is the value of a function that
-nothing else is known of, `\frac{dv}{dt}`, `\dot v` and `v'` are one symbol, and `1\frac{1}{2}` is a mixed number.
+It supports what answers mostly consist of: numbers, variables, arithmetic, roots, elementary functions, floors and
+binomials. Other well-formed notation (integrals, sums, unknown commands) raises Unsupported, so that math-verify's
+parser can be used instead.
+
+A number next to a letter is a product; `7 8` is an error. `f(2)` is one symbol, the value of an unknown function. So
+are `\frac{dv}{dt}`, `\dot v` and `v'`, which are the same symbol. `1\frac{1}{2}` is a mixed number.
 """
 
 import re
@@ -37,20 +39,25 @@ _RELATIONS = {
   '=', '<', '>', r'\le', r'\ge', r'\ne', r'\approx', r'\equiv', r'\in', r'\to', r'\Rightarrow', r'\sim', r'\cong',
   r'\cup', r'\cap', r'\subset', r'\setminus', r'\pm', r'\mp',
 }
-MAX_DIGITS = 1000  # of a literal number, and of its exponent's value
+MAX_DIGITS = 1000  # the largest number of digits of a literal number, and the largest value of its exponent
 _MIXED = re.compile(r'(\d+) (?:\\frac (?:\{ (\d+) \} \{ (\d+) \}|(\d) ?(\d)) |(\d+) / (\d+) )')
 _LITERAL = re.compile(r'(\d*)(?:(\.)(\d*))?(?:[eE]([+-]?\d+))?')
 
 
 class Node(NamedTuple):
-  """A number (Fraction, significant digits or None if exact), symbol (name), constant (pi, e, i, inf), or operation."""
+  """A number, a symbol, a constant (pi, e, i, infty) or an operation.
+
+  The args of a number are its Fraction and its number of significant digits, which is None if it is exact.
+  """
 
   op: str
   args: tuple[Any, ...] = ()
 
 
 def literal(token: str) -> Node:
-  """Returns the number that a token holds, exactly. A decimal keeps its number of significant digits: 3.20e5 has 3."""
+  """Returns the exact number that a token stands for. A decimal keeps its number of significant digits: 3 for
+  3.20e5.
+  """
   whole, point, decimals, exponent = _LITERAL.fullmatch(token).groups()
   if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
     raise Unreadable('a number is too long')
@@ -60,7 +67,11 @@ def literal(token: str) -> Node:
 
 
 def parse(tokens: list[str]) -> Node:
-  """Returns the tree of an expression. Raises Unreadable, or Unsupported for notation that math-verify may know."""
+  """Returns the tree of an expression.
+
+  Raises:
+    Unreadable: the expression isn't well-formed. It is Unsupported for notation that math-verify may know.
+  """
   parser = _Parser(tokens)
   node = parser.sum()
   if parser.at < len(tokens):
@@ -83,7 +94,7 @@ def symbols(node: Node) -> set[str]:
 
 
 def precision(node: Node) -> int | None:
-  """Significant digits of its least precise decimal; None if it has no decimals."""
+  """Returns the number of significant digits of the least precise decimal in the expression; None without decimals."""
   return min((n.args[1] for n in walk(node) if n.op == 'number' and n.args[1] is not None), default=None)
 
 
@@ -127,7 +138,7 @@ class _Parser:
     return _joined('add', terms)
 
   def _product(self) -> Node:
-    """Factors, with or without a sign between them, divided from left to right."""
+    """Parses factors, with or without an operator between them. They are divided from left to right."""
     negative = self._is_negative()
     factors = [self._mixed_number() or self._power()]
     divisions = 0
@@ -149,7 +160,7 @@ class _Parser:
     return Node('neg', (node,)) if negative else node
 
   def _is_negative(self) -> bool:
-    """Takes signs, and says whether they make negative what follows."""
+    """Consumes plus and minus signs. Returns True if they make what follows negative."""
     negative = False
     while self.next in ('-', '+') and self.next:
       negative ^= self._take() == '-'
@@ -159,10 +170,12 @@ class _Parser:
     return Node('neg', (self._power(),)) if self._is_negative() else self._power()
 
   def _mixed_number(self) -> Node | None:
-    r"""1\frac{1}{2}, 1\frac12 and 1 1/2; None if that isn't what comes."""
+    r"""Parses 1\frac{1}{2}, 1\frac12 or 1 1/2; returns None if something else follows."""
     found = _MIXED.match(' '.join(self.tokens[self.at:self.at + 9]) + ' ') if self.next.isdigit() else None
     if found is None:
       return None
+    if len(found[0]) > MAX_DIGITS:
+      raise Unreadable('a number is too long')
     whole, *parts = (int(part) for part in found.groups() if part)
     if not parts[1]:
       raise Unreadable('it divides by zero')
@@ -204,13 +217,16 @@ class _Parser:
   # Parts
 
   def _exponent(self) -> Node:
-    """A group, a symbol, or a whole number with its sign, as 2^10 is meant where LaTeX reads (2^1)0."""
+    """Parses an exponent: a group, a symbol, or a whole number with its sign. 2^10 is 1024, unlike in LaTeX."""
     if self._took('-'):
       return Node('neg', (self._argument(),))
     return self._argument()
 
   def _argument(self, digit: bool = False) -> Node:
-    """What a command or ^ applies to: a group, or the one number or symbol that follows. digit: one digit of it."""
+    r"""Parses what a command or ^ applies to: a group, or the following number or symbol.
+
+    digit: takes only one digit of a number, as in \frac12.
+    """
     if self._took('{'):
       return self._inside('}')
     token = self.next
@@ -228,7 +244,7 @@ class _Parser:
     return node
 
   def _primary(self, bare: bool = False) -> Node:
-    """A number, a group, a function or a symbol; bare: a symbol without what follows it."""
+    """Parses a number, a group, a function or a symbol. bare: a symbol doesn't include what follows it."""
     self._depth += 1
     if self._depth > MAX_DEPTH:
       raise Unreadable('it nests too deeply')
@@ -275,6 +291,8 @@ class _Parser:
     if '.' in token and 'e' not in token.lower():
       repeated = self._repeated()
       if repeated:
+        if len(repeated) > MAX_DIGITS:
+          raise Unreadable('a number is too long')
         start = literal(token).args[0]
         places = len(token.partition('.')[2])
         tail = Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** places)
@@ -282,7 +300,9 @@ class _Parser:
     return literal(token)
 
   def _repeated(self) -> str:
-    r"""The digits that repeat: 0.\overline{3}, 0.\dot{3}, and 0.333..., whose last digit has come three times."""
+    r"""Parses the digits that repeat, as in 0.\overline{3}, 0.\dot{3}, and 0.333..., where a digit must occur three
+    times.
+    """
     if self.next in (r'\overline', r'\bar', r'\dot') and self._peek(1) == '{' and self._peek(2).isdigit() and (
         self._peek(3) == '}'):
       digits, self.at = self._peek(2), self.at + 4
@@ -313,7 +333,7 @@ class _Parser:
     return Node('div', (top, self._argument(digit=True)))
 
   def _derivative(self) -> Node | None:
-    r"""\frac{d^2 v_o}{d t^2} as the symbol v_o''; None if the fraction is something else."""
+    r"""Parses \frac{d^2 v_o}{d t^2} as the symbol v_o''; returns None if the fraction is something else."""
     if self._peek(1) != '{':
       return None
     middle = match_of(self.tokens, self.at + 1)
@@ -327,10 +347,10 @@ class _Parser:
     order, rest = 1, top[1:]
     if rest[0] == '^':
       power = [t for t in rest[1:4] if t not in ('{', '}')][:1]
-      if not power or not power[0].isdigit():
+      if not power or not power[0].isdigit() or len(power[0]) > 1:
         return None
       order, rest = int(power[0]), rest[4 if rest[1] == '{' else 2:]
-    if not rest or order > 9:
+    if not rest:
       return None
     inner = _Parser(rest)
     symbol = inner._symbol()
@@ -378,14 +398,14 @@ class _Parser:
     return nodes
 
   def _run(self) -> Node:
-    r"""The argument of a function without brackets: factors side by side, as in \sin 2\pi t \cos t."""
+    r"""Parses the argument of a function without brackets: a product, as in \sin 2\pi t, up to the next function."""
     factors = [self._mixed_number() or self._signed()]
     while self._starts_factor() and self.next[1:] not in FUNCTIONS:
       factors.append(self._power())
     return _joined('mul', factors)
 
   def _symbol(self, bare: bool = False) -> Node:
-    """A variable with its accents, index and primes. bare: nothing that follows belongs to it, as in x^yz."""
+    """Parses a variable with its accents, index and primes. bare: what follows doesn't belong to it, as in x^yz."""
     token = self._take()
     primes = _DOTS.get(token, 0)
     if primes or token[1:] in _ACCENTS:
@@ -450,7 +470,9 @@ class _Parser:
         return count
 
   def _call_of_a_number(self) -> str:
-    """'(2)' of f(2), '(2,3)' of f(2, 3); '' where brackets hold anything else, which is a factor."""
+    """Returns '(2)' for f(2) and '(2,3)' for f(2, 3); '' if the brackets contain anything else, which is then a
+    factor.
+    """
     if self.next != '(':
       return ''
     end = match_of(self.tokens, self.at)

@@ -1,8 +1,9 @@
-r"""Splits an answer, written in LaTeX, plain text or both, into tokens that `notation` and `expressions` read.
+r"""Splits an answer, in LaTeX, plain text or both, into the tokens that `notation` and `expressions` read.
 
 A token is a string: a command (`\frac`), a number (`1234`, `0.5`, `3.2e5`), a letter (`x`), a word (`'apples`, marked
-by its quote), or a symbol (`+`, `{`, `,`). Layout is gone: dollar signs, `\left`, fonts, thin spaces. `1{,}000`,
-`1\,000` and `1 000` are one number. `1,000` stays three tokens, because in `(1,000)` it is a pair.
+by its quote), or a symbol (`+`, `{`, `,`). Layout is removed: dollar signs, `\left`, fonts, thin spaces. `1{,}000`,
+`1\,000` and `1 000` become one number. `1,000` becomes one number too, but not in brackets, because `(1,000)` is a
+pair.
 """
 
 import itertools
@@ -11,15 +12,15 @@ from collections.abc import Iterator
 
 MAX_CHARS = 10_000
 MAX_TOKENS = 4_000
-MAX_DEPTH = 40  # of nested brackets
+MAX_DEPTH = 40  # the largest depth of nested brackets
 
 
 class Unreadable(ValueError):
-  """An answer that isn't well-formed: one phrase that says why."""
+  """Raised for an answer that isn't well-formed. The message is one phrase that says why."""
 
 
 class Unsupported(Unreadable):
-  """Well-formed notation that only math-verify's parser may know, such as an integral."""
+  """Raised for well-formed notation that only math-verify's parser may know, such as an integral."""
 
 
 _CHARACTERS = str.maketrans({
@@ -65,7 +66,7 @@ FUNCTIONS = {
   'sin', 'cos', 'tan', 'cot', 'sec', 'csc', 'arcsin', 'arccos', 'arctan', 'arccot', 'sinh', 'cosh', 'tanh', 'coth',
   'arcsinh', 'arccosh', 'arctanh', 'asin', 'acos', 'atan', 'ln', 'log', 'lg', 'exp', 'gcd', 'lcm', 'max', 'min',
 }
-# Letters in a row that are a command without its backslash. All else of four letters and more is a word.
+# Letters in a row that are a command without its backslash. Other runs of four letters or more are words.
 _BARE = {
   **{name: '\\' + name for name in FUNCTIONS - {'max', 'min'}}, 'sqrt': r'\sqrt', 'pi': r'\pi', 'theta': r'\theta',
   'infinity': r'\infty', 'Infinity': r'\infty', 'infty': r'\infty', 'inf': r'\infty', 'oo': r'\infty', 'mod': r'\bmod',
@@ -76,7 +77,7 @@ _WORDS = {
   'ten', 'odd', 'DNE', 'min', 'max', 'mph', 'kph', 'day', 'kHz', 'MHz', 'mol', 'keV', 'MeV', 'kPa', 'rad', 'deg',
   'usd', 'USD', 'pct',
 }
-# Words after a number, and words among other words; elsewhere their letters are variables.
+# _UNITS are words only after a number, and _PROSE only among other words. Elsewhere their letters are variables.
 _UNITS = {
   'cm', 'km', 'mm', 'dm', 'nm', 'kg', 'mg', 'ft', 'mi', 'hr', 'lb', 'oz', 'Hz', 'kJ', 'kW', 'kN', 'Pa', 'eV', 'ms',
   'ml', 'mL', 'yd', 'in', 'am', 'pm', 'AU', 'sq', 'cu', 'gal', 'amu',
@@ -85,7 +86,7 @@ _PROSE = {'so', 'So', 'it', 'It', 'of', 'to', 'in', 'at', 'we', 'We', 'if', 'an'
           'has'}
 _COMMANDS = _DROPPED | _TEXT | _SAME.keys() | FUNCTIONS | {
   'frac', 'sqrt', 'pi', 'infty', 'cup', 'le', 'ge', 'in', 'pm', 'cdot', 'times', 'theta', 'alpha', 'circ', 'binom'}
-_SPACE = r'(?:\{,\}|,\\!\s*|\\[,;:! ]|~|\s)'  # what may separate groups of three digits
+_SPACE = r'(?:\{,\}|,\\!\s*|\\[,;:! ]|~|\s)'  # can separate groups of three digits
 _TOKEN = re.compile(
   rf'(?P<space>(?:\s|~|\\[,;:!\s/]|\\q?quad)+)'
   rf'|(?P<grouped>[1-9]\d{{0,2}}(?:{_SPACE}\d{{3}})+(?!\d)(?:\.\d+)?)'
@@ -107,7 +108,7 @@ _ASCII_OPERATORS = (('<=', r'\le '), ('>=', r'\ge '), (' != ', r' \ne '), ('==',
 _DOUBLED = re.compile(r'\\\\([A-Za-z]+)')
 _SUPERSCRIPTS = str.maketrans('⁰¹²³⁴⁵⁶⁷⁸⁹⁻', '0123456789-')
 _RAISED = re.compile('[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+')
-_LAST_LETTER = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+([msgLJNWVK])(?=[\s.$]*$)')  # 5 m: a unit, where 5m is a product
+_LAST_LETTER = re.compile(r'(?<=\d)(?:\s|~|\\[,;: ])+([msgLJNWVK])(?=[\s.$]*$)')  # in 5 m it is a unit; 5m is a product
 _LEADING_DOLLAR = re.compile(r'\s*-?\s*\$\s*[\d.]')
 
 
@@ -122,12 +123,12 @@ def is_number(token: str) -> bool:
 
 
 def tokenize(text: str) -> list[str]:
-  """Returns the tokens of `text`. Raises Unreadable for text that is too long, and for brackets that don't match."""
+  """Returns the tokens of `text`. Raises Unreadable if the text is too long, or if its brackets don't match."""
   if len(text) > MAX_CHARS:
     raise Unreadable('it is too long')
   text = _RAISED.sub(lambda found: f'^{{{found[0].translate(_SUPERSCRIPTS)}}}', text)
   text = _LAST_LETTER.sub(r'\\text{\1}', _MODULES.sub('', text.translate(_CHARACTERS)))
-  if r'\begin' not in text:  # a text escaped twice, as JSON in JSON is
+  if r'\begin' not in text:  # the text may be escaped twice, like JSON in JSON
     text = _DOUBLED.sub(lambda found: found[0][1:] if found[1] in _COMMANDS else found[0], text)
   for written, meant in _ASCII_OPERATORS:
     text = text.replace(written, meant)
@@ -165,7 +166,7 @@ def _scan(text: str, tokens: list[str], in_text: bool) -> None:
 
 
 def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
-  """Appends what the letters from `start` on stand for; returns where to read on."""
+  """Appends the tokens for the letters at `start`. Returns the position to continue from."""
   run, word = _LETTERS.match(text, start)[0], _WORD.match(text, start)[0]
   if (word if in_text else run) in _BARE:
     tokens.append(_BARE[run])
@@ -182,7 +183,7 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
 
 
 def _join_thousands(tokens: list[str]) -> list[str]:
-  """Makes one number of `1,234`, unless it stands in brackets, where it is a pair, or in a longer list like 1,234,5."""
+  """Makes `1,234` one number. It stays a pair in brackets, and a list if it is longer, such as 1,234,5."""
   joined, stack, i = [], [], 0
   while i < len(tokens):
     token = tokens[i]
@@ -202,7 +203,7 @@ def _join_thousands(tokens: list[str]) -> list[str]:
 
 
 def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -> int:
-  """Appends what the command `piece`, which ends at `at`, stands for; returns where to read on."""
+  """Appends the tokens for the command `piece`, which ends at `at`. Returns the position to continue from."""
   name = piece[1:].rstrip('*')
   if name in _TEXT:
     inside, end = _group(text, at)
@@ -226,7 +227,7 @@ def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -
     return end
   if name in ('%', '&', '#', '_'):
     tokens.append(name)
-  elif name[:1] == '\\':  # a new row, and how far below
+  elif name[:1] == '\\':  # a new row, perhaps with its distance
     tokens.append(r'\\')
   elif name not in _DROPPED:
     tokens.append(_SAME.get(name, piece.rstrip('*')))
@@ -236,7 +237,7 @@ def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -
 
 
 def _group(text: str, at: int) -> tuple[str | None, int]:
-  """The content of the brace group that begins at `at` (spaces aside), and where it ends; None if there is none."""
+  """Returns the content of the brace group at `at`, after spaces, and where it ends; None if there is no group."""
   while at < len(text) and text[at].isspace():
     at += 1
   if text[at:at + 1] != '{':
@@ -255,7 +256,7 @@ CLOSING = set(OPENING.values())
 
 
 def _match_brackets(tokens: list[str]) -> None:
-  """Raises Unreadable unless brackets nest. A half-open interval pairs ( with ], and [ with )."""
+  """Raises Unreadable unless the brackets match. A half-open interval may pair ( with ], and [ with )."""
   stack = []
   for token in tokens:
     if token in OPENING:
@@ -281,7 +282,7 @@ def match_of(tokens: list[str], start: int) -> int:
 
 
 def at_top(tokens: list[str]) -> Iterator[int]:
-  """Yields the index of each token outside all brackets and environments, brackets themselves excluded."""
+  """Yields the index of each token that is outside all brackets and environments, without the brackets themselves."""
   depth = 0
   for i, token in enumerate(tokens):
     if token in OPENING or token.startswith(r'\begin{'):
@@ -299,7 +300,9 @@ def split_at(tokens: list[str], places: list[int]) -> list[list[str]]:
 
 
 def spelled(tokens: list[str]) -> str:
-  """The words and symbols of an answer in one spelling: small letters, no articles, brackets or punctuation."""
+  """Returns the words and symbols of an answer in a normal form: lower case, without articles, brackets and
+  punctuation.
+  """
   words = [token[1:].lower() if is_word(token) else token for token in tokens
            if token not in OPENING and token not in CLOSING and token not in (',', '.', ';', ':', '"', '!', '?')]
   return ' '.join(word.replace('-', ' ') for word in words if word not in ('the', 'a', 'an')) if words else ''

@@ -1,4 +1,4 @@
-r"""Names on the left of an equation: `x`, `x_1`, `f(x)`, `a_n`, `\angle ABC`, `Area`."""
+r"""Recognizes names on the left side of an equation: `x`, `x_1`, `f(x)`, `a_n`, `\angle ABC`, `Area`."""
 
 import dataclasses
 import re
@@ -9,9 +9,11 @@ from betarank.tasks.judging.readings import Reading, Words
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-  r"""What a left side names. kind: symbol (x), function (f(x), a_n), label (\angle ABC, AB, P(A)), words (Area).
+  r"""The name on the left side of an equation.
 
-  variable: what a function is a function of.
+  key: the name itself.
+  kind: symbol (x), function (f(x), a_n), label (\angle ABC, AB, P(A)) or words (Area).
+  variable: the variable of a function.
   """
 
   key: str
@@ -19,7 +21,10 @@ class Name:
   variable: str = ''
 
   def may_be(self, other: 'Name') -> bool:
-    """Whether the names may be exchanged: f(x) = 2x says what g(x) = 2x and y = 2x say, but x = 2 isn't y = 2."""
+    """Returns whether the names are interchangeable.
+
+    f(x) = 2x says the same as g(x) = 2x and y = 2x, but x = 2 doesn't say the same as y = 2.
+    """
     kinds = {self.kind, other.kind}
     return 'words' in kinds or kinds == {'function'} or ('function' in kinds and 'y' in (self.key, other.key))
 
@@ -28,7 +33,10 @@ _FUNCTION = re.compile(r"(\\?[A-Za-z]+)((?: _ (?:\{[^{}]*\}|\S+))?(?: ')*)(?: \(
 
 
 def name_of(side: Reading | None) -> Name | None:
-  r"""The name that a side of an equation is: x, x_1, f(x), a_n, \angle ABC, AB, Area; None if it is an expression."""
+  r"""Returns the name on one side of an equation, such as x, x_1, f(x), a_n, \angle ABC, AB or Area.
+
+  Returns None if the side isn't just a name.
+  """
   if side is None:
     return None
   if isinstance(side, Words):

@@ -1,10 +1,10 @@
-r"""Reads what kind of answer a text is: a number with its unit, an interval, a list, an equation, words.
+r"""Recognizes what kind of answer a text is: a number with a unit, an interval, a list, an equation, words.
 
     read(r'(-\infty, 3]')        Interval(low=..., high=..., closed=(False, True))
     read('x = 1 or x = 2')       Many(kind='or', items=(Relation(...), Relation(...)))
 
-Brackets decide first: what `(1,234)` holds is a pair, never a number. `read` raises Unreadable for text that is none of
-these. It runs nothing.
+Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for a text of another kind.
+Nothing is evaluated.
 """
 
 import functools
@@ -50,15 +50,18 @@ _BEFORE_INTEGERS = {'where', 'for', 'with', 'any', 'all', 'some', 'every', 'inte
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, bare_units: bool = False) -> Reading:
-  """Returns what `text` says. bare_units: the letter in `5m` is a unit, not a variable.
+  """Returns what `text` says.
 
-  Raises Unreadable, with a phrase that says why.
+  bare_units: reads the letter in `5m` as a unit, not as a variable.
+
+  Raises:
+    Unreadable: the text isn't an answer of a known kind. The message is a phrase that says why.
   """
   return _Reader(bare_units).read(tokenize(text))
 
 
 class _Reader:
-  """Tries one form of answer after the other, from the outside in."""
+  """Tries the forms of an answer one after the other, from the outermost to the innermost."""
 
   def __init__(self, bare_units: bool):
     self._bare_units = bare_units
@@ -85,7 +88,7 @@ class _Reader:
     return Words(tuple(tokens)) if value is None else Value(tuple(tokens), Node('number', (Fraction(value), None)))
 
   def _family(self, tokens: list[str]) -> Reading | None:
-    r"""`k\pi, k \in \mathbb{Z}`, also with 'where', 'for' or brackets, or 'k an integer' in words."""
+    r"""Reads `k\pi, k \in \mathbb{Z}`, also with 'where', 'for' or brackets, or with 'k an integer' in words."""
     at = _place_of_integer(tokens)
     if at is None:
       return None
@@ -107,7 +110,7 @@ class _Reader:
     return families[0] if len(families) == 1 else Many(tuple(tokens), tuple(families), 'list')
 
   def _several(self, tokens: list[str]) -> Reading | None:
-    """Answers joined by or, and, semicolons or commas, whichever comes first."""
+    """Reads answers joined by or, and, semicolons or commas. The first of these that occurs, in this order, decides."""
     for separators, kind in _SEPARATORS:
       places = [i for i in at_top(tokens) if tokens[i] in separators]
       if not places:
@@ -138,7 +141,7 @@ class _Reader:
                     tuple(tokens[i] for i in places))
 
   def _side(self, tokens: list[str]) -> Reading:
-    """A side of a relation. One that can't be read by itself, such as a name in words, is kept as it is."""
+    """Reads a side of a relation. If it can't be read, such as a name in words, it becomes Words."""
     try:
       return self.read(tokens)
     except Unreadable:
@@ -156,7 +159,7 @@ class _Reader:
   # In brackets
 
   def _bracketed(self, tokens: list[str]) -> Reading | None:
-    """(1,2), [1,2], {1,2} and anything else that is wholly in one pair of brackets."""
+    """Reads (1,2), [1,2], {1,2} and anything else that is entirely inside one pair of brackets."""
     if tokens[0] not in ('(', '[', r'\{') or match_of(tokens, 0) != len(tokens) - 1:
       return None
     inside, pair = tokens[1:-1], tokens[0] + tokens[-1]
@@ -201,7 +204,7 @@ class _Reader:
   # Numbers of a special form
 
   def _residue(self, tokens: list[str]) -> Reading | None:
-    r"""`x \equiv 1 \pmod 3`, `1 \bmod 3`, `1 (mod 3)`."""
+    r"""Reads `x \equiv 1 \pmod 3`, `1 \bmod 3` or `1 (mod 3)`."""
     places = [i for i, t in enumerate(tokens) if t in (r'\pmod', r'\bmod', "'mod", "'modulo")]
     if not places:
       return None
@@ -222,9 +225,11 @@ class _Reader:
     return found[0] if len(found) == 1 else Many(tuple(tokens), tuple(found), 'list')
 
   def _in_base(self, tokens: list[str]) -> Reading | None:
-    r"""`1011_2`, `2516_{8}`, `1A_{16}`, `1011 \text{ base } 2`."""
+    r"""Reads `1011_2`, `2516_{8}`, `1A_{16}` or `1011 \text{ base } 2`."""
     text = ' '.join(t for t in tokens if t not in ('{', '}', '(', ')'))
-    found = re.fullmatch(r"((?:[0-9]+ ?|[A-F] )*?)(?:'in )?(?:_|'base) (\d{1,2}|'\w+)", text)
+    # Exactly one space follows each token, so that there is only one way to match. Otherwise a long number would make
+    # the matcher backtrack forever.
+    found = re.fullmatch(r"((?:[0-9]+ |[A-F] )*)(?:'in )?(?:_|'base) (\d{1,2}|'\w+)", text)
     digits = found[1].replace(' ', '') if found else ''
     if not any(d.isdigit() for d in digits):
       return None
@@ -249,8 +254,8 @@ class _Reader:
   def _plus_minus(self, tokens: list[str]) -> Reading | None:
     """Reads 2 ± 1 as the list of 2 + 1 and 2 - 1.
 
-    With several ± signs all combinations are listed; if one of them is ∓, the signs are linked (all upper or all
-    lower).
+    With several ± signs, all combinations are listed. But if one of them is ∓, the signs belong together: all upper or
+    all lower ones.
     """
     places = [i for i, t in enumerate(tokens) if t in (r'\pm', r'\mp')]
     if not places:
@@ -285,7 +290,7 @@ class _Reader:
 
 
 def as_point(reading: Reading) -> Reading:
-  """Returns `x = 1, y = 2` as the pair of its values in the order of the names; other readings as they are."""
+  """Returns `x = 1, y = 2` as the pair of its values in the order of the names; other readings unchanged."""
   if not isinstance(reading, Many) or reading.kind != 'list':
     return reading
   named = {}
@@ -298,7 +303,10 @@ def as_point(reading: Reading) -> Reading:
 
 
 def _place_of_integer(tokens: list[str]) -> int | None:
-  r"""Where the variable is that is said to be an integer: before `\in \mathbb{Z}`, or before 'integer' at the end."""
+  r"""Returns the index of the variable that is said to be an integer, or None.
+
+  It is before `\in \mathbb{Z}`, or before 'integer' at the end.
+  """
   for i, token in enumerate(tokens[:-1]):
     if token == r'\in' and tokens[i + 1] in (r'\mathbb{Z}', r'\mathbb{N}', 'Z') and i > 1 and len(tokens[i - 1]) == 1:
       return i - 1
@@ -315,7 +323,7 @@ def _reals(tokens: Sequence[str]) -> Interval:
 
 
 def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
-  r"""`\mathbb{R} \setminus \{0, 1\}` as the intervals between the points."""
+  r"""Returns `\mathbb{R} \setminus \{0, 1\}` as the intervals between the points."""
   whole, *rest = parts
   if not isinstance(whole, Interval) or len(rest) != 1 or not isinstance(rest[0], Many) or rest[0].kind != 'set':
     raise Unsupported('a difference of sets')

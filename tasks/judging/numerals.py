@@ -1,6 +1,6 @@
-"""Plain numbers, read where the program runs: most answers need no worker process.
+"""Reads plain numbers in the process that runs RL or evaluation, so that most answers need no worker process.
 
-Only short texts of digits, signs and powers of ten come this far, so that nothing here can take long.
+Only short texts of digits, signs and powers of ten are accepted, so nothing here can take long.
 """
 
 import re
@@ -21,12 +21,12 @@ _WRAPPED = (
 
 
 def is_numeral(text: str) -> bool:
-  """Returns True if `text` looks like a plain number, so that the rules can be applied to it in this process."""
+  """Returns True if `text` looks like a plain number, which can be judged in this process."""
   return 0 < len(text) <= _MAX_CHARS and _NUMERAL.fullmatch(text) is not None and any(c.isdigit() for c in text)
 
 
 def exact_number(text: str) -> Fraction | None:
-  """The exact value of an integer, decimal, fraction or power of ten in digits; None for all else."""
+  """Returns the exact value of an integer, decimal, fraction or power of ten in digits; None for anything else."""
   if not is_numeral(text):
     return None
   try:
@@ -39,7 +39,7 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def plain(text: str) -> str:
-  """Returns `text` without what surrounds an answer: math delimiters, one closing full stop, runs of spaces."""
+  """Returns `text` without what surrounds an answer: math delimiters, a full stop at the end, repeated spaces."""
   text = ' '.join(text.split())
   while len(text) <= 10 * _MAX_CHARS:
     inner = text.removesuffix('.').strip()

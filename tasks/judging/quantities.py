@@ -1,4 +1,4 @@
-"""Cuts the unit off a number: `5 \\text{ cm}^2`, `\\$3.50`, `62.5\\%`, `90^\\circ`."""
+r"""Separates the unit from a number: `5 \text{ cm}^2`, `\$3.50`, `62.5\%`, `90^\circ`."""
 
 from betarank.tasks.judging import units
 from betarank.tasks.judging.latex import is_word
@@ -10,9 +10,9 @@ _WITHIN_UNITS = {'^', '{', '}', '/', r'\cdot', '-', '(', ')', '.', r'\mu', r'\se
 
 
 def split_unit(tokens: list[str], bare: bool) -> tuple[list[str], Unit | None]:
-  """Returns (the tokens of the number, its unit). Nothing is cut where no number is left.
+  r"""Returns (the tokens of the number, its unit or None). A unit is only separated if a number remains.
 
-  bare: single letters outside \\text, as in `5m`, may be units, too.
+  bare: single letters outside \text, as in `5m`, may be units too.
   """
   if tokens[0] == r'\dollar' or tokens[:2] == ['-', r'\dollar']:
     return [t for t in tokens if t != r'\dollar'], units.DOLLAR
@@ -34,12 +34,12 @@ def split_unit(tokens: list[str], bare: bool) -> tuple[list[str], Unit | None]:
 
 
 def _without_degree_sign(tokens: list[str]) -> list[str]:
-  """The tokens before a degree sign at the end; none if there is no such sign."""
+  """Returns the tokens before a degree sign at the end; [] if there is no such sign."""
   return next((tokens[:-len(form)] for form in _DEGREES if tokens[-len(form):] == form), [])
 
 
 def _is_whole(tokens: list[str]) -> bool:
-  """Whether brackets are closed and no operator is left at the end."""
+  """Returns whether all brackets are closed and no operator is at the end."""
   depth = 0
   for token in tokens:
     depth += (token in ('{', '(')) - (token in ('}', ')'))
@@ -49,7 +49,7 @@ def _is_whole(tokens: list[str]) -> bool:
 
 
 def _temperature(tokens: list[str], unit: Unit) -> tuple[list[str], Unit]:
-  r"""25^\circ\text{C}: the degree sign belongs to the unit."""
+  r"""Reads 25^\circ\text{C}, in which the degree sign belongs to the unit."""
   number = _without_degree_sign(tokens)
   if not number:
     return tokens, unit

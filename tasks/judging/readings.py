@@ -1,4 +1,4 @@
-"""What an answer may be: a number, an expression, an interval, a list, an equation, words. See notation.py."""
+"""Defines the kinds of answers: number, expression, interval, list, equation, words and so on. See notation.py."""
 
 import dataclasses
 import re
@@ -8,12 +8,13 @@ from betarank.tasks.judging.expressions import Node
 from betarank.tasks.judging.latex import is_word, spelled
 from betarank.tasks.judging.units import Unit
 
-_GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't keep two letters apart
+_SHOWN_BITS = 100  # a larger number isn't written out; Python refuses to, from 4300 digits
+_GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't separate two letters
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What was read. tokens: of the text that it was read from."""
+  """What a text says. tokens: the tokens of the text."""
 
   tokens: tuple[str, ...]
 
@@ -26,7 +27,7 @@ class Reading:
 
   @property
   def shown(self) -> str:
-    """The tokens for a person to read."""
+    """The tokens in a form that is easy to read."""
     return _GAP.sub('', self.text)
 
   @property
@@ -39,7 +40,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Value(Reading):
-  """An expression, and the unit behind it. node is None where only math-verify may be able to read it."""
+  """An expression, and the unit after it. node is None if only math-verify may be able to parse it."""
 
   node: Node | None = None
   unit: Unit | None = None
@@ -50,14 +51,18 @@ class Value(Reading):
 
   def __str__(self) -> str:
     exact = None if self.node is None else values.exact(self.node)
-    value = '' if exact is None or str(exact) == self.shown or max(exact.as_integer_ratio()) > 10**30 else f' = {exact}'
+    long = exact is None or max(part.bit_length() for part in exact.as_integer_ratio()) > _SHOWN_BITS
+    value = '' if long or str(exact) == self.shown else f' = {exact}'
     unit = f', unit {self.unit.name}' if self.unit else ''
     return f'{self.kind} {self.shown}{value}{unit}{"" if self.node else ", for math-verify"}'
 
 
 @dataclasses.dataclass(frozen=True)
 class Many(Reading):
-  """Several answers. kind: list (bare), set, pair (in parentheses: ordered, or an open interval), or, and."""
+  """Several answers.
+
+  kind: list (without brackets), set, pair (in parentheses: in order, or an open interval), or, and.
+  """
 
   items: tuple[Reading, ...] = ()
   kind: str = 'list'
@@ -88,7 +93,7 @@ class Union(Reading):
 class Relation(Reading):
   r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to and others.
 
-  A side is None where nothing stands before the first operator, as in `> 7`.
+  A side is None if nothing is before the first operator, as in `> 7`.
   """
 
   sides: tuple[Reading, ...] = ()
@@ -101,7 +106,7 @@ class Relation(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Residue(Reading):
-  """value mod modulus; name: of the variable that is congruent to it, '' if there is none."""
+  """A value modulo a modulus. name: the variable that is congruent to it, '' if there is none."""
 
   value: Node | None = None
   modulus: Node | None = None
@@ -112,7 +117,7 @@ class Residue(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Family(Reading):
-  """An expression for every integer value of a variable in it."""
+  """An expression for every integer value of one of its variables."""
 
   node: Node | None = None
   variable: str = ''

@@ -1,10 +1,10 @@
-r"""Sets of numbers, whichever way they are written: intervals, unions, inequalities of one variable, `x \in (1, 2)`."""
+r"""Reads sets of numbers in all notations: intervals, unions, inequalities of one variable, `x \in (1, 2)`."""
 
 from betarank.tasks.judging import notation
 from betarank.tasks.judging.names import name_of
 from betarank.tasks.judging.readings import Interval, Many, Reading, Relation, Union, Value, Words
 
-# Operator -> (the side on which the variable may go on, whether its end belongs to it).
+# Operator -> (the direction in which the variable is unbounded, whether the end point is included).
 DIRECTIONS = {'<': (-1, False), '>': (1, False), r'\le': (-1, True), r'\ge': (1, True)}
 
 
@@ -17,7 +17,10 @@ def is_region(reading: Reading) -> bool:
 
 
 def region(reading: Reading, open_pairs: bool = False) -> tuple[str, list[Reading]] | None:
-  """(variable or '', intervals and single values); None if it is no set of numbers of one variable."""
+  """Returns (variable or '', intervals and single values); None if the reading isn't a set of values of one variable.
+
+  open_pairs: reads a pair such as (1, 2) as an open interval.
+  """
   if isinstance(reading, Interval):
     return '', [reading]
   if isinstance(reading, Many) and reading.kind == 'pair' and open_pairs and len(reading.items) == 2:
@@ -56,7 +59,7 @@ def infinite(reading: Reading | None) -> bool:
 
 
 def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
-  """x > 3, -1 < x \\le 2, x \\ne 0, x \\in (1, 2) as intervals of the variable x."""
+  r"""Returns the intervals of x that x > 3, -1 < x \le 2, x \ne 0 or x \in (1, 2) mean, with the variable."""
   sides, operators = relation.sides, relation.operators
   low, high = notation.read(r'-\infty'), notation.read(r'\infty')
   if None in sides:

@@ -1,7 +1,7 @@
-r"""Units of measurement behind (or, for money, before) a number: what they are, and how they convert.
+r"""Reads units of measurement after a number (for money, also before it), and converts between them.
 
-A unit is a product of powers of base units times an exact factor, so that `36 \text{ km/h}` is `10 \text{ m/s}`. A noun
-that isn't in the table (`7 \text{ apples}`) is a unit of its own, which nothing converts to.
+A unit is a product of powers of base units times an exact factor, so `36 \text{ km/h}` equals `10 \text{ m/s}`. A noun
+that isn't in the table, as in `7 \text{ apples}`, is a unit that doesn't convert to any other.
 """
 
 import re
@@ -38,7 +38,7 @@ _PREFIXED = ('m', 's', 'g', 'l', 'L', 'J', 'N', 'W', 'Pa', 'V', 'A', 'eV', 'Hz',
 _LONG_PREFIXED = ('meter', 'metre', 'gram', 'gramme', 'liter', 'litre', 'second', 'joule', 'watt', 'newton', 'volt',
                   'hertz', 'pascal', 'byte', 'bit', 'ohm')
 _COMBINED = {'mph': 'mile / hour', 'kph': 'km / hour', 'kmh': 'km / hour', 'cc': 'cm ^ 3', 'ml': 'mL', 'sqft': 'ft ^ 2'}
-# Words in a unit that say nothing, and words that make it no unit at all.
+# _EMPTY are words in a unit that have no meaning. A text with a word of _REFUSED isn't a unit.
 _EMPTY = {'unit', 'units', 'of', 'the', 'a', 'an', 'in', 'exactly', 'each', 'total', 'altogether', 'long', 'away'}
 _REFUSED = {
   'is', 'not', 'are', 'or', 'and', 'no', 'more', 'less', 'than', 'greater', 'fewer', 'least', 'most', 'wrong', 'if',
@@ -47,13 +47,18 @@ _REFUSED = {
   'otherwise', 'over', 'under', 'up', 'down', 'answer', 'both', 'either', 'neither', 'nor', 'because', 'since', 'so',
   'thus',
 }
-# Letters that may be units without \text, too.
+# Letters that may be units even without \text.
 SINGLE_LETTERS = {'m', 's', 'g', 'h', 'l', 'L', 'J', 'N', 'W', 'V', 'A', 'K', 'd'}
 MAX_WORDS = 3
 
 
 class Unit(NamedTuple):
-  """dimensions: {base: power} as a sorted tuple, empty for a bare number; factor: of the base units; name: as read."""
+  """A unit of measurement.
+
+  dimensions: {base: power} as a sorted tuple; empty for a unit without a name.
+  factor: the unit in terms of its base units.
+  name: the unit as it was written.
+  """
 
   dimensions: tuple[tuple[str, int], ...]
   factor: Fraction
@@ -73,12 +78,12 @@ class Unit(NamedTuple):
 
   @property
   def is_generic(self) -> bool:
-    """Returns True if the unit says only that there is a unit, as in 'square units'."""
+    """Whether the text says only that there is a unit, as in 'square units'."""
     return not self.dimensions
 
 
 def _table() -> dict[str, tuple[str, int, Fraction]]:
-  """{name: (dimension, its power, factor)}."""
+  """Returns {name: (dimension, its power, factor)}."""
   found = {}
   for dimension, factor, names in _BASE.values():
     power = 1
@@ -102,9 +107,11 @@ _TABLE = _table()
 
 
 def read(tokens: list[str], bare: bool = False) -> Unit | None:
-  """The unit that all of `tokens` are; None if they aren't one. bare: single letters outside \\text may be units, too.
+  r"""Returns the unit that the tokens form together; None if they don't form one.
 
-  Words of it may be multiplied, divided, raised to a power; 'square' and 'cubic' go before, 'squared' after.
+  Words may be multiplied, divided and raised to a power. 'square' and 'cubic' precede the unit, 'squared' follows it.
+
+  bare: single letters outside \text may be units too.
   """
   words: list[str] = []
   for before, token in zip(['', *tokens], tokens):
@@ -161,7 +168,7 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:
-  """The power at `words[i]`, and the index of its last token."""
+  """Returns the power at `words[i]`, and the index of its last token."""
   if words[i] != '^':
     return (2 if words[i].lower() == 'squared' else 3), i
   sign, j = 1, i + 1

@@ -1,4 +1,4 @@
-"""The rules for numbers and expressions with their units: the same, converted, or left out."""
+"""Compares numbers and expressions with their units, which may be equal, converted, or missing on one side."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,25 +8,25 @@ from betarank.tasks.judging import expressions, notation, values
 from betarank.tasks.judging.expressions import Node
 from betarank.tasks.judging.readings import Reading, Value
 
-# (gold, answer) -> whether math-verify calls them equal; None if it can't parse the gold.
+# A function (gold, answer) -> whether math-verify considers them equal; None if it can't parse the gold.
 ByMathVerify = Callable[[str, str], bool | None]
 _PERCENT = Fraction(1, 100)
 
 
 class ValueRules:
-  """Compares values. rule: what decided, of the outermost rule that said something."""
+  """Compares values. rule: the rule that decided the outermost comparison."""
 
   def __init__(self, by_math_verify: ByMathVerify):
     self.by_math_verify = by_math_verify
     self.rule = ''
 
   def decide(self, same: bool | None, rule: str) -> bool | None:
-    """Notes the rule and returns what it says."""
+    """Records the rule, and returns its decision."""
     self.rule = rule
     return same
 
   def quantities(self, gold: Reading, answer: Reading) -> bool | None:
-    """Whether two numbers with their units are the same; NotImplemented for other readings."""
+    """Returns whether two numbers with their units are the same; NotImplemented for other readings."""
     if not isinstance(gold, Value) or not isinstance(answer, Value):
       return NotImplemented
     if (gold.unit is None) != (answer.unit is None):
@@ -70,7 +70,7 @@ class ValueRules:
     return self.decide(same, 'a unit that the gold leaves out' if same else self.rule)
 
   def values(self, gold: Value, answer: Value) -> bool | None:
-    """Whether two expressions have the same value, units aside."""
+    """Returns whether two expressions have the same value, without regard to units."""
     if gold.node is None or answer.node is None:
       same = self.by_math_verify(gold.text, answer.text)
       return self.decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
@@ -83,7 +83,7 @@ class ValueRules:
 
 
 def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
-  r"""Reads `5 m` as five metres where the other side has a unit."""
+  """Reads `5 m` as five metres if the other side has a unit."""
   gold_again, answer_again = gold, answer
   if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):
     gold_again = _read_again(gold)

@@ -1,8 +1,8 @@
-"""Compares expressions by their values: exactly where they are rational numbers, else to many digits.
+"""Compares expressions by their values: exactly if they are rational numbers, otherwise to many digits.
 
-Two expressions in variables are equal if they agree at several points, which are fixed by the variables' names. That
-decides identities without rewriting anything: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a). Decimals are
-exact, too, until a tolerance is asked about: see `near`. mpmath is loaded when first needed, in workers only.
+Two expressions with variables are equal if they agree at several points, which depend only on the variables' names.
+This decides identities without rewriting anything: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a). Decimals
+are exact too; only `near` allows a tolerance. mpmath is imported when it is first needed, which is only in workers.
 """
 
 import functools
@@ -16,21 +16,24 @@ from betarank.tasks.judging.expressions import Node, precision, symbols, walk
 
 _DIGITS, _MORE_DIGITS = 50, 100
 _POINTS = 3
-_MAX_BITS = 2**18  # of an exact number
+_MAX_BITS = 2**18  # the largest size of an exact number
 _MAX_EXPONENT = 10**6
-_MAX_FACTORIAL = 3000  # exactly; beyond, to so many digits
+_MAX_FACTORIAL = 3000  # larger factorials are computed approximately
 _INTEGER_LETTERS = set('nmkpqrjlNMKtab')
-# A decimal in the gold with so many digits stands for what rounds to it, one in the answer for what it is close to.
+# From so many digits on, a decimal in the gold stands for all numbers that round to it, and one in the answer for all
+# numbers that it is close to.
 GOLD_DIGITS, ANSWER_DIGITS = 4, 6
 _CLOSE, _EQUAL = Fraction(1, 10**6), Fraction(1, 10**12)
 
 
 class TooHard(Exception):
-  """The value can't be found: it is out of all bounds, or not defined."""
+  """Raised if a value can't be computed, because it is too large or not defined."""
 
 
 def exact(node: Node) -> Fraction | None:
-  """Returns the value of a rational expression without variables; None for other expressions and too large values."""
+  """Returns the value of a rational expression without variables; None for other expressions and for values too
+  large.
+  """
   op, args = node.op, node.args
   if op == 'number':
     return args[0]
@@ -100,10 +103,10 @@ def _exact_call(name: str, *values: Fraction) -> Fraction | None:
 
 
 def equal(a: Node, b: Node) -> bool:
-  """Returns True if both have the same value for all values of their variables. Raises TooHard if no value can be
-  found.
+  """Returns True if both expressions have the same value for all values of their variables.
 
-  A logarithm without a base is taken as natural or decimal, whichever makes the two equal.
+  A logarithm without a base is taken as natural or decimal, whichever makes the two equal. Raises TooHard if a value
+  can't be computed.
   """
   if a == b:
     return True
@@ -127,7 +130,11 @@ def _needs_signs(a: Node, b: Node) -> bool:
 
 
 def _over_integers(a: Node, b: Node) -> bool:
-  """Whether the variables seem to be integers: floors, factorials and powers of -1 aren't asked elsewhere."""
+  """Returns whether the variables are probably integers.
+
+  This is assumed if their letters are usual for integers, and floors, factorials, powers of negative numbers or similar
+  functions occur.
+  """
   if not (symbols(a) | symbols(b)) <= _INTEGER_LETTERS:
     return False
   return any(
@@ -137,7 +144,7 @@ def _over_integers(a: Node, b: Node) -> bool:
 
 
 def _points(names: list[str], signs: bool) -> list[dict[str, Fraction]]:
-  """Where to compare: one point if there are no variables; with `signs`, negative ones, too."""
+  """Returns the points at which to compare: one point if there are no variables; with `signs`, also negative ones."""
   if not names:
     return [{}]
   place = lambda name, i: Fraction(zlib.crc32(f'{i}/{name}'.encode()) % 99_991 + 30_011, 50_021)
@@ -151,7 +158,7 @@ def _integer_points(names: list[str]) -> list[dict[str, Fraction]]:
 
 
 def check(node: Node) -> None:
-  """Raises TooHard for an expression that has no value which can be found."""
+  """Raises TooHard if the expression has no value that can be computed."""
   if exact(node) is None:
     for point in _points(sorted(symbols(node)), signs=False):
       with _mp().workdps(_DIGITS):
@@ -159,7 +166,7 @@ def check(node: Node) -> None:
 
 
 def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
-  """Whether their values are the same: their difference vanishes as more digits are taken."""
+  """Returns whether both values are the same. If so, their difference vanishes as more digits are computed."""
   rough, fine = (_difference(a, b, point, base, digits) for digits in (_DIGITS, _MORE_DIGITS))
   if rough is None or fine is None:
     return rough == fine
@@ -168,7 +175,7 @@ def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bo
 
 
 def _difference(a: Node, b: Node, point, base, digits):
-  """(|a - b|, the larger of |a| and |b|); None if both are the same infinity."""
+  """Returns (|a - b|, the larger of |a| and |b|); None if both are the same infinity."""
   mp = _mp()
   with mp.workdps(digits):
     x, y = _value(a, point, base), _value(b, point, base)
@@ -185,7 +192,7 @@ def _mp():
 
 
 def approximate(node: Node, base: int | None = None):
-  """The value of an expression without variables, to 50 digits, as an mpmath number. Raises TooHard."""
+  """Returns the value of an expression without variables to 50 digits, as an mpmath number. Raises TooHard."""
   with _mp().workdps(_DIGITS):
     return _value(node, {}, base)
 
@@ -249,7 +256,9 @@ def _root(value, degree):
 
 
 def _near_integer(rounding: Callable) -> Callable:
-  """Floor or ceiling of a number that may miss an integer by its last digits."""
+  """Returns floor or ceiling made tolerant: a number that differs from an integer only in its last digits counts as
+  it.
+  """
   def rounded(x):
     nearest = _mp().nint(x)
     return nearest if abs(x - nearest) < _mp().mpf(10) ** -30 else rounding(x)
@@ -276,11 +285,12 @@ def _call(base: int | None, name: str, *values):
 
 
 def near(gold: Node, answer: Node) -> bool:
-  """Whether decimals make up for a difference between two numbers. Both are compared exactly before.
+  """Returns whether the difference between two numbers can be explained by the precision of decimals.
 
-  A decimal gold of at least 4 significant digits stands for all that rounds to it, if that is no less precise: 0.6667
-  for 2/3, 20.39 for 20.394. An answer in decimals, of at least 6 digits, may be off by a relative 1e-6 where the gold
-  can't be written in decimals (0.333333 for 1/3), else by 1e-12, which is the noise of floating point.
+  A decimal gold with at least 4 significant digits accepts every number that rounds to it and is at least as precise.
+  So 0.6667 accepts 2/3, and 20.39 accepts 20.394. A decimal answer with at least 6 digits may differ from the gold by a
+  relative 1e-6 if the gold has no exact decimal form: 1/3 accepts 0.333333. Otherwise it may differ by a relative
+  1e-12, the noise of floating point.
   """
   given, wanted = precision(answer), precision(gold)
   if symbols(gold) or symbols(answer) or (given is None and wanted is None):
@@ -302,7 +312,7 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Whether `stated` is `value` to as many digits as it states, give or take one of the last."""
+  """Returns whether `stated` is `value` rounded to the digits of `stated`. The last digit may be off by one."""
   digits = precision(stated)
   if symbols(value) or symbols(stated):
     return False
@@ -316,7 +326,7 @@ def rounds(value: Node, stated: Node) -> bool:
 
 
 def _terminates(node: Node) -> bool:
-  """Returns True if decimals can write the number exactly."""
+  """Returns True if the number can be written exactly in decimals."""
   value = exact(node)
   if value is None:
     return False
@@ -328,7 +338,7 @@ def _terminates(node: Node) -> bool:
 
 
 def factor(a: Node, b: Node):
-  """Returns the constant c other than 0 with a = c·b everywhere; None if there is none. Raises TooHard."""
+  """Returns the constant c, other than 0, for which a = c·b everywhere; None if there is none. Raises TooHard."""
   mp = _mp()
   names = sorted(symbols(a) | symbols(b))
   ratios = []

@@ -1,18 +1,18 @@
-"""Words in answers: what is said around a value, numbers in words, names of the empty set and of all reals."""
+"""Handles words in answers: phrases around a value, numbers in words, names of the empty set and of all reals."""
 
 import itertools
 from collections.abc import Sequence
 
 from betarank.tasks.judging.latex import is_word, match_of, spelled
 
-# Words that may stand alone before an answer.
+# Words that may come before an answer, without changing it.
 _LEAD = {
   'the', 'final', 'answer', 'answers', 'is', 'are', 'so', 'thus', 'hence', 'therefore', 'we', 'get', 'have', 'equals',
   'equal', 'to', 'it', 'its', 'result', 'value', 'values', 'solution', 'solutions', 'that', 'this', 'correct',
   'exact', 'number', 'option', 'choice', 'be', 'must', 'there', 'a', 'an', 'of', 'possible', 'set', 'roots', 'root',
   'then', 'by', 'which', 'integer', 'integers',
 }
-# Words that end a sentence's beginning, after which the answer comes, and words that change what comes.
+# _INTRODUCING: words after which a sentence states the answer. _CHANGING: words that change its meaning.
 _INTRODUCING = {
   'is', 'are', 'equals', 'be', 'that', 'get', 'have', 'find', 'obtain', 'therefore', 'thus', 'hence', 'then',
 }
@@ -48,7 +48,7 @@ POWERS_OF_TEN = {"'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12} 
 
 
 def number_in_words(words: list[str]) -> int | None:
-  """Returns the number that words such as 'twenty', 'one' or 'three', 'hundred' say; None if they don't."""
+  """Returns the number that words such as 'twenty-one' or 'three', 'hundred' mean; None if they don't mean a number."""
   total, current, known = 0, 0, False
   for word in itertools.chain.from_iterable(word.lower().split('-') for word in words):
     if word == 'and' and known:
@@ -66,14 +66,14 @@ def number_in_words(words: list[str]) -> int | None:
 
 
 def names_empty_set(tokens: list[str]) -> bool:
-  """Returns True if the tokens are one of the names of the empty set."""
+  """Returns True if the tokens are a name of the empty set."""
   return tokens == [r'\{', r'\}'] or (r'\{' not in tokens and spelled(tokens) in EMPTY_SET)
 
 
 def trim(tokens: list[str]) -> list[str]:
   """Returns the tokens without what surrounds an answer: braces, full stops, 'The answer is', '... is the answer'."""
   while tokens:
-    if tokens[-1] in _EDGES and tokens[-3:] != ['.'] * 3:  # ... stands for decimals that repeat
+    if tokens[-1] in _EDGES and tokens[-3:] != ['.'] * 3:  # ... means that decimals repeat
       tokens = tokens[:-1]
     elif tokens[0] in {*_EDGES, '=', r'\approx'} and len(tokens) > 1:
       tokens = tokens[1:]
@@ -89,7 +89,7 @@ def trim(tokens: list[str]) -> list[str]:
 
 
 def _wrapped(tokens: list[str]) -> bool:
-  """Returns True if the tokens are in braces, or in the asterisks of bold type, which are read as powers."""
+  """Returns True if the tokens are in braces, or in the asterisks of bold type, which were read as powers."""
   if tokens[0] == '{':
     return match_of(tokens, 0) == len(tokens) - 1
   return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
@@ -100,7 +100,10 @@ def _word(token: str) -> str:
 
 
 def _introduction(tokens: list[str]) -> int:
-  """How many tokens introduce the answer: words such as 'The answer is', or prose that ends so and changes nothing."""
+  """Returns the number of tokens that introduce the answer.
+
+  They are words such as 'The answer is', or a sentence that ends like this and contains no word of _CHANGING.
+  """
   lead = len(list(itertools.takewhile(lambda t: _word(t) in _LEAD, tokens)))
   if lead:
     return lead if lead < len(tokens) else 0
@@ -113,7 +116,7 @@ def _introduction(tokens: list[str]) -> int:
 
 
 def _conclusion(tokens: list[str]) -> int:
-  """Returns the number of tokens at the end that say that this is the answer."""
+  """Returns the number of tokens at the end which say that this is the answer."""
   words = list(itertools.takewhile(lambda t: _word(t) in _FOLLOWING, reversed(tokens)))
   said = [_word(t) for t in words]
   concludes = said and said[-1] in ('is', 'are') and _CONCLUDED & set(said)
@@ -121,13 +124,13 @@ def _conclusion(tokens: list[str]) -> int:
 
 
 def is_plain_words(tokens: list[str]) -> bool:
-  """Returns True if the tokens are words and their punctuation, with no mathematics."""
+  """Returns True if the tokens are only words and punctuation."""
   return any(is_word(t) for t in tokens) and all(
     is_word(t) or t in ('(', ')', '.', "'", '-', '"', '!', '?') for t in tokens)
 
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-  """Returns True if words are few and say no more than a name, a colour or a direction does."""
+  """Returns True if the words are at most six and just a name, such as that of a person, a colour or a direction."""
   words = [_word(t) for t in tokens if is_word(t)]
   return 0 < len(words) <= 6 and is_plain_words(list(tokens)) and not _EXPLAINING & set(words)

@@ -10,7 +10,9 @@ import pytest
 
 from betarank.data.batches import Batch, TrainBatches, validation_batches
 from betarank.data.config import DataError, SourceConfig
+from betarank.data.prepare import prepare_source
 from betarank.data.prepared import Documents, folder
+from betarank.data.tokenizer import read_tokenizer
 
 SIZE = 8
 
@@ -187,6 +189,41 @@ def test_validation(prepared_config):
   assert (batches[-1].segments_BT[-1] == 0).all()  # these 400 documents happen to leave rows of padding
   halves = [read(process_count=2, process_index=p) for p in range(2)]
   assert_equal([concatenate(pair) for pair in zip(*halves)], batches)
+
+
+@pytest.fixture
+def instructions(config, corpus, make_source, tmp_path):
+  """Prepared questions with answers, of which the loss counts the answers, mixed with plain text."""
+  rng = np.random.default_rng(0)
+  records = [{'q': f'what is {i}?', 'a': 'just ' * int(rng.integers(1, 9)) + str(i)} for i in range(60)]
+  (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+  c = dataclasses.replace(config, sources={
+    'asked': make_source(f'jsonl:{tmp_path}/a.jsonl#q+a'), 'plain': make_source(f'jsonl:{corpus}/a.jsonl')})
+  for name in c.sources:
+    prepare_source(c, name, workers=1)
+  return c
+
+
+def test_the_loss_counts_answers_only_in_packed_rows_too(instructions, open_batches):
+  """Pieces of documents that are cut by the end of a row included, and none of a plain source is left out."""
+  tokenizer = read_tokenizer(instructions.tokenizer_path, 384)
+  alone = dataclasses.replace(instructions, sources={'asked': instructions.sources['asked']})
+  documents = Documents(alone, 'asked', 'train')
+  opened = open_batches(alone, batch_size=1)
+  batches = take(opened, opened.stats['asked'].rows_per_epoch)
+  found = documents.request(np.arange(len(documents)))()
+  assert sum(b.counted_BT.sum() for b in batches) == sum(d.mask[1:].sum() for d in found) > 0
+  targets = np.concatenate([b.targets_BT[b.counted_BT] for b in batches])
+  assert 'what' not in tokenizer.decode(targets) and 'just' in tokenizer.decode(targets)
+  for batch in take(open_batches(instructions), 20):
+    assert batch.counts_BT.dtype == bool and not batch.counted_BT[batch.segments_BT == 0].any()
+    for r in range(SIZE):
+      real = batch.segments_BT[r] > 0
+      text = tokenizer.decode(batch.tokens_BT[r][real])
+      assert 'Question' in text or batch.counted_BT[r][real].all()
+  assert take(open_batches(dataclasses.replace(instructions, sources={
+    'plain': instructions.sources['plain']})), 1)[0].counts_BT is None
+  assert next(validation_batches(instructions, 'asked', batch_size=4, count=1)).counts_BT is not None
 
 
 def test_batch_is_a_pytree():

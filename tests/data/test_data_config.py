@@ -20,7 +20,7 @@ SOURCE = {'uri': 'text:x', 'weight': 1.0, 'max_documents': 0}
   ('sequence_length', 0, 'config.data.sequence_length must be positive, got 0'),
   ('validation_fraction', 1.0, r'config.data.validation_fraction must be in \[0, 1\), got 1.0'),
   ('dir', '', 'config.data.dir must be a folder'),
-  ('document_bytes', 1, 'config.data.document_bytes must be 16 or more, got 1'),
+  ('document_bytes', 1, 'config.data.document_bytes must be 16 or more, or 0 for the default, got 1'),
   ('sources', {}, 'config.data.sources must name one source or more, got none'),
   ('sources', {'A-b': SOURCE}, "got 'A-b'"),
   ('sources', {'a': SOURCE | {'weight': 0.0}}, 'must have a weight > 0 somewhere'),

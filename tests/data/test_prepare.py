@@ -81,6 +81,15 @@ def test_duplicates_fall_on_one_side(config, tmp_path):
   assert not set(train) & set(validation)
 
 
+@pytest.mark.parametrize('row, documents', [(32, 2), (16_384, 1)])
+def test_a_document_that_fits_into_a_long_row_is_not_cut(config, tmp_path, make_source, row, documents):
+  """70,000 bytes are fewer tokens than a row of mid-training has; other rows keep the limit of 65,536."""
+  (tmp_path / 'long.jsonl').write_text(json.dumps({'text': 'word and word\n' * 5000}) + '\n{"text": "short"}\n')
+  c = dataclasses.replace(config, sequence_length=row, validation_fraction=0.0,
+                          sources={'long': make_source(f'jsonl:{tmp_path}/long.jsonl')})
+  assert prepare_source(c, 'long', workers=1)['splits']['train']['documents'] == documents + 1
+
+
 def test_long_documents_are_cut_onto_one_side(config, tmp_path):
   long = [f'document {i} ' + 'la ' * 100 for i in range(30)]
   (tmp_path / 'd.jsonl').write_text(''.join(json.dumps({'text': t}) + '\n' for t in long))

@@ -121,3 +121,14 @@ def test_errors(tmp_path, trained, path):
 
 def test_a_larger_model_may_draw_ids_without_a_token(trained, path):
   assert read_tokenizer(path, 512).decode([511, *trained.encode('State'), 400]) == 'State'
+
+
+@pytest.mark.parametrize('error', [DataError('line 2: no JSON'), KeyboardInterrupt()])
+def test_an_error_of_the_documents_is_not_blamed_on_the_trainer(error, tmp_path):
+  def documents():
+    yield 'a few words\n' * 100
+    raise error
+
+  with pytest.raises(type(error)) as raised:
+    tokenizer.train(documents(), 300, str(tmp_path / 'tokenizer.model'))
+  assert raised.value is error and not list(tmp_path.iterdir())

@@ -50,14 +50,14 @@ def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
   write(path / 'run.json', json.dumps({
     'command': ['/usr/bin/betarank', 'rl' if rl else 'train', '--config=mine.py', f'--workdir={path}'],
     'device_kind': 'TPU v5e', 'devices': 4, 'started_s': 1.8e9}))
-  checkpoint(path, steps, settings, init_from, {'prompts': 8 * steps} if rl else {
+  checkpoint(path, steps, settings, init_from, {'prompts': 8 * steps, 'problems': 'b' * 64} if rl else {
     'sources': {'main': {'rows': 8 * steps, 'fingerprint': data}}})
   noise = np.random.default_rng(seed).normal(0, 0.01, steps + 1)
   lines = []
   for step in range(1, steps + 1):
     line = {'step': step, 'train/entropy_nats': entropy + 1 / step + noise[step], 'train/grad_norm': 1.0}
     if rl:
-      line |= {'train/pass_rate': min(0.9, step / steps), 'train/length_tokens': 50.0 + step,
+      line |= {'train/pass_rate': min(0.9, step / steps), 'train/tokens': 100.0, 'train/length_tokens': 50.0 + step,
                'train/truncated_share': 0.1, 'train/zero_variance_groups': 0.3, 'train/sampler_gap_mean': 1e-6}
     else:
       line |= {'train/ce_nats': 2 + 1 / step + noise[step], 'train/tail_mass': 0.1 + noise[step] / 10,

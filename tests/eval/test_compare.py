@@ -130,3 +130,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line(two, two_rl, tmp_path):
 
 def test_smoothing_keeps_the_mean_of_a_window():
   assert compare.smooth([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+
+
+def test_no_name_in_the_legend_is_cut(tmp_path):
+  paths = [pretraining(tmp_path / str(i), beta=i / 8, optimizer={'lr': 1e-3 * i, 'b2': 0.9, 'warmup_steps': 10 * i},
+                       train={'tokens': 10**6 * i, 'batch_size': i, 'microbatches': i}) for i in range(1, 5)]
+  figure = compare.draw(compare.read_runs(paths))
+  figure.canvas.draw()
+  [legend] = figure.legends
+  box, whole = legend.get_window_extent(), figure.bbox
+  assert box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0
+  assert all('warmup_steps' in text.get_text() for text in legend.get_texts())

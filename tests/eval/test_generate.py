@@ -108,14 +108,44 @@ def table(out):
   return out[out.index('benchmark'):]
 
 
-def opened(run_dir, **overrides):
+def opened(run_dir, writes=True, **overrides):
   """The samples of checkpoint 8 as the command finds them."""
   [subject] = settings.find_checkpoints(str(run_dir))
   config = settings.configure(subject)
   config.eval.sample.update({
     'problems': PROBLEMS, 'samples': N, 'max_new_tokens': 24, 'decode_batch_size': 4, **overrides})
   run = settings.eval_run(config, subject)
-  return generate.SampleFile(subject, open_benchmark(URI, run.eval.sample), run)
+  return generate.SampleFile(subject, open_benchmark(URI, run.eval.sample), run, writes)
+
+
+def test_other_processes_draw_what_process_0_lacks_and_change_no_file(undisturbed, run_dir, monkeypatch):
+  before = undisturbed[0].read_text()
+  undisturbed[0].write_text(before[:-1])  # the file may be taken up, and cut, by process 0 alone
+  monkeypatch.setattr(generate.multihost, 'of_first_process', lambda lacks_P: np.arange(len(lacks_P)) == 7)
+  file = opened(run_dir, writes=False)
+  asked = []
+
+  def sampler(params, prompts, **_):
+    yield from asked.extend(prompts) or [[], []]
+
+  generate._fill(file, types.SimpleNamespace(name=URI), sampler, None, list('abcdefghij'), None, None, 0)
+  assert file.missing == [7] and asked == ['h'] and undisturbed[0].read_text() == before[:-1]
+  undisturbed[0].write_text(before)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_samples_of_one(undisturbed, run_dir):
+  """They also go on where one process has stopped."""
+  path = undisturbed[0]
+  want = in_order(path)
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines(path)[:3 * N]))
+  job = [f'--coordinator=127.0.0.1:{runs.free_port()}', '--processes=2', '--config.train.mesh.fsdp=2']
+  pair = [betarank('eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *job,
+                   f'--process_id={i}') for i in range(2)]
+  (_, out, _), (_, silent, _) = runs.finish_well(pair)
+  exact = lambda found: [{key: line[key] for key in line if key != 'logp'} for line in found]
+  assert exact(in_order(path)) == exact(want) and table(out) == table(undisturbed[1]) and 'problem' not in silent
+  np.testing.assert_allclose([line['logp'] for line in in_order(path)], [line['logp'] for line in want], atol=1e-3)
 
 
 def test_other_settings_are_not_mixed_in(undisturbed, run_dir):

@@ -18,6 +18,7 @@ from betarank.eval import config as settings
 from betarank.eval import lm_harness
 from betarank.eval.command import main
 from betarank.runtime.checkpoint import restore_weights
+from tests import runs
 
 MULTIPLE_CHOICE = """
 task: sums
@@ -139,21 +140,46 @@ def test_what_the_sampler_cannot_do_is_refused(ours, asked, message):
   assert '\n' not in str(error.value)
 
 
-def test_the_command_writes_what_the_harness_finds(run_dir, folder, monkeypatch, capsys):
-  command = ['eval', 'harness', f'--checkpoint={run_dir}', '--tasks=sums,texts', '--limit=6',
+def test_the_command_writes_what_the_harness_finds(run_dir, folder, capsys):
+  command = ['harness', f'--checkpoint={run_dir}', '--tasks=sums,texts', '--limit=6',
              f'--include_path={folder}']
-  monkeypatch.setattr('sys.argv', command)
-  main()
+  main(command)
   path = run_dir / 'eval' / 'harness' / 'sums+texts' / '8.json'
   found = json.loads(path.read_text())
   assert found['step'] == 8 and found['tasks'] == ['sums', 'texts'] and found['limit'] == 6
   assert 0 <= found['results']['sums']['acc,none'] <= 1 and found['results']['texts']['bits_per_byte,none'] > 0
   assert 'word_perplexity' in capsys.readouterr().out
-  main()
+  main(command)
   assert 'is there already' in capsys.readouterr().out
-  monkeypatch.setattr('sys.argv', [*command[:3], '--tasks=hellaswagg'])
   with pytest.raises(UserError, match='--tasks=hellaswagg: no such task; did you mean hellaswag.'):
-    main()
+    main([*command[:2], '--tasks=hellaswagg'])
+
+
+def test_processes_that_are_asked_for_other_texts_end_with_one_line(ours, monkeypatch):
+  """Their rows are computed together: each would take the answers to another's questions for its own."""
+  monkeypatch.setattr(lm_harness.multihost, 'of_first_process', lambda x: x ^ 1)
+  for ask in (lambda: ours.loglikelihood(PAIRS[:1]),
+              lambda: ours.generate_until(requests('generate_until', [('x', dict(max_gen_toks=2))]))):
+    with pytest.raises(UserError, match='process 0: the task asks for other texts here than in process 0'):
+      ask()
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(run_dir, folder):
+  command = ['eval', 'harness', f'--checkpoint={run_dir}', '--tasks=sums,texts', '--limit=5',
+             f'--include_path={folder}', '--config.eval.probe.batch_size=8']
+  path = run_dir / 'eval' / 'harness' / 'sums+texts' / '8.json'
+  found = []
+  for processes in (1, 2):
+    path.unlink(missing_ok=True)
+    job = [f'--coordinator=127.0.0.1:{runs.free_port()}', '--processes=2', '--config.train.mesh.fsdp=2']
+    pair = [runs.betarank(*command, *(job if processes > 1 else []), f'--process_id={i}') for i in range(processes)]
+    results = runs.finish_well(pair)
+    assert [('written' in out) for _, out, _ in results] == [True, False][:processes]
+    found.append(json.loads(path.read_text())['results'])
+  for task in ('sums', 'texts'):
+    for name, value in found[0][task].items():
+      assert found[1][task][name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), name
 
 
 def test_hugging_face_says_the_same(ours, run_dir, folder, tmp_path, monkeypatch):

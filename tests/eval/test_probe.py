@@ -177,7 +177,7 @@ def test_all_checkpoints_of_a_run_are_probed_once_on_the_same_tokens(run_dir, ru
     ('', '--config.train.mesh.fsdp=3', 'config.train.mesh: mesh:'),
     ('', '--config.data.dir=/nowhere', '/nowhere/tokenizer.model: no such tokenizer'),
     ('', '--config=tests/nowhere.py', '--config=tests/nowhere.py: no such file'),
-    ('checkpoint', '--all', 'checkpoint: no checkpoint there; did you mean'),
+    ('checkpoint', '--all', 'checkpoint: no such folder; did you mean'),
   ],
 )
 def test_what_cannot_be_is_refused_in_one_line(run_probe, checkpoint, flag, message):
@@ -210,7 +210,7 @@ def test_two_processes_equal_one(run_dir, run_probe):
 
 def test_the_command_ends_in_one_line():
   done = subprocess.run([*BETARANK, 'eval', 'probe', '--checkpoint=nowhere'], capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr == 'error: nowhere: no checkpoint there\n'
+  assert done.returncode == 2 and done.stderr == 'error: nowhere: no such folder\n'
 
 
 def test_section_eval_is_what_the_command_adds(run_dir):

@@ -1,6 +1,5 @@
 """The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face."""
 
-import argparse
 import contextlib
 import dataclasses
 import gzip
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.parser import Parser
 from betarank.configs.sections import section
 from betarank.data.config import DataConfig, DataError, SourceConfig
 from betarank.model.hf_config import HfError
@@ -65,18 +65,24 @@ def _json_values():
 
 
 def _overrides():
-  keys = st.sampled_from([*load.flatten(_whole()), 'model', 'data.sources.main', 'nope', 'model.', '.', '']) | st.text(
+  keys = st.sampled_from([*_all_settings(), 'model', 'data.sources.main', 'nope', 'model.', '.', '']) | st.text(
     max_size=12)
   values = st.text(max_size=30) | st.integers().map(str) | st.floats().map(str) | _json_values().map(json.dumps)
   return st.lists(st.tuples(keys, values), min_size=1, max_size=3).map(
     lambda pairs: ['--config=configs/smoke.py'] + [f'--config.{key}={value}' for key, value in pairs])
 
 
-def _whole():
-  config = common.base()
-  config.train.init_from = 'runs/x'
-  config.rl, config.eval = common.rl_base().rl, common.evaluation()
-  return config
+def _wholes():
+  """Returns a config of pre-training and one of RL, both with a section for evaluation."""
+  pretraining, rl = common.base(), common.rl_base()
+  rl.model = pretraining.model
+  rl.train.init_from = 'runs/x'
+  pretraining.eval = rl.eval = common.evaluation()
+  return pretraining, rl
+
+
+def _all_settings():
+  return {key: value for config in _wholes() for key, value in load.flatten(config).items()}
 
 
 def _sections(config) -> None:
@@ -84,17 +90,16 @@ def _sections(config) -> None:
   from betarank.rl.config import rl_run
   from betarank.train.config import run_config
 
-  run_config({key: config[key] for key in config if key not in ('rl', 'eval')})
-  if 'rl' in config:
-    rl_run({key: config[key] for key in config if key != 'eval'})
+  (rl_run if 'rl' in config else run_config)({key: config[key] for key in config if key != 'eval'})
   if 'eval' in config:
     section(EvalConfig, config.eval, 'eval')
 
 
 @target(100, UserError)
 def config_file(folder):
-  goods = [json.loads(load.to_json(config)) for config in (common.base(), _whole())]
-  _sections(_whole())  # its imports aren't growth
+  goods = [json.loads(load.to_json(config)) for config in _wholes()]
+  for config in _wholes():
+    _sections(config)  # its imports aren't growth
   path = folder / 'config.json'
   raw = [json.dumps(good).encode() for good in goods]
 
@@ -115,8 +120,9 @@ def config_file(folder):
 @target(120, UserError, SystemExit, strategy=_overrides)  # argparse answers for its own flags by SystemExit
 def command_line(folder):
   flat = {key: json.dumps(value) if isinstance(value, list | tuple) else str(value)
-          for key, value in load.flatten(_whole()).items()}
-  _sections(_whole())  # its imports aren't growth
+          for key, value in _all_settings().items()}
+  for config in _wholes():
+    _sections(config)  # its imports aren't growth
 
   def make(rng, good=False):
     if good:
@@ -134,7 +140,7 @@ def command_line(folder):
 
   def check(argv):
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-      config, _ = load.from_command_line(argparse.ArgumentParser(prog='x'), argv)
+      config, _ = load.from_command_line(Parser('x'), argv)
     _sections(config)
 
   return make, check, nothing

@@ -45,18 +45,22 @@ def _answer(rng: random.Random, good: bool):
 
 @target(160, strategy=_answers)
 def answers(folder):
-  """What the trainer's own process does with an answer: it extracts it, strips it, and reads it as a number."""
-  from betarank.tasks import verifiers
+  """An answer is cut out of a text, and judged by all rules but math-verify: a verdict, and never an exception."""
+  from betarank.tasks.answers import final_answer
+  from betarank.tasks.judging.comparison import Judgement, judge
   from betarank.tasks.task_set import Task
+  from betarank.tasks.verifiers import Verifier, VerifierConfig
+
+  verifier = Verifier(VerifierConfig())  # starts no worker here
 
   def check(case):
     boxed, given, wanted = case
+    task = Task('', 'Q', 'Question: Q\nSolution:', wanted, 'math', 'boxed' if boxed else 'line')
     for text in (f' steps\nAnswer: {given}\n', f'so \\boxed{{{given}}}.', given):
-      found = verifiers.extract_answer(text, 'boxed' if boxed else 'line', 1)
-      if found is not None:
-        verifiers.number(verifiers.plain(found))
-        for kind in ('math', 'exact'):
-          verifiers._compare_plainly(found, Task('', '', '', wanted, kind, 'line'))
+      found = final_answer(text, task)
+      if found is not None and len(found) <= 10_000:  # as eval.sample.verifier.answer_chars
+        assert isinstance(judge(wanted, found), Judgement)
+      verifier._grade_here(found, task)  # in the trainer's own process
 
   return lambda rng, good=False: _answer(rng, good), check, nothing
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from betarank.runtime.checkpoint import find, read_meta
+from betarank.tasks.task_set import TaskConfig, TaskSet
 from tests import runs
 from tests.runs import (
   assert_no_secret,
@@ -46,24 +48,35 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
     assert line['train/clip_fraction'] == 0  # on-policy: nothing to clip,
     assert line['train/ratio_mean'] == pytest.approx(1, abs=1e-6)
     assert line['train/sampler_gap_max'] < 1e-4  # and the sampler is the trainer
+  averages = {line['step']: line['eval/held_out/avg_at_4'] for line in lines if 'eval/held_out/avg_at_4' in line}
+  best = read_meta(find(str(undisturbed)))['cursor']['best']
+  assert best['step'] == max(averages, key=averages.get) and best['value'] == averages[best['step']]
+  assert best['step'] in (0, *map(int, runs.checkpoints(undisturbed)))
   sample = json.loads((undisturbed / 'samples.jsonl').read_text().splitlines()[0])
   assert sample['prompt'].startswith('Question: ')
   assert_no_secret(undisturbed)
 
 
 def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_path):
-  running = start(config, tmp_path, f'--config.rl.steps={LONG}')
+  """With a few problems that come again, so that the difficulty filter has something to pass over."""
+  problems = TaskSet(TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1'), split='all')
+  (tmp_path / 'few.jsonl').write_text(''.join(
+    json.dumps({'question': problems[i].question, 'answer': problems[i].reference}) + '\n' for i in range(14)))
+  few = f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5'
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few)
   wait_for_step(tmp_path, 1, running)
   running[0].kill()
   finish(running)
-  running = start(config, tmp_path, f'--config.rl.steps={LONG}')
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few)
   wait_for_step(tmp_path, metrics(tmp_path)[-1]['step'] + 1, running)
   running[0].terminate()
   steps = assert_stopped(finish(running), tmp_path) + 2
   undisturbed = tmp_path / 'undisturbed'
   for workdir in (tmp_path, undisturbed):
-    finish_well(start(config, workdir, f'--config.rl.steps={steps}'))
+    finish_well(start(config, workdir, f'--config.rl.steps={steps}', *few))
   assert_same_run(tmp_path, undisturbed, steps)
+  ends = [read_meta(find(str(workdir)))['cursor'] for workdir in (tmp_path, undisturbed)]
+  assert ends[0] == ends[1] and any(line.get('train/prompts_passed_over') for line in metrics(tmp_path))
 
 
 # A reference, covariance terms and two updates a step, on two devices; samples enough for some to be right each step.
@@ -111,7 +124,7 @@ def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
     ('--config.rl.loss.eps_low=2', 'config.rl.loss.eps_low must be in [0, 1]'),
     ('--config.rl.minibatches=3', 'config.rl.minibatches must divide prompts_per_step = 4'),
     ('--config.rl.loss.cov=kl_cov', "config.rl.minibatches must be > 1 with loss.cov = 'kl_cov'"),
-    ('--config.train.init_from=nowhere', 'nowhere: no checkpoint there'),
+    ('--config.train.init_from=nowhere', 'nowhere: no such folder'),
     ('--config.model.rope_base=1e6', 'config.model.rope_base must be 10000.0'),
     ('--config.rl.max_prompt_tokens=5', 'more than config.rl.max_prompt_tokens = 5'),
   ],

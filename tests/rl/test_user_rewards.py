@@ -1,7 +1,5 @@
 """What RL rewards: right answers, programs that pass their tests, and what a function of the user's own returns."""
 
-import json
-import types
 
 import numpy as np
 import pytest
@@ -11,41 +9,16 @@ from betarank.rl.rollout import graded_groups, pack
 from betarank.tasks.code_jail import Jail, JailConfig, JailError
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
-from betarank.train.sampler import Sample
+from tests.rl.scripted import Scripted, write
 
 RIGHT, WRONG, UNDECIDED = Verdict.RIGHT, Verdict.WRONG, Verdict.UNDECIDED
-
-
-class Scripted:
-  """A tokenizer and a sampler that answer every prompt with the same texts."""
-
-  bos = 0
-
-  def __init__(self, texts):
-    self.texts, self.s = texts, types.SimpleNamespace(max_prompt_tokens=8)
-
-  def encode(self, text):
-    return np.array([1, 2])
-
-  def decode(self, tokens):
-    return self.texts[int(tokens[0])]
-
-  def __call__(self, params, prompts, *, samples, seed, step):
-    for prompt in prompts:
-      yield [Sample(prompt.id, i, np.array([i, 9], np.int32), np.zeros(2, np.float32), 'eos')
-             for i in range(samples)]
 
 
 def graded(tasks, texts, jail=None):
   model = Scripted(texts)
   with Verifier(VerifierConfig(workers=1), jail) as verifier:
-    [group] = graded_groups(model, None, verifier, model, tasks, range(1), samples=len(texts), seed=0, step=1)
+    [group] = graded_groups(model, None, verifier, model, {0: tasks[0]}, samples=len(texts), seed=0, step=1)
   return group
-
-
-def write(path, *records):
-  path.write_text(''.join(json.dumps(record) + '\n' for record in records))
-  return path
 
 
 def test_a_text_is_cut_as_evaluation_cuts_it(tmp_path):

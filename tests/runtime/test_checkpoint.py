@@ -106,6 +106,18 @@ def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 6]
 
 
+def test_the_best_checkpoint_stays_until_there_is_a_better_one(tmp_path):
+  state = create_state(C, TX, mesh_of((1, 1, 1, 1, 1)), seed=0)
+  kept = lambda: checkpoint.steps(epath.Path(tmp_path) / 'checkpoints')
+  for first, best, left in ((1, 2, [2, 5, 6]), (7, 2, [2, 11, 12]), (13, 14, [14, 17, 18])):  # started three times
+    checkpoints = Checkpoints(tmp_path, KEEP)
+    for step in range(first, first + 6):
+      checkpoints.save(state, {'config': {}}, step, best if step >= best else None)
+    checkpoints.wait()
+    checkpoints.close()
+    assert kept() == left
+
+
 def test_a_checkpoint_in_the_background_holds_the_state_of_its_own_step(tmp_path):
   """Updates go on while it is written; none of them gets into it."""
   from betarank.runtime.state import donated

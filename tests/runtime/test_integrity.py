@@ -27,7 +27,8 @@ def good(tmp_path_factory):
   state = create_state(C, TX, mesh_of(ONE), seed=0)
   checkpoints = Checkpoints(workdir, KEEP)
   for step in (1, 2):
-    checkpoints.save(state, {'config': {'seed': 0}, 'cursor': {}, 'parent': ''}, step)
+    best = {'metric': 'eval/held_out/avg_at_4', 'step': 1, 'value': 0.5}
+    checkpoints.save(state, {'config': {'seed': 0}, 'cursor': {'best': best}, 'parent': ''}, step)
   checkpoints.wait()
   checkpoints.close()
   return workdir / 'checkpoints'
@@ -195,6 +196,7 @@ def test_inspect_and_verify_need_no_devices(copied):
   assert done.returncode == 0, done.stderr
   parameters = sum(x.size for x in jax.tree.leaves(abstract_state(C, TX, mesh_of(ONE)).params))
   assert f'checkpoints/2: step 2, {parameters:,} parameters' in done.stdout and 'seed = 0' in done.stdout
+  assert 'best so far: eval/held_out/avg_at_4 0.5000 at step 1\n' in done.stdout
   done = command('verify', copied.parent)
   assert [line.rsplit('/', 1)[1] for line in done.stdout.splitlines()] == ['1: good', '2: good']
   assert done.returncode == 0

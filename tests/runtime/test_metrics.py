@@ -1,5 +1,6 @@
 """What is written can be read again, whatever a kill left; what is shown fits on a line."""
 
+import functools
 import json
 import math
 
@@ -7,6 +8,8 @@ import jax
 import pytest
 from etils import epath
 
+from betarank.configs.terminal import progress_line, step_line
+from betarank.runtime import metrics
 from betarank.runtime.metrics import Clock, JsonLines, Log, describe, peak_flops, read_lines
 
 FIGURES = {
@@ -59,13 +62,33 @@ def test_log_writes_lines_samples_and_events_and_only_where_active(tmp_path, cap
 
 
 def test_the_line_says_whether_it_is_fine_and_when_it_ends():
-  line = describe(120, 1000, FIGURES, 3700)
+  line = step_line(120, 1000, 3700, describe(FIGURES))
   for part in ('step  120/1000  12%', 'loss 2.0000', 'ce 1.9000', 'entropy 1.8000', '|g| 1.00', 'lr 1.0e-03',
                '1,000 tok/s', 'wait 1.0%', 'eta 1:01:40'):
     assert part in line
   assert 'mfu' not in line  # no known chip
-  assert 'loss' not in describe(1, 2, {**FIGURES, 'train/loss_nats': 1.9}, math.inf)  # plain: it is the ce
-  assert 'mfu 43.2%' in describe(1, 2, {**FIGURES, 'time/mfu': 0.432}, 1)
+  assert 'loss' not in ' '.join(describe({**FIGURES, 'train/loss_nats': 1.9}))  # plain: it is the ce
+  assert 'mfu 43.2%' in describe({**FIGURES, 'time/mfu': 0.432})
+  assert step_line(1, 2, math.inf, []).endswith('eta ?')
+
+
+@pytest.mark.parametrize('width', [80, 100, 120, 160])
+def test_the_live_line_has_bar_percentage_and_eta_at_any_width(width):
+  figures = describe({**FIGURES, 'time/mfu': 0.432, 'time/hbm_bytes': 2.0**36})
+  line = progress_line(250, 1000, 3700, figures, width)
+  assert line.startswith('━━━━╌╌╌╌╌╌╌╌╌╌╌╌  25%  eta 1:01:40  step  250/1000  loss 2.0000') and len(line) <= width
+  assert width - len(line) < 16  # as many figures as have room
+  assert len(step_line(250, 1000, 3700, figures, width)) <= width
+
+
+def test_a_terminal_keeps_the_step_lines(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(metrics, 'Console', functools.partial(metrics.Console, force_terminal=True, width=80))
+  log = Log(epath.Path(tmp_path), step=0, steps=4, every=2, tensorboard=False, active=True)
+  for step in range(1, 5):
+    log.train(step, FIGURES)
+  log.close()
+  shown = capsys.readouterr().out
+  assert 'compiling' in shown and 'step 2/4  50%  loss 2.0000' in shown and '100%  eta 0:00:00' in shown
 
 
 def test_the_clock_keeps_evaluation_apart_and_knows_the_wait(monkeypatch):

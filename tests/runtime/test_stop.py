@@ -1,11 +1,16 @@
 """A command asked to stop finishes its step and saves, and its exit status says so. A second Ctrl-C is final."""
 
+import json
+import os
 import signal
+import sys
+import time
 
 import pytest
 
-from betarank.runtime.stop import StopSignal
-from tests.runs import finish, free_port, python
+from betarank.configs.errors import run_main
+from betarank.runtime.stop import StopSignal, interruptible
+from tests.runs import betarank, finish, finish_well, free_port, python
 
 STEPS = '''
 import sys, time
@@ -93,3 +98,72 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(number, statuses):
   assert [code for code, _, _ in results] == statuses, results
   saved = [out.splitlines()[-1] for _, out, _ in results]
   assert saved[0] == saved[1] and saved[0].startswith('saved ')
+
+
+def turned_into_another_error():
+  try:
+    signal.raise_signal(signal.SIGINT)
+  except KeyboardInterrupt:
+    raise ImportError('an extension could not be initialized') from None
+
+
+def ignored():
+  class Closed:
+    def __del__(self):  # Python ignores what is raised here
+      signal.raise_signal(signal.SIGINT)
+
+  Closed()
+  time.sleep(10)
+  raise AssertionError('Ctrl-C was ignored')
+
+
+@pytest.mark.parametrize('work', [lambda: signal.raise_signal(signal.SIGINT), turned_into_another_error, ignored])
+def test_ctrl_c_ends_with_one_line(work, capsys):
+  def main():
+    with interruptible():
+      work()
+
+  hook = sys.unraisablehook
+  with pytest.raises(SystemExit) as end:
+    run_main(main)
+  assert end.value.code == 130 and capsys.readouterr().err == '\nstopped\n'
+  assert sys.unraisablehook is hook and signal.set_wakeup_fd(-1) == -1
+
+
+def test_an_error_without_ctrl_c_is_itself():
+  with pytest.raises(ImportError), interruptible():
+    raise ImportError
+
+
+def test_the_line_says_what_is_kept(capsys):
+  def main():
+    raise KeyboardInterrupt('what is prepared is kept')
+
+  with pytest.raises(SystemExit):
+    run_main(main)
+  assert capsys.readouterr().err == '\nstopped; what is prepared is kept\n'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('after', ['training a tokenizer', 'trained in'])
+def test_data_is_prepared_on_after_ctrl_c(after, tmp_path):
+  """It is stopped as a terminal does it: all processes of its group get the signal."""
+  for name in 'ab':
+    texts = (' '.join(f'{name}{i * k % 9973}' for k in range(60)) for i in range(20_000))
+    (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+  sources = json.dumps({'two': dict(uri=f'jsonl:{tmp_path}/*.jsonl', weight=1.0, max_documents=0, max_bad_rows=0,
+                                    template='')})
+  command = ['data', 'prepare', '--config=tests/tiny.py', f'--config.data.sources={sources}', '--workers=2']
+  process = betarank(*command, f'--config.data.dir={tmp_path}/data', start_new_session=True)
+  while after not in process.stdout.readline():
+    pass
+  time.sleep(1)
+  os.killpg(process.pid, signal.SIGINT)
+  [(code, _, err)] = finish([process], timeout=60)
+  assert code in (130, -signal.SIGINT) and 'Traceback' not in err
+  assert err.splitlines()[-1] == 'stopped; what is prepared is kept, and the same command resumes'
+  for folder in ('data', 'undisturbed'):
+    finish_well([betarank(*command, f'--config.data.dir={tmp_path}/{folder}')])
+  manifests = [json.loads((tmp_path / folder / 'two' / '1.0.0' / 'manifest.json').read_text()) for folder in
+               ('data', 'undisturbed')]
+  assert manifests[0]['fingerprint'] == manifests[1]['fingerprint']

@@ -12,7 +12,6 @@ from betarank.configs import common
 from betarank.configs.errors import UserError
 from betarank.configs.sections import section
 from betarank.data import DataError, read_tokenizer
-from betarank.eval import config as settings
 from betarank.eval import generate
 from betarank.eval.benchmarks import open_benchmark
 from betarank.eval.config import SampleConfig
@@ -21,6 +20,7 @@ from betarank.tasks.answers import final_answer
 from betarank.tasks.code_jail import Jail, JailConfig, JailError
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 from betarank.train.sampler import Sample
+from tests import tokenizer_files
 
 PROMPT = 'def add(a, b):\n    """Adds.\n    >>> add(1, 2)\n    3\n    """\n'
 HUMAN = [{'task_id': f'HumanEval/{i}', 'prompt': PROMPT, 'entry_point': 'add',
@@ -117,9 +117,8 @@ def test_as_benchmarks(tmp_path):
     open_benchmark('mbpp_plus', c)
 
 
-def test_samples_are_judged_in_the_jail(run_dir, tmp_path, verifier):
-  [subject] = settings.find_checkpoints(str(run_dir))
-  tokenizer = read_tokenizer(settings.eval_run(settings.configure(subject), subject).data.tokenizer_path)
+def test_samples_are_judged_in_the_jail(tmp_path, verifier):
+  tokenizer = read_tokenizer(tokenizer_files.byte_level(tmp_path / 'tokenizer', 'qwen'))
   task = code_problems.read(write(tmp_path / 'h.jsonl', HUMAN))[0]
   texts = ['    return a + b\n\ndef more():\n', '    return a', '    return a + b\n']
   group = [Sample(0, i, np.array([*tokenizer.encode(text), tokenizer.eos]), np.zeros(1, np.float32), 'eos')

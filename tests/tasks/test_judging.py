@@ -2,6 +2,7 @@
 
 import csv
 import pathlib
+import time
 from fractions import Fraction
 
 import pytest
@@ -92,6 +93,29 @@ def test_golds_that_cannot_be_read_decide_nothing(gold, why):
 def test_an_answer_without_a_value_is_wrong():
   for answer in (r'\frac{1}{0}', '9^{9^{9^9}}', r'\ln 0', '10^{10^{10}}'):
     assert judge('7', answer).verdict == Verdict.WRONG
+
+
+@pytest.mark.parametrize('answer', [
+  '3' * 100, '3' * 5000, '3 ' * 2000, '1A ' * 1000, '3,' * 2000, '1 000 ' * 500, '-' * 3000, '+1' * 2000, '(' * 5000,
+  '3_' * 1000, '12:' * 1000, 'x = ' * 1000 + '3', 'and 3 ' * 800, '5 m ' * 1000, '{3}' * 1500, r'\frac{' * 500,
+  '3' * 60 + ' base', '3 ' * 60 + '_'])
+def test_no_answer_takes_long(answer):
+  """Plain numbers are judged in the trainer's own process, without a deadline: 40 digits once took days."""
+  for gold in ('7', '101_2', 'x=3'):
+    began = time.process_time()
+    judge(gold, answer)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize('text', [
+  '10^9999', '-10^9999', '10^{-9999}', '1e9999', '3' * 5000, '3.' + '3' * 5000, f'0.\\overline{{{"3" * 5000}}}',
+  f'3 {"3" * 5000}/2', f'{"3" * 5000}_8', f'\\sqrt[{"3" * 5000}]{{2}}', f'\\frac{{d^{"3" * 5000}y}}{{dx}}', '3000!',
+  '2^{9999} \\text{ m}', '10^{9999}\\%', f'x^{"3" * 5000}'])
+def test_a_number_too_long_to_be_written_is_judged(text):
+  """Python refuses to write or read integers of more than 4300 digits; one such answer ended a run of RL."""
+  assert judge('7', text).verdict == Verdict.WRONG
+  assert judge(text, '7').verdict in (Verdict.WRONG, Verdict.UNDECIDED)
+  Verifier(VerifierConfig())._grade_here(text, Task('', '', '', '7', 'math', 'line'))  # in the trainer's own process
 
 
 def test_math_verify_is_asked_about_what_only_it_may_know():

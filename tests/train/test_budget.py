@@ -27,20 +27,37 @@ def test_the_decay_reaches_final_lr_after_any_warm_up(warmup, fraction, start):
   assert float(rate(39)) == pytest.approx(0.1 + 0.9 / (40 - start))
 
 
+@pytest.mark.parametrize('shape, middle', [('linear', 0.55), ('cosine', 0.55), ('1-sqrt', 0.1 + 0.9 * (1 - 0.5**0.5))])
+def test_every_shape_of_the_decay_falls_from_lr_to_final_lr(shape, middle):
+  c = optimizer(warmup_steps=2, decay_fraction=0.5, decay_shape=shape)
+  rate = [float(schedule(c, 40)(step)) for step in range(42)]
+  assert rate[2:21] == [1.0] * 19 and rate[40] == rate[41] == pytest.approx(0.1)
+  assert rate[20:41] == sorted(rate[20:41], reverse=True) and rate[30] == pytest.approx(middle)
+
+
+def test_the_slope_of_each_shape_is_what_its_name_says():
+  """Cosine is flat at both ends; 1-sqrt falls fastest at once."""
+  rate = {shape: schedule(optimizer(decay_fraction=1.0, decay_shape=shape), 100)
+          for shape in ('linear', 'cosine', '1-sqrt')}
+  assert rate['1-sqrt'](5) < rate['linear'](5) < rate['cosine'](5)
+  assert rate['1-sqrt'](95) < rate['linear'](95) and rate['cosine'](95) < rate['linear'](95)
+
+
 def test_without_a_decay_the_rate_stays():
   assert float(schedule(optimizer(warmup_steps=3), 40)(40)) == 1.0 and decay_start(optimizer(), 40) == 40
 
 
 def folder(tmp_path, *steps):
   for step in steps:
-    (tmp_path / 'checkpoints' / str(step)).mkdir(parents=True)
+    (tmp_path / 'checkpoints' / str(step)).mkdir(parents=True, exist_ok=True)
   return epath.Path(tmp_path)
 
 
-def checked(root, tokens, before):
+def checked(root, tokens, before, **optimizer):
   """tiny: 256 tokens per step, and the last quarter of the steps decays."""
   run = run_config(load.load('tests/tiny.py:dir=/d', {
-    'train.tokens': str(tokens), 'optimizer.decay_fraction': '0.25'}))
+    'train.tokens': str(tokens), 'optimizer.decay_fraction': '0.25',
+    **{f'optimizer.{name}': value for name, value in optimizer.items()}}))
   check_budget(run, root, {'config': {'train': {'tokens': before}}})
 
 
@@ -53,6 +70,8 @@ def test_a_budget_that_would_raise_a_decayed_rate_again_is_refused(tmp_path):
   """It used to jump from 0.0011 to 0.01 at once, without a word."""
   with pytest.raises(ConfigError, match='lowering its learning rate since step 9, .* no checkpoint from before'):
     checked(folder(tmp_path, 10, 12), 20 * 256, before=12 * 256)
+  with pytest.raises(ConfigError, match='lowering its learning rate since step 9'):
+    checked(folder(tmp_path, 10, 12), 20 * 256, before=12 * 256, decay_shape='cosine', name='muon')
   with pytest.raises(ConfigError, match='checkpoints/8 --config.train.init_what=all'):
     checked(folder(tmp_path, 8), 20 * 256, before=12 * 256)
   checked(epath.Path(tmp_path), 12 * 256, before=12 * 256)

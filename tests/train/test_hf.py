@@ -319,7 +319,7 @@ def test_export_needs_room_and_a_fitting_tokenizer(good, tmp_path, tokenizer_fil
   other = save(smaller, random_params(smaller), tmp_path / 'other', tokenizer_file)
   with pytest.raises(HfError, match=r'has 300 tokens, but the model 298; give the one'):
     hf.export(other, str(tmp_path / 'out'))
-  with pytest.raises(checkpoint.CheckpointError, match='no checkpoint there'):
+  with pytest.raises(checkpoint.CheckpointError, match='no such folder'):
     hf.export(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
   assert not (tmp_path / 'out').exists()
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_shape_is_refused(undisturbed, data_dir, tmp_pat
 
 
 def test_init_from_nowhere_is_refused(data_dir, tmp_path):
-  assert 'nowhere: no checkpoint there' in refused(data_dir, tmp_path, '--config.train.init_from=nowhere')
+  assert 'nowhere: no such folder' in refused(data_dir, tmp_path, '--config.train.init_from=nowhere')
 
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(data_dir, tmp_path):

@@ -1,13 +1,22 @@
 """The one start of every run: what it refuses, in one line that names the key, and what it says."""
 
+import threading
+
 import jax
+import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
 from betarank.rl.config import rl_run
+from betarank.runtime import checkpoint
+from betarank.runtime.state import TrainState
 from betarank.train import setup
 from betarank.train.config import run_config
+
+KEEP = checkpoint.CheckpointConfig(every_steps=1, keep=2, keep_every_steps=0)
+STATE = TrainState(jnp.zeros((), int), {'a': jnp.ones(8)}, ())
 
 CASES = [  # overrides, devices, message; RL used to end in a traceback where pre-training had these lines
   ({'train.mesh.tensor': '4', 'train.mesh.fsdp': '1'}, 4, 'config.train.mesh: tensor: 4 devices do not divide'),
@@ -86,3 +95,53 @@ def test_a_checkpoint_of_rl_tells_of_the_data_it_descends_from():
 
 def test_counts_have_a_unit_at_every_size():
   assert [setup.short(n) for n in (950, 12_345, 64_300_000, 1_048_000_000)] == ['950', '12.3k', '64.3M', '1.05B']
+
+
+@pytest.fixture
+def slow_save(monkeypatch):
+  """Saves go on in the background until this event is set."""
+  go, write = threading.Event(), checkpoint.integrity.write
+  monkeypatch.setattr(checkpoint.integrity, 'write', lambda folder: go.wait(20) and write(folder))
+  yield go
+  go.set()
+
+
+@pytest.mark.parametrize('ends', [ValueError('step 2 failed'), SystemExit(1), KeyboardInterrupt()])
+def test_whatever_ends_a_run_its_save_in_flight_is_finished_and_said(slow_save, tmp_path, capsys, ends):
+  threading.Timer(0.3, slow_save.set).start()
+  with pytest.raises(type(ends)), setup.open_checkpoints(epath.Path(tmp_path), KEEP, False) as checkpoints:
+    checkpoints.save(STATE, {'config': {}}, 1)
+    assert checkpoints.describe() == 'no checkpoint yet, and that of step 1 is being written'
+    raise ends
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [1]
+  assert capsys.readouterr().err.splitlines() == [
+    'waiting for the checkpoint of step 1, at most 1800 s', 'the checkpoint of step 1 is complete']
+
+
+def test_a_save_that_hangs_is_given_up_at_its_deadline(slow_save, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(setup, 'SAVE_DEADLINE_S', 0.2)
+  with pytest.raises(ValueError), setup.open_checkpoints(epath.Path(tmp_path), KEEP, False) as checkpoints:
+    checkpoints.save(STATE, {'config': {}}, 1)
+    raise ValueError
+  assert capsys.readouterr().err.splitlines()[1] == 'the checkpoint of step 1 did not finish within 0.2 s'
+  slow_save.set()
+  checkpoints.wait()
+
+
+def test_a_save_that_fails_does_not_hide_the_error_of_the_run(tmp_path, capsys, monkeypatch):
+  def full(folder):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(checkpoint.integrity, 'write', full)
+  with pytest.raises(ValueError), setup.open_checkpoints(epath.Path(tmp_path), KEEP, False) as checkpoints:
+    checkpoints.save(STATE, {'config': {}}, 1)
+    raise ValueError
+  assert 'the checkpoint of step 1 failed: a checkpoint could not be written' in capsys.readouterr().err
+
+
+def test_without_a_save_in_flight_nothing_is_said(tmp_path, capsys):
+  with pytest.raises(ValueError), setup.open_checkpoints(epath.Path(tmp_path), KEEP, False) as checkpoints:
+    checkpoints.save(STATE, {'config': {}}, 1)
+    checkpoints.wait()
+    assert checkpoints.describe() == f'the last good checkpoint is {tmp_path}/checkpoints/1'
+    raise ValueError
+  assert capsys.readouterr().err == ''

@@ -40,11 +40,12 @@ def batch(rows=8, length=16, seed=0):
   return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, segments)
 
 
-def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C):
+def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C,
+            optimizer=ADAMW):
   """(parameters, metrics) after a few steps on a mesh of this shape."""
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    tx = make_optimizer(ADAMW, 100, model.abstract(c)[2])
+    tx = make_optimizer(optimizer, 100, model.abstract(c)[2])
     state = create_state(c, tx, mesh, seed=0)
     step = make_step(c, objective, tx, BYTES_V, microbatches)
     placed = jax.device_put(the_batch or batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
@@ -105,6 +106,27 @@ def test_packed_equals_separate():
   params = model.init(C, jax.random.key(0))
   grad = jax.jit(jax.value_and_grad(lambda p, b: score.total(C, p, b, SHAPED)[0]))
   same(grad(params, packed), grad(params, alone), 1e-5)
+
+
+def test_answers_packed_with_a_mask_equal_answers_alone():
+  """The loss, its gradient and all figures are those of the answers, whatever stands as a target in the prompts."""
+  packed = batch()
+  counts = np.arange(16)[None] % 16 >= np.array([3, 6])[np.maximum(packed.segments_BT - 1, 0)]
+  masked = dataclasses.replace(packed, counts_BT=counts)
+  params = model.init(C, jax.random.key(0))
+  run = jax.jit(lambda p, b: jax.value_and_grad(
+    lambda p: (lambda total, loss, stats, _: (total, sums(b, loss, stats, jnp.asarray(BYTES_V))))(
+      *score.total(C, p, b, SHAPED)), has_aux=True)(p))
+  (total, figures), grads = jax.device_get(run(params, masked))
+  other = dataclasses.replace(masked, targets_BT=np.where(masked.counted_BT, packed.targets_BT, 10**6))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(run(params, other)), ((total, figures), grads))
+  # Each document in a row of its own, with its prompt.
+  rows = [(r, packed.segments_BT[r] == s) for r in range(8) for s in (1, 2)]
+  alone = [np.stack([np.pad(x[r][where], (0, 16 - where.sum())) for r, where in rows])
+           for x in (packed.tokens_BT, packed.targets_BT, packed.positions_BT, packed.segments_BT, counts)]
+  alone[3] = np.minimum(alone[3], 1)
+  same(jax.device_get(run(params, Batch(*alone))), ((total, figures), grads), 1e-5)
+  assert figures['tokens'] == masked.counted_BT.sum() < (packed.segments_BT > 0).sum()
 
 
 def test_what_stands_in_padding_changes_nothing():
@@ -215,10 +237,11 @@ def test_schedule_is_warmup_stable_decay():
   np.testing.assert_allclose(rate(100), 0.1, rtol=1e-6)
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_only_matrices_decay(name):
   axes = model.abstract(C)[2]
   tx = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
-                                      eps=1e-8, weight_decay=0.5, clip_norm=1.0), 10, axes)
+                                      eps=1e-8, weight_decay=0.5, clip_norm=1.0, name=name), 10, axes)
   params = jax.tree.map(jnp.ones_like, model.init(C, jax.random.key(0)))
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
@@ -228,7 +251,8 @@ def test_only_matrices_decay():
 
 @pytest.mark.parametrize('name, value, message', [
   ('lr', 0.0, 'lr must be > 0'), ('b2', 1.0, r'b2 must be in \[0, 1\)'), ('decay_fraction', 1.5, 'decay_fraction must'),
-  ('warmup_steps', -1, 'warmup_steps must be >= 0')])
+  ('warmup_steps', -1, 'warmup_steps must be >= 0'), ('name', 'sgd', "name must be one of adamw, muon, got 'sgd'"),
+  ('decay_shape', 'sqrt', "decay_shape must be one of linear, cosine, 1-sqrt, got 'sqrt'")])
 def test_bad_optimizer_values_are_refused_by_name(name, value, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(ADAMW, **{name: value})
@@ -279,6 +303,19 @@ def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
   np.testing.assert_array_equal(loss_BT, same_BT)
   routing = score.total(c[1], params, b, RewardShaping(top_k=8))[3]
   np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)
+
+
+def test_the_balance_loss_of_microbatches_is_their_mean_over_tokens():
+  """Each microbatch has its own f and p. The balance loss of the whole batch would give another gradient."""
+  softmax = dataclasses.replace(MOE.moe, router='softmax', balance_weight=10.0)
+  c = dataclasses.replace(MOE, layers=1, moe=softmax)
+  b, params = batch(rows=4), model.init(c, jax.random.key(0))
+  tx = make_optimizer(ADAMW, 100, model.abstract(c)[2])
+  _, metrics = make_step(c, ObjectiveConfig(top_k=8), tx, BYTES_V, microbatches=2)(
+    TrainState(jnp.int32(0), params, tx.init(params)), b)
+  total = lambda p, rows: score.total(c, p, jax.tree.map(lambda x: x[rows], b), RewardShaping(top_k=8))[0]
+  gradient = jax.jit(jax.grad(lambda p: sum(total(p, slice(i, None, 2)) for i in range(2)) / (b.segments_BT > 0).sum()))
+  np.testing.assert_allclose(metrics['grad_norm'], optax.tree.norm(gradient(params)), rtol=1e-5)
 
 
 def test_xla_knows_the_options_for_a_gpu(monkeypatch):

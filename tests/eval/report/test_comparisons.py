@@ -127,6 +127,15 @@ def test_parents_must_agree_too(tmp_path):
   assert c.difference is None and 'other data in source main' in c.remark and '(before RL)' in c.remark
 
 
+def test_rl_on_other_problems_is_not_compared(tmp_path):
+  """The file has the same name in both runs, and holds other problems."""
+  sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
+  meta = tmp_path / 'rl' / 'arm1-seed0' / 'checkpoints' / '10' / 'meta' / 'metadata'
+  meta.write_text(meta.read_text().replace('b' * 64, 'c' * 64))
+  c = compared(tmp_path)[AFTER, 'avg_at_n', 'β = -0.25']
+  assert c.difference is None and 'other problems (cccccccccccc against bbbbbbbbbbbb)' in c.remark
+
+
 def test_samples_drawn_otherwise_are_not_compared(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
   settings = tmp_path / 'rl' / 'arm1-seed0' / 'eval' / 'samples' / 'amc23' / '10.json'

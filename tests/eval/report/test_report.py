@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import time
+import types
 
 import numpy as np
 import pytest
 
 from betarank.configs.errors import ConfigError
-from betarank.eval.report import command
+from betarank.eval.report import command, curves, figures
 from tests.eval import sweep
 from tests.runs import BETARANK, environment
 
@@ -88,10 +89,23 @@ def test_a_forest_plot_has_every_arm_before_and_after_rl(whole):
   assert page.text.index('before RL') < page.text.index('Arms and settings')  # on the first screen
 
 
+@pytest.mark.parametrize('dodge, apart', [(False, False), (True, True)])
+def test_equal_curves_are_drawn_on_each_other_but_bars_of_pass_at_k_next_to_each_other(dodge, apart):
+  drawn = []
+  axis = types.SimpleNamespace(plot=lambda x, y, **_: drawn.append(list(x)), vlines=lambda *_, **__: None)
+  x = np.array([1.0, 2.0, 4.0])
+  panel = figures.Panel('name', 'title', 'k', [
+    curves.Series(arm, x, x, x - 0.1, x + 0.1, 3) for arm in ('a', 'b')], x_scale='log', dodge=dodge)
+  for i, series in enumerate(panel.series):
+    figures._draw_line(axis, panel, series, i, i)
+  assert (drawn[0] != drawn[1]) == apart and np.allclose(drawn, [x, x], rtol=0.12)
+
+
 def test_data_device_speed_and_command_of_each_run_are_on_the_page(whole):
   root, page = whole
   assert f'betarank rl --config=mine.py --workdir={root}/rl/arm1-seed0' in page.text
   assert 'main dddddddddddd' in page.text and 'ffffffffffff' in page.text  # hashes of data and tokenizer
+  assert 'reasoning:chain_sum bbbbbbbbbbbb' in page.text
   assert '4 x TPU v5e' in page.text and '10,000' in page.text and '2027-01-15 08:00 UTC' in page.text
   run = next(line for line in (root / 'report' / 'tables' / 'runs.csv').read_text().splitlines()
              if line.startswith('pre/arm0-seed0'))
@@ -268,6 +282,19 @@ def test_signs_in_rl_that_a_person_should_look_at_are_listed(tmp_path):
   for said in ('no reward signal', 'every sample is truncated', 'the reward does not move', 'the entropy collapses'):
     assert f'rl/arm0-seed0: {said}' in page.text
   assert '4 things are missing or odd' in page.text
+
+
+def test_a_watched_report_is_written_again_until_it_is_interrupted(tmp_path, monkeypatch):
+  written = []
+
+  def sleep(_):
+    if len(written) == 3:
+      raise KeyboardInterrupt
+  monkeypatch.setattr(command, 'write_report', lambda *arguments: written.append(arguments))
+  monkeypatch.setattr(time, 'sleep', sleep)
+  with pytest.raises(SystemExit) as end:
+    command.main([str(tmp_path), '--watch'])
+  assert end.value.code == 130 and [root for root, _ in written] == [str(tmp_path)] * 3
 
 
 @pytest.mark.slow

@@ -72,10 +72,11 @@ def test_rl_s_programs_are_the_ones_that_its_sampler_and_update_run(settings, mo
   assert len(dispatched) > 1 and set(dispatched) == {want['decode']}
 
   task = Task('id', 'question', 'prompt', 'reference', 'exact', '')
-  groups = [rollout.Group(i, task, list(prompts[i].tokens), samples, ['', ''], [Verdict.RIGHT, Verdict.WRONG])
+  verdicts, scores = [Verdict.RIGHT, Verdict.WRONG], [1.0, 0.0]
+  groups = [rollout.Group(i, task, list(prompts[i].tokens), samples, ['', ''], verdicts, scores)
             for i, samples in enumerate(answers)]
   out = rollout.pack(groups, prompts=rl.prompts_per_step, samples=rl.group_size, length=work.length,
-                     truncated_reward=rl.truncated_reward)
+                     rule=rl.reward_rule(1))
   assert (out.choices_BTLk is not None) == bool(c.moe.experts)
   with jax.set_mesh(mesh):
     by_axes = {1: ('batch',), 2: ('batch', 'length'), 4: ('batch',)}
@@ -84,7 +85,7 @@ def test_rl_s_programs_are_the_ones_that_its_sampler_and_update_run(settings, mo
     batch, counts, logp, advantages, choices = jax.tree.map(place, (
       out.batch, out.completion_BT, out.sampler_logp_BT, np.zeros(len(out.completion_BT), np.float32),
       out.choices_BTLk))
-    update = make_update(c, rl.loss, tx, rl.microbatches)
+    update = make_update(c, rl.loss, tx, rl.microbatches, rl.temperature)
     given = update.lower(
       state, batch, counts, logp, advantages, logp if rl.minibatches > 1 else None, logp if rl.loss.kl_weight else None,
       counts if rl.loss.cov else None, choices)
@@ -99,13 +100,13 @@ def without_axes_of_one(text):
 @pytest.mark.slow
 def test_the_rl_loop_runs_the_planned_programs(tmp_path, monkeypatch):
   """Through the loops themselves: pre-train one step of a mixture, then RL for one."""
-  prepare_data(f'tests/tiny_rl.py:dir={tmp_path}/data')
+  prepare_data(f'tests/tiny.py:dir={tmp_path}/data', '--config.data.sources.main.uri=reasoning:chain_sum')
   small = {key: value for key, value in MIXTURE.items() if key != 'model.vocab_size'} | {'log.samples': '0'}
   pretraining = load.load(f'tests/tiny.py:dir={tmp_path}/data', small | {
     'train.tokens': '256', 'optimizer.warmup_steps': '0', 'data.sources.main.uri': 'reasoning:chain_sum',
     'train.mesh.data': '4'})
   pretraining_loop.train(pretraining, str(tmp_path / 'parent'))
-  config = load.load(f'tests/tiny_rl.py:dir={tmp_path}/data,init_from={tmp_path}/parent', small | OFF_POLICY | {
+  config = load.load(f'tests/tiny_rl.py:init_from={tmp_path}/parent', small | OFF_POLICY | {
     'train.mesh.data': '4', 'rl.steps': '1', 'rl.max_prompt_tokens': '24', 'rl.max_new_tokens': '[40]',
     'rl.eval_prompts': '1'})
   ran = {}
@@ -129,5 +130,5 @@ def test_the_rl_loop_runs_the_planned_programs(tmp_path, monkeypatch):
   monkeypatch.undo()
   work = workload(config)
   mesh = programs.make_mesh(work, jax.devices())
-  monkeypatch.setattr(programs, 'EOS', data.Tokenizer(work.run.data.tokenizer_path).eos)
+  monkeypatch.setattr(programs, 'EOS', data.read_tokenizer(f'{tmp_path}/data/tokenizer.model').eos)
   assert {name: {without_axes_of_one(text)} for name, text in planned(work, mesh).items()} == ran

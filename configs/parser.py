@@ -1,0 +1,130 @@
+"""Parses command lines. All commands use it, so that all of them refuse bad flags in the same way.
+
+It differs from argparse in four ways. A mistake is a ConfigError, which is printed as one line, without the usage text.
+An unknown flag comes with a suggestion. A flag may be written with - instead of _, as in --dry-run. And a flag can't be
+abbreviated.
+"""
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from betarank.configs.errors import ConfigError, suggestion
+
+# Matches what was probably meant as a bucket. `gs:/x` would be a local folder, lost with the machine; `GS://x` is
+# neither a folder nor a bucket.
+_BUCKET_MEANT = re.compile(r'\s*([a-z]+:)?(gs:|(s3|az|hf|file|https?|ftp):/)', re.IGNORECASE)
+_BUCKET = re.compile(r'([a-z]+:)?(gs|s3|az|hf)://[^/\s]')
+_HOME = re.compile(r'([a-z]+:)?(?=~/|~$)')
+
+
+class Parser(argparse.ArgumentParser):
+  """An ArgumentParser as the docstring of this module describes it."""
+
+  def __init__(self, prog: str, doc: str | None = None, **options: Any):
+    """Creates the parser of the command `prog`, such as 'betarank train'. doc: what --help prints above the flags."""
+    super().__init__(prog=prog, description=doc, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+  def parse_known_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None):
+    words = [underscored(word) for word in args]
+    known = self._flags()
+    for word in words:  # before argparse, which would only say that the flag is missing that this one was meant for
+      flag = word.partition('=')[0]
+      if flag.startswith('--') and flag not in known and not ('--config' in known and flag.startswith('--config.')):
+        raise self.unknown(word)
+    return super().parse_known_args(words, namespace)
+
+  def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None):
+    found, rest = self.parse_known_args(args, namespace)
+    if rest:
+      raise self.unknown(rest[0])
+    return found
+
+  def unknown(self, word: str) -> ConfigError:
+    """Returns the error for a word that is no flag of this command."""
+    if not word.startswith('-'):
+      return ConfigError(f'{self.prog}: unexpected {word!r}; {self.prog} --help shows what it takes')
+    flag = word.partition('=')[0]
+    return ConfigError(f'{flag}: no such flag{suggestion(flag, self._flags())}; {self.prog} --help lists them')
+
+  def _flags(self) -> list[str]:
+    """Returns the flags of this parser and of its subcommands, and what ends them."""
+    groups = [action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [self, *(parser for group in groups for parser in group)]
+    return ['--', *(flag for parser in parsers for action in parser._actions for flag in action.option_strings)]
+
+  def error(self, message: str) -> NoReturn:
+    """Raises ConfigError. argparse calls this, and its wording is changed here."""
+    if found := re.fullmatch(r'argument (.*?): invalid choice: (.+) \(choose from (.*)\)', message):
+      choices = [choice.strip(" '") for choice in found[3].split(',')]
+      wrong = found[2].strip("'")
+      message = f'{found[1]} can be {", ".join(choices)}, not {wrong!r}{suggestion(wrong, choices)}'
+    elif found := re.fullmatch(r'the following arguments are required: (.*)', message):
+      choices = {action.dest: f'{action.dest} ({", ".join(action.choices)})' for action in self._actions
+                 if action.choices}
+      message = 'missing ' + ' and '.join(choices.get(name, name) for name in found[1].split(', '))
+    else:
+      message = re.sub(r'^argument ', '', message)
+      message = re.sub(r'invalid int value: (.*)', r'expected a whole number, got \1', message)
+      message = re.sub(r'invalid float value: (.*)', r'expected a number, got \1', message)
+    raise ConfigError(f'{self.prog}: {message}')
+
+
+def underscored(word: str) -> str:
+  """Returns a word of a command line with _ instead of - in the name of the flag, if it is one."""
+  flag, equals, value = word.partition('=')
+  return f'--{flag[2:].replace("-", "_")}{equals}{value}' if flag.startswith('--') else word
+
+
+def place(text: str) -> str:
+  """Returns the path of a file or folder that a flag names, with `~` replaced. Use it as the `type` of a flag.
+
+  Raises:
+    argparse.ArgumentTypeError: the path is empty, was probably meant as a bucket but isn't written like one, or is in a
+      bucket for which a package isn't installed.
+  """
+  path = unopened_place(text)
+  scheme, remote, _ = path.partition('://')
+  if remote:
+    import fsspec
+    try:
+      fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+      raise argparse.ArgumentTypeError(f'{path}: {error} ({install_hint(path)})') from None
+  return path
+
+
+def unopened_place(text: str) -> str:
+  """Does what `place` does, but for a path that this process may only pass on, so it doesn't ask for a package."""
+  if not text.strip():
+    raise argparse.ArgumentTypeError('is empty; is the variable set that it was made from?')
+  if problem := not_a_place(text):
+    raise argparse.ArgumentTypeError(problem)
+  return at_home(text)
+
+
+def install_hint(path: str) -> str:
+  """Returns the command that installs the package for reading paths like `path`."""
+  packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
+              'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
+  scheme = path.partition('://')[0]
+  return f'pip install {packages[scheme]}' if scheme in packages else f'no reader of {scheme}:// is known'
+
+
+def not_a_place(text: str) -> str:
+  """Returns why a path such as `gs:/x` can't be meant as it is written, or ''."""
+  if _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
+    return f'{text!r} is neither a local path nor a bucket, which is gs://NAME/...'
+  return ''
+
+
+def at_home(text: str) -> str:
+  """Replaces `~` at the start of a path, or of the path in a URI such as text:~/books/*.txt.
+
+  The shell does so only at the start of a word, not in --workdir=~/runs.
+  """
+  home = _HOME.match(text)
+  return text[:home.end()] + os.path.expanduser(text[home.end():]) if home else text

@@ -1,0 +1,63 @@
+"""Shows on a terminal that long work goes on, and how far it is. In a log file none of this appears.
+
+data, runtime and train need this module, so it is in configs, which every package may import.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+BAR = 16  # columns
+
+
+@contextlib.contextmanager
+def waiting(text: str, console: Console | None = None) -> Iterator[None]:
+  """Shows a moving sign, `text` and the time until the block ends. If the output is no terminal, shows nothing."""
+  console = console or Console(highlight=False)
+  if not console.is_terminal:
+    yield
+    return
+  with Progress(SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn(), console=console,
+                transient=True) as bar:
+    bar.add_task(text)
+    yield
+
+
+def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int) -> str:
+  """Returns a line with a bar, the percentage, the time left and the step, then as many figures as have room.
+
+  width: the longest line, in columns. The bar, the percentage and the time left are always whole.
+  """
+  share = step / max(steps, 1)
+  full = min(BAR, int(BAR * share + 0.5))
+  line = f'{"━" * full}{"╌" * (BAR - full)} {100 * share:3.0f}%  eta {duration(eta_s)}'
+  return _with_room(line, [_step(step, steps), *figures], width)
+
+
+def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
+  """Returns the line that stays of a step. With a width, figures without room and the time left are left out."""
+  start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'
+  return _with_room(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
+
+
+def duration(seconds: float) -> str:
+  """Formats seconds as H:MM:SS, or as '?' if they are infinite."""
+  if not math.isfinite(seconds):
+    return '?'
+  hours, rest = divmod(int(seconds + 0.5), 3600)
+  return f'{hours}:{rest // 60:02d}:{rest % 60:02d}'
+
+
+def _step(step: int, steps: int) -> str:
+  return f'step {step:>{len(str(steps))}}/{steps}'
+
+
+def _with_room(line: str, parts: Sequence[str], width: int) -> str:
+  for part in parts:
+    if len(line) + 2 + len(part) > width:
+      break
+    line += f'  {part}'
+  return line

@@ -1,0 +1,96 @@
+"""Computes what a checkpoint predicts at each token of a few texts.
+
+# B texts  T tokens  D width  V vocabulary  n most probable tokens that are shown
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from betarank import model
+from betarank.data import Batch
+from betarank.eval.loaded import Loaded
+from betarank.train import score
+
+SHOWN = 20  # most probable tokens per position
+_AT_ONCE = 64  # positions whose logits exist at the same time
+_SHORTEST = 16  # a shorter text is padded to this many tokens
+
+
+class Figures(NamedTuple):
+  """The model's predictions along one text of N tokens, in nats and at temperature 1.
+
+  Entry i < N describes the prediction of token i from BOS and the tokens before it. Entry N describes the prediction
+  after the last token; it has no target, so only `entropy`, `top` and `top_logp` have it.
+
+  Attributes:
+    logp: float32 [N], the log probability of each token.
+    rank: int32 [N], the rank of each token; 0 for the most probable one.
+    entropy: float32 [N + 1].
+    head: float32 [N], the probability of the wrong tokens among the k most probable ones.
+    tail: float32 [N], the probability of all other wrong tokens. exp(logp) + head + tail = 1.
+    top: int32 [N + 1, n], the ids of the n most probable tokens, the most probable one first.
+    top_logp: float32 [N + 1, n], their log probabilities.
+  """
+
+  logp: np.ndarray
+  rank: np.ndarray
+  entropy: np.ndarray
+  head: np.ndarray
+  tail: np.ndarray
+  top: np.ndarray
+  top_logp: np.ndarray
+
+
+def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[Figures]:
+  """Returns the figures of each text.
+
+  Batch size and length are rounded up to powers of two, so that only few shapes are compiled.
+
+  Args:
+    texts: token ids, without BOS.
+    top_k: the number of tokens that make up the head.
+  """
+  c, tokenizer = loaded.run.model, loaded.tokenizer
+  longest = max(_SHORTEST, *(len(text) + 1 for text in texts))
+  B, T = (1 << (size - 1).bit_length() for size in (len(texts), longest))
+  tokens_BT, targets_BT, segments_BT = (np.zeros((B, T), np.int32) for _ in range(3))
+  for b, text in enumerate(texts):
+    end = len(text) + 1
+    tokens_BT[b, :end] = [tokenizer.bos, *text]
+    targets_BT[b, :end] = [*text, tokenizer.eos]
+    segments_BT[b, :end] = 1
+  positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+  batch = Batch(tokens_BT, targets_BT, positions_BT, segments_BT)
+  shown = min(SHOWN, c.vocab_size)
+  values = jax.device_get(_values(c, min(top_k, c.vocab_size), shown, loaded.params, batch))
+  found = []
+  for b, text in enumerate(texts):
+    N = len(text)
+    x = {name: value[b] for name, value in values.items()}
+    found.append(Figures(x['logp'][:N], x['rank'][:N], x['entropy'][: N + 1], x['head'][:N], x['tail'][:N],
+                         x['top'][: N + 1], x['top_logp'][: N + 1]))
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
+  """Returns the fields of Figures, by name. Shapes are [B, T] and, for the most probable tokens, [B, T, n].
+
+  At the last position of a text, the values that depend on a target are meaningless.
+  """
+  stats, hidden_BTD = score.token_stats(c, params, batch, top_k)
+  head_DV = model.head(c, params)
+
+  def leading(hidden_D):
+    return jax.lax.top_k(jax.nn.log_softmax(score.logits(c, hidden_D[None], head_DV)[0]), shown)
+
+  flat_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+  logp_Nn, ids_Nn = jax.lax.map(leading, flat_ND, batch_size=_AT_ONCE)
+  shape = (*batch.tokens_BT.shape, shown)
+  return {'logp': stats.target_logp, 'rank': stats.target_rank, 'entropy': stats.entropy, 'head': stats.head_mass,
+          'tail': stats.tail_mass, 'top': ids_Nn.reshape(shape).astype(jnp.int32), 'top_logp': logp_Nn.reshape(shape)}

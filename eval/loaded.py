@@ -1,0 +1,118 @@
+"""Loads a checkpoint onto one device and samples from it, for the interactive commands `generate` and `explore`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from betarank import data, model
+from betarank.configs import settings
+from betarank.eval import config
+from betarank.eval.config import CheckpointRef, EvalError, EvalRun
+from betarank.eval.report.arms import label
+from betarank.model import MeshConfig
+from betarank.train import setup
+from betarank.train.sampler import Prompt, Sample, Sampler, SamplerConfig
+
+# Room for a prompt, in tokens. For a longer prompt it is the next power of two, so that few shapes are compiled.
+_SHORTEST_ROOM = 32
+_DECODE_STEPS = 4  # tokens drawn per dispatch, that is, before they are shown
+
+
+class Loaded(NamedTuple):
+  """A checkpoint and its parameters.
+
+  Attributes:
+    ref: says which checkpoint it is.
+    run: its settings.
+    name: its workdir, as the user wrote it.
+    objective: how the objective of its pre-training differs from cross-entropy, such as 'CE' or 'β = -0.25'.
+    tokenizer: the tokenizer that it was trained with.
+    params: float32, on the first device.
+  """
+
+  ref: CheckpointRef
+  run: EvalRun
+  name: str
+  objective: str
+  tokenizer: data.Tokenizer
+  params: Any
+
+
+def load_model(path: str, tokenizer: str | None = None) -> Loaded:
+  """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
+
+  It uses the kernels of this machine, whichever kernels the run used.
+
+  Args:
+    path: a workdir or a checkpoint.
+    tokenizer: the path of the tokenizer that the model was trained with, if it has been moved.
+
+  Raises:
+    CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
+  """
+  [ref] = config.find_checkpoints(path)
+  resolved = config.configure(ref)
+  resolved.model.attention = settings.default('model.attention')
+  resolved.model.moe.kernel = settings.default('model.moe.kernel')
+  resolved.data.tokenizer = tokenizer or resolved.data.get('tokenizer', '')
+  run = config.eval_run(resolved, ref)
+  mesh = model.make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
+  objective = label(setup.whole_config(ref.meta).get('objective')) or 'objective unknown'
+  return Loaded(ref, run, str(ref.run), objective, config.read_tokenizer(run, ref), config.restore(run, ref, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """Says how to continue a text. The fields have the meaning they have in SamplerConfig.
+
+  Raises:
+    EvalError: a value is not allowed. The message names the flag.
+  """
+
+  temperature: float = 1.0
+  top_p: float = 1.0
+  max_new_tokens: int = 256
+  seed: int = 0
+
+  def __post_init__(self):
+    if not 0 <= self.seed < 2**32:
+      raise EvalError(f'--seed must be in [0, 2^32), got {self.seed}')
+    try:
+      self.sampler(1, 1)
+    except ValueError as error:
+      raise EvalError(f'--{error}') from None
+
+  def sampler(self, rows: int, prompt_tokens: int) -> SamplerConfig:
+    """Returns the settings of a sampler that draws `rows` continuations of a prompt of `prompt_tokens` tokens."""
+    room = max(_SHORTEST_ROOM, 1 << (prompt_tokens - 1).bit_length())
+    return SamplerConfig(rows, room, self.max_new_tokens, self.temperature, self.top_p, decode_steps=_DECODE_STEPS)
+
+
+def sample(
+  loaded: Loaded, prompt: Sequence[int], sampling: Sampling, indices: Sequence[int], step: int = 0,
+  watch: Callable[[Sample], None] | None = None,
+) -> list[Sample]:
+  """Returns continuations of a prompt, in the order of `indices`.
+
+  Args:
+    prompt: token ids, without BOS.
+    indices: the numbers of the continuations. Each number selects its own random numbers.
+    step: also selects the random numbers, so that another number gives other continuations.
+    watch: is called with the new tokens while they are drawn, as in `Sampler.__call__`.
+  """
+  tokens = [loaded.tokenizer.bos, *prompt]
+  draw = _sampler(loaded.run.model, sampling.sampler(len(indices), len(tokens)), loaded.tokenizer.eos)
+  [group] = draw(loaded.params, [Prompt(0, tokens)], samples=indices, seed=sampling.seed, step=step, watch=watch)
+  return group
+
+
+_sampler = functools.lru_cache(maxsize=16)(Sampler)  # because a sampler compiles a program; it holds no parameters
+
+
+def continuation(drawn: Sample) -> np.ndarray:
+  """Returns a sample's tokens without EOS."""
+  return drawn.tokens[:-1] if drawn.finish == 'eos' else drawn.tokens

@@ -1,0 +1,50 @@
+"""Continues a prompt and prints the tokens as they are drawn."""
+
+import codecs
+
+import numpy as np
+
+from betarank.eval.explore.figures import figures
+from betarank.eval.loaded import Loaded, Sampling, continuation, sample
+from betarank.train.sampler import Sample
+
+
+def generate(
+  loaded: Loaded, text: str, sampling: Sampling, samples: int, number: int = 0, entropy: bool = False,
+) -> None:
+  """Prints continuations of a text. Each is printed after the text itself, token by token.
+
+  Args:
+    samples: the number of continuations.
+    number: the number of the prompt in its session. The same text with another number is continued differently.
+    entropy: whether to print a table of the tokens after each continuation.
+
+  Raises:
+    DataError: the text can't be encoded.
+  """
+  tokenizer = loaded.tokenizer
+  prompt = tokenizer.encode(text).tolist()
+  for i in range(samples):
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')  # bytes wait until their character is complete
+    print(text, end='', flush=True)
+
+    def show(part: Sample, decoder=decoder) -> None:
+      drawn = b''.join(tokenizer.token_bytes[t] for t in continuation(part) if t < tokenizer.vocab_size)
+      print(decoder.decode(drawn, final=part.finish != ''), end='', flush=True)
+
+    [drawn] = sample(loaded, prompt, sampling, [i], step=number, watch=show)
+    ended = {'eos': 'ended', 'length': 'cut'}[drawn.finish]
+    print(f'\n[{f"{i + 1} of {samples}, " if samples > 1 else ""}{ended} after {len(drawn.tokens)} tokens]', flush=True)
+    if entropy:
+      print(table(loaded, prompt, drawn), flush=True)
+
+
+def table(loaded: Loaded, prompt: list[int], drawn: Sample) -> str:
+  """Returns a table of a continuation: one line per token, and a last line with means. Values are at temperature 1."""
+  [f] = figures(loaded, [[*prompt, *drawn.tokens.tolist()]], loaded.run.top_k)
+  logp, rank, entropy = (x[len(prompt):len(prompt) + len(drawn.tokens)] for x in (f.logp, f.rank, f.entropy))
+  lines = [f'{"token":>14}  {"p":>6}  {"rank":>5}  entropy, nats']
+  for token, *values in zip(drawn.tokens.tolist(), np.exp(logp), rank + 1, entropy):
+    text = 'EOS' if token == loaded.tokenizer.eos else repr(loaded.tokenizer.decode([token]))
+    lines.append('{:>14}  {:6.4f}  {:5d}  {:6.4f}'.format(text, *values))
+  return '\n'.join([*lines, f'mean: entropy {entropy.mean():.4f} nats, -log p {-logp.mean():.4f} nats'])

@@ -1,0 +1,68 @@
+r"""betarank generate --checkpoint=RUN [--prompt=TEXT] [--samples=N] [--temperature=X] [--top_p=X] [--max_new_tokens=N]
+
+Continues a text, and prints the tokens as they are drawn. RUN is a checkpoint, or a workdir, whose newest checkpoint
+is used. Without --prompt, each line of standard input is a prompt, until Ctrl-D. \n in a prompt stands for a line end:
+
+    betarank generate --checkpoint=runs/smoke/reasoning/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+from betarank.configs.errors import UserError
+from betarank.configs.parser import Parser, place
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the command. Ctrl-C ends it with status 130.
+
+  Raises:
+    UserError: an argument is not allowed.
+  """
+  parser = Parser('betarank generate', __doc__)
+  parser.add_argument('--checkpoint', required=True, type=place, metavar='RUN',
+                      help='a workdir or a checkpoint; local or gs://')
+  parser.add_argument('--tokenizer', type=place, metavar='PATH',
+                      help='where the tokenizer is, if not where it was in training')
+  parser.add_argument('--prompt', help='the text to continue; default: each line of standard input')
+  parser.add_argument('--samples', type=int, default=1, help='continuations of each prompt (default 1)')
+  parser.add_argument('--temperature', type=float, default=1.0, help='0: the most probable token (default 1)')
+  parser.add_argument('--top_p', type=float, default=1.0, help='nucleus sampling; 1: off (default 1)')
+  parser.add_argument('--max_new_tokens', type=int, default=256, help='longest continuation, in tokens (default 256)')
+  parser.add_argument('--seed', type=int, default=0, help='the same seed gives the same continuations (default 0)')
+  parser.add_argument('--entropy', action='store_true',
+                      help='list the tokens of each continuation with probability, rank and entropy, at temperature 1')
+  args = parser.parse_args(argv)
+  if args.samples < 1:
+    raise UserError(f'--samples must be >= 1, got {args.samples}')
+  _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+  from betarank.eval import prompt
+  from betarank.eval.loaded import Sampling, load_model
+
+  sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+  loaded = load_model(args.checkpoint, args.tokenizer)
+  print(f'{loaded.name}, step {loaded.ref.step}, {loaded.objective}', file=sys.stderr, flush=True)
+  texts = _lines() if args.prompt is None else [args.prompt]
+  for number, text in enumerate(texts):
+    prompt.generate(loaded, text.replace('\\n', '\n'), sampling, args.samples, number, args.entropy)
+
+
+def _lines() -> Iterator[str]:
+  """Yields the lines of standard input that aren't empty."""
+  ask = sys.stdin.isatty()
+  if ask:
+    import readline  # noqa: F401 (importing it adds line editing and a history to `input`)
+    print(r'Type a text to continue; \n is a line end. Ctrl-D ends.', file=sys.stderr, flush=True)
+  while True:
+    try:
+      line = input('> ' if ask else '')
+    except EOFError:
+      if ask:
+        print()
+      return
+    if line.strip():
+      yield line

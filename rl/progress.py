@@ -1,0 +1,134 @@
+"""Holds what an RL run carries from step to step besides its training state. Checkpoints save it as the run's cursor.
+
+It decides which prompts come next (the difficulty filter), and which checkpoint is kept as the best one. Both depend
+only on the seed and on what was recorded so far, so a resumed run makes the same decisions as an uninterrupted one.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from betarank.data import DataError
+from betarank.tasks.task_set import Task, TaskSet
+
+_MOST_MISSED = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+  """The best evaluation so far; the earliest one if several are equally good.
+
+  Attributes:
+    metric: the name that it is logged by, such as eval/held_out/avg_at_16.
+    step: the step that it followed; 0 for the policy at the start.
+    value: its result.
+  """
+
+  metric: str
+  step: int
+  value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """How far a run has got.
+
+  Attributes:
+    prompts: the number of prompts consumed so far, including those that were passed over.
+    zero_variance_N: bool, for each task of the set: True if the last group drawn for it had zero variance. None
+      without a difficulty filter.
+    best: the best evaluation. None before the first one, or if `rl.keep_best` is empty.
+    problems: SHA-256 of the problems; '' if their number is unlimited.
+  """
+
+  prompts: int = 0
+  zero_variance_N: np.ndarray | None = None
+  best: Best | None = None
+  problems: str = ''
+
+  @classmethod
+  def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
+    """Returns the progress that a checkpoint's cursor holds. For {} it is that of a new run.
+
+    filtered: True with a difficulty filter. If the cursor was saved for a split of another size, its record of zero
+      variance is dropped.
+
+    Raises DataError if the problems have changed since.
+    """
+    if (known := cursor.get('problems', '')) and known != tasks.sha256:
+      raise DataError(f'{tasks.config.uri}: holds other problems than when the run began (sha256 {tasks.sha256[:12]}, '
+                      f'not {known[:12]}); choose another workdir')
+    zero_variance_N = np.zeros(tasks.size, bool) if filtered else None
+    before = cursor.get('zero_variance', {})
+    if filtered and before.get('tasks') == tasks.size:
+      bits = np.frombuffer(base64.b64decode(before['bits']), np.uint8)
+      zero_variance_N = np.unpackbits(bits, count=tasks.size).astype(bool)
+    best = Best(**cursor['best']) if 'best' in cursor else None
+    return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256)
+
+  def cursor(self) -> dict[str, Any]:
+    """Returns the progress in a form that JSON can hold and `read` takes. The difficulty filter needs one bit per
+    task.
+    """
+    found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
+    if self.zero_variance_N is not None:
+      bits = base64.b64encode(np.packbits(self.zero_variance_N).tobytes()).decode()
+      found['zero_variance'] = {'tasks': len(self.zero_variance_N), 'bits': bits}
+    if self.best:
+      found['best'] = dataclasses.asdict(self.best)
+    return found
+
+  def next_prompts(
+    self, tasks: TaskSet, count: int, repeat: float, fits: Callable[[Task], bool] = lambda task: True
+  ) -> 'tuple[dict[int, Task], Progress]':
+    """Returns the next `count` prompts as {number: task}, and the progress after them.
+
+    Prompts for which `fits` is False are passed over. A prompt whose last group had zero variance is asked only in a
+    share `repeat` > 0 of its turns, and passed over in the others.
+
+    Raises:
+      DataError: none of 10,000 prompts in a row fits.
+    """
+    found, number, missed = {}, self.prompts, 0
+    while len(found) < count:
+      if self._has_turn(tasks, number, repeat):
+        task = tasks.at(number)
+        missed = 0 if fits(task) else missed + 1
+        if not missed:
+          found[number] = task
+        elif missed == _MOST_MISSED:
+          raise DataError(f'{tasks.config.uri}: {missed} prompts in a row are longer than config.rl.max_prompt_tokens')
+      number += 1
+    return found, dataclasses.replace(self, prompts=number)
+
+  def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
+    """Returns whether the difficulty filter lets prompt `number` be asked."""
+    if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
+      return True
+    digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, 'big') < repeat * 2**48
+
+  def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
+    """Returns the progress after groups were drawn.
+
+    drawn: for each group, the number of its prompt and whether its rewards differ.
+    """
+    if self.zero_variance_N is None:
+      return self
+    zero_variance_N = self.zero_variance_N.copy()
+    for number, varies in drawn:
+      zero_variance_N[tasks.index(number)] = not varies
+    return dataclasses.replace(self, zero_variance_N=zero_variance_N)
+
+  def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
+    """Returns the progress after an evaluation with the result `value`; NaN changes nothing. If `metric` is another one
+    than before, the comparison starts anew.
+    """
+    if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
+      return self
+    return dataclasses.replace(self, best=Best(metric, step, value))

@@ -1,0 +1,53 @@
+"""Sends the figures of a run to Weights & Biases, which needs `pip install 'betarank[wandb]'`.
+
+The id of the run in Weights & Biases is kept in WORKDIR/wandb.json, so a resumed run continues there. Modes and keys
+are those of wandb (WANDB_MODE=offline, WANDB_API_KEY, ...). Curves are drawn over `step`. If a run was killed, the
+figures of a few steps are sent twice, with the same values.
+"""
+
+import importlib.util
+import json
+import tempfile
+import uuid
+from typing import Any
+
+from etils import epath
+
+from betarank.configs.errors import ConfigError
+from betarank.configs.files import write_atomically
+
+FILE = 'wandb.json'
+
+
+def check(project: str) -> None:
+  """Raises ConfigError if a project is named and wandb isn't installed."""
+  if project and importlib.util.find_spec('wandb') is None:
+    raise ConfigError(f"config.log.wandb={project}: wandb is not installed; pip install 'betarank[wandb]'")
+
+
+class WandbBoard:
+  """The run in a project of Weights & Biases that belongs to a workdir."""
+
+  def __init__(self, project: str, config: dict[str, Any], workdir: epath.Path):
+    """Starts a run. Resumes the one that the workdir names instead, if there is one and it is in this project."""
+    import wandb
+
+    path = workdir / FILE
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.get('project') != project:
+      known = {'project': project, 'id': uuid.uuid4().hex[:12]}
+      write_atomically(path, json.dumps(known) + '\n')
+    # wandb writes to a local folder; a workdir in a bucket isn't one.
+    folder = tempfile.mkdtemp(prefix='betarank-wandb-') if '://' in str(workdir) else str(workdir)
+    self._run = wandb.init(project=project, id=known['id'], resume='allow', name=workdir.name, config=config,
+                           dir=folder, settings={'console': 'off'})  # the terminal is the run's own
+    self._run.define_metric('step')
+    self._run.define_metric('*', step_metric='step')
+
+  def add_scalars(self, step: int, values: dict[str, float]) -> None:
+    """Sends the figures of a step."""
+    self._run.log({'step': step, **values})
+
+  def close(self) -> None:
+    """Ends the run, after everything was sent or, in offline mode, written."""
+    self._run.finish()

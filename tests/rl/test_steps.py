@@ -1,0 +1,111 @@
+"""The functions of a step without a model: what is asked, what is learned from, and when nothing is."""
+
+import types
+
+import pytest
+
+from betarank.configs import load
+from betarank.data import DataError
+from betarank.rl import loop
+from betarank.rl.config import rl_run
+from betarank.rl.progress import Progress
+from betarank.rl.rollout import check_prompts, graded_groups
+from betarank.tasks.task_set import TaskSet
+from betarank.tasks.verifiers import Verifier, VerifierConfig
+from tests.rl.scripted import Scripted, write
+
+RIGHT, WRONG = '\nAnswer: 4', '\nAnswer: 5'
+
+
+@pytest.fixture(scope='module')
+def verifier():
+  with Verifier(VerifierConfig(workers=1)) as verifier:
+    yield verifier
+
+
+@pytest.fixture
+def parts(tmp_path, verifier):
+  """Returns (texts, settings) -> the parts of a step that asks eight problems, two of them with long prompts."""
+  words = lambda i: ' '.join(['word'] * (12 if i in (2, 5) else 1))
+  path = write(tmp_path / 'q.jsonl', *({'question': f'{words(i)} {i}', 'answer': '4'} for i in range(8)))
+
+  def make(texts, **settings):
+    config = load.load('tests/tiny_rl.py:init_from=x', {
+      'rl.task.uri': f'jsonl:{path}', 'rl.task.held_out_fraction': '0', 'rl.keep_best': '', 'rl.group_size': '2',
+      'rl.minibatches': '1', 'rl.max_prompt_tokens': '8', **settings})
+    run, model = rl_run(config), Scripted(texts)
+    model.s.max_prompt_tokens = run.rl.max_prompt_tokens
+    return types.SimpleNamespace(
+      run=run, tokenizer=model, tasks=TaskSet(run.rl.task, seed=run.seed), verifier=verifier, samplers=[model])
+
+  return make
+
+
+def step(parts):
+  return loop.sample_and_judge(parts, None, Progress(), 1)
+
+
+def test_long_prompts_are_counted_before_the_run_and_refused_or_passed_over(parts):
+  kept, seen, progress = step(p := parts([RIGHT, WRONG], **{'rl.long_prompts': 'skip'}))
+  assert check_prompts(p.tokenizer, p.tasks, 8) == '2 of 8 prompts have more than 8 tokens, the longest 15'
+  assert len(kept) == len(seen) == 4 and all(len(group.prompt) <= 8 for group in seen)
+  assert progress.prompts == seen[-1].cursor + 1
+  with pytest.raises(DataError, match='its prompt has 15 tokens, more than config.rl.max_prompt_tokens = 8'):
+    graded_groups(p.samplers[0], None, p.verifier, p.tokenizer, {2: p.tasks[2]}, samples=1, seed=0, step=1)
+
+
+@pytest.mark.parametrize('settings, kept, rounds', [
+  ({}, 0, 3), ({'rl.zero_variance_groups': 'keep'}, 4, 1), ({'rl.advantage.name': 'w_reinforce'}, 4, 1)])
+def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
+  found = step(parts([WRONG, WRONG], **settings, **{'rl.long_prompts': 'skip'}))
+  assert len(found[0]) == kept and len(found[1]) == 4 * rounds
+
+
+def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothing(parts):
+  kept, seen, progress = step(p := parts([WRONG, WRONG], **{'rl.long_prompts': 'skip'}))
+  state = object()
+  assert loop.minibatches(p, kept, 1) == [] and loop.learn(p, state, [], 1) == (state, {})
+  figures = loop.describe_step({}, kept, seen, progress.prompts)
+  assert figures['train/groups_learned_from'] == 0 and figures['train/pass_rate'] == 0
+  assert not figures.keys() & {'train/entropy_nats', 'train/ratio_mean', 'train/grad_norm'}
+  assert any('no update' in part for part in loop.describe_figures({**figures, 'time/tokens_per_s': 1.0}))
+
+
+def test_settled_prompts_are_asked_less_often(parts):
+  for texts, share in (([WRONG, WRONG], 0.25), ([RIGHT, RIGHT], 0.25), ([RIGHT, WRONG], 1)):
+    p = parts(texts, **{'rl.repeat_zero_variance': '0.25', 'rl.max_prompt_tokens': '64'})
+    progress, asked = Progress.read({}, p.tasks, True), 0
+    for number in range(1, 40):
+      _, seen, progress = loop.sample_and_judge(p, None, progress, number)
+      asked += len(seen)
+    assert asked / progress.prompts == pytest.approx(share, abs=0.06)
+
+
+def test_figures_of_a_reward_of_ones_own_are_its_means(parts, tmp_path):
+  (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
+  p = parts([RIGHT, WRONG], **{'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip'})
+  kept, seen, progress = step(p)
+  figures = loop.describe_step({}, kept, seen, progress.prompts)
+  assert figures['train/pass_rate'] == -0.25 and figures['train/undecided'] == 0
+  assert figures['train/tokens'] == 2 * 2 * 4 and figures['train/prompts_passed_over'] == progress.prompts - 4
+
+
+def test_problems_to_evaluate_on_need_no_held_out_ones(parts, tmp_path):
+  other = write(tmp_path / 'aime.jsonl', *({'question': f'Q{i}', 'answer': '4'} for i in range(5)))
+  alone = parts([RIGHT, WRONG]).run
+  assert loop.evaluation_sets(alone) == {}
+  found = loop.evaluation_sets(parts([RIGHT], **{'rl.eval_tasks': f'{{"aime": "jsonl:{other}"}}'}).run)
+  assert found.keys() == {'aime'} and found['aime'].size == 5
+
+
+def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
+  """The first problems of a set, whatever the order in which training would ask them."""
+  p = parts([RIGHT, WRONG], **{'rl.eval_prompts': '3', 'rl.eval_samples': '2', 'rl.max_prompt_tokens': '64'})
+  p.evaluated = {'all': TaskSet(p.run.rl.task, seed=p.run.seed, split='all')}
+  asked, lines = [], []
+  p.samplers[0].__class__ = type('Listening', (Scripted,), {'__call__': lambda self, params, prompts, **kw: (
+    asked.extend(prompt.id for prompt in prompts), Scripted.__call__(self, params, prompts, **kw))[1]})
+  log = types.SimpleNamespace(evaluation=lambda step, name, values, line: lines.append((name, values)),
+                              sample=lambda *_: None, say=lambda _: None)
+  loop.evaluate(p, None, Progress(), 0, log)
+  assert asked == [0, 1, 2] and lines[0][1]['avg_at_2'] == 0.5

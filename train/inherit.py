@@ -1,0 +1,46 @@
+"""Takes the model's settings from the checkpoint that a run starts from, so that no command has to repeat them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from betarank.configs import load, settings
+from betarank.configs.errors import ConfigError
+
+
+def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Mapping[str, str]) -> None:
+  """Changes the section `model` of a config to that of a checkpoint, in all settings that decide what is learned.
+
+  How it is computed stays as it is in the config. Without such a section, the checkpoint's is added whole.
+
+  Args:
+    config: not locked yet, and without the overrides.
+    trained: the checkpoint's meta.
+    overrides: those of the command line; see `load.load`.
+
+  Raises:
+    ConfigError: an override contradicts the checkpoint.
+  """
+  model = ConfigDict(trained['config']['model'])
+  if 'model' not in config:
+    config.model = model
+  asked = ConfigDict({'model': model.copy_and_resolve_references()})
+  for key, text in overrides.items():
+    if key.startswith('model.') and key in load.flatten(asked):
+      load.override(asked, key, text)
+  wanted, present = load.flatten(asked), load.flatten(ConfigDict({'model': config.model}))
+  for key, value in load.flatten({'model': trained['config']['model']}).items():
+    if settings.role(key) != settings.IDENTITY:
+      continue
+    if wanted[key] != value:
+      raise ConfigError(f'config.{key} is {value} in the checkpoint to start from, and can\'t be {wanted[key]}; leave '
+                        'it out')
+    if present.get(key) != value:
+      *sections, leaf = key.split('.')
+      place = config
+      for name in sections:
+        place = place[name]
+      place[leaf] = value
+  if 'vocab_size' in config.get('data', {}):
+    config.data.vocab_size = model.vocab_size
