@@ -1,13 +1,14 @@
 """Times sampling, compared with google-tunix, with transformers, and with simpler variants of our own sampler.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
-    python -m benchmarks.rollout --size=1b --only=ours --repeats=1       # in two processes, if a card
-    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1     # can hold only one of them
+    python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1   # in two processes, if a card
+    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1        # can hold only one of them
 
-The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192), or
-1.05B. Packages that aren't installed are left out: pip install google-tunix transformers torch. Each variant runs once
-to compile (not with --cold), then --repeats times, interleaved with the others. The table has the fastest run of each
-variant, in generated tokens per second. transformers runs on the GPU, in bfloat16, if torch finds one.
+The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
+1.05B, or a mixture of experts with 2.1B. Packages that aren't installed are left out: pip install google-tunix
+transformers torch. Each variant runs once to compile (not with --cold), then --repeats times, interleaved with the
+others. The table has the fastest run of each variant, in generated tokens per second. transformers runs on the GPU, in
+bfloat16, if torch finds one.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 CONFIG, *_ = MODELS['small']
 EOS = 3
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 128
+REFILL = 32, 512, 3.4, 0  # rows, longest answer, logarithm of the median, room of the cache in tokens (0: for all)
 
 
 def make_prompts(count, length):
@@ -108,10 +110,10 @@ def refill(params):
   'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
   one. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt.
   """
-  rows, longest = 32, 512
-  length = np.exp(np.random.default_rng(1).normal(3.4, 1.0, 8 * rows)).astype(int).clip(1, longest).tolist()
+  rows, longest, middle, cache_tokens = REFILL
+  length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()
   prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS), length)]
-  sampler = Sampler(CONFIG, SamplerConfig(rows, PROMPT_TOKENS, longest), EOS)
+  sampler = Sampler(CONFIG, SamplerConfig(rows, PROMPT_TOKENS, longest, cache_tokens=cache_tokens), EOS)
   print(f'{len(length)} answers of {np.mean(length):.0f} tokens in the mean, {max(length)} at most, {rows} rows')
 
   def padded(seed):
@@ -119,7 +121,7 @@ def refill(params):
       count(sampler(params, prompts[i : i + rows], samples=1, seed=seed, step=0)) for i in range(0, len(prompts), rows))
 
   refilled = lambda seed: count(sampler(params, prompts, samples=1, seed=seed, step=0))
-  return {'padded batches': padded, 'refilled rows': refilled}
+  return {'padded batches': padded, 'refilled rows': refilled} if longest == 512 else {'refilled rows': refilled}
 
 
 def prefill(params):
@@ -159,14 +161,15 @@ def show(title, tokens_per_s, ours):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--size', choices=('small', '1b'), default='small')
+  parser.add_argument('--size', choices=('small', '1b', '2b-moe'), default='small')
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--cold', action='store_true', help='no first run to compile: for peers that take minutes')
   parser.add_argument('--only', default='ours,theirs,refill,prefill')
   args = parser.parse_args()
-  if args.size == '1b':
-    global CONFIG, SAMPLES, PROMPT_TOKENS, NEW_TOKENS
-    (CONFIG, *_), SAMPLES, PROMPT_TOKENS, NEW_TOKENS = MODELS['1b'], 16, 1024, 1024
+  if args.size != 'small':
+    global CONFIG, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, REFILL
+    (CONFIG, *_), SAMPLES, PROMPT_TOKENS, NEW_TOKENS = MODELS[args.size], 16, 1024, 1024
+    REFILL = 128, 8192, 6.93, 400_000
   only = args.only.split(',')
   params = functools.cache(lambda: jax.jit(model.init, static_argnums=0)(CONFIG, jax.random.key(0)))
   ways = {}

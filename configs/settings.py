@@ -202,6 +202,8 @@ RL_SECTION = dict(
   max_new_tokens=S((8192, 16_384), IDENTITY, 'longest answer, in tokens, one number per phase'),
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),
   decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
+  cache_tokens=S(0, EXECUTION, 'tokens that the cache of keys and values has room for, on all devices together; 0: '
+                 'decode_batch_size prompts and answers of full length'),
   truncated_reward=S('zero', IDENTITY, 'wrong answers that are cut off by the length limit: zero (get reward 0) | '
                      'masked (are left out of the loss). The paper leaves it open'),
   overlong_buffer=S(0, IDENTITY, 'soft penalty for long answers (DAPO): the number of tokens before the length limit '
@@ -291,6 +293,8 @@ EVAL = dict(
     max_new_tokens=S(4096, IDENTITY, 'longest answer, in tokens; the paper has 4096 after pre-training, 16,384 after '
                      'mid-training and RL'),
     decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
+    cache_tokens=S(0, EXECUTION, 'tokens that the cache of keys and values has room for, on all devices together; 0: '
+                   'decode_batch_size prompts and answers of full length'),
     data_dir=S('runs/data/benchmarks', EXECUTION, "holds the benchmarks' files (docs/eval.md); local or gs://"),
     shots=S(-1, IDENTITY, 'worked examples before each question; -1: as many as the paper gives'),
     prompt=S('Question: {question}\nSolution:', IDENTITY, 'template of the prompt'),

@@ -56,6 +56,7 @@ class SampleConfig:
   top_k: int
   max_new_tokens: int
   decode_batch_size: int
+  cache_tokens: int
   data_dir: str
   shots: int
   prompt: str
@@ -79,7 +80,7 @@ class SampleConfig:
 
   def sampler(self, max_prompt_tokens: int) -> SamplerConfig:
     return SamplerConfig(self.decode_batch_size, max_prompt_tokens, self.max_new_tokens, self.temperature, self.top_p,
-                         self.top_k)
+                         self.top_k, cache_tokens=self.cache_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
+from betarank.configs.errors import ConfigError
 from betarank.configs.files import write_atomically
 from betarank.configs.terminal import duration
 from betarank.data import Tokenizer
@@ -102,7 +103,10 @@ def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
 def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) -> Sampler:
   """Returns a sampler with room for the longest prompt, rounded up so that few shapes are compiled."""
   longest = max(len(prompt.tokens) for prompt in prompts)
-  return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
+  try:
+    return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
+  except ValueError as error:
+    raise ConfigError(f'config.eval.sample.{error}') from None
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:

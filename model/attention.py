@@ -1,8 +1,8 @@
 """Attention: rotary positions, and softmax over the keys that a query may see.
 
-`attend` is the plain implementation. It is used for decoding, and as the reference for the others. `rows_attention`
-chooses an implementation for whole rows: flash kernels, which never hold all scores, on TPU and GPU, and blocks of
-queries on CPU.
+`attend` is the plain implementation, the reference for the others. `rows_attention` chooses an implementation for whole
+rows: flash kernels, which never hold all scores, on TPU and GPU, and blocks of queries on CPU. Decoding has its own
+(model/decode.py).
 
 # B batch  T query length  S key length  K key heads  G query heads per key head  N = K·G  H head width
 """
@@ -38,7 +38,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
 def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax.Array:
   """Returns a bool mask [B, T, S]: a query sees the keys of its own segment up to its own position.
 
-  Segment 0 means padding, and in a cache also empty slots. Only padding sees such keys.
+  Segment 0 is padding. Only padding sees it.
   """
   same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
   return same & (positions_BT[:, :, None] >= key_positions_BS[:, None, :])
@@ -47,11 +47,10 @@ def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
   """Computes grouped-query attention, [B, T, N, H], with scores and softmax in float32.
 
-  A query that sees no key gets the mean of all values, not NaN. This happens to padding if the cache is empty.
+  A query that sees no key gets the mean of all values, not NaN.
   """
   batch, length, heads, width = q_BTNH.shape
-  # The queries are transposed before the matrix products. With the transposes that einsum chooses, decoding on a CPU
-  # takes twice as long.
+  # The queries are transposed before the matrix products, which is faster on a CPU than what einsum chooses.
   q_BKGTH = (q_BTNH * width**-0.5).reshape(batch, length, k_BKSH.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
   score_BKGTS = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
   score_BKGTS = jnp.where(visible_BTS[:, None, None], score_BKGTS, -1e30)

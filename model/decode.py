@@ -1,60 +1,207 @@
-"""The key-value cache, with which the forward function decodes token by token.
+"""The cache of keys and values that makes the one forward function decode token by token.
 
-# L layers  B batch  T new tokens  S slots  K key heads  H head width
+The cache consists of pages, each with room for a few tokens. A row has a table of its pages: first those of its prompt,
+which rows with the same prompt share, then its own. So memory follows the tokens that there are, and attention reads
+only pages that have tokens.
+
+# L layers  B rows  T new tokens  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page
+# 2 keys, values  K key heads  G query heads per key head  N = K·G  H head width  U units of up to M rows
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from betarank.model.attention import rows_attention
 from betarank.model.config import ModelConfig
-from betarank.model.sharding import constrain
+from betarank.model.kernels import pages_tpu, pages_triton
+from betarank.model.sharding import constrain, platform, spec
 
-CACHE_AXES = {1: ('batch',), 2: ('batch', None), 4: ('batch', 'act_heads', None, None)}  # by the number of dimensions
+UNSEEN = -1e30
+UNITS = 4  # whose prompts the plain form reads at once
+PAGES_AXES = ('batch', None, 'act_heads', None, None)
+
+
+class Table(NamedTuple):
+  """Where the rows' keys and values are; numbers of rows and pages count from 0 in each part of a mesh's batch axes.
+
+  Attributes:
+    pages_BJ: int32, the pages of each row: the first `prompt_pages` of the cache for its prompt, the others its own.
+    prefix_B: int32, tokens in the prompt's pages.
+    rows_UM: int32, units of rows with the same prompt pages, which a kernel reads once for all rows of a unit. Places
+      of a unit without a row repeat its first row.
+    count_U: int32, the rows of each unit; every row that decodes is in one unit.
+  """
+
+  pages_BJ: jax.Array | np.ndarray
+  prefix_B: jax.Array | np.ndarray
+  rows_UM: jax.Array | np.ndarray
+  count_U: jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of the tokens so far. Rows fill independently: row b holds length_B[b] tokens.
+  """Keys and values of the tokens before those of a call, an array a layer, so that a loop of steps writes in place.
 
-  Each layer has its own array, so that a loop over steps can write tokens in place. Slots are next to H, so that the
-  dot products of a query read memory in order. With K next to H, attention of one token takes six times as long on a
-  CPU.
+  Attributes:
+    pages_LP2KSH: in the compute type.
+    table: where they are.
+    length_B: int32, tokens in the row's own pages.
+    prompt_pages: I.
   """
 
-  k_LBKSH: tuple[jax.Array, ...]
-  v_LBKSH: tuple[jax.Array, ...]
-  positions_BS: jax.Array  # int32
-  segments_BS: jax.Array  # int32; 0: empty slot
-  length_B: jax.Array  # int32
+  pages_LP2KSH: tuple[jax.Array, ...]
+  table: Table
+  length_B: jax.Array
+  prompt_pages: int = dataclasses.field(metadata={'static': True})
 
 
-def empty_cache(c: ModelConfig, batch: int, slots: int) -> Cache:
-  """Returns an empty cache with `slots` slots in each of `batch` rows, in the compute dtype."""
-  # No array is used in two places, because a buffer can be donated only once.
-  zeros = lambda *shape, dtype=jnp.int32: constrain(jnp.zeros(shape, dtype), *CACHE_AXES[len(shape)])
-  layers = lambda: tuple(zeros(batch, c.kv_heads, slots, c.head_dim, dtype=c.dtype) for _ in range(c.layers))
-  return Cache(layers(), layers(), zeros(batch, slots), zeros(batch, slots), zeros(batch))
+def empty_pages(c: ModelConfig, pages: int, size: int) -> tuple[jax.Array, ...]:
+  """Returns `pages` empty pages of `size` tokens for each layer."""
+  # Never one array in two places: a cache that is donated gives each buffer once.
+  shape = pages, 2, c.kv_heads, size, c.head_dim
+  return tuple(constrain(jnp.zeros(shape, c.dtype), *PAGES_AXES) for _ in range(c.layers))
 
 
-def slots_for(cache: Cache, segments_BT: jax.Array) -> jax.Array:
-  """Returns the slot of each new token, [B, T]. Padding (segment 0) gets a slot out of range, so that writing it does
-  nothing.
+def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64) -> Cache:
+  """Returns a cache in which each row has pages of its own for a prompt of `prompt` tokens and `new` other tokens."""
+  prompt_pages, all_pages = -(-prompt // size), -(-prompt // size) - (-new // size)
+  pages_BJ = jnp.arange(rows * all_pages, dtype=jnp.int32).reshape(rows, -1)
+  zeros_B = jnp.zeros(rows, jnp.int32)
+  rows_UM = jnp.arange(rows, dtype=jnp.int32)[:, None]
+  return Cache(empty_pages(c, rows * all_pages, size), Table(pages_BJ, zeros_B, rows_UM, zeros_B + 1), zeros_B,
+               prompt_pages)
+
+
+def unit_rows(c: ModelConfig) -> int:
+  """Returns M, so that a unit has the 16 queries of a key head that a matrix product takes on a GPU."""
+  return max(1, 16 * c.kv_heads // c.heads)
+
+
+def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
+  """Returns (attend, cache): a function for the attention of each layer, and the lengths after this call.
+
+  attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) writes the new keys and values into a layer's
+  pages. T is 1, or the rows are empty, and the tokens are their prompts; padding (segment 0) follows the tokens of a
+  row and is not written.
   """
   real_BT = segments_BT > 0
-  slot_BT = cache.length_B[:, None] + jnp.cumsum(real_BT, axis=1) - 1
-  return jnp.where(real_BT, slot_BT, cache.segments_BS.shape[1])
+  count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)
+  table, heads, rows, by_token = cache.table, ('batch', 'act_heads', None), ('batch',), ('batch', None)
+  # Jitted, so that all layers share one lowering of a kernel, which takes seconds.
+  if segments_BT.shape[1] > 1:
+    attend_rows = jax.jit(rows_attention(kernel, segments_BT, c.dtype, c.kv_heads, c.head_dim))
+    keys = ('batch', None, 'act_heads', None)
+    fill = _on_shards(_fill, (PAGES_AXES, keys, keys, by_token), PAGES_AXES)
+    pages_BI = table.pages_BJ[:, : cache.prompt_pages]
+    attend = lambda pages, q, k, v: (attend_rows(q, k, v), fill(pages, k, v, pages_BI))
+    return attend, dataclasses.replace(cache, table=table._replace(prefix_B=count_B))
+  step = jax.jit(_on_shards(
+    functools.partial(_step, cache.prompt_pages),
+    (PAGES_AXES, heads, heads, heads, rows, rows, by_token, rows, by_token, rows), (heads, PAGES_AXES)))
+
+  def attend(pages_P2KSH, q_B1NH, k_B1KH, v_B1KH):
+    out_BNH, pages_P2KSH = step(
+      pages_P2KSH, q_B1NH[:, 0], k_B1KH[:, 0], v_B1KH[:, 0], cache.length_B, real_BT[:, 0], *table)
+    return out_BNH[:, None], pages_P2KSH
+
+  return attend, dataclasses.replace(cache, length_B=cache.length_B + count_B)
 
 
-def write(buffer_BS: jax.Array, new_BT: jax.Array, slot_BT: jax.Array) -> jax.Array:
-  """Writes the new entries of each row to their slots."""
-  row_B1 = jnp.arange(buffer_BS.shape[0])[:, None]
-  return buffer_BS.at[row_B1, slot_BT].set(new_BT.astype(buffer_BS.dtype), mode='drop')
+def _fill(pages_P2KSH, k_BTKH, v_BTKH, pages_BI):
+  """Writes prompts into pages. Pages out of range are left out."""
+  size, needed = pages_P2KSH.shape[3], pages_BI.shape[1]
+  new_2BTKH = jnp.stack([k_BTKH, v_BTKH])
+  new_2BTKH = jnp.pad(new_2BTKH, ((0, 0), (0, 0), (0, -new_2BTKH.shape[2] % size), (0, 0), (0, 0)))
+  new_2BISKH = new_2BTKH.reshape(*new_2BTKH.shape[:2], -1, size, *new_2BTKH.shape[3:])[:, :, :needed]
+  written_BI = pages_BI[:, : new_2BISKH.shape[2]]
+  return pages_P2KSH.at[written_BI].set(new_2BISKH.transpose(1, 2, 0, 4, 3, 5), mode='drop')
 
 
-def write_heads(buffer_BKSH: jax.Array, new_BTKH: jax.Array, slot_BT: jax.Array) -> jax.Array:
-  """Writes new keys or values of a layer to their slots, as `write` does."""
-  row_B1 = jnp.arange(buffer_BKSH.shape[0])[:, None]
-  return buffer_BKSH.at[row_B1, :, slot_BT].set(new_BTKH.astype(buffer_BKSH.dtype), mode='drop')
+def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *table):
+  """Writes a token of each row into its pages and returns (out_BNH, pages_P2KSH)."""
+  table = Table(*table)
+  size = pages_P2KSH.shape[3]
+  page_B = jnp.take_along_axis(table.pages_BJ, (prompt_pages + length_B // size)[:, None], 1, mode='clip')[:, 0]
+  page_B = jnp.where(real_B, page_B, len(pages_P2KSH))  # out of range: not written
+  pages_P2KSH = pages_P2KSH.at[page_B, :, :, length_B % size].set(jnp.stack([k_BKH, v_BKH], 1), mode='drop')
+  return _attention(*pages_P2KSH.shape[3:])(q_BNH, pages_P2KSH, table, length_B + real_B, prompt_pages), pages_P2KSH
+
+
+def _attention(size: int, width: int):
+  """Returns the function that computes attention over pages of this size, for heads of this width."""
+  on = platform()
+  if on == 'gpu' and pages_triton.fits(size, width):
+    return pages_triton.attention
+  return pages_tpu.attention if on == 'tpu' and pages_tpu.fits(size, width) else attend_pages
+
+
+def _on_shards(function, inputs, outputs):
+  """Returns `function` of each device's own rows, pages and heads; XLA would gather the pages of all."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return function
+  specs = lambda axes: spec(*axes) if not isinstance(axes[0], tuple) else tuple(spec(*each) for each in axes)
+  return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+
+
+def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) -> jax.Array:
+  """Computes attention of one token a row over its pages, [B, N, H], with scores and softmax in float32.
+
+  First over the prompts, a few units at a time, then over the rows' own pages.
+  """
+  (rows, heads, width), kv_heads = q_BNH.shape, pages_P2KSH.shape[2]
+  q_BKGH = (q_BNH * width**-0.5).reshape(rows, kv_heads, -1, width)
+  (units, members), group = table.rows_UM.shape, heads // kv_heads
+  some = min(UNITS, units)
+
+  def of_units(i, found):
+    rows_CM = lax.dynamic_slice_in_dim(table.rows_UM, i * some, some)
+    q_CKQH = q_BKGH[rows_CM].swapaxes(1, 2).reshape(some, kv_heads, members * group, width)
+    first_C = rows_CM[:, 0]
+    new = _over_columns(q_CKQH, pages_P2KSH, table.pages_BJ[first_C], table.prefix_B[first_C])
+    by_row = lambda x: x.reshape(some, kv_heads, members, group, *x.shape[3:]).swapaxes(1, 2)
+    # A row that stands in several places of these units has the same results in all.
+    return tuple(old.at[rows_CM].set(by_row(x)) for old, x in zip(found, new))
+
+  shape = rows, kv_heads, group
+  nothing = jnp.zeros((*shape, width), jnp.float32), jnp.full(shape, UNSEEN), jnp.zeros(shape)
+  passes = (jnp.sum(table.count_U > 0) + some - 1) // some
+  prompt = lax.fori_loop(0, passes, of_units, nothing)
+  own = _over_columns(q_BKGH, pages_P2KSH, table.pages_BJ[:, prompt_pages:], length_B)
+  most_BKG = jnp.maximum(prompt[1], own[1])
+  out_BKGH, sum_BKG = 0, 1e-30
+  for part_BKGH, part_most_BKG, part_sum_BKG in (prompt, own):
+    fade_BKG = jnp.exp(part_most_BKG - most_BKG)
+    out_BKGH += part_BKGH * fade_BKG[..., None]
+    sum_BKG += part_sum_BKG * fade_BKG
+  return (out_BKGH / sum_BKG[..., None]).astype(q_BNH.dtype).reshape(q_BNH.shape)
+
+
+def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
+  """Returns (Σ exp(score - most)·value, most, Σ exp(score - most)) over pages, a column at a time, in float32."""
+  size = pages_P2KSH.shape[3]
+
+  def step(j, carry):
+    out_BKGH, most_BKG, sum_BKG = carry
+    page_B = lax.dynamic_index_in_dim(pages_BJ, j, 1, keepdims=False)
+    k_BKSH, v_BKSH = (pages_P2KSH.at[page_B, i].get(mode='promise_in_bounds') for i in (0, 1))
+    # G last, which is faster on a CPU.
+    score_BKSG = jnp.einsum('BKSH,BKGH->BKSG', k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
+    seen_B1S1 = (j * size + jnp.arange(size) < filled_B[:, None])[:, None, :, None]
+    score_BKSG = jnp.where(seen_B1S1, score_BKSG, UNSEEN)
+    new_BKG = jnp.maximum(most_BKG, score_BKSG.max(2))
+    weight_BKSG = jnp.where(seen_B1S1, jnp.exp(score_BKSG - new_BKG[:, :, None]), 0)
+    fade_BKG = jnp.exp(most_BKG - new_BKG)
+    out_BKGH = out_BKGH * fade_BKG[..., None] + jnp.einsum(
+      'BKSG,BKSH->BKGH', weight_BKSG.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    return out_BKGH, new_BKG, sum_BKG * fade_BKG + weight_BKSG.sum(2)
+
+  shape = q_BKGH.shape[:3]
+  carry = jnp.zeros(q_BKGH.shape, jnp.float32), jnp.full(shape, UNSEEN), jnp.zeros(shape)
+  return lax.fori_loop(0, (jnp.max(filled_B) + size - 1) // size, step, carry)

@@ -4,7 +4,8 @@ NNX declares the parameters; everything else is plain JAX. `init` creates the pa
 is a pure function of them. It serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls use
 the config's compute dtype, and norms and softmax use float32.
 
-# B batch  T tokens  S cache slots  D width  N query heads  K key heads  H head width  F hidden  L layers  V vocabulary
+# B batch  T tokens  P pages  S tokens of a page  D width  N query heads  K key heads  H head width  F hidden  L layers
+# V vocabulary
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from betarank.model.attention import attend, rotate, rows_attention, visible
+from betarank.model.attention import rotate, rows_attention
 from betarank.model.config import REMAT, ModelConfig
-from betarank.model.decode import Cache, slots_for, write, write_heads
+from betarank.model.decode import Cache, attend_layers
 from betarank.model.layers import FeedForward, lookup, ones, project, rms_norm, weight
 from betarank.model.moe import CHOICES, MixtureOfExperts, Routing
 from betarank.model.sharding import constrain
@@ -141,28 +142,20 @@ class Transformer(nnx.Module):
   def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
     """Returns the same as `__call__`, for embedded tokens that follow those in the cache."""
     with jax.named_scope('attention/mask'):
-      slot_BT = slots_for(cache, segments_BT)
-      cache = dataclasses.replace(
-        cache,
-        positions_BS=write(cache.positions_BS, positions_BT, slot_BT),
-        segments_BS=write(cache.segments_BS, segments_BT, slot_BT),
-        length_B=cache.length_B + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32),
-      )
-      visible_BTS = visible(positions_BT, segments_BT, cache.positions_BS, cache.segments_BS)
-    k_LBKSH, v_LBKSH, routings = list(cache.k_LBKSH), list(cache.v_LBKSH), []
+      attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
+    pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
     for i in range(self.c.layers):  # a scan would copy the cache at every step
 
       def attend_cached(q_BTNH, k_BTKH, v_BTKH, i=i):
-        k_LBKSH[i] = write_heads(k_LBKSH[i], k_BTKH, slot_BT)
-        v_LBKSH[i] = write_heads(v_LBKSH[i], v_BTKH, slot_BT)
-        return attend(q_BTNH, k_LBKSH[i], v_LBKSH[i], visible_BTS)
+        out_BTNH, pages_LP2KSH[i] = attend(pages_LP2KSH[i], q_BTNH, k_BTKH, v_BTKH)
+        return out_BTNH
 
       with jax.named_scope('layers'):
         layer, choices_BTk = jax.tree.map(
           lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk), is_leaf=lambda x_L: isinstance(x_L, list))
         x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
       routings.append(routing)
-    cache = dataclasses.replace(cache, k_LBKSH=tuple(k_LBKSH), v_LBKSH=tuple(v_LBKSH))
+    cache = dataclasses.replace(after, pages_LP2KSH=tuple(pages_LP2KSH))
     with jax.named_scope('final_norm'):
       x_BTD = rms_norm(x_BTD, self.norm_D, self.c.norm_eps)
     return x_BTD, cache, jax.tree.map(lambda *x: jnp.stack(x), *routings)
@@ -204,7 +197,7 @@ def forward_routed(
     tokens_BT: int32 token ids.
     positions_BT: int32 positions, which restart at 0 in each document.
     segments_BT: int32, numbers the documents of a row from 1; 0 is padding.
-    cache: holds the tokens before these; None if there are none.
+    cache: the tokens before these; None: there are none. With several tokens a row, its rows must be empty.
     choices_LBTk: int32, the experts to use instead of the routers' choice, as recorded by an earlier Routing.
 
   Returns:

@@ -36,6 +36,7 @@ class RlConfig:
   max_new_tokens: tuple[int, ...]
   phase_steps: tuple[int, ...]
   decode_batch_size: int
+  cache_tokens: int
   truncated_reward: str
   overlong_buffer: int
   temperature: float
@@ -57,6 +58,8 @@ class RlConfig:
   def __post_init__(self):
     at_least_one(self, 'steps', 'prompts_per_step', 'max_resampling_rounds', 'max_prompt_tokens', 'decode_batch_size',
                  'minibatches', 'microbatches', 'eval_prompts', 'eval_samples')
+    if self.cache_tokens < 0:
+      raise ValueError(f'cache_tokens must be >= 1, or 0 for what all rows need, got {self.cache_tokens}')
     if self.group_size < 2:
       raise ValueError(f'group_size must be >= 2 (an advantage compares a group), got {self.group_size}')
     if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:

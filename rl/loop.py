@@ -206,9 +206,13 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sampler]:
   """Returns one sampler per phase. They differ only in the longest answer."""
   rl = run.rl
-  settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True)
+  settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True,
+                            cache_tokens=rl.cache_tokens)
               for new in rl.max_new_tokens]
-  return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]
+  try:
+    return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]
+  except ValueError as error:
+    raise ConfigError(f'config.rl.{error}') from None
 
 
 def sample_and_judge(

@@ -1,14 +1,13 @@
 """Samples from the model, through the trainer's own forward: prompts in, tokens and their log-probabilities out.
 
-A prompt is prefilled once and shared by its samples. Samples fill a fixed number of rows of one cache; a row whose
-sample has ended takes the next one, between dispatches of a few steps each, so a long answer doesn't hold up the
-others. Shapes depend on the settings alone, so nothing compiles twice.
+A prompt is prefilled once and shared by its samples. Samples fill a fixed number of rows; a row whose sample has ended
+takes the next one, between dispatches of a few steps each, so a long answer doesn't hold up the others. The cache
+(model/decode.py) consists of pages, which a row takes as its sample grows, so its memory may be much smaller than that
+of all rows at their longest. On an accelerator the host reads the results of a dispatch while the next one runs. Shapes
+depend on the settings alone, so nothing compiles twice.
 
-Left out: paging of the cache. A row has room for the longest prompt and answer from the start, and attention runs
-over all of it.
-
-# R rows  I rows filled at once  F prompts prefilled at once  P prompt slots  T steps of a dispatch  D width
-# V vocabulary, N blocks of W tokens each
+# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt; rows started at once
+# T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each
 """
 
 import collections
@@ -25,13 +24,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
-from betarank.model.decode import CACHE_AXES
+from betarank.model import decode
 from betarank.model.sharding import constrain
 from betarank.train import score
+from betarank.train.pages import Pages, Running
 
 ROLLOUT_STREAM = 2  # fold_in(seed, stream, ...); rl/loop.py has 3
 SHORTEST_BUCKET = 16
-INSERTED = 16  # rows filled by one dispatch
+STARTED = 16  # rows started by one call
+# Dispatches in flight while the host reads another. On a CPU the host and the device are the same cores.
+AHEAD = {'cpu': 0, 'gpu': 1, 'tpu': 1}
+AXES = {1: ('batch',), 2: ('batch', None), 5: decode.PAGES_AXES}  # of arrays with a dimension R, by their dimensions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +42,16 @@ class SamplerConfig:
   """How to sample. RL draws from the full distribution (temperature 1); top_p and top_k are for evaluation.
 
   Attributes:
-    decode_batch_size: samples decoded at the same time; the cache's memory is proportional to it.
-    max_prompt_tokens, max_new_tokens: room in a row; EOS is one of the new tokens.
+    decode_batch_size: samples decoded at the same time, as far as the cache has room.
+    max_prompt_tokens, max_new_tokens: the longest prompt and answer; EOS is one of the new tokens.
     temperature: logits are divided by it; 0 takes the most probable token.
     top_k: keeps that many most probable tokens, ties as jax.lax.top_k breaks them; 0 keeps all.
     top_p: of what top_k left, keeps the fewest most probable tokens with at least this probability together.
     decode_steps: tokens a row draws between two visits of the host, which is when ended rows are refilled.
     record_choices: whether samples of a mixture of experts tell which experts their tokens went to.
+    cache_tokens: tokens that the cache has room for, on all devices together; 0: all rows at their longest, each with
+      a prompt of its own. If it gets full, the sample that was started last starts again later.
+    page_tokens: tokens of a page of the cache.
 
   Raises ValueError, naming the field first.
   """
@@ -58,9 +64,11 @@ class SamplerConfig:
   top_k: int = 0
   decode_steps: int = 8
   record_choices: bool = False
+  cache_tokens: int = 0
+  page_tokens: int = 64
 
   def __post_init__(self):
-    for name in ('decode_batch_size', 'max_prompt_tokens', 'max_new_tokens', 'decode_steps'):
+    for name in ('decode_batch_size', 'max_prompt_tokens', 'max_new_tokens', 'decode_steps', 'page_tokens'):
       if getattr(self, name) < 1:
         raise ValueError(f'{name} must be >= 1, got {getattr(self, name)}')
     if not 0 <= self.temperature < math.inf:
@@ -69,6 +77,24 @@ class SamplerConfig:
       raise ValueError(f'top_p must be in (0, 1], got {self.top_p}')
     if self.top_k < 0:
       raise ValueError(f'top_k must be >= 1, or 0 for all tokens, got {self.top_k}')
+    if self.cache_tokens < 0:
+      raise ValueError(f'cache_tokens must be >= 1, or 0 for what all rows need, got {self.cache_tokens}')
+
+  @property
+  def prompt_pages(self) -> int:
+    """Pages of the longest prompt without its last token, which decoding begins with."""
+    return max(1, -(-(self.max_prompt_tokens - 1) // self.page_tokens))
+
+  @property
+  def row_pages(self) -> int:
+    """Pages of the longest prompt and answer."""
+    return self.prompt_pages - (-self.max_new_tokens // self.page_tokens)
+
+  @property
+  def pages(self) -> int:
+    """Pages of the whole cache."""
+    most = self.decode_batch_size * self.row_pages
+    return min(self.cache_tokens // self.page_tokens, most) if self.cache_tokens else most
 
 
 class Prompt(NamedTuple):
@@ -136,7 +162,8 @@ class Sampler:
     mesh: where the parameters are. Rows lie over data, fsdp and expert, key heads over tensor. Weights are copied in
       the compute type without their fsdp sharding, as gathering them for each token would take longer than the rest.
 
-  Raises ValueError for rows that the mesh doesn't divide, and an eos outside the vocabulary.
+  Raises ValueError for rows that the mesh doesn't divide, a cache without room for a sample on each device, and an eos
+  outside the vocabulary.
   """
 
   def __init__(self, c: model.ModelConfig, s: SamplerConfig, eos: int, mesh: Mesh | None = None):
@@ -144,9 +171,13 @@ class Sampler:
     if s.decode_batch_size % ways:
       raise ValueError(f'decode_batch_size must be a multiple of {ways}, the devices that it is spread over, got '
                        f'{s.decode_batch_size}')
+    if s.pages < ways * s.row_pages:
+      raise ValueError(f'cache_tokens must be >= {ways * s.row_pages * s.page_tokens}, or 0 for what all rows need: '
+                       f'the longest prompt and answer on each of {ways} devices, got {s.cache_tokens}')
     if not 0 <= eos < c.vocab_size:
       raise ValueError(f'eos must be a token id below vocab_size = {c.vocab_size}, got {eos}')
-    self.c, self.s, self.eos, self.mesh, self.prompts_at_once = c, s, eos, mesh, ways
+    s = dataclasses.replace(s, cache_tokens=s.pages // ways * ways * s.page_tokens)
+    self.c, self.s, self.eos, self.mesh, self.ways = c, s, eos, mesh, ways
     self._weights = jax.jit(
       functools.partial(decode_params, c),
       out_shardings=None if mesh is None else model.shardings(mesh, decode_param_axes(c)))
@@ -185,8 +216,9 @@ class Sampler:
       x.shape, x.dtype, sharding=self.mesh and NamedSharding(self.mesh, model.spec(*axes)))
     weights = jax.eval_shape(functools.partial(decode_params, self.c), params)
     weights = jax.tree.map(lambda axes, x: place(x, axes), decode_param_axes(self.c), weights, is_leaf=_is_names)
-    rows = jax.tree.map(lambda x: place(x, CACHE_AXES[x.ndim]), jax.eval_shape(lambda: _empty(self.c, self.s)))
-    return _decode.lower(self.c, self.s, self.eos, weights, rows)
+    rows = jax.tree.map(lambda x: place(x, AXES[x.ndim]), jax.eval_shape(lambda: _empty(self.c, self.s)))
+    table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._pages().table())
+    return _decode.lower(self.c, self.s, self.eos, weights, rows, table)
 
   def _check(self, prompts, indices, seed, step):
     if not indices or len(set(indices)) < len(indices):
@@ -209,97 +241,105 @@ class Sampler:
         raise ValueError(
           f'{where} has max_new_tokens = {prompt.max_new_tokens}, not 1 to {self.s.max_new_tokens}')
 
+  def _pages(self) -> Pages:
+    s = self.s
+    return Pages(rows=s.decode_batch_size, pages=s.pages, parts=self.ways, size=s.page_tokens,
+                 prompt_pages=s.prompt_pages, row_pages=s.row_pages, unit_rows=decode.unit_rows(self.c))
+
   def _run(self, params, prompts, indices, seed, step, watch):
-    c, s = self.c, self.s
-    record = s.record_choices and c.moe.experts > 0
+    s = self.s
+    record = s.record_choices and self.c.moe.experts > 0
     # A generator must not hold the mesh while its caller runs.
     on_mesh = contextlib.nullcontext if self.mesh is None else lambda: jax.set_mesh(self.mesh)
     with on_mesh():
-      weights, rows = self._weights(params), _empty(c, s)
-    queue = collections.deque((p, i) for p in range(len(prompts)) for i in indices)
-    prefilled: dict[int, tuple[model.Cache, int, Any]] = {}  # prompt -> where its keys, values and choices are
-    # row -> prompt, index, tokens, log-probabilities, choices
-    running: dict[int, tuple[int, int, list, list, list]] = {}
-    free = list(range(s.decode_batch_size))
+      weights, rows = self._weights(params), _empty(self.c, s)
+      ahead = AHEAD[model.platform()]
+    pages = self._pages()
+    queue = {p: collections.deque(indices) for p in range(len(prompts))}
+    flying: collections.deque[tuple[Any, list[Running]]] = collections.deque()  # what is drawn, and of which samples
     ended: list[dict[int, Sample]] = [{} for _ in prompts]
     groups = []
-    while queue or running:
-      with on_mesh():
-        while queue and free:
-          first = queue[0][0]
-          if first not in prefilled:
-            prefilled = self._prefill(weights, prompts, first)
-          # The next samples whose prompts are prefilled together, as many as there is room for.
-          some = []
-          while queue and free and len(some) < INSERTED and queue[0][0] in prefilled:
-            some.append((free.pop(), *queue.popleft()))
-          rows = self._insert(rows, prefilled, prompts, some, seed, step)
-          running |= {row: (p, i, [], [], [prefilled[p]]) for row, p, i in some}
-        rows, drawn = _decode(c, s, self.eos, weights, rows)
+    while queue or pages.running:
+      while not flying or (len(flying) <= ahead and pages.unfinished(s.decode_steps * len(flying))):
+        tokens = s.decode_steps * (len(flying) + 1)
+        with on_mesh():
+          stopped = pages.grow(tokens)
+          for sample in stopped:
+            queue.setdefault(sample.prompt, collections.deque()).appendleft(sample.index)
+          rows = _start_some(rows, [(sample.row, 0, 0, 0, 0) for sample in stopped], seed, step)
+          rows = self._start(weights, rows, pages, queue, prompts, seed, step, tokens)
+          rows, drawn = _decode(self.c, s, self.eos, weights, rows, pages.table())
+          jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
+        flying.append((drawn, list(pages.running.values())))
       yield from groups  # the device is at work
-      token_TR, logp_TR, count_R, choice_TRLk = jax.device_get(drawn)
       groups = []
-      for row, (p, i, tokens, logps, choices) in list(running.items()):
-        new = count_R[row] - sum(map(len, tokens))
-        tokens.append(token_TR[:new, row])
-        logps.append(logp_TR[:new, row])
-        choices.append(choice_TRLk[:new, row] if record else None)
-        eos = tokens[-1][-1] == self.eos
-        finish = 'eos' if eos else 'length' if count_R[row] == self._limit(prompts[p]) else ''
-        if watch:
-          watch(Sample(prompts[p].id, i, tokens[-1], logps[-1], finish))
+      drawn, samples = flying.popleft()
+      token_TR, logp_TR, count_R, choice_TRLk = jax.device_get(drawn)
+      for sample in samples:
+        p, row = sample.prompt, sample.row
+        if pages.running.get(row) is not sample:  # it has ended or was stopped
+          continue
+        new = count_R[row] - sample.count
+        sample.count += new
+        sample.drawn.append((token_TR[:new, row], logp_TR[:new, row], choice_TRLk[:new, row] if record else None))
+        eos = new and token_TR[new - 1, row] == self.eos
+        finish = 'eos' if eos else 'length' if sample.count == sample.limit else ''
+        if watch and new:
+          watch(Sample(prompts[p].id, sample.index, token_TR[:new, row], logp_TR[:new, row], finish))
         if finish:
-          ended[p][i] = Sample(
-            prompts[p].id, i, np.concatenate(tokens), np.concatenate(logps), finish,
-            self._choices(prompts[p], *choices) if record else None)
-          del running[row]
-          free.append(row)
+          ended[p][sample.index] = self._ended(prompts[p], sample)
+          pages.stop(sample)
           if len(ended[p]) == len(indices):
             groups.append([ended[p][i] for i in sorted(indices)])
             ended[p].clear()
     yield from groups
 
-  def _choices(self, prompt, prefilled, *drawn):
-    _, f, choice_FPLk = prefilled
-    return np.concatenate([np.asarray(choice_FPLk)[f, : len(prompt.tokens) - 1], *drawn])
+  def _ended(self, prompt: Prompt, sample: Running) -> Sample:
+    tokens, logps, choices = zip(*sample.drawn)
+    tokens = np.concatenate(tokens)
+    if choices[0] is not None:
+      choice_FPLk, f = sample.prefix.routed
+      choices = np.concatenate([np.asarray(choice_FPLk)[f, : len(prompt.tokens) - 1], *choices])
+    return Sample(prompt.id, sample.index, tokens, np.concatenate(logps), 'eos' if tokens[-1] == self.eos else 'length',
+                  None if choices[0] is None else choices)
 
-  def _limit(self, prompt):
-    return prompt.max_new_tokens or self.s.max_new_tokens
+  def _start(self, weights, rows, pages, queue, prompts, seed, step, tokens) -> '_Rows':
+    """Starts samples in all rows and pages that are free."""
+    limit = lambda p: prompts[p].max_new_tokens or self.s.max_new_tokens
+    while True:
+      samples, prefixes = pages.start(queue, lambda p: len(prompts[p].tokens) - 1, limit, tokens)
+      if any(prefixes):
+        rows = self._prefill(weights, rows, pages, prefixes, prompts)
+      rows = _start_some(rows, [
+        (sample.row, prompts[sample.prompt].tokens[-1], sample.limit, prompts[sample.prompt].id, sample.index)
+        for sample in samples], seed, step)
+      if not samples:
+        return rows
 
-  def _prefill(self, weights, prompts, first):
-    """Returns caches of prompts[first] and the prompts after it, without their last tokens, which decoding starts with.
-    """
-    some = [prompt.tokens[:-1] for prompt in prompts[first : first + self.prompts_at_once]]
+  def _prefill(self, weights, rows, pages, prefixes, prompts) -> '_Rows':
+    """Writes prompts without their last tokens, which decoding starts with, into the cache; one on each device."""
+    some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
     longest = max(map(len, some))
-    bucket = min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), self.s.max_prompt_tokens)
-    token_FP = np.zeros((self.prompts_at_once, bucket), np.int32)
-    length_F = np.zeros(self.prompts_at_once, np.int32)
+    bucket = min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), max(2, self.s.max_prompt_tokens))
+    token_FP = np.zeros((len(some), bucket), np.int32)
+    length_F = np.array(list(map(len, some)), np.int32)
     for f, tokens in enumerate(some):
       token_FP[f, : len(tokens)] = tokens
-      length_F[f] = len(tokens)
-    cache, choice_FPLk = _prefill(self.c, weights, token_FP, length_F)
-    return {first + f: (cache, f, choice_FPLk) for f in range(len(some))}
-
-  def _insert(self, rows, prefilled, prompts, some, seed, step):
-    """Writes samples (row, prompt, index) into their rows. All their prompts are in one prefilled cache."""
-    cache = prefilled[some[0][1]][0]
-    task = _Start(*np.zeros((6, INSERTED), np.uint32))
-    task.row[:] = self.s.decode_batch_size  # out of range: nothing to put there
-    for j, (row, p, i) in enumerate(some):
-      prompt = prompts[p]
-      for field, value in zip(task, (row, prefilled[p][1], prompt.tokens[-1], self._limit(prompt), prompt.id, i)):
-        field[j] = value
-    return _insert(rows, cache, task, seed, step)
+    cache, choice_FPLk = _prefill(self.c, weights, rows.pages_LP2KSH, token_FP, length_F,
+                                  pages.filled(prefixes, self.s.pages))
+    for f, prefix in enumerate(prefixes):
+      if prefix:
+        prefix.routed = choice_FPLk, f
+    return dataclasses.replace(rows, pages_LP2KSH=cache)
 
 
 # What runs on the device.
 
 
 class _Start(NamedTuple):
-  """Samples to start; fields uint32 [I]."""
+  """Samples to start; fields uint32 [I]. A limit of 0 empties the row."""
 
   row: Any
-  source: Any  # which prompt of the prefilled cache
   token: Any  # the prompt's last
   limit: Any
   prompt_id: Any
@@ -309,32 +349,34 @@ class _Start(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  cache: model.Cache
+  pages_LP2KSH: tuple[jax.Array, ...]
   token_R: jax.Array  # int32, the last one, not yet in the cache
-  count_R: jax.Array  # int32, tokens drawn
+  count_R: jax.Array  # int32, tokens drawn; as many of the row are in the cache
   limit_R: jax.Array  # int32, what count_R goes up to; equal in a row at rest
   key_R2: jax.Array  # uint32, the sample's random key
 
 
 def _pinned(tree):
-  return jax.tree.map(lambda x: constrain(x, *CACHE_AXES[x.ndim]), tree)
+  return jax.tree.map(lambda x: constrain(x, *AXES[x.ndim]), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _empty(c, s) -> _Rows:
-  zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
-  cache = model.empty_cache(c, s.decode_batch_size, s.max_prompt_tokens + s.max_new_tokens)
   R = s.decode_batch_size
-  return _pinned(_Rows(cache, zeros(R), zeros(R), zeros(R), zeros(R, 2, dtype=jnp.uint32)))
+  zeros = lambda *shape, dtype=jnp.int32: jnp.zeros(shape, dtype)
+  return _pinned(_Rows(
+    decode.empty_pages(c, s.pages, s.page_tokens), zeros(R), zeros(R), zeros(R), zeros(R, 2, dtype=jnp.uint32)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(c, weights, token_FP, length_F) -> tuple[model.Cache, jax.Array | None]:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _prefill(c, weights, pages_LP2KSH, token_FP, length_F, pages_FI) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
   position_FP = jnp.broadcast_to(jnp.arange(token_FP.shape[1]), token_FP.shape)
   segment_FP = (position_FP < length_F[:, None]).astype(jnp.int32)
-  empty = model.empty_cache(c, *token_FP.shape)
-  _, cache, routing = model.forward_routed(c, weights, token_FP, position_FP, segment_FP, empty)
-  return _pinned(cache), _choices(routing)
+  empty_F = jnp.zeros_like(length_F)
+  table = decode.Table(pages_FI, empty_F, empty_F[:, None], empty_F)
+  cache = model.Cache(pages_LP2KSH, table, empty_F, pages_FI.shape[1])
+  _, cache, routing = model.forward_routed(c, weights, token_FP, position_FP, segment_FP, cache)
+  return _pinned(cache.pages_LP2KSH), _choices(routing)
 
 
 def _choices(routing: model.Routing | None) -> jax.Array | None:
@@ -344,27 +386,28 @@ def _choices(routing: model.Routing | None) -> jax.Array | None:
   return constrain(jnp.moveaxis(routing.choices_LBTk, 0, 2).astype(jnp.int16), None, None, None, None)
 
 
+def _start_some(rows, samples, seed, step) -> _Rows:
+  """Puts samples (row, token, limit, prompt id, index) into their rows, STARTED at a time."""
+  for first in range(0, len(samples), STARTED):
+    task = _Start(*np.zeros((5, STARTED), np.uint32))
+    task.row[:] = len(rows.count_R)  # out of range: nothing to put there
+    for j, sample in enumerate(samples[first : first + STARTED]):
+      for field, value in zip(task, sample):
+        field[j] = value
+    rows = _put(rows, task, seed, step)
+  return rows
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(rows, prompts, task, seed, step) -> _Rows:
-  slots = rows.cache.segments_BS.shape[1] - prompts.segments_BS.shape[1]
-  heads = lambda old, new: old.at[task.row, :, : new.shape[2]].set(new[task.source], mode='drop')
-  # Whole rows, so that the slots of the row's last sample become empty.
-  slot = lambda old, new: old.at[task.row].set(jnp.pad(new[task.source], ((0, 0), (0, slots))), mode='drop')
+def _put(rows, task, seed, step) -> _Rows:
   put = lambda old, new: old.at[task.row].set(new.astype(old.dtype), mode='drop')
-  cache = model.Cache(
-    jax.tree.map(heads, rows.cache.k_LBKSH, prompts.k_LBKSH),
-    jax.tree.map(heads, rows.cache.v_LBKSH, prompts.v_LBKSH),
-    slot(rows.cache.positions_BS, prompts.positions_BS),
-    slot(rows.cache.segments_BS, prompts.segments_BS),
-    put(rows.cache.length_B, prompts.length_B[task.source]),
-  )
 
   def key(prompt_id, index):
     parts = (ROLLOUT_STREAM, step, prompt_id, index)
     return jax.random.key_data(functools.reduce(jax.random.fold_in, parts, jax.random.key(seed, impl='threefry2x32')))
 
   return _pinned(_Rows(
-    cache,
+    rows.pages_LP2KSH,
     put(rows.token_R, task.token),
     put(rows.count_R, jnp.zeros_like(task.row)),
     put(rows.limit_R, task.limit),
@@ -373,48 +416,42 @@ def _insert(rows, prompts, task, seed, step) -> _Rows:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(c, s, eos, weights, rows):
-  """Draws up to s.decode_steps tokens for every unfinished row, and stops early once all rows are finished.
+def _decode(c, s, eos, weights, rows, table):
+  """Draws up to s.decode_steps tokens for every unfinished row.
 
   Returns the rows, and for the host (token_TR, logp_TR, count_R, choice_TRLk, which is None unless they are recorded);
   a row's tokens are the first ones of its column.
   """
   head_DV = model.head(c, weights)
+  table = _pinned(table)
 
   def uniform(key_2, count):
     return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl='threefry2x32'), count), (2,))
 
-  def body(carry):
-    t, rows, token_TR, logp_TR, choice_TRLk = carry
+  def body(rows, _):
     live_R = rows.count_R < rows.limit_R
+    cache = model.Cache(rows.pages_LP2KSH, table, rows.count_R, s.prompt_pages)
     hidden_R1D, cache, routing = model.forward_routed(
-      c, weights, rows.token_R[:, None], rows.cache.length_B[:, None], live_R[:, None].astype(jnp.int32), rows.cache)
+      c, weights, rows.token_R[:, None], (table.prefix_B + rows.count_R)[:, None],
+      live_R[:, None].astype(jnp.int32), cache)
     logits_RV = score.logits(c, hidden_R1D[:, 0], head_DV, s.temperature or 1.0)
     z_RV = constrain(logits_RV, 'batch', 'vocab')
     token_R, logp_R = _draw(s, z_RV, jax.vmap(uniform)(rows.key_R2, rows.count_R))
     count_R = rows.count_R + live_R
     rows = _Rows(
-      cache,
+      cache.pages_LP2KSH,
       token_R=jnp.where(live_R, token_R, rows.token_R),
       count_R=count_R,
       limit_R=jnp.where(live_R & (token_R == eos), count_R, rows.limit_R),
       key_R2=rows.key_R2,
     )
-    if choice_TRLk is not None:
-      choice_TRLk = choice_TRLk.at[t].set(_choices(routing)[:, 0])
-    return t + 1, _pinned(rows), token_TR.at[t].set(token_R), logp_TR.at[t].set(logp_R), choice_TRLk
+    recorded = s.record_choices and c.moe.experts
+    return _pinned(rows), (token_R, logp_R, _choices(routing)[:, 0] if recorded else None)
 
-  def go_on(carry):
-    t, rows, *_ = carry
-    return (t < s.decode_steps) & jnp.any(rows.count_R < rows.limit_R)
-
-  shape = (s.decode_steps, s.decode_batch_size)
-  recorded = s.record_choices and c.moe.experts
-  choices = jnp.zeros((*shape, c.layers, c.moe.experts_per_token), jnp.int16) if recorded else None
-  carry = (0, rows, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), choices)
-  _, rows, token_TR, logp_TR, choices = jax.lax.while_loop(go_on, body, carry)
+  # A fixed number of steps: a GPU would wait for the host to decide about each.
+  rows, (token_TR, logp_TR, choice_TRLk) = jax.lax.scan(body, rows, length=s.decode_steps)
   # Every host sees all rows and takes the same decisions.
-  drawn = constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None), choices
+  drawn = constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None), choice_TRLk
   return _pinned(rows), drawn  # else count_R would be as the hosts see it, and the next dispatch another program
 
 

@@ -207,7 +207,8 @@ class Program:
       return 2 * sizes(operands[1].arrays)
     inner = self.computations.get(one.called('calls') or '') if one.opcode == 'fusion' else None
     if inner is None:
-      return sizes(one.arrays) + sum(sizes(o.arrays) for o in operands)
+      distinct = {o.name: o for o in operands}  # a kernel may take several blocks of an array
+      return sizes(one.arrays) + sum(sizes(o.arrays) for o in distinct.values())
     total = 0.0
     for i in inner.values():
       if i.opcode == 'parameter' and not any(a.on_chip for a in i.arrays):

@@ -70,7 +70,8 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
 def sampler_config(work: Workload) -> SamplerConfig:
   """Returns the settings of the sampler, as rl/loop.py creates them, for RL's phase with the longest answers."""
   rl = work.rl
-  return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True)
+  return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True,
+                       cache_tokens=rl.cache_tokens)
 
 
 def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:

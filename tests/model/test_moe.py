@@ -170,8 +170,8 @@ def test_padding_counts_in_no_statistic_and_changes_no_other_token(params):
 def test_cached_decode_equals_the_full_forward_and_replays(params):
   batch = [x[:, :12] for x in row(12)]
   full, _, routing = forward(CONFIG, params, *batch)
-  cache, hiddens, choices, start = model.empty_cache(CONFIG, 1, 14), [], [], 0
-  for n in (5, 1, 1, 5):
+  cache, hiddens, choices, start = model.empty_cache(CONFIG, 1, 5, 7, size=4), [], [], 0
+  for n in (5, *[1] * 7):
     piece = [x[:, start : start + n] for x in batch]
     recorded = routing.choices_LBTk[:, :, start : start + n] if n > 1 else None
     hidden, cache, part = forward(CONFIG, params, *piece, cache, recorded)

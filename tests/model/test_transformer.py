@@ -86,30 +86,28 @@ def test_scan_equals_loop_and_remat_equals_plain(params):
     same(value_and_grad(dataclasses.replace(CONFIG, **changes), params, *batch), want)
 
 
-@pytest.mark.parametrize('chunks', [(1,) * 12, (5, 1, 1, 5), (12,)])
+@pytest.mark.parametrize('chunks', [(1,) * 12, (5,) + (1,) * 7, (12,)])
 def test_cached_decode_equals_full_forward(params, chunks):
   tokens, positions, segments = (x[:, :12] for x in row(12))
   full, _ = forward(CONFIG, params, tokens, positions, segments)
-  cache, parts, start = model.empty_cache(CONFIG, 1, 14), [], 0
+  cache, parts, start = model.empty_cache(CONFIG, 1, 12, 12, size=4), [], 0
   for n in chunks:
     piece = (x[:, start : start + n] for x in (tokens, positions, segments))
     hidden, cache = forward(CONFIG, params, *piece, cache)
     parts.append(hidden)
     start += n
   same(jnp.concatenate(parts, 1), full)
-  assert cache.length_B.tolist() == [12]
+  assert cache.length_B.tolist() == [chunks.count(1)]
 
 
-@pytest.mark.parametrize('side', ['left', 'right'])
-def test_padded_prefill_of_unequal_rows_equals_each_alone(params, side):
-  """Rows of a batch keep their own lengths in the cache, whether they are padded on the left or on the right."""
+def test_padded_prefill_of_unequal_rows_equals_each_alone(params):
   a, b = row(8, total=8)[0], row(5, total=5)[0]
-  pad = [(0, 0), (3, 0)] if side == 'left' else [(0, 0), (0, 3)]
+  pad = [(0, 0), (0, 3)]
   tokens = jnp.concatenate([a, jnp.pad(b, pad, constant_values=7)])
   positions = jnp.concatenate([jnp.arange(8)[None], jnp.pad(jnp.arange(5)[None], pad)])
   segments = jnp.concatenate([jnp.ones((1, 8), jnp.int32), jnp.pad(jnp.ones((1, 5), jnp.int32), pad)])
-  _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 2, 10))
-  assert cache.length_B.tolist() == [8, 5]
+  _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 2, 8, 2, size=4))
+  assert cache.table.prefix_B.tolist() == [8, 5]
   new = jnp.array([[11], [12]])
   ones = jnp.ones((2, 1), jnp.int32)
   got, _ = forward(CONFIG, params, new, jnp.array([[8], [5]]), ones, cache)
@@ -120,11 +118,12 @@ def test_padded_prefill_of_unequal_rows_equals_each_alone(params, side):
     same(got[i], want[:, -1])
 
 
-def test_a_full_cache_drops_new_tokens_and_keeps_the_old_ones(params):
+def test_a_row_that_does_not_decode_leaves_the_cache_as_it_is(params):
   tokens, positions, segments = (x[:, :6] for x in row(6))
-  _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 1, 6))
-  _, after = forward(CONFIG, params, tokens[:, :1], positions[:, :1] + 6, segments[:, :1], cache)
-  same(after.k_LBKSH, cache.k_LBKSH)
+  _, cache = forward(CONFIG, params, tokens, positions, segments, model.empty_cache(CONFIG, 1, 6, 6, size=4))
+  _, after = forward(CONFIG, params, tokens[:, :1], positions[:, :1] + 6, segments[:, :1] * 0, cache)
+  same(after.pages_LP2KSH, cache.pages_LP2KSH)
+  assert after.length_B.tolist() == [0]
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2)])

@@ -1,5 +1,6 @@
 """Truths of the sampler: decoding = full forward, refilled = padded = alone, frequencies = probabilities."""
 
+import collections
 import dataclasses
 import functools
 
@@ -12,6 +13,7 @@ from scipy import stats
 from betarank import model
 from betarank.objectives import linear_token_stats
 from betarank.train import sampler as module
+from betarank.train.pages import Pages
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
 VOCAB = 384  # three blocks of 128
@@ -128,6 +130,40 @@ def test_refilled_equals_padded_equals_alone_in_any_order(params, reference):
   same(draw(params, SETTINGS, [prompt], samples=[2]), {(prompt.id, 2): reference[prompt.id, 2]})
 
 
+def test_samples_do_not_depend_on_pages_their_number_or_dispatches_in_flight(params, reference, monkeypatch):
+  stopped = []
+  grow = module.Pages.grow
+  monkeypatch.setattr(module.Pages, 'grow', lambda *args: stopped.append(grow(*args)) or stopped[-1])
+  same(draw(params, dataclasses.replace(SETTINGS, page_tokens=4)), reference)
+  assert not any(stopped)  # room for all
+  tight = dataclasses.replace(SETTINGS, page_tokens=4, cache_tokens=28)  # for one longest prompt and answer
+  for ahead in (0, 2):
+    monkeypatch.setitem(module.AHEAD, 'cpu', ahead)
+    same(draw(params, tight), reference)
+  assert any(stopped)  # samples made way for older ones, and were drawn again
+  same(draw(params, dataclasses.replace(tight, decode_batch_size=1)), reference)
+
+
+def test_a_cache_gives_all_pages_back_and_a_group_shares_its_prompt_s():
+  queue = {0: collections.deque(range(5)), 1: collections.deque(range(2))}
+  pages = Pages(rows=8, pages=40, parts=1, size=4, prompt_pages=4, row_pages=7, unit_rows=2)
+  started, prefixes = pages.start(queue, lambda p: 15, lambda p: 9, tokens=5)
+  assert ([sample.prompt for sample in started], [prefix.prompt for prefix in prefixes]) == ([0] * 5, [0])
+  assert [len(sample.pages) for sample in started] == [2] * 5 and len(prefixes[0].pages) == 4
+  more, prefixes = pages.start(queue, lambda p: 15, lambda p: 9, tokens=5)  # a prompt at a time
+  assert ([sample.prompt for sample in more], [prefix.prompt for prefix in prefixes], queue) == ([1] * 2, [1], {})
+  table = pages.table()
+  assert sorted(table.count_U.tolist()) == [0, 0, 0, 0, 1, 2, 2, 2]
+  assert len({*map(tuple, table.pages_BJ[[sample.row for sample in started], :4])}) == 1
+  used = [page for sample in started + more for page in sample.pages] + prefixes[0].pages + started[0].prefix.pages
+  assert len(set(used)) == len(used) == 7 * 2 + 2 * 4
+  for sample in started + more:
+    pages.stop(sample)
+  assert pages.start(queue, None, None, 5) == ([], [None]) and not pages.running
+  started, _ = pages.start({2: collections.deque([0])}, lambda p: 15, lambda p: 9, tokens=9)
+  assert len(started) == 1
+
+
 def test_samples_depend_on_all_that_names_them(params, reference):
   """Another seed, step or index gives another sample, and so does the same prompt under another id."""
   distinct = {tuple(sample.tokens) for sample in reference.values()}
@@ -218,19 +254,22 @@ def test_eight_devices_equal_one(params, shape):
   settings = dataclasses.replace(SETTINGS, decode_batch_size=8)
   mesh = model.make_mesh(model.MeshConfig(*shape))
   placed = jax.device_put(params, model.shardings(mesh, model.abstract(CONFIG)[2]))
-  same(draw(placed, settings, mesh=mesh), draw(params, settings))
+  want = draw(params, settings)
+  same(draw(placed, settings, mesh=mesh), want)
+  tight = dataclasses.replace(settings, page_tokens=4, cache_tokens=4 * 28)  # four parts, each with room for one
+  same(draw(placed, tight, mesh=mesh), want)
 
 
 def test_the_cache_is_sharded_and_in_the_compute_type(params):
   config = dataclasses.replace(CONFIG, compute_dtype='bfloat16')
   with jax.set_mesh(model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2))):
-    key = module._empty(config, dataclasses.replace(SETTINGS, decode_batch_size=8)).cache.k_LBKSH[0]
-  assert key.dtype == jnp.bfloat16
-  assert key.sharding.shard_shape(key.shape) == (8 // 4, 2 // 2, 26, 8)
+    pages = module._empty(config, dataclasses.replace(SETTINGS, decode_batch_size=8)).pages_LP2KSH[0]
+  assert pages.dtype == jnp.bfloat16
+  assert pages.sharding.shard_shape(pages.shape) == (2 * 8 // 4, 2, 2 // 2, 64, 8)
 
 
 def test_nothing_compiles_twice(params):
-  functions = (module._empty, module._prefill, module._insert, module._decode)
+  functions = (module._empty, module._prefill, module._put, module._decode)
   draw(params, SETTINGS)
   before = [f._cache_size() for f in functions]
   newer = jax.tree.map(lambda x: x * 1.1, params)
@@ -249,6 +288,7 @@ def test_nothing_compiles_twice(params):
     ({'max_prompt_tokens': 0}, 'max_prompt_tokens must be >= 1'),
     ({'max_new_tokens': -1}, 'max_new_tokens must be >= 1'),
     ({'decode_steps': 0}, 'decode_steps must be >= 1'),
+    ({'cache_tokens': -1}, 'cache_tokens must be >= 1, or 0 for'),
     ({'temperature': -0.1}, 'temperature must be >= 0 and finite'),
     ({'temperature': float('nan')}, 'temperature must be >= 0 and finite'),
     ({'top_p': 0.0}, r'top_p must be in \(0, 1\], got 0.0'),
@@ -263,6 +303,8 @@ def test_bad_settings_are_refused_by_name(changes, message):
 def test_a_sampler_that_fits_neither_mesh_nor_vocabulary_is_refused():
   with pytest.raises(ValueError, match='^decode_batch_size must be a multiple of 8'):
     Sampler(CONFIG, SETTINGS, EOS, model.make_mesh(model.MeshConfig(8, 1, 1, 1, 1)))
+  with pytest.raises(ValueError, match='^cache_tokens must be >= 128, or 0 for what all rows need'):
+    Sampler(CONFIG, dataclasses.replace(SETTINGS, cache_tokens=127), EOS)
   with pytest.raises(ValueError, match='^eos must be a token id below vocab_size = 384, got 384'):
     Sampler(CONFIG, SETTINGS, VOCAB)
 
