@@ -56,11 +56,11 @@ def one_line(error: object) -> str:
 
 
 def run_main(main: Callable[[], None]) -> None:
-  """Runs `main`. If it raises a UserError, prints the message on one line and exits with status 2.
+  """Runs `main`, and turns these errors into a short message on stderr and an exit status:
 
-  Ctrl-C ends with one line too, and status 130; the argument of KeyboardInterrupt, if it has one, is a part of it. An
-  OSError that names a place which can't be read or written is treated in the same way. If the program that reads the
-  output closes it early, as `head` does, exits without a message with status 141.
+  - A UserError, or an OSError that names a place which can't be read or written: one line, status 2.
+  - Ctrl-C: the line 'stopped', followed by the argument of KeyboardInterrupt if it has one; status 130.
+  - The program that reads the output closes it early, as `head` does: no message, status 141.
   """
   try:
     main()

@@ -137,7 +137,7 @@ def verify(config: DataConfig, name: str) -> int:
   """Reads every record of source `name`, in parallel. Returns the number of records.
 
   Raises:
-    DataError: a file isn't what was written. The message names the first such file.
+    DataError: the contents of a file have changed since it was written. The message names the first such file.
   """
   manifest = check_prepared(config, name)
   splits = {split: Documents(config, name, split) for split in manifest['splits']}

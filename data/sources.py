@@ -266,9 +266,9 @@ def text_of(document: Document) -> str:
 
 
 def cut(document: Document, document_bytes: int) -> Iterator[Document]:
-  """Yields a document in parts of at most `document_bytes` (UTF-8), cut at line ends if possible.
+  """Yields a document in pieces of at most `document_bytes` (UTF-8), cut at line ends if possible.
 
-  Parts of a dialogue in which nothing counts for the loss are left out.
+  A piece of a dialogue is left out if none of its text counts for the loss.
   """
   if isinstance(document, str):
     yield from _cut_text(document, document_bytes)

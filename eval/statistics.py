@@ -188,7 +188,7 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the part of the mean's standard error that comes from seeds, in addition to that from problems."""
+  """Returns the standard error of the mean due to seeds alone. The part due to problems isn't included."""
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
   rest_SP = x_SP - mean_S[:, None] - x_SP.mean(0) + x_SP.mean()

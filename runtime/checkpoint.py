@@ -250,7 +250,7 @@ def _damage(path: epath.Path) -> str:
 
 
 def _process_index_and_count() -> tuple[int, int]:
-  """Returns (index of this process, number of processes). In a job of one process it doesn't start a device."""
+  """Returns (index of this process, number of processes). With one process this doesn't initialize JAX's backend."""
   return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
@@ -272,11 +272,7 @@ def _first_message_of_any_process(text: str) -> str:
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-  """Returns the meta of a checkpoint. It reads no arrays and starts no device.
-
-  Raises:
-    CheckpointError: the meta is missing or damaged.
-  """
+  """Returns the meta of a checkpoint. Reads no arrays and doesn't initialize JAX's backend."""
   try:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)

@@ -1,4 +1,4 @@
-"""Stops a command on request. A request is SIGTERM, from a scheduler, or Ctrl-C.
+"""Stops a command on request. A request is either SIGTERM (for example from a scheduler) or Ctrl-C.
 
 A command of many steps saves before it ends:
 
@@ -13,8 +13,9 @@ A command of many steps saves before it ends:
 The first signal only makes `stop` return True. The exit status is 143 for SIGTERM and 130 for Ctrl-C, so that scripts
 can see that the command didn't finish. A second Ctrl-C ends the process at once, whatever it is doing.
 
-Everything else runs in `interruptible`: the first Ctrl-C raises KeyboardInterrupt, which ends the command with one line
-(configs/errors.py). What it wrote before is complete, because results are written atomically.
+Every command runs in `interruptible`, and a StopSignal replaces it while its block lasts. Outside such a block, the
+first Ctrl-C raises KeyboardInterrupt, which ends the command with one line (configs/errors.py). The results that the
+command has written by then are complete, because each is written atomically.
 """
 
 import contextlib

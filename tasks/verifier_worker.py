@@ -53,7 +53,8 @@ def _limit(memory_mb: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-  """Limits the CPU time of the next item. If the parent has died, nothing else would end an endless item."""
+  """Limits the CPU time of the next item, so that an item that never ends is ended even if the parent process has died.
+  """
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
   resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + seconds, hard))

@@ -138,8 +138,9 @@ def decode_param_axes(c: model.ModelConfig) -> Any:
 
 
 def decode_params(c: model.ModelConfig, params: model.transformer.Params) -> Any:
-  """Returns the sampler's copy of the parameters, in the compute type. Each layer is a separate array, because slicing
-  stacked layers would copy them for every token.
+  """Returns the sampler's copy of the parameters, in the compute type except for norms, routers and biases.
+
+  Each layer is a separate array, because slicing stacked layers would copy them for every token.
   """
   float32 = {'norm', 'router', 'bias'}
   cast = lambda x, names: x if float32 & set(names) else x.astype(c.dtype)

@@ -48,9 +48,10 @@ def config(a: SimpleNamespace) -> ConfigDict:
 
 
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
-  """Adds one arm to the sweep: for each seed, all training stages of the size, then a probe of the last checkpoint.
+  """Adds one arm to the sweep: for each seed, every stage of model size `a.size`, each starting from the one before,
+  then a probe of the last checkpoint.
 
-  objective: the settings of section `objective` that the arm changes.
+  objective: the settings of section `objective` that the arm changes. They apply to all stages except RL.
   """
   changed = {f'objective.{name}': value for name, value in objective.items()}
   for seed in range(a.seeds):

@@ -273,7 +273,12 @@ def is_share(metric: str) -> bool:
 
 
 def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
-  """Returns the figures of every benchmark by stage and arm, from the newest samples of each run, paired by seed."""
+  """Returns a comparison for each stage, benchmark, arm and metric, from the newest samples of each run.
+
+  The difference is that between an arm and its baseline, computed from pairs of runs with the same seed.
+
+  k: the k of Pass@k.
+  """
   out = []
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):

@@ -310,10 +310,11 @@ class Report:
 
   def _tables(self, file: str, found: Sequence[Comparison], names: Sequence[str], note: str, name: str = '',
               shown_as: str = '') -> Html:
-    """Returns a table for each stage and subject, with a row per metric and a column per arm. Writes all of them to one
-    CSV.
+    """Returns a table for each stage and subject, with a row per metric and a column per arm. All comparisons are also
+    written to one CSV file.
 
-    shown_as: the metric whose format all rows have, if `names` are names of tasks.
+    names: the metrics to show, in this order; or names of tasks, if shown_as is given.
+    shown_as: a metric. All rows are then formatted like this metric, and titled with the names as they are.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',

@@ -10,8 +10,8 @@ from betarank.train.config import RunConfig, run_config
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """A checked run. `rl` is None for pre-training. The planner finds out from this field alone which of the two it
-  is.
+  """A run whose config has been checked. `rl` is None for pre-training; this is how the planner tells pre-training from
+  RL.
   """
 
   run: RunConfig | RlRun

@@ -362,7 +362,9 @@ def _scale(width: int) -> float:
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:
-  """Returns int32 arrays [P], sorted by key: the index of each block in [B, R], and the values of each block."""
+  """Sorts the blocks of all rows by key. Returns arrays [P], P = B·R: first each block's index in the flattened [B, R]
+  (int32), then one array for each of `values_BR`, in the same order.
+  """
   place_P = jnp.argsort(key_BR.ravel()).astype(jnp.int32)
   return [place_P, *(x.ravel()[place_P] for x in values_BR)]
 

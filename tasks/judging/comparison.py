@@ -1,10 +1,10 @@
-"""Decides whether an answer is right, by comparing what its notation says with what the reference (the gold) says.
+"""Decides whether an answer is right, by comparing it with the reference (the gold).
 
     judge('1,2', 'x=2 or x=1')      Judgement(RIGHT, 'the same list, in any order', ...)
 
 The rules are about kinds of notation, not about wording. If a rule can't decide, the verdict is undecided. Expressions
-are compared by value (values.py). Notation that only math-verify can parse is compared by the function
-`by_math_verify`, which only a worker process has.
+are compared by value (values.py). Notation that only math-verify can parse is compared by the argument
+`by_math_verify` of `judge`. Only worker processes pass a function that calls math-verify; the default decides nothing.
 """
 
 import dataclasses

@@ -89,6 +89,8 @@ def renamed(reading: Reading, name: str, new: str) -> Reading:
 
 
 def difference(relation: Relation) -> Node | None:
-  """Returns the left minus the right side; None if a side isn't an expression without a unit."""
+  """Returns the left side minus the right side. Returns None if a side has a unit or isn't an expression, or if there
+  aren't exactly two sides.
+  """
   sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
   return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))

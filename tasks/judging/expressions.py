@@ -405,7 +405,10 @@ class _Parser:
     return _joined('mul', factors)
 
   def _symbol(self, bare: bool = False) -> Node:
-    """Parses a variable with its accents, index and primes. bare: what follows doesn't belong to it, as in x^yz."""
+    """Parses a variable with its accents, index and primes, and the numbers it is applied to, as in f(2).
+
+    bare: stops before an index, primes or brackets. For example, the exponent in x^f(2) is f alone.
+    """
     token = self._take()
     primes = _DOTS.get(token, 0)
     if primes or token[1:] in _ACCENTS:

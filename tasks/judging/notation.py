@@ -50,7 +50,7 @@ _BEFORE_INTEGERS = {'where', 'for', 'with', 'any', 'all', 'some', 'every', 'inte
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, bare_units: bool = False) -> Reading:
-  """Returns what `text` says.
+  """Parses an answer. Returns a Reading: its kind (a number with a unit, an interval, a list, ...) and its parts.
 
   bare_units: reads the letter in `5m` as a unit, not as a variable.
 

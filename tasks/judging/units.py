@@ -55,8 +55,8 @@ MAX_WORDS = 3
 class Unit(NamedTuple):
   """A unit of measurement.
 
-  dimensions: {base: power} as a sorted tuple; empty for a unit without a name.
-  factor: the unit in terms of its base units.
+  dimensions: {base: power} as a sorted tuple; empty if the text doesn't say which unit, as in 'square units'.
+  factor: how many base units one of this unit is.
   name: the unit as it was written.
   """
 

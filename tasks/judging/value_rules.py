@@ -70,7 +70,9 @@ class ValueRules:
     return self.decide(same, 'a unit that the gold leaves out' if same else self.rule)
 
   def values(self, gold: Value, answer: Value) -> bool | None:
-    """Returns whether two expressions have the same value, without regard to units."""
+    """Returns whether two expressions have the same value, without regard to units; None if math-verify is needed and
+    can't decide.
+    """
     if gold.node is None or answer.node is None:
       same = self.by_math_verify(gold.text, answer.text)
       return self.decide(same, 'compared by math-verify' if same is not None else 'math-verify cannot read it either')
