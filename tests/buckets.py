@@ -4,6 +4,7 @@ import uuid
 
 import fsspec
 from etils import epath
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -17,7 +18,9 @@ class _Buckets(MemoryFileSystem):
 
 def new():
   """Returns the path of a new, empty bucket in this process's memory."""
-  fsspec.register_implementation('gcs', _Buckets, clobber=True)
+  for name in ('gcs', 'gs'):
+    fsspec.register_implementation(name, _Buckets, clobber=True)
+  backend.fsspec_backend._get_filesystem.cache_clear()  # it may hold the one of tests/bucket.py
   path = epath.Path(f'gs://{uuid.uuid4().hex}')
   path.mkdir()
   return path
