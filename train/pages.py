@@ -96,8 +96,8 @@ class Pages:
   ) -> tuple[list[Running], list[Prefix | None]]:
     """Starts samples from the queue (prompt -> indices) while there are rows and pages.
 
-    A sample starts only if each sample that already runs in its part may still take a page, and none was just stopped
-    there. Samples of prompts that are in the part come first.
+    A sample starts only if each sample that already runs in its part, and may need more pages, can take one, and if
+    none was just stopped there. Samples of prompts that are in the part come first.
 
     Args:
       length: tokens of a prompt in the cache.
@@ -118,8 +118,9 @@ class Pages:
           if prefixes[n]:
             break
         wanted = -(-min(limit(p), tokens) // self._size) + (self._count(length(p)) if new else 0)
-        running = sum(prefix.samples for prefix in part.prefixes.values())
-        if not self._room(part, wanted + running, queue):
+        growing = sum(len(sample.pages) < self._count(sample.limit) for sample in self.running.values()
+                      if self._part(sample) is part)
+        if not self._room(part, wanted + growing, queue):
           break
         if not new and p not in part.prefixes:
           continue  # it made room for its own sample, and is prefilled again

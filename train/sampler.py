@@ -51,7 +51,7 @@ class SamplerConfig:
     record_choices: whether samples of a mixture of experts tell which experts their tokens went to.
     cache_tokens: tokens that the cache has room for, on all devices together; 0: all rows at their longest, each with
       a prompt of its own. If it gets full, the sample that was started last starts again later.
-    page_tokens: tokens of a page of the cache.
+    page_tokens: the most tokens that a page of the cache holds; smaller if all prompts and answers are.
 
   Raises ValueError, naming the field first.
   """
@@ -79,6 +79,9 @@ class SamplerConfig:
       raise ValueError(f'top_k must be >= 1, or 0 for all tokens, got {self.top_k}')
     if self.cache_tokens < 0:
       raise ValueError(f'cache_tokens must be >= 1, or 0 for what all rows need, got {self.cache_tokens}')
+    # Pages that no prompt and no answer fills would only be read in vain.
+    longest = max(self.max_prompt_tokens - 1, self.max_new_tokens)
+    object.__setattr__(self, 'page_tokens', min(self.page_tokens, max(16, 1 << (longest - 1).bit_length())))
 
   @property
   def prompt_pages(self) -> int:
