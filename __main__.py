@@ -41,7 +41,7 @@ def usage() -> str:
 def main() -> None:
   """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2.
 
-  After Ctrl-C it is 130. A second Ctrl-C ends the process at once.
+  After Ctrl-C the exit status is 130. A second Ctrl-C ends the process at once.
   """
   try:
     run_main(lambda: _run(sys.argv[1:]))

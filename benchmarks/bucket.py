@@ -2,10 +2,11 @@
 
     python -m benchmarks.bucket [--processes=4] [--shards=200] [--seconds=20] [--latency_s=0.03] [--error_rate=0.01]
 
-Each process is one host of the 1B on v5e-256: 64 rows of 4,096 tokens per step, and it should get more than 4 times as
-many as the model trains on. Prints, per process, tokens per second, and tokens per second of CPU time, which says
-what a host with cores of its own would reach. Then it checks that the order and all bits are those of a local disk,
-that a process which is killed (SIGKILL) and resumed from its cursor reads on exactly, and what was written to disk.
+Each process is one host of the 1B on v5e-256, with 64 rows of 4,096 tokens per step. A host should get more than 4
+times as many tokens per second as the model trains on. The benchmark prints, per process, tokens per second and tokens
+per second of CPU time, which is the rate of a host that has its cores for itself. Then it checks that the order and all
+bits are those of a local disk, and that a process which is killed (SIGKILL) and resumed from its cursor gets exactly
+the next batch. At the end it prints how much was written to disk.
 """
 
 import argparse
@@ -38,7 +39,10 @@ def digest(batch) -> str:
 
 
 def host(config: DataConfig, args: argparse.Namespace) -> None:
-  """Reads batches for some seconds, and prints a line of figures. With a cursor, reads only one batch."""
+  """Reads batches for some seconds, prints their digests and the figures as JSON, and waits until it is killed.
+
+  If the cursor file exists, it resumes from the cursor, reads only one batch, and ends.
+  """
   from tests.bucket import register
   register()
   cursor_file = pathlib.Path(args.cursor)

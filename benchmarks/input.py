@@ -2,8 +2,9 @@
 
     python -m benchmarks.input [--seconds=3] [--steps=100]
 
-Prepares the smoke config's documents in a temporary folder, and runs each way alone for some seconds. Then it trains,
-and measures how long training waits for batches. Only real tokens are counted, not padding.
+The benchmark prepares the smoke config's documents in a temporary folder, and runs each way of making batches alone for
+some seconds. Then it trains, and measures how long training waits for batches. Only real tokens are counted, not
+padding.
 """
 
 import argparse
@@ -52,8 +53,9 @@ def measure(batches, seconds: float) -> dict[str, float]:
 
 
 def training(config, workdir: str, steps: int) -> tuple[float, float]:
-  """Trains for some steps. Returns (median tokens/s, share of the time spent waiting for input), without the first
-  steps.
+  """Trains for some steps. Returns (median tokens/s, share of the time spent waiting for input).
+
+  The first steps aren't counted.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():

@@ -1,8 +1,9 @@
 """Simulates the coverage of the 95 % intervals over problems (eval/statistics.py): python -m benchmarks.intervals
 
-For sets of 10, 30 and 100 problems, it prints how often the interval contains the true mean, how often it is above and
-below it, and how wide it is. Scores are shares of 16 samples per problem; `pair` is the paired difference of two arms.
-It takes about 10 minutes on one core, and two with --trials=300.
+For sets of 10, 30 and 100 problems, it prints how often the interval contains the true mean, how often the whole
+interval is above or below the true mean, and how wide the interval is. The score of a problem is the share of its 16
+samples that are right. With `pair`, it is the difference of two arms on the same problem. With `one sample`, it is 0 or
+1. The benchmark takes about 10 minutes on one core, and two with --trials=300.
 """
 
 import argparse
@@ -47,8 +48,10 @@ def _mostly_unsolved(share: float) -> Kind:
 
 
 def _pair(change: Callable[[np.random.Generator, np.ndarray], np.ndarray], a: float = 0.5, b: float = 1.0) -> Kind:
-  """Returns the differences that `change` makes to the chance that a problem is solved. This chance is beta(a, b)
-  before.
+  """Returns problems whose value is a difference of two scores: the score after a change minus the score before.
+
+  change: a function (rng, chances before) -> chances after, of the chance that a problem is solved. The chances before
+  have the distribution beta(a, b).
   """
   def draw(rng, P):
     before_P = rng.beta(a, b, P)
@@ -81,7 +84,7 @@ KINDS = {
 
 
 def coverage(kind: Kind, problems: int, trials: int, seed: int = 1) -> tuple[float, float, float, float]:
-  """Returns (share covered, share of intervals above the truth, share below it, mean width)."""
+  """Returns (share covered, share of intervals above the true mean, share below the true mean, mean width)."""
   rng = np.random.default_rng(seed)
   found = [bootstrap_interval(kind.draw(rng, problems), bounds=kind.bounds, resamples=RESAMPLES) for _ in range(trials)]
   above = float(np.mean([e.low > kind.truth for e in found]))

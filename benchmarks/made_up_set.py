@@ -1,6 +1,6 @@
-"""Writes prepared data sets for benchmarks: random tokens, in the files that a preparation leaves.
+"""Writes data sets of random tokens for benchmarks, in the same files as prepared data.
 
-Tokenizing so much text would take hours, and how fast a set is opened and read doesn't depend on what is in it.
+Tokenizing so much text would take hours, and how fast a set is opened and read doesn't depend on its content.
 """
 
 import json
@@ -26,19 +26,19 @@ def texts(count: int) -> list[str]:
 
 
 def write_text(path: pathlib.Path, size: float) -> None:
-  """Writes a JSON Lines file with about `size` bytes of such documents."""
+  """Writes a JSON Lines file with about `size` bytes of made-up documents (see `texts`)."""
   some = texts(1000)
   line = ''.join(json.dumps({'text': text}) + '\n' for text in some)
   path.write_text(line * max(1, round(size / sum(map(len, some)))))
 
 
 def write(folder: pathlib.Path, *, shards: int, documents: int, row: int, contents: bool = True) -> DataConfig:
-  """Writes a data set with one source, `main`, below `folder`. Returns its settings.
+  """Writes a data set with one source, `main`, below `folder`. Returns its DataConfig.
 
   Args:
-    shards, documents: their numbers.
-    row: the tokens of a row.
-    contents: False leaves the shards empty, though of the right size; then the set can be opened, but not read.
+    shards, documents: the numbers of shards and of documents.
+    row: the number of tokens of a row.
+    contents: False makes shards of the right size without content. Such a set can be opened, but not read.
   """
   rng = np.random.default_rng(0)
   folder.mkdir(parents=True)

@@ -2,7 +2,7 @@ r"""Writes a reference in other notations. A judge must accept each of them.
 
     notations('4.5e33')      ['4.5 \\times 10^{33}', '4.5 \\cdot 10^{33}', '45e32', '$4.5e33$']
 
-It doesn't use the judge's own parser, so that the two can disagree.
+This module doesn't use the judge's parser, so that errors of the judge's parser show.
 """
 
 import re

@@ -1,10 +1,10 @@
-"""Times how long it takes to open a large data set, and how much memory it takes, and extrapolates to 500M documents.
+"""Measures the time and the memory that opening a large data set takes, and extrapolates to 500M documents.
 
     python -m benchmarks.opening [--millions=5,10,20]
 
-The sets are made up, with shards of the right size but without content: opening reads the lengths of documents, and
-nothing else in a shard. Each set is opened in a process of its own. Prints CPU seconds and bytes per document, the line
-`a + b * documents` that fits them best (least squares), its largest error, and its value at 500M documents.
+The sets are made up, with shards of the right size but without content, because opening reads only the lengths of
+documents. Each set is opened in a process of its own. The benchmark prints CPU seconds and bytes for each set, the line
+`a + b * documents` that fits them best (least squares), the line's largest error, and its value at 500M documents.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Measures how much work a preparation loses if it is killed (SIGKILL), and that its result is the same.
+"""Measures how much work a preparation loses if it is killed (SIGKILL), and checks that its result is the same.
 
     python -m benchmarks.restart [--megabytes=16] [--piece_megabytes=2] [--kills=5]
 
-Tokenizes made-up text in one process, kills it at random times and starts it again. A restart goes on after the last
-complete piece, so what is lost is the text of the unfinished one. Pieces have 128 MiB by default; smaller ones are
-used here so that a run takes a minute. Prints the loss relative to a piece, the rate of this core, and from both the
-loss with pieces of 128 MiB.
+The benchmark tokenizes made-up text in one process, kills the process at random times and starts it again. A restart
+continues after the last complete piece, so only the text of the unfinished piece is lost. Pieces have 128 MiB by
+default. Smaller pieces are used here so that a run takes a minute. The benchmark prints the loss relative to a piece,
+the rate of this core, and the most CPU seconds that a kill loses with pieces of 128 MiB at this rate.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def settings(folder: pathlib.Path, name: str) -> DataConfig:
 
 
 def child(config: DataConfig, piece_bytes: float) -> None:
-  """Prepares the source, and prints how much text has been tokenized, again and again."""
+  """Prepares the source. Prints, again and again, the bytes tokenized so far, and at the end the CPU seconds."""
   worker.PIECE_BYTES = piece_bytes
   worker._REPORTED = 2**16
   start = time.process_time()
@@ -46,7 +46,7 @@ def start(folder: pathlib.Path, name: str, piece_megabytes: float) -> subprocess
 
 
 def kept_bytes(config: DataConfig) -> int:
-  """Returns the text in complete pieces, which a restart doesn't tokenize again."""
+  """Returns the bytes of text in complete pieces, which a restart doesn't tokenize again."""
   markers = (prepared.folder(config, 'main') / 'partial').glob('unit-*.json')
   found = (json.loads(marker.read_text())['splits'] for marker in markers)
   return sum(counts['bytes'] for splits in found for counts in splits.values())

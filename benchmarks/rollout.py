@@ -7,8 +7,8 @@
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
 1.05B, or a mixture of experts with 2.1B. Packages that aren't installed are left out: pip install google-tunix
 transformers torch. Each variant runs once to compile (not with --cold), then --repeats times, interleaved with the
-others. The table has the fastest run of each variant, in generated tokens per second. transformers runs on the GPU, in
-bfloat16, if torch finds one.
+other variants. The table has the fastest run of each variant, in generated tokens per second. transformers runs on the
+GPU, in bfloat16, if torch finds one.
 """
 
 import argparse
@@ -44,8 +44,9 @@ def ours(params):
 
 
 def tunix():
-  """Returns a function seed -> number of tokens that runs tunix's vanilla sampler. It samples from the full
-  distribution, and no token ends an answer.
+  """Returns a function seed -> number of tokens that runs tunix's vanilla sampler.
+
+  The sampler samples from the full distribution, and no token ends an answer.
   """
   from flax import nnx
   from tunix.generate import sampler as peer
@@ -78,8 +79,9 @@ def tunix():
 
 
 def transformers():
-  """Returns a function seed -> number of tokens that runs `generate`. It samples from the full distribution, and no
-  token ends an answer.
+  """Returns a function seed -> number of tokens that runs `generate` of transformers.
+
+  `generate` samples from the full distribution, and no token ends an answer.
   """
   import torch
   import transformers as peer
@@ -108,7 +110,8 @@ def refill(params):
   """Returns two variants of our sampler, {name: function seed -> number of tokens}, for answers of log-normal length.
 
   'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
-  one. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt.
+  one. 'refilled rows' gives the sampler all prompts, so that the row of a finished answer gets the next prompt. With
+  answers of up to 8192 tokens, there is only 'refilled rows'.
   """
   rows, longest, middle, cache_tokens = REFILL
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()

@@ -4,9 +4,9 @@
 
 Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, with a
 tokenizer of its own, whose cache of words is empty, and measures the CPU seconds of one thread. The ratio of a round is
-relative to the library's faster variant in that round; the median over rounds is printed. `prepare` reads tokenizers
-itself; the time that it takes for a single short document is subtracted, and printed apart. Without --tokenizer, a
-byte-level BPE of 32,768 tokens is trained on the texts.
+relative to the library's faster variant in that round; the median over rounds is printed. `prepare` reads the tokenizer
+itself. So its time for a single short document is subtracted, and printed separately. Without --tokenizer, a byte-level
+BPE of 32,768 tokens is trained on the texts.
 """
 
 import argparse
@@ -28,7 +28,8 @@ CUT_CHARACTERS = 2**16
 
 
 def texts(megabytes: float) -> list[str]:
-  """Returns source files of the standard library, at least `megabytes` of them if there are enough."""
+  """Returns texts from source files of the standard library, of at least `megabytes` MB together if there are enough.
+  """
   found, size = [], 0
   for path in sorted(pathlib.Path(sysconfig.get_path('stdlib')).rglob('*.py')):
     text = path.read_text(encoding='utf-8', errors='replace')

@@ -5,7 +5,7 @@
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
     --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
-    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture that it holds
+    --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture for such a card
 
 Steps are those of train/step.py, on random tokens. `all logits` differs only in the loss: it holds all logits, and
 computes optax's cross-entropy without statistics. `naive`, for the small models, also holds all attention scores and
@@ -67,7 +67,7 @@ OBJECTIVES = {
 
 
 def naive_step(c: model.ModelConfig, tx):
-  """Returns the update with all logits in memory."""
+  """Returns a jitted training step that holds all logits in memory."""
   def loss(params, batch):
     hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     logits_BTV = (hidden_BTD @ model.head(c, params).astype(hidden_BTD.dtype)).astype(jnp.float32)

@@ -9,7 +9,7 @@ golds: every reference of Minerva, OlympiadBench and MATH-500, compared with its
 speed: the references of GSM8K, MATH-500, AIME 2024 and AMC 2023, compared with the final answers of their own worked
 solutions.
 hostile: 200 answers that try to reach files and variables.
-Without a name, all of them run.
+Without a name, all four parts run.
 """
 
 import argparse
@@ -81,7 +81,10 @@ SCORED = ('string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens', 'num
 
 
 def hostile(canary: str, count: int = 200) -> list[tuple[str, Task]]:
-  """Returns (text, task) of `count` answers that try to run code, or to take forever, for both kinds of worker."""
+  """Returns (text, task) of `count` answers that try to run code, or to take forever.
+
+  Some of the tasks are math problems. The others come from reasoning-gym, whose scorers may evaluate answers.
+  """
   math_task = Task(id='', question='', prompt='', reference='x^2+3', verifier='math', answer_format='line')
   code = [text.format(canary=canary) for text in CODE]
   items = [(text, math_task) for text in BOMBS]

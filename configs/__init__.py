@@ -1,3 +1,3 @@
-"""The experiments that ship (`smoke.py`, `small.py`, `paper/`, `sweeps/`), what they share, and the loader
-(`load.py`).
+"""Contains the configs that ship with the package (`smoke.py`, `small.py`, `paper/`, `sweeps/`, ...), the code that
+they share, and the loader (`load.py`).
 """

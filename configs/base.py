@@ -1,16 +1,16 @@
-"""Base: 317M parameters on 6.3B tokens of real text, for one GPU or a v5e-8; hours.
+"""Base: 317M parameters on 6.3B tokens of real text; takes hours on one GPU or a v5e-8.
 
     betarank plan --config=configs/base.py --topology=v5e-8 --config.train.mesh.fsdp=8
     betarank data prepare --config=configs/base.py
     betarank train --config=configs/base.py:objective=beta_low --workdir=runs/base/beta_low
 
-The step between configs/small.py, where no difference between objectives shows, and the paper's models. The budget is
+The size lies between configs/small.py, where the objectives show no difference, and the paper's models. The budget is
 20 tokens per parameter. The text is the 10B-token sample of FineWeb-Edu, read from Hugging Face (pip install
-huggingface_hub); text=URI takes another source, such as text=parquet:corpus/*.parquet. The other arguments:
-objective=ce|beta_low|beta_high|tail|head, seed=0.
+huggingface_hub). text=URI selects another source, such as text=parquet:corpus/*.parquet. The other arguments are
+objective=ce|beta_low|beta_high|tail|head and seed=0.
 
-Nobody has run it yet. `betarank plan` predicts 6.3 to 7.3 hours on a v5e-8, 50 to 59 chip-hours, with 3.1 of 16.9 GB
-per chip.
+Nobody has run this config yet. `betarank plan` predicts 6.3 to 7.3 hours on a v5e-8, 50 to 59 chip-hours, with 3.1 of
+16.9 GB per chip.
 """
 
 from betarank.configs import common, paper

@@ -10,10 +10,10 @@ from betarank.configs import settings
 
 
 def table(tree: Mapping[str, Any], width: int = 0) -> str:
-  """Returns a list of settings with key, default and meaning, grouped by section.
+  """Returns a text that lists settings with key, default and meaning, grouped by section.
 
   tree: a nested dictionary of settings, as in configs/settings.py.
-  width: the length of a line, in characters; 0: the width of the terminal.
+  width: the length of a line, in characters; 0 means the width of the terminal.
   """
   width = width or shutil.get_terminal_size().columns
   flat = settings.flat(tree)

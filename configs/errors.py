@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-  """Raised for a setting that can't be used."""
+  """Raised for a config, setting or flag that can't be used."""
 
 
 class Interrupted(SystemExit):
@@ -49,7 +49,7 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
 
 
 def one_line(error: object) -> str:
-  """Returns the message on one line, without control characters, cut to 2000 characters."""
+  """Returns the message on one line, cut to 2000 characters. Characters that can't be printed are replaced."""
   text = ' '.join(str(error).split())
   text = text if len(text) <= _LONGEST_SHOWN else f'{text[:_LONGEST_SHOWN]} ...'
   return ''.join(c if c.isprintable() else '\ufffd' for c in text)

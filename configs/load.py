@@ -2,8 +2,8 @@
 
 A config is a Python file that defines `get_config(arg) -> ml_collections.ConfigDict`, or the JSON file that every run
 writes to its workdir. `--config` takes either. Any value in it can be overridden: `--config.optimizer.lr=1e-3`. A
-misspelt key, or a value of another type, raises a ConfigError of one line. It names the key and, if there is one, the
-most similar key that exists.
+misspelt key or a value of the wrong type raises a ConfigError. Its message is one line, which names the key and, if
+there is one, the most similar key that exists.
 
     config, flags = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
     model = section(ModelConfig, config.model, 'model')       # configs/sections.py
@@ -40,7 +40,7 @@ def from_command_line(
     parser: has the command's own flags.
     argv: the command line without the program's name.
     settings: the part of configs/settings.py that the command reads; `--help` lists it.
-    configure: a function (flags, overrides) -> config, for commands whose config isn't simply that of --config.
+    configure: a function (flags, overrides) -> config, which is called instead of reading the file of --config.
     needs_config: whether --config is required.
 
   Returns (config, flags). The config is locked.
@@ -78,7 +78,13 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def read_stage(spec: str, stage: str) -> ConfigDict:
-  """Returns the config at `spec` as `read` does. Raises ConfigError if it isn't one of `stage`: 'train' or 'rl'."""
+  """Returns the config at `spec`, without overrides and not locked, like `read`.
+
+  stage: the command that the config must be for, 'train' or 'rl'.
+
+  Raises:
+    ConfigError: the config is for the other of these commands, or can't be read.
+  """
   config = read(spec)
   found = 'rl' if 'rl' in config else 'train'
   if found != stage:
@@ -88,7 +94,7 @@ def read_stage(spec: str, stage: str) -> ConfigDict:
 
 
 def read(spec: str) -> ConfigDict:
-  """Returns the config at `spec` without overrides. It isn't locked yet."""
+  """Returns the config at `spec` without overrides. The config isn't locked yet."""
   return _load_json(spec) if spec.endswith('.json') and '.py:' not in spec else _load_python(spec)
 
 
@@ -100,7 +106,11 @@ def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
-  """Replaces `~` in the paths of a config. Raises ConfigError for one like `gs:/x`, which was meant as a bucket."""
+  """Replaces `~` at the start of paths in a config.
+
+  Raises:
+    ConfigError: a path looks like a misspelt bucket, such as `gs:/x` instead of `gs://x`.
+  """
   for name, value in config.items():
     if isinstance(value, ConfigDict):
       _check_places(value, f'{prefix}{name}.')
@@ -112,9 +122,10 @@ def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
 
 
 def module(spec: str) -> tuple[types.ModuleType, str]:
-  """Runs the Python file of `spec` (FILE.py or FILE.py:ARG); returns it as a module, and ARG.
+  """Runs the Python file of `spec`, which is FILE.py or FILE.py:ARG. Returns (the module, ARG or '').
 
-  Raises ConfigError if it isn't an experiment or fails.
+  Raises:
+    ConfigError: the file doesn't exist, fails, or doesn't define get_config.
   """
   name, _, arg = spec.partition('.py:') if '.py:' in spec else (spec.removesuffix('.py'), '', '')
   if not spec.endswith('.py') and not arg:
@@ -143,7 +154,7 @@ def _errors_of(path: pathlib.Path) -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
-  """Returns what is wrong in a config file. ml_collections' messages are in its own terms; here they get ours."""
+  """Returns a message for an error that a config file raised. Messages of ml_collections are made easier to read."""
   message = str(error.args[0]) if error.args else ''
   if found := re.match(r"Could not override field '(.+?)'.*?\. (.*) is of original type .* to type <class '([\w.]+)'>",
                        message, re.DOTALL):
@@ -217,10 +228,12 @@ def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[st
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the dotted `key` to `text`, which is parsed as the type of the present value. A section takes JSON.
+  """Sets the value of the dotted `key`.
+
+  text: the new value. It is parsed as the type of the present value; lists and sections are written as JSON.
 
   Raises:
-    ConfigError: the config doesn't have the key, or the text isn't of this type.
+    ConfigError: the config doesn't have the key, or the text can't be parsed as this type.
   """
   *parents, leaf = key.split('.')
   section = config
@@ -260,5 +273,5 @@ def _read(key: str, text: str, old: Any) -> Any:
 
 
 def to_json(config: ConfigDict) -> str:
-  """Returns the resolved config as JSON. `load` reads it back to an equal config."""
+  """Returns the resolved config as JSON. Reading the JSON with `load` gives an equal config."""
   return json.dumps(config.to_dict(), indent=2) + '\n'

@@ -1,8 +1,8 @@
-"""Parses command lines. All commands use it, so that all of them refuse bad flags in the same way.
+"""Parses command lines. All commands use this parser, so that all of them refuse bad flags in the same way.
 
-It differs from argparse in four ways. A mistake is a ConfigError, which is printed as one line, without the usage text.
-An unknown flag comes with a suggestion. A flag may be written with - instead of _, as in --dry-run. And a flag can't be
-abbreviated.
+The parser differs from argparse in four ways. A mistake is a ConfigError, which is printed as one line, without the
+usage text. An unknown flag comes with a suggestion. A flag may be written with - instead of _, as in --dry-run. And a
+flag can't be abbreviated.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _HOME = re.compile(r'([a-z]+:)?(?=~/|~$)')
 
 
 class Parser(argparse.ArgumentParser):
-  """An ArgumentParser as the docstring of this module describes it."""
+  """An ArgumentParser that raises ConfigError and suggests similar flags; see the docstring of this module."""
 
   def __init__(self, prog: str, doc: str | None = None, **options: Any):
     """Creates the parser of the command `prog`, such as 'betarank train'. doc: what --help prints above the flags."""
@@ -44,20 +44,20 @@ class Parser(argparse.ArgumentParser):
     return found
 
   def unknown(self, word: str) -> ConfigError:
-    """Returns the error for a word that is no flag of this command."""
+    """Returns the error for a word that isn't a flag of this command."""
     if not word.startswith('-'):
       return ConfigError(f'{self.prog}: unexpected {word!r}; {self.prog} --help shows what it takes')
     flag = word.partition('=')[0]
     return ConfigError(f'{flag}: no such flag{suggestion(flag, self._flags())}; {self.prog} --help lists them')
 
   def _flags(self) -> list[str]:
-    """Returns the flags of this parser and of its subcommands, and what ends them."""
+    """Returns the flags of this parser and of its subcommands, and '--', which ends the flags."""
     groups = [action.choices.values() for action in self._actions if isinstance(action, argparse._SubParsersAction)]
     parsers = [self, *(parser for group in groups for parser in group)]
     return ['--', *(flag for parser in parsers for action in parser._actions for flag in action.option_strings)]
 
   def error(self, message: str) -> NoReturn:
-    """Raises ConfigError. argparse calls this, and its wording is changed here."""
+    """Raises ConfigError with argparse's message in other words. argparse calls this method for a bad command line."""
     if found := re.fullmatch(r'argument (.*?): invalid choice: (.+) \(choose from (.*)\)', message):
       choices = [choice.strip(" '") for choice in found[3].split(',')]
       wrong = found[2].strip("'")
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def underscored(word: str) -> str:
-  """Returns a word of a command line with _ instead of - in the name of the flag, if it is one."""
+  """Returns a word of a command line. If the word is a flag, every - in the flag's name is replaced by _."""
   flag, equals, value = word.partition('=')
   return f'--{flag[2:].replace("-", "_")}{equals}{value}' if flag.startswith('--') else word
 
@@ -83,8 +83,8 @@ def place(text: str) -> str:
   """Returns the path of a file or folder that a flag names, with `~` replaced. Use it as the `type` of a flag.
 
   Raises:
-    argparse.ArgumentTypeError: the path is empty, was probably meant as a bucket but isn't written like one, or is in a
-      bucket for which a package isn't installed.
+    argparse.ArgumentTypeError: the path is empty, was probably meant as a bucket but isn't written like one, or needs a
+      package that isn't installed.
   """
   path = unopened_place(text)
   scheme, remote, _ = path.partition('://')
@@ -98,7 +98,13 @@ def place(text: str) -> str:
 
 
 def unopened_place(text: str) -> str:
-  """Does what `place` does, but for a path that this process may only pass on, so it doesn't ask for a package."""
+  """Returns what `place` returns, without checking that the package for the path's bucket is installed.
+
+  It is for paths that this process may only pass on to another one.
+
+  Raises:
+    argparse.ArgumentTypeError: the path is empty, or was probably meant as a bucket but isn't written like one.
+  """
   if not text.strip():
     raise argparse.ArgumentTypeError('is empty; is the variable set that it was made from?')
   if problem := not_a_place(text):
@@ -107,7 +113,7 @@ def unopened_place(text: str) -> str:
 
 
 def install_hint(path: str) -> str:
-  """Returns the command that installs the package for reading paths like `path`."""
+  """Returns the command that installs the package for paths like `path`, or says that no such package is known."""
   packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
               'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
   scheme = path.partition('://')[0]
@@ -115,16 +121,16 @@ def install_hint(path: str) -> str:
 
 
 def not_a_place(text: str) -> str:
-  """Returns why a path such as `gs:/x` can't be meant as it is written, or ''."""
+  """Returns an error message for a text such as `gs:/x`, which was probably meant as a bucket; otherwise ''."""
   if _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
     return f'{text!r} is neither a local path nor a bucket, which is gs://NAME/...'
   return ''
 
 
 def at_home(text: str) -> str:
-  """Replaces `~` at the start of a path, or of the path in a URI such as text:~/books/*.txt.
+  """Returns a path, or a URI such as text:~/books/*.txt, with `~` at the start of the path replaced.
 
-  The shell does so only at the start of a word, not in --workdir=~/runs.
+  The shell replaces `~` only at the start of a word, so not in --workdir=~/runs.
   """
   home = _HOME.match(text)
   return text[:home.end()] + os.path.expanduser(text[home.end():]) if home else text

@@ -2,8 +2,9 @@
 
     betarank rl --from=runs/smoke/reasoning/beta=0 --task='reasoning:chain_sum?max_terms=3&max_digits=1'
 
-100 steps of 16 prompts with 8 samples each, of at most 64 tokens. Prompts of more than 64 tokens are left out. For a
-larger model lower optimizer.lr (1e-6 is the paper's), and raise rl.max_prompt_tokens and rl.max_new_tokens.
+It runs 100 steps of 16 prompts. Each prompt gets 8 samples of at most 64 tokens. Prompts of more than 64 tokens are
+left out. For a larger model, lower optimizer.lr (the paper has 1e-6), and raise rl.max_prompt_tokens and
+rl.max_new_tokens.
 """
 
 from betarank.configs import common, smoke

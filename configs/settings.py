@@ -3,9 +3,9 @@
 `betarank COMMAND --help` prints this table, and configs/common.py builds configs from it. Dataclasses that can be
 created without a config take their defaults from here. Code that needs to know what a setting affects calls `role`.
 
-Only what some run changes is a setting. Everything else is a constant next to the code that uses it. A value that
-follows from other settings is computed where it is needed, so that an override can't contradict it: for example, the
-number of steps is computed from `train.tokens`.
+A value is a setting only if some run changes it. All other values are constants next to the code that uses them. A
+value that follows from settings is computed where it is needed, so that no override can contradict those settings. For
+example, the number of steps is computed from `train.tokens`.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
   Attributes:
     default: the value unless a config changes it. Overrides must have the type of this value.
-    role: one of the constants above.
+    role: IDENTITY, DATA, EXECUTION, LENGTH or REPORTING.
     help: what the setting means, with its unit and the possible values.
   """
 
@@ -335,7 +335,7 @@ def default(key: str) -> Any:
 def role(key: str) -> str:
   """Returns the role of a setting.
 
-  key: the dotted name of a setting, or a key inside of one that is a dictionary, such as data.sources.main.uri.
+  key: the dotted name of a setting, or of a key in a setting that is a dictionary, such as data.sources.main.uri.
 
   Raises:
     KeyError: there is no such setting.

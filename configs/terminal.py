@@ -1,4 +1,4 @@
-"""Shows on a terminal that long work goes on, and how far it is. In a log file none of this appears.
+"""Shows on a terminal that long work goes on, and how far it is.
 
 data, runtime and train need this module, so it is in configs, which every package may import.
 """
@@ -15,7 +15,7 @@ BAR = 16  # columns
 
 @contextlib.contextmanager
 def waiting(text: str, console: Console | None = None) -> Iterator[None]:
-  """Shows a moving sign, `text` and the time until the block ends. If the output is no terminal, shows nothing."""
+  """Shows a spinner, `text` and the elapsed time while the block runs. Shows nothing if the output isn't a terminal."""
   console = console or Console(highlight=False)
   if not console.is_terminal:
     yield
@@ -27,9 +27,9 @@ def waiting(text: str, console: Console | None = None) -> Iterator[None]:
 
 
 def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int) -> str:
-  """Returns a line with a bar, the percentage, the time left and the step, then as many figures as have room.
+  """Returns a line with a bar, the percentage, the time left and the step, then as many figures as fit.
 
-  width: the longest line, in columns. The bar, the percentage and the time left are always whole.
+  width: the longest line, in columns. The bar, the percentage and the time left are always shown.
   """
   share = step / max(steps, 1)
   full = min(BAR, int(BAR * share + 0.5))
@@ -38,7 +38,11 @@ def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], w
 
 
 def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
-  """Returns the line that stays of a step. With a width, figures without room and the time left are left out."""
+  """Returns the line of a step that stays on the terminal or in the log: the step, the percentage and the figures.
+
+  width: the longest line, in columns; figures that don't fit are left out. None: all figures are shown, and then the
+  time left.
+  """
   start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'
   return _with_room(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
 

@@ -1,9 +1,9 @@
 """The decoder: its config, its weights and forward function, the sharding table, and the cache for decoding.
 
-Profiles and the planner (launch/plan/predict.py) identify its parts by their `jax.named_scope` names:
+Profiles and the planner (launch/plan/predict.py) identify the decoder's parts by their `jax.named_scope` names:
 
     embed               looks tokens up in the embedding table
-    layers              everything else in the loop over layers, such as residual sums
+    layers              the loop over layers without the scopes below, for example residual sums
     attention/norm      RMSNorm before attention
     attention/mask      masks and boundaries of documents, computed once for all layers
     attention/qkv       projections to queries, keys and values

@@ -2,7 +2,7 @@
 
 `attend` is the plain implementation, the reference for the others. `rows_attention` chooses an implementation for whole
 rows: flash kernels, which never hold all scores, on TPU and GPU, and blocks of queries on CPU. Decoding has its own
-(model/decode.py).
+implementation (model/decode.py).
 
 # B batch  T query length  S key length  K key heads  G query heads per key head  N = K·G  H head width
 """
@@ -38,7 +38,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
 def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax.Array:
   """Returns a bool mask [B, T, S]: a query sees the keys of its own segment up to its own position.
 
-  Segment 0 is padding. Only padding sees it.
+  Segment 0 is padding, which only padding sees.
   """
   same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
   return same & (positions_BT[:, :, None] >= key_positions_BS[:, None, :])
@@ -65,9 +65,8 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, wi
   Everything that depends only on the segments is computed here, once for all layers.
 
   Args:
-    kernel: one of KERNELS. 'auto' chooses splash on TPU; on GPU, the first of the Hopper kernels, Triton and cuDNN that
-      supports the card, mesh, head width, length and dtype; blocks on CPU if no mesh axis splits the length; and
-      otherwise the plain implementation.
+    kernel: one of KERNELS. 'auto' chooses the first of these that supports the device, mesh, head width, length and
+      dtype: on TPU splash; on GPU hopper, triton, cudnn; on CPU blocks. If none does, 'auto' chooses plain.
     segments_BT: int32, the document of each token; 0 is padding.
     dtype: that of q, k and v.
     kv_heads, width: K and H.
@@ -110,7 +109,7 @@ def _plain(segments_BT):
 
 
 def _blocks(segments_BT):
-  """Computes plain attention for one block of queries after another, with the keys up to the block's last query.
+  """Computes plain attention one block of queries at a time. A block uses only the keys up to its last query.
 
   A block has an eighth of the queries, but at least 128. Scores aren't saved for the backward pass, because recomputing
   them is faster on a CPU.
@@ -133,8 +132,8 @@ def _blocks(segments_BT):
 
 
 def _cudnn(segments_BT):
-  """Uses cuDNN's flash attention. It doesn't support segments, so it gets a mask of documents. It skips blocks above
-  the diagonal.
+  """Uses cuDNN's flash attention, which skips blocks above the diagonal. It doesn't support segments, so it gets a mask
+  of documents.
   """
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
   return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
@@ -151,7 +150,7 @@ def _triton(segments_BT):
 
 
 def _by_documents(kernel, segments_BT):
-  """Wraps a kernel that skips other documents, so that each device processes its own rows and heads.
+  """Wraps a kernel for attention within documents, so that each device runs the kernel on its own rows and heads.
 
   If devices split the length, an all-to-all exchanges tokens for heads before the kernel, and back after it
   (DeepSpeed-Ulysses, arXiv 2309.14509).

@@ -1,8 +1,8 @@
-"""The cache of keys and values that makes the one forward function decode token by token.
+"""The cache of keys and values, with which the model's forward function decodes token by token.
 
-The cache consists of pages, each with room for a few tokens. A row has a table of its pages: first those of its prompt,
-which rows with the same prompt share, then its own. So memory follows the tokens that there are, and attention reads
-only pages that have tokens.
+The cache consists of pages, each with room for a few tokens. Each row has a list of pages: first those of its prompt,
+which rows with the same prompt share, then pages for the row alone. So pages are needed only for tokens that exist, and
+attention reads only pages that have tokens.
 
 # L layers  B rows  T new tokens  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page
 # 2 keys, values  K key heads  G query heads per key head  N = K·G  H head width  U units of up to M rows
@@ -28,14 +28,17 @@ PAGES_AXES = ('batch', None, 'act_heads', None, None)
 
 
 class Table(NamedTuple):
-  """Where the rows' keys and values are; numbers of rows and pages count from 0 in each part of a mesh's batch axes.
+  """The pages that hold each row's keys and values.
+
+  A mesh's batch axes split rows and pages into parts. In each part, the numbers of rows and of pages start at 0.
 
   Attributes:
-    pages_BJ: int32, the pages of each row: the first `prompt_pages` of the cache for its prompt, the others its own.
-    prefix_B: int32, tokens in the prompt's pages.
-    rows_UM: int32, units of rows with the same prompt pages, which a kernel reads once for all rows of a unit. Places
-      of a unit without a row repeat its first row.
-    count_U: int32, the rows of each unit; every row that decodes is in one unit.
+    pages_BJ: int32, the pages of each row. The first `Cache.prompt_pages` columns are the pages of the row's prompt.
+      The other columns are pages for the row alone.
+    prefix_B: int32, the number of tokens in the row's prompt pages.
+    rows_UM: int32, the rows of each unit. All rows of a unit have the same prompt pages, so a kernel reads these pages
+      once per unit. A unit of fewer than M rows is filled up with copies of its first row.
+    count_U: int32, the number of rows in each unit, without the copies. Every row that decodes is in exactly one unit.
   """
 
   pages_BJ: jax.Array | np.ndarray
@@ -47,13 +50,15 @@ class Table(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of the tokens before those of a call, an array a layer, so that a loop of steps writes in place.
+  """The keys and values of the tokens that precede those of a call.
+
+  Each layer has an array of its own, so that a loop of decoding steps can write in place.
 
   Attributes:
-    pages_LP2KSH: in the compute type.
-    table: where they are.
-    length_B: int32, tokens in the row's own pages.
-    prompt_pages: I.
+    pages_LP2KSH: one array [P, 2, K, S, H] per layer, in the compute dtype.
+    table: the pages of each row.
+    length_B: int32, the number of tokens in the pages that belong to the row alone.
+    prompt_pages: I, the number of prompt pages in each row of the table.
   """
 
   pages_LP2KSH: tuple[jax.Array, ...]
@@ -63,14 +68,17 @@ class Cache:
 
 
 def empty_pages(c: ModelConfig, pages: int, size: int) -> tuple[jax.Array, ...]:
-  """Returns `pages` empty pages of `size` tokens for each layer."""
+  """Returns an array of `pages` empty pages, with room for `size` tokens each, for every layer."""
   # Never one array in two places: a cache that is donated gives each buffer once.
   shape = pages, 2, c.kv_heads, size, c.head_dim
   return tuple(constrain(jnp.zeros(shape, c.dtype), *PAGES_AXES) for _ in range(c.layers))
 
 
 def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64) -> Cache:
-  """Returns a cache in which each row has pages of its own for a prompt of `prompt` tokens and `new` other tokens."""
+  """Returns an empty cache without shared pages. Each row has room for `prompt` prompt tokens and `new` other tokens.
+
+  size: the number of tokens of a page.
+  """
   prompt_pages, all_pages = -(-prompt // size), -(-prompt // size) - (-new // size)
   pages_BJ = jnp.arange(rows * all_pages, dtype=jnp.int32).reshape(rows, -1)
   zeros_B = jnp.zeros(rows, jnp.int32)
@@ -80,16 +88,19 @@ def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64
 
 
 def unit_rows(c: ModelConfig) -> int:
-  """Returns M, so that a unit has the 16 queries of a key head that a matrix product takes on a GPU."""
+  """Returns M, the number of rows of a unit: as many as have 16 queries per key head, or 1 if one row has more.
+
+  A matrix product on a GPU takes at least 16 queries.
+  """
   return max(1, 16 * c.kv_heads // c.heads)
 
 
 def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
-  """Returns (attend, cache): a function for the attention of each layer, and the lengths after this call.
+  """Returns (attend, cache): the attention of one layer as a function, and the cache with the lengths after this call.
 
-  attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) writes the new keys and values into a layer's
-  pages. T is 1, or the rows are empty, and the tokens are their prompts; padding (segment 0) follows the tokens of a
-  row and is not written.
+  attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes attention, and writes the new keys and
+  values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty, and get their
+  prompts. Padding (segment 0) must follow the tokens of a row, and never counts as tokens of the cache.
   """
   real_BT = segments_BT > 0
   count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)
@@ -115,7 +126,7 @@ def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelCon
 
 
 def _fill(pages_P2KSH, k_BTKH, v_BTKH, pages_BI):
-  """Writes prompts into pages. Pages out of range are left out."""
+  """Returns the pages with the keys and values of prompts written into them. Page numbers out of range are ignored."""
   size, needed = pages_P2KSH.shape[3], pages_BI.shape[1]
   new_2BTKH = jnp.stack([k_BTKH, v_BTKH])
   new_2BTKH = jnp.pad(new_2BTKH, ((0, 0), (0, 0), (0, -new_2BTKH.shape[2] % size), (0, 0), (0, 0)))
@@ -125,7 +136,9 @@ def _fill(pages_P2KSH, k_BTKH, v_BTKH, pages_BI):
 
 
 def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *table):
-  """Writes a token of each row into its pages and returns (out_BNH, pages_P2KSH)."""
+  """Writes the keys and values of one token per row, and computes this token's attention. Returns (out_BNH,
+  pages_P2KSH).
+  """
   table = Table(*table)
   size = pages_P2KSH.shape[3]
   page_B = jnp.take_along_axis(table.pages_BJ, (prompt_pages + length_B // size)[:, None], 1, mode='clip')[:, 0]
@@ -143,7 +156,10 @@ def _attention(size: int, width: int):
 
 
 def _on_shards(function, inputs, outputs):
-  """Returns `function` of each device's own rows, pages and heads; XLA would gather the pages of all."""
+  """Returns `function` wrapped so that each device runs it on its own rows, pages and heads.
+
+  Without this, XLA would all-gather the pages of all devices.
+  """
   if jax.sharding.get_abstract_mesh().empty:
     return function
   specs = lambda axes: spec(*axes) if not isinstance(axes[0], tuple) else tuple(spec(*each) for each in axes)
@@ -151,9 +167,10 @@ def _on_shards(function, inputs, outputs):
 
 
 def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) -> jax.Array:
-  """Computes attention of one token a row over its pages, [B, N, H], with scores and softmax in float32.
+  """Computes attention of one token per row over the row's pages, [B, N, H], with scores and softmax in float32.
 
-  First over the prompts, a few units at a time, then over the rows' own pages.
+  Attention over the prompts is computed first, a few units at a time. Then attention over each row's other pages is
+  computed, and the results are combined.
   """
   (rows, heads, width), kv_heads = q_BNH.shape, pages_P2KSH.shape[2]
   q_BKGH = (q_BNH * width**-0.5).reshape(rows, kv_heads, -1, width)
@@ -184,7 +201,11 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
 
 
 def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
-  """Returns (Σ exp(score - most)·value, most, Σ exp(score - most)) over pages, a column at a time, in float32."""
+  """Returns (Σ exp(score - most)·value, most, Σ exp(score - most)), float32. `most` is the largest score.
+
+  The sums run over the first filled_B tokens in the pages of each row. They are computed one column of pages_BJ at a
+  time.
+  """
   size = pages_P2KSH.shape[3]
 
   def step(j, carry):

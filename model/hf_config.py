@@ -1,7 +1,7 @@
 """Converts a model's config to Hugging Face's config.json, and back.
 
 Dense models become Qwen3. Mixtures of experts with a softmax router become Qwen3-MoE, and those with a sigmoid router
-Glm4-MoE. Glm4-MoE's block equals ours with two of its options: full rotary width and QK-norm.
+Glm4-MoE. Glm4-MoE's block equals ours if two of Glm4-MoE's options are set: full rotary width and QK-norm.
 """
 
 import math
@@ -105,7 +105,8 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
   where: the path of config.json, for messages.
 
   Raises:
-    HfError: config.json has an option that our block doesn't support. The message names its key.
+    HfError: config.json has an option that our block doesn't support, or a value is missing or wrong. The message names
+      its key.
   """
   if not isinstance(config, dict):
     raise HfError(f'{where}: not a JSON object')
@@ -163,7 +164,7 @@ def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: st
   """Returns the value of the first of `keys` that exists.
 
   Raises:
-    HfError: it isn't a number > 0.
+    HfError: the value isn't a number of type `kind` between 0 and 2^31.
   """
   key = next((key for key in keys if config.get(key) is not None), keys[0])
   value = config.get(key)
@@ -182,6 +183,8 @@ def _boolean(config: dict[str, Any], key: str, default: bool, where: str) -> boo
 
 
 def positions(config: dict[str, Any]) -> int:
-  """Returns the length of the longest text that a config.json allows, in tokens; 0 if it doesn't say."""
+  """Returns the length of the longest text that a config.json allows, in tokens; 0 if config.json doesn't give a
+  length.
+  """
   value = config.get('max_position_embeddings')
   return value if type(value) is int and 0 < value < 2**31 else 0

@@ -1,7 +1,8 @@
 """Converts a SentencePiece model to a tokenizer.json that gives the same ids.
 
-SentencePiece writes a space as '▁'; here pieces have real spaces. A literal '▁' in a text is then encoded as bytes, as
-in data/tokenizer.py. Special tokens such as `<s>` never come from text. BOS is added before the text.
+SentencePiece writes a space as '▁'. The pieces in tokenizer.json have real spaces instead. So a literal '▁' in a text
+is encoded as bytes, as in data/tokenizer.py. Text is never encoded as special tokens: '<s>' in a text isn't the BOS
+token. BOS is added before the text.
 """
 
 import json
@@ -21,7 +22,8 @@ def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, 
   Returns the ids of bos, eos and, if there is one, pad.
 
   Raises:
-    HfError: the file is missing, isn't BPE with byte fallback, changes text, or has more than vocab_size tokens.
+    HfError: the SentencePiece model is missing, isn't BPE with byte fallback, changes text (such as its spaces), or has
+      more than vocab_size tokens.
   """
   try:
     data = epath.Path(model_file).read_bytes()
@@ -55,7 +57,7 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   """Converts a serialized SentencePiece model. Returns (tokenizer.json as a dictionary, the ids of bos, eos and pad).
 
   Raises:
-    HfError: the model has no exact counterpart.
+    HfError: the model has no exact counterpart in the format of tokenizer.json.
   """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto

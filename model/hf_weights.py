@@ -1,9 +1,9 @@
 """Converts our stacked arrays to the tensors of safetensors files, and back, one block at a time.
 
-The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups them. For example, `q_DNH`
-holds all layers in one array; there it is one tensor [N·H, D] per layer. In both directions, a tensor is accessed
-through a view that has our dimensions, so this table describes the whole conversion. Files are memory-mapped, and only
-the block being copied is in memory.
+The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups them. For example, our
+`q_DNH` is one array for all layers, while Hugging Face has one tensor [N·H, D] per layer. In both directions, a tensor
+is accessed through a view that has our dimensions, so NAMES describes the whole conversion. Files are memory-mapped,
+and only the block being copied is in memory.
 
 # L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden
 """
@@ -61,10 +61,10 @@ class Leaf:
   """One of our arrays, and its tensors in Hugging Face's format.
 
   Attributes:
-    path: its place in the tree of parameters; '' for zeros that only Hugging Face's format has.
-    letters, shape: our dimensions; L is the first where layers are stacked.
+    path: the place of the array in the tree of parameters; '' for zeros that only Hugging Face's format has.
+    letters, shape: the letters and sizes of our dimensions. If layers are stacked, L comes first.
     template: the name of the tensors, with {L} and {E} for indices.
-    groups: the dimensions of a tensor, such as 'NH D'.
+    groups: the dimensions of a tensor in Hugging Face's format. For example, 'NH D' stands for [N·H, D].
   """
 
   path: str
@@ -89,16 +89,17 @@ class Leaf:
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns a view of one of the tensors that has our dimensions."""
+    """Returns a view of `tensor`, one of the tensors in Hugging Face's format, that has our dimensions."""
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
 
 
 def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-  """Yields all indices lazily.
+  """Yields all indices of an array of this shape, one at a time.
 
-  itertools.product would hold its ranges in memory, and a malicious config.json may ask for 2^31 of them.
+  itertools.product would hold the range of each dimension in memory, and a malicious config.json may give a dimension
+  of 2^31.
   """
   if not shape:
     yield ()
@@ -112,7 +113,7 @@ def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
   """Returns all arrays of the exported or imported model.
 
   head_copy: whether a tied embedding is written a second time, as the head. None: only for Glm4-MoE, because vLLM
-  doesn't tie its head.
+  doesn't tie the head of Glm4-MoE.
   """
   theirs = architecture(c)
   found = []
@@ -158,7 +159,7 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
   Such a file has 8 bytes with the length of the header, then the header as JSON, then the data.
 
-  tensors: (name, dtype, shape) of each.
+  tensors: (name, dtype, shape) of each tensor.
   shard_bytes: the largest size of a file; a larger tensor gets a file of its own.
   """
   shards, used = [[]], 0
@@ -194,9 +195,10 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
 
 def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
-  """Fills the tensors of one array.
+  """Copies one of our arrays to its tensors.
 
   store: the array as a TensorStore, which is read chunk by chunk.
+  views: the tensors by name, from `create`.
   """
   steps = [range(0, size, chunk) for size, chunk in zip(leaf.shape, store.chunk_layout.read_chunk.shape, strict=True)]
   names = {index: name for name, index in leaf.tensors()}
@@ -286,10 +288,12 @@ class Files:
                     'plain Qwen3 and Qwen3-MoE models can be imported')
 
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
-    """Fills our arrays, file by file. Calls `report` after each tensor.
+    """Copies the tensors to our arrays, file by file. Calls `report` after each tensor.
+
+    targets: our arrays by their path in the tree of parameters.
 
     Raises:
-      HfError: a copy of the embedding differs from it, or a tensor that must be zero isn't.
+      HfError: the head differs from the embedding although they are tied, or a tensor that must be zero isn't zero.
     """
     places = {name: (leaf, index) for leaf in wanted for name, index in leaf.tensors()}
     by_file = sorted(self.found.items(), key=lambda item: item[1][0])

@@ -19,10 +19,10 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std
   """Declares a float32 weight.
 
   Args:
-    key: for its random initial values.
-    shape: its shape.
-    axes: the logical names of its dimensions (model/sharding.py).
-    std: the standard deviation of its normal distribution, which is truncated at 3 std.
+    key: the random key for the initial values.
+    shape: the shape of the weight.
+    axes: the logical names of the dimensions (model/sharding.py).
+    std: the standard deviation of the normal distribution of initial values, which is truncated at 3 std.
   """
   value = std * jax.random.truncated_normal(key, -3, 3, shape, jnp.float32)
   return nnx.Param(value, axes=axes, eager_sharding=False)
@@ -34,7 +34,7 @@ def ones(size: int, axis: str) -> nnx.Param:
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
-  """Returns the table's rows of these tokens, [B, T, D] in `dtype`. Each device looks up its own part of D."""
+  """Returns the table's rows for these tokens, [B, T, D] in `dtype`. Each device looks up its own part of D."""
   rows, length = tokens_BT.shape
   if platform() != 'gpu' or shards('vocab') > 1 or rows % shards('lookup') or length % shards('length'):
     return table_VD.astype(dtype)[tokens_BT]
@@ -150,7 +150,7 @@ class FeedForward(nnx.Module):
     self.down_FD = weight(down, (d_ff, c.d_model), ('mlp', 'embed'), std=(d_ff * 2 * c.layers) ** -0.5)
 
   def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
-    """Returns (out_BTD, None). The interface is that of MixtureOfExperts (model/moe.py), which uses all arguments."""
+    """Returns (out_BTD, None). Takes the arguments of MixtureOfExperts (model/moe.py), but uses only x_BTD."""
     with jax.named_scope('feed_forward/in'):
       gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
       up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')

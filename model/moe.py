@@ -6,7 +6,7 @@ so a tile takes three plain matrix products.
 Experts are split over the mesh's `expert` axis. The devices along this axis all-gather their tokens, process the pairs
 of their own experts, and reduce-scatter the results. The alternative would be to send each pair to its expert. With 16
 chips in a ring and 12 choices per token, such a pair would cross four links on average, and each link would carry three
-times as much.
+times as much data.
 
 The number of tiles depends on the data, but a pass over tiles has a fixed size, set by CAPACITY_FACTOR. If the load is
 nearly even, one pass is enough. Otherwise more passes process the overflow.
@@ -125,7 +125,7 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
 
 
 def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-  """Updates the router bias by b + bias_update_rate · sign(mean load - load), float32. Returns (params, bias_LE).
+  """Adds bias_update_rate · sign(mean load - load) to the router bias, in float32. Returns (params, bias_LE).
 
   An expert with more than the mean load is then chosen less often.
   """
@@ -165,7 +165,7 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """The row of each pair in the tiles. Arrays are int32.
+  """The assignment of (token, choice) pairs to rows of tiles. Arrays are int32.
 
   Pair g·k + j is choice j of token g. Rows are numbered across all passes. This device sorts the pairs of its experts
   by expert, then by the device that the pair comes from. The pairs of one expert from one device are called a run.
@@ -183,7 +183,7 @@ class _Plan:
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
   """Returns the output for this device's tokens.
 
-  The devices along `expert` exchange tokens: each applies its own experts to the tokens of all of them.
+  The devices along `expert` exchange tokens: each device applies its own experts to the tokens of all these devices.
   """
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
@@ -281,7 +281,7 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
 
 
 def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns y_GD of pass i, which has the tiles from i·C to (i + 1)·C.
+  """Returns the experts' outputs in pass i, summed for each token, [G, D]. Pass i has the tiles from i·C to (i + 1)·C.
 
   sizes: (MoeConfig, R, C).
   """
@@ -312,8 +312,8 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   """Returns the sum of `_expert_tiles` over all passes that have tiles.
 
-  Usually there is only one pass. So the first pass runs before the loop, which avoids adding it to zeros. The backward
-  pass computes each pass again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py
+  Usually there is only one pass. So the first pass runs before the loop, which avoids adding its result to zeros. The
+  backward pass computes each pass again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py
   recognizes the loop by the name of its scope.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
@@ -344,7 +344,7 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
-  """Returns the token of each row, [C, R, D]. Empty rows get arbitrary tokens."""
+  """Returns the values of each row's token, [C, R, D]. Empty rows get arbitrary tokens."""
   return x_GD.at[pair_CR // k].get(mode='clip')
 
 
@@ -411,7 +411,8 @@ def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD
 
 
 def _swiglu(gate, up, weight):
-  """Returns silu(gate) · up · weight. Weighting here takes F products per row; after the last matmul it would take
-  D.
+  """Returns silu(gate) · up · weight.
+
+  Multiplying by the weight here takes F products per row. Multiplying the output of the last matmul would take D.
   """
   return (jax.nn.silu(gate.astype(jnp.float32)) * up * weight[..., None]).astype(gate.dtype)

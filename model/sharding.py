@@ -56,7 +56,7 @@ def spec(*axes: str | None) -> P:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """The number of devices along each mesh axis. One of them may be -1, which means all remaining devices."""
+  """The number of devices along each mesh axis. One number may be -1, which means all remaining devices."""
 
   data: int
   fsdp: int
@@ -112,9 +112,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def platform() -> str:
-  """Returns the platform: 'cpu', 'gpu' or 'tpu'.
+  """Returns the platform of the current mesh, which may be abstract: 'cpu', 'gpu' or 'tpu'.
 
-  It is that of the current mesh, which may be abstract, or else JAX's default.
+  Without a mesh, returns the platform of JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()

@@ -1,8 +1,8 @@
 """The decoder: Qwen3's blocks (RMSNorm, rotary GQA with QK-norm, SwiGLU), stacked and scanned over layers.
 
-NNX declares the parameters; everything else is plain JAX. `init` creates the parameters as a tree of arrays. `forward`
-is a pure function of them. It serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls use
-the config's compute dtype, and norms and softmax use float32.
+NNX declares the parameters. All computation is plain JAX. `init` creates the parameters as a tree of arrays. `forward`
+is a pure function of them, which serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls
+use the config's compute dtype, and norms and softmax use float32.
 
 # B batch  T tokens  P pages  S tokens of a page  D width  N query heads  K key heads  H head width  F hidden  L layers
 # V vocabulary
@@ -31,8 +31,8 @@ Params = dict[str, Any]
 def remat_policy(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
   """Returns a policy for jax.checkpoint that saves the intermediates with these checkpoint names.
 
-  offload: keeps them in host memory. Outputs of cuDNN's attention kernel always stay on the device; they have no
-  checkpoint name and are recognized by their primitive.
+  offload: keeps the saved intermediates in host memory. Outputs of cuDNN's attention kernel always stay on the device.
+    They have no checkpoint name, and are recognized by their primitive.
   """
   named = jax.checkpoint_policies.save_only_these_names(*names, CHOICES)
   if offload:
@@ -82,7 +82,9 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-  """A decoder layer: attention and a feed-forward network. Each follows a norm and is added to the residual stream."""
+  """A decoder layer: attention, then a feed-forward network. Each gets normalized inputs, and its output is added to
+  the residual stream.
+  """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
     attention, feed_forward = jax.random.split(key)
@@ -140,7 +142,7 @@ class Transformer(nnx.Module):
       return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 
   def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
-    """Returns the same as `__call__`, for embedded tokens that follow those in the cache."""
+    """Returns the same as `__call__`, for tokens that are already embedded and follow those in the cache."""
     with jax.named_scope('attention/mask'):
       attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
     pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
@@ -197,7 +199,7 @@ def forward_routed(
     tokens_BT: int32 token ids.
     positions_BT: int32 positions, which restart at 0 in each document.
     segments_BT: int32, numbers the documents of a row from 1; 0 is padding.
-    cache: the tokens before these; None: there are none. With several tokens a row, its rows must be empty.
+    cache: the keys and values of earlier tokens; None if there are none. If T > 1, all rows of the cache must be empty.
     choices_LBTk: int32, the experts to use instead of the routers' choice, as recorded by an earlier Routing.
 
   Returns:

@@ -9,7 +9,7 @@ Profiles and the planner (launch/plan/predict.py) identify this code by its `jax
     head/logits     hidden states times the head's weights
     head/loss       sums over the vocabulary, the loss and the token statistics
     head/gradient   gradients with respect to the logits, the hidden states and the weights
-    head            everything else: the loop over chunks
+    head            the loop over chunks, without the scopes above
 """
 
 from betarank.objectives.collectives import Layout

@@ -1,15 +1,16 @@
-"""Says how the chunked head's arrays are sharded over a mesh, and has the collectives that this needs.
+"""Describes how the arrays of the chunked head are sharded over a mesh, and implements the collectives for it.
 
 Every device computes the logits of its own tokens for its own part of the vocabulary. The head's weights are
 all-gathered once before the loop over chunks, and their gradient is reduced once after it. Plain cross-entropy needs
-these two as well. Inside the loop, only a few numbers per token are exchanged, and k candidates per token if a top k is
-needed.
+both of these collectives too. Inside the loop, only a few numbers per token are exchanged, and k candidates per token
+if a top k is needed.
 
 The devices along the axis that splits the head's width can also form small groups that share the vocabulary
 (`with_vocab_groups`). Each device of a group holds one part of the head, and works on the tokens of the whole group.
 The group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With groups of m
-devices and T tokens per device, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
-gradient take 1/m of the memory. The width axis never leaves a TPU slice, so groups don't either.
+devices, T tokens per device, width D and vocabulary V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The
+head and its float32 gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each
+group does too.
 """
 
 import dataclasses
@@ -27,8 +28,8 @@ class Layout:
 
   Attributes:
     tokens: one entry per leading axis of hidden: the mesh axis (or tuple of axes) that splits it, or None.
-    width: the axis or axes that split the head's D.
-    vocab: the axis or axes that split the head's V.
+    width: the mesh axis or axes that split the first dimension of the head, its width D.
+    vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V.
     vocab_group_size: the number of devices along `width` that share a vocabulary; see `with_vocab_groups`.
 
   Example: Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
@@ -53,9 +54,10 @@ class Layout:
 
 
 def check_layout(layout, hidden, head):
-  """Raises ValueError for a mesh axis that doesn't exist, or a dimension that its mesh axes don't divide.
+  """Raises ValueError if a layout doesn't fit the current mesh, hidden [..., D] or head [D, V].
 
-  The message names the first such dimension.
+  For example, a mesh axis doesn't exist, or doesn't divide the dimension that it splits. The message names the field of
+  the layout.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if len(layout.tokens) > hidden.ndim - 1:
@@ -89,9 +91,10 @@ def on_mesh(layout, function, kinds_in, kinds_out):
 def with_vocab_groups(layout, tokens, vocab):
   """Returns `layout` with the vocab_group_size that minimizes communication.
 
-  The size stays 1, which means no groups, unless the axis that splits the head's width also splits the tokens.
+  Groups are possible only if exactly one mesh axis splits the head's width, and this axis also splits the tokens.
+  Otherwise the size stays 1, which means no groups.
 
-  tokens, vocab: the global sizes.
+  tokens, vocab: the numbers of tokens and of vocabulary entries over all devices.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   ways = lambda axes: math.prod(sizes[a] for a in _axes(axes))
@@ -134,7 +137,10 @@ def concatenate_over_vocab(layout, array):
 
 
 def gather_head(layout, head):
-  """All-gathers the head's width: [D / width, V / vocab] -> [D, V / vocab / vocab_group_size]."""
+  """All-gathers the head's width: [D / width, V / vocab] -> [D, V / vocab / vocab_group_size].
+
+  In these shapes, width and vocab are the numbers of devices that split D and V.
+  """
   if layout is None or not layout.width:
     return head
   if not _has_groups(layout):
@@ -147,7 +153,7 @@ def gather_head(layout, head):
 
 
 def reduce_head(layout, dhead):
-  """Sums the head's gradient over all tokens and shards it. It is the transpose of `gather_head`.
+  """Sums the head's gradient over all tokens and shards the sum. This is the transpose of `gather_head`.
 
   dhead: each device's gradient with respect to the result of `gather_head`. Returns [D / width, V / vocab].
   """
@@ -198,8 +204,8 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums dhidden over the vocabulary axes. The sum over vocabulary groups was already made by
-  `reduce_scatter_group`.
+  """Sums the gradient of hidden over the vocab axes. `reduce_scatter_group` has already summed it over vocabulary
+  groups.
   """
   return lax.psum(dhidden, _axes(layout.vocab)) if layout and layout.vocab else dhidden
 
@@ -221,8 +227,8 @@ def _groups(layout):
 
 
 def _same_columns(groups):
-  """Returns groups of the devices that hold the same part of the vocabulary: the first of each group, the second, and
-  so on.
+  """Returns lists of the devices that hold the same part of the vocabulary: the first device of every group, then the
+  second device of every group, and so on.
   """
   return [list(group) for group in zip(*groups)]
 
@@ -230,7 +236,8 @@ def _same_columns(groups):
 def _over_vocab(collective, layout, array):
   """Applies `collective` first within the vocabulary groups, then over the vocab axes.
 
-  This order keeps ids sorted, because a group holds consecutive parts of what the vocab axes split.
+  This order keeps token ids sorted, because the devices of a group hold consecutive pieces of one part of the vocab
+  axes.
   """
   if _has_groups(layout):
     axis, groups = _groups(layout)

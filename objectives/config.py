@@ -15,8 +15,8 @@ class ObjectiveConfig:
   """Section `objective`. `at(step)` returns the objective of one optimizer step, which the loss functions take.
 
   Attributes:
-    form: a name of `family.FAMILY`. 'power' is the paper's. With beta and both lambdas 0 it is plain cross-entropy, bit
-      for bit.
+    form: a name of `family.FAMILY`. 'power' is the paper's. If beta and both lambdas are 0, 'power' is plain
+      cross-entropy, bit for bit.
     beta: the parameter of the form: β for 'power' and 'product', γ for 'focal', ε for 'label_smoothing', α for
       'likelihood_power', N for 'coverage'. 'cross_entropy' and 'dft' have no parameter and require 0.
     lambda_head: λ̃, the reward of wrong tokens among the top k.

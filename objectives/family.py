@@ -1,13 +1,14 @@
 """Defines the loss of the ground-truth token, for the paper's objective and for related ones.
 
-Each objective is a function of the target's margin m = log p/(1-p), float32 [...], and of at most one parameter. It
-returns two float32 arrays [...]:
+Each objective is a function of the target's margin m = log p/(1-p), float32 [...], and of at most one parameter. Here p
+is the target's probability. The function returns two float32 arrays [...]:
 
     cost      the loss in nats
     weight    -dcost/dlog p, by which the gradient of cross-entropy is multiplied
 
-The loss functions treat both as constants and compute the gradient from `weight`, so JAX never differentiates through
-these functions. Rewards for wrong tokens (lambda_head, lambda_tail) can be added to every objective.
+The loss functions treat cost and weight as constants, and compute the gradient from the weight, so JAX never
+differentiates the functions below. In their formulas, sg stops the gradient. Rewards for wrong tokens (lambda_head,
+lambda_tail) can be added to every objective.
 
 To add an objective, write such a function and add it to FAMILY. The reference loss and the chunked head then support
 it.
@@ -50,9 +51,10 @@ def product(margin, beta):
 
 
 def label_smoothing(margin, epsilon):
-  """Computes the first term of label smoothing, -(1-ε) log p - ε/V Σ_a log p_a.
+  """Computes the first term of the loss with label smoothing, -(1-ε) log p - ε/V Σ_a log p_a.
 
-  The loss functions add the second term, because `RewardShaping.smoothing` is not 0. Equals cross-entropy at ε = 0.
+  The loss functions add the second term, for which `RewardShaping.smoothing` gives ε. V is the vocabulary size. Equals
+  cross-entropy at ε = 0.
   Source: Szegedy et al., arXiv 1512.00567.
   """
   return (1 - epsilon) * softplus(-margin), (1 - epsilon) * jnp.ones_like(margin)
@@ -125,7 +127,7 @@ def product_weight(margin, beta):
 
 
 def _mean_decay(y):
-  """Returns (1 - exp(-y)) / y for y >= 0, which is 1 at 0."""
+  """Returns (1 - exp(-y)) / y for y >= 0, and the limit 1 at y = 0."""
   return jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
 
 

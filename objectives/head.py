@@ -50,7 +50,7 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); default: no cap.
     temperature: divides the logits, after the cap; default 1.
     compute_dtype: the dtype of the inputs of matrix products, and of the head and its gradient when devices exchange
-      them; default: that of hidden. Products accumulate in float32, and everything else is float32.
+      them; default: that of hidden. Products accumulate in float32, and all other values are float32.
     chunk_tokens: the number of tokens that a device processes at a time. By default their float32 logits take 8 MiB on
       a CPU, but there are at least 192 tokens. On an accelerator they take 512 MiB, but there are at least 1024 tokens
       and at least 1/32 of all tokens.
@@ -67,10 +67,10 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
 
 
 def shaped_linear_total(hidden, head, targets, shaping, **options):
-  """Computes the sum of `shaped_linear_loss` over all positions, with its gradient already in the forward pass.
+  """Computes the sum of `shaped_linear_loss` over all positions. The forward pass also computes the gradient.
 
   All losses of a sum have the same cotangent. So their gradients are known up to this factor while a chunk's logits
-  still exist. This takes three matrix products instead of four. Don't rematerialize it.
+  still exist. This takes three matrix products instead of four. Don't rematerialize this function.
 
   Args: as for `shaped_linear_loss`.
 
@@ -87,7 +87,8 @@ def shaped_linear_total(hidden, head, targets, shaping, **options):
 def linear_token_stats(hidden, head, targets, *, top_k=100, **options):
   """Returns only the TokenStats, for evaluation and RL. It takes one matrix product and has no gradient.
 
-  Args: as for `shaped_linear_loss`; top_k is the number of tokens in the head, for head_mass and tail_mass.
+  Args: as for `shaped_linear_loss`.
+    top_k: the number of most probable tokens that head_mass covers. tail_mass covers all other tokens.
   """
   hidden, head = lax.stop_gradient((hidden, head))
   options = {'stats': 'full', **options}
@@ -174,9 +175,10 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 @jax.named_scope('head')
 def _forward(options, hidden, head, targets, weights, shaping, form_gradients=False):
-  """Returns the losses, the statistics, and what the backward pass needs.
+  """Returns (losses, statistics, what the backward pass needs).
 
-  The last is (dhidden, dhead) with form_gradients, and otherwise the Coefficients to compute them from.
+  With form_gradients, the third item is (dhidden, dhead). Without, it is the Coefficients, from which the backward pass
+  computes dhidden and dhead.
   """
 
   def local(hidden, head, targets, weights, shaping):
@@ -238,8 +240,8 @@ def _gather_head(options, head):
 def _reduce_gradients(options, dhidden, dhead, head):
   """Sums both gradients over the devices, once after the loop. Returns (dhidden, dhead).
 
-  Each device's sum over its own tokens is float32, and is rounded to the compute dtype before it is sent. The gradients
-  of the layers are rounded in the same way, because they are matrix products in that dtype.
+  Each device's dhead is a float32 sum over its own tokens. It is rounded to the compute dtype before it is sent. The
+  gradients of the layers have the same rounding, because they are matrix products in that dtype.
   """
   dhidden = collectives.sum_hidden(options.layout, dhidden)
   if options.layout is not None:
@@ -248,11 +250,13 @@ def _reduce_gradients(options, dhidden, dhead, head):
 
 
 def _over_chunks(options, body, carry, head_DV, arrays):
-  """Runs lax.scan of `body` over chunks of the arrays [..., *]. Returns the carry and the outputs, also [..., *].
+  """Runs lax.scan of `body` over chunks of tokens. Returns (carry, common, sum of partial) for this device's own
+  tokens.
 
-  body(carry, chunk) returns (carry, common, partial). A chunk has the tokens of the whole vocabulary group. `common` is
-  equal on all devices of the group, and `partial` is this device's part of a sum over the group. The outputs are
-  `common` and the sum of `partial`, for this device's own tokens.
+  arrays: (hidden, targets, ...). The shapes of all of them begin with the shape of the targets, and so do those of the
+    outputs.
+  body: a function (carry, chunk) -> (carry, common, partial). A chunk has the tokens of the whole vocabulary group.
+    `common` is equal on all devices of the group. `partial` is this device's part of a sum over the group.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)
@@ -282,7 +286,8 @@ def _over_chunks(options, body, carry, head_DV, arrays):
 def default_chunk(tokens, vocab, kind=None):
   """Returns the default number of tokens per chunk, for a device with `tokens` tokens and `vocab` vocabulary entries.
 
-  kind: 'cpu' or 'accelerator'. None: that of the current mesh's devices, which may be abstract, or else JAX's default.
+  kind: 'cpu' or 'accelerator'. None means the kind of the current mesh's devices, which may be abstract, or without a
+    mesh the kind of JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   kind = kind or ('cpu' if (device.platform if device else jax.default_backend()) == 'cpu' else 'accelerator')

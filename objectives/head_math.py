@@ -37,9 +37,9 @@ def pytree(cls):
 
 @pytree
 class TokenStats:
-  """The model's prediction at each position. Fields are [...] and have no gradient.
+  """The model's prediction at each position. Fields have the shape of the targets, and no gradient.
 
-  They describe the distribution that the loss uses, after soft cap and temperature. Where the weight is zero, all
+  The fields describe the distribution that the loss uses, after soft cap and temperature. Where the weight is zero, all
   fields are 0 except target_valid, which is True.
 
   Attributes:
@@ -49,7 +49,7 @@ class TokenStats:
       jax.lax.top_k. So the target is among the top k if target_rank < k.
     head_mass: float32, the probability of the top k without the target; None if the top k wasn't computed.
     tail_mass: float32, the probability of all tokens outside the top k, without the target; None if the top k wasn't
-      computed. It is summed directly.
+      computed. It is summed over these tokens, not computed as a difference.
     target_valid: bool, False where the target isn't in the vocabulary.
   """
 
@@ -63,7 +63,10 @@ class TokenStats:
 
 @pytree
 class Coefficients:
-  """What the gradient of a token's loss needs besides its logits. Fields are float32 [...]."""
+  """The numbers from which, together with the logits, the gradient of each token's loss is computed.
+
+  The docstring of this module has the formula. Fields have the shape of the targets. They are float32 except last_id.
+  """
 
   shift: jax.Array  # the largest logit
   target: jax.Array
@@ -94,7 +97,7 @@ class Options:
 
 
 def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute_dtype=None):
-  """Returns float32 logits [C, V], the very ones that the losses and statistics of this package use.
+  """Returns float32 logits [C, V] of C tokens, exactly those that the losses and statistics of this package use.
 
   Args:
     hidden_CD: float [C, D].
@@ -204,7 +207,8 @@ def score(options, z_CV, x_C, weight_C, shaping):
 def _row_sums(options, z_CV, x_C):
   """Returns (target_C, shift_C, sums): the target's logit, the largest logit, and this device's part of three sums.
 
-  target_C and shift_C are those of the whole vocabulary. The sums run over the wrong tokens j of this device:
+  target_C and shift_C are those of the whole vocabulary. The sums run over the wrong tokens j of this device. Here e_j
+  is exp(z_j - shift).
 
     wrong   Σ e_j
     energy  Σ e_j log e_j
@@ -264,8 +268,8 @@ def logit_gradient(options, z_CV, x_C, coefficients):
 def gradients(options, h_CD, head_DV, z_CV, x_C, coefficients, dhead_DV):
   """Returns (dhidden_CD, dhead_DV), both float32.
 
-  dhidden_CD is the part that comes from this device's part of the vocabulary. dhead_DV is the argument of this name
-  plus the gradient of this chunk.
+  dhidden_CD is the part that comes from this device's part of the vocabulary. The returned dhead_DV is the argument
+  dhead_DV plus the gradient of this chunk.
   """
   dtype = options.compute_dtype
   dz_CV = logit_gradient(options, z_CV, x_C, coefficients)
@@ -293,10 +297,10 @@ def _ids(options, z_CV):
 
 
 def _wrong_exp(z_CV, shift_C, is_target):
-  """Returns e [C, V], with 0 at the target."""
+  """Returns exp(z - shift), [C, V], with 0 at the target."""
   return jnp.where(is_target, 0, jnp.exp(z_CV - shift_C[:, None]))
 
 
 def _in_head(z_CV, id_1V, threshold_C, last_id_C):
-  """Returns bool [C, V], True for the top k."""
+  """Returns a bool mask [C, V] that is True for the top k."""
   return (z_CV > threshold_C[:, None]) | ((z_CV == threshold_C[:, None]) & (id_1V <= last_id_C[:, None]))

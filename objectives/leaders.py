@@ -19,7 +19,7 @@ CHUNK_TOKENS = 256  # the logits of so many tokens exist at a time: 155 MB with 
 def leading_two(
   hidden: jax.Array, head: jax.Array, layout: collectives.Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (log p1, log p1 - log p2) of the two most probable tokens at each position, float32 nats.
+  """Returns (log p1, log p1 - log p2) at each position, float32 nats. The two most probable tokens have p1 >= p2.
 
   Args:
     hidden: [..., D].

@@ -7,15 +7,16 @@ both:
     reward of x          (1/p_x)^((1 - p_x)^β)                          (Eq 11; β = 0: cross-entropy)
     reward of a != x     λ̃ if a is among the k most probable, else λ̂    (Eq 12)
 
-The policy gradient is the sum of p_a r_a ∇log p_a over the whole vocabulary (Eq 13). It is computed exactly, not from
-samples, and is the gradient of
+The policy gradient is the sum of p_a r_a ∇log p_a over the whole vocabulary (Eq 13), where r_a is the reward of token
+a. It is computed exactly, not from samples. It is minus the gradient of
 
     loss = - sg(w) log p_x - λ̃ Σ_{a in H} p_a - λ̂ Σ_{a in T} p_a        (nats)
     w    = p_x^(1 - (1 - p_x)^β)     form 'power', the paper's
     w    = (1 - p_x)^β               form 'product', which reads (1 - p_x)^β in Eq 11 as a factor, not an exponent
 
-K is the set of the k most probable tokens. H is K without x (the head), and T is the rest without x (the tail). No
-gradient flows through w or through the choice of K. `head.py` computes the same without ever holding all logits.
+K is the set of the k most probable tokens. H is K without x (the head). T is all tokens outside K, without x (the
+tail). sg stops the gradient, so no gradient flows through w. None flows through the choice of K. `head.py` computes the
+same loss without ever holding all logits.
 """
 # V vocabulary  k size of K
 # Shapes "..." are the positions: any leading axes, the same for logits and targets.
@@ -42,9 +43,9 @@ MAX_MARGIN = 1e30
 class RewardShaping:
   """The objective, as rewards of tokens. The default is plain cross-entropy.
 
-  It is a pytree whose leaves are beta, lambda_head and lambda_tail. So they can be traced values, and change on a
-  schedule without a new compilation. A traced value isn't checked. A traced lambda always costs a top-k search, even
-  while it is zero.
+  A RewardShaping is a pytree whose leaves are beta, lambda_head and lambda_tail. So these can be traced values, and
+  change on a schedule without a new compilation. A traced value isn't checked. A traced lambda always costs a top-k
+  search, even while it is zero.
 
   Attributes:
     beta: β >= -1. Negative values sharpen the distribution (precision), positive values flatten it (diversity). Below
@@ -81,7 +82,7 @@ class RewardShaping:
 
   @property
   def smoothing(self):
-    """ε of the term ε/V Σ_a -log p_a; 0 unless the form is 'label_smoothing'."""
+    """The factor ε of the label-smoothing term ε/V Σ_a -log p_a; 0 unless the form is 'label_smoothing'."""
     return self.beta if self.form == 'label_smoothing' else 0.0
 
   def positive(self, margin):
@@ -102,8 +103,8 @@ def shaped_loss(logits, targets, shaping):
 
   Args:
     logits: [..., V] of any float type. The computation is in float32.
-    targets: [...] integer token ids in [0, V). For an id out of range the loss is NaN, because the values of ids aren't
-      known while tracing.
+    targets: [...] integer token ids in [0, V). An id out of range raises no error, because its value isn't known while
+      tracing. Its loss is NaN.
     shaping: a RewardShaping.
 
   Returns:
@@ -111,8 +112,9 @@ def shaped_loss(logits, targets, shaping):
 
       dloss/dz_j = w (p_j - 1[j=x]) - λ̃ p_j (1[j in H] - P_H) - λ̂ p_j (1[j in T] - P_T)
 
-    plus the gradients of the label-smoothing and z-loss terms. P_H and P_T are the probabilities of H and T. No
-    gradient flows through w, through the choice of K, or into `shaping`.
+    plus the gradients of the label-smoothing and z-loss terms. x is the target. H (the head) is the top k
+    without x, T (the tail) is all other tokens without x, and P_H and P_T are their probabilities. No gradient flows
+    through w, through the choice of the top k, or into `shaping`.
 
   Raises:
     ValueError: a shape or type is wrong, or top_k exceeds V while a lambda needs the top k.
@@ -163,7 +165,7 @@ def finite_margin(margin):
 
 
 def is_zero(value):
-  """Returns True if a number is known to be zero before tracing. Its term is then left out of the program."""
+  """Returns True if a number is known to be zero before tracing. Its term can then be left out."""
   return not isinstance(value, jax.Array) and value == 0
 
 
@@ -180,8 +182,9 @@ def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
 
 
 def check_number(name, value, *, at_least=-math.inf):
-  """Raises ValueError for a Python number that isn't finite or is too small. Traced values and arrays aren't
-  checked.
+  """Raises ValueError for a value that isn't a number, or a Python number that isn't finite or is less than `at_least`.
+
+  The values of arrays and traced values aren't checked.
   """
   if isinstance(value, bool | str) or value is None:
     raise ValueError(f'{name} must be a number, got {value!r}')

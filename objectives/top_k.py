@@ -12,11 +12,11 @@ BLOCK = 128  # the first round compares the maxima of blocks of so many logits; 
 
 
 def find_head(layout, z_CV, x_C, target_C, shift_C, k):
-  """Finds the top k of the whole vocabulary, ordered as in jax.lax.top_k, and the sum of their exponentials.
+  """Finds the top k of the whole vocabulary, ordered as in jax.lax.top_k, and the sum of its exponentials.
 
   Args:
     layout: a Layout or None; says how the vocabulary is split over devices.
-    z_CV: float32 [C, V], this device's logits.
+    z_CV: float32 [C, V], this device's logits of C tokens.
     x_C, target_C: the ids and logits of the targets. A negative id means that the row isn't needed. Its results are
       then arbitrary finite numbers.
     shift_C: the largest logit of the whole vocabulary.

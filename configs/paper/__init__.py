@@ -1,4 +1,6 @@
-"""What the configs of the paper's five models (arXiv 2512.22955) share: the stages, the five objectives and the sweep.
+"""Defines what the configs of the paper's five models share: the stages, the five objectives and the sweep.
+
+The paper is arXiv 2512.22955.
 
 Not all of the paper's text was available. A comment "open" marks a value that the paper doesn't give, or that couldn't
 be found. The value here is then a usual choice, not the paper's.
@@ -68,9 +70,9 @@ def _pretrain(c):
 def _midtrain(c):
   """Sets the values of mid-training: 100B tokens at 16k context, with a learning rate that falls from 3e-4 to 3e-5.
 
-  The paper leaves three things open. The form of the decay is linear here
-  (optimizer.decay_shape has others). The optimizer's moments aren't kept from
-  pre-training. The shaped objective is kept; objective=ce selects plain cross-entropy.
+  The paper leaves three things open. Here, the decay is linear (optimizer.decay_shape has other forms). The optimizer
+  starts with new moments, not with those of pre-training. The objective is the one that objective=... selects, as in
+  pre-training.
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)
   c.data.sequence_length = 16_384
@@ -94,7 +96,11 @@ def _rl(c):
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """Adds every objective, through all stages, to a sweep. The paper ran one seed of each."""
+  """Adds every objective to a sweep: for each seed, one run per stage, each starting from the run of the stage before.
+
+  seeds: the number of seeds; the paper ran one seed of each objective.
+  stages: the stages to run; 'pretrain' is always run.
+  """
   for seed in range(seeds):
     for changed in OBJECTIVES.values():
       objective = {f'objective.{key}': value for key, value in (changed or dict(beta=0.0)).items()}

@@ -1,14 +1,14 @@
-"""Dense 1B (1.05B parameters): the paper's smallest, pre-training only.
+"""Dense 1B (1.05B parameters): the paper's smallest model, pre-training only.
 
     betarank plan --config=configs/paper/dense_1b.py --topology=v5e-256 --usd_per_chip_hour=1.2
     betarank data prepare --config=configs/paper/dense_1b.py
     betarank train --config=configs/paper/dense_1b.py:objective=beta_low --workdir=gs://BUCKET/dense_1b/pretrain
 
-The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values, and marks those that it leaves open. Pre-training on 256 v5e chips takes 6.8 of 16.9 GB per chip
-and 33 to 39 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
+The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
+has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 6.8 of 16.9 GB
+per chip and 33 to 39 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
-The paper: all five objectives average 31 to 32 over its 19 benchmarks; no difference shows at this size.
+In the paper, all five objectives average 31 to 32 over its 19 benchmarks. They show no difference at this size.
 """
 
 from betarank.configs import paper

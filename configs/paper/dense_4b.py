@@ -8,9 +8,9 @@
     betarank rl --config=configs/paper/dense_4b.py:stage=rl \
         --config.train.init_from=gs://BUCKET/dense_4b/midtrain --workdir=gs://BUCKET/dense_4b/rl
 
-The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values, and marks those that it leaves open. Pre-training on 256 v5e chips takes 9.6 of 16.9 GB per chip
-and 118 to 140 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
+The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
+has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 9.6 of 16.9 GB
+per chip and 118 to 140 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
 The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
 

@@ -8,9 +8,9 @@
     betarank rl --config=configs/paper/moe_10b_a0p5b.py:stage=rl \
         --config.train.init_from=gs://BUCKET/moe_10b_a0p5b/midtrain --workdir=gs://BUCKET/moe_10b_a0p5b/rl
 
-The argument: stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values, and marks those that it leaves open. Pre-training on 128 chips of v5p takes 17.5 of 102.8 GB
-per chip and 38 to 40 hours, as `betarank plan` predicts; docs/plans.md has the other stages and pods.
+The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
+has the paper's values, and marks those that the paper leaves open. Pre-training on 128 chips of v5p takes 17.5 of 102.8
+GB per chip and 38 to 40 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
 The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
 

@@ -1,4 +1,4 @@
-"""What the sweeps share: the config of each model size, and the stages of an arm.
+"""Defines what the sweeps share: the config of each model size, and the stages of an arm.
 
     betarank sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
     betarank sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
@@ -24,7 +24,7 @@ SIZES = {  # size -> its stages; two of the paper's models were only pre-trained
 def parse(arg: str | None, seeds: int) -> SimpleNamespace:
   """Parses `size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, tokens=N`.
 
-  seeds: the default of seeds. tokens=0 means the token budget of the size.
+  seeds: the default of `seeds=N`. `tokens=0` keeps the token budget of the model size's config.
   """
   a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
   if a.size not in SIZES:
@@ -35,7 +35,7 @@ def parse(arg: str | None, seeds: int) -> SimpleNamespace:
 
 
 def config(a: SimpleNamespace) -> ConfigDict:
-  """Returns the config of a size and stage, before an arm changes it."""
+  """Returns the config of the model size `a.size` and the stage `a.stage`, before an arm changes it."""
   if a.size != 'smoke':
     c = load.read(f'configs/paper/{a.size}.py:stage={a.stage}')
   elif a.stage == 'rl':

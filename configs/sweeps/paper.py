@@ -2,7 +2,7 @@
 
     betarank sweep --config=configs/sweeps/paper.py --root=runs/paper --parallel=2
 
-The paper ran one seed each; seeds=N runs more.
+The paper ran one seed of each objective; seeds=N runs more.
 """
 
 from betarank.configs import paper, sweeps

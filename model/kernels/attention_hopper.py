@@ -82,7 +82,10 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
     wg, program = lax.axis_index('wg'), lax.axis_index('program')
 
     def each_item(run):
-      """Calls run(r, t, b, tile, n, steps, full) for each item r of this program, after t blocks of keys in total."""
+      """Calls run(r, t, b, tile, n, steps, full) for each item r of this program.
+
+      t: the number of blocks of keys of all items before r.
+      """
       def one(r, t):
         # Every other round runs in reverse order, so that no program gets the longest item of every round.
         item = r * programs + jnp.where(r % 2 == 0, program, programs - 1 - program)
@@ -219,7 +222,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   """Returns (dq·√H in float32, dk, dv). Each program owns a block of keys, and adds its part of dq to the sum.
 
   The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. So they
-  write ds to shared memory. The loading warpgroup computes dq from it, and the copy engine sums dq in the L2 cache.
+  write ds to shared memory. The loading warpgroup computes dq from ds, and the copy engine sums dq in the L2 cache.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF

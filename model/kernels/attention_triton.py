@@ -32,8 +32,8 @@ def fits(length: int, width: int) -> bool:
 
 
 def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (start_BT, end_BT), int32: the first token of each token's document, and one past the document's last
-  token.
+  """Returns (start_BT, end_BT), int32: the index of the first token of each token's document, and the index after the
+  document's last token.
   """
   length = segments_BT.shape[1]
   index_T = jnp.arange(length, dtype=jnp.int32)

@@ -112,7 +112,7 @@ def _works(work):
 def _blocks(x_CRD, weights):
   """Returns the BlockSpecs of x, of an array with one number per row, and of each weight.
 
-  A grid step gets its tile of the first two, and the weights of the tile's expert.
+  A grid step gets the blocks of its tile, and the weights of the tile's expert.
   """
   by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda *at: (_tile(*at), 0, 0))
   of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)], 0, 0)) for w in weights]

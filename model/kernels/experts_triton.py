@@ -19,7 +19,9 @@ MOST, DEPTH = 128, 64  # the largest block of the output (rows and columns), and
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if both sizes are divisible by a power of two of at least 32, which becomes the side of a block."""
+  """Returns True if width and hidden are divisible by 32. Blocks have sides of at least 32, which must be powers of
+  two.
+  """
   return min(_block(width), _block(hidden)) >= 32
 
 

@@ -1,7 +1,7 @@
-"""A Pallas kernel for attention of one token a row over pages of keys and values, on a TPU.
+"""A Pallas kernel for attention of one token per row over pages of keys and values, on a TPU.
 
-A step of the grid takes a few pages of a row, and the next ones are fetched meanwhile. The grid ends with the longest
-row; beyond a row's last page nothing is fetched.
+While a step of the grid processes a few pages of a row, the next pages are fetched. Every row gets as many steps as the
+longest row needs, but no pages are fetched beyond a row's last page.
 
 # R rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page  K key heads
 # G query heads per key head  N = K·G  H head width
@@ -38,7 +38,7 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   prompt_R, all_R = steps(prefix_R), steps(prefix_R) + steps(length_R)
 
   def column(i, row, step, prompt_R, prefix_R, length_R):
-    """The i-th column of a step, and the tokens of its pages that are filled."""
+    """Returns (the i-th column of pages_BJ in this step, the number of tokens in the row's page of that column)."""
     own = step >= prompt_R[row]
     at = (step - jnp.where(own, prompt_R[row], 0)) * AT_ONCE + i
     tokens = jnp.where(own, length_R[row], prefix_R[row])

@@ -1,10 +1,12 @@
-"""A Triton kernel for attention of one token a row over pages of keys and values, on a GPU.
+"""A Triton kernel for attention of one token per row over pages of keys and values, on a GPU.
 
-A program takes a few rows that share a prompt, so it reads the prompt's pages once for all of them, and then each
-row's own pages. It reads no page that has no token.
+A program processes one key head of a unit, which is a few rows that share a prompt, and all pages or a part of them.
+The program reads the prompt's pages once for all these rows, and then the pages that each row has for itself. It reads
+only pages that have tokens.
 
 # R rows  U units of up to M rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page
-# K key heads  G query heads per key head  N = K·G  H head width  Q queries of a unit and key head  C parts
+# K key heads  G query heads per key head  N = K·G  H head width  Q queries of a unit and key head
+# C parts, into which the pages are divided
 """
 
 import functools
@@ -32,11 +34,11 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   """Returns softmax(q·k/√H) v over the keys in each row's pages, [R, N, H]; computed in float32.
 
   Args:
-    q_RNH: one query token a row.
-    pages_P2KSH: keys and values of the same type.
-    table: a decode.Table. Rows that are in none of its units get arbitrary numbers.
-    length_R: int32, tokens in the row's own pages.
-    prompt_pages: I.
+    q_RNH: the queries of one token per row.
+    pages_P2KSH: keys and values, of the dtype of the queries.
+    table: a decode.Table. The output of rows that are in none of its units is arbitrary.
+    length_R: int32, the number of tokens in the pages that belong to the row alone.
+    prompt_pages: I, the number of prompt pages in each row of the table.
   """
   (rows, heads, width), (kv_heads, size) = q_RNH.shape, pages_P2KSH.shape[2:4]
   (units, members), group = table.rows_UM.shape, heads // kv_heads

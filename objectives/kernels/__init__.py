@@ -1,4 +1,4 @@
 """Pallas kernels for operations that XLA compiles badly on a TPU or GPU.
 
-Each computes the same as some XLA operations, and a test compares the two.
+Each kernel computes the same as some XLA operations, and a test compares it with these operations.
 """

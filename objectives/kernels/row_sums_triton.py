@@ -22,7 +22,7 @@ def fits(vocab):
 
 
 def row_sums(z_CV, x_C, target_C, interpret=False):
-  """Returns (shift_C, wrong_C, energy_C, rank_C), float32. Requires `fits(V)`.
+  """Returns (shift_C, wrong_C, energy_C, rank_C), float32, of C rows of V logits. Requires `fits(V)`.
 
   Args:
     z_CV: float32 logits, of the whole vocabulary or of a part of it.
@@ -32,9 +32,9 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
 
   Returns:
     shift: the largest z.
-    wrong: the sum of exp(z - shift) over all tokens except x.
-    energy: the sum of exp(z - shift) (z - shift) over all tokens except x.
-    rank: the number of tokens ordered before x. Of equal logits, lower ids come first.
+    wrong: the sum of exp(z - shift) over all tokens except the target.
+    energy: the sum of exp(z - shift) (z - shift) over all tokens except the target.
+    rank: the number of tokens that are ordered before the target. Of equal logits, lower ids come first.
   """
   rows, vocab = z_CV.shape
   per_row = pl.BlockSpec((None,), lambda i: (i,))

@@ -1,13 +1,13 @@
 """A TPU kernel that finds the k-th largest logit of rows held in VMEM, reading each logit from HBM only once.
 
-The logits of a row are divided into about 24 k groups, and one sweep keeps the DEPTH largest of each group as
+The logits of a row are divided into about 24·k groups, and one sweep keeps the DEPTH largest of each group as
 candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th largest logit of
 the row, unless all candidates of some group are at or above it. That happens to about one row in 3000 of independent
 logits at k = 100. For such rows, bisection then runs over the whole row.
 
 If more logits equal the k-th largest than belong to the top k, the last id of the top k is found by bisection too. So
-the result is always exact, and only the time depends on the logits. The same in XLA operations (objectives/top_k.py)
-moves the logits several times on a TPU, and sorts.
+the result is always exact, and only the time depends on the logits. The XLA operations that find a top k
+(objectives/top_k.py) move the logits several times on a TPU, and sort.
 """
 # R rows of a block  L lanes  V vocabulary  k size of the top k
 
@@ -62,7 +62,9 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns per group. A group is one lane of these columns, so this is also its size."""
+  """Returns the number of columns per group. A group is one lane of these columns, so this is also the number of its
+  logits.
+  """
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -83,7 +85,7 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Returns the smallest id for which k logits up to this id are above the value or equal to it."""
+    """Returns the last id of the top k: the smallest id up to which `k - above` logits equal the k-th largest."""
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
     all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))
@@ -113,10 +115,10 @@ def _bracket(columns, k):
 
 
 def _keep_largest(z_ref, kept_ref, vocab, span):
-  """Writes the DEPTH largest logits of each group: kept[:, d * width + g * L + l] is the (d+1)-th largest of group (g,
-  l).
+  """Writes the DEPTH largest logits of each group to kept_ref.
 
-  Group (g, l) has the logits in lane l of the `span` columns that begin at column g * span.
+  Group (g, l) has the logits in lane l of the `span` columns that begin at column g * span. Its (d+1)-th largest logit
+  is written to kept[:, d * width + g * LANES + l], where width is kept.shape[1] / DEPTH.
   """
   width = kept_ref.shape[1] // DEPTH
 
@@ -146,9 +148,9 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
   Returns:
     (kth_largest, above, reach, sum, targets), all float32 [R, 1].
     above: the number of logits above the k-th largest.
-    reach: the number of logits at or above it.
-    sum: the sum of exp(z - shift) over the logits above it that differ from the target's logit.
-    targets: the number of logits above it that equal the target's logit.
+    reach: the number of logits at or above the k-th largest.
+    sum: the sum of exp(z - shift) over the logits above the k-th largest that differ from the target's logit.
+    targets: the number of logits above the k-th largest that equal the target's logit.
   """
 
   def at_least(key):
@@ -174,9 +176,9 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
 
 
 def _bisect(count, k, low, high):
-  """Returns a key, int32 [R, 1], for which count(key) is k, or else the largest key for which it is at least k.
+  """Returns a key, int32 [R, 1], with count(key) = k. If there is none, returns the largest key with count(key) > k.
 
-  count must not increase with the key. It must be at least k at low, and less than k at high.
+  count(key) must not increase with the key. count(low) must be at least k, and count(high) less than k.
   """
   middle = lambda low, high: (low >> 1) + (high >> 1) + (low & high & 1)
 

@@ -91,7 +91,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 def _bisect(holds, low: int, high: int):
   """Returns the largest int32 in [low, high) for which `holds` is true.
 
-  `holds` must be true at low. If it is false for some number, it must be false for all larger ones.
+  `holds` must be true at low. If `holds` is false for some number, it must be false for all larger numbers.
   """
   def step(_, ends):
     low, high = ends
