@@ -1,4 +1,4 @@
-"""Packed batches for training and validation.
+"""Makes packed batches for training and validation.
 
     batches = TrainBatches(config, batch_size=64, seed=0, process_index=p, process_count=P)
     batch = next(batches)          # this process's rows of the global batch
@@ -29,7 +29,7 @@ _CURSOR_VERSION = 1  # increase it if packing or mixing changes, because old cur
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """Rows of packed pieces of documents."""
+  """B rows of T tokens each: packed pieces of documents."""
 
   tokens_BT: Any  # int32 [B, T]: inputs
   targets_BT: Any  # int32 [B, T]: the token after each input
@@ -57,8 +57,8 @@ class PackingStats:
 def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int, masked: bool) -> Batch:
   """Reads the pieces of each row and writes them into a batch. A row that is None becomes a row of padding.
 
-  masked: whether the batch says which targets count. It must be equal for all batches of a run, and in all processes,
-  because it decides which program is compiled.
+  masked: whether the batch says which targets count. All batches of a run, in all processes, must have the same value,
+    because it decides which program is compiled.
   """
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
@@ -96,7 +96,9 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 
 
 class _Steps:
-  """This process's rows of batch k, for any k, counted from a fixed beginning. Grain reads ahead from this sequence."""
+  """The sequence from which Grain reads ahead. Item k is this process's rows of batch k, where batch 0 begins at row
+  `first_row`.
+  """
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,
                batch_size: int, local: slice, row_length: int):
@@ -134,14 +136,16 @@ class TrainBatches(Iterator[Batch]):
       config: the settings of the data.
       batch_size: the number of rows of the global batch.
       seed: decides the order of the documents.
-      process_index, process_count: process p gets the p-th of process_count equal parts of the rows.
-      cursor: the position to resume from. The weights, the batch size and the set of sources may have changed since it
-        was saved; each source continues at its own position. The seed, sequence_length and the prepared data must be
-        the same.
+      process_index: the number of this process, from 0.
+      process_count: the number of processes. Each process gets an equal part of the rows of every batch.
+      cursor: the position to resume from. The weights, the batch size and the set of sources may have changed since the
+        cursor was saved; each source continues at its own position. The seed, sequence_length and the prepared data
+        must be the same.
       prefetch: the number of batches that threads prepare ahead; 0 for none.
 
     Raises:
-      DataError: data isn't prepared, is damaged or was prepared with other settings, or the cursor doesn't fit.
+      DataError: data isn't prepared, is damaged or was prepared with other settings; the cursor doesn't fit the seed,
+        sequence_length or data; or the batch can't be divided among the processes.
     """
     local = _check_split(batch_size, process_index, process_count)
     weights = {name: source.weight for name, source in config.sources.items()}
@@ -217,7 +221,8 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
   The batches are the same at each call. If the split ends within a batch, the batch is filled with rows of padding.
 
   Raises:
-    DataError: in the same cases as TrainBatches. It is raised by this call, not by the first batch.
+    DataError: there is no such source; its data isn't prepared, is damaged or was prepared with other settings; or the
+      batch can't be divided among the processes. This call raises the error, even before a batch is read.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:

@@ -1,8 +1,8 @@
 """Copies prepared sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
 
     CACHE_DIR/FINGERPRINT/FILE     a complete file; FILE.partial while it is copied
-                          used     locked while a process reads the set; modified when a process starts to read
-              copying              locked while a process checks or copies; others wait, and then find the copies
+                          used     locked while a process reads the set; its mtime is when a process last began to read
+              copying              locked while a process checks or copies; other processes wait until it is done
 
 The kernel releases the locks when a process ends. Sets that aren't in use are deleted to make room.
 """
@@ -27,7 +27,8 @@ def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key
   Args:
     source: the folder to copy.
     files: {name: size in bytes}.
-    place, key: the folder of all copies, and the name of this one.
+    place: the folder of all copies.
+    key: the name of this copy's folder in `place`.
     limit: the largest size of all copies together, in bytes.
 
   Raises:
@@ -83,7 +84,11 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
-  """Deletes incomplete copies, then sets that no process uses, oldest first, until there is room for `more` bytes."""
+  """Makes room for `more` bytes: deletes incomplete copies, then sets that no process uses, the longest unused first.
+
+  Raises:
+    DataError: there isn't enough room after that.
+  """
   for partial in here.parent.glob('*/*.partial'):
     partial.unlink()
   others = sorted((set_ for set_ in here.parent.iterdir() if set_ != here and (set_ / 'used').exists()),

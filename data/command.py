@@ -85,7 +85,11 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _make_folder(data: DataConfig) -> None:
-  """Creates the folder of prepared data before the work begins, which may take hours. Raises DataError if it can't."""
+  """Creates the folder of prepared data, before work begins that may take hours.
+
+  Raises:
+    DataError: the folder can't be created.
+  """
   try:
     epath.Path(data.dir).mkdir(parents=True, exist_ok=True)
   except OSError as error:

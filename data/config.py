@@ -1,4 +1,7 @@
-"""Defines the settings of the data, checked before any file is read, and DataError, which all of `data` raises."""
+"""Defines the settings of the data, and DataError, the error that all modules of `data` raise.
+
+The settings are checked before any file is read.
+"""
 
 import dataclasses
 import math
@@ -11,7 +14,7 @@ from betarank.configs.settings import default
 class DataError(UserError):
   """Raised for data, or a setting of the data, that can't be used.
 
-  The message is one line with the file or key, and what to do about it.
+  The message is one line that names the file or the setting, and says what to do about it.
   """
 
 
@@ -84,7 +87,8 @@ class DataConfig:
 
   @property
   def longest_document(self) -> int:
-    """The size in bytes from which documents are split. The default is more than what fits into a row."""
+    """The largest size of a document in bytes; longer documents are split. By default, it is more than fits into a row.
+    """
     return self.document_bytes or max(65_536, 8 * self.sequence_length)
 
   @property

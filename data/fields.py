@@ -16,7 +16,7 @@ _TRAINED_ROLES = ('assistant', 'gpt', 'model')
 
 
 class Dialogue(NamedTuple):
-  """A document of which the loss counts only some parts. Each part is (text, whether the loss counts it)."""
+  """A document in which the loss counts only some parts. Each part is (text, whether the loss counts this part)."""
 
   parts: tuple[tuple[str, bool], ...]
 
@@ -26,11 +26,11 @@ class Dialogue(NamedTuple):
 
 
 class BadValue(Exception):
-  """Raised for a record that isn't a document. The message says why."""
+  """Raised for a record from which no document can be made. The message says why."""
 
 
 def masked(spec: str, template: str) -> bool:
-  """Returns True if documents of these fields are Dialogues."""
+  """Returns True if documents made from the fields `spec` are Dialogues."""
   return '+' in spec or bool(template)
 
 
@@ -51,7 +51,7 @@ class Fields:
   """Makes documents from records.
 
   Attributes:
-    names: the fields that are needed.
+    names: the names of the fields that every record must have.
   """
 
   def __init__(self, spec: str, template: str):
@@ -86,9 +86,10 @@ class Fields:
 
 
 def _dialogue(parts: list[tuple[str, bool]]) -> Dialogue:
-  """Joins adjacent parts that both count, or both don't.
+  """Returns a Dialogue, after joining adjacent parts that the loss counts, and adjacent parts that it doesn't count.
 
-  A space before a part that counts is moved to that part, because tokenizers join a space to the next word.
+  A space before a part that counts is moved to that part, because tokenizers join a space to the next word. Raises
+  BadValue if the loss counts no part.
   """
   joined: list[tuple[str, bool]] = []
   for text, trained in parts:
@@ -118,7 +119,7 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
 
 
 def text_of(value: Any, name: str) -> str:
-  """Returns a value that is text or UTF-8 bytes as text. Raises BadValue for any other value."""
+  """Returns the value of field `name` as text. Raises BadValue if the value is neither text nor UTF-8 bytes."""
   if isinstance(value, bytes):
     try:
       return value.decode()

@@ -2,7 +2,7 @@
 ...).
 
 A pattern is a path, a glob that may contain `**`, or a folder. A folder means all files below it that have one of the
-suffixes of the source's kind. If file names contain splits, as in Hugging Face data sets
+suffixes of the source's kind. If their paths name splits, as in Hugging Face data sets
 (data/train-00000-of-00004.parquet), only the training split is used.
 """
 
@@ -49,14 +49,14 @@ class Found:
 
 
 def find(pattern: str) -> list[str]:
-  """Returns the paths of all files that match, sorted by name. Raises DataError if there are none."""
+  """Returns the paths of all files that match `pattern`, sorted by name. Raises DataError if no file matches."""
   return [file.path for file in _all(pattern, ())]
 
 
 def look(pattern: str, suffixes: tuple[str, ...]) -> Found:
-  """Returns the files that match `pattern`, from one listing.
+  """Returns the files that match `pattern`. The place is listed only once.
 
-  suffixes: selects the files of a folder.
+  suffixes: if `pattern` is a folder, only its files with one of these suffixes are returned.
 
   Raises:
     DataError: no file matches, all files are empty, or the place can't be read.
@@ -84,7 +84,7 @@ def _all(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def _suffix(path: str) -> str:
-  """Returns the suffix without that of compression: '.jsonl' for x.jsonl and for x.jsonl.gz."""
+  """Returns the suffix of a path, without a suffix such as .gz: '.jsonl' for x.jsonl and for x.jsonl.gz."""
   name, suffix = os.path.splitext(path.lower())
   return (os.path.splitext(name)[1] or suffix) if suffix in _PACKED_SUFFIXES else suffix
 
@@ -178,8 +178,8 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 def packing(path: str) -> str:
-  """Returns how a file is compressed: gzip, bz2, zstd or xz; '' if it isn't. It looks at the first bytes of the
-  file.
+  """Returns how a file is compressed ('gzip', 'bz2', 'zstd' or 'xz') according to its first bytes; '' if it isn't
+  compressed.
   """
   with opened(path) as file, _errors(path):
     start = file.read(6)

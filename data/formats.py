@@ -1,8 +1,8 @@
 """Readers of text files: plain text, JSON Lines and CSV. Readers of record files are in data/record_formats.py.
 
-A reader has two methods. `segments()` returns everything there is to read. `read(segment)` yields the documents of a
-segment, or of a part of a segment. Parts that cover a segment without overlap yield each document exactly once. For a
-row that can't be used, `read` yields a DataError that names the file and the line.
+A reader has two methods. `segments()` returns the segments that make up the source. `read(segment)` yields the
+documents of a segment, or of a part of a segment. Parts that cover a segment without overlap yield each document
+exactly once. For a row that can't be used, `read` yields a DataError that names the file and the line.
 """
 
 import csv
@@ -44,8 +44,8 @@ def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
 
 
 def cut_point(block: bytes) -> int:
-  """Returns the position at which to cut `block`: after the last line end or, if there is none, between two
-  characters.
+  """Returns the position at which to cut `block`: after the last line end or, if there is none, before the last
+  character, which may be incomplete.
   """
   if (line_end := block.rfind(b'\n')) >= 0:
     return line_end + 1
@@ -108,7 +108,7 @@ class Text(FileReader):
   def _boundary(self, file: BinaryIO, offset: int) -> int:
     """Returns the start of the first line that begins at or after `offset`.
 
-    If that is more than a document's length away, returns the start of the first character instead.
+    If that line is more than `document_bytes` away, returns the start of the first character at or after `offset`.
     """
     if offset <= 0:
       return 0
@@ -182,7 +182,9 @@ def _line_number(path: str, position: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Csv(FileReader):
-  """A reader of CSV with a header line, and of TSV for files with that suffix. Quoted fields may contain line ends."""
+  """A reader of CSV with a header line. In files with the suffix .tsv, tabs separate the fields. Quoted fields may
+  contain line ends.
+  """
 
   pattern: str
   fields: Fields

@@ -1,5 +1,5 @@
-"""Assigns each training row to a source. The order is fixed, and the counts are close to the weights everywhere in
-it.
+"""Assigns each training row to a source. The order is fixed. In any stretch of rows, the shares of the sources are
+close to their weights.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Schedule:
   def __init__(self, weights: Mapping[str, float]):
     """Computes one period of the order.
 
-    weights: on any scale, at least one of them positive. Their order doesn't matter.
+    weights: the weight of each source, on any scale. At least one must be positive. Their order doesn't matter.
     """
     self.names = sorted(name for name, weight in weights.items() if weight > 0)
     share = np.array([weights[name] for name in self.names], np.float64)

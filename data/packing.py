@@ -1,13 +1,13 @@
 """Decides which parts of which documents make up row i, as a pure function of (seed, source, i).
 
 A document of n tokens is n-1 (input, target) pairs, and a row holds T pairs. The documents of an epoch, in a shuffled
-order, form one sequence of pairs. It is divided into windows of R * T pairs, which fill R rows. Within a window, a
-document is placed whole if it fits into a row (best fit, longest first). The few documents that fit nowhere are cut to
-fill the remaining space. So every pair occurs exactly once per epoch, and every row is full except the last of the
-epoch. The number of rows is known without planning any row.
+order, form one sequence of pairs. The sequence is divided into windows of R * T pairs, which fill R rows. Within a
+window, a document is placed whole if a row has room for it (best fit, longest first). The few documents that fit
+nowhere are cut to fill the remaining space. So every pair occurs exactly once per epoch, and every row is full except
+the last of the epoch. The number of rows is known without planning any row.
 
-To find the documents of a window, the lengths of the documents before it must be summed. The sums are computed only as
-far as needed: none at the beginning of an epoch, and about 25 ns per document for a later position.
+To find the documents of a window, the lengths of the documents before the window must be summed, which takes about
+25 ns per document. At the beginning of an epoch, there is nothing to sum.
 """
 
 import bisect
@@ -26,11 +26,11 @@ _CHUNKS_AT_ONCE = 8  # so many chunks are summed at once: 64k documents fit into
 
 
 def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
-  """Returns the positions to which a shuffle of range(size) moves the indices `index_N`, int64 [N].
+  """Returns the positions to which a shuffle of range(size) moves the N indices `index_N`, int64 [N].
 
-  The shuffle is a bijection that depends on `key`. It applies rounds of invertible arithmetic to b-bit numbers,
-  repeated until the result is below `size`. Unlike NumPy's shuffles, it needs no array of length `size`, and it is the
-  same in all versions, which resumed runs rely on.
+  The shuffle is a bijection that depends on `key`. It applies invertible arithmetic to numbers of as many bits as
+  `size` has, and repeats this until the result is below `size`. Unlike NumPy's shuffles, it needs no array of length
+  `size`. It is the same in all versions of NumPy, which resumed runs rely on.
   """
   if size <= 1:
     return np.zeros(len(index_N), np.int64)
@@ -57,8 +57,8 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """The documents of a row, or parts of them. Piece i consists of adjacent pairs of one document. Arrays are int64
-  [N].
+  """The documents of a row, or parts of them. Each of the N pieces consists of adjacent pairs of one document. Arrays
+  are int64 [N].
   """
 
   document: np.ndarray
@@ -78,9 +78,9 @@ class Packer:
     """Prepares the packing, without planning any row.
 
     Args:
-      lengths_N: the number of tokens of each document, including BOS and EOS.
-      row_length: T, in pairs.
-      key: identifies the shuffle; made of seed and source.
+      lengths_N: the number of tokens of each of the N documents, including BOS and EOS.
+      row_length: T, the number of pairs in a row.
+      key: decides the order of the shuffle. In training, it consists of the seed and the source's name.
       shuffle: False keeps the documents in order.
     """
     self._lengths_N = np.asarray(lengths_N)  # there may be 10^9 documents, so no copy is made
@@ -117,12 +117,16 @@ class Packer:
     return permute(index, len(self._lengths_N), f'{self._key}/{epoch}') if self._shuffle else index
 
   def _sums(self, epoch: int, chunk: int) -> np.ndarray:
-    """Returns the number of pairs in each chunk, for at most _CHUNKS_AT_ONCE chunks from chunk `chunk` on."""
+    """Returns the number of pairs in each of the next _CHUNKS_AT_ONCE chunks, beginning with chunk number `chunk`.
+
+    A chunk is _CHUNK documents that are adjacent in the epoch's order. There are fewer chunks at the end of the epoch.
+    """
     pairs = self._pairs(self._order(epoch, chunk * _CHUNK, (chunk + _CHUNKS_AT_ONCE) * _CHUNK))
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))
 
   def _slice(self, epoch: int, window: int) -> Pieces:
-    """Returns the pieces of the window, as parts of the sequence of pairs."""
+    """Returns the documents of a window, or parts of them, in the order of the epoch, before they are placed in rows.
+    """
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)
     starts = self._line(epoch).up_to(high)
@@ -137,7 +141,8 @@ class Packer:
     return Pieces(document, start, np.minimum(high, ends) - begins - start)
 
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
-    """Returns the pieces of the window sorted by row, and the index of each row's first piece."""
+    """Returns (pieces of a window sorted by row, bounds). Row r of the window has the pieces bounds[r]:bounds[r + 1].
+    """
     pieces = _cut_to(self._slice(epoch, window), self._T)
     rows = -(-int(pieces.length.sum()) // self._T)
     row, pieces = _place(pieces, rows, self._T)
@@ -155,7 +160,7 @@ class _Line:
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
 
   def up_to(self, position: int) -> np.ndarray:
-    """Returns the positions, int64 [chunks], up to the first one at or after `position`."""
+    """Returns the known positions, int64, after making sure that the last one is at or after `position`."""
     while self._starts[self._known] < position:
       sums = self._sums(self._known)
       if self._known + len(sums) >= len(self._starts):
@@ -179,7 +184,7 @@ def _place(pieces: Pieces, rows: int, row_length: int) -> tuple[np.ndarray, Piec
 
   The pieces must have at most rows * row_length pairs in all, and at most row_length each.
 
-  Returns (row of each piece, pieces).
+  Returns (row of each piece, the pieces after cutting).
   """
   holes = [(row_length, row) for row in range(rows)]  # always sorted
   placed, unplaced = [], []  # (row, piece, offset in it, length)

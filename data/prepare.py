@@ -1,9 +1,10 @@
 """Tokenizes a source once, in parallel, into the shards that data/prepared.py reads.
 
-The source is divided into units (data/sources.py), which are independent. Processes and machines share them by number.
-A unit leaves shards and markers in `partial/` (data/worker.py). A run that was killed resumes after the last complete
-piece of each unit. The result is the same, byte for byte, as that of one process that was never interrupted. The last
-step, `finish`, turns the shards into a data set: it renames them, and writes the lengths and the manifest.
+The source is divided into numbered units (data/sources.py), which are independent, so that processes and machines can
+share the work. Each unit is written to `partial/` in pieces: shards, and a marker for each piece (data/worker.py). A
+run that was killed resumes after the last complete piece of each unit. The result is the same, byte for byte, as that
+of one process that was never interrupted. The last step, `finish`, turns the shards into a data set: it renames the
+shards, and writes the lengths and the manifest.
 """
 
 import concurrent.futures
@@ -61,13 +62,15 @@ def sample_bytes(config: DataConfig) -> float:
 
 
 def train_tokenizer(config: DataConfig) -> bool:
-  """Trains the tokenizer of `config.dir`, on equal amounts of text from each source. Returns False if it exists
-  already.
+  """Trains the tokenizer in `config.dir`, on equal amounts of text from each source.
 
-  If all text of the sources yields fewer than config.vocab_size tokens, the tokenizer has as many as it yields.
+  If all text of the sources isn't enough for config.vocab_size tokens, the tokenizer gets as many tokens as possible.
+
+  Returns:
+    True if a tokenizer was trained; False if it exists already, or if config.tokenizer names another one.
 
   Raises:
-    DataError: a source can't be read, or the sample is too small for config.vocab_size.
+    DataError: a source can't be read, or the sample is too small for config.vocab_size but the sources have more text.
   """
   path = config.tokenizer_path
   if config.tokenizer or epath.Path(path).exists():
@@ -121,7 +124,7 @@ def _open(config: DataConfig, name: str) -> sources.Source:
 
 @contextlib.contextmanager
 def _named(name: str):
-  """Adds the source's name to the message of a DataError."""
+  """Adds the source's name to the message of a DataError that is raised inside the block."""
   try:
     yield
   except DataError as error:
@@ -139,8 +142,10 @@ class _Preparation:
     self.job = Job(name, config, str(self.where / 'partial'))
 
   def finished(self) -> dict[str, Any] | None:
-    """Returns the manifest if the source is prepared, else None. Raises DataError if it was prepared with other
-    settings.
+    """Returns the manifest if the source is prepared, else None.
+
+    Raises:
+      DataError: the source was prepared with other settings or from other files, or the prepared data is damaged.
     """
     manifest = prepared.read_manifest(self.where)
     if manifest:
@@ -173,7 +178,7 @@ class _Preparation:
     write_atomically(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
 
   def markers(self, job: Job) -> dict[int, list[Marker]]:
-    """Returns the markers of each unit's complete pieces, in order."""
+    """Returns {unit: the markers of its complete pieces, in order}."""
     names = sorted(name for name in storage.open_folder(job.folder).sizes()
                    if name.startswith('unit-') and name.endswith('.json'))
     read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
@@ -186,8 +191,8 @@ class _Preparation:
 
 
 def _several(function: Callable, items: list, place: Any) -> Iterator:
-  """Yields function(item) for each item, in order. In a bucket, where each call takes long, several run at the same
-  time.
+  """Yields function(item) for each item, in order. If `place` is in a bucket, where each call takes long, several calls
+  run at the same time.
   """
   if not storage.is_remote(place):
     yield from map(function, items)
@@ -199,7 +204,7 @@ def _several(function: Callable, items: list, place: Any) -> Iterator:
 
 def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
                    report: Report = lambda _: None) -> dict[str, Any]:
-  """Prepares source `name` and returns its manifest. Does nothing if it is prepared with the same settings already.
+  """Prepares source `name` and returns its manifest. Only returns the manifest if the source is prepared already.
 
   Args:
     config: the settings of the data.
@@ -217,10 +222,11 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
                  report: Report = lambda _: None) -> None:
-  """Tokenizes the units of part `part` of `parts`, counted from 0. Does nothing if source `name` is finished.
+  """Tokenizes the units of source `name` that belong to part `part` (0 to parts - 1). Does nothing if the source is
+  finished.
 
-  Processes on other machines may work on other parts at the same time. The other arguments, and the errors, are those
-  of `prepare_source`.
+  Processes on other machines may work on other parts at the same time. `config`, `workers`, `report` and the errors are
+  those of `prepare_source`.
   """
   preparation = _Preparation(config, name)
   if preparation.finished():
@@ -297,7 +303,9 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Returns True if all units are done, or if the ones before the first unfinished unit contain max_documents."""
+    """Returns True if all units are done, or if the units before the first unfinished one contain max_documents
+    documents.
+    """
     count = 0
     for index in range(len(self.units)):
       if not self.done(index):
@@ -322,7 +330,8 @@ class _State:
 def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool) -> None:
   """Tokenizes the units `mine` that aren't done yet.
 
-  stop_early: stops once there are max_documents. It is set if no other machine works on the source.
+  stop_early: whether to stop once max_documents documents are tokenized. False if other machines also work on the
+    source.
   """
   state = _State(preparation, job, mine, report)
   state.show()
@@ -385,7 +394,9 @@ def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-  """Lets processes start that Ctrl-C doesn't reach: a terminal sends it to all, and only this one handles it."""
+  """Makes processes that start inside the block ignore Ctrl-C. A terminal sends Ctrl-C to all processes, but only this
+  process should handle it.
+  """
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield

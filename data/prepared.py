@@ -2,12 +2,12 @@
 
     DIR/NAME/1.0.0/NAME-SPLIT.array_record-00000-of-00005   a record is a document (data/records.py)
                    lengths-SPLIT.npy                 the number of tokens of each document, for packing
-                   manifest.json                     settings, counts, hashes, fingerprint of all; written last
+                   manifest.json                     settings, counts, hashes, fingerprint of the content; written last
                    dataset_info.json, features.json  TFDS's own files
 
-Every start checks the sizes of all files, and the content of the lengths. Every read of a record checks its checksum.
-`betarank data verify` checks all records. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads the data set as
-{'tokens': [N]}. Data in a bucket are read in place; with `data.cache_dir`, small sets are copied to a disk.
+Opening a split checks the sizes of all files, and the hash of the lengths. Reading a record checks its checksum.
+`betarank data verify` checks all records. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads each document of N
+tokens as {'tokens': [N]}. Data in a bucket are read in place; with `data.cache_dir`, small sets are copied to a disk.
 """
 
 import concurrent.futures
@@ -57,8 +57,8 @@ def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, 
 
 
 def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:
-  """Raises DataError if the data in folder `where` were prepared with other settings. The message names the
-  settings.
+  """Raises DataError if the data in folder `where` were prepared with settings other than `wanted`. The message names
+  the settings that differ.
   """
   differ = [f'{key} is {prepared.get(key)!r} there and {wanted[key]!r} now' for key in wanted
             if prepared.get(key) != wanted[key]]
@@ -68,7 +68,11 @@ def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str
 
 
 def check_input(where: epath.Path, manifest: dict[str, Any], listing: dict[str, Any]) -> None:
-  """Raises DataError if the source's files aren't those that were prepared. Does nothing if the files aren't known."""
+  """Raises DataError if the names or sizes of the source's files have changed since the preparation.
+
+  manifest: says which files were prepared. If it doesn't, nothing is checked.
+  listing: Source.listing of the source now. If it is empty, nothing is checked.
+  """
   there = manifest.get('input', {})
   if listing and 'sha256' in there and there['sha256'] != listing['sha256']:
     size = lambda about: f'{about["files"]} files of {about["bytes"]:,} bytes'
@@ -81,7 +85,11 @@ def tokenizer_sha256(config: DataConfig) -> str:
 
 
 def read_manifest(where: epath.Path) -> dict[str, Any] | None:
-  """Returns the manifest in folder `where`, or None if the data isn't prepared, or only partly."""
+  """Returns the manifest in folder `where`, or None if the preparation hasn't begun or isn't finished.
+
+  Raises:
+    DataError: the manifest isn't valid.
+  """
   try:
     manifest = json.loads((where / 'manifest.json').read_text())
     _check_manifest(manifest)
@@ -98,7 +106,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 def _check_manifest(manifest: dict[str, Any]) -> None:
   """Raises an error if the manifest isn't valid.
 
-  File names in it become paths, so they may only name files in the same folder.
+  The file names in a manifest become paths, so a name that points to another folder isn't valid.
   """
   if not re.fullmatch('[0-9a-f]{64}', manifest['fingerprint']):
     raise ValueError('its fingerprint is no SHA-256')
@@ -115,7 +123,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 
 
 def check_files(where: epath.Path, manifest: dict[str, Any]) -> None:
-  """Raises DataError if a file is missing, or has another size than the manifest says."""
+  """Raises DataError if a file is missing, or if its size differs from the size in the manifest."""
   there = storage.open_folder(where).sizes()
   for split in manifest['splits']:
     for name, size in _files(manifest, split).items():
@@ -148,8 +156,10 @@ def verify(config: DataConfig, name: str) -> int:
 
 
 def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
-  """Returns the manifest of source `name`, after checking that the data is complete and was made with these
-  settings.
+  """Returns the manifest of source `name`.
+
+  Raises:
+    DataError: the data isn't complete, or was prepared with settings other than those in `config`.
   """
   where = folder(config, name)
   manifest = read_manifest(where)
@@ -215,9 +225,9 @@ class Documents:
     return [document.tokens for document in self.request(indices)()]
 
   def request(self, indices: Sequence[int]) -> Callable[[], list[Document]]:
-    """Requests the documents `indices` and returns at once.
+    """Requests the documents `indices`, without waiting for them.
 
-    The returned function waits for the documents and returns them. It raises DataError if they can't be read.
+    Returns a function that waits for the documents and returns them. It raises DataError if they can't be read.
     """
     indices_N = np.asarray(indices, np.int64)
     places = list(zip(indices_N.tolist(), *(part.tolist() for part in self._places.of(indices_N))))
@@ -238,7 +248,7 @@ class Documents:
     return len(self._names)
 
   def verify_shard(self, shard: int) -> None:
-    """Raises DataError if the records of a shard aren't what was written."""
+    """Raises DataError if the records of a shard have changed since they were written."""
     start, content = self._starts[shard], hashlib.sha256()
     for first in range(start, self._starts[shard + 1], _VERIFIED_AT_ONCE):
       for document in self.request(range(first, min(first + _VERIFIED_AT_ONCE, self._starts[shard + 1])))():
@@ -255,7 +265,7 @@ def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: d
   """Returns the number of tokens of each document, uint16 or uint32.
 
   Raises:
-    DataError: the file isn't what was written.
+    DataError: the file can't be read, or its contents have changed since it was written.
   """
   name, documents = f'lengths-{split}.npy', sum(shard['documents'] for shard in counts['shards'])
   content = hashlib.sha256()
@@ -273,7 +283,13 @@ def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: d
 
 
 def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: Callable[[bytes], None]) -> np.ndarray:
-  """Parses an .npy file that arrives in pieces. It never allocates more memory than `documents` lengths need."""
+  """Returns the lengths in an .npy file that arrives in pieces. Calls `update` with each piece.
+
+  Even if the file is damaged, this allocates only the memory that `documents` lengths need.
+
+  Raises:
+    ValueError: the file isn't an array of `documents` lengths.
+  """
   first = next(pieces, b'')
   file = io.BytesIO(first[:_NPY_HEADER])
   np.lib.format.read_magic(file)

@@ -1,4 +1,4 @@
-"""Generates problems with worked solutions, by reasoning-gym. There is an unlimited number; each has an index.
+"""Generates problems with worked solutions, using reasoning-gym. Their number is unlimited; each has an index.
 
 Pre-training reads whole documents. RL gives the model the prompt and grades what follows it. Both use this form:
 
@@ -12,9 +12,9 @@ difficulty of each:
 
     reasoning:TASK[?OPTION=VALUE&...][+TASK...]        reasoning:chain_sum?max_terms=2&max_digits=1+gcd
 
-An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. Options that aren't
-given are those of the curriculum if a level is given, otherwise those in TASKS below, otherwise the generator's
-defaults.
+An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. If a level is given,
+the curriculum sets the options that aren't given. Otherwise they have the values in TASKS below or, where TASKS has
+none, the generator's defaults.
 """
 
 import contextlib
@@ -171,8 +171,8 @@ class _TooLongError(BaseException):  # not an Exception, because a generator mig
 
 @contextlib.contextmanager
 def _deadline():
-  """Ends the block with _TooLongError after _TRIAL_S seconds. It works only in the main thread, which receives
-  signals.
+  """Ends the block with _TooLongError after _TRIAL_S seconds. There is no limit outside the main thread, because only
+  the main thread receives signals.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -210,8 +210,8 @@ def _block(kind: Kind, stream: str, number: int):
 def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:
   """Returns problem `index` >= 0 of an unlimited sequence in which the kinds alternate. It is a pure function.
 
-  stream: names the sequence. Sequences with other names, such as RL's, use other random seeds. Short problems with
-  small numbers can still be equal; to keep questions apart, use `held_out`.
+  stream: the name of the sequence. Sequences with different names, such as those of pre-training and RL, use different
+    random seeds. They may still share short problems with small numbers; use `held_out` to keep questions apart.
   """
   kind = kinds[index % len(kinds)]
   block, item = divmod(index // len(kinds), _BLOCK)
@@ -221,10 +221,12 @@ def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Prob
 
 
 def question_hash(question: str) -> int:
-  """Returns a hash of 64 bits, equal for texts that differ only in white space and case."""
+  """Returns a hash of 64 bits. It is the same for questions that differ only in white space and case."""
   return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
 
 
 def held_out(question: str, fraction: float) -> bool:
-  """Returns True if the question is in the held-out share. A larger share contains all questions of a smaller one."""
+  """Returns True if the question is held out when `fraction` of all questions is held out. A larger fraction holds out
+  the same questions and more.
+  """
   return question_hash(question) < fraction * 2**64

@@ -1,13 +1,13 @@
 """Encodes prepared documents, and computes the position of each document in its shard.
 
-A shard is an ArrayRecord file, which is a Riegeli file: a sequence of chunks, written to blocks of 64 KiB that have a
-header each. Shards have one record per chunk and no compression. So the position of a record follows from the lengths
-of the documents before it, and any document takes one ranged read from a disk or a bucket. ArrayRecord's own index,
-which takes 8 bytes and 0.2 us per document to open, isn't needed.
+A shard is an ArrayRecord file, which is a Riegeli file: a sequence of chunks, written to blocks of 64 KiB. Each block
+begins with a header. Shards have one record per chunk and no compression. So the position of a record follows from the
+lengths of the documents before it, and any document takes one ranged read from a disk or a bucket. ArrayRecord's own
+index, which takes 8 bytes and 0.2 us per document to open, isn't needed.
 
-A record is a tf.train.Example {'tokens': bytes}, with two more fields that readers of Examples skip:
+A record is a tf.train.Example with the field `tokens`. Readers of Examples skip the fields 14 and 15:
 
-    tokens   token ids, uint16 or uint32, little-endian: BOS, those of the text, EOS
+    tokens   token ids, uint16 or uint32, little-endian: BOS, the ids of the text, EOS
     14       only in masked sets: one bit per token, which says whether the token counts as a target
     15       CRC-32 of all bytes before it
 
@@ -76,7 +76,8 @@ def _mask_header(length: int) -> bytes:
 def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
   """Returns the record of a document.
 
-  mask: bool [N], only for a masked set.
+  tokens: the ids of its N tokens.
+  mask: bool [N], whether each token counts as a target; only for a masked set.
   """
   raw = tokens.tobytes()
   record = _header(len(raw)) + raw
@@ -88,16 +89,17 @@ def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 def without_checksum(record: bytes) -> memoryview:
   """Returns a record without its checksum.
 
-  The content hash is computed from this. So it equals the hash of older data sets, whose records have no checksums.
+  The content hash is computed from the result. So a set has the same hash as older sets, whose records have no
+  checksums.
   """
   return memoryview(record)[:-_CHECKSUM_BYTES]
 
 
 def from_record(record: bytes, length: int, form: Form) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns (token ids, mask or None) of a record, read-only arrays [length].
+  """Returns (token ids [length], mask) of a record. The mask is bool [length], or None if the set isn't masked.
 
   Raises:
-    ValueError: the record isn't what was written.
+    ValueError: the size or the header of the record isn't as expected, or its checksum doesn't match.
   """
   size = length * form.dtype.itemsize
   header = _header(size)
@@ -117,7 +119,7 @@ def from_record(record: bytes, length: int, form: Form) -> tuple[np.ndarray, np.
 
 
 def _record_sizes(lengths_N: np.ndarray, form: Form) -> np.ndarray:
-  """Returns the size of each record in bytes, int64 [N]."""
+  """Returns the size in bytes of the records of N documents, int64 [N]."""
   lengths_N = lengths_N.astype(np.int64)
   sizes_N = lengths_N * form.dtype.itemsize
   for prefix in _PREFIXES:
@@ -129,8 +131,8 @@ def _record_sizes(lengths_N: np.ndarray, form: Form) -> np.ndarray:
 
 
 def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
-  """Returns the size in bytes of the chunk of each record: chunk header, compression type, two varints and the
-  record.
+  """Returns the size in bytes of each record's chunk, which has a chunk header, a compression type, two varints and
+  the record.
   """
   return _CHUNK_HEADER + 2 + _varint_size(records_N) + records_N
 
@@ -151,8 +153,8 @@ class Places:
     """Computes the stored positions.
 
     Args:
-      lengths_N: the lengths of the documents, in tokens.
-      starts: the first document of each shard, then the number of documents.
+      lengths_N: the lengths of the N documents, in tokens.
+      starts: the index of the first document of each shard, followed by the number of all documents.
       form: the format of the records.
     """
     self._lengths, self._starts, self._form = lengths_N, np.array(starts, np.int64), form
@@ -184,7 +186,9 @@ class Places:
     return self._line[block_N] + np.sum(chunks_NS, axis=1, where=before_NS)
 
   def of(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (shard, first byte, byte after the last) of the documents `indices`, int64 [N] each."""
+    """Returns where the records of the N documents `indices` are: (shard, position of the first byte, position after
+    the last byte), each int64 [N].
+    """
     shard_N = np.searchsorted(self._starts, indices, 'right') - 1
     records_N = _record_sizes(self._lengths[indices], self._form)
     chunk_N = _SIGNATURE + self._on_line(indices) - self._shard_line[shard_N]
@@ -193,9 +197,10 @@ class Places:
 
 
 def record_in(raw: bytes, begin: int) -> bytes:
-  """Returns the record in a range of bytes of a shard, without the block headers in it.
+  """Returns a record, given the bytes of the shard that contain it. Block headers inside these bytes are removed.
 
-  raw: the bytes. begin: their position in the shard.
+  raw: the bytes from the beginning of the record to its end.
+  begin: the position of these bytes in the shard.
   """
   header = -begin % _BLOCK
   if header >= len(raw):

@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 
 def show(config: DataConfig, names: Sequence[str], split: str, row: int, seed: int) -> None:
-  """Prints a packed row of each source as text, its counts, and its longest and shortest documents.
+  """Prints for each source: its counts, one packed row as text, and its longest and shortest documents.
 
   Raises:
     DataError: a source doesn't exist or isn't prepared, or the row is negative.
@@ -75,7 +75,7 @@ def _source(config: DataConfig, name: str, split: str, row: int, seed: int, toke
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
-  """Returns the text of tokens. In a masked set, what the loss counts is in brackets."""
+  """Returns the text of tokens. If there is a mask, the parts that the loss counts are in brackets."""
   if mask is None:
     return tokenizer.decode(tokens)
   edges = np.flatnonzero(np.diff(mask, prepend=not mask[0])).tolist()
@@ -84,7 +84,10 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 
 
 def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
-  """Returns the shortest documents for order 1, or the longest for order -1. Doesn't sort or copy all lengths."""
+  """Returns the indices of the _EXTREMES shortest documents for order 1, or of the longest ones for order -1.
+
+  It needs little memory, because it never sorts or copies all N lengths at once.
+  """
   best = np.array([], np.int64)
   for start in range(0, len(lengths_N), 2**20):
     part = np.arange(start, min(start + 2**20, len(lengths_N)))
@@ -95,10 +98,10 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 
 
 def tokenizer(config: DataConfig) -> None:
-  """Prints, for each source, bytes per token on text that the tokenizer wasn't trained on, and how many tokens are
-  never used.
+  """Prints each source's bytes per token, on text that the tokenizer wasn't trained on. Then prints how many tokens
+  this text never uses.
 
-  If a source is entirely in the training sample, it is judged on the sample, and the line says so.
+  If the tokenizer was trained on all text of a source, text from the training sample is used, and the line says so.
   """
   tokenizer, every = read(config), np.zeros(0, np.int64)
   share = prepare.sample_bytes(config) / len(config.sources)

@@ -1,12 +1,12 @@
-"""Reads a source of documents, which is named by a URI. It is divided into units that can be read in any order.
+"""Reads a source of documents, which is named by a URI. A source is divided into units that can be read in any order.
 
     reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py), without end
     text:FILES                         plain UTF-8; each file is one stream, cut into documents at line ends
     jsonl:FILES[#FIELD]                each line is an object; FIELD holds the text (default 'text')
-    csv:FILES[#COLUMN]                 with a header line; .tsv for tabs
+    csv:FILES[#COLUMN]                 files with a header line; .tsv files are separated by tabs
     parquet:FILES[#COLUMN]             COLUMN holds the text
     arrayrecord:FILES                  each record is a UTF-8 document
-    tfds:NAME[/CONFIG][:SPLIT][#FIELD] a TFDS data set on this machine, or its folder; defaults 'train' and 'text'
+    tfds:NAME[/CONFIG][:SPLIT][#FIELD] a TFDS data set on this machine, or its folder; SPLIT is 'train' by default
 
 FILES is a path, a glob that may contain `**`, or a folder. It may be local, gs://, s3://, hf:// or anything else that
 fsspec reads (data/files.py). Text, JSON Lines and CSV may be compressed with gzip, bz2, zstd or xz, which is recognized
@@ -73,11 +73,11 @@ def masked(source: SourceConfig) -> bool:
 
 
 class BadRows:
-  """Decides what happens to a bad row. It stops the reading, or is skipped and counted up to a limit.
+  """Counts the bad rows, which are skipped. Raises DataError, which ends the reading, if there are more than `limit`.
 
   Attributes:
     count: the number of bad rows so far.
-    last: the message of the last one.
+    last: the error message of the last bad row.
   """
 
   def __init__(self, limit: int):
@@ -87,7 +87,11 @@ class BadRows:
     self.add(1, str(error))
 
   def add(self, count: int, last: str) -> None:
-    """Counts rows that were skipped. Raises DataError if there are more than the limit."""
+    """Counts skipped rows. Raises DataError if there are now more than the limit.
+
+    count: the number of rows to add.
+    last: the error message of the last of these rows.
+    """
     self.count, self.last = self.count + count, last or self.last
     if self.count > self.limit:
       raise DataError(f'{self.last}; or skip such rows: max_bad_rows=N of the source' if not self.limit else
@@ -105,8 +109,8 @@ class Source:
 
     Args:
       config: the settings of the source.
-      document_bytes: `text` is cut into documents of at most this size.
-      held_out_fraction: the share of questions that `reasoning` leaves out.
+      document_bytes: the largest size in bytes of the documents into which a source of the kind `text` is cut.
+      held_out_fraction: the share of questions that a source of the kind `reasoning` leaves out.
 
     Raises:
       DataError: the URI isn't valid.
@@ -143,9 +147,9 @@ class Source:
 
   @property
   def listing(self) -> dict[str, Any]:
-    """Describes the source's files: {'files', 'empty_files', 'bytes', 'sha256'}; {} for a source without files.
+    """The numbers of files and of empty files, the size of all, and a hash of their names and sizes.
 
-    The hash is that of their names and sizes.
+    The keys are 'files', 'empty_files', 'bytes' and 'sha256'. For a source without files, the dict is empty.
     """
     if not isinstance(self._reader, formats.FileReader):
       return {}
@@ -155,7 +159,7 @@ class Source:
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """Returns units of similar size that make up the source, in order. There are at most about MOST_UNITS."""
+    """Returns units of similar size that make up the source, in order. There are at most about MOST_UNITS units."""
     size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
     for segment in self.segments:
@@ -174,9 +178,9 @@ class Source:
     return [*units, tuple(unit)] if unit else units
 
   def read(self, unit: Iterable[Segment], bad_rows: Callable[[DataError], None] | None = None) -> Iterator[Document]:
-    """Yields the documents of a unit, without empty ones. Only `text` cuts them into parts while reading.
+    """Yields the documents of a unit, except empty ones. Long documents aren't cut here, unless the kind is `text`.
 
-    bad_rows: called for each row that can't be used. None: the first such row is raised as an error.
+    bad_rows: called with the error of each row that can't be used. None: the error of the first such row is raised.
     """
     bad_rows = bad_rows or BadRows(0)
     for segment in unit:
@@ -194,7 +198,7 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` in all, from places that are spread evenly over all files.
 
-    held_out: if not 0, yields other texts instead: those that follow the texts of the sample, about `held_out` bytes.
+    held_out: if not 0, yields about this many bytes of other text instead: at each place, what follows the sample.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)
@@ -213,7 +217,7 @@ class Source:
         yield from texts
 
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
-    """Divides the source into equal parts. A sample is read at the beginning of each."""
+    """Returns the segments of each of several parts of equal size. A sample is read at the beginning of each part."""
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))
     size, at = max(total, 1) / count, 0.0
@@ -255,9 +259,7 @@ def segment_bytes(segment: Segment) -> float:
 
 @functools.lru_cache(maxsize=64)
 def open_source(config: DataConfig, name: str) -> Source:
-  """Returns the source that `config` calls `name`. It is the same object each time, so that files are examined only
-  once.
-  """
+  """Returns source `name` of `config`. Each call returns the same object, so that files are examined only once."""
   return Source(config.sources[name], config.longest_document, config.held_out_fraction)
 
 

@@ -36,13 +36,13 @@ class Folder(Protocol):
   """The files of a folder."""
 
   def sizes(self) -> dict[str, int]:
-    """Returns {file: size in bytes}, from one listing of the folder. Raises DataError if it can't be read."""
+    """Lists the folder once and returns {file: size in bytes}. Raises DataError if the folder can't be read."""
 
   def start(self, name: str, begin: int, end: int) -> _Wait:
     """Requests the bytes [begin, end) of a file.
 
-    Returns a function that waits for the bytes and returns them. They are fewer than end - begin if the file ends
-    earlier. The function raises DataError if they can't be read.
+    Returns a function that waits for the bytes and returns them. If the file ends before `end`, there are fewer bytes.
+    The function raises DataError if the bytes can't be read.
     """
 
 
@@ -56,7 +56,7 @@ def open_folder(path: Any) -> Folder:
 
 
 def read_pieces(folder: Folder, name: str, size: int) -> Iterator[bytes]:
-  """Yields the first `size` bytes of a file in order. It reads ahead."""
+  """Yields the first `size` bytes of a file in pieces, in order. The next pieces are requested ahead of time."""
   waiting: collections.deque[_Wait] = collections.deque()
   begins = iter(range(0, size, _PIECE))
   while True:
@@ -105,7 +105,8 @@ class _LocalFolder:
 
 @functools.cache
 def _context():
-  """Returns the settings that all folders share, so that the limit on requests holds for the whole process."""
+  """Returns TensorStore's settings. All folders share them, so that the limit on requests holds for the whole process.
+  """
   import tensorstore
 
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(_SILENT_S))

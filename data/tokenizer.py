@@ -34,13 +34,13 @@ def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int =
   bytes.
 
   Args:
-    documents: texts; the first `max_bytes` of them (UTF-8) are used.
+    documents: the texts. Only about the first `max_bytes` bytes (UTF-8) are used.
     vocab_size: the number of tokens.
     path: the file to write.
     max_bytes: the number of bytes to train on.
 
   Raises:
-    DataError: the documents don't yield `vocab_size` tokens.
+    DataError: there are no documents, or SentencePiece can't train `vocab_size` tokens on them.
   """
   import sentencepiece
 
@@ -89,9 +89,10 @@ def _explain(error: str, vocab_size: int, path: str) -> str:
 
 
 def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-  """Yields the lines of the documents, because no token spans two lines.
+  """Yields the lines of the documents, up to about `max_bytes` bytes in all. No token spans two lines.
 
-  It also splits at NUL and at SentencePiece's character for a space, which the trainer doesn't accept.
+  Documents are also split at NUL and at SentencePiece's character for a space, because the trainer accepts neither.
+  Long lines are cut.
   """
   used = 0
   for document in documents:
@@ -110,12 +111,13 @@ class Tokenizer(Protocol):
   Attributes:
     vocab_size: the largest id plus 1.
     bos, eos: the ids that begin and end a document. A tokenizer without BOS, such as Qwen's, begins documents with EOS.
-    pad: the id for padding, or EOS's if there is none. It isn't used here, because padding is masked.
+    pad: the id of the padding token, or of EOS if there is no padding token. It isn't used here, because padding is
+      masked.
     sha256: identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
-    bytes_per_token_V: int32 [vocab_size], the number of these bytes. Their sum over encode(text) is the number of bytes
-      of the text as the tokenizer reads it. Some tokenizers normalize Unicode to NFC (Qwen), or add a space before the
-      text (Llama 2).
+    bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. Its sum over encode(text) is the size
+      of the text after the tokenizer has changed it. Some tokenizers normalize Unicode to NFC (Qwen), or add a space
+      before the text (Llama 2); most change nothing.
   """
 
   vocab_size: int
@@ -127,7 +129,9 @@ class Tokenizer(Protocol):
   bytes_per_token_V: np.ndarray
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns token ids, int32 [N], without BOS and EOS. Special tokens never come from text.
+    """Returns the N token ids of `text`, int32 [N], without BOS and EOS.
+
+    The name of a special token in the text, such as '<|endoftext|>', is encoded as ordinary characters.
 
     Raises:
       DataError: the text has lone surrogates.
@@ -136,7 +140,8 @@ class Tokenizer(Protocol):
   def decode(self, ids: np.ndarray | list[int]) -> str:
     """Returns the text of `ids`. Bytes that aren't UTF-8 become U+FFFD.
 
-    Special tokens add nothing. Nor do ids >= vocab_size, which a model with a larger vocabulary may draw.
+    Special tokens and ids >= vocab_size add nothing to the text. A model may draw such ids if its vocabulary is larger
+    than the tokenizer's.
 
     Raises:
       DataError: an id is negative.
@@ -147,8 +152,8 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
   """Reads the tokenizer at `path`: a SentencePiece model, a tokenizer.json, or a folder with one of them.
 
   Raises:
-    DataError: the tokenizer is missing, broken or unusable, or has more than `model_vocab_size` tokens, if that is
-      given.
+    DataError: the tokenizer is missing, broken or unusable, or `model_vocab_size` is given and the tokenizer has more
+      tokens.
   """
   file = find(path)
   tokenizer = JsonTokenizer(file) if file.suffix == '.json' else SentencePieceTokenizer(file)
@@ -165,7 +170,9 @@ def sha256_of(path: str) -> str:
 
 
 def find(path: str) -> epath.Path:
-  """Returns the file that `path` means. In a folder this is tokenizer.json or, if there is none, tokenizer.model."""
+  """Returns the tokenizer's file. If `path` is a folder, this is its tokenizer.json or, without one, its
+  tokenizer.model.
+  """
   place = epath.Path(path)
   if not place.is_dir():
     return place
@@ -180,7 +187,7 @@ class SentencePieceTokenizer:
   """A SentencePiece model; see Tokenizer for its methods.
 
   Tokenizers trained here are lossless: decode(encode(text)) == text. Others may change the text, for example by adding
-  a space before it. Their bytes are then those of the changed text.
+  a space before it. `token_bytes` and `bytes_per_token_V` then describe the changed text.
   """
 
   def __init__(self, path: epath.Path):

@@ -1,7 +1,7 @@
 """Reads tokenizers in Hugging Face's format, tokenizer.json, as published with Qwen and Llama 3.
 
 Only BPE tokenizers that keep all bytes of a text are accepted. Only tokenizer.json, tokenizer_config.json and
-generation_config.json are read, as data. Everything else in the folder, such as chat templates and Python files, is
+generation_config.json are read, as data. Other files in the folder, such as chat templates and Python files, are
 ignored.
 """
 
@@ -33,7 +33,9 @@ _PROBES = (
 
 
 def read_file(path: epath.Path, advice: str) -> bytes:
-  """Returns the content of a tokenizer's file. Raises DataError, ending with `advice`, if it can't be read."""
+  """Returns the content of a tokenizer's file. Raises DataError if the file can't be read; `advice` is added to the
+  message.
+  """
   try:
     if not path.exists():
       raise DataError(f'{path}: no such tokenizer; {advice}')
@@ -55,9 +57,9 @@ class _Files:
 
   Attributes:
     where: the path of tokenizer.json.
-    data: its content.
+    data: the content of tokenizer.json.
     added: {content: (id, special)} of the added tokens.
-    bos, eos, pad: ids.
+    bos, eos, pad: the ids of these tokens. If there is no BOS or padding token, the id of EOS takes its place.
   """
 
   where: epath.Path
@@ -77,7 +79,7 @@ def _read(where: epath.Path) -> _Files:
   """Reads the files of the tokenizer at `where`.
 
   Raises:
-    DataError: a file is missing or broken, or none of them names a token that ends a document.
+    DataError: a file is missing or broken, the tokenizer can't be used, or no file names a token that ends a document.
   """
   data = read_file(where, 'give config.data.tokenizer a folder with tokenizer.json')
   added = _added_tokens(data, where)
@@ -136,12 +138,14 @@ def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]
 
 def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple[int, bool]],
           where: epath.Path) -> int | None:
-  """Returns the id of the BOS, EOS or PAD token, or None.
+  """Returns the id of the token for a role ('bos', 'eos' or 'pad'); None if no file names such a token.
 
-  The token is named by tokenizer_config.json or, if that names none, by generation_config.json.
+  The token is named by tokenizer_config.json or, if this file names none, by generation_config.json. For 'pad', also
+  returns None if the token isn't special.
 
   Raises:
-    DataError: the token isn't special. Such a token could come from a text, and would then seem to end a document.
+    DataError: the BOS or EOS token isn't special. A text could contain such a token, which would then seem to begin or
+      end a document.
   """
   special = {text: id for text, (id, special) in added.items() if special}
   token = optional['tokenizer_config.json'].get(f'{name}_token')
@@ -168,20 +172,20 @@ def sha256_of(where: epath.Path) -> str:
 
 
 class JsonTokenizer:
-  """A tokenizer.json; see Tokenizer in data/tokenizer.py for its methods.
+  """A tokenizer that is read from a tokenizer.json; see Tokenizer in data/tokenizer.py for its methods.
 
   Ids are the same as those of transformers' AutoTokenizer, called with add_special_tokens=False and
-  split_special_tokens=True. The tokenizer's normalizer may change a text in two ways: Qwen's converts it to Unicode's
-  NFC, and vocabularies from SentencePiece may add a space before it. Bytes are then those of the changed text. A
-  tokenizer that changes text in any other way is refused.
+  split_special_tokens=True. The tokenizer's normalizer may change a text in two ways: Qwen's converts the text to
+  Unicode's NFC, and vocabularies from SentencePiece may add a space before it. `token_bytes` and `bytes_per_token_V`
+  then describe the changed text. A tokenizer that changes text in any other way is refused.
   """
 
   def __init__(self, where: epath.Path):
-    """Reads the tokenizer.json at `where`, and the two other files in its folder.
+    """Reads the tokenizer.json at `where`, and tokenizer_config.json and generation_config.json in the same folder.
 
     Raises:
-      DataError: a file is missing or broken, names no EOS, or describes a tokenizer that isn't BPE, is random, or loses
-        or changes text.
+      DataError: a file is missing or broken, no file names an EOS token, or the tokenizer isn't BPE, is random, or
+        loses or changes text.
     """
     import tokenizers
 
@@ -211,7 +215,7 @@ class JsonTokenizer:
     self._check_bytes()
 
   def _token_bytes(self) -> list[bytes]:
-    """Returns the bytes of every id; b'' for special tokens and for ids without a token."""
+    """Returns the bytes that each id stands for; b'' for special tokens and for ids without a token."""
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
     added = self._tokenizer.get_added_tokens_decoder()
     size = max([*vocabulary.values(), *added, self.eos]) + 1
@@ -225,8 +229,8 @@ class JsonTokenizer:
     return out
 
   def _piece_bytes(self):
-    """Returns the function that converts a piece of the vocabulary to its bytes. It depends on the tokenizer's
-    decoder.
+    """Returns the function that converts a piece of the vocabulary to its bytes. Which function that is depends on the
+    tokenizer's decoder.
     """
     decoder = self._tokenizer.decoder
     decode = decoder.decode if decoder else ''.join
@@ -253,7 +257,9 @@ class JsonTokenizer:
                     'another tokenizer')
 
   def _check_bytes(self) -> None:
-    """Raises DataError if the tokenizer could lose or change a text, except by NFC or by a space before it."""
+    """Raises DataError if the tokenizer could lose or change a text. It may only convert the text to NFC, or add a
+    space before it.
+    """
     single = {piece for piece in self.token_bytes if len(piece) == 1}
     if len(single) < 256:
       byte = next(byte for byte in range(256) if bytes([byte]) not in single)
@@ -280,7 +286,7 @@ class JsonTokenizer:
 
 
 def checked(ids: np.ndarray | list[int]) -> list[int]:
-  """Returns ids as a list of int. Raises DataError if one is negative."""
+  """Returns ids as a list of int. Raises DataError if an id is negative."""
   ids = np.asarray(ids, np.int64).reshape(-1)
   if ids.size and ids.min() < 0:
     raise DataError(f'token ids must be >= 0, got {ids.min()}')

@@ -1,8 +1,8 @@
-"""Tokenizes one unit of a source, and writes shards with a marker each; see data/prepare.py.
+"""Tokenizes one unit of a source, and writes it as shards; see data/prepare.py.
 
-A unit is written in pieces of PIECE_BYTES of text. Each piece becomes a shard of the data set. Where a piece ends
-depends only on the input. So a unit that was interrupted resumes after its last complete piece, and produces the same
-files.
+A unit is written in pieces of PIECE_BYTES of text. A piece is one shard for each split, and a marker: a JSON file with
+counts and hashes, which is written last. Where a piece ends depends only on the input. So a unit that was interrupted
+resumes after its last complete piece, and its files are the same as without the interruption.
 """
 
 import array
@@ -31,13 +31,14 @@ _REPORTED = 2**20  # bytes of text between two reports of progress
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is common to all units. A worker process gets it once.
+  """The settings that all units of a source share. Each worker process gets them once, when it starts.
 
   Attributes:
     name: the source.
     config: the settings of the data.
     folder: where shards and markers are written.
-    share: if True, the validation split takes the end of each document, instead of whole documents.
+    share: if True, the end of each document goes to the validation split, and the rest to training. Dialogues can't be
+      divided, so a few whole ones go to validation. If False, every document goes to one split as a whole.
   """
 
   name: str
@@ -63,13 +64,14 @@ class Worker:
 
   def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
           report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """Writes the next pieces of a unit, and yields the marker of each.
+    """Writes the pieces of a unit that don't exist yet, and yields the marker of each piece.
 
     Args:
-      index, unit: the number of the unit, and the unit.
+      index: the number of the unit.
+      unit: the unit.
       limit: the largest number of documents to write; 0 for any number.
       done: the markers of the unit's pieces that exist already.
-      report: called with the number of bytes of text since the last call.
+      report: called with the number of bytes of text that were tokenized since the last call.
     """
     done = done or []
     bad = sources.BadRows(self.source.config.max_bad_rows)
@@ -94,7 +96,7 @@ class Worker:
 
 
 class _Piece:
-  """The shards of one piece of a unit, and its marker."""
+  """Writes the shards and the marker of one piece of a unit."""
 
   def __init__(self, worker: Worker, unit: int, piece: int):
     self._worker, self._at = worker, (unit, piece)
@@ -144,7 +146,10 @@ def _share(text: str, fraction: float) -> dict[str, str]:
 
 
 def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.ndarray | None]:
-  """Returns the token ids of a document with BOS and EOS and, in a masked set, which of them count as targets."""
+  """Returns (token ids, mask) of a document, with BOS and EOS.
+
+  The mask is bool, True for the tokens that count as targets; it is None if the set isn't masked.
+  """
   tokenizer = worker.tokenizer
   parts = document.parts if isinstance(document, Dialogue) else ((document, True),)
   ids = [tokenizer.encode(text) for text, _ in parts]
@@ -156,10 +161,10 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
 
 
 class ShardWriter:
-  """Writes one split of a piece to `path`. Without documents, it writes no file.
+  """Writes one split of a piece to the shard `path`. If the split has no documents, no file is written.
 
-  ArrayRecord can write only to a disk. A shard for a bucket, of at most PIECE_BYTES, is kept in memory until it is
-  complete. So no disk is needed, and a killed process leaves nothing behind.
+  ArrayRecord can write only to a disk. So a shard for a bucket, which has about PIECE_BYTES of text, is kept in memory
+  until it is complete. It then needs no disk, and a killed process leaves nothing behind.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):

@@ -20,7 +20,7 @@ _LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
 
 
 class Question(Protocol):
-  """The fields of a task that are needed to extract an answer. tasks/records.py has the whole task."""
+  """The fields of a task that are needed to extract an answer. Task in tasks/records.py has all fields."""
 
   question: str
   prompt: str
@@ -30,13 +30,13 @@ class Question(Protocol):
 
 
 def final_answer(text: str, task: Question) -> str | None:
-  r"""Returns the final answer in `text`, stripped, or None if there is none. It depends on the task's answer_format:
+  r"""Returns the final answer in `text`, stripped, or None if there is none. The task's answer_format says what it is:
 
-  line: the `answer_lines` lines (0: all) after the first '\nAnswer: '. The first one counts, because a model that
-  doesn't stop continues with new questions of its own.
-  boxed: the content of the last \boxed{...} with balanced braces, in the answer to this question. Boxes that are
-  separated only by 'and', 'or' or commas are one answer, joined by commas.
-  code: the part of the program that is run, up to the end of the function or to [DONE].
+  line: the `answer_lines` lines (0: all) after the first '\nAnswer: '. Later ones don't count, because a model that
+    doesn't stop continues with new questions of its own.
+  boxed: the content of the last \boxed{...} with balanced braces, before the model begins a new question. Boxes that
+    are separated only by 'and', 'or' or commas are one answer, joined by commas.
+  code: the part of the program that is run, up to the end of the function or to [DONE]. It isn't stripped.
   """
   if task.answer_format == 'line':
     _, mark, rest = text.partition(ANSWER_MARK)
@@ -48,8 +48,8 @@ def final_answer(text: str, task: Question) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""Returns the content of the last \boxed{...}, or of the last boxes that form one answer together; None if there is
-  none.
+  r"""Returns the content of the last \boxed{...} in `text`; None if there is no box. If the last boxes form one answer
+  together, returns their contents, joined by commas.
   """
   found: list[tuple[int, int, str]] = []  # (start, end, content), the last box first
   limit = len(text)
@@ -67,7 +67,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
-  """Returns (content, end) of the brace group at `start`, or of the single character there; None if it has no end."""
+  """Returns (content, end) of the brace group at `start`, or of a single character without braces. Returns None if the
+  group isn't closed before `limit`, or if nothing is there.
+  """
   if text[start:start + 1] != '{':
     return (text[start], start + 1) if start < limit else None  # \boxed 5
   depth = 0
@@ -80,7 +82,7 @@ def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
 
 
 def _up_to_next_question(text: str, task: Question) -> str:
-  """Cuts `text` where a model that didn't stop begins a new question in the form of the prompt."""
+  """Returns the part of `text` before the model begins a new question in the form of the prompt."""
   if not task.question:
     return text
   opening = task.prompt[: max(task.prompt.rfind(task.question), 0)].rsplit('\n', 1)[-1].strip()

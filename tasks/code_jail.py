@@ -8,11 +8,11 @@ Python, and 16 MB of /tmp. There is no network, no environment and no /proc. Tim
 are limited. At the deadline process 1 of the jail is killed, and the kernel ends all others in it. This needs Linux
 5.12 with namespaces. Elsewhere programs are refused, or run with the limits alone if the user accepts that.
 
-The result is plain data: a token that the program gets only after its last line has run, and the end of what it
-printed. Nothing of it is parsed.
+A program has run to its end if it sends back a token, which it gets only after its last line has run. The token and
+the end of what the program printed are plain data, and neither is parsed.
 
-A jail protects the machine, not the tests. Tests and program share an interpreter, so a program that tries to deceive
-the tests can, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
+A jail protects the machine, not the tests. Tests and program share an interpreter, so a program can be written to
+deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
 """
 
 import dataclasses
@@ -44,11 +44,13 @@ class JailConfig:
   """Section `rl.code` or `eval.code`: the limits on each program.
 
   Attributes:
-    workers: the number of programs at the same time.
-    cpu_s, memory_mb: for each process of a program.
-    deadline_s: wall-clock seconds, including the creation of the jail.
-    processes: the number of processes and threads at the same time.
-    accept_no_isolation: if the kernel offers no isolation, runs programs with the limits alone.
+    workers: the number of programs that run at the same time.
+    cpu_s: the CPU seconds that each process of a program may use.
+    deadline_s: the wall-clock seconds that a program may take, including the creation of the jail.
+    memory_mb: the memory in MB that each process of a program may use.
+    processes: the number of processes and threads that a program may have at the same time.
+    accept_no_isolation: whether to run programs without a jail, under these limits alone, if the kernel offers no
+      isolation.
   """
 
   workers: int = 2
@@ -71,7 +73,7 @@ class Outcome(NamedTuple):
   """The result of a program.
 
   passed: whether the program ran to its end.
-  why: if it didn't, 'deadline' or the last line that it printed.
+  why: 'deadline' or the last line that the program printed; '' for a program that ran to its end.
   """
 
   passed: bool
@@ -82,14 +84,14 @@ class Jail:
   """Runs programs. Thread-safe.
 
   Attributes:
-    isolated: True for a jail, False for limits alone.
-    workers: the number of programs at the same time.
+    isolated: True if programs run in a jail, False if they run without one, under the limits alone.
+    workers: the number of programs that run at the same time.
   """
 
   def __init__(self, config: JailConfig, section: str = 'config.eval.code'):
-    """Runs a harmless program as a test.
+    """Runs a harmless program, to test that programs can be run.
 
-    section: the section of the config, for messages.
+    section: the section of the config that error messages name.
 
     Raises:
       JailError: the test failed.
@@ -113,7 +115,7 @@ class Jail:
                       f'{sys.base_prefix}?')
 
   def run(self, program: str) -> Outcome:
-    """Runs Python source as a script. Raises JailError if the jail can't be created."""
+    """Runs `program`, which is Python source, as a script. Raises JailError if the jail can't be created."""
     token = secrets.token_hex(16).encode()
     reader, writer = os.pipe()
     with (open(reader, 'rb', buffering=0) as reports, tempfile.TemporaryFile() as printed,

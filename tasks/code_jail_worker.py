@@ -2,9 +2,10 @@
 
     python -I -S -B tasks/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
 
-There are three processes. This one limits the time. Its child is process 1 of a new process namespace, whose death ends
-all other processes in it. The grandchild gives up its rights and becomes the program. One byte is written to the
-descriptor `report` when the jail is ready, and the token after the program's last line.
+There are three processes. This one limits the time. Its child is process 1 of a new process namespace; when process 1
+dies, the kernel ends all other processes in the namespace. The grandchild gives up its rights and becomes the program.
+One byte is written to the descriptor `report` when the jail is ready. The token is written to it after the program's
+last line has run.
 
 This file imports nothing of the project or of third parties, because it runs with rights that the program must not
 have.
@@ -66,13 +67,15 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _restrict(path: str, attributes: int, below: int = _ALL_BELOW) -> None:
-  """Sets attributes such as read-only on a mount, and on those below it. Needs Linux 5.12."""
+  """Sets attributes such as read-only on a mount and, by default, on all mounts below it. Needs Linux 5.12."""
   given = struct.pack('QQQQ', attributes, 0, 0, 0)
   _call('syscall', ctypes.c_long(_MOUNT_SETATTR), _HERE, path, below, given, ctypes.c_size_t(len(given)))
 
 
 def unshare() -> None:
-  """Creates new namespaces for the next child: mounts, processes, network and IPC. Without root, also users."""
+  """Creates new namespaces for the next child: mounts, processes, network, IPC and host name. If this user isn't root,
+  also creates a user namespace.
+  """
   user, group = os.geteuid(), os.getegid()
   flags = _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS
   _call('unshare', flags | (_NEW_USER if user else 0))
@@ -85,9 +88,9 @@ def unshare() -> None:
 
 
 def build(folder: str, readable: list[str], program: bytes) -> None:
-  """Creates a root with the readable folders, the program and an empty /tmp, and moves into it.
+  """Creates a new root folder and makes it this process's root, so that no other file of the machine is visible.
 
-  Nothing else of the machine is visible after that.
+  The new root has the system's libraries, a few devices, the paths in `readable`, the program and an empty /tmp.
   """
   _mount(None, '/', None, _RECURSIVE | _PRIVATE)
   _mount('tmpfs', folder, 'tmpfs', _NOSUID | _NODEV, 'size=16m,nr_inodes=4096,mode=755')
@@ -133,7 +136,9 @@ def limit(settings: dict, extra_processes: int) -> None:
 
 
 def become_nobody(user: int) -> None:
-  """Turns root into a user who owns nothing. Whoever the user is, the process can't gain rights again."""
+  """Changes the user of this process to `user`, who owns nothing, if it is root. In any case, makes sure that the
+  process can't gain rights again.
+  """
   if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid(user, user, user)
@@ -160,8 +165,8 @@ def run(settings: dict, path: str, token: bytes, user: int) -> None:
 
 
 def first_process(settings: dict, program: bytes, token: bytes, user: int) -> None:
-  """Runs as process 1: builds the jail and starts the program. When the program ends, so does everything in the
-  jail.
+  """Runs as process 1: builds the jail, starts the program and waits for its end. When process 1 ends after that, the
+  kernel ends all other processes in the jail.
   """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
   _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory

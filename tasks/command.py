@@ -51,15 +51,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """Returns the text and the task for a verifier. Without a format, the whole text is the final answer."""
+  """Returns (text, task) for a verifier. If answer_format is '', the whole of `answer` is the final answer."""
   text = answer if answer_format else f'{ANSWER_MARK}{answer}'
   lines = 1 if answer_format else 0
   return text, Task('', '', '', gold, 'math', answer_format or 'line', answer_lines=lines)
 
 
 def _read(path: str) -> list[tuple[str, str, str]]:
-  """Returns (gold, answer, known verdict or '') for each line. Raises UserError, with the file and the line, if one is
-  bad.
+  """Returns (gold, answer, known verdict or '') for each line. Raises UserError if a line is bad; the message names the
+  file and the line.
   """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
@@ -96,7 +96,8 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """Returns the counts of verdicts, for each known verdict separately."""
+  """Returns a table with the counts of verdicts: one row for each known verdict, or one for all pairs if none is known.
+  """
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')
   lines = [f'{"":16}' + ''.join(f'{"judged " + name:>18}' for name in names)]

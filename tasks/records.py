@@ -63,7 +63,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-  """A record that is never asked: where it is, and why it can't be used."""
+  """A record that isn't used: where it is, and why it can't be used."""
 
   where: str
   why: str
@@ -105,7 +105,7 @@ def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
 
 
 def read_tfds(spec: str) -> Iterator[tuple[Any, str]]:
-  """Yields (record, where) for each record of a TFDS data set."""
+  """Yields (record, 'tfds:SPEC, record INDEX') for each record of a TFDS data set."""
   records = record_formats._tfds(spec)
   for i in range(len(records)):
     values = {name: value.item() if hasattr(value, 'item') else value for name, value in records[i].items()}
@@ -114,7 +114,11 @@ def read_tfds(spec: str) -> Iterator[tuple[Any, str]]:
 
 
 def problem(record: Any, where: str, needs_answer: bool = True) -> Problem:
-  """Returns the problem of a record in one of the known forms. Raises OddRecord if question or answer are missing."""
+  """Returns the problem of a record in one of the known forms.
+
+  Raises:
+    OddRecord: there is no question, or `needs_answer` is True and there is no final answer on one line.
+  """
   if not isinstance(record, Mapping):
     raise OddRecord(f'{where}: expected an object, got {type(record).__name__}')
   question = record.get('problem', record.get('question'))

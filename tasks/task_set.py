@@ -5,9 +5,9 @@
     tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
     code:GLOB                          programming problems in the form of HumanEval or MBPP (code_problems.py)
 
-Questions are split by a hash of their text. So a question that occurs twice, in another stream or file, is always in
-the same split. Records without a final answer are left out and counted, and so are references that no answer can be
-compared with. All errors are DataErrors of one line that names the file and the line in it.
+Questions are split by a hash of their text. So a question that occurs in several streams or files is always in the
+same split. A record is left out and counted if it has no final answer, or if no answer can be compared with its
+reference. All errors are DataErrors of one line that names the file and the line in it.
 """
 
 import ast
@@ -40,8 +40,8 @@ class TaskConfig:
 
   Attributes:
     uri: the source; see the docstring of this module.
-    prompt: the template, in which {question} is replaced; nothing else in it has a meaning. Programming problems have
-      their own prompts.
+    prompt: the template of a prompt. Only {question} is replaced; other braces in it are ordinary characters.
+      Programming problems have their own prompts.
     answer_format: 'line' for 'Answer: X' on its own line, or 'boxed' for \boxed{X}.
     held_out_fraction: the share of questions, by a hash of their text, that is never in 'train'.
     reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward function of the user that replaces the comparison with the
@@ -75,8 +75,8 @@ class TaskSet:
 
   Attributes:
     size: the number of tasks; None if it is unlimited.
-    left_out: the records that can't be used. Those without a final answer are listed for all splits, those whose
-      reference can't be read only for this split.
+    left_out: the records that can't be used: records of all splits without a final answer, and records of this split
+      whose reference can't be read.
     records: the number of records in this split, including those left out; 0 if it is unlimited.
     sha256: SHA-256 of all questions and references of the source, in its order; '' if it is unlimited.
   """
@@ -88,12 +88,12 @@ class TaskSet:
 
     Args:
       config: the source and the formats.
-      seed: decides the order and, in a generated 'train' split, the problems. Held-out tasks don't depend on it.
+      seed: decides the order of `at`. In a generated set, it also decides the problems, except in split 'held_out'.
       split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
       exclude: hashes of questions to leave out: `hashes()` of the sets that are used for evaluation.
 
     Raises:
-      DataError: the source can't be read, or the split is empty.
+      DataError: the source can't be read, the split is empty, or the reward function fails.
       VerifierError: the processes that read references can't be started.
     """
     if split not in SPLITS:
@@ -142,7 +142,7 @@ class TaskSet:
   def at(self, cursor: int) -> Task:
     """Returns the task of prompt number `cursor` of a run. Each epoch has every task once, in a new order.
 
-    So the number of prompts that a run has consumed is its whole state.
+    To resume, a run only needs the number of prompts that it has consumed.
     """
     return self[self.index(cursor)]
 
@@ -154,8 +154,9 @@ class TaskSet:
     return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
-    """Returns question_hash of the first `count` tasks, for `exclude` of another set. 0: all tasks, if they are
-    limited.
+    """Returns question_hash of the first `count` tasks, for the argument `exclude` of another set.
+
+    count: 0 for all tasks; not allowed if their number is unlimited.
     """
     return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
 
@@ -179,7 +180,7 @@ class TaskSet:
     return Task(question=question, prompt=prompt, answer_format=self.config.answer_format, **fields)
 
   def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
-    """Returns (task, where) for each record that is a problem, and adds the others to left_out.
+    """Returns (task, where) for each record that is a problem, and adds the other records to left_out.
 
     Raises:
       DataError: no record is a problem.
@@ -200,7 +201,7 @@ class TaskSet:
     return [(task, f'{rest}, task {task.id}') for task in code_problems.read(rest)]
 
   def _readable(self, kept: list[tuple[Task, str]]) -> list[Task]:
-    """Returns the tasks whose reference can be read, and adds the others to left_out."""
+    """Returns the tasks whose reference can be read, and adds the other tasks to left_out."""
     references = [task.reference for task, _ in kept if task.verifier == 'math']
     with Verifier(VerifierConfig(deadline_s=_READING_S)) as verifier:
       whys = verifier.unreadable(references)
@@ -236,7 +237,10 @@ class _Generated:
       self.fields(i, 0, 1)
 
   def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
-    """Returns candidate `attempt` of `attempts` for task `index`. The kind of task depends on the index only."""
+    """Returns the fields of candidate number `attempt` for task `index`. The kind of task depends only on the index.
+
+    attempts: the number of candidates for each task.
+    """
     kind, turn = self._kinds[index % len(self._kinds)], index // len(self._kinds)
     entry = reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream).entry
     reference = '' if entry['answer'] is None else str(entry['answer']).strip()
@@ -260,7 +264,7 @@ def _is_exact(task: str) -> bool:
 
 
 def files(uri: str) -> list[str]:
-  """Returns the paths of the files that `uri` reads, in order. Generated problems and TFDS sets have none."""
+  """Returns the paths of the files that `uri` names, in order; [] for generated problems and TFDS sets."""
   kind, _, pattern = uri.partition(':')
   return find(pattern) if kind in ('jsonl', 'code') else []
 

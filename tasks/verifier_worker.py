@@ -6,11 +6,12 @@ reward.
 KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. worker_pool.py is the other end.
 
 Model text arrives here as data, and must not become code. reasoning-gym has scorers that call `eval` on it, or sympy's
-`parse_expr`, which calls `eval`. Both are replaced before any text arrives. In case there is another way, the process
-can't write files or start programs, and an audit hook ends it at the first event that touches the system.
+`parse_expr`, which calls `eval`. Both are replaced before any text arrives. In case text becomes code in another way,
+the process can't write files or start programs, and an audit hook ends the process at the first event that touches the
+system.
 
-This protects a run from what models write by accident or to get reward. It isn't a jail for native code. Programs as
-answers have a jail of their own.
+This protects a run from what models write by accident or to get reward. It isn't a jail for native code. Answers that
+are programs run in a jail instead (code_jail.py).
 """
 
 import ast
@@ -61,7 +62,9 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def _guard(package: str) -> None:
-  """Replaces the functions that evaluate text, in the modules of an imported package. sympy's own use of them stays."""
+  """Replaces the functions that evaluate text, in all modules of an imported package. sympy's own modules keep using
+  the original functions.
+  """
   import sympy
   from sympy.parsing.sympy_parser import parse_expr
 
@@ -86,11 +89,10 @@ def _guard(package: str) -> None:
 
 
 def math_grader():
-  """Returns the function request -> reply, which applies the rules of comparison.py, and math-verify where they need
-  it.
+  """Returns a function request -> reply. It applies the rules of comparison.py, and math-verify where they need it.
 
-  A request whose answer is None asks only whether its reference can be read. The rule in the reply then says why it
-  can't, or is '' if it can.
+  A request whose answer is None asks only whether its reference can be read. The reply's rule is then '' if the
+  reference can be read, or else says why not.
   """
   import logging
 
@@ -124,7 +126,7 @@ def math_grader():
 
 
 def reasoning_gym_grader():
-  """Returns the function request -> reply, which calls the scorer of the task's generator."""
+  """Returns a function request -> reply. It calls the scorer of the task's generator."""
   from reasoning_gym.factory import DATASETS
 
   _guard('reasoning_gym.')
@@ -143,10 +145,11 @@ def reasoning_gym_grader():
 
 
 def reward_grader(name):
-  """Returns the function request -> reply, which calls a reward function of the user.
+  """Returns a function request -> reply. It calls a reward function of the user.
 
-  The function is called with the keywords text, answer (None if there is no final answer), reference and question. It
-  returns a number or a bool. A sample counts as right from 1.0 on. If it raises an exception, the sample is undecided.
+  The reward function is called with the keywords text, answer (None if there is no final answer), reference and
+  question. It returns a number or a bool. A sample is right if the reward is 1.0 or more. A sample is undecided if the
+  reward function raises an exception, or if the reward isn't finite.
 
   name: FILE.py:FUNCTION or MODULE:FUNCTION.
   """

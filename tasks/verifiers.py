@@ -28,7 +28,7 @@ VERIFIERS = ('exact', 'math', 'reasoning_gym', 'code', 'reward')
 
 
 class Task(Question, Protocol):
-  """What a verifier needs to know of a task. tasks/records.py has the whole task."""
+  """The fields of a task that a verifier needs. Task in tasks/records.py has all fields."""
 
   reference: str
   verifier: str  # one of VERIFIERS
@@ -42,10 +42,10 @@ class Grade:
 
   Attributes:
     verdict: right, wrong or undecided.
-    reward: 1.0 if right, 0.0 if wrong, NaN if undecided; with a reward function of the user, what it returned.
+    reward: 1.0 if right, 0.0 if wrong, NaN if undecided. If the user gave a reward function, the number it returned.
     answer: the final answer that was extracted from the text; None if there is none.
     rule: the rule that decided.
-    gold_reading, answer_reading: in mathematics, how reference and answer were understood.
+    gold_reading, answer_reading: how reference and answer were understood, in mathematics; '' elsewhere.
   """
 
   verdict: Verdict
@@ -66,17 +66,19 @@ class Verifier:
   """Grades answers. It can be called from several threads, but processes one call at a time.
 
   Attributes:
-    counts: a Counter over the verifier's life. Verdicts: right, wrong, undecided. Where they were reached: plain (this
-      process), worker, jail. restarts: of workers. Failures, where equal items count once: timeouts, crashes, refused
-      (the worker touched the system), unread (the reference can't be read), errors (a library or a reward function
-      failed).
-    first_error: the first of these errors, one line; '' if there was none.
+    counts: a Counter over the verifier's life. It has the numbers of
+      verdicts: right, wrong, undecided;
+      places where a verdict was reached: plain (this process), worker, jail;
+      workers that were restarted: restarts;
+      failures: timeouts, crashes, refused (the worker touched the system), unread (the reference can't be read), errors
+        (a library or a reward function failed). A failure of several equal items counts once.
+    first_error: the message of the first failure that was counted under errors, one line; '' if there was none.
   """
 
   def __init__(self, config: VerifierConfig, jail: Jail | None = None):
     """Creates the verifier. Workers are started when they are first needed.
 
-    jail: runs programs. Without it, tasks whose answers are programs are refused.
+    jail: runs the answers that are programs. If it is None, `grade` raises ValueError for tasks with such answers.
     """
     self._c, self._lock = config, threading.Lock()
     self._pool = WorkerPool(config)
@@ -140,8 +142,8 @@ class Verifier:
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
     """Returns {reference: reason} for the mathematical references that no answer can be compared with.
 
-    References aren't written by a model, so they are read in this process. Only what needs math-verify's parser goes to
-    a worker.
+    References aren't written by a model, so they are read in this process. Only references that need math-verify's
+    parser go to a worker.
     """
     found = {text: _why_unreadable(text) for text in dict.fromkeys(references)}
     asked = [text for text, why in found.items() if why is None]
@@ -158,8 +160,9 @@ class Verifier:
       raise ValueError('answers that are programs need a jail')
 
   def _grade_here(self, answer: str | None, task: Task) -> Grade | None:
-    """Returns the grade if this process can decide: there is no answer, or texts or plain numbers decide. Otherwise
-    None.
+    """Returns the grade if this process can decide, else None.
+
+    It can decide if there is no answer, if the answer is too long, or if comparing texts or plain numbers is enough.
     """
     if task.verifier in ('code', 'reward'):
       return None
@@ -218,7 +221,9 @@ def _needs_math_verify(gold: str, answer: str) -> bool | None:
 
 
 def _why_unreadable(reference: str) -> str | None:
-  """Returns why no answer can be compared with a reference; '' if one can; None if only math-verify knows."""
+  """Returns why no answer can be compared with a reference; '' if the reference can be read; None if only math-verify
+  can tell.
+  """
   try:
     return why_unreadable(reference, _needs_math_verify)
   except LookupError:

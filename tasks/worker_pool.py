@@ -38,10 +38,10 @@ class VerifierConfig:
 
   Attributes:
     workers: the number of processes of each kind (math, reasoning_gym, a reward function).
-    deadline_s: the CPU time for one item. After it, the worker is killed and the verdict is undecided. Since it is CPU
-      time, a busy machine doesn't change verdicts. Wall time is limited to six times as much.
-    memory_mb: the address space of a worker.
-    answer_chars: a longer final answer is wrong.
+    deadline_s: the CPU seconds that one item may take. After that, the worker is killed and the verdict is undecided.
+      CPU time is used so that a busy machine doesn't change verdicts. Wall time is limited to six times as much.
+    memory_mb: the largest address space of a worker, in MB.
+    answer_chars: the largest length of a final answer, in characters; a longer answer is wrong.
   """
 
   workers: int = 2
@@ -61,7 +61,7 @@ class VerifierConfig:
 
 
 class _Worker:
-  """A process that answers one JSON line with another.
+  """A process that answers each request, one JSON line, with one JSON line.
 
   busy: the index of its current request, or None.
   """
@@ -89,7 +89,7 @@ class _Worker:
       self.process.stdin.flush()
 
   def extend(self) -> bool:
-    """Moves the deadline if the worker hasn't used up its CPU time. Returns False if it has."""
+    """Moves the deadline and returns True if the worker has CPU time and wall time left. Otherwise returns False."""
     used = _cpu_s(self.process.pid)
     now = time.monotonic()
     if self.busy is None or used is None or used >= self._cpu_deadline_s or now >= self._last_moment:
@@ -98,8 +98,8 @@ class _Worker:
     return True
 
   def read(self) -> dict[str, Any] | None:
-    """Returns a message; {} if it isn't complete yet; None if the worker has ended, or if the line isn't the expected
-    reply.
+    """Returns the worker's next message; {} if the message isn't complete yet; None if the worker has ended, or if the
+    line isn't the expected reply.
     """
     chunk = os.read(self.process.stdout.fileno(), 2**16)
     self._buffer += chunk
@@ -131,9 +131,7 @@ def _import_path() -> str:
 
 
 def _cpu_s(pid: int) -> float | None:
-  """Returns the CPU seconds that a process has used; None if the system doesn't say, so that wall time counts
-  instead.
-  """
+  """Returns the CPU seconds that a process has used; None if the system doesn't say. In that case, wall time counts."""
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:
@@ -164,7 +162,7 @@ class WorkerPool:
     self._workers.clear()
 
   def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
-    """Returns the reply to each request, or why it was lost: 'timeouts', 'crashes' or 'refused'.
+    """Returns for each request the reply or, if the request was lost, the cause: 'timeouts', 'crashes' or 'refused'.
 
     kinds: the kind of worker for each request.
 
@@ -200,7 +198,9 @@ class WorkerPool:
     return replies
 
   def _wait(self, selector: selectors.BaseSelector, replies: list, pending: dict[str, collections.deque]) -> None:
-    """Receives replies, at most until the first deadline, and replaces lost workers."""
+    """Waits for replies, at most until the first deadline of a worker, and receives them. Replaces workers that have
+    ended or have passed their deadline.
+    """
     workers = [key.data for key in selector.get_map().values()]
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]
     patience = min(worker.deadline for worker in working) - time.monotonic()

@@ -62,7 +62,8 @@ class Judgement:
 def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
   """Returns whether `answer` is right if `gold` is the reference, and why.
 
-  by_math_verify: see value_rules.ByMathVerify. The default can't decide anything.
+  by_math_verify: the function (gold, answer) -> whether math-verify considers them equal; None if it can't tell. The
+    default always returns None.
   """
   if why := why_unreadable(gold, by_math_verify):
     return Judgement(Verdict.UNDECIDED, f'the gold cannot be read: {why}', gold_is_read=False)
@@ -82,7 +83,7 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
 
 @functools.lru_cache(maxsize=1024)
 def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
-  """Returns why no answer can be compared with a gold; '' if the gold can be read."""
+  """Returns why no answer can be compared with a gold (a reference); '' if the gold can be read."""
   try:
     reading = notation.read(gold)
     for part in _parts(reading):
@@ -101,7 +102,7 @@ def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
 
 
 def _parts(reading: Reading) -> Iterator[Reading]:
-  """Yields the reading, and everything that it consists of."""
+  """Yields the reading, and all readings inside it, such as the items of a list."""
   yield reading
   parts = [*getattr(reading, 'items', ()), *getattr(reading, 'sides', ()), getattr(reading, 'low', None),
            getattr(reading, 'high', None), *(getattr(reading, 'parts', ()) if isinstance(reading, Union) else ()),
@@ -118,7 +119,7 @@ class _Comparison(ValueRules):
   """
 
   def same(self, gold: Reading, answer: Reading) -> bool | None:
-    """Returns True if the answer says the same as the gold, or None if that can't be decided."""
+    """Returns whether the answer says the same as the gold; None if that can't be decided."""
     if gold.tokens and gold.tokens == answer.tokens:
       return self.decide(True, 'the same notation')
     for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks,
@@ -205,7 +206,7 @@ class _Comparison(ValueRules):
   # Intervals and inequalities
 
   def _regions(self, gold: Reading, answer: Reading):
-    """Compares intervals, unions and inequalities of one variable. The two sides may use different notations."""
+    """Compares intervals, unions and inequalities of one variable. Gold and answer may use different notations."""
     if not (regions.is_region(gold) or regions.is_region(answer)):
       return NotImplemented
     wanted, given = regions.region(gold, open_pairs=True), regions.region(answer, open_pairs=True)
@@ -231,9 +232,9 @@ class _Comparison(ValueRules):
   # Equations that give a name to something
 
   def _named(self, gold: Reading, answer: Reading):
-    """Compares equations that give something a name, as in x = 3 or f(x) = x^2.
+    """Compares equations that give something a name, as in x = 3 or f(x) = x^2, also with a value without a name.
 
-    The answer is right if the values after the names agree, and the names agree or only one side has a name.
+    The answer is right if its value is that of the gold. If gold and answer both have a name, the names must agree too.
     """
     if isinstance(gold, Many) and isinstance(answer, Many):
       return self._named_lists(gold, answer)
@@ -261,7 +262,7 @@ class _Comparison(ValueRules):
     return self.decide(self.same(wanted.values[0], said), 'what the names stand for: ' + self.rule)
 
   def _named_lists(self, gold: Many, answer: Many):
-    """Compares x = 1, y = 2 with the same names in any order, or with the pair (1, 2)."""
+    """Compares a list such as x = 1, y = 2 with a list of the same names in any order, or with the pair (1, 2)."""
     if 'pair' in (gold.kind, answer.kind):
       wanted, given = (side.items if side.kind == 'pair' else equations.point(side) for side in (gold, answer))
       return self._in_order(wanted, given) if wanted and given else NotImplemented
@@ -304,7 +305,9 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Returns True if the items of both sides can be paired such that `same` holds for each pair."""
+    """Returns whether the items of gold and answer can be paired such that `same` returns True for each pair; None if
+    `same` can't decide.
+    """
     if len(gold) != len(answer):
       return False
     left, unsure = list(answer), False
@@ -360,7 +363,9 @@ class _Comparison(ValueRules):
                                               for g, a in zip(gold, answer)])
 
   def _inequalities(self, gold: Relation, answer: Relation) -> bool | None:
-    """Compares inequalities of several variables. Multiplication by a negative number must reverse the direction."""
+    """Compares inequalities of several variables. They are the same if one is the other times a constant. A negative
+    constant must reverse the direction.
+    """
     differences = [equations.difference(side) for side in (gold, answer)]
     if None in differences:
       return self.decide(None if differences[0] is None else False, 'inequalities that cannot be compared')
@@ -430,7 +435,7 @@ def _minutes(reading: Reading) -> int | None:
 
 
 def _single(reading: Reading) -> Reading:
-  """Returns the number in a set of one number; other readings unchanged."""
+  """Returns the value in a set that has only one value, such as {3}. Returns other readings unchanged."""
   if isinstance(reading, Many) and reading.kind == 'set' and [type(item) for item in reading.items] == [Value]:
     return reading.items[0]
   return reading

@@ -13,7 +13,7 @@ _EQUALS = {'=', r'\approx'}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """What a chain of equations says.
+  """The name and the values in a chain of equations.
 
   name: the name, or None if there is none.
   values: the exact value, then its stated approximation if there is one.
@@ -24,9 +24,10 @@ class Claim:
 
 
 def claim(reading: Reading) -> Claim | None:
-  r"""Returns what `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` or `x \in \{1, 2\}` says.
+  r"""Returns the name and the values in an equation or a chain of equations.
 
-  Returns None for other readings, and for chains whose sides differ, such as `x = 8 = 7`.
+  Examples are `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` and `x \in \{1, 2\}`. Returns None for other
+  readings, and for chains whose sides differ, such as `x = 8 = 7`.
   """
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
@@ -52,9 +53,7 @@ def claim(reading: Reading) -> Claim | None:
 
 
 def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
-  """Returns whether another side of a chain equals the value or, if `rounded`, the value rounded to the stated
-  digits.
-  """
+  """Returns whether `side` equals `value`. If `rounded`, `side` may also be `value` rounded to the digits of `side`."""
   nodes = [part.node if isinstance(part, Value) else None for part in (value, side)]
   if None in nodes:
     return False
@@ -76,13 +75,13 @@ def point(many: Many) -> Sequence[Reading] | None:
 
 
 def without_name(item: Reading) -> Reading:
-  """Returns an item of a list without the name before it: for x = 1, this is 1."""
+  """Returns the value of an item that has a name: 1 for x = 1. Returns an item without a name unchanged."""
   found = claim(item)
   return found.values[0] if found and found.name else item
 
 
 def renamed(reading: Reading, name: str, new: str) -> Reading:
-  """Returns an expression with a variable renamed; other readings unchanged."""
+  """Returns an expression with the variable `name` renamed to `new`. Returns other readings unchanged."""
   if not isinstance(reading, Value) or reading.node is None:
     return reading
   return dataclasses.replace(reading, node=expressions.rename(reading.node, name, new), tokens=())

@@ -6,8 +6,8 @@ It supports what answers mostly consist of: numbers, variables, arithmetic, root
 binomials. Other well-formed notation (integrals, sums, unknown commands) raises Unsupported, so that math-verify's
 parser can be used instead.
 
-A number next to a letter is a product; `7 8` is an error. `f(2)` is one symbol, the value of an unknown function. So
-are `\frac{dv}{dt}`, `\dot v` and `v'`, which are the same symbol. `1\frac{1}{2}` is a mixed number.
+A number next to a letter is a product; `7 8` is an error. `f(2)` is one symbol, the value of an unknown function.
+`\frac{dv}{dt}`, `\dot v` and `v'` are three ways to write one symbol. `1\frac{1}{2}` is a mixed number.
 """
 
 import re
@@ -70,7 +70,8 @@ def parse(tokens: list[str]) -> Node:
   """Returns the tree of an expression.
 
   Raises:
-    Unreadable: the expression isn't well-formed. It is Unsupported for notation that math-verify may know.
+    Unsupported: the expression has notation that only math-verify may know.
+    Unreadable: the expression isn't well-formed.
   """
   parser = _Parser(tokens)
   node = parser.sum()
@@ -138,7 +139,7 @@ class _Parser:
     return _joined('add', terms)
 
   def _product(self) -> Node:
-    """Parses factors, with or without an operator between them. They are divided from left to right."""
+    """Parses a product or quotient, from left to right. Between two factors, there may be an operator or nothing."""
     negative = self._is_negative()
     factors = [self._mixed_number() or self._power()]
     divisions = 0
@@ -160,7 +161,7 @@ class _Parser:
     return Node('neg', (node,)) if negative else node
 
   def _is_negative(self) -> bool:
-    """Consumes plus and minus signs. Returns True if they make what follows negative."""
+    """Consumes plus and minus signs. Returns True if the number of minus signs is odd."""
     negative = False
     while self.next in ('-', '+') and self.next:
       negative ^= self._take() == '-'
@@ -217,7 +218,9 @@ class _Parser:
   # Parts
 
   def _exponent(self) -> Node:
-    """Parses an exponent: a group, a symbol, or a whole number with its sign. 2^10 is 1024, unlike in LaTeX."""
+    """Parses an exponent: a group, a symbol, or a number, perhaps with a minus sign. All digits of the number belong to
+    the exponent: 2^10 is 1024, although LaTeX would raise only the 1.
+    """
     if self._took('-'):
       return Node('neg', (self._argument(),))
     return self._argument()
@@ -225,7 +228,7 @@ class _Parser:
   def _argument(self, digit: bool = False) -> Node:
     r"""Parses what a command or ^ applies to: a group, or the following number or symbol.
 
-    digit: takes only one digit of a number, as in \frac12.
+    digit: takes only the first digit of a number, as in \frac12.
     """
     if self._took('{'):
       return self._inside('}')
@@ -244,7 +247,10 @@ class _Parser:
     return node
 
   def _primary(self, bare: bool = False) -> Node:
-    """Parses a number, a group, a function or a symbol. bare: a symbol doesn't include what follows it."""
+    """Parses a number, a group, a function or a symbol.
+
+    bare: a symbol ends before an index, primes or brackets; see `_symbol`.
+    """
     self._depth += 1
     if self._depth > MAX_DEPTH:
       raise Unreadable('it nests too deeply')
@@ -300,8 +306,9 @@ class _Parser:
     return literal(token)
 
   def _repeated(self) -> str:
-    r"""Parses the digits that repeat, as in 0.\overline{3}, 0.\dot{3}, and 0.333..., where a digit must occur three
-    times.
+    r"""Parses and returns the digits that repeat, as in 0.\overline{3}, 0.\dot{3} or 0.333...; '' if no digits repeat.
+
+    Before the dots, a digit must occur three times.
     """
     if self.next in (r'\overline', r'\bar', r'\dot') and self._peek(1) == '{' and self._peek(2).isdigit() and (
         self._peek(3) == '}'):
@@ -473,8 +480,9 @@ class _Parser:
         return count
 
   def _call_of_a_number(self) -> str:
-    """Returns '(2)' for f(2) and '(2,3)' for f(2, 3); '' if the brackets contain anything else, which is then a
-    factor.
+    """Parses the arguments of a function. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
+
+    Returns '' if there are no brackets, or if their content is a factor instead, such as x + 1.
     """
     if self.next != '(':
       return ''

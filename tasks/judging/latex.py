@@ -183,7 +183,9 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
 
 
 def _join_thousands(tokens: list[str]) -> list[str]:
-  """Makes `1,234` one number. It stays a pair in brackets, and a list if it is longer, such as 1,234,5."""
+  """Joins the tokens of `1,234` to one number. In brackets, `(1,234)` stays a pair. Other digits, such as `1,234,5`,
+  stay a list.
+  """
   joined, stack, i = [], [], 0
   while i < len(tokens):
     token = tokens[i]
@@ -237,7 +239,7 @@ def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -
 
 
 def _group(text: str, at: int) -> tuple[str | None, int]:
-  """Returns the content of the brace group at `at`, after spaces, and where it ends; None if there is no group."""
+  """Skips spaces, and returns (content, end) of the brace group at `at`. The content is None if there is no group."""
   while at < len(text) and text[at].isspace():
     at += 1
   if text[at:at + 1] != '{':

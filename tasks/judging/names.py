@@ -21,9 +21,10 @@ class Name:
   variable: str = ''
 
   def may_be(self, other: 'Name') -> bool:
-    """Returns whether the names are interchangeable.
+    """Returns whether this name and a different name may stand for the same thing.
 
-    f(x) = 2x says the same as g(x) = 2x and y = 2x, but x = 2 doesn't say the same as y = 2.
+    Names of functions may: f(x) = 2x says the same as g(x) = 2x and y = 2x. Symbols may not: x = 2 doesn't say the same
+    as y = 2. A name in words, such as Area, may stand for any name.
     """
     kinds = {self.kind, other.kind}
     return 'words' in kinds or kinds == {'function'} or ('function' in kinds and 'y' in (self.key, other.key))

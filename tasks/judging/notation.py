@@ -3,7 +3,7 @@ r"""Recognizes what kind of answer a text is: a number with a unit, an interval,
     read(r'(-\infty, 3]')        Interval(low=..., high=..., closed=(False, True))
     read('x = 1 or x = 2')       Many(kind='or', items=(Relation(...), Relation(...)))
 
-Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for a text of another kind.
+Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for a text that is no such answer.
 Nothing is evaluated.
 """
 
@@ -110,7 +110,11 @@ class _Reader:
     return families[0] if len(families) == 1 else Many(tuple(tokens), tuple(families), 'list')
 
   def _several(self, tokens: list[str]) -> Reading | None:
-    """Reads answers joined by or, and, semicolons or commas. The first of these that occurs, in this order, decides."""
+    """Reads several answers that are separated by 'or', 'and', semicolons or commas.
+
+    If several of these occur, the text is split only at the one that is first in this order; the parts may be split
+    further.
+    """
     for separators, kind in _SEPARATORS:
       places = [i for i in at_top(tokens) if tokens[i] in separators]
       if not places:
@@ -141,7 +145,7 @@ class _Reader:
                     tuple(tokens[i] for i in places))
 
   def _side(self, tokens: list[str]) -> Reading:
-    """Reads a side of a relation. If it can't be read, such as a name in words, it becomes Words."""
+    """Reads a side of a relation. Returns Words if the side can't be read, for example if it is a name in words."""
     try:
       return self.read(tokens)
     except Unreadable:
@@ -254,8 +258,8 @@ class _Reader:
   def _plus_minus(self, tokens: list[str]) -> Reading | None:
     """Reads 2 ± 1 as the list of 2 + 1 and 2 - 1.
 
-    With several ± signs, all combinations are listed. But if one of them is ∓, the signs belong together: all upper or
-    all lower ones.
+    With several ± signs, all combinations are listed. But if one of them is ∓, there are only two items: one with all
+    upper signs, and one with all lower signs.
     """
     places = [i for i, t in enumerate(tokens) if t in (r'\pm', r'\mp')]
     if not places:
@@ -290,7 +294,9 @@ class _Reader:
 
 
 def as_point(reading: Reading) -> Reading:
-  """Returns `x = 1, y = 2` as the pair of its values in the order of the names; other readings unchanged."""
+  """Returns a list such as `x = 1, y = 2` as the pair of its values, in alphabetical order of the names. Returns other
+  readings unchanged.
+  """
   if not isinstance(reading, Many) or reading.kind != 'list':
     return reading
   named = {}
@@ -303,9 +309,9 @@ def as_point(reading: Reading) -> Reading:
 
 
 def _place_of_integer(tokens: list[str]) -> int | None:
-  r"""Returns the index of the variable that is said to be an integer, or None.
+  r"""Returns the index of the variable that the text calls an integer; None if there is no such variable.
 
-  It is before `\in \mathbb{Z}`, or before 'integer' at the end.
+  The variable is the letter before `\in \mathbb{Z}`, or the last letter if the text ends with 'integer'.
   """
   for i, token in enumerate(tokens[:-1]):
     if token == r'\in' and tokens[i + 1] in (r'\mathbb{Z}', r'\mathbb{N}', 'Z') and i > 1 and len(tokens[i - 1]) == 1:
@@ -323,7 +329,9 @@ def _reals(tokens: Sequence[str]) -> Interval:
 
 
 def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
-  r"""Returns `\mathbb{R} \setminus \{0, 1\}` as the intervals between the points."""
+  r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as the union of the intervals between
+  these points. Raises Unsupported for other differences of sets.
+  """
   whole, *rest = parts
   if not isinstance(whole, Interval) or len(rest) != 1 or not isinstance(rest[0], Many) or rest[0].kind != 'set':
     raise Unsupported('a difference of sets')

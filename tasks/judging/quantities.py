@@ -49,7 +49,7 @@ def _is_whole(tokens: list[str]) -> bool:
 
 
 def _temperature(tokens: list[str], unit: Unit) -> tuple[list[str], Unit]:
-  r"""Reads 25^\circ\text{C}, in which the degree sign belongs to the unit."""
+  r"""Returns (the tokens of the number, its unit). In 25^\circ\text{C}, the degree sign becomes part of the unit."""
   number = _without_degree_sign(tokens)
   if not number:
     return tokens, unit

@@ -14,7 +14,10 @@ _GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't separ
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What a text says. tokens: the tokens of the text."""
+  """An answer after parsing. Each subclass is one kind of answer.
+
+  tokens: the tokens of the answer.
+  """
 
   tokens: tuple[str, ...]
 
@@ -40,7 +43,11 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Value(Reading):
-  """An expression, and the unit after it. node is None if only math-verify may be able to parse it."""
+  """An expression with its unit.
+
+  node: the expression; None if only math-verify may be able to parse it.
+  unit: the unit; None if there is none.
+  """
 
   node: Node | None = None
   unit: Unit | None = None
@@ -61,7 +68,8 @@ class Value(Reading):
 class Many(Reading):
   """Several answers.
 
-  kind: list (without brackets), set, pair (in parentheses: in order, or an open interval), or, and.
+  kind: 'list' (without brackets), 'set' (in braces), 'pair' (in parentheses: values in order, or an open interval),
+    'or' (alternatives), or 'and' (conditions).
   """
 
   items: tuple[Reading, ...] = ()
@@ -106,7 +114,10 @@ class Relation(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Residue(Reading):
-  """A value modulo a modulus. name: the variable that is congruent to it, '' if there is none."""
+  """A value modulo a modulus.
+
+  name: the variable that is congruent to the value; '' if there is none.
+  """
 
   value: Node | None = None
   modulus: Node | None = None

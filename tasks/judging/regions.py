@@ -59,7 +59,10 @@ def infinite(reading: Reading | None) -> bool:
 
 
 def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
-  r"""Returns the intervals of x that x > 3, -1 < x \le 2, x \ne 0 or x \in (1, 2) mean, with the variable."""
+  r"""Returns (variable, its intervals) for a relation such as x > 3, -1 < x \le 2, x \ne 0 or x \in (1, 2).
+
+  Returns None for other relations.
+  """
   sides, operators = relation.sides, relation.operators
   low, high = notation.read(r'-\infty'), notation.read(r'\infty')
   if None in sides:

@@ -83,7 +83,7 @@ class Unit(NamedTuple):
 
 
 def _table() -> dict[str, tuple[str, int, Fraction]]:
-  """Returns {name: (dimension, its power, factor)}."""
+  """Returns {name: (dimension, power of the dimension, factor)} of all known units."""
   found = {}
   for dimension, factor, names in _BASE.values():
     power = 1
@@ -168,7 +168,7 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:
-  """Returns the power at `words[i]`, and the index of its last token."""
+  """Returns (power at `words[i]`, index of its last token). The power is None if it isn't an integer of one digit."""
   if words[i] != '^':
     return (2 if words[i].lower() == 'squared' else 3), i
   sign, j = 1, i + 1

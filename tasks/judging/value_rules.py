@@ -14,19 +14,25 @@ _PERCENT = Fraction(1, 100)
 
 
 class ValueRules:
-  """Compares values. rule: the rule that decided the outermost comparison."""
+  """Compares values.
+
+  Attributes:
+    rule: the rule that decided the outermost comparison.
+  """
 
   def __init__(self, by_math_verify: ByMathVerify):
     self.by_math_verify = by_math_verify
     self.rule = ''
 
   def decide(self, same: bool | None, rule: str) -> bool | None:
-    """Records the rule, and returns its decision."""
+    """Records `rule` as the rule that decided, and returns `same`."""
     self.rule = rule
     return same
 
   def quantities(self, gold: Reading, answer: Reading) -> bool | None:
-    """Returns whether two numbers with their units are the same; NotImplemented for other readings."""
+    """Returns whether two values with their units are the same; None if that can't be decided; NotImplemented for
+    readings that aren't values.
+    """
     if not isinstance(gold, Value) or not isinstance(answer, Value):
       return NotImplemented
     if (gold.unit is None) != (answer.unit is None):
@@ -85,7 +91,7 @@ class ValueRules:
 
 
 def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
-  """Reads `5 m` as five metres if the other side has a unit."""
+  """Returns (gold, answer), after reading the one without a unit again such that `5 m` means five metres."""
   gold_again, answer_again = gold, answer
   if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):
     gold_again = _read_again(gold)

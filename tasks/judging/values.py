@@ -105,8 +105,8 @@ def _exact_call(name: str, *values: Fraction) -> Fraction | None:
 def equal(a: Node, b: Node) -> bool:
   """Returns True if both expressions have the same value for all values of their variables.
 
-  A logarithm without a base is taken as natural or decimal, whichever makes the two equal. Raises TooHard if a value
-  can't be computed.
+  A logarithm without a base is taken as natural or decimal, whichever makes the expressions equal. Raises TooHard if a
+  value can't be computed.
   """
   if a == b:
     return True
@@ -144,7 +144,10 @@ def _over_integers(a: Node, b: Node) -> bool:
 
 
 def _points(names: list[str], signs: bool) -> list[dict[str, Fraction]]:
-  """Returns the points at which to compare: one point if there are no variables; with `signs`, also negative ones."""
+  """Returns the points {variable: value} at which to compare expressions. Without variables, it is one empty point.
+
+  signs: adds each point with all its values negative.
+  """
   if not names:
     return [{}]
   place = lambda name, i: Fraction(zlib.crc32(f'{i}/{name}'.encode()) % 99_991 + 30_011, 50_021)
@@ -166,7 +169,9 @@ def check(node: Node) -> None:
 
 
 def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
-  """Returns whether both values are the same. If so, their difference vanishes as more digits are computed."""
+  """Returns whether two expressions have the same value at `point`. If they do, the difference of the computed values
+  vanishes as more digits are computed.
+  """
   rough, fine = (_difference(a, b, point, base, digits) for digits in (_DIGITS, _MORE_DIGITS))
   if rough is None or fine is None:
     return rough == fine
@@ -256,8 +261,8 @@ def _root(value, degree):
 
 
 def _near_integer(rounding: Callable) -> Callable:
-  """Returns floor or ceiling made tolerant: a number that differs from an integer only in its last digits counts as
-  it.
+  """Returns a tolerant version of `rounding` (floor or ceiling): a number that differs from an integer only in its last
+  digits counts as this integer.
   """
   def rounded(x):
     nearest = _mp().nint(x)

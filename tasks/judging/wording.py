@@ -89,7 +89,7 @@ def trim(tokens: list[str]) -> list[str]:
 
 
 def _wrapped(tokens: list[str]) -> bool:
-  """Returns True if the tokens are in braces, or in the asterisks of bold type, which were read as powers."""
+  """Returns True if the tokens are in braces, or in ** for bold type, which `tokenize` has turned into ^."""
   if tokens[0] == '{':
     return match_of(tokens, 0) == len(tokens) - 1
   return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
@@ -102,7 +102,8 @@ def _word(token: str) -> str:
 def _introduction(tokens: list[str]) -> int:
   """Returns the number of tokens that introduce the answer.
 
-  They are words such as 'The answer is', or a sentence that ends like this and contains no word of _CHANGING.
+  An introduction consists of words such as 'The answer is', or is a sentence that ends in such words and contains no
+  word of _CHANGING.
   """
   lead = len(list(itertools.takewhile(lambda t: _word(t) in _LEAD, tokens)))
   if lead:
@@ -116,7 +117,7 @@ def _introduction(tokens: list[str]) -> int:
 
 
 def _conclusion(tokens: list[str]) -> int:
-  """Returns the number of tokens at the end which say that this is the answer."""
+  """Returns the number of tokens at the end that only say that this is the answer, as in '5 is the answer'."""
   words = list(itertools.takewhile(lambda t: _word(t) in _FOLLOWING, reversed(tokens)))
   said = [_word(t) for t in words]
   concludes = said and said[-1] in ('is', 'are') and _CONCLUDED & set(said)
@@ -131,6 +132,6 @@ def is_plain_words(tokens: list[str]) -> bool:
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-  """Returns True if the words are at most six and just a name, such as that of a person, a colour or a direction."""
+  """Returns True if the tokens are a name of at most six words, such as that of a person, a colour or a direction."""
   words = [_word(t) for t in tokens if is_word(t)]
   return 0 < len(words) <= 6 and is_plain_words(list(tokens)) and not _EXPLAINING & set(words)
