@@ -1,12 +1,13 @@
 """Computes the advantage of each sample relative to the other samples of its prompt.
 
-Every function takes rewards_PG (float32) and valid_PG (bool) and returns float32 [P, G]. A sample is invalid if its
-verdict is undecided. Invalid samples are left out of all means and get advantage 0, even if their reward is NaN.
+Every function takes rewards_PG (float32) and valid_PG (bool) and returns float32 [P, G]. Invalid samples (see `rewards`
+in rl/rewards.py) are left out of all means and get advantage 0, even if their reward is NaN.
 
-A group has no signal if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of
-such a group get exactly 0. The exception is `w_reinforce`, which doesn't compare samples with each other.
-"""
+A group has no signal if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of such
+a group get exactly 0. The exception is `w_reinforce`, which doesn't compare samples with each other.
+
 # P prompts  G samples of one prompt (a group)
+"""
 
 import dataclasses
 import math
@@ -81,10 +82,10 @@ def pass_at_k(rewards_PG, valid_PG, *, k=4):
 
 
 def w_reinforce(rewards_PG, valid_PG, *, positive_weight=0.1):
-  """Gives every right sample the advantage `positive_weight`, and every wrong one -1. Other samples don't matter.
+  """Gives every right sample the advantage `positive_weight`, and every wrong sample the advantage -1.
 
-  A reward above 0.5 counts as right. positive_weight=0 learns from wrong samples only (the paper's NSR). Source:
-  Weighted-REINFORCE, arXiv 2506.01347 sec. 5, which uses the weight 0.1.
+  The other samples of the group don't matter. A reward above 0.5 counts as right. positive_weight=0 learns from wrong
+  samples only (the paper's NSR). Source: Weighted-REINFORCE, arXiv 2506.01347 sec. 5, which uses the weight 0.1.
   """
   right_PG = jnp.where(valid_PG, rewards_PG, 0) > 0.5
   return jnp.where(valid_PG, jnp.where(right_PG, jnp.float32(positive_weight), -1), 0)
@@ -119,8 +120,8 @@ def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -
   """Computes the advantages that `c` selects, float32 [P, G].
 
   Raises:
-    ValueError: the arrays don't have the same shape [P, G], or a group has too few samples (2 for most advantages, also
-      at least k for pass_at_k).
+    ValueError: the arrays don't have the same shape [P, G], or a group has too few samples. pass_at_k needs at least 2
+      and at least k samples, w_reinforce needs 1, and the other functions need 2.
   """
   rewards_PG, valid_PG = jnp.asarray(rewards_PG, jnp.float32), jnp.asarray(valid_PG, bool)
   if rewards_PG.ndim != 2 or rewards_PG.shape != valid_PG.shape:

@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDict:
-  """Returns the config of --config with what --from and --task say, and with the model of the checkpoint to start from.
+  """Returns the config of --config, with the settings of --from and --task, and with the checkpoint's model.
 
-  Adds a workdir to `args` if there is none.
+  The checkpoint is the one that the run starts from. If --workdir is missing, args.workdir is set to RUN-rl.
   """
   for flag, key in (('source', 'train.init_from'), ('task', 'rl.task.uri')):
     if getattr(args, flag):

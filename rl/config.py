@@ -114,7 +114,7 @@ class RlConfig:
     return self.prompts_per_step // self.minibatches * self.group_size
 
   def reward_rule(self, step: int) -> RewardRule:
-    """Returns the reward rule of step number `step`. Its length limit is that of the step's phase."""
+    """Returns the reward rule of step number `step`. The length limit of the rule is that of the step's phase."""
     return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:

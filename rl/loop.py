@@ -11,7 +11,7 @@ samples per prompt at temperature 1, a constant learning rate, and no KL term.
 The samples of a step depend only on parameters, seed, step and prompt numbers. The checkpoint holds the number of
 prompts consumed, so a killed run resumes exactly.
 
-# P prompts  G samples per prompt  B = P·G rows  T tokens
+# P prompts  G samples per prompt  B = P·G rows  T tokens  L layers  k experts per token
 """
 
 import contextlib
@@ -66,11 +66,12 @@ class Parts:
   """The objects that the functions of a step share. They don't change during a run.
 
   Attributes:
-    evaluated: the problems to evaluate on, by name.
+    evaluated: the problem sets to evaluate on, by name.
     samplers: one sampler per phase.
-    update: see `make_update`.
-    log_probabilities: jitted `score.log_probabilities`.
-    rows_by_token, rows: the shardings of [B, T] and of [B] arrays.
+    update: the result of `make_update`.
+    log_probabilities: the jitted function `score.log_probabilities`.
+    rows_by_token: the sharding of arrays [B, T].
+    rows: the sharding of arrays [B].
     reference: the parameters of the KL reference, or None.
   """
 
@@ -88,15 +89,15 @@ class Parts:
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
+  """Returns the files that must have the same content for all processes of a run, as {what the file is: path}."""
   rl = rl_run(config).rl
   return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
+  """Trains a model by `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
-  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good one.
+  fallback: True moves the newest checkpoint aside if it is damaged, and resumes from the newest good one.
 
   Returns the figures of the last step.
 
@@ -204,7 +205,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
 
 def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sampler]:
-  """Returns one sampler per phase. They differ only in the longest answer."""
+  """Returns one sampler per phase. The samplers differ only in the length limit of answers."""
   rl = run.rl
   settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True,
                             cache_tokens=rl.cache_tokens)
@@ -220,11 +221,11 @@ def sample_and_judge(
 ) -> tuple[list[Group], list[Group], Progress]:
   """Draws and judges the samples of a step.
 
-  A group whose scores are all equal is replaced by that of the next prompt (dynamic sampling: DAPO, arXiv 2503.14476
-  sec. 3.2). There are at most `rl.max_resampling_rounds` draws, including the first. Groups are judged while the device
-  draws the next ones.
+  A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
+  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. There are at most `rl.max_resampling_rounds` rounds of
+  drawing, including the first. Groups are judged while the device draws the next ones.
 
-  Returns (groups to learn from, all groups drawn, the progress after them).
+  Returns (groups to learn from, all groups drawn, the progress after drawing them).
   """
   rl, kept, seen = parts.run.rl, [], []
   rule = rl.reward_rule(step)
@@ -253,8 +254,9 @@ def _is_asked(parts: Parts, task: Task) -> bool:
 class Minibatch:
   """The rows of one update, on the devices.
 
-  Attributes have the meaning they have in `make_update`. counts_BT is bool, True for the tokens of the loss; counted_BT
-  is the same array on the host.
+  The attributes have the meaning they have in `make_update`, except for:
+    counts_BT: bool, True for the tokens of the loss. It is the argument `completion_BT` of the update.
+    counted_BT: the same array on the host.
   """
 
   batch: data.Batch
@@ -366,7 +368,7 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
   """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
 
-  The score of an answer is 1 if it is right and 0 if it is wrong, or what the user's own reward function returned.
+  The score of an answer is 1 if it is right and 0 if it is wrong, or the result of the user's own reward function.
 
   Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
   """
@@ -402,8 +404,11 @@ def describe_step(
 ) -> dict[str, float]:
   """Returns the figures of a step, under the names that are logged.
 
-  They are the figures of the update, if there was one, and figures of all samples drawn. The latter include
-  zero-variance groups. `consumed` is the number of prompts that were asked or passed over.
+  Args:
+    learned: the figures of the update; {} if there was no update.
+    kept: the groups that were learned from.
+    seen: all groups drawn, including zero-variance groups.
+    consumed: the number of prompts that were asked or passed over.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
@@ -437,7 +442,8 @@ def describe_figures(values: dict[str, float]) -> list[str]:
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:
-  """Reads the weights that the run started from, for the KL term. They are read from disk, because the state
-  changes.
+  """Reads the weights that the run started from, for the KL term.
+
+  They are read from disk, because training changes the weights in memory.
   """
   return checkpoint.restore_weights(epath.Path(parent), abstract_state(run.model, tx, mesh).params)[0]

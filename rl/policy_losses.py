@@ -5,14 +5,15 @@ The loss of a batch is built in this order:
     loss of each token, times truncated importance weight, plus KL term -> (total, count) -> total / count
 
 Row b holds one sample. mask_BT is true at sampled tokens, including the end-of-text token. It is false at the prompt,
-at padding, and in the whole row if the verdict is undecided. Values outside the mask, even NaN, change neither the
-loss nor its gradient. All log-probabilities come from the same function (objectives.shaped_linear_loss), at the
-sampling temperature. Everything is float32, in nats.
+at padding, and in the whole row of a sample that doesn't count (rl/rewards.py). Values outside the mask, even NaN,
+change neither the loss nor its gradient. The trainer computes all its log-probabilities with the same function
+(objectives.shaped_linear_loss), at the sampling temperature. Everything is float32, in nats.
 
 Sums and counts are returned separately and divided once at the end. So the result doesn't depend on microbatches,
 padding or the number of devices.
-"""
+
 # B rows (samples)  T tokens
+"""
 
 import dataclasses
 import math
@@ -72,7 +73,7 @@ def gspo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=3e-4, eps_high
       s = exp(mean_t(logp - old_logp)),   s_t = sg(s) exp(logp - sg(logp))
       L_t = -min(s_t A, clip(s_t, 1 - eps_low, 1 + eps_high) A)
 
-  s_t has the value of s, and its gradient is that of one token. sg stops the gradient. The mean of L_t over a row
+  sg stops the gradient. So s_t has the value of s, but its gradient comes only from token t. The mean of L_t over a row
   (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071 sec. 4.1, in
   the token form of sec. 4.3; the default limits are those of sec. 5.1.
   """
@@ -90,7 +91,7 @@ POLICY_LOSSES = {'clip_higher': clip_higher, 'cispo': cispo, 'gspo': gspo}
 def _at_mask(mask_BT, *arrays):
   """Returns the arrays as float32, with 0 outside the mask.
 
-  This must happen before any arithmetic: NaN times 0 is NaN, in gradients too.
+  This function must be called before any arithmetic, because NaN times 0 is NaN, in gradients too.
   """
   return tuple(jnp.where(mask_BT, jnp.asarray(array, jnp.float32), 0) for array in arrays)
 
@@ -167,7 +168,7 @@ KL_ESTIMATORS = {'k1': kl_k1, 'k2': kl_k2, 'k3': kl_k3}
 def token_covariance(old_logp_BT, advantages_BT, mask_BT):
   """Returns each token's contribution to the covariance of log-probability and advantage, float32 [B, T].
 
-  It is (logp - mean logp) (A - mean A), with means over all tokens in the mask, and 0 outside the mask.
+  The contribution is (logp - mean logp) (A - mean A), with means over all tokens in the mask. It is 0 outside the mask.
   """
   logp_BT, advantages_BT = sg(_at_mask(mask_BT, old_logp_BT, advantages_BT))
   tokens = jnp.maximum(jnp.sum(mask_BT), 1)
@@ -176,13 +177,15 @@ def token_covariance(old_logp_BT, advantages_BT, mask_BT):
 
 
 def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4, low=1.0, high=5.0):
-  """Selects the tokens that Clip-Cov removes from the gradient: a random part of those with a covariance in (low,
-  high).
+  """Selects the tokens that Clip-Cov removes from the gradient.
+
+  They are a random part of the candidates, which are the tokens with a covariance in (low, high).
 
   Args:
     old_logp_BT, advantages_BT, mask_BT: as in `policy_loss`.
-    noise_BT: float [B, T] in [0, 1), drawn by the caller. Candidates with the lowest values are selected.
-    share: the largest number selected, as a share of all tokens. At least one is selected if there is a candidate.
+    noise_BT: float [B, T] in [0, 1), drawn by the caller. The candidates with the lowest noise are selected.
+    share: the largest number of selected tokens, divided by the number of all tokens. At least one token is selected if
+      there is a candidate.
     low, high: the limits of the covariance.
 
   Returns bool [B, T].
@@ -201,8 +204,9 @@ def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
 
 
 def _highest(score_BT, candidates_BT, tokens, share):
-  """Selects the max(1, floor(share * tokens)) candidates with the highest score. Ties for the last place are all
-  selected.
+  """Selects the max(1, floor(share * tokens)) candidates with the highest score.
+
+  If several candidates tie for the last place, all of them are selected.
   """
   score_BT = jnp.where(candidates_BT, score_BT, -jnp.inf)
   k = jnp.maximum(jnp.floor(share * tokens).astype(jnp.int32), 1)
@@ -219,14 +223,14 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
     loss_BT, mask_BT: [B, T].
     aggregation: one of
       'token_mean': every token of the batch has the same weight (DAPO, arXiv 2503.14476 sec. 3.3).
-      'sequence_mean': every sample has the same weight, and so each of its tokens 1 / length (GRPO). This favours
-        right answers that are short.
+      'sequence_mean': every sample has the same weight, so each of its tokens has the weight 1 / length (GRPO). This
+        favours right answers that are short.
       'constant': the sum over a sample's tokens is divided by `constant`, whatever its length (Dr. GRPO, arXiv
         2503.20783).
     constant: a number of tokens.
 
-  Returns (total, count): a float32 sum, and the int32 number to divide it by. Add both over microbatches, then divide
-  once. Rows without a token in the mask add nothing to either.
+  Returns (total, count): a float32 sum, and the int32 number to divide it by. Add the totals and the counts over
+  microbatches, then divide once. A row without a token in the mask adds nothing to the total or the count.
   """
   loss_BT = jnp.where(mask_BT, loss_BT, 0)
   if aggregation == 'token_mean':
@@ -238,7 +242,10 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-  """The name of the loss, and its parameters. Defaults are the paper's where it states them, otherwise DAPO's."""
+  """The name of the loss, and its parameters.
+
+  Each default is the value of the paper (arXiv 2512.22955) if the paper states one, otherwise DAPO's value.
+  """
 
   name: str = default('rl.loss.name')
   eps_low: float = default('rl.loss.eps_low')
@@ -349,8 +356,9 @@ def policy_loss(
 
 
 def _check_shapes(shape, advantages_BT, arrays):
-  """Raises ValueError if an array doesn't have the mask's shape [B, T]. Without this check it could broadcast
-  silently.
+  """Raises ValueError if an array doesn't have the mask's shape [B, T]. Advantages may also be [B, 1].
+
+  Without this check, an array of another shape could be broadcast silently.
   """
   if len(shape) != 2:
     raise ValueError(f'mask_BT must be [B, T], got {shape}')
@@ -367,8 +375,9 @@ def add(a, b):
 
 
 def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:
-  """Computes the figures to log from the sums of a whole batch: scalar float32 means per token, 0 if there are no
-  tokens.
+  """Computes the figures to log from the sums of a whole batch.
+
+  They are float32 scalars, most of them means per token. All are 0 if there are no tokens.
   """
   tokens = jnp.maximum(sums['tokens'], 1)
   out = {'ratio_mean': sums['ratio'] / tokens, 'clip_fraction': sums['clipped'] / tokens}

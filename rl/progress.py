@@ -1,7 +1,10 @@
-"""Holds what an RL run carries from step to step besides its training state. Checkpoints save it as the run's cursor.
+"""Holds the data that an RL run carries from step to step besides its training state.
 
-It decides which prompts come next (the difficulty filter), and which checkpoint is kept as the best one. Both depend
-only on the seed and on what was recorded so far, so a resumed run makes the same decisions as an uninterrupted one.
+Checkpoints save these data as the run's cursor. They decide which prompts come next (the difficulty filter), and which
+checkpoint is kept as the best one. Both decisions depend only on the seed and on what was recorded so far, so a resumed
+run decides like an uninterrupted one.
+
+# N tasks of the set
 """
 
 import base64
@@ -24,9 +27,9 @@ class Best:
   """The best evaluation so far; the earliest one if several are equally good.
 
   Attributes:
-    metric: the name that it is logged by, such as eval/held_out/avg_at_16.
-    step: the step that it followed; 0 for the policy at the start.
-    value: its result.
+    metric: the name under which the result is logged, such as eval/held_out/avg_at_16.
+    step: the step after which the policy was evaluated; 0 for the policy at the start.
+    value: the result.
   """
 
   metric: str
@@ -40,8 +43,8 @@ class Progress:
 
   Attributes:
     prompts: the number of prompts consumed so far, including those that were passed over.
-    zero_variance_N: bool, for each task of the set: True if the last group drawn for it had zero variance. None
-      without a difficulty filter.
+    zero_variance_N: bool [N], for each of the N tasks of the set: True if the last group drawn for it had zero
+      variance. The array is None in a run without a difficulty filter.
     best: the best evaluation. None before the first one, or if `rl.keep_best` is empty.
     problems: SHA-256 of the problems; '' if their number is unlimited.
   """
@@ -53,12 +56,13 @@ class Progress:
 
   @classmethod
   def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
-    """Returns the progress that a checkpoint's cursor holds. For {} it is that of a new run.
+    """Returns the progress that a checkpoint's cursor holds. The cursor {} gives the progress of a new run.
 
-    filtered: True with a difficulty filter. If the cursor was saved for a split of another size, its record of zero
-      variance is dropped.
+    filtered: whether the run has a difficulty filter. The filter's record is dropped if the cursor was saved for a set
+    with another number of tasks.
 
-    Raises DataError if the problems have changed since.
+    Raises:
+      DataError: the problems have changed since the run began.
     """
     if (known := cursor.get('problems', '')) and known != tasks.sha256:
       raise DataError(f'{tasks.config.uri}: holds other problems than when the run began (sha256 {tasks.sha256[:12]}, '
@@ -72,8 +76,9 @@ class Progress:
     return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256)
 
   def cursor(self) -> dict[str, Any]:
-    """Returns the progress in a form that JSON can hold and `read` takes. The difficulty filter needs one bit per
-    task.
+    """Returns the progress as a dictionary that can be stored as JSON, and that `read` accepts.
+
+    The difficulty filter needs one bit per task.
     """
     found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
     if self.zero_variance_N is not None:
@@ -126,8 +131,10 @@ class Progress:
     return dataclasses.replace(self, zero_variance_N=zero_variance_N)
 
   def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
-    """Returns the progress after an evaluation with the result `value`; NaN changes nothing. If `metric` is another one
-    than before, the comparison starts anew.
+    """Returns the progress after an evaluation with the result `value`.
+
+    The evaluation becomes the best one if `value` is larger than the best value so far, or if the best evaluation has
+    another metric. NaN changes nothing.
     """
     if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
       return self

@@ -16,8 +16,8 @@ class RewardRule:
   """Says how the length of an answer changes its reward.
 
   Attributes:
-    truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' gives it reward 0;
-      'masked' leaves it out of the loss (overlong filtering).
+    truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' treats it like other
+      wrong answers; 'masked' leaves it out of the loss (overlong filtering).
     longest: the length limit, in tokens.
     overlong_buffer: the number of tokens before the limit in which the reward falls gradually; 0 for no penalty.
   """
@@ -27,8 +27,9 @@ class RewardRule:
   overlong_buffer: int = 0
 
   def penalty(self, tokens: int) -> float:
-    """Returns the penalty for an answer's length: 0 before the buffer, falling linearly to -1 at the limit.
+    """Returns the penalty for an answer's length.
 
+    It is 0 for an answer that ends before the buffer, and falls linearly in the buffer, to -1 at the length limit.
     Source: the soft overlong punishment of DAPO, arXiv 2503.14476 eq. 13.
     """
     if not self.overlong_buffer:
@@ -39,8 +40,10 @@ class RewardRule:
 def rewards(
   rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]
 ) -> tuple[list[float], list[bool]]:
-  """Computes the reward of each sample, and whether the sample counts. Undecided samples never count; their reward is
-  0.
+  """Computes the reward of each sample, and whether the sample counts (is valid).
+
+  Undecided samples never count. With the rule 'masked', wrong answers that were cut off don't count either. The reward
+  of a sample that doesn't count is 0.
 
   Returns (rewards, valid), two lists as long as `samples`.
   """

@@ -1,6 +1,6 @@
 """Samples and judges groups of answers, and packs groups into the arrays that an update takes.
 
-# P prompts  G samples per prompt  B = P·G rows  T tokens
+# P prompts  G samples per prompt  B = P·G rows  T tokens  L layers  k experts per token
 """
 
 import dataclasses
@@ -36,7 +36,10 @@ class Group(NamedTuple):
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
   def has_reward_variance(self, rule: RewardRule) -> bool:
-    """Returns whether the scores of the valid samples differ. If not, most advantage functions give all samples 0."""
+    """Returns whether the scores of the valid samples differ.
+
+    If all are equal, most advantage functions give all samples of the group the advantage 0.
+    """
     return vary(rule, self.scores, self.verdicts, self.samples)
 
 
@@ -46,9 +49,9 @@ def graded_groups(
 ) -> list[Group]:
   """Samples and judges the answers to prompts. Returns one group per prompt, in the order of `asked`.
 
-  Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together;
-  each judges a share of the groups, and all get the verdicts of all. The result is a pure function of the arguments,
-  except for verdicts that stay undecided because of a deadline.
+  Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together.
+  Each process judges a share of the groups, and then all processes exchange their verdicts. The result is a pure
+  function of the arguments, except for verdicts that stay undecided because of a deadline.
 
   Args:
     asked: {number of the prompt: task}. The number selects the random numbers, together with `seed` and `step`.
@@ -88,9 +91,9 @@ def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:
 
 
 def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
-  """Returns '' if every prompt fits in `longest` tokens; otherwise a sentence that says how many don't.
+  """Returns '' if every prompt fits in `longest` tokens; otherwise a sentence that says how many prompts are longer.
 
-  Sets of unlimited size aren't checked; for them it returns ''.
+  The prompts of a set of unlimited size aren't checked, and the result is ''.
   """
   if tasks.size is None:
     return ''
@@ -117,7 +120,7 @@ class Rollouts:
 def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: RewardRule) -> Rollouts:
   """Writes the prompt and completion of each sample into a row of `length` (input, target) pairs.
 
-  prompts, samples: the P and G of the result; there may be fewer groups than P.
+  prompts, samples: the P and G of the result. If there are fewer groups than P, the last rows stay empty.
   """
   rows = prompts * samples
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))

@@ -33,15 +33,17 @@ def make_update(
       update(state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
              cov_tokens_BT=None, choices_BTLk=None) -> (state, sums, entropy_BT)
 
-  sums are the input of `policy_losses.means`. entropy_BT is replicated on all devices.
+  completion_BT is bool, True for the tokens of the loss. sums are the input of `policy_losses.means`. entropy_BT is in
+  nats, and replicated on all devices.
 
   The last four arguments may be None:
-    old_logp_BT: None for an on-policy update, whose ratio is 1.
-    ref_logp_BT: required if loss.kl_weight > 0.
-    cov_tokens_BT: required if loss.cov is set.
-    choices_BTLk: the experts that the sampler used for each token. A dense model has none.
+    old_logp_BT: the log-probabilities before the first update on these samples. None for an on-policy update, whose
+      ratio is 1.
+    ref_logp_BT: the log-probabilities of the KL reference. Required if loss.kl_weight > 0.
+    cov_tokens_BT: the result of `cov_tokens`. Required if loss.cov is set.
+    choices_BTLk: the experts that the sampler used for each token. None for a dense model.
 
-  temperature: that of the sampler; the policy's log-probabilities are computed at it.
+  temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
 
   The loss is a sum over the minibatch, divided once, so the number of microbatches doesn't change the result. The bias
   of a router stays unchanged.

@@ -12,7 +12,7 @@ COLLAPSED = 0.1  # warn if the entropy of drawn tokens falls below this share of
 
 
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-  """Returns a dictionary from the kind of each warning to its text, one line.
+  """Returns the warnings as {kind: text}. Each text is one line.
 
   history: the figures of each step, as rl/loop.py logs them, oldest first.
   """

@@ -2,8 +2,8 @@
 
 WORKDIR/checkpoints/STEP/ has three parts. `state` holds the parameters (with layers stacked), the optimizer state and
 the step. `meta` is JSON: the data cursor, the resolved config, the parent checkpoint, the code version and the shape of
-every array. manifest.json holds checksums (runtime/integrity.py), and every restore checks the other two against it.
-`betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
+every array. manifest.json holds checksums (runtime/integrity.py), and every restore checks the files of `state` and
+`meta` against them. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
 """
 
 import dataclasses
@@ -56,8 +56,9 @@ class Checkpoints:
 
     Args:
       workdir: the workdir of the run.
-      config: how many checkpoints to keep.
-      fallback: if the newest checkpoint is damaged, move it aside and continue with the newest good one.
+      config: which checkpoints to keep.
+      fallback: True moves the newest checkpoint to WORKDIR/damaged if it is damaged, and continues with the newest good
+        checkpoint.
 
     Raises:
       CheckpointError: the newest checkpoint is damaged, and `fallback` is False or no older checkpoint is good.
@@ -85,9 +86,15 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
-    """Starts to write a checkpoint, and returns as soon as the state may be donated.
+    """Starts to write a checkpoint in the background. Returns as soon as the state may be donated.
 
-    When this checkpoint is complete, old ones are deleted as the config says. The one of step `best` is never deleted.
+    When the new checkpoint is complete, old checkpoints are deleted as the config says.
+
+    Args:
+      state: the state to save.
+      meta: the meta to save, without the step and the shapes, which are added here.
+      step: the number of the step.
+      best: the step whose checkpoint is never deleted, or None.
 
     Raises:
       CheckpointError: this write or an earlier one failed.
@@ -103,11 +110,11 @@ class Checkpoints:
     self._guard(self._manager.check_for_errors)
 
   def wait(self) -> None:
-    """Waits until everything is written. Raises CheckpointError if a write failed."""
+    """Waits until all checkpoints are written. Raises CheckpointError if a write failed."""
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Waits until everything is written, and ends the threads. Raises CheckpointError if a write failed."""
+    """Waits until all checkpoints are written, and ends Orbax's threads. Raises CheckpointError if a write failed."""
     self._guard(self._manager.close)
 
   @property
@@ -122,18 +129,27 @@ class Checkpoints:
     return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the newest checkpoint and its meta. The state gets the shapes, dtypes and shardings of `target`."""
+    """Returns (state, meta) of the newest checkpoint. The arrays of the state get the shardings of `target`.
+
+    Raises:
+      CheckpointError: the checkpoint can't be read, or its shapes or dtypes differ from those of `target`.
+    """
     return _restore(self.path / str(self.latest), target)  # its files were checked by `__init__`
 
   def _write_manifest(self) -> None:
-    """Writes the manifest. Orbax calls this in process 0's writing thread, after all files and before it commits
-    them.
+    """Writes the manifest of the checkpoint that is being saved.
+
+    Orbax calls this in the writing thread of process 0, when all files of the checkpoint are written but not yet
+    committed.
     """
     final = self.path / str(self._saving)
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
   def _guard(self, write: Callable[[], object]) -> None:
-    """Calls `write`, and raises CheckpointError if Orbax or tensorstore fails, for example because a disk is full."""
+    """Calls `write`, and raises CheckpointError if Orbax or tensorstore fails, for example because a disk is full.
+
+    An error that may come from a lost process is raised unchanged.
+    """
     try:
       write()
     except (OSError, ValueError, RuntimeError) as error:
@@ -165,7 +181,7 @@ def _suppress_background_tracebacks() -> None:
 
 
 def absolute(path: epath.Path) -> epath.Path:
-  """Returns an absolute path. The path of a bucket is returned unchanged, because epath's resolve() would damage it."""
+  """Returns an absolute path. A path in a bucket is returned unchanged, because epath's resolve() would damage it."""
   return path if '://' in str(path) else epath.Path(path).resolve()
 
 
@@ -186,7 +202,7 @@ def find(path: str) -> epath.Path:
   """Returns the checkpoint at `path`, or the newest one if `path` is a workdir.
 
   Raises:
-    CheckpointError: there is none.
+    CheckpointError: there is no checkpoint at `path`.
   """
   root = epath.Path(path)
   try:
@@ -210,8 +226,8 @@ def _find(root: epath.Path) -> epath.Path:
 def check(path: epath.Path) -> None:
   """Raises CheckpointError if a file of the checkpoint at `path` is damaged.
 
-  The message names the file, and the newest good checkpoint. Every process of a job must call this; each checks a part
-  of the files.
+  The message names the file, and the newest good checkpoint before this one. Every process of a job must call this, and
+  each process checks a part of the files.
   """
   if problem := _damage(path):
     good = _newest_good_before(path)
@@ -219,7 +235,10 @@ def check(path: epath.Path) -> None:
 
 
 def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
-  """Checks the newest checkpoint in `folder`, if there is one. For `fallback` see Checkpoints.__init__."""
+  """Raises CheckpointError if the newest checkpoint in `folder` is damaged. Does nothing if there is no checkpoint.
+
+  fallback: True moves damaged checkpoints aside instead, as described at Checkpoints.__init__.
+  """
   found = steps(folder)
   if not found or not (problem := _damage(newest := folder / str(found[-1]))):
     return
@@ -245,7 +264,10 @@ def _newest_good_before(path: epath.Path) -> epath.Path | None:
 
 
 def _damage(path: epath.Path) -> str:
-  """Returns what is damaged at `path`, or ''. All processes must call this, and all get the same result."""
+  """Returns the first damage to the checkpoint at `path`, as 'FILE: PROBLEM', or '' if there is none.
+
+  All processes must call this, and all get the same result.
+  """
   return _first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
 
 
@@ -285,7 +307,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the state at `path`, with the shardings of `target`, and its meta.
+  """Returns (state, meta) of the checkpoint at `path`. The arrays of the state get the shardings of `target`.
 
   Raises:
     CheckpointError: the checkpoint is damaged, or its shapes differ from those of `target`.
@@ -301,9 +323,12 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Returns the parameters at `path`, with the shardings of `params`, and the meta. The optimizer's state isn't read.
+  """Returns (parameters, meta) of the checkpoint at `path`. The parameters get the shardings of `params`.
 
-  Raises the same errors as `restore`.
+  The optimizer's state isn't read.
+
+  Raises:
+    CheckpointError: the checkpoint is damaged, or the shapes of its parameters differ from those of `params`.
   """
   check(path)
   meta = read_meta(path)

@@ -1,5 +1,5 @@
 """betarank checkpoint inspect DIR     prints what is in the checkpoints of a run, or in one checkpoint
-betarank checkpoint verify DIR      reads every byte of them, and names the files that are damaged
+betarank checkpoint verify DIR      reads every byte of these checkpoints, and names damaged files
 """
 
 import json
@@ -55,7 +55,7 @@ def _inspect(paths: list[epath.Path]) -> None:
 
 
 def _verify(paths: list[epath.Path]) -> None:
-  """Prints one line per checkpoint. Exits with status 1 if one is damaged or can't be checked."""
+  """Prints one line per checkpoint. Exits with status 1 if any checkpoint is damaged or can't be checked."""
   bad = 0
   for path in paths:
     problem = integrity.damage(checkpoint.absolute(path), full=True)

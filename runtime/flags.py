@@ -1,4 +1,4 @@
-"""Defines the command-line flags that `betarank train` and `betarank rl` share. Importing it doesn't import JAX."""
+"""Defines the flags that `betarank train` and `betarank rl` share. Importing this module doesn't import JAX."""
 
 import argparse
 

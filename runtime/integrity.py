@@ -3,14 +3,15 @@
     {"version": 1, "block_bytes": 67108864,
      "files": {"state/manifest.ocdbt": {"size": 115, "sha256": "7c1f...", "crc32": ["1c291ca3"]}, ...}}
 
-The manifest is written before the checkpoint is committed, so every complete checkpoint has one. A checkpoint from a
-version before manifests has none, and is accepted unchecked.
+The manifest is written before the checkpoint is committed, so every complete checkpoint has one. Only checkpoints from
+an old version of this code have no manifest. They are accepted without a check.
 
-Every start of a run checks the crc32 of each block. This finds every flipped byte, and misses other damage with a
-probability of 2^-32. `betarank checkpoint verify` checks the sha256 of each file, the same that sha256sum prints.
+Every start of a run checks the crc32 of each block of 64 MiB. This finds every flipped byte, and misses other damage
+with a probability of 2^-32. `betarank checkpoint verify` checks the sha256 of each file, which is the checksum that
+sha256sum prints.
 
-In a bucket, a start compares all sizes, but reads the content of small files only. The object store checks content
-itself, and reading everything twice would double the time of a start.
+In a bucket, the start of a run compares the sizes of all files, but reads only small files. The object store checks the
+content of files itself, and reading everything twice would double the time of a start.
 """
 
 import concurrent.futures
@@ -32,7 +33,7 @@ _Check = Callable[[], str]
 
 
 def write(folder: epath.Path) -> None:
-  """Writes the manifest of the items in `folder`."""
+  """Writes the manifest of the files in `folder` that belong to one of ITEMS."""
   names = sorted(name for item in ITEMS for name in _files(folder, item))
   with _threads() as pool:
     entries = list(pool.map(lambda name: _describe(folder / name), names))
@@ -44,7 +45,7 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
   """Returns the manifest as {file: {size, checksums}}, or None if there is no manifest.
 
   Raises:
-    ValueError: the manifest isn't readable by this version.
+    ValueError: this version of the code can't read the manifest.
   """
   try:
     manifest = json.loads((folder / NAME).read_text())
@@ -60,14 +61,16 @@ def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
 
 
 def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tuple[int, int] = (0, 1)) -> str:
-  """Returns the first difference between the files in `folder` and its manifest, as 'FILE: PROBLEM', or '' if all is
-  well.
+  """Returns the first difference between the files in `folder` and its manifest, as 'FILE: PROBLEM'.
+
+  Returns '' if there is no difference, or no manifest.
 
   Args:
     folder: the folder of the checkpoint.
     item: the entry of ITEMS whose files are checked; '' for all entries.
-    full: check the sha256 of all files, even in a bucket.
-    share: (i, n) checks all sizes, but only part i of n equal parts of the content.
+    full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of blocks.
+    share: (i, n) checks the content of only every n-th block (or file), starting with number i. The sizes of all files
+      are checked in any case.
   """
   try:
     files = read(folder)

@@ -1,4 +1,4 @@
-"""Joins several processes into one job: either all of them start or none, and they end together with a reason.
+"""Joins several processes into one job. All of them start or none does, and if one fails, all end with the reason.
 
 Before JAX starts, the processes compare what they are about to run (rendezvous.py). While the job runs, they watch each
 other (watchdog.py). A job of one process has no rendezvous, but its watchdog ends it if it hangs.
@@ -32,11 +32,14 @@ _watchdog: Watchdog | None = None
 def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
   """Returns the position of this process in its job.
 
-  coordinator: HOST:PORT of process 0. 'auto' reads the position from the environment of a TPU VM, GKE, Slurm or Open
-  MPI. '' means a job of one process.
+  Args:
+    coordinator: HOST:PORT of process 0. 'auto' reads the position from the environment of a TPU VM, GKE, Slurm or Open
+      MPI, and ignores the other arguments. '' means a job of one process.
+    processes: the number of processes.
+    index: the number of this process, from 0.
 
   Raises:
-    JobError: 'auto' found no such environment, or the flags are wrong.
+    JobError: 'auto' found no such environment, or the arguments are invalid.
   """
   if coordinator == 'auto':
     from jax._src import clusters  # used by jax.distributed.initialize(); there is no public function
@@ -58,9 +61,11 @@ def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
 
 
 def initialize(info: ProcessInfo, deadline_s: float) -> None:
-  """Starts jax.distributed if the job has several processes. Call it before anything uses a device.
+  """Starts jax.distributed if the job has several processes. Must be called before JAX uses a device.
 
   Processes on CPUs communicate with gloo.
+
+  deadline_s: the watchdog's deadline for heartbeats, in seconds. JAX's own deadline is set later.
   """
   if info.processes == 1:
     return
@@ -71,21 +76,28 @@ def initialize(info: ProcessInfo, deadline_s: float) -> None:
 
 
 def join(coordinator: str, processes: int, index: int) -> None:
-  """Joins a job without rendezvous and watchdog; see `locate`. Call it before anything uses a device."""
+  """Joins a job without a rendezvous and without a watchdog. Must be called before JAX uses a device.
+
+  The arguments are those of `locate`.
+  """
   initialize(locate(coordinator, processes, index), deadline_s=100)
 
 
 @contextlib.contextmanager
 def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str]) -> Iterator[None]:
-  """Joins the job that the flags of runtime/flags.py describe, until the block ends.
+  """Makes this process a part of a job until the block ends.
 
-  All processes must have the same code, the same config, and the same content in the files of `inputs`, which maps what
-  a file is to its path. Process 0 locks args.workdir. An error in the block ends the other processes too, with its
-  message.
+  All processes must have the same code, the same config, and the same content in the files of `inputs`. Process 0 locks
+  args.workdir. If the block raises an error, the other processes end too, with the message of that error.
+
+  Args:
+    args: the flags of runtime/flags.py, which describe the job.
+    config: the resolved config.
+    inputs: {what the file is: its path}, for each file to compare.
 
   Raises:
-    UserError: another command is running in the workdir, or its disk refused a write in the block.
-    JobError: a process is missing, or would run something else.
+    UserError: another command is running in the workdir, or the workdir's disk refused a write in the block.
+    JobError: a process is missing, or its code, config or files differ.
   """
   global _watchdog
   info = locate(args.coordinator, args.processes, args.process_id)
@@ -111,7 +123,7 @@ def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str])
 
 
 def note_step(step: int) -> None:
-  """Tells the watchdog that this process has reached a step. Every loop must call this."""
+  """Tells the watchdog that this process has reached a step. Every training loop must call this after each step."""
   if _watchdog:
     _watchdog.note_step(step)
 
@@ -129,7 +141,7 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
 
 
 def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the values that must be equal in all processes, under the names that the user knows."""
+  """Returns the values that must be equal in all processes, as {name in messages: value}."""
   digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else 'missing'
   return {
     'code': workdir.code_version(), 'jax': jax.__version__, '--workdir': path,

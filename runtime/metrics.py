@@ -1,7 +1,8 @@
-"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases, and prints a line per step.
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases, and prints a line every few steps.
 
 metrics.jsonl holds one JSON object per line: {"step": 12, "train/ce_nats": 2.31, ...}. Evaluations add lines with keys
-`eval/SOURCE/...`. If a run is killed and resumed, all values except `time/...` are the same to the last bit.
+`eval/SOURCE/...`. A run that was killed and resumed writes the same values as an uninterrupted run, to the last bit,
+except for the keys `time/...`.
 """
 
 import json
@@ -39,14 +40,15 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Returns the peak FLOP/s of one chip, or None if the table has no entry for it, as for CPUs."""
+  """Returns the peak bfloat16 FLOP/s of a chip, or None if PEAK_FLOPS has no entry for the chip. CPUs have no entry."""
   kinds = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
   return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
 class JsonLines:
-  """A file of JSON objects, one per line, each with its `step`. Opening it at a step removes the lines of later
-  steps.
+  """A file with one JSON object per line, each of which has the key `step`.
+
+  Opening the file with the argument `step` removes the lines of all later steps.
   """
 
   def __init__(self, path: epath.Path, step: int):
@@ -73,7 +75,10 @@ class JsonLines:
 
 
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the lines of a metrics file, without those that a killed process left incomplete."""
+  """Returns the lines of a metrics file as dictionaries; [] if there is no file.
+
+  Lines that a killed process left incomplete are left out.
+  """
   if not path.exists():
     return []
   lines = []
@@ -90,7 +95,7 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 class Clock:
   """Measures the time per step, and the part of it spent waiting for input.
 
-  Time spent in blocks under `apart` (evaluation, saving) isn't counted.
+  Time spent in a block `with clock.apart():`, for example for evaluation or saving, isn't counted.
   """
 
   def __init__(self):
@@ -149,7 +154,7 @@ def describe_evaluation(source: str, values: dict[str, float]) -> str:
 
 
 class _Live(ProgressColumn):
-  """Renders the one line at the bottom of a terminal."""
+  """Renders the progress line at the bottom of a terminal."""
 
   max_refresh = None
 
@@ -166,7 +171,7 @@ class _Live(ProgressColumn):
 
 
 class Log:
-  """The log files of a run, and the lines it prints. In processes other than the first it does nothing."""
+  """The log of a run: writes its files, and prints its lines. It does nothing if `active` is False."""
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
@@ -177,13 +182,13 @@ class Log:
 
     Args:
       workdir: the workdir of the run.
-      step: the step that the run resumes after.
+      step: the step that the run resumes after. 0: a new run, for which all lines are removed.
       steps: the last step.
-      every: the number of steps between two printed lines.
-      tensorboard: also write TensorBoard events.
-      active: False for a Log that does nothing.
-      wandb: (a project of Weights & Biases, the run's config). The figures are sent there too. None: they aren't.
-      describe: a function (figures) -> how they are printed, the most important ones first.
+      every: the number of steps from one printed line to the next.
+      tensorboard: True also writes TensorBoard events.
+      active: whether to log. It is True only in process 0.
+      wandb: (a project of Weights & Biases, the run's config), to send the figures there too. None: doesn't send them.
+      describe: a function that turns the figures of a step into the texts to print, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
     self._step_s = None
@@ -208,7 +213,8 @@ class Log:
   def say(self, text: str, indent: int = 0) -> None:
     """Prints a line, above the progress bar if there is one.
 
-    indent: on a terminal, a longer line continues so many columns further right. 0: the terminal wraps it.
+    indent: how far the continuation of a long line is indented, in columns, if the output is a terminal. 0: the
+    terminal wraps long lines.
     """
     if not self._active:
       return
@@ -217,7 +223,10 @@ class Log:
     self._console.print(text, markup=False)
 
   def train(self, step: int, values: dict[str, float]) -> None:
-    """Records the figures of one update. Their names have a slash and a unit, as in train/ce_nats."""
+    """Records the figures of one update.
+
+    values: {name: figure}, with names like train/ce_nats. time/step_s must be among them.
+    """
     if not self._active:
       return
     self._lines.write(step, values)
@@ -232,7 +241,7 @@ class Log:
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], line: str) -> None:
-    """Records the figures of an evaluation, and prints `line`."""
+    """Records the figures of an evaluation as eval/SOURCE/NAME, and prints `line`."""
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Handles a job of several processes: which rows each process reads, how they form global arrays, and what all know.
+"""Handles the data of a job of several processes: the rows that each process reads, global arrays, and data exchange.
 
 # B rows  T tokens
 """
@@ -15,8 +15,13 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
 
   Processes whose devices hold the same rows get the same index. This happens if the tensor axis spans processes.
 
+  Args:
+    sharding: the sharding of the global batch.
+    rows, length: the shape of the global batch.
+    mesh_key: the config key of the mesh, for the error.
+
   Raises:
-    ValueError: the rows of this process aren't one such part. The message begins with `mesh_key`.
+    ValueError: the rows of this process aren't one of `count` equal parts. The message begins with `mesh_key`.
   """
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
@@ -27,7 +32,10 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
 
 
 def local_to_global(local, sharding: NamedSharding, rows: int):
-  """Returns a global batch of `rows` rows, a tree of arrays [B, T], built from the rows that each process has read."""
+  """Returns a global batch with `rows` rows, as a tree of arrays [B, T].
+
+  local: the rows that this process has read, as a tree of arrays. Every process passes its own rows.
+  """
   build = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
   return jax.tree.map(build, local)
 
@@ -43,11 +51,17 @@ def max_over_processes(x: np.ndarray) -> np.ndarray:
 
 
 def of_first_process(x: np.ndarray) -> np.ndarray:
-  """Returns the array that process 0 has. Every process must call this, with an array of the same shape and dtype."""
+  """Returns the array `x` of process 0, in every process.
+
+  Every process must call this with an array of the same shape and dtype.
+  """
   return x if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(x))
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when every process has called this. `what` names the place, in an error if they call it at others."""
+  """Waits until every process has called this function.
+
+  what: a name for the place of the call. If processes wait at different places, JAX raises an error with this name.
+  """
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

@@ -10,7 +10,8 @@ from etils import epath
 class Profile:
   """Traces the steps from `first` to `last`, and writes the trace to WORKDIR/profile.
 
-  The trace starts before the first of these steps is dispatched, and ends after the last one has finished.
+  The argument `steps` is (first, last), or None to trace nothing. The trace starts before step `first` is dispatched,
+  and ends after step `last` has finished.
   """
 
   def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
@@ -18,7 +19,10 @@ class Profile:
 
   @contextlib.contextmanager
   def at(self, step: int) -> Iterator[None]:
-    """Wraps the work of one step. Every step must be wrapped, or else the trace doesn't end."""
+    """Returns a context manager for the work of one step.
+
+    Every step must use the context manager, which also starts and ends the trace.
+    """
     if self._steps is None:
       yield
       return

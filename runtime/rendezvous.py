@@ -49,7 +49,8 @@ class _Connection:
     """Returns the next line, or '' if the other side has closed the connection.
 
     Raises:
-      OSError: the connection failed. It is a TimeoutError if no line came in time.
+      TimeoutError: no line came within `timeout_s` seconds.
+      OSError: the connection failed.
     """
     self._socket.settimeout(timeout_s)
     return self._reader.readline(1 << 20)
@@ -67,15 +68,16 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
   Args:
     info: the position of this process in the job.
     fingerprint: values that must be equal in all processes.
-    deadline_s: the seconds within which all must connect.
+    deadline_s: the seconds within which all processes must connect.
     refused: the reason why process 0 can't start; '' if it can. All processes then end with this reason.
 
   Returns:
-    The names 'process I of N (HOST, pid P)' of all processes, and the open connections by process index: in process 0
-    to all other processes, in those to process 0.
+    (names, connections). The names are those of all processes, in the form 'process I of N (HOST, pid P)'. The
+    connections are open, as {process index: connection}. Process 0 has a connection to every other process. Each of the
+    other processes has one connection, to process 0.
 
   Raises:
-    JobError: the processes can't form a job. The message is the same in all of them.
+    JobError: the processes can't form a job. All processes that reached process 0 raise the same message.
   """
   own = {'index': info.index, 'host': socket.gethostname(), 'pid': os.getpid(),
          'fingerprint': {'--processes': info.processes, **fingerprint}}
@@ -94,7 +96,17 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
 
 def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, error: str
                 ) -> tuple[dict[str, Any], dict[int, _Connection]]:
-  """Runs in process 0: collects the entries of all processes, and sends the answer to those that connected."""
+  """Collects the entries of all processes, and sends the answer to each process that connected. Runs in process 0.
+
+  Args:
+    own: the entry of process 0. An entry holds the index, host, pid and fingerprint of a process.
+    processes: the number of processes.
+    port: the port to listen on.
+    until: the deadline for connecting, on time.monotonic().
+    error: the reason why process 0 can't start; '' if it can.
+
+  Returns (answer, connections by process index).
+  """
   entries, connections = {0: own}, []
   name = lambda entry: f'process {entry["index"]} of {processes} ({entry["host"]}, pid {entry["pid"]})'
   family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -133,7 +145,10 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
 
 
 def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[dict[str, Any], dict[int, _Connection]]:
-  """Runs in all other processes: sends this process's entry to process 0, and waits for the answer."""
+  """Sends this process's entry to process 0, and waits for the answer. Runs in every process except process 0.
+
+  Returns (answer, {0: the connection}).
+  """
   reason = 'it did not answer'
   while (left := until - time.monotonic()) > 0:
     try:
@@ -148,10 +163,11 @@ def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[
 
 
 class StartupWatchdog:
-  """A context manager in which JAX is started. It ends this process if another one dies or hangs meanwhile.
+  """A context manager around the start of JAX. It ends this process if another process dies or hangs during the start.
 
-  A process that dies closes its connection, and one that hangs sends nothing for `deadline_s` seconds. Process 0 tells
-  the others. When the block ends, the others are told that JAX has started here, or why it hasn't.
+  A process counts as dead if its connection closes, and as hung if it sends nothing for `deadline_s` seconds. Process 0
+  then tells all other processes. When the block ends, this process reports to the processes it is connected to that JAX
+  has started here, or why JAX hasn't started.
   """
 
   def __init__(self, info: ProcessInfo, names: list[str], connections: Mapping[int, _Connection], deadline_s: float):

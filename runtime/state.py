@@ -49,9 +49,9 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
 def create_state(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
-  """Returns the state of step 0, with `params` or with random parameters from `seed`.
+  """Returns the state of step 0.
 
-  The random parameters are the same on every mesh.
+  params: the parameters. None: random parameters from `seed`, which are the same on every mesh.
   """
   def create(params):
     if params is None:
@@ -63,7 +63,7 @@ def create_state(
 
 
 def donated() -> tuple[int, ...]:
-  """Returns the positions of the arguments that an update donates: the state, or nothing on a CPU.
+  """Returns the positions of the arguments that an update donates: (0,), which is the state, or () on a CPU.
 
   On a CPU, a checkpoint is written directly from the state's memory. If the state were donated, the next update would
   have to wait for the disk. On other devices the state is first copied to the host.
@@ -72,9 +72,10 @@ def donated() -> tuple[int, ...]:
 
 
 def compiler_options() -> dict[str, bool] | None:
-  """Returns the XLA options of an update, or None.
+  """Returns the XLA options of an update; None if the device isn't a GPU.
 
-  On a GPU, XLA would fuse a kernel (attention or a matmul) with the copy of its output that a scanned layer saves. It
-  would then run the kernel a second time for the other use of that output. The option prevents this.
+  The option prevents XLA from running a kernel (attention or a matmul) twice. A layer in a scan saves a copy of the
+  kernel's output. By default, XLA fuses the kernel with this copy, and then runs the kernel again wherever else its
+  output is used.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

@@ -13,9 +13,9 @@ A command of many steps saves before it ends:
 The first signal only makes `stop` return True. The exit status is 143 for SIGTERM and 130 for Ctrl-C, so that scripts
 can see that the command didn't finish. A second Ctrl-C ends the process at once, whatever it is doing.
 
-Every command runs in `interruptible`, and a StopSignal replaces it while its block lasts. Outside such a block, the
-first Ctrl-C raises KeyboardInterrupt, which ends the command with one line (configs/errors.py). The results that the
-command has written by then are complete, because each is written atomically.
+Every command runs in `interruptible`. In the block of a StopSignal, the StopSignal handles the signals instead. Outside
+such a block, the first Ctrl-C raises KeyboardInterrupt, which ends the command with one line (configs/errors.py). The
+results that the command has written by then are complete, because each is written atomically.
 """
 
 import contextlib
@@ -33,8 +33,9 @@ class Stopped(SystemExit):
 
 
 def leave(status: int) -> NoReturn:
-  """Ends the process at once, once its output is written. Python's own way out frees what a computation that was
-  interrupted still uses, which can crash.
+  """Ends the process at once, after writing the buffered output.
+
+  A normal exit of Python can crash, because it frees memory that an interrupted computation still uses.
   """
   sys.stdout.flush()
   sys.stderr.flush()
@@ -42,21 +43,21 @@ def leave(status: int) -> NoReturn:
 
 
 class StopSignal:
-  """A context manager that catches SIGTERM and Ctrl-C. Call it after each step: it returns True once the command must
-  end.
+  """A context manager that catches SIGTERM and Ctrl-C. It must be entered in the main thread.
 
-  It must be entered in the main thread. The attribute `exit_status` is the status to end with.
+  Call the object after each step: it returns True once the command must end. The attribute `exit_status` is the exit
+  status for the process.
   """
 
   def __init__(self, processes: int = 1, before_exit: Callable[[], None] = lambda: None):
     """Creates the context manager. The signals keep their usual effect until it is entered.
 
     Args:
-      processes: the number of processes of the job. All of them must call this object after the same steps. Once any of
-        them has received a signal, it returns True in all of them at the same step. With several processes,
+      processes: the number of processes of the job. All processes must call this object after the same steps. Once one
+        of them has received a signal, the calls return True in all processes at the same step. With several processes,
         jax.distributed must be initialized.
-      before_exit: called before a second Ctrl-C ends the process, in order to end child processes. It runs in another
-        thread.
+      before_exit: called before a second Ctrl-C ends the process, for example to end child processes. It runs in
+        another thread.
     """
     self._processes, self._before_exit = processes, before_exit
     self._received: list[int] = []
@@ -76,7 +77,10 @@ class StopSignal:
       signal.signal(number, handler)
 
   def __call__(self, step: int = 0) -> bool:
-    """Returns True if the command must save and end now."""
+    """Returns True if the command must save and end now.
+
+    step: the number of the step. It is used only in a job of several processes.
+    """
     if self._processes == 1:
       return bool(self._received)
     from jax.experimental import multihost_utils
@@ -98,12 +102,14 @@ class StopSignal:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-  """Makes Ctrl-C end the block by KeyboardInterrupt, and a second Ctrl-C the process, at once and with status 130.
+  """Makes Ctrl-C end the block by KeyboardInterrupt. A second Ctrl-C ends the process at once, with exit status 130.
 
-  It must be entered in the main thread. A StopSignal or `listening` in the block replaces it for a time.
+  It must be entered in the main thread. While a StopSignal is active in the block, the StopSignal handles Ctrl-C
+  instead. While a `listening` is active in the block, a second Ctrl-C doesn't end the process.
 
-  Python alone doesn't promise the first: code in C may turn KeyboardInterrupt into another error, as an import does, or
-  ignore it, as a callback of the garbage collector does. It is then raised again.
+  Python alone doesn't ensure that KeyboardInterrupt ends the block. C code may turn the KeyboardInterrupt into another
+  error (an import does) or ignore it (a callback of the garbage collector does). In both cases this function raises it
+  again.
   """
   count, ignored, raised = 0, False, False
 
@@ -146,10 +152,12 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(interrupted: Callable[[int], None]) -> Iterator[None]:
-  """Calls `interrupted` with the number of the Ctrl-C, 1 or more, in another thread, until the block ends.
+  """Calls `interrupted` in another thread at each Ctrl-C, until the block ends. Signal handlers stay as they are.
 
-  Python runs signal handlers in the main thread, between two bytecode instructions. A compilation or a collective can
-  delay them for minutes, but not this. Signal handlers stay as they are.
+  A signal handler in Python runs in the main thread, between two bytecode instructions, so a compilation or a
+  collective can delay it for minutes. The call of `interrupted` isn't delayed.
+
+  interrupted: a function of the number of Ctrl-C so far, 1 for the first.
   """
   listener, writer = socket.socketpair()
   writer.setblocking(False)

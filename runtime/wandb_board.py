@@ -1,8 +1,8 @@
 """Sends the figures of a run to Weights & Biases, which needs `pip install 'betarank[wandb]'`.
 
-The id of the run in Weights & Biases is kept in WORKDIR/wandb.json, so a resumed run continues there. Modes and keys
-are those of wandb (WANDB_MODE=offline, WANDB_API_KEY, ...). Curves are drawn over `step`. If a run was killed, the
-figures of a few steps are sent twice, with the same values.
+WORKDIR/wandb.json keeps the id of the run in Weights & Biases, so that a resumed run continues the same curves. wandb's
+own environment variables (WANDB_MODE=offline, WANDB_API_KEY, ...) apply. Curves are drawn over `step`. If a run is
+killed and resumed, the figures of a few steps are sent twice, with the same values.
 """
 
 import importlib.util
@@ -20,16 +20,16 @@ FILE = 'wandb.json'
 
 
 def check(project: str) -> None:
-  """Raises ConfigError if a project is named and wandb isn't installed."""
+  """Raises ConfigError if `project` isn't empty and wandb isn't installed."""
   if project and importlib.util.find_spec('wandb') is None:
     raise ConfigError(f"config.log.wandb={project}: wandb is not installed; pip install 'betarank[wandb]'")
 
 
 class WandbBoard:
-  """The run in a project of Weights & Biases that belongs to a workdir."""
+  """Sends figures to the run in Weights & Biases that belongs to a workdir."""
 
   def __init__(self, project: str, config: dict[str, Any], workdir: epath.Path):
-    """Starts a run. Resumes the one that the workdir names instead, if there is one and it is in this project."""
+    """Resumes the run that WORKDIR/wandb.json names, if that run belongs to `project`. Otherwise starts a new run."""
     import wandb
 
     path = workdir / FILE
@@ -49,5 +49,5 @@ class WandbBoard:
     self._run.log({'step': step, **values})
 
   def close(self) -> None:
-    """Ends the run, after everything was sent or, in offline mode, written."""
+    """Ends the run after all figures were sent, or written to disk in offline mode."""
     self._run.finish()

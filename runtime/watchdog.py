@@ -1,13 +1,13 @@
 """Watches a running job, and ends it with a clear reason if a process dies, hangs or fails.
 
 Each process writes a heartbeat to JAX's key-value store every few seconds, and reads those of the other processes. If a
-process sends no heartbeat within the deadline, or publishes the error that ended it, all others end with a message that
-names it. Otherwise they would wait in a collective forever, at least on a TPU. A job that makes no step for two hours
-ends too, even if it has only one process.
+process sends no heartbeat within the deadline, or publishes the error that ended it, all other processes end with a
+message that names that process. Otherwise they would wait in a collective forever, at least on a TPU. A job that makes
+no step for two hours ends too, even if it has only one process. Only the first step has no time limit.
 
-JAX has its own heartbeats, but reports a lost process by abort() with C++ stack frames. We set JAX's deadline later
-than ours, so ours is reached first. One abort can't be avoided: if process 0 is gone, so is JAX's coordination service.
-For this case a signal handler prints our message.
+JAX has heartbeats of its own, but if a process is lost, JAX calls abort() and prints C++ stack frames. JAX's deadline
+is set later than ours, so that our message comes first. If process 0 is lost, the abort can't be avoided, because JAX's
+coordination service runs in that process. A signal handler prints our message then.
 """
 
 import contextlib
@@ -51,9 +51,10 @@ class Process:
   """What is known about a process.
 
   Attributes:
-    name: for messages.
-    heartbeat: its last heartbeat.
-    changed_s: the time.monotonic() at which its heartbeat last changed; for this process itself, its step.
+    name: the name of the process in messages.
+    heartbeat: the last known heartbeat of the process.
+    changed_s: the value of time.monotonic() when the heartbeat last changed. For the process that runs this code: the
+      value when it reached its last step.
   """
 
   name: str
@@ -62,10 +63,12 @@ class Process:
 
 
 def update(peers: Mapping[int, Process], heartbeats: Mapping[int, Heartbeat], now_s: float) -> dict[int, Process]:
-  """Returns `peers` with their new heartbeats. A peer's `changed_s` is set to `now_s` only if its heartbeat has
-  changed.
+  """Returns `peers` with their new heartbeats. A peer's `changed_s` becomes `now_s` only if its heartbeat has changed.
 
-  heartbeats: may include processes that aren't in `peers`; those are ignored.
+  Args:
+    peers: the other processes, by process index.
+    heartbeats: the newest heartbeats, by process index. Processes that aren't in `peers` are ignored.
+    now_s: the present time, on the clock of `Process.changed_s`.
   """
   new = {i: beat for i, beat in heartbeats.items() if i in peers and beat != peers[i].heartbeat}
   return {i: dataclasses.replace(peer, heartbeat=new[i], changed_s=now_s) if i in new else peer
@@ -77,9 +80,9 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
 
   Args:
     now_s: the present time, on the clock of `Process.changed_s`.
-    own: this process. Its `changed_s` is when it reached its step.
-    peers: the other processes. Their `changed_s` is when their last heartbeat arrived.
-    deadline_s: the longest allowed time without a heartbeat.
+    own: this process. Its `changed_s` is the time when it reached its last step.
+    peers: the other processes. Their `changed_s` is the time when their last heartbeat arrived.
+    deadline_s: the longest allowed time without a heartbeat, in seconds.
   """
   peers = list(peers)
   for peer in peers:
@@ -103,14 +106,17 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
 def is_own_error(error: BaseException) -> bool:
   """Returns True if an error is certainly this process's own, and False if a lost peer may have caused it.
 
-  The type alone doesn't tell: a collective that fails because a peer is gone can raise a ValueError, like a wrong
-  setting.
+  The type of the error isn't enough to decide this. A wrong setting raises a ValueError, but a collective that fails
+  because a peer is gone can raise one too.
   """
   return isinstance(error, UserError | ValueError) and not _XLA_STATUS.match(str(error))
 
 
 class Watchdog:
-  """A context manager that ends a job of one process if it makes no step for STALL_S seconds."""
+  """A context manager that ends a job of one process if it makes no step for STALL_S seconds.
+
+  Only the first step has no time limit.
+  """
 
   period_s = 1.0
 
@@ -146,8 +152,8 @@ class Watchdog:
 class JobWatchdog(Watchdog):
   """A context manager that ends this process if another process of its job dies, hangs or fails.
 
-  If this process itself fails, by an error that leaves the block, the watchdog ends it and tells the others. All of
-  them then print a message that names the process at fault.
+  If this process fails, that is, if an error other than `Stopped` leaves the block, the watchdog ends this process and
+  publishes the error. Then every other process prints a message that names this process, and ends too.
   """
 
   def __init__(self, info: ProcessInfo, names: Sequence[str], deadline_s: float, log: IO[str]):
@@ -156,8 +162,8 @@ class JobWatchdog(Watchdog):
     Args:
       info: the position of this process in its job.
       names: the names of all processes, for messages.
-      deadline_s: the longest allowed time without a heartbeat.
-      log: gets the messages, and on a hang the stacks of all threads.
+      deadline_s: the longest allowed time without a heartbeat, in seconds.
+      log: the file for messages. If this process hangs, the stacks of all its threads are written there too.
     """
     from jax._src import distributed  # there is no public way to reach the job's key-value store
     super().__init__(names[info.index])
@@ -208,7 +214,7 @@ class JobWatchdog(Watchdog):
                               allow_overwrite=True)
 
   def _fail(self, error: BaseException) -> None:
-    """Ends this process because of an error in it.
+    """Ends this process because `error` has left the block.
 
     If a lost peer may have caused the error, first waits long enough for the watchdog to find that peer and report it.
     """
@@ -255,10 +261,10 @@ class JobWatchdog(Watchdog):
 
 
 def _on_abort(act: Callable[[], None]):
-  """Makes the process call `act` when it calls abort().
+  """Registers a function `act` that is called when this process calls abort().
 
-  JAX aborts from C++ threads, in which Python's signal handlers don't run. Returns the C handler; keep a reference to
-  it for the life of the process.
+  The handler is a C function, because JAX aborts from C++ threads, in which Python's signal handlers don't run. Returns
+  the handler; the caller must keep a reference to it for the life of the process.
   """
   handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: act())
   libc = ctypes.CDLL(None)

@@ -20,9 +20,9 @@ from betarank.configs.load import flatten, to_json
 
 
 def check_config(workdir: epath.Path, config: ConfigDict) -> None:
-  """Raises ConfigError if the workdir holds a run that can't resume with this config. The message names the difference.
+  """Raises ConfigError if the workdir holds a run that can't resume with this config.
 
-  Settings with the role IDENTITY must be unchanged (configs/settings.py).
+  Settings with the role IDENTITY (configs/settings.py) must be unchanged. The message names the setting that differs.
   """
   path = workdir / 'config.json'
   if not path.exists():
@@ -39,9 +39,10 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def _is_fixed(key: str, is_rl: bool) -> bool:
-  """Returns True if a run can't change this setting.
+  """Returns True if a setting must keep its value when a run resumes.
 
-  Settings that the user's config adds, which aren't in configs/settings.py, can't be changed either.
+  These are the settings with the role IDENTITY, and all settings that only the user's config has (those that aren't in
+  configs/settings.py). In RL, the settings in renamed.NOT_IN_RL may change.
   """
   if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
     return False
@@ -52,7 +53,10 @@ def _is_fixed(key: str, is_rl: bool) -> bool:
 
 
 def _default(key: str) -> Any:
-  """Returns the default of a setting. It is used for a setting that is missing in a config from an older version."""
+  """Returns the default of a setting, or None if configs/settings.py doesn't have the setting.
+
+  The default stands for a setting that is missing in a config from an older version.
+  """
   try:
     return settings.default(key)
   except KeyError:
@@ -73,8 +77,8 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
 def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
   """Yields the local file at `path`, locked and emptied, or None if another process has locked it.
 
-  The lock is held until the block has ended and all child processes that inherited the file have ended. It is released
-  even if they are killed.
+  The lock is held until the block has ended and all child processes that inherited the file have ended. The lock is
+  released even if these processes are killed.
   """
   with open(path, 'a+', encoding='utf-8') as file:
     try:
@@ -93,10 +97,15 @@ def holder(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> Iterator[None]:
-  """Locks a local folder until the block ends. A bucket isn't locked.
+  """Locks a local folder until the block ends. A folder in a bucket isn't locked.
+
+  Args:
+    workdir: the folder, which is created if needed.
+    flag: the command-line flag that named the folder, for messages.
+    lock: the name of the lock file in the folder.
 
   Raises:
-    UserError: another command holds the lock, or the folder can't be created or written. The message has `flag`.
+    UserError: another command holds the lock, or the folder can't be created or written.
   """
   if '://' in str(workdir):
     yield
@@ -117,7 +126,7 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
 
 
 def code_version() -> str:
-  """Returns the commit of this code, with '+' if files were changed since; '' if it is unknown.
+  """Returns the commit of this code, or '' if it is unknown. A '+' at the end means that files have changed since.
 
   In a copy without git, the commit is read from the file `.commit`, which launch/tpu.sh and the Dockerfile write.
   """

@@ -1,4 +1,4 @@
-"""Defines the settings of a pre-training run as frozen dataclasses, one per section, which check themselves."""
+"""Defines the settings of a pre-training run as frozen dataclasses, one per section. Each checks its own values."""
 
 import dataclasses
 import math

@@ -47,10 +47,12 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
     to: a directory that doesn't exist or is empty.
     dtype: 'float32' or 'bfloat16'.
     shard_gb: the largest size of a file, in GB (10^9 bytes).
-    tokenizer_path: a SentencePiece model, a tokenizer.json, a folder with one of them, or 'none'. '': the run's own.
-    positions: the longest text that config.json allows, in tokens. 0: what the model was trained on or imported with.
+    tokenizer_path: a SentencePiece model, a tokenizer.json, or a folder with one of them. '' takes the run's own
+      tokenizer. 'none' exports no tokenizer.
+    positions: the longest text that config.json allows, in tokens. 0: the longest text that the model was trained on,
+      or the length it was imported with, whichever is larger.
 
-  Returns a summary, one line.
+  Returns a summary of one line.
   """
   source = checkpoint.find(path)
   checkpoint.check(source)
@@ -85,7 +87,7 @@ def _trained_positions(config: dict) -> int:
 
 
 def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
-  """Writes the tokenizer at `path` to `folder`, and returns its special tokens under the names of config.json.
+  """Writes the tokenizer at `path` to `folder`. Returns the ids of its special tokens, named as in config.json.
 
   A tokenizer.json is copied together with the files that belong to it. A SentencePiece model is converted.
   """
@@ -119,12 +121,13 @@ def import_(path: str, to: str, tokenizer_path: str = '') -> str:
   """Writes a Hugging Face model as the new workdir `to`, so that a run can start from it.
 
   The workdir gets the weights as checkpoint 0, the tokenizer's files, and a config.json. Shapes and names are checked
-  first, by the headers of the files. Arrays are assembled in memory-mapped files, so they needn't fit in memory.
+  first, for which only the headers of the files are read. Arrays are assembled in memory-mapped files, so they needn't
+  fit in memory.
 
   Args:
     path: the directory of the model.
     to: a directory that doesn't exist or is empty.
-    tokenizer_path: a tokenizer to use instead of the directory's own, or 'none'.
+    tokenizer_path: a tokenizer to use instead of the directory's own. 'none' imports no tokenizer.
 
   Returns a summary, with the commands to run next.
   """
@@ -157,8 +160,11 @@ def import_(path: str, to: str, tokenizer_path: str = '') -> str:
 def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
   """Returns the files of the tokenizer at `path`, after reading it as a check.
 
-  Returns [] if `path` is 'none', or a folder without a tokenizer. Raises HfError for a symbolic link that leads out of
-  the model's folder: the file it points to would be copied, and perhaps published.
+  Returns [] if `path` is 'none', or a folder without a tokenizer.
+
+  Raises:
+    HfError: the tokenizer can't be read, or one of its files is too large or a symbolic link that leads out of the
+      model's folder. The target of such a link would be copied, and perhaps published.
   """
   if path == 'none' or (pathlib.Path(path).is_dir() and not tokenizer.find(path).exists()):
     return []
@@ -181,10 +187,10 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file that the tokenizer is to be read from; '' means the folder, so tokenizer.json.
+  """Returns the name of the file to read the tokenizer from. '' means the whole folder, that is, its tokenizer.json.
 
-  Our own exports hold a SentencePiece model and the tokenizer.json that was made from it. For these the SentencePiece
-  model is read, so that the tokenizer keeps its hash.
+  Our own exports hold a SentencePiece model and the tokenizer.json that was made from it. In this case the
+  SentencePiece model is read, so that the tokenizer keeps its hash.
   """
   by_name = {file.name: file for file in files}
   if 'tokenizer.json' in by_name and 'tokenizer.model' in by_name:
@@ -252,7 +258,8 @@ def _next_steps(to: str, parameters: int, tokenizer_path: str) -> str:
 def _new_folder(to: str):
   """Yields a temporary directory that is renamed to `to` when the block ends.
 
-  Raises HfError if `to` exists and isn't an empty directory.
+  Raises:
+    HfError: `to` is in a bucket, is a file or a directory with content, or can't be written.
   """
   if '://' in to:
     raise HfError(f'--to={to}: only a local directory can be written; copy it from there')

@@ -12,12 +12,13 @@ from betarank.configs.errors import ConfigError
 def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Mapping[str, str]) -> None:
   """Changes the section `model` of a config to that of a checkpoint, in all settings that decide what is learned.
 
-  How it is computed stays as it is in the config. Without such a section, the checkpoint's is added whole.
+  These are the settings with the role IDENTITY (configs/settings.py). The other settings, which decide how the model is
+  computed, keep their values. If the config has no section `model`, the whole section of the checkpoint is added.
 
   Args:
-    config: not locked yet, and without the overrides.
+    config: the config to change. It must not be locked, and the overrides must not be applied yet.
     trained: the checkpoint's meta.
-    overrides: those of the command line; see `load.load`.
+    overrides: the overrides of the command line, as in `load.load`.
 
   Raises:
     ConfigError: an override contradicts the checkpoint.

@@ -39,16 +39,16 @@ class TrainingError(UserError):
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns the files that must have the same content for all processes of a run, as {what it is: path}."""
+  """Returns the files that must have the same content for all processes of a run, as {what the file is: path}."""
   c = run_config(config).data
   manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
   return {'tokenizer': c.tokenizer_path, **manifests}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Trains `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
+  """Trains a model by `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
 
-  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good one.
+  fallback: True moves the newest checkpoint aside if it is damaged, and resumes from the newest good one.
 
   Returns the figures of the last step.
 
@@ -125,8 +125,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
   """Raises ConfigError if the run in the workdir `root` can't continue with the token budget of this config.
 
-  There are two such cases. The run has already passed the end of the budget. Or the budget is larger than before, and
-  the learning rate has already begun to decay; a larger budget would raise it again.
+  There are two such cases. In the first, the run has already done more steps than the budget allows. In the second, the
+  budget is larger than before, but the learning rate has already begun to decay: the larger budget would raise it
+  again.
 
   meta: the meta of the newest checkpoint.
   """
@@ -173,7 +174,7 @@ class Feed(Iterator[data.Batch]):
 
 
 class Recorder:
-  """Logs the figures of each update. It reads those of one update while the next one runs."""
+  """Logs the figures of each update. The figures of an update are read while the next update runs."""
 
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
@@ -222,7 +223,9 @@ class Recorder:
 
 
 def device_figures(flops_per_s: float) -> dict[str, float]:
-  """Returns the MFU and the peak memory, each only if it is known for this kind of device.
+  """Returns time/mfu (model FLOPs utilization) and time/hbm_bytes (peak memory).
+
+  A figure that is unknown for this kind of device is left out.
 
   flops_per_s: model FLOPs per second, over all devices.
   """
@@ -236,7 +239,7 @@ def device_figures(flops_per_s: float) -> dict[str, float]:
 
 
 def validate(run: RunConfig, feed: Feed, evaluate, state: TrainState, step: int, log: Log) -> None:
-  """Logs the figures of the validation split of each source. Does nothing if there is no such split."""
+  """Logs the figures of the validation split of each source. Does nothing if data.validation_fraction is 0."""
   if not run.data.validation_fraction:
     return
   for source in run.data.sources:
@@ -249,7 +252,7 @@ def validate(run: RunConfig, feed: Feed, evaluate, state: TrainState, step: int,
 
 
 class Texts:
-  """Writes a few texts by the current model, which continue the beginnings of training rows."""
+  """Logs a few texts in which the current model continues the beginnings of training rows."""
 
   def __init__(self, run: RunConfig, tokenizer: data.Tokenizer, mesh: Mesh):
     self._count, self._seed, self._tokenizer = run.log.samples, run.seed, tokenizer
@@ -273,7 +276,7 @@ class Texts:
 
 
 def describe_objective(objective: ObjectiveConfig) -> str:
-  """Returns the settings that differ from plain cross-entropy, for the log header."""
+  """Returns a line for the log header: how the objective differs from plain cross-entropy, and its top-k."""
   changed = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)
              if getattr(objective, field.name) != field.default}
   k = changed.pop('top_k', objective.top_k)

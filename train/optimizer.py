@@ -25,7 +25,7 @@ MUON_RMS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Section `optimizer`."""
+  """Section `optimizer`: the optimizer, its schedule of the learning rate, and its weight decay."""
 
   lr: float
   warmup_steps: int
@@ -75,18 +75,20 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decay_start(c: OptimizerConfig, steps: int) -> int:
-  """Returns the number of steps before the learning rate begins to decay; `steps` if it never does."""
+  """Returns the step after which the learning rate begins to decay; `steps` if it never decays."""
   return max(min(c.warmup_steps, steps), steps - round(c.decay_fraction * steps))
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
   """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101) or Muon.
 
-  Muon orthogonalizes the momentum of each matrix of the layers, of each expert's too. The embedding, the head, norms
-  and biases have no such matrices: optax updates them with Adam, with Nesterov momentum. So Muon stores one moment of
-  the layers' matrices, and two of the rest. Sources: optax.contrib.muon, arXiv 2502.16982.
+  Muon orthogonalizes the momentum of each matrix in the layers, including the matrices of each expert. Muon isn't used
+  for the embedding, the head, norms and biases: optax updates these with Adam, with Nesterov momentum. So the optimizer
+  stores one moment for the layers' matrices, and two moments for all other parameters. Sources: optax.contrib.muon,
+  arXiv 2502.16982.
 
-  Norms and router biases get no weight decay. Router biases have no gradient either, so they don't change.
+  Norms and router biases get no weight decay. Router biases have no gradient either, so the optimizer doesn't change
+  them.
 
   axes: the names of the dimensions of each parameter, from model.abstract.
   """
@@ -105,10 +107,10 @@ def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientT
 
 
 def matrix(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-  """Returns the dimensions that make up the rows and columns of a parameter's matrices, for Muon.
+  """Returns the dimensions that form the two sides of a parameter's matrices, for Muon; None if Adam updates it.
 
-  One side is `embed`, the other side everything else, such as heads x head_dim. There is one matrix per layer and
-  expert. None: Adam updates the parameter.
+  One side is the dimension `embed`. The other side consists of all other dimensions together, such as heads x head_dim.
+  Only `layers` and `experts` are on neither side, because each layer and each expert has its own matrix.
 
   names: the names of the parameter's dimensions.
   """

@@ -1,7 +1,8 @@
-"""Which rows and pages of the sampler's cache belong to which sample: bookkeeping on the host.
+"""Keeps track, on the host, of the rows and pages of the sampler's cache that each sample uses.
 
-Each part of the mesh's batch axes has its own rows and pages, so a prompt is prefilled in every part that draws samples
-of it. Everything here is a function of the prompts, the settings and the tokens drawn, hence equal on every host.
+The batch axes of the mesh divide the devices into parts. Each part has its own rows and pages, so a prompt is prefilled
+in every part that draws samples of it. All results depend only on the prompts, the settings and the tokens drawn, so
+they are equal on every host.
 """
 
 import collections
@@ -16,13 +17,14 @@ from betarank.model.decode import Table
 
 @dataclasses.dataclass(eq=False)
 class Prefix:
-  """A prompt in the pages of one part of the mesh.
+  """A prompt that is in the cache of one part of the mesh.
 
   Attributes:
-    prompt: its number.
-    pages: of that part.
-    samples: how many running ones use it.
-    routed: what the sampler keeps of its prefill.
+    prompt: the number of the prompt.
+    pages: the pages of the part that hold the prompt.
+    samples: the number of running samples that use the prompt.
+    routed: (choices, f), set by the sampler: the experts chosen in a prefill of several prompts (None for a dense
+      model), and the index of this prompt among them.
   """
 
   prompt: int
@@ -33,7 +35,18 @@ class Prefix:
 
 @dataclasses.dataclass(eq=False)
 class Running:
-  """A sample that is being drawn: its prompt's number, index, limit of tokens, row, and what there is of it."""
+  """A sample that is being drawn.
+
+  Attributes:
+    prompt: the number of its prompt.
+    index: the number of the sample among the samples of its prompt.
+    limit: the largest number of tokens to draw.
+    row: its row of the cache.
+    prefix: its prompt in the cache.
+    pages: the pages for its own tokens.
+    count: the number of tokens that the host knows to be drawn.
+    drawn: for each dispatch, what the sample got: (tokens, log-probabilities, experts).
+  """
 
   prompt: int
   index: int
@@ -56,10 +69,13 @@ class Pages:
   """Assigns rows and pages to samples.
 
   Args:
-    rows, pages: of the whole cache, split over `parts`; a part's pages have room for a row at least.
-    size: tokens of a page.
-    prompt_pages, row_pages: pages of the longest prompt, and of the longest prompt and answer.
-    unit_rows: rows of a unit (decode.Table).
+    rows, pages: the numbers of rows and pages of the whole cache. Each part gets an equal share. The pages of a part
+      must have room for at least one row of the greatest length.
+    parts: the number of parts of the mesh.
+    size: the number of tokens per page.
+    prompt_pages: the number of pages that the longest prompt needs.
+    row_pages: the number of pages that the longest prompt and the longest answer need together.
+    unit_rows: the number of rows per unit (see decode.Table).
   """
 
   def __init__(
@@ -70,13 +86,14 @@ class Pages:
     self.running: dict[int, Running] = {}  # by row, in the order in which they started
 
   def unfinished(self, tokens: int) -> bool:
-    """Returns True if some running sample may need more than `tokens` other tokens."""
+    """Returns True if some running sample may need more than `tokens` further tokens."""
     return any(sample.count + tokens < sample.limit for sample in self.running.values())
 
   def grow(self, tokens: int) -> list[Running]:
-    """Gives running samples the pages for `tokens` more tokens than they are known to have, the oldest first.
+    """Gives the running samples pages for `tokens` further tokens each, the oldest sample first.
 
-    If a part has no page left, its sample that started last is stopped. Returns the stopped samples.
+    The tokens are counted from the `count` of a sample. If a part has no page left, the sample that started last in
+    this part is stopped. Returns the stopped samples.
     """
     stopped = []
     for part in self._parts:
@@ -94,19 +111,22 @@ class Pages:
     self, queue: dict[int, collections.deque[int]], length: Callable[[int], int], limit: Callable[[int], int],
     tokens: int,
   ) -> tuple[list[Running], list[Prefix | None]]:
-    """Starts samples from the queue (prompt -> indices) while there are rows and pages.
+    """Starts samples from the queue while there are free rows and pages.
 
-    A sample starts only if each sample that already runs in its part, and may need more pages, can take one, and if
-    none was just stopped there. Samples of prompts that are in the part come first.
+    A sample starts in a part only if enough pages are left for every sample there that may still need more to take one
+    more. No sample starts in a part in which the last `grow` stopped a sample. Samples whose prompt is already in the
+    part come first.
 
     Args:
-      length: tokens of a prompt in the cache.
-      limit: of a prompt's samples.
-      tokens: that a sample gets pages for.
+      queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from it.
+      length: a function (number of a prompt) -> the number of its tokens that the cache holds.
+      limit: a function (number of a prompt) -> the largest number of tokens to draw for a sample of it.
+      tokens: the number of tokens for which a new sample gets pages.
 
     Returns:
-      (samples, prefixes): the samples started, and for each part the prompt to prefill there before; at most one, so
-      call this again until it starts none.
+      (samples, prefixes). The samples are those that were started. The prefixes are, for each part, the prompt to
+      prefill before they run, or None. A call adds at most one prompt to a part, so call this again until it starts no
+      sample.
     """
     started, prefixes = [], [None] * len(self._parts)
     for n, part in enumerate(self._parts):
@@ -139,7 +159,7 @@ class Pages:
     return started, prefixes
 
   def stop(self, sample: Running) -> None:
-    """Takes the row and pages of a sample back. Its prompt stays until its pages are needed."""
+    """Frees the row and the pages of a sample. The pages of its prompt are freed later, by `start` or `grow`."""
     part = self._part(sample)
     del self.running[sample.row]
     part.rows.append(sample.row)
@@ -147,7 +167,7 @@ class Pages:
     sample.prefix.samples -= 1
 
   def table(self) -> Table:
-    """Returns the table of the running samples; a copy, because a dispatch may read it later."""
+    """Returns the table of the running samples. It is a copy, because a dispatch may read it after the next change."""
     members = self._unit_rows
     rows_UM, count_U = np.zeros((len(self._table.prefix_B), members), np.int32), np.zeros_like(self._table.prefix_B)
     together = collections.defaultdict(list)
@@ -163,7 +183,12 @@ class Pages:
     return Table(self._table.pages_BJ.copy(), self._table.prefix_B.copy(), rows_UM, count_U)
 
   def filled(self, prefixes: list[Prefix | None], out_of_range: int) -> np.ndarray:
-    """Returns int32 [parts, prompt_pages], the pages that prompts are written to; `out_of_range` elsewhere."""
+    """Returns the pages that prompts are written to, int32 [parts, prompt_pages].
+
+    Args:
+      prefixes: for each part, the prompt to write, or None.
+      out_of_range: the number that stands in places without a page.
+    """
     pages_FI = np.full((len(prefixes), self._prompt_pages), out_of_range, np.int32)
     for f, prefix in enumerate(prefixes):
       if prefix:
@@ -189,7 +214,11 @@ class Pages:
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:
-    """Returns True if a part has this many free pages, if need be after its unused prompts have left."""
+    """Returns True if a part has at least `pages` free pages.
+
+    Before counting, frees the pages of prompts without running samples. If samples of such a prompt are still in the
+    queue, its pages are freed only if they are needed.
+    """
     for prefix in list(part.prefixes.values()):
       if not prefix.samples and (prefix.prompt not in queue or len(part.pages) < pages):
         part.pages += part.prefixes.pop(prefix.prompt).pages[::-1]

@@ -1,13 +1,18 @@
-"""Samples from the model, through the trainer's own forward: prompts in, tokens and their log-probabilities out.
+"""Samples from the model: takes prompts, and returns tokens and their log-probabilities.
 
-A prompt is prefilled once and shared by its samples. Samples fill a fixed number of rows; a row whose sample has ended
-takes the next one, between dispatches of a few steps each, so a long answer doesn't hold up the others. The cache
-(model/decode.py) consists of pages, which a row takes as its sample grows, so its memory may be much smaller than that
-of all rows at their longest. On an accelerator the host reads the results of a dispatch while the next one runs. Shapes
-depend on the settings alone, so nothing compiles twice.
+The forward pass is that of training. In each part of the mesh, a prompt is prefilled once and shared by its samples.
 
-# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt; rows started at once
-# T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each
+The device decodes a fixed number of rows, in dispatches of a few steps each. Between dispatches, each row whose sample
+has ended takes the next sample, so a long answer doesn't delay other samples. On an accelerator the host reads the
+results of a dispatch while the next one runs.
+
+The cache (model/decode.py) consists of pages. A row takes pages as its sample grows, so the cache may be much smaller
+than all rows at their greatest length. The shapes of arrays depend only on the settings, except that a prefill has the
+length of its longest prompt, rounded up to a power of two. So few programs are compiled.
+
+# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt, or rows started at once
+# T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  L layers  k experts per token
+# LP2KSH as in model/decode.py
 """
 
 import collections
@@ -39,21 +44,26 @@ AXES = {1: ('batch',), 2: ('batch', None), 5: decode.PAGES_AXES}  # of arrays wi
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-  """How to sample. RL draws from the full distribution (temperature 1); top_p and top_k are for evaluation.
+  """The settings of a sampler. RL leaves top_p and top_k at their defaults; other values are for evaluation.
 
   Attributes:
-    decode_batch_size: samples decoded at the same time, as far as the cache has room.
-    max_prompt_tokens, max_new_tokens: the longest prompt and answer; EOS is one of the new tokens.
-    temperature: logits are divided by it; 0 takes the most probable token.
-    top_k: keeps that many most probable tokens, ties as jax.lax.top_k breaks them; 0 keeps all.
-    top_p: of what top_k left, keeps the fewest most probable tokens with at least this probability together.
-    decode_steps: tokens a row draws between two visits of the host, which is when ended rows are refilled.
-    record_choices: whether samples of a mixture of experts tell which experts their tokens went to.
-    cache_tokens: tokens that the cache has room for, on all devices together; 0: all rows at their longest, each with
-      a prompt of its own. If it gets full, the sample that was started last starts again later.
-    page_tokens: the most tokens that a page of the cache holds; smaller if all prompts and answers are.
+    decode_batch_size: the number of rows, which is the largest number of samples decoded at the same time.
+    max_prompt_tokens, max_new_tokens: the largest number of tokens of a prompt, and of an answer including its EOS.
+    temperature: the logits are divided by it. 0 always takes the most probable token.
+    top_k: keeps only this number of most probable tokens. 0 keeps all. Ties are broken as in jax.lax.top_k.
+    top_p: keeps the smallest set of most probable tokens whose probabilities sum to at least top_p. It is applied after
+      top_k, to the renormalized probabilities.
+    decode_steps: the number of tokens that a row draws per dispatch. Between dispatches, rows whose sample has ended
+      are refilled.
+    record_choices: whether samples of a mixture of experts hold the experts that were chosen for each token.
+    cache_tokens: the number of tokens that the cache has room for, on all devices together. 0: enough for all rows at
+      their greatest length, each with a prompt of its own. When the cache is full, the sample that started last is
+      stopped, and starts again later.
+    page_tokens: the largest number of tokens per page of the cache. Pages are smaller if no prompt and no answer can
+      fill one.
 
-  Raises ValueError, naming the field first.
+  Raises:
+    ValueError: a value is invalid. The message begins with the name of the field.
   """
 
   decode_batch_size: int
@@ -85,24 +95,29 @@ class SamplerConfig:
 
   @property
   def prompt_pages(self) -> int:
-    """Pages of the longest prompt without its last token, which decoding begins with."""
+    """The number of pages for the longest prompt. Its last token isn't counted, because decoding begins with it."""
     return max(1, -(-(self.max_prompt_tokens - 1) // self.page_tokens))
 
   @property
   def row_pages(self) -> int:
-    """Pages of the longest prompt and answer."""
+    """The number of pages for the longest prompt and the longest answer together."""
     return self.prompt_pages - (-self.max_new_tokens // self.page_tokens)
 
   @property
   def pages(self) -> int:
-    """Pages of the whole cache."""
+    """The number of pages of the whole cache."""
     most = self.decode_batch_size * self.row_pages
     return min(self.cache_tokens // self.page_tokens, most) if self.cache_tokens else most
 
 
 class Prompt(NamedTuple):
-  """A prompt to sample continuations of. `id` (below 2^32) is folded into the random keys; `max_new_tokens` is a lower
-  limit for this prompt than the setting's.
+  """A prompt to sample answers to.
+
+  Attributes:
+    id: a number in [0, 2^32), folded into the random keys. Each prompt of a call must have a different one.
+    tokens: the tokens of the prompt.
+    max_new_tokens: the largest number of tokens of an answer to this prompt, at most SamplerConfig.max_new_tokens.
+      None: SamplerConfig.max_new_tokens.
   """
 
   id: int
@@ -114,12 +129,14 @@ class Sample(NamedTuple):
   """One answer.
 
   Attributes:
-    prompt_id, index: which sample of which prompt.
-    tokens: int32 [n], n >= 1; the last is EOS if and only if `finish` is 'eos'.
-    logp: float32 [n], nats, of each token under the distribution it was drawn from (temperature and truncation
-      included), so 0 for all at temperature 0.
-    finish: 'eos', or 'length' where the room was used up.
-    choices: int16 [prompt + n - 1, L, k], the experts of each token that went through the model, if they were recorded.
+    prompt_id: the id of the prompt.
+    index: the number of this sample among the samples of the prompt.
+    tokens: int32 [n], n >= 1, the tokens drawn. The last token is EOS if and only if `finish` is 'eos'.
+    logp: float32 [n], nats: the log-probability of each token under the distribution it was drawn from, that is, after
+      temperature, top_k and top_p. At temperature 0 all are 0.
+    finish: 'eos', or 'length' if the answer reached its largest number of tokens without EOS.
+    choices: int16 [m + n - 1, L, k] for a prompt of m tokens: the k experts chosen in each of the L layers, for every
+      token except the last, which doesn't go through the model. None if they weren't recorded.
   """
 
   prompt_id: int
@@ -131,8 +148,10 @@ class Sample(NamedTuple):
 
 
 def decode_param_axes(c: model.ModelConfig) -> Any:
-  """Returns the logical axes of `decode_params`: the model's axes, but unsharded along the width, and with layers as a
-  list.
+  """Returns the names of the dimensions of each array that `decode_params` returns.
+
+  They are those of the model's parameters, with two differences. The width is None instead of `embed`, so it isn't
+  sharded. The layers are a list instead of a dimension.
   """
   whole = lambda names: tuple(None if name == 'embed' else name for name in names)
   return jax.tree.map(
@@ -157,17 +176,19 @@ def _is_names(node: Any) -> bool:
 
 
 class Sampler:
-  """Draws samples; holds settings and no parameters, so each call may bring newer ones.
+  """Draws samples. It holds settings but no parameters, so each call may bring newer parameters.
 
   Args:
     c: the model.
-    s: settings.
-    eos: id of the token that ends a sample.
-    mesh: where the parameters are. Rows lie over data, fsdp and expert, key heads over tensor. Weights are copied in
-      the compute type without their fsdp sharding, as gathering them for each token would take longer than the rest.
+    s: the settings.
+    eos: the id of the token that ends a sample.
+    mesh: the mesh of the parameters; None for one device. Rows are sharded over the axes data, fsdp and expert, and key
+      heads over tensor. The sampler's copy of the weights isn't sharded over fsdp, because gathering the weights for
+      each token would take longer than all other work.
 
-  Raises ValueError for rows that the mesh doesn't divide, a cache without room for a sample on each device, and an eos
-  outside the vocabulary.
+  Raises:
+    ValueError: the mesh doesn't divide the rows, the cache is too small for one sample in each part of the mesh, or
+      `eos` isn't in the vocabulary.
   """
 
   def __init__(self, c: model.ModelConfig, s: SamplerConfig, eos: int, mesh: Mesh | None = None):
@@ -190,22 +211,26 @@ class Sampler:
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
     step: int, watch: Callable[[Sample], None] | None = None,
   ) -> Iterator[list[Sample]]:
-    """Yields each prompt's samples, ordered by index, as soon as the last of them has ended.
+    """Yields the samples of each prompt, ordered by index, as soon as the last of them has ended.
 
-    While the caller works on a group the device decodes on. Token t of a sample depends on nothing but the
-    parameters, the prompt's tokens and (seed, step, prompt id, sample index, t): any sample can be drawn again
-    alone, or with other settings of decode_batch_size and decode_steps. (A matrix product of another shape may round
-    differently, which moves a draw that falls on the very edge between two tokens.)
+    While the caller works on these samples, the device continues to decode.
+
+    Given the settings of the distribution, token t of a sample depends only on the parameters, the prompt's tokens and
+    (seed, step, prompt id, sample index, t). So any sample can be drawn again, alone or with another decode_batch_size
+    or decode_steps. There is one exception: a matrix product of another shape may round differently, and this changes a
+    draw that falls on the very edge between two tokens.
 
     Args:
-      params: float32, as model.init makes them.
-      prompts: with different ids.
-      samples: how many of each prompt, or their indices.
+      params: the parameters, float32, with the structure of model.init.
+      prompts: the prompts. Their ids must differ.
+      samples: the number of samples per prompt, or the list of their indices.
       seed, step: integers in [0, 2^32).
-      watch: called after each dispatch with what it added to each sample: a Sample of the new tokens, whose `finish` is
-        '' if there are more to come.
+      watch: called after each dispatch, once for each sample that has new tokens. Its argument is a Sample with only
+        the new tokens, whose `finish` is '' if the sample isn't complete. A sample that was stopped because the cache
+        was full begins again with its first token.
 
-    Raises ValueError for prompts that don't fit, before any device work.
+    Raises:
+      ValueError: a prompt is too long or otherwise invalid, or another argument is. Raised before any device work.
     """
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)
@@ -214,7 +239,9 @@ class Sampler:
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
 
-    For planning: nothing is allocated, and the mesh may be of devices that aren't here. params: abstract arrays.
+    It is for planning: no memory is allocated, and the mesh may consist of devices that this machine doesn't have.
+
+    params: the shapes and dtypes of the parameters.
     """
     place = lambda x, axes: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=self.mesh and NamedSharding(self.mesh, model.spec(*axes)))
@@ -308,7 +335,7 @@ class Sampler:
                   None if choices[0] is None else choices)
 
   def _start(self, weights, rows, pages, queue, prompts, seed, step, tokens) -> '_Rows':
-    """Starts samples in all rows and pages that are free."""
+    """Starts samples from the queue while there are free rows and pages. Returns the new rows."""
     limit = lambda p: prompts[p].max_new_tokens or self.s.max_new_tokens
     while True:
       samples, prefixes = pages.start(queue, lambda p: len(prompts[p].tokens) - 1, limit, tokens)
@@ -321,7 +348,10 @@ class Sampler:
         return rows
 
   def _prefill(self, weights, rows, pages, prefixes, prompts) -> '_Rows':
-    """Writes prompts without their last tokens, which decoding starts with, into the cache; one on each device."""
+    """Writes prompts into the cache, at most one in each part of the mesh. Returns the new rows.
+
+    The last token of a prompt isn't written, because decoding begins with it.
+    """
     some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
     longest = max(map(len, some))
     bucket = min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), max(2, self.s.max_prompt_tokens))
@@ -341,7 +371,7 @@ class Sampler:
 
 
 class _Start(NamedTuple):
-  """Samples to start; fields uint32 [I]. A limit of 0 empties the row."""
+  """The samples to put into rows. Each field is uint32 [I]. A limit of 0 empties the row."""
 
   row: Any
   token: Any  # the prompt's last
@@ -384,14 +414,17 @@ def _prefill(c, weights, pages_LP2KSH, token_FP, length_F, pages_FI) -> tuple[tu
 
 
 def _choices(routing: model.Routing | None) -> jax.Array | None:
-  """int16 [F, P, L, k] on every host; None of a dense model."""
+  """Returns the experts chosen for each token, int16 [F, P, L, k], in full on every host. None for a dense model."""
   if routing is None:
     return None
   return constrain(jnp.moveaxis(routing.choices_LBTk, 0, 2).astype(jnp.int16), None, None, None, None)
 
 
 def _start_some(rows, samples, seed, step) -> _Rows:
-  """Puts samples (row, token, limit, prompt id, index) into their rows, STARTED at a time."""
+  """Puts samples into their rows, STARTED at a time. Returns the new rows.
+
+  samples: tuples (row, the prompt's last token, limit, prompt id, index).
+  """
   for first in range(0, len(samples), STARTED):
     task = _Start(*np.zeros((5, STARTED), np.uint32))
     task.row[:] = len(rows.count_R)  # out of range: nothing to put there
@@ -423,8 +456,9 @@ def _put(rows, task, seed, step) -> _Rows:
 def _decode(c, s, eos, weights, rows, table):
   """Draws up to s.decode_steps tokens for every unfinished row.
 
-  Returns the rows, and for the host (token_TR, logp_TR, count_R, choice_TRLk, which is None unless they are recorded);
-  a row's tokens are the first ones of its column.
+  Returns (rows, drawn). `drawn` is for the host: (token_TR, logp_TR, count_R, choice_TRLk). A row has drawn as many
+  tokens as its entry of count_R has grown by, and they are the first ones of the row's column. choice_TRLk is None if
+  the chosen experts aren't recorded.
   """
   head_DV = model.head(c, weights)
   table = _pinned(table)
@@ -460,11 +494,11 @@ def _decode(c, s, eos, weights, rows, table):
 
 
 def _draw(s, z_RV, u_R2):
-  """Returns tokens and their log-probabilities. Each token is drawn with two uniform numbers: the first picks a block
-  of the vocabulary, the second a token in that block.
+  """Returns (tokens, log-probabilities) [R].
 
-  Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers resolve
-  probabilities down to 2^-23 of a block; a single number would resolve only 2^-23 of the whole distribution.
+  Each token is drawn with two uniform numbers. The first picks a block of the vocabulary, the second a token in that
+  block. Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers
+  resolve probabilities down to 2^-23 of a block; a single number would resolve only 2^-23 of the whole distribution.
   """
   e_RV = jnp.exp(z_RV - z_RV.max(-1, keepdims=True))
   if s.temperature == 0 or s.top_k or s.top_p < 1:
@@ -484,13 +518,16 @@ def _draw(s, z_RV, u_R2):
 
 
 def _pick(mass_RN, u_R):
-  """Returns an index drawn in proportion to mass >= 0. An index with mass 0 is never drawn, however the sums round."""
+  """Returns an index [R] for each row, drawn in proportion to mass_RN >= 0.
+
+  An index with mass 0 is never drawn, whatever the rounding of the sums.
+  """
   upto_RN = jnp.where(mass_RN > 0, jnp.cumsum(mass_RN, -1), 0)
   return jnp.argmax(upto_RN > u_R[:, None] * upto_RN.max(-1, keepdims=True), -1)
 
 
 def _kept(s, z_RV):
-  """Returns bool [R, V]: the tokens that remain after temperature 0, top_k and then top_p."""
+  """Returns bool [R, V]: True for the tokens that remain after temperature 0, top_k and then top_p are applied."""
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))
   p_RK = jax.nn.softmax(value_RK)

@@ -1,10 +1,11 @@
-"""Connects the model with the objective, and is the only way to get probabilities of text.
+"""Connects the model with the objective. All code that needs probabilities of text gets them here.
 
 Pre-training, validation, RL, the probe, the harness and the sampler all call this module, so they can't disagree.
 
-    total         the summed loss, for training
-    token_stats   log-probability, entropy, rank and masses of each token, for RL and evaluation
-    logits        the logits of given hidden states, for the sampler
+    total               the summed loss, for training
+    log_probabilities   log-probability and entropy of each token, for RL
+    token_stats         log-probability, entropy, rank, head mass and tail mass of each token, for evaluation
+    logits              the logits of given hidden states, for the sampler
 
 # B rows  T tokens  D width  V vocabulary  L layers  E experts  k experts per token
 """
@@ -46,7 +47,8 @@ def total(
     c, params: the model and its parameters.
     batch: the tokens. Targets that don't count, such as padding, add nothing: their loss and statistics are 0.
     shaping: the objective, from ObjectiveConfig.at(step).
-    stats: 'full', or 'basic' to skip the top k (and with it head and tail mass) where no lambda needs it.
+    stats: 'full' computes all statistics. 'basic' skips those of the most probable tokens (and with them head and tail
+      mass), unless a lambda of the objective needs them.
 
   Returns (total, loss_BT, statistics [B, T], routing), in float32 nats. The total includes the load-balance loss of a
   mixture of experts; loss_BT doesn't. routing is None for a dense model.
@@ -66,12 +68,12 @@ def total(
 def log_probabilities(
   c: model.ModelConfig, params: Any, batch: Batch, choices_BTLk: jax.Array | None = None, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the log-probability of each target, and the entropy at each position: [B, T] float32 nats, 0 in padding.
+  """Returns (log-probability of each target, entropy at each position), [B, T] float32 nats, 0 in padding.
 
   Gradients flow through the log-probabilities.
 
-  choices_BTLk: the experts that the sampler used for each token. If they are None, the router chooses again, and
-  rounding can make it choose differently.
+  choices_BTLk: the experts that the sampler used for each token. None: the router chooses the experts again, and
+  because of rounding its choice may differ from the sampler's.
   temperature: the logits are divided by it, as in the sampler.
   """
   choices_LBTk = None if choices_BTLk is None else jnp.moveaxis(choices_BTLk, 2, 0).astype(jnp.int32)
@@ -84,9 +86,9 @@ def log_probabilities(
 
 
 def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> tuple[TokenStats, jax.Array]:
-  """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 where no target counts.
+  """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 where the target doesn't count.
 
-  top_k: the number of tokens in the head.
+  top_k: the number of most probable tokens that form the head, as in head mass.
   """
   hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
   statistics = linear_token_stats(
@@ -95,14 +97,17 @@ def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> 
 
 
 def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (log p1, log p1 - log p2) for the two most probable tokens at each position, [B, T] float32 nats."""
+  """Returns (log p1, log p1 - log p2), [B, T] float32 nats.
+
+  p1 and p2 are the probabilities of the two most probable tokens at each position.
+  """
   return objectives.leading_two(hidden_BTD, model.head(c, params), layout())
 
 
 def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperature: float = 1.0) -> jax.Array:
   """Returns the float32 logits [..., V] of hidden states [..., D], divided by `temperature`.
 
-  They come from the same matmul as those of the loss.
+  The loss computes its logits with the same matmul.
   """
   return linear_logits(hidden, head_DV, temperature=temperature, compute_dtype=c.dtype)
 
@@ -111,10 +116,10 @@ def sums(
   batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
-  """Returns sums over the targets of a batch that count, from which `means` computes figures. Use `add` to combine
-  those of several batches.
+  """Returns sums over the targets of a batch that count.
 
-  Counts of tokens and bytes are int32, because float32 can't count past 16 million.
+  `means` computes the figures to log from these sums. `add` adds up the sums of several batches. Counts of tokens and
+  bytes are int32, because float32 can't count past 16 million.
   """
   of_experts = {} if routing is None else {
     'expert_load': routing.load_LE,
@@ -140,9 +145,10 @@ def sums(
 def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
   """Adds the sums of one batch to a running total, on the host.
 
-  Integers are added as int64 and floats as float64, because int32 overflows after 29 batches of 16.8M tokens.
+  Integers are added as int64 and floats as float64. In int32, the count of bytes would overflow after 29 batches of
+  16.8M tokens.
 
-  total: {} for the first batch.
+  total: the running total; {} for the first batch.
   """
   exact = lambda x: np.asarray(x, np.int64 if np.issubdtype(np.asarray(x).dtype, np.integer) else np.float64)
   return {name: total.get(name, 0) + exact(value) for name, value in part.items()}
@@ -151,8 +157,8 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 def means(s: dict[str, Any]) -> dict[str, float]:
   """Computes the figures per token and per byte from sums, under the names that logs and reports use.
 
-  A mixture of experts adds `expert_load_max_over_mean`: the load of the busiest expert relative to the mean load, in
-  the layer where this is largest.
+  For a mixture of experts, the figures include `expert_load_max_over_mean`: the load of the busiest expert divided by
+  the mean load, in the layer where this ratio is largest.
   """
   s = dict(s)
   load_LE = s.pop('expert_load', None)

@@ -38,14 +38,14 @@ def make_mesh(
   """Returns the mesh of a run.
 
   Args:
-    mesh: the sizes of its axes.
+    mesh: the sizes of the mesh's axes.
     c: the model, whose arrays must be divisible by the mesh.
     rows: maps a config key to (rows, microbatches), for every batch whose rows are split over the mesh.
     devices: the devices to use, as in jax.make_mesh. None: all devices.
 
   Raises:
-    ConfigError: the devices can't form this mesh, or it doesn't divide the model or the rows. The message names
-      config.train.mesh or the key of the rows.
+    ConfigError: the devices can't form this mesh, the mesh doesn't divide the model or the rows, or the model's
+      attention runs only on a GPU. The message names the config key.
   """
   on = (jax.devices() if devices is None else devices)[0].platform
   if c.attention in model.GPU_ONLY_ATTENTION and on != 'gpu':
@@ -63,7 +63,9 @@ def make_mesh(
 
 
 def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
-  """Returns the meta of the checkpoint that a run in the workdir `root` begins from; {} for random weights.
+  """Returns the meta of the checkpoint that a run in the workdir `root` begins from.
+
+  Returns {} if the run begins from random weights.
 
   Raises:
     CheckpointError: there is no checkpoint at `init_from`.
@@ -77,10 +79,13 @@ def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
 def open_checkpoints(
   root: epath.Path, config: checkpoint.CheckpointConfig, fallback: bool
 ) -> Iterator[checkpoint.Checkpoints]:
-  """Opens the checkpoints of a workdir for a block. When the block ends, a save in progress is finished first.
+  """Opens the checkpoints of a workdir. When the block ends, waits for a save in progress and closes the checkpoints.
 
-  If the block ends with an error, the save gets at most SAVE_DEADLINE_S seconds, and its outcome is printed. Raises
-  CheckpointError as the constructor of `Checkpoints` does.
+  If the block ends with an error, the wait is limited to SAVE_DEADLINE_S seconds, and the outcome of the save is
+  printed.
+
+  Raises:
+    CheckpointError: the newest checkpoint is damaged (see `Checkpoints.__init__`), or the last save failed.
   """
   checkpoints, failed = checkpoint.Checkpoints(root, config, fallback), True
   try:
@@ -119,7 +124,10 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError, naming config.`key`, if a microbatch of `rows` can't be split evenly over the mesh."""
+  """Raises ConfigError, naming config.`key`, if the rows can't be split evenly.
+
+  They are split into `microbatches` parts, and each part over the batch axes of the mesh.
+  """
   sizes = {axis: mesh_shape[axis] for axis in BATCH_AXES}
   if microbatches > 1:
     sizes['microbatches'] = microbatches
@@ -195,17 +203,18 @@ def begin(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, checkpoints: checkpoint.Checkpoints, *,
   seed: int, init_from: str, everything: bool = False,
 ) -> Beginning:
-  """Returns the state to begin with. The order of the search is in the docstring of this module.
+  """Returns what a run begins with. The docstring of this module tells from where the state is taken.
 
   Args:
     c, tx, mesh: the model, optimizer and mesh of the state.
     checkpoints: the checkpoints of the run's workdir.
     seed: selects the random weights.
     init_from: a workdir or a checkpoint; '' for none.
-    everything: takes the optimizer state, step and data cursor from init_from too, not only the weights.
+    everything: True takes the optimizer state, the step and the data cursor from `init_from`, as well as the weights.
+      False takes only the weights.
 
   Raises:
-    CheckpointError: the checkpoint is damaged, or its arrays have other shapes.
+    CheckpointError: the checkpoint is missing or damaged, or the shapes of its arrays differ from the model's.
   """
   target = abstract_state(c, tx, mesh)
   if checkpoints.latest is not None:
@@ -227,7 +236,7 @@ def begin(
 def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:
   """Raises ConfigError if the model differs from that of a checkpoint in one of `fields`.
 
-  These are settings that the shapes of arrays don't show, so restoring wouldn't fail.
+  These settings don't change the shapes of arrays, so restoring the checkpoint wouldn't fail.
 
   trained: the meta of the checkpoint.
   """
@@ -239,13 +248,16 @@ def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields
 
 
 def _inherited(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the sections of a parent's config that a child's config lacks, but that readers of its checkpoints need."""
+  """Returns the sections `data` and `objective` of a parent's config.
+
+  The config of the child run may lack these sections, but code that reads the child's checkpoints needs them.
+  """
   config = whole_config(meta)
   return {name: config[name] for name in ('data', 'objective') if name in config}
 
 
 def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer, tokenizer_path: str) -> dict[str, Any]:
-  """Returns the origin of a run, which is stored in every checkpoint with the step and the cursor."""
+  """Returns the origin of a run. Every checkpoint of the run stores it, together with the step and the cursor."""
   return {
     'config': json.loads(to_json(config)),
     'parent': beginning.parent,
@@ -267,7 +279,8 @@ def open_log(
     config: the resolved config.
     start: the step that the run resumes after; 0 for a new run.
     steps: the last step.
-    describe: returns the figures to print of a step. None: those of pre-training.
+    describe: a function that turns the figures of a step into the texts to print. None: `metrics.describe`, which is
+      for pre-training.
   """
   first = jax.process_index() == 0
   if first:
@@ -323,9 +336,9 @@ def short(n: float) -> str:
 
 
 def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
-  """Logs where the result of a finished run is saved, and how to look at it and at the checkpoint that it started from.
+  """Logs where a finished run is saved, and the commands that show its curves and compare it with its parent.
 
-  parent: that checkpoint; '' for random weights.
+  parent: the checkpoint that the run started from; '' for random weights.
   """
   log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:

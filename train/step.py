@@ -24,18 +24,19 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update of pre-training.
 
-  The loss is a sum over the targets of the batch that count, divided once by their number. So microbatches, packing and
-  mesh don't change what is learned. The only exception is the load-balance loss of a softmax router: it is computed
-  within each microbatch and then averaged over tokens.
+  The loss is a sum over the targets of the batch that count, divided once by the number of these targets. So
+  microbatches, packing and mesh don't change what is learned. The only exception is the load-balance loss of a softmax
+  router: it is computed within each microbatch and then averaged over tokens.
 
   Args:
     c, objective, tx: the model, the objective and the optimizer.
-    bytes_per_token_V: the number of UTF-8 bytes of each token.
+    bytes_per_token_V: int [V], the number of UTF-8 bytes of each of the V tokens of the vocabulary.
     microbatches: the number of parts in which a batch is computed. Row i is in part i % microbatches.
-    stats: 'full', or 'basic' to skip the statistics of the top k where no lambda needs them.
+    stats: 'full' computes all statistics. 'basic' skips those of the k most probable tokens, unless a lambda of the
+      objective needs them.
 
   Returns a function (state, batch) -> (new state, metrics). The metrics are the sums of train/score.py and the norm of
-  the gradient before clipping. A model whose router has a load-balancing bias adds the range of that bias.
+  the gradient before clipping. For a router with a load-balancing bias, they include the smallest and the largest bias.
   """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
@@ -74,7 +75,7 @@ def make_step(
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
-  """Returns the jitted function (state, batch) -> sums, the same sums as in training (train/score.py)."""
+  """Returns the jitted function (state, batch) -> sums. The sums are those of `score.sums`, as in training."""
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def evaluate(state: TrainState, batch: Batch):
