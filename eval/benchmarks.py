@@ -39,7 +39,7 @@ class Entry:
     origin: where the file comes from.
     shots: the number of worked examples that the paper puts before each question; 0 if the paper doesn't say.
     answer_format: 'line' or 'boxed' (see tasks/answers.py), or 'code' (see tasks/code_problems.py).
-    examples: the name of the file that the worked examples come from.
+    examples: the name of the file that the worked examples come from; '' if there is none.
     sha256: the file's sha256; '' if unknown.
   """
 
@@ -93,8 +93,8 @@ class Benchmark:
       questions.
     file_sha256: the sha256 of the file of problems; '' for generated problems.
     shots, answer_format: the values in use.
-    left_out: one line about the problems that are left out because no answer can be compared with theirs; '' if there
-      are none.
+    left_out: one line about the problems that are left out because their reference answers can't be compared with other
+      answers; '' if there are none.
   """
 
   name: str
@@ -108,7 +108,7 @@ class Benchmark:
 
 
 def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
-  """Returns the benchmark `name`, with the prompt, worked examples and number of problems of the settings.
+  """Returns the benchmark `name`, with the prompt, worked examples and number of problems that `c` asks for.
 
   Raises:
     EvalError, ConfigError or DataError: the name is unknown, a file is missing, or its hash isn't the one that TABLE
@@ -169,15 +169,15 @@ def _hash(content: bytes) -> str:
 
 
 def _sha256(pattern: str) -> str:
-  """Returns the sha256 of the file that matches `pattern`; for several files, the sha256 of their sha256s."""
+  """Returns the sha256 of the file that matches `pattern`. If several files match, returns a hash of their hashes."""
   found = [_hash(epath.Path(path).read_bytes()) for path in formats.find(pattern)]
   return found[0] if len(found) == 1 else _hash(''.join(found).encode())
 
 
 def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> str:
-  """Returns the first `shots` problems of the benchmark's training set with their solutions.
+  """Returns the text of the worked examples: the first `shots` problems of the training set with their solutions.
 
-  They have the form in which the prompt asks for answers.
+  Each solution gives its answer in the form that the prompt asks for.
   """
   if not shots:
     return ''
@@ -207,7 +207,10 @@ def _examples_path(c: SampleConfig, entry: Entry, shots: int) -> str:
 
 
 def _worked(record: Mapping[str, Any], where: str) -> str:
-  """Returns the steps of a solution: MATH's `solution`, or GSM8K's text before '####' without its calculator marks."""
+  """Returns the worked solution of a record: MATH's `solution`, or the part of GSM8K's `answer` before '####'.
+
+  GSM8K's calculator marks (<<...>>) are removed.
+  """
   solution = record.get('solution') or str(record.get('answer', '')).rsplit('####', 1)[0]
   if not isinstance(solution, str) or not solution.strip():
     raise DataError(f"{where}: no worked solution; an example needs one in 'solution', or before '####' in 'answer'")

@@ -43,7 +43,7 @@ class Run:
   lines: Sequence[Mapping[str, Any]]
 
   def curve(self, key: str) -> dict[int, float]:
-    """Returns {step: value} of the metric `key`, without steps at which its value isn't a finite number."""
+    """Returns {step: value} of the metric `key`, for the steps at which its value is a finite number."""
     return {line['step']: line[key] for line in self.lines
             if isinstance(line.get(key), int | float) and math.isfinite(line[key])}
 
@@ -73,7 +73,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 def names(runs: Sequence[Run]) -> list[str]:
   """Returns a name per run, made of the settings that differ between runs, such as 'beta=-0.25, seed=1'.
 
-  A single run is named by its path.
+  If no setting differs, or if there is only one run, a run's name is its path.
   """
   keys = sorted({key for run in runs for key in run.config if key != 'data.dir'
                  and any(run.config.get(key) != other.config.get(key) for other in runs)})
@@ -105,9 +105,9 @@ def report(runs: Sequence[Run], width: int) -> str:
 
 
 def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns the table of pre-training runs, with one validation per row.
+  """Returns (title, columns, rows, notes) of the table of pre-training runs, with one validation per row.
 
-  It shows whether the runs have equal cross-entropy but different entropy.
+  The table shows whether the runs have equal cross-entropy but different entropy.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
@@ -133,7 +133,7 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 def last_validation(run: Run, source: str) -> dict[str, float]:
   """Returns the step and the figures of the newest validation of `source`; {} if it was never validated.
 
-  All of them come from the same line of metrics.jsonl.
+  The step and all figures come from the same line of metrics.jsonl.
   """
   start = f'eval/{source}/'
   for line in reversed(run.lines):
@@ -149,7 +149,7 @@ def _sources(run: Run) -> list[str]:
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns the table of RL runs, with each figure at the start and at the end of the run, as 'start -> end'."""
+  """Returns (title, columns, rows, notes) of the table of RL runs. A cell has a run's figure as 'start -> end'."""
   held_out = sorted({key for run in runs for key in evaluations(run)})
   rows, notes = [], []
   for label, run in zip(labels, runs):
@@ -287,10 +287,10 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
           first: float = 0.1, least: float = 0.0) -> None:
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
-  window: a function of the number of steps; returns how many steps each point averages.
-  first: the share of points, from the start, that the range of the y axis ignores. The first fall of a loss would
-  otherwise make the rest of the curve flat.
-  least: the smallest height of the y axis, as a share of the values.
+  window: a function that takes the number of steps and returns how many steps each point averages.
+  first: the share of the points, counted from the start, that is ignored when the range of the y axis is chosen.
+  Without this, the steep fall of a loss at the start would make the rest of the curve look flat.
+  least: the smallest range of the y axis, as a share of the value at its middle.
   """
   size, settled = window(max(map(len, curves))), []
   for i, (label, curve) in enumerate(zip(labels, curves)):

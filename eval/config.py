@@ -85,7 +85,7 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Section `eval`."""
+  """Section `eval` of a config."""
 
   probe: ProbeConfig
   sample: SampleConfig
@@ -131,7 +131,7 @@ class CheckpointRef:
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
   """Returns the checkpoint at `path`, or the newest one if `path` is a workdir.
 
-  every: returns all checkpoints in the same folder instead, oldest first.
+  every: True returns all checkpoints in the folder of that checkpoint, oldest first.
 
   Raises:
     CheckpointError: there is no checkpoint, or a checkpoint is damaged.
@@ -147,10 +147,10 @@ def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
 
 
 def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
-  """Returns the checkpoint's config with section `eval` added. It isn't locked, so it can be overridden.
+  """Returns the checkpoint's config with section `eval` added. The config isn't locked, so settings can be overridden.
 
-  spec: a config whose sections `data` and `eval` replace the checkpoint's. So runs that were trained on different data
-  can be evaluated on the same data.
+  spec: a config whose sections `data` and `eval`, if it has them, replace those of the checkpoint. With it, runs that
+  were trained on different data can be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -190,17 +190,18 @@ def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
   """Returns the mesh that config.train.mesh describes, over all devices.
 
   Raises:
-    ConfigError: the mesh doesn't fit the number of devices, or doesn't divide the model or the `rows` of config.`key`.
+    ConfigError: the mesh doesn't fit the number of devices, or it can't divide the model or `rows` rows evenly. `rows`
+      is the value of the setting `key`, which the message names.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
 
 def read_tokenizer(run: EvalRun, ref: CheckpointRef) -> data.Tokenizer:
-  """Returns the tokenizer.
+  """Returns the tokenizer that the settings name.
 
   Raises:
     DataError: the tokenizer can't be read.
-    ConfigError: it isn't the tokenizer that the checkpoint was trained with.
+    ConfigError: the checkpoint was trained with another tokenizer.
   """
   return setup.read_tokenizer(run.data.tokenizer_path, run.model, ref.meta)
 
@@ -213,7 +214,7 @@ def restore(run: EvalRun, ref: CheckpointRef, mesh: Mesh) -> Any:
 
 
 def difference(before: Any, now: Any, keys: Sequence[str]) -> str:
-  """Returns '' if two JSON objects have equal values for `keys`, else a phrase that describes the first difference."""
+  """Returns the first difference of two JSON objects among `keys`, such as 'n = 8, now 16'; '' if there is none."""
   for key in keys:
     if before.get(key) != now.get(key):
       return f'{key} = {before.get(key)!r}, now {now.get(key)!r}'

@@ -5,10 +5,9 @@
 
 A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
 problem are written together, once all its samples are judged. If a command is killed and run again, it draws only the
-samples of the missing problems. They are the same as without the kill.
+samples of the missing problems, and gets the same samples as an uninterrupted run.
 
-In a job of several processes, the rows that are decoded are spread over the devices of all. Process 0 judges and
-writes.
+In a job of several processes, decoding is spread over the devices of all processes. Process 0 judges and writes.
 """
 
 import collections
@@ -110,8 +109,10 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
-  """Draws, judges and writes the samples that the file lacks. While a group is judged, the device draws the next
-  ones. A process without a verifier only takes part in the drawing.
+  """Draws, judges and writes the samples that the file lacks.
+
+  While the samples of one problem are judged, the device draws those of the next problems. A process without a verifier
+  only helps to draw.
   """
   if not file.missing:
     if verifier:
@@ -143,7 +144,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns a number made from the benchmark's name. Random keys contain it in the place where RL has the step."""
+  """Returns a number made from the benchmark's name. The sampler gets it as `step`, so it selects random keys."""
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -168,10 +169,13 @@ def answer_classes(
 ) -> list[int]:
   """Returns a class number per answer. Equal answers get the same number; -1 means that the sample has no answer.
 
-  Classes are numbered by first appearance. Equal texts are one answer. In mathematics, answers are also equal in three
-  other cases: they are the same number, or the same text apart from delimiters, spaces and a final full stop; both are
-  right; both are wrong, but the verifier accepts one with the other as reference. For the last case, only the COMPARED
-  most frequent wrong answers are considered, because the number of pairs grows quadratically.
+  Classes are numbered by first appearance. Two answers with equal texts are equal. In mathematics, two answers are also
+  equal in these cases:
+
+  - They are the same number, or the same text apart from delimiters, spaces and a final full stop.
+  - Both are right.
+  - Both are wrong, but the verifier accepts one of them if the other is the reference. This is only checked for the
+    COMPARED most frequent wrong answers, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
@@ -199,7 +203,7 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (answer, task) for the verifier, whose verdict then says whether two answers are the same."""
+  """Returns (answer, task) for the verifier. The verdict on them is RIGHT if `answer` is the same as `reference`."""
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -217,9 +221,11 @@ class SampleFile:
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
-    """Opens an existing file to continue it, or creates one. Every process of a job must do so.
+    """Takes up the existing files of the checkpoint and benchmark, or creates them.
 
-    writes: whether this is process 0, the only one that changes files.
+    Every process of a job must create this object, because process 0 sends the others the list of missing problems.
+
+    writes: True in process 0, which is the only process that changes files.
 
     Raises:
       EvalError: an existing file was made with other settings.
@@ -255,10 +261,11 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> tuple[str, np.ndarray]:
-    """Finds the missing problems, and removes lines that a killed process left incomplete.
+    """Finds the missing problems, and removes the lines that a killed process left incomplete.
 
-    Returns (text, bool [P]): the text of the remaining lines if the file is remote, else '', and whether each problem
-    is missing. It reads the file line by line, because it may be larger than memory.
+    Returns (text, bool [P]). The text is that of the remaining lines if the file is remote, otherwise ''. The array has
+    True for each of the P problems that is missing. The file is read line by line, because it may be larger than
+    memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():
@@ -313,7 +320,7 @@ class SampleFile:
 
 
 def print_table(files: Sequence[SampleFile]) -> None:
-  """Prints the metrics of the samples in percent, with 95 % intervals over problems."""
+  """Prints a table of metrics. Avg@n, Cons@n and Pass@k are in percent, with 95 % intervals over problems."""
   n = max(file.n for file in files)
   ks = [k for k in (4, 16, 64) if k <= n]
   titles = ('step', 'benchmark', 'problems', f'Avg@{n}', f'Cons@{n}', *(f'Pass@{k}' for k in ks), 'answers', 'tokens',
@@ -343,7 +350,7 @@ def _percent(values_P: np.ndarray) -> str:
 
 
 class _Progress:
-  """Prints a progress line from time to time."""
+  """Prints a line of progress every _PROGRESS_S seconds, and after the last problem."""
 
   def __init__(self, file: SampleFile):
     self._file, self._start = file, time.monotonic()

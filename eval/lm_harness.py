@@ -8,10 +8,10 @@ numbers in both. BOS comes first. Trailing spaces of a context belong to the con
 their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS includes the
 probability of a BOS after BOS.
 
-In a job of several processes, the harness runs in each of them and asks the same questions; the rows are spread over
-the devices of all. Process 0 writes the results.
+In a job of several processes, the harness runs in every process and asks the same questions. The rows are spread over
+the devices of all processes. Process 0 writes the results.
 
-# B rows  T tokens
+# B rows  T tokens of a row
 """
 
 import collections
@@ -73,11 +73,11 @@ class Betarank(TemplateLM):
 
     Args:
       checkpoint: a workdir or a checkpoint.
-      run: the evaluation config. Default: the checkpoint's own config, overridden by `settings`.
+      run: the settings of the evaluation. Default: those of the checkpoint's own config, overridden by `settings`.
       max_length: the maximum sequence length in tokens; 0 means the training length.
       batch_size: rows per forward pass. Default: eval.probe.batch_size.
       device, max_batch_size: accepted because the harness passes them, but ignored.
-      settings: overrides, such as {'eval.probe.rows': 8}.
+      settings: overrides, such as {'eval.probe.rows': 8}. They are ignored if `run` is given.
 
     Raises:
       ConfigError, DataError, EvalError or CheckpointError: the checkpoint or a setting can't be used.
@@ -133,8 +133,10 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """Returns, for each request in order, the log-probability of its continuation in nats, and whether greedy decoding
-    gives it.
+    """Returns (log-probability, greedy) for each request, in order.
+
+    The log-probability is that of the request's continuation, in nats. `greedy` says whether greedy decoding would give
+    the same continuation.
     """
     rows = []
     for name, context, continuation in requests:
@@ -161,7 +163,7 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """Returns `length` rounded up to _SHORTEST times a power of two, but at most what the longest row needs."""
+    """Returns `length` rounded up to _SHORTEST times a power of two, but at most max_length rounded up to _SHORTEST."""
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
 
@@ -189,7 +191,7 @@ class Betarank(TemplateLM):
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
     """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
 
-    A prompt may have max_length tokens, minus those of the answer.
+    A prompt may have max_length - max_gen_toks tokens, so that there is room for the answer.
     """
     told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
     until, new = told.pop('until'), told.pop('max_gen_toks')
@@ -217,9 +219,9 @@ class Betarank(TemplateLM):
 
 
 def _check_alike(asked: Any) -> None:
-  """Raises EvalError if the harness asks this process for other texts than process 0, such as other examples.
+  """Raises EvalError if `asked` differs between this process and process 0, for example in the worked examples.
 
-  The processes compute all rows together, so each would get answers to questions of another.
+  The processes compute every row together, so they must all be asked for the same texts.
   """
   mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
   if not np.array_equal(mine, multihost.of_first_process(mine)):
@@ -238,7 +240,7 @@ def trained_length(subject: CheckpointRef) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (log-probability of each next token, True if that token is the most probable one), [B, T - 1] each."""
+  """Returns (log-probability of each next token in nats, whether it is the most probable one), both [B, T - 1]."""
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
   batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)
   stats, _ = score.token_stats(c, params, batch, top_k=1)
@@ -252,13 +254,16 @@ def harness(
   run: EvalRun, subjects: Sequence[CheckpointRef], tasks: str, *, num_fewshot: int | None, limit: int | None,
   include_path: str, max_length: int, say: Callable[..., None] = print,
 ) -> None:
-  """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint without such a file, and prints the harness's table.
+  """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint, and prints the harness's table.
+
+  A checkpoint is skipped if its file exists already and was written with the same settings.
 
   Args:
-    run, subjects: the evaluation, and its checkpoints.
+    run: the settings of the evaluation.
+    subjects: the checkpoints to evaluate.
     tasks: names of tasks, separated by commas.
-    num_fewshot: the number of worked examples; None leaves it to the task.
-    limit: the number of documents per task; None leaves it to the task.
+    num_fewshot: the number of worked examples; None means the task's own number.
+    limit: the largest number of documents per task; None means all documents.
     include_path: a folder with the user's own tasks; '' for none.
     max_length: the maximum sequence length in tokens; 0 means the training length.
     say: prints a line.

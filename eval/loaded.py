@@ -26,9 +26,9 @@ class Loaded(NamedTuple):
   """A checkpoint and its parameters.
 
   Attributes:
-    ref: says which checkpoint it is.
-    run: its settings.
-    name: its workdir, as the user wrote it.
+    ref: which checkpoint it is.
+    run: the settings of the model, its data and its evaluation.
+    name: the path of its workdir.
     objective: how the objective of its pre-training differs from cross-entropy, such as 'CE' or 'β = -0.25'.
     tokenizer: the tokenizer that it was trained with.
     params: float32, on the first device.
@@ -45,7 +45,7 @@ class Loaded(NamedTuple):
 def load_model(path: str, tokenizer: str | None = None) -> Loaded:
   """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
 
-  It uses the kernels of this machine, whichever kernels the run used.
+  The model runs with this machine's default kernels, even if it was trained with other kernels.
 
   Args:
     path: a workdir or a checkpoint.
@@ -67,7 +67,9 @@ def load_model(path: str, tokenizer: str | None = None) -> Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Says how to continue a text. The fields have the meaning they have in SamplerConfig.
+  """Says how to continue a text. The fields, except `seed`, have the same meaning as in SamplerConfig.
+
+  seed: selects the random numbers.
 
   Raises:
     EvalError: a value is not allowed. The message names the flag.
@@ -100,9 +102,9 @@ def sample(
 
   Args:
     prompt: token ids, without BOS.
-    indices: the numbers of the continuations. Each number selects its own random numbers.
-    step: also selects the random numbers, so that another number gives other continuations.
-    watch: is called with the new tokens while they are drawn, as in `Sampler.__call__`.
+    indices: the numbers of the continuations. The random numbers of a continuation depend on its number.
+    step: another number that the random numbers depend on. A different step gives different continuations.
+    watch: a function that is called with the new tokens while they are drawn, as in `Sampler.__call__`.
   """
   tokens = [loaded.tokenizer.bos, *prompt]
   draw = _sampler(loaded.run.model, sampling.sampler(len(indices), len(tokens)), loaded.tokenizer.eos)

@@ -44,9 +44,12 @@ K = 64  # K of Pass@K, computed from 128 samples
 
 
 def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
-  """Returns the mean score of each category that has all its benchmarks, from {benchmark: score}.
+  """Returns {category: mean score of its benchmarks}. A category is left out if one of its benchmarks has no score.
 
-  Raises ValueError if a name isn't one of the paper's benchmarks.
+  scores: {benchmark: score}.
+
+  Raises:
+    ValueError: a name isn't one of the paper's benchmarks.
   """
   if unknown := sorted(set(scores) - set(BENCHMARKS)):
     raise ValueError(f'scores must be of the paper\'s {len(BENCHMARKS)} benchmarks; unknown: {", ".join(unknown)}')
@@ -55,10 +58,10 @@ def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
-  """Returns {'knowledge', 'reasoning', 'overall'} from {category: score}. All categories have the same weight.
+  """Returns {'knowledge': score, 'reasoning': score, 'overall': score} from {category: score}.
 
-  Therefore overall = 0.4 knowledge + 0.6 reasoning, which the paper's published figures satisfy to 0.01. An average is
-  left out if one of its categories is missing.
+  All categories have the same weight. Therefore overall = 0.4 knowledge + 0.6 reasoning, which the paper's published
+  figures satisfy to 0.01. An average is left out if one of its categories is missing.
 
   Raises:
     ValueError: a category is unknown.
@@ -86,7 +89,10 @@ def benchmark_scores(run: Run, step: int) -> dict[str, float]:
 
 
 def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
-  """Returns the settings that a benchmark was evaluated with. Two scores can only be compared if these are equal."""
+  """Returns the settings that a benchmark was evaluated with; None if it wasn't evaluated at this step.
+
+  Two scores can only be compared if their settings are equal.
+  """
   if benchmark in SAMPLED:
     found = run.sampled(benchmark, step)
     return {key: found[1].settings.get(key) for key in SAME_SETTINGS} if found else None
@@ -128,9 +134,9 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | None, include_path: str,
              max_length: int) -> None:
-  """Evaluates checkpoints on those of the 19 benchmarks that have no results yet, and prints the table.
+  """Evaluates checkpoints on the 19 benchmarks, skipping those with results, and prints the table of scores.
 
-  The arguments are those of lm_harness.harness.
+  The arguments have the same meaning as in lm_harness.harness.
 
   Raises:
     UserError: an evaluation can't be done.

@@ -1,11 +1,12 @@
 """Measures a checkpoint's predictions on a fixed set of tokens: confidence, accuracy and entropy, per domain.
 
-The tokens are the first rows of the validation split of each source (= domain). They are the same for every checkpoint
-with an equal section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward pass gives a few numbers per
-token. Its logits are computed in chunks and never exist all at once. Every figure is then computed from these numbers
-in float64. Files are written atomically, so if a probe is killed, only the checkpoint in progress is repeated.
+The tokens are the first rows of the validation split of each source (= domain). They are the same for all checkpoints
+whose configs have the same section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward pass gives a
+few numbers per token. The logits are computed in chunks and never exist all at once. Every figure is then computed from
+these numbers in float64. Files are written atomically, so if a probe is killed, only the checkpoint in progress is
+repeated.
 
-# B rows  T tokens of a row  N tokens  D width  V vocabulary (of this device)
+# B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges, or bins between them
 """
 
 import dataclasses
@@ -37,7 +38,9 @@ CONFIDENCE_BINS = 15  # bins of equal width in [0, 1], the usual number for ECE
 
 
 def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
-  """Writes RUN/eval/probe/STEP.json for each checkpoint without such a file, and prints the main figures.
+  """Writes RUN/eval/probe/STEP.json for each checkpoint, and prints the main figures.
+
+  A checkpoint is skipped if its file exists already and was made from the same tokens with the same settings.
 
   Raises:
     ConfigError, DataError, CheckpointError or EvalError: a checkpoint, a setting or the data can't be used.
@@ -77,7 +80,12 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
 
 
 def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
-  """Returns values(batch) for all batches of the domain, concatenated: arrays [N], equal in every process."""
+  """Returns {name: array [N]}: values(batch) of all batches of a domain, concatenated. Equal in every process.
+
+  Positions that don't count are left out.
+
+  values: a function that returns arrays [B, T], as `token_values` does.
+  """
   size = run.eval.probe.batch_size
   placement = NamedSharding(mesh, model.spec('batch', 'length'))
   share = multihost.row_share(placement, size, run.data.sequence_length)
@@ -89,9 +97,9 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """Yields the domain's rows in batches of `batch_size`, or this process's part of each batch.
+  """Yields the domain's rows in batches of `batch_size`. With several processes, a batch has only this process's rows.
 
-  The tokens don't depend on the batch size.
+  The tokens don't depend on the batch size. Rows that fill up the last batch have no valid tokens (segment 0).
   """
   rows, size = run.eval.probe.rows, run.eval.probe.batch_size
   local = size // processes
@@ -103,7 +111,7 @@ def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> It
 
 
 def _fingerprint(run: EvalRun, name: str) -> str:
-  """Returns the sha256 of the domain's tokens in their rows."""
+  """Returns the sha256 of the rows of tokens on which the domain is probed."""
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
@@ -124,13 +132,14 @@ def _read(path) -> dict[str, Any] | None:
 
 
 def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the numbers per token that figures are computed from: arrays [B, T], equal on every device, float32, in
-  nats.
+  """Returns {name: array [B, T]}: the numbers per token that the figures are computed from.
 
-  counts: True for positions that count. At other positions all other values are arbitrary.
+  Every device has the whole arrays. Log-probabilities and entropies are float32, in nats.
+
+  counts: True for positions that count. At other positions, all other values are arbitrary.
   target: the target token of the position.
-  logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats, with the `head_tokens` most probable
-  tokens as the head.
+  logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats. The head consists of the `head_tokens`
+  most probable tokens.
   top_logp: the log-probability of the most probable token.
   gap: top_logp minus the log-probability of the second most probable token.
   """
@@ -146,11 +155,15 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 
 
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
-  """Returns the figures of one domain, computed from its tokens in float64. Their names include the unit.
+  """Returns the figures of one domain, computed in float64. If a figure has a unit, its name includes it.
 
-  coverage[N] is the share of tokens with p(target) <= 1/N. For such a token, N samples are expected to contain the
-  target at most once. This is an upper bound of the token-level coverage profile of arXiv 2510.15020, P[p_data /
-  p_model >= N], because p_data is unknown but at most 1.
+  coverage[n] is the share of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
+  target at most once. The share is an upper bound of the token-level coverage profile of arXiv 2510.15020,
+  P[p_data / p_model >= n], because p_data is unknown but at most 1.
+
+  Args:
+    values: {name: array [N]}, from `token_values`.
+    bytes_N: the number of bytes of each target token.
   """
   v = {name: np.asarray(x, np.float64) for name, x in values.items()}
   surprise, entropy, right = -v['logp'], v['entropy'], v['rank'] == 0
@@ -185,9 +198,10 @@ def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
 
 
 def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
-  """Returns figures for each bin of the probability of the most probable token.
+  """Returns the calibration curve: tokens are put into bins by the probability of the most probable token.
 
-  They are the mean of this probability, and the share of tokens for which the most probable token is the true one.
+  For each bin, `confidence` is the mean of this probability, and `accuracy` is the share of tokens for which the most
+  probable token is the true one. Both are None for an empty bin.
   """
   edges_E = np.linspace(0, 1, CONFIDENCE_BINS + 1)
   bin_N = np.clip(np.digitize(confidence_N, edges_E) - 1, 0, CONFIDENCE_BINS - 1)

@@ -16,7 +16,7 @@ def generate(
 
   Args:
     samples: the number of continuations.
-    number: the number of the prompt in its session. The same text with another number is continued differently.
+    number: the number of the prompt in its session. With a different number, the same text is continued differently.
     entropy: whether to print a table of the tokens after each continuation.
 
   Raises:

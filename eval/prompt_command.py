@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _lines() -> Iterator[str]:
-  """Yields the lines of standard input that aren't empty."""
+  """Yields the lines of standard input, except blank lines."""
   ask = sys.stdin.isatty()
   if ask:
     import readline  # noqa: F401 (importing it adds line editing and a history to `input`)

@@ -7,7 +7,7 @@ An undecided sample (its verifier ran out of time) is treated as if it had not b
 nor as wrong, and has no vote. A sample without an answer is wrong and has no vote. A problem without any usable sample
 gets NaN; the statistics leave such problems out and report their number.
 
-# P problems  N samples  K = N, column k-1 is Pass@k
+# P problems  N samples per problem  K = N values of k, column k-1 is for k  A distinct answers of one problem
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Samples:
 
   @property
   def undecided(self) -> int:
-    """The number of samples that exist but have no verdict."""
+    """The number of samples that the verifier could not decide."""
     return int(np.sum(np.isnan(self.score_PN) & ~np.isnan(self.tokens_PN)))
 
   def metrics(self) -> dict[str, np.ndarray]:
@@ -51,7 +51,7 @@ class Samples:
 def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
   """Returns the samples in stored lines, which may be in any order.
 
-  If two lines have the same problem and sample, the first one counts.
+  If two lines have the same problem and sample number, only the first line is used.
 
   lines: objects with the fields in FIELDS.
 
@@ -107,9 +107,9 @@ def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
 
-  In a tie, the score is the expectation of a fair draw among the tied answers, which is the mean of their scores. The
-  score of an answer is the share of its samples that were judged right. These can differ, because equivalence of
-  answers isn't perfectly transitive. If no sample has an answer, the score is 0.
+  In a tie, the result is the mean of the tied answers' scores, which is what a fair draw among them gives on average.
+  The score of an answer is the share of its samples that were judged right. It can lie between 0 and 1, because samples
+  that count as the same answer can get different verdicts. If no sample has an answer, the result is 0.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):
@@ -129,10 +129,10 @@ def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
 def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
   """Returns [P, K]: for every k <= n, the chance that k of a problem's n samples include a right one; NaN for k > n.
 
-      Pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=1..k} (n-c-i+1) / (n-i+1),   c of n right
+      Pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=1..k} (n-c-i+1) / (n-i+1),   where c of the n samples are right
 
-  The estimate is unbiased, and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product needs no
-  large binomials. Each of its factors is at most 1, so its relative error is below k rounding errors.
+  The estimate is unbiased, and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product avoids
+  large binomials. Its relative error is about k rounding errors at most.
   """
   n_P1 = np.sum(~np.isnan(score_PN), axis=-1, keepdims=True)
   c_P1 = np.nansum(score_PN, axis=-1, keepdims=True)

@@ -19,17 +19,17 @@ resampled problems.
   arXiv 1905.06208.
 
 Coverage of the 95 % intervals: for shares of ten problems, most of which are never solved, 96-99 %; the true
-value is missed above as well as below. For paired differences of ten problems 96 % on average, but 90 % if a fifth of
-the problems gains 50 points, because one set in nine contains none of those. `python -m benchmarks.intervals` prints
-the table, and `tests/eval/test_statistics.py` checks it.
+value is missed above as well as below. For paired differences of ten problems, 96 % on average, but 90 % if a fifth of
+all problems gains 50 points, because then one set of ten in nine contains no problem that gains.
+`python -m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
 
-**Over seeds**, there are too few values to resample. For the noise that seeds add to that of the problems, Student's
-t is used. The distances from the mean to the limits are added in quadrature (MOVER, the method of variance estimates
+**Over seeds**, there are too few values to resample. Student's t is used for the noise that seeds add to the noise of
+problems. The distances from the mean to the limits are added in quadrature (MOVER, the method of variance estimates
 recovery; Zou and Donner, Statistics in Medicine 27, 2008). This covers 95-97.5 %. Adding the variances under one t,
 with Satterthwaite's degrees of freedom, gives narrower intervals, but covers only 92 % for three seeds and less than 90
 % for two.
 
-The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so the two always agree.
+The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-value and interval always agree.
 
 # S seeds  P problems  B resamples
 """
@@ -52,7 +52,7 @@ Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - al
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean, its interval, and the p-value of the mean being zero."""
+  """A mean, the limits of its interval, and the p-value of the hypothesis that the true mean is zero."""
 
   mean: float
   low: float
@@ -79,7 +79,7 @@ def bootstrap_interval(
     bounds: the smallest and the largest possible value.
     level: the level of the interval.
     resamples: the number of resamples.
-    seed: of the resamples; the result is repeatable.
+    seed: the seed of the resampling. The same seed gives the same result.
 
   Raises:
     ValueError: no problem is left.
@@ -121,7 +121,7 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """Returns the studentized interval over problems, cut to Gaffke's bounds."""
+  """Returns the studentized interval over problems. If both `bounds` are finite, it is cut at Gaffke's bounds."""
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
   t_B, low_B, high_B = [], [], []
@@ -153,7 +153,7 @@ def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.r
 
 
 def _rank(share: float, resamples: int) -> int:
-  """Returns the index of a quantile among `resamples` sorted values."""
+  """Returns the index of the quantile `share` among `resamples` sorted values."""
   return min(max(math.ceil(share * (resamples + 1) - 1e-9), 1), resamples) - 1
 
 
@@ -188,7 +188,7 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the standard error of the mean due to seeds alone. The part due to problems isn't included."""
+  """Returns the standard error of the mean that is due to seeds, without the part that is due to problems."""
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
   rest_SP = x_SP - mean_S[:, None] - x_SP.mean(0) + x_SP.mean()
@@ -197,9 +197,9 @@ def _seed_error(x_SP: np.ndarray) -> float:
 
 
 def _p_value(mean: float, limits: Limits, floor: float) -> float:
-  """Returns the smallest alpha >= floor whose interval excludes zero. It is found by bisection.
+  """Returns the smallest alpha >= floor whose 1 - alpha interval excludes zero.
 
-  This works because the intervals become narrower as alpha rises.
+  It is found by bisection, which works because the intervals become narrower as alpha rises.
   """
   def excludes_zero(alpha: float) -> bool:
     low, high = limits(alpha)
@@ -218,8 +218,8 @@ def paired_difference(
 ) -> Estimate:
   """Returns the mean of a - b and its interval.
 
-  a, b: values on the same problems, [P], or [S, P] with the same seeds in both.
-  bounds: those of a difference; (-1, 1) for shares.
+  a, b: values of the same problems, both [P], or both [S, P] with the same seeds.
+  bounds: the smallest and the largest possible difference; (-1, 1) for shares.
 
   Raises:
     ValueError: the shapes differ, or no problem has a value in all seeds.
@@ -256,10 +256,10 @@ def over_seeds(
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-  """Returns p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+  """Returns p-values corrected for multiple testing (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-  If a difference is claimed only where the result is <= alpha, then the chance of even one false claim is below alpha,
-  however the tests depend on each other. NaN stays NaN and isn't counted.
+  If only differences with a corrected p-value <= alpha are claimed, the chance of at least one false claim is at most
+  alpha, even if the tests depend on each other. NaN stays NaN and doesn't count as a test.
   """
   p = np.asarray(p_values, np.float64)
   out = np.full(p.shape, np.nan)

@@ -39,7 +39,7 @@ class Row:
   """One row of the table. An unknown value is NaN or None.
 
   Attributes:
-    name: the run's workdir, relative to the folder.
+    name: the run's workdir, relative to the folder that is watched.
     state: waiting, starting, running, stopped or finished; or failed or skipped, if a sweep has recorded that.
     step: the last step that was logged.
     steps: the last step of the run.
@@ -144,7 +144,7 @@ def _object(path: epath.Path) -> dict[str, Any]:
 
 
 def _tail(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the complete lines in the last TAIL_BYTES of a metrics file, which can have hundreds of megabytes."""
+  """Returns the parsed lines in the last TAIL_BYTES of a metrics file, because the file can have hundreds of MB."""
   try:
     with path.open('rb') as file:
       size = file.seek(0, 2)
@@ -162,8 +162,9 @@ def _tail(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row], width: int) -> Table:
-  """Returns the table, at most `width` columns wide. A long name loses its beginning, which is usually the same for all
-  runs.
+  """Returns the table, fitted to `width` characters by shortening long names.
+
+  A name is cut at its beginning, which is usually the same for all runs.
   """
   cells = [row.cells() for row in rows]
   shown = [i for i in range(len(TITLES)) if i < 3 or any(row[i] for row in cells)]

@@ -1,1 +1,1 @@
-"""Starts runs: the sweep of a config file, TPU slices through gcloud, and plans for a pod before it is rented."""
+"""Runs sweeps on this machine, on TPU slices or on another engine. Plans a run before TPU pods are rented for it."""

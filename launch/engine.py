@@ -24,9 +24,11 @@ PLACEHOLDERS = ('{command}', '{name}', '{chips}')
 
 
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
-  """Returns a function (point, slot) -> command that runs the point on the engine. Data is prepared on this machine.
+  """Returns a function (point, slot) -> command that runs the point on the engine.
 
-  chips: the values of --chips: 'N' for all stages, or 'STAGE=N'.
+  The command of a point that prepares data runs on this machine instead.
+
+  chips: the values of --chips. 'N' is for all stages, 'STAGE=N' for one stage.
 
   Raises:
     ConfigError: the template can't be used.
@@ -70,9 +72,10 @@ def _read_chips(flags: Sequence[str]) -> dict[str, int]:
 
 
 def job_name(point: Point) -> str:
-  """Returns a name for the job that no other point and no other root has.
+  """Returns a name for the job of a point. Different points and different roots get different names.
 
-  It has at most 50 characters, and only lower-case letters, digits and hyphens, because Kubernetes allows no others.
+  The name has at most 50 characters, and only lower-case letters, digits and hyphens, because Kubernetes allows no
+  others.
   """
   root = point.workdir if '://' in point.workdir else pathlib.Path(point.workdir).absolute()
   tail = hashlib.sha256(f'{root}\n{point.name}'.encode()).hexdigest()[:8]

@@ -29,7 +29,9 @@ MFU_DENSE, MFU_MOE = 0.4, 0.1  # the MFU that an estimate without --plan assumes
 
 
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
-  """Returns a function (point, slot) -> command that runs the point on the slice of this number.
+  """Returns a function (point, slot) -> command that runs the point on slice number `slot`.
+
+  The command of a point that prepares data runs on this machine instead.
 
   dry_run: True skips all checks.
 
@@ -57,7 +59,7 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
   """Deletes the slices of these slots. The last line that it prints names the slices that still cost money.
 
-  keep: True keeps the slices, because the sweep was asked to stop and the next launch will use them.
+  keep: True deletes no slices, because the sweep was asked to stop and the next launch will use them.
   """
   names = [_slice_name(slot) for slot in sorted(slots)]
   if keep:
@@ -95,15 +97,15 @@ def _last_line(text: str) -> str:
 
 
 def topology() -> Topology:
-  """Returns the chips of one point, from TPU_TYPE and TPU_SLICES. Raises PlanError if there is no such pod."""
+  """Returns the pods that TPU_TYPE and TPU_SLICES name for each point. Raises PlanError if there is no such pod."""
   name = (os.environ.get('TPU_TYPE') or DEFAULT_TYPE).replace('v5litepod', 'v5e')
   return Topology(name, int(os.environ.get('TPU_SLICES') or 1))
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point at the assumed MFU.
+  """Returns (least, most) hours of a pre-training point at the assumed MFU. The two numbers are equal.
 
-  Returns None for other stages. In RL, the time depends on the lengths of the answers.
+  Returns None for other stages. For RL no time can be assumed, because it depends on the lengths of the answers.
   """
   if point.stage != 'train':
     return None
@@ -139,8 +141,9 @@ def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 
 
 def worker_flags() -> dict[str, str]:
-  """Returns the variables of TPU_ENV that change compiled programs, for `betarank plan`: {'LIBTPU_INIT_ARGS': ...} or
-  {}.
+  """Returns {'LIBTPU_INIT_ARGS': value} if TPU_ENV sets this variable, otherwise {}.
+
+  `betarank plan` needs it, because it changes compiled programs.
   """
   variables = dict(word.partition('=')[::2] for word in shlex.split(os.environ.get('TPU_ENV', '')))
   return {name: value for name, value in variables.items() if name == 'LIBTPU_INIT_ARGS'}
@@ -190,9 +193,10 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 
 
 def program_key(point: Point) -> str:
-  """Returns a text that is equal for points that compile to the same programs, and so take the same time.
+  """Returns a text that is equal for points whose compiled programs are the same. Such points take the same time.
 
-  Seed and strength of the objective don't change a program. The only exception is that a lambda needs the top k.
+  The seed doesn't change a program. Of the objective, only one thing does: whether any lambda is nonzero, because then
+  the most probable tokens are needed.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

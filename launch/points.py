@@ -44,13 +44,13 @@ class Point:
   """One betarank command of a sweep.
 
   Attributes:
-    name: ARM/STAGE. The workdir of a stage that trains is ROOT/NAME.
-    after: the point whose weights this one starts from, or which it evaluates; '' for none.
+    name: ARM/STAGE. The workdir of a point that trains is ROOT/NAME.
+    after: the point whose weights this point starts from, or that it evaluates; '' for none.
     needs: the points that must be finished first: `after`, and the point that prepares the data.
     config: the resolved config.
     steps: the number of steps; 0 for a stage that doesn't count steps.
-    workdir: the folder that it writes to.
-    arguments: the arguments of `betarank` that run it.
+    workdir: the folder that the point writes to.
+    arguments: the arguments of `betarank` that run the point.
   """
 
   name: str
@@ -68,7 +68,7 @@ class Point:
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
 
   def finished(self) -> bool | None:
-    """Returns whether the result exists and is complete; None for an evaluation, whose result doesn't show this."""
+    """Returns whether the result exists and is complete; None for an evaluation, which can't be checked."""
     if self.stage in TRAINS:
       return self.step() >= self.steps
     if self.stage != 'data':
@@ -81,9 +81,10 @@ class Point:
 
 
 def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
-  """Returns the points of the config file at `spec`, sorted such that each comes after those it needs.
+  """Returns the points of the config file at `spec`. Each point comes after the points that it needs.
 
-  only: shell patterns of names. The points that the selected ones need are included too.
+  only: shell patterns that select points by name. Points that a selected point needs are included too. Without
+  patterns, all points are returned.
 
   Raises:
     ConfigError: a name occurs twice, a needed point doesn't exist, or a config can't be run.
@@ -107,11 +108,11 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
     Args:
       name: the arm. By default the arm of `after`; without `after`, it is made from the overrides.
       stage: train (pre-training and mid-training), rl, probe or sample (the last two are `betarank eval`).
-      config: another config file than the sweep's own.
+      config: the config file to use instead of the sweep's own.
       arg: appended to the argument of the config file, such as 'stage=mid'.
-      after: the point whose weights it starts from, or which it evaluates.
-      benchmark: for stage sample, as in `betarank eval sample --benchmark`.
-      overrides: by dotted key, **{'optimizer.lr': 1e-3}.
+      after: the point whose weights the new point starts from, or that it evaluates.
+      benchmark: the value of `betarank eval sample --benchmark`; only for stage sample.
+      overrides: settings of the config by dotted key, such as **{'optimizer.lr': 1e-3}.
     """
     if stage not in STAGES:
       raise ConfigError(f'sweep: stage must be one of {", ".join(STAGES)}, got {stage!r}')
@@ -148,7 +149,7 @@ def _describe(overrides: dict[str, Any]) -> str:
 
 
 def _stage_name(stage: str, arg: str, benchmark: str) -> str:
-  """Returns the name of a stage in its arm: 'train', 'mid' for the argument stage=mid, 'sample,gsm8k'."""
+  """Returns the last part of a point's name, such as 'train' or 'sample,gsm8k'; 'mid' if `arg` is 'stage=mid'."""
   if arg.startswith('stage='):
     return _plain(arg.removeprefix('stage='))
   return ','.join(filter(None, (stage, _plain(arg), _plain(benchmark))))
@@ -182,8 +183,10 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
 
 
 def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
-  """Returns overrides that move the config's local data to the bucket, because slices can't read this machine's
-  disk.
+  """Returns overrides with which local data folders are in the bucket, because slices can't read this machine's disk.
+
+  Raises:
+    ConfigError: the tokenizer is a file of this machine that no point of the sweep creates.
   """
   moved = {f'data.{key}': f'{root}/{value.lstrip("/")}' for key in ('dir', 'tokenizer')
            if (value := config.data.get(key)) and '://' not in value}
@@ -214,9 +217,10 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
-  """Adds a point that prepares data, before all others, for each data section that pre-training reads.
+  """Returns the points with points before them that prepare data: one for each different section `data` that is read.
 
-  These points run one after the other. Each uses all cores, and may need a tokenizer that an earlier one trains.
+  The points that prepare data run one after the other. Each uses all cores, and may need a tokenizer that an earlier
+  one trains.
   """
   prepare: dict[str, Point] = {}
   done = []
@@ -267,7 +271,7 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns one line per file of this machine that points on another machine would need but can't read."""
+  """Returns one line for each file on this machine that points need but can't read if they run on other machines."""
   readers: dict[str, list[str]] = {}
   for point in points:
     uris = [point.config.rl.task.uri] if point.stage == 'rl' else [

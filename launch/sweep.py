@@ -56,7 +56,7 @@ _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed
 
 @dataclasses.dataclass
 class Status:
-  """The state of a point. `starts` counts how often its command was started, over all launches."""
+  """The state of a point. `starts` is how often its command has been started, in all launches together."""
 
   state: str = 'waiting'
   note: str = ''
@@ -86,7 +86,7 @@ class Sweep:
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
-    """Reads the record of earlier launches, and keeps the states that are still valid."""
+    """Returns the content of sweep.json with this launch added. Sets self.status to the states that are still valid."""
     path = self.folder / 'sweep.json'
     record = json.loads(path.read_text()) if path.exists() else {'launches': [], 'points': {}}
     configs = resolved(self.points)
@@ -176,7 +176,7 @@ class Sweep:
     return workdir.lock_file(path)
 
   def _adopt(self, point: Point) -> bool:
-    """Takes over the command that an earlier launch started for this point. Returns whether one is running."""
+    """Takes over a command that an earlier launch started for this point. Returns whether such a command is running."""
     with self._lock(point) as held:
       if held:
         return False
@@ -186,7 +186,10 @@ class Sweep:
     return True
 
   def _end(self, point: Point) -> bool:
-    """Updates the state of a point if its command has ended. Returns whether it has."""
+    """Updates the state of a point if its command has ended. Returns whether the state was updated.
+
+    If the result of an ended command can't be read, reading is tried again later.
+    """
     process, status, now = self._processes[point.name], self.status[point.name], time.monotonic()
     first, next_try = self._unread.get(point.name, (now, now))
     if now < next_try:
@@ -248,7 +251,10 @@ class Sweep:
           time.sleep(POLL_S)
 
   def stop(self, hard: bool) -> None:
-    """Asks running commands to save and stop. hard: kills them instead."""
+    """Asks running commands to save and stop.
+
+    hard: True kills them instead.
+    """
     self.stopping = True
     for point in self.points:
       if point.name in self._processes:
@@ -258,8 +264,9 @@ class Sweep:
           os.killpg(int(pid), signal.SIGKILL) if hard else os.kill(int(pid), signal.SIGTERM)
 
   def progress(self, point: Point) -> tuple[int, float | None]:
-    """Returns (step, seconds left) of a running point, from the end of its metrics file; (0, None) before the first
-    step.
+    """Returns (step, seconds left) of a running point, from the end of its metrics file.
+
+    Returns (0, None) if the point doesn't train, or if it has logged no step that can be read here.
     """
     path = pathlib.Path(point.workdir) / 'metrics.jsonl'
     if point.stage not in TRAINS or not path.exists():
@@ -280,7 +287,9 @@ class Sweep:
 
 
 class Screen:
-  """Shows the sweep: a live table on a terminal, elsewhere one line per change of state, and the progress every
+  """Shows the sweep.
+
+  On a terminal, it shows a live table. Elsewhere, it prints a line when a point's state changes, and progress every
   minute.
   """
 
@@ -394,8 +403,8 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
   """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
   signals: the signals received so far.
-  clean_up: a function (console, slots, keep) that is always called last. It deletes the slices or, if the sweep was
-    asked to stop, says that they are kept.
+  clean_up: a function (console, slots, keep) that is always called last. It deletes the slices. If `keep` is True,
+    because the sweep was asked to stop, it only prints that they are kept.
   """
   try:
     with Screen(sweep, console) as screen:

@@ -88,7 +88,10 @@ def _export(args: argparse.Namespace, explorer: Any) -> None:
 
 
 def actions(explorer: Any) -> dict[str, Any]:
-  """Returns what the page asks its server for: {name: function of the request}. They raise UserError or TypeError."""
+  """Returns the functions that answer the page's requests: {name: function of the request's JSON object}.
+
+  The functions raise UserError if a value is not allowed, and KeyError, TypeError or ValueError for malformed requests.
+  """
   from betarank.eval.loaded import Sampling
 
   def sampling(request: Mapping[str, Any]) -> Sampling:

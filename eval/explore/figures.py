@@ -1,6 +1,6 @@
 """Computes what a checkpoint predicts at each token of a few texts.
 
-# B texts  T tokens  D width  V vocabulary  n most probable tokens that are shown
+# B texts  T tokens of a row  N tokens of one text  D width  V vocabulary  n most probable tokens that are shown
 """
 
 import functools
@@ -25,7 +25,7 @@ class Figures(NamedTuple):
   """The model's predictions along one text of N tokens, in nats and at temperature 1.
 
   Entry i < N describes the prediction of token i from BOS and the tokens before it. Entry N describes the prediction
-  after the last token; it has no target, so only `entropy`, `top` and `top_logp` have it.
+  after the last token. That prediction has no target, so only `entropy`, `top` and `top_logp` have an entry N.
 
   Attributes:
     logp: float32 [N], the log probability of each token.
@@ -79,9 +79,9 @@ def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns the fields of Figures, by name. Shapes are [B, T] and, for the most probable tokens, [B, T, n].
+  """Returns {name of a field of Figures: values}. `top` and `top_logp` are [B, T, n], other fields are [B, T].
 
-  At the last position of a text, the values that depend on a target are meaningless.
+  At the last position of a text, fields that depend on a target are meaningless. So are all fields in the padding.
   """
   stats, hidden_BTD = score.token_stats(c, params, batch, top_k)
   head_DV = model.head(c, params)

@@ -1,4 +1,4 @@
-"""The page: parts from assets/, served as files of their own, or put together as one file with a view in it."""
+"""Builds the page from the parts in assets/: as several files for the server, or as one file that contains a view."""
 
 import base64
 import hashlib

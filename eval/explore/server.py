@@ -1,8 +1,9 @@
 """Serves the page to this machine only.
 
-A request is answered if it comes to a loopback address under a loopback name (so that no page of the web reaches the
-server by a name that it points here), and if its path begins with a random token that only the printed URL has.
-Everything else gets 404, 403 or 413, before its body is read. Paths are looked up in a table; there are no others.
+The server listens on 127.0.0.1. It answers a request only if the Host header has a loopback name, if the request
+doesn't come from another web page, and if the path begins with a random token that only the printed URL contains. The
+check of the Host header stops web pages that reach the server through a domain name pointed at 127.0.0.1. All other
+requests get a 4xx status before their body is read. Only paths in the tables `files` and `actions` exist.
 """
 
 import hmac
@@ -29,10 +30,10 @@ _HEADERS = {
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """A server on 127.0.0.1; `serve_forever` answers requests until `shutdown`.
+  """A server on 127.0.0.1. `serve_forever` answers requests until `shutdown` is called.
 
   Attributes:
-    url: the page's address, token included.
+    url: the page's address, including the token.
   """
 
   daemon_threads = True
@@ -44,18 +45,19 @@ class Server(http.server.ThreadingHTTPServer):
 
     Args:
       files: {path below the token: (content type, content)}, for GET.
-      actions: {name: function}, for POST to api/NAME: JSON in, JSON out. A UserError of theirs is shown to the user.
-      port: 0 for any that is free.
+      actions: {name: function}, for POST to api/NAME. The function takes and returns JSON values. If it raises
+        UserError, the page shows the message.
+      port: the port to listen on; 0 means any free port.
 
     Raises:
-      OSError: the port is taken.
+      OSError: the port can't be opened, for example because it is in use.
     """
     self.files, self.actions, self.token = files, actions, secrets.token_urlsafe(16)
     super().__init__((ADDRESS, port), _Handler)
     self.url = f'http://{ADDRESS}:{self.server_address[1]}/{self.token}/'
 
   def handle_error(self, request, client_address):
-    """Says nothing of a browser that went away; other errors are shown."""
+    """Prints an error of a request, except if the browser has only closed the connection or timed out."""
     if not isinstance(sys.exception(), ConnectionError | TimeoutError):
       super().handle_error(request, client_address)
 
@@ -103,7 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return 500, {'error': 'the computation failed; the terminal shows why'}
 
   def _path(self):
-    """Returns the path below the token; None, and an answer, for a request that has no right to one."""
+    """Returns the part of the path after the token. If the request isn't allowed, refuses it and returns None."""
     host, _, port = self.headers.get('Host', '').rpartition(':')
     if (host if port.isdigit() else self.headers.get('Host', '')) not in HOSTS or not self._from_here():
       self._refuse(403)
@@ -115,7 +117,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return rest[0]
 
   def _from_here(self):
-    """Returns False for a request that a browser says was made by another page."""
+    """Returns whether the request may be from our own page: False if its headers say that another page made it."""
     origin = self.headers.get('Origin')
     return origin in (None, f'http://{self.headers.get("Host")}') and self.headers.get('Sec-Fetch-Site') in (
       None, 'none', 'same-origin')
@@ -135,4 +137,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.wfile.write(content)
 
   def log_message(self, *_):
-    """Logs nothing: the terminal is the user's."""
+    """Does nothing, so that requests aren't logged in the user's terminal."""

@@ -1,7 +1,7 @@
-"""What the page shows, as values that JSON can hold: a text under several checkpoints, continuations, problems.
+"""Builds what the page shows, as JSON values: a text with the predictions of several checkpoints, or a problem.
 
-A *passage* is a row of tokens with what each checkpoint predicts along it. A *view* is a prompt, as a passage, and
-continuations of it, each as a passage of its own:
+A *passage* is a sequence of tokens with the predictions of each checkpoint. A *view* has a passage for a prompt, and
+one passage for each continuation of the prompt:
 
     {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None}
 """
@@ -34,12 +34,12 @@ class Explorer:
   """The checkpoints to look at, and where texts and problems come from.
 
   Attributes:
-    models: checkpoints with one tokenizer.
-    top_k: tokens that make up the head.
-    sources: validation splits, by the name of their source.
-    tasks: problems; None if there are none.
-    verifier: judges answers to them.
-    lock: computations are done one after another.
+    models: the checkpoints; they have the same tokenizer.
+    top_k: the number of tokens that make up the head.
+    sources: name of a source -> its validation split.
+    tasks: the problems; None if there are none.
+    verifier: judges answers to the problems.
+    lock: is held during a computation, so that only one runs at a time.
   """
 
   models: Sequence[Loaded]
@@ -50,7 +50,7 @@ class Explorer:
   lock: Any = dataclasses.field(default_factory=threading.Lock)
 
   def about(self) -> dict[str, Any]:
-    """Returns what doesn't depend on a text: the checkpoints, and what there is to pick from."""
+    """Returns what the page needs before a text is chosen: the checkpoints, the sources of documents, and the task."""
     models = [{'label': text, 'name': m.name, 'step': m.ref.step} for text, m in zip(labels(self.models), self.models)]
     task = None if self.tasks is None else {'uri': self.tasks.config.uri, 'size': self.tasks.size}
     return {'models': models, 'top_k': self.top_k, 'vocab_size': self.models[0].run.model.vocab_size,
@@ -61,7 +61,7 @@ class Explorer:
     return self._view(text, samples, sampling, None)
 
   def document(self, source: str, index: int) -> dict[str, Any]:
-    """Returns the view of a document of a source's validation split, or of its beginning."""
+    """Returns the view of a document from a source's validation split. Of a long document, shows only the beginning."""
     if source not in self.sources:
       raise EvalError(f'no source {source!r}; there are {", ".join(self.sources) or "none"}')
     documents = self.sources[source]
@@ -117,15 +117,16 @@ class Explorer:
     return found
 
   def _vocabulary(self, passages):
-    """Returns the text of every token in these passages and in their most probable ones."""
+    """Returns {token: text} for the tokens of these passages and the most probable tokens at each position."""
     used = {token for p in passages for token in p['tokens']}
     used |= {token for p in passages for f in p['figures'] for top in f['top'] for token in top}
     return {token: token_text(self._tokenizer, token) for token in sorted(used)}
 
 
 def labels(models: Sequence[Loaded]) -> list[str]:
-  """Returns a name for each checkpoint: its objective and whether RL followed. Where several agree in that, the step or
-  the part of the workdir in which they differ is added.
+  """Returns a name for each checkpoint: its objective, with ' + RL' if it is from RL.
+
+  If several checkpoints would have the same name, the step is added, or the part of the workdir in which they differ.
   """
   short = [NAMES.get(m.objective, m.objective) + (' + RL' if 'rl' in m.ref.meta['config'] else '') for m in models]
 
@@ -144,12 +145,15 @@ def labels(models: Sequence[Loaded]) -> list[str]:
 
 
 def passage(row: Sequence[int], of_models: Sequence[Figures], start: int) -> dict[str, Any]:
-  """Returns the passage row[start:], with the figures that each checkpoint has for the whole row."""
+  """Returns the passage of row[start:].
+
+  of_models: the figures of each checkpoint for the whole row.
+  """
   return {'tokens': [int(token) for token in row[start:]], 'figures': [_rounded(f, start) for f in of_models]}
 
 
 def _rounded(f: Figures, start: int) -> dict[str, Any]:
-  """Four significant digits are more than a page shows."""
+  """Returns figures from token `start` on, as JSON values with four significant digits."""
   number = lambda x: float(f'{x:.4g}')
   values = {name: [number(x) for x in getattr(f, name)[start:]] for name in ('logp', 'entropy', 'head', 'tail')}
   return {**values, 'rank': f.rank[start:].tolist(), 'top': f.top[start:].tolist(),
@@ -157,7 +161,11 @@ def _rounded(f: Figures, start: int) -> dict[str, Any]:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-  """Returns the text of a token; the bytes of one that is no text of its own, and <id> for one without text."""
+  """Returns the text that the page shows for a token.
+
+  EOS is '<end>'. A token with incomplete UTF-8 is shown by its bytes, such as '<E2><82>'. A token without any bytes is
+  shown by its id, such as '<5>'.
+  """
   if token == tokenizer.eos:
     return '<end>'
   found = tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b''
@@ -170,7 +178,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def open_sources(loaded: Loaded) -> dict[str, Documents]:
-  """Returns the validation splits of the data that a checkpoint was trained on, without those that aren't there."""
+  """Returns {source: validation split} of the data that a checkpoint was trained on. Missing data is left out."""
   found = {}
   for name in loaded.run.data.sources:
     try:
@@ -181,14 +189,15 @@ def open_sources(loaded: Loaded) -> dict[str, Documents]:
 
 
 def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
-  """Returns the problems of the task `uri`, or of the first checkpoint that names one.
+  """Returns the problems of the task `uri`; None if `uri` is '' and no checkpoint has a task.
 
-  RL's own task comes first, then a source of generated problems. Problems that were held out of training are asked
-  where there are any.
+  If `uri` is '', the task is that of the first checkpoint from RL or, without RL, the first source of generated
+  problems in the data of the checkpoints. Of generated problems, only those that were held out of training are used, if
+  there are any.
 
   Raises:
     EvalError: the task can't be used.
-    DataError: its problems can't be read.
+    DataError: the problems of the task can't be read.
   """
   configs = [m.ref.meta['config'] for m in models]
   of_rl = [c['rl']['task'] for c in configs if 'rl' in c]

@@ -1,7 +1,8 @@
-"""Lists what makes it impossible to attribute the difference of two runs to the objective.
+"""Lists the reasons why a difference between two runs can't be attributed to the objective.
 
 Two runs must agree in everything but objective and seed: the prepared data (by its hash), the tokenizer, every setting
-that decides what is learned, the step, and so the tokens seen. If they started from other runs, these must agree too.
+that decides what is learned, and the step, which determines how many tokens were seen. If the two runs started from
+other runs, those parent runs must agree too.
 """
 
 import math
@@ -35,7 +36,11 @@ def _role(key: str) -> str:
 
 
 def disagreements(run: Run, other: Run) -> list[str]:
-  """Returns the differences of two runs of the same stage, data first. Objective, seed and step aren't counted."""
+  """Returns one phrase for each way in which two runs of the same stage disagree; data comes first.
+
+  Objective and seed aren't compared, nor are the steps of the two runs (see `of_steps`). The checkpoints and the runs
+  that they started from are compared.
+  """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
     if run.parent_step != other.parent_step:
@@ -46,7 +51,7 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if both steps are equal, otherwise one reason with the steps and the tokens seen."""
+  """Returns [] if the steps of two runs are equal, otherwise one reason that names both steps and the tokens seen."""
   if step == other_step:
     return []
   seen = [f' ({run.tokens_per_step * at:,.0f} tokens)' if not run.is_rl and math.isfinite(run.tokens_per_step) else ''
@@ -79,9 +84,10 @@ def _of_settings(run: Run, other: Run) -> list[str]:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-  """Returns the settings that must agree: what is learned, and the length, which decides the learning rate.
+  """Returns the settings in which two runs must agree.
 
-  The location of the data is left out.
+  They are the settings that decide what is learned, and the length of training, because the learning rate depends on
+  it. The location of the data is left out.
   """
   found = _with_roles(run, (settings.IDENTITY, settings.DATA, settings.LENGTH))
   return {key: value for key, value in found.items()

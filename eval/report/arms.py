@@ -2,7 +2,7 @@
 
 An arm is a pre-training objective. If there is a sweep.json, its names are used. Otherwise an arm is named by how it
 differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. A run that started from another run belongs to the arm
-of the first run. If mid-training had another objective, the name is extended.
+of the first run. If mid-training had another objective, that objective is added: 'CE → β = -0.25'.
 """
 
 import math
@@ -47,10 +47,11 @@ def read_sweep(root: str | epath.Path) -> Sweep:
 def _find_runs(
   folder: epath.Path, depth: int, seen: set[str], points: dict[str, str], sweep: Sweep
 ) -> Iterator[tuple[epath.Path, str]]:
-  """Yields (workdir, arm in a sweep.json or '').
+  """Yields (workdir, name of its arm) of each run. The name comes from a sweep.json; it is '' if none names the arm.
 
-  seen: the folders that were searched already, because links may form a circle.
-  points: workdir -> arm, from the sweep.json files in folders above.
+  depth: the number of levels below `folder` to search.
+  seen: the folders that have been searched. They aren't searched again, because links may form a circle.
+  points: workdir -> arm, from the sweep.json files of the folders above.
   """
   here = str(folder) if '://' in str(folder) else os.path.realpath(folder)  # epath's resolve() follows no links
   if here in seen:
@@ -71,7 +72,7 @@ def _find_runs(
 
 
 def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
-  """Returns {workdir: arm} of a sweep.json, whose points are named ARM/STAGE."""
+  """Returns {workdir: arm} from the sweep.json in a folder. Its points are named ARM/STAGE."""
   points = (read_object(folder / 'sweep.json', sweep) or {}).get('points')
   names = [name for name in points if '/' in name] if isinstance(points, dict) else []
   return {str(folder / name): name.rpartition('/')[0] for name in names}
@@ -132,8 +133,9 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Extends the names of runs that have the same stage and arm but differ in another setting: they become separate
-  arms.
+  """Splits an arm whose runs, in the same stage, differ in a setting that should be equal.
+
+  The values of up to three such settings are added to the arm's name.
   """
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
@@ -151,9 +153,9 @@ def _tell_apart(sweep: Sweep) -> None:
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   """Returns the run that wrote run.parent_path, or None.
 
-  It is searched for by its full path, in the sweep and outside of it, then by the end of the path. The
-  second search is for sweeps that were moved. It finds the run whose path agrees in most folders, or None if that is
-  `run` itself or if two runs agree equally well.
+  First, the full path is searched for, in the sweep and then outside of it. If nothing is found, the sweep may have
+  been moved. Then only the ends of paths are compared: the result is the run with the most folders at the end of its
+  path that agree with run.parent_path. If that is `run` itself, or if two runs agree equally well, the result is None.
   """
   if not run.parent_path:
     return None
@@ -173,7 +175,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns how many names at the end of both paths agree."""
+    """Returns the number of folders at the end of `path` that agree with the end of the other run's path."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 
@@ -183,9 +185,11 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
 
 
 def _baseline(sweep: Sweep, arm: str) -> str:
-  """Returns the arm that `arm` is compared with: the first with plain cross-entropy that agrees in everything else.
+  """Returns the arm that `arm` is compared with.
 
-  If none agrees, it is the first of all arms. The comparison then says in what they disagree.
+  It is the first arm of plain cross-entropy that agrees with `arm` in everything but the objective. If there is no
+  such arm, or if `arm` itself has plain cross-entropy, it is the first of all arms. If that first arm
+  and `arm` disagree, the comparison says in what.
   """
   first, *others = sweep.arms
   plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]

@@ -1,8 +1,9 @@
-"""Compares arms with their baselines: one figure per run or per problem, paired by seed, with its noise.
+"""Compares arms with their baselines, and computes an interval for each figure and each difference.
 
-A difference is computed only between runs that agree in everything but the objective (agreement.py). Otherwise the
-comparison says in what they disagree. A difference from a single seed has at most an interval over problems, and no
-verdict, because the result of another seed isn't known.
+A figure has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
+between runs that agree in everything but the objective (agreement.py). Otherwise the comparison says in what they
+disagree. A difference from a single seed has at most an interval over problems, and no verdict, because it doesn't show
+how much seeds differ.
 
 # S seeds  P problems
 """
@@ -35,7 +36,7 @@ class Comparison:
   """One figure of one arm, and its difference to the baseline's figure on the same seeds (and problems).
 
   Attributes:
-    subject: a benchmark, a domain of the probe, or a part of an RL run.
+    subject: what the figure is measured on: a benchmark, a task, a domain of the probe, or a part of an RL run.
     value, difference: the figure and the difference, with their intervals; None if unknown.
     p_holm: the p-value of the difference after Holm's correction.
     remark: why there is no difference, or what limits it.
@@ -53,8 +54,9 @@ class Comparison:
 
   @property
   def verdict(self) -> str:
-    """'beyond' if the difference is beyond noise after Holm's correction, 'within' if not, '' if unknown (a single
-    seed).
+    """The verdict on the difference after Holm's correction: 'beyond' noise or 'within' noise.
+
+    It is '' if there is no difference, or if the difference comes from a single seed.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -62,7 +64,10 @@ class Comparison:
 
 
 def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """Applies Holm's correction over all arms and subjects of each stage and metric that have several seeds."""
+  """Sets p_holm of all comparisons that have several seeds, and returns all comparisons.
+
+  Holm's correction is applied to each stage and metric separately, over all arms and subjects.
+  """
   for family_of in {(c.stage, c.metric) for c in comparisons}:
     family = [c for c in comparisons if (c.stage, c.metric) == family_of and c.difference and c.difference.seeds > 1]
     for c, p in zip(family, holm([c.difference.p_value for c in family])):
@@ -71,8 +76,10 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], list[str]]:
-  """Returns the pairs (run of the arm, run of its baseline) that have the same seed and agree, and why others don't
-  agree.
+  """Returns the pairs of runs that can be compared, and the reasons why other pairs can't be.
+
+  A pair is (run of the arm, run of its baseline). Both runs have the same seed and agree in everything but the
+  objective. The baseline itself has no pairs and no reasons.
   """
   baseline = sweep.baselines[arm]
   if arm == baseline:
@@ -90,7 +97,10 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
 
 
 def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
-  """Returns why some or all pairs were not compared, and that one seed gives no verdict."""
+  """Returns a remark on a comparison: why pairs were not compared, and whether a single seed gives no verdict.
+
+  compared: the number of pairs that were compared.
+  """
   reasons = list(dict.fromkeys(reasons))
   shown = '; '.join(reasons[:_REASONS]) + ('; ...' if len(reasons) > _REASONS else '')
   if not compared:
@@ -104,7 +114,10 @@ def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A figure of a run, and its step. Two figures can only be compared if their `basis` is equal."""
+  """A figure of a run at a step. Two figures can only be compared if their `basis` is equal.
+
+  basis: what the figure depends on besides the run, such as the tokens and the settings of the evaluation.
+  """
 
   value: float
   step: int
@@ -115,8 +128,9 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns the figures of the newest probe by stage, domain and arm. In a stage without probes, uses the last
-  validation.
+  """Returns comparisons of the figures from each run's newest probe, by stage, domain and arm.
+
+  In a stage without probes, the figures come from the last validation in training.
   """
   out = []
   for stage in sweep.stages:
@@ -143,8 +157,9 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns RL's logged figures at its start and at its end, and their change. Each is a mean over a tenth of the
-  steps.
+  """Returns comparisons of the figures that RL logged: at its start, at its end, and the change between them.
+
+  Start and end are means over the first and the last tenth of the steps.
   """
   out = []
   for stage in sweep.stages:
@@ -167,7 +182,10 @@ def _edges(run: Run, metric: str) -> tuple[float, float, float]:
 
 
 def harness(sweep: Sweep) -> list[Comparison]:
-  """Returns the scores of lm-evaluation-harness by stage and task, from the newest step with this task."""
+  """Returns comparisons of the scores from lm-evaluation-harness, by stage and task.
+
+  The score of a run comes from its newest step that has a score for the task.
+  """
   out = []
   for stage in sweep.stages:
     tasks = sorted({task for run in sweep.of(stage) for results in run.harness.values() for task in results})
@@ -185,7 +203,7 @@ def _harness_figure(run: Run, task: str) -> Measured | None:
 
 
 def paper_averages(sweep: Sweep) -> list[Comparison]:
-  """Returns the scores of the paper's benchmarks, their categories and averages, by stage and arm (eval/paper.py)."""
+  """Returns comparisons of the scores on the paper's benchmarks, of its categories and averages (eval/paper.py)."""
   members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
   names = paper.CATEGORIES.keys()
   for average, of in (('knowledge', paper.KNOWLEDGE), ('reasoning', names - set(paper.KNOWLEDGE)), ('overall', names)):
@@ -203,7 +221,10 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 
 
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
-  """Returns comparisons of figures with one value per run, paired by seed."""
+  """Returns comparisons of figures that have one value per run. Runs are paired by seed.
+
+  read: a function (run, metric) -> figure, or None if the run doesn't have it.
+  """
   out = []
   for arm in sweep.arms:
     baseline = sweep.baselines[arm]
@@ -236,8 +257,9 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
 
 
 def _difference(a: float, b: float) -> float:
-  """Returns a - b, or 0 if they differ only by rounding. Otherwise equal arms could differ by 1e-17 "with
-  certainty".
+  """Returns a - b, or 0 if a and b differ only by rounding.
+
+  Without this, a difference of 1e-17 in every seed would count as significant.
   """
   return 0.0 if math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-15) else a - b
 
@@ -250,15 +272,19 @@ def sampled_benchmarks(sweep: Sweep, stage: str) -> list[str]:
 
 
 def pass_k(sweep: Sweep) -> int:
-  """Returns the k to report: the largest power of two up to half the samples per problem. The paper has 64 of 128."""
+  """Returns the k of Pass@k to report: the largest power of two up to half the samples per problem, but at least 1.
+
+  The smallest set of samples counts. Without any samples, k is 64, as in the paper, which draws 128 samples.
+  """
   sizes = [found.samples.score_PN.shape[1] for run in sweep.runs for there in run.samples.values()
            for found in there.values()]
   return 2 ** int(math.log2(max(min(sizes) // 2, 1))) if sizes else 64
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: a function from SampleSet.metrics to its value per problem}. Shares of right answers come
-  first.
+  """Returns {metric: function that takes SampleSet.metrics and returns the metric's values [P]}.
+
+  Shares of right answers come first.
   """
   return {
     'avg_at_n': lambda m: m['avg_at_n'], 'cons_at_n': lambda m: m['cons_at_n'],
@@ -275,7 +301,7 @@ def is_share(metric: str) -> bool:
 def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
   """Returns a comparison for each stage, benchmark, arm and metric, from the newest samples of each run.
 
-  The difference is that between an arm and its baseline, computed from pairs of runs with the same seed.
+  The difference is between an arm and its baseline. It is computed from pairs of runs with the same seed.
 
   k: the k of Pass@k.
   """
@@ -300,7 +326,12 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
 
 
 def gains(sweep: Sweep, k: int) -> list[Comparison]:
-  """Returns what RL changed in each arm: its samples compared with those of the checkpoint it started from, by seed."""
+  """Returns comparisons that show what RL changed in each arm, by stage, benchmark and metric.
+
+  Samples after RL are compared with samples of the checkpoint that RL started from. They are paired by seed.
+
+  k: the k of Pass@k.
+  """
   out = []
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):
@@ -317,13 +348,13 @@ def gains(sweep: Sweep, k: int) -> list[Comparison]:
 
 
 def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any, tuple[int, SampleSet]]:
-  """Returns {seed: (step, newest samples)}."""
+  """Returns {seed: (step, newest samples)} of an arm's runs that have samples on a benchmark."""
   runs = reversed(sweep.of(stage, arm))
   return {run.seed: found for run in runs if (found := run.sampled(benchmark))}
 
 
 def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
-  """Returns [] if two sets of samples were drawn with the same settings, else one reason that names the settings."""
+  """Returns [] if two sets of samples have equal settings, otherwise one reason that names the settings that differ."""
   differing = [key for key in SAME_SETTINGS if found.settings.get(key) != other.settings.get(key)]
   return [f'sampled with other {", ".join(differing)}'] if differing else []
 
@@ -331,7 +362,14 @@ def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
 def _compared(
   c: Comparison, sets: list[SampleSet], usable: list[tuple[SampleSet, SampleSet]], reasons: list[str], read: ByProblem,
 ) -> Comparison:
-  """Fills in value, difference and remark of a comparison, and returns it."""
+  """Sets value, difference and remark of a comparison, and returns the comparison.
+
+  Args:
+    sets: the arm's samples, one set per seed, for the value.
+    usable: the pairs (the arm's samples, the baseline's samples) that can be compared, for the difference.
+    reasons: why other pairs can't be compared.
+    read: a function that returns the metric's values [P].
+  """
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
   c.value = estimate(aligned(sets, read)[0], bounds)
   if c.arm == c.baseline:

@@ -1,4 +1,4 @@
-"""Computes the lines of the report's figures: by arm, the mean over seeds, and the range or interval around it.
+"""Computes the lines of the report's figures. Each is an arm's mean over seeds, with a range or interval around it.
 
 # S seeds  P problems  X points of a curve
 """
@@ -19,7 +19,10 @@ BAND_RESAMPLES = 2000
 
 @dataclasses.dataclass
 class Series:
-  """A line of a figure: the mean over seeds at x, and the limits drawn around it, which are NaN for one seed."""
+  """A line of a figure: the mean over seeds at each x, and the limits that are drawn around the mean.
+
+  The limits are the range over seeds, which is NaN for one seed. For Pass@k, they are the 95 % interval.
+  """
 
   arm: str
   x_X: np.ndarray
@@ -30,7 +33,10 @@ class Series:
 
 
 def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns the metric `name` by arm, with the range over seeds, and the number of steps that each point averages."""
+  """Returns (one line per arm, the number of steps that each point averages) for the metric `name`.
+
+  The limits of a line are the range over seeds.
+  """
   x_X, size = _points(sweep, stage, name)
   binned = {arm: {run.seed: _binned(run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))
                   if name in run.curves} for arm in sweep.arms}
@@ -38,9 +44,9 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns the same as `curve`, for the difference of each run to the baseline's run with the same seed.
+  """Returns what `curve` returns, but for the difference of each run to the baseline's run with the same seed.
 
-  Only runs that agree in everything else are used.
+  Only pairs of runs that agree in everything but the objective are used.
   """
   x_X, size = _points(sweep, stage, name)
   out = []
@@ -53,7 +59,7 @@ def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
-  """Returns the right edges of the bins, and the number of steps per bin."""
+  """Returns (x [X], size): point i of a curve averages the steps in (x[i-1], x[i]], which are about `size` steps."""
   steps = [run.curves[name][0] for run in sweep.of(stage) if name in run.curves]
   x_X = np.unique(np.concatenate([*steps, []]))
   if len(x_X) <= BINS:
@@ -63,7 +69,7 @@ def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
 
 
 def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
-  """Returns [X]: the mean of the values at steps in (x[i-1], x[i]]; NaN if there are none."""
+  """Returns [X]: for each i, the mean of the values at steps in (x[i-1], x[i]]; NaN if there are no values."""
   steps, values = curve
   keep = np.isfinite(values)
   index = np.searchsorted(x_X, steps[keep], side='left')
@@ -74,7 +80,10 @@ def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
 
 
 def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
-  """Returns the mean and range of rows [X], one per seed; None if there are no values."""
+  """Returns the line of an arm: the mean and the range over seeds; None if there are no values.
+
+  rows: the values [X] of each seed.
+  """
   if not rows:
     return None
   y_SX = np.array(rows)
@@ -94,11 +103,13 @@ def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
 
 
 def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
-  """Returns a histogram of the newest probes by arm. x is the middle of a bin, and y the share of the tokens in it.
+  """Returns the histogram `name` of the newest probes, one line per arm.
 
-  survival: y is instead the share of the tokens at or above x, the lower edge of a bin.
+  x is the middle of a bin, and y is the share of tokens in the bin.
 
-  Probes without such a histogram, or with other edges than the first probe, are left out.
+  Probes that lack this histogram, or whose bins differ from those of the first probe, are left out.
+
+  survival: True makes x the lower edge of a bin, and y the share of tokens whose value is x or more.
   """
   out, first = [], None
   for arm in sweep.arms:
@@ -119,7 +130,7 @@ def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: boo
 
 
 def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
-  """Returns, by arm and over N, the share of tokens to which the newest probe gives a probability of at most 1/N."""
+  """Returns one line per arm: over N, the share of tokens that got a probability of at most 1/N in the newest probe."""
   out = []
   for arm in sweep.arms:
     found: dict[Any, dict[float, float]] = {}
@@ -147,7 +158,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
-  """Returns Pass@k over k = 1, 2, 4, ..., n by arm, with the 95 % interval over problems and seeds."""
+  """Returns one line per arm: Pass@k over k = 1, 2, 4, ... up to n, with the 95 % interval over problems and seeds."""
   out = []
   for arm in sweep.arms:
     sets = [found for _, found in sample_sets(sweep, stage, arm, benchmark).values()]

@@ -45,9 +45,9 @@ class Panel:
   Attributes:
     name: the stem of the names of its files.
     zero: draws a line at zero, for differences.
-    dodge: draws the arms next to each other, a fraction of a doubling apart, so that their bars don't overlap. Not for
-      curves that are compared by eye along x.
-    settle: makes the limits of the y axis ignore the warm-up steps.
+    dodge: shifts the arms along a logarithmic x axis by a fraction of a doubling, so that their bars don't overlap. It
+      has no effect on lines with more than FEW_POINTS points.
+    settle: leaves the first steps out when the limits of the y axis are chosen.
     svg: filled in by `draw`.
   """
 
@@ -66,7 +66,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-  """The difference of one arm to its baseline, before and after RL; None if there is no difference."""
+  """The differences of one arm to its baseline, before and after RL. A difference that is unknown is None."""
 
   arm: str
   subject: str
@@ -77,7 +77,7 @@ class ForestRow:
 
 @dataclasses.dataclass
 class Forest:
-  """A forest plot of one metric. Each row is an arm, with both differences and their intervals."""
+  """A forest plot of one metric. Each row has an arm's differences before and after RL, with their intervals."""
 
   name: str
   metric: str
@@ -92,12 +92,15 @@ def colour(i: int) -> str:
 
 
 def dash(i: int):
-  """Returns a line style. It changes with the colour, and differs between arms that have the same colour."""
+  """Returns the line style of arm `i`. Arms that share a colour have different line styles."""
   return DASHES[(i + i // len(COLOURS)) % len(DASHES)]
 
 
 def dodge(count: int, i: int, width: float) -> float:
-  """Returns how far to move the i-th of `count` marks at the same place, so that their bars don't overlap."""
+  """Returns how far to move mark `i` of `count` marks at the same place, so that their bars don't overlap.
+
+  width: the distance between the first and the last mark.
+  """
   return width * (i - (count - 1) / 2) / max(count - 1, 1)
 
 
@@ -222,9 +225,9 @@ _LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
-  """Makes the axis show zero and all finite values, and a range of at least `least`.
+  """Makes the x axis show zero and all finite values, and at least a range of `least`.
 
-  Without the latter, differences by rounding would fill the axis.
+  Without this minimum, differences that are only due to rounding would fill the axis.
   """
   finite = [0.0, *(x for x in values if math.isfinite(x))]
   low, high = min(finite), max(finite)
@@ -236,8 +239,9 @@ def _set_range(axis, values: Sequence[float], least: float) -> None:
 
 
 def _place(figure: Figure, axis, height: float, legend_lines: int, left: float = 0.75) -> None:
-  """Sets fixed margins in inches, so that panels line up on the page. A layout engine would take longer than the
-  drawing.
+  """Sets the size of a figure and fixed margins, in inches, so that panels line up on the page.
+
+  Matplotlib's layout engines aren't used, because they take longer than the drawing itself.
   """
   below = 0.52 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
   total = height + below - 0.52
@@ -261,7 +265,10 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def _inline(svg: str, title: str) -> str:
-  """Returns only the <svg> element, without a fixed size. Its ids are unique to the panel (svg.hashsalt)."""
+  """Returns only the <svg> element of an SVG file, without a fixed size.
+
+  Its ids are unique on the page, because each panel has its own svg.hashsalt.
+  """
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.DOTALL)
   opening = re.search(r'viewBox="[^"]*"', svg)[0]
   return (f'<svg {opening} role="img" aria-label="{html.escape(title)}" xmlns="http://www.w3.org/2000/svg" '
@@ -277,13 +284,13 @@ def swatch(i: int) -> str:
 
 
 def circle(filled: bool) -> str:
-  """Returns the mark of a forest plot, for its legend."""
+  """Returns the circle that stands for before RL (open) or after RL (filled), for the legend of forest plots."""
   return (f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" stroke="#1a1a1a" '
           f'stroke-width="1.8" fill="{"#1a1a1a" if filled else "#fff"}"/></svg>')
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence]) -> bytes:
-  """Returns a CSV file. A text that a spreadsheet would read as a formula gets a ' before it."""
+  """Returns the content of a CSV file. A text that a spreadsheet would read as a formula gets a ' before it."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   writer.writerow(titles)

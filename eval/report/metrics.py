@@ -15,7 +15,7 @@ class Metric:
     title: its name.
     form: the format of the value, and of a difference, after multiplication by `factor`.
     unit, factor: the unit, and the factor that converts a value to it.
-    change_unit: the unit of a difference, if it isn't that of the value.
+    change_unit: the unit of a difference; '' if it is the same as the unit of the value.
   """
 
   title: str

@@ -42,7 +42,10 @@ def html_section(title: str, *inside: Any, id_: str) -> Html:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], caption: Any = '', class_: str = '') -> Html:
-  """Returns a table, or '' if there are no rows. On a narrow screen each row becomes a card that names its cells."""
+  """Returns a table, or '' if there are no rows.
+
+  On a narrow screen, each row becomes a card, with a title next to each cell.
+  """
   body = [tag('tr', tag('th', row[0], scope='row'),
               *(tag('td', tag('div', cell), data_title=title) for title, cell in zip(titles[1:], row[1:])))
           for row in rows]

@@ -43,8 +43,9 @@ def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
 
 
 def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
-  """Returns the JSON object in a file. If there is none, returns None and adds a note, unless the file doesn't
-  exist.
+  """Returns the JSON object in a file; None if the file can't be read or doesn't contain an object.
+
+  If it returns None, it also adds a note to `sweep`, except if the file doesn't exist.
   """
   text = _text(path, sweep)
   if text is None:
@@ -61,7 +62,7 @@ def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _read_lines(path: epath.Path, sweep: Sweep) -> list[dict[str, Any]]:
-  """Returns the objects of a JSON-lines file. Other lines are counted in a note."""
+  """Returns the JSON objects in a file, one per line. Malformed lines are left out, and a note says how many."""
   lines, bad = [], []
   texts = (_text(path, sweep) or '').split('\n')
   for i, line in enumerate(texts):
@@ -276,7 +277,10 @@ def _read_harness(run: Run, sweep: Sweep) -> None:
 
 
 def _harness_score(values: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Returns {'metric', 'score', 'standard_error'} from a task's results, {'acc,none': 0.3, 'acc_stderr,none': 0.01}."""
+  """Returns {'metric', 'score', 'standard_error'} of a task; None if its results have none of HARNESS_SCORES.
+
+  values: the results of the task, such as {'acc,none': 0.3, 'acc_stderr,none': 0.01}.
+  """
   for name in HARNESS_SCORES:
     for key, value in values.items():
       metric, _, kind = key.partition(',')

@@ -1,6 +1,4 @@
-"""Holds the data of a report: a run, as far as its workdir could be read, and a sweep of runs with notes on
-oddities.
-"""
+"""Defines the data of a report: runs, with what could be read of their workdirs, and a sweep of runs with notes."""
 
 import dataclasses
 import math
@@ -55,7 +53,7 @@ class DataIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """How a run was started, from its run.json. Empty fields aren't recorded."""
+  """How a run was started, from its run.json. A field that isn't recorded there is '' or NaN."""
 
   command: str = ''
   device_kind: str = ''
@@ -65,18 +63,19 @@ class Start:
 
 @dataclasses.dataclass
 class Run:
-  """A workdir, as far as it can be read.
+  """A run, with everything that could be read in its workdir.
 
   Attributes:
     name: the path relative to the sweep's root.
-    objective: the objective of the pre-training that it descends from, 'CE' or 'β = -0.25'; '' if unknown.
-    arm: the name under which it is compared; '' if unknown.
-    stage: 'pre-training', 'pre-training → RL', ...
-    parent_path: the checkpoint that it started from; '' for random weights.
+    objective: the objective of the pre-training that the run descends from, 'CE' or 'β = -0.25'; '' if unknown.
+    arm: the name of the arm that the run belongs to; '' if unknown.
+    stage: 'pre-training', 'pre-training → RL', ...; '' if unknown.
+    parent: the run that this run started from; None if there is none, or if it wasn't found.
+    parent_path: the checkpoint that the run started from; '' for random weights.
     curves: metric -> (steps, values), for train/..., eval/... and time/....
     probes: step -> result of `betarank eval probe`.
     samples: benchmark -> step -> samples.
-    harness: step -> task -> {'score', 'standard_error', 'metric'}.
+    harness: step -> task -> {'score', 'standard_error', 'metric', 'settings'}.
     texts: the last lines of samples.jsonl.
   """
 
@@ -113,7 +112,7 @@ class Run:
 
   @property
   def parent_step(self) -> int | None:
-    """The step of the checkpoint that the run started from; None if its path doesn't say."""
+    """The step of the checkpoint that the run started from; None if parent_path doesn't end in a step."""
     name = self.parent_path.rstrip('/').rpartition('/')[2]
     return int(name) if name.isdecimal() else None
 
@@ -123,7 +122,7 @@ class Run:
 
   @property
   def steps(self) -> float:
-    """The number of steps that the config asks for; NaN if it doesn't say."""
+    """The number of steps that the config asks for; NaN if the config lacks the settings for it."""
     if self.is_rl:
       return number(setting(self.config, 'rl.steps'))
     steps = number(setting(self.config, 'train.tokens')) / self.tokens_per_step if self.tokens_per_step else math.nan
@@ -131,14 +130,17 @@ class Run:
 
   @property
   def tokens(self) -> float:
-    """The number of tokens learned from so far; for RL, the number of tokens drawn."""
+    """The number of tokens that the run has been trained on so far; for RL, the number of tokens drawn."""
     if not self.is_rl:
       return self.last_step * self.tokens_per_step
     return float(np.nansum(self.curves['train/tokens'][1])) if 'train/tokens' in self.curves else math.nan
 
   @property
   def flops(self) -> float:
-    """The FLOPs of training so far, counted as for a run's MFU; NaN for RL, which mostly samples."""
+    """The FLOPs of training so far, counted as for a run's MFU.
+
+    NaN for RL, because most of its FLOPs are spent on sampling, and NaN if the config lacks the settings.
+    """
     if self.is_rl:
       return math.nan
     try:
@@ -154,7 +156,10 @@ class Run:
 
   @property
   def tokens_per_s(self) -> float:
-    """The median over steps, since compilation and a busy machine cause outliers; NaN if not recorded."""
+    """The median of the tokens per second of all steps; NaN if not recorded.
+
+    The median isn't affected by outliers, which compilation and a busy machine cause.
+    """
     values = self.curves.get('time/tokens_per_s', ((), np.array([])))[1]
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else math.nan
@@ -170,13 +175,13 @@ class Run:
     return f'unfinished: step {self.last_step:,} of {self.steps:,.0f}'
 
   def probe(self) -> tuple[int, dict[str, Any]] | None:
-    """Returns (step, result) of the newest probe, or None."""
+    """Returns (step, result) of the newest probe; None if there is no probe."""
     return (max(self.probes), self.probes[max(self.probes)]) if self.probes else None
 
   def sampled(self, benchmark: str, step: int | None = None) -> tuple[int, SampleSet] | None:
-    """Returns (step, samples) on a benchmark, or None.
+    """Returns (step, samples) on a benchmark; None if there are no such samples.
 
-    step: the step of the samples; None: the newest step that has samples.
+    step: the step of the samples; None means the newest step that has samples.
     """
     there = self.samples.get(benchmark, {})
     step = max(there, default=None) if step is None else step
@@ -202,7 +207,7 @@ class Sweep:
 
   @property
   def arms(self) -> list[str]:
-    """All arms. Those of plain cross-entropy come first, because other arms are compared with them."""
+    """All arms. Arms of plain cross-entropy come first, because other arms are compared with them."""
     return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (not self._is_plain(arm), arm))
 
   def _is_plain(self, arm: str) -> bool:
@@ -213,7 +218,7 @@ class Sweep:
     return sorted({run.stage for run in self.runs if run.arm}, key=lambda stage: (stage.count('→'), stage))
 
   def of(self, stage: str, arm: str | None = None) -> list[Run]:
-    """Returns the runs of a stage with a known arm, sorted by seed."""
+    """Returns the runs of a stage and an arm, sorted by seed. If `arm` is None, returns those of all known arms."""
     found = [run for run in self.runs if run.stage == stage and run.arm and arm in (None, run.arm)]
     return sorted(found, key=lambda run: (run.seed is None, run.seed or 0, run.name))
 

@@ -1,4 +1,4 @@
-"""Writes the sections of the report's page. Each depends only on the sweep, and can be empty."""
+"""Writes the sections of the report's page. A section is left out if the sweep has nothing to show in it."""
 
 import datetime
 import math
@@ -37,10 +37,14 @@ HASH = 12  # the number of characters shown of a hash
 
 
 class Report:
-  """One page, with its figures and tables."""
+  """A report: one HTML page, and files with its figures and tables."""
 
   def __init__(self, sweep: Sweep, out: epath.Path):
-    """Computes all comparisons and creates the folders. Raises ConfigError if one of them is a symbolic link."""
+    """Computes all comparisons, and creates the folders figures and tables.
+
+    Raises:
+      ConfigError: one of the two folders is a symbolic link.
+    """
     self.sweep, self.out, self.arms = sweep, out, sweep.arms
     self.k = comparisons.pass_k(sweep)
     self._stems: dict[str, int] = {}
@@ -83,7 +87,7 @@ class Report:
   # Sections
 
   def forest(self) -> Html:
-    """Returns the differences to the baseline, per arm and metric, before and after RL."""
+    """Returns forest plots of each arm's difference to its baseline before and after RL, one plot per metric."""
     before, after = words.stages_around_rl(self.sweep)
     found = {(c.stage, c.subject, c.metric, c.arm): c for c in (*self.distributions, *self.benchmarks)}
     forests = []
@@ -211,7 +215,7 @@ class Report:
     return join(parts)
 
   def other_benchmarks(self) -> Html:
-    """Returns the arms' averages over the paper's 19 benchmarks, and all their scores of lm-evaluation-harness."""
+    """Returns the arms' averages over the paper's 19 benchmarks, and all scores from lm-evaluation-harness."""
     parts = []
     names = (*paper.AVERAGES, *paper.CATEGORIES, *paper.BENCHMARKS)
     if self.paper:
@@ -230,7 +234,7 @@ class Report:
     return join(parts)
 
   def texts(self) -> Html:
-    """Returns a few answers of each arm's newest stage, right and wrong ones, as they were sampled."""
+    """Returns a few sampled answers of each arm, right and wrong ones, from the newest stage that has any."""
     shown_texts = []
     for arm in self.arms:
       run = next((run for stage in reversed(self.sweep.stages) for run in self.sweep.of(stage, arm)
@@ -274,8 +278,9 @@ class Report:
   # Parts of sections
 
   def _agreement(self, stage: str, arm: str) -> Html:
-    """Returns whether an arm's runs agree with the baseline's: that it is the baseline, 'yes', or the first
-    disagreements.
+    """Returns a text that says whether an arm's runs agree with those of its baseline.
+
+    The text is 'it is the baseline', or 'yes', or 'no' with the first disagreements.
     """
     if arm == self.sweep.baselines[arm]:
       return text('it is the baseline')
@@ -288,7 +293,15 @@ class Report:
 
   def _figure(self, caption: str, panels: Sequence[Panel], runs: Sequence[Run], *, probe: bool = False,
               benchmark: str = '') -> Html:
-    """Returns panels with their legend, the commands behind them, and their files. Empty panels are left out."""
+    """Draws panels, and returns them with a legend, links to their files, and the commands that recreate their data.
+
+    Panels without lines are left out.
+
+    Args:
+      runs: the runs whose commands are shown.
+      probe: whether to show the commands that probed these runs.
+      benchmark: the benchmark whose sampling commands are shown; '' for none.
+    """
     panels = [panel for panel in panels if panel.series]
     if not panels:
       return Html('')
@@ -313,8 +326,9 @@ class Report:
     """Returns a table for each stage and subject, with a row per metric and a column per arm. All comparisons are also
     written to one CSV file.
 
-    names: the metrics to show, in this order; or names of tasks, if shown_as is given.
-    shown_as: a metric. All rows are then formatted like this metric, and titled with the names as they are.
+    names: the rows to show, in this order. They are metrics or, if shown_as is given, tasks.
+    shown_as: the metric whose number format all rows use; the titles of the rows are then `names` unchanged. If it is
+      '', each row has the format and the title of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -332,7 +346,7 @@ class Report:
     return join(parts)
 
   def _file_name(self, name: str) -> str:
-    """Returns the stem of a file, made from any name. It never returns the same stem twice."""
+    """Returns the stem of a new file's name, made from any text. The same stem is never returned twice."""
     stem = re.sub(r'[^A-Za-z0-9.@=-]+', '_', name.replace('→', 'then')).strip('_.')[:100] or 'figure'
     self._stems[stem] = self._stems.get(stem, 0) + 1
     return stem if self._stems[stem] == 1 else f'{stem}-{self._stems[stem]}'
@@ -345,7 +359,7 @@ class Report:
 
 
 def write_over(path: epath.Path, content: bytes) -> None:
-  """Writes a file. If there is a symbolic link of that name, it is replaced, not followed."""
+  """Writes a file. If `path` is a symbolic link, the link itself is replaced, not the file that it leads to."""
   if os.path.islink(path):
     path.unlink()
   path.write_bytes(content)
@@ -373,7 +387,7 @@ def _cell(c: Comparison | None, name: str) -> Html:
 
 
 def _counted(found: Iterable[Comparison]) -> str:
-  """Returns the counts, such as '3 seeds, 30 problems'."""
+  """Returns the numbers of seeds and problems of some comparisons, such as '3 seeds, 30 problems'."""
   values = [c.value for c in found if c.value]
   parts = []
   for count, what in (({e.seeds for e in values}, 'seed'), ({e.problems for e in values} - {0}, 'problem')):
@@ -392,7 +406,7 @@ def _csv_row(c: Comparison) -> tuple:
 
 
 def _several(runs: Sequence[Run], read: Callable[[Run], float]) -> str:
-  """Returns one figure if all runs agree, otherwise the range."""
+  """Returns a figure of several runs as text: one number if the runs agree, otherwise the range."""
   values = sorted({read(run) for run in runs if math.isfinite(read(run))})
   form = lambda x: f'{x:,.0f}' if x < 1e5 else f'{x / 1e6:,.4g}M' if x < 1e11 else f'{x:.3g}'.replace('e+', 'e')
   return ' to '.join(form(x) for x in dict.fromkeys((values[0], values[-1]))) if values else '–'
@@ -432,12 +446,20 @@ def _settings_text(run: Run) -> str:
 
 
 def _line(name: str) -> str:
-  """Returns a name from a file on one line. Otherwise a line break in it could begin a command of its own."""
+  """Returns `name` with spaces in place of line breaks.
+
+  Names come from files. The part after a line break would look like another command.
+  """
   return name.replace('\n', ' ').replace('\r', ' ')
 
 
 def _commands(run: Run, probe: bool, benchmark: str) -> list[str]:
-  """Returns the commands that recreate a run and what a figure shows of it, after a comment on its origin."""
+  """Returns a comment on the origin of a run, and the commands that recreate the run and its evaluation.
+
+  Args:
+    probe: whether to include the command of its newest probe.
+    benchmark: the benchmark whose sampling command is included; '' for none.
+  """
   quote = lambda path: shlex.quote(str(path))
   lines = [f'# {run.arm or "unknown arm"}, seed {run.seed}; config {run.name}/config.json; '
            f'parent {run.parent_path or "none"}; code {run.code_version or "?"}',

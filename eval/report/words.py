@@ -1,8 +1,8 @@
-"""Writes the report's text: the three sentences at its top, from the comparisons, and the notes on its tables.
+"""Writes the report's text: the three sentences at its top, made from the comparisons, and the notes on its tables.
 
-The first sentence says what is compared, the second what the objective changed before RL, and the third what is left of
-it after RL. A change is stated only between runs that agree in everything but the objective. A single seed gives no
-verdict.
+The first sentence says what is compared, the second what the objective changed before RL, and the third how the arms
+differ on benchmarks after RL. A change is stated only between runs that agree in everything but the objective. A single
+seed gives no verdict.
 """
 
 import math
@@ -92,8 +92,9 @@ def _compared(sweep: Sweep) -> str:
 
 
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
-  """Returns (stage, reason) of the first stage in which no run of an arm agrees with one of its baseline; else ('',
-  '').
+  """Returns the first stage in which no run of an arm agrees with a run of its baseline, and the first reason.
+
+  Returns ('', '') if there is no such stage.
   """
   for stage in sweep.stages if arm != sweep.baselines[arm] else ():
     if sweep.of(stage, arm):
@@ -157,7 +158,7 @@ def _with_change(c: Comparison) -> str:
 
 
 def _of(c: Comparison) -> str:
-  """Returns a change with what has changed, such as '+1.2 points [−0.3, +2.7] of right answers'."""
+  """Returns a difference and the figure that differs, such as '+1.2 points [−0.3, +2.7] of right answers'."""
   what = {'avg_at_n': 'of right answers', 'cons_at_n': 'by majority vote'}
   return f'{change(c.metric, c.difference)} {what.get(c.metric, f"in {metric(c.metric).title}")}'
 
@@ -167,7 +168,7 @@ def _of_right_answers(c: Comparison) -> bool:
 
 
 def _judged(comparisons: Iterable[Comparison]) -> bool:
-  """Returns True if there are several seeds, so that there are verdicts."""
+  """Returns whether any comparison has a verdict. A verdict needs several seeds."""
   return any(c.verdict for c in comparisons)
 
 

@@ -1,8 +1,8 @@
 """Reads libtpu's final bundles, which are very long instruction words. A TPU core issues one bundle per cycle.
 
-With FLAGS, libtpu writes one file per HLO instruction. Its number of bundles, with loops multiplied out, is the time of
-the instruction in cycles if it never waits. Waits for memory and, on v5e and v5p, for the matrix unit aren't included;
-predict.py adds those.
+With FLAGS, libtpu writes one file of bundles per HLO instruction. The number of bundles, with the body of a loop
+counted as often as it runs, is the time of the instruction in cycles if the core never waits. Waits for memory and, on
+v5e and v5p, for the matrix unit aren't included; predict.py adds those.
 """
 
 import pathlib
@@ -20,10 +20,10 @@ SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assume
 
 
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
-  """Returns the cycles of each HLO instruction that has bundles in `folder`, by name.
+  """Returns {name: cycles} of each HLO instruction that has bundles in `folder`.
 
-  shares: the share of grid steps that have work, by kernel name. It replaces SKIPPABLE for the largest region of a
-  kernel.
+  shares: {name of a kernel: the share of its grid steps that have work}. The share replaces SKIPPABLE for the largest
+  region of the kernel that can be skipped.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):

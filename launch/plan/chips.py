@@ -20,10 +20,10 @@ class Chip:
     clock: cycles per second of the core whose bundles libtpu writes. It is flops divided by the matrix unit's FLOPs per
       cycle. This is certain for v5e and v6e, and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
-    hbm_rate: bytes per second from and to this memory.
+    hbm_rate: bytes per second between the chip and this memory, reads and writes together.
     link_rate: bytes per second of one link of the torus, in one direction.
-    interlock: waits inside matrix products that bundles don't show, as a share of the products' time. Determined from
-      single products compiled for each chip.
+    interlock: the waits inside matrix products that bundles don't show, as a share of the products' time. It was
+      determined from single products compiled for each chip.
     cores_in_name: the number of cores per chip in a pod's name: 2 on v5p, where v5p-128 has 64 chips; otherwise 1.
   """
 
@@ -52,7 +52,11 @@ SHAPES['v6e'] = SHAPES['v5e']
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A number of pods of the same shape. Raises PlanError if there is no such pod."""
+  """One or more pods (slices) of the same shape.
+
+  Raises:
+    PlanError: there is no such pod.
+  """
 
   name: str  # the name of one slice: v5e-256, v5p-128, v6e-64
   slices: int = 1
@@ -86,7 +90,11 @@ class Topology:
     return self.slices * math.prod(self.dims)
 
   def devices(self) -> list:
-    """Returns JAX devices of this topology, to compile for. No TPU is needed. Raises PlanError if libtpu is missing."""
+    """Returns JAX devices of this topology, for which programs can be compiled without a TPU.
+
+    Raises:
+      PlanError: libtpu is missing, or it can't describe this topology.
+    """
     from jax.experimental import topologies
     try:
       more = {'num_slices': self.slices} if self.slices > 1 else {}
@@ -101,8 +109,8 @@ class Topology:
     """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
     size.
 
-    A group has two links along each axis of the torus that it fills. It has one link along an axis that it fills in
-    part, because the ends of such a line aren't connected.
+    A chip has two usable links along each axis of the torus that the group fills. It has one along an axis that the
+    group fills only in part, because the ends of such a line aren't connected.
     """
     dims = [d for d in self.dims if d > 1]
     sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)

@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> None:
 def _configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
   """Sets the environment for compiling without a TPU. Call it before JAX is imported.
 
-  write_bundles: makes libtpu write its bundles to `folder`. It then also checks each bundle, which takes twice as long
-  as the rest of a compile.
+  write_bundles: True makes libtpu write its bundles to `folder`. libtpu then also checks each bundle, which takes twice
+  as long as the rest of a compile.
   """
   from betarank.launch.plan import bundles
   os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -1,8 +1,7 @@
-"""Reads the text of a compiled program (HLO): how often each instruction runs, its matmul FLOPs, traffic and
-collectives.
+"""Reads a compiled program (HLO text): how often each instruction runs, its matmul FLOPs, HBM traffic and collectives.
 
-XLA's own cost analysis counts the body of a loop once. Here, each instruction has the number of times that it runs,
-computed from the trip counts in loop conditions. Neither a device nor JAX is needed.
+XLA's own cost analysis counts the body of a loop only once. Here, each instruction is counted as often as it runs,
+which is computed from the trip counts of loops. Neither a device nor JAX is needed.
 """
 
 import collections
@@ -42,7 +41,7 @@ class Instruction:
   root: bool
 
   def called(self, key: str) -> str | None:
-    """Returns the name of the computation in the attribute `key`: calls, to_apply, body or condition."""
+    """Returns the name of the computation in the attribute `key` (calls, to_apply, body or condition), or None."""
     found = re.search(rf'\b{key}=%?([\w.\-]+)', self.text)
     return found and found[1]
 
@@ -53,7 +52,7 @@ class Instruction:
 
   @functools.cached_property
   def estimated_cycles(self) -> int | None:
-    """XLA's own estimate. It exists only on TPU, and is None for kernels."""
+    """XLA's own estimate of the cycles; None if there is none, as for kernels and on other devices than TPUs."""
     found = self.attribute(r'"estimated_cycles":"(\d+)"')
     return found and int(found)
 
@@ -71,7 +70,9 @@ class Run:
 class Collective:
   """A transfer between devices.
 
-  bytes: the size of the result on one device, for one execution; for a reduce-scatter, the size of the operand.
+  bytes: the size of the result on one device, for one execution. For a reduce-scatter, it is the size of the operand.
+  group: the number of devices that take part; 0 means all devices.
+  times: how often it runs.
   """
 
   kind: str
@@ -85,17 +86,21 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A parsed program: computations by name. Each has its instructions by name, in the order of the schedule."""
+  """A parsed program.
+
+  computations: name of a computation -> name of an instruction -> instruction, in the order of the schedule.
+  entry: the name of the computation where the program starts.
+  """
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
   frames: dict[int, str] = dataclasses.field(default_factory=dict)  # number of a stack frame -> `file:function ...`
 
   def source(self, run: Run) -> str:
-    """Returns an instruction's operation and source functions, innermost first: `.../gather model/moe.py:_take ...`.
+    """Returns an instruction's operation and source functions, innermost first, as `.../gather model/moe.py:_take ...`.
 
-    If an instruction doesn't have this metadata, it is taken from the instructions fused into it, or from its operands.
-    If those don't have it either, returns ''.
+    If an instruction has no source functions, they are taken from the instructions fused into it, or else from its
+    operands. If these have none either, returns only the operation, or '' if that is unknown too.
     """
     home, seen = self.computations[run.computation], set()
     listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
@@ -142,8 +147,10 @@ class Program:
     return found
 
   def trip_count(self, loop: Instruction) -> int:
-    """Returns how often a loop runs: XLA's own number, or N if its condition is `i < N`. Otherwise 1, or 0 for
-    the loop that RARE matches.
+    """Returns how often the body of a loop runs.
+
+    It is XLA's own number or, without one, N if the loop's condition is `i < N`. If neither is known, it is 1, or 0 for
+    a loop that RARE matches.
     """
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:
@@ -164,7 +171,7 @@ class Program:
         yield from self._inside(self.computations[inner])
 
   def flops(self, run: Run) -> float:
-    """Returns the FLOPs of the matrix products in one execution of an instruction, 2 per multiply-add."""
+    """Returns the FLOPs of the matrix products in one execution of an instruction. A multiply-add has 2 FLOPs."""
     home = self.computations[run.computation]
     if run.instruction.opcode != 'fusion':
       return _product_flops(run.instruction, home)
@@ -173,7 +180,10 @@ class Program:
                if i.opcode in ('fusion', 'dot', 'convolution'))
 
   def rows_moved(self, run: Run) -> dict[str, int]:
-    """Returns how many rows of at least 128 numbers an instruction gathers and scatters, for example {'gather': n}."""
+    """Returns how many rows an instruction moves: {'gather': number, 'scatter': number}; a missing key means 0.
+
+    Rows with fewer than 128 numbers aren't counted.
+    """
     def count(one, home):
       if one.opcode == 'fusion':
         inside = self._inside_fusion(one)
@@ -190,11 +200,11 @@ class Program:
     return count(run.instruction, self.computations[run.computation])
 
   def hbm_bytes(self, run: Run) -> float:
-    """Returns the bytes that one execution of an instruction reads from and writes to HBM: each operand once, and the
-    results.
+    """Returns the bytes that one execution of an instruction reads from and writes to HBM.
 
-    For a slice or gathered rows, only these are counted, not the whole operand. For an update in place, only the update
-    is counted. If an asynchronous collective is part of a fusion, its buffers aren't counted.
+    Each operand and each result is counted once. If an instruction only slices an operand or gathers rows from it, only
+    the slices or rows are counted. If it updates an operand in place, only the update is counted. Buffers of a
+    collective inside of a fusion aren't counted.
     """
     one, home = run.instruction, self.computations[run.computation]
     if one.opcode in FREE:
@@ -225,7 +235,7 @@ class Program:
     return total
 
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
-    """Returns the bytes of the array `name` that a fusion reads: its slices if it is only sliced, else infinity."""
+    """Returns how many bytes of the array `name` a fusion reads. Infinity if it reads more than slices or rows."""
     total = 0.0
     for user in inner.values():
       if name not in user.operands:
@@ -247,7 +257,7 @@ class Program:
     return total
 
   def collectives(self) -> list[Collective]:
-    """Returns each collective once. XLA may split it over several fusions, which then have the same chain_id."""
+    """Returns the collectives of the program. A collective that XLA has split over several fusions is returned once."""
     found, seen = [], set()
     for run in self.runs():
       inside = self._inside_fusion(run.instruction)
@@ -270,7 +280,12 @@ class Program:
     return found
 
   def _meanwhile(self, run: Run, chain: str | None) -> tuple[str, ...] | None:
-    """Returns the instructions between a collective's start and its end. The order of the text is the schedule."""
+    """Returns the names of the instructions between a collective's start and its end; None if it is synchronous.
+
+    Instructions run in the order of the text.
+
+    chain: the chain_id of the collective, if it has one.
+    """
     one, home = run.instruction, self.computations[run.computation]
     if not chain and not one.opcode.endswith('-start'):
       return None
@@ -286,7 +301,7 @@ class Program:
 
 
 def _chain(one: Instruction) -> str | None:
-  """Returns the chain_id that all parts of an asynchronous collective share."""
+  """Returns the chain_id, which all parts of an asynchronous collective share; None if there is none."""
   return one.attribute(r'chain_id="(\d+)"')
 
 
@@ -297,7 +312,10 @@ def _scatters(computation: dict[str, Instruction]) -> bool:
 
 
 def read(text: str) -> Program:
-  """Parses a program. text: what `compiled.as_text()` returns."""
+  """Parses a program.
+
+  text: the result of `compiled.as_text()`.
+  """
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = '', None
   for line in text.splitlines():
@@ -316,7 +334,10 @@ def read(text: str) -> Program:
 
 
 def _frames(head: str) -> dict[int, str]:
-  """Returns `file:function ...` per stack frame, innermost first, from the tables before the first computation."""
+  """Returns {number of a stack frame: `file:function ...`, innermost first}.
+
+  head: the text before the first computation, which has tables of files, functions and frames.
+  """
   rows = lambda pattern: {int(number): rest for number, *rest in re.findall(rf'^(\d+) {pattern}$', head, re.M)}
   name = lambda table: dict(re.findall(r'^(\d+) "(.*)"$', head.partition(f'{table}\n')[2].partition('\n\n')[0], re.M))
   files, functions = name('FileNames'), name('FunctionNames')

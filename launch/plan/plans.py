@@ -1,4 +1,4 @@
-"""Plans the memory and time of each compiled program on one topology, and of the stage that the programs form."""
+"""Plans the memory and time of each compiled program on one topology, and the time of the whole run (the stage)."""
 
 import dataclasses
 import pathlib
@@ -18,7 +18,11 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """One program on one topology. Bytes are per chip, seconds per execution. Intervals are (least, most)."""
+  """The plan of one program on one topology.
+
+  Bytes are per chip, seconds are per execution, and intervals are (least, most). If the program doesn't fit,
+  temp_bytes, peak_bytes and mfu are 0.
+  """
 
   program: str
   topology: str
@@ -43,7 +47,7 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
                say: Callable[[str], None] = lambda text: None) -> Iterator[Plan]:
   """Yields the Plan of each program of `work`.
 
-  folder: where libtpu writes bundles. It is emptied before each compile.
+  folder: where libtpu writes bundles. All files in it are deleted before each compile.
 
   Raises:
     PlanError: the devices can't form the mesh.
@@ -84,7 +88,7 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
 
 
 def _tokens(program: str, work: Workload) -> int:
-  """Returns the number of tokens of one execution of a program."""
+  """Returns the number of tokens that one execution of a program processes or, for decoding, draws."""
   if program == 'decode':
     settings = programs.sampler_config(work)
     return settings.decode_batch_size * settings.decode_steps
@@ -99,8 +103,8 @@ def _out_of_memory(text: str) -> str:
 def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = ()) -> dict[str, Any]:
   """Returns the sizes, FLOPs, number of steps and time of the whole stage.
 
-  `seconds` is the (least, most) estimate of its time, computed from the plans of its programs. It is None without
-  plans, or if one of them doesn't fit.
+  `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if `plans` is
+  empty, or if a program doesn't fit.
   """
   c = work.run.model
   return {

@@ -1,17 +1,21 @@
-"""Predicts how long a compiled step takes on a TPU that isn't here, as an interval.
+"""Predicts, as an interval, how long a compiled step takes on a TPU that this machine doesn't have.
 
-The time of an instruction is the longest of three: its final bundles, with loops multiplied out (bundles.py); its
-matrix products at the chip's peak; the transfer of its operands and results through HBM, once. Instructions run one
-after the other, each as often as its loop runs. Their sum is the lower end of the interval. The upper end adds the
-waits inside matrix products that bundles don't show (Chip.interlock). Both ends include the collectives. A synchronous
-collective counts in full. An asynchronous one counts by how much longer it takes than the compute scheduled between its
-start and its end.
+The time of an instruction is the longest of three times:
+
+- the time of its final bundles, with the body of a loop counted as often as it runs (bundles.py)
+- the time of its matrix products at the chip's peak FLOPs
+- the time to read its operands from HBM and to write its results to HBM, once each
+
+Instructions run one after the other. The lower end of the interval is the sum of their times, each multiplied by how
+often the instruction runs. The upper end adds the waits inside matrix products that bundles don't show
+(Chip.interlock). Both ends include collectives: the whole time of a synchronous collective, and the time by which an
+asynchronous collective is longer than the compute that is scheduled between its start and its end.
 
 Accuracy: another program with the same method predicted three published dense MaxText runs (v5e-256 at 16B and 32B,
-v5p-128 at 32B). They were inside the interval, or within 2 % of one of its ends. This module hasn't been run on them.
-Nothing has been checked for v6e, mixtures of experts or several slices, so use those predictions only to rank settings.
-Not included are input, checkpoints, the network between slices, contention between transfers and compute, and imbalance
-of experts.
+v5p-128 at 32B). The published times were inside the predicted interval, or within 2 % of one of its ends. This module
+hasn't been run on those three runs. Nothing has been checked for v6e, mixtures of experts or several slices, so use
+predictions for those only to rank settings. Predictions don't include input, checkpoints, the network between slices,
+contention between transfers and compute, and imbalance of experts.
 """
 
 import collections
@@ -76,7 +80,7 @@ class Prediction:
 def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> Prediction:
   """Returns the prediction for a program.
 
-  folder: where libtpu wrote the bundles of the program.
+  folder: the folder to which libtpu wrote the bundles of the program.
   """
   chip, runs = topology.chip, program.runs()
   cycles = bundles.read(folder, {
@@ -127,7 +131,7 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
 
 
 def scope(source: str) -> str | None:
-  """Returns the innermost scope of PARTS that an instruction is in, or None.
+  """Returns the innermost scope of PARTS that an instruction is in; None if it is in no such scope.
 
   source: what hlo.Program.source returns for the instruction.
   """
@@ -143,7 +147,13 @@ def _part(source: str) -> str:
 
 
 def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
-  """Returns the seconds of one collective at the full rate of the links."""
+  """Returns the seconds that one collective takes at the full rate of the links.
+
+  Args:
+    kind: one of hlo.COLLECTIVES.
+    size: the bytes of its result on one device; for a reduce-scatter, the bytes of its operand.
+    group: the number of chips that take part.
+  """
   rate = topology.links(group) * topology.chip.link_rate
   moved = size * (group - 1) / group
   if kind == 'all-reduce':
@@ -156,10 +166,10 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def _share(kernel: hlo.Instruction) -> float:
-  """Returns the share of a kernel's blocks that have work. In splash attention, these are the ones that the mask
-  leaves.
+  """Returns the share of a kernel's blocks that have work.
 
-  The first operand of splash attention has one entry per block. In other kernels, all blocks have work.
+  In splash attention, a block has work if the causal mask leaves any of it; the blocks are counted from the shape of
+  the first operand, which has one entry per block. In other kernels, all blocks have work.
   """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:
@@ -170,7 +180,7 @@ def _share(kernel: hlo.Instruction) -> float:
 
 
 def _label(one: hlo.Instruction) -> str:
-  """Returns a short name for an instruction: the last meaningful parts of its operation's path."""
+  """Returns a short name for an instruction: a kernel's name, or the last two meaningful parts of the op_name."""
   if 'tpu_custom_call' in one.text:
     return one.name.rstrip('0123456789').rstrip('.')
   source = one.attribute(r'op_name="([^"]*)"') or one.name.rstrip('0123456789').rstrip('.')

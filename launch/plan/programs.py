@@ -1,4 +1,4 @@
-"""Lowers the programs of a config for devices that aren't here. Nothing is allocated, and no data is read."""
+"""Lowers the programs of a config for devices that this machine doesn't have. Allocates nothing and reads no data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
   """Returns the mesh that the run would create over `devices`.
 
   Raises:
-    PlanError: the run would end with a ConfigError. The message has a mesh or batch that would work.
+    PlanError: the mesh or the batch doesn't fit these devices. The message names a mesh or batch that fits.
   """
   run, count = work.run, len(devices)
   try:
@@ -53,9 +53,9 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
   """Returns the abstract train state, and for each program a function that lowers it.
 
-  The programs are `train`, or in RL `update` and `decode`, with the shapes of the phase with the longest answers. RL
-  also runs two smaller programs that aren't planned: the prefill of prompts, and the scoring of old and reference
-  policies.
+  The only program of pre-training is `train`. The programs of RL are `update` and `decode`, with the shapes that they
+  have in the phase with the longest answers. Two smaller programs of RL aren't planned: the prefill of prompts, and the
+  computation of log-probabilities under the old and the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -68,7 +68,7 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
 
 
 def sampler_config(work: Workload) -> SamplerConfig:
-  """Returns the settings of the sampler, as rl/loop.py creates them, for RL's phase with the longest answers."""
+  """Returns the sampler settings that rl/loop.py uses in the phase with the longest answers."""
   rl = work.rl
   return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True,
                        cache_tokens=rl.cache_tokens)
@@ -108,9 +108,9 @@ def _abstract(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str) -> jax.Shap
 
 
 def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
-  """Returns `lower` wrapped to run with `mesh` as the current mesh.
+  """Returns a function that calls `lower` with `mesh` as the current mesh.
 
-  The mesh is abstract, because constants can't be placed on devices that aren't here.
+  The current mesh is abstract, because constants can't be placed on devices that this machine doesn't have.
   """
   def run():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -119,5 +119,5 @@ def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
 
 
 def shard_bytes(tree: Any) -> int:
-  """Returns the bytes on one device of abstract arrays that have shardings."""
+  """Returns the bytes that a tree of arrays takes on one device. The arrays are abstract and have shardings."""
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,6 +1,4 @@
-"""Finds good settings for mesh, microbatches and remat policy: compiles the likeliest ones, and ranks those that
-fit.
-"""
+"""Searches for a fast mesh, number of microbatches and remat policy: compiles candidates, and ranks those that fit."""
 
 import dataclasses
 import itertools
@@ -22,7 +20,7 @@ ROWS_PER_CHIP = (1, 2, 4, 8)  # the numbers of rows per chip of a microbatch tha
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """Settings that divide the model and the batch evenly."""
+  """A mesh, number of microbatches and remat policy, with which the model and the batch can be divided evenly."""
 
   mesh: tuple[tuple[str, int], ...]
   microbatches: int
@@ -35,9 +33,10 @@ class Candidate:
 
 
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
-  """Returns the settings whose lower bound on memory fits. Those that are likely to be fast come first.
+  """Returns the candidates whose lower bound on memory fits into a chip.
 
-  They are sorted by the least recomputation, then by the fewest microbatches, then by the least memory.
+  Those that are likely to be fast come first: they are sorted by the least recomputation, then by the fewest
+  microbatches, then by the least memory.
   """
   c, chips = work.run.model, topology.chips
   experts = [e for e in (1, 8, 16, 32) if c.moe.experts and c.moe.experts % e == 0] or [1]
@@ -60,7 +59,12 @@ def _powers_of_2(limit: int) -> list[int]:
 
 
 def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str) -> float:
-  """Returns the bytes per chip of the state and gradients (float32, 16 per parameter) and of the saved activations."""
+  """Returns a lower bound on the bytes per chip.
+
+  It is the sum of state and gradients (16 bytes per parameter, in float32) and saved activations.
+
+  tokens: the number of tokens of a microbatch per chip.
+  """
   counts = parameter_counts(c)
   state = 16 * (counts['experts'] / expert + sum(counts.values()) - counts['experts']) / fsdp
   hidden = c.moe.experts_per_token * c.moe.expert_d_ff + c.moe.shared_d_ff if c.moe.experts else c.d_ff
@@ -71,8 +75,17 @@ def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str
 
 def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path, tries: int,
            say: Callable[[str], None]) -> list[Plan]:
-  """Compiles up to `tries` candidates, and prints a line for each and the ranking. Returns the plans, the fastest
-  first.
+  """Compiles up to `tries` candidates, prints a line for each and a ranking, and returns their plans, fastest first.
+
+  Plans that don't fit come last.
+
+  Args:
+    devices: the devices of the topology.
+    folder: where libtpu writes bundles.
+    say: prints a line.
+
+  Raises:
+    PlanError: no candidate could fit.
   """
   work = workload(config)
   possible = candidates(work, topology)

@@ -1,4 +1,4 @@
-"""Gives pre-training and RL runs the same names, for the planner."""
+"""Gives the planner the same view of pre-training and RL runs: rows, microbatches, length and steps."""
 
 import dataclasses
 
@@ -10,16 +10,14 @@ from betarank.train.config import RunConfig, run_config
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """A run whose config has been checked. `rl` is None for pre-training; this is how the planner tells pre-training from
-  RL.
-  """
+  """A run whose config has been checked. `rl` is the config section of an RL run, and None for pre-training."""
 
   run: RunConfig | RlRun
   rl: RlConfig | None
 
   @property
   def section(self) -> str:
-    """The config section that has `microbatches`."""
+    """The name of the config section that has the setting `microbatches`."""
     return 'rl' if self.rl else 'train'
 
   @property
