@@ -1,9 +1,11 @@
 """Makes documents from the fields of records. A specification of fields has one of these forms:
 
-    text                 one field; OUTER.INNER is a field inside another
+    text                 one field that holds text; OUTER.INNER is a field inside another
     question+answer      two fields, a prompt and its answer; the loss counts only the answer
-    messages             with a template that contains {content}: a list of {"role": ..., "content": ...}; the loss
-                         counts only what the assistant says
+    messages             one field that holds a list of {"role": ..., "content": ...}; the loss counts only what the
+                         assistant says
+
+The third form needs a template that contains {role} and {content}. Without a template, one field must hold text.
 """
 
 from collections.abc import Mapping, Sequence

@@ -125,7 +125,9 @@ class Packer:
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))
 
   def _slice(self, epoch: int, window: int) -> Pieces:
-    """Returns the documents of a window, or parts of them, in the order of the epoch, before they are placed in rows.
+    """Returns the pieces of a window in the epoch's order, not yet placed in rows.
+
+    A piece is a whole document, except at the ends of the window, which may cut a document.
     """
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)

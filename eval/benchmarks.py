@@ -5,9 +5,12 @@
     --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
     --benchmark=code:/path/to/mine.jsonl          programming problems in the form of HumanEval or MBPP
 
-If TABLE lists a file's sha256, the file must match it; other files aren't checked. Every result records hashes of the
-file and of the prompts that it was made with. The paper puts worked examples before the questions of some benchmarks
-(arXiv 2512.22955, appendix). These examples are the first problems of the training set named in `examples`.
+If TABLE has a sha256 for a benchmark, its file must match. Other files aren't checked. Every result records hashes of
+the prompts, and of the file if there is one.
+
+Like the paper (arXiv 2512.22955, appendix), some benchmarks of TABLE put worked examples before each question. The
+field `examples` of an Entry names the file that they come from. They are its first problems; for MBPP, they are the
+examples of MBPP's paper (task_id 2, 3 and 4), which are then not asked.
 """
 
 import dataclasses

@@ -152,7 +152,10 @@ def benchmark_key(name: str) -> int:
 
 
 def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
-  """Returns the lines of one problem's samples, as they are written to the file."""
+  """Judges the samples of one problem. Returns one dict per sample: a line of the file of samples (SampleFile).
+
+  The dict has the text, the answer, the verdict and the answer's class (`group`, see answer_classes).
+  """
   texts = [tokenizer.decode(s.tokens[:-1] if s.finish == 'eos' else s.tokens) for s in group]
   answers = [final_answer(text, task) for text in texts]
   verdicts = verifier.verify([(text, task) for text in texts])
@@ -221,14 +224,17 @@ class SampleFile:
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
-    """Takes up the existing files of the checkpoint and benchmark, or creates them.
+    """Continues the existing files of the checkpoint and benchmark, or starts new ones.
+
+    There are two files, samples and settings. If they exist, the settings are checked, and samples of incomplete
+    problems are removed.
 
     Every process of a job must create this object, because process 0 sends the others the list of missing problems.
 
     writes: True in process 0, which is the only process that changes files.
 
     Raises:
-      EvalError: an existing file was made with other settings.
+      EvalError: the existing samples were made with other settings, or a settings file is missing or unreadable.
     """
     c = run.eval.sample
     folder = subject.run / 'eval' / 'samples' / benchmark.folder

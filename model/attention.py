@@ -109,10 +109,10 @@ def _plain(segments_BT):
 
 
 def _blocks(segments_BT):
-  """Computes plain attention one block of queries at a time. A block uses only the keys up to its last query.
+  """Returns a function (q, k, v) -> output that computes plain attention one block of queries at a time.
 
-  A block has an eighth of the queries, but at least 128. Scores aren't saved for the backward pass, because recomputing
-  them is faster on a CPU.
+  A block has an eighth of the queries, but at least 128. It uses only the keys up to its last query. Scores aren't
+  saved for the backward pass, because recomputing them is faster on a CPU.
   """
   length = segments_BT.shape[1]
   size = max(128, -(-length // 8))

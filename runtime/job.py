@@ -141,7 +141,10 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
 
 
 def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the values that must be equal in all processes, as {name in messages: value}."""
+  """Returns {name: value} of what must be equal in all processes. Error messages show a value under its name.
+
+  The values are the code's version, JAX's version, the workdir, each setting, and a hash of each file of `inputs`.
+  """
   digest = lambda file: hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else 'missing'
   return {
     'code': workdir.code_version(), 'jax': jax.__version__, '--workdir': path,

@@ -47,8 +47,8 @@ def total(
     c, params: the model and its parameters.
     batch: the tokens. Targets that don't count, such as padding, add nothing: their loss and statistics are 0.
     shaping: the objective, from ObjectiveConfig.at(step).
-    stats: 'full' computes all statistics. 'basic' skips those of the most probable tokens (and with them head and tail
-      mass), unless a lambda of the objective needs them.
+    stats: 'full' computes all statistics. 'basic' saves the search for the top k tokens: head_mass and tail_mass are
+      then None, unless the objective has a lambda, which needs the top k anyway.
 
   Returns (total, loss_BT, statistics [B, T], routing), in float32 nats. The total includes the load-balance loss of a
   mixture of experts; loss_BT doesn't. routing is None for a dense model.

@@ -92,9 +92,10 @@ def _compared(sweep: Sweep) -> str:
 
 
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
-  """Returns the first stage in which no run of an arm agrees with a run of its baseline, and the first reason.
+  """Returns the first stage in which an arm can't be compared with its baseline, and the first reason.
 
-  Returns ('', '') if there is no such stage.
+  They can be compared if at least one run of the arm and the baseline's run with the same seed have the same data,
+  settings (except the objective) and last step. Returns ('', '') if there is no such stage.
   """
   for stage in sweep.stages if arm != sweep.baselines[arm] else ():
     if sweep.of(stage, arm):

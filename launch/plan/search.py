@@ -75,14 +75,17 @@ def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str
 
 def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path, tries: int,
            say: Callable[[str], None]) -> list[Plan]:
-  """Compiles up to `tries` candidates, prints a line for each and a ranking, and returns their plans, fastest first.
+  """Compiles the config with up to `tries` candidates, and prints a line for each and a ranking.
 
-  Plans that don't fit come last.
+  A candidate is a mesh, a number of microbatches and a remat policy.
 
   Args:
     devices: the devices of the topology.
-    folder: where libtpu writes bundles.
+    folder: where libtpu writes the compiled instructions, from which times are predicted. All files in it are deleted.
+    tries: the largest number of candidates to compile.
     say: prints a line.
+
+  Returns the plans of the candidates that could be compiled, fastest first. Plans that don't fit come last.
 
   Raises:
     PlanError: no candidate could fit.

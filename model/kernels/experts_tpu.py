@@ -104,7 +104,10 @@ def _tile(core, step, expert_C, work):
 
 
 def _works(work):
-  """Returns True if this core has a used tile to process in the current step."""
+  """Returns True if this core has a tile to process in the current grid step. Tiles from number `used` on are skipped.
+
+  work: (number of used tiles, tiles per core), as for `_tile`.
+  """
   core, step = pl.program_id(0), pl.program_id(1)
   return (step < work[1]) & (core * work[1] + step < work[0])
 

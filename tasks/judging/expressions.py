@@ -405,7 +405,10 @@ class _Parser:
     return nodes
 
   def _run(self) -> Node:
-    r"""Parses the argument of a function without brackets: a product, as in \sin 2\pi t, up to the next function."""
+    r"""Parses a function's argument that has no brackets, such as 2\pi t in \sin 2\pi t.
+
+    The argument is a product. The next function ends it: \sin 2x \cos y means sin(2x) times cos(y).
+    """
     factors = [self._mixed_number() or self._signed()]
     while self._starts_factor() and self.next[1:] not in FUNCTIONS:
       factors.append(self._power())
