@@ -265,7 +265,7 @@ def test_the_cache_is_sharded_and_in_the_compute_type(params):
   with jax.set_mesh(model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2))):
     pages = module._empty(config, dataclasses.replace(SETTINGS, decode_batch_size=8)).pages_LP2KSH[0]
   assert pages.dtype == jnp.bfloat16
-  assert pages.sharding.shard_shape(pages.shape) == (2 * 8 // 4, 2, 2 // 2, 64, 8)
+  assert pages.sharding.shard_shape(pages.shape) == (2 * 8 // 4, 2, 2 // 2, 16, 8)
 
 
 def test_nothing_compiles_twice(params):
@@ -303,8 +303,8 @@ def test_bad_settings_are_refused_by_name(changes, message):
 def test_a_sampler_that_fits_neither_mesh_nor_vocabulary_is_refused():
   with pytest.raises(ValueError, match='^decode_batch_size must be a multiple of 8'):
     Sampler(CONFIG, SETTINGS, EOS, model.make_mesh(model.MeshConfig(8, 1, 1, 1, 1)))
-  with pytest.raises(ValueError, match='^cache_tokens must be >= 128, or 0 for what all rows need'):
-    Sampler(CONFIG, dataclasses.replace(SETTINGS, cache_tokens=127), EOS)
+  with pytest.raises(ValueError, match='^cache_tokens must be >= 32, or 0 for what all rows need'):
+    Sampler(CONFIG, dataclasses.replace(SETTINGS, cache_tokens=31), EOS)
   with pytest.raises(ValueError, match='^eos must be a token id below vocab_size = 384, got 384'):
     Sampler(CONFIG, SETTINGS, VOCAB)
 
