@@ -1,4 +1,4 @@
-"""Shows on a terminal that long work goes on, and how far it is.
+"""Shows the progress of long-running work on a terminal.
 
 data, runtime and train need this module, so it is in configs, which every package may import.
 """

@@ -20,7 +20,7 @@ class DataError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """Where documents come from, and their share of the training rows."""
+  """A source of documents, and its share of the training rows."""
 
   uri: str  # see data/sources.py for the kinds of URI
   weight: float  # the share of training rows, on any scale

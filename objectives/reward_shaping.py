@@ -77,7 +77,7 @@ class RewardShaping:
 
   @property
   def rewards_wrong_tokens(self):
-    """Whether a top-k search is needed; False only if both lambdas are known to be zero before tracing."""
+    """True if a top-k search is needed. It is False only if both lambdas are known to be zero before tracing."""
     return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
 
   @property

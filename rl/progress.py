@@ -39,7 +39,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """How far a run has got.
+  """The progress of a run, which decides what the run does next.
 
   Attributes:
     prompts: the number of prompts consumed so far, including those that were passed over.

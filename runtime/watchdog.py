@@ -48,7 +48,7 @@ class Heartbeat:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-  """What is known about a process.
+  """The last heartbeat of a process, and when it changed.
 
   Attributes:
     name: the name of the process in messages.

@@ -36,7 +36,7 @@ _UNFIT = {'game_of_life_halting': 'its scorer calls any text right'}
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-  r"""Where prompts come from, and how prompts and answers are written.
+  r"""The source of a set of problems, and the form of prompts and answers.
 
   Attributes:
     uri: the source; see the docstring of this module.

@@ -34,7 +34,7 @@ class SampleSet:
 
 @dataclasses.dataclass(frozen=True)
 class DataIdentity:
-  """What a run has read, as recorded in its newest checkpoint.
+  """The data that a run has read so far, as recorded in its newest checkpoint.
 
   Attributes:
     tokenizer: SHA-256 of the tokenizer; '' if not recorded.
@@ -53,7 +53,7 @@ class DataIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """How a run was started, from its run.json. A field that isn't recorded there is '' or NaN."""
+  """The command and the devices of a run, read from its run.json. Fields that are missing there are '' or NaN."""
 
   command: str = ''
   device_kind: str = ''

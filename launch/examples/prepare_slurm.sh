@@ -5,8 +5,8 @@
 #   export SLURM_OPTIONS='--exclusive --mem=0 --time=12:00:00'
 #   bash launch/examples/prepare_slurm.sh 16 --config=FILE [--config.KEY=VALUE ...]
 #
-# data.dir must be on a disk that all nodes share, or in a bucket. A task whose node fails is requeued, and goes on after
-# its last finished shard. If a part fails, the parts aren't combined; the same command prepares only what is missing.
+# data.dir must be on a disk that all nodes share, or in a bucket. A task whose node fails is requeued, and resumes
+# after its last finished shard. If a part fails, the parts aren't combined; the same command prepares only what is missing.
 set -euo pipefail
 
 case $1 in

@@ -78,7 +78,7 @@ class Unit(NamedTuple):
 
   @property
   def is_generic(self) -> bool:
-    """Whether the text says only that there is a unit, as in 'square units'."""
+    """True if the text has a unit but doesn't name it, as in 'square units'."""
     return not self.dimensions
 
 

@@ -1,4 +1,4 @@
-"""What the page shows of a token is what the model predicts there."""
+"""Tests that the page shows the model's predictions for each token."""
 
 import jax.numpy as jnp
 import numpy as np
