@@ -192,6 +192,12 @@ PRETRAIN = dict(
   model=MODEL, objective=OBJECTIVE, data=DATA_SECTION, train=TRAIN, optimizer=OPTIMIZER, checkpoint=CHECKPOINT, log=LOG,
 )
 
+DECODING = dict(
+  decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
+  cache_tokens=S(0, EXECUTION, 'tokens that the cache of keys and values has room for, on all devices together; 0: '
+                 'decode_batch_size prompts and answers of full length'),
+)
+
 RL_SECTION = dict(
   steps=S(1000, LENGTH, 'RL steps'),
   prompts_per_step=S(128, IDENTITY, 'prompts to learn from per step, each with a group of samples'),
@@ -201,9 +207,7 @@ RL_SECTION = dict(
   max_prompt_tokens=S(1024, IDENTITY, 'longest prompt, in tokens'),
   max_new_tokens=S((8192, 16_384), IDENTITY, 'longest answer, in tokens, one number per phase'),
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),
-  decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
-  cache_tokens=S(0, EXECUTION, 'tokens that the cache of keys and values has room for, on all devices together; 0: '
-                 'decode_batch_size prompts and answers of full length'),
+  **DECODING,
   truncated_reward=S('zero', IDENTITY, 'wrong answers that are cut off by the length limit: zero (get reward 0) | '
                      'masked (are left out of the loss). The paper leaves it open'),
   overlong_buffer=S(0, IDENTITY, 'soft penalty for long answers (DAPO): the number of tokens before the length limit '
@@ -292,9 +296,7 @@ EVAL = dict(
     top_k=S(0, IDENTITY, 'number of most probable tokens to sample from; 0: all'),
     max_new_tokens=S(4096, IDENTITY, 'longest answer, in tokens; the paper has 4096 after pre-training, 16,384 after '
                      'mid-training and RL'),
-    decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
-    cache_tokens=S(0, EXECUTION, 'tokens that the cache of keys and values has room for, on all devices together; 0: '
-                   'decode_batch_size prompts and answers of full length'),
+    **DECODING,
     data_dir=S('runs/data/benchmarks', EXECUTION, "holds the benchmarks' files (docs/eval.md); local or gs://"),
     shots=S(-1, IDENTITY, 'worked examples before each question; -1: as many as the paper gives'),
     prompt=S('Question: {question}\nSolution:', IDENTITY, 'template of the prompt'),

@@ -156,7 +156,7 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
 
   The dict has the text, the answer, the verdict and the answer's class (`group`, see answer_classes).
   """
-  texts = [tokenizer.decode(s.tokens[:-1] if s.finish == 'eos' else s.tokens) for s in group]
+  texts = [tokenizer.decode(s.text_tokens) for s in group]
   answers = [final_answer(text, task) for text in texts]
   verdicts = verifier.verify([(text, task) for text in texts])
   classes = answer_classes(answers, verdicts, task, verifier)

@@ -215,7 +215,7 @@ class Betarank(TemplateLM):
     except ValueError as error:
       raise EvalError(f'config.eval.sample.{error}') from None
     for [sample] in sampler(self._params, prompts, samples=1, seed=self._run.eval.sample.seed, step=0):
-      yield sample.prompt_id, self._tokens.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens)
+      yield sample.prompt_id, self._tokens.decode(sample.text_tokens)
 
 
 def _check_alike(asked: Any) -> None:

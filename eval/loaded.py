@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from betarank import data, model
 from betarank.configs import settings
@@ -113,8 +112,3 @@ def sample(
 
 
 _sampler = functools.lru_cache(maxsize=16)(Sampler)  # because a sampler compiles a program; it holds no parameters
-
-
-def continuation(drawn: Sample) -> np.ndarray:
-  """Returns a sample's tokens without EOS."""
-  return drawn.tokens[:-1] if drawn.finish == 'eos' else drawn.tokens

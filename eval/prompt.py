@@ -5,7 +5,7 @@ import codecs
 import numpy as np
 
 from betarank.eval.explore.figures import figures
-from betarank.eval.loaded import Loaded, Sampling, continuation, sample
+from betarank.eval.loaded import Loaded, Sampling, sample
 from betarank.train.sampler import Sample
 
 
@@ -29,7 +29,7 @@ def generate(
     print(text, end='', flush=True)
 
     def show(part: Sample, decoder=decoder) -> None:
-      drawn = b''.join(tokenizer.token_bytes[t] for t in continuation(part) if t < tokenizer.vocab_size)
+      drawn = b''.join(tokenizer.token_bytes[t] for t in part.text_tokens if t < tokenizer.vocab_size)
       print(decoder.decode(drawn, final=part.finish != ''), end='', flush=True)
 
     [drawn] = sample(loaded, prompt, sampling, [i], step=number, watch=show)

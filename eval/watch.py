@@ -216,8 +216,6 @@ def _read(folders: Sequence[str]) -> list[Row]:
   for folder in folders:
     try:
       found = read_folder(epath.Path(folder))
-    except ImportError as error:
-      raise UserError(f'{folder}: {error} (pip install gcsfs for gs://)') from None
     except OSError as error:
       raise UserError(f'{folder}: could not be read ({error.strerror or error})') from None
     if not found:

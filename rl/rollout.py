@@ -71,7 +71,7 @@ def graded_groups(
   score_PG = np.full((len(prompts), samples), -np.inf, np.float32)
   for n, drawn in enumerate(sampler(params, prompts, samples=samples, seed=seed, step=step)):
     i = row[drawn[0].prompt_id]
-    texts = [tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens) for sample in drawn]
+    texts = [tokenizer.decode(sample.text_tokens) for sample in drawn]
     drawn_P[i] = (drawn, texts)
     if n % jax.process_count() == jax.process_index():
       grades = verifier.grade([(text, asked[prompts[i].id]) for text in texts])

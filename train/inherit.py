@@ -38,10 +38,6 @@ def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Map
       raise ConfigError(f'config.{key} is {value} in the checkpoint to start from, and can\'t be {wanted[key]}; leave '
                         'it out')
     if present[key] != value:
-      *sections, leaf = key.split('.')
-      place = config
-      for name in sections:
-        place = place[name]
-      place[leaf] = value
+      config.update_from_flattened_dict({key: value})
   if 'vocab_size' in config.get('data', {}):
     config.data.vocab_size = model.vocab_size

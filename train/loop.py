@@ -270,7 +270,7 @@ class Texts:
     prompts = [Prompt(i, prompt_P.tolist()) for i, prompt_P in enumerate(prompt_BP)]
     texts = {}
     for [sample] in self._sampler(params, prompts, samples=1, seed=self._seed, step=step):
-      texts[sample.prompt_id] = self._tokenizer.decode(sample.tokens[:-1] if sample.finish == 'eos' else sample.tokens)
+      texts[sample.prompt_id] = self._tokenizer.decode(sample.text_tokens)
     for prompt in prompts:
       log.sample(step, self._tokenizer.decode(prompt.tokens), texts[prompt.id])
 

@@ -130,6 +130,8 @@ class Pages:
     """
     started, prefixes = [], [None] * len(self._parts)
     for n, part in enumerate(self._parts):
+      grows = lambda sample: len(sample.pages) < self._count(sample.limit)
+      growing = sum(grows(sample) for sample in self.running.values() if self._part(sample) is part)
       while queue and part.rows and not part.full:
         p = min((p for p in part.prefixes if p in queue), default=None)
         new = p is None
@@ -137,9 +139,7 @@ class Pages:
           p = min(queue)
           if prefixes[n]:
             break
-        wanted = -(-min(limit(p), tokens) // self._size) + (self._count(length(p)) if new else 0)
-        growing = sum(len(sample.pages) < self._count(sample.limit) for sample in self.running.values()
-                      if self._part(sample) is part)
+        wanted = self._count(min(limit(p), tokens)) + (self._count(length(p)) if new else 0)
         if not self._room(part, wanted + growing, queue):
           break
         if not new and p not in part.prefixes:
@@ -155,6 +155,7 @@ class Pages:
         self._table.prefix_B[sample.row] = length(p)
         self._extend(part, sample, tokens)
         self.running[sample.row] = sample
+        growing += grows(sample)
         started.append(sample)
     return started, prefixes
 

@@ -146,6 +146,11 @@ class Sample(NamedTuple):
   finish: str
   choices: np.ndarray | None = None
 
+  @property
+  def text_tokens(self) -> np.ndarray:
+    """The tokens without EOS: those that have a text."""
+    return self.tokens[:-1] if self.finish == 'eos' else self.tokens
+
 
 def decode_param_axes(c: model.ModelConfig) -> Any:
   """Returns the names of the dimensions of each array that `decode_params` returns.

@@ -18,7 +18,7 @@ from betarank.data.config import DataError
 from betarank.data.prepared import Documents
 from betarank.eval.config import EvalError
 from betarank.eval.explore.figures import Figures, figures
-from betarank.eval.loaded import Loaded, Sampling, continuation, sample
+from betarank.eval.loaded import Loaded, Sampling, sample
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verifier
 
@@ -103,7 +103,7 @@ class Explorer:
       {**passage(row, of_models, len(prompt)), 'by': m, 'finish': one.finish}
       for (m, one), row, of_models in zip(drawn, rows[1:], found[1:])]
     if task:
-      texts = [self._tokenizer.decode(continuation(one)) for _, one in drawn]
+      texts = [self._tokenizer.decode(one.text_tokens) for _, one in drawn]
       for shown, grade in zip(view['samples'], self.verifier.grade([(t, task) for t in texts])):
         shown |= {'verdict': grade.verdict.name.lower(), 'answer': grade.answer, 'rule': grade.rule}
       view['problem'] = {'question': task.question, 'reference': task.reference, 'id': task.id}

@@ -9,7 +9,7 @@ import pytest
 from betarank.configs.errors import UserError
 from betarank.eval import loaded as loading
 from betarank.eval import prompt_command
-from betarank.eval.loaded import Sampling, continuation, load_model, sample
+from betarank.eval.loaded import Sampling, load_model, sample
 
 TEXT = 'Question: What is 3 + 4?\nSolution:'
 FEW = ['--max_new_tokens=8']
@@ -41,7 +41,7 @@ def test_what_is_printed_as_it_comes_is_the_sample(loaded, generate):
   out = generate('--samples=2', '--prompt=' + TEXT.replace('\n', '\\n'))
   for i, one in enumerate(drawn):
     end = {'eos': 'ended', 'length': 'cut'}[one.finish]
-    text = loaded.tokenizer.decode(continuation(one))
+    text = loaded.tokenizer.decode(one.text_tokens)
     assert f'{TEXT}{text}\n[{i + 1} of 2, {end} after {len(one.tokens)} tokens]\n' in out
 
 
