@@ -1,4 +1,4 @@
-"""RL smoke: GRPO on sums of one-digit numbers, from a smoke checkpoint; one minute on two CPU cores.
+"""RL smoke: GRPO on sums of one-digit numbers, from a smoke checkpoint; one to two minutes on two CPU cores.
 
     betarank rl --config=configs/rl_smoke.py:init_from=runs/smoke/reasoning/beta=0 --workdir=runs/rl
 
