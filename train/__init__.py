@@ -1,1 +1,1 @@
-"""Pre-training. loop.py runs it; score.py connects model and objective."""
+"""Pre-training. loop.py runs it, and score.py connects the model with the objective."""
