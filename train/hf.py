@@ -54,7 +54,8 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
       the model was trained on or, if this is larger, the length that an imported model came with.
 
   Raises:
-    HfError: the model or the tokenizer has no counterpart in Hugging Face's format, or a file can't be written.
+    HfError, DataError: the model or the tokenizer can't be used or has no counterpart in Hugging Face's format, or a
+      file can't be written.
     CheckpointError: the checkpoint is missing or damaged.
   """
   source = checkpoint.find(path)
