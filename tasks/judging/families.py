@@ -1,4 +1,4 @@
-"""Compares families of values, a + b·k for every integer k, as sets. Residues are families of integers."""
+"""Compares families of values, a + b·k for every integer k, as sets. A residue is treated as a family of integers."""
 
 import itertools
 from fractions import Fraction
