@@ -170,7 +170,7 @@ def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple
 
 
 def sha256_of(where: epath.Path) -> str:
-  """Returns JsonTokenizer(where).sha256, without building the tokenizer. Raises the errors of `_read`."""
+  """Returns JsonTokenizer(where).sha256, without building the tokenizer. Raises DataError as `_read` does."""
   return _read(where).sha256
 
 
