@@ -1,5 +1,4 @@
-"""RL with settings for a small model and short answers: the config of `betarank rl --from=RUN --task=URI` without
---config.
+"""RL with settings for a small model and short answers: the default config of `betarank rl --from=RUN --task=URI`.
 
     betarank rl --from=runs/smoke/reasoning/beta=0 --task='reasoning:chain_sum?max_terms=3&max_digits=1'
 
