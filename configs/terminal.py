@@ -41,8 +41,7 @@ def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width
   """Returns the line of a step that remains on the terminal or in the log: the step, the percentage and the figures.
 
   width: the largest length of the line, in columns; figures that don't fit are left out. None means that all figures
-    are
-    shown, followed by the time left.
+    are shown, followed by the time left.
   """
   start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'
   return _with_room(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])

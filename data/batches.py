@@ -58,8 +58,7 @@ def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int, mask
   """Reads the pieces of each row, and writes them into a batch. A row that is None becomes a row of padding.
 
   masked: whether the batch gets the array counts_BT. The value must be the same for all batches of a run, in all
-    processes,
-    because it decides which program is compiled.
+    processes, because it decides which program is compiled.
   """
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
@@ -141,10 +140,8 @@ class TrainBatches(Iterator[Batch]):
       process_index: the number of this process, from 0.
       process_count: the number of processes. Each process gets an equal part of the rows of every batch.
       cursor: the position to resume from; None starts at the first batch. The seed, sequence_length and the prepared
-        data
-        must be those with which the cursor was saved. The weights, the batch size and the set of sources may differ;
-          each
-        source then continues at its own position.
+        data must be those with which the cursor was saved. The weights, the batch size and the set of sources may
+        differ; each source then continues at its own position.
       prefetch: the number of batches that threads prepare ahead; 0 for none.
 
     Raises:
@@ -229,7 +226,7 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
   Raises:
     DataError: there is no such source; its data isn't prepared, is damaged or was prepared with other settings; or the
       batch can't be divided among the processes. The error is raised by the call itself, not by reading the first
-        batch.
+      batch.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:

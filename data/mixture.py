@@ -19,8 +19,7 @@ class Schedule:
     """Computes one period of the order, which is repeated.
 
     weights: the weight of each source, on any scale. At least one weight must be positive. The order of the dict
-      doesn't
-      matter.
+      doesn't matter.
     """
     self.names = sorted(name for name, weight in weights.items() if weight > 0)
     share = np.array([weights[name] for name in self.names], np.float64)

@@ -144,8 +144,9 @@ class Packer:
     return Pieces(document, start, np.minimum(high, ends) - begins - start)
 
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
-    """Returns (pieces of a window sorted by row, bounds). Row r of the window has the pieces bounds[r] to bounds[r + 1]
-    - 1.
+    """Returns (pieces of a window sorted by row, bounds).
+
+    Row r of the window has the pieces whose indices are in range(bounds[r], bounds[r + 1]).
     """
     pieces = _cut_to(self._slice(epoch, window), self._T)
     rows = -(-int(pieces.length.sum()) // self._T)
@@ -158,7 +159,7 @@ class Packer:
 
 
 class _Line:
-  """The positions of every _CHUNKth document in an epoch's sequence of pairs, computed only as far as they are needed.
+  """The positions of every _CHUNKth document in an epoch's sequence of pairs. They are computed when they are needed.
   """
 
   def __init__(self, sums: Callable[[int], np.ndarray]):

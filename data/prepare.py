@@ -72,8 +72,7 @@ def train_tokenizer(config: DataConfig) -> bool:
 
   Raises:
     DataError: a source can't be read; or the sample is too small for config.vocab_size tokens, although the sources
-      have
-      more text.
+      have more text.
   """
   path = config.tokenizer_path
   if config.tokenizer or epath.Path(path).exists():
@@ -215,8 +214,7 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
     config: the settings of the data.
     name: the source.
     workers: the number of processes; None means one per CPU. With 1, this process does the work. The result doesn't
-      depend
-      on the number of processes.
+      depend on the number of processes.
     report: called with the Progress from time to time.
 
   Raises:
@@ -338,8 +336,7 @@ def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report
   """Tokenizes those units of `mine` that aren't done yet.
 
   stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
-    on
-    the source.
+    on the source.
   """
   state = _State(preparation, job, mine, report)
   state.show()

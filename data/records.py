@@ -157,7 +157,7 @@ class Places:
   """
 
   def __init__(self, lengths_N: np.ndarray, starts: list[int], form: Form):
-    """Computes the position of every few documents, which is kept in memory.
+    """Computes the position of every _STRIDEth document, and keeps these positions in memory.
 
     Args:
       lengths_N: the lengths of the N documents, in tokens.

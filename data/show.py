@@ -87,7 +87,7 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
   """Returns the indices of _EXTREMES documents: the shortest documents if `order` is 1, the longest if `order` is -1.
 
-  All N lengths are never sorted or copied at once, so little memory is needed.
+  Little memory is needed, because the N lengths are never all sorted or copied at once.
   """
   best = np.array([], np.int64)
   for start in range(0, len(lengths_N), 2**20):

@@ -200,8 +200,7 @@ class Source:
     """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
     held_out: if not 0, the call yields other texts instead, of about this many bytes in all. At each place, they are
-      the texts
-      that come after the sample.
+      the texts that come after the sample.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)

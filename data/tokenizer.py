@@ -112,16 +112,13 @@ class Tokenizer(Protocol):
     vocab_size: the largest id plus 1.
     bos, eos: the ids that begin and end a document. A tokenizer without BOS, such as Qwen's, begins documents with EOS.
     pad: the id of the padding token, or of EOS if there is no padding token. betarank doesn't use it for its own
-      batches,
-      in which padding is masked.
+      batches, in which padding is masked.
     sha256: a hash that identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the
       path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
     bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. Summed over encode(text), it gives
-      the
-      size of the text as the tokenizer sees it. Most tokenizers see the text itself. Some first normalize Unicode to
-        NFC
-      (Qwen), or add a space before the text (Llama 2).
+      the size of the text as the tokenizer sees it. Most tokenizers see the text itself. Some first normalize Unicode
+      to NFC (Qwen), or add a space before the text (Llama 2).
   """
 
   vocab_size: int

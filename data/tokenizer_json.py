@@ -147,8 +147,7 @@ def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple
 
   Raises:
     DataError: the BOS or EOS token isn't special. Such a token could be part of a text, which would then seem to begin
-      or
-      end a document.
+      or end a document.
   """
   special = {text: id for text, (id, special) in added.items() if special}
   token = optional['tokenizer_config.json'].get(f'{name}_token')

@@ -39,9 +39,8 @@ class Job:
     config: the settings of the data.
     folder: where shards and markers are written.
     share: whether each text is divided: its end goes to the validation split, and the rest to training. Dialogues can't
-      be
-      divided, so a few whole dialogues go to validation. If share is False, every document goes to one split as a
-        whole.
+      be divided, so a few whole dialogues go to validation. If share is False, every document goes to one split as a
+      whole.
   """
 
   name: str

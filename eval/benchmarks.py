@@ -93,13 +93,11 @@ class Benchmark:
     folder: the name in a form that can be part of a path.
     tasks: the problems, in the order of their source.
     data_sha256: the sha256 of prompts, references and verifiers. If it is the same for two results, they answer the
-      same
-      questions.
+      same questions.
     file_sha256: the sha256 of the file of problems; '' for generated problems.
     shots, answer_format: the number of worked examples and the answer format that are used.
     left_out: one line about the problems that are left out because their reference can't be compared with answers; ''
-      if
-      there are none.
+      if there are none.
   """
 
   name: str

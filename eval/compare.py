@@ -290,8 +290,7 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
 
   window: a function from the number of steps to the number of steps that each point averages.
   first: the share of the points, counted from the start, that is ignored when the range of the y axis is chosen.
-    Otherwise
-    the steep fall of a loss at the start would make the rest of the curve look flat.
+    Otherwise the steep fall of a loss at the start would make the rest of the curve look flat.
   least: the smallest range of the y axis, as a share of the value at its middle.
   """
   size, settled = window(max(map(len, curves))), []

@@ -150,8 +150,7 @@ def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
   """Returns the checkpoint's config with section `eval` added. The config isn't locked, so settings can be overridden.
 
   spec: a config file. If it has a section `data` or `eval`, this section replaces the checkpoint's. In this way, runs
-    that
-    were trained on different data can be evaluated on the same data.
+    that were trained on different data can be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -194,8 +193,7 @@ def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
 
   Raises:
     ConfigError: the mesh doesn't fit the number of devices, or doesn't divide the model or the rows. The message names
-      the
-      key.
+      the key.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 

@@ -182,8 +182,7 @@ def answer_classes(
   - They are the same number, or the same text apart from delimiters, spaces and a final full stop.
   - Both are right.
   - Both are wrong, but the verifier accepts one of them if the other is the reference. Only the COMPARED most frequent
-    wrong
-    answers are compared in this way, because the number of pairs grows quadratically.
+    wrong answers are compared in this way, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}

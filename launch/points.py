@@ -87,8 +87,7 @@ def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
 
   root: the folder of the sweep.
   only: shell patterns that select points by name. Points that a selected point needs are included too. Without
-    patterns, all
-    points are returned.
+    patterns, all points are returned.
 
   Raises:
     ConfigError: a name occurs twice, a needed point doesn't exist, or a config can't be run.

@@ -128,7 +128,8 @@ class ModelConfig:
 def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
   """Returns the number of parameters of each part. Their sum is the number of parameters that `model.init` creates.
 
-  active: counts only the parameters that one token uses. Of each layer's experts, a token uses experts_per_token.
+  active: whether to count only the parameters that one token uses. Of each layer's experts, a token uses
+  experts_per_token.
   """
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   norms = 2 * c.d_model + 2 * c.head_dim

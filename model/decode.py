@@ -36,8 +36,7 @@ class Table(NamedTuple):
 
   Attributes:
     pages_BJ: int32, the page numbers of each row. The first `Cache.prompt_pages` columns are the pages of the row's
-      prompt.
-      The remaining columns are pages that belong to the row alone.
+      prompt. The remaining columns are pages that belong to the row alone.
     prefix_B: int32, the number of tokens in the row's prompt pages.
     rows_UM: int32, the rows of each unit. All rows of a unit have the same prompt pages, so a kernel reads these pages
       once per unit. A unit of fewer than M rows is filled up with copies of its first row.
@@ -146,7 +145,10 @@ def _fill(pages_P2KSH, k_BTKH, v_BTKH, pages_BI):
 def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *table):
   """Writes the keys and values of one token per row, and computes this token's attention.
 
-  Returns (out_BNH, pages_P2KSH). real_B: bool, False for padding, which isn't written. table: the fields of a Table.
+  Returns (out_BNH, pages_P2KSH).
+
+  real_B: bool, False for padding, whose keys and values aren't written.
+  table: the fields of a Table.
   """
   table = Table(*table)
   size = pages_P2KSH.shape[3]
@@ -179,8 +181,8 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
   """Computes attention of one token per row over the row's pages, [B, N, H]. Scores and softmax are float32.
 
   The function first computes attention over the prompts, a few units at a time. It then computes attention over the
-  pages that belong to each row alone, and combines both results. It is the counterpart of the kernels in XLA
-  operations.
+  pages that belong to each row alone, and combines both results. It uses XLA operations to compute what the kernels of
+  model/kernels compute.
   """
   (rows, heads, width), kv_heads = q_BNH.shape, pages_P2KSH.shape[2]
   q_BKGH = (q_BNH * width**-0.5).reshape(rows, kv_heads, -1, width)

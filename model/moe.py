@@ -49,14 +49,10 @@ class Routing:
     load_LE: int32, the number of tokens that each expert received.
     entropy_L: float32, the entropy of a token's normalized scores, in nats, summed over tokens.
     balance_L: float32, the load-balance loss E·Σ_e f_e·p_e times the number of tokens. f_e is the expert's fraction of
-      the
-      choices, and p_e its mean normalized score. An even load gives 1 per token. Gradients flow through p but not
-        through
-      f. f and p are means over the tokens of one forward call. With several microbatches, the loss per token is
-        therefore
-      the mean of the microbatches' losses, weighted by their tokens, and differs from the loss of the whole batch.
-        Source:
-      Switch, arXiv 2101.03961, eq. 4.
+      the choices, and p_e its mean normalized score. An even load gives 1 per token. Gradients flow through p but not
+      through f. f and p are means over the tokens of one forward call. With several microbatches, the loss per token is
+      therefore the mean of the microbatches' losses, weighted by their tokens, and differs from the loss of the whole
+      batch. Source: Switch, arXiv 2101.03961, eq. 4.
   """
 
   choices_LBTk: jax.Array

@@ -55,9 +55,8 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
     compute_dtype: the dtype of the inputs of matrix products, and of the head and its gradient when devices exchange
       them; default: the dtype of hidden. Products accumulate in float32, and all other values are float32.
     chunk_tokens: the number of tokens that a device processes at a time. By default, the chunk's float32 logits take 8
-      MiB
-      on a CPU, but a chunk has at least 192 tokens. On an accelerator they take 512 MiB, but a chunk has at least 1024
-      tokens, and at least 1/32 of all tokens.
+      MiB on a CPU, but a chunk has at least 192 tokens. On an accelerator they take 512 MiB, but a chunk has at least
+      1024 tokens, and at least 1/32 of all tokens.
     layout: a Layout, which says how the arrays are sharded over the current mesh; default: all on one device.
 
   Returns:
@@ -92,7 +91,8 @@ def shaped_linear_total(hidden, head, targets, shaping, **options):
 def linear_token_stats(hidden, head, targets, *, top_k=100, **options):
   """Returns only the TokenStats, for evaluation and RL. This takes one matrix product, and has no gradient.
 
-  Args: hidden, head, targets and options are those of `shaped_linear_loss`.
+  Args:
+    hidden, head, targets, options: as in `shaped_linear_loss`.
     top_k: the number of most probable tokens that head_mass covers. tail_mass covers all other tokens.
   """
   hidden, head = lax.stop_gradient((hidden, head))
@@ -264,8 +264,7 @@ def _over_chunks(options, body, carry, head_DV, arrays):
   arrays: (hidden, targets, ...). The leading dimensions of every array, and of every output, are the shape of the
     targets.
   body: a function (carry, chunk) -> (carry, common, partial). A chunk has tokens of the whole vocabulary group.
-    `common`
-    must be equal on all devices of the group. `partial` is this device's part of a sum over the group.
+    `common` must be equal on all devices of the group. `partial` is this device's part of a sum over the group.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)

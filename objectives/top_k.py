@@ -21,15 +21,13 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
     layout: a Layout, which says how the vocabulary is split over devices; None if it isn't split.
     z_CV: float32 [C, V], this device's logits of C tokens.
     x_C, target_C: the ids and logits of the targets. A negative id means that the token's results aren't needed; they
-      are
-      then arbitrary finite numbers.
+      are then arbitrary finite numbers.
     shift_C: the largest logit of the whole vocabulary.
     k: the size of the top k.
 
   Returns:
     (value_C, last_id_C, head_sum_C). The top k are all logits above value, and those logits equal to value whose id is
-      at
-    most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
+    at most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
   """
   split = collectives.splits_vocab(layout)
 

@@ -45,9 +45,8 @@ def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, ep
   1707.06347 eq. 7). With old_logp = logp its gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
 
   dual_clip: limits the loss of a token with A < 0 whose probability has grown a lot, so that the token can't dominate
-    the
-    batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv 1912.09729
-    sec. 3.3.
+    the batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv
+    1912.09729 sec. 3.3.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   return _clipped(_ratio(logp_BT, old_logp_BT), advantages_BT, mask_BT, eps_low, eps_high, dual_clip)

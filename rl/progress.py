@@ -59,8 +59,7 @@ class Progress:
     """Returns the progress in a checkpoint's cursor. The cursor {} gives the progress of a new run.
 
     filtered: whether the run has a difficulty filter. If the cursor was saved for a set with another number of tasks,
-      the
-      filter starts anew.
+      the filter starts anew.
 
     Raises:
       DataError: the problems have changed since the run began.

@@ -214,8 +214,7 @@ class Log:
     """Prints a line, above the progress bar if there is one.
 
     indent: the number of columns by which the continuation of a long line is indented, on a terminal. With 0, the
-      terminal
-      itself wraps long lines.
+      terminal itself wraps long lines.
     """
     if not self._active:
       return

@@ -57,8 +57,7 @@ class StopSignal:
         process has received a signal, the calls return True in all processes at the same step. With several processes,
         jax.distributed must be initialized.
       before_exit: called when a second Ctrl-C is about to end the process, for example to end child processes. It runs
-        in
-        another thread.
+        in another thread.
     """
     self._processes, self._before_exit = processes, before_exit
     self._received: list[int] = []

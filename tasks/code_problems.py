@@ -33,8 +33,7 @@ def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
 
   Raises:
     DataError: there are no problems, too few examples, or a record can't be used. For a record, the message has the
-      file
-      and the line number.
+      file and the line number.
   """
   records = list(read_jsonl(pattern))
   if len(records) == _MBPP_SIZE:

@@ -71,8 +71,7 @@ class Verifier:
       plain, worker, jail: answers graded in this process, in a worker, in a jail;
       restarts: workers that were restarted;
       timeouts, crashes, refused (the worker touched the system), unread (the reference can't be read), errors (a
-        library
-        or a reward function failed): failures. A failure of several equal items counts once.
+        library or a reward function failed): failures. A failure of several equal items counts once.
     first_error: the message of the first failure that was counted under errors, one line; '' if there was none.
   """
 

@@ -1,1 +1,1 @@
-"""Pre-training. loop.py runs it, and score.py connects the model with the objective."""
+"""Implements pre-training. loop.py runs the training loop, and score.py connects the model with the objective."""

@@ -118,7 +118,7 @@ class RunConfig:
 
   @property
   def steps(self) -> int:
-    """The number of optimizer steps that the token budget is enough for, rounded up."""
+    """The number of optimizer steps: the token budget divided by the tokens per step, rounded up."""
     return math.ceil(self.train.tokens / self.tokens_per_step)
 
 

@@ -127,10 +127,8 @@ class Pages:
 
     Returns:
       (samples, prefixes). samples are the started samples. prefixes has one entry per part: the prompt that must be
-        prefilled
-      before the started samples run, or None. A call adds at most one prompt to a part, so call this function again
-        until it
-      starts no sample.
+      prefilled before the part's started samples run, or None. A call adds at most one prompt to a part, so call this
+      function again until it starts no sample.
     """
     started, prefixes = [], [None] * len(self._parts)
     for n, part in enumerate(self._parts):

@@ -236,15 +236,12 @@ class Sampler:
       samples: the number of samples per prompt, or the list of their indices.
       seed, step: integers in [0, 2^32).
       watch: called after each dispatch, once for each sample that has new tokens. The argument is a Sample that has
-        only the
-        new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because the cache
-          was
-        full begins again with its first token.
+        only the new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because
+        the cache was full begins again with its first token.
 
     Raises:
       ValueError: a prompt is too long or otherwise invalid, or another argument is invalid. This is checked before any
-        device
-        work.
+        device work.
     """
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)

@@ -212,8 +212,7 @@ def begin(
     seed: selects the random weights.
     init_from: a workdir or a checkpoint to start a new run from; '' for random weights.
     everything: whether a new run also takes the optimizer state, the step and the data cursor from `init_from`. If
-      False,
-      it takes only the weights.
+      False, it takes only the weights.
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged, or the shapes of its arrays differ from the model's.
@@ -321,8 +320,7 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
-  """Returns the first and last step of a run and what it starts from, for `log_header`. Or says that the run is
-  finished.
+  """Returns, for `log_header`, the first and last step of a run and what the run starts from, or that it is finished.
   """
   start = beginning.step
   if start >= steps:

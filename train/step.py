@@ -36,8 +36,7 @@ def make_step(
     bytes_per_token_V: int [V], the number of UTF-8 bytes of each of the V tokens of the vocabulary.
     microbatches: the number of parts into which the rows of a batch are divided. Row i is in part i % microbatches.
     stats: 'full' computes all statistics. 'basic' leaves out head_mass and tail_mass, unless a lambda of the objective
-      needs
-      the top k anyway.
+      needs the top k anyway.
   """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 

@@ -29,8 +29,7 @@ def write_report(root: str, out: str | None = None) -> epath.Path:
 
   Raises:
     ConfigError: there is no folder `root`, there is no run under it, or a folder of the report is a symbolic link. In
-      these
-      cases, no file is written.
+      these cases, no file is written.
   """
   folder = epath.Path(root)
   if not folder.is_dir():

@@ -330,8 +330,7 @@ class Report:
 
     names: the rows to show, in this order. They are metrics or, if shown_as is given, tasks.
     shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
-      shown_as is
-      '', each row has the format and the title of its own metric.
+      shown_as is '', each row has the format and the title of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',

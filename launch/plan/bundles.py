@@ -23,8 +23,7 @@ def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[s
   """Returns {name: cycles} of each HLO instruction whose bundles are in `folder`.
 
   shares: {name of a kernel: the share of its grid steps that have work}. For these kernels, the share replaces
-    SKIPPABLE as
-    the share of steps that run the largest region of code that can be skipped.
+    SKIPPABLE as the share of steps that run the largest region of code that can be skipped.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):

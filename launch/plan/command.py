@@ -61,8 +61,7 @@ def _configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
   """Sets the environment for compiling without a TPU. Call this before JAX is imported.
 
   write_bundles: whether libtpu writes its bundles to `folder`. If it does, libtpu also checks each bundle, which takes
-    twice
-    as long as the rest of a compile.
+    twice as long as the rest of a compile.
   """
   from betarank.launch.plan import bundles
   os.environ['JAX_PLATFORMS'] = 'cpu'

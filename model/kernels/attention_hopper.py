@@ -89,8 +89,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
       t: the number of blocks of keys that the items before r have together.
       b, tile, n: the row, the number of the block of queries in the row, and the query head.
       steps, full: the number of blocks of keys to process, and how many of these, counted from the diagonal, lie within
-        the
-        documents of all queries.
+        the documents of all queries.
       """
       def one(r, t):
         # Every other round runs in reverse order, so that no program gets the longest item of every round.

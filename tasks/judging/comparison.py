@@ -65,8 +65,7 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
   """Judges whether `answer` is right if `gold` is the reference. The Judgement includes the reason.
 
   by_math_verify: a function (gold, answer) -> whether math-verify considers them equal, or None if math-verify can't
-    decide.
-    The default function always returns None.
+    decide. The default function always returns None.
   """
   if why := why_unreadable(gold, by_math_verify):
     return Judgement(Verdict.UNDECIDED, f'the gold cannot be read: {why}', gold_is_read=False)
