@@ -18,10 +18,10 @@ resampled problems.
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
   arXiv 1905.06208.
 
-Coverage of the 95 % intervals: for shares of ten problems, most of which are never solved, 96-99 %; the true
-value is missed above as well as below. For paired differences of ten problems, 96 % on average, but 90 % if a fifth of
-all problems gains 50 points, because then one set of ten in nine contains no problem that gains.
-`python -m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
+The 95 % intervals have this coverage. For shares of ten problems, most of which are never solved, it is 96-99 %, and
+the true value is missed above as well as below. For paired differences of ten problems, it is 96 % on average, but 90 %
+if a fifth of all problems gains 50 points, because then one set of ten in nine contains no problem that gains. `python
+-m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
 
 **Over seeds**, there are too few values to resample. Student's t distribution gives the limits for the noise that seeds
 add to the noise of problems. The distances from the mean to the limits are added in quadrature (MOVER, the method of

@@ -74,9 +74,12 @@ class Sweep:
                command: Callable[[Point, int], list[str]]):
     """Reads the states of earlier launches.
 
-    folder: where sweep.json and the logs are written. parallel: the largest number of points that run at the same time.
-    command: a function (point, slot) -> command. Points that run at the same time have different slots in [0,
-    parallel).
+    Args:
+      points: the points, each after the points that it needs.
+      folder: where sweep.json and the logs are written.
+      parallel: the largest number of points that run at the same time.
+      command: a function (point, slot) -> command. Points that run at the same time have different slots in [0,
+        parallel).
     """
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
     self.status = {point.name: Status() for point in points}
@@ -414,9 +417,10 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
         clean_up: Callable[[Console, Collection[int], bool], None] | None) -> None:
   """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
-  signals: the signals received so far. clean_up: a function (console, slots, keep) that is always called at the end, to
-  delete the slices; None if there are none. If the sweep was asked to stop, `keep` is True, and the slices aren't
-  deleted.
+  Args:
+    signals: the signals received so far.
+    clean_up: a function (console, slots, keep) that is always called at the end, to delete the slices; None if there
+      are no slices. If the sweep was asked to stop, `keep` is True, and the slices aren't deleted.
   """
   try:
     with Screen(sweep, console) as screen:

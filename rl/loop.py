@@ -440,7 +440,7 @@ def describe_figures(values: dict[str, float]) -> list[str]:
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:
-  """Reads the weights of the KL reference, which are those that the run started from.
+  """Reads the weights of the KL reference, which are the weights that the run started from.
 
   They are read from disk, because training changes the weights in memory.
 

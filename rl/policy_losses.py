@@ -12,7 +12,7 @@ change neither the loss nor its gradient. The trainer computes all its log-proba
 Sums and counts are returned separately and divided once at the end, so the result doesn't depend on microbatches,
 padding or the number of devices.
 
-# B rows (samples)  T tokens  pi, pi_old the policy now and when the samples were drawn  r their ratio  A advantage
+# B rows (samples)  T tokens  pi, pi_old the policy now and when the samples were drawn  r = pi / pi_old  A advantage
 """
 
 import dataclasses
@@ -196,7 +196,7 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
   """Selects the tokens that get KL-Cov's penalty. Returns bool [B, T].
 
-  They are the tokens with the highest covariance. Their number is `share` times the number of all tokens, and at least
+  These are the tokens with the highest covariance. Their number is `share` times the number of all tokens, but at least
   one.
   """
   return _highest(token_covariance(old_logp_BT, advantages_BT, mask_BT), mask_BT, jnp.sum(mask_BT), share)

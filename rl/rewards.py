@@ -13,7 +13,7 @@ from betarank.train.sampler import Sample
 
 @dataclasses.dataclass(frozen=True)
 class RewardRule:
-  """The rule for how the length of an answer changes its reward.
+  """The rule that changes the reward of an answer because of its length.
 
   Attributes:
     truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' treats it like other

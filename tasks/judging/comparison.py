@@ -309,7 +309,8 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Returns whether gold and answer can be divided into pairs of items for which `same` returns True.
+    """Returns whether gold and answer have the same number of items, and each item of the gold has its own item of the
+    answer for which `same` returns True.
 
     Returns None if `same` can't decide.
     """

@@ -235,7 +235,7 @@ class _Parser:
   def _argument(self, digit: bool = False) -> Node:
     r"""Parses the argument of a command or of ^: a group, or the following number or symbol.
 
-    digit: takes only the first digit of a number, as in \frac12.
+    digit: whether to take only the first digit of a number, as in \frac12.
     """
     if self._took('{'):
       return self._inside('}')
@@ -256,7 +256,7 @@ class _Parser:
   def _primary(self, bare: bool = False) -> Node:
     """Parses a number, a group, a function or a symbol.
 
-    bare: leaves an index, primes or brackets after a symbol unread; see `_symbol`.
+    bare: whether to leave an index, primes or brackets after a symbol unread; see `_symbol`.
     """
     self._depth += 1
     if self._depth > MAX_DEPTH:
@@ -424,7 +424,7 @@ class _Parser:
   def _symbol(self, bare: bool = False) -> Node:
     """Parses a variable with its accents, index and primes, and the numbers that it is applied to, as in f(2).
 
-    bare: leaves an index, primes or brackets unread. For example, the exponent in x^f(2) is f alone.
+    bare: whether to leave an index, primes or brackets unread. For example, the exponent in x^f(2) is f alone.
     """
     token = self._take()
     primes = _DOTS.get(token, 0)

@@ -107,7 +107,7 @@ _TABLE = _table()
 
 
 def read(tokens: list[str], bare: bool = False) -> Unit | None:
-  r"""Returns the unit that all tokens together are; None if they aren't a unit.
+  r"""Returns the unit that the tokens form together; None if they don't form a unit.
 
   Words may be multiplied, divided and raised to a power. 'square' and 'cubic' precede the unit, 'squared' and 'cubed'
   follow it.

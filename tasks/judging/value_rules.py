@@ -93,7 +93,10 @@ class ValueRules:
 
 
 def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
-  """Reads again the one of two values that has no unit, such that `5 m` means five metres. Returns (gold, answer)."""
+  """Returns (gold, answer) with variables read as units: `5 m` then means five metres.
+
+  Only a value that has variables and no unit is read again.
+  """
   gold_again, answer_again = gold, answer
   if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):
     gold_again = _read_again(gold)
