@@ -43,7 +43,8 @@ def _beta(a: float, b: float) -> Kind:
 
 
 def _mostly_unsolved(share: float) -> Kind:
-  """Returns problems of which the share `share` is never solved, and the others are solved half of the time on average.
+  """Returns problems of which the share `share` is never solved. The other problems are solved half of the time on
+  average.
   """
   return Kind(lambda rng, P: _solved((rng.random(P) >= share) * rng.beta(2, 2, P), rng), 0.5 * (1 - share))
 
@@ -51,7 +52,8 @@ def _mostly_unsolved(share: float) -> Kind:
 def _pair(change: Callable[[np.random.Generator, np.ndarray], np.ndarray], a: float = 0.5, b: float = 1.0) -> Kind:
   """Returns problems whose value is a difference of two scores: the score after a change minus the score before.
 
-  change: a function (rng, chances before) -> chances after. A chance is that of solving a problem. The chances before
+  change: a function (rng, chances before) -> chances after. A chance is the probability that a problem is solved. The
+  chances before
     have the distribution beta(a, b).
   """
   def draw(rng, P):

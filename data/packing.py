@@ -30,7 +30,7 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
   The shuffle is a bijection that depends on `key`. It applies invertible arithmetic to numbers with as many bits as
   `size` has, and repeats this until the result is below `size`. NumPy's shuffles would need an array of length `size`.
-  This shuffle is the same with all versions of NumPy, on which resumed runs rely.
+  This shuffle doesn't depend on the version of NumPy, so a run can be resumed with another version.
   """
   if size <= 1:
     return np.zeros(len(index_N), np.int64)

@@ -307,9 +307,10 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Returns True if no further unit is needed.
+    """Returns True if all units are done, or if the units before the first unfinished unit have max_documents
+    documents.
 
-    That is so if all units are done, or if the units before the first unfinished unit have max_documents documents.
+    No further unit is needed then.
     """
     count = 0
     for index in range(len(self.units)):

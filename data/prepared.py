@@ -86,7 +86,7 @@ def tokenizer_sha256(config: DataConfig) -> str:
 
 
 def read_manifest(where: epath.Path) -> dict[str, Any] | None:
-  """Returns the manifest in folder `where`, or None if the preparation hasn't begun or isn't finished.
+  """Returns the manifest in folder `where`, or None if the preparation isn't finished.
 
   Raises:
     DataError: the manifest isn't valid.

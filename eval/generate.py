@@ -273,7 +273,7 @@ class SampleFile:
   def _take_up(self) -> tuple[str, np.ndarray]:
     """Removes the lines of incomplete problems from the file, and finds the missing problems.
 
-    Returns (text, bool [P]). The text is that of the remaining lines if the file is remote, otherwise ''. The array is
+    Returns (text, bool [P]). If the file is remote, the text has the remaining lines; otherwise it is ''. The array is
     True for each of the P problems that is missing. The file is read line by line, because it may be larger than
     memory.
     """

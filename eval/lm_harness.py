@@ -73,7 +73,7 @@ class Betarank(TemplateLM):
 
     Args:
       checkpoint: a workdir or a checkpoint.
-      run: the settings of the evaluation. None means those of the checkpoint's config, overridden by `settings`.
+      run: the settings of the evaluation. None means the settings of the checkpoint's config, overridden by `settings`.
       max_length: the maximum sequence length in tokens; 0 means the training length.
       batch_size: the number of rows per forward pass. None means eval.probe.batch_size.
       device, max_batch_size: ignored. The harness passes them.

@@ -145,8 +145,8 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
 
 
 def distinct_answers(group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the number of different answers among the samples. It grows with n, so compare it only between equal
-  n.
+  """Returns [P]: the number of different answers among the samples. This number grows with the number of samples, so
+  compare it only between runs with equally many samples.
   """
   return np.array([len(np.unique(group_N[group_N >= 0])) for group_N in group_PN], dtype=np.float64)
 
@@ -155,7 +155,7 @@ def answer_entropy(group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: the entropy of the distribution of answers among the samples, in nats; 0 if no sample has an answer.
 
   Samples without an answer are left out. This is the plug-in estimate, which is too low by about (distinct - 1) / 2n,
-  so compare it only between equal n.
+  so compare it only between runs with equally many samples n.
   """
   out_P = np.zeros(len(group_PN))
   for p, group_N in enumerate(group_PN):

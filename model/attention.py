@@ -141,7 +141,7 @@ def _blocks(segments_BT):
 def _cudnn(segments_BT):
   """Returns a function (q, k, v) -> output that runs cuDNN's flash attention.
 
-  cuDNN skips blocks above the diagonal. It knows no segments, so it gets a mask [B, 1, T, T] that is True within
+  cuDNN skips blocks above the diagonal. It doesn't support segments, so it gets a mask [B, 1, T, T] that is True within
   documents.
   """
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]

@@ -58,8 +58,9 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   name: the path of the SentencePiece model, for messages.
 
   Raises:
-    HfError: the model is damaged or has no exact counterpart in tokenizer.json. That is so if it isn't BPE with byte
-      fallback, changes text (such as its spaces), has no BOS or EOS token, or has two pieces with the same text.
+    HfError: the model is damaged or has no exact counterpart in tokenizer.json. Models without a counterpart are those
+      that aren't BPE with byte fallback, change text (such as its spaces), have no BOS or EOS token, or have two pieces
+      with the same text.
   """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto

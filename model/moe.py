@@ -319,9 +319,10 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   """Returns the sum of `_expert_tiles` over all passes that have tiles.
 
-  Usually there is only one pass. The first pass runs before the loop, because a loop over all passes would start by
-  adding it to zeros. The backward pass computes each pass again, because a loop of unknown length can't save
-  intermediates. launch/plan/hlo.py recognizes the loop by the name of its scope.
+  Usually there is only one pass. The first pass runs before the loop over the further passes, because a loop over all
+  passes would have to begin with an array of zeros and add the first pass to it. The backward pass computes each pass
+  again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py recognizes the loop by the name
+  of its scope.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
   with jax.named_scope('moe/combine/overflow'):

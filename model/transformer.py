@@ -84,7 +84,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
   """A decoder layer: attention, then a feed-forward network.
 
-  Each of these gets normalized inputs, and its output is added to the residual stream.
+  Both the attention and the network get normalized inputs, and their outputs are added to the residual stream.
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):

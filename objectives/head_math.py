@@ -51,7 +51,7 @@ class TokenStats:
     head_mass: float32, the probability of the top k without the target; None if the top k wasn't computed.
     tail_mass: float32, the probability of all tokens outside the top k, without the target; None if the top k wasn't
       computed. It is computed as a sum over these tokens, which is more accurate than 1 minus the other probabilities.
-    target_valid: bool, False where the target isn't a token of the vocabulary and the weight isn't zero.
+    target_valid: bool, False at positions with a nonzero weight whose target is outside the vocabulary.
   """
 
   target_logp: jax.Array
@@ -98,7 +98,7 @@ class Options:
 
 
 def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute_dtype=None):
-  """Returns float32 logits [C, V] of C tokens. They equal those that the losses and statistics of this package use.
+  """Returns float32 logits [C, V] of C tokens. The losses and statistics of this package use exactly these logits.
 
   Args:
     hidden_CD: float [C, D].

@@ -78,7 +78,7 @@ class RewardShaping:
 
   @property
   def rewards_wrong_tokens(self):
-    """Whether a top-k search is needed. It isn't if both lambdas are zero and known before tracing."""
+    """False if both lambdas are zero and known before tracing; then no top-k search is needed. Otherwise True."""
     return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
 
   @property
@@ -186,7 +186,7 @@ def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
 
 
 def check_number(name, value, *, at_least=-math.inf):
-  """Raises ValueError if `value` isn't a number, or is a Python number that isn't finite or is less than `at_least`.
+  """Raises ValueError if `value` is None, a bool or a string, or a number that isn't finite or is less than `at_least`.
 
   Arrays and traced values pass unchecked.
   """

@@ -245,7 +245,7 @@ def sample_and_judge(
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
-  """Returns whether a prompt is used. It isn't if it is too long and `rl.long_prompts` says to skip such prompts."""
+  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts, else True."""
   rl = parts.run.rl
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 

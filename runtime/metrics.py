@@ -187,7 +187,7 @@ class Log:
       every: the number of steps from one printed line to the next.
       tensorboard: whether to write TensorBoard events.
       active: whether this process logs, which only process 0 does.
-      wandb: (project, the run's config), to send the figures to a project of Weights & Biases; None sends nothing.
+      wandb: (project, the run's config), to send the figures to a project of Weights & Biases; None to send no figures.
       describe: a function that turns the figures of a step into the texts to print, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe

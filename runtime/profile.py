@@ -10,7 +10,7 @@ from etils import epath
 class Profile:
   """Traces the steps from `first` to `last`, and writes the trace to WORKDIR/profile.
 
-  The constructor's argument `steps` is (first, last), or None to trace nothing. The trace starts before step `first` is
+  The constructor's argument `steps` is (first, last), or None for no trace. The trace starts before step `first` is
   dispatched, and ends after step `last` has finished.
   """
 

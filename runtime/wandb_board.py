@@ -20,7 +20,7 @@ FILE = 'wandb.json'
 
 
 def check(project: str) -> None:
-  """Raises ConfigError if `project` isn't empty and wandb isn't installed."""
+  """Raises ConfigError if a project is given but wandb isn't installed."""
   if project and importlib.util.find_spec('wandb') is None:
     raise ConfigError(f"config.log.wandb={project}: wandb is not installed; pip install 'betarank[wandb]'")
 

@@ -3,7 +3,7 @@
     outcome = Jail(JailConfig()).run(program)
 
 Each program gets a new jail, which is removed afterwards (code_jail_worker.py). A jail has its own process, mount,
-network and IPC namespaces, and a user who owns nothing. Its root is read-only and has the system's libraries, this
+network and IPC namespaces, and a user who owns no files. Its root is read-only and has the system's libraries, this
 Python, and 16 MB of /tmp. There is no network, no environment and no /proc. Time, memory, processes, files and output
 are limited. At the deadline, process 1 of the jail is killed, and the kernel then ends all other processes in the jail.
 All this needs Linux 5.12 with namespaces. On other systems programs are refused or, if the user accepts it, run without

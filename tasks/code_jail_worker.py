@@ -137,7 +137,9 @@ def limit(settings: dict, extra_processes: int) -> None:
 
 
 def become_nobody(user: int) -> None:
-  """If this process runs as root, changes its user to `user`, who owns nothing. Prevents it from gaining rights again.
+  """Takes all rights from this process, and prevents it from gaining rights again.
+
+  If the process runs as root, its user becomes `user`, who owns no files.
   """
   if os.geteuid() == 0:
     os.setgroups([])

@@ -56,7 +56,7 @@ def _limit(memory_mb: int) -> None:
 def _limit_cpu(seconds: int) -> None:
   """Limits the CPU time of the next item.
 
-  An item that never ends is thus ended even if the parent process has died.
+  The limit ends an item that would never end, even if the parent process has died.
   """
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]

@@ -193,8 +193,9 @@ def open_sources(loaded: Loaded) -> dict[str, Documents]:
 def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
   """Returns the problems of the task `uri`; None if `uri` is '' and no checkpoint has a task.
 
-  If `uri` is '', the task is that of the first checkpoint of an RL run. If there is none, it is the first source of
-  generated problems in the checkpoints' data. If generated problems were held out of training, only these are used.
+  If `uri` is '', the task of the first checkpoint of an RL run is used. If there is no such checkpoint, the first
+  source of generated problems in the checkpoints' data is used. If generated problems were held out of training, only
+  these are used.
 
   Raises:
     EvalError: the task can't be used.

@@ -172,7 +172,9 @@ def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
 
 
 def _edges(run: Run, metric: str) -> tuple[float, float, float]:
-  """Returns (start, end, end - start): the means over the first and the last tenth of the steps that have the figure.
+  """Returns (start, end, end - start) of a metric.
+
+  start and end are means over the first and the last tenth of the steps at which the metric was logged.
   """
   _, values = run.curves.get(f'train/{metric}', ((), np.array([])))
   values = values[np.isfinite(values)]

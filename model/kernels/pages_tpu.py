@@ -29,7 +29,7 @@ def fits(size: int, width: int) -> bool:
 def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Array:
   """Returns softmax(q·k/√H) v over the keys in each row's pages: [R, N, H], computed in float32.
 
-  The arguments are those of pages_triton.attention. The table's units aren't used.
+  The arguments are the same as for pages_triton.attention. The table's units aren't used.
   """
   (rows, heads, width), (_, _, kv_heads, size, _) = q_RNH.shape, pages_P2KSH.shape
   prefix_R = table.prefix_B

@@ -4,8 +4,8 @@
 
 The rules are about kinds of notation, not about wording. If a rule can't decide, the verdict is undecided. Expressions
 are compared by value (values.py). Notation that only math-verify can parse is compared by a function that is passed to
-`judge` as `by_math_verify`. Only worker processes pass a function that calls math-verify. The default function can't
-decide anything.
+`judge` as `by_math_verify`. Only worker processes pass a function that calls math-verify. The default function never
+decides.
 """
 
 import dataclasses
@@ -238,7 +238,8 @@ class _Comparison(ValueRules):
     """Compares equations that name a value, as in x = 3 or f(x) = x^2. Either gold or answer may also be the value
     alone.
 
-    The answer is right if its value is that of the gold. If gold and answer both have a name, the names must agree too.
+    The answer is right if its value equals the gold's value. If gold and answer both have a name, the names must agree
+    too.
     """
     if isinstance(gold, Many) and isinstance(answer, Many):
       return self._named_lists(gold, answer)
@@ -371,8 +372,8 @@ class _Comparison(ValueRules):
   def _inequalities(self, gold: Relation, answer: Relation) -> bool | None:
     """Compares inequalities of several variables.
 
-    They are the same if one of them is the other multiplied by a constant. A negative constant must reverse the
-    direction.
+    Two inequalities are the same if multiplying one of them by a constant gives the other. A negative constant must
+    reverse the direction.
     """
     differences = [equations.difference(side) for side in (gold, answer)]
     if None in differences:
@@ -420,9 +421,7 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 
 
 def _choice(reading: Reading) -> str:
-  """Returns the letter of a multiple-choice answer; '' if there is none. Examples are (C), C, and a label before a
-  value, (C) 5.
-  """
+  """Returns the letter of a multiple-choice answer such as C, (C), or (C) 5; '' if the answer isn't multiple choice."""
   letters = [t for t in reading.tokens if t not in '().:{}']
   if letters and len(letters[0].lstrip("'")) == 1 and letters[0].lstrip("'").isupper() and (
       len(letters) == 1 or ')' in reading.tokens[:3]):

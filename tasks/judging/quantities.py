@@ -10,7 +10,8 @@ _WITHIN_UNITS = {'^', '{', '}', '/', r'\cdot', '-', '(', ')', '.', r'\mu', r'\se
 
 
 def split_unit(tokens: list[str], bare: bool) -> tuple[list[str], Unit | None]:
-  r"""Returns (the tokens of the number, its unit or None). A unit is separated only if the rest can be a number.
+  r"""Returns (the tokens of the number, its unit or None). A unit is separated only if the remaining tokens can be a
+  number.
 
   bare: whether single letters outside \text, as in `5m`, may be units too.
   """

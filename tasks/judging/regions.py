@@ -95,6 +95,6 @@ def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
 
 
 def _variable(side: Reading | None) -> str:
-  """Returns the variable that a side consists of; '' if the side is anything else than a variable."""
+  """Returns the variable that a side consists of; '' if the side isn't a single variable."""
   name = name_of(side) if isinstance(side, Value) and side.unit is None else None
   return name.key if name else ''
