@@ -87,8 +87,9 @@ class DataConfig:
 
   @property
   def longest_document(self) -> int:
-    """The largest size of a document in bytes. Longer documents are split. The default is larger than what fits into a
-    row.
+    """The largest size of a document in bytes. Longer documents are split.
+
+    By default, this is 64 KiB, or 8 bytes per token of a row if that is more.
     """
     return self.document_bytes or max(65_536, 8 * self.sequence_length)
 

@@ -292,6 +292,8 @@ def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: C
 
   Only the memory for `documents` lengths is allocated, even if the file is damaged.
 
+  size: the size of the file in bytes.
+
   Raises:
     ValueError: the file isn't an array of `documents` lengths.
   """

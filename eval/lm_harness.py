@@ -245,7 +245,9 @@ def trained_length(subject: CheckpointRef) -> int:
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (log-probability of each next token, whether it is the most probable token), both [B, T - 1].
 
-  Log-probabilities are in nats. live_BT: 1 at positions to score, 0 in padding.
+  Log-probabilities are in nats.
+
+  live_BT: 1 at positions to score, 0 in padding.
   """
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
   batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)

@@ -134,7 +134,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | None, include_path: str,
              max_length: int) -> None:
-  """Evaluates checkpoints on the 19 benchmarks, skipping those with results, and prints the table of scores.
+  """Evaluates checkpoints on those of the 19 benchmarks that have no results yet, and prints the table of scores.
 
   The arguments have the same meaning as in lm_harness.harness.
 

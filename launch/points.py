@@ -278,7 +278,8 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns one line for each local file that a point needs, which the point can't read if it runs on another machine.
+  """Returns one line for each local file that a point needs. A point that runs on another machine can't read these
+  files.
   """
   readers: dict[str, list[str]] = {}
   for point in points:

@@ -354,7 +354,7 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
   """Returns the values of each row's token, [C, R, D]. Empty rows get the values of arbitrary tokens.
 
-  The function is also called with one value per pair instead of one row per token (k = 1).
+  With k = 1, x_GD has one row per pair instead of one row per token.
   """
   return x_GD.at[pair_CR // k].get(mode='clip')
 

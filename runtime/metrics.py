@@ -110,7 +110,7 @@ class Clock:
     return _Span(self, '_apart')
 
   def lap(self) -> tuple[float, float]:
-    """Returns (the seconds since the last call, the share of them that was spent waiting for input)."""
+    """Returns (the seconds since the last call, the share of this time that was spent waiting for input)."""
     now = time.perf_counter()
     seconds = max(now - self._last - self._apart, 1e-9)
     wait = self._waited / seconds

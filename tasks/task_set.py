@@ -264,8 +264,7 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Returns True if only the reference itself gets the score 1 for this task, so that no worker is needed to grade
-  answers.
+  """Returns True if only the reference itself gets the score 1 for this task. Such answers are graded without a worker.
   """
   from reasoning_gym.dataset import ProceduralDataset
   from reasoning_gym.factory import DATASETS

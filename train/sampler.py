@@ -544,7 +544,10 @@ def _pick(mass_RN, u_R):
 
 
 def _kept(s, z_RV):
-  """Returns bool [R, V]: True for the tokens that may be drawn, given temperature 0, top_k and then top_p."""
+  """Returns bool [R, V]: True for the tokens that may be drawn.
+
+  Each row keeps its top_k most probable tokens (one token at temperature 0), and of these the ones that top_p allows.
+  """
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))
   p_RK = jax.nn.softmax(value_RK)

@@ -28,7 +28,7 @@ SYMBOLS = {'beta': 'β', 'lambda_head': 'λ̃', 'lambda_tail': 'λ̂'}
 
 
 def read_sweep(root: str | epath.Path) -> Sweep:
-  """Returns every run under `root` with its name, stage, arm and parent. Notes list what is missing or odd."""
+  """Returns every run under `root` with its name, stage, arm and parent. `Sweep.notes` lists what is missing or odd."""
   sweep = Sweep(epath.Path(root))
   named: dict[int, str] = {}  # id of a run -> arm as its sweep names it
   for path, arm in _find_runs(sweep.root, DEPTH, set(), {}, sweep):

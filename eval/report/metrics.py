@@ -65,7 +65,7 @@ def title(name: str) -> str:
 
 
 def shown(name: str, value: float) -> str:
-  """Returns a value as text, without its unit, which the title of the table row has."""
+  """Returns a value as text. The unit isn't part of the text, because the title of the table row has it."""
   found = metric(name)
   return _minus(f'{found.factor * value:{found.form}}')
 

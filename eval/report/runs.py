@@ -1,4 +1,4 @@
-"""Defines the data of a report: runs, with everything that could be read of their workdirs, and a sweep, which has all
+"""Defines the data of a report: runs, with everything that could be read in their workdirs, and a sweep, which has all
 runs and notes on them.
 """
 
@@ -141,7 +141,8 @@ class Run:
   def flops(self) -> float:
     """The FLOPs of training so far, counted as for a run's MFU.
 
-    NaN for RL, because sampling takes most of its FLOPs, and NaN if the config lacks the settings.
+    NaN for RL, because most of its FLOPs are those of sampling, which aren't counted. Also NaN if the config lacks the
+    settings for the count.
     """
     if self.is_rl:
       return math.nan

@@ -464,7 +464,7 @@ def _commands(run: Run, probe: bool, benchmark: str) -> list[str]:
   """Returns a comment on the origin of a run, and the commands that recreate the run and its evaluation.
 
   Args:
-    probe: whether to include the command of its newest probe.
+    probe: whether to include the command of the newest probe of the run.
     benchmark: the benchmark whose sampling command is included; '' for none.
   """
   quote = lambda path: shlex.quote(str(path))

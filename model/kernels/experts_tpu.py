@@ -32,8 +32,9 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
   """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D], where gate, up and down are the weights of each tile's
   expert.
 
-  weight_CR: float32, the factor of each row. expert_C: int32, the expert number of each tile, in ascending order. used:
-  int32 scalar. Only the first `used` tiles of the output are defined.
+  weight_CR: float32, the factor of each row.
+  expert_C: int32, the expert number of each tile, in ascending order.
+  used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
   weights = gate_eDF, up_eDF, down_eFD
   tile, column, of_expert = _blocks(x_CRD, weights)

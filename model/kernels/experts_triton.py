@@ -30,8 +30,9 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
   """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D], where gate, up and down are the weights of each tile's
   expert.
 
-  weight_CR: float32, the factor of each row. expert_C: int32, the expert number of each tile, in ascending order. used:
-  int32 scalar. Only the first `used` tiles of the output are defined.
+  weight_CR: float32, the factor of each row.
+  expert_C: int32, the expert number of each tile, in ascending order.
+  used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
   both_CRF = checkpoint_name(product(x_CRD, jnp.concatenate([gate_eDF, up_eDF], 2), expert_C, used), 'mlp')
   gate_CRF, up_CRF = jnp.split(both_CRF.astype(jnp.float32), 2, axis=2)
@@ -43,8 +44,8 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
   """Returns each tile times its expert's weights, [C, R, O].
 
-  expert_C: int32, the expert number of each tile, in ascending order. used: int32 scalar. Only the first `used` tiles
-  of the output are defined.
+  expert_C: int32, the expert number of each tile, in ascending order.
+  used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
   return _matmul(x_CRI, w_eIO, expert_C, used, transposed=False)
 

@@ -68,9 +68,7 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns per group. This is also the number of logits of a group, which has one lane of its
-  columns.
-  """
+  """Returns the number of columns per group. A group has one logit of each of its columns, all in the same lane."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
