@@ -7,12 +7,12 @@ a second sample, usually of two to five.
 resampled problems.
 
 - Values with two bounds (shares, differences of shares) are studentized on the arcsine scale, asin(sqrt(u)) for u in
-  [0, 1], which makes the variance near a bound more even. Intervals of skewed shares are then as skewed as they should
-  be. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric
-  form, Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
+  [0, 1], which makes the variance near a bound more even. Intervals of skewed shares are then skewed too. Source: Efron
+  and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form, Hall, The
+  Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
-  than there is.
-- No limit exceeds Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
+than all possible problems have. - No limit exceeds Gaffke's bound, which holds, as far as is known, for any
+distribution between two bounds. It is a
   quantile of the mean of the sorted values and one more value at the bound, with weights from a flat Dirichlet
   distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
@@ -20,8 +20,8 @@ resampled problems.
 
 The 95 % intervals have this coverage. For shares of ten problems, most of which are never solved, it is 96-99 %, and
 the true value is missed above as well as below. For paired differences of ten problems, it is 96 % on average, but 90 %
-if a fifth of all problems gains 50 points, because then one set of ten in nine contains no problem that gains. `python
--m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
+if a fifth of all problems gains 50 points, because then one in nine sets of ten problems contains no problem that
+gains. `python -m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
 
 **Over seeds**, there are too few values to resample. Student's t distribution gives the limits for the noise that seeds
 add to the noise of problems. The distances from the mean to the limits are added in quadrature (MOVER, the method of

@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
   """The result of a program.
 
   passed: whether the program ran to its end.
-  why: the reason why it didn't: 'deadline', or the last line that the program printed. '' if it ran to its end.
+  why: '' if the program ran to its end. Otherwise 'deadline', or the last line that the program printed.
   """
 
   passed: bool

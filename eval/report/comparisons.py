@@ -335,7 +335,8 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
 def gains(sweep: Sweep, k: int) -> list[Comparison]:
   """Returns comparisons that show what RL changed in each arm, by stage, benchmark and metric.
 
-  Samples after RL are compared with samples of the checkpoint that RL started from. A pair has the same seed.
+  Samples after RL are compared with samples of the checkpoint that RL started from. Both runs of a pair have the same
+  seed.
 
   k: the k of Pass@k.
   """
