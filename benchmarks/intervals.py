@@ -53,8 +53,7 @@ def _pair(change: Callable[[np.random.Generator, np.ndarray], np.ndarray], a: fl
   """Returns problems whose value is a difference of two scores: the score after a change minus the score before.
 
   change: a function (rng, chances before) -> chances after. A chance is the probability that a problem is solved. The
-  chances before
-    have the distribution beta(a, b).
+    chances before have the distribution beta(a, b).
   """
   def draw(rng, P):
     before_P = rng.beta(a, b, P)

@@ -134,7 +134,8 @@ def _named(name: str):
 
 
 class _Preparation:
-  """A source that is being prepared: its settings, its units, and the folder of its shards and markers."""
+  """A source that is being prepared: its settings, its units of work, and the folder of its shards and of the markers
+  that say which shards are complete."""
 
   def __init__(self, config: DataConfig, name: str):
     self.config, self.name = config, name
@@ -181,7 +182,10 @@ class _Preparation:
     write_atomically(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
 
   def markers(self, job: Job) -> dict[int, list[Marker]]:
-    """Returns {number of the unit: the markers of its complete pieces, in order}."""
+    """Returns {number of a unit: the markers of the unit's complete pieces, in order}.
+
+    A unit is a numbered part of the source, and is written in pieces. A marker is the JSON file that completes a piece.
+    """
     names = sorted(name for name in storage.open_folder(job.folder).sizes()
                    if name.startswith('unit-') and name.endswith('.json'))
     read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
@@ -226,8 +230,8 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
                  report: Report = lambda _: None) -> None:
-  """Tokenizes part number `part` (0 to parts - 1) of source `name`: every parts-th unit. Does nothing if the source is
-  finished.
+  """Tokenizes part number `part` (0 to parts - 1) of source `name`: every parts-th of its units of work. Does nothing
+  if the source is finished.
 
   Processes on other machines may work on other parts at the same time. For the other arguments and the errors, see
   `prepare_source`.
@@ -242,10 +246,10 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
 
 
 def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
-  """Turns the tokenized units of source `name` into a data set, and returns its manifest.
+  """Turns the tokenized shards of source `name` into a data set, and returns the set's manifest.
 
   Raises:
-    DataError: units aren't complete, a split is empty, or there are too many bad rows.
+    DataError: not everything is tokenized, a split is empty, or there are too many bad rows.
   """
   preparation = _Preparation(config, name)
   if manifest := preparation.finished():
@@ -294,7 +298,7 @@ def _run_unit(index: int, unit: sources.Unit, limit: int, done: list[Marker]) ->
 
 
 class _State:
-  """Records which units are done, and reports the progress."""
+  """Records which units of work are done, and reports the progress."""
 
   def __init__(self, preparation: _Preparation, job: Job, mine: range, report: Report):
     self.units, self.mine, self._report = preparation.units, mine, report
@@ -334,7 +338,7 @@ class _State:
 
 
 def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool) -> None:
-  """Tokenizes those units of `mine` that aren't done yet.
+  """Tokenizes those units of work, of the numbers in `mine`, that aren't done yet.
 
   stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
     on the source.
@@ -425,7 +429,8 @@ def _empty_split(markers: list[Marker]) -> str:
 
 
 def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
-  """Returns the markers of the pieces that contain the first max_documents documents (0: all documents), in order.
+  """Returns the markers (descriptions) of the pieces that contain the first max_documents documents (0: all documents),
+  in order.
 
   If a piece has too many documents, it is written again with fewer.
 
@@ -461,7 +466,7 @@ def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
 
 
 def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
-  """Turns the pieces into a data set, and returns its manifest.
+  """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
 
   The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
 

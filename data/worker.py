@@ -32,12 +32,12 @@ _REPORTED = 2**20  # bytes of text between two reports of progress
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The settings that are the same for all units of a source. Each worker process gets them once, when it starts.
+  """The settings that are the same for all parts of a source. Each worker process gets them once, when it starts.
 
   Attributes:
     name: the source.
     config: the settings of the data.
-    folder: where shards and markers are written.
+    folder: where shards, and the markers that describe them, are written.
     share: whether each text is divided: its end goes to the validation split, and the rest to training. Dialogues can't
       be divided, so a few whole dialogues go to validation. If share is False, every document goes to one split as a
       whole.
@@ -66,7 +66,8 @@ class Worker:
 
   def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
           report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """Writes the pieces of a unit that don't exist yet, and yields the marker of each new piece.
+    """Writes those pieces of a unit that don't exist yet. Yields the marker of each new piece, which describes the
+    piece.
 
     Args:
       index: the number of the unit.

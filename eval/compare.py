@@ -150,7 +150,8 @@ def _sources(run: Run) -> list[str]:
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns (title, columns, rows, notes) of the table of RL runs. A cell shows a run's figure as 'start -> end'."""
+  """Returns (title, columns, rows, notes) of the table of RL runs. A cell shows a run's metric at the start and at the
+  end, as 'start -> end'."""
   held_out = sorted({key for run in runs for key in evaluations(run)})
   rows, notes = [], []
   for label, run in zip(labels, runs):

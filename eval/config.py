@@ -114,7 +114,7 @@ class CheckpointRef:
     path: the path of the checkpoint.
     run: the workdir of its run. Results are written to its folder `eval`.
     step: the step of the run at which the checkpoint was saved.
-    meta: the checkpoint's meta, which records its origin (see `train.setup.lineage`).
+    meta: the checkpoint's metadata, which records its origin (see `train.setup.lineage`).
   """
 
   path: epath.Path

@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
   """A checkpoint and its parameters.
 
   Attributes:
-    ref: the checkpoint's path, step and meta.
+    ref: the checkpoint's path, step and metadata.
     run: the settings of the model, its data and its evaluation.
     name: the path of the checkpoint's workdir.
     objective: how the objective of the checkpoint's pre-training differs from cross-entropy, such as 'CE' or 'β =

@@ -80,7 +80,7 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
 
 
 def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
-  """Returns {name: array [N]}: the results of `values` for all batches of a domain, concatenated. Equal in every
+  """Returns {name: array [N]}: the results of `values` for all batches of source `name`, concatenated. Equal in every
   process.
 
   Positions that don't count are left out.
@@ -98,7 +98,8 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """Yields the domain's rows in batches of `batch_size`. With several processes, a batch has only this process's rows.
+  """Yields the rows on which source `name` is probed, in batches of `batch_size`. With several processes, a batch has
+  only this process's rows.
 
   The rows don't depend on the batch size. The last batch is filled up with rows of padding (segment 0).
   """
@@ -112,7 +113,7 @@ def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> It
 
 
 def _fingerprint(run: EvalRun, name: str) -> str:
-  """Returns the sha256 of the rows of tokens on which the domain is probed."""
+  """Returns the sha256 of the rows of tokens on which source `name` is probed."""
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
@@ -156,7 +157,8 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 
 
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
-  """Returns the figures of one domain, computed in float64. A figure's name ends with its unit, if it has one.
+  """Returns the figures of one domain (source of the data), computed in float64. A figure's name ends with its unit, if
+  it has one.
 
   coverage[n] is the share of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
   target at most once. The share is an upper bound of the token-level coverage profile of arXiv 2510.15020, P[p_data /

@@ -11,12 +11,12 @@ resampled problems.
   and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form, Hall, The
   Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
-than all possible problems have. - No limit exceeds Gaffke's bound, which holds, as far as is known, for any
-distribution between two bounds. It is a
+  than all possible problems have.
+- No limit exceeds Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
   quantile of the mean of the sorted values and one more value at the bound, with weights from a flat Dirichlet
   distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
-  have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
-  arXiv 1905.06208.
+  have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv
+  1905.06208.
 
 The 95 % intervals have this coverage. For shares of ten problems, most of which are never solved, it is 96-99 %, and
 the true value is missed above as well as below. For paired differences of ten problems, it is 96 % on average, but 90 %

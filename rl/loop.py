@@ -343,7 +343,7 @@ def check_steps(rl: RlConfig, root: epath.Path) -> None:
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
   """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
 
-  parent: the meta of the checkpoint that the run starts from.
+  parent: the metadata of the checkpoint that the run starts from.
   """
   documents = setup.whole_config(parent).get('data', {})
   made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())

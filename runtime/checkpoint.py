@@ -92,7 +92,7 @@ class Checkpoints:
 
     Args:
       state: the state to save.
-      meta: the meta to save. The step and the shapes are added here.
+      meta: the metadata to save. The step and the shapes are added here.
       step: the number of the step.
       best: the step whose checkpoint is never deleted, or None.
 
@@ -130,7 +130,7 @@ class Checkpoints:
     return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Returns (state, meta) of the newest checkpoint. The arrays of the state get the shardings of `target`.
+    """Returns (state, metadata) of the newest checkpoint. The arrays of the state get the shardings of `target`.
 
     Raises:
       CheckpointError: the checkpoint can't be read, or its shapes or dtypes differ from those of `target`.
@@ -302,7 +302,7 @@ def _first_message_of_any_process(text: str) -> str:
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-  """Returns the meta of a checkpoint. Reads no arrays and doesn't initialize JAX's backend."""
+  """Returns the metadata of a checkpoint. Reads no arrays and doesn't initialize JAX's backend."""
   try:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)
@@ -315,7 +315,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-  """Returns (state, meta) of the checkpoint at `path`. The arrays of the state get the shardings of `target`.
+  """Returns (state, metadata) of the checkpoint at `path`. The arrays of the state get the shardings of `target`.
 
   Raises:
     CheckpointError: the checkpoint is damaged, or its shapes differ from those of `target`.
@@ -331,7 +331,7 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Returns (parameters, meta) of the checkpoint at `path`. The parameters get the shardings of `params`.
+  """Returns (parameters, metadata) of the checkpoint at `path`. The parameters get the shardings of `params`.
 
   The optimizer's state isn't read.
 

@@ -18,7 +18,7 @@ def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Map
 
   Args:
     config: the config to change. It must not be locked, and the overrides must not be applied yet.
-    trained: the checkpoint's meta.
+    trained: the checkpoint's metadata.
     overrides: the overrides of the command line, as in `load.load`.
 
   Raises:

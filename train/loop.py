@@ -130,7 +130,7 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
   the budget is larger than before, but the learning rate has already begun to decay, and the larger budget would raise
   it again.
 
-  meta: the meta of the newest checkpoint.
+  meta: the metadata of the newest checkpoint.
   """
   steps = checkpoint.steps(root / 'checkpoints')
   if not steps:

@@ -93,8 +93,8 @@ class Pages:
     """Gives each running sample enough pages for `tokens` further tokens, the oldest sample first. Returns the stopped
     samples.
 
-    Further tokens are those after the first `count` tokens of a sample. If a part has no page left, the sample of this
-    part that started last is stopped.
+    Further tokens are those after the first `count` tokens of a sample. If a part of the mesh has no free page, the
+    sample of this part that started last is stopped.
     """
     stopped = []
     for part in self._parts:
@@ -114,9 +114,9 @@ class Pages:
   ) -> tuple[list[Running], list[Prefix | None]]:
     """Starts samples from the queue while there are free rows and pages.
 
-    A sample starts only if its part then still has one page for every running sample that may need more pages. No
-    sample starts in a part in which the last call of `grow` stopped a sample. Samples whose prompt is already in the
-    part start first.
+    A sample starts only if its part of the mesh then still has one page for every running sample that may need more
+    pages. No sample starts in a part in which the last call of `grow` stopped a sample. Samples whose prompt is already
+    in the part start first.
 
     Args:
       queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from the
@@ -189,7 +189,7 @@ class Pages:
     """Returns the pages into which prompts are to be written, int32 [parts, prompt_pages].
 
     Args:
-      prefixes: for each part, the prompt to write, or None.
+      prefixes: for each part of the mesh, the prompt to write, or None.
       out_of_range: the number to use where there is no page to write.
     """
     pages_FI = np.full((len(prefixes), self._prompt_pages), out_of_range, np.int32)
@@ -217,7 +217,7 @@ class Pages:
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:
-    """Returns True if a part has at least `pages` free pages.
+    """Returns True if a part of the mesh has at least `pages` free pages.
 
     First frees the pages of prompts that no running sample uses. If the queue still has samples of such a prompt, the
     prompt's pages are freed only if there are too few free pages.

@@ -63,7 +63,7 @@ def make_mesh(
 
 
 def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
-  """Returns the meta of the checkpoint that a run in the workdir `root` begins from; {} if it begins from random
+  """Returns the metadata of the checkpoint that a run in the workdir `root` begins from; {} if it begins from random
   weights.
 
   Raises:
@@ -145,7 +145,7 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
   Args:
     path: the tokenizer's file.
     c: the model; it must have at least as many tokens as the tokenizer.
-    trained: the meta of the checkpoint that the tokenizer will be used with, if there is one.
+    trained: the metadata of the checkpoint that the tokenizer will be used with, if there is one.
 
   Raises:
     DataError: the file isn't a tokenizer, or has more tokens than the model.
@@ -160,7 +160,7 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
 
 
 def trained_tokenizer(meta: Mapping[str, Any]) -> str:
-  """Returns the path of the tokenizer that a checkpoint was trained with. meta is the checkpoint's meta."""
+  """Returns the path of the tokenizer that a checkpoint was trained with. `meta` is the checkpoint's metadata."""
   if 'tokenizer' in meta:
     return meta['tokenizer']
   own = meta['config']['data']
@@ -173,7 +173,7 @@ def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
   A checkpoint of an RL run inherits the sections on data and objective from the pre-training that the RL run started
   from.
 
-  meta: the meta of the checkpoint.
+  meta: the metadata of the checkpoint.
   """
   config, inherited = dict(meta['config']), meta.get('inherited', {})
   if 'sources' not in config['data'] and 'data' in inherited:
@@ -239,7 +239,7 @@ def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields
 
   The check is needed because the settings don't change the shapes of arrays, so the checkpoint could be restored.
 
-  trained: the meta of the checkpoint.
+  trained: the metadata of the checkpoint.
   fields: the names of the settings.
   """
   before = trained['config']['model']

@@ -57,12 +57,14 @@ class Explorer:
             'sources': {name: len(documents) for name, documents in self.sources.items()}, 'task': task}
 
   def text(self, text: str, samples: int = 0, sampling: Sampling | None = None) -> dict[str, Any]:
-    """Returns the view of a text, with `samples` continuations by each checkpoint."""
+    """Returns the view (what the page shows, as JSON values) of a text, with `samples` continuations by each
+    checkpoint.
+    """
     return self._view(text, samples, sampling, None)
 
   def document(self, source: str, index: int) -> dict[str, Any]:
-    """Returns the view of document number `index` of a source's validation split. A long document is cut after its
-    beginning.
+    """Returns the view (what the page shows, as JSON values) of document number `index` of a source's validation split.
+    A long document is cut after its beginning.
     """
     if source not in self.sources:
       raise EvalError(f'no source {source!r}; there are {", ".join(self.sources) or "none"}')
@@ -73,7 +75,10 @@ class Explorer:
     return self.text(self._tokenizer.decode(tokens[:MOST_TOKENS // 2].tolist()))
 
   def problem(self, index: int, samples: int, sampling: Sampling) -> dict[str, Any]:
-    """Returns the view of problem number `index`, with `samples` answers by each checkpoint and their verdicts."""
+    """Returns the view (what the page shows, as JSON values) of problem number `index`.
+
+    The view has `samples` answers by each checkpoint and their verdicts.
+    """
     if self.tasks is None:
       raise EvalError('there are no problems; name a task with --task=reasoning:NAME or --task=jsonl:FILE')
     last = MOST_PROBLEMS if self.tasks.size is None else self.tasks.size - 1
@@ -147,7 +152,7 @@ def labels(models: Sequence[Loaded]) -> list[str]:
 
 
 def passage(row: Sequence[int], of_models: Sequence[Figures], start: int) -> dict[str, Any]:
-  """Returns the passage of the tokens row[start:].
+  """Returns the tokens row[start:] with the predictions of each checkpoint, as JSON values for the page.
 
   of_models: the figures of each checkpoint for the whole row.
   """

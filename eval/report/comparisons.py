@@ -1,6 +1,6 @@
-"""Compares arms with their baselines, and computes an interval for each figure and each difference.
+"""Compares arms with their baselines, and computes an interval for each metric and each difference.
 
-A figure has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
+A metric has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
 between runs that agree in everything but the objective (agreement.py). If runs disagree, the comparison says in what. A
 difference from a single seed may have an interval over problems, but it has no verdict, because one seed doesn't show
 how much seeds differ.
@@ -33,11 +33,12 @@ ByProblem = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # SampleSet.metric
 
 @dataclasses.dataclass
 class Comparison:
-  """One figure of one arm, and its difference to the figure of the baseline on the same seeds (and problems).
+  """One metric of one arm (the runs with one objective), and its difference to the baseline arm on the same seeds and
+  problems.
 
   Attributes:
-    subject: what the figure is measured on: a benchmark, a task, a domain of the probe, or a part of an RL run.
-    value, difference: the figure and the difference, with their intervals; None if unknown.
+    subject: what the metric is measured on: a benchmark, a task, a domain of the probe, or a part of an RL run.
+    value, difference: the metric's mean and the difference, with their intervals; None if unknown.
     p_holm: the p-value of the difference after Holm's correction; NaN if the difference comes from a single seed.
     remark: why there is no difference, or what limits it.
   """
@@ -115,9 +116,9 @@ def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A figure of a run at a step. Two figures may be compared only if their `basis` is equal.
+  """A metric of a run at a step. Two values may be compared only if their `basis` is equal.
 
-  basis: what the figure depends on besides the run, such as the tokens and the settings of the evaluation.
+  basis: what the value depends on besides the run, such as the tokens and the settings of the evaluation.
   """
 
   value: float
@@ -129,9 +130,9 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the figures from each run's newest probe, by stage, domain and arm.
+  """Returns comparisons of the metrics of each run's newest probe, by stage, domain (a source of the data) and arm.
 
-  If a stage has no probes, the figures come from the last validation in training.
+  If a stage has no probes, the metrics are those of the last validation in training.
   """
   out = []
   for stage in sweep.stages:
@@ -158,7 +159,7 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the figures that RL logged: at its start, at its end, and the change between them.
+  """Returns comparisons of the metrics that RL logged: at its start, at its end, and the change between them.
 
   Start and end are means over the first and the last tenth of the steps.
   """
@@ -225,9 +226,9 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 
 
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
-  """Returns comparisons of figures that have one value per run. Runs are paired by seed.
+  """Returns comparisons of metrics that have one value per run. Runs are paired by seed.
 
-  read: a function (run, metric) -> Measured, or None if the run doesn't have the figure.
+  read: a function (run, metric) -> Measured, or None if the run doesn't have the metric.
   """
   out = []
   for arm in sweep.arms:

@@ -1,4 +1,4 @@
-"""Defines the names, units and formats of the report's figures."""
+"""Defines the titles, units and formats of the report's metrics."""
 
 import dataclasses
 import math
@@ -9,10 +9,10 @@ from betarank.eval.statistics import Estimate
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How a figure is shown.
+  """How a metric is shown.
 
   Attributes:
-    title: the figure's title.
+    title: the metric's title.
     form: the format of a value and of a difference, which are first multiplied by `factor`.
     unit, factor: the unit, and the factor that converts a value to it.
     change_unit: the unit of a difference; '' if it is the same as the unit of the value.
@@ -49,7 +49,7 @@ _METRICS = {
 
 
 def metric(name: str) -> Metric:
-  """Returns how the figure `name` is shown. Names with a number, such as 'pass_at_8', and unknown names are accepted
+  """Returns how the metric `name` is shown. Names with a number, such as 'pass_at_8', and unknown names are accepted
   too.
   """
   if name.startswith('pass_at_'):

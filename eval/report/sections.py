@@ -410,7 +410,10 @@ def _csv_row(c: Comparison) -> tuple:
 
 
 def _several(runs: Sequence[Run], read: Callable[[Run], float]) -> str:
-  """Returns a figure of several runs as text: one number if it is the same for all runs, otherwise the range."""
+  """Returns a number of several runs as text: one number if it is the same for all runs, otherwise the range.
+
+  read: a function run -> number.
+  """
   values = sorted({read(run) for run in runs if math.isfinite(read(run))})
   form = lambda x: f'{x:,.0f}' if x < 1e5 else f'{x / 1e6:,.4g}M' if x < 1e11 else f'{x:.3g}'.replace('e+', 'e')
   return ' to '.join(form(x) for x in dict.fromkeys((values[0], values[-1]))) if values else '–'
