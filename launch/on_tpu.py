@@ -57,7 +57,7 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 
 
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
-  """Deletes the slices of these slots. The last printed line names the slices that still cost money.
+  """Deletes the slices with the numbers `slots`. The last printed line names the slices that still cost money.
 
   keep: if True, no slice is deleted, because the sweep was asked to stop and the next launch will use the slices.
   """

@@ -147,7 +147,9 @@ class Sweep:
         self._wait()
 
   def _begin(self, point: Point) -> bool:
-    """Starts a point if a slot is free and the points that it needs are finished. Returns whether the point's state has
+    """Starts a point if the points that it needs are finished and fewer than `parallel` commands are running.
+
+    If a point that it needs has failed, the point is marked as skipped instead. Returns whether the point's state has
     changed.
     """
     status = self.status[point.name]
@@ -251,7 +253,9 @@ class Sweep:
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
 
   def slots(self) -> set[int]:
-    """Returns the slots that commands of this sweep have used, in any launch."""
+    """Returns the slots that commands of this sweep have used, in any launch. Commands that run at the same time have
+    different slots.
+    """
     return {status.slot for point in self.points for status in [self.status[point.name]]
             if status.slot >= 0 and point.stage != 'data'}
 
