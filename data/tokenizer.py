@@ -166,8 +166,7 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
 
 
 def sha256_of(path: str) -> str:
-  """Returns read_tokenizer(path).sha256, faster than by reading the tokenizer. Raises DataError as read_tokenizer does.
-  """
+  """Returns the same as read_tokenizer(path).sha256, but faster. Raises DataError as read_tokenizer does."""
   file = find(path)
   return tokenizer_json.sha256_of(file) if file.suffix == '.json' else _sha256(read_file(file, _ADVICE))
 

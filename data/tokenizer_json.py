@@ -186,8 +186,8 @@ class JsonTokenizer:
     """Reads the tokenizer.json at `where`, and tokenizer_config.json and generation_config.json in the same folder.
 
     Raises:
-      DataError: a file is missing or broken, no file names an EOS token, or the tokenizer isn't BPE, is random, or
-        loses or changes text.
+      DataError: a file is missing or broken, no file names an EOS token, or the tokenizer isn't BPE, tokenizes at
+        random, or loses or changes text.
     """
     import tokenizers
 

@@ -138,7 +138,9 @@ def _import_path() -> str:
 
 
 def _cpu_s(pid: int) -> float | None:
-  """Returns the CPU seconds that a process has used; None if the system doesn't say, so that wall time must be used."""
+  """Returns the CPU seconds that a process has used; None if the system doesn't provide them. The caller then uses wall
+  time.
+  """
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:

@@ -52,8 +52,9 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if the steps of two runs are equal. Otherwise returns one reason, which names both steps and the tokens
-  seen.
+  """Returns [] if the steps of two runs are equal. Otherwise returns one reason why they can't be compared.
+
+  The reason names both steps and the tokens seen.
   """
   if step == other_step:
     return []

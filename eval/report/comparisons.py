@@ -363,8 +363,9 @@ def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any,
 
 
 def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
-  """Returns [] if two sets of samples have equal settings. Otherwise returns one reason, which names the settings that
-  differ.
+  """Returns [] if two sets of samples have equal settings. Otherwise returns one reason why they can't be compared.
+
+  The reason names the settings that differ.
   """
   differing = [key for key in SAME_SETTINGS if found.settings.get(key) != other.settings.get(key)]
   return [f'sampled with other {", ".join(differing)}'] if differing else []
