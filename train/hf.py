@@ -192,8 +192,8 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file from which the tokenizer is to be read. '' means the whole folder, with its
-  tokenizer.json.
+  """Returns the name of the file from which the tokenizer is to be read. '' means that the folder itself is read, i.e.
+  its tokenizer.json.
 
   Folders that `export` wrote can have a SentencePiece model and the tokenizer.json made from it. Then the SentencePiece
   model is read, so that the tokenizer keeps its hash.
