@@ -158,6 +158,11 @@ class Run:
     return float(np.nansum(self.curves['time/step_s'][1])) if 'time/step_s' in self.curves else math.nan
 
   @property
+  def wall_s(self) -> float:
+    """The wall time of the run in seconds, with compilation, evaluation and saving; NaN if not recorded."""
+    return float(self.curves['time/elapsed_s'][1][-1]) if 'time/elapsed_s' in self.curves else math.nan
+
+  @property
   def tokens_per_s(self) -> float:
     """The median over steps of the tokens per second; NaN if not recorded.
 
