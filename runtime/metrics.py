@@ -51,10 +51,10 @@ def peak_flops(device: jax.Device) -> float | None:
 class JsonLines:
   """A file with one JSON object per line. Each object has the key `step`.
 
-  Opening the file with the argument `step` removes all lines whose step is later.
+The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
 
   Attributes:
-    last: the last object in the file when it was opened; {} if there was none.
+    last: the last object that the file had when it was opened, of those that remain; {} if there was none.
   """
 
   def __init__(self, path: epath.Path, step: int):
