@@ -139,7 +139,7 @@ class Run:
 
   @property
   def flops(self) -> float:
-    """The FLOPs of training so far, counted as for a run's MFU.
+    """The FLOPs of training so far: tokens times model.flops_per_token, from which the MFU is computed too.
 
     NaN for RL, because most of its FLOPs are those of sampling, which aren't counted. Also NaN if the config lacks the
     settings for the count.

@@ -328,9 +328,14 @@ class Report:
     """Returns a table for each stage and subject, with a row per metric and a column per arm. Writes all comparisons to
     one CSV file.
 
-    names: the rows to show, in this order. They are metrics or, if shown_as is given, tasks.
-    shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
-      shown_as is '', each row has the format and the title of its own metric.
+    Args:
+      file: the name of the CSV file, without its suffix.
+      found: the comparisons. If shown_as is given, their field `metric` has the names of tasks.
+      names: the values of the field `metric` to show, one row for each, in this order.
+      note: the text at the end of each table's caption.
+      name: a heading above the tables; '' for none.
+      shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
+        shown_as is '', each row has the format and the title of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
