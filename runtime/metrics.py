@@ -51,7 +51,7 @@ def peak_flops(device: jax.Device) -> float | None:
 class JsonLines:
   """A file with one JSON object per line. Each object has the key `step`.
 
-The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
+  The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
 
   Attributes:
     last: the last object that the file had when it was opened, of those that remain; {} if there was none.
