@@ -219,9 +219,9 @@ class Source:
         yield from texts
 
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
-    """Divides the source into several parts of equal size. Returns the segments of each part.
+    """Divides the source into parts of equal size, and returns the segments of each part.
 
-    A sample is read at the beginning of each part.
+    The caller reads text from the beginning of each part, at most `max_bytes` in all.
     """
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))

@@ -30,7 +30,13 @@ class EvalError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: how many tokens the probe covers, and how many of the most probable tokens form the head."""
+  """Section `eval.probe`, for `betarank eval probe`, which measures a model's distributions on validation rows.
+
+  Attributes:
+    rows: the number of validation rows to measure.
+    batch_size: the number of rows per call of the model.
+    top_k: how many of the most probable tokens form the head of a distribution; 0 for the value of the objective.
+  """
 
   rows: int
   batch_size: int
