@@ -234,8 +234,9 @@ def _fold(ref, width, step, state):
 
 
 def _column(ref, c, width=None):
-  """Returns column c of ref: LANES consecutive logits of each row, [R, L]. Logits at index `width` of a row or later are
-  replaced by -inf.
+  """Returns column c of ref: LANES consecutive logits of each row, [R, L].
+
+  The logits of a row from index `width` on are replaced by -inf.
   """
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:
