@@ -68,7 +68,7 @@ def unpack_error(path: str, error: Exception) -> DataError:
 
 
 class FileReader:
-  """The base class of all readers of files. The files are listed only once."""
+  """The base class of all readers of files. The pattern is expanded at the first use, and the list of files is kept."""
 
   pattern: str
   suffixes: tuple[str, ...] = ()

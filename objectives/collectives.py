@@ -139,10 +139,11 @@ def concatenate_over_vocab(layout, array):
 
 
 def gather_head(layout, head):
-  """All-gathers the head's width.
+  """All-gathers the head along its width D.
 
   head is this device's shard, [D / width, V / vocab], where width and vocab are the numbers of devices that split D and
-  V. Returns [D, V / vocab], or [D, V / vocab / vocab_group_size] with vocabulary groups.
+  V. Returns [D, V / vocab]. With vocabulary groups, the devices of a group divide these columns among themselves, so
+  each gets [D, V / vocab / vocab_group_size].
   """
   if layout is None or not layout.width:
     return head

@@ -209,7 +209,9 @@ def _harness_figure(run: Run, task: str) -> Measured | None:
 
 
 def paper_averages(sweep: Sweep) -> list[Comparison]:
-  """Returns comparisons of the scores on the paper's benchmarks, of its categories and averages (eval/paper.py)."""
+  """Returns comparisons of the score on each of the paper's benchmarks, and of the averages that the paper takes of these
+  scores: one per category of benchmarks, and three over categories (eval/paper.py).
+  """
   members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
   names = paper.CATEGORIES.keys()
   for average, of in (('knowledge', paper.KNOWLEDGE), ('reasoning', names - set(paper.KNOWLEDGE)), ('overall', names)):
