@@ -26,7 +26,7 @@ from betarank.data.storage import is_remote
 from betarank.data.tokenizer import read_tokenizer
 
 PIECE_BYTES = 128 * 2**20  # bytes of text. A restart loses at most one piece: one to three minutes of one core.
-_REPORTED = 2**20  # bytes of text between two reports of progress
+REPORT_BYTES = 2**20  # bytes of text between two reports of progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _Piece:
         size = len(sources.text_of(cut).encode())
         self._shards[split].add(*_tokens(self._worker, cut), size)
         self.text_bytes, self._unreported = self.text_bytes + size, self._unreported + size
-    if self._unreported >= _REPORTED:
+    if self._unreported >= REPORT_BYTES:
       report(self._unreported)
       self._unreported = 0
 
@@ -153,7 +153,7 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
   tokenizer = worker.tokenizer
   parts = document.parts if isinstance(document, Dialogue) else ((document, True),)
   ids = [tokenizer.encode(text) for text, _ in parts]
-  tokens = np.concatenate([[tokenizer.bos], *ids, [tokenizer.eos]]).astype(worker.form.dtype)
+  tokens = np.concatenate([[tokenizer.bos], *ids, [tokenizer.eos]], dtype=worker.form.dtype, casting='unsafe')
   if not worker.form.masked:
     return tokens, None
   counts = [trained for _, trained in parts]
