@@ -20,7 +20,7 @@ import time
 from benchmarks import made_up_set
 from betarank.data import prepare, prepared, worker
 from betarank.data.config import DataConfig, SourceConfig
-from betarank.data.tokenizer import train
+from betarank.data.tokenizer_training import train
 
 PIECE_BYTES = worker.PIECE_BYTES
 

@@ -23,7 +23,7 @@ from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser, install_hint
 from betarank.configs.sections import section
 from betarank.configs.terminal import BAR, short, waiting
-from betarank.data import estimate, prepare, prepared, show
+from betarank.data import estimate, prepare, prepared, show, tokenizer_training
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
 
@@ -113,10 +113,10 @@ def _make_folder(data: DataConfig) -> None:
 def _tokenizer(data: DataConfig, console: Console) -> None:
   start = time.monotonic()
   if not data.tokenizer and not prepared.has_tokenizer(data):
-    print(f'training a tokenizer of {data.vocab_size:,} tokens on up to {prepare.sample_bytes(data) / 1e6:,.0f} MB of '
-          'text', flush=True)
+    print(f'training a tokenizer of {data.vocab_size:,} tokens on up to '
+          f'{tokenizer_training.sample_bytes(data) / 1e6:,.0f} MB of text', flush=True)
   with waiting('reading text and merging pairs', console):
-    trained = prepare.train_tokenizer(data)
+    trained = tokenizer_training.train_tokenizer(data)
   if trained:
     print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, trained in {time.monotonic() - start:.0f} s')
   elif not data.tokenizer:

@@ -15,6 +15,7 @@ list of messages of a chat (data/fields.py). All errors are DataErrors that name
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -261,6 +262,15 @@ def segment_bytes(segment: Segment) -> float:
 def open_source(config: DataConfig, name: str) -> Source:
   """Returns source `name` of `config`. Each call returns the same object, so that files are examined only once."""
   return Source(config.sources[name], config.longest_document, config.held_out_fraction)
+
+
+@contextlib.contextmanager
+def named(name: str):
+  """Adds the source's name to the message of a DataError that is raised inside the block."""
+  try:
+    yield
+  except DataError as error:
+    raise DataError(f'source {name!r}: {error}') from None
 
 
 def text_of(document: Document) -> str:

@@ -28,6 +28,8 @@ from betarank.data.tokenizer import read_tokenizer
 PIECE_BYTES = 128 * 2**20  # bytes of text. A restart loses at most one piece: one to three minutes of one core.
 REPORT_BYTES = 2**20  # bytes of text between two reports of progress
 
+Marker = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -62,8 +64,8 @@ class Worker:
     self.tokenizer = read_tokenizer(job.config.tokenizer_path)
     self.form = records.Form(records.token_dtype(job.config.vocab_size), sources.masked(self.source.config))
 
-  def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
-          report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+  def run(self, index: int, unit: sources.Unit, limit: int, done: list[Marker] | None = None,
+          report: Callable[[int], None] = lambda _: None) -> Iterator[Marker]:
     """Writes the pieces of a unit that don't exist yet, and yields the marker of each piece.
 
     Args:
@@ -126,7 +128,7 @@ class _Piece:
       return {'validation' if (self._documents - 1) % max(2, round(1 / fraction)) == 0 else 'train': document}
     return _share(document, fraction)
 
-  def close(self, **about: Any) -> dict[str, Any]:
+  def close(self, **about: Any) -> Marker:
     unit, piece = self._at
     marker = {'unit': unit, 'piece': piece, 'documents': self._documents, **about,
               'splits': {split: shard.close() for split, shard in self._shards.items()}}

@@ -18,7 +18,7 @@ import pytest
 from betarank import model
 from betarank.configs import common, errors, load
 from betarank.configs.sections import section
-from betarank.data import read_tokenizer
+from betarank.data import read_tokenizer, tokenizer_training
 from betarank.data import tokenizer as spm
 from betarank.model import hf_config, hf_tokenizer, hf_weights
 from betarank.model.config import MoeConfig
@@ -71,7 +71,7 @@ def save(c, params, path, tokenizer=''):
 @pytest.fixture(scope='module')
 def tokenizer_file(tmp_path_factory):
   path = str(tmp_path_factory.mktemp('tokenizer') / 't.model')
-  spm.train(TEXT * 50, 300, path)
+  tokenizer_training.train(TEXT * 50, 300, path)
   return path
 
 
