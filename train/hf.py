@@ -23,10 +23,11 @@ from rich.progress import Progress
 from betarank.configs import common, load
 from betarank.configs.parser import Parser, place
 from betarank.configs.sections import section
-from betarank.data import DataConfig, DataError, read_tokenizer, tokenizer
+from betarank.data import DataError, read_tokenizer, tokenizer
 from betarank.model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
 from betarank.model.hf_config import HfError
 from betarank.runtime import checkpoint, integrity, workdir
+from betarank.train import setup
 
 CHUNK_BYTES = 2**26  # size of a chunk of an imported checkpoint on disk; one chunk at a time is in memory
 STORED = {'float32': 'F32', 'bfloat16': 'BF16'}
@@ -57,12 +58,12 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   source = checkpoint.find(path)
   checkpoint.check(source)
   meta = checkpoint.read_meta(source)
-  config = meta['config']
+  config = setup.whole_config(meta)
   c = section(ModelConfig, config['model'], 'model')
   positions = positions or max(_trained_positions(config), meta.get('positions', 0))
   theirs = hf_config.to_hf(c, positions=positions, dtype=dtype)
   leaves = hf_weights.leaves(c)
-  tokenizer_path = tokenizer_path or section(DataConfig, config['data'], 'data').tokenizer_path
+  tokenizer_path = tokenizer_path or setup.trained_tokenizer(meta)
   with _new_folder(to) as folder:
     if tokenizer_path != 'none':
       theirs |= _export_tokenizer(tokenizer_path, folder, c.vocab_size)
