@@ -144,15 +144,17 @@ def import_(path: str, to: str, tokenizer_path: str = '') -> str:
   tokenizer_files = _tokenizer_files(tokenizer_path or path, c.vocab_size)
   if tokenizer_files:
     config.data.tokenizer = str(final / 'tokenizer' / _main_file(tokenizer_files))
+  meta = {'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
+          'config': json.loads(load.to_json(config)), 'positions': hf_config.positions(theirs)}
   with _new_folder(to) as out:
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
-      params = _read_params(files, leaves, pathlib.Path(scratch))
-      _save(out / 'checkpoints' / '0', params, {
-        'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
-        'config': json.loads(load.to_json(config)), 'positions': hf_config.positions(theirs)})
     for file in tokenizer_files:
       (out / 'tokenizer').mkdir(exist_ok=True)
       shutil.copyfile(file, out / 'tokenizer' / file.name)
+    if tokenizer_files:  # so that a run that starts from these weights can't use another tokenizer
+      meta['tokenizer_sha256'] = tokenizer.sha256_of(str(out / 'tokenizer' / _main_file(tokenizer_files)))
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+      params = _read_params(files, leaves, pathlib.Path(scratch))
+      _save(out / 'checkpoints' / '0', params, meta)
     config.train.init_from = str(final)
     workdir.write_config(epath.Path(out), config)
   return _next_steps(to, sum(parameter_counts(c).values()), config.data.tokenizer)

@@ -26,7 +26,7 @@ from betarank.model.config import MoeConfig
 from betarank.model.hf_config import HfError
 from betarank.runtime import checkpoint
 from betarank.runtime.state import TrainState
-from betarank.train import hf
+from betarank.train import hf, setup
 from tests import tokenizer_files
 from tests.runs import BETARANK, environment
 
@@ -464,11 +464,20 @@ def test_weights_and_tokenizer_come_back_as_they_were(qwen, tmp_path):
   assert json.loads((tmp_path / 'short' / 'config.json').read_text())['max_position_embeddings'] == 8192
 
 
+def test_weights_that_are_imported_are_used_with_their_tokenizer_only(qwen, tokenizer_file, tmp_path):
+  hf.import_(str(qwen), str(tmp_path / 'ours'))
+  meta = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'ours')))
+  assert setup.read_tokenizer(meta['config']['data']['tokenizer'], LARGER, meta).sha256 == spm.sha256_of(str(qwen))
+  with pytest.raises(errors.ConfigError, match='is not the tokenizer that the checkpoint was trained with'):
+    setup.read_tokenizer(tokenizer_file, LARGER, meta)
+
+
 def test_a_tokenizer_can_be_replaced_or_left_out(qwen, tokenizer_file, tmp_path):
   hf.import_(str(qwen), str(tmp_path / 'other'), tokenizer_file)
   path = load.load(f'{tmp_path}/other/config.json').data.tokenizer
   assert spm.sha256_of(path) == spm.sha256_of(tokenizer_file) and path.startswith(f'{tmp_path}/other/tokenizer/')
   assert 'no tokenizer' in hf.import_(str(qwen), str(tmp_path / 'none'), 'none')
+  assert 'tokenizer_sha256' not in checkpoint.read_meta(checkpoint.find(str(tmp_path / 'none')))
   assert not (tmp_path / 'none' / 'tokenizer').exists()
 
 
