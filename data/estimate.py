@@ -14,7 +14,7 @@ from betarank.data.tokenizer import find
 from betarank.data.worker import PIECE_BYTES
 
 # MB of text per second of one core that tokenizes; docs/data.md says how they were measured.
-MB_PER_S = {'.json': 1.3, '.model': 2.4}
+MB_PER_S = {'.json': 0.76, '.model': 2.4}
 BYTES_PER_TOKEN = 4.0  # assumed for English text and a large vocabulary
 
 

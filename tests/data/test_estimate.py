@@ -9,6 +9,7 @@ from rich.console import Console
 from betarank.configs.errors import ConfigError
 from betarank.data import command, estimate
 from betarank.data.config import DataError
+from tests import tokenizer_files
 
 
 @pytest.fixture
@@ -52,6 +53,8 @@ def test_what_is_printed_and_that_nothing_is_written(large, prepared_config, mak
 
 def test_the_rate_is_that_of_the_tokenizer(config, tmp_path):
   assert estimate.mb_per_s(config) == estimate.MB_PER_S['.model']
+  folder = tokenizer_files.byte_level(tmp_path / 'qwen', 'qwen')
+  assert estimate.mb_per_s(dataclasses.replace(config, tokenizer=folder)) == estimate.MB_PER_S['.json']
   with pytest.raises(DataError, match='x.json: no such tokenizer'):
     estimate.mb_per_s(dataclasses.replace(config, tokenizer=f'{tmp_path}/x.json'))
 
