@@ -32,8 +32,7 @@ CUT_CHARACTERS = 2**16
 
 
 def texts(megabytes: float) -> list[str]:
-  """Returns texts from source files of the standard library, of at least `megabytes` MB together if there are enough.
-  """
+  """Returns source files of the standard library as texts, of at least `megabytes` MB in all if there are enough."""
   found, size = [], 0
   for path in sorted(pathlib.Path(sysconfig.get_path('stdlib')).rglob('*.py')):
     text = path.read_text(encoding='utf-8', errors='replace')

@@ -21,15 +21,20 @@ def number_of_documents(markers: list[Marker]) -> int:
 
 
 def empty_split(markers: list[Marker]) -> str:
-  """Returns the name of a split that has no documents, or ''."""
+  """Returns the name of the first split that has no documents, or '' if every split has some."""
   return next((split for split in prepared.SPLITS
                if not any(marker['splits'][split]['documents'] for marker in markers)), '')
 
 
 def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
-  """Turns the pieces into a data set, and returns its manifest.
+  """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
 
-  It renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+  The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+
+  listing: `Source.listing`, the description of the source's files, which becomes a part of the manifest.
+
+  Raises:
+    DataError: a split is empty.
   """
   config, name = job.config, job.name
   where = prepared.folder(config, name)
@@ -75,7 +80,7 @@ def _rename(stage: epath.Path, final: epath.Path) -> None:
 
 
 def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
-  """Writes the lengths of all documents to one file, piece by piece. Returns the file's size and hash."""
+  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash."""
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
   content, size = hashlib.sha256(), 0
   temporary = path.parent / f'{path.name}.{os.getpid()}'

@@ -17,7 +17,7 @@ _SPACE = '▁'  # SentencePiece's character for a space
 
 
 def sample_bytes(config: DataConfig) -> float:
-  """Returns the number of bytes of text that the tokenizer is trained on."""
+  """Returns the size of the text that the tokenizer is trained on, in bytes."""
   if config.tokenizer_sample_mb:
     return config.tokenizer_sample_mb * 1e6
   return max(_LEAST_SAMPLE, _SAMPLE_PER_TOKEN * config.vocab_size)
@@ -26,13 +26,15 @@ def sample_bytes(config: DataConfig) -> float:
 def train_tokenizer(config: DataConfig) -> bool:
   """Trains the tokenizer in `config.dir`, on equal amounts of text from each source.
 
-  If all text of the sources isn't enough for config.vocab_size tokens, the tokenizer gets as many tokens as possible.
+  If the sources have too little text for config.vocab_size tokens, the tokenizer gets as many tokens as the text
+  allows.
 
   Returns:
-    True if a tokenizer was trained; False if it exists already, or if config.tokenizer names another one.
+    True if a tokenizer was trained; False if config.dir has one already, or if config.tokenizer names one.
 
   Raises:
-    DataError: a source can't be read, or the sample is too small for config.vocab_size but the sources have more text.
+    DataError: a source can't be read; or the sample is too small for config.vocab_size tokens, although the sources
+      have more text.
   """
   path = config.tokenizer_path
   if config.tokenizer or epath.Path(path).exists():
@@ -71,10 +73,10 @@ class TooLittleTextError(DataError):
 
 
 def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int = int(_LEAST_SAMPLE)) -> None:
-  """Trains a SentencePiece BPE tokenizer and writes it to `path` atomically.
+  """Trains a SentencePiece BPE tokenizer, and writes it to `path` atomically.
 
-  The same documents give the same file. Each digit and each line end is a token. Characters without a token become
-  bytes.
+  The same documents give the same file. Each digit and each line end is a token. Characters without a token are encoded
+  as bytes.
 
   Args:
     documents: the texts. Only about the first `max_bytes` bytes (UTF-8) are used.
@@ -136,8 +138,8 @@ def _error(reason: str, vocab_size: int, path: str) -> DataError:
 def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
   """Yields the lines of the documents, up to about `max_bytes` bytes in all. No token spans two lines.
 
-  Documents are also split at NUL and at SentencePiece's character for a space, because the trainer accepts neither.
-  Long lines are cut.
+  Documents are also split at NUL and at '▁', with which SentencePiece writes a space, because the trainer accepts
+  neither character. Long lines are cut.
   """
   used = 0
   for document in documents:

@@ -38,6 +38,9 @@ PEAK_FLOPS = {
   'NVIDIA H200': 989e12,
 }
 
+# The seconds since the log was opened, and in earlier starts of the run up to the step that it resumed after.
+ELAPSED = 'time/elapsed_s'
+
 
 def peak_flops(device: jax.Device) -> float | None:
   """Returns the peak bfloat16 FLOP/s of a chip, or None if PEAK_FLOPS has no entry for the chip. CPUs have no entry."""
@@ -46,15 +49,19 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class JsonLines:
-  """A file with one JSON object per line, each of which has the key `step`.
+  """A file with one JSON object per line. Each object has the key `step`.
 
-  Opening the file with the argument `step` removes the lines of all later steps.
+  The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
+
+  Attributes:
+    last: the last object that the file had when it was opened, of those that remain; {} if there was none.
   """
 
   def __init__(self, path: epath.Path, step: int):
     self._path = path
     self._remote = '://' in str(path)
     self._lines = [line for line in read_lines(path) if line['step'] <= step]
+    self.last = self._lines[-1] if self._lines else {}
     self._rewrite()
     self._file = None if self._remote else open(path, 'a', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
 
@@ -77,7 +84,7 @@ class JsonLines:
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file as dictionaries; [] if there is no file.
 
-  Lines that a killed process left incomplete are left out.
+  Lines that a killed process left incomplete are skipped.
   """
   if not path.exists():
     return []
@@ -93,7 +100,7 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Measures the time per step, and the part of it spent waiting for input.
+  """Measures the time per step, and the part of it that is spent waiting for input.
 
   Time spent in a block `with clock.apart():`, for example for evaluation or saving, isn't counted.
   """
@@ -110,7 +117,7 @@ class Clock:
     return _Span(self, '_apart')
 
   def lap(self) -> tuple[float, float]:
-    """Returns the seconds since the last lap, and the share of them spent waiting for input."""
+    """Returns (the seconds since the last call, the share of this time that was spent waiting for input)."""
     now = time.perf_counter()
     seconds = max(now - self._last - self._apart, 1e-9)
     wait = self._waited / seconds
@@ -171,7 +178,7 @@ class _Live(ProgressColumn):
 
 
 class Log:
-  """The log of a run: writes its files, and prints its lines. It does nothing if `active` is False."""
+  """The log of a run, which writes the run's files and prints its lines. Does nothing if `active` is False."""
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
@@ -182,12 +189,12 @@ class Log:
 
     Args:
       workdir: the workdir of the run.
-      step: the step that the run resumes after. 0: a new run, for which all lines are removed.
+      step: the step that the run resumes after; 0 for a new run.
       steps: the last step.
       every: the number of steps from one printed line to the next.
-      tensorboard: True also writes TensorBoard events.
-      active: whether to log. It is True only in process 0.
-      wandb: (a project of Weights & Biases, the run's config), to send the figures there too. None: doesn't send them.
+      tensorboard: whether to write TensorBoard events.
+      active: whether this process logs, which only process 0 does.
+      wandb: (project, the run's config), to send the figures to a project of Weights & Biases; None to send no figures.
       describe: a function that turns the figures of a step into the texts to print, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
@@ -198,6 +205,7 @@ class Log:
     kept = step or -1  # a new run removes all lines, because it writes step 0 again
     self._lines = JsonLines(workdir / 'metrics.jsonl', kept)
     self._samples = JsonLines(workdir / 'samples.jsonl', kept)
+    self._began = time.perf_counter() - self._lines.last.get(ELAPSED, 0.0)
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
@@ -213,8 +221,8 @@ class Log:
   def say(self, text: str, indent: int = 0) -> None:
     """Prints a line, above the progress bar if there is one.
 
-    indent: how far the continuation of a long line is indented, in columns, if the output is a terminal. 0: the
-    terminal wraps long lines.
+    indent: the number of columns by which the continuation of a long line is indented, on a terminal. With 0, the
+      terminal itself wraps long lines.
     """
     if not self._active:
       return
@@ -225,11 +233,11 @@ class Log:
   def train(self, step: int, values: dict[str, float]) -> None:
     """Records the figures of one update.
 
-    values: {name: figure}, with names like train/ce_nats. time/step_s must be among them.
+    values: {name: figure}, with names such as train/ce_nats. The figure time/step_s must be among them.
     """
     if not self._active:
       return
-    self._lines.write(step, values)
+    self._lines.write(step, values | self._elapsed())
     step_s = values['time/step_s']
     # The first step is slow because it compiles. Later steps are averaged, so that the estimated end doesn't jump.
     self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
@@ -245,13 +253,16 @@ class Log:
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}
-    self._lines.write(step, named)
+    self._lines.write(step, named | self._elapsed())
     self._scalars(step, named)
     self.say(line)
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     if self._active:
       self._samples.write(step, {'prompt': prompt, 'text': text})
+
+  def _elapsed(self) -> dict[str, float]:
+    return {ELAPSED: time.perf_counter() - self._began}
 
   def _scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items() if self._board else ():
