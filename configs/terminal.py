@@ -47,6 +47,12 @@ def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width
   return _with_room(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
 
 
+def short(number: float) -> str:
+  """Returns a number with three digits and its power of 1000: '1.23G' for 1,234,000,000."""
+  power = min(max(0, len(str(int(number))) - 1) // 3, 4)
+  return f'{number / 1000**power:.3g}{["", "k", "M", "G", "T"][power]}'
+
+
 def duration(seconds: float) -> str:
   """Returns seconds as text, H:MM:SS, or '?' if they are infinite."""
   if not math.isfinite(seconds):

@@ -16,6 +16,7 @@ the file and the place in it.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -266,6 +267,15 @@ def segment_bytes(segment: Segment) -> float:
 def open_source(config: DataConfig, name: str) -> Source:
   """Returns source `name` of `config`. Repeated calls return the same object, so that files are examined only once."""
   return Source(config.sources[name], config.longest_document, config.held_out_fraction)
+
+
+@contextlib.contextmanager
+def named(name: str):
+  """Adds the source's name to the message of any DataError raised inside the block."""
+  try:
+    yield
+  except DataError as error:
+    raise DataError(f'source {name!r}: {error}') from None
 
 
 def text_of(document: Document) -> str:

@@ -192,6 +192,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
                 + f'; at best {_span([t / parallel for t in total])} hours from start to end with '
                 f'--parallel={parallel}.\nHours are {basis}. Input, evaluation, checkpoints and waiting for capacity '
                 'are not included.', markup=False)
+  if any(point.stage == 'data' for point in points):
+    console.print('The hours of preparing data are printed by its command with --dry_run.')
   if not os.environ.get('TPU_TYPE'):
     console.print(f'TPU_TYPE is not set: {DEFAULT_TYPE} is assumed', markup=False)
 
