@@ -209,8 +209,8 @@ def _harness_figure(run: Run, task: str) -> Measured | None:
 
 
 def paper_averages(sweep: Sweep) -> list[Comparison]:
-  """Returns comparisons of the score on each of the paper's benchmarks, and of the averages that the paper takes of these
-  scores: one per category of benchmarks, and three over categories (eval/paper.py).
+  """Returns comparisons of the score on each of the paper's benchmarks, and of the averages of these scores:
+  one per category of benchmarks, and three over categories (eval/paper.py).
   """
   members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
   names = paper.CATEGORIES.keys()
