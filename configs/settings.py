@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
   Attributes:
     default: the value if no config changes it. Overrides must have the type of this value.
-    role: IDENTITY, DATA, EXECUTION, LENGTH or REPORTING.
+    role: what the setting affects: IDENTITY, DATA, EXECUTION, LENGTH or REPORTING. Comments in this file explain them.
     help: what the setting means, with its unit and the possible values.
   """
 

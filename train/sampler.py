@@ -11,7 +11,7 @@ The cache (model/decode.py) consists of pages. A row gets pages as its sample gr
 than all rows at their greatest length. The shapes of arrays depend only on the settings, except that a prefill has the
 length of its longest prompt, rounded up to a power of two. Therefore only few programs are compiled.
 
-# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt, or samples started at once
+# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt (in _Start: samples started at once)
 # T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  K most probable tokens
 # L layers  k experts per token  LP2KSH as in model/decode.py
 """
@@ -434,7 +434,7 @@ def _prefill(c, weights, pages_LP2KSH, token_FP, length_F, pages_FI) -> tuple[tu
 
 
 def _choices(routing: model.Routing | None) -> jax.Array | None:
-  """Returns the experts chosen for each token, int16 [F, P, L, k], of which every host has the whole array.
+  """Returns the experts chosen for each token, int16 [F, P, L, k], as an array that isn't sharded.
 
   Returns None for a dense model.
   """
@@ -554,7 +554,7 @@ def _pick(mass_RN, u_R):
 def _kept(s, z_RV):
   """Returns bool [R, V]: True for the tokens that may be drawn.
 
-  Each row keeps its top_k most probable tokens (one token at temperature 0), and of these the ones that top_p allows.
+  These are the row's top_k most probable tokens (one token at temperature 0), except for those that top_p excludes.
   """
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))
