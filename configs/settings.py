@@ -220,7 +220,8 @@ RL_SECTION = dict(
   repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '
                          'are asked again in this share of their turns, and passed over in the others; 1: no filter'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
-  microbatches=S(1, EXECUTION, 'parts in which an update is computed one after the other, to save memory'),
+  microbatch_tokens=S(0, EXECUTION, 'tokens of an update that a device computes at the same time; 0: 4096. At '
+                      'least those of the longest prompt and answer'),
   eval_prompts=S(64, REPORTING, 'problems per evaluation'),
   eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
   eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri (in the form of rl.task.uri), such as '

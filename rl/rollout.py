@@ -1,16 +1,15 @@
-"""Samples and judges groups of answers, and packs groups into the arrays that an update takes.
+"""Samples and judges groups of answers.
 
-# P prompts  G samples per prompt  B = P·G rows  T tokens  L layers  k experts per token
+# P prompts  G samples per prompt
 """
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from betarank.data import Batch, DataError, Tokenizer
+from betarank.data import DataError, Tokenizer
 from betarank.rl.rewards import RewardRule, rewards, vary
 from betarank.runtime import multihost
 from betarank.tasks.task_set import Task, TaskSet
@@ -100,47 +99,3 @@ def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
   lengths = [len(prompt_tokens(tokenizer, tasks[i])) for i in range(tasks.size)]
   long = sum(n > longest for n in lengths)
   return f'{long} of {len(lengths)} prompts have more than {longest} tokens, the longest {max(lengths)}' if long else ''
-
-
-@dataclasses.dataclass(frozen=True)
-class Rollouts:
-  """The arrays of one step. Rows of the same group are adjacent.
-
-  If dynamic sampling found fewer groups than wanted, empty rows take the place of the missing ones.
-  """
-
-  batch: Batch
-  completion_BT: np.ndarray  # bool: True where the target is a sampled token
-  sampler_logp_BT: np.ndarray  # float32, nats; 0 where the target isn't a sampled token
-  rewards_PG: np.ndarray  # float32
-  valid_PG: np.ndarray  # bool
-  choices_BTLk: np.ndarray | None = None  # int16: the experts that the sampler used for each token, if recorded
-
-
-def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: RewardRule) -> Rollouts:
-  """Writes the prompt and completion of each sample into a row of `length` (input, target) pairs.
-
-  prompts, samples: the P and G of the result. If there are fewer groups than P, the last rows stay empty.
-  """
-  rows = prompts * samples
-  tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))
-  completion, logp = np.zeros((rows, length), bool), np.zeros((rows, length), np.float32)
-  rewards, valid = np.zeros((prompts, samples), np.float32), np.zeros((prompts, samples), bool)
-  recorded = next((sample.choices for group in groups for sample in group.samples), None)
-  choices = None if recorded is None else np.zeros((rows, length, *recorded.shape[1:]), np.int16)
-  for p, group in enumerate(groups):
-    rewards[p], valid[p] = group.rewards(rule)
-    for g, sample in enumerate(group.samples):
-      row, start = p * samples + g, len(group.prompt) - 1
-      whole = np.concatenate([group.prompt, sample.tokens])
-      n = len(whole) - 1
-      tokens[row, :n], targets[row, :n], positions[row, :n], segments[row, :n] = whole[:-1], whole[1:], np.arange(n), 1
-      completion[row, start:n], logp[row, start:n] = True, sample.logp
-      if choices is not None:
-        choices[row, :n] = sample.choices
-  return Rollouts(Batch(tokens, targets, positions, segments), completion, logp, rewards, valid, choices)
-
-
-def lengths(groups: list[Group]) -> Iterator[int]:
-  """Yields the number of (input, target) pairs of each sample."""
-  return (len(group.prompt) + len(sample.tokens) - 1 for group in groups for sample in group.samples)
