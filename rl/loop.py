@@ -1,6 +1,6 @@
 """Runs RL with verifiable rewards. A step calls four functions, in this order:
 
-    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by new prompts
+    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by new prompts at once
     minibatches        computes advantages, and packs the samples into rows of microbatches
     learn              updates the policy, once per minibatch
     describe_step      computes the figures to log
@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -221,26 +221,51 @@ def sample_and_judge(
   """Draws and judges the samples of a step.
 
   A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
-  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. There are at most `rl.max_resampling_rounds` rounds of
-  drawing, including the first. Groups are judged while the device draws the next ones.
+  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt is asked as soon as the group is judged,
+  while others are still drawn. `prompts_wanted` says how many prompts that makes.
 
-  Returns (groups to learn from, all groups drawn, the progress after drawing them).
+  Returns (groups to learn from, all groups drawn, the progress after drawing them), the groups in the order of their
+  prompts.
   """
-  rl, kept, seen = parts.run.rl, [], []
-  rule = rl.reward_rule(step)
-  for _ in range(rl.max_resampling_rounds):
-    wanted = rl.prompts_per_step - len(kept)
-    if not wanted:
-      break
-    asked, progress = progress.next_prompts(
-      parts.tasks, wanted, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
-    groups = graded_groups(
-      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, asked, samples=rl.group_size,
-      seed=parts.run.seed, step=step)
-    progress = progress.recorded(parts.tasks, ((group.cursor, group.has_reward_variance(rule)) for group in groups))
-    seen += groups
-    kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rule)]
-  return kept, seen, progress
+  rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
+  asked, after = {}, progress
+
+  def ask(count):
+    nonlocal after
+    new, after = after.next_prompts(
+      parts.tasks, count, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
+    asked.update(new)
+    return new
+
+  def replacements(judged):
+    agree = {group.cursor for group in judged if not group.has_reward_variance(rule)}
+    wanted = prompts_wanted([number in agree for number in asked], rl.prompts_per_step, rl.max_resampling_rounds)
+    return ask(wanted - len(asked))
+
+  seen = graded_groups(
+    parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, ask(rl.prompts_per_step),
+    samples=rl.group_size, seed=parts.run.seed, step=step, more=None if rl.keeps_zero_variance else replacements)
+  varies = [group.has_reward_variance(rule) for group in seen]
+  after = after.recorded(parts.tasks, zip(asked, varies))
+  return [group for group, learns in zip(seen, varies) if learns or rl.keeps_zero_variance], seen, after
+
+
+def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
+  """Returns how many prompts a step asks: the `first` ones, and in each further round one for each group that agreed.
+
+  While groups are still drawn, this is a lower bound, because a group counts only once it is known to agree. The bound
+  rises to the same number in whatever order groups end. So all prompts that are asked early would be asked anyway, and
+  which prompts a step asks depends only on their verdicts.
+
+  Args:
+    agree: for each prompt asked so far, in their order, True if its group is known to have zero variance.
+    first: the number of prompts of the first round.
+    rounds: the largest number of rounds.
+  """
+  wanted = first
+  for _ in range(rounds - 1):
+    wanted = first + sum(agree[:wanted])
+  return wanted
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:

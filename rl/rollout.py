@@ -3,7 +3,7 @@
 # P prompts  G samples per prompt
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,10 +13,8 @@ from betarank.data import DataError, Tokenizer
 from betarank.rl.rewards import RewardRule, rewards, vary
 from betarank.runtime import multihost
 from betarank.tasks.task_set import Task, TaskSet
-from betarank.tasks.verifiers import Verdict, Verifier
+from betarank.tasks.verifiers import Grade, Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
-
-_NOT_MINE = min(Verdict) - 1  # placeholder for the verdicts that other processes compute
 
 
 class Group(NamedTuple):
@@ -44,9 +42,9 @@ class Group(NamedTuple):
 
 def graded_groups(
   sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
-  seed: int, step: int
+  seed: int, step: int, more: Callable[[Iterable[Group]], Mapping[int, Task]] | None = None
 ) -> list[Group]:
-  """Samples and judges the answers to prompts. Returns one group per prompt, in the order of `asked`.
+  """Samples and judges the answers to prompts. Returns one group per prompt, ordered by the number of the prompt.
 
   Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together.
   Each process judges a share of the groups, and then all processes exchange their verdicts. The result is a pure
@@ -55,33 +53,56 @@ def graded_groups(
   Args:
     asked: {number of the prompt: task}. The number selects the random numbers, together with `seed` and `step`.
     samples: the group size.
+    more: called with all groups judged so far, each time that further ones have been judged. Returns further prompts,
+      which are drawn while others go on. All processes call it with the same groups.
 
   Raises:
     DataError: a prompt is too long for the sampler.
   """
-  prompts = [Prompt(number, prompt_tokens(tokenizer, task)) for number, task in asked.items()]
-  for prompt in prompts:
-    if len(prompt.tokens) > sampler.s.max_prompt_tokens:
-      raise DataError(f'{asked[prompt.id].id}: its prompt has {len(prompt.tokens)} tokens, more than '
-                      f'config.rl.max_prompt_tokens = {sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip '
-                      'leaves such prompts out')
-  drawn_P, row = {}, {number: i for i, number in enumerate(asked)}
-  verdict_PG = np.full((len(prompts), samples), _NOT_MINE, np.int32)
-  score_PG = np.full((len(prompts), samples), -np.inf, np.float32)
-  for n, drawn in enumerate(sampler(params, prompts, samples=samples, seed=seed, step=step)):
-    i = row[drawn[0].prompt_id]
-    texts = [tokenizer.decode(sample.text_tokens) for sample in drawn]
-    drawn_P[i] = (drawn, texts)
-    if n % jax.process_count() == jax.process_index():
-      grades = verifier.grade([(text, asked[prompts[i].id]) for text in texts])
-      verdict_PG[i] = [grade.verdict for grade in grades]
-      score_PG[i] = [grade.reward for grade in grades]
-  verdict_PG = multihost.max_over_processes(verdict_PG)
-  score_PG = multihost.max_over_processes(np.nan_to_num(score_PG, neginf=-np.inf))
-  score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
-  return [Group(prompt.id, asked[prompt.id], prompt.tokens, *drawn_P[i], [Verdict(v) for v in verdict_PG[i]],
-                score_PG[i].tolist())
-          for i, prompt in enumerate(prompts)]
+  tasks, found = {}, {}
+  drawn: list[tuple[int, list[Sample], list[str], list[Grade] | None]] = []  # not yet exchanged
+
+  def prompts(asked):
+    tasks.update(asked)
+    return [_prompt(sampler, tokenizer, number, task) for number, task in asked.items()]
+
+  def exchange():
+    grade_2PG = np.full((2, len(drawn), samples), -np.inf, np.float32)
+    for p, (_, _, _, grades) in enumerate(drawn):
+      if grades:
+        grade_2PG[:, p] = [[g.verdict for g in grades], [np.nan_to_num(g.reward) for g in grades]]
+    verdict_PG, score_PG = multihost.max_over_processes(grade_2PG)
+    score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
+    for (number, group, texts, _), verdict_G, score_G in zip(drawn, verdict_PG, score_PG):
+      found[number] = Group(number, tasks[number], prompt_tokens(tokenizer, tasks[number]), group, texts,
+                            [Verdict(int(v)) for v in verdict_G], score_G.tolist())
+    drawn.clear()
+
+  def further():
+    if not drawn:
+      return []
+    exchange()
+    return prompts(more(found.values()))
+
+  first = prompts(asked)
+  for n, group in enumerate(sampler(
+      params, first, samples=samples, seed=seed, step=step, more=further if more else None)):
+    number = group[0].prompt_id
+    texts = [tokenizer.decode(sample.text_tokens) for sample in group]
+    mine = n % jax.process_count() == jax.process_index()
+    grades = verifier.grade([(text, tasks[number]) for text in texts]) if mine else None
+    drawn.append((number, group, texts, grades))
+  if drawn:
+    exchange()
+  return [found[number] for number in sorted(found)]
+
+
+def _prompt(sampler: Sampler, tokenizer: Tokenizer, number: int, task: Task) -> Prompt:
+  prompt = Prompt(number, prompt_tokens(tokenizer, task))
+  if len(prompt.tokens) > sampler.s.max_prompt_tokens:
+    raise DataError(f'{task.id}: its prompt has {len(prompt.tokens)} tokens, more than config.rl.max_prompt_tokens = '
+                    f'{sampler.s.max_prompt_tokens}; config.rl.long_prompts=skip leaves such prompts out')
+  return prompt
 
 
 def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:

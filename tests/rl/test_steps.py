@@ -12,7 +12,7 @@ from betarank import model
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
 from betarank.data import DataError
-from betarank.rl import loop
+from betarank.rl import loop, rollout
 from betarank.rl.config import rl_run
 from betarank.rl.progress import Progress
 from betarank.rl.rollout import check_prompts, graded_groups
@@ -65,6 +65,23 @@ def test_long_prompts_are_counted_before_the_run_and_refused_or_passed_over(part
 def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
   found = step(parts([WRONG, WRONG], **settings, **{'rl.long_prompts': 'skip'}))
   assert len(found[0]) == kept and len(found[1]) == 4 * rounds
+
+
+@pytest.mark.parametrize('turn', [
+  lambda waiting: -1, lambda waiting: len(waiting) // 2, lambda waiting: hash(waiting[0].id) % len(waiting)])
+def test_the_order_in_which_groups_end_decides_nothing(parts, turn, monkeypatch):
+  """Which groups are asked and learned from, against rounds that are drawn one after the other."""
+  for seed in range(8):
+    agrees = lambda number: (number * 7919 + seed) % 97 < 60  # noqa: B023
+    monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, rule: not agrees(group.cursor))  # noqa: B023
+    p = parts([RIGHT, WRONG], **{'rl.max_prompt_tokens': '64', 'rl.prompts_per_step': '6'})
+    p.samplers[0].turn = turn
+    kept, seen, progress = step(p)
+    wanted, last = 6, 0
+    for _ in range(3):
+      last, wanted = wanted + last, sum(agrees(number) for number in range(last, last + wanted))
+    assert [group.cursor for group in seen] == list(range(last)) and progress.prompts == last
+    assert [group.cursor for group in kept] == [number for number in range(last) if not agrees(number)]
 
 
 def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothing(parts):
