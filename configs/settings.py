@@ -202,8 +202,8 @@ RL_SECTION = dict(
   steps=S(1000, LENGTH, 'RL steps'),
   prompts_per_step=S(128, IDENTITY, 'prompts to learn from per step, each with a group of samples'),
   group_size=S(16, IDENTITY, 'samples per prompt'),
-  max_resampling_rounds=S(3, IDENTITY, 'dynamic sampling: a zero-variance group is replaced, its replacement too, and so '
-                          'on, up to this number of groups, the first included'),
+  max_resampling_rounds=S(3, IDENTITY, 'dynamic sampling: a zero-variance group is replaced, its replacement too, and '
+                          'so on, up to this number of groups, the first included'),
   max_prompt_tokens=S(1024, IDENTITY, 'longest prompt, in tokens'),
   max_new_tokens=S((8192, 16_384), IDENTITY, 'longest answer, in tokens, one number per phase'),
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),
