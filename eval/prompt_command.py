@@ -15,7 +15,7 @@ from betarank.configs.parser import Parser, place
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command. Ctrl-C ends it with status 130.
+  """Runs the command. Ctrl-C ends it with exit status 130.
 
   Raises:
     UserError: an argument is not allowed.

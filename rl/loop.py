@@ -1,6 +1,6 @@
 """Runs RL with verifiable rewards. A step calls four functions, in this order:
 
-    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by new prompts at once
+    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by groups of new prompts
     minibatches        computes advantages, and packs the samples into rows of microbatches
     learn              updates the policy, once per minibatch
     describe_step      computes the figures to log
@@ -8,8 +8,8 @@
 The default is the paper's recipe (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
 samples per prompt at temperature 1, a constant learning rate, and no KL term.
 
-The samples of a step depend only on parameters, seed, step and prompt numbers. The checkpoint holds the number of
-prompts consumed, so a killed run resumes exactly.
+The samples of a step depend only on the parameters, the seed, the step and the prompt numbers. The checkpoint holds the
+number of prompts used so far, so a killed run resumes exactly.
 
 # P prompts  G samples per prompt  B rows  T tokens
 """
@@ -59,7 +59,7 @@ SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings
 
 
 class RlError(UserError):
-  """Raised when RL fails. The message is one line that names the step and the newest good checkpoint."""
+  """Raised if RL fails. The message is one line that names the step and the newest good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +88,21 @@ class Parts:
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns the files that must have the same content for all processes of a run, as {what the file is: path}."""
+  """Returns {description: path} of the files whose content must be the same for all processes of a run."""
   rl = rl_run(config).rl
   return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Trains a model by `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
+  """Trains a model in the workdir `path`. If the workdir has a checkpoint, resumes from the newest one.
 
-  fallback: True moves the newest checkpoint aside if it is damaged, and resumes from the newest good one.
+  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good checkpoint.
 
   Returns the figures of the last step.
 
   Raises:
-    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used. Raised before any
-      device work.
+    ConfigError, DataError, CheckpointError: the settings, the problems or a checkpoint can't be used.
+    JailError, VerifierError: programs can't be run safely, or the processes that grade answers can't be started.
     RlError: the loss or the gradient norm isn't finite.
   """
   run, root = rl_run(config), epath.Path(path)
@@ -269,7 +269,7 @@ def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
-  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts."""
+  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts, else True."""
   rl = parts.run.rl
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
@@ -300,10 +300,9 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
 def learn(
   parts: Parts, state: TrainState, batches: list[list[Microbatch]], step: int
 ) -> tuple[TrainState, dict[str, float]]:
-  """Updates the policy once per minibatch.
+  """Updates the policy once per minibatch. Returns (new state, figures to log).
 
-  Returns (new state, figures to log). Without a minibatch, the state (including the optimizer's moments) is returned
-  unchanged, and there are no figures.
+  If there are no minibatches, returns the state unchanged, and no figures.
   """
   run, rl = parts.run, parts.run.rl
   if not batches:
@@ -346,7 +345,7 @@ def check_steps(rl: RlConfig, root: epath.Path) -> None:
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
   """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
 
-  parent: the meta of the checkpoint that the run starts from.
+  parent: the metadata of the checkpoint that the run starts from.
   """
   documents = setup.whole_config(parent).get('data', {})
   made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
@@ -369,9 +368,9 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
   """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
 
-  The score of an answer is 1 if it is right and 0 if it is wrong, or the result of the user's own reward function.
+  The score of an answer is 1 if it is right and 0 if it is wrong, or the result of the user's reward function.
 
-  Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
+  Returns the progress, updated if this is the best evaluation so far on the set `rl.keep_best`.
   """
   for name, tasks in parts.evaluated.items():
     average = _evaluate(parts, params, name, tasks, step, log)
@@ -407,9 +406,9 @@ def describe_step(
 
   Args:
     learned: the figures of the update; {} if there was no update.
-    kept: the groups that were learned from.
+    kept: the groups that were used for the update.
     seen: all groups drawn, including zero-variance groups.
-    consumed: the number of prompts that were asked or passed over.
+    consumed: the number of prompts that were used or skipped.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
@@ -443,8 +442,10 @@ def describe_figures(values: dict[str, float]) -> list[str]:
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:
-  """Reads the weights that the run started from, for the KL term.
+  """Reads the weights of the KL reference, which are the weights that the run started from.
 
   They are read from disk, because training changes the weights in memory.
+
+  parent: the checkpoint that the run started from.
   """
   return checkpoint.restore_weights(epath.Path(parent), abstract_state(run.model, tx, mesh).params)[0]

@@ -90,7 +90,7 @@ def make_update(
   """Returns the update of one minibatch.
 
   The loss is a sum over the minibatch, divided once, so the number of microbatches doesn't change the result, nor does
-  the way in which samples are packed. The bias of a router stays unchanged.
+  the way in which samples are packed. The update doesn't change router biases.
 
   temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
   """

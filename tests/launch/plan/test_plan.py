@@ -123,8 +123,8 @@ def test_plans_of_the_rl_stage(tmp_path):
 
 
 @pytest.mark.parametrize('config, rows, length, microbatch', [
-  ('configs/smoke.py', 4, 256, (4, 256)), ('configs/paper/dense_4b.py:stage=rl', 2048, 17_408, (256, 17_408))])
+  ('configs/smoke.py', 2, 256, (2, 256)), ('configs/paper/dense_4b.py:stage=rl', 2048, 17_408, (256, 17_408))])
 def test_pre_training_and_rl_under_the_same_names(config, rows, length, microbatch):
   work = workload(load.load(config))
   assert (work.rows, work.length) == (rows, length)
-  assert work.microbatch({'data': 8, 'fsdp': 32, 'expert': 1}) == microbatch and (work.rl is None) == (rows == 4)
+  assert work.microbatch({'data': 8, 'fsdp': 32, 'expert': 1}) == microbatch and (work.rl is None) == (rows == 2)
