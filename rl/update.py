@@ -116,7 +116,8 @@ def make_update(
       'loss': jax.lax.stop_gradient(total),
       'count': count,
       'entropy': jnp.sum(entropy_BT, where=mask_BT),
-      'entropy_histogram': entropy.histogram(entropy_BT, mask_BT, c.vocab_size),
+      # In full on every host, as the other sums.
+      'entropy_histogram': constrain(entropy.histogram(entropy_BT, mask_BT, c.vocab_size), None),
       'filled': jnp.sum(batch.segments_BT > 0, dtype=jnp.int32),
     }
     return total, (count, sums)
