@@ -59,7 +59,9 @@ def train(documents: list[str], folder: pathlib.Path) -> str:
 
 
 def parts(documents: list[str]) -> list[list[str]]:
-  """Returns the documents between two calls of `report`, by the rule of data/worker.py."""
+  """Divides the documents into the parts that data/worker.py tokenizes at a time: each of at least PART_BYTES. What
+  remains at the end is left out.
+  """
   found, size = [[]], 0
   for text in documents:
     found[-1].append(text)

@@ -148,8 +148,8 @@ def pairs(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def golds(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints the verdicts on references compared with themselves in other notations, and with the most similar other
-  references.
+  """Prints how often a reference in another notation is judged right, as it should be, and how often the most similar
+  reference of another problem is, as it shouldn't be.
   """
   for name in ('minerva_math', 'olympiadbench', 'math500'):
     path = data / 'reasoning' / f'{name}.jsonl'

@@ -277,9 +277,9 @@ class SampleFile:
   def _take_up(self) -> tuple[str, np.ndarray]:
     """Removes the lines of problems that have only some of their samples in the file.
 
-    Returns (text, bool [P]). The text is '' for a local file. For a remote file, which can only be written as a whole,
-    it is the remaining content. The array is True for each of the P problems that has no samples in the file now.
-    Lines are read one by one, because a local file may be larger than memory.
+    Returns (kept, missing). `kept` is the remaining content of a remote file, which the caller needs because such a
+    file can only be written as a whole; '' for a local file. `missing`, bool [P], is True for each of the P problems
+    that has no samples in the file now. Lines are read one by one, because a local file may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():

@@ -299,10 +299,10 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
 def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) -> jax.Array:
   """Returns the experts' outputs of pass i, summed for each token, [G, D].
 
-  Pass i processes the C tiles that begin with tile i·C.
+  Pass i, counted from 0, processes the tiles i·C to (i + 1)·C - 1.
 
-  sizes: (MoeConfig, R, C).
-  weight_p: float32, the weight of each pair.
+  sizes: (the config, R rows per tile, C tiles per pass).
+  weight_p: float32, the router's weight of each (token, choice) pair.
   """
   m, rows, size = sizes
   kernel = _kernel(m.kernel, gate_eDF)

@@ -31,8 +31,8 @@ class Layout:
     tokens: one entry per leading axis of hidden: the mesh axis that splits this axis, a tuple of mesh axes, or None.
     width: the mesh axis or axes that split the first dimension of the head, its width D; None if it isn't split.
     vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V; None if it isn't split.
-    vocab_group_size: the number of devices along `width` among which the vocabulary is divided; see
-      `with_vocab_groups`.
+    vocab_group_size: with n > 1, groups of n devices along `width` also divide the vocabulary among themselves while
+      they compute, although the head's parameters are split as above (`with_vocab_groups`); 1 for no groups.
 
   Example: Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
   """

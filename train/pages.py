@@ -216,10 +216,10 @@ class Pages:
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:
-    """Frees pages of prompts that no running sample uses. Returns True if `part` then has at least `pages` free pages.
+    """Frees pages of prompts that no running sample uses. Returns whether `part` then has at least `pages` free pages.
 
-    If such a prompt still has samples in the queue, its pages are freed only if `part` has too few free pages without
-    them.
+    The pages of a prompt without samples in the queue are always freed, those of a prompt with such samples only if
+    `part` has too few free pages.
 
     queue: as in `start`.
     """

@@ -22,9 +22,10 @@ SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assume
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
   """Returns {name: cycles} of each HLO instruction whose bundles are in `folder`.
 
-  shares: {name of a kernel: the share of its grid steps that have work}. In loops, branches can skip regions of code.
-    The largest such region of the kernel is assumed to run in this share of the iterations. All other regions, and
-    those of instructions that aren't in `shares`, are assumed to run in the share SKIPPABLE.
+  shares: {name of a kernel: the share of its grid steps that have work}. A branch in a loop can skip a region of code,
+    so the reader must assume how often a region runs. The largest region of a kernel in `shares` is assumed to run in
+    shares[kernel] of the iterations. Every other region, in this kernel or in another instruction, is assumed to run in
+    the share SKIPPABLE.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
