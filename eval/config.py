@@ -30,7 +30,13 @@ class EvalError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: how many tokens the probe covers, and the size of the head."""
+  """Section `eval.probe`, for `betarank eval probe`, which measures a model's distributions on validation rows.
+
+  Attributes:
+    rows: the number of validation rows to measure.
+    batch_size: the number of rows per call of the model.
+    top_k: how many of the most probable tokens form the head of a distribution; 0 for the value of the objective.
+  """
 
   rows: int
   batch_size: int
@@ -96,7 +102,8 @@ class EvalConfig:
 class EvalRun:
   """All settings of an evaluation.
 
-  top_k: the number of tokens in the head if eval.probe.top_k is 0.
+  top_k: the checkpoint's objective.top_k. If eval.probe.top_k is 0, this many of the most probable tokens form the
+    head.
   """
 
   model: ModelConfig

@@ -59,8 +59,9 @@ class Cache:
   Attributes:
     pages_LP2KSH: one array [P, 2, K, S, H] per layer, in the compute dtype.
     table: the pages of each row.
-    length_B: int32, the number of tokens in the pages that belong to the row alone.
-    prompt_pages: I, the number of prompt pages in each row of the table.
+    length_B: int32, the number of tokens in each row's own pages. The pages of its prompt, which rows can share,
+      aren't counted.
+    prompt_pages: the number of prompt pages in each row of the table; the dimension I in names of arrays.
   """
 
   pages_LP2KSH: tuple[jax.Array, ...]

@@ -393,10 +393,18 @@ class Sampler:
 
 
 class _Start(NamedTuple):
-  """The samples to put into rows. Each field is uint32 [I]. A sample with limit 0 empties its row."""
+  """Up to I samples to start, and the row for each. Every field is uint32 [I].
+
+  Attributes:
+    row: the row of the decode batch.
+    token: the last token of the prompt.
+    limit: the greatest number of tokens to draw. With 0, nothing starts, and the row is emptied.
+    prompt_id: the number of the prompt.
+    index: the number of the sample among those of its prompt.
+  """
 
   row: Any
-  token: Any  # the prompt's last
+  token: Any
   limit: Any
   prompt_id: Any
   index: Any

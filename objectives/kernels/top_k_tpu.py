@@ -89,7 +89,11 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Returns the last id of the top k: up to this id, exactly `k - above` logits equal the k-th largest logit."""
+    """Returns the last token of the top k among those tied at the k-th largest logit, int32 [R, 1].
+
+    Several tokens may have the k-th largest logit. If n tokens have a larger one, the k - n tied tokens with the lowest
+    ids are in the top k. The largest of these k - n ids is returned.
+    """
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
     all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))
@@ -230,7 +234,10 @@ def _fold(ref, width, step, state):
 
 
 def _column(ref, c, width=None):
-  """Returns column c of ref, [R, L], with -inf at positions from `width` on."""
+  """Returns column c of ref: LANES consecutive logits of each row, [R, L].
+
+  The logits of a row from index `width` on are replaced by -inf.
+  """
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:
     return column_RL

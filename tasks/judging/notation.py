@@ -61,7 +61,9 @@ def read(text: str, bare_units: bool = False) -> Reading:
 
 
 class _Reader:
-  """Tries the forms of an answer one after the other, from the outermost to the innermost."""
+  """Reads an answer as the first kind that fits. Kinds that can contain others, such as lists and equations, are tried
+  before kinds that can't, such as numbers.
+  """
 
   def __init__(self, bare_units: bool):
     self._bare_units = bare_units
