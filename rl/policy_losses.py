@@ -395,7 +395,7 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """Adds the sums of two parts of a batch, on the host. Of sums whose name ends in `_max`, takes the larger one."""
+  """Adds the sums of two parts of a batch, {name: sum}, on the host. If a name ends in `_max`, takes the larger one."""
   return {name: np.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 
