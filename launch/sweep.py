@@ -38,7 +38,7 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
-from betarank.configs.parser import Parser, unopened_place
+from betarank.configs.parser import Parser, install_hint, unopened_place
 from betarank.configs.terminal import duration
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
@@ -370,7 +370,7 @@ def main(argv: Sequence[str]) -> None:
   if problems:
     raise ConfigError(problems[0])
   if remote and not importlib.util.find_spec('gcsfs'):
-    raise ConfigError(f'--root={args.root}: a bucket needs gcsfs: pip install gcsfs')
+    raise ConfigError(f'--root={args.root}: a bucket needs gcsfs ({install_hint(root)})')
   check_workdirs(points)
 
   folder = pathlib.Path('runs/sweeps') / root.partition('://')[2] if remote else pathlib.Path(root)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.steps import budget_steps
 from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
@@ -138,7 +139,7 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
   if reached > run.steps:
     raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {root} has reached step '
                       f'{reached}; choose another workdir, or at least {reached * run.tokens_per_step} tokens')
-  decays = decay_start(run.optimizer, math.ceil(before / run.tokens_per_step))
+  decays = decay_start(run.optimizer, budget_steps(before, run.tokens_per_step))
   if run.train.tokens > before and reached > decays:
     kept = [step for step in steps if step <= decays]
     way = (f'start from the checkpoint before the decay in another workdir: --config.train.init_from='

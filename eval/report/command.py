@@ -9,7 +9,6 @@ until Ctrl-C.
 """
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 
@@ -58,11 +57,10 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   out = args.out or ''
   try:
-    print(f'report: {write_report(args.root, out)}', flush=True)
+    path = write_report(args.root, out)
+    print(f'report: {path}' + (f', written again every {EVERY_S:.0f} s until Ctrl-C' if args.watch else ''), flush=True)
     while args.watch:
       time.sleep(EVERY_S)
       write_report(args.root, out)
   except OSError as error:
     raise UserError(str(error)) from None
-  except KeyboardInterrupt:
-    sys.exit(130)
