@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from betarank.configs.errors import Interrupted, UserError, run_main, suggestion
-from betarank.runtime.stop import interruptible, leave
+from betarank.configs.stop import interruptible, leave
 
 # Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from betarank.configs import load, settings
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.stop import StopSignal
+
+_KEPT = 'results so far are kept, and the same command does the rest'
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,13 +59,15 @@ def main(argv: Sequence[str]) -> None:
   with alone if jax.process_index() == 0 else contextlib.nullcontext():
     try:
       if args.command == 'probe':
-        probe.probe(run, subjects)
+        with StopSignal(jax.process_count(), unit='checkpoint') as stop:
+          probe.probe(run, subjects, lambda: stop.end_if_asked(_KEPT))
       elif args.command == 'sample':
-        generate.sample(run, subjects, args.benchmark)
-      else:
+        with StopSignal(jax.process_count(), unit='problem') as stop:
+          generate.sample(run, subjects, args.benchmark, lambda: stop.end_if_asked(_KEPT))
+      else:  # lm-evaluation-harness has no place to stop at, so Ctrl-C ends it at once
         _harness(run, subjects, args)
     except KeyboardInterrupt:
-      raise KeyboardInterrupt('results so far are kept, and the same command does the rest') from None
+      raise KeyboardInterrupt(_KEPT) from None
 
 
 def _harness(run, subjects, args) -> None:

@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -57,12 +57,18 @@ _REMOTE_S = 60.0  # object stores can't append, so the whole file is rewritten, 
 _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ when sampling is resumed
 
 
-def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
+def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
+           stop: Callable[[], None] = lambda: None) -> None:
   """Samples answers to benchmarks for each checkpoint, and prints a table of the results.
 
   Samples that are already stored aren't drawn again.
 
-  names: the benchmarks, separated by commas.
+  Args:
+    run: the settings of the evaluation.
+    subjects: the checkpoints.
+    names: the benchmarks, separated by commas.
+    stop: called after each problem but the last one of a benchmark. It may raise an error to end the work; the samples
+      of all problems so far are then kept.
 
   Raises:
     ConfigError, DataError, EvalError, CheckpointError or VerifierError: a checkpoint, a setting, a benchmark or the
@@ -89,7 +95,8 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
       for benchmark, file in zip(benchmarks, files[subject.step]):
         if file.missing and params is None:
           params = restore(run, subject, mesh)
-        _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed)
+        _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed,
+              stop)
   if first:
     print_table([file for some in files.values() for file in some])
   multihost.wait_for_all('sampled')  # process 0 may judge for longer than JAX would wait for it at the end
@@ -108,8 +115,8 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
     raise ConfigError(f'config.eval.sample.{error}') from None
 
 
-def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
-  """Draws, judges and writes the samples that the file lacks.
+def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, stop=lambda: None) -> None:
+  """Draws, judges and writes the samples that the file lacks. See `sample` on `stop`.
 
   While the samples of one problem are judged, the device draws those of the next problems. A process without a verifier
   only helps to draw.
@@ -120,8 +127,11 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
     return
   missing = [prompts[i] for i in file.missing]
   drawn = sampler(params, missing, samples=file.n, seed=seed, step=benchmark_key(benchmark.name))
+  counted = enumerate(drawn, 1)
   if not verifier:
-    collections.deque(drawn, maxlen=0)
+    for count, _ in counted:
+      if count < len(missing):
+        stop()
     return
   progress = _Progress(file)
   with concurrent.futures.ThreadPoolExecutor(1) as judge:
@@ -133,11 +143,13 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
       progress(lines)
 
     try:
-      for group in drawn:
+      for count, group in counted:
         waiting.append(judge.submit(write, group))
         while waiting and (waiting[0].done() or len(waiting) > 8):
           waiting.popleft().result()
-    finally:  # also after Ctrl-C: what is drawn is judged and kept
+        if count < len(missing):
+          stop()
+    finally:  # also if `stop` raises: what is drawn is judged and kept
       for future in waiting:
         future.result()
       file.close()

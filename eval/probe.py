@@ -37,10 +37,12 @@ ENTROPY_BINS = 40  # bins of equal width in [0, log V]
 CONFIDENCE_BINS = 15  # bins of equal width in [0, 1], the usual number for ECE
 
 
-def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
+def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], None] = lambda: None) -> None:
   """Writes RUN/eval/probe/STEP.json for each checkpoint, and prints the main figures.
 
   A checkpoint is skipped if its file exists already and was made from the same tokens with the same settings.
+
+  stop: called before each checkpoint. It may raise an error to end the work.
 
   Raises:
     ConfigError, DataError, CheckpointError or EvalError: a checkpoint, a setting or the data can't be used.
@@ -63,6 +65,7 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
       if there:
         say(f'{path}: is there already')
         continue
+      stop()
       began = time.perf_counter()
       params, domains = restore(run, subject, mesh), {}
       for name in run.data.sources:

@@ -39,11 +39,11 @@ from rich.table import Table
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
 from betarank.configs.parser import Parser, install_hint, unopened_place
+from betarank.configs.stop import listening
 from betarank.configs.terminal import duration
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
-from betarank.runtime.stop import listening
 
 POLL_S = 0.2
 PROGRESS_EVERY_S = 60.0  # the time between lines of progress, if there is no terminal

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.stop import StopSignal
 from betarank.rl import policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
@@ -41,7 +42,6 @@ from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
-from betarank.runtime.stop import StopSignal
 from betarank.tasks import task_set
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.task_set import Task, TaskSet
@@ -189,7 +189,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
           warned.add(kind)
       checkpoints.check()
       job.note_step(step)
-      due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
+      due = setup.due(step, run.steps, stopping=stop(), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.evaluate:  # before saving, so that a checkpoint exists only if everything else of its step was written
         progress = evaluate(parts, state.params, progress, step, log)

@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.steps import budget_steps
+from betarank.configs.stop import StopSignal
 from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
-from betarank.runtime.stop import StopSignal
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
 from betarank.train.optimizer import decay_start, make_optimizer, schedule
@@ -105,7 +105,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       recorder.dispatched(step, sums)
       checkpoints.check()
       job.note_step(step)
-      due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
+      due = setup.due(step, run.steps, stopping=stop(), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.save or due.evaluate:
         recorder.catch_up()  # fails if the loss isn't finite, so that such a state is never saved

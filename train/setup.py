@@ -22,11 +22,11 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import to_json
+from betarank.configs.stop import Stopped, StopSignal
 from betarank.configs.terminal import waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.state import TrainState, abstract_state, create_state
-from betarank.runtime.stop import Stopped, StopSignal
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
 SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; that of a large model takes minutes
@@ -372,7 +372,7 @@ def stopped_before(log: Log, start: int, stop: StopSignal) -> None:
 
   start: the step that the run resumes after; 0 for a new run.
   """
-  if stop(start):
+  if stop():
     log.say('asked to stop before the next step; ' + (f'step {start} is saved' if start else 'nothing is lost')
             + ', and the same command ' + ('resumes from it' if start else 'starts again'))
     raise Stopped(stop.exit_status)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     _run(args)
   except KeyboardInterrupt:
-    from betarank.runtime import stop
+    from betarank.configs import stop
 
     print()
     stop.leave(130 if args.export else 0)

@@ -1,5 +1,6 @@
 """Sampling loses and repeats nothing, whatever happens to it, and what it stores is what the verifier saw."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -131,6 +132,28 @@ def test_other_processes_draw_what_process_0_lacks_and_change_no_file(undisturbe
   generate._fill(file, types.SimpleNamespace(name=URI), sampler, None, list('abcdefghij'), None, None, 0)
   assert file.missing == [7] and asked == ['h'] and undisturbed[0].read_text() == before[:-1]
   undisturbed[0].write_text(before)
+
+
+@pytest.mark.parametrize('allowed, want', [(2, 'bcd'), (9, 'bcde')])
+def test_asked_to_stop_it_keeps_what_is_drawn(allowed, want, monkeypatch):
+  """It isn't asked after the last problem, when nothing is left to stop."""
+  line = {'verdict': 'right', 'tokens': 3, 'finish': 'stop'}
+  monkeypatch.setattr(generate, 'judged', lambda group, *_: [line | {'problem': group[0].prompt_id}] * N)
+  written, calls = [], []
+  file = types.SimpleNamespace(missing=[1, 2, 3, 4], problems=5, n=N, about={'benchmark': URI, 'step': 8},
+                               close=lambda: written.append('closed'),
+                               append=lambda lines: written.append('abcde'[lines[0]['problem']]))
+
+  def stop():
+    calls.append(1)
+    if len(calls) > allowed:
+      raise SystemExit(130)
+
+  sampler = lambda params, prompts, **_: ([types.SimpleNamespace(prompt_id=p)] for p in prompts)
+  benchmark = types.SimpleNamespace(name=URI, tasks=range(5))
+  with pytest.raises(SystemExit) if allowed < 3 else contextlib.nullcontext():
+    generate._fill(file, benchmark, sampler, None, range(5), None, 'a verifier', 0, stop)
+  assert written == [*want, 'closed'] and len(calls) == 3
 
 
 @pytest.mark.slow

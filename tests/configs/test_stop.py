@@ -9,24 +9,24 @@ import time
 import pytest
 
 from betarank.configs.errors import run_main
-from betarank.runtime.stop import StopSignal, interruptible
+from betarank.configs.stop import Stopped, StopSignal, interruptible
 from tests.runs import betarank, finish, finish_well, free_port, python
 
 STEPS = '''
 import sys, time
-from betarank.runtime.stop import Stopped, StopSignal
+from betarank.configs.stop import Stopped, StopSignal
 with StopSignal() as stop:
   for step in range(1000):
     print('step', step, flush=True)
     time.sleep(0.05)
-    if stop(step):
+    if stop():
       print('saved', step)
       raise Stopped(stop.exit_status)
 '''
 # Nothing interrupts this hash: the main thread is in C code for years, as it is for minutes in a compilation.
 BUSY = '''
 import hashlib
-from betarank.runtime.stop import StopSignal
+from betarank.configs.stop import StopSignal
 with StopSignal(before_exit=lambda: print('children are ended', flush=True)):
   print('step 0', flush=True)
   hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
@@ -35,13 +35,13 @@ JOB = '''
 import sys, time
 import jax
 from betarank.runtime import job
-from betarank.runtime.stop import Stopped, StopSignal
+from betarank.configs.stop import Stopped, StopSignal
 job.initialize(job.locate(sys.argv[1], 2, int(sys.argv[2])), 60)
 with StopSignal(jax.process_count()) as stop:
   for step in range(10_000):
     print('step', step, flush=True)
     time.sleep(0.05)
-    if stop(step):
+    if stop():
       print('saved', step, flush=True)
       raise Stopped(stop.exit_status)
 '''
@@ -77,12 +77,24 @@ def test_the_second_ctrl_c_ends_at_once_even_in_c_code():
   assert code == 130 and out == 'children are ended\n'
 
 
+def test_a_command_that_was_asked_ends_with_what_is_kept(capsys):
+  with StopSignal(unit='problem') as stop:
+    stop.end_if_asked('results are kept')
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Stopped) as end:
+      stop.end_if_asked('results are kept')
+    until = time.monotonic() + 10
+    while not (err := capsys.readouterr().err) and time.monotonic() < until:  # another thread prints it
+      time.sleep(0.001)
+  assert end.value.code == 130 and err == 'stopping after this problem; Ctrl-C again ends at once, without saving\n'
+
+
 def test_signals_act_as_before_after_the_block():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   with StopSignal() as stop:
-    assert not stop(0)
+    assert not stop()
     signal.raise_signal(signal.SIGTERM)
-    assert stop(0) and stop(1) and stop.exit_status == 143
+    assert stop() and stop() and stop.exit_status == 143
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
   assert signal.set_wakeup_fd(-1) == -1
 
