@@ -27,7 +27,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Stopped(SystemExit):
@@ -41,7 +41,37 @@ def leave(status: int) -> NoReturn:
   """
   sys.stdout.flush()
   sys.stderr.flush()
+  _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+  for stream in (1, 2):
+    if os.isatty(stream):
+      os.write(stream, b'\x1b[?25h')  # shows the cursor, which a progress bar hides
   os._exit(status)
+
+
+@contextlib.contextmanager
+def importing(text: str, console: Any = None) -> Iterator[None]:
+  """Makes Ctrl-C end the process at once, with the line 'stopped' and status 130, and shows `text` on a terminal.
+
+  It is for imports, when there is nothing to save yet: a KeyboardInterrupt while an extension starts can crash the
+  process. It must be entered in the main thread.
+
+  console: the rich.console.Console that shows the text; None: that of standard output.
+  """
+  from betarank.configs.terminal import waiting
+
+  def end(*_):
+    print('\nstopped', file=sys.stderr)
+    leave(128 + signal.SIGINT)
+
+  handler = signal.signal(signal.SIGINT, end)
+  try:
+    with waiting(text, console):
+      yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
 
 
 class StopSignal:
@@ -106,7 +136,7 @@ class StopSignal:
   def _interrupted(self, count: int) -> None:
     if count > 1:
       self._before_exit()
-      os._exit(128 + signal.SIGINT)
+      _exit(128 + signal.SIGINT)
     print(f'stopping after this {self._unit}; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
     if self._processes > 1:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -142,7 +172,7 @@ def interruptible() -> Iterator[None]:
       return
     count += 1
     if count > 1:
-      os._exit(128 + signal.SIGINT)
+      _exit(128 + signal.SIGINT)
 
   def unraisable(error) -> None:
     nonlocal ignored

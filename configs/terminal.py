@@ -15,7 +15,10 @@ BAR = 16  # columns
 
 @contextlib.contextmanager
 def waiting(text: str, console: Console | None = None) -> Iterator[None]:
-  """Shows a spinner, `text` and the elapsed time while the block runs. Shows nothing if the output isn't a terminal."""
+  """Shows a spinner, `text` and the elapsed time while the block runs. Shows nothing if the output isn't a terminal.
+
+  What the block prints appears above it.
+  """
   console = console or Console(highlight=False)
   if not console.is_terminal:
     yield

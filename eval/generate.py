@@ -28,7 +28,7 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.files import write_atomically
-from betarank.configs.terminal import duration
+from betarank.configs.terminal import duration, waiting
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -94,7 +94,8 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
       params = None
       for benchmark, file in zip(benchmarks, files[subject.step]):
         if file.missing and params is None:
-          params = restore(run, subject, mesh)
+          with waiting(f'restoring step {subject.step}'):
+            params = restore(run, subject, mesh)
         _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed,
               stop)
   if first:
@@ -134,8 +135,9 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
         stop()
     return
   progress = _Progress(file)
-  with concurrent.futures.ThreadPoolExecutor(1) as judge:
-    waiting = collections.deque()
+  drawing = waiting(f'drawing {file.n} answers to each of {len(missing)} problems')
+  with concurrent.futures.ThreadPoolExecutor(1) as judge, drawing:
+    judging = collections.deque()
 
     def write(group: list[Sample]) -> None:
       lines = judged(group, benchmark.tasks[group[0].prompt_id], tokenizer, verifier)
@@ -144,13 +146,13 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
 
     try:
       for count, group in counted:
-        waiting.append(judge.submit(write, group))
-        while waiting and (waiting[0].done() or len(waiting) > 8):
-          waiting.popleft().result()
+        judging.append(judge.submit(write, group))
+        while judging and (judging[0].done() or len(judging) > 8):
+          judging.popleft().result()
         if count < len(missing):
           stop()
     finally:  # also if `stop` raises: what is drawn is judged and kept
-      for future in waiting:
+      for future in judging:
         future.result()
       file.close()
 

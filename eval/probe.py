@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import data, model
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import waiting
 from betarank.data import Batch
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore
 from betarank.model.sharding import constrain
@@ -67,9 +68,11 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], No
         continue
       stop()
       began = time.perf_counter()
-      params, domains = restore(run, subject, mesh), {}
+      with waiting(f'restoring step {subject.step}'):
+        params, domains = restore(run, subject, mesh), {}
       for name in run.data.sources:
-        values_N = _gather(lambda batch, params=params: values(c, head, params, batch), run, name, mesh)
+        with waiting(f'step {subject.step}: predicting {name}'):
+          values_N = _gather(lambda batch, params=params: values(c, head, params, batch), run, name, mesh)
         if bad := int((~(values_N['valid'] & np.isfinite(values_N['logp']) & np.isfinite(values_N['entropy']))).sum()):
           raise EvalError(f'{subject.path}: {bad} of the {len(values_N["logp"])} tokens of {name} have a '
                           'log-probability or entropy that is no finite number')

@@ -40,7 +40,7 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
 from betarank.configs.parser import Parser, install_hint, unopened_place
 from betarank.configs.stop import listening
-from betarank.configs.terminal import duration
+from betarank.configs.terminal import duration, waiting
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
@@ -352,7 +352,8 @@ def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
   remote = '://' in args.root
   root = args.root.rstrip('/')
-  points = expand(args.config, root, args.only)
+  with waiting('resolving the config of every point'):
+    points = expand(args.config, root, args.only)
   console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
   command, problems = local_command, local_files(points) if remote else []
   if args.on == 'tpu':

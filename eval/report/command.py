@@ -17,6 +17,7 @@ from etils import epath
 
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.terminal import waiting
 from betarank.eval.report.arms import read_sweep
 from betarank.eval.report.sections import Report, write_over
 
@@ -57,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   out = args.out or ''
   try:
-    path = write_report(args.root, out)
+    with waiting('reading the runs, and drawing'):
+      path = write_report(args.root, out)
     print(f'report: {path}' + (f', written again every {EVERY_S:.0f} s until Ctrl-C' if args.watch else ''), flush=True)
     while args.watch:
       time.sleep(EVERY_S)

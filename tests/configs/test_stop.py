@@ -31,6 +31,17 @@ with StopSignal(before_exit=lambda: print('children are ended', flush=True)):
   print('step 0', flush=True)
   hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
 '''
+# A KeyboardInterrupt would crash this import.
+IMPORT = '''
+import time
+from betarank.configs.stop import importing, interruptible
+with interruptible(), importing('starting'):
+  print('importing', flush=True)
+  try:
+    time.sleep(60)
+  except KeyboardInterrupt:
+    raise SystemError('the extension crashes')
+'''
 JOB = '''
 import sys, time
 import jax
@@ -140,6 +151,13 @@ def test_ctrl_c_ends_with_one_line(work, capsys):
     run_main(main)
   assert end.value.code == 130 and capsys.readouterr().err == '\nstopped\n'
   assert sys.unraisablehook is hook and signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_in_an_import_ends_at_once():
+  process = python('-c', IMPORT)
+  process.stdout.readline()
+  process.send_signal(signal.SIGINT)
+  assert finish([process], timeout=60) == [(130, '', '\nstopped\n')]
 
 
 def test_an_error_without_ctrl_c_is_itself():
