@@ -28,7 +28,7 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.files import write_atomically
-from betarank.configs.terminal import duration, waiting
+from betarank.configs.terminal import columns, duration, fitted, waiting
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -53,6 +53,7 @@ from betarank.train.sampler import Prompt, Sample, Sampler
 
 COMPARED = 16  # the verifier compares only so many distinct wrong answers to a problem, the most frequent ones
 _PROGRESS_S = 10.0
+_NAME_COLUMNS, _STEP_COLUMNS = 20, 21  # of the table: the widths of the column of names and of one per checkpoint
 _REMOTE_S = 60.0  # object stores can't append, so the whole file is rewritten, at most once in so many seconds
 _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ when sampling is resumed
 
@@ -340,26 +341,34 @@ class SampleFile:
 
 
 def print_table(files: Sequence[SampleFile]) -> None:
-  """Prints a table of metrics. Avg@n, Cons@n and Pass@k are in percent, with 95 % intervals over problems."""
-  n = max(file.n for file in files)
-  ks = [k for k in (4, 16, 64) if k <= n]
-  titles = ('step', 'benchmark', 'problems', f'Avg@{n}', f'Cons@{n}', *(f'Pass@{k}' for k in ks), 'answers', 'tokens',
-            'truncated', 'undecided')
-  table = Table(*titles, box=None)
-  for column in table.columns[2:]:
-    column.justify = 'right'
+  """Prints a table of metrics for each benchmark, with one column per checkpoint, as many side by side as fit."""
+  console, width = Console(highlight=False, soft_wrap=True), columns()
+  of_benchmark: dict[str, list[SampleFile]] = {}
   for file in files:
-    with file.path.open('rb') as lines:
-      samples = collect(map(json.loads, lines))
-    m = samples.metrics()
-    shares = [m['avg_at_n'], m['cons_at_n'], *(m['pass_at_k'][:, k - 1] for k in ks)]
-    table.add_row(
-      str(file.about['step']), file.about['benchmark'], str(file.problems), *map(_percent, shares),
-      f'{m["distinct_answers"].mean():.1f}', f'{m["length_tokens"].mean():,.0f}',
-      f'{100 * m["truncated_share"].mean():.0f}%', str(samples.undecided))
-  console = Console()
-  console.width = max(console.width, 60 + 20 * len(titles))  # wide enough that lines don't wrap, also in a file
-  console.print(table)
+    of_benchmark.setdefault(file.about['benchmark'], []).append(file)
+  for name, all_steps in of_benchmark.items():
+    console.print(f'\n{name}: {all_steps[0].problems} problems, {all_steps[0].n} samples each; in percent, with 95 % '
+                  'intervals over problems', markup=False)
+    at_once = (width - _NAME_COLUMNS) // _STEP_COLUMNS if width else len(all_steps)
+    for start in range(0, len(all_steps), max(1, at_once)):
+      some = all_steps[start:start + max(1, at_once)]
+      found = [_metrics(file) for file in some]
+      table = Table('', *(f'step {file.about["step"]}' for file in some), box=None, padding=(0, 2, 0, 0))
+      for metric in found[0]:
+        table.add_row(metric, *(of_step[metric] for of_step in found))
+      console.print(table)
+
+
+def _metrics(file: SampleFile) -> dict[str, str]:
+  """Returns {metric: value} of a file, as the texts of the table."""
+  with file.path.open('rb') as lines:
+    samples = collect(map(json.loads, lines))
+  m = samples.metrics()
+  return {
+    f'Avg@{file.n}': _percent(m['avg_at_n']), f'Cons@{file.n}': _percent(m['cons_at_n']),
+    **{f'Pass@{k}': _percent(m['pass_at_k'][:, k - 1]) for k in (4, 16, 64) if k <= file.n},
+    'truncated': f'{100 * m["truncated_share"].mean():.0f}', 'distinct answers': f'{m["distinct_answers"].mean():.1f}',
+    'tokens': f'{m["length_tokens"].mean():,.0f}', 'undecided verdicts': str(samples.undecided)}
 
 
 def _percent(values_P: np.ndarray) -> str:
@@ -389,6 +398,6 @@ class _Progress:
     self._shown = now
     about, rate = self._file.about, (now - self._start) / self._done
     before = self._file.problems - self._todo
-    print(f'step {about["step"]}  {about["benchmark"]}: problem {before + self._done} of {self._file.problems}  right '
-          f'{self._right / self._samples:.3f}  {self._tokens / (now - self._start):,.0f} tok/s  '
-          f'eta {duration(rate * (self._todo - self._done))}', flush=True)
+    print(fitted(f'step {about["step"]}  problem {before + self._done} of {self._file.problems}', [
+      f'right {self._right / self._samples:.3f}', f'eta {duration(rate * (self._todo - self._done))}',
+      f'{self._tokens / (now - self._start):,.0f} tok/s', about['benchmark']], columns()), flush=True)

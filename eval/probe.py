@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import data, model
 from betarank.configs.files import write_atomically
-from betarank.configs.terminal import waiting
+from betarank.configs.terminal import columns, fitted, waiting
 from betarank.data import Batch
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore
 from betarank.model.sharding import constrain
@@ -218,7 +218,8 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """Returns a checkpoint's main figures as one line of text."""
-  return (f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats  {f["bits_per_byte"]:.4f} bits/byte  entropy '
-          f'{f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})  tail mass {f["tail_mass"]:.4f}  '
-          f'gap {f["top_gap_nats"]:.3f}  ece {f["ece"]:.4f}  {f["tokens"]:,} tokens')
+  """Returns a checkpoint's main figures as one line of text. What doesn't fit on the terminal is left out."""
+  return fitted(f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats', [
+    f'entropy {f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})', f'{f["bits_per_byte"]:.4f} bits/byte',
+    f'tail mass {f["tail_mass"]:.4f}', f'ece {f["ece"]:.4f}', f'top gap {f["top_gap_nats"]:.3f}',
+    f'{f["tokens"]:,} tokens'], columns())

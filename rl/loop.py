@@ -393,7 +393,7 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
     step, name, {f'avg_at_{rl.eval_samples}': average, 'standard_error': error},
-    f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems')
+    [f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems'])
   for group in groups[: run.log.samples]:
     log.sample(step, group.task.prompt, group.texts[0])
   return average
@@ -434,8 +434,8 @@ def describe_step(
 def describe_figures(values: dict[str, float]) -> list[str]:
   """Returns the figures to print for a step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
-  learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'gap {v["sampler_gap_mean"]:.1e}']
-             if 'grad_norm' in v else ['no update'])
+  learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}',
+              f'sampler gap {v["sampler_gap_mean"]:.0e}'] if 'grad_norm' in v else ['no update'])
   return [f'pass {v["pass_rate"]:.3f}', *learned[:1], f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%',
           *learned[1:], f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
           f'{v["tokens_per_s"]:,.0f} tok/s drawn']

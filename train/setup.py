@@ -5,6 +5,7 @@ A run begins from the first of these that exists: the newest checkpoint in its w
 """
 
 import contextlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -311,7 +312,8 @@ def describe_model(c: model.ModelConfig) -> str:
 def describe_mesh(mesh: Mesh) -> str:
   """Returns the axes of the mesh and the devices, for `log_header`."""
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
-  return f'{axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
+  processes = f'{jax.process_count()} process{"es" if jax.process_count() > 1 else ""}'
+  return f'{axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {processes}'
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
@@ -342,7 +344,8 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
   """
   log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:
-    log.say(f'curves:   tensorboard --logdir={root}')
+    install = '' if importlib.util.find_spec('tensorboard') else 'pip install tensorboard; '
+    log.say(f'curves:   {install}tensorboard --logdir={root}')
   log.say('try:      ' + shlex.join(['betarank', 'explore', *filter(None, [parent]), str(root)]))
 
 

@@ -106,7 +106,7 @@ def test_a_line_cut_just_before_its_end_spoils_no_other(undisturbed, run_dir):
 
 
 def table(out):
-  return out[out.index('benchmark'):]
+  return out[out.index(f'{PROBLEMS} problems, {N} samples'):]
 
 
 def opened(run_dir, writes=True, **overrides):
