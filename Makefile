@@ -49,8 +49,10 @@ ifeq ($(SOURCE),reasoning)
 	@echo 'which is the file to open first. Worth trying next:'
 	@echo '  . .venv/bin/activate'
 	@echo '  betarank explore $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25'
-	@printf '%s\n' "  betarank generate --checkpoint=$(SMOKE)/rl/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'"
-	@echo "  betarank rl --from=$(SMOKE)/beta=0 --task='reasoning:chain_sum?max_terms=4&max_digits=1'"
+	@printf '%s\n' '  betarank generate --checkpoint=$(SMOKE)/rl/beta=0 \' \
+	  "    --prompt='Question: State the final answer to the following arithmetic problem: 3 + 4 =\nSolution:'"
+	@printf '%s\n' '  betarank rl --from=$(SMOKE)/beta=0 \' \
+	  "    --task='reasoning:chain_sum?max_terms=4&max_digits=1'"
 else
 	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
 	@echo

@@ -3,7 +3,8 @@ r"""betarank generate --checkpoint=RUN [--prompt=TEXT] [--samples=N] [--temperat
 Continues a text, and prints the tokens as they are drawn. RUN is a checkpoint, or a workdir, whose newest checkpoint
 is used. Without --prompt, each line of standard input is a prompt, until Ctrl-D. \n in a prompt stands for a line end:
 
-    betarank generate --checkpoint=runs/smoke/reasoning/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'
+    betarank generate --checkpoint=runs/smoke/reasoning/beta=0 \
+        --prompt='Question: State the final answer to the following arithmetic problem: 3 + 4 =\nSolution:'
 """
 
 import argparse
