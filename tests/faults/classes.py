@@ -206,7 +206,7 @@ def interrupted(name: str):
       if code == 0:
         break
       said = [line for line in err.splitlines() if line]
-      ends = [line for line in [*said, *out.splitlines()] if line.startswith(('stopped', 'asked to stop'))]
+      ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
       notice = [line for line in said if line.startswith('stopping')]
       assert code == 130 and len(ends) == 1 and len(notice) <= 1, f'exit {code} after {at:.2f} s: {err[-600:]}'
       assert len(said) == len(notice) + (ends[0] in said), f'after {at:.2f} s: {err[-600:]}'
