@@ -347,8 +347,8 @@ def print_table(files: Sequence[SampleFile]) -> None:
   for file in files:
     of_benchmark.setdefault(file.about['benchmark'], []).append(file)
   for name, all_steps in of_benchmark.items():
-    console.print(f'\n{name}: {all_steps[0].problems} problems, {all_steps[0].n} samples each; in percent, with 95 % '
-                  'intervals over problems', markup=False)
+    console.print(f'\n{name}: {all_steps[0].problems} problems, {all_steps[0].n} samples each\n'
+                  'percentages have 95 % intervals over problems', markup=False)
     at_once = (width - _NAME_COLUMNS) // _STEP_COLUMNS if width else len(all_steps)
     for start in range(0, len(all_steps), max(1, at_once)):
       some = all_steps[start:start + max(1, at_once)]
@@ -367,8 +367,8 @@ def _metrics(file: SampleFile) -> dict[str, str]:
   return {
     f'Avg@{file.n}': _percent(m['avg_at_n']), f'Cons@{file.n}': _percent(m['cons_at_n']),
     **{f'Pass@{k}': _percent(m['pass_at_k'][:, k - 1]) for k in (4, 16, 64) if k <= file.n},
-    'truncated': f'{100 * m["truncated_share"].mean():.0f}', 'distinct answers': f'{m["distinct_answers"].mean():.1f}',
-    'tokens': f'{m["length_tokens"].mean():,.0f}', 'undecided verdicts': str(samples.undecided)}
+    'truncated': f'{100 * m["truncated_share"].mean():.0f} %', 'tokens': f'{m["length_tokens"].mean():,.0f}',
+    'distinct answers': f'{m["distinct_answers"].mean():.1f}', 'undecided verdicts': str(samples.undecided)}
 
 
 def _percent(values_P: np.ndarray) -> str:

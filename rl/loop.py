@@ -317,7 +317,7 @@ def learn(
     chosen_BT = None
     if rl.loss.cov:
       chosen_BT = cov_tokens(rl.loss, jax.random.fold_in(key, m), old_logp_BT, b.advantages_B, b.counts_BT)
-    with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
+    with setup.no_implicit_transfers():
       state, sums, entropy_BT = parts.update(
         state, b.batch, b.counts_BT, b.sampler_logp_BT, b.advantages_B, old_logp_BT if off_policy else None,
         ref_logp_BT, chosen_BT, b.choices_BTLk)

@@ -100,7 +100,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         batch = next(feed)
       with profile.at(step):
         placed = feed.to_devices(batch)
-        with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
+        with setup.no_implicit_transfers():
           state, sums = update(state, placed)
       recorder.dispatched(step, sums)
       checkpoints.check()

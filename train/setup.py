@@ -349,6 +349,14 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
   log.say('try:      ' + shlex.join(['betarank', 'explore', *filter(None, [parent]), str(root)]))
 
 
+def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
+  """Forbids implicit transfers between host and devices in the block, which would make an update wait.
+
+  Without compilation (JAX_DISABLE_JIT), each operation transfers its constants, so then they are allowed.
+  """
+  return contextlib.nullcontext() if jax.config.jax_disable_jit else jax.transfer_guard('disallow')
+
+
 class Due(NamedTuple):
   """What has to be done after a step."""
 
