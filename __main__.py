@@ -1,4 +1,4 @@
-"""Runs `betarank COMMAND ...`; `python -m betarank COMMAND ...` does the same.
+"""Runs `betarank COMMAND ...`. `python -m betarank COMMAND ...` does the same.
 
 Each command is a module with a function `main(argv)`. Only the module of the chosen command is imported, so that help
 and error messages appear quickly.

@@ -1,10 +1,10 @@
 """Times how long a save stalls training, and how long checks delay a restore: python -m benchmarks.checkpoint
 
 The state is that of a 100M-parameter model: weights and two AdamW moments, 1.2 GB in float32. Each round makes one
-asynchronous save, as training does, and one blocking save. The ratio of their times is computed per round. A second
-ratio includes how much the next update is slowed down by the writer, which uses the same cores on a CPU. Then the last
-checkpoint is restored, whole and weights only, and its checks are timed: crc32 of every byte, which each restore
-computes, and sha256 of every byte, which `betarank checkpoint verify` computes.
+asynchronous save, as training does, and one blocking save, and computes the ratio of their times. In a second ratio,
+the time of the asynchronous save includes how much the writer, which on a CPU uses the same cores, slows down the next
+update. At the end, the last checkpoint is restored, completely and weights only, and its checks are timed: crc32 of
+every byte, which each restore computes, and sha256 of every byte, which `betarank checkpoint verify` computes.
 """
 
 import argparse

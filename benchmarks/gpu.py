@@ -1,7 +1,7 @@
 """Runs all GPU benchmarks and tests, one command at a time: python -m benchmarks.gpu [--only=train,head]
 
-Each part is a separate process, because JAX keeps the card's memory. If a part fails, because a package isn't installed
-or a model doesn't fit, the others still run. The output ends with one table of all parts.
+Each part is a separate process, because JAX keeps the card's memory. If a part fails, for example because a package
+isn't installed or a model doesn't fit, the other parts still run. The output ends with one table of all parts.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TABLE_LINES = 9  # the table has the last so many lines of each part's output
 
 
 def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[str]]:
-  """Runs one part and shows its output. Returns (how the part ended, seconds, its last lines)."""
+  """Runs one part and shows its output. Returns (how the part ended, seconds, the last lines of its output)."""
   start = time.perf_counter()
   environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92', 'TF_CPP_MIN_LOG_LEVEL': '2', **os.environ}
   if name in TORCH:

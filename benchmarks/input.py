@@ -2,8 +2,8 @@
 
     python -m benchmarks.input [--seconds=3] [--steps=100]
 
-The benchmark prepares the smoke config's documents in a temporary folder, and runs each way of making batches alone for
-some seconds. Then it trains, and measures how long training waits for batches. Only real tokens are counted, not
+The benchmark prepares the smoke config's documents in a temporary folder, and runs each way of making batches by itself
+for some seconds. Then it trains, and measures how long training waits for batches. Only real tokens are counted, not
 padding.
 """
 
@@ -27,7 +27,9 @@ from betarank.train.config import run_config
 
 
 def padded(config: DataConfig, batch_size: int):
-  """Yields batches of the naive loader: one document per row, cut or padded to the row's length, read one by one."""
+  """Yields the batches of a naive loader: each row has one document, cut or padded to the row's length, and documents
+  are read one by one.
+  """
   documents, T = Documents(config, 'main', 'train'), config.sequence_length
   rng = np.random.default_rng(0)
   while True:

@@ -1,9 +1,9 @@
 """Simulates the coverage of the 95 % intervals over problems (eval/statistics.py): python -m benchmarks.intervals
 
-For sets of 10, 30 and 100 problems, it prints how often the interval contains the true mean, how often the whole
-interval is above or below the true mean, and how wide the interval is. The score of a problem is the share of its 16
-samples that are right. With `pair`, it is the difference of two arms on the same problem. With `one sample`, it is 0 or
-1. The benchmark takes about 10 minutes on one core, and two with --trials=300.
+For sets of 10, 30 and 100 problems, the benchmark prints how often the interval contains the true mean, how often the
+whole interval is above or below the true mean, and how wide the interval is. The value of a problem is the share of its
+16 samples that are right. With `pair`, the value is the difference between two arms on the same problem. With `one
+sample`, the value is 0 or 1. The benchmark takes about 10 minutes on one core, and two with --trials=300.
 """
 
 import argparse
@@ -38,20 +38,22 @@ def _solved(level_P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _beta(a: float, b: float) -> Kind:
-  """Returns problems whose chance of being solved has a beta distribution."""
+  """Returns problems whose chances of being solved have the distribution beta(a, b)."""
   return Kind(lambda rng, P: _solved(rng.beta(a, b, P), rng), a / (a + b))
 
 
 def _mostly_unsolved(share: float) -> Kind:
-  """Returns problems of which `share` are never solved, and the others half of the time on average."""
+  """Returns problems of which the share `share` is never solved. The other problems are solved half of the time on
+  average.
+  """
   return Kind(lambda rng, P: _solved((rng.random(P) >= share) * rng.beta(2, 2, P), rng), 0.5 * (1 - share))
 
 
 def _pair(change: Callable[[np.random.Generator, np.ndarray], np.ndarray], a: float = 0.5, b: float = 1.0) -> Kind:
   """Returns problems whose value is a difference of two scores: the score after a change minus the score before.
 
-  change: a function (rng, chances before) -> chances after, of the chance that a problem is solved. The chances before
-  have the distribution beta(a, b).
+  change: a function (rng, chances before) -> chances after. A chance is the probability that a problem is solved. The
+    chances before have the distribution beta(a, b).
   """
   def draw(rng, P):
     before_P = rng.beta(a, b, P)
@@ -84,7 +86,7 @@ KINDS = {
 
 
 def coverage(kind: Kind, problems: int, trials: int, seed: int = 1) -> tuple[float, float, float, float]:
-  """Returns (share covered, share of intervals above the true mean, share below the true mean, mean width)."""
+  """Returns (coverage, share of intervals above the true mean, share of intervals below the true mean, mean width)."""
   rng = np.random.default_rng(seed)
   found = [bootstrap_interval(kind.draw(rng, problems), bounds=kind.bounds, resamples=RESAMPLES) for _ in range(trials)]
   above = float(np.mean([e.low > kind.truth for e in found]))

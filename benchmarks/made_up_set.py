@@ -1,6 +1,6 @@
 """Writes data sets of random tokens for benchmarks, in the same files as prepared data.
 
-Tokenizing so much text would take hours, and how fast a set is opened and read doesn't depend on its content.
+Tokenizing as much text would take hours, and the speed of opening and reading a set doesn't depend on its content.
 """
 
 import json
@@ -38,7 +38,8 @@ def write(folder: pathlib.Path, *, shards: int, documents: int, row: int, conten
   Args:
     shards, documents: the numbers of shards and of documents.
     row: the number of tokens of a row.
-    contents: False makes shards of the right size without content. Such a set can be opened, but not read.
+    contents: whether shards have content. Without content, they only have the right size, so the set can be opened, but
+      not read.
   """
   rng = np.random.default_rng(0)
   folder.mkdir(parents=True)

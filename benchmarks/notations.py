@@ -1,8 +1,8 @@
-r"""Writes a reference in other notations. A judge must accept each of them.
+r"""Writes a reference in other notations, each of which a judge must accept.
 
     notations('4.5e33')      ['4.5 \\times 10^{33}', '4.5 \\cdot 10^{33}', '45e32', '$4.5e33$']
 
-This module doesn't use the judge's parser, so that errors of the judge's parser show.
+This module doesn't use the judge's parser, so that it can reveal errors of the parser.
 """
 
 import re
@@ -13,7 +13,7 @@ _NAMED = re.compile(r"\s*([A-Za-z](?:_\{?\\?\w+\s*\}?)?(?:\([a-z]\))?)\s*=([^=]*
 
 
 def notations(gold: str) -> list[str]:
-  """Returns at least two other ways to write `gold`. The text itself isn't among them."""
+  """Returns at least two other ways to write `gold`. `gold` itself isn't among them."""
   text = re.sub(r'(?<!\\)\$', '', gold).strip().rstrip('.').strip()
   if re.fullmatch(r'\\?\$?\d{1,3}(,\s*(\\!)?\s*\d{3})+(\.\d+)?', text):
     bare = re.sub(r'[^\d.]', '', text)
@@ -48,7 +48,7 @@ def _of_number(text: str) -> list[str]:
 
 
 def _split(text: str, separator: str = ',') -> list[str]:
-  """Returns the parts between separators that aren't in brackets."""
+  """Returns the parts of a text between separators. Separators in brackets don't count."""
   parts, depth, start = [], 0, 0
   for i, character in enumerate(text):
     depth += (character in '([{') - (character in ')]}')

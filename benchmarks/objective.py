@@ -4,14 +4,14 @@
     python -m benchmarks.objective --grid=2048x512x65536,8192x1024x32768
     python -m benchmarks.objective --tpu=v5e-4 --grid=32768x2048x131072 --dtype=bfloat16
 
-The runs of all functions are interleaved. For each function, the fastest of `--repeats` runs counts, in wall seconds
-and in CPU seconds. On a shared machine, CPU seconds vary less. tokamax (pip install tokamax) is timed if it is
+The runs of the compared functions are interleaved. For each function, the fastest of `--repeats` runs counts, in wall
+seconds and in CPU seconds. On a shared machine, CPU seconds vary less. tokamax (pip install tokamax) is timed if it is
 installed.
 
---tpu compiles ahead of time (pip install "jax[tpu]") and runs nothing. Temporary memory is then what the compiler
-reports. Times are predicted from the compiled programs as in `betarank plan`, for bfloat16. `allocated` is the size of
-the program's one temporary allocation, from the compiler's buffer assignment; the temp size of memory_analysis counts
-the logits of a chunk twice.
+With --tpu, the functions are only compiled, ahead of time (pip install "jax[tpu]"). Temporary memory is then what the
+compiler reports. Times are predicted from the compiled programs as in `betarank plan`, for bfloat16. `allocated` is the
+size of the program's one temporary allocation, from the compiler's buffer assignment; the temp size of memory_analysis
+counts the logits of a chunk twice.
 """
 # N tokens  D width  V vocabulary
 

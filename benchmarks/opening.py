@@ -31,7 +31,7 @@ def resident() -> int:
 
 
 def opened(folder: pathlib.Path) -> None:
-  """Opens the set in `folder`, and prints the figures as JSON."""
+  """Opens the set in `folder`, and prints the CPU seconds and bytes that this takes, as JSON."""
   config = DataConfig(str(folder), '', made_up_set.VOCAB, {'main': SourceConfig(f'jsonl:{folder}/x.jsonl', 1.0, 0)},
                       0.0, ROW)
   figures, before, start = {}, resident(), time.process_time()

@@ -2,10 +2,10 @@
 
     python -m benchmarks.restart [--megabytes=16] [--piece_megabytes=2] [--kills=5]
 
-The benchmark tokenizes made-up text in one process, kills the process at random times and starts it again. A restart
-continues after the last complete piece, so only the text of the unfinished piece is lost. Pieces have 128 MiB by
-default. Smaller pieces are used here so that a run takes a minute. The benchmark prints the loss relative to a piece,
-the rate of this core, and the most CPU seconds that a kill loses with pieces of 128 MiB at this rate.
+The benchmark tokenizes made-up text in one process, kills the process at random times and restarts it. A restart
+continues after the last complete piece, so only the text of the unfinished piece is lost. `betarank data prepare` has
+pieces of 128 MiB. Smaller pieces are used here, so that a run takes a minute. The benchmark prints the loss relative to
+a piece, the rate of this core, and the most CPU seconds that a kill loses with pieces of 128 MiB at this rate.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def settings(folder: pathlib.Path, name: str) -> DataConfig:
 
 
 def child(config: DataConfig, piece_bytes: float) -> None:
-  """Prepares the source. Prints, again and again, the bytes tokenized so far, and at the end the CPU seconds."""
+  """Prepares the source. Prints the bytes tokenized so far, repeatedly, and at the end the CPU seconds."""
   worker.PIECE_BYTES = piece_bytes
   worker._REPORTED = 2**16
   start = time.process_time()

@@ -1,14 +1,14 @@
-"""Times sampling, compared with google-tunix, with transformers, and with simpler variants of our own sampler.
+"""Times sampling, compared with google-tunix, with transformers, and with simpler variants of betarank's sampler.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
     python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1   # in two processes, if a card
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1        # can hold only one of them
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
-1.05B, or a mixture of experts with 2.1B. Packages that aren't installed are left out: pip install google-tunix
-transformers torch. Each variant runs once to compile (not with --cold), then --repeats times, interleaved with the
-other variants. The table has the fastest run of each variant, in generated tokens per second. transformers runs on the
-GPU, in bfloat16, if torch finds one.
+1.05B, or a mixture of experts with 2.1B. Variants whose package isn't installed are left out (pip install google-tunix
+transformers torch). Each variant runs once to compile, unless --cold is given, and then --repeats times, interleaved
+with the other variants. The table has the fastest run of each variant, in generated tokens per second. transformers
+runs on the GPU, in bfloat16, if torch finds one.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def ours(params):
 
 
 def tunix():
-  """Returns a function seed -> number of tokens that runs tunix's vanilla sampler.
+  """Returns a function seed -> number of tokens, which runs tunix's vanilla sampler.
 
   The sampler samples from the full distribution, and no token ends an answer.
   """
@@ -79,7 +79,7 @@ def tunix():
 
 
 def transformers():
-  """Returns a function seed -> number of tokens that runs `generate` of transformers.
+  """Returns a function seed -> number of tokens, which runs `generate` of transformers.
 
   `generate` samples from the full distribution, and no token ends an answer.
   """
@@ -107,10 +107,11 @@ def transformers():
 
 
 def refill(params):
-  """Returns two variants of our sampler, {name: function seed -> number of tokens}, for answers of log-normal length.
+  """Returns two variants of betarank's sampler, {name: function seed -> number of tokens}, for answers of log-normal
+  length.
 
   'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
-  one. 'refilled rows' gives the sampler all prompts, so that the row of a finished answer gets the next prompt. With
+  answer. 'refilled rows' gives the sampler all prompts, so that the row of a finished answer gets the next prompt. With
   answers of up to 8192 tokens, there is only 'refilled rows'.
   """
   rows, longest, middle, cache_tokens = REFILL
@@ -128,10 +129,11 @@ def refill(params):
 
 
 def prefill(params):
-  """Returns two variants of our sampler, {name: function seed -> number of tokens}, for 16 answers to a prompt of 1k
-  tokens.
+  """Returns two variants of betarank's sampler, {name: function seed -> number of tokens}, for 16 answers to one long
+  prompt.
 
-  'prefill shared' computes the prompt once, and 'prefill repeated' computes it 16 times.
+  The prompt has about 1000 tokens. 'prefill shared' processes the prompt once, and 'prefill repeated' processes it 16
+  times.
   """
   (prompt,) = make_prompts(1, 1024)
   copies = [prompt._replace(id=i) for i in range(16)]
@@ -143,7 +145,7 @@ def prefill(params):
 
 
 def measure(ways, repeats, cold=False):
-  """Returns the tokens per second of each variant in its fastest run. The runs of all variants are interleaved."""
+  """Returns the tokens per second of the fastest run of each variant. The runs of all variants are interleaved."""
   best = dict.fromkeys(ways, 0.0)
   for run in ways.values() if not cold else ():
     run(0)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.tokenizer [--tokenizer=PATH] [--megabytes=8] [--rounds=3]
 
-Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, with a
-tokenizer of its own, whose cache of words is empty, and measures the CPU seconds of one thread. The ratio of a round is
-relative to the library's faster variant in that round; the median over rounds is printed. `prepare` reads the tokenizer
-itself. So its time for a single short document is subtracted, and printed separately. Without --tokenizer, a byte-level
-BPE of 32,768 tokens is trained on the texts.
+Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, with a new
+tokenizer, whose cache of words is empty, and measures the CPU seconds of one thread. A ratio is relative to the
+library's faster variant in the same round, and the median over rounds is printed. The variant `prepare` also reads the
+tokenizer, so the time that it takes for a single short document is subtracted, and printed separately. Without
+--tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
 """
 
 import argparse
@@ -28,8 +28,7 @@ CUT_CHARACTERS = 2**16
 
 
 def texts(megabytes: float) -> list[str]:
-  """Returns texts from source files of the standard library, of at least `megabytes` MB together if there are enough.
-  """
+  """Returns source files of the standard library as texts, of at least `megabytes` MB in all if there are enough."""
   found, size = [], 0
   for path in sorted(pathlib.Path(sysconfig.get_path('stdlib')).rglob('*.py')):
     text = path.read_text(encoding='utf-8', errors='replace')

@@ -7,14 +7,14 @@
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
     --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture for such a card
 
-Steps are those of train/step.py, on random tokens. `all logits` differs only in the loss: it holds all logits, and
-computes optax's cross-entropy without statistics. `naive`, for the small models, also holds all attention scores and
-recomputes nothing.
+Steps are those of train/step.py, on random tokens. The variant `all logits` differs only in the loss: it holds all
+logits, and computes optax's cross-entropy without statistics. The variant `naive`, for the small models, also holds all
+attention scores and recomputes nothing.
 
 All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
-because other work on the machine stretches wall time. MFU counts 6 FLOPs per weight and token and half of the attention
-(model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU it is relative to a matrix product
-measured here, per CPU second.
+because other work on the machine prolongs wall time. MFU counts 6 FLOPs per weight and token and half of the attention
+(model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU, MFU is relative to the speed of a
+matrix product that is measured at the start, per CPU second.
 """
 
 import argparse
@@ -94,7 +94,10 @@ def matmul_rate(device) -> float:
 
 
 def profile(run, program: str, most: int):
-  """Prints the kernels that took longest in one call of the compiled `program`, and the operation of each."""
+  """Prints the kernels that take longest in one call of the compiled `program`, and the operation that each belongs to.
+
+  most: the largest number of kernels to print.
+  """
   # A kernel has the name of the operation that it computes. In a CUDA graph, nothing else is known of it.
   names = {re.sub(r'\W', '_', name): of for name, of in re.findall(r'([\w.-]+) = .*?op_name="([^"]*)"', program)}
   with tempfile.TemporaryDirectory() as folder:

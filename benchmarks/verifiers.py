@@ -1,4 +1,4 @@
-"""Measures how right, how fast and how safe grading is, compared with math-verify alone.
+"""Measures how accurate, how fast and how safe grading is, compared with math-verify alone.
 
     python -m benchmarks.verifiers [pairs] [golds] [speed] [hostile] [--data=../shared/data] [--workers=2]
 
@@ -148,8 +148,8 @@ def pairs(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def golds(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints how references compare with themselves in other notations, and with the references that look most
-  similar.
+  """Prints the verdicts on references compared with themselves in other notations, and with the most similar other
+  references.
   """
   for name in ('minerva_math', 'olympiadbench', 'math500'):
     path = data / 'reasoning' / f'{name}.jsonl'
@@ -175,7 +175,9 @@ def golds(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def _nearest(gold: str, references: list[str], count: int = 3) -> list[str]:
-  """Returns the other references whose texts are most similar to `gold`, except those that differ only in layout."""
+  """Returns the other references whose texts are most similar to `gold`. References that differ only in layout are left
+  out.
+  """
   bare = lambda text: re.sub(r'[\s${}]|\\left|\\right|\\!', '', text).lstrip('+')
   others = [other for other in references if bare(other) != bare(gold)]
   return difflib.get_close_matches(gold, others, count, cutoff=0.0)
@@ -196,7 +198,7 @@ def speed(data: pathlib.Path, config: VerifierConfig) -> None:
 
 
 def attacks(config: VerifierConfig) -> None:
-  """Prints the verdicts on hostile answers, and the files that these have created."""
+  """Prints the verdicts on hostile answers, and the files that the answers have created."""
   with tempfile.TemporaryDirectory() as folder, Verifier(config) as verifier:
     canary = os.path.join(folder, 'canary')
     with mock.patch.dict(os.environ, BETARANK_CANARY='secret'), contextlib.suppress(KeyboardInterrupt):

@@ -1,7 +1,7 @@
 """betarank config FILE[:ARG] [--config.KEY=VALUE ...]     prints the resolved config and what differs from the defaults
 betarank config --list                                  lists the configs that ship
 
-The command only reads the config. It uses no devices and no data.
+The command only reads the config. No device and no data is needed.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Builds the configs that every experiment starts from, and parses the argument of a config.
+"""Builds the configs from which all experiments start, and parses the argument of a config.
 
 configs/settings.py says what each setting means.
 """
@@ -22,7 +22,7 @@ def rl_base() -> ConfigDict:
   """Returns an RL config with the paper's recipe: on-policy GRPO, clip-higher, dynamic sampling, no KL term.
 
   Values that the paper doesn't specify are those of DAPO. The config has no section `model`. Unless the caller adds
-  one, a run uses the model of the checkpoint that it starts from.
+  this section, a run uses the model of the checkpoint that it starts from.
   """
   values = settings.defaults(settings.RL)
   del values['model']
@@ -30,16 +30,16 @@ def rl_base() -> ConfigDict:
 
 
 def evaluation() -> ConfigDict:
-  """Returns section `eval`, which `betarank eval` adds to a checkpoint's config. Its sampling settings are the
+  """Returns the section `eval`, which `betarank eval` adds to a checkpoint's config. Its sampling settings are the
   paper's.
   """
   return ConfigDict(settings.defaults(settings.EVAL))
 
 
 def parse(arg: str | None, **defaults) -> SimpleNamespace:
-  """Parses a config's argument, such as 'beta=-0.25,seed=1'.
+  """Parses a config's argument, such as 'beta=-0.25,seed=1'. Returns the values as attributes.
 
-  defaults: the names that are allowed, with their default values. A value is read as the type of its default.
+  defaults: the allowed names with their default values. A value is parsed as the type of its default.
 
   Raises:
     ConfigError: a name isn't allowed, or a value has the wrong type.

@@ -13,7 +13,7 @@ def table(tree: Mapping[str, Any], width: int = 0) -> str:
   """Returns a text that lists settings with key, default and meaning, grouped by section.
 
   tree: a nested dictionary of settings, as in configs/settings.py.
-  width: the length of a line, in characters; 0 means the width of the terminal.
+  width: the largest length of a line, in characters; 0 means the width of the terminal.
   """
   width = width or shutil.get_terminal_size().columns
   flat = settings.flat(tree)
@@ -30,7 +30,7 @@ def table(tree: Mapping[str, Any], width: int = 0) -> str:
 
 
 def value(default: Any) -> str:
-  """Formats a setting's value as it is written on a command line."""
+  """Returns a setting's value as it is written on a command line."""
   if isinstance(default, bool):
     return str(default).lower()
   if isinstance(default, str):

@@ -1,4 +1,4 @@
-"""Defines the errors that are shown to the user of the command line, and how they are shown."""
+"""Defines the errors that the user of the command line sees, and shows them."""
 
 import difflib
 import errno
@@ -15,7 +15,7 @@ _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EI
 
 
 class UserError(ValueError):
-  """Raised for an error that the user of the command line can fix. The message is one line, written for that user."""
+  """Raised for an error that the user of the command line can fix. The message is one line, written for this user."""
 
 
 class ConfigError(UserError):
@@ -23,11 +23,12 @@ class ConfigError(UserError):
 
 
 class Interrupted(SystemExit):
-  """Raised to end the process after Ctrl-C, with status 130."""
+  """Raised to end the process after Ctrl-C, with exit status 130."""
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
-  """Returns '; did you mean X?' for the candidate X that is most similar to `name`, or '' if none is similar."""
+  """Returns '; did you mean X?' for the candidate X that is most similar to `name`, or '' if no candidate is similar.
+  """
   candidates = sorted(set(candidates) - {name})
   leaf = lambda text: text.rpartition('.')[2]
   same_leaf = [c for c in candidates if '.' in c and leaf(c) == leaf(name)]
@@ -49,18 +50,20 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
 
 
 def one_line(error: object) -> str:
-  """Returns the message on one line, cut to 2000 characters. Characters that can't be printed are replaced."""
+  """Returns the message of an error on one line of at most 2000 characters. Characters that can't be printed are
+  replaced.
+  """
   text = ' '.join(str(error).split())
   text = text if len(text) <= _LONGEST_SHOWN else f'{text[:_LONGEST_SHOWN]} ...'
   return ''.join(c if c.isprintable() else '\ufffd' for c in text)
 
 
 def run_main(main: Callable[[], None]) -> None:
-  """Runs `main`, and turns these errors into a short message on stderr and an exit status:
+  """Runs `main`. Turns these errors into a short message on stderr and an exit status:
 
   - A UserError, or an OSError that names a place which can't be read or written: one line, status 2.
   - Ctrl-C: the line 'stopped', followed by the argument of KeyboardInterrupt if it has one; status 130.
-  - The program that reads the output closes it early, as `head` does: no message, status 141.
+  - An output that is closed early by the program that reads it, such as `head`: no message, status 141.
   """
   try:
     main()

@@ -1,4 +1,4 @@
-"""Writes files atomically: a reader sees either the old content or the whole new content.
+"""Writes files atomically: a reader sees either the old content or the complete new content.
 
 data, runtime, eval and launch all need this module, so it is in configs, which every package may import.
 """
@@ -16,11 +16,12 @@ from etils import epath
 def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
   """Yields a binary file that replaces `path` when the block ends. If the block raises, `path` stays as it was.
 
-  Use it for content that doesn't fit in memory. `path` is local or in a bucket; its folder is created if needed. Until
-  the block ends, the content is in the same folder under a unique temporary name, `.NAME.RANDOM.tmp`. So two writers
-  can't disturb each other, and the last one wins. The temporary file stays behind only if the process is killed.
+  Use this for content that doesn't fit in memory. `path` is local or in a bucket; its folder is created if needed.
+  Until the block ends, the content is in the same folder under a unique temporary name, `.NAME.RANDOM.tmp`. Two writers
+  therefore can't mix their content: the later one replaces the file of the earlier one. The temporary file remains only
+  if the process is killed.
 
-  A local file is flushed to the disk before it replaces the old one. If `path` is a symbolic link, the link is
+  A local file is flushed to the disk before it replaces the old file. If `path` is a symbolic link, the link itself is
   replaced.
   """
   path = epath.Path(path)
@@ -38,6 +39,6 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-  """Writes a whole file atomically; text is encoded as UTF-8. See `atomic_writer`."""
+  """Writes a file atomically, as `atomic_writer` does. Text is encoded as UTF-8."""
   with atomic_writer(path) as file:
     file.write(content.encode() if isinstance(content, str) else content)

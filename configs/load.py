@@ -1,9 +1,9 @@
 """Reads the config of a command line, and applies its overrides.
 
 A config is a Python file that defines `get_config(arg) -> ml_collections.ConfigDict`, or the JSON file that every run
-writes to its workdir. `--config` takes either. Any value in it can be overridden: `--config.optimizer.lr=1e-3`. A
-misspelt key or a value of the wrong type raises a ConfigError. Its message is one line, which names the key and, if
-there is one, the most similar key that exists.
+writes to its workdir. `--config` accepts both kinds of file. Any value in the config can be overridden:
+`--config.optimizer.lr=1e-3`. A misspelt key or a value of the wrong type raises a ConfigError. Its message is one line,
+which names the key and, if there is one, the most similar key that exists.
 
     config, flags = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
     model = section(ModelConfig, config.model, 'model')       # configs/sections.py
@@ -37,7 +37,7 @@ def from_command_line(
   """Parses `--config=FILE[:ARG]`, `--config.KEY=VALUE` and the flags that `parser` already has.
 
   Args:
-    parser: has the command's own flags.
+    parser: the parser of the command's own flags.
     argv: the command line without the program's name.
     settings: the part of configs/settings.py that the command reads; `--help` lists it.
     configure: a function (flags, overrides) -> config, which is called instead of reading the file of --config.
@@ -69,21 +69,24 @@ def from_command_line(
 
 
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
-  """Returns the config at `spec`, with overrides, locked.
+  """Returns the config at `spec` with overrides applied. The config is locked.
 
   spec: FILE.py, FILE.py:ARG or FILE.json.
-  overrides: for example {'optimizer.lr': '1e-3'}.
+  overrides: {dotted key: text of the value}, for example {'optimizer.lr': '1e-3'}.
+
+  Raises:
+    ConfigError: the config can't be read, or an override can't be applied.
   """
   return _finish(read(spec), overrides or {})
 
 
 def read_stage(spec: str, stage: str) -> ConfigDict:
-  """Returns the config at `spec`, without overrides and not locked, like `read`.
+  """Returns the config at `spec`, as `read` does, if it is a config for the given command.
 
-  stage: the command that the config must be for, 'train' or 'rl'.
+  stage: the command, 'train' or 'rl'.
 
   Raises:
-    ConfigError: the config is for the other of these commands, or can't be read.
+    ConfigError: the config is for the other command, or can't be read.
   """
   config = read(spec)
   found = 'rl' if 'rl' in config else 'train'
@@ -94,7 +97,7 @@ def read_stage(spec: str, stage: str) -> ConfigDict:
 
 
 def read(spec: str) -> ConfigDict:
-  """Returns the config at `spec` without overrides. The config isn't locked yet."""
+  """Returns the config at `spec` without overrides. The config isn't locked."""
   return _load_json(spec) if spec.endswith('.json') and '.py:' not in spec else _load_python(spec)
 
 
@@ -185,7 +188,7 @@ def _load_python(spec: str) -> ConfigDict:
 
 
 def _find(path: str) -> pathlib.Path:
-  """Returns `path` as given if the file exists, or else the config of this name that ships with the package."""
+  """Returns `path` if this file exists, or else the path of the config of this name that ships with the package."""
   root = pathlib.Path(__file__).resolve().parent.parent
   for candidate in (pathlib.Path(at_home(path)), root / path):
     if os.path.isfile(candidate):  # unlike candidate.is_file(), it doesn't raise for an impossible name
@@ -194,7 +197,7 @@ def _find(path: str) -> pathlib.Path:
 
 
 def shipped() -> list[str]:
-  """Returns the paths of the configs that ship with the package: the files that define get_config."""
+  """Returns the paths of the configs that ship with the package. These are the files that define get_config."""
   root = pathlib.Path(__file__).resolve().parent
   return [str(p.relative_to(root.parent)) for p in sorted(root.rglob('*.py'))
           if '\ndef get_config(' in p.read_text(encoding='utf-8')]
@@ -217,7 +220,7 @@ def _load_json(path: str) -> ConfigDict:
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns the values of a nested config by their dotted keys, as in {'optimizer.lr': 1e-3, ...}."""
+  """Returns {dotted key: value} of a nested config, for example {'optimizer.lr': 1e-3, ...}."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict | dict) and len(value):

@@ -1,8 +1,8 @@
 """Parses command lines. All commands use this parser, so that all of them refuse bad flags in the same way.
 
 The parser differs from argparse in four ways. A mistake is a ConfigError, which is printed as one line, without the
-usage text. An unknown flag comes with a suggestion. A flag may be written with - instead of _, as in --dry-run. And a
-flag can't be abbreviated.
+usage text. The error for an unknown flag suggests a similar flag. A flag may be written with - instead of _, as in
+--dry-run. A flag can't be abbreviated.
 """
 
 import argparse
@@ -21,10 +21,16 @@ _HOME = re.compile(r'([a-z]+:)?(?=~/|~$)')
 
 
 class Parser(argparse.ArgumentParser):
-  """An ArgumentParser that raises ConfigError and suggests similar flags; see the docstring of this module."""
+  """An ArgumentParser that raises ConfigError and suggests similar flags. This module's docstring lists the
+  differences.
+  """
 
   def __init__(self, prog: str, doc: str | None = None, **options: Any):
-    """Creates the parser of the command `prog`, such as 'betarank train'. doc: what --help prints above the flags."""
+    """Creates the parser of a command.
+
+    prog: the command, such as 'betarank train'.
+    doc: the text that --help prints above the flags.
+    """
     super().__init__(prog=prog, description=doc, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
@@ -57,7 +63,7 @@ class Parser(argparse.ArgumentParser):
     return ['--', *(flag for parser in parsers for action in parser._actions for flag in action.option_strings)]
 
   def error(self, message: str) -> NoReturn:
-    """Raises ConfigError with argparse's message in other words. argparse calls this method for a bad command line."""
+    """Raises ConfigError with a reworded message of argparse. argparse calls this method for a bad command line."""
     if found := re.fullmatch(r'argument (.*?): invalid choice: (.+) \(choose from (.*)\)', message):
       choices = [choice.strip(" '") for choice in found[3].split(',')]
       wrong = found[2].strip("'")
@@ -74,17 +80,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def underscored(word: str) -> str:
-  """Returns a word of a command line. If the word is a flag, every - in the flag's name is replaced by _."""
+  """Returns a word of a command line, with every - in a flag's name replaced by _. Other words are returned unchanged.
+  """
   flag, equals, value = word.partition('=')
   return f'--{flag[2:].replace("-", "_")}{equals}{value}' if flag.startswith('--') else word
 
 
 def place(text: str) -> str:
-  """Returns the path of a file or folder that a flag names, with `~` replaced. Use it as the `type` of a flag.
+  """Returns the path of a file or folder that a flag names, with `~` replaced. Use this function as the `type` of a
+  flag.
 
   Raises:
-    argparse.ArgumentTypeError: the path is empty, was probably meant as a bucket but isn't written like one, or needs a
-      package that isn't installed.
+    argparse.ArgumentTypeError: the path is empty, looks like a misspelt bucket, or needs a package that isn't
+      installed.
   """
   path = unopened_place(text)
   scheme, remote, _ = path.partition('://')
@@ -100,10 +108,10 @@ def place(text: str) -> str:
 def unopened_place(text: str) -> str:
   """Returns what `place` returns, without checking that the package for the path's bucket is installed.
 
-  It is for paths that this process may only pass on to another one.
+  Use this function for paths that this process may only pass on to another process.
 
   Raises:
-    argparse.ArgumentTypeError: the path is empty, or was probably meant as a bucket but isn't written like one.
+    argparse.ArgumentTypeError: the path is empty, or looks like a misspelt bucket.
   """
   if not text.strip():
     raise argparse.ArgumentTypeError('is empty; is the variable set that it was made from?')
@@ -113,7 +121,9 @@ def unopened_place(text: str) -> str:
 
 
 def install_hint(path: str) -> str:
-  """Returns the command that installs the package for paths like `path`, or says that no such package is known."""
+  """Returns the command that installs the package for paths like `path`. If no package is known, returns a text that
+  says so.
+  """
   packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
               'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
   scheme = path.partition('://')[0]
@@ -121,7 +131,7 @@ def install_hint(path: str) -> str:
 
 
 def not_a_place(text: str) -> str:
-  """Returns an error message for a text such as `gs:/x`, which was probably meant as a bucket; otherwise ''."""
+  """Returns an error message for a text that looks like a misspelt bucket, such as `gs:/x`; '' for other texts."""
   if _BUCKET_MEANT.match(text) and not _BUCKET.match(text):
     return f'{text!r} is neither a local path nor a bucket, which is gs://NAME/...'
   return ''
@@ -130,7 +140,7 @@ def not_a_place(text: str) -> str:
 def at_home(text: str) -> str:
   """Returns a path, or a URI such as text:~/books/*.txt, with `~` at the start of the path replaced.
 
-  The shell replaces `~` only at the start of a word, so not in --workdir=~/runs.
+  The shell replaces `~` only at the start of a word, so it doesn't replace it in --workdir=~/runs.
   """
   home = _HOME.match(text)
   return text[:home.end()] + os.path.expanduser(text[home.end():]) if home else text

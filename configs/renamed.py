@@ -31,7 +31,7 @@ NOT_IN_RL = ('objective', 'data.dir', 'data.vocab_size', 'data.sources', 'data.v
 
 
 def update(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a resolved config, a nested dictionary, with old keys and values replaced by the present ones."""
+  """Returns a resolved config, a nested dictionary, with old keys and values replaced by the new ones."""
   return _section(config, '')
 
 

@@ -1,8 +1,8 @@
-"""RL with settings for a small model and short answers: what `betarank rl --from=RUN --task=URI` uses without --config.
+"""RL with settings for a small model and short answers: the default config of `betarank rl --from=RUN --task=URI`.
 
     betarank rl --from=runs/smoke/reasoning/beta=0 --task='reasoning:chain_sum?max_terms=3&max_digits=1'
 
-It runs 100 steps of 16 prompts. Each prompt gets 8 samples of at most 64 tokens. Prompts of more than 64 tokens are
+A run has 100 steps of 32 prompts. Each prompt gets 8 samples of at most 64 tokens. Prompts of more than 64 tokens are
 left out. For a larger model, lower optimizer.lr (the paper has 1e-6), and raise rl.max_prompt_tokens and
 rl.max_new_tokens.
 """

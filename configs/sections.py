@@ -1,6 +1,6 @@
-"""Converts a config section, which is a dictionary, to the frozen dataclass that code takes.
+"""Converts a config section, which is a dictionary, to the frozen dataclass that other modules take.
 
-    model = section(ModelConfig, config.model, 'model')
+model = section(ModelConfig, config.model, 'model')
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = ''
   path: the dotted key of the section, for error messages.
 
   Raises:
-    ConfigError: a key is unknown or missing, a value has the wrong type, or a check of `cls` failed. Such a check
-      raises a ValueError whose message begins with the name of the field.
+    ConfigError: a key is unknown or missing, a value has the wrong type, or `cls` refuses a value. To refuse a value,
+      `cls` raises a ValueError whose message begins with the name of the field.
   """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)

@@ -1,4 +1,4 @@
-"""Defines every setting, once: its default, its role, and what it means, with its unit.
+"""Defines every setting, once: its default, its role, and its meaning with the unit.
 
 `betarank COMMAND --help` prints this table, and configs/common.py builds configs from it. Dataclasses that can be
 created without a config take their defaults from here. Code that needs to know what a setting affects calls `role`.
@@ -23,7 +23,7 @@ class Setting(NamedTuple):
   """One setting.
 
   Attributes:
-    default: the value unless a config changes it. Overrides must have the type of this value.
+    default: the value if no config changes it. Overrides must have the type of this value.
     role: IDENTITY, DATA, EXECUTION, LENGTH or REPORTING.
     help: what the setting means, with its unit and the possible values.
   """
@@ -313,7 +313,7 @@ _ALL = {**PRETRAIN, 'rl': RL_SECTION, 'eval': EVAL}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Setting]:
-  """Returns the settings of a nested dictionary by their dotted keys, as in {'optimizer.lr': Setting, ...}."""
+  """Returns {dotted key: Setting} of a nested dictionary of settings, for example {'optimizer.lr': Setting, ...}."""
   found = {}
   for key, value in tree.items():
     found |= {prefix + key: value} if isinstance(value, Setting) else flat(value, f'{prefix}{key}.')
@@ -330,14 +330,14 @@ def defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default(key: str) -> Any:
-  """Returns the default of the setting with the dotted name `key`. Dataclass fields use it as their default."""
+  """Returns the default of the setting with the dotted key `key`. Dataclass fields take their defaults from here."""
   return _FLAT[key].default
 
 
 def role(key: str) -> str:
   """Returns the role of a setting.
 
-  key: the dotted name of a setting, or of a key in a setting that is a dictionary, such as data.sources.main.uri.
+  key: the dotted key of a setting, or of an entry in a setting that is a dictionary, such as data.sources.main.uri.
 
   Raises:
     KeyError: there is no such setting.

@@ -3,9 +3,9 @@
     betarank sweep --config=configs/small.py --root=runs/small --parallel=5     # five arms share one GPU
     betarank train --config=configs/small.py:objective=beta_low --workdir=runs/mine
 
-All objectives have the same token budget, and each is followed by RL. Before and after RL, a probe measures the token
-distribution on held-out documents, and 64 samples per problem measure Avg@64 and Pass@k on held-out problems. seeds=N
-runs more seeds, tokens=N changes the budget. docs/small.md has the results.
+All objectives have the same token budget, and RL follows each. Before and after RL, a probe measures the token
+distribution on held-out documents, and 64 samples per problem measure Avg@64 and Pass@k on held-out problems. The
+argument seeds=N runs more seeds, and tokens=N changes the budget. docs/small.md has the results.
 """
 
 from betarank.configs import common, paper

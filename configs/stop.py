@@ -13,7 +13,7 @@ A command of many steps saves before it ends:
 The first signal only makes `stop` return True. The exit status is 143 for SIGTERM and 130 for Ctrl-C, so that scripts
 can see that the command didn't finish. A second Ctrl-C ends the process at once, whatever it is doing.
 
-Every command runs in `interruptible`. In the block of a StopSignal, the StopSignal handles the signals instead. Outside
+Every command runs in `interruptible`. Inside the block of a StopSignal, the StopSignal handles the signals. Outside
 such a block, the first Ctrl-C raises KeyboardInterrupt, which ends the command with one line (configs/errors.py). The
 results that the command has written by then are complete, because each is written atomically.
 
@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 
 class Stopped(SystemExit):
-  """Raised to end the process after a stop on request. Everything is saved, so this isn't a failure."""
+  """Raised to end the process after a request to stop. Everything is saved, so this isn't a failure."""
 
 
 def leave(status: int) -> NoReturn:
@@ -77,19 +77,19 @@ def importing(text: str, console: Any = None) -> Iterator[None]:
 class StopSignal:
   """A context manager that catches SIGTERM and Ctrl-C. It must be entered in the main thread.
 
-  Call the object after each step: it returns True once the command must end. The attribute `exit_status` is the exit
+  Call the object after each step. It returns True once the command must end. The attribute `exit_status` is the exit
   status for the process.
   """
 
   def __init__(self, processes: int = 1, before_exit: Callable[[], None] = lambda: None, *, unit: str = 'step'):
-    """Creates the context manager. The signals keep their usual effect until it is entered.
+    """Creates the context manager. Until it is entered, the signals keep their usual effect.
 
     Args:
       processes: the number of processes of the job. All processes must call this object after the same steps. Once one
-        of them has received a signal, the calls return True in all processes at the same step. With several processes,
+        process has received a signal, the calls return True in all processes at the same step. With several processes,
         jax.distributed must be initialized, and there must be only one such object.
-      before_exit: called before a second Ctrl-C ends the process, for example to end child processes. It runs in
-        another thread.
+      before_exit: called when a second Ctrl-C is about to end the process, for example to end child processes. It runs
+        in another thread.
       unit: what the command finishes before it ends, for the line that the first Ctrl-C prints.
     """
     self._processes, self._before_exit, self._unit = processes, before_exit, unit
@@ -149,14 +149,15 @@ def _is_first() -> bool:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-  """Makes Ctrl-C end the block by KeyboardInterrupt. A second Ctrl-C ends the process at once, with exit status 130.
+  """Ends the block with KeyboardInterrupt at the first Ctrl-C. A second Ctrl-C ends the process at once, with exit
+  status 130.
 
-  It must be entered in the main thread. While a StopSignal is active in the block, the StopSignal handles Ctrl-C
-  instead. While a `listening` is active in the block, a second Ctrl-C doesn't end the process.
+  Must be entered in the main thread. While a StopSignal is active in the block, the StopSignal handles Ctrl-C. While a
+  `listening` is active in the block, a second Ctrl-C doesn't end the process.
 
-  Python alone doesn't ensure that KeyboardInterrupt ends the block. C code may turn the KeyboardInterrupt into another
-  error (an import does) or ignore it (a callback of the garbage collector does). In both cases this function raises it
-  again.
+  Python alone doesn't ensure that KeyboardInterrupt ends the block. C code may turn a KeyboardInterrupt into another
+  error (an import does) or ignore it (a callback of the garbage collector does). In both cases this function raises
+  KeyboardInterrupt again.
   """
   count, ignored, raised = 0, False, False
 
@@ -204,7 +205,7 @@ def listening(interrupted: Callable[[int], None]) -> Iterator[None]:
   A signal handler in Python runs in the main thread, between two bytecode instructions, so a compilation or a
   collective can delay it for minutes. The call of `interrupted` isn't delayed.
 
-  interrupted: a function of the number of Ctrl-C so far, 1 for the first.
+  interrupted: called with the number of times that Ctrl-C was pressed so far, 1 for the first time.
   """
   listener, writer = socket.socketpair()
   writer.setblocking(False)

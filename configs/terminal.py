@@ -30,9 +30,9 @@ def waiting(text: str, console: Console | None = None) -> Iterator[None]:
 
 
 def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int) -> str:
-  """Returns a line with a bar, the percentage, the time left and the step, then as many figures as fit.
+  """Returns a line with a bar, the percentage, the time left, the step, and as many figures as fit.
 
-  width: the longest line, in columns. The bar, the percentage and the time left are always shown.
+  width: the largest length of the line, in columns. The bar, the percentage and the time left are always shown.
   """
   share = step / max(steps, 1)
   full = min(BAR, int(BAR * share + 0.5))
@@ -41,10 +41,10 @@ def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], w
 
 
 def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
-  """Returns the line of a step that stays on the terminal or in the log: the step, the percentage and the figures.
+  """Returns the line of a step that remains on the terminal or in the log: the step, the percentage and the figures.
 
-  width: the longest line, in columns; figures that don't fit are left out. None: all figures are shown, and then the
-  time left.
+  width: the largest length of the line, in columns; figures that don't fit are left out. None means that all figures
+    are shown, followed by the time left.
   """
   start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'
   return fitted(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
@@ -70,7 +70,7 @@ def columns() -> int | None:
 
 
 def duration(seconds: float) -> str:
-  """Formats seconds as H:MM:SS, or as '?' if they are infinite."""
+  """Returns seconds as text, H:MM:SS, or '?' if they are infinite."""
   if not math.isfinite(seconds):
     return '?'
   hours, rest = divmod(int(seconds + 0.5), 3600)

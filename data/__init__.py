@@ -1,11 +1,11 @@
-"""Tokenizes documents from any source once into indexed shards, and reads the shards as packed batches in a fixed
-order.
+"""Tokenizes documents of any source once into indexed shards, and reads the shards as packed batches in a fixed order.
 
     sources -> tokenizer -> prepare             before training: betarank data prepare --config=...
     prepared -> packing, mixture -> batches     during training
 
-Order, packing and mixing are pure functions of (settings, seed, index), so a run can resume without replaying anything.
-Names are imported when they are first used, so that a process which only tokenizes doesn't import JAX.
+The order of documents, the packing and the mixture are pure functions of (settings, seed, index). A run can therefore
+resume without reading any earlier batch again. Names are imported when they are first used, so that a process which
+only tokenizes doesn't import JAX.
 """
 
 import importlib

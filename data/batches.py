@@ -2,10 +2,10 @@
 
     batches = TrainBatches(config, batch_size=64, seed=0, process_index=p, process_count=P)
     batch = next(batches)          # this process's rows of the global batch
-    save(batches.cursor)           # TrainBatches(..., cursor=cursor) continues with the batch after this one
+    save(batches.cursor)           # TrainBatches(..., cursor=cursor) continues with the next batch
 
-The global batch of a step depends only on the config, the batch size and the seed, not on the number of processes. Any
-step can be reached without computing the steps before it.
+The global batch of a step depends only on the config, the batch size and the seed, not on the number of processes. The
+batch of any step can be computed without computing the batches before it.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _CURSOR_VERSION = 1  # increase it if packing or mixing changes, because old cur
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """B rows of T tokens each: packed pieces of documents."""
+  """B rows of T tokens each. A row consists of pieces: documents, or parts of documents."""
 
   tokens_BT: Any  # int32 [B, T]: inputs
   targets_BT: Any  # int32 [B, T]: the token after each input
@@ -39,14 +39,14 @@ class Batch:
 
   @property
   def counted_BT(self) -> Any:
-    """bool [B, T]: True for the targets that the loss and all figures count. Padding never counts."""
+    """bool [B, T]: True for the targets that count in the loss and in all figures. Padding never counts."""
     real_BT = self.segments_BT > 0
     return real_BT if self.counts_BT is None else real_BT & self.counts_BT
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingStats:
-  """Statistics of the packing of a source's training split."""
+  """Figures that describe how the training split of a source is packed."""
 
   documents: int
   rows_per_epoch: int
@@ -55,10 +55,10 @@ class PackingStats:
 
 
 def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int, masked: bool) -> Batch:
-  """Reads the pieces of each row and writes them into a batch. A row that is None becomes a row of padding.
+  """Reads the pieces of each row, and writes them into a batch. A row that is None becomes a row of padding.
 
-  masked: whether the batch says which targets count. All batches of a run, in all processes, must have the same value,
-    because it decides which program is compiled.
+  masked: whether the batch gets the array counts_BT. The value must be the same for all batches of a run, in all
+    processes, because it decides which program is compiled.
   """
   shape = (len(rows), row_length)
   tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
@@ -96,8 +96,9 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 
 
 class _Steps:
-  """The sequence from which Grain reads ahead. Item k is this process's rows of batch k, where batch 0 begins at row
-  `first_row`.
+  """The sequence of batches that Grain reads ahead.
+
+  Item k is this process's part of batch k. Batch 0 begins at row `first_row` of the mixture.
   """
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,
@@ -119,12 +120,12 @@ class _Steps:
 
 
 class TrainBatches(Iterator[Batch]):
-  """Yields batches from the sources' training splits, mixed by weight, without end.
+  """Yields training batches without end. Rows come from the sources' training splits, mixed by weight.
 
-  Each source is repeated, epoch after epoch.
+  When all rows of a source were used, its next epoch begins, with its documents in another order.
 
   Attributes:
-    stats: packing statistics per source, {source: PackingStats}.
+    stats: packing statistics of each source, {source: PackingStats}.
     cursor: the position to resume from.
   """
 
@@ -138,9 +139,9 @@ class TrainBatches(Iterator[Batch]):
       seed: decides the order of the documents.
       process_index: the number of this process, from 0.
       process_count: the number of processes. Each process gets an equal part of the rows of every batch.
-      cursor: the position to resume from. The weights, the batch size and the set of sources may have changed since the
-        cursor was saved; each source continues at its own position. The seed, sequence_length and the prepared data
-        must be the same.
+      cursor: the position to resume from; None starts at the first batch. The seed, sequence_length and the prepared
+        data must be those with which the cursor was saved. The weights, the batch size and the set of sources may
+        differ; each source then continues at its own position.
       prefetch: the number of batches that threads prepare ahead; 0 for none.
 
     Raises:
@@ -181,7 +182,9 @@ class TrainBatches(Iterator[Batch]):
 
   @property
   def cursor(self) -> dict[str, Any]:
-    """The position that determines the next batch, as a JSON value. `step` counts batches from the start."""
+    """The position of the next batch, as a JSON value. Its entry `step` is the number of batches since the start of
+    training.
+    """
     row = self._start['row'] + self._returned * self._batch_size
     sources = {name: {'rows': self._origin[name] + count, 'fingerprint': self._fingerprints[name]}
                for name, count in self._schedule.counts(row).items()}
@@ -216,13 +219,14 @@ def _open_validation(config: DataConfig, name: str) -> tuple[Documents, Packer]:
 
 def validation_batches(config: DataConfig, name: str, *, batch_size: int, count: int, process_index: int = 0,
                        process_count: int = 1) -> Iterator[Batch]:
-  """Yields the first `count` batches of source `name`'s validation split, or fewer if it is shorter.
+  """Yields the first `count` batches of source `name`'s validation split, or all batches if there are fewer.
 
   The batches are the same at each call. If the split ends within a batch, the batch is filled with rows of padding.
 
   Raises:
     DataError: there is no such source; its data isn't prepared, is damaged or was prepared with other settings; or the
-      batch can't be divided among the processes. This call raises the error, even before a batch is read.
+      batch can't be divided among the processes. The error is raised by the call itself, not by reading the first
+      batch.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:

@@ -1,10 +1,10 @@
 """Copies prepared sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
 
-    CACHE_DIR/FINGERPRINT/FILE     a complete file; FILE.partial while it is copied
-                          used     locked while a process reads the set; its mtime is when a process last began to read
-              copying              locked while a process checks or copies; other processes wait until it is done
+    CACHE_DIR/FINGERPRINT/FILE     a complete file; it is called FILE.partial while it is copied
+                          used     locked while a process reads the set; its mtime is when a process last opened the set
+              copying              locked while a process checks or copies a set; other processes wait for it
 
-The kernel releases the locks when a process ends. Sets that aren't in use are deleted to make room.
+The operating system releases the locks when a process ends. To make room, sets that no process uses are deleted.
 """
 
 import contextlib
@@ -84,10 +84,12 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
-  """Makes room for `more` bytes: deletes incomplete copies, then sets that no process uses, the longest unused first.
+  """Makes room for `more` bytes by deleting incomplete copies, and then sets that no process uses.
+
+  Sets whose last use was longest ago are deleted first.
 
   Raises:
-    DataError: there isn't enough room after that.
+    DataError: the set doesn't fit, even after deleting all other sets that aren't in use.
   """
   for partial in here.parent.glob('*/*.partial'):
     partial.unlink()

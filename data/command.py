@@ -5,7 +5,7 @@
                  of N, so that N machines can share the work
     finish       combine the parts into one data set once all of them are complete
     verify       read all prepared data, and name the first damaged file
-    show         print what training reads: a packed row as text, counts, the longest and shortest documents
+    show         print what training reads: counts, a packed row as text, the longest and shortest documents
 """
 
 import os
@@ -89,7 +89,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _make_folder(data: DataConfig) -> None:
-  """Creates the folder of prepared data, before work begins that may take hours.
+  """Creates the folder of prepared data. This happens first, because the work that follows may take hours.
 
   Raises:
     DataError: the folder can't be created.
@@ -144,7 +144,7 @@ def _counts(progress: prepare.Progress, start: float) -> str:
 
 
 class _Lines:
-  """Prints progress for a log file: at most one line every ten seconds, and one at the end."""
+  """Prints progress as lines for a log file: at most one line every ten seconds, and one at the end."""
 
   def __init__(self, name: str):
     self.name, self.start = name, time.monotonic()

@@ -1,4 +1,4 @@
-"""Defines the settings of the data, and DataError, the error that all modules of `data` raise.
+"""Defines the config section `data`, and DataError, the error that all modules of the package `data` raise.
 
 The settings are checked before any file is read.
 """
@@ -12,15 +12,15 @@ from betarank.configs.settings import default
 
 
 class DataError(UserError):
-  """Raised for data, or a setting of the data, that can't be used.
+  """Raised for data or settings of the data that can't be used.
 
-  The message is one line that names the file or the setting, and says what to do about it.
+  The message is one line that names the file or the setting, and says what to do.
   """
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-  """A source of documents, and its share of the training rows."""
+  """One source of documents, and the share of training rows that come from it."""
 
   uri: str  # see data/sources.py for the kinds of URI
   weight: float  # the share of training rows, on any scale
@@ -41,7 +41,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """All settings that decide what the model reads, except the seed and the batch size."""
+  """Section `data`: all settings that decide what the model reads, except the seed and the batch size."""
 
   dir: str
   tokenizer: str
@@ -87,11 +87,14 @@ class DataConfig:
 
   @property
   def longest_document(self) -> int:
-    """The largest size of a document in bytes; longer documents are split. By default, it is more than fits into a row.
+    """The largest size of a document in bytes. Longer documents are split.
+
+    By default, this is 64 KiB, or 8 bytes per token of a row if that is more.
     """
     return self.document_bytes or max(65_536, 8 * self.sequence_length)
 
   @property
   def tokenizer_path(self) -> str:
-    """The path of the given tokenizer or, if none is given, of the tokenizer that is trained into `dir`."""
+    """The path of the tokenizer: the given path or, if none is given, that of the tokenizer that is trained in `dir`.
+    """
     return self.tokenizer or f'{self.dir.rstrip("/")}/tokenizer.model'

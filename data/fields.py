@@ -1,11 +1,11 @@
-"""Makes documents from the fields of records. A specification of fields has one of these forms:
+"""Makes documents from the fields of records. A field specification has one of these forms:
 
-    text                 one field that holds text; OUTER.INNER is a field inside another
+    text                 one field that holds text; OUTER.INNER is the field INNER inside the field OUTER
     question+answer      two fields, a prompt and its answer; the loss counts only the answer
     messages             one field that holds a list of {"role": ..., "content": ...}; the loss counts only what the
                          assistant says
 
-The third form needs a template that contains {role} and {content}. Without a template, one field must hold text.
+The third form needs a template that contains {role} and {content}. Without a template, a single field must hold text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _TRAINED_ROLES = ('assistant', 'gpt', 'model')
 
 
 class Dialogue(NamedTuple):
-  """A document in which the loss counts only some parts. Each part is (text, whether the loss counts this part)."""
+  """A document in which only some parts count in the loss. Each part is (text, whether the part counts)."""
 
   parts: tuple[tuple[str, bool], ...]
 
@@ -32,12 +32,12 @@ class BadValue(Exception):
 
 
 def masked(spec: str, template: str) -> bool:
-  """Returns True if documents made from the fields `spec` are Dialogues."""
+  """Returns True if documents made with this field specification and template are Dialogues."""
   return '+' in spec or bool(template)
 
 
 def check_template(spec: str, template: str) -> None:
-  """Raises ValueError if the template doesn't match the fields."""
+  """Raises ValueError if the template doesn't match the field specification."""
   if not template:
     return
   needed = ('{prompt}', '{answer}') if '+' in spec else ('{role}', '{content}')
@@ -50,7 +50,7 @@ def check_template(spec: str, template: str) -> None:
 
 
 class Fields:
-  """Makes documents from records.
+  """Makes documents from records, according to a field specification and a template.
 
   Attributes:
     names: the names of the fields that every record must have.
@@ -61,7 +61,11 @@ class Fields:
     self._template = template or (PAIR if len(self.names) == 2 else '')
 
   def document(self, record: Mapping[str, Any]) -> str | Dialogue:
-    """Returns the document of a record. Raises BadValue if a field is missing or isn't text."""
+    """Returns the document made from a record.
+
+    Raises:
+      BadValue: a field is missing or doesn't hold what its form needs, or no part of the document counts in the loss.
+    """
     values = [_value(record, name) for name in self.names]
     if not self._template:
       return text_of(values[0], self.names[0])
@@ -88,10 +92,13 @@ class Fields:
 
 
 def _dialogue(parts: list[tuple[str, bool]]) -> Dialogue:
-  """Returns a Dialogue, after joining adjacent parts that the loss counts, and adjacent parts that it doesn't count.
+  """Returns a Dialogue made from `parts`, (text, whether the part counts).
 
-  A space before a part that counts is moved to that part, because tokenizers join a space to the next word. Raises
-  BadValue if the loss counts no part.
+  Adjacent parts are joined if both count or if neither counts. A space at the end of a part that doesn't count is moved
+  to the next part if that part counts, because tokenizers join a space to the word after it.
+
+  Raises:
+    BadValue: no part counts in the loss.
   """
   joined: list[tuple[str, bool]] = []
   for text, trained in parts:

@@ -1,9 +1,9 @@
 """Finds and opens the files of a source, on a disk or anywhere that fsspec can read (gs://, s3://, hf://, https://,
 ...).
 
-A pattern is a path, a glob that may contain `**`, or a folder. A folder means all files below it that have one of the
-suffixes of the source's kind. If their paths name splits, as in Hugging Face data sets
-(data/train-00000-of-00004.parquet), only the training split is used.
+A pattern is a path, a glob that may contain `**`, or a folder. A folder means all files below it with one of the
+suffixes of the source's kind. If the paths of these files name splits, as in Hugging Face data sets
+(data/train-00000-of-00004.parquet), only the files of the training split are used.
 """
 
 import bz2
@@ -42,24 +42,24 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """The files that match a pattern, sorted by name, without empty files."""
+  """The files that match a pattern, sorted by path, without empty files."""
 
   files: tuple[File, ...]
   empty: int  # the number of empty files, which are skipped
 
 
 def find(pattern: str) -> list[str]:
-  """Returns the paths of all files that match `pattern`, sorted by name. Raises DataError if no file matches."""
+  """Returns the paths of all files that match `pattern`, sorted. Raises DataError if no file matches."""
   return [file.path for file in _all(pattern, ())]
 
 
 def look(pattern: str, suffixes: tuple[str, ...]) -> Found:
-  """Returns the files that match `pattern`. The place is listed only once.
+  """Returns the files that match `pattern`, from a single listing of the folder or bucket.
 
   suffixes: if `pattern` is a folder, only its files with one of these suffixes are returned.
 
   Raises:
-    DataError: no file matches, all files are empty, or the place can't be read.
+    DataError: no file matches, all files are empty, or the folder or bucket can't be read.
   """
   every = _all(pattern, suffixes)
   files = tuple(file for file in every if file.size)
@@ -84,7 +84,9 @@ def _all(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def _suffix(path: str) -> str:
-  """Returns the suffix of a path, without a suffix such as .gz: '.jsonl' for x.jsonl and for x.jsonl.gz."""
+  """Returns the suffix of a path without the suffix of a compression, such as .gz: '.jsonl' for x.jsonl and for
+  x.jsonl.gz.
+  """
   name, suffix = os.path.splitext(path.lower())
   return (os.path.splitext(name)[1] or suffix) if suffix in _PACKED_SUFFIXES else suffix
 
@@ -102,7 +104,7 @@ def _hidden(path: str) -> bool:
 
 
 def _local(pattern: str) -> tuple[list[File], bool]:
-  """Returns the matching files, and whether `pattern` is a folder. Pipes and devices are ignored."""
+  """Returns (the matching files, whether `pattern` is a folder). Pipes and devices are ignored."""
   folder = os.path.isdir(pattern)
   paths = glob.iglob(os.path.join(glob.escape(pattern), '**/*'), recursive=True) if folder else glob.iglob(
     pattern, recursive=True)
@@ -134,7 +136,7 @@ def _remote(pattern: str) -> tuple[list[File], bool]:
 
 @contextlib.contextmanager
 def _errors(path: str) -> Iterator[None]:
-  """Converts any error of a file system to a DataError of one line."""
+  """Converts any exception inside the block to a DataError with one line that names `path`."""
   try:
     yield
   except DataError:
@@ -147,7 +149,7 @@ def _errors(path: str) -> Iterator[None]:
 
 
 def in_parallel(function: Callable[[File], T], files: Iterable[File]) -> list[T]:
-  """Returns function(file) for each file, in order. Several remote files are processed at the same time."""
+  """Returns [function(file) for file in files]. If the files are remote, several are processed at the same time."""
   files = list(files)
   if not files or not is_remote(files[0].path):
     return [function(file) for file in files]
@@ -159,10 +161,8 @@ def in_parallel(function: Callable[[File], T], files: Iterable[File]) -> list[T]
 def opened(path: str) -> Iterator[BinaryIO]:
   """Opens a file for reading and seeking, without decompressing it.
 
-  Reading may raise OSError.
-
   Raises:
-    DataError: the file can't be opened.
+    DataError: the file can't be opened. If reading fails later, OSError is raised.
   """
   with contextlib.ExitStack() as stack:
     with _errors(path):
@@ -178,9 +178,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 def packing(path: str) -> str:
-  """Returns how a file is compressed ('gzip', 'bz2', 'zstd' or 'xz') according to its first bytes; '' if it isn't
-  compressed.
-  """
+  """Returns the kind of compression of a file: 'gzip', 'bz2', 'zstd', 'xz', or '' for none. The first bytes decide."""
   with opened(path) as file, _errors(path):
     start = file.read(6)
   return next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), '')
@@ -191,7 +189,7 @@ UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 @contextlib.contextmanager
 def unpacked(path: str) -> Iterator[BinaryIO]:
-  """Opens the content of a file, decompressed if necessary.
+  """Opens a file for reading, and decompresses it if necessary.
 
   Reading raises one of UNPACKING_ERRORS if the file is damaged.
   """

@@ -1,8 +1,9 @@
 """Readers of text files: plain text, JSON Lines and CSV. Readers of record files are in data/record_formats.py.
 
 A reader has two methods. `segments()` returns the segments that make up the source. `read(segment)` yields the
-documents of a segment, or of a part of a segment. Parts that cover a segment without overlap yield each document
-exactly once. For a row that can't be used, `read` yields a DataError that names the file and the line.
+documents of a segment, or of a part of a segment. If a segment is divided into parts that don't overlap, the parts
+together yield each document of the segment exactly once. For a row that can't be used, `read` yields a DataError that
+names the file and the line.
 """
 
 import csv
@@ -27,7 +28,7 @@ Row = str | Dialogue | DataError
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A part of a file. The unit of start and stop (bytes, records or row groups) depends on the format."""
+  """A part of a file. start and stop are bytes, records or row groups, depending on the format."""
 
   path: str
   start: int
@@ -37,15 +38,16 @@ class Segment:
 
 
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
-  """Returns one segment of bytes for each file. Compressed files can't be split."""
+  """Returns one segment of bytes for each file. Segments of compressed files can't be split."""
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
   return [Segment(file.path, 0, file.size, splittable and not kind, _EXPANSION if kind else 1.0)
           for file, kind in zip(found.files, kinds)]
 
 
 def cut_point(block: bytes) -> int:
-  """Returns the position at which to cut `block`: after the last line end or, if there is none, before the last
-  character, which may be incomplete.
+  """Returns the position at which to cut `block`: after its last line end.
+
+  If there is no line end, this is the position before the last character, which may be incomplete.
   """
   if (line_end := block.rfind(b'\n')) >= 0:
     return line_end + 1
@@ -60,7 +62,7 @@ def unpack_error(path: str, error: Exception) -> DataError:
 
 
 class FileReader:
-  """The base class of all readers of files. It lists the files once."""
+  """The base class of all readers of files. The files are listed only once."""
 
   pattern: str
   suffixes: tuple[str, ...] = ()
@@ -72,7 +74,7 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True)
 class Text(FileReader):
-  """A reader of plain text. Each file is one stream, cut into documents at line ends."""
+  """A reader of plain text. Each file is one text, which is cut into documents at line ends."""
 
   pattern: str
   document_bytes: int
@@ -124,7 +126,7 @@ class Text(FileReader):
 
 @dataclasses.dataclass(frozen=True)
 class Jsonl(FileReader):
-  """A reader of JSON Lines: each line is an object."""
+  """A reader of JSON Lines, in which each line is an object."""
 
   pattern: str
   fields: Fields
@@ -182,8 +184,9 @@ def _line_number(path: str, position: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Csv(FileReader):
-  """A reader of CSV with a header line. In files with the suffix .tsv, tabs separate the fields. Quoted fields may
-  contain line ends.
+  """A reader of CSV files with a header line. In files with the suffix .tsv, tabs separate the fields.
+
+  Quoted fields may contain line ends.
   """
 
   pattern: str

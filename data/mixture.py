@@ -1,5 +1,5 @@
-"""Assigns each training row to a source. The order is fixed. In any stretch of rows, the shares of the sources are
-close to their weights.
+"""Assigns each training row to a source, in a fixed order. In any stretch of rows, the sources' shares are close to
+their weights.
 """
 
 from collections.abc import Mapping
@@ -10,15 +10,16 @@ PERIOD = 2**16  # the order repeats after so many rows; weights are rounded to m
 
 
 class Schedule:
-  """The order of the sources. `at` returns the source of any row, and the row's number within that source, in O(1).
+  """The fixed order in which rows are taken from the sources. Any row is looked up in O(1).
 
   Rows are counted from the moment the weights were set.
   """
 
   def __init__(self, weights: Mapping[str, float]):
-    """Computes one period of the order.
+    """Computes one period of the order, which is repeated.
 
-    weights: the weight of each source, on any scale. At least one must be positive. Their order doesn't matter.
+    weights: the weight of each source, on any scale. At least one weight must be positive. The order of the dict
+      doesn't matter.
     """
     self.names = sorted(name for name, weight in weights.items() if weight > 0)
     share = np.array([weights[name] for name in self.names], np.float64)
@@ -35,7 +36,7 @@ class Schedule:
     self._source, self._draw, self._counts = source[order], draw[order], counts
 
   def at(self, row: int) -> tuple[str, int]:
-    """Returns the source of `row`, and how many of the rows before it came from that source."""
+    """Returns (the source of row number `row`, the number of earlier rows that came from this source)."""
     period, place = divmod(row, PERIOD)
     source = self._source[place]
     return self.names[source], int(period * self._counts[source] + self._draw[place])

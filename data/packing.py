@@ -1,13 +1,13 @@
-"""Decides which parts of which documents make up row i, as a pure function of (seed, source, i).
+"""Decides which parts of which documents make up a row, as a pure function of (seed, source, number of the row).
 
-A document of n tokens is n-1 (input, target) pairs, and a row holds T pairs. The documents of an epoch, in a shuffled
+A document of n tokens has n-1 (input, target) pairs, and a row holds T pairs. The documents of an epoch, in a shuffled
 order, form one sequence of pairs. The sequence is divided into windows of R * T pairs, which fill R rows. Within a
-window, a document is placed whole if a row has room for it (best fit, longest first). The few documents that fit
-nowhere are cut to fill the remaining space. So every pair occurs exactly once per epoch, and every row is full except
-the last of the epoch. The number of rows is known without planning any row.
+window, a document is placed whole if a row has room for it (best fit, longest first). The few documents that don't fit
+into any row are cut to fill the remaining space. Every pair therefore occurs exactly once per epoch, and every row is
+full except the last row of the epoch. The number of rows is known before any row is planned.
 
-To find the documents of a window, the lengths of the documents before the window must be summed, which takes about
-25 ns per document. At the beginning of an epoch, there is nothing to sum.
+To find the documents of a window, the lengths of all documents before the window must be summed. This takes about 25 ns
+per document, so it is fast at the beginning of an epoch.
 """
 
 import bisect
@@ -26,11 +26,11 @@ _CHUNKS_AT_ONCE = 8  # so many chunks are summed at once: 64k documents fit into
 
 
 def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
-  """Returns the positions to which a shuffle of range(size) moves the N indices `index_N`, int64 [N].
+  """Returns the positions to which a shuffle of range(size) moves the N indices `index_N`: int64 [N].
 
-  The shuffle is a bijection that depends on `key`. It applies invertible arithmetic to numbers of as many bits as
-  `size` has, and repeats this until the result is below `size`. Unlike NumPy's shuffles, it needs no array of length
-  `size`. It is the same in all versions of NumPy, which resumed runs rely on.
+  The shuffle is a bijection that depends on `key`. It applies invertible arithmetic to numbers with as many bits as
+  `size` has, and repeats this until the result is below `size`. NumPy's shuffles would need an array of length `size`.
+  This shuffle doesn't depend on the version of NumPy, so a run can be resumed with another version.
   """
   if size <= 1:
     return np.zeros(len(index_N), np.int64)
@@ -57,8 +57,8 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """The documents of a row, or parts of them. Each of the N pieces consists of adjacent pairs of one document. Arrays
-  are int64 [N].
+  """The N pieces of a row. A piece is a document or a part of one: adjacent pairs of the document. Arrays are int64
+  [N].
   """
 
   document: np.ndarray
@@ -71,11 +71,11 @@ class Packer:
 
   Attributes:
     rows_per_epoch: the number of rows in an epoch.
-    efficiency: the share of an epoch's positions that hold a pair.
+    efficiency: the share of an epoch's positions that hold a pair; the remaining positions are padding.
   """
 
   def __init__(self, lengths_N: np.ndarray, row_length: int, key: str, *, shuffle: bool = True):
-    """Prepares the packing, without planning any row.
+    """Computes the number of rows of an epoch, without planning any row.
 
     Args:
       lengths_N: the number of tokens of each of the N documents, including BOS and EOS.
@@ -94,7 +94,7 @@ class Packer:
     self._window = functools.lru_cache(maxsize=4)(self._window)
 
   def row(self, index: int) -> Pieces:
-    """Returns the pieces of row `index` >= 0, which is in epoch index // rows_per_epoch."""
+    """Returns the pieces of row number `index` >= 0. The row belongs to epoch index // rows_per_epoch."""
     epoch, row = divmod(index, self.rows_per_epoch)
     window, row = divmod(row, self._R)
     with self._lock:
@@ -117,17 +117,18 @@ class Packer:
     return permute(index, len(self._lengths_N), f'{self._key}/{epoch}') if self._shuffle else index
 
   def _sums(self, epoch: int, chunk: int) -> np.ndarray:
-    """Returns the number of pairs in each of the next _CHUNKS_AT_ONCE chunks, beginning with chunk number `chunk`.
+    """Returns the numbers of pairs of up to _CHUNKS_AT_ONCE consecutive chunks, beginning with chunk number `chunk`.
 
-    A chunk is _CHUNK documents that are adjacent in the epoch's order. There are fewer chunks at the end of the epoch.
+    A chunk is _CHUNK documents that are adjacent in the epoch's order. At the end of the epoch, fewer numbers are
+    returned.
     """
     pairs = self._pairs(self._order(epoch, chunk * _CHUNK, (chunk + _CHUNKS_AT_ONCE) * _CHUNK))
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))
 
   def _slice(self, epoch: int, window: int) -> Pieces:
-    """Returns the pieces of a window in the epoch's order, not yet placed in rows.
+    """Returns the pieces of a window in the epoch's order, before they are placed in rows.
 
-    A piece is a whole document, except at the ends of the window, which may cut a document.
+    A piece is a whole document, or the part of a document that lies in the window.
     """
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)
@@ -143,7 +144,9 @@ class Packer:
     return Pieces(document, start, np.minimum(high, ends) - begins - start)
 
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
-    """Returns (pieces of a window sorted by row, bounds). Row r of the window has the pieces bounds[r]:bounds[r + 1].
+    """Returns (pieces of a window sorted by row, bounds).
+
+    Row r of the window has the pieces whose indices are in range(bounds[r], bounds[r + 1]).
     """
     pieces = _cut_to(self._slice(epoch, window), self._T)
     rows = -(-int(pieces.length.sum()) // self._T)
@@ -156,13 +159,14 @@ class Packer:
 
 
 class _Line:
-  """The position of every _CHUNKth document in an epoch's sequence of pairs, computed only as far as requested."""
+  """The positions of every _CHUNKth document in an epoch's sequence of pairs. They are computed when they are needed.
+  """
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
 
   def up_to(self, position: int) -> np.ndarray:
-    """Returns the known positions, int64, after making sure that the last one is at or after `position`."""
+    """Computes positions until one is at or after `position`. Returns all positions computed so far, int64."""
     while self._starts[self._known] < position:
       sums = self._sums(self._known)
       if self._known + len(sums) >= len(self._starts):
@@ -173,7 +177,7 @@ class _Line:
 
 
 def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
-  """Cuts pieces that are longer than a row into whole rows and a remainder."""
+  """Cuts each piece that is longer than a row into pieces of a row's length and a remainder."""
   count = -(-pieces.length // row_length)
   which = np.repeat(np.arange(len(count)), count)
   offset = (np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)) * row_length
@@ -182,9 +186,10 @@ def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
 
 
 def _place(pieces: Pieces, rows: int, row_length: int) -> tuple[np.ndarray, Pieces]:
-  """Assigns a row to each piece: best fit, longest first. Pieces that fit nowhere are cut into the largest holes.
+  """Assigns a row to each piece: best fit, longest first. Pieces that fit into no row are cut to fill the largest
+  holes.
 
-  The pieces must have at most rows * row_length pairs in all, and at most row_length each.
+  The pieces must have at most rows * row_length pairs in all, and at most row_length pairs each.
 
   Returns (row of each piece, the pieces after cutting).
   """

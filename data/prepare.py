@@ -1,10 +1,10 @@
 """Tokenizes a source once, in parallel, into the shards that data/prepared.py reads.
 
 The source is divided into numbered units (data/sources.py), which are independent, so that processes and machines can
-share the work. Each unit is written to `partial/` in pieces: shards, and a marker for each piece (data/worker.py). A
-run that was killed resumes after the last complete piece of each unit. The result is the same, byte for byte, as that
-of one process that was never interrupted. The last step, `finish`, turns the shards into a data set: it renames the
-shards, and writes the lengths and the manifest.
+share the work. Each unit is written to `partial/` in pieces. A piece consists of shards and a marker, which is written
+last (data/worker.py). A run that was killed resumes after the last complete piece of each unit. The result is the same,
+byte for byte, as if one process had prepared the source without interruption. The last step, `finish`, turns the shards
+into a data set: it renames the shards, and writes the lengths and the manifest.
 """
 
 import concurrent.futures
@@ -40,7 +40,7 @@ Marker = dict[str, Any]
 
 
 class Progress(NamedTuple):
-  """The progress of a preparation."""
+  """How far the preparation of a source has come."""
 
   units: int
   units_done: int
@@ -56,7 +56,7 @@ Asked = Callable[[], bool]  # returns True once the work must stop
 
 
 def sample_bytes(config: DataConfig) -> float:
-  """Returns the number of bytes of text that the tokenizer is trained on."""
+  """Returns the size of the text that the tokenizer is trained on, in bytes."""
   if config.tokenizer_sample_mb:
     return config.tokenizer_sample_mb * 1e6
   return max(_LEAST_SAMPLE, _SAMPLE_PER_TOKEN * config.vocab_size)
@@ -65,13 +65,15 @@ def sample_bytes(config: DataConfig) -> float:
 def train_tokenizer(config: DataConfig) -> bool:
   """Trains the tokenizer in `config.dir`, on equal amounts of text from each source.
 
-  If all text of the sources isn't enough for config.vocab_size tokens, the tokenizer gets as many tokens as possible.
+  If the sources have too little text for config.vocab_size tokens, the tokenizer gets as many tokens as the text
+  allows.
 
   Returns:
-    True if a tokenizer was trained; False if it exists already, or if config.tokenizer names another one.
+    True if a tokenizer was trained; False if config.dir has one already, or if config.tokenizer names one.
 
   Raises:
-    DataError: a source can't be read, or the sample is too small for config.vocab_size but the sources have more text.
+    DataError: a source can't be read; or the sample is too small for config.vocab_size tokens, although the sources
+      have more text.
   """
   path = config.tokenizer_path
   if config.tokenizer or epath.Path(path).exists():
@@ -125,7 +127,7 @@ def _open(config: DataConfig, name: str) -> sources.Source:
 
 @contextlib.contextmanager
 def _named(name: str):
-  """Adds the source's name to the message of a DataError that is raised inside the block."""
+  """Adds the source's name to the message of any DataError raised inside the block."""
   try:
     yield
   except DataError as error:
@@ -133,7 +135,8 @@ def _named(name: str):
 
 
 class _Preparation:
-  """The state of a source that is being prepared: its settings, its units, and the units that are done."""
+  """A source that is being prepared: its settings, its units of work, and the folder of its shards and of the markers
+  that say which shards are complete."""
 
   def __init__(self, config: DataConfig, name: str):
     self.config, self.name = config, name
@@ -163,7 +166,8 @@ class _Preparation:
       return {}
 
   def open(self) -> None:
-    """Examines the source's files. Plans the units, or reads the plan of an earlier run."""
+    """Examines the source's files. Divides the source into units, or reads the units that an earlier run has planned.
+    """
     source = sources.open_source(self.config, self.name)
     self.listing = source.listing
     partial = self.where / 'partial'
@@ -179,7 +183,10 @@ class _Preparation:
     write_atomically(partial / 'plan.json', json.dumps({'settings': now, 'units': units}).encode())
 
   def markers(self, job: Job) -> dict[int, list[Marker]]:
-    """Returns {unit: the markers of its complete pieces, in order}."""
+    """Returns {number of a unit: the markers of the unit's complete pieces, in order}.
+
+    A unit is a numbered part of the source, and is written in pieces. A marker is the JSON file that completes a piece.
+    """
     names = sorted(name for name in storage.open_folder(job.folder).sizes()
                    if name.startswith('unit-') and name.endswith('.json'))
     read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
@@ -192,8 +199,9 @@ class _Preparation:
 
 
 def _several(function: Callable, items: list, place: Any) -> Iterator:
-  """Yields function(item) for each item, in order. If `place` is in a bucket, where each call takes long, several calls
-  run at the same time.
+  """Yields function(item) for each item, in order.
+
+  If `place` is in a bucket, where each call takes long, several calls run at the same time.
   """
   if not storage.is_remote(place):
     yield from map(function, items)
@@ -205,14 +213,14 @@ def _several(function: Callable, items: list, place: Any) -> Iterator:
 
 def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
                    report: Report = lambda _: None) -> dict[str, Any]:
-  """Prepares source `name` and returns its manifest. Only returns the manifest if the source is prepared already.
+  """Prepares source `name`, and returns its manifest. If the source is already prepared, only returns the manifest.
 
   Args:
     config: the settings of the data.
     name: the source.
-    workers: the number of processes; None: one per CPU. With 1, this process does the work. The result doesn't depend
-      on this number.
-    report: called with the progress.
+    workers: the number of processes; None means one per CPU. With 1, this process does the work. The result doesn't
+      depend on the number of processes.
+    report: called with the Progress from time to time.
 
   Raises:
     DataError: the source or the tokenizer can't be used, or the source was prepared with other settings.
@@ -223,11 +231,11 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
                  report: Report = lambda _: None, asked: Asked = lambda: False) -> bool:
-  """Tokenizes the units of source `name` that belong to part `part` (0 to parts - 1). Does nothing if the source is
-  finished.
+  """Tokenizes part number `part` (0 to parts - 1) of source `name`: every parts-th of its units of work. Does nothing
+  if the source is finished.
 
-  Processes on other machines may work on other parts at the same time. `config`, `workers`, `report` and the errors are
-  those of `prepare_source`.
+  Processes on other machines may work on other parts at the same time. For the other arguments and the errors, see
+  `prepare_source`.
 
   asked: once it returns True, the work stops after the pieces in progress.
 
@@ -244,10 +252,10 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
 
 
 def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
-  """Turns the units of source `name` into a data set, and returns its manifest. All units must be complete.
+  """Turns the tokenized shards of source `name` into a data set, and returns the set's manifest.
 
   Raises:
-    DataError: units are missing, a split is empty, or there are too many bad rows.
+    DataError: not everything is tokenized, a split is empty, or there are too many bad rows.
   """
   preparation = _Preparation(config, name)
   if manifest := preparation.finished():
@@ -300,7 +308,7 @@ def _run_unit(index: int, unit: sources.Unit, limit: int, done: list[Marker]) ->
 
 
 class _State:
-  """Knows which units are done, and reports the progress."""
+  """Records which units of work are done, and reports the progress."""
 
   def __init__(self, preparation: _Preparation, job: Job, mine: range, report: Report):
     self.units, self.mine, self._report = preparation.units, mine, report
@@ -313,8 +321,10 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Returns True if all units are done, or if the units before the first unfinished one contain max_documents
+    """Returns True if all units are done, or if the units before the first unfinished unit have max_documents
     documents.
+
+    No further unit is needed then.
     """
     count = 0
     for index in range(len(self.units)):
@@ -339,11 +349,11 @@ class _State:
 
 def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool,
           asked: Asked = lambda: False) -> bool:
-  """Tokenizes the units `mine` that aren't done yet.
+  """Tokenizes those units of work, of the numbers in `mine`, that aren't done yet.
 
   Args:
-    stop_early: whether to stop once max_documents documents are tokenized. False if other machines also work on the
-      source.
+    stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
+      on the source.
     asked: as in `prepare_part`.
 
   Returns False if the work stopped because `asked` returned True.
@@ -416,8 +426,9 @@ def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-  """Makes processes that start inside the block ignore Ctrl-C. A terminal sends Ctrl-C to all processes, but only this
-  process should handle it.
+  """Makes processes that start inside the block ignore Ctrl-C.
+
+  A terminal sends Ctrl-C to all processes, but only this process should handle it.
   """
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
@@ -434,13 +445,20 @@ def _documents(markers: list[Marker]) -> int:
 
 
 def _empty_split(markers: list[Marker]) -> str:
-  """Returns the name of a split that has no documents, or ''."""
+  """Returns the name of the first split that has no documents, or '' if every split has some."""
   return next((split for split in prepared.SPLITS
                if not any(marker['splits'][split]['documents'] for marker in markers)), '')
 
 
 def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
-  """Returns the markers of the pieces that contain the first max_documents documents (0: all), in order."""
+  """Returns the markers (descriptions) of the pieces that contain the first max_documents documents (0: all documents),
+  in order.
+
+  If a piece has too many documents, it is written again with fewer.
+
+  Raises:
+    DataError: a unit isn't complete, or there are too many bad rows.
+  """
   found, kept, worker = preparation.markers(job), [], None
   source = preparation.config.sources[preparation.name]
   room = source.max_documents or float('inf')
@@ -470,9 +488,12 @@ def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
 
 
 def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
-  """Turns the pieces into a data set, and returns its manifest.
+  """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
 
-  It renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+  The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+
+  Raises:
+    DataError: a split is empty.
   """
   config, name = job.config, job.name
   where = prepared.folder(config, name)
@@ -518,7 +539,7 @@ def _rename(stage: epath.Path, final: epath.Path) -> None:
 
 
 def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
-  """Writes the lengths of all documents to one file, piece by piece. Returns the file's size and hash."""
+  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash."""
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
   content, size = hashlib.sha256(), 0
   temporary = path.parent / f'{path.name}.{os.getpid()}'

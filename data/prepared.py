@@ -7,7 +7,7 @@
 
 Opening a split checks the sizes of all files, and the hash of the lengths. Reading a record checks its checksum.
 `betarank data verify` checks all records. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads each document of N
-tokens as {'tokens': [N]}. Data in a bucket are read in place; with `data.cache_dir`, small sets are copied to a disk.
+tokens as {'tokens': [N]}. Data in a bucket is read in place. If `data.cache_dir` is set, it is copied to a disk first.
 """
 
 import concurrent.futures
@@ -44,7 +44,7 @@ def shard_name(name: str, split: str, shard: int, count: int) -> str:
 
 
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
-  """Returns the settings that decide the prepared tokens. Other settings can change without preparing again."""
+  """Returns those settings on which the prepared tokens depend. Other settings may change after the preparation."""
   source = config.sources[name]
   wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.longest_document,
             'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
@@ -57,8 +57,9 @@ def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, 
 
 
 def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:
-  """Raises DataError if the data in folder `where` were prepared with settings other than `wanted`. The message names
-  the settings that differ.
+  """Raises DataError if the data in folder `where` was prepared with settings other than `wanted`.
+
+  The message names the settings that differ.
   """
   differ = [f'{key} is {prepared.get(key)!r} there and {wanted[key]!r} now' for key in wanted
             if prepared.get(key) != wanted[key]]
@@ -70,8 +71,8 @@ def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str
 def check_input(where: epath.Path, manifest: dict[str, Any], listing: dict[str, Any]) -> None:
   """Raises DataError if the names or sizes of the source's files have changed since the preparation.
 
-  manifest: says which files were prepared. If it doesn't, nothing is checked.
-  listing: Source.listing of the source now. If it is empty, nothing is checked.
+  manifest: lists the files that were prepared. If it has no such list, nothing is checked.
+  listing: `Source.listing`, which describes the present files. If it is empty, nothing is checked.
   """
   there = manifest.get('input', {})
   if listing and 'sha256' in there and there['sha256'] != listing['sha256']:
@@ -85,7 +86,7 @@ def tokenizer_sha256(config: DataConfig) -> str:
 
 
 def read_manifest(where: epath.Path) -> dict[str, Any] | None:
-  """Returns the manifest in folder `where`, or None if the preparation hasn't begun or isn't finished.
+  """Returns the manifest in folder `where`, or None if the preparation isn't finished.
 
   Raises:
     DataError: the manifest isn't valid.
@@ -106,7 +107,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 def _check_manifest(manifest: dict[str, Any]) -> None:
   """Raises an error if the manifest isn't valid.
 
-  The file names in a manifest become paths, so a name that points to another folder isn't valid.
+  The file names in a manifest become paths. A name that leads to another folder is therefore not valid.
   """
   if not re.fullmatch('[0-9a-f]{64}', manifest['fingerprint']):
     raise ValueError('its fingerprint is no SHA-256')
@@ -145,7 +146,7 @@ def verify(config: DataConfig, name: str) -> int:
   """Reads every record of source `name`, in parallel. Returns the number of records.
 
   Raises:
-    DataError: the contents of a file have changed since it was written. The message names the first such file.
+    DataError: the content of a file has changed since it was written. The message names the first such file.
   """
   manifest = check_prepared(config, name)
   splits = {split: Documents(config, name, split) for split in manifest['splits']}
@@ -159,7 +160,7 @@ def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
   """Returns the manifest of source `name`.
 
   Raises:
-    DataError: the data isn't complete, or was prepared with settings other than those in `config`.
+    DataError: the source isn't prepared, was prepared with settings other than those in `config`, or lacks a file.
   """
   where = folder(config, name)
   manifest = read_manifest(where)
@@ -178,17 +179,17 @@ class Document(NamedTuple):
 
 
 class Documents:
-  """The documents of one split of a prepared source, by index. Takes 2 to 4 bytes of memory per document. Thread-safe.
+  """The documents of one split of a prepared source, by index. They take 2 to 4 bytes of memory each. Thread-safe.
 
   Attributes:
     manifest: the manifest of the source.
-    fingerprint: identifies the content.
+    fingerprint: a hash of the content of the source.
     lengths: uint16 or uint32 [N], the number of tokens of each document, with BOS and EOS.
     masked: whether the documents have a mask.
   """
 
   def __init__(self, config: DataConfig, name: str, split: str):
-    """Opens the split.
+    """Opens the split, and reads the lengths of its documents.
 
     Raises:
       DataError: the data is missing, damaged, or made with other settings, or there is no such split.
@@ -225,9 +226,10 @@ class Documents:
     return [document.tokens for document in self.request(indices)()]
 
   def request(self, indices: Sequence[int]) -> Callable[[], list[Document]]:
-    """Requests the documents `indices`, without waiting for them.
+    """Requests the documents with these indices, without waiting for them.
 
-    Returns a function that waits for the documents and returns them. It raises DataError if they can't be read.
+    Returns a function that waits for the documents and returns them. The function raises DataError if they can't be
+    read.
     """
     indices_N = np.asarray(indices, np.int64)
     places = list(zip(indices_N.tolist(), *(part.tolist() for part in self._places.of(indices_N))))
@@ -248,7 +250,7 @@ class Documents:
     return len(self._names)
 
   def verify_shard(self, shard: int) -> None:
-    """Raises DataError if the records of a shard have changed since they were written."""
+    """Raises DataError if a record of shard number `shard` has changed since it was written."""
     start, content = self._starts[shard], hashlib.sha256()
     for first in range(start, self._starts[shard + 1], _VERIFIED_AT_ONCE):
       for document in self.request(range(first, min(first + _VERIFIED_AT_ONCE, self._starts[shard + 1])))():
@@ -262,10 +264,13 @@ class Documents:
 
 
 def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
-  """Returns the number of tokens of each document, uint16 or uint32.
+  """Returns the number of tokens of each document of a split, uint16 or uint32.
+
+  where, path: the folder of the data, for reading and for messages.
+  counts: the split's entry in the manifest.
 
   Raises:
-    DataError: the file can't be read, or its contents have changed since it was written.
+    DataError: the file can't be read, or its content has changed since it was written.
   """
   name, documents = f'lengths-{split}.npy', sum(shard['documents'] for shard in counts['shards'])
   content = hashlib.sha256()
@@ -283,9 +288,11 @@ def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: d
 
 
 def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: Callable[[bytes], None]) -> np.ndarray:
-  """Returns the lengths in an .npy file that arrives in pieces. Calls `update` with each piece.
+  """Returns the lengths in an .npy file, which is given as consecutive pieces. Calls `update` with each piece.
 
-  Even if the file is damaged, this allocates only the memory that `documents` lengths need.
+  Only the memory for `documents` lengths is allocated, even if the file is damaged.
+
+  size: the size of the file in bytes.
 
   Raises:
     ValueError: the file isn't an array of `documents` lengths.

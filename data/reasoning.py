@@ -1,20 +1,22 @@
-"""Generates problems with worked solutions, using reasoning-gym. Their number is unlimited; each has an index.
+"""Generates problems with worked solutions, using reasoning-gym. Their number is unlimited, and each problem has an
+index.
 
-Pre-training reads whole documents. RL gives the model the prompt and grades what follows it. Both use this form:
+Pre-training reads whole documents. RL gives the model the prompt and grades what the model writes after it.
+Pre-training and RL use the same form of a problem, for example:
 
     Question: State the final answer to the following arithmetic problem: 4 - 1 - 7 =
     Solution: 4 - 1 = 3
     3 - 7 = -4
     Answer: -4
 
-RL and pre-training select problems with the same kind of URI. It names one or more tasks, which alternate, and the
-difficulty of each:
+Pre-training and RL also select problems with the same kind of URI. It names one or more tasks, and the difficulty of
+each. Several tasks take turns.
 
     reasoning:TASK[?OPTION=VALUE&...][+TASK...]        reasoning:chain_sum?max_terms=2&max_digits=1+gcd
 
 An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. If a level is given,
-the curriculum sets the options that aren't given. Otherwise they have the values in TASKS below or, where TASKS has
-none, the generator's defaults.
+the curriculum sets the options that aren't in the URI. Otherwise these options have the values in TASKS below or, where
+TASKS has none, the generator's defaults.
 """
 
 import contextlib
@@ -39,7 +41,7 @@ ANSWER_MARK = '\nAnswer: '
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A question with its answer. `entry` is the generator's own record, which the task's scorer needs."""
+  """A problem and its answer. `entry` is the generator's own record of the problem, which the task's scorer needs."""
 
   task: str
   question: str
@@ -108,14 +110,14 @@ _UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite':
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kind:
-  """Problems of one task at one difficulty."""
+  """Problems of one task with the same options."""
 
   task: str
   options: dict[str, Any]  # options of the generator that differ from its defaults
 
 
 def parse(rest: str) -> tuple[Kind, ...]:
-  """Returns the kinds of problems in a URI, after generating one problem of each as a test.
+  """Returns the kinds of problems that a URI names. Generates one problem of each kind as a test.
 
   rest: the part of the URI after `reasoning:`; '' means all of TASKS.
 
@@ -171,8 +173,9 @@ class _TooLongError(BaseException):  # not an Exception, because a generator mig
 
 @contextlib.contextmanager
 def _deadline():
-  """Ends the block with _TooLongError after _TRIAL_S seconds. There is no limit outside the main thread, because only
-  the main thread receives signals.
+  """Ends the block with _TooLongError after _TRIAL_S seconds.
+
+  Only the main thread receives signals, so there is no time limit in other threads.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
@@ -208,10 +211,11 @@ def _block(kind: Kind, stream: str, number: int):
 
 
 def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:
-  """Returns problem `index` >= 0 of an unlimited sequence in which the kinds alternate. It is a pure function.
+  """Returns problem number `index` >= 0 of an unlimited sequence in which the kinds take turns. It is a pure function.
 
   stream: the name of the sequence. Sequences with different names, such as those of pre-training and RL, use different
-    random seeds. They may still share short problems with small numbers; use `held_out` to keep questions apart.
+    random seeds. They may still have short problems with small numbers in common. To separate questions strictly, use
+    `held_out`.
   """
   kind = kinds[index % len(kinds)]
   block, item = divmod(index // len(kinds), _BLOCK)
@@ -221,12 +225,13 @@ def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Prob
 
 
 def question_hash(question: str) -> int:
-  """Returns a hash of 64 bits. It is the same for questions that differ only in white space and case."""
+  """Returns a hash of 64 bits. Questions that differ only in white space and case have the same hash."""
   return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
 
 
 def held_out(question: str, fraction: float) -> bool:
-  """Returns True if the question is held out when `fraction` of all questions is held out. A larger fraction holds out
-  the same questions and more.
+  """Returns True if this question is one of the `fraction` of all questions that are held out.
+
+  With a larger fraction, the same questions and further questions are held out.
   """
   return question_hash(question) < fraction * 2**64

@@ -33,7 +33,7 @@ def _parquet(path: str):
 
 @dataclasses.dataclass(frozen=True)
 class Parquet(FileReader):
-  """A reader of Parquet: each row is a document."""
+  """A reader of Parquet files, in which each row is a document."""
 
   pattern: str
   fields: Fields
@@ -73,7 +73,7 @@ class Parquet(FileReader):
 
 
 def _records(path: str):
-  """Returns an open ArrayRecord reader. Raises DataError if the file is truncated or has another format."""
+  """Returns an open reader of an ArrayRecord file. Raises DataError if the file is truncated or has another format."""
   from array_record.python import array_record_module
 
   reader = array_record_module.ArrayRecordReader(path, 'readahead_buffer_size:0')
@@ -84,7 +84,7 @@ def _records(path: str):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord(FileReader):
-  """A reader of ArrayRecord: each record is a document in UTF-8."""
+  """A reader of ArrayRecord files, in which each record is a document in UTF-8."""
 
   pattern: str
   suffixes = ('.array_record', '.arrayrecord')
@@ -120,9 +120,9 @@ class ArrayRecord(FileReader):
 
 @contextlib.contextmanager
 def _no_foreign_features():
-  """Restricts TFDS to its own feature types.
+  """Restricts TFDS, inside the block, to its own feature types.
 
-  TFDS imports any module that features.json names, so a data set could run code.
+  TFDS imports any module that features.json names, so a malicious data set could run code.
   """
   import tensorflow_datasets as tfds
 
@@ -179,7 +179,7 @@ def _how_to_get(name: str, reason: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-  """A reader of TFDS data sets: each example is a document."""
+  """A reader of TFDS data sets, in which each example is a document."""
 
   spec: str
   fields: Fields

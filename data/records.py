@@ -1,11 +1,12 @@
 """Encodes prepared documents, and computes the position of each document in its shard.
 
 A shard is an ArrayRecord file, which is a Riegeli file: a sequence of chunks, written to blocks of 64 KiB. Each block
-begins with a header. Shards have one record per chunk and no compression. So the position of a record follows from the
-lengths of the documents before it, and any document takes one ranged read from a disk or a bucket. ArrayRecord's own
-index, which takes 8 bytes and 0.2 us per document to open, isn't needed.
+begins with a header. Shards have one record per chunk and no compression. The position of a record therefore follows
+from the lengths of the documents before it, and any document can be read with one ranged read from a disk or a bucket.
+ArrayRecord's own index, which takes 8 bytes and 0.2 us per document to open, isn't needed.
 
-A record is a tf.train.Example with the field `tokens`. Readers of Examples skip the fields 14 and 15:
+A record is a tf.train.Example with the field `tokens`, followed by the fields 14 and 15, which readers of Examples
+skip:
 
     tokens   token ids, uint16 or uint32, little-endian: BOS, the ids of the text, EOS
     14       only in masked sets: one bit per token, which says whether the token counts as a target
@@ -30,12 +31,12 @@ _TABLE = 2**20  # the sizes of documents up to this length, in tokens, are looke
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-  """Returns the dtype in which token ids are stored."""
+  """Returns the dtype in which token ids are stored: uint16 or uint32."""
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
 class Form(NamedTuple):
-  """The format that all records of a set share."""
+  """The format of the records, which is the same for all records of a set."""
 
   dtype: np.dtype  # of token ids
   masked: bool = False
@@ -61,7 +62,10 @@ _PREFIXES = (b'\x0a', b'\x0a', b'\x0a\x06tokens\x12', b'\x0a', b'\x0a')
 
 @functools.lru_cache(maxsize=65_536)
 def _header(size: int) -> bytes:
-  """Returns the bytes that precede `size` bytes of tokens in a tf.train.Example, without using a proto library."""
+  """Returns the bytes that come before the tokens in a tf.train.Example. No protobuf library is needed.
+
+  size: the size of the tokens in bytes.
+  """
   header, length = b'', size
   for prefix in _PREFIXES:
     header = prefix + _varint(length) + header
@@ -89,8 +93,8 @@ def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 def without_checksum(record: bytes) -> memoryview:
   """Returns a record without its checksum.
 
-  The content hash is computed from the result. So a set has the same hash as older sets, whose records have no
-  checksums.
+  The content hash is computed without checksums, because records of older sets have none. A set that is prepared again
+  then has the same hash.
   """
   return memoryview(record)[:-_CHECKSUM_BYTES]
 
@@ -131,26 +135,29 @@ def _record_sizes(lengths_N: np.ndarray, form: Form) -> np.ndarray:
 
 
 def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
-  """Returns the size in bytes of each record's chunk, which has a chunk header, a compression type, two varints and
-  the record.
+  """Returns the size in bytes of the chunk of each record.
+
+  A chunk has a header, the compression type, two varints and the record.
+
+  records_N: the sizes of the records in bytes.
   """
   return _CHUNK_HEADER + 2 + _varint_size(records_N) + records_N
 
 
 def _in_file(position):
-  """Converts a position that doesn't count block headers to a position in the file."""
+  """Converts a position in the sequence of all chunks to a position in the file, which also has block headers."""
   return position + _BLOCK_HEADER * (position // (_BLOCK - _BLOCK_HEADER) + 1)
 
 
 class Places:
-  """The position of each document of a split. Takes 0.13 bytes of memory per document, and reads no file.
+  """Computes where each document of a split is stored. Takes 0.13 bytes of memory per document, and reads no file.
 
   Attributes:
     sizes: the smallest possible size of each shard, in bytes.
   """
 
   def __init__(self, lengths_N: np.ndarray, starts: list[int], form: Form):
-    """Computes the stored positions.
+    """Computes the position of every _STRIDEth document, and keeps these positions in memory.
 
     Args:
       lengths_N: the lengths of the N documents, in tokens.
@@ -178,7 +185,8 @@ class Places:
     return self._compute_chunks(lengths_N) if self._table is None else self._table.take(lengths_N)
 
   def _on_line(self, indices_N: np.ndarray) -> np.ndarray:
-    """Returns the position of each document's chunk in the sequence of all chunks."""
+    """Returns the position of each document's chunk in the sequence of the chunks of all shards, without block headers.
+    """
     block_N = indices_N // _STRIDE
     of_block_NS = np.minimum(block_N[:, None] * _STRIDE + np.arange(_STRIDE), len(self._lengths) - 1)
     chunks_NS = self._chunks(self._lengths[of_block_NS])
@@ -197,9 +205,9 @@ class Places:
 
 
 def record_in(raw: bytes, begin: int) -> bytes:
-  """Returns a record, given the bytes of the shard that contain it. Block headers inside these bytes are removed.
+  """Returns a record, given the bytes of the shard that contain it. Block headers between these bytes are removed.
 
-  raw: the bytes from the beginning of the record to its end.
+  raw: the bytes of the shard from the beginning of the record to its end.
   begin: the position of these bytes in the shard.
   """
   header = -begin % _BLOCK

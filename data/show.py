@@ -23,12 +23,13 @@ def read(config: DataConfig) -> Tokenizer:
 
 
 def printable(text: str) -> str:
-  """Returns `text` with control characters, such as those of terminal escape sequences, replaced by U+FFFD."""
+  """Returns `text` with control characters replaced by U+FFFD. Terminal escape sequences, for example, begin with one.
+  """
   return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
 
 
 def show(config: DataConfig, names: Sequence[str], split: str, row: int, seed: int) -> None:
-  """Prints for each source: its counts, one packed row as text, and its longest and shortest documents.
+  """Prints, for each source, its counts, one packed row as text, and its longest and shortest documents.
 
   Raises:
     DataError: a source doesn't exist or isn't prepared, or the row is negative.
@@ -75,7 +76,7 @@ def _source(config: DataConfig, name: str, split: str, row: int, seed: int, toke
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
-  """Returns the text of tokens. If there is a mask, the parts that the loss counts are in brackets."""
+  """Returns the text of tokens. If there is a mask, the parts that count in the loss are in brackets."""
   if mask is None:
     return tokenizer.decode(tokens)
   edges = np.flatnonzero(np.diff(mask, prepend=not mask[0])).tolist()
@@ -84,9 +85,9 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 
 
 def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
-  """Returns the indices of the _EXTREMES shortest documents for order 1, or of the longest ones for order -1.
+  """Returns the indices of _EXTREMES documents: the shortest documents if `order` is 1, the longest if `order` is -1.
 
-  It needs little memory, because it never sorts or copies all N lengths at once.
+  Little memory is needed, because the N lengths are never all sorted or copied at once.
   """
   best = np.array([], np.int64)
   for start in range(0, len(lengths_N), 2**20):
@@ -98,10 +99,10 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 
 
 def tokenizer(config: DataConfig) -> None:
-  """Prints each source's bytes per token, on text that the tokenizer wasn't trained on. Then prints how many tokens
-  this text never uses.
+  """Prints, for each source, the bytes per token of text that the tokenizer wasn't trained on.
 
-  If the tokenizer was trained on all text of a source, text from the training sample is used, and the line says so.
+  Then prints how many tokens of the vocabulary don't occur in this text. If the tokenizer was trained on all text of a
+  source, text from the training sample is used instead, and the source's line says so.
   """
   tokenizer, every = read(config), np.zeros(0, np.int64)
   share = prepare.sample_bytes(config) / len(config.sources)

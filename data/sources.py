@@ -1,4 +1,4 @@
-"""Reads a source of documents, which is named by a URI. A source is divided into units that can be read in any order.
+"""Reads sources of documents. A source is named by a URI, and is divided into units that can be read in any order.
 
     reasoning[:TASK?OPTION=VALUE+TASK] generated problems with worked solutions (data/reasoning.py), without end
     text:FILES                         plain UTF-8; each file is one stream, cut into documents at line ends
@@ -10,8 +10,9 @@
 
 FILES is a path, a glob that may contain `**`, or a folder. It may be local, gs://, s3://, hf:// or anything else that
 fsspec reads (data/files.py). Text, JSON Lines and CSV may be compressed with gzip, bz2, zstd or xz, which is recognized
-by the content. FIELD is a field, OUTER.INNER for a field inside another, PROMPT+ANSWER for instruction data, or the
-list of messages of a chat (data/fields.py). All errors are DataErrors that name the file and the place in it.
+by the content. FIELD names a field of each record: one that holds text or the messages of a chat, OUTER.INNER for a
+field inside another field, or PROMPT+ANSWER for instruction data (data/fields.py). All errors are DataErrors that name
+the file and the place in it.
 """
 
 import concurrent.futures
@@ -61,19 +62,19 @@ class _Reasoning:
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-  """Returns (kind, path, field) of a source's URI. The field is 'text' if the URI has none."""
+  """Returns (kind, path, field) of a source's URI. If the URI names no field, the field is 'text'."""
   kind, _, rest = uri.partition(':')
   path, _, field = rest.partition('#')
   return kind, path, field or 'text'
 
 
 def masked(source: SourceConfig) -> bool:
-  """Returns True if the loss counts only parts of the source's documents."""
+  """Returns True if only parts of the source's documents count in the loss."""
   return fields.masked(split_uri(source.uri)[2], source.template)
 
 
 class BadRows:
-  """Counts the bad rows, which are skipped. Raises DataError, which ends the reading, if there are more than `limit`.
+  """Counts bad rows, which are skipped. Raises DataError, which ends the reading, once there are more than `limit`.
 
   Attributes:
     count: the number of bad rows so far.
@@ -87,9 +88,8 @@ class BadRows:
     self.add(1, str(error))
 
   def add(self, count: int, last: str) -> None:
-    """Counts skipped rows. Raises DataError if there are now more than the limit.
+    """Adds `count` skipped rows. Raises DataError if there are now more than the limit.
 
-    count: the number of rows to add.
     last: the error message of the last of these rows.
     """
     self.count, self.last = self.count + count, last or self.last
@@ -101,7 +101,7 @@ class BadRows:
 class Source:
   """The documents at `config.uri`, divided into units of work.
 
-  The division depends only on the input, not on the number of workers.
+  The division into units depends only on the input, not on the number of workers.
   """
 
   def __init__(self, config: SourceConfig, document_bytes: int, held_out_fraction: float = 0.0):
@@ -113,7 +113,7 @@ class Source:
       held_out_fraction: the share of questions that a source of the kind `reasoning` leaves out.
 
     Raises:
-      DataError: the URI isn't valid.
+      DataError: the URI or the template isn't valid.
     """
     self.config = config
     kind, path, field = split_uri(config.uri)
@@ -142,14 +142,15 @@ class Source:
 
   @functools.cached_property
   def segments(self) -> list[Segment]:
-    """All segments of the source, in order. Files are examined only once."""
+    """All segments of the source, in order. The files are examined at the first use only."""
     return self._reader.segments()
 
   @property
   def listing(self) -> dict[str, Any]:
-    """The numbers of files and of empty files, the size of all, and a hash of their names and sizes.
+    """A description of the source's files; {} for a source without files.
 
-    The keys are 'files', 'empty_files', 'bytes' and 'sha256'. For a source without files, the dict is empty.
+    The keys are 'files' and 'empty_files' (the numbers of files with and without content), 'bytes' (the size of all
+    files) and 'sha256' (a hash of their names and sizes).
     """
     if not isinstance(self._reader, formats.FileReader):
       return {}
@@ -159,7 +160,7 @@ class Source:
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """Returns units of similar size that make up the source, in order. There are at most about MOST_UNITS units."""
+    """Returns units of similar size that make up the source, in order. There are about MOST_UNITS units at most."""
     size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
     for segment in self.segments:
@@ -178,9 +179,9 @@ class Source:
     return [*units, tuple(unit)] if unit else units
 
   def read(self, unit: Iterable[Segment], bad_rows: Callable[[DataError], None] | None = None) -> Iterator[Document]:
-    """Yields the documents of a unit, except empty ones. Long documents aren't cut here, unless the kind is `text`.
+    """Yields the documents of a unit, except empty ones. Only readers of the kind `text` cut long documents.
 
-    bad_rows: called with the error of each row that can't be used. None: the error of the first such row is raised.
+    bad_rows: called with the error of each row that can't be used. None means that the first such error is raised.
     """
     bad_rows = bad_rows or BadRows(0)
     for segment in unit:
@@ -196,9 +197,10 @@ class Source:
     return sum(segment_bytes(segment) for segment in self.segments)
 
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
-    """Yields texts of about `max_bytes` in all, from places that are spread evenly over all files.
+    """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
-    held_out: if not 0, yields about this many bytes of other text instead: at each place, what follows the sample.
+    held_out: if not 0, the call yields other texts instead, of about this many bytes in all. At each place, they are
+      the texts that come after the sample.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)
@@ -217,7 +219,10 @@ class Source:
         yield from texts
 
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
-    """Returns the segments of each of several parts of equal size. A sample is read at the beginning of each part."""
+    """Divides the source into several parts of equal size. Returns the segments of each part.
+
+    A sample is read at the beginning of each part.
+    """
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))
     size, at = max(total, 1) / count, 0.0
@@ -240,7 +245,7 @@ class Source:
 
 
 def _between(texts: Iterable[str], skipped: float, room: float) -> Iterator[str]:
-  """Yields about `room` bytes of `texts`, after skipping the texts that make up the first `skipped` bytes."""
+  """Skips texts of about `skipped` bytes in all, then yields texts of about `room` bytes in all."""
   for text in texts:
     size = len(text.encode())
     if skipped > 0:
@@ -259,7 +264,7 @@ def segment_bytes(segment: Segment) -> float:
 
 @functools.lru_cache(maxsize=64)
 def open_source(config: DataConfig, name: str) -> Source:
-  """Returns source `name` of `config`. Each call returns the same object, so that files are examined only once."""
+  """Returns source `name` of `config`. Repeated calls return the same object, so that files are examined only once."""
   return Source(config.sources[name], config.longest_document, config.held_out_fraction)
 
 
@@ -268,9 +273,9 @@ def text_of(document: Document) -> str:
 
 
 def cut(document: Document, document_bytes: int) -> Iterator[Document]:
-  """Yields a document in pieces of at most `document_bytes` (UTF-8), cut at line ends if possible.
+  """Yields a document in pieces of at most `document_bytes` bytes (UTF-8), cut at line ends if possible.
 
-  A piece of a dialogue is left out if none of its text counts for the loss.
+  A piece of a Dialogue is left out if no part of it counts in the loss.
   """
   if isinstance(document, str):
     yield from _cut_text(document, document_bytes)

@@ -1,11 +1,11 @@
-"""Reads ranges of the files of a folder, on a disk or in a bucket, without copying the files.
+"""Reads ranges of files, on a disk or in a bucket, without copying the files.
 
     folder = open_folder('gs://bucket/data/main/1.0.0')
     wait = folder.start('x', 4096, 8192)     # requested at once; many requests may run at the same time
     content = wait()
 
-A bucket is read with TensorStore, which Orbax depends on. Its threads don't hold Python's lock, and it keeps
-connections open. It retries requests that are refused (429, 5xx), cut short or not answered, with growing pauses. A
+A bucket is read with TensorStore, which Orbax depends on. TensorStore's threads don't hold Python's lock, and keep
+connections open. Requests that are refused (429, 5xx), cut short or not answered are repeated, with growing pauses. A
 request that still fails after about five minutes raises a DataError that names the file and the reason.
 """
 
@@ -33,15 +33,15 @@ _Wait = Callable[[], bytes]
 
 
 class Folder(Protocol):
-  """The files of a folder."""
+  """A folder whose files can be read by range."""
 
   def sizes(self) -> dict[str, int]:
-    """Lists the folder once and returns {file: size in bytes}. Raises DataError if the folder can't be read."""
+    """Lists the folder, and returns {file: size in bytes}. Raises DataError if the folder can't be read."""
 
   def start(self, name: str, begin: int, end: int) -> _Wait:
-    """Requests the bytes [begin, end) of a file.
+    """Requests the bytes [begin, end) of a file, without waiting for them.
 
-    Returns a function that waits for the bytes and returns them. If the file ends before `end`, there are fewer bytes.
+    Returns a function that waits for the bytes and returns them. If the file ends before `end`, it returns fewer bytes.
     The function raises DataError if the bytes can't be read.
     """
 
@@ -51,12 +51,13 @@ def is_remote(path: Any) -> bool:
 
 
 def open_folder(path: Any) -> Folder:
-  """Returns the folder at `path`: local, gs:// or s3://. Raises DataError for any other kind of path."""
+  """Returns the Folder at `path`: local, gs:// or s3://. Raises DataError for any other kind of path."""
   return _BucketFolder(str(path)) if is_remote(path) else _LocalFolder(pathlib.Path(path))
 
 
 def read_pieces(folder: Folder, name: str, size: int) -> Iterator[bytes]:
-  """Yields the first `size` bytes of a file in pieces, in order. The next pieces are requested ahead of time."""
+  """Yields the first `size` bytes of a file in consecutive pieces. Further pieces are requested before they are needed.
+  """
   waiting: collections.deque[_Wait] = collections.deque()
   begins = iter(range(0, size, _PIECE))
   while True:
@@ -105,8 +106,7 @@ class _LocalFolder:
 
 @functools.cache
 def _context():
-  """Returns TensorStore's settings. All folders share them, so that the limit on requests holds for the whole process.
-  """
+  """Returns TensorStore's settings. All folders share them, so that the whole process has one limit on requests."""
   import tensorstore
 
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(_SILENT_S))

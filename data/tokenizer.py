@@ -2,8 +2,8 @@
 
     tokenizer = read_tokenizer(path)     a SentencePiece .model, a tokenizer.json, or a folder with one of them
 
-A tokenizer may have fewer tokens than the model, because models are often padded to a round vocabulary size. It may not
-have more.
+The model must have at least as many tokens as the tokenizer. It may have more, because models are often padded to a
+round vocabulary size.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ _ADVICE = ('give config.data.tokenizer a SentencePiece model or a tokenizer.json
 
 
 def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int = TRAIN_BYTES) -> None:
-  """Trains a SentencePiece BPE tokenizer and writes it to `path` atomically.
+  """Trains a SentencePiece BPE tokenizer, and writes it to `path` atomically.
 
-  The same documents give the same file. Each digit and each line end is a token. Characters without a token become
-  bytes.
+  The same documents give the same file. Each digit and each line end is a token. Characters without a token are encoded
+  as bytes.
 
   Args:
     documents: the texts. Only about the first `max_bytes` bytes (UTF-8) are used.
@@ -91,8 +91,8 @@ def _explain(error: str, vocab_size: int, path: str) -> str:
 def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
   """Yields the lines of the documents, up to about `max_bytes` bytes in all. No token spans two lines.
 
-  Documents are also split at NUL and at SentencePiece's character for a space, because the trainer accepts neither.
-  Long lines are cut.
+  Documents are also split at NUL and at '▁', with which SentencePiece writes a space, because the trainer accepts
+  neither character. Long lines are cut.
   """
   used = 0
   for document in documents:
@@ -111,13 +111,14 @@ class Tokenizer(Protocol):
   Attributes:
     vocab_size: the largest id plus 1.
     bos, eos: the ids that begin and end a document. A tokenizer without BOS, such as Qwen's, begins documents with EOS.
-    pad: the id of the padding token, or of EOS if there is no padding token. It isn't used here, because padding is
-      masked.
-    sha256: identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the path.
+    pad: the id of the padding token, or of EOS if there is no padding token. betarank doesn't use it for its own
+      batches, in which padding is masked.
+    sha256: a hash that identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the
+      path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
-    bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. Its sum over encode(text) is the size
-      of the text after the tokenizer has changed it. Some tokenizers normalize Unicode to NFC (Qwen), or add a space
-      before the text (Llama 2); most change nothing.
+    bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. Summed over encode(text), it gives
+      the size of the text as the tokenizer sees it. Most tokenizers see the text itself. Some first normalize Unicode
+      to NFC (Qwen), or add a space before the text (Llama 2).
   """
 
   vocab_size: int
@@ -131,7 +132,8 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> np.ndarray:
     """Returns the N token ids of `text`, int32 [N], without BOS and EOS.
 
-    The name of a special token in the text, such as '<|endoftext|>', is encoded as ordinary characters.
+    If the text contains the name of a special token, such as '<|endoftext|>', the name is encoded as ordinary
+    characters.
 
     Raises:
       DataError: the text has lone surrogates.
@@ -140,8 +142,8 @@ class Tokenizer(Protocol):
   def decode(self, ids: np.ndarray | list[int]) -> str:
     """Returns the text of `ids`. Bytes that aren't UTF-8 become U+FFFD.
 
-    Special tokens and ids >= vocab_size add nothing to the text. A model may draw such ids if its vocabulary is larger
-    than the tokenizer's.
+    Special tokens and ids >= vocab_size add nothing to the text. A model may draw ids >= vocab_size if its vocabulary
+    is larger than the tokenizer's.
 
     Raises:
       DataError: an id is negative.
@@ -152,8 +154,8 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
   """Reads the tokenizer at `path`: a SentencePiece model, a tokenizer.json, or a folder with one of them.
 
   Raises:
-    DataError: the tokenizer is missing, broken or unusable, or `model_vocab_size` is given and the tokenizer has more
-      tokens.
+    DataError: the tokenizer is missing, broken or unusable, or has more than `model_vocab_size` tokens (if this is
+      given).
   """
   file = find(path)
   tokenizer = JsonTokenizer(file) if file.suffix == '.json' else SentencePieceTokenizer(file)
@@ -164,15 +166,13 @@ def read_tokenizer(path: str, model_vocab_size: int | None = None) -> Tokenizer:
 
 
 def sha256_of(path: str) -> str:
-  """Returns read_tokenizer(path).sha256, but faster. Raises DataError as read_tokenizer does."""
+  """Returns the same as read_tokenizer(path).sha256, but faster. Raises DataError as read_tokenizer does."""
   file = find(path)
   return tokenizer_json.sha256_of(file) if file.suffix == '.json' else _sha256(read_file(file, _ADVICE))
 
 
 def find(path: str) -> epath.Path:
-  """Returns the tokenizer's file. If `path` is a folder, this is its tokenizer.json or, without one, its
-  tokenizer.model.
-  """
+  """Returns the tokenizer's file. In a folder, this is tokenizer.json or, if there is none, tokenizer.model."""
   place = epath.Path(path)
   if not place.is_dir():
     return place
@@ -184,10 +184,10 @@ def _sha256(content: bytes) -> str:
 
 
 class SentencePieceTokenizer:
-  """A SentencePiece model; see Tokenizer for its methods.
+  """A tokenizer that is a SentencePiece model. Tokenizer describes its methods.
 
-  Tokenizers trained here are lossless: decode(encode(text)) == text. Others may change the text, for example by adding
-  a space before it. `token_bytes` and `bytes_per_token_V` then describe the changed text.
+  Tokenizers that betarank trains are lossless: decode(encode(text)) == text. Other SentencePiece models may change the
+  text, for example by adding a space before it. `token_bytes` and `bytes_per_token_V` then describe the changed text.
   """
 
   def __init__(self, path: epath.Path):

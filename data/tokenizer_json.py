@@ -1,8 +1,8 @@
 """Reads tokenizers in Hugging Face's format, tokenizer.json, as published with Qwen and Llama 3.
 
-Only BPE tokenizers that keep all bytes of a text are accepted. Only tokenizer.json, tokenizer_config.json and
-generation_config.json are read, as data. Other files in the folder, such as chat templates and Python files, are
-ignored.
+Only BPE tokenizers that keep all bytes of a text are accepted. Three files are read, as data: tokenizer.json,
+tokenizer_config.json and generation_config.json. Other files in the folder, such as chat templates and Python files,
+are ignored.
 """
 
 import dataclasses
@@ -34,8 +34,10 @@ _PROBES = (
 
 
 def read_file(path: epath.Path, advice: str) -> bytes:
-  """Returns the content of a tokenizer's file. Raises DataError if the file can't be read; `advice` is added to the
-  message.
+  """Returns the content of a tokenizer's file.
+
+  Raises:
+    DataError: the file can't be read. The message ends with `advice`.
   """
   try:
     if not path.exists():
@@ -54,13 +56,13 @@ def read_file(path: epath.Path, advice: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-  """The content of a tokenizer's files, before the `tokenizers` library has read it.
+  """The content of a tokenizer's files, before the `tokenizers` library reads it.
 
   Attributes:
     where: the path of tokenizer.json.
     data: the content of tokenizer.json.
     added: {content: (id, special)} of the added tokens.
-    bos, eos, pad: the ids of these tokens. If there is no BOS or padding token, the id of EOS takes its place.
+    bos, eos, pad: the ids of these tokens. If there is no BOS or padding token, its id is that of EOS.
   """
 
   where: epath.Path
@@ -139,14 +141,14 @@ def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]
 
 def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple[int, bool]],
           where: epath.Path) -> int | None:
-  """Returns the id of the token for a role ('bos', 'eos' or 'pad'); None if no file names such a token.
+  """Returns the id of the token that has a role ('bos', 'eos' or 'pad'); None if no file names such a token.
 
-  The token is named by tokenizer_config.json or, if this file names none, by generation_config.json. For 'pad', also
-  returns None if the token isn't special.
+  tokenizer_config.json names the token or, if it doesn't, generation_config.json. For 'pad', the result is also None if
+  the token isn't special.
 
   Raises:
-    DataError: the BOS or EOS token isn't special. A text could contain such a token, which would then seem to begin or
-      end a document.
+    DataError: the BOS or EOS token isn't special. Such a token could be part of a text, which would then seem to begin
+      or end a document.
   """
   special = {text: id for text, (id, special) in added.items() if special}
   token = optional['tokenizer_config.json'].get(f'{name}_token')
@@ -173,20 +175,20 @@ def sha256_of(where: epath.Path) -> str:
 
 
 class JsonTokenizer:
-  """A tokenizer that is read from a tokenizer.json; see Tokenizer in data/tokenizer.py for its methods.
+  """A tokenizer that is read from a tokenizer.json. Tokenizer in data/tokenizer.py describes its methods.
 
   Ids are the same as those of transformers' AutoTokenizer, called with add_special_tokens=False and
-  split_special_tokens=True. The tokenizer's normalizer may change a text in two ways: Qwen's converts the text to
-  Unicode's NFC, and vocabularies from SentencePiece may add a space before it. `token_bytes` and `bytes_per_token_V`
-  then describe the changed text. A tokenizer that changes text in any other way is refused.
+  split_special_tokens=True. The tokenizer may change a text in two ways: it may convert the text to Unicode's NFC (as
+  Qwen's does), or add a space before the text (as vocabularies from SentencePiece may). `token_bytes` and
+  `bytes_per_token_V` then describe the changed text. A tokenizer that changes text in any other way is refused.
   """
 
   def __init__(self, where: epath.Path):
     """Reads the tokenizer.json at `where`, and tokenizer_config.json and generation_config.json in the same folder.
 
     Raises:
-      DataError: a file is missing or broken, no file names an EOS token, or the tokenizer isn't BPE, is random, or
-        loses or changes text.
+      DataError: a file is missing or broken, no file names an EOS token, or the tokenizer isn't BPE, tokenizes at
+        random, or loses or changes text.
     """
     import tokenizers
 
@@ -230,8 +232,7 @@ class JsonTokenizer:
     return out
 
   def _piece_bytes(self):
-    """Returns the function that converts a piece of the vocabulary to its bytes. Which function that is depends on the
-    tokenizer's decoder.
+    """Returns the function that converts a piece of the vocabulary to its bytes. It depends on the tokenizer's decoder.
     """
     decoder = self._tokenizer.decoder
     decode = decoder.decode if decoder else ''.join
@@ -258,8 +259,9 @@ class JsonTokenizer:
                     'another tokenizer')
 
   def _check_bytes(self) -> None:
-    """Raises DataError if the tokenizer could lose or change a text. It may only convert the text to NFC, or add a
-    space before it.
+    """Raises DataError if the tokenizer could lose bytes of a text, or change the text in a way that isn't allowed.
+
+    Two changes are allowed: a conversion to NFC, and a space before the text.
     """
     single = {piece for piece in self.token_bytes if len(piece) == 1}
     if len(single) < 256:

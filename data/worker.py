@@ -1,8 +1,9 @@
 """Tokenizes one unit of a source, and writes it as shards; see data/prepare.py.
 
-A unit is written in pieces of PIECE_BYTES of text. A piece is one shard for each split, and a marker: a JSON file with
-counts and hashes, which is written last. Where a piece ends depends only on the input. So a unit that was interrupted
-resumes after its last complete piece, and its files are the same as without the interruption.
+A unit is written in pieces of PIECE_BYTES of text. A piece consists of one shard for each split, and a marker. The
+marker is a JSON file with counts and hashes, and is written last. Where a piece ends depends only on the input. A unit
+that was interrupted therefore resumes after its last complete piece, and its files are the same as without the
+interruption.
 """
 
 import array
@@ -31,14 +32,15 @@ _REPORTED = 2**20  # bytes of text between two reports of progress
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The settings that all units of a source share. Each worker process gets them once, when it starts.
+  """The settings that are the same for all parts of a source. Each worker process gets them once, when it starts.
 
   Attributes:
     name: the source.
     config: the settings of the data.
-    folder: where shards and markers are written.
-    share: if True, the end of each document goes to the validation split, and the rest to training. Dialogues can't be
-      divided, so a few whole ones go to validation. If False, every document goes to one split as a whole.
+    folder: where shards, and the markers that describe them, are written.
+    share: whether each text is divided: its end goes to the validation split, and the rest to training. Dialogues can't
+      be divided, so a few whole dialogues go to validation. If share is False, every document goes to one split as a
+      whole.
   """
 
   name: str
@@ -54,7 +56,7 @@ class Job:
 
 
 class Worker:
-  """Tokenizes units. The source and the tokenizer are opened once, for all units of a process."""
+  """Tokenizes units. The source and the tokenizer are opened once, for all units that a process tokenizes."""
 
   def __init__(self, job: Job):
     self.job = job
@@ -64,14 +66,15 @@ class Worker:
 
   def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
           report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
-    """Writes the pieces of a unit that don't exist yet, and yields the marker of each piece.
+    """Writes those pieces of a unit that don't exist yet. Yields the marker of each new piece, which describes the
+    piece.
 
     Args:
       index: the number of the unit.
-      unit: the unit.
-      limit: the largest number of documents to write; 0 for any number.
+      unit: the segments of the unit.
+      limit: the largest number of documents to write; 0 means no limit.
       done: the markers of the unit's pieces that exist already.
-      report: called with the number of bytes of text that were tokenized since the last call.
+      report: called with the number of bytes of text that were tokenized since the previous call.
     """
     done = done or []
     bad = sources.BadRows(self.source.config.max_bad_rows)
@@ -135,7 +138,7 @@ class _Piece:
 
 
 def _share(text: str, fraction: float) -> dict[str, str]:
-  """Splits a text into {'train': its beginning, 'validation': its last `fraction`}, after a line or a word if
+  """Splits a text in two: {'train': its beginning, 'validation': its last `fraction`}. Splits after a line or a word if
   possible.
   """
   tail = max(1, round(fraction * len(text)))
@@ -148,7 +151,7 @@ def _share(text: str, fraction: float) -> dict[str, str]:
 def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.ndarray | None]:
   """Returns (token ids, mask) of a document, with BOS and EOS.
 
-  The mask is bool, True for the tokens that count as targets; it is None if the set isn't masked.
+  The mask is bool, True for the tokens that count as targets. It is None if the source isn't masked.
   """
   tokenizer = worker.tokenizer
   parts = document.parts if isinstance(document, Dialogue) else ((document, True),)
@@ -163,8 +166,8 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
 class ShardWriter:
   """Writes one split of a piece to the shard `path`. If the split has no documents, no file is written.
 
-  ArrayRecord can write only to a disk. So a shard for a bucket, which has about PIECE_BYTES of text, is kept in memory
-  until it is complete. It then needs no disk, and a killed process leaves nothing behind.
+  ArrayRecord can write only to a disk. A shard for a bucket is therefore kept in memory until it is complete; it has
+  about PIECE_BYTES of text. No disk is needed, and a killed process leaves no incomplete shard.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):

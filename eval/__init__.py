@@ -1,3 +1,3 @@
-"""Evaluates models: what they predict token by token, and how they answer benchmarks. Also compares runs and writes the
-report.
+"""Evaluates models: what they predict token by token, and how they answer benchmarks. Also compares runs, and writes
+reports.
 """

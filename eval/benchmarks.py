@@ -5,12 +5,12 @@
     --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
     --benchmark=code:/path/to/mine.jsonl          programming problems in the form of HumanEval or MBPP
 
-If TABLE has a sha256 for a benchmark, its file must match. Other files aren't checked. Every result records hashes of
-the prompts, and of the file if there is one.
+If TABLE has a sha256 for a benchmark, the benchmark's file must have it. Other files aren't checked. Every result
+records a hash of the prompts and references, and a hash of the file if there is one.
 
-Like the paper (arXiv 2512.22955, appendix), some benchmarks of TABLE put worked examples before each question. The
-field `examples` of an Entry names the file that they come from. They are its first problems; for MBPP, they are the
-examples of MBPP's paper (task_id 2, 3 and 4), which are then not asked.
+As in the paper (arXiv 2512.22955, appendix), worked examples come before each question in some benchmarks of TABLE. The
+field `examples` of an Entry names the file of the worked examples, which are the first problems in this file. For MBPP,
+they are the examples of MBPP's paper (task_id 2, 3 and 4), and aren't among the questions.
 """
 
 import dataclasses
@@ -86,18 +86,18 @@ TABLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """The problems of one benchmark, ready to be asked.
+  """The problems of one benchmark, with their complete prompts.
 
   Attributes:
     name: the name as the user gave it.
     folder: the name in a form that can be part of a path.
     tasks: the problems, in the order of their source.
-    data_sha256: the sha256 of prompts, references and verifiers. Results with equal data_sha256 answer the same
-      questions.
+    data_sha256: the sha256 of prompts, references and verifiers. If it is the same for two results, they answer the
+      same questions.
     file_sha256: the sha256 of the file of problems; '' for generated problems.
-    shots, answer_format: the values in use.
-    left_out: one line about the problems that are left out because their reference answers can't be compared with other
-      answers; '' if there are none.
+    shots, answer_format: the number of worked examples and the answer format that are used.
+    left_out: one line about the problems that are left out because their reference can't be compared with answers; ''
+      if there are none.
   """
 
   name: str
@@ -111,11 +111,11 @@ class Benchmark:
 
 
 def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
-  """Returns the benchmark `name`, with the prompt, worked examples and number of problems that `c` asks for.
+  """Returns the benchmark `name`, with the prompt, worked examples and number of problems that the settings `c` ask
+  for.
 
   Raises:
-    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or its hash isn't the one that TABLE
-      lists.
+    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or its hash isn't that in TABLE.
   """
   if ':' in name:
     entry, uri = Entry('', '', answer_format='line'), name
@@ -172,13 +172,14 @@ def _hash(content: bytes) -> str:
 
 
 def _sha256(pattern: str) -> str:
-  """Returns the sha256 of the file that matches `pattern`. If several files match, returns a hash of their hashes."""
+  """Returns the sha256 of the file that matches `pattern`. If several files match, returns a hash of their sha256."""
   found = [_hash(epath.Path(path).read_bytes()) for path in formats.find(pattern)]
   return found[0] if len(found) == 1 else _hash(''.join(found).encode())
 
 
 def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> str:
-  """Returns the text of the worked examples: the first `shots` problems of the training set with their solutions.
+  """Returns the text of the worked examples: the first `shots` problems of the entry's file of examples, with their
+  solutions.
 
   Each solution gives its answer in the form that the prompt asks for.
   """

@@ -4,7 +4,7 @@ betarank eval harness --checkpoint=RUN [--all] --tasks=NAME[,NAME] [--num_fewsho
 betarank eval paper   --checkpoint=RUN [--all]      the paper's average over 19 benchmarks (eval/paper.py)
 
 RUN is one checkpoint, or a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is used. Results are
-written to the folder `eval` of the workdir. Running a command again repeats nothing that already has results.
+written to the folder `eval` of the workdir. If a command is run again, it skips evaluations that already have results.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Compares runs from what they logged: betarank compare WORKDIR WORKDIR ... [--plot=FILE.png|FILE.svg]
 
 Prints a table: the last validation of pre-training runs, or the start and the end of RL runs. With --plot, draws the
-curves. Runs are named by the settings in which they differ. It only reads files and needs no accelerator.
+curves. Runs are named by the settings in which they differ. The command only reads files and needs no accelerator.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room tha
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The settings of a run, {dotted key: value}, and the lines of its metrics.jsonl."""
+  """The settings of a run, {dotted key: value}, and the lines of the run's metrics.jsonl."""
 
   path: str
   kind: str
@@ -43,13 +43,14 @@ class Run:
   lines: Sequence[Mapping[str, Any]]
 
   def curve(self, key: str) -> dict[int, float]:
-    """Returns {step: value} of the metric `key`, for the steps at which its value is a finite number."""
+    """Returns {step: value} of the metric `key`, for the steps at which the value is a finite number."""
     return {line['step']: line[key] for line in self.lines
             if isinstance(line.get(key), int | float) and math.isfinite(line[key])}
 
 
 def read_run(path: str) -> Run:
-  """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or if it hasn't finished a step."""
+  """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or if the run hasn't finished a step.
+  """
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
@@ -61,7 +62,7 @@ def read_run(path: str) -> Run:
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-  """Returns the runs in several workdirs. Raises ConfigError if some are RL runs and some are pre-training runs."""
+  """Returns the runs in several workdirs. Raises ConfigError if RL runs and pre-training runs are mixed."""
   runs = [read_run(path) for path in paths]
   other = next((run for run in runs if run.kind != runs[0].kind), None)
   if other:
@@ -71,7 +72,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-  """Returns a name per run, made of the settings that differ between runs, such as 'beta=-0.25, seed=1'.
+  """Returns a name for each run, made of the settings in which the runs differ, such as 'beta=-0.25, seed=1'.
 
   If no setting differs, or if there is only one run, a run's name is its path.
   """
@@ -91,7 +92,7 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def report(runs: Sequence[Run], width: int) -> str:
-  """Returns the table as text of at most `width` columns, with a legend if names are too long for the table."""
+  """Returns the table as text of at most `width` columns. If names are too long for the table, adds a legend."""
   labels, legend = names(runs), []
   if max(map(len, labels)) > LABEL:
     for number, label in enumerate(labels, 1):
@@ -131,7 +132,7 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def last_validation(run: Run, source: str) -> dict[str, float]:
-  """Returns the step and the figures of the newest validation of `source`; {} if it was never validated.
+  """Returns {'step': step, figure: value, ...} of the newest validation of `source`; {} if there is none.
 
   The step and all figures come from the same line of metrics.jsonl.
   """
@@ -149,7 +150,8 @@ def _sources(run: Run) -> list[str]:
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns (title, columns, rows, notes) of the table of RL runs. A cell has a run's figure as 'start -> end'."""
+  """Returns (title, columns, rows, notes) of the table of RL runs. A cell shows a run's metric at the start and at the
+  end, as 'start -> end'."""
   held_out = sorted({key for run in runs for key in evaluations(run)})
   rows, notes = [], []
   for label, run in zip(labels, runs):
@@ -192,14 +194,14 @@ def _arrow(start: str, end: str) -> str:
 
 
 def _median(curve: Mapping[int, float]) -> str:
-  """Returns the median over steps as text. Compilation and a busy machine cause outliers, which don't change the
+  """Returns the median over steps as text. Outliers, which compilation and a busy machine cause, don't change the
   median.
   """
   return f'{statistics.median(curve.values()):,.0f}' if curve else '-'
 
 
 def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-  """Returns the lines of a table. Columns that don't fit into `width` continue below, after a copy of the first column.
+  """Returns the lines of a table. Columns that don't fit into `width` follow below, after a copy of the first column.
 
   Titles wrap between words. A cell is never cut.
   """
@@ -229,7 +231,7 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
-  For pre-training runs they show cross-entropy, entropy, and the difference of each from the first run. For RL runs
+  For pre-training runs, the panels show cross-entropy, entropy, and how both differ from the first run's. For RL runs,
   they show reward, held-out problems, entropy and length. The legend has the settings in which the runs differ.
   """
   import matplotlib
@@ -287,9 +289,9 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
           first: float = 0.1, least: float = 0.0) -> None:
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
-  window: a function that takes the number of steps and returns how many steps each point averages.
+  window: a function from the number of steps to the number of steps that each point averages.
   first: the share of the points, counted from the start, that is ignored when the range of the y axis is chosen.
-  Without this, the steep fall of a loss at the start would make the rest of the curve look flat.
+    Otherwise the steep fall of a loss at the start would make the rest of the curve look flat.
   least: the smallest range of the y axis, as a share of the value at its middle.
   """
   size, settled = window(max(map(len, curves))), []
@@ -310,7 +312,7 @@ def _short(label: str) -> str:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-  """Returns the mean of the last `window` values at each point."""
+  """Returns, for each point, the mean of the last `window` values up to this point."""
   return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 

@@ -1,4 +1,4 @@
-"""Defines an evaluation: a checkpoint of any stage, and section `eval` of a config."""
+"""Defines what an evaluation needs: a checkpoint of any stage, and the section `eval` of a config."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class EvalError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: the tokens that the probe is computed on."""
+  """Section `eval.probe`: how many tokens the probe covers, and the size of the head."""
 
   rows: int
   batch_size: int
@@ -96,7 +96,7 @@ class EvalConfig:
 class EvalRun:
   """All settings of an evaluation.
 
-  top_k: the number of tokens in the head, used if eval.probe.top_k is 0.
+  top_k: the number of tokens in the head if eval.probe.top_k is 0.
   """
 
   model: ModelConfig
@@ -114,7 +114,7 @@ class CheckpointRef:
     path: the path of the checkpoint.
     run: the workdir of its run. Results are written to its folder `eval`.
     step: the step of the run at which the checkpoint was saved.
-    meta: the checkpoint's record of its origin (see `train.setup.lineage`).
+    meta: the checkpoint's metadata, which records its origin (see `train.setup.lineage`).
   """
 
   path: epath.Path
@@ -123,15 +123,15 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """Returns the origin of a result, which is stored in every result file."""
+    """Returns the checkpoint, its parent and the code version. Every result file stores them."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir.
+  """Returns the checkpoint at `path`, or the newest checkpoint if `path` is a workdir, as a list.
 
-  every: True returns all checkpoints in the folder of that checkpoint, oldest first.
+  every: whether to return all checkpoints in the folder of that checkpoint, oldest first.
 
   Raises:
     CheckpointError: there is no checkpoint, or a checkpoint is damaged.
@@ -149,8 +149,8 @@ def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
 def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
   """Returns the checkpoint's config with section `eval` added. The config isn't locked, so settings can be overridden.
 
-  spec: a config whose sections `data` and `eval`, if it has them, replace those of the checkpoint. With it, runs that
-  were trained on different data can be evaluated on the same data.
+  spec: a config file. If it has a section `data` or `eval`, this section replaces the checkpoint's. In this way, runs
+    that were trained on different data can be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -161,7 +161,7 @@ def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
 
 
 def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
-  """Returns the settings of an evaluation, checked.
+  """Checks the settings of an evaluation, and returns them.
 
   Raises:
     ConfigError: a setting is invalid or doesn't fit the checkpoint. The message names its key.
@@ -189,9 +189,11 @@ def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
 def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
   """Returns the mesh that config.train.mesh describes, over all devices.
 
+  key, rows: the config key of the number of rows per batch, and this number.
+
   Raises:
-    ConfigError: the mesh doesn't fit the number of devices, or it can't divide the model or `rows` rows evenly. `rows`
-      is the value of the setting `key`, which the message names.
+    ConfigError: the mesh doesn't fit the number of devices, or doesn't divide the model or the rows. The message names
+      the key.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
@@ -214,7 +216,7 @@ def restore(run: EvalRun, ref: CheckpointRef, mesh: Mesh) -> Any:
 
 
 def difference(before: Any, now: Any, keys: Sequence[str]) -> str:
-  """Returns the first difference of two JSON objects among `keys`, such as 'n = 8, now 16'; '' if there is none."""
+  """Returns the first difference of two JSON objects among `keys`, such as 'n = 8, now 16'; '' if they don't differ."""
   for key in keys:
     if before.get(key) != now.get(key):
       return f'{key} = {before.get(key)!r}, now {now.get(key)!r}'

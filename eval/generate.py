@@ -1,11 +1,12 @@
-"""Samples answers to benchmarks, judges and stores them. Any metric can be computed later without sampling again.
+"""Samples answers to benchmarks, judges them and stores them, so that any metric can be computed later without sampling
+again.
 
     RUN/eval/samples/BENCHMARK/STEP.json     settings and lineage, written before the first sample
     RUN/eval/samples/BENCHMARK/STEP.jsonl    one line per sample, in the order in which problems were finished
 
 A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
 problem are written together, once all its samples are judged. If a command is killed and run again, it draws only the
-samples of the missing problems, and gets the same samples as an uninterrupted run.
+samples of the missing problems. They are the same samples as in an uninterrupted run.
 
 In a job of several processes, decoding is spread over the devices of all processes. Process 0 judges and writes.
 """
@@ -109,7 +110,7 @@ def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) -> Sampler:
-  """Returns a sampler with room for the longest prompt, rounded up so that few shapes are compiled."""
+  """Returns a sampler with room for the longest prompt. The length is rounded up, so that few shapes are compiled."""
   longest = max(len(prompt.tokens) for prompt in prompts)
   try:
     return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
@@ -120,8 +121,8 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, stop=lambda: None) -> None:
   """Draws, judges and writes the samples that the file lacks. See `sample` on `stop`.
 
-  While the samples of one problem are judged, the device draws those of the next problems. A process without a verifier
-  only helps to draw.
+  While the samples of one problem are judged, the device draws those of the next problems. Processes other than process
+  0 have no verifier, and only take part in drawing.
   """
   if not file.missing:
     if verifier:
@@ -159,7 +160,9 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns a number made from the benchmark's name. The sampler gets it as `step`, so it selects random keys."""
+  """Returns a number made from the benchmark's name. It is the sampler's argument `step`, and so selects the random
+  numbers.
+  """
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
 
@@ -167,9 +170,10 @@ def benchmark_key(name: str) -> int:
 
 
 def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
-  """Judges the samples of one problem. Returns one dict per sample: a line of the file of samples (SampleFile).
+  """Judges the samples of one problem. Returns one dict per sample, which is a line of the file of samples
+  (SampleFile).
 
-  The dict has the text, the answer, the verdict and the answer's class (`group`, see answer_classes).
+  The dict has the text, the answer, the verdict and the number of the answer's class (`group`, see answer_classes).
   """
   texts = [tokenizer.decode(s.text_tokens) for s in group]
   answers = [final_answer(text, task) for text in texts]
@@ -185,15 +189,15 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
 def answer_classes(
   answers: Sequence[str | None], verdicts: Sequence[Verdict], task: Task, verifier: Verifier
 ) -> list[int]:
-  """Returns a class number per answer. Equal answers get the same number; -1 means that the sample has no answer.
+  """Returns a class number for each answer. Equal answers get the same number. A sample without an answer gets -1.
 
   Classes are numbered by first appearance. Two answers with equal texts are equal. In mathematics, two answers are also
   equal in these cases:
 
   - They are the same number, or the same text apart from delimiters, spaces and a final full stop.
   - Both are right.
-  - Both are wrong, but the verifier accepts one of them if the other is the reference. This is only checked for the
-    COMPARED most frequent wrong answers, because the number of pairs grows quadratically.
+  - Both are wrong, but the verifier accepts one of them if the other is the reference. Only the COMPARED most frequent
+    wrong answers are compared in this way, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
@@ -221,7 +225,7 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (answer, task) for the verifier. The verdict on them is RIGHT if `answer` is the same as `reference`."""
+  """Returns (text, task) for the verifier. Its verdict on them is RIGHT if `answer` is equal to `reference`."""
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -235,18 +239,18 @@ class SampleFile:
     path: the path of the file.
     n: the number of samples per problem in the finished file.
     problems: the number of problems in the finished file.
-    missing: the indices of the problems that the file of process 0 doesn't have yet.
+    missing: the indices of the problems that weren't in the file when this object was created.
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
-    """Continues the existing files of the checkpoint and benchmark, or starts new ones.
+    """Opens the existing files of the checkpoint and benchmark, or creates new ones.
 
-    There are two files, samples and settings. If they exist, the settings are checked, and samples of incomplete
-    problems are removed.
+    There are two files, with samples and with settings. If they exist, the settings must agree, and samples of
+    incomplete problems are removed.
 
-    Every process of a job must create this object, because process 0 sends the others the list of missing problems.
+    Every process of a job must create this object, because process 0 sends the list of missing problems to the others.
 
-    writes: True in process 0, which is the only process that changes files.
+    writes: whether this process changes files, which only process 0 does.
 
     Raises:
       EvalError: the existing samples were made with other settings, or a settings file is missing or unreadable.
@@ -282,9 +286,9 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> tuple[str, np.ndarray]:
-    """Finds the missing problems, and removes the lines that a killed process left incomplete.
+    """Removes the lines of incomplete problems from the file, and finds the missing problems.
 
-    Returns (text, bool [P]). The text is that of the remaining lines if the file is remote, otherwise ''. The array has
+    Returns (text, bool [P]). If the file is remote, the text has the remaining lines; otherwise it is ''. The array is
     True for each of the P problems that is missing. The file is read line by line, because it may be larger than
     memory.
     """
@@ -320,7 +324,10 @@ class SampleFile:
           yield text, problem, sample
 
   def append(self, lines: list[dict[str, Any]]) -> None:
-    """Appends a problem's lines to the file and flushes it, so that other processes see them."""
+    """Appends the lines of one problem to the file, and flushes it, so that other processes see them.
+
+    A file in a bucket is written at most once every _REMOTE_S seconds, and when it is closed.
+    """
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     if self._remote:
       self._text += text

@@ -1,12 +1,12 @@
-"""Runs the tasks of lm-evaluation-harness with our own scorer and sampler, without converting the checkpoint.
+"""Runs the tasks of lm-evaluation-harness with betarank's scorer and sampler, without converting the checkpoint.
 
     betarank eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
     lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
 
 Inputs are built and truncated as in `hf`, the harness's own model for Hugging Face, so that equal weights give equal
-numbers in both. BOS comes first. Trailing spaces of a context belong to the continuation. Texts that are too long lose
-their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood of a tokenizer with BOS includes the
-probability of a BOS after BOS.
+numbers in both models. BOS comes first. Trailing spaces of a context belong to the continuation. Texts that are too
+long lose their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood includes the probability of
+a second BOS after the first, if the tokenizer has a BOS token.
 
 In a job of several processes, the harness runs in every process and asks the same questions. The rows are spread over
 the devices of all processes. Process 0 writes the results.
@@ -73,10 +73,10 @@ class Betarank(TemplateLM):
 
     Args:
       checkpoint: a workdir or a checkpoint.
-      run: the settings of the evaluation. Default: those of the checkpoint's own config, overridden by `settings`.
+      run: the settings of the evaluation. None means the settings of the checkpoint's config, overridden by `settings`.
       max_length: the maximum sequence length in tokens; 0 means the training length.
-      batch_size: rows per forward pass. Default: eval.probe.batch_size.
-      device, max_batch_size: accepted because the harness passes them, but ignored.
+      batch_size: the number of rows per forward pass. None means eval.probe.batch_size.
+      device, max_batch_size: ignored. The harness passes them.
       settings: overrides, such as {'eval.probe.rows': 8}. They are ignored if `run` is given.
 
     Raises:
@@ -133,10 +133,9 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """Returns (log-probability, greedy) for each request, in order.
+    """Returns (log-probability, greedy) of the continuation of each request, in order.
 
-    The log-probability is that of the request's continuation, in nats. `greedy` says whether greedy decoding would give
-    the same continuation.
+    The log-probability is in nats. `greedy` is True if greedy decoding would give the same continuation.
     """
     rows = []
     for name, context, continuation in requests:
@@ -163,17 +162,20 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """Returns `length` rounded up to _SHORTEST times a power of two, but at most max_length rounded up to _SHORTEST."""
+    """Returns the padded length of a row: `length` rounded up to _SHORTEST times a power of two.
+
+    The padded length is at most max_length rounded up to a multiple of _SHORTEST.
+    """
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
 
   # Texts
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task says
-    otherwise.
+    """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task asks for
+    sampling.
 
-    Each text is sampled up to EOS or max_gen_toks. Stop strings are searched for afterwards.
+    Each text is generated up to EOS or max_gen_toks. Stop strings are searched for afterwards.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):
@@ -191,7 +193,7 @@ class Betarank(TemplateLM):
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
     """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
 
-    A prompt may have max_length - max_gen_toks tokens, so that there is room for the answer.
+    A prompt may have at most max_length - max_gen_toks tokens, so that there is room for the answer.
     """
     told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
     until, new = told.pop('until'), told.pop('max_gen_toks')
@@ -219,9 +221,10 @@ class Betarank(TemplateLM):
 
 
 def _check_alike(asked: Any) -> None:
-  """Raises EvalError if `asked` differs between this process and process 0, for example in the worked examples.
+  """Raises EvalError if `asked` differs between this process and process 0.
 
-  The processes compute every row together, so they must all be asked for the same texts.
+  The processes compute every row together, so all of them must ask about the same texts. Worked examples, for example,
+  could differ.
   """
   mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
   if not np.array_equal(mine, multihost.of_first_process(mine)):
@@ -240,7 +243,12 @@ def trained_length(subject: CheckpointRef) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (log-probability of each next token in nats, whether it is the most probable one), both [B, T - 1]."""
+  """Returns (log-probability of each next token, whether it is the most probable token), both [B, T - 1].
+
+  Log-probabilities are in nats.
+
+  live_BT: 1 at positions to score, 0 in padding.
+  """
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
   batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)
   stats, _ = score.token_stats(c, params, batch, top_k=1)

@@ -25,11 +25,12 @@ class Loaded(NamedTuple):
   """A checkpoint and its parameters.
 
   Attributes:
-    ref: which checkpoint it is.
+    ref: the checkpoint's path, step and metadata.
     run: the settings of the model, its data and its evaluation.
-    name: the path of its workdir.
-    objective: how the objective of its pre-training differs from cross-entropy, such as 'CE' or 'β = -0.25'.
-    tokenizer: the tokenizer that it was trained with.
+    name: the path of the checkpoint's workdir.
+    objective: how the objective of the checkpoint's pre-training differs from cross-entropy, such as 'CE' or 'β =
+      -0.25'.
+    tokenizer: the tokenizer that the model was trained with.
     params: float32, on the first device.
   """
 
@@ -44,11 +45,11 @@ class Loaded(NamedTuple):
 def load_model(path: str, tokenizer: str | None = None) -> Loaded:
   """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
 
-  The model runs with this machine's default kernels, even if it was trained with other kernels.
+  The model runs with this machine's default kernels, even if its config names other kernels.
 
   Args:
     path: a workdir or a checkpoint.
-    tokenizer: the path of the tokenizer that the model was trained with, if it has been moved.
+    tokenizer: the path of the tokenizer that the model was trained with, needed only if the tokenizer has been moved.
 
   Raises:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
@@ -66,7 +67,7 @@ def load_model(path: str, tokenizer: str | None = None) -> Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """Says how to continue a text. The fields, except `seed`, have the same meaning as in SamplerConfig.
+  """The settings with which a text is continued. All fields except `seed` have the same meaning as in SamplerConfig.
 
   seed: selects the random numbers.
 
@@ -101,8 +102,8 @@ def sample(
 
   Args:
     prompt: token ids, without BOS.
-    indices: the numbers of the continuations. The random numbers of a continuation depend on its number.
-    step: another number that the random numbers depend on. A different step gives different continuations.
+    indices: the numbers of the continuations. A continuation's random numbers depend on its number.
+    step: another number on which the random numbers depend. With another step, the continuations are different.
     watch: a function that is called with the new tokens while they are drawn, as in `Sampler.__call__`.
   """
   tokens = [loaded.tokenizer.bos, *prompt]

@@ -3,8 +3,8 @@
     betarank eval paper --checkpoint=RUN [--all]
 
 Runs lm-evaluation-harness for the benchmarks of knowledge and logic, and samples answers to the benchmarks of
-mathematics and code. Benchmarks that already have results are skipped. Then it prints one table. The report shows the
-same table for all arms.
+mathematics and code. Benchmarks that already have results are skipped. At the end, the command prints one table. The
+report shows the same table for all arms.
 """
 
 import statistics
@@ -91,7 +91,7 @@ def benchmark_scores(run: Run, step: int) -> dict[str, float]:
 def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
   """Returns the settings that a benchmark was evaluated with; None if it wasn't evaluated at this step.
 
-  Two scores can only be compared if their settings are equal.
+  Two scores may be compared only if their settings are equal.
   """
   if benchmark in SAMPLED:
     found = run.sampled(benchmark, step)
@@ -134,7 +134,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | None, include_path: str,
              max_length: int) -> None:
-  """Evaluates checkpoints on the 19 benchmarks, skipping those with results, and prints the table of scores.
+  """Evaluates checkpoints on those of the 19 benchmarks that have no results yet, and prints the table of scores.
 
   The arguments have the same meaning as in lm_harness.harness.
 

@@ -1,10 +1,10 @@
 """Measures a checkpoint's predictions on a fixed set of tokens: confidence, accuracy and entropy, per domain.
 
-The tokens are the first rows of the validation split of each source (= domain). They are the same for all checkpoints
-whose configs have the same section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward pass gives a
-few numbers per token. The logits are computed in chunks and never exist all at once. Every figure is then computed from
-these numbers in float64. Files are written atomically, so if a probe is killed, only the checkpoint in progress is
-repeated.
+A domain is a source of the data. Its tokens are the first rows of the source's validation split. They are the same for
+all checkpoints whose configs have the same section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward
+pass gives a few numbers per token. The logits are computed in chunks and never exist all at once. All figures are then
+computed from the numbers per token, in float64. Files are written atomically. If a probe is killed, only the checkpoint
+in progress must be probed again.
 
 # B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges, or bins between them
 """
@@ -86,11 +86,12 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], No
 
 
 def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
-  """Returns {name: array [N]}: values(batch) of all batches of a domain, concatenated. Equal in every process.
+  """Returns {name: array [N]}: the results of `values` for all batches of source `name`, concatenated. Equal in every
+  process.
 
   Positions that don't count are left out.
 
-  values: a function that returns arrays [B, T], as `token_values` does.
+  values: a function from a batch to {name: array [B, T]}, such as `token_values`.
   """
   size = run.eval.probe.batch_size
   placement = NamedSharding(mesh, model.spec('batch', 'length'))
@@ -103,9 +104,10 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """Yields the domain's rows in batches of `batch_size`. With several processes, a batch has only this process's rows.
+  """Yields the rows on which source `name` is probed, in batches of `batch_size`. With several processes, a batch has
+  only this process's rows.
 
-  The tokens don't depend on the batch size. Rows that fill up the last batch have no valid tokens (segment 0).
+  The rows don't depend on the batch size. The last batch is filled up with rows of padding (segment 0).
   """
   rows, size = run.eval.probe.rows, run.eval.probe.batch_size
   local = size // processes
@@ -117,7 +119,7 @@ def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> It
 
 
 def _fingerprint(run: EvalRun, name: str) -> str:
-  """Returns the sha256 of the rows of tokens on which the domain is probed."""
+  """Returns the sha256 of the rows of tokens on which source `name` is probed."""
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
@@ -138,14 +140,14 @@ def _read(path) -> dict[str, Any] | None:
 
 
 def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns {name: array [B, T]}: the numbers per token that the figures are computed from.
+  """Returns {name: array [B, T]}: the numbers per token from which the figures are computed.
 
   Every device has the whole arrays. Log-probabilities and entropies are float32, in nats.
 
   counts: True for positions that count. At other positions, all other values are arbitrary.
   target: the target token of the position.
   logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats. The head consists of the `head_tokens`
-  most probable tokens.
+    most probable tokens.
   top_logp: the log-probability of the most probable token.
   gap: top_logp minus the log-probability of the second most probable token.
   """
@@ -161,15 +163,17 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 
 
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
-  """Returns the figures of one domain, computed in float64. If a figure has a unit, its name includes it.
+  """Returns the figures of one domain (source of the data), computed in float64. A figure's name ends with its unit, if
+  it has one.
 
   coverage[n] is the share of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
-  target at most once. The share is an upper bound of the token-level coverage profile of arXiv 2510.15020,
-  P[p_data / p_model >= n], because p_data is unknown but at most 1.
+  target at most once. The share is an upper bound of the token-level coverage profile of arXiv 2510.15020, P[p_data /
+  p_model >= n], because p_data is unknown but at most 1.
 
   Args:
     values: {name: array [N]}, from `token_values`.
     bytes_N: the number of bytes of each target token.
+    vocab_size: the number of tokens of the vocabulary.
   """
   v = {name: np.asarray(x, np.float64) for name, x in values.items()}
   surprise, entropy, right = -v['logp'], v['entropy'], v['rank'] == 0
@@ -204,10 +208,13 @@ def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
 
 
 def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
-  """Returns the calibration curve: tokens are put into bins by the probability of the most probable token.
+  """Returns the calibration curve. Tokens are divided into bins by the probability of the most probable token.
 
   For each bin, `confidence` is the mean of this probability, and `accuracy` is the share of tokens for which the most
-  probable token is the true one. Both are None for an empty bin.
+  probable token is the true token. Both are None for an empty bin.
+
+  confidence_N: the probability of the most probable token.
+  right_N: whether this token is the true token.
   """
   edges_E = np.linspace(0, 1, CONFIDENCE_BINS + 1)
   bin_N = np.clip(np.digitize(confidence_N, edges_E) - 1, 0, CONFIDENCE_BINS - 1)

@@ -13,11 +13,11 @@ from betarank.train.sampler import Sample
 def generate(
   loaded: Loaded, text: str, sampling: Sampling, samples: int, number: int = 0, entropy: bool = False,
 ) -> None:
-  """Prints continuations of a text. Each is printed after the text itself, token by token.
+  """Prints continuations of a text, token by token. The text itself is printed before each continuation.
 
   Args:
     samples: the number of continuations.
-    number: the number of the prompt in its session. With a different number, the same text is continued differently.
+    number: the number of the prompt in its session. With another number, the same text is continued differently.
     entropy: whether to print a table of the tokens after each continuation.
 
   Raises:
@@ -41,7 +41,7 @@ def generate(
 
 
 def table(loaded: Loaded, prompt: list[int], drawn: Sample) -> str:
-  """Returns a table of a continuation: one line per token, and a last line with means. Values are at temperature 1."""
+  """Returns a table of a continuation: one line per token, and a last line with means. Figures are at temperature 1."""
   [f] = figures(loaded, [[*prompt, *drawn.tokens.tolist()]], loaded.run.top_k)
   logp, rank, entropy = (x[len(prompt):len(prompt) + len(drawn.tokens)] for x in (f.logp, f.rank, f.entropy))
   lines = [f'{"token":>14}  {"p":>6}  {"rank":>5}  entropy, nats']

@@ -20,7 +20,7 @@ from betarank.configs.terminal import waiting
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command. Ctrl-C ends it with status 130.
+  """Runs the command. Ctrl-C ends it with exit status 130.
 
   Raises:
     UserError: an argument is not allowed.

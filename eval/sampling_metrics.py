@@ -1,4 +1,5 @@
-"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length. It uses only NumPy.
+"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length. This module uses only
+NumPy.
 
 Every metric has one value per problem, so that eval/statistics.py can resample problems and pair them between
 checkpoints.
@@ -32,7 +33,7 @@ class Samples:
 
   @property
   def undecided(self) -> int:
-    """The number of samples that the verifier could not decide."""
+    """The number of samples that the verifier couldn't decide."""
     return int(np.sum(np.isnan(self.score_PN) & ~np.isnan(self.tokens_PN)))
 
   def metrics(self) -> dict[str, np.ndarray]:
@@ -49,7 +50,7 @@ class Samples:
 
 
 def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
-  """Returns the samples in stored lines, which may be in any order.
+  """Reads samples from stored lines, which may be in any order.
 
   If two lines have the same problem and sample number, only the first line is used.
 
@@ -100,16 +101,17 @@ def mean(values_PN: np.ndarray) -> np.ndarray:
 
 
 def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the share of right samples, an unbiased estimate of Pass@1."""
+  """Returns [P]: the share of right samples, which is an unbiased estimate of Pass@1."""
   return mean(score_PN)
 
 
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
 
-  In a tie, the result is the mean of the tied answers' scores, which is what a fair draw among them gives on average.
-  The score of an answer is the share of its samples that were judged right. It can lie between 0 and 1, because samples
-  that count as the same answer can get different verdicts. If no sample has an answer, the result is 0.
+  If several answers are equally frequent, the result is the mean of their scores, which is the expected score of one of
+  them drawn at random. The score of an answer is the share of its samples that were judged right. It can lie between 0
+  and 1, because samples that count as the same answer can get different verdicts. If no sample has an answer, the
+  result is 0.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):
@@ -143,7 +145,9 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
 
 
 def distinct_answers(group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the number of different answers among the samples. It grows with n, so only compare equal n."""
+  """Returns [P]: the number of different answers among the samples. This number grows with the number of samples, so
+  compare it only between runs with equally many samples.
+  """
   return np.array([len(np.unique(group_N[group_N >= 0])) for group_N in group_PN], dtype=np.float64)
 
 
@@ -151,7 +155,7 @@ def answer_entropy(group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: the entropy of the distribution of answers among the samples, in nats; 0 if no sample has an answer.
 
   Samples without an answer are left out. This is the plug-in estimate, which is too low by about (distinct - 1) / 2n,
-  so only compare equal n.
+  so compare it only between runs with equally many samples n.
   """
   out_P = np.zeros(len(group_PN))
   for p, group_N in enumerate(group_PN):

@@ -7,27 +7,27 @@ a second sample, usually of two to five.
 resampled problems.
 
 - Values with two bounds (shares, differences of shares) are studentized on the arcsine scale, asin(sqrt(u)) for u in
-  [0, 1], which makes the variance near a bound more even. Intervals of skewed shares are then as skewed as they should
-  be. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric
-  form, Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
+  [0, 1], which makes the variance near a bound more even. Intervals of skewed shares are then skewed too. Source: Efron
+  and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form, Hall, The
+  Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
-  than there is.
+  than all possible problems have.
 - No limit exceeds Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
   quantile of the mean of the sorted values and one more value at the bound, with weights from a flat Dirichlet
   distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
-  have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
-  arXiv 1905.06208.
+  have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv
+  1905.06208.
 
-Coverage of the 95 % intervals: for shares of ten problems, most of which are never solved, 96-99 %; the true
-value is missed above as well as below. For paired differences of ten problems, 96 % on average, but 90 % if a fifth of
-all problems gains 50 points, because then one set of ten in nine contains no problem that gains.
-`python -m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
+The 95 % intervals have this coverage. For shares of ten problems, most of which are never solved, it is 96-99 %, and
+the true value is missed above as well as below. For paired differences of ten problems, it is 96 % on average, but 90 %
+if a fifth of all problems gains 50 points, because then one in nine sets of ten problems contains no problem that
+gains. `python -m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
 
-**Over seeds**, there are too few values to resample. Student's t is used for the noise that seeds add to the noise of
-problems. The distances from the mean to the limits are added in quadrature (MOVER, the method of variance estimates
-recovery; Zou and Donner, Statistics in Medicine 27, 2008). This covers 95-97.5 %. Adding the variances under one t,
-with Satterthwaite's degrees of freedom, gives narrower intervals, but covers only 92 % for three seeds and less than 90
-% for two.
+**Over seeds**, there are too few values to resample. Student's t distribution gives the limits for the noise that seeds
+add to the noise of problems. The distances from the mean to the limits are added in quadrature (MOVER, the method of
+variance estimates recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative
+is to add the variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower,
+but cover only 92 % for three seeds and less than 90 % for two.
 
 The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-value and interval always agree.
 
@@ -112,7 +112,9 @@ def bootstrap_interval(
 
 
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
-  """Returns Gaffke's bounds for problems that all have the same value, which resampling can't handle."""
+  """Returns the limits of the interval if all problems have the same value: Gaffke's bounds. Resampling can't handle
+  this case.
+  """
   def limits(alpha: float) -> tuple[float, float]:
     unseen = 1 - (alpha / 2) ** (1 / problems)  # the largest share of problems that such a set may have missed
     return mean - unseen * (mean - bounds[0]), mean + unseen * (bounds[1] - mean)
@@ -121,7 +123,9 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """Returns the studentized interval over problems. If both `bounds` are finite, it is cut at Gaffke's bounds."""
+  """Returns the limits of the studentized interval over problems. If both `bounds` are finite, Gaffke's bounds limit it
+  too.
+  """
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
   t_B, low_B, high_B = [], [], []
@@ -158,7 +162,7 @@ def _rank(share: float, resamples: int) -> int:
 
 
 def _chunks(resamples: int, problems: int) -> list[int]:
-  """Returns the sizes of the parts in which resamples are drawn."""
+  """Returns how many resamples to draw at a time, as a list, so that they fit in memory."""
   size = max(1, _CHUNK // problems)
   return [min(size, resamples - start) for start in range(0, resamples, size)]
 
@@ -199,7 +203,7 @@ def _seed_error(x_SP: np.ndarray) -> float:
 def _p_value(mean: float, limits: Limits, floor: float) -> float:
   """Returns the smallest alpha >= floor whose 1 - alpha interval excludes zero.
 
-  It is found by bisection, which works because the intervals become narrower as alpha rises.
+  It is found by bisection, which is possible because the intervals become narrower as alpha rises.
   """
   def excludes_zero(alpha: float) -> bool:
     low, high = limits(alpha)
@@ -219,7 +223,7 @@ def paired_difference(
   """Returns the mean of a - b and its interval.
 
   a, b: values of the same problems, both [P], or both [S, P] with the same seeds.
-  bounds: the smallest and the largest possible difference; (-1, 1) for shares.
+  bounds: the smallest and the largest possible difference; (-1, 1) for differences of shares.
 
   Raises:
     ValueError: the shapes differ, or no problem has a value in all seeds.
@@ -233,9 +237,10 @@ def paired_difference(
 def over_seeds(
   values_S: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95
 ) -> Estimate:
-  """Returns the mean of one figure per seed, with Student's t interval cut at `bounds`. A single seed has NaN limits.
+  """Returns the mean of a figure that has one value per seed, with Student's t interval, cut at `bounds`.
 
-  Use it for figures that have no problems to resample, such as a loss.
+  For a single seed, the limits are NaN. Use this function for figures that have no problems to resample, such as a
+  loss.
 
   Raises:
     ValueError: no seed has a value.
@@ -259,7 +264,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
   """Returns p-values corrected for multiple testing (Holm, Scandinavian Journal of Statistics 6, 1979).
 
   If only differences with a corrected p-value <= alpha are claimed, the chance of at least one false claim is at most
-  alpha, even if the tests depend on each other. NaN stays NaN and doesn't count as a test.
+  alpha, even if the tests depend on each other. A p-value of NaN stays NaN and doesn't count as a test.
   """
   p = np.asarray(p_values, np.float64)
   out = np.full(p.shape, np.nan)

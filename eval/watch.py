@@ -1,8 +1,9 @@
 """betarank watch RUN_OR_FOLDER [...] [--once] [--every=SECONDS]
 
-Shows a table of runs, and refreshes it until all of them have finished, or until Ctrl-C. It only reads the files of
-their workdirs, local or gs://, so it works on any machine that can read them. A run in a bucket uploads its figures
-with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are shown too.
+Shows a table of runs, and refreshes it until all of them have finished, or until Ctrl-C. The command only reads the
+files of the workdirs, local or gs://, so it works on any machine that can read these files. A run in a bucket uploads
+its figures with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are
+shown too.
 """
 
 import contextlib
@@ -45,10 +46,10 @@ class Row:
     step: the last step that was logged.
     steps: the last step of the run.
     ce, entropy: means over the last steps, in nats.
-    pass_rate: the share of right answers, a mean over the last steps. Only for RL.
+    pass_rate: the share of right answers, a mean over the last steps; NaN for pre-training.
     tokens_per_s: the median over the last steps, of trained tokens or, in RL, of drawn tokens.
-    left_s: an estimate of the remaining seconds: the remaining steps times the median time of a step. It leaves out
-      evaluations.
+    left_s: an estimate of the remaining seconds: the remaining steps times the median time of a step. The time of
+      evaluations isn't included.
   """
 
   name: str
@@ -71,7 +72,11 @@ class Row:
 
 
 def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
-  """Yields the workdirs in a folder, ordered by name. If the folder itself is a workdir, yields only it."""
+  """Yields the workdirs in a folder and its subfolders, ordered by name. If the folder itself is a workdir, yields only
+  this folder.
+
+  depth: the number of levels below the folder to search.
+  """
   if (folder / 'config.json').exists():
     yield folder
     return
@@ -82,7 +87,9 @@ def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
 
 
 def read_folder(folder: epath.Path) -> list[Row]:
-  """Returns one row per run in a folder. Runs that are listed in its sweep.json but haven't begun have a row too."""
+  """Returns one row per run in a folder. A run that is listed in the folder's sweep.json but hasn't begun has a row
+  too.
+  """
   points = {name: point for name, point in (_object(folder / 'sweep.json').get('points') or {}).items()
             if isinstance(point, dict) and point.get('stage') in ('train', 'rl')}
   states = {name: (point.get('status') or {}).get('state', '') for name, point in points.items()}
@@ -126,7 +133,7 @@ def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
 
 
 def _steps(config: dict[str, Any]) -> int | None:
-  """Returns the last step of the run with this config, or None if the config doesn't say."""
+  """Returns the number of steps that a config asks for, or None if the config lacks the settings for it."""
   try:
     return planned_steps(config)
   except (KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -134,7 +141,7 @@ def _steps(config: dict[str, Any]) -> int | None:
 
 
 def _object(path: epath.Path) -> dict[str, Any]:
-  """Returns the JSON object in a file, or {} if there is no file or it doesn't contain an object."""
+  """Returns the JSON object in a file; {} if there is no file or the file contains something else."""
   try:
     value = json.loads(path.read_text())
   except (FileNotFoundError, ValueError, RecursionError):
@@ -143,7 +150,7 @@ def _object(path: epath.Path) -> dict[str, Any]:
 
 
 def _tail(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the parsed lines in the last TAIL_BYTES of a metrics file, because the file can have hundreds of MB."""
+  """Returns the parsed lines in the last TAIL_BYTES of a metrics file. The whole file can have hundreds of MB."""
   try:
     with path.open('rb') as file:
       size = file.seek(0, 2)

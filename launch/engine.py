@@ -2,13 +2,14 @@
 
     betarank sweep --config=FILE --root=DIR --on='bash launch/examples/slurm.sh {name} {command}'
 
-The template is split into words like a shell command, but nothing else of a shell applies. Then three placeholders are
-replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a name for the job, which is
-the same in every launch. {chips} becomes the number that --chips gives for the point's stage.
+The template is split into words like a shell command, but variables, pipes and other features of a shell don't work.
+Then three placeholders are replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a
+name for the job, which is the same in every launch. {chips} becomes the number that --chips gives for the point's
+stage.
 
-The sweep itself runs the points in order, records their states, and resumes them. So the command must behave like the
-point's own command: wait until the job has ended, exit with the job's status, and on SIGTERM ask the job to save and
-stop.
+The sweep itself runs the points in order, records their states, and resumes them. The template's command must therefore
+behave like the point's own command: wait until the job has ended, exit with the job's status, and on SIGTERM ask the
+job to save and stop.
 """
 
 import hashlib
@@ -26,8 +27,9 @@ PLACEHOLDERS = ('{command}', '{name}', '{chips}')
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
   """Returns a function (point, slot) -> command that runs the point on the engine.
 
-  The command of a point that prepares data runs on this machine instead.
+  A point that prepares data runs on this machine instead.
 
+  template: the value of --on.
   chips: the values of --chips. 'N' is for all stages, 'STAGE=N' for one stage.
 
   Raises:
@@ -61,7 +63,7 @@ def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[
 
 
 def _read_chips(flags: Sequence[str]) -> dict[str, int]:
-  """Returns {stage: number of chips}. A number without a stage has the key ''."""
+  """Returns {stage: number of chips} from the values of --chips. The key of a number without a stage is ''."""
   found = {}
   for flag in flags:
     stage, _, number = flag.rpartition('=')
@@ -74,8 +76,8 @@ def _read_chips(flags: Sequence[str]) -> dict[str, int]:
 def job_name(point: Point) -> str:
   """Returns a name for the job of a point. Different points and different roots get different names.
 
-  The name has at most 50 characters, and only lower-case letters, digits and hyphens, because Kubernetes allows no
-  others.
+  The name has at most 50 characters, which are lower-case letters, digits and hyphens, because Kubernetes allows no
+  other characters.
   """
   root = point.workdir if '://' in point.workdir else pathlib.Path(point.workdir).absolute()
   tail = hashlib.sha256(f'{root}\n{point.name}'.encode()).hexdigest()[:8]

@@ -1,6 +1,6 @@
 """Runs a sweep on TPU slices: returns the launch/tpu.sh command of a point, and estimates what the sweep costs.
 
-Slice number i is named TPU_NAME-i. It is created for the first point that needs it, and later points reuse it.
+Slice number i is named TPU_NAME-i. It is created for the first point that needs it, and used again for later points.
 """
 
 import json
@@ -31,9 +31,9 @@ MFU_DENSE, MFU_MOE = 0.4, 0.1  # the MFU that an estimate without --plan assumes
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
   """Returns a function (point, slot) -> command that runs the point on slice number `slot`.
 
-  The command of a point that prepares data runs on this machine instead.
+  A point that prepares data runs on this machine instead.
 
-  dry_run: True skips all checks.
+  dry_run: whether to skip all checks of the environment.
 
   Raises:
     ConfigError: a setting is missing, or launch/tpu.sh couldn't start a run.
@@ -57,9 +57,9 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 
 
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
-  """Deletes the slices of these slots. The last line that it prints names the slices that still cost money.
+  """Deletes the slices with the numbers `slots`. The last printed line names the slices that still cost money.
 
-  keep: True deletes no slices, because the sweep was asked to stop and the next launch will use them.
+  keep: if True, no slice is deleted, because the sweep was asked to stop and the next launch will use the slices.
   """
   names = [_slice_name(slot) for slot in sorted(slots)]
   if keep:
@@ -103,7 +103,7 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point at the assumed MFU. The two numbers are equal.
+  """Returns (least, most) hours of a pre-training point if its MFU is the assumed one. Both numbers are equal.
 
   Returns None for other stages. For RL no time can be assumed, because it depends on the lengths of the answers.
   """
@@ -118,7 +118,7 @@ def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
   """Returns (least, most) hours of a point that trains, predicted by `betarank plan`, which compiles its programs.
 
-  Returns None for a point that doesn't train. libtpu's flags in TPU_ENV are also used for compiling.
+  Returns None for a point that doesn't train. The programs are compiled with the libtpu flags in TPU_ENV.
 
   Raises:
     UserError: the point doesn't fit on these chips.
@@ -143,7 +143,7 @@ def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 def worker_flags() -> dict[str, str]:
   """Returns {'LIBTPU_INIT_ARGS': value} if TPU_ENV sets this variable, otherwise {}.
 
-  `betarank plan` needs it, because it changes compiled programs.
+  `betarank plan` needs the variable, because it changes the compiled programs.
   """
   variables = dict(word.partition('=')[::2] for word in shlex.split(os.environ.get('TPU_ENV', '')))
   return {name: value for name, value in variables.items() if name == 'LIBTPU_INIT_ARGS'}
@@ -152,7 +152,7 @@ def worker_flags() -> dict[str, str]:
 def print_estimate(console: Console, points: Sequence[Point], parallel: int, compile_first: bool) -> None:
   """Prints chips, hours and cost of each point and of the whole sweep.
 
-  compile_first: predicts the hours from compiled programs instead of assuming an MFU.
+  compile_first: whether hours are predicted from compiled programs. If False, an MFU is assumed.
   """
   chips = topology()
   estimate = planned_hours if compile_first else assumed_hours
@@ -195,8 +195,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 def program_key(point: Point) -> str:
   """Returns a text that is equal for points whose compiled programs are the same. Such points take the same time.
 
-  The seed doesn't change a program. Of the objective, only one thing does: whether any lambda is nonzero, because then
-  the most probable tokens are needed.
+  The seed doesn't change a program. The objective changes it only by whether any lambda is nonzero, because then the
+  most probable tokens are needed.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

@@ -45,12 +45,12 @@ class Point:
 
   Attributes:
     name: ARM/STAGE. The workdir of a point that trains is ROOT/NAME.
-    after: the point whose weights this point starts from, or that it evaluates; '' for none.
+    after: the point whose weights this point starts from or evaluates; '' for none.
     needs: the points that must be finished first: `after`, and the point that prepares the data.
     config: the resolved config.
     steps: the number of steps; 0 for a stage that doesn't count steps.
     workdir: the folder that the point writes to.
-    arguments: the arguments of `betarank` that run the point.
+    arguments: the arguments with which `betarank` runs the point.
   """
 
   name: str
@@ -63,12 +63,14 @@ class Point:
   arguments: tuple[str, ...]
 
   def step(self) -> int:
-    """Returns the step of the newest checkpoint; 0 if there is none."""
+    """Returns the step of the point's newest checkpoint; 0 if there is none."""
     folder = epath.Path(self.workdir) / 'checkpoints'
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
 
   def finished(self) -> bool | None:
-    """Returns whether the result exists and is complete; None for an evaluation, which can't be checked."""
+    """Returns whether the point's result exists and is complete; None for an evaluation, for which this can't be
+    checked.
+    """
     if self.stage in TRAINS:
       return self.step() >= self.steps
     if self.stage != 'data':
@@ -81,10 +83,11 @@ class Point:
 
 
 def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
-  """Returns the points of the config file at `spec`. Each point comes after the points that it needs.
+  """Returns the points that the config file at `spec` adds. Each point comes after the points that it needs.
 
+  root: the folder of the sweep.
   only: shell patterns that select points by name. Points that a selected point needs are included too. Without
-  patterns, all points are returned.
+    patterns, all points are returned.
 
   Raises:
     ConfigError: a name occurs twice, a needed point doesn't exist, or a config can't be run.
@@ -106,13 +109,14 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
     """Adds a point and returns its full name.
 
     Args:
-      name: the arm. By default the arm of `after`; without `after`, it is made from the overrides.
-      stage: train (pre-training and mid-training), rl, probe or sample (the last two are `betarank eval`).
+      name: the name of the arm. The default is the arm of `after` or, without `after`, a name made from the overrides.
+      stage: train (pre-training and mid-training), rl, probe or sample. A point of stage probe or sample runs `betarank
+        eval`.
       config: the config file to use instead of the sweep's own.
       arg: appended to the argument of the config file, such as 'stage=mid'.
-      after: the point whose weights the new point starts from, or that it evaluates.
+      after: the point whose weights the new point starts from or evaluates.
       benchmark: the value of `betarank eval sample --benchmark`; only for stage sample.
-      overrides: settings of the config by dotted key, such as **{'optimizer.lr': 1e-3}.
+      overrides: settings to change, by dotted key, such as **{'optimizer.lr': 1e-3}.
     """
     if stage not in STAGES:
       raise ConfigError(f'sweep: stage must be one of {", ".join(STAGES)}, got {stage!r}')
@@ -142,14 +146,15 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
 
 
 def _describe(overrides: dict[str, Any]) -> str:
-  """Returns overrides as 'beta=-0.25,seed=1'. A key is shortened to its last part if that is unique."""
+  """Returns a text such as 'beta=-0.25,seed=1' for overrides. A key is shortened to its last part if that is unique."""
   leaves = [key.rpartition('.')[2] for key in overrides]
   short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, overrides)]
   return ','.join(f'{key}={_plain(str(value))}' for key, value in zip(short, overrides.values()))
 
 
 def _stage_name(stage: str, arg: str, benchmark: str) -> str:
-  """Returns the last part of a point's name, such as 'train' or 'sample,gsm8k'; 'mid' if `arg` is 'stage=mid'."""
+  """Returns the last part of a point's name, such as 'train' or 'sample,gsm8k'. If `arg` is 'stage=mid', returns 'mid'.
+  """
   if arg.startswith('stage='):
     return _plain(arg.removeprefix('stage='))
   return ','.join(filter(None, (stage, _plain(arg), _plain(benchmark))))
@@ -183,7 +188,8 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
 
 
 def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
-  """Returns overrides with which local data folders are in the bucket, because slices can't read this machine's disk.
+  """Returns overrides that replace local data folders by folders in the bucket, because slices can't read this
+  machine's disk.
 
   Raises:
     ConfigError: the tokenizer is a file of this machine that no point of the sweep creates.
@@ -217,10 +223,11 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
-  """Returns the points with points before them that prepare data: one for each different section `data` that is read.
+  """Adds points that prepare data, one for each different section `data` that is read. Returns them before the other
+  points.
 
-  The points that prepare data run one after the other. Each uses all cores, and may need a tokenizer that an earlier
-  one trains.
+  The points that prepare data run one after the other, because each uses all cores, and may need a tokenizer that an
+  earlier point trains.
   """
   prepare: dict[str, Point] = {}
   done = []
@@ -259,19 +266,21 @@ def _select(points: list[Point], only: Sequence[str]) -> list[Point]:
 
 
 def check_workdirs(points: Iterable[Point]) -> None:
-  """Raises ConfigError if a workdir has a run that can't be resumed with the config of its point."""
+  """Raises ConfigError if a point's workdir has a run that can't be resumed with the point's config."""
   for point in points:
     if point.stage in TRAINS:
       workdir.check_config(epath.Path(point.workdir), point.config)
 
 
 def resolved(points: Iterable[Point]) -> dict[str, Any]:
-  """Returns {name: resolved config as JSON values}."""
+  """Returns {name of a point: its resolved config as JSON values}."""
   return {point.name: json.loads(to_json(point.config)) for point in points}
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns one line for each file on this machine that points need but can't read if they run on other machines."""
+  """Returns one line for each local file that a point needs. A point that runs on another machine can't read these
+  files.
+  """
   readers: dict[str, list[str]] = {}
   for point in points:
     uris = [point.config.rl.task.uri] if point.stage == 'rl' else [

@@ -1,9 +1,9 @@
 """betarank sweep --config=configs/smoke.py --on=local|tpu|COMMAND --root=DIR [--only=PATTERN] [--parallel=N]
     [--chips=N] [--dry_run [--plan]]
 
-Runs the points that `sweep(add)` in the config file adds (launch/points.py). At most N run at the same time, each after
-the points it needs. The same command again skips finished points, resumes interrupted ones and retries failed ones. If
-a point fails, only the points that need it are skipped.
+Runs the points that `sweep(add)` in the config file adds (launch/points.py). At most N points run at the same time,
+each after the points it needs. If the same command is run again, it skips finished points, resumes interrupted points
+and retries failed points. If a point fails, only the points that need it are skipped.
 
     DIR/sweep.json          points, their states, commands and configs, and the code versions of all launches
     DIR/NAME/               workdir of a point that trains
@@ -56,7 +56,7 @@ _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed
 
 @dataclasses.dataclass
 class Status:
-  """The state of a point. `starts` is how often its command has been started, in all launches together."""
+  """The state of a point. `starts` is the number of times that its command was started, in all launches together."""
 
   state: str = 'waiting'
   note: str = ''
@@ -74,8 +74,12 @@ class Sweep:
                command: Callable[[Point, int], list[str]]):
     """Reads the states of earlier launches.
 
-    command: a function (point, slot) -> command. Points that run at the same time have different slots in [0,
-    parallel).
+    Args:
+      points: the points, each after the points that it needs.
+      folder: where sweep.json and the logs are written.
+      parallel: the largest number of points that run at the same time.
+      command: a function (point, slot) -> command. Points that run at the same time have different slots in [0,
+        parallel).
     """
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
     self.status = {point.name: Status() for point in points}
@@ -86,7 +90,9 @@ class Sweep:
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
-    """Returns the content of sweep.json with this launch added. Sets self.status to the states that are still valid."""
+    """Returns the content of sweep.json with this launch added. Sets self.status to the recorded states that are still
+    valid.
+    """
     path = self.folder / 'sweep.json'
     record = json.loads(path.read_text()) if path.exists() else {'launches': [], 'points': {}}
     configs = resolved(self.points)
@@ -118,7 +124,10 @@ class Sweep:
     return self.folder / '.sweep' / f'{point.name}.log'
 
   def run(self, show: Callable[[], None]) -> None:
-    """Runs points until no command is running and none can be started. After an error, asks all commands to stop."""
+    """Runs points until no command is running and none can be started.
+
+    If this launcher fails with an error, asks all running commands to stop, and waits for them.
+    """
     for point in self.points:
       self._adopt(point)
     self.write()
@@ -138,7 +147,11 @@ class Sweep:
         self._wait()
 
   def _begin(self, point: Point) -> bool:
-    """Starts a point if nothing prevents it. Returns whether its state has changed."""
+    """Starts a point if the points that it needs are finished and fewer than `parallel` commands are running.
+
+    If a point that it needs has failed, the point is marked as skipped instead. Returns whether the point's state has
+    changed.
+    """
     status = self.status[point.name]
     for name in point.needs:
       if self.status[name].state in ('failed', 'skipped'):
@@ -166,17 +179,21 @@ class Sweep:
     return True
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """Opens the lock of a point; yields None if another process holds it.
+    """Opens the lock of a point. Yields None if another process holds the lock.
 
-    A point's command inherits the lock and holds it as long as it runs, even if this process dies. So if a later launch
-    finds the lock held, the command is still running. The file contains the command's process id.
+    The command of a point inherits the lock and holds it as long as it runs, even if this process dies. If a later
+    launch finds the lock held, it knows that the command is still running. The lock's file contains the command's
+    process id.
     """
     path = self.log(point).with_suffix('.lock')
     path.parent.mkdir(parents=True, exist_ok=True)
     return workdir.lock_file(path)
 
   def _adopt(self, point: Point) -> bool:
-    """Takes over a command that an earlier launch started for this point. Returns whether such a command is running."""
+    """Checks whether a command that an earlier launch started for this point is still running. If so, takes it over.
+
+    Returns True if such a command is running.
+    """
     with self._lock(point) as held:
       if held:
         return False
@@ -186,9 +203,9 @@ class Sweep:
     return True
 
   def _end(self, point: Point) -> bool:
-    """Updates the state of a point if its command has ended. Returns whether the state was updated.
+    """Updates the state of a point whose command has ended. Returns whether the state was updated.
 
-    If the result of an ended command can't be read, reading is tried again later.
+    If the result of the command can't be read, this is tried again later.
     """
     process, status, now = self._processes[point.name], self.status[point.name], time.monotonic()
     first, next_try = self._unread.get(point.name, (now, now))
@@ -227,7 +244,7 @@ class Sweep:
     return 'failed', self._reason(point, code)
 
   def _reason(self, point: Point, code: int) -> str:
-    """Returns why a command failed, on one line: its last error, or its exit status and last line."""
+    """Returns the reason why a command failed, on one line: its last error, or its exit status and its last line."""
     lines = self.log(point).read_text(errors='replace').splitlines()
     errors = [line.removeprefix('tpu.sh: ') for line in lines[-50:] if line.startswith(('error: ', 'tpu.sh: error: '))]
     if code == 0:
@@ -236,7 +253,9 @@ class Sweep:
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
 
   def slots(self) -> set[int]:
-    """Returns the slots that commands of this sweep have used, in any launch."""
+    """Returns the slots that commands of this sweep have used, in any launch. Commands that run at the same time have
+    different slots.
+    """
     return {status.slot for point in self.points for status in [self.status[point.name]]
             if status.slot >= 0 and point.stage != 'data'}
 
@@ -253,7 +272,7 @@ class Sweep:
   def stop(self, hard: bool) -> None:
     """Asks running commands to save and stop.
 
-    hard: True kills them instead.
+    hard: whether to kill them instead.
     """
     self.stopping = True
     for point in self.points:
@@ -264,9 +283,9 @@ class Sweep:
           os.killpg(int(pid), signal.SIGKILL) if hard else os.kill(int(pid), signal.SIGTERM)
 
   def progress(self, point: Point) -> tuple[int, float | None]:
-    """Returns (step, seconds left) of a running point, from the end of its metrics file.
+    """Returns (step, seconds left) of a running point, read from the end of its metrics file.
 
-    Returns (0, None) if the point doesn't train, or if it has logged no step that can be read here.
+    Returns (0, None) if the point doesn't train, or if no logged step can be read on this machine.
     """
     path = pathlib.Path(point.workdir) / 'metrics.jsonl'
     if point.stage not in TRAINS or not path.exists():
@@ -287,10 +306,10 @@ class Sweep:
 
 
 class Screen:
-  """Shows the sweep.
+  """Shows the state of the sweep.
 
-  On a terminal, it shows a live table. Elsewhere, it prints a line when a point's state changes, and progress every
-  minute.
+  On a terminal, this is a live table. Elsewhere, a line is printed when a point's state changes, and progress is
+  printed every minute.
   """
 
   def __init__(self, sweep: Sweep, console: Console):
@@ -403,9 +422,10 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
         clean_up: Callable[[Console, Collection[int], bool], None] | None) -> None:
   """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
-  signals: the signals received so far.
-  clean_up: a function (console, slots, keep) that is always called last. It deletes the slices. If `keep` is True,
-    because the sweep was asked to stop, it only prints that they are kept.
+  Args:
+    signals: the signals received so far.
+    clean_up: a function (console, slots, keep) that is always called at the end, to delete the slices; None if there
+      are no slices. If the sweep was asked to stop, `keep` is True, and the slices aren't deleted.
   """
   try:
     with Screen(sweep, console) as screen:
@@ -452,7 +472,7 @@ def _print_points(console: Console, points: Sequence[Point], command: Callable[[
                   remote: bool) -> None:
   """Prints each point with its state and command.
 
-  remote: True leaves out the state, which can't be read without credentials.
+  remote: if True, states are left out, because they can't be read without credentials.
   """
   for point in points:
     state = ''
@@ -468,7 +488,7 @@ def _all_finished(sweep: Sweep) -> bool:
 
 
 def _conclude(sweep: Sweep, console: Console) -> None:
-  """Prints the number of points in each state, and one line for each point that was stopped, failed or skipped."""
+  """Prints how many points are in each state, and one line for each point that was stopped, failed or skipped."""
   count = lambda state: sum(status.state == state for status in sweep.status.values())
   console.print(', '.join(f'{count(state)} {state}' for state in STATES if count(state)) + f', of {len(sweep.points)}')
   for point in sweep.points:

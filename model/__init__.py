@@ -3,21 +3,21 @@
 Profiles and the planner (launch/plan/predict.py) identify the decoder's parts by their `jax.named_scope` names:
 
     embed               looks tokens up in the embedding table
-    layers              the loop over layers without the scopes below, for example residual sums
+    layers              the parts of the loop over layers that have no scope of their own, such as residual sums
     attention/norm      RMSNorm before attention
-    attention/mask      masks and boundaries of documents, computed once for all layers
+    attention/mask      masks and document boundaries, computed once for all layers
     attention/qkv       projections to queries, keys and values
     attention/rope      QK-norm and rotary positions
-    attention/core      scores, softmax and weighted values, or the kernel that computes them; writes the cache
+    attention/core      scores, softmax and weighted values, or the kernel that computes them; writes to the cache
     attention/out       output projection
     feed_forward/norm   RMSNorm before the feed-forward network, dense or a mixture of experts
     feed_forward/in     gate and up projections of a dense network or a shared expert, and their product
     feed_forward/out    down projection of a dense network or a shared expert
-    moe/router          scores and choice of experts, weights of the choices, load statistics
+    moe/router          scores and choice of experts, weights of the chosen experts, load statistics
     moe/weights         all-gathers the experts' weights and reduces their gradients
     moe/dispatch        sends tokens to their experts and sorts them into tiles
     moe/experts         the experts' matrix products
-    moe/combine         sums the experts' outputs for each token and sends them back
+    moe/combine         sums the experts' outputs for each token and sends the sums to the token's device
     final_norm          RMSNorm after the last layer
 """
 

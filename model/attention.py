@@ -1,10 +1,11 @@
 """Attention: rotary positions, and softmax over the keys that a query may see.
 
-`attend` is the plain implementation, the reference for the others. `rows_attention` chooses an implementation for whole
-rows: flash kernels, which never hold all scores, on TPU and GPU, and blocks of queries on CPU. Decoding has its own
-implementation (model/decode.py).
+`attend` is the plain implementation, and the reference for all faster implementations. `rows_attention` chooses an
+implementation for whole rows. On TPU and GPU it chooses a flash kernel, which never holds all scores in memory. On CPU
+it chooses plain attention, computed one block of queries at a time. Decoding has its own implementation
+(model/decode.py).
 
-# B batch  T query length  S key length  K key heads  G query heads per key head  N = K·G  H head width
+# B batch  T query length  S key length  K key heads  G query heads per key head  N = K·G query heads  H head width
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run everywhere, though sl
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
   """Applies rotary position embedding (arXiv 2104.09864). Dimension i is paired with H/2 + i, as in Qwen and Llama.
 
-  Returns x's dtype. Angles are always float32, because bfloat16 would round positions 1025 and 1026 to the same number.
+  Returns the rotated array, [B, T, N, H] in x's dtype. Angles are always float32, because bfloat16 would round
+  positions 1025 and 1026 to the same number.
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -36,18 +38,19 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
 
 
 def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax.Array:
-  """Returns a bool mask [B, T, S]: a query sees the keys of its own segment up to its own position.
+  """Returns a bool mask [B, T, S], True where a query may see a key.
 
-  Segment 0 is padding, which only padding sees.
+  A query sees the keys of its own segment whose position isn't larger than its own. Segment 0 is padding; padding keys
+  are seen only by padding queries.
   """
   same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
   return same & (positions_BT[:, :, None] >= key_positions_BS[:, None, :])
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-  """Computes grouped-query attention, [B, T, N, H], with scores and softmax in float32.
+  """Computes grouped-query attention, [B, T, N, H]. Scores and softmax are float32.
 
-  A query that sees no key gets the mean of all values, not NaN.
+  visible_BTS: bool, True where a query may see a key. A query that sees no key gets the mean of all values, not NaN.
   """
   batch, length, heads, width = q_BTNH.shape
   # The queries are transposed before the matrix products, which is faster on a CPU than what einsum chooses.
@@ -60,15 +63,17 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
 
 
 def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, width: int) -> Callable[..., jax.Array]:
-  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH for whole rows that hold one document after the other.
+  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH that computes causal attention within the documents of each
+  row.
 
-  Everything that depends only on the segments is computed here, once for all layers.
+  A row holds one document after the other. Masks and document boundaries are computed in this call, once for all
+  layers.
 
   Args:
-    kernel: one of KERNELS. 'auto' chooses the first of these that supports the device, mesh, head width, length and
-      dtype: on TPU splash; on GPU hopper, triton, cudnn; on CPU blocks. If none does, 'auto' chooses plain.
-    segments_BT: int32, the document of each token; 0 is padding.
-    dtype: that of q, k and v.
+    kernel: one of KERNELS. 'auto' chooses the fastest implementation that supports the device, mesh, head width, length
+      and dtype. It tries splash on TPU; hopper, triton and cudnn, in this order, on GPU; blocks on CPU; and then plain.
+    segments_BT: int32, the number of each token's document; 0 is padding.
+    dtype: the dtype of q, k and v.
     kv_heads, width: K and H.
   """
   if kernel == 'auto':
@@ -79,7 +84,9 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, wi
 
 
 def _supported(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
-  """Yields the kernels that support these sizes on the current platform and mesh, the fastest first."""
+  """Yields the implementations that support these sizes and this dtype on the current platform and mesh, the fastest
+  first.
+  """
   whole_rows, bfloat16 = shards('length') == 1, dtype == jnp.bfloat16
   on = platform()
   if on == 'tpu' and width % 128 == 0 and length % (128 * shards('length')) == 0:
@@ -109,10 +116,10 @@ def _plain(segments_BT):
 
 
 def _blocks(segments_BT):
-  """Returns a function (q, k, v) -> output that computes plain attention one block of queries at a time.
+  """Returns a function (q, k, v) -> output that computes plain attention, one block of queries at a time.
 
   A block has an eighth of the queries, but at least 128. It uses only the keys up to its last query. Scores aren't
-  saved for the backward pass, because recomputing them is faster on a CPU.
+  saved for the backward pass, because computing them again is faster on a CPU.
   """
   length = segments_BT.shape[1]
   size = max(128, -(-length // 8))
@@ -132,8 +139,10 @@ def _blocks(segments_BT):
 
 
 def _cudnn(segments_BT):
-  """Uses cuDNN's flash attention, which skips blocks above the diagonal. It doesn't support segments, so it gets a mask
-  of documents.
+  """Returns a function (q, k, v) -> output that runs cuDNN's flash attention.
+
+  cuDNN skips blocks above the diagonal. It doesn't support segments, so it gets a mask [B, 1, T, T] that is True within
+  documents.
   """
   same_B1TT = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
   return lambda q_BTNH, k_BTKH, v_BTKH: jax.nn.dot_product_attention(
@@ -150,10 +159,12 @@ def _triton(segments_BT):
 
 
 def _by_documents(kernel, segments_BT):
-  """Wraps a kernel for attention within documents, so that each device runs the kernel on its own rows and heads.
+  """Returns a function (q, k, v) -> output that runs `kernel` on each device, for the device's own rows and heads.
 
-  If devices split the length, an all-to-all exchanges tokens for heads before the kernel, and back after it
-  (DeepSpeed-Ulysses, arXiv 2309.14509).
+  kernel: a function (q, k, v, start, end) -> output, where start and end come from `attention_triton.documents`.
+
+  If the mesh splits the length of rows, an all-to-all before the kernel gives each device whole rows of a part of the
+  heads, and an all-to-all after the kernel reverses this (DeepSpeed-Ulysses, arXiv 2309.14509).
   """
   ends = attention_triton.documents(segments_BT)
 
@@ -168,7 +179,7 @@ def _by_documents(kernel, segments_BT):
 
 
 def _splash(segments_BT):
-  """Uses splash attention, a Pallas kernel for TPU (interpreted elsewhere).
+  """Returns a function (q, k, v) -> output that runs splash attention, a Pallas kernel for TPU (interpreted elsewhere).
 
   Each device processes its own rows, heads and queries, with all keys of its rows.
   """
@@ -192,7 +203,9 @@ def _splash(segments_BT):
 
 
 def _splash_kernel(heads: int, length: int):
-  """Returns the kernel for the heads of one row. docs/plans.md explains its block sizes, which are in tokens."""
+  """Returns the splash kernel for all heads of one row. docs/plans.md explains the kernel's block sizes, which are in
+  tokens.
+  """
   queries = length // shards('length')
   fits = lambda *sizes: next(size for size in (*sizes, 128) if not queries % size)
   forward = fits(1024, 512, 256) if 'v6' in device_kind() else fits(512, 256)

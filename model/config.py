@@ -1,4 +1,4 @@
-"""Defines sections `model` and `model.moe`, and counts parameters and FLOPs."""
+"""Defines the config sections `model` and `model.moe`, and counts a model's parameters and FLOPs."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ class MoeConfig:
     router: 'sigmoid' or 'softmax', see `moe.MixtureOfExperts`.
     norm_topk_prob: whether the scores of the chosen experts are divided by their sum.
     routed_scale: the factor of the routed experts' output.
-    bias_update_rate: how much an update changes a router bias ('sigmoid' only).
+    bias_update_rate: the amount by which each update raises or lowers a router bias ('sigmoid' only).
     balance_weight: the factor of the load-balance loss ('softmax' only).
     kernel: one of EXPERT_KERNELS; 'auto' chooses by platform and sizes.
 
@@ -75,7 +75,8 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Section `model`: a decoder of Qwen3's blocks, dense or with mixtures of experts. configs/settings.py has the units.
+  """Section `model`: a decoder made of Qwen3's blocks, dense or with mixtures of experts. configs/settings.py describes
+  each field.
 
   Raises:
     ValueError: sizes don't fit together, or a value is out of range. The message begins with the field's name.
@@ -127,7 +128,8 @@ class ModelConfig:
 def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
   """Returns the number of parameters of each part. Their sum is the number of parameters that `model.init` creates.
 
-  active: counts only the parameters that one token uses, so experts_per_token experts per layer instead of all.
+  active: whether to count only the parameters that one token uses. Of each layer's experts, a token uses
+  experts_per_token.
   """
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   norms = 2 * c.d_model + 2 * c.head_dim
@@ -145,11 +147,11 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
 
 
 def flops_per_token(c: ModelConfig, sequence_length: int) -> float:
-  """Returns the FLOPs per trained token, forward and backward: 6 per weight used in a matmul, plus causal attention.
+  """Returns the FLOPs per trained token, forward and backward: 6 per weight used in a matmul, plus those of attention.
 
-  In causal attention over T tokens, a query has T/2 keys on average. Scores and weighted values take
-  4·(T/2)·heads·head_dim FLOPs per layer in the forward pass, and three times that with the backward pass. Recomputation
-  isn't counted.
+  In causal attention over T tokens, a query sees T/2 keys on average. Its scores and weighted values take
+  4·(T/2)·heads·head_dim FLOPs per layer in the forward pass, and three times as many in both passes together.
+  Recomputation isn't counted.
   """
   counts = parameter_counts(c, active=True)
   weights = sum(counts[part] for part in ('attention', 'feed_forward', 'experts', 'router'))

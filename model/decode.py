@@ -1,11 +1,13 @@
 """The cache of keys and values, with which the model's forward function decodes token by token.
 
-The cache consists of pages, each with room for a few tokens. Each row has a list of pages: first those of its prompt,
-which rows with the same prompt share, then pages for the row alone. So pages are needed only for tokens that exist, and
-attention reads only pages that have tokens.
+The cache consists of pages. A page holds the keys and values of S tokens. Each row has a list of pages: first the pages
+of its prompt, which rows with the same prompt share, then pages that belong to the row alone. Rows can have different
+numbers of pages, and attention reads only pages that hold tokens.
+
+The rows of a prompt are divided into units of up to M rows, so that a kernel reads the prompt's pages once per unit.
 
 # L layers  B rows  T new tokens  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page
-# 2 keys, values  K key heads  G query heads per key head  N = K·G  H head width  U units of up to M rows
+# 2 keys, values  K key heads  G query heads per key head  N = K·G query heads  H head width  U units of up to M rows
 """
 
 import dataclasses
@@ -30,11 +32,11 @@ PAGES_AXES = ('batch', None, 'act_heads', None, None)
 class Table(NamedTuple):
   """The pages that hold each row's keys and values.
 
-  A mesh's batch axes split rows and pages into parts. In each part, the numbers of rows and of pages start at 0.
+  If a mesh splits the batch, each part of the batch has its own rows and pages, both numbered from 0.
 
   Attributes:
-    pages_BJ: int32, the pages of each row. The first `Cache.prompt_pages` columns are the pages of the row's prompt.
-      The other columns are pages for the row alone.
+    pages_BJ: int32, the page numbers of each row. The first `Cache.prompt_pages` columns are the pages of the row's
+      prompt. The remaining columns are pages that belong to the row alone.
     prefix_B: int32, the number of tokens in the row's prompt pages.
     rows_UM: int32, the rows of each unit. All rows of a unit have the same prompt pages, so a kernel reads these pages
       once per unit. A unit of fewer than M rows is filled up with copies of its first row.
@@ -50,7 +52,7 @@ class Table(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """The keys and values of the tokens that precede those of a call.
+  """The keys and values of the tokens that the model has already processed.
 
   Each layer has an array of its own, so that a loop of decoding steps can write in place.
 
@@ -68,14 +70,15 @@ class Cache:
 
 
 def empty_pages(c: ModelConfig, pages: int, size: int) -> tuple[jax.Array, ...]:
-  """Returns an array of `pages` empty pages, with room for `size` tokens each, for every layer."""
+  """Returns one array of empty pages for each layer, with `pages` pages that have room for `size` tokens each."""
   # Never one array in two places: a cache that is donated gives each buffer once.
   shape = pages, 2, c.kv_heads, size, c.head_dim
   return tuple(constrain(jnp.zeros(shape, c.dtype), *PAGES_AXES) for _ in range(c.layers))
 
 
 def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64) -> Cache:
-  """Returns an empty cache without shared pages. Each row has room for `prompt` prompt tokens and `new` other tokens.
+  """Returns an empty cache in which no pages are shared. Each row has room for `prompt` prompt tokens and `new` other
+  tokens.
 
   size: the number of tokens of a page.
   """
@@ -88,19 +91,20 @@ def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64
 
 
 def unit_rows(c: ModelConfig) -> int:
-  """Returns M, the number of rows of a unit: as many as have 16 queries per key head, or 1 if one row has more.
+  """Returns M, the largest number of rows of a unit. M rows have at most 16 queries per key head, but M is at least 1.
 
-  A matrix product on a GPU takes at least 16 queries.
+  A matrix product on a GPU takes at least 16 queries, so larger units wouldn't be faster.
   """
   return max(1, 16 * c.kv_heads // c.heads)
 
 
 def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
-  """Returns (attend, cache): the attention of one layer as a function, and the cache with the lengths after this call.
+  """Returns (attend, cache): a function that computes one layer's attention, and the cache with the lengths after this
+  call.
 
   attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes attention, and writes the new keys and
-  values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty, and get their
-  prompts. Padding (segment 0) must follow the tokens of a row, and never counts as tokens of the cache.
+  values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty, and the T
+  tokens are their prompts. Padding (segment 0) must follow the tokens of a row, and isn't counted in the lengths.
   """
   real_BT = segments_BT > 0
   count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)
@@ -126,7 +130,10 @@ def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelCon
 
 
 def _fill(pages_P2KSH, k_BTKH, v_BTKH, pages_BI):
-  """Returns the pages with the keys and values of prompts written into them. Page numbers out of range are ignored."""
+  """Returns the pages with the keys and values of prompts written into them. Page numbers out of range are ignored.
+
+  pages_BI: int32, the prompt pages of each row.
+  """
   size, needed = pages_P2KSH.shape[3], pages_BI.shape[1]
   new_2BTKH = jnp.stack([k_BTKH, v_BTKH])
   new_2BTKH = jnp.pad(new_2BTKH, ((0, 0), (0, 0), (0, -new_2BTKH.shape[2] % size), (0, 0), (0, 0)))
@@ -136,8 +143,12 @@ def _fill(pages_P2KSH, k_BTKH, v_BTKH, pages_BI):
 
 
 def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *table):
-  """Writes the keys and values of one token per row, and computes this token's attention. Returns (out_BNH,
-  pages_P2KSH).
+  """Writes the keys and values of one token per row, and computes this token's attention.
+
+  Returns (out_BNH, pages_P2KSH).
+
+  real_B: bool, False for padding, whose keys and values aren't written.
+  table: the fields of a Table.
   """
   table = Table(*table)
   size = pages_P2KSH.shape[3]
@@ -148,7 +159,7 @@ def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *tab
 
 
 def _attention(size: int, width: int):
-  """Returns the function that computes attention over pages of this size, for heads of this width."""
+  """Returns the function that computes attention over pages of `size` tokens for heads of this width."""
   on = platform()
   if on == 'gpu' and pages_triton.fits(size, width):
     return pages_triton.attention
@@ -167,10 +178,11 @@ def _on_shards(function, inputs, outputs):
 
 
 def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) -> jax.Array:
-  """Computes attention of one token per row over the row's pages, [B, N, H], with scores and softmax in float32.
+  """Computes attention of one token per row over the row's pages, [B, N, H]. Scores and softmax are float32.
 
-  Attention over the prompts is computed first, a few units at a time. Then attention over each row's other pages is
-  computed, and the results are combined.
+  The function first computes attention over the prompts, a few units at a time. It then computes attention over the
+  pages that belong to each row alone, and combines both results. It uses XLA operations to compute what the kernels of
+  model/kernels compute.
   """
   (rows, heads, width), kv_heads = q_BNH.shape, pages_P2KSH.shape[2]
   q_BKGH = (q_BNH * width**-0.5).reshape(rows, kv_heads, -1, width)
@@ -203,8 +215,8 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
 def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
   """Returns (Σ exp(score - most)·value, most, Σ exp(score - most)), float32. `most` is the largest score.
 
-  The sums run over the first filled_B tokens in the pages of each row. They are computed one column of pages_BJ at a
-  time.
+  The sums run over the first filled_B tokens in the pages of each row. The pages are processed one column of pages_BJ
+  at a time.
   """
   size = pages_P2KSH.shape[3]
 

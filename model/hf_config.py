@@ -1,7 +1,7 @@
 """Converts a model's config to Hugging Face's config.json, and back.
 
-Dense models become Qwen3. Mixtures of experts with a softmax router become Qwen3-MoE, and those with a sigmoid router
-Glm4-MoE. Glm4-MoE's block equals ours if two of Glm4-MoE's options are set: full rotary width and QK-norm.
+Dense models become Qwen3. Mixtures of experts become Qwen3-MoE if they have a softmax router, and Glm4-MoE if they have
+a sigmoid router. Glm4-MoE's block equals ours when two of its options are set: full rotary width and QK-norm.
 """
 
 import math
@@ -32,8 +32,7 @@ NORM_TOPK_PROB = {SOFTMAX: False, SIGMOID: True}  # the defaults in transformers
 
 
 class HfError(UserError):
-  """Raised if a model, directory or tokenizer can't be exported or imported. The message is one line with the
-  reason.
+  """Raised if a model, directory or tokenizer can't be exported or imported. The message is one line with the reason.
   """
 
 
@@ -63,7 +62,7 @@ def architecture(c: ModelConfig) -> str:
 def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
   """Returns the content of config.json.
 
-  positions: the longest text, in tokens.
+  positions: the length of the longest text that the model supports, in tokens.
   dtype: the dtype of the stored weights.
   """
   name, moe = architecture(c), c.moe
@@ -145,9 +144,12 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
-  """Returns the rotary settings of a config.json.
+  """Returns the rotary settings of a config.json as one dictionary.
 
-  transformers 4 writes them at the top level and in rope_scaling, transformers 5 in rope_parameters.
+  transformers 4 writes these settings at the top level and in rope_scaling, transformers 5 in rope_parameters.
+
+  Raises:
+    HfError: rope_scaling or rope_parameters isn't a JSON object.
   """
   rope = {'rope_theta': config.get('rope_theta')}
   for key in ('rope_scaling', 'rope_parameters'):
@@ -161,10 +163,10 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: str) -> Any:
-  """Returns the value of the first of `keys` that exists.
+  """Returns the value of the first of `keys` that is in config.json and isn't null.
 
   Raises:
-    HfError: the value isn't a number of type `kind` between 0 and 2^31.
+    HfError: the value is missing, isn't a number of type `kind`, or isn't between 0 and 2^31 (both excluded).
   """
   key = next((key for key in keys if config.get(key) is not None), keys[0])
   value = config.get(key)
@@ -183,7 +185,7 @@ def _boolean(config: dict[str, Any], key: str, default: bool, where: str) -> boo
 
 
 def positions(config: dict[str, Any]) -> int:
-  """Returns the length of the longest text that a config.json allows, in tokens; 0 if config.json doesn't give a
+  """Returns the length of the longest text that a config.json allows, in tokens, or 0 if config.json has no such
   length.
   """
   value = config.get('max_position_embeddings')

@@ -1,8 +1,8 @@
 """Converts a SentencePiece model to a tokenizer.json that gives the same ids.
 
-SentencePiece writes a space as '▁'. The pieces in tokenizer.json have real spaces instead. So a literal '▁' in a text
-is encoded as bytes, as in data/tokenizer.py. Text is never encoded as special tokens: '<s>' in a text isn't the BOS
-token. BOS is added before the text.
+SentencePiece writes a space as '▁'. The pieces in tokenizer.json have real spaces instead, so a literal '▁' in a text
+is encoded as bytes, as in data/tokenizer.py. Text is never encoded as special tokens: '<s>' in a text doesn't become
+the BOS token. BOS is added before the text.
 """
 
 import json
@@ -22,8 +22,7 @@ def export(model_file: str, folder: pathlib.Path, vocab_size: int) -> dict[str, 
   Returns the ids of bos, eos and, if there is one, pad.
 
   Raises:
-    HfError: the SentencePiece model is missing, isn't BPE with byte fallback, changes text (such as its spaces), or has
-      more than vocab_size tokens.
+    HfError: the SentencePiece model is missing, can't be converted (see `convert`), or has more than vocab_size tokens.
   """
   try:
     data = epath.Path(model_file).read_bytes()
@@ -56,8 +55,12 @@ def to_bytes(content: dict[str, Any]) -> bytes:
 def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   """Converts a serialized SentencePiece model. Returns (tokenizer.json as a dictionary, the ids of bos, eos and pad).
 
+  name: the path of the SentencePiece model, for messages.
+
   Raises:
-    HfError: the model has no exact counterpart in the format of tokenizer.json.
+    HfError: the model is damaged or has no exact counterpart in tokenizer.json. Models without a counterpart are those
+      that aren't BPE with byte fallback, change text (such as its spaces), have no BOS or EOS token, or have two pieces
+      with the same text.
   """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto
@@ -104,8 +107,11 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
-  """Returns all pairs of pieces whose concatenation is a piece, best piece first. SentencePiece merges all such
-  pairs.
+  """Returns all pairs of pieces whose concatenation is a piece, ordered by the rank of the concatenation, best first.
+
+  SentencePiece merges all such pairs.
+
+  normal: {text of a piece: (minus its score, its id)}.
   """
   merges = []
   for piece in sorted(normal, key=normal.get):
@@ -115,7 +121,9 @@ def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
 
 
 def _check(spm: Any, name: str) -> None:
-  """Raises HfError for a SentencePiece model that changes text, or isn't BPE with byte fallback."""
+  """Raises HfError for a SentencePiece model that changes text, isn't BPE with byte fallback, or has no BOS or EOS
+  token.
+  """
   trainer, normalizer = spm.trainer_spec, spm.normalizer_spec
   wrong = (
     'is not BPE' if trainer.model_type != trainer.BPE else

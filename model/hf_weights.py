@@ -1,11 +1,11 @@
 """Converts our stacked arrays to the tensors of safetensors files, and back, one block at a time.
 
-The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups them. For example, our
-`q_DNH` is one array for all layers, while Hugging Face has one tensor [N·H, D] per layer. In both directions, a tensor
-is accessed through a view that has our dimensions, so NAMES describes the whole conversion. Files are memory-mapped,
-and only the block being copied is in memory.
+The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups these dimensions. For
+example, our `q_DNH` is one array for all layers, while Hugging Face has one tensor [N·H, D] per layer. Export and
+import both access a tensor through a view that has our dimensions, so NAMES describes the whole conversion. Files are
+memory-mapped, so only the block that is being copied is in memory.
 
-# L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden
+# L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden width
 """
 
 import contextlib
@@ -58,12 +58,13 @@ TYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our arrays, and its tensors in Hugging Face's format.
+  """One of our arrays, and the tensors in Hugging Face's format that hold its values.
 
   Attributes:
-    path: the place of the array in the tree of parameters; '' for zeros that only Hugging Face's format has.
+    path: the place of the array in the tree of parameters. '' means that the tensors are zeros, for which we have no
+      array.
     letters, shape: the letters and sizes of our dimensions. If layers are stacked, L comes first.
-    template: the name of the tensors, with {L} and {E} for indices.
+    template: the name of the tensors, with {L} and {E} in place of the layer and expert numbers.
     groups: the dimensions of a tensor in Hugging Face's format. For example, 'NH D' stands for [N·H, D].
   """
 
@@ -75,7 +76,9 @@ class Leaf:
 
   @property
   def indexed(self) -> int:
-    """The number of our leading dimensions that are indices in the names of the tensors."""
+    """The number of our leading dimensions whose indices are part of a tensor's name: layers, and experts if there are
+    any.
+    """
     return self.template.count('{')
 
   @property
@@ -84,12 +87,14 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields the name of each tensor, and its index in our leading dimensions."""
+    """Yields (name, index) of each tensor. The index selects the tensor's values in our array, along our leading
+    dimensions.
+    """
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns a view of `tensor`, one of the tensors in Hugging Face's format, that has our dimensions."""
+    """Returns a view, with our dimensions, of a tensor in Hugging Face's format."""
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
@@ -110,10 +115,10 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
-  """Returns all arrays of the exported or imported model.
+  """Returns a Leaf for each array that the exported or imported model has.
 
-  head_copy: whether a tied embedding is written a second time, as the head. None: only for Glm4-MoE, because vLLM
-  doesn't tie the head of Glm4-MoE.
+  head_copy: whether a tied embedding is stored a second time, as the head. None means yes for Glm4-MoE and no
+  otherwise, because vLLM doesn't tie the head of Glm4-MoE.
   """
   theirs = architecture(c)
   found = []
@@ -140,10 +145,12 @@ def _leaf(path: str, shape: tuple[int, ...]) -> Leaf:
 
 
 def mapped(path: pathlib.Path, size: int) -> np.memmap:
-  """Returns a new memory-mapped file of `size` zero bytes.
+  """Creates a file of `size` zero bytes, and returns it as a memory-mapped array.
+
+  The space is allocated at once, because a process that writes to a mapping crashes when the disk is full.
 
   Raises:
-    OSError: the disk is full. The space is allocated here, because a later write to the mapping would crash.
+    OSError: the disk is full.
   """
   with path.open('wb') as file:
     if hasattr(os, 'posix_fallocate'):  # not on macOS
@@ -157,10 +164,10 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
            shard_bytes: int) -> dict[str, np.ndarray]:
   """Creates safetensors files of zeros, and returns their tensors by name, mapped for writing.
 
-  Such a file has 8 bytes with the length of the header, then the header as JSON, then the data.
+  A safetensors file has 8 bytes with the length of the header, then the header as JSON, then the data.
 
   tensors: (name, dtype, shape) of each tensor.
-  shard_bytes: the largest size of a file; a larger tensor gets a file of its own.
+  shard_bytes: the largest size of a file. A tensor that is larger gets a file of its own.
   """
   shards, used = [[]], 0
   natural = lambda tensor: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', tensor[0])]
@@ -197,8 +204,8 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
   """Copies one of our arrays to its tensors.
 
-  store: the array as a TensorStore, which is read chunk by chunk.
-  views: the tensors by name, from `create`.
+  store: the array as a TensorStore, which is read one chunk at a time.
+  views: {name: tensor} from `create`.
   """
   steps = [range(0, size, chunk) for size, chunk in zip(leaf.shape, store.chunk_layout.read_chunk.shape, strict=True)]
   names = {index: name for name, index in leaf.tensors()}
@@ -213,10 +220,10 @@ def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def open_file(path: pathlib.Path):
-  """Opens a safetensors file. Its header, of at most 100 MB, is checked first.
+  """Opens a safetensors file. The safetensors library checks its header, which may have at most 100 MB.
 
   Raises:
-    HfError: the file is damaged, or the package safetensors is missing.
+    HfError: the file is damaged or can't be read, or the package safetensors is missing.
   """
   try:
     import safetensors
@@ -230,10 +237,15 @@ def open_file(path: pathlib.Path):
 
 
 class Files:
-  """The safetensors files of a directory: one file, or those that an index names. Only their headers are read at first.
+  """The safetensors files of a directory: model.safetensors, or the files that model.safetensors.index.json names.
+
+  The constructor reads only the files' headers.
 
   Attributes:
     found: {tensor: (path, dtype, shape)}.
+
+  Raises:
+    HfError: a file is missing or damaged, or two files have the same tensor.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -267,8 +279,7 @@ class Files:
     return [self.folder / file for file in sorted(set(files))]
 
   def check(self, wanted: list[Leaf]) -> None:
-    """Raises HfError for the first tensor that is missing, has the wrong shape or type, or doesn't belong to the
-    model.
+    """Raises HfError for the first tensor that is missing, has a wrong shape or type, or doesn't belong to the model.
     """
     known = set()
     for leaf in wanted:
@@ -290,6 +301,7 @@ class Files:
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
     """Copies the tensors to our arrays, file by file. Calls `report` after each tensor.
 
+    wanted: the result of `leaves`.
     targets: our arrays by their path in the tree of parameters.
 
     Raises:

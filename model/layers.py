@@ -1,6 +1,6 @@
 """Building blocks of the decoder: weights, embedding lookup, matrix products, norm, dense feed-forward network.
 
-# B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden  L layers  X, Y any dimensions
+# B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden width  X, Y any number of dimensions
 """
 
 import functools
@@ -34,7 +34,10 @@ def ones(size: int, axis: str) -> nnx.Param:
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
-  """Returns the table's rows for these tokens, [B, T, D] in `dtype`. Each device looks up its own part of D."""
+  """Returns the table's rows for these tokens, [B, T, D] in `dtype`. Each device looks up its own part of D.
+
+  table_VD: float32. tokens_BT: int32 token ids.
+  """
   rows, length = tokens_BT.shape
   if platform() != 'gpu' or shards('vocab') > 1 or rows % shards('lookup') or length % shards('length'):
     return table_VD.astype(dtype)[tokens_BT]
@@ -47,10 +50,10 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup_sorted(dtype, table_VD, tokens_BT):
-  """Looks tokens up, with a gradient that sums the rows of each token in a fixed order, in float32.
+  """Looks tokens up. The gradient sums the rows of each token in a fixed order, in float32.
 
-  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`. This is slow where many rows of a
-  frequent token collide.
+  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`. This is slow if a frequent token
+  has many rows, because the additions to one row of the table wait for each other.
   """
   return table_VD.astype(dtype)[tokens_BT]
 
@@ -68,11 +71,11 @@ _lookup_sorted.defvjp(
 
 
 def matmul_bf16x3(x_BTD: jax.Array, w_DE: jax.Array) -> jax.Array:
-  """Returns x·w, [B, T, E] float32, as accurate as a float32 matrix product; w is float32.
+  """Returns x·w, [B, T, E] float32, as accurate as a float32 matrix product.
 
-  If x is bfloat16, w is split into three bfloat16 terms (bf16x3), and one product multiplies x by all three. On an
-  accelerator this takes half as long as a float32 product. The gradient of w is equally accurate; that of x is
-  bfloat16.
+  w must be float32. If x is bfloat16, w is split into three bfloat16 terms (bf16x3), and one matrix product multiplies
+  x by all three terms. On an accelerator this takes half as long as a float32 product. The gradient of w is equally
+  accurate; the gradient of x is bfloat16.
   """
   if x_BTD.dtype == jnp.bfloat16:
     return _matmul_split(x_BTD, w_DE)
@@ -112,7 +115,7 @@ def _concat(terms: list[jax.Array]) -> jax.Array:
 
 
 def _sum_terms(x: jax.Array) -> jax.Array:
-  """Returns the sum of the three thirds of x's last axis."""
+  """Splits x's last axis into three equal parts, and returns their sum."""
   return sum(jnp.split(x, 3, -1))
 
 
@@ -121,14 +124,17 @@ def _dot(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-  """Returns x / rms(x) · scale over the last axis, in x's dtype. It is computed in float32."""
+  """Returns x / rms(x) · scale in x's dtype, where rms is taken over the last axis. The computation is in float32."""
   x32 = x.astype(jnp.float32)
   x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   return (x32 * jnp.broadcast_to(scale[...], x.shape)).astype(x.dtype)
 
 
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
-  """Returns x·w, [B, T, Y] in x's dtype. The last axis of x is contracted with the first `inner` dimensions of w."""
+  """Returns x·w, [B, T, Y] in x's dtype.
+
+  inner: the number of leading dimensions of w, named X, that are contracted with the last dimensions of x.
+  """
   w_XY = w_XY[...].astype(x_BTX.dtype)
   if platform() != 'cpu' or shards('length') > 1:
     return jnp.tensordot(x_BTX, w_XY, inner)
@@ -140,7 +146,7 @@ def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
 
 
 class FeedForward(nnx.Module):
-  """A SwiGLU network with hidden size d_ff."""
+  """A dense SwiGLU network: down(silu(gate(x)) · up(x)) with hidden size d_ff."""
 
   def __init__(self, c: ModelConfig, d_ff: int, key: jax.Array):
     gate, up, down = jax.random.split(key, 3)
@@ -150,7 +156,11 @@ class FeedForward(nnx.Module):
     self.down_FD = weight(down, (d_ff, c.d_model), ('mlp', 'embed'), std=(d_ff * 2 * c.layers) ** -0.5)
 
   def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
-    """Returns (out_BTD, None). Takes the arguments of MixtureOfExperts (model/moe.py), but uses only x_BTD."""
+    """Returns (out_BTD, None).
+
+    The arguments are those of MixtureOfExperts (model/moe.py), so that a layer calls both networks alike. Only x_BTD is
+    used.
+    """
     with jax.named_scope('feed_forward/in'):
       gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
       up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')

@@ -4,16 +4,16 @@ The (token, choice) pairs are sorted by expert and laid out in tiles of R rows. 
 so a tile takes three plain matrix products.
 
 Experts are split over the mesh's `expert` axis. The devices along this axis all-gather their tokens, process the pairs
-of their own experts, and reduce-scatter the results. The alternative would be to send each pair to its expert. With 16
-chips in a ring and 12 choices per token, such a pair would cross four links on average, and each link would carry three
-times as much data.
+of their own experts, and reduce-scatter the results. The alternative would be to send each pair to the device of its
+expert. With 16 chips in a ring and 12 choices per token, a pair would cross four links on average, and each link would
+carry three times as much data.
 
-The number of tiles depends on the data, but a pass over tiles has a fixed size, set by CAPACITY_FACTOR. If the load is
-nearly even, one pass is enough. Otherwise more passes process the overflow.
+The number of tiles depends on the data, but one pass over tiles has a fixed size, set by CAPACITY_FACTOR. If the load
+is nearly even, one pass is enough. Otherwise further passes process the remaining tiles, called overflow.
 
-# B batch  T tokens  D width  F hidden  E experts  k choices per token  L layers
-# N tokens of a device  G tokens of the X devices along the expert axis  e experts of a device
-# C tiles of a pass  R rows of a tile  p pairs of the X devices  P rows of a pass
+# B batch  T tokens  D width  F hidden width  E experts  k choices per token  L layers
+# X devices along the expert axis  N tokens of a device  G tokens of the X devices  e experts of a device
+# C tiles of a pass  R rows of a tile  n pairs of a device  p pairs of the X devices  P rows of a pass
 """
 
 import dataclasses
@@ -49,10 +49,10 @@ class Routing:
     load_LE: int32, the number of tokens that each expert received.
     entropy_L: float32, the entropy of a token's normalized scores, in nats, summed over tokens.
     balance_L: float32, the load-balance loss E·Σ_e f_e·p_e times the number of tokens. f_e is the expert's fraction of
-      the choices, and p_e its mean normalized score. An even load gives 1 per token. Only p has a gradient. f and p are
-      means over the tokens of one forward call. So with several microbatches, the loss per token is the mean of the
-      microbatches' losses, weighted by their tokens, not that of the whole batch. Source: Switch, arXiv 2101.03961,
-      eq. 4.
+      the choices, and p_e its mean normalized score. An even load gives 1 per token. Gradients flow through p but not
+      through f. f and p are means over the tokens of one forward call. With several microbatches, the loss per token is
+      therefore the mean of the microbatches' losses, weighted by their tokens, and differs from the loss of the whole
+      batch. Source: Switch, arXiv 2101.03961, eq. 4.
   """
 
   choices_LBTk: jax.Array
@@ -64,10 +64,10 @@ class Routing:
 class MixtureOfExperts(nnx.Module):
   """A layer that sends each token to k of E experts, and to one shared expert if shared_d_ff > 0.
 
-  The 'sigmoid' router scores each expert independently and chooses by score + bias. It weights the chosen experts by
-  their scores, normalized to sum to 1 unless norm_topk_prob is False. train/step.py changes the bias to even out the
-  load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The 'softmax' router has no bias, and relies on the load-balance
-  loss (Qwen3-MoE).
+  The 'sigmoid' router scores each expert independently and chooses the experts with the largest score + bias. It
+  weights their outputs by their scores, normalized to sum to 1 unless norm_topk_prob is False. After each update,
+  train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The 'softmax'
+  router has no bias; a load-balance loss evens out its load (Qwen3-MoE).
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
@@ -90,7 +90,7 @@ class MixtureOfExperts(nnx.Module):
     Args:
       x_BTD: float; the output has the same dtype.
       real_BT: bool, False for padding, which is sent to no expert.
-      choices_BTk: int32, the experts to use; None: the router chooses.
+      choices_BTk: int32, the experts to use. None means that the router chooses.
     """
     m, dtype = self.c.moe, x_BTD.dtype
     with jax.named_scope('moe/router'):
@@ -113,7 +113,11 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
-  """Returns the Routing of one layer. Its fields have no axis L."""
+  """Returns the Routing of one layer. Its fields have no axis L.
+
+  chosen_BTkE: bool, one-hot choices, all False in padding.
+  score_BTE: float32, the router's scores.
+  """
   share_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
   total = lambda x_BTE: jnp.sum(x_BTE, (0, 1), where=real_BT[..., None])
   load_E = jnp.sum(chosen_BTkE, (0, 1, 2), dtype=jnp.int32)
@@ -127,7 +131,7 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
 def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
   """Adds bias_update_rate · sign(mean load - load) to the router bias, in float32. Returns (params, bias_LE).
 
-  An expert with more than the mean load is then chosen less often.
+  An expert that received more than the mean load is chosen less often afterwards.
   """
   layers = params['layers']
   mean_L1 = jnp.mean(load_LE, -1, keepdims=True)
@@ -137,9 +141,9 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 
 
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-  """Returns Σ over each token's choices of weight · expert(x), [B, T, D]. The choice E means no expert.
+  """Returns the sum over each token's choices of weight · expert(x), [B, T, D].
 
-  With a mesh, each device processes its own experts.
+  choices_BTk: int32, where E means no expert. With a mesh, each device processes its own experts.
   """
   local = functools.partial(_local_experts, c.moe)
   mesh = jax.sharding.get_abstract_mesh()
@@ -167,8 +171,9 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 class _Plan:
   """The assignment of (token, choice) pairs to rows of tiles. Arrays are int32.
 
-  Pair g·k + j is choice j of token g. Rows are numbered across all passes. This device sorts the pairs of its experts
-  by expert, then by the device that the pair comes from. The pairs of one expert from one device are called a run.
+  Pair number g·k + j is choice j of token g. Rows are numbered across all passes. Each device sorts the pairs of its
+  own experts by expert, and within an expert by the device that a pair comes from. A run is all pairs of one expert
+  that come from one device.
   """
 
   passes: jax.Array  # []: the number of passes that have tiles
@@ -181,9 +186,10 @@ class _Plan:
 
 
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns the output for this device's tokens.
+  """Returns the output for this device's tokens, [B, T, D].
 
-  The devices along `expert` exchange tokens: each device applies its own experts to the tokens of all these devices.
+  The devices along the expert axis exchange tokens. Each device then applies its own experts to the tokens of all of
+  them.
   """
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
@@ -237,14 +243,14 @@ def _all_gather_weights(gate_eDF, up_eDF, down_eFD):
 
 
 def _all_gather(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
-  """All-gathers `axis` of x over the mesh axes that a logical axis name maps to."""
+  """All-gathers dimension `axis` of x over the mesh axes that split the logical axis `name`."""
   return lax.all_gather(x, RULES[name], axis=axis, tiled=True) if shards(name) > 1 else x
 
 
 def _tile_rows(pairs: int, experts: int) -> int:
   """Returns R, the number of rows of a tile: enough for a fast matmul, but few compared with the pairs per expert.
 
-  On average, half of the last tile of each expert is empty.
+  R must be small because, on average, half of the last tile of each expert is empty.
   """
   share = max(pairs // experts, 1)
   least = 128 if platform() != 'cpu' and share >= 64 else 16
@@ -252,7 +258,7 @@ def _tile_rows(pairs: int, experts: int) -> int:
 
 
 def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
-  """Returns the _Plan of this device.
+  """Returns this device's _Plan.
 
   choice_n: the experts of this device's pairs.
   experts: the number of experts of this device.
@@ -281,7 +287,8 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
 
 
 def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns the experts' outputs in pass i, summed for each token, [G, D]. Pass i has the tiles from i·C to (i + 1)·C.
+  """Returns the experts' outputs of pass i, summed for each token, [G, D]. Pass i processes the tiles from i·C to (i +
+  1)·C.
 
   sizes: (MoeConfig, R, C).
   """
@@ -312,9 +319,10 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   """Returns the sum of `_expert_tiles` over all passes that have tiles.
 
-  Usually there is only one pass. So the first pass runs before the loop, which avoids adding its result to zeros. The
-  backward pass computes each pass again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py
-  recognizes the loop by the name of its scope.
+  Usually there is only one pass. The first pass runs before the loop over the further passes, because a loop over all
+  passes would have to begin with an array of zeros and add the first pass to it. The backward pass computes each pass
+  again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py recognizes the loop by the name
+  of its scope.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
   with jax.named_scope('moe/combine/overflow'):
@@ -344,7 +352,10 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
-  """Returns the values of each row's token, [C, R, D]. Empty rows get arbitrary tokens."""
+  """Returns the values of each row's token, [C, R, D]. Empty rows get the values of arbitrary tokens.
+
+  With k = 1, x_GD has one row per pair instead of one row per token.
+  """
   return x_GD.at[pair_CR // k].get(mode='clip')
 
 
@@ -376,10 +387,10 @@ _combine.defvjp(
 
 
 def _kernel(name: str, gate_eDF):
-  """Returns the kernel of this name; 'auto' chooses by platform.
+  """Returns the kernel of this name; 'auto' chooses by platform and sizes.
 
-  Only TPUs have a grouped matrix product in XLA. Elsewhere ragged_dot multiplies all rows by all experts, as the FLOPs
-  of the compiled program show.
+  'auto' uses ragged_dot only on a TPU. On other platforms, XLA has no grouped matrix product, and ragged_dot multiplies
+  all rows by all experts, as the FLOPs of the compiled program show.
   """
   if name == 'auto':
     name = 'tiles'
@@ -394,14 +405,16 @@ def _kernel(name: str, gate_eDF):
 
 
 def _gathered_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):
-  """Multiplies each tile by a copy of its expert's weights."""
+  """Computes the experts' outputs. Each tile is multiplied by a copy of its expert's weights."""
   gate_CRF = checkpoint_name(jnp.einsum('CRD,CDF->CRF', x_CRD, gate_eDF[expert_C]), 'mlp')
   up_CRF = checkpoint_name(jnp.einsum('CRD,CDF->CRF', x_CRD, up_eDF[expert_C]), 'mlp')
   return jnp.einsum('CRF,CFD->CRD', _swiglu(gate_CRF, up_CRF, weight_CR), down_eFD[expert_C])
 
 
 def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):
-  """Uses XLA's grouped matrix product, lax.ragged_dot. The tiles of an expert are one group."""
+  """Computes the experts' outputs with XLA's grouped matrix product, lax.ragged_dot. The tiles of an expert form one
+  group.
+  """
   rows = weight_CR.shape[1]
   group_e = rows * jnp.sum(expert_C[None] == jnp.arange(len(gate_eDF))[:, None], 1, dtype=jnp.int32)
   x_PD, weight_P = x_CRD.reshape(-1, x_CRD.shape[-1]), weight_CR.reshape(-1)
@@ -413,6 +426,6 @@ def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD
 def _swiglu(gate, up, weight):
   """Returns silu(gate) · up · weight.
 
-  Multiplying by the weight here takes F products per row. Multiplying the output of the last matmul would take D.
+  Multiplying by the weight here takes F products per row. Multiplying the experts' output by it would take D products.
   """
   return (jax.nn.silu(gate.astype(jnp.float32)) * up * weight[..., None]).astype(gate.dtype)

@@ -1,7 +1,7 @@
 """Maps the logical axis names of all arrays to mesh axes, in one table.
 
 To change how arrays are sharded, edit RULES. Weights and activations have separate names, so they can be sharded
-independently. The model uses only logical names, and never a number of devices.
+independently. The model's code contains only logical names, and no number of devices.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def spec(*axes: str | None) -> P:
-  """Returns the PartitionSpec of an array whose dimensions have these logical names. None: the dimension isn't sharded.
+  """Returns the PartitionSpec of an array whose dimensions have these logical names. The name None means not sharded.
 
   Raises:
     ValueError: two dimensions would be split by the same mesh axis.
@@ -73,7 +73,9 @@ class MeshConfig:
       raise ValueError('data and all other axes: only one axis may be -1')
 
   def shape(self, devices: int) -> tuple[int, ...]:
-    """Returns the sizes in the order of MESH_AXES.
+    """Returns the size of each mesh axis, in the order of MESH_AXES. -1 is replaced by the number of devices left.
+
+    devices: the number of all devices.
 
     Raises:
       ValueError: the product of the sizes isn't `devices`.
@@ -91,7 +93,7 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """Returns the mesh over `devices`; None means all devices.
 
-  With several TPU slices, the data axis spans them. Then only sums of gradients are sent between slices.
+  If there are several TPU slices, the data axis spans them, so that only sums of gradients are sent between slices.
 
   Raises:
     ValueError: the product of the sizes isn't the number of devices, or data isn't a multiple of the number of slices.
@@ -114,7 +116,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 def platform() -> str:
   """Returns the platform of the current mesh, which may be abstract: 'cpu', 'gpu' or 'tpu'.
 
-  Without a mesh, returns the platform of JAX's default backend.
+  If there is no current mesh, returns the platform of JAX's default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   return device.platform if device else jax.default_backend()
@@ -127,7 +129,7 @@ def device_kind() -> str:
 
 
 def cores() -> int:
-  """Returns the number of cores per chip of the current mesh, which a kernel can use in parallel: 2 on v5p, else 1."""
+  """Returns the number of cores per chip that a kernel can use in parallel, on the current mesh: 2 on v5p, else 1."""
   device = jax.sharding.get_abstract_mesh().abstract_device
   return (device and device.num_cores) or 1
 
@@ -139,19 +141,25 @@ def shards(axis: str) -> int:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains the sharding of an activation to RULES. Without a current mesh (`jax.set_mesh`), returns x itself."""
+  """Constrains the sharding of an activation to RULES. If there is no current mesh (`jax.set_mesh`), returns x
+  unchanged.
+  """
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*axes))
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:
-  """Returns NamedShardings for a tree whose leaves are tuples of logical names."""
+  """Returns a tree of NamedShardings.
+
+  axes: a tree whose leaves are tuples of logical names.
+  """
   return jax.tree.map(lambda a: NamedSharding(mesh, spec(*a)), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
 def check_divides(shapes: Any, axes: Any, mesh_shape: Mapping[str, int]) -> None:
-  """Raises ValueError for the first parameter with a dimension that its mesh axes don't divide.
+  """Raises ValueError for the first parameter that has a dimension not divisible by the sizes of the mesh axes that
+  split it.
 
   shapes, axes: trees from `transformer.abstract`.
   mesh_shape: the size of each mesh axis.

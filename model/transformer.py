@@ -1,11 +1,11 @@
 """The decoder: Qwen3's blocks (RMSNorm, rotary GQA with QK-norm, SwiGLU), stacked and scanned over layers.
 
 NNX declares the parameters. All computation is plain JAX. `init` creates the parameters as a tree of arrays. `forward`
-is a pure function of them, which serves training, prefill and, with a cache, decoding. Parameters are float32, matmuls
-use the config's compute dtype, and norms and softmax use float32.
+is a pure function of the parameters and the tokens. It serves training, prefill and, with a cache, decoding. Parameters
+are float32, matmuls use the config's compute dtype, and norms and softmax use float32.
 
-# B batch  T tokens  P pages  S tokens of a page  D width  N query heads  K key heads  H head width  F hidden  L layers
-# V vocabulary
+# B batch  T tokens  D width  N query heads  K key heads  H head width  F hidden width  L layers  V vocabulary
+# k choices of experts per token  P pages of the cache  S tokens of a page  2 keys, values
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ Params = dict[str, Any]
 def remat_policy(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
   """Returns a policy for jax.checkpoint that saves the intermediates with these checkpoint names.
 
-  offload: keeps the saved intermediates in host memory. Outputs of cuDNN's attention kernel always stay on the device.
-    They have no checkpoint name, and are recognized by their primitive.
+  offload: keeps the saved intermediates in host memory. The outputs of cuDNN's attention kernel stay on the device,
+  because they have no checkpoint name. The policy recognizes them by their primitive.
   """
   named = jax.checkpoint_policies.save_only_these_names(*names, CHOICES)
   if offload:
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
     self.k_norm_H = ones(c.head_dim, 'norm')
 
   def __call__(self, x_BTD, positions_BT, attend):
-    """Returns out_BTD.
+    """Returns the output of attention, out_BTD.
 
     attend: a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH, which applies attention with the right mask.
     """
@@ -82,8 +82,9 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-  """A decoder layer: attention, then a feed-forward network. Each gets normalized inputs, and its output is added to
-  the residual stream.
+  """A decoder layer: attention, then a feed-forward network.
+
+  Both the attention and the network get normalized inputs, and their outputs are added to the residual stream.
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
@@ -95,7 +96,8 @@ class Block(nnx.Module):
     self.feed_forward = MixtureOfExperts(c, feed_forward) if c.moe.experts else FeedForward(c, c.d_ff, feed_forward)
 
   def __call__(self, x_BTD, positions_BT, segments_BT, attend, choices_BTk):
-    """Returns (x_BTD, the Routing of this layer or None)."""
+    """Returns (x_BTD, routing): the residual stream after this layer, and the layer's Routing (None in a dense model).
+    """
     with jax.named_scope('attention/norm'):
       normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps)
     x_BTD = x_BTD + self.attention(normed_BTD, positions_BT, attend)
@@ -106,7 +108,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """The decoder without its head. `__call__` returns (hidden_BTD, the new cache or None, Routing or None)."""
+  """The decoder without its head. `__call__` returns (hidden_BTD, the new cache or None, the Routing or None)."""
 
   def __init__(self, c: ModelConfig, key: jax.Array):
     embed, layers, head = jax.random.split(key, 3)
@@ -142,7 +144,8 @@ class Transformer(nnx.Module):
       return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 
   def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
-    """Returns the same as `__call__`, for tokens that are already embedded and follow those in the cache."""
+    """Returns what `__call__` returns, for tokens that follow the tokens in the cache. x_BTD are the embedded tokens.
+    """
     with jax.named_scope('attention/mask'):
       attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
     pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
@@ -165,7 +168,7 @@ class Transformer(nnx.Module):
 
 @functools.lru_cache
 def abstract(c: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
-  """Returns (graph definition, shapes, logical axes) of a model's parameters without creating them."""
+  """Returns (graph definition, shapes, logical axes) of a model's parameters, without creating the parameters."""
   graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(c, jax.random.key(0))))
 
   def axes(path, variable):  # vmap adds the axis of layers before the axes that a Block declares
@@ -177,7 +180,7 @@ def abstract(c: ModelConfig) -> tuple[nnx.GraphDef, Params, Params]:
 
 
 def init(c: ModelConfig, key: jax.Array) -> Params:
-  """Initializes float32 parameters, with layers stacked. Jit it with `out_shardings` to create them sharded."""
+  """Returns initialized float32 parameters, with layers stacked. Jit it with `out_shardings` to create them sharded."""
   return nnx.to_pure_dict(nnx.split(Transformer(c, key))[1])
 
 

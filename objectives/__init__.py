@@ -1,7 +1,7 @@
 """Training objectives as pure functions of arrays.
 
-`reward_shaping.py` has the paper's loss in its most readable form. `head.py` computes the same loss, but never holds
-all logits in memory.
+`reward_shaping.py` has the paper's loss in its most readable form. `head.py` computes the same loss from hidden states,
+without ever holding all logits in memory.
 
 Profiles and the planner (launch/plan/predict.py) identify this code by its `jax.named_scope` names:
 
@@ -9,7 +9,7 @@ Profiles and the planner (launch/plan/predict.py) identify this code by its `jax
     head/logits     hidden states times the head's weights
     head/loss       sums over the vocabulary, the loss and the token statistics
     head/gradient   gradients with respect to the logits, the hidden states and the weights
-    head            the loop over chunks, without the scopes above
+    head            what the loop over chunks does outside these scopes
 """
 
 from betarank.objectives.collectives import Layout

@@ -1,16 +1,17 @@
-"""Describes how the arrays of the chunked head are sharded over a mesh, and implements the collectives for it.
+"""Describes how the arrays of the chunked head are sharded over a mesh, and implements the head's communication.
 
 Every device computes the logits of its own tokens for its own part of the vocabulary. The head's weights are
-all-gathered once before the loop over chunks, and their gradient is reduced once after it. Plain cross-entropy needs
-both of these collectives too. Inside the loop, only a few numbers per token are exchanged, and k candidates per token
+all-gathered once before the loop over chunks, and their gradient is reduced once after the loop. Plain cross-entropy
+needs the same communication. Inside the loop, devices exchange only a few numbers per token, and k candidates per token
 if a top k is needed.
 
-The devices along the axis that splits the head's width can also form small groups that share the vocabulary
-(`with_vocab_groups`). Each device of a group holds one part of the head, and works on the tokens of the whole group.
-The group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With groups of m
-devices, T tokens per device, width D and vocabulary V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The
-head and its float32 gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each
-group does too.
+The axis that splits the head's width D can also be divided into small groups of m devices that share the vocabulary
+(`with_vocab_groups`). Each device of a group then holds 1/m of the vocabulary, and works on the tokens of the whole
+group. The group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With T
+tokens per device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its
+float32 gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
+
+# C tokens of a chunk  D width  V vocabulary
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ class Layout:
   """The axes of the current mesh (`jax.set_mesh`) that split the dimensions of the head's arrays.
 
   Attributes:
-    tokens: one entry per leading axis of hidden: the mesh axis (or tuple of axes) that splits it, or None.
-    width: the mesh axis or axes that split the first dimension of the head, its width D.
-    vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V.
-    vocab_group_size: the number of devices along `width` that share a vocabulary; see `with_vocab_groups`.
+    tokens: one entry per leading axis of hidden: the mesh axis that splits this axis, a tuple of mesh axes, or None.
+    width: the mesh axis or axes that split the first dimension of the head, its width D; None if it isn't split.
+    vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V; None if it isn't split.
+    vocab_group_size: the number of devices along `width` that share the vocabulary; see `with_vocab_groups`.
 
   Example: Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
   """
@@ -41,9 +42,9 @@ class Layout:
   vocab_group_size: int = 1
 
   def spec(self, kind):
-    """Returns the PartitionSpec of a kind of array.
+    """Returns the PartitionSpec of one kind of array.
 
-    kind: 'hidden', 'head', 'tokens' (an array with one entry per token), or None for a scalar.
+    kind: 'hidden', 'head', 'tokens' (an array with one entry per token), or None for an array that isn't split.
     """
     return {
       'hidden': P(*self.tokens),
@@ -54,10 +55,10 @@ class Layout:
 
 
 def check_layout(layout, hidden, head):
-  """Raises ValueError if a layout doesn't fit the current mesh, hidden [..., D] or head [D, V].
+  """Raises ValueError if a layout doesn't fit the current mesh, or the shapes of hidden [..., D] and head [D, V].
 
-  For example, a mesh axis doesn't exist, or doesn't divide the dimension that it splits. The message names the field of
-  the layout.
+  For example, the mesh has no axis of this name, or the size of an axis doesn't divide the dimension that it splits.
+  The message names the field of the layout.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if len(layout.tokens) > hidden.ndim - 1:
@@ -76,10 +77,10 @@ def check_layout(layout, hidden, head):
 
 
 def on_mesh(layout, function, kinds_in, kinds_out):
-  """Returns `function` wrapped so that each device runs it on its own shards. Without a layout, returns `function`
+  """Returns `function` wrapped so that each device runs it on its own shards. If layout is None, returns `function`
   itself.
 
-  kinds_in and kinds_out are trees of the kinds that `Layout.spec` takes.
+  kinds_in, kinds_out: trees of the kinds of the arguments and of the results, as for `Layout.spec`.
   """
   if layout is None:
     return function
@@ -92,7 +93,7 @@ def with_vocab_groups(layout, tokens, vocab):
   """Returns `layout` with the vocab_group_size that minimizes communication.
 
   Groups are possible only if exactly one mesh axis splits the head's width, and this axis also splits the tokens.
-  Otherwise the size stays 1, which means no groups.
+  Otherwise `layout` is returned unchanged.
 
   tokens, vocab: the numbers of tokens and of vocabulary entries over all devices.
   """
@@ -116,7 +117,7 @@ def vocab_offset(layout, local_size):
 
 
 def splits_vocab(layout):
-  """Returns True if a device holds only a part of the vocabulary. Call it within `on_mesh`."""
+  """Returns True if a device holds only a part of the vocabulary. Call this within `on_mesh`."""
   split = layout is not None and math.prod(lax.axis_size(axis) for axis in _axes(layout.vocab)) > 1
   return split or _has_groups(layout)
 
@@ -137,9 +138,10 @@ def concatenate_over_vocab(layout, array):
 
 
 def gather_head(layout, head):
-  """All-gathers the head's width: [D / width, V / vocab] -> [D, V / vocab / vocab_group_size].
+  """All-gathers the head's width.
 
-  In these shapes, width and vocab are the numbers of devices that split D and V.
+  head is this device's shard, [D / width, V / vocab], where width and vocab are the numbers of devices that split D and
+  V. Returns [D, V / vocab], or [D, V / vocab / vocab_group_size] with vocabulary groups.
   """
   if layout is None or not layout.width:
     return head
@@ -153,9 +155,11 @@ def gather_head(layout, head):
 
 
 def reduce_head(layout, dhead):
-  """Sums the head's gradient over all tokens and shards the sum. This is the transpose of `gather_head`.
+  """Sums the head's gradient over all tokens, and returns this device's shard of the sum. The transpose of
+  `gather_head`.
 
-  dhead: each device's gradient with respect to the result of `gather_head`. Returns [D / width, V / vocab].
+  dhead: this device's gradient with respect to the result of `gather_head`. The returned shard is [D / width, V /
+  vocab].
   """
   tokens, width = _axes(layout.tokens), _axes(layout.width)
   if _has_groups(layout):
@@ -177,7 +181,7 @@ def reduce_head(layout, dhead):
 def gather_group(layout, array):
   """All-gathers an array with one entry per token over the vocabulary group: [C, ...] -> [vocab_group_size C, ...].
 
-  See `with_vocab_groups`. Without groups, returns the array itself.
+  Without vocabulary groups (see `with_vocab_groups`), returns the array itself.
   """
   if not _has_groups(layout):
     return array
@@ -186,7 +190,7 @@ def gather_group(layout, array):
 
 
 def own_tokens(layout, array):
-  """Returns the C tokens of this device from an array [vocab_group_size C, ...] that all devices of the group have."""
+  """Returns this device's C tokens of an array [vocab_group_size C, ...] that is equal on all devices of the group."""
   if not _has_groups(layout):
     return array
   size = array.shape[0] // layout.vocab_group_size
@@ -194,9 +198,7 @@ def own_tokens(layout, array):
 
 
 def reduce_scatter_group(layout, array):
-  """Sums an array [vocab_group_size C, ...] over the vocabulary group, and returns this device's C tokens of the
-  sum.
-  """
+  """Sums an array [vocab_group_size C, ...] over the vocabulary group. Returns this device's C tokens of the sum."""
   if not _has_groups(layout):
     return array
   axis, groups = _groups(layout)
@@ -204,8 +206,9 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums the gradient of hidden over the vocab axes. `reduce_scatter_group` has already summed it over vocabulary
-  groups.
+  """Sums the gradient of hidden over the vocab axes.
+
+  The sum over vocabulary groups isn't part of this, because `reduce_scatter_group` has already computed it.
   """
   return lax.psum(dhidden, _axes(layout.vocab)) if layout and layout.vocab else dhidden
 
@@ -220,24 +223,27 @@ def _group_rank(layout):
 
 
 def _groups(layout):
-  """Returns the mesh axis of the vocabulary groups, and the positions of each group's devices on it."""
+  """Returns (the mesh axis that has the vocabulary groups, a list with the indices of each group's devices along this
+  axis).
+  """
   (axis,) = _axes(layout.width)
   size, group = lax.axis_size(axis), layout.vocab_group_size
   return axis, [list(range(first, first + group)) for first in range(0, size, group)]
 
 
 def _same_columns(groups):
-  """Returns lists of the devices that hold the same part of the vocabulary: the first device of every group, then the
-  second device of every group, and so on.
+  """Returns lists of the devices that hold the same part of the vocabulary, in different groups.
+
+  The first list has the first device of every group, the second list the second device of every group, and so on.
   """
   return [list(group) for group in zip(*groups)]
 
 
 def _over_vocab(collective, layout, array):
-  """Applies `collective` first within the vocabulary groups, then over the vocab axes.
+  """Applies `collective` within the vocabulary groups, and then over the vocab axes.
 
-  This order keeps token ids sorted, because the devices of a group hold consecutive pieces of one part of the vocab
-  axes.
+  This order keeps token ids sorted, because each vocabulary group divides one part of the vocab axes into consecutive
+  pieces.
   """
   if _has_groups(layout):
     axis, groups = _groups(layout)
@@ -246,7 +252,9 @@ def _over_vocab(collective, layout, array):
 
 
 def _axes(entry):
-  """Returns the axis names of a PartitionSpec entry, or of a tuple of them, as one flat tuple."""
+  """Returns the mesh axis names in an entry of a PartitionSpec as a flat tuple. The entry is None, a name, or a tuple
+  of entries.
+  """
   if entry is None:
     return ()
   return (entry,) if isinstance(entry, str) else tuple(a for part in entry for a in _axes(part))

@@ -1,4 +1,4 @@
-"""Defines section `objective`: the parameters of the objective, and how they change during training."""
+"""Defines the config section `objective`: the parameters of the objective, and how they change during training."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ class ObjectiveConfig:
     lambda_head: λ̃, the reward of wrong tokens among the top k.
     lambda_tail: λ̂, the reward of all other wrong tokens.
     top_k: k, the number of most probable tokens that make up the head.
-    schedule: how beta and both lambdas change. 'constant': they don't. 'linear': they move from their `*_from` values
-      at step schedule_start to the values above at step schedule_end. 'step': they have their `*_from` values before
-      schedule_start, and the values above from then on.
+    schedule: how beta and both lambdas change. 'constant' keeps the values above. 'linear' moves from the `*_from`
+      values at step schedule_start to the values above at step schedule_end. 'step' uses the `*_from` values before
+      step schedule_start, and the values above from this step on.
     beta_from, lambda_head_from, lambda_tail_from: the values at the start of a schedule.
     schedule_start, schedule_end: optimizer steps.
     z_loss: the factor of logsumexp(logits)^2, which is added to the loss of every token.
@@ -59,8 +59,8 @@ class ObjectiveConfig:
   def at(self, step):
     """Returns the RewardShaping of an optimizer step.
 
-    step: an int, or a traced int32 scalar. Only the numbers that the schedule changes are traced, so a lambda that is
-    always 0 costs nothing.
+    step: an int, or a traced int32 scalar. Only the parameters that the schedule changes become traced values, so a
+    lambda that is always 0 costs nothing.
     """
     beta, lambda_head, lambda_tail = (
       self._value(step, getattr(self, f'{name}_from'), getattr(self, name))

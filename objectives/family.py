@@ -4,9 +4,9 @@ Each objective is a function of the target's margin m = log p/(1-p), float32 [..
 is the target's probability. The function returns two float32 arrays [...]:
 
     cost      the loss in nats
-    weight    -dcost/dlog p, by which the gradient of cross-entropy is multiplied
+    weight    -dcost/dlog p, the factor by which the gradient of cross-entropy is multiplied
 
-The loss functions treat cost and weight as constants, and compute the gradient from the weight, so JAX never
+The loss functions treat cost and weight as constants, and compute the gradient from the weight. JAX therefore never
 differentiates the functions below. In their formulas, sg stops the gradient. Rewards for wrong tokens (lambda_head,
 lambda_tail) can be added to every objective.
 
@@ -42,7 +42,7 @@ def power(margin, beta):
 
 
 def product(margin, beta):
-  """Computes -sg((1-p)^β) log p, which is focal loss without a gradient through its weight.
+  """Computes -sg((1-p)^β) log p, which is focal loss without the gradient through its weight.
 
   Equals cross-entropy at β = 0.
   """
@@ -51,11 +51,10 @@ def product(margin, beta):
 
 
 def label_smoothing(margin, epsilon):
-  """Computes the first term of the loss with label smoothing, -(1-ε) log p - ε/V Σ_a log p_a.
+  """Computes -(1-ε) log p, the first term of the loss with label smoothing, -(1-ε) log p - ε/V Σ_a log p_a.
 
-  The loss functions add the second term, for which `RewardShaping.smoothing` gives ε. V is the vocabulary size. Equals
-  cross-entropy at ε = 0.
-  Source: Szegedy et al., arXiv 1512.00567.
+  V is the vocabulary size. The loss functions add the second term, with ε from `RewardShaping.smoothing`. Equals
+  cross-entropy at ε = 0. Source: Szegedy et al., arXiv 1512.00567.
   """
   return (1 - epsilon) * softplus(-margin), (1 - epsilon) * jnp.ones_like(margin)
 
@@ -72,9 +71,9 @@ def focal(margin, gamma):
 
 
 def dft(margin, _=None):
-  """Computes -sg(p) log p, the loss of Dynamic Fine-Tuning, in which the target has reward 1.
+  """Computes -sg(p) log p, the loss of Dynamic Fine-Tuning. In terms of rewards, the target has reward 1.
 
-  It is the limit of `power` for β -> ∞. Source: arXiv 2508.05629.
+  This is the limit of `power` for β -> ∞. Source: arXiv 2508.05629.
   """
   p = jnp.exp(-softplus(-margin))
   return p * softplus(-margin), p
@@ -109,8 +108,8 @@ def coverage(margin, n):
 def power_weight(margin, beta):
   """Returns p^(1 - (1-p)^β), computed from the margin log p/(1-p): float32 [...].
 
-  It is accurate for p near 0 and near 1, and is exactly 1 for β = 0. If it were computed from p, 1 - p would round to
-  zero for margins above 17, and β < 0 would give inf or NaN.
+  The result is accurate for p near 0 and near 1, and exactly 1 for β = 0. A computation from p would fail, because 1 -
+  p rounds to zero for margins above 17, which gives inf or NaN for β < 0.
   """
   near, far = jnp.minimum(margin, FAR_MARGIN), jnp.maximum(margin, FAR_MARGIN)
   log_p = -softplus(-near)

@@ -1,12 +1,14 @@
 """Computes the shaped loss from hidden states and the head's weights, one chunk of tokens at a time.
 
 All logits at once would take tokens x vocabulary floats, which is 80 GB for 131,072 tokens and Qwen's vocabulary. Here
-the logits of only one chunk exist at a time, in both passes. Between the passes, only a few numbers per token are kept.
+the logits of only one chunk exist at a time, in the forward and in the backward pass. From the forward to the backward
+pass, only a few numbers per token are kept.
 
 This file has the public functions, the loop over chunks and the differentiation rules. `head_math.py` has the
 arithmetic on one chunk, and `collectives.py` the communication between devices.
-"""
+
 # N tokens of this device  C tokens of a chunk  D width  V vocabulary (of this device)
+"""
 
 import functools
 import math
@@ -33,9 +35,9 @@ LEAST_CHUNK_FRACTION = 32
 def shaped_linear_loss(hidden, head, targets, shaping, **options):
   """Computes `shaped_loss(hidden @ head, targets, shaping)` at every position without ever holding all logits.
 
-  The backward pass computes the logits of each chunk again. In return, any function of the losses can be
-  differentiated. For a weighted sum of the losses, as in pre-training, `shaped_linear_total` saves one of four matrix
-  products.
+  The backward pass computes the logits of each chunk again. The result can be used in any function of the losses, and
+  differentiated. If only a weighted sum of the losses is needed, as in pre-training, use `shaped_linear_total`, which
+  takes three matrix products instead of four.
 
   Args:
     hidden: [..., D] float, the inputs of the head.
@@ -46,14 +48,15 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
   Optional keyword args:
     weights: [...] bool or float factors of the losses; default: ones. Where a weight is zero, the values of hidden and
       targets have no effect, even if they are NaN. No gradient flows into the weights.
-    stats: 'full' always computes head and tail mass; 'basic' (default) only if a lambda needs the top k anyway.
-    soft_cap: logits become soft_cap * tanh(logits / soft_cap); default: no cap.
+    stats: 'full' always computes head_mass and tail_mass. 'basic' (default) computes them only if a lambda needs the
+      top k.
+    soft_cap: if given, logits become soft_cap * tanh(logits / soft_cap).
     temperature: divides the logits, after the cap; default 1.
     compute_dtype: the dtype of the inputs of matrix products, and of the head and its gradient when devices exchange
-      them; default: that of hidden. Products accumulate in float32, and all other values are float32.
-    chunk_tokens: the number of tokens that a device processes at a time. By default their float32 logits take 8 MiB on
-      a CPU, but there are at least 192 tokens. On an accelerator they take 512 MiB, but there are at least 1024 tokens
-      and at least 1/32 of all tokens.
+      them; default: the dtype of hidden. Products accumulate in float32, and all other values are float32.
+    chunk_tokens: the number of tokens that a device processes at a time. By default, the chunk's float32 logits take 8
+      MiB on a CPU, but a chunk has at least 192 tokens. On an accelerator they take 512 MiB, but a chunk has at least
+      1024 tokens, and at least 1/32 of all tokens.
     layout: a Layout, which says how the arrays are sharded over the current mesh; default: all on one device.
 
   Returns:
@@ -69,25 +72,27 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
 def shaped_linear_total(hidden, head, targets, shaping, **options):
   """Computes the sum of `shaped_linear_loss` over all positions. The forward pass also computes the gradient.
 
-  All losses of a sum have the same cotangent. So their gradients are known up to this factor while a chunk's logits
-  still exist. This takes three matrix products instead of four. Don't rematerialize this function.
+  All losses of a sum have the same cotangent. The forward pass can therefore compute their gradients up to this factor
+  while a chunk's logits still exist. This takes three matrix products instead of four. Don't rematerialize this
+  function, because that would compute everything twice.
 
-  Args: as for `shaped_linear_loss`.
+  Args: the same as for `shaped_linear_loss`.
 
   Returns:
-    (total, loss, stats): the float32 sum of the weighted losses in nats over the global batch, which can be
-    differentiated; the [...] float32 losses, without gradient; TokenStats.
+    (total, loss, stats): total is the float32 sum of the weighted losses in nats over the global batch, and can be
+    differentiated. loss has the [...] float32 losses, without gradient. stats are the TokenStats.
 
   Raises:
-    ValueError: as `shaped_linear_loss`.
+    ValueError: an argument has a wrong shape, type or value. The message begins with its name.
   """
   return _total(*_prepare(hidden, head, targets, shaping, **options))
 
 
 def linear_token_stats(hidden, head, targets, *, top_k=100, **options):
-  """Returns only the TokenStats, for evaluation and RL. It takes one matrix product and has no gradient.
+  """Returns only the TokenStats, for evaluation and RL. This takes one matrix product, and has no gradient.
 
-  Args: as for `shaped_linear_loss`.
+  Args:
+    hidden, head, targets, options: as in `shaped_linear_loss`.
     top_k: the number of most probable tokens that head_mass covers. tail_mass covers all other tokens.
   """
   hidden, head = lax.stop_gradient((hidden, head))
@@ -99,7 +104,7 @@ def _prepare(
   hidden, head, targets, shaping, *, weights=None, stats='basic', soft_cap=None, temperature=1.0, compute_dtype=None,
   chunk_tokens=None, layout=None,
 ):
-  """Checks the arguments of `shaped_linear_loss` and returns those of `_per_token` and `_total`."""
+  """Checks the arguments of `shaped_linear_loss`, and returns the arguments for `_per_token` or `_total`."""
   if head.ndim != 2 or hidden.shape[-1:] != head.shape[:1]:
     raise ValueError(f'head must be [D, V] with D the width of hidden {hidden.shape}, got {head.shape}')
   check_shapes(hidden.shape[:-1], 'hidden', targets)
@@ -175,10 +180,10 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 @jax.named_scope('head')
 def _forward(options, hidden, head, targets, weights, shaping, form_gradients=False):
-  """Returns (losses, statistics, what the backward pass needs).
+  """Returns (losses, statistics, values for the backward pass).
 
-  With form_gradients, the third item is (dhidden, dhead). Without, it is the Coefficients, from which the backward pass
-  computes dhidden and dhead.
+  With form_gradients, the values for the backward pass are (dhidden, dhead). Otherwise they are the Coefficients, from
+  which `_backward` computes dhidden and dhead.
   """
 
   def local(hidden, head, targets, weights, shaping):
@@ -208,7 +213,10 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
 
 @jax.named_scope('head')
 def _backward(options, hidden, head, targets, weights, coefficients, cotangent):
-  """Returns (dhidden, dhead) from the cotangent [...] of each loss. It computes the logits again."""
+  """Returns (dhidden, dhead). The logits are computed again.
+
+  cotangent: [...] float32, the cotangent of each loss.
+  """
 
   def local(hidden, head, targets, weights, coefficients, cotangent):
     head_DV = _gather_head(options, head)
@@ -240,8 +248,8 @@ def _gather_head(options, head):
 def _reduce_gradients(options, dhidden, dhead, head):
   """Sums both gradients over the devices, once after the loop. Returns (dhidden, dhead).
 
-  Each device's dhead is a float32 sum over its own tokens. It is rounded to the compute dtype before it is sent. The
-  gradients of the layers have the same rounding, because they are matrix products in that dtype.
+  Each device's dhead is a float32 sum over its own tokens, and is rounded to the compute dtype before it is sent. The
+  gradients of the layers' weights are rounded in the same way, because they are matrix products in the compute dtype.
   """
   dhidden = collectives.sum_hidden(options.layout, dhidden)
   if options.layout is not None:
@@ -250,13 +258,13 @@ def _reduce_gradients(options, dhidden, dhead, head):
 
 
 def _over_chunks(options, body, carry, head_DV, arrays):
-  """Runs lax.scan of `body` over chunks of tokens. Returns (carry, common, sum of partial) for this device's own
+  """Runs lax.scan of `body` over chunks of tokens. Returns (carry, common, summed partial) for this device's own
   tokens.
 
-  arrays: (hidden, targets, ...). The shapes of all of them begin with the shape of the targets, and so do those of the
-    outputs.
-  body: a function (carry, chunk) -> (carry, common, partial). A chunk has the tokens of the whole vocabulary group.
-    `common` is equal on all devices of the group. `partial` is this device's part of a sum over the group.
+  arrays: (hidden, targets, ...). The leading dimensions of every array, and of every output, are the shape of the
+    targets.
+  body: a function (carry, chunk) -> (carry, common, partial). A chunk has tokens of the whole vocabulary group.
+    `common` must be equal on all devices of the group. `partial` is this device's part of a sum over the group.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)
@@ -286,8 +294,8 @@ def _over_chunks(options, body, carry, head_DV, arrays):
 def default_chunk(tokens, vocab, kind=None):
   """Returns the default number of tokens per chunk, for a device with `tokens` tokens and `vocab` vocabulary entries.
 
-  kind: 'cpu' or 'accelerator'. None means the kind of the current mesh's devices, which may be abstract, or without a
-    mesh the kind of JAX's default backend.
+  kind: 'cpu' or 'accelerator'. None means the kind of the current mesh's devices or, without a mesh, of JAX's default
+    backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   kind = kind or ('cpu' if (device.platform if device else jax.default_backend()) == 'cpu' else 'accelerator')

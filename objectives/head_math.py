@@ -4,16 +4,17 @@ For every objective, the gradient of a token's loss with respect to its logits z
 
     dloss/dz_j = target                     for the target j = x
                  head_rate e_j              for j among the top k, not x
-                 tail_rate e_j              for all other j,             e_j = exp(z_j - max_i z_i)
+                 tail_rate e_j              for all other j
 
-plus a constant if labels are smoothed. So one pass over the chunk's logits computes a few sums. `score` turns the sums
-into the loss, the statistics and the Coefficients of this gradient, which is O(tokens) work. A second pass writes the
-gradient.
+where e_j = exp(z_j - max_i z_i), plus a constant if labels are smoothed. A first pass over the chunk's logits computes
+a few sums per token. `score` turns these sums into the loss, the statistics and the Coefficients of this gradient. A
+second pass over the logits writes the gradient.
 
 All sums run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
 log p = -softplus(-m) and log(1-p) = -softplus(m) are accurate even if p is close to 0 or 1.
-"""
+
 # C tokens of a chunk  D width  V vocabulary (of this device)  K top k
+"""
 
 import dataclasses
 import functools
@@ -37,7 +38,7 @@ def pytree(cls):
 
 @pytree
 class TokenStats:
-  """The model's prediction at each position. Fields have the shape of the targets, and no gradient.
+  """The model's prediction at each position. Fields have the shape of the targets. No gradient flows through them.
 
   The fields describe the distribution that the loss uses, after soft cap and temperature. Where the weight is zero, all
   fields are 0 except target_valid, which is True.
@@ -45,12 +46,12 @@ class TokenStats:
   Attributes:
     target_logp: float32, the log-probability of the target, in nats.
     entropy: float32, the exact entropy of the whole distribution, in nats.
-    target_rank: int32, the number of tokens more probable than the target. Of equal logits, lower ids come first, as in
-      jax.lax.top_k. So the target is among the top k if target_rank < k.
+    target_rank: int32, the number of tokens ordered before the target: those that are more probable, or equally
+      probable with a lower id, as in jax.lax.top_k. The target is among the top k if target_rank < k.
     head_mass: float32, the probability of the top k without the target; None if the top k wasn't computed.
     tail_mass: float32, the probability of all tokens outside the top k, without the target; None if the top k wasn't
-      computed. It is summed over these tokens, not computed as a difference.
-    target_valid: bool, False where the target isn't in the vocabulary.
+      computed. It is computed as a sum over these tokens, which is more accurate than 1 minus the other probabilities.
+    target_valid: bool, False at positions with a nonzero weight whose target is outside the vocabulary.
   """
 
   target_logp: jax.Array
@@ -63,9 +64,9 @@ class TokenStats:
 
 @pytree
 class Coefficients:
-  """The numbers from which, together with the logits, the gradient of each token's loss is computed.
+  """Numbers from which `logit_gradient` computes the gradient of each token's loss, given the logits.
 
-  The docstring of this module has the formula. Fields have the shape of the targets. They are float32 except last_id.
+  This module's docstring has the formula. Fields have the shape of the targets. They are float32 except last_id.
   """
 
   shift: jax.Array  # the largest logit
@@ -84,7 +85,7 @@ class Coefficients:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The settings of a call that are known before tracing; see `shaped_linear_loss`."""
+  """The arguments of `shaped_linear_loss` that are Python values, which are known before tracing."""
 
   with_top_k: bool
   with_smoothing: bool
@@ -97,15 +98,15 @@ class Options:
 
 
 def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute_dtype=None):
-  """Returns float32 logits [C, V] of C tokens, exactly those that the losses and statistics of this package use.
+  """Returns float32 logits [C, V] of C tokens. The losses and statistics of this package use exactly these logits.
 
   Args:
     hidden_CD: float [C, D].
     head_DV: float [D, V].
     soft_cap: if given, logits become soft_cap * tanh(logits / soft_cap).
     temperature: divides the logits, after the cap.
-    compute_dtype: the dtype of the matrix product's inputs; None: that of hidden_CD. The product accumulates in
-      float32.
+    compute_dtype: the dtype of the matrix product's inputs; None means the dtype of hidden_CD. The product accumulates
+      in float32.
   """
   with jax.named_scope('head/logits'):
     z_CV = isolate_on_cpu(matmul(compute_dtype or hidden_CD.dtype, 'CD,DV->CV', hidden_CD, head_DV))
@@ -115,8 +116,9 @@ def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute
 
 
 def matmul(dtype, subscripts, a, b):
-  """Returns einsum(a, b) with inputs in `dtype`, accumulated in float32. float32 inputs aren't rounded, not even on a
-  TPU.
+  """Returns einsum(a, b) in float32. Its inputs are first cast to `dtype`, and its sums are float32.
+
+  If `dtype` is float32, the product is a true float32 product, even on a TPU.
   """
   return jnp.einsum(
     subscripts, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32,
@@ -124,7 +126,7 @@ def matmul(dtype, subscripts, a, b):
 
 
 def isolate_on_cpu(array):
-  """Returns `array` behind an optimization barrier on CPU, and `array` itself elsewhere.
+  """Returns `array`, on a CPU behind an optimization barrier.
 
   Without the barrier, XLA's CPU backend fuses the computation of `array` into a matrix product, which makes the product
   many times slower.
@@ -140,7 +142,12 @@ def chunk_logits(options, h_CD, head_DV):
 
 @jax.named_scope('head/loss')
 def score(options, z_CV, x_C, weight_C, shaping):
-  """Returns (loss_C, TokenStats, Coefficients) of a chunk from its logits, targets and weights."""
+  """Returns (loss_C, TokenStats, Coefficients) of a chunk.
+
+  z_CV: float32 logits.
+  x_C: int32 targets.
+  weight_C: float32, the factors of the losses.
+  """
   id_1V = _ids(options, z_CV)
   target_C, shift_C, sums = _row_sums(options, z_CV, x_C)
   if options.with_top_k:
@@ -205,10 +212,10 @@ def score(options, z_CV, x_C, weight_C, shaping):
 
 
 def _row_sums(options, z_CV, x_C):
-  """Returns (target_C, shift_C, sums): the target's logit, the largest logit, and this device's part of three sums.
+  """Returns (target_C, shift_C, sums) for each token.
 
-  target_C and shift_C are those of the whole vocabulary. The sums run over the wrong tokens j of this device. Here e_j
-  is exp(z_j - shift).
+  target_C is the target's logit, and shift_C the largest logit of the whole vocabulary. sums is a dictionary with this
+  device's part of three sums over the wrong tokens j, where e_j = exp(z_j - shift):
 
     wrong   Σ e_j
     energy  Σ e_j log e_j
@@ -232,9 +239,9 @@ def _row_sums_xla(options, z_CV, x_C):
 
 
 def _row_sums_triton(options, z_CV, x_C, interpret=False):
-  """Computes the same as `_row_sums_xla` in one pass.
+  """Computes the same as `_row_sums_xla`, in one pass over the logits.
 
-  The kernel's sums are relative to the largest logit of this device. They are rescaled once the largest logit of all
+  The kernel's sums are relative to the largest logit of this device. They are rescaled when the largest logit of all
   devices is known.
   """
   local_C = x_C - collectives.vocab_offset(options.layout, z_CV.shape[1])
@@ -249,7 +256,9 @@ def _row_sums_triton(options, z_CV, x_C, interpret=False):
 
 
 def logit_gradient(options, z_CV, x_C, coefficients):
-  """Returns the gradient of the loss with respect to hidden @ head, float32 [C, V]."""
+  """Returns the gradient of the loss with respect to the product hidden @ head, before soft cap and temperature:
+  float32 [C, V].
+  """
   id_1V = _ids(options, z_CV)
   is_target = id_1V == x_C[:, None]
   c = coefficients
@@ -268,8 +277,8 @@ def logit_gradient(options, z_CV, x_C, coefficients):
 def gradients(options, h_CD, head_DV, z_CV, x_C, coefficients, dhead_DV):
   """Returns (dhidden_CD, dhead_DV), both float32.
 
-  dhidden_CD is the part that comes from this device's part of the vocabulary. The returned dhead_DV is the argument
-  dhead_DV plus the gradient of this chunk.
+  dhidden_CD is the sum over this device's part of the vocabulary. The returned dhead_DV is the argument dhead_DV plus
+  the gradient of this chunk.
   """
   dtype = options.compute_dtype
   dz_CV = logit_gradient(options, z_CV, x_C, coefficients)
@@ -302,5 +311,9 @@ def _wrong_exp(z_CV, shift_C, is_target):
 
 
 def _in_head(z_CV, id_1V, threshold_C, last_id_C):
-  """Returns a bool mask [C, V] that is True for the top k."""
+  """Returns a bool mask [C, V] that is True for the top k.
+
+  threshold_C: the k-th largest logit.
+  last_id_C: the largest id of the tokens in the top k whose logit equals the threshold.
+  """
   return (z_CV > threshold_C[:, None]) | ((z_CV == threshold_C[:, None]) & (id_1V <= last_id_C[:, None]))

@@ -19,12 +19,13 @@ CHUNK_TOKENS = 256  # the logits of so many tokens exist at a time: 155 MB with 
 def leading_two(
   hidden: jax.Array, head: jax.Array, layout: collectives.Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (log p1, log p1 - log p2) at each position, float32 nats. The two most probable tokens have p1 >= p2.
+  """Returns (log p1, log p1 - log p2) at each position, float32 nats. p1 and p2 are the two largest probabilities, p1
+  >= p2.
 
   Args:
     hidden: [..., D].
     head: [D, V].
-    layout: how both arrays are sharded over the current mesh; None without a mesh.
+    layout: how both arrays are sharded over the current mesh; None means all on one device.
   """
 
   def local(hidden, head):

@@ -1,8 +1,8 @@
 """Computes the reward-shaped next-token loss in its most readable form (arXiv 2512.22955).
 
 The paper treats the prediction of a token as an episode of one step. The policy is p = softmax(z), and the action is
-the token. Cross-entropy then gives reward 1/p to the ground truth x, and 0 to every other token. The paper changes
-both:
+the token. Cross-entropy then gives reward 1/p to the ground truth x, and 0 to every other token. The paper changes both
+rewards:
 
     reward of x          (1/p_x)^((1 - p_x)^β)                          (Eq 11; β = 0: cross-entropy)
     reward of a != x     λ̃ if a is among the k most probable, else λ̂    (Eq 12)
@@ -14,11 +14,12 @@ a. It is computed exactly, not from samples. It is minus the gradient of
     w    = p_x^(1 - (1 - p_x)^β)     form 'power', the paper's
     w    = (1 - p_x)^β               form 'product', which reads (1 - p_x)^β in Eq 11 as a factor, not an exponent
 
-K is the set of the k most probable tokens. H is K without x (the head). T is all tokens outside K, without x (the
-tail). sg stops the gradient, so no gradient flows through w. None flows through the choice of K. `head.py` computes the
-same loss without ever holding all logits.
-"""
+K is the set of the k most probable tokens. H (the head) is K without x. T (the tail) is all tokens outside K, without
+x. sg stops the gradient, so no gradient flows through w. No gradient flows through the choice of K either. `head.py`
+computes the same loss without ever holding all logits.
+
 # V vocabulary  k size of K
+"""
 # Shapes "..." are the positions: any leading axes, the same for logits and targets.
 
 import dataclasses
@@ -43,13 +44,13 @@ MAX_MARGIN = 1e30
 class RewardShaping:
   """The objective, as rewards of tokens. The default is plain cross-entropy.
 
-  A RewardShaping is a pytree whose leaves are beta, lambda_head and lambda_tail. So these can be traced values, and
-  change on a schedule without a new compilation. A traced value isn't checked. A traced lambda always costs a top-k
-  search, even while it is zero.
+  A RewardShaping is a pytree whose leaves are beta, lambda_head and lambda_tail. These three can therefore be traced
+  values, which change on a schedule without a new compilation. Traced values aren't checked. A traced lambda always
+  costs a top-k search, even while it is zero.
 
   Attributes:
     beta: β >= -1. Negative values sharpen the distribution (precision), positive values flatten it (diversity). Below
-      -1 the weight diverges. Forms other than 'power' and 'product' use it as their own parameter, see
+      -1 the weight diverges. In forms other than 'power' and 'product', beta is the form's own parameter; see
       `ObjectiveConfig.beta`.
     lambda_head: λ̃, the reward of a wrong token among the k most probable.
     lambda_tail: λ̂, the reward of every other wrong token.
@@ -77,7 +78,7 @@ class RewardShaping:
 
   @property
   def rewards_wrong_tokens(self):
-    """True if a top-k search is needed. It is False only if both lambdas are known to be zero before tracing."""
+    """False if both lambdas are zero and known before tracing; then no top-k search is needed. Otherwise True."""
     return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
 
   @property
@@ -86,7 +87,7 @@ class RewardShaping:
     return self.beta if self.form == 'label_smoothing' else 0.0
 
   def positive(self, margin):
-    """Returns (cost, weight) of the ground truth; see family.py.
+    """Returns (cost, weight) of the ground truth, float32 [...]. family.py explains both.
 
     margin: log p/(1-p) of the ground truth, float32 [...].
     """
@@ -165,12 +166,15 @@ def finite_margin(margin):
 
 
 def is_zero(value):
-  """Returns True if a number is known to be zero before tracing. Its term can then be left out."""
+  """Returns True if `value` is zero and known before tracing. The term that it multiplies can then be left out."""
   return not isinstance(value, jax.Array) and value == 0
 
 
 def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
-  """Raises ValueError if a parameter of an objective is out of range. The message has the field's name and `suffix`."""
+  """Raises ValueError if a parameter of an objective is out of range.
+
+  suffix: what the message appends to the field's name, such as '_from'.
+  """
   if form not in FAMILY:
     raise ValueError(f'form must be one of {", ".join(FAMILY)}, got {form!r}')
   _, low, high = FAMILY[form]
@@ -182,9 +186,9 @@ def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
 
 
 def check_number(name, value, *, at_least=-math.inf):
-  """Raises ValueError for a value that isn't a number, or a Python number that isn't finite or is less than `at_least`.
+  """Raises ValueError if `value` is None, a bool or a string, or a number that isn't finite or is less than `at_least`.
 
-  The values of arrays and traced values aren't checked.
+  Arrays and traced values pass unchecked.
   """
   if isinstance(value, bool | str) or value is None:
     raise ValueError(f'{name} must be a number, got {value!r}')
@@ -196,7 +200,7 @@ def check_number(name, value, *, at_least=-math.inf):
 def check_shapes(leading, name, targets):
   """Raises ValueError if targets aren't integers of the shape `leading`.
 
-  name: the argument that `leading` comes from, for the message.
+  name: the argument whose leading dimensions `leading` are, for the message.
   """
   if not jnp.issubdtype(targets.dtype, jnp.integer):
     raise ValueError(f'targets must be integer token ids, got {targets.dtype}')

@@ -1,4 +1,7 @@
-"""Computes an exact top k along the vocabulary, several times faster than by sorting."""
+"""Finds the exact top k of each token's logits, several times faster than by sorting.
+
+# C tokens  V vocabulary (of this device)  K top k
+"""
 
 import functools
 
@@ -12,19 +15,19 @@ BLOCK = 128  # the first round compares the maxima of blocks of so many logits; 
 
 
 def find_head(layout, z_CV, x_C, target_C, shift_C, k):
-  """Finds the top k of the whole vocabulary, ordered as in jax.lax.top_k, and the sum of its exponentials.
+  """Finds the top k of the whole vocabulary, in the order of jax.lax.top_k, and sums the exponentials of these logits.
 
   Args:
-    layout: a Layout or None; says how the vocabulary is split over devices.
+    layout: a Layout, which says how the vocabulary is split over devices; None if it isn't split.
     z_CV: float32 [C, V], this device's logits of C tokens.
-    x_C, target_C: the ids and logits of the targets. A negative id means that the row isn't needed. Its results are
-      then arbitrary finite numbers.
+    x_C, target_C: the ids and logits of the targets. A negative id means that the token's results aren't needed; they
+      are then arbitrary finite numbers.
     shift_C: the largest logit of the whole vocabulary.
     k: the size of the top k.
 
   Returns:
-    (value_C, last_id_C, head_sum_C). The top k are all logits above the value, and those equal to it whose id is at
-    most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
+    (value_C, last_id_C, head_sum_C). The top k are all logits above value, and those logits equal to value whose id is
+    at most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
   """
   split = collectives.splits_vocab(layout)
 
@@ -47,12 +50,12 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
 
 
 def top_k(z_CV, k):
-  """Returns `jax.lax.top_k(z_CV, k)`: values and int32 ids [C, min(k, V)], largest first, equal logits by lower id
-  first.
+  """Returns what `jax.lax.top_k(z_CV, k)` returns: values and int32 ids [C, min(k, V)].
 
-  The logits are divided into blocks. The top k lie in the k blocks with the largest maxima, because these k maxima come
-  before any logit of another block. The blocks are kept in the order of their ids, so equal logits are ordered by id in
-  both rounds.
+  Larger values come first, and of equal values the lower id. The logits are divided into blocks. The top k lie in the k
+  blocks with the largest maxima, because these k maxima come before any logit of another block. A first search finds
+  these blocks, and a second search the top k in them. The blocks are kept in the order of their ids, so equal logits
+  are ordered by id in both searches.
   """
   tokens, vocab = z_CV.shape
   blocks = -(-vocab // BLOCK)

@@ -1,1 +1,1 @@
-"""Reinforcement learning with verifiable rewards. loop.py runs it: sample, judge, compute advantages, update."""
+"""Implements reinforcement learning with verifiable rewards. loop.py runs the steps."""

@@ -3,8 +3,8 @@
 Every function takes rewards_PG (float32) and valid_PG (bool) and returns float32 [P, G]. Invalid samples (see `rewards`
 in rl/rewards.py) are left out of all means and get advantage 0, even if their reward is NaN.
 
-A group has no signal if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of such
-a group get exactly 0. The exception is `w_reinforce`, which doesn't compare samples with each other.
+A group has zero variance if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of
+such a group get exactly 0, except in `w_reinforce`, which doesn't compare samples with each other.
 
 # P prompts  G samples of one prompt (a group)
 """
@@ -23,7 +23,7 @@ def grpo(rewards_PG, valid_PG, *, ddof=1, eps=1e-6):
 
       A = (r - mean) / (std + eps)
 
-  ddof: 1 divides the variance by n - 1, as verl, TRL and tunix do; 0 divides it by n. The paper doesn't specify it.
+  ddof: 1 divides the variance by n - 1, as verl, TRL and tunix do; 0 divides it by n. GRPO's paper doesn't say which.
 
   Source: GRPO, arXiv 2402.03300 sec. 4.1.2.
   """
@@ -37,9 +37,9 @@ def dr_grpo(rewards_PG, valid_PG):
 
       A = r - mean
 
-  Unlike GRPO it doesn't divide by the standard deviation, because that gives more weight to prompts with an extreme
-  pass rate. Source: Dr. GRPO, arXiv 2503.20783 sec. 3. The paper's second change is the aggregation 'constant' of
-  policy_losses.py.
+  Unlike GRPO, Dr. GRPO doesn't divide by the standard deviation, because the division gives more weight to prompts that
+  are almost always or almost never solved. Source: Dr. GRPO, arXiv 2503.20783 sec. 3. The paper's second change, the
+  aggregation 'constant', is in policy_losses.py.
   """
   return _centred(rewards_PG, valid_PG)[0]
 
@@ -56,10 +56,10 @@ def rloo(rewards_PG, valid_PG):
 
 
 def pass_at_k(rewards_PG, valid_PG, *, k=4):
-  """Computes the advantage for Pass@k, the reward of k samples together: 1 if at least one of them is right.
+  """Computes advantages for the reward Pass@k of k samples together, which is 1 if at least one of them is right.
 
       R = 1 - C(W, k) / C(n, k)     the mean of Pass@k, for n valid samples of which W are wrong
-      s = sqrt(R (1 - R))           its standard deviation
+      s = sqrt(R (1 - R))           the standard deviation of Pass@k
       A = (1 - R) / s                                   for a right sample
       A = (1 - R - C(W-1, k-1) / C(n-1, k-1)) / s       for a wrong sample
 
@@ -84,8 +84,9 @@ def pass_at_k(rewards_PG, valid_PG, *, k=4):
 def w_reinforce(rewards_PG, valid_PG, *, positive_weight=0.1):
   """Gives every right sample the advantage `positive_weight`, and every wrong sample the advantage -1.
 
-  The other samples of the group don't matter. A reward above 0.5 counts as right. positive_weight=0 learns from wrong
-  samples only (the paper's NSR). Source: Weighted-REINFORCE, arXiv 2506.01347 sec. 5, which uses the weight 0.1.
+  A sample's advantage doesn't depend on the other samples of its group. A reward above 0.5 counts as right. With
+  positive_weight=0, only wrong samples have an effect (the paper's NSR). Source: Weighted-REINFORCE, arXiv 2506.01347
+  sec. 5, which uses the weight 0.1.
   """
   right_PG = jnp.where(valid_PG, rewards_PG, 0) > 0.5
   return jnp.where(valid_PG, jnp.where(right_PG, jnp.float32(positive_weight), -1), 0)
@@ -98,7 +99,10 @@ ADVANTAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-  """The name of the advantage function and its parameters. A function ignores the parameters that it doesn't have."""
+  """Section `rl.advantage`: the name of the advantage function, and its parameters.
+
+  A function ignores the parameters that it doesn't have.
+  """
 
   name: str = default('rl.advantage.name')
   ddof: int = default('rl.advantage.ddof')
@@ -117,7 +121,7 @@ class AdvantageConfig:
 
 
 def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
-  """Computes the advantages that `c` selects, float32 [P, G].
+  """Computes the advantages with the function that `c` names, float32 [P, G].
 
   Raises:
     ValueError: the arrays don't have the same shape [P, G], or a group has too few samples. pass_at_k needs at least 2
@@ -146,11 +150,11 @@ def has_reward_variance(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array
 
 
 def _centred(rewards_PG, valid_PG):
-  """Returns each reward minus the mean of its group, and the number of valid samples per group, float32 [P, 1].
+  """Returns (each reward minus the mean of its group, the number of valid samples per group [P, 1]), both float32.
 
-  The difference is exactly 0 for invalid samples and for groups without reward variance. Such groups are found by
-  comparing the rewards themselves: the computed mean of equal numbers can differ from them by a rounding error, and
-  division by a standard deviation near 0 would turn that error into advantages of size one.
+  The difference is exactly 0 for invalid samples and for zero-variance groups. Such groups are found by comparing the
+  rewards themselves. The computed mean of equal numbers can differ from them by a rounding error, and dividing this
+  error by a standard deviation near 0 would give advantages of about 1.
   """
   n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
   mean_P1 = jnp.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / jnp.maximum(n_P1, 1)

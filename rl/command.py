@@ -1,8 +1,8 @@
 """betarank rl --from=RUN --task=URI [--workdir=DIR] [--config=FILE.py[:ARG]] [--config.KEY=VALUE ...]
 
 Continues a pre-trained model with reinforcement learning on verifiable rewards. Run the same command again to resume.
-The model's settings and its tokenizer come from RUN, a workdir or a checkpoint. URI names the problems, for example
-reasoning:chain_sum or jsonl:FILE (docs/rl.md). Without --config, the settings are those of configs/rl.py.
+RUN is a workdir or a checkpoint, from which the model's settings and its tokenizer are taken. URI names the problems,
+for example reasoning:chain_sum or jsonl:FILE (docs/rl.md). Without --config, the settings are those of configs/rl.py.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDict:
-  """Returns the config of --config, with the settings of --from and --task, and with the checkpoint's model.
+  """Returns the config of --config, changed by --from and --task, with the model's settings taken from the checkpoint.
 
-  The checkpoint is the one that the run starts from. If --workdir is missing, args.workdir is set to RUN-rl.
+  The checkpoint is the one that the run starts from. If --workdir isn't given, args.workdir is set to RUN-rl.
   """
   for flag, key in (('source', 'train.init_from'), ('task', 'rl.task.uri')):
     if getattr(args, flag):

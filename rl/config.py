@@ -1,4 +1,6 @@
-"""Defines the settings of an RL run as frozen dataclasses. Section `rl` is defined here; the others are shared."""
+"""Defines the settings of an RL run as frozen dataclasses. Sections that pre-training has too are imported from
+elsewhere.
+"""
 
 import dataclasses
 import math
@@ -26,7 +28,7 @@ ZERO_VARIANCE_GROUPS = ('auto', 'replace', 'keep')
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
-  """Section `rl`: the problems, how answers are sampled and judged, and how the policy learns from them."""
+  """Section `rl`: the problems, how answers are sampled and judged, and how the policy is updated."""
 
   steps: int
   prompts_per_step: int
@@ -103,7 +105,7 @@ class RlConfig:
 
   @property
   def keeps_zero_variance(self) -> bool:
-    """True if groups with equal rewards are kept for the update, False if new prompts replace them."""
+    """Whether groups with equal rewards are kept for the update. If not, groups of new prompts replace them."""
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'
@@ -114,7 +116,7 @@ class RlConfig:
     return self.prompts_per_step // self.minibatches * self.group_size
 
   def reward_rule(self, step: int) -> RewardRule:
-    """Returns the reward rule of step number `step`. The length limit of the rule is that of the step's phase."""
+    """Returns the reward rule of step number `step`, with the length limit of the step's phase."""
     return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:
@@ -124,7 +126,7 @@ class RlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlDataConfig:
-  """Section `data`. RL needs only the tokenizer."""
+  """Section `data`, in which RL needs only the tokenizer."""
 
   tokenizer: str
 
@@ -157,7 +159,7 @@ class RlLogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlRun:
-  """All settings of `betarank rl`, except for the workdir."""
+  """All settings of `betarank rl`, except the workdir."""
 
   seed: int
   model: ModelConfig
@@ -180,7 +182,7 @@ class RlRun:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """Maps a config key to (rows, microbatches), for each batch whose rows are split over the mesh."""
+    """{config key: (rows, microbatches)}, for each batch whose rows are split over the mesh."""
     return {'rl.prompts_per_step / rl.minibatches * rl.group_size': (self.rows, self.microbatches),
             'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
 
@@ -191,7 +193,7 @@ class RlRun:
 
   @property
   def microbatches(self) -> int:
-    """The number of parts in which one update is computed."""
+    """The number of microbatches into which the rows of one update are divided."""
     return self.rl.microbatches
 
   @property
@@ -205,12 +207,12 @@ class RlRun:
 
   @property
   def updates(self) -> int:
-    """The number of optimizer updates in all steps."""
+    """The number of optimizer updates in the whole run."""
     return self.rl.steps * self.rl.minibatches
 
 
 def rl_run(config: ConfigDict) -> RlRun:
-  """Returns the settings of an RL run, checked.
+  """Checks the settings of an RL run, and returns them.
 
   Raises:
     ConfigError: a setting is missing, unknown or invalid. The message names its key.

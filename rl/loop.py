@@ -1,6 +1,6 @@
 """Runs RL with verifiable rewards. A step calls four functions, in this order:
 
-    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by new prompts
+    sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by groups of new prompts
     minibatches        computes advantages, and packs the samples into rows
     learn              updates the policy, once per minibatch
     describe_step      computes the figures to log
@@ -8,8 +8,8 @@
 The default is the paper's recipe (arXiv 2512.22955, appendix B.1): on-policy GRPO, clip-higher, dynamic sampling, 16
 samples per prompt at temperature 1, a constant learning rate, and no KL term.
 
-The samples of a step depend only on parameters, seed, step and prompt numbers. The checkpoint holds the number of
-prompts consumed, so a killed run resumes exactly.
+The samples of a step depend only on the parameters, the seed, the step and the prompt numbers. The checkpoint holds the
+number of prompts used so far, so a killed run resumes exactly.
 
 # P prompts  G samples per prompt  B = P·G rows  T tokens  L layers  k experts per token
 """
@@ -58,7 +58,7 @@ SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings
 
 
 class RlError(UserError):
-  """Raised when RL fails. The message is one line that names the step and the newest good checkpoint."""
+  """Raised if RL fails. The message is one line that names the step and the newest good checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,21 +89,21 @@ class Parts:
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns the files that must have the same content for all processes of a run, as {what the file is: path}."""
+  """Returns {description: path} of the files whose content must be the same for all processes of a run."""
   rl = rl_run(config).rl
   return {f'problems {path}': path for uri in (rl.task.uri, *rl.eval_tasks.values()) for path in task_set.files(uri)}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Trains a model by `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
+  """Trains a model in the workdir `path`. If the workdir has a checkpoint, resumes from the newest one.
 
-  fallback: True moves the newest checkpoint aside if it is damaged, and resumes from the newest good one.
+  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good checkpoint.
 
   Returns the figures of the last step.
 
   Raises:
-    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used. Raised before any
-      device work.
+    ConfigError, DataError, CheckpointError: the settings, the problems or a checkpoint can't be used.
+    JailError, VerifierError: programs can't be run safely, or the processes that grade answers can't be started.
     RlError: the loss or the gradient norm isn't finite.
   """
   run, root = rl_run(config), epath.Path(path)
@@ -221,11 +221,11 @@ def sample_and_judge(
 ) -> tuple[list[Group], list[Group], Progress]:
   """Draws and judges the samples of a step.
 
-  A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
-  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. There are at most `rl.max_resampling_rounds` rounds of
-  drawing, including the first. Groups are judged while the device draws the next ones.
+  A group whose scores are all equal is replaced by the group of a new prompt (dynamic sampling: DAPO, arXiv 2503.14476
+  sec. 3.2), unless `rl.keeps_zero_variance` is True. Samples are drawn in at most `rl.max_resampling_rounds` rounds, so
+  fewer groups than wanted may remain. Groups are judged while the device draws the next groups.
 
-  Returns (groups to learn from, all groups drawn, the progress after drawing them).
+  Returns (groups for the update, all groups drawn, the progress after drawing them).
   """
   rl, kept, seen = parts.run.rl, [], []
   rule = rl.reward_rule(step)
@@ -245,7 +245,7 @@ def sample_and_judge(
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
-  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts."""
+  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts, else True."""
   rl = parts.run.rl
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
@@ -254,9 +254,8 @@ def _is_asked(parts: Parts, task: Task) -> bool:
 class Minibatch:
   """The rows of one update, on the devices.
 
-  The attributes have the meaning they have in `make_update`, except for:
-    counts_BT: bool, True for the tokens of the loss. It is the argument `completion_BT` of the update.
-    counted_BT: the same array on the host.
+  counts_BT is the argument `completion_BT` of the update: bool, True for the tokens that count in the loss. counted_BT
+  is the same array on the host. All other attributes are the arguments of the same name in `make_update`.
   """
 
   batch: data.Batch
@@ -268,9 +267,9 @@ class Minibatch:
 
 
 def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]:
-  """Computes the advantages of a step's groups and packs the samples into rows, one Minibatch per update.
+  """Computes the advantages of a step's groups, and packs the samples into rows. Returns one Minibatch per update.
 
-  Returns [] if there is no group to learn from.
+  Returns [] if there are no groups.
   """
   if not groups:
     return []
@@ -298,10 +297,9 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]
 def learn(
   parts: Parts, state: TrainState, batches: list[Minibatch], step: int
 ) -> tuple[TrainState, dict[str, float]]:
-  """Updates the policy once per minibatch.
+  """Updates the policy once per minibatch. Returns (new state, figures to log).
 
-  Returns (new state, figures to log). Without a minibatch, the state (including the optimizer's moments) is returned
-  unchanged, and there are no figures.
+  If there are no minibatches, returns the state unchanged, and no figures.
   """
   run, rl = parts.run, parts.run.rl
   if not batches:
@@ -345,7 +343,7 @@ def check_steps(rl: RlConfig, root: epath.Path) -> None:
 def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
   """Raises ConfigError if held-out problems of this run may be in the documents that the parent was trained on.
 
-  parent: the meta of the checkpoint that the run starts from.
+  parent: the metadata of the checkpoint that the run starts from.
   """
   documents = setup.whole_config(parent).get('data', {})
   made = any(source['uri'].startswith('reasoning') for source in documents.get('sources', {}).values())
@@ -368,9 +366,9 @@ def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
   """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
 
-  The score of an answer is 1 if it is right and 0 if it is wrong, or the result of the user's own reward function.
+  The score of an answer is 1 if it is right and 0 if it is wrong, or the result of the user's reward function.
 
-  Returns the progress, in which the best evaluation on the set `rl.keep_best` is up to date.
+  Returns the progress, updated if this is the best evaluation so far on the set `rl.keep_best`.
   """
   for name, tasks in parts.evaluated.items():
     average = _evaluate(parts, params, name, tasks, step, log)
@@ -406,9 +404,9 @@ def describe_step(
 
   Args:
     learned: the figures of the update; {} if there was no update.
-    kept: the groups that were learned from.
+    kept: the groups that were used for the update.
     seen: all groups drawn, including zero-variance groups.
-    consumed: the number of prompts that were asked or passed over.
+    consumed: the number of prompts that were used or skipped.
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
@@ -442,8 +440,10 @@ def describe_figures(values: dict[str, float]) -> list[str]:
 
 
 def _reference(run: RlRun, tx, mesh: Mesh, parent: str) -> Any:
-  """Reads the weights that the run started from, for the KL term.
+  """Reads the weights of the KL reference, which are the weights that the run started from.
 
   They are read from disk, because training changes the weights in memory.
+
+  parent: the checkpoint that the run started from.
   """
   return checkpoint.restore_weights(epath.Path(parent), abstract_state(run.model, tx, mesh).params)[0]

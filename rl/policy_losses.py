@@ -1,18 +1,18 @@
 """Computes the token losses of policy-gradient RL. All functions are pure; gradients flow through `logp_BT` only.
 
-The loss of a batch is built in this order:
+The loss of a batch is computed in this order:
 
     loss of each token, times truncated importance weight, plus KL term -> (total, count) -> total / count
 
-Row b holds one sample. mask_BT is true at sampled tokens, including the end-of-text token. It is false at the prompt,
+Row b holds one sample. mask_BT is True at sampled tokens, including the end-of-text token. It is False at the prompt,
 at padding, and in the whole row of a sample that doesn't count (rl/rewards.py). Values outside the mask, even NaN,
 change neither the loss nor its gradient. The trainer computes all its log-probabilities with the same function
-(objectives.shaped_linear_loss), at the sampling temperature. Everything is float32, in nats.
+(objectives.shaped_linear_loss), at the sampling temperature. All floats are float32, and log-probabilities are in nats.
 
-Sums and counts are returned separately and divided once at the end. So the result doesn't depend on microbatches,
+Sums and counts are returned separately and divided once at the end, so the result doesn't depend on microbatches,
 padding or the number of devices.
 
-# B rows (samples)  T tokens
+# B rows (samples)  T tokens  pi, pi_old the policy now and when the samples were drawn  r = pi / pi_old  A advantage
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _MOST_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square i
 
 
 class TokenLoss(NamedTuple):
-  """The loss of each token. All arrays are [B, T], and 0 or False outside the mask."""
+  """The loss of each token. All arrays are [B, T]. Outside the mask they are 0 or False."""
 
   loss_BT: jax.Array  # float32, to be minimised
   ratio_BT: jax.Array  # float32, no gradient: pi / pi_old of the token; for gspo, of the whole sequence
@@ -44,9 +44,9 @@ def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, ep
   A wider upper limit lets unlikely tokens gain probability faster. With eps_low = eps_high this is PPO (arXiv
   1707.06347 eq. 7). With old_logp = logp its gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
 
-  dual_clip: limits the loss of a token with A < 0 whose probability has grown a lot, so that it can't dominate the
-  batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv 1912.09729
-  sec. 3.3.
+  dual_clip: limits the loss of a token with A < 0 whose probability has grown a lot, so that the token can't dominate
+    the batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv
+    1912.09729 sec. 3.3.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   return _clipped(_ratio(logp_BT, old_logp_BT), advantages_BT, mask_BT, eps_low, eps_high, dual_clip)
@@ -73,9 +73,9 @@ def gspo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=3e-4, eps_high
       s = exp(mean_t(logp - old_logp)),   s_t = sg(s) exp(logp - sg(logp))
       L_t = -min(s_t A, clip(s_t, 1 - eps_low, 1 + eps_high) A)
 
-  sg stops the gradient. So s_t has the value of s, but its gradient comes only from token t. The mean of L_t over a row
-  (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071 sec. 4.1, in
-  the token form of sec. 4.3; the default limits are those of sec. 5.1.
+  sg stops the gradient. s_t therefore has the value of s, but its gradient comes only from token t. The mean of L_t
+  over a row (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071 sec.
+  4.1, in the token form of sec. 4.3; the default limits are those of sec. 5.1.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   tokens_B1 = jnp.maximum(jnp.sum(mask_BT, -1, keepdims=True), 1)
@@ -120,9 +120,9 @@ def _token_loss(loss_BT, ratio_BT, clipped_BT, mask_BT):
 def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.0):
   """Returns min(pi_old / pi_sampler, cap) per token, float32 [B, T], without a gradient, 0 outside the mask.
 
-  The weight corrects for numerical differences between sampler and trainer, which exist even at equal weights. Source:
-  "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", F. Yao et al. 2025. The default cap is that
-  of verl's rollout correction.
+  The weight corrects for numerical differences between sampler and trainer, which exist even if both have the same
+  weights. Source: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", F. Yao et al. 2025. The
+  default cap is that of verl's rollout correction.
   """
   old_logp_BT, sampler_logp_BT = _at_mask(mask_BT, old_logp_BT, sampler_logp_BT)
   return sg(jnp.where(mask_BT, jnp.minimum(_ratio(old_logp_BT, sampler_logp_BT), cap), 0))
@@ -135,7 +135,7 @@ def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.
 def kl_k1(logp_BT, ref_logp_BT, mask_BT):
   """Estimates KL(pi || ref) as d = logp - ref_logp, which is unbiased but can be negative.
 
-  Use it for logging only. As a loss its gradient has mean 0, so it would only add noise.
+  Use this estimate for logging only. As a loss, its gradient has mean 0, so it would only add noise.
   """
   logp_BT, ref_logp_BT = _at_mask(mask_BT, logp_BT, ref_logp_BT)
   return logp_BT - sg(ref_logp_BT)
@@ -144,7 +144,7 @@ def kl_k1(logp_BT, ref_logp_BT, mask_BT):
 def kl_k2(logp_BT, ref_logp_BT, mask_BT):
   """Estimates KL(pi || ref) as d^2 / 2 with d = logp - ref_logp, which is biased.
 
-  Use it as a loss: on-policy, its gradient is that of KL(pi || ref).
+  Use this estimate as a loss: on-policy, its gradient is that of KL(pi || ref).
   """
   return 0.5 * kl_k1(logp_BT, ref_logp_BT, mask_BT) ** 2
 
@@ -152,7 +152,7 @@ def kl_k2(logp_BT, ref_logp_BT, mask_BT):
 def kl_k3(logp_BT, ref_logp_BT, mask_BT):
   """Estimates KL(pi || ref) as exp(-d) - 1 + d with d = logp - ref_logp, which is unbiased and never negative.
 
-  As a loss, its gradient is that of KL(ref || pi), with the arguments exchanged.
+  As a loss, its gradient is that of the reverse divergence, KL(ref || pi).
   """
   d_BT = kl_k1(logp_BT, ref_logp_BT, mask_BT)
   return jnp.expm1(-jnp.clip(d_BT, -_MOST_LOG_RATIO, _MOST_LOG_RATIO)) + d_BT
@@ -177,18 +177,16 @@ def token_covariance(old_logp_BT, advantages_BT, mask_BT):
 
 
 def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4, low=1.0, high=5.0):
-  """Selects the tokens that Clip-Cov removes from the gradient.
+  """Selects the tokens that Clip-Cov removes from the gradient. Returns bool [B, T].
 
-  They are a random part of the candidates, which are the tokens with a covariance in (low, high).
+  They are drawn at random from the candidates, which are the tokens with a covariance between `low` and `high`.
 
   Args:
     old_logp_BT, advantages_BT, mask_BT: as in `policy_loss`.
     noise_BT: float [B, T] in [0, 1), drawn by the caller. The candidates with the lowest noise are selected.
     share: the largest number of selected tokens, divided by the number of all tokens. At least one token is selected if
       there is a candidate.
-    low, high: the limits of the covariance.
-
-  Returns bool [B, T].
+    low, high: the limits of the covariance, which are excluded.
   """
   covariance_BT = token_covariance(old_logp_BT, advantages_BT, mask_BT)
   candidates_BT = mask_BT & (covariance_BT > low) & (covariance_BT < high)
@@ -196,15 +194,16 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 
 
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
-  """Selects the tokens that get KL-Cov's penalty: the `share` of tokens with the highest covariance, at least one.
+  """Selects the tokens that get KL-Cov's penalty. Returns bool [B, T].
 
-  Returns bool [B, T].
+  These are the tokens with the highest covariance. Their number is `share` times the number of all tokens, but at least
+  one.
   """
   return _highest(token_covariance(old_logp_BT, advantages_BT, mask_BT), mask_BT, jnp.sum(mask_BT), share)
 
 
 def _highest(score_BT, candidates_BT, tokens, share):
-  """Selects the max(1, floor(share * tokens)) candidates with the highest score.
+  """Selects the max(1, floor(share * tokens)) candidates with the highest score. Returns bool [B, T].
 
   If several candidates tie for the last place, all of them are selected.
   """
@@ -225,9 +224,9 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
       'token_mean': every token of the batch has the same weight (DAPO, arXiv 2503.14476 sec. 3.3).
       'sequence_mean': every sample has the same weight, so each of its tokens has the weight 1 / length (GRPO). This
         favours right answers that are short.
-      'constant': the sum over a sample's tokens is divided by `constant`, whatever its length (Dr. GRPO, arXiv
+      'constant': the sum over a sample's tokens is divided by `constant`, not by the sample's length (Dr. GRPO, arXiv
         2503.20783).
-    constant: a number of tokens.
+    constant: the number of tokens for the aggregation 'constant'.
 
   Returns (total, count): a float32 sum, and the int32 number to divide it by. Add the totals and the counts over
   microbatches, then divide once. A row without a token in the mask adds nothing to the total or the count.
@@ -242,9 +241,9 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-  """The name of the loss, and its parameters.
+  """Section `rl.loss`: the name of the loss, and its parameters.
 
-  Each default is the value of the paper (arXiv 2512.22955) if the paper states one, otherwise DAPO's value.
+  A default is the value that the paper (arXiv 2512.22955) states or, if it states none, DAPO's value.
   """
 
   name: str = default('rl.loss.name')
@@ -295,7 +294,7 @@ def policy_loss(
   c: PolicyLossConfig, logp_BT, old_logp_BT, advantages_BT, mask_BT, *,
   sampler_logp_BT=None, ref_logp_BT=None, cov_tokens_BT=None,
 ):
-  """Computes the whole loss that `c` describes.
+  """Computes the loss that `c` describes, with all its terms.
 
   Args:
     c: the loss and its parameters.
@@ -304,12 +303,12 @@ def policy_loss(
       `stop_gradient(logp_BT)`.
     advantages_BT: float, of shape [B, T] or [B, 1].
     mask_BT: [B, T] bool.
-    sampler_logp_BT: [B, T] float, log-probabilities computed by the sampler. None: no importance weight is applied, and
-      the sampler gap isn't measured.
+    sampler_logp_BT: [B, T] float, log-probabilities computed by the sampler. None means that no importance weight is
+      applied, and that the difference between sampler and trainer isn't measured.
     ref_logp_BT: [B, T] float, log-probabilities of the KL reference. Required if c.kl_weight > 0.
     cov_tokens_BT: [B, T] bool, from `clip_cov_tokens` or `kl_cov_tokens` of the whole batch. Required if c.cov is set.
 
-  Returns (total, count, sums): the loss is total / count, see `aggregate`; `means` turns sums into figures to log.
+  Returns (total, count, sums). The loss is total / count (see `aggregate`). `means` turns sums into figures to log.
 
   Raises:
     ValueError: an array that `c` requires is missing, or an array has the wrong shape.
@@ -370,7 +369,7 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """Adds the sums of two parts of a batch. For names that end in `_max` it takes the larger value instead."""
+  """Adds the sums of two parts of a batch. Of sums whose name ends in `_max`, takes the larger one instead."""
   return {name: jnp.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 

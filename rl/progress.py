@@ -1,8 +1,8 @@
-"""Holds the data that an RL run carries from step to step besides its training state.
+"""Defines what an RL run carries from step to step besides its training state.
 
-Checkpoints save these data as the run's cursor. They decide which prompts come next (the difficulty filter), and which
-checkpoint is kept as the best one. Both decisions depend only on the seed and on what was recorded so far, so a resumed
-run decides like an uninterrupted one.
+Checkpoints save this progress as the run's cursor. It decides which prompts come next (the difficulty filter), and
+which checkpoint is kept as the best one. Both decisions depend only on the seed and on what was recorded so far, so a
+resumed run decides like an uninterrupted run.
 
 # N tasks of the set
 """
@@ -24,7 +24,7 @@ _MOST_MISSED = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-  """The best evaluation so far; the earliest one if several are equally good.
+  """The best evaluation so far. If several are equally good, this is the earliest of them.
 
   Attributes:
     metric: the name under which the result is logged, such as eval/held_out/avg_at_16.
@@ -39,13 +39,13 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """The progress of a run, which decides what the run does next.
+  """The progress of a run, which decides which prompts come next and which checkpoint is the best.
 
   Attributes:
-    prompts: the number of prompts consumed so far, including those that were passed over.
-    zero_variance_N: bool [N], for each of the N tasks of the set: True if the last group drawn for it had zero
+    prompts: the number of prompts that were used or skipped so far.
+    zero_variance_N: bool [N], for each of the N tasks of the set: True if the last group drawn for the task had zero
       variance. The array is None in a run without a difficulty filter.
-    best: the best evaluation. None before the first one, or if `rl.keep_best` is empty.
+    best: the best evaluation. None before the first evaluation, or if `rl.keep_best` is empty.
     problems: SHA-256 of the problems; '' if their number is unlimited.
   """
 
@@ -56,10 +56,10 @@ class Progress:
 
   @classmethod
   def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
-    """Returns the progress that a checkpoint's cursor holds. The cursor {} gives the progress of a new run.
+    """Returns the progress in a checkpoint's cursor. The cursor {} gives the progress of a new run.
 
-    filtered: whether the run has a difficulty filter. The filter's record is dropped if the cursor was saved for a set
-    with another number of tasks.
+    filtered: whether the run has a difficulty filter. If the cursor was saved for a set with another number of tasks,
+      the filter starts anew.
 
     Raises:
       DataError: the problems have changed since the run began.
@@ -78,7 +78,7 @@ class Progress:
   def cursor(self) -> dict[str, Any]:
     """Returns the progress as a dictionary that can be stored as JSON, and that `read` accepts.
 
-    The difficulty filter needs one bit per task.
+    The difficulty filter takes one bit per task in it.
     """
     found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
     if self.zero_variance_N is not None:
@@ -91,13 +91,13 @@ class Progress:
   def next_prompts(
     self, tasks: TaskSet, count: int, repeat: float, fits: Callable[[Task], bool] = lambda task: True
   ) -> 'tuple[dict[int, Task], Progress]':
-    """Returns the next `count` prompts as {number: task}, and the progress after them.
+    """Returns ({number: task} of the next `count` prompts, the progress after them).
 
-    Prompts for which `fits` is False are passed over. A prompt whose last group had zero variance is asked only in a
-    share `repeat` > 0 of its turns, and passed over in the others.
+    Prompts for which `fits` is False are skipped. A prompt whose last group had zero variance is used only in a share
+    `repeat` > 0 of its turns, and skipped in the others.
 
     Raises:
-      DataError: none of 10,000 prompts in a row fits.
+      DataError: 10,000 prompts in a row don't fit.
     """
     found, number, missed = {}, self.prompts, 0
     while len(found) < count:
@@ -112,7 +112,7 @@ class Progress:
     return found, dataclasses.replace(self, prompts=number)
 
   def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
-    """Returns whether the difficulty filter lets prompt `number` be asked."""
+    """Returns whether the difficulty filter allows prompt number `number`."""
     if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
       return True
     digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()
@@ -121,7 +121,7 @@ class Progress:
   def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
     """Returns the progress after groups were drawn.
 
-    drawn: for each group, the number of its prompt and whether its rewards differ.
+    drawn: (the number of the prompt, whether the rewards differ) of each group.
     """
     if self.zero_variance_N is None:
       return self
@@ -133,8 +133,8 @@ class Progress:
   def evaluated(self, metric: str, step: int, value: float) -> 'Progress':
     """Returns the progress after an evaluation with the result `value`.
 
-    The evaluation becomes the best one if `value` is larger than the best value so far, or if the best evaluation has
-    another metric. NaN changes nothing.
+    The evaluation becomes the best one if there is none yet, if `value` is larger than the best value so far, or if the
+    best evaluation has another metric. If `value` is NaN, the progress stays unchanged.
     """
     if math.isnan(value) or (self.best and self.best.metric == metric and value <= self.best.value):
       return self

@@ -13,7 +13,7 @@ from betarank.train.sampler import Sample
 
 @dataclasses.dataclass(frozen=True)
 class RewardRule:
-  """Says how the length of an answer changes its reward.
+  """The rule that changes the reward of an answer because of its length.
 
   Attributes:
     truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' treats it like other
@@ -27,10 +27,10 @@ class RewardRule:
   overlong_buffer: int = 0
 
   def penalty(self, tokens: int) -> float:
-    """Returns the penalty for an answer's length.
+    """Returns the penalty for an answer of this length.
 
-    It is 0 for an answer that ends before the buffer, and falls linearly in the buffer, to -1 at the length limit.
-    Source: the soft overlong punishment of DAPO, arXiv 2503.14476 eq. 13.
+    The penalty is 0 before the buffer, falls linearly in the buffer, and is -1 at the length limit. Source: the soft
+    overlong punishment of DAPO, arXiv 2503.14476 eq. 13.
     """
     if not self.overlong_buffer:
       return 0.0
@@ -40,12 +40,10 @@ class RewardRule:
 def rewards(
   rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]
 ) -> tuple[list[float], list[bool]]:
-  """Computes the reward of each sample, and whether the sample counts (is valid).
+  """Returns (rewards, valid): the reward of each sample, and whether the sample counts.
 
   Undecided samples never count. With the rule 'masked', wrong answers that were cut off don't count either. The reward
   of a sample that doesn't count is 0.
-
-  Returns (rewards, valid), two lists as long as `samples`.
   """
   valid = [verdict != Verdict.UNDECIDED and (
     rule.truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
@@ -58,8 +56,8 @@ def rewards(
 def vary(rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> bool:
   """Returns whether the scores of a group's valid samples differ.
 
-  Length penalties are ignored here. So dynamic sampling replaces a group whose answers are all right, or all wrong,
-  whatever their lengths.
+  Length penalties are ignored. A group whose answers are all right, or all wrong, is therefore replaced in dynamic
+  sampling even if the answers differ in length.
   """
   _, valid = rewards(rule, scores, verdicts, samples)
   return len({score for score, counts in zip(scores, valid) if counts}) > 1

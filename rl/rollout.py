@@ -21,7 +21,7 @@ _NOT_MINE = min(Verdict) - 1  # placeholder for the verdicts that other processe
 
 
 class Group(NamedTuple):
-  """The samples of one prompt, with their verdicts."""
+  """The samples of one prompt, and their verdicts."""
 
   cursor: int  # the number of the prompt in the run
   task: Task
@@ -32,13 +32,13 @@ class Group(NamedTuple):
   scores: list[float]  # 1 if right else 0, or the result of the user's reward function; NaN if undecided
 
   def rewards(self, rule: RewardRule) -> tuple[list[float], list[bool]]:
-    """Returns two lists: the reward of each sample, and whether the sample counts. See rl/rewards.py."""
+    """Returns (rewards, valid): the reward of each sample, and whether the sample counts. See rl/rewards.py."""
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
   def has_reward_variance(self, rule: RewardRule) -> bool:
     """Returns whether the scores of the valid samples differ.
 
-    If all are equal, most advantage functions give all samples of the group the advantage 0.
+    If they don't, most advantage functions give all samples of the group the advantage 0.
     """
     return vary(rule, self.scores, self.verdicts, self.samples)
 
@@ -47,14 +47,14 @@ def graded_groups(
   sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
   seed: int, step: int
 ) -> list[Group]:
-  """Samples and judges the answers to prompts. Returns one group per prompt, in the order of `asked`.
+  """Samples answers to prompts and judges them. Returns one group per prompt, in the order of `asked`.
 
-  Groups are judged while the device draws the next ones. With several processes, all of them draw the samples together.
-  Each process judges a share of the groups, and then all processes exchange their verdicts. The result is a pure
-  function of the arguments, except for verdicts that stay undecided because of a deadline.
+  Groups are judged while the device draws the next groups. With several processes, all of them draw the samples
+  together. Each process judges a share of the groups, and then all processes exchange their verdicts. The result is a
+  pure function of the arguments, except for verdicts that are undecided because of a deadline.
 
   Args:
-    asked: {number of the prompt: task}. The number selects the random numbers, together with `seed` and `step`.
+    asked: {number of the prompt: task}. The number, `seed` and `step` together select the random numbers.
     samples: the group size.
 
   Raises:
@@ -91,9 +91,9 @@ def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:
 
 
 def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
-  """Returns '' if every prompt fits in `longest` tokens; otherwise a sentence that says how many prompts are longer.
+  """Returns a sentence that says how many prompts have more than `longest` tokens, or '' if no prompt has.
 
-  The prompts of a set of unlimited size aren't checked, and the result is ''.
+  The prompts of an unlimited set aren't checked, and the result is ''.
   """
   if tasks.size is None:
     return ''
@@ -106,7 +106,7 @@ def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
 class Rollouts:
   """The arrays of one step. Rows of the same group are adjacent.
 
-  If dynamic sampling found fewer groups than wanted, empty rows take the place of the missing ones.
+  If dynamic sampling has found fewer groups than wanted, the remaining rows are empty.
   """
 
   batch: Batch
@@ -120,7 +120,7 @@ class Rollouts:
 def pack(groups: list[Group], *, prompts: int, samples: int, length: int, rule: RewardRule) -> Rollouts:
   """Writes the prompt and completion of each sample into a row of `length` (input, target) pairs.
 
-  prompts, samples: the P and G of the result. If there are fewer groups than P, the last rows stay empty.
+  prompts, samples: P and G of the result. If there are fewer groups than P, the last rows stay empty.
   """
   rows = prompts * samples
   tokens, targets, positions, segments = (np.zeros((rows, length), np.int32) for _ in range(4))

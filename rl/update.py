@@ -18,7 +18,10 @@ from betarank.train import score
 
 @functools.partial(jax.jit, static_argnums=0)
 def cov_tokens(loss: PolicyLossConfig, key: jax.Array, old_logp_BT, advantages_B, completion_BT) -> jax.Array:
-  """Returns bool [B, T]: the tokens that `loss.cov` selects. `key` is used by clip_cov only; kl_cov isn't random."""
+  """Returns bool [B, T]: the tokens that `loss.cov` selects.
+
+  key: a random key, which only 'clip_cov' uses.
+  """
   if loss.cov == 'kl_cov':
     return kl_cov_tokens(old_logp_BT, advantages_B[:, None], completion_BT, share=loss.cov_share)
   noise_BT = jax.random.uniform(key, completion_BT.shape)
@@ -33,8 +36,8 @@ def make_update(
       update(state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
              cov_tokens_BT=None, choices_BTLk=None) -> (state, sums, entropy_BT)
 
-  completion_BT is bool, True for the tokens of the loss. sums are the input of `policy_losses.means`. entropy_BT is in
-  nats, and replicated on all devices.
+  completion_BT is bool, True for the tokens that count in the loss. sums are the input of `policy_losses.means`.
+  entropy_BT is in nats, and replicated on all devices.
 
   The last four arguments may be None:
     old_logp_BT: the log-probabilities before the first update on these samples. None for an on-policy update, whose
@@ -45,8 +48,8 @@ def make_update(
 
   temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
 
-  The loss is a sum over the minibatch, divided once, so the number of microbatches doesn't change the result. The bias
-  of a router stays unchanged.
+  The loss is a sum over the minibatch that is divided once, so the number of microbatches doesn't change the result.
+  The update doesn't change router biases.
   """
 
   def update(state: TrainState, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,

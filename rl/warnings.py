@@ -1,4 +1,4 @@
-"""Decides what a running RL job should warn the user of. All functions are pure; their input is the logged figures.
+"""Decides which warnings a running RL job prints. All functions are pure, and take the logged figures.
 
 The report checks the same conditions in its list of oddities.
 """

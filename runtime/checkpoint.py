@@ -2,8 +2,8 @@
 
 WORKDIR/checkpoints/STEP/ has three parts. `state` holds the parameters (with layers stacked), the optimizer state and
 the step. `meta` is JSON: the data cursor, the resolved config, the parent checkpoint, the code version and the shape of
-every array. manifest.json holds checksums (runtime/integrity.py), and every restore checks the files of `state` and
-`meta` against them. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
+every array. manifest.json holds checksums (runtime/integrity.py). Every restore compares the files of `state` and
+`meta` with these checksums. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Checkpoints:
     Args:
       workdir: the workdir of the run.
       config: which checkpoints to keep.
-      fallback: True moves the newest checkpoint to WORKDIR/damaged if it is damaged, and continues with the newest good
+      fallback: if the newest checkpoint is damaged, moves it to WORKDIR/damaged and continues with the newest good
         checkpoint.
 
     Raises:
@@ -86,18 +86,18 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
-    """Starts to write a checkpoint in the background. Returns as soon as the state may be donated.
+    """Starts to write a checkpoint in the background. Returns as soon as the caller may donate the state's buffers.
 
     When the new checkpoint is complete, old checkpoints are deleted as the config says.
 
     Args:
       state: the state to save.
-      meta: the meta to save, without the step and the shapes, which are added here.
+      meta: the metadata to save. The step and the shapes are added here.
       step: the number of the step.
       best: the step whose checkpoint is never deleted, or None.
 
     Raises:
-      CheckpointError: this write or an earlier one failed.
+      CheckpointError: this write or an earlier write failed.
     """
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
@@ -106,7 +106,8 @@ class Checkpoints:
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True))
 
   def check(self) -> None:
-    """Raises CheckpointError if a write in the background has failed. This is cheap, so call it after every step."""
+    """Raises CheckpointError if a write in the background has failed. The check is cheap, so call it after every step.
+    """
     self._guard(self._manager.check_for_errors)
 
   def wait(self) -> None:
@@ -123,13 +124,13 @@ class Checkpoints:
     return self._saving if self._manager.is_saving_in_progress() else None
 
   def describe(self) -> str:
-    """Returns a phrase that names the last good checkpoint, for the message of a run that fails."""
+    """Returns a phrase that names the last good checkpoint, for the error message of a run that fails."""
     found = [step for step in steps(self.path) if step != self.in_flight]
     text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
     return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Returns (state, meta) of the newest checkpoint. The arrays of the state get the shardings of `target`.
+    """Returns (state, metadata) of the newest checkpoint. The arrays of the state get the shardings of `target`.
 
     Raises:
       CheckpointError: the checkpoint can't be read, or its shapes or dtypes differ from those of `target`.
@@ -139,14 +140,14 @@ class Checkpoints:
   def _write_manifest(self) -> None:
     """Writes the manifest of the checkpoint that is being saved.
 
-    Orbax calls this in the writing thread of process 0, when all files of the checkpoint are written but not yet
-    committed.
+    Orbax calls this in the writing thread of process 0, after writing all files of the checkpoint and before committing
+    them.
     """
     final = self.path / str(self._saving)
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
   def _guard(self, write: Callable[[], object]) -> None:
-    """Calls `write`, and raises CheckpointError if Orbax or tensorstore fails, for example because a disk is full.
+    """Calls `write`. Converts an error of Orbax or tensorstore, for example because a disk is full, to CheckpointError.
 
     An error that may come from a lost process is raised unchanged.
     """
@@ -162,31 +163,37 @@ class Checkpoints:
 
 
 class _Kept:
-  """Tells Orbax which checkpoints to keep: the newest `keep`, the multiples of `keep_every_steps`, and the best one."""
+  """Tells Orbax which checkpoints to keep: the newest `keep`, those whose step is a multiple of `keep_every_steps`, and
+  the best.
+  """
 
   def __init__(self, config: CheckpointConfig):
     self._config, self.best = config, None
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    """Returns, for each of the checkpoints (oldest first), whether it is kept. Orbax calls this."""
+    """Returns, for each of the checkpoints (oldest first), whether to keep it. Orbax calls this."""
     every, first_new = self._config.keep_every_steps, len(checkpoints) - self._config.keep
     return [i >= first_new or found.step == self.best or bool(every and found.step % every == 0)
             for i, found in enumerate(checkpoints)]
 
 
 def _suppress_background_tracebacks() -> None:
-  """Hides the tracebacks that Orbax's threads log when a write fails; `check` or `wait` raises the error anyway."""
+  """Hides the tracebacks that Orbax's threads log when a write fails. The methods `check` and `wait` raise the error
+  anyway.
+  """
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
 
 
 def absolute(path: epath.Path) -> epath.Path:
-  """Returns an absolute path. A path in a bucket is returned unchanged, because epath's resolve() would damage it."""
+  """Returns the path as an absolute path. A path in a bucket is returned unchanged, because epath's resolve() would
+  damage it.
+  """
   return path if '://' in str(path) else epath.Path(path).resolve()
 
 
 def shapes_of(tree: Any) -> dict[str, list]:
-  """Returns the shape and dtype of every array, as {'params.layers.norm_D': [[4, 256], 'float32'], ...}."""
+  """Returns {path: [shape, dtype]} of every array, for example {'params.layers.norm_D': [[4, 256], 'float32'], ...}."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='.'): [list(leaf.shape), str(leaf.dtype)]
           for path, leaf in leaves}
@@ -226,8 +233,8 @@ def _find(root: epath.Path) -> epath.Path:
 def check(path: epath.Path) -> None:
   """Raises CheckpointError if a file of the checkpoint at `path` is damaged.
 
-  The message names the file, and the newest good checkpoint before this one. Every process of a job must call this, and
-  each process checks a part of the files.
+  The message names the file, and the newest good checkpoint that is older. Every process of a job must call this
+  function; each process checks a part of the files.
   """
   if problem := _damage(path):
     good = _newest_good_before(path)
@@ -237,7 +244,7 @@ def check(path: epath.Path) -> None:
 def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
   """Raises CheckpointError if the newest checkpoint in `folder` is damaged. Does nothing if there is no checkpoint.
 
-  fallback: True moves damaged checkpoints aside instead, as described at Checkpoints.__init__.
+  fallback: moves damaged checkpoints aside instead of raising an error, as described at Checkpoints.__init__.
   """
   found = steps(folder)
   if not found or not (problem := _damage(newest := folder / str(found[-1]))):
@@ -266,27 +273,28 @@ def _newest_good_before(path: epath.Path) -> epath.Path | None:
 def _damage(path: epath.Path) -> str:
   """Returns the first damage to the checkpoint at `path`, as 'FILE: PROBLEM', or '' if there is none.
 
-  All processes must call this, and all get the same result.
+  All processes must call this function. It returns the same result in all of them.
   """
   return _first_message_of_any_process(integrity.damage(absolute(path), share=_process_index_and_count()))
 
 
 def _process_index_and_count() -> tuple[int, int]:
-  """Returns (index of this process, number of processes). With one process this doesn't initialize JAX's backend."""
+  """Returns (index of this process, number of processes). In a job of one process, JAX's backend isn't initialized."""
   return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
 def _is_peer_failure(error: Exception) -> bool:
-  """Returns True if this error may come from a lost peer process instead of from storage.
+  """Returns True if this error may come from a lost process of the job instead of from storage.
 
-  Such an error isn't reported here, because the watchdog will name the process.
+  The watchdog reports a lost process, so such an error isn't reported here.
   """
   return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
           and 'os_error_code' not in str(error))
 
 
 def _first_message_of_any_process(text: str) -> str:
-  """Returns the `text` of the first process whose text isn't empty, or ''. Every process must call this."""
+  """Returns the text of the first process whose `text` isn't empty; '' if all are empty. Every process must call this.
+  """
   if _process_index_and_count()[1] == 1:
     return text
   text_PC = multihost_utils.process_allgather(np.frombuffer(text.encode()[:500].ljust(500), np.uint8))
@@ -294,7 +302,7 @@ def _first_message_of_any_process(text: str) -> str:
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-  """Returns the meta of a checkpoint. Reads no arrays and doesn't initialize JAX's backend."""
+  """Returns the metadata of a checkpoint. Reads no arrays and doesn't initialize JAX's backend."""
   try:
     if problem := integrity.damage(absolute(path), item='meta'):
       raise ValueError(problem)
@@ -307,7 +315,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-  """Returns (state, meta) of the checkpoint at `path`. The arrays of the state get the shardings of `target`.
+  """Returns (state, metadata) of the checkpoint at `path`. The arrays of the state get the shardings of `target`.
 
   Raises:
     CheckpointError: the checkpoint is damaged, or its shapes differ from those of `target`.
@@ -323,7 +331,7 @@ def _restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str
 
 
 def restore_weights(path: epath.Path, params: Any) -> tuple[Any, dict[str, Any]]:
-  """Returns (parameters, meta) of the checkpoint at `path`. The parameters get the shardings of `params`.
+  """Returns (parameters, metadata) of the checkpoint at `path`. The parameters get the shardings of `params`.
 
   The optimizer's state isn't read.
 

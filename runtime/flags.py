@@ -6,7 +6,10 @@ from betarank.configs.parser import place
 
 
 def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) -> None:
-  """Adds the flags for the workdir, for resuming, and for jobs of several processes (runtime/job.py)."""
+  """Adds the flags for the workdir, for resuming, and for jobs of several processes (runtime/job.py).
+
+  workdir_needed: whether --workdir must be given.
+  """
   parser.add_argument('--workdir', required=workdir_needed, type=place,
                       help='where checkpoints, logs and the resolved config go'
                       + ('' if workdir_needed else '; default: RUN-rl, beside RUN'))

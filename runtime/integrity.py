@@ -3,15 +3,15 @@
     {"version": 1, "block_bytes": 67108864,
      "files": {"state/manifest.ocdbt": {"size": 115, "sha256": "7c1f...", "crc32": ["1c291ca3"]}, ...}}
 
-The manifest is written before the checkpoint is committed, so every complete checkpoint has one. Only checkpoints from
-an old version of this code have no manifest. They are accepted without a check.
+The manifest is written before the checkpoint is committed, so every complete checkpoint has one. Only checkpoints of an
+old version of this code have no manifest. They are accepted without a check.
 
-Every start of a run checks the crc32 of each block of 64 MiB. This finds every flipped byte, and misses other damage
-with a probability of 2^-32. `betarank checkpoint verify` checks the sha256 of each file, which is the checksum that
-sha256sum prints.
+Every start of a run checks the crc32 of each block of 64 MiB. This check finds every single wrong byte, and misses
+larger damage with a probability of 2^-32. `betarank checkpoint verify` checks the sha256 of each file, which is the
+checksum that the program sha256sum prints.
 
-In a bucket, the start of a run compares the sizes of all files, but reads only small files. The object store checks the
-content of files itself, and reading everything twice would double the time of a start.
+For a checkpoint in a bucket, the start of a run compares the sizes of all files, but reads only small files. The object
+store checks the content of files itself, and reading everything twice would double the time of a start.
 """
 
 import concurrent.futures
@@ -67,10 +67,10 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
 
   Args:
     folder: the folder of the checkpoint.
-    item: the entry of ITEMS whose files are checked; '' for all entries.
-    full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of blocks.
-    share: (i, n) checks the content of only every n-th block (or file), starting with number i. The sizes of all files
-      are checked in any case.
+    item: the part of the checkpoint to check, one of ITEMS; '' for all parts.
+    full: whether to check the sha256 of every file, even in a bucket. If False, the crc32 of blocks is checked.
+    share: (i, n), to check the content of only every n-th block (or file), starting with number i. The sizes of all
+      files are always checked.
   """
   try:
     files = read(folder)

@@ -1,4 +1,5 @@
-"""Joins several processes into one job. All of them start or none does, and if one fails, all end with the reason.
+"""Joins several processes into one job. Either all of them start or none does. If one fails, all of them end and name
+the reason.
 
 Before JAX starts, the processes compare what they are about to run (rendezvous.py). While the job runs, they watch each
 other (watchdog.py). A job of one process has no rendezvous, but its watchdog ends it if it hangs.
@@ -65,7 +66,7 @@ def initialize(info: ProcessInfo, deadline_s: float) -> None:
 
   Processes on CPUs communicate with gloo.
 
-  deadline_s: the watchdog's deadline for heartbeats, in seconds. JAX's own deadline is set later.
+  deadline_s: the watchdog's deadline for heartbeats, in seconds. JAX's own deadline is longer.
   """
   if info.processes == 1:
     return
@@ -76,7 +77,7 @@ def initialize(info: ProcessInfo, deadline_s: float) -> None:
 
 
 def join(coordinator: str, processes: int, index: int) -> None:
-  """Joins a job without a rendezvous and without a watchdog. Must be called before JAX uses a device.
+  """Joins a job that has no rendezvous and no watchdog. Must be called before JAX uses a device.
 
   The arguments are those of `locate`.
   """
@@ -85,7 +86,7 @@ def join(coordinator: str, processes: int, index: int) -> None:
 
 @contextlib.contextmanager
 def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str]) -> Iterator[None]:
-  """Makes this process a part of a job until the block ends.
+  """Makes this process a part of its job until the block ends.
 
   All processes must have the same code, the same config, and the same content in the files of `inputs`. Process 0 locks
   args.workdir. If the block raises an error, the other processes end too, with the message of that error.
@@ -93,7 +94,7 @@ def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str])
   Args:
     args: the flags of runtime/flags.py, which describe the job.
     config: the resolved config.
-    inputs: {what the file is: its path}, for each file to compare.
+    inputs: {description: path} of each file to compare.
 
   Raises:
     UserError: another command is running in the workdir, or the workdir's disk refused a write in the block.
@@ -130,7 +131,7 @@ def note_step(step: int) -> None:
 
 @contextlib.contextmanager
 def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
-  """Converts an OSError of the disk, such as a full disk, to UserError. Checkpoints raise their own errors."""
+  """Converts an OSError of the disk, such as a full disk, to UserError. Errors of checkpoints are raised elsewhere."""
   try:
     yield
   except OSError as error:
@@ -141,7 +142,7 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
 
 
 def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-  """Returns {name: value} of what must be equal in all processes. Error messages show a value under its name.
+  """Returns {name: value} of what must be equal in all processes. Error messages contain the name and the values.
 
   The values are the code's version, JAX's version, the workdir, each setting, and a hash of each file of `inputs`.
   """

@@ -46,9 +46,9 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class JsonLines:
-  """A file with one JSON object per line, each of which has the key `step`.
+  """A file with one JSON object per line. Each object has the key `step`.
 
-  Opening the file with the argument `step` removes the lines of all later steps.
+  Opening the file with the argument `step` removes all lines whose step is later.
   """
 
   def __init__(self, path: epath.Path, step: int):
@@ -77,7 +77,7 @@ class JsonLines:
 def read_lines(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the lines of a metrics file as dictionaries; [] if there is no file.
 
-  Lines that a killed process left incomplete are left out.
+  Lines that a killed process left incomplete are skipped.
   """
   if not path.exists():
     return []
@@ -93,7 +93,7 @@ def read_lines(path: epath.Path) -> list[dict[str, Any]]:
 
 
 class Clock:
-  """Measures the time per step, and the part of it spent waiting for input.
+  """Measures the time per step, and the part of it that is spent waiting for input.
 
   Time spent in a block `with clock.apart():`, for example for evaluation or saving, isn't counted.
   """
@@ -110,7 +110,7 @@ class Clock:
     return _Span(self, '_apart')
 
   def lap(self) -> tuple[float, float]:
-    """Returns the seconds since the last lap, and the share of them spent waiting for input."""
+    """Returns (the seconds since the last call, the share of this time that was spent waiting for input)."""
     now = time.perf_counter()
     seconds = max(now - self._last - self._apart, 1e-9)
     wait = self._waited / seconds
@@ -171,7 +171,7 @@ class _Live(ProgressColumn):
 
 
 class Log:
-  """The log of a run: writes its files, and prints its lines. It does nothing if `active` is False."""
+  """The log of a run, which writes the run's files and prints its lines. Does nothing if `active` is False."""
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
@@ -182,12 +182,12 @@ class Log:
 
     Args:
       workdir: the workdir of the run.
-      step: the step that the run resumes after. 0: a new run, for which all lines are removed.
+      step: the step that the run resumes after; 0 for a new run.
       steps: the last step.
       every: the number of steps from one printed line to the next.
-      tensorboard: True also writes TensorBoard events.
-      active: whether to log. It is True only in process 0.
-      wandb: (a project of Weights & Biases, the run's config), to send the figures there too. None: doesn't send them.
+      tensorboard: whether to write TensorBoard events.
+      active: whether this process logs, which only process 0 does.
+      wandb: (project, the run's config), to send the figures to a project of Weights & Biases; None to send no figures.
       describe: a function that turns the figures of a step into the texts to print, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
@@ -213,8 +213,8 @@ class Log:
   def say(self, text: str, indent: int = 0) -> None:
     """Prints a line, above the progress bar if there is one.
 
-    indent: how far the continuation of a long line is indented, in columns, if the output is a terminal. 0: the
-    terminal wraps long lines.
+    indent: the number of columns by which the continuation of a long line is indented, on a terminal. With 0, the
+      terminal itself wraps long lines.
     """
     if not self._active:
       return
@@ -225,7 +225,7 @@ class Log:
   def train(self, step: int, values: dict[str, float]) -> None:
     """Records the figures of one update.
 
-    values: {name: figure}, with names like train/ce_nats. time/step_s must be among them.
+    values: {name: figure}, with names such as train/ce_nats. The figure time/step_s must be among them.
     """
     if not self._active:
       return

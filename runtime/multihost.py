@@ -1,4 +1,5 @@
-"""Handles the data of a job of several processes: the rows that each process reads, global arrays, and data exchange.
+"""Handles the data of a job of several processes: the rows that each process reads, global arrays, and exchange of
+data.
 
 # B rows  T tokens
 """
@@ -10,10 +11,9 @@ from jax.sharding import NamedSharding
 
 
 def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = 'train.mesh') -> tuple[int, int]:
-  """Returns which part of the global batch this process reads: (index, count) means part `index` of `count` equal
-  parts.
+  """Returns (index, count): this process reads part number `index` of `count` equal parts of the global batch.
 
-  Processes whose devices hold the same rows get the same index. This happens if the tensor axis spans processes.
+  Processes whose devices hold the same rows get the same index, for example if the tensor axis spans processes.
 
   Args:
     sharding: the sharding of the global batch.
@@ -21,7 +21,7 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
     mesh_key: the config key of the mesh, for the error.
 
   Raises:
-    ValueError: the rows of this process aren't one of `count` equal parts. The message begins with `mesh_key`.
+    ValueError: the rows of this process aren't one of several equal parts. The message begins with `mesh_key`.
   """
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   start, stop = min(s[0] for s in slices), max(s[1] for s in slices)
@@ -41,7 +41,7 @@ def local_to_global(local, sharding: NamedSharding, rows: int):
 
 
 def replicated_to_global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """Returns a global array, built from an array that all processes have in full."""
+  """Returns a global array, built from the array `x`, of which every process has the same copy."""
   return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
@@ -61,7 +61,7 @@ def of_first_process(x: np.ndarray) -> np.ndarray:
 def wait_for_all(what: str) -> None:
   """Waits until every process has called this function.
 
-  what: a name for the place of the call. If processes wait at different places, JAX raises an error with this name.
+  what: a name for the place of the call. If processes wait at different places, JAX raises an error that has this name.
   """
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)

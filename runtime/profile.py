@@ -10,8 +10,8 @@ from etils import epath
 class Profile:
   """Traces the steps from `first` to `last`, and writes the trace to WORKDIR/profile.
 
-  The argument `steps` is (first, last), or None to trace nothing. The trace starts before step `first` is dispatched,
-  and ends after step `last` has finished.
+  The constructor's argument `steps` is (first, last), or None for no trace. The trace starts before step `first` is
+  dispatched, and ends after step `last` has finished.
   """
 
   def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):
@@ -19,9 +19,7 @@ class Profile:
 
   @contextlib.contextmanager
   def at(self, step: int) -> Iterator[None]:
-    """Returns a context manager for the work of one step.
-
-    Every step must use the context manager, which also starts and ends the trace.
+    """Returns a context manager around the work of one step. It starts and ends the trace, so every step must use it.
     """
     if self._steps is None:
       yield

@@ -1,8 +1,8 @@
 """Brings the processes of a job together before JAX starts, and watches them until JAX has started.
 
 Every process connects to process 0, on the coordinator's port, and sends its fingerprint as one line of JSON. Process 0
-sends the same answer to all: the names of the processes, or an error that ends them all. The error names a process that
-didn't connect in time, or one whose code, config or data differ.
+sends the same answer to all processes. The answer is the names of the processes, or an error that ends all of them. The
+error names a process that didn't connect in time, or a process whose code, config or data differ.
 
 The connections stay open until JAX has started, so that the death of a process is noticed at once. JAX alone would wait
 for minutes and then abort.
@@ -46,7 +46,7 @@ class _Connection:
     self._socket.sendall(f'{text}\n'.encode())
 
   def receive(self, timeout_s: float) -> str:
-    """Returns the next line, or '' if the other side has closed the connection.
+    """Returns the next line, or '' if the other process has closed the connection.
 
     Raises:
       TimeoutError: no line came within `timeout_s` seconds.
@@ -69,12 +69,12 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
     info: the position of this process in the job.
     fingerprint: values that must be equal in all processes.
     deadline_s: the seconds within which all processes must connect.
-    refused: the reason why process 0 can't start; '' if it can. All processes then end with this reason.
+    refused: the reason why process 0 can't start; '' if it can start. With a reason, all processes end.
 
   Returns:
-    (names, connections). The names are those of all processes, in the form 'process I of N (HOST, pid P)'. The
-    connections are open, as {process index: connection}. Process 0 has a connection to every other process. Each of the
-    other processes has one connection, to process 0.
+    (names, connections). names are the names of all processes, in the form 'process I of N (HOST, pid P)'. connections
+    are {process index: open connection}. Process 0 has a connection to every other process. Each other process has only
+    a connection to process 0.
 
   Raises:
     JobError: the processes can't form a job. All processes that reached process 0 raise the same message.
@@ -103,7 +103,7 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
     processes: the number of processes.
     port: the port to listen on.
     until: the deadline for connecting, on time.monotonic().
-    error: the reason why process 0 can't start; '' if it can.
+    error: the reason why process 0 can't start; '' if it can start.
 
   Returns (answer, connections by process index).
   """
@@ -165,9 +165,9 @@ def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[
 class StartupWatchdog:
   """A context manager around the start of JAX. It ends this process if another process dies or hangs during the start.
 
-  A process counts as dead if its connection closes, and as hung if it sends nothing for `deadline_s` seconds. Process 0
-  then tells all other processes. When the block ends, this process reports to the processes it is connected to that JAX
-  has started here, or why JAX hasn't started.
+  A process counts as dead if its connection closes, and as hung if it sends nothing for `deadline_s` seconds. If
+  process 0 notices this, it tells all other processes. When the block ends, this process reports over its connections
+  that JAX has started here, or why JAX hasn't started.
   """
 
   def __init__(self, info: ProcessInfo, names: list[str], connections: Mapping[int, _Connection], deadline_s: float):

@@ -26,7 +26,7 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
   """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating memory.
 
   Raises:
-    ValueError: a dimension isn't divisible by the mesh axis that shards it.
+    ValueError: a dimension isn't divisible by the size of the mesh axis that splits it.
   """
   _, shapes, axes = model.abstract(c)
   model.check_divides(shapes, axes, mesh.shape)
@@ -51,7 +51,7 @@ def create_state(
 ) -> TrainState:
   """Returns the state of step 0.
 
-  params: the parameters. None: random parameters from `seed`, which are the same on every mesh.
+  params: the parameters. None means random parameters from `seed`, which are the same on every mesh.
   """
   def create(params):
     if params is None:
@@ -63,10 +63,10 @@ def create_state(
 
 
 def donated() -> tuple[int, ...]:
-  """Returns the positions of the arguments that an update donates: (0,), which is the state, or () on a CPU.
+  """Returns the positions of the arguments that an update donates: (0,) for the state, or () on a CPU.
 
   On a CPU, a checkpoint is written directly from the state's memory. If the state were donated, the next update would
-  have to wait for the disk. On other devices the state is first copied to the host.
+  have to wait for the disk. On other devices, the state is first copied to the host.
   """
   return () if model.platform() == 'cpu' else (0,)
 
@@ -75,7 +75,7 @@ def compiler_options() -> dict[str, bool] | None:
   """Returns the XLA options of an update; None if the device isn't a GPU.
 
   The option prevents XLA from running a kernel (attention or a matmul) twice. A layer in a scan saves a copy of the
-  kernel's output. By default, XLA fuses the kernel with this copy, and then runs the kernel again wherever else its
-  output is used.
+  kernel's output. By default, XLA fuses the kernel with this copy, and then runs the kernel again for each other use of
+  its output.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

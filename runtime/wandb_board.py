@@ -1,6 +1,6 @@
 """Sends the figures of a run to Weights & Biases, which needs `pip install 'betarank[wandb]'`.
 
-WORKDIR/wandb.json keeps the id of the run in Weights & Biases, so that a resumed run continues the same curves. wandb's
+WORKDIR/wandb.json holds the id of the run in Weights & Biases, so that a resumed run continues the same curves. wandb's
 own environment variables (WANDB_MODE=offline, WANDB_API_KEY, ...) apply. Curves are drawn over `step`. If a run is
 killed and resumed, the figures of a few steps are sent twice, with the same values.
 """
@@ -20,16 +20,18 @@ FILE = 'wandb.json'
 
 
 def check(project: str) -> None:
-  """Raises ConfigError if `project` isn't empty and wandb isn't installed."""
+  """Raises ConfigError if a project is given but wandb isn't installed."""
   if project and importlib.util.find_spec('wandb') is None:
     raise ConfigError(f"config.log.wandb={project}: wandb is not installed; pip install 'betarank[wandb]'")
 
 
 class WandbBoard:
-  """Sends figures to the run in Weights & Biases that belongs to a workdir."""
+  """Sends the figures of a workdir's run to Weights & Biases."""
 
   def __init__(self, project: str, config: dict[str, Any], workdir: epath.Path):
-    """Resumes the run that WORKDIR/wandb.json names, if that run belongs to `project`. Otherwise starts a new run."""
+    """Continues the run of Weights & Biases that WORKDIR/wandb.json names, if it belongs to `project`. Otherwise starts
+    a new run.
+    """
     import wandb
 
     path = workdir / FILE
@@ -49,5 +51,5 @@ class WandbBoard:
     self._run.log({'step': step, **values})
 
   def close(self) -> None:
-    """Ends the run after all figures were sent, or written to disk in offline mode."""
+    """Waits until all figures are sent, or written to disk in offline mode, and ends the run."""
     self._run.finish()

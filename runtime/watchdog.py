@@ -1,13 +1,14 @@
 """Watches a running job, and ends it with a clear reason if a process dies, hangs or fails.
 
-Each process writes a heartbeat to JAX's key-value store every few seconds, and reads those of the other processes. If a
-process sends no heartbeat within the deadline, or publishes the error that ended it, all other processes end with a
-message that names that process. Otherwise they would wait in a collective forever, at least on a TPU. A job that makes
-no step for two hours ends too, even if it has only one process. Only the first step has no time limit.
+Each process writes a heartbeat to JAX's key-value store every few seconds, and reads the heartbeats of the other
+processes. A process that sends no heartbeat within the deadline counts as lost. A process that fails publishes its
+error. In both cases, all other processes end with a message that names the process. Otherwise they would wait in a
+collective forever, at least on a TPU. A job that makes no step for two hours ends too, even if it has only one process.
+Only the first step has no time limit.
 
 JAX has heartbeats of its own, but if a process is lost, JAX calls abort() and prints C++ stack frames. JAX's deadline
-is set later than ours, so that our message comes first. If process 0 is lost, the abort can't be avoided, because JAX's
-coordination service runs in that process. A signal handler prints our message then.
+is longer than ours, so that our message comes first. If process 0 is lost, the abort can't be avoided, because JAX's
+coordination service runs in that process. In that case, a signal handler prints our message.
 """
 
 import contextlib
@@ -53,8 +54,8 @@ class Process:
   Attributes:
     name: the name of the process in messages.
     heartbeat: the last known heartbeat of the process.
-    changed_s: the value of time.monotonic() when the heartbeat last changed. For the process that runs this code: the
-      value when it reached its last step.
+    changed_s: the value of time.monotonic() when the heartbeat last changed. For the process that runs this code, it is
+      the value when the process reached its last step.
   """
 
   name: str
@@ -76,7 +77,7 @@ def update(peers: Mapping[int, Process], heartbeats: Mapping[int, Heartbeat], no
 
 
 def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: float) -> str | None:
-  """Decides whether this process must end. Returns the reason, or None if it may continue.
+  """Returns the reason why this process must end, or None if it may continue.
 
   Args:
     now_s: the present time, on the clock of `Process.changed_s`.
@@ -104,10 +105,11 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
 
 
 def is_own_error(error: BaseException) -> bool:
-  """Returns True if an error is certainly this process's own, and False if a lost peer may have caused it.
+  """Returns True if this process itself certainly caused the error, and False if the loss of another process may have
+  caused it.
 
   The type of the error isn't enough to decide this. A wrong setting raises a ValueError, but a collective that fails
-  because a peer is gone can raise one too.
+  because a process is gone may raise a ValueError too.
   """
   return isinstance(error, UserError | ValueError) and not _XLA_STATUS.match(str(error))
 
@@ -152,8 +154,8 @@ class Watchdog:
 class JobWatchdog(Watchdog):
   """A context manager that ends this process if another process of its job dies, hangs or fails.
 
-  If this process fails, that is, if an error other than `Stopped` leaves the block, the watchdog ends this process and
-  publishes the error. Then every other process prints a message that names this process, and ends too.
+  If an error other than `Stopped` leaves the block, this process has failed. The watchdog then publishes the error and
+  ends this process. Every other process prints a message that names this process, and ends too.
   """
 
   def __init__(self, info: ProcessInfo, names: Sequence[str], deadline_s: float, log: IO[str]):
@@ -216,7 +218,8 @@ class JobWatchdog(Watchdog):
   def _fail(self, error: BaseException) -> None:
     """Ends this process because `error` has left the block.
 
-    If a lost peer may have caused the error, first waits long enough for the watchdog to find that peer and report it.
+    If the loss of another process may have caused the error, first waits long enough for the watchdog to find the lost
+    process and report it.
     """
     own = is_own_error(error)
     if not own and not isinstance(error, SystemExit | KeyboardInterrupt):
@@ -261,10 +264,10 @@ class JobWatchdog(Watchdog):
 
 
 def _on_abort(act: Callable[[], None]):
-  """Registers a function `act` that is called when this process calls abort().
+  """Registers a function `act` that is called when this process calls abort(). Returns the handler.
 
-  The handler is a C function, because JAX aborts from C++ threads, in which Python's signal handlers don't run. Returns
-  the handler; the caller must keep a reference to it for the life of the process.
+  The caller must keep a reference to the handler for the life of the process. The handler is a C function, because JAX
+  aborts from C++ threads, in which Python's signal handlers don't run.
   """
   handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: act())
   libc = ctypes.CDLL(None)

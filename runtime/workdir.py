@@ -41,8 +41,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 def _is_fixed(key: str, is_rl: bool) -> bool:
   """Returns True if a setting must keep its value when a run resumes.
 
-  These are the settings with the role IDENTITY, and all settings that only the user's config has (those that aren't in
-  configs/settings.py). In RL, the settings in renamed.NOT_IN_RL may change.
+  These are the settings with the role IDENTITY, and the settings that aren't in configs/settings.py, which the user's
+  own config has added. In RL, the settings in renamed.NOT_IN_RL may change.
   """
   if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
     return False
@@ -55,7 +55,7 @@ def _is_fixed(key: str, is_rl: bool) -> bool:
 def _default(key: str) -> Any:
   """Returns the default of a setting, or None if configs/settings.py doesn't have the setting.
 
-  The default stands for a setting that is missing in a config from an older version.
+  A config of an older version may lack a setting. The default is then taken as its value.
   """
   try:
     return settings.default(key)
@@ -75,10 +75,10 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
-  """Yields the local file at `path`, locked and emptied, or None if another process has locked it.
+  """Yields the local file at `path`, locked and emptied. Yields None if another process has locked the file.
 
-  The lock is held until the block has ended and all child processes that inherited the file have ended. The lock is
-  released even if these processes are killed.
+  The lock is held until the block has ended and all child processes that inherited the file have ended. The operating
+  system releases the lock even if these processes are killed.
   """
   with open(path, 'a+', encoding='utf-8') as file:
     try:
@@ -91,7 +91,7 @@ def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
 
 
 def holder(path: str | os.PathLike) -> str:
-  """Returns the text that the holder of a lock wrote to the lock file."""
+  """Returns the text in a lock file, which the process that holds the lock has written."""
   return pathlib.Path(path).read_text(encoding='utf-8')
 
 
@@ -126,7 +126,7 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
 
 
 def code_version() -> str:
-  """Returns the commit of this code, or '' if it is unknown. A '+' at the end means that files have changed since.
+  """Returns the commit of this code, or '' if it is unknown. A '+' at the end means that files differ from the commit.
 
   In a copy without git, the commit is read from the file `.commit`, which launch/tpu.sh and the Dockerfile write.
   """

@@ -20,7 +20,7 @@ _LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
 
 
 class Question(Protocol):
-  """The fields of a task that are needed to extract an answer. Task in tasks/records.py has all fields."""
+  """The fields of a task from which an answer is extracted. Task in tasks/records.py has all fields."""
 
   question: str
   prompt: str
@@ -30,13 +30,14 @@ class Question(Protocol):
 
 
 def final_answer(text: str, task: Question) -> str | None:
-  r"""Returns the final answer in `text`, stripped, or None if there is none. The task's answer_format says what it is:
+  r"""Returns the final answer in `text`, stripped, or None if there is none. task.answer_format says where the answer
+  is:
 
-  line: the `answer_lines` lines (0: all) after the first '\nAnswer: '. Later ones don't count, because a model that
-    doesn't stop continues with new questions of its own.
+  line: the `answer_lines` lines (0: all lines) after the first '\nAnswer: '. Any later '\nAnswer: ' is ignored, because
+    a model that doesn't stop goes on to ask and answer further questions.
   boxed: the content of the last \boxed{...} with balanced braces, before the model begins a new question. Boxes that
     are separated only by 'and', 'or' or commas are one answer, joined by commas.
-  code: the part of the program that is run, up to the end of the function or to [DONE]. It isn't stripped.
+  code: the text up to the end of the function or to [DONE]. It isn't stripped.
   """
   if task.answer_format == 'line':
     _, mark, rest = text.partition(ANSWER_MARK)
@@ -48,8 +49,9 @@ def final_answer(text: str, task: Question) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""Returns the content of the last \boxed{...} in `text`; None if there is no box. If the last boxes form one answer
-  together, returns their contents, joined by commas.
+  r"""Returns the content of the last \boxed{...} in `text`; None if there is no box.
+
+  If the last boxes are separated only by 'and', 'or' or commas, returns all their contents, joined by commas.
   """
   found: list[tuple[int, int, str]] = []  # (start, end, content), the last box first
   limit = len(text)
@@ -67,8 +69,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
-  """Returns (content, end) of the brace group at `start`, or of a single character without braces. Returns None if the
-  group isn't closed before `limit`, or if nothing is there.
+  """Returns (content, end) of the brace group at `start`. Without a brace at `start`, the content is the next
+  character.
+
+  Returns None if the group isn't closed before `limit`, or if there is no character before `limit`.
   """
   if text[start:start + 1] != '{':
     return (text[start], start + 1) if start < limit else None  # \boxed 5

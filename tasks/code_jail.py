@@ -1,15 +1,16 @@
-"""Runs a program that a model wrote, so that it can't harm the machine, and says whether it ran to its end.
+"""Runs a program that a model wrote, so that it can't harm the machine, and says whether the program ran to its end.
 
     outcome = Jail(JailConfig()).run(program)
 
 Each program gets a new jail, which is removed afterwards (code_jail_worker.py). A jail has its own process, mount,
-network and IPC namespaces, and a user who owns nothing. Its root is read-only and has the system's libraries, this
+network and IPC namespaces, and a user who owns no files. Its root is read-only and has the system's libraries, this
 Python, and 16 MB of /tmp. There is no network, no environment and no /proc. Time, memory, processes, files and output
-are limited. At the deadline process 1 of the jail is killed, and the kernel ends all others in it. This needs Linux
-5.12 with namespaces. Elsewhere programs are refused, or run with the limits alone if the user accepts that.
+are limited. At the deadline, process 1 of the jail is killed, and the kernel then ends all other processes in the jail.
+All this needs Linux 5.12 with namespaces. On other systems programs are refused or, if the user accepts it, run without
+a jail, under the limits alone.
 
-A program has run to its end if it sends back a token, which it gets only after its last line has run. The token and
-the end of what the program printed are plain data, and neither is parsed.
+After the last line of a program, the jail's code sends back a token, which shows that the program has run to its end.
+The token and the last part of what the program printed are plain data. Neither is parsed.
 
 A jail protects the machine, not the tests. Tests and program share an interpreter, so a program can be written to
 deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
@@ -36,7 +37,7 @@ _SHOWN = 2000  # the last so many bytes of a program's output are kept
 
 
 class JailError(UserError):
-  """Raised if programs can't be run. The message is one line that says what would help."""
+  """Raised if programs can't be run. The message is one line that says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class JailConfig:
     deadline_s: the wall-clock seconds that a program may take, including the creation of the jail.
     memory_mb: the memory in MB that each process of a program may use.
     processes: the number of processes and threads that a program may have at the same time.
-    accept_no_isolation: whether to run programs without a jail, under these limits alone, if the kernel offers no
-      isolation.
+    accept_no_isolation: whether to run programs without a jail, under the limits above alone, if the kernel can't
+      isolate them.
   """
 
   workers: int = 2
@@ -73,7 +74,7 @@ class Outcome(NamedTuple):
   """The result of a program.
 
   passed: whether the program ran to its end.
-  why: 'deadline' or the last line that the program printed; '' for a program that ran to its end.
+  why: '' if the program ran to its end. Otherwise 'deadline', or the last line that the program printed.
   """
 
   passed: bool
@@ -81,20 +82,20 @@ class Outcome(NamedTuple):
 
 
 class Jail:
-  """Runs programs. Thread-safe.
+  """Runs programs in jails. Thread-safe.
 
   Attributes:
-    isolated: True if programs run in a jail, False if they run without one, under the limits alone.
+    isolated: True if programs run in a jail, False if they run without a jail, under the limits alone.
     workers: the number of programs that run at the same time.
   """
 
   def __init__(self, config: JailConfig, section: str = 'config.eval.code'):
-    """Runs a harmless program, to test that programs can be run.
+    """Checks that programs can be run, by running an empty program.
 
     section: the section of the config that error messages name.
 
     Raises:
-      JailError: the test failed.
+      JailError: the empty program can't be run.
     """
     self._c, self.isolated, self.workers = config, True, config.workers
     try:

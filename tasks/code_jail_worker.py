@@ -2,12 +2,12 @@
 
     python -I -S -B tasks/code_jail_worker.py SETTINGS < TOKEN + PROGRAM     SETTINGS is JSON
 
-There are three processes. This one limits the time. Its child is process 1 of a new process namespace; when process 1
-dies, the kernel ends all other processes in the namespace. The grandchild gives up its rights and becomes the program.
-One byte is written to the descriptor `report` when the jail is ready. The token is written to it after the program's
-last line has run.
+There are three processes. The process that starts with this file limits the time. Its child is process 1 of a new
+process namespace; when process 1 dies, the kernel ends all other processes in the namespace. The grandchild gives up
+its rights and becomes the program. When the jail is ready, one byte is written to the file descriptor `report`. After
+the program's last line has run, the token is written to it.
 
-This file imports nothing of the project or of third parties, because it runs with rights that the program must not
+This file imports neither the project nor third-party packages, because it runs with rights that the program must not
 have.
 """
 
@@ -56,7 +56,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(name: str, *args) -> None:
-  """Calls a function of libc. Raises OSError, with the function's name, if it fails."""
+  """Calls a function of libc. Raises OSError with the function's name if the call fails."""
   if getattr(_libc, name)(*(os.fsencode(a) if isinstance(a, str) else a for a in args)) < 0:
     code = ctypes.get_errno()
     raise OSError(code, f'{name}: {os.strerror(code)}')
@@ -73,8 +73,9 @@ def _restrict(path: str, attributes: int, below: int = _ALL_BELOW) -> None:
 
 
 def unshare() -> None:
-  """Creates new namespaces for the next child: mounts, processes, network, IPC and host name. If this user isn't root,
-  also creates a user namespace.
+  """Creates new namespaces for the next child: mounts, processes, network, IPC and host name.
+
+  If the user isn't root, also creates a user namespace.
   """
   user, group = os.geteuid(), os.getegid()
   flags = _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS
@@ -136,8 +137,9 @@ def limit(settings: dict, extra_processes: int) -> None:
 
 
 def become_nobody(user: int) -> None:
-  """Changes the user of this process to `user`, who owns nothing, if it is root. In any case, makes sure that the
-  process can't gain rights again.
+  """Takes all rights from this process, and prevents it from gaining rights again.
+
+  If the process runs as root, its user becomes `user`, who owns no files.
   """
   if os.geteuid() == 0:
     os.setgroups([])
@@ -165,8 +167,9 @@ def run(settings: dict, path: str, token: bytes, user: int) -> None:
 
 
 def first_process(settings: dict, program: bytes, token: bytes, user: int) -> None:
-  """Runs as process 1: builds the jail, starts the program and waits for its end. When process 1 ends after that, the
-  kernel ends all other processes in the jail.
+  """Runs as process 1: builds the jail, starts the program and waits for the program's end.
+
+  When process 1 ends after that, the kernel ends all other processes in the jail.
   """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
   _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory

@@ -2,9 +2,9 @@
 
 Files are jsonl or jsonl.gz, in two forms that are distinguished by their fields. HumanEval and HumanEval+ have
 `prompt`, `test` and `entry_point`; the model continues the function that the prompt begins. MBPP has `text` or
-`prompt`, `test_list`, `code`, and `test_setup_code` or `test_imports`; MBPP+ has a whole script in `test`. For MBPP and
-MBPP+, the prompt has the task and the tests, in the words of arXiv 2108.07732, and the answer is a program between
-[BEGIN] and [DONE].
+`prompt`, `test_list`, `code`, and `test_setup_code` or `test_imports`; MBPP+ also has a whole script in `test`. The
+prompt of MBPP and MBPP+ consists of the task and the tests, in the words of arXiv 2108.07732. The answer is a program
+between [BEGIN] and [DONE].
 """
 
 from collections.abc import Mapping
@@ -22,17 +22,18 @@ _PROMPT = ('You are an expert Python programmer, and here is your task: {} Your 
 
 
 def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
-  """Returns the problems of the files, in order, without those that are shown as worked examples.
+  """Returns the problems of the files, in order. Problems that are used as worked examples are left out.
 
   Task.reference is the code that runs after the answer, and Task.entry the code that runs before it.
 
   Args:
-    pattern: the files.
+    pattern: the path or glob of the files.
     shots: the number of worked examples before each problem.
-    examples: the file with these examples.
+    examples: the file that has the worked examples.
 
   Raises:
-    DataError: a record can't be used. The message has the file and the line number.
+    DataError: there are no problems, too few examples, or a record can't be used. For a record, the message has the
+      file and the line number.
   """
   records = list(read_jsonl(pattern))
   if len(records) == _MBPP_SIZE:

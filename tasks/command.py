@@ -5,7 +5,8 @@ r"""Judges answers as RL and evaluation do, and says why.
     betarank judge pairs.tsv
 
 The first line of a file names its columns: `gold`, `answer` and, if the right verdicts are known, `right` (1 or 0).
-With `right`, only the pairs that are judged differently are shown, and the counts. Without it, every pair is shown.
+With the column `right`, only the pairs whose verdict differs from it are shown. Without it, every pair is shown. The
+last lines count the verdicts.
 """
 
 import csv
@@ -27,7 +28,9 @@ _KNOWN = {'1': 'right', '0': 'wrong', 'right': 'right', 'wrong': 'wrong', 'true'
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints the verdict on one pair, or on the pairs of a file. Raises UserError if the arguments can't be used."""
+  """Prints the verdict on one pair, or on the pairs of a file. Raises UserError if the arguments or the file can't be
+  used.
+  """
   parser = Parser('betarank judge', __doc__)
   parser.add_argument('file', nargs='?', type=place, help='tab-separated pairs, with a header')
   parser.add_argument('--gold', help='the reference')
@@ -51,15 +54,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """Returns (text, task) for a verifier. If answer_format is '', the whole of `answer` is the final answer."""
+  """Returns (text, task) for a verifier. If answer_format is '', the whole text `answer` is the final answer."""
   text = answer if answer_format else f'{ANSWER_MARK}{answer}'
   lines = 1 if answer_format else 0
   return text, Task('', '', '', gold, 'math', answer_format or 'line', answer_lines=lines)
 
 
 def _read(path: str) -> list[tuple[str, str, str]]:
-  """Returns (gold, answer, known verdict or '') for each line. Raises UserError if a line is bad; the message names the
-  file and the line.
+  """Returns (gold, answer, known verdict or '') for each line of a file.
+
+  Raises:
+    UserError: the file can't be read, or a line is bad. The message names the file and the line.
   """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
@@ -96,7 +101,9 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """Returns a table with the counts of verdicts: one row for each known verdict, or one for all pairs if none is known.
+  """Returns a table that counts the verdicts, with one row for each known verdict, or one row if no verdict is known.
+
+  expected: the known verdict of each pair; '' if it isn't known.
   """
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')

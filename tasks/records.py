@@ -1,8 +1,8 @@
-"""Reads problems from files, and decides which records can't be used.
+"""Reads problems from files and TFDS data sets. Records that can't be used are left out and reported.
 
-    jsonl:GLOB    GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer), AIME and AMC (problem,
-                  answer), OlympiadBench (question, final_answer), Minerva (problem, solution); also as .gz
-    tfds:NAME     the same fields in a TFDS data set
+jsonl:GLOB    GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer), AIME and AMC (problem,
+              answer), OlympiadBench (question, final_answer), Minerva (problem, solution); also as .gz
+tfds:NAME     the same fields in a TFDS data set
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ _MAX_BYTES = 2**30  # the largest size of a compressed file's content, which is 
 
 
 class OddRecord(DataError):
-  """Raised for a record that isn't a problem with a final answer. The message is one line with its place in the
-  file.
+  """Raised for a record that isn't a problem with a final answer. The message is one line that begins with the record's
+  place.
   """
 
 
@@ -49,7 +49,7 @@ class Task:
 class Problem:
   """The question of a record, and its answer.
 
-  where: the record's file and line.
+  where: the file and line of the record.
   """
 
   question: str
@@ -73,8 +73,9 @@ class LeftOut:
 
 
 def describe(left_out: list[LeftOut], total: int, shown: int = 5) -> str:
-  """Returns one line that says how many of `total` problems are left out, and lists the first ones; '' if there are
-  none.
+  """Returns one line that says how many of `total` problems are left out, and lists the first `shown` of them.
+
+  Returns '' if no problem is left out.
   """
   if not left_out:
     return ''
@@ -114,7 +115,7 @@ def read_tfds(spec: str) -> Iterator[tuple[Any, str]]:
 
 
 def problem(record: Any, where: str, needs_answer: bool = True) -> Problem:
-  """Returns the problem of a record in one of the known forms.
+  """Returns the problem of a record. The record must have one of the forms in this module's docstring.
 
   Raises:
     OddRecord: there is no question, or `needs_answer` is True and there is no final answer on one line.

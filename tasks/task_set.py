@@ -5,9 +5,9 @@
     tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
     code:GLOB                          programming problems in the form of HumanEval or MBPP (code_problems.py)
 
-Questions are split by a hash of their text. So a question that occurs in several streams or files is always in the
-same split. A record is left out and counted if it has no final answer, or if no answer can be compared with its
-reference. All errors are DataErrors of one line that names the file and the line in it.
+A hash of a question's text decides which split the question is in. A question that occurs in several streams or files
+is therefore always in the same split. A record is left out and counted if it has no final answer, or if its reference
+can't be read. All errors are DataErrors of one line, which names the file and the line in it.
 """
 
 import ast
@@ -43,7 +43,7 @@ class TaskConfig:
     prompt: the template of a prompt. Only {question} is replaced; other braces in it are ordinary characters.
       Programming problems have their own prompts.
     answer_format: 'line' for 'Answer: X' on its own line, or 'boxed' for \boxed{X}.
-    held_out_fraction: the share of questions, by a hash of their text, that is never in 'train'.
+    held_out_fraction: the share of questions that are never in the split 'train'. A hash of their text decides.
     reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward function of the user that replaces the comparison with the
       reference; '' for none. It is called with the keywords text, answer, reference and question; see docs/extend.md.
   """
@@ -74,11 +74,11 @@ class TaskSet:
   """The tasks of one split of a source. `tasks[i]` and `tasks.at(cursor)` are pure functions.
 
   Attributes:
-    size: the number of tasks; None if it is unlimited.
+    size: the number of tasks; None if the source is unlimited.
     left_out: the records that can't be used: records of all splits without a final answer, and records of this split
       whose reference can't be read.
-    records: the number of records in this split, including those left out; 0 if it is unlimited.
-    sha256: SHA-256 of all questions and references of the source, in its order; '' if it is unlimited.
+    records: the number of records in this split, including those left out; 0 if the source is unlimited.
+    sha256: SHA-256 of all questions and references of the source, in its order; '' if the source is unlimited.
   """
 
   def __init__(
@@ -90,7 +90,7 @@ class TaskSet:
       config: the source and the formats.
       seed: decides the order of `at`. In a generated set, it also decides the problems, except in split 'held_out'.
       split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
-      exclude: hashes of questions to leave out: `hashes()` of the sets that are used for evaluation.
+      exclude: hashes of questions to leave out, from `hashes()` of the sets that are used for evaluation.
 
     Raises:
       DataError: the source can't be read, the split is empty, or the reward function fails.
@@ -130,33 +130,36 @@ class TaskSet:
     return self.size
 
   def __getitem__(self, index: int) -> Task:
-    """Returns task `index` >= 0 of the set, in the order of the source. Raises IndexError after the last task."""
+    """Returns task number `index` >= 0, in the order of the source. Raises IndexError after the last task."""
     if index < 0 or (self.size is not None and index >= self.size):
       raise IndexError(f'{self.config.uri}: no task {index}, there are {self.size}')
     return self._kept[index] if self.size is not None else self._generate(index)
 
   def describe_left_out(self, shown: int = 5) -> str:
-    """Returns one line that says how many problems are left out, and lists the first ones; '' if there are none."""
+    """Returns one line that says how many problems are left out, and lists the first `shown` of them.
+
+    Returns '' if no problem is left out.
+    """
     return records.describe(self.left_out, self.records, shown)
 
   def at(self, cursor: int) -> Task:
-    """Returns the task of prompt number `cursor` of a run. Each epoch has every task once, in a new order.
+    """Returns the task for prompt number `cursor` of a run. In each epoch, every task occurs once, in a new order.
 
-    To resume, a run only needs the number of prompts that it has consumed.
+    To resume, a run needs only the number of prompts that it has used so far.
     """
     return self[self.index(cursor)]
 
   def index(self, cursor: int) -> int:
-    """Returns the index of the task that a run's prompt number `cursor` asks."""
+    """Returns the index of the task for prompt number `cursor` of a run."""
     if self.size is None:
       return cursor
     epoch, place = divmod(cursor, self.size)
     return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
-    """Returns question_hash of the first `count` tasks, for the argument `exclude` of another set.
+    """Returns the question_hash of the first `count` tasks. Another set takes them as its argument `exclude`.
 
-    count: 0 for all tasks; not allowed if their number is unlimited.
+    count: 0 means all tasks, which isn't allowed if the source is unlimited.
     """
     return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
 
@@ -180,10 +183,12 @@ class TaskSet:
     return Task(question=question, prompt=prompt, answer_format=self.config.answer_format, **fields)
 
   def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
-    """Returns (task, where) for each record that is a problem, and adds the other records to left_out.
+    """Returns (task, where) for each record that is a problem. Adds the other records to left_out.
+
+    where: the place of the record, for messages.
 
     Raises:
-      DataError: no record is a problem.
+      DataError: none of the records is a problem.
     """
     found = []
     for record, where in records.read_tfds(rest) if kind == 'tfds' else read_jsonl(rest):
@@ -237,7 +242,10 @@ class _Generated:
       self.fields(i, 0, 1)
 
   def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
-    """Returns the fields of candidate number `attempt` for task `index`. The kind of task depends only on the index.
+    """Returns the Task fields of candidate number `attempt` for task number `index`.
+
+    The kind of problem depends only on the index. A task has several candidates because the first ones may be in
+    another split.
 
     attempts: the number of candidates for each task.
     """
@@ -256,7 +264,8 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Returns True if the task's scorer gives 1 only to the reference itself, so that no worker is needed."""
+  """Returns True if only the reference itself gets the score 1 for this task. Such answers are graded without a worker.
+  """
   from reasoning_gym.dataset import ProceduralDataset
   from reasoning_gym.factory import DATASETS
 
@@ -270,7 +279,10 @@ def files(uri: str) -> list[str]:
 
 
 def _literal(value: Any, uri: str) -> str:
-  """Returns `value` as a Python literal. Raises DataError if there is no literal that equals it."""
+  """Returns `value` as a Python literal. Raises DataError if no literal equals it.
+
+  uri: the source, for the message.
+  """
   text = repr(value)
   try:
     if ast.literal_eval(text) == value:

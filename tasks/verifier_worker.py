@@ -1,14 +1,14 @@
-"""Grades answers in a process of its own: by our rules and math-verify, by reasoning-gym's scorers, or by a user's
-reward.
+"""Grades answers in a process of its own: by betarank's rules and math-verify, by reasoning-gym's scorers, or by a
+user's reward function.
 
     python tasks/verifier_worker.py KIND MEMORY_MB CPU_S       JSON lines in, JSON lines out
 
-KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. worker_pool.py is the other end.
+KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. worker_pool.py starts this process and talks to it.
 
-Model text arrives here as data, and must not become code. reasoning-gym has scorers that call `eval` on it, or sympy's
-`parse_expr`, which calls `eval`. Both are replaced before any text arrives. In case text becomes code in another way,
-the process can't write files or start programs, and an audit hook ends the process at the first event that touches the
-system.
+Text written by a model arrives here as data, and must not become code. reasoning-gym has scorers that call `eval` on
+it, or sympy's `parse_expr`, which calls `eval`. Both functions are replaced before any text arrives. In case text
+becomes code in another way, the process can't write files or start programs, and an audit hook ends the process at the
+first event that touches the system.
 
 This protects a run from what models write by accident or to get reward. It isn't a jail for native code. Answers that
 are programs run in a jail instead (code_jail.py).
@@ -54,7 +54,9 @@ def _limit(memory_mb: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-  """Limits the CPU time of the next item, so that an item that never ends is ended even if the parent process has died.
+  """Limits the CPU time of the next item.
+
+  The limit ends an item that would never end, even if the parent process has died.
   """
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -62,15 +64,17 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def _guard(package: str) -> None:
-  """Replaces the functions that evaluate text, in all modules of an imported package. sympy's own modules keep using
-  the original functions.
+  """Replaces the functions that evaluate text, in all modules of an imported package.
+
+  sympy's own modules keep using the original functions.
   """
   import sympy
   from sympy.parsing.sympy_parser import parse_expr
 
   def guarded(text, *args, **kwargs):
-    """Accepts only arithmetic: no attributes, subscripts or strings, and no names except variables and known
-    functions.
+    """Evaluates `text` if it is arithmetic. Attributes, subscripts, strings and unknown names are refused.
+
+    Variables and known functions are allowed.
     """
     names = re.findall(r'[^\W\d]\w*', text)
     if not re.fullmatch(r'[\w\s+\-*/^().,!=<>|]*', text, re.ASCII) or re.search(r'\.\s*[^\W\d]|__', text):
@@ -89,10 +93,11 @@ def _guard(package: str) -> None:
 
 
 def math_grader():
-  """Returns a function request -> reply. It applies the rules of comparison.py, and math-verify where they need it.
+  """Returns a function request -> reply. It applies the rules of comparison.py, and uses math-verify where the rules
+  need it.
 
   A request whose answer is None asks only whether its reference can be read. The reply's rule is then '' if the
-  reference can be read, or else says why not.
+  reference can be read, or else the reason why it can't.
   """
   import logging
 
@@ -126,7 +131,7 @@ def math_grader():
 
 
 def reasoning_gym_grader():
-  """Returns a function request -> reply. It calls the scorer of the task's generator."""
+  """Returns a function request -> reply, which calls the scorer of the task's generator."""
   from reasoning_gym.factory import DATASETS
 
   _guard('reasoning_gym.')
@@ -145,7 +150,7 @@ def reasoning_gym_grader():
 
 
 def reward_grader(name):
-  """Returns a function request -> reply. It calls a reward function of the user.
+  """Returns a function request -> reply, which calls a user's reward function.
 
   The reward function is called with the keywords text, answer (None if there is no final answer), reference and
   question. It returns a number or a bool. A sample is right if the reward is 1.0 or more. A sample is undecided if the

@@ -5,7 +5,7 @@
 
 The final answer is extracted from the text (answers.py), and compared with the reference by rules (comparison.py).
 Plain numbers are compared in this process. All other answers go to worker processes, which are killed at a deadline and
-replaced. Model text is parsed only in workers, and never evaluated. Programs run in a jail (code_jail.py).
+replaced. Text written by a model is parsed only in workers, and never evaluated. Programs run in a jail (code_jail.py).
 """
 
 import collections
@@ -28,7 +28,7 @@ VERIFIERS = ('exact', 'math', 'reasoning_gym', 'code', 'reward')
 
 
 class Task(Question, Protocol):
-  """The fields of a task that a verifier needs. Task in tasks/records.py has all fields."""
+  """The fields of a task that the verifier uses. Task in tasks/records.py has all fields."""
 
   reference: str
   verifier: str  # one of VERIFIERS
@@ -42,10 +42,10 @@ class Grade:
 
   Attributes:
     verdict: right, wrong or undecided.
-    reward: 1.0 if right, 0.0 if wrong, NaN if undecided. If the user gave a reward function, the number it returned.
+    reward: 1.0 if right, 0.0 if wrong, NaN if undecided. With a user's reward function, it is the function's result.
     answer: the final answer that was extracted from the text; None if there is none.
     rule: the rule that decided.
-    gold_reading, answer_reading: how reference and answer were understood, in mathematics; '' elsewhere.
+    gold_reading, answer_reading: how reference and answer were understood, for mathematical answers; '' for others.
   """
 
   verdict: Verdict
@@ -66,19 +66,19 @@ class Verifier:
   """Grades answers. It can be called from several threads, but processes one call at a time.
 
   Attributes:
-    counts: a Counter over the verifier's life. It has the numbers of
-      verdicts: right, wrong, undecided;
-      places where a verdict was reached: plain (this process), worker, jail;
-      workers that were restarted: restarts;
-      failures: timeouts, crashes, refused (the worker touched the system), unread (the reference can't be read), errors
-        (a library or a reward function failed). A failure of several equal items counts once.
+    counts: a Counter over the verifier's life, with these keys:
+      right, wrong, undecided: verdicts;
+      plain, worker, jail: answers graded in this process, in a worker, in a jail;
+      restarts: workers that were restarted;
+      timeouts, crashes, refused (the worker touched the system), unread (the reference can't be read), errors (a
+        library or a reward function failed): failures. A failure of several equal items counts once.
     first_error: the message of the first failure that was counted under errors, one line; '' if there was none.
   """
 
   def __init__(self, config: VerifierConfig, jail: Jail | None = None):
     """Creates the verifier. Workers are started when they are first needed.
 
-    jail: runs the answers that are programs. If it is None, `grade` raises ValueError for tasks with such answers.
+    jail: where answers that are programs run. If it is None, `grade` raises ValueError for tasks with such answers.
     """
     self._c, self._lock = config, threading.Lock()
     self._pool = WorkerPool(config)
@@ -94,21 +94,21 @@ class Verifier:
     self.close()
 
   def close(self) -> None:
-    """Ends the workers. A later `verify` starts new ones."""
+    """Ends the workers. If `verify` or `grade` is called later, new workers are started."""
     with self._lock:
       self._pool.close()
 
   def verify(self, items: Sequence[tuple[str, Task]]) -> list[Verdict]:
-    """Returns the verdict of `grade` on each (sampled text, task), in order."""
+    """Returns the verdicts of `grade`, one for each (sampled text, task), in order."""
     return [grade.verdict for grade in self.grade(items)]
 
   def grade(self, items: Sequence[tuple[str, Task]]) -> list[Grade]:
     """Grades each (sampled text, task), in order.
 
-    An answer is wrong if there is none in the task's format, if it is too long, or if it differs from the reference. It
-    is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker was killed
-    from outside, another worker grades the answer once more. A grade doesn't depend on the other items; equal items are
-    graded once.
+    An answer is wrong if there is none in the task's format, if it is too long, or if it differs from the reference. An
+    answer is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker was
+    killed from outside, another worker grades the answer once more. A grade doesn't depend on the other items. Equal
+    items are graded once.
 
     Raises:
       VerifierError: workers can't be started.
@@ -140,7 +140,7 @@ class Verifier:
     return grades
 
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
-    """Returns {reference: reason} for the mathematical references that no answer can be compared with.
+    """Returns {reference: reason} for those mathematical references with which no answer can be compared.
 
     References aren't written by a model, so they are read in this process. Only references that need math-verify's
     parser go to a worker.
@@ -162,7 +162,8 @@ class Verifier:
   def _grade_here(self, answer: str | None, task: Task) -> Grade | None:
     """Returns the grade if this process can decide, else None.
 
-    It can decide if there is no answer, if the answer is too long, or if comparing texts or plain numbers is enough.
+    This process can decide if there is no answer, if the answer is too long, or if comparing texts or plain numbers is
+    enough.
     """
     if task.verifier in ('code', 'reward'):
       return None
@@ -221,8 +222,9 @@ def _needs_math_verify(gold: str, answer: str) -> bool | None:
 
 
 def _why_unreadable(reference: str) -> str | None:
-  """Returns why no answer can be compared with a reference; '' if the reference can be read; None if only math-verify
-  can tell.
+  """Returns the reason why no answer can be compared with a reference; '' if the reference can be read.
+
+  Returns None if only math-verify can tell.
   """
   try:
     return why_unreadable(reference, _needs_math_verify)

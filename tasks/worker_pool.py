@@ -1,6 +1,7 @@
-"""Manages the processes that grade. They are started when needed, limited in time and memory, and replaced if they die.
+"""Manages the processes that grade answers. They are started when needed, limited in time and memory, and replaced if
+they die.
 
-A request and its reply are one JSON line each. verifier_worker.py is the other end.
+A request and its reply are one JSON line each. verifier_worker.py is the code of such a process.
 """
 
 import collections
@@ -39,7 +40,8 @@ class VerifierConfig:
   Attributes:
     workers: the number of processes of each kind (math, reasoning_gym, a reward function).
     deadline_s: the CPU seconds that one item may take. After that, the worker is killed and the verdict is undecided.
-      CPU time is used so that a busy machine doesn't change verdicts. Wall time is limited to six times as much.
+      CPU time is limited rather than wall time, so that a busy machine doesn't change verdicts. Wall time is limited to
+      six times as many seconds.
     memory_mb: the largest address space of a worker, in MB.
     answer_chars: the largest length of a final answer, in characters; a longer answer is wrong.
   """
@@ -61,9 +63,9 @@ class VerifierConfig:
 
 
 class _Worker:
-  """A process that answers each request, one JSON line, with one JSON line.
+  """A process that reads requests and writes replies, one JSON line each.
 
-  busy: the index of its current request, or None.
+  busy: the index of the request that the process works on, or None.
   """
 
   def __init__(self, kind: str, c: VerifierConfig):
@@ -89,7 +91,11 @@ class _Worker:
       self.process.stdin.flush()
 
   def extend(self) -> bool:
-    """Moves the deadline and returns True if the worker has CPU time and wall time left. Otherwise returns False."""
+    """Checks a worker whose deadline has passed. If CPU time and wall time are left, sets a later deadline and returns
+    True.
+
+    Otherwise returns False.
+    """
     used = _cpu_s(self.process.pid)
     now = time.monotonic()
     if self.busy is None or used is None or used >= self._cpu_deadline_s or now >= self._last_moment:
@@ -98,8 +104,9 @@ class _Worker:
     return True
 
   def read(self) -> dict[str, Any] | None:
-    """Returns the worker's next message; {} if the message isn't complete yet; None if the worker has ended, or if the
-    line isn't the expected reply.
+    """Returns the worker's next message; {} if the message isn't complete yet.
+
+    Returns None if the worker has ended, or if its line isn't the expected reply.
     """
     chunk = os.read(self.process.stdout.fileno(), 2**16)
     self._buffer += chunk
@@ -131,7 +138,9 @@ def _import_path() -> str:
 
 
 def _cpu_s(pid: int) -> float | None:
-  """Returns the CPU seconds that a process has used; None if the system doesn't say. In that case, wall time counts."""
+  """Returns the CPU seconds that a process has used; None if the system doesn't provide them. The caller then uses wall
+  time.
+  """
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:
@@ -140,11 +149,12 @@ def _cpu_s(pid: int) -> float | None:
 
 
 class WorkerPool:
-  """Worker processes of several kinds. Not thread-safe: the caller must hold a lock during a call.
+  """Worker processes of several kinds. Not thread-safe: a caller with several threads must hold a lock during each
+  call.
 
   Attributes:
-    counts: a Counter of worker restarts, and of lost items by cause: timeouts, crashes, and refused (the item tried to
-      touch the system).
+    counts: a Counter with the number of worker restarts ('restarts'), and with the numbers of lost items by cause:
+      'timeouts', 'crashes', and 'refused' (the item tried to touch the system).
   """
 
   def __init__(self, config: VerifierConfig):
@@ -155,14 +165,15 @@ class WorkerPool:
     self.counts: collections.Counter[str] = collections.Counter()
 
   def close(self) -> None:
-    """Ends all workers. A later `ask` starts new ones."""
+    """Ends all workers. If `ask` is called later, new workers are started."""
     for workers in self._workers.values():
       for worker in workers:
         worker.kill()
     self._workers.clear()
 
   def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
-    """Returns for each request the reply or, if the request was lost, the cause: 'timeouts', 'crashes' or 'refused'.
+    """Returns, for each request, the worker's reply or the reason why there is none: 'timeouts', 'crashes' or
+    'refused'.
 
     kinds: the kind of worker for each request.
 
@@ -198,8 +209,9 @@ class WorkerPool:
     return replies
 
   def _wait(self, selector: selectors.BaseSelector, replies: list, pending: dict[str, collections.deque]) -> None:
-    """Waits for replies, at most until the first deadline of a worker, and receives them. Replaces workers that have
-    ended or have passed their deadline.
+    """Waits for replies and receives them, at most until the first deadline of a worker.
+
+    Replaces workers that have ended or have passed their deadline.
     """
     workers = [key.data for key in selector.get_map().values()]
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]

@@ -1,1 +1,1 @@
-"""Pre-training. loop.py runs it; score.py connects model and objective."""
+"""Implements pre-training. loop.py runs the training loop, and score.py connects the model with the objective."""

@@ -29,10 +29,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config of --config.
+  """Returns the config that --config and the overrides give.
 
-  If the run starts from a checkpoint, the model's settings are those of the checkpoint. The tokenizer is also that of
-  the checkpoint, unless the config or the data folder has one.
+  If the run starts from a checkpoint, the model's settings are taken from the checkpoint. The tokenizer is also taken
+  from it, unless the config names a tokenizer or the data folder has one.
   """
   config = load.read_stage(args.config, 'train')
   source = overrides.get('train.init_from', config.get('train', {}).get('init_from'))

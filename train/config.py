@@ -1,4 +1,6 @@
-"""Defines the settings of a pre-training run as frozen dataclasses, one per section. Each checks its own values."""
+"""Defines the settings of a pre-training run as frozen dataclasses, one per section. Each dataclass checks its own
+values.
+"""
 
 import dataclasses
 import re
@@ -60,7 +62,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """All settings of `betarank train`, except for the workdir."""
+  """All settings of `betarank train`, except the workdir."""
 
   seed: int
   model: ModelConfig
@@ -87,7 +89,7 @@ class RunConfig:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """Maps a config key to (rows, microbatches), for each batch whose rows are split over the mesh."""
+    """{config key: (rows, microbatches)}, for each batch whose rows are split over the mesh."""
     return {'train.batch_size': (self.rows, self.microbatches)}
 
   @property
@@ -97,7 +99,7 @@ class RunConfig:
 
   @property
   def microbatches(self) -> int:
-    """The number of parts in which one update is computed."""
+    """The number of microbatches into which the rows of one update are divided."""
     return self.train.microbatches
 
   @property
@@ -107,7 +109,7 @@ class RunConfig:
 
   @property
   def updates(self) -> int:
-    """The number of optimizer updates in all steps."""
+    """The number of optimizer updates in the whole run. In pre-training, each step is one update."""
     return self.steps
 
   @property
@@ -116,12 +118,12 @@ class RunConfig:
 
   @property
   def steps(self) -> int:
-    """The number of optimizer steps that use up the token budget."""
+    """The number of optimizer steps: the token budget divided by the tokens per step, rounded up."""
     return budget_steps(self.train.tokens, self.tokens_per_step)
 
 
 def run_config(config: ConfigDict) -> RunConfig:
-  """Returns the settings of a pre-training run, checked.
+  """Checks the settings of a pre-training run, and returns them.
 
   Raises:
     ConfigError: a setting is missing, unknown or invalid. The message names its key.
@@ -149,7 +151,11 @@ def check_warmup(optimizer: OptimizerConfig, steps: int, which: str) -> None:
 
 
 def first_and_last(profile_steps: str) -> tuple[int, int] | None:
-  """Returns the first and last step to profile, read from `log.profile_steps`; None if it is empty."""
+  """Returns (first, last), the steps to profile, from the setting `log.profile_steps`; None if the setting is empty.
+
+  Raises:
+    ValueError: the setting isn't of the form FIRST-LAST.
+  """
   if not profile_steps:
     return None
   found = re.fullmatch(r'(\d+)-(\d+)', profile_steps)

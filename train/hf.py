@@ -38,21 +38,24 @@ _LARGEST_TOKENIZER_FILE = 10**8  # bytes
 
 def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, tokenizer_path: str = '',
            positions: int = 0) -> str:
-  """Writes a checkpoint in Hugging Face's format to the new directory `to`.
+  """Writes a checkpoint in Hugging Face's format to the new directory `to`. Returns a summary of one line.
 
   Only one stored chunk of one array is in memory at a time.
 
   Args:
-    path: a checkpoint, or a workdir, whose newest checkpoint is taken.
+    path: a checkpoint, or a workdir, whose newest checkpoint is exported.
     to: a directory that doesn't exist or is empty.
     dtype: 'float32' or 'bfloat16'.
     shard_gb: the largest size of a file, in GB (10^9 bytes).
-    tokenizer_path: a SentencePiece model, a tokenizer.json, or a folder with one of them. '' takes the run's own
+    tokenizer_path: a SentencePiece model, a tokenizer.json, or a folder with one of them. '' means the run's own
       tokenizer. 'none' exports no tokenizer.
-    positions: the longest text that config.json allows, in tokens. 0: the longest text that the model was trained on,
-      or the length it was imported with, whichever is larger.
+    positions: the length of the longest text that config.json allows, in tokens. 0 means the length of the longest text
+      that the model was trained on or, if this is larger, the length that an imported model came with.
 
-  Returns a summary of one line.
+  Raises:
+    HfError, DataError: the model or the tokenizer can't be used or has no counterpart in Hugging Face's format, or a
+      file can't be written.
+    CheckpointError: the checkpoint is missing or damaged.
   """
   source = checkpoint.find(path)
   checkpoint.check(source)
@@ -87,7 +90,7 @@ def _trained_positions(config: dict) -> int:
 
 
 def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
-  """Writes the tokenizer at `path` to `folder`. Returns the ids of its special tokens, named as in config.json.
+  """Writes the tokenizer at `path` to `folder`. Returns {'bos_token_id': id, ...}, with the keys of config.json.
 
   A tokenizer.json is copied together with the files that belong to it. A SentencePiece model is converted.
   """
@@ -105,7 +108,7 @@ def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[
 
 
 def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
-  """Copies one array from Orbax's storage into the exported tensors, chunk by chunk."""
+  """Copies one array from the checkpoint `source` into the exported tensors, chunk by chunk."""
   where = str(source.resolve()) if '://' in str(source) else f'file://{source.resolve()}'
   try:
     store = tensorstore.open(f'{where}/state/|ocdbt:params.{leaf.path}/', read=True).result()
@@ -118,18 +121,20 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
 
 
 def import_(path: str, to: str, tokenizer_path: str = '') -> str:
-  """Writes a Hugging Face model as the new workdir `to`, so that a run can start from it.
+  """Converts a Hugging Face model to the new workdir `to`, from which runs can start. Returns a summary, with the
+  commands to run next.
 
-  The workdir gets the weights as checkpoint 0, the tokenizer's files, and a config.json. Shapes and names are checked
-  first, for which only the headers of the files are read. Arrays are assembled in memory-mapped files, so they needn't
-  fit in memory.
+  The workdir gets the weights as checkpoint 0, the tokenizer's files, and a config.json. Names and shapes of all
+  tensors are checked before any tensor is read. Arrays are assembled in memory-mapped files, so they may be larger than
+  memory.
 
   Args:
     path: the directory of the model.
     to: a directory that doesn't exist or is empty.
-    tokenizer_path: a tokenizer to use instead of the directory's own. 'none' imports no tokenizer.
+    tokenizer_path: a tokenizer to import instead of the one in the model's directory. 'none' imports no tokenizer.
 
-  Returns a summary, with the commands to run next.
+  Raises:
+    HfError: the model, a file or the tokenizer can't be used, or `to` can't be written.
   """
   folder, final = pathlib.Path(path), pathlib.Path(to).resolve()
   theirs = hf_weights.read_json(folder / 'config.json')
@@ -158,12 +163,12 @@ def import_(path: str, to: str, tokenizer_path: str = '') -> str:
 
 
 def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
-  """Returns the files of the tokenizer at `path`, after reading it as a check.
+  """Reads the tokenizer at `path` as a check, and returns its files.
 
   Returns [] if `path` is 'none', or a folder without a tokenizer.
 
   Raises:
-    HfError: the tokenizer can't be read, or one of its files is too large or a symbolic link that leads out of the
+    HfError: the tokenizer can't be read, or one of its files is too large, or is a symbolic link that leads out of the
       model's folder. The target of such a link would be copied, and perhaps published.
   """
   if path == 'none' or (pathlib.Path(path).is_dir() and not tokenizer.find(path).exists()):
@@ -187,10 +192,11 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file to read the tokenizer from. '' means the whole folder, that is, its tokenizer.json.
+  """Returns the name of the file from which the tokenizer is to be read. '' means that the folder itself is read, i.e.
+  its tokenizer.json.
 
-  Our own exports hold a SentencePiece model and the tokenizer.json that was made from it. In this case the
-  SentencePiece model is read, so that the tokenizer keeps its hash.
+  Folders that `export` wrote can have a SentencePiece model and the tokenizer.json made from it. Then the SentencePiece
+  model is read, so that the tokenizer keeps its hash.
   """
   by_name = {file.name: file for file in files}
   if 'tokenizer.json' in by_name and 'tokenizer.model' in by_name:
@@ -256,7 +262,7 @@ def _next_steps(to: str, parameters: int, tokenizer_path: str) -> str:
 
 @contextlib.contextmanager
 def _new_folder(to: str):
-  """Yields a temporary directory that is renamed to `to` when the block ends.
+  """Yields a temporary directory, which is renamed to `to` when the block ends without an error.
 
   Raises:
     HfError: `to` is in a bucket, is a file or a directory with content, or can't be written.

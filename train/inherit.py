@@ -1,4 +1,4 @@
-"""Takes the model's settings from the checkpoint that a run starts from, so that no command has to repeat them."""
+"""Copies the model's settings from the checkpoint that a run starts from, so that no command has to repeat them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,15 @@ from betarank.configs.errors import ConfigError
 
 
 def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Mapping[str, str]) -> None:
-  """Changes the section `model` of a config to that of a checkpoint, in all settings that decide what is learned.
+  """Replaces settings of the section `model` of a config by those of a checkpoint.
 
-  These are the settings with the role IDENTITY (configs/settings.py). The other settings, which decide how the model is
-  computed, keep their values. If the config has no section `model`, the whole section of the checkpoint is added.
+  Only the settings that decide what is learned are replaced, which have the role IDENTITY (configs/settings.py).
+  Settings that decide how the model is computed keep their values. If the config has no section `model`, the whole
+  section of the checkpoint is added.
 
   Args:
     config: the config to change. It must not be locked, and the overrides must not be applied yet.
-    trained: the checkpoint's meta.
+    trained: the checkpoint's metadata.
     overrides: the overrides of the command line, as in `load.load`.
 
   Raises:

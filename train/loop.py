@@ -1,6 +1,6 @@
 """Runs pre-training: sets up the run, restores its state, and repeats the update.
 
-Step n is dispatched before the figures of step n-1 are read, so the device never waits for the log.
+Step n is dispatched before the figures of step n-1 are read, so the device never waits while the host logs.
 """
 
 import contextlib
@@ -36,26 +36,27 @@ PROMPT_TOKENS = 12  # a logged text continues so many tokens of a training row
 
 
 class TrainingError(UserError):
-  """Raised when training fails. The message is one line that names the step and the newest good checkpoint."""
+  """Raised if training fails. The message is one line that names the step and, for a loss that isn't finite, the newest
+  good checkpoint.
+  """
 
 
 def inputs(config: ConfigDict) -> dict[str, str]:
-  """Returns the files that must have the same content for all processes of a run, as {what the file is: path}."""
+  """Returns {description: path} of the files whose content must be the same for all processes of a run."""
   c = run_config(config).data
   manifests = {f'data manifest of {name}': str(prepared.folder(c, name) / 'manifest.json') for name in c.sources}
   return {'tokenizer': c.tokenizer_path, **manifests}
 
 
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
-  """Trains a model by `config` in the workdir `path`. Resumes from the workdir's newest checkpoint if there is one.
+  """Trains a model in the workdir `path`. If the workdir has a checkpoint, resumes from the newest one.
 
-  fallback: True moves the newest checkpoint aside if it is damaged, and resumes from the newest good one.
+  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good checkpoint.
 
   Returns the figures of the last step.
 
   Raises:
-    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used. Raised before any
-      device work.
+    ConfigError, DataError, CheckpointError: the settings, the data or a checkpoint can't be used.
     TrainingError: the loss or the gradient norm isn't finite, or a target isn't a token of the vocabulary.
   """
   run, root = run_config(config), epath.Path(path)
@@ -126,11 +127,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
   """Raises ConfigError if the run in the workdir `root` can't continue with the token budget of this config.
 
-  There are two such cases. In the first, the run has already done more steps than the budget allows. In the second, the
-  budget is larger than before, but the learning rate has already begun to decay: the larger budget would raise it
-  again.
+  This happens in two cases. In the first, the run has already done more steps than the budget allows. In the second,
+  the budget is larger than before, but the learning rate has already begun to decay, and the larger budget would raise
+  it again.
 
-  meta: the meta of the newest checkpoint.
+  meta: the metadata of the newest checkpoint.
   """
   steps = checkpoint.steps(root / 'checkpoints')
   if not steps:
@@ -162,12 +163,12 @@ class Feed(Iterator[data.Batch]):
     return next(self._batches)
 
   def to_devices(self, batch: data.Batch) -> data.Batch:
-    """Returns the global batch on the devices, built from the rows of all processes."""
+    """Returns the global batch on the devices. Each process passes its own rows."""
     return multihost.local_to_global(batch, self._placement, self._rows)
 
   @property
   def cursor(self) -> dict[str, Any]:
-    """The position in the data, which determines the next batch. It can be stored as JSON."""
+    """The position in the data, as a JSON value. It determines the next batch."""
     return self._batches.cursor
 
   def close(self) -> None:
@@ -175,7 +176,7 @@ class Feed(Iterator[data.Batch]):
 
 
 class Recorder:
-  """Logs the figures of each update. The figures of an update are read while the next update runs."""
+  """Logs the figures of each update. It reads them while the next update runs."""
 
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
@@ -186,7 +187,7 @@ class Recorder:
     self.last: dict[str, float] = {}  # the figures of the newest step that was logged
 
   def dispatched(self, step: int, sums: dict[str, jax.Array]) -> None:
-    """Stores the figures of the update that was just dispatched, and logs those of the update before it."""
+    """Keeps the sums of the update that was just dispatched, and logs the figures of the update before it."""
     self.catch_up()
     self._pending = (step, sums)
 
@@ -253,7 +254,7 @@ def validate(run: RunConfig, feed: Feed, evaluate, state: TrainState, step: int,
 
 
 class Texts:
-  """Logs a few texts in which the current model continues the beginnings of training rows."""
+  """Logs a few texts in which the current model continues the first tokens of training rows."""
 
   def __init__(self, run: RunConfig, tokenizer: data.Tokenizer, mesh: Mesh):
     self._count, self._seed, self._tokenizer = run.log.samples, run.seed, tokenizer
@@ -262,7 +263,8 @@ class Texts:
     self._sampler = Sampler(run.model, SamplerConfig(size, PROMPT_TOKENS, run.log.sample_tokens), tokenizer.eos, mesh)
 
   def write(self, params: Any, batch: data.Batch, step: int, log: Log) -> None:
-    """Samples continuations at temperature 1, and logs them with their prompts. Every process must call this."""
+    """Samples continuations at temperature 1, and logs them together with their prompts. Every process must call this.
+    """
     if not self._count:
       return
     prompt_BP = np.asarray(batch.tokens_BT)[: self._count, :PROMPT_TOKENS]
@@ -277,7 +279,9 @@ class Texts:
 
 
 def describe_objective(objective: ObjectiveConfig) -> str:
-  """Returns a line for the log header: how the objective differs from plain cross-entropy, and its top-k."""
+  """Returns a line for the log header: the settings in which the objective differs from plain cross-entropy, and k of
+  the top k.
+  """
   changed = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)
              if getattr(objective, field.name) != field.default}
   k = changed.pop('top_k', objective.top_k)

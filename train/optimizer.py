@@ -25,7 +25,7 @@ MUON_RMS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Section `optimizer`: the optimizer, its schedule of the learning rate, and its weight decay."""
+  """Section `optimizer`: AdamW or Muon, the schedule of the learning rate, and weight decay."""
 
   lr: float
   warmup_steps: int
@@ -58,11 +58,11 @@ class OptimizerConfig:
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Returns the learning rate as a function of the step: a linear warm-up, then a constant, then a decay.
+  """Returns the learning rate as a function of the step: a linear warm-up, then a constant rate, then a decay.
 
-  The decay to final_lr takes the last `decay_fraction` of `steps`, but never begins before the warm-up has ended. Its
-  form is `decay_shape`. At step 0 the rate is lr / (warmup_steps + 1), not 0, so that the first update has an effect.
-  Source: WSD, arXiv 2404.06395.
+  The decay to final_lr takes the last `decay_fraction` of `steps`, but never begins before the warm-up has ended. The
+  setting `decay_shape` is the form of the decay. At step 0 the rate is lr / (warmup_steps + 1) instead of 0, so that
+  the first update has an effect. Source: WSD, arXiv 2404.06395.
   """
   start = decay_start(c, steps)
   parts = [optax.linear_schedule(c.lr / (c.warmup_steps + 1), c.lr, c.warmup_steps), optax.constant_schedule(c.lr)]
@@ -82,10 +82,10 @@ def decay_start(c: OptimizerConfig, steps: int) -> int:
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
   """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101) or Muon.
 
-  Muon orthogonalizes the momentum of each matrix in the layers, including the matrices of each expert. Muon isn't used
-  for the embedding, the head, norms and biases: optax updates these with Adam, with Nesterov momentum. So the optimizer
-  stores one moment for the layers' matrices, and two moments for all other parameters. Sources: optax.contrib.muon,
-  arXiv 2502.16982.
+  With Muon, the momentum of each matrix in the layers, and of each expert's matrices, is orthogonalized. The embedding,
+  the head, norms and biases are updated with Adam with Nesterov momentum, as in optax. The optimizer therefore stores
+  one moment for the layers' matrices, and two moments for all other parameters. Sources: optax.contrib.muon, arXiv
+  2502.16982.
 
   Norms and router biases get no weight decay. Router biases have no gradient either, so the optimizer doesn't change
   them.
@@ -107,10 +107,11 @@ def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientT
 
 
 def matrix(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-  """Returns the dimensions that form the two sides of a parameter's matrices, for Muon; None if Adam updates it.
+  """Returns which dimensions of a parameter are the two sides of its matrices, for Muon; None if Adam updates the
+  parameter.
 
-  One side is the dimension `embed`. The other side consists of all other dimensions together, such as heads x head_dim.
-  Only `layers` and `experts` are on neither side, because each layer and each expert has its own matrix.
+  One side is the dimension `embed`. The other side is all other dimensions together, such as heads x head_dim. `layers`
+  and `experts` belong to neither side, because each layer and each expert has its own matrix.
 
   names: the names of the parameter's dimensions.
   """

@@ -1,8 +1,8 @@
-"""Keeps track, on the host, of the rows and pages of the sampler's cache that each sample uses.
+"""Records, on the host, which rows and pages of the sampler's cache each sample uses.
 
 The batch axes of the mesh divide the devices into parts. Each part has its own rows and pages, so a prompt is prefilled
-in every part that draws samples of it. All results depend only on the prompts, the settings and the tokens drawn, so
-they are equal on every host.
+in every part that draws samples of it. All decisions depend only on the prompts, the settings and the tokens drawn, so
+they are the same on every host.
 """
 
 import collections
@@ -23,8 +23,8 @@ class Prefix:
     prompt: the number of the prompt.
     pages: the pages of the part that hold the prompt.
     samples: the number of running samples that use the prompt.
-    routed: (choices, f), set by the sampler: the experts chosen in a prefill of several prompts (None for a dense
-      model), and the index of this prompt among them.
+    routed: (choices, f), set by the sampler. choices are the experts chosen in a prefill of several prompts (None for a
+      dense model), and f is the index of this prompt among them.
   """
 
   prompt: int
@@ -38,14 +38,14 @@ class Running:
   """A sample that is being drawn.
 
   Attributes:
-    prompt: the number of its prompt.
-    index: the number of the sample among the samples of its prompt.
+    prompt: the number of the sample's prompt.
+    index: the number of the sample among the samples of the prompt.
     limit: the largest number of tokens to draw.
-    row: its row of the cache.
-    prefix: its prompt in the cache.
-    pages: the pages for its own tokens.
-    count: the number of tokens that the host knows to be drawn.
-    drawn: for each dispatch, what the sample got: (tokens, log-probabilities, experts).
+    row: the sample's row of the cache.
+    prefix: the prompt in the cache.
+    pages: the pages for the sample's own tokens.
+    count: the number of drawn tokens that the host has read.
+    drawn: (tokens, log-probabilities, experts) that the host has read, one entry for each dispatch.
   """
 
   prompt: int
@@ -69,13 +69,13 @@ class Pages:
   """Assigns rows and pages to samples.
 
   Args:
-    rows, pages: the numbers of rows and pages of the whole cache. Each part gets an equal share. The pages of a part
-      must have room for at least one row of the greatest length.
+    rows, pages: the numbers of rows and pages of the whole cache. Each part gets an equal share. A part must have
+      enough pages for the longest prompt and the longest answer.
     parts: the number of parts of the mesh.
     size: the number of tokens per page.
     prompt_pages: the number of pages that the longest prompt needs.
     row_pages: the number of pages that the longest prompt and the longest answer need together.
-    unit_rows: the number of rows per unit (see decode.Table).
+    unit_rows: the largest number of rows of a unit (see decode.Table).
   """
 
   def __init__(
@@ -86,14 +86,15 @@ class Pages:
     self.running: dict[int, Running] = {}  # by row, in the order in which they started
 
   def unfinished(self, tokens: int) -> bool:
-    """Returns True if some running sample may need more than `tokens` further tokens."""
+    """Returns True if some running sample may need more than `tokens` tokens beyond those that the host has read."""
     return any(sample.count + tokens < sample.limit for sample in self.running.values())
 
   def grow(self, tokens: int) -> list[Running]:
-    """Gives the running samples pages for `tokens` further tokens each, the oldest sample first.
+    """Gives each running sample enough pages for `tokens` further tokens, the oldest sample first. Returns the stopped
+    samples.
 
-    The tokens are counted from the `count` of a sample. If a part has no page left, the sample that started last in
-    this part is stopped. Returns the stopped samples.
+    Further tokens are those after the first `count` tokens of a sample. If a part of the mesh has no free page, the
+    sample of this part that started last is stopped.
     """
     stopped = []
     for part in self._parts:
@@ -113,20 +114,21 @@ class Pages:
   ) -> tuple[list[Running], list[Prefix | None]]:
     """Starts samples from the queue while there are free rows and pages.
 
-    A sample starts in a part only if enough pages are left for every sample there that may still need more to take one
-    more. No sample starts in a part in which the last `grow` stopped a sample. Samples whose prompt is already in the
-    part come first.
+    A sample starts only if its part of the mesh then still has one page for every running sample that may need more
+    pages. No sample starts in a part in which the last call of `grow` stopped a sample. Samples whose prompt is already
+    in the part start first.
 
     Args:
-      queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from it.
-      length: a function (number of a prompt) -> the number of its tokens that the cache holds.
-      limit: a function (number of a prompt) -> the largest number of tokens to draw for a sample of it.
+      queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from the
+        queue.
+      length: a function (number of a prompt) -> the number of the prompt's tokens that the cache holds.
+      limit: a function (number of a prompt) -> the largest number of tokens to draw for a sample of the prompt.
       tokens: the number of tokens for which a new sample gets pages.
 
     Returns:
-      (samples, prefixes). The samples are those that were started. The prefixes are, for each part, the prompt to
-      prefill before they run, or None. A call adds at most one prompt to a part, so call this again until it starts no
-      sample.
+      (samples, prefixes). samples are the started samples. prefixes has one entry per part: the prompt that must be
+      prefilled before the part's started samples run, or None. A call adds at most one prompt to a part, so call this
+      function again until it starts no sample.
     """
     started, prefixes = [], [None] * len(self._parts)
     for n, part in enumerate(self._parts):
@@ -160,7 +162,7 @@ class Pages:
     return started, prefixes
 
   def stop(self, sample: Running) -> None:
-    """Frees the row and the pages of a sample. The pages of its prompt are freed later, by `start` or `grow`."""
+    """Frees the row and the pages of a sample. The prompt's pages are freed later, by `start` or `grow`."""
     part = self._part(sample)
     del self.running[sample.row]
     part.rows.append(sample.row)
@@ -168,7 +170,7 @@ class Pages:
     sample.prefix.samples -= 1
 
   def table(self) -> Table:
-    """Returns the table of the running samples. It is a copy, because a dispatch may read it after the next change."""
+    """Returns the table of the running samples. It is a copy, so a dispatch may still read it after later changes."""
     members = self._unit_rows
     rows_UM, count_U = np.zeros((len(self._table.prefix_B), members), np.int32), np.zeros_like(self._table.prefix_B)
     together = collections.defaultdict(list)
@@ -184,11 +186,11 @@ class Pages:
     return Table(self._table.pages_BJ.copy(), self._table.prefix_B.copy(), rows_UM, count_U)
 
   def filled(self, prefixes: list[Prefix | None], out_of_range: int) -> np.ndarray:
-    """Returns the pages that prompts are written to, int32 [parts, prompt_pages].
+    """Returns the pages into which prompts are to be written, int32 [parts, prompt_pages].
 
     Args:
-      prefixes: for each part, the prompt to write, or None.
-      out_of_range: the number that stands in places without a page.
+      prefixes: for each part of the mesh, the prompt to write, or None.
+      out_of_range: the number to use where there is no page to write.
     """
     pages_FI = np.full((len(prefixes), self._prompt_pages), out_of_range, np.int32)
     for f, prefix in enumerate(prefixes):
@@ -215,10 +217,10 @@ class Pages:
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:
-    """Returns True if a part has at least `pages` free pages.
+    """Returns True if a part of the mesh has at least `pages` free pages.
 
-    Before counting, frees the pages of prompts without running samples. If samples of such a prompt are still in the
-    queue, its pages are freed only if they are needed.
+    First frees the pages of prompts that no running sample uses. If the queue still has samples of such a prompt, the
+    prompt's pages are freed only if there are too few free pages.
     """
     for prefix in list(part.prefixes.values()):
       if not prefix.samples and (prefix.prompt not in queue or len(part.pages) < pages):

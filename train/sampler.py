@@ -1,18 +1,19 @@
 """Samples from the model: takes prompts, and returns tokens and their log-probabilities.
 
-The forward pass is that of training. In each part of the mesh, a prompt is prefilled once and shared by its samples.
+The forward pass is the same function as in training. In each part of the mesh, a prompt is prefilled once, and all its
+samples there share it.
 
 The device decodes a fixed number of rows, in dispatches of a few steps each. Between dispatches, each row whose sample
-has ended takes the next sample, so a long answer doesn't delay other samples. On an accelerator the host reads the
-results of a dispatch while the next one runs.
+has ended gets the next sample, so a long answer doesn't delay other samples. On an accelerator, the host reads the
+results of a dispatch while the next dispatch runs.
 
-The cache (model/decode.py) consists of pages. A row takes pages as its sample grows, so the cache may be much smaller
+The cache (model/decode.py) consists of pages. A row gets pages as its sample grows, so the cache may be much smaller
 than all rows at their greatest length. The shapes of arrays depend only on the settings, except that a prefill has the
-length of its longest prompt, rounded up to a power of two. So few programs are compiled.
+length of its longest prompt, rounded up to a power of two. Therefore only few programs are compiled.
 
-# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt, or rows started at once
-# T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  L layers  k experts per token
-# LP2KSH as in model/decode.py
+# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt, or samples started at once
+# T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  K most probable tokens
+# L layers  k experts per token  LP2KSH as in model/decode.py
 """
 
 import collections
@@ -47,20 +48,21 @@ class SamplerConfig:
   """The settings of a sampler. RL leaves top_p and top_k at their defaults; other values are for evaluation.
 
   Attributes:
-    decode_batch_size: the number of rows, which is the largest number of samples decoded at the same time.
+    decode_batch_size: the number of rows. At most this many samples are decoded at the same time.
     max_prompt_tokens, max_new_tokens: the largest number of tokens of a prompt, and of an answer including its EOS.
-    temperature: the logits are divided by it. 0 always takes the most probable token.
-    top_k: keeps only this number of most probable tokens. 0 keeps all. Ties are broken as in jax.lax.top_k.
-    top_p: keeps the smallest set of most probable tokens whose probabilities sum to at least top_p. It is applied after
-      top_k, to the renormalized probabilities.
+    temperature: the logits are divided by this number. 0 means that the most probable token is always drawn.
+    top_k: tokens are drawn only from this number of most probable tokens; 0 means from all tokens. Of equally probable
+      tokens, lower ids come first.
+    top_p: tokens are drawn only from the smallest set of most probable tokens whose probabilities sum to at least
+      top_p. The probabilities are those after top_k, renormalized.
     decode_steps: the number of tokens that a row draws per dispatch. Between dispatches, rows whose sample has ended
-      are refilled.
-    record_choices: whether samples of a mixture of experts hold the experts that were chosen for each token.
-    cache_tokens: the number of tokens that the cache has room for, on all devices together. 0: enough for all rows at
-      their greatest length, each with a prompt of its own. When the cache is full, the sample that started last is
+      get new samples.
+    record_choices: whether each Sample of a mixture of experts records the experts that were chosen for each token.
+    cache_tokens: the number of tokens that the cache has room for, on all devices together. 0 means room for all rows
+      at their greatest length, each with a prompt of its own. When the cache is full, the sample that started last is
       stopped, and starts again later.
-    page_tokens: the largest number of tokens per page of the cache. Pages are smaller if no prompt and no answer can
-      fill one.
+    page_tokens: the number of tokens per page of the cache. It is reduced if even the longest prompts and answers can't
+      fill a page.
 
   Raises:
     ValueError: a value is invalid. The message begins with the name of the field.
@@ -95,7 +97,9 @@ class SamplerConfig:
 
   @property
   def prompt_pages(self) -> int:
-    """The number of pages for the longest prompt. Its last token isn't counted, because decoding begins with it."""
+    """The number of pages for the longest prompt. A prompt's last token isn't in them, because decoding begins with
+    this token.
+    """
     return max(1, -(-(self.max_prompt_tokens - 1) // self.page_tokens))
 
   @property
@@ -114,10 +118,10 @@ class Prompt(NamedTuple):
   """A prompt to sample answers to.
 
   Attributes:
-    id: a number in [0, 2^32), folded into the random keys. Each prompt of a call must have a different one.
+    id: a number in [0, 2^32), which is part of the random keys. The prompts of a call must have different ids.
     tokens: the tokens of the prompt.
-    max_new_tokens: the largest number of tokens of an answer to this prompt, at most SamplerConfig.max_new_tokens.
-      None: SamplerConfig.max_new_tokens.
+    max_new_tokens: the largest number of tokens of an answer to this prompt, at most SamplerConfig.max_new_tokens. None
+      means SamplerConfig.max_new_tokens.
   """
 
   id: int
@@ -132,8 +136,8 @@ class Sample(NamedTuple):
     prompt_id: the id of the prompt.
     index: the number of this sample among the samples of the prompt.
     tokens: int32 [n], n >= 1, the tokens drawn. The last token is EOS if and only if `finish` is 'eos'.
-    logp: float32 [n], nats: the log-probability of each token under the distribution it was drawn from, that is, after
-      temperature, top_k and top_p. At temperature 0 all are 0.
+    logp: float32 [n], nats: the log-probability of each token in the distribution it was drawn from, which is the
+      model's after temperature, top_k and top_p. At temperature 0 all are 0.
     finish: 'eos', or 'length' if the answer reached its largest number of tokens without EOS.
     choices: int16 [m + n - 1, L, k] for a prompt of m tokens: the k experts chosen in each of the L layers, for every
       token except the last, which doesn't go through the model. None if they weren't recorded.
@@ -148,15 +152,15 @@ class Sample(NamedTuple):
 
   @property
   def text_tokens(self) -> np.ndarray:
-    """The tokens without EOS: those that have a text."""
+    """The tokens without EOS, which has no text."""
     return self.tokens[:-1] if self.finish == 'eos' else self.tokens
 
 
 def decode_param_axes(c: model.ModelConfig) -> Any:
   """Returns the names of the dimensions of each array that `decode_params` returns.
 
-  They are those of the model's parameters, with two differences. The width is None instead of `embed`, so it isn't
-  sharded. The layers are a list instead of a dimension.
+  The names are those of the model's parameters, with two differences. The width is None instead of `embed`, so it isn't
+  sharded. The layers form a list, so their arrays have no dimension `layers`.
   """
   whole = lambda names: tuple(None if name == 'embed' else name for name in names)
   return jax.tree.map(
@@ -165,7 +169,8 @@ def decode_param_axes(c: model.ModelConfig) -> Any:
 
 
 def decode_params(c: model.ModelConfig, params: model.transformer.Params) -> Any:
-  """Returns the sampler's copy of the parameters, in the compute type except for norms, routers and biases.
+  """Returns the sampler's copy of the parameters. Norms, routers and biases are float32, all others have the compute
+  dtype.
 
   Each layer is a separate array, because slicing stacked layers would copy them for every token.
   """
@@ -181,7 +186,7 @@ def _is_names(node: Any) -> bool:
 
 
 class Sampler:
-  """Draws samples. It holds settings but no parameters, so each call may bring newer parameters.
+  """Draws samples. It holds settings but no parameters, so each call may pass newer parameters.
 
   Args:
     c: the model.
@@ -216,13 +221,13 @@ class Sampler:
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
     step: int, watch: Callable[[Sample], None] | None = None,
   ) -> Iterator[list[Sample]]:
-    """Yields the samples of each prompt, ordered by index, as soon as the last of them has ended.
+    """Yields the samples of each prompt, ordered by index, as soon as all samples of the prompt have ended.
 
     While the caller works on these samples, the device continues to decode.
 
-    Given the settings of the distribution, token t of a sample depends only on the parameters, the prompt's tokens and
-    (seed, step, prompt id, sample index, t). So any sample can be drawn again, alone or with another decode_batch_size
-    or decode_steps. There is one exception: a matrix product of another shape may round differently, and this changes a
+    Token t of a sample depends only on the parameters, the prompt's tokens, the temperature, top_k, top_p and (seed,
+    step, prompt id, sample index, t). Any sample can therefore be drawn again, alone or with another decode_batch_size
+    or decode_steps. There is one exception: matrix products of different shapes may round differently, which changes a
     draw that falls on the very edge between two tokens.
 
     Args:
@@ -230,12 +235,13 @@ class Sampler:
       prompts: the prompts. Their ids must differ.
       samples: the number of samples per prompt, or the list of their indices.
       seed, step: integers in [0, 2^32).
-      watch: called after each dispatch, once for each sample that has new tokens. Its argument is a Sample with only
-        the new tokens, whose `finish` is '' if the sample isn't complete. A sample that was stopped because the cache
-        was full begins again with its first token.
+      watch: called after each dispatch, once for each sample that has new tokens. The argument is a Sample that has
+        only the new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because
+        the cache was full begins again with its first token.
 
     Raises:
-      ValueError: a prompt is too long or otherwise invalid, or another argument is. Raised before any device work.
+      ValueError: a prompt is too long or otherwise invalid, or another argument is invalid. This is checked before any
+        device work.
     """
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)
@@ -244,7 +250,8 @@ class Sampler:
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
 
-    It is for planning: no memory is allocated, and the mesh may consist of devices that this machine doesn't have.
+    The program is for planning: no memory is allocated, and the mesh may consist of devices that this machine doesn't
+    have.
 
     params: the shapes and dtypes of the parameters.
     """
@@ -340,7 +347,7 @@ class Sampler:
                   None if choices[0] is None else choices)
 
   def _start(self, weights, rows, pages, queue, prompts, seed, step, tokens) -> '_Rows':
-    """Starts samples from the queue while there are free rows and pages. Returns the new rows."""
+    """Starts samples from the queue while there are free rows and pages. Returns the updated rows."""
     limit = lambda p: prompts[p].max_new_tokens or self.s.max_new_tokens
     while True:
       samples, prefixes = pages.start(queue, lambda p: len(prompts[p].tokens) - 1, limit, tokens)
@@ -353,9 +360,9 @@ class Sampler:
         return rows
 
   def _prefill(self, weights, rows, pages, prefixes, prompts) -> '_Rows':
-    """Writes prompts into the cache, at most one in each part of the mesh. Returns the new rows.
+    """Writes prompts into the cache, at most one in each part of the mesh. Returns the updated rows.
 
-    The last token of a prompt isn't written, because decoding begins with it.
+    A prompt's last token isn't written, because decoding begins with it.
     """
     some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
     longest = max(map(len, some))
@@ -376,7 +383,7 @@ class Sampler:
 
 
 class _Start(NamedTuple):
-  """The samples to put into rows. Each field is uint32 [I]. A limit of 0 empties the row."""
+  """The samples to put into rows. Each field is uint32 [I]. A sample with limit 0 empties its row."""
 
   row: Any
   token: Any  # the prompt's last
@@ -419,14 +426,17 @@ def _prefill(c, weights, pages_LP2KSH, token_FP, length_F, pages_FI) -> tuple[tu
 
 
 def _choices(routing: model.Routing | None) -> jax.Array | None:
-  """Returns the experts chosen for each token, int16 [F, P, L, k], in full on every host. None for a dense model."""
+  """Returns the experts chosen for each token, int16 [F, P, L, k], of which every host has the whole array.
+
+  Returns None for a dense model.
+  """
   if routing is None:
     return None
   return constrain(jnp.moveaxis(routing.choices_LBTk, 0, 2).astype(jnp.int16), None, None, None, None)
 
 
 def _start_some(rows, samples, seed, step) -> _Rows:
-  """Puts samples into their rows, STARTED at a time. Returns the new rows.
+  """Puts samples into their rows, STARTED at a time. Returns the updated rows.
 
   samples: tuples (row, the prompt's last token, limit, prompt id, index).
   """
@@ -459,11 +469,11 @@ def _put(rows, task, seed, step) -> _Rows:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(c, s, eos, weights, rows, table):
-  """Draws up to s.decode_steps tokens for every unfinished row.
+  """Draws up to s.decode_steps tokens for every row whose sample hasn't ended.
 
-  Returns (rows, drawn). `drawn` is for the host: (token_TR, logp_TR, count_R, choice_TRLk). A row has drawn as many
-  tokens as its entry of count_R has grown by, and they are the first ones of the row's column. choice_TRLk is None if
-  the chosen experts aren't recorded.
+  Returns (rows, drawn). `drawn` is what the host reads: (token_TR, logp_TR, count_R, choice_TRLk). count_R is the
+  number of tokens of each sample so far. If a row's count has grown by n, the row's new tokens are the first n entries
+  of its column of token_TR. choice_TRLk is None if the chosen experts aren't recorded.
   """
   head_DV = model.head(c, weights)
   table = _pinned(table)
@@ -499,10 +509,10 @@ def _decode(c, s, eos, weights, rows, table):
 
 
 def _draw(s, z_RV, u_R2):
-  """Returns (tokens, log-probabilities) [R].
+  """Draws one token per row. Returns (tokens, log-probabilities) [R].
 
-  Each token is drawn with two uniform numbers. The first picks a block of the vocabulary, the second a token in that
-  block. Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers
+  Each token is drawn with two uniform numbers. The first number picks a block of the vocabulary, the second a token in
+  this block. Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers
   resolve probabilities down to 2^-23 of a block; a single number would resolve only 2^-23 of the whole distribution.
   """
   e_RV = jnp.exp(z_RV - z_RV.max(-1, keepdims=True))
@@ -523,16 +533,21 @@ def _draw(s, z_RV, u_R2):
 
 
 def _pick(mass_RN, u_R):
-  """Returns an index [R] for each row, drawn in proportion to mass_RN >= 0.
+  """Returns one index per row [R], drawn with probabilities proportional to mass_RN >= 0.
 
-  An index with mass 0 is never drawn, whatever the rounding of the sums.
+  An index with mass 0 is never drawn, even if sums are rounded.
+
+  u_R: uniform random numbers in [0, 1).
   """
   upto_RN = jnp.where(mass_RN > 0, jnp.cumsum(mass_RN, -1), 0)
   return jnp.argmax(upto_RN > u_R[:, None] * upto_RN.max(-1, keepdims=True), -1)
 
 
 def _kept(s, z_RV):
-  """Returns bool [R, V]: True for the tokens that remain after temperature 0, top_k and then top_p are applied."""
+  """Returns bool [R, V]: True for the tokens that may be drawn.
+
+  Each row keeps its top_k most probable tokens (one token at temperature 0), and of these the ones that top_p allows.
+  """
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))
   p_RK = jax.nn.softmax(value_RK)

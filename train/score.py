@@ -1,6 +1,7 @@
 """Connects the model with the objective. All code that needs probabilities of text gets them here.
 
-Pre-training, validation, RL, the probe, the harness and the sampler all call this module, so they can't disagree.
+Pre-training, validation, RL, the probe, the harness and the sampler all call this module, so their probabilities are
+always computed in the same way.
 
     total               the summed loss, for training
     log_probabilities   log-probability and entropy of each token, for RL
@@ -31,7 +32,9 @@ from betarank.objectives import (
 
 
 def layout() -> Layout | None:
-  """Returns how the head's arrays are sharded over the current mesh (see model/sharding.py), or None without a mesh."""
+  """Returns how the head's arrays are sharded over the current mesh (see model/sharding.py), or None if there is no
+  mesh.
+  """
   if jax.sharding.get_abstract_mesh().empty:
     return None
   return Layout(
@@ -47,11 +50,11 @@ def total(
     c, params: the model and its parameters.
     batch: the tokens. Targets that don't count, such as padding, add nothing: their loss and statistics are 0.
     shaping: the objective, from ObjectiveConfig.at(step).
-    stats: 'full' computes all statistics. 'basic' saves the search for the top k tokens: head_mass and tail_mass are
-      then None, unless the objective has a lambda, which needs the top k anyway.
+    stats: 'full' computes all statistics. 'basic' leaves out head_mass and tail_mass, which are then None, and saves
+      the search for the top k. If the objective has a lambda, the top k is needed, so both are computed anyway.
 
-  Returns (total, loss_BT, statistics [B, T], routing), in float32 nats. The total includes the load-balance loss of a
-  mixture of experts; loss_BT doesn't. routing is None for a dense model.
+  Returns (total, loss_BT, statistics [B, T], routing). Losses are float32, in nats. The total includes the load-balance
+  loss of a mixture of experts, and loss_BT doesn't. routing is None for a dense model.
   """
   hidden_BTD, _, routing = model.forward_routed(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   summed, loss_BT, statistics = shaped_linear_total(
@@ -72,9 +75,9 @@ def log_probabilities(
 
   Gradients flow through the log-probabilities.
 
-  choices_BTLk: the experts that the sampler used for each token. None: the router chooses the experts again, and
-  because of rounding its choice may differ from the sampler's.
-  temperature: the logits are divided by it, as in the sampler.
+  choices_BTLk: the experts that the sampler used for each token. None means that the router chooses the experts again;
+    because of rounding, it may choose other experts than in the sampler.
+  temperature: the logits are divided by this number, as in the sampler.
   """
   choices_LBTk = None if choices_BTLk is None else jnp.moveaxis(choices_BTLk, 2, 0).astype(jnp.int32)
   hidden_BTD, _, _ = model.forward_routed(
@@ -88,7 +91,7 @@ def log_probabilities(
 def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> tuple[TokenStats, jax.Array]:
   """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 where the target doesn't count.
 
-  top_k: the number of most probable tokens that form the head, as in head mass.
+  top_k: the number of most probable tokens that form the head, for head mass and tail mass.
   """
   hidden_BTD = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)[0]
   statistics = linear_token_stats(
@@ -107,7 +110,7 @@ def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tup
 def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperature: float = 1.0) -> jax.Array:
   """Returns the float32 logits [..., V] of hidden states [..., D], divided by `temperature`.
 
-  The loss computes its logits with the same matmul.
+  The loss computes its logits with the same matrix product.
   """
   return linear_logits(hidden, head_DV, temperature=temperature, compute_dtype=c.dtype)
 
@@ -116,10 +119,10 @@ def sums(
   batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
-  """Returns sums over the targets of a batch that count.
+  """Returns sums over the targets of a batch that count, from which `means` computes the figures to log.
 
-  `means` computes the figures to log from these sums. `add` adds up the sums of several batches. Counts of tokens and
-  bytes are int32, because float32 can't count past 16 million.
+  `add` adds the sums of several batches. Counts of tokens and bytes are int32, because float32 can't count past 16
+  million.
   """
   of_experts = {} if routing is None else {
     'expert_load': routing.load_LE,
@@ -155,7 +158,7 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def means(s: dict[str, Any]) -> dict[str, float]:
-  """Computes the figures per token and per byte from sums, under the names that logs and reports use.
+  """Computes figures per token and per byte from sums. The figures have the names that logs and reports use.
 
   For a mixture of experts, the figures include `expert_load_max_over_mean`: the load of the busiest expert divided by
   the mean load, in the layer where this ratio is largest.

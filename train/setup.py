@@ -1,7 +1,7 @@
 """Sets up a run: mesh, tokenizer, state and log. Pre-training, RL, evaluation and the planner all use these functions.
 
-A run begins from the first of these that exists: the newest checkpoint in its workdir, the checkpoint named by
-`train.init_from`, random weights from the seed.
+A run begins from the newest checkpoint in its workdir. If there is none, it begins from the checkpoint that
+`train.init_from` names. If this is empty, it begins from random weights, which the seed determines.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ def make_mesh(
   Args:
     mesh: the sizes of the mesh's axes.
     c: the model, whose arrays must be divisible by the mesh.
-    rows: maps a config key to (rows, microbatches), for every batch whose rows are split over the mesh.
-    devices: the devices to use, as in jax.make_mesh. None: all devices.
+    rows: {config key: (rows, microbatches)}, for every batch whose rows are split over the mesh.
+    devices: the devices to use, as in jax.make_mesh. None means all devices.
 
   Raises:
     ConfigError: the devices can't form this mesh, the mesh doesn't divide the model or the rows, or the model's
@@ -64,9 +64,8 @@ def make_mesh(
 
 
 def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
-  """Returns the meta of the checkpoint that a run in the workdir `root` begins from.
-
-  Returns {} if the run begins from random weights.
+  """Returns the metadata of the checkpoint that a run in the workdir `root` begins from; {} if it begins from random
+  weights.
 
   Raises:
     CheckpointError: there is no checkpoint at `init_from`.
@@ -102,7 +101,7 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
   """Closes `checkpoints` after an error, within SAVE_DEADLINE_S seconds. Prints whether a save in progress was
   completed.
 
-  Never raises an error, because the run's own error is the one to show.
+  Never raises an error, because the user must see the error that ended the run.
   """
   step = checkpoints.in_flight
   outcome = f'did not finish within {SAVE_DEADLINE_S} s'
@@ -125,9 +124,10 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError, naming config.`key`, if the rows can't be split evenly.
+  """Raises ConfigError if rows can't be divided evenly into microbatches, and each microbatch over the mesh's batch
+  axes.
 
-  They are split into `microbatches` parts, and each part over the batch axes of the mesh.
+  key: the config key of the number of rows, for the message.
   """
   sizes = {axis: mesh_shape[axis] for axis in BATCH_AXES}
   if microbatches > 1:
@@ -146,7 +146,7 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
   Args:
     path: the tokenizer's file.
     c: the model; it must have at least as many tokens as the tokenizer.
-    trained: the meta of the checkpoint that the tokenizer will be used with, if there is one.
+    trained: the metadata of the checkpoint that the tokenizer will be used with, if there is one.
 
   Raises:
     DataError: the file isn't a tokenizer, or has more tokens than the model.
@@ -161,10 +161,7 @@ def read_tokenizer(path: str, c: model.ModelConfig, trained: Mapping[str, Any] |
 
 
 def trained_tokenizer(meta: Mapping[str, Any]) -> str:
-  """Returns the path of the tokenizer that a checkpoint was trained with.
-
-  meta: the meta of the checkpoint.
-  """
+  """Returns the path of the tokenizer that a checkpoint was trained with. `meta` is the checkpoint's metadata."""
   if 'tokenizer' in meta:
     return meta['tokenizer']
   own = meta['config']['data']
@@ -172,9 +169,12 @@ def trained_tokenizer(meta: Mapping[str, Any]) -> str:
 
 
 def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the config of a checkpoint together with the sections it inherited.
+  """Returns the config of a checkpoint, together with the sections that the checkpoint inherited.
 
-  A checkpoint from RL inherits the sections on data and objective from the pre-training it started from.
+  A checkpoint of an RL run inherits the sections on data and objective from the pre-training that the RL run started
+  from.
+
+  meta: the metadata of the checkpoint.
   """
   config, inherited = dict(meta['config']), meta.get('inherited', {})
   if 'sources' not in config['data'] and 'data' in inherited:
@@ -189,7 +189,7 @@ class Beginning(NamedTuple):
     state: the training state, on the devices.
     step: the number of steps done; 0 for a new run.
     cursor: the position in the data or the prompts, from the checkpoint; None for a new run.
-    parent: the checkpoint that the run originally started from; '' for random weights.
+    parent: the checkpoint that the run started from when it was new; '' for random weights.
     inherited: sections of the config of the original pre-training, which the run's checkpoints keep (see `lineage`).
   """
 
@@ -204,15 +204,16 @@ def begin(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, checkpoints: checkpoint.Checkpoints, *,
   seed: int, init_from: str, everything: bool = False,
 ) -> Beginning:
-  """Returns what a run begins with. The docstring of this module tells from where the state is taken.
+  """Returns the state that a run begins with, and its origin. This module's docstring says which checkpoint is
+  restored.
 
   Args:
     c, tx, mesh: the model, optimizer and mesh of the state.
     checkpoints: the checkpoints of the run's workdir.
     seed: selects the random weights.
-    init_from: a workdir or a checkpoint; '' for none.
-    everything: True takes the optimizer state, the step and the data cursor from `init_from`, as well as the weights.
-      False takes only the weights.
+    init_from: a workdir or a checkpoint to start a new run from; '' for random weights.
+    everything: whether a new run also takes the optimizer state, the step and the data cursor from `init_from`. If
+      False, it takes only the weights.
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged, or the shapes of its arrays differ from the model's.
@@ -235,11 +236,12 @@ def begin(
 
 
 def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-  """Raises ConfigError if the model differs from that of a checkpoint in one of `fields`.
+  """Raises ConfigError if one of these settings of the model differs from the checkpoint's.
 
-  These settings don't change the shapes of arrays, so restoring the checkpoint wouldn't fail.
+  The check is needed because the settings don't change the shapes of arrays, so the checkpoint could be restored.
 
-  trained: the meta of the checkpoint.
+  trained: the metadata of the checkpoint.
+  fields: the names of the settings.
   """
   before = trained['config']['model']
   for name in fields:
@@ -258,7 +260,10 @@ def _inherited(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lineage(config: ConfigDict, beginning: Beginning, tokenizer: data.Tokenizer, tokenizer_path: str) -> dict[str, Any]:
-  """Returns the origin of a run. Every checkpoint of the run stores it, together with the step and the cursor."""
+  """Returns the origin of a run: its config, parent, tokenizer and code version.
+
+  Every checkpoint of the run stores this dictionary, together with the step and the cursor.
+  """
   return {
     'config': json.loads(to_json(config)),
     'parent': beginning.parent,
@@ -280,8 +285,8 @@ def open_log(
     config: the resolved config.
     start: the step that the run resumes after; 0 for a new run.
     steps: the last step.
-    describe: a function that turns the figures of a step into the texts to print. None: `metrics.describe`, which is
-      for pre-training.
+    describe: a function that turns the figures of a step into the texts to print. None means `metrics.describe`, which
+      is for pre-training.
   """
   first = jax.process_index() == 0
   if first:
@@ -297,7 +302,7 @@ def open_log(
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
-  """Prints what a run is: its model, data, mesh and so on, one line per entry of `lines`."""
+  """Prints the log header of a run: its model, data, mesh and so on, one line per entry of `lines`."""
   for name, text in lines.items():
     log.say(f'{name:9} {text}', indent=10)
 
@@ -317,7 +322,8 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
-  """Returns the first and last step of a run and what it starts from, or that it is finished, for `log_header`."""
+  """Returns, for `log_header`, the first and last step of a run and what the run starts from, or that it is finished.
+  """
   start = beginning.step
   if start >= steps:
     return f'finished already: step {start} of {steps} is in {root}'
@@ -338,7 +344,7 @@ def short(n: float) -> str:
 
 
 def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
-  """Logs where a finished run is saved, and the commands that show its curves and compare it with its parent.
+  """Logs where a finished run is saved, and commands that show its curves and its predictions next to its parent's.
 
   parent: the checkpoint that the run started from; '' for random weights.
   """
@@ -358,7 +364,7 @@ def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
 
 
 class Due(NamedTuple):
-  """What has to be done after a step."""
+  """The actions that are due after a step."""
 
   evaluate: bool
   save: bool
@@ -366,20 +372,24 @@ class Due(NamedTuple):
 
 
 def due(step: int, steps: int, *, stopping: bool, eval_every: int, save_every: int) -> Due:
-  """Returns what has to be done after step number `step` of `steps`. The last step is always evaluated and saved."""
+  """Returns the actions that are due after step number `step` of `steps`. The last step is always evaluated and saved.
+
+  stopping: whether the run was asked to stop.
+  eval_every, save_every: the numbers of steps between two evaluations, and between two saves.
+  """
   final = step == steps
   return Due(final or step % eval_every == 0, final or stopping or step % save_every == 0, stopping and not final)
 
 
 def stopped(log: Log, checkpoints: checkpoint.Checkpoints, step: int, stop: StopSignal) -> None:
-  """Waits for the checkpoint of `step`, then ends a run that was asked to stop, by raising Stopped."""
+  """Waits until the checkpoint of `step` is written, logs that the run was asked to stop, and raises Stopped."""
   checkpoints.wait()
   log.say(f'asked to stop: step {step} is saved; the same command resumes from it')
   raise Stopped(stop.exit_status)
 
 
 def stopped_before(log: Log, start: int, stop: StopSignal) -> None:
-  """Ends a run that was asked to stop before it did a step, by raising Stopped. All processes must call it.
+  """Raises Stopped if a run was asked to stop before its first step. All processes must call this.
 
   start: the step that the run resumes after; 0 for a new run.
   """

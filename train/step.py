@@ -22,21 +22,21 @@ def make_step(
   microbatches: int = 1,
   stats: str = 'full',
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the jitted update of pre-training.
+  """Returns the jitted update of pre-training, a function (state, batch) -> (new state, metrics).
 
-  The loss is a sum over the targets of the batch that count, divided once by the number of these targets. So
-  microbatches, packing and mesh don't change what is learned. The only exception is the load-balance loss of a softmax
-  router: it is computed within each microbatch and then averaged over tokens.
+  The loss is a sum over the targets of the batch that count, divided once by the number of these targets. Microbatches,
+  packing and mesh therefore don't change what is learned. The only exception is the load-balance loss of a softmax
+  router, which is computed within each microbatch and then averaged over tokens.
+
+  The metrics are the sums of train/score.py and the norm of the gradient before clipping. For a router with a
+  load-balancing bias, they include the smallest and the largest bias.
 
   Args:
     c, objective, tx: the model, the objective and the optimizer.
     bytes_per_token_V: int [V], the number of UTF-8 bytes of each of the V tokens of the vocabulary.
-    microbatches: the number of parts in which a batch is computed. Row i is in part i % microbatches.
-    stats: 'full' computes all statistics. 'basic' skips those of the k most probable tokens, unless a lambda of the
-      objective needs them.
-
-  Returns a function (state, batch) -> (new state, metrics). The metrics are the sums of train/score.py and the norm of
-  the gradient before clipping. For a router with a load-balancing bias, they include the smallest and the largest bias.
+    microbatches: the number of parts into which the rows of a batch are divided. Row i is in part i % microbatches.
+    stats: 'full' computes all statistics. 'basic' leaves out head_mass and tail_mass, unless a lambda of the objective
+      needs the top k anyway.
   """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
@@ -75,7 +75,7 @@ def make_step(
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
-  """Returns the jitted function (state, batch) -> sums. The sums are those of `score.sums`, as in training."""
+  """Returns a jitted function (state, batch) -> sums, with the sums of `score.sums`, as in training."""
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def evaluate(state: TrainState, batch: Batch):

@@ -3,7 +3,7 @@
 The paper is arXiv 2512.22955.
 
 Not all of the paper's text was available. A comment "open" marks a value that the paper doesn't give, or that couldn't
-be found. The value here is then a usual choice, not the paper's.
+be found. In such a place, the config has a usual value.
 """
 
 from ml_collections import ConfigDict
@@ -35,7 +35,7 @@ def parse(arg: str | None):
 def base(a) -> ConfigDict:
   """Returns the config of a stage, complete except for the model's sizes and the mesh.
 
-  a: the parsed argument; see `parse`.
+  a: the parsed argument, from `parse`.
   """
   c = common.rl_base() if a.stage == 'rl' else common.base()
   c.seed = a.seed
@@ -71,7 +71,7 @@ def _midtrain(c):
   """Sets the values of mid-training: 100B tokens at 16k context, with a learning rate that falls from 3e-4 to 3e-5.
 
   The paper leaves three things open. Here, the decay is linear (optimizer.decay_shape has other forms). The optimizer
-  starts with new moments, not with those of pre-training. The objective is the one that objective=... selects, as in
+  starts with new moments instead of those of pre-training. The objective is that of the argument objective=..., as in
   pre-training.
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)
@@ -96,7 +96,8 @@ def _rl(c):
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """Adds every objective to a sweep: for each seed, one run per stage, each starting from the run of the stage before.
+  """Adds every objective to a sweep. For each seed, there is one run per stage, and each run starts from the run of the
+  stage before.
 
   seeds: the number of seeds; the paper ran one seed of each objective.
   stages: the stages to run; 'pretrain' is always run.

@@ -1,4 +1,4 @@
-"""Dense 4B (4.02B parameters, Qwen3-4B's shape): all three stages.
+r"""Dense 4B (4.02B parameters, Qwen3-4B's shape): all three stages.
 
     betarank plan --config=configs/paper/dense_4b.py --topology=v5e-256 --usd_per_chip_hour=1.2
     betarank data prepare --config=configs/paper/dense_4b.py
@@ -12,7 +12,8 @@ The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail
 has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 9.6 of 16.9 GB
 per chip and 118 to 140 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
-The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
+that aren't known are left out.
 
     objective             ce     beta_low   beta_high   tail    head
     after pre-training    42.62  43.11      42.44       42.48

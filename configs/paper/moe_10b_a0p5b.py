@@ -1,4 +1,4 @@
-"""MoE 10B-A0.5B (9.53B parameters, 0.52B active without the embedding): all three stages.
+r"""MoE 10B-A0.5B (9.53B parameters, 0.52B active without the embedding): all three stages.
 
     betarank plan --config=configs/paper/moe_10b_a0p5b.py --topology=v5e-256 --usd_per_chip_hour=1.2
     betarank data prepare --config=configs/paper/moe_10b_a0p5b.py
@@ -12,7 +12,8 @@ The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail
 has the paper's values, and marks those that the paper leaves open. Pre-training on 128 chips of v5p takes 17.5 of 102.8
 GB per chip and 38 to 40 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
-The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
+that aren't known are left out.
 
     objective             ce     beta_low   beta_high   tail    head
     after pre-training    44.11  44.89      44.52

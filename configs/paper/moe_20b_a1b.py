@@ -1,4 +1,4 @@
-"""MoE 20B-A1B (19.6B parameters, 0.95B active without the embedding): all three stages.
+r"""MoE 20B-A1B (19.6B parameters, 0.95B active without the embedding): all three stages.
 
     betarank plan --config=configs/paper/moe_20b_a1b.py --topology=v5e-256 --usd_per_chip_hour=1.2
     betarank data prepare --config=configs/paper/moe_20b_a1b.py
@@ -12,7 +12,8 @@ The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail
 has the paper's values, and marks those that the paper leaves open. Pre-training on 128 chips of v5p takes 23.2 of 102.8
 GB per chip and 60 to 62 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
-The paper's results (averages of 19 benchmarks; after RL, Avg@128 of six math sets):
+The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
+that aren't known are left out.
 
     objective             ce     beta_low   beta_high   tail    head
     after pre-training    49.80  50.27      49.99       50.11

@@ -24,7 +24,9 @@ SIZES = {  # size -> its stages; two of the paper's models were only pre-trained
 def parse(arg: str | None, seeds: int) -> SimpleNamespace:
   """Parses `size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, tokens=N`.
 
-  seeds: the default of `seeds=N`. `tokens=0` keeps the token budget of the model size's config.
+  seeds: the default of `seeds=N`.
+
+  `tokens=0`, the default, keeps the token budget of the model size's config.
   """
   a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
   if a.size not in SIZES:
@@ -35,7 +37,8 @@ def parse(arg: str | None, seeds: int) -> SimpleNamespace:
 
 
 def config(a: SimpleNamespace) -> ConfigDict:
-  """Returns the config of the model size `a.size` and the stage `a.stage`, before an arm changes it."""
+  """Returns the config of the model size `a.size` and the stage `a.stage`, before the settings of an arm are applied.
+  """
   if a.size != 'smoke':
     c = load.read(f'configs/paper/{a.size}.py:stage={a.stage}')
   elif a.stage == 'rl':
@@ -48,8 +51,10 @@ def config(a: SimpleNamespace) -> ConfigDict:
 
 
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
-  """Adds one arm to the sweep: for each seed, every stage of model size `a.size`, each starting from the one before,
-  then a probe of the last checkpoint.
+  """Adds one arm to the sweep.
+
+  For each seed, the arm has a run for every stage of the model size `a.size`, each starting from the run of the stage
+  before, and a probe of the last checkpoint.
 
   objective: the settings of section `objective` that the arm changes. They apply to all stages except RL.
   """

@@ -1,8 +1,8 @@
-"""Sweep of the rewards of wrong tokens in head and tail, and of k, the size of the head.
+"""Sweep of the rewards of wrong tokens in the head and in the tail, and of k, the size of the head.
 
     betarank sweep --config=configs/sweeps/lambda_k.py --root=runs/lambda_k --parallel=2
 
-The paper has lambda_tail = -0.1 or lambda_head = 0.1, only at k = 100.
+The paper has only lambda_tail = -0.1 and lambda_head = 0.1, both at k = 100.
 """
 
 from betarank.configs import sweeps

@@ -1,8 +1,8 @@
-"""Sweep of five seeds, for cross-entropy and the paper's two best objectives: shows how much arms differ by chance.
+"""Sweep of five seeds, for cross-entropy and the paper's two best objectives. It shows how much arms differ by chance.
 
     betarank sweep --config=configs/sweeps/seeds.py --root=runs/seeds --parallel=2
 
-The paper ran one seed of each, and reports differences of 0.5 to 2 points.
+The paper ran one seed of each objective, and reports differences of 0.5 to 2 points.
 """
 
 from betarank.configs import paper, sweeps

@@ -1,8 +1,9 @@
 """betarank explore RUN [RUN ...] [--task=URI]              serves a page on this machine, until Ctrl-C
 betarank explore RUN [RUN ...] --export=FILE --text=TEXT   writes the view of a text as one HTML file
 
-Shows what each checkpoint predicts, token by token. Type a text, or pick a document of the validation data or a
-problem. RUN is a checkpoint, or a workdir, whose newest checkpoint is used. All must have the same tokenizer.
+The page shows what each checkpoint predicts, token by token. Type a text, or pick a document of the validation data or
+a problem. RUN is a checkpoint, or a workdir, whose newest checkpoint is used. All checkpoints must have the same
+tokenizer.
 
     betarank explore runs/smoke/reasoning/beta=0 runs/smoke/reasoning/beta=-0.25
 """
@@ -20,7 +21,7 @@ from betarank.configs.terminal import waiting
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command until Ctrl-C, or until the view is written.
+  """Runs the command until Ctrl-C or, with --export, until the file is written.
 
   Raises:
     UserError: an argument is not allowed.

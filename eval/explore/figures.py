@@ -24,17 +24,17 @@ _SHORTEST = 16  # a shorter text is padded to this many tokens
 class Figures(NamedTuple):
   """The model's predictions along one text of N tokens, in nats and at temperature 1.
 
-  Entry i < N describes the prediction of token i from BOS and the tokens before it. Entry N describes the prediction
-  after the last token. That prediction has no target, so only `entropy`, `top` and `top_logp` have an entry N.
+  Entry i < N is the prediction of token i, given BOS and the tokens before token i. Entry N is the prediction after the
+  last token. There is no target for it, so only `entropy`, `top` and `top_logp` have an entry N.
 
   Attributes:
-    logp: float32 [N], the log probability of each token.
-    rank: int32 [N], the rank of each token; 0 for the most probable one.
+    logp: float32 [N], the log-probability of each token.
+    rank: int32 [N], the rank of each token; 0 for the most probable token.
     entropy: float32 [N + 1].
-    head: float32 [N], the probability of the wrong tokens among the k most probable ones.
+    head: float32 [N], the probability of the wrong tokens among the k most probable tokens.
     tail: float32 [N], the probability of all other wrong tokens. exp(logp) + head + tail = 1.
-    top: int32 [N + 1, n], the ids of the n most probable tokens, the most probable one first.
-    top_logp: float32 [N + 1, n], their log probabilities.
+    top: int32 [N + 1, n], the ids of the n most probable tokens, the most probable token first.
+    top_logp: float32 [N + 1, n], the log-probabilities of the tokens in `top`.
   """
 
   logp: np.ndarray
@@ -79,9 +79,10 @@ def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns {name of a field of Figures: values}. `top` and `top_logp` are [B, T, n], other fields are [B, T].
+  """Returns {name of a field of Figures: values}. `top` and `top_logp` are [B, T, n], the other fields are [B, T].
 
-  At the last position of a text, fields that depend on a target are meaningless. So are all fields in the padding.
+  At the last position of a text, there is no target, so fields that depend on a target are meaningless. In padding, all
+  fields are meaningless.
   """
   stats, hidden_BTD = score.token_stats(c, params, batch, top_k)
   head_DV = model.head(c, params)

@@ -1,9 +1,9 @@
 """Serves the page to this machine only.
 
-The server listens on 127.0.0.1. It answers a request only if the Host header has a loopback name, if the request
-doesn't come from another web page, and if the path begins with a random token that only the printed URL contains. The
-check of the Host header stops web pages that reach the server through a domain name pointed at 127.0.0.1. All other
-requests get a 4xx status before their body is read. Only paths in the tables `files` and `actions` exist.
+The server listens on 127.0.0.1. It answers a request only if all of these are true: the Host header has a loopback
+name, the request doesn't come from another web page, and the path begins with a random token, which only the printed
+URL contains. The check of the Host header stops web pages that use a domain name of their own that leads to 127.0.0.1.
+All other requests get a 4xx status before their body is read. Only the paths in the tables `files` and `actions` exist.
 """
 
 import hmac
@@ -44,7 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Opens the port.
 
     Args:
-      files: {path below the token: (content type, content)}, for GET.
+      files: {path after the token: (content type, content)}, for GET.
       actions: {name: function}, for POST to api/NAME. The function takes and returns JSON values. If it raises
         UserError, the page shows the message.
       port: the port to listen on; 0 means any free port.
@@ -57,7 +57,7 @@ class Server(http.server.ThreadingHTTPServer):
     self.url = f'http://{ADDRESS}:{self.server_address[1]}/{self.token}/'
 
   def handle_error(self, request, client_address):
-    """Prints an error of a request, except if the browser has only closed the connection or timed out."""
+    """Prints an error that occurred during a request, unless the browser has closed the connection or timed out."""
     if not isinstance(sys.exception(), ConnectionError | TimeoutError):
       super().handle_error(request, client_address)
 
@@ -105,7 +105,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return 500, {'error': 'the computation failed; the terminal shows why'}
 
   def _path(self):
-    """Returns the part of the path after the token. If the request isn't allowed, refuses it and returns None."""
+    """Returns the part of the path after the token. If the request isn't allowed, answers with a 4xx status and returns
+    None.
+    """
     host, _, port = self.headers.get('Host', '').rpartition(':')
     if (host if port.isdigit() else self.headers.get('Host', '')) not in HOSTS or not self._from_here():
       self._refuse(403)
@@ -117,7 +119,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return rest[0]
 
   def _from_here(self):
-    """Returns whether the request may be from our own page: False if its headers say that another page made it."""
+    """Returns False if the request's headers say that another web page made it, else True."""
     origin = self.headers.get('Origin')
     return origin in (None, f'http://{self.headers.get("Host")}') and self.headers.get('Sec-Fetch-Site') in (
       None, 'none', 'same-origin')

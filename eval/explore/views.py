@@ -1,6 +1,6 @@
 """Builds what the page shows, as JSON values: a text with the predictions of several checkpoints, or a problem.
 
-A *passage* is a sequence of tokens with the predictions of each checkpoint. A *view* has a passage for a prompt, and
+A *passage* is a sequence of tokens with the predictions of each checkpoint. A *view* has one passage for a prompt, and
 one passage for each continuation of the prompt:
 
     {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None}
@@ -38,12 +38,12 @@ class Explorer:
   """The checkpoints to look at, and where texts and problems come from.
 
   Attributes:
-    models: the checkpoints; they have the same tokenizer.
+    models: the checkpoints, which must have the same tokenizer.
     top_k: the number of tokens that make up the head.
-    sources: name of a source -> its validation split.
+    sources: {name of a source: its validation split}.
     tasks: the problems; None if there are none.
     verifier: judges answers to the problems.
-    lock: is held during a computation, so that only one runs at a time.
+    lock: held during a computation, so that only one computation runs at a time.
   """
 
   models: Sequence[Loaded]
@@ -61,11 +61,15 @@ class Explorer:
             'sources': {name: len(documents) for name, documents in self.sources.items()}, 'task': task}
 
   def text(self, text: str, samples: int = 0, sampling: Sampling | None = None) -> dict[str, Any]:
-    """Returns the view of a text, with `samples` continuations by each checkpoint."""
+    """Returns the view (what the page shows, as JSON values) of a text, with `samples` continuations by each
+    checkpoint.
+    """
     return self._view(text, samples, sampling, None)
 
   def document(self, source: str, index: int) -> dict[str, Any]:
-    """Returns the view of a document from a source's validation split. Of a long document, shows only the beginning."""
+    """Returns the view (what the page shows, as JSON values) of document number `index` of a source's validation split.
+    A long document is cut after its beginning.
+    """
     if source not in self.sources:
       raise EvalError(f'no source {source!r}; there are {", ".join(self.sources) or "none"}')
     documents = self.sources[source]
@@ -75,7 +79,10 @@ class Explorer:
     return self.text(self._tokenizer.decode(tokens[:MOST_TOKENS // 2].tolist()))
 
   def problem(self, index: int, samples: int, sampling: Sampling) -> dict[str, Any]:
-    """Returns the view of a problem, with `samples` answers by each checkpoint and the verdicts on them."""
+    """Returns the view (what the page shows, as JSON values) of problem number `index`.
+
+    The view has `samples` answers by each checkpoint and their verdicts.
+    """
     if self.tasks is None:
       raise EvalError('there are no problems; name a task with --task=reasoning:NAME or --task=jsonl:FILE')
     last = MOST_PROBLEMS if self.tasks.size is None else self.tasks.size - 1
@@ -135,9 +142,9 @@ class Explorer:
 
 
 def labels(models: Sequence[Loaded]) -> list[str]:
-  """Returns a name for each checkpoint: its objective, with ' + RL' if it is from RL.
+  """Returns a name for each checkpoint: its objective, followed by ' + RL' for a checkpoint of an RL run.
 
-  If several checkpoints would have the same name, the step is added, or the part of the workdir in which they differ.
+  If several checkpoints would get the same name, the step or the part of the workdir in which they differ is added.
   """
   short = [NAMES.get(m.objective, m.objective) + (' + RL' if 'rl' in m.ref.meta['config'] else '') for m in models]
 
@@ -156,7 +163,7 @@ def labels(models: Sequence[Loaded]) -> list[str]:
 
 
 def _rounded(f: Figures, start: int) -> dict[str, Any]:
-  """Returns figures from token `start` on, as JSON values with four significant digits."""
+  """Returns the figures from token `start` on, as JSON values with four significant digits."""
   number = lambda x: float(f'{x:.4g}')
   values = {name: [number(x) for x in getattr(f, name)[start:]] for name in ('logp', 'entropy', 'head', 'tail')}
   return {**values, 'rank': f.rank[start:].tolist(), 'top': f.top[start:].tolist(),
@@ -177,9 +184,9 @@ def open_sources(loaded: Loaded) -> dict[str, Documents]:
 def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
   """Returns the problems of the task `uri`; None if `uri` is '' and no checkpoint has a task.
 
-  If `uri` is '', the task is that of the first checkpoint from RL or, without RL, the first source of generated
-  problems in the data of the checkpoints. Of generated problems, only those that were held out of training are used, if
-  there are any.
+  If `uri` is '', the task of the first checkpoint of an RL run is used. If there is no such checkpoint, the first
+  source of generated problems in the checkpoints' data is used. If generated problems were held out of training, only
+  these are used.
 
   Raises:
     EvalError: the task can't be used.

@@ -28,7 +28,8 @@ def _with_roles(run: Run, roles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _role(key: str) -> str:
-  """Returns the role of a setting. A setting that this version doesn't know is assumed to decide what is learned."""
+  """Returns the role of a setting. If this version doesn't know the setting, assumes that it decides what is learned.
+  """
   try:
     return settings.role(key)
   except KeyError:
@@ -36,10 +37,10 @@ def _role(key: str) -> str:
 
 
 def disagreements(run: Run, other: Run) -> list[str]:
-  """Returns one phrase for each way in which two runs of the same stage disagree; data comes first.
+  """Returns one phrase for each way in which two runs of the same stage disagree. Phrases about data come first.
 
-  Objective and seed aren't compared, nor are the steps of the two runs (see `of_steps`). The checkpoints and the runs
-  that they started from are compared.
+  The objectives, the seeds and the steps of the two runs aren't compared here (for steps, see `of_steps`). If the runs
+  started from other runs, these are compared too, and so are the steps of the checkpoints that they started from.
   """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
@@ -51,7 +52,10 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if the steps of two runs are equal, otherwise one reason that names both steps and the tokens seen."""
+  """Returns [] if the steps of two runs are equal. Otherwise returns one reason why they can't be compared.
+
+  The reason names both steps and the tokens seen.
+  """
   if step == other_step:
     return []
   seen = [f' ({run.tokens_per_step * at:,.0f} tokens)' if not run.is_rl and math.isfinite(run.tokens_per_step) else ''
@@ -87,7 +91,7 @@ def _compared(run: Run) -> dict[str, Any]:
   """Returns the settings in which two runs must agree.
 
   They are the settings that decide what is learned, and the length of training, because the learning rate depends on
-  it. The location of the data is left out.
+  the length. The location of the data is left out.
   """
   found = _with_roles(run, (settings.IDENTITY, settings.DATA, settings.LENGTH))
   return {key: value for key, value in found.items()

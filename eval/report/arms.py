@@ -1,8 +1,9 @@
 """Finds every run under a folder, links it to its parent, and names its stage and its arm.
 
-An arm is a pre-training objective. If there is a sweep.json, its names are used. Otherwise an arm is named by how it
-differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. A run that started from another run belongs to the arm
-of the first run. If mid-training had another objective, that objective is added: 'CE → β = -0.25'.
+An arm is a pre-training objective. If there is a sweep.json, the names in it are used. Otherwise an arm is named by how
+it differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. A run that started from another run belongs to the
+arm of the first run in the chain. If mid-training had another objective, that objective is added to the name: 'CE → β =
+-0.25'.
 """
 
 import math
@@ -27,7 +28,7 @@ SYMBOLS = {'beta': 'β', 'lambda_head': 'λ̃', 'lambda_tail': 'λ̂'}
 
 
 def read_sweep(root: str | epath.Path) -> Sweep:
-  """Returns every run under `root` with its name, stage, arm and parent, and notes on what is missing or odd."""
+  """Returns every run under `root` with its name, stage, arm and parent. `Sweep.notes` lists what is missing or odd."""
   sweep = Sweep(epath.Path(root))
   named: dict[int, str] = {}  # id of a run -> arm as its sweep names it
   for path, arm in _find_runs(sweep.root, DEPTH, set(), {}, sweep):
@@ -47,11 +48,12 @@ def read_sweep(root: str | epath.Path) -> Sweep:
 def _find_runs(
   folder: epath.Path, depth: int, seen: set[str], points: dict[str, str], sweep: Sweep
 ) -> Iterator[tuple[epath.Path, str]]:
-  """Yields (workdir, name of its arm) of each run. The name comes from a sweep.json; it is '' if none names the arm.
+  """Yields (workdir, name of its arm) of each run. The name comes from a sweep.json, and is '' if no sweep.json names
+  the arm.
 
   depth: the number of levels below `folder` to search.
   seen: the folders that have been searched. They aren't searched again, because links may form a circle.
-  points: workdir -> arm, from the sweep.json files of the folders above.
+  points: {workdir: arm}, from the sweep.json files of the folders above.
   """
   here = str(folder) if '://' in str(folder) else os.path.realpath(folder)  # epath's resolve() follows no links
   if here in seen:
@@ -79,7 +81,8 @@ def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
 
 
 def _without_seed(arm: str, seed: int | None) -> str:
-  """Removes the seed from an arm's name: 'beta=-0.25,seed=1' becomes 'beta=-0.25'. All seeds belong to the same arm."""
+  """Returns an arm's name without the seed: 'beta=-0.25,seed=1' becomes 'beta=-0.25'. All seeds belong to the same arm.
+  """
   return ','.join(part for part in arm.split(',') if not re.fullmatch(rf's(eed)?[=_-]?{seed}', part))
 
 
@@ -87,8 +90,9 @@ def _without_seed(arm: str, seed: int | None) -> str:
 
 
 def label(objective: Any) -> str:
-  """Returns how an objective differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50'; '' for no
-  objective.
+  """Returns how an objective differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50'.
+
+  Returns '' if there is no objective.
   """
   if not isinstance(objective, dict) or not objective:
     return ''
@@ -133,9 +137,9 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Splits an arm whose runs, in the same stage, differ in a setting that should be equal.
+  """Splits an arm whose runs, in the same stage, differ in settings that should be equal.
 
-  The values of up to three such settings are added to the arm's name.
+  The values of up to three such settings are added to the name of the arm of each run.
   """
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
@@ -153,9 +157,10 @@ def _tell_apart(sweep: Sweep) -> None:
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   """Returns the run that wrote run.parent_path, or None.
 
-  First, the full path is searched for, in the sweep and then outside of it. If nothing is found, the sweep may have
-  been moved. Then only the ends of paths are compared: the result is the run with the most folders at the end of its
-  path that agree with run.parent_path. If that is `run` itself, or if two runs agree equally well, the result is None.
+  The run with this path is searched for in the sweep, and then outside of it. If there is none, the sweep may have been
+  moved, so only the last folders of the paths are compared. The result is then the run whose path has the most folders
+  in common with the end of run.parent_path. If this is `run` itself, or if two runs have equally many folders in
+  common, the result is None.
   """
   if not run.parent_path:
     return None
@@ -175,7 +180,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns the number of folders at the end of `path` that agree with the end of the other run's path."""
+    """Returns how many folders the ends of the other run's path and of `path` have in common."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 
@@ -187,9 +192,9 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
 def _baseline(sweep: Sweep, arm: str) -> str:
   """Returns the arm that `arm` is compared with.
 
-  It is the first arm of plain cross-entropy that agrees with `arm` in everything but the objective. If there is no
-  such arm, or if `arm` itself has plain cross-entropy, it is the first of all arms. If that first arm
-  and `arm` disagree, the comparison says in what.
+  The baseline is the first arm of plain cross-entropy that agrees with `arm` in everything but the objective. If there
+  is no such arm, or if `arm` itself has plain cross-entropy, the baseline is the first of all arms. If this arm and
+  `arm` disagree, the comparison says in what they disagree.
   """
   first, *others = sweep.arms
   plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]

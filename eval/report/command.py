@@ -4,8 +4,8 @@
 
 Reads every run under ROOT (local or gs://), with any arms, seeds and stages, finished or not. Writes DIR/report.html
 (one file that loads nothing else), DIR/figures/*.svg, *.png and *.csv, and DIR/tables/*.csv. By default DIR is
-ROOT/report. It only reads what runs wrote, and needs no accelerator. --watch writes the report again every minute,
-until Ctrl-C.
+ROOT/report. The command only reads what runs wrote, and needs no accelerator. --watch writes the report again every
+minute, until Ctrl-C.
 """
 
 import os
@@ -28,8 +28,8 @@ def write_report(root: str, out: str | None = None) -> epath.Path:
   """Writes the report of all runs under `root`, and returns the path of the page.
 
   Raises:
-    ConfigError: there is no folder `root`, there is no run under it, or a folder of the report is a symbolic link. No
-      file is written then.
+    ConfigError: there is no folder `root`, there is no run under it, or a folder of the report is a symbolic link. In
+      these cases, no file is written.
   """
   folder = epath.Path(root)
   if not folder.is_dir():

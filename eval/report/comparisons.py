@@ -1,8 +1,8 @@
-"""Compares arms with their baselines, and computes an interval for each figure and each difference.
+"""Compares arms with their baselines, and computes an interval for each metric and each difference.
 
-A figure has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
-between runs that agree in everything but the objective (agreement.py). Otherwise the comparison says in what they
-disagree. A difference from a single seed has at most an interval over problems, and no verdict, because it doesn't show
+A metric has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
+between runs that agree in everything but the objective (agreement.py). If runs disagree, the comparison says in what. A
+difference from a single seed may have an interval over problems, but it has no verdict, because one seed doesn't show
 how much seeds differ.
 
 # S seeds  P problems
@@ -33,12 +33,13 @@ ByProblem = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # SampleSet.metric
 
 @dataclasses.dataclass
 class Comparison:
-  """One figure of one arm, and its difference to the baseline's figure on the same seeds (and problems).
+  """One metric of one arm (the runs with one objective), and its difference to the baseline arm on the same seeds and
+  problems.
 
   Attributes:
-    subject: what the figure is measured on: a benchmark, a task, a domain of the probe, or a part of an RL run.
-    value, difference: the figure and the difference, with their intervals; None if unknown.
-    p_holm: the p-value of the difference after Holm's correction.
+    subject: what the metric is measured on: a benchmark, a task, a domain of the probe, or a part of an RL run.
+    value, difference: the metric's mean and the difference, with their intervals; None if unknown.
+    p_holm: the p-value of the difference after Holm's correction; NaN if the difference comes from a single seed.
     remark: why there is no difference, or what limits it.
   """
 
@@ -54,9 +55,9 @@ class Comparison:
 
   @property
   def verdict(self) -> str:
-    """The verdict on the difference after Holm's correction: 'beyond' noise or 'within' noise.
+    """Whether the difference is 'beyond' noise or 'within' noise, after Holm's correction.
 
-    It is '' if there is no difference, or if the difference comes from a single seed.
+    '' if there is no difference, or if it comes from a single seed.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -64,7 +65,7 @@ class Comparison:
 
 
 def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """Sets p_holm of all comparisons that have several seeds, and returns all comparisons.
+  """Sets p_holm of all comparisons that have several seeds. Returns all comparisons.
 
   Holm's correction is applied to each stage and metric separately, over all arms and subjects.
   """
@@ -76,10 +77,10 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], list[str]]:
-  """Returns the pairs of runs that can be compared, and the reasons why other pairs can't be.
+  """Returns (pairs of runs that can be compared, reasons why other pairs can't be compared).
 
   A pair is (run of the arm, run of its baseline). Both runs have the same seed and agree in everything but the
-  objective. The baseline itself has no pairs and no reasons.
+  objective. If `arm` is itself the baseline, both lists are empty.
   """
   baseline = sweep.baselines[arm]
   if arm == baseline:
@@ -97,8 +98,9 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
 
 
 def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
-  """Returns a remark on a comparison: why pairs were not compared, and whether a single seed gives no verdict.
+  """Returns a remark on a comparison. It says why pairs weren't compared, and that a single seed gives no verdict.
 
+  reasons: why pairs weren't compared.
   compared: the number of pairs that were compared.
   """
   reasons = list(dict.fromkeys(reasons))
@@ -114,9 +116,9 @@ def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A figure of a run at a step. Two figures can only be compared if their `basis` is equal.
+  """A metric of a run at a step. Two values may be compared only if their `basis` is equal.
 
-  basis: what the figure depends on besides the run, such as the tokens and the settings of the evaluation.
+  basis: what the value depends on besides the run, such as the tokens and the settings of the evaluation.
   """
 
   value: float
@@ -128,9 +130,9 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the figures from each run's newest probe, by stage, domain and arm.
+  """Returns comparisons of the metrics of each run's newest probe, by stage, domain (a source of the data) and arm.
 
-  In a stage without probes, the figures come from the last validation in training.
+  If a stage has no probes, the metrics are those of the last validation in training.
   """
   out = []
   for stage in sweep.stages:
@@ -157,7 +159,7 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the figures that RL logged: at its start, at its end, and the change between them.
+  """Returns comparisons of the metrics that RL logged: at its start, at its end, and the change between them.
 
   Start and end are means over the first and the last tenth of the steps.
   """
@@ -171,7 +173,10 @@ def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
 
 
 def _edges(run: Run, metric: str) -> tuple[float, float, float]:
-  """Returns the means over the first and the last tenth of the steps that have the figure, and their difference."""
+  """Returns (start, end, end - start) of a metric.
+
+  start and end are means over the first and the last tenth of the steps at which the metric was logged.
+  """
   _, values = run.curves.get(f'train/{metric}', ((), np.array([])))
   values = values[np.isfinite(values)]
   size = max(1, round(EDGE_SHARE * len(values)))
@@ -221,9 +226,9 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 
 
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
-  """Returns comparisons of figures that have one value per run. Runs are paired by seed.
+  """Returns comparisons of metrics that have one value per run. Runs are paired by seed.
 
-  read: a function (run, metric) -> figure, or None if the run doesn't have it.
+  read: a function (run, metric) -> Measured, or None if the run doesn't have the metric.
   """
   out = []
   for arm in sweep.arms:
@@ -272,9 +277,11 @@ def sampled_benchmarks(sweep: Sweep, stage: str) -> list[str]:
 
 
 def pass_k(sweep: Sweep) -> int:
-  """Returns the k of Pass@k to report: the largest power of two up to half the samples per problem, but at least 1.
+  """Returns the k of Pass@k to report: the largest power of two that is at most half the samples per problem, but at
+  least 1.
 
-  The smallest set of samples counts. Without any samples, k is 64, as in the paper, which draws 128 samples.
+  If sets of samples differ in size, the smallest set decides. If there are no samples, k is 64, as in the paper, which
+  draws 128 samples.
   """
   sizes = [found.samples.score_PN.shape[1] for run in sweep.runs for there in run.samples.values()
            for found in there.values()]
@@ -282,9 +289,10 @@ def pass_k(sweep: Sweep) -> int:
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: function that takes SampleSet.metrics and returns the metric's values [P]}.
+  """Returns {metric: function}. The function takes the result of SampleSet.metrics, and returns the metric's values
+  [P].
 
-  Shares of right answers come first.
+  Metrics that are shares of right answers come first.
   """
   return {
     'avg_at_n': lambda m: m['avg_at_n'], 'cons_at_n': lambda m: m['cons_at_n'],
@@ -328,7 +336,8 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
 def gains(sweep: Sweep, k: int) -> list[Comparison]:
   """Returns comparisons that show what RL changed in each arm, by stage, benchmark and metric.
 
-  Samples after RL are compared with samples of the checkpoint that RL started from. They are paired by seed.
+  Samples after RL are compared with samples of the checkpoint that RL started from. Both runs of a pair have the same
+  seed.
 
   k: the k of Pass@k.
   """
@@ -354,7 +363,10 @@ def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any,
 
 
 def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
-  """Returns [] if two sets of samples have equal settings, otherwise one reason that names the settings that differ."""
+  """Returns [] if two sets of samples have equal settings. Otherwise returns one reason why they can't be compared.
+
+  The reason names the settings that differ.
+  """
   differing = [key for key in SAME_SETTINGS if found.settings.get(key) != other.settings.get(key)]
   return [f'sampled with other {", ".join(differing)}'] if differing else []
 

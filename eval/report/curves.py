@@ -1,4 +1,4 @@
-"""Computes the lines of the report's figures. Each is an arm's mean over seeds, with a range or interval around it.
+"""Computes the lines of the report's figures. A line is an arm's mean over seeds, with a range or interval around it.
 
 # S seeds  P problems  X points of a curve
 """
@@ -21,7 +21,7 @@ BAND_RESAMPLES = 2000
 class Series:
   """A line of a figure: the mean over seeds at each x, and the limits that are drawn around the mean.
 
-  The limits are the range over seeds, which is NaN for one seed. For Pass@k, they are the 95 % interval.
+  The limits are the range over seeds, or NaN if there is only one seed. For Pass@k, they are the 95 % interval.
   """
 
   arm: str
@@ -44,7 +44,7 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns what `curve` returns, but for the difference of each run to the baseline's run with the same seed.
+  """Returns what `curve` returns, for the difference between each run and the baseline's run with the same seed.
 
   Only pairs of runs that agree in everything but the objective are used.
   """
@@ -59,7 +59,7 @@ def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
-  """Returns (x [X], size): point i of a curve averages the steps in (x[i-1], x[i]], which are about `size` steps."""
+  """Returns (x [X], size). Point i of a curve averages the steps in (x[i-1], x[i]], which are about `size` steps."""
   steps = [run.curves[name][0] for run in sweep.of(stage) if name in run.curves]
   x_X = np.unique(np.concatenate([*steps, []]))
   if len(x_X) <= BINS:
@@ -105,11 +105,10 @@ def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
 def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
   """Returns the histogram `name` of the newest probes, one line per arm.
 
-  x is the middle of a bin, and y is the share of tokens in the bin.
+  x is the middle of a bin, and y is the share of tokens in the bin. Probes without this histogram, and probes whose
+  bins differ from those of the first probe, are left out.
 
-  Probes that lack this histogram, or whose bins differ from those of the first probe, are left out.
-
-  survival: True makes x the lower edge of a bin, and y the share of tokens whose value is x or more.
+  survival: if True, x is the lower edge of a bin, and y is the share of tokens whose value is x or more.
   """
   out, first = [], None
   for arm in sweep.arms:
@@ -130,7 +129,9 @@ def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: boo
 
 
 def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
-  """Returns one line per arm: over N, the share of tokens that got a probability of at most 1/N in the newest probe."""
+  """Returns one line per arm. x is N, and y is the share of tokens with a probability of at most 1/N in the newest
+  probe.
+  """
   out = []
   for arm in sweep.arms:
     found: dict[Any, dict[float, float]] = {}
@@ -158,7 +159,9 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
-  """Returns one line per arm: Pass@k over k = 1, 2, 4, ... up to n, with the 95 % interval over problems and seeds."""
+  """Returns one line per arm. x is k = 1, 2, 4, ... up to n, and y is Pass@k with the 95 % interval over problems and
+  seeds.
+  """
   out = []
   for arm in sweep.arms:
     sets = [found for _, found in sample_sets(sweep, stage, arm, benchmark).values()]

@@ -1,7 +1,7 @@
 """Draws the report's figures: small panels, as SVG in the page, and as SVG, PNG and CSV files.
 
 Arms differ in colour and in line style. The colours are Okabe and Ito's palette, which colour-blind readers can
-distinguish. The line styles are for grey print.
+distinguish. The line styles distinguish arms in grey print.
 """
 
 import csv
@@ -43,12 +43,12 @@ class Panel:
   """A plot of lines.
 
   Attributes:
-    name: the stem of the names of its files.
-    zero: draws a line at zero, for differences.
-    dodge: shifts the arms along a logarithmic x axis by a fraction of a doubling, so that their bars don't overlap. It
-      has no effect on lines with more than FEW_POINTS points.
-    settle: leaves the first steps out when the limits of the y axis are chosen.
-    svg: filled in by `draw`.
+    name: the names of the panel's files, without their suffix.
+    zero: whether a line at zero is drawn, for differences.
+    dodge: whether the arms are shifted along a logarithmic x axis by a fraction of a doubling, so that their bars don't
+      overlap. Has no effect on lines with more than FEW_POINTS points.
+    settle: whether the first steps are ignored when the limits of the y axis are chosen.
+    svg: the drawn panel, set by `draw`.
   """
 
   name: str
@@ -92,12 +92,12 @@ def colour(i: int) -> str:
 
 
 def dash(i: int):
-  """Returns the line style of arm `i`. Arms that share a colour have different line styles."""
+  """Returns the line style of arm number `i`. Arms that have the same colour have different line styles."""
   return DASHES[(i + i // len(COLOURS)) % len(DASHES)]
 
 
 def dodge(count: int, i: int, width: float) -> float:
-  """Returns how far to move mark `i` of `count` marks at the same place, so that their bars don't overlap.
+  """Returns how far to move mark number `i` of `count` marks at the same place, so that their bars don't overlap.
 
   width: the distance between the first and the last mark.
   """
@@ -108,7 +108,7 @@ def dodge(count: int, i: int, width: float) -> float:
 
 
 def draw(panel: Panel, arms: Sequence[str], write: Write) -> None:
-  """Fills in panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv."""
+  """Draws a panel: sets panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv."""
   with matplotlib.rc_context({**STYLE, 'svg.hashsalt': panel.name}):
     figure = Figure(figsize=SIZE)
     FigureCanvasAgg(figure)
@@ -182,9 +182,9 @@ def _compact(x: float, _) -> str:
 
 
 def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
-  """Fills in forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
+  """Draws a forest plot: sets forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
 
-  An open circle is the difference before RL, a filled one that after RL. The arm's name is above both.
+  An open circle is the difference before RL, and a filled circle the difference after RL. The arm's name is above them.
   """
   factor = metric(forest.metric).factor
   with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
@@ -225,9 +225,9 @@ _LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
-  """Makes the x axis show zero and all finite values, and at least a range of `least`.
+  """Sets the limits of the x axis such that zero and all finite values are visible, with a range of at least `least`.
 
-  Without this minimum, differences that are only due to rounding would fill the axis.
+  Without the smallest range, differences that are only due to rounding would fill the axis.
   """
   finite = [0.0, *(x for x in values if math.isfinite(x))]
   low, high = min(finite), max(finite)
@@ -239,7 +239,7 @@ def _set_range(axis, values: Sequence[float], least: float) -> None:
 
 
 def _place(figure: Figure, axis, height: float, legend_lines: int, left: float = 0.75) -> None:
-  """Sets the size of a figure and fixed margins, in inches, so that panels line up on the page.
+  """Sets the size of a figure, and fixed margins in inches, so that panels line up on the page.
 
   Matplotlib's layout engines aren't used, because they take longer than the drawing itself.
   """
@@ -267,7 +267,7 @@ def _save(figure: Figure, kind: str) -> bytes:
 def _inline(svg: str, title: str) -> str:
   """Returns only the <svg> element of an SVG file, without a fixed size.
 
-  Its ids are unique on the page, because each panel has its own svg.hashsalt.
+  Its ids are unique on the page, because each panel is drawn with its own svg.hashsalt.
   """
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.DOTALL)
   opening = re.search(r'viewBox="[^"]*"', svg)[0]
@@ -284,13 +284,13 @@ def swatch(i: int) -> str:
 
 
 def circle(filled: bool) -> str:
-  """Returns the circle that stands for before RL (open) or after RL (filled), for the legend of forest plots."""
+  """Returns the circle for differences before RL (open) or after RL (filled), for the legend of forest plots."""
   return (f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" stroke="#1a1a1a" '
           f'stroke-width="1.8" fill="{"#1a1a1a" if filled else "#fff"}"/></svg>')
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence]) -> bytes:
-  """Returns the content of a CSV file. A text that a spreadsheet would read as a formula gets a ' before it."""
+  """Returns the content of a CSV file. If a spreadsheet would read a text as a formula, a ' is put before the text."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   writer.writerow(titles)

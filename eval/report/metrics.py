@@ -1,4 +1,4 @@
-"""Defines the names, units and formats of the report's figures."""
+"""Defines the titles, units and formats of the report's metrics."""
 
 import dataclasses
 import math
@@ -9,11 +9,11 @@ from betarank.eval.statistics import Estimate
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How a figure is shown.
+  """How a metric is shown.
 
   Attributes:
-    title: its name.
-    form: the format of the value, and of a difference, after multiplication by `factor`.
+    title: the metric's title.
+    form: the format of a value and of a difference, which are first multiplied by `factor`.
     unit, factor: the unit, and the factor that converts a value to it.
     change_unit: the unit of a difference; '' if it is the same as the unit of the value.
   """
@@ -49,7 +49,9 @@ _METRICS = {
 
 
 def metric(name: str) -> Metric:
-  """Returns how the figure `name` is shown. It accepts names such as 'pass_at_8', and unknown names."""
+  """Returns how the metric `name` is shown. Names with a number, such as 'pass_at_8', and unknown names are accepted
+  too.
+  """
   if name.startswith('pass_at_'):
     return Metric(f'Pass@{name.removeprefix("pass_at_")}', '.1f', **_PERCENT)
   return _METRICS.get(name, Metric(name.replace('_', ' '), '.4g'))
@@ -63,20 +65,20 @@ def title(name: str) -> str:
 
 
 def shown(name: str, value: float) -> str:
-  """Returns a value as text without its unit, which is in the title of its row."""
+  """Returns a value as text. The unit isn't part of the text, because the title of the table row has it."""
   found = metric(name)
   return _minus(f'{found.factor * value:{found.form}}')
 
 
 def shown_change(name: str, value: float, *, unit: bool = False) -> str:
-  """Returns a difference as text: '+1.2', or '+1.2 points' with its unit."""
+  """Returns a difference as text, such as '+1.2', or '+1.2 points' with its unit."""
   found = metric(name)
   change_unit = found.change_unit or found.unit
   return _minus(f'{found.factor * value:+{found.form}}') + (f' {change_unit}' if unit and change_unit else '')
 
 
 def interval(name: str, e: Estimate) -> str:
-  """Returns the limits of a difference as text, such as '[−0.3, +2.7]'; '' if there are none."""
+  """Returns the limits of a difference as text, such as '[−0.3, +2.7]'; '' if the difference has no limits."""
   if not (math.isfinite(e.low) and math.isfinite(e.high)):
     return ''
   return f'[{shown_change(name, e.low)}, {shown_change(name, e.high)}]'

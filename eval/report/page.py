@@ -1,7 +1,7 @@
 """Builds the report's HTML: one page that loads nothing else, for phones, screens and paper.
 
-Everything that comes from a file is escaped. `text` escapes everything except `Html`, which only this project creates.
-The page has no scripts, and its security policy forbids scripts and requests even if one got in.
+Everything that comes from a file is escaped. `text` escapes all values except `Html`, which only betarank's own code
+creates. The page has no scripts. Its security policy forbids scripts and requests, in case markup gets in nevertheless.
 """
 
 import html
@@ -44,7 +44,7 @@ def html_section(title: str, *inside: Any, id_: str) -> Html:
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], caption: Any = '', class_: str = '') -> Html:
   """Returns a table, or '' if there are no rows.
 
-  On a narrow screen, each row becomes a card, with a title next to each cell.
+  On a narrow screen, each row becomes a card, in which each cell has its title next to it.
   """
   body = [tag('tr', tag('th', row[0], scope='row'),
               *(tag('td', tag('div', cell), data_title=title) for title, cell in zip(titles[1:], row[1:])))

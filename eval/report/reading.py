@@ -1,7 +1,7 @@
 """Reads a workdir for the report.
 
-Nothing here raises an error because of a file's content. A run may be unfinished, its log cut short, its config
-unreadable. What can be read is used, and the rest becomes a line in `Sweep.notes`.
+No function here raises an error because of a file's content. A run may be unfinished, its log cut short, its config
+unreadable. Whatever can be read is used, and everything else becomes a line in `Sweep.notes`.
 """
 
 import json
@@ -25,7 +25,7 @@ HARNESS_SCORES = ('acc', 'exact_match', 'em', 'pass@1', 'acc_norm', 'f1')
 
 
 def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
-  """Returns everything that can be read in the workdir `path`. What can't be read is noted in `sweep`."""
+  """Returns everything that can be read in the workdir `path`. Notes in `sweep` say what can't be read."""
   config = read_object(path / 'config.json', sweep)
   run = Run(path, name, config or {})
   if config is None and not (path / 'config.json').exists():
@@ -45,7 +45,7 @@ def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
 def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
   """Returns the JSON object in a file; None if the file can't be read or doesn't contain an object.
 
-  If it returns None, it also adds a note to `sweep`, except if the file doesn't exist.
+  If the result is None, adds a note to `sweep`, unless the file doesn't exist.
   """
   text = _text(path, sweep)
   if text is None:
@@ -62,7 +62,8 @@ def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _read_lines(path: epath.Path, sweep: Sweep) -> list[dict[str, Any]]:
-  """Returns the JSON objects in a file, one per line. Malformed lines are left out, and a note says how many."""
+  """Returns the JSON objects in a file, one per line. Malformed lines are left out, and a note says how many there are.
+  """
   lines, bad = [], []
   texts = (_text(path, sweep) or '').split('\n')
   for i, line in enumerate(texts):
@@ -162,9 +163,9 @@ def _read_metrics(run: Run, sweep: Sweep) -> None:
 
 
 def _read_lineage(run: Run, sweep: Sweep) -> None:
-  """Reads parent, code version and data identity from the newest checkpoint.
+  """Reads the run's parent, code version and data identity from its newest checkpoint.
 
-  If there is no checkpoint yet, reads the parent from the config.
+  If there is no checkpoint yet, reads only the parent, from the config.
   """
   run.parent_path = setting(run.config, 'train.init_from') or ''
   if not isinstance(run.parent_path, str):

@@ -1,4 +1,6 @@
-"""Defines the data of a report: runs, with what could be read of their workdirs, and a sweep of runs with notes."""
+"""Defines the data of a report: runs, with everything that could be read in their workdirs, and a sweep, which has all
+runs and notes on them.
+"""
 
 import dataclasses
 import math
@@ -22,7 +24,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 @dataclasses.dataclass
 class SampleSet:
-  """One file of samples: its settings, the parsed samples, and a few texts."""
+  """The content of one file of samples: its settings, the parsed samples, and a few texts."""
 
   settings: dict[str, Any]
   samples: sampling_metrics.Samples
@@ -38,9 +40,9 @@ class DataIdentity:
 
   Attributes:
     tokenizer: SHA-256 of the tokenizer; '' if not recorded.
-    sources: source -> SHA-256 of its prepared tokens; empty for RL, or if not recorded.
+    sources: {source: SHA-256 of its prepared tokens}; empty for RL, or if not recorded.
     rows: the number of rows of data.sequence_length tokens read so far; NaN if not recorded.
-    prompts: the number of prompts consumed by RL; NaN for pre-training.
+    prompts: the number of prompts that RL has used or skipped; NaN for pre-training.
     problems: SHA-256 of RL's problems; '' if their number is unlimited, or if not recorded.
   """
 
@@ -53,7 +55,7 @@ class DataIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """The command and the devices of a run, read from its run.json. Fields that are missing there are '' or NaN."""
+  """The command and the devices of a run, from its run.json. Fields that run.json lacks are '' or NaN."""
 
   command: str = ''
   device_kind: str = ''
@@ -72,10 +74,10 @@ class Run:
     stage: 'pre-training', 'pre-training → RL', ...; '' if unknown.
     parent: the run that this run started from; None if there is none, or if it wasn't found.
     parent_path: the checkpoint that the run started from; '' for random weights.
-    curves: metric -> (steps, values), for train/..., eval/... and time/....
-    probes: step -> result of `betarank eval probe`.
-    samples: benchmark -> step -> samples.
-    harness: step -> task -> {'score', 'standard_error', 'metric', 'settings'}.
+    curves: {metric: (steps, values)}, for train/..., eval/... and time/....
+    probes: {step: result of `betarank eval probe`}.
+    samples: {benchmark: {step: samples}}.
+    harness: {step: {task: {'score', 'standard_error', 'metric', 'settings'}}}.
     texts: the last lines of samples.jsonl.
   """
 
@@ -139,7 +141,8 @@ class Run:
   def flops(self) -> float:
     """The FLOPs of training so far, counted as for a run's MFU.
 
-    NaN for RL, because most of its FLOPs are spent on sampling, and NaN if the config lacks the settings.
+    NaN for RL, because most of its FLOPs are those of sampling, which aren't counted. Also NaN if the config lacks the
+    settings for the count.
     """
     if self.is_rl:
       return math.nan
@@ -156,9 +159,9 @@ class Run:
 
   @property
   def tokens_per_s(self) -> float:
-    """The median of the tokens per second of all steps; NaN if not recorded.
+    """The median over steps of the tokens per second; NaN if not recorded.
 
-    The median isn't affected by outliers, which compilation and a busy machine cause.
+    Outliers, which compilation and a busy machine cause, don't change the median.
     """
     values = self.curves.get('time/tokens_per_s', ((), np.array([])))[1]
     values = values[np.isfinite(values)]
@@ -193,8 +196,8 @@ class Sweep:
   """All runs under a folder.
 
   Attributes:
-    notes: one line for each thing that is missing or odd.
-    baselines: arm -> the arm that it is compared with.
+    notes: lines about what is missing or odd.
+    baselines: {arm: the arm that it is compared with}.
   """
 
   root: epath.Path
@@ -218,7 +221,7 @@ class Sweep:
     return sorted({run.stage for run in self.runs if run.arm}, key=lambda stage: (stage.count('→'), stage))
 
   def of(self, stage: str, arm: str | None = None) -> list[Run]:
-    """Returns the runs of a stage and an arm, sorted by seed. If `arm` is None, returns those of all known arms."""
+    """Returns the runs of a stage and an arm, sorted by seed. If `arm` is None, returns the runs of all known arms."""
     found = [run for run in self.runs if run.stage == stage and run.arm and arm in (None, run.arm)]
     return sorted(found, key=lambda run: (run.seed is None, run.seed or 0, run.name))
 
@@ -234,7 +237,7 @@ def number(value: Any) -> float:
 
 
 def setting(config: Any, key: str) -> Any:
-  """Returns the value at a dotted key, or None if there is none."""
+  """Returns the value of the setting with a dotted key, or None if there is no such setting."""
   for part in key.split('.'):
     config = config.get(part) if isinstance(config, dict) else None
   return config

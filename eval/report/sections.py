@@ -215,7 +215,7 @@ class Report:
     return join(parts)
 
   def other_benchmarks(self) -> Html:
-    """Returns the arms' averages over the paper's 19 benchmarks, and all scores from lm-evaluation-harness."""
+    """Returns tables of the paper's 19 benchmarks with their averages, and of all scores from lm-evaluation-harness."""
     parts = []
     names = (*paper.AVERAGES, *paper.CATEGORIES, *paper.BENCHMARKS)
     if self.paper:
@@ -234,7 +234,9 @@ class Report:
     return join(parts)
 
   def texts(self) -> Html:
-    """Returns a few sampled answers of each arm, right and wrong ones, from the newest stage that has any."""
+    """Returns a few sampled answers of each arm, with their verdicts, from the newest stage in which the arm has
+    samples.
+    """
     shown_texts = []
     for arm in self.arms:
       run = next((run for stage in reversed(self.sweep.stages) for run in self.sweep.of(stage, arm)
@@ -253,7 +255,7 @@ class Report:
     return tag('ul', *(tag('li', note) for note in self.sweep.notes), class_='notes') if self.sweep.notes else Html('')
 
   def runs(self) -> Html:
-    """Returns what each run is, where it ran, what it read, and the command that started it."""
+    """Returns tables that say what each run is, where it ran and what data it read, and the command that started it."""
     where = ('Run', 'Arm', 'Seed', 'Stage', 'State', 'Device', 'Time in steps', 'Tokens/s', 'Started')
     rows = [(run.name, run.arm or 'unknown', '?' if run.seed is None else run.seed, run.stage or '?', run.state,
              _device(run), duration(run.seconds) if math.isfinite(run.seconds) else UNKNOWN,
@@ -278,9 +280,9 @@ class Report:
   # Parts of sections
 
   def _agreement(self, stage: str, arm: str) -> Html:
-    """Returns a text that says whether an arm's runs agree with those of its baseline.
+    """Returns whether an arm's runs agree with those of its baseline, as text.
 
-    The text is 'it is the baseline', or 'yes', or 'no' with the first disagreements.
+    The text is 'it is the baseline', 'yes', or 'no' with the first disagreements.
     """
     if arm == self.sweep.baselines[arm]:
       return text('it is the baseline')
@@ -323,12 +325,12 @@ class Report:
 
   def _tables(self, file: str, found: Sequence[Comparison], names: Sequence[str], note: str, name: str = '',
               shown_as: str = '') -> Html:
-    """Returns a table for each stage and subject, with a row per metric and a column per arm. All comparisons are also
-    written to one CSV file.
+    """Returns a table for each stage and subject, with a row per metric and a column per arm. Writes all comparisons to
+    one CSV file.
 
     names: the rows to show, in this order. They are metrics or, if shown_as is given, tasks.
-    shown_as: the metric whose number format all rows use; the titles of the rows are then `names` unchanged. If it is
-      '', each row has the format and the title of its own metric.
+    shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
+      shown_as is '', each row has the format and the title of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -346,7 +348,7 @@ class Report:
     return join(parts)
 
   def _file_name(self, name: str) -> str:
-    """Returns the stem of a new file's name, made from any text. The same stem is never returned twice."""
+    """Returns the name of a new file without its suffix, made from any text. Never returns the same name twice."""
     stem = re.sub(r'[^A-Za-z0-9.@=-]+', '_', name.replace('→', 'then')).strip('_.')[:100] or 'figure'
     self._stems[stem] = self._stems.get(stem, 0) + 1
     return stem if self._stems[stem] == 1 else f'{stem}-{self._stems[stem]}'
@@ -359,7 +361,9 @@ class Report:
 
 
 def write_over(path: epath.Path, content: bytes) -> None:
-  """Writes a file. If `path` is a symbolic link, the link itself is replaced, not the file that it leads to."""
+  """Writes a file. If `path` is a symbolic link, replaces the link itself, so that the file it leads to stays
+  unchanged.
+  """
   if os.path.islink(path):
     path.unlink()
   path.write_bytes(content)
@@ -369,7 +373,7 @@ def write_over(path: epath.Path, content: bytes) -> None:
 
 
 def _cell(c: Comparison | None, name: str) -> Html:
-  """Returns 'value [interval]' and, below it, the difference to the baseline with its verdict."""
+  """Returns 'value [interval]' and, below it, the difference to the baseline with the verdict."""
   if c is None or c.value is None:
     return Html('–')
   lines = [text(shown(name, c.value.mean))]
@@ -406,7 +410,10 @@ def _csv_row(c: Comparison) -> tuple:
 
 
 def _several(runs: Sequence[Run], read: Callable[[Run], float]) -> str:
-  """Returns a figure of several runs as text: one number if the runs agree, otherwise the range."""
+  """Returns a number of several runs as text: one number if it is the same for all runs, otherwise the range.
+
+  read: a function run -> number.
+  """
   values = sorted({read(run) for run in runs if math.isfinite(read(run))})
   form = lambda x: f'{x:,.0f}' if x < 1e5 else f'{x / 1e6:,.4g}M' if x < 1e11 else f'{x:.3g}'.replace('e+', 'e')
   return ' to '.join(form(x) for x in dict.fromkeys((values[0], values[-1]))) if values else '–'
@@ -430,7 +437,10 @@ def _moment(seconds: float) -> str:
 
 
 def _data(run: Run) -> str:
-  """Returns the data's names and hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a', or the task of RL and its hash."""
+  """Returns the names of the data's sources and their hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a'.
+
+  For RL, returns the task and its hash.
+  """
   if run.is_rl:
     return f'{setting(run.config, "rl.task.uri") or UNKNOWN} {run.identity.problems[:HASH]}'.strip()
   return ', '.join(f'{name} {sha256[:HASH]}' for name, sha256 in sorted(run.identity.sources.items())) or UNKNOWN
@@ -448,7 +458,7 @@ def _settings_text(run: Run) -> str:
 def _line(name: str) -> str:
   """Returns `name` with spaces in place of line breaks.
 
-  Names come from files. The part after a line break would look like another command.
+  Names come from files. In a list of commands, text after a line break would look like another command.
   """
   return name.replace('\n', ' ').replace('\r', ' ')
 
@@ -457,7 +467,7 @@ def _commands(run: Run, probe: bool, benchmark: str) -> list[str]:
   """Returns a comment on the origin of a run, and the commands that recreate the run and its evaluation.
 
   Args:
-    probe: whether to include the command of its newest probe.
+    probe: whether to include the command of the newest probe of the run.
     benchmark: the benchmark whose sampling command is included; '' for none.
   """
   quote = lambda path: shlex.quote(str(path))

@@ -64,15 +64,15 @@ def first_screen(
 
 
 def stages_around_rl(sweep: Sweep) -> tuple[str, str]:
-  """Returns (the last stage before RL, the last stage with RL); '' for a stage that doesn't exist."""
+  """Returns (the last stage before RL, the last stage with RL). A stage that doesn't exist is ''."""
   with_rl = [stage for stage in sweep.stages if 'RL' in stage]
   without = [stage for stage in sweep.stages if 'RL' not in stage]
   return (without[-1] if without else ''), (with_rl[-1] if with_rl else '')
 
 
 def _compared(sweep: Sweep) -> str:
-  """Returns the first sentence. It names the arms that differ only in the objective, and why other arms aren't
-  compared.
+  """Returns the first sentence. It names the arms that differ only in the objective, and the reasons why other arms
+  aren't compared.
   """
   good, wrong = [], []
   for arm in sweep.arms:
@@ -92,10 +92,10 @@ def _compared(sweep: Sweep) -> str:
 
 
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
-  """Returns the first stage in which an arm can't be compared with its baseline, and the first reason.
+  """Returns (stage, reason): the first stage in which an arm can't be compared with its baseline, and the first reason.
 
-  They can be compared if at least one run of the arm and the baseline's run with the same seed have the same data,
-  settings (except the objective) and last step. Returns ('', '') if there is no such stage.
+  In a stage, they can be compared if at least one run of the arm has the same data, settings (except the objective) and
+  last step as the baseline's run with the same seed. Returns ('', '') if they can be compared in all stages.
   """
   for stage in sweep.stages if arm != sweep.baselines[arm] else ():
     if sweep.of(stage, arm):
@@ -159,7 +159,7 @@ def _with_change(c: Comparison) -> str:
 
 
 def _of(c: Comparison) -> str:
-  """Returns a difference and the figure that differs, such as '+1.2 points [−0.3, +2.7] of right answers'."""
+  """Returns a difference and the name of its metric, such as '+1.2 points [−0.3, +2.7] of right answers'."""
   what = {'avg_at_n': 'of right answers', 'cons_at_n': 'by majority vote'}
   return f'{change(c.metric, c.difference)} {what.get(c.metric, f"in {metric(c.metric).title}")}'
 

@@ -1,8 +1,8 @@
-"""Reads libtpu's final bundles, which are very long instruction words. A TPU core issues one bundle per cycle.
+"""Counts the cycles of a TPU program in its final bundles, which are very long instruction words written by libtpu.
 
-With FLAGS, libtpu writes one file of bundles per HLO instruction. The number of bundles, with the body of a loop
-counted as often as it runs, is the time of the instruction in cycles if the core never waits. Waits for memory and, on
-v5e and v5p, for the matrix unit aren't included; predict.py adds those.
+A TPU core issues one bundle per cycle. With FLAGS, libtpu writes one file of bundles per HLO instruction. The number of
+bundles, with the body of a loop counted as often as it runs, is the time of the HLO instruction in cycles if the core
+never waits. Waits for memory and, on v5e and v5p, for the matrix unit aren't included; predict.py adds them.
 """
 
 import pathlib
@@ -20,10 +20,10 @@ SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assume
 
 
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
-  """Returns {name: cycles} of each HLO instruction that has bundles in `folder`.
+  """Returns {name: cycles} of each HLO instruction whose bundles are in `folder`.
 
-  shares: {name of a kernel: the share of its grid steps that have work}. The share replaces SKIPPABLE for the largest
-  region of the kernel that can be skipped.
+  shares: {name of a kernel: the share of its grid steps that have work}. For these kernels, the share replaces
+    SKIPPABLE as the share of steps that run the largest region of code that can be skipped.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -46,10 +46,10 @@ def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[s
 
 
 def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,)) -> float:
-  """Returns the number of cycles that an instruction takes, counted from the bundles of its program.
+  """Returns the number of cycles that an HLO instruction takes, counted from its bundles.
 
   Args:
-    text: the content of the file that libtpu wrote for the instruction.
+    text: the content of the file that libtpu wrote for the HLO instruction.
     share: the share of grid steps that have work, as in `read`.
     data_trips: the trip counts of loops that depend on data, as in DATA_TRIPS.
   """

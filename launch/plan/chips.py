@@ -8,7 +8,7 @@ from betarank.configs.errors import UserError, suggestion
 
 
 class PlanError(UserError):
-  """Raised if a plan asks for something that isn't possible. The message says what would work."""
+  """Raised if a plan asks for something that isn't possible. The message says what is possible."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Chip:
 
   Attributes:
     flops: the peak bfloat16 FLOPs per second, the denominator of MFU.
-    clock: cycles per second of the core whose bundles libtpu writes. It is flops divided by the matrix unit's FLOPs per
-      cycle. This is certain for v5e and v6e, and fairly certain for v5p.
+    clock: cycles per second of the core whose bundles libtpu writes, which is flops divided by the matrix unit's FLOPs
+      per cycle. The value is certain for v5e and v6e, and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
     hbm_rate: bytes per second between the chip and this memory, reads and writes together.
     link_rate: bytes per second of one link of the torus, in one direction.
@@ -109,8 +109,8 @@ class Topology:
     """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
     size.
 
-    A chip has two usable links along each axis of the torus that the group fills. It has one along an axis that the
-    group fills only in part, because the ends of such a line aren't connected.
+    A chip has two usable links along each axis of the torus that the group fills, and one along an axis that the group
+    fills only in part, because then the ends of the axis aren't connected within the group.
     """
     dims = [d for d in self.dims if d > 1]
     sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)

@@ -1,8 +1,8 @@
 """betarank plan --config=FILE[:ARG] --topology=v5e-256 [--search] [--json] [--config.KEY=VALUE ...]
 
-Compiles the programs of a config for a TPU pod that isn't here. Prints whether they fit, how long a step takes, and
-what the stage costs. Nothing is allocated, and neither data nor a tokenizer is needed. A compile takes minutes. Pods
-have their usual names: v5e-256 and v6e-256 have 256 chips, v5p-128 has 64.
+Compiles the programs of a config for a TPU pod that this machine doesn't have. Prints whether they fit into memory, how
+long a step takes, and what the stage costs. Nothing is allocated, and neither data nor a tokenizer is needed. A compile
+takes minutes. Pods have their usual names: v5e-256 and v6e-256 have 256 chips, v5p-128 has 64.
 
 Memory is what the compiler assigned. Time is predicted from the compiled program, as an interval;
 launch/plan/predict.py describes the method.
@@ -60,10 +60,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
-  """Sets the environment for compiling without a TPU. Call it before JAX is imported.
+  """Sets the environment for compiling without a TPU. Call this before JAX is imported.
 
-  write_bundles: True makes libtpu write its bundles to `folder`. libtpu then also checks each bundle, which takes twice
-  as long as the rest of a compile.
+  write_bundles: whether libtpu writes its bundles to `folder`. If it does, libtpu also checks each bundle, which takes
+    twice as long as the rest of a compile.
   """
   from betarank.launch.plan import bundles
   os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -1,7 +1,7 @@
 """Reads a compiled program (HLO text): how often each instruction runs, its matmul FLOPs, HBM traffic and collectives.
 
 XLA's own cost analysis counts the body of a loop only once. Here, each instruction is counted as often as it runs,
-which is computed from the trip counts of loops. Neither a device nor JAX is needed.
+which follows from the trip counts of loops. Neither a device nor JAX is needed.
 """
 
 import collections
@@ -41,18 +41,20 @@ class Instruction:
   root: bool
 
   def called(self, key: str) -> str | None:
-    """Returns the name of the computation in the attribute `key` (calls, to_apply, body or condition), or None."""
+    """Returns the name of the computation in the attribute `key` (calls, to_apply, body or condition); None if there is
+    none.
+    """
     found = re.search(rf'\b{key}=%?([\w.\-]+)', self.text)
     return found and found[1]
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns the first group of a regular expression in the text; None if it doesn't match."""
+    """Returns the first group of a regular expression that is searched for in the text; None if it isn't found."""
     found = re.search(pattern, self.text)
     return found and found[1]
 
   @functools.cached_property
   def estimated_cycles(self) -> int | None:
-    """XLA's own estimate of the cycles; None if there is none, as for kernels and on other devices than TPUs."""
+    """XLA's own estimate of the cycles; None if there is none, as for kernels and for devices other than TPUs."""
     found = self.attribute(r'"estimated_cycles":"(\d+)"')
     return found and int(found)
 
@@ -72,7 +74,7 @@ class Collective:
 
   bytes: the size of the result on one device, for one execution. For a reduce-scatter, it is the size of the operand.
   group: the number of devices that take part; 0 means all devices.
-  times: how often it runs.
+  times: the number of executions.
   """
 
   kind: str
@@ -88,7 +90,7 @@ class Collective:
 class Program:
   """A parsed program.
 
-  computations: name of a computation -> name of an instruction -> instruction, in the order of the schedule.
+  computations: {name of a computation: {name of an instruction: instruction}}, in the order of the schedule.
   entry: the name of the computation where the program starts.
   """
 
@@ -99,8 +101,8 @@ class Program:
   def source(self, run: Run) -> str:
     """Returns an instruction's operation and source functions, innermost first, as `.../gather model/moe.py:_take ...`.
 
-    If an instruction has no source functions, they are taken from the instructions fused into it, or else from its
-    operands. If these have none either, returns only the operation, or '' if that is unknown too.
+    If an instruction has no source functions, those of the instructions fused into it are returned, or else those of
+    its operands. If there are none either, returns only the operation, or '' if the operation is unknown too.
     """
     home, seen = self.computations[run.computation], set()
     listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
@@ -115,7 +117,7 @@ class Program:
     return run.instruction.attribute(r'op_name="([^"]*)"') or ''
 
   def is_transfer(self, run: Run) -> bool:
-    """Returns whether an instruction is only a collective, or the start or end of an asynchronous one.
+    """Returns whether an instruction is only a collective, or the start or end of an asynchronous collective.
 
     On TPU, a reduce-scatter is a fusion of an all-reduce and a slice.
     """
@@ -127,7 +129,7 @@ class Program:
     return self.computations.get(one.called('calls') or '', {}) if one.opcode == 'fusion' else {}
 
   def runs(self) -> list[Run]:
-    """Returns every executed instruction with its count. All branches of a conditional count as executed."""
+    """Returns every executed instruction and how often it runs. All branches of a conditional count as executed."""
     found: list[Run] = []
 
     def walk(computation, times):
@@ -149,8 +151,8 @@ class Program:
   def trip_count(self, loop: Instruction) -> int:
     """Returns how often the body of a loop runs.
 
-    It is XLA's own number or, without one, N if the loop's condition is `i < N`. If neither is known, it is 1, or 0 for
-    a loop that RARE matches.
+    The number is XLA's own. If XLA gives none, it is N for a loop with the condition `i < N`. Otherwise it is 1, or 0
+    for a loop that RARE matches.
     """
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:
@@ -163,7 +165,7 @@ class Program:
     return max(1, max(limits) + (compare.attribute(r'direction=(\w+)') == 'LE'))
 
   def _inside(self, computation):
-    """Yields the instructions of a computation and of its fusions."""
+    """Yields the instructions of a computation, and those of its fusions."""
     for instruction in computation.values():
       yield instruction
       inner = instruction.called('calls') if instruction.opcode == 'fusion' else None
@@ -180,7 +182,7 @@ class Program:
                if i.opcode in ('fusion', 'dot', 'convolution'))
 
   def rows_moved(self, run: Run) -> dict[str, int]:
-    """Returns how many rows an instruction moves: {'gather': number, 'scatter': number}; a missing key means 0.
+    """Returns how many rows an instruction moves, as {'gather': number, 'scatter': number}. A missing key means 0.
 
     Rows with fewer than 128 numbers aren't counted.
     """
@@ -202,9 +204,9 @@ class Program:
   def hbm_bytes(self, run: Run) -> float:
     """Returns the bytes that one execution of an instruction reads from and writes to HBM.
 
-    Each operand and each result is counted once. If an instruction only slices an operand or gathers rows from it, only
-    the slices or rows are counted. If it updates an operand in place, only the update is counted. Buffers of a
-    collective inside of a fusion aren't counted.
+    Each operand and each result is counted once. If the instruction only slices an operand or gathers rows from it,
+    only the slices or rows are counted. If the instruction updates an operand in place, only the update is counted. The
+    buffers of a collective in a fusion aren't counted.
     """
     one, home = run.instruction, self.computations[run.computation]
     if one.opcode in FREE:
@@ -235,7 +237,11 @@ class Program:
     return total
 
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
-    """Returns how many bytes of the array `name` a fusion reads. Infinity if it reads more than slices or rows."""
+    """Returns how many bytes of the array `name` a fusion reads, if it reads only slices or rows of the array;
+    otherwise infinity.
+
+    inner: the instructions of the fusion.
+    """
     total = 0.0
     for user in inner.values():
       if name not in user.operands:
@@ -280,7 +286,8 @@ class Program:
     return found
 
   def _meanwhile(self, run: Run, chain: str | None) -> tuple[str, ...] | None:
-    """Returns the names of the instructions between a collective's start and its end; None if it is synchronous.
+    """Returns the names of the instructions between a collective's start and its end; None if the collective is
+    synchronous.
 
     Instructions run in the order of the text.
 
@@ -306,7 +313,9 @@ def _chain(one: Instruction) -> str | None:
 
 
 def _scatters(computation: dict[str, Instruction]) -> bool:
-  """Returns whether a fusion is a reduce-scatter: an all-reduce and a slice of its result, without matrix products."""
+  """Returns whether a fusion is a reduce-scatter: it has an all-reduce and a slice of the result, and no matrix
+  products.
+  """
   opcodes = {i.opcode for i in computation.values()}
   return {'all-reduce', 'dynamic-slice'} <= opcodes and not {'fusion', 'dot', 'convolution'} & opcodes
 
@@ -334,7 +343,7 @@ def read(text: str) -> Program:
 
 
 def _frames(head: str) -> dict[int, str]:
-  """Returns {number of a stack frame: `file:function ...`, innermost first}.
+  """Returns {number of a stack frame: 'file:function ...'}, with the functions of a frame innermost first.
 
   head: the text before the first computation, which has tables of files, functions and frames.
   """
@@ -370,7 +379,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-  """Returns the index of the parenthesis that closes the one at `start`."""
+  """Returns the index of the parenthesis that closes the parenthesis at `start`."""
   depth = 0
   for at in range(start, len(text)):
     depth += (text[at] == '(') - (text[at] == ')')
@@ -419,7 +428,10 @@ def _product_flops(one: Instruction, home: dict[str, Instruction]) -> float:
 
 
 def _group_size(text: str) -> int:
-  """Returns the number of devices that take part in one collective; 0 means all devices."""
+  """Returns the number of devices that take part in a collective; 0 means all devices.
+
+  text: the text of the collective.
+  """
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
   if mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'([\w.]+)'=(\d+)", mesh[1])}

@@ -20,8 +20,8 @@ GB = 1e9
 class Plan:
   """The plan of one program on one topology.
 
-  Bytes are per chip, seconds are per execution, and intervals are (least, most). If the program doesn't fit,
-  temp_bytes, peak_bytes and mfu are 0.
+  Bytes are per chip, seconds are per execution, and intervals are (least, most). If the program doesn't fit into
+  memory, temp_bytes, peak_bytes and mfu are 0.
   """
 
   program: str
@@ -121,7 +121,7 @@ def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = (
 def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
   """Returns (least, most) seconds of the whole stage, without input, evaluation and checkpoints.
 
-  For RL it assumes that every answer has its full length, and that no prompt is resampled.
+  For RL, every answer is assumed to have its full length, and no prompt to be resampled.
   """
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:
@@ -139,7 +139,7 @@ def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
 
 
 def suggest_fix(work: Workload, plan: Plan) -> str:
-  """Returns the settings to try if a plan doesn't fit, the smallest change first."""
+  """Returns a text with settings to try if a plan doesn't fit into memory, the smallest change first."""
   state = plan.params_bytes + plan.optimizer_bytes
   if plan.program == 'decode':
     return (f'Try --config.rl.decode_batch_size={max(1, work.rl.decode_batch_size // 2)}, or a larger tensor axis, '

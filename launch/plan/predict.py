@@ -8,14 +8,14 @@ The time of an instruction is the longest of three times:
 
 Instructions run one after the other. The lower end of the interval is the sum of their times, each multiplied by how
 often the instruction runs. The upper end adds the waits inside matrix products that bundles don't show
-(Chip.interlock). Both ends include collectives: the whole time of a synchronous collective, and the time by which an
-asynchronous collective is longer than the compute that is scheduled between its start and its end.
+(Chip.interlock). Both ends include collectives. A synchronous collective adds its whole time. An asynchronous
+collective adds only the time by which it is longer than the computation scheduled between its start and its end.
 
 Accuracy: another program with the same method predicted three published dense MaxText runs (v5e-256 at 16B and 32B,
 v5p-128 at 32B). The published times were inside the predicted interval, or within 2 % of one of its ends. This module
 hasn't been run on those three runs. Nothing has been checked for v6e, mixtures of experts or several slices, so use
-predictions for those only to rank settings. Predictions don't include input, checkpoints, the network between slices,
-contention between transfers and compute, and imbalance of experts.
+predictions for those only to rank settings. Predictions leave out input, checkpoints, the network between slices,
+contention between transfers and computation, and imbalance of experts.
 """
 
 import collections
@@ -131,9 +131,9 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
 
 
 def scope(source: str) -> str | None:
-  """Returns the innermost scope of PARTS that an instruction is in; None if it is in no such scope.
+  """Returns the innermost scope of PARTS that contains an instruction; None if there is none.
 
-  source: what hlo.Program.source returns for the instruction.
+  source: the instruction's hlo.Program.source.
   """
   path, unwrapped = '', '/' + source.partition(' ')[0]
   while path != unwrapped:  # transformations wrap the scope that follows, as in jit(step)/transpose(jvp(embed))/add
@@ -151,7 +151,7 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
   Args:
     kind: one of hlo.COLLECTIVES.
-    size: the bytes of its result on one device; for a reduce-scatter, the bytes of its operand.
+    size: the bytes of the collective's result on one device; for a reduce-scatter, the bytes of its operand.
     group: the number of chips that take part.
   """
   rate = topology.links(group) * topology.chip.link_rate
@@ -168,8 +168,8 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 def _share(kernel: hlo.Instruction) -> float:
   """Returns the share of a kernel's blocks that have work.
 
-  In splash attention, a block has work if the causal mask leaves any of it; the blocks are counted from the shape of
-  the first operand, which has one entry per block. In other kernels, all blocks have work.
+  In splash attention, a block has work if the causal mask doesn't cover it completely. The blocks are counted from the
+  shape of the first operand, which has one entry per block. In other kernels, all blocks have work.
   """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:
@@ -180,7 +180,7 @@ def _share(kernel: hlo.Instruction) -> float:
 
 
 def _label(one: hlo.Instruction) -> str:
-  """Returns a short name for an instruction: a kernel's name, or the last two meaningful parts of the op_name."""
+  """Returns a short name for an instruction: the name of a kernel, or the last two meaningful parts of the op_name."""
   if 'tpu_custom_call' in one.text:
     return one.name.rstrip('0123456789').rstrip('.')
   source = one.attribute(r'op_name="([^"]*)"') or one.name.rstrip('0123456789').rstrip('.')

@@ -53,9 +53,9 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
   """Returns the abstract train state, and for each program a function that lowers it.
 
-  The only program of pre-training is `train`. The programs of RL are `update` and `decode`, with the shapes that they
-  have in the phase with the longest answers. Two smaller programs of RL aren't planned: the prefill of prompts, and the
-  computation of log-probabilities under the old and the reference policy.
+  Pre-training has one program, `train`. RL has the programs `update` and `decode`, with their shapes in the phase with
+  the longest answers. Two smaller programs of RL aren't planned: the prefill of prompts, and the computation of
+  log-probabilities under the old and the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -68,7 +68,7 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
 
 
 def sampler_config(work: Workload) -> SamplerConfig:
-  """Returns the sampler settings that rl/loop.py uses in the phase with the longest answers."""
+  """Returns the settings of the sampler that rl/loop.py uses in the phase with the longest answers."""
   rl = work.rl
   return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True,
                        cache_tokens=rl.cache_tokens)
@@ -119,5 +119,8 @@ def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
 
 
 def shard_bytes(tree: Any) -> int:
-  """Returns the bytes that a tree of arrays takes on one device. The arrays are abstract and have shardings."""
+  """Returns the bytes that a tree of arrays takes on one device.
+
+  tree: abstract arrays with shardings.
+  """
   return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

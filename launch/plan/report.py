@@ -10,7 +10,8 @@ from betarank.launch.plan.workload import Workload
 
 
 def report(work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_chip_hour: float) -> None:
-  """Prints the model's size, every plan, and the time and cost of the stage. The cost is omitted if the price is 0."""
+  """Prints the model's size, every plan, and the time and cost of the stage. If the price is 0, the cost is left out.
+  """
   stage = describe_stage(work, topology, plans)
   total, active = sum(stage['parameters'].values()), stage['active_parameters']
   parts = ', '.join(f'{name} {_short(n)}' for name, n in stage['parameters'].items() if n)
@@ -59,7 +60,7 @@ def _report_plan(work: Workload, topology: Topology, plan: Plan) -> None:
 
 
 def summary(plan: Plan) -> str:
-  """Returns time, MFU and memory of a plan that fits, on one line."""
+  """Returns one line with the time, MFU and memory of a plan that fits."""
   low, high = plan.prediction.step_s
   return (f'{low * 1e3:,.0f} to {high * 1e3:,.0f} ms, MFU {plan.mfu[0]:.0%} to {plan.mfu[1]:.0%}, '
           f'{plan.peak_bytes / GB:.1f} of {plan.hbm_bytes / GB:.1f} GB')

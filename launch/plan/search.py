@@ -1,4 +1,6 @@
-"""Searches for a fast mesh, number of microbatches and remat policy: compiles candidates, and ranks those that fit."""
+"""Searches for a fast mesh, number of microbatches and remat policy: compiles candidates, and ranks those that fit into
+memory.
+"""
 
 import dataclasses
 import itertools
@@ -20,7 +22,7 @@ ROWS_PER_CHIP = (1, 2, 4, 8)  # the numbers of rows per chip of a microbatch tha
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A mesh, number of microbatches and remat policy, with which the model and the batch can be divided evenly."""
+  """A mesh, number of microbatches and remat policy, for which the model and the batch can be divided evenly."""
 
   mesh: tuple[tuple[str, int], ...]
   microbatches: int
@@ -33,10 +35,10 @@ class Candidate:
 
 
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
-  """Returns the candidates whose lower bound on memory fits into a chip.
+  """Returns the candidates whose lower bound on memory is below the memory of a chip.
 
-  Those that are likely to be fast come first: they are sorted by the least recomputation, then by the fewest
-  microbatches, then by the least memory.
+  Candidates that are likely to be fast come first. They are sorted by the amount of recomputation, then by the number
+  of microbatches, then by memory, the least first.
   """
   c, chips = work.run.model, topology.chips
   experts = [e for e in (1, 8, 16, 32) if c.moe.experts and c.moe.experts % e == 0] or [1]
@@ -59,9 +61,8 @@ def _powers_of_2(limit: int) -> list[int]:
 
 
 def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str) -> float:
-  """Returns a lower bound on the bytes per chip.
-
-  It is the sum of state and gradients (16 bytes per parameter, in float32) and saved activations.
+  """Returns a lower bound on the bytes per chip: state and gradients (16 bytes per parameter, in float32) and saved
+  activations.
 
   tokens: the number of tokens of a microbatch per chip.
   """
@@ -75,17 +76,17 @@ def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str
 
 def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path, tries: int,
            say: Callable[[str], None]) -> list[Plan]:
-  """Compiles the config with up to `tries` candidates, and prints a line for each and a ranking.
+  """Compiles the config with up to `tries` candidates. Prints a line for each candidate, and a ranking.
 
   A candidate is a mesh, a number of microbatches and a remat policy.
 
   Args:
     devices: the devices of the topology.
-    folder: where libtpu writes the compiled instructions, from which times are predicted. All files in it are deleted.
+    folder: where libtpu writes bundles, from which times are predicted. All files in it are deleted.
     tries: the largest number of candidates to compile.
     say: prints a line.
 
-  Returns the plans of the candidates that could be compiled, fastest first. Plans that don't fit come last.
+  Returns the plans of the candidates that could be compiled, fastest first. Plans that don't fit into memory come last.
 
   Raises:
     PlanError: no candidate could fit.
@@ -123,7 +124,7 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
 def _spread(ordered: list[Candidate], tries: int) -> list[Candidate]:
   """Returns the first candidate of each remat policy, then the second of each, and so on, up to `tries` candidates.
 
-  So even a few tries cover every policy.
+  In this order, even a few tries cover every policy.
   """
   groups: dict[str, list[Candidate]] = {}
   for candidate in ordered:

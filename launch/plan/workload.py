@@ -1,4 +1,4 @@
-"""Gives the planner the same view of pre-training and RL runs: rows, microbatches, length and steps."""
+"""Gives the planner one view of pre-training and RL runs: rows, microbatches, length and steps."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ from betarank.train.config import RunConfig, run_config
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """A run whose config has been checked. `rl` is the config section of an RL run, and None for pre-training."""
+  """A run whose config has been checked. `rl` is the section `rl` of its config, or None for pre-training."""
 
   run: RunConfig | RlRun
   rl: RlConfig | None
 
   @property
   def section(self) -> str:
-    """The name of the config section that has the setting `microbatches`."""
+    """The name of the config section that has the setting `microbatches`: 'train' or 'rl'."""
     return 'rl' if self.rl else 'train'
 
   @property
@@ -31,7 +31,7 @@ class Workload:
 
   @property
   def length(self) -> int:
-    """The number of tokens per row. In RL, a row has a prompt and an answer of the largest length."""
+    """The number of tokens per row. In RL, a row has room for a prompt and an answer of the largest length."""
     return self.run.sequence_length
 
   @property
@@ -40,7 +40,7 @@ class Workload:
 
 
 def workload(config: ConfigDict) -> Workload:
-  """Returns the run of `config`: RL if it has a section `rl`, else pre-training.
+  """Returns the Workload of `config`, which is an RL run if the config has a section `rl`, else a pre-training run.
 
   Raises:
     ConfigError: a setting is invalid. The message names its key.

@@ -1,12 +1,12 @@
 """Pallas Mosaic GPU kernels for causal attention within documents on Hopper GPUs (H100, H200). They need jax >= 0.11.2.
 
-A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks
-before the document are never read. Only blocks at the edges of documents are masked. The scores are never all in
-memory, neither in the forward nor in the backward pass. Two warpgroups compute, each on 64 rows of every block (the
-size of a wgmma instruction). A third one keeps the copy engine (TMA) busy.
+A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks of
+keys before the document are never read. Only blocks at the edges of documents and on the diagonal are masked. Neither
+the forward nor the backward pass holds all scores in memory. Two of a program's three warpgroups compute, each on 64
+rows of every block (the size of a wgmma instruction). The third warpgroup keeps the copy engine (TMA) busy.
 
 # B batch  T tokens  K key heads  G query heads per key head  N = K·G query heads  H head width
-# Q, S a block of queries, keys  R blocks of a row  P = B·R blocks of all rows, in the order they are processed
+# Q, S queries, keys of a block  R blocks of a row  P = B·R blocks of all rows, in the order they are processed
 """
 
 import functools
@@ -36,11 +36,11 @@ def fits(length: int, width: int, device_kind: str) -> bool:
 
 @jax.custom_vjp
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H], computed in float32.
+  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself: [B, T, N, H], computed in float32.
 
   q, k and v are bfloat16 or float16, H is 64 or 128, and T is a multiple of 128. start_BT and end_BT come from
-  `attention_triton.documents`. dq is summed by atomic additions in no fixed order, so its last bits differ from run to
-  run.
+  `attention_triton.documents`. The gradient of q is summed by atomic additions in no fixed order, so its last bits
+  differ from run to run.
   """
   return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
@@ -61,7 +61,7 @@ attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
-  """Returns (out_BTNH, lse_BNT). lse is the float32 logarithm, to base 2, of the sum of exponentials.
+  """Returns (out_BTNH, lse_BNT). lse is float32, the base-2 logarithm of the sum of each query's exponentials.
 
   A program processes several blocks of queries, one after the other.
   """
@@ -82,9 +82,14 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
     wg, program = lax.axis_index('wg'), lax.axis_index('program')
 
     def each_item(run):
-      """Calls run(r, t, b, tile, n, steps, full) for each item r of this program.
+      """Calls run(r, t, b, tile, n, steps, full) for each item of this program. An item is a block of queries of one
+      head.
 
-      t: the number of blocks of keys of all items before r.
+      r: the number of the item.
+      t: the number of blocks of keys that the items before r have together.
+      b, tile, n: the row, the number of the block of queries in the row, and the query head.
+      steps, full: the number of blocks of keys to process, and how many of these, counted from the diagonal, lie within
+        the documents of all queries.
       """
       def one(r, t):
         # Every other round runs in reverse order, so that no program gets the longest item of every round.
@@ -110,7 +115,10 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
         start_Q = plgpu.load(start_ref.at[b, at], layout=ROW, optimized=False)
 
         def softmax(t, masked, s_QS, most_Q, sum_Q):
-          """Returns (p, the new maximum, the new sum, the factor by which the old output and sum are rescaled)."""
+          """Returns (p, the new maximum, the new sum, the factor by which the old output and sum are rescaled).
+
+          p is the exponential of each score, relative to the new maximum.
+          """
           if masked:
             key_QS = plgpu.broadcasted_iota(jnp.int32, s_QS.shape, 1, layout=WGMMA) + (tile - t) * TILE
             row_QS = plgpu.broadcasted_iota(jnp.int32, s_QS.shape, 0, layout=WGMMA) + row
@@ -133,9 +141,9 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
           return s_QS
 
         def step(masked, t, carry):
-          """Computes the scores of block t and adds the values of block t-1.
+          """Computes the scores of block t and adds the weighted values of block t-1 to the output.
 
-          In this order, one warpgroup can use the tensor cores while the other computes exponentials.
+          This order lets one warpgroup use the tensor cores while the other computes exponentials.
           """
           out_QH, most_Q, sum_Q, p_QS = carry
           slot, before = lax.rem(t0 + t, STAGES), lax.rem(t0 + t - 1, STAGES)
@@ -221,8 +229,9 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
 def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   """Returns (dq·√H in float32, dk, dv). Each program owns a block of keys, and adds its part of dq to the sum.
 
-  The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. So they
-  write ds to shared memory. The loading warpgroup computes dq from ds, and the copy engine sums dq in the L2 cache.
+  The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. Therefore
+  they write ds, the gradient of the scores, to shared memory. The third warpgroup computes dq from ds, and the copy
+  engine adds dq to the sum in the L2 cache.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
@@ -365,15 +374,17 @@ def _scale(width: int) -> float:
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:
-  """Sorts the blocks of all rows by key. Returns arrays [P], P = B·R: first each block's index in the flattened [B, R]
-  (int32), then one array for each of `values_BR`, in the same order.
+  """Sorts the blocks of all rows by key. Returns one array [P] with each block's index in the flattened [B, R] (int32),
+  and one array [P] for each of `values_BR`, in the same order.
   """
   place_P = jnp.argsort(key_BR.ravel()).astype(jnp.int32)
   return [place_P, *(x.ravel()[place_P] for x in values_BR)]
 
 
 def _smem(*shape, dtype):
-  """Returns shared memory in the layout that wgmma and the copy engine use: swizzled tiles of 8 rows of 128 bytes."""
+  """Returns the type of a shared-memory array in the layout that wgmma and the copy engine use: swizzled tiles of 8
+  rows of 128 bytes.
+  """
   columns = 128 // jnp.dtype(dtype).itemsize
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 

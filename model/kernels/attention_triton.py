@@ -1,10 +1,11 @@
 """Triton kernels for causal attention within documents on a GPU. They skip blocks that no query sees.
 
-A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks
-before the document are never read. Only blocks at the edges of documents are masked. The scores are never all in
-memory, neither in the forward nor in the backward pass.
+A row holds one document after the other, so a query sees the keys from the start of its document to itself. Blocks of
+keys before the document are never read. Only blocks at the edges of documents and on the diagonal are masked. Neither
+the forward nor the backward pass holds all scores in memory.
 
-# B batch  T tokens  K key heads  G query heads per key head  N = K·G  H head width  Q, S a block of queries, keys
+# B batch  T tokens  K key heads  G query heads per key head  N = K·G query heads  H head width
+# Q, S queries, keys of a block
 """
 
 import functools
@@ -32,8 +33,9 @@ def fits(length: int, width: int) -> bool:
 
 
 def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (start_BT, end_BT), int32: the index of the first token of each token's document, and the index after the
-  document's last token.
+  """Returns (start_BT, end_BT), int32, for each token: the indices at which its document starts and ends.
+
+  The end is the index after the document's last token.
   """
   length = segments_BT.shape[1]
   index_T = jnp.arange(length, dtype=jnp.int32)
@@ -47,7 +49,7 @@ def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself, [B, T, N, H], computed in float32.
+  """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself: [B, T, N, H], computed in float32.
 
   start_BT and end_BT come from `documents`.
   """
@@ -64,7 +66,7 @@ def _scale(width: int) -> float:
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
-  """Returns (out_BTNH, lse_BNT). lse is the float32 logarithm, to base 2, of the sum of exponentials."""
+  """Returns (out_BTNH, lse_BNT). lse is float32, the base-2 logarithm of the sum of each query's exponentials."""
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   queries, keys, warps, stages = FORWARD
   scale = _scale(width)
@@ -195,8 +197,11 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
 
 
 def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
-  """Applies carry = step(masked, j, carry) for all blocks j of keys that some query of this tile sees. Returns the
-  carry.
+  """Computes carry = step(masked, j, carry) for every block j of keys that some query of this tile sees. Returns the
+  last carry.
+
+  tile: the number of the block of queries in its row.
+  queries, keys: the sizes of a block of queries and of a block of keys.
   """
   last = pl.cdiv((tile + 1) * queries, keys)
   full = jnp.minimum(pl.cdiv(start_ref[queries - 1], keys), last)  # the first block in the documents of all queries

@@ -1,11 +1,11 @@
 """A Pallas kernel for experts on a TPU: all three matrix products of a tile of rows in one kernel.
 
 All rows of a tile belong to one expert, so nothing is masked. The hidden values never leave the chip's vector memory
-(VMEM). An expert's weights stay in VMEM while its tiles are processed. So do the float32 sums of their gradients, which
-are rounded and written after its last tile. The backward kernel recomputes gate and up. On a chip with two cores, each
-core takes half of the used tiles.
+(VMEM). While an expert's tiles are processed, its weights stay in VMEM. The backward kernel computes gate and up again,
+and keeps the float32 sums of the expert's weight gradients in VMEM. It rounds and writes the sums after the expert's
+last tile. On a chip with two cores, each core takes half of the used tiles.
 
-# C tiles  R rows  D width  F hidden  e experts  H cores
+# C tiles  R rows of a tile  D width  F hidden width  e experts of a device  H cores
 """
 
 import jax
@@ -20,17 +20,21 @@ VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p has 64 MiB; the compile
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if VMEM holds two bfloat16 blocks of each weight and each gradient, and a float32 sum of each
-  gradient.
+  """Returns True if the kernel's data fits into VMEM.
+
+  The kernel needs two bfloat16 blocks of each weight and of each gradient, and a float32 sum of each gradient.
   """
   return 3 * width * (-(-hidden // 128) * 128) * (2 * 2 + 2 * 2 + 4) <= VMEM_BYTES * 3 // 4
 
 
 @jax.custom_vjp
 def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D].
+  """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D], where gate, up and down are the weights of each tile's
+  expert.
 
-  expert_C must not decrease. Only the first `used` tiles of the output are defined.
+  weight_CR: float32, the factor of each row.
+  expert_C: int32, the expert number of each tile, in ascending order.
+  used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
   weights = gate_eDF, up_eDF, down_eFD
   tile, column, of_expert = _blocks(x_CRD, weights)
@@ -85,13 +89,19 @@ def _dot(a, b, contract=(1, 0)) -> jax.Array:
 
 
 def _grid(tiles: int) -> tuple[int, int]:
-  """Returns the kernel's grid: (number of cores, largest number of tiles per core)."""
+  """Returns the kernel's grid: (number of cores, largest number of tiles per core).
+
+  tiles: the number of all tiles.
+  """
   ways = min(cores(), tiles)
   return ways, -(-tiles // ways)
 
 
 def _tiles_per_core(tiles: int, used):
-  """Returns the number of used tiles that each core takes."""
+  """Returns the number of used tiles that each core takes.
+
+  tiles, used: the number of all tiles and of used tiles.
+  """
   return jnp.maximum(-(-used // _grid(tiles)[0]), 1)
 
 
@@ -115,7 +125,7 @@ def _works(work):
 def _blocks(x_CRD, weights):
   """Returns the BlockSpecs of x, of an array with one number per row, and of each weight.
 
-  A grid step gets the blocks of its tile, and the weights of the tile's expert.
+  A grid step gets x and the numbers of its tile, and the weights of the tile's expert.
   """
   by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda *at: (_tile(*at), 0, 0))
   of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)], 0, 0)) for w in weights]

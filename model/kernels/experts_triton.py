@@ -1,9 +1,9 @@
 """Triton kernels for experts on a GPU: tiles of rows times the weights of their experts.
 
-All rows of a tile belong to one expert, so a program only looks up which weights to use; nothing is copied or masked.
-The gradient of an expert's weights is a sum over its tiles.
+All rows of a tile belong to one expert, so a program only looks up which expert's weights to use. Nothing is copied or
+masked. The gradient of an expert's weights is a sum over the expert's tiles.
 
-# C tiles  R rows  I input width  O output width  D width  F hidden  e experts
+# C tiles  R rows of a tile  I input width  O output width  D width  F hidden width  e experts of a device
 """
 
 import jax
@@ -19,16 +19,20 @@ MOST, DEPTH = 128, 64  # the largest block of the output (rows and columns), and
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if width and hidden are divisible by 32. Blocks have sides of at least 32, which must be powers of
-  two.
+  """Returns True if the kernels support these sizes: width and hidden must be divisible by 32.
+
+  Blocks have sides of at least 32, and each side is a power of two.
   """
   return min(_block(width), _block(hidden)) >= 32
 
 
 def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D].
+  """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D], where gate, up and down are the weights of each tile's
+  expert.
 
-  expert_C must not decrease. Only the first `used` tiles of the output are defined.
+  weight_CR: float32, the factor of each row.
+  expert_C: int32, the expert number of each tile, in ascending order.
+  used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
   both_CRF = checkpoint_name(product(x_CRD, jnp.concatenate([gate_eDF, up_eDF], 2), expert_C, used), 'mlp')
   gate_CRF, up_CRF = jnp.split(both_CRF.astype(jnp.float32), 2, axis=2)
@@ -40,13 +44,14 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
   """Returns each tile times its expert's weights, [C, R, O].
 
-  expert_C must not decrease. Only the first `used` tiles of the output are defined.
+  expert_C: int32, the expert number of each tile, in ascending order.
+  used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
   return _matmul(x_CRI, w_eIO, expert_C, used, transposed=False)
 
 
 def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
-  """Computes `product`. With transposed=True, w is [e, O, I] instead of [e, I, O]."""
+  """Computes `product`. With transposed=True, the weights w have the shape [e, O, I] instead of [e, I, O]."""
   tiles, rows, depth = x_CRI.shape
   width = w.shape[1 if transposed else 2]
   block_R, block_O, step = _block(rows), _block(width), _block(depth, DEPTH)
@@ -78,8 +83,9 @@ def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
 
 
 def _gradient(x_CRI, dout_CRO, expert_C, used, like: jax.Array) -> jax.Array:
-  """Returns the gradient of each expert's weights, [e, I, O], in the dtype of `like`. It is a sum over the expert's
-  tiles.
+  """Returns the gradient of each expert's weights, [e, I, O], in the dtype of `like`.
+
+  The gradient is a sum over the expert's tiles.
   """
   rows, (count, depth, width) = x_CRI.shape[1], like.shape
   block_I, block_O, step = _block(depth), _block(width), _block(rows, DEPTH)

@@ -1,10 +1,10 @@
 """A Pallas kernel for attention of one token per row over pages of keys and values, on a TPU.
 
-While a step of the grid processes a few pages of a row, the next pages are fetched. Every row gets as many steps as the
-longest row needs, but no pages are fetched beyond a row's last page.
+A step of the grid processes a few pages of a row. Meanwhile, the pages of the next step are fetched. Every row gets as
+many steps as the row with the most pages needs, but no pages are fetched beyond a row's last page.
 
 # R rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page  K key heads
-# G query heads per key head  N = K·G  H head width
+# 2 keys, values  G query heads per key head  N = K·G query heads  H head width
 """
 
 import functools
@@ -27,9 +27,9 @@ def fits(size: int, width: int) -> bool:
 
 
 def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys in each row's pages, [R, N, H]; computed in float32.
+  """Returns softmax(q·k/√H) v over the keys in each row's pages: [R, N, H], computed in float32.
 
-  The arguments are those of pages_triton.attention; the table's units aren't used.
+  The arguments are the same as for pages_triton.attention. The table's units aren't used.
   """
   (rows, heads, width), (_, _, kv_heads, size, _) = q_RNH.shape, pages_P2KSH.shape
   prefix_R = table.prefix_B
@@ -38,7 +38,10 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   prompt_R, all_R = steps(prefix_R), steps(prefix_R) + steps(length_R)
 
   def column(i, row, step, prompt_R, prefix_R, length_R):
-    """Returns (the i-th column of pages_BJ in this step, the number of tokens in the row's page of that column)."""
+    """Returns (the i-th column of pages_BJ in this step, the number of tokens in the row's page of that column).
+
+    Past the row's last page, returns the column of the last page, which isn't fetched again, and 0 tokens.
+    """
     own = step >= prompt_R[row]
     at = (step - jnp.where(own, prompt_R[row], 0)) * AT_ONCE + i
     tokens = jnp.where(own, length_R[row], prefix_R[row])

@@ -1,12 +1,12 @@
 """A Triton kernel for attention of one token per row over pages of keys and values, on a GPU.
 
-A program processes one key head of a unit, which is a few rows that share a prompt, and all pages or a part of them.
-The program reads the prompt's pages once for all these rows, and then the pages that each row has for itself. It reads
-only pages that have tokens.
+A unit is a few rows that share a prompt. A program processes one key head of a unit. It reads the prompt's pages once
+for all rows of the unit, and then the pages that belong to each row alone. It reads only pages that hold tokens. If
+there are few units, several programs share the pages of a unit.
 
 # R rows  U units of up to M rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page
-# K key heads  G query heads per key head  N = K·G  H head width  Q queries of a unit and key head
-# C parts, into which the pages are divided
+# 2 keys, values  K key heads  G query heads per key head  N = K·G query heads  H head width
+# Q queries of a unit and key head  C parts, into which the pages are divided
 """
 
 import functools
@@ -31,12 +31,12 @@ def fits(size: int, width: int) -> bool:
 
 
 def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys in each row's pages, [R, N, H]; computed in float32.
+  """Returns softmax(q·k/√H) v over the keys in each row's pages: [R, N, H], computed in float32.
 
   Args:
     q_RNH: the queries of one token per row.
-    pages_P2KSH: keys and values, of the dtype of the queries.
-    table: a decode.Table. The output of rows that are in none of its units is arbitrary.
+    pages_P2KSH: keys and values, in the dtype of the queries.
+    table: a decode.Table. The output of a row that is in none of the table's units is arbitrary.
     length_R: int32, the number of tokens in the pages that belong to the row alone.
     prompt_pages: I, the number of prompt pages in each row of the table.
   """

@@ -1,10 +1,10 @@
 """Scatter-add of rows on a TPU. XLA would add the rows one by one.
 
-Rows are gathered in the order of their destinations. Then a tile of rows is added to a block of sums by a matrix
-product with a matrix of zeros and ones. A tile whose rows go to two blocks is visited once for each of them. On a chip
-with two cores, each core takes half of the width.
+The rows are first gathered in the order of their destinations, and divided into tiles. The sums are divided into
+blocks. A tile is added to a block by a matrix product with a matrix of zeros and ones. A tile whose rows belong to two
+blocks is visited twice. On a chip with two cores, each core takes half of the width.
 
-# P rows  V visits of a tile  M rows of a tile  G sums  B blocks of sums  D width
+# P rows  V visits of tiles  M rows of a tile  G sums  B blocks of sums  D width
 """
 
 import jax
@@ -19,8 +19,9 @@ TILE, BLOCK = 256, 128
 
 
 def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
-  """Returns out_g, the sum of y_p over the rows with to_p = g, [G, D]. Rows with to_p >= G are ignored, even if they
-  hold NaN.
+  """Returns out_g, the sum of y_p over the rows with to_p = g: [G, D], where G is `sums`.
+
+  Rows with to_p >= G are ignored, even if they hold NaN.
   """
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)

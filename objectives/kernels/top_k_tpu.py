@@ -1,15 +1,17 @@
 """A TPU kernel that finds the k-th largest logit of rows held in VMEM, reading each logit from HBM only once.
 
-The logits of a row are divided into about 24·k groups, and one sweep keeps the DEPTH largest of each group as
-candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th largest logit of
-the row, unless all candidates of some group are at or above it. That happens to about one row in 3000 of independent
-logits at k = 100. For such rows, bisection then runs over the whole row.
+The logits of a row are divided into about 24·k groups. One pass over the row keeps the DEPTH largest logits of each
+group as candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th largest
+logit of the row, unless all candidates of some group are at or above it, because such a group may have further large
+logits. That happens to about one row in 3000 of independent logits at k = 100. For such rows, bisection then runs over
+the whole row.
 
-If more logits equal the k-th largest than belong to the top k, the last id of the top k is found by bisection too. So
-the result is always exact, and only the time depends on the logits. The XLA operations that find a top k
+If more logits equal the k-th largest than belong to the top k, bisection also finds the last id of the top k. The
+result is therefore always exact, and only the time depends on the logits. The XLA operations for a top k
 (objectives/top_k.py) move the logits several times on a TPU, and sort.
-"""
+
 # R rows of a block  L lanes  V vocabulary  k size of the top k
+"""
 
 import functools
 
@@ -29,14 +31,18 @@ MAX_BLOCK = 20 * 2**20  # bytes of a block of rows; VMEM holds two blocks at onc
 
 
 def fits(vocab, k):
-  """Returns True if the kernel supports rows [V]: the groups are large enough, and a block of rows fits into VMEM."""
+  """Returns True if the kernel supports rows of `vocab` logits: groups aren't too small, and a block of rows fits into
+  VMEM.
+  """
   return _span(vocab, k) >= MIN_SPAN and 4 * ROWS * _columns(vocab) * LANES <= MAX_BLOCK
 
 
 def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
   """Returns the same as `find_head` of objectives/top_k.py, on one device. Requires `fits(V, k)`.
 
-  Subnormal logits count as zero. interpret: runs the kernel on any device, slowly.
+  Subnormal logits count as zero.
+
+  interpret: runs the kernel on any device, slowly.
   """
   tokens, vocab = z_CV.shape
   block = 4 * ROWS * _columns(vocab) * LANES
@@ -57,14 +63,12 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 
 
 def _columns(vocab):
-  """Returns the number of columns of LANES logits in a row."""
+  """Returns the number of columns of a row. A column is LANES consecutive logits."""
   return pl.cdiv(vocab, LANES)
 
 
 def _span(vocab, k):
-  """Returns the number of columns per group. A group is one lane of these columns, so this is also the number of its
-  logits.
-  """
+  """Returns the number of columns per group. A group has one logit of each of its columns, all in the same lane."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -85,7 +89,7 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Returns the last id of the top k: the smallest id up to which `k - above` logits equal the k-th largest."""
+    """Returns the last id of the top k: up to this id, exactly `k - above` logits equal the k-th largest logit."""
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
     all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))
@@ -103,9 +107,11 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
 
 
 def _bracket(columns, k):
-  """Returns (the largest entry, a lower bound for the k-th largest entry).
+  """Returns (the largest entry, a lower bound for the k-th largest entry) of each row, [R, 1].
 
-  The bound is the smallest of the maxima of k or more disjoint sets of entries.
+  To get the bound, the entries are divided into k or more disjoint sets. The bound is the smallest of the sets' maxima.
+
+  columns: arrays [R, L].
   """
   sets = columns[:pl.cdiv(k, LANES)]
   for c in range(len(sets), len(columns)):
@@ -143,7 +149,7 @@ def _keep_largest(z_ref, kept_ref, vocab, span):
 
 
 def _search(ref, width, *, k, low, high, target_R1, shift_R1):
-  """Finds the k-th largest of ref[:, :width], whose key is in [low, high).
+  """Finds the k-th largest of ref[:, :width], whose key (`to_key`) is in [low, high).
 
   Returns:
     (kth_largest, above, reach, sum, targets), all float32 [R, 1].
@@ -178,7 +184,8 @@ def _search(ref, width, *, k, low, high, target_R1, shift_R1):
 def _bisect(count, k, low, high):
   """Returns a key, int32 [R, 1], with count(key) = k. If there is none, returns the largest key with count(key) > k.
 
-  count(key) must not increase with the key. count(low) must be at least k, and count(high) less than k.
+  count: a function of keys [R, 1] that returns the same number or a smaller one for a larger key.
+  low, high: keys [R, 1] with count(low) >= k and count(high) < k.
   """
   middle = lambda low, high: (low >> 1) + (high >> 1) + (low & high & 1)
 
@@ -206,7 +213,7 @@ def _count(ref, width, test):
 
 
 def _fold(ref, width, step, state):
-  """Applies state = step(state, column [R, L], its first id) to all columns of ref[:, :width], and returns the
+  """Computes state = step(state, column [R, L], the column's first id) for all columns of ref[:, :width]. Returns the
   state.
   """
   full = width // LANES // UNROLL
@@ -241,5 +248,5 @@ def to_key(value):
 
 
 def to_float(key):
-  """Returns the float32 number of a key."""
+  """Returns the float32 number that belongs to a key. The inverse of `to_key`."""
   return lax.bitcast_convert_type(jnp.where(key < 0, key ^ 0x7FFFFFFF, key), jnp.float32)

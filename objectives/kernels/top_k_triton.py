@@ -1,11 +1,13 @@
 """A Triton kernel that finds the k-th largest logit of a row, reading each logit once. XLA would sort the row.
 
 Each of LANES lanes keeps the DEPTH largest logits that it reads. Bisection over float32 bit patterns finds the k-th
-largest of these. It is also the k-th largest of the row, unless all logits kept by some lane are at or above it. That
-happens to about one row in 2000 of independent logits at k = 100. For such rows, bisection then runs over the whole
-row. So the result is always exact.
-"""
+largest of the kept logits. This is also the k-th largest logit of the row, unless all logits kept by some lane are at
+or above it, because such a lane may have read further large logits. That happens to about one row in 2000 of
+independent logits at k = 100. For such rows, bisection then runs over the whole row. The result is therefore always
+exact.
+
 # C rows  V vocabulary  L lanes  k size of the top k
+"""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ MOST_K = 256  # with a larger k, too many rows need bisection over the whole row
 
 
 def fits(vocab, k):
-  """Returns True if the kernel supports rows of this length."""
+  """Returns True if the kernel supports rows of `vocab` logits and a top k of this size."""
   return vocab >= 2 * LANES and k <= MOST_K
 
 
@@ -36,7 +38,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 
   def body(z_ref, x_ref, shift_ref, value_ref, last_id_ref, sum_ref):
     def read(start, unread=0):
-      """Returns (logits, ids) of L tokens; ids below `unread` are masked out."""
+      """Returns (logits, ids) of L tokens, which begin at id `start`. Tokens with ids below `unread` are masked out."""
       id_L = start + jnp.arange(LANES)
       z_L = z_ref[pl.ds(start, LANES)]
       z_L = jnp.where(z_L == 0, 0.0, z_L)  # -0.0 equals 0.0 but has another bit pattern
@@ -55,7 +57,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
       return tuple(kept)
 
     def write_results(total):
-      """Writes the results and returns the k-th largest logit.
+      """Writes the results, and returns the k-th largest logit.
 
       total(f) must return the sum of f(logits, ids) over a set of tokens that contains the top k.
       """
@@ -91,7 +93,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 def _bisect(holds, low: int, high: int):
   """Returns the largest int32 in [low, high) for which `holds` is true.
 
-  `holds` must be true at low. If `holds` is false for some number, it must be false for all larger numbers.
+  `holds` must be true at low. It must be true up to some number and false for all larger numbers.
   """
   def step(_, ends):
     low, high = ends

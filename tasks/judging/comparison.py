@@ -1,10 +1,11 @@
-"""Decides whether an answer is right, by comparing it with the reference (the gold).
+"""Decides whether an answer is right, by comparing it with the reference answer, which is called the gold.
 
     judge('1,2', 'x=2 or x=1')      Judgement(RIGHT, 'the same list, in any order', ...)
 
 The rules are about kinds of notation, not about wording. If a rule can't decide, the verdict is undecided. Expressions
-are compared by value (values.py). Notation that only math-verify can parse is compared by the argument
-`by_math_verify` of `judge`. Only worker processes pass a function that calls math-verify; the default decides nothing.
+are compared by value (values.py). Notation that only math-verify can parse is compared by a function that is passed to
+`judge` as `by_math_verify`. Only worker processes pass a function that calls math-verify. The default function never
+decides.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ from betarank.tasks.judging.value_rules import ByMathVerify, ValueRules
 
 
 class Verdict(enum.IntEnum):
-  """The verdict on an answer. Undecided never counts as wrong: such samples are left out and counted separately."""
+  """The verdict on an answer. Undecided never counts as wrong: undecided samples are left out, and counted separately.
+  """
 
   UNDECIDED = -1
   WRONG = 0
@@ -47,7 +49,7 @@ class Verdict(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-  """A verdict, the rule that decided, and how both sides were understood.
+  """A verdict, the rule that decided, and how gold and answer were understood.
 
   gold_is_read: False if the verdict is undecided because the gold can't be read.
   """
@@ -60,10 +62,10 @@ class Judgement:
 
 
 def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
-  """Returns whether `answer` is right if `gold` is the reference, and why.
+  """Judges whether `answer` is right if `gold` is the reference. The Judgement includes the reason.
 
-  by_math_verify: the function (gold, answer) -> whether math-verify considers them equal; None if it can't tell. The
-    default always returns None.
+  by_math_verify: a function (gold, answer) -> whether math-verify considers them equal, or None if math-verify can't
+    decide. The default function always returns None.
   """
   if why := why_unreadable(gold, by_math_verify):
     return Judgement(Verdict.UNDECIDED, f'the gold cannot be read: {why}', gold_is_read=False)
@@ -83,7 +85,7 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
 
 @functools.lru_cache(maxsize=1024)
 def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
-  """Returns why no answer can be compared with a gold (a reference); '' if the gold can be read."""
+  """Returns the reason why no answer can be compared with this gold; '' if the gold can be read."""
   try:
     reading = notation.read(gold)
     for part in _parts(reading):
@@ -115,11 +117,12 @@ def _parts(reading: Reading) -> Iterator[Reading]:
 class _Comparison(ValueRules):
   """Compares two readings by the first rule that applies to them.
 
-  A rule returns True, False, None if it can't decide, or NotImplemented if it doesn't apply.
+  A rule is a method (gold, answer) that returns True, False, None if it can't decide, or NotImplemented if it doesn't
+  apply.
   """
 
   def same(self, gold: Reading, answer: Reading) -> bool | None:
-    """Returns whether the answer says the same as the gold; None if that can't be decided."""
+    """Returns whether the answer means the same as the gold; None if this can't be decided."""
     if gold.tokens and gold.tokens == answer.tokens:
       return self.decide(True, 'the same notation')
     for rule in (self._words, self._unparsed, self._empty, self._digits, self._residues, self._families, self._clocks,
@@ -232,9 +235,11 @@ class _Comparison(ValueRules):
   # Equations that give a name to something
 
   def _named(self, gold: Reading, answer: Reading):
-    """Compares equations that give something a name, as in x = 3 or f(x) = x^2, also with a value without a name.
+    """Compares equations that name a value, as in x = 3 or f(x) = x^2. Either gold or answer may also be the value
+    alone.
 
-    The answer is right if its value is that of the gold. If gold and answer both have a name, the names must agree too.
+    The answer is right if its value equals the gold's value. If gold and answer both have a name, the names must agree
+    too.
     """
     if isinstance(gold, Many) and isinstance(answer, Many):
       return self._named_lists(gold, answer)
@@ -305,8 +310,10 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Returns whether the items of gold and answer can be paired such that `same` returns True for each pair; None if
-    `same` can't decide.
+    """Returns whether gold and answer have the same number of items, and each item of the gold has its own item of the
+    answer for which `same` returns True.
+
+    Returns None if `same` can't decide.
     """
     if len(gold) != len(answer):
       return False
@@ -363,8 +370,10 @@ class _Comparison(ValueRules):
                                               for g, a in zip(gold, answer)])
 
   def _inequalities(self, gold: Relation, answer: Relation) -> bool | None:
-    """Compares inequalities of several variables. They are the same if one is the other times a constant. A negative
-    constant must reverse the direction.
+    """Compares inequalities of several variables.
+
+    Two inequalities are the same if multiplying one of them by a constant gives the other. A negative constant must
+    reverse the direction.
     """
     differences = [equations.difference(side) for side in (gold, answer)]
     if None in differences:
@@ -389,7 +398,7 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same entries' if same else 'an entry differs')
 
   def _vectors(self, gold: Reading, answer: Reading):
-    """Compares a matrix of one row or column with the same values in parentheses."""
+    """Compares a matrix that has one row or one column with values in parentheses."""
     sides = [side.items if isinstance(side, Many) and side.kind == 'pair' else _vector(side) for side in (gold, answer)]
     return self._in_order(*sides) if all(sides) else self.decide(False, 'one is a matrix, the other is not')
 
@@ -412,7 +421,7 @@ def _all(verdicts: Sequence[bool | None]) -> bool | None:
 
 
 def _choice(reading: Reading) -> str:
-  """Returns the letter of a multiple-choice answer, such as (C), C, or a label before a value; '' if there is none."""
+  """Returns the letter of a multiple-choice answer such as C, (C), or (C) 5; '' if the answer isn't multiple choice."""
   letters = [t for t in reading.tokens if t not in '().:{}']
   if letters and len(letters[0].lstrip("'")) == 1 and letters[0].lstrip("'").isupper() and (
       len(letters) == 1 or ')' in reading.tokens[:3]):

@@ -1,4 +1,4 @@
-"""Reads equations that give a name to a value, such as `x = 3`, and returns the name and the value."""
+"""Reads equations that name a value, such as `x = 3`, and returns the name and the value."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ _EQUALS = {'=', r'\approx'}
 class Claim:
   """The name and the values in a chain of equations.
 
-  name: the name, or None if there is none.
-  values: the exact value, then its stated approximation if there is one.
+  name: the name, or None if the chain names nothing.
+  values: the exact value and, if the chain states one, its approximation.
   """
 
   name: Name | None
@@ -27,7 +27,7 @@ def claim(reading: Reading) -> Claim | None:
   r"""Returns the name and the values in an equation or a chain of equations.
 
   Examples are `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` and `x \in \{1, 2\}`. Returns None for other
-  readings, and for chains whose sides differ, such as `x = 8 = 7`.
+  readings, and for chains whose values differ, such as `x = 8 = 7`.
   """
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
@@ -63,19 +63,21 @@ def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
 
 
 def names(many: Many) -> list[Name] | None:
-  """Returns the names in a list of equations such as x = 1, y = 2; None if an item has no name."""
+  """Returns the names in a list of equations such as x = 1, y = 2; None if an item doesn't name a value."""
   found = [claim(item) for item in many.items]
   return None if any(c is None or c.name is None for c in found) else [c.name for c in found]
 
 
 def point(many: Many) -> Sequence[Reading] | None:
-  """Returns the values of x = 1, y = 2 in the order of the names; None if the items aren't such equations."""
+  """Returns the values of a list such as x = 1, y = 2, in the order of the names; None if the items aren't such
+  equations.
+  """
   found = notation.as_point(many)
   return found.items if found is not many else None
 
 
 def without_name(item: Reading) -> Reading:
-  """Returns the value of an item that has a name: 1 for x = 1. Returns an item without a name unchanged."""
+  """Returns the value of an item such as x = 1, which is 1. Returns an item without a name unchanged."""
   found = claim(item)
   return found.values[0] if found and found.name else item
 
@@ -88,8 +90,9 @@ def renamed(reading: Reading, name: str, new: str) -> Reading:
 
 
 def difference(relation: Relation) -> Node | None:
-  """Returns the left side minus the right side. Returns None if a side has a unit or isn't an expression, or if there
-  aren't exactly two sides.
+  """Returns the left side minus the right side of a relation with two sides.
+
+  Returns None for more sides, and if a side has a unit or isn't an expression.
   """
   sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
   return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))

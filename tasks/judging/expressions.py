@@ -2,7 +2,7 @@ r"""Parses the tokens of one mathematical expression into a tree, without evalua
 
     parse(tokenize(r'\frac{1}{2} x^2'))      Node('mul', (Node('div', ...), Node('pow', ...)))
 
-It supports what answers mostly consist of: numbers, variables, arithmetic, roots, elementary functions, floors and
+The parser supports the usual parts of answers: numbers, variables, arithmetic, roots, elementary functions, floors and
 binomials. Other well-formed notation (integrals, sums, unknown commands) raises Unsupported, so that math-verify's
 parser can be used instead.
 
@@ -47,7 +47,8 @@ _LITERAL = re.compile(r'(\d*)(?:(\.)(\d*))?(?:[eE]([+-]?\d+))?')
 class Node(NamedTuple):
   """A number, a symbol, a constant (pi, e, i, infty) or an operation.
 
-  The args of a number are its Fraction and its number of significant digits, which is None if it is exact.
+  The args of a number are its value, a Fraction, and its number of significant digits, which is None for an exact
+  number.
   """
 
   op: str
@@ -55,8 +56,9 @@ class Node(NamedTuple):
 
 
 def literal(token: str) -> Node:
-  """Returns the exact number that a token stands for. A decimal keeps its number of significant digits: 3 for
-  3.20e5.
+  """Returns the number that a token stands for.
+
+  The value is exact. A decimal also gets its number of significant digits, such as 3 for 3.20e5.
   """
   whole, point, decimals, exponent = _LITERAL.fullmatch(token).groups()
   if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
@@ -95,7 +97,9 @@ def symbols(node: Node) -> set[str]:
 
 
 def precision(node: Node) -> int | None:
-  """Returns the number of significant digits of the least precise decimal in the expression; None without decimals."""
+  """Returns the number of significant digits of the least precise decimal in the expression; None if it has no
+  decimals.
+  """
   return min((n.args[1] for n in walk(node) if n.op == 'number' and n.args[1] is not None), default=None)
 
 
@@ -139,7 +143,9 @@ class _Parser:
     return _joined('add', terms)
 
   def _product(self) -> Node:
-    """Parses a product or quotient, from left to right. Between two factors, there may be an operator or nothing."""
+    """Parses a product or quotient, from left to right. Factors may be separated by an operator or written side by
+    side.
+    """
     negative = self._is_negative()
     factors = [self._mixed_number() or self._power()]
     divisions = 0
@@ -161,7 +167,7 @@ class _Parser:
     return Node('neg', (node,)) if negative else node
 
   def _is_negative(self) -> bool:
-    """Consumes plus and minus signs. Returns True if the number of minus signs is odd."""
+    """Consumes plus and minus signs. Returns True if there is an odd number of minus signs."""
     negative = False
     while self.next in ('-', '+') and self.next:
       negative ^= self._take() == '-'
@@ -171,7 +177,7 @@ class _Parser:
     return Node('neg', (self._power(),)) if self._is_negative() else self._power()
 
   def _mixed_number(self) -> Node | None:
-    r"""Parses 1\frac{1}{2}, 1\frac12 or 1 1/2; returns None if something else follows."""
+    r"""Parses 1\frac{1}{2}, 1\frac12 or 1 1/2. Returns None if the tokens aren't a mixed number."""
     found = _MIXED.match(' '.join(self.tokens[self.at:self.at + 9]) + ' ') if self.next.isdigit() else None
     if found is None:
       return None
@@ -218,17 +224,18 @@ class _Parser:
   # Parts
 
   def _exponent(self) -> Node:
-    """Parses an exponent: a group, a symbol, or a number, perhaps with a minus sign. All digits of the number belong to
-    the exponent: 2^10 is 1024, although LaTeX would raise only the 1.
+    """Parses an exponent: a group, a symbol, or a number, perhaps with a minus sign.
+
+    All digits of a number belong to the exponent: 2^10 is 1024, although LaTeX would raise only the 1.
     """
     if self._took('-'):
       return Node('neg', (self._argument(),))
     return self._argument()
 
   def _argument(self, digit: bool = False) -> Node:
-    r"""Parses what a command or ^ applies to: a group, or the following number or symbol.
+    r"""Parses the argument of a command or of ^: a group, or the following number or symbol.
 
-    digit: takes only the first digit of a number, as in \frac12.
+    digit: whether to take only the first digit of a number, as in \frac12.
     """
     if self._took('{'):
       return self._inside('}')
@@ -249,7 +256,7 @@ class _Parser:
   def _primary(self, bare: bool = False) -> Node:
     """Parses a number, a group, a function or a symbol.
 
-    bare: a symbol ends before an index, primes or brackets; see `_symbol`.
+    bare: whether to leave an index, primes or brackets after a symbol unread; see `_symbol`.
     """
     self._depth += 1
     if self._depth > MAX_DEPTH:
@@ -308,7 +315,7 @@ class _Parser:
   def _repeated(self) -> str:
     r"""Parses and returns the digits that repeat, as in 0.\overline{3}, 0.\dot{3} or 0.333...; '' if no digits repeat.
 
-    Before the dots, a digit must occur three times.
+    Three dots count only if a digit occurs three times before them.
     """
     if self.next in (r'\overline', r'\bar', r'\dot') and self._peek(1) == '{' and self._peek(2).isdigit() and (
         self._peek(3) == '}'):
@@ -340,7 +347,7 @@ class _Parser:
     return Node('div', (top, self._argument(digit=True)))
 
   def _derivative(self) -> Node | None:
-    r"""Parses \frac{d^2 v_o}{d t^2} as the symbol v_o''; returns None if the fraction is something else."""
+    r"""Parses \frac{d^2 v_o}{d t^2} as the symbol v_o''. Returns None if the fraction isn't a derivative."""
     if self._peek(1) != '{':
       return None
     middle = match_of(self.tokens, self.at + 1)
@@ -405,9 +412,9 @@ class _Parser:
     return nodes
 
   def _run(self) -> Node:
-    r"""Parses a function's argument that has no brackets, such as 2\pi t in \sin 2\pi t.
+    r"""Parses an argument of a function that has no brackets, such as 2\pi t in \sin 2\pi t.
 
-    The argument is a product. The next function ends it: \sin 2x \cos y means sin(2x) times cos(y).
+    The argument is a product, which ends before the next function: \sin 2x \cos y means sin(2x) times cos(y).
     """
     factors = [self._mixed_number() or self._signed()]
     while self._starts_factor() and self.next[1:] not in FUNCTIONS:
@@ -415,9 +422,9 @@ class _Parser:
     return _joined('mul', factors)
 
   def _symbol(self, bare: bool = False) -> Node:
-    """Parses a variable with its accents, index and primes, and the numbers it is applied to, as in f(2).
+    """Parses a variable with its accents, index and primes, and the numbers that it is applied to, as in f(2).
 
-    bare: stops before an index, primes or brackets. For example, the exponent in x^f(2) is f alone.
+    bare: whether to leave an index, primes or brackets unread. For example, the exponent in x^f(2) is f alone.
     """
     token = self._take()
     primes = _DOTS.get(token, 0)
@@ -483,9 +490,9 @@ class _Parser:
         return count
 
   def _call_of_a_number(self) -> str:
-    """Parses the arguments of a function. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
+    """Parses the arguments of an unknown function. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
 
-    Returns '' if there are no brackets, or if their content is a factor instead, such as x + 1.
+    Returns '' if there are no brackets, or if the brackets hold a factor, such as x + 1.
     """
     if self.next != '(':
       return ''

@@ -1,4 +1,4 @@
-"""Compares families of values, a + b·k for every integer k, as sets. Residues are families of integers."""
+"""Compares families of values, a + b·k for every integer k, as sets. A residue is treated as a family of integers."""
 
 import itertools
 from fractions import Fraction
@@ -31,7 +31,7 @@ def same_family(gold: Family, answer: Family) -> bool | None:
 
 
 def _line(family: Family) -> tuple[Node, Node] | None:
-  """Returns (value at 0, step) of a family; None if the family isn't linear in its variable."""
+  """Returns (a, b) of a family a + b·k; None if the family isn't linear in its variable."""
   at = [expressions.substitute(family.node, family.variable, Node('number', (Fraction(i), None))) for i in range(4)]
   step, second, third = (Node('add', (b, Node('neg', (a,)))) for a, b in itertools.pairwise(at))
   return (at[0], step) if values.equal(step, second) and values.equal(step, third) else None

@@ -1,9 +1,9 @@
-r"""Splits an answer, in LaTeX, plain text or both, into the tokens that `notation` and `expressions` read.
+r"""Splits an answer, in LaTeX, plain text or both, into the tokens that notation.py and expressions.py read.
 
-A token is a string: a command (`\frac`), a number (`1234`, `0.5`, `3.2e5`), a letter (`x`), a word (`'apples`, marked
-by its quote), or a symbol (`+`, `{`, `,`). Layout is removed: dollar signs, `\left`, fonts, thin spaces. `1{,}000`,
-`1\,000` and `1 000` become one number. `1,000` becomes one number too, but not in brackets, because `(1,000)` is a
-pair.
+A token is a string: a command (`\frac`), a number (`1234`, `0.5`, `3.2e5`), a letter (`x`), a word (`'apples`, which is
+marked by the quote), or a symbol (`+`, `{`, `,`). Layout is removed: dollar signs, `\left`, fonts, thin spaces.
+`1{,}000`, `1\,000` and `1 000` become one number. `1,000` becomes one number too, except in brackets, because `(1,000)`
+is a pair.
 """
 
 import itertools
@@ -166,7 +166,7 @@ def _scan(text: str, tokens: list[str], in_text: bool) -> None:
 
 
 def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
-  """Appends the tokens for the letters at `start`. Returns the position to continue from."""
+  """Appends the tokens for the letters at `start`. Returns the position after them."""
   run, word = _LETTERS.match(text, start)[0], _WORD.match(text, start)[0]
   if (word if in_text else run) in _BARE:
     tokens.append(_BARE[run])
@@ -183,8 +183,9 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
 
 
 def _join_thousands(tokens: list[str]) -> list[str]:
-  """Joins the tokens of `1,234` to one number. In brackets, `(1,234)` stays a pair. Other digits, such as `1,234,5`,
-  stay a list.
+  """Joins the tokens of `1,234` to one number.
+
+  In brackets, as in `(1,234)`, they stay a pair. Digits that aren't in groups of three, as in `1,234,5`, stay a list.
   """
   joined, stack, i = [], [], 0
   while i < len(tokens):
@@ -205,7 +206,7 @@ def _join_thousands(tokens: list[str]) -> list[str]:
 
 
 def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -> int:
-  """Appends the tokens for the command `piece`, which ends at `at`. Returns the position to continue from."""
+  """Appends the tokens for the command `piece`, which ends at `at`. Returns the position after what was read."""
   name = piece[1:].rstrip('*')
   if name in _TEXT:
     inside, end = _group(text, at)
@@ -258,7 +259,8 @@ CLOSING = set(OPENING.values())
 
 
 def _match_brackets(tokens: list[str]) -> None:
-  """Raises Unreadable unless the brackets match. A half-open interval may pair ( with ], and [ with )."""
+  """Raises Unreadable if the brackets don't match. The brackets of a half-open interval match: ( with ], and [ with ).
+  """
   stack = []
   for token in tokens:
     if token in OPENING:
@@ -284,7 +286,9 @@ def match_of(tokens: list[str], start: int) -> int:
 
 
 def at_top(tokens: list[str]) -> Iterator[int]:
-  """Yields the index of each token that is outside all brackets and environments, without the brackets themselves."""
+  """Yields the index of each token that is outside of all brackets and environments. The brackets themselves aren't
+  included.
+  """
   depth = 0
   for i, token in enumerate(tokens):
     if token in OPENING or token.startswith(r'\begin{'):
@@ -296,15 +300,13 @@ def at_top(tokens: list[str]) -> Iterator[int]:
 
 
 def split_at(tokens: list[str], places: list[int]) -> list[list[str]]:
-  """Returns the parts of `tokens` between the tokens at `places`."""
+  """Splits `tokens` at the tokens with the indices `places`, which are left out. Returns the parts."""
   edges = [-1, *places, len(tokens)]
   return [tokens[a + 1:b] for a, b in itertools.pairwise(edges)]
 
 
 def spelled(tokens: list[str]) -> str:
-  """Returns the words and symbols of an answer in a normal form: lower case, without articles, brackets and
-  punctuation.
-  """
+  """Returns the words and symbols of an answer in lower case, without articles, brackets and punctuation."""
   words = [token[1:].lower() if is_word(token) else token for token in tokens
            if token not in OPENING and token not in CLOSING and token not in (',', '.', ';', ':', '"', '!', '?')]
   return ' '.join(word.replace('-', ' ') for word in words if word not in ('the', 'a', 'an')) if words else ''

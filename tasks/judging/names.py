@@ -23,8 +23,8 @@ class Name:
   def may_be(self, other: 'Name') -> bool:
     """Returns whether this name and a different name may stand for the same thing.
 
-    Names of functions may: f(x) = 2x says the same as g(x) = 2x and y = 2x. Symbols may not: x = 2 doesn't say the same
-    as y = 2. A name in words, such as Area, may stand for any name.
+    Names of functions may: f(x) = 2x means the same as g(x) = 2x and y = 2x. Symbols may not: x = 2 doesn't mean the
+    same as y = 2. A name in words, such as Area, may stand for any other name.
     """
     kinds = {self.kind, other.kind}
     return 'words' in kinds or kinds == {'function'} or ('function' in kinds and 'y' in (self.key, other.key))
@@ -34,9 +34,9 @@ _FUNCTION = re.compile(r"(\\?[A-Za-z]+)((?: _ (?:\{[^{}]*\}|\S+))?(?: ')*)(?: \(
 
 
 def name_of(side: Reading | None) -> Name | None:
-  r"""Returns the name on one side of an equation, such as x, x_1, f(x), a_n, \angle ABC, AB or Area.
+  r"""Returns the name that one side of an equation consists of, such as x, x_1, f(x), a_n, \angle ABC, AB or Area.
 
-  Returns None if the side isn't just a name.
+  Returns None if the side is anything else.
   """
   if side is None:
     return None

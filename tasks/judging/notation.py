@@ -3,8 +3,8 @@ r"""Recognizes what kind of answer a text is: a number with a unit, an interval,
     read(r'(-\infty, 3]')        Interval(low=..., high=..., closed=(False, True))
     read('x = 1 or x = 2')       Many(kind='or', items=(Relation(...), Relation(...)))
 
-Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for a text that is no such answer.
-Nothing is evaluated.
+Brackets decide first: `(1,234)` is a pair, never a number. `read` raises Unreadable for a text that isn't an answer of
+a known kind. Nothing is evaluated.
 """
 
 import functools
@@ -50,9 +50,9 @@ _BEFORE_INTEGERS = {'where', 'for', 'with', 'any', 'all', 'some', 'every', 'inte
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, bare_units: bool = False) -> Reading:
-  """Parses an answer. Returns a Reading: its kind (a number with a unit, an interval, a list, ...) and its parts.
+  """Parses an answer. Returns a Reading, whose class and fields are the kind of the answer and its parts.
 
-  bare_units: reads the letter in `5m` as a unit, not as a variable.
+  bare_units: whether the letter in `5m` is a unit. If False, it is a variable.
 
   Raises:
     Unreadable: the text isn't an answer of a known kind. The message is a phrase that says why.
@@ -112,8 +112,8 @@ class _Reader:
   def _several(self, tokens: list[str]) -> Reading | None:
     """Reads several answers that are separated by 'or', 'and', semicolons or commas.
 
-    If several of these occur, the text is split only at the one that is first in this order; the parts may be split
-    further.
+    If a text has several kinds of separators, it is split only at the kind that is first in this order. The parts may
+    then be split further.
     """
     for separators, kind in _SEPARATORS:
       places = [i for i in at_top(tokens) if tokens[i] in separators]
@@ -145,7 +145,8 @@ class _Reader:
                     tuple(tokens[i] for i in places))
 
   def _side(self, tokens: list[str]) -> Reading:
-    """Reads a side of a relation. Returns Words if the side can't be read, for example if it is a name in words."""
+    """Reads a side of a relation. If the side isn't a known kind of answer, for example a name in words, returns Words.
+    """
     try:
       return self.read(tokens)
     except Unreadable:
@@ -163,7 +164,7 @@ class _Reader:
   # In brackets
 
   def _bracketed(self, tokens: list[str]) -> Reading | None:
-    """Reads (1,2), [1,2], {1,2} and anything else that is entirely inside one pair of brackets."""
+    """Reads (1,2), [1,2], {1,2} and all other answers that are entirely inside one pair of brackets."""
     if tokens[0] not in ('(', '[', r'\{') or match_of(tokens, 0) != len(tokens) - 1:
       return None
     inside, pair = tokens[1:-1], tokens[0] + tokens[-1]
@@ -258,8 +259,8 @@ class _Reader:
   def _plus_minus(self, tokens: list[str]) -> Reading | None:
     """Reads 2 ± 1 as the list of 2 + 1 and 2 - 1.
 
-    With several ± signs, all combinations are listed. But if one of them is ∓, there are only two items: one with all
-    upper signs, and one with all lower signs.
+    For several ± signs, the list has all combinations of signs. If a ∓ is among the signs, the list has only two items:
+    one with all upper signs, and one with all lower signs.
     """
     places = [i for i, t in enumerate(tokens) if t in (r'\pm', r'\mp')]
     if not places:
@@ -294,8 +295,9 @@ class _Reader:
 
 
 def as_point(reading: Reading) -> Reading:
-  """Returns a list such as `x = 1, y = 2` as the pair of its values, in alphabetical order of the names. Returns other
-  readings unchanged.
+  """Returns a list such as `x = 1, y = 2` as the pair of its values, in alphabetical order of the names.
+
+  Returns other readings unchanged.
   """
   if not isinstance(reading, Many) or reading.kind != 'list':
     return reading
@@ -309,7 +311,7 @@ def as_point(reading: Reading) -> Reading:
 
 
 def _place_of_integer(tokens: list[str]) -> int | None:
-  r"""Returns the index of the variable that the text calls an integer; None if there is no such variable.
+  r"""Returns the index of the variable that is said to be an integer; None if there is no such variable.
 
   The variable is the letter before `\in \mathbb{Z}`, or the last letter if the text ends with 'integer'.
   """
@@ -330,7 +332,10 @@ def _reals(tokens: Sequence[str]) -> Interval:
 
 def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
   r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as the union of the intervals between
-  these points. Raises Unsupported for other differences of sets.
+  them.
+
+  Raises:
+    Unsupported: the tokens are another difference of sets.
   """
   whole, *rest = parts
   if not isinstance(whole, Interval) or len(rest) != 1 or not isinstance(rest[0], Many) or rest[0].kind != 'set':

@@ -1,6 +1,7 @@
-"""Reads plain numbers in the process that runs RL or evaluation, so that most answers need no worker process.
+"""Reads plain numbers in the process that runs RL or evaluation, so that most answers don't have to go to a worker
+process.
 
-Only short texts of digits, signs and powers of ten are accepted, so nothing here can take long.
+Only short texts of digits, signs and powers of ten are accepted, so no function here can take long.
 """
 
 import re
@@ -26,7 +27,9 @@ def is_numeral(text: str) -> bool:
 
 
 def exact_number(text: str) -> Fraction | None:
-  """Returns the exact value of an integer, decimal, fraction or power of ten in digits; None for anything else."""
+  """Returns the exact value of an integer, decimal, fraction or power of ten that is written in digits; None for other
+  texts.
+  """
   if not is_numeral(text):
     return None
   try:
@@ -39,7 +42,7 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def plain(text: str) -> str:
-  """Returns `text` without what surrounds an answer: math delimiters, a full stop at the end, repeated spaces."""
+  """Returns `text` without math delimiters around it, a full stop at its end, and repeated spaces."""
   text = ' '.join(text.split())
   while len(text) <= 10 * _MAX_CHARS:
     inner = text.removesuffix('.').strip()
@@ -55,7 +58,7 @@ def plain(text: str) -> str:
 
 
 def _is_one_group(inside: str, left: str) -> bool:
-  """Returns True if the delimiters at both ends belong to each other."""
+  """Returns True if the delimiters at the beginning and at the end of a text are one pair."""
   if left[-1] != '{':
     return left not in inside
   depth = 0

@@ -10,9 +10,10 @@ _WITHIN_UNITS = {'^', '{', '}', '/', r'\cdot', '-', '(', ')', '.', r'\mu', r'\se
 
 
 def split_unit(tokens: list[str], bare: bool) -> tuple[list[str], Unit | None]:
-  r"""Returns (the tokens of the number, its unit or None). A unit is only separated if a number remains.
+  r"""Returns (the tokens of the number, its unit or None). A unit is separated only if the remaining tokens can be a
+  number.
 
-  bare: single letters outside \text, as in `5m`, may be units too.
+  bare: whether single letters outside \text, as in `5m`, may be units too.
   """
   if tokens[0] == r'\dollar' or tokens[:2] == ['-', r'\dollar']:
     return [t for t in tokens if t != r'\dollar'], units.DOLLAR
@@ -39,7 +40,7 @@ def _without_degree_sign(tokens: list[str]) -> list[str]:
 
 
 def _is_whole(tokens: list[str]) -> bool:
-  """Returns whether all brackets are closed and no operator is at the end."""
+  """Returns whether all brackets in `tokens` are closed and the last token isn't an operator."""
   depth = 0
   for token in tokens:
     depth += (token in ('{', '(')) - (token in ('}', ')'))
@@ -49,7 +50,9 @@ def _is_whole(tokens: list[str]) -> bool:
 
 
 def _temperature(tokens: list[str], unit: Unit) -> tuple[list[str], Unit]:
-  r"""Returns (the tokens of the number, its unit). In 25^\circ\text{C}, the degree sign becomes part of the unit."""
+  r"""Returns (the tokens of the number, the unit). In 25^\circ\text{C}, the degree sign is moved from the number to the
+  unit.
+  """
   number = _without_degree_sign(tokens)
   if not number:
     return tokens, unit

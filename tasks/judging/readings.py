@@ -69,7 +69,7 @@ class Many(Reading):
   """Several answers.
 
   kind: 'list' (without brackets), 'set' (in braces), 'pair' (in parentheses: values in order, or an open interval),
-    'or' (alternatives), or 'and' (conditions).
+    'or' (alternatives), or 'and' (conditions that hold together).
   """
 
   items: tuple[Reading, ...] = ()
@@ -101,7 +101,7 @@ class Union(Reading):
 class Relation(Reading):
   r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to and others.
 
-  A side is None if nothing is before the first operator, as in `> 7`.
+  The first side is None if there is nothing before the first operator, as in `> 7`.
   """
 
   sides: tuple[Reading, ...] = ()
@@ -114,7 +114,7 @@ class Relation(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Residue(Reading):
-  """A value modulo a modulus.
+  """A value modulo a number.
 
   name: the variable that is congruent to the value; '' if there is none.
   """
@@ -128,7 +128,7 @@ class Residue(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Family(Reading):
-  """An expression for every integer value of one of its variables."""
+  """The values of an expression for every integer value of one of its variables."""
 
   node: Node | None = None
   variable: str = ''
@@ -155,7 +155,10 @@ class Ratio(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Clock(Reading):
-  """A time of day with am or pm, in minutes since midnight."""
+  """A time of day with am or pm.
+
+  minutes: the minutes since midnight.
+  """
 
   minutes: int = 0
 

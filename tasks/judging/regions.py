@@ -17,9 +17,11 @@ def is_region(reading: Reading) -> bool:
 
 
 def region(reading: Reading, open_pairs: bool = False) -> tuple[str, list[Reading]] | None:
-  """Returns (variable or '', intervals and single values); None if the reading isn't a set of values of one variable.
+  """Returns (variable or '', list of intervals and single values).
 
-  open_pairs: reads a pair such as (1, 2) as an open interval.
+  Returns None if the reading isn't a set of values of at most one variable.
+
+  open_pairs: whether a pair such as (1, 2) is read as an open interval.
   """
   if isinstance(reading, Interval):
     return '', [reading]
@@ -93,6 +95,6 @@ def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
 
 
 def _variable(side: Reading | None) -> str:
-  """Returns the variable that a side consists of; '' if the side is anything else."""
+  """Returns the variable that a side consists of; '' if the side isn't a single variable."""
   name = name_of(side) if isinstance(side, Value) and side.unit is None else None
   return name.key if name else ''

@@ -1,4 +1,4 @@
-r"""Reads units of measurement after a number (for money, also before it), and converts between them.
+r"""Reads units of measurement, which follow a number (units of money may also precede it), and converts between them.
 
 A unit is a product of powers of base units times an exact factor, so `36 \text{ km/h}` equals `10 \text{ m/s}`. A noun
 that isn't in the table, as in `7 \text{ apples}`, is a unit that doesn't convert to any other.
@@ -56,7 +56,7 @@ class Unit(NamedTuple):
   """A unit of measurement.
 
   dimensions: {base: power} as a sorted tuple; empty if the text doesn't say which unit, as in 'square units'.
-  factor: how many base units one of this unit is.
+  factor: the size of the unit in base units.
   name: the unit as it was written.
   """
 
@@ -78,7 +78,7 @@ class Unit(NamedTuple):
 
   @property
   def is_generic(self) -> bool:
-    """True if the text has a unit but doesn't name it, as in 'square units'."""
+    """True if the text mentions a unit without its name, as in 'square units'."""
     return not self.dimensions
 
 
@@ -107,11 +107,12 @@ _TABLE = _table()
 
 
 def read(tokens: list[str], bare: bool = False) -> Unit | None:
-  r"""Returns the unit that the tokens form together; None if they don't form one.
+  r"""Returns the unit that the tokens form together; None if they don't form a unit.
 
-  Words may be multiplied, divided and raised to a power. 'square' and 'cubic' precede the unit, 'squared' follows it.
+  Words may be multiplied, divided and raised to a power. 'square' and 'cubic' precede the unit, 'squared' and 'cubed'
+  follow it.
 
-  bare: single letters outside \text may be units too.
+  bare: whether single letters outside \text may be units too.
   """
   words: list[str] = []
   for before, token in zip(['', *tokens], tokens):
@@ -168,7 +169,10 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:
-  """Returns (power at `words[i]`, index of its last token). The power is None if it isn't an integer of one digit."""
+  """Returns (power, index of its last token) of the power that begins at `words[i]`: '^', 'squared' or 'cubed'.
+
+  The power is None if '^' isn't followed by an integer of one digit.
+  """
   if words[i] != '^':
     return (2 if words[i].lower() == 'squared' else 3), i
   sign, j = 1, i + 1

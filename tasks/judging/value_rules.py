@@ -1,4 +1,4 @@
-"""Compares numbers and expressions with their units, which may be equal, converted, or missing on one side."""
+"""Compares numbers and expressions with their units. Units may be equal, convertible, or missing on one side."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,10 +14,10 @@ _PERCENT = Fraction(1, 100)
 
 
 class ValueRules:
-  """Compares values.
+  """Compares values with their units.
 
   Attributes:
-    rule: the rule that decided the outermost comparison.
+    rule: the rule that decided the last comparison.
   """
 
   def __init__(self, by_math_verify: ByMathVerify):
@@ -30,8 +30,9 @@ class ValueRules:
     return same
 
   def quantities(self, gold: Reading, answer: Reading) -> bool | None:
-    """Returns whether two values with their units are the same; None if that can't be decided; NotImplemented for
-    readings that aren't values.
+    """Returns whether two values with their units are the same; None if this can't be decided.
+
+    Returns NotImplemented if gold or answer isn't a Value.
     """
     if not isinstance(gold, Value) or not isinstance(answer, Value):
       return NotImplemented
@@ -76,8 +77,9 @@ class ValueRules:
     return self.decide(same, 'a unit that the gold leaves out' if same else self.rule)
 
   def values(self, gold: Value, answer: Value) -> bool | None:
-    """Returns whether two expressions have the same value, without regard to units; None if math-verify is needed and
-    can't decide.
+    """Returns whether two expressions have the same value, without regard to units.
+
+    Returns None if only math-verify might know and can't decide.
     """
     if gold.node is None or answer.node is None:
       same = self.by_math_verify(gold.text, answer.text)
@@ -91,7 +93,10 @@ class ValueRules:
 
 
 def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
-  """Returns (gold, answer), after reading the one without a unit again such that `5 m` means five metres."""
+  """Returns (gold, answer) with variables read as units: `5 m` then means five metres.
+
+  Only a value that has variables and no unit is read again.
+  """
   gold_again, answer_again = gold, answer
   if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):
     gold_again = _read_again(gold)

@@ -1,8 +1,9 @@
-"""Compares expressions by their values: exactly if they are rational numbers, otherwise to many digits.
+"""Compares expressions by their values. Rational numbers are compared exactly, other values to many digits.
 
 Two expressions with variables are equal if they agree at several points, which depend only on the variables' names.
-This decides identities without rewriting anything: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a). Decimals
-are exact too; only `near` allows a tolerance. mpmath is imported when it is first needed, which is only in workers.
+This decides identities without rewriting expressions: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a).
+Decimals are exact too; only `near` and `rounds` allow a tolerance. mpmath is imported when it is first needed, which
+happens only in workers.
 """
 
 import functools
@@ -27,12 +28,12 @@ _CLOSE, _EQUAL = Fraction(1, 10**6), Fraction(1, 10**12)
 
 
 class TooHard(Exception):
-  """Raised if a value can't be computed, because it is too large or not defined."""
+  """Raised if a value can't be computed, because it is too large or isn't defined."""
 
 
 def exact(node: Node) -> Fraction | None:
-  """Returns the value of a rational expression without variables; None for other expressions and for values too
-  large.
+  """Returns the value of a rational expression without variables. Returns None for other expressions, and if the value
+  is too large.
   """
   op, args = node.op, node.args
   if op == 'number':
@@ -103,10 +104,12 @@ def _exact_call(name: str, *values: Fraction) -> Fraction | None:
 
 
 def equal(a: Node, b: Node) -> bool:
-  """Returns True if both expressions have the same value for all values of their variables.
+  """Returns True if two expressions have the same value for all values of their variables.
 
-  A logarithm without a base is taken as natural or decimal, whichever makes the expressions equal. Raises TooHard if a
-  value can't be computed.
+  A logarithm without a base is natural or decimal, whichever makes the expressions equal.
+
+  Raises:
+    TooHard: a value can't be computed.
   """
   if a == b:
     return True
@@ -132,8 +135,8 @@ def _needs_signs(a: Node, b: Node) -> bool:
 def _over_integers(a: Node, b: Node) -> bool:
   """Returns whether the variables are probably integers.
 
-  This is assumed if their letters are usual for integers, and floors, factorials, powers of negative numbers or similar
-  functions occur.
+  They probably are if their letters are usual for integers, and an expression has floors, factorials, powers of
+  negative numbers or similar functions.
   """
   if not (symbols(a) | symbols(b)) <= _INTEGER_LETTERS:
     return False
@@ -144,9 +147,9 @@ def _over_integers(a: Node, b: Node) -> bool:
 
 
 def _points(names: list[str], signs: bool) -> list[dict[str, Fraction]]:
-  """Returns the points {variable: value} at which to compare expressions. Without variables, it is one empty point.
+  """Returns the points {variable: value} at which expressions are compared. If there are no variables, returns [{}].
 
-  signs: adds each point with all its values negative.
+  signs: whether to add, for each point, the point with all values negative.
   """
   if not names:
     return [{}]
@@ -169,8 +172,10 @@ def check(node: Node) -> None:
 
 
 def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
-  """Returns whether two expressions have the same value at `point`. If they do, the difference of the computed values
-  vanishes as more digits are computed.
+  """Returns whether two expressions have the same value at `point`.
+
+  Both are computed twice, with more digits the second time. If they have the same value, their difference then
+  vanishes.
   """
   rough, fine = (_difference(a, b, point, base, digits) for digits in (_DIGITS, _MORE_DIGITS))
   if rough is None or fine is None:
@@ -197,7 +202,11 @@ def _mp():
 
 
 def approximate(node: Node, base: int | None = None):
-  """Returns the value of an expression without variables to 50 digits, as an mpmath number. Raises TooHard."""
+  """Returns the value of an expression without variables to 50 digits, as an mpmath number.
+
+  Raises:
+    TooHard: the value can't be computed.
+  """
   with _mp().workdps(_DIGITS):
     return _value(node, {}, base)
 
@@ -261,8 +270,9 @@ def _root(value, degree):
 
 
 def _near_integer(rounding: Callable) -> Callable:
-  """Returns a tolerant version of `rounding` (floor or ceiling): a number that differs from an integer only in its last
-  digits counts as this integer.
+  """Returns a tolerant version of `rounding`, which is floor or ceiling.
+
+  In this version, a number that differs from an integer only in its last digits counts as this integer.
   """
   def rounded(x):
     nearest = _mp().nint(x)
@@ -290,12 +300,12 @@ def _call(base: int | None, name: str, *values):
 
 
 def near(gold: Node, answer: Node) -> bool:
-  """Returns whether the difference between two numbers can be explained by the precision of decimals.
+  """Returns whether two numbers are equal up to the precision of their decimals.
 
   A decimal gold with at least 4 significant digits accepts every number that rounds to it and is at least as precise.
-  So 0.6667 accepts 2/3, and 20.39 accepts 20.394. A decimal answer with at least 6 digits may differ from the gold by a
-  relative 1e-6 if the gold has no exact decimal form: 1/3 accepts 0.333333. Otherwise it may differ by a relative
-  1e-12, the noise of floating point.
+  For example, 0.6667 accepts 2/3, and 20.39 accepts 20.394. A decimal answer with at least 6 digits may differ from the
+  gold by a relative 1e-6 if the gold has no exact decimal form: 1/3 accepts 0.333333. If the gold has an exact decimal
+  form, the answer may differ by a relative 1e-12, the noise of floating point.
   """
   given, wanted = precision(answer), precision(gold)
   if symbols(gold) or symbols(answer) or (given is None and wanted is None):
@@ -317,7 +327,7 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Returns whether `stated` is `value` rounded to the digits of `stated`. The last digit may be off by one."""
+  """Returns whether `stated` is `value` rounded to as many digits as `stated` has. The last digit may be off by one."""
   digits = precision(stated)
   if symbols(value) or symbols(stated):
     return False
@@ -343,7 +353,11 @@ def _terminates(node: Node) -> bool:
 
 
 def factor(a: Node, b: Node):
-  """Returns the constant c, other than 0, for which a = c·b everywhere; None if there is none. Raises TooHard."""
+  """Returns the constant c, other than 0, for which a = c·b at all values of the variables; None if there is none.
+
+  Raises:
+    TooHard: a value can't be computed.
+  """
   mp = _mp()
   names = sorted(symbols(a) | symbols(b))
   ratios = []

@@ -1,4 +1,5 @@
-"""Handles words in answers: phrases around a value, numbers in words, names of the empty set and of all reals."""
+"""Handles words in answers: phrases around a value, numbers in words, names of the empty set and of all real numbers.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ POWERS_OF_TEN = {"'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12} 
 
 
 def number_in_words(words: list[str]) -> int | None:
-  """Returns the number that words such as 'twenty-one' or 'three', 'hundred' mean; None if they don't mean a number."""
+  """Returns the number that words mean, such as ['twenty-one'] or ['three', 'hundred']; None if they don't mean a
+  number.
+  """
   total, current, known = 0, 0, False
   for word in itertools.chain.from_iterable(word.lower().split('-') for word in words):
     if word == 'and' and known:
@@ -71,7 +74,7 @@ def names_empty_set(tokens: list[str]) -> bool:
 
 
 def trim(tokens: list[str]) -> list[str]:
-  """Returns the tokens without what surrounds an answer: braces, full stops, 'The answer is', '... is the answer'."""
+  """Returns the tokens without what surrounds the answer: braces, full stops, 'The answer is', '... is the answer'."""
   while tokens:
     if tokens[-1] in _EDGES and tokens[-3:] != ['.'] * 3:  # ... means that decimals repeat
       tokens = tokens[:-1]
@@ -89,7 +92,7 @@ def trim(tokens: list[str]) -> list[str]:
 
 
 def _wrapped(tokens: list[str]) -> bool:
-  """Returns True if the tokens are in braces, or in ** for bold type, which `tokenize` has turned into ^."""
+  """Returns True if the tokens are in braces or in bold type. `tokenize` has turned the ** of bold type into ^."""
   if tokens[0] == '{':
     return match_of(tokens, 0) == len(tokens) - 1
   return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
@@ -102,8 +105,8 @@ def _word(token: str) -> str:
 def _introduction(tokens: list[str]) -> int:
   """Returns the number of tokens that introduce the answer.
 
-  An introduction consists of words such as 'The answer is', or is a sentence that ends in such words and contains no
-  word of _CHANGING.
+  An introduction is either words such as 'The answer is', or a sentence that ends in such words and has no word of
+  _CHANGING.
   """
   lead = len(list(itertools.takewhile(lambda t: _word(t) in _LEAD, tokens)))
   if lead:
@@ -132,6 +135,8 @@ def is_plain_words(tokens: list[str]) -> bool:
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-  """Returns True if the tokens are a name of at most six words, such as that of a person, a colour or a direction."""
+  """Returns True if the tokens are a name of at most six words, for example the name of a person, a colour or a
+  direction.
+  """
   words = [_word(t) for t in tokens if is_word(t)]
   return 0 < len(words) <= 6 and is_plain_words(list(tokens)) and not _EXPLAINING & set(words)

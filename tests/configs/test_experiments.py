@@ -40,7 +40,7 @@ def test_the_paper_s_recipe_is_the_default():
   'override, message',
   [
     ({'train.batch_size': '0'}, 'config.train.batch_size must be >= 1'),
-    ({'train.microbatches': '3'}, 'config.train.microbatches must divide batch_size = 4'),
+    ({'train.microbatches': '3'}, 'config.train.microbatches must divide batch_size = 2'),
     ({'train.init_what': 'some'}, 'config.train.init_what must be one of weights, all'),
     ({'train.mesh.data': '0'}, 'config.train.mesh.data must be >= 1, or -1'),
     ({'optimizer.lr': '-1'}, 'config.optimizer.lr must be > 0'),

@@ -149,7 +149,7 @@ def test_row_sums_kernel_equals_float64(vocab):
 
 @pytest.mark.parametrize(
   'layout', [Layout(), Layout(vocab='tensor'), Layout(tokens=('data',), width='data', vocab_group_size=2)])
-def test_row_sums_kernel_equals_xla_on_parts_of_a_vocabulary(layout):
+def test_row_sums_kernel_equals_xla_on_a_sharded_vocabulary(layout):
   """Two devices have half of the vocabulary each; in one row a half has all of the probability."""
   vocab = 2100
   rng = np.random.default_rng(0)

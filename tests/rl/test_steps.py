@@ -114,7 +114,7 @@ def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
-  rl = rl_run(load.load('configs/rl_smoke.py')).rl
+  rl = rl_run(load.load('configs/rl_smoke.py', {'rl.steps': '60'})).rl
   (tmp_path / 'checkpoints' / '60').mkdir(parents=True)
   loop.check_steps(rl, epath.Path(tmp_path))
   (tmp_path / 'checkpoints' / '61').mkdir()
