@@ -2,12 +2,12 @@
 
     python -m benchmarks.bucket [--processes=4] [--shards=200] [--seconds=20] [--latency_s=0.03] [--error_rate=0.01]
 
-Each process takes the part of one host that trains the 1B model on v5e-256, with 64 rows of 4,096 tokens per step. A
-host should get more than 4 times as many tokens per second as the model trains on. The benchmark prints, per process,
-tokens per second, and tokens per second of CPU time, which is the rate of a host that has its cores for itself. Then
-the benchmark checks that the batches are the same, bit for bit and in the same order, as from a local disk. It also
-checks that a process which is killed (SIGKILL) and resumed from its cursor gets exactly the next batch. At the end it
-prints how much was written to disk.
+Each process reads what one host reads when the 1B model trains on v5e-256: 64 rows of 4,096 tokens per step. A host
+should get more than 4 times as many tokens per second as its chips train on. The benchmark prints, per process, tokens
+per second, and tokens per second of CPU time, which is the rate of a host that has its cores for itself. Then the
+benchmark checks that the batches are the same, bit for bit and in the same order, as from a local disk. It also checks
+that a process which is killed (SIGKILL) and resumed from its cursor gets exactly the next batch. At the end it prints
+how much was written to disk.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Times how long a save stalls training, and how long checks delay a restore: python -m benchmarks.checkpoint
 
 The state is that of a 100M-parameter model: weights and two AdamW moments, 1.2 GB in float32. Each round makes one
-asynchronous save, as training does, and one blocking save, and computes the ratio of their times. In a second ratio,
-the time of the asynchronous save includes how much the writer, which on a CPU uses the same cores, slows down the next
-update. At the end, the last checkpoint is restored, completely and weights only, and its checks are timed: crc32 of
-every byte, which each restore computes, and sha256 of every byte, which `betarank checkpoint verify` computes.
+asynchronous save, as training does, and one blocking save. The first ratio is the time that the asynchronous save
+stalls training, relative to the time of the blocking save. For the second ratio, the stall includes the delay of the
+next update: on a CPU, the thread that writes the checkpoint uses the same cores. At the end, the last checkpoint is
+restored, completely and weights only, and its checks are timed: crc32 of every byte, which each restore computes, and
+sha256 of every byte, which `betarank checkpoint verify` computes.
 """
 
 import argparse

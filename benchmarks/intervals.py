@@ -2,8 +2,9 @@
 
 For sets of 10, 30 and 100 problems, the benchmark prints how often the interval contains the true mean, how often the
 whole interval is above or below the true mean, and how wide the interval is. The value of a problem is the share of its
-16 samples that are right. With `pair`, the value is the difference between two arms on the same problem. With `one
-sample`, the value is 0 or 1. The benchmark takes about 10 minutes on one core, and two with --trials=300.
+16 samples that are right. In rows named `pair`, the value is the difference between two arms on the same problem. In
+rows named `one sample`, the value is 0 or 1. The benchmark takes about 10 minutes on one core, or 2 minutes with
+--trials=300.
 """
 
 import argparse
@@ -38,22 +39,24 @@ def _solved(level_P: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _beta(a: float, b: float) -> Kind:
-  """Returns problems whose chances of being solved have the distribution beta(a, b)."""
+  """Returns a population whose problems are solved with probabilities that have the distribution beta(a, b)."""
   return Kind(lambda rng, P: _solved(rng.beta(a, b, P), rng), a / (a + b))
 
 
 def _mostly_unsolved(share: float) -> Kind:
-  """Returns problems of which the share `share` is never solved. The other problems are solved half of the time on
-  average.
+  """Returns a population in which the share `share` of the problems is never solved.
+
+  The other problems are solved with a probability of one half on average.
   """
   return Kind(lambda rng, P: _solved((rng.random(P) >= share) * rng.beta(2, 2, P), rng), 0.5 * (1 - share))
 
 
 def _pair(change: Callable[[np.random.Generator, np.ndarray], np.ndarray], a: float = 0.5, b: float = 1.0) -> Kind:
-  """Returns problems whose value is a difference of two scores: the score after a change minus the score before.
+  """Returns a population in which the value of a problem is its score after a change minus its score before the change.
 
-  change: a function (rng, chances before) -> chances after. A chance is the probability that a problem is solved. The
-    chances before have the distribution beta(a, b).
+  change: a function (rng, p [problems]) -> p after the change [problems], where p is the probability that a problem is
+    solved.
+  a, b: before the change, p has the distribution beta(a, b).
   """
   def draw(rng, P):
     before_P = rng.beta(a, b, P)

@@ -1,6 +1,7 @@
 """Writes data sets of random tokens for benchmarks, in the same files as prepared data.
 
-Tokenizing as much text would take hours, and the speed of opening and reading a set doesn't depend on its content.
+Tokenizing a large set of real text would take hours, and the speed of opening and reading a set doesn't depend on its
+content.
 """
 
 import json

@@ -40,7 +40,10 @@ NO_KERNEL = 'ours: ranks, no TPU kernel'
 
 
 def contenders(chunk_tokens):
-  """Returns the functions to compare, by name: f(hidden, head, targets) -> (scalar loss, other results)."""
+  """Returns the functions to compare, {name: function (hidden, head, targets) -> (scalar loss, other results)}.
+
+  chunk_tokens: the number of tokens per chunk in betarank's own functions; 0 means their default.
+  """
   import jax.numpy as jnp
   import optax
 

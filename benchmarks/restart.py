@@ -1,11 +1,12 @@
-"""Measures how much work a preparation loses if it is killed (SIGKILL), and checks that its result is the same.
+"""Measures how much work `betarank data prepare` loses if it is killed (SIGKILL), and checks the result.
 
     python -m benchmarks.restart [--megabytes=16] [--piece_megabytes=2] [--kills=5]
 
-The benchmark tokenizes made-up text in one process, kills the process at random times and restarts it. A restart
-continues after the last complete piece, so only the text of the unfinished piece is lost. `betarank data prepare` has
-pieces of 128 MiB. Smaller pieces are used here, so that a run takes a minute. The benchmark prints the loss relative to
-a piece, the rate of this core, and the most CPU seconds that a kill loses with pieces of 128 MiB at this rate.
+The benchmark tokenizes made-up text in one process, kills the process at random times and restarts it. The result must
+be the same as without kills. A restart continues after the last complete piece, so only the text of the unfinished
+piece is lost. `betarank data prepare` has pieces of 128 MiB. Smaller pieces are used here, so that a run takes a
+minute. The benchmark prints the loss relative to a piece, the rate of this core, and the most CPU seconds that a kill
+loses with pieces of 128 MiB at this rate.
 """
 
 import argparse

@@ -145,7 +145,12 @@ def prefill(params):
 
 
 def measure(ways, repeats, cold=False):
-  """Returns the tokens per second of the fastest run of each variant. The runs of all variants are interleaved."""
+  """Returns the tokens per second of the fastest run of each variant. The runs of all variants are interleaved.
+
+  ways: the variants, {name: function seed -> number of generated tokens}.
+  repeats: the number of timed runs of each variant.
+  cold: whether to leave out the untimed first run, which compiles.
+  """
   best = dict.fromkeys(ways, 0.0)
   for run in ways.values() if not cold else ():
     run(0)

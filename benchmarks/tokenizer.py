@@ -3,10 +3,11 @@
     python -m benchmarks.tokenizer [--tokenizer=PATH] [--megabytes=8] [--rounds=3]
 
 Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, with a new
-tokenizer, whose cache of words is empty, and measures the CPU seconds of one thread. A ratio is relative to the
-library's faster variant in the same round, and the median over rounds is printed. The variant `prepare` also reads the
-tokenizer, so the time that it takes for a single short document is subtracted, and printed separately. Without
---tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
+tokenizer, whose cache of words is empty, and measures the CPU seconds of one thread. Two variants are the library
+alone: its functions encode_batch and encode_batch_fast. Speeds are relative to the faster of these in the same round,
+and the median over rounds is printed. The variant `data prepare` also reads the tokenizer, so the time that it takes
+for a single short document is subtracted, and printed separately. Without --tokenizer, a byte-level BPE of 32,768
+tokens is trained on the texts.
 """
 
 import argparse

@@ -94,8 +94,10 @@ def matmul_rate(device) -> float:
 
 
 def profile(run, program: str, most: int):
-  """Prints the kernels that take longest in one call of the compiled `program`, and the operation that each belongs to.
+  """Calls `run` once, and prints the GPU kernels that take longest, each with the operation that it computes.
 
+  run: a function without arguments that runs the program.
+  program: the HLO of the compiled program as text, which names the operations.
   most: the largest number of kernels to print.
   """
   # A kernel has the name of the operation that it computes. In a CUDA graph, nothing else is known of it.

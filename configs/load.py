@@ -109,7 +109,7 @@ def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
-  """Replaces `~` at the start of paths in a config.
+  """Checks the paths in a config, and replaces `~` at their start.
 
   Raises:
     ConfigError: a path looks like a misspelt bucket, such as `gs:/x` instead of `gs://x`.

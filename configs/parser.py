@@ -1,4 +1,4 @@
-"""Parses command lines. All commands use this parser, so that all of them refuse bad flags in the same way.
+"""Parses command lines. All commands use this parser, so that all of them report bad flags in the same way.
 
 The parser differs from argparse in four ways. A mistake is a ConfigError, which is printed as one line, without the
 usage text. The error for an unknown flag suggests a similar flag. A flag may be written with - instead of _, as in

@@ -1,7 +1,7 @@
 """Handles config keys that have been renamed.
 
-A config file or an override with an old key is refused, and the error gives the new name. The config in a checkpoint
-can't be edited, so old keys in it are renamed when it is read.
+An old key in a config file or an override raises a ConfigError that gives the new name. The config in a checkpoint
+can't be edited, so its old keys are renamed when the checkpoint is read.
 """
 
 from collections.abc import Mapping

@@ -24,8 +24,8 @@ def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = ''
   path: the dotted key of the section, for error messages.
 
   Raises:
-    ConfigError: a key is unknown or missing, a value has the wrong type, or `cls` refuses a value. To refuse a value,
-      `cls` raises a ValueError whose message begins with the name of the field.
+    ConfigError: a key is unknown or missing, a value has the wrong type, or `cls` raises a ValueError. The message of
+      such a ValueError must begin with the name of the field.
   """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)

@@ -152,8 +152,8 @@ def interruptible() -> Iterator[None]:
   """Ends the block with KeyboardInterrupt at the first Ctrl-C. A second Ctrl-C ends the process at once, with exit
   status 130.
 
-  Must be entered in the main thread. While a StopSignal is active in the block, the StopSignal handles Ctrl-C. While a
-  `listening` is active in the block, a second Ctrl-C doesn't end the process.
+  Must be entered in the main thread. Inside a nested block of a StopSignal, the StopSignal handles Ctrl-C. Inside a
+  nested block of `listening`, a second Ctrl-C doesn't end the process.
 
   Python alone doesn't ensure that KeyboardInterrupt ends the block. C code may turn a KeyboardInterrupt into another
   error (an import does) or ignore it (a callback of the garbage collector does). In both cases this function raises

@@ -41,9 +41,9 @@ def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], w
 
 
 def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
-  """Returns the line of a step that remains on the terminal or in the log: the step, the percentage and the figures.
+  """Returns the line that is printed after a step: the number of the step, the percentage and the figures.
 
-  width: the largest length of the line, in columns; figures that don't fit are left out. None means that all figures
+  width: the width of the terminal in columns; figures that don't fit are left out. None is for a log file: all figures
     are shown, followed by the time left.
   """
   start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'

@@ -98,7 +98,7 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 class _Steps:
   """The sequence of batches that Grain reads ahead.
 
-  Item k is this process's part of batch k. Batch 0 begins at row `first_row` of the mixture.
+  Item k has this process's rows of the k-th global batch after the start, or after the cursor from which a run resumes.
   """
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,

@@ -84,9 +84,13 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
-  """Makes room for `more` bytes by deleting incomplete copies, and then sets that no process uses.
+  """Makes room in the cache by deleting incomplete copies, and then sets that no process uses.
 
   Sets whose last use was longest ago are deleted first.
+
+  here: the folder of the set that needs room. This set isn't deleted.
+  more: the number of bytes that will be copied to `here`.
+  limit: the largest size of all sets together, in bytes.
 
   Raises:
     DataError: the set doesn't fit, even after deleting all other sets that aren't in use.

@@ -64,7 +64,7 @@ class Fields:
     """Returns the document made from a record.
 
     Raises:
-      BadValue: a field is missing or doesn't hold what its form needs, or no part of the document counts in the loss.
+      BadValue: a field is missing or its value has the wrong type, or no part of the document counts in the loss.
     """
     values = [_value(record, name) for name in self.names]
     if not self._template:

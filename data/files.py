@@ -42,10 +42,10 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """The files that match a pattern, sorted by path, without empty files."""
+  """The files that match a pattern, sorted by path. Empty files are left out; `empty` is their number."""
 
   files: tuple[File, ...]
-  empty: int  # the number of empty files, which are skipped
+  empty: int
 
 
 def find(pattern: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 A reader has two methods. `segments()` returns the segments that make up the source. `read(segment)` yields the
 documents of a segment, or of a part of a segment. If a segment is divided into parts that don't overlap, the parts
-together yield each document of the segment exactly once. For a row that can't be used, `read` yields a DataError that
-names the file and the line.
+together yield each document of the segment exactly once. In place of a line or record that can't be used, `read` yields
+a DataError that names the file and the line.
 """
 
 import csv
@@ -28,13 +28,19 @@ Row = str | Dialogue | DataError
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A part of a file. start and stop are bytes, records or row groups, depending on the format."""
+  """A part of a file: the items from number `start` to number `stop` - 1.
+
+  An item is a byte, a record or a row group, depending on the format.
+
+  splittable: whether parts of the segment can be read by themselves.
+  item_bytes: the approximate number of bytes of an item.
+  """
 
   path: str
   start: int
   stop: int
   splittable: bool = True
-  item_bytes: float = 1.0  # the approximate number of bytes per unit of start and stop
+  item_bytes: float = 1.0
 
 
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:

@@ -117,10 +117,10 @@ class Packer:
     return permute(index, len(self._lengths_N), f'{self._key}/{epoch}') if self._shuffle else index
 
   def _sums(self, epoch: int, chunk: int) -> np.ndarray:
-    """Returns the numbers of pairs of up to _CHUNKS_AT_ONCE consecutive chunks, beginning with chunk number `chunk`.
+    """Returns the number of pairs in each of the _CHUNKS_AT_ONCE chunks that begin with chunk number `chunk`.
 
-    A chunk is _CHUNK documents that are adjacent in the epoch's order. At the end of the epoch, fewer numbers are
-    returned.
+    A chunk is _CHUNK documents that are adjacent in the epoch's order. Near the end of the epoch there are fewer
+    chunks.
     """
     pairs = self._pairs(self._order(epoch, chunk * _CHUNK, (chunk + _CHUNKS_AT_ONCE) * _CHUNK))
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))

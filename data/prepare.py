@@ -231,9 +231,9 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
                  report: Report = lambda _: None, asked: Asked = lambda: False) -> bool:
-  """Tokenizes part number `part` (0 to parts - 1) of source `name`: every parts-th of its units of work. Does nothing
-  if the source is finished.
+  """Tokenizes part number `part` (0 to parts - 1) of source `name`. Does nothing if the source is finished.
 
+  The part consists of the units of work with the numbers part, part + parts, part + 2 * parts and so on.
   Processes on other machines may work on other parts at the same time. For the other arguments and the errors, see
   `prepare_source`.
 
@@ -349,7 +349,7 @@ class _State:
 
 def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool,
           asked: Asked = lambda: False) -> bool:
-  """Tokenizes those units of work, of the numbers in `mine`, that aren't done yet.
+  """Tokenizes the units of work whose numbers are in `mine`, except those that are done already.
 
   Args:
     stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
@@ -491,6 +491,8 @@ def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict
   """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
 
   The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+
+  listing: `Source.listing`, the description of the source's files, which becomes a part of the manifest.
 
   Raises:
     DataError: a split is empty.

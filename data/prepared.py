@@ -105,7 +105,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-  """Raises an error if the manifest isn't valid.
+  """Raises an exception, which `read_manifest` converts to a DataError, if the manifest isn't valid.
 
   The file names in a manifest become paths. A name that leads to another folder is therefore not valid.
   """
@@ -179,7 +179,9 @@ class Document(NamedTuple):
 
 
 class Documents:
-  """The documents of one split of a prepared source, by index. They take 2 to 4 bytes of memory each. Thread-safe.
+  """Reads the documents of one split of a prepared source, by index. Thread-safe.
+
+  Only the lengths of the documents are kept in memory, in 2 or 4 bytes per document.
 
   Attributes:
     manifest: the manifest of the source.
@@ -266,7 +268,8 @@ class Documents:
 def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
   """Returns the number of tokens of each document of a split, uint16 or uint32.
 
-  where, path: the folder of the data, for reading and for messages.
+  where: the folder of the data, from which the lengths are read.
+  path: the path of the data, which error messages name.
   counts: the split's entry in the manifest.
 
   Raises:
@@ -288,11 +291,14 @@ def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: d
 
 
 def _parse_lengths(pieces: Iterator[bytes], size: int, documents: int, update: Callable[[bytes], None]) -> np.ndarray:
-  """Returns the lengths in an .npy file, which is given as consecutive pieces. Calls `update` with each piece.
+  """Returns the lengths in an .npy file, uint16 or uint32 [documents].
 
   Only the memory for `documents` lengths is allocated, even if the file is damaged.
 
+  pieces: the content of the file, in consecutive pieces.
   size: the size of the file in bytes.
+  documents: the number of lengths that the file must have.
+  update: called with each piece, for example to compute a hash.
 
   Raises:
     ValueError: the file isn't an array of `documents` lengths.

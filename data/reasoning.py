@@ -211,7 +211,9 @@ def _block(kind: Kind, stream: str, number: int):
 
 
 def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:
-  """Returns problem number `index` >= 0 of an unlimited sequence in which the kinds take turns. It is a pure function.
+  """Returns problem number `index` >= 0 of an unlimited sequence in which the kinds take turns.
+
+  The same arguments always give the same problem.
 
   stream: the name of the sequence. Sequences with different names, such as those of pre-training and RL, use different
     random seeds. They may still have short problems with small numbers in common. To separate questions strictly, use
@@ -230,8 +232,9 @@ def question_hash(question: str) -> int:
 
 
 def held_out(question: str, fraction: float) -> bool:
-  """Returns True if this question is one of the `fraction` of all questions that are held out.
+  """Returns True if this question is held out. A hash of the question decides.
 
-  With a larger fraction, the same questions and further questions are held out.
+  fraction: the share of all questions that are held out. With a larger fraction, the same questions and further
+    questions are held out.
   """
   return question_hash(question) < fraction * 2**64

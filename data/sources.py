@@ -199,8 +199,8 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
-    held_out: if not 0, the call yields other texts instead, of about this many bytes in all. At each place, they are
-      the texts that come after the sample.
+    held_out: 0, or a number of bytes. If it isn't 0, the sample is skipped at each place, and the texts that come after
+      it are yielded instead, about `held_out` bytes in all.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)

@@ -146,6 +146,9 @@ def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple
   tokenizer_config.json names the token or, if it doesn't, generation_config.json. For 'pad', the result is also None if
   the token isn't special.
 
+  optional: the content of these two files, {name of the file: its JSON object}.
+  added: the added tokens, {content: (id, special)}.
+
   Raises:
     DataError: the BOS or EOS token isn't special. Such a token could be part of a text, which would then seem to begin
       or end a document.
@@ -180,7 +183,8 @@ class JsonTokenizer:
   Ids are the same as those of transformers' AutoTokenizer, called with add_special_tokens=False and
   split_special_tokens=True. The tokenizer may change a text in two ways: it may convert the text to Unicode's NFC (as
   Qwen's does), or add a space before the text (as vocabularies from SentencePiece may). `token_bytes` and
-  `bytes_per_token_V` then describe the changed text. A tokenizer that changes text in any other way is refused.
+  `bytes_per_token_V` then describe the changed text. For a tokenizer that changes text in any other way, the
+  constructor raises DataError.
   """
 
   def __init__(self, where: epath.Path):

@@ -214,6 +214,11 @@ def _worked(record: Mapping[str, Any], where: str) -> str:
   """Returns the worked solution of a record: MATH's `solution`, or the part of GSM8K's `answer` before '####'.
 
   GSM8K's calculator marks (<<...>>) are removed.
+
+  where: the file and line of the record, for messages.
+
+  Raises:
+    DataError: the record has no worked solution.
   """
   solution = record.get('solution') or str(record.get('answer', '')).rsplit('####', 1)[0]
   if not isinstance(solution, str) or not solution.strip():

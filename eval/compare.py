@@ -106,9 +106,10 @@ def report(runs: Sequence[Run], width: int) -> str:
 
 
 def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns (title, columns, rows, notes) of the table of pre-training runs, with one validation per row.
+  """Returns (title, columns, rows, notes) of the table of pre-training runs.
 
-  The table shows whether the runs have equal cross-entropy but different entropy.
+  There is a row for each run and each source of its validation data. It has the figures of the run's last validation on
+  this source. The table shows whether the runs have equal cross-entropy but different entropy.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
@@ -132,7 +133,7 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def last_validation(run: Run, source: str) -> dict[str, float]:
-  """Returns {'step': step, figure: value, ...} of the newest validation of `source`; {} if there is none.
+  """Returns {'step': step, figure: value, ...} of the newest validation on the data `source`; {} if none.
 
   The step and all figures come from the same line of metrics.jsonl.
   """

@@ -30,7 +30,7 @@ class EvalError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`: how many tokens the probe covers, and the size of the head."""
+  """Section `eval.probe`: how many tokens the probe covers, and how many of the most probable tokens form the head."""
 
   rows: int
   batch_size: int
@@ -96,7 +96,8 @@ class EvalConfig:
 class EvalRun:
   """All settings of an evaluation.
 
-  top_k: the number of tokens in the head if eval.probe.top_k is 0.
+  top_k: the checkpoint's objective.top_k. If eval.probe.top_k is 0, this many of the most probable tokens form the
+    head.
   """
 
   model: ModelConfig

@@ -5,8 +5,8 @@ again.
     RUN/eval/samples/BENCHMARK/STEP.jsonl    one line per sample, in the order in which problems were finished
 
 A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
-problem are written together, once all its samples are judged. If a command is killed and run again, it draws only the
-samples of the missing problems. They are the same samples as in an uninterrupted run.
+problem are written together, once all its samples are judged. If a command is killed and run again, it draws samples
+only for the problems that the file lacks. They are the same samples as in an uninterrupted run.
 
 In a job of several processes, decoding is spread over the devices of all processes. Process 0 judges and writes.
 """
@@ -160,8 +160,9 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns a number made from the benchmark's name. It is the sampler's argument `step`, and so selects the random
-  numbers.
+  """Returns a number made from the benchmark's name, the same in every run.
+
+  It is passed to the sampler as `step`, so that each benchmark has its own random numbers.
   """
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
@@ -170,10 +171,12 @@ def benchmark_key(name: str) -> int:
 
 
 def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
-  """Judges the samples of one problem. Returns one dict per sample, which is a line of the file of samples
-  (SampleFile).
+  """Judges the samples of one problem. Returns one dict per sample, which becomes a line of the SampleFile.
 
-  The dict has the text, the answer, the verdict and the number of the answer's class (`group`, see answer_classes).
+  A dict has the sample's text, answer, verdict and length. Its value for the key 'group' is the class number from
+  answer_classes.
+
+  group: all samples of the problem.
   """
   texts = [tokenizer.decode(s.text_tokens) for s in group]
   answers = [final_answer(text, task) for text in texts]
@@ -196,8 +199,8 @@ def answer_classes(
 
   - They are the same number, or the same text apart from delimiters, spaces and a final full stop.
   - Both are right.
-  - Both are wrong, but the verifier accepts one of them if the other is the reference. Only the COMPARED most frequent
-    wrong answers are compared in this way, because the number of pairs grows quadratically.
+  - Both are wrong, but the verifier accepts one of them if the other is the reference. Only the most frequent
+    wrong answers, at most COMPARED, are compared in this way, because the number of pairs grows quadratically.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
@@ -239,16 +242,17 @@ class SampleFile:
     path: the path of the file.
     n: the number of samples per problem in the finished file.
     problems: the number of problems in the finished file.
-    missing: the indices of the problems that weren't in the file when this object was created.
+    missing: the indices of the problems for which the file lacked samples when this object was created. All samples of
+      these problems are to be drawn.
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
     """Opens the existing files of the checkpoint and benchmark, or creates new ones.
 
-    There are two files, with samples and with settings. If they exist, the settings must agree, and samples of
-    incomplete problems are removed.
+    There are two files, with samples and with settings. If they exist, the settings must agree. If a problem has
+    only some of its samples in the file, these samples are removed, and the problem counts as missing.
 
-    Every process of a job must create this object, because process 0 sends the list of missing problems to the others.
+    Every process of a job must create this object, because process 0 sends `missing` to the others.
 
     writes: whether this process changes files, which only process 0 does.
 
@@ -286,11 +290,11 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> tuple[str, np.ndarray]:
-    """Removes the lines of incomplete problems from the file, and finds the missing problems.
+    """Removes the lines of problems that have only some of their samples in the file.
 
-    Returns (text, bool [P]). If the file is remote, the text has the remaining lines; otherwise it is ''. The array is
-    True for each of the P problems that is missing. The file is read line by line, because it may be larger than
-    memory.
+    Returns (text, bool [P]). If the file is remote, the text has the remaining lines, because remote files can only be
+    written as a whole; otherwise it is ''. The array is True for each of the P problems that is now missing in the
+    file. Lines are read one by one, because a local file may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():

@@ -28,8 +28,8 @@ class Loaded(NamedTuple):
     ref: the checkpoint's path, step and metadata.
     run: the settings of the model, its data and its evaluation.
     name: the path of the checkpoint's workdir.
-    objective: how the objective of the checkpoint's pre-training differs from cross-entropy, such as 'CE' or 'β =
-      -0.25'.
+    objective: a short name for the objective of the checkpoint's pre-training, such as 'CE' or 'β = -0.25' (see
+      report/arms.py, `label`); 'objective unknown' if it isn't recorded.
     tokenizer: the tokenizer that the model was trained with.
     params: float32, on the first device.
   """

@@ -4,7 +4,7 @@
 
 Runs lm-evaluation-harness for the benchmarks of knowledge and logic, and samples answers to the benchmarks of
 mathematics and code. Benchmarks that already have results are skipped. At the end, the command prints one table. The
-report shows the same table for all arms.
+page of `betarank report` shows such a table for all arms (pre-training objectives).
 """
 
 import statistics

@@ -6,7 +6,7 @@ pass gives a few numbers per token. The logits are computed in chunks and never 
 computed from the numbers per token, in float64. Files are written atomically. If a probe is killed, only the checkpoint
 in progress must be probed again.
 
-# B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges, or bins between them
+# B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges of bins, or the E - 1 bins
 """
 
 import dataclasses
@@ -225,7 +225,11 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """Returns a checkpoint's main figures as one line of text. What doesn't fit on the terminal is left out."""
+  """Returns a checkpoint's main figures on one domain as one line of text. What doesn't fit on the terminal is left out.
+
+  name: the name of the domain.
+  f: the domain's result of `figures`.
+  """
   return fitted(f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats', [
     f'entropy {f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})', f'{f["bits_per_byte"]:.4f} bits/byte',
     f'tail mass {f["tail_mass"]:.4f}', f'ece {f["ece"]:.4f}', f'top gap {f["top_gap_nats"]:.3f}',

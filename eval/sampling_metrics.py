@@ -23,7 +23,10 @@ VERDICTS = {'right': 1.0, 'wrong': 0.0, 'undecided': np.nan}
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  """The samples of one checkpoint on one benchmark, with one row per problem. A missing sample has NaN and group -1."""
+  """The samples of one checkpoint on one benchmark, with one row per problem.
+
+  A sample that is missing has -1 in group_PN, and NaN in the other arrays.
+  """
 
   problems: tuple[str, ...]
   score_PN: np.ndarray  # float64: 1 right, 0 wrong, NaN undecided or missing

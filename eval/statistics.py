@@ -18,16 +18,17 @@ resampled problems.
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv
   1905.06208.
 
-The 95 % intervals have this coverage. For shares of ten problems, most of which are never solved, it is 96-99 %, and
-the true value is missed above as well as below. For paired differences of ten problems, it is 96 % on average, but 90 %
-if a fifth of all problems gains 50 points, because then one in nine sets of ten problems contains no problem that
-gains. `python -m benchmarks.intervals` prints the table, and `tests/eval/test_statistics.py` checks it.
+Coverage is how often a 95 % interval contains the true value. For shares of ten problems, most of which are never
+solved, it is 96-99 %, and an interval that misses the true value can lie above or below it. For paired differences of
+ten problems, it is 96 % on average, but 90 % if a fifth of all problems gains 50 points, because then one in nine sets
+of ten problems contains no problem that gains. `python -m benchmarks.intervals` prints a table of coverages, and
+`tests/eval/test_statistics.py` checks them.
 
-**Over seeds**, there are too few values to resample. Student's t distribution gives the limits for the noise that seeds
-add to the noise of problems. The distances from the mean to the limits are added in quadrature (MOVER, the method of
-variance estimates recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative
-is to add the variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower,
-but cover only 92 % for three seeds and less than 90 % for two.
+**Over seeds**, there are too few values to resample. For the noise that seeds add to the noise of problems, Student's t
+distribution gives a half-width. On each side of the mean, this half-width and the distance to the limit over problems
+are added in quadrature (MOVER, the method of variance estimates recovery; Zou and Donner, Statistics in Medicine 27,
+2008). The coverage is 95-97.5 %. An alternative is to add the variances and use one t distribution with Satterthwaite's
+degrees of freedom. Its intervals are narrower, but cover only 92 % for three seeds and less than 90 % for two.
 
 The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-value and interval always agree.
 
@@ -52,7 +53,10 @@ Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - al
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean, the limits of its interval, and the p-value of the hypothesis that the true mean is zero."""
+  """A mean, the limits of its interval, and the p-value of the hypothesis that the true mean is zero.
+
+  The interval is a 95 % interval, unless the function that returns the Estimate was given another `level`.
+  """
 
   mean: float
   low: float

@@ -1,4 +1,5 @@
-"""Runs a sweep on another engine, such as Slurm or GKE. A template turns each point into a command.
+"""Runs a sweep on another engine, such as Slurm or GKE. A template turns each point of the sweep (one betarank
+command) into a command of the engine.
 
     betarank sweep --config=FILE --root=DIR --on='bash launch/examples/slurm.sh {name} {command}'
 
@@ -25,7 +26,7 @@ PLACEHOLDERS = ('{command}', '{name}', '{chips}')
 
 
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
-  """Returns a function (point, slot) -> command that runs the point on the engine.
+  """Returns a function (point, slot) -> command that runs the point on the engine. It ignores the slot.
 
   A point that prepares data runs on this machine instead.
 

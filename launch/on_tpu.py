@@ -97,13 +97,17 @@ def _last_line(text: str) -> str:
 
 
 def topology() -> Topology:
-  """Returns the pods that TPU_TYPE and TPU_SLICES name for each point. Raises PlanError if there is no such pod."""
+  """Returns the pods that a point runs on: TPU_SLICES pods of type TPU_TYPE, both environment variables.
+
+  Raises:
+    PlanError: there is no such pod.
+  """
   name = (os.environ.get('TPU_TYPE') or DEFAULT_TYPE).replace('v5litepod', 'v5e')
   return Topology(name, int(os.environ.get('TPU_SLICES') or 1))
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point if its MFU is the assumed one. Both numbers are equal.
+  """Returns (least, most) hours of a pre-training point, if its MFU is MFU_DENSE or MFU_MOE. Both hours are equal.
 
   Returns None for other stages. For RL no time can be assumed, because it depends on the lengths of the answers.
   """

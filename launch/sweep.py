@@ -56,7 +56,12 @@ _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed
 
 @dataclasses.dataclass
 class Status:
-  """The state of a point. `starts` is the number of times that its command was started, in all launches together."""
+  """The state of a point.
+
+  Attributes:
+    starts: the number of times that the point's command was started, in all launches together.
+    exit: the exit status of the command; None if it hasn't ended or if the status is unknown.
+  """
 
   state: str = 'waiting'
   note: str = ''

@@ -107,9 +107,10 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
-  """Returns all pairs of pieces whose concatenation is a piece, ordered by the rank of the concatenation, best first.
+  """Returns all pairs of pieces whose concatenation is a piece, the pair with the best concatenation first.
 
-  SentencePiece merges all such pairs.
+  SentencePiece merges all such pairs. The piece with the highest score is the best; of equal scores, lower ids come
+  first.
 
   normal: {text of a piece: (minus its score, its id)}.
   """

@@ -61,9 +61,9 @@ class Leaf:
   """One of our arrays, and the tensors in Hugging Face's format that hold its values.
 
   Attributes:
-    path: the place of the array in the tree of parameters. '' means that the tensors are zeros, for which we have no
-      array.
-    letters, shape: the letters and sizes of our dimensions. If layers are stacked, L comes first.
+    path: the place of the array in the tree of parameters, such as 'layers.attention.q_DNH'. It is '' for tensors that
+      Hugging Face's model has and ours doesn't. All values of these tensors are zero.
+    letters, shape: the letters and sizes of the array's dimensions. If layers are stacked, L comes first.
     template: the name of the tensors, with {L} and {E} in place of the layer and expert numbers.
     groups: the dimensions of a tensor in Hugging Face's format. For example, 'NH D' stands for [N·H, D].
   """
@@ -76,8 +76,9 @@ class Leaf:
 
   @property
   def indexed(self) -> int:
-    """The number of our leading dimensions whose indices are part of a tensor's name: layers, and experts if there are
-    any.
+    """The number of placeholders in `template`: 0, 1 (layer), or 2 (layer and expert).
+
+    Each tensor holds the values at one index of this many leading dimensions of our array.
     """
     return self.template.count('{')
 
@@ -87,14 +88,12 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields (name, index) of each tensor. The index selects the tensor's values in our array, along our leading
-    dimensions.
-    """
+    """Yields (name, index) of each tensor. It holds the values array[index], where array is our array."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns a view, with our dimensions, of a tensor in Hugging Face's format."""
+    """Returns a view of a tensor in Hugging Face's format. The view has the shape of array[index] (see `tensors`)."""
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
@@ -280,6 +279,8 @@ class Files:
 
   def check(self, wanted: list[Leaf]) -> None:
     """Raises HfError for the first tensor that is missing, has a wrong shape or type, or doesn't belong to the model.
+
+    wanted: the result of `leaves`.
     """
     known = set()
     for leaf in wanted:

@@ -287,10 +287,12 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
 
 
 def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_eFD) -> jax.Array:
-  """Returns the experts' outputs of pass i, summed for each token, [G, D]. Pass i processes the tiles from i·C to (i +
-  1)·C.
+  """Returns the experts' outputs of pass i, summed for each token, [G, D].
+
+  Pass i processes the C tiles that begin with tile i·C.
 
   sizes: (MoeConfig, R, C).
+  weight_p: float32, the weight of each pair.
   """
   m, rows, size = sizes
   kernel = _kernel(m.kernel, gate_eDF)
@@ -352,16 +354,23 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
-  """Returns the values of each row's token, [C, R, D]. Empty rows get the values of arbitrary tokens.
+  """Returns the values x of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
 
-  With k = 1, x_GD has one row per pair instead of one row per token.
+  k: the number of pairs of a token. With k = 1, x_GD has the values of pairs instead of tokens.
+  add: the function that sums rows in the backward pass, such as `_scatter_add`. It isn't used if row_p is given.
+  x_GD: the values of the G tokens.
+  pair_CR: int32, the number of each row's pair. In an empty row it is at least G·k.
+  row_p: int32, the row of each pair, or None (see `_Plan`).
   """
   return x_GD.at[pair_CR // k].get(mode='clip')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
 def _combine(k: int, add, y_CRD, pair_CR, row_p, tokens: int) -> jax.Array:
-  """Returns the sum of each token's rows, [G, D]. Empty rows are ignored."""
+  """Returns the sum of y over the rows of each token, [G, D], where G is `tokens`. Empty rows are ignored.
+
+  k, add, pair_CR, row_p: as in `_dispatch`, but `add` is used in the forward pass.
+  """
   y_PD = y_CRD.reshape(-1, y_CRD.shape[-1])
   if row_p is None:
     return add(y_PD, pair_CR.reshape(-1) // k, tokens)
@@ -405,15 +414,16 @@ def _kernel(name: str, gate_eDF):
 
 
 def _gathered_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):
-  """Computes the experts' outputs. Each tile is multiplied by a copy of its expert's weights."""
+  """Computes what `experts_triton.experts` computes. Each tile is multiplied by a copy of its expert's weights."""
   gate_CRF = checkpoint_name(jnp.einsum('CRD,CDF->CRF', x_CRD, gate_eDF[expert_C]), 'mlp')
   up_CRF = checkpoint_name(jnp.einsum('CRD,CDF->CRF', x_CRD, up_eDF[expert_C]), 'mlp')
   return jnp.einsum('CRF,CFD->CRD', _swiglu(gate_CRF, up_CRF, weight_CR), down_eFD[expert_C])
 
 
 def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD):
-  """Computes the experts' outputs with XLA's grouped matrix product, lax.ragged_dot. The tiles of an expert form one
-  group.
+  """Computes what `experts_triton.experts` computes, with XLA's grouped matrix product, lax.ragged_dot.
+
+  The tiles of an expert form one group.
   """
   rows = weight_CR.shape[1]
   group_e = rows * jnp.sum(expert_C[None] == jnp.arange(len(gate_eDF))[:, None], 1, dtype=jnp.int32)

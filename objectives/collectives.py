@@ -5,11 +5,11 @@ all-gathered once before the loop over chunks, and their gradient is reduced onc
 needs the same communication. Inside the loop, devices exchange only a few numbers per token, and k candidates per token
 if a top k is needed.
 
-The axis that splits the head's width D can also be divided into small groups of m devices that share the vocabulary
-(`with_vocab_groups`). Each device of a group then holds 1/m of the vocabulary, and works on the tokens of the whole
-group. The group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With T
-tokens per device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its
-float32 gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
+The axis that splits the head's width D can also be divided into small groups of m devices (`with_vocab_groups`). The
+devices of a group divide the vocabulary: each device holds 1/m of it, and works on the tokens of the whole group. The
+group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With T tokens per
+device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
+gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
 
 # C tokens of a chunk  D width  V vocabulary
 """
@@ -31,7 +31,8 @@ class Layout:
     tokens: one entry per leading axis of hidden: the mesh axis that splits this axis, a tuple of mesh axes, or None.
     width: the mesh axis or axes that split the first dimension of the head, its width D; None if it isn't split.
     vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V; None if it isn't split.
-    vocab_group_size: the number of devices along `width` that share the vocabulary; see `with_vocab_groups`.
+    vocab_group_size: the number of devices along `width` among which the vocabulary is divided; see
+      `with_vocab_groups`.
 
   Example: Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
   """
@@ -223,8 +224,10 @@ def _group_rank(layout):
 
 
 def _groups(layout):
-  """Returns (the mesh axis that has the vocabulary groups, a list with the indices of each group's devices along this
-  axis).
+  """Returns (axis, groups): the mesh axis that is divided into vocabulary groups, and the groups.
+
+  A group is a list of m consecutive indices along this axis. The vocabulary is divided among the m devices with these
+  indices.
   """
   (axis,) = _axes(layout.width)
   size, group = lax.axis_size(axis), layout.vocab_group_size
@@ -232,9 +235,11 @@ def _groups(layout):
 
 
 def _same_columns(groups):
-  """Returns lists of the devices that hold the same part of the vocabulary, in different groups.
+  """Returns one list for each part of the vocabulary: the devices that hold this part, one from every group.
 
   The first list has the first device of every group, the second list the second device of every group, and so on.
+
+  groups: the groups that `_groups` returns.
   """
   return [list(group) for group in zip(*groups)]
 
@@ -242,8 +247,8 @@ def _same_columns(groups):
 def _over_vocab(collective, layout, array):
   """Applies `collective` within the vocabulary groups, and then over the vocab axes.
 
-  This order keeps token ids sorted, because each vocabulary group divides one part of the vocab axes into consecutive
-  pieces.
+  This order keeps token ids sorted: the vocab axes split the vocabulary into parts, and the devices of a vocabulary
+  group hold consecutive pieces of one part.
   """
   if _has_groups(layout):
     axis, groups = _groups(layout)

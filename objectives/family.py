@@ -1,7 +1,7 @@
 """Defines the loss of the ground-truth token, for the paper's objective and for related ones.
 
-Each objective is a function of the target's margin m = log p/(1-p), float32 [...], and of at most one parameter. Here p
-is the target's probability. The function returns two float32 arrays [...]:
+Each objective is a function of the target's margin m = log(p/(1-p)), float32 [...], and of at most one parameter. Here
+p is the target's probability. The function returns two float32 arrays [...]:
 
     cost      the loss in nats
     weight    -dcost/dlog p, the factor by which the gradient of cross-entropy is multiplied
@@ -106,7 +106,7 @@ def coverage(margin, n):
 
 
 def power_weight(margin, beta):
-  """Returns p^(1 - (1-p)^β), computed from the margin log p/(1-p): float32 [...].
+  """Returns p^(1 - (1-p)^β), computed from the margin log(p/(1-p)): float32 [...].
 
   The result is accurate for p near 0 and near 1, and exactly 1 for β = 0. A computation from p would fail, because 1 -
   p rounds to zero for margins above 17, which gives inf or NaN for β < 0.
@@ -120,7 +120,7 @@ def power_weight(margin, beta):
 
 
 def product_weight(margin, beta):
-  """Returns (1-p)^β, computed from the margin log p/(1-p) and capped at MAX_PRODUCT_WEIGHT: float32 [...]."""
+  """Returns (1-p)^β, computed from the margin log(p/(1-p)) and capped at MAX_PRODUCT_WEIGHT: float32 [...]."""
   log_weight = -beta * softplus(margin)
   return jnp.exp(jnp.minimum(log_weight, math.log(MAX_PRODUCT_WEIGHT)))
 

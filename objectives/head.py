@@ -258,8 +258,9 @@ def _reduce_gradients(options, dhidden, dhead, head):
 
 
 def _over_chunks(options, body, carry, head_DV, arrays):
-  """Runs lax.scan of `body` over chunks of tokens. Returns (carry, common, summed partial) for this device's own
-  tokens.
+  """Runs lax.scan of `body` over chunks of tokens. Returns (carry, common, total).
+
+  total is `partial`, summed over the vocabulary group. common and total are those of this device's own tokens.
 
   arrays: (hidden, targets, ...). The leading dimensions of every array, and of every output, are the shape of the
     targets.

@@ -2,13 +2,13 @@
 
 For every objective, the gradient of a token's loss with respect to its logits z has the form
 
-    dloss/dz_j = target                     for the target j = x
-                 head_rate e_j              for j among the top k, not x
-                 tail_rate e_j              for all other j
+    dloss/dz_j = uniform + target           if j is the target x
+                 uniform + head_rate e_j    if j is among the top k, and not x
+                 uniform + tail_rate e_j    for all other j
 
-where e_j = exp(z_j - max_i z_i), plus a constant if labels are smoothed. A first pass over the chunk's logits computes
-a few sums per token. `score` turns these sums into the loss, the statistics and the Coefficients of this gradient. A
-second pass over the logits writes the gradient.
+Here e_j = exp(z_j - max_i z_i). uniform, target, head_rate and tail_rate are numbers of the token, the Coefficients.
+uniform is 0 unless labels are smoothed. A first pass over the chunk's logits computes a few sums per token. `score`
+turns these sums into the loss, the statistics and the Coefficients. A second pass over the logits writes the gradient.
 
 All sums run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
 log p = -softplus(-m) and log(1-p) = -softplus(m) are accurate even if p is close to 0 or 1.
@@ -67,15 +67,23 @@ class Coefficients:
   """Numbers from which `logit_gradient` computes the gradient of each token's loss, given the logits.
 
   This module's docstring has the formula. Fields have the shape of the targets. They are float32 except last_id.
+
+  Attributes:
+    shift: the largest logit.
+    target, tail_rate, head_rate: the factors of the formula. If head_rate is None, no top k is needed, and tail_rate
+      applies to all wrong tokens.
+    threshold: the k-th largest logit; None without a top k.
+    last_id: int32. Logits equal to the threshold are in the top k if their id is at most last_id. None without a top k.
+    uniform: is added to the gradient of every logit; None without label smoothing.
   """
 
-  shift: jax.Array  # the largest logit
+  shift: jax.Array
   target: jax.Array
   tail_rate: jax.Array
-  head_rate: jax.Array | None  # None: no top k, so tail_rate applies to all wrong tokens
-  threshold: jax.Array | None  # the k-th largest logit
-  last_id: jax.Array | None  # int32; logits equal to the threshold are in the top k if their id is at most this
-  uniform: jax.Array | None  # added to the gradient of every logit; None: no label smoothing
+  head_rate: jax.Array | None
+  threshold: jax.Array | None
+  last_id: jax.Array | None
+  uniform: jax.Array | None
 
   def times(self, factor):
     """Returns the coefficients of the loss multiplied by `factor` [...]."""

@@ -89,7 +89,7 @@ class RewardShaping:
   def positive(self, margin):
     """Returns (cost, weight) of the ground truth, float32 [...]. family.py explains both.
 
-    margin: log p/(1-p) of the ground truth, float32 [...].
+    margin: log(p/(1-p)) of the ground truth, float32 [...].
     """
     return FAMILY[self.form][0](margin, self.beta)
 
@@ -200,7 +200,8 @@ def check_number(name, value, *, at_least=-math.inf):
 def check_shapes(leading, name, targets):
   """Raises ValueError if targets aren't integers of the shape `leading`.
 
-  name: the argument whose leading dimensions `leading` are, for the message.
+  leading: the shape of the hidden states or logits, without its last dimension.
+  name: 'hidden' or 'logits', for the message.
   """
   if not jnp.issubdtype(targets.dtype, jnp.integer):
     raise ValueError(f'targets must be integer token ids, got {targets.dtype}')

@@ -254,8 +254,10 @@ def _is_asked(parts: Parts, task: Task) -> bool:
 class Minibatch:
   """The rows of one update, on the devices.
 
-  counts_BT is the argument `completion_BT` of the update: bool, True for the tokens that count in the loss. counted_BT
-  is the same array on the host. All other attributes are the arguments of the same name in `make_update`.
+  Attributes:
+    counts_BT: bool, True for the tokens that count in the loss. The update takes it as its argument `completion_BT`.
+    counted_BT: the same array as counts_BT, on the host.
+    batch, sampler_logp_BT, advantages_B, choices_BTLk: the update's arguments of these names (see `make_update`).
   """
 
   batch: data.Batch

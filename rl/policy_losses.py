@@ -369,7 +369,7 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """Adds the sums of two parts of a batch. Of sums whose name ends in `_max`, takes the larger one instead."""
+  """Adds the sums of two parts of a batch, {name: sum}. If a name ends in `_max`, takes the larger value instead."""
   return {name: jnp.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 

@@ -2,7 +2,7 @@
 
 Checkpoints save this progress as the run's cursor. It decides which prompts come next (the difficulty filter), and
 which checkpoint is kept as the best one. Both decisions depend only on the seed and on what was recorded so far, so a
-resumed run decides like an uninterrupted run.
+resumed run makes the same decisions as an uninterrupted run.
 
 # N tasks of the set
 """
@@ -93,8 +93,11 @@ class Progress:
   ) -> 'tuple[dict[int, Task], Progress]':
     """Returns ({number: task} of the next `count` prompts, the progress after them).
 
-    Prompts for which `fits` is False are skipped. A prompt whose last group had zero variance is used only in a share
-    `repeat` > 0 of its turns, and skipped in the others.
+    Prompts for which `fits` returns False are skipped. The difficulty filter also skips some prompts whose last group
+    had zero variance.
+
+    repeat: the probability, above 0, that the filter doesn't skip such a prompt. The seed and the prompt's number
+      decide.
 
     Raises:
       DataError: 10,000 prompts in a row don't fit.

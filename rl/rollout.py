@@ -21,15 +21,24 @@ _NOT_MINE = min(Verdict) - 1  # placeholder for the verdicts that other processe
 
 
 class Group(NamedTuple):
-  """The samples of one prompt, and their verdicts."""
+  """The samples of one prompt, and their verdicts.
 
-  cursor: int  # the number of the prompt in the run
+  Attributes:
+    cursor: the number of the prompt in the run.
+    task: the problem.
+    prompt: the tokens of the prompt, BOS first.
+    samples, texts, verdicts: the samples, the text of each sample, and the verdict on each sample.
+    scores: for each sample, 1 if it is right and 0 if it is wrong, or the result of the user's reward function. NaN if
+      the verdict is undecided.
+  """
+
+  cursor: int
   task: Task
-  prompt: list[int]  # tokens, BOS first
+  prompt: list[int]
   samples: list[Sample]
   texts: list[str]
   verdicts: list[Verdict]
-  scores: list[float]  # 1 if right else 0, or the result of the user's reward function; NaN if undecided
+  scores: list[float]
 
   def rewards(self, rule: RewardRule) -> tuple[list[float], list[bool]]:
     """Returns (rewards, valid): the reward of each sample, and whether the sample counts. See rl/rewards.py."""

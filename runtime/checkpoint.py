@@ -2,8 +2,8 @@
 
 WORKDIR/checkpoints/STEP/ has three parts. `state` holds the parameters (with layers stacked), the optimizer state and
 the step. `meta` is JSON: the data cursor, the resolved config, the parent checkpoint, the code version and the shape of
-every array. manifest.json holds checksums (runtime/integrity.py). Every restore compares the files of `state` and
-`meta` with these checksums. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
+every array. manifest.json holds sizes and checksums (runtime/integrity.py), with which the files of `state` and `meta`
+are checked before a restore. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
 """
 
 import dataclasses

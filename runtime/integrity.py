@@ -6,12 +6,12 @@
 The manifest is written before the checkpoint is committed, so every complete checkpoint has one. Only checkpoints of an
 old version of this code have no manifest. They are accepted without a check.
 
-Every start of a run checks the crc32 of each block of 64 MiB. This check finds every single wrong byte, and misses
-larger damage with a probability of 2^-32. `betarank checkpoint verify` checks the sha256 of each file, which is the
-checksum that the program sha256sum prints.
+Before a checkpoint on a disk is restored, the sizes of all files and the crc32 of each block of 64 MiB are checked. The
+crc32 finds every single wrong byte, and misses larger damage with a probability of 2^-32. In a bucket, the sizes of all
+files are checked too, but the crc32 only for files of up to 1 MiB. The object store checks the content of files itself,
+and reading everything twice would double the time that a start takes.
 
-For a checkpoint in a bucket, the start of a run compares the sizes of all files, but reads only small files. The object
-store checks the content of files itself, and reading everything twice would double the time of a start.
+`betarank checkpoint verify` checks the sha256 of each file, which is the checksum that the program sha256sum prints.
 """
 
 import concurrent.futures
@@ -33,7 +33,10 @@ _Check = Callable[[], str]
 
 
 def write(folder: epath.Path) -> None:
-  """Writes the manifest of the files in `folder` that belong to one of ITEMS."""
+  """Writes the manifest of a checkpoint, with the files in its folders `state` and `meta`.
+
+  folder: the folder of the checkpoint.
+  """
   names = sorted(name for item in ITEMS for name in _files(folder, item))
   with _threads() as pool:
     entries = list(pool.map(lambda name: _describe(folder / name), names))
@@ -67,10 +70,11 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
 
   Args:
     folder: the folder of the checkpoint.
-    item: the part of the checkpoint to check, one of ITEMS; '' for all parts.
-    full: whether to check the sha256 of every file, even in a bucket. If False, the crc32 of blocks is checked.
-    share: (i, n), to check the content of only every n-th block (or file), starting with number i. The sizes of all
-      files are always checked.
+    item: the part of the checkpoint to check, 'state' or 'meta'; '' for both.
+    full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of blocks, in a bucket only for
+      files of up to 1 MiB.
+    share: (i, n), to check the content of only every n-th block, starting with block i. With full=True, these are files
+      instead of blocks. The sizes of all files are always checked.
   """
   try:
     files = read(folder)

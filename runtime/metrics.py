@@ -38,6 +38,9 @@ PEAK_FLOPS = {
   'NVIDIA H200': 989e12,
 }
 
+# The seconds since the log was opened, and in earlier starts of the run up to the step that it resumed after.
+ELAPSED = 'time/elapsed_s'
+
 
 def peak_flops(device: jax.Device) -> float | None:
   """Returns the peak bfloat16 FLOP/s of a chip, or None if PEAK_FLOPS has no entry for the chip. CPUs have no entry."""
@@ -48,13 +51,17 @@ def peak_flops(device: jax.Device) -> float | None:
 class JsonLines:
   """A file with one JSON object per line. Each object has the key `step`.
 
-  Opening the file with the argument `step` removes all lines whose step is later.
+  The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
+
+  Attributes:
+    last: the last object that the file had when it was opened, of those that remain; {} if there was none.
   """
 
   def __init__(self, path: epath.Path, step: int):
     self._path = path
     self._remote = '://' in str(path)
     self._lines = [line for line in read_lines(path) if line['step'] <= step]
+    self.last = self._lines[-1] if self._lines else {}
     self._rewrite()
     self._file = None if self._remote else open(path, 'a', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
 
@@ -198,6 +205,7 @@ class Log:
     kept = step or -1  # a new run removes all lines, because it writes step 0 again
     self._lines = JsonLines(workdir / 'metrics.jsonl', kept)
     self._samples = JsonLines(workdir / 'samples.jsonl', kept)
+    self._began = time.perf_counter() - self._lines.last.get(ELAPSED, 0.0)
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
@@ -229,7 +237,7 @@ class Log:
     """
     if not self._active:
       return
-    self._lines.write(step, values)
+    self._lines.write(step, values | self._elapsed())
     step_s = values['time/step_s']
     # The first step is slow because it compiles. Later steps are averaged, so that the estimated end doesn't jump.
     self._step_s = step_s if self._step_s is None or step_s < self._step_s / 3 else 0.95 * self._step_s + 0.05 * step_s
@@ -245,13 +253,16 @@ class Log:
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}
-    self._lines.write(step, named)
+    self._lines.write(step, named | self._elapsed())
     self._scalars(step, named)
     self.say(fitted(parts[0], parts[1:], self._console.width if self._progress else None))
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     if self._active:
       self._samples.write(step, {'prompt': prompt, 'text': text})
+
+  def _elapsed(self) -> dict[str, float]:
+    return {ELAPSED: time.perf_counter() - self._began}
 
   def _scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items() if self._board else ():

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 
 def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = 'train.mesh') -> tuple[int, int]:
-  """Returns (index, count): this process reads part number `index` of `count` equal parts of the global batch.
+  """Returns (index, count): this process reads part number `index` of `count` equal parts of the global batch's rows.
 
   Processes whose devices hold the same rows get the same index, for example if the tensor axis spans processes.
 
@@ -21,7 +21,7 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
     mesh_key: the config key of the mesh, for the error.
 
   Raises:
-    ValueError: the rows of this process aren't one of several equal parts. The message begins with `mesh_key`.
+    ValueError: the rows of this process don't form such a part. The message begins with `mesh_key`.
   """
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   start, stop = min(s[0] for s in slices), max(s[1] for s in slices)

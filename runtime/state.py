@@ -74,8 +74,8 @@ def donated() -> tuple[int, ...]:
 def compiler_options() -> dict[str, bool] | None:
   """Returns the XLA options of an update; None if the device isn't a GPU.
 
-  The option prevents XLA from running a kernel (attention or a matmul) twice. A layer in a scan saves a copy of the
-  kernel's output. By default, XLA fuses the kernel with this copy, and then runs the kernel again for each other use of
-  its output.
+  The only option prevents XLA from running a kernel (attention or a matmul) twice. A layer in a scan saves a copy of
+  the kernel's output. By default, XLA fuses the kernel with this copy, and then runs the kernel again for each other
+  use of its output.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

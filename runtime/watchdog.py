@@ -40,11 +40,17 @@ _XLA_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADL
 
 @dataclasses.dataclass(frozen=True)
 class Heartbeat:
-  """The state that a process publishes for the other processes of its job."""
+  """The state that a process publishes for the other processes of its job.
+
+  Attributes:
+    count: the number of heartbeats that the process has sent.
+    step: the last step that the process has reached.
+    ended: FINISHED, or the error that ended the process; '' while it runs.
+  """
 
   count: int = 0
   step: int = 0
-  ended: str = ''  # FINISHED, or the error that ended the process; '' while it runs
+  ended: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

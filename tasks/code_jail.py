@@ -6,8 +6,8 @@ Each program gets a new jail, which is removed afterwards (code_jail_worker.py).
 network and IPC namespaces, and a user who owns no files. Its root is read-only and has the system's libraries, this
 Python, and 16 MB of /tmp. There is no network, no environment and no /proc. Time, memory, processes, files and output
 are limited. At the deadline, process 1 of the jail is killed, and the kernel then ends all other processes in the jail.
-All this needs Linux 5.12 with namespaces. On other systems programs are refused or, if the user accepts it, run without
-a jail, under the limits alone.
+All this needs Linux 5.12 with namespaces. On other systems, Jail(...) raises JailError or, with accept_no_isolation,
+runs programs without a jail, under the limits alone.
 
 After the last line of a program, the jail's code sends back a token, which shows that the program has run to its end.
 The token and the last part of what the program printed are plain data. Neither is parsed.

@@ -4,8 +4,8 @@
 
 There are three processes. The process that starts with this file limits the time. Its child is process 1 of a new
 process namespace; when process 1 dies, the kernel ends all other processes in the namespace. The grandchild gives up
-its rights and becomes the program. When the jail is ready, one byte is written to the file descriptor `report`. After
-the program's last line has run, the token is written to it.
+its rights and becomes the program. When the jail is ready, one byte is written to the file descriptor whose number is
+SETTINGS['report']. After the program's last line has run, the token is written to the same file descriptor.
 
 This file imports neither the project nor third-party packages, because it runs with rights that the program must not
 have.
@@ -149,7 +149,12 @@ def become_nobody(user: int) -> None:
 
 
 def run(settings: dict, path: str, token: bytes, user: int) -> None:
-  """Replaces this process by the program."""
+  """Limits this process, takes all its rights if it is in a jail, and replaces it by Python running the program.
+
+  path: the file of the program.
+  token: written to settings['report'] after the program's last line.
+  user: see `become_nobody`.
+  """
   source, sink = os.pipe()
   os.write(sink, token)
   os.dup2(source, 0)

@@ -78,7 +78,7 @@ class TaskSet:
     left_out: the records that can't be used: records of all splits without a final answer, and records of this split
       whose reference can't be read.
     records: the number of records in this split, including those left out; 0 if the source is unlimited.
-    sha256: SHA-256 of all questions and references of the source, in its order; '' if the source is unlimited.
+    sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
   """
 
   def __init__(

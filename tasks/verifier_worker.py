@@ -54,9 +54,9 @@ def _limit(memory_mb: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-  """Limits the CPU time of the next item.
+  """Ends this process if the next item takes more than about `seconds` CPU seconds.
 
-  The limit ends an item that would never end, even if the parent process has died.
+  Usually the parent process enforces the deadline. This limit also holds if the parent process has died.
   """
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -72,9 +72,10 @@ def _guard(package: str) -> None:
   from sympy.parsing.sympy_parser import parse_expr
 
   def guarded(text, *args, **kwargs):
-    """Evaluates `text` if it is arithmetic. Attributes, subscripts, strings and unknown names are refused.
+    """Evaluates `text` if it is arithmetic with numbers, variables of one letter and known functions.
 
-    Variables and known functions are allowed.
+    Raises:
+      ValueError: `text` has attributes, subscripts, strings or unknown names.
     """
     names = re.findall(r'[^\W\d]\w*', text)
     if not re.fullmatch(r'[\w\s+\-*/^().,!=<>|]*', text, re.ASCII) or re.search(r'\.\s*[^\W\d]|__', text):

@@ -105,10 +105,12 @@ class Verifier:
   def grade(self, items: Sequence[tuple[str, Task]]) -> list[Grade]:
     """Grades each (sampled text, task), in order.
 
-    An answer is wrong if there is none in the task's format, if it is too long, or if it differs from the reference. An
-    answer is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker was
-    killed from outside, another worker grades the answer once more. A grade doesn't depend on the other items. Equal
-    items are graded once.
+    The verdict is wrong if the text has no answer in the task's format, if the answer is too long, or if it isn't equal
+    to the reference. For a program, only the tests decide, and with a user's reward function, only that function.
+
+    The verdict is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker
+    was killed from outside, another worker grades the answer once more. A grade doesn't depend on the other items.
+    Equal items are graded once.
 
     Raises:
       VerifierError: workers can't be started.
@@ -163,7 +165,7 @@ class Verifier:
     """Returns the grade if this process can decide, else None.
 
     This process can decide if there is no answer, if the answer is too long, or if comparing texts or plain numbers is
-    enough.
+    enough. It never decides about programs and for tasks with a user's reward function.
     """
     if task.verifier in ('code', 'reward'):
       return None

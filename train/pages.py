@@ -90,11 +90,10 @@ class Pages:
     return any(sample.count + tokens < sample.limit for sample in self.running.values())
 
   def grow(self, tokens: int) -> list[Running]:
-    """Gives each running sample enough pages for `tokens` further tokens, the oldest sample first. Returns the stopped
-    samples.
+    """Gives each running sample, the oldest first, pages for `tokens` tokens beyond those that the host has read.
 
-    Further tokens are those after the first `count` tokens of a sample. If a part of the mesh has no free page, the
-    sample of this part that started last is stopped.
+    If a part of the mesh has too few free pages, the sample of this part that started last is stopped. Returns the
+    stopped samples.
     """
     stopped = []
     for part in self._parts:
@@ -217,10 +216,11 @@ class Pages:
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:
-    """Returns True if a part of the mesh has at least `pages` free pages.
+    """Frees pages of prompts that no running sample uses. Returns True if `part` then has at least `pages` free pages.
 
-    First frees the pages of prompts that no running sample uses. If the queue still has samples of such a prompt, the
-    prompt's pages are freed only if there are too few free pages.
+    The pages of a prompt that has samples in the queue are freed only while there are too few free pages.
+
+    queue: as in `start`.
     """
     for prefix in list(part.prefixes.values()):
       if not prefix.samples and (prefix.prompt not in queue or len(part.pages) < pages):

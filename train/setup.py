@@ -322,7 +322,9 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
-  """Returns, for `log_header`, the first and last step of a run and what the run starts from, or that it is finished.
+  """Returns the first and last step of a run and what the run starts from, as a text for `log_header`.
+
+  If the run has no steps left, the text says that it is finished.
   """
   start = beginning.step
   if start >= steps:

@@ -1,6 +1,6 @@
 r"""MoE 10B-A0.5B (9.53B parameters, 0.52B active without the embedding): all three stages.
 
-    betarank plan --config=configs/paper/moe_10b_a0p5b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank plan --config=configs/paper/moe_10b_a0p5b.py --topology=v5p-256 --usd_per_chip_hour=PRICE
     betarank data prepare --config=configs/paper/moe_10b_a0p5b.py
     betarank train --config=configs/paper/moe_10b_a0p5b.py:objective=beta_low --workdir=gs://BUCKET/moe_10b_a0p5b/pretrain
     betarank train --config=configs/paper/moe_10b_a0p5b.py:objective=beta_low,stage=midtrain \
@@ -9,8 +9,8 @@ r"""MoE 10B-A0.5B (9.53B parameters, 0.52B active without the embedding): all th
         --config.train.init_from=gs://BUCKET/moe_10b_a0p5b/midtrain --workdir=gs://BUCKET/moe_10b_a0p5b/rl
 
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values, and marks those that the paper leaves open. Pre-training on 128 chips of v5p takes 17.5 of 102.8
-GB per chip and 38 to 40 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
+has the paper's values, and marks those that the paper leaves open. Pre-training on v5p-256, which has 128 chips, takes
+17.5 of 102.8 GB per chip and 38 to 40 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
 The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
 that aren't known are left out.

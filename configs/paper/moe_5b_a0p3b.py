@@ -1,12 +1,12 @@
 """MoE 5B-A0.3B (4.80B parameters, 0.26B active without the embedding): pre-training only.
 
-    betarank plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5e-256 --usd_per_chip_hour=1.2
+    betarank plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5p-256 --usd_per_chip_hour=PRICE
     betarank data prepare --config=configs/paper/moe_5b_a0p3b.py
     betarank train --config=configs/paper/moe_5b_a0p3b.py:objective=beta_low --workdir=gs://BUCKET/moe_5b_a0p3b/pretrain
 
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values, and marks those that the paper leaves open. Pre-training on 128 chips of v5p takes 11.6 of 102.8
-GB per chip and 23 to 24 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
+has the paper's values, and marks those that the paper leaves open. Pre-training on v5p-256, which has 128 chips, takes
+11.6 of 102.8 GB per chip and 23 to 24 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
 The paper gives no figures for this size.
 """

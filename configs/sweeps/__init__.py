@@ -53,8 +53,8 @@ def config(a: SimpleNamespace) -> ConfigDict:
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
   """Adds one arm to the sweep.
 
-  For each seed, the arm has a run for every stage of the model size `a.size`, each starting from the run of the stage
-  before, and a probe of the last checkpoint.
+  For each seed, the arm has one run for every stage of the model size `a.size`. Each run starts from the run of the
+  stage before. After the last stage, a probe measures the last checkpoint.
 
   objective: the settings of section `objective` that the arm changes. They apply to all stages except RL.
   """

@@ -31,7 +31,7 @@ class Figures(NamedTuple):
     logp: float32 [N], the log-probability of each token.
     rank: int32 [N], the rank of each token; 0 for the most probable token.
     entropy: float32 [N + 1].
-    head: float32 [N], the probability of the wrong tokens among the k most probable tokens.
+    head: float32 [N], the probability of the wrong tokens among the top_k most probable tokens (see `figures`).
     tail: float32 [N], the probability of all other wrong tokens. exp(logp) + head + tail = 1.
     top: int32 [N + 1, n], the ids of the n most probable tokens, the most probable token first.
     top_logp: float32 [N + 1, n], the log-probabilities of the tokens in `top`.
@@ -53,7 +53,7 @@ def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[
 
   Args:
     texts: token ids, without BOS.
-    top_k: the number of tokens that make up the head.
+    top_k: the number of most probable tokens that form the head (see Figures.head).
   """
   c, tokenizer = loaded.run.model, loaded.tokenizer
   longest = max(_SHORTEST, *(len(text) + 1 for text in texts))
@@ -83,6 +83,9 @@ def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Ba
 
   At the last position of a text, there is no target, so fields that depend on a target are meaningless. In padding, all
   fields are meaningless.
+
+  top_k: as in `figures`.
+  shown: the number n of tokens in `top` and `top_logp`.
   """
   stats, hidden_BTD = score.token_stats(c, params, batch, top_k)
   head_DV = model.head(c, params)

@@ -15,7 +15,7 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 
 
 
 def served() -> dict[str, tuple[str, bytes]]:
-  """Returns {path after the token: (content type, content)} of the page's files."""
+  """Returns {path: (content type, content)} of the page's files. A path is relative to Server.url; '' is the page."""
   html = _fill('<link rel="stylesheet" href="page.css">', '<script src="page.js" defer></script>', '')
   return {'': ('text/html; charset=utf-8', html.encode()),
           'page.css': ('text/css; charset=utf-8', _asset('page.css').encode()),
@@ -23,7 +23,10 @@ def served() -> dict[str, tuple[str, bytes]]:
 
 
 def exported(about: Mapping[str, Any], view: Mapping[str, Any]) -> str:
-  """Returns the page as one HTML file that shows `view` and loads nothing else."""
+  """Returns the page as one HTML file that shows `view` and loads nothing else.
+
+  about, view: the result of Explorer.about, and a view as described in views.py.
+  """
   style, script = _asset('page.css'), _asset('page.js')
   policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:"
   data = json.dumps({'about': about, 'view': view}, ensure_ascii=False, allow_nan=False).replace('<', '\\u003c')

@@ -44,7 +44,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Opens the port.
 
     Args:
-      files: {path after the token: (content type, content)}, for GET.
+      files: {path: (content type, content)}, for GET. A path is relative to `url`.
       actions: {name: function}, for POST to api/NAME. The function takes and returns JSON values. If it raises
         UserError, the page shows the message.
       port: the port to listen on; 0 means any free port.
@@ -105,8 +105,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return 500, {'error': 'the computation failed; the terminal shows why'}
 
   def _path(self):
-    """Returns the part of the path after the token. If the request isn't allowed, answers with a 4xx status and returns
-    None.
+    """Returns the request's path, relative to Server.url.
+
+    If the request isn't allowed, answers with a 4xx status and returns None.
     """
     host, _, port = self.headers.get('Host', '').rpartition(':')
     if (host if port.isdigit() else self.headers.get('Host', '')) not in HOSTS or not self._from_here():

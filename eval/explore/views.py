@@ -39,7 +39,7 @@ class Explorer:
 
   Attributes:
     models: the checkpoints, which must have the same tokenizer.
-    top_k: the number of tokens that make up the head.
+    top_k: the number of most probable tokens that form the head, as in figures.figures.
     sources: {name of a source: its validation split}.
     tasks: the problems; None if there are none.
     verifier: judges answers to the problems.

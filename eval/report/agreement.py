@@ -28,7 +28,9 @@ def _with_roles(run: Run, roles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _role(key: str) -> str:
-  """Returns the role of a setting. If this version doesn't know the setting, assumes that it decides what is learned.
+  """Returns the role of a setting: what the setting affects, as configs/settings.py defines it.
+
+  The role of a setting that this version doesn't know is IDENTITY, as if the setting decided what is learned.
   """
   try:
     return settings.role(key)

@@ -1,9 +1,9 @@
 """Finds every run under a folder, links it to its parent, and names its stage and its arm.
 
-An arm is a pre-training objective. If there is a sweep.json, the names in it are used. Otherwise an arm is named by how
-it differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1'. A run that started from another run belongs to the
-arm of the first run in the chain. If mid-training had another objective, that objective is added to the name: 'CE → β =
--0.25'.
+An arm is a pre-training objective. If there is a sweep.json, the names in it are used. Otherwise the arm of plain
+cross-entropy is named 'CE', and any other arm is named by how it differs from plain cross-entropy: 'β = -0.25' or
+'λ̂ = -0.1'. A run that started from another run belongs to the arm of the first run in the chain. If mid-training had
+another objective, that objective is added to the name: 'CE → β = -0.25'.
 """
 
 import math
@@ -90,9 +90,11 @@ def _without_seed(arm: str, seed: int | None) -> str:
 
 
 def label(objective: Any) -> str:
-  """Returns how an objective differs from plain cross-entropy: 'CE', 'β = -0.25', 'λ̂ = -0.1, k = 50'.
+  """Returns a short name of an objective: 'CE' for plain cross-entropy; '' if there is no objective.
 
-  Returns '' if there is no objective.
+  The name of another objective says how it differs from plain cross-entropy: 'β = -0.25', 'λ̂ = -0.1, k = 50'.
+
+  objective: the section `objective` of a config.
   """
   if not isinstance(objective, dict) or not objective:
     return ''
@@ -109,7 +111,10 @@ def label(objective: Any) -> str:
 
 
 def _link(sweep: Sweep, named: dict[int, str]) -> None:
-  """Sets the parents of all runs, then each run's stage, objective and arm."""
+  """Sets the parents of all runs, then each run's stage, objective and arm.
+
+  named: {id of a Run object: the name of its arm from a sweep.json, or ''}.
+  """
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
   for run in sweep.runs:
@@ -180,7 +185,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns how many folders the ends of the other run's path and of `path` have in common."""
+    """Returns how many folders at the end of the other run's path are the same as those of the parent's path."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 
@@ -193,8 +198,8 @@ def _baseline(sweep: Sweep, arm: str) -> str:
   """Returns the arm that `arm` is compared with.
 
   The baseline is the first arm of plain cross-entropy that agrees with `arm` in everything but the objective. If there
-  is no such arm, or if `arm` itself has plain cross-entropy, the baseline is the first of all arms. If this arm and
-  `arm` disagree, the comparison says in what they disagree.
+  is no such arm, or if `arm` itself has plain cross-entropy, the baseline is the first of all arms. This baseline may
+  disagree with `arm` in more than the objective. Comparisons then say in what.
   """
   first, *others = sweep.arms
   plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]

@@ -57,7 +57,8 @@ class Comparison:
   def verdict(self) -> str:
     """Whether the difference is 'beyond' noise or 'within' noise, after Holm's correction.
 
-    '' if there is no difference, or if it comes from a single seed.
+    '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or it
+    comes from a single seed.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -289,8 +290,7 @@ def pass_k(sweep: Sweep) -> int:
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: function}. The function takes the result of SampleSet.metrics, and returns the metric's values
-  [P].
+  """Returns {metric: function}. The function takes SampleSet.metrics, and returns [P], the metric's value per problem.
 
   Metrics that are shares of right answers come first.
   """
@@ -336,8 +336,7 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
 def gains(sweep: Sweep, k: int) -> list[Comparison]:
   """Returns comparisons that show what RL changed in each arm, by stage, benchmark and metric.
 
-  Samples after RL are compared with samples of the checkpoint that RL started from. Both runs of a pair have the same
-  seed.
+  The newest samples of each RL run are compared with the samples of the checkpoint that this run started from.
 
   k: the k of Pass@k.
   """
@@ -378,7 +377,7 @@ def _compared(
 
   Args:
     sets: the arm's samples, one set per seed, for the value.
-    usable: the pairs (the arm's samples, the baseline's samples) that can be compared, for the difference.
+    usable: the pairs (the arm's samples, the samples they are compared with) for the difference, one pair per seed.
     reasons: why other pairs can't be compared.
     read: a function that returns the metric's values [P].
   """
@@ -400,7 +399,10 @@ def _compared(
 
 
 def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, list[str]]:
-  """Returns (values [S, P] on the problems that all sets have, the names of these problems)."""
+  """Returns (values [S, P] of a metric, the names of the P problems), for the problems that all S sets have.
+
+  read: a function that takes SampleSet.metrics, and returns the metric's value per problem.
+  """
   sets = list(sets)
   shared = set.intersection(*(set(found.samples.problems) for found in sets))
   problems = [name for name in sets[0].samples.problems if name in shared]
@@ -412,7 +414,11 @@ def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, lis
 
 
 def estimate(values_SP: np.ndarray, bounds: tuple[float, float], **settings) -> Estimate | None:
-  """Returns the mean with its interval over problems and seeds; None if no problem has a value."""
+  """Returns the mean with its interval over problems and seeds; None if no problem has a value in all seeds.
+
+  values_SP: [S, P], one row per seed and one column per problem.
+  bounds, settings: the arguments of statistics.bootstrap_interval.
+  """
   try:
     return bootstrap_interval(values_SP, bounds=bounds, **settings)
   except ValueError:

@@ -43,10 +43,10 @@ class Panel:
   """A plot of lines.
 
   Attributes:
-    name: the names of the panel's files, without their suffix.
+    name: the name that the panel's files have before their suffix.
     zero: whether a line at zero is drawn, for differences.
-    dodge: whether the arms are shifted along a logarithmic x axis by a fraction of a doubling, so that their bars don't
-      overlap. Has no effect on lines with more than FEW_POINTS points.
+    dodge: whether the arms are shifted along a logarithmic x axis by a fraction of a doubling, so that their error bars
+      don't overlap. Has no effect on lines with more than FEW_POINTS points.
     settle: whether the first steps are ignored when the limits of the y axis are chosen.
     svg: the drawn panel, set by `draw`.
   """
@@ -66,7 +66,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-  """The differences of one arm to its baseline, before and after RL. A difference that is unknown is None."""
+  """How much an arm differs from its baseline arm in a metric, before RL and after RL. None means unknown."""
 
   arm: str
   subject: str
@@ -77,7 +77,10 @@ class ForestRow:
 
 @dataclasses.dataclass
 class Forest:
-  """A forest plot of one metric. Each row has an arm's differences before and after RL, with their intervals."""
+  """A forest plot of one metric.
+
+  Each row shows how much an arm differs from its baseline arm, once before RL and once after RL, with intervals.
+  """
 
   name: str
   metric: str
@@ -97,7 +100,7 @@ def dash(i: int):
 
 
 def dodge(count: int, i: int, width: float) -> float:
-  """Returns how far to move mark number `i` of `count` marks at the same place, so that their bars don't overlap.
+  """Returns how far to move mark number `i` of `count` marks at the same place, so that error bars don't overlap.
 
   width: the distance between the first and the last mark.
   """
@@ -108,7 +111,11 @@ def dodge(count: int, i: int, width: float) -> float:
 
 
 def draw(panel: Panel, arms: Sequence[str], write: Write) -> None:
-  """Draws a panel: sets panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv."""
+  """Draws a panel: sets panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv.
+
+  arms: all arms of the report. The place of an arm among them selects its colour and line style.
+  write: a function (file name, content) that writes a file.
+  """
   with matplotlib.rc_context({**STYLE, 'svg.hashsalt': panel.name}):
     figure = Figure(figsize=SIZE)
     FigureCanvasAgg(figure)
@@ -184,7 +191,8 @@ def _compact(x: float, _) -> str:
 def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
   """Draws a forest plot: sets forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
 
-  An open circle is the difference before RL, and a filled circle the difference after RL. The arm's name is above them.
+  An open circle is an arm's difference to its baseline before RL, and a filled circle the one after RL. The arm's name
+  is above them. The arguments arms and write are those of `draw`.
   """
   factor = metric(forest.metric).factor
   with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
@@ -227,7 +235,7 @@ _LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four
 def _set_range(axis, values: Sequence[float], least: float) -> None:
   """Sets the limits of the x axis such that zero and all finite values are visible, with a range of at least `least`.
 
-  Without the smallest range, differences that are only due to rounding would fill the axis.
+  Without `least`, differences that are only due to rounding would fill the axis.
   """
   finite = [0.0, *(x for x in values if math.isfinite(x))]
   low, high = min(finite), max(finite)

@@ -139,7 +139,7 @@ class Run:
 
   @property
   def flops(self) -> float:
-    """The FLOPs of training so far, counted as for a run's MFU.
+    """The FLOPs of training so far: tokens times model.flops_per_token, from which the MFU is computed too.
 
     NaN for RL, because most of its FLOPs are those of sampling, which aren't counted. Also NaN if the config lacks the
     settings for the count.
@@ -156,6 +156,11 @@ class Run:
   def seconds(self) -> float:
     """The wall time of all steps, without evaluation and saving; NaN if not recorded."""
     return float(np.nansum(self.curves['time/step_s'][1])) if 'time/step_s' in self.curves else math.nan
+
+  @property
+  def wall_s(self) -> float:
+    """The wall time of the run in seconds, with compilation, evaluation and saving; NaN if not recorded."""
+    return float(self.curves['time/elapsed_s'][1][-1]) if 'time/elapsed_s' in self.curves else math.nan
 
   @property
   def tokens_per_s(self) -> float:

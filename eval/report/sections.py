@@ -256,9 +256,9 @@ class Report:
 
   def runs(self) -> Html:
     """Returns tables that say what each run is, where it ran and what data it read, and the command that started it."""
-    where = ('Run', 'Arm', 'Seed', 'Stage', 'State', 'Device', 'Time in steps', 'Tokens/s', 'Started')
+    where = ('Run', 'Arm', 'Seed', 'Stage', 'State', 'Device', 'Wall time', 'In steps', 'Tokens/s', 'Started')
     rows = [(run.name, run.arm or 'unknown', '?' if run.seed is None else run.seed, run.stage or '?', run.state,
-             _device(run), duration(run.seconds) if math.isfinite(run.seconds) else UNKNOWN,
+             _device(run), *(duration(s) if math.isfinite(s) else UNKNOWN for s in (run.wall_s, run.seconds)),
              f'{run.tokens_per_s:,.0f}' if math.isfinite(run.tokens_per_s) else UNKNOWN, _moment(run.start.started_s))
             for run in self.sweep.runs]
     what = ('Run', 'Tokenizer', 'Data', 'Tokens', 'Rows or prompts', 'Parent', 'Newest checkpoint', 'Code')
@@ -270,8 +270,8 @@ class Report:
     self._csv('runs', (*where, *what[1:], 'Command'),
               [(*a, *b[1:], run.start.command or UNKNOWN) for run, a, b in zip(self.sweep.runs, rows, data)])
     return join([
-      table(where, rows, 'Time in steps is without evaluation and saving. Tokens/s is the median over steps; for RL, '
-            'of tokens drawn.', class_='words'),
+      table(where, rows, 'Wall time includes compilation, evaluation and saving; the time in steps doesn\'t. Tokens/s '
+            'is the median over steps; for RL, of tokens drawn.', class_='words'),
       table(what, data, 'SHA-256 of the tokenizer, of each source\'s prepared tokens, and of RL\'s problems where they '
             f'come from files, as the newest checkpoint records them (first {HASH} characters). Tokens of RL are those '
             'drawn.', class_='words'),
@@ -328,9 +328,14 @@ class Report:
     """Returns a table for each stage and subject, with a row per metric and a column per arm. Writes all comparisons to
     one CSV file.
 
-    names: the rows to show, in this order. They are metrics or, if shown_as is given, tasks.
-    shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
-      shown_as is '', each row has the format and the title of its own metric.
+    Args:
+      file: the name of the CSV file, without its suffix.
+      found: the comparisons. If shown_as is given, their field `metric` has the names of tasks.
+      names: the values of the field `metric` to show, one row for each, in this order.
+      note: the text at the end of each table's caption.
+      name: a heading above the tables; '' for none.
+      shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
+        shown_as is '', each row has the format and the title of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',

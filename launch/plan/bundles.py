@@ -22,8 +22,9 @@ SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assume
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
   """Returns {name: cycles} of each HLO instruction whose bundles are in `folder`.
 
-  shares: {name of a kernel: the share of its grid steps that have work}. For these kernels, the share replaces
-    SKIPPABLE as the share of steps that run the largest region of code that can be skipped.
+  shares: {name of a kernel: the share of its grid steps that have work}. In loops, branches can skip regions of code.
+    The largest such region of the kernel is assumed to run in this share of the iterations. All other regions, and
+    those of instructions that aren't in `shares`, are assumed to run in the share SKIPPABLE.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -51,7 +52,8 @@ def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
     share: the share of grid steps that have work, as in `read`.
-    data_trips: the trip counts of loops that depend on data, as in DATA_TRIPS.
+    data_trips: the assumed trip counts of the loops whose trip count depends on data, in order. The last one is used
+      for all further loops.
   """
   exits: dict[str, int | None] = {}  # predicate of a loop's exit test -> trip count; None if it depends on data
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):

@@ -17,8 +17,8 @@ class Chip:
 
   Attributes:
     flops: the peak bfloat16 FLOPs per second, the denominator of MFU.
-    clock: cycles per second of the core whose bundles libtpu writes, which is flops divided by the matrix unit's FLOPs
-      per cycle. The value is certain for v5e and v6e, and fairly certain for v5p.
+    clock: cycles per second. In each cycle, a core issues at most one bundle. The clock is computed as `flops` divided
+      by the matrix unit's FLOPs per cycle. The value is certain for v5e and v6e, and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
     hbm_rate: bytes per second between the chip and this memory, reads and writes together.
     link_rate: bytes per second of one link of the torus, in one direction.

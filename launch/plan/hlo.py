@@ -75,15 +75,18 @@ class Collective:
   bytes: the size of the result on one device, for one execution. For a reduce-scatter, it is the size of the operand.
   group: the number of devices that take part; 0 means all devices.
   times: the number of executions.
+  meanwhile: the names of the instructions that run between its start and its end; None if it is synchronous.
+  computation: the name of the computation that contains it.
+  source: its Program.source.
   """
 
   kind: str
   bytes: float
   group: int
   times: int
-  meanwhile: tuple[str, ...] | None  # the instructions between its start and its end; None if it is synchronous
+  meanwhile: tuple[str, ...] | None
   computation: str
-  source: str  # from Program.source
+  source: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,7 @@ class Program:
     """Returns how often the body of a loop runs.
 
     The number is XLA's own. If XLA gives none, it is N for a loop with the condition `i < N`. Otherwise it is 1, or 0
-    for a loop that RARE matches.
+    if the loop's text matches RARE, because such a loop usually doesn't run at all.
     """
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:

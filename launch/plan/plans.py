@@ -20,8 +20,8 @@ GB = 1e9
 class Plan:
   """The plan of one program on one topology.
 
-  Bytes are per chip, seconds are per execution, and intervals are (least, most). If the program doesn't fit into
-  memory, temp_bytes, peak_bytes and mfu are 0.
+  Bytes are per chip, seconds are per execution, and intervals are (least, most). hbm_bytes is the memory that a
+  program can use. If this program doesn't fit into it, temp_bytes, peak_bytes and mfu are 0.
   """
 
   program: str

@@ -64,7 +64,10 @@ ERROR = 'an interval, not measured on a chip; use it to rank settings (docs/plan
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """Time and traffic of one execution of a program on one chip. Intervals are (least, most)."""
+  """Time and traffic of one execution of a program on one chip. Intervals are (least, most).
+
+  step_s is compute_s, the time without collectives, plus exposed_s.
+  """
 
   step_s: tuple[float, float]
   compute_s: tuple[float, float]
@@ -131,7 +134,7 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
 
 
 def scope(source: str) -> str | None:
-  """Returns the innermost scope of PARTS that contains an instruction; None if there is none.
+  """Returns the innermost `jax.named_scope` that contains an instruction and is a key of PARTS; None if there is none.
 
   source: the instruction's hlo.Program.source.
   """

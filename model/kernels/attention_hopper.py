@@ -85,11 +85,11 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
       """Calls run(r, t, b, tile, n, steps, full) for each item of this program. An item is a block of queries of one
       head.
 
-      r: the number of the item.
-      t: the number of blocks of keys that the items before r have together.
+      r: the number of the item in this program, from 0.
+      t: the number of blocks of keys that this program has processed for the items before r.
       b, tile, n: the row, the number of the block of queries in the row, and the query head.
-      steps, full: the number of blocks of keys to process, and how many of these, counted from the diagonal, lie within
-        the documents of all queries.
+      steps: the number of blocks of keys to process, from the diagonal (block 0) back to the first query's document.
+      full: the number of these blocks, from block 0, that lie within the documents of all queries; at least 1.
       """
       def one(r, t):
         # Every other round runs in reverse order, so that no program gets the longest item of every round.
@@ -118,6 +118,11 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
           """Returns (p, the new maximum, the new sum, the factor by which the old output and sum are rescaled).
 
           p is the exponential of each score, relative to the new maximum.
+
+          t: the number of the block of keys, counted from the diagonal.
+          masked: whether the block may have keys that some query doesn't see.
+          s_QS: the scores of the block.
+          most_Q, sum_Q: the maximum of the scaled scores of earlier blocks, and the sum of their exponentials.
           """
           if masked:
             key_QS = plgpu.broadcasted_iota(jnp.int32, s_QS.shape, 1, layout=WGMMA) + (tile - t) * TILE
@@ -144,6 +149,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
           """Computes the scores of block t and adds the weighted values of block t-1 to the output.
 
           This order lets one warpgroup use the tensor cores while the other computes exponentials.
+
+          masked, t: as in `softmax`.
           """
           out_QH, most_Q, sum_Q, p_QS = carry
           slot, before = lax.rem(t0 + t, STAGES), lax.rem(t0 + t - 1, STAGES)

@@ -197,9 +197,10 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
 
 
 def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
-  """Computes carry = step(masked, j, carry) for every block j of keys that some query of this tile sees. Returns the
-  last carry.
+  """Repeats carry = step(masked, j, carry) over the blocks of keys that a block of queries sees. Returns the carry.
 
+  step: j is the number of the block of keys. If masked is True, some query may not see all keys of the block.
+  start_ref: the start of each query's document.
   tile: the number of the block of queries in its row.
   queries, keys: the sizes of a block of queries and of a block of keys.
   """
@@ -212,7 +213,11 @@ def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
 
 
 def _seen(key_S, start_Q, row_Q) -> jax.Array:
-  """Returns a bool mask [Q, S] of the keys that each query sees."""
+  """Returns a bool mask [Q, S], True where a query sees a key.
+
+  key_S, row_Q: the indices of the keys and of the queries in their row.
+  start_Q: the index at which each query's document starts.
+  """
   return (key_S[None] >= start_Q[:, None]) & (key_S[None] <= row_Q[:, None])
 
 

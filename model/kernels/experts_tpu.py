@@ -91,16 +91,17 @@ def _dot(a, b, contract=(1, 0)) -> jax.Array:
 def _grid(tiles: int) -> tuple[int, int]:
   """Returns the kernel's grid: (number of cores, largest number of tiles per core).
 
-  tiles: the number of all tiles.
+  tiles: the number of tiles, used or not.
   """
   ways = min(cores(), tiles)
   return ways, -(-tiles // ways)
 
 
 def _tiles_per_core(tiles: int, used):
-  """Returns the number of used tiles that each core takes.
+  """Returns the number of tiles that each core processes. The last core may have fewer.
 
-  tiles, used: the number of all tiles and of used tiles.
+  tiles: the number of tiles, used or not.
+  used: the number of tiles to process.
   """
   return jnp.maximum(-(-used // _grid(tiles)[0]), 1)
 
@@ -114,7 +115,7 @@ def _tile(core, step, expert_C, work):
 
 
 def _works(work):
-  """Returns True if this core has a tile to process in the current grid step. Tiles from number `used` on are skipped.
+  """Returns True if this core has a used tile to process in the current grid step.
 
   work: (number of used tiles, tiles per core), as for `_tile`.
   """
@@ -123,9 +124,12 @@ def _works(work):
 
 
 def _blocks(x_CRD, weights):
-  """Returns the BlockSpecs of x, of an array with one number per row, and of each weight.
+  """Returns the BlockSpecs of x, of an array [C, R, 1], and (as a list) of the weights.
 
-  A grid step gets x and the numbers of its tile, and the weights of the tile's expert.
+  In each grid step, the kernel gets a tile of x, the same tile of the array [C, R, 1], and the weights of the tile's
+  expert.
+
+  weights: arrays whose first dimension is the expert.
   """
   by_tile = lambda width: pl.BlockSpec((1, x_CRD.shape[1], width), lambda *at: (_tile(*at), 0, 0))
   of_expert = [pl.BlockSpec((1, *w.shape[1:]), lambda *at: (at[2][_tile(*at)], 0, 0)) for w in weights]

@@ -89,7 +89,10 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Returns the last id of the top k: up to this id, exactly `k - above` logits equal the k-th largest logit."""
+    """Returns the largest id of the tokens in the top k whose logit equals the k-th largest, int32 [R, 1].
+
+    If n logits are larger than the k-th largest, these tokens are the k - n with the lowest ids.
+    """
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
     all_, none = (jnp.full((ROWS, 1), i, jnp.int32) for i in (-vocab, 0))

@@ -39,8 +39,7 @@ from betarank.tasks.judging.value_rules import ByMathVerify, ValueRules
 
 
 class Verdict(enum.IntEnum):
-  """The verdict on an answer. Undecided never counts as wrong: undecided samples are left out, and counted separately.
-  """
+  """The verdict on an answer. An undecided answer counts neither as right nor as wrong, in RL and in all metrics."""
 
   UNDECIDED = -1
   WRONG = 0
@@ -310,10 +309,11 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Returns whether gold and answer have the same number of items, and each item of the gold has its own item of the
-    answer for which `same` returns True.
+    """Returns whether the items of gold and answer can be paired, in any order, so that every pair is the same.
 
-    Returns None if `same` can't decide.
+    Returns None if this depends on pairs for which `same` returns None.
+
+    same: a function (item of the gold, item of the answer) -> True, False, or None if it can't decide.
     """
     if len(gold) != len(answer):
       return False

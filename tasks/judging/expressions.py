@@ -167,7 +167,7 @@ class _Parser:
     return Node('neg', (node,)) if negative else node
 
   def _is_negative(self) -> bool:
-    """Consumes plus and minus signs. Returns True if there is an odd number of minus signs."""
+    """Skips plus and minus signs. Returns True if an odd number of them are minus signs."""
     negative = False
     while self.next in ('-', '+') and self.next:
       negative ^= self._take() == '-'
@@ -490,9 +490,10 @@ class _Parser:
         return count
 
   def _call_of_a_number(self) -> str:
-    """Parses the arguments of an unknown function. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
+    """Parses the numbers in brackets after a name. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
 
-    Returns '' if there are no brackets, or if the brackets hold a factor, such as x + 1.
+    Returns '' and parses nothing if no bracket follows, or if something else is in the brackets: f(x + 1) is the
+    product of f and x + 1. Single letters are accepted beside numbers if there is a comma.
     """
     if self.next != '(':
       return ''

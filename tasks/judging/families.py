@@ -1,4 +1,7 @@
-"""Compares families of values, a + b·k for every integer k, as sets. A residue is treated as a family of integers."""
+"""Compares families of values, a + b·k for every integer k, as sets.
+
+A residue is compared as a family: 1 mod 3 is 1 + 3·k.
+"""
 
 import itertools
 from fractions import Fraction

@@ -42,7 +42,10 @@ def exact_number(text: str) -> Fraction | None:
 
 
 def plain(text: str) -> str:
-  """Returns `text` without math delimiters around it, a full stop at its end, and repeated spaces."""
+  """Returns `text` without math delimiters around it and without a full stop at its end.
+
+  Each run of white space becomes one space.
+  """
   text = ' '.join(text.split())
   while len(text) <= 10 * _MAX_CHARS:
     inner = text.removesuffix('.').strip()
@@ -58,7 +61,11 @@ def plain(text: str) -> str:
 
 
 def _is_one_group(inside: str, left: str) -> bool:
-  """Returns True if the delimiters at the beginning and at the end of a text are one pair."""
+  """Returns True if the delimiters around `inside` are a pair, unlike the outer ones in `$1$ or $2$`.
+
+  inside: the text between the first and the last delimiter.
+  left: the first delimiter, such as $ or \\boxed{.
+  """
   if left[-1] != '{':
     return left not in inside
   depth = 0

@@ -79,7 +79,7 @@ class ValueRules:
   def values(self, gold: Value, answer: Value) -> bool | None:
     """Returns whether two expressions have the same value, without regard to units.
 
-    Returns None if only math-verify might know and can't decide.
+    Returns None if one of them has notation that only math-verify may be able to parse, and math-verify can't decide.
     """
     if gold.node is None or answer.node is None:
       same = self.by_math_verify(gold.text, answer.text)

@@ -176,6 +176,8 @@ def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bo
 
   Both are computed twice, with more digits the second time. If they have the same value, their difference then
   vanishes.
+
+  base: the base of a logarithm that is written without one; None means e.
   """
   rough, fine = (_difference(a, b, point, base, digits) for digits in (_DIGITS, _MORE_DIGITS))
   if rough is None or fine is None:
@@ -185,7 +187,11 @@ def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bo
 
 
 def _difference(a: Node, b: Node, point, base, digits):
-  """Returns (|a - b|, the larger of |a| and |b|); None if both are the same infinity."""
+  """Returns (|a - b|, the larger of |a| and |b|) at `point`; None if both are the same infinity.
+
+  base: the base of a logarithm that is written without one; None means e.
+  digits: the number of decimal digits to compute with.
+  """
   mp = _mp()
   with mp.workdps(digits):
     x, y = _value(a, point, base), _value(b, point, base)
@@ -203,6 +209,8 @@ def _mp():
 
 def approximate(node: Node, base: int | None = None):
   """Returns the value of an expression without variables to 50 digits, as an mpmath number.
+
+  base: the base of a logarithm that is written without one; None means e.
 
   Raises:
     TooHard: the value can't be computed.

@@ -62,7 +62,7 @@ def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
     else:
       line |= {'train/ce_nats': 2 + 1 / step + noise[step], 'train/tail_mass': 0.1 + noise[step] / 10,
                'train/loss_nats': 2 + 1 / step, 'train/bits_per_byte': 1.0, 'train/lr': 1e-3, 'train/tokens': 4096.0}
-    lines.append(json.dumps(line | {'time/step_s': 0.1, 'time/tokens_per_s': 1e4}))
+    lines.append(json.dumps(line | {'time/step_s': 0.1, 'time/tokens_per_s': 1e4, 'time/elapsed_s': 15.0 + step}))
   if not rl:
     lines.append(json.dumps({'step': steps, **{f'eval/main/{k}': v for k, v in (
       ('ce_nats', 2.0), ('entropy_nats', entropy), ('tail_mass', 0.1), ('bits_per_byte', 1.0))}}))

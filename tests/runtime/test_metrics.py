@@ -132,3 +132,17 @@ def test_known_chips_have_a_peak_and_a_cpu_has_none():
   assert peak_flops(Device('TPU v5p')) == 459e12
   assert peak_flops(Device('NVIDIA H100 80GB HBM3')) == 989e12
   assert peak_flops(jax.devices()[0]) is None
+
+
+def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
+  """It counts from the start of the run, without the steps that are done again and the pause between two starts."""
+  now = iter([100.0, 107.0, 109.0, 500.0, 503.0])
+  monkeypatch.setattr(metrics.time, 'perf_counter', lambda: next(now))
+  settings = {'steps': 9, 'every': 9, 'tensorboard': False, 'active': True}
+  log = Log(epath.Path(tmp_path), step=0, **settings)
+  log.train(1, {**FIGURES, 'time/step_s': 1.0})
+  log.train(2, {**FIGURES, 'time/step_s': 1.0})
+  log = Log(epath.Path(tmp_path), step=1, **settings)
+  log.evaluation(1, 'main', {}, '')
+  lines = read_lines(epath.Path(tmp_path) / 'metrics.jsonl')
+  assert [(line['step'], line['time/elapsed_s']) for line in lines] == [(1, 7.0), (1, 10.0)]

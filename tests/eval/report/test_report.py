@@ -109,7 +109,7 @@ def test_data_device_speed_and_command_of_each_run_are_on_the_page(whole):
   assert '4 x TPU v5e' in page.text and '10,000' in page.text and '2027-01-15 08:00 UTC' in page.text
   run = next(line for line in (root / 'report' / 'tables' / 'runs.csv').read_text().splitlines()
              if line.startswith('pre/arm0-seed0'))
-  assert '0:00:06' in run and ',480,' in run  # 60 steps of 0.1 s, of 8 rows each
+  assert ',0:01:15,0:00:06,' in run and ',480,' in run  # 60 steps of 0.1 s, of 8 rows each, in a minute and a quarter
 
 
 def test_what_a_run_did_not_record_is_said(tmp_path):
