@@ -225,7 +225,7 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """Returns a checkpoint's main figures on one domain as one line of text. What doesn't fit on the terminal is left out.
+  """Returns a checkpoint's main figures on one domain as one line of text, as many as fit on the terminal.
 
   name: the name of the domain.
   f: the domain's result of `figures`.
