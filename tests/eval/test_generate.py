@@ -171,6 +171,26 @@ def test_two_processes_draw_the_samples_of_one(undisturbed, run_dir):
   np.testing.assert_allclose([line['logp'] for line in in_order(path)], [line['logp'] for line in want], atol=1e-3)
 
 
+@pytest.mark.slow
+def test_ctrl_c_to_one_of_two_processes_ends_both_after_a_problem(undisturbed, run_dir):
+  path = undisturbed[0]
+  want = in_order(path)
+  path.unlink()
+  job = [f'--coordinator=127.0.0.1:{runs.free_port()}', '--processes=2', '--config.train.mesh.fsdp=2']
+  pair = [betarank('eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *job,
+                   f'--process_id={i}') for i in range(2)]
+  while pair[0].poll() is None and (not path.exists() or path.read_text().count('\n') < 2 * N):
+    time.sleep(0.005)
+  pair[1].send_signal(signal.SIGINT)
+  (first, out, _), (second, _, err) = runs.finish(pair)
+  assert (first, second) == (143, 130), (out, err)
+  assert 'asked to stop: results so far are kept' in out and 'stopping after this problem' in err
+  assert 2 * N <= len(lines(path)) < PROBLEMS * N and len(lines(path)) % N == 0
+  assert finish(start(run_dir))[0] == 0
+  exact = lambda found: [{key: line[key] for key in line if key != 'logp'} for line in found]
+  assert exact(in_order(path)) == exact(want)
+
+
 def test_other_settings_are_not_mixed_in(undisturbed, run_dir):
   before = undisturbed[0].read_text()
   assert opened(run_dir).missing == [] and opened(run_dir, decode_batch_size=8).missing == []
