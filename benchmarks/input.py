@@ -19,8 +19,9 @@ from etils import epath
 from betarank.configs import load
 from betarank.data.batches import Batch, TrainBatches
 from betarank.data.config import DataConfig
-from betarank.data.prepare import prepare_source, train_tokenizer
+from betarank.data.prepare import prepare_source
 from betarank.data.prepared import Documents
+from betarank.data.tokenizer_training import train_tokenizer
 from betarank.runtime.metrics import read_lines
 from betarank.train import loop
 from betarank.train.config import run_config

@@ -10,9 +10,10 @@ import pathlib
 import numpy as np
 from etils import epath
 
-from betarank.data import prepare, prepared, records
+from betarank.data import prepared, publish, records
 from betarank.data.config import DataConfig, SourceConfig
-from betarank.data.tokenizer import read_tokenizer, train
+from betarank.data.tokenizer import read_tokenizer
+from betarank.data.tokenizer_training import train
 from betarank.data.worker import Job, ShardWriter
 
 VOCAB = 151_936  # the paper's, which needs uint32 tokens
@@ -60,7 +61,7 @@ def write(folder: pathlib.Path, *, shards: int, documents: int, row: int, conten
     counts = _real(stage, form, tokens, lengths_N) if contents else _empty(stage, form, lengths_N)
     markers.append({'unit': shard, 'piece': 0, 'documents': count, 'bad_rows': 0, 'last': True,
                     'splits': {'train': counts, 'validation': {'documents': 0}}})
-  prepare.publish(job, read_tokenizer(config.tokenizer_path), markers, {'files': 1, 'empty_files': 0})
+  publish.publish(job, read_tokenizer(config.tokenizer_path), markers, {'files': 1, 'empty_files': 0})
   return config
 
 

@@ -21,7 +21,7 @@ import time
 from benchmarks import made_up_set
 from betarank.data import prepare, prepared, worker
 from betarank.data.config import DataConfig, SourceConfig
-from betarank.data.tokenizer import train
+from betarank.data.tokenizer_training import train
 
 PIECE_BYTES = worker.PIECE_BYTES
 
@@ -34,7 +34,7 @@ def settings(folder: pathlib.Path, name: str) -> DataConfig:
 def child(config: DataConfig, piece_bytes: float) -> None:
   """Prepares the source. Prints the bytes tokenized so far, repeatedly, and at the end the CPU seconds."""
   worker.PIECE_BYTES = piece_bytes
-  worker._REPORTED = 2**16
+  worker.REPORT_BYTES = 2**16
   start = time.process_time()
   prepare.prepare_source(config, 'main', workers=1, report=lambda progress: print(int(progress.done_bytes), flush=True))
   print(json.dumps({'cpu_s': time.process_time() - start}), flush=True)

@@ -1,30 +1,33 @@
-"""Times how fast texts become tokens, per core, relative to the `tokenizers` library alone.
+"""Times how fast texts become prepared shards, per core, relative to the `tokenizers` library alone.
 
     python -m benchmarks.tokenizer [--tokenizer=PATH] [--megabytes=8] [--rounds=3]
 
-Texts are the source files of Python's standard library, cut at 64 KiB. Each round runs every variant once, with a new
-tokenizer, whose cache of words is empty, and measures the CPU seconds of one thread. Two variants are the library
-alone: its functions encode_batch and encode_batch_fast. Speeds are relative to the faster of these in the same round,
-and the median over rounds is printed. The variant `data prepare` also reads the tokenizer, so the time that it takes
-for a single short document is subtracted, and printed separately. Without --tokenizer, a byte-level BPE of 32,768
-tokens is trained on the texts.
+Texts are the source files of Python's standard library, cut at 64 KiB. `prepare` is what a worker of `betarank data
+prepare` does: it reads JSON Lines, tokenizes, and writes a shard. After each 256 KiB of text it is interrupted, and the
+other variants do the same texts, in a random order, so that other jobs on the machine slow all variants equally. CPU
+seconds of one thread are measured. The time for reading the tokenizer, and for closing a shard, which happens once per
+128 MiB, isn't counted. In each round, every variant begins with a tokenizer whose cache of words is empty. Ratios are
+relative to the library's `encode_batch_fast` for the same texts; printed are the median over all texts and rounds, and
+the quartiles. Without --tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
 """
 
 import argparse
+import collections
 import json
 import os
 import pathlib
+import random
 import statistics
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 
-import numpy as np
-
+from betarank.data import worker
 from betarank.data.config import DataConfig, SourceConfig
-from betarank.data.prepare import prepare_source
 from betarank.data.tokenizer import find, read_tokenizer
 
+PART_BYTES = 2**18
 CUT_CHARACTERS = 2**16
 
 
@@ -55,6 +58,51 @@ def train(documents: list[str], folder: pathlib.Path) -> str:
   return str(folder)
 
 
+def parts(documents: list[str]) -> list[list[str]]:
+  """Returns the documents between two calls of `report`, by the rule of data/worker.py."""
+  found, size = [[]], 0
+  for text in documents:
+    found[-1].append(text)
+    size += len(text.encode())
+    if size >= PART_BYTES:
+      found.append([])
+      size = 0
+  return found[:-1]
+
+
+def variants(path: str) -> dict[str, Callable[[list[str]], list]]:
+  """Returns {name: function of texts}, each with a tokenizer of its own."""
+  import tokenizers
+
+  library = [tokenizers.Tokenizer.from_file(str(find(path))) for _ in range(2)]
+  ours = read_tokenizer(path)
+  return {
+    'tokenizers, encode_batch_fast':
+      lambda texts: [e.ids for e in library[0].encode_batch_fast(texts, add_special_tokens=False)],
+    'tokenizers, encode_batch':
+      lambda texts: [e.ids for e in library[1].encode_batch(texts, add_special_tokens=False)],
+    'read_tokenizer(...).encode': lambda texts: [ours.encode(text) for text in texts],
+  }
+
+
+def measure(preparing: worker.Worker, ways: dict[str, Callable[[list[str]], list]], waiting: Iterator[list[str]],
+            seconds: dict[str, list[float]]) -> None:
+  """Adds to `seconds` how long each variant takes for each part, in one round."""
+  resumed = time.process_time()
+
+  def report(_) -> None:
+    nonlocal resumed
+    seconds['prepare'].append(time.process_time() - resumed)
+    part = next(waiting)
+    for name in random.sample(list(ways), len(ways)):
+      start = time.process_time()
+      ways[name](part)
+      seconds[name].append(time.process_time() - start)
+    resumed = time.process_time()
+
+  collections.deque(preparing.run(0, tuple(preparing.source.segments), 0, report=report), maxlen=0)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--tokenizer', default='', help='a tokenizer.json, or its folder')
@@ -62,51 +110,24 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
   os.environ.update(TOKENIZERS_PARALLELISM='false', RAYON_NUM_THREADS='1')
-  import tokenizers
-
+  worker.REPORT_BYTES = PART_BYTES
   documents = texts(args.megabytes)
-  size = sum(len(text.encode()) for text in documents)
+  seconds: dict[str, list[float]] = collections.defaultdict(list)  # of each part and round
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
     path = args.tokenizer or train(documents, folder)
-    start = time.process_time()
-    ours = read_tokenizer(path)
-    print(f'{path}: {ours.vocab_size:,} tokens, read in {time.process_time() - start:.1f} CPU s; '
-          f'{size / 1e6:.1f} MB in {len(documents):,} texts')
-    for name, some in (('x', documents), ('one', ['short'])):
-      (folder / f'{name}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in some))
-    number = iter(range(3 * args.rounds + 1))
-
-    def prepare(file: str) -> None:
-      sources = {'main': SourceConfig(f'jsonl:{folder}/{file}.jsonl', 1.0, 0)}
-      config = DataConfig(str(folder / f'data{next(number)}'), path, ours.vocab_size, sources, 0.0, 1024)
-      prepare_source(config, 'main', workers=1)
-
-    theirs = lambda: tokenizers.Tokenizer.from_file(str(find(path)))
-    prepared = 'data prepare, one worker'
-    ways = {
-      'tokenizers, encode_batch': (
-        theirs, lambda t: [e.ids for e in t.encode_batch(documents, add_special_tokens=False)]),
-      'tokenizers, encode_batch_fast': (
-        theirs, lambda t: [e.ids for e in t.encode_batch_fast(documents, add_special_tokens=False)]),
-      'read_tokenizer(...).encode': (lambda: read_tokenizer(path), lambda t: [t.encode(text) for text in documents]),
-      prepared: (lambda: None, lambda _: prepare('x')),
-      'its start': (lambda: None, lambda _: prepare('one')),
-    }
-    prepare('one')  # imports what it needs
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    vocab_size = read_tokenizer(path).vocab_size
+    print(f'{path}: {vocab_size:,} tokens; {args.megabytes:.1f} MB in {len(documents):,} texts')
+    (folder / 'x.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in documents))
+    config = DataConfig(temporary, path, vocab_size, {'x': SourceConfig(f'jsonl:{folder}/x.jsonl', 1.0, 0)}, 0.0, 1024)
     for _ in range(args.rounds):
-      for name, (make, way) in ways.items():
-        made, start = make(), time.process_time()
-        way(made)
-        seconds[name].append(time.process_time() - start)
-  started = seconds.pop('its start')
-  seconds[prepared] = [whole - one for whole, one in zip(seconds[prepared], started)]
-  baseline = np.minimum(*(seconds[name] for name in list(ways)[:2]))
+      measure(worker.Worker(worker.Job('x', config, temporary)), variants(path), iter(parts(documents)), seconds)
+  size = sum(len(text.encode()) for part in parts(documents) for text in part)
   for name, taken in seconds.items():
-    ratio = statistics.median(baseline / np.array(taken))
-    print(f'{name:30} {size / statistics.median(taken) / 1e6:6.2f} MB/s  {ratio:.2f}')
-  print(f'{prepared}: {statistics.median(started):.1f} s to start')
+    ratios = [one / other for one, other in zip(seconds['tokenizers, encode_batch_fast'], taken)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f'{name:30} {size * args.rounds / sum(taken) / 1e6:6.2f} MB/s  {statistics.median(ratios):.2f} '
+          f'({low:.2f} to {high:.2f})')
 
 
 if __name__ == '__main__':

@@ -69,6 +69,12 @@ def columns() -> int | None:
   return console.width if console.is_terminal else None
 
 
+def short(number: float) -> str:
+  """Returns a number with three digits and its power of 1000: '1.23G' for 1,234,000,000."""
+  power = min(max(0, len(str(int(number))) - 1) // 3, 4)
+  return f'{number / 1000**power:.3g}{["", "k", "M", "G", "T"][power]}'
+
+
 def duration(seconds: float) -> str:
   """Returns seconds as text, H:MM:SS, or '?' if they are infinite."""
   if not math.isfinite(seconds):

@@ -14,7 +14,7 @@ _HOME = {
   'DataConfig': 'config', 'DataError': 'config', 'SourceConfig': 'config',
   'Tokenizer': 'tokenizer', 'read_tokenizer': 'tokenizer',
   'check_prepared': 'prepared',
-  'prepare_source': 'prepare', 'train_tokenizer': 'prepare',
+  'prepare_source': 'prepare', 'train_tokenizer': 'tokenizer_training',
   'Batch': 'batches', 'PackingStats': 'batches', 'TrainBatches': 'batches', 'validation_batches': 'batches',
 }
 __all__ = sorted(_HOME)

@@ -1,8 +1,9 @@
 """betarank data COMMAND --config=FILE [--config.KEY=VALUE] [flags]
 
     tokenizer    train the tokenizer, and print how well it compresses text that it wasn't trained on
-    prepare      tokenize all sources into DIR, training the tokenizer first if needed; --part=I/N prepares only part I
-                 of N, so that N machines can share the work
+    prepare      tokenize all sources into config.data.dir, training the tokenizer first if needed; --part=3/8 prepares
+                 only the third of eight parts, so that eight machines can share the work; --dry_run only prints the
+                 hours, bytes and cost
     finish       combine the parts into one data set once all of them are complete
     verify       read all prepared data, and name the first damaged file
     show         print what training reads: counts, a packed row as text, the longest and shortest documents
@@ -23,8 +24,8 @@ from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser, install_hint
 from betarank.configs.sections import section
 from betarank.configs.stop import StopSignal
-from betarank.configs.terminal import BAR, waiting
-from betarank.data import prepare, prepared, show
+from betarank.configs.terminal import BAR, short, waiting
+from betarank.data import estimate, prepare, prepared, show, tokenizer_training
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
 from betarank.data.worker import PIECE_BYTES
@@ -39,6 +40,11 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('command', choices=_COMMANDS)
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes of prepare (default: all CPUs)')
   parser.add_argument('--part', default='1/1', metavar='I/N', help='prepare: part I, from 1, of N (default: all)')
+  parser.add_argument('--dry_run', action='store_true', help='prepare: print what it will take on N machines (--part)')
+  parser.add_argument('--mb_per_s', type=float, default=0.0, metavar='MB',
+                      help='--dry_run: MB of text per second of a process (default: as measured, docs/data.md)')
+  parser.add_argument('--dollars_per_hour', type=float, default=0.0, metavar='USD',
+                      help='--dry_run: the price of a machine')
   parser.add_argument('--source', default='', help='show: one source (default: all)')
   parser.add_argument('--split', default='train', choices=prepared.SPLITS, help='show: of this split')
   parser.add_argument('--row', type=int, default=0, help='show: this row, counted over all epochs')
@@ -46,9 +52,16 @@ def main(argv: Sequence[str]) -> None:
     parser, argv, settings={'model': {'vocab_size': settings.MODEL['vocab_size']}, 'data': settings.DATA_SECTION})
   if args.workers < 1:
     parser.error('--workers must be 1 or more')
+  if args.mb_per_s < 0 or args.dollars_per_hour < 0:
+    parser.error('--mb_per_s and --dollars_per_hour must not be negative')
+  if args.dry_run and args.command != 'prepare':
+    parser.error('--dry_run is for prepare')
   part, parts = _part(args.part)
   data = section(DataConfig, config.get('data'), 'data')
   console = Console()
+  if args.dry_run:
+    estimate.show(data, parts, args.workers, args.mb_per_s or estimate.mb_per_s(data), args.dollars_per_hour, console)
+    return
   if args.command in ('tokenizer', 'prepare'):
     _make_folder(data)
   if args.command == 'verify':
@@ -105,10 +118,10 @@ def _make_folder(data: DataConfig) -> None:
 def _tokenizer(data: DataConfig, console: Console) -> None:
   start = time.monotonic()
   if not data.tokenizer and not prepared.has_tokenizer(data):
-    print(f'training a tokenizer of {data.vocab_size:,} tokens on up to {prepare.sample_bytes(data) / 1e6:,.0f} MB of '
-          'text', flush=True)
+    print(f'training a tokenizer of {data.vocab_size:,} tokens on up to '
+          f'{tokenizer_training.sample_bytes(data) / 1e6:,.0f} MB of text', flush=True)
   with waiting('reading text and merging pairs', console):
-    trained = prepare.train_tokenizer(data)
+    trained = tokenizer_training.train_tokenizer(data)
   if trained:
     print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, trained in {time.monotonic() - start:.0f} s')
   elif not data.tokenizer:
@@ -139,7 +152,7 @@ def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: 
 
 def _counts(progress: prepare.Progress, start: float) -> str:
   skipped = f', {progress.bad_rows:,} bad rows' if progress.bad_rows else ''
-  return (f'{progress.documents:,} documents, {_short(progress.tokens)} tokens{skipped}, '
+  return (f'{progress.documents:,} documents, {short(progress.tokens)} tokens{skipped}, '
           f'{progress.done_bytes / 1e6 / max(time.monotonic() - start, 1e-3):.1f} MB/s')
 
 
@@ -155,7 +168,7 @@ class _Lines:
     if progress.units_done == progress.units or now - self.shown > _LINE_S:
       self.shown = now
       share = progress.done_bytes / max(progress.total_bytes, 1)
-      print(f'{self.name}: {share:.0%} of about {_short(int(progress.total_bytes))} bytes, unit {progress.units_done} '
+      print(f'{self.name}: {share:.0%} of about {short(int(progress.total_bytes))} bytes, unit {progress.units_done} '
             f'of {progress.units}, {_counts(progress, self.start)}', flush=True)
 
 
@@ -168,8 +181,8 @@ def _summary(data: DataConfig, manifests: dict[str, dict], console: Console) -> 
     for split, counts in manifest['splits'].items():
       packer = Packer(prepared.Documents(data, name, split).lengths, data.sequence_length, name)
       numbers = (counts['documents'], counts['tokens'], counts['bytes'])
-      table.add_row(name, split, *map(_short, numbers), f'{counts["bytes"] / counts["tokens"]:.2f}',
-                    _short(packer.rows_per_epoch), f'{packer.efficiency:.2%}')
+      table.add_row(name, split, *map(short, numbers), f'{counts["bytes"] / counts["tokens"]:.2f}',
+                    short(packer.rows_per_epoch), f'{packer.efficiency:.2%}')
   console.print(table)
   for name, manifest in manifests.items():
     about = manifest.get('input', {})
@@ -179,8 +192,3 @@ def _summary(data: DataConfig, manifests: dict[str, dict], console: Console) -> 
       print(f'{name}: {about["bad_rows"]:,} bad rows skipped')
     if manifest.get('divided') == 'text':
       print(f'{name}: so few documents that the end of each one is the validation split')
-
-
-def _short(number: int) -> str:
-  power = min(max(0, len(str(number)) - 1) // 3, 4)
-  return f'{number / 1000**power:.3g}{["", "k", "M", "G", "T"][power]}'

@@ -21,7 +21,7 @@ from betarank.data.fields import BadValue, Dialogue, Fields, missing_field
 from betarank.data.files import find  # noqa: F401 (tasks and eval name their files by the same patterns)
 
 _LINE_BYTES = 256 * 2**20  # the longest line of JSON or CSV, limited because a line must be in memory
-_EXPANSION = 4  # the assumed size of a compressed file's content, relative to the file
+EXPANSION = 4  # the assumed size of a compressed file's content, relative to the file
 
 Row = str | Dialogue | DataError
 
@@ -46,7 +46,7 @@ class Segment:
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
   """Returns one segment of bytes for each file. Segments of compressed files can't be split."""
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
-  return [Segment(file.path, 0, file.size, splittable and not kind, _EXPANSION if kind else 1.0)
+  return [Segment(file.path, 0, file.size, splittable and not kind, EXPANSION if kind else 1.0)
           for file, kind in zip(found.files, kinds)]
 
 
@@ -68,7 +68,7 @@ def unpack_error(path: str, error: Exception) -> DataError:
 
 
 class FileReader:
-  """The base class of all readers of files. The files are listed only once."""
+  """The base class of all readers of files. The pattern is expanded at the first use, and the list of files is kept."""
 
   pattern: str
   suffixes: tuple[str, ...] = ()

@@ -10,33 +10,26 @@ into a data set: it renames the shards, and writes the lengths and the manifest.
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from betarank.configs.files import write_atomically
-from betarank.data import prepared, records, sources, storage
+from betarank.data import prepared, sources, storage
 from betarank.data.config import DataConfig, DataError
-from betarank.data.tokenizer import Tokenizer, read_tokenizer, train
-from betarank.data.worker import Job, Worker
+from betarank.data.publish import empty_split, number_of_documents, publish
+from betarank.data.tokenizer import read_tokenizer
+from betarank.data.worker import Job, Marker, Worker
 
 _FEW_DOCUMENTS = 2000  # if there are no more documents than this, each is divided rather than leaving a split empty
-_REQUESTS_AT_ONCE = 32  # the number of requests to a bucket at the same time
 _REPORT_S = 1.0
-_LEAST_SAMPLE = 16e6  # a tokenizer is trained on at least so many bytes of text
-_SAMPLE_PER_TOKEN = 1024  # bytes of text for each token of the vocabulary
-
-Marker = dict[str, Any]
 
 
 class Progress(NamedTuple):
@@ -53,85 +46,6 @@ class Progress(NamedTuple):
 
 Report = Callable[[Progress], None]
 Asked = Callable[[], bool]  # returns True once the work must stop
-
-
-def sample_bytes(config: DataConfig) -> float:
-  """Returns the size of the text that the tokenizer is trained on, in bytes."""
-  if config.tokenizer_sample_mb:
-    return config.tokenizer_sample_mb * 1e6
-  return max(_LEAST_SAMPLE, _SAMPLE_PER_TOKEN * config.vocab_size)
-
-
-def train_tokenizer(config: DataConfig) -> bool:
-  """Trains the tokenizer in `config.dir`, on equal amounts of text from each source.
-
-  If the sources have too little text for config.vocab_size tokens, the tokenizer gets as many tokens as the text
-  allows.
-
-  Returns:
-    True if a tokenizer was trained; False if config.dir has one already, or if config.tokenizer names one.
-
-  Raises:
-    DataError: a source can't be read; or the sample is too small for config.vocab_size tokens, although the sources
-      have more text.
-  """
-  path = config.tokenizer_path
-  if config.tokenizer or epath.Path(path).exists():
-    return False
-  try:
-    _train(config, config.vocab_size)
-  except _TooLittleTextError as error:
-    every = sum(_open(config, name).total_bytes for name in config.sources)
-    if every > sample_bytes(config):
-      raise DataError(f'{path}: {sample_bytes(config) / 1e6:.0f} MB of text yield {error.tokens} tokens at most, fewer '
-                      f'than vocab_size={config.vocab_size}; raise config.data.tokenizer_sample_mb (there are about '
-                      f'{every / 1e6:,.0f} MB), or lower config.model.vocab_size') from None
-    _train(config, error.tokens)
-  return True
-
-
-class _TooLittleTextError(Exception):
-
-  def __init__(self, tokens: int):
-    super().__init__(tokens)
-    self.tokens = tokens
-
-
-def _train(config: DataConfig, vocab_size: int) -> None:
-  share = sample_bytes(config) / len(config.sources)
-  failed: list[BaseException] = []
-
-  def texts() -> Iterator[str]:
-    try:
-      for name in config.sources:
-        with _named(name):
-          yield from sources.open_source(config, name).sample(share)
-    except BaseException as error:  # kept here, because SentencePiece would replace it by an error of its own
-      failed.append(error)
-      raise
-
-  try:
-    train(texts(), vocab_size, config.tokenizer_path, max_bytes=2 * int(sample_bytes(config)))
-  except DataError as error:
-    if failed:
-      raise failed[0] from None
-    if limit := re.search(r'yield (\d+) tokens at most', str(error)):
-      raise _TooLittleTextError(int(limit[1])) from None
-    raise
-
-
-def _open(config: DataConfig, name: str) -> sources.Source:
-  with _named(name):
-    return sources.open_source(config, name)
-
-
-@contextlib.contextmanager
-def _named(name: str):
-  """Adds the source's name to the message of any DataError raised inside the block."""
-  try:
-    yield
-  except DataError as error:
-    raise DataError(f'source {name!r}: {error}') from None
 
 
 class _Preparation:
@@ -191,24 +105,11 @@ class _Preparation:
                    if name.startswith('unit-') and name.endswith('.json'))
     read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
     found: dict[int, list[Marker]] = {}
-    for marker in _several(read, names, job.folder):
+    for marker in storage.several(read, names, job.folder):
       pieces = found.setdefault(marker['unit'], [])
       if marker['piece'] == len(pieces):
         pieces.append(marker)
     return found
-
-
-def _several(function: Callable, items: list, place: Any) -> Iterator:
-  """Yields function(item) for each item, in order.
-
-  If `place` is in a bucket, where each call takes long, several calls run at the same time.
-  """
-  if not storage.is_remote(place):
-    yield from map(function, items)
-    return
-  with concurrent.futures.ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-    for start in range(0, len(items), 4 * _REQUESTS_AT_ONCE):
-      yield from pool.map(function, items[start:start + 4 * _REQUESTS_AT_ONCE])
 
 
 def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
@@ -244,7 +145,7 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
   preparation = _Preparation(config, name)
   if preparation.finished():
     return True
-  with _named(name):
+  with sources.named(name):
     preparation.open()
     mine = range(part, len(preparation.units), parts)
     return _work(preparation, preparation.job, mine, workers or os.cpu_count() or 1, report, stop_early=parts == 1,
@@ -260,13 +161,13 @@ def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict
   preparation = _Preparation(config, name)
   if manifest := preparation.finished():
     return manifest
-  with _named(name):
+  with sources.named(name):
     if not (preparation.where / 'partial' / 'plan.json').exists():
       raise DataError(f'{preparation.where}: nothing is prepared yet; run: betarank data prepare --config=...')
     preparation.open()
     markers = _kept(preparation, preparation.job)
     job = preparation.job
-    if config.validation_fraction and _empty_split(markers) and _documents(markers) <= _FEW_DOCUMENTS:
+    if config.validation_fraction and empty_split(markers) and number_of_documents(markers) <= _FEW_DOCUMENTS:
       job = dataclasses.replace(job, folder=f'{job.folder}/share', share=True)
       epath.Path(job.folder).mkdir(parents=True, exist_ok=True)
       _work(preparation, job, range(len(preparation.units)), workers or 1, lambda _: None, stop_early=True)
@@ -440,16 +341,6 @@ def _without_interrupts() -> Iterator[None]:
 # The last step
 
 
-def _documents(markers: list[Marker]) -> int:
-  return sum(marker['documents'] for marker in markers)
-
-
-def _empty_split(markers: list[Marker]) -> str:
-  """Returns the name of the first split that has no documents, or '' if every split has some."""
-  return next((split for split in prepared.SPLITS
-               if not any(marker['splits'][split]['documents'] for marker in markers)), '')
-
-
 def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
   """Returns the markers (descriptions) of the pieces that contain the first max_documents documents (0: all documents),
   in order.
@@ -485,103 +376,3 @@ def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
   for marker in kept:
     bad.add(marker['bad_rows'], marker['last_bad'])
   return kept
-
-
-def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
-  """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
-
-  The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
-
-  listing: `Source.listing`, the description of the source's files, which becomes a part of the manifest.
-
-  Raises:
-    DataError: a split is empty.
-  """
-  config, name = job.config, job.name
-  where = prepared.folder(config, name)
-  needed = prepared.SPLITS if config.validation_fraction else ('train',)
-  if (empty := _empty_split(markers)) in needed:
-    (where / 'partial').rmtree()
-    raise DataError(f'the {empty} split is empty ({_documents(markers)} documents, data.validation_fraction='
-                    f'{config.validation_fraction}); give more text, or change the fraction')
-  splits, content = {}, hashlib.sha256()
-  for split in needed:
-    pieces = [marker for marker in markers if marker['splits'][split]['documents']]
-    stages = [job.stage(marker['unit'], marker['piece'], split) for marker in pieces]
-    final = [where / prepared.shard_name(name, split, number, len(pieces)) for number in range(len(pieces))]
-    counts = [marker['splits'][split] for marker in pieces]
-    lengths = _write_lengths(where / f'lengths-{split}.npy', stages, counts)
-    for _ in _several(lambda pair: _rename(*pair), list(zip(stages, final)), where):
-      pass
-    shards = [{'file': path.name, **{key: count[key] for key in ('size', 'documents', 'sha256')}}
-              for path, count in zip(final, counts)]
-    for count in counts:
-      content.update(f'{split} {count["documents"]} {count["sha256"]}\n'.encode())
-    totals = {key: sum(count[key] for count in counts) for key in ('documents', 'tokens', 'bytes')}
-    splits[split] = {**totals, 'longest': max(count['longest'] for count in counts), **lengths, 'shards': shards}
-  _write_tfds(where, name, splits, config.vocab_size)
-  masked = sources.masked(config.sources[name])
-  manifest = {'format_version': prepared.VERSION, 'name': name,
-              'settings': prepared.settings(config, name, tokenizer.sha256),
-              'input': {**listing, 'bad_rows': sum(marker['bad_rows'] for marker in markers)},
-              'splits': splits, 'divided': 'text' if job.share else 'documents',
-              'record': {'checksum': 'crc32', 'masked': masked},
-              'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,
-              'eos': tokenizer.eos, 'fingerprint': content.hexdigest()}
-  write_atomically(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
-  (where / 'partial').rmtree()
-  return manifest
-
-
-def _rename(stage: epath.Path, final: epath.Path) -> None:
-  if stage.exists():  # otherwise an earlier run has renamed it already
-    stage.replace(final)
-  elif not final.exists():
-    raise DataError(f'{stage}: vanished; delete {final.parent} and prepare again')
-
-
-def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
-  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash."""
-  dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
-  content, size = hashlib.sha256(), 0
-  temporary = path.parent / f'{path.name}.{os.getpid()}'
-
-  def parts() -> Iterator[bytes]:
-    header = _Buffer()
-    about = {'descr': dtype.str, 'fortran_order': False, 'shape': (sum(count['documents'] for count in counts),)}
-    np.lib.format.write_array_header_1_0(header, about)
-    yield b''.join(header)
-    for lengths_N in _several(_read_lengths, stages, path):
-      yield lengths_N.astype(dtype).tobytes()
-
-  with temporary.open('wb') as file:
-    for part in parts():
-      file.write(part)
-      content.update(part)
-      size += len(part)
-  temporary.replace(path)
-  return {'lengths_size': size, 'lengths_sha256': content.hexdigest()}
-
-
-class _Buffer(list):
-  write = list.append
-
-
-def _read_lengths(stage: epath.Path) -> np.ndarray:
-  with stage.with_suffix('.npy').open('rb') as file:
-    return np.load(file)
-
-
-def _write_tfds(where: epath.Path, name: str, splits: dict[str, Any], vocab_size: int) -> None:
-  import tensorflow_datasets as tfds
-
-  tokens = tfds.features.Tensor(shape=(None,), dtype=records.token_dtype(vocab_size), encoding='bytes')
-  file = tfds.core.ShardedFileTemplate(data_dir=where, dataset_name=name, filetype_suffix='array_record')
-  infos = [
-    tfds.core.SplitInfo(name=split, filename_template=file.replace(split=split),
-                        shard_lengths=[shard['documents'] for shard in counts['shards']],
-                        num_bytes=sum(shard['size'] for shard in counts['shards']))
-    for split, counts in splits.items()]
-  tfds.folder_dataset.write_metadata(
-    data_dir=where, features=tfds.features.FeaturesDict({'tokens': tokens}), split_infos=infos,
-    version=prepared.VERSION, check_data=False, description='Token ids with BOS and EOS; see manifest.json')

@@ -31,6 +31,16 @@ def _parquet(path: str):
       raise DataError(f'{path}: not a readable Parquet file ({reason}); fetch it again') from None
 
 
+def _text_bytes(parquet, names: tuple[str, ...]) -> int:
+  """Returns the size of the columns `names` when decompressed, as the file's metadata says it."""
+  metadata = parquet.metadata
+  outer = tuple(name.partition('.')[0] for name in names)
+  columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.partition('.')[0] in outer]
+  size = sum(metadata.row_group(group).column(i).total_uncompressed_size
+             for group in range(metadata.num_row_groups) for i in columns)
+  return max(1, size)  # a damaged file may say anything
+
+
 @dataclasses.dataclass(frozen=True)
 class Parquet(FileReader):
   """A reader of Parquet files, in which each row is a document."""
@@ -57,7 +67,7 @@ class Parquet(FileReader):
                                 f'parquet:{self.pattern}')
           outer, kind = f'{outer}.{part}', kind.field(part).type
       groups = parquet.num_row_groups
-      return Segment(file.path, 0, groups, item_bytes=file.size / max(groups, 1))
+      return Segment(file.path, 0, groups, item_bytes=_text_bytes(parquet, self.fields.names) / max(groups, 1))
 
   def read(self, segment: Segment) -> Iterator[Row]:
     with _parquet(segment.path) as parquet:

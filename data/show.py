@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from betarank.configs.errors import suggestion
-from betarank.data import prepare, sources
+from betarank.data import sources
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
 from betarank.data.prepared import Documents
 from betarank.data.tokenizer import Tokenizer, read_tokenizer
+from betarank.data.tokenizer_training import sample_bytes
 
 _EXTREMES = 3  # so many of the longest and of the shortest documents are shown
 _BEGINNING = 100  # the number of characters shown of each
@@ -104,15 +105,15 @@ def tokenizer(config: DataConfig) -> None:
   Then prints how many tokens of the vocabulary don't occur in this text. If the tokenizer was trained on all text of a
   source, text from the training sample is used instead, and the source's line says so.
   """
-  tokenizer, every = read(config), np.zeros(0, np.int64)
-  share = prepare.sample_bytes(config) / len(config.sources)
+  tokenizer, every = read(config), np.int64(0)
+  share = sample_bytes(config) / len(config.sources)
   for name in config.sources:
     source = sources.open_source(config, name)
     room = min(_MOST_HELD_OUT / len(config.sources), share)
     counts, size, what = *_encoded(tokenizer, source.sample(share, held_out=room)), 'held-out text'
     if not size:
       counts, size, what = *_encoded(tokenizer, source.sample(room)), 'its training text, as there is no other'
-    every = counts + (every if every.size else 0)
+    every = counts + every
     print(f'{name}: {size / max(counts.sum(), 1):.2f} bytes per token on {size / 1e6:.1f} MB of {what}')
   never, rare = int((every == 0).sum()), int((every <= 3).sum())
   special = int((tokenizer.bytes_per_token_V == 0).sum())

@@ -16,6 +16,7 @@ the file and the place in it.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -160,7 +161,7 @@ class Source:
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """Returns units of similar size that make up the source, in order. There are about MOST_UNITS units at most."""
+    """Returns units of similar size that make up the source, in order: about MOST_UNITS units or fewer."""
     size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
     for segment in self.segments:
@@ -219,9 +220,9 @@ class Source:
         yield from texts
 
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
-    """Divides the source into several parts of equal size. Returns the segments of each part.
+    """Divides the source into parts of about equal size, and returns the segments of each part.
 
-    A sample is read at the beginning of each part.
+    The number of parts suits a sample of `max_bytes` in all, which is read from the beginnings of the parts.
     """
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))
@@ -266,6 +267,15 @@ def segment_bytes(segment: Segment) -> float:
 def open_source(config: DataConfig, name: str) -> Source:
   """Returns source `name` of `config`. Repeated calls return the same object, so that files are examined only once."""
   return Source(config.sources[name], config.longest_document, config.held_out_fraction)
+
+
+@contextlib.contextmanager
+def named(name: str):
+  """Adds the source's name to the message of any DataError raised inside the block."""
+  try:
+    yield
+  except DataError as error:
+    raise DataError(f'source {name!r}: {error}') from None
 
 
 def text_of(document: Document) -> str:

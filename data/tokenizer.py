@@ -1,4 +1,4 @@
-"""Gives all kinds of tokenizers one interface, and trains SentencePiece BPE tokenizers.
+"""Gives all kinds of tokenizers one interface.
 
     tokenizer = read_tokenizer(path)     a SentencePiece .model, a tokenizer.json, or a folder with one of them
 
@@ -7,9 +7,6 @@ round vocabulary size.
 """
 
 import hashlib
-import io
-import re
-from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -19,90 +16,10 @@ from betarank.data import tokenizer_json
 from betarank.data.config import DataError
 from betarank.data.tokenizer_json import JsonTokenizer, checked, read_file, surrogates
 
-PAD, UNK, BOS, EOS = 0, 1, 2, 3  # the ids in tokenizers trained here; others may have other ids
-TRAIN_BYTES = 16 * 2**20  # more text takes minutes and changes few merges
-_LINE_BYTES = 4096  # longer lines are cut, because the trainer's memory grows with the longest sentence
+PAD, UNK, BOS, EOS = 0, 1, 2, 3  # the ids in tokenizers of data/tokenizer_training.py; others may have other ids
 _SPACE = '▁'  # SentencePiece's character for a space; so the character itself must be encoded as bytes
 _ADVICE = ('give config.data.tokenizer a SentencePiece model or a tokenizer.json, or leave it empty and run: '
            'betarank data prepare --config=...')
-
-
-def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int = TRAIN_BYTES) -> None:
-  """Trains a SentencePiece BPE tokenizer, and writes it to `path` atomically.
-
-  The same documents give the same file. Each digit and each line end is a token. Characters without a token are encoded
-  as bytes.
-
-  Args:
-    documents: the texts. Only about the first `max_bytes` bytes (UTF-8) are used.
-    vocab_size: the number of tokens.
-    path: the file to write.
-    max_bytes: the number of bytes to train on.
-
-  Raises:
-    DataError: there are no documents, or SentencePiece can't train `vocab_size` tokens on them.
-  """
-  import sentencepiece
-
-  model, lines = io.BytesIO(), _lines(documents, max_bytes)
-  first = next(lines, None)
-  if first is None:
-    raise DataError(f'{path}: no text to train a tokenizer on; the sources gave no documents')
-
-  failed: list[BaseException] = []  # SentencePiece would turn it into an error of its own
-
-  def sentences():
-    yield first
-    try:
-      yield from lines
-    except (Exception, KeyboardInterrupt) as error:
-      failed.append(error)
-      raise
-
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=sentences(), model_writer=model, model_type='bpe', vocab_size=vocab_size,
-      byte_fallback=True, split_digits=True, normalization_rule_name='identity', add_dummy_prefix=False,
-      remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, user_defined_symbols=['\n'],
-      character_coverage=0.9995,  # rarer characters aren't worth a row of the embedding
-      max_sentence_length=2 * _LINE_BYTES, num_threads=1, minloglevel=2,
-      pad_id=PAD, unk_id=UNK, bos_id=BOS, eos_id=EOS)
-  except RuntimeError as error:
-    if failed:
-      raise failed[0] from None
-    raise DataError(_explain(str(error), vocab_size, path)) from None
-  out = epath.Path(path)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.parent / (out.name + '.partial')
-  temporary.write_bytes(model.getvalue())
-  temporary.replace(out)
-
-
-def _explain(error: str, vocab_size: int, path: str) -> str:
-  if limit := re.search(r'set it to a value <= (\d+)', error):
-    return (f'{path}: the documents yield {limit[1]} tokens at most, fewer than vocab_size={vocab_size}; '
-            'lower config.model.vocab_size or give more text')
-  if limit := re.search(r'required_chars\D*(\d+)\D+(\d+)', error):
-    return (f'{path}: vocab_size={vocab_size} is too small: bytes, special tokens and single characters '
-            f'alone need {max(map(int, limit.groups()))}; raise config.model.vocab_size')
-  return f'{path}: SentencePiece could not train ({" ".join(error.split())}); check vocab_size={vocab_size}'
-
-
-def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
-  """Yields the lines of the documents, up to about `max_bytes` bytes in all. No token spans two lines.
-
-  Documents are also split at NUL and at '▁', with which SentencePiece writes a space, because the trainer accepts
-  neither character. Long lines are cut.
-  """
-  used = 0
-  for document in documents:
-    for line in re.split(f'[\n\0{_SPACE}]', document):
-      for start in range(0, len(line), _LINE_BYTES // 4):
-        piece = line[start:start + _LINE_BYTES // 4]  # a character has 4 bytes at most
-        used += len(piece.encode()) + 1
-        yield piece
-      if used >= max_bytes:
-        return
 
 
 class Tokenizer(Protocol):

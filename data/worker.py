@@ -27,7 +27,9 @@ from betarank.data.storage import is_remote
 from betarank.data.tokenizer import read_tokenizer
 
 PIECE_BYTES = 128 * 2**20  # bytes of text. A restart loses at most one piece: one to three minutes of one core.
-_REPORTED = 2**20  # bytes of text between two reports of progress
+REPORT_BYTES = 2**20  # bytes of text between two reports of progress
+
+Marker = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Worker:
     self.tokenizer = read_tokenizer(job.config.tokenizer_path)
     self.form = records.Form(records.token_dtype(job.config.vocab_size), sources.masked(self.source.config))
 
-  def run(self, index: int, unit: sources.Unit, limit: int, done: list[dict[str, Any]] | None = None,
-          report: Callable[[int], None] = lambda _: None) -> Iterator[dict[str, Any]]:
+  def run(self, index: int, unit: sources.Unit, limit: int, done: list[Marker] | None = None,
+          report: Callable[[int], None] = lambda _: None) -> Iterator[Marker]:
     """Writes those pieces of a unit that don't exist yet. Yields the marker of each new piece, which describes the
     piece.
 
@@ -115,7 +117,7 @@ class _Piece:
         size = len(sources.text_of(cut).encode())
         self._shards[split].add(*_tokens(self._worker, cut), size)
         self.text_bytes, self._unreported = self.text_bytes + size, self._unreported + size
-    if self._unreported >= _REPORTED:
+    if self._unreported >= REPORT_BYTES:
       report(self._unreported)
       self._unreported = 0
 
@@ -129,7 +131,7 @@ class _Piece:
       return {'validation' if (self._documents - 1) % max(2, round(1 / fraction)) == 0 else 'train': document}
     return _share(document, fraction)
 
-  def close(self, **about: Any) -> dict[str, Any]:
+  def close(self, **about: Any) -> Marker:
     unit, piece = self._at
     marker = {'unit': unit, 'piece': piece, 'documents': self._documents, **about,
               'splits': {split: shard.close() for split, shard in self._shards.items()}}
@@ -156,7 +158,7 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
   tokenizer = worker.tokenizer
   parts = document.parts if isinstance(document, Dialogue) else ((document, True),)
   ids = [tokenizer.encode(text) for text, _ in parts]
-  tokens = np.concatenate([[tokenizer.bos], *ids, [tokenizer.eos]]).astype(worker.form.dtype)
+  tokens = np.concatenate([[tokenizer.bos], *ids, [tokenizer.eos]], dtype=worker.form.dtype, casting='unsafe')
   if not worker.form.masked:
     return tokens, None
   counts = [trained for _, trained in parts]

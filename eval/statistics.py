@@ -12,23 +12,25 @@ resampled problems.
   Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
   than all possible problems have.
-- No limit exceeds Gaffke's bound, which holds, as far as is known, for any distribution between two bounds. It is a
-  quantile of the mean of the sorted values and one more value at the bound, with weights from a flat Dirichlet
+- An interval's upper limit is lowered to Gaffke's limit if that is lower. The lower limit is raised likewise. As far as
+  is known, Gaffke's limit is valid for any distribution of values in a range [low, high]. The upper one is a
+  quantile of the weighted mean of the sorted values and one more value, `high`, with weights from a flat Dirichlet
   distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv
   1905.06208.
 
 Coverage is how often a 95 % interval contains the true value. For shares of ten problems, most of which are never
-solved, it is 96-99 %, and an interval that misses the true value can lie above or below it. For paired differences of
-ten problems, it is 96 % on average, but 90 % if a fifth of all problems gains 50 points, because then one in nine sets
-of ten problems contains no problem that gains. `python -m benchmarks.intervals` prints a table of coverages, and
+solved, it is 96-99 %. For paired differences of ten problems, it is 96 % on average, but 90 % if a fifth of all
+problems gains 50 points, because then one in nine sets of ten problems contains no problem that gains. Intervals of
+skewed shares miss the true value on both sides of it. `python -m benchmarks.intervals` prints a table of coverages, and
 `tests/eval/test_statistics.py` checks them.
 
-**Over seeds**, there are too few values to resample. For the noise that seeds add to the noise of problems, Student's t
-distribution gives a half-width. On each side of the mean, this half-width and the distance to the limit over problems
-are added in quadrature (MOVER, the method of variance estimates recovery; Zou and Donner, Statistics in Medicine 27,
-2008). The coverage is 95-97.5 %. An alternative is to add the variances and use one t distribution with Satterthwaite's
-degrees of freedom. Its intervals are narrower, but cover only 92 % for three seeds and less than 90 % for two.
+**Over seeds**, there are too few values to resample. So there are two intervals around the mean: one for the noise of
+problems, from the bootstrap, and one for the noise of seeds, from Student's t distribution. On each side of the mean,
+the distances a and b to the two limits are combined as sqrt(a^2 + b^2) (MOVER, the method of variance estimates
+recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative is to add the
+variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower, but cover only
+92 % for three seeds and less than 90 % for two.
 
 The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-value and interval always agree.
 

@@ -107,9 +107,10 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point, if its MFU is MFU_DENSE or MFU_MOE. Both hours are equal.
+  """Returns the hours of a pre-training point twice, as (least, most), the form of `planned_hours`.
 
-  Returns None for other stages. For RL no time can be assumed, because it depends on the lengths of the answers.
+  The model is assumed to train with an MFU of MFU_DENSE or, for a mixture of experts, MFU_MOE. Returns None for other
+  stages. For RL no time can be assumed, because it depends on the lengths of the answers.
   """
   if point.stage != 'train':
     return None
@@ -192,6 +193,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
                 + f'; at best {_span([t / parallel for t in total])} hours from start to end with '
                 f'--parallel={parallel}.\nHours are {basis}. Input, evaluation, checkpoints and waiting for capacity '
                 'are not included.', markup=False)
+  if any(point.stage == 'data' for point in points):
+    console.print('The hours of preparing data are printed by its command with --dry_run.')
   if not os.environ.get('TPU_TYPE'):
     console.print(f'TPU_TYPE is not set: {DEFAULT_TYPE} is assumed', markup=False)
 

@@ -169,20 +169,29 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """The assignment of (token, choice) pairs to rows of tiles. Arrays are int32.
+  """Says which row of which tile computes each (token, choice) pair. Arrays are int32.
 
-  Pair number g·k + j is choice j of token g. Rows are numbered across all passes. Each device sorts the pairs of its
-  own experts by expert, and within an expert by the device that a pair comes from. A run is all pairs of one expert
-  that come from one device.
+  Pair g·k + j is choice j of token g. Each device sorts the pairs of its own experts by expert, and within an expert by
+  the device that a pair comes from; the pairs of one expert from one device are a run. The device computes its pairs in
+  several passes over a buffer of tiles. The rows of all passes are numbered consecutively.
+
+  Attributes:
+    passes: [], the number of passes that have tiles.
+    count_e: the number of pairs of each expert.
+    tile_end_e: the number of tiles of all experts up to and including each expert.
+    order_p: the pairs of all devices, device by device, sorted by expert within each device.
+    run_start: [e·X], the start of each run in this device's order.
+    run_shift: [e·X], what to add to run_start to get the start of each run in order_p.
+    row_p: the row of each pair; None unless one device has all experts.
   """
 
-  passes: jax.Array  # []: the number of passes that have tiles
-  count_e: jax.Array  # the number of pairs of each expert
-  tile_end_e: jax.Array  # the number of tiles of all experts up to and including this one
-  order_p: jax.Array  # the pairs of all devices, device by device, sorted by expert within each device
-  run_start: jax.Array  # [e·X]: the start of each run in this device's order
-  run_shift: jax.Array  # [e·X]: add it to run_start to get the start of the run in order_p
-  row_p: jax.Array | None  # the row of each pair; None unless one device has all experts
+  passes: jax.Array
+  count_e: jax.Array
+  tile_end_e: jax.Array
+  order_p: jax.Array
+  run_start: jax.Array
+  run_shift: jax.Array
+  row_p: jax.Array | None
 
 
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
@@ -260,6 +269,7 @@ def _tile_rows(pairs: int, experts: int) -> int:
 def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
   """Returns this device's _Plan.
 
+  m: the MoeConfig.
   choice_n: the experts of this device's pairs.
   experts: the number of experts of this device.
   rows, size: R, and the number of tiles per pass.
@@ -354,9 +364,9 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
-  """Returns the values x of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
+  """Returns the values of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
 
-  k: the number of pairs of a token. With k = 1, x_GD has the values of pairs instead of tokens.
+  k: the number of pairs per token. To get values of pairs instead of tokens, pass k = 1, and the pairs' values as x_GD.
   add: the function that sums rows in the backward pass, such as `_scatter_add`. It isn't used if row_p is given.
   x_GD: the values of the G tokens.
   pair_CR: int32, the number of each row's pair. In an empty row it is at least G·k.

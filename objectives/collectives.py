@@ -139,10 +139,11 @@ def concatenate_over_vocab(layout, array):
 
 
 def gather_head(layout, head):
-  """All-gathers the head's width.
+  """All-gathers the head along its width D.
 
   head is this device's shard, [D / width, V / vocab], where width and vocab are the numbers of devices that split D and
-  V. Returns [D, V / vocab], or [D, V / vocab / vocab_group_size] with vocabulary groups.
+  V. Returns [D, V / vocab]. With vocabulary groups, the devices of a group divide these columns among themselves, so
+  each gets [D, V / vocab / vocab_group_size].
   """
   if layout is None or not layout.width:
     return head
@@ -156,11 +157,11 @@ def gather_head(layout, head):
 
 
 def reduce_head(layout, dhead):
-  """Sums the head's gradient over all tokens, and returns this device's shard of the sum. The transpose of
-  `gather_head`.
+  """Sums the head's gradient over the tokens of all devices. Returns this device's shard of the sum.
 
-  dhead: this device's gradient with respect to the result of `gather_head`. The returned shard is [D / width, V /
-  vocab].
+  This is the transpose of `gather_head`: the returned shard has the shape of the argument `head` there.
+
+  dhead: this device's gradient with respect to the result of `gather_head`.
   """
   tokens, width = _axes(layout.tokens), _axes(layout.width)
   if _has_groups(layout):

@@ -78,7 +78,7 @@ class Progress:
   def cursor(self) -> dict[str, Any]:
     """Returns the progress as a dictionary that can be stored as JSON, and that `read` accepts.
 
-    The difficulty filter takes one bit per task in it.
+    It stores the last result of each task, which the difficulty filter needs, as one bit.
     """
     found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
     if self.zero_variance_N is not None:

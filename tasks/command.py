@@ -101,9 +101,11 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """Returns a table that counts the verdicts, with one row for each known verdict, or one row if no verdict is known.
+  """Returns a table of how many pairs of a reference and an answer got each verdict.
 
-  expected: the known verdict of each pair; '' if it isn't known.
+  If the correct verdicts are known, the table has a row for each of them.
+
+  expected: the correct verdict of each pair; '' if it isn't known.
   """
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')

@@ -23,10 +23,11 @@ from rich.progress import Progress
 from betarank.configs import common, load
 from betarank.configs.parser import Parser, place
 from betarank.configs.sections import section
-from betarank.data import DataConfig, DataError, read_tokenizer, tokenizer
+from betarank.data import DataError, read_tokenizer, tokenizer
 from betarank.model import ModelConfig, hf_config, hf_tokenizer, hf_weights, parameter_counts
 from betarank.model.hf_config import HfError
 from betarank.runtime import checkpoint, integrity, workdir
+from betarank.train import setup
 
 CHUNK_BYTES = 2**26  # size of a chunk of an imported checkpoint on disk; one chunk at a time is in memory
 STORED = {'float32': 'F32', 'bfloat16': 'BF16'}
@@ -50,7 +51,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
     tokenizer_path: a SentencePiece model, a tokenizer.json, or a folder with one of them. '' means the run's own
       tokenizer. 'none' exports no tokenizer.
     positions: the length of the longest text that config.json allows, in tokens. 0 means the length of the longest text
-      that the model was trained on or, if this is larger, the length that an imported model came with.
+      that the model was trained on. If the model was imported with a larger length, 0 means that length.
 
   Raises:
     HfError, DataError: the model or the tokenizer can't be used or has no counterpart in Hugging Face's format, or a
@@ -60,12 +61,12 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   source = checkpoint.find(path)
   checkpoint.check(source)
   meta = checkpoint.read_meta(source)
-  config = meta['config']
+  config = setup.whole_config(meta)
   c = section(ModelConfig, config['model'], 'model')
   positions = positions or max(_trained_positions(config), meta.get('positions', 0))
   theirs = hf_config.to_hf(c, positions=positions, dtype=dtype)
   leaves = hf_weights.leaves(c)
-  tokenizer_path = tokenizer_path or section(DataConfig, config['data'], 'data').tokenizer_path
+  tokenizer_path = tokenizer_path or setup.trained_tokenizer(meta)
   with _new_folder(to) as folder:
     if tokenizer_path != 'none':
       theirs |= _export_tokenizer(tokenizer_path, folder, c.vocab_size)
@@ -148,15 +149,17 @@ def import_(path: str, to: str, tokenizer_path: str = '') -> str:
   tokenizer_files = _tokenizer_files(tokenizer_path or path, c.vocab_size)
   if tokenizer_files:
     config.data.tokenizer = str(final / 'tokenizer' / _main_file(tokenizer_files))
+  meta = {'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
+          'config': json.loads(load.to_json(config)), 'positions': hf_config.positions(theirs)}
   with _new_folder(to) as out:
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
-      params = _read_params(files, leaves, pathlib.Path(scratch))
-      _save(out / 'checkpoints' / '0', params, {
-        'step': 0, 'cursor': None, 'parent': str(folder.resolve()), 'code_version': '',
-        'config': json.loads(load.to_json(config)), 'positions': hf_config.positions(theirs)})
     for file in tokenizer_files:
       (out / 'tokenizer').mkdir(exist_ok=True)
       shutil.copyfile(file, out / 'tokenizer' / file.name)
+    if tokenizer_files:  # so that a run that starts from these weights can't use another tokenizer
+      meta['tokenizer_sha256'] = tokenizer.sha256_of(str(out / 'tokenizer' / _main_file(tokenizer_files)))
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+      params = _read_params(files, leaves, pathlib.Path(scratch))
+      _save(out / 'checkpoints' / '0', params, meta)
     config.train.init_from = str(final)
     workdir.write_config(epath.Path(out), config)
   return _next_steps(to, sum(parameter_counts(c).values()), config.data.tokenizer)

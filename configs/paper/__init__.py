@@ -41,8 +41,9 @@ def base(a) -> ConfigDict:
   c.seed = a.seed
   if a.stage == 'rl':
     c.model = common.base().model
-  # Open: tokenizer and vocabulary. With Qwen's vocabulary size, tied embeddings and heads of width 128, the models have
-  # as many parameters as their names say.
+  # Open: tokenizer and vocabulary. With Qwen3's vocabulary size, tied embeddings and heads of width 128, the models
+  # have as many parameters as their names say. To use Qwen3's tokenizer, add --config.data.tokenizer=FOLDER to all
+  # commands of the first two stages. RL takes the tokenizer of its checkpoint.
   c.model.update(vocab_size=151_936, head_dim=128, tied_embeddings=True, remat_policy='full')
   c.optimizer.update(lr=3e-4, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95, eps=1e-8)  # open: b1, b2, eps
   c.checkpoint.update(every_steps=500, keep=2, keep_every_steps=5000)
@@ -96,8 +97,8 @@ def _rl(c):
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """Adds every objective to a sweep. For each seed, there is one run per stage, and each run starts from the run of the
-  stage before.
+  """Adds every objective to a sweep. For each objective and seed, there is one run per stage. Each run starts from the
+  run of the stage before.
 
   seeds: the number of seeds; the paper ran one seed of each objective.
   stages: the stages to run; 'pretrain' is always run.

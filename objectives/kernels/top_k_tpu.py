@@ -31,8 +31,9 @@ MAX_BLOCK = 20 * 2**20  # bytes of a block of rows; VMEM holds two blocks at onc
 
 
 def fits(vocab, k):
-  """Returns True if the kernel supports rows of `vocab` logits: groups aren't too small, and a block of rows fits into
-  VMEM.
+  """Returns True if the kernel supports rows of `vocab` logits and a top k of this size.
+
+  Each group must have at least MIN_SPAN logits, and two blocks of rows must fit into VMEM.
   """
   return _span(vocab, k) >= MIN_SPAN and 4 * ROWS * _columns(vocab) * LANES <= MAX_BLOCK
 
@@ -89,9 +90,10 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
   value_R1, above_R1, reach_R1, sum_R1, targets_R1 = found
 
   def last_of_ties():
-    """Returns the largest id of the tokens in the top k whose logit equals the k-th largest, int32 [R, 1].
+    """Returns the last token of the top k among those tied at the k-th largest logit, int32 [R, 1].
 
-    If n logits are larger than the k-th largest, these tokens are the k - n with the lowest ids.
+    Several tokens may have the k-th largest logit. If n tokens have a larger one, the k - n tied tokens with the lowest
+    ids are in the top k. The largest of these k - n ids is returned.
     """
     lane_RL = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
     tied_before = lambda key: _count(z_ref, vocab, lambda z, first: (z == value_R1) & (first + lane_RL < -key))
@@ -233,7 +235,10 @@ def _fold(ref, width, step, state):
 
 
 def _column(ref, c, width=None):
-  """Returns column c of ref, [R, L], with -inf at positions from `width` on."""
+  """Returns column c of ref: LANES consecutive logits of each row, [R, L].
+
+  The logits of a row from index `width` on are replaced by -inf.
+  """
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:
     return column_RL

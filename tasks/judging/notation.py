@@ -61,7 +61,9 @@ def read(text: str, bare_units: bool = False) -> Reading:
 
 
 class _Reader:
-  """Tries the forms of an answer one after the other, from the outermost to the innermost."""
+  """Reads an answer as the first kind that fits. Kinds that can contain others, such as lists and equations, are tried
+  before kinds that can't, such as numbers.
+  """
 
   def __init__(self, bare_units: bool):
     self._bare_units = bare_units
@@ -333,6 +335,9 @@ def _reals(tokens: Sequence[str]) -> Interval:
 def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
   r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as the union of the intervals between
   them.
+
+  tokens: the tokens of the whole difference.
+  parts: the set, and the points to remove.
 
   Raises:
     Unsupported: the tokens are another difference of sets.

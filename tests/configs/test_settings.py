@@ -9,6 +9,8 @@ from etils import epath
 
 from betarank.configs import common, load, renamed, settings
 from betarank.configs.errors import ConfigError
+from betarank.configs.sections import section
+from betarank.data.config import DataConfig
 from betarank.eval.config import EvalConfig
 from betarank.rl.config import RlRun
 from betarank.runtime import workdir
@@ -61,7 +63,7 @@ def test_a_key_that_is_no_setting_has_no_role():
 
 
 @pytest.mark.parametrize('base, key, value, may_change', [
-  (common.rl_base, 'rl.microbatches', 4, True), (common.rl_base, 'rl.decode_batch_size', 32, True),
+  (common.rl_base, 'rl.microbatch_tokens', 4, True), (common.rl_base, 'rl.decode_batch_size', 32, True),
   (common.rl_base, 'rl.steps', 2000, True), (common.rl_base, 'rl.verifier.workers', 8, True),
   (common.rl_base, 'rl.eval_prompts', 8, True), (common.rl_base, 'rl.group_size', 8, False),
   (common.rl_base, 'rl.loss.eps_high', 0.3, False), (common.base, 'model.offload_activations', True, True),
@@ -78,6 +80,18 @@ def test_a_run_resumes_with_another_execution_but_not_as_another_run(tmp_path, b
   else:
     with pytest.raises(ConfigError, match=f'holds a run with config.{key} = '):
       workdir.check_config(epath.Path(tmp_path), config)
+
+
+def test_a_run_with_the_former_default_of_document_bytes_resumes_with_it(tmp_path):
+  """It was 65,536; the default is now 0, which is the same for rows of up to 8,192 tokens."""
+  config = common.base()
+  load.override(config, 'data.document_bytes', '65536')
+  workdir.write_config(epath.Path(tmp_path), config)
+  workdir.check_config(epath.Path(tmp_path), config)
+  with pytest.raises(ConfigError, match=r'holds a run with config\.data\.document_bytes = 65536, now 0'):
+    workdir.check_config(epath.Path(tmp_path), common.base())
+  longest = [section(DataConfig, c.data, 'data').longest_document for c in (config, common.base())]
+  assert longest == [65_536, 65_536]  # so data that was prepared with the former default is still read
 
 
 def test_an_rl_config_holds_only_what_rl_reads():

@@ -7,7 +7,8 @@ import random
 import pytest
 
 from betarank.data.config import DataConfig, SourceConfig
-from betarank.data.prepare import prepare_source, train_tokenizer
+from betarank.data.prepare import prepare_source
+from betarank.data.tokenizer_training import train_tokenizer
 
 
 def words(seed, documents, most_words):

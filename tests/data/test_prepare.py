@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 
-from betarank.data import prepare, prepared, record_formats, records, sources, worker
+from betarank.data import prepare, prepared, publish, record_formats, records, sources, worker
 from betarank.data.config import DataError, SourceConfig
-from betarank.data.prepare import prepare_source, train_tokenizer
+from betarank.data.prepare import prepare_source
 from betarank.data.tokenizer import read_tokenizer
+from betarank.data.tokenizer_training import sample_bytes, train_tokenizer
 from tests.runs import BETARANK
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -209,7 +210,7 @@ def test_a_sample_too_small_for_the_vocabulary_says_what_to_raise(config, tmp_pa
 
 
 def test_the_sample_grows_with_the_vocabulary(config):
-  size = lambda **changes: prepare.sample_bytes(dataclasses.replace(config, **changes))
+  size = lambda **changes: sample_bytes(dataclasses.replace(config, **changes))
   assert size(vocab_size=1024) == 16e6 and size(vocab_size=151_936) > 100e6 and size(tokenizer_sample_mb=3.5) == 3.5e6
 
 
@@ -474,7 +475,7 @@ def test_stopped_in_the_last_step_and_started_again(config, tmp_path, monkeypatc
   whole, stopped = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'stopped'))
   prepare_source(whole, 'a', workers=1)
   with monkeypatch.context() as patch:
-    patch.setattr(prepare, '_write_tfds', lambda *_: 1 / 0)  # shards have been renamed by then
+    patch.setattr(publish, '_write_tfds', lambda *_: 1 / 0)  # shards have been renamed by then
     with pytest.raises(ZeroDivisionError):
       prepare_source(stopped, 'a', workers=1)
   prepare_source(stopped, 'a', workers=1)

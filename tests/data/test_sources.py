@@ -186,6 +186,14 @@ def test_array_record_cut_short(tmp_path, make_source, keep):
     read_all(Source(make_source(f'arrayrecord:{path}'), 1000))
 
 
+def test_the_size_of_parquet_is_that_of_its_text(tmp_path, make_source):
+  rows = [{'id': i, 'text': f'{i} ' * 1000, 'meta': {'text': f'{i}'}} for i in range(40)]
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet', compression='zstd')
+  for field, size in (('text', sum(len(row['text']) for row in rows)), ('meta.text', 70)):
+    found = Source(make_source(f'parquet:{tmp_path}/a.parquet#{field}'), 1000).total_bytes
+    assert size < found < 1.05 * size + 500
+
+
 def test_parquet_column(files, make_source):
   with pytest.raises(DataError, match=r"p0\.parquet: no field 'body', only text"):
     Source(make_source(f'parquet:{files}/*.parquet#body'), 1000).units()

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from betarank.data import reasoning, tokenizer
+from betarank.data import reasoning, tokenizer, tokenizer_training
 from betarank.data.config import DataError
 from betarank.data.tokenizer import read_tokenizer, sha256_of
 
@@ -13,7 +13,7 @@ TEXT = [reasoning.problem(reasoning.parse('chain_sum+gcd'), i).document for i in
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
   path = str(tmp_path_factory.mktemp('tokenizer') / 't.model')
-  tokenizer.train(TEXT, 400, path)
+  tokenizer_training.train(TEXT, 400, path)
   return path
 
 
@@ -54,7 +54,7 @@ def test_a_prompt_s_tokens_begin_the_document_s(trained):
 
 
 def test_same_text_same_file(trained, tmp_path):
-  tokenizer.train(TEXT, 400, str(tmp_path / 'again.model'))
+  tokenizer_training.train(TEXT, 400, str(tmp_path / 'again.model'))
   again = str(tmp_path / 'again.model')
   assert read_tokenizer(again).sha256 == sha256_of(again) == trained.sha256
 
@@ -64,7 +64,7 @@ def test_training_text_is_bounded(tmp_path):
     while True:
       yield from TEXT
 
-  tokenizer.train(endless(), 320, str(tmp_path / 't.model'), max_bytes=20_000)
+  tokenizer_training.train(endless(), 320, str(tmp_path / 't.model'), max_bytes=20_000)
 
 
 @pytest.mark.parametrize('documents, vocab_size, message', [
@@ -74,7 +74,7 @@ def test_training_text_is_bounded(tmp_path):
 ])
 def test_training_errors(documents, vocab_size, message, tmp_path):
   with pytest.raises(DataError, match=message):
-    tokenizer.train(documents, vocab_size, str(tmp_path / 't.model'))
+    tokenizer_training.train(documents, vocab_size, str(tmp_path / 't.model'))
   assert not list(tmp_path.iterdir())
 
 
@@ -130,5 +130,5 @@ def test_an_error_of_the_documents_is_not_blamed_on_the_trainer(error, tmp_path)
     raise error
 
   with pytest.raises(type(error)) as raised:
-    tokenizer.train(documents(), 300, str(tmp_path / 'tokenizer.model'))
+    tokenizer_training.train(documents(), 300, str(tmp_path / 'tokenizer.model'))
   assert raised.value is error and not list(tmp_path.iterdir())

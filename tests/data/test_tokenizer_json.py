@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from betarank.data import tokenizer as interface
-from betarank.data import tokenizer_json
+from betarank.data import tokenizer_json, tokenizer_training
 from betarank.data.config import DataError
 from betarank.data.tokenizer import read_tokenizer, sha256_of
 from tests import tokenizer_files
@@ -289,7 +288,7 @@ def test_a_folder_may_hold_either_kind(folders, tmp_path):
     (tmp_path / 'empty').mkdir()
     read_tokenizer(str(tmp_path / 'empty'))
   (tmp_path / 'spm').mkdir()
-  interface.train(tokenizer_files.TEXT, 400, str(tmp_path / 'spm' / 'tokenizer.model'))
+  tokenizer_training.train(tokenizer_files.TEXT, 400, str(tmp_path / 'spm' / 'tokenizer.model'))
   for path in (str(tmp_path / 'spm'), str(tmp_path / 'spm' / 'tokenizer.model')):
     assert read_tokenizer(path).sha256 == sha256_of(path)
   shutil.copytree(folders['llama3'], tmp_path / 'spm', dirs_exist_ok=True)  # tokenizer.json is what transformers reads

@@ -110,9 +110,10 @@ def write_sources(folder: pathlib.Path) -> dict[str, str]:
 def prepare(folder: pathlib.Path, uris: dict[str, str]):
   """Trains a tokenizer, prepares the data of all formats, reads some of each, and encodes the marker."""
   from betarank.data.config import DataConfig, SourceConfig
-  from betarank.data.prepare import prepare_source, train_tokenizer
+  from betarank.data.prepare import prepare_source
   from betarank.data.prepared import Documents
   from betarank.data.tokenizer import read_tokenizer
+  from betarank.data.tokenizer_training import train_tokenizer
 
   config = DataConfig(str(folder / 'data'), '', 384, {name: SourceConfig(uri, 1.0, 50) for name, uri in uris.items()},
                       0.0, 32)

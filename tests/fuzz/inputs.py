@@ -281,7 +281,8 @@ def reasoning_uri(folder):
 
 def _prepared(folder: pathlib.Path) -> DataConfig:
   """Prepares a small source `a` and its tokenizer in the folder."""
-  from betarank.data.prepare import prepare_source, train_tokenizer
+  from betarank.data.prepare import prepare_source
+  from betarank.data.tokenizer_training import train_tokenizer
 
   (folder / 'a.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in documents(5, 200)))
   config = DataConfig(str(folder), '', 320, {'a': SourceConfig(f'jsonl:{folder}/a.jsonl', 1.0, 0)}, 0.1, 32)
@@ -294,7 +295,7 @@ def _tokenizers(folder: pathlib.Path) -> list[bytes]:
   """Returns serialized SentencePiece models: ours, and one that normalizes, adds spaces and isn't BPE."""
   import sentencepiece
 
-  from betarank.data.tokenizer import train
+  from betarank.data.tokenizer_training import train
 
   train(documents(6, 200), 320, str(folder / 'good.model'))
   other = io.BytesIO()

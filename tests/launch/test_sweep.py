@@ -107,6 +107,7 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   hours = flops * 500e9 / (128 * 459e12 * 0.4) / 3600
   assert row[1:3] == ['500G', '128'] and float(row[3]) == pytest.approx(hours, rel=0.02)
   assert float(row[5][1:].replace(',', '')) == pytest.approx(100 * hours, rel=0.02)
+  assert 'hours of preparing data are printed by its command with --dry_run' in done.stdout
   assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
   assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout
   assert 'to be fixed before a launch: jsonl:corpus/math/*.jsonl is on this machine' in done.stdout  # RL's questions

@@ -15,7 +15,7 @@ import time
 import numpy as np
 from etils import epath
 
-from betarank.data import prepare, prepared, records
+from betarank.data import prepared, publish, records
 from betarank.data.config import DataConfig, SourceConfig
 from betarank.data.tokenizer import read_tokenizer
 from betarank.data.worker import Job, ShardWriter
@@ -197,7 +197,7 @@ def large(s: Soak, gigabytes: float) -> DataConfig:
       shard.add(tokens, None, 2 * length)
     markers.append({'unit': index, 'piece': 0, 'documents': documents, 'bad_rows': 0,
                     'splits': {'train': shard.close(), 'validation': {'documents': 0}}})
-  prepare.publish(job, tokenizer, markers, {})
+  publish.publish(job, tokenizer, markers, {})
   return config
 
 

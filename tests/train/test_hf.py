@@ -2,6 +2,7 @@
 
 import dataclasses
 import filecmp
+import importlib.util
 import json
 import pathlib
 import resource
@@ -18,14 +19,14 @@ import pytest
 from betarank import model
 from betarank.configs import common, errors, load
 from betarank.configs.sections import section
-from betarank.data import read_tokenizer
+from betarank.data import read_tokenizer, tokenizer_training
 from betarank.data import tokenizer as spm
 from betarank.model import hf_config, hf_tokenizer, hf_weights
 from betarank.model.config import MoeConfig
 from betarank.model.hf_config import HfError
 from betarank.runtime import checkpoint
 from betarank.runtime.state import TrainState
-from betarank.train import hf
+from betarank.train import hf, setup
 from tests import tokenizer_files
 from tests.runs import BETARANK, environment
 
@@ -52,7 +53,7 @@ def random_params(c):
     lambda path, x: random.normal(size=x.shape, scale=scale(path)).astype(np.float32), model.abstract(c)[1])
 
 
-def save(c, params, path, tokenizer=''):
+def save(c, params, path, tokenizer='', lineage=None):
   """A run's checkpoint at `path`, as training on eight devices writes it: in chunks."""
   config = common.base()
   config.model.update({k: v for k, v in dataclasses.asdict(c).items() if k != 'moe'})
@@ -62,7 +63,7 @@ def save(c, params, path, tokenizer=''):
   meta = {'config': json.loads(load.to_json(config)), 'cursor': None, 'parent': '', 'code_version': ''}
   mesh = model.make_mesh(model.MeshConfig(data=1, fsdp=2, expert=2, context=1, tensor=2))
   params = jax.device_put(params, model.shardings(mesh, model.abstract(c)[2]))
-  keep.save(TrainState(jnp.zeros((), jnp.int32), params, ()), meta, 3)
+  keep.save(TrainState(jnp.zeros((), jnp.int32), params, ()), meta | (lineage or {}), 3)
   keep.wait()
   keep.close()
   return str(path)
@@ -71,7 +72,7 @@ def save(c, params, path, tokenizer=''):
 @pytest.fixture(scope='module')
 def tokenizer_file(tmp_path_factory):
   path = str(tmp_path_factory.mktemp('tokenizer') / 't.model')
-  spm.train(TEXT * 50, 300, path)
+  tokenizer_training.train(TEXT * 50, 300, path)
   return path
 
 
@@ -125,6 +126,20 @@ def test_a_tokenizer_of_ours_keeps_its_identity(exported, tokenizer_file, tmp_pa
   hf.export(str(tmp_path / 'back'), str(tmp_path / 'again'))
   for name in ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'generation_config.json', 'config.json'):
     assert (tmp_path / 'again' / name).read_bytes() == (exported[2] / name).read_bytes()
+
+
+def test_a_checkpoint_of_rl_has_the_tokenizer_of_its_start(tokenizer_file, tmp_path):
+  rl = common.rl_base()
+  rl.model = load.load('configs/smoke.py').model
+  rl.model.update({k: v for k, v in dataclasses.asdict(DENSE).items() if k != 'moe'})
+  start = common.base()
+  lineage = {'config': json.loads(load.to_json(rl)), 'tokenizer': tokenizer_file,
+             'inherited': {'data': json.loads(load.to_json(start))['data']}}
+  run = save(DENSE, random_params(DENSE), tmp_path / 'run', lineage=lineage)
+  hf.export(run, str(tmp_path / 'hf'))
+  assert (tmp_path / 'hf' / 'tokenizer.json').exists()
+  longest = max(start.data.sequence_length, rl.rl.max_prompt_tokens + max(rl.rl.max_new_tokens))
+  assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['max_position_embeddings'] == longest
 
 
 def test_files(exported):
@@ -449,11 +464,20 @@ def test_weights_and_tokenizer_come_back_as_they_were(qwen, tmp_path):
   assert json.loads((tmp_path / 'short' / 'config.json').read_text())['max_position_embeddings'] == 8192
 
 
+def test_weights_that_are_imported_are_used_with_their_tokenizer_only(qwen, tokenizer_file, tmp_path):
+  hf.import_(str(qwen), str(tmp_path / 'ours'))
+  meta = checkpoint.read_meta(checkpoint.find(str(tmp_path / 'ours')))
+  assert setup.read_tokenizer(meta['config']['data']['tokenizer'], LARGER, meta).sha256 == spm.sha256_of(str(qwen))
+  with pytest.raises(errors.ConfigError, match='is not the tokenizer that the checkpoint was trained with'):
+    setup.read_tokenizer(tokenizer_file, LARGER, meta)
+
+
 def test_a_tokenizer_can_be_replaced_or_left_out(qwen, tokenizer_file, tmp_path):
   hf.import_(str(qwen), str(tmp_path / 'other'), tokenizer_file)
   path = load.load(f'{tmp_path}/other/config.json').data.tokenizer
   assert spm.sha256_of(path) == spm.sha256_of(tokenizer_file) and path.startswith(f'{tmp_path}/other/tokenizer/')
   assert 'no tokenizer' in hf.import_(str(qwen), str(tmp_path / 'none'), 'none')
+  assert 'tokenizer_sha256' not in checkpoint.read_meta(checkpoint.find(str(tmp_path / 'none')))
   assert not (tmp_path / 'none' / 'tokenizer').exists()
 
 
@@ -489,11 +513,11 @@ def test_only_files_of_the_model_are_copied(qwen, tmp_path):
 
 
 RL = """
-from betarank.configs import common, load
+from betarank.configs import common
 
 def get_config(arg=None):
-  c = load.read('{model}/config.json')
-  c.rl = common.rl()
+  c = common.rl_base()
+  c.train.init_from = 'tuned'
   c.rl.update(steps=1, prompts_per_step=2, group_size=2, max_resampling_rounds=1, max_prompt_tokens=64,
               max_new_tokens=(8,), phase_steps=(), decode_batch_size=4, eval_prompts=2, eval_samples=2)
   c.rl.task.uri = 'reasoning:chain_sum?max_terms=2&max_digits=1'
@@ -502,31 +526,83 @@ def get_config(arg=None):
 """
 
 
+@pytest.fixture(params=['made here', 'Qwen3', 'Qwen3Moe'])
+def published(request, tmp_path):
+  """(a directory as `qwen`, or one that transformers writes; the architecture that its config names)."""
+  if request.param == 'made here':
+    return request.getfixturevalue('qwen'), 'Qwen3ForCausalLM'
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  sizes = dict(vocab_size=416, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+               head_dim=16, intermediate_size=48, max_position_embeddings=40_960)
+  if request.param == 'Qwen3Moe':
+    sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=False)
+  torch.manual_seed(0)
+  config = getattr(transformers, f'{request.param}Config')(**sizes)
+  theirs = getattr(transformers, f'{request.param}ForCausalLM')(config)
+  theirs.to(torch.bfloat16).save_pretrained(tmp_path / 'hf')
+  tokenizer_files.byte_level(tmp_path / 'hf', 'qwen')
+  return tmp_path / 'hf', f'{request.param}ForCausalLM'
+
+
+def tensors(folder):
+  """{name: (dtype, shape, bytes)} of a directory's weights."""
+  raw = (folder / 'model.safetensors').read_bytes()
+  start = 8 + int.from_bytes(raw[:8], 'little')
+  header = json.loads(raw[8:start])
+  header.pop('__metadata__', None)
+  return {name: (about['dtype'], about['shape'], raw[start + about['data_offsets'][0]:start + about['data_offsets'][1]])
+          for name, about in header.items()}
+
+
 @pytest.mark.slow
-def test_an_imported_model_goes_through_every_command(qwen, tmp_path):
-  """import, prepare, train, rl, eval, export; the tokenizer's files come out as they went in."""
+def test_an_imported_model_goes_through_every_command(published, tmp_path):
+  """import, prepare, train, rl, eval, export; the tokenizer comes out as it went in, and so do weights not trained."""
+  folder, architecture = published
+
   def betarank(*command):
     done = subprocess.run([*BETARANK, *command], capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
-  betarank('hf', 'import', f'--from={qwen}', '--to=base')
+  betarank('hf', 'import', f'--from={folder}', '--to=base')
+  hf.export(str(tmp_path / 'base'), str(tmp_path / 'untouched'), dtype='bfloat16')
+  assert tensors(tmp_path / 'untouched') == tensors(folder)
   data = ['--config=base/config.json', '--config.data.dir=data', '--config.data.sources.main.max_documents=300',
-          '--config.data.sequence_length=32', '--config.data.validation_fraction=0.1']
+          '--config.data.sequence_length=32', '--config.data.validation_fraction=0.1',
+          '--config.data.held_out_fraction=0.02']
   betarank('data', 'prepare', *data, '--workers=1')
-  betarank('train', *data, '--config.train.tokens=512', '--config.optimizer.warmup_steps=1', '--workdir=tuned')
-  (tmp_path / 'rl.py').write_text(RL.format(model='base'))
-  betarank('rl', '--config=rl.py', '--config.train.init_from=tuned', '--workdir=rl')
+  betarank('train', *data, '--config.train.tokens=512', '--config.train.batch_size=8',
+           '--config.optimizer.warmup_steps=1', '--workdir=tuned')
+  assert checkpoint.find(str(tmp_path / 'tuned')).name == '2'
+  (tmp_path / 'rl.py').write_text(RL)
+  betarank('rl', '--config=rl.py', '--workdir=rl')
   betarank('eval', 'probe', '--checkpoint=tuned', '--config.eval.probe.rows=8')
   betarank('eval', 'sample', '--checkpoint=rl', '--benchmark=reasoning:chain_sum', '--config.eval.sample.problems=2',
            '--config.eval.sample.samples=2', '--config.eval.sample.max_new_tokens=8')
-  assert 'Qwen3ForCausalLM' in betarank('hf', 'export', '--checkpoint=rl', '--to=out')
+  assert architecture in betarank('hf', 'export', '--checkpoint=rl', '--to=out')
   for name in TOKENIZER_FILES:
-    assert (tmp_path / 'out' / name).read_bytes() == (qwen / name).read_bytes(), name
+    if (folder / name).exists():
+      assert (tmp_path / 'out' / name).read_bytes() == (folder / name).read_bytes(), name
   manifest = json.loads((tmp_path / 'data' / 'main' / '1.0.0' / 'manifest.json').read_text())
   assert manifest['settings']['tokenizer_sha256'] == spm.sha256_of(str(tmp_path / 'out'))
   bits = json.loads(next((tmp_path / 'tuned' / 'eval' / 'probe').glob('*.json')).read_text())
   assert 0 < bits['domains']['main']['bits_per_byte'] < 20
+  check_transformers_reads(tmp_path / 'out', folder)
+
+
+def check_transformers_reads(folder, source):
+  """Checks that transformers, if installed, finds all weights in `folder`, and gives the ids of `source`."""
+  if importlib.util.find_spec('transformers') is None:
+    return
+  import transformers
+  _, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+  assert not any(info[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys', 'error_msgs'))
+  before, after = (transformers.AutoTokenizer.from_pretrained(path) for path in (source, folder))
+  ours = read_tokenizer(str(source))
+  for text in [*TEXT, '', ' ', '<|im_end|> <think>', 'e\u0301 \U0010ffff \0', 'the sum of 12 ' * 20]:
+    ids = after(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert ids == before(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert ids == ours.encode(text).tolist(), text
 
 
 @pytest.mark.parametrize('options, message', [

@@ -3,6 +3,7 @@
 Their number changes nothing in what a run reads.
 """
 
+import json
 import signal
 import time
 
@@ -101,6 +102,33 @@ def test_a_run_resumes_with_more_processes_and_with_fewer(data_dir, tmp_path):
   read = [[(line['step'], line['train/tokens']) for line in metrics(run) if 'train/tokens' in line]
           for run in (tmp_path, reference)]
   assert read[0] == read[1] and len(read[0]) == saved + 4
+
+
+ASKED = """
+from tests import tiny
+
+def get_config(arg=None):
+  c = tiny.get_config('dir={folder}/data')
+  c.data.sources.asked = dict(uri='jsonl:{folder}/asked.jsonl#question+answer', weight=1.0, max_documents=0)
+  return c
+"""
+
+
+@pytest.mark.slow
+def test_answers_count_in_two_processes_as_in_one(tmp_path):
+  """Instruction data mixed with plain text: every loss, and the number of tokens that count."""
+  rows = [{'question': f'what is {i}?', 'answer': 'just ' * (1 + i % 9) + str(i)} for i in range(300)]
+  (tmp_path / 'asked.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  config = tmp_path / 'asked.py'
+  config.write_text(ASKED.format(folder=tmp_path))
+  runs.prepare(config)
+  flags = ['--config.log.samples=0', '--config.model.layers=1']
+  for processes in (1, 2):
+    finish_well(runs.start('train', config, tmp_path / str(processes), processes, *flags, devices=2 // processes))
+  assert_close_run(tmp_path / '2', tmp_path / '1')
+  one, two = ([line['train/tokens'] for line in metrics(tmp_path / name) if 'train/tokens' in line] for name in '12')
+  assert one == two and len(one) == STEPS and max(one) < 8 * 32
+  assert any('asked' in key for line in metrics(tmp_path / '2') for key in line)
 
 
 @pytest.mark.slow

@@ -1,0 +1,97 @@
+"""Estimates what preparing the sources will take, from the sizes of their files, without preparing or writing anything.
+"""
+
+import math
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from betarank.configs.terminal import short
+from betarank.data import formats, prepared, records, sources
+from betarank.data.config import DataConfig
+from betarank.data.tokenizer import find
+from betarank.data.worker import PIECE_BYTES
+
+# MB of text per second of one core that tokenizes; docs/data.md says how they were measured.
+MB_PER_S = {'.json': 0.76, '.model': 2.4}
+BYTES_PER_TOKEN = 4.0  # assumed for English text and a large vocabulary
+
+
+class Estimate(NamedTuple):
+  """What preparing a source will take."""
+
+  files: int
+  file_bytes: int
+  text_bytes: float
+  pieces: int  # of each split
+  machine_s: float  # seconds of the machine that takes longest
+
+
+def mb_per_s(config: DataConfig) -> float:
+  """Returns the assumed rate of a core. Raises DataError if the config names a tokenizer that isn't there."""
+  if config.tokenizer:
+    prepared.tokenizer_sha256(config)
+  return MB_PER_S['.json' if find(config.tokenizer_path).suffix == '.json' else '.model']
+
+
+def estimate(config: DataConfig, name: str, machines: int, workers: int, rate: float) -> Estimate:
+  """Estimates what preparing source `name` will take.
+
+  Args:
+    config: the settings of the data.
+    name: the source.
+    machines: the number of machines that share the source.
+    workers: the number of processes on each machine.
+    rate: MB of text per second of each process.
+
+  Raises:
+    DataError: the files of the source can't be read.
+  """
+  source = sources.open_source(config, name)
+  units = [sum(map(sources.segment_bytes, unit)) for unit in source.units()]
+  # A unit is the work of one process. So a large file that can't be divided may take longer than all others.
+  slowest = max(max(sum(units[part::machines]) / workers, max(units[part::machines], default=0))
+                for part in range(machines))
+  pieces = sum(math.ceil(size / PIECE_BYTES) for size in units)
+  return Estimate(source.listing['files'], source.listing['bytes'], sum(units), pieces, slowest / rate / 1e6)
+
+
+def show(config: DataConfig, machines: int, workers: int, rate: float, dollars: float, console: Console) -> None:
+  """Prints what preparing all sources will take.
+
+  dollars: the price of an hour of one machine; 0 if it isn't known. The other arguments are those of `estimate`.
+  """
+  table = Table('source', 'files', 'bytes', 'text', 'tokens', 'output', 'pieces', 'hours', box=None)
+  for column in table.columns[1:]:
+    column.justify = 'right'
+  seconds, notes = 0.0, []
+  for name, source in config.sources.items():
+    if prepared.read_manifest(prepared.folder(config, name)):
+      table.add_row(name, *[''] * 6, 'prepared')
+      continue
+    if not sources.open_source(config, name).listing:
+      table.add_row(name, *[''] * 6, '?')
+      notes.append(f'{name}: not included, because there are no files that say how much text it has')
+      continue
+    found = estimate(config, name, machines, workers, rate)
+    seconds += found.machine_s
+    tokens = found.text_bytes / BYTES_PER_TOKEN
+    table.add_row(name, f'{found.files:,}', *map(short, (
+      found.file_bytes, found.text_bytes, tokens, tokens * records.token_dtype(config.vocab_size).itemsize)),
+      f'{found.pieces:,}', _hours(found.machine_s))
+    if source.max_documents:
+      notes.append(f'{name}: at most this, because max_documents={source.max_documents:,} may end it earlier')
+  console.print(table)
+  cost = f'${machines * seconds / 3600 * dollars:,.2f}' if dollars else 'cost unknown: give --dollars_per_hour'
+  notes += [
+    f'in all {_hours(seconds)} hours on {machines} machine{"s" * (machines > 1)} with {workers} processes each, '
+    f'{_hours(seconds * machines * workers)} core hours, {cost}',
+    f'assumed: {rate:.3g} MB/s per process (--mb_per_s), {BYTES_PER_TOKEN:g} bytes per token, compressed text is '
+    f'{formats.EXPANSION} times its file; the tokenizer\'s training and finish are not included. Nothing was written.']
+  for note in notes:
+    print(note)
+
+
+def _hours(seconds: float) -> str:
+  return f'{seconds / 3600:,.3g}' if seconds < 3.6e6 else f'{seconds / 3600:,.0f}'

@@ -1,0 +1,126 @@
+"""Turns the shards of a prepared source into a data set: the last step of data/prepare.py."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from betarank.configs.files import write_atomically
+from betarank.data import prepared, records, sources, storage
+from betarank.data.config import DataError
+from betarank.data.tokenizer import Tokenizer
+from betarank.data.worker import Job, Marker
+
+
+def number_of_documents(markers: list[Marker]) -> int:
+  return sum(marker['documents'] for marker in markers)
+
+
+def empty_split(markers: list[Marker]) -> str:
+  """Returns the name of the first split that has no documents, or '' if every split has some."""
+  return next((split for split in prepared.SPLITS
+               if not any(marker['splits'][split]['documents'] for marker in markers)), '')
+
+
+def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
+  """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
+
+  The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
+
+  listing: `Source.listing`, the description of the source's files, which becomes a part of the manifest.
+
+  Raises:
+    DataError: a split is empty.
+  """
+  config, name = job.config, job.name
+  where = prepared.folder(config, name)
+  needed = prepared.SPLITS if config.validation_fraction else ('train',)
+  if (empty := empty_split(markers)) in needed:
+    (where / 'partial').rmtree()
+    raise DataError(f'the {empty} split is empty ({number_of_documents(markers)} documents, data.validation_fraction='
+                    f'{config.validation_fraction}); give more text, or change the fraction')
+  splits, content = {}, hashlib.sha256()
+  for split in needed:
+    pieces = [marker for marker in markers if marker['splits'][split]['documents']]
+    stages = [job.stage(marker['unit'], marker['piece'], split) for marker in pieces]
+    final = [where / prepared.shard_name(name, split, number, len(pieces)) for number in range(len(pieces))]
+    counts = [marker['splits'][split] for marker in pieces]
+    lengths = _write_lengths(where / f'lengths-{split}.npy', stages, counts)
+    for _ in storage.several(lambda pair: _rename(*pair), list(zip(stages, final)), where):
+      pass
+    shards = [{'file': path.name, **{key: count[key] for key in ('size', 'documents', 'sha256')}}
+              for path, count in zip(final, counts)]
+    for count in counts:
+      content.update(f'{split} {count["documents"]} {count["sha256"]}\n'.encode())
+    totals = {key: sum(count[key] for count in counts) for key in ('documents', 'tokens', 'bytes')}
+    splits[split] = {**totals, 'longest': max(count['longest'] for count in counts), **lengths, 'shards': shards}
+  _write_tfds(where, name, splits, config.vocab_size)
+  masked = sources.masked(config.sources[name])
+  manifest = {'format_version': prepared.VERSION, 'name': name,
+              'settings': prepared.settings(config, name, tokenizer.sha256),
+              'input': {**listing, 'bad_rows': sum(marker['bad_rows'] for marker in markers)},
+              'splits': splits, 'divided': 'text' if job.share else 'documents',
+              'record': {'checksum': 'crc32', 'masked': masked},
+              'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,
+              'eos': tokenizer.eos, 'fingerprint': content.hexdigest()}
+  write_atomically(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
+  (where / 'partial').rmtree()
+  return manifest
+
+
+def _rename(stage: epath.Path, final: epath.Path) -> None:
+  if stage.exists():  # otherwise an earlier run has renamed it already
+    stage.replace(final)
+  elif not final.exists():
+    raise DataError(f'{stage}: vanished; delete {final.parent} and prepare again')
+
+
+def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
+  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash."""
+  dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
+  content, size = hashlib.sha256(), 0
+  temporary = path.parent / f'{path.name}.{os.getpid()}'
+
+  def parts() -> Iterator[bytes]:
+    header = _Buffer()
+    about = {'descr': dtype.str, 'fortran_order': False, 'shape': (sum(count['documents'] for count in counts),)}
+    np.lib.format.write_array_header_1_0(header, about)
+    yield b''.join(header)
+    for lengths_N in storage.several(_read_lengths, stages, path):
+      yield lengths_N.astype(dtype).tobytes()
+
+  with temporary.open('wb') as file:
+    for part in parts():
+      file.write(part)
+      content.update(part)
+      size += len(part)
+  temporary.replace(path)
+  return {'lengths_size': size, 'lengths_sha256': content.hexdigest()}
+
+
+class _Buffer(list):
+  write = list.append
+
+
+def _read_lengths(stage: epath.Path) -> np.ndarray:
+  with stage.with_suffix('.npy').open('rb') as file:
+    return np.load(file)
+
+
+def _write_tfds(where: epath.Path, name: str, splits: dict[str, Any], vocab_size: int) -> None:
+  import tensorflow_datasets as tfds
+
+  tokens = tfds.features.Tensor(shape=(None,), dtype=records.token_dtype(vocab_size), encoding='bytes')
+  file = tfds.core.ShardedFileTemplate(data_dir=where, dataset_name=name, filetype_suffix='array_record')
+  infos = [
+    tfds.core.SplitInfo(name=split, filename_template=file.replace(split=split),
+                        shard_lengths=[shard['documents'] for shard in counts['shards']],
+                        num_bytes=sum(shard['size'] for shard in counts['shards']))
+    for split, counts in splits.items()]
+  tfds.folder_dataset.write_metadata(
+    data_dir=where, features=tfds.features.FeaturesDict({'tokens': tokens}), split_infos=infos,
+    version=prepared.VERSION, check_data=False, description='Token ids with BOS and EOS; see manifest.json')
