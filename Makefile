@@ -40,17 +40,21 @@ ifeq ($(SOURCE),reasoning)
 	$(BETARANK) compare $(SMOKE)/rl/beta=0 $(SMOKE)/rl/beta=-0.25 --plot=$(SMOKE)/rl.png
 	$(BETARANK) report $(SMOKE)
 	@echo
-	@echo 'made, in $(SMOKE): data, two pre-trained models (beta=0, beta=-0.25), the same two after RL (rl/),'
-	@echo 'curves.png and rl.png, and report/report.html, which is the file to open first. Worth trying next:'
+	@echo 'In $(SMOKE) are now: data; two pre-trained models, beta=0 and'
+	@echo 'beta=-0.25; the same two after RL, in rl; curves.png, rl.png and report/report.html,'
+	@echo 'which is the file to open first. Worth trying next:'
 	@echo '  . .venv/bin/activate'
 	@echo '  betarank explore $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25'
-	@printf '%s\n' "  betarank generate --checkpoint=$(SMOKE)/rl/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'"
-	@echo "  betarank rl --from=$(SMOKE)/beta=0 --task='reasoning:chain_sum?max_terms=4&max_digits=1'"
+	@printf '%s\n' '  betarank generate --checkpoint=$(SMOKE)/rl/beta=0 \' \
+	  "    --prompt='Question: State the final answer to the following arithmetic problem: 3 + 4 =\nSolution:'"
+	@printf '%s\n' '  betarank rl --from=$(SMOKE)/beta=0 \' \
+	  "    --task='reasoning:chain_sum?max_terms=4&max_digits=1'"
 else
 	$(BETARANK) compare $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25 --plot=$(SMOKE)/curves.png
 	@echo
-	@echo 'made, in $(SMOKE): data, two models (beta=0, beta=-0.25), and curves.png. RL was skipped: it needs'
-	@echo 'problems with answers, as SOURCE=reasoning generates them. Worth trying next:'
+	@echo 'In $(SMOKE) are now: data; two models, beta=0 and beta=-0.25; curves.png.'
+	@echo 'RL was skipped: it needs problems with answers, as SOURCE=reasoning generates them.'
+	@echo 'Worth trying next:'
 	@echo '  . .venv/bin/activate'
 	@echo '  betarank explore $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25'
 	@echo '  betarank generate --checkpoint=$(SMOKE)/beta=0'

@@ -8,7 +8,7 @@ import importlib
 import sys
 
 from betarank.configs.errors import Interrupted, UserError, run_main, suggestion
-from betarank.runtime.stop import interruptible, leave
+from betarank.configs.stop import importing, interruptible, leave
 
 # Command -> (module, its line in `betarank --help`), in the order in which a project needs them.
 COMMANDS = {
@@ -57,7 +57,9 @@ def _run(argv: list[str]) -> None:
   if name not in COMMANDS:
     raise UserError(f'{name}: no such command{suggestion(name, COMMANDS)}; betarank --help lists them')
   with interruptible():
-    importlib.import_module(f'betarank.{COMMANDS[name][0]}').main(rest)
+    with importing('starting'):
+      command = importlib.import_module(f'betarank.{COMMANDS[name][0]}')
+    command.main(rest)
 
 
 if __name__ == '__main__':

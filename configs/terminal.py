@@ -15,7 +15,10 @@ BAR = 16  # columns
 
 @contextlib.contextmanager
 def waiting(text: str, console: Console | None = None) -> Iterator[None]:
-  """Shows a spinner, `text` and the elapsed time while the block runs. Shows nothing if the output isn't a terminal."""
+  """Shows a spinner, `text` and the elapsed time while the block runs. Shows nothing if the output isn't a terminal.
+
+  What the block prints appears above it.
+  """
   console = console or Console(highlight=False)
   if not console.is_terminal:
     yield
@@ -34,7 +37,7 @@ def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], w
   share = step / max(steps, 1)
   full = min(BAR, int(BAR * share + 0.5))
   line = f'{"━" * full}{"╌" * (BAR - full)} {100 * share:3.0f}%  eta {duration(eta_s)}'
-  return _with_room(line, [_step(step, steps), *figures], width)
+  return fitted(line, [_step(step, steps), *figures], width)
 
 
 def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
@@ -44,7 +47,26 @@ def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width
     are shown, followed by the time left.
   """
   start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'
-  return _with_room(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
+  return fitted(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
+
+
+def fitted(start: str, parts: Sequence[str], width: int | None) -> str:
+  """Returns `start` and as many of the parts as fit, separated by two spaces.
+
+  width: the longest line, in columns. None: all parts are shown.
+  """
+  line = start
+  for part in parts:
+    if width and len(line) + 2 + len(part) > width:
+      break
+    line += f'  {part}'
+  return line
+
+
+def columns() -> int | None:
+  """Returns the width of the terminal, in columns; None if the output isn't a terminal, where lines may be long."""
+  console = Console()
+  return console.width if console.is_terminal else None
 
 
 def short(number: float) -> str:
@@ -63,11 +85,3 @@ def duration(seconds: float) -> str:
 
 def _step(step: int, steps: int) -> str:
   return f'step {step:>{len(str(steps))}}/{steps}'
-
-
-def _with_room(line: str, parts: Sequence[str], width: int) -> str:
-  for part in parts:
-    if len(line) + 2 + len(part) > width:
-      break
-    line += f'  {part}'
-  return line

@@ -23,12 +23,15 @@ from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser, install_hint
 from betarank.configs.sections import section
+from betarank.configs.stop import StopSignal
 from betarank.configs.terminal import BAR, short, waiting
 from betarank.data import estimate, prepare, prepared, show, tokenizer_training
 from betarank.data.config import DataConfig, DataError
 from betarank.data.packing import Packer
+from betarank.data.worker import PIECE_BYTES
 
 _COMMANDS = ('tokenizer', 'prepare', 'finish', 'verify', 'show')
+_KEPT = 'what is prepared is kept, and the same command resumes'
 _LINE_S = 10.0  # the shortest time between two lines of progress in a log file
 
 
@@ -77,16 +80,17 @@ def main(argv: Sequence[str]) -> None:
     try:
       _prepare_all(data, args.workers, console, part, parts)
     except KeyboardInterrupt:
-      raise KeyboardInterrupt('what is prepared is kept, and the same command resumes') from None
+      raise KeyboardInterrupt(_KEPT) from None
 
 
 def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, parts: int) -> None:
   if parts == 1:
     _tokenizer(data, console)
-    _summary(data, {name: _prepare(data, name, workers, console) for name in data.sources}, console)
+  with StopSignal(unit=f'piece of up to {PIECE_BYTES >> 20} MB') as stop:
+    manifests = {name: _prepare(data, name, workers, console, part, parts, stop) for name in data.sources}
+  if parts == 1:
+    _summary(data, manifests, console)
     return
-  for name in data.sources:
-    _prepare(data, name, workers, console, part, parts)
   print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
 
 
@@ -124,9 +128,12 @@ def _tokenizer(data: DataConfig, console: Console) -> None:
     print(f'{data.tokenizer_path}: {show.read(data).vocab_size:,} tokens, was there already')
 
 
-def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: int = 0, parts: int = 1) -> dict | None:
+def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: int, parts: int,
+             stop: StopSignal) -> dict | None:
+  """Prepares a source, and shows the progress. Returns its manifest; None if there are several parts."""
   def run(report):
-    prepare.prepare_part(data, name, part, parts, workers=workers, report=report)
+    if not prepare.prepare_part(data, name, part, parts, workers=workers, report=report, asked=stop):
+      stop.end_if_asked(_KEPT)
     return prepare.finish(data, name) if parts == 1 else None
 
   if not console.is_terminal:

@@ -45,6 +45,7 @@ class Progress(NamedTuple):
 
 
 Report = Callable[[Progress], None]
+Asked = Callable[[], bool]  # returns True once the work must stop
 
 
 class _Preparation:
@@ -130,20 +131,25 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
-                 report: Report = lambda _: None) -> None:
+                 report: Report = lambda _: None, asked: Asked = lambda: False) -> bool:
   """Tokenizes part number `part` (0 to parts - 1) of source `name`. Does nothing if the source is finished.
 
   The part consists of the units of work with the numbers part, part + parts, part + 2 * parts and so on.
   Processes on other machines may work on other parts at the same time. For the other arguments and the errors, see
   `prepare_source`.
+
+  asked: once it returns True, the work stops after the pieces in progress.
+
+  Returns False if the work stopped before all units were done.
   """
   preparation = _Preparation(config, name)
   if preparation.finished():
-    return
+    return True
   with sources.named(name):
     preparation.open()
     mine = range(part, len(preparation.units), parts)
-    _work(preparation, preparation.job, mine, workers or os.cpu_count() or 1, report, stop_early=parts == 1)
+    return _work(preparation, preparation.job, mine, workers or os.cpu_count() or 1, report, stop_early=parts == 1,
+                 asked=asked)
 
 
 def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
@@ -176,10 +182,11 @@ def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict
 
 _WORKER: Worker | None = None  # in a worker process; created once, so that the tokenizer is loaded only once
 _DONE_BYTES: Any = None  # in a worker process; the bytes read by unfinished units, which the parent displays
+_ASKED: Any = None  # in a worker process; an event that the parent sets, after which no piece may begin
 
 
-def _start_worker(job: Job, done_bytes) -> None:
-  global _WORKER, _DONE_BYTES
+def _start_worker(job: Job, done_bytes, asked) -> None:
+  global _WORKER, _DONE_BYTES, _ASKED
   parent = multiprocessing.parent_process()
 
   def follow():  # otherwise a worker whose parent was killed would wait for work forever
@@ -187,7 +194,7 @@ def _start_worker(job: Job, done_bytes) -> None:
     os._exit(1)
 
   threading.Thread(target=follow, daemon=True).start()
-  _WORKER, _DONE_BYTES = Worker(job), done_bytes
+  _WORKER, _DONE_BYTES, _ASKED = Worker(job), done_bytes, asked
 
 
 def _run_unit(index: int, unit: sources.Unit, limit: int, done: list[Marker]) -> list[Marker]:
@@ -195,7 +202,10 @@ def _run_unit(index: int, unit: sources.Unit, limit: int, done: list[Marker]) ->
     with _DONE_BYTES.get_lock():
       _DONE_BYTES.value += text_bytes
 
-  return [*done, *_WORKER.run(index, unit, limit, done, report)]
+  pieces, new = list(done), _WORKER.run(index, unit, limit, done, report)
+  while not _ASKED.is_set() and (marker := next(new, None)):
+    pieces.append(marker)
+  return pieces
 
 
 class _State:
@@ -238,11 +248,16 @@ class _State:
       sum(counts['documents'] for counts in splits), sum(counts['tokens'] for counts in splits), bad_rows))
 
 
-def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool) -> None:
+def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report: Report, stop_early: bool,
+          asked: Asked = lambda: False) -> bool:
   """Tokenizes the units of work whose numbers are in `mine`, except those that are done already.
 
-  stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
-    on the source.
+  Args:
+    stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
+      on the source.
+    asked: as in `prepare_part`.
+
+  Returns False if the work stopped because `asked` returned True.
   """
   state = _State(preparation, job, mine, report)
   state.show()
@@ -250,8 +265,7 @@ def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report
   todo = [index for index in mine if not state.done(index)]
   workers = min(workers, len(todo))
   if workers > 1:
-    _in_parallel(job, state, todo, workers, enough)
-    return
+    return _in_parallel(job, state, todo, workers, enough, asked)
   worker = None
   for index in todo:
     if enough():
@@ -265,26 +279,34 @@ def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report
       state.show(in_work)
 
     pieces = state.found.setdefault(index, [])
-    for marker in worker.run(index, state.units[index], state.limit, list(pieces), show):
+    new = worker.run(index, state.units[index], state.limit, list(pieces), show)
+    while not asked() and (marker := next(new, None)):
       pieces.append(marker)
       state.show(in_work)
+    if not state.done(index):
+      return False
+  return True
 
 
-def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough: Callable[[], bool]) -> None:
+def _in_parallel(job: Job, state: _State, todo: list[int], workers: int, enough: Callable[[], bool],
+                 asked: Asked) -> bool:
   spawn = multiprocessing.get_context('spawn')
-  done_bytes = spawn.Value('q', 0)
-  pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (job, done_bytes))
+  done_bytes, asked_workers = spawn.Value('q', 0), spawn.Event()
+  pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, (job, done_bytes, asked_workers))
   waiting, running, finished_bytes = iter(todo), {}, 0
   with pool:
     try:
       while True:
-        while len(running) < workers + 2 and not enough() and (index := next(waiting, None)) is not None:
+        if asked():
+          asked_workers.set()
+        while (len(running) < workers + 2 and not asked_workers.is_set() and not enough()
+               and (index := next(waiting, None)) is not None):
           done = state.found.get(index, [])
           with _without_interrupts():
             future = pool.submit(_run_unit, index, state.units[index], state.limit, done)
           running[future] = index
         if not running:
-          return
+          return enough() or all(state.done(index) for index in todo)
         finished, _ = concurrent.futures.wait(running, _REPORT_S, concurrent.futures.FIRST_COMPLETED)
         for future in finished:
           pieces = future.result()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from betarank.configs.parser import install_hint
 from betarank.data.config import DataError
 
 _LARGEST_BYTES = 100 * 10**6  # a larger file is refused; the largest published ones have 35 MB
@@ -48,7 +49,7 @@ def read_file(path: epath.Path, advice: str) -> bytes:
       raise DataError(f'{path}: has {size:,} bytes, too many for a tokenizer; {advice}')
     return path.read_bytes()
   except ImportError as error:
-    raise DataError(f'{path}: {error} (pip install gcsfs for gs://)') from None
+    raise DataError(f'{path}: {error} ({install_hint(str(path))})') from None
   except OSError as error:
     raise DataError(f'{path}: could not be read ({error.strerror or error}); {advice}') from None
 

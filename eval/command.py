@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from betarank.configs import load, settings
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.stop import StopSignal, importing
+
+_KEPT = 'results so far are kept, and the same command does the rest'
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,8 +38,9 @@ def main(argv: Sequence[str]) -> None:
   subjects = []
 
   def configure(args, _):
-    from betarank.eval import config
-    from betarank.runtime import job
+    with importing('starting JAX'):
+      from betarank.eval import config
+      from betarank.runtime import job
 
     job.join(args.coordinator, args.processes, args.process_id)
     subjects.extend(config.find_checkpoints(args.checkpoint, args.all))
@@ -45,24 +49,27 @@ def main(argv: Sequence[str]) -> None:
   config, args = load.from_command_line(
     parser, argv, settings={'eval': settings.EVAL}, configure=configure, needs_config=False)
 
-  import jax
+  with importing('starting JAX'):
+    import jax
 
-  from betarank.eval import config as eval_config
-  from betarank.eval import generate, probe
-  from betarank.runtime import workdir
+    from betarank.eval import config as eval_config
+    from betarank.eval import generate, probe
+    from betarank.runtime import workdir
 
   run = eval_config.eval_run(config, subjects[-1])
   alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
   with alone if jax.process_index() == 0 else contextlib.nullcontext():
     try:
       if args.command == 'probe':
-        probe.probe(run, subjects)
+        with StopSignal(jax.process_count(), unit='checkpoint') as stop:
+          probe.probe(run, subjects, lambda: stop.end_if_asked(_KEPT))
       elif args.command == 'sample':
-        generate.sample(run, subjects, args.benchmark)
-      else:
+        with StopSignal(jax.process_count(), unit='problem') as stop:
+          generate.sample(run, subjects, args.benchmark, lambda: stop.end_if_asked(_KEPT))
+      else:  # lm-evaluation-harness has no place to stop at, so Ctrl-C ends it at once
         _harness(run, subjects, args)
     except KeyboardInterrupt:
-      raise KeyboardInterrupt('results so far are kept, and the same command does the rest') from None
+      raise KeyboardInterrupt(_KEPT) from None
 
 
 def _harness(run, subjects, args) -> None:

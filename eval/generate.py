@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.files import write_atomically
-from betarank.configs.terminal import duration
+from betarank.configs.terminal import columns, duration, fitted, waiting
 from betarank.data import Tokenizer
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.benchmarks import Benchmark, open_benchmark
@@ -54,16 +54,23 @@ from betarank.train.sampler import Prompt, Sample, Sampler
 
 COMPARED = 16  # the verifier compares only so many distinct wrong answers to a problem, the most frequent ones
 _PROGRESS_S = 10.0
+_NAME_COLUMNS, _STEP_COLUMNS = 20, 21  # of the table: the widths of the column of names and of one per checkpoint
 _REMOTE_S = 60.0  # object stores can't append, so the whole file is rewritten, at most once in so many seconds
 _MAY_CHANGE = ('checkpoint', 'parent', 'code_version')  # values that may differ when sampling is resumed
 
 
-def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
+def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
+           stop: Callable[[], None] = lambda: None) -> None:
   """Samples answers to benchmarks for each checkpoint, and prints a table of the results.
 
   Samples that are already stored aren't drawn again.
 
-  names: the benchmarks, separated by commas.
+  Args:
+    run: the settings of the evaluation.
+    subjects: the checkpoints.
+    names: the benchmarks, separated by commas.
+    stop: called after each problem but the last one of a benchmark. It may raise an error to end the work; the samples
+      of all problems so far are then kept.
 
   Raises:
     ConfigError, DataError, EvalError, CheckpointError or VerifierError: a checkpoint, a setting, a benchmark or the
@@ -89,8 +96,10 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str) -> None:
       params = None
       for benchmark, file in zip(benchmarks, files[subject.step]):
         if file.missing and params is None:
-          params = restore(run, subject, mesh)
-        _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed)
+          with waiting(f'restoring step {subject.step}'):
+            params = restore(run, subject, mesh)
+        _fill(file, benchmark, samplers[benchmark.name], params, prompts[benchmark.name], tokenizer, verifier, c.seed,
+              stop)
   if first:
     print_table([file for some in files.values() for file in some])
   multihost.wait_for_all('sampled')  # process 0 may judge for longer than JAX would wait for it at the end
@@ -109,8 +118,8 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
     raise ConfigError(f'config.eval.sample.{error}') from None
 
 
-def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) -> None:
-  """Draws, judges and writes the samples that the file lacks.
+def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, stop=lambda: None) -> None:
+  """Draws, judges and writes the samples that the file lacks. See `sample` on `stop`.
 
   While the samples of one problem are judged, the device draws those of the next problems. Processes other than process
   0 have no verifier, and only take part in drawing.
@@ -121,12 +130,16 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
     return
   missing = [prompts[i] for i in file.missing]
   drawn = sampler(params, missing, samples=file.n, seed=seed, step=benchmark_key(benchmark.name))
+  counted = enumerate(drawn, 1)
   if not verifier:
-    collections.deque(drawn, maxlen=0)
+    for count, _ in counted:
+      if count < len(missing):
+        stop()
     return
   progress = _Progress(file)
-  with concurrent.futures.ThreadPoolExecutor(1) as judge:
-    waiting = collections.deque()
+  drawing = waiting(f'drawing {file.n} answers to each of {len(missing)} problems')
+  with concurrent.futures.ThreadPoolExecutor(1) as judge, drawing:
+    judging = collections.deque()
 
     def write(group: list[Sample]) -> None:
       lines = judged(group, benchmark.tasks[group[0].prompt_id], tokenizer, verifier)
@@ -134,12 +147,14 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed) 
       progress(lines)
 
     try:
-      for group in drawn:
-        waiting.append(judge.submit(write, group))
-        while waiting and (waiting[0].done() or len(waiting) > 8):
-          waiting.popleft().result()
-    finally:  # also after Ctrl-C: what is drawn is judged and kept
-      for future in waiting:
+      for count, group in counted:
+        judging.append(judge.submit(write, group))
+        while judging and (judging[0].done() or len(judging) > 8):
+          judging.popleft().result()
+        if count < len(missing):
+          stop()
+    finally:  # also if `stop` raises: what is drawn is judged and kept
+      for future in judging:
         future.result()
       file.close()
 
@@ -337,26 +352,34 @@ class SampleFile:
 
 
 def print_table(files: Sequence[SampleFile]) -> None:
-  """Prints a table of metrics. Avg@n, Cons@n and Pass@k are in percent, with 95 % intervals over problems."""
-  n = max(file.n for file in files)
-  ks = [k for k in (4, 16, 64) if k <= n]
-  titles = ('step', 'benchmark', 'problems', f'Avg@{n}', f'Cons@{n}', *(f'Pass@{k}' for k in ks), 'answers', 'tokens',
-            'truncated', 'undecided')
-  table = Table(*titles, box=None)
-  for column in table.columns[2:]:
-    column.justify = 'right'
+  """Prints a table of metrics for each benchmark, with one column per checkpoint, as many side by side as fit."""
+  console, width = Console(highlight=False, soft_wrap=True), columns()
+  of_benchmark: dict[str, list[SampleFile]] = {}
   for file in files:
-    with file.path.open('rb') as lines:
-      samples = collect(map(json.loads, lines))
-    m = samples.metrics()
-    shares = [m['avg_at_n'], m['cons_at_n'], *(m['pass_at_k'][:, k - 1] for k in ks)]
-    table.add_row(
-      str(file.about['step']), file.about['benchmark'], str(file.problems), *map(_percent, shares),
-      f'{m["distinct_answers"].mean():.1f}', f'{m["length_tokens"].mean():,.0f}',
-      f'{100 * m["truncated_share"].mean():.0f}%', str(samples.undecided))
-  console = Console()
-  console.width = max(console.width, 60 + 20 * len(titles))  # wide enough that lines don't wrap, also in a file
-  console.print(table)
+    of_benchmark.setdefault(file.about['benchmark'], []).append(file)
+  for name, all_steps in of_benchmark.items():
+    console.print(f'\n{name}: {all_steps[0].problems} problems, {all_steps[0].n} samples each\n'
+                  'percentages have 95 % intervals over problems', markup=False)
+    at_once = (width - _NAME_COLUMNS) // _STEP_COLUMNS if width else len(all_steps)
+    for start in range(0, len(all_steps), max(1, at_once)):
+      some = all_steps[start:start + max(1, at_once)]
+      found = [_metrics(file) for file in some]
+      table = Table('', *(f'step {file.about["step"]}' for file in some), box=None, padding=(0, 2, 0, 0))
+      for metric in found[0]:
+        table.add_row(metric, *(of_step[metric] for of_step in found))
+      console.print(table)
+
+
+def _metrics(file: SampleFile) -> dict[str, str]:
+  """Returns {metric: value} of a file, as the texts of the table."""
+  with file.path.open('rb') as lines:
+    samples = collect(map(json.loads, lines))
+  m = samples.metrics()
+  return {
+    f'Avg@{file.n}': _percent(m['avg_at_n']), f'Cons@{file.n}': _percent(m['cons_at_n']),
+    **{f'Pass@{k}': _percent(m['pass_at_k'][:, k - 1]) for k in (4, 16, 64) if k <= file.n},
+    'truncated': f'{100 * m["truncated_share"].mean():.0f} %', 'tokens': f'{m["length_tokens"].mean():,.0f}',
+    'distinct answers': f'{m["distinct_answers"].mean():.1f}', 'undecided verdicts': str(samples.undecided)}
 
 
 def _percent(values_P: np.ndarray) -> str:
@@ -386,6 +409,6 @@ class _Progress:
     self._shown = now
     about, rate = self._file.about, (now - self._start) / self._done
     before = self._file.problems - self._todo
-    print(f'step {about["step"]}  {about["benchmark"]}: problem {before + self._done} of {self._file.problems}  right '
-          f'{self._right / self._samples:.3f}  {self._tokens / (now - self._start):,.0f} tok/s  '
-          f'eta {duration(rate * (self._todo - self._done))}', flush=True)
+    print(fitted(f'step {about["step"]}  problem {before + self._done} of {self._file.problems}', [
+      f'right {self._right / self._samples:.3f}', f'eta {duration(rate * (self._todo - self._done))}',
+      f'{self._tokens / (now - self._start):,.0f} tok/s', about['benchmark']], columns()), flush=True)

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import data, model
 from betarank.configs.files import write_atomically
+from betarank.configs.terminal import columns, fitted, waiting
 from betarank.data import Batch
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun, make_mesh, read_tokenizer, restore
 from betarank.model.sharding import constrain
@@ -37,10 +38,12 @@ ENTROPY_BINS = 40  # bins of equal width in [0, log V]
 CONFIDENCE_BINS = 15  # bins of equal width in [0, 1], the usual number for ECE
 
 
-def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
+def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], None] = lambda: None) -> None:
   """Writes RUN/eval/probe/STEP.json for each checkpoint, and prints the main figures.
 
   A checkpoint is skipped if its file exists already and was made from the same tokens with the same settings.
+
+  stop: called before each checkpoint. It may raise an error to end the work.
 
   Raises:
     ConfigError, DataError, CheckpointError or EvalError: a checkpoint, a setting or the data can't be used.
@@ -63,10 +66,13 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef]) -> None:
       if there:
         say(f'{path}: is there already')
         continue
+      stop()
       began = time.perf_counter()
-      params, domains = restore(run, subject, mesh), {}
+      with waiting(f'restoring step {subject.step}'):
+        params, domains = restore(run, subject, mesh), {}
       for name in run.data.sources:
-        values_N = _gather(lambda batch, params=params: values(c, head, params, batch), run, name, mesh)
+        with waiting(f'step {subject.step}: predicting {name}'):
+          values_N = _gather(lambda batch, params=params: values(c, head, params, batch), run, name, mesh)
         if bad := int((~(values_N['valid'] & np.isfinite(values_N['logp']) & np.isfinite(values_N['entropy']))).sum()):
           raise EvalError(f'{subject.path}: {bad} of the {len(values_N["logp"])} tokens of {name} have a '
                           'log-probability or entropy that is no finite number')
@@ -221,11 +227,12 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """Returns a checkpoint's main figures on one domain as one line of text.
+  """Returns a checkpoint's main figures on one domain as one line of text, as many as fit on the terminal.
 
   name: the name of the domain.
   f: the domain's result of `figures`.
   """
-  return (f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats  {f["bits_per_byte"]:.4f} bits/byte  entropy '
-          f'{f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})  tail mass {f["tail_mass"]:.4f}  '
-          f'gap {f["top_gap_nats"]:.3f}  ece {f["ece"]:.4f}  {f["tokens"]:,} tokens')
+  return fitted(f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats', [
+    f'entropy {f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})', f'{f["bits_per_byte"]:.4f} bits/byte',
+    f'tail mass {f["tail_mass"]:.4f}', f'ece {f["ece"]:.4f}', f'top gap {f["top_gap_nats"]:.3f}',
+    f'{f["tokens"]:,} tokens'], columns())

@@ -6,6 +6,7 @@ import numpy as np
 
 from betarank.eval.explore.figures import figures
 from betarank.eval.loaded import Loaded, Sampling, sample
+from betarank.eval.token_texts import token_text
 from betarank.train.sampler import Sample
 
 
@@ -45,6 +46,7 @@ def table(loaded: Loaded, prompt: list[int], drawn: Sample) -> str:
   logp, rank, entropy = (x[len(prompt):len(prompt) + len(drawn.tokens)] for x in (f.logp, f.rank, f.entropy))
   lines = [f'{"token":>14}  {"p":>6}  {"rank":>5}  entropy, nats']
   for token, *values in zip(drawn.tokens.tolist(), np.exp(logp), rank + 1, entropy):
-    text = 'EOS' if token == loaded.tokenizer.eos else repr(loaded.tokenizer.decode([token]))
-    lines.append('{:>14}  {:6.4f}  {:5d}  {:6.4f}'.format(text, *values))
+    text = token_text(loaded.tokenizer, token)
+    whole = text == loaded.tokenizer.decode([token])  # no part of a character, and not EOS
+    lines.append('{:>14}  {:6.4f}  {:5d}  {:6.4f}'.format(repr(text) if whole else text, *values))
   return '\n'.join([*lines, f'mean: entropy {entropy.mean():.4f} nats, -log p {-logp.mean():.4f} nats'])

@@ -3,15 +3,20 @@ r"""betarank generate --checkpoint=RUN [--prompt=TEXT] [--samples=N] [--temperat
 Continues a text, and prints the tokens as they are drawn. RUN is a checkpoint, or a workdir, whose newest checkpoint
 is used. Without --prompt, each line of standard input is a prompt, until Ctrl-D. \n in a prompt stands for a line end:
 
-    betarank generate --checkpoint=runs/smoke/reasoning/beta=0 --prompt='Question: What is 3 + 4?\nSolution:'
+    betarank generate --checkpoint=runs/smoke/reasoning/beta=0 \
+        --prompt='Question: State the final answer to the following arithmetic problem: 3 + 4 =\nSolution:'
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+from rich.console import Console
+
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.stop import importing
+from betarank.configs.terminal import waiting
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,12 +45,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-  from betarank.eval import prompt
-  from betarank.eval.loaded import Sampling, load_model
+  with importing('starting JAX', Console(stderr=True)):
+    from betarank.eval import prompt
+    from betarank.eval.loaded import Sampling, load_model
 
   sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
-  loaded = load_model(args.checkpoint, args.tokenizer)
-  print(f'{loaded.name}, step {loaded.ref.step}, {loaded.objective}', file=sys.stderr, flush=True)
+  with waiting(f'loading {args.checkpoint}', Console(stderr=True)):
+    loaded = load_model(args.checkpoint, args.tokenizer)
+  print(f'{loaded.name}, step {loaded.ref.step}, {loaded.objective}; the first tokens take a few seconds, to compile',
+        file=sys.stderr, flush=True)
   texts = _lines() if args.prompt is None else [args.prompt]
   for number, text in enumerate(texts):
     prompt.generate(loaded, text.replace('\\n', '\n'), sampling, args.samples, number, args.entropy)

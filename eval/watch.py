@@ -23,6 +23,7 @@ from rich.text import Text
 
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.steps import planned_steps
 from betarank.configs.terminal import duration
 
 DEPTH = 6  # levels of folders that are searched for runs
@@ -111,9 +112,9 @@ def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
   """
   config, file = _object(path / 'config.json'), path / 'metrics.jsonl'
   lines = [line for line in _tail(file) if 'time/step_s' in line][-AVERAGED:]
-  steps = _steps(config)
+  last = _steps(config)
   if not lines:
-    return Row(name, launcher_s or 'starting', steps=steps)
+    return Row(name, launcher_s or 'starting', steps=last)
   step = lines[-1]['step']
   figures = {key: [float(line[key]) for line in lines if isinstance(line.get(key), int | float)] for key in (
     'train/ce_nats', 'train/entropy_nats', 'train/pass_rate', 'time/tokens_per_s', 'time/step_s')}
@@ -122,21 +123,19 @@ def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
   step_s, every = median('time/step_s'), (config.get('checkpoint') or {}).get('every_steps', 1)
   quiet = max(QUIET_S, 5 * step_s, (3 * every * step_s if '://' in str(path) else 0))
   age = time.time() - file.stat().mtime
-  finished = steps is not None and step >= steps
+  finished = last is not None and step >= last
   state = 'finished' if finished else 'running' if age < quiet else 'stopped'
   if launcher_s in ('failed', 'skipped') and state == 'stopped':
     state = launcher_s
-  left = (steps - step) * step_s if state == 'running' and steps else math.nan
-  return Row(name, state, step, steps, mean('train/ce_nats'), mean('train/entropy_nats'), mean('train/pass_rate'),
+  left = (last - step) * step_s if state == 'running' and last else math.nan
+  return Row(name, state, step, last, mean('train/ce_nats'), mean('train/entropy_nats'), mean('train/pass_rate'),
              median('time/tokens_per_s'), left)
 
 
 def _steps(config: dict[str, Any]) -> int | None:
   """Returns the number of steps that a config asks for, or None if the config lacks the settings for it."""
   try:
-    if 'rl' in config:
-      return int(config['rl']['steps'])
-    return math.ceil(config['train']['tokens'] / (config['train']['batch_size'] * config['data']['sequence_length']))
+    return planned_steps(config)
   except (KeyError, TypeError, ValueError, ZeroDivisionError):
     return None
 

@@ -38,12 +38,12 @@ from rich.table import Table
 
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
-from betarank.configs.parser import Parser, unopened_place
-from betarank.configs.terminal import duration
+from betarank.configs.parser import Parser, install_hint, unopened_place
+from betarank.configs.stop import listening
+from betarank.configs.terminal import duration, waiting
 from betarank.launch import engine
 from betarank.launch.points import BETARANK, TRAINS, Point, check_workdirs, expand, local_files, resolved
 from betarank.runtime import workdir
-from betarank.runtime.stop import listening
 
 POLL_S = 0.2
 PROGRESS_EVERY_S = 60.0  # the time between lines of progress, if there is no terminal
@@ -378,7 +378,8 @@ def main(argv: Sequence[str]) -> None:
   args = _parse(argv)
   remote = '://' in args.root
   root = args.root.rstrip('/')
-  points = expand(args.config, root, args.only)
+  with waiting('resolving the config of every point'):
+    points = expand(args.config, root, args.only)
   console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 240)
   command, problems = local_command, local_files(points) if remote else []
   if args.on == 'tpu':
@@ -396,7 +397,7 @@ def main(argv: Sequence[str]) -> None:
   if problems:
     raise ConfigError(problems[0])
   if remote and not importlib.util.find_spec('gcsfs'):
-    raise ConfigError(f'--root={args.root}: a bucket needs gcsfs: pip install gcsfs')
+    raise ConfigError(f'--root={args.root}: a bucket needs gcsfs ({install_hint(root)})')
   check_workdirs(points)
 
   folder = pathlib.Path('runs/sweeps') / root.partition('://')[2] if remote else pathlib.Path(root)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser, place
-from betarank.configs.terminal import waiting
+from betarank.configs.stop import importing
 from betarank.runtime.flags import add_run_flags
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
   if not args.workdir:
     raise ConfigError('betarank rl: missing --workdir')
 
-  with waiting('starting JAX'):
+  with importing('starting JAX'):
     from betarank.rl import loop  # imported after the config was checked, because this takes seconds
     from betarank.runtime import job
 
@@ -53,9 +53,10 @@ def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDic
   source = overrides.get('train.init_from') or config.train.get('init_from')
   if not source:
     return config
-  from betarank.runtime import checkpoint
-  from betarank.train import setup
-  from betarank.train.inherit import inherit_model
+  with importing('starting JAX'):
+    from betarank.runtime import checkpoint
+    from betarank.train import setup
+    from betarank.train.inherit import inherit_model
 
   if not args.workdir:
     run = checkpoint.find(source)

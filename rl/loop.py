@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.stop import StopSignal
 from betarank.rl import entropy, packing, policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
@@ -42,7 +43,6 @@ from betarank.runtime import checkpoint, job, wandb_board, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
-from betarank.runtime.stop import StopSignal
 from betarank.tasks import task_set
 from betarank.tasks.code_jail import Jail
 from betarank.tasks.task_set import Task, TaskSet
@@ -146,7 +146,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
-      'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'no problem',
+      'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'nothing',
       'mesh': setup.describe_mesh(mesh),
       'run': setup.describe_length(beginning, run.steps, root)})
     if start == run.steps:
@@ -188,7 +188,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
           warned.add(kind)
       checkpoints.check()
       job.note_step(step)
-      due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
+      due = setup.due(step, run.steps, stopping=stop(), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.evaluate:  # before saving, so that a checkpoint exists only if everything else of its step was written
         progress = evaluate(parts, state.params, progress, step, log)
@@ -318,7 +318,7 @@ def learn(
   for m, (batch, old_logps) in enumerate(zip(batches, old)):
     ref_logps = score_with(parts.reference, batch, False) if rl.loss.kl_weight else None
     chosen = cov_tokens(rl.loss, jax.random.fold_in(key, m), batch, old_logps) if rl.loss.cov else None
-    with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
+    with setup.no_implicit_transfers():
       state, sums, norm = parts.update(state, batch, old_logps if off_policy else None, ref_logps, chosen)
     found.append(functools.reduce(policy_losses.add, jax.device_get(sums)))
     losses.append(found[-1]['loss'] / max(found[-1]['count'], 1))
@@ -394,7 +394,7 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
     step, name, {f'avg_at_{rl.eval_samples}': average, 'standard_error': error},
-    f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems')
+    [f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems'])
   for group in groups[: run.log.samples]:
     log.sample(step, group.task.prompt, group.texts[0])
   return average
@@ -435,8 +435,8 @@ def describe_step(
 def describe_figures(values: dict[str, float]) -> list[str]:
   """Returns the figures to print for a step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
-  learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'gap {v["sampler_gap_mean"]:.1e}']
-             if 'grad_norm' in v else ['no update'])
+  learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}',
+              f'sampler gap {v["sampler_gap_mean"]:.0e}'] if 'grad_norm' in v else ['no update'])
   return [f'pass {v["pass_rate"]:.3f}', *learned[:1], f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%',
           *learned[1:], f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
           f'{v["tokens_per_s"]:,.0f} tok/s drawn']

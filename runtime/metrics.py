@@ -10,7 +10,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 
 from betarank.configs.files import write_atomically
-from betarank.configs.terminal import duration, progress_line, step_line
+from betarank.configs.terminal import duration, fitted, progress_line, step_line
 from betarank.runtime.wandb_board import WandbBoard
 
 # bfloat16 FLOP/s per chip without sparsity, from the vendors' data sheets. Keys are prefixes of
@@ -153,11 +153,11 @@ def describe(values: dict[str, float]) -> list[str]:
   return [*parts, f'wait {100 * v["input_wait_share"]:.1f}%']
 
 
-def describe_evaluation(source: str, values: dict[str, float]) -> str:
-  """Returns the line to print for the validation of one source."""
-  return (f'  eval {source}: ce {values["ce_nats"]:.4f} nats  {values["bits_per_byte"]:.4f} bits/byte  '
-          f'entropy {values["entropy_nats"]:.4f}  rank1 {values["rank1_accuracy"]:.3f}  '
-          f'tail mass {values["tail_mass"]:.4f}')
+def describe_evaluation(source: str, values: dict[str, float]) -> list[str]:
+  """Returns the texts to print for the validation of one source, the most important ones first."""
+  return [f'  eval {source}: ce {values["ce_nats"]:.4f} nats', f'entropy {values["entropy_nats"]:.4f}',
+          f'{values["bits_per_byte"]:.4f} bits/byte', f'rank1 {values["rank1_accuracy"]:.3f}',
+          f'tail mass {values["tail_mass"]:.4f}']
 
 
 class _Live(ProgressColumn):
@@ -248,14 +248,14 @@ class Log:
       self.say(step_line(step, self._steps, eta_s, figures, self._console.width if self._progress else None))
       self._scalars(step, values)
 
-  def evaluation(self, step: int, source: str, values: dict[str, float], line: str) -> None:
-    """Records the figures of an evaluation as eval/SOURCE/NAME, and prints `line`."""
+  def evaluation(self, step: int, source: str, values: dict[str, float], parts: Sequence[str]) -> None:
+    """Records the figures of an evaluation as eval/SOURCE/NAME, and prints a line of as many of `parts` as fit."""
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}
     self._lines.write(step, named | self._elapsed())
     self._scalars(step, named)
-    self.say(line)
+    self.say(fitted(parts[0], parts[1:], self._console.width if self._progress else None))
 
   def sample(self, step: int, prompt: str, text: str) -> None:
     if self._active:

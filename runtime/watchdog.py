@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO
 
 from betarank.configs.errors import UserError
+from betarank.configs.stop import Stopped
 from betarank.runtime.rendezvous import EXIT_JOB_LOST, ProcessInfo
-from betarank.runtime.stop import Stopped
 
 HANG_S = 600.0  # after each such time without a step, the stacks of all threads are written to the process's log
 STALL_S = 7200.0  # after this time without a step, not counting the first step, the job ends

@@ -16,6 +16,7 @@ from betarank.__main__ import COMMANDS
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError
 from betarank.train.config import run_config
+from tests import newcomer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -123,6 +124,14 @@ def test_a_wrong_command_is_found(line):
   [words] = commands(line)
   with pytest.raises((AssertionError, ConfigError)):
     check(words)
+
+
+def test_a_newcomer_types_the_readme_s_commands():
+  """`python -m tests.newcomer` runs them."""
+  typed = [command for command in newcomer.commands(README) if not newcomer.reason_to_leave_out(command)]
+  assert [shlex.split(line, comments=True)[:2] for line in typed[:5]] == [
+    ['python3', '-m'], ['.', '.venv/bin/activate'], ['pip', 'install'], ['betarank', '--help'], ['make', 'smoke']]
+  assert len(typed) > 15 and any('\\\n' in command for command in typed)  # a command of several lines is one
 
 
 @pytest.mark.usefixtures('in_a_readers_folder')

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
 from betarank.configs.parser import Parser
-from betarank.configs.terminal import waiting
+from betarank.configs.stop import importing
 from betarank.runtime.flags import add_run_flags
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
   add_run_flags(parser)
   config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN, configure=_configure)
 
-  with waiting('starting JAX'):
+  with importing('starting JAX'):
     from betarank.runtime import job  # imported after the config was checked, because this takes seconds
     from betarank.train import loop
 
@@ -37,8 +37,9 @@ def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> Config
   config = load.read_stage(args.config, 'train')
   source = overrides.get('train.init_from', config.get('train', {}).get('init_from'))
   if source:
-    from betarank.train import setup
-    from betarank.train.inherit import inherit_model
+    with importing('starting JAX'):
+      from betarank.train import setup
+      from betarank.train.inherit import inherit_model
 
     trained = setup.parent_meta(epath.Path(args.workdir), source)
     inherit_model(config, trained, overrides)

@@ -3,13 +3,13 @@ values.
 """
 
 import dataclasses
-import math
 import re
 
 from ml_collections import ConfigDict
 
 from betarank.configs.sections import section
 from betarank.configs.settings import default
+from betarank.configs.steps import budget_steps
 from betarank.data import DataConfig
 from betarank.model import MeshConfig, ModelConfig
 from betarank.objectives import ObjectiveConfig
@@ -119,7 +119,7 @@ class RunConfig:
   @property
   def steps(self) -> int:
     """The number of optimizer steps: the token budget divided by the tokens per step, rounded up."""
-    return math.ceil(self.train.tokens / self.tokens_per_step)
+    return budget_steps(self.train.tokens, self.tokens_per_step)
 
 
 def run_config(config: ConfigDict) -> RunConfig:

@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.steps import budget_steps
+from betarank.configs.stop import StopSignal
 from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState
-from betarank.runtime.stop import StopSignal
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
 from betarank.train.optimizer import decay_start, make_optimizer, schedule
@@ -100,12 +101,12 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         batch = next(feed)
       with profile.at(step):
         placed = feed.to_devices(batch)
-        with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
+        with setup.no_implicit_transfers():
           state, sums = update(state, placed)
       recorder.dispatched(step, sums)
       checkpoints.check()
       job.note_step(step)
-      due = setup.due(step, run.steps, stopping=stop(step), eval_every=run.log.eval_every_steps,
+      due = setup.due(step, run.steps, stopping=stop(), eval_every=run.log.eval_every_steps,
                       save_every=run.checkpoint.every_steps)
       if due.save or due.evaluate:
         recorder.catch_up()  # fails if the loss isn't finite, so that such a state is never saved
@@ -139,7 +140,7 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
   if reached > run.steps:
     raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {root} has reached step '
                       f'{reached}; choose another workdir, or at least {reached * run.tokens_per_step} tokens')
-  decays = decay_start(run.optimizer, math.ceil(before / run.tokens_per_step))
+  decays = decay_start(run.optimizer, budget_steps(before, run.tokens_per_step))
   if run.train.tokens > before and reached > decays:
     kept = [step for step in steps if step <= decays]
     way = (f'start from the checkpoint before the decay in another workdir: --config.train.init_from='

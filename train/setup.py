@@ -5,6 +5,7 @@ A run begins from the newest checkpoint in its workdir. If there is none, it beg
 """
 
 import contextlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -22,11 +23,11 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import to_json
+from betarank.configs.stop import Stopped, StopSignal
 from betarank.configs.terminal import waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.state import TrainState, abstract_state, create_state
-from betarank.runtime.stop import Stopped, StopSignal
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
 SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; that of a large model takes minutes
@@ -315,7 +316,8 @@ def describe_model(c: model.ModelConfig) -> str:
 def describe_mesh(mesh: Mesh) -> str:
   """Returns the axes of the mesh and the devices, for `log_header`."""
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1) or 'one device'
-  return f'{axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {jax.process_count()} process(es)'
+  processes = f'{jax.process_count()} process{"es" if jax.process_count() > 1 else ""}'
+  return f'{axes} of {jax.device_count()} {jax.devices()[0].device_kind}, {processes}'
 
 
 def describe_length(beginning: Beginning, steps: int, root: Any) -> str:
@@ -349,8 +351,17 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
   """
   log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:
-    log.say(f'curves:   tensorboard --logdir={root}')
+    install = '' if importlib.util.find_spec('tensorboard') else 'pip install tensorboard; '
+    log.say(f'curves:   {install}tensorboard --logdir={root}')
   log.say('try:      ' + shlex.join(['betarank', 'explore', *filter(None, [parent]), str(root)]))
+
+
+def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
+  """Forbids implicit transfers between host and devices in the block, which would make an update wait.
+
+  Without compilation (JAX_DISABLE_JIT), each operation transfers its constants, so then they are allowed.
+  """
+  return contextlib.nullcontext() if jax.config.jax_disable_jit else jax.transfer_guard('disallow')
 
 
 class Due(NamedTuple):
@@ -383,7 +394,7 @@ def stopped_before(log: Log, start: int, stop: StopSignal) -> None:
 
   start: the step that the run resumes after; 0 for a new run.
   """
-  if stop(start):
+  if stop():
     log.say('asked to stop before the next step; ' + (f'step {start} is saved' if start else 'nothing is lost')
             + ', and the same command ' + ('resumes from it' if start else 'starts again'))
     raise Stopped(stop.exit_status)

@@ -9,12 +9,15 @@ tokenizer.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from betarank.configs.errors import UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.stop import importing, leave
+from betarank.configs.terminal import waiting
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,19 +47,16 @@ def main(argv: Sequence[str]) -> None:
     raise UserError('--text and --problem are for --export=FILE.html; the page has fields for them')
   if args.top_k < 0:
     raise UserError(f'--top_k must be >= 1, or 0 for the one of the first run, got {args.top_k}')
-  try:
-    _run(args)
-  except KeyboardInterrupt:
-    from betarank.runtime import stop
-
-    print()
-    stop.leave(130 if args.export else 0)
+  _run(args)
+  if not args.export:
+    leave(0)  # a request that was interrupted may still be computed
 
 
 def _run(args: argparse.Namespace) -> None:
-  from betarank.eval.explore import views
-  from betarank.eval.loaded import load_model
-  from betarank.tasks.verifiers import Verifier, VerifierConfig
+  with importing('starting JAX'):
+    from betarank.eval.explore import views
+    from betarank.eval.loaded import load_model
+    from betarank.tasks.verifiers import Verifier, VerifierConfig
 
   models = []
   for path in args.run:
@@ -80,10 +80,11 @@ def _export(args: argparse.Namespace, explorer: Any) -> None:
   from betarank.eval.loaded import Sampling
 
   sampling = Sampling(max_new_tokens=args.max_new_tokens)
-  if args.problem is not None:
-    view = explorer.problem(args.problem, args.samples, sampling)
-  else:
-    view = explorer.text(args.text.replace('\\n', '\n'), args.samples, sampling)
+  with waiting('compiling, predicting and sampling'):
+    if args.problem is not None:
+      view = explorer.problem(args.problem, args.samples, sampling)
+    else:
+      view = explorer.text(args.text.replace('\\n', '\n'), args.samples, sampling)
   write_atomically(epath.Path(args.export), page.exported(explorer.about(), view))
   print(f'{args.export}: written')
 
@@ -131,4 +132,6 @@ def _serve(args: argparse.Namespace, explorer: Any) -> None:
   with server:
     print(f'{server.url}\nCtrl-C ends. Only this machine can open the page; from another one: '
           f'ssh -L {server.server_address[1]}:127.0.0.1:{server.server_address[1]} HOST', flush=True)
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):  # the usual end
+      server.serve_forever()
+    print()

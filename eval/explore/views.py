@@ -4,6 +4,9 @@ A *passage* is a sequence of tokens with the predictions of each checkpoint. A *
 one passage for each continuation of the prompt:
 
     {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None}
+
+A passage also has the texts of tokens that are parts of a character, as they are shown beside the others: {position:
+text}.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from betarank.data.prepared import Documents
 from betarank.eval.config import EvalError
 from betarank.eval.explore.figures import Figures, figures
 from betarank.eval.loaded import Loaded, Sampling, sample
+from betarank.eval.token_texts import texts_of, token_text
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verifier
 
@@ -105,9 +109,9 @@ class Explorer:
                for one in sample(loaded, prompt, sampling, range(samples))]
       rows = [prompt, *([*prompt, *one.tokens.tolist()] for _, one in drawn)]
       found = list(zip(*(self._figures(loaded, rows) for loaded in self.models)))
-    view = {'text': text, 'prompt': passage(prompt, found[0], 0), 'problem': None}
+    view = {'text': text, 'prompt': self._passage(prompt, found[0], 0), 'problem': None}
     view['samples'] = [
-      {**passage(row, of_models, len(prompt)), 'by': m, 'finish': one.finish}
+      {**self._passage(row, of_models, len(prompt)), 'by': m, 'finish': one.finish}
       for (m, one), row, of_models in zip(drawn, rows[1:], found[1:])]
     if task:
       texts = [self._tokenizer.decode(one.text_tokens) for _, one in drawn]
@@ -116,6 +120,13 @@ class Explorer:
       view['problem'] = {'question': task.question, 'reference': task.reference, 'id': task.id}
     view['vocabulary'] = self._vocabulary([view['prompt'], *view['samples']])
     return view
+
+  def _passage(self, row, of_models, start):
+    """Returns the passage of row[start:]. of_models: the figures of each checkpoint for the whole row."""
+    tokens = [int(token) for token in row[start:]]
+    texts = {i: text for i, (token, text) in enumerate(zip(tokens, texts_of(self._tokenizer, tokens)))
+             if text != token_text(self._tokenizer, token)}
+    return {'tokens': tokens, 'texts': texts, 'figures': [_rounded(f, start) for f in of_models]}
 
   def _figures(self, loaded, rows):
     found = figures(loaded, rows, self.top_k)
@@ -151,37 +162,12 @@ def labels(models: Sequence[Loaded]) -> list[str]:
   return [name(*pair) for pair in zip(models, short)]
 
 
-def passage(row: Sequence[int], of_models: Sequence[Figures], start: int) -> dict[str, Any]:
-  """Returns the tokens row[start:] with the predictions of each checkpoint, as JSON values for the page.
-
-  of_models: the figures of each checkpoint for the whole row.
-  """
-  return {'tokens': [int(token) for token in row[start:]], 'figures': [_rounded(f, start) for f in of_models]}
-
-
 def _rounded(f: Figures, start: int) -> dict[str, Any]:
   """Returns the figures from token `start` on, as JSON values with four significant digits."""
   number = lambda x: float(f'{x:.4g}')
   values = {name: [number(x) for x in getattr(f, name)[start:]] for name in ('logp', 'entropy', 'head', 'tail')}
   return {**values, 'rank': f.rank[start:].tolist(), 'top': f.top[start:].tolist(),
           'top_logp': [[number(x) for x in row] for row in f.top_logp[start:]]}
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-  """Returns the text that the page shows for a token.
-
-  EOS is '<end>'. A token with incomplete UTF-8 is shown by its bytes, such as '<E2><82>'. A token without any bytes is
-  shown by its id, such as '<5>'.
-  """
-  if token == tokenizer.eos:
-    return '<end>'
-  found = tokenizer.token_bytes[token] if token < tokenizer.vocab_size else b''
-  if not found:
-    return f'<{token}>'
-  try:
-    return found.decode()
-  except UnicodeDecodeError:
-    return ''.join(f'<{byte:02X}>' for byte in found)
 
 
 def open_sources(loaded: Loaded) -> dict[str, Documents]:

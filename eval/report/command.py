@@ -9,7 +9,6 @@ minute, until Ctrl-C.
 """
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from etils import epath
 
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.parser import Parser, place
+from betarank.configs.terminal import waiting
 from betarank.eval.report.arms import read_sweep
 from betarank.eval.report.sections import Report, write_over
 
@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   out = args.out or ''
   try:
-    print(f'report: {write_report(args.root, out)}', flush=True)
+    with waiting('reading the runs, and drawing'):
+      path = write_report(args.root, out)
+    print(f'report: {path}' + (f', written again every {EVERY_S:.0f} s until Ctrl-C' if args.watch else ''), flush=True)
     while args.watch:
       time.sleep(EVERY_S)
       write_report(args.root, out)
   except OSError as error:
     raise UserError(str(error)) from None
-  except KeyboardInterrupt:
-    sys.exit(130)

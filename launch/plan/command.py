@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from betarank.configs import load, settings
 from betarank.configs.parser import Parser
+from betarank.configs.stop import importing
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
   _configure_libtpu(folder, not args.no_bundles)
 
-  from betarank.launch.plan import chips, plans, report, search, workload  # after the environment was set, for JAX
+  with importing('starting JAX'):
+    from betarank.launch.plan import chips, plans, report, search, workload  # after the environment was set, for JAX
   say = (lambda text: print(text, file=sys.stderr)) if args.json else print
   try:
     work = workload.workload(config)

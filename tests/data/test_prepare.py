@@ -333,6 +333,26 @@ def test_a_packed_file_resumes_after_its_last_whole_piece(config, corpus, tmp_pa
   assert len(tokenized) == 400 - sum(piece._documents for piece in closed)
 
 
+@pytest.mark.parametrize('workers', [1, 2])
+def test_asked_to_stop_it_ends_after_a_piece_and_resumes(workers, config, tmp_path, monkeypatch):
+  """Workers don't see a patched PIECE_BYTES, so their units of one piece are what they finish."""
+  monkeypatch.setattr(sources, 'UNIT_BYTES', 4000)
+  monkeypatch.setattr(worker, 'PIECE_BYTES', 1500)
+  whole, stopped = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'stopped'))
+  prepare_source(whole, 'a', workers=workers)
+  seen = []
+  # Asked after the first report that has documents.
+  asked = lambda: bool(seen) and seen[-1].documents > 0
+  assert not prepare.prepare_part(stopped, 'a', workers=workers, report=seen.append, asked=asked)
+  assert 0 < seen[-1].documents < 400 and seen[-1].units_done < seen[-1].units
+  with pytest.raises(DataError, match='units are not prepared yet'):
+    prepare.finish(stopped, 'a')
+  assert prepare.prepare_part(stopped, 'a', workers=workers, asked=lambda: False)
+  prepare.finish(stopped, 'a')
+  assert contents(whole.dir) == contents(stopped.dir)
+  assert prepare.prepare_part(stopped, 'a', workers=workers, asked=lambda: True)  # nothing is left to stop
+
+
 def test_missing_and_damaged_data(prepared_config, tmp_path):
   empty = dataclasses.replace(prepared_config, dir=str(tmp_path), tokenizer=prepared_config.tokenizer_path)
   with pytest.raises(DataError, match=r"source 'a' is not prepared; run: betarank data prepare --config="):
@@ -473,7 +493,7 @@ def test_workers_follow_a_killed_parent(config, tmp_path):
     'if __name__ == "__main__":\n'
     f'  job = prepare.Job("a", {only(config)!r}, "unused")\n'
     '  spawn = multiprocessing.get_context("spawn")\n'
-    '  pool = concurrent.futures.ProcessPoolExecutor(1, spawn, prepare._start_worker, (job, None))\n'
+    '  pool = concurrent.futures.ProcessPoolExecutor(1, spawn, prepare._start_worker, (job, None, None))\n'
     '  print(pool.submit(os.getpid).result(), flush=True)\n'
     '  os.kill(os.getpid(), signal.SIGKILL)\n')
   out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)

@@ -1,5 +1,6 @@
 """Sampling loses and repeats nothing, whatever happens to it, and what it stores is what the verifier saw."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -105,7 +106,7 @@ def test_a_line_cut_just_before_its_end_spoils_no_other(undisturbed, run_dir):
 
 
 def table(out):
-  return out[out.index('benchmark'):]
+  return out[out.index(f'{PROBLEMS} problems, {N} samples'):]
 
 
 def opened(run_dir, writes=True, **overrides):
@@ -133,6 +134,28 @@ def test_other_processes_draw_what_process_0_lacks_and_change_no_file(undisturbe
   undisturbed[0].write_text(before)
 
 
+@pytest.mark.parametrize('allowed, want', [(2, 'bcd'), (9, 'bcde')])
+def test_asked_to_stop_it_keeps_what_is_drawn(allowed, want, monkeypatch):
+  """It isn't asked after the last problem, when nothing is left to stop."""
+  line = {'verdict': 'right', 'tokens': 3, 'finish': 'stop'}
+  monkeypatch.setattr(generate, 'judged', lambda group, *_: [line | {'problem': group[0].prompt_id}] * N)
+  written, calls = [], []
+  file = types.SimpleNamespace(missing=[1, 2, 3, 4], problems=5, n=N, about={'benchmark': URI, 'step': 8},
+                               close=lambda: written.append('closed'),
+                               append=lambda lines: written.append('abcde'[lines[0]['problem']]))
+
+  def stop():
+    calls.append(1)
+    if len(calls) > allowed:
+      raise SystemExit(130)
+
+  sampler = lambda params, prompts, **_: ([types.SimpleNamespace(prompt_id=p)] for p in prompts)
+  benchmark = types.SimpleNamespace(name=URI, tasks=range(5))
+  with pytest.raises(SystemExit) if allowed < 3 else contextlib.nullcontext():
+    generate._fill(file, benchmark, sampler, None, range(5), None, 'a verifier', 0, stop)
+  assert written == [*want, 'closed'] and len(calls) == 3
+
+
 @pytest.mark.slow
 def test_two_processes_draw_the_samples_of_one(undisturbed, run_dir):
   """They also go on where one process has stopped."""
@@ -146,6 +169,26 @@ def test_two_processes_draw_the_samples_of_one(undisturbed, run_dir):
   exact = lambda found: [{key: line[key] for key in line if key != 'logp'} for line in found]
   assert exact(in_order(path)) == exact(want) and table(out) == table(undisturbed[1]) and 'problem' not in silent
   np.testing.assert_allclose([line['logp'] for line in in_order(path)], [line['logp'] for line in want], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_one_of_two_processes_ends_both_after_a_problem(undisturbed, run_dir):
+  path = undisturbed[0]
+  want = in_order(path)
+  path.unlink()
+  job = [f'--coordinator=127.0.0.1:{runs.free_port()}', '--processes=2', '--config.train.mesh.fsdp=2']
+  pair = [betarank('eval', 'sample', f'--checkpoint={run_dir}', f'--benchmark={URI}', *SMALL, *job,
+                   f'--process_id={i}') for i in range(2)]
+  while pair[0].poll() is None and (not path.exists() or path.read_text().count('\n') < 2 * N):
+    time.sleep(0.005)
+  pair[1].send_signal(signal.SIGINT)
+  (first, out, _), (second, _, err) = runs.finish(pair)
+  assert (first, second) == (143, 130), (out, err)
+  assert 'asked to stop: results so far are kept' in out and 'stopping after this problem' in err
+  assert 2 * N <= len(lines(path)) < PROBLEMS * N and len(lines(path)) % N == 0
+  assert finish(start(run_dir))[0] == 0
+  exact = lambda found: [{key: line[key] for key in line if key != 'logp'} for line in found]
+  assert exact(in_order(path)) == exact(want)
 
 
 def test_other_settings_are_not_mixed_in(undisturbed, run_dir):

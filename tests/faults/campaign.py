@@ -59,6 +59,9 @@ class Campaign:
       Kind('eval', 0, ('eval', 'sample', '--checkpoint={workdir}', f'--benchmark={SUMS}',
                        '--config.eval.sample.problems=24', '--config.eval.sample.samples=4',
                        '--config.eval.sample.max_new_tokens=24', '--config.eval.sample.decode_batch_size=8'), of='rl'),
+      Kind('probe', 0, ('eval', 'probe', '--checkpoint={workdir}', '--all', '--config.eval.probe.rows=8'), of='train'),
+      Kind('data', 0, ('data', 'prepare', '--config=tests/tiny.py:dir={workdir}/prepared', '--workers=2',
+                       '--config.data.sources.main.max_documents=20000')),
       Kind('sweep', 0, ('sweep', '--config=tests/tiny_sweep.py:dir={workdir}/data,arms=1', '--root={workdir}',
                         '--parallel=2')),
     )}
@@ -175,14 +178,13 @@ class Campaign:
   def check_same(self, kind: Kind, workdir: pathlib.Path, all_kept: bool = True) -> None:
     """Compares to the last bit: all metrics but times, samples, every array and cursor, and the names of all files.
 
-    all_kept: compares the checkpoints before the last one too.
+    all_kept: compares the checkpoints before the last one of each run too.
     """
     if kind.name not in self._expected:
       self._expected[kind.name] = contents(self.undisturbed(kind))
     got, want = contents(workdir), self._expected[kind.name]
     if not all_kept:
-      earlier = lambda name: 'checkpoints/' in name and not name.endswith(f'checkpoints/{kind.steps}')
-      got, want = ({name: x for name, x in found.items() if not earlier(name)} for found in (got, want))
+      got, want = without_earlier(got), without_earlier(want)
     for name in sorted(want.keys() | got.keys()):
       assert name in got, f'{name} is missing'
       assert name in want, f'{name} is in no undisturbed run'
@@ -215,11 +217,24 @@ def contents(workdir: pathlib.Path) -> dict[str, object]:
         found[inside[1]] = checkpoint_contents(workdir / inside[1])
     elif path.name == 'metrics.jsonl':
       found[name] = metrics(path.parent)
+    elif name.startswith('prepared/'):
+      found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     elif path.suffix == '.jsonl':
       found[name] = sorted(path.read_text().splitlines())  # evaluations write in any order
     else:
       found[name] = 'present'
   return found
+
+
+def without_earlier(found: dict[str, object]) -> dict[str, object]:
+  """Returns `found` without the checkpoints of a run before its last one."""
+  last: dict[str, int] = {}
+  for name in found:
+    folder, _, step = name.rpartition('checkpoints/')
+    if step.isdigit():
+      last[folder] = max(last.get(folder, 0), int(step))
+  earlier = lambda folder, _, step: step.isdigit() and int(step) < last[folder]
+  return {name: x for name, x in found.items() if not earlier(*name.rpartition('checkpoints/'))}
 
 
 def checkpoint_contents(path: pathlib.Path) -> dict[str, object]:

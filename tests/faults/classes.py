@@ -78,6 +78,7 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
 
 # SIGKILL and SIGTERM
 
+AS_PYTHON_STARTS_S = 0.15  # Python's own start; no program can answer a Ctrl-C before it
 KILLS = 3  # per trial: more of them cost less than trials of their own, and the later ones hit a resumed run
 
 
@@ -184,6 +185,35 @@ def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
     raise Missed('it had ended before')
   assert all(code == 143 and 'Traceback' not in err for code, _, err in ends) and 'asked to stop' in ends[0][1], ends
   return c.resume(kind, workdir, [kind.name], all_kept=False)[0]  # its checkpoint takes the place of an earlier one
+
+
+def interrupted(name: str):
+  """Ctrl-C at a random moment, up to KILLS times, the later ones in the resumed run: status 130, one line.
+
+  It is sent as a terminal sends it, to all processes of the group.
+  """
+  def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
+    kind = c.kinds[name]
+    workdir = c.workdir(kind, place)
+    hits = []
+    for _ in range(KILLS):
+      [process] = c.launch(kind, workdir, start_new_session=True)
+      at = rng.uniform(AS_PYTHON_STARTS_S, kind.took_s)
+      with contextlib.suppress(Missed):
+        wait([process], lambda: True, at)
+        os.killpg(process.pid, signal.SIGINT)
+      code, out, err = c.finish(process)
+      if code == 0:
+        break
+      said = [line for line in err.splitlines() if line]
+      ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
+      notice = [line for line in said if line.startswith('stopping')]
+      assert code == 130 and len(ends) == 1 and len(notice) <= 1, f'exit {code} after {at:.2f} s: {err[-600:]}'
+      assert len(said) == len(notice) + (ends[0] in said), f'after {at:.2f} s: {err[-600:]}'
+      hits.append(re.split('[:;]', ends[0])[0])
+    return c.resume(kind, workdir, hits, all_kept=False)
+  fault.points = KILLS
+  return fault
 
 
 # Disks
@@ -416,6 +446,7 @@ CLASSES = {
   'sweep SIGKILL': (killed_sweep, 'sweep', 100),
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),
   'SIGTERM': (terminated, 'train', 50),
+  **{f'Ctrl-C in {name}': (interrupted(name), name, 100) for name in ('data', 'train', 'rl', 'eval', 'probe', 'sweep')},
   'full disk': (full_disk, 'train', 50),
   'read-only workdir': (read_only, 'train', 50),
   'damaged checkpoint': (damaged_checkpoint, 'train pair', 100),

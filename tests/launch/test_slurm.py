@@ -93,7 +93,7 @@ def test_two_processes_on_two_nodes_are_one_run(cluster, tmp_path):
                         '--config.log.samples=0'])
   process = start(cluster, tmp_path, 'two', command, '--nodes=2 --ntasks=2 --ntasks-per-node=1')
   assert process.wait(900) == 0, (tmp_path / 'two.log').read_text()
-  assert 'of 2 cpu, 2 process(es)' in (tmp_path / 'two.log').read_text()
+  assert 'of 2 cpu, 2 processes' in (tmp_path / 'two.log').read_text()
   assert checkpoint.find(str(tmp_path / 'run')).name == '12'
 
 

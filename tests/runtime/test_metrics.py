@@ -8,9 +8,17 @@ import jax
 import pytest
 from etils import epath
 
-from betarank.configs.terminal import progress_line, step_line
+from betarank.configs.terminal import fitted, progress_line, step_line
 from betarank.runtime import metrics
-from betarank.runtime.metrics import Clock, JsonLines, Log, describe, peak_flops, read_lines
+from betarank.runtime.metrics import (
+  Clock,
+  JsonLines,
+  Log,
+  describe,
+  describe_evaluation,
+  peak_flops,
+  read_lines,
+)
 
 FIGURES = {
   'train/loss_nats': 2.0, 'train/ce_nats': 1.9, 'train/entropy_nats': 1.8, 'train/rank1_accuracy': 0.5,
@@ -48,7 +56,7 @@ def test_log_writes_lines_samples_and_events_and_only_where_active(tmp_path, cap
     log = Log(epath.Path(tmp_path) / name, step=0, steps=4, every=2, tensorboard=True, active=active)
     for step in range(1, 5):
       log.train(step, FIGURES)
-    log.evaluation(4, 'main', {'bits_per_byte': 1.0}, '  eval main: fine')
+    log.evaluation(4, 'main', {'bits_per_byte': 1.0}, ['  eval main: fine'])
     log.sample(4, 'a', 'b')
     log.close()
   assert not (tmp_path / 'off').exists()
@@ -79,6 +87,16 @@ def test_the_live_line_has_bar_percentage_and_eta_at_any_width(width):
   assert line.startswith('━━━━╌╌╌╌╌╌╌╌╌╌╌╌  25%  eta 1:01:40  step  250/1000  loss 2.0000') and len(line) <= width
   assert width - len(line) < 16  # as many figures as have room
   assert len(step_line(250, 1000, 3700, figures, width)) <= width
+
+
+@pytest.mark.parametrize('width', [40, 80, 100, 140])
+def test_a_line_has_as_many_figures_as_fit(width):
+  start, *parts = describe_evaluation('main', {'ce_nats': 2.0971, 'bits_per_byte': 1.2861, 'entropy_nats': 2.124,
+                                               'rank1_accuracy': 0.519, 'tail_mass': 0.1424})
+  line = fitted(start, parts, width)
+  assert line.startswith('  eval main: ce 2.0971 nats') and len(line) <= width
+  assert ('rank1' in line) == (width >= 80) and ('tail mass' in line) == (width >= 100)
+  assert fitted(start, parts, None) == '  '.join([start, *parts])
 
 
 def test_a_terminal_keeps_the_step_lines(tmp_path, monkeypatch, capsys):

@@ -32,7 +32,7 @@ def run(workdir, start, stop, project='mine'):
             wandb=(project, {'seed': 7}))
   for step in range(start + 1, stop + 1):
     log.train(step, FIGURES)
-  log.evaluation(stop, 'main', {'bits_per_byte': 1.0}, '  eval main: fine')
+  log.evaluation(stop, 'main', {'bits_per_byte': 1.0}, ['  eval main: fine'])
   log.close()
 
 

@@ -16,7 +16,8 @@ def trained():
 def test_what_is_learned_is_taken_and_how_it_is_computed_is_not(trained):
   config = common.base()
   inherit_model(config, trained, {'optimizer.lr': '1', 'model.layers': '3'})
-  assert (config.model.layers, config.model.d_model, config.model.vocab_size) == (3, 128, 1024)
+  width = trained['config']['model']['d_model']
+  assert (config.model.layers, config.model.d_model, config.model.vocab_size) == (3, width, 1024)
   assert config.data.vocab_size == 1024 and config.model.remat_policy == 'none'
 
 

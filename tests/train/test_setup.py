@@ -4,6 +4,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
@@ -143,3 +144,12 @@ def test_without_a_save_in_flight_nothing_is_said(tmp_path, capsys):
     assert checkpoints.describe() == f'the last good checkpoint is {tmp_path}/checkpoints/1'
     raise ValueError
   assert capsys.readouterr().err == ''
+
+
+def test_transfers_are_allowed_only_without_compilation():
+  """Without it, each operation transfers its constants: JAX_DISABLE_JIT=1 betarank train is in the README."""
+  x = jnp.ones(3)
+  with setup.no_implicit_transfers(), pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+    _ = x + np.ones(3, np.float32)
+  with jax.disable_jit(), setup.no_implicit_transfers():
+    _ = x + np.ones(3, np.float32)

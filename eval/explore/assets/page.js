@@ -38,6 +38,10 @@ const colour = (m) => `var(--m${m % 4})`;
 const mean = (values) => values.reduce((a, b) => a + b, 0) / Math.max(values.length, 1);
 const clamp = (x) => Math.min(1, Math.max(0, x));
 const piece = (token) => view.vocabulary[token] ?? `<${token}>`;
+// The text that token i of a passage begins: '' if it only continues a character that an earlier token began.
+const textAt = (passage, i) => passage.texts[i] ?? piece(passage.tokens[i]);
+const textOf = (passage, from, to) =>
+  passage.tokens.slice(Math.max(0, from), to).map((_, n) => textAt(passage, Math.max(0, from) + n)).join('');
 const isSpecial = (text) => /^(<end>|<\d+>|(<[0-9A-F]{2}>)+)$/.test(text);
 const label = (m) => about.models[m].label.replace(/ = /g, '\u00a0=\u00a0');
 const dot = (m) => make('i', {class: 'dot', color: m});
@@ -110,8 +114,9 @@ function paint(node, passage, m, i) {
 function tokens(passage, m, withNext) {
   const box = make('div', {class: 'tokens'});
   passage.tokens.forEach((token, i) => {
-    const text = piece(token);
-    const node = make('span', {class: isSpecial(text) ? 't special' : 't'});
+    const text = textAt(passage, i);
+    const node = make('span', {class: text === '' ? 't part' : isSpecial(text) ? 't special' : 't'});
+    if (i in passage.texts) node.title = `${piece(token)}, with a part of a character`;
     if (text.includes('\n')) {
       node.append(make('span', {class: 'line-end'}, '↵'), text);
     } else {
@@ -191,6 +196,10 @@ function drawVerdict() {
     : 'Highlighted tokens are those where a model is ' + (measure === 'entropy' ? 'unsure what comes next' : 'surprised')
       + '. Choose one to see what each model expected there.'
       + (rows.length > 1 ? ' Entropies within 0.01 nats count as equal.' : '')));
+  if (rows.length > 1 && compare === 'each') {
+    words.append(make('button', {type: 'button', id: 'where', onclick: () => $('compare').querySelector(
+      'input[value=difference]').click()}, 'Show where'));
+  }
   const k = about.top_k;
   const titles = {
     '': '', 'cross-entropy, nats': 'mean of −log p of the tokens', 'entropy, nats': 'mean entropy before each token',
@@ -314,9 +323,9 @@ function drawLargest() {
   const all = view.prompt.tokens.map((_, i) => ({i, d: lead(f, g, i)}));
   const most = all.filter(({d}) => Math.abs(d) > 0.05).sort((a, b) => Math.abs(b.d) - Math.abs(a.d)).slice(0, 6);
   if (!most.length) return;
-  box.append(make('span', {class: 'soft'}, 'largest differences'));
+  box.append(make('span', {class: 'soft'}, 'largest differences, in the colour of the surer model'));
   for (const {i, d} of most.sort((a, b) => a.i - b.i)) {
-    const before = view.prompt.tokens.slice(Math.max(0, i - 3), i).map(piece).join('').slice(-10);
+    const before = textOf(view.prompt, i - 3, i).slice(-10);
     const surer = d > 0 ? 1 : 0;
     box.append(make('button', {type: 'button', class: 'chip', color: surer, onclick: () => choose(view.prompt, i),
       title: `${label(surer)} ${MEASURES[measure].surer}`},
@@ -424,7 +433,7 @@ function inspect() {
   if (!chosen) return;
   const {passage, at} = chosen;
   const target = at < passage.tokens.length ? passage.tokens[at] : null;
-  const before = passage.tokens.slice(Math.max(0, at - 12), at).map(piece).join('').slice(-60).replace(/\n/g, '↵');
+  const before = textOf(passage, at - 12, at).slice(-60).replace(/\n/g, '↵');
   const context = make('div', {class: 'context'}, before,
     make('b', {}, target === null ? '?' : visible(piece(target))));
   const buttons = make('div', {class: 'buttons'},
@@ -490,6 +499,8 @@ function bar(token, p, longest, isTarget) {
 
 // The server
 
+const COMPUTING = 'computing; the first text of its length takes a few seconds, as programs are compiled …';
+
 async function request(name, body, working) {
   const status = $('status');
   status.classList.remove('wrong');
@@ -531,7 +542,7 @@ async function ask(name, body, working) {
 function drawModels() {
   document.title = `${about.models.map((m) => m.label).join(' and ')} – betarank explore`;
   $('models').replaceChildren(...about.models.map((model, m) => make('li', {}, dot(m),
-    make('span', {class: 'name'}, label(m)),
+    make('span', {class: 'name'}, label(m)), ' ',
     make('small', {}, model.label.includes('step') ? model.name : `${model.name}, step ${model.step}`))));
   $('compare').hidden = about.models.length < 2;
 }
@@ -540,14 +551,14 @@ function listen() {
   const slow = 'sampling; the first time takes a while, as programs are compiled …';
   $('ask').addEventListener('submit', (event) => {
     event.preventDefault();
-    ask('text', {text: $('text').value}, 'computing …');
+    ask('text', {text: $('text').value}, COMPUTING);
   });
   $('text').addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) $('ask').requestSubmit();
   });
   $('continue').addEventListener('click', () => ask('continue', {text: $('text').value, ...sampling()}, slow));
   $('open-document').addEventListener('click', () => ask(
-    'document', {source: $('source').value, index: Number($('document').value)}, 'computing …'));
+    'document', {source: $('source').value, index: Number($('document').value)}, COMPUTING));
   $('open-problem').addEventListener('click', () => ask(
     'problem', {index: Number($('problem').value), ...sampling()}, slow));
 }
@@ -595,7 +606,7 @@ async function start() {
   $('problems').hidden = !about.task;
   if (about.task) $('problems').title = about.task.uri;
   if (Object.keys(about.sources).length) {
-    ask('document', {source: $('source').value, index: 0}, 'computing …');
+    ask('document', {source: $('source').value, index: 0}, COMPUTING);
   } else {
     $('text').focus();
   }

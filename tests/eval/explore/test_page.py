@@ -64,6 +64,9 @@ def test_a_text_is_shown_under_both_models_and_each_token_can_be_looked_into(bro
                         '[...list.querySelectorAll("li:not(.far)")].map((row) => Number(row.dataset.token)))')
     assert names == [f['top'][at] for f in view['prompt']['figures']]
     check_fits(browser)
+  click(browser, '#where')  # the differences in one panel, and a way back
+  assert len(shown(browser)) == 1 and not browser.run('return document.getElementById("where")')
+  click(browser, 'input[value=each]')
   for choice, panels in {'probability': 2, 'rank': 2, 'difference': 1, 'entropy': 1, 'each': 2}.items():
     click(browser, f'input[value={choice}]')
     assert len(shown(browser)) == panels

@@ -5,7 +5,7 @@ A command of many steps saves before it ends:
     with StopSignal(jax.process_count()) as stop:
       for step in steps:
         work(step)
-        if stop(step):
+        if stop():
           save(step)
           print(f'asked to stop: step {step} is saved; the same command resumes from it')
           raise Stopped(stop.exit_status)
@@ -16,6 +16,8 @@ can see that the command didn't finish. A second Ctrl-C ends the process at once
 Every command runs in `interruptible`. Inside the block of a StopSignal, the StopSignal handles the signals. Outside
 such a block, the first Ctrl-C raises KeyboardInterrupt, which ends the command with one line (configs/errors.py). The
 results that the command has written by then are complete, because each is written atomically.
+
+data, runtime and train need this module, so it is in configs, which every package may import.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Stopped(SystemExit):
@@ -39,7 +41,37 @@ def leave(status: int) -> NoReturn:
   """
   sys.stdout.flush()
   sys.stderr.flush()
+  _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+  for stream in (1, 2):
+    if os.isatty(stream):
+      os.write(stream, b'\x1b[?25h')  # shows the cursor, which a progress bar hides
   os._exit(status)
+
+
+@contextlib.contextmanager
+def importing(text: str, console: Any = None) -> Iterator[None]:
+  """Makes Ctrl-C end the process at once, with the line 'stopped' and status 130, and shows `text` on a terminal.
+
+  It is for imports, when there is nothing to save yet: a KeyboardInterrupt while an extension starts can crash the
+  process. It must be entered in the main thread.
+
+  console: the rich.console.Console that shows the text; None: that of standard output.
+  """
+  from betarank.configs.terminal import waiting
+
+  def end(*_):
+    print('\nstopped', file=sys.stderr)
+    leave(128 + signal.SIGINT)
+
+  handler = signal.signal(signal.SIGINT, end)
+  try:
+    with waiting(text, console):
+      yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
 
 
 class StopSignal:
@@ -49,17 +81,19 @@ class StopSignal:
   status for the process.
   """
 
-  def __init__(self, processes: int = 1, before_exit: Callable[[], None] = lambda: None):
+  def __init__(self, processes: int = 1, before_exit: Callable[[], None] = lambda: None, *, unit: str = 'step'):
     """Creates the context manager. Until it is entered, the signals keep their usual effect.
 
     Args:
       processes: the number of processes of the job. All processes must call this object after the same steps. Once one
         process has received a signal, the calls return True in all processes at the same step. With several processes,
-        jax.distributed must be initialized.
+        jax.distributed must be initialized, and there must be only one such object.
       before_exit: called when a second Ctrl-C is about to end the process, for example to end child processes. It runs
         in another thread.
+      unit: what the command finishes before it ends, for the line that the first Ctrl-C prints.
     """
-    self._processes, self._before_exit = processes, before_exit
+    self._processes, self._before_exit, self._unit = processes, before_exit, unit
+    self._calls = 0
     self._received: list[int] = []
 
   def __enter__(self):
@@ -76,15 +110,23 @@ class StopSignal:
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
-  def __call__(self, step: int = 0) -> bool:
-    """Returns True if the command must save and end now.
-
-    step: the number of the step, which is needed only in a job of several processes.
-    """
+  def __call__(self) -> bool:
+    """Returns True if the command must save and end now."""
     if self._processes == 1:
       return bool(self._received)
     from jax.experimental import multihost_utils
-    return multihost_utils.reached_preemption_sync_point(step)
+    self._calls += 1
+    return multihost_utils.reached_preemption_sync_point(self._calls)
+
+  def end_if_asked(self, kept: str) -> None:
+    """Ends a command that was asked to stop, by raising Stopped. Everything must be saved. All processes must call it.
+
+    kept: what was saved, for the line that process 0 prints.
+    """
+    if self():
+      if self._processes == 1 or _is_first():
+        print(f'asked to stop: {kept}', flush=True)
+      raise Stopped(self.exit_status)
 
   @property
   def exit_status(self) -> int:
@@ -94,10 +136,15 @@ class StopSignal:
   def _interrupted(self, count: int) -> None:
     if count > 1:
       self._before_exit()
-      os._exit(128 + signal.SIGINT)
-    print('stopping after this step; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
+      _exit(128 + signal.SIGINT)
+    print(f'stopping after this {self._unit}; Ctrl-C again ends at once, without saving', file=sys.stderr, flush=True)
     if self._processes > 1:
       os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_first() -> bool:
+  import jax
+  return jax.process_index() == 0
 
 
 @contextlib.contextmanager
@@ -126,7 +173,7 @@ def interruptible() -> Iterator[None]:
       return
     count += 1
     if count > 1:
-      os._exit(128 + signal.SIGINT)
+      _exit(128 + signal.SIGINT)
 
   def unraisable(error) -> None:
     nonlocal ignored

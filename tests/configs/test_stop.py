@@ -9,39 +9,50 @@ import time
 import pytest
 
 from betarank.configs.errors import run_main
-from betarank.runtime.stop import StopSignal, interruptible
+from betarank.configs.stop import Stopped, StopSignal, interruptible
 from tests.runs import betarank, finish, finish_well, free_port, python
 
 STEPS = '''
 import sys, time
-from betarank.runtime.stop import Stopped, StopSignal
+from betarank.configs.stop import Stopped, StopSignal
 with StopSignal() as stop:
   for step in range(1000):
     print('step', step, flush=True)
     time.sleep(0.05)
-    if stop(step):
+    if stop():
       print('saved', step)
       raise Stopped(stop.exit_status)
 '''
 # Nothing interrupts this hash: the main thread is in C code for years, as it is for minutes in a compilation.
 BUSY = '''
 import hashlib
-from betarank.runtime.stop import StopSignal
+from betarank.configs.stop import StopSignal
 with StopSignal(before_exit=lambda: print('children are ended', flush=True)):
   print('step 0', flush=True)
   hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
+'''
+# A KeyboardInterrupt would crash this import.
+IMPORT = '''
+import time
+from betarank.configs.stop import importing, interruptible
+with interruptible(), importing('starting'):
+  print('importing', flush=True)
+  try:
+    time.sleep(60)
+  except KeyboardInterrupt:
+    raise SystemError('the extension crashes')
 '''
 JOB = '''
 import sys, time
 import jax
 from betarank.runtime import job
-from betarank.runtime.stop import Stopped, StopSignal
+from betarank.configs.stop import Stopped, StopSignal
 job.initialize(job.locate(sys.argv[1], 2, int(sys.argv[2])), 60)
 with StopSignal(jax.process_count()) as stop:
   for step in range(10_000):
     print('step', step, flush=True)
     time.sleep(0.05)
-    if stop(step):
+    if stop():
       print('saved', step, flush=True)
       raise Stopped(stop.exit_status)
 '''
@@ -77,12 +88,24 @@ def test_the_second_ctrl_c_ends_at_once_even_in_c_code():
   assert code == 130 and out == 'children are ended\n'
 
 
+def test_a_command_that_was_asked_ends_with_what_is_kept(capsys):
+  with StopSignal(unit='problem') as stop:
+    stop.end_if_asked('results are kept')
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Stopped) as end:
+      stop.end_if_asked('results are kept')
+    until = time.monotonic() + 10
+    while not (err := capsys.readouterr().err) and time.monotonic() < until:  # another thread prints it
+      time.sleep(0.001)
+  assert end.value.code == 130 and err == 'stopping after this problem; Ctrl-C again ends at once, without saving\n'
+
+
 def test_signals_act_as_before_after_the_block():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   with StopSignal() as stop:
-    assert not stop(0)
+    assert not stop()
     signal.raise_signal(signal.SIGTERM)
-    assert stop(0) and stop(1) and stop.exit_status == 143
+    assert stop() and stop() and stop.exit_status == 143
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
   assert signal.set_wakeup_fd(-1) == -1
 
@@ -130,6 +153,13 @@ def test_ctrl_c_ends_with_one_line(work, capsys):
   assert sys.unraisablehook is hook and signal.set_wakeup_fd(-1) == -1
 
 
+def test_ctrl_c_in_an_import_ends_at_once():
+  process = python('-c', IMPORT)
+  process.stdout.readline()
+  process.send_signal(signal.SIGINT)
+  assert finish([process], timeout=60) == [(130, '', '\nstopped\n')]
+
+
 def test_an_error_without_ctrl_c_is_itself():
   with pytest.raises(ImportError), interruptible():
     raise ImportError
@@ -145,9 +175,11 @@ def test_the_line_says_what_is_kept(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('after', ['training a tokenizer', 'trained in'])
-def test_data_is_prepared_on_after_ctrl_c(after, tmp_path):
-  """It is stopped as a terminal does it: all processes of its group get the signal."""
+@pytest.mark.parametrize('after, status, said', [
+  ('training a tokenizer', 130, 'stopped; what is prepared is kept, and the same command resumes'),
+  ('trained in', 0, 'stopping after this piece of up to 128 MB; Ctrl-C again ends at once, without saving')])
+def test_data_is_prepared_on_after_ctrl_c(after, status, said, tmp_path):
+  """All processes of its group get the signal, as from a terminal. In the second case only pieces are left to do."""
   for name in 'ab':
     texts = (' '.join(f'{name}{i * k % 9973}' for k in range(60)) for i in range(20_000))
     (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
@@ -160,8 +192,7 @@ def test_data_is_prepared_on_after_ctrl_c(after, tmp_path):
   time.sleep(1)
   os.killpg(process.pid, signal.SIGINT)
   [(code, _, err)] = finish([process], timeout=60)
-  assert code in (130, -signal.SIGINT) and 'Traceback' not in err
-  assert err.splitlines()[-1] == 'stopped; what is prepared is kept, and the same command resumes'
+  assert code == status and 'Traceback' not in err and err.splitlines()[-1] == said
   for folder in ('data', 'undisturbed'):
     finish_well([betarank(*command, f'--config.data.dir={tmp_path}/{folder}')])
   manifests = [json.loads((tmp_path / folder / 'two' / '1.0.0' / 'manifest.json').read_text()) for folder in

@@ -1,0 +1,24 @@
+"""Computes the number of steps of a run from its config.
+
+Commands that only show runs use this module too, because importing it doesn't import JAX.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def budget_steps(tokens: int, tokens_per_step: int) -> int:
+  """Returns the number of steps of pre-training that use up a budget of `tokens`. The last step may exceed it."""
+  return math.ceil(tokens / tokens_per_step)
+
+
+def planned_steps(config: Mapping[str, Any]) -> int:
+  """Returns the last step of the run with this resolved config, of `betarank train` or `betarank rl`.
+
+  Raises:
+    KeyError, TypeError, ValueError or ZeroDivisionError: the config lacks a value, or has one of the wrong kind.
+  """
+  if 'rl' in config:
+    return int(config['rl']['steps'])
+  return budget_steps(config['train']['tokens'], config['train']['batch_size'] * config['data']['sequence_length'])
