@@ -8,10 +8,10 @@ The runs of the compared functions are interleaved. For each function, the faste
 seconds and in CPU seconds. On a shared machine, CPU seconds vary less. tokamax (pip install tokamax) is timed if it is
 installed.
 
-With --tpu, the functions are only compiled, ahead of time (pip install "jax[tpu]"). Temporary memory is then what the
-compiler reports. Times are predicted from the compiled programs as in `betarank plan`, for bfloat16. `allocated` is the
-size of the program's one temporary allocation, from the compiler's buffer assignment; the temp size of memory_analysis
-counts the logits of a chunk twice.
+With --tpu, the functions are only compiled, ahead of time (pip install "jax[tpu]"). Times are predicted from the
+compiled programs as in `betarank plan`, for bfloat16. There are two figures for temporary memory. `allocated` is the
+size of the program's one temporary allocation, from the compiler's buffer assignment. `temp` comes from JAX's
+memory_analysis, and counts the logits of a chunk twice.
 """
 # N tokens  D width  V vocabulary
 

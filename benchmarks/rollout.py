@@ -1,8 +1,12 @@
 """Times sampling, compared with google-tunix, with transformers, and with simpler variants of betarank's sampler.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
-    python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1   # in two processes, if a card
-    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1        # can hold only one of them
+    python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1
+    python -m benchmarks.rollout --size=1b --only=theirs --repeats=1
+
+--only selects what to time: `ours` is betarank's sampler, `theirs` are tunix and transformers, and the functions
+`refill` and `prefill` describe the others. If a card can't hold the models of all packages at the same time, time
+`ours` and `theirs` in two processes, as in the last two commands.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
 1.05B, or a mixture of experts with 2.1B. Variants whose package isn't installed are left out (pip install google-tunix

@@ -2,8 +2,8 @@
 
     python -m benchmarks.verifiers [pairs] [golds] [speed] [hostile] [--data=../shared/data] [--workers=2]
 
-pairs: judged pairs, from tests/tasks/pairs.tsv and, if it exists, DATA/judge/pairs.tsv. Prints the number of wrong
-verdicts, by betarank and by math-verify's parse and verify alone.
+pairs: pairs of a reference and an answer whose right verdict is known, from tests/tasks/pairs.tsv and, if it exists,
+DATA/judge/pairs.tsv. Prints how many wrong verdicts betarank gives, and how many math-verify's parse and verify alone.
 golds: every reference of Minerva, OlympiadBench and MATH-500, compared with itself in other notations
 (benchmarks/notations.py), and with the other references that look most similar.
 speed: the references of GSM8K, MATH-500, AIME 2024 and AMC 2023, compared with the final answers of their own worked
@@ -127,7 +127,7 @@ def boxed(answer: str, gold: str) -> tuple[str, Task]:
 
 
 def pairs(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints the number of wrong verdicts on files of judged pairs."""
+  """Prints the number of wrong verdicts on pairs of a reference and an answer whose right verdict is known."""
   print(f'{"pairs":28}{"":14}{"right":>8}{"wrong":>8}{"false right":>14}{"false wrong":>14}{"undecided":>12}')
   for path in (ROOT / 'tests' / 'tasks' / 'pairs.tsv', data / 'judge' / 'pairs.tsv'):
     if not path.is_file():
@@ -175,8 +175,9 @@ def golds(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def _nearest(gold: str, references: list[str], count: int = 3) -> list[str]:
-  """Returns the other references whose texts are most similar to `gold`. References that differ only in layout are left
-  out.
+  """Returns the `count` other references whose texts are most similar to `gold`.
+
+  References that differ from `gold` only in layout, such as spaces and delimiters, are left out.
   """
   bare = lambda text: re.sub(r'[\s${}]|\\left|\\right|\\!', '', text).lstrip('+')
   others = [other for other in references if bare(other) != bare(gold)]
@@ -184,7 +185,11 @@ def _nearest(gold: str, references: list[str], count: int = 3) -> list[str]:
 
 
 def speed(data: pathlib.Path, config: VerifierConfig) -> None:
-  """Prints verdicts and seconds for worked solutions: as RL grades them, by workers alone, and by math-verify alone."""
+  """Prints verdicts and seconds on each set of problems.
+
+  Worked solutions are graded as in RL, and then by math-verify alone. References are graded by worker processes only.
+  For gsm8k_train, the solutions are only graded as in RL.
+  """
   for name in SETS if (data / 'reasoning').is_dir() else ():
     items = gold(data / 'reasoning', name)
     with Verifier(config) as verifier:

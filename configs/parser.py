@@ -108,7 +108,7 @@ def place(text: str) -> str:
 def unopened_place(text: str) -> str:
   """Returns what `place` returns, without checking that the package for the path's bucket is installed.
 
-  Use this function for paths that this process may only pass on to another process.
+  Use this function for a path that this process might not open itself, but pass on to another process.
 
   Raises:
     argparse.ArgumentTypeError: the path is empty, or looks like a misspelt bucket.
@@ -140,7 +140,7 @@ def not_a_place(text: str) -> str:
 def at_home(text: str) -> str:
   """Returns a path, or a URI such as text:~/books/*.txt, with `~` at the start of the path replaced.
 
-  The shell replaces `~` only at the start of a word, so it doesn't replace it in --workdir=~/runs.
+  This is needed for --workdir=~/runs, because the shell replaces `~` only at the start of a word.
   """
   home = _HOME.match(text)
   return text[:home.end()] + os.path.expanduser(text[home.end():]) if home else text

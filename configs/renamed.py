@@ -23,8 +23,9 @@ RENAMED = {
 }
 # New key -> old value -> new value.
 VALUES = {'rl.truncated_reward': {'wrong': 'zero', 'left_out': 'masked'}}
-# Keys that were removed from RL configs, because `betarank rl` never read them.
-NOT_IN_RL = ('objective', 'data.dir', 'data.vocab_size', 'data.sources', 'data.validation_fraction',
+# Keys that were removed from RL configs: `rl.microbatches`, because microbatches now follow from the tokens, and the
+# others because `betarank rl` never read them.
+NOT_IN_RL = ('rl.microbatches', 'objective', 'data.dir', 'data.vocab_size', 'data.sources', 'data.validation_fraction',
              'data.sequence_length', 'data.document_bytes', 'data.held_out_fraction', 'train.tokens',
              'train.batch_size', 'train.microbatches', 'train.init_what', 'log.eval_batches', 'log.sample_tokens',
              'log.head_tail_mass')

@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
   Attributes:
     default: the value if no config changes it. Overrides must have the type of this value.
-    role: IDENTITY, DATA, EXECUTION, LENGTH or REPORTING.
+    role: what the setting affects: IDENTITY, DATA, EXECUTION, LENGTH or REPORTING. Comments in this file explain them.
     help: what the setting means, with its unit and the possible values.
   """
 
@@ -202,8 +202,8 @@ RL_SECTION = dict(
   steps=S(1000, LENGTH, 'RL steps'),
   prompts_per_step=S(128, IDENTITY, 'prompts to learn from per step, each with a group of samples'),
   group_size=S(16, IDENTITY, 'samples per prompt'),
-  max_resampling_rounds=S(3, IDENTITY, 'dynamic sampling: limit on the draws per step, the first included; each draw '
-                          'replaces the zero-variance groups of the one before'),
+  max_resampling_rounds=S(3, IDENTITY, 'dynamic sampling: a zero-variance group is replaced, its replacement too, and '
+                          'so on, up to this number of groups, the first included'),
   max_prompt_tokens=S(1024, IDENTITY, 'longest prompt, in tokens'),
   max_new_tokens=S((8192, 16_384), IDENTITY, 'longest answer, in tokens, one number per phase'),
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),
@@ -220,7 +220,8 @@ RL_SECTION = dict(
   repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '
                          'are asked again in this share of their turns, and passed over in the others; 1: no filter'),
   minibatches=S(1, IDENTITY, 'updates per step; 1 is on-policy. The paper leaves it open'),
-  microbatches=S(1, EXECUTION, 'parts in which an update is computed one after the other, to save memory'),
+  microbatch_tokens=S(0, EXECUTION, 'tokens of an update that a device computes at the same time; 0: 4096. At '
+                      'least those of the longest prompt and answer'),
   eval_prompts=S(64, REPORTING, 'problems per evaluation'),
   eval_samples=S(16, REPORTING, 'samples per problem of an evaluation'),
   eval_tasks=S({}, REPORTING, 'more problems to evaluate on, name -> uri (in the form of rl.task.uri), such as '

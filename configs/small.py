@@ -46,7 +46,7 @@ def _rl(a):
   c.optimizer.update(lr=5e-5, b2=0.99, warmup_steps=0, weight_decay=0.0)
   c.log.update(every_steps=2, eval_every_steps=10)
   c.rl.update(steps=40, prompts_per_step=64, max_prompt_tokens=64, max_new_tokens=(128,), phase_steps=(),
-              decode_batch_size=1024, microbatches=2, eval_prompts=128)
+              decode_batch_size=1024, microbatch_tokens=2**16, eval_prompts=128)
   c.rl.task.update(uri=TASK, held_out_fraction=HELD_OUT)
   c.rl.verifier.workers = 4
   return c

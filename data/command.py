@@ -1,8 +1,9 @@
 """betarank data COMMAND --config=FILE [--config.KEY=VALUE] [flags]
 
     tokenizer    train the tokenizer, and print how well it compresses text that it wasn't trained on
-    prepare      tokenize all sources into DIR, training the tokenizer first if needed; --part=I/N prepares only part I
-                 of N, so that N machines can share the work; --dry_run only prints the hours, bytes and cost of it
+    prepare      tokenize all sources into config.data.dir, training the tokenizer first if needed; --part=3/8 prepares
+                 only the third of eight parts, so that eight machines can share the work; --dry_run only prints the
+                 hours, bytes and cost
     finish       combine the parts into one data set once all of them are complete
     verify       read all prepared data, and name the first damaged file
     show         print what training reads: counts, a packed row as text, the longest and shortest documents

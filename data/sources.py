@@ -161,7 +161,7 @@ class Source:
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """Returns units of similar size that make up the source, in order. There are about MOST_UNITS units at most."""
+    """Returns units of similar size that make up the source, in order: about MOST_UNITS units or fewer."""
     size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
     for segment in self.segments:
@@ -220,9 +220,9 @@ class Source:
         yield from texts
 
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
-    """Divides the source into parts of equal size, and returns the segments of each part.
+    """Divides the source into parts of about equal size, and returns the segments of each part.
 
-    The caller reads text from the beginning of each part, at most `max_bytes` in all.
+    The number of parts suits a sample of `max_bytes` in all, which is read from the beginnings of the parts.
     """
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))

@@ -1,8 +1,8 @@
 """Reads tokenizers in Hugging Face's format, tokenizer.json, as published with Qwen and Llama 3.
 
-Only BPE tokenizers that keep all bytes of a text are accepted. Three files are read, as data: tokenizer.json,
-tokenizer_config.json and generation_config.json. Other files in the folder, such as chat templates and Python files,
-are ignored.
+Only BPE tokenizers that keep all bytes of a text are accepted. Three files are read, as JSON: tokenizer.json,
+tokenizer_config.json and generation_config.json. No code is run. Other files in the folder, such as chat templates and
+Python files, are ignored.
 """
 
 import dataclasses

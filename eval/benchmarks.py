@@ -5,12 +5,12 @@
     --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
     --benchmark=code:/path/to/mine.jsonl          programming problems in the form of HumanEval or MBPP
 
-If TABLE has a sha256 for a benchmark, the benchmark's file must have it. Other files aren't checked. Every result
+If TABLE gives the sha256 of a benchmark's file, the file must match it. Other files aren't checked. Every result
 records a hash of the prompts and references, and a hash of the file if there is one.
 
 As in the paper (arXiv 2512.22955, appendix), worked examples come before each question in some benchmarks of TABLE. The
-field `examples` of an Entry names the file of the worked examples, which are the first problems in this file. For MBPP,
-they are the examples of MBPP's paper (task_id 2, 3 and 4), and aren't among the questions.
+field `examples` of an Entry names the file that they are read from. In mathematics, they are the first problems in this
+file. For MBPP, they begin with the examples of MBPP's paper (task_id 2, 3 and 4), and aren't asked as questions.
 """
 
 import dataclasses
@@ -92,8 +92,7 @@ class Benchmark:
     name: the name as the user gave it.
     folder: the name in a form that can be part of a path.
     tasks: the problems, in the order of their source.
-    data_sha256: the sha256 of prompts, references and verifiers. If it is the same for two results, they answer the
-      same questions.
+    data_sha256: the sha256 of prompts, references and verifiers. Results with the same hash are for the same questions.
     file_sha256: the sha256 of the file of problems; '' for generated problems.
     shots, answer_format: the number of worked examples and the answer format that are used.
     left_out: one line about the problems that are left out because their reference can't be compared with answers; ''

@@ -293,7 +293,7 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
   window: a function from the number of steps to the number of steps that each point averages.
   first: the share of the points, counted from the start, that is ignored when the range of the y axis is chosen.
     Otherwise the steep fall of a loss at the start would make the rest of the curve look flat.
-  least: the smallest range of the y axis, as a share of the value at its middle.
+  least: the smallest range of the y axis, as a share of the value in the middle of the axis.
   """
   size, settled = window(max(map(len, curves))), []
   for i, (label, curve) in enumerate(zip(labels, curves)):

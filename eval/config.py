@@ -35,7 +35,8 @@ class ProbeConfig:
   Attributes:
     rows: the number of validation rows to measure.
     batch_size: the number of rows per call of the model.
-    top_k: how many of the most probable tokens form the head of a distribution; 0 for the value of the objective.
+    top_k: how many of the most probable tokens form the head of a distribution; 0 means the checkpoint's
+      objective.top_k.
   """
 
   rows: int
@@ -199,8 +200,8 @@ def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
   key, rows: the config key of the number of rows per batch, and this number.
 
   Raises:
-    ConfigError: the mesh doesn't fit the number of devices, or doesn't divide the model or the rows. The message names
-      the key.
+    ConfigError: the mesh doesn't fit the number of devices, or the model's arrays or the rows can't be divided evenly
+      over it. The message names the key.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
@@ -223,7 +224,8 @@ def restore(run: EvalRun, ref: CheckpointRef, mesh: Mesh) -> Any:
 
 
 def difference(before: Any, now: Any, keys: Sequence[str]) -> str:
-  """Returns the first difference of two JSON objects among `keys`, such as 'n = 8, now 16'; '' if they don't differ."""
+  """Returns the first difference between the values of `keys` in two JSON objects, such as 'n = 8, now 16'; '' if none.
+  """
   for key in keys:
     if before.get(key) != now.get(key):
       return f'{key} = {before.get(key)!r}, now {now.get(key)!r}'

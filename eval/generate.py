@@ -213,7 +213,7 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (text, task) for the verifier. Its verdict on them is RIGHT if `answer` is equal to `reference`."""
+  """Returns (text, task) with which the verifier can compare two answers. The verdict is RIGHT if they are equal."""
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -277,9 +277,9 @@ class SampleFile:
   def _take_up(self) -> tuple[str, np.ndarray]:
     """Removes the lines of problems that have only some of their samples in the file.
 
-    Returns (text, bool [P]). If the file is remote, the text has the remaining lines, because remote files can only be
-    written as a whole; otherwise it is ''. The array is True for each of the P problems that is now missing in the
-    file. Lines are read one by one, because a local file may be larger than memory.
+    Returns (text, bool [P]). The text is '' for a local file. For a remote file, which can only be written as a whole,
+    it is the remaining content. The array is True for each of the P problems that has no samples in the file now.
+    Lines are read one by one, because a local file may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():

@@ -1,4 +1,4 @@
-"""Computes the paper's average of base models over 19 benchmarks (arXiv 2512.22955, section 6).
+"""Computes the average score over 19 benchmarks by which the paper compares base models (arXiv 2512.22955, section 6).
 
     betarank eval paper --checkpoint=RUN [--all]
 
@@ -111,7 +111,7 @@ def newest_step(run: Run) -> int | None:
 def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
   """Returns the scores in percent as a table, with one column per name and the averages at the end.
 
-  rows: (name, {benchmark: score}) of each column.
+  rows: pairs (name, {benchmark: score}). Each pair becomes a column of the table.
   """
   columns = []
   for _, scores in rows:

@@ -83,9 +83,10 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
   """Returns {name: array [N]}: the results of `values` for all batches of source `name`, concatenated. Equal in every
   process.
 
-  Positions that don't count are left out.
+  The N positions are those that count: padding, and targets that the loss ignores, are left out.
 
-  values: a function from a batch to {name: array [B, T]}, such as `token_values`.
+  values: a function from a batch to {name: array [B, T]}, such as `token_values`. The array 'counts' is True for the
+    positions that count.
   """
   size = run.eval.probe.batch_size
   placement = NamedSharding(mesh, model.spec('batch', 'length'))
@@ -138,7 +139,8 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 
   Every device has the whole arrays. Log-probabilities and entropies are float32, in nats.
 
-  counts: True for positions that count. At other positions, all other values are arbitrary.
+  counts: True for positions whose target counts in the loss. At other positions, such as padding, all other values are
+    arbitrary.
   target: the target token of the position.
   logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats. The head consists of the `head_tokens`
     most probable tokens.

@@ -12,17 +12,17 @@ resampled problems.
   Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
   than all possible problems have.
-- An interval's upper limit is lowered to Gaffke's limit if that is lower, and its lower limit is treated alike. As far
-  as is known, Gaffke's limit is valid for any distribution of values in a range [low, high]. The upper one is a
+- An interval's upper limit is lowered to Gaffke's limit if that is lower. The lower limit is raised likewise. As far as
+  is known, Gaffke's limit is valid for any distribution of values in a range [low, high]. The upper one is a
   quantile of the weighted mean of the sorted values and one more value, `high`, with weights from a flat Dirichlet
   distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
   have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv
   1905.06208.
 
 Coverage is how often a 95 % interval contains the true value. For shares of ten problems, most of which are never
-solved, it is 96-99 %. An interval that misses the true value can lie above or below it. For paired differences of
-ten problems, it is 96 % on average, but 90 % if a fifth of all problems gains 50 points, because then one in nine sets
-of ten problems contains no problem that gains. `python -m benchmarks.intervals` prints a table of coverages, and
+solved, it is 96-99 %. For paired differences of ten problems, it is 96 % on average, but 90 % if a fifth of all
+problems gains 50 points, because then one in nine sets of ten problems contains no problem that gains. Intervals of
+skewed shares miss the true value on both sides of it. `python -m benchmarks.intervals` prints a table of coverages, and
 `tests/eval/test_statistics.py` checks them.
 
 **Over seeds**, there are too few values to resample. So there are two intervals around the mean: one for the noise of

@@ -26,7 +26,9 @@ PLACEHOLDERS = ('{command}', '{name}', '{chips}')
 
 
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
-  """Returns a function (point, slot) -> command that runs the point on the engine. It ignores the slot.
+  """Returns a function (point, slot) -> command that runs the point on the engine.
+
+  The function ignores the slot, which only TPU slices need (launch/on_tpu.py).
 
   A point that prepares data runs on this machine instead.
 

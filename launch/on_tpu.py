@@ -107,9 +107,10 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point, if its MFU is MFU_DENSE or MFU_MOE. Both hours are equal.
+  """Returns the hours of a pre-training point twice, as (least, most), the form of `planned_hours`.
 
-  Returns None for other stages. For RL no time can be assumed, because it depends on the lengths of the answers.
+  The model is assumed to train with an MFU of MFU_DENSE or, for a mixture of experts, MFU_MOE. Returns None for other
+  stages. For RL no time can be assumed, because it depends on the lengths of the answers.
   """
   if point.stage != 'train':
     return None

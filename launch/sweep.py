@@ -1,16 +1,16 @@
 """betarank sweep --config=configs/smoke.py --on=local|tpu|COMMAND --root=DIR [--only=PATTERN] [--parallel=N]
     [--chips=N] [--dry_run [--plan]]
 
-Runs the points that `sweep(add)` in the config file adds (launch/points.py). At most N points run at the same time,
-each after the points it needs. If the same command is run again, it skips finished points, resumes interrupted points
-and retries failed points. If a point fails, only the points that need it are skipped.
+Runs the points that `sweep(add)` in the config file adds (launch/points.py). At most --parallel points, by default 1,
+run at the same time, each after the points it needs. If the same command is run again, it skips finished points,
+resumes interrupted points and retries failed points. If a point fails, only the points that need it are skipped.
 
     DIR/sweep.json          points, their states, commands and configs, and the code versions of all launches
     DIR/NAME/               workdir of a point that trains
     DIR/.sweep/NAME.log     output of its command
 
 With --on=tpu, points run on slices through launch/tpu.sh, which reads its settings from the environment (docs/tpu.md).
-N is then the number of slices. Workdirs must be in a bucket (gs://...); the files of DIR itself are written to
+--parallel is then the number of slices. Workdirs must be in a bucket (gs://...); the files of DIR itself are written to
 runs/sweeps on this machine. Data is prepared on this machine, and written to DIR if the config names a local folder.
 
 With --on='COMMAND with {command} {name} {chips}', another engine such as Slurm or GKE runs the points.
@@ -59,7 +59,9 @@ class Status:
   """The state of a point.
 
   Attributes:
+    state, note: one of STATES, and a remark on it.
     starts: the number of times that the point's command was started, in all launches together.
+    slot: the slot (see Sweep) of the last start; -1 if there was none.
     exit: the exit status of the command; None if it hasn't ended or if the status is unknown.
   """
 
@@ -184,7 +186,7 @@ class Sweep:
     return True
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """Opens the lock of a point. Yields None if another process holds the lock.
+    """Returns a context that takes the lock of a point. It yields the lock's file, or None if another process holds it.
 
     The command of a point inherits the lock and holds it as long as it runs, even if this process dies. If a later
     launch finds the lock held, it knows that the command is still running. The lock's file contains the command's

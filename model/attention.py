@@ -163,8 +163,8 @@ def _by_documents(kernel, segments_BT):
 
   kernel: a function (q, k, v, start, end) -> output, where start and end come from `attention_triton.documents`.
 
-  If the mesh splits the length of rows, an all-to-all before the kernel gives each device whole rows of a part of the
-  heads, and an all-to-all after the kernel reverses this (DeepSpeed-Ulysses, arXiv 2309.14509).
+  If the mesh splits the length of rows, an all-to-all before the kernel gives each device whole rows, but only a part
+  of the heads. An all-to-all after the kernel reverses this (DeepSpeed-Ulysses, arXiv 2309.14509).
   """
   ends = attention_triton.documents(segments_BT)
 

@@ -1,8 +1,8 @@
 """The cache of keys and values, with which the model's forward function decodes token by token.
 
 The cache consists of pages. A page holds the keys and values of S tokens. Each row has a list of pages: first the pages
-of its prompt, which rows with the same prompt share, then pages that belong to the row alone. Rows can have different
-numbers of pages, and attention reads only pages that hold tokens.
+of its prompt, which rows with the same prompt share, then its own pages, which no other row uses. Rows can have
+different numbers of pages, and attention reads only pages that hold tokens.
 
 The rows of a prompt are divided into units of up to M rows, so that a kernel reads the prompt's pages once per unit.
 
@@ -36,7 +36,7 @@ class Table(NamedTuple):
 
   Attributes:
     pages_BJ: int32, the page numbers of each row. The first `Cache.prompt_pages` columns are the pages of the row's
-      prompt. The remaining columns are pages that belong to the row alone.
+      prompt. The remaining columns are the row's own pages, which no other row uses.
     prefix_B: int32, the number of tokens in the row's prompt pages.
     rows_UM: int32, the rows of each unit. All rows of a unit have the same prompt pages, so a kernel reads these pages
       once per unit. A unit of fewer than M rows is filled up with copies of its first row.
@@ -92,16 +92,16 @@ def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64
 
 
 def unit_rows(c: ModelConfig) -> int:
-  """Returns M, the largest number of rows of a unit. M rows have at most 16 queries per key head, but M is at least 1.
+  """Returns M, the largest number of rows of a unit: 16 / G rounded down, but at least 1.
 
-  A matrix product on a GPU takes at least 16 queries, so larger units wouldn't be faster.
+  A matrix product on a GPU takes at least 16 queries at a time. Units of several rows have at most 16 queries per key
+  head, which one product of this size computes. Larger units wouldn't be faster.
   """
   return max(1, 16 * c.kv_heads // c.heads)
 
 
 def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
-  """Returns (attend, cache): a function that computes one layer's attention, and the cache with the lengths after this
-  call.
+  """Returns (attend, cache). attend computes one layer's attention. In cache, the lengths include the new tokens.
 
   attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes attention, and writes the new keys and
   values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty, and the T
@@ -181,9 +181,9 @@ def _on_shards(function, inputs, outputs):
 def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) -> jax.Array:
   """Computes attention of one token per row over the row's pages, [B, N, H]. Scores and softmax are float32.
 
-  The function first computes attention over the prompts, a few units at a time. It then computes attention over the
-  pages that belong to each row alone, and combines both results. It uses XLA operations to compute what the kernels of
-  model/kernels compute.
+  The function first computes attention over the prompts, a few units at a time. It then computes attention over each
+  row's own pages, and combines both results. The kernels of model/kernels compute the same; this function needs only
+  XLA operations.
   """
   (rows, heads, width), kv_heads = q_BNH.shape, pages_P2KSH.shape[2]
   q_BKGH = (q_BNH * width**-0.5).reshape(rows, kv_heads, -1, width)

@@ -78,7 +78,7 @@ class Leaf:
   def indexed(self) -> int:
     """The number of placeholders in `template`: 0, 1 (layer), or 2 (layer and expert).
 
-    Each tensor holds the values at one index of this many leading dimensions of our array.
+    It is also the number of indices that select one tensor's values in our array: with 2, array[layer, expert].
     """
     return self.template.count('{')
 
@@ -88,7 +88,7 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields (name, index) of each tensor. It holds the values array[index], where array is our array."""
+    """Yields (name, index) of each tensor. The tensor holds the values of array[index], where array is our array."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 

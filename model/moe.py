@@ -173,7 +173,7 @@ class _Plan:
 
   Pair g·k + j is choice j of token g. Each device sorts the pairs of its own experts by expert, and within an expert by
   the device that a pair comes from; the pairs of one expert from one device are a run. The device computes its pairs in
-  several passes over a buffer of tiles, and row numbers go on from one pass to the next.
+  several passes over a buffer of tiles. The rows of all passes are numbered consecutively.
 
   Attributes:
     passes: [], the number of passes that have tiles.
@@ -269,6 +269,7 @@ def _tile_rows(pairs: int, experts: int) -> int:
 def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
   """Returns this device's _Plan.
 
+  m: the MoeConfig.
   choice_n: the experts of this device's pairs.
   experts: the number of experts of this device.
   rows, size: R, and the number of tiles per pass.
@@ -363,9 +364,9 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
-  """Returns the values x of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
+  """Returns the values of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
 
-  k: the number of pairs of a token. With k = 1, x_GD has the values of pairs instead of tokens.
+  k: the number of pairs per token. To get values of pairs instead of tokens, pass k = 1, and the pairs' values as x_GD.
   add: the function that sums rows in the backward pass, such as `_scatter_add`. It isn't used if row_p is given.
   x_GD: the values of the G tokens.
   pair_CR: int32, the number of each row's pair. In an empty row it is at least G·k.

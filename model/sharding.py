@@ -158,8 +158,7 @@ def shardings(mesh: Mesh, axes: Any) -> Any:
 
 
 def check_divides(shapes: Any, axes: Any, mesh_shape: Mapping[str, int]) -> None:
-  """Raises ValueError for the first parameter that has a dimension not divisible by the sizes of the mesh axes that
-  split it.
+  """Raises ValueError if the mesh can't split a parameter into equal parts. The message names the first such parameter.
 
   shapes, axes: trees from `transformer.abstract`.
   mesh_shape: the size of each mesh axis.

@@ -157,11 +157,11 @@ def gather_head(layout, head):
 
 
 def reduce_head(layout, dhead):
-  """Sums the head's gradient over all tokens, and returns this device's shard of the sum. The transpose of
-  `gather_head`.
+  """Sums the head's gradient over the tokens of all devices. Returns this device's shard of the sum.
 
-  dhead: this device's gradient with respect to the result of `gather_head`. The returned shard is [D / width, V /
-  vocab].
+  This is the transpose of `gather_head`: the returned shard has the shape of the argument `head` there.
+
+  dhead: this device's gradient with respect to the result of `gather_head`.
   """
   tokens, width = _axes(layout.tokens), _axes(layout.width)
   if _has_groups(layout):

@@ -258,14 +258,15 @@ def _reduce_gradients(options, dhidden, dhead, head):
 
 
 def _over_chunks(options, body, carry, head_DV, arrays):
-  """Runs lax.scan of `body` over chunks of tokens. Returns (carry, common, total).
+  """Runs lax.scan of `body` over chunks of tokens.
 
-  total is `partial`, summed over the vocabulary group. common and total are those of this device's own tokens.
+  Returns (carry, common, total): the last carry, and two results for this device's own tokens: what `body` returned as
+  `common`, and the sums of what it returned as `partial`.
 
   arrays: (hidden, targets, ...). The leading dimensions of every array, and of every output, are the shape of the
     targets.
   body: a function (carry, chunk) -> (carry, common, partial). A chunk has tokens of the whole vocabulary group.
-    `common` must be equal on all devices of the group. `partial` is this device's part of a sum over the group.
+    `common` must be equal on all devices of the group. `partial` is this device's term of a sum over the group.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)

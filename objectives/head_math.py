@@ -6,11 +6,11 @@ For every objective, the gradient of a token's loss with respect to its logits z
                  uniform + head_rate e_j    if j is among the top k, and not x
                  uniform + tail_rate e_j    for all other j
 
-Here e_j = exp(z_j - max_i z_i). uniform, target, head_rate and tail_rate are numbers of the token, the Coefficients.
+Here e_j = exp(z_j - max_i z_i). Each token has its own uniform, target, head_rate and tail_rate (see Coefficients).
 uniform is 0 unless labels are smoothed. A first pass over the chunk's logits computes a few sums per token. `score`
 turns these sums into the loss, the statistics and the Coefficients. A second pass over the logits writes the gradient.
 
-All sums run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
+Sums of exponentials run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
 log p = -softplus(-m) and log(1-p) = -softplus(m) are accurate even if p is close to 0 or 1.
 
 # C tokens of a chunk  D width  V vocabulary (of this device)  K top k
@@ -70,8 +70,8 @@ class Coefficients:
 
   Attributes:
     shift: the largest logit.
-    target, tail_rate, head_rate: the factors of the formula. If head_rate is None, no top k is needed, and tail_rate
-      applies to all wrong tokens.
+    target, tail_rate, head_rate: the numbers of this name in the formula. If head_rate is None, no top k is needed, and
+      tail_rate applies to all wrong tokens.
     threshold: the k-th largest logit; None without a top k.
     last_id: int32. Logits equal to the threshold are in the top k if their id is at most last_id. None without a top k.
     uniform: is added to the gradient of every logit; None without label smoothing.

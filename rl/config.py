@@ -46,7 +46,7 @@ class RlConfig:
   zero_variance_groups: str
   repeat_zero_variance: float
   minibatches: int
-  microbatches: int
+  microbatch_tokens: int
   eval_prompts: int
   eval_samples: int
   eval_tasks: dict[str, str]
@@ -59,7 +59,9 @@ class RlConfig:
 
   def __post_init__(self):
     at_least_one(self, 'steps', 'prompts_per_step', 'max_resampling_rounds', 'max_prompt_tokens', 'decode_batch_size',
-                 'minibatches', 'microbatches', 'eval_prompts', 'eval_samples')
+                 'minibatches', 'eval_prompts', 'eval_samples')
+    if self.microbatch_tokens < 0:
+      raise ValueError(f'microbatch_tokens must be >= 1, or 0 for the default, got {self.microbatch_tokens}')
     if self.cache_tokens < 0:
       raise ValueError(f'cache_tokens must be >= 1, or 0 for what all rows need, got {self.cache_tokens}')
     if self.group_size < 2:
@@ -71,8 +73,6 @@ class RlConfig:
       raise ValueError(f'phase_steps must rise, got {self.phase_steps}')
     if self.prompts_per_step % self.minibatches:
       raise ValueError(f'minibatches must divide prompts_per_step = {self.prompts_per_step}, got {self.minibatches}')
-    if self.rows % self.microbatches:
-      raise ValueError(f'microbatches must divide the {self.rows} rows of a minibatch, got {self.microbatches}')
     if self.loss.cov == 'kl_cov' and self.minibatches == 1:
       raise ValueError("minibatches must be > 1 with loss.cov = 'kl_cov', whose penalty is 0 in the first update after "
                        'sampling, got 1')
@@ -109,11 +109,6 @@ class RlConfig:
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'
-
-  @property
-  def rows(self) -> int:
-    """The number of samples per update."""
-    return self.prompts_per_step // self.minibatches * self.group_size
 
   def reward_rule(self, step: int) -> RewardRule:
     """Returns the reward rule of step number `step`, with the length limit of the step's phase."""
@@ -183,22 +178,11 @@ class RlRun:
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
     """{config key: (rows, microbatches)}, for each batch whose rows are split over the mesh."""
-    return {'rl.prompts_per_step / rl.minibatches * rl.group_size': (self.rows, self.microbatches),
-            'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
-
-  @property
-  def rows(self) -> int:
-    """The number of rows per update, over all devices."""
-    return self.rl.rows
-
-  @property
-  def microbatches(self) -> int:
-    """The number of microbatches into which the rows of one update are divided."""
-    return self.rl.microbatches
+    return {'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
 
   @property
   def sequence_length(self) -> int:
-    """The number of tokens per row of an update, in the phase with the longest answers."""
+    """The largest number of tokens of a prompt and an answer, in the phase with the longest answers."""
     return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens)
 
   @property

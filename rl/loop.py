@@ -1,7 +1,7 @@
 """Runs RL with verifiable rewards. A step calls four functions, in this order:
 
     sample_and_judge   draws groups of samples and judges them; replaces zero-variance groups by groups of new prompts
-    minibatches        computes advantages, and packs the samples into rows
+    minibatches        computes advantages, and packs the samples into rows of microbatches
     learn              updates the policy, once per minibatch
     describe_step      computes the figures to log
 
@@ -11,7 +11,7 @@ samples per prompt at temperature 1, a constant learning rate, and no KL term.
 The samples of a step depend only on the parameters, the seed, the step and the prompt numbers. The checkpoint holds the
 number of prompts used so far, so a killed run resumes exactly.
 
-# P prompts  G samples per prompt  B = P·G rows  T tokens  L layers  k experts per token
+# P prompts  G samples per prompt  B rows  T tokens
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,14 +30,15 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
-from betarank.rl import policy_losses
+from betarank.rl import entropy, packing, policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
+from betarank.rl.packing import Answer, Microbatch
 from betarank.rl.progress import Progress
-from betarank.rl.rollout import Group, check_prompts, graded_groups, lengths, pack, prompt_tokens
-from betarank.rl.update import cov_tokens, make_update
+from betarank.rl.rollout import Group, check_prompts, graded_groups, prompt_tokens
+from betarank.rl.update import Update, cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
+from betarank.runtime import checkpoint, job, wandb_board, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
@@ -71,7 +72,6 @@ class Parts:
     update: the result of `make_update`.
     log_probabilities: the jitted function `score.log_probabilities`.
     rows_by_token: the sharding of arrays [B, T].
-    rows: the sharding of arrays [B].
     reference: the parameters of the KL reference, or None.
   """
 
@@ -81,10 +81,9 @@ class Parts:
   evaluated: dict[str, TaskSet]
   verifier: Verifier
   samplers: list[Sampler]
-  update: Callable
+  update: Update
   log_probabilities: Callable
   rows_by_token: NamedSharding
-  rows: NamedSharding
   reference: Any
 
 
@@ -154,9 +153,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       log.say('nothing to do; a larger config.rl.steps continues the run, another --workdir starts a new one')
     parts = Parts(
       run, tokenizer, tasks, evaluated, verifier, make_samplers(run, tokenizer, mesh),
-      make_update(run.model, rl.loss, tx, run.microbatches, rl.temperature),
+      make_update(run.model, rl.loss, tx, rl.temperature),
       jax.jit(functools.partial(score.log_probabilities, temperature=rl.temperature), static_argnums=0),
-      NamedSharding(mesh, model.spec('batch', 'length')), NamedSharding(mesh, model.spec('batch')),
+      NamedSharding(mesh, model.spec('batch', 'length')),
       _reference(run, tx, mesh, beginning.parent) if rl.loss.kl_weight else None)
     lineage = setup.lineage(config, beginning, tokenizer, tokenizer_path)
     profile = Profile(root, first_and_last(run.log.profile_steps))
@@ -221,27 +220,52 @@ def sample_and_judge(
 ) -> tuple[list[Group], list[Group], Progress]:
   """Draws and judges the samples of a step.
 
-  A group whose scores are all equal is replaced by the group of a new prompt (dynamic sampling: DAPO, arXiv 2503.14476
-  sec. 3.2), unless `rl.keeps_zero_variance` is True. Samples are drawn in at most `rl.max_resampling_rounds` rounds, so
-  fewer groups than wanted may remain. Groups are judged while the device draws the next groups.
+  A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
+  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt is asked as soon as the group is judged,
+  while others are still drawn. `prompts_wanted` says how many prompts that makes.
 
-  Returns (groups for the update, all groups drawn, the progress after drawing them).
+  Returns (groups to learn from, all groups drawn, the progress after drawing them), the groups in the order of their
+  prompts.
   """
-  rl, kept, seen = parts.run.rl, [], []
-  rule = rl.reward_rule(step)
-  for _ in range(rl.max_resampling_rounds):
-    wanted = rl.prompts_per_step - len(kept)
-    if not wanted:
-      break
-    asked, progress = progress.next_prompts(
-      parts.tasks, wanted, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
-    groups = graded_groups(
-      parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, asked, samples=rl.group_size,
-      seed=parts.run.seed, step=step)
-    progress = progress.recorded(parts.tasks, ((group.cursor, group.has_reward_variance(rule)) for group in groups))
-    seen += groups
-    kept += [group for group in groups if rl.keeps_zero_variance or group.has_reward_variance(rule)]
-  return kept, seen, progress
+  rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
+  asked, after = {}, progress
+
+  def ask(count):
+    nonlocal after
+    new, after = after.next_prompts(
+      parts.tasks, count, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
+    asked.update(new)
+    return new
+
+  def replacements(judged):
+    agree = {group.cursor for group in judged if not group.has_reward_variance(rule)}
+    wanted = prompts_wanted([number in agree for number in asked], rl.prompts_per_step, rl.max_resampling_rounds)
+    return ask(wanted - len(asked))
+
+  seen = graded_groups(
+    parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, ask(rl.prompts_per_step),
+    samples=rl.group_size, seed=parts.run.seed, step=step, more=None if rl.keeps_zero_variance else replacements)
+  varies = [group.has_reward_variance(rule) for group in seen]
+  after = after.recorded(parts.tasks, zip(asked, varies))
+  return [group for group, learns in zip(seen, varies) if learns or rl.keeps_zero_variance], seen, after
+
+
+def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
+  """Returns how many prompts a step asks: the `first` ones, and in each further round one for each group that agreed.
+
+  While groups are still drawn, this is a lower bound, because a group counts only once it is known to agree. The bound
+  rises to the same number in whatever order groups end. So all prompts that are asked early would be asked anyway, and
+  which prompts a step asks depends only on their verdicts.
+
+  Args:
+    agree: for each prompt asked so far, in their order, True if its group is known to have zero variance.
+    first: the number of prompts of the first round.
+    rounds: the largest number of rounds.
+  """
+  wanted = first
+  for _ in range(rounds - 1):
+    wanted = first + sum(agree[:wanted])
+  return wanted
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
@@ -250,54 +274,32 @@ def _is_asked(parts: Parts, task: Task) -> bool:
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Minibatch:
-  """The rows of one update, on the devices.
+def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Microbatch]]:
+  """Computes the advantages of a step's groups and packs the samples into rows.
 
-  Attributes:
-    counts_BT: bool, True for the tokens that count in the loss. The update takes it as its argument `completion_BT`.
-    counted_BT: the same array as counts_BT, on the host.
-    batch, sampler_logp_BT, advantages_B, choices_BTLk: the update's arguments of these names (see `make_update`).
-  """
-
-  batch: data.Batch
-  counts_BT: jax.Array
-  sampler_logp_BT: jax.Array
-  advantages_B: jax.Array
-  choices_BTLk: jax.Array | None
-  counted_BT: np.ndarray
-
-
-def minibatches(parts: Parts, groups: list[Group], step: int) -> list[Minibatch]:
-  """Computes the advantages of a step's groups, and packs the samples into rows. Returns one Minibatch per update.
-
-  Returns [] if there are no groups.
+  Returns the microbatches of each update. Each update learns from rl.prompts_per_step / rl.minibatches groups, in the
+  order of their prompts; the last updates have fewer groups or none if the step has too few.
+  Samples that don't count (rl/rewards.py) are left out. Returns [] if there is no group to learn from.
   """
   if not groups:
     return []
   rl = parts.run.rl
-  rows = rl.prompts_per_step * rl.group_size
+  rule = rl.reward_rule(step)
+  rewards_PG, valid_PG = map(np.array, zip(*(group.rewards(rule) for group in groups)))
+  advantages_PG = np.asarray(advantages(rl.advantage, rewards_PG, valid_PG))
   longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
-  needed = max(lengths(groups))
-  # Only three lengths are used, so that the update is compiled at most three times.
-  length = next(n for n in (-(-longest // 4), -(-longest // 2), longest) if n >= needed)
-  out = pack(groups, prompts=rl.prompts_per_step, samples=rl.group_size, length=length,
-             rule=rl.reward_rule(step))
-  advantage_B = np.asarray(advantages(rl.advantage, out.rewards_PG, out.valid_PG)).reshape(rows)
-  # Tokens of samples that don't count are left out of the loss's mean too.
-  counts_BT = out.completion_BT & out.valid_PG.reshape(rows, 1)
-  found = []
-  for at in range(0, rows, rl.rows):
-    these = slice(at, at + rl.rows)
-    put = lambda x, these=these: multihost.replicated_to_global(
-      x[these], parts.rows_by_token if x.ndim == 2 else parts.rows)
-    on_devices = jax.tree.map(put, (out.batch, counts_BT, out.sampler_logp_BT, advantage_B, out.choices_BTLk))
-    found.append(Minibatch(*on_devices, counts_BT[these]))
-  return found
+  ways = math.prod(parts.rows_by_token.mesh.shape[axis] for axis in model.RULES['batch'])
+  of = packing.shapes(longest, rl.microbatch_tokens, ways)
+  each = rl.prompts_per_step // rl.minibatches
+  return [packing.microbatches(
+    [Answer(group.prompt, sample, float(advantage))
+     for group, advantages_G, valid_G in zip(groups[at : at + each], advantages_PG[at:], valid_PG[at:])
+     for sample, advantage, valid in zip(group.samples, advantages_G, valid_G) if valid],
+    of, parts.rows_by_token) for at in range(0, rl.prompts_per_step, each)]
 
 
 def learn(
-  parts: Parts, state: TrainState, batches: list[Minibatch], step: int
+  parts: Parts, state: TrainState, batches: list[list[Microbatch]], step: int
 ) -> tuple[TrainState, dict[str, float]]:
   """Updates the policy once per minibatch. Returns (new state, figures to log).
 
@@ -306,31 +308,30 @@ def learn(
   run, rl = parts.run, parts.run.rl
   if not batches:
     return state, {}
+  score_with = lambda params, batch, replay: [
+    parts.log_probabilities(run.model, params, part.batch, part.choices_BTLk if replay else None)[0] for part in batch]
   off_policy = rl.minibatches > 1
   # Computed before the first update, with the policy that drew the samples. All updates of this step use these.
-  old = [parts.log_probabilities(run.model, state.params, b.batch, b.choices_BTLk)[0]
-         if off_policy or rl.loss.cov else None for b in batches]
+  old = [score_with(state.params, batch, True) if off_policy or rl.loss.cov else None for batch in batches]
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), COV_STREAM), step)
-  total, entropies = {}, []
-  for m, (b, old_logp_BT) in enumerate(zip(batches, old)):
-    ref_logp_BT = parts.log_probabilities(run.model, parts.reference, b.batch)[0] if rl.loss.kl_weight else None
-    chosen_BT = None
-    if rl.loss.cov:
-      chosen_BT = cov_tokens(rl.loss, jax.random.fold_in(key, m), old_logp_BT, b.advantages_B, b.counts_BT)
+  found, losses, norms = [], [], []
+  for m, (batch, old_logps) in enumerate(zip(batches, old)):
+    ref_logps = score_with(parts.reference, batch, False) if rl.loss.kl_weight else None
+    chosen = cov_tokens(rl.loss, jax.random.fold_in(key, m), batch, old_logps) if rl.loss.cov else None
     with jax.transfer_guard('disallow'):  # forbids implicit transfers to or from the host
-      state, sums, entropy_BT = parts.update(
-        state, b.batch, b.counts_BT, b.sampler_logp_BT, b.advantages_B, old_logp_BT if off_policy else None,
-        ref_logp_BT, chosen_BT, b.choices_BTLk)
-    sums = jax.device_get(sums)
-    total = policy_losses.add(total, sums) if total else sums
-    entropies.append(np.asarray(entropy_BT)[b.counted_BT])
+      state, sums, norm = parts.update(state, batch, old_logps if off_policy else None, ref_logps, chosen)
+    found.append(functools.reduce(policy_losses.add, jax.device_get(sums)))
+    losses.append(found[-1]['loss'] / max(found[-1]['count'], 1))
+    norms.append(jax.device_get(norm))
+  total = functools.reduce(policy_losses.add, found)
   figures = {name: float(value) for name, value in policy_losses.means(rl.loss, total).items()}
-  figures |= {name: float(total[key]) / rl.minibatches
-              for name, key in (('policy_loss', 'loss'), ('grad_norm', 'grad_norm'))}
-  figures['entropy_nats'] = float(total['entropy']) / max(int(total['tokens']), 1)
-  entropy_N = np.sort(np.concatenate(entropies))
-  if entropy_N.size:
-    figures['entropy_top20_nats'] = float(entropy_N[-max(1, round(HIGH_ENTROPY_SHARE * entropy_N.size)):].mean())
+  figures |= {'policy_loss': float(np.mean(losses)), 'grad_norm': float(np.mean(norms)),
+              'entropy_nats': float(total['entropy']) / max(int(total['tokens']), 1),
+              'padded_share': 1 - int(total['filled']) / sum(
+                part.batch.tokens_BT.size for batch in batches for part in batch)}
+  if total['tokens']:
+    figures['entropy_top20_nats'] = entropy.mean_of_highest(
+      total['entropy_histogram'], HIGH_ENTROPY_SHARE, run.model.vocab_size)
   return state, figures
 
 

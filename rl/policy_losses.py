@@ -4,15 +4,15 @@ The loss of a batch is computed in this order:
 
     loss of each token, times truncated importance weight, plus KL term -> (total, count) -> total / count
 
-Row b holds one sample. mask_BT is True at sampled tokens, including the end-of-text token. It is False at the prompt,
-at padding, and in the whole row of a sample that doesn't count (rl/rewards.py). Values outside the mask, even NaN,
+A row holds samples one after the other, which segments_BT numbers from 1; 0 is padding. mask_BT is True at sampled
+tokens, including the end-of-text token. It is False at prompts and at padding. Values outside the mask, even NaN,
 change neither the loss nor its gradient. The trainer computes all its log-probabilities with the same function
 (objectives.shaped_linear_loss), at the sampling temperature. All floats are float32, and log-probabilities are in nats.
 
-Sums and counts are returned separately and divided once at the end, so the result doesn't depend on microbatches,
-padding or the number of devices.
+Sums and counts are returned separately and divided once at the end, so the result doesn't depend on which rows the
+samples are in, nor on microbatches, padding or the number of devices.
 
-# B rows (samples)  T tokens  pi, pi_old the policy now and when the samples were drawn  r = pi / pi_old  A advantage
+# B rows  T tokens  pi, pi_old the policy now and when the samples were drawn  r = pi / pi_old  A advantage
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient as sg
 
 from betarank.configs.settings import default
@@ -67,21 +68,21 @@ def cispo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=1.0, eps_high
   return _token_loss(-weight_BT * advantages_BT * logp_BT, ratio_BT, weight_BT != ratio_BT, mask_BT)
 
 
-def gspo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=3e-4, eps_high=4e-4):
+def gspo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=3e-4, eps_high=4e-4, segments_BT=None):
   """Computes PPO's clipped loss with one ratio per sequence, the geometric mean of its tokens' ratios.
 
       s = exp(mean_t(logp - old_logp)),   s_t = sg(s) exp(logp - sg(logp))
       L_t = -min(s_t A, clip(s_t, 1 - eps_low, 1 + eps_high) A)
 
   sg stops the gradient. s_t therefore has the value of s, but its gradient comes only from token t. The mean of L_t
-  over a row (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071 sec.
-  4.1, in the token form of sec. 4.3; the default limits are those of sec. 5.1.
+  over a sample (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071
+  sec. 4.1, in the token form of sec. 4.3; the default limits are those of sec. 5.1.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
-  tokens_B1 = jnp.maximum(jnp.sum(mask_BT, -1, keepdims=True), 1)
-  mean_B1 = sg(jnp.sum(logp_BT - old_logp_BT, -1, keepdims=True) / tokens_B1)
+  tokens_BT = jnp.maximum(_of_sample(mask_BT.astype(jnp.int32), segments_BT), 1)
+  mean_BT = _of_sample(sg(logp_BT - old_logp_BT), segments_BT) / tokens_BT
   # The product of two exp, because inside one exp a mean of 1e-4 would be lost to the rounding of logp.
-  ratio_BT = _ratio(mean_B1, 0.0) * jnp.exp(logp_BT - sg(logp_BT))
+  ratio_BT = _ratio(mean_BT, 0.0) * jnp.exp(logp_BT - sg(logp_BT))
   return _clipped(ratio_BT, advantages_BT, mask_BT, eps_low, eps_high)
 
 
@@ -98,6 +99,29 @@ def _at_mask(mask_BT, *arrays):
 
 def _ratio(logp_BT, old_logp_BT):
   return jnp.exp(jnp.clip(logp_BT - sg(old_logp_BT), -_MOST_LOG_RATIO, _MOST_LOG_RATIO))
+
+
+def _so_far(x_BT, segments_BT, reverse=False):
+  """Returns, for each token, the sum of x over the tokens of its sample up to this one. reverse: from this one on.
+
+  It is a scan, because scatter-adds have no fixed order on a GPU, and differences of a sum over the row would lose the
+  digits of short samples.
+  """
+  if segments_BT is None:
+    segments_BT = jnp.zeros(x_BT.shape, jnp.int32)
+  change_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+  starts_BT = jnp.pad(change_BT, ((0, 0), (0, 1) if reverse else (1, 0)), constant_values=True)
+
+  def join(a, b):
+    (sum_a, starts_a), (sum_b, starts_b) = a, b
+    return jnp.where(starts_b, sum_b, sum_a + sum_b), starts_a | starts_b
+
+  return jax.lax.associative_scan(join, (x_BT, starts_BT), reverse=reverse, axis=1)[0]
+
+
+def _of_sample(x_BT, segments_BT):
+  """Returns, for each token, the sum of x over all tokens of its sample, [B, T]."""
+  return _so_far(x_BT, segments_BT) + _so_far(x_BT, segments_BT, reverse=True) - x_BT
 
 
 def _clipped(ratio_BT, advantages_BT, mask_BT, eps_low, eps_high, dual_clip=0.0):
@@ -215,11 +239,11 @@ def _highest(score_BT, candidates_BT, tokens, share):
 AGGREGATIONS = ('token_mean', 'sequence_mean', 'constant')
 
 
-def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
+def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1, segments_BT=None):
   """Sums the token losses of a batch, with the weights that `aggregation` gives to tokens.
 
   Args:
-    loss_BT, mask_BT: [B, T].
+    loss_BT, mask_BT, segments_BT: [B, T], as in `policy_loss`.
     aggregation: one of
       'token_mean': every token of the batch has the same weight (DAPO, arXiv 2503.14476 sec. 3.3).
       'sequence_mean': every sample has the same weight, so each of its tokens has the weight 1 / length (GRPO). This
@@ -229,14 +253,15 @@ def aggregate(loss_BT, mask_BT, aggregation='token_mean', *, constant=1):
     constant: the number of tokens for the aggregation 'constant'.
 
   Returns (total, count): a float32 sum, and the int32 number to divide it by. Add the totals and the counts over
-  microbatches, then divide once. A row without a token in the mask adds nothing to the total or the count.
+  microbatches, then divide once. A sample without a token in the mask adds nothing to the total or the count.
   """
   loss_BT = jnp.where(mask_BT, loss_BT, 0)
   if aggregation == 'token_mean':
     return jnp.sum(loss_BT), jnp.sum(mask_BT, dtype=jnp.int32)
-  tokens_B = jnp.sum(mask_BT, -1, dtype=jnp.int32)
-  divisor_B = jnp.maximum(tokens_B, 1) if aggregation == 'sequence_mean' else constant
-  return jnp.sum(jnp.sum(loss_BT, -1) / divisor_B), jnp.sum(tokens_B > 0, dtype=jnp.int32)
+  ones_BT = mask_BT.astype(jnp.int32)
+  divisor_BT = jnp.maximum(_of_sample(ones_BT, segments_BT), 1) if aggregation == 'sequence_mean' else constant
+  first_BT = mask_BT & (_so_far(ones_BT, segments_BT) == 1)
+  return jnp.sum(loss_BT / divisor_BT), jnp.sum(first_BT, dtype=jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +317,7 @@ class PolicyLossConfig:
 
 def policy_loss(
   c: PolicyLossConfig, logp_BT, old_logp_BT, advantages_BT, mask_BT, *,
-  sampler_logp_BT=None, ref_logp_BT=None, cov_tokens_BT=None,
+  segments_BT=None, sampler_logp_BT=None, ref_logp_BT=None, cov_tokens_BT=None,
 ):
   """Computes the loss that `c` describes, with all its terms.
 
@@ -303,6 +328,7 @@ def policy_loss(
       `stop_gradient(logp_BT)`.
     advantages_BT: float, of shape [B, T] or [B, 1].
     mask_BT: [B, T] bool.
+    segments_BT: [B, T] int32, the number of each token's sample in its row. None: a row is one sample.
     sampler_logp_BT: [B, T] float, log-probabilities computed by the sampler. None means that no importance weight is
       applied, and that the difference between sampler and trainer isn't measured.
     ref_logp_BT: [B, T] float, log-probabilities of the KL reference. Required if c.kl_weight > 0.
@@ -314,14 +340,14 @@ def policy_loss(
     ValueError: an array that `c` requires is missing, or an array has the wrong shape.
   """
   shapes = {'logp_BT': logp_BT, 'old_logp_BT': old_logp_BT, 'sampler_logp_BT': sampler_logp_BT,
-            'ref_logp_BT': ref_logp_BT, 'cov_tokens_BT': cov_tokens_BT}
+            'ref_logp_BT': ref_logp_BT, 'cov_tokens_BT': cov_tokens_BT, 'segments_BT': segments_BT}
   _check_shapes(jnp.shape(mask_BT), advantages_BT, shapes)
   if c.kl_weight and ref_logp_BT is None:
     raise ValueError('ref_logp_BT must be given with a kl_weight')
   if c.cov and cov_tokens_BT is None:
     raise ValueError('cov_tokens_BT must be given with cov')
   old_logp_BT, mask_BT = sg(old_logp_BT), jnp.asarray(mask_BT, bool)
-  options = {'dual_clip': c.dual_clip} if c.dual_clip else {}
+  options = {'dual_clip': c.dual_clip} if c.dual_clip else {'segments_BT': segments_BT} if c.name == 'gspo' else {}
   token = POLICY_LOSSES[c.name](
     logp_BT, old_logp_BT, advantages_BT, mask_BT, eps_low=c.eps_low, eps_high=c.eps_high, **options)
   loss_BT = token.loss_BT
@@ -351,7 +377,7 @@ def policy_loss(
     # The samples were drawn by the old policy, so the estimate needs an importance weight. On-policy it is 1.
     loss_BT += c.kl_weight * sg(token_ratio_BT) * kl_BT
     sums['kl'] = sg(jnp.sum(kl_BT))
-  return *aggregate(loss_BT, mask_BT, c.aggregation, constant=c.constant), sums
+  return *aggregate(loss_BT, mask_BT, c.aggregation, constant=c.constant, segments_BT=segments_BT), sums
 
 
 def _check_shapes(shape, advantages_BT, arrays):
@@ -369,8 +395,8 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """Adds the sums of two parts of a batch, {name: sum}. If a name ends in `_max`, takes the larger value instead."""
-  return {name: jnp.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
+  """Adds the sums of two parts of a batch, on the host. Of sums whose name ends in `_max`, takes the larger one."""
+  return {name: np.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 
 def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:

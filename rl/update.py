@@ -1,95 +1,140 @@
-"""Builds one policy-gradient update: a pure, jitted function from a state and rollouts to a new state.
+"""Builds one policy-gradient update: from a state and microbatches of samples to a new state.
 
-# B rows  T tokens  L layers  k experts per token
+# B rows  T tokens
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from betarank import model
 from betarank.model import ModelConfig
 from betarank.model.sharding import constrain
-from betarank.rl.policy_losses import PolicyLossConfig, add, aggregate, clip_cov_tokens, kl_cov_tokens, policy_loss
+from betarank.rl import entropy
+from betarank.rl.packing import Microbatch
+from betarank.rl.policy_losses import PolicyLossConfig, clip_cov_tokens, kl_cov_tokens, policy_loss
 from betarank.runtime.state import TrainState, compiler_options, donated
 from betarank.train import score
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def cov_tokens(loss: PolicyLossConfig, key: jax.Array, old_logp_BT, advantages_B, completion_BT) -> jax.Array:
-  """Returns bool [B, T]: the tokens that `loss.cov` selects.
+def cov_tokens(
+  loss: PolicyLossConfig, key: jax.Array, microbatches: Sequence[Microbatch], old_logps: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """Returns the tokens that `loss.cov` selects from all microbatches of an update, bool [B, T] for each of them.
 
-  key: a random key, which only 'clip_cov' uses.
+  key: decides the choice of clip_cov, together with the number of the token; kl_cov isn't random.
+  old_logps: the log-probabilities before the update.
   """
+  join = lambda arrays: jnp.concatenate([x.reshape(1, -1) for x in arrays], 1)
+  known = (join(old_logps), join(m.advantages_BT for m in microbatches), join(m.batch.counted_BT for m in microbatches))
   if loss.cov == 'kl_cov':
-    return kl_cov_tokens(old_logp_BT, advantages_B[:, None], completion_BT, share=loss.cov_share)
-  noise_BT = jax.random.uniform(key, completion_BT.shape)
-  return clip_cov_tokens(old_logp_BT, advantages_B[:, None], completion_BT, noise_BT, share=loss.cov_share)
+    chosen = kl_cov_tokens(*known, share=loss.cov_share)
+  else:
+    uniform = lambda number: jax.random.uniform(jax.random.fold_in(key, number))
+    noise = jax.vmap(uniform)(join(m.numbers_BT for m in microbatches)[0])[None]
+    chosen = clip_cov_tokens(*known, noise, share=loss.cov_share)
+  found, first = [], 0
+  for logp_BT in old_logps:
+    these = chosen[0, first : first + logp_BT.size].reshape(logp_BT.shape)
+    found.append(constrain(these, 'batch', 'length'))
+    first += logp_BT.size
+  return found
+
+
+class Update(NamedTuple):
+  """The three jitted programs of an update. Called with all its microbatches, an Update runs them in order.
+
+      zeros(params) -> gradients
+      gradient(params, gradients, microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT) -> (gradients, sums)
+      apply(state, gradients) -> (state, the gradient's norm)
+
+  gradients: (the sum of the microbatches' gradients so far, with the structure of params; the number to divide it by).
+  sums: the input of `policy_losses.means`, and the rest of a microbatch's figures. Add them up over microbatches.
+  """
+
+  zeros: Callable
+  gradient: Callable
+  apply: Callable
+
+  def __call__(
+    self, state: TrainState, microbatches: Sequence[Microbatch], old_logps: Sequence[Any] | None = None,
+    ref_logps: Sequence[Any] | None = None, chosen: Sequence[Any] | None = None,
+  ) -> tuple[TrainState, list[dict[str, jax.Array]], jax.Array]:
+    """Returns (the new state, the sums of each microbatch, the norm of the gradient).
+
+    Args:
+      state: the state.
+      microbatches: the samples.
+      old_logps: for each microbatch, the log-probabilities before the first update on these samples. None for an
+        on-policy update, whose ratio is 1.
+      ref_logps: the log-probabilities of the KL reference. Required if loss.kl_weight > 0.
+      chosen: the result of `cov_tokens`. Required if loss.cov is set.
+    """
+    none = [None] * len(microbatches)
+    gradients, sums = self.zeros(state.params), []
+    for arrays in zip(microbatches, old_logps or none, ref_logps or none, chosen or none, strict=True):
+      gradients, of_part = self.gradient(state.params, gradients, *arrays)
+      sums.append(of_part)
+    state, norm = self.apply(state, gradients)
+    return state, sums, norm
 
 
 def make_update(
-  c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransformation, microbatches: int, temperature: float = 1.0
-):
-  """Returns the jitted update of one minibatch.
+  c: ModelConfig, loss: PolicyLossConfig, tx: optax.GradientTransformation, temperature: float = 1.0
+) -> Update:
+  """Returns the update of one minibatch.
 
-      update(state, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
-             cov_tokens_BT=None, choices_BTLk=None) -> (state, sums, entropy_BT)
-
-  completion_BT is bool, True for the tokens that count in the loss. sums are the input of `policy_losses.means`.
-  entropy_BT is in nats, and replicated on all devices.
-
-  The last four arguments may be None:
-    old_logp_BT: the log-probabilities before the first update on these samples. None for an on-policy update, whose
-      ratio is 1.
-    ref_logp_BT: the log-probabilities of the KL reference. Required if loss.kl_weight > 0.
-    cov_tokens_BT: the result of `cov_tokens`. Required if loss.cov is set.
-    choices_BTLk: the experts that the sampler used for each token. None for a dense model.
+  The loss is a sum over the minibatch, divided once, so the number of microbatches doesn't change the result, nor does
+  the way in which samples are packed. The update doesn't change router biases.
 
   temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
-
-  The loss is a sum over the minibatch that is divided once, so the number of microbatches doesn't change the result.
-  The update doesn't change router biases.
   """
+  axes = model.abstract(c)[2]
 
-  def update(state: TrainState, batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT=None, ref_logp_BT=None,
-             cov_tokens_BT=None, choices_BTLk=None):
-    count = jnp.maximum(aggregate(jnp.zeros_like(sampler_logp_BT), completion_BT, loss.aggregation,
-                                  constant=max(loss.constant, 1))[1], 1)
+  def pinned(gradients):  # sharded like the parameters, in all programs
+    of_params = jax.tree.map(lambda names, x: constrain(x, *names), axes, gradients[0],
+                             is_leaf=lambda names: isinstance(names, tuple))
+    return of_params, constrain(gradients[1])
 
-    def part(params, piece):
-      batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT, choices_BTLk = piece
-      logp_BT, entropy_BT = score.log_probabilities(c, params, batch, choices_BTLk, temperature)
-      old_logp_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
-      total, _, sums = policy_loss(
-        loss, logp_BT, old_logp_BT, advantages_B[:, None], completion_BT, sampler_logp_BT=sampler_logp_BT,
-        ref_logp_BT=ref_logp_BT, cov_tokens_BT=cov_tokens_BT)
-      sums['loss'] = jax.lax.stop_gradient(total) / count
-      sums['entropy'] = jnp.sum(entropy_BT, where=completion_BT)
-      return total / count, (sums, entropy_BT)
+  def zeros(params):
+    return pinned((jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.int32)))
 
-    grad = jax.grad(part, has_aux=True)
-    pieces = (batch, completion_BT, sampler_logp_BT, advantages_B, old_logp_BT, ref_logp_BT, cov_tokens_BT,
-              choices_BTLk)
-    if microbatches == 1:
-      grads, (sums, entropy_BT) = grad(state.params, pieces)
-    else:
-      # Row i is in microbatch i % microbatches, as in train/step.py.
-      split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), pieces)
-      first = jax.tree.map(lambda x: x[0], split)
-      zero_grads, (zero_sums, _) = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, state.params, first))
+  def part(params, microbatch: Microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT):
+    batch = microbatch.batch
+    logp_BT, entropy_BT = score.log_probabilities(c, params, batch, microbatch.choices_BTLk, temperature)
+    old_logp_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
+    mask_BT = batch.counted_BT
+    total, count, sums = policy_loss(
+      loss, logp_BT, old_logp_BT, microbatch.advantages_BT, mask_BT, segments_BT=batch.segments_BT,
+      sampler_logp_BT=microbatch.sampler_logp_BT, ref_logp_BT=ref_logp_BT, cov_tokens_BT=cov_tokens_BT)
+    sums |= {
+      'loss': jax.lax.stop_gradient(total),
+      'count': count,
+      'entropy': jnp.sum(entropy_BT, where=mask_BT),
+      # In full on every host, as the other sums.
+      'entropy_histogram': constrain(entropy.histogram(entropy_BT, mask_BT, c.vocab_size), None),
+      'filled': jnp.sum(batch.segments_BT > 0, dtype=jnp.int32),
+    }
+    return total, (count, sums)
 
-      def accumulate(carry, piece):
-        grads, (sums, entropy_BT) = grad(state.params, piece)
-        return (jax.tree.map(jnp.add, carry[0], grads), add(carry[1], sums)), entropy_BT
+  def gradient(params, gradients, *arrays):
+    found, (count, sums) = jax.grad(part, has_aux=True)(params, *arrays)
+    return pinned((jax.tree.map(jnp.add, gradients[0], found), gradients[1] + count)), sums
 
-      (grads, sums), entropy = jax.lax.scan(accumulate, (zero_grads, zero_sums), split)
-      entropy_BT = entropy.swapaxes(0, 1).reshape(completion_BT.shape)
-
+  def apply(state: TrainState, gradients):
     with jax.named_scope('optimizer'):
+      grads = jax.tree.map(lambda x: x / jnp.maximum(gradients[1], 1), gradients[0])
       updates, opt_state = tx.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-      sums['grad_norm'] = optax.tree.norm(grads)
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), sums, constrain(entropy_BT, None, None)
+      norm = optax.tree.norm(grads)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), norm
 
-  return jax.jit(update, donate_argnums=donated(), compiler_options=compiler_options())
+  options = compiler_options()
+  return Update(
+    jax.jit(zeros), jax.jit(gradient, donate_argnums=1, compiler_options=options),
+    jax.jit(apply, donate_argnums=donated(), compiler_options=options))

@@ -164,7 +164,7 @@ class Checkpoints:
 
 class _Kept:
   """Tells Orbax which checkpoints to keep: the newest `keep`, those whose step is a multiple of `keep_every_steps`, and
-  the best.
+  the one whose step is the attribute `best`.
   """
 
   def __init__(self, config: CheckpointConfig):

@@ -73,8 +73,8 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
     item: the part of the checkpoint to check, 'state' or 'meta'; '' for both.
     full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of blocks, in a bucket only for
       files of up to 1 MiB.
-    share: (i, n), to check the content of only every n-th block, starting with block i. With full=True, these are files
-      instead of blocks. The sizes of all files are always checked.
+    share: (i, n), to check the content of only every n-th block, starting with block i. With full=True, the content of
+      every n-th file is checked, starting with file i. The sizes of all files are always checked.
   """
   try:
     files = read(folder)

@@ -54,7 +54,7 @@ class JsonLines:
   The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
 
   Attributes:
-    last: the last object that the file had when it was opened, of those that remain; {} if there was none.
+    last: the last object in the file after the constructor has removed lines; {} if no line is left.
   """
 
   def __init__(self, path: epath.Path, step: int):

@@ -40,9 +40,22 @@ def local_to_global(local, sharding: NamedSharding, rows: int):
   return jax.tree.map(build, local)
 
 
-def replicated_to_global(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-  """Returns a global array, built from the array `x`, of which every process has the same copy."""
-  return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def rows_of_process(sharding: NamedSharding, rows: int, length: int) -> slice:
+  """Returns the rows of an array [rows, length] that the devices of this process hold, and those between them."""
+  slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
+  return slice(min(s[0] for s in slices), max(s[1] for s in slices))
+
+
+def rows_to_global(local, sharding: NamedSharding, first: int, rows: int):
+  """Returns a tree of global arrays with `rows` rows, built from the rows that `rows_of_process` names.
+
+  local: a tree of arrays with these rows. The first one is row `first` of the global array.
+  """
+  def build(x):
+    own = lambda index: x[(slice(*(n - first for n in index[0].indices(rows)[:2])), *index[1:])]
+    return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, own)
+
+  return jax.tree.map(build, local)
 
 
 def max_over_processes(x: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
     refused: the reason why process 0 can't start; '' if it can start. With a reason, all processes end.
 
   Returns:
-    (names, connections). names are the names of all processes, in the form 'process I of N (HOST, pid P)'. connections
+    (names, connections). names are the names of all processes, such as 'process 1 of 4 (HOST, pid 1234)'. connections
     are {process index: open connection}. Process 0 has a connection to every other process. Each other process has only
     a connection to process 0.
 

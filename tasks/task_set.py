@@ -75,9 +75,9 @@ class TaskSet:
 
   Attributes:
     size: the number of tasks; None if the source is unlimited.
-    left_out: the records that can't be used. It includes the records of this split whose reference can't be read, and
-      the records of all splits that have no final answer.
-    records: the number of records in this split, usable or not; 0 if the source is unlimited.
+    left_out: the records that can't be used. A record that isn't a problem, for example because it has no final answer,
+      is in this list whatever its split. A record whose reference can't be read is in it only if it is in this split.
+    records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
   """
 
@@ -264,7 +264,7 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Returns True if only the reference itself gets the score 1 for this task. Such answers are graded without a worker.
+  """Returns True if only the reference itself gets the score 1 for this task. Answers are then graded without a worker.
   """
   from reasoning_gym.dataset import ProceduralDataset
   from reasoning_gym.factory import DATASETS

@@ -165,7 +165,7 @@ class Verifier:
     """Returns the grade if this process can decide, else None.
 
     This process can decide if there is no answer, if the answer is too long, or if comparing texts or plain numbers is
-    enough. It never decides about programs and for tasks with a user's reward function.
+    enough. It never decides for answers that are programs, or if the user has a reward function.
     """
     if task.verifier in ('code', 'reward'):
       return None

@@ -51,7 +51,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
     tokenizer_path: a SentencePiece model, a tokenizer.json, or a folder with one of them. '' means the run's own
       tokenizer. 'none' exports no tokenizer.
     positions: the length of the longest text that config.json allows, in tokens. 0 means the length of the longest text
-      that the model was trained on or, if this is larger, the length that an imported model came with.
+      that the model was trained on. If the model was imported with a larger length, 0 means that length.
 
   Raises:
     HfError, DataError: the model or the tokenizer can't be used or has no counterpart in Hugging Face's format, or a

@@ -21,7 +21,7 @@ class Prefix:
 
   Attributes:
     prompt: the number of the prompt.
-    pages: the pages of the part that hold the prompt.
+    pages: the page numbers, within the part, of the pages that hold the prompt.
     samples: the number of running samples that use the prompt.
     routed: (choices, f), set by the sampler. choices are the experts chosen in a prefill of several prompts (None for a
       dense model), and f is the index of this prompt among them.
@@ -113,9 +113,9 @@ class Pages:
   ) -> tuple[list[Running], list[Prefix | None]]:
     """Starts samples from the queue while there are free rows and pages.
 
-    A sample starts only if its part of the mesh then still has one page for every running sample that may need more
-    pages. No sample starts in a part in which the last call of `grow` stopped a sample. Samples whose prompt is already
-    in the part start first.
+    Starting a sample must leave enough free pages in its part of the mesh: one for every running sample that may need
+    more pages. No sample starts in a part in which the last call of `grow` stopped a sample. Samples whose prompt is
+    already in the part start first.
 
     Args:
       queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from the
@@ -169,7 +169,7 @@ class Pages:
     sample.prefix.samples -= 1
 
   def table(self) -> Table:
-    """Returns the table of the running samples. It is a copy, so a dispatch may still read it after later changes."""
+    """Returns the table of the running samples, as a copy that later calls of other methods don't change."""
     members = self._unit_rows
     rows_UM, count_U = np.zeros((len(self._table.prefix_B), members), np.int32), np.zeros_like(self._table.prefix_B)
     together = collections.defaultdict(list)
@@ -218,7 +218,8 @@ class Pages:
   def _room(self, part: _Part, pages: int, queue) -> bool:
     """Frees pages of prompts that no running sample uses. Returns True if `part` then has at least `pages` free pages.
 
-    The pages of a prompt that has samples in the queue are freed only while there are too few free pages.
+    If such a prompt still has samples in the queue, its pages are freed only if `part` has too few free pages without
+    them.
 
     queue: as in `start`.
     """

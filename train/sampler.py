@@ -11,7 +11,7 @@ The cache (model/decode.py) consists of pages. A row gets pages as its sample gr
 than all rows at their greatest length. The shapes of arrays depend only on the settings, except that a prefill has the
 length of its longest prompt, rounded up to a power of two. Therefore only few programs are compiled.
 
-# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt, or samples started at once
+# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt (in _Start: samples started at once)
 # T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  K most probable tokens
 # L layers  k experts per token  LP2KSH as in model/decode.py
 """
@@ -219,7 +219,7 @@ class Sampler:
 
   def __call__(
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
-    step: int, watch: Callable[[Sample], None] | None = None,
+    step: int, watch: Callable[[Sample], None] | None = None, more: Callable[[], Sequence[Prompt]] | None = None,
   ) -> Iterator[list[Sample]]:
     """Yields the samples of each prompt, ordered by index, as soon as all samples of the prompt have ended.
 
@@ -238,6 +238,8 @@ class Sampler:
       watch: called after each dispatch, once for each sample that has new tokens. The argument is a Sample that has
         only the new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because
         the cache was full begins again with its first token.
+      more: called after each dispatch, once the caller has taken all samples that have ended. Returns further prompts,
+        which start when rows are free, after those that still wait.
 
     Raises:
       ValueError: a prompt is too long or otherwise invalid, or another argument is invalid. This is checked before any
@@ -245,7 +247,7 @@ class Sampler:
     """
     indices = list(range(samples)) if isinstance(samples, int) else list(samples)
     self._check(prompts, indices, seed, step)
-    return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch)
+    return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch, more)
 
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
@@ -289,7 +291,7 @@ class Sampler:
     return Pages(rows=s.decode_batch_size, pages=s.pages, parts=self.ways, size=s.page_tokens,
                  prompt_pages=s.prompt_pages, row_pages=s.row_pages, unit_rows=decode.unit_rows(self.c))
 
-  def _run(self, params, prompts, indices, seed, step, watch):
+  def _run(self, params, prompts, indices, seed, step, watch, more):
     s = self.s
     record = s.record_choices and self.c.moe.experts > 0
     # A generator must not hold the mesh while its caller runs.
@@ -302,8 +304,9 @@ class Sampler:
     flying: collections.deque[tuple[Any, list[Running]]] = collections.deque()  # what is drawn, and of which samples
     ended: list[dict[int, Sample]] = [{} for _ in prompts]
     groups = []
-    while queue or pages.running:
-      while not flying or (len(flying) <= ahead and pages.unfinished(s.decode_steps * len(flying))):
+    while queue or pages.running or groups:
+      while (queue or pages.running) and (
+          not flying or (len(flying) <= ahead and pages.unfinished(s.decode_steps * len(flying)))):
         tokens = s.decode_steps * (len(flying) + 1)
         with on_mesh():
           stopped = pages.grow(tokens)
@@ -316,6 +319,13 @@ class Sampler:
         flying.append((drawn, list(pages.running.values())))
       yield from groups  # the device is at work
       groups = []
+      if more and (new := list(more())):
+        self._check([*prompts, *new], indices, seed, step)
+        queue |= {p: collections.deque(indices) for p in range(len(prompts), len(prompts) + len(new))}
+        prompts += new
+        ended += [{} for _ in new]
+      if not flying:
+        continue
       drawn, samples = flying.popleft()
       token_TR, logp_TR, count_R, choice_TRLk = jax.device_get(drawn)
       for sample in samples:
@@ -434,7 +444,7 @@ def _prefill(c, weights, pages_LP2KSH, token_FP, length_F, pages_FI) -> tuple[tu
 
 
 def _choices(routing: model.Routing | None) -> jax.Array | None:
-  """Returns the experts chosen for each token, int16 [F, P, L, k], of which every host has the whole array.
+  """Returns the experts chosen for each token, int16 [F, P, L, k], as an array that isn't sharded.
 
   Returns None for a dense model.
   """
@@ -554,7 +564,7 @@ def _pick(mass_RN, u_R):
 def _kept(s, z_RV):
   """Returns bool [R, V]: True for the tokens that may be drawn.
 
-  Each row keeps its top_k most probable tokens (one token at temperature 0), and of these the ones that top_p allows.
+  These are the row's top_k most probable tokens (one token at temperature 0), except for those that top_p excludes.
   """
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))

@@ -48,7 +48,7 @@ def total(
 
   Args:
     c, params: the model and its parameters.
-    batch: the tokens. Targets that don't count, such as padding, add nothing: their loss and statistics are 0.
+    batch: the tokens. Where batch.counted_BT is False, as in padding, the loss and the statistics are 0.
     shaping: the objective, from ObjectiveConfig.at(step).
     stats: 'full' computes all statistics. 'basic' leaves out head_mass and tail_mass, which are then None, and saves
       the search for the top k. If the objective has a lambda, the top k is needed, so both are computed anyway.
@@ -89,7 +89,9 @@ def log_probabilities(
 
 
 def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> tuple[TokenStats, jax.Array]:
-  """Returns (statistics [B, T], hidden_BTD). The statistics have no gradient, and are 0 where the target doesn't count.
+  """Returns (statistics [B, T], hidden_BTD).
+
+  The statistics have no gradient. They are 0 where batch.counted_BT is False.
 
   top_k: the number of most probable tokens that form the head, for head mass and tail mass.
   """
@@ -119,10 +121,10 @@ def sums(
   batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
-  """Returns sums over the targets of a batch that count, from which `means` computes the figures to log.
+  """Returns sums over the targets of a batch, from which `means` computes the figures to log.
 
-  `add` adds the sums of several batches. Counts of tokens and bytes are int32, because float32 can't count past 16
-  million.
+  Targets for which batch.counted_BT is False are left out. `add` adds the sums of several batches. Counts of tokens and
+  bytes are int32, because float32 can't count past 16 million.
   """
   of_experts = {} if routing is None else {
     'expert_load': routing.load_LE,

@@ -123,8 +123,7 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError if rows can't be divided evenly into microbatches, and each microbatch over the mesh's batch
-  axes.
+  """Raises ConfigError if `rows` isn't a multiple of the microbatches times the sizes of the mesh's batch axes.
 
   key: the config key of the number of rows, for the message.
   """
@@ -235,12 +234,12 @@ def begin(
 
 
 def check_same_function(c: model.ModelConfig, trained: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-  """Raises ConfigError if one of these settings of the model differs from the checkpoint's.
+  """Raises ConfigError if a model setting in `fields` has another value in the checkpoint than in `c`.
 
-  The check is needed because the settings don't change the shapes of arrays, so the checkpoint could be restored.
+  The settings don't affect the shapes of arrays, so restoring the checkpoint would raise no error.
 
   trained: the metadata of the checkpoint.
-  fields: the names of the settings.
+  fields: names of settings in section `model`.
   """
   before = trained['config']['model']
   for name in fields:

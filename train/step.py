@@ -24,9 +24,9 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the jitted update of pre-training, a function (state, batch) -> (new state, metrics).
 
-  The loss is a sum over the targets of the batch that count, divided once by the number of these targets. Microbatches,
-  packing and mesh therefore don't change what is learned. The only exception is the load-balance loss of a softmax
-  router, which is computed within each microbatch and then averaged over tokens.
+  The loss is a sum over the targets for which batch.counted_BT is True, divided once by the number of these targets.
+  Microbatches, packing and mesh therefore don't change what is learned. The only exception is the load-balance loss of
+  a softmax router, which is computed within each microbatch and then averaged over tokens.
 
   The metrics are the sums of train/score.py and the norm of the gradient before clipping. For a router with a
   load-balancing bias, they include the smallest and the largest bias.

@@ -97,8 +97,8 @@ def _rl(c):
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """Adds every objective to a sweep. For each seed, there is one run per stage, and each run starts from the run of the
-  stage before.
+  """Adds every objective to a sweep. For each objective and seed, there is one run per stage. Each run starts from the
+  run of the stage before.
 
   seeds: the number of seeds; the paper ran one seed of each objective.
   stages: the stages to run; 'pretrain' is always run.

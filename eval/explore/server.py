@@ -2,7 +2,7 @@
 
 The server listens on 127.0.0.1. It answers a request only if all of these are true: the Host header has a loopback
 name, the request doesn't come from another web page, and the path begins with a random token, which only the printed
-URL contains. The check of the Host header stops web pages that use a domain name of their own that leads to 127.0.0.1.
+URL contains. The check of the Host header stops a web page whose own domain name resolves to 127.0.0.1.
 All other requests get a 4xx status before their body is read. Only the paths in the tables `files` and `actions` exist.
 """
 

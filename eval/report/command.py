@@ -1,4 +1,4 @@
-"""Writes one page on what the objective did to exploration, from the workdirs of a sweep.
+"""Writes one page on what the objective changed in the models and in RL, from the workdirs of a sweep.
 
     betarank report ROOT [--out=DIR] [--watch]
 

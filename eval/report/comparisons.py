@@ -99,9 +99,12 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
 
 
 def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
-  """Returns a remark on a comparison. It says why pairs weren't compared, and that a single seed gives no verdict.
+  """Returns a remark on a comparison; '' if there is nothing to remark.
+
+  The remark says why pairs weren't compared. If only one pair was compared, it says that one seed gives no verdict.
 
   reasons: why pairs weren't compared.
+  baseline: the name of the baseline arm.
   compared: the number of pairs that were compared.
   """
   reasons = list(dict.fromkeys(reasons))
@@ -209,8 +212,10 @@ def _harness_figure(run: Run, task: str) -> Measured | None:
 
 
 def paper_averages(sweep: Sweep) -> list[Comparison]:
-  """Returns comparisons of the score on each of the paper's benchmarks, and of the averages that the paper takes of
-  these scores: one per category of benchmarks, and three over categories (eval/paper.py).
+  """Returns comparisons of the score on each of the paper's benchmarks, and of the averages of these scores.
+
+  As in the paper, there is an average for each category of benchmarks, and three averages over categories (see
+  eval/paper.py).
   """
   members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
   names = paper.CATEGORIES.keys()
@@ -231,7 +236,7 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
   """Returns comparisons of metrics that have one value per run. Runs are paired by seed.
 
-  read: a function (run, metric) -> Measured, or None if the run doesn't have the metric.
+  read: a function that takes a run and a metric, and returns a Measured, or None if the run lacks the metric.
   """
   out = []
   for arm in sweep.arms:
@@ -292,9 +297,11 @@ def pass_k(sweep: Sweep) -> int:
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: function}. The function takes SampleSet.metrics, and returns [P], the metric's value per problem.
+  """Returns {metric: function}. The function returns [P], the metric's value for each of the P problems of a SampleSet.
 
-  Metrics that are shares of right answers come first.
+  The function's argument is SampleSet.metrics. Metrics that are shares of right answers come first.
+
+  k: the k of Pass@k.
   """
   return {
     'avg_at_n': lambda m: m['avg_at_n'], 'cons_at_n': lambda m: m['cons_at_n'],

@@ -273,9 +273,9 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def _inline(svg: str, title: str) -> str:
-  """Returns only the <svg> element of an SVG file, without a fixed size.
+  """Returns only the <svg> element of an SVG file, without a fixed size and with `title` as its label.
 
-  Its ids are unique on the page, because each panel is drawn with its own svg.hashsalt.
+  The ids in the element are unique on the page, because each plot is drawn with an svg.hashsalt of its own.
   """
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.DOTALL)
   opening = re.search(r'viewBox="[^"]*"', svg)[0]

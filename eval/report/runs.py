@@ -24,7 +24,10 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 @dataclasses.dataclass
 class SampleSet:
-  """The content of one file of samples: its settings, the parsed samples, and a few texts."""
+  """The content of one file of samples: its settings, the parsed samples, and a few texts.
+
+  The attribute `metrics` is the result of samples.metrics(), computed once.
+  """
 
   settings: dict[str, Any]
   samples: sampling_metrics.Samples

@@ -330,12 +330,12 @@ class Report:
 
     Args:
       file: the name of the CSV file, without its suffix.
-      found: the comparisons. If shown_as is given, their field `metric` has the names of tasks.
+      found: the comparisons.
       names: the values of the field `metric` to show, one row for each, in this order.
       note: the text at the end of each table's caption.
       name: a heading above the tables; '' for none.
-      shown_as: the metric whose number format all rows use. The titles of the rows are then `names` unchanged. If
-        shown_as is '', each row has the format and the title of its own metric.
+      shown_as: '' if each row has the title and the number format of its metric. If `names` are tasks, the metric
+        whose number format all rows use; the title of a row is then the task's name.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',

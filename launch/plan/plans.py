@@ -1,6 +1,7 @@
 """Plans the memory and time of each compiled program on one topology, and the time of the whole run (the stage)."""
 
 import dataclasses
+import math
 import pathlib
 import re
 import time
@@ -12,6 +13,7 @@ from betarank.launch.plan import hlo, programs
 from betarank.launch.plan.chips import Topology
 from betarank.launch.plan.predict import Prediction, predict
 from betarank.launch.plan.workload import Workload
+from betarank.model.sharding import MESH_AXES
 
 GB = 1e9
 
@@ -28,7 +30,7 @@ class Plan:
   topology: str
   chips: int
   mesh: dict[str, int]
-  microbatches: int
+  microbatches: int  # of an update, in RL at full length
   remat_policy: str
   fits: bool
   problem: str  # why it doesn't fit; '' if it does
@@ -54,16 +56,17 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
   """
   mesh = programs.make_mesh(work, devices)
   state, lowerings = programs.lowerings(work, mesh)
+  microbatch = math.prod(work.microbatch(mesh.shape))
   for name, lower in lowerings.items():
     for old in folder.iterdir():
       old.unlink()
     plan = Plan(
       program=name, topology=topology.name + (f' x {topology.slices}' if topology.slices > 1 else ''),
       chips=topology.chips, mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
-      microbatches=work.microbatches, remat_policy=work.run.model.remat_policy, fits=False, problem='',
-      hbm_bytes=topology.chip.hbm_bytes, params_bytes=programs.shard_bytes(state.params),
+      microbatches=-(-work.rows * work.length // microbatch), remat_policy=work.run.model.remat_policy, fits=False,
+      problem='', hbm_bytes=topology.chip.hbm_bytes, params_bytes=programs.shard_bytes(state.params),
       optimizer_bytes=programs.shard_bytes(state.opt_state), temp_bytes=0, peak_bytes=0, compile_s=0.0,
-      prediction=None, mfu=(0.0, 0.0), tokens=_tokens(name, work))
+      prediction=None, mfu=(0.0, 0.0), tokens=_tokens(name, work, microbatch))
     say(f'compiling {name} for {plan.topology}, {topology.chips} chips, '
         f'mesh {" x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "of one device"} ...')
     start = time.perf_counter()
@@ -78,6 +81,12 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
     memory = compiled.memory_analysis()
     peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes)
+    if name == 'gradient':  # the moments aren't its arguments, but are in memory too
+      peak += plan.optimizer_bytes
+      if peak > plan.hbm_bytes:
+        yield dataclasses.replace(
+          plan, problem=f'needs {peak / GB:.2f} of {plan.hbm_bytes / GB:.2f} GB', compile_s=compile_s)
+        continue
     prediction = predict(hlo.read(compiled.as_text()), folder, topology)
     passes = 1 / 3 if name == 'decode' else 1.0  # flops_per_token counts a forward and a backward pass
     useful = model.flops_per_token(work.run.model, work.length) * plan.tokens * passes / topology.chips
@@ -87,12 +96,15 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       prediction=prediction, mfu=(useful_s / prediction.step_s[1], useful_s / prediction.step_s[0]))
 
 
-def _tokens(program: str, work: Workload) -> int:
-  """Returns the number of tokens that one execution of a program processes or, for decoding, draws."""
+def _tokens(program: str, work: Workload, microbatch: int) -> int:
+  """Returns the number of tokens that one execution of a program processes or, for decoding, draws.
+
+  microbatch: the number of tokens of a microbatch.
+  """
   if program == 'decode':
     settings = programs.sampler_config(work)
     return settings.decode_batch_size * settings.decode_steps
-  return work.rows * work.length
+  return {'train': work.rows * work.length, 'gradient': microbatch, 'optimizer': 0}[program]
 
 
 def _out_of_memory(text: str) -> str:
@@ -126,14 +138,15 @@ def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:
     return tuple(s * work.steps for s in by_name['train'].prediction.step_s)
-  rl, decode, update = work.rl, by_name['decode'], by_name['update']
+  rl, decode, gradient, optimizer = work.rl, by_name['decode'], by_name['gradient'], by_name['optimizer']
   before, total = 0, [0.0, 0.0]
   for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
     fills = -(-rl.prompts_per_step * rl.group_size // rl.decode_batch_size)  # how often the decode batch is filled
     dispatches = fills * new * rl.decode_batch_size / decode.tokens
+    microbatches = work.rows * (rl.max_prompt_tokens + new) / gradient.tokens
     for side in (0, 1):
-      total[side] += (end - before) * (
-        dispatches * decode.prediction.step_s[side] + rl.minibatches * update.prediction.step_s[side])
+      update_s = microbatches * gradient.prediction.step_s[side] + optimizer.prediction.step_s[side]
+      total[side] += (end - before) * (dispatches * decode.prediction.step_s[side] + rl.minibatches * update_s)
     before = end
   return tuple(total)
 
@@ -147,10 +160,10 @@ def suggest_fix(work: Workload, plan: Plan) -> str:
   if state > 0.5 * plan.hbm_bytes:
     return (f'Parameters and optimizer alone take {state / GB:.1f} GB per chip: make fsdp larger (data smaller), or '
             'take more chips, or --config.optimizer.moment_dtype=bfloat16.')
-  ways = plan.mesh.get('data', 1) * plan.mesh.get('fsdp', 1) * plan.mesh.get('expert', 1)
+  ways = math.prod(plan.mesh.get(axis, 1) for axis in model.RULES['batch'])
   tips = []
-  if work.rows // ways // plan.microbatches > 1:
-    tips.append(f'--config.{work.section}.microbatches={plan.microbatches * 2}')
+  if (each := work.microbatch(dict.fromkeys(MESH_AXES, 1) | plan.mesh)[0] // ways) > 1:
+    tips += [f'--config.{key}={value}' for key, value in work.microbatch_override(each // 2, ways).items()]
   if plan.remat_policy != 'full':
     tips.append('--config.model.remat_policy=full')
   tips.append('--config.train.mesh.context=2 (or tensor=2), which splits the rows themselves')

@@ -14,6 +14,7 @@ from betarank.configs.errors import ConfigError
 from betarank.data import Batch, sources
 from betarank.launch.plan.chips import PlanError
 from betarank.launch.plan.workload import Workload
+from betarank.rl.packing import Microbatch
 from betarank.rl.update import make_update
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.train import setup
@@ -53,14 +54,18 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
   """Returns the abstract train state, and for each program a function that lowers it.
 
-  Pre-training has one program, `train`. RL has the programs `update` and `decode`, with their shapes in the phase with
-  the longest answers. Two smaller programs of RL aren't planned: the prefill of prompts, and the computation of
-  log-probabilities under the old and the reference policy.
+  Pre-training has one program, `train`. RL has the programs `gradient` (of a microbatch of the largest shape),
+  `optimizer` and `decode`, with their shapes in the phase with the longest answers. Some smaller programs of RL aren't
+  planned: the prefill of prompts, the smaller microbatches, and the computation of log-probabilities under the old and
+  the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
   if work.rl:
-    lower = {'update': lambda: _lower_update(work, mesh, tx, state),
+    update = make_update(work.run.model, work.rl.loss, tx, work.rl.temperature)
+    gradients = state.params, _abstract(mesh, (), jnp.int32)
+    lower = {'gradient': lambda: update.gradient.lower(state.params, gradients, *_microbatch(work, mesh)),
+             'optimizer': lambda: update.apply.lower(state, gradients),
              'decode': lambda: Sampler(work.run.model, sampler_config(work), EOS, mesh).lower_decode(state.params)}
   else:
     lower = {'train': lambda: _lower_train(work, mesh, tx, state)}
@@ -80,26 +85,20 @@ def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stage
   masked = any(sources.masked(source) for source in run.data.sources.values())
   batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_) if masked else None)
   stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
-  return make_step(run.model, run.objective, tx, byte_counts, work.microbatches, stats).lower(state, batch)
+  return make_step(run.model, run.objective, tx, byte_counts, run.microbatches, stats).lower(state, batch)
 
 
-def _lower_update(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:
-  c, rl = work.run.model, work.rl
-  tokens = lambda dtype: _abstract(mesh, (work.rows, work.length), dtype, 'batch', 'length')
-  choices_BTLk = None
-  if c.moe.experts:
-    choices_BTLk = _abstract(
-      mesh, (work.rows, work.length, c.layers, c.moe.experts_per_token), jnp.int16, 'batch')
-  return make_update(c, rl.loss, tx, rl.microbatches, rl.temperature).lower(
-    state,
-    Batch(*[tokens(jnp.int32)] * 4),
-    tokens(jnp.bool_),  # which tokens count
-    tokens(jnp.float32),  # log-probabilities from the sampler
-    _abstract(mesh, (work.rows,), jnp.float32, 'batch'),  # advantages
-    tokens(jnp.float32) if rl.minibatches > 1 else None,  # log-probabilities before the first update
-    tokens(jnp.float32) if rl.loss.kl_weight else None,  # log-probabilities of the reference
+def _microbatch(work: Workload, mesh: Mesh) -> tuple[Any, ...]:
+  """Returns a microbatch, and log-probabilities before the update and of the reference, and the covariance's tokens."""
+  c, rl, shape = work.run.model, work.rl, work.microbatch(mesh.shape)
+  tokens = lambda dtype, *more: _abstract(mesh, (*shape, *more), dtype, 'batch', 'length')
+  choices_BTLk = tokens(jnp.int16, c.layers, c.moe.experts_per_token) if c.moe.experts else None
+  batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_))
+  return (
+    Microbatch(batch, tokens(jnp.float32), tokens(jnp.float32), tokens(jnp.int32), choices_BTLk),
+    tokens(jnp.float32) if rl.minibatches > 1 else None,
+    tokens(jnp.float32) if rl.loss.kl_weight else None,
     tokens(jnp.bool_) if rl.loss.cov else None,
-    choices_BTLk,
   )
 
 

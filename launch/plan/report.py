@@ -33,7 +33,7 @@ def report(work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_ch
 
 def _report_plan(work: Workload, topology: Topology, plan: Plan) -> None:
   mesh = ' x '.join(f'{axis} {n}' for axis, n in plan.mesh.items()) or 'one device'
-  parts = f', {plan.microbatches} microbatches' if plan.program != 'decode' else ''
+  parts = f', {plan.microbatches} microbatches' if plan.program in ('train', 'gradient') else ''
   print(f'\n{plan.program}: {plan.topology}, {plan.chips} chips, mesh {mesh}{parts}, remat {plan.remat_policy} '
         f'(compiled in {plan.compile_s:.0f} s)')
   if not plan.fits:
@@ -50,7 +50,7 @@ def _report_plan(work: Workload, topology: Topology, plan: Plan) -> None:
   if plan.program == 'decode':
     print(f'  speed       {plan.tokens / high:,.0f} to {plan.tokens / low:,.0f} tokens/s from a decode batch of '
           f'{work.rl.decode_batch_size}')
-  else:
+  elif plan.tokens:
     print(f'  MFU         {plan.mfu[0]:.1%} to {plan.mfu[1]:.1%} of {topology.chip.flops / 1e12:.0f} TFLOP/s')
     print(f'  tokens      {_short(plan.tokens / high * 86_400)} to {_short(plan.tokens / low * 86_400)} per day')
   print('  parts       ' + ', '.join(

@@ -26,6 +26,7 @@ class Candidate:
 
   mesh: tuple[tuple[str, int], ...]
   microbatches: int
+  rows_per_chip: int  # sequences of the greatest length for which a microbatch has room
   remat_policy: str
   least_bytes: float  # a lower bound on the memory per chip: state, gradients and saved activations
 
@@ -49,7 +50,7 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
       continue
     mesh = (('data', data), ('fsdp', fsdp), ('expert', expert), ('context', 1), ('tensor', 1))
     least = _least_bytes(c, fsdp, expert, per_chip * work.length, remat)
-    found.append(Candidate(mesh, work.rows // (chips * per_chip), remat, least))
+    found.append(Candidate(mesh, work.rows // (chips * per_chip), per_chip, remat, least))
   order = list(REMAT)
   fits = [f for f in found if f.least_bytes < topology.chip.hbm_bytes]
   return sorted(fits, key=lambda f: (order.index(f.remat_policy), f.microbatches, f.least_bytes))
@@ -100,8 +101,8 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
   found: list[tuple[Candidate, Plan]] = []
   for number, candidate in enumerate(chosen, 1):
     overrides = {f'train.mesh.{axis}': str(n) for axis, n in candidate.mesh}
-    overrides |= {f'{work.section}.microbatches': str(candidate.microbatches),
-                  'model.remat_policy': candidate.remat_policy}
+    overrides |= {'model.remat_policy': candidate.remat_policy,
+                  **work.microbatch_override(candidate.rows_per_chip, topology.chips)}
     changed = config.copy_and_resolve_references().unlock()
     for key, value in overrides.items():
       load.override(changed, key, value)

@@ -1,9 +1,13 @@
 """Gives the planner one view of pre-training and RL runs: rows, microbatches, length and steps."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from betarank.model import RULES
+from betarank.rl import packing
 from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.train.config import RunConfig, run_config
 
@@ -16,22 +20,27 @@ class Workload:
   rl: RlConfig | None
 
   @property
-  def section(self) -> str:
-    """The name of the config section that has the setting `microbatches`: 'train' or 'rl'."""
-    return 'rl' if self.rl else 'train'
-
-  @property
   def rows(self) -> int:
-    """The number of sequences in one update."""
-    return self.run.rows
+    """The number of sequences in one update. In RL, these are the samples, of which several are packed into a row."""
+    rl = self.rl
+    return rl.prompts_per_step // rl.minibatches * rl.group_size if rl else self.run.rows
 
-  @property
-  def microbatches(self) -> int:
-    return self.run.microbatches
+  def microbatch(self, mesh_shape: Mapping[str, int]) -> tuple[int, int]:
+    """Returns the shape (rows, tokens of a row) of a microbatch; in RL, that of the largest one."""
+    if not self.rl:
+      return self.rows // self.run.microbatches, self.length
+    ways = math.prod(mesh_shape[axis] for axis in RULES['batch'])
+    return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
+
+  def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
+    """Returns the override that gives microbatches with room for so many sequences of the greatest length per chip."""
+    if self.rl:
+      return {'rl.microbatch_tokens': str(rows_per_chip * self.length)}
+    return {'train.microbatches': str(self.rows // (chips * rows_per_chip))}
 
   @property
   def length(self) -> int:
-    """The number of tokens per row. In RL, a row has room for a prompt and an answer of the largest length."""
+    """The number of tokens of a sequence. In RL, it is a prompt and an answer of the largest length."""
     return self.run.sequence_length
 
   @property

@@ -89,7 +89,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
       t: the number of blocks of keys that this program has processed for the items before r.
       b, tile, n: the row, the number of the block of queries in the row, and the query head.
       steps: the number of blocks of keys to process, from the diagonal (block 0) back to the first query's document.
-      full: the number of these blocks, from block 0, that lie within the documents of all queries; at least 1.
+      full: blocks 1 to full - 1 lie within the documents of all queries, so they need no mask; full is at least 1.
       """
       def one(r, t):
         # Every other round runs in reverse order, so that no program gets the longest item of every round.

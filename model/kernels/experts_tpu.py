@@ -124,10 +124,9 @@ def _works(work):
 
 
 def _blocks(x_CRD, weights):
-  """Returns the BlockSpecs of x, of an array [C, R, 1], and (as a list) of the weights.
+  """Returns (BlockSpec of x, BlockSpec of the rows' factors [C, R, 1], list of the weights' BlockSpecs).
 
-  In each grid step, the kernel gets a tile of x, the same tile of the array [C, R, 1], and the weights of the tile's
-  expert.
+  In each grid step, the kernel gets a tile of x, the factors of the tile's rows, and the weights of the tile's expert.
 
   weights: arrays whose first dimension is the expert.
   """

@@ -38,9 +38,12 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   prompt_R, all_R = steps(prefix_R), steps(prefix_R) + steps(length_R)
 
   def column(i, row, step, prompt_R, prefix_R, length_R):
-    """Returns (the i-th column of pages_BJ in this step, the number of tokens in the row's page of that column).
+    """Returns (column, tokens) of the i-th page of a grid step: its column in table.pages_BJ, and its number of tokens.
 
-    Past the row's last page, returns the column of the last page, which isn't fetched again, and 0 tokens.
+    Past the last prompt page or own page, returns the column of that page, which isn't fetched again, and 0 tokens.
+
+    prompt_R: the number of steps for each row's prompt pages. The row's own pages follow.
+    prefix_R, length_R: the numbers of tokens in each row's prompt pages, and in its own pages.
     """
     own = step >= prompt_R[row]
     at = (step - jnp.where(own, prompt_R[row], 0)) * AT_ONCE + i

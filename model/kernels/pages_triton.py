@@ -1,8 +1,8 @@
 """A Triton kernel for attention of one token per row over pages of keys and values, on a GPU.
 
 A unit is a few rows that share a prompt. A program processes one key head of a unit. It reads the prompt's pages once
-for all rows of the unit, and then the pages that belong to each row alone. It reads only pages that hold tokens. If
-there are few units, several programs share the pages of a unit.
+for all rows of the unit, and then each row's own pages, which no other row uses. It reads only pages that hold tokens.
+If there are few units, several programs share the pages of a unit.
 
 # R rows  U units of up to M rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page
 # 2 keys, values  K key heads  G query heads per key head  N = K·G query heads  H head width
@@ -37,7 +37,7 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
     q_RNH: the queries of one token per row.
     pages_P2KSH: keys and values, in the dtype of the queries.
     table: a decode.Table. The output of a row that is in none of the table's units is arbitrary.
-    length_R: int32, the number of tokens in the pages that belong to the row alone.
+    length_R: int32, the number of tokens in each row's own pages. Tokens in the prompt's pages aren't counted.
     prompt_pages: I, the number of prompt pages in each row of the table.
   """
   (rows, heads, width), (kv_heads, size) = q_RNH.shape, pages_P2KSH.shape[2:4]

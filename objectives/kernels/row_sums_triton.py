@@ -44,8 +44,9 @@ def row_sums(z_CV, x_C, target_C, interpret=False):
     x, target = x_ref[...], target_ref[...]
 
     def add(start, unread, carry):
-      """Adds a block of logits, which begins at id `start`, to the sums. If `unread` isn't 0, ids below `unread` are
-      left out.
+      """Adds the block of logits that begins at id `start` to the sums in `carry`. Returns the new carry.
+
+      Ids below `unread` are skipped, because an earlier block has added them. 0 skips none.
       """
       most_B, wrong_B, energy_B, rank_B = carry
       at_B = start + jnp.arange(BLOCK)

@@ -31,8 +31,9 @@ MAX_BLOCK = 20 * 2**20  # bytes of a block of rows; VMEM holds two blocks at onc
 
 
 def fits(vocab, k):
-  """Returns True if the kernel supports rows of `vocab` logits: groups aren't too small, and a block of rows fits into
-  VMEM.
+  """Returns True if the kernel supports rows of `vocab` logits and a top k of this size.
+
+  Each group must have at least MIN_SPAN logits, and two blocks of rows must fit into VMEM.
   """
   return _span(vocab, k) >= MIN_SPAN and 4 * ROWS * _columns(vocab) * LANES <= MAX_BLOCK
 

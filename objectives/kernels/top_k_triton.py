@@ -57,7 +57,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
       return tuple(kept)
 
     def write_results(total):
-      """Writes the results, and returns the k-th largest logit.
+      """Writes the outputs of `find_head` for this row, and returns the k-th largest logit.
 
       total(f) must return the sum of f(logits, ids) over a set of tokens that contains the top k.
       """

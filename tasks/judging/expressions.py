@@ -493,7 +493,7 @@ class _Parser:
     """Parses the numbers in brackets after a name. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
 
     Returns '' and parses nothing if no bracket follows, or if something else is in the brackets: f(x + 1) is the
-    product of f and x + 1. Single letters are accepted beside numbers if there is a comma.
+    product of f and x + 1. If there is a comma in the brackets, single letters are accepted too, as in f(2, n).
     """
     if self.next != '(':
       return ''

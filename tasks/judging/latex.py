@@ -166,7 +166,10 @@ def _scan(text: str, tokens: list[str], in_text: bool) -> None:
 
 
 def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
-  """Appends the tokens for the letters at `start`. Returns the position after them."""
+  r"""Appends the tokens for the letters at `start`. Returns the position after them.
+
+  in_text: whether the letters are in the argument of a command such as \text.
+  """
   run, word = _LETTERS.match(text, start)[0], _WORD.match(text, start)[0]
   if (word if in_text else run) in _BARE:
     tokens.append(_BARE[run])
@@ -206,7 +209,10 @@ def _join_thousands(tokens: list[str]) -> list[str]:
 
 
 def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -> int:
-  """Appends the tokens for the command `piece`, which ends at `at`. Returns the position after what was read."""
+  r"""Appends the tokens for the command `piece`, which ends at `at`. Returns the position after what was read.
+
+  in_text: whether the command is in the argument of another command such as \text.
+  """
   name = piece[1:].rstrip('*')
   if name in _TEXT:
     inside, end = _group(text, at)

@@ -336,6 +336,9 @@ def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
   r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as the union of the intervals between
   them.
 
+  tokens: the tokens of the whole difference.
+  parts: the set, and the points to remove.
+
   Raises:
     Unsupported: the tokens are another difference of sets.
   """

@@ -174,8 +174,8 @@ def check(node: Node) -> None:
 def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
   """Returns whether two expressions have the same value at `point`.
 
-  Both are computed twice, with more digits the second time. If they have the same value, their difference then
-  vanishes.
+  Both are computed twice, with more digits the second time. They count as the same if their difference is then almost
+  zero, or far smaller than the first time.
 
   base: the base of a logarithm that is written without one; None means e.
   """

@@ -9,6 +9,7 @@ from betarank import model
 from betarank.configs import errors, load, paper
 from betarank.data import Batch
 from betarank.rl.config import rl_run
+from betarank.rl.packing import Microbatch
 from betarank.rl.update import make_update
 from betarank.runtime.state import create_state
 from betarank.train.config import run_config
@@ -34,7 +35,7 @@ def shrunken(name, arg):
   if name.startswith('moe'):
     small |= {'model.moe.experts': '8', 'model.moe.experts_per_token': '2', 'model.moe.expert_d_ff': '8'}
   if 'stage=rl' in arg:
-    small |= {'rl.prompts_per_step': '1', 'rl.group_size': '2', 'rl.microbatches': '1', 'rl.eval_prompts': '1'}
+    small |= {'rl.prompts_per_step': '1', 'rl.group_size': '2', 'rl.eval_prompts': '1'}
   else:
     small |= {'data.sequence_length': '16', 'train.microbatches': '1', 'train.batch_size': '2', 'objective.top_k': '4',
               'train.tokens': '3200'}
@@ -99,8 +100,8 @@ def test_one_shrunken_step(name, arg):
 def test_one_shrunken_rl_update(name):
   run = rl_run(shrunken(name, 'stage=rl'))
   mesh, tx, state, batch = started(run, run.rl.steps)
-  ones = jnp.ones(batch.tokens_BT.shape)
+  advantages = jnp.repeat(jnp.asarray([[1.0], [-1.0]]), 16, 1)
   with jax.set_mesh(mesh):
-    after, sums, _ = make_update(run.model, run.rl.loss, tx, 1)(
-      state, batch, ones > 0, -ones, jnp.asarray([1.0, -1.0]), None)
-  assert float(sums['grad_norm']) > 0 and moved(state, after)
+    after, _, norm = make_update(run.model, run.rl.loss, tx)(
+      state, [Microbatch(batch, -jnp.ones((2, 16)), advantages, batch.tokens_BT)])
+  assert float(norm) > 0 and moved(state, after)

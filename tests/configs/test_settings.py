@@ -63,7 +63,7 @@ def test_a_key_that_is_no_setting_has_no_role():
 
 
 @pytest.mark.parametrize('base, key, value, may_change', [
-  (common.rl_base, 'rl.microbatches', 4, True), (common.rl_base, 'rl.decode_batch_size', 32, True),
+  (common.rl_base, 'rl.microbatch_tokens', 4, True), (common.rl_base, 'rl.decode_batch_size', 32, True),
   (common.rl_base, 'rl.steps', 2000, True), (common.rl_base, 'rl.verifier.workers', 8, True),
   (common.rl_base, 'rl.eval_prompts', 8, True), (common.rl_base, 'rl.group_size', 8, False),
   (common.rl_base, 'rl.loss.eps_high', 0.3, False), (common.base, 'model.offload_activations', True, True),

@@ -82,6 +82,22 @@ def test_order_of_rows_microbatches_and_padding_do_not_matter(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[2], sums)
 
 
+@pytest.mark.parametrize('name', CONFIGS)
+def test_samples_in_one_row_are_as_samples_in_rows(name):
+  """Three to a row, each in an order of its own, with what a row has left at its end."""
+  c, arrays = CONFIGS[name], batch()
+  total, count, sums, gradient = run(c, arrays)
+  rows = [[4, 0, 5], [2, 3, 1]]
+  joined = {key: np.stack([np.concatenate([*array[row], np.zeros(4, array.dtype)]) for row in rows])
+            for key, array in arrays.items()}
+  joined['segments_BT'] = np.repeat([[1] * 9 + [2] * 9 + [3] * 9 + [0] * 4], 2, 0)
+  found = run(c, joined)
+  assert found[1] == count
+  np.testing.assert_allclose(found[0], total, rtol=1e-5)
+  np.testing.assert_allclose(found[3][:, :27].reshape(6, 9), gradient[np.concatenate(rows)], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[2], sums)
+
+
 def test_eight_devices_are_as_one():
   mesh = jax.make_mesh((8,), ('data',))
   rows = jax.NamedSharding(mesh, jax.P('data'))

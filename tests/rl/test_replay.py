@@ -1,17 +1,14 @@
 """Router choices of the sampler, recorded and replayed in the trainer: the two then agree on every token."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from betarank import model
-from betarank.rl.policy_losses import PolicyLossConfig, means
-from betarank.rl.rewards import RewardRule
-from betarank.rl.rollout import Group, lengths, pack
+from betarank.rl.packing import Answer, microbatches
+from betarank.rl.policy_losses import PolicyLossConfig
 from betarank.rl.update import make_update
 from betarank.runtime.state import create_state
-from betarank.tasks.verifiers import Verdict
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 from betarank.train.score import log_probabilities
@@ -33,30 +30,27 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
     state = create_state(C, tx, mesh, seed=0)
   sampler = Sampler(C, SamplerConfig(4, 8, 7, record_choices=True), eos=0, mesh=mesh)
   drawn = sorted(sampler(state.params, PROMPTS, samples=4, seed=1, step=0), key=lambda group: group[0].prompt_id)
-  verdicts = [Verdict.RIGHT, Verdict.WRONG] * 2
-  groups = [Group(i, None, list(p.tokens), samples, [""] * 4, verdicts, [float(v == Verdict.RIGHT) for v in verdicts])
-            for i, (p, samples) in enumerate(zip(PROMPTS, drawn))]
-  for group in groups:
-    for sample in group.samples:
-      assert sample.choices.shape == (len(group.prompt) + len(sample.tokens) - 1, C.layers, 2)
-  out = pack(groups, prompts=2, samples=4, length=12, rule=RewardRule('zero', 7))
-  assert max(lengths(groups)) <= 12 and out.choices_BTLk.dtype == np.int16
+  answers = [Answer(list(p.tokens), sample, advantage) for p, samples in zip(PROMPTS, drawn)
+             for sample, advantage in zip(samples, [1.0, -1.0] * 2)]
+  for answer in answers:
+    assert answer.sample.choices.shape == (answer.length, C.layers, 2)
 
   with jax.set_mesh(mesh):
+    rows = jax.NamedSharding(mesh, model.spec('batch', 'length'))
+    [out] = microbatches(answers, [(8, 24)], rows)
     logp_BT = np.asarray(jax.jit(log_probabilities, static_argnums=0)(C, state.params, out.batch, out.choices_BTLk)[0])
-    np.testing.assert_allclose(logp_BT[out.completion_BT], out.sampler_logp_BT[out.completion_BT], atol=2e-5)
+    host, sampler_logp_BT, choices_BTLk = jax.device_get((out.batch, out.sampler_logp_BT, out.choices_BTLk))
+    np.testing.assert_allclose(logp_BT[host.counts_BT], sampler_logp_BT[host.counts_BT], atol=2e-5)
     own = model.forward_routed(C, state.params, out.batch.tokens_BT, out.batch.positions_BT, out.batch.segments_BT)[2]
-    real_BT = out.batch.segments_BT > 0
-    np.testing.assert_array_equal(np.moveaxis(np.asarray(own.choices_LBTk), 0, 2)[real_BT], out.choices_BTLk[real_BT])
+    real_BT = host.segments_BT > 0
+    assert host.segments_BT.max() > 1 and choices_BTLk.dtype == np.int16
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(own.choices_LBTk), 0, 2)[real_BT], choices_BTLk[real_BT])
     # Others than its own give other probabilities: it is the recorded ones that count.
     other = jax.jit(log_probabilities, static_argnums=0)(C, state.params, out.batch, (out.choices_BTLk + 1) % 8)[0]
-    assert np.abs(other - logp_BT)[out.completion_BT].max() > 1e-3
+    assert np.abs(np.asarray(other) - logp_BT)[host.counts_BT].max() > 1e-3
 
-    update = make_update(C, PolicyLossConfig(), tx, microbatches=2)
-    advantage_B = jnp.asarray(np.tile([1.0, -1.0], 4), jnp.float32)
-    after, sums, _ = update(state, out.batch, out.completion_BT, out.sampler_logp_BT, advantage_B,
-                            choices_BTLk=out.choices_BTLk)
-  assert means(PolicyLossConfig(), sums)['sampler_gap_max'] < 1e-4
+    after, [sums], _ = make_update(C, PolicyLossConfig(), tx)(state, [out])
+  assert sums['gap_max'] < 1e-4
   bias = lambda state: np.asarray(state.params['layers']['feed_forward']['router_bias_E'])
   np.testing.assert_array_equal(bias(after), bias(state))
 

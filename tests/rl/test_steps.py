@@ -2,18 +2,22 @@
 
 import types
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import NamedSharding
 
+from betarank import model
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
 from betarank.data import DataError
-from betarank.rl import loop
+from betarank.rl import loop, rollout
 from betarank.rl.config import rl_run
 from betarank.rl.progress import Progress
 from betarank.rl.rollout import check_prompts, graded_groups
 from betarank.tasks.task_set import TaskSet
-from betarank.tasks.verifiers import Verifier, VerifierConfig
+from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 from tests.rl.scripted import Scripted, write
 
 RIGHT, WRONG = '\nAnswer: 4', '\nAnswer: 5'
@@ -35,10 +39,10 @@ def parts(tmp_path, verifier):
     config = load.load('tests/tiny_rl.py:init_from=x', {
       'rl.task.uri': f'jsonl:{path}', 'rl.task.held_out_fraction': '0', 'rl.keep_best': '', 'rl.group_size': '2',
       'rl.minibatches': '1', 'rl.max_prompt_tokens': '8', **settings})
-    run, model = rl_run(config), Scripted(texts)
-    model.s.max_prompt_tokens = run.rl.max_prompt_tokens
+    run, scripted = rl_run(config), Scripted(texts)
+    scripted.s.max_prompt_tokens = run.rl.max_prompt_tokens
     return types.SimpleNamespace(
-      run=run, tokenizer=model, tasks=TaskSet(run.rl.task, seed=run.seed), verifier=verifier, samplers=[model])
+      run=run, tokenizer=scripted, tasks=TaskSet(run.rl.task, seed=run.seed), verifier=verifier, samplers=[scripted])
 
   return make
 
@@ -63,6 +67,23 @@ def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
   assert len(found[0]) == kept and len(found[1]) == 4 * rounds
 
 
+@pytest.mark.parametrize('turn', [
+  lambda waiting: -1, lambda waiting: len(waiting) // 2, lambda waiting: hash(waiting[0].id) % len(waiting)])
+def test_the_order_in_which_groups_end_decides_nothing(parts, turn, monkeypatch):
+  """Which groups are asked and learned from, against rounds that are drawn one after the other."""
+  for seed in range(8):
+    agrees = lambda number: (number * 7919 + seed) % 97 < 60  # noqa: B023
+    monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, rule: not agrees(group.cursor))  # noqa: B023
+    p = parts([RIGHT, WRONG], **{'rl.max_prompt_tokens': '64', 'rl.prompts_per_step': '6'})
+    p.samplers[0].turn = turn
+    kept, seen, progress = step(p)
+    wanted, last = 6, 0
+    for _ in range(3):
+      last, wanted = wanted + last, sum(agrees(number) for number in range(last, last + wanted))
+    assert [group.cursor for group in seen] == list(range(last)) and progress.prompts == last
+    assert [group.cursor for group in kept] == [number for number in range(last) if not agrees(number)]
+
+
 def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothing(parts):
   kept, seen, progress = step(p := parts([WRONG, WRONG], **{'rl.long_prompts': 'skip'}))
   state = object()
@@ -71,6 +92,23 @@ def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothi
   assert figures['train/groups_learned_from'] == 0 and figures['train/pass_rate'] == 0
   assert not figures.keys() & {'train/entropy_nats', 'train/ratio_mean', 'train/grad_norm'}
   assert any('no update' in part for part in loop.describe_figures({**figures, 'time/tokens_per_s': 1.0}))
+
+
+def test_what_counts_is_learned_from_with_its_advantage(parts, tmp_path):
+  """Two updates of two groups each, the second group missing its last sample; the fourth group is missing."""
+  (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
+  p = parts([RIGHT, WRONG, WRONG], **{
+    'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip', 'rl.minibatches': '2',
+    'rl.group_size': '3', 'rl.advantage.name': 'dr_grpo'})
+  p.rows_by_token = NamedSharding(model.make_mesh(model.MeshConfig(2, 1, 1, 1, 1), jax.devices()[:2]),
+                                  model.spec('batch', 'length'))
+  kept, *_ = step(p)
+  kept[1] = kept[1]._replace(verdicts=[*kept[1].verdicts[:2], Verdict.UNDECIDED])
+  (one,), (other,) = loop.minibatches(p, kept[:3], 1)
+  per_token = lambda part: sorted(np.asarray(part.advantages_BT)[np.asarray(part.batch.counts_BT)].tolist())
+  np.testing.assert_allclose(per_token(one), sorted([4 / 3, -2 / 3, -2 / 3] * 2 + [1, -1] * 2), rtol=1e-6)
+  np.testing.assert_allclose(per_token(other), sorted([4 / 3, -2 / 3, -2 / 3] * 2), rtol=1e-6)
+  assert one.batch.tokens_BT.sharding == p.rows_by_token and one.choices_BTLk is None
 
 
 def test_settled_prompts_are_asked_less_often(parts):

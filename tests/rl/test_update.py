@@ -1,4 +1,7 @@
-"""One RL update: on-policy it is exact, and neither parts, devices nor padding change it."""
+"""One RL update: on-policy it is exact, and neither parts, devices, padding nor packing change it."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,10 @@ import pytest
 
 from betarank import model
 from betarank.data import Batch
-from betarank.rl.policy_losses import PolicyLossConfig, means
+from betarank.rl.packing import Answer, Microbatch, fill, microbatches
+from betarank.rl.policy_losses import PolicyLossConfig, add, means
 from betarank.rl.rewards import RewardRule
-from betarank.rl.rollout import Group, lengths, pack
+from betarank.rl.rollout import Group
 from betarank.rl.update import cov_tokens, make_update
 from betarank.runtime.state import create_state
 from betarank.tasks.verifiers import Verdict
@@ -28,7 +32,7 @@ ROWS, LENGTH = 8, 12
 
 
 def rollouts(seed=0):
-  """(batch, completion_BT, sampler_logp_BT, advantages_B) with rows of unequal length."""
+  """(batch, completion_BT, sampler_logp_BT, advantages_BT) with rows of unequal length."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, 32, (ROWS, LENGTH + 1)).astype(np.int32)
   n = 6 + np.arange(ROWS) % 6
@@ -37,23 +41,34 @@ def rollouts(seed=0):
   positions = np.arange(LENGTH, dtype=np.int32) * segments
   batch = Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, segments)
   logp = np.where(completion, rng.normal(-3, 0.1, completion.shape), 0).astype(np.float32)
-  return batch, completion, logp, rng.normal(size=ROWS).astype(np.float32)
+  return batch, completion, logp, np.repeat(rng.normal(size=(ROWS, 1)).astype(np.float32), LENGTH, 1)
 
 
-def run(data, *, microbatches=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None, ref_logp=None, cov=None):
-  """(parameters' change, metrics, entropies) of one update on a mesh."""
+def microbatch(data):
+  batch, completion, logp, advantage = data
+  return Microbatch(dataclasses.replace(batch, counts_BT=completion), logp, advantage, np.zeros_like(batch.tokens_BT))
+
+
+def run(data, *, parts=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None, ref_logp=None, cov=None, c=C):
+  """(parameters' change, metrics, histogram of entropies) of one update on a mesh, in so many microbatches.
+
+  data: as from `rollouts`, or a list of Microbatches; old_logp, ref_logp and cov are then lists too.
+  """
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    state = create_state(C, tx, mesh, seed=0)
+    state = create_state(c, tx, mesh, seed=0)
     before = jax.device_get(state.params)
-    batch, completion, logp, advantage = data
-    rows = jax.NamedSharding(mesh, model.spec('batch', 'length'))
-    placed = jax.device_put((batch, completion, logp), rows)
-    advantage = jax.device_put(advantage, jax.NamedSharding(mesh, model.spec('batch')))
-    state, sums, entropy = make_update(C, loss, tx, microbatches)(state, *placed, advantage, old_logp, ref_logp, cov)
+    if not isinstance(data, list):
+      split = lambda x: None if x is None else [
+        jax.tree.map(lambda x: x[i::parts], x) for i in range(parts)]  # noqa: B023
+      data, old_logp, ref_logp, cov = map(split, (microbatch(data), old_logp, ref_logp, cov))
+    data = jax.device_put(data, jax.NamedSharding(mesh, model.spec('batch', 'length')))
+    state, sums, norm = make_update(c, loss, tx)(state, data, old_logp, ref_logp, cov)
+    sums = functools.reduce(add, jax.device_get(sums))
     figures = {name: float(x) for name, x in means(loss, sums).items()}
-    figures |= {'loss': float(sums['loss']), 'grad_norm': float(sums['grad_norm'])}
-    return jax.tree.map(np.subtract, jax.device_get(state.params), before), figures, np.asarray(entropy)
+    figures |= {'loss': float(sums['loss']) / max(sums['count'], 1), 'grad_norm': float(norm),
+                'entropy': float(sums['entropy'])}
+    return jax.tree.map(np.subtract, jax.device_get(state.params), before), figures, sums['entropy_histogram']
 
 
 @pytest.fixture(scope='module')
@@ -71,11 +86,11 @@ def test_on_policy_the_ratio_is_one_and_nothing_is_clipped(whole):
   assert figures['sampler_gap_mean'] > 0  # these rollouts are of another sampler, and that is seen
 
 
-@pytest.mark.parametrize('options', [{'microbatches': 4}, {'shape': (2, 2, 1, 1, 2)}])
+@pytest.mark.parametrize('options', [{'parts': 4}, {'shape': (2, 2, 1, 1, 2)}])
 def test_parts_and_devices_change_nothing(whole, options):
-  change, figures, entropy = run(rollouts(), **options)
+  change, figures, histogram = run(rollouts(), **options)
   assert figures == pytest.approx(whole[1], rel=1e-4)
-  same(entropy, whole[2], 1e-5)
+  assert histogram.sum() == whole[2].sum() and np.abs(np.cumsum(histogram - whole[2])).max() <= 1
   same(change, whole[0], 5e-3)  # Adam's division makes rounding of near-zero gradients visible
 
 
@@ -91,7 +106,7 @@ def test_what_stands_outside_the_completions_changes_nothing(whole):
 
 def test_without_advantage_nothing_moves():
   batch, completion, logp, _ = rollouts()
-  change, figures, _ = run((batch, completion, logp, np.zeros(ROWS, np.float32)))
+  change, figures, _ = run((batch, completion, logp, np.zeros((ROWS, LENGTH), np.float32)))
   assert figures['grad_norm'] == 0
   assert all(not x.any() for x in jax.tree.leaves(change))
 
@@ -106,7 +121,7 @@ def test_the_gradient_is_reinforce():
     hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     logp = jax.nn.log_softmax(hidden @ model.head(C, params))
     logp = jnp.take_along_axis(logp, batch.targets_BT[..., None], -1)[..., 0]
-    return -jnp.sum(advantage[:, None] * logp, where=completion) / completion.sum()
+    return -jnp.sum(advantage * logp, where=completion) / completion.sum()
 
   grads = jax.grad(plain)(params)
   norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
@@ -121,14 +136,14 @@ def test_without_a_weight_the_reference_changes_nothing(whole):
   jax.tree.map(np.testing.assert_array_equal, change, whole[0])
 
 
-@pytest.mark.parametrize('microbatches', [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_kl_gradient_by_finite_differences(microbatches):
+@pytest.mark.parametrize('parts', [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_kl_gradient_by_finite_differences(parts):
   """Gradient descent of rate 1 moves by minus the gradient of weight · mean (logp - ref)²/2, which along three
   directions is the difference quotient of that mean, computed with all logits."""
   batch, completion, logp, _ = rollouts()
   ref = np.random.default_rng(1).normal(-3, 0.5, logp.shape).astype(np.float32)
   loss = PolicyLossConfig(kl_weight=0.5, importance_cap=0)
-  change, figures, _ = run((batch, completion, logp, np.zeros(ROWS, np.float32)), microbatches=microbatches, loss=loss,
+  change, figures, _ = run((batch, completion, logp, np.zeros((ROWS, LENGTH), np.float32)), parts=parts, loss=loss,
                            tx=optax.sgd(1.0), ref_logp=ref)
 
   def kl(params):
@@ -153,7 +168,9 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
   batch, completion, logp, advantage = rollouts()
   loss = PolicyLossConfig(cov='clip_cov', cov_share=0.1, importance_cap=0)
   old = log_probabilities(C, model.init(C, jax.random.key(0)), batch)[0]
-  choose = lambda seed: np.asarray(cov_tokens(loss, jax.random.key(seed), 30 * old, advantage, completion))
+  data = dataclasses.replace(
+    microbatch((batch, completion, logp, advantage)), numbers_BT=np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH))
+  choose = lambda seed: np.asarray(cov_tokens(loss, jax.random.key(seed), [data], [30 * old])[0])
   chosen = choose(0)
   assert 1 <= chosen.sum() <= 0.1 * completion.sum() and not (chosen & ~completion).any()
   assert (choose(0) == chosen).all() and any((choose(seed) != chosen).any() for seed in range(1, 9))
@@ -164,7 +181,7 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
     hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     own = jax.nn.log_softmax(hidden @ model.head(C, params))
     own = jnp.take_along_axis(own, batch.targets_BT[..., None], -1)[..., 0]
-    return jnp.sum(advantage[:, None] * own, where=completion & ~chosen) / completion.sum()
+    return jnp.sum(advantage * own, where=completion & ~chosen) / completion.sum()
 
   same(change, jax.device_get(jax.grad(plain)(model.init(C, jax.random.key(0)))), 1e-4)
 
@@ -176,16 +193,61 @@ def group(cursor, prompt, answers, verdicts, finishes):
                [float(v == Verdict.RIGHT) for v in verdicts])
 
 
-def test_rollouts_are_laid_out_as_they_were_drawn():
-  groups = [group(0, [2, 5, 6], [[7, 3], [8, 9, 3]], [Verdict.RIGHT, Verdict.UNDECIDED], ['eos', 'eos'])]
-  out = pack(groups, prompts=2, samples=2, length=6, rule=RewardRule('zero', 6))
-  np.testing.assert_array_equal(out.batch.tokens_BT[1], [2, 5, 6, 8, 9, 0])
-  np.testing.assert_array_equal(out.batch.targets_BT[1], [5, 6, 8, 9, 3, 0])
-  np.testing.assert_array_equal(out.completion_BT[1], [0, 0, 1, 1, 1, 0])
-  np.testing.assert_allclose(out.sampler_logp_BT[1], [0, 0, -1.5, -1.5, -1.5, 0])
-  np.testing.assert_array_equal(out.valid_PG, [[True, False], [False, False]])
-  assert not out.batch.segments_BT[2:].any()
-  assert list(lengths(groups)) == [4, 5]
+def test_samples_are_laid_out_as_they_were_drawn():
+  drawn = lambda i, tokens: Sample(0, i, np.array(tokens, np.int32), np.full(len(tokens), -0.5 - i), 'eos')
+  one, other = (Answer([2, 5, 6], drawn(i, tokens), 1.0 + i) for i, tokens in enumerate([[7, 3], [8, 9, 3]]))
+  out = fill([[(one, 0), (other, 2)], []], 11)
+  np.testing.assert_array_equal(out.batch.tokens_BT, [[2, 5, 6, 7, 2, 5, 6, 8, 9, 0, 0], [0] * 11])
+  np.testing.assert_array_equal(out.batch.targets_BT[0], [5, 6, 7, 3, 5, 6, 8, 9, 3, 0, 0])
+  np.testing.assert_array_equal(out.batch.positions_BT[0], [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0])
+  np.testing.assert_array_equal(out.batch.segments_BT[0], [1] * 4 + [2] * 5 + [0] * 2)
+  np.testing.assert_array_equal(out.batch.counts_BT[0], [0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 0])
+  np.testing.assert_allclose(out.sampler_logp_BT[0], [0, 0, -0.5, -0.5, 0, 0, -1.5, -1.5, -1.5, 0, 0])
+  np.testing.assert_allclose(out.advantages_BT[0], [0, 0, 1, 1, 0, 0, 2, 2, 2, 0, 0])
+  np.testing.assert_array_equal(out.numbers_BT[0], [0, 0, 0, 1, 0, 0, 2, 3, 4, 0, 0])
+
+
+MIXTURE = dataclasses.replace(C, moe=model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16))
+LOSSES = {
+  'clip_higher': PolicyLossConfig(kl_weight=0.1, cov='clip_cov', cov_share=0.1),
+  'gspo': PolicyLossConfig(name='gspo', eps_low=3e-4, eps_high=4e-4, aggregation='sequence_mean'),
+}
+
+
+@pytest.mark.parametrize('c, loss, change', [
+  (C, 'clip_higher', 0.07), pytest.param(MIXTURE, 'gspo', 1e-3, marks=pytest.mark.slow)])
+def test_packed_samples_give_the_update_of_one_sample_per_row(c, loss, change):
+  """Losses, figures and gradients, off-policy, with what sums over samples or chooses among all tokens."""
+  rng, loss = np.random.default_rng(0), LOSSES[loss]
+  answers = []
+  for i in range(12):
+    prompt, n = rng.integers(1, 32, rng.integers(2, 6)), rng.integers(1, 12)
+    m = len(prompt) + n - 1
+    choices = np.argsort(rng.random((m, c.layers, 8)))[..., :2].astype(np.int16) if c.moe.experts else None
+    sample = Sample(0, i, rng.integers(0, 32, n).astype(np.int32), rng.normal(-3, 0.1, n), '', choices)
+    answers.append(Answer(list(prompt), sample, rng.normal()))
+  mesh = model.make_mesh(model.MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
+  [packed] = microbatches(answers, [(12, 32)], jax.NamedSharding(mesh, model.spec('batch', 'length')))
+  first = np.cumsum([0, *(len(answer.sample.tokens) for answer in answers)])
+  alone = fill([[place] for place in zip(answers, first)], 32, choices.shape[1:] if c.moe.experts else None)
+  segments_BT = np.asarray(packed.batch.segments_BT)
+  assert segments_BT.max() > 2 and segments_BT.any(1).sum() < 7, 'nothing is packed'
+
+  params, other = (jax.jit(model.init, static_argnums=0)(c, jax.random.key(i)) for i in (0, 1))
+  near = lambda s: jax.tree.map(lambda a, b: a + s * b, params, other)  # the policy before it became `params`
+  score = lambda params, part: jax.jit(log_probabilities, static_argnums=0)(c, params, part.batch, part.choices_BTLk)[0]
+  update, found = make_update(c, loss, TX), []
+  for part in (alone, packed):
+    old_logp_BT, ref_logp_BT = score(near(change), part), score(near(0.1), part) if loss.kl_weight else None
+    [chosen_BT] = cov_tokens(loss, jax.random.key(0), [part], [20 * old_logp_BT]) if loss.cov else [None]
+    (gradient, count), sums = update.gradient(params, update.zeros(params), part, old_logp_BT, ref_logp_BT, chosen_BT)
+    found.append((gradient, int(count), jax.device_get(sums)))
+  (want, want_count, want_sums), (got, count, sums) = found
+  assert count == want_count and 0 < sums['clipped'] < sums['tokens'] and sums.get('cov_tokens') != 0
+  same(got, want, 1e-4)
+  histograms = [sums.pop('entropy_histogram') for sums in (sums, want_sums)]
+  assert np.abs(np.cumsum(histograms[0] - histograms[1])).max() <= 1
+  assert jax.tree.map(float, sums) == pytest.approx(jax.tree.map(float, want_sums), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(

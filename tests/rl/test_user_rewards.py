@@ -1,11 +1,9 @@
 """What RL rewards: right answers, programs that pass their tests, and what a function of the user's own returns."""
 
-
-import numpy as np
 import pytest
 
 from betarank.rl.rewards import RewardRule
-from betarank.rl.rollout import graded_groups, pack
+from betarank.rl.rollout import graded_groups
 from betarank.tasks.code_jail import Jail, JailConfig, JailError
 from betarank.tasks.task_set import TaskConfig, TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
@@ -28,7 +26,7 @@ def test_a_text_is_cut_as_evaluation_cuts_it(tmp_path):
   assert group.verdicts == [RIGHT, WRONG] and group.rewards(RewardRule('zero', 8)) == ([1.0, 0.0], [True, True])
 
 
-def test_a_reward_of_the_users_own_reaches_the_update(tmp_path):
+def test_a_reward_of_the_users_own_is_that_of_its_answer(tmp_path):
   (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'a': 0.25, 'b': -2}[answer]\n")
   uri = f'jsonl:{write(tmp_path / "q.jsonl", {"question": "Q", "answer": "a"})}'
   tasks = TaskSet(TaskConfig(uri, held_out_fraction=0.0, reward=f'{tmp_path}/mine.py:reward'))
@@ -36,9 +34,6 @@ def test_a_reward_of_the_users_own_reaches_the_update(tmp_path):
   assert group.verdicts == [WRONG, WRONG, UNDECIDED]
   assert group.rewards(RewardRule('zero', 8)) == ([0.25, -2.0, 0.0], [True, True, False])
   assert group.has_reward_variance(RewardRule('zero', 8))
-  out = pack([group], prompts=1, samples=3, length=6, rule=RewardRule('zero', 8))
-  np.testing.assert_array_equal(out.rewards_PG, [[0.25, -2.0, 0.0]])
-  np.testing.assert_array_equal(out.valid_PG, [[True, True, False]])
 
 
 def test_programs_are_rewarded_through_the_jail(tmp_path):

@@ -202,6 +202,24 @@ def test_groups_come_whole_and_as_soon_as_they_end(params):
 # Distributions.
 
 
+@pytest.mark.parametrize('ahead', [0, 1])
+def test_prompts_that_come_later_are_drawn_while_others_go_on(params, reference, monkeypatch, ahead):
+  """The last three prompts come one by one, each after a further group has ended."""
+  monkeypatch.setitem(module.AHEAD, 'cpu', ahead)
+  sampler, later, got, ended = Sampler(CONFIG, SETTINGS, EOS), list(PROMPTS[2:]), {}, []
+
+  def more():
+    return [later.pop(0)] if later and len(ended) > 3 - len(later) - 1 else []
+
+  watched = []
+  for group in sampler(params, PROMPTS[:2], samples=3, seed=7, step=2, more=more,
+                       watch=lambda sample: watched.append((len(ended), sample.prompt_id))):
+    got |= {(sample.prompt_id, sample.index): sample for sample in group}
+    ended.append(group[0].prompt_id)
+  same(got, reference)
+  assert any(ended_before < 2 and prompt == PROMPTS[2].id for ended_before, prompt in watched), 'rounds, not a flow'
+
+
 def test_frequencies_match_probabilities_and_samples_are_independent(params):
   n = 8192
   prompt = PROMPTS[0]

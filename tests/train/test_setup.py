@@ -39,8 +39,6 @@ def test_a_mesh_that_does_not_fit_is_one_line(config, checked, overrides, device
    'config.train.batch_size must be a multiple of data x fsdp'),
   ('tests/tiny_rl.py:init_from=x', rl_run, {'rl.decode_batch_size': '3'},
    'config.rl.decode_batch_size must be a multiple of data x fsdp x expert = 1 x 4 x 1, got 3'),
-  ('tests/tiny_rl.py:init_from=x', rl_run, {'rl.prompts_per_step': '3', 'rl.group_size': '3'},
-   'config.rl.prompts_per_step / rl.minibatches * rl.group_size must be a multiple of data x fsdp x expert'),
 ])
 def test_rows_that_the_mesh_does_not_divide_are_named_by_the_key_that_the_user_set(config, checked, overrides, message):
   run = checked(load.load(config, overrides))

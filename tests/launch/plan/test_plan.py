@@ -110,20 +110,21 @@ def test_plans_of_the_rl_stage(tmp_path):
     'rl.max_new_tokens': '[8, 16]', 'rl.phase_steps': '[3]', 'rl.steps': '5'}))
   topology = Topology('v5e-4')
   found = list(plans.make_plans(work, topology, jax.devices()[:2], tmp_path))
-  update, decode = found
-  assert [plan.program for plan in found] == ['update', 'decode'] and all(plan.fits for plan in found)
-  assert (update.tokens, decode.tokens) == (4 * 2 * 24, 4 * 8)  # 8 is the sampler's decode_steps
-  assert update.mesh == {'fsdp': 2} and update.peak_bytes > update.params_bytes + update.optimizer_bytes
+  gradient, optimizer, decode = found
+  assert [plan.program for plan in found] == ['gradient', 'optimizer', 'decode'] and all(plan.fits for plan in found)
+  assert (gradient.tokens, decode.tokens) == (2 * 32 * 96, 4 * 8)  # 8 is the sampler's decode_steps
+  assert gradient.mesh == {'fsdp': 2} and gradient.peak_bytes > 2 * gradient.params_bytes + gradient.optimizer_bytes
   # Two fills of the decode batch per step, of one dispatch each in the first phase and two in the second.
   low = 3 * 2 * 1 * decode.prediction.step_s[0] + 2 * 2 * 2 * decode.prediction.step_s[0]
-  low += 5 * update.prediction.step_s[0]
+  samples = 3 * 4 * 2 * (8 + 8) + 2 * 4 * 2 * (8 + 16)  # tokens
+  low += samples / gradient.tokens * gradient.prediction.step_s[0] + 5 * optimizer.prediction.step_s[0]
   assert plans.describe_stage(work, topology, found)['seconds'][0] == pytest.approx(low)
   assert plans.describe_stage(work, topology)['seconds'] is None
 
 
-@pytest.mark.parametrize('config, section, rows, length', [
-  ('configs/smoke.py', 'train', 4, 256), ('configs/paper/dense_4b.py:stage=rl', 'rl', 2048, 17_408)])
-def test_pre_training_and_rl_under_the_same_names(config, section, rows, length):
+@pytest.mark.parametrize('config, rows, length, microbatch', [
+  ('configs/smoke.py', 2, 256, (2, 256)), ('configs/paper/dense_4b.py:stage=rl', 2048, 17_408, (256, 17_408))])
+def test_pre_training_and_rl_under_the_same_names(config, rows, length, microbatch):
   work = workload(load.load(config))
-  assert (work.section, work.rows, work.length) == (section, rows, length)
-  assert (work.rl is None) == (section == 'train')
+  assert (work.rows, work.length) == (rows, length)
+  assert work.microbatch({'data': 8, 'fsdp': 32, 'expert': 1}) == microbatch and (work.rl is None) == (rows == 2)

@@ -13,12 +13,10 @@ from betarank.data import Batch
 from betarank.launch.plan import programs
 from betarank.launch.plan.workload import workload
 from betarank.rl import loop as rl_loop
-from betarank.rl import rollout
+from betarank.rl import packing, rollout
 from betarank.rl.update import make_update
 from betarank.runtime import multihost
 from betarank.runtime.state import abstract_state
-from betarank.tasks.task_set import Task
-from betarank.tasks.verifiers import Verdict
 from betarank.train import loop as pretraining_loop
 from betarank.train import sampler
 from betarank.train.optimizer import make_optimizer
@@ -59,6 +57,11 @@ def test_the_train_step_is_the_one_that_pre_training_runs():
     assert planned(work, mesh)['train'] == step.lower(state, batch).as_text()
 
 
+def without_axes_of_one(text):
+  """Shardings without the mesh axes that have one device here: the compiler leaves them out of a program's results."""
+  return re.sub(r'(, )?"(expert|context|tensor)"(?!=)', '', text)
+
+
 @pytest.mark.parametrize('settings', [DENSE, MIXTURE | OFF_POLICY])
 def test_rl_s_programs_are_the_ones_that_its_sampler_and_update_run(settings, monkeypatch):
   work, mesh, tx, state = prepare('configs/rl_smoke.py', RL | settings)
@@ -71,30 +74,22 @@ def test_rl_s_programs_are_the_ones_that_its_sampler_and_update_run(settings, mo
   answers = list(draw(state.params, prompts, samples=rl.group_size, seed=0, step=0))
   assert len(dispatched) > 1 and set(dispatched) == {want['decode']}
 
-  task = Task('id', 'question', 'prompt', 'reference', 'exact', '')
-  verdicts, scores = [Verdict.RIGHT, Verdict.WRONG], [1.0, 0.0]
-  groups = [rollout.Group(i, task, list(prompts[i].tokens), samples, ['', ''], verdicts, scores)
-            for i, samples in enumerate(answers)]
-  out = rollout.pack(groups, prompts=rl.prompts_per_step, samples=rl.group_size, length=work.length,
-                     rule=rl.reward_rule(1))
-  assert (out.choices_BTLk is not None) == bool(c.moe.experts)
+  all_of = [packing.Answer(list(prompts[sample.prompt_id].tokens), sample, 0.0)
+            for samples in answers for sample in samples]
   with jax.set_mesh(mesh):
-    by_axes = {1: ('batch',), 2: ('batch', 'length'), 4: ('batch',)}
-    place = lambda x: multihost.replicated_to_global(
-      x[: work.rows], NamedSharding(mesh, model.spec(*by_axes[x.ndim])))
-    batch, counts, logp, advantages, choices = jax.tree.map(place, (
-      out.batch, out.completion_BT, out.sampler_logp_BT, np.zeros(len(out.completion_BT), np.float32),
-      out.choices_BTLk))
-    update = make_update(c, rl.loss, tx, rl.microbatches, rl.temperature)
-    given = update.lower(
-      state, batch, counts, logp, advantages, logp if rl.minibatches > 1 else None, logp if rl.loss.kl_weight else None,
-      counts if rl.loss.cov else None, choices)
-  assert given.as_text() == want['update']
-
-
-def without_axes_of_one(text):
-  """Shardings without the mesh axes that have one device here: the compiler leaves them out of a program's results."""
-  return re.sub(r'(, )?"(expert|context|tensor)"(?!=)', '', text)
+    rows = NamedSharding(mesh, model.spec('batch', 'length'))
+    shape = work.microbatch(mesh.shape)
+    [microbatch] = packing.microbatches(all_of, [shape], rows)
+    assert microbatch.batch.tokens_BT.shape == shape and (microbatch.choices_BTLk is not None) == bool(c.moe.experts)
+    logp, mask = microbatch.sampler_logp_BT, microbatch.batch.counts_BT
+    update = make_update(c, rl.loss, tx, rl.temperature)
+    gradients = update.zeros(state.params)
+    arrays = (microbatch, logp if rl.minibatches > 1 else None, logp if rl.loss.kl_weight else None,
+              mask if rl.loss.cov else None)
+    given = {'gradient': update.gradient.lower(state.params, gradients, *arrays),
+             'optimizer': update.apply.lower(state, gradients)}
+  for name, lowered in given.items():
+    assert without_axes_of_one(lowered.as_text()) == without_axes_of_one(want[name])
 
 
 @pytest.mark.slow
@@ -120,8 +115,9 @@ def test_the_rl_loop_runs_the_planned_programs(tmp_path, monkeypatch):
 
   def recording_jit(function, **options):
     jitted = jit(function, **options)
-    is_update = getattr(function, '__qualname__', '') == 'make_update.<locals>.update'
-    return recording('update', jitted) if is_update else jitted
+    programs = {'make_update.<locals>.gradient': 'gradient', 'make_update.<locals>.apply': 'optimizer'}
+    name = programs.get(getattr(function, '__qualname__', ''))
+    return recording(name, jitted) if name else jitted
 
   monkeypatch.setattr(sampler, '_decode', recording('decode', decode))
   monkeypatch.setattr(jax, 'jit', recording_jit)

@@ -1,0 +1,179 @@
+"""Packs the samples of an update into rows, one after the other, as documents are packed in pre-training.
+
+An update is computed in microbatches. A microbatch has one of four shapes, each with half the positions of the one
+before. So at most four programs are compiled, whatever the lengths of the samples, and little of an update is padding.
+
+All results are pure functions of their arguments, so all processes pack the same rows.
+
+# R rows of a microbatch  T tokens of a row  L layers  k experts per token
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from betarank.data import Batch
+from betarank.runtime import multihost
+from betarank.train.sampler import Sample
+
+TOKENS = 4096  # of a microbatch on a device, by default. With much fewer, a device would mostly add up gradients.
+SAMPLES_PER_ROW = 4  # of the greatest length, in rows of at most TOKENS. Longer rows would cost time in attention.
+HALVINGS = 3  # of the first shape
+KERNEL_TOKENS = 128  # attention kernels need rows of a multiple of so many tokens
+
+
+class Answer(NamedTuple):
+  """A sample to learn from. It takes len(prompt) + len(sample.tokens) - 1 positions, one per (input, target) pair."""
+
+  prompt: list[int]  # tokens, BOS first
+  sample: Sample
+  advantage: float
+
+  @property
+  def length(self) -> int:
+    return len(self.prompt) + len(self.sample.tokens) - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+  """R rows of T positions, on the devices or on the host.
+
+  Attributes:
+    batch: the tokens. Segments number the samples of a row, and the loss counts the tokens that were sampled.
+    sampler_logp_BT: float32 [R, T], nats, at sampled tokens. This and the next two are 0 elsewhere.
+    advantages_BT: float32 [R, T], the advantage of each token's sample.
+    numbers_BT: int32 [R, T], numbers the sampled tokens of an update, whichever rows they are in.
+    choices_BTLk: int16 [R, T, L, k], the experts that the sampler used for each token. None for a dense model.
+  """
+
+  batch: Batch
+  sampler_logp_BT: Any
+  advantages_BT: Any
+  numbers_BT: Any
+  choices_BTLk: Any = None
+
+
+def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
+  """Returns the shapes (R, T) of microbatches, the largest first. Only the first one has room for every sample.
+
+  Args:
+    longest: the greatest length of a sample.
+    tokens: the number of positions of the first shape on each device, 0 for TOKENS. It is rounded, so that the
+      number of rows is a power of two, and raised, so that a row has room for the longest sample.
+    ways: the number of devices that rows are split over. R is a multiple of it.
+  """
+  tokens = max(tokens or TOKENS, longest)
+  length = longest * min(SAMPLES_PER_ROW, max(min(tokens, TOKENS) // longest, 1))
+  rows = 1 << (tokens // length).bit_length() - 1
+  # A single row is halved in length.
+  unit = KERNEL_TOKENS << max(HALVINGS + 1 - rows.bit_length(), 0)
+  if length >= unit:
+    length += -length % unit
+  found = [(rows, length)]
+  for _ in range(HALVINGS):
+    rows, length = found[-1]
+    found.append((rows // 2, length) if rows > 1 else (1, -(-length // 2)))
+  return [(rows * ways, length) for rows, length in found]
+
+
+def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple[int, list[list[int]]]]:
+  """Assigns samples to rows: best fit, the longest sample first. Samples are never cut.
+
+  Takes the fewest microbatches of the first shape, and then smaller ones in place of the last one, as small as they can
+  be.
+
+  Args:
+    lengths: the length of each sample.
+    of: the shapes of microbatches, from `shapes`.
+
+  Returns the microbatches, as tuples (row length, for each row the indices of its samples). There is at least one.
+  """
+  whole = 2 ** (len(of) - 1)  # so many of the smallest microbatches have the positions of the first shape
+  rows = max(_best_fit(lengths, [of[0][1]] * len(lengths)), default=0) + 1
+  most = -(-rows // of[0][0]) * whole
+  for parts in range(most - whole + 1, most + 1):
+    halves = [shape for i, shape in enumerate(of[1:], 1) if parts & whole >> i]
+    chosen = [of[0]] * (parts // whole) + halves
+    row_of = _best_fit(lengths, [length for rows, length in chosen for _ in range(rows)])
+    if row_of is not None:
+      break
+  members: list[list[int]] = [[] for _ in range(sum(rows for rows, _ in chosen))]
+  for sample, row in enumerate(row_of):
+    members[row].append(sample)
+  found, first = [], 0
+  for rows, length in chosen:
+    found.append((length, members[first : first + rows]))
+    first += rows
+  return found
+
+
+def _best_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[int] | None:
+  """Returns the row of each sample, or None if best fit finds no place for one. Of equal rows, it fills the first.
+
+  rows: the lengths of the rows.
+  """
+  holes = sorted((length, row) for row, length in enumerate(rows))
+  found = [0] * len(lengths)
+  for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    at = bisect.bisect_left(holes, (lengths[sample], 0))
+    if at == len(holes):
+      return None
+    hole, found[sample] = holes.pop(at)
+    bisect.insort(holes, (hole - lengths[sample], found[sample]))
+  return found
+
+
+def microbatches(
+  answers: Sequence[Answer], of: Sequence[tuple[int, int]], sharding: NamedSharding
+) -> list[Microbatch]:
+  """Returns the samples of an update in microbatches on the devices. Each process fills only its own devices' rows.
+
+  Args:
+    answers: the samples. Without any, there is one microbatch of padding.
+    of: the shapes, from `shapes`.
+    sharding: that of arrays [R, T].
+  """
+  first = np.cumsum([0, *(len(answer.sample.tokens) for answer in answers)])
+  found = []
+  for length, members in arrange([answer.length for answer in answers], of):
+    mine = multihost.rows_of_process(sharding, len(members), length)
+    recorded = answers[0].sample.choices if answers else None
+    local = fill([[(answers[i], int(first[i])) for i in row] for row in members[mine]], length,
+                 None if recorded is None else recorded.shape[1:])
+    found.append(multihost.rows_to_global(local, sharding, mine.start, len(members)))
+  return found
+
+
+def fill(
+  rows: Sequence[Sequence[tuple[Answer, int]]], length: int, recorded: tuple[int, int] | None = None
+) -> Microbatch:
+  """Writes samples into rows of `length` positions, on the host.
+
+  Args:
+    rows: for each row, its samples and the number of each sample's first token.
+    recorded: (L, k) if the samples hold the experts that were chosen for their tokens, else None.
+  """
+  shape = (len(rows), length)
+  tokens, targets, positions, segments, numbers = (np.zeros(shape, np.int32) for _ in range(5))
+  logp, advantages, sampled = np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, bool)
+  choices = None if recorded is None else np.zeros((*shape, *recorded), np.int16)
+  for r, row in enumerate(rows):
+    start = 0
+    for segment, (answer, number) in enumerate(row, 1):
+      stop = start + answer.length
+      place, new = np.s_[r, start:stop], np.s_[r, start + len(answer.prompt) - 1 : stop]
+      whole = np.concatenate([answer.prompt, answer.sample.tokens])
+      tokens[place], targets[place] = whole[:-1], whole[1:]
+      positions[place], segments[place] = np.arange(answer.length), segment
+      sampled[new], logp[new], advantages[new] = True, answer.sample.logp, answer.advantage
+      numbers[new] = number + np.arange(len(answer.sample.tokens))
+      if choices is not None:
+        choices[place] = answer.sample.choices
+      start = stop
+  return Microbatch(Batch(tokens, targets, positions, segments, sampled), logp, advantages, numbers, choices)

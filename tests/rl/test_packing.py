@@ -1,0 +1,83 @@
+"""Packing of samples: each sample lies whole in one row, in few programs, with little padding, and always the same."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from betarank.rl import entropy, packing
+from betarank.rl.packing import arrange, shapes
+
+LONGEST = 1024 + 16_384  # of the paper's second phase
+
+
+def answers(seed, sigma=0.7):
+  """2048 lengths: prompts of 1k tokens, and answers of 4k tokens in the mean, log-normal, to 16k."""
+  new = np.exp(np.random.default_rng(seed).normal(np.log(4096) - sigma**2 / 2, sigma, 2048)).clip(1, 16_384)
+  return (1023 + new.astype(int)).tolist()
+
+
+def positions(found):
+  return sum(length * len(rows) for length, rows in found)
+
+
+@pytest.mark.parametrize('longest, tokens, ways, first', [
+  (LONGEST, 0, 256, (256, 17_408)),  # one row per device, however long
+  (LONGEST, 40_000, 1, (2, 17_408)),
+  (56, 0, 2, (32, 256)),  # short samples: four to a row, and 4096 tokens per device
+  (2048, 0, 1, (1, 4096)),
+  (57, 10, 1, (1, 57)),
+])
+def test_shapes_halve_and_have_room_for_the_longest_sample(longest, tokens, ways, first):
+  found = shapes(longest, tokens, ways)
+  assert found[0] == first and first[1] >= longest
+  for (rows, length), (fewer, shorter) in itertools.pairwise(found):
+    assert fewer % ways == 0 and 0 <= 2 * fewer * shorter - rows * length <= rows
+    assert length < 1024 or shorter % 128 == 0  # the attention kernels need it
+
+
+@pytest.mark.parametrize('ways', [1, 8, 256])
+def test_every_sample_is_in_one_row_and_at_most_a_tenth_is_padding(ways):
+  for seed, sigma in ((0, 0.7), (1, 1.0)):
+    lengths, of = answers(seed, sigma), shapes(LONGEST, 0, ways)
+    found = arrange(lengths, of)
+    assert sorted(i for _, rows in found for row in rows for i in row) == list(range(2048))
+    assert all(sum(lengths[i] for i in row) <= length for length, rows in found for row in rows)
+    assert {(len(rows), length) for length, rows in found} <= set(of)
+    assert 1 - sum(lengths) / positions(found) < 0.1 and 1 - sum(lengths) / (2048 * LONGEST) > 0.7
+    assert arrange(lengths, of) == found
+
+
+@pytest.mark.parametrize('lengths, want', [
+  ([], [(4, 1)]),  # a minibatch without samples is still an update
+  ([17_408] * 9, [(17_408, 8), (17_408, 8)]),
+  ([1], [(2176, 8)]),
+  ([17_408] + [100] * 100, [(17_408, 8)]),
+])
+def test_the_ends(lengths, want):
+  of = shapes(LONGEST, 0, 8) if lengths else [(8, 4), (4, 4), (2, 4), (1, 4)]
+  assert [(length, len(rows)) for length, rows in arrange(lengths, of)] == want
+
+
+def test_each_process_fills_the_rows_of_its_own_devices(monkeypatch):
+  """The second of two processes with four devices each, which the other's rows don't reach."""
+  filled = []
+  sharding = type('Sharding', (), {'addressable_devices_indices_map': lambda _, shape: {
+    device: (slice(4 + device, 5 + device), slice(None)) for device in range(4)}})()
+  monkeypatch.setattr(packing, 'fill', lambda rows, length, recorded: filled.append(rows))
+  monkeypatch.setattr(packing.multihost, 'rows_to_global', lambda local, sharding, first, rows: (first, rows))
+  sample = packing.Sample(0, 0, np.zeros(5, np.int32), np.zeros(5, np.float32), 'eos')
+  all_of = [packing.Answer([1, 2], sample, float(i)) for i in range(8)]
+  assert packing.microbatches(all_of, [(8, 6)], sharding) == [(4, 8)]
+  assert [[(answer.advantage, number) for answer, number in row] for row in filled[0]] == [
+    [(float(i), 5 * i)] for i in range(4, 8)]
+
+
+def test_the_highest_entropies_from_a_histogram():
+  rng = np.random.default_rng(0)
+  entropies, mask = rng.gamma(0.5, 1.0, (8, 500)).clip(0, np.log(100)), rng.random((8, 500)) < 0.7
+  count = np.asarray(entropy.histogram(entropies, mask, 100))
+  assert count.sum() == mask.sum()
+  for share in (1e-9, 0.2, 1.0):
+    highest = np.sort(entropies[mask])[-max(1, round(share * mask.sum())):]
+    assert entropy.mean_of_highest(count, share, 100) == pytest.approx(highest.mean(), abs=np.log(100) / 2**14)
