@@ -144,6 +144,6 @@ def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
   log.train(1, {**FIGURES, 'time/step_s': 1.0})
   log.train(2, {**FIGURES, 'time/step_s': 1.0})
   log = Log(epath.Path(tmp_path), step=1, **settings)
-  log.evaluation(1, 'main', {}, '')
+  log.evaluation(1, 'main', {}, ['eval main'])
   lines = read_lines(epath.Path(tmp_path) / 'metrics.jsonl')
   assert [(line['step'], line['time/elapsed_s']) for line in lines] == [(1, 7.0), (1, 10.0)]
