@@ -79,7 +79,7 @@ class Packer:
 
     Args:
       lengths_N: the number of tokens of each of the N documents, including BOS and EOS.
-      row_length: T, the number of pairs in a row.
+      row_length: T, the number of (input token, target token) pairs in a row.
       key: decides the order of the shuffle. In training, it consists of the seed and the source's name.
       shuffle: False keeps the documents in order.
     """

@@ -107,7 +107,7 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns the hours of a pre-training point twice, as (least, most), the form of `planned_hours`.
+  """Estimates the hours of a pre-training point. Returns (hours, hours), because `planned_hours` returns (least, most).
 
   The model is assumed to train with an MFU of MFU_DENSE or, for a mixture of experts, MFU_MOE. Returns None for other
   stages. For RL no time can be assumed, because it depends on the lengths of the answers.

@@ -171,17 +171,18 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 class _Plan:
   """Says which row of which tile computes each (token, choice) pair. Arrays are int32.
 
-  Pair g·k + j is choice j of token g. Each device sorts the pairs of its own experts by expert, and within an expert by
-  the device that a pair comes from; the pairs of one expert from one device are a run. The device computes its pairs in
-  several passes over a buffer of tiles. The rows of all passes are numbered consecutively.
+  Pair g·k + j is choice j of token g. The pairs of one expert whose tokens come from one device are a run. There
+  are two orders. In `order_p`, runs are sorted by the device that the tokens come from, then by expert. A device
+  that has e of the experts sorts their runs by expert, then by the device that the tokens come from. It computes
+  them in several passes over a buffer of tiles. The rows of all passes are numbered consecutively.
 
   Attributes:
     passes: [], the number of passes that have tiles.
     count_e: the number of pairs of each expert.
     tile_end_e: the number of tiles of all experts up to and including each expert.
-    order_p: the pairs of all devices, device by device, sorted by expert within each device.
-    run_start: [e·X], the start of each run in this device's order.
-    run_shift: [e·X], what to add to run_start to get the start of each run in order_p.
+    order_p: all pairs, in the first order.
+    run_start: [e·X], the start of each of this device's runs in the second order.
+    run_shift: [e·X], the start of each run in the first order minus its start in the second.
     row_p: the row of each pair; None unless one device has all experts.
   """
 

@@ -222,7 +222,7 @@ def sample_and_judge(
 
   A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
   2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt is asked as soon as the group is judged,
-  while others are still drawn. `prompts_wanted` says how many prompts that makes.
+  while others are still drawn. `prompts_wanted` computes how many prompts the step asks in all.
 
   Returns (groups to learn from, all groups drawn, the progress after drawing them), the groups in the order of their
   prompts.

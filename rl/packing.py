@@ -90,7 +90,7 @@ def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple
 
   Args:
     lengths: the length of each sample.
-    of: the shapes of microbatches, from `shapes`.
+    of: the shapes that microbatches may have, from `shapes`, the largest first.
 
   Returns the microbatches, as tuples (row length, for each row the indices of its samples). There is at least one.
   """
@@ -135,9 +135,9 @@ def microbatches(
   """Returns the samples of an update in microbatches on the devices. Each process fills only its own devices' rows.
 
   Args:
-    answers: the samples. Without any, there is one microbatch of padding.
-    of: the shapes, from `shapes`.
-    sharding: that of arrays [R, T].
+    answers: the samples. If there are none, the result is one microbatch of padding.
+    of: the shapes that microbatches may have, from `shapes`.
+    sharding: the sharding of a microbatch's arrays [R, T].
   """
   first = np.cumsum([0, *(len(answer.sample.tokens) for answer in answers)])
   found = []

@@ -62,8 +62,9 @@ def graded_groups(
   Args:
     asked: {number of the prompt: task}. The number, `seed` and `step` together select the random numbers.
     samples: the group size.
-    more: called with all groups judged so far, each time that further ones have been judged. Returns further prompts,
-      which are drawn while others go on. All processes call it with the same groups.
+    more: called with all groups judged so far, whenever groups have been judged. Returns additional prompts, in the
+      form of `asked`, whose answers are drawn while those of earlier prompts are still being drawn. All processes call
+      it with the same groups.
 
   Raises:
     DataError: a prompt is too long for the sampler.

@@ -5,8 +5,8 @@ one passage for each continuation of the prompt:
 
     {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None}
 
-A passage also has the texts of tokens that are parts of a character, as they are shown beside the others: {position:
-text}.
+Some tokens hold only some of the bytes of a character, so their text depends on their neighbours. A passage has the
+texts of these tokens as {position: text}.
 """
 
 import dataclasses

@@ -26,14 +26,16 @@ class Workload:
     return rl.prompts_per_step // rl.minibatches * rl.group_size if rl else self.run.rows
 
   def microbatch(self, mesh_shape: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the shape (rows, tokens of a row) of a microbatch; in RL, that of the largest one."""
+    """Returns the shape (rows, tokens per row) of a microbatch; in RL, the shape of the largest microbatch."""
     if not self.rl:
       return self.rows // self.run.microbatches, self.length
     ways = math.prod(mesh_shape[axis] for axis in RULES['batch'])
     return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
 
   def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
-    """Returns the override that gives microbatches with room for so many sequences of the greatest length per chip."""
+    """Returns the override of the config with which a microbatch has room for `rows_per_chip` sequences of the greatest
+    length on each chip.
+    """
     if self.rl:
       return {'rl.microbatch_tokens': str(rows_per_chip * self.length)}
     return {'train.microbatches': str(self.rows // (chips * rows_per_chip))}
