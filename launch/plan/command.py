@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 
 from betarank.configs import load, settings
+from betarank.configs.errors import ConfigError
 from betarank.configs.parser import Parser
 from betarank.configs.stop import importing
 
@@ -28,12 +29,16 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--topology', required=True, help='v5e-256, v5p-128, v6e-64, ...')
   parser.add_argument('--slices', type=int, default=1, help='pods joined by a network; the data axis spans them')
   parser.add_argument('--usd_per_chip_hour', type=float, default=0.0, help='the price, to print what the stage costs')
+  parser.add_argument('--mean_answer', type=int, default=0, metavar='TOKENS',
+                      help="mean length of RL's answers, for the time of the stage; default: the greatest length")
   parser.add_argument('--json', action='store_true', help='print the plan as JSON, nothing else')
   parser.add_argument('--search', action='store_true', help='try meshes, microbatches and remat policies; rank them')
   parser.add_argument('--no_bundles', action='store_true', help='compile in a third of the time, as training does; '
                       "memory and collectives stay the same, but times are XLA's estimates, without kernels")
   parser.add_argument('--tries', type=int, default=12, help='how many settings --search compiles at most')
   config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
+  if args.mean_answer < 0 or (args.mean_answer and 'rl' not in config):
+    raise ConfigError(f'--mean_answer={args.mean_answer}: must be a number of tokens, for a config of RL')
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
   _configure_libtpu(folder, not args.no_bundles)
 
@@ -51,10 +56,10 @@ def main(argv: Sequence[str]) -> None:
   finally:
     shutil.rmtree(folder, ignore_errors=True)
   if args.json:
-    stage = plans.describe_stage(work, topology, () if args.search else found)
+    stage = plans.describe_stage(work, topology, () if args.search else found, args.mean_answer)
     print(json.dumps({'stage': stage, 'plans': [dataclasses.asdict(plan) for plan in found]}, indent=2))
   elif not args.search:
-    report.report(work, topology, found, args.usd_per_chip_hour)
+    report.report(work, topology, found, args.usd_per_chip_hour, args.mean_answer)
   if not any(plan.fits for plan in found):
     sys.exit(1)
 

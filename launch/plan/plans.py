@@ -112,11 +112,13 @@ def _out_of_memory(text: str) -> str:
   return f'needs {used[1]} of {used[2]} HBM' if used else text.splitlines()[0][:200]
 
 
-def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = ()) -> dict[str, Any]:
+def describe_stage(
+  work: Workload, topology: Topology, plans: Sequence[Plan] = (), mean_answer: int = 0
+) -> dict[str, Any]:
   """Returns the sizes, FLOPs, number of steps and time of the whole stage.
 
   `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if `plans` is
-  empty, or if a program doesn't fit.
+  empty, or if a program doesn't fit. `mean_answer` is that of `stage_seconds`.
   """
   c = work.run.model
   return {
@@ -126,14 +128,17 @@ def describe_stage(work: Workload, topology: Topology, plans: Sequence[Plan] = (
     'sequence_length': work.length,
     'steps': work.steps,
     'chips': topology.chips,
-    'seconds': stage_seconds(work, plans) if plans and all(plan.fits for plan in plans) else None,
+    'seconds': stage_seconds(work, plans, mean_answer) if plans and all(plan.fits for plan in plans) else None,
   }
 
 
-def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
+def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -> tuple[float, float]:
   """Returns (least, most) seconds of the whole stage, without input, evaluation and checkpoints.
 
-  For RL, every answer is assumed to have its full length, and no prompt to be resampled.
+  For RL, the decode batch is assumed to be full, and its cache to be as full as in the compiled program; the rows of an
+  update to have no padding; prompts to have their greatest length; and no group to be replaced.
+
+  mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
   """
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:
@@ -141,9 +146,10 @@ def stage_seconds(work: Workload, plans: Sequence[Plan]) -> tuple[float, float]:
   rl, decode, gradient, optimizer = work.rl, by_name['decode'], by_name['gradient'], by_name['optimizer']
   before, total = 0, [0.0, 0.0]
   for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
-    fills = -(-rl.prompts_per_step * rl.group_size // rl.decode_batch_size)  # how often the decode batch is filled
-    dispatches = fills * new * rl.decode_batch_size / decode.tokens
-    microbatches = work.rows * (rl.max_prompt_tokens + new) / gradient.tokens
+    answer = min(mean_answer or new, new)
+    samples = max(rl.prompts_per_step * rl.group_size, rl.decode_batch_size)  # rows without a sample take time too
+    dispatches = samples * answer / decode.tokens
+    microbatches = work.rows * (rl.max_prompt_tokens + answer) / gradient.tokens
     for side in (0, 1):
       update_s = microbatches * gradient.prediction.step_s[side] + optimizer.prediction.step_s[side]
       total[side] += (end - before) * (dispatches * decode.prediction.step_s[side] + rl.minibatches * update_s)

@@ -9,10 +9,15 @@ from betarank.launch.plan.predict import ERROR
 from betarank.launch.plan.workload import Workload
 
 
-def report(work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_chip_hour: float) -> None:
-  """Prints the model's size, every plan, and the time and cost of the stage. If the price is 0, the cost is left out.
+def report(
+  work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_chip_hour: float, mean_answer: int = 0
+) -> None:
+  """Prints the model's size, every plan, and the time and cost of the stage.
+
+  usd_per_chip_hour: the price; with 0, the cost is left out.
+  mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
   """
-  stage = describe_stage(work, topology, plans)
+  stage = describe_stage(work, topology, plans, mean_answer)
   total, active = sum(stage['parameters'].values()), stage['active_parameters']
   parts = ', '.join(f'{name} {_short(n)}' for name, n in stage['parameters'].items() if n)
   print(f'parameters    {_short(total)} ({parts})')
@@ -23,7 +28,8 @@ def report(work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_ch
   if stage['seconds']:
     low, high = stage['seconds']
     hours = [s * topology.chips / 3600 for s in (low, high)]
-    what = 'if every answer has its full length' if work.rl else f'{stage["steps"]:,} steps'
+    answers = f'answers of {mean_answer:,} tokens on average' if mean_answer else 'if every answer has its full length'
+    what = answers if work.rl else f'{stage["steps"]:,} steps'
     usd = [h * usd_per_chip_hour for h in hours]
     cost = f', {usd[0]:,.0f} to {usd[1]:,.0f} USD' if usd_per_chip_hour else ''
     print(f'\nstage         {duration(low)} to {duration(high)} ({what}): '

@@ -119,6 +119,9 @@ def test_plans_of_the_rl_stage(tmp_path):
   samples = 3 * 4 * 2 * (8 + 8) + 2 * 4 * 2 * (8 + 16)  # tokens
   low += samples / gradient.tokens * gradient.prediction.step_s[0] + 5 * optimizer.prediction.step_s[0]
   assert plans.describe_stage(work, topology, found)['seconds'][0] == pytest.approx(low)
+  low = 5 * (8 * 4 / decode.tokens * decode.prediction.step_s[0] + optimizer.prediction.step_s[0]
+             + 8 * (8 + 4) / gradient.tokens * gradient.prediction.step_s[0])
+  assert plans.describe_stage(work, topology, found, mean_answer=4)['seconds'][0] == pytest.approx(low)
   assert plans.describe_stage(work, topology)['seconds'] is None
 
 
