@@ -103,7 +103,7 @@ def test_the_rl_loop_runs_the_planned_programs(tmp_path, monkeypatch):
   pretraining_loop.train(pretraining, str(tmp_path / 'parent'))
   config = load.load(f'tests/tiny_rl.py:init_from={tmp_path}/parent', small | OFF_POLICY | {
     'train.mesh.data': '4', 'rl.steps': '1', 'rl.max_prompt_tokens': '24', 'rl.max_new_tokens': '[40]',
-    'rl.eval_prompts': '1'})
+    'rl.eval_prompts': '1', 'rl.microbatch_tokens': '64'})  # so few that all microbatches have the first shape
   ran = {}
   decode, jit = sampler._decode, jax.jit
 
