@@ -19,7 +19,7 @@ BYTES_PER_TOKEN = 4.0  # assumed for English text and a large vocabulary
 
 
 class Estimate(NamedTuple):
-  """What preparing a source will take."""
+  """The expected size of a source, and the time of preparing it."""
 
   files: int
   file_bytes: int

@@ -33,7 +33,7 @@ _REPORT_S = 1.0
 
 
 class Progress(NamedTuple):
-  """How far the preparation of a source has come."""
+  """The progress of preparing a source."""
 
   units: int
   units_done: int

@@ -1,15 +1,15 @@
 """Turns the shards of a prepared source into a data set: the last step of data/prepare.py."""
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from betarank.configs.files import write_atomically
+from betarank.configs.files import atomic_writer, write_atomically
 from betarank.data import prepared, records, sources, storage
 from betarank.data.config import DataError
 from betarank.data.tokenizer import Tokenizer
@@ -83,27 +83,21 @@ def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict
   """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash."""
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
   content, size = hashlib.sha256(), 0
-  temporary = path.parent / f'{path.name}.{os.getpid()}'
 
   def parts() -> Iterator[bytes]:
-    header = _Buffer()
+    header = io.BytesIO()
     about = {'descr': dtype.str, 'fortran_order': False, 'shape': (sum(count['documents'] for count in counts),)}
     np.lib.format.write_array_header_1_0(header, about)
-    yield b''.join(header)
+    yield header.getvalue()
     for lengths_N in storage.several(_read_lengths, stages, path):
       yield lengths_N.astype(dtype).tobytes()
 
-  with temporary.open('wb') as file:
+  with atomic_writer(path) as file:
     for part in parts():
       file.write(part)
       content.update(part)
       size += len(part)
-  temporary.replace(path)
   return {'lengths_size': size, 'lengths_sha256': content.hexdigest()}
-
-
-class _Buffer(list):
-  write = list.append
 
 
 def _read_lengths(stage: epath.Path) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from etils import epath
 
+from betarank.configs.files import write_atomically
 from betarank.data import sources
 from betarank.data.config import DataConfig, DataError
 from betarank.data.tokenizer import BOS, EOS, PAD, UNK
@@ -116,11 +117,7 @@ def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int =
     if failed:
       raise failed[0] from None
     raise _error(str(error), vocab_size, path) from None
-  out = epath.Path(path)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.parent / (out.name + '.partial')
-  temporary.write_bytes(model.getvalue())
-  temporary.replace(out)
+  write_atomically(path, model.getvalue())
 
 
 def _error(reason: str, vocab_size: int, path: str) -> DataError:

@@ -105,7 +105,7 @@ class RlConfig:
 
   @property
   def keeps_zero_variance(self) -> bool:
-    """Whether groups with equal rewards are kept for the update. If not, groups of new prompts replace them."""
+    """True if groups with equal rewards are kept for the update; False if groups of new prompts replace them."""
     if self.zero_variance_groups == 'auto':
       return self.advantage.name == 'w_reinforce'
     return self.zero_variance_groups == 'keep'

@@ -228,7 +228,7 @@ def sample_and_judge(
   prompts.
   """
   rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
-  asked, after = {}, progress
+  asked, after, agree = {}, progress, set()
 
   def ask(count):
     nonlocal after
@@ -238,7 +238,7 @@ def sample_and_judge(
     return new
 
   def replacements(judged):
-    agree = {group.cursor for group in judged if not group.has_reward_variance(rule)}
+    agree.update(group.cursor for group in judged if not group.has_reward_variance(rule))
     wanted = prompts_wanted([number in agree for number in asked], rl.prompts_per_step, rl.max_resampling_rounds)
     return ask(wanted - len(asked))
 

@@ -3,7 +3,7 @@
 # P prompts  G samples per prompt
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class Group(NamedTuple):
 
 def graded_groups(
   sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
-  seed: int, step: int, more: Callable[[Iterable[Group]], Mapping[int, Task]] | None = None
+  seed: int, step: int, more: Callable[[Sequence[Group]], Mapping[int, Task]] | None = None
 ) -> list[Group]:
   """Samples answers to prompts and judges them. Returns one group per prompt, ordered by the number of the prompt.
 
@@ -62,9 +62,9 @@ def graded_groups(
   Args:
     asked: {number of the prompt: task}. The number, `seed` and `step` together select the random numbers.
     samples: the group size.
-    more: called with all groups judged so far, whenever groups have been judged. Returns additional prompts, in the
-      form of `asked`, whose answers are drawn while those of earlier prompts are still being drawn. All processes call
-      it with the same groups.
+    more: called with the groups judged since its last call, if there are any. Returns additional prompts, in the form
+      of `asked`, whose answers are drawn while those of earlier prompts are still being drawn. All processes call it
+      with the same groups.
 
   Raises:
     DataError: a prompt is too long for the sampler.
@@ -86,13 +86,12 @@ def graded_groups(
     for (number, group, texts, _), verdict_G, score_G in zip(drawn, verdict_PG, score_PG):
       found[number] = Group(number, tasks[number], prompt_tokens(tokenizer, tasks[number]), group, texts,
                             [Verdict(int(v)) for v in verdict_G], score_G.tolist())
+    judged = [found[number] for number, *_ in drawn]
     drawn.clear()
+    return judged
 
   def further():
-    if not drawn:
-      return []
-    exchange()
-    return prompts(more(found.values()))
+    return prompts(more(exchange())) if drawn else []
 
   first = prompts(asked)
   for n, group in enumerate(sampler(

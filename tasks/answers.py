@@ -34,7 +34,7 @@ def final_answer(text: str, task: Question) -> str | None:
   is:
 
   line: the `answer_lines` lines (0: all lines) after the first '\nAnswer: '. Any later '\nAnswer: ' is ignored, because
-    a model that doesn't stop goes on to ask and answer further questions.
+    a model that doesn't stop continues with questions and answers of its own.
   boxed: the content of the last \boxed{...} with balanced braces, before the model begins a new question. Boxes that
     are separated only by 'and', 'or' or commas are one answer, joined by commas.
   code: the text up to the end of the function or to [DONE]. It isn't stripped.

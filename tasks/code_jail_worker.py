@@ -153,7 +153,7 @@ def run(settings: dict, path: str, token: bytes, user: int) -> None:
 
   path: the file of the program.
   token: written to settings['report'] after the program's last line.
-  user: see `become_nobody`.
+  user: the user id that this process takes if it runs as root.
   """
   source, sink = os.pipe()
   os.write(sink, token)

@@ -55,7 +55,7 @@ class Comparison:
 
   @property
   def verdict(self) -> str:
-    """Whether the difference is 'beyond' noise or 'within' noise, after Holm's correction.
+    """'beyond' if the difference is larger than noise, after Holm's correction; 'within' if it isn't.
 
     '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or it
     comes from a single seed.

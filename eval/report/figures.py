@@ -66,7 +66,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-  """How much an arm differs from its baseline arm in a metric, before RL and after RL. None means unknown."""
+  """The difference between an arm and its baseline arm in a metric, before RL and after RL. None means unknown."""
 
   arm: str
   subject: str

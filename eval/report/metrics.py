@@ -9,7 +9,7 @@ from betarank.eval.statistics import Estimate
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How a metric is shown.
+  """The title, the format and the unit in which a metric is shown.
 
   Attributes:
     title: the metric's title.

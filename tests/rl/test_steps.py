@@ -70,7 +70,7 @@ def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
 @pytest.mark.parametrize('turn', [
   lambda waiting: -1, lambda waiting: len(waiting) // 2, lambda waiting: hash(waiting[0].id) % len(waiting)])
 def test_the_order_in_which_groups_end_decides_nothing(parts, turn, monkeypatch):
-  """Which groups are asked and learned from, against rounds that are drawn one after the other."""
+  """The groups that are asked and learned from are those of rounds that are drawn one after the other."""
   for seed in range(8):
     agrees = lambda number: (number * 7919 + seed) % 97 < 60  # noqa: B023
     monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, rule: not agrees(group.cursor))  # noqa: B023
