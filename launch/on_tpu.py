@@ -17,6 +17,7 @@ from rich.table import Table
 from betarank import model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.load import to_json
+from betarank.launch.plan import chips as tpus
 from betarank.launch.plan.chips import Topology
 from betarank.launch.points import BETARANK, TRAINS, Point
 from betarank.train.config import run_config
@@ -102,8 +103,7 @@ def topology() -> Topology:
   Raises:
     PlanError: there is no such pod.
   """
-  name = (os.environ.get('TPU_TYPE') or DEFAULT_TYPE).replace('v5litepod', 'v5e')
-  return Topology(name, int(os.environ.get('TPU_SLICES') or 1))
+  return tpus.topology(os.environ.get('TPU_TYPE') or DEFAULT_TYPE, int(os.environ.get('TPU_SLICES') or 1))
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:

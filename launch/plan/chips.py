@@ -42,12 +42,28 @@ CHIPS = {chip.name: chip for chip in (
   Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 90e9, 0.26, cores_in_name=2),
   Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 90e9, 0.03),
 )}
+def _v5p_shapes() -> dict[int, str]:
+  """Returns {number of chips: shape of the torus} for slices of v5p.
+
+  A slice is a part of a cube of 4x4x4 chips, or is made of 1 to 96 whole cubes. Of the shapes that a number of cubes
+  can have, it has the one that is nearest to a cube. No axis is longer than 256 chips.
+  """
+  shapes = {4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4'}
+  for cubes in range(1, 97):
+    ways = [(a, b, cubes // (a * b)) for a in range(1, cubes + 1) if cubes % a == 0
+            for b in range(a, cubes // a + 1) if cubes // a % b == 0 and b <= cubes // (a * b)]
+    nearest = min(ways, key=sum)
+    if nearest[-1] <= 64:
+      shapes[64 * cubes] = 'x'.join(str(4 * d) for d in nearest)
+  return shapes
+
+
 SHAPES = {  # number of chips -> shape of the torus
-  'v5e': {4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'},
-  'v5p': {4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4', 64: '4x4x4', 128: '4x4x8', 256: '4x8x8', 512: '8x8x8',
-          1024: '8x8x16', 2048: '8x16x16', 4096: '16x16x16'},
+  'v5e': {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'},
+  'v5p': _v5p_shapes(),
 }
 SHAPES['v6e'] = SHAPES['v5e']
+LISTED = 1024  # an error message lists the pods up to this number of chips, and the largest one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +79,14 @@ class Topology:
 
   def __post_init__(self):
     kind = self.name.partition('-')[0]
-    names = [f'{chip.name}-{n * chip.cores_in_name}' for chip in CHIPS.values() for n in SHAPES[chip.name]]
     if kind not in CHIPS:
       raise PlanError(f'--topology={self.name}: no such chip; there are {", ".join(CHIPS)}, as in v5e-256')
-    if self.name not in names:
-      sizes = ', '.join(n for n in names if n.startswith(kind))
-      raise PlanError(f'--topology={self.name}: no such pod; {kind} comes as {sizes}{suggestion(self.name, names)}')
+    names = {n: f'{kind}-{n * CHIPS[kind].cores_in_name}' for n in SHAPES[kind]}
+    if self.name not in names.values():
+      listed = [name for n, name in names.items() if n <= LISTED]
+      more = f', and more up to {names[max(names)]}' if max(names) > LISTED else ''
+      raise PlanError(f'--topology={self.name}: no such pod; {kind} comes as {", ".join(listed)}{more}'
+                      f'{suggestion(self.name, [*names.values()])}')
     if self.slices < 1:
       raise PlanError(f'--slices={self.slices}: must be 1 or more')
 
@@ -105,15 +123,31 @@ class Topology:
       raise PlanError(f'--topology={self.name}: libtpu is needed to compile for it, pip install -e ".[tpu]" ({first})'
                       ) from None
 
+  @property
+  def wraps(self) -> tuple[bool, ...]:
+    """For each axis of `dims`, whether its two ends are connected, so that the axis is a ring.
+
+    On v5e and v6e an axis is a ring if it has 16 chips. libtpu refuses to wrap a shorter one. On v5p all axes are rings
+    if the slice is made of whole cubes of 4x4x4 chips; otherwise none is.
+    """
+    if self.chip.name == 'v5p':
+      return (all(d % 4 == 0 for d in self.dims),) * len(self.dims)
+    return tuple(d == 16 for d in self.dims)
+
   def links(self, group: int) -> int:
     """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
     size.
 
-    A chip has two usable links along each axis of the torus that the group fills, and one along an axis that the group
-    fills only in part, because then the ends of the axis aren't connected within the group.
+    A chip has two usable links along each axis that the group fills, if the axis is a ring. Otherwise it has one, that
+    of the chips at the ends of the line. Along an axis that the group fills only in part, it has one link too.
     """
-    dims = [d for d in self.dims if d > 1]
-    sizes = [(math.prod(axes), len(axes)) for count in range(len(dims) + 1)
-             for axes in itertools.combinations(dims, count)]
-    filled, axes = max((size, count) for size, count in sizes if group % size == 0)
-    return 2 * axes + (filled < group and axes < len(dims))
+    axes = [(d, 1 + wraps) for d, wraps in zip(self.dims, self.wraps) if d > 1]
+    ways = [(math.prod(d for d, _ in chosen), sum(links for _, links in chosen), len(chosen))
+            for count in range(len(axes) + 1) for chosen in itertools.combinations(axes, count)]
+    filled, links, count = max(way for way in ways if group % way[0] == 0)
+    return links + (filled < group and count < len(axes))
+
+
+def topology(name: str, slices: int = 1) -> Topology:
+  """Returns the Topology of a name as it is used here or by Google, which calls v5e v5litepod."""
+  return Topology(name.replace('v5litepod-', 'v5e-'), slices)

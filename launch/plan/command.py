@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
   say = (lambda text: print(text, file=sys.stderr)) if args.json else print
   try:
     work = workload.workload(config)
-    topology = chips.Topology(args.topology, args.slices)
+    topology = chips.topology(args.topology, args.slices)
     devices = topology.devices()
     if args.search:
       found = search.search(config, topology, devices, folder, args.tries, say)

@@ -10,21 +10,24 @@ import jax
 import pytest
 
 from betarank.configs import errors, load
-from betarank.launch.plan import plans, predict, programs, search
+from betarank.launch.plan import chips, plans, predict, programs, search
 from betarank.launch.plan.chips import PlanError, Topology
 from betarank.launch.plan.workload import workload
 from tests.runs import BETARANK
 
 
-@pytest.mark.parametrize(
-  'name, chips, shape', [('v5e-256', 256, '16x16'), ('v5p-128', 64, '4x4x4'), ('v6e-8', 8, '2x4')])
-def test_pods_by_their_usual_names(name, chips, shape):
-  assert (Topology(name).chips, Topology(name).shape) == (chips, shape)
-  assert Topology(name, slices=3).chips == 3 * chips
+@pytest.mark.parametrize('name, count, shape', [
+  ('v5e-256', 256, '16x16'), ('v5p-128', 64, '4x4x4'), ('v6e-8', 8, '2x4'), ('v6e-1', 1, '1x1'),
+  ('v5litepod-16', 16, '4x4'), ('v5p-384', 192, '4x4x12'), ('v5p-640', 320, '4x4x20'), ('v5p-3072', 1536, '8x12x16'),
+  ('v5p-7808', 3904, '4x4x244'), ('v5p-12288', 6144, '16x16x24')])
+def test_pods_by_their_usual_names(name, count, shape):
+  assert (chips.topology(name).chips, chips.topology(name).shape) == (count, shape)
+  assert chips.topology(name, slices=3).chips == 3 * count
 
 
 @pytest.mark.parametrize('name, message', [
-  ('v4-8', 'no such chip; there are v5e, v5p, v6e'), ('v5e-100', 'no such pod; v5e comes as v5e-4, v5e-8')])
+  ('v4-8', 'no such chip; there are v5e, v5p, v6e'), ('v5e-100', 'no such pod; v5e comes as v5e-1, v5e-4, v5e-8'),
+  ('v5p-8576', 'v5p comes as v5p-8, .*v5p-2048, and more up to v5p-12288'), ('v5p-400', 'v5p-384')])
 def test_a_pod_that_does_not_exist(name, message):
   with pytest.raises(PlanError, match=message):
     Topology(name)
@@ -38,9 +41,12 @@ def test_time_of_a_transfer():
 
 
 @pytest.mark.parametrize('name, group, links', [
-  ('v5e-256', 4, 1), ('v5e-256', 16, 2), ('v5e-256', 64, 3), ('v5p-128', 16, 4), ('v5p-8', 4, 4)])
+  ('v5e-256', 4, 1), ('v5e-256', 16, 2), ('v5e-256', 64, 3), ('v5p-128', 16, 4), ('v5p-128', 64, 6),
+  ('v5e-16', 4, 1), ('v5e-16', 16, 2), ('v5e-64', 64, 2), ('v6e-128', 8, 1), ('v6e-128', 16, 2), ('v6e-128', 128, 3),
+  ('v5p-8', 4, 2), ('v5p-32', 16, 3), ('v5p-64', 16, 2), ('v5e-1', 1, 0)])
 def test_links_of_a_group(name, group, links):
-  """Two along each axis that it fills; a part of an axis is a line, of which an end has one."""
+  """Two along each ring that it fills. A part of an axis is a line, of which an end has one link. So is a whole axis of
+  v5e and v6e with fewer than 16 chips, and of a slice of v5p that is less than a cube."""
   assert Topology(name).links(group) == links
 
 
@@ -67,7 +73,7 @@ def test_advice_when_it_does_not_fit():
 def test_the_command_compiles_for_a_pod_that_is_not_here():
   def compiled(*more):
     done = subprocess.run(
-      [*BETARANK, 'plan', '--config=configs/smoke.py', '--topology=v5e-4', '--json', *more],
+      [*BETARANK, 'plan', '--config=configs/smoke.py', '--topology=v5e-4', '--json', '--config.train.batch_size=4', *more],
       capture_output=True, text=True, env={**os.environ, 'XLA_FLAGS': ''})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)['plans'][0]
