@@ -207,12 +207,11 @@ def _splash_kernel(heads: int, length: int):
   tokens.
   """
   queries = length // shards('length')
-  fits = lambda *sizes: next(size for size in (*sizes, 128) if not queries % size)
-  forward = fits(1024, 512, 256) if 'v6' in device_kind() else fits(512, 256)
-  backward = fits(1024, 512, 256)
+  block = next(size for size in (1024, 512, 256, 128) if not queries % size)
+  keys = min(block, 512)  # of one product
   sizes = splash.BlockSizes(
-    block_q=forward, block_kv=forward, block_kv_compute=min(forward, 512), block_q_dkv=backward,
-    block_kv_dkv=backward, block_kv_dkv_compute=min(backward, 512), use_fused_bwd_kernel=True)
+    block_q=block, block_kv=block, block_kv_compute=keys, block_q_dkv=block, block_kv_dkv=block,
+    block_kv_dkv_compute=keys, use_fused_bwd_kernel=True)
   mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
   with jax.ensure_compile_time_eval():
     return splash.make_splash_mha(

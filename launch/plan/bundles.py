@@ -5,6 +5,8 @@ bundles, with the body of a loop counted as often as it runs, is the time of the
 never waits. Waits for memory and, on v5e and v5p, for the matrix unit aren't included; predict.py adds them.
 """
 
+import collections
+import dataclasses
 import pathlib
 import re
 from collections.abc import Sequence
@@ -19,13 +21,37 @@ DATA_TRIPS = {'find_head': (32, 0)}
 SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assumed to run in this share of iterations
 
 
-def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
-  """Returns {name: cycles} of each HLO instruction whose bundles are in `folder`.
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """The work of one core for an HLO instruction.
 
-  shares: {name of a kernel: the share of its grid steps that have work}. A branch in a loop can skip a region of code,
-    so the reader must assume how often a region runs. The largest region of a kernel in `shares` is assumed to run in
-    shares[kernel] of the iterations. Every other region, in this kernel or in another instruction, is assumed to run in
-    the share SKIPPABLE.
+  Attributes:
+    issued: the number of bundles that are issued, one in each cycle.
+    rows: the number of rows that the busiest matrix unit of a core multiplies by the weights it holds.
+  """
+
+  issued: float
+  rows: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """How often the regions of a kernel run that a branch can skip, as shares of the iterations of their loop.
+
+  Attributes:
+    main: the share of the largest region, which does the kernel's work.
+    other: the share of each other region, for example of one that runs only at the first or last block of a row.
+  """
+
+  main: float = SKIPPABLE
+  other: float = SKIPPABLE
+
+
+def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[str, Work]:
+  """Returns {name: work} of each HLO instruction whose bundles are in `folder`.
+
+  shares: {name of a kernel: how often its regions run}. A branch in a loop can skip a region of code, so the reader
+    must assume how often a region runs. In instructions that aren't in `shares`, each runs in half of the iterations.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -35,24 +61,27 @@ def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[s
         key = line.removeprefix('key:')
       elif line.startswith('  '):
         twins[line.strip()] = key
-  cycles = {}
+  found = {}
   for path in sorted(folder.glob('*-final_bundles.txt')):
     named = re.fullmatch(r'\d+-(.*)-\d+-final_bundles\.txt', path.name)
     if named and not named[1].startswith(('<', 'TLP')) and 'schedule-analysis' not in path.name:
       known = {twins.get(name, name): share for name, share in (shares or {}).items()} | (shares or {})
-      share = known.get(named[1])
       trips = next((trips for kernel, trips in DATA_TRIPS.items() if named[1].startswith(kernel)), (1,))
-      cycles[named[1]] = count(path.read_text(errors='replace'), share, trips)
-  cycles.update({name: cycles[key] for name, key in twins.items() if key in cycles})
-  return cycles
+      found[named[1]] = count(path.read_text(errors='replace'), known.get(named[1], Shares()), trips)
+  found.update({name: found[key] for name, key in twins.items() if key in found})
+  return found
 
 
-def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,)) -> float:
-  """Returns the number of cycles that an HLO instruction takes, counted from its bundles.
+def count(text: str, shares: Shares = Shares(), data_trips: Sequence[int] = (1,)) -> Work:
+  """Returns the work of an HLO instruction, counted from its bundles.
+
+  A pipelined loop begins a transfer for the next iteration, and then branches around everything else in the iterations
+  that only fill or drain the pipeline. The region that this branch can skip runs in nearly all iterations, so it counts
+  as always executed. It is recognized by filling nearly the whole loop, or most of it and having other regions in it.
 
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
-    share: the share of grid steps that have work, as in `read`.
+    shares: how often the other regions run that a branch can skip.
     data_trips: the assumed trip counts of the loops whose trip count depends on data, in order. The last one is used
       for all further loops.
   """
@@ -60,12 +89,14 @@ def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):
     limit = re.match(r'scmp\.(?:ge|eq)\.s32\.totalorder %\w+, (\d+)', test)
     exits[predicate] = max(1, int(limit[1])) if limit else None
-  size, loops, spans = 0, [], []  # spans: (first bundle, last bundle, trip count) of each loop
+  rows: list[dict[str, int]] = []  # for each bundle, {matrix unit: rows that it multiplies}
+  loops, spans = [], []  # spans: (first bundle, last bundle, trip count) of each loop
   skips, regions = [], {}  # (bundle of the branch, region that it jumps to); region -> its first bundle
   for line in text.splitlines():
     bundle = re.match(r'\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:', line)
     if not bundle:
       continue
+    size = len(rows)
     if bundle[1] == 'LB':
       loops.append(size)
     regions.update(dict.fromkeys(re.findall(r'empty region (\d+)', line), size))
@@ -78,20 +109,35 @@ def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,
       spans.append((loops.pop(), size, trips))
     elif branch:
       skips.append((size, branch[2]))
-    size += 1
-  weight = [1.0] * size
+    rows.append(_matrix_rows(line))
+  weight = [1.0] * len(rows)
   for first, last, trips in spans:
     for i in range(first, last + 1):
       weight[i] *= trips
-  inside = []  # regions in a loop that a branch can skip, except those that fill the whole loop
+  inside = []  # (first bundle, last bundle, part of its loop) of each region in a loop that a branch can skip
   for first, region in skips:
     last = regions.get(region, 0)
     around = min((s for s in spans if s[0] <= first and last <= s[1]), key=lambda s: s[1] - s[0], default=None)
-    if around and 0 < last - first < 0.95 * (around[1] - around[0]):
-      inside.append((first, last))
+    if around and first < last:
+      inside.append((first, last, (last - first) / (around[1] - around[0])))
+  encloses = lambda span: any(span[0] < other[0] and other[1] <= span[1] for other in inside)
+  inside = [s for s in inside if s[2] < 0.95 and not (s[2] > 0.5 and encloses(s))]
   largest = max(inside, key=lambda s: s[1] - s[0], default=None)
   for span in inside:
-    runs = share if share is not None and span == largest else SKIPPABLE
     for i in range(span[0] + 1, span[1]):
-      weight[i] *= runs
-  return sum(weight)
+      weight[i] *= shares.main if span == largest else shares.other
+  busy = collections.Counter()
+  for times, units in zip(weight, rows):
+    for unit, number in units.items():
+      busy[unit] += times * number
+  return Work(sum(weight), max(busy.values(), default=0.0))
+
+
+def _matrix_rows(bundle: str) -> dict[str, int]:
+  """Returns {matrix unit: number of rows that a bundle multiplies}.
+
+  A register has 16 rows of bfloat16 or 8 of float32. Of rows that are kept in the matrix unit (lmr), an instruction
+  multiplies 8. With these numbers, the rows of XLA's own matrix products agree with their FLOPs.
+  """
+  found = re.findall(r'= vmatmul\.((?:\w+\.)*?)(bf16|f32)\.[\w.]*(mxu\d)', bundle)
+  return {unit: 16 if dtype == 'bf16' and 'lmr' not in kind else 8 for kind, dtype, unit in found}

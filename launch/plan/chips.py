@@ -21,6 +21,8 @@ class Chip:
       by the matrix unit's FLOPs per cycle. The value is certain for v5e and v6e, and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
     hbm_rate: bytes per second between the chip and this memory, reads and writes together.
+    matrix_rate: rows per second that one matrix unit multiplies by the weights it holds: `flops` divided by the FLOPs
+      per row (2 x 128 x 128 on v5e and v5p, 2 x 256 x 256 on v6e) and by the number of units (4, 8 and 2).
     link_rate: bytes per second of one link of the torus, in one direction.
     interlock: the waits inside matrix products that bundles don't show, as a share of the products' time. It was
       determined from single products compiled for each chip.
@@ -32,15 +34,16 @@ class Chip:
   clock: float
   hbm_bytes: float
   hbm_rate: float
+  matrix_rate: float
   link_rate: float
   interlock: float
   cores_in_name: int = 1
 
 
 CHIPS = {chip.name: chip for chip in (
-  Chip('v5e', 197e12, 1.503e9, 15.75 * 2**30, 819e9, 45e9, 0.26),
-  Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 90e9, 0.26, cores_in_name=2),
-  Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 90e9, 0.03),
+  Chip('v5e', 197e12, 1.503e9, 15.75 * 2**30, 819e9, 1.503e9, 45e9, 0.26),
+  Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 1.751e9, 90e9, 0.26, cores_in_name=2),
+  Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 3.502e9, 90e9, 0.03),
 )}
 def _v5p_shapes() -> dict[int, str]:
   """Returns {number of chips: shape of the torus} for slices of v5p.

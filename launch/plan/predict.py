@@ -3,7 +3,8 @@
 The time of an instruction is the longest of three times:
 
 - the time of its final bundles, with the body of a loop counted as often as it runs (bundles.py)
-- the time of its matrix products at the chip's peak FLOPs
+- the time of its matrix products at the chip's peak FLOPs; for a kernel, that of the rows that the busiest matrix unit
+  multiplies, which is longer if a product doesn't fill the unit
 - the time to read its operands from HBM and to write its results to HBM, once each
 
 Instructions run one after the other. The lower end of the interval is the sum of their times, each multiplied by how
@@ -86,8 +87,8 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
   folder: the folder to which libtpu wrote the bundles of the program.
   """
   chip, runs = topology.chip, program.runs()
-  cycles = bundles.read(folder, {
-    r.instruction.name: _share(r.instruction) for r in runs if 'tpu_custom_call' in r.instruction.text})
+  read = bundles.read(folder, {
+    r.instruction.name: _shares(r.instruction) for r in runs if 'tpu_custom_call' in r.instruction.text})
   total, waits, flops = 0.0, 0.0, 0.0
   once: dict[tuple[str, str], float] = {}  # (computation, instruction) -> seconds of one execution
   by_computation = collections.Counter()
@@ -100,18 +101,19 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
     asynchronous = one.opcode.endswith(('-start', '-done', '-update')) and one.opcode != 'custom-call-done'
     if one.opcode in hlo.FREE or asynchronous or program.is_transfer(run):
       continue
-    product = program.flops(run)
-    known = cycles.get(one.name)
-    if known is None and one.estimated_cycles is not None:
+    product, kernel, work = program.flops(run), 'tpu_custom_call' in one.text, read.get(one.name)
+    cycles = work.issued if work else 0.0
+    if work is None and one.estimated_cycles is not None:
       # XLA's estimate is good for matrix products, but at least 3 times too high for other instructions.
-      known = one.estimated_cycles if product else one.estimated_cycles / 3
-    if known is None and 'tpu_custom_call' in one.text:
+      cycles = one.estimated_cycles if product else one.estimated_cycles / 3
+    elif work is None and kernel:
       unread.add(one.name)
+    product_s = work.rows / chip.matrix_rate if kernel and work else product / chip.flops
     moved = program.rows_moved(run)
     rows = ROW_CYCLES['scatter'] * moved['scatter'] or ROW_CYCLES['gather'] * moved['gather']
-    seconds = max(max(known or 0, rows) / chip.clock, product / chip.flops, program.hbm_bytes(run) / chip.hbm_rate)
+    seconds = max(max(cycles, rows) / chip.clock, product_s, program.hbm_bytes(run) / chip.hbm_rate)
     total += run.times * seconds
-    waits += run.times * chip.interlock * product / chip.flops
+    waits += run.times * chip.interlock * product_s
     flops += run.times * product
     once[run.computation, one.name] = seconds
     by_computation[run.computation] += run.times * seconds
@@ -168,18 +170,21 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
   return moved / rate
 
 
-def _share(kernel: hlo.Instruction) -> float:
-  """Returns the share of a kernel's blocks that have work.
+def _shares(kernel: hlo.Instruction) -> bundles.Shares:
+  """Returns how often the regions of a kernel run.
 
-  In splash attention, a block has work if the causal mask doesn't cover it completely. The blocks are counted from the
-  shape of the first operand, which has one entry per block. In other kernels, all blocks have work.
+  The grid of splash attention has one step per block of scores. The main region runs for the blocks that the causal
+  mask doesn't cover completely. The other regions run for the first and the last block of a row. The blocks are counted
+  from the shape of the first operand, which has one entry per block. In other kernels, the main region runs in all
+  steps.
   """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:
-    return 1.0
+    return bundles.Shares(main=1.0)
   rows, columns = (int(n) for n in grid.split(','))
   # Block (i, j) has work if its last query comes after its first key.
-  return sum((i + 1) * columns > j * rows for i in range(rows) for j in range(columns)) / (rows * columns)
+  working = sum((i + 1) * columns > j * rows for i in range(rows) for j in range(columns))
+  return bundles.Shares(working / (rows * columns), 1 / columns)
 
 
 def _label(one: hlo.Instruction) -> str:

@@ -94,24 +94,52 @@ ENTRY %main (a: f32[10,8,8], i: s32[]) -> f32[1,8,8] {
   assert program.hbm_bytes(run) == 8 * 8 * 4  # read once; the result stays on the chip
 
 
+def bundle_text(loop, trips):
+  """The text of one bundle, and of a loop of `trips` iterations: its bundles and the two of its end."""
+  return '\n'.join(['   0   :  { %z = nop }', '   0x1 LB: > { %a = nop }', *loop,
+                    f'   0x9   : > {{ %p5 = scmp.ge.s32.totalorder %s1, {trips} /* loop exit test */ }}',
+                    '   0xa   : > { %3 = sbr.rel (!%p5) target = $region99 }'])
+
+
+def skippable(number, *bundles_inside):
+  """The bundles of region `number`: the branch around it, what is inside, and its end, which always runs."""
+  return [f'   0x2   : > {{ %9 = sbr.rel (%p1) target = $region{number} }}', *bundles_inside,
+          f'   0x7 PF: > {{ %c = nop }} /* Start/End empty region {number} */']
+
+
+NOP = '   0x3   : > { %b = nop }'
+
+
 def test_bundles_multiply_loops_and_halve_what_can_be_skipped():
-  outer = ['   0x1 LB: > { %a = nop }']
-  body = ['   0x2   : > { %9 = sbr.rel (%p1) target = $region7 }', *['   0x3   : > { %b = nop }'] * 4,
-          '   0x7 PF: > { %c = nop } /* Start/End empty region 7 */']
-  rest = ['   0x8   : > { %d = nop }'] * 3
-  end = ['   0x9   : > { %p5 = scmp.ge.s32.totalorder %s1, 10 /* loop exit test */ }',
-         '   0xa   : > { %3 = sbr.rel (!%p5) target = $region99 }']
-  text = '\n'.join(['   0   :  { %z = nop }', *outer, *body, *rest, *end])
-  assert bundles.count(text) == 1 + 10 * (1 + 1 + 0.5 * 4 + 1 + 3 + 2)
-  assert bundles.count(text, share=0.75) == 1 + 10 * (1 + 1 + 0.75 * 4 + 1 + 3 + 2)
+  text = bundle_text([*skippable(7, *[NOP] * 4), *[NOP] * 3], 10)
+  assert bundles.count(text).issued == 1 + 10 * (1 + 1 + 0.5 * 4 + 1 + 3 + 2)
+  assert bundles.count(text, bundles.Shares(main=0.75)).issued == 1 + 10 * (1 + 1 + 0.75 * 4 + 1 + 3 + 2)
+
+
+def test_what_a_pipelined_loop_does_in_all_iterations_but_the_first_and_last_is_not_taken_for_its_main_region():
+  """As in the forward pass of splash attention: a branch around 92 % of the loop, and three regions within."""
+  inside = [*skippable(1, *[NOP] * 10), *skippable(2, *[NOP] * 60), *skippable(3, *[NOP] * 16)]
+  text = bundle_text([*[NOP] * 4, *skippable(4, *inside)], 100)
+  got = bundles.count(text, bundles.Shares(main=0.5625, other=0.125)).issued
+  assert got == 1 + 100 * (1 + 4 + 2 + 3 * 2 + 0.5625 * 60 + 0.125 * (10 + 16) + 2)
+  alone = bundle_text([*[NOP] * 4, *skippable(4, *[NOP] * 92)], 100)  # nothing within: this is the main region
+  assert bundles.count(alone, bundles.Shares(main=0.5625)).issued == 1 + 100 * (1 + 4 + 2 + 0.5625 * 92 + 2)
+
+
+def test_rows_of_the_busiest_matrix_unit():
+  product = lambda kind, unit: f'   0x3   : > {{ %5 = vmatmul.{kind}.mxu{unit} %v1_v2  ;;  %6 = vadd.f32 %v1, %v2 }}'
+  main = [product('bf16.gmra', 0), product('mubr.bf16.vlgmr.msra.gmra', 0), product('mubr.f32.gmra', 0),
+          product('lmr.bf16.gmra.16', 0), product('bf16.gmra', 1)]
+  text = bundle_text([*skippable(7, *main), *[NOP] * 3], 10)
+  assert bundles.count(text, bundles.Shares(main=0.75)).rows == 10 * 0.75 * (16 + 16 + 8 + 8)
 
 
 def test_a_loop_whose_end_the_data_decide_counts_as_often_as_is_said():
   loop = ['   0x1 LB: > { %a = nop }', '   0x9   : > { %p5 = scmp.lt.s32.totalorder %s1, %s2 /* loop exit test */ }',
           '   0xa   : > { %3 = sbr.rel (!%p5) target = $region99 }']
   text = '\n'.join(['   0   :  { %z = nop }', *loop * 3])
-  assert bundles.count(text) == 1 + 3 * 3
-  assert bundles.count(text, data_trips=(32, 0)) == 1 + 32 * 3 + 0 + 0
+  assert bundles.count(text).issued == 1 + 3 * 3
+  assert bundles.count(text, data_trips=(32, 0)).issued == 1 + 32 * 3 + 0 + 0
 
 
 TPU = '''HloModule jit_step, is_scheduled=true

@@ -73,7 +73,8 @@ def test_advice_when_it_does_not_fit():
 def test_the_command_compiles_for_a_pod_that_is_not_here():
   def compiled(*more):
     done = subprocess.run(
-      [*BETARANK, 'plan', '--config=configs/smoke.py', '--topology=v5e-4', '--json', '--config.train.batch_size=4', *more],
+      [*BETARANK, 'plan', '--config=configs/smoke.py', '--topology=v5e-4', '--config.train.batch_size=4', '--json',
+       *more],
       capture_output=True, text=True, env={**os.environ, 'XLA_FLAGS': ''})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)['plans'][0]
