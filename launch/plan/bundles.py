@@ -51,7 +51,7 @@ def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[
   """Returns {name: work} of each HLO instruction whose bundles are in `folder`.
 
   shares: {name of a kernel: how often its regions run}. A branch in a loop can skip a region of code, so the reader
-    must assume how often a region runs. In instructions that aren't in `shares`, each runs in half of the iterations.
+    must assume how often a region runs. In instructions that aren't kernels, each runs in half of the iterations.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -67,21 +67,22 @@ def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[
     if named and not named[1].startswith(('<', 'TLP')) and 'schedule-analysis' not in path.name:
       known = {twins.get(name, name): share for name, share in (shares or {}).items()} | (shares or {})
       trips = next((trips for kernel, trips in DATA_TRIPS.items() if named[1].startswith(kernel)), (1,))
-      found[named[1]] = count(path.read_text(errors='replace'), known.get(named[1], Shares()), trips)
+      found[named[1]] = count(path.read_text(errors='replace'), known.get(named[1]), trips)
   found.update({name: found[key] for name, key in twins.items() if key in found})
   return found
 
 
-def count(text: str, shares: Shares = Shares(), data_trips: Sequence[int] = (1,)) -> Work:
+def count(text: str, shares: Shares | None = None, data_trips: Sequence[int] = (1,)) -> Work:
   """Returns the work of an HLO instruction, counted from its bundles.
 
   A pipelined loop begins a transfer for the next iteration, and then branches around everything else in the iterations
   that only fill or drain the pipeline. The region that this branch can skip runs in nearly all iterations, so it counts
-  as always executed. It is recognized by filling nearly the whole loop, or most of it and having other regions in it.
+  as always executed. It fills most of the loop and encloses the loop's other regions. In instructions that aren't
+  kernels, where it may enclose none, it is also recognized by filling nearly the whole loop.
 
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
-    shares: how often the other regions run that a branch can skip.
+    shares: how often the other regions of a kernel run; None if the instruction isn't a kernel.
     data_trips: the assumed trip counts of the loops whose trip count depends on data, in order. The last one is used
       for all further loops.
   """
@@ -114,15 +115,15 @@ def count(text: str, shares: Shares = Shares(), data_trips: Sequence[int] = (1,)
   for first, last, trips in spans:
     for i in range(first, last + 1):
       weight[i] *= trips
-  inside = []  # (first bundle, last bundle, part of its loop) of each region in a loop that a branch can skip
+  inside = []  # (first bundle, last bundle, its loop) of each region in a loop that a branch can skip
   for first, region in skips:
     last = regions.get(region, 0)
     around = min((s for s in spans if s[0] <= first and last <= s[1]), key=lambda s: s[1] - s[0], default=None)
     if around and first < last:
-      inside.append((first, last, (last - first) / (around[1] - around[0])))
-  encloses = lambda span: any(span[0] < other[0] and other[1] <= span[1] for other in inside)
-  inside = [s for s in inside if s[2] < 0.95 and not (s[2] > 0.5 and encloses(s))]
+      inside.append((first, last, around))
+  inside = [span for span in inside if not _runs_always(span, inside, kernel=shares is not None)]
   largest = max(inside, key=lambda s: s[1] - s[0], default=None)
+  shares = shares or Shares()
   for span in inside:
     for i in range(span[0] + 1, span[1]):
       weight[i] *= shares.main if span == largest else shares.other
@@ -131,6 +132,20 @@ def count(text: str, shares: Shares = Shares(), data_trips: Sequence[int] = (1,)
     for unit, number in units.items():
       busy[unit] += times * number
   return Work(sum(weight), max(busy.values(), default=0.0))
+
+
+def _runs_always(span, regions, kernel: bool) -> bool:
+  """Returns whether a region, (first bundle, last bundle, its loop), is the one that only the first and the last
+  iterations of a pipelined loop skip.
+
+  regions: all regions in loops that a branch can skip.
+  """
+  first, last, loop = span
+  part = (last - first) / (loop[1] - loop[0])
+  near = [other for other in regions if other[2] == loop and other != span]
+  encloses = any(first < other[0] and other[1] <= last for other in near)
+  enclosed = any(other[0] < first and last <= other[1] for other in near)
+  return (part > 0.5 and encloses and not enclosed) or (part >= 0.95 and not kernel)
 
 
 def _matrix_rows(bundle: str) -> dict[str, int]:

@@ -122,8 +122,14 @@ def test_what_a_pipelined_loop_does_in_all_iterations_but_the_first_and_last_is_
   text = bundle_text([*[NOP] * 4, *skippable(4, *inside)], 100)
   got = bundles.count(text, bundles.Shares(main=0.5625, other=0.125)).issued
   assert got == 1 + 100 * (1 + 4 + 2 + 3 * 2 + 0.5625 * 60 + 0.125 * (10 + 16) + 2)
-  alone = bundle_text([*[NOP] * 4, *skippable(4, *[NOP] * 92)], 100)  # nothing within: this is the main region
-  assert bundles.count(alone, bundles.Shares(main=0.5625)).issued == 1 + 100 * (1 + 4 + 2 + 0.5625 * 92 + 2)
+
+
+@pytest.mark.parametrize('filled', [92, 400])
+def test_the_main_region_of_a_kernel_may_fill_nearly_the_whole_loop(filled):
+  """As in the backward pass with large blocks. In XLA's own loops, such a region runs in all iterations."""
+  text = bundle_text([*[NOP] * 4, *skippable(4, *[NOP] * filled)], 100)
+  assert bundles.count(text, bundles.Shares(main=0.5625)).issued == 1 + 100 * (1 + 4 + 2 + 0.5625 * filled + 2)
+  assert bundles.count(text).issued == 1 + 100 * (1 + 4 + 2 + (0.5 if filled == 92 else 1) * filled + 2)
 
 
 def test_rows_of_the_busiest_matrix_unit():
