@@ -32,7 +32,10 @@ def settings(folder: pathlib.Path, name: str) -> DataConfig:
 
 
 def child(config: DataConfig, piece_bytes: float) -> None:
-  """Prepares the source. Prints the bytes tokenized so far, repeatedly, and at the end the CPU seconds."""
+  """Prepares the source in pieces of `piece_bytes` bytes of text.
+
+  Prints the number of bytes tokenized so far, again and again. At the end, prints the CPU seconds of the whole work.
+  """
   worker.PIECE_BYTES = piece_bytes
   worker.REPORT_BYTES = 2**16
   start = time.process_time()

@@ -13,8 +13,8 @@ attention scores and recomputes nothing.
 
 All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
 because other work on the machine prolongs wall time. MFU counts 6 FLOPs per weight and token and half of the attention
-(model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU, MFU is relative to the speed of a
-matrix product that is measured at the start, per CPU second.
+(model.flops_per_token), without recomputation, and divides them by the chip's peak. On a CPU, which has no such figure,
+the benchmark divides by the FLOPs per CPU second of a matrix product, which it measures after the steps.
 """
 
 import argparse
