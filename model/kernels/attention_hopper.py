@@ -239,6 +239,11 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. Therefore
   they write ds, the gradient of the scores, to shared memory. The third warpgroup computes dq from ds, and the copy
   engine adds dq to the sum in the L2 cache.
+
+  dout_BTNH: the gradient of the output.
+  lse_BNT: from `_forward`.
+  delta_BNT: float32, the sum of output times dout over H.
+  end_BT: the index after the last token of each token's document.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
