@@ -28,11 +28,12 @@ class Layout:
   """The axes of the current mesh (`jax.set_mesh`) that split the dimensions of the head's arrays.
 
   Attributes:
-    tokens: one entry per leading axis of hidden: the mesh axis that splits this axis, a tuple of mesh axes, or None.
+    tokens: for each leading dimension of the hidden states, the mesh axis or the tuple of mesh axes that splits this
+      dimension; None if it isn't split.
     width: the mesh axis or axes that split the first dimension of the head, its width D; None if it isn't split.
     vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V; None if it isn't split.
-    vocab_group_size: with n > 1, groups of n devices along `width` also divide the vocabulary among themselves while
-      they compute, although the head's parameters are split as above (`with_vocab_groups`); 1 for no groups.
+    vocab_group_size: the number m of devices in a vocabulary group (see this module's docstring); 1 for no groups.
+      Groups lie along the axis `width`. They change how the computation is divided, but not how the head is stored.
 
   Example: Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
   """
@@ -250,6 +251,8 @@ def _over_vocab(collective, layout, array):
 
   This order keeps token ids sorted: the vocab axes split the vocabulary into parts, and the devices of a vocabulary
   group hold consecutive pieces of one part.
+
+  collective: a function such as lax.psum, with the arguments (array, axis) and optionally axis_index_groups.
   """
   if _has_groups(layout):
     axis, groups = _groups(layout)
