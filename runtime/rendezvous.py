@@ -28,7 +28,14 @@ class JobError(UserError):
 
 
 class ProcessInfo(NamedTuple):
-  """The position of this process in its job."""
+  """The position of this process in its job.
+
+  Attributes:
+    coordinator: HOST:PORT of process 0; '' in a job of one process.
+    processes: the number of processes.
+    index: the number of this process, from 0.
+    local_devices: the ids of the devices that this process uses; None for all devices that it finds.
+  """
 
   coordinator: str  # HOST:PORT of process 0; '' in a job of one process
   processes: int
