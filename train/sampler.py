@@ -238,8 +238,8 @@ class Sampler:
       watch: called after each dispatch, once for each sample that has new tokens. The argument is a Sample that has
         only the new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because
         the cache was full begins again with its first token.
-      more: called after each dispatch, once the caller has taken all samples that have ended. Returns further prompts,
-        which start when rows are free, after those that still wait.
+      more: a function that returns further prompts. It is called after each dispatch, once the caller has taken all
+        samples that have ended. Further prompts start after all prompts that still wait for a row.
 
     Raises:
       ValueError: a prompt is too long or otherwise invalid, or another argument is invalid. This is checked before any

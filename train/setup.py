@@ -1,7 +1,8 @@
 """Sets up a run: mesh, tokenizer, state and log. Pre-training, RL, evaluation and the planner all use these functions.
 
-A run begins from the newest checkpoint in its workdir. If there is none, it begins from the checkpoint that
-`train.init_from` names. If this is empty, it begins from random weights, which the seed determines.
+A run begins from the newest checkpoint in its workdir. If the workdir has no checkpoint, the run begins from the
+checkpoint that the setting `train.init_from` names. If this setting is empty, the run begins from random weights, which
+the seed determines.
 """
 
 import contextlib
@@ -357,9 +358,9 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
 
 
 def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
-  """Forbids implicit transfers between host and devices in the block, which would make an update wait.
+  """Forbids implicit transfers between host and devices in the block. A transfer would make an update wait.
 
-  Without compilation (JAX_DISABLE_JIT), each operation transfers its constants, so then they are allowed.
+  If JAX_DISABLE_JIT is set, transfers are allowed, because each operation then transfers its constants.
   """
   return contextlib.nullcontext() if jax.config.jax_disable_jit else jax.transfer_guard('disallow')
 
