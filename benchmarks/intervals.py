@@ -1,4 +1,4 @@
-"""Simulates the coverage of the 95 % intervals over problems (eval/statistics.py): python -m benchmarks.intervals
+"""Simulates how often the 95 % intervals of eval/statistics.py contain the true mean: python -m benchmarks.intervals
 
 For sets of 10, 30 and 100 problems, the benchmark prints how often the interval contains the true mean, how often the
 whole interval is above or below the true mean, and how wide the interval is. The value of a problem is the share of its

@@ -3,7 +3,7 @@
     --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens per step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
-    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
+    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense model for such a card
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
     --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture for such a card
 

@@ -89,6 +89,8 @@ def hostile(canary: str, count: int = 200) -> list[tuple[str, Task]]:
   """Returns (text, task) of `count` answers that try to run code, or to take forever.
 
   Some of the tasks are math problems. The others come from reasoning-gym, whose scorers may evaluate answers.
+
+  canary: the path of a file that the answers try to create.
   """
   math_task = Task(id='', question='', prompt='', reference='x^2+3', verifier='math', answer_format='line')
   code = [text.format(canary=canary) for text in CODE]
