@@ -55,8 +55,8 @@ def _exit(status: int) -> NoReturn:
 def importing(text: str, console: Any = None) -> Iterator[None]:
   """Makes Ctrl-C end the process at once, with the line 'stopped' and status 130, and shows `text` on a terminal.
 
-  Use this context manager around slow imports, when there is nothing to save yet. A KeyboardInterrupt isn't safe there:
-  while an extension module starts, it can crash the process. Enter the block in the main thread.
+  Use this context manager around slow imports, when there is nothing to save yet. During an import, a KeyboardInterrupt
+  can crash the process. Enter the block in the main thread.
 
   console: the rich.console.Console that shows the text. None means a console on standard output.
   """
