@@ -88,7 +88,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
       r: the number of the item in this program, from 0.
       t: the number of blocks of keys that this program has processed for the items before r.
       b, tile, n: the row, the number of the block of queries in the row, and the query head.
-      steps: the number of blocks of keys to process, from the diagonal (block 0) back to the first query's document.
+      steps: the number of blocks of keys to process, from the diagonal (block 0) back to the start of the first query's
+        document.
       full: blocks 1 to full - 1 lie within the documents of all queries, so they need no mask; full is at least 1.
       """
       def one(r, t):
