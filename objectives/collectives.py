@@ -11,6 +11,8 @@ group's hidden states are all-gathered chunk by chunk, and their gradients are r
 device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
 gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
 
+Most functions have an argument `layout`, a Layout. None means that all arrays are on one device.
+
 # C tokens of a chunk  D width  V vocabulary
 """
 
@@ -182,7 +184,7 @@ def reduce_head(layout, dhead):
 
 
 def gather_group(layout, array):
-  """All-gathers an array with one entry per token over the vocabulary group: [C, ...] -> [vocab_group_size C, ...].
+  """Concatenates the arrays of the devices of a vocabulary group: [C, ...] -> [vocab_group_size C, ...].
 
   Without vocabulary groups (see `with_vocab_groups`), returns the array itself.
   """
@@ -209,7 +211,7 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums the gradient of hidden over the vocab axes.
+  """Sums dhidden, the gradient of the hidden states, over the mesh axes `layout.vocab`.
 
   The sum over vocabulary groups isn't part of this, because `reduce_scatter_group` has already computed it.
   """

@@ -184,6 +184,8 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
 
   With form_gradients, the values for the backward pass are (dhidden, dhead). Otherwise they are the Coefficients, from
   which `_backward` computes dhidden and dhead.
+
+  options: an Options. The other arguments are those of `shaped_linear_loss`.
   """
 
   def local(hidden, head, targets, weights, shaping):
@@ -213,8 +215,9 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
 
 @jax.named_scope('head')
 def _backward(options, hidden, head, targets, weights, coefficients, cotangent):
-  """Returns (dhidden, dhead). The logits are computed again.
+  """Returns (dhidden, dhead), the gradients of hidden and head. The logits are computed again.
 
+  coefficients: the Coefficients, from `_forward`.
   cotangent: [...] float32, the cotangent of each loss.
   """
 
