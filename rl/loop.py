@@ -412,7 +412,7 @@ def describe_step(
     learned: the figures of the update; {} if there was no update.
     kept: the groups that were used for the update.
     seen: all groups drawn, including zero-variance groups.
-    consumed: the number of prompts that the step took from the problems: used prompts and skipped prompts.
+    consumed: the number of prompts that the step used or skipped (see `Progress.next_prompts`).
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided

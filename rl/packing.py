@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-  """A part of an update: R rows of T positions (B rows in names of arrays), on the devices or on the host.
+  """A part of an update, on the devices or on the host: R rows of T positions. In names of fields, B is the rows.
 
   sampler_logp_BT, advantages_BT and numbers_BT are 0 except at tokens that were sampled.
 
