@@ -41,7 +41,7 @@ def local_to_global(local, sharding: NamedSharding, rows: int):
 
 
 def rows_of_process(sharding: NamedSharding, rows: int, length: int) -> slice:
-  """Returns the smallest range of rows with all rows of an array [rows, length] that this process's devices hold."""
+  """Returns the smallest range of rows that covers the part of an array [rows, length] on this process's devices."""
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   return slice(min(s[0] for s in slices), max(s[1] for s in slices))
 

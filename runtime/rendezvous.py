@@ -155,6 +155,10 @@ def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[
   """Sends this process's entry to process 0, and waits for the answer. Runs in every process except process 0.
 
   Returns (answer, {0: the connection}).
+
+  own: the entry of this process, as in `_coordinate`.
+  host, port: the address of process 0.
+  until: the deadline for connecting, on time.monotonic().
   """
   reason = 'it did not answer'
   while (left := until - time.monotonic()) > 0:
