@@ -83,7 +83,7 @@ def open_checkpoints(
   """Opens the checkpoints of a workdir. When the block ends, waits for a save in progress and closes the checkpoints.
 
   If the block ends with an error, the wait is limited to SAVE_DEADLINE_S seconds, and the outcome of the save is
-  printed.
+  printed. The arguments are those of `Checkpoints.__init__`.
 
   Raises:
     CheckpointError: the newest checkpoint is damaged (see `Checkpoints.__init__`), or the last save failed.
