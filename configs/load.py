@@ -81,7 +81,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def read_stage(spec: str, stage: str) -> ConfigDict:
-  """Returns the config at `spec`, as `read` does, if it is a config for the given command.
+  """Returns what `read` returns. Checks that the config is for the given command.
 
   stage: the command, 'train' or 'rl'.
 
