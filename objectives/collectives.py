@@ -162,7 +162,7 @@ def gather_head(layout, head):
 def reduce_head(layout, dhead):
   """Sums the head's gradient over the tokens of all devices. Returns this device's shard of the sum.
 
-  This is the transpose of `gather_head`: the returned shard has the shape of the argument `head` there.
+  This is the transpose of `gather_head`. The returned shard has the shape of the argument `head` of `gather_head`.
 
   dhead: this device's gradient with respect to the result of `gather_head`.
   """
