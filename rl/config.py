@@ -187,7 +187,7 @@ class RlRun:
 
   @property
   def sequence_length(self) -> int:
-    """The largest number of tokens of a prompt and an answer, in the phase with the longest answers."""
+    """The largest number of tokens of a prompt and its answer together, in the phase with the longest answers."""
     return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens)
 
   @property

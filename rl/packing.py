@@ -29,9 +29,15 @@ KERNEL_TOKENS = 128  # attention kernels need rows of a multiple of so many toke
 
 
 class Answer(NamedTuple):
-  """A sample to learn from. It takes len(prompt) + len(sample.tokens) - 1 positions, one per (input, target) pair."""
+  """A sample to learn from. It takes len(prompt) + len(sample.tokens) - 1 positions, one per (input, target) pair.
 
-  prompt: list[int]  # tokens, BOS first
+  Attributes:
+    prompt: the tokens of the prompt, BOS first.
+    sample: the answer.
+    advantage: the advantage of all tokens of the answer.
+  """
+
+  prompt: list[int]
   sample: Sample
   advantage: float
 

@@ -30,11 +30,17 @@ _MOST_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square i
 
 
 class TokenLoss(NamedTuple):
-  """The loss of each token. All arrays are [B, T]. Outside the mask they are 0 or False."""
+  """The loss of each token. All arrays are [B, T]. Outside the mask they are 0 or False.
 
-  loss_BT: jax.Array  # float32, to be minimised
-  ratio_BT: jax.Array  # float32, no gradient: pi / pi_old of the token; for gspo, of the whole sequence
-  clipped_BT: jax.Array  # bool: True if clipping changed this token's gradient
+  Attributes:
+    loss_BT: float32, the loss to minimize.
+    ratio_BT: float32 without gradient, pi / pi_old of the token. With gspo it is that of the whole sequence.
+    clipped_BT: bool, True if clipping changed this token's gradient.
+  """
+
+  loss_BT: jax.Array
+  ratio_BT: jax.Array
+  clipped_BT: jax.Array
 
 
 def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, eps_high=0.28, dual_clip=0.0):
