@@ -37,7 +37,7 @@ class ProcessInfo(NamedTuple):
     local_devices: the ids of the devices that this process uses; None for all devices that it finds.
   """
 
-  coordinator: str  # HOST:PORT of process 0; '' in a job of one process
+  coordinator: str
   processes: int
   index: int
   local_devices: list[int] | None
