@@ -346,7 +346,10 @@ def short(n: float) -> str:
 
 
 def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
-  """Logs where a finished run is saved, and commands that show its curves and its predictions next to its parent's.
+  """Logs where a finished run is saved, and commands to run next.
+
+  If the run wrote TensorBoard events, one command shows its curves. Another command shows the predictions of the run
+  next to those of its parent.
 
   parent: the checkpoint that the run started from; '' for random weights.
   """
