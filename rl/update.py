@@ -57,8 +57,8 @@ class Update(NamedTuple):
       apply(state, gradients) -> (state, the gradient's norm)
 
   gradients: (the sum of the gradients of the microbatches so far, as a tree like params; the count to divide it by).
-  sums: {name: sum over the microbatch's tokens}. Add the sums of all microbatches. `policy_losses.means` and rl/loop.py
-    compute the figures to log from them.
+  sums: {name: sum over the microbatch}. `policy_losses.add` adds the sums of two microbatches. From the total,
+    `policy_losses.means` and rl/loop.py compute the figures to log.
   """
 
   zeros: Callable
