@@ -325,3 +325,17 @@ def test_xla_knows_the_options_for_a_gpu(monkeypatch):
   assert options and jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
   with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
     jax.jit(lambda x: x + 1, compiler_options={next(iter(options)) + '_': False})(1)
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_the_update_holds_no_constant_on_a_device(microbatches):
+  """To compile such a constant into the program, JAX would read it back, which the training loop forbids. On a CPU it
+  isn't a transfer, so only this test shows it there.
+  """
+  tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
+  mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    state = create_state(C, tx, mesh, seed=0)
+    for program in make_step(C, OBJECTIVE, tx, BYTES_V, microbatches), make_evaluate(C, OBJECTIVE, BYTES_V):
+      constants = program.trace(state, batch()).jaxpr.consts
+      assert len(constants) == 1 and not isinstance(constants[0], jax.Array)
