@@ -191,8 +191,8 @@ def _compact(x: float, _) -> str:
 def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
   """Draws a forest plot: sets forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
 
-  An open circle is an arm's difference to its baseline before RL, and a filled circle the one after RL. The arm's name
-  is above them. The arguments arms and write are those of `draw`.
+  An open circle shows the difference between an arm and its baseline before RL, a filled circle the difference after
+  RL. The arm's name is above the two circles. The arguments `arms` and `write` are those of `draw`.
   """
   factor = metric(forest.metric).factor
   with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
