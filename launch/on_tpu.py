@@ -107,10 +107,11 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Estimates the hours of a pre-training point. Returns (hours, hours), because `planned_hours` returns (least, most).
+  """Estimates the hours of a pre-training point. Returns the estimate twice, in the form (least, most) of
+  `planned_hours`.
 
   The model is assumed to train with an MFU of MFU_DENSE or, for a mixture of experts, MFU_MOE. Returns None for other
-  stages. For RL no time can be assumed, because it depends on the lengths of the answers.
+  stages. The time of RL can't be assumed, because it depends on the lengths of the answers.
   """
   if point.stage != 'train':
     return None
