@@ -109,7 +109,7 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
   """Returns (title, columns, rows, notes) of the table of pre-training runs.
 
   The table has one row for each run and each source of its validation data. A row has the figures of the run's last
-  validation on this source. Readers of the table look for runs with equal cross-entropy but different entropy.
+  validation on this source. It shows whether runs have equal cross-entropy but different entropy.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
@@ -233,9 +233,9 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
-  For pre-training runs, the panels show cross-entropy, entropy, and each run's difference from the first run in both.
-  For RL runs, they show reward, held-out problems, entropy and length. The legend has the settings in which the runs
-  differ.
+  For pre-training runs, two panels show cross-entropy and entropy, and two show how much each run differs from the
+  first run in them. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the
+  settings in which the runs differ.
   """
   import matplotlib
 

@@ -75,9 +75,9 @@ class TaskSet:
 
   Attributes:
     size: the number of tasks; None if the source is unlimited.
-    left_out: the records that can't be used. All records that aren't problems are listed, whatever their split, for
-      example if they have no final answer. Problems whose reference can't be read are listed only if they are in this
-      split.
+    left_out: the records that can't be used. Records that aren't problems, for example because they have no final
+      answer, are listed whatever their split. Problems whose reference can't be read are listed only if they are in
+      this split.
     records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
   """

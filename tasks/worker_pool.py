@@ -212,7 +212,7 @@ class WorkerPool:
     Replaces workers that have ended or have passed their deadline.
 
     selector: the selector of all workers of this call.
-    replies: the reply to each request, to which new replies are added.
+    replies: a list with the reply to each request, or None. New replies are stored in it.
     pending: {kind of worker: the indices of requests that no worker has yet}.
     """
     workers = [key.data for key in selector.get_map().values()]
