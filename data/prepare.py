@@ -253,6 +253,8 @@ def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report
   """Tokenizes the units of work whose numbers are in `mine`, except those that are done already.
 
   Args:
+    job: the settings that each worker process gets.
+    workers, report: as in `prepare_source`.
     stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
       on the source.
     asked: as in `prepare_part`.

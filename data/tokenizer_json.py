@@ -236,7 +236,11 @@ class JsonTokenizer:
     return out
 
   def _piece_bytes(self):
-    """Returns the function that converts a piece of the vocabulary to its bytes. It depends on the tokenizer's decoder.
+    """Returns a function that converts a piece of the vocabulary to its bytes. The tokenizer's decoder decides which
+    function.
+
+    Raises:
+      DataError: the tokenizer would lose text, because it has neither byte-level pieces nor byte fallback.
     """
     decoder = self._tokenizer.decoder
     decode = decoder.decode if decoder else ''.join
