@@ -119,10 +119,13 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, stop=lambda: None) -> None:
-  """Draws, judges and writes the samples that the file lacks. See `sample` on `stop`.
+  """Draws, judges and writes the samples that `file`, a SampleFile, lacks.
 
   While the samples of one problem are judged, the device draws those of the next problems. Processes other than process
   0 have no verifier, and only take part in drawing.
+
+  prompts: the prompts of all problems of the benchmark.
+  stop: as in `sample`.
   """
   if not file.missing:
     if verifier:

@@ -176,6 +176,9 @@ class Betarank(TemplateLM):
     sampling.
 
     Each text is generated up to EOS or max_gen_toks. Stop strings are searched for afterwards.
+
+    requests: the harness's requests, each with a prompt and generation_kwargs.
+    disable_tqdm: ignored. The harness passes it.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):

@@ -121,6 +121,9 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
   """Returns a function alpha -> limits of the 1 - alpha interval, for problems that all have the same value.
 
   The limits are Gaffke's. Resampling can't handle this case.
+
+  mean: the value of the problems.
+  problems: the number of problems.
   """
   def limits(alpha: float) -> tuple[float, float]:
     unseen = 1 - (alpha / 2) ** (1 / problems)  # the largest share of problems that such a set may have missed
@@ -133,6 +136,8 @@ def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.r
   """Returns a function alpha -> limits of the 1 - alpha interval over problems, from the studentized bootstrap.
 
   If both `bounds` are finite, the interval is cut at Gaffke's limits.
+
+  x_P: the value of each problem.
   """
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
@@ -170,7 +175,7 @@ def _rank(share: float, resamples: int) -> int:
 
 
 def _chunks(resamples: int, problems: int) -> list[int]:
-  """Returns how many resamples to draw at a time, as a list, so that they fit in memory."""
+  """Returns a list of numbers of resamples to draw at a time, so that they fit in memory. Their sum is `resamples`."""
   size = max(1, _CHUNK // problems)
   return [min(size, resamples - start) for start in range(0, resamples, size)]
 
@@ -235,6 +240,7 @@ def paired_difference(
 
   a, b: values of the same problems, both [P], or both [S, P] with the same seeds.
   bounds: the smallest and the largest possible difference; (-1, 1) for differences of shares.
+  level, resamples, seed: as in `bootstrap_interval`.
 
   Raises:
     ValueError: the shapes differ, or no problem has a value in all seeds.
@@ -252,6 +258,8 @@ def over_seeds(
 
   For a single seed, the limits are NaN. Use this function for figures that have no problems to resample, such as a
   loss.
+
+  level: the level of the interval.
 
   Raises:
     ValueError: no seed has a value.

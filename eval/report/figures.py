@@ -250,6 +250,10 @@ def _place(figure: Figure, axis, height: float, legend_lines: int, left: float =
   """Sets the size of a figure, and fixed margins in inches, so that panels line up on the page.
 
   Matplotlib's layout engines aren't used, because they take longer than the drawing itself.
+
+  height: the height of the figure without its legend, in inches.
+  legend_lines: the number of lines of the legend.
+  left: the left margin in inches.
   """
   below = 0.52 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
   total = height + below - 0.52
