@@ -158,6 +158,7 @@ def worker_flags() -> dict[str, str]:
 def print_estimate(console: Console, points: Sequence[Point], parallel: int, compile_first: bool) -> None:
   """Prints chips, hours and cost of each point and of the whole sweep.
 
+  parallel: the number of points that run at the same time.
   compile_first: whether hours are predicted from compiled programs. If False, an MFU is assumed.
   """
   chips = topology()

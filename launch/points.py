@@ -193,6 +193,9 @@ def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str,
   """Returns overrides that replace local data folders by folders in the bucket, because slices can't read this
   machine's disk.
 
+  root: the folder of the sweep, in the bucket.
+  parent: the point that this point starts from; None if there is none.
+
   Raises:
     ConfigError: the tokenizer is a file of this machine that no point of the sweep creates.
   """

@@ -134,6 +134,8 @@ class Sweep:
     """Runs points until no command is running and none can be started.
 
     If this launcher fails with an error, asks all running commands to stop, and waits for them.
+
+    show: called regularly, to show the state of the sweep.
     """
     for point in self.points:
       self._adopt(point)

@@ -49,7 +49,9 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
                say: Callable[[str], None] = lambda text: None) -> Iterator[Plan]:
   """Yields the Plan of each program of `work`.
 
+  devices: the devices of the topology.
   folder: where libtpu writes bundles. All files in it are deleted before each compile.
+  say: prints a line.
 
   Raises:
     PlanError: the devices can't form the mesh.
