@@ -3,7 +3,7 @@
     --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens per step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
-    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
+    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense model for such a card
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
     --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture for such a card
 
@@ -13,8 +13,8 @@ attention scores and recomputes nothing.
 
 All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
 because other work on the machine prolongs wall time. MFU counts 6 FLOPs per weight and token and half of the attention
-(model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU, MFU is relative to the speed of a
-matrix product that is measured at the start, per CPU second.
+(model.flops_per_token), without recomputation, and divides them by the chip's peak. On a CPU, which has no such figure,
+the benchmark divides by the FLOPs per CPU second of a matrix product, which it measures after the steps.
 """
 
 import argparse

@@ -127,9 +127,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
   """Raises ConfigError if the run in the workdir `root` can't continue with the token budget of this config.
 
-  This happens in two cases. In the first, the run has already done more steps than the budget allows. In the second,
-  the budget is larger than before, but the learning rate has already begun to decay, and the larger budget would raise
-  it again.
+  This happens in two cases:
+
+  - The run has already done more steps than the budget allows.
+  - The budget is larger than before, but the learning rate has already begun to decay. The larger budget would raise
+    the learning rate again.
 
   meta: the metadata of the newest checkpoint.
   """
@@ -176,7 +178,7 @@ class Feed(Iterator[data.Batch]):
 
 
 class Recorder:
-  """Logs the figures of each update. It reads them while the next update runs."""
+  """Logs the figures of each update. The figures are read while the next update runs."""
 
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
@@ -279,8 +281,9 @@ class Texts:
 
 
 def describe_objective(objective: ObjectiveConfig) -> str:
-  """Returns a line for the log header: the settings in which the objective differs from plain cross-entropy, and k of
-  the top k.
+  """Returns a line for the log header, which describes the objective.
+
+  The line has the settings in which the objective differs from plain cross-entropy, and k, the size of the head.
   """
   changed = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)
              if getattr(objective, field.name) != field.default}

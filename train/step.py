@@ -75,7 +75,10 @@ def make_step(
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
-  """Returns a jitted function (state, batch) -> sums, with the sums of `score.sums`, as in training."""
+  """Returns a jitted function (state, batch) -> the result of `score.sums` for this batch.
+
+  The loss is that of the objective at the step of the state. The arguments are those of `make_step`.
+  """
   bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
 
   def evaluate(state: TrainState, batch: Batch):
