@@ -103,7 +103,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         placed = feed.to_devices(batch)
         with setup.no_implicit_transfers():
           state, sums = update(state, placed)
-      recorder.dispatched(step, sums)
+          recorder.dispatched(step, sums)
       checkpoints.check()
       job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(), eval_every=run.log.eval_every_steps,
@@ -182,7 +182,8 @@ class Recorder:
 
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
-    self._rate = schedule(run.optimizer, run.steps)
+    # All learning rates are computed here. To compute one later, the host would wait for the updates in between.
+    self._rates = jax.device_get(jax.vmap(schedule(run.optimizer, run.steps))(np.arange(run.steps)))
     self._flops_per_step = model.flops_per_token(run.model, run.sequence_length) * run.tokens_per_step
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self.clock = Clock()
@@ -210,7 +211,7 @@ class Recorder:
       **{f'train/{name}': value for name, value in figures.items()},
       **{f'train/{name}': float(sums[name]) for name in ('grad_norm', 'router_bias_min', 'router_bias_max')
          if name in sums},
-      'train/lr': float(self._rate(step - 1)),
+      'train/lr': float(self._rates[step - 1]),
       'time/step_s': step_s,
       'time/tokens_per_s': figures['tokens'] / step_s,
       'time/input_wait_share': wait,
