@@ -83,8 +83,8 @@ def count(text: str, shares: Shares | None = None, data_trips: Sequence[int] = (
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
     shares: how often the other regions of a kernel run; None if the instruction isn't a kernel.
-    data_trips: the assumed trip counts of the loops whose trip count depends on data, in order. The last one is used
-      for all further loops.
+    data_trips: the assumed trip counts of the loops whose trip count depends on data, in the order of these loops. If
+      there are more loops than counts, the last count is used for the remaining loops.
   """
   exits: dict[str, int | None] = {}  # predicate of a loop's exit test -> trip count; None if it depends on data
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):

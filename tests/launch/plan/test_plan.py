@@ -1,4 +1,4 @@
-"""The planner: topologies, plans, search, and a real compile for a TPU where libtpu is installed."""
+"""Tests the planner: topologies, plans, search, and a real compilation for a TPU if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ def test_a_pod_that_does_not_exist(name, message):
 
 
 def test_time_of_a_transfer():
-  """A v5e chip has two links each way along either axis of 45 GB/s; a ring of 16 has one axis."""
+  """A v5e chip has two links per axis, of 45 GB/s in each direction. A ring of 16 chips lies along one axis."""
   pod = Topology('v5e-256')
   assert predict.transfer_s('all-gather', 1.6e9, 16, pod) == pytest.approx(1.5e9 / 90e9)
   assert predict.transfer_s('all-reduce', 2.56e9, 256, pod) == pytest.approx(2 * 2.55e9 / 180e9)
@@ -45,8 +45,9 @@ def test_time_of_a_transfer():
   ('v5e-16', 4, 1), ('v5e-16', 16, 2), ('v5e-64', 64, 2), ('v6e-128', 8, 1), ('v6e-128', 16, 2), ('v6e-128', 128, 3),
   ('v5p-8', 4, 2), ('v5p-32', 16, 3), ('v5p-64', 16, 2), ('v5e-1', 1, 0)])
 def test_links_of_a_group(name, group, links):
-  """Two along each ring that it fills. A part of an axis is a line, of which an end has one link. So is a whole axis of
-  v5e and v6e with fewer than 16 chips, and of a slice of v5p that is less than a cube."""
+  """A chip has two links along each ring that the group fills. Along any other axis it has one: a part of an axis is a
+  line, and so is a whole axis of fewer than 16 chips on v5e and v6e, or of a slice of v5p smaller than a cube.
+  """
   assert Topology(name).links(group) == links
 
 
@@ -89,7 +90,10 @@ def test_the_command_compiles_for_a_pod_that_is_not_here():
 
 
 def test_bfloat16_moments_take_a_quarter_off_the_optimizer():
-  """The first moment halves, the second stays float32: it is squares, whose small changes bfloat16 would round away."""
+  """Only the first moment becomes half as large.
+
+  The second moment stays float32. It consists of squares, whose small changes would be lost in bfloat16.
+  """
   sizes = {}
   for dtype in ('float32', 'bfloat16'):
     work = workload(load.load('configs/smoke.py', {'optimizer.moment_dtype': dtype}))
@@ -111,7 +115,9 @@ SMALL = {'model.layers': '1', 'model.d_model': '32', 'model.d_ff': '64', 'model.
 
 
 def test_plans_of_the_rl_stage(tmp_path):
-  """Compiled for two CPU devices in place of chips: every figure of a plan, and how they make up the stage."""
+  """The programs are compiled for two CPU devices. Checks every figure of the plans, and the time of the stage made
+  from them.
+  """
   work = workload(load.load('configs/rl_smoke.py', SMALL | {
     'rl.prompts_per_step': '4', 'rl.group_size': '2', 'rl.decode_batch_size': '4', 'rl.max_prompt_tokens': '8',
     'rl.max_new_tokens': '[8, 16]', 'rl.phase_steps': '[3]', 'rl.steps': '5'}))
