@@ -26,7 +26,10 @@ SCRIPT = pathlib.Path(__file__).with_name('tpu.sh')
 REQUIRED = ('TPU_NAME', 'TPU_PROJECT', 'TPU_ZONE', 'TPU_TYPE', 'TPU_RUNTIME')
 DEFAULT_TYPE = 'v5litepod-256'  # used by a dry run if TPU_TYPE isn't set
 DELETE_TRIES, DELETE_WAIT_S = 3, 10.0
-MFU_DENSE, MFU_MOE = 0.4, 0.1  # the MFU that an estimate without --plan assumes
+# (slow end, fast end) of the MFU that an estimate without --plan assumes: {(chip, mixture of experts): ...}. From
+# docs/plans.md: on v5e the 4B at the paper's batch, on v6e the 1B. Earlier plans of the 4B on v5p were within a point
+# of those on v5e.
+PLANNED_MFU = {('v5e', False): (0.52, 0.63), ('v5p', False): (0.52, 0.63), ('v6e', False): (0.33, 0.34)}
 
 
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
@@ -107,18 +110,20 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Estimates the hours of a pre-training point. Returns the estimate twice, in the form (least, most) of
-  `planned_hours`.
+  """Returns (least, most) hours of a pre-training point, if it trains with the MFU that was planned for such models.
 
-  The model is assumed to train with an MFU of MFU_DENSE or, for a mixture of experts, MFU_MOE. Returns None for other
-  stages. The time of RL can't be assumed, because it depends on the lengths of the answers.
+  Returns None for other stages, and if PLANNED_MFU has no figure. The time of RL can't be estimated in this way,
+  because it depends on the lengths of the answers.
   """
   if point.stage != 'train':
     return None
   run = run_config(point.config)
-  mfu = MFU_MOE if run.model.moe.experts else MFU_DENSE
+  mfu = PLANNED_MFU.get((chips.chip.name, bool(run.model.moe.experts)))
+  if mfu is None:
+    return None
   flops = model.flops_per_token(run.model, run.data.sequence_length) * run.train.tokens
-  return (flops / (chips.chips * chips.chip.flops * mfu) / 3600,) * 2
+  slow, fast = (flops / (chips.chips * chips.chip.flops * each) / 3600 for each in mfu)
+  return fast, slow
 
 
 def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
@@ -186,7 +191,7 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
   console.print(table)
   basis = (f'predicted by betarank plan from the programs compiled for {chips.name}; for RL, if every answer has its '
            'full length' if compile_first else
-           f'for an assumed MFU of {MFU_DENSE:.0%} (dense) or {MFU_MOE:.0%} (MoE), without RL; --plan compiles the '
+           'for the MFU that docs/plans.md predicts for such models, without RL and what has a ?; --plan compiles the '
            'programs and predicts')
   console.print(f'in all {_span(total)} hours of {chips.slices} x {chips.name}, '
                 f'{_span([t * chips.chips for t in total])} chip hours, '

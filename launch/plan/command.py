@@ -1,13 +1,17 @@
 """betarank plan --config=FILE[:ARG] --topology=v5e-256 [--search] [--json] [--config.KEY=VALUE ...]
+betarank plan --table
 
 Compiles the programs of a config for a TPU pod that this machine doesn't have. Prints whether they fit into memory, how
 long a step takes, and what the stage costs. Nothing is allocated, and neither data nor a tokenizer is needed. A compile
 takes minutes. Pods have their usual names: v5e-256 and v6e-256 have 256 chips, v5p-128 has 64.
 
+--table makes the table of docs/plans.md, which has the models of configs/paper on three pods.
+
 Memory is what the compiler assigned. Time is predicted from the compiled program, as an interval;
 launch/plan/predict.py describes the method.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,7 +19,9 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
@@ -26,7 +32,7 @@ from betarank.configs.stop import importing
 def main(argv: Sequence[str]) -> None:
   """Runs the command. The exit status is 1 if no plan fits."""
   parser = Parser('betarank plan', __doc__)
-  parser.add_argument('--topology', required=True, help='v5e-256, v5p-128, v6e-64, ...')
+  parser.add_argument('--topology', help='v5e-256, v5p-128, v6e-64, ...')
   parser.add_argument('--slices', type=int, default=1, help='pods joined by a network; the data axis spans them')
   parser.add_argument('--usd_per_chip_hour', type=float, default=0.0, help='the price, to print what the stage costs')
   parser.add_argument('--mean_answer', type=int, default=0, metavar='TOKENS',
@@ -35,17 +41,25 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--search', action='store_true', help='try meshes, microbatches and remat policies; rank them')
   parser.add_argument('--no_bundles', action='store_true', help='compile in a third of the time, as training does; '
                       "memory and collectives stay the same, but times are XLA's estimates, without kernels")
+  parser.add_argument('--table', nargs='?', const='*', metavar='PATTERN',
+                      help="make the table of docs/plans.md, or its rows that match, such as 'dense_*/v5e-256'")
   parser.add_argument('--tries', type=int, default=12, help='how many settings --search compiles at most')
-  config, args = load.from_command_line(parser, argv, settings=settings.PRETRAIN)
+  config, args = load.from_command_line(
+    parser, argv, settings=settings.PRETRAIN, configure=_read_config, needs_config=False)
   if args.mean_answer < 0 or (args.mean_answer and 'rl' not in config):
     raise ConfigError(f'--mean_answer={args.mean_answer}: must be a number of tokens, for a config of RL')
   folder = pathlib.Path(tempfile.mkdtemp(prefix='plan-'))
-  _configure_libtpu(folder, not args.no_bundles)
+  configure_libtpu(folder, not args.no_bundles)
 
   with importing('starting JAX'):
-    from betarank.launch.plan import chips, plans, report, search, workload  # after the environment was set, for JAX
-  say = (lambda text: print(text, file=sys.stderr)) if args.json else print
+    # After the environment was set, for JAX.
+    from betarank.launch.plan import chips, plans, report, search, table, workload
+  say = (lambda text: print(text, file=sys.stderr)) if args.json or args.table else print
   try:
+    if args.table:
+      for line in table.lines(table.choose(args.table), folder, say):
+        print(line, flush=True)
+      return
     work = workload.workload(config)
     topology = chips.topology(args.topology, args.slices)
     devices = topology.devices()
@@ -64,7 +78,21 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(1)
 
 
-def _configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
+def _read_config(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
+  """Returns the config of --config, or an empty one for --table. Raises ConfigError if a flag is missing or in excess.
+  """
+  if args.table:
+    given = [f'--{name}' for name in ('config', 'topology', 'search', 'json') if getattr(args, name)]
+    if given := given + [f'--config.{key}' for key in overrides]:
+      raise ConfigError(f'{given[0]}: can\'t be combined with --table, which takes only a pattern and --no_bundles')
+    return ConfigDict()
+  for flag, example in (('config', 'configs/smoke.py'), ('topology', 'v5e-256')):
+    if not getattr(args, flag):
+      raise ConfigError(f'--{flag} is needed, as in --{flag}={example}')
+  return load.read(args.config)
+
+
+def configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
   """Sets the environment for compiling without a TPU. Call this before JAX is imported.
 
   write_bundles: whether libtpu writes its bundles to `folder`. If it does, libtpu also checks each bundle, which takes

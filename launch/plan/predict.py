@@ -88,7 +88,7 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
   """
   chip, runs = topology.chip, program.runs()
   read = bundles.read(folder, {
-    r.instruction.name: _shares(r.instruction) for r in runs if 'tpu_custom_call' in r.instruction.text})
+    r.instruction.name: shares(r.instruction) for r in runs if 'tpu_custom_call' in r.instruction.text})
   total, waits, flops = 0.0, 0.0, 0.0
   once: dict[tuple[str, str], float] = {}  # (computation, instruction) -> seconds of one execution
   by_computation = collections.Counter()
@@ -170,7 +170,7 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
   return moved / rate
 
 
-def _shares(kernel: hlo.Instruction) -> bundles.Shares:
+def shares(kernel: hlo.Instruction) -> bundles.Shares:
   """Returns how often the regions of a kernel run.
 
   The grid of splash attention has one step per block of scores. The main region runs for the blocks that the causal

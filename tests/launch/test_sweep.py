@@ -99,16 +99,18 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   settings = {name: value for name, value in environment().items() if not name.startswith('TPU_')}
   done = subprocess.run(
     [*BETARANK, 'sweep', '--config=configs/paper/dense_4b.py', '--on=tpu', '--dry_run'],
-    env={**settings, 'TPU_TYPE': 'v5p-256', 'TPU_DOLLARS_PER_HOUR': '100', 'TPU_NAME': 'pod', 'COLUMNS': '200'},
+    env={**settings, 'TPU_TYPE': 'v5litepod-256', 'TPU_DOLLARS_PER_HOUR': '100', 'TPU_NAME': 'pod', 'COLUMNS': '200'},
     text=True, capture_output=True)
   assert done.returncode == 0, done.stderr
   [row] = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ['seed=0,beta=-0.25/pretrain']
            and 'after' not in line]
-  # 6 FLOPs a parameter and token and causal attention, of 128 chips of 459 TFLOP/s at 40%
+  # 6 FLOPs a parameter and token and causal attention, of 256 chips of 197 TFLOP/s at the MFU of the plans
   flops = 6 * 4.02e9 + 6 * 36 * 4096 * 32 * 128
-  hours = flops * 500e9 / (128 * 459e12 * 0.4) / 3600
-  assert row[1:3] == ['500G', '128'] and float(row[3]) == pytest.approx(hours, rel=0.02)
-  assert float(row[5][1:].replace(',', '')) == pytest.approx(100 * hours, rel=0.02)
+  slow, fast = (flops * 500e9 / (256 * 197e12 * mfu) / 3600 for mfu in on_tpu.PLANNED_MFU['v5e', False])
+  assert row[1:3] == ['500G', '256'] and row[4] == 'to'
+  assert [float(row[3]), float(row[5])] == pytest.approx([fast, slow], rel=0.02)
+  dollars = [float(word.strip('$').replace(',', '')) for word in (row[9], row[11])]
+  assert dollars == pytest.approx([100 * fast, 100 * slow], rel=0.02)
   assert 'hours of preparing data are printed by its command with --dry_run' in done.stdout
   assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
   assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout

@@ -1,0 +1,52 @@
+"""Reads MaxText's training step with the planner's reader: memory, time and transfers on a TPU pod.
+
+    python -m benchmarks.maxtext v5e-256 model_name=qwen3-4b per_device_batch_size=4 [KEY=VALUE ...]
+
+Run it where MaxText is installed (pip install maxtext, and what it then misses), with the jax and libtpu of
+launch/constraints.txt. It compiles with MaxText's own train_compile, so every KEY=VALUE is a setting of MaxText. XLA
+flags can be given in LIBTPU_INIT_ARGS, as on a TPU. docs/plans.md has the settings that were compared.
+"""
+
+import pathlib
+import sys
+import tempfile
+
+from betarank.launch.plan import chips, hlo, predict
+from betarank.launch.plan.command import configure_libtpu
+
+FIXED = ('override_model_config=true', 'dataset_type=synthetic', 'enable_checkpointing=false', 'run_name=plan',
+         'compile_topology_num_slices=1')
+
+
+def main(topology: chips.Topology, settings: list[str]) -> None:
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(temporary) / 'bundles'
+    folder.mkdir()
+    configure_libtpu(folder, True)
+    import jax  # after the environment was set
+    import maxtext
+    from maxtext.trainers.pre_train import train_compile
+    kept, compile_step = [], jax.stages.Lowered.compile
+
+    def compile_and_keep(self, *args, **kwargs):
+      kept.append(compile_step(self, *args, **kwargs))
+      return kept[-1]
+
+    jax.stages.Lowered.compile = compile_and_keep
+    base = pathlib.Path(maxtext.__file__).parent / 'configs/base.yml'
+    train_compile.main(['', str(base), f'compile_topology={topology.name}', f'base_output_directory={temporary}',
+                        *FIXED, *settings])
+    memory, found = kept[-1].memory_analysis(), predict.predict(hlo.read(kept[-1].as_text()), folder, topology)
+  peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+          + memory.temp_size_in_bytes)
+  print(f'temporary {memory.temp_size_in_bytes / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB')
+  print(f'step {1e3 * found.step_s[1]:.0f} to {1e3 * found.step_s[0]:.0f} ms, of which transfers that compute does not '
+        f'hide {1e3 * found.exposed_s:.0f} ms')
+  print(', '.join(f'{kind} {size / 1e9:.2f} GB' for kind, size in sorted(found.collective_bytes.items())))
+  print(', '.join(f'{name} {1e3 * seconds:.0f} ms' for name, seconds in found.hottest))
+
+
+if __name__ == '__main__':
+  if len(sys.argv) < 2:
+    sys.exit(__doc__)
+  main(chips.topology(sys.argv[1]), sys.argv[2:])

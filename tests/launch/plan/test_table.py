@@ -1,0 +1,118 @@
+"""The table of docs/plans.md, and the command that makes it."""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from betarank import model
+from betarank.configs import load
+from betarank.configs.errors import ConfigError
+from betarank.launch import on_tpu
+from betarank.launch.plan import command, plans, predict, table
+from betarank.launch.plan.chips import Topology
+from betarank.launch.plan.workload import workload
+from tests.runs import BETARANK
+
+ROOT = pathlib.Path(__file__).parents[3]
+DOCUMENT = (ROOT / 'docs/plans.md').read_text(encoding='utf-8')
+NAMES = {name: file for file, name in table.MODELS.items()}
+
+
+def cells(line):
+  return [cell.strip() for cell in line.strip().strip('|').split('|')]
+
+
+def numbers(text):
+  return [float(number) for number in re.findall(r'[\d.]+', text)]
+
+
+ROWS = [cells(line) for line in DOCUMENT.partition(table.HEAD + '\n')[2].partition('\n\n')[0].splitlines()]
+
+
+def test_a_row_has_the_figures_of_its_plan_and_begins_with_the_slow_end():
+  work = workload(load.load('configs/paper/dense_4b.py'))
+  prediction = predict.Prediction((10.0, 12.5), (9.0, 11.5), 1.0, 2.0, {}, 0.0, (), (), {})
+  plan = plans.Plan('train', 'v5e-256', 256, {'data': 8, 'fsdp': 32}, 4, 'full', True, '', 16.91e9, 10**9, 2 * 10**9,
+                    6_400_000_000, 9_560_000_000, 60.0, prediction, (0.5, 0.625), 2**24)
+  assert cells(table.row('4B', work, plan)) == [
+    '4B, v5e-256', 'data 8 x fsdp 32, full', '6.40', '9.56 of 16.91', '12.50 to 10.00', '50 to 62 %', '116 to 145',
+    f'{work.steps * 12.5 / 3600:.0f} to {work.steps * 10 / 3600:.0f}']
+  quick = dataclasses.replace(plan, prediction=dataclasses.replace(prediction, unread=('splash_mha_fwd',)))
+  assert cells(table.row('4B', work, quick))[3:] == ['9.56 of 16.91', '', '', '', '']
+  less = dataclasses.replace(plan, fits=False, problem='needs 20G of 15.75G HBM', prediction=None)
+  assert 'does not fit: needs 20G' in table.row('4B', work, less)
+
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda row: row[0])
+def test_the_rows_of_the_document_agree_with_the_configs_and_with_themselves(row):
+  """Mesh, remat, memory of a chip and batch are the config's of today; MFU, tokens and hours follow from the step."""
+  name, pod = row[0].split(', ')
+  work, topology = workload(load.load(f'configs/paper/{NAMES[name]}.py')), Topology(pod)
+  mesh = {axis: int(n) for axis, n in re.findall(r'(\w+) (\d+)', row[1])}
+  wanted = {axis: size for axis, size in vars(work.run.mesh).items() if size > 1}
+  assert wanted.items() <= mesh.items() and topology.chips == math.prod(mesh.values())
+  assert row[1].endswith(f', {work.run.model.remat_policy}')
+  temporary, (peak, hbm) = numbers(row[2])[0], numbers(row[3])
+  assert temporary < peak < hbm == pytest.approx(topology.chip.hbm_bytes / 1e9, abs=0.01)
+  tokens = work.rows * work.length
+  useful_s = model.flops_per_token(work.run.model, work.length) * tokens / topology.chips / topology.chip.flops
+  for step_s, mfu, per_day, hours in zip(*map(numbers, row[4:8])):
+    assert mfu == pytest.approx(100 * useful_s / step_s, abs=0.6, rel=0.01)
+    assert per_day == pytest.approx(tokens * 86_400 / step_s / 1e9, abs=0.6, rel=0.01)
+    assert hours == pytest.approx(work.steps * step_s / 3600, abs=0.6, rel=0.01)
+
+
+@pytest.mark.parametrize('chip, mixture', on_tpu.PLANNED_MFU)
+def test_a_dry_run_of_a_sweep_assumes_the_planned_mfu(chip, mixture):
+  """As in the document, so a new plan can't leave an old constant behind."""
+  name = '10B-A0.5B' if mixture else '4B'
+  found = [numbers(row[5]) for row in ROWS if row[0].startswith(f'{name}, {chip}') and row[5]]
+  assert all(on_tpu.PLANNED_MFU[chip, mixture] == tuple(percent / 100 for percent in mfu) for mfu in found)
+
+
+def pinned(name):
+  return re.search(rf'^{name}==(.*)$', (ROOT / 'launch/constraints.txt').read_text(), re.M)[1]
+
+
+def test_the_document_names_the_versions_that_setup_installs():
+  assert f'jax {pinned("jax")} and libtpu {pinned("libtpu")}' in DOCUMENT
+
+
+def installed(name):
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(any(installed(name) != pinned(name) for name in ('jax', 'libtpu')),
+                    reason='needs the jax and libtpu of launch/constraints.txt')
+def test_the_memory_of_a_row_still_comes_out():
+  """Without bundles, because these change no memory: a minute or two on one core."""
+  done = subprocess.run([*BETARANK, 'plan', '--table=dense_1b/v5e-256', '--no_bundles'], capture_output=True, text=True,
+                        env={**os.environ, 'XLA_FLAGS': ''})
+  assert done.returncode == 0, done.stderr
+  head, row = done.stdout.strip().rsplit('\n', 1)
+  assert head == table.HEAD
+  assert cells(row)[:4] == next(found for found in ROWS if found[0] == '1B, v5e-256')[:4]
+
+
+def test_a_pattern_that_matches_no_row():
+  assert table.choose('moe_*/v6e-256') == [(name, 'v6e-256') for name in table.MODELS if name.startswith('moe')]
+  with pytest.raises(ConfigError, match='--table=x: matches no row; there are dense_1b/v5e-256'):
+    table.choose('x')
+
+
+@pytest.mark.parametrize('flags, message', [
+  (['--table', '--config=configs/smoke.py'], "--config: can't be combined with --table"),
+  (['--topology=v5e-4'], '--config is needed'), (['--config=configs/smoke.py'], '--topology is needed')])
+def test_flags_that_are_missing_or_in_excess(flags, message):
+  with pytest.raises(ConfigError, match=message):
+    command.main(flags)
