@@ -59,7 +59,7 @@ MISTAKES = [
   ('sweep --config=configs/smoke.py', '--root'),
   ('sweep --config=configs/smoke.py --root={new} --only=beta=7', 'no such point'),
   ('sweep --config=configs/smoke.py --root=runs/x --on=tpu', 'gs://BUCKET'),
-  ('plan --config=configs/smoke.py --topology=v5e-3', 'v5e comes as v5e-4'),
+  ('plan --config=configs/smoke.py --topology=v5e-3', 'v5e comes as v5e-1'),
   ('plan --config=configs/smoke.py --topology=v5e-4 --mean_answer=100', 'for a config of RL'),
   ('generate --checkpoint={run} --samples=0', '--samples'),
   ('explore {run} --export=view.html', 'name what to show'),
