@@ -19,8 +19,8 @@ FIXED = ('override_model_config=true', 'dataset_type=synthetic', 'enable_checkpo
 
 
 def main(topology: chips.Topology, settings: list[str]) -> None:
-  with tempfile.TemporaryDirectory() as temporary:
-    folder = pathlib.Path(temporary) / 'bundles'
+  with tempfile.TemporaryDirectory() as place:
+    folder = pathlib.Path(place) / 'bundles'
     folder.mkdir()
     configure_libtpu(folder, True)
     import jax  # after the environment was set
@@ -34,12 +34,11 @@ def main(topology: chips.Topology, settings: list[str]) -> None:
 
     jax.stages.Lowered.compile = compile_and_keep
     base = pathlib.Path(maxtext.__file__).parent / 'configs/base.yml'
-    train_compile.main(['', str(base), f'compile_topology={topology.name}', f'base_output_directory={temporary}',
+    train_compile.main(['', str(base), f'compile_topology={topology.name}', f'base_output_directory={place}',
                         *FIXED, *settings])
-    memory, found = kept[-1].memory_analysis(), predict.predict(hlo.read(kept[-1].as_text()), folder, topology)
-  peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-          + memory.temp_size_in_bytes)
-  print(f'temporary {memory.temp_size_in_bytes / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB')
+    temporary, peak = predict.memory_bytes(kept[-1].memory_analysis())
+    found = predict.predict(hlo.read(kept[-1].as_text()), folder, topology)
+  print(f'temporary {temporary / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB')
   print(f'step {1e3 * found.step_s[1]:.0f} to {1e3 * found.step_s[0]:.0f} ms, of which transfers that compute does not '
         f'hide {1e3 * found.exposed_s:.0f} ms')
   print(', '.join(f'{kind} {size / 1e9:.2f} GB' for kind, size in sorted(found.collective_bytes.items())))

@@ -11,7 +11,7 @@ from typing import Any
 from betarank import model
 from betarank.launch.plan import hlo, programs
 from betarank.launch.plan.chips import Topology
-from betarank.launch.plan.predict import Prediction, predict
+from betarank.launch.plan.predict import Prediction, memory_bytes, predict
 from betarank.launch.plan.workload import Workload
 from betarank.model.sharding import MESH_AXES
 
@@ -80,9 +80,7 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       yield dataclasses.replace(plan, problem=_out_of_memory(str(error)), compile_s=time.perf_counter() - start)
       continue
     compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes)
+    temporary, peak = memory_bytes(compiled.memory_analysis())
     if name == 'gradient':  # the moments aren't its arguments, but are in memory too
       peak += plan.optimizer_bytes
       if peak > plan.hbm_bytes:
@@ -94,7 +92,7 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
     useful = model.flops_per_token(work.run.model, work.length) * plan.tokens * passes / topology.chips
     useful_s = useful / topology.chip.flops
     yield dataclasses.replace(
-      plan, fits=True, temp_bytes=memory.temp_size_in_bytes, peak_bytes=peak, compile_s=compile_s,
+      plan, fits=True, temp_bytes=temporary, peak_bytes=peak, compile_s=compile_s,
       prediction=prediction, mfu=(useful_s / prediction.step_s[1], useful_s / prediction.step_s[0]))
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import types
 
 import jax
 import pytest
@@ -49,6 +50,12 @@ def test_links_of_a_group(name, group, links):
   line, and so is a whole axis of fewer than 16 chips on v5e and v6e, or of a slice of v5p smaller than a cube.
   """
   assert Topology(name).links(group) == links
+
+
+def test_the_compiler_s_own_peak_counts_not_the_sum_of_all_temporary_arrays():
+  sizes = dict(argument_size_in_bytes=3, output_size_in_bytes=3, alias_size_in_bytes=2, temp_size_in_bytes=20)
+  assert predict.memory_bytes(types.SimpleNamespace(**sizes, peak_memory_in_bytes=14)) == (10, 14)
+  assert predict.memory_bytes(types.SimpleNamespace(**sizes)) == (20, 24)
 
 
 def test_search_proposes_only_what_divides():
