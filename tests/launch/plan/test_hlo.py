@@ -95,7 +95,7 @@ ENTRY %main (a: f32[10,8,8], i: s32[]) -> f32[1,8,8] {
 
 
 def test_what_decoding_moves_through_memory():
-  """A kernel that writes in place, a product whose weights are only viewed, and a copy to the chip in the background."""
+  """A kernel that writes in place, a product whose weights are only viewed, and a copy to the chip meanwhile."""
   program = hlo.read('''%viewed (v: bf16[8,64]) -> bf16[64,8] {
   %v = bf16[8,64]{1,0} parameter(0)
   ROOT %b = bf16[64,8]{1,0} bitcast(%v)
