@@ -207,7 +207,7 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
   """Returns one sampler per phase. The samplers differ only in the length limit of answers."""
   rl = run.rl
   settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True,
-                            cache_tokens=rl.cache_tokens)
+                            cache_tokens=rl.cache_tokens, decode_split=rl.decode_split)
               for new in rl.max_new_tokens]
   try:
     return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]

@@ -1,5 +1,5 @@
-"""Searches for a fast mesh, number of microbatches and remat policy: compiles candidates, and ranks those that fit into
-memory.
+"""Searches for a fast mesh, number of microbatches and remat policy, and for RL's number of chips that share the
+sampler's weights: compiles candidates, and ranks those that fit into memory.
 """
 
 import dataclasses
@@ -119,6 +119,29 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
   for candidate, plan in found:
     if plan.fits:
       say(f'  {summary(plan)}   {candidate}')
+  return [plan for _, plan in found] + (search_decoding(config, topology, devices, folder, say) if work.rl else [])
+
+
+def search_decoding(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
+                    say: Callable[[str], None]) -> list[Plan]:
+  """Compiles RL's decoding with each number of chips that can share the sampler's weights. Prints a line for each, the
+  fastest first.
+
+  Arguments and results are those of `search`.
+  """
+  say('\ndecoding, by the number of chips that share the weights:')
+  found: list[tuple[int, Plan]] = []
+  for split in _powers_of_2(topology.chips):
+    changed = config.copy_and_resolve_references().unlock()
+    load.override(changed, 'rl.decode_split', str(split))
+    try:
+      found += [(split, plan) for plan in make_plans(workload(changed), topology, devices, folder, only='decode')]
+    except PlanError:  # the model can't be split so
+      continue
+  found.sort(key=lambda pair: pair[1].prediction.step_s[1] if pair[1].fits else float('inf'))
+  for split, plan in found:
+    rate = f'{plan.tokens / plan.prediction.step_s[1]:,.0f} tokens/s' if plan.fits else f'does not fit, {plan.problem}'
+    say(f'  rl.decode_split={split}: {rate}')
   return [plan for _, plan in found]
 
 
