@@ -5,13 +5,14 @@ and read a whole copy. In a group, each device reads only its part, for the rows
 split by heads and hidden units (mesh axis `tensor`), a mixture of experts by experts (mesh axis `expert`).
 """
 
-import numpy as np
+import math
+
 from jax.sharding import AxisType, Mesh
 
 from betarank import model
 from betarank.model.sharding import MESH_AXES
 
-PART_BYTES = 2**30  # of weights. With smaller parts, the group's transfers would take as long as reading the weights.
+PART = 2**29  # weights, 1 GiB in bfloat16. With smaller parts, a group's transfers would take longer than its reading.
 
 
 def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
@@ -36,12 +37,12 @@ def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
 
 def default_split(c: model.ModelConfig, mesh: Mesh) -> int:
   """Returns the number of devices of a group: as many as training's mesh splits the heads or experts over, and on a TPU
-  twice as many until a part has at most PART_BYTES, as far as the number divides the devices and the model.
+  twice as many until each has at most PART weights, as far as the number divides the devices and the model.
   """
   split = mesh.shape['expert' if c.moe.experts else 'tensor']
   counts = model.parameter_counts(c)
-  weights = (counts['experts'] or sum(counts.values())) * np.dtype(c.dtype).itemsize
-  while mesh.devices.flat[0].platform == 'tpu' and weights > split * PART_BYTES and _divides(c, mesh, 2 * split):
+  weights = counts['experts'] or sum(counts.values())
+  while mesh.devices.flat[0].platform == 'tpu' and weights > split * PART and _divides(c, mesh, 2 * split):
     split *= 2
   return split
 
@@ -52,7 +53,7 @@ def _axes(c, mesh, split):
 
 def _divides(c, mesh, split) -> bool:
   axes = _axes(c, mesh, split)
-  if mesh.size % np.prod(list(axes.values())):
+  if mesh.size % math.prod(axes.values()):
     return False
   _, shapes, names = model.abstract(c)
   try:

@@ -72,12 +72,11 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[M
     lower = {'gradient': _with_mesh(mesh, lambda: update.gradient.lower(
                state.params, gradients, *_microbatch(work, mesh))),
              'optimizer': _with_mesh(mesh, lambda: update.apply.lower(state, gradients)),
-             'weights': lambda: sampler.lower_weights(state.params),
+             'weights': _with_mesh(mesh, lambda: sampler.lower_weights(state.params)),
              'decode': _with_mesh(sampler.mesh, lambda: sampler.lower_decode(state.params))}
   else:
     lower = {'train': _with_mesh(mesh, lambda: _lower_train(work, mesh, tx, state))}
-  return state, {name: (sampler.mesh if name in ('weights', 'decode') else mesh, function)
-                 for name, function in lower.items()}
+  return state, {name: (sampler.mesh if name == 'decode' else mesh, function) for name, function in lower.items()}
 
 
 def sampler_config(work: Workload) -> SamplerConfig:
