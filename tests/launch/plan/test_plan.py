@@ -128,6 +128,16 @@ def test_plans_of_the_rl_stage(tmp_path):
   assert plans.describe_stage(work, topology)['seconds'] is None
 
 
+def test_search_tries_each_number_of_chips_that_can_share_the_sampler_s_weights(tmp_path):
+  config = load.load('configs/rl_smoke.py', SMALL | {
+    'model.kv_heads': '2', 'train.mesh.fsdp': '4', 'rl.decode_batch_size': '4',
+    'rl.max_prompt_tokens': '8', 'rl.max_new_tokens': '[8]'})
+  said = []
+  found = search.search_decoding(config, Topology('v5e-4'), jax.devices()[:4], tmp_path, said.append)
+  assert sorted(plan.mesh.get('tensor', 1) for plan in found) == [1, 2]  # 4 doesn't divide the key heads
+  assert len(said) == 3 and all('tokens/s' in line for line in said[1:])
+
+
 @pytest.mark.parametrize('config, rows, length, microbatch', [
   ('configs/smoke.py', 2, 256, (2, 256)), ('configs/paper/dense_4b.py:stage=rl', 2048, 17_408, (256, 17_408))])
 def test_pre_training_and_rl_under_the_same_names(config, rows, length, microbatch):
