@@ -50,10 +50,10 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup_sorted(dtype, table_VD, tokens_BT):
-  """Looks tokens up. The gradient sums the rows of each token in a fixed order, in float32.
+  """Looks tokens up. The backward pass sums the gradients of each token's positions in a fixed order, in float32.
 
-  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`. This is slow if a frequent token
-  has many rows, because the additions to one row of the table wait for each other.
+  XLA's own gradient on a GPU adds the gradients of all positions at once, with atomic operations in `dtype`. This is
+  slow if one token has many positions, because the additions to its row of the table wait for each other.
   """
   return table_VD.astype(dtype)[tokens_BT]
 

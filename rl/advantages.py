@@ -58,6 +58,7 @@ def rloo(rewards_PG, valid_PG):
 def pass_at_k(rewards_PG, valid_PG, *, k=4):
   """Computes advantages for the reward Pass@k of k samples together, which is 1 if at least one of them is right.
 
+      C(n, k)                       the binomial coefficient
       R = 1 - C(W, k) / C(n, k)     the mean of Pass@k, for n valid samples of which W are wrong
       s = sqrt(R (1 - R))           the standard deviation of Pass@k
       A = (1 - R) / s                                   for a right sample
@@ -101,7 +102,7 @@ ADVANTAGES = {
 class AdvantageConfig:
   """Section `rl.advantage`: the name of the advantage function, and its parameters.
 
-  A function ignores the parameters that it doesn't have.
+  A function ignores the parameters that it doesn't have. configs/settings.py describes each field.
   """
 
   name: str = default('rl.advantage.name')

@@ -249,7 +249,7 @@ class Log:
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], parts: Sequence[str]) -> None:
-    """Records the figures of an evaluation as eval/SOURCE/NAME, and prints a line of as many of `parts` as fit."""
+    """Records the figures of an evaluation as eval/SOURCE/NAME. Prints one line with as many of `parts` as fit."""
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}

@@ -1,14 +1,14 @@
-"""A fake Google Cloud Storage server over a folder, as slow and as faulty as a test asks for.
+"""Serves a folder as a fake Google Cloud Storage, as slow and as faulty as a test asks for.
 
     with Bucket(tmp_path) as bucket:             # object gs://b/data/x is the file tmp_path/b/data/x
       bucket.latency_s = 0.03                    # before every answer
       bucket.error_rate = 0.01                   # share of requests answered with a status of `error_statuses`
       bucket.truncate_rate = 0.01                # share of downloads that end after half of the body
-      ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath find it
+      ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath use this server
     python -m tests.bucket FOLDER [--port=N] [--latency_s=0.03] [--error_rate=0.01] ...    # in a process of its own
 
-It speaks the part of the JSON and XML interfaces that these libraries use: download with ranges, upload (media,
-multipart, resumable), list, copy, delete, and preconditions on generations.
+The server supports those parts of the JSON and XML interfaces that these libraries use: download with ranges, upload
+(media, multipart, resumable), list, copy, delete, and preconditions on generations.
 """
 
 import argparse
@@ -31,12 +31,21 @@ _PAGE = 1000  # names in one answer to a list request, as the real service gives
 
 
 class Bucket:
-  """The server, in a thread of this process from `with` on.
+  """The server. It runs in a thread of this process while the `with` block runs.
 
-  Attributes: latency_s, error_rate, error_statuses, truncate_rate, hang_rate (share of requests never answered),
-  bytes_per_s (of each download; 0: no limit), which may all be changed at any time; `requests`, a Counter of what was
-  answered by method and status; `downloads`, one of the objects that were read, by BUCKET/NAME; `bytes_sent`;
-  `largest_download` in bytes; `busiest`, the most requests in flight at once.
+  Attributes that may be changed at any time:
+    latency_s: the seconds before every answer.
+    error_rate, error_statuses: the share of requests that get an error, and the possible statuses of the error.
+    truncate_rate: the share of downloads that end after half of the body.
+    hang_rate: the share of requests that are never answered.
+    bytes_per_s: the speed of each download; 0 means no limit.
+
+  Attributes that tests read:
+    requests: a Counter of requests, by (method, status of the answer).
+    downloads: a Counter of downloads, by BUCKET/NAME of the object.
+    bytes_sent: the bytes of all downloads.
+    largest_download: the bytes of the largest download.
+    busiest: the largest number of requests that were in progress at the same time.
   """
 
   def __init__(self, folder: str | os.PathLike, *, port: int = 0, latency_s: float = 0.0, error_rate: float = 0.0,
@@ -57,7 +66,7 @@ class Bucket:
 
   @property
   def environment(self) -> dict[str, str]:
-    """What makes the clients of this process, and of those it starts, talk to this server."""
+    """The environment variables with which clients talk to this server, in this process and in its children."""
     return {'TENSORSTORE_GCS_HTTP_URL': self.endpoint, 'CLOUD_STORAGE_EMULATOR_ENDPOINT': self.endpoint,
             'STORAGE_EMULATOR_HOST': self.endpoint, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': '',
             'BUCKET_FOR_TESTS': self.endpoint}
@@ -96,7 +105,7 @@ class Bucket:
     return server
 
   async def run(self) -> None:
-    """Serves until cancelled."""
+    """Serves requests until the task is cancelled."""
     async with await self._listen() as server:
       print(self.endpoint, flush=True)
       await server.serve_forever()
@@ -252,7 +261,7 @@ def _missing() -> tuple[int, dict, bytes]:
 
 
 class _Connection(asyncio.Protocol):
-  """HTTP/1.1 with kept connections: one request after another."""
+  """A connection over HTTP/1.1. It stays open after a request, and serves one request after the other."""
 
   def __init__(self, bucket: Bucket):
     self.bucket, self.received, self.queue = bucket, bytearray(), None
@@ -344,7 +353,7 @@ class _Connection(asyncio.Protocol):
 
 
 def register() -> None:
-  """Makes `gs://` of fsspec and epath talk to the server that BUCKET_FOR_TESTS names, without gcsfs."""
+  """Makes `gs://` of fsspec and epath talk to the server whose address is in BUCKET_FOR_TESTS. gcsfs isn't used."""
   import fsspec
   from etils.epath import backend
 

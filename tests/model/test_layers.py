@@ -1,4 +1,4 @@
-"""Building blocks of the decoder equal plain implementations."""
+"""Tests that the building blocks of the decoder equal plain implementations."""
 
 import contextlib
 import math
@@ -16,7 +16,9 @@ from betarank.model import layers
   'shape', [None, (2, 2, 1, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 3, 1)],
   ids=lambda shape: f'mesh{shape}' if shape else 'alone')
 def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape):
-  """Tokens occur never, once or often. The meshes split rows, length and width; the last doesn't divide the length."""
+  """Some tokens occur never, some once, some often. The meshes split rows, length and width. The last mesh doesn't
+  divide the length.
+  """
   rng = np.random.default_rng(0)
   tokens_BT = jnp.asarray(rng.zipf(1.3, (4, 64)) % 50, jnp.int32)
   table_VD, weight_BTD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((50, 8), (4, 64, 8)))

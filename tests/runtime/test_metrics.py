@@ -1,4 +1,4 @@
-"""What is written can be read again, whatever a kill left; what is shown fits on a line."""
+"""Tests that files of metrics can be read again even after a kill, and that printed lines fit into the terminal."""
 
 import functools
 import json
@@ -136,7 +136,9 @@ def test_known_chips_have_a_peak_and_a_cpu_has_none():
 
 
 def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
-  """It counts from the start of the run, without the steps that are done again and the pause between two starts."""
+  """The time counts from the start of the run. It doesn't include steps that are repeated, and the pause between two
+  starts.
+  """
   now = iter([100.0, 107.0, 109.0, 500.0, 503.0])
   monkeypatch.setattr(metrics, 'time', types.SimpleNamespace(perf_counter=lambda: next(now)))
   settings = {'steps': 9, 'every': 9, 'tensorboard': False, 'active': True}
