@@ -85,8 +85,11 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       continue
     compile_s = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes)
+    # temp_size_in_bytes may be larger than the memory that XLA allocates for temporary arrays. Older versions of jaxlib
+    # don't have the size of all allocations.
+    peak = getattr(memory, 'total_allocation_bytes', 0) or (
+      memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes)
     # The train state stays in memory, also what a program doesn't take.
     peak += {'gradient': plan.optimizer_bytes, 'weights': plan.optimizer_bytes,
              'decode': plan.params_bytes + plan.optimizer_bytes}.get(name, 0)
