@@ -289,7 +289,7 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
   rl = parts.run.rl
   rule = rl.reward_rule(step)
   rewards_PG, valid_PG = map(np.array, zip(*(group.rewards(rule) for group in groups)))
-  advantages_PG = np.asarray(advantages(rl.advantage, rewards_PG, valid_PG))
+  advantages_PG = advantages(rl.advantage, rewards_PG, valid_PG)
   longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
   ways = math.prod(parts.rows_by_token.mesh.shape[axis] for axis in model.RULES['batch'])
   of = packing.shapes(longest, rl.microbatch_tokens, ways)

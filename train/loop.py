@@ -183,7 +183,7 @@ class Recorder:
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
     # All learning rates are computed here. To compute one later, the host would wait for the updates in between.
-    self._rates = jax.device_get(jax.vmap(schedule(run.optimizer, run.steps))(np.arange(run.steps)))
+    self._rates = jax.device_get(jax.jit(jax.vmap(schedule(run.optimizer, run.steps)))(np.arange(run.steps)))
     self._flops_per_step = model.flops_per_token(run.model, run.sequence_length) * run.tokens_per_step
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self.clock = Clock()

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 import types
 
 import jax
@@ -149,3 +150,13 @@ def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
   log.evaluation(1, 'main', {}, ['eval main'])
   lines = read_lines(epath.Path(tmp_path) / 'metrics.jsonl')
   assert [(line['step'], line['time/elapsed_s']) for line in lines] == [(1, 7.0), (1, 10.0)]
+
+
+def test_tensorboard_does_not_import_pytorch(tmp_path, monkeypatch):
+  """tensorboardX imports it if it is installed."""
+  (tmp_path / 'torch.py').write_text("raise AssertionError('imported')\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  for name in [name for name in sys.modules if name.split('.')[0] in ('tensorboardX', 'torch')]:
+    monkeypatch.delitem(sys.modules, name)
+  Log(epath.Path(tmp_path), step=0, steps=4, every=2, tensorboard=True, active=True).close()
+  assert 'torch' not in sys.modules
