@@ -171,17 +171,26 @@ def decode_param_axes(c: model.ModelConfig) -> Any:
     lambda names: [names[1:]] * c.layers if names[0] == 'layers' else names, model.abstract(c)[2], is_leaf=_is_names)
 
 
-def decode_params(c: model.ModelConfig, params: model.transformer.Params) -> Any:
+def decode_params(c: model.ModelConfig, mesh: Mesh | None, params: model.transformer.Params) -> Any:
   """Returns the sampler's copy of the parameters. Norms, routers and biases are float32, all others have the compute
   dtype.
 
   Each layer is a separate array, because slicing stacked layers would copy them for every token.
+
+  mesh: the mesh of the parameters; None for one device.
   """
   float32 = {'norm', 'router', 'bias'}
-  cast = lambda x, names: x if float32 & set(names) else x.astype(c.dtype)
-  return jax.tree.map(
-    lambda names, x: list(cast(x, names)) if names[0] == 'layers' else cast(x, names), model.abstract(c)[2], params,
-    is_leaf=_is_names)
+
+  def copy(names, x):
+    x = x if float32 & set(names) else x.astype(c.dtype)
+    if names[0] == 'layers':
+      return list(x)
+    # Embedding and head go from shards of the width to shards of the vocabulary. XLA gathers them in between, and would
+    # warn if this weren't asked for.
+    whole = model.spec(*(None if name == 'embed' else name for name in names))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
+
+  return jax.tree.map(copy, model.abstract(c)[2], params, is_leaf=_is_names)
 
 
 def _is_names(node: Any) -> bool:
@@ -205,6 +214,7 @@ class Sampler:
   """
 
   def __init__(self, c: model.ModelConfig, s: SamplerConfig, eos: int, mesh: Mesh | None = None):
+    of_params = mesh
     if mesh is not None:
       mesh = decode_mesh(c, mesh, s.decode_split)
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
@@ -219,7 +229,7 @@ class Sampler:
     s = dataclasses.replace(s, cache_tokens=s.pages // ways * ways * s.page_tokens)
     self.c, self.s, self.eos, self.mesh, self.ways = c, s, eos, mesh, ways
     self._weights = jax.jit(
-      functools.partial(decode_params, c),
+      functools.partial(decode_params, c, of_params),
       out_shardings=None if mesh is None else model.shardings(mesh, decode_param_axes(c)))
 
   def __call__(
@@ -264,7 +274,7 @@ class Sampler:
     """
     place = lambda x, axes: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=self.mesh and NamedSharding(self.mesh, model.spec(*axes)))
-    weights = jax.eval_shape(functools.partial(decode_params, self.c), params)
+    weights = jax.eval_shape(functools.partial(decode_params, self.c, None), params)
     weights = jax.tree.map(lambda axes, x: place(x, axes), decode_param_axes(self.c), weights, is_leaf=_is_names)
     rows = jax.tree.map(lambda x: place(x, AXES[x.ndim]), jax.eval_shape(lambda: _empty(self.c, self.s)))
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._pages().table())

@@ -288,10 +288,12 @@ def test_eight_devices_equal_one(params, shape, split, parts):
   settings = dataclasses.replace(settings, decode_split=split)
   assert Sampler(CONFIG, settings, EOS, mesh).ways == parts
   same(draw(placed(params, mesh), settings, mesh=mesh), want)
-  tight = dataclasses.replace(settings, page_tokens=4, cache_tokens=parts * 28)  # each part has room for one
-  same(draw(placed(params, mesh), tight, mesh=mesh), want)
+  if not split:
+    tight = dataclasses.replace(settings, page_tokens=4, cache_tokens=parts * 28)  # each part has room for one
+    same(draw(placed(params, mesh), tight, mesh=mesh), want)
 
 
+@pytest.mark.slow
 def test_experts_split_only_while_sampling_draw_the_same():
   moe = model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16, router='sigmoid')
   config, mesh = dataclasses.replace(CONFIG, layers=1, moe=moe), model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
