@@ -1,5 +1,7 @@
 """Tests attention over pages: the plain form and the kernel equal softmax over the tokens of each row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,12 +82,18 @@ def test_attention_over_pages_in_bfloat16():
     assert np.linalg.norm(got_BNH - want_BNH) < 1e-2 * np.linalg.norm(want_BNH)
 
 
-def test_the_kernel_that_writes_leaves_rows_without_a_token_alone():
+def test_the_kernel_that_writes_leaves_rows_without_a_token_alone(monkeypatch):
+  """Also where two cores share the rows: the output is complete, and each row's page is written once."""
   q_BNH, pages_P2KSH, table = inputs(8, 2, 16, 16)
   real_B = jnp.array([False, True, False, False, True, True])
   new_BKH = jnp.ones((ROWS, 2, 16))
-  out_BNH, got_P2KSH = jax.jit(pages_tpu.step, static_argnums=7)(
-    pages_P2KSH, q_BNH, new_BKH, new_BKH, table, LENGTH - 1, real_B, PROMPT_PAGES)
+  outs = []
+  for cores in (1, 2):
+    monkeypatch.setattr(pages_tpu, 'cores', lambda cores=cores: cores)
+    out_BNH, got_P2KSH = jax.jit(functools.partial(pages_tpu.step, prompt_pages=PROMPT_PAGES))(
+      pages_P2KSH, q_BNH, new_BKH, new_BKH, table, LENGTH - 1, real_B)
+    outs.append(out_BNH)
+  np.testing.assert_array_equal(*outs)
   assert not out_BNH[~real_B].any() and out_BNH[real_B].any(-1).all()
   page_B = table.pages_BJ[np.arange(ROWS), PROMPT_PAGES + (LENGTH - 1) // 16]
   want_P2KSH = pages_P2KSH.at[page_B[real_B], :, :, (LENGTH - 1)[real_B] % 16].set(1)
