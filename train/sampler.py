@@ -264,6 +264,13 @@ class Sampler:
     self._check(prompts, indices, seed, step)
     return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch, more)
 
+  def describe_split(self) -> str:
+    """Returns how many devices share one copy of the weights, as the end of a line of a log's header; '' if each has
+    its own.
+    """
+    split = 1 if self.mesh is None else self.mesh.size // self.mesh.shape['data']
+    return f'; to sample, {split} devices share a copy of the weights' if split > 1 else ''
+
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
 
