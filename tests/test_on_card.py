@@ -23,10 +23,10 @@ MIXTURE = {'model.moe.experts': '8', 'model.moe.experts_per_token': '2', 'model.
 @pytest.mark.skipif(os.environ.get('TEST_ON') != 'gpu', reason='needs TEST_ON=gpu')
 @pytest.mark.parametrize('model', [WIDE, WIDE | MIXTURE], ids=['dense', 'mixture'])
 def test_training_evaluation_and_rl_run(tmp_path, model):
-  source = 'reasoning:chain_sum'
-  prepare(f'tests/tiny.py:dir={tmp_path}/data', f'--config.data.sources.main.uri={source}')
+  tiny, source = f'tests/tiny.py:dir={tmp_path}/data', {'data.sources.main.uri': 'reasoning:chain_sum'}
+  prepare(tiny, '--config.data.sources.main.uri=reasoning:chain_sum')
   pretrained, trained = tmp_path / 'run', tmp_path / 'rl'
-  loop.train(load.load(f'tests/tiny.py:dir={tmp_path}/data', model | {'data.sources.main.uri': source}), str(pretrained))
+  loop.train(load.load(tiny, model | source), str(pretrained))
   rl_loop.train(load.load(f'tests/tiny_rl.py:init_from={pretrained}', model), str(trained))
   for folder, key in ((pretrained, 'eval/main/ce_nats'), (trained, 'train/pass_rate')):
     found = [line[key] for line in read_lines(epath.Path(folder) / 'metrics.jsonl') if key in line]
