@@ -9,7 +9,7 @@ r"""Dense 4B (4.02B parameters, Qwen3-4B's shape): all three stages.
         --config.train.init_from=gs://BUCKET/dense_4b/midtrain --workdir=gs://BUCKET/dense_4b/rl
 
 The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail|head, seed=0. configs/paper/__init__.py
-has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 8.4 of 16.9 GB
+has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 8.5 of 16.9 GB
 per chip and 121 to 147 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
 The paper's results in percent, averaged over 19 benchmarks (after RL: Avg@128, averaged over six math sets). Figures
@@ -30,7 +30,7 @@ def get_config(arg=None):
   c.model.update(layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8, remat_policy='full')
   c.train.mesh.update(fsdp=32, data=-1)  # 80 rows of a weight per chip; with 10 or 20, XLA would all-reduce weights
   if a.stage == 'rl':
-    c.rl.decode_batch_size = 256
+    c.rl.update(decode_batch_size=2048, cache_tokens=13_000_000)  # room for 6,300 tokens per row
   else:
     c.train.microbatches = 4
   return c
