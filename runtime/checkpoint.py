@@ -258,10 +258,24 @@ def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
   if _process_index_and_count()[0] == 0:
     aside.mkdir(exist_ok=True)
     for step in found[found.index(int(good.name)) + 1:]:
-      (aside / str(step)).rmtree(missing_ok=True)
-      (folder / str(step)).rename(aside / str(step))
+      _move(folder / str(step), aside / str(step))
     print(f'{newest}/{problem}; moved to {aside}, resuming from {good}', file=sys.stderr)
   _first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
+
+
+def _move(checkpoint: epath.Path, to: epath.Path) -> None:
+  """Moves a checkpoint to the path `to`, which is deleted if it exists."""
+  to.rmtree(missing_ok=True)
+  if '://' not in str(to):
+    checkpoint.rename(to)
+    return
+  import fsspec
+
+  # In a bucket, the files are moved one after another. Without the first of them, the checkpoint counts as incomplete.
+  (checkpoint / COMMITTED).unlink()
+  files, source = fsspec.core.url_to_fs(str(checkpoint))
+  for path in files.find(source):
+    files.mv(path, f'{to}{path.removeprefix(source)}')
 
 
 def _newest_good_before(path: epath.Path) -> epath.Path | None:

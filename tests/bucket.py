@@ -6,9 +6,11 @@
       bucket.truncate_rate = 0.01                # share of downloads that end after half of the body
       ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath find it
     python -m tests.bucket FOLDER [--port=N] [--latency_s=0.03] [--error_rate=0.01] ...    # in a process of its own
+    disturb(endpoint, latency_s=0.03, ...)       # changes the faults of such a process
 
 It speaks the part of the JSON and XML interfaces that these libraries use: download with ranges, upload (media,
-multipart, resumable), list, copy, delete, and preconditions on generations.
+multipart, resumable), list, copy, move, delete, and preconditions on generations. The same seed and the same requests
+give the same faults.
 """
 
 import argparse
@@ -24,32 +26,60 @@ import random
 import re
 import shutil
 import threading
+import time
 import urllib.parse
+import urllib.request
 from typing import Any
 
+FAULTS = {
+  'latency_s': 'before every answer',
+  'error_rate': 'share of requests answered with a status of `error_statuses`',
+  'truncate_rate': 'share of downloads that end after half of the body',
+  'hang_rate': 'share of requests never answered',
+  'lost_rate': 'share of writes and deletions that are done, but whose connection is cut instead of an answer',
+  'stale_s': 'how long lists show neither new objects nor that objects are gone',
+  'bytes_per_s': 'of each download; 0: no limit',
+}
+_CONTROL = '/disturb'
+_REASONS = {401: 'Invalid Credentials', 403: 'Insufficient Permission'}
 _PAGE = 1000  # names in one answer to a list request, as the real service gives
 
 
 class Bucket:
   """The server, in a thread of this process from `with` on.
 
-  Attributes: latency_s, error_rate, error_statuses, truncate_rate, hang_rate (share of requests never answered),
-  bytes_per_s (of each download; 0: no limit), which may all be changed at any time; `requests`, a Counter of what was
-  answered by method and status; `downloads`, one of the objects that were read, by BUCKET/NAME; `bytes_sent`;
-  `largest_download` in bytes; `busiest`, the most requests in flight at once.
+  Attributes: those of FAULTS, which may all be changed at any time; `requests`, a Counter of what was answered, by
+  method and status; `downloads`, one of the objects that were read, by BUCKET/NAME; `bytes_sent`; `largest_download`
+  in bytes; `busiest`, the most requests in flight at once.
   """
 
-  def __init__(self, folder: str | os.PathLike, *, port: int = 0, latency_s: float = 0.0, error_rate: float = 0.0,
-               error_statuses: tuple[int, ...] = (429, 503), truncate_rate: float = 0.0, hang_rate: float = 0.0,
-               bytes_per_s: float = 0.0, seed: int = 0):
+  def __init__(self, folder: str | os.PathLike, *, port: int = 0, seed: int = 0, **faults: float):
     self.folder = pathlib.Path(folder)
-    self.latency_s, self.error_rate, self.error_statuses = latency_s, error_rate, error_statuses
-    self.truncate_rate, self.hang_rate, self.bytes_per_s = truncate_rate, hang_rate, bytes_per_s
+    self.error_statuses: tuple[int, ...] = (429, 503)
+    self.disturb(**faults)
+    self._deleted: dict[str, tuple[float, dict[str, Any]]] = {}  # what stale lists still show: name -> (time, item)
     self.requests: collections.Counter = collections.Counter()
     self.downloads: collections.Counter = collections.Counter()
     self.bytes_sent = self.largest_download = self.busiest = self.in_flight = 0
-    self._random, self._port = random.Random(seed), port
+    self._seed, self._random, self._port = seed, random.Random(seed), port
+    self._moved: set[str | None] = set()  # tokens of moves that were done
+    self._asked: collections.Counter = collections.Counter()
     self._uploads: dict[str, tuple[str, str, bytearray]] = {}
+
+  def disturb(self, **faults: float) -> None:
+    """Sets these faults, and ends all others."""
+    for name in FAULTS:
+      setattr(self, name, faults.pop(name, 0.0))
+    self.error_statuses = tuple(faults.pop('error_statuses', self.error_statuses))
+    assert not faults, faults
+
+  def unlucky(self, fault: str, method: str, target: str) -> bool:
+    """Returns whether this fault hits this request. It depends on the seed and on how often the same was asked."""
+    if not (rate := getattr(self, f'{fault}_rate')):
+      return False
+    self._asked[fault, method, target] += 1
+    draw = random.Random(f'{self._seed} {fault} {method} {target} {self._asked[fault, method, target]}')
+    return draw.random() < rate
 
   @property
   def endpoint(self) -> str:
@@ -124,6 +154,9 @@ class Bucket:
 
   def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, dict, bytes]:
     parts = urllib.parse.urlsplit(target)
+    if parts.path == _CONTROL:
+      self.disturb(**json.loads(body))
+      return _json({str(key): n for key, n in self.requests.items()})
     query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     unquote = urllib.parse.unquote
     if match := re.fullmatch(r'/upload/storage/v1/b/([^/]+)/o', parts.path):
@@ -139,6 +172,17 @@ class Bucket:
         return _json(item)
       return _json({'kind': 'storage#rewriteResponse', 'done': True, 'resource': item,
                     'totalBytesRewritten': item['size'], 'objectSize': item['size']})
+    if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/(.+)/moveTo/o/(.+)', parts.path):
+      bucket, source, target = map(unquote, match.groups())
+      if (token := headers.get('x-goog-gcs-idempotency-token')) and token in self._moved:
+        return _json(self._item(bucket, target))
+      if not self._path(bucket, source).is_file():
+        return _missing()
+      self._path(bucket, target).parent.mkdir(parents=True, exist_ok=True)
+      content = self._path(bucket, source).read_bytes()
+      self._delete(bucket, source)
+      self._moved.add(token)
+      return self._store(bucket, target, content, {})
     if match := re.fullmatch(r'(?:/download)?/storage/v1/b/([^/]+)/o/(.+)', parts.path):
       return self._object(method, unquote(match[1]), unquote(match[2]), query, headers)
     if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/?', parts.path):
@@ -157,7 +201,7 @@ class Bucket:
     if item is None:
       return _missing()
     if method == 'DELETE':
-      self._path(bucket, name).unlink()
+      self._delete(bucket, name)
       return 204, {}, b''
     if query.get('ifGenerationNotMatch') == item['generation']:
       return 304, {}, b''
@@ -182,6 +226,10 @@ class Bucket:
       out['content-range'] = f'bytes {first}-{last}/{size}'
     return status, out, content
 
+  def _delete(self, bucket: str, name: str) -> None:
+    self._deleted[f'{bucket}/{name}'] = time.time(), self._item(bucket, name)
+    self._path(bucket, name).unlink()
+
   def _list(self, bucket: str, query: dict[str, str]) -> tuple[int, dict, bytes]:
     root = self.folder / bucket
     if not root.is_dir():
@@ -189,7 +237,13 @@ class Bucket:
     prefix, delimiter = query.get('prefix', ''), query.get('delimiter', '')
     # Only the folder that the prefix ends in can hold a match.
     below = root / prefix.rpartition('/')[0]
-    names = sorted(str(p.relative_to(root)) for p in below.rglob('*') if p.is_file()) if below.is_dir() else []
+    names = {str(p.relative_to(root)): p for p in below.rglob('*') if p.is_file()} if below.is_dir() else {}
+    gone = {}
+    if self.stale_s:
+      since = time.time() - self.stale_s
+      names = {name: p for name, p in names.items() if p.stat().st_mtime < since}
+      gone = {item['name']: item for when, item in self._deleted.values() if when > since and item['bucket'] == bucket}
+    names = sorted(names | gone)
     items, prefixes = [], set()
     for name in names:
       if not name.startswith(prefix) or name < query.get('startOffset', '') or name <= query.get('pageToken', ''):
@@ -201,7 +255,7 @@ class Bucket:
       else:
         items.append(name)
     page = items[:min(int(query.get('maxResults', _PAGE)), _PAGE)]
-    found = {'kind': 'storage#objects', 'items': [self._item(bucket, name) for name in page],
+    found = {'kind': 'storage#objects', 'items': [gone.get(name) or self._item(bucket, name) for name in page],
              'prefixes': sorted(prefixes)}
     if len(page) < len(items):
       found['nextPageToken'] = page[-1]
@@ -209,6 +263,8 @@ class Bucket:
 
   def _upload(self, method, bucket, query, headers, body) -> tuple[int, dict, bytes]:
     kind = query.get('uploadType')
+    if not (self.folder / bucket).is_dir():
+      return _missing()
     if 'upload_id' in query:
       _, name, content = self._uploads[query['upload_id']]
       match = re.fullmatch(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', headers.get('content-range', ''))
@@ -310,15 +366,20 @@ class _Connection(asyncio.Protocol):
         bucket.in_flight -= 1
 
   async def _answer(self, bucket: Bucket, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
-    if bucket.latency_s:
+    if target != _CONTROL:
       await asyncio.sleep(bucket.latency_s)
-    if bucket.hang_rate and bucket._random.random() < bucket.hang_rate:
-      bucket.requests[method, 'hang'] += 1
-      await asyncio.sleep(3600)
-    if bucket.error_rate and bucket._random.random() < bucket.error_rate:
-      status, out, content = bucket._random.choice(bucket.error_statuses), {}, b'{"error": {"message": "made to fail"}}'
+      if bucket.unlucky('hang', method, target):
+        bucket.requests[method, 'hang'] += 1
+        await asyncio.sleep(3600)
+    if target != _CONTROL and bucket.unlucky('error', method, target):
+      status, out, content = bucket._random.choice(bucket.error_statuses), {}, b''
+      _, _, content = _json({'error': {'code': status, 'message': _REASONS.get(status, 'made to fail')}})
     else:
       status, out, content = bucket.answer(method, target, headers, body)
+      if method != 'GET' and target != _CONTROL and bucket.unlucky('lost', method, target):
+        bucket.requests[method, 'lost'] += 1
+        self.transport.abort()
+        return
     bucket.requests[method, status] += 1
     download = method == 'GET' and status in (200, 206) and 'x-goog-generation' in out
     out = {'content-length': str(len(content)), 'date': 'Thu, 01 Jan 2026 00:00:00 GMT', **out}
@@ -328,7 +389,7 @@ class _Connection(asyncio.Protocol):
       content = b''
     if download:
       bucket.largest_download = max(bucket.largest_download, len(content))
-      if bucket.truncate_rate and bucket._random.random() < bucket.truncate_rate:
+      if bucket.unlucky('truncate', method, target):
         bucket.requests[method, 'truncated'] += 1
         self.transport.write(head + content[:len(content) // 2])
         self.transport.close()
@@ -341,6 +402,13 @@ class _Connection(asyncio.Protocol):
         await asyncio.sleep(min(2**16, len(content) - start) / bucket.bytes_per_s)
     else:
       self.transport.write(head + content)
+
+
+def disturb(endpoint: str, **faults: float) -> dict[str, int]:
+  """Sets the faults of the server at `endpoint`, and ends all others. Returns how often it answered what."""
+  request = urllib.request.Request(endpoint + _CONTROL, json.dumps(faults).encode(), method='POST')
+  with urllib.request.urlopen(request, timeout=60) as answer:
+    return json.load(answer)
 
 
 def register() -> None:
@@ -359,8 +427,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('folder')
   parser.add_argument('--port', type=int, default=0)
-  for name in ('latency_s', 'error_rate', 'truncate_rate', 'hang_rate', 'bytes_per_s'):
-    parser.add_argument(f'--{name}', type=float, default=0.0)
+  parser.add_argument('--seed', type=int, default=0)
+  for name, what in FAULTS.items():
+    parser.add_argument(f'--{name}', type=float, default=0.0, help=what)
   asyncio.run(Bucket(**vars(parser.parse_args())).run())
 
 
