@@ -110,9 +110,10 @@ class Campaign:
   def undisturbed(self, kind: Kind) -> pathlib.Path:
     return self.root / 'undisturbed' / kind.name / 'workdir'
 
-  def start(self, place: pathlib.Path, args, fault: dict | None = None, **popen) -> subprocess.Popen:
+  def start(self, place: pathlib.Path, args, fault: dict | None = None, env: dict | None = None,
+            **popen) -> subprocess.Popen:
     (place / 'tmp').mkdir(exist_ok=True)
-    settings = {**environment(), 'HOME': str(place), 'TMPDIR': str(place / 'tmp'),
+    settings = {**environment(), **(env or {}), 'HOME': str(place), 'TMPDIR': str(place / 'tmp'),
                 'PYTHONDONTWRITEBYTECODE': '1',
                 # Compiled once: all runs have the same programs, and take five seconds instead of fifteen.
                 'JAX_COMPILATION_CACHE_DIR': str(self.root / 'programs'),

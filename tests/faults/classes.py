@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 
+from tests.faults import buckets
 from tests.faults.campaign import SUMS, Campaign, Kind, Missed, kill_all, processes
 
 DAMAGE = {
@@ -456,4 +457,5 @@ CLASSES = {
   'hung data source': (hung_source, 'train', 25),
   'dead verifier pool': (dead_verifiers, 'workers', 25),
   'two launches': (launched_twice, 'train', 25),
+  **buckets.CLASSES,
 }
