@@ -36,7 +36,7 @@ WRITERS = {
   'rl': ('rl', _RL, f'--workdir={RUN}', '--config.rl.steps=4'),
   'eval': ('eval', 'sample', f'--checkpoint={RUN}', f'--benchmark={SUMS}', *_SAMPLE),
   'probe': ('eval', 'probe', f'--checkpoint={RUN}', '--all', '--config.eval.probe.rows=8'),
-  'sweep': ('sweep', f'--config=tests/tiny_sweep.py:dir={RUN}/data,arms=1', f'--root={RUN}', '--parallel=1'),
+  'sweep': ('sweep', f'--config={ROOT}/tests/tiny_sweep.py:dir={RUN}/data,arms=1', f'--root={RUN}', '--parallel=1'),
 }
 READERS = {
   'verify': ('checkpoint', 'verify', RUN), 'inspect': ('checkpoint', 'inspect', RUN),
@@ -100,7 +100,8 @@ def served(c: Campaign, place: pathlib.Path, command: str, rng: random.Random) -
 
 def launch(c: Campaign, place: pathlib.Path, store: Store, command: str, **options) -> subprocess.Popen:
   args = [word.format(place=place) for word in (WRITERS | READERS)[command]]
-  return c.start(place, args, env=store.environment, **options)
+  # A sweep keeps its own files in a folder of the current one.
+  return c.start(place, args, env=store.environment, **({'cwd': place} if command == 'sweep' else {}), **options)
 
 
 def undisturbed(c: Campaign, command: str) -> pathlib.Path:
@@ -138,8 +139,13 @@ def check(c: Campaign, place: pathlib.Path, store: Store, command: str) -> None:
 
 
 def ended(c: Campaign, process: subprocess.Popen, statuses: tuple[int, ...] = (0, 2)) -> tuple[int, str]:
-  """Waits for a command; returns its status and its one line of error, '' if it ended well."""
-  code, _, err = c.finish(process)
+  """Waits for a command; returns its status and its one line of error, '' if it ended well.
+
+  A sweep whose points failed ends with status 1 and a table that says why; its line is the table then.
+  """
+  code, out, err = c.finish(process)
+  if code == 1 and 'sweep' in process.args and 'failed' in out and 'Traceback' not in out + err:
+    return 1, out
   # tensorstore prints this if it has results for a save that has failed meanwhile, and nothing can suppress it.
   err = re.sub(r'Traceback .*\n(  .*\n)+RuntimeError: Event loop is closed\n', '', err)
   errors = [line for line in err.splitlines() if line.startswith('error: ')]
@@ -197,8 +203,7 @@ def _window(begin: Callable[[Store], object], end: Callable[[Store], object], lo
         time.sleep(0.1)
       end(store)
       code, line = ended(c, process)
-      if code and command in WRITERS:
-        assert 'bucket' in line or '127.0.0.1' in line, line
+      assert not code or 'bucket' in line or '127.0.0.1' in line, line
       return finish(c, place, store, command, code) if command in WRITERS else f'{command}, status {code}'
   return fault
 

@@ -111,7 +111,7 @@ class Campaign:
     return self.root / 'undisturbed' / kind.name / 'workdir'
 
   def start(self, place: pathlib.Path, args, fault: dict | None = None, env: dict | None = None,
-            **popen) -> subprocess.Popen:
+            cwd: pathlib.Path = ROOT, **popen) -> subprocess.Popen:
     (place / 'tmp').mkdir(exist_ok=True)
     settings = {**environment(), **(env or {}), 'HOME': str(place), 'TMPDIR': str(place / 'tmp'),
                 'PYTHONDONTWRITEBYTECODE': '1',
@@ -120,7 +120,7 @@ class Campaign:
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
     module = ('tests.faults.child',) if fault else ('betarank',)
     return subprocess.Popen(
-      [sys.executable, '-m', *module, *args], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+      [sys.executable, '-m', *module, *args], cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, env={**settings, 'FAULT': json.dumps(fault)} if fault else settings, **popen)
 
   def launch(self, kind: Kind, workdir: pathlib.Path, *flags: str, **options) -> list[subprocess.Popen]:
