@@ -26,6 +26,9 @@ from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
 
 COMMITTED = 'commit_success.txt'  # Orbax writes this file last; without it a checkpoint in a bucket is incomplete
+# The longest that Orbax waits for a save: ten years, because it measures this on the wall clock, which may jump. A save
+# that hangs stops the steps of the run, which the watchdog then ends.
+_PATIENCE_S = 10 * 365 * 86_400
 
 
 class CheckpointError(UserError):
@@ -75,7 +78,8 @@ class Checkpoints:
         cleanup_tmp_directories=True,  # unfinished saves of a killed run
         # If a folder can't be created in the background, other threads of Orbax wait 20 minutes for it.
         async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._write_manifest, create_directories_asynchronously=False),
+          post_finalization_callback=self._write_manifest, create_directories_asynchronously=False,
+          timeout_secs=_PATIENCE_S),
       ),
       item_names=integrity.ITEMS,
     )

@@ -1,7 +1,9 @@
 """Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
 
+import itertools
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -53,6 +55,20 @@ def test_restored_on_any_mesh_it_is_the_same(saved, shape):
   assert meta['cursor'] == {'row': 5} and meta['step'] == 3
   q = state.params['layers']['attention']['q_DNH']
   assert q.sharding.mesh.shape == mesh.shape
+
+
+def test_a_wall_clock_that_jumps_ends_no_save(saved, tmp_path, monkeypatch):
+  """Orbax measures on it how long a save takes."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  state, _ = checkpoints.restore(abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+  checkpoints.close()
+  now, real = itertools.count(0, 86_400), time.time
+  monkeypatch.setattr(time, 'time', lambda: real() + next(now))  # a day at each look
+  checkpoints = Checkpoints(tmp_path, KEEP)
+  checkpoints.save(state, {'config': {}}, 1)
+  checkpoints.close()
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [1]
 
 
 def test_weights_alone(saved):
