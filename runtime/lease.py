@@ -113,7 +113,8 @@ class _Lease:
   def release(self) -> None:
     """Deletes the lease, unless another process has taken it."""
     with contextlib.suppress(*_STORE_ERRORS):
-      self._write(None, self._generation)
+      if not self._write(None, self._generation) and self._is_own():  # the answer to the last renewal was lost
+        self._write(None, self._generation)
 
   def _write(self, content: dict[str, Any] | None, generation: bytes) -> bool:
     """Writes the lease, or deletes it (None), if the object is of this generation. Returns whether it was."""

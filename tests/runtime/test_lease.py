@@ -98,6 +98,14 @@ def test_who_has_lost_the_lease_ends_and_does_not_delete_that_of_the_other(there
   assert there.read_text() == other
 
 
+def test_a_lease_is_deleted_though_the_answer_to_its_renewal_was_lost(there, monkeypatch):
+  monkeypatch.setattr(lease, 'RENEW_S', 1000.0)
+  with hold():
+    there.write_text(there.read_text())  # another generation, unknown to this process
+    monkeypatch.setattr(lease, 'RENEW_S', 0.1)
+  assert not there.exists()
+
+
 def test_a_lease_that_somebody_deleted_comes_back(there):
   with hold():
     there.unlink()
