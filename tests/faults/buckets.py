@@ -248,19 +248,25 @@ def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
       if first.poll() is not None or time.monotonic() > until:
         raise Missed('it had ended before')
       time.sleep(0.002)
-    elsewhere = rng.random() < 0.5
-    if elsewhere:
+    elsewhere, told = rng.random() < 0.5, threading.Event()
+    first.send_signal(signal.SIGSTOP)  # so that it can't end before the second one looks
+    if elsewhere:  # it gives signs of life, but not as a process of this machine
       lease = json.loads((store.run / lock).read_text())
+
+      def renew():
+        while not told.wait(2.0):
+          (store.run / lock).write_text(json.dumps({**lease, 'place': 'another machine'}))
+
       (store.run / lock).write_text(json.dumps({**lease, 'place': 'another machine'}))
-      first.send_signal(signal.SIGSTOP)
-      renewals = threading.Timer(7.0, lambda: (store.run / lock).write_text((store.run / lock).read_text()))
-      renewals.start()
-    else:
-      first.send_signal(signal.SIGSTOP)  # so that it can't end before the second one looks
+      renewing = threading.Thread(target=renew)
+      renewing.start()
     try:
       _, line = ended(c, launch(c, place, store, command), (2,))
       assert f'process {first.pid} on' in line and 'is at work there' in line, line
     finally:
+      told.set()
+      if elsewhere:
+        renewing.join()
       first.send_signal(signal.SIGCONT)
     c.finish_well(first)
     check(c, place, store, command)
