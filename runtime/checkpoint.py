@@ -9,6 +9,7 @@ are checked before a restore. `betarank checkpoint` (runtime/checkpoint_command.
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -160,7 +161,7 @@ class Checkpoints:
     except (OSError, ValueError, RuntimeError) as error:
       if _is_peer_failure(error):
         raise
-      reason = str(error).strip().splitlines()[0][-160:]  # the operating system's message is at the end
+      reason = _reason(error)[-160:]  # the message of the operating system or the store is at the end
       found = steps(self.path)
       last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
       raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
@@ -307,7 +308,13 @@ def _is_peer_failure(error: Exception) -> bool:
   The watchdog reports a lost process, so such an error isn't reported here.
   """
   return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
-          and 'os_error_code' not in str(error))
+          and 'os_error_code' not in str(error) and 'http_response_code' not in str(error))
+
+
+def _reason(error: Exception) -> str:
+  """Returns the first line of an error's message, without the specification and the answer that tensorstore adds."""
+  text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+  return re.sub(r" \[(http_response_body|tensorstore_spec)='(\\.|[^'\\])*'\]", '', text)
 
 
 def _first_message_of_any_process(text: str) -> str:
@@ -371,7 +378,7 @@ def _read(path: epath.Path, target: Any) -> Any:
   except (OSError, ValueError, RuntimeError) as error:
     if _is_peer_failure(error):
       raise
-    raise CheckpointError(f'{path}: could not be read ({str(error).strip().splitlines()[0][:300]})') from error
+    raise CheckpointError(f'{path}: could not be read ({_reason(error)[:300]})') from error
 
 
 def _check_shapes(path: epath.Path, saved: dict[str, list], wanted: dict[str, list]) -> None:

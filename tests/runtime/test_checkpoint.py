@@ -71,6 +71,26 @@ def test_a_wall_clock_that_jumps_ends_no_save(saved, tmp_path, monkeypatch):
   assert checkpoint.steps(tmp_path / 'checkpoints') == [1]
 
 
+STORE = ("ABORTED: Error opening \"zarr\" driver: Error reading gs://b/x: All 32 retry attempts failed: busy "
+         "[http_response_body='{\\\"error\\\": {\\\"code\\\": 503, \\\"message\\\": \\\"can\\'t\\\"}}'] "
+         "[http_response_code='503'] [tensorstore_spec='{\\\"driver\\\":\\\"zarr\\\",\\\"dtype\\\":\\\"float32\\\"}']")
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_what_a_store_refuses_is_told_by_its_own_process(saved, processes, monkeypatch):
+  """Not by the watchdog, which would look for a lost process; and with the reason, not with the end of a long text."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  monkeypatch.setattr(checkpoint, '_process_index_and_count', lambda: (0, processes))
+
+  def write():
+    raise ValueError(STORE)
+
+  with pytest.raises(CheckpointError, match=r"attempts failed: busy \[http_response_code='503'\]\); the last good one"):
+    checkpoints._guard(write)
+  checkpoints.close()
+
+
 def test_weights_alone(saved):
   workdir, want = saved
   target = abstract_state(C, TX, mesh_of((1, 8, 1, 1, 1)))
