@@ -6,7 +6,9 @@ every array. manifest.json holds sizes and checksums (runtime/integrity.py), wit
 are checked before a restore. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -68,6 +70,7 @@ class Checkpoints:
       CheckpointError: the newest checkpoint is damaged, and `fallback` is False or no older checkpoint is good.
     """
     _suppress_background_tracebacks()
+    _need_no_access_to_buckets()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
     self._kept = _Kept(config)
@@ -188,6 +191,28 @@ def _suppress_background_tracebacks() -> None:
   """
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+
+
+def _need_no_access_to_buckets() -> None:
+  """Lets Orbax delete checkpoints in a bucket whose description this process may not read.
+
+  Before Orbax deletes, it asks the store whether the bucket has a hierarchical namespace. A role for objects alone,
+  such as roles/storage.objectAdmin, doesn't permit this question. The answer is then taken to be no. If that is wrong,
+  empty folders remain.
+  """
+  with contextlib.suppress(ImportError, AttributeError):  # a later version of Orbax may not ask
+    from orbax.checkpoint._src.path import gcs_utils
+
+    ask = gcs_utils.is_hierarchical_namespace_enabled
+    if not isinstance(ask, functools.partial):
+      gcs_utils.is_hierarchical_namespace_enabled = functools.partial(_no_if_refused, ask)
+
+
+def _no_if_refused(ask: Callable[[Any], bool], path: Any) -> bool:
+  try:
+    return ask(path)
+  except Exception:  # of google.cloud and google.auth, which may not be installed
+    return False
 
 
 def absolute(path: epath.Path) -> epath.Path:

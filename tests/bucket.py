@@ -39,6 +39,7 @@ FAULTS = {
   'lost_rate': 'share of writes and deletions that are done, but whose connection is cut instead of an answer',
   'stale_s': 'how long lists show neither new objects nor that objects are gone',
   'bytes_per_s': 'of each download; 0: no limit',
+  'objects_only': '1: requests about the bucket itself are refused, as to roles/storage.objectAdmin',
 }
 _CONTROL = '/disturb'
 _REASONS = {401: 'Invalid Credentials', 403: 'Insufficient Permission'}
@@ -188,6 +189,8 @@ class Bucket:
     if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/?', parts.path):
       return self._list(unquote(match[1]), query)
     if match := re.fullmatch(r'/storage/v1/b/([^/]+)', parts.path):
+      if self.objects_only:
+        return _json({'error': {'code': 403, 'message': 'no storage.buckets.get access'}}, 403)
       return _json({'kind': 'storage#bucket', 'name': match[1], 'id': match[1], 'location': 'US',
                     'storageClass': 'STANDARD'}) if (self.folder / match[1]).is_dir() else _missing()
     if match := re.fullmatch(r'/([^/]+)/(.+)', parts.path):  # the XML interface

@@ -1,5 +1,6 @@
 """Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from betarank.runtime import checkpoint
 from betarank.runtime.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from betarank.runtime.state import abstract_state, create_state
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
+from tests.bucket import Bucket
 
 C = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -89,6 +91,22 @@ def test_what_a_store_refuses_is_told_by_its_own_process(saved, processes, monke
   with pytest.raises(CheckpointError, match=r"attempts failed: busy \[http_response_code='503'\]\); the last good one"):
     checkpoints._guard(write)
   checkpoints.close()
+
+
+def test_old_checkpoints_in_a_bucket_are_deleted_by_who_may_only_use_its_objects(saved, tmp_path):
+  """As roles/storage.objectAdmin, which docs/tpu.md gives to workers: Orbax asks for the bucket's description first."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  state, _ = checkpoints.restore(abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+  checkpoints.close()
+  (tmp_path / 'bucket').mkdir()
+  with Bucket(tmp_path, objects_only=1):
+    checkpoints = Checkpoints('gs://bucket/run', dataclasses.replace(KEEP, keep=1))
+    for step in (1, 2):
+      checkpoints.save(state, {'config': {}}, step)
+    checkpoints.close()
+    assert checkpoint.steps(epath.Path('gs://bucket/run/checkpoints')) == [2]
+  assert not [path for path in (tmp_path / 'bucket/run/checkpoints/1').rglob('*') if path.is_file()]
 
 
 def test_weights_alone(saved):
