@@ -133,8 +133,8 @@ class Checkpoints:
 
   def describe(self) -> str:
     """Returns a phrase that names the last good checkpoint, for the error message of a run that fails."""
-    found = [step for step in steps(self.path) if step != self.in_flight]
-    text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
+    last = self._last_good()
+    text = f'the last good checkpoint is {last}' if last else 'no checkpoint yet'
     return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -165,9 +165,20 @@ class Checkpoints:
       if _is_peer_failure(error):
         raise
       reason = _reason(error)[-160:]  # the message of the operating system or the store is at the end
-      found = steps(self.path)
-      last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
-      raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
+      last = self._last_good()
+      raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); '
+                            + (f'the last good one is {last}' if last else 'there is no earlier one')) from error
+
+  def _last_good(self) -> str:
+    """Returns the path of the newest complete checkpoint, '' if there is none, for a message.
+
+    The store that has just refused a write may refuse this question too. The text then says so.
+    """
+    try:
+      found = [step for step in steps(self.path) if step != self.in_flight]
+    except OSError:
+      return f'the newest in {self.path}, which can\'t be listed now'
+    return str(self.path / str(found[-1])) if found else ''
 
 
 class _Kept:

@@ -1,6 +1,7 @@
 """Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
 
 import dataclasses
+import errno
 import itertools
 import subprocess
 import sys
@@ -90,6 +91,21 @@ def test_what_a_store_refuses_is_told_by_its_own_process(saved, processes, monke
 
   with pytest.raises(CheckpointError, match=r"attempts failed: busy \[http_response_code='503'\]\); the last good one"):
     checkpoints._guard(write)
+  checkpoints.close()
+
+
+def test_a_store_that_can_not_be_listed_either_hides_no_error(saved, monkeypatch):
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+
+  def fail(*_):
+    raise OSError(errno.EIO, 'the store failed (403)', 'gs://bucket/x')
+
+  monkeypatch.setattr(checkpoint, 'steps', fail)
+  told = r'not be written to .*the store failed \(403\).*last good one is the newest in .*, which can.t be listed now'
+  with pytest.raises(CheckpointError, match=told):
+    checkpoints._guard(fail)
+  assert checkpoints.describe().endswith("which can't be listed now")
   checkpoints.close()
 
 

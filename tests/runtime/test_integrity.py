@@ -1,5 +1,6 @@
 """What was damaged on disk is refused with the file named, and an earlier good checkpoint taken only where asked to."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -110,6 +111,24 @@ def test_fallback_moves_what_is_damaged_aside_and_goes_on_from_the_good_one(copi
   checkpoints.close()
   assert (copied.parent / 'damaged' / '2' / 'meta').exists() and checkpoint.steps(copied) == [1, 2]
   checkpoint.check(copied / '2')
+
+
+def test_a_store_that_fails_is_no_damage(good, bucket, monkeypatch):
+  """Else --fallback would move a good checkpoint aside."""
+  def fail(*_):
+    raise OSError(errno.EIO, 'the store failed (503)', 'gs://bucket/x')
+
+  for name in ('manifest.json', *files(good / '2')):
+    path = bucket / '2' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((good / '2' / name).read_bytes())
+  for broken in ('_check_size', '_check_block', 'read'):
+    with monkeypatch.context() as patch:
+      patch.setattr(integrity, broken, fail)
+      with pytest.raises(OSError, match='the store failed'):
+        integrity.damage(bucket / '2')
+      assert integrity.damage(epath.Path(good / '2')).endswith('the store failed (503)')  # of a disk, it is
+  assert not integrity.damage(bucket / '2')
 
 
 def test_fallback_in_a_bucket(good, tmp_path):
