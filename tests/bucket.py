@@ -71,7 +71,7 @@ class Bucket:
     """Sets these faults, and ends all others."""
     for name in FAULTS:
       setattr(self, name, faults.pop(name, 0.0))
-    self.error_statuses = tuple(faults.pop('error_statuses', self.error_statuses))
+    self.error_statuses = tuple(faults.pop('error_statuses', (429, 503)))
     assert not faults, faults
 
   def unlucky(self, fault: str, method: str, target: str) -> bool:

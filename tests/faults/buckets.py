@@ -296,6 +296,18 @@ def damaged(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
     return f'{path.relative_to(newest).parts[0]} {how}'
 
 
+def saved(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
+  """Saves in one process, see tests/faults/saves.py."""
+  (place / 'tmp').mkdir(parents=True)
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'tests.faults.saves', str(place / 'store'), str(rng.randrange(2**30)), str(saved.points)],
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  code, out, err = c.finish(process)
+  assert code == 0, f'after {out.splitlines()}: {err[-1500:]}'
+  return out.splitlines()
+
+
+saved.points = 10
 _down = lambda store: store.kill()
 _up = lambda store: store.start()
 _calm = lambda store: store.disturb()
@@ -310,4 +322,5 @@ CLASSES = {
   'bucket: SIGKILL': (killed, 'train rl', 100),
   'bucket: a second command': (launched_twice, 'train rl', 50),
   'bucket: damaged checkpoint': (damaged, 'train', 50),
+  'bucket: saves': (saved, '', 100),
 }
