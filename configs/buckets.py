@@ -41,7 +41,8 @@ def __getattr__(name: str) -> type:
     raise AttributeError(name)
   import gcsfs
 
-  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # it logs a traceback for each error that it raises
+  for name in ('gcsfs', 'fsspec'):  # they log a traceback for each error that they raise
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   return like_a_disk(gcsfs.GCSFileSystem)
 
 
@@ -97,12 +98,13 @@ def _name(path: str, args: Sequence[str]) -> str:
   """Returns gs://BUCKET/NAME of a request.
 
   Args:
-    path: the path of the URL without its first part, such as b/{}/o/{}; the whole URL of an upload.
+    path: the path of the URL without its first part, such as b/{}/o/{}; the whole URL of an upload or download.
     args: the words to put in place of {}: a bucket, and the name of an object.
   """
   url = urllib.parse.urlsplit(path)
-  if upload := re.search('/b/([^/]+)/o', url.path):
-    return '/'.join([f'gs://{upload[1]}', *urllib.parse.parse_qs(url.query).get('name', [])])
+  if whole := re.search('/b/([^/{]+)/o/?(.*)', url.path):
+    names = urllib.parse.parse_qs(url.query).get('name', [urllib.parse.unquote(whole[2])])
+    return '/'.join([f'gs://{whole[1]}', *filter(None, names)])
   return f'gs://{"/".join(map(str, args))}'
 
 

@@ -13,6 +13,8 @@ import json
 import logging
 import re
 import sys
+import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +31,6 @@ from betarank.runtime import integrity
 from betarank.runtime.state import TrainState
 
 COMMITTED = 'commit_success.txt'  # Orbax writes this file last; without it a checkpoint in a bucket is incomplete
-# The longest that Orbax waits for a save: ten years, because it measures this on the wall clock, which may jump. A save
-# that hangs stops the steps of the run, which the watchdog then ends.
-_PATIENCE_S = 10 * 365 * 86_400
 
 
 class CheckpointError(UserError):
@@ -71,6 +70,7 @@ class Checkpoints:
     """
     _suppress_background_tracebacks()
     _need_no_access_to_buckets()
+    _wait_by_a_steady_clock()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
     self._kept = _Kept(config)
@@ -82,8 +82,7 @@ class Checkpoints:
         cleanup_tmp_directories=True,  # unfinished saves of a killed run
         # If a folder can't be created in the background, other threads of Orbax wait 20 minutes for it.
         async_options=ocp.AsyncOptions(
-          post_finalization_callback=self._write_manifest, create_directories_asynchronously=False,
-          timeout_secs=_PATIENCE_S),
+          post_finalization_callback=self._write_manifest, create_directories_asynchronously=False),
       ),
       item_names=integrity.ITEMS,
     )
@@ -217,6 +216,15 @@ def _need_no_access_to_buckets() -> None:
     ask = gcs_utils.is_hierarchical_namespace_enabled
     if not isinstance(ask, functools.partial):
       gcs_utils.is_hierarchical_namespace_enabled = functools.partial(_no_if_refused, ask)
+
+
+def _wait_by_a_steady_clock() -> None:
+  """Lets Orbax measure by time.monotonic() how long it waits for a save. It uses the wall clock, which may jump."""
+  with contextlib.suppress(ImportError, AttributeError):  # a later version of Orbax may have other modules
+    from orbax.checkpoint._src.futures import future, signaling_client
+
+    for module in (future, signaling_client):
+      module.time = types.SimpleNamespace(**{**vars(time), 'time': time.monotonic})
 
 
 def _no_if_refused(ask: Callable[[Any], bool], path: Any) -> bool:

@@ -61,6 +61,18 @@ def test_a_refused_request_is_an_error_of_the_path_and_not_a_no(bucket, ask, sta
   assert '\n' not in error.value.strerror
 
 
+@pytest.mark.parametrize('name, read', [
+  ('metrics.jsonl', lambda path: path.read_bytes()), ('part', lambda path: path.open('rb').read(5))])
+def test_nothing_but_the_error_is_said(bucket, name, read, capfd):
+  """gcsfs and fsspec log the tracebacks of what they raise."""
+  path = epath.Path(f'gs://bucket/run/{name}')
+  path.write_bytes(b'x' * 2**16)
+  bucket.disturb(error_rate=1.0, error_statuses=[403])
+  with pytest.raises(OSError) as error:
+    read(path)
+  assert error.value.filename == str(path) and 'Traceback' not in capfd.readouterr().err
+
+
 def test_no_connection_is_an_error_too(bucket, monkeypatch):
   monkeypatch.setattr(buckets.GoogleFiles, '_location', 'http://127.0.0.1:9', raising=False)
   with pytest.raises(OSError, match='the store failed .*Cannot connect'):

@@ -307,7 +307,7 @@ def saved(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
   return out.splitlines()
 
 
-saved.points = 10
+saved.points = 5
 _down = lambda store: store.kill()
 _up = lambda store: store.start()
 _calm = lambda store: store.disturb()
