@@ -3,11 +3,12 @@
     python -m benchmarks.bucket [--processes=4] [--shards=200] [--seconds=20] [--latency_s=0.03] [--error_rate=0.01]
 
 Each process reads what one host reads when the 1B model trains on v5e-256: 64 rows of 4,096 tokens per step. A host
-should get more than 4 times as many tokens per second as its chips train on. The benchmark prints, per process, tokens
-per second, and tokens per second of CPU time, which is the rate of a host that has its cores for itself. Then the
-benchmark checks that the batches are the same, bit for bit and in the same order, as from a local disk. It also checks
-that a process which is killed (SIGKILL) and resumed from its cursor gets exactly the next batch. At the end it prints
-how much was written to disk.
+should read more than 4 times as fast as its chips train. For each process, the benchmark prints tokens per second of
+wall time and tokens per second of CPU time. The latter is the rate of a host that doesn't share its cores.
+
+Then the benchmark kills all processes (SIGKILL), resumes the first from its cursor, and checks that this process gets
+exactly the next batch. It also checks that a local disk gives the same batches, bit for bit and in the same order. At
+the end, the benchmark prints how many bytes were written to disk.
 """
 
 import argparse
@@ -40,10 +41,10 @@ def digest(batch) -> str:
 
 
 def host(config: DataConfig, args: argparse.Namespace) -> None:
-  """Reads batches for some seconds, prints the hashes of the batches and the figures as JSON, and waits until it is
-  killed.
+  """Reads batches for some seconds, prints figures as JSON, and waits until the process is killed.
 
-  If the cursor file exists, resumes from the cursor, reads only one batch, and ends.
+  The figures include hashes of the first batches. The cursor after these batches is written to the file args.cursor. If
+  this file already exists, the function resumes from the cursor in it, reads only one batch, and returns.
   """
   from tests.bucket import register
   register()

@@ -1,11 +1,14 @@
 """Times how long a save stalls training, and how long checks delay a restore: python -m benchmarks.checkpoint
 
 The state is that of a 100M-parameter model: weights and two AdamW moments, 1.2 GB in float32. Each round makes one
-asynchronous save, as training does, and one blocking save. The first ratio is the time that the asynchronous save
-stalls training, relative to the time of the blocking save. For the second ratio, the stall includes the delay of the
-next update: on a CPU, the thread that writes the checkpoint uses the same cores. At the end, the last checkpoint is
-restored, completely and weights only, and its checks are timed: crc32 of every byte, which each restore computes, and
-sha256 of every byte, which `betarank checkpoint verify` computes.
+asynchronous save, as training does, and one blocking save. The benchmark prints two ratios:
+
+- the time that the asynchronous save stalls training, divided by the time of the blocking save;
+- the same, with the delay of the next update added to the stall. There is such a delay on a CPU, because the thread
+  that writes the checkpoint uses the same cores as the update.
+
+At the end, the last checkpoint is restored, first completely and then only its weights. Its two checks are timed: crc32
+of every byte, which each restore computes, and sha256 of every byte, which `betarank checkpoint verify` computes.
 """
 
 import argparse
@@ -93,7 +96,7 @@ def _restores(path, target, rounds: int) -> None:
 
 
 def timed(work):
-  """Returns (seconds, result) of work(), after waiting for its arrays."""
+  """Calls work() and waits for the arrays that it returns. Returns (seconds, result)."""
   start = time.perf_counter()
   result = jax.block_until_ready(work())
   return time.perf_counter() - start, result

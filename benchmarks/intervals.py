@@ -1,4 +1,4 @@
-"""Simulates the coverage of the 95 % intervals over problems (eval/statistics.py): python -m benchmarks.intervals
+"""Simulates how often the 95 % intervals of eval/statistics.py contain the true mean: python -m benchmarks.intervals
 
 For sets of 10, 30 and 100 problems, the benchmark prints how often the interval contains the true mean, how often the
 whole interval is above or below the true mean, and how wide the interval is. The value of a problem is the share of its
@@ -89,7 +89,14 @@ KINDS = {
 
 
 def coverage(kind: Kind, problems: int, trials: int, seed: int = 1) -> tuple[float, float, float, float]:
-  """Returns (coverage, share of intervals above the true mean, share of intervals below the true mean, mean width)."""
+  """Draws sets of problems, and computes the 95 % interval of each set.
+
+  Returns (coverage, share of intervals above the true mean, share of intervals below the true mean, mean width).
+
+  kind: the population from which problems are drawn.
+  problems: the number of problems of a set.
+  trials: the number of sets.
+  """
   rng = np.random.default_rng(seed)
   found = [bootstrap_interval(kind.draw(rng, problems), bounds=kind.bounds, resamples=RESAMPLES) for _ in range(trials)]
   above = float(np.mean([e.low > kind.truth for e in found]))

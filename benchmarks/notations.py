@@ -1,4 +1,4 @@
-r"""Writes a reference in other notations, each of which a judge must accept.
+r"""Writes a reference answer in other notations, each of which a judge must accept.
 
     notations('4.5e33')      ['4.5 \\times 10^{33}', '4.5 \\cdot 10^{33}', '45e32', '$4.5e33$']
 
@@ -13,7 +13,7 @@ _NAMED = re.compile(r"\s*([A-Za-z](?:_\{?\\?\w+\s*\}?)?(?:\([a-z]\))?)\s*=([^=]*
 
 
 def notations(gold: str) -> list[str]:
-  """Returns at least two other ways to write `gold`. `gold` itself isn't among them."""
+  """Returns at least two other ways to write the reference answer `gold`. `gold` itself isn't among them."""
   text = re.sub(r'(?<!\\)\$', '', gold).strip().rstrip('.').strip()
   if re.fullmatch(r'\\?\$?\d{1,3}(,\s*(\\!)?\s*\d{3})+(\.\d+)?', text):
     bare = re.sub(r'[^\d.]', '', text)

@@ -88,7 +88,10 @@ def contenders(chunk_tokens):
 
 
 def allocated_bytes(folder):
-  """Returns the temporary HBM of a program compiled for a TPU, from the dump of its buffer assignment."""
+  """Returns the bytes of HBM for temporary values in a program compiled for a TPU.
+
+  folder: the folder to which XLA has dumped the program, with its buffer assignment.
+  """
   texts = (f.read_text() for f in folder.glob('*.after_optimizations-buffer-assignment.txt'))
   sizes = (re.findall(r'^allocation \d+: size (\d+), page 0, preallocated-temp:', text, re.MULTILINE) for text in texts)
   return max(sum(map(int, found)) for found in sizes)

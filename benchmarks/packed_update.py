@@ -3,13 +3,13 @@
     python -m benchmarks.packed_update [--samples=2048] [--longest=16384] [--prompt=1024] [--mean=4096]
     taskset -c 0 python -m benchmarks.packed_update --time [--repeats=3]
 
-The lengths of answers are log-normal with the mean --mean, cut at --longest. The first line of the table is one sample
-per row, each row as long as the longest sample may be; the others are packed, for several numbers of devices that rows
-are split over.
+The lengths of answers are log-normal with the mean --mean, cut at --longest. The first line of the table is for one
+sample per row, where each row is as long as the longest sample may be. The other lines are for packed samples. They
+differ in the number of devices over which rows are split.
 
---time computes updates of 32 samples of a small model (4 layers, width 256, vocabulary 8192, random weights) whose
-lengths have the same distribution at a 64th of the scale: once as one sample per row of the greatest length, in 8
-microbatches, and once packed. The runs alternate. Both do the same work but for padding, and give the same gradient.
+--time times two updates of a small model (4 layers, width 256, vocabulary 8192, random weights) from the same 32
+samples. All lengths are divided by 64. One update has one sample per row, in 8 microbatches. In the other update, the
+samples are packed. The two updates alternate. They give the same gradient, and differ only in the amount of padding.
 """
 
 import argparse

@@ -5,8 +5,8 @@
 The benchmark tokenizes made-up text in one process, kills the process at random times and restarts it. The result must
 be the same as without kills. A restart continues after the last complete piece, so only the text of the unfinished
 piece is lost. `betarank data prepare` has pieces of 128 MiB. Smaller pieces are used here, so that a run takes a
-minute. The benchmark prints the loss relative to a piece, the rate of this core, and the most CPU seconds that a kill
-loses with pieces of 128 MiB at this rate.
+minute. The benchmark prints how much text a kill loses (as a fraction of a piece), the rate at which this core
+tokenizes, and the most CPU seconds that a kill would lose with pieces of 128 MiB.
 """
 
 import argparse
@@ -32,7 +32,10 @@ def settings(folder: pathlib.Path, name: str) -> DataConfig:
 
 
 def child(config: DataConfig, piece_bytes: float) -> None:
-  """Prepares the source. Prints the bytes tokenized so far, repeatedly, and at the end the CPU seconds."""
+  """Prepares the source in pieces of `piece_bytes` bytes of text.
+
+  Prints the number of bytes tokenized so far, again and again. At the end, prints the CPU seconds of the whole work.
+  """
   worker.PIECE_BYTES = piece_bytes
   worker.REPORT_BYTES = 2**16
   start = time.process_time()

@@ -4,9 +4,9 @@
     python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1
 
---only selects what to time: `ours` is betarank's sampler, `theirs` are tunix and transformers, and the functions
-`refill` and `prefill` describe the others. If a card can't hold the models of all packages at the same time, time
-`ours` and `theirs` in two processes, as in the last two commands.
+--only selects what to time. `ours` is betarank's sampler, and `theirs` are the samplers of tunix and transformers.
+`refill` and `prefill` are variants of betarank's sampler, which the functions of these names describe. If a card can't
+hold the models of all packages together, time `ours` and `theirs` in two processes, as in the last two commands.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
 1.05B, or a mixture of experts with 2.1B. Variants whose package isn't installed are left out (pip install google-tunix
@@ -115,8 +115,8 @@ def refill(params):
   length.
 
   'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
-  answer. 'refilled rows' gives the sampler all prompts, so that the row of a finished answer gets the next prompt. With
-  answers of up to 8192 tokens, there is only 'refilled rows'.
+  answer. 'refilled rows' gives the sampler all prompts, so that the row of a finished answer gets the next prompt. The
+  larger models, whose answers have up to 8192 tokens, run only 'refilled rows'.
   """
   rows, longest, middle, cache_tokens = REFILL
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()

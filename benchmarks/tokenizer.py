@@ -2,13 +2,16 @@
 
     python -m benchmarks.tokenizer [--tokenizer=PATH] [--megabytes=8] [--rounds=3]
 
-Texts are the source files of Python's standard library, cut at 64 KiB. `prepare` is what a worker of `betarank data
-prepare` does: it reads JSON Lines, tokenizes, and writes a shard. After each 256 KiB of text it is interrupted, and the
-other variants do the same texts, in a random order, so that other jobs on the machine slow all variants equally. CPU
-seconds of one thread are measured. The time for reading the tokenizer, and for closing a shard, which happens once per
-128 MiB, isn't counted. In each round, every variant begins with a tokenizer whose cache of words is empty. Ratios are
-relative to the library's `encode_batch_fast` for the same texts; printed are the median over all texts and rounds, and
-the quartiles. Without --tokenizer, a byte-level BPE of 32,768 tokens is trained on the texts.
+Texts are the source files of Python's standard library, cut at 64 KiB. Four variants are timed. `prepare` does what a
+worker of `betarank data prepare` does: it reads JSON Lines, tokenizes, and writes a shard. The other three (see
+`variants`) only tokenize. After each 256 KiB of text, `prepare` pauses, and the others tokenize the same text in a
+random order. Other jobs on the machine therefore slow all variants equally.
+
+The benchmark measures the CPU seconds of one thread. It doesn't count the time for reading the tokenizer, nor the time
+for closing a shard, which happens once per 128 MiB. In each round, every variant begins with a tokenizer whose cache of
+words is empty. A ratio is a variant's speed divided by that of the library's `encode_batch_fast` for the same text. The
+benchmark prints the median and the quartiles of the ratios over all texts and rounds. Without --tokenizer, a byte-level
+BPE of 32,768 tokens is trained on the texts.
 """
 
 import argparse
@@ -59,8 +62,9 @@ def train(documents: list[str], folder: pathlib.Path) -> str:
 
 
 def parts(documents: list[str]) -> list[list[str]]:
-  """Divides the documents into the parts that data/worker.py tokenizes at a time: each of at least PART_BYTES. What
-  remains at the end is left out.
+  """Divides the documents into parts of at least PART_BYTES, after each of which data/worker.py reports its progress.
+
+  Documents after the last complete part are left out.
   """
   found, size = [[]], 0
   for text in documents:
@@ -73,7 +77,10 @@ def parts(documents: list[str]) -> list[list[str]]:
 
 
 def variants(path: str) -> dict[str, Callable[[list[str]], list]]:
-  """Returns {name: function of texts}, each with a tokenizer of its own."""
+  """Returns the variants that only tokenize, {name: function (texts) -> the token ids of each text}.
+
+  Each function has a tokenizer of its own, read from `path`.
+  """
   import tokenizers
 
   library = [tokenizers.Tokenizer.from_file(str(find(path))) for _ in range(2)]
@@ -89,7 +96,13 @@ def variants(path: str) -> dict[str, Callable[[list[str]], list]]:
 
 def measure(preparing: worker.Worker, ways: dict[str, Callable[[list[str]], list]], waiting: Iterator[list[str]],
             seconds: dict[str, list[float]]) -> None:
-  """Adds to `seconds` how long each variant takes for each part, in one round."""
+  """Times all variants in one round.
+
+  preparing: the worker that the variant `prepare` runs.
+  ways: the other variants, from `variants`.
+  waiting: the parts of the documents, from `parts`.
+  seconds: {variant: CPU seconds of each part}. The figures of this round are appended.
+  """
   resumed = time.process_time()
 
   def report(_) -> None:

@@ -2,8 +2,10 @@
 
     --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens per step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
+    --model=64m        configs/small.py: 12 layers, width 640, vocabulary 4096, 64 x 512 tokens per step
+    --model=317m       configs/base.py: 24 layers, width 1024, vocabulary 32,768, 16 x 2048 tokens per step
     --model=1b         28 layers, width 1536, vocabulary 151,936, 8 x 4096 tokens per step: for an 80 GB accelerator
-    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense one that an 80 GB card holds
+    --model=4b         the paper's 4B, 2 x 4096 tokens: the largest dense model for such a card
     --model=2b-moe     12 layers, width 1024, 128 experts of width 320, 12 of them for each token, 16 x 4096 tokens
     --model=3b-moe     the paper's 5B-A0.3B with 8 of its 12 layers, 384 experts: the largest mixture for such a card
 
@@ -13,8 +15,8 @@ attention scores and recomputes nothing.
 
 All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
 because other work on the machine prolongs wall time. MFU counts 6 FLOPs per weight and token and half of the attention
-(model.flops_per_token), without recomputation, relative to the chip's peak. On a CPU, MFU is relative to the speed of a
-matrix product that is measured at the start, per CPU second.
+(model.flops_per_token), without recomputation, and divides them by the chip's peak. On a CPU, which has no such figure,
+the benchmark divides by the FLOPs per CPU second of a matrix product, which it measures after the steps.
 """
 
 import argparse
@@ -48,6 +50,10 @@ MODELS = {
   'small': (SMALL, 8, 512),
   'small-moe': (
     dataclasses.replace(SMALL, moe=model.MoeConfig(experts=16, experts_per_token=4, expert_d_ff=192)), 8, 512),
+  '64m': (dataclasses.replace(SMALL, vocab_size=4096, layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5,
+                              remat_policy='none'), 64, 512),
+  '317m': (dataclasses.replace(SMALL, vocab_size=32_768, layers=24, d_model=1024, d_ff=2816, heads=8, kv_heads=4,
+                               head_dim=128, remat_policy='attention'), 16, 2048),
   '1b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=28, d_model=1536, d_ff=4608, heads=16, kv_heads=4,
                              head_dim=128), 8, 4096),
   '4b': (dataclasses.replace(SMALL, vocab_size=151_936, layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8,
@@ -137,6 +143,7 @@ def main():
                       help='compute head and tail mass, which need a top k, even if the objective needs none')
   parser.add_argument('--only', default='', help='objectives whose names start with one of these, separated by commas')
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--steps', type=int, default=1, help='per round, each dispatched before the one before it ends')
   parser.add_argument('--profile', type=int, default=0, metavar='N',
                       help="also print the N kernels that took longest in a step of the last way")
   parser.add_argument('--naive', action=argparse.BooleanOptionalAction, default=True)
@@ -180,11 +187,12 @@ def main():
     for n in range(args.rounds + 1):
       for name, step in compiled.items():
         start = clock(), time.perf_counter()
-        state, metrics = step(state, batch)
+        for _ in range(args.steps):
+          state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
         if n:  # the first round only warms up
-          seconds[name].append(clock() - start[0])
-          wall[name].append(time.perf_counter() - start[1])
+          seconds[name].append((clock() - start[0]) / args.steps)
+          wall[name].append((time.perf_counter() - start[1]) / args.steps)
     if args.profile:
       profile(lambda: jax.block_until_ready(step(state, batch)), compiled[name].as_text(), args.profile)
   base = next(iter(seconds))

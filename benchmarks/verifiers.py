@@ -2,13 +2,15 @@
 
     python -m benchmarks.verifiers [pairs] [golds] [speed] [hostile] [--data=../shared/data] [--workers=2]
 
-pairs: pairs of a reference and an answer whose right verdict is known, from tests/tasks/pairs.tsv and, if it exists,
-DATA/judge/pairs.tsv. Prints how many wrong verdicts betarank gives, and how many math-verify's parse and verify alone.
-golds: every reference of Minerva, OlympiadBench and MATH-500, compared with itself in other notations
+A reference is the right answer of a problem, as the problem set gives it.
+
+pairs: grades pairs of a reference and an answer whose right verdict is known. The pairs are in tests/tasks/pairs.tsv
+and, if this file exists, in DATA/judge/pairs.tsv. Prints how many wrong verdicts betarank gives, and how many
+math-verify alone gives.
+golds: compares every reference of Minerva, OlympiadBench and MATH-500 with itself in other notations
 (benchmarks/notations.py), and with the other references that look most similar.
-speed: the references of GSM8K, MATH-500, AIME 2024 and AMC 2023, compared with the final answers of their own worked
-solutions.
-hostile: 200 answers that try to reach files and variables.
+speed: grades the worked solutions of GSM8K, MATH-500, AIME 2024 and AMC 2023, whose final answers are the references.
+hostile: grades 200 answers that try to reach files and variables.
 Without a name, all four parts run.
 """
 
@@ -39,7 +41,10 @@ SETS = ('gsm8k_train', 'gsm8k_test', 'math500', 'aime24', 'amc23')
 
 
 def gold(data: pathlib.Path, name: str) -> list[tuple[str, Task]]:
-  """Returns (worked solution with its final answer in the task's format, task) for every problem of a set."""
+  """Returns (worked solution, task) for every problem of the set DATA/`name`.jsonl.
+
+  The final answer in the solution is written as the task's answer_format demands.
+  """
   path = data / f'{name}.jsonl'
   tasks = TaskSet(TaskConfig(f'jsonl:{path}', answer_format='line' if 'gsm8k' in name else 'boxed'), split='all')
   items = []
@@ -84,6 +89,8 @@ def hostile(canary: str, count: int = 200) -> list[tuple[str, Task]]:
   """Returns (text, task) of `count` answers that try to run code, or to take forever.
 
   Some of the tasks are math problems. The others come from reasoning-gym, whose scorers may evaluate answers.
+
+  canary: the path of a file that the answers try to create.
   """
   math_task = Task(id='', question='', prompt='', reference='x^2+3', verifier='math', answer_format='line')
   code = [text.format(canary=canary) for text in CODE]
@@ -148,8 +155,11 @@ def pairs(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def golds(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints how often a reference in another notation is judged right, as it should be, and how often the most similar
-  reference of another problem is, as it shouldn't be.
+  """Prints, for each set, the wrong verdicts of two tests.
+
+  In the first test, each reference is the answer to its own problem, in other notations. Every such answer should be
+  judged right. In the second test, the answer to a problem is the reference of another problem that looks most similar.
+  Every such answer should be judged wrong.
   """
   for name in ('minerva_math', 'olympiadbench', 'math500'):
     path = data / 'reasoning' / f'{name}.jsonl'
@@ -185,10 +195,11 @@ def _nearest(gold: str, references: list[str], count: int = 3) -> list[str]:
 
 
 def speed(data: pathlib.Path, config: VerifierConfig) -> None:
-  """Prints verdicts and seconds on each set of problems.
+  """Prints verdicts and seconds of up to three runs on each set of problems.
 
-  Worked solutions are graded as in RL, and then by math-verify alone. References are graded by worker processes only.
-  For gsm8k_train, the solutions are only graded as in RL.
+  The first run grades the worked solutions as in RL. The second run grades the references themselves, in worker
+  processes: it skips the quick comparison that RL tries first. The third run grades the solutions with math-verify
+  alone. For gsm8k_train, there is only the first run.
   """
   for name in SETS if (data / 'reasoning').is_dir() else ():
     items = gold(data / 'reasoning', name)

@@ -81,7 +81,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def read_stage(spec: str, stage: str) -> ConfigDict:
-  """Returns the config at `spec`, as `read` does, if it is a config for the given command.
+  """Returns what `read` returns. Checks that the config is for the given command.
 
   stage: the command, 'train' or 'rl'.
 
@@ -110,6 +110,8 @@ def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 
 def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
   """Checks the paths in a config, and replaces `~` at their start.
+
+  prefix: the text before the name of each key in messages.
 
   Raises:
     ConfigError: a path looks like a misspelt bucket, such as `gs:/x` instead of `gs://x`.
@@ -220,7 +222,10 @@ def _load_json(path: str) -> ConfigDict:
 
 
 def flatten(config: ConfigDict | Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns {dotted key: value} of a nested config, for example {'optimizer.lr': 1e-3, ...}."""
+  """Returns {dotted key: value} of a nested config, for example {'optimizer.lr': 1e-3, ...}.
+
+  prefix: a text to put before each key.
+  """
   flat = {}
   for key, value in config.items():
     if isinstance(value, ConfigDict | dict) and len(value):

@@ -32,7 +32,7 @@ NOT_IN_RL = ('rl.microbatches', 'objective', 'data.dir', 'data.vocab_size', 'dat
 
 
 def update(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a resolved config, a nested dictionary, with old keys and values replaced by the new ones."""
+  """Returns the resolved config, a nested dictionary. Old keys and old values are replaced by the new ones."""
   return _section(config, '')
 
 

@@ -314,7 +314,10 @@ _ALL = {**PRETRAIN, 'rl': RL_SECTION, 'eval': EVAL}
 
 
 def flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Setting]:
-  """Returns {dotted key: Setting} of a nested dictionary of settings, for example {'optimizer.lr': Setting, ...}."""
+  """Returns {dotted key: Setting} of a nested dictionary of settings, for example {'optimizer.lr': Setting, ...}.
+
+  prefix: a text to put before each key.
+  """
   found = {}
   for key, value in tree.items():
     found |= {prefix + key: value} if isinstance(value, Setting) else flat(value, f'{prefix}{key}.')

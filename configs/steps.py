@@ -9,12 +9,14 @@ from typing import Any
 
 
 def budget_steps(tokens: int, tokens_per_step: int) -> int:
-  """Returns the number of steps of pre-training that use up a budget of `tokens`. The last step may exceed it."""
+  """Returns the number of pre-training steps for a budget of `tokens`, rounded up."""
   return math.ceil(tokens / tokens_per_step)
 
 
 def planned_steps(config: Mapping[str, Any]) -> int:
-  """Returns the last step of the run with this resolved config, of `betarank train` or `betarank rl`.
+  """Returns the number of steps that a run of `betarank train` or `betarank rl` plans.
+
+  config: the resolved config of the run.
 
   Raises:
     KeyError, TypeError, ValueError or ZeroDivisionError: the config lacks a value, or has one of the wrong kind.

@@ -55,10 +55,10 @@ def _exit(status: int) -> NoReturn:
 def importing(text: str, console: Any = None) -> Iterator[None]:
   """Makes Ctrl-C end the process at once, with the line 'stopped' and status 130, and shows `text` on a terminal.
 
-  It is for imports, when there is nothing to save yet: a KeyboardInterrupt while an extension starts can crash the
-  process. It must be entered in the main thread.
+  Use this context manager around slow imports, when there is nothing to save yet. During an import, a KeyboardInterrupt
+  can crash the process. Enter the block in the main thread.
 
-  console: the rich.console.Console that shows the text; None: that of standard output.
+  console: the rich.console.Console that shows the text. None means a console on standard output.
   """
   from betarank.configs.terminal import waiting
 
@@ -119,7 +119,7 @@ class StopSignal:
     return multihost_utils.reached_preemption_sync_point(self._calls)
 
   def end_if_asked(self, kept: str) -> None:
-    """Ends a command that was asked to stop, by raising Stopped. Everything must be saved. All processes must call it.
+    """Raises Stopped if the command was asked to stop. Call this in all processes, and only when everything is saved.
 
     kept: what was saved, for the line that process 0 prints.
     """

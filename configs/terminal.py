@@ -17,7 +17,7 @@ BAR = 16  # columns
 def waiting(text: str, console: Console | None = None) -> Iterator[None]:
   """Shows a spinner, `text` and the elapsed time while the block runs. Shows nothing if the output isn't a terminal.
 
-  What the block prints appears above it.
+  The output of the block appears above the spinner.
   """
   console = console or Console(highlight=False)
   if not console.is_terminal:
@@ -43,8 +43,8 @@ def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], w
 def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
   """Returns the line that is printed after a step: the number of the step, the percentage and the figures.
 
-  width: the width of the terminal in columns; figures that don't fit are left out. None is for a log file: all figures
-    are shown, followed by the time left.
+  width: the width of the terminal, in columns. Figures that don't fit are left out. None means that the output is a log
+    file. The line then has all figures, followed by the time left.
   """
   start = f'{_step(step, steps)} {100 * step / steps:3.0f}%'
   return fitted(start, figures, width) if width else '  '.join([start, *figures, f'eta {duration(eta_s)}'])
@@ -70,7 +70,7 @@ def columns() -> int | None:
 
 
 def short(number: float) -> str:
-  """Returns a number with three digits and its power of 1000: '1.23G' for 1,234,000,000."""
+  """Returns a number as text with three digits and a letter for thousands, millions and so on: '1.23G' for 1.234e9."""
   power = min(max(0, len(str(int(number))) - 1) // 3, 4)
   return f'{number / 1000**power:.3g}{["", "k", "M", "G", "T"][power]}'
 

@@ -22,14 +22,14 @@ _IN_USE: dict[pathlib.Path, object] = {}  # a set that this process uses -> the 
 
 
 def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key: str, limit: int) -> storage.Folder:
-  """Returns the folder PLACE/KEY, after copying the missing files of `source` to it.
+  """Copies the missing files of `source` to the folder PLACE/KEY, and returns this folder.
 
   Args:
     source: the folder to copy.
     files: {name: size in bytes}.
     place: the folder of all copies.
     key: the name of this copy's folder in `place`.
-    limit: the largest size of all copies together, in bytes.
+    limit: the largest allowed size of all copies together, in bytes.
 
   Raises:
     DataError: the files don't fit within `limit`, or the disk is full.

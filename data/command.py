@@ -130,7 +130,11 @@ def _tokenizer(data: DataConfig, console: Console) -> None:
 
 def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: int, parts: int,
              stop: StopSignal) -> dict | None:
-  """Prepares a source, and shows the progress. Returns its manifest; None if there are several parts."""
+  """Prepares a source, and shows the progress. Returns its manifest; None if there are several parts.
+
+  workers, part, parts: as in `prepare.prepare_part`.
+  stop: returns True once the user has asked the command to stop.
+  """
   def run(report):
     if not prepare.prepare_part(data, name, part, parts, workers=workers, report=report, asked=stop):
       stop.end_if_asked(_KEPT)

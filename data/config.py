@@ -89,7 +89,7 @@ class DataConfig:
   def longest_document(self) -> int:
     """The largest size of a document in bytes. Longer documents are split.
 
-    By default, this is 64 KiB, or 8 bytes per token of a row if that is more.
+    The default is 8 bytes per token of a row, but at least 64 KiB.
     """
     return self.document_bytes or max(65_536, 8 * self.sequence_length)
 

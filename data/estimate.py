@@ -29,7 +29,11 @@ class Estimate(NamedTuple):
 
 
 def mb_per_s(config: DataConfig) -> float:
-  """Returns the assumed rate of a core. Raises DataError if the config names a tokenizer that isn't there."""
+  """Returns the rate at which one CPU core is assumed to tokenize, in MB of text per second.
+
+  Raises:
+    DataError: the tokenizer that the config names can't be read.
+  """
   if config.tokenizer:
     prepared.tokenizer_sha256(config)
   return MB_PER_S['.json' if find(config.tokenizer_path).suffix == '.json' else '.model']

@@ -44,7 +44,10 @@ class Segment:
 
 
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
-  """Returns one segment of bytes for each file. Segments of compressed files can't be split."""
+  """Returns one segment of bytes for each file. Segments of compressed files can't be split.
+
+  splittable: whether segments of other files can be split.
+  """
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
   return [Segment(file.path, 0, file.size, splittable and not kind, EXPANSION if kind else 1.0)
           for file, kind in zip(found.files, kinds)]

@@ -26,11 +26,11 @@ _CHUNKS_AT_ONCE = 8  # so many chunks are summed at once: 64k documents fit into
 
 
 def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
-  """Returns the positions to which a shuffle of range(size) moves the N indices `index_N`: int64 [N].
+  """Shuffles range(size), and returns the positions to which the N indices `index_N` are moved: int64 [N].
 
   The shuffle is a bijection that depends on `key`. It applies invertible arithmetic to numbers with as many bits as
-  `size` has, and repeats this until the result is below `size`. NumPy's shuffles would need an array of length `size`.
-  This shuffle doesn't depend on the version of NumPy, so a run can be resumed with another version.
+  `size` has, and repeats the arithmetic until the result is below `size`. NumPy's shuffles would need an array of
+  length `size`. This shuffle doesn't depend on the version of NumPy, so a run can be resumed with another version.
   """
   if size <= 1:
     return np.zeros(len(index_N), np.int64)
@@ -166,7 +166,10 @@ class _Line:
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
 
   def up_to(self, position: int) -> np.ndarray:
-    """Computes positions until one is at or after `position`. Returns all positions computed so far, int64."""
+    """Returns all positions computed so far, int64, after computing more of them if necessary.
+
+    More positions are computed until one of them is at or after `position`.
+    """
     while self._starts[self._known] < position:
       sums = self._sums(self._known)
       if self._known + len(sums) >= len(self._starts):

@@ -224,10 +224,10 @@ class _State:
     return bool(self.found.get(index)) and self.found[index][-1]['last']
 
   def enough(self) -> bool:
-    """Returns True if all units are done, or if the units before the first unfinished unit have max_documents
-    documents.
+    """Returns True if no further unit needs to be tokenized.
 
-    No further unit is needed then.
+    This is so if all units are done, or if the units before the first unfinished unit have at least max_documents
+    documents.
     """
     count = 0
     for index in range(len(self.units)):
@@ -255,6 +255,8 @@ def _work(preparation: _Preparation, job: Job, mine: range, workers: int, report
   """Tokenizes the units of work whose numbers are in `mine`, except those that are done already.
 
   Args:
+    job: the settings that each worker process gets.
+    workers, report: as in `prepare_source`.
     stop_early: whether to stop once max_documents documents are tokenized. It must be False if other machines also work
       on the source.
     asked: as in `prepare_part`.
@@ -344,10 +346,10 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
-  """Returns the markers (descriptions) of the pieces that contain the first max_documents documents (0: all documents),
-  in order.
+  """Returns the markers of those pieces that become the data set, in order. A marker describes a piece.
 
-  If a piece has too many documents, it is written again with fewer.
+  These pieces contain the first max_documents documents of the source, or all documents if max_documents is 0. If the
+  last of these pieces has too many documents, it is written again with fewer.
 
   Raises:
     DataError: a unit isn't complete, or there are too many bad rows.

@@ -80,7 +80,12 @@ def _rename(stage: epath.Path, final: epath.Path) -> None:
 
 
 def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
-  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash."""
+  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash.
+
+  stages: the temporary path of each shard. The lengths of its documents are in the file with the same name and the
+    suffix .npy.
+  counts: the counts of each shard, from its marker.
+  """
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
   content, size = hashlib.sha256(), 0
 

@@ -32,6 +32,13 @@ def printable(text: str) -> str:
 def show(config: DataConfig, names: Sequence[str], split: str, row: int, seed: int) -> None:
   """Prints, for each source, its counts, one packed row as text, and its longest and shortest documents.
 
+  Args:
+    config: the settings of the data.
+    names: the sources.
+    split: the split to show, 'train' or 'validation'.
+    row: the number of the packed row.
+    seed: decides the order of the documents, and thus the content of the row.
+
   Raises:
     DataError: a source doesn't exist or isn't prepared, or the row is negative.
   """

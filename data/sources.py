@@ -161,7 +161,10 @@ class Source:
             'sha256': hashlib.sha256(names).hexdigest()}
 
   def units(self) -> list[Unit]:
-    """Returns units of similar size that make up the source, in order: about MOST_UNITS units or fewer."""
+    """Divides the source into units of similar size, and returns them in order.
+
+    There are at most about MOST_UNITS units.
+    """
     size = max(UNIT_BYTES, self.total_bytes / MOST_UNITS)
     units, unit, room = [], [], size
     for segment in self.segments:
@@ -200,8 +203,8 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
-    held_out: 0, or a number of bytes. If it isn't 0, the sample is skipped at each place, and the texts that come after
-      it are yielded instead, about `held_out` bytes in all.
+    held_out: if not 0, yields text that isn't in this sample: at each place, skips the texts of the sample, and yields
+      the texts that follow them. `held_out` is then the size of the yielded texts in bytes.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)
@@ -222,7 +225,9 @@ class Source:
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
     """Divides the source into parts of about equal size, and returns the segments of each part.
 
-    The number of parts suits a sample of `max_bytes` in all, which is read from the beginnings of the parts.
+    A sample is read from the beginning of each part. Larger samples are read from more parts, up to _PLACES.
+
+    max_bytes: the size of the whole sample in bytes.
     """
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))

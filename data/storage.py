@@ -43,8 +43,8 @@ class Folder(Protocol):
   def start(self, name: str, begin: int, end: int) -> _Wait:
     """Requests the bytes [begin, end) of a file, without waiting for them.
 
-    Returns a function that waits for the bytes and returns them. If the file ends before `end`, it returns fewer bytes.
-    The function raises DataError if the bytes can't be read.
+    Returns a function that waits for the bytes and returns them. The function returns fewer bytes if the file ends
+    before `end`. It raises DataError if the bytes can't be read.
     """
 
 

@@ -144,10 +144,10 @@ def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]
 
 def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple[int, bool]],
           where: epath.Path) -> int | None:
-  """Returns the id of the token that has a role ('bos', 'eos' or 'pad'); None if no file names such a token.
+  """Returns the id of the token with the role `name` ('bos', 'eos' or 'pad'); None if no file names such a token.
 
-  tokenizer_config.json names the token or, if it doesn't, generation_config.json. For 'pad', the result is also None if
-  the token isn't special.
+  If tokenizer_config.json names no token with this role, generation_config.json is used. For 'pad', the result is also
+  None if the token isn't special.
 
   optional: the content of these two files, {name of the file: its JSON object}.
   added: the added tokens, {content: (id, special)}.
@@ -241,7 +241,11 @@ class JsonTokenizer:
     return out
 
   def _piece_bytes(self):
-    """Returns the function that converts a piece of the vocabulary to its bytes. It depends on the tokenizer's decoder.
+    """Returns a function that converts a piece of the vocabulary to its bytes. The tokenizer's decoder decides which
+    function.
+
+    Raises:
+      DataError: the tokenizer would lose text, because it has neither byte-level pieces nor byte fallback.
     """
     decoder = self._tokenizer.decoder
     decode = decoder.decode if decoder else ''.join

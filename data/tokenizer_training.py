@@ -65,7 +65,7 @@ class TooLittleTextError(DataError):
   """Raised if the text yields fewer tokens than wanted.
 
   Attributes:
-    tokens: the number of tokens that it yields.
+    tokens: the largest number of tokens that the text yields.
   """
 
   def __init__(self, message: str, tokens: int):
@@ -121,7 +121,12 @@ def train(documents: Iterable[str], vocab_size: int, path: str, max_bytes: int =
 
 
 def _error(reason: str, vocab_size: int, path: str) -> DataError:
-  """Returns the error for what SentencePiece says."""
+  """Returns a DataError that explains an error of SentencePiece.
+
+  reason: the error message of SentencePiece.
+  vocab_size: the number of tokens that SentencePiece should have trained.
+  path: the file of the tokenizer.
+  """
   if limit := re.search(r'set it to a value <= (\d+)', reason):
     return TooLittleTextError(
       f'{path}: the documents yield {limit[1]} tokens at most, fewer than vocab_size={vocab_size}; lower '

@@ -180,7 +180,9 @@ def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> st
   """Returns the text of the worked examples: the first `shots` problems of the entry's file of examples, with their
   solutions.
 
-  Each solution gives its answer in the form that the prompt asks for.
+  Each solution gives its answer in the form that the prompts of `task` ask for.
+
+  task: the form of prompts and answers.
   """
   if not shots:
     return ''

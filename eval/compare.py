@@ -108,8 +108,8 @@ def report(runs: Sequence[Run], width: int) -> str:
 def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
   """Returns (title, columns, rows, notes) of the table of pre-training runs.
 
-  There is a row for each run and each source of its validation data. It has the figures of the run's last validation on
-  this source. The table shows whether the runs have equal cross-entropy but different entropy.
+  The table has one row for each run and each source of its validation data. A row has the figures of the run's last
+  validation on this source. It shows whether runs have equal cross-entropy but different entropy.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
@@ -195,8 +195,9 @@ def _arrow(start: str, end: str) -> str:
 
 
 def _median(curve: Mapping[int, float]) -> str:
-  """Returns the median over steps as text. Outliers, which compilation and a busy machine cause, don't change the
-  median.
+  """Returns the median of a curve over its steps, as text.
+
+  Outliers, which compilation and a busy machine cause, don't change the median.
   """
   return f'{statistics.median(curve.values()):,.0f}' if curve else '-'
 
@@ -232,8 +233,9 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
-  For pre-training runs, the panels show cross-entropy, entropy, and how both differ from the first run's. For RL runs,
-  they show reward, held-out problems, entropy and length. The legend has the settings in which the runs differ.
+  For pre-training runs, two panels show cross-entropy and entropy, and two show how much each run differs from the
+  first run in them. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the
+  settings in which the runs differ.
   """
   import matplotlib
 
@@ -291,8 +293,8 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
   window: a function from the number of steps to the number of steps that each point averages.
-  first: the share of the points, counted from the start, that is ignored when the range of the y axis is chosen.
-    Otherwise the steep fall of a loss at the start would make the rest of the curve look flat.
+  first: the share of the points at the beginning that don't affect the range of the y axis. Otherwise the steep fall of
+    a loss at the beginning would make the rest of the curve look flat.
   least: the smallest range of the y axis, as a share of the value in the middle of the axis.
   """
   size, settled = window(max(map(len, curves))), []

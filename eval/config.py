@@ -137,9 +137,9 @@ class CheckpointRef:
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns the checkpoint at `path`, or the newest checkpoint if `path` is a workdir, as a list.
+  """Returns the checkpoint at `path`, as a list. If `path` is a workdir, the list has its newest checkpoint.
 
-  every: whether to return all checkpoints in the folder of that checkpoint, oldest first.
+  every: if True, the list has all checkpoints of the same folder, oldest first.
 
   Raises:
     CheckpointError: there is no checkpoint, or a checkpoint is damaged.
@@ -197,7 +197,8 @@ def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
 def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
   """Returns the mesh that config.train.mesh describes, over all devices.
 
-  key, rows: the config key of the number of rows per batch, and this number.
+  key: the config key of the number of rows per batch.
+  rows: the number of rows per batch.
 
   Raises:
     ConfigError: the mesh doesn't fit the number of devices, or the model's arrays or the rows can't be divided evenly

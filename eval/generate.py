@@ -119,10 +119,13 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, stop=lambda: None) -> None:
-  """Draws, judges and writes the samples that the file lacks. See `sample` on `stop`.
+  """Draws, judges and writes the samples that `file`, a SampleFile, lacks.
 
   While the samples of one problem are judged, the device draws those of the next problems. Processes other than process
   0 have no verifier, and only take part in drawing.
+
+  prompts: the prompts of all problems of the benchmark.
+  stop: as in `sample`.
   """
   if not file.missing:
     if verifier:
@@ -228,7 +231,12 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (text, task) with which the verifier can compare two answers. The verdict is RIGHT if they are equal."""
+  """Returns (text, task) with which the verifier compares two answers. The verdict is RIGHT if they are equal.
+
+  answer: one answer, which becomes the text.
+  reference: the other answer, which becomes the reference.
+  task: the problem.
+  """
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
 
 
@@ -290,11 +298,13 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> tuple[str, np.ndarray]:
-    """Removes the lines of problems that have only some of their samples in the file.
+    """Removes all lines except those of problems that have all their samples in the file.
 
-    Returns (kept, missing). `kept` is the remaining content of a remote file, which the caller needs because such a
-    file can only be written as a whole; '' for a local file. `missing`, bool [P], is True for each of the P problems
-    that has no samples in the file now. Lines are read one by one, because a local file may be larger than memory.
+    Returns (kept, missing). `kept` is the remaining content of a file in a bucket, because the caller can only write
+    such a file as a whole; it is '' for a local file. `missing`, bool [P], is True for each of the P problems that has
+    no samples in the file now.
+
+    Lines are read one by one, because a local file may be larger than memory.
     """
     there_PN, count, size = np.zeros((self.problems, self.n), bool), 0, 0
     for text, problem, sample in self._lines():

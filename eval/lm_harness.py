@@ -176,6 +176,9 @@ class Betarank(TemplateLM):
     sampling.
 
     Each text is generated up to EOS or max_gen_toks. Stop strings are searched for afterwards.
+
+    requests: the harness's requests, each with a prompt and generation_kwargs.
+    disable_tqdm: ignored. The harness passes it.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):
@@ -221,10 +224,10 @@ class Betarank(TemplateLM):
 
 
 def _check_alike(asked: Any) -> None:
-  """Raises EvalError if `asked` differs between this process and process 0.
+  """Raises EvalError if `asked`, the texts of a task, differs between this process and process 0.
 
-  The processes compute every row together, so all of them must ask about the same texts. Worked examples, for example,
-  could differ.
+  The processes compute every row together, so all of them must ask about the same texts. If their files or packages
+  differ, their worked examples, for example, may differ.
   """
   mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
   if not np.array_equal(mine, multihost.of_first_process(mine)):

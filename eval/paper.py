@@ -75,7 +75,8 @@ def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
 
 
 def benchmark_scores(run: Run, step: int) -> dict[str, float]:
-  """Returns {benchmark: score in [0, 1]} of a checkpoint, for the benchmarks that it has been evaluated on."""
+  """Returns {benchmark: score in [0, 1]} of the checkpoint of `step`, for the benchmarks that it has been evaluated on.
+  """
   harness = run.harness.get(step, {})
   scores = {name: harness[task]['score'] for tasks in HARNESS_TASKS.values() for task, name in tasks.items()
             if task in harness}

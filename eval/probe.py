@@ -1,10 +1,10 @@
 """Measures a checkpoint's predictions on a fixed set of tokens: confidence, accuracy and entropy, per domain.
 
-A domain is a source of the data. Its tokens are the first rows of the source's validation split. They are the same for
-all checkpoints whose configs have the same section `data`, and RUN/eval/probe/STEP.json has a hash of them. One forward
-pass gives a few numbers per token. The logits are computed in chunks and never exist all at once. All figures are then
-computed from the numbers per token, in float64. Files are written atomically. If a probe is killed, only the checkpoint
-in progress must be probed again.
+A domain is a source of the data. Its tokens are those of the first rows of the source's validation split. All
+checkpoints whose configs have the same section `data` are probed on the same tokens. RUN/eval/probe/STEP.json has a
+hash of the tokens. One forward pass gives a few numbers per token. The logits are computed in chunks and never exist
+all at once. All figures are then computed from the numbers per token, in float64. Files are written atomically. If a
+probe is killed, only the checkpoint in progress must be probed again.
 
 # B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges of bins, or the E - 1 bins
 """
@@ -105,8 +105,8 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """Yields the rows on which source `name` is probed, in batches of `batch_size`. With several processes, a batch has
-  only this process's rows.
+  """Yields the rows on which source `name` is probed, in batches of eval.probe.batch_size rows. With several processes,
+  a batch has only this process's rows.
 
   The rows don't depend on the batch size. The last batch is filled up with rows of padding (segment 0).
   """
@@ -169,8 +169,8 @@ def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: i
   it has one.
 
   coverage[n] is the share of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
-  target at most once. The share is an upper bound of the token-level coverage profile of arXiv 2510.15020, P[p_data /
-  p_model >= n], because p_data is unknown but at most 1.
+  target at most once. arXiv 2510.15020 defines a token-level coverage profile, P[p_data / p_model >= n]. coverage[n] is
+  an upper bound of it, because p_data is at most 1.
 
   Args:
     values: {name: array [N]}, from `token_values`.

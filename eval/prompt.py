@@ -41,7 +41,11 @@ def generate(
 
 
 def table(loaded: Loaded, prompt: list[int], drawn: Sample) -> str:
-  """Returns a table of a continuation: one line per token, and a last line with means. Figures are at temperature 1."""
+  """Returns a table of a continuation: one line per token, and a last line with means. Figures are at temperature 1.
+
+  prompt: the token ids of the prompt.
+  drawn: the continuation.
+  """
   [f] = figures(loaded, [[*prompt, *drawn.tokens.tolist()]], loaded.run.top_k)
   logp, rank, entropy = (x[len(prompt):len(prompt) + len(drawn.tokens)] for x in (f.logp, f.rank, f.entropy))
   lines = [f'{"token":>14}  {"p":>6}  {"rank":>5}  entropy, nats']

@@ -12,18 +12,18 @@ resampled problems.
   Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
   than all possible problems have.
-- An interval's upper limit is lowered to Gaffke's limit if that is lower. The lower limit is raised likewise. As far as
-  is known, Gaffke's limit is valid for any distribution of values in a range [low, high]. The upper one is a
-  quantile of the weighted mean of the sorted values and one more value, `high`, with weights from a flat Dirichlet
-  distribution. It equals Clopper and Pearson's limit for right-or-wrong scores, and is the only limit if all problems
-  have the same value. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas, arXiv
-  1905.06208.
+- For values in a range [low, high], the interval is cut at Gaffke's limits, which are valid for any distribution of
+  such values, as far as is known. Take the sorted values and one more value, `high`, with weights from a flat Dirichlet
+  distribution. Gaffke's upper limit is a quantile of their weighted mean. The lower limit is computed in the same way,
+  with `low`. For right-or-wrong scores, the limits equal those of Clopper and Pearson. If all problems have the same
+  value, only Gaffke's limits are used. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and
+  Thomas, arXiv 1905.06208.
 
 Coverage is how often a 95 % interval contains the true value. For shares of ten problems, most of which are never
-solved, it is 96-99 %. For paired differences of ten problems, it is 96 % on average, but 90 % if a fifth of all
-problems gains 50 points, because then one in nine sets of ten problems contains no problem that gains. Intervals of
-skewed shares miss the true value on both sides of it. `python -m benchmarks.intervals` prints a table of coverages, and
-`tests/eval/test_statistics.py` checks them.
+solved, the coverage is 96-99 %. For paired differences of ten problems, it is 96 % on average. It is only 90 % if a
+fifth of all problems gains 50 points, because then one in nine sets of ten problems contains no problem that gains. An
+interval of skewed shares that misses the true value may lie above or below it. `python -m benchmarks.intervals` prints
+a table of coverages, and `tests/eval/test_statistics.py` checks them.
 
 **Over seeds**, there are too few values to resample. So there are two intervals around the mean: one for the noise of
 problems, from the bootstrap, and one for the noise of seeds, from Student's t distribution. On each side of the mean,
@@ -118,8 +118,12 @@ def bootstrap_interval(
 
 
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
-  """Returns the limits of the interval if all problems have the same value: Gaffke's bounds. Resampling can't handle
-  this case.
+  """Returns a function alpha -> limits of the 1 - alpha interval, for problems that all have the same value.
+
+  The limits are Gaffke's. Resampling can't handle this case.
+
+  mean: the value of the problems.
+  problems: the number of problems.
   """
   def limits(alpha: float) -> tuple[float, float]:
     unseen = 1 - (alpha / 2) ** (1 / problems)  # the largest share of problems that such a set may have missed
@@ -129,8 +133,11 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """Returns the limits of the studentized interval over problems. If both `bounds` are finite, Gaffke's bounds limit it
-  too.
+  """Returns a function alpha -> limits of the 1 - alpha interval over problems, from the studentized bootstrap.
+
+  If both `bounds` are finite, the interval is cut at Gaffke's limits.
+
+  x_P: the value of each problem.
   """
   problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
   scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
@@ -168,7 +175,7 @@ def _rank(share: float, resamples: int) -> int:
 
 
 def _chunks(resamples: int, problems: int) -> list[int]:
-  """Returns how many resamples to draw at a time, as a list, so that they fit in memory."""
+  """Returns a list of numbers of resamples to draw at a time, so that they fit in memory. Their sum is `resamples`."""
   size = max(1, _CHUNK // problems)
   return [min(size, resamples - start) for start in range(0, resamples, size)]
 
@@ -198,7 +205,9 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the standard error of the mean that is due to seeds, without the part that is due to problems."""
+  """Returns the standard error of the mean that is due to differences between seeds, without the part that is due to
+  differences between problems.
+  """
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
   rest_SP = x_SP - mean_S[:, None] - x_SP.mean(0) + x_SP.mean()
@@ -209,7 +218,8 @@ def _seed_error(x_SP: np.ndarray) -> float:
 def _p_value(mean: float, limits: Limits, floor: float) -> float:
   """Returns the smallest alpha >= floor whose 1 - alpha interval excludes zero.
 
-  It is found by bisection, which is possible because the intervals become narrower as alpha rises.
+  limits: a function alpha -> limits of the 1 - alpha interval. The intervals become narrower as alpha rises, so the
+    p-value is found by bisection.
   """
   def excludes_zero(alpha: float) -> bool:
     low, high = limits(alpha)
@@ -230,6 +240,7 @@ def paired_difference(
 
   a, b: values of the same problems, both [P], or both [S, P] with the same seeds.
   bounds: the smallest and the largest possible difference; (-1, 1) for differences of shares.
+  level, resamples, seed: as in `bootstrap_interval`.
 
   Raises:
     ValueError: the shapes differ, or no problem has a value in all seeds.
@@ -247,6 +258,8 @@ def over_seeds(
 
   For a single seed, the limits are NaN. Use this function for figures that have no problems to resample, such as a
   loss.
+
+  level: the level of the interval.
 
   Raises:
     ValueError: no seed has a value.

@@ -19,10 +19,11 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def texts_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-  """Returns the text that each token of a sequence begins. Joined, they are the whole text.
+  """Returns a text for each token of a sequence. Joined, these texts are the text of the whole sequence.
 
-  A character whose bytes are spread over several tokens belongs to the first of them; a token that has only other bytes
-  of it gets ''. Tokens without bytes and bytes that make no character are shown as by `token_text`.
+  A character whose bytes are spread over several tokens is in the text of the first of these tokens. A token that only
+  has later bytes of such a character gets ''. Tokens without bytes, and bytes that make no character, are shown as by
+  `token_text`.
   """
   texts: list[str] = []
   run: list[bytes] = []
@@ -42,7 +43,7 @@ def texts_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def _divided(parts: Sequence[bytes]) -> list[str]:
-  """Returns, for each part, the text of the characters whose first byte is in it."""
+  """Returns a text for each part: the characters whose first byte is in this part."""
   starts = [i for i, part in enumerate(parts) for _ in part]  # of each byte: its part
   texts, at = [''] * len(parts), 0
   for character in b''.join(parts).decode(errors='surrogateescape'):

@@ -107,10 +107,11 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Estimates the hours of a pre-training point. Returns (hours, hours), because `planned_hours` returns (least, most).
+  """Estimates the hours of a pre-training point. Returns the estimate twice, in the form (least, most) of
+  `planned_hours`.
 
   The model is assumed to train with an MFU of MFU_DENSE or, for a mixture of experts, MFU_MOE. Returns None for other
-  stages. For RL no time can be assumed, because it depends on the lengths of the answers.
+  stages. The time of RL can't be assumed, because it depends on the lengths of the answers.
   """
   if point.stage != 'train':
     return None
@@ -157,6 +158,7 @@ def worker_flags() -> dict[str, str]:
 def print_estimate(console: Console, points: Sequence[Point], parallel: int, compile_first: bool) -> None:
   """Prints chips, hours and cost of each point and of the whole sweep.
 
+  parallel: the number of points that run at the same time.
   compile_first: whether hours are predicted from compiled programs. If False, an MFU is assumed.
   """
   chips = topology()

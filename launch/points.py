@@ -146,7 +146,9 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
 
 
 def _describe(overrides: dict[str, Any]) -> str:
-  """Returns a text such as 'beta=-0.25,seed=1' for overrides. A key is shortened to its last part if that is unique."""
+  """Returns a text such as 'beta=-0.25,seed=1' for overrides. A key is shortened to its last part, unless two keys have
+  the same last part.
+  """
   leaves = [key.rpartition('.')[2] for key in overrides]
   short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, overrides)]
   return ','.join(f'{key}={_plain(str(value))}' for key, value in zip(short, overrides.values()))
@@ -191,6 +193,9 @@ def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str,
   """Returns overrides that replace local data folders by folders in the bucket, because slices can't read this
   machine's disk.
 
+  root: the folder of the sweep, in the bucket.
+  parent: the point that this point starts from; None if there is none.
+
   Raises:
     ConfigError: the tokenizer is a file of this machine that no point of the sweep creates.
   """
@@ -223,11 +228,10 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
-  """Adds points that prepare data, one for each different section `data` that is read. Returns them before the other
-  points.
+  """Adds points that prepare data, and returns them, followed by the given points.
 
-  The points that prepare data run one after the other, because each uses all cores, and may need a tokenizer that an
-  earlier point trains.
+  There is one such point for each different section `data` from which the given points read. The points that prepare
+  data run one after the other, because each uses all cores, and may need a tokenizer that an earlier one trains.
   """
   prepare: dict[str, Point] = {}
   done = []

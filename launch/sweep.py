@@ -134,6 +134,8 @@ class Sweep:
     """Runs points until no command is running and none can be started.
 
     If this launcher fails with an error, asks all running commands to stop, and waits for them.
+
+    show: called regularly, to show the state of the sweep.
     """
     for point in self.points:
       self._adopt(point)
@@ -186,7 +188,8 @@ class Sweep:
     return True
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """Returns a context that takes the lock of a point. It yields the lock's file, or None if another process holds it.
+    """Returns a context manager that takes the lock of a point. Its value is the lock's file, or None if another
+    process holds the lock.
 
     The command of a point inherits the lock and holds it as long as it runs, even if this process dies. If a later
     launch finds the lock held, it knows that the command is still running. The lock's file contains the command's
@@ -212,7 +215,7 @@ class Sweep:
   def _end(self, point: Point) -> bool:
     """Updates the state of a point whose command has ended. Returns whether the state was updated.
 
-    If the result of the command can't be read, this is tried again later.
+    If the result of the command can't be read, the state isn't updated yet, and a later call tries again.
     """
     process, status, now = self._processes[point.name], self.status[point.name], time.monotonic()
     first, next_try = self._unread.get(point.name, (now, now))

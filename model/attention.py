@@ -28,6 +28,8 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array
 
   Returns the rotated array, [B, T, N, H] in x's dtype. Angles are always float32, because bfloat16 would round
   positions 1025 and 1026 to the same number.
+
+  base: dimension pair i rotates by position · base^(-2i/H).
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -101,7 +101,9 @@ def unit_rows(c: ModelConfig) -> int:
 
 
 def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
-  """Returns (attend, cache). attend computes one layer's attention. In cache, the lengths include the new tokens.
+  """Returns (attend, cache) for a forward pass over new tokens.
+
+  cache is the argument with lengths that include the new tokens. attend computes one layer's attention, as follows.
 
   attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes attention, and writes the new keys and
   values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty, and the T
@@ -148,6 +150,8 @@ def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *tab
 
   Returns (out_BNH, pages_P2KSH).
 
+  prompt_pages: I, the number of prompt pages in each row of the table.
+  length_B: the number of tokens in each row's own pages, without the new token.
   real_B: bool, False for padding, whose keys and values aren't written.
   table: the fields of a Table.
   """
@@ -171,6 +175,8 @@ def _on_shards(function, inputs, outputs):
   """Returns `function` wrapped so that each device runs it on its own rows, pages and heads.
 
   Without this, XLA would all-gather the pages of all devices.
+
+  inputs, outputs: the logical axis names (model/sharding.py) of the arguments and of the results.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return function
@@ -184,6 +190,9 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
   The function first computes attention over the prompts, a few units at a time. It then computes attention over each
   row's own pages, and combines both results. The kernels of model/kernels compute the same; this function needs only
   XLA operations.
+
+  length_B: int32, the number of tokens in each row's own pages.
+  prompt_pages: I, the number of prompt pages in each row of the table.
   """
   (rows, heads, width), kv_heads = q_BNH.shape, pages_P2KSH.shape[2]
   q_BKGH = (q_BNH * width**-0.5).reshape(rows, kv_heads, -1, width)

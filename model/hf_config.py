@@ -146,7 +146,10 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
 def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
   """Returns the rotary settings of a config.json as one dictionary.
 
-  transformers 4 writes these settings at the top level and in rope_scaling, transformers 5 in rope_parameters.
+  transformers 4 writes these settings at the top level and in rope_scaling. transformers 5 writes them in
+  rope_parameters.
+
+  where: the path of config.json, for messages.
 
   Raises:
     HfError: rope_scaling or rope_parameters isn't a JSON object.
@@ -164,6 +167,9 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: str) -> Any:
   """Returns the value of the first of `keys` that is in config.json and isn't null.
+
+  kind: int or float.
+  where: the path of config.json, for messages.
 
   Raises:
     HfError: the value is missing, isn't a number of type `kind`, or isn't between 0 and 2^31 (both excluded).

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from betarank.model.config import ModelConfig
+from betarank.model.kernels import swiglu_triton
 from betarank.model.sharding import constrain, platform, shards, spec
 
 
@@ -50,10 +51,10 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup_sorted(dtype, table_VD, tokens_BT):
-  """Looks tokens up. The gradient sums the rows of each token in a fixed order, in float32.
+  """Looks tokens up. The backward pass sums the gradients of each token's positions in a fixed order, in float32.
 
-  XLA's own gradient on a GPU adds all rows at once with atomic operations in `dtype`. This is slow if a frequent token
-  has many rows, because the additions to one row of the table wait for each other.
+  XLA's own gradient on a GPU adds the gradients of all positions at once, with atomic operations in `dtype`. This is
+  slow if one token has many positions, because the additions to its row of the table wait for each other.
   """
   return table_VD.astype(dtype)[tokens_BT]
 
@@ -145,6 +146,27 @@ def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
   return out_NY.reshape(*x_BTX.shape[:2], *w_XY.shape[inner:])
 
 
+def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
+  """Returns silu(gate) · up, in their dtype."""
+  names = 'batch', 'length', 'act_mlp'
+  if platform() != 'gpu' or any(size % shards(name) for size, name in zip(gate_BTF.shape, names)):
+    return jax.nn.silu(gate_BTF) * up_BTF
+  if jax.sharding.get_abstract_mesh().empty:
+    return _swiglu(gate_BTF, up_BTF)
+  axes = spec(*names)
+  return jax.shard_map(_swiglu, in_specs=(axes, axes), out_specs=axes, check_vma=False)(gate_BTF, up_BTF)
+
+
+@jax.custom_vjp
+def _swiglu(gate_BTF, up_BTF):
+  return jax.nn.silu(gate_BTF) * up_BTF
+
+
+_swiglu.defvjp(
+  lambda gate_BTF, up_BTF: (_swiglu(gate_BTF, up_BTF), (gate_BTF, up_BTF)),
+  lambda saved, dout_BTF: swiglu_triton.gradient(*saved, dout_BTF))
+
+
 class FeedForward(nnx.Module):
   """A dense SwiGLU network: down(silu(gate(x)) · up(x)) with hidden size d_ff."""
 
@@ -164,6 +186,6 @@ class FeedForward(nnx.Module):
     with jax.named_scope('feed_forward/in'):
       gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')
       up_BTF = checkpoint_name(project(x_BTD, self.up_DF), 'mlp')
-      hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, 'batch', 'length', 'act_mlp')
+      hidden_BTF = constrain(swiglu(gate_BTF, up_BTF), 'batch', 'length', 'act_mlp')
     with jax.named_scope('feed_forward/out'):
       return project(hidden_BTF, self.down_FD), None

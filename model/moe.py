@@ -64,10 +64,13 @@ class Routing:
 class MixtureOfExperts(nnx.Module):
   """A layer that sends each token to k of E experts, and to one shared expert if shared_d_ff > 0.
 
-  The 'sigmoid' router scores each expert independently and chooses the experts with the largest score + bias. It
-  weights their outputs by their scores, normalized to sum to 1 unless norm_topk_prob is False. After each update,
-  train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The 'softmax'
-  router has no bias; a load-balance loss evens out its load (Qwen3-MoE).
+  Both routers weight the outputs of the chosen experts by the experts' scores. If norm_topk_prob is True, the scores of
+  a token's chosen experts are first divided by their sum.
+
+  The 'sigmoid' router scores each expert independently, and chooses the experts with the largest score + bias. After
+  each update, train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The
+  'softmax' router chooses the experts with the largest score. It has no bias; a load-balance loss evens out its load
+  (Qwen3-MoE).
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
@@ -171,18 +174,22 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 class _Plan:
   """Says which row of which tile computes each (token, choice) pair. Arrays are int32.
 
-  Pair g·k + j is choice j of token g. The pairs of one expert whose tokens come from one device are a run. There
-  are two orders. In `order_p`, runs are sorted by the device that the tokens come from, then by expert. A device
-  that has e of the experts sorts their runs by expert, then by the device that the tokens come from. It computes
-  them in several passes over a buffer of tiles. The rows of all passes are numbered consecutively.
+  Pair g·k + j is choice j of token g. A run is all pairs that have the same expert and whose tokens come from the same
+  device. Runs have two orders:
+
+  - The global order has the runs of all experts, sorted by the device of the tokens, then by expert.
+  - The local order has only the runs of this device's e experts, sorted by expert, then by the device of the tokens.
+
+  A device fills its tiles in the local order, and processes them in passes of C tiles. The rows of all passes are
+  numbered consecutively.
 
   Attributes:
     passes: [], the number of passes that have tiles.
-    count_e: the number of pairs of each expert.
-    tile_end_e: the number of tiles of all experts up to and including each expert.
-    order_p: all pairs, in the first order.
-    run_start: [e·X], the start of each of this device's runs in the second order.
-    run_shift: [e·X], the start of each run in the first order minus its start in the second.
+    count_e: the number of pairs of each of this device's experts.
+    tile_end_e: the number of tiles of this device's experts up to and including each expert.
+    order_p: the numbers of all pairs, in the global order.
+    run_start: [e·X], the index of each of this device's runs in the local order.
+    run_shift: [e·X], the index of each run in the global order minus its index in the local order.
     row_p: the row of each pair; None unless one device has all experts.
   """
 
@@ -198,8 +205,8 @@ class _Plan:
 def _local_experts(m: MoeConfig, x_BTD, choices_BTk, weight_BTk, gate_eDF, up_eDF, down_eFD) -> jax.Array:
   """Returns the output for this device's tokens, [B, T, D].
 
-  The devices along the expert axis exchange tokens. Each device then applies its own experts to the tokens of all of
-  them.
+  Each device gets the tokens of all devices along the expert axis, and applies its own experts to them. The sums of the
+  experts' outputs then return to the device of the token.
   """
   k, width, ways = m.experts_per_token, x_BTD.shape[-1], shards('experts')
   if gate_eDF.shape[1] < width:
@@ -261,6 +268,9 @@ def _tile_rows(pairs: int, experts: int) -> int:
   """Returns R, the number of rows of a tile: enough for a fast matmul, but few compared with the pairs per expert.
 
   R must be small because, on average, half of the last tile of each expert is empty.
+
+  pairs: the number of (token, choice) pairs of this device.
+  experts: the number of experts of this device.
   """
   share = max(pairs // experts, 1)
   least = 128 if platform() != 'cpu' and share >= 64 else 16
@@ -336,6 +346,8 @@ def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   passes would have to begin with an array of zeros and add the first pass to it. The backward pass computes each pass
   again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py recognizes the loop by the name
   of its scope.
+
+  sizes, args: the arguments of `_expert_tiles`.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
   with jax.named_scope('moe/combine/overflow'):
@@ -367,10 +379,12 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
   """Returns the values of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
 
-  k: the number of pairs per token. To get values of pairs instead of tokens, pass k = 1, and the pairs' values as x_GD.
+  The function can also return the values of each row's pair. For this, pass k = 1 and the values of the pairs as x_GD.
+
+  k: the number of pairs per token.
   add: the function that sums rows in the backward pass, such as `_scatter_add`. It isn't used if row_p is given.
   x_GD: the values of the G tokens.
-  pair_CR: int32, the number of each row's pair. In an empty row it is at least G·k.
+  pair_CR: int32, the number of each row's pair. In an empty row, the number is at least G·k.
   row_p: int32, the row of each pair, or None (see `_Plan`).
   """
   return x_GD.at[pair_CR // k].get(mode='clip')

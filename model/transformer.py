@@ -97,6 +97,9 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD, positions_BT, segments_BT, attend, choices_BTk):
     """Returns (x_BTD, routing): the residual stream after this layer, and the layer's Routing (None in a dense model).
+
+    attend: as in `Attention.__call__`.
+    choices_BTk: as in `MixtureOfExperts.__call__`.
     """
     with jax.named_scope('attention/norm'):
       normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps)
@@ -144,7 +147,9 @@ class Transformer(nnx.Module):
       return rms_norm(x_BTD, self.norm_D, c.norm_eps), None, routing
 
   def cached(self, x_BTD, positions_BT, segments_BT, cache: Cache, choices_LBTk):
-    """Returns what `__call__` returns, for tokens that follow the tokens in the cache. x_BTD are the embedded tokens.
+    """Returns what `__call__` returns, for tokens that follow the tokens in the cache.
+
+    x_BTD: the embedded tokens. The other arguments are those of `forward_routed`.
     """
     with jax.named_scope('attention/mask'):
       attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)

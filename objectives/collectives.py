@@ -11,6 +11,8 @@ group's hidden states are all-gathered chunk by chunk, and their gradients are r
 device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
 gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
 
+Most functions have an argument `layout`, a Layout. None means that all arrays are on one device.
+
 # C tokens of a chunk  D width  V vocabulary
 """
 
@@ -28,11 +30,12 @@ class Layout:
   """The axes of the current mesh (`jax.set_mesh`) that split the dimensions of the head's arrays.
 
   Attributes:
-    tokens: one entry per leading axis of hidden: the mesh axis that splits this axis, a tuple of mesh axes, or None.
+    tokens: for each leading dimension of the hidden states, the mesh axis or the tuple of mesh axes that splits this
+      dimension; None if it isn't split.
     width: the mesh axis or axes that split the first dimension of the head, its width D; None if it isn't split.
     vocab: the mesh axis or axes that split the second dimension of the head, the vocabulary V; None if it isn't split.
-    vocab_group_size: with n > 1, groups of n devices along `width` also divide the vocabulary among themselves while
-      they compute, although the head's parameters are split as above (`with_vocab_groups`); 1 for no groups.
+    vocab_group_size: the number m of devices in a vocabulary group (see this module's docstring); 1 for no groups.
+      Groups lie along the axis `width`. They change how the computation is divided, but not how the head is stored.
 
   Example: Layout(tokens=(('data', 'fsdp'), 'context'), width='fsdp', vocab='tensor')
   """
@@ -159,7 +162,7 @@ def gather_head(layout, head):
 def reduce_head(layout, dhead):
   """Sums the head's gradient over the tokens of all devices. Returns this device's shard of the sum.
 
-  This is the transpose of `gather_head`: the returned shard has the shape of the argument `head` there.
+  This is the transpose of `gather_head`. The returned shard has the shape of the argument `head` of `gather_head`.
 
   dhead: this device's gradient with respect to the result of `gather_head`.
   """
@@ -181,7 +184,7 @@ def reduce_head(layout, dhead):
 
 
 def gather_group(layout, array):
-  """All-gathers an array with one entry per token over the vocabulary group: [C, ...] -> [vocab_group_size C, ...].
+  """Concatenates the arrays of the devices of a vocabulary group: [C, ...] -> [vocab_group_size C, ...].
 
   Without vocabulary groups (see `with_vocab_groups`), returns the array itself.
   """
@@ -208,7 +211,7 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums the gradient of hidden over the vocab axes.
+  """Sums dhidden, the gradient of the hidden states, over the mesh axes `layout.vocab`.
 
   The sum over vocabulary groups isn't part of this, because `reduce_scatter_group` has already computed it.
   """
@@ -250,6 +253,8 @@ def _over_vocab(collective, layout, array):
 
   This order keeps token ids sorted: the vocab axes split the vocabulary into parts, and the devices of a vocabulary
   group hold consecutive pieces of one part.
+
+  collective: a function such as lax.psum, with the arguments (array, axis) and optionally axis_index_groups.
   """
   if _has_groups(layout):
     axis, groups = _groups(layout)

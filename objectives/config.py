@@ -59,8 +59,8 @@ class ObjectiveConfig:
   def at(self, step):
     """Returns the RewardShaping of an optimizer step.
 
-    step: an int, or a traced int32 scalar. Only the parameters that the schedule changes become traced values, so a
-    lambda that is always 0 costs nothing.
+    step: an int, or a traced int32 scalar. With a traced step, the parameters that the schedule changes are traced too.
+      All other parameters stay Python numbers, so a lambda that is always 0 is known to need no top k.
     """
     beta, lambda_head, lambda_tail = (
       self._value(step, getattr(self, f'{name}_from'), getattr(self, name))

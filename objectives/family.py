@@ -51,10 +51,12 @@ def product(margin, beta):
 
 
 def label_smoothing(margin, epsilon):
-  """Computes -(1-ε) log p, the first term of the loss with label smoothing, -(1-ε) log p - ε/V Σ_a log p_a.
+  """Computes the first of the two terms of cross-entropy with label smoothing.
 
-  V is the vocabulary size. The loss functions add the second term, with ε from `RewardShaping.smoothing`. Equals
-  cross-entropy at ε = 0. Source: Szegedy et al., arXiv 1512.00567.
+      loss = -(1-ε) log p - ε/V Σ_a log p_a
+
+  V is the vocabulary size, and the sum runs over the vocabulary. The loss functions add the second term, with ε from
+  `RewardShaping.smoothing`. Equals cross-entropy at ε = 0. Source: Szegedy et al., arXiv 1512.00567.
   """
   return (1 - epsilon) * softplus(-margin), (1 - epsilon) * jnp.ones_like(margin)
 
@@ -71,9 +73,10 @@ def focal(margin, gamma):
 
 
 def dft(margin, _=None):
-  """Computes -sg(p) log p, the loss of Dynamic Fine-Tuning. In terms of rewards, the target has reward 1.
+  """Computes -sg(p) log p, the loss of Dynamic Fine-Tuning.
 
-  This is the limit of `power` for β -> ∞. Source: arXiv 2508.05629.
+  This loss gives the target the reward 1, while cross-entropy gives the reward 1/p (see reward_shaping.py). It is the
+  limit of `power` for β -> ∞. Source: arXiv 2508.05629.
   """
   p = jnp.exp(-softplus(-margin))
   return p * softplus(-margin), p

@@ -184,6 +184,8 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
 
   With form_gradients, the values for the backward pass are (dhidden, dhead). Otherwise they are the Coefficients, from
   which `_backward` computes dhidden and dhead.
+
+  options: an Options. The other arguments are those of `shaped_linear_loss`.
   """
 
   def local(hidden, head, targets, weights, shaping):
@@ -213,8 +215,9 @@ def _forward(options, hidden, head, targets, weights, shaping, form_gradients=Fa
 
 @jax.named_scope('head')
 def _backward(options, hidden, head, targets, weights, coefficients, cotangent):
-  """Returns (dhidden, dhead). The logits are computed again.
+  """Returns (dhidden, dhead), the gradients of hidden and head. The logits are computed again.
 
+  coefficients: the Coefficients, from `_forward`.
   cotangent: [...] float32, the cotangent of each loss.
   """
 
@@ -260,13 +263,18 @@ def _reduce_gradients(options, dhidden, dhead, head):
 def _over_chunks(options, body, carry, head_DV, arrays):
   """Runs lax.scan of `body` over chunks of tokens.
 
-  Returns (carry, common, total): the last carry, and two results for this device's own tokens: what `body` returned as
-  `common`, and the sums of what it returned as `partial`.
+  Args:
+    options: the Options.
+    body: a function (carry, chunk) -> (carry, common, partial). A chunk has tokens of the whole vocabulary group.
+      `common` must be equal on all devices of the group. `partial` is this device's term of a sum over the group.
+    carry: the carry that the first chunk gets.
+    head_DV: the head's weights, for the size of a chunk.
+    arrays: (hidden, targets, ...). The leading dimensions of every array are the shape of the targets.
 
-  arrays: (hidden, targets, ...). The leading dimensions of every array, and of every output, are the shape of the
-    targets.
-  body: a function (carry, chunk) -> (carry, common, partial). A chunk has tokens of the whole vocabulary group.
-    `common` must be equal on all devices of the group. `partial` is this device's term of a sum over the group.
+  Returns:
+    (carry, common, total). carry is the carry after the last chunk. common and total have the leading dimensions of the
+    targets, and hold the results for this device's own tokens: `common` as returned by `body`, and the sum of `partial`
+    over the devices of the group.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)

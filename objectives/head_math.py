@@ -13,6 +13,9 @@ turns these sums into the loss, the statistics and the Coefficients. A second pa
 Sums of exponentials run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
 log p = -softplus(-m) and log(1-p) = -softplus(m) are accurate even if p is close to 0 or 1.
 
+In all functions, options is an Options, h_CD are hidden states, head_DV are the head's weights, z_CV are logits, and
+x_C are the ids of the targets.
+
 # C tokens of a chunk  D width  V vocabulary (of this device)  K top k
 """
 
@@ -86,7 +89,7 @@ class Coefficients:
   uniform: jax.Array | None
 
   def times(self, factor):
-    """Returns the coefficients of the loss multiplied by `factor` [...]."""
+    """Returns the Coefficients of a loss that is `factor` [...] times this loss."""
     scaled = {f: getattr(self, f) for f in ('target', 'tail_rate', 'head_rate', 'uniform')}
     return dataclasses.replace(self, **{f: v * factor for f, v in scaled.items() if v is not None})
 
@@ -124,7 +127,7 @@ def linear_logits(hidden_CD, head_DV, *, soft_cap=None, temperature=1.0, compute
 
 
 def matmul(dtype, subscripts, a, b):
-  """Returns einsum(a, b) in float32. Its inputs are first cast to `dtype`, and its sums are float32.
+  """Returns jnp.einsum(subscripts, a, b) in float32. a and b are first cast to `dtype`. Sums are float32.
 
   If `dtype` is float32, the product is a true float32 product, even on a TPU.
   """
@@ -251,6 +254,8 @@ def _row_sums_triton(options, z_CV, x_C, interpret=False):
 
   The kernel's sums are relative to the largest logit of this device. They are rescaled when the largest logit of all
   devices is known.
+
+  interpret: runs the kernel on any device, slowly.
   """
   local_C = x_C - collectives.vocab_offset(options.layout, z_CV.shape[1])
   target_C = jnp.take_along_axis(z_CV, local_C[:, None], 1, mode='clip')[:, 0]

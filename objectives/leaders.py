@@ -19,8 +19,9 @@ CHUNK_TOKENS = 256  # the logits of so many tokens exist at a time: 155 MB with 
 def leading_two(
   hidden: jax.Array, head: jax.Array, layout: collectives.Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (log p1, log p1 - log p2) at each position, float32 nats. p1 and p2 are the two largest probabilities, p1
-  >= p2.
+  """Returns (log p1, log p1 - log p2) at each position, float32 nats.
+
+  p1 is the largest probability, and p2 the second largest.
 
   Args:
     hidden: [..., D].

@@ -20,8 +20,8 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
   Args:
     layout: a Layout, which says how the vocabulary is split over devices; None if it isn't split.
     z_CV: float32 [C, V], this device's logits of C tokens.
-    x_C, target_C: the ids and logits of the targets. A negative id means that the token's results aren't needed; they
-      are then arbitrary finite numbers.
+    x_C, target_C: the ids and logits of the targets. If an id is negative, the results for this token are arbitrary
+      finite numbers.
     shift_C: the largest logit of the whole vocabulary.
     k: the size of the top k.
 

@@ -6,14 +6,16 @@ in rl/rewards.py) are left out of all means and get advantage 0, even if their r
 A group has zero variance if fewer than two of its rewards are valid, or if all valid rewards are equal. All samples of
 such a group get exactly 0, except in `w_reinforce`, which doesn't compare samples with each other.
 
+The functions use NumPy, not JAX: the number of groups changes from step to step, and JAX would compile every operation
+again for each new shape.
+
 # P prompts  G samples of one prompt (a group)
 """
 
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from betarank.configs.settings import default
 
@@ -28,8 +30,8 @@ def grpo(rewards_PG, valid_PG, *, ddof=1, eps=1e-6):
   Source: GRPO, arXiv 2402.03300 sec. 4.1.2.
   """
   centred_PG, n_P1 = _centred(rewards_PG, valid_PG)
-  variance_P1 = jnp.sum(centred_PG**2, -1, keepdims=True) / jnp.maximum(n_P1 - ddof, 1)
-  return centred_PG / (jnp.sqrt(variance_P1) + eps)
+  variance_P1 = np.sum(centred_PG**2, -1, keepdims=True) / np.maximum(n_P1 - ddof, 1)
+  return centred_PG / (np.sqrt(variance_P1) + eps)
 
 
 def dr_grpo(rewards_PG, valid_PG):
@@ -52,12 +54,13 @@ def rloo(rewards_PG, valid_PG):
   Source: RLOO, arXiv 2402.14740.
   """
   centred_PG, n_P1 = _centred(rewards_PG, valid_PG)
-  return centred_PG * n_P1 / jnp.maximum(n_P1 - 1, 1)
+  return centred_PG * n_P1 / np.maximum(n_P1 - 1, 1)
 
 
 def pass_at_k(rewards_PG, valid_PG, *, k=4):
   """Computes advantages for the reward Pass@k of k samples together, which is 1 if at least one of them is right.
 
+      C(n, k)                       the binomial coefficient
       R = 1 - C(W, k) / C(n, k)     the mean of Pass@k, for n valid samples of which W are wrong
       s = sqrt(R (1 - R))           the standard deviation of Pass@k
       A = (1 - R) / s                                   for a right sample
@@ -66,19 +69,19 @@ def pass_at_k(rewards_PG, valid_PG, *, k=4):
   A reward above 0.5 counts as right. If W < k, any k samples include a right one, so s = 0 and all advantages are 0.
   With k = 1 this is `grpo` with ddof=0 and eps=0. Source: Pass@k Training, arXiv 2508.10751, analytical derivation.
   """
-  right_PG = valid_PG & (jnp.where(valid_PG, rewards_PG, 0) > 0.5)
-  n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
-  wrong_P1 = n_P1 - jnp.sum(right_PG, -1, keepdims=True, dtype=jnp.float32)
+  right_PG = valid_PG & (np.where(valid_PG, rewards_PG, 0) > 0.5)
+  n_P1 = np.sum(valid_PG, -1, keepdims=True, dtype=np.float32)
+  wrong_P1 = n_P1 - np.sum(right_PG, -1, keepdims=True, dtype=np.float32)
 
   def all_wrong(wrong, n, k):  # C(wrong, k) / C(n, k)
-    ratios = (jnp.maximum(wrong - j, 0) / jnp.maximum(n - j, 1) for j in range(k))
-    return math.prod(ratios, start=jnp.ones_like(n))
+    ratios = (np.maximum(wrong - j, 0) / np.maximum(n - j, 1) for j in range(k))
+    return math.prod(ratios, start=np.ones_like(n))
 
   miss_P1 = all_wrong(wrong_P1, n_P1, k)  # 1 - R
-  std_P1 = jnp.sqrt(miss_P1 * (1 - miss_P1))
-  advantage_PG = miss_P1 - jnp.where(right_PG, 0, all_wrong(wrong_P1 - 1, n_P1 - 1, k - 1))
+  std_P1 = np.sqrt(miss_P1 * (1 - miss_P1))
+  advantage_PG = miss_P1 - np.where(right_PG, 0, all_wrong(wrong_P1 - 1, n_P1 - 1, k - 1))
   live_PG = valid_PG & (wrong_P1 >= k) & (wrong_P1 < n_P1) & (n_P1 >= 2)
-  return jnp.where(live_PG, advantage_PG / jnp.where(std_P1 > 0, std_P1, 1), 0)
+  return np.where(live_PG, advantage_PG / np.where(std_P1 > 0, std_P1, 1), 0)
 
 
 def w_reinforce(rewards_PG, valid_PG, *, positive_weight=0.1):
@@ -88,8 +91,8 @@ def w_reinforce(rewards_PG, valid_PG, *, positive_weight=0.1):
   positive_weight=0, only wrong samples have an effect (the paper's NSR). Source: Weighted-REINFORCE, arXiv 2506.01347
   sec. 5, which uses the weight 0.1.
   """
-  right_PG = jnp.where(valid_PG, rewards_PG, 0) > 0.5
-  return jnp.where(valid_PG, jnp.where(right_PG, jnp.float32(positive_weight), -1), 0)
+  right_PG = np.where(valid_PG, rewards_PG, 0) > 0.5
+  return np.where(valid_PG, np.where(right_PG, np.float32(positive_weight), -1), 0)
 
 
 ADVANTAGES = {
@@ -101,7 +104,7 @@ ADVANTAGES = {
 class AdvantageConfig:
   """Section `rl.advantage`: the name of the advantage function, and its parameters.
 
-  A function ignores the parameters that it doesn't have.
+  A function ignores the parameters that it doesn't have. configs/settings.py describes each field.
   """
 
   name: str = default('rl.advantage.name')
@@ -120,14 +123,14 @@ class AdvantageConfig:
       raise ValueError(f'positive_weight must be >= 0, got {self.positive_weight}')
 
 
-def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
+def advantages(c: AdvantageConfig, rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndarray:
   """Computes the advantages with the function that `c` names, float32 [P, G].
 
   Raises:
     ValueError: the arrays don't have the same shape [P, G], or a group has too few samples. pass_at_k needs at least 2
       and at least k samples, w_reinforce needs 1, and the other functions need 2.
   """
-  rewards_PG, valid_PG = jnp.asarray(rewards_PG, jnp.float32), jnp.asarray(valid_PG, bool)
+  rewards_PG, valid_PG = np.asarray(rewards_PG, np.float32), np.asarray(valid_PG, bool)
   if rewards_PG.ndim != 2 or rewards_PG.shape != valid_PG.shape:
     raise ValueError(f'rewards and valid must both be [P, G], got {rewards_PG.shape} and {valid_PG.shape}')
   needed = {'w_reinforce': 1, 'pass_at_k': max(2, c.k)}.get(c.name, 2)
@@ -139,13 +142,13 @@ def advantages(c: AdvantageConfig, rewards_PG: jax.Array, valid_PG: jax.Array) -
   return ADVANTAGES[c.name](rewards_PG, valid_PG, **options.get(c.name, {}))
 
 
-def has_reward_variance(rewards_PG: jax.Array, valid_PG: jax.Array) -> jax.Array:
+def has_reward_variance(rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndarray:
   """Returns bool [P]: True if the group's valid rewards differ.
 
   Dynamic sampling keeps only these groups (DAPO, arXiv 2503.14476 sec. 3.2).
   """
-  high_P = jnp.max(rewards_PG, -1, where=valid_PG, initial=-jnp.inf)
-  low_P = jnp.min(rewards_PG, -1, where=valid_PG, initial=jnp.inf)
+  high_P = np.max(rewards_PG, -1, where=valid_PG, initial=-np.inf)
+  low_P = np.min(rewards_PG, -1, where=valid_PG, initial=np.inf)
   return high_P > low_P
 
 
@@ -156,6 +159,6 @@ def _centred(rewards_PG, valid_PG):
   rewards themselves. The computed mean of equal numbers can differ from them by a rounding error, and dividing this
   error by a standard deviation near 0 would give advantages of about 1.
   """
-  n_P1 = jnp.sum(valid_PG, -1, keepdims=True, dtype=jnp.float32)
-  mean_P1 = jnp.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / jnp.maximum(n_P1, 1)
-  return jnp.where(valid_PG & has_reward_variance(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0), n_P1
+  n_P1 = np.sum(valid_PG, -1, keepdims=True, dtype=np.float32)
+  mean_P1 = np.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / np.maximum(n_P1, 1)
+  return np.where(valid_PG & has_reward_variance(rewards_PG, valid_PG)[:, None], rewards_PG - mean_P1, 0), n_P1

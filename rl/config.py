@@ -1,5 +1,7 @@
-"""Defines the settings of an RL run as frozen dataclasses. Sections that pre-training has too are imported from
-elsewhere.
+"""Defines the settings of an RL run as frozen dataclasses, one per section.
+
+The sections `model`, `optimizer` and `checkpoint` are the same as in pre-training. configs/settings.py describes each
+field of a section.
 """
 
 import dataclasses
@@ -28,7 +30,10 @@ ZERO_VARIANCE_GROUPS = ('auto', 'replace', 'keep')
 
 @dataclasses.dataclass(frozen=True)
 class RlConfig:
-  """Section `rl`: the problems, how answers are sampled and judged, and how the policy is updated."""
+  """Section `rl`: the problems, how answers are sampled and judged, and how the policy is updated.
+
+  configs/settings.py describes each field.
+  """
 
   steps: int
   prompts_per_step: int
@@ -136,7 +141,7 @@ class StartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RlLogConfig:
-  """Section `log`: which logs are written, and how often."""
+  """Section `log`: which logs are written, and how often. configs/settings.py describes each field."""
 
   every_steps: int
   eval_every_steps: int
@@ -177,12 +182,12 @@ class RlRun:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """{config key: (rows, microbatches)}, for each batch whose rows are split over the mesh."""
+    """The batches whose rows the mesh must divide: {config key of the number of rows: (rows, microbatches)}."""
     return {'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
 
   @property
   def sequence_length(self) -> int:
-    """The largest number of tokens of a prompt and an answer, in the phase with the longest answers."""
+    """The largest number of tokens of a prompt and its answer together, in the phase with the longest answers."""
     return self.rl.max_prompt_tokens + max(self.rl.max_new_tokens)
 
   @property

@@ -13,9 +13,10 @@ BINS = 2**14  # of equal width, from 0 to log V; for V = 131,072 a bin has a wid
 
 
 def histogram(entropy_BT: jax.Array, mask_BT: jax.Array, vocab: int) -> jax.Array:
-  """Returns the number of tokens in the mask in each bin, int32 [N].
+  """Returns how many entropies fall into each bin, int32 [N]. The bins divide the range from 0 to log V equally.
 
-  entropy_BT: nats.
+  entropy_BT: the entropies, in nats.
+  mask_BT: bool, True where an entropy is counted.
   vocab: V, the number of tokens in the vocabulary.
   """
   bin_BT = jnp.clip(entropy_BT / math.log(vocab) * BINS, 0, BINS - 1).astype(jnp.int32)
@@ -24,11 +25,11 @@ def histogram(entropy_BT: jax.Array, mask_BT: jax.Array, vocab: int) -> jax.Arra
 
 
 def mean_of_highest(count_N: np.ndarray, share: float, vocab: int) -> float:
-  """Returns the mean of the highest entropies, in nats, from a histogram with at least one token.
+  """Returns the mean of the highest entropies, in nats. Each entropy counts as the middle of its bin.
 
-  Each entropy counts as the middle of its bin.
-
-  share: the share of tokens to take. At least one token is taken.
+  count_N: the result of `histogram`, with at least one token.
+  share: the share of tokens over which the mean is taken. At least one token is taken.
+  vocab: as in `histogram`.
   """
   from_top = np.cumsum(count_N[::-1], dtype=np.int64)
   tokens = max(1, round(share * int(from_top[-1])))

@@ -221,10 +221,10 @@ def sample_and_judge(
   """Draws and judges the samples of a step.
 
   A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
-  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt is asked as soon as the group is judged,
-  while others are still drawn. `prompts_wanted` computes how many prompts the step asks in all.
+  2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt goes to the sampler as soon as the old
+  group is judged, while other groups are still being drawn. `prompts_wanted` limits the number of prompts of the step.
 
-  Returns (groups to learn from, all groups drawn, the progress after drawing them), the groups in the order of their
+  Returns (groups to learn from, all groups drawn, the progress after drawing them). Both lists have the order of the
   prompts.
   """
   rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
@@ -251,14 +251,17 @@ def sample_and_judge(
 
 
 def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
-  """Returns how many prompts a step asks: the `first` ones, and in each further round one for each group that agreed.
+  """Returns how many prompts a step uses, including replacements for groups with zero variance.
 
-  While groups are still drawn, this is a lower bound, because a group counts only once it is known to agree. The bound
-  rises to the same number in whatever order groups end. So all prompts that are asked early would be asked anyway, and
-  which prompts a step asks depends only on their verdicts.
+  The first round has `first` prompts. Each further round has one new prompt for each zero-variance group of the round
+  before.
+
+  While groups are still being drawn, the result is a lower bound, because not all zero-variance groups are known. The
+  bound rises to the same number in whatever order the groups end. A prompt that is used early would therefore be used
+  anyway, and the prompts of a step depend only on the verdicts.
 
   Args:
-    agree: for each prompt asked so far, in their order, True if its group is known to have zero variance.
+    agree: for each prompt used so far, in their order, True if its group is known to have zero variance.
     first: the number of prompts of the first round.
     rounds: the largest number of rounds.
   """
@@ -269,7 +272,7 @@ def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
 
 
 def _is_asked(parts: Parts, task: Task) -> bool:
-  """Returns False if a prompt is too long and `rl.long_prompts` says to skip such prompts, else True."""
+  """Returns False if the task's prompt is too long and `rl.long_prompts` says to skip such prompts, else True."""
   rl = parts.run.rl
   return rl.long_prompts == 'refuse' or len(prompt_tokens(parts.tokenizer, task)) <= rl.max_prompt_tokens
 
@@ -277,16 +280,16 @@ def _is_asked(parts: Parts, task: Task) -> bool:
 def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Microbatch]]:
   """Computes the advantages of a step's groups and packs the samples into rows.
 
-  Returns the microbatches of each update. Each update learns from rl.prompts_per_step / rl.minibatches groups, in the
-  order of their prompts; the last updates have fewer groups or none if the step has too few.
-  Samples that don't count (rl/rewards.py) are left out. Returns [] if there is no group to learn from.
+  Returns the microbatches of each update, or [] if there is no group to learn from. Each update learns from
+  rl.prompts_per_step / rl.minibatches groups, in the order of their prompts. If the step has too few groups, the last
+  updates have fewer groups or none. Samples that don't count (rl/rewards.py) are left out.
   """
   if not groups:
     return []
   rl = parts.run.rl
   rule = rl.reward_rule(step)
   rewards_PG, valid_PG = map(np.array, zip(*(group.rewards(rule) for group in groups)))
-  advantages_PG = np.asarray(advantages(rl.advantage, rewards_PG, valid_PG))
+  advantages_PG = advantages(rl.advantage, rewards_PG, valid_PG)
   longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
   ways = math.prod(parts.rows_by_token.mesh.shape[axis] for axis in model.RULES['batch'])
   of = packing.shapes(longest, rl.microbatch_tokens, ways)
@@ -409,7 +412,7 @@ def describe_step(
     learned: the figures of the update; {} if there was no update.
     kept: the groups that were used for the update.
     seen: all groups drawn, including zero-variance groups.
-    consumed: the number of prompts that were used or skipped.
+    consumed: the number of prompts that the step used or skipped (see `Progress.next_prompts`).
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided

@@ -1,7 +1,8 @@
 """Packs the samples of an update into rows, one after the other, as documents are packed in pre-training.
 
-An update is computed in microbatches. A microbatch has one of four shapes, each with half the positions of the one
-before. So at most four programs are compiled, whatever the lengths of the samples, and little of an update is padding.
+An update is computed in microbatches. A microbatch has one of four shapes. Each shape has half the positions of the
+shape before it. So at most four programs are compiled, whatever the lengths of the samples, and little of an update is
+padding.
 
 All results are pure functions of their arguments, so all processes pack the same rows.
 
@@ -28,9 +29,15 @@ KERNEL_TOKENS = 128  # attention kernels need rows of a multiple of so many toke
 
 
 class Answer(NamedTuple):
-  """A sample to learn from. It takes len(prompt) + len(sample.tokens) - 1 positions, one per (input, target) pair."""
+  """A sample to learn from. It takes len(prompt) + len(sample.tokens) - 1 positions, one per (input, target) pair.
 
-  prompt: list[int]  # tokens, BOS first
+  Attributes:
+    prompt: the tokens of the prompt, BOS first.
+    sample: the answer.
+    advantage: the advantage of all tokens of the answer.
+  """
+
+  prompt: list[int]
   sample: Sample
   advantage: float
 
@@ -42,13 +49,16 @@ class Answer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-  """R rows of T positions, on the devices or on the host.
+  """A part of an update, on the devices or on the host: R rows of T positions. In names of fields, B is the rows.
+
+  sampler_logp_BT, advantages_BT and numbers_BT are 0 except at tokens that were sampled.
 
   Attributes:
-    batch: the tokens. Segments number the samples of a row, and the loss counts the tokens that were sampled.
-    sampler_logp_BT: float32 [R, T], nats, at sampled tokens. This and the next two are 0 elsewhere.
+    batch: the tokens. Segments number the samples of a row. Only sampled tokens count in the loss.
+    sampler_logp_BT: float32 [R, T], the log-probability that the sampler computed for each token, in nats.
     advantages_BT: float32 [R, T], the advantage of each token's sample.
-    numbers_BT: int32 [R, T], numbers the sampled tokens of an update, whichever rows they are in.
+    numbers_BT: int32 [R, T], the number of each sampled token among the sampled tokens of the update, from 0. The
+      number doesn't depend on how the samples are packed.
     choices_BTLk: int16 [R, T, L, k], the experts that the sampler used for each token. None for a dense model.
   """
 
@@ -60,13 +70,15 @@ class Microbatch:
 
 
 def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
-  """Returns the shapes (R, T) of microbatches, the largest first. Only the first one has room for every sample.
+  """Returns the shapes (R, T) of microbatches, the largest first.
+
+  In the first shape, a row has room for the longest sample. In later shapes, rows may be shorter.
 
   Args:
     longest: the greatest length of a sample.
-    tokens: the number of positions of the first shape on each device, 0 for TOKENS. It is rounded, so that the
-      number of rows is a power of two, and raised, so that a row has room for the longest sample.
-    ways: the number of devices that rows are split over. R is a multiple of it.
+    tokens: the wanted number of positions of the first shape on each device; 0 means TOKENS. The real number differs,
+      because a row has room for the longest sample and the number of rows is a power of two.
+    ways: the number of devices over which rows are split. R is a multiple of this number.
   """
   tokens = max(tokens or TOKENS, longest)
   length = longest * min(SAMPLES_PER_ROW, max(min(tokens, TOKENS) // longest, 1))
@@ -83,10 +95,10 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
 
 
 def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple[int, list[list[int]]]]:
-  """Assigns samples to rows: best fit, the longest sample first. Samples are never cut.
+  """Assigns samples to the rows of microbatches: best fit, the longest sample first. Samples are never cut.
 
-  Takes the fewest microbatches of the first shape, and then smaller ones in place of the last one, as small as they can
-  be.
+  The function first finds the smallest number of microbatches of the first shape that hold all samples. If smaller
+  microbatches can take the place of the last of these, the function chooses those with the fewest positions.
 
   Args:
     lengths: the length of each sample.
@@ -114,9 +126,12 @@ def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple
 
 
 def _best_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[int] | None:
-  """Returns the row of each sample, or None if best fit finds no place for one. Of equal rows, it fills the first.
+  """Returns the index of each sample's row, or None if best fit finds no place for some sample.
 
-  rows: the lengths of the rows.
+  If several rows have the same free space, the first of them is filled.
+
+  lengths: the length of each sample.
+  rows: the length of each row.
   """
   holes = sorted((length, row) for row, length in enumerate(rows))
   found = [0] * len(lengths)
@@ -156,7 +171,8 @@ def fill(
   """Writes samples into rows of `length` positions, on the host.
 
   Args:
-    rows: for each row, its samples and the number of each sample's first token.
+    rows: for each row, a list of (sample, number of the sample's first sampled token in Microbatch.numbers_BT).
+    length: T, the number of positions of a row.
     recorded: (L, k) if the samples hold the experts that were chosen for their tokens, else None.
   """
   shape = (len(rows), length)

@@ -30,11 +30,17 @@ _MOST_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square i
 
 
 class TokenLoss(NamedTuple):
-  """The loss of each token. All arrays are [B, T]. Outside the mask they are 0 or False."""
+  """The loss of each token. All arrays are [B, T]. Outside the mask they are 0 or False.
 
-  loss_BT: jax.Array  # float32, to be minimised
-  ratio_BT: jax.Array  # float32, no gradient: pi / pi_old of the token; for gspo, of the whole sequence
-  clipped_BT: jax.Array  # bool: True if clipping changed this token's gradient
+  Attributes:
+    loss_BT: float32, the loss to minimize.
+    ratio_BT: float32 without gradient, pi / pi_old of the token. With gspo it is that of the whole sequence.
+    clipped_BT: bool, True if clipping changed this token's gradient.
+  """
+
+  loss_BT: jax.Array
+  ratio_BT: jax.Array
+  clipped_BT: jax.Array
 
 
 def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, eps_high=0.28, dual_clip=0.0):
@@ -102,10 +108,12 @@ def _ratio(logp_BT, old_logp_BT):
 
 
 def _so_far(x_BT, segments_BT, reverse=False):
-  """Returns, for each token, the sum of x over the tokens of its sample up to this one. reverse: from this one on.
+  """Returns, for each token, the sum of x from the first token of its sample to this token.
 
-  It is a scan, because scatter-adds have no fixed order on a GPU, and differences of a sum over the row would lose the
-  digits of short samples.
+  The sums are computed by a scan. Scatter-adds would have no fixed order on a GPU. Differences between cumulative sums
+  over the row would be inaccurate for short samples.
+
+  reverse: sums from this token to the last token of its sample instead.
   """
   if segments_BT is None:
     segments_BT = jnp.zeros(x_BT.shape, jnp.int32)
@@ -203,14 +211,15 @@ def token_covariance(old_logp_BT, advantages_BT, mask_BT):
 def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4, low=1.0, high=5.0):
   """Selects the tokens that Clip-Cov removes from the gradient. Returns bool [B, T].
 
-  They are drawn at random from the candidates, which are the tokens with a covariance between `low` and `high`.
+  The tokens are drawn at random from the candidates. A token is a candidate if its covariance (`token_covariance`) lies
+  between `low` and `high`.
 
   Args:
     old_logp_BT, advantages_BT, mask_BT: as in `policy_loss`.
     noise_BT: float [B, T] in [0, 1), drawn by the caller. The candidates with the lowest noise are selected.
     share: the largest number of selected tokens, divided by the number of all tokens. At least one token is selected if
       there is a candidate.
-    low, high: the limits of the covariance, which are excluded.
+    low, high: the limits of the covariance. A token at a limit is no candidate.
   """
   covariance_BT = token_covariance(old_logp_BT, advantages_BT, mask_BT)
   candidates_BT = mask_BT & (covariance_BT > low) & (covariance_BT < high)
@@ -269,6 +278,7 @@ class PolicyLossConfig:
   """Section `rl.loss`: the name of the loss, and its parameters.
 
   A default is the value that the paper (arXiv 2512.22955) states or, if it states none, DAPO's value.
+  configs/settings.py describes each field.
   """
 
   name: str = default('rl.loss.name')
@@ -395,14 +405,21 @@ def _check_shapes(shape, advantages_BT, arrays):
 
 
 def add(a, b):
-  """Adds the sums of two parts of a batch, {name: sum}, on the host. If a name ends in `_max`, takes the larger one."""
+  """Adds the sums of two parts of a batch, on the host. Returns {name: sum}.
+
+  If a name ends in `_max`, its value in the result is the larger of the two values.
+
+  a, b: the sums of each part, {name: sum}.
+  """
   return {name: np.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 
 def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:
-  """Computes the figures to log from the sums of a whole batch.
+  """Returns the figures to log, computed from the sums of a whole batch.
 
-  They are float32 scalars, most of them means per token. All are 0 if there are no tokens.
+  The figures are float32 scalars, most of them means per token. If there are no tokens, all figures are 0.
+
+  sums: the third result of `policy_loss`, added up over the batch.
   """
   tokens = jnp.maximum(sums['tokens'], 1)
   out = {'ratio_mean': sums['ratio'] / tokens, 'clip_fraction': sums['clipped'] / tokens}

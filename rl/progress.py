@@ -78,7 +78,7 @@ class Progress:
   def cursor(self) -> dict[str, Any]:
     """Returns the progress as a dictionary that can be stored as JSON, and that `read` accepts.
 
-    It stores the last result of each task, which the difficulty filter needs, as one bit.
+    For the difficulty filter, the dictionary has one bit per task, which says whether the last group had zero variance.
     """
     found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
     if self.zero_variance_N is not None:
@@ -115,7 +115,7 @@ class Progress:
     return found, dataclasses.replace(self, prompts=number)
 
   def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
-    """Returns whether the difficulty filter allows prompt number `number`."""
+    """Returns whether the difficulty filter allows prompt number `number`. repeat: as in `next_prompts`."""
     if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
       return True
     digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()

@@ -62,9 +62,9 @@ def graded_groups(
   Args:
     asked: {number of the prompt: task}. The number, `seed` and `step` together select the random numbers.
     samples: the group size.
-    more: called with the groups judged since its last call, if there are any. Returns additional prompts, in the form
-      of `asked`, whose answers are drawn while those of earlier prompts are still being drawn. All processes call it
-      with the same groups.
+    more: a function that returns additional prompts, in the form of `asked`. It is called while answers are still being
+      drawn. Its argument is the groups judged since its last call; without such groups, it isn't called. All processes
+      call it with the same groups.
 
   Raises:
     DataError: a prompt is too long for the sampler.

@@ -1,4 +1,4 @@
-"""Builds one policy-gradient update: from a state and microbatches of samples to a new state.
+"""Builds one policy-gradient update, which computes a new state from a state and microbatches of samples.
 
 # B rows  T tokens
 """
@@ -25,10 +25,13 @@ from betarank.train import score
 def cov_tokens(
   loss: PolicyLossConfig, key: jax.Array, microbatches: Sequence[Microbatch], old_logps: Sequence[jax.Array]
 ) -> list[jax.Array]:
-  """Returns the tokens that `loss.cov` selects from all microbatches of an update, bool [B, T] for each of them.
+  """Returns the tokens that the method `loss.cov` selects, as one bool array [B, T] per microbatch.
 
-  key: decides the choice of clip_cov, together with the number of the token; kl_cov isn't random.
-  old_logps: the log-probabilities before the update.
+  The method selects among the tokens of all microbatches of an update together.
+
+  key: the random key for 'clip_cov', which is folded with each token's number (Microbatch.numbers_BT). 'kl_cov' doesn't
+    use the key.
+  old_logps: for each microbatch, the log-probabilities before the update.
   """
   join = lambda arrays: jnp.concatenate([x.reshape(1, -1) for x in arrays], 1)
   known = (join(old_logps), join(m.advantages_BT for m in microbatches), join(m.batch.counted_BT for m in microbatches))
@@ -53,8 +56,9 @@ class Update(NamedTuple):
       gradient(params, gradients, microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT) -> (gradients, sums)
       apply(state, gradients) -> (state, the gradient's norm)
 
-  gradients: (the sum of the microbatches' gradients so far, with the structure of params; the number to divide it by).
-  sums: the input of `policy_losses.means`, and the rest of a microbatch's figures. Add them up over microbatches.
+  gradients: (the sum of the gradients of the microbatches so far, as a tree like params; the count to divide it by).
+  sums: {name: sum over the microbatch}. `policy_losses.add` adds the sums of two microbatches. From the total,
+    `policy_losses.means` and rl/loop.py compute the figures to log.
   """
 
   zeros: Callable
@@ -65,14 +69,14 @@ class Update(NamedTuple):
     self, state: TrainState, microbatches: Sequence[Microbatch], old_logps: Sequence[Any] | None = None,
     ref_logps: Sequence[Any] | None = None, chosen: Sequence[Any] | None = None,
   ) -> tuple[TrainState, list[dict[str, jax.Array]], jax.Array]:
-    """Returns (the new state, the sums of each microbatch, the norm of the gradient).
+    """Computes one update. Returns (the new state, the sums of each microbatch, the norm of the gradient).
 
     Args:
-      state: the state.
+      state: the training state before the update.
       microbatches: the samples.
       old_logps: for each microbatch, the log-probabilities before the first update on these samples. None for an
         on-policy update, whose ratio is 1.
-      ref_logps: the log-probabilities of the KL reference. Required if loss.kl_weight > 0.
+      ref_logps: for each microbatch, the log-probabilities of the KL reference. Required if loss.kl_weight > 0.
       chosen: the result of `cov_tokens`. Required if loss.cov is set.
     """
     none = [None] * len(microbatches)
@@ -89,8 +93,8 @@ def make_update(
 ) -> Update:
   """Returns the update of one minibatch.
 
-  The loss is a sum over the minibatch, divided once, so the number of microbatches doesn't change the result, nor does
-  the way in which samples are packed. The update doesn't change router biases.
+  The loss is a sum over the minibatch, divided once. Therefore neither the number of microbatches nor the packing of
+  samples changes the result. The update doesn't change router biases.
 
   temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
   """

@@ -39,7 +39,10 @@ class CheckpointError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Section `checkpoint`: how often a run saves, and which checkpoints it keeps."""
+  """Section `checkpoint`: how often a run saves, and which checkpoints it keeps.
+
+  configs/settings.py describes each field.
+  """
 
   every_steps: int
   keep: int

@@ -125,6 +125,22 @@ class Clock:
     return seconds, wait
 
 
+def _tensorboardx():
+  """Imports tensorboardX without PyTorch, which it would import if it can.
+
+  Importing PyTorch takes seconds, and nothing here needs it.
+  """
+  hide = 'torch' not in sys.modules
+  if hide:
+    sys.modules['torch'] = None  # the statement `import torch` then raises ImportError
+  try:
+    import tensorboardX
+  finally:
+    if hide:
+      del sys.modules['torch']
+  return tensorboardX
+
+
 class _Span:
   def __init__(self, clock: Clock, name: str):
     self._clock, self._name = clock, name
@@ -208,8 +224,7 @@ class Log:
     self._began = time.perf_counter() - self._lines.last.get(ELAPSED, 0.0)
     self._board = None
     if tensorboard:
-      from tensorboardX import SummaryWriter
-      self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+      self._board = _tensorboardx().SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
     self._wandb = WandbBoard(*wandb, workdir) if wandb else None
     self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     self._progress = None
@@ -249,7 +264,7 @@ class Log:
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], parts: Sequence[str]) -> None:
-    """Records the figures of an evaluation as eval/SOURCE/NAME, and prints a line of as many of `parts` as fit."""
+    """Records the figures of an evaluation as eval/SOURCE/NAME. Prints one line with as many of `parts` as fit."""
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}

@@ -41,15 +41,16 @@ def local_to_global(local, sharding: NamedSharding, rows: int):
 
 
 def rows_of_process(sharding: NamedSharding, rows: int, length: int) -> slice:
-  """Returns the rows of an array [rows, length] that the devices of this process hold, and those between them."""
+  """Returns the smallest range of rows that covers the part of an array [rows, length] on this process's devices."""
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   return slice(min(s[0] for s in slices), max(s[1] for s in slices))
 
 
 def rows_to_global(local, sharding: NamedSharding, first: int, rows: int):
-  """Returns a tree of global arrays with `rows` rows, built from the rows that `rows_of_process` names.
+  """Returns a tree of global arrays with `rows` rows, built from each process's own rows.
 
-  local: a tree of arrays with these rows. The first one is row `first` of the global array.
+  local: a tree of arrays with the rows in the range that `rows_of_process` returns.
+  first: the start of this range.
   """
   def build(x):
     own = lambda index: x[(slice(*(n - first for n in index[0].indices(rows)[:2])), *index[1:])]

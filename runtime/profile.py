@@ -19,8 +19,7 @@ class Profile:
 
   @contextlib.contextmanager
   def at(self, step: int) -> Iterator[None]:
-    """Returns a context manager around the work of one step. It starts and ends the trace, so every step must use it.
-    """
+    """Returns a context manager for the work of one step, which starts and ends the trace. Use it for every step."""
     if self._steps is None:
       yield
       return

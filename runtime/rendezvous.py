@@ -28,9 +28,16 @@ class JobError(UserError):
 
 
 class ProcessInfo(NamedTuple):
-  """The position of this process in its job."""
+  """The position of this process in its job.
 
-  coordinator: str  # HOST:PORT of process 0; '' in a job of one process
+  Attributes:
+    coordinator: HOST:PORT of process 0; '' in a job of one process.
+    processes: the number of processes.
+    index: the number of this process, from 0.
+    local_devices: the ids of the devices that this process uses; None for all devices that it finds.
+  """
+
+  coordinator: str
   processes: int
   index: int
   local_devices: list[int] | None
@@ -148,6 +155,10 @@ def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[
   """Sends this process's entry to process 0, and waits for the answer. Runs in every process except process 0.
 
   Returns (answer, {0: the connection}).
+
+  own: the entry of this process, as in `_coordinate`.
+  host, port: the address of process 0.
+  until: the deadline for connecting, on time.monotonic().
   """
   reason = 'it did not answer'
   while (left := until - time.monotonic()) > 0:

@@ -237,7 +237,11 @@ class JobWatchdog(Watchdog):
               130 if interrupted else 2 if own else 1, stacks=False)
 
   def _end(self, reason: str, status: int, stacks: bool = True) -> None:
-    """Writes the reason to standard error, to the log and to the heartbeat, and ends this process."""
+    """Writes the reason to standard error and to the log, publishes it in the heartbeat, and ends this process.
+
+    status: the exit status.
+    stacks: whether the stacks of all threads are written to the log.
+    """
     if not self._ending.acquire(blocking=False):
       time.sleep(3600)  # another thread is ending the process
     self._write_error(reason, stacks)

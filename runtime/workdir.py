@@ -42,8 +42,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 def _is_fixed(key: str, is_rl: bool) -> bool:
   """Returns True if a setting must keep its value when a run resumes.
 
-  These are the settings with the role IDENTITY, and the settings that the user's own config has added, which aren't in
-  configs/settings.py. In RL, the settings in renamed.NOT_IN_RL may change.
+  Settings with the role IDENTITY must keep their values. So must settings that aren't in configs/settings.py, which the
+  user's own config has added. In RL, the settings in renamed.NOT_IN_RL may change.
   """
   if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
     return False

@@ -69,10 +69,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
-  """Returns (content, end) of the brace group at `start`. Without a brace at `start`, the content is the next
-  character.
+  """Returns (content, end) of the brace group at `start`. `end` is the position after the group.
 
-  Returns None if the group isn't closed before `limit`, or if there is no character before `limit`.
+  If there is no brace at `start`, the content is the one character at `start`. Returns None if the group isn't closed
+  before the position `limit`, or if `start` isn't before `limit`.
   """
   if text[start:start + 1] != '{':
     return (text[start], start + 1) if start < limit else None  # \boxed 5

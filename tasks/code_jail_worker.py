@@ -175,6 +175,9 @@ def first_process(settings: dict, program: bytes, token: bytes, user: int) -> No
   """Runs as process 1: builds the jail, starts the program and waits for the program's end.
 
   When process 1 ends after that, the kernel ends all other processes in the jail.
+
+  settings, token, user: as in `run`.
+  program: the source code of the program.
   """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
   _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory

@@ -103,7 +103,7 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 def _summary(expected: list[str], grades: list[Grade]) -> str:
   """Returns a table of how many pairs of a reference and an answer got each verdict.
 
-  If the correct verdicts are known, the table has a row for each of them.
+  The table has one row for each correct verdict, or a single row if no correct verdict is known.
 
   expected: the correct verdict of each pair; '' if it isn't known.
   """

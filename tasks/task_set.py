@@ -75,8 +75,9 @@ class TaskSet:
 
   Attributes:
     size: the number of tasks; None if the source is unlimited.
-    left_out: the records that can't be used. A record that isn't a problem, for example because it has no final answer,
-      is in this list whatever its split. A record whose reference can't be read is in it only if it is in this split.
+    left_out: the records that can't be used. Records that aren't problems, for example because they have no final
+      answer, are listed whatever their split. Problems whose reference can't be read are listed only if they are in
+      this split.
     records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
   """
@@ -88,7 +89,8 @@ class TaskSet:
 
     Args:
       config: the source and the formats.
-      seed: decides the order of `at`. In a generated set, it also decides the problems, except in split 'held_out'.
+      seed: decides the order in which `at` returns tasks. In a generated set, it also decides the problems, except in
+        split 'held_out'.
       split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
       exclude: hashes of questions to leave out, from `hashes()` of the sets that are used for evaluation.
 
@@ -185,7 +187,9 @@ class TaskSet:
   def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
     """Returns (task, where) for each record that is a problem. Adds the other records to left_out.
 
-    where: the place of the record, for messages.
+    `where` is the place of the record, for messages.
+
+    kind, rest: the parts of the URI before and after the first colon.
 
     Raises:
       DataError: none of the records is a problem.
@@ -206,7 +210,10 @@ class TaskSet:
     return [(task, f'{rest}, task {task.id}') for task in code_problems.read(rest)]
 
   def _readable(self, kept: list[tuple[Task, str]]) -> list[Task]:
-    """Returns the tasks whose reference can be read, and adds the other tasks to left_out."""
+    """Returns the tasks whose reference can be read, and adds the other tasks to left_out.
+
+    kept: (task, place of its record) for each task of this split.
+    """
     references = [task.reference for task, _ in kept if task.verifier == 'math']
     with Verifier(VerifierConfig(deadline_s=_READING_S)) as verifier:
       whys = verifier.unreadable(references)

@@ -66,12 +66,16 @@ class Verifier:
   """Grades answers. It can be called from several threads, but processes one call at a time.
 
   Attributes:
-    counts: a Counter over the verifier's life, with these keys:
-      right, wrong, undecided: verdicts;
-      plain, worker, jail: answers graded in this process, in a worker, in a jail;
-      restarts: workers that were restarted;
-      timeouts, crashes, refused (the worker touched the system), unread (the reference can't be read), errors (a
-        library or a reward function failed): failures. A failure of several equal items counts once.
+    counts: a Counter of what happened since the verifier was created. A failure of several equal items counts once. The
+      keys are:
+        right, wrong, undecided: answers with this verdict.
+        plain, worker, jail: answers that were graded in this process, in a worker, in a jail.
+        restarts: workers that were restarted.
+        timeouts: items that took too long.
+        crashes: items during which the worker died.
+        refused: items that tried to touch the system.
+        unread: items whose reference can't be read.
+        errors: items for which a library or a reward function failed.
     first_error: the message of the first failure that was counted under errors, one line; '' if there was none.
   """
 

@@ -93,10 +93,9 @@ class _Worker:
       self.process.stdin.flush()
 
   def extend(self) -> bool:
-    """Checks a worker whose deadline has passed. If CPU time and wall time are left, sets a later deadline and returns
-    True.
+    """Sets a later deadline, and returns True, if the worker has CPU time and wall time left. Otherwise returns False.
 
-    Otherwise returns False.
+    Called when the worker's deadline has passed.
     """
     used = _cpu_s(self.process.pid)
     now = time.monotonic()
@@ -141,8 +140,7 @@ def _import_path() -> str:
 
 
 def _cpu_s(pid: int) -> float | None:
-  """Returns the CPU seconds that a process has used; None if the system doesn't provide them. The caller then uses wall
-  time.
+  """Returns the CPU seconds that a process has used; None if the system doesn't tell. The caller then uses wall time.
   """
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
@@ -223,6 +221,10 @@ class WorkerPool:
     """Waits for replies and receives them, at most until the first deadline of a worker.
 
     Replaces workers that have ended or have passed their deadline.
+
+    selector: the selector of all workers of this call.
+    replies: a list with the reply to each request, or None. New replies are stored in it.
+    pending: {kind of worker: the indices of requests that no worker has yet}.
     """
     workers = [key.data for key in selector.get_map().values()]
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, driven through chromedriver's HTTP interface (WebDriver), without a library."""
+"""Drives a headless Chromium in tests, through chromedriver's HTTP interface (WebDriver), without a library."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ class Browser:
     self._call('POST', 'url', {'url': url})
 
   def resize(self, width, height=900):
-    """Sets the size of the page's area, narrower than a window can be too."""
+    """Sets the size of the page's area in pixels. The area may be narrower than the narrowest possible window."""
     self._call('POST', 'goog/cdp/execute', {'cmd': 'Emulation.setDeviceMetricsOverride', 'params': {
       'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': width < 600}})
 
@@ -41,11 +41,11 @@ class Browser:
     self._call('POST', 'goog/cdp/execute', {'cmd': 'Emulation.setEmulatedMedia', 'params': {'features': features}})
 
   def run(self, script, *arguments):
-    """Returns what the script, a function's body, returns."""
+    """Runs `script` in the page, and returns its result. The script is the body of a JavaScript function."""
     return self._call('POST', 'execute/sync', {'script': script, 'args': list(arguments)})
 
   def wait(self, script, seconds=60):
-    """Waits until the script returns something true, and returns that."""
+    """Runs `script` in the page until its result is true, and returns this result."""
     until = time.monotonic() + seconds
     while not (value := self.run(script)):
       assert time.monotonic() < until, f'not within {seconds} s: {script}'
@@ -53,17 +53,20 @@ class Browser:
     return value
 
   def messages(self):
-    """All lines of the console since the last call, errors of the policy and of loading included."""
+    """Returns all lines of the browser's console since the last call.
+
+    The browser also writes there what the security policy blocks, and what can't be loaded.
+    """
     return [entry['message'] for entry in self._call('POST', 'se/log', {'type': 'browser'})]
 
   def screenshot(self):
-    """A PNG of the page's area, in base64."""
+    """Returns a PNG of the page's area, in base64."""
     return self._call('GET', 'screenshot')
 
 
 @contextlib.contextmanager
 def browser(profile):
-  """Starts a browser with a new profile in the folder `profile`."""
+  """Starts a browser with a new profile in the folder `profile`. Yields a Browser, and ends it after the block."""
   port = free_port()
   driver = subprocess.Popen([DRIVER, f'--port={port}'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   root = f'http://127.0.0.1:{port}/session'

@@ -1,16 +1,16 @@
-"""A fake Google Cloud Storage server over a folder, as slow and as faulty as a test asks for.
+"""Serves a folder as a fake Google Cloud Storage, as slow and as faulty as a test asks for.
 
     with Bucket(tmp_path) as bucket:             # object gs://b/data/x is the file tmp_path/b/data/x
       bucket.latency_s = 0.03                    # before every answer
       bucket.error_rate = 0.01                   # share of requests answered with a status of `error_statuses`
       bucket.truncate_rate = 0.01                # share of downloads that end after half of the body
-      ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath find it
+      ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath use this server
     python -m tests.bucket FOLDER [--port=N] [--latency_s=0.03] [--error_rate=0.01] ...    # in a process of its own
     disturb(endpoint, latency_s=0.03, ...)       # changes the faults of such a process
 
-It speaks the part of the JSON and XML interfaces that these libraries use: download with ranges, upload (media,
-multipart, resumable), list, copy, move, delete, and preconditions on generations. The same seed and the same requests
-give the same faults.
+The server supports those parts of the JSON and XML interfaces that these libraries use: download with ranges, upload
+(media, multipart, resumable), list, copy, move, delete, and preconditions on generations. The same seed and the same
+requests give the same faults.
 """
 
 import argparse
@@ -47,11 +47,16 @@ _PAGE = 1000  # names in one answer to a list request, as the real service gives
 
 
 class Bucket:
-  """The server, in a thread of this process from `with` on.
+  """The server. It runs in a thread of this process while the `with` block runs.
 
-  Attributes: those of FAULTS, which may all be changed at any time; `requests`, a Counter of what was answered, by
-  method and status; `downloads`, one of the objects that were read, by BUCKET/NAME; `bytes_sent`; `largest_download`
-  in bytes; `busiest`, the most requests in flight at once.
+  The attributes named in FAULTS, and error_statuses, may be changed at any time.
+
+  Attributes that tests read:
+    requests: a Counter of requests, by (method, status of the answer).
+    downloads: a Counter of downloads, by BUCKET/NAME of the object.
+    bytes_sent: the bytes of all downloads.
+    largest_download: the bytes of the largest download.
+    busiest: the largest number of requests that were in progress at the same time.
   """
 
   def __init__(self, folder: str | os.PathLike, *, port: int = 0, seed: int = 0, **faults: float):
@@ -88,7 +93,7 @@ class Bucket:
 
   @property
   def environment(self) -> dict[str, str]:
-    """What makes the clients of this process, and of those it starts, talk to this server."""
+    """The environment variables with which clients talk to this server, in this process and in its children."""
     return {'TENSORSTORE_GCS_HTTP_URL': self.endpoint, 'CLOUD_STORAGE_EMULATOR_ENDPOINT': self.endpoint,
             'STORAGE_EMULATOR_HOST': self.endpoint, 'GOOGLE_AUTH_TOKEN_FOR_TESTING': '',
             'BUCKET_FOR_TESTS': self.endpoint}
@@ -127,7 +132,7 @@ class Bucket:
     return server
 
   async def run(self) -> None:
-    """Serves until cancelled."""
+    """Serves requests until the task is cancelled."""
     async with await self._listen() as server:
       print(self.endpoint, flush=True)
       await server.serve_forever()
@@ -311,7 +316,7 @@ def _missing() -> tuple[int, dict, bytes]:
 
 
 class _Connection(asyncio.Protocol):
-  """HTTP/1.1 with kept connections: one request after another."""
+  """A connection over HTTP/1.1. It stays open after a request, and serves one request after the other."""
 
   def __init__(self, bucket: Bucket):
     self.bucket, self.received, self.queue = bucket, bytearray(), None
@@ -415,7 +420,7 @@ def disturb(endpoint: str, **faults: float) -> dict[str, int]:
 
 
 def register() -> None:
-  """Makes `gs://` of fsspec and epath talk to the server that BUCKET_FOR_TESTS names, without gcsfs."""
+  """Makes `gs://` of fsspec and epath talk to the server whose address is in BUCKET_FOR_TESTS. gcsfs isn't used."""
   import fsspec
   from etils.epath import backend
 

@@ -1,4 +1,4 @@
-"""`gs://` for fsspec and epath over the fake server of tests/bucket.py: what gcsfs is for the real one."""
+"""Lets fsspec and epath read and write `gs://` on the fake server of tests/bucket.py, in place of gcsfs."""
 
 import http.client
 import json
@@ -13,7 +13,9 @@ _TRIES = 8
 
 
 class BucketFiles(AbstractFileSystem):
-  """Lists, reads, writes, copies and deletes objects; retries refused requests, as gcsfs does."""
+  """A file system that lists, reads, writes, copies and deletes objects. Like gcsfs, it repeats requests that fail with
+  429 or 5xx.
+  """
 
   protocol = ('gs', 'gcs')
   cachable = True
@@ -23,7 +25,7 @@ class BucketFiles(AbstractFileSystem):
     self._local = threading.local()
 
   def _request(self, method: str, target: str, body: bytes = b'', headers: dict[str, str] | None = None):
-    """(status, body) of the first answer that isn't 429 or 5xx."""
+    """Sends a request until the answer isn't 429 or 5xx, at most _TRIES times. Returns (status, body)."""
     server = urllib.parse.urlsplit(os.environ['BUCKET_FOR_TESTS'])
     for attempt in range(_TRIES):
       connection = getattr(self._local, server.netloc, None)

@@ -1,4 +1,4 @@
-"""A bucket for tests: a file system in memory that answers to gs://."""
+"""Provides a bucket for tests: a file system in memory, whose paths begin with gs://."""
 
 import uuid
 

@@ -1,7 +1,8 @@
-"""python -m tests.cached ARGS: `betarank ARGS` in a process of a job that writes its programs to the compilation cache.
+"""Runs `betarank ARGS` in a process of a job: python -m tests.cached ARGS
 
-JAX lets only process 0 write them, though on CPUs each process has programs of its own. Without this the others would
-compile again each time that a test starts them.
+Unlike `betarank`, every process writes its compiled programs to the compilation cache. By default, JAX lets only
+process 0 write. On CPUs, however, each process has programs of its own, which it would compile again each time that a
+test starts it.
 """
 
 import runpy

@@ -1,7 +1,7 @@
-"""The set-up of all tests: eight CPU devices, a shared compilation cache, and strict ranks.
+"""Sets up all tests: eight CPU devices, a shared compilation cache, and the import path.
 
-It is made by environment variables, before JAX is imported anywhere, so that the commands which tests start have it
-too. TEST_ON=gpu leaves the devices as they are.
+The settings are environment variables, which are set before JAX is imported, so that they also apply to the commands
+that tests start. With TEST_ON=gpu, the devices aren't changed.
 """
 
 import atexit
@@ -48,7 +48,7 @@ def release_programs():
 
 @pytest.fixture(scope='session')
 def data_dir(tmp_path_factory):
-  """Prepared data for the tiny run, made once a worker."""
+  """Returns the folder of prepared data for the tiny run. The data is prepared once per worker of pytest."""
   from tests.runs import prepare  # brings JAX
   path = tmp_path_factory.mktemp('data')
   prepare(f'tests/tiny.py:dir={path}')
@@ -57,6 +57,6 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def bucket():
-  """The path of an empty bucket, in memory."""
+  """Returns the path of an empty bucket in memory."""
   from tests import buckets
   return buckets.new()

@@ -1,7 +1,8 @@
-"""python -m tests.gloo ARGS: `betarank ARGS` in one process whose CPU devices add in the order of several processes.
+"""Runs `betarank ARGS` in one process that adds in the same order as several processes: python -m tests.gloo ARGS
 
-In a job of one process XLA adds what its CPU devices hold in another order than gloo does between processes, so that
-sums over more than two devices differ in their last bits. Here a single process uses gloo too.
+In a job of one process, XLA adds the values of its CPU devices in another order than gloo, which adds values of several
+processes. Sums over more than two devices therefore differ in their last bits. With this module, a single process uses
+gloo too.
 """
 
 import runpy

@@ -1,9 +1,9 @@
 """python -m tests.newcomer [--only=WORDS] [--keep=DIR]
 
-Does what README.md tells a newcomer to do: clones this repository's last commit, and types each command of the README's
-blocks, in their order and as written, into a new shell that has only HOME and PATH=/usr/bin:/bin. Takes half an hour on
-two idle cores, and 3 GB of disk. --only runs only the commands with one of these words, separated by commas. With
---keep, they run in the folder of an earlier walk.
+Does what README.md tells a newcomer to do. Clones this repository's last commit, and runs each command in the README's
+blocks, in order and as written. Each command runs in a new shell that has only HOME and PATH=/usr/bin:/bin. This takes
+half an hour on two idle cores, and 3 GB of disk. --only runs only commands that contain one of these words, which are
+separated by commas. --keep runs the commands in the folder DIR of an earlier call.
 """
 
 import argparse
@@ -26,17 +26,19 @@ UNTIL_CTRL_C = {'betarank explore': (90, 0), 'JAX_DISABLE_JIT=1': (60, 130)}
 
 
 def blocks(text):
-  """Returns [(language, content)] of the fenced blocks of a document; the language is '' for commands and output."""
+  """Returns [(language, content)] of the fenced blocks of a document. The language is '' for blocks of commands or
+  output.
+  """
   return re.findall(r'^```(\w*)\n(.*?)^```', text, re.M | re.S)
 
 
 def commands(text):
-  """Returns the commands in the blocks of a document, as written, in their order."""
+  """Returns the commands in the blocks of a document, in order and as written."""
   return [found.rstrip() for language, content in blocks(text) if not language for found in COMMAND.findall(content)]
 
 
 def reason_to_leave_out(command):
-  """Returns why a command isn't run, or ''."""
+  """Returns the reason why a command isn't run; '' if it is run."""
   return next((why for word, why in LEFT_OUT.items() if word in command and '-m venv' not in command), '')
 
 
@@ -64,7 +66,7 @@ def main():
 
 
 def type_in(command, clone, home, number):
-  """Runs a command in a new shell, prints how it went, and returns whether it went well."""
+  """Runs a command in a new shell, and prints how it ended. Returns True if it succeeded, or if it is left out."""
   shown = ' '.join(command.split('#')[0].replace('\\\n', ' ').split())[:90]
   if why := reason_to_leave_out(command):
     print(f'left out         {shown}: {why}', flush=True)

@@ -1,4 +1,4 @@
-"""Commands as processes: how tests start them, wait for them, and compare what they leave."""
+"""Starts commands as processes in tests, waits for them, and compares what they leave."""
 
 import json
 import os
@@ -19,7 +19,7 @@ SECRET = 'hunter2-is-the-password'
 
 
 def environment(devices=1):
-  """The environment of a command that sees so many CPU devices."""
+  """Returns the environment variables of a command that has `devices` CPU devices."""
   flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'  # the last one counts
   return {**os.environ, 'XLA_FLAGS': flags, 'SECRET_TOKEN': SECRET}
 
@@ -34,25 +34,30 @@ def free_port():
 
 
 def betarank(*arguments, devices=1, **popen):
-  """Starts `betarank ARGUMENTS`."""
+  """Starts `betarank ARGUMENTS`, and returns the process."""
   return python('-m', 'betarank', *arguments, devices=devices, **popen)
 
 
 def python(*arguments, devices=1, **popen):
-  """Starts `python ARGUMENTS`, and reads its output and errors as text."""
+  """Starts `python ARGUMENTS`, and returns the process, whose output and errors are text."""
   return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment(devices), text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
 
 
 def deadline_s(processes):
-  """The deadline for heartbeats in a job of tests: longer for more processes, which share this machine's cores."""
+  """Returns the deadline for heartbeats of a job, in seconds. It is longer for more processes, which share this
+  machine's cores.
+  """
   return 5 * processes
 
 
 def start(command, config, workdir, processes, *extra, devices=1, replaced=None):
-  """Starts `betarank train` or `rl` as a job of `processes` processes of `devices` devices each; returns all of them.
+  """Starts `betarank train` or `betarank rl` as a job, and returns its processes.
 
-  replaced: {process: Python arguments that take the place of '-m betarank COMMAND'}. See tests/cached.py on the others.
+  processes: the number of processes.
+  devices: the number of devices of each process.
+  replaced: {number of a process: Python arguments in place of '-m betarank COMMAND'}. By default, process 0 runs
+    betarank, and the other processes run tests/cached.py.
   """
   flags = [f'--config={config}', f'--workdir={workdir}']
   if processes > 1:
@@ -63,20 +68,23 @@ def start(command, config, workdir, processes, *extra, devices=1, replaced=None)
 
 
 def finish(processes, timeout=900):
-  """Waits for all; returns [(exit status, standard output, standard error)]."""
+  """Waits until all processes end. Returns [(exit status, standard output, standard error)]."""
   outputs = [p.communicate(timeout=timeout) for p in processes]
   return [(p.returncode, *output) for p, output in zip(processes, outputs)]
 
 
 def finish_well(processes, timeout=900):
-  """Waits for all, which must end with status 0; returns [(0, standard output, standard error)]."""
+  """Waits until all processes end, and checks that their exit status is 0. Returns what `finish` returns."""
   for code, _, err in (results := finish(processes, timeout=timeout)):
     assert code == 0, err
   return results
 
 
 def refused(process, alone=True):
-  """Waits for a command that must be refused; returns its one line of error. alone: nothing else may be there."""
+  """Waits until a command ends, and checks that it ends with status 2 and one line of error. Returns this line.
+
+  alone: whether standard error must have no other line.
+  """
   [(code, _, err)] = finish([process], timeout=240)
   [line] = [line for line in err.splitlines() if line.startswith('error: ')]
   assert code == 2 and (err == line + '\n' or not alone), err
@@ -84,12 +92,12 @@ def refused(process, alone=True):
 
 
 def prepare(config, *flags):
-  """Runs `betarank data prepare` of a config."""
+  """Runs `betarank data prepare` with a config."""
   finish_well([betarank('data', 'prepare', f'--config={config}', *flags)])
 
 
 def wait_for_step(workdir, step, processes, timeout=600):
-  """Returns once the run has written this step, or a later one."""
+  """Waits until the run has logged `step` or a later step. The processes must not end before."""
   path, until = workdir / 'metrics.jsonl', time.monotonic() + timeout
   while time.monotonic() < until:
     whole = [line for line in path.read_text().splitlines(True) if line.endswith('\n')] if path.exists() else []
@@ -108,13 +116,15 @@ def last_error(err):
 
 
 def assert_no_secret(folder):
-  """Nothing that a run has written holds what was in its environment."""
+  """Checks that no file of a run contains the secret that was in the run's environment."""
   files = [path for path in folder.rglob('*') if path.is_file()]
   assert files and not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def assert_lost(results, victim, processes, workdir):
-  """Every process but the victim ended with a line that names the victim, in its log too."""
+  """Checks that every process except `victim` ended with a line that names the victim, on standard error and in its
+  log.
+  """
   for index, (code, _, err) in enumerate(results):
     if index != victim:
       assert code == EXIT_JOB_LOST, err
@@ -123,7 +133,11 @@ def assert_lost(results, victim, processes, workdir):
 
 
 def assert_stopped(results, workdir, statuses=None):
-  """All processes were stopped by a signal after the same step, which is saved; returns that step."""
+  """Checks that all processes were stopped by a signal after the same step, and that this step is saved. Returns the
+  step.
+
+  statuses: the expected exit statuses; None means 143 for all.
+  """
   saved = int(checkpoints(workdir)[-1])
   assert [code for code, _, _ in results] == (statuses or [143] * len(results)), results
   assert f'asked to stop: step {saved} is saved; the same command resumes from it' in results[0][1]
@@ -131,7 +145,7 @@ def assert_stopped(results, workdir, statuses=None):
 
 
 def assert_same_run(a, b, step):
-  """Two runs are equal to the last bit: their metrics, their samples, and the checkpoint of this step."""
+  """Checks that two runs are equal to the last bit: their metrics, their samples, and the checkpoint of `step`."""
   assert metrics(a) == metrics(b) and samples(a) == samples(b)
   want, got = arrays(b, step), arrays(a, step)
   assert got.keys() == want.keys() and len(got) > 20
@@ -140,23 +154,23 @@ def assert_same_run(a, b, step):
 
 
 def checkpoints(workdir):
-  """The steps of the checkpoints of a run, as their folders are named, oldest first."""
+  """Returns the steps of a run's checkpoints as text, oldest first."""
   return sorted((p.name for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()), key=int)
 
 
 def metrics(workdir):
-  """All lines of the run's metrics.jsonl, without the times, which don't repeat."""
+  """Returns the lines of a run's metrics.jsonl without times, which are different in every run."""
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   return [{k: v for k, v in line.items() if not k.startswith('time/')} for line in lines]
 
 
 def samples(workdir):
-  """The text of the run's samples.jsonl."""
+  """Returns the text of a run's samples.jsonl."""
   return (workdir / 'samples.jsonl').read_text()
 
 
 def arrays(workdir, step):
-  """All arrays of a checkpoint, by name, read without a model that says what they should be."""
+  """Returns {name: array} of a checkpoint. They are read without a model, which would say what must be there."""
   path = epath.Path(workdir) / 'checkpoints' / str(step) / 'state'
   with ocp.PyTreeCheckpointer() as reader:
     shapes = reader.metadata(path).item_metadata

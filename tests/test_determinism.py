@@ -1,6 +1,7 @@
-"""The same seed gives the same bits: the lines of `Determinism` in docs/guarantees.md that no other test holds.
+"""Tests that the same seed gives the same bits: those lines of `Determinism` in docs/guarantees.md that no other test
+checks.
 
-Bits are every metric but `time/...`, every sample and every array of the last checkpoint.
+Compared are all metrics except `time/...`, all samples, and all arrays of the last checkpoint.
 """
 
 import jax
@@ -20,7 +21,7 @@ LAYOUTS = [(1, 4), (2, 2), (4, 1)]  # processes, CPU devices of each
 
 
 def launch(command, config, workdir, *extra, processes=1, devices=1):
-  """Runs `betarank COMMAND` in so many processes, which must end well."""
+  """Runs `betarank COMMAND` in `processes` processes, and checks that they succeed. Returns the workdir."""
   one = {0: ('-m', 'tests.gloo', command)} if processes == 1 and devices > 1 else None
   finish_well(start(command, config, workdir, processes, *extra, '--host_deadline_s=100', devices=devices,
                     replaced=one))
@@ -28,7 +29,7 @@ def launch(command, config, workdir, *extra, processes=1, devices=1):
 
 
 def left(workdir):
-  """What a run left, by name."""
+  """Returns {name: value} of what a run left."""
   step = int(checkpoint.find(str(workdir)).name)
   samples = workdir / 'samples.jsonl'
   return {
@@ -46,7 +47,7 @@ def assert_same_bits(a, b):
 
 @pytest.fixture(scope='module')
 def sums(tmp_path_factory):
-  """(data, a model that has learned what an answer looks like)."""
+  """Returns (folder of the data, workdir of a model that has learned the format of an answer)."""
   folder = tmp_path_factory.mktemp('sums')
   tiny = f'tests/tiny.py:dir={folder}/data,beta=0'
   prepare(tiny, SUMS)
@@ -57,7 +58,7 @@ def sums(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_repeats_to_the_last_bit(data_dir, tmp_path):
-  """That another seed is another run, tests/data/test_batches.py shows."""
+  """tests/data/test_batches.py tests that another seed gives other batches."""
   short = ('--config.train.tokens=1536', '--config.model.layers=1')  # 6 steps
   a, b = (launch('train', f'tests/tiny.py:dir={data_dir}', tmp_path / name, *short) for name in 'ab')
   assert_same_bits(a, b)
@@ -66,7 +67,9 @@ def test_a_run_repeats_to_the_last_bit(data_dir, tmp_path):
 @pytest.mark.parametrize('shape', [(1, 1), (2, 1), (1, 4), (4, 2)], ids=str)  # data, fsdp
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_the_rows_of_a_step_are_the_same_for_any_number_of_processes_and_devices(data_dir, processes, shape):
-  """Each process reads the part that runtime/multihost.py gives it; together, on the devices, they are one batch."""
+  """Each process reads the part of a batch that runtime/multihost.py assigns to it. On the devices, the parts form one
+  batch.
+  """
   run = run_config(load.load(f'tests/tiny.py:dir={data_dir}', {}))
   rows = run.train.batch_size
   mesh = model.make_mesh(model.MeshConfig(*shape, 1, 1, 1), jax.devices()[: shape[0] * shape[1]])

@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell a reader to type and to open: commands, flags, settings, links and files."""
+"""Tests what README.md and docs/ tell a reader to type and to open: commands, flags, settings, links and files."""
 
 import ast
 import contextlib
@@ -28,12 +28,12 @@ INLINE = re.compile(r'`betarank ([^`]+)`')
 
 
 def commands(block):
-  """The words of each command in a block of lines, without comments."""
+  """Returns the words of each command in a block of lines. Comments are left out."""
   return [shlex.split(line, comments=True) for line in LINE.findall(re.sub(r'\\\n\s*', '', block))]
 
 
 def commands_of(text):
-  """The words of each command in a document, or in the docstring of a config."""
+  """Returns the words of each command in a document, in blocks and inside sentences."""
   prose, *rest = re.split(r'^```.*\n', text, flags=re.M)
   prose, blocks = [prose, *rest[1::2]], rest[::2]
   inline = [shlex.split(line) for part in prose for line in INLINE.findall(part)]
@@ -41,7 +41,7 @@ def commands_of(text):
 
 
 def found():
-  """(file, words) of every command that a reader is told to type."""
+  """Yields (file, words) for each command that the documents and the docstrings of configs tell a reader to type."""
   for name in ('README.md', *DOCS):
     yield from ((name, words) for words in commands_of((ROOT / name).read_text(encoding='utf-8')))
   for name in CONFIGS:
@@ -51,7 +51,7 @@ def found():
 
 @functools.cache
 def help_of(*command):
-  """What `betarank COMMAND --help` prints."""
+  """Returns the output of `betarank COMMAND --help`."""
   with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as end:
     importlib.import_module(f'betarank.{COMMANDS[command[0]][0]}').main([*command[1:], '--help'])
   assert end.value.code == 0
@@ -59,7 +59,10 @@ def help_of(*command):
 
 
 def check(words):
-  """Raises AssertionError or ConfigError if a command would be refused for what it is given."""
+  """Raises AssertionError or ConfigError if betarank wouldn't accept the command or its flags.
+
+  words: the words of the command, without `betarank`.
+  """
   name, *rest = words
   if name in ('--help', 'COMMAND'):
     return
@@ -88,7 +91,7 @@ def check(words):
 
 @pytest.fixture
 def in_a_readers_folder(tmp_path, monkeypatch):
-  """An empty folder with the config files that the documents have the reader write."""
+  """Changes to an empty folder, with the config files that the documents tell the reader to write."""
   for name in ('README.md', 'docs/extend.md'):
     for block in re.findall(r'^```python\n(.*?)^```', (ROOT / name).read_text(encoding='utf-8'), re.M | re.S):
       if 'def get_config' in block:
@@ -127,7 +130,7 @@ def test_a_wrong_command_is_found(line):
 
 
 def test_a_newcomer_types_the_readme_s_commands():
-  """`python -m tests.newcomer` runs them."""
+  """Checks which commands `python -m tests.newcomer` would run."""
   typed = [command for command in newcomer.commands(README) if not newcomer.reason_to_leave_out(command)]
   assert [shlex.split(line, comments=True)[:2] for line in typed[:5]] == [
     ['python3', '-m'], ['.', '.venv/bin/activate'], ['pip', 'install'], ['betarank', '--help'], ['make', 'smoke']]

@@ -1,4 +1,4 @@
-"""The Python blocks of docs/extend.md, run as they stand."""
+"""Runs the Python blocks of docs/extend.md exactly as written."""
 
 import pathlib
 import re
@@ -24,7 +24,10 @@ SECTIONS = dict(re.findall(r'^## (.+?)\n(.*?)(?=^## |\Z)', DOCUMENT.read_text(en
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-  """A function (section) -> what its blocks define. They run in an empty folder, and the tables are restored."""
+  """Returns a function (section) -> the names that the section's blocks define.
+
+  The blocks run in an empty folder. Tables that they change are restored afterwards.
+  """
   monkeypatch.chdir(tmp_path)
   tables = [(table, dict(table)) for table in (family.FAMILY, reasoning.TASKS, advantages.ADVANTAGES)]
 

@@ -1,4 +1,4 @@
-"""Two points of each fault class; `python -m tests.faults` runs many."""
+"""Tests each class of faults at two points. `python -m tests.faults` tests many points."""
 
 import pytest
 

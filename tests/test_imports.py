@@ -1,4 +1,4 @@
-"""Imports point one way, and nothing happens when a module is imported."""
+"""Tests that imports go in one direction only, and that importing a module has no effect."""
 
 import ast
 import pathlib
@@ -24,7 +24,7 @@ FILES = [p for package in ALLOWED for p in sorted((ROOT / package).rglob('*.py')
 
 
 def imported(path):
-  """Packages of the project that a file imports, anywhere in it."""
+  """Returns the packages of the project that a file imports, anywhere in the file."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -55,7 +55,7 @@ for name in sys.argv[1:]:
 
 
 def test_nothing_happens_at_import():
-  """No module starts a JAX backend or prints anything."""
+  """Importing a module doesn't start a JAX backend, and doesn't print anything."""
   names = ['.'.join(['betarank', *path.relative_to(ROOT).with_suffix('').parts]) for path in FILES]
   done = subprocess.run([sys.executable, '-c', IMPORT_ALL, *names], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

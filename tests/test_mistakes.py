@@ -1,4 +1,4 @@
-"""What people get wrong: each mistake is refused with one line that says what was meant, and nothing is written.
+"""Tests common mistakes of users: each ends the command with one line that says what was meant, and nothing is written.
 
 The commands run in this process. All of these mistakes are found before a device is used.
 """
@@ -15,7 +15,7 @@ from betarank.configs.parser import Parser, place
 
 
 def refused(capsys, line):
-  """Runs `betarank LINE`; returns the one line that refuses it."""
+  """Runs `betarank LINE`, and checks that it ends with status 2 and one line of error. Returns this line."""
   with pytest.raises(SystemExit) as end:
     run_main(lambda: __main__._run(line))
   err = capsys.readouterr().err
@@ -143,7 +143,10 @@ HEAD = 'from betarank.configs import common\n\ndef get_config(arg=None):\n  c = 
 
 @pytest.fixture(scope='module')
 def places(data_dir, tmp_path_factory):
-  """What stands in braces above: prepared data, a file, and three names of nothing."""
+  """Returns {name: path} for the names in braces in the table above.
+
+  These are prepared data, a file, and three paths that don't exist.
+  """
   root = tmp_path_factory.mktemp('mistakes')
   (root / 'file').write_text('x')
   return {'data': data_dir, **{name: root / name for name in ('new', 'nothing', 'file', 'run')}}

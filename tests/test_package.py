@@ -1,4 +1,5 @@
-"""One package: commands work in a folder with modules and folders of the user's own, from a checkout and a wheel."""
+"""Tests that commands work in a folder with the user's own modules and folders, both from a checkout and from a wheel.
+"""
 
 import os
 import pathlib
@@ -18,7 +19,7 @@ HOSTILE = ('data', 'model', 'configs', 'train', 'rl', 'eval', 'launch', 'objecti
 
 @pytest.fixture
 def hostile(tmp_path):
-  """A working folder whose names once hid the packages."""
+  """Returns a folder with files and folders that have the names of betarank's packages."""
   for name in HOSTILE:
     (tmp_path / name).mkdir()
   for name in ('train.py', 'data.py', 'model.py'):
@@ -31,7 +32,7 @@ def without_pythonpath():
 
 
 def run(folder, *command, env=None, python=sys.executable):
-  """The command as the console script runs it: the folder is not on the module path."""
+  """Runs a command in `folder` as the installed script runs it: without this folder on the module path."""
   return subprocess.run([python, '-P', '-m', 'betarank', *command], cwd=folder, capture_output=True, text=True, env=env)
 
 

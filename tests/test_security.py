@@ -1,4 +1,5 @@
-"""Input can't become code, can't name files elsewhere, and ends a command with one line at worst."""
+"""Tests that input can't become code, that it can't name files elsewhere, and that bad input gives one line of error.
+"""
 
 import argparse
 import ast
@@ -49,7 +50,7 @@ ALLOWED = {
 
 
 def risks(source):
-  """Yields (name, line) of everything in Python source that could execute its input."""
+  """Yields (name, line) of everything in Python source code that could execute its input, such as eval."""
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import | ast.ImportFrom):
       names = [alias.name for alias in node.names]
@@ -94,7 +95,8 @@ def test_no_package_executes_its_input():
 
 
 def test_no_input_is_executed():
-  """The interpreter's audit events while configs, data, tokenizers, checkpoints, answers and reports are read."""
+  """Checks the interpreter's audit events while configs, data, tokenizers, checkpoints, answers and reports are read.
+  """
   done = subprocess.run([sys.executable, '-m', 'tests.fuzz.audit'], cwd=ROOT, env=environment(), capture_output=True,
                         text=True)
   assert done.returncode == 0, done.stderr[-2000:]
@@ -193,7 +195,7 @@ def test_an_index_may_not_name_files_elsewhere(tmp_path):
 
 
 def test_a_set_of_tfds_may_not_name_a_module(tmp_path, monkeypatch):
-  """TFDS would import what features.json names, also from the current folder."""
+  """TFDS would import any module that features.json names, even from the current folder."""
   (tmp_path / 'intruder.py').write_text(f'open({str(tmp_path / "canary")!r}, "w")')
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / 'dataset_info.json').write_text(json.dumps({
@@ -210,7 +212,7 @@ def test_a_set_of_tfds_may_not_name_a_module(tmp_path, monkeypatch):
 
 
 def test_a_run_replaces_a_linked_metrics_file(tmp_path):
-  """The link's target isn't changed."""
+  """If metrics.jsonl is a link, the run replaces the link. The file that it leads to isn't changed."""
   from etils import epath
   outside = tmp_path / 'outside.jsonl'
   outside.write_text('{"step": 1}\n')
@@ -245,7 +247,7 @@ def test_a_report_writes_through_no_link(tmp_path, monkeypatch):
 
 
 def test_a_report_reads_links_once_and_no_devices(tmp_path):
-  """Ten links back to the root would be a million folders; /dev/zero and a pipe have no end."""
+  """Ten links to the root would otherwise lead to a million folders. /dev/zero and a pipe have no end."""
   root = tmp_path / 'sweep'
   sweep.make(root, arms=({},), seeds=1, steps=3, rl_steps=2, problems=2, n=2)
   for i in range(10):

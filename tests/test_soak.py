@@ -1,4 +1,4 @@
-"""`python -m tests.soak` finds growth, and only where there is some."""
+"""Tests that `python -m tests.soak` finds growth, and reports none where there is none."""
 
 import subprocess
 import sys

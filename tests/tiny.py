@@ -1,4 +1,4 @@
-"""A run small enough for tests: `betarank train --config=tests/tiny.py:dir=DATA --workdir=...`."""
+"""Config of a run that is small enough for tests: `betarank train --config=tests/tiny.py:dir=DATA --workdir=...`."""
 
 from betarank.configs import common
 

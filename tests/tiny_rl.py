@@ -1,4 +1,6 @@
-"""An RL run small enough for tests: `betarank rl --config=tests/tiny_rl.py:init_from=RUN --workdir=...`."""
+"""Config of an RL run that is small enough for tests: `betarank rl --config=tests/tiny_rl.py:init_from=RUN
+--workdir=...`.
+"""
 
 from betarank.configs import common
 from tests import tiny

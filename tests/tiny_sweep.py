@@ -1,11 +1,11 @@
-"""A sweep small enough for tests: `betarank sweep --config=tests/tiny_sweep.py:dir=DATA,arms=2,seeds=1 ...`."""
+"""Config of a small sweep for tests: `betarank sweep --config=tests/tiny_sweep.py:dir=DATA,arms=2,seeds=1 ...`."""
 
 from betarank.configs import common
 from tests import tiny, tiny_rl
 
 
 def arguments(arg):
-  """bad: the first arm's learning rate makes it fail."""
+  """Returns the arguments of this config. `bad` gives the first arm a learning rate with which it fails."""
   return common.parse(arg, dir='', stage='pretrain', arms=2, seeds=1, probes=False, bad=False)
 
 

@@ -1,4 +1,6 @@
-"""Small tokenizer.json files of each kind, and those of Qwen and Llama 3 where a package on this machine has them."""
+"""Writes small tokenizer.json files of each kind, and those of Qwen and Llama 3 if an installed package has their
+tokens.
+"""
 
 import base64
 import importlib.util
@@ -30,7 +32,11 @@ KINDS = {
 
 
 def write(folder, tokenizer, config, generation=None):
-  """Writes a tokenizer (an object or its JSON) with its side files; returns the folder as text."""
+  """Writes a tokenizer and its side files to a folder. Returns the folder as text.
+
+  tokenizer: an object of the `tokenizers` library, or its JSON.
+  config, generation: the content of tokenizer_config.json and generation_config.json; None for no file.
+  """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   content = json.loads(tokenizer.to_str()) if isinstance(tokenizer, tokenizers.Tokenizer) else tokenizer
@@ -42,7 +48,7 @@ def write(folder, tokenizer, config, generation=None):
 
 
 def byte_level(folder, kind, vocab_size=400):
-  """Writes a byte-level BPE built as Qwen's or Llama 3's is, trained on TEXT."""
+  """Writes a byte-level BPE like that of Qwen or Llama 3, trained on TEXT. Returns the folder."""
   words, normalizer, special, plain, config, generation = KINDS[kind]
   t = tokenizers.Tokenizer(models.BPE())
   t.pre_tokenizer = pre_tokenizers.Sequence([
@@ -62,7 +68,10 @@ def byte_level(folder, kind, vocab_size=400):
 
 
 def byte_fallback(folder, prefix=False):
-  """Writes a BPE with byte fallback and '▁' for a space; with `prefix`, a space is put in front, as for Llama 2."""
+  """Writes a BPE with byte fallback that writes a space as '▁'. Returns the folder.
+
+  prefix: whether a space is added before each text, as for Llama 2.
+  """
   special = ['<unk>', '<s>', '</s>']
   t = tokenizers.Tokenizer(models.BPE(unk_token='<unk>', byte_fallback=True, fuse_unk=True))
   replace = normalizers.Replace(' ', '▁')
@@ -93,9 +102,9 @@ PUBLISHED = {  # package, file, pattern, special tokens, others, tokenizer_confi
 
 
 def published(folder, name):
-  """Writes the tokenizer.json of Qwen 2.5 and 3, or of Llama 3, from the ranks of tokens that a package ships.
+  """Writes the tokenizer.json of Qwen 2.5 and 3, or of Llama 3, made from the token ranks in an installed package.
 
-  Skips the test where the package isn't installed.
+  If the package isn't installed, skips the test.
   """
   package, file, words, special, plain, config, generation = PUBLISHED[name]
   spec = importlib.util.find_spec(package)

@@ -32,7 +32,7 @@ def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> Config
   """Returns the config that --config and the overrides give.
 
   If the run starts from a checkpoint, the model's settings are taken from the checkpoint. The tokenizer is also taken
-  from it, unless the config names a tokenizer or the data folder has one.
+  from the checkpoint, unless the config names a tokenizer or the data folder has one.
   """
   config = load.read_stage(args.config, 'train')
   source = overrides.get('train.init_from', config.get('train', {}).get('init_from'))

@@ -22,7 +22,10 @@ SEEDS = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """Section `train`: the token budget, the rows per batch, the mesh, and the checkpoint to start from."""
+  """Section `train`: the token budget, the rows per batch, the mesh, and the checkpoint to start from.
+
+  configs/settings.py describes each field.
+  """
 
   tokens: int
   batch_size: int
@@ -41,7 +44,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """Section `log`: which logs are written, and how often."""
+  """Section `log`: which logs are written, and how often. configs/settings.py describes each field."""
 
   every_steps: int
   eval_every_steps: int
@@ -89,7 +92,7 @@ class RunConfig:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """{config key: (rows, microbatches)}, for each batch whose rows are split over the mesh."""
+    """The batches whose rows the mesh must divide: {config key of the number of rows: (rows, microbatches)}."""
     return {'train.batch_size': (self.rows, self.microbatches)}
 
   @property

@@ -109,7 +109,11 @@ def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[
 
 
 def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
-  """Copies one array from the checkpoint `source` into the exported tensors, chunk by chunk."""
+  """Copies one array from the checkpoint `source` into the exported tensors, chunk by chunk.
+
+  leaf: the array.
+  views: the exported tensors by name, from `hf_weights.create`.
+  """
   where = str(source.resolve()) if '://' in str(source) else f'file://{source.resolve()}'
   try:
     store = tensorstore.open(f'{where}/state/|ocdbt:params.{leaf.path}/', read=True).result()
@@ -171,8 +175,9 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
   Returns [] if `path` is 'none', or a folder without a tokenizer.
 
   Raises:
-    HfError: the tokenizer can't be read, or one of its files is too large, or is a symbolic link that leads out of the
-      model's folder. The target of such a link would be copied, and perhaps published.
+    HfError: the tokenizer can't be read or has more than vocab_size tokens. Or one of its files is too large, or is a
+      symbolic link that leads out of the model's folder. The target of such a link would be copied, and perhaps
+      published.
   """
   if path == 'none' or (pathlib.Path(path).is_dir() and not tokenizer.find(path).exists()):
     return []
@@ -195,8 +200,7 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file from which the tokenizer is to be read. '' means that the folder itself is read, i.e.
-  its tokenizer.json.
+  """Returns the name of the file from which the tokenizer is to be read, or '' for the tokenizer.json of the folder.
 
   Folders that `export` wrote can have a SentencePiece model and the tokenizer.json made from it. Then the SentencePiece
   model is read, so that the tokenizer keeps its hash.

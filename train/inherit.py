@@ -12,7 +12,7 @@ from betarank.configs.errors import ConfigError
 def inherit_model(config: ConfigDict, trained: Mapping[str, Any], overrides: Mapping[str, str]) -> None:
   """Replaces settings of the section `model` of a config by those of a checkpoint.
 
-  Only the settings that decide what is learned are replaced, which have the role IDENTITY (configs/settings.py).
+  Only settings with the role IDENTITY (configs/settings.py) are replaced. These settings decide what is learned.
   Settings that decide how the model is computed keep their values. If the config has no section `model`, the whole
   section of the checkpoint is added.
 

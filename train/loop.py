@@ -103,7 +103,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         placed = feed.to_devices(batch)
         with setup.no_implicit_transfers():
           state, sums = update(state, placed)
-      recorder.dispatched(step, sums)
+          recorder.dispatched(step, sums)
       checkpoints.check()
       job.note_step(step)
       due = setup.due(step, run.steps, stopping=stop(), eval_every=run.log.eval_every_steps,
@@ -127,9 +127,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
   """Raises ConfigError if the run in the workdir `root` can't continue with the token budget of this config.
 
-  This happens in two cases. In the first, the run has already done more steps than the budget allows. In the second,
-  the budget is larger than before, but the learning rate has already begun to decay, and the larger budget would raise
-  it again.
+  This happens in two cases:
+
+  - The run has already done more steps than the budget allows.
+  - The budget is larger than before, but the learning rate has already begun to decay. The larger budget would raise
+    the learning rate again.
 
   meta: the metadata of the newest checkpoint.
   """
@@ -176,11 +178,12 @@ class Feed(Iterator[data.Batch]):
 
 
 class Recorder:
-  """Logs the figures of each update. It reads them while the next update runs."""
+  """Logs the figures of each update. The figures are read while the next update runs."""
 
   def __init__(self, run: RunConfig, log: Log, checkpoints: checkpoint.Checkpoints):
     self._log, self._checkpoints = log, checkpoints
-    self._rate = schedule(run.optimizer, run.steps)
+    # All learning rates are computed here. To compute one later, the host would wait for the updates in between.
+    self._rates = jax.device_get(jax.jit(jax.vmap(schedule(run.optimizer, run.steps)))(np.arange(run.steps)))
     self._flops_per_step = model.flops_per_token(run.model, run.sequence_length) * run.tokens_per_step
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self.clock = Clock()
@@ -208,7 +211,7 @@ class Recorder:
       **{f'train/{name}': value for name, value in figures.items()},
       **{f'train/{name}': float(sums[name]) for name in ('grad_norm', 'router_bias_min', 'router_bias_max')
          if name in sums},
-      'train/lr': float(self._rate(step - 1)),
+      'train/lr': float(self._rates[step - 1]),
       'time/step_s': step_s,
       'time/tokens_per_s': figures['tokens'] / step_s,
       'time/input_wait_share': wait,
@@ -279,8 +282,9 @@ class Texts:
 
 
 def describe_objective(objective: ObjectiveConfig) -> str:
-  """Returns a line for the log header: the settings in which the objective differs from plain cross-entropy, and k of
-  the top k.
+  """Returns a line for the log header, which describes the objective.
+
+  The line has the settings in which the objective differs from plain cross-entropy, and k, the size of the head.
   """
   changed = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)
              if getattr(objective, field.name) != field.default}

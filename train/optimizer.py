@@ -25,7 +25,10 @@ MUON_RMS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Section `optimizer`: AdamW or Muon, the schedule of the learning rate, and weight decay."""
+  """Section `optimizer`: AdamW or Muon, the schedule of the learning rate, and weight decay.
+
+  configs/settings.py describes each field.
+  """
 
   lr: float
   warmup_steps: int

@@ -218,8 +218,8 @@ class Pages:
   def _room(self, part: _Part, pages: int, queue) -> bool:
     """Frees pages of prompts that no running sample uses. Returns whether `part` then has at least `pages` free pages.
 
-    The pages of a prompt without samples in the queue are always freed, those of a prompt with such samples only if
-    `part` has too few free pages.
+    If such a prompt has no samples in the queue, its pages are always freed. If it has samples in the queue, its pages
+    are freed only if `part` has too few free pages.
 
     queue: as in `start`.
     """

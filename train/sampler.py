@@ -238,8 +238,8 @@ class Sampler:
       watch: called after each dispatch, once for each sample that has new tokens. The argument is a Sample that has
         only the new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because
         the cache was full begins again with its first token.
-      more: called after each dispatch, once the caller has taken all samples that have ended. Returns further prompts,
-        which start when rows are free, after those that still wait.
+      more: a function that returns further prompts. It is called after each dispatch, once the caller has taken all
+        samples that have ended. Further prompts start after all prompts that still wait for a row.
 
     Raises:
       ValueError: a prompt is too long or otherwise invalid, or another argument is invalid. This is checked before any
@@ -357,7 +357,13 @@ class Sampler:
                   None if choices[0] is None else choices)
 
   def _start(self, weights, rows, pages, queue, prompts, seed, step, tokens) -> '_Rows':
-    """Starts samples from the queue while there are free rows and pages. Returns the updated rows."""
+    """Starts samples from the queue while there are free rows and pages. Returns the updated rows.
+
+    weights: the result of `decode_params`.
+    rows: the _Rows on the device.
+    pages: the Pages on the host. queue and tokens are arguments of `Pages.start`.
+    prompts: all prompts. A prompt's number is its index in this list.
+    """
     limit = lambda p: prompts[p].max_new_tokens or self.s.max_new_tokens
     while True:
       samples, prefixes = pages.start(queue, lambda p: len(prompts[p].tokens) - 1, limit, tokens)
@@ -373,6 +379,8 @@ class Sampler:
     """Writes prompts into the cache, at most one in each part of the mesh. Returns the updated rows.
 
     A prompt's last token isn't written, because decoding begins with it.
+
+    prefixes: for each part of the mesh, the prompt to write, or None. The other arguments are those of `_start`.
     """
     some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
     longest = max(map(len, some))
@@ -492,6 +500,10 @@ def _decode(c, s, eos, weights, rows, table):
   Returns (rows, drawn). `drawn` is what the host reads: (token_TR, logp_TR, count_R, choice_TRLk). count_R is the
   number of tokens of each sample so far. If a row's count has grown by n, the row's new tokens are the first n entries
   of its column of token_TR. choice_TRLk is None if the chosen experts aren't recorded.
+
+  c, s, eos: the model, the settings of the sampler, and the id of the token that ends a sample.
+  weights: the result of `decode_params`.
+  table: the pages of each row.
   """
   head_DV = model.head(c, weights)
   table = _pinned(table)
@@ -532,6 +544,10 @@ def _draw(s, z_RV, u_R2):
   Each token is drawn with two uniform numbers. The first number picks a block of the vocabulary, the second a token in
   this block. Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers
   resolve probabilities down to 2^-23 of a block; a single number would resolve only 2^-23 of the whole distribution.
+
+  s: the settings of the sampler.
+  z_RV: float32 logits, divided by the temperature.
+  u_R2: uniform random numbers in [0, 1).
   """
   e_RV = jnp.exp(z_RV - z_RV.max(-1, keepdims=True))
   if s.temperature == 0 or s.top_k or s.top_p < 1:

@@ -118,7 +118,7 @@ def logits(c: model.ModelConfig, hidden: jax.Array, head_DV: jax.Array, temperat
 
 
 def sums(
-  batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: jax.Array,
+  batch: Batch, loss_BT: jax.Array, stats: TokenStats, bytes_per_token_V: np.ndarray,
   routing: model.Routing | None = None,
 ) -> dict[str, jax.Array]:
   """Returns sums over the targets of a batch, from which `means` computes the figures to log.
@@ -140,7 +140,7 @@ def sums(
     'entropy': total(stats.entropy),
     'rank1': total((stats.target_rank == 0).astype(jnp.float32)),
     'tokens': jnp.sum(mask_BT, dtype=jnp.int32),
-    'bytes': total(bytes_per_token_V[batch.targets_BT]),
+    'bytes': total(jnp.asarray(bytes_per_token_V)[batch.targets_BT]),
     'invalid': jnp.sum(mask_BT & ~stats.target_valid, dtype=jnp.int32),
     **({} if stats.tail_mass is None else {'head_mass': total(stats.head_mass), 'tail_mass': total(stats.tail_mass)}),
     **of_experts,

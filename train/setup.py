@@ -1,7 +1,8 @@
 """Sets up a run: mesh, tokenizer, state and log. Pre-training, RL, evaluation and the planner all use these functions.
 
-A run begins from the newest checkpoint in its workdir. If there is none, it begins from the checkpoint that
-`train.init_from` names. If this is empty, it begins from random weights, which the seed determines.
+A run begins from the newest checkpoint in its workdir. If the workdir has no checkpoint, the run begins from the
+checkpoint that the setting `train.init_from` names. If this setting is empty, the run begins from random weights, which
+the seed determines.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ def open_checkpoints(
   """Opens the checkpoints of a workdir. When the block ends, waits for a save in progress and closes the checkpoints.
 
   If the block ends with an error, the wait is limited to SAVE_DEADLINE_S seconds, and the outcome of the save is
-  printed.
+  printed. The arguments are those of `Checkpoints.__init__`.
 
   Raises:
     CheckpointError: the newest checkpoint is damaged (see `Checkpoints.__init__`), or the last save failed.
@@ -345,7 +346,10 @@ def short(n: float) -> str:
 
 
 def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
-  """Logs where a finished run is saved, and commands that show its curves and its predictions next to its parent's.
+  """Logs where a finished run is saved, and commands to run next.
+
+  If the run wrote TensorBoard events, one command shows its curves. Another command shows the predictions of the run
+  next to those of its parent.
 
   parent: the checkpoint that the run started from; '' for random weights.
   """
@@ -357,9 +361,9 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
 
 
 def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
-  """Forbids implicit transfers between host and devices in the block, which would make an update wait.
+  """Forbids implicit transfers between host and devices in the block. A transfer would make an update wait.
 
-  Without compilation (JAX_DISABLE_JIT), each operation transfers its constants, so then they are allowed.
+  If JAX_DISABLE_JIT is set, transfers are allowed, because each operation then transfers its constants.
   """
   return contextlib.nullcontext() if jax.config.jax_disable_jit else jax.transfer_guard('disallow')
 

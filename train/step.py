@@ -38,7 +38,7 @@ def make_step(
     stats: 'full' computes all statistics. 'basic' leaves out head_mass and tail_mass, unless a lambda of the objective
       needs the top k anyway.
   """
-  bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
+  bytes_V = np.asarray(bytes_per_token_V, np.int32)  # on the host: a device array would be read back to compile
 
   def part(params, batch: Batch, targets, shaping):
     total, loss_BT, token_stats, routing = score.total(c, params, batch, shaping, stats)
@@ -75,8 +75,11 @@ def make_step(
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
-  """Returns a jitted function (state, batch) -> sums, with the sums of `score.sums`, as in training."""
-  bytes_V = jnp.asarray(bytes_per_token_V, jnp.int32)
+  """Returns a jitted function (state, batch) -> the result of `score.sums` for this batch.
+
+  The loss is that of the objective at the step of the state. The arguments are those of `make_step`.
+  """
+  bytes_V = np.asarray(bytes_per_token_V, np.int32)
 
   def evaluate(state: TrainState, batch: Batch):
     _, loss_BT, stats, routing = score.total(c, state.params, batch, objective.at(state.step))

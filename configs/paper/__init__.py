@@ -100,6 +100,7 @@ def arms(add, seeds=1, stages=STAGES):
   """Adds every objective to a sweep. For each objective and seed, there is one run per stage. Each run starts from the
   run of the stage before.
 
+  add: the function that adds a run to the sweep (launch/points.py).
   seeds: the number of seeds; the paper ran one seed of each objective.
   stages: the stages to run; 'pretrain' is always run.
   """

@@ -8,7 +8,7 @@ The argument is stage=pretrain|midtrain|rl, objective=ce|beta_low|beta_high|tail
 has the paper's values, and marks those that the paper leaves open. Pre-training on 256 v5e chips takes 6.8 of 16.9 GB
 per chip and 33 to 39 hours, as `betarank plan` predicts. docs/plans.md has the other stages and pods.
 
-In the paper, all five objectives average 31 to 32 over its 19 benchmarks. They show no difference at this size.
+In the paper, all five objectives reach 31 to 32 % on average over 19 benchmarks. They show no difference at this size.
 """
 
 from betarank.configs import paper

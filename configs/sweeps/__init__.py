@@ -22,11 +22,11 @@ SIZES = {  # size -> its stages; two of the paper's models were only pre-trained
 
 
 def parse(arg: str | None, seeds: int) -> SimpleNamespace:
-  """Parses `size=smoke|dense_1b|..., stage=pretrain|midtrain|rl, seeds=N, tokens=N`.
+  """Parses a config's argument, `size=smoke|dense_1b|...,stage=pretrain|midtrain|rl,seeds=N,tokens=N`.
 
-  seeds: the default of `seeds=N`.
+  Without tokens=N, or with tokens=0, the token budget is that of the config of this model size.
 
-  `tokens=0`, the default, keeps the token budget of the model size's config.
+  seeds: the number of seeds if the argument has no seeds=N.
   """
   a = common.parse(arg, size='smoke', stage='pretrain', seeds=seeds, tokens=0)
   if a.size not in SIZES:
@@ -56,6 +56,8 @@ def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
   For each seed, the arm has one run for every stage of the model size `a.size`. Each run starts from the run of the
   stage before. After the last stage, a probe measures the last checkpoint.
 
+  add: the function that adds a run to the sweep (launch/points.py).
+  a: the parsed argument, from `parse`.
   objective: the settings of section `objective` that the arm changes. They apply to all stages except RL.
   """
   changed = {f'objective.{name}': value for name, value in objective.items()}

@@ -2,9 +2,9 @@
 
     betarank sweep --config=configs/sweeps/beta.py --root=runs/beta --parallel=2
 
-The grid ends at 1, because entropy doesn't keep rising with beta. For large beta the gradient of the loss approaches
-that of -p, where p is the probability of the target. The distribution that minimizes -p puts all probability on the
-most likely token.
+The grid ends at 1, because entropy doesn't keep rising with beta. For large beta, the gradient of the loss approaches
+the gradient of -p, where p is the probability of the target. Minimizing -p puts all probability on the most likely
+token, so entropy falls.
 """
 
 from betarank.configs import sweeps

@@ -1,4 +1,4 @@
-"""Sweep of the rewards of wrong tokens in the head and in the tail, and of k, the size of the head.
+"""Sweep of lambda_head and lambda_tail, the rewards of wrong tokens, and of k, the number of tokens in the head.
 
     betarank sweep --config=configs/sweeps/lambda_k.py --root=runs/lambda_k --parallel=2
 

@@ -122,7 +122,12 @@ class Explorer:
     return view
 
   def _passage(self, row, of_models, start):
-    """Returns the passage of row[start:]. of_models: the figures of each checkpoint for the whole row."""
+    """Returns a passage: tokens with the predictions of each checkpoint. See the docstring of this module.
+
+    row: token ids of a whole text, without BOS.
+    of_models: the figures of each checkpoint for `row`.
+    start: the index of the first token of the passage in `row`.
+    """
     tokens = [int(token) for token in row[start:]]
     texts = {i: text for i, (token, text) in enumerate(zip(tokens, texts_of(self._tokenizer, tokens)))
              if text != token_text(self._tokenizer, token)}
@@ -182,11 +187,12 @@ def open_sources(loaded: Loaded) -> dict[str, Documents]:
 
 
 def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
-  """Returns the problems of the task `uri`; None if `uri` is '' and no checkpoint has a task.
+  """Returns the problems of the task `uri`.
 
-  If `uri` is '', the task of the first checkpoint of an RL run is used. If there is no such checkpoint, the first
-  source of generated problems in the checkpoints' data is used. If generated problems were held out of training, only
-  these are used.
+  If `uri` is '', uses the task of the first checkpoint of an RL run. If there is no such checkpoint, uses the first
+  source of generated problems in the data of the checkpoints. If there is no such source either, returns None.
+
+  If generated problems were held out of training, the result has only the held-out problems.
 
   Raises:
     EvalError: the task can't be used.

@@ -42,7 +42,8 @@ def disagreements(run: Run, other: Run) -> list[str]:
   """Returns one phrase for each way in which two runs of the same stage disagree. Phrases about data come first.
 
   The objectives, the seeds and the steps of the two runs aren't compared here (for steps, see `of_steps`). If the runs
-  started from other runs, these are compared too, and so are the steps of the checkpoints that they started from.
+  started from other runs, those parent runs are compared too, and so are the steps of the checkpoints from which the
+  two runs started.
   """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
@@ -54,9 +55,10 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if the steps of two runs are equal. Otherwise returns one reason why they can't be compared.
+  """Returns [] if the steps of two runs are equal. Otherwise returns a list of one reason why the runs can't be
+  compared.
 
-  The reason names both steps and the tokens seen.
+  The reason names both steps, and the number of tokens that each run has seen.
   """
   if step == other_step:
     return []

@@ -75,7 +75,10 @@ def _find_runs(
 
 
 def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
-  """Returns {workdir: arm} from the sweep.json in a folder. Its points are named ARM/STAGE."""
+  """Returns {workdir: arm} of the points that the sweep.json in `folder` lists.
+
+  A point is one command of a sweep. Its name is ARM/STAGE, which is also its workdir relative to `folder`.
+  """
   points = (read_object(folder / 'sweep.json', sweep) or {}).get('points')
   names = [name for name in points if '/' in name] if isinstance(points, dict) else []
   return {str(folder / name): name.rpartition('/')[0] for name in names}
@@ -161,12 +164,12 @@ def _tell_apart(sweep: Sweep) -> None:
 
 
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
-  """Returns the run that wrote run.parent_path, or None.
+  """Returns the run that wrote the checkpoint run.parent_path; None if it can't be found.
 
-  The run with this path is searched for in the sweep, and then outside of it. If there is none, the sweep may have been
-  moved, so only the last folders of the paths are compared. The result is then the run whose path has the most folders
-  in common with the end of run.parent_path. If this is `run` itself, or if two runs have equally many folders in
-  common, the result is None.
+  The run with this path is searched for first in the sweep, and then outside of it. If there is no such run, the sweep
+  may have been moved. Only the last folders of paths are compared then: the result is the run whose path has the most
+  folders in common with the end of run.parent_path. The result is None if that run is `run` itself, or if two runs have
+  equally many folders in common.
   """
   if not run.parent_path:
     return None
@@ -200,7 +203,7 @@ def _baseline(sweep: Sweep, arm: str) -> str:
 
   The baseline is the first arm of plain cross-entropy that agrees with `arm` in everything but the objective. If there
   is no such arm, or if `arm` itself has plain cross-entropy, the baseline is the first of all arms. This baseline may
-  disagree with `arm` in more than the objective. Comparisons then say in what.
+  differ from `arm` in more than the objective; comparisons then name the other differences.
   """
   first, *others = sweep.arms
   plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]

@@ -1,9 +1,9 @@
 """Compares arms with their baselines, and computes an interval for each metric and each difference.
 
 A metric has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
-between runs that agree in everything but the objective (agreement.py). If runs disagree, the comparison says in what. A
-difference from a single seed may have an interval over problems, but it has no verdict, because one seed doesn't show
-how much seeds differ.
+between runs that agree in everything but the objective (agreement.py). If two runs disagree in anything else, the
+remark of the comparison names it. A difference from a single seed may have an interval over problems, but it has no
+verdict, because one seed doesn't show how much seeds differ.
 
 # S seeds  P problems
 """

@@ -161,7 +161,8 @@ def _numbers(values: Any) -> np.ndarray:
 def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
   """Returns one line per arm. x is k, and y is Pass@k with the 95 % interval over problems and seeds.
 
-  k is 1, 2, 4, ..., up to the number of samples per problem, which is the smallest number if seeds differ in it.
+  k is 1, 2, 4, ..., up to the number of samples per problem. If this number differs between seeds, the smallest one is
+  used.
   """
   out = []
   for arm in sweep.arms:

@@ -191,8 +191,8 @@ def _compact(x: float, _) -> str:
 def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
   """Draws a forest plot: sets forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
 
-  An open circle is an arm's difference to its baseline before RL, and a filled circle the one after RL. The arm's name
-  is above them. The arguments arms and write are those of `draw`.
+  An open circle shows the difference between an arm and its baseline before RL, a filled circle the difference after
+  RL. The arm's name is above the two circles. The arguments `arms` and `write` are those of `draw`.
   """
   factor = metric(forest.metric).factor
   with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
@@ -250,6 +250,10 @@ def _place(figure: Figure, axis, height: float, legend_lines: int, left: float =
   """Sets the size of a figure, and fixed margins in inches, so that panels line up on the page.
 
   Matplotlib's layout engines aren't used, because they take longer than the drawing itself.
+
+  height: the height of the figure without its legend, in inches.
+  legend_lines: the number of lines of the legend.
+  left: the left margin in inches.
   """
   below = 0.52 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
   total = height + below - 0.52

@@ -1,5 +1,5 @@
-"""Finds signs of trouble in the log of an RL run: no signal, all samples truncated, no progress, collapse of the
-entropy.
+"""Finds signs of trouble in the log of an RL run: rewards without variance, only truncated samples, no progress,
+collapse of the entropy.
 """
 
 import math

@@ -45,6 +45,8 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], caption: Any = '
   """Returns a table, or '' if there are no rows.
 
   On a narrow screen, each row becomes a card, in which each cell has its title next to it.
+
+  class_: the CSS class of the table.
   """
   body = [tag('tr', tag('th', row[0], scope='row'),
               *(tag('td', tag('div', cell), data_title=title) for title, cell in zip(titles[1:], row[1:])))

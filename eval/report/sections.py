@@ -334,8 +334,8 @@ class Report:
       names: the values of the field `metric` to show, one row for each, in this order.
       note: the text at the end of each table's caption.
       name: a heading above the tables; '' for none.
-      shown_as: '' if each row has the title and the number format of its metric. If `names` are tasks, the metric
-        whose number format all rows use; the title of a row is then the task's name.
+      shown_as: '' if `names` are metrics. Each row then has its metric's title and number format. If `names` are tasks,
+        `shown_as` is the metric whose number format all rows have, and the title of a row is its task's name.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -415,7 +415,7 @@ def _csv_row(c: Comparison) -> tuple:
 
 
 def _several(runs: Sequence[Run], read: Callable[[Run], float]) -> str:
-  """Returns a number of several runs as text: one number if it is the same for all runs, otherwise the range.
+  """Returns read(run) of several runs as text: one number if it is the same for all runs, otherwise the range.
 
   read: a function run -> number.
   """

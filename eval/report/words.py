@@ -47,7 +47,11 @@ HOW_TO_READ = join([tag('p', line) for line in (
 def first_screen(
   sweep: Sweep, distributions: Sequence[Comparison], benchmarks: Sequence[Comparison]
 ) -> list[Html]:
-  """Returns the paragraphs at the top of the page, one sentence each."""
+  """Returns the paragraphs at the top of the page, one sentence each.
+
+  distributions: comparisons from comparisons.distributions.
+  benchmarks: comparisons from comparisons.benchmarks.
+  """
   if not sweep.arms:
     return [tag('p', 'There is no run here with a known objective, so nothing can be compared yet.')]
   if len(sweep.arms) == 1:

@@ -22,10 +22,11 @@ SKIPPABLE = 0.5  # if a branch can skip a region in a loop, the region is assume
 def read(folder: pathlib.Path, shares: dict[str, float] | None = None) -> dict[str, float]:
   """Returns {name: cycles} of each HLO instruction whose bundles are in `folder`.
 
-  shares: {name of a kernel: the share of its grid steps that have work}. A branch in a loop can skip a region of code,
-    so the reader must assume how often a region runs. The largest region of a kernel in `shares` is assumed to run in
-    shares[kernel] of the iterations. Every other region, in this kernel or in another instruction, is assumed to run in
-    the share SKIPPABLE.
+  In a loop, a branch can skip a region of code. The bundles don't say how often the region runs, so this is assumed.
+  The largest such region of a kernel in `shares` runs in shares[kernel] of the iterations. Any other such region runs
+  in the share SKIPPABLE of the iterations.
+
+  shares: {name of a kernel: the share of its grid steps that have work}.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -52,9 +53,9 @@ def count(text: str, share: float | None = None, data_trips: Sequence[int] = (1,
 
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
-    share: the share of grid steps that have work, as in `read`.
-    data_trips: the assumed trip counts of the loops whose trip count depends on data, in order. The last one is used
-      for all further loops.
+    share: if the instruction is a kernel in `shares` of `read`, its share; otherwise None.
+    data_trips: the assumed trip counts of the loops whose trip count depends on data, in the order of these loops. If
+      there are more loops than counts, the last count is used for the remaining loops.
   """
   exits: dict[str, int | None] = {}  # predicate of a loop's exit test -> trip count; None if it depends on data
   for predicate, test in re.findall(r'(%p\w+) = ([^;}]*)/\* loop exit test', text):

@@ -48,7 +48,9 @@ class Instruction:
     return found and found[1]
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns the first group of a regular expression that is searched for in the text; None if it isn't found."""
+    """Returns the text that the first group of a regular expression matches in this instruction; None if there is no
+    match.
+    """
     found = re.search(pattern, self.text)
     return found and found[1]
 
@@ -104,8 +106,8 @@ class Program:
   def source(self, run: Run) -> str:
     """Returns an instruction's operation and source functions, innermost first, as `.../gather model/moe.py:_take ...`.
 
-    If an instruction has no source functions, those of the instructions fused into it are returned, or else those of
-    its operands. If there are none either, returns only the operation, or '' if the operation is unknown too.
+    If the instruction has no source functions, they are taken from the instructions that are fused into it, or else
+    from its operands. If these have none either, returns only the operation, or '' if the operation is unknown too.
     """
     home, seen = self.computations[run.computation], set()
     listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
@@ -122,7 +124,7 @@ class Program:
   def is_transfer(self, run: Run) -> bool:
     """Returns whether an instruction is only a collective, or the start or end of an asynchronous collective.
 
-    On TPU, a reduce-scatter is a fusion of an all-reduce and a slice.
+    A reduce-scatter counts as a collective. On TPU, it is a fusion of an all-reduce and a slice.
     """
     one, inside = run.instruction, self._inside_fusion(run.instruction)
     ends = any('"AsyncCollective' in i.text for i in inside.values())

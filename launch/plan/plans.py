@@ -22,8 +22,8 @@ GB = 1e9
 class Plan:
   """The plan of one program on one topology.
 
-  Bytes are per chip, seconds are per execution, and intervals are (least, most). hbm_bytes is the memory that a
-  program can use. If this program doesn't fit into it, temp_bytes, peak_bytes and mfu are 0.
+  Bytes are per chip, seconds are per execution, and intervals are (least, most). hbm_bytes is the memory that a program
+  can use. If this program needs more, temp_bytes, peak_bytes and mfu are 0.
   """
 
   program: str
@@ -49,7 +49,9 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
                say: Callable[[str], None] = lambda text: None) -> Iterator[Plan]:
   """Yields the Plan of each program of `work`.
 
+  devices: the devices of the topology.
   folder: where libtpu writes bundles. All files in it are deleted before each compile.
+  say: prints a line.
 
   Raises:
     PlanError: the devices can't form the mesh.
@@ -117,8 +119,10 @@ def describe_stage(
 ) -> dict[str, Any]:
   """Returns the sizes, FLOPs, number of steps and time of the whole stage.
 
-  `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if `plans` is
-  empty, or if a program doesn't fit. `mean_answer` is that of `stage_seconds`.
+  The entry `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if
+  `plans` is empty, or if a program doesn't fit.
+
+  mean_answer: as in `stage_seconds`.
   """
   c = work.run.model
   return {
@@ -135,8 +139,12 @@ def describe_stage(
 def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -> tuple[float, float]:
   """Returns (least, most) seconds of the whole stage, without input, evaluation and checkpoints.
 
-  For RL, the decode batch is assumed to be full, and its cache to be as full as in the compiled program; the rows of an
-  update to have no padding; prompts to have their greatest length; and no group to be replaced.
+  For RL, it is assumed that
+
+  - the decode batch is full, and its cache is as full as in the compiled program,
+  - the rows of an update have no padding,
+  - prompts have their greatest length,
+  - no group of samples is replaced by another one.
 
   mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
   """

@@ -89,7 +89,11 @@ def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stage
 
 
 def _microbatch(work: Workload, mesh: Mesh) -> tuple[Any, ...]:
-  """Returns a microbatch, and log-probabilities before the update and of the reference, and the covariance's tokens."""
+  """Returns the abstract arguments of RL's gradient program that depend on data.
+
+  They are a microbatch, the log-probabilities under the policy before the update, those under the reference policy, and
+  a mask of the tokens that loss.cov selects. Arguments that the config doesn't need are None.
+  """
   c, rl, shape = work.run.model, work.rl, work.microbatch(mesh.shape)
   tokens = lambda dtype, *more: _abstract(mesh, (*shape, *more), dtype, 'batch', 'length')
   choices_BTLk = tokens(jnp.int16, c.layers, c.moe.experts_per_token) if c.moe.experts else None

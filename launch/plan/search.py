@@ -65,7 +65,9 @@ def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str
   """Returns a lower bound on the bytes per chip: state and gradients (16 bytes per parameter, in float32) and saved
   activations.
 
+  fsdp, expert: the sizes of these mesh axes.
   tokens: the number of tokens of a microbatch per chip.
+  remat: the remat policy.
   """
   counts = parameter_counts(c)
   state = 16 * (counts['experts'] / expert + sum(counts.values()) - counts['experts']) / fsdp

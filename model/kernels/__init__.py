@@ -1,3 +1,3 @@
-"""Pallas kernels for attention, experts and sums of rows, on TPU and GPU. Tests compare each of them with XLA
+"""Pallas kernels for attention, experts, SwiGLU and sums of rows, on TPU and GPU. Tests compare each of them with XLA
 operations.
 """

@@ -88,7 +88,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
       r: the number of the item in this program, from 0.
       t: the number of blocks of keys that this program has processed for the items before r.
       b, tile, n: the row, the number of the block of queries in the row, and the query head.
-      steps: the number of blocks of keys to process, from the diagonal (block 0) back to the first query's document.
+      steps: the number of blocks of keys to process, from the diagonal (block 0) back to the start of the first query's
+        document.
       full: blocks 1 to full - 1 lie within the documents of all queries, so they need no mask; full is at least 1.
       """
       def one(r, t):
@@ -239,6 +240,11 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. Therefore
   they write ds, the gradient of the scores, to shared memory. The third warpgroup computes dq from ds, and the copy
   engine adds dq to the sum in the L2 cache.
+
+  dout_BTNH: the gradient of the output.
+  lse_BNT: from `_forward`.
+  delta_BNT: float32, the sum of output times dout over H.
+  end_BT: the index after the last token of each token's document.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF

@@ -3,7 +3,7 @@
 All rows of a tile belong to one expert, so nothing is masked. The hidden values never leave the chip's vector memory
 (VMEM). While an expert's tiles are processed, its weights stay in VMEM. The backward kernel computes gate and up again,
 and keeps the float32 sums of the expert's weight gradients in VMEM. It rounds and writes the sums after the expert's
-last tile. On a chip with two cores, each core takes half of the used tiles.
+last tile. On a chip with two cores, each core takes half of the used tiles, which are the tiles that hold data.
 
 # C tiles  R rows of a tile  D width  F hidden width  e experts of a device  H cores
 """
@@ -107,8 +107,9 @@ def _tiles_per_core(tiles: int, used):
 
 
 def _tile(core, step, expert_C, work):
-  """Returns the tile that a core processes in a step. After its last tile, a core stays at that tile.
+  """Returns the index of the tile that a core processes in a step. After its last tile, a core stays at that tile.
 
+  core, step: the position in the grid.
   work: (number of used tiles, tiles per core).
   """
   return jnp.minimum(core * work[1] + jnp.minimum(step, work[1] - 1), expert_C.shape[0] - 1)

@@ -40,9 +40,11 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   def column(i, row, step, prompt_R, prefix_R, length_R):
     """Returns (column, tokens) of the i-th page of a grid step: its column in table.pages_BJ, and its number of tokens.
 
-    Past the last prompt page or own page, returns the column of that page, which isn't fetched again, and 0 tokens.
+    The last step of a row's prompt pages, or of its own pages, may have room for more pages than are left. For the room
+    without a page, returns the column of the last page, which isn't fetched again, and 0 tokens.
 
-    prompt_R: the number of steps for each row's prompt pages. The row's own pages follow.
+    row, step: the position in the grid.
+    prompt_R: the number of steps for each row's prompt pages. The steps for the row's own pages follow.
     prefix_R, length_R: the numbers of tokens in each row's prompt pages, and in its own pages.
     """
     own = step >= prompt_R[row]

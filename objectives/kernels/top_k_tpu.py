@@ -209,7 +209,7 @@ def _bisect(count, k, low, high):
 
 
 def _count(ref, width, test):
-  """Returns the number of logits in each row that pass a test, float32 [R, 1].
+  """Returns how many of the logits ref[:, :width] in each row pass a test, float32 [R, 1].
 
   test: a function (column [R, L], its first id) -> bool [R, L].
   """

@@ -84,7 +84,10 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
 
 @functools.lru_cache(maxsize=1024)
 def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
-  """Returns the reason why no answer can be compared with this gold; '' if the gold can be read."""
+  """Returns the reason why no answer can be compared with this gold; '' if the gold can be read.
+
+  by_math_verify: as in `judge`.
+  """
   try:
     reading = notation.read(gold)
     for part in _parts(reading):

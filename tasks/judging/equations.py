@@ -1,4 +1,7 @@
-"""Reads equations that name a value, such as `x = 3`, and returns the name and the value."""
+"""Reads equations that name a value, such as `x = 3`, and returns the name and the value.
+
+A reading is an answer after parsing (readings.py).
+"""
 
 import dataclasses
 from collections.abc import Sequence

@@ -333,14 +333,14 @@ def _reals(tokens: Sequence[str]) -> Interval:
 
 
 def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
-  r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as the union of the intervals between
-  them.
+  r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as a union of intervals that end at
+  the points.
 
   tokens: the tokens of the whole difference.
   parts: the set, and the points to remove.
 
   Raises:
-    Unsupported: the tokens are another difference of sets.
+    Unsupported: the parts aren't an interval and a set of rational numbers.
   """
   whole, *rest = parts
   if not isinstance(whole, Interval) or len(rest) != 1 or not isinstance(rest[0], Many) or rest[0].kind != 'set':

@@ -61,10 +61,10 @@ def plain(text: str) -> str:
 
 
 def _is_one_group(inside: str, left: str) -> bool:
-  """Returns True if the delimiters around `inside` are a pair, unlike the outer ones in `$1$ or $2$`.
+  r"""Returns True if the delimiters around `inside` belong together. In `$1$ or $2$`, the outer delimiters don't.
 
   inside: the text between the first and the last delimiter.
-  left: the first delimiter, such as $ or \\boxed{.
+  left: the first delimiter, such as $ or \boxed{.
   """
   if left[-1] != '{':
     return left not in inside

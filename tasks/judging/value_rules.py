@@ -1,4 +1,7 @@
-"""Compares numbers and expressions with their units. Units may be equal, convertible, or missing on one side."""
+"""Compares numbers and expressions with their units. The units may be equal, convertible, or missing on one side.
+
+The gold is the reference answer.
+"""
 
 import dataclasses
 from collections.abc import Callable

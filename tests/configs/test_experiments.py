@@ -1,4 +1,5 @@
-"""Every experiment that ships builds, is complete, and its sweep names settings that exist."""
+"""Tests that every config that comes with betarank is complete and valid, and that its sweep names existing settings.
+"""
 
 import pytest
 
@@ -11,7 +12,7 @@ FILES = load.shipped()
 
 
 def check(config):
-  """The frozen run that a config describes; ConfigError if it can't be one."""
+  """Returns the run that a config describes. Raises ConfigError if the config is invalid."""
   return rl_run(config) if 'rl' in config else run_config(config)
 
 
@@ -23,7 +24,7 @@ def test_it_builds_and_its_sweep_can_be_run(path):
 
 
 def test_the_paper_s_recipe_is_the_default():
-  """arXiv 2512.22955, appendix B.1, where it says so."""
+  """The expected values are those of arXiv 2512.22955, appendix B.1, as far as it states them."""
   config = load.load('configs/rl_smoke.py')
   from betarank.configs import common
   config = config.copy_and_resolve_references()

@@ -1,4 +1,7 @@
-"""A file that is replaced atomically holds the old content or all of the new, on a disk and in a bucket."""
+"""Tests that a file that is replaced atomically always has the complete old or the complete new content.
+
+This holds on a disk and in a bucket.
+"""
 
 import pytest
 from etils import epath

@@ -1,4 +1,6 @@
-"""Every way a config can be wrong ends in one line that names the key; what is right arrives as it was meant."""
+"""Tests that every error in a config gives one line that names the key, and that valid settings get the intended
+values.
+"""
 
 import dataclasses
 import json
@@ -142,7 +144,7 @@ def test_the_command_line_ends_with_one_line_and_touches_no_device():
 
 
 def test_a_reader_that_goes_away_ends_a_command_silently():
-  """`betarank --help | head`: the pipe is closed before anything is written to it."""
+  """As in `betarank --help | head`, the pipe is closed, here before anything is written to it."""
   reader, writer = os.pipe()
   os.close(reader)
   done = subprocess.run([*BETARANK, '--help'], stdout=writer, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,6 @@
-"""The paper's models: their sizes, what each argument changes, and one step of each, shrunken."""
+"""Tests the configs of the paper's models: their sizes, the effect of each argument, and one step of a small version of
+each model.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,10 @@ def config(name, arg='', **overrides):
 
 
 def shrunken(name, arg):
-  """2 layers, 32 wide, 64 tokens of vocabulary, 2 rows of 16: seconds on a CPU."""
+  """Returns a small version of a config, which takes seconds on a CPU.
+
+  The model has 2 layers, a width of 32 and a vocabulary of 64 tokens; a batch has 2 rows of 16 tokens.
+  """
   small = {'model.layers': '2', 'model.d_model': '32', 'model.d_ff': '48', 'model.heads': '4', 'model.kv_heads': '2',
            'model.head_dim': '8', 'model.vocab_size': '64', 'train.mesh.fsdp': '1', 'train.mesh.data': '1',
            'train.mesh.expert': '1', 'optimizer.warmup_steps': '0'}

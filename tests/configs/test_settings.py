@@ -1,4 +1,6 @@
-"""The table of settings: complete, one role each, and what resuming and evaluating make of it."""
+"""Tests that the table of settings is complete, and that resuming and evaluating treat each setting according to its
+role.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,7 @@ ROLES = {settings.IDENTITY, settings.DATA, settings.EXECUTION, settings.LENGTH, 
 
 
 def fields(cls, prefix=''):
-  """{dotted key: field} of a dataclass of sections."""
+  """Returns {dotted key: field} of a dataclass whose fields may be dataclasses (sections)."""
   found, hints = {}, typing.get_type_hints(cls)
   for field in dataclasses.fields(cls):
     if dataclasses.is_dataclass(hints[field.name]):
@@ -71,7 +73,8 @@ def test_a_key_that_is_no_setting_has_no_role():
   (common.base, 'train.tokens', 1, True), (common.base, 'data.sources.main.weight', 2.0, True),
   (common.base, 'objective.beta', 0.5, False), (common.base, 'seed', 1, False)])
 def test_a_run_resumes_with_another_execution_but_not_as_another_run(tmp_path, base, key, value, may_change):
-  """What ran out of memory has to be resumed with smaller parts; see review of roles: RL couldn't be."""
+  """Settings of the execution, such as the size of microbatches, may change. A run that has no memory left needs this.
+  """
   config = base()
   workdir.write_config(epath.Path(tmp_path), config)
   load.override(config, key, json.dumps(value) if not isinstance(value, str) else value)
@@ -83,7 +86,7 @@ def test_a_run_resumes_with_another_execution_but_not_as_another_run(tmp_path, b
 
 
 def test_a_run_with_the_former_default_of_document_bytes_resumes_with_it(tmp_path):
-  """It was 65,536; the default is now 0, which is the same for rows of up to 8,192 tokens."""
+  """The former default was 65,536. The new default is 0, which means the same for rows of up to 8,192 tokens."""
   config = common.base()
   load.override(config, 'data.document_bytes', '65536')
   workdir.write_config(epath.Path(tmp_path), config)
@@ -95,7 +98,7 @@ def test_a_run_with_the_former_default_of_document_bytes_resumes_with_it(tmp_pat
 
 
 def test_an_rl_config_holds_only_what_rl_reads():
-  """Settings of pre-training that RL ignored used to be accepted without a word."""
+  """Settings that only pre-training reads are errors in an RL config. They used to be ignored silently."""
   keys = load.flatten(common.rl_base()).keys()
   assert not [key for key in keys if key.startswith(('objective', 'train.tokens', 'train.batch_size', 'data.sources'))]
   for key in ('objective.beta', 'train.tokens', 'train.microbatches', 'train.init_what', 'data.sequence_length',

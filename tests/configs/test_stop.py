@@ -1,4 +1,7 @@
-"""A command asked to stop finishes its step and saves, and its exit status says so. A second Ctrl-C is final."""
+"""Tests that a command that is asked to stop finishes its step, saves, and tells this by its exit status.
+
+A second Ctrl-C ends the command at once.
+"""
 
 import json
 import os
@@ -179,7 +182,10 @@ def test_the_line_says_what_is_kept(capsys):
   ('training a tokenizer', 130, 'stopped; what is prepared is kept, and the same command resumes'),
   ('trained in', 0, 'stopping after this piece of up to 128 MB; Ctrl-C again ends at once, without saving')])
 def test_data_is_prepared_on_after_ctrl_c(after, status, said, tmp_path):
-  """All processes of its group get the signal, as from a terminal. In the second case only pieces are left to do."""
+  """All processes of the process group get the signal, as from a terminal.
+
+  In the second case, Ctrl-C comes so late that the command still finishes all pieces.
+  """
   for name in 'ab':
     texts = (' '.join(f'{name}{i * k % 9973}' for k in range(60)) for i in range(20_000))
     (tmp_path / f'{name}.jsonl').write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))

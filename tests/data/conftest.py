@@ -1,4 +1,4 @@
-"""A tiny corpus, prepared once for all tests: two sources of made-up words, short and long."""
+"""Prepares a tiny corpus once for all tests: two sources with short and long documents of made-up words."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def prepared_config(corpus, tmp_path_factory):
-  """A DataConfig whose data is prepared; rows of 32, so that many documents are longer than a row."""
+  """Returns a DataConfig whose data is prepared. Rows have 32 tokens, so that many documents are longer than a row."""
   config = DataConfig(
     dir=str(tmp_path_factory.mktemp('prepared')), tokenizer='', vocab_size=384,
     sources={'a': SourceConfig(f'jsonl:{corpus}/a.jsonl', weight=3.0, max_documents=0),
@@ -48,7 +48,7 @@ def prepared_config(corpus, tmp_path_factory):
 
 @pytest.fixture
 def config(prepared_config, tmp_path):
-  """As prepared_config, with its tokenizer and an empty folder to prepare into."""
+  """Returns `prepared_config` with an empty folder for the data. The tokenizer stays the same."""
   tokenizer = prepared_config.tokenizer_path
   return dataclasses.replace(prepared_config, dir=str(tmp_path / 'data'), tokenizer=tokenizer)
 

@@ -47,7 +47,7 @@ def assert_equal(a, b):
 
 
 def rows_of(batches):
-  """Each row's bytes, so that rows can be counted."""
+  """Returns the tokens and targets of each row as bytes, so that equal rows can be counted."""
   return [(b.tokens_BT[r].tobytes(), b.targets_BT[r].tobytes()) for b in batches for r in range(SIZE)]
 
 
@@ -108,7 +108,7 @@ def reweighted(config, **weights):
 
 
 def test_weights_changed_on_resume(prepared_config, open_batches):
-  """Whatever happens to the mixture, a source's rows come in the order they have when it is alone."""
+  """A source's rows come in the same order as without other sources, however the weights change."""
   alone = {name: rows_of(take(open_batches(reweighted(prepared_config, **{name: 1.0})), 40)) for name in 'ab'}
   config, cursor, got = reweighted(prepared_config, a=3.0, b=1.0), None, []
   for weights, steps in [({'a': 3.0, 'b': 1.0}, 3), ({'a': 1.0, 'b': 5.0}, 4), ({'b': 1.0}, 2),
@@ -193,7 +193,9 @@ def test_validation(prepared_config):
 
 @pytest.fixture
 def instructions(config, corpus, make_source, tmp_path):
-  """Prepared questions with answers, of which the loss counts the answers, mixed with plain text."""
+  """Returns the config of two prepared sources: questions with answers, of which the loss counts only the answers, and
+  plain text.
+  """
   rng = np.random.default_rng(0)
   records = [{'q': f'what is {i}?', 'a': 'just ' * int(rng.integers(1, 9)) + str(i)} for i in range(60)]
   (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
@@ -205,7 +207,7 @@ def instructions(config, corpus, make_source, tmp_path):
 
 
 def test_the_loss_counts_answers_only_in_packed_rows_too(instructions, open_batches):
-  """Pieces of documents that are cut by the end of a row included, and none of a plain source is left out."""
+  """This also holds for documents that are cut at the end of a row. All tokens of plain text count."""
   tokenizer = read_tokenizer(instructions.tokenizer_path, 384)
   alone = dataclasses.replace(instructions, sources={'asked': instructions.sources['asked']})
   documents = Documents(alone, 'asked', 'train')

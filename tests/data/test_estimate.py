@@ -14,7 +14,7 @@ from tests import tokenizer_files
 
 @pytest.fixture
 def large(config, make_source, tmp_path):
-  """A config with 2 TB of text, in two files without content."""
+  """Returns a config whose source has two files of 1 TB each. The files are sparse, so they take no space."""
   for name in ('a', 'b'):
     (tmp_path / f'{name}.txt').touch()
     os.truncate(tmp_path / f'{name}.txt', 10**12)

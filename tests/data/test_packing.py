@@ -17,7 +17,10 @@ def test_permute_is_a_bijection(size, key):
 
 
 def permuted(index, size, key):
-  """The definition of the order, in whole numbers of any size: a run that resumes depends on every bit of it."""
+  """Returns the position of `index` after the shuffle, computed by its definition with Python's integers.
+
+  Resumed runs depend on every bit of this order, so it must never change.
+  """
   bits = max(3, (size - 1).bit_length())
   digest = hashlib.shake_128(key.encode()).digest(96)
   keys = [int.from_bytes(digest[i:i + 8], 'little') for i in range(0, 96, 8)]
@@ -108,7 +111,7 @@ def test_far_rows_cost_nothing_more(far):
 
 
 def test_an_epoch_begins_without_adding_up_the_others(monkeypatch):
-  """Nor does the next one: training never stops for it."""
+  """Training never stops to add up the lengths of a whole epoch, neither at the first epoch nor at the second."""
   monkeypatch.setattr(packing, '_WINDOW_PAIRS', 1)
   lengths = np.random.default_rng(0).integers(2, 90, 1_000_000)
   packer, seen = Packer(lengths, 20, 'key'), []

@@ -33,7 +33,7 @@ def texts(config, name, split):
 
 
 def only(config, **source):
-  """config with its source `a` alone, changed."""
+  """Returns `config` with only its source `a`, in which the given fields are replaced."""
   return dataclasses.replace(config, sources={'a': dataclasses.replace(config.sources['a'], **source)})
 
 
@@ -84,7 +84,8 @@ def test_duplicates_fall_on_one_side(config, tmp_path):
 
 @pytest.mark.parametrize('row, documents', [(32, 2), (16_384, 1)])
 def test_a_document_that_fits_into_a_long_row_is_not_cut(config, tmp_path, make_source, row, documents):
-  """70,000 bytes are fewer tokens than a row of mid-training has; other rows keep the limit of 65,536."""
+  """The document has 70,000 bytes. Rows of 16,384 tokens have room for it. For short rows, the limit is 65,536 bytes.
+  """
   (tmp_path / 'long.jsonl').write_text(json.dumps({'text': 'word and word\n' * 5000}) + '\n{"text": "short"}\n')
   c = dataclasses.replace(config, sequence_length=row, validation_fraction=0.0,
                           sources={'long': make_source(f'jsonl:{tmp_path}/long.jsonl')})
@@ -147,7 +148,7 @@ def small(config, tmp_path, text, **changes):
 @pytest.mark.parametrize('text', [
   'words and words on one line ' * 3600, 'a line of text\n' * 7000, 'one short line', 'x' * 5000, 'é\n', 'ab'])
 def test_a_small_text_has_a_validation_split(config, tmp_path, text):
-  """A file of 100 KB, of one line, of a few characters: the end of each document is held out."""
+  """The end of each document goes to the validation split, even in a file of one line or of a few characters."""
   c = small(config, tmp_path, text)
   manifest = prepare_source(c, 'a', workers=1)
   train, validation = texts(c, 'a', 'train'), texts(c, 'a', 'validation')
@@ -307,7 +308,7 @@ def test_parts_stop_at_max_documents_together(config, tmp_path, monkeypatch):
 
 
 def test_a_packed_file_resumes_after_its_last_whole_piece(config, corpus, tmp_path, monkeypatch):
-  """It is one unit, as it can't be split; what was tokenized before the interruption isn't again."""
+  """A compressed file can't be split, so it is one unit. Pieces that were complete aren't tokenized again."""
   monkeypatch.setattr(worker, 'PIECE_BYTES', 3000)
   (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress((corpus / 'a.jsonl').read_bytes()))
   whole = only(config, uri=f'jsonl:{tmp_path}/a.jsonl.gz')
@@ -335,7 +336,7 @@ def test_a_packed_file_resumes_after_its_last_whole_piece(config, corpus, tmp_pa
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_asked_to_stop_it_ends_after_a_piece_and_resumes(workers, config, tmp_path, monkeypatch):
-  """Workers don't see a patched PIECE_BYTES, so their units of one piece are what they finish."""
+  """With two workers, the patched PIECE_BYTES has no effect in the workers, so each unit is one piece there."""
   monkeypatch.setattr(sources, 'UNIT_BYTES', 4000)
   monkeypatch.setattr(worker, 'PIECE_BYTES', 1500)
   whole, stopped = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'stopped'))
@@ -396,7 +397,7 @@ def test_missing_and_damaged_data(prepared_config, tmp_path):
 
 
 def test_a_set_of_an_older_version_is_read(config, monkeypatch):
-  """Its records have no checksums. The content, and so the fingerprint, is the same."""
+  """Records of older versions have no checksums. Their content is the same, so the fingerprint is the same too."""
   c = only(config)
   new = prepare_source(c, 'a', workers=1)
   expected = tokens(c, 'a', 'train')[1]
@@ -483,7 +484,7 @@ def test_stopped_in_the_last_step_and_started_again(config, tmp_path, monkeypatc
 
 
 def test_workers_follow_a_killed_parent(config, tmp_path):
-  """SIGKILL leaves no process behind that waits for work for ever."""
+  """If the parent is killed with SIGKILL, its worker processes end too, instead of waiting for work forever."""
   script = tmp_path / 'parent.py'
   script.write_text(
     'import concurrent.futures, multiprocessing, os, signal, sys\n'

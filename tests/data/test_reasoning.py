@@ -42,7 +42,10 @@ def test_streams_and_unworked_tasks():
 
 
 def test_the_uri_sets_the_difficulty_of_each_task():
-  """Two terms and one digit in turn with the default sums and with long products, all worked to their end."""
+  """Three kinds of problems take turns: sums of two digits, sums with the default options, and products.
+
+  Every solution ends with the answer.
+  """
   easy, default, _ = kinds = reasoning.parse('chain_sum?max_terms=2&max_digits=1+chain_sum+products?max_terms=3')
   assert (easy.options, default.options) == ({'max_terms': 2, 'max_digits': 1}, {'max_terms': 4, 'max_digits': 2})
   problems = [reasoning.problem(kinds, i) for i in range(300)]

@@ -35,7 +35,7 @@ def write_array_record(path, records):
 
 @pytest.fixture
 def files(tmp_path):
-  """The same documents in each format, in two files each."""
+  """Returns a folder with the same documents in each format. Each format has two files."""
   for part in (0, 1):
     half = DOCUMENTS[25 * part:25 * (part + 1)]
     lines = ''.join(json.dumps({'text': d, 'other': 1}) + '\n' for d in half)
@@ -88,7 +88,7 @@ def test_reasoning_in_units(make_source):
 
 
 def test_held_out_questions_are_in_no_document(make_source):
-  """Of sums of two digits there are 200, so 1000 documents would hold nearly every one."""
+  """There are only 200 sums of two one-digit numbers, so 1000 documents contain nearly all that aren't held out."""
   config = make_source('reasoning:chain_sum?max_terms=2&max_digits=1', 1000)
   questions = lambda fraction: {d.split('\n')[0].removeprefix('Question: ') for d in
                                 read_all(Source(config, 1000, held_out_fraction=fraction))}

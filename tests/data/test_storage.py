@@ -1,4 +1,4 @@
-"""Prepared data read from a bucket in place: the fake server of tests/bucket.py is as slow and as faulty as said."""
+"""Tests that prepared data is read directly from a bucket: the fake server of tests/bucket.py, slow and faulty."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ def bucket(tmp_path, monkeypatch):
 
 @pytest.fixture
 def there(bucket, prepared_config):
-  """prepared_config's data, with its tokenizer, in the bucket."""
+  """Returns prepared_config for a copy of its data in the bucket. The tokenizer is still read from the disk."""
   shutil.copytree(prepared_config.dir, bucket.folder / 'bucket/data')
   return dataclasses.replace(prepared_config, dir='gs://bucket/data', tokenizer=prepared_config.tokenizer_path)
 
@@ -71,7 +71,9 @@ def test_same_order_bits_and_cursor_as_from_a_disk(prepared_config, there, bucke
 
 
 def test_silence_is_asked_again(there, bucket, monkeypatch):
-  """In a process of its own, as the limit of a silent connection is read once."""
+  """Requests that are never answered are repeated. The time limit is read once per process, so the test starts a new
+  process.
+  """
   code = ('from betarank.data import storage\n'
           'folder = storage.open_folder("gs://bucket/data/a/1.0.0")\n'
           'waits = [folder.start("manifest.json", i, i + 5) for i in range(100)]\n'
@@ -144,7 +146,9 @@ def test_evaluations_open_the_set_once(there, bucket):
 
 
 def test_prepare_into_a_bucket(config, corpus, bucket, tmp_path):
-  """Corpus, tokenizer and prepared data there or here: the same content."""
+  """If the corpus, the tokenizer and the prepared data are in a bucket, the prepared data has the same content as on a
+  disk.
+  """
   place = bucket.folder / 'bucket'
   place.mkdir(parents=True)
   (place / 'a.jsonl').write_text((corpus / 'a.jsonl').read_text())

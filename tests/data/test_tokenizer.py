@@ -44,7 +44,7 @@ def test_specials_digits_and_line_ends(trained):
 
 
 def test_a_prompt_s_tokens_begin_the_document_s(trained):
-  """So RL, which encodes prompts alone, continues what pre-training read."""
+  """RL encodes prompts alone, so a prompt must have the same tokens as in the documents of pre-training."""
   kinds = (*reasoning.parse(''), *reasoning.parse('leg_counting'))
   for i in range(100):
     p = reasoning.problem(kinds, i)

@@ -1,4 +1,6 @@
-"""Hugging Face's tokenizer.json: ids, bytes, identity, and one line for what can't be used."""
+"""Tests tokenizers in Hugging Face's format, tokenizer.json: their ids, bytes and hashes, and the errors for unusable
+files.
+"""
 
 import json
 import os
@@ -38,7 +40,7 @@ def make(folder, kind):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-  """{kind: folder} of a small tokenizer of each kind."""
+  """Returns {kind: folder} of one small tokenizer of each kind."""
   root = tmp_path_factory.mktemp('tokenizers')
   return {kind: make(root / kind, kind) for kind in SMALL}
 
@@ -52,7 +54,9 @@ def folder(request, folders, tmp_path_factory):
 
 
 def edited(source, target, name='tokenizer.json', **changes):
-  """A copy of a tokenizer whose JSON file `name` has other values; None removes a key."""
+  """Copies a tokenizer's folder, and changes values in its JSON file `name`. The value None removes a key. Returns the
+  path of the copy.
+  """
   folder = shutil.copytree(source, target)
   content = json.loads((folder / name).read_text())
   content = {key: value for key, value in (content | changes).items() if value is not None}
@@ -61,7 +65,7 @@ def edited(source, target, name='tokenizer.json', **changes):
 
 
 def as_read(tokenizer, text):
-  """The text as the tokenizer's normalizer leaves it."""
+  """Returns `text` after the tokenizer's normalizer."""
   normalizer = tokenizer._tokenizer.normalizer
   nfc = isinstance(normalizer, tokenizers.normalizers.NFC)
   text = unicodedata.normalize('NFC', text) if nfc else text
@@ -148,7 +152,9 @@ def test_truncation_and_padding_in_the_file_are_ignored(folders, tmp_path):
 
 
 def test_identity(folders, tmp_path):
-  """It is the files' and the roles', not the path's, and is known without building the tokenizer."""
+  """The hash depends on the files and on the BOS and EOS tokens, not on the path. It is computed without building the
+  tokenizer.
+  """
   first = read_tokenizer(folders['qwen'])
   again = shutil.copytree(folders['qwen'], tmp_path / 'elsewhere')
   (again / 'chat_template.jinja').write_text('{{ anything }}')
@@ -196,7 +202,7 @@ def change_model(**values):
 
 
 def change_added(**values):
-  """Changes the last added token."""
+  """Returns a function that changes the last added token in a tokenizer's folder."""
   def edit(folder):
     added = json.loads((folder / 'tokenizer.json').read_text())['added_tokens']
     change(added_tokens=[*added[:-1], added[-1] | values])(folder)

@@ -1,4 +1,4 @@
-"""A run with two checkpoints that nobody trained, and its data: what evaluation needs to start from."""
+"""Provides what tests of evaluations need: a run with two checkpoints of random parameters, and its data."""
 
 import json
 
@@ -19,7 +19,9 @@ STEPS = (4, 8)
 
 @pytest.fixture(scope='session')
 def make_params():
-  """make_params(c, seed, scale=1) -> parameters of about the size of fresh ones; model.init takes long to compile."""
+  """Returns a function (c, seed, scale=1) -> random parameters, about as large as those of model.init, which takes long
+  to compile.
+  """
   def make(c, seed, scale=1.0):
     rng = np.random.default_rng(seed)
     _, shapes, axes = model.abstract(c)

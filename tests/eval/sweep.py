@@ -1,4 +1,4 @@
-"""Writes a sweep's workdirs as runs do, with known effects."""
+"""Writes the workdirs of a sweep as runs would write them, with known effects of the objective."""
 
 import json
 
@@ -10,10 +10,10 @@ ARMS = ({}, {'beta': -0.25}, {'beta': 0.5}, {'lambda_tail': -0.1}, {'lambda_head
 
 
 def make(root, *, arms=ARMS, seeds=3, steps=40, rl_steps=10, problems=30, n=16, benchmarks=('amc23',), gain=0.3):
-  """Writes pre-training and RL runs under root/pre and root/rl.
+  """Writes pre-training runs under root/pre, and RL runs under root/rl.
 
-  Arm i > 0 has 0.1·i nats less entropy than the first. After RL arm 1 is right more often on each problem of a
-  benchmark, by `gain`.
+  Arm i has 0.1·i nats less entropy than arm 0. After RL, arm 1 solves each problem of a benchmark with a probability
+  that is higher by `gain`, at most 1.
   """
   rng = np.random.default_rng(0)
   level_BP = {name: rng.beta(0.5, 1, problems) for name in benchmarks}
@@ -42,7 +42,10 @@ def config(*, objective, seed, steps, init_from='', rl=False):
 
 
 def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
-  """Writes a finished run: config, run.json, metrics and the meta of its last checkpoint. data: hash of its tokens."""
+  """Writes a finished run: config, run.json, metrics and the metadata of its last checkpoint.
+
+  data: the hash of the run's prepared data.
+  """
   path.mkdir(parents=True)
   rl = bool(init_from)
   settings = config(objective=objective, seed=seed, steps=steps, init_from=init_from, rl=rl)
@@ -70,7 +73,7 @@ def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
 
 
 def checkpoint(path, step, settings, parent, cursor):
-  """Writes what a report reads of a checkpoint: its meta."""
+  """Writes that part of a checkpoint that a report reads, its metadata."""
   folder = path / 'checkpoints' / str(step)
   write(folder / 'state' / 'x', '')
   write(folder / 'meta' / 'metadata', json.dumps({
@@ -91,7 +94,7 @@ def probe(path, step, *, entropy, domain='main'):
 
 
 def harness(path, step, scores, **settings):
-  """Writes results of lm-evaluation-harness, {task: accuracy}."""
+  """Writes results of lm-evaluation-harness. scores: {task: accuracy}."""
   found = {task: {'alias': task, 'acc,none': score, 'acc_stderr,none': 0.01, 'acc_norm,none': 0.9}
            for task, score in scores.items()}
   write(path / 'eval' / 'harness' / '+'.join(scores) / f'{step}.json', json.dumps({
@@ -100,7 +103,9 @@ def harness(path, step, scores, **settings):
 
 
 def samples(path, step, benchmark, right_P, n, rng, **settings):
-  """Writes samples in which problem p is right with probability right_P[p]; wrong answers are of three kinds."""
+  """Writes n samples for each problem. Samples of problem p are right with probability right_P[p]. There are three
+  different wrong answers.
+  """
   lines = []
   for p, right in enumerate(right_P):
     for i, hit in enumerate(rng.random(n) < right):

@@ -1,4 +1,4 @@
-"""Benchmarks are what they say they are, or are refused in one line."""
+"""Tests that benchmarks have the right prompts, worked examples and references, and that errors are one line."""
 
 import dataclasses
 import gzip
@@ -30,14 +30,14 @@ def write(path, records):
 
 @pytest.fixture
 def settings(tmp_path):
-  """settings(**overrides): the defaults, with files of our own in their data_dir."""
+  """Returns a function (**overrides) -> SampleConfig: the default settings, whose data_dir has the test's own files."""
   base = section(SampleConfig, common.evaluation().sample)
   return lambda **overrides: dataclasses.replace(base, data_dir=str(tmp_path), **overrides)
 
 
 @pytest.fixture
 def known(monkeypatch, tmp_path):
-  """Puts files of our own in place of the published ones, hashes included."""
+  """Returns a function (name, records) that replaces a benchmark's file and its hash in TABLE by the test's own."""
   def put(name, records):
     sha256 = write(tmp_path / TABLE[name].file, records)
     monkeypatch.setitem(TABLE, name, dataclasses.replace(TABLE[name], sha256=sha256))

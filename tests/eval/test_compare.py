@@ -1,4 +1,8 @@
-"""Runs are compared in 80 columns, whole figures, each from one validation; runs of two kinds are refused."""
+"""Tests that runs are compared in 80 columns, that figures aren't cut, and that a run's figures come from one
+validation.
+
+RL runs and pre-training runs can't be mixed.
+"""
 
 import json
 
@@ -35,13 +39,15 @@ def rl(workdir, *, gain, start, steps=30):
 
 @pytest.fixture
 def two(tmp_path):
-  """Two pre-training runs that differ in beta."""
+  """Returns the paths of two pre-training runs that differ in beta."""
   return [pretraining(tmp_path / f'beta={beta}', beta=beta) for beta in (0.0, -0.25)]
 
 
 @pytest.fixture
 def two_rl(tmp_path):
-  """Two RL runs of 30 steps from two pre-trained arms; the second gains more."""
+  """Returns the paths of two RL runs of 30 steps, which start from different pre-trained arms. The second run gains
+  more.
+  """
   arms = ('beta=0', 'beta=-0.25')
   return [rl(tmp_path / 'rl' / arm, gain=n, start=f'runs/smoke/{arm}') for n, arm in enumerate(arms, 1)]
 
@@ -67,7 +73,7 @@ def test_the_table_has_the_last_validation_and_the_median_speed(two):
 
 
 def test_figures_and_step_are_of_one_validation(tmp_path):
-  """An unfinished run showed its last step with the figures of an earlier validation."""
+  """An unfinished run used to be shown with its last step, but with the figures of an earlier validation."""
   paths = [pretraining(tmp_path / 'a', beta=0.0), pretraining(tmp_path / 'b', beta=-0.25, steps=21, validated=10)]
   lines = table(paths)
   assert next(line for line in lines if line.startswith('beta=-0.25 ')).split()[1] == '10'
@@ -76,7 +82,7 @@ def test_figures_and_step_are_of_one_validation(tmp_path):
 
 
 def test_many_differing_settings_and_sources_leave_every_figure_whole(tmp_path):
-  """With 14 settings that differ the figures were gone at 140 columns, at 80 their last digits."""
+  """With 14 differing settings, the figures used to be missing at 140 columns, and their last digits at 80 columns."""
   paths = [pretraining(tmp_path / str(i), beta=-0.1 * i, sources=('main', 'a_source_with_quite_a_long_name'),
                        model={f'setting_{n}': 1000 * i + n for n in range(14)}) for i in range(3)]
   for width in (80, 60):

@@ -1,4 +1,6 @@
-"""Sampling loses and repeats nothing, whatever happens to it, and what it stores is what the verifier saw."""
+"""Tests that no sample is lost or drawn twice, whatever interrupts a command, and that files have what the verifier
+judged.
+"""
 
 import contextlib
 import dataclasses
@@ -48,7 +50,8 @@ def in_order(path):
 
 @pytest.fixture(scope='module')
 def undisturbed(run_dir):
-  """The samples of checkpoint 8, and what the command printed."""
+  """Returns (path of the samples of checkpoint 8, output of the command) of a run of the command without interruption.
+  """
   code, out, err = finish(start(run_dir))
   assert code == 0, err
   return run_dir / 'eval' / 'samples' / FOLDER / '8.jsonl', out
@@ -94,7 +97,7 @@ def test_killed_and_started_again_gives_the_same_samples(undisturbed, run_dir):
 
 
 def test_a_line_cut_just_before_its_end_spoils_no_other(undisturbed, run_dir):
-  """What is appended next would stand on the same line."""
+  """The last line lacks only its line end. The next line that is written must not be appended to it."""
   path = undisturbed[0]
   before = path.read_text()
   path.write_text(before[:-1])
@@ -110,7 +113,7 @@ def table(out):
 
 
 def opened(run_dir, writes=True, **overrides):
-  """The samples of checkpoint 8 as the command finds them."""
+  """Returns the SampleFile of checkpoint 8, opened as the command opens it."""
   [subject] = settings.find_checkpoints(str(run_dir))
   config = settings.configure(subject)
   config.eval.sample.update({
@@ -136,7 +139,7 @@ def test_other_processes_draw_what_process_0_lacks_and_change_no_file(undisturbe
 
 @pytest.mark.parametrize('allowed, want', [(2, 'bcd'), (9, 'bcde')])
 def test_asked_to_stop_it_keeps_what_is_drawn(allowed, want, monkeypatch):
-  """It isn't asked after the last problem, when nothing is left to stop."""
+  """`stop` isn't called after the last problem, because nothing is left to stop then."""
   line = {'verdict': 'right', 'tokens': 3, 'finish': 'stop'}
   monkeypatch.setattr(generate, 'judged', lambda group, *_: [line | {'problem': group[0].prompt_id}] * N)
   written, calls = [], []
@@ -158,7 +161,7 @@ def test_asked_to_stop_it_keeps_what_is_drawn(allowed, want, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_draw_the_samples_of_one(undisturbed, run_dir):
-  """They also go on where one process has stopped."""
+  """The two processes resume a file of which one process has written the first three problems."""
   path = undisturbed[0]
   want = in_order(path)
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines(path)[:3 * N]))
@@ -241,7 +244,7 @@ def test_classes_of_answers_are_those_of_the_verifier():
 
 
 def test_rl_and_evaluation_cut_the_same_answer_out_of_a_text():
-  """Also where a model that doesn't stop makes up a question of its own after the answer."""
+  """In the text, the model doesn't stop after its answer, but continues with a question of its own."""
   task = Task('id', 'Q', 'Question: 1+1\nSolution: 2\n\nQuestion: Q\nSolution:', '5', 'math', 'boxed')
   own = ' \\boxed{5}\n\nQuestion: other\nSolution: \\boxed{6}'
   tokenizer = types.SimpleNamespace(decode=lambda tokens: own)

@@ -1,4 +1,4 @@
-"""The harness hears from our model what it hears from the same weights in Hugging Face's format."""
+"""Tests that the harness gets the same numbers from a checkpoint as from the same weights in Hugging Face's format."""
 
 import json
 
@@ -57,7 +57,7 @@ TEXTS = requests('loglikelihood_rolling', [('What is 3 + 4?',), ('x',), ('12 - 7
 
 @pytest.fixture(scope='module')
 def ours(run_dir):
-  """As the harness makes it from its name."""
+  """Returns the model as the harness creates it from the name 'betarank'."""
   made = get_model('betarank').create_from_arg_string(
     f'checkpoint={run_dir},eval.sample.decode_batch_size=8', {'batch_size': 8})
   assert isinstance(made, lm_harness.Betarank) and made._run.eval.sample.decode_batch_size == 8
@@ -66,7 +66,7 @@ def ours(run_dir):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Tasks of our own."""
+  """Returns a folder with the test's own tasks."""
   path = tmp_path_factory.mktemp('tasks')
   questions = [{'question': f'What is {i} + {i + 2}?' + ' and then' * i, 'choices': [f' {i}', f' {2 * i + 2}', ' no'],
                 'label': 1} for i in range(8)]
@@ -88,7 +88,10 @@ def test_likelihoods_are_those_of_all_logits(ours, run_dir):
     return hidden[0] @ model.head(run.model, params)
 
   def brute(tokens, count):
-    """The last `count` tokens given those before; what comes after them can't matter."""
+    """Returns (log-probability, greedy) of the last `count` tokens, given the tokens before them.
+
+    Other tokens are appended, which can't change the result, so that all texts have the same length.
+    """
     after = [7] * (ours.max_length + 1 - len(tokens))
     z = np.asarray(logits(jnp.array([[*tokens[:-1], *after]])), np.float64)
     logp = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
@@ -156,7 +159,9 @@ def test_the_command_writes_what_the_harness_finds(run_dir, folder, capsys):
 
 
 def test_processes_that_are_asked_for_other_texts_end_with_one_line(ours, monkeypatch):
-  """Their rows are computed together: each would take the answers to another's questions for its own."""
+  """Processes compute all rows together. With different texts, each process would get results of another process's
+  texts.
+  """
   monkeypatch.setattr(lm_harness.multihost, 'of_first_process', lambda x: x ^ 1)
   for ask in (lambda: ours.loglikelihood(PAIRS[:1]),
               lambda: ours.generate_until(requests('generate_until', [('x', dict(max_gen_toks=2))]))):
@@ -183,7 +188,7 @@ def test_two_processes_find_what_one_finds(run_dir, folder):
 
 
 def test_hugging_face_says_the_same(ours, run_dir, folder, tmp_path, monkeypatch):
-  """The weights, exported, in the harness's own model for transformers."""
+  """Exports the weights, and evaluates them with the harness's own model for transformers."""
   for name in ('torch', 'transformers', 'accelerate', 'safetensors'):
     pytest.importorskip(name)
   import lm_eval

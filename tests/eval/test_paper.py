@@ -1,4 +1,4 @@
-"""The paper's average: its categories, its weights, and a table from what evaluations wrote."""
+"""Tests the paper's average: its categories, its weights, and the table made from the results of evaluations."""
 
 import numpy as np
 import pytest

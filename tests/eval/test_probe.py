@@ -1,4 +1,4 @@
-"""The probe's figures are what anyone would compute from all logits, and don't depend on how they were worked out."""
+"""Tests that the probe's figures equal those computed from all logits at once, for any batch size and mesh."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ C = section(ModelConfig, tiny.get_config().model)
 
 @pytest.fixture(scope='module')
 def params(make_params):
-  """Sharper than fresh ones, so that ranks, entropies and confidences spread out."""
+  """Returns parameters twice as large as fresh ones, so that ranks, entropies and confidences have a wide range."""
   return make_params(C, 0, scale=2.0)
 
 
@@ -147,7 +147,7 @@ def test_leaders_do_not_depend_on_chunks(monkeypatch, params, batch, computed):
 
 @pytest.fixture
 def run_probe(run_dir, capsys):
-  """run_probe(*flags) -> what the command prints."""
+  """Returns a function (*flags) that runs the command and returns its output."""
   def run(*flags, checkpoint=''):
     command.main(['probe', f'--checkpoint={run_dir / checkpoint}', *flags])
     return capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Continuing a text: tokens are printed as they come, and they are those that sampling gives."""
+"""Tests that `betarank generate` prints tokens as they are drawn, and that they are the tokens of the sampler."""
 
 import io
 import re
@@ -22,7 +22,7 @@ def loaded(run_dir):
 
 @pytest.fixture
 def generate(loaded, run_dir, monkeypatch, capsys):
-  """Runs the command on a checkpoint that is loaded once; returns what it prints."""
+  """Returns a function (*flags) that runs the command and returns its output. The checkpoint is loaded only once."""
   monkeypatch.setattr(loading, 'load_model', lambda path, tokenizer: loaded)
 
   def run(*flags):

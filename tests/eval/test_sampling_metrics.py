@@ -1,4 +1,4 @@
-"""Sampling metrics against enumeration: every subset, every way of breaking a tie."""
+"""Tests the sampling metrics against enumerations of all subsets and of all ways to break ties."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ samples = st.lists(st.tuples(st.sampled_from([0.0, 1.0, NAN]), st.integers(-1, 3
 @settings(max_examples=200, deadline=None)
 @given(samples)
 def test_cons_at_n_is_the_mean_over_all_ways_of_breaking_ties(drawn):
-  """By hand: vote, list the answers that could win, and which samples could stand for them."""
+  """The expected value is computed by hand: count the votes, and list the most frequent answers and their samples."""
   score_N, group_N = np.array([s for s, _ in drawn]), np.array([g for _, g in drawn])
   got = sampling_metrics.cons_at_n(score_N[None], group_N[None])[0]
   decided = [(s, g) for s, g in drawn if not math.isnan(s)]

@@ -1,4 +1,6 @@
-"""Intervals cover what they claim, p-values agree with them, corrections are the textbook's."""
+"""Tests that intervals have the stated coverage, that p-values agree with them, and that corrections equal textbook
+examples.
+"""
 
 import math
 
@@ -34,7 +36,10 @@ def test_the_interval_over_problems_covers_95_percent(kind, problems):
 
 @pytest.mark.parametrize('kind', ['beta(0.15, 1.5)', 'beta(0.3, 2)', 'beta(3, 0.5)'])
 def test_ten_problems_with_skewed_scores_are_covered_and_missed_on_both_sides(kind):
-  """Before the arcsine scale 88 % of the intervals of beta(0.15, 1.5) held the truth; nearly all others lay below."""
+  """Before the arcsine scale, only 88 % of the intervals contained the true value of beta(0.15, 1.5).
+
+  Nearly all other intervals were below it.
+  """
   covered, above, below, _ = intervals.coverage(intervals.KINDS[kind], problems=10, trials=500)
   assert covered >= 0.93 and above > 0 and below > 0 and max(above, below) < 0.05
 
@@ -114,7 +119,10 @@ def test_the_same_seed_repeats_and_missing_problems_are_counted():
 
 
 def test_problems_that_are_all_alike_are_not_certainty():
-  """30 problems unsolved: a share of 1 - 0.025^(1/30) solvable ones would still be missed 1 time in 40."""
+  """If none of 30 problems is solved, the upper limit is 1 - 0.025^(1/30).
+
+  If this share of all problems could be solved, a set of 30 problems would still have none of them 1 time in 40.
+  """
   found = statistics.bootstrap_interval(np.zeros(30), bounds=(0, 1))
   assert found.low == 0 and found.high == pytest.approx(1 - 0.025 ** (1 / 30)) and found.p_value == 1
   assert statistics.paired_difference(np.ones(2), np.zeros(2), bounds=(-1, 1)).p_value == pytest.approx(0.5)

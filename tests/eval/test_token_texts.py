@@ -1,4 +1,4 @@
-"""Tokens are shown as text, also if a character's bytes are spread over several of them."""
+"""Tests that tokens are shown as text, also if a character's bytes are spread over several tokens."""
 
 import types
 

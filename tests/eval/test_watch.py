@@ -1,4 +1,4 @@
-"""The table of runs says what their files say, within 80 columns."""
+"""Tests that the table of runs shows what the files of the runs say, within 80 columns."""
 
 import errno
 import io

@@ -23,7 +23,11 @@ TRIES = 4  # per point, until the fault hits something
 
 
 def attempt(campaign, name, number, seed):
-  """Runs one trial; returns (survived, notes on what was hit or why not). survived is None if nothing could be hit."""
+  """Runs one trial. Returns (survived, notes).
+
+  survived: whether the run survived the fault; None if the fault could hit nothing.
+  notes: what was hit, or why the run didn't survive.
+  """
   fault, _, _ = CLASSES[name]
   for again in range(TRIES):
     place = campaign.root / 'trials' / f'{name.replace(" ", "_").replace(chr(39), "")}-{number}-{again}'
@@ -44,7 +48,7 @@ def attempt(campaign, name, number, seed):
 
 
 def run(seed, points, only, parallel, root, say=print, minutes=float('inf')):
-  """Runs a campaign; returns ({class: Counter of points tried, survived}, {class: Counter of what was hit})."""
+  """Runs a campaign. Returns ({class: Counter of the points tried and survived}, {class: Counter of what was hit})."""
   names = [name for name in CLASSES if not only or any(word in name for word in only)]
   c = Campaign(root)
   began = time.monotonic()

@@ -1,7 +1,7 @@
-"""The tiny runs that the faults hit, what an undisturbed run of each kind leaves, and the comparison with it.
+"""Runs the tiny runs that the faults hit, and compares what they leave with undisturbed runs of the same kind.
 
-Each trial has a folder of its own. It is HOME and the folder for temporary files of all its processes, which is how
-orphaned processes and forgotten files are found.
+Each trial has a folder of its own, which is HOME of all its processes, and contains their folder for temporary files.
+In this way, orphaned processes and forgotten files are found.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ SUMS = 'reasoning:chain_sum?max_terms=2&max_digits=1'
 
 
 class Missed(Exception):
-  """The fault came too late or too early to hit anything; another point is tried."""
+  """Raised if the fault came too late or too early to hit anything. The trial is then repeated at another point."""
 
 
 class Kind:
   """A kind of run: its steps and the command lines of its processes."""
 
   def __init__(self, name: str, steps: int, *commands: tuple[str, ...], processes: int = 1, of: str = ''):
-    """of: the kind of run whose finished workdir it starts in."""
+    """of: the name of another kind. A run of this kind starts in the finished workdir of a run of that kind."""
     self.name, self.steps, self.commands, self.processes, self.of = name, steps, commands, processes, of
     self.took_s = 0.0  # duration of the undisturbed run, with all programs compiled before
 
 
 class Campaign:
-  """The shared inputs, the undisturbed runs, and trials."""
+  """The inputs that all trials share, the undisturbed runs, and the methods that trials use."""
 
   def __init__(self, root: pathlib.Path):
     self.root = root
@@ -69,7 +69,7 @@ class Campaign:
     )}
 
   def prepare(self, names: set[str]) -> None:
-    """Makes the inputs, and runs each kind in `names` twice undisturbed: both runs must be equal."""
+    """Creates the inputs. Runs each kind in `names` twice without a fault, and checks that both runs are equal."""
     self.ready = names
     done = self.root / 'undisturbed.json'  # {kind: seconds}, maybe from an earlier campaign in this folder
     took = json.loads(done.read_text()) if done.exists() else {}
@@ -103,7 +103,7 @@ class Campaign:
   # Trials
 
   def workdir(self, kind: Kind, place: pathlib.Path) -> pathlib.Path:
-    """Returns a new workdir for a run of this kind: empty, or a copy of the one that it starts in."""
+    """Returns a new workdir for a run of this kind. It is empty, or a copy of a finished workdir of kind.of."""
     (place / 'tmp').mkdir(parents=True)
     if kind.of:
       shutil.copytree(self.undisturbed(self.kinds[kind.of]), place / 'workdir')
@@ -126,7 +126,7 @@ class Campaign:
       stderr=subprocess.PIPE, env={**settings, 'FAULT': json.dumps(fault)} if fault else settings, **popen)
 
   def launch(self, kind: Kind, workdir: pathlib.Path, *flags: str, **options) -> list[subprocess.Popen]:
-    """Starts the processes of a run."""
+    """Starts the processes of a run, and returns them."""
     [command] = kind.commands
     args = [part.format(workdir=workdir) for part in command] + list(flags)
     if kind.processes == 1:
@@ -137,7 +137,7 @@ class Campaign:
 
   @staticmethod
   def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Waits for a process that ends by itself; returns (exit status, output, errors)."""
+    """Waits until a process ends. Returns (exit status, output, errors)."""
     if process.stdout.closed:
       return process.returncode, '', ''  # waited for before
     try:
@@ -149,7 +149,7 @@ class Campaign:
     return process.returncode, out, err
 
   def finish_well(self, *processes: subprocess.Popen) -> list[str]:
-    """Waits for processes that must end with status 0; returns their outputs."""
+    """Waits until processes end, and checks that their exit status is 0. Returns their outputs."""
     outs = []
     for code, out, err in [self.finish(p) for p in processes]:
       assert code == 0 and 'Traceback' not in err, f'exit {code}: {err[-600:]}'
@@ -157,7 +157,7 @@ class Campaign:
     return outs
 
   def refused(self, processes: list[subprocess.Popen]) -> str:
-    """Waits for a run that must be refused; returns its one line of error."""
+    """Waits until a run ends, and checks that it ends with status 2 and one line of error. Returns this line."""
     (code, _, err), *_ = [self.finish(p) for p in processes]
     errors = [line for line in err.splitlines() if line.startswith('error: ')]
     assert code == 2 and len(errors) == 1 and 'Traceback' not in err, f'exit {code}: {err[-600:]}'
@@ -165,9 +165,10 @@ class Campaign:
 
   def resume(self, kind: Kind, workdir: pathlib.Path, hits: Sequence[str] = ('',), *flags: str,
              all_kept: bool = True) -> Sequence[str]:
-    """Runs the same command again to its end, and compares what it leaves with the undisturbed run.
+    """Runs the same command again until it ends, and compares what it leaves with the undisturbed run. Returns `hits`.
 
-    hits: notes on what the faults hit, which are returned. Raises Missed if there are none.
+    hits: notes on what the faults hit. If there are none, raises Missed.
+    all_kept: as in `check_same`.
     """
     if not hits:
       raise Missed('it had ended before')
@@ -179,9 +180,11 @@ class Campaign:
   # Comparing
 
   def check_same(self, kind: Kind, workdir: pathlib.Path, all_kept: bool = True) -> None:
-    """Compares to the last bit: all metrics but times, samples, every array and cursor, and the names of all files.
+    """Checks that a run left the same as the undisturbed run, to the last bit.
 
-    all_kept: compares the checkpoints before the last one of each run too.
+    Compares all metrics except times, the samples, all arrays and cursors, and the names of all files.
+
+    all_kept: whether to compare all checkpoints of each run; if False, only the last one.
     """
     if kind.name not in self._expected:
       self._expected[kind.name] = contents(self.undisturbed(kind))
@@ -209,7 +212,7 @@ class Campaign:
 
 
 def contents(workdir: pathlib.Path) -> dict[str, object]:
-  """Returns what a run left, by name, as values that can be compared."""
+  """Returns {name: value} of everything that a run left. The values can be compared with those of another run."""
   found: dict[str, object] = {}
   for path in sorted(p for p in workdir.rglob('*') if p.is_file()):
     name = str(path.relative_to(workdir))
@@ -230,7 +233,7 @@ def contents(workdir: pathlib.Path) -> dict[str, object]:
 
 
 def without_earlier(found: dict[str, object]) -> dict[str, object]:
-  """Returns `found` without the checkpoints of a run before its last one."""
+  """Returns `found` with only the last checkpoint of each run."""
   last: dict[str, int] = {}
   for name in found:
     folder, _, step = name.rpartition('checkpoints/')

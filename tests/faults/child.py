@@ -1,11 +1,13 @@
-"""python -m tests.faults.child ARGS: runs `betarank ARGS` with the fault that the variable $FAULT (JSON) describes.
+"""Runs `betarank ARGS` with a fault: python -m tests.faults.child ARGS
+
+The environment variable FAULT describes the fault as JSON:
 
     {"at": "betarank.rl.loop:graded_groups", "call": 3, "do": "kill", "after_s": 0.02}
-        SIGKILL 0.02 s after the third call begins, or at its end if that comes first
+        SIGKILL 0.02 s after the third call begins, or at the end of the call if that comes first
     {"at": "betarank.data.prepared:Documents.request", "call": 9, "do": "hang", "stall_s": 5}
         the ninth call never returns, and the watchdog allows 5 s without a step
     {"jumps": [[2.5, -3600]]}
-        after 2.5 s the wall clock is an hour slow; more jumps may follow
+        after 2.5 s, the wall clock is an hour slow; more jumps may follow
 """
 
 import functools
@@ -19,7 +21,7 @@ import time
 
 
 def disturb(at, call, do, after_s=0.0, stall_s=None):
-  """Kills the process in, or never returns from, call number `call` (from 1) of the function `at`."""
+  """Changes the function `at` so that its call number `call`, from 1, kills the process or never returns."""
   module, _, path = at.partition(':')
   owner = importlib.import_module(module)
   *parents, name = path.split('.')
@@ -50,7 +52,7 @@ def disturb(at, call, do, after_s=0.0, stall_s=None):
 
 
 def jump(jumps):
-  """Shifts time.time and time.time_ns. jumps: [(seconds after the start, shift from then on), ...]."""
+  """Shifts time.time and time.time_ns. jumps: [(seconds after the start, shift from then on in seconds), ...]."""
   start, real, real_ns = time.monotonic(), time.time, time.time_ns
   off = lambda: next((by for at, by in reversed(jumps) if time.monotonic() - start >= at), 0)
   time.time = lambda: real() + off()

@@ -1,7 +1,8 @@
-"""The faults. Each function breaks a run at a random point, starts it again, and compares it with an undisturbed one.
+"""The classes of faults. Each function breaks a run at a random point, starts it again, and compares it with an
+undisturbed run.
 
-It returns notes on what was hit, for the table. It raises Missed if nothing was hit, and AssertionError if the run
-didn't survive.
+A function returns notes on what was hit, for the table. It raises Missed if nothing was hit, and AssertionError if the
+run didn't survive. `killed`, `killed_inside` and `interrupted` return such a function.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ def last_step(workdir: pathlib.Path) -> int:
 
 
 def unfinished(workdir: pathlib.Path, since: float) -> bool:
-  """Returns whether a checkpoint whose writing began after `since` is unfinished."""
+  """Returns whether there is an unfinished checkpoint that was written to after the time `since`."""
   with contextlib.suppress(FileNotFoundError):
     return any('tmp' in p.name and p.stat().st_mtime > since for p in (workdir / 'checkpoints').iterdir())
   return False
@@ -60,7 +61,13 @@ def wait(running: list[subprocess.Popen], holds, delay_s: float = 0.0) -> None:
 
 
 def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], victim: int, rng: random.Random) -> str:
-  """Sends SIGKILL to a run that has just started: at a random time, at a random step, or in a save. Returns which."""
+  """Kills a process of a run that has just started, with SIGKILL. Returns a note on where the run was.
+
+  The process is killed at a random time, at a random step, or during a save.
+
+  running: the processes of the run.
+  victim: the index of the process to kill.
+  """
   how, began, before = rng.choice(['time', 'step', 'save', 'save']), time.time(), last_step(workdir)
   if how == 'time':
     wait(running, lambda: True, rng.uniform(0, kind.took_s))
@@ -84,7 +91,10 @@ KILLS = 3  # per trial: more of them cost less than trials of their own, and the
 
 
 def killed(name: str):
-  """SIGKILL at a random point of a run of one process, up to KILLS times, the later ones in the resumed run."""
+  """Returns a fault: SIGKILL at random points of a run of one process.
+
+  The run is killed up to KILLS times. After each time it is resumed, so later kills hit a resumed run.
+  """
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
     kind = c.kinds[name]
     workdir = c.workdir(kind, place)
@@ -102,7 +112,11 @@ def killed(name: str):
 
 
 def killed_inside(name: str, at: str, calls: int, longest_s: float):
-  """The same inside one of the first `calls` calls of a function; several are separated by spaces."""
+  """Returns a fault: SIGKILL inside a function, up to KILLS times, each time in one of its first `calls` calls.
+
+  at: the function; several functions, separated by spaces, are drawn from at random.
+  longest_s: the longest time between the start of the call and the kill, in seconds.
+  """
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
     kind = c.kinds[name]
     workdir = c.workdir(kind, place)
@@ -171,7 +185,7 @@ def swapped_tokenizer(c: Campaign, place: pathlib.Path, rng: random.Random) -> s
 
 
 def killed_pair(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
-  """SIGKILL of either process, up to KILLS times: the other one ends, says why, and leaves nothing running."""
+  """Kills one of two processes with SIGKILL, up to KILLS times. The other process must end by itself, and say why."""
   kind = c.kinds['pair']
   workdir = c.workdir(kind, place)
   hits = []
@@ -197,7 +211,9 @@ killed_pair.points = KILLS
 
 
 def killed_sweep(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
-  """SIGKILL of the launcher, up to KILLS times, half of them with all commands that it has started."""
+  """Kills the launcher of a sweep with SIGKILL, up to KILLS times. Half of these times, also kills all commands that it
+  has started.
+  """
   kind = c.kinds['sweep']
   workdir = c.workdir(kind, place)
   notes = []
@@ -221,7 +237,7 @@ killed_sweep.points = KILLS
 
 
 def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """SIGTERM at a random point after the first log: the run saves and ends with status 143, and resumes."""
+  """Sends SIGTERM at a random point after the first log. The run must save, end with status 143, and resume."""
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'pair') if name in c.ready])]
   workdir = c.workdir(kind, place)
   running = c.launch(kind, workdir)
@@ -238,9 +254,9 @@ def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def interrupted(name: str):
-  """Ctrl-C at a random moment, up to KILLS times, the later ones in the resumed run: status 130, one line.
+  """Returns a fault: Ctrl-C at a random moment, up to KILLS times. The run must end with status 130 and one line.
 
-  It is sent as a terminal sends it, to all processes of the group.
+  The later times hit the resumed run. As from a terminal, all processes of the group get the signal.
   """
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
     kind = c.kinds[name]
@@ -271,7 +287,7 @@ def interrupted(name: str):
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, kilobytes: int):
-  """Mounts a file system of so many kB at `folder`; yields resize(kB)."""
+  """Mounts a file system with a size of `kilobytes` kB at `folder`. Yields a function that changes the size, in kB."""
   folder.mkdir()
   mount = lambda *args: subprocess.run(['mount', *args], capture_output=True, text=True)
   done = mount('-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', str(folder))
@@ -286,7 +302,7 @@ def small_disk(folder: pathlib.Path, kilobytes: int):
 
 
 def one_line(err: str) -> str:
-  """Returns the last line of a run's errors, which must be an error of ours, without a traceback."""
+  """Returns the last line of a run's errors. Checks that it is one of betarank's errors, without a traceback."""
   # tensorstore prints this if it has results for a save that has failed meanwhile, and nothing can suppress it.
   err = re.sub(r'Traceback .*\n(  .*\n)+RuntimeError: Event loop is closed\n', '', err)
   assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err, err[-1000:]
@@ -294,7 +310,10 @@ def one_line(err: str) -> str:
 
 
 def full_disk(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """The disk is full at a random point, and has room later: a small tmpfs, or a limit on file size if mount fails."""
+  """Lets the disk become full at a random point. Later, the disk has room again, and the run must resume.
+
+  The disk is a small tmpfs. If that can't be mounted, a limit on the size of files is used instead.
+  """
   kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'train', 'rl'])]
   size = rng.randint(8, 1200)
   c.workdir(kind, place)
@@ -320,7 +339,7 @@ def _filled(c: Campaign, kind: Kind, workdir: pathlib.Path, make_room, **options
 
 
 def read_only(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """In the middle of a run its workdir becomes read-only, even for root: chattr +i."""
+  """Makes the workdir of a run read-only in the middle of the run, with chattr +i, which also holds for root."""
   kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'train', 'rl'])]
   workdir = c.workdir(kind, place)
   running = c.launch(kind, workdir)
@@ -347,7 +366,10 @@ def read_only(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def damaged_checkpoint(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """Damages a file of the newest checkpoint. The error names it and a good checkpoint; --fallback resumes from that."""
+  """Damages a file of the newest checkpoint. The error must name this checkpoint and an earlier good one.
+
+  With --fallback, the run must resume from the good checkpoint.
+  """
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'pair') if name in c.ready])]
   workdir = c.workdir(kind, place)
   shutil.copytree(c.undisturbed(kind), workdir, dirs_exist_ok=True)
@@ -370,7 +392,9 @@ def damaged_checkpoint(c: Campaign, place: pathlib.Path, rng: random.Random) -> 
 
 
 def damaged_parent(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """Damages a file of a checkpoint that RL or an evaluation starts from. Both are refused; the error names the file."""
+  """Damages a file of the checkpoint from which RL or an evaluation starts. The command must end with an error that
+  names the file.
+  """
   (place / 'tmp').mkdir(parents=True)
   parent = shutil.copytree(c.undisturbed(c.kinds['rl']), place / 'parent')
   newest = max((parent / 'checkpoints').iterdir(), key=lambda p: int(p.name))
@@ -388,7 +412,10 @@ def damaged_parent(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def damaged_data(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """Damages a file of the prepared data: the error names it, unless it was never read. Restored, the run resumes."""
+  """Damages a file of the prepared data. The run must end with an error, unless it never reads the file.
+
+  After the file is restored, the run must resume.
+  """
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
   copy = shutil.copytree(c.data, place / 'data')
@@ -412,7 +439,7 @@ def damaged_data(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def jumping_clock(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """The wall clock jumps forward and back by up to a day during the run."""
+  """Lets the wall clock jump during the run, forward and back, by up to a day."""
   kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'rl'])]
   workdir = c.workdir(kind, place)
   jumps = [[rng.uniform(0, kind.took_s), rng.uniform(-86_400, 86_400)] for _ in range(4)]
@@ -423,7 +450,9 @@ def jumping_clock(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def hung_source(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """A read of the prepared data never returns: the watchdog ends the run with a line that says since when."""
+  """Lets a read of the prepared data never return. The watchdog must end the run with one line that says for how long
+  no step was done.
+  """
   kind = c.kinds['train']
   workdir = c.workdir(kind, place)
   # Batches are prefetched: a hang in one of the first four comes before the first step, when the watchdog doesn't act.
@@ -439,7 +468,7 @@ def hung_source(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def dead_verifiers(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """SIGKILL to all of the verifier's workers, several times, busy or not."""
+  """Kills all workers of the verifier with SIGKILL, several times, whether they are busy or not."""
   kind = c.kinds['workers']
   workdir = c.workdir(kind, place)
   [process] = c.launch(kind, workdir)
@@ -464,7 +493,9 @@ def dead_verifiers(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
 
 
 def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """A second launch in the same workdir is refused, without effect on the first one."""
+  """Starts the same run a second time in the same workdir. The second run must end with an error, without effect on the
+  first.
+  """
   kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'sweep', 'eval') if name in c.ready])]
   workdir = c.workdir(kind, place)
   first = c.launch(kind, workdir)

@@ -1,8 +1,9 @@
 """python -m tests.fuzz [--cases=100000] [--seed=0] [--only=TARGET,...] [--jobs=2] [--case=N]
 
-Gives hostile input to everything that reads input, and prints the outcomes. A case passes if it is read, or refused
-with the documented one-line error. Anything else is a crash, or a hang past the deadline; the exit status is then 1.
---case runs one case of one target in this process, with its traceback.
+Gives hostile input to everything that reads input, and prints the outcomes. A case passes if the input is read, or if
+the reader raises its documented error of one line. Any other exception is a crash, and a case that exceeds its deadline
+is a hang. If any case crashes or hangs, the exit status is 1. --case runs one case of one target in this process, with
+its traceback.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from tests.fuzz.targets import TARGETS
 
 
 def plan(cases: int, only: list[str]) -> dict[str, int]:
-  """Returns the number of cases per target, in proportion to the weights, at least `cases` in total."""
+  """Returns {target: number of cases}. The numbers are proportional to the targets' weights, and their sum is at least
+  `cases`.
+  """
   chosen = {name: TARGETS[name].weight for name in only}
   return {name: max(1, -(-cases * weight // sum(chosen.values()))) for name, weight in chosen.items()}
 

@@ -1,8 +1,8 @@
-"""python -m tests.fuzz.audit: lists what compiles, runs or unpickles anything while every kind of input is loaded.
+"""Lists what compiles, runs or unpickles anything while every kind of input is loaded: python -m tests.fuzz.audit
 
-An audit hook receives every such event of the interpreter, from any library. All input contains a marker, in Python
-code that would create a file if it ran. Prints, as JSON, the events other than imports, by step, and the texts with the
-marker.
+An audit hook receives every such event of the interpreter, from any library. All input contains a marker, which is in
+Python code that would create a file if it ran. Prints, as JSON, the events of each step except imports, and the
+compiled or executed texts that contain the marker.
 """
 
 import collections
@@ -19,10 +19,10 @@ WATCHED = ('compile', 'exec', 'pickle.find_class', 'code.__new__', 'socket.conne
 
 
 class Audit:
-  """An audit hook, from its creation on.
+  """An audit hook, which is active once the object is created.
 
   Attributes:
-    step: the name that the next events are recorded under.
+    step: the name under which the next events are recorded.
     events: {step: {(event, module that caused it)}}.
     marked: the compiled or executed texts that contain MARK.
     sources: {step: texts that were compiled}.
@@ -62,7 +62,7 @@ def hostile(folder: pathlib.Path) -> str:
 
 
 def load_config(folder: pathlib.Path):
-  """Loads a config as a run writes it, with the marker in its name, values and folder."""
+  """Loads a config that was written as a run writes it. Its name, values and folder contain the marker."""
   from betarank.configs import load
   from betarank.train.config import run_config
 
@@ -75,7 +75,7 @@ def load_config(folder: pathlib.Path):
 
 
 def write_sources(folder: pathlib.Path) -> dict[str, str]:
-  """Writes the same marked documents in every format; returns {name: URI}."""
+  """Writes the same documents, which contain the marker, in every format. Returns {name: URI}."""
   import numpy as np
   import pyarrow
   import pyarrow.parquet
@@ -108,7 +108,10 @@ def write_sources(folder: pathlib.Path) -> dict[str, str]:
 
 
 def prepare(folder: pathlib.Path, uris: dict[str, str]):
-  """Trains a tokenizer, prepares the data of all formats, reads some of each, and encodes the marker."""
+  """Trains a tokenizer, prepares the sources, reads a document of each, and encodes the marker.
+
+  uris: {name of a source: its URI}.
+  """
   from betarank.data.config import DataConfig, SourceConfig
   from betarank.data.prepare import prepare_source
   from betarank.data.prepared import Documents
@@ -127,7 +130,7 @@ def prepare(folder: pathlib.Path, uris: dict[str, str]):
 
 
 def restore_checkpoint(folder: pathlib.Path, config, tokenizer: str) -> None:
-  """Saves and restores a checkpoint with the marker, and converts it to Hugging Face's format and back."""
+  """Saves and restores a checkpoint that contains the marker, and converts it to Hugging Face's format and back."""
   import jax
 
   from betarank import model
@@ -170,7 +173,7 @@ def answers(folder: pathlib.Path) -> list[str]:
 
 
 def grade(folder: pathlib.Path) -> None:
-  """Grades the answers with the verifier, as RL does."""
+  """Grades the answers with the marker by a Verifier, as RL does."""
   from betarank.tasks.task_set import Task, TaskConfig, TaskSet
   from betarank.tasks.verifiers import Verifier, VerifierConfig
 
@@ -183,7 +186,10 @@ def grade(folder: pathlib.Path) -> None:
 
 
 def grade_as_a_worker(folder: pathlib.Path, audit: Audit) -> None:
-  """Grades the answers in this process as a worker does. It comes last, because it changes SymPy's parser."""
+  """Grades the answers with the marker in this process, as a worker does.
+
+  This must be the last step, because it changes SymPy's parser.
+  """
   from betarank.tasks import verifier_worker
   from betarank.tasks.task_set import TaskConfig, TaskSet
 

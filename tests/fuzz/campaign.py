@@ -1,4 +1,4 @@
-"""Runs the cases in worker processes, kills those that hang, replaces those that die, and counts the outcomes."""
+"""Runs cases in worker processes. Kills processes that hang, replaces processes that die, and counts the outcomes."""
 
 import collections
 import concurrent.futures
@@ -23,7 +23,10 @@ MOST_LOST = 20  # workers per target, after which it is given up
 
 @dataclasses.dataclass
 class Result:
-  """The outcomes of the cases of one target. bad: {(type of error, line): [(case number, message), ...]}."""
+  """The outcomes of the cases of one target.
+
+  bad: {(type of error, line): [(case number, message), ...]}.
+  """
 
   name: str
   cases: int = 0
@@ -46,9 +49,9 @@ class Result:
 
 def run(plan: Mapping[str, int], seed: int, jobs: int = 1, together: bool = False,
         report: Callable[[Result], None] = lambda _: None) -> list[Result]:
-  """Runs the plan {target: cases}; returns the results.
+  """Runs the plan {target: number of cases}. Returns the results in the plan's order.
 
-  together: runs all targets in one process, one after the other, which saves the start of many.
+  together: whether to run all targets in one process, one after the other, which starts fewer processes.
   """
   costly_first = sorted(plan, key=lambda name: TARGETS[name].weight)  # so that no core is idle at the end
   lanes = [dict(plan)] if together else [{name: plan[name]} for name in costly_first]
@@ -82,9 +85,9 @@ def _lane(plan: dict[str, int], seed: int, folder: pathlib.Path, report) -> list
 
 def _worker(todo: dict[str, tuple[int, int]], results: dict[str, Result], seed: int, folder: pathlib.Path,
             report) -> tuple[str | None, int, str]:
-  """Runs the targets of `todo` in a worker process, and removes those that are done.
+  """Runs the targets of `todo` in a worker process, and removes finished targets from `todo`.
 
-  Returns (target, case, reason) of the case that ended the worker early.
+  Returns (target, case, reason) of the case that ended the worker early; the target is None if there is none.
   """
   arguments = [str(word) for name, (first, count) in todo.items() for word in (name, first, count)]
   with tempfile.TemporaryFile() as errors, subprocess.Popen(

@@ -1,7 +1,8 @@
-"""python -m tests.fuzz.guided TARGET [--seconds=60]: coverage-guided cases, by Atheris.
+"""python -m tests.fuzz.guided TARGET [--seconds=60]
 
-For targets whose reader is our own Python, which it can instrument. Ends at the first failure, with status 77 and a
-traceback. Needs `pip install atheris`, which is not one of our dependencies.
+Runs cases of a target that Atheris chooses by coverage. This is for targets whose reader is betarank's own Python code,
+which Atheris can instrument. Ends at the first failure, with status 77 and a traceback. Needs `pip install atheris`;
+betarank itself doesn't depend on it.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, Hugging Face."""
+"""The targets that read files and flags: configs, sources of documents, tokenizers, prepared data, and Hugging Face's
+files.
+"""
 
 import bz2
 import contextlib
@@ -36,7 +38,7 @@ def documents(seed: int, count: int = 40) -> list[str]:
 
 
 def read_all(uri: str, document_bytes: int = 512) -> None:
-  """Reads a source as `data prepare` does."""
+  """Reads all documents of a source, as `betarank data prepare` does."""
   from betarank.data import sources
 
   source = sources.Source(SourceConfig(uri, 1.0, 0), document_bytes)
@@ -47,7 +49,13 @@ def read_all(uri: str, document_bytes: int = 512) -> None:
 
 
 def files(path: pathlib.Path, goods: list[bytes], tokens: Iterable[bytes], read: Callable[[], Any]):
-  """Returns (make, check, close) for a reader of one file."""
+  """Returns (make, check, close), as in Target, for a reader of one file.
+
+  path: the file to which a case is written.
+  goods: valid contents of the file.
+  tokens: byte strings with which contents are changed.
+  read: reads the file.
+  """
   def make(rng, good=False):
     content = rng.choice(goods)
     return content if good else mutate.data(rng, content, goods, tuple(tokens))
@@ -77,7 +85,7 @@ def _overrides():
 
 
 def _wholes():
-  """Returns a config of pre-training and one of RL, both with a section for evaluation."""
+  """Returns (a config of pre-training, a config of RL). Both have a section `eval`."""
   pretraining, rl = common.base(), common.rl_base()
   rl.model = pretraining.model
   rl.train.init_from = 'runs/x'
@@ -311,7 +319,7 @@ def arrayrecord(folder):
 
 @target(20, DataError)
 def tfds(folder):
-  """The JSON files that describe a TFDS data set; its records are ArrayRecord's."""
+  """Builds the target of the JSON files that describe a TFDS data set. The records stay intact."""
   import tensorflow_datasets as tfds
   from array_record.python import array_record_module
 
@@ -381,7 +389,7 @@ def reasoning_uri(folder):
 
 
 def _prepared(folder: pathlib.Path) -> DataConfig:
-  """Prepares a small source `a` and its tokenizer in the folder."""
+  """Prepares a small source `a` and its tokenizer in `folder`. Returns the DataConfig."""
   from betarank.data.prepare import prepare_source
   from betarank.data.tokenizer_training import train_tokenizer
 
@@ -393,7 +401,9 @@ def _prepared(folder: pathlib.Path) -> DataConfig:
 
 
 def _tokenizers(folder: pathlib.Path) -> list[bytes]:
-  """Returns serialized SentencePiece models: ours, and one that normalizes, adds spaces and isn't BPE."""
+  """Returns two serialized SentencePiece models: one trained by betarank, and one that isn't BPE, normalizes text and
+  adds spaces.
+  """
   import sentencepiece
 
   from betarank.data.tokenizer_training import train
@@ -463,7 +473,7 @@ def tokenizer_export(folder):
 
 @target(30, DataError)
 def prepared(folder):
-  """The manifest, lengths and shards of prepared data."""
+  """Builds the target of the manifest, lengths and shards of prepared data."""
   from betarank.data.prepared import VERSION, Documents
 
   config = _prepared(folder)

@@ -1,4 +1,4 @@
-"""Makes hostile variants of good bytes, text and JSON, with the choices of a random generator."""
+"""Makes hostile variants of valid bytes, text and JSON. A random generator makes all choices."""
 
 import copy
 import json
@@ -22,7 +22,10 @@ TOKENS = (b'\0', b'\xff\xff\xff\xff', b'\n', b'\xed\xa0\x80', b'\xc0\x80', b'"',
 
 
 def data(rng: random.Random, good: bytes, others: Sequence[bytes] = (), tokens: Sequence[bytes] = ()) -> bytes:
-  """Returns `good` after one to six changes: bits, bytes, lengths, pieces of `others`, problematic words."""
+  """Returns `good` after one to six changes.
+
+  A change concerns a bit, a byte or a length, or inserts a piece of `others` or one of `tokens`.
+  """
   out = bytearray(good)
   for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
     size = len(out)
@@ -54,7 +57,9 @@ def data(rng: random.Random, good: bytes, others: Sequence[bytes] = (), tokens: 
 
 
 def text(rng: random.Random, good: str, words: Sequence[str] = ()) -> str:
-  """Returns `good` with pieces repeated, removed, or replaced by `words`."""
+  """Returns `good` after one to four changes: pieces are repeated, removed, or replaced by one of `words` or by hostile
+  text.
+  """
   for _ in range(rng.choice((1, 1, 2, 4))):
     at, end = sorted((rng.randrange(len(good) + 1), rng.randrange(len(good) + 1)))
     kind = rng.randrange(5)
@@ -97,7 +102,10 @@ def json_text(rng: random.Random, good: Any) -> bytes:
 
 
 def _place(rng: random.Random, document: Any) -> tuple[Any, Any]:
-  """Returns a container in `document` and one of its keys; rarely, or if there is none, (None, None)."""
+  """Returns (a dict or list in `document`, one of its keys or indices).
+
+  Returns (None, None) if there is none, and in 2 % of all calls.
+  """
   if rng.random() < 0.02:
     return None, None
   holder, key = None, None

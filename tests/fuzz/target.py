@@ -1,4 +1,4 @@
-"""The register of targets: what reads input."""
+"""Registers targets. A target is a reader of input, and a way to make cases for it."""
 
 import dataclasses
 import pathlib
@@ -13,13 +13,13 @@ class Target:
   """A reader of input, and how to make cases for it.
 
   Attributes:
-    name: of the target.
-    weight: its share of all cases, larger for cheap ones.
-    build: (folder) -> (make, check, close). make(random, good=False) returns a case; check(case) reads it as a command
-      would; close() ends what build started.
+    name: the name of the target.
+    weight: the target's share of all cases, relative to other targets. It is larger if cases take little time.
+    build: a function (folder) -> (make, check, close). make(random, good=False) returns a case. check(case) reads the
+      case as a command would. close() ends what build has started.
     errors: the documented errors for input that can't be used.
-    deadline_s: of a case.
-    strategy: returns a Hypothesis strategy for some of the cases, if there is one.
+    deadline_s: the most seconds that a case may take.
+    strategy: a function that returns a Hypothesis strategy for some of the cases; None if there is none.
   """
 
   name: str

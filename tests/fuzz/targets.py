@@ -1,4 +1,4 @@
-"""All targets, by name."""
+"""Collects all targets, by name."""
 
 from tests.fuzz import inputs, texts  # noqa: F401 (importing registers their targets)
 from tests.fuzz.target import TARGETS, Target

@@ -1,4 +1,5 @@
-"""A small part of the campaign (python -m tests.fuzz); and the campaign counts every kind of failure."""
+"""Runs a small part of the campaign (python -m tests.fuzz), and tests that the campaign counts every kind of failure.
+"""
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_all_cases_are_planned():
 
 @pytest.mark.slow
 def test_each_failure_is_counted():
-  """A target made to fail: an exception, too much memory, a segmentation fault, a hang."""
+  """The target `broken` fails in four ways: an exception, too much memory, a segmentation fault, and a hang."""
   [result] = campaign.run({'broken': 10}, seed=0)
   assert (result.cases, result.good, result.refused, result.crashes, result.hangs) == (10, 4, 2, 3, 1), result.bad
   assert {what for what, _ in result.bad} == {'ZeroDivisionError', 'MemoryError', 'deadline',

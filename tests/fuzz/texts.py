@@ -1,4 +1,4 @@
-"""The targets that read what models and runs wrote: answers, benchmarks, and the inputs of a report."""
+"""The targets that read what models and runs have written: answers, benchmarks, and the files that a report reads."""
 
 import contextlib
 import gzip
@@ -46,7 +46,10 @@ def _answer(rng: random.Random, good: bool):
 
 @target(160, strategy=_answers)
 def answers(folder):
-  """An answer is cut out of a text, and judged by all rules but math-verify: a verdict, and never an exception."""
+  """Builds the target that extracts an answer from a text, and judges it by all rules except math-verify.
+
+  There must always be a verdict, and never an exception.
+  """
   from betarank.tasks.answers import final_answer
   from betarank.tasks.judging.comparison import Judgement, judge
   from betarank.tasks.task_set import Task
@@ -68,7 +71,7 @@ def answers(folder):
 
 @target(15, deadline_s=120.0)
 def verifier(folder):
-  """The whole verifier, with its worker processes: every answer gets a verdict."""
+  """Builds the target of the whole verifier, with its worker processes. Every answer must get a verdict."""
   from betarank.tasks.task_set import Task, TaskConfig, TaskSet
   from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
@@ -93,7 +96,7 @@ def verifier(folder):
 
 @target(0, DataError, deadline_s=3.0)
 def broken(folder):
-  """Fails in every way that the campaign must count; only its own test uses it."""
+  """Builds a target that fails in every way that the campaign must count. Only the campaign's own test uses it."""
   counter = folder / 'cases'  # on disk, so that a process which replaces a dead one continues the count
 
   def check(case):
@@ -122,7 +125,7 @@ _RECORDS = (
 
 @target(60, DataError)
 def tasks(folder):
-  """Problems with answers, as RL and evaluation read them."""
+  """Builds the target of files with problems and answers, as RL and evaluation read them."""
   from betarank.tasks.task_set import TaskConfig, TaskSet
 
   def read(path):
@@ -133,7 +136,7 @@ def tasks(folder):
 
 
 def _records(folder, records, read):
-  """Returns (make, check, close) for a reader of JSON lines, compressed or not."""
+  """Returns (make, check, close), as in Target, for a reader of JSON Lines, compressed or not."""
   raw = b'\n'.join(json.dumps(record).encode() for record in records)
 
   def make(rng, good=False):
@@ -162,7 +165,7 @@ _PROGRAMS = (
 
 @target(40, DataError)
 def programs(folder):
-  """Programming problems; no program is run."""
+  """Builds the target of files with programming problems. No program is run."""
   from betarank.tasks.code_problems import read
 
   return _records(folder, _PROGRAMS, lambda path: read(str(path)))
@@ -170,7 +173,7 @@ def programs(folder):
 
 @target(40)
 def metrics(folder):
-  """The metrics of a run that is resumed; lines that can't be read are dropped."""
+  """Builds the target of the metrics.jsonl of a resumed run. Lines that can't be read must be dropped."""
   from etils import epath
 
   from betarank.runtime.metrics import read_lines
@@ -183,7 +186,7 @@ def metrics(folder):
 
 
 class _Tags(html.parser.HTMLParser):
-  """Fails on a tag or an attribute that the report itself doesn't write."""
+  """Parses a page. Fails at any tag or attribute that the report itself doesn't write, such as <script>."""
 
   BAD = re.compile(r'^(on|src$|srcdoc$|formaction$|action$)')
 
@@ -194,7 +197,7 @@ class _Tags(html.parser.HTMLParser):
 
 
 def _sweep(folder: pathlib.Path):
-  """Makes the workdirs of two arms; returns (root, {path: bytes})."""
+  """Writes the workdirs of a sweep of two arms. Returns (root, {path: bytes} of all files)."""
   from tests.eval import sweep
 
   root = folder / 'sweep'
@@ -233,7 +236,7 @@ def _report(folder, read):
 
 @target(15)
 def report(folder):
-  """All computations of a report; no content of a file may end it."""
+  """Builds the target of all computations of a report. No content of a file may raise an exception."""
   from etils import epath
 
   from betarank.eval.report.arms import read_sweep
@@ -245,7 +248,7 @@ def report(folder):
 
 @target(1)
 def report_page(folder):
-  """The whole page with its figures; it contains no markup from the files."""
+  """Builds the target of the whole page with its figures. The page must not contain markup from the files."""
   from betarank.eval.report.command import write_report
 
   return _report(folder, lambda root: _Tags().feed(write_report(str(root), str(folder / 'out')).read_text()))

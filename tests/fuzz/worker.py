@@ -1,6 +1,6 @@
-"""python -m tests.fuzz.worker FOLDER SEED TARGET FIRST COUNT ...: the process that runs the cases.
+"""Runs cases in this process: python -m tests.fuzz.worker FOLDER SEED TARGET FIRST COUNT ...
 
-It prints a JSON line after each case, so that its parent knows which one crashed or hung.
+Prints one JSON line after each case, so that the parent process knows which case crashed or hung.
 """
 
 import json
@@ -74,7 +74,11 @@ def case_random(seed: int, name: str, i: int) -> random.Random:
 
 
 def outcome(target: Target, check, case) -> dict[str, str]:
-  """Runs a case; returns {'outcome': 'good' | 'refused' | 'crash', 'what': ..., 'where': ...}."""
+  """Runs a case. Returns {'outcome': 'good' | 'refused' | 'crash', 'what': ..., 'where': ...}.
+
+  'refused' means that a documented error was raised. 'what' is the error, and 'where' the line of code that crashed. A
+  key without a value is missing.
+  """
   try:
     check(case)
   except target.errors as error:
@@ -92,7 +96,12 @@ def outcome(target: Target, check, case) -> dict[str, str]:
 
 
 def _by_hypothesis(target: Target, seed: int, numbers: range, one) -> None:
-  """Runs cases from the target's Hypothesis strategy; fewer than `numbers` if it has no more."""
+  """Runs the cases with the numbers `numbers`, made by the target's Hypothesis strategy.
+
+  If the strategy can't make so many different cases, fewer cases are run.
+
+  one: a function (number, case) that runs a case.
+  """
   left = iter(numbers)
 
   @hypothesis.seed(seed)
@@ -112,7 +121,7 @@ def _limit_memory() -> None:
 
 
 def _memory(name: str) -> int:
-  """Returns bytes, from /proc: VmSize, VmRSS or VmHWM (the peak of VmRSS)."""
+  """Returns a memory figure of this process in bytes. name: VmSize, VmRSS or VmHWM (the peak of VmRSS), from /proc."""
   for line in pathlib.Path('/proc/self/status').read_text().splitlines():
     if line.startswith(f'{name}:'):
       return int(line.split()[1]) * 1024
@@ -124,7 +133,10 @@ def _reset_peak() -> None:
 
 
 def _slope(samples: list[tuple[int, int]]) -> float:
-  """Returns bytes per thousand cases, by least squares."""
+  """Returns the growth of memory in bytes per thousand cases, by least squares.
+
+  samples: (case number, memory in bytes).
+  """
   if len(samples) < 3:
     return 0.0
   x, y = zip(*samples)

@@ -1,4 +1,4 @@
-"""A Slurm cluster of several nodes on this machine, for tests: slurmctld, and one slurmd per node.
+"""Starts a Slurm cluster of several nodes on this machine, for tests: slurmctld, and one slurmd per node.
 
 Nodes are named 127.0.0.1, 127.0.0.2 and so on, so that processes can reach each other by the names of their nodes.
 """
@@ -20,12 +20,15 @@ PROGRAMS = ('slurmctld', 'slurmd', 'sbatch', 'srun', 'scancel', 'squeue', 'sinfo
 
 
 def missing():
-  """The programs of Slurm that aren't installed (Debian: slurm-wlm)."""
+  """Returns the programs of Slurm that aren't installed (on Debian, the package is slurm-wlm)."""
   return [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
 
 
 class Cluster:
-  """A cluster that is up. `environment` is what commands need to reach it."""
+  """A running cluster.
+
+  environment: the environment variables with which commands reach the cluster.
+  """
 
   def __init__(self, folder: pathlib.Path, nodes: int):
     self.folder, self._processes = folder, {}
@@ -56,11 +59,11 @@ class Cluster:
                                                start_new_session=True)
 
   def run(self, *command):
-    """The standard output of a command."""
+    """Runs a command, and returns its standard output."""
     return subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, text=True).stdout
 
   def wait(self, holds, seconds=60):
-    """Returns once holds() is true."""
+    """Waits until holds() is true."""
     until = time.monotonic() + seconds
     while not holds():
       assert time.monotonic() < until, self.run('sinfo') + self.run('squeue') + '\n'.join(
@@ -72,7 +75,9 @@ class Cluster:
     self.wait(lambda: self.run('sinfo', '--noheader', '--format=%D %t').split() == [str(nodes), 'idle'])
 
   def kill_node(self, name):
-    """Kills a node as a power failure would: its daemon, the supervisors of its jobs, and their processes."""
+    """Ends a node as a power failure would: kills its daemon, the processes of its jobs, and the supervisors of these
+    processes.
+    """
     daemon = self._processes[name].pid
     processes = [line.split() for line in self.run('ps', '-eo', 'pid=,ppid=').splitlines()]
     of_jobs = [int(pid) for pid, _ in processes if self._is_of_job_on(pid, name)]
@@ -82,7 +87,8 @@ class Cluster:
         os.kill(pid, signal.SIGKILL)
 
   def _is_of_job_on(self, pid, node):
-    """Whether a process has the environment of a job of this cluster on this node."""
+    """Returns whether a process belongs to a job of this cluster on the node `node`. Its environment variables show it.
+    """
     try:
       variables = pathlib.Path(f'/proc/{pid}/environ').read_bytes().split(b'\0')
     except OSError:  # it has ended
@@ -90,7 +96,7 @@ class Cluster:
     return {f'SLURMD_NODENAME={node}'.encode(), f'SLURM_CONF={self.folder}/slurm.conf'.encode()} <= set(variables)
 
   def stop(self):
-    """Ends all jobs, then the daemons."""
+    """Ends all jobs, and then the daemons."""
     self.run('scancel', f'--user={getpass.getuser()}')
     with contextlib.suppress(AssertionError):
       self.wait(lambda: not self.run('squeue', '--noheader').strip(), 20)

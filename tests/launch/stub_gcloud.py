@@ -1,10 +1,15 @@
-"""A stand-in for `gcloud`: records its calls, keeps slices as folders, and runs ssh commands in the folders of workers.
+"""Takes the place of `gcloud` in tests: records its calls, keeps slices as folders, and runs ssh commands in workers'
+folders.
 
-STUB/calls.jsonl           every command line
-STUB/fail.json             [{"match": text of a command line, "stderr": ..., "code": 1, "times": 1, "seconds": 0}, ...]
-STUB/nodes/NAME/state      READY, PREEMPTED, ...; a queued resource is STUB/queued/NAME
-STUB/nodes/NAME/0, 1, ...  the workers' home folders, STUB/workers of them (1 if there is no such file)
-STUB/created_state         the state of new slices (READY if there is no such file); STUB/message: why they are FAILED
+    STUB/calls.jsonl           every command line
+    STUB/fail.json             calls that fail: [{"match": text of a command line, "stderr": ..., "code": 1, "times": 1,
+                               "seconds": 0}, ...]
+    STUB/nodes/NAME/state      the state of a slice: READY, PREEMPTED, ...
+    STUB/queued/NAME           a queued resource
+    STUB/nodes/NAME/0, 1, ...  the workers' home folders
+    STUB/workers               the number of workers; 1 if there is no such file
+    STUB/created_state         the state of new slices; READY if there is no such file
+    STUB/message               the reason why slices are FAILED
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""The examples in launch/examples that hand points to GKE and SkyPilot, with stand-ins for kubectl and sky."""
+"""Tests the examples in launch/examples that run points on GKE and SkyPilot. Stand-ins replace kubectl and sky."""
 
 import json
 import os
@@ -37,7 +37,7 @@ if sys.argv[1:3] == ['jobs', 'launch']:
 
 
 class Engine:
-  """A folder with a stand-in for one program, and the example script that calls it."""
+  """A folder with a stand-in for `program`, and the example script that calls this program."""
 
   def __init__(self, folder, program, script):
     self.folder, self.script = folder, EXAMPLES / script

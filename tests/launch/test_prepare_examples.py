@@ -1,6 +1,7 @@
-"""The examples in launch/examples that prepare data on several machines: which parts they start, none of them twice.
+"""Tests the examples in launch/examples that prepare data on several machines: each part is started exactly once.
 
-The parts run a stand-in for `betarank` that records its arguments. tests/data shows that parts make up the whole.
+In place of `betarank`, the parts run a stand-in that records its arguments. tests/data tests that the parts together
+are the whole data set.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""launch/examples/slurm.sh on a real Slurm cluster of three nodes: statuses, stops, two processes, a node that dies."""
+"""Tests launch/examples/slurm.sh on a real Slurm cluster of three nodes: exit statuses, stops, jobs of two processes,
+and a node that dies.
+"""
 
 import collections
 import json
@@ -32,7 +34,7 @@ def cluster(tmp_path_factory):
 
 
 def start(cluster, tmp_path, name, command, options='', **more):
-  """slurm.sh with a job whose output goes to tmp_path/NAME.log."""
+  """Starts slurm.sh. The output of its job goes to tmp_path/NAME.log."""
   bin_folder = pathlib.Path(sys.executable).parent  # `betarank`
   settings = {**environment(), **cluster.environment, 'PATH': f'{bin_folder}:{slurm_cluster.PATH}',
               'SLURM_OPTIONS': options, 'SLURM_LOGS': str(tmp_path / '%x.log'), **more}
@@ -72,7 +74,7 @@ def test_a_sigterm_reaches_the_run_which_saves(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_two_jobs_of_one_point_never_run_at_once(cluster, tmp_path):
-  """The script is killed, its job lives on: the next launch's job waits for it."""
+  """The script is killed, but its job continues. The job of the next launch waits until the first job has ended."""
   command = shlex.join([sys.executable, '-c', WAITS, str(tmp_path)])
   first = start(cluster, tmp_path, 'single', command)
   cluster.wait((tmp_path / 'started').exists)
@@ -99,7 +101,10 @@ def test_two_processes_on_two_nodes_are_one_run(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_whose_node_dies_does_every_step_once(cluster, tmp_path):
-  """5 arms x 2 seeds, three at once. The job of the dead node is requeued and resumes from its checkpoint."""
+  """The sweep has 5 arms and 2 seeds, and runs three points at the same time.
+
+  Slurm requeues the job of the dead node, which resumes from its checkpoint.
+  """
   root = tmp_path / 'sweep'
   bin_folder = pathlib.Path(sys.executable).parent
   settings = {**environment(), **cluster.environment, 'PATH': f'{bin_folder}:{slurm_cluster.PATH}',

@@ -1,4 +1,6 @@
-"""Sweeps: what is refused before anything starts, and real ones, killed launcher and all, and started again."""
+"""Tests sweeps: errors that are found before anything starts, and real sweeps that are killed, with their launcher, and
+started again.
+"""
 
 import collections
 import dataclasses
@@ -114,7 +116,7 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
 
 
 def test_on_tpu_data_goes_to_the_bucket():
-  """A slice reads nothing of this machine's disk: not what is prepared here, nor its tokenizer."""
+  """A slice can read neither prepared data nor tokenizers on this machine's disk."""
   points = {p.name: p for p in expand('configs/paper/dense_4b.py', 'gs://b/4b')}
   folder = 'gs://b/4b/runs/data/paper'
   tokenizer = f'{folder}/pretrain/tokenizer.model'
@@ -171,7 +173,7 @@ def wait_until(process, holds):
 
 
 def alive(root):
-  """Process ids of the commands that run for points of this root."""
+  """Returns the ids of the processes that currently run points of the sweep at `root`."""
   pids = []
   for lock in (root / '.sweep').rglob('*.lock'):
     with workdir.lock_file(lock.with_suffix('.lock')) as held:
@@ -181,7 +183,10 @@ def alive(root):
 
 
 def check_whole(root, points):
-  """Every point finished, and no update of any run done by two processes or missing."""
+  """Checks that all points are finished, and that every step of every run was done exactly once.
+
+  points: the expected number of points.
+  """
   states = status(root)
   assert len(states) == points and {s['state'] for s in states.values()} == {'finished'}, states
   record = json.loads((root / 'sweep.json').read_text())
@@ -197,7 +202,9 @@ def check_whole(root, points):
 
 
 def kill_in_the_middle(root, at, *flags, arguments=''):
-  """Starts a sweep and kills the launcher once `at` runs; what it started lives on."""
+  """Starts a sweep, and kills its launcher once the point `at` is running. Commands of points continue. Returns their
+  process ids.
+  """
   launcher = start(root, *flags, arguments=arguments)
   wait_until(launcher, lambda: status(root).get(at, {}).get('state') == 'running' and (root / at).exists())
   launcher.kill()
@@ -207,7 +214,10 @@ def kill_in_the_middle(root, at, *flags, arguments=''):
 
 @pytest.mark.slow
 def test_a_sweep_killed_launcher_and_all_finishes_every_point_once(tmp_path):
-  """2 arms x 1 seed x (pretrain, rl). The first kill leaves the command running, the second takes it too."""
+  """The sweep has two arms with pre-training and RL.
+
+  The first time, only the launcher is killed. The second time, the running commands are killed too.
+  """
   root = tmp_path / 'sweep'
   left = kill_in_the_middle(root, 'arm0,seed0/train')
   assert len(left) == 1
@@ -275,7 +285,10 @@ def test_a_second_run_in_a_workdir_is_refused(tmp_path):
 
 
 def bare_sweep(tmp_path, codes):
-  """A sweep of two points, train and rl, whose commands only exit with the given statuses."""
+  """Runs a sweep of two points, train and rl. Returns {stage: (state, note)}.
+
+  codes: {stage: exit status}. The commands of the points only exit with this status.
+  """
   points = expand(write(tmp_path, '  base = add()\n  add(stage="rl", arg="stage=rl", after=base)\n'),
                   str(tmp_path / 'root'))
   points = [dataclasses.replace(p, needs=(p.after,) if p.after else ()) for p in points if p.stage != 'data']
@@ -289,7 +302,8 @@ def bare_sweep(tmp_path, codes):
   (143, 'stopped', 'at step 0 of 6'), (130, 'stopped', 'at step 0 of 6'), (1, 'failed', 'exit 1: '),
   (0, 'failed', 'ended at step 0 of 6 with exit 0')])
 def test_a_command_that_was_asked_to_stop_has_not_failed(tmp_path, code, state, note):
-  """Told by its exit status. What needs a stopped point waits for the next launch, which starts it again."""
+  """The exit status decides. Points that need a stopped point wait for the next launch, which starts that point again.
+  """
   states = bare_sweep(tmp_path, {'train': code, 'rl': 0})
   assert states['train'][0] == state and states['train'][1].startswith(note)
   assert states['rl'][0] == ('waiting' if state == 'stopped' else 'skipped')
@@ -298,8 +312,11 @@ def test_a_command_that_was_asked_to_stop_has_not_failed(tmp_path, code, state, 
 
 @pytest.fixture
 def package_without_git(tmp_path):
-  """A copy of the package as a wheel installs it: with what package_data names, but no checkout. In a folder that has
-  modules of the package's names."""
+  """Returns (folder, environment) for commands that use a copy of the package, as a wheel installs it, without a git
+  checkout.
+
+  The folder has subfolders with the names of the package's parts, such as data, which must not be imported instead.
+  """
   site, here = tmp_path / 'site', tmp_path / 'here'
   shutil.copytree(ROOT, site / 'betarank', ignore=shutil.ignore_patterns('.*', 'runs', 'tests', 'docs', 'corpus'))
   for name in ('data', 'model', 'configs', 'launch'):
@@ -308,7 +325,7 @@ def package_without_git(tmp_path):
 
 
 def test_on_tpu_from_a_wheel(package_without_git):
-  """The dry run works; a launch is refused in one line before anything is created, as push needs a git checkout."""
+  """A dry run works. A launch ends with one line before anything is created, because `push` needs a git checkout."""
   here, settings = package_without_git
   settings = {name: value for name, value in settings.items() if not name.startswith('TPU_')}
   command = [sys.executable, '-P', '-m', 'betarank', 'sweep', '--config=configs/smoke.py', '--on=tpu', '--root=gs://b/x']
@@ -323,7 +340,7 @@ def test_on_tpu_from_a_wheel(package_without_git):
 
 @dataclasses.dataclass(frozen=True)
 class Flaky(Point):
-  """A point whose result can't be read the first few times: each entry of `errors` is raised once."""
+  """A point whose result can't be read at first. Each exception in `errors` is raised once."""
 
   errors: list = dataclasses.field(default_factory=list)
 
@@ -334,7 +351,7 @@ class Flaky(Point):
 
 
 def flaky(tmp_path, errors, command):
-  """A sweep of one point that trains."""
+  """Returns (a sweep of one point that trains, the Status of this point). The point is Flaky, with `errors`."""
   [point] = [p for p in expand(write(tmp_path, '  add()\n'), str(tmp_path / 'root')) if p.stage == 'train']
   fields = {field.name: getattr(point, field.name) for field in dataclasses.fields(Point)} | {'needs': ()}
   (tmp_path / 'root').mkdir()
@@ -361,8 +378,10 @@ def test_a_bucket_that_goes_on_failing_fails_the_point_only(tmp_path, monkeypatc
 
 @pytest.mark.parametrize('fails_to_delete', [0, 2, 3])
 def test_an_error_of_the_launcher_leaves_no_run_and_no_slice(tmp_path, monkeypatch, capsys, fails_to_delete):
-  """With the stub of gcloud: the command is asked to stop, then its slice is deleted, with three tries; the last line
-  says what is still billed."""
+  """The command is asked to stop. Then its slice is deleted, with three tries, on a stub of gcloud.
+
+  The last line says what still costs money.
+  """
   stub = tmp_path / 'stub'
   (stub / 'bin').mkdir(parents=True)
   (stub / 'bin' / 'gcloud').write_text(

@@ -1,6 +1,6 @@
-"""launch/tpu.sh and babysit.sh with a stub of gcloud: exact command lines, and what happens when a call fails.
+"""Tests launch/tpu.sh and babysit.sh with a stub of gcloud: the exact command lines, and what happens if a call fails.
 
-The stub runs ssh commands in the folders of its "workers", so commands really start there, in tmux.
+The stub runs ssh commands in the folders of its workers, so commands really start there, in tmux.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not shutil.which('tmux'), reason='the workers ru
 
 
 class Cloud:
-  """tpu.sh in a small repository of its own, with the stub as gcloud."""
+  """Runs tpu.sh in a small git repository of its own. The stub takes the place of gcloud."""
 
   def __init__(self, tmp):
     self.stub, self.tree = tmp / 'stub', tmp / 'tree'
@@ -56,7 +56,7 @@ class Cloud:
                             text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
   def __call__(self, *argv, **settings):
-    """(exit status, output, what it said)."""
+    """Runs tpu.sh. Returns (exit status, standard output, standard error)."""
     process = self.start(*argv, **settings)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
@@ -67,7 +67,7 @@ class Cloud:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
   def verbs(self):
-    """The calls that change something, in order: 'create', 'scp', ..."""
+    """Returns the calls that change something, in order, such as 'create' and 'scp'."""
     return [call[3] for call in self.calls if call[3] in ('create', 'delete', 'scp')]
 
   def fail(self, *rules):
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_refused_in_one_line(cloud, argv, settings, message):
 
 
 def test_every_verb_s_command_line(cloud):
-  """On a pod: all workers; with two slices: each of them."""
+  """Commands go to all workers of a pod and, with two slices, to each slice."""
   (cloud.stub / 'workers').write_text('2')
   assert cloud('--yes', 'create', TPU_SLICES='2')[0] == 0
   state = 'bash betarank/launch/worker.sh'
@@ -231,7 +231,10 @@ def test_setup_installs_pinned_and_once(cloud):
 
 
 def test_the_pinned_versions_go_together():
-  """As far as the packages here, those of the same version, say what they need: jax its libtpu, say."""
+  """Checks that the pinned versions meet each other's requirements, for example that of jax for libtpu.
+
+  Only the requirements of packages that are installed here in the pinned version are known.
+  """
   lines = [line for line in (ROOT / 'launch/constraints.txt').read_text().splitlines() if not line.startswith('#')]
   pins = {canonicalize_name(name): version for name, _, version in (line.partition('==') for line in lines)}
   here = {canonicalize_name(d.name): d for d in importlib.metadata.distributions()}
@@ -375,7 +378,7 @@ def test_babysit_when_no_slice_can_be_had(cloud, stderr, creates, code, message)
 @pytest.mark.parametrize('call', ['worker.sh start', *(pytest.param(call, marks=pytest.mark.slow) for call in (
   'tpu-vm scp', 'worker.sh setup', 'worker.sh state', 'tpu-vm describe'))])
 def test_babysit_gets_over_a_call_that_fails(cloud, call):
-  """An ssh that fails on one worker fails as a whole."""
+  """If ssh fails on one worker, the whole call fails. babysit then tries again."""
   (cloud.stub / 'workers').write_text('2')
   cloud.fail({'match': call, 'stderr': 'ssh: connect to host port 22: Connection refused', 'code': 255, 'times': 2})
   code, _, err = babysit(cloud, '0')
@@ -417,7 +420,7 @@ ALWAYS = 1000
   pytest.param('worker.sh start', 'start', 1, marks=pytest.mark.slow),
   ('tpu-vm ssh', 'ssh', 3)])
 def test_failures_in_a_row_end_the_watch_with_the_reason(cloud, call, what, creates):
-  """On a slice that is billed: with their own exit status, and a last line that says what it still costs."""
+  """After three failures in a row, babysit ends with status 6. The last line says what the slice still costs."""
   cloud.fail({'match': call, 'stderr': 'ERROR: the key was refused\nsome hint', 'code': 255, 'times': ALWAYS})
   code, _, err = babysit(cloud, '0', TPU_TRIES='3', TPU_DOLLARS_PER_HOUR='300')
   assert code == 6, err
@@ -484,7 +487,7 @@ def test_an_unknown_error_of_create_is_counted(cloud):
 
 
 def test_the_cap_counts_only_the_time_that_the_slice_was_ready(cloud):
-  """Waiting in a queue costs nothing: here it takes longer than the cap."""
+  """Waiting in a queue costs nothing, so it doesn't count. In this test, it takes longer than the cap."""
   (cloud.stub / 'created_state').write_text('CREATING')
   process = babysit(cloud, '0', start=True, TPU_MAX_HOURS='0.001', TPU_POLL='0.1')  # 3.6 s
   cloud.wait_for(cloud.home())
@@ -504,7 +507,7 @@ def test_a_state_that_can_not_be_read_at_the_end_may_cost_money(cloud):
 
 
 def test_the_environment_and_the_log_of_a_run(cloud, tmp_path):
-  """TPU_ENV reaches the command, TPU_SETUP runs at setup, and the end of the log is kept in the workdir."""
+  """TPU_ENV reaches the command. TPU_SETUP runs during setup. The end of the log is kept in the workdir."""
   settings = {'TPU_ENV': 'A=1 LIBTPU_INIT_ARGS="--x=1 --y"', 'TPU_SETUP': 'echo "mounted here" >"$HOME/mounted"'}
   for argv in (['--yes', 'create'], ['push'], ['setup'], ['run', 'env', f'B=--workdir={tmp_path}/run', 'env'],):
     assert cloud(*argv, **settings)[0] == 0
@@ -530,7 +533,7 @@ def test_compiled_programs_are_cached_in_the_bucket_unless_told_otherwise(cloud)
 
 @pytest.fixture
 def agent(tmp_path):
-  """An ssh-agent that holds one key, which isn't gcloud's. Returns its socket."""
+  """Starts an ssh-agent with one key, which isn't gcloud's. Yields the path of the agent's socket."""
   if not shutil.which('ssh-agent'):
     pytest.skip('needs ssh-agent')
   sock, key = tmp_path / 'agent', tmp_path / 'other_key'
@@ -547,7 +550,9 @@ def agent(tmp_path):
 
 
 def test_an_ssh_agent_without_gcloud_s_key_is_refused_before_anything_is_created(cloud, agent):
-  """gcloud itself refuses to copy to several workers then, which would be found out on a slice that is billed."""
+  """With such an agent, gcloud doesn't copy to several workers. Without this check, the error would come only after a
+  slice was created, which costs money.
+  """
   settings = {'SSH_AUTH_SOCK': agent}
   for argv in (['--yes', 'create'], ['check'], ['--yes', 'babysit', 'run', 'true']):
     code, _, err = cloud(*argv, **settings)

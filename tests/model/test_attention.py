@@ -1,4 +1,6 @@
-"""Every attention kernel equals the plain implementation, values and gradients, with several documents per row."""
+"""Tests that every attention kernel gives the values and gradients of the plain implementation, with several documents
+per row.
+"""
 
 import contextlib
 
@@ -26,7 +28,7 @@ def inputs():
 
 
 def output_and_gradients(kernel, q, k, v, weight, segments_BT):
-  """Returns the kernel's output and the gradients of a weighted sum of it with respect to q, k and v."""
+  """Returns (output of the kernel, gradients with respect to q, k and v of the sum of output * weight)."""
   real = (segments_BT > 0)[..., None, None]
 
   def total(q, k, v):
@@ -52,7 +54,7 @@ def test_splash_equals_plain(inputs, mesh):
 
 @pytest.mark.parametrize('mesh', [None, (2, 1, 1, 1, 2)])
 def test_blocks_equal_plain(inputs, mesh):
-  """The last block is partial, and there is padding."""
+  """The length isn't a multiple of the block, and there is padding."""
   cut = [x[:, :200] for x in inputs]
   want = output_and_gradients('plain', *cut)
   with jax.set_mesh(model.make_mesh(model.MeshConfig(*mesh), jax.devices()[:4])) if mesh else contextlib.nullcontext():
@@ -73,7 +75,11 @@ def test_triton_equals_plain(inputs, mesh):
 
 @on_cpu
 def test_triton_equals_plain_for_documents_of_any_length():
-  """Documents of one token, ends at and within blocks, padding between documents, one key head per query head."""
+  """There are documents of one token, documents that end at a block's end or inside a block, and padding between
+  documents.
+
+  Each query head has a key head of its own.
+  """
   rng = np.random.default_rng(1)
   rows, length = 3, 512
   ends = [[128, 256, 512], [1, 2, 3, 63, 64, 65, 200, 201, 383, 384, 511, 512], [7, 130, 131, 400, 512]]
@@ -97,7 +103,7 @@ def test_cudnn_equals_plain(inputs):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason='the Hopper kernels need a newer JAX')
 @pytest.mark.parametrize('width', [64, 128])
 def test_hopper_kernels_are_lowered_for_an_h100(width):
-  """They run on such a card only (see below). This test lowers them on any machine, in a scan with remat."""
+  """The kernels run only on such a card. This test lowers them on any machine, in a scan with remat."""
   card = jax.sharding.AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
   shape = lambda heads: jax.ShapeDtypeStruct((2, 256, heads, width), jnp.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Attention over pages: the plain form and the kernel equal softmax over each row's own tokens."""
+"""Tests attention over pages: the plain form and the kernel equal softmax over the tokens of each row."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,11 @@ LENGTH = np.array([5, 64, 1, 17, 30, 16], np.int32)
 
 
 def inputs(heads, kv_heads, width, size, dtype=jnp.float32):
-  """(q_BNH, pages_P2KSH, table) with pages in random places; all that hold no token are huge."""
+  """Returns (q_BNH, pages_P2KSH, table). Each row's pages are in random places. Pages without tokens hold huge numbers.
+
+  heads: N. kv_heads: K. width: H. size: S, the number of tokens of a page. P is the number of pages, and 2 stands for
+    key and value.
+  """
   rng = np.random.default_rng(0)
   pages_BJ = rng.permutation(50)[: ROWS * 7].reshape(ROWS, 7).astype(np.int32)
   pages_BJ[2, :3], pages_BJ[4, :3], pages_BJ[5, :3] = pages_BJ[0, :3], pages_BJ[1, :3], pages_BJ[1, :3]

@@ -1,6 +1,7 @@
-"""Building blocks of the decoder equal plain implementations."""
+"""Tests that the building blocks of the decoder equal plain implementations."""
 
 import contextlib
+import functools
 import math
 
 import jax
@@ -10,13 +11,16 @@ import pytest
 
 from betarank import model
 from betarank.model import layers
+from betarank.model.kernels import swiglu_triton
 
 
 @pytest.mark.parametrize(
   'shape', [None, (2, 2, 1, 2, 1), (1, 2, 2, 1, 2), (1, 1, 1, 3, 1)],
   ids=lambda shape: f'mesh{shape}' if shape else 'alone')
 def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape):
-  """Tokens occur never, once or often. The meshes split rows, length and width; the last doesn't divide the length."""
+  """Some tokens occur never, some once, some often. The meshes split rows, length and width. The last mesh doesn't
+  divide the length.
+  """
   rng = np.random.default_rng(0)
   tokens_BT = jnp.asarray(rng.zipf(1.3, (4, 64)) % 50, jnp.int32)
   table_VD, weight_BTD = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((50, 8), (4, 64, 8)))
@@ -33,6 +37,28 @@ def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shap
     got = run()
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [None, (2, 1, 1, 2, 2), (1, 1, 1, 3, 1)],
+                         ids=lambda shape: f'mesh{shape}' if shape else 'alone')
+@pytest.mark.parametrize('dtype, error', [('float32', 1e-6), ('bfloat16', 2**-8)])
+def test_swiglu_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape, dtype, error):
+  """The kernel's last block is only partly filled. The last mesh doesn't divide the length."""
+  rng = np.random.default_rng(0)
+  gate, up, dout = (jnp.asarray(rng.normal(size=(2, 8, 150)), dtype) for _ in range(3))
+
+  def run(*arrays):
+    out, gradient = jax.vjp(layers.swiglu, *arrays[:2])
+    return [np.asarray(x, np.float64) for x in (out, *gradient(arrays[2]))]
+
+  want = run(*(x.astype(jnp.float32) for x in (gate, up, dout)))
+  monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(swiglu_triton, 'gradient', functools.partial(swiglu_triton.gradient, interpret=True))
+  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[:math.prod(shape)]) if shape else None
+  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+    got = run(gate, up, dout)
+  for a, b in zip(got, want, strict=True):
+    assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
 
 
 def test_a_bf16x3_matmul_is_as_accurate_as_a_float32_one():

@@ -1,4 +1,7 @@
-"""The mixture of experts: fast = a slow loop, sharded = single device, replayed = chosen, no token dropped."""
+"""Tests the mixture of experts against a slow loop, and sharded models against a single device.
+
+Replayed choices of experts give the same result, and no token is dropped.
+"""
 
 import dataclasses
 
@@ -24,13 +27,13 @@ def with_moe(**changes):
 
 
 def same(a, b, tolerance=2e-5):
-  """Asserts that arrays are equal up to float32 rounding of each one's largest entry."""
+  """Asserts that each array of `a` equals the array of `b`, up to float32 rounding relative to its largest entry."""
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * (np.abs(y).max() + 0.05)), a, b)
 
 
 def slow(c, params, x_BTD, real_BT):
-  """Returns (out_BTD, choices): the reference, a loop over experts that applies each one to all tokens."""
+  """Returns (out_BTD, chosen experts) of the reference: a loop over experts that applies each expert to all tokens."""
   m = c.moe
   logits = x_BTD @ params['router_DE']
   score = jax.nn.sigmoid(logits) if m.router == 'sigmoid' else jax.nn.softmax(logits)
@@ -68,7 +71,7 @@ def values_and_gradients(f, c):
 
 
 def layer(c, seed=0, batch=8, length=6):
-  """Returns the parameters of one layer, its inputs, and a mask that is False for padding."""
+  """Returns (parameters of one layer, inputs x_BTD, real_BT). real_BT is False for padding."""
   params = nnx.to_pure_dict(nnx.split(moe.MixtureOfExperts(c, jax.random.key(seed)))[1])
   keys = jax.random.split(jax.random.key(seed + 1), 2)
   x_BTD = jax.random.normal(keys[0], (batch, length, c.d_model))
@@ -107,7 +110,7 @@ MESHES = [((1, 2, 4, 1, 1), True, 'pallas'), ((1, 1, 4, 2, 1), False, 'triton'),
 
 @pytest.mark.parametrize('shape, skew, kernel', MESHES)
 def test_sharded_equals_a_slow_loop_on_one_device(shape, skew, kernel):
-  """With skew, all tokens go to the experts of one device, which takes several passes."""
+  """With skew, all tokens go to the experts of one device, which then needs several passes."""
   c = with_moe(kernel=kernel)
   params, x_BTD, real_BT = layer(c, batch=16, length=32)
   if skew:
@@ -126,7 +129,7 @@ def test_sharded_equals_a_slow_loop_on_one_device(shape, skew, kernel):
 
 
 def row(*lengths, total=16, rows=1):
-  """Returns tokens, positions and segments of packed rows with documents of these lengths."""
+  """Returns (tokens, positions, segments), each int32 [rows, total], of packed rows with documents of these lengths."""
   tokens = np.random.default_rng(sum(lengths)).integers(0, 64, (rows, total))
   positions, segments = np.zeros((2, rows, total), np.int32)
   start = 0
@@ -212,7 +215,11 @@ def test_the_balance_loss_follows_its_formula_and_is_1_when_scores_are_even():
 
 
 def test_parameter_counts_of_the_paper():
-  """The paper's table of models: Qwen's vocabulary, tied embeddings, head_dim 128; active counts omit embeddings."""
+  """The expected counts, in billions, are in the paper's table of models. Counts of active parameters leave out
+  embeddings.
+
+  The models have Qwen's vocabulary, tied embeddings and a head_dim of 128.
+  """
   base = dataclasses.replace(CONFIG, vocab_size=151_936, head_dim=128)
   dense = dataclasses.replace(base, moe=model.MoeConfig())
   experts = dataclasses.replace(MOE, experts=384, experts_per_token=12, expert_d_ff=320)
@@ -259,7 +266,9 @@ def test_a_mesh_that_does_not_divide_the_experts_names_the_weight():
 @pytest.mark.parametrize('cores', [1, 2])
 @pytest.mark.parametrize('rows, sums, width', [(700, 300, 256), (40, 1000, 5), (3, 1, 128)])
 def test_the_row_kernel_sums_the_rows_of_each_destination(monkeypatch, cores, rows, sums, width):
-  """Some blocks of sums get no row and some get many tiles. Rows without a destination are NaN."""
+  """Some blocks of sums get no row, some get many tiles. Rows without a destination are NaN, and must not have an
+  effect.
+  """
   monkeypatch.setattr(rows_tpu, 'cores', lambda: cores)
   rng = np.random.default_rng(rows)
   to_P = rng.integers(0, sums + sums // 4, rows).astype(np.int32)
@@ -276,7 +285,7 @@ def test_the_row_kernel_sums_the_rows_of_each_destination(monkeypatch, cores, ro
 
 @pytest.mark.parametrize('experts', [1, 7])
 def test_two_cores_equal_one(monkeypatch, experts):
-  """Both cores have tiles of the same expert, or one core has none."""
+  """Covers tiles of the same expert on both cores, and a core without tiles."""
   c = with_moe(experts=experts, experts_per_token=1, kernel='pallas')
   monkeypatch.setattr(experts_tpu, 'cores', lambda: 2)
   check(c, *layer(c))

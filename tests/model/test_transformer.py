@@ -1,4 +1,8 @@
-"""The forward function: packed = separate, cached = full, scan = loop, remat = plain, sharded = single device."""
+"""Tests the forward function: packed documents equal separate documents, and decoding with a cache equals the full
+pass.
+
+A scan over layers equals a loop, remat changes nothing, and a sharded model equals a model on a single device.
+"""
 
 import dataclasses
 import re
@@ -21,7 +25,7 @@ def params():
 
 
 def row(*lengths, total=16):
-  """Returns tokens, positions and segments of one packed row [1, total] with documents of these lengths."""
+  """Returns (tokens, positions, segments), each int32 [1, total], of one packed row with documents of these lengths."""
   tokens = np.random.default_rng(sum(lengths)).integers(0, 64, (1, total))
   positions, segments = np.zeros((2, 1, total), np.int32)
   start = 0
@@ -45,7 +49,7 @@ value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
 def same(a, b, tolerance=2e-5):
-  """Asserts that arrays are equal up to float32 rounding of each one's largest entry."""
+  """Asserts that each array of `a` equals the array of `b`, up to float32 rounding relative to its largest entry."""
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max()), a, b)
 
 
@@ -128,7 +132,8 @@ def test_a_row_that_does_not_decode_leaves_the_cache_as_it_is(params):
 
 @pytest.mark.parametrize('shape', [(8, 1, 1, 1, 1), (1, 8, 1, 1, 1), (2, 2, 1, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2)])
 def test_sharded_equals_single(params, shape):
-  """The loss and every gradient are those of one device, for data, FSDP, context and tensor axes and mixes of them."""
+  """The loss and all gradients equal those of one device, for data, FSDP, context and tensor axes, alone and combined.
+  """
   batch = [jnp.concatenate([x] * 8) for x in row(9, 6)]
   want = value_and_grad(CONFIG, params, *batch)
   mesh = model.make_mesh(model.MeshConfig(*shape))
@@ -140,9 +145,9 @@ def test_sharded_equals_single(params, shape):
 
 
 def test_no_sharded_device_receives_the_whole_table(params):
-  """A device looks tokens up in its part of D, so hidden states are sent and the table isn't.
+  """A device looks up tokens in its part of the width D. So hidden states are sent, but the table isn't.
 
-  The gradient is sent only where several devices hold the same part of the table.
+  The gradient of the table is sent only between devices that hold the same part of it.
   """
   mesh = model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
   batch = [jnp.concatenate([x] * 8) for x in row(9, 6)]

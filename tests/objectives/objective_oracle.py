@@ -1,20 +1,21 @@
-"""The objective in float64 NumPy, written out from its formulas: the reference for both implementations."""
+"""Computes the objective in float64 with NumPy, directly from its formulas. Tests compare both implementations with it.
+"""
 
 import numpy as np
 
 
 def top_k(z, k):
-  """Returns a mask of the k largest of z [V], ties to the lower id."""
+  """Returns a mask, bool [V], of the k largest values of z [V]. Among equal values, lower ids come first."""
   mask = np.zeros(len(z), bool)
   mask[np.argsort(-z, kind='stable')[:k]] = True
   return mask
 
 
 def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='power', sizes=False):
-  """Returns (loss, dloss/dz [V], statistics) of one position.
+  """Returns (loss, dloss/dz [V], statistics) of one position with logits z [V] and target x.
 
-  sizes: returns the sums of the absolute values of the loss's and the gradient's terms (one each for w, λ̃ and λ̂)
-  instead of the loss and the gradient. Rounding errors are relative to these sums, because terms may cancel.
+  sizes: if True, returns two sums of absolute values in place of the loss and its gradient: those of their terms (one
+    each for w, λ̃ and λ̂). Rounding errors are relative to these sums, because terms may cancel.
   """
   z = np.asarray(z, np.float64)
   wrong = np.arange(len(z)) != x
@@ -48,7 +49,7 @@ def one(z, x, beta=0.0, lambda_head=0.0, lambda_tail=0.0, top_k_size=100, form='
 
 
 def many(z, x, **kwargs):
-  """Returns losses [N], gradients [N, V] and statistics [N] by name, for z [N, V] and x [N]."""
+  """Returns (losses [N], gradients [N, V], {name: statistic [N]}) for logits z [N, V] and targets x [N]."""
   results = [one(zi, xi, **kwargs) for zi, xi in zip(np.asarray(z, np.float64), np.asarray(x))]
   loss, grad, stats = zip(*results)
   return np.array(loss), np.stack(grad), {name: np.array([s[name] for s in stats]) for name in stats[0]}

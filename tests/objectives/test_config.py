@@ -1,4 +1,4 @@
-"""The config section `objective`: schedules over optimizer steps, and what it refuses."""
+"""Tests the config section `objective`: its schedules over optimizer steps, and its errors."""
 
 import math
 

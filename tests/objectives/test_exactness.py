@@ -1,6 +1,6 @@
-"""Loss, gradient and statistics equal those of the float64 oracle, for random and adversarial logits.
+"""Tests that loss, gradient and statistics equal those of the float64 oracle, for random and adversarial logits.
 
-The chunked head gets the logits as hidden states and the identity matrix as its weights, so it sees the same numbers.
+The chunked head gets the logits as hidden states, and the identity matrix as its weights, so its logits are the same.
 """
 
 import jax
@@ -41,7 +41,9 @@ def as_oracle(s):
 
 @pytest.fixture(scope='module', params=range(len(SHAPINGS)), ids=IDS)
 def functions(request):
-  """A shaping and its three implementations, compiled once: (z [4, V], x [4]) -> (losses, gradient, ...)."""
+  """Returns a shaping and its three implementations, compiled once: functions (z [4, V], x [4]) -> (losses, gradient,
+  ...).
+  """
   s, eye = SHAPINGS[request.param], jnp.eye(VOCAB)
 
   @jax.jit
@@ -66,7 +68,11 @@ def functions(request):
 
 
 def within(got, wanted, size, name=''):
-  """Asserts an error of at most 1e-5 of `size`, plus 1e-35 for exponentials that underflow in float32."""
+  """Asserts that the error is at most 1e-5 of `size`, plus 1e-35 for exponentials that underflow in float32.
+
+  got, wanted: the values to compare.
+  name: named in the message.
+  """
   excess = np.abs(np.asarray(got, np.float64) - wanted) - 1e-5 * size - 1e-35
   assert (excess <= 0).all(), (name, got, wanted, excess.max())
 
@@ -131,7 +137,7 @@ def test_properties(functions, z, x):
 @settings(max_examples=60, deadline=None)
 @given(beta=st.floats(-1, 2, width=32), margin=st.floats(-1e4, 1e4, width=32))
 def test_weight_is_finite_and_bounded(beta, margin):
-  """The weight of the power form stays in (0, e] for every margin and β in [-1, 2]."""
+  """The weight of the power form is in (0, e] for every margin, and every β in [-1, 2]."""
   weight = float(power_weight(jnp.float32(margin), jnp.float32(beta)))
   assert 0 < weight <= np.e * (1 + 1e-6)
 
@@ -139,7 +145,7 @@ def test_weight_is_finite_and_bounded(beta, margin):
 @pytest.mark.parametrize('beta,extreme,at', [(-0.25, 1.141, 0.556), (0.5, 0.813, 0.421), (-0.5, 1.347, None),
                                              (1.0, 0.692, None)])
 def test_weight_extremes(beta, extreme, at):
-  """The largest or smallest weight over p, and the p at which it occurs, for four values of β."""
+  """Checks the largest weight over all p (for β < 0) or the smallest (for β > 0), and the p at which it occurs."""
   p = np.linspace(0.001, 0.999, 999)
   w = np.asarray(power_weight(jnp.log(p) - jnp.log1p(-p), beta))
   best = w.argmax() if beta < 0 else w.argmin()
@@ -157,7 +163,7 @@ def test_the_reference_accepts_logits_masked_with_minus_infinity():
 
 
 def test_bfloat16():
-  """With bfloat16 inputs, logits are exact up to float32 accumulation, and gradients are rounded to 8 bits."""
+  """With bfloat16 inputs, logits are exact except for float32 accumulation, and gradients are rounded to 8 bits."""
   rng = np.random.default_rng(0)
   h = jnp.asarray(rng.normal(size=(20, 16)), jnp.bfloat16)
   head = jnp.asarray(rng.normal(size=(16, 50)), jnp.bfloat16)
@@ -179,7 +185,7 @@ def test_bfloat16():
 
 
 def test_the_gradient_is_the_policy_gradient_summed_over_all_actions():
-  """-dloss/dz = Σ_a π(a) r(a) ∇log π(a) (Eq 13), with the rewards of Eqs 11 and 12 written out."""
+  """-dloss/dz = Σ_a π(a) r(a) ∇log π(a) (equation 13 of the paper), with the rewards r of equations 11 and 12."""
   rng = np.random.default_rng(3)
   z, x = rng.normal(size=9) * 2, 4
   beta, head, tail, k = -0.25, 0.1, -0.2, 3
@@ -193,7 +199,7 @@ def test_the_gradient_is_the_policy_gradient_summed_over_all_actions():
 
 
 def test_top_k_equals_that_of_jax():
-  """The top k in two rounds has the values and ids of jax.lax.top_k, also with many ties."""
+  """The top k, which is found in two rounds, has the values and ids of jax.lax.top_k, also with many ties."""
   rng = np.random.default_rng(0)
   for levels in (3, 40, 10**6):
     z = jnp.asarray(rng.integers(0, levels, (16, 3000)), jnp.float32)

@@ -1,4 +1,7 @@
-"""Every objective equals its authors' formula and its limits; trained policies reach the fixed points of theory."""
+"""Tests that every objective equals its authors' formula, and that its limits are right.
+
+Trained policies must reach the fixed points that theory predicts.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +35,7 @@ LIMITS = {  # the parameter at which each equals cross-entropy
 
 
 def both(objective, z=Z, x=X):
-  """Yields (losses, gradient) of the reference and of the chunked head."""
+  """Yields (losses, gradient) twice: of the reference, and of the chunked head."""
   reference = jax.vjp(lambda z: shaped_loss(z, x, objective), z)
   yield reference[0], reference[1](jnp.ones(len(x)))[0]
   f = lambda z: shaped_linear_total(z, jnp.eye(z.shape[1]), x, objective, chunk_tokens=8)[:2]
@@ -79,7 +82,10 @@ def test_finite_at_any_margin(name):
 
 
 def test_zero_is_cross_entropy_bit_for_bit():
-  """beta = lambda = 0 gives the bits of cross-entropy, static or traced by a schedule, with a top k or without."""
+  """beta = lambda = 0 gives the same bits as cross-entropy, with or without a top k.
+
+  This holds both for constant values and for values that a schedule computes in the compiled program.
+  """
   h, head = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((30, 8), (8, 500)))
   x = jnp.asarray(RNG.integers(0, 500, 30))
 
@@ -99,9 +105,10 @@ def test_zero_is_cross_entropy_bit_for_bit():
 
 
 def test_zero_is_the_cross_entropy_of_optax():
-  """Within 1e-6 of each loss, of each entry of the logits' gradient, and of the largest entry of a weight's gradient.
+  """Losses and gradients of logits differ from those of optax by at most 1e-6, relative to each entry.
 
-  The entries of a weight's gradient are float32 sums whose terms cancel, in both implementations.
+  Gradients of weights differ by at most 1e-6 relative to their largest entry, because their entries are float32 sums
+  whose terms cancel.
   """
   h, head = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in ((30, 8), (8, 500)))
   x = jnp.asarray(RNG.integers(0, 500, 30))
@@ -117,12 +124,12 @@ def test_zero_is_the_cross_entropy_of_optax():
 
 
 def train(shaping, q, steps):
-  """Returns the policy [V] that a tabular model learns from data q, and the sum of its gradient's absolute values.
+  """Returns (the policy [V] that a tabular model learns from data q, the sum of its gradient's absolute values).
 
   The policy starts uniform. The expectation over the data is exact: every token is the target of one position, weighted
-  by q, and all positions share one row of logits. A step follows the gradient divided by p (near the optimum, the
-  natural gradient of cross-entropy) on a logarithmic scale, so one step corrects a probability that is a thousand times
-  too small.
+  by q, and all positions share one row of logits. A step follows the gradient divided by p, on a logarithmic scale.
+  Near the optimum, this is the natural gradient of cross-entropy. One step can correct a probability that is a thousand
+  times too small.
   """
   weights, targets, ones = jnp.asarray(q, jnp.float32), jnp.arange(len(q)), jnp.ones((len(q), 1))
 
@@ -147,7 +154,7 @@ entropy = lambda p: float(-np.sum(p * np.log(np.maximum(p, 1e-300))))
 
 
 def solve_power(q, beta):
-  """Solves q w(p)/p = μ with Σ p = 1 in float64, by two nested bisections."""
+  """Returns the policy p that solves q w(p)/p = μ with Σ p = 1, in float64, by two nested bisections."""
   r = lambda p: p ** -((1 - p) ** beta)  # the reward of the ground truth, which decreases in p for small |β|
 
   def policy(mu):
@@ -169,7 +176,7 @@ def solve_power(q, beta):
   (2000, -0.25, 2.041, 1.949), (2000, 0.5, 2.041, 2.182),
   *(pytest.param(20_000, *rest, marks=pytest.mark.slow) for rest in [(-0.25, 2.060, 1.966), (0.5, 2.060, 2.203)])])
 def test_training_reaches_the_fixed_point_of_beta(vocab, beta, of_data, wanted):
-  """The policy converges to the solution of q w(π)/π = μ, which has the given entropy, in nats."""
+  """The policy π converges to the solution of q w(π)/π = μ. Its entropy must have the expected value, in nats."""
   q = zipf(vocab)
   assert entropy(q) == pytest.approx(of_data, abs=1e-3)
   p, residual = train(RewardShaping(beta), q, steps=7)
@@ -183,11 +190,11 @@ def test_training_reaches_the_fixed_point_of_beta(vocab, beta, of_data, wanted):
 
 @pytest.mark.parametrize('exponent,vocab', [(1.05, 600), (1.3, 600), (1.5, 2000)])
 def test_training_reaches_the_fixed_point_of_the_tail_penalty(exponent, vocab):
-  """λ̂ = -0.1 removes 7 to 9 % of the tail's probability; the policy is π = q / (μ - λ(1-q)).
+  """The policy converges to π = q / (μ - λ(1-q)). With λ̂ = -0.1, the tail loses 7 to 9 % of its probability.
 
-  If each q of the tail is small, the tail shrinks by 1 - 1/(μ + 0.1). For a small tail (μ = 1) this is
-  |λ̂|/(1 + |λ̂|) = 9.1 %; for a tail with more than a quarter of q it is less than 7 %. The tails here have 22, 10 and
-  6 % of q.
+  If each q of the tail is small, the tail shrinks by 1 - 1/(μ + 0.1). For a small tail (μ = 1), this is |λ̂|/(1 + |λ̂|)
+  = 9.1 %. For a tail with more than a quarter of q, it is less than 7 %. The tails in this test have 22, 10 and 6 % of
+  q.
   """
   q, k = zipf(vocab, exponent), 100
   p, residual = train(RewardShaping(lambda_tail=-0.1, top_k=k), q, steps=8)

@@ -1,4 +1,6 @@
-"""The chunked head equals the reference for any cotangent, masks and options; what it refuses; its memory."""
+"""Tests that the chunked head equals the reference for any cotangents, masks and options. Also tests its errors and its
+memory.
+"""
 
 import dataclasses
 import re
@@ -130,7 +132,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name(arguments, message):
 
 
 def test_a_head_larger_than_the_vocabulary_is_refused_where_it_is_used():
-  """With k > V every wrong token is in the head, so lambda_tail would silently do nothing."""
+  """With k > V, every wrong token is in the head (the top k). lambda_tail would then have no effect, without an error.
+  """
   message = re.escape('top_k must be <= the vocabulary size 40, got 41')
   shaping = RewardShaping(lambda_tail=-0.1, top_k=41)
   for function in (
@@ -150,7 +153,11 @@ def test_a_head_larger_than_the_vocabulary_is_refused_where_it_is_used():
   lambda *a: (lambda loss, stats: (loss.sum(), stats))(*shaped_linear_loss(*a, SHAPING)),
 ], ids=['total', 'per token'])
 def test_memory(function):
-  """Forward and backward of 32,768 tokens x 131,072 words take a tenth of their logits' memory; compiled, not run."""
+  """For 32,768 tokens and a vocabulary of 131,072, forward and backward take at most a tenth of the memory of all
+  logits.
+
+  The program is only compiled, not run.
+  """
   tokens, vocab, width = 32_768, 131_072, 2048
   h, head = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, width), (width, vocab)))
   step = jax.jit(jax.value_and_grad(function, (0, 1), has_aux=True))

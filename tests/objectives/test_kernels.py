@@ -1,4 +1,6 @@
-"""The kernels equal their XLA equivalents (in interpret mode on a CPU), and each platform is lowered to its own."""
+"""Tests that the kernels equal their XLA equivalents, in interpret mode on a CPU, and that each platform uses its own
+kernels.
+"""
 
 import functools
 
@@ -20,7 +22,10 @@ ROWS = 20  # a block of 16 rows and a partial one
   params=[(top_k_tpu, 1100, 5), (top_k_tpu, 26_000, 130), (top_k_triton, 4096, 100), (top_k_triton, 26_000, 130)],
   ids=lambda p: f'{p[0].__name__.split(".")[-1]}-{p[1]}-{p[2]}')
 def pair(request):
-  """(V, k, the kernel, its XLA equivalent). V ends within a column of 128 logits, and on a GPU within a block."""
+  """Returns (V, k, the kernel, its XLA equivalent).
+
+  Some V aren't multiples of the kernel's block, so the last block is incomplete.
+  """
   kernel, vocab, k = request.param
   assert kernel.fits(vocab, k)
   by_kernel = jax.jit(functools.partial(kernel.find_head, k=k, interpret=True))
@@ -28,7 +33,10 @@ def pair(request):
 
 
 def check(pair, z, rank=None):
-  """Asserts that both find the top k and the same sum; the target has the given rank, or a random one."""
+  """Asserts that the kernel and its XLA equivalent find the top k, and the same sum.
+
+  rank: the rank of the targets in their rows; None for random targets.
+  """
   vocab, k, *functions = pair
   rng = np.random.default_rng(1)
   z = np.asarray(z, np.float32)
@@ -58,7 +66,7 @@ def test_random_logits(pair):
 
 
 def test_more_of_the_top_k_in_a_group_than_the_sweep_keeps(pair):
-  """Sorted logits, and all large logits in one lane."""
+  """The logits are sorted, or all large logits are in one lane of 128."""
   z = np.random.default_rng(0).normal(size=(ROWS, pair[0]))
   check(pair, np.sort(z, 1))
   z[:, 7 : 7 + 128 * 8 : 128] += 100
@@ -66,7 +74,9 @@ def test_more_of_the_top_k_in_a_group_than_the_sweep_keeps(pair):
 
 
 def test_ties(pair):
-  """Ties at the k-th largest and above it, all logits equal, signed zeros, masks of -inf and of -1e30."""
+  """There are ties at the k-th largest logit and above it, rows of equal logits, signed zeros, and masks of -inf and of
+  -1e30.
+  """
   vocab, k, *_ = pair
   rng = np.random.default_rng(0)
   few = rng.integers(0, 9, (ROWS, vocab)).astype(np.float32)
@@ -79,7 +89,7 @@ def test_ties(pair):
 
 
 def test_the_search_ends_on_rows_that_are_not_needed_and_on_nan(pair):
-  """A row with a negative id isn't needed, and leaves the others alone even if it is NaN."""
+  """A negative id marks a row that isn't needed. Even if this row is NaN, the other rows must be right."""
   vocab, k, by_kernel, _ = pair
   z = np.random.default_rng(0).normal(size=(ROWS, vocab)).astype(np.float32)
   zero = jnp.zeros(ROWS)
@@ -94,7 +104,9 @@ def test_the_search_ends_on_rows_that_are_not_needed_and_on_nan(pair):
 
 
 def test_each_platform_uses_its_kernel_where_the_vocabulary_fits():
-  """A TPU or GPU program has the kernel; on other platforms, or with a small vocabulary, it has lax.top_k."""
+  """Programs for TPUs and GPUs contain the kernel. On other platforms, and for small vocabularies, they contain
+  lax.top_k.
+  """
   shaping = RewardShaping(lambda_tail=-0.1, top_k=9)
 
   def text(vocab, platform, shaping=shaping):
@@ -117,7 +129,9 @@ def test_each_platform_uses_its_kernel_where_the_vocabulary_fits():
 
 @pytest.mark.parametrize('tensor', [1, 2])
 def test_a_vocabulary_axis_of_one_device_keeps_the_kernel(tensor):
-  """The kernels need whole rows. Training's layout always names the axis that may split them."""
+  """The kernels need whole rows. The layout of training always names the axis that may split rows, even if it has one
+  device.
+  """
   shaping, layout = RewardShaping(lambda_tail=-0.1, top_k=9), Layout(tokens=('data',), vocab='tensor')
   step = jax.jit(jax.grad(lambda h, w, x: shaped_linear_total(h, w, x, shaping, layout=layout)[0], (0, 1)))
   mesh = jax.sharding.AbstractMesh((1, tensor), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -129,7 +143,7 @@ def test_a_vocabulary_axis_of_one_device_keeps_the_kernel(tensor):
 
 @pytest.mark.parametrize('vocab', [1024, 1500, 5000])
 def test_row_sums_kernel_equals_float64(vocab):
-  """Large and -inf logits, ties with the target, and targets outside the vocabulary."""
+  """There are large logits, logits of -inf, ties with the target, and targets outside the vocabulary."""
   rng = np.random.default_rng(vocab)
   z = (rng.normal(size=(6, vocab)) * np.array([1, 10, 80, 1e-3, 1, 1])[:, None]).astype(np.float32)
   z[4, ::7] = z[4, 3]
@@ -150,7 +164,7 @@ def test_row_sums_kernel_equals_float64(vocab):
 @pytest.mark.parametrize(
   'layout', [Layout(), Layout(vocab='tensor'), Layout(tokens=('data',), width='data', vocab_group_size=2)])
 def test_row_sums_kernel_equals_xla_on_a_sharded_vocabulary(layout):
-  """Two devices have half of the vocabulary each; in one row a half has all of the probability."""
+  """Each of two devices has half of the vocabulary. In one row, all probability is in one half."""
   vocab = 2100
   rng = np.random.default_rng(0)
   z = (9 * rng.normal(size=(8, vocab))).astype(np.float32)

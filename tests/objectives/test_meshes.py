@@ -1,4 +1,4 @@
-"""Eight devices in several meshes give the results of one device, and no collective carries logits."""
+"""Tests that eight devices, in several meshes, give the results of one device, and that no collective sends logits."""
 
 import re
 
@@ -75,7 +75,7 @@ def test_five_meshes(shape, function):
   'shape, group', [((1, 8, 1, 1, 1), 4), ((2, 4, 1, 1, 1), 4), ((1, 2, 1, 2, 2), 2), ((2, 2, 1, 1, 2), 2)],
   ids=str)
 def test_vocabulary_groups_change_only_what_is_sent(shape, group, function):
-  """Without a top k, the devices of a group hold a part of the head each, and results are those of one device."""
+  """Without a top k, each device of a group holds a part of the head. The results are those of one device."""
   options = {'shaping': PLAIN, 'stats': 'basic'}
   wanted, _ = run(function, None, **options)
   with jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 5)):
@@ -91,7 +91,7 @@ def test_vocabulary_groups_change_only_what_is_sent(shape, group, function):
 
 
 def test_the_group_size_minimizes_what_is_sent():
-  """It is near sqrt(V / T) for T tokens per device, and divides the axis and the vocabulary."""
+  """The size is near sqrt(V / T) for T tokens per device, and divides the mesh axis and the vocabulary."""
   with jax.set_mesh(jax.make_mesh((1, 8, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)):
     assert [with_vocab_groups(LAYOUT, 8 * t, 1600).vocab_group_size for t in (1600, 400, 100, 25, 1)] == [1, 2, 4, 8, 8]
     assert [with_vocab_groups(LAYOUT, 8, vocab).vocab_group_size for vocab in (1602, 1601)] == [2, 1]
@@ -100,7 +100,9 @@ def test_the_group_size_minimizes_what_is_sent():
 
 
 def test_gradients_are_rounded_once_before_they_are_sent():
-  """In bfloat16, sharded gradients differ from those of one device only by a rounding of each device's part."""
+  """In bfloat16, each device rounds its part of a gradient once. Sharded gradients differ only by this from those of
+  one device.
+  """
   h, w, options = H.astype(jnp.bfloat16), HEAD, {'shaping': PLAIN, 'stats': 'basic'}
   gradients = lambda layout: jax.jit(jax.grad(lambda h, w: total(h, w, layout, **options)[0], (0, 1)))(h, w)
   wanted = gradients(None)
@@ -113,7 +115,9 @@ def test_gradients_are_rounded_once_before_they_are_sent():
 
 
 def test_width_split_where_tokens_are_not():
-  """The gradient of a head split over an axis that no token axis uses is sliced, not reduced."""
+  """If the head's width is sharded over an axis that doesn't split tokens, its gradient is sliced along this axis, not
+  reduced.
+  """
   layout = Layout(tokens=('data',), width=('fsdp', 'context'), vocab='tensor')
   wanted, _ = run(total, None)
   with jax.set_mesh(jax.make_mesh((2, 2, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 5)):
@@ -121,7 +125,7 @@ def test_width_split_where_tokens_are_not():
 
 
 def test_the_head_is_gathered_and_reduced_outside_the_loop():
-  """Collectives inside the loop over chunks carry O(tokens k) numbers."""
+  """Collectives inside the loop over chunks send only O(tokens * k) numbers."""
   with jax.set_mesh(jax.make_mesh((1, 4, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 5)):
     jaxpr = jax.make_jaxpr(jax.grad(lambda h, w: total(h, w, LAYOUT)[0], (0, 1)))(H, HEAD)
   largest = []

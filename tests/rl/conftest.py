@@ -1,4 +1,4 @@
-"""A model to start RL from, for every test of whole runs."""
+"""Pre-trains the model from which RL starts in the tests of whole runs."""
 
 import pytest
 
@@ -7,7 +7,9 @@ from tests.runs import finish_well, prepare, start
 
 @pytest.fixture(scope='session')
 def config(tmp_path_factory):
-  """The RL config on top of a model that has learned what an answer looks like, and little else."""
+  """Returns the RL config, as FILE:ARG. RL starts from a model that has learned little more than the format of an
+  answer.
+  """
   folder = tmp_path_factory.mktemp('pretrained')
   source = '--config.data.sources.main.uri=reasoning:chain_sum'
   tiny = f'tests/tiny.py:dir={folder}/data,beta=0'

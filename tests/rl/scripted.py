@@ -1,4 +1,4 @@
-"""A model that answers as it is told, and files of problems."""
+"""Provides a model that gives prescribed answers, and writes files of problems."""
 
 import json
 import types
@@ -9,9 +9,11 @@ from betarank.train.sampler import Sample
 
 
 class Scripted:
-  """A tokenizer and a sampler that answer every prompt with the same texts. A prompt has a token per 'word '.
+  """A tokenizer and a sampler in one. The sampler answers every prompt with the same texts.
 
-  turn: a function (prompts that wait) -> the index of the one that is answered next.
+  A prompt has two tokens, and one more for each 'word ' in it.
+
+  turn: a function (waiting prompts) -> the index of the prompt that is answered next.
   """
 
   bos = 0

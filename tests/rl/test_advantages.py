@@ -1,4 +1,4 @@
-"""Advantages against numbers worked by hand, their invariants, and tunix's functions where it is installed."""
+"""Tests advantages against numbers computed by hand, their invariants and, if tunix is installed, tunix's functions."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ def test_pass_at_k_by_hand():
 
 @pytest.mark.parametrize('n,right,k', [(8, 1, 4), (8, 3, 2), (6, 2, 3), (16, 5, 8)])
 def test_pass_at_k_is_the_mean_over_all_subsets(n, right, k):
-  """A sample's advantage is the mean, over the k-subsets that hold it, of their own normalised reward."""
+  """A sample's advantage is the mean of the normalized rewards of all subsets of k samples that contain the sample."""
   rewards = np.array([1.0] * right + [0.0] * (n - right), np.float32)
   subsets = [(s, max(rewards[list(s)])) for s in itertools.combinations(range(n), k)]
   values = np.array([r for _, r in subsets])
@@ -58,7 +58,8 @@ def test_undecided_samples_change_nothing(name):
   expected = adv.advantages(c, rewards, np.ones_like(rewards, bool))
   for junk in (0.0, 1.0, np.nan, np.inf):
     padded, valid = np.insert(rewards, [1, 4, 6], junk, axis=1), np.insert(np.ones((1, 6), bool), [1, 4, 6], False)
-    found = np.asarray(adv.advantages(c, padded, valid[None]))[0]
+    found = adv.advantages(c, padded, valid[None])[0]
+    assert type(found) is np.ndarray  # with JAX, each step with another number of groups would compile
     np.testing.assert_array_equal(found[~valid], 0)
     np.testing.assert_allclose(found[valid], expected[0], rtol=1e-6)
 
@@ -111,7 +112,9 @@ def test_shapes_are_checked():
 
 
 def test_parity_with_tunix():
-  """Equal where rewards differ. In groups that agree tunix returns rounding over 1e-6 instead of 0."""
+  """The results are equal for groups whose rewards differ. For groups of equal rewards, tunix returns amplified
+  rounding errors instead of 0.
+  """
   core = pytest.importorskip('tunix.rl.algo_core')
   rng = np.random.default_rng(1)
   rewards, valid = rng.random((32, 8)).astype(np.float32), np.ones((32, 8), bool)

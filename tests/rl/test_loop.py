@@ -1,4 +1,6 @@
-"""Whole RL runs as processes: a killed one goes on to the last bit, and what it writes is what happened."""
+"""Tests whole RL runs in processes of their own. A killed run must resume to the same bits, and its files must be
+right.
+"""
 
 import json
 
@@ -58,7 +60,7 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
 
 
 def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_path):
-  """With a few problems that come again, so that the difficulty filter has something to pass over."""
+  """There are only 14 problems, which therefore come again, so that the difficulty filter has problems to skip."""
   problems = TaskSet(TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1'), split='all')
   (tmp_path / 'few.jsonl').write_text(''.join(
     json.dumps({'question': problems[i].question, 'answer': problems[i].reference}) + '\n' for i in range(14)))
@@ -93,7 +95,7 @@ def two_devices(config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_two_devices(two_devices, config, tmp_path):
-  """They draw the same samples, judge half of them each, and learn the same."""
+  """The two processes draw the same samples as one process, judge half of them each, and learn the same."""
   finish_well(start(config, tmp_path, *EVERYTHING, processes=2))
   for mine, theirs in zip(metrics(tmp_path), metrics(two_devices), strict=True):
     assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)

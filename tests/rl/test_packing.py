@@ -1,4 +1,5 @@
-"""Packing of samples: each sample lies whole in one row, in few programs, with little padding, and always the same."""
+"""Tests how samples are packed: each whole in one row, in few shapes, with little padding, and always in the same way.
+"""
 
 import itertools
 
@@ -12,7 +13,10 @@ LONGEST = 1024 + 16_384  # of the paper's second phase
 
 
 def answers(seed, sigma=0.7):
-  """2048 lengths: prompts of 1k tokens, and answers of 4k tokens in the mean, log-normal, to 16k."""
+  """Returns the lengths of 2048 samples: prompts of 1024 tokens, and answers of up to 16,384 tokens.
+
+  The lengths of answers are log-normal, with a mean of about 4096.
+  """
   new = np.exp(np.random.default_rng(seed).normal(np.log(4096) - sigma**2 / 2, sigma, 2048)).clip(1, 16_384)
   return (1023 + new.astype(int)).tolist()
 
@@ -60,7 +64,7 @@ def test_the_ends(lengths, want):
 
 
 def test_each_process_fills_the_rows_of_its_own_devices(monkeypatch):
-  """The second of two processes with four devices each, which the other's rows don't reach."""
+  """Acts as the second of two processes with four devices each, and checks that it fills only rows 4 to 7."""
   filled = []
   sharding = type('Sharding', (), {'addressable_devices_indices_map': lambda _, shape: {
     device: (slice(4 + device, 5 + device), slice(None)) for device in range(4)}})()

@@ -1,4 +1,7 @@
-"""Policy losses against truths: enumeration, REINFORCE, hand-worked numbers, and what must not matter."""
+"""Tests policy losses against enumerations, REINFORCE and numbers computed by hand.
+
+Also tests that masked entries and packing have no effect.
+"""
 # B rows  T tokens  V vocabulary  S sequences of the enumeration
 
 import functools
@@ -24,7 +27,9 @@ CONFIGS = {
 
 
 def batch(seed=0, B=6, T=9, gap=0.3):
-  """Off-policy arrays by the names of policy_loss's arguments; rows of all lengths, the last one empty."""
+  """Returns random off-policy arrays, {argument of policy_loss: array}. Rows have different lengths; the last row is
+  empty.
+  """
   rng = np.random.default_rng(seed)
   f = lambda scale: rng.normal(0, scale, (B, T)).astype(np.float32)
   logp = -np.abs(f(1))
@@ -38,7 +43,7 @@ def batch(seed=0, B=6, T=9, gap=0.3):
 
 @functools.cache
 def graded(c):
-  """Jitted (total, count, sums), gradient of the total."""
+  """Returns a compiled function (logp_BT, other arrays) -> ((total, (count, sums)), gradient of the total)."""
   def total(logp_BT, rest):
     total, count, sums = policy_loss(c, logp_BT, **rest)
     return total, (count, sums)
@@ -84,7 +89,7 @@ def test_order_of_rows_microbatches_and_padding_do_not_matter(name):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_samples_in_one_row_are_as_samples_in_rows(name):
-  """Three to a row, each in an order of its own, with what a row has left at its end."""
+  """Three samples are packed into a row, in another order than before, and padding follows them."""
   c, arrays = CONFIGS[name], batch()
   total, count, sums, gradient = run(c, arrays)
   rows = [[4, 0, 5], [2, 3, 1]]
@@ -157,7 +162,9 @@ def test_cispo_by_hand():
 
 @pytest.mark.parametrize('shift,advantage', [(1e-4, 1.0), (1e-3, 1.0), (-1e-3, 1.0), (1e-3, -1.0), (-1e-3, -1.0)])
 def test_gspo_is_the_sequence_surrogate(shift, advantage):
-  """Averaged over the row, value and gradient are those of -min(s A, clip(s) A), s = exp(mean of dlogp)."""
+  """The mean over the tokens of a row has the value and gradient of -min(s A, clip(s) A), with s = exp(mean of logp -
+  old).
+  """
   rng = np.random.default_rng(0)
   old = -10 * rng.random((1, 5)).astype(np.float32)
   logp = jnp.asarray(old + rng.normal(0, 1e-4, (1, 5)).astype(np.float32) + np.float32(shift))
@@ -245,14 +252,18 @@ SEQUENCES_ST = np.array(list(itertools.product(range(3), repeat=3)))
 
 
 def tabular_logp(z, tokens_BT):
-  """log pi of each token given the tokens before it, from a table z [1 + 3 + 9, 3] of logits by prefix."""
+  """Returns the log-probability of each token given the tokens before it, [B, 3].
+
+  z: logits [1 + 3 + 9, 3], one row for each prefix of up to two tokens.
+  """
   state_BT = np.stack([0 * tokens_BT[:, 0], 1 + tokens_BT[:, 0], 4 + 3 * tokens_BT[:, 0] + tokens_BT[:, 1]], 1)
   return jnp.take_along_axis(jax.nn.log_softmax(z)[state_BT], jnp.asarray(tokens_BT)[..., None], -1)[..., 0]
 
 
 @pytest.mark.parametrize('name', EPS)
 def test_gradient_is_that_of_the_expected_reward_by_enumeration(name):
-  """Every sequence of length 3 over 3 tokens, weighted by its own probability: no sampling, no tolerance for it."""
+  """Every sequence of 3 tokens from a vocabulary of 3 is weighted by its probability, so there is no noise of sampling.
+  """
   rng = np.random.default_rng(0)
   z = jnp.asarray(rng.normal(size=(13, 3)), jnp.float32)
   reward_S = jnp.asarray(rng.random(27), jnp.float32)
@@ -271,7 +282,7 @@ def test_gradient_is_that_of_the_expected_reward_by_enumeration(name):
 
 @pytest.mark.parametrize('name', EPS)
 def test_bandit_converges_to_its_best_arm(name):
-  """Four arms, groups of 8 samples, two updates on each: also the off-policy side must not lead astray."""
+  """There are four arms, groups of 8 samples, and two updates on each group. The second update is off-policy."""
   from betarank.rl.advantages import grpo
 
   chance_of_reward = jnp.array([0.2, 0.3, 0.8, 0.5])
@@ -281,7 +292,8 @@ def test_bandit_converges_to_its_best_arm(name):
     arm_key, reward_key = jax.random.split(key)
     arms_PG = jax.random.categorical(arm_key, z, shape=(8, 8))
     rewards_PG = (jax.random.uniform(reward_key, (8, 8)) < chance_of_reward[arms_PG]).astype(jnp.float32)
-    advantages_B1 = grpo(rewards_PG, jnp.ones((8, 8), bool)).reshape(64, 1)
+    of_numpy = lambda rewards_PG: grpo(np.asarray(rewards_PG), np.ones((8, 8), bool))
+    advantages_B1 = jax.pure_callback(of_numpy, rewards_PG, rewards_PG).reshape(64, 1)
     logp = lambda z: jax.nn.log_softmax(z)[arms_PG.reshape(64, 1)]
     old = logp(z)
     for _ in range(2):
@@ -314,7 +326,10 @@ def test_missing_arrays_are_named():
 @pytest.mark.parametrize('name,algorithm,aggregation', [
   ('clip_higher', 'grpo', 'token-mean'), ('gspo', 'gspo-token', 'sequence-mean-token-mean')])
 def test_parity_with_tunix_losses(name, algorithm, aggregation, monkeypatch):
-  """Its GRPO loss on given log-probabilities, with its importance weights. Equal, but for rounding in its gspo."""
+  """Compares with tunix's GRPO loss on given log-probabilities and importance weights.
+
+  The results are equal, except for rounding errors in tunix's gspo.
+  """
   core = pytest.importorskip('tunix.rl.algo_core')
   gap = 2e-4 if name == 'gspo' else 0.3
   arrays = {key: jnp.asarray(array[:5]) for key, array in batch(gap=gap).items()}
@@ -344,7 +359,11 @@ def test_parity_with_tunix_losses(name, algorithm, aggregation, monkeypatch):
 
 
 def test_parity_with_tunix():
-  """Its KL estimators and aggregations. It multiplies by masks, so unlike ours its results are NaN by junk."""
+  """Compares with tunix's KL estimators and aggregations. All entries are finite here, because tunix multiplies by
+  masks.
+
+  Its results would be NaN if a masked entry were NaN.
+  """
   common = pytest.importorskip('tunix.rl.common')
   arrays = batch()
   logp, ref, mask = arrays['logp_BT'], arrays['ref_logp_BT'], np.ones((6, 9), bool)

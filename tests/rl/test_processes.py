@@ -1,4 +1,4 @@
-"""RL as a job of two processes: what happens if one of them is killed or asked to stop."""
+"""Tests RL as a job of two processes: what happens if one of them is killed or asked to stop."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def start(config, workdir, steps):
 
 
 def finish_like_undisturbed(config, workdir, step):
-  """Resumes the run to `step`, and compares it to the last bit with a run that nothing has disturbed."""
+  """Resumes the run until `step`, and checks that it equals an undisturbed run to the last bit."""
   finish_well(start(config, workdir, step))
   undisturbed = workdir / 'undisturbed'
   finish_well(start(config, undisturbed, step))

@@ -1,4 +1,6 @@
-"""The difficulty filter and the best checkpoint: functions of what is recorded, the same after a restart."""
+"""Tests the difficulty filter and the best checkpoint. Both depend only on what is recorded, so a restart doesn't
+change them.
+"""
 
 import json
 import types
@@ -18,7 +20,7 @@ SIZE, SEED = 40, 3
 
 @pytest.fixture
 def tasks():
-  """Forty tasks, of which no text matters here."""
+  """Returns a stand-in for a TaskSet of forty tasks, which have no texts."""
   found = types.SimpleNamespace(size=SIZE, seed=SEED, sha256='a' * 64, config=types.SimpleNamespace(uri='jsonl:x'))
   found.index = lambda cursor: TaskSet.index(found, cursor)
   found.at = found.index
@@ -26,7 +28,10 @@ def tasks():
 
 
 def steps(progress, tasks, count, repeat):
-  """The tasks asked in `count` steps of 8 prompts; those with a number below 30 are always or never solved."""
+  """Returns (indices of the tasks asked in `count` steps of 8 prompts, the new progress).
+
+  Tasks with an index below 30 are always or never solved, so their groups have no reward variance.
+  """
   asked = []
   for _ in range(count):
     numbers, progress = progress.next_prompts(tasks, 8, repeat)

@@ -1,4 +1,6 @@
-"""Router choices of the sampler, recorded and replayed in the trainer: the two then agree on every token."""
+"""Tests that the sampler's choices of experts are recorded and replayed in the trainer, so that both agree on every
+token.
+"""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Rules of RL: what length changes, when a group teaches something, and what a person is warned of."""
+"""Tests the rules of RL: the effect of an answer's length, which groups are used for learning, and the warnings."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def sample(tokens, finish='eos'):
 
 
 def test_the_soft_penalty_falls_linearly_over_the_buffer():
-  """DAPO's equation 13: none up to the buffer, -1 at the limit."""
+  """DAPO's equation 13: the penalty is 0 up to the buffer, and -1 at the length limit."""
   rule = RewardRule('zero', longest=100, overlong_buffer=20)
   assert [rule.penalty(n) for n in (1, 80, 85, 90, 100)] == [0, 0, -0.25, -0.5, -1]
   assert RewardRule('zero', 100).penalty(100) == 0
@@ -45,7 +45,9 @@ def test_a_group_that_is_right_throughout_does_not_vary_by_its_lengths():
 
 @pytest.mark.parametrize('advantage, keeps', [('grpo', False), ('w_reinforce', True)])
 def test_w_reinforce_keeps_groups_that_agree_unless_told_otherwise(advantage, keeps):
-  """Its advantages compare nothing: on hard prompts, groups that are wrong throughout are the point of it."""
+  """The advantages of w_reinforce don't compare samples of a group. It is meant to learn from groups of only wrong
+  samples too.
+  """
   run = lambda **changes: rl_run(load.load('tests/tiny_rl.py:init_from=x', {'rl.advantage.name': advantage, **changes}))
   assert run().rl.keeps_zero_variance is keeps
   assert run(**{'rl.zero_variance_groups': 'keep'}).rl.keeps_zero_variance
@@ -60,7 +62,7 @@ def token_loss(logp, old, advantage, **options):
 
 
 def test_dual_clip_bounds_what_one_token_can_cost():
-  """A wrong sample's token whose probability has grown e^5 times would have a gradient of 148."""
+  """In a wrong sample, a token whose probability has grown by e^5 would have a gradient of 148 without dual_clip."""
   assert token_loss(5.0, 0.0, -1.0)[1] == pytest.approx(np.exp(5), rel=1e-5)
   assert token_loss(5.0, 0.0, -1.0, dual_clip=3.0) == [3.0, 0.0]
   for logp, advantage in ((0.5, -1.0), (-1.0, -1.0), (5.0, 1.0), (0.1, 1.0)):
@@ -68,7 +70,10 @@ def test_dual_clip_bounds_what_one_token_can_cost():
 
 
 def test_the_kl_term_off_policy_has_the_gradient_of_the_expectation_under_the_policy():
-  """Samples are of the old policy. Weighted, the mean gradient of k2 over them is that over the policy's own."""
+  """Samples are drawn from the old policy, and weighted by the ratio of both policies.
+
+  The mean gradient of k2 over them must equal the gradient of the expectation under the new policy.
+  """
   rng = np.random.default_rng(0)
   old, new, ref = (jax.nn.log_softmax(jnp.asarray(rng.normal(size=5), jnp.float32)) for _ in range(3))
   config = pl.PolicyLossConfig(kl='k2', kl_weight=1.0, importance_cap=0.0)
@@ -115,7 +120,7 @@ def test_a_person_is_warned_of_what_is_odd_and_not_before(kind, history):
   ('advantages_BT', (4,)), ('advantages_BT', (4, 2)), ('old_logp_BT', (4,)), ('sampler_logp_BT', (4, 1)),
   ('mask_BT', (4,))])
 def test_an_array_that_would_broadcast_is_named(name, shape):
-  """With 4 rows of 4 tokens, [4] would broadcast over rows and give a plausible loss."""
+  """With 4 rows of 4 tokens, an array [4] would be broadcast over rows, and the loss would look plausible."""
   arrays = {key: jnp.zeros((4, 4)) for key in ('logp_BT', 'old_logp_BT', 'advantages_BT', 'sampler_logp_BT')}
   arrays |= {'mask_BT': jnp.ones((4, 4), bool)} | {name: jnp.zeros(shape)}
   with pytest.raises(ValueError, match=name):

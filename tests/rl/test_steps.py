@@ -1,4 +1,4 @@
-"""The functions of a step without a model: what is asked, what is learned from, and when nothing is."""
+"""Tests the functions of an RL step without a model: which prompts are asked, and which samples are learned from."""
 
 import types
 
@@ -31,7 +31,9 @@ def verifier():
 
 @pytest.fixture
 def parts(tmp_path, verifier):
-  """Returns (texts, settings) -> the parts of a step that asks eight problems, two of them with long prompts."""
+  """Returns a function (texts, **settings) -> the parts of an RL step. It asks eight problems; two of their prompts are
+  long.
+  """
   words = lambda i: ' '.join(['word'] * (12 if i in (2, 5) else 1))
   path = write(tmp_path / 'q.jsonl', *({'question': f'{words(i)} {i}', 'answer': '4'} for i in range(8)))
 
@@ -70,7 +72,7 @@ def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
 @pytest.mark.parametrize('turn', [
   lambda waiting: -1, lambda waiting: len(waiting) // 2, lambda waiting: hash(waiting[0].id) % len(waiting)])
 def test_the_order_in_which_groups_end_decides_nothing(parts, turn, monkeypatch):
-  """The groups that are asked and learned from are those of rounds that are drawn one after the other."""
+  """Groups are asked and learned from as if each round of prompts were drawn only after the round before it."""
   for seed in range(8):
     agrees = lambda number: (number * 7919 + seed) % 97 < 60  # noqa: B023
     monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, rule: not agrees(group.cursor))  # noqa: B023
@@ -95,7 +97,8 @@ def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothi
 
 
 def test_what_counts_is_learned_from_with_its_advantage(parts, tmp_path):
-  """Two updates of two groups each, the second group missing its last sample; the fourth group is missing."""
+  """There are two updates of two groups each. The second group lacks its last sample, and the fourth group is missing.
+  """
   (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
   p = parts([RIGHT, WRONG, WRONG], **{
     'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip', 'rl.minibatches': '2',
@@ -139,7 +142,7 @@ def test_problems_to_evaluate_on_need_no_held_out_ones(parts, tmp_path):
 
 
 def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
-  """The first problems of a set, whatever the order in which training would ask them."""
+  """Evaluation asks the first problems of a set, whatever the order in which training would ask them."""
   p = parts([RIGHT, WRONG], **{'rl.eval_prompts': '3', 'rl.eval_samples': '2', 'rl.max_prompt_tokens': '64'})
   p.evaluated = {'all': TaskSet(p.run.rl.task, seed=p.run.seed, split='all')}
   asked, lines = [], []

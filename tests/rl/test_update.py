@@ -1,4 +1,4 @@
-"""One RL update: on-policy it is exact, and neither parts, devices, padding nor packing change it."""
+"""Tests an RL update: on-policy, it equals REINFORCE. Microbatches, devices, padding and packing don't change it."""
 
 import dataclasses
 import functools
@@ -32,7 +32,10 @@ ROWS, LENGTH = 8, 12
 
 
 def rollouts(seed=0):
-  """(batch, completion_BT, sampler_logp_BT, advantages_BT) with rows of unequal length."""
+  """Returns (batch, completion_BT, sampler_logp_BT, advantages_BT). Rows have different lengths.
+
+  completion_BT is True for the tokens of answers.
+  """
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, 32, (ROWS, LENGTH + 1)).astype(np.int32)
   n = 6 + np.arange(ROWS) % 6
@@ -50,9 +53,11 @@ def microbatch(data):
 
 
 def run(data, *, parts=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None, ref_logp=None, cov=None, c=C):
-  """(parameters' change, metrics, histogram of entropies) of one update on a mesh, in so many microbatches.
+  """Runs one update, and returns (change of the parameters, metrics, histogram of entropies).
 
-  data: as from `rollouts`, or a list of Microbatches; old_logp, ref_logp and cov are then lists too.
+  data: the result of `rollouts`, or a list of Microbatches. If it is a list, old_logp, ref_logp and cov are lists too.
+  parts: the number of microbatches.
+  shape: the shape of the mesh.
   """
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
@@ -112,7 +117,7 @@ def test_without_advantage_nothing_moves():
 
 
 def test_the_gradient_is_reinforce():
-  """Loss and gradient norm against -mean A logp, differentiated plainly, with all logits."""
+  """Loss and gradient norm equal those of -mean(A logp), which is differentiated with all logits in memory."""
   batch, completion, _, advantage = rollouts()
   params = model.init(C, jax.random.key(0))
   own = np.asarray(log_probabilities(C, params, batch)[0])
@@ -138,8 +143,12 @@ def test_without_a_weight_the_reference_changes_nothing(whole):
 
 @pytest.mark.parametrize('parts', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_kl_gradient_by_finite_differences(parts):
-  """Gradient descent of rate 1 moves by minus the gradient of weight · mean (logp - ref)²/2, which along three
-  directions is the difference quotient of that mean, computed with all logits."""
+  """A step of gradient descent with rate 1 changes the parameters by minus the gradient of weight · mean (logp -
+  ref)²/2.
+
+  Along three directions, this gradient must equal a difference quotient of the mean, computed with all logits in
+  memory.
+  """
   batch, completion, logp, _ = rollouts()
   ref = np.random.default_rng(1).normal(-3, 0.5, logp.shape).astype(np.float32)
   loss = PolicyLossConfig(kl_weight=0.5, importance_cap=0)
@@ -164,7 +173,7 @@ def test_the_kl_gradient_by_finite_differences(parts):
 
 
 def test_clip_cov_takes_its_tokens_out_of_the_gradient():
-  """As if their advantage were 0, while they still count in the mean."""
+  """The chosen tokens have no gradient, as if their advantage were 0. They still count in the mean."""
   batch, completion, logp, advantage = rollouts()
   loss = PolicyLossConfig(cov='clip_cov', cov_share=0.1, importance_cap=0)
   old = log_probabilities(C, model.init(C, jax.random.key(0)), batch)[0]
@@ -217,7 +226,7 @@ LOSSES = {
 @pytest.mark.parametrize('c, loss, change', [
   (C, 'clip_higher', 0.07), pytest.param(MIXTURE, 'gspo', 1e-3, marks=pytest.mark.slow)])
 def test_packed_samples_give_the_update_of_one_sample_per_row(c, loss, change):
-  """Losses, figures and gradients, off-policy, with what sums over samples or chooses among all tokens."""
+  """Compares losses, metrics and gradients, off-policy. Some losses sum over samples or select among all tokens."""
   rng, loss = np.random.default_rng(0), LOSSES[loss]
   answers = []
   for i in range(12):

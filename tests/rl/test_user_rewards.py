@@ -1,4 +1,4 @@
-"""What RL rewards: right answers, programs that pass their tests, and what a function of the user's own returns."""
+"""Tests what RL rewards: right answers, programs that pass their tests, and the results of a user's own function."""
 
 import pytest
 

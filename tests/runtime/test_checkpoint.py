@@ -1,4 +1,4 @@
-"""Saved and restored is the same, on any mesh; what can't be restored is refused by name."""
+"""Tests that a restored checkpoint equals the saved state, on any mesh, and that errors name what can't be restored."""
 
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ def mesh_of(shape):
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A checkpoint of step 3 written from a mesh of 8, and its arrays."""
+  """Returns (a workdir with a checkpoint of step 3, saved on a mesh of 8 devices; its state)."""
   workdir = tmp_path_factory.mktemp('run')
   with jax.set_mesh(mesh_of((2, 2, 1, 1, 2))) as mesh:
     state = create_state(C, TX, mesh_of((2, 2, 1, 1, 2)), seed=3)
@@ -189,7 +189,7 @@ def test_the_best_checkpoint_stays_until_there_is_a_better_one(tmp_path):
 
 
 def test_a_checkpoint_in_the_background_holds_the_state_of_its_own_step(tmp_path):
-  """Updates go on while it is written; none of them gets into it."""
+  """Updates continue while a checkpoint is written. None of them may change the checkpoint."""
   from betarank.runtime.state import donated
   mesh = mesh_of((1, 1, 1, 1, 1))
   state = create_state(C, TX, mesh, seed=0)
@@ -222,6 +222,6 @@ except checkpoint.CheckpointError as error:
 
 
 def test_a_save_that_cannot_begin_lets_the_process_end(tmp_path):
-  """Threads of Orbax's would otherwise wait 20 minutes for the folder, and the process for them."""
+  """Otherwise, threads of Orbax would wait 20 minutes for the folder, and the process would wait for these threads."""
   done = subprocess.run([sys.executable, '-c', NO_FOLDER, str(tmp_path)], text=True, capture_output=True, timeout=240)
   assert f'could not be written to {tmp_path}/checkpoints' in done.stdout, done.stderr[-500:]

@@ -1,4 +1,7 @@
-"""What was damaged on disk is refused with the file named, and an earlier good checkpoint taken only where asked to."""
+"""Tests that a damaged checkpoint can't be read, and that the error names the damaged file.
+
+An earlier good checkpoint is used only if the user asks for it.
+"""
 
 import errno
 import json
@@ -24,7 +27,7 @@ ONE = (1, 1, 1, 1, 1)
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
-  """Checkpoints of steps 1 and 2."""
+  """Returns the folder of the checkpoints of steps 1 and 2, both intact."""
   workdir = tmp_path_factory.mktemp('run')
   state = create_state(C, TX, mesh_of(ONE), seed=0)
   checkpoints = Checkpoints(workdir, KEEP)
@@ -68,7 +71,7 @@ def test_the_manifest_is_of_every_file_and_sha256sum_agrees(good):
 
 @pytest.mark.parametrize('how', DAMAGE)
 def test_any_damaged_file_is_refused_by_name_with_the_good_checkpoint_named(copied, how):
-  """Each file of each item in turn."""
+  """Damages each file of the newest checkpoint in turn. The error also names the earlier good checkpoint."""
   act, message = DAMAGE[how]
   for name in files(copied / '2'):
     path = copied / '2' / name
@@ -85,7 +88,7 @@ def test_any_damaged_file_is_refused_by_name_with_the_good_checkpoint_named(copi
 
 
 def test_a_damaged_checkpoint_is_nobody_s_start(copied):
-  """Not RL's, an evaluation's or an export's either: all come through these."""
+  """RL, evaluations and exports read checkpoints with these two functions, so they can't start from it either."""
   name = files(copied / '2')[-1]
   (copied / '2' / name).write_bytes(b'')
   target = abstract_state(C, TX, mesh_of(ONE))
@@ -162,7 +165,7 @@ def test_a_checkpoint_without_a_manifest_is_taken_as_it_is(copied):
 
 
 def test_processes_share_the_work(good):
-  """Of two, exactly one finds a flipped byte in a file of one block."""
+  """If one byte of a small file is flipped, exactly one of two processes finds it."""
   folder = epath.Path(good / '2')
   names = sorted(integrity.read(folder))
   assert integrity.damage(folder, share=(0, 2)) == integrity.damage(folder, share=(1, 2)) == ''

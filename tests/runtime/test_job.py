@@ -1,4 +1,4 @@
-"""What a job is started with, and what it makes of a disk's errors."""
+"""Tests the flags with which a job is started, and the messages for errors of a disk."""
 
 import pytest
 

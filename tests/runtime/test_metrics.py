@@ -1,8 +1,9 @@
-"""What is written can be read again, whatever a kill left; what is shown fits on a line."""
+"""Tests that files of metrics can be read again even after a kill, and that printed lines fit into the terminal."""
 
 import functools
 import json
 import math
+import sys
 import types
 
 import jax
@@ -136,7 +137,9 @@ def test_known_chips_have_a_peak_and_a_cpu_has_none():
 
 
 def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
-  """It counts from the start of the run, without the steps that are done again and the pause between two starts."""
+  """The time counts from the start of the run. It doesn't include steps that are repeated, and the pause between two
+  starts.
+  """
   now = iter([100.0, 107.0, 109.0, 500.0, 503.0])
   monkeypatch.setattr(metrics, 'time', types.SimpleNamespace(perf_counter=lambda: next(now)))
   settings = {'steps': 9, 'every': 9, 'tensorboard': False, 'active': True}
@@ -147,3 +150,13 @@ def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
   log.evaluation(1, 'main', {}, ['eval main'])
   lines = read_lines(epath.Path(tmp_path) / 'metrics.jsonl')
   assert [(line['step'], line['time/elapsed_s']) for line in lines] == [(1, 7.0), (1, 10.0)]
+
+
+def test_tensorboard_does_not_import_pytorch(tmp_path, monkeypatch):
+  """tensorboardX imports it if it is installed."""
+  (tmp_path / 'torch.py').write_text("raise AssertionError('imported')\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  for name in [name for name in sys.modules if name.split('.')[0] in ('tensorboardX', 'torch')]:
+    monkeypatch.delitem(sys.modules, name)
+  Log(epath.Path(tmp_path), step=0, steps=4, every=2, tensorboard=True, active=True).close()
+  assert 'torch' not in sys.modules

@@ -1,4 +1,4 @@
-"""Which rows each process reads, for every way a mesh can lie over processes."""
+"""Tests which rows each process reads, for every way in which a mesh can be spread over processes."""
 
 import jax
 import pytest

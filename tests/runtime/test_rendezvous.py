@@ -1,4 +1,5 @@
-"""Processes that are alike start together; anything else ends all of them with one line that names the difference."""
+"""Tests that processes with equal settings start together. Otherwise all end with one line that names the difference.
+"""
 
 import json
 import os
@@ -13,7 +14,7 @@ from tests.runs import free_port
 
 
 def meet(fingerprints, processes=None, deadline_s=20.0, indices=None, refused=''):
-  """What each of several threads, as processes, gets from the rendezvous."""
+  """Returns what the rendezvous returns to each of several threads, which act as processes."""
   port, results = free_port(), {}
   indices = range(len(fingerprints)) if indices is None else indices
 

@@ -1,4 +1,5 @@
-"""Figures go to Weights & Biases under one run, however often it is resumed, and only if they are asked for."""
+"""Tests that figures are sent to Weights & Biases only if the user asks for it, and under one run, also after resuming.
+"""
 
 import importlib.util
 import json
@@ -16,7 +17,7 @@ from tests.runtime.test_metrics import FIGURES
 
 @pytest.fixture
 def wandb(monkeypatch):
-  """A stand-in for wandb, which records what it is told."""
+  """Replaces the module wandb. Returns the list of the calls that it gets."""
   calls = []
 
   def init(**arguments):

@@ -1,4 +1,4 @@
-"""A process that dies, hangs or fails ends its job with a reason; a job that is well goes undisturbed."""
+"""Tests that a process that dies, hangs or fails ends its whole job, with a reason. A healthy job continues."""
 
 import dataclasses
 import signal
@@ -111,7 +111,10 @@ with JobWatchdog(info, names, 3.0, open(sys.argv[3], 'w')) as dog:
 
 
 def start_job(folder, last):
-  """Two processes that have made three steps. last: the last argument of process 1."""
+  """Starts two processes of a job, which report step 3 and then wait. Returns the processes.
+
+  last: further arguments of process 1. With ['fail'], it raises an error after step 3.
+  """
   address = f'127.0.0.1:{free_port()}'
   return [python('-c', JOB, address, i, folder / str(i), *(last if i else [])) for i in range(2)]
 

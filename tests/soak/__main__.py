@@ -1,8 +1,9 @@
 """python -m tests.soak [--steps=20000] [--rl_steps=300] [--prompts=100000] [--gb=10] [--only=train,rl,eval,data]
 
-Runs tiny models for a long time: a day's worth of steps, checkpoints, evaluations and prompts in an hour. Every process
-is observed from outside, twice per second. A figure is flat if its growth after the first fifth of the run is less than
-three standard errors of its slope, or less than the bound in tests/soak/watch.py.
+Runs tiny models for an hour, with as many steps, checkpoints, evaluations and prompts as a day of real training. Every
+process is observed from outside, twice per second. A figure, such as memory, is flat if it grows by less than three
+standard errors of its slope, or by less than the bound in tests/soak/watch.py. The first fifth of the run doesn't
+count.
 """
 
 import argparse
@@ -48,7 +49,10 @@ def main():
 
 
 def show(name: str, load: loads.Load, took_s: float) -> int:
-  """Prints the table of a load; returns how many of its figures aren't flat."""
+  """Prints the table of a load. Returns how many of its figures aren't flat.
+
+  took_s: the seconds that the load took.
+  """
   known_mb = loads.CHECKPOINT_MB * load.checkpoints_per_1000
   rows = watch.rows(load.watch.samples, load.watch.names, known_mb)
   print(f'\n{name}: {load.did}; {took_s / 60:.1f} min, load {os.getloadavg()[1]:.1f} on {os.cpu_count()} processors')

@@ -1,4 +1,6 @@
-"""The loads: tiny models, and large numbers of everything else. Each runs the command that a user would run."""
+"""Provides the loads: tiny models with many steps, prompts or gigabytes. Each load runs a command that a user would
+run.
+"""
 
 import collections
 import contextlib
@@ -33,14 +35,16 @@ ROWS, ROW_TOKENS = 8, 32_768  # per step, when the data set is read
 
 
 class Soak:
-  """The folder of all loads, and what they share."""
+  """The folder of all loads, with the model and the data that they share."""
 
   def __init__(self, root: pathlib.Path):
     self.root = root
     self.data, self.trained = root / 'data', root / 'trained'
 
   def start(self, name: str, *args: object) -> subprocess.Popen:
-    """Starts `betarank ARGS` with its own folder for temporary files, and its output in NAME.log."""
+    """Starts `betarank ARGS`, and returns the process. It has its own folder for temporary files, and its output goes
+    to NAME.log.
+    """
     (self.root / f'{name}.tmp').mkdir(exist_ok=True)
     with open(self.root / f'{name}.log', 'a', encoding='utf-8') as log:
       return subprocess.Popen(
@@ -54,7 +58,9 @@ class Soak:
     assert not left, f'{name}: temporary files are left: {left[:5]}'
 
   def model(self) -> pathlib.Path:
-    """Returns the run of a model that has learned the format of an answer, and little else."""
+    """Returns the workdir of a model that has learned little more than the format of an answer. Trains the model if
+    necessary.
+    """
     if not self.trained.exists():
       tiny = f'--config=tests/tiny.py:dir={self.data},beta=0'
       self.finish('data', self.start('data', 'data', 'prepare', tiny, SUMS))
@@ -66,7 +72,11 @@ class Soak:
 
 @dataclasses.dataclass
 class Load:
-  """A finished load: what was observed, and a line that describes it."""
+  """The result of a load.
+
+  watch: what was observed.
+  did: one line that describes the load.
+  """
 
   watch: Watch
   did: str
@@ -74,7 +84,7 @@ class Load:
 
 
 def train(s: Soak, steps: int) -> Load:
-  """Runs a long pre-training of the tiny model, with a checkpoint every 50 steps and an evaluation every 100."""
+  """Pre-trains the tiny model for many steps, with a checkpoint every 50 steps and an evaluation every 100."""
   s.model()
   workdir = s.root / 'train'
   process = s.start(
@@ -93,7 +103,7 @@ def train(s: Soak, steps: int) -> Load:
 
 
 def rl(s: Soak, steps: int) -> Load:
-  """Runs RL with a checkpoint every 10 steps; every second problem goes to the verifier's workers."""
+  """Runs RL with a checkpoint every 10 steps. Every second problem goes to the verifier's workers."""
   s.model()
   workdir = s.root / 'rl'
   process = s.start(
@@ -113,7 +123,10 @@ def rl(s: Soak, steps: int) -> Load:
 
 
 def evaluation(s: Soak, prompts: int) -> Load:
-  """Samples answers to many prompts from a file, killed three times; no line may be lost, duplicated or different."""
+  """Samples answers to many prompts from a file. The command is killed three times.
+
+  No line may be lost, duplicated or different from a run without a kill.
+  """
   s.model()
   workdir, file = s.root / 'eval', s.root / 'prompts.jsonl'
   shutil.copytree(s.trained, workdir)
@@ -156,7 +169,7 @@ def evaluation(s: Soak, prompts: int) -> Load:
 
 
 def data(s: Soak, gigabytes: float) -> Load:
-  """Reads one epoch of a large prepared data set as training does."""
+  """Reads one epoch of a large prepared data set, as training reads it."""
   s.model()
   config = large(s, gigabytes)
   (s.root / 'walk.json').write_text(json.dumps(dataclasses.asdict(config)))
@@ -175,7 +188,9 @@ def data(s: Soak, gigabytes: float) -> Load:
 
 
 def large(s: Soak, gigabytes: float) -> DataConfig:
-  """Writes a prepared data set of random tokens with the code of `betarank data prepare`, without tokenizing."""
+  """Writes a prepared data set of random tokens, without tokenizing, with the code of `betarank data prepare`. Returns
+  its config.
+  """
   path = str(s.data / 'tokenizer.model')
   tokenizer = read_tokenizer(path)
   config = DataConfig(str(s.root / 'large'), path, tokenizer.vocab_size, {'main': SourceConfig('synthetic:', 1.0, 0)},
@@ -202,7 +217,7 @@ def large(s: Soak, gigabytes: float) -> DataConfig:
 
 
 def last_step(path: pathlib.Path):
-  """Returns a function that returns the step of the last line of a growing file."""
+  """Returns a function that reads the step in the last line of a growing file."""
   def position() -> float:
     with contextlib.suppress(OSError, ValueError, IndexError), open(path, 'rb') as file:
       file.seek(max(0, os.path.getsize(path) - 8192))
@@ -212,7 +227,7 @@ def last_step(path: pathlib.Path):
 
 
 def last_line(folder: pathlib.Path):
-  """Returns a function that returns the number of lines in the growing file of samples below `folder`."""
+  """Returns a function that counts the lines of the growing file of samples in `folder`."""
   at, count = 0, 0
 
   def position() -> float:

@@ -1,4 +1,6 @@
-"""python -m tests.soak.walk CONFIG.json: reads one epoch of prepared data as training does, and logs every 50 steps."""
+"""Reads one epoch of prepared data, as training reads it, and logs every 50 steps: python -m tests.soak.walk
+CONFIG.json
+"""
 
 import json
 import pathlib

@@ -20,7 +20,11 @@ RATE_BOUND = 0.10  # of throughput, from one end to the other
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One observation. `figures` has the keys of BOUNDS for each process id."""
+  """One observation of a command.
+
+  position: the step that the command has reached.
+  figures: {process id: {key of BOUNDS: value}}.
+  """
 
   time_s: float
   position: float
@@ -29,10 +33,16 @@ class Sample:
 
 
 class Watch:
-  """Observes a running command every `every_s` seconds until it ends."""
+  """Observes a running command in a thread until the command ends."""
 
   def __init__(self, name: str, process: subprocess.Popen, position: Callable[[], float], every_s: float = 0.5):
-    """position: returns the step that the command has reached; called at each observation."""
+    """Starts to observe.
+
+    name: the name of the command.
+    process: its process.
+    position: a function that returns the step that the command has reached.
+    every_s: the seconds between two observations.
+    """
     self.samples: list[Sample] = []
     self.names = {process.pid: name}
     self._process, self._position, self._every_s = process, position, every_s
@@ -58,7 +68,7 @@ class Watch:
 
 
 def tree(root: int) -> list[int]:
-  """Returns the ids of `root` and its descendants."""
+  """Returns the process ids of `root` and of all its descendants."""
   children: dict[int, list[int]] = {}
   for entry in os.listdir('/proc'):
     if entry.isdigit():
@@ -74,7 +84,8 @@ def tree(root: int) -> list[int]:
 
 
 def observe(pid: int) -> tuple[dict[str, float], float, str]:
-  """Returns (figures, CPU seconds with those of its ended children, name) of one process."""
+  """Returns (figures, CPU seconds, name) of one process. The CPU seconds include those of its children that have ended.
+  """
   folder = pathlib.Path('/proc', str(pid))
   fields = (folder / 'stat').read_text().rpartition(')')[2].split()
   status = dict(line.split(':', 1) for line in (folder / 'status').read_text().splitlines())
@@ -92,7 +103,7 @@ def observe(pid: int) -> tuple[dict[str, float], float, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A figure of a run after its warm-up; slope and its standard error are per 1000 steps."""
+  """A figure of a process after the warm-up. The slope and its standard error `error` are per 1000 steps."""
 
   process: str
   figure: str
@@ -104,12 +115,15 @@ class Row:
 
   @property
   def flat(self) -> bool:
-    """True if the figure doesn't grow; it may fall."""
+    """True if the figure doesn't grow. It may fall."""
     return self.slope < max(3 * self.error, self.bound)
 
 
 def slope(position_N: Sequence[float], value_N: Sequence[float]) -> tuple[float, float]:
-  """Returns (growth per 1000 steps, its standard error), by least squares over the means of BLOCKS equal parts."""
+  """Returns (growth per 1000 steps, its standard error). Fits the means of BLOCKS equal parts by least squares.
+
+  position_N, value_N: the step and the value of each observation.
+  """
   position_N, value_N = np.asarray(position_N, float), np.asarray(value_N, float)
   edges = np.linspace(position_N.min(), position_N.max(), BLOCKS + 1)
   block_N = np.clip(np.searchsorted(edges, position_N, 'right') - 1, 0, BLOCKS - 1)
@@ -124,9 +138,11 @@ def slope(position_N: Sequence[float], value_N: Sequence[float]) -> tuple[float,
 
 
 def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0) -> list[Row]:
-  """Returns a row for each figure of each process that lives for most of the run, one for their number, and the speed.
+  """Returns a row for each figure of each process that exists for most of the run, one for the number of processes, and
+  those of `speed`.
 
-  known_mb: growth of the first process's memory per 1000 steps that is known and accepted.
+  names: {process id: name}.
+  known_mb: the growth of the first process's memory that is accepted, in MB per 1000 steps.
   """
   warm = samples[0].position + WARM_UP * (samples[-1].position - samples[0].position)
   kept = [s for s in samples if s.position > warm]
@@ -152,7 +168,7 @@ def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0
 
 
 def speed(samples: Sequence[Sample]) -> list[Row]:
-  """Returns the rows of wall and CPU time per step. CPU time is the better figure on a busy machine."""
+  """Returns the rows for wall time and CPU time per step. On a busy machine, CPU time is more reliable."""
   edges = np.linspace(samples[0].position, samples[-1].position, BLOCKS + 1)
   at_N = np.array([s.position for s in samples])
   out = []

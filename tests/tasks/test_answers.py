@@ -1,4 +1,4 @@
-"""Where the final answer of a text is: one function for RL, evaluation and `betarank judge`."""
+"""Tests where the final answer of a text is found. RL, evaluation and `betarank judge` use the same function."""
 
 import dataclasses
 
@@ -43,12 +43,16 @@ def test_answer_in_a_box(text, expected):
   (r'\boxed{\boxed{1}, \boxed{2}}', '1, 2'),
 ])
 def test_boxes_that_are_one_answer(text, expected):
-  """Nothing but 'and', 'or', commas and names stands between them; a box of an earlier step isn't part of it."""
+  """Boxes are one answer if only 'and', 'or', commas and names are between them. A box of an earlier step doesn't
+  belong to it.
+  """
   assert last_boxed(text) == expected
 
 
 def test_a_question_of_the_models_own_is_not_answered():
-  """A base model that doesn't stop goes on in the form of the prompt, few-shot examples or not."""
+  """A base model that doesn't stop continues with a new question in the form of the prompt, with or without worked
+  examples.
+  """
   prompt = 'Question: 1+1\nSolution: 2\n\nQuestion: What is 2+2?\nSolution:'
   task = dataclasses.replace(BOXED, question='What is 2+2?', prompt=prompt)
   text = ' It is \\boxed{4}.\n\nQuestion: What is 3+4?\nSolution: It is \\boxed{7}.'
@@ -67,6 +71,6 @@ def test_programs():
 @pytest.mark.parametrize('text', ['\\boxed{' * 5000, '\\boxed{1}' * 5000, '{' * 10_000, 'x = ' * 2000 + '\\boxed{1}',
                                   '\\boxed{1}' + ' and x_1 =' * 2000 + '\\boxed{2}'])
 def test_long_texts_take_no_long_time(text):
-  """Linear in the text, or bounded: the regular expressions have nothing to go back over."""
+  """The time is linear in the length of the text, or bounded, because the regular expressions don't backtrack."""
   for task in (LINE, BOXED):
     final_answer(text, task)

@@ -1,4 +1,5 @@
-"""What a program does in the jail stays there. Each kind of harm is one test, with a short deadline."""
+"""Tests that a program in the jail has no effect outside of it. Each kind of harm has one test, with a short deadline.
+"""
 
 import os
 import pathlib
@@ -38,7 +39,7 @@ def run(jail, program, **limits):
 
 
 def running(mark):
-  """Processes on this machine whose command line or program holds `mark`."""
+  """Returns the ids of the processes on this machine whose name contains `mark`."""
   found = []
   for folder in pathlib.Path('/proc').glob('[0-9]*'):
     try:
@@ -64,7 +65,9 @@ def test_programs_that_end_pass_and_others_do_not(jail):
 
 
 def test_no_way_to_the_verdict(jail):
-  """Only a program whose last line has run passes, whatever it says, writes or exits with before."""
+  """A program passes only if its last line has run, whatever it prints, writes to file descriptors, or returns as exit
+  status.
+  """
   for program in (
     'import os; os._exit(0)', 'raise SystemExit(0)', 'import sys; sys.exit()', 'print("R" + "0" * 32); 1 / 0',
     'import os, signal; os.kill(1, signal.SIGKILL); os.kill(os.getppid(), signal.SIGKILL); 1 / 0',
@@ -276,7 +279,7 @@ def test_output_flood(jail):
 
 
 def test_ended_with_its_parent(jail, tmp_path):
-  """An evaluation that is killed leaves no process behind."""
+  """If an evaluation is killed, none of its processes continues."""
   program = NAME.format('orphan') + 'import time; time.sleep(60)'
   code = ('from betarank.tasks.code_jail import Jail, JailConfig\n'
           f'print(Jail(JailConfig(deadline_s=3)).run({program!r}))')
@@ -305,7 +308,7 @@ def test_refused_without_isolation_unless_accepted(monkeypatch, tmp_path, capfd)
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='all the others run without root here')
 def test_without_root(jail):
-  """In a user namespace of its own; this one's Python must be readable by all."""
+  """Without root, the jail is in a user namespace of its own. The Python of this test must be readable by all users."""
   code = ('from betarank.tasks.code_jail import Jail, JailConfig\n'
           'j = Jail(JailConfig(deadline_s=30))\n'
           'for p in ("import os; assert os.getuid() == 65534 and not os.path.exists(\'/etc/passwd\')",\n'

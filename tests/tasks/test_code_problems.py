@@ -1,4 +1,4 @@
-"""Programming problems are read, asked and judged as their sources mean them."""
+"""Tests that programming problems are read, asked and judged in the way that their sources describe."""
 
 import dataclasses
 import gzip

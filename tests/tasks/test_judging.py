@@ -1,4 +1,5 @@
-"""What is right and what is wrong: a table of judged pairs by kind, and the parts that judge them."""
+"""Tests which answers are right or wrong, by a table of judged pairs of each kind. Also tests the parts of the judge.
+"""
 
 import csv
 import pathlib
@@ -100,7 +101,8 @@ def test_an_answer_without_a_value_is_wrong():
   '3_' * 1000, '12:' * 1000, 'x = ' * 1000 + '3', 'and 3 ' * 800, '5 m ' * 1000, '{3}' * 1500, r'\frac{' * 500,
   '3' * 60 + ' base', '3 ' * 60 + '_'])
 def test_no_answer_takes_long(answer):
-  """Plain numbers are judged in the trainer's own process, without a deadline: 40 digits once took days."""
+  """Plain numbers are judged in the process of RL itself, without a deadline. Numbers of 40 digits used to take days.
+  """
   for gold in ('7', '101_2', 'x=3'):
     began = time.process_time()
     judge(gold, answer)
@@ -112,7 +114,7 @@ def test_no_answer_takes_long(answer):
   f'3 {"3" * 5000}/2', f'{"3" * 5000}_8', f'\\sqrt[{"3" * 5000}]{{2}}', f'\\frac{{d^{"3" * 5000}y}}{{dx}}', '3000!',
   '2^{9999} \\text{ m}', '10^{9999}\\%', f'x^{"3" * 5000}'])
 def test_a_number_too_long_to_be_written_is_judged(text):
-  """Python refuses to write or read integers of more than 4300 digits; one such answer ended a run of RL."""
+  """Python can't convert integers of more than 4300 digits from or to text. Such an answer used to end a run of RL."""
   assert judge('7', text).verdict == Verdict.WRONG
   assert judge(text, '7').verdict in (Verdict.WRONG, Verdict.UNDECIDED)
   Verifier(VerifierConfig())._grade_here(text, Task('', '', '', '7', 'math', 'line'))  # in the trainer's own process
@@ -230,7 +232,7 @@ def test_plain_text(text, expected):
 
 
 def test_reading_is_bounded():
-  """The longest and deepest text that is accepted at all is read or refused, and doesn't exhaust the stack."""
+  """The longest and deepest texts that are accepted are read, or raise Unreadable, without exhausting the stack."""
   for text in ('(' * latex.MAX_DEPTH + '1' + ')' * latex.MAX_DEPTH, '+'.join('x' for _ in range(1900)),
                ','.join('1' for _ in range(1900)), r'\pm ' * 20 + '1', '{' * 40 + 'x' + '}' * 40, '-' * 3000 + '1'):
     try:

@@ -1,4 +1,4 @@
-"""Prompts by index: their forms, their order, and that nothing held out is ever trained on."""
+"""Tests the prompts of a task set: their form, their order, and that held-out problems are never used for training."""
 
 import ast
 import dataclasses
@@ -72,7 +72,8 @@ def test_a_line_that_is_not_json_is_an_error(jsonl):
 
 
 def test_a_gold_that_cannot_be_read_leaves_its_problem_out_for_every_answer(jsonl):
-  """Not for wrong answers alone, which would make the hits that are left look like all there is."""
+  """If such a problem were undecided only for wrong answers, the remaining right answers would make the score too high.
+  """
   golds = ['4.5e33', r'\frac{', '$t(0,4]$', 'E_{1},E_{2}', r'\int_0^1 x dx', r'\undefinedcommand']
   uri = jsonl(*({'question': f'q{i}', 'answer': gold} for i, gold in enumerate(golds)))
   tasks = TaskSet(TaskConfig(uri), split='all')
@@ -144,7 +145,7 @@ def test_splits_are_disjoint_and_complete(jsonl):
 @pytest.mark.parametrize('uri', [
   'reasoning:chain_sum+gcd', 'reasoning:chain_sum?max_terms=2&max_digits=1'])
 def test_endless_training_never_meets_a_held_out_question(uri):
-  """Of sums of two digits there are so few that training meets each one many times."""
+  """There are so few sums of two one-digit numbers that training asks each one many times."""
   c = TaskConfig(uri, held_out_fraction=0.1)
   held_out = TaskSet(c, split='held_out').hashes(64)
   train = [question_hash(TaskSet(c, seed=seed).at(i).question) for seed in (0, 1) for i in range(400)]
@@ -189,7 +190,10 @@ def test_difficulty():
 
 
 def test_every_kind_of_answer_is_right_when_it_is_the_reference():
-  """Exact, scored, of several lines, and with no reference at all; by the options that the task was made with."""
+  """Kinds of answers: compared exactly, scored by the task's generator, of several lines, and without a reference.
+
+  The scorer must get the options with which the task was generated.
+  """
   with Verifier(VerifierConfig(workers=1, deadline_s=20.0)) as verifier:
     for uri, kind in (('reasoning:chain_sum', 'reasoning_gym'), ('reasoning:gcd', 'exact'),
                       ('reasoning:game_of_life', 'reasoning_gym'), ('reasoning:rotate_matrix', 'exact'),

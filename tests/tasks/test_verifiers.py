@@ -1,4 +1,4 @@
-"""Verdicts, and what a worker process may and may not do to the run."""
+"""Tests the verifier's verdicts, and what a worker process can do to the run."""
 
 import os
 import pathlib
@@ -127,7 +127,7 @@ def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
 
 
 def test_a_forged_verdict_is_not_believed(tmp_path, monkeypatch):
-  """A process that says 'right' before it is asked, as one that a former item has turned would."""
+  """The worker replies 'right' before it is asked. A malicious item could make a worker do this for the next item."""
   script = tmp_path / 'worker.py'
   script.write_text('import sys, time\nprint(\'{"ready": true}\', flush=True)\nsys.stdin.readline()\n'
                     'print(\'{"verdict": 1}\', flush=True); time.sleep(60)')
@@ -147,7 +147,7 @@ for line in sys.stdin:
 
 
 def test_the_deadline_is_of_cpu_time(tmp_path, monkeypatch):
-  """A worker that a busy machine keeps waiting has its time all the same; one that waits for ever ends nevertheless."""
+  """Waiting on a busy machine doesn't count. A worker that waits forever is still ended."""
   script = tmp_path / 'worker.py'
   script.write_text(SLEEPY)
   monkeypatch.setattr(worker_pool, '_WORKER', script)
@@ -205,7 +205,10 @@ def reward(text, answer, reference, question):
 
 
 def test_a_reward_function_of_the_users_own(tmp_path, monkeypatch):
-  """It runs in a worker process, with its limits; what it raises leaves the sample undecided and is told once."""
+  """The function runs in a worker process, under the worker's limits.
+
+  If it raises an exception, the sample is undecided. The message of the first exception is kept.
+  """
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'mine.py').write_text(REWARDS)
   own = task('', 'reward', entry='mine.py:reward')
@@ -237,7 +240,7 @@ def test_threads_share_a_verifier(verifier):
 
 
 def test_workers_end_with_us():
-  """A parent that is killed leaves no process behind, not even one that was busy."""
+  """If the parent is killed, its workers end too, even a worker that is busy."""
   code = ('from betarank.tasks.verifiers import *; from betarank.tasks.task_set import Task\n'
           'task = Task("", "", "", "1+x", "math", "line"); v = Verifier(VerifierConfig(workers=1, deadline_s=1.0))\n'
           'v.verify([("\\nAnswer: x+2", task)]); print(v._pool._workers["math"][0].process.pid, flush=True)\n'
@@ -262,7 +265,7 @@ def test_workers_end_with_us():
   "__import__('ctypes').CDLL(None)", "__import__('os').kill(1, 0)", "__import__('os').putenv('A', 'b')",
 ])
 def test_the_second_wall(act, tmp_path):
-  """What would happen if model text did get evaluated: the worker ends, with a status of its own."""
+  """If text written by a model did get evaluated, the audit hook would end the worker, with exit status 86."""
   code = ('import sys, subprocess, socket, ctypes; from betarank.tasks import verifier_worker as w\n'
           f'w._limit(1024); sys.addaudithook(w._audit); {act}; print("still here")')
   done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
@@ -283,7 +286,7 @@ def test_workers_import_no_jax_and_see_no_secrets(verifier, monkeypatch):
 
 @pytest.mark.parametrize('kind', ['code', pytest.param('all', marks=pytest.mark.slow)])
 def test_hostile_answers(kind, tmp_path, monkeypatch):
-  """All 200 of them with the slow tests: the bombs run into their deadlines."""
+  """The slow test judges all 200 hostile answers. Some of them take as long as the deadline allows."""
   monkeypatch.setenv('BETARANK_CANARY', 'secret')
   items = bench.hostile(str(tmp_path / 'canary'))
   assert len(items) == 200
@@ -308,7 +311,7 @@ def test_gold_answers_are_right(name):
 
 @pytest.mark.skipif(not bench.DATA.is_dir(), reason='no ../shared/data')
 def test_gold_answers_are_right_by_workers(monkeypatch):
-  """The references of MATH-500 as answers, with nothing settled in this process."""
+  """The references of MATH-500 are used as answers. All are judged by workers, none in this process."""
   monkeypatch.setattr(verifiers.numerals, 'is_numeral', lambda _: False)
   monkeypatch.setattr(verifiers.numerals, 'plain', lambda _: object())  # equal texts aren't settled here either
   items = [(f'\\boxed{{{task.reference}}}', task) for _, task in bench.gold(bench.DATA, 'math500')]

@@ -1,4 +1,4 @@
-"""The tiny run's config."""
+"""Provides the config of the tiny run."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from betarank.configs import load
 
 @pytest.fixture
 def tiny(data_dir):
-  """tiny(**overrides by dotted key) -> config."""
+  """Returns a function (overrides by dotted key) -> config of the tiny run."""
   return lambda overrides=None: load.load(f'tests/tiny.py:dir={data_dir}', overrides or {})

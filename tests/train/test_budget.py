@@ -1,4 +1,4 @@
-"""The schedule of the learning rate, and what a run's token budget may become."""
+"""Tests the schedule of the learning rate, and how the token budget of a run may change."""
 
 import pytest
 from etils import epath
@@ -19,7 +19,10 @@ def optimizer(**changes):
 @pytest.mark.parametrize(
   'warmup, fraction, start', [(5, 1.0, 5), (30, 0.5, 30), (0, 1.0, 0), (5, 0.25, 30), (39, 1.0, 39)])
 def test_the_decay_reaches_final_lr_after_any_warm_up(warmup, fraction, start):
-  """It was cut off where warm-up and decay overlap: with 5 and 1.0 the last of 40 rates was 0.235, not near 0.1."""
+  """The decay used to be cut off if it overlapped with the warm-up.
+
+  With warmup_steps=5 and decay_fraction=1.0, for example, the last of 40 rates was 0.235 instead of about 0.1.
+  """
   c = optimizer(warmup_steps=warmup, decay_fraction=fraction)
   rate = schedule(c, 40)
   assert decay_start(c, 40) == start
@@ -36,7 +39,7 @@ def test_every_shape_of_the_decay_falls_from_lr_to_final_lr(shape, middle):
 
 
 def test_the_slope_of_each_shape_is_what_its_name_says():
-  """Cosine is flat at both ends; 1-sqrt falls fastest at once."""
+  """Cosine is flat at both ends. 1-sqrt falls fastest at its beginning."""
   rate = {shape: schedule(optimizer(decay_fraction=1.0, decay_shape=shape), 100)
           for shape in ('linear', 'cosine', '1-sqrt')}
   assert rate['1-sqrt'](5) < rate['linear'](5) < rate['cosine'](5)
@@ -54,7 +57,10 @@ def folder(tmp_path, *steps):
 
 
 def checked(root, tokens, before, **optimizer):
-  """tiny: 256 tokens per step, and the last quarter of the steps decays."""
+  """Checks a new token budget of a run that was started with the budget `before`.
+
+  A step has 256 tokens, and the learning rate decays in the last quarter of the steps.
+  """
   run = run_config(load.load('tests/tiny.py:dir=/d', {
     'train.tokens': str(tokens), 'optimizer.decay_fraction': '0.25',
     **{f'optimizer.{name}': value for name, value in optimizer.items()}}))
@@ -67,7 +73,7 @@ def test_a_budget_may_grow_until_the_decay_begins(tmp_path):
 
 
 def test_a_budget_that_would_raise_a_decayed_rate_again_is_refused(tmp_path):
-  """It used to jump from 0.0011 to 0.01 at once, without a word."""
+  """The learning rate used to jump from 0.0011 to 0.01, without an error."""
   with pytest.raises(ConfigError, match='lowering its learning rate since step 9, .* no checkpoint from before'):
     checked(folder(tmp_path, 10, 12), 20 * 256, before=12 * 256)
   with pytest.raises(ConfigError, match='lowering its learning rate since step 9'):

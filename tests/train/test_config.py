@@ -1,4 +1,4 @@
-"""What a pre-training run refuses because its sections don't fit together."""
+"""Tests the errors for sections of a pre-training config that don't fit together."""
 
 import re
 
@@ -10,7 +10,7 @@ from betarank.train.config import run_config
 
 
 def test_a_head_larger_than_the_vocabulary_is_refused_by_name():
-  """Every wrong token would be in the head, so a run with lambda_tail would silently be plain cross-entropy."""
+  """Otherwise every wrong token would be in the head, and lambda_tail would have no effect, without an error."""
   message = re.escape('config.objective.top_k must be <= model.vocab_size = 1024, got 1025')
   for overrides in ({}, {'objective.lambda_tail': '-0.1'}):
     with pytest.raises(ConfigError, match=f'^{message}$'):

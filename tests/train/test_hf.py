@@ -1,4 +1,7 @@
-"""Exchange with Hugging Face: the same logits there, the same bits back, one line for what can't be exchanged."""
+"""Tests export to and import from Hugging Face's format: equal logits there, equal bits after a round trip.
+
+Whatever can't be converted gives one line of error.
+"""
 
 import dataclasses
 import filecmp
@@ -46,7 +49,7 @@ TEXT = ['def f(x):\n  return  x\n', 'The sum of 12 and 345 is 357.\n\n', '  = = 
 
 
 def random_params(c):
-  """Also norms and router biases, which start as constants."""
+  """Returns random parameters. Norms and router biases are random too, although training starts them as constants."""
   random = np.random.default_rng(0)
   scale = lambda path: 1.0 if 'norm' in path[-1].key else 0.2
   return jax.tree_util.tree_map_with_path(
@@ -54,7 +57,7 @@ def random_params(c):
 
 
 def save(c, params, path, tokenizer='', lineage=None):
-  """A run's checkpoint at `path`, as training on eight devices writes it: in chunks."""
+  """Saves a checkpoint as training on eight devices saves it: in chunks. Returns its path."""
   config = common.base()
   config.model.update({k: v for k, v in dataclasses.asdict(c).items() if k != 'moe'})
   config.model.moe = dataclasses.asdict(c.moe)
@@ -78,7 +81,9 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope='module', params=MODELS)
 def exported(request, tmp_path_factory, tokenizer_file):
-  """(config, parameters, directory) of a random model in files small enough to be several."""
+  """Returns (config, parameters, folder) of an exported random model. The largest allowed file is so small that there
+  are several files.
+  """
   c, root = MODELS[request.param], tmp_path_factory.mktemp('exported')
   params = random_params(c)
   hf.export(save(c, params, root / 'run', tokenizer_file), str(root / 'hf'), shard_gb=5e-5)
@@ -143,7 +148,7 @@ def test_a_checkpoint_of_rl_has_the_tokenizer_of_its_start(tokenizer_file, tmp_p
 
 
 def test_files(exported):
-  """Bounded files that safetensors' own reader takes, each with whole tensors in the order of the layers."""
+  """Files have a limited size, and safetensors can read them. Each has whole tensors, in the order of the layers."""
   pytest.importorskip('safetensors')
   c, _, folder = exported
   index = json.loads((folder / 'model.safetensors.index.json').read_text())
@@ -295,7 +300,7 @@ def test_what_cannot_be_imported(edit, message, good, tmp_path):
 
 
 def test_a_head_equal_to_the_embedding_is_taken(good, tmp_path):
-  """As in Qwen3-0.6B."""
+  """Qwen3-0.6B, for example, has such a head."""
   folder = shutil.copytree(good, tmp_path / 'hf')
   edit_tensors(lambda t: t.update({'lm_head.weight': t['model.embed_tokens.weight']}))(folder)
   hf.import_(str(folder), str(tmp_path / 'out'))
@@ -367,7 +372,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
-  """2 GB of weights, in and out, while the process itself grows by less than 1.2 GB (files mapped don't count)."""
+  """2 GB of weights are imported and exported. Meanwhile, the process grows by less than 1.2 GB, without mapped files.
+  """
   c = dataclasses.replace(
     DENSE, vocab_size=50_000, layers=12, d_model=1024, heads=16, kv_heads=4, head_dim=64, tied_embeddings=False,
     moe=MoeConfig(experts=32, experts_per_token=4, expert_d_ff=320, router='softmax'))
@@ -433,7 +439,9 @@ LARGER = dataclasses.replace(DENSE, vocab_size=416)  # than the tokenizer, as Qw
 
 @pytest.fixture(scope='module')
 def qwen(tmp_path_factory):
-  """A directory as Qwen's are: weights in bfloat16, tokenizer.json and what transformers writes with it."""
+  """Returns a folder like those of Qwen: weights in bfloat16, tokenizer.json, and the files that transformers writes
+  with it.
+  """
   root = tmp_path_factory.mktemp('qwen')
   run = save(LARGER, random_params(LARGER), root / 'run')
   hf.export(run, str(root / 'hf'), dtype='bfloat16', tokenizer_path='none')
@@ -495,7 +503,7 @@ def test_a_model_smaller_than_its_tokenizer_and_a_broken_tokenizer_are_one_line(
 
 
 def test_only_files_of_the_model_are_copied(qwen, tmp_path):
-  """A link to a file elsewhere would bring that file into what may be published; Hugging Face's own cache has links."""
+  """A link to another file could otherwise publish that file. Links within Hugging Face's own cache are allowed."""
   (tmp_path / 'secret').write_text('{"password": 1}')
   folder = shutil.copytree(qwen, tmp_path / 'hf')
   (folder / 'merges.txt').unlink()
@@ -528,7 +536,7 @@ def get_config(arg=None):
 
 @pytest.fixture(params=['made here', 'Qwen3', 'Qwen3Moe'])
 def published(request, tmp_path):
-  """(a directory as `qwen`, or one that transformers writes; the architecture that its config names)."""
+  """Returns (folder, the architecture that its config names). The folder is `qwen`, or one written by transformers."""
   if request.param == 'made here':
     return request.getfixturevalue('qwen'), 'Qwen3ForCausalLM'
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
@@ -545,7 +553,7 @@ def published(request, tmp_path):
 
 
 def tensors(folder):
-  """{name: (dtype, shape, bytes)} of a directory's weights."""
+  """Returns {name: (dtype, shape, bytes)} of the weights in a folder."""
   raw = (folder / 'model.safetensors').read_bytes()
   start = 8 + int.from_bytes(raw[:8], 'little')
   header = json.loads(raw[8:start])
@@ -556,7 +564,10 @@ def tensors(folder):
 
 @pytest.mark.slow
 def test_an_imported_model_goes_through_every_command(published, tmp_path):
-  """import, prepare, train, rl, eval, export; the tokenizer comes out as it went in, and so do weights not trained."""
+  """Runs import, prepare, train, rl, eval and export. The exported tokenizer equals the imported one.
+
+  Weights that weren't trained are also exported as they were imported.
+  """
   folder, architecture = published
 
   def betarank(*command):
@@ -591,7 +602,11 @@ def test_an_imported_model_goes_through_every_command(published, tmp_path):
 
 
 def check_transformers_reads(folder, source):
-  """Checks that transformers, if installed, finds all weights in `folder`, and gives the ids of `source`."""
+  """Checks that transformers finds all weights in `folder`, and that its tokenizer gives the same ids as that of
+  `source`.
+
+  Does nothing if transformers isn't installed.
+  """
   if importlib.util.find_spec('transformers') is None:
     return
   import transformers

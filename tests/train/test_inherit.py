@@ -1,4 +1,6 @@
-"""A run that starts from a checkpoint has the checkpoint's model; what contradicts it is refused."""
+"""Tests that a run that starts from a checkpoint has the checkpoint's model, and that other settings of the model are
+errors.
+"""
 
 import pytest
 

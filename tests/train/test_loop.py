@@ -1,6 +1,7 @@
-"""Whole runs, as separate processes: what a kill, a stop, a full disk or a wrong setting does to them.
+"""Tests whole runs in processes of their own: what happens at a kill, a stop, a full disk or a wrong setting.
 
-Equality is to the last bit: metrics.jsonl without its `time/` entries, and every array of the last checkpoint.
+Runs are equal if metrics.jsonl without `time/` entries, and every array of the last checkpoint, are equal to the last
+bit.
 """
 
 import json
@@ -18,7 +19,7 @@ STEPS = 12
 
 
 def start(data_dir, workdir, *extra, **how):
-  """Starts the tiny run."""
+  """Starts the tiny run, and returns its process."""
   return betarank('train', f'--config=tests/tiny.py:dir={data_dir}', f'--workdir={workdir}', *extra, **how)
 
 
@@ -27,7 +28,7 @@ def refused(*args, **how):
 
 
 def tokens(steps):
-  """The flag for a run of so many steps."""
+  """Returns the flag with which a run has `steps` steps."""
   return f'--config.train.tokens={steps * 8 * 32}'
 
 
@@ -35,13 +36,13 @@ LONG = tokens(8000)  # ended long before
 
 
 def start_pair(data_dir, workdir, *extra):
-  """Starts the tiny run as two processes of one device each."""
+  """Starts the tiny run as two processes of one device each, and returns the processes."""
   return runs.start('train', f'tests/tiny.py:dir={data_dir}', workdir, 2, *extra)
 
 
 @pytest.fixture(scope='module')
 def undisturbed(data_dir, tmp_path_factory):
-  """One run from start to end, in one process on one device."""
+  """Returns the workdir of a run that wasn't interrupted, in one process on one device."""
   workdir = tmp_path_factory.mktemp('undisturbed')
   finish_well([start(data_dir, workdir)])
   return workdir
@@ -142,7 +143,7 @@ def test_init_from_takes_weights_only_or_all(undisturbed, data_dir, tmp_path):
 
 
 def test_a_full_disk_while_saving_leaves_the_old_checkpoint_good(data_dir, tmp_path):
-  """A limit on file size makes every large write fail as a full disk does."""
+  """A limit on the size of files makes every large write fail, as on a full disk."""
   finish_well([start(data_dir, tmp_path, tokens(6))])
   good = checkpoint.find(str(tmp_path))
   before = arrays(tmp_path, good.name)

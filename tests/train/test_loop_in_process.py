@@ -1,4 +1,4 @@
-"""What a run writes for a person, seen in runs within this process."""
+"""Tests what a run prints and writes for people. The runs are in this process."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.runs import prepare
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run of three steps whose data has no validation split, and of which two steps are profiled."""
+  """Returns the workdir of a run of three steps. Its data has no validation split, and two steps are profiled."""
   folder = tmp_path_factory.mktemp('run')
   without = '--config.data.validation_fraction=0'
   prepare(f'tests/tiny.py:dir={folder}/data', without)

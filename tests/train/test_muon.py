@@ -1,4 +1,4 @@
-"""Muon: each update is that of optax, on any mesh, after a resume too, and the planner knows its memory."""
+"""Tests Muon: each update equals that of optax, on any mesh and after resuming, and the planner knows its memory."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ MUON = dataclasses.replace(ADAMW, name='muon', warmup_steps=0)
 
 
 def test_an_update_is_that_of_optax_for_each_matrix_alone():
-  """Heads x head_dim is one side of a matrix, and each layer and expert has matrices of its own."""
+  """Heads and head_dim together form one side of a matrix. Each layer and each expert has its own matrices."""
   c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, experts=2))
   axes, params = model.abstract(c)[2], model.init(c, jax.random.key(0))
   rng = np.random.default_rng(0)
@@ -32,7 +32,7 @@ def test_an_update_is_that_of_optax_for_each_matrix_alone():
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
 
   def split(tree):
-    """Returns each matrix as an array of two dimensions, and the parameters that Adam updates."""
+    """Returns ({name: matrix of two dimensions}, {name: parameter that Adam updates})."""
     matrices, rest = {}, {}
     for (path, x), logical in zip(jax.tree_util.tree_leaves_with_path(tree), names):
       name, batch = jax.tree_util.keystr(path), sum(name in ('layers', 'experts') for name in logical)
@@ -70,7 +70,7 @@ def test_an_update_on_eight_devices_is_that_on_one():
 
 
 def test_its_momentum_is_sharded_as_the_parameters_and_the_planner_counts_it():
-  """One moment of the layers' matrices, two of the rest, 4 bytes each."""
+  """Muon keeps one moment of the layers' matrices, and two of all other parameters, in 4 bytes each."""
   mesh = model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2), jax.devices())
   axes = model.abstract(C)[2]
   state = abstract_state(C, make_optimizer(MUON, 100, axes), mesh)
@@ -89,7 +89,7 @@ def test_its_momentum_is_sharded_as_the_parameters_and_the_planner_counts_it():
 
 
 def test_its_state_is_restored_to_the_bit(tmp_path):
-  """With parameters that Adam updates, of which Muon's state has no momentum, and the other way round."""
+  """Muon's state has no momentum for parameters that Adam updates, and Adam's state has none for the matrices."""
   c = dataclasses.replace(C, layers=1)
   mesh = model.make_mesh(model.MeshConfig(1, 2, 1, 1, 1), jax.devices()[:2])
   tx = make_optimizer(MUON, 100, model.abstract(c)[2])

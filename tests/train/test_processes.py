@@ -1,6 +1,6 @@
-"""Training as a job of several real processes: what happens if one is killed, stopped, missing, or runs something else.
+"""Tests training as a job of several processes: what happens if one is killed, stopped, missing, or has other settings.
 
-Their number changes nothing in what a run reads.
+The number of processes doesn't change what a run reads.
 """
 
 import json
@@ -28,13 +28,13 @@ STEPS = 12
 
 
 def start(data_dir, workdir, processes, *extra, **how):
-  """Starts the tiny run as a job of so many processes."""
+  """Starts the tiny run as a job of `processes` processes, and returns them."""
   return runs.start('train', f'tests/tiny.py:dir={data_dir}', workdir, processes, '--config.log.samples=0',
                     '--config.model.layers=1', *extra, **how)
 
 
 def tokens(steps):
-  """The flag for a run of so many steps."""
+  """Returns the flag with which a run has `steps` steps."""
   return f'--config.train.tokens={steps * 8 * 32}'
 
 
@@ -42,7 +42,9 @@ LONG = tokens(8000)  # ended long before
 
 
 def assert_close_run(a, b):
-  """Equal but for the order of sums, which depends on the number of devices."""
+  """Checks that the metrics of two runs are equal, except for the order of sums, which depends on the number of
+  devices.
+  """
   for mine, theirs in zip(metrics(a), metrics(b), strict=True):
     assert mine == pytest.approx(theirs, rel=1e-4), (mine, theirs)
 
@@ -50,7 +52,7 @@ def assert_close_run(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize('processes, victim', [(2, 1), (2, 0), (4, 2), (4, 0)])
 def test_a_killed_process_ends_the_others_which_name_it_and_a_restart_resumes(data_dir, tmp_path, processes, victim):
-  """The restart has half as many processes: their number is no part of a run."""
+  """The restarted job has half as many processes, because a run doesn't depend on their number."""
   running = start(data_dir, tmp_path, processes, LONG, devices=4 // processes)
   wait_for_step(tmp_path, 5, running)
   running[victim].kill()
@@ -87,7 +89,7 @@ def test_a_signal_to_one_process_saves_once_for_all_and_the_restart_is_bit_equal
 
 @pytest.mark.slow
 def test_a_run_resumes_with_more_processes_and_with_fewer(data_dir, tmp_path):
-  """One process, two, one, stopped in between: all of them read what one undisturbed process reads."""
+  """A run has one process, then two, then one. It must read the same as an undisturbed run of one process."""
   saved = 0
   for processes in (1, 2):
     running = start(data_dir, tmp_path, processes, LONG, devices=2 // processes)
@@ -116,7 +118,7 @@ def get_config(arg=None):
 
 @pytest.mark.slow
 def test_answers_count_in_two_processes_as_in_one(tmp_path):
-  """Instruction data mixed with plain text: every loss, and the number of tokens that count."""
+  """The data mixes instructions with plain text. All losses, and the number of tokens that count, must be equal."""
   rows = [{'question': f'what is {i}?', 'answer': 'just ' * (1 + i % 9) + str(i)} for i in range(300)]
   (tmp_path / 'asked.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   config = tmp_path / 'asked.py'
@@ -133,7 +135,9 @@ def test_answers_count_in_two_processes_as_in_one(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_treated_as_dead(data_dir, tmp_path):
-  """Its connections stay open: only the missing heartbeats show it. The other process writes its stacks to its log."""
+  """Its connections stay open, so only missing heartbeats show that it hangs. The other process writes its own stacks
+  to its log.
+  """
   running = start(data_dir, tmp_path, 2, LONG)
   wait_for_step(tmp_path, 3, running)
   running[1].send_signal(signal.SIGSTOP)
@@ -147,7 +151,9 @@ def test_a_process_that_hangs_is_treated_as_dead(data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_in_one_process_is_the_reason_in_all(data_dir, tmp_path):
-  """As a full disk is, which only process 0 writes to: here a folder has the name of its file."""
+  """Only process 0 writes metrics.jsonl, so only this process fails, as with a full disk. A folder with that name
+  causes the error.
+  """
   (tmp_path / 'metrics.jsonl').mkdir()
   results = finish(start(data_dir, tmp_path, 2, LONG))
   assert results[0][0] != 0 and results[1][0] == EXIT_JOB_LOST
@@ -169,7 +175,10 @@ main(sys.argv[1:])
   pytest.param(3, 2, signal.SIGSTOP, marks=pytest.mark.slow),
 ])
 def test_a_process_that_dies_or_hangs_while_jax_starts_is_named(data_dir, tmp_path, processes, victim, how):
-  """After the rendezvous: the others are in jax.distributed.initialize, which alone would wait for five minutes."""
+  """This happens after the rendezvous, when the other processes are in jax.distributed.initialize.
+
+  Without the startup watchdog, they would wait there for five minutes.
+  """
   running = start(data_dir, tmp_path, processes, replaced={victim: ('-c', NEVER_STARTS)})
   assert running[victim].stdout.readline() == 'has come\n', running[victim].stderr.read()
   began = time.monotonic()

@@ -1,4 +1,7 @@
-"""Truths of the sampler: decoding = full forward, refilled = padded = alone, frequencies = probabilities."""
+"""Tests the sampler: decoding equals the full forward pass, and tokens are drawn as often as their probabilities say.
+
+A sample is the same alone, with padding, and in a batch whose finished rows are refilled.
+"""
 
 import collections
 import dataclasses
@@ -31,7 +34,7 @@ def params():
 
 
 def prompts(*lengths, first_id=100):
-  """Random prompts; a prompt of some id is always the same one."""
+  """Returns random prompts of these lengths. The tokens of a prompt depend only on its id and length."""
   return [
     Prompt(first_id + i, np.random.default_rng(first_id + i).integers(4, VOCAB, n).tolist())
     for i, n in enumerate(lengths)
@@ -42,7 +45,7 @@ PROMPTS = prompts(5, 16, 1, 9, 2)
 
 
 def draw(params, settings, what=PROMPTS, *, samples=3, seed=7, step=2, eos=EOS, mesh=None, config=CONFIG):
-  """{(prompt id, index): Sample}."""
+  """Returns {(prompt id, index): Sample} of the samples that the sampler draws."""
   groups = Sampler(config, settings, eos, mesh)(params, what, samples=samples, seed=seed, step=step)
   return {(sample.prompt_id, sample.index): sample for group in groups for sample in group}
 
@@ -62,7 +65,7 @@ def same(got, want):
 
 @functools.partial(jax.jit, static_argnames=('config', 'temperature'))
 def trainer(params, tokens_BT, *, config=CONFIG, temperature=1.0):
-  """(log-probability [B, T-1] of each token but the first, logits [B, T, V]) by the full forward pass."""
+  """Runs the full forward pass. Returns (log-probability of each token but the first [B, T-1], logits [B, T, V])."""
   position_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
   hidden_BTD, _ = model.forward(config, params, tokens_BT, position_BT, jnp.ones_like(tokens_BT))
   head_DV = model.head(config, params)
@@ -71,7 +74,9 @@ def trainer(params, tokens_BT, *, config=CONFIG, temperature=1.0):
 
 
 def padded(rows, total=26):
-  """[B, total] int32; what stands behind a text changes nothing in it."""
+  """Returns the rows with padding after each text, int32 [B, total]. Padding after a text doesn't change its
+  log-probabilities.
+  """
   return jnp.asarray([row + [0] * (total - len(row)) for row in rows])
 
 
@@ -84,7 +89,7 @@ def prompt_of(sample):
 
 
 def trainers_logps(params, drawn, **options):
-  """What the sampler should have said of each sample."""
+  """Returns, for each sample, the log-probabilities of its tokens by the full forward pass."""
   logp_BT = np.asarray(trainer(params, padded(texts(drawn)), **options)[0])
   starts = [len(prompt_of(sample)) - 1 for sample in drawn]
   return [row[start : start + len(sample.tokens)] for row, start, sample in zip(logp_BT, starts, drawn)]
@@ -99,7 +104,7 @@ def logits(params, tokens):
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 def test_log_probabilities_are_the_scorers(params, temperature):
-  """So each token was drawn after exactly the hidden state that the full forward pass gives."""
+  """If they are equal, each token was drawn from exactly the hidden state that the full forward pass gives."""
   drawn = list(draw(params, dataclasses.replace(SETTINGS, temperature=temperature)).values())
   assert len(drawn) == 15
   for sample, want in zip(drawn, trainers_logps(params, drawn, temperature=temperature)):
@@ -165,7 +170,7 @@ def test_a_cache_gives_all_pages_back_and_a_group_shares_its_prompt_s():
 
 
 def test_samples_depend_on_all_that_names_them(params, reference):
-  """Another seed, step or index gives another sample, and so does the same prompt under another id."""
+  """Another seed, step or index gives another sample. The same prompt with another id gives another sample too."""
   distinct = {tuple(sample.tokens) for sample in reference.values()}
   other_ids = [prompt._replace(id=prompt.id + 50) for prompt in PROMPTS]
   for changes in ({'seed': 8}, {'step': 3}, {'samples': [3, 4, 5]}, {'what': other_ids}):
@@ -174,7 +179,7 @@ def test_samples_depend_on_all_that_names_them(params, reference):
 
 
 def test_eos_ends_a_sample_once_and_lengths_are_kept(params, reference):
-  """With another end token, or less room, a sample is the same up to there."""
+  """With another end token, or with less room, a sample has the same tokens up to its end."""
   eos = int(reference[101, 1].tokens[4])
   ended = draw(params, SETTINGS, eos=eos)
   for name, sample in ended.items():
@@ -204,7 +209,7 @@ def test_groups_come_whole_and_as_soon_as_they_end(params):
 
 @pytest.mark.parametrize('ahead', [0, 1])
 def test_prompts_that_come_later_are_drawn_while_others_go_on(params, reference, monkeypatch, ahead):
-  """The last three prompts come one by one, each after a further group has ended."""
+  """The last three prompts arrive one by one, each after another group has ended."""
   monkeypatch.setitem(module.AHEAD, 'cpu', ahead)
   sampler, later, got, ended = Sampler(CONFIG, SETTINGS, EOS), list(PROMPTS[2:]), {}, []
 

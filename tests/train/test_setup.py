@@ -1,4 +1,4 @@
-"""The one start of every run: what it refuses, in one line that names the key, and what it says."""
+"""Tests the start of every run: its errors, in one line that names the key, and what it prints."""
 
 import threading
 
@@ -98,7 +98,7 @@ def test_counts_have_a_unit_at_every_size():
 
 @pytest.fixture
 def slow_save(monkeypatch):
-  """Saves go on in the background until this event is set."""
+  """Lets saves continue in the background until the returned event is set."""
   go, write = threading.Event(), checkpoint.integrity.write
   monkeypatch.setattr(checkpoint.integrity, 'write', lambda folder: go.wait(20) and write(folder))
   yield go
@@ -147,7 +147,7 @@ def test_without_a_save_in_flight_nothing_is_said(tmp_path, capsys):
 
 
 def test_transfers_are_allowed_only_without_compilation():
-  """Without it, each operation transfers its constants: JAX_DISABLE_JIT=1 betarank train is in the README."""
+  """Without compilation, each operation transfers its constants. The README runs JAX_DISABLE_JIT=1 betarank train."""
   x = jnp.ones(3)
   with setup.no_implicit_transfers(), pytest.raises(Exception, match='Disallowed host-to-device transfer'):
     _ = x + np.ones(3, np.float32)

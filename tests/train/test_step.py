@@ -1,4 +1,8 @@
-"""Truths of one update: accumulated = whole batch, sharded = single, packed = separate, beta 0 = cross-entropy."""
+"""Tests one update of training: microbatches give the update of the whole batch, and sharding and packing don't change
+it.
+
+With beta = 0, it is the update of cross-entropy.
+"""
 
 import dataclasses
 
@@ -29,7 +33,7 @@ ONE_DEVICE = (1, 1, 1, 1, 1)
 
 
 def batch(rows=8, length=16, seed=0):
-  """Two documents a row and some padding, of other lengths in each row."""
+  """Returns a batch. Each row has two documents and some padding, with other lengths in each row."""
   rng = np.random.default_rng(seed)
   tokens = rng.integers(0, 64, (rows, length + 1)).astype(np.int32)
   positions, segments = np.zeros((2, rows, length), np.int32)
@@ -42,7 +46,7 @@ def batch(rows=8, length=16, seed=0):
 
 def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C,
             optimizer=ADAMW):
-  """(parameters, metrics) after a few steps on a mesh of this shape."""
+  """Returns (parameters, metrics) after `steps` steps on a mesh of this shape."""
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
     tx = make_optimizer(optimizer, 100, model.abstract(c)[2])
@@ -92,7 +96,7 @@ def test_loss_and_gradient_sharded_equal_single_before_any_optimizer():
 
 
 def test_packed_equals_separate():
-  """Documents packed into rows give the loss and gradient of each alone in its own row."""
+  """Documents that are packed into rows have the loss and gradient of the same documents in rows of their own."""
   packed = batch()
   alone = {name: [] for name in ('tokens', 'targets', 'positions', 'segments')}
   for r in range(8):
@@ -109,7 +113,7 @@ def test_packed_equals_separate():
 
 
 def test_answers_packed_with_a_mask_equal_answers_alone():
-  """The loss, its gradient and all figures are those of the answers, whatever stands as a target in the prompts."""
+  """Loss, gradient and all figures are those of the answers. The targets in prompts don't matter."""
   packed = batch()
   counts = np.arange(16)[None] % 16 >= np.array([3, 6])[np.maximum(packed.segments_BT - 1, 0)]
   masked = dataclasses.replace(packed, counts_BT=counts)
@@ -188,7 +192,7 @@ def test_training_learns_a_repeated_batch():
 
 
 def test_a_scheduled_objective_is_what_it_is_at_each_step_and_is_traced_once():
-  """Linear from beta 0 to -0.5 over two steps: the third update is that of a constant -0.5."""
+  """beta changes linearly from 0 to -0.5 over two steps. The third update must equal that of a constant -0.5."""
   traces = []
 
   class Counted(ObjectiveConfig):
@@ -262,7 +266,9 @@ MOE = dataclasses.replace(C, moe=model.MoeConfig(experts=8, experts_per_token=2,
 
 
 def test_experts_even_out_from_a_skewed_start_and_the_bias_moves_choices_only():
-  """The busiest expert's load falls under 1.3 times the mean; gradient and weight decay leave the bias alone."""
+  """The busiest expert's load falls below 1.3 times the mean. Gradients and weight decay don't change the router's
+  bias.
+  """
   mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
   c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, bias_update_rate=0.005))
   with jax.set_mesh(mesh):
@@ -306,7 +312,10 @@ def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
 
 
 def test_the_balance_loss_of_microbatches_is_their_mean_over_tokens():
-  """Each microbatch has its own f and p. The balance loss of the whole batch would give another gradient."""
+  """Each microbatch has its own f (shares of tokens) and p (mean probabilities) of the experts.
+
+  The balance loss of the whole batch would have another gradient.
+  """
   softmax = dataclasses.replace(MOE.moe, router='softmax', balance_weight=10.0)
   c = dataclasses.replace(MOE, layers=1, moe=softmax)
   b, params = batch(rows=4), model.init(c, jax.random.key(0))
@@ -319,9 +328,23 @@ def test_the_balance_loss_of_microbatches_is_their_mean_over_tokens():
 
 
 def test_xla_knows_the_options_for_a_gpu(monkeypatch):
-  """XLA refuses an option that it has no more."""
+  """XLA raises an error for an option that it doesn't have any more."""
   monkeypatch.setattr(model, 'platform', lambda: 'gpu')
   options = compiler_options()
   assert options and jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
   with pytest.raises(jax.errors.JaxRuntimeError, match='No such compile option'):
     jax.jit(lambda x: x + 1, compiler_options={next(iter(options)) + '_': False})(1)
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_the_update_holds_no_constant_on_a_device(microbatches):
+  """To compile such a constant into the program, JAX would read it back, which the training loop forbids. On a CPU it
+  isn't a transfer, so only this test shows it there.
+  """
+  tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
+  mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    state = create_state(C, tx, mesh, seed=0)
+    for program in make_step(C, OBJECTIVE, tx, BYTES_V, microbatches), make_evaluate(C, OBJECTIVE, BYTES_V):
+      constants = program.trace(state, batch()).jaxpr.consts
+      assert len(constants) == 1 and not isinstance(constants[0], jax.Array)

@@ -1,6 +1,6 @@
-"""Two devices give what one gives, in a model that is large enough for the kernels of an accelerator.
+"""Tests that two devices give the results of one, with a model that is large enough for an accelerator's kernels.
 
-On two GPUs (`python -m benchmarks.gpu --only=tests-two`) it takes the kernels and collectives of training there.
+On two GPUs (`python -m benchmarks.gpu --only=tests-two`), the test uses the kernels and collectives of training.
 """
 
 import dataclasses
@@ -27,7 +27,9 @@ AXES = {axis: model.MeshConfig(*(2 if axis == name else 1 for name in model.shar
 
 
 def gradients(c, objective, mesh_config, devices):
-  """(gradients, metrics) of one step: plain descent at rate 1 subtracts them."""
+  """Returns (gradients, metrics) of one step. The gradients are what one step of gradient descent with rate 1
+  subtracts.
+  """
   rng = np.random.default_rng(0)
   tokens = rng.zipf(1.3, (ROWS, LENGTH + 1)).astype(np.int32) % V
   segments = np.stack([np.searchsorted(ends, np.arange(LENGTH), 'right') + 1 for ends in ENDS])

@@ -1,4 +1,4 @@
-"""Two checkpoints, loaded once, and what the page is made from."""
+"""Loads two checkpoints once, and builds from them what the page of `betarank explore` shows."""
 
 import pytest
 
@@ -24,5 +24,5 @@ def explorer(models):
 
 @pytest.fixture(scope='session')
 def problem(explorer):
-  """The view of a problem with two answers by each checkpoint."""
+  """Returns the view of a problem with two answers by each checkpoint."""
   return explorer.problem(3, 2, FEW)

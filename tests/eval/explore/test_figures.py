@@ -17,7 +17,7 @@ def found(models):
 
 
 def expected(loaded, text):
-  """log p [N + 1, V] in float64, from all logits at once."""
+  """Returns log p, float64 [N + 1, V], computed from all logits at once."""
   c, tokens = loaded.run.model, jnp.array([[loaded.tokenizer.bos, *text]])
   hidden = model.forward(c, loaded.params, tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))[0]
   z = np.asarray(hidden[0], np.float64) @ np.asarray(model.head(c, loaded.params), np.float64)

@@ -1,4 +1,7 @@
-"""The page in a real browser: it shows every token, tells what was expected at the one chosen, and asks nobody else."""
+"""Tests the page in a real browser: it shows every token, and what was predicted at the selected token.
+
+The page sends requests only to its own server.
+"""
 
 import threading
 
@@ -30,7 +33,7 @@ def url(explorer):
 
 
 def shown(browser):
-  """The text of each panel, without the mark of what comes next."""
+  """Returns the text of each panel, without the mark for the next token."""
   return browser.run('return [...document.querySelectorAll("#panels .tokens")].map('
                      '(box) => [...box.querySelectorAll(".t:not(.next)")].map((t) => t.textContent).join(""))')
 

@@ -1,4 +1,4 @@
-"""The server answers the page on this machine, and nothing and nobody else."""
+"""Tests that the server answers requests of its own page on this machine, and refuses all other requests."""
 
 import http.client
 import json
@@ -34,7 +34,7 @@ def server():
 
 @pytest.fixture
 def ask(server):
-  """ask(method, path below the token, ...) -> (status, headers, content)"""
+  """Returns a function (method, path below the token, ...) -> (status, headers, content)."""
   place = urllib.parse.urlsplit(server.url)
 
   def ask(method, path, body=None, headers=None, root=place.path):

@@ -1,4 +1,5 @@
-"""Views of texts, documents and problems hold what the page needs, and say what can't be shown."""
+"""Tests that views of texts, documents and problems have what the page needs, and that errors say what can't be shown.
+"""
 
 import dataclasses
 import html.parser
@@ -17,7 +18,7 @@ TEXT = 'Question: 3 + 4?\nSolution: <b>7</b> ☃'
 
 @pytest.fixture(scope='module')
 def view(explorer):
-  """Of a text, as the page gets it."""
+  """Returns the view of a text, as the page gets it."""
   return json.loads(json.dumps(explorer.text(TEXT), allow_nan=False))
 
 
@@ -81,7 +82,7 @@ def test_models_are_named_by_what_differs(models):
 
 
 class Parts(html.parser.HTMLParser):
-  """Tags of a page, and what its addresses are."""
+  """Collects the tags of a page, and the addresses in its attributes."""
 
   def __init__(self, text):
     super().__init__()

@@ -1,4 +1,4 @@
-"""Runs are found, linked to their parents and named, and a sweep's own names are used."""
+"""Tests that runs are found, linked to their parents and named, and that the names in a sweep.json are used."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def test_a_parent_outside_the_sweep_names_the_arm(tmp_path):
 
 
 def change(path, **settings):
-  """Changes settings of a run's config by dotted key ('__' for the dot)."""
+  """Changes settings in a run's config.json. In a keyword, '__' stands for the dot of the key."""
   config = json.loads((path / 'config.json').read_text())
   for key, value in settings.items():
     section, name = key.split('__')

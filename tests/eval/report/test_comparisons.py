@@ -1,4 +1,6 @@
-"""Differences are paired, corrected, and taken only between runs that agree in all but the objective."""
+"""Tests that differences are paired and corrected, and computed only between runs that agree in everything but the
+objective.
+"""
 
 import json
 
@@ -12,7 +14,7 @@ AFTER = 'pre-training → RL'
 
 
 def compared(root):
-  """{(stage, metric, arm): comparison} of samples and distributions."""
+  """Returns {(stage, metric, arm): comparison} for the samples and the distributions of a sweep."""
   found = arms.read_sweep(root)
   both = comparisons.benchmarks(found, k=8) + comparisons.distributions(found, ['entropy_nats', 'ce_nats'])
   return {(c.stage, c.metric, c.arm): c for c in both}
@@ -27,7 +29,7 @@ def sentences(root):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """Three arms, three seeds; arm 1 is better after RL."""
+  """Returns the root of a sweep of three arms with three seeds each. After RL, arm 1 is better than the others."""
   root = tmp_path_factory.mktemp('whole')
   sweep.make(root, arms=sweep.ARMS[:3], seeds=3)
   return root
@@ -58,7 +60,7 @@ def test_three_sentences_say_what_was_put_in(whole):
 
 
 def test_one_seed_gives_no_verdict_and_no_rank(tmp_path):
-  """A gain of 30 points was called beyond noise with one seed per arm."""
+  """A gain of 30 points with one seed per arm used to be called 'beyond noise'."""
   sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
   found = compared(tmp_path)
   better = found[AFTER, 'avg_at_n', 'β = -0.25']
@@ -72,7 +74,7 @@ def test_one_seed_gives_no_verdict_and_no_rank(tmp_path):
 
 
 def test_runs_on_other_data_are_not_compared(tmp_path):
-  """The data has the same name and the same settings; its hash is another."""
+  """The data of one run has the same name and settings as that of the others, but another hash."""
   for name, beta, data in (('ce', 0.0, 'd' * 64), ('low', -0.25, 'e' * 64), ('high', 0.5, 'd' * 64)):
     sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0 - beta, data=data)
   found = compared(tmp_path)
@@ -107,7 +109,7 @@ def test_a_difference_needs_all_but_the_objective_to_be_alike(tmp_path, key, val
 
 
 def test_figures_of_other_steps_are_not_compared(tmp_path):
-  """A run at step 12 was compared with a finished one, as if they had seen the same tokens."""
+  """A run at step 12 used to be compared with a finished run, as if both had seen the same tokens."""
   for name, beta, steps in (('ce', 0.0, 20), ('low', -0.25, 12)):
     sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=steps, entropy=1.0)
     config = json.loads((tmp_path / name / 'config.json').read_text())
@@ -128,7 +130,7 @@ def test_parents_must_agree_too(tmp_path):
 
 
 def test_rl_on_other_problems_is_not_compared(tmp_path):
-  """The file has the same name in both runs, and holds other problems."""
+  """The files of problems have the same name in both runs, but another content."""
   sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
   meta = tmp_path / 'rl' / 'arm1-seed0' / 'checkpoints' / '10' / 'meta' / 'metadata'
   meta.write_text(meta.read_text().replace('b' * 64, 'c' * 64))

@@ -1,4 +1,4 @@
-"""Signs that a person should look at are found in an RL run's curves, and only there."""
+"""Tests that signs of trouble are found in the curves of an RL run, and not in healthy curves."""
 
 import numpy as np
 import pytest

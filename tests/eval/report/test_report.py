@@ -1,4 +1,4 @@
-"""The page shows what was put into the runs, and says what is missing or odd, whatever the files hold."""
+"""Tests that the page shows the content of the runs, and says what is missing or odd, whatever the files contain."""
 
 import errno
 import html.parser
@@ -23,7 +23,9 @@ VOID = {'meta', 'link', 'br', 'path', 'use', 'rect', 'line', 'image', 'circle'}
 
 
 class Page(html.parser.HTMLParser):
-  """Checks that tags nest; keeps the text, the tags, and what attributes could fetch."""
+  """Parses a page. Checks that its tags are nested correctly, and keeps its text, tags, ids, and the addresses that it
+  could load.
+  """
 
   def __init__(self, source):
     super().__init__()
@@ -55,14 +57,14 @@ class Page(html.parser.HTMLParser):
 
 
 def made(root, **settings):
-  """The page of a sweep, parsed."""
+  """Writes the report of a sweep, and returns its page as a Page."""
   path = command.write_report(str(root), **settings)
   return Page(path.read_text())
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """Three arms, three seeds; arm 1 is better after RL."""
+  """Returns (root, Page) of a sweep of three arms with three seeds each. After RL, arm 1 is better than the others."""
   root = tmp_path_factory.mktemp('whole')
   sweep.make(root, arms=sweep.ARMS[:3], seeds=3, steps=60)
   return root, made(root)
@@ -196,7 +198,10 @@ def test_what_files_hold_is_never_markup(tmp_path):
 
 
 def write_odd(root):
-  """One of everything that can be wrong; root/pre/arm0-seed0 and its RL run stay whole."""
+  """Writes a sweep in which files are damaged in every way that the report must handle.
+
+  root/pre/arm0-seed0 and its RL run are intact.
+  """
   sweep.make(root, arms=sweep.ARMS[:4], seeds=2)
   pre, rl = root / 'pre', root / 'rl'
   with open(pre / 'arm0-seed1' / 'metrics.jsonl', 'a') as file:
@@ -344,7 +349,7 @@ def test_five_arms_three_seeds_ten_thousand_steps_in_half_a_minute(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('chromium'), reason='needs a browser')
 def test_a_browser_prints_nothing_on_its_console(whole, tmp_path):
-  """The page's policy blocks all requests, and a browser says so on its console: there must be nothing."""
+  """The page's security policy blocks all requests. A browser would report a blocked request on its console."""
   root, _ = whole
   frame = tmp_path / 'frame.html'
   for width in (390, 1440):  # a window has at least 500 pixels, a frame in it any number
@@ -361,7 +366,7 @@ def test_a_browser_prints_nothing_on_its_console(whole, tmp_path):
 
 @pytest.mark.slow
 def test_real_runs_of_every_stage_make_a_page_with_nothing_odd(tmp_path):
-  """What train, rl and eval really write is what the report reads."""
+  """Checks the report on runs of `betarank train`, `rl` and `eval`. Other tests write the files of runs themselves."""
   source = '--config.data.sources.main.uri=reasoning:chain_sum'
   tiny, pre = f'tests/tiny.py:dir={tmp_path}/data', tmp_path / 'runs' / 'pre'
 

@@ -1,4 +1,4 @@
-"""launch/plan/hlo.py and bundles.py, on programs whose figures are known by hand."""
+"""Tests launch/plan/hlo.py and bundles.py on programs whose figures are known by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_a_loop_whose_end_the_data_decide_counts_once_and_one_for_what_does_not_
   ('window={size=3 pad=0_0}', 2 * 4 * 16 * 6 * 3),
 ])
 def test_only_real_pairs_of_a_convolution_are_counted(window, expected):
-  """TPUs write batched products as convolutions whose window lies mostly in the padding."""
+  """TPUs compute batched products as convolutions whose window lies mostly in the padding. Padding has no FLOPs."""
   length = 8 if '1_1' in window else 6
   program = hlo.read(f'''ENTRY %main (a: f32[1,8,4], b: f32[3,4,16]) -> f32[1,{length},16] {{
   %a = f32[1,8,4]{{2,1,0}} parameter(0)
@@ -75,7 +75,8 @@ def test_collectives_have_their_bytes_group_and_count():
 
 
 def test_a_slice_of_a_stack_counts_itself():
-  """A layer's weights, cut out of the stack in the loop, are read once each, not the whole stack each time."""
+  """In the loop over layers, each layer's weights are sliced from a stack. Only the slice is read, not the whole stack.
+  """
   text = '''%fused (p0: f32[10,8,8], p1: s32[]) -> f32[1,8,8] {
   %p0 = f32[10,8,8]{2,1,0} parameter(0)
   %p1 = s32[] parameter(1)
@@ -192,8 +193,11 @@ ENTRY %main (a: bf16[16,256], w: bf16[32,32], i: s32[5]) -> bf16[16,256] {
 
 
 def test_what_a_tpu_makes_of_transfers():
-  """A gather in three fusions of one chain is one transfer, hidden by what lies between; an all-reduce of which each
-  keeps a slice is a reduce-scatter."""
+  """A TPU splits a gather over three fusions with the same chain_id, which are one transfer. Other instructions run
+  meanwhile.
+
+  An all-reduce of which each device keeps a slice is a reduce-scatter.
+  """
   program = hlo.read(TPU)
   gather, scatter = program.collectives()
   assert (gather.kind, gather.bytes, gather.group, gather.meanwhile) == ('all-gather', 64 * 256 * 2, 4, ('f1', 'e1'))

@@ -1,4 +1,4 @@
-"""The parts of a step: every scope of the table is found in compiled programs, forward and backward."""
+"""Tests that every scope in the table of a step's parts is found in compiled programs, forward and backward."""
 
 import math
 import re
@@ -45,7 +45,7 @@ def test_the_innermost_scope_of_an_instruction(scope, path):
 
 
 def scopes(c, mesh):
-  """Returns the scopes found in a compiled training step: (all of them, those in the backward pass)."""
+  """Returns (all scopes, the scopes of the backward pass) that are found in a compiled training step."""
   with jax.set_mesh(mesh):
     tx = optax.sgd(0.1)
     tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=jax.NamedSharding(mesh, model.spec('batch', 'length')))
@@ -60,7 +60,7 @@ def scopes(c, mesh):
 @pytest.mark.parametrize('c, shape, wanted', [
   (DENSE, (1, 2, 1, 1, 1), OF_ALL_MODELS), (MOE, (1, 2, 2, 1, 1), OF_ALL_MODELS | OF_EXPERTS)], ids=['dense', 'moe'])
 def test_every_scope_is_in_the_compiled_program(c, shape, wanted):
-  """So a renamed scope can't silently move its time to another part."""
+  """If a scope were renamed, its time would otherwise be counted in another part, without an error."""
   everywhere, backward = scopes(c, model.make_mesh(model.MeshConfig(*shape), jax.devices()[: math.prod(shape)]))
   assert everywhere == wanted
   assert backward >= wanted & IN_BACKWARD

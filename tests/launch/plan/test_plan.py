@@ -1,4 +1,4 @@
-"""The planner: topologies, plans, search, and a real compile for a TPU where libtpu is installed."""
+"""Tests the planner: topologies, plans, search, and a real compilation for a TPU if libtpu is installed."""
 
 import dataclasses
 import importlib.util
@@ -31,7 +31,7 @@ def test_a_pod_that_does_not_exist(name, message):
 
 
 def test_time_of_a_transfer():
-  """A v5e chip has two links each way along either axis of 45 GB/s; a ring of 16 has one axis."""
+  """A v5e chip has two links per axis, of 45 GB/s in each direction. A ring of 16 chips lies along one axis."""
   pod = Topology('v5e-256')
   assert predict.transfer_s('all-gather', 1.6e9, 16, pod) == pytest.approx(1.5e9 / 90e9)
   assert predict.transfer_s('all-reduce', 2.56e9, 256, pod) == pytest.approx(2 * 2.55e9 / 180e9)
@@ -40,7 +40,9 @@ def test_time_of_a_transfer():
 @pytest.mark.parametrize('name, group, links', [
   ('v5e-256', 4, 1), ('v5e-256', 16, 2), ('v5e-256', 64, 3), ('v5p-128', 16, 4), ('v5p-8', 4, 4)])
 def test_links_of_a_group(name, group, links):
-  """Two along each axis that it fills; a part of an axis is a line, of which an end has one."""
+  """A chip has two links along each axis that the group fills. If the group fills an axis in part, the chip at its end
+  has only one.
+  """
   assert Topology(name).links(group) == links
 
 
@@ -82,7 +84,10 @@ def test_the_command_compiles_for_a_pod_that_is_not_here():
 
 
 def test_bfloat16_moments_take_a_quarter_off_the_optimizer():
-  """The first moment halves, the second stays float32: it is squares, whose small changes bfloat16 would round away."""
+  """Only the first moment becomes half as large.
+
+  The second moment stays float32. It consists of squares, whose small changes would be lost in bfloat16.
+  """
   sizes = {}
   for dtype in ('float32', 'bfloat16'):
     work = workload(load.load('configs/smoke.py', {'optimizer.moment_dtype': dtype}))
@@ -104,7 +109,9 @@ SMALL = {'model.layers': '1', 'model.d_model': '32', 'model.d_ff': '64', 'model.
 
 
 def test_plans_of_the_rl_stage(tmp_path):
-  """Compiled for two CPU devices in place of chips: every figure of a plan, and how they make up the stage."""
+  """The programs are compiled for two CPU devices. Checks every figure of the plans, and the time of the stage made
+  from them.
+  """
   work = workload(load.load('configs/rl_smoke.py', SMALL | {
     'rl.prompts_per_step': '4', 'rl.group_size': '2', 'rl.decode_batch_size': '4', 'rl.max_prompt_tokens': '8',
     'rl.max_new_tokens': '[8, 16]', 'rl.phase_steps': '[3]', 'rl.steps': '5'}))

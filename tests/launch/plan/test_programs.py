@@ -1,4 +1,4 @@
-"""The planner compiles the programs that runs execute, not ones like them."""
+"""Tests that the programs that the planner compiles are exactly those that runs execute."""
 
 import re
 
@@ -34,12 +34,12 @@ OFF_POLICY = {'rl.minibatches': '2', 'rl.loss.kl_weight': '0.1', 'rl.loss.cov': 
 
 
 def planned(work, mesh):
-  """{program: the text that the planner compiles}."""
+  """Returns {program: the text of the program that the planner compiles}."""
   return {name: lower().as_text() for name, lower in programs.lowerings(work, mesh)[1].items()}
 
 
 def prepare(config, overrides):
-  """(workload, its mesh on four devices, optimizer, a train state of zeros)."""
+  """Returns (workload, its mesh on four devices, optimizer, a train state of zeros)."""
   work = workload(load.load(config, overrides))
   mesh = programs.make_mesh(work, jax.devices()[:4])
   tx = make_optimizer(work.run.optimizer, work.steps, model.abstract(work.run.model)[2])
@@ -58,7 +58,10 @@ def test_the_train_step_is_the_one_that_pre_training_runs():
 
 
 def without_axes_of_one(text):
-  """Shardings without the mesh axes that have one device here: the compiler leaves them out of a program's results."""
+  """Removes the mesh axes that have one device here from the shardings in a program's text.
+
+  The compiler leaves these axes out of a program's results.
+  """
   return re.sub(r'(, )?"(expert|context|tensor)"(?!=)', '', text)
 
 
@@ -94,7 +97,7 @@ def test_rl_s_programs_are_the_ones_that_its_sampler_and_update_run(settings, mo
 
 @pytest.mark.slow
 def test_the_rl_loop_runs_the_planned_programs(tmp_path, monkeypatch):
-  """Through the loops themselves: pre-train one step of a mixture, then RL for one."""
+  """Runs the loops themselves: one step of pre-training of a mixture of experts, then one step of RL."""
   prepare_data(f'tests/tiny.py:dir={tmp_path}/data', '--config.data.sources.main.uri=reasoning:chain_sum')
   small = {key: value for key, value in MIXTURE.items() if key != 'model.vocab_size'} | {'log.samples': '0'}
   pretraining = load.load(f'tests/tiny.py:dir={tmp_path}/data', small | {
