@@ -25,6 +25,7 @@ import pathlib
 import random
 import re
 import shutil
+import sys
 import threading
 import time
 import urllib.parse
@@ -123,6 +124,7 @@ class Bucket:
   def __exit__(self, *_) -> None:
     for name, value in self._before.items():
       os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    unregister()
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join()
 
@@ -428,6 +430,15 @@ def register() -> None:
 
   fsspec.register_implementation('gcs', BucketFiles, clobber=True)
   fsspec.register_implementation('gs', BucketFiles, clobber=True)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def unregister() -> None:
+  """Makes `gs://` of fsspec and epath what it is without this server."""
+  from etils.epath import backend
+
+  for protocol in ('gcs', 'gs'):
+    sys.modules['fsspec.registry']._registry.pop(protocol, None)
   backend.fsspec_backend._get_filesystem.cache_clear()
 
 
