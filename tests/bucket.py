@@ -72,6 +72,7 @@ class Bucket:
     self._moved: set[str | None] = set()  # tokens of moves that were done
     self._asked: collections.Counter = collections.Counter()
     self._uploads: dict[str, tuple[str, str, bytearray]] = {}
+    self._finished: set[str] = set()  # uploads
 
   def disturb(self, **faults: float) -> None:
     """Sets these faults, and ends all others."""
@@ -276,14 +277,18 @@ class Bucket:
     if not (self.folder / bucket).is_dir():
       return _missing()
     if 'upload_id' in query:
+      if query['upload_id'] not in self._uploads:
+        return _missing()
       _, name, content = self._uploads[query['upload_id']]
+      if query['upload_id'] in self._finished:  # asked again, because the answer was lost
+        return _json(self._item(bucket, name))
       match = re.fullmatch(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', headers.get('content-range', ''))
       if match and match[1]:
         del content[int(match[1]):]
       content += body
       if match and match[3] == '*':
         return 308, {'range': f'bytes=0-{len(content) - 1}'} if content else {}, b''
-      del self._uploads[query['upload_id']]
+      self._finished.add(query['upload_id'])
       return self._store(bucket, name, bytes(content), query)
     if kind == 'media':
       return self._store(bucket, query['name'], body, query)
