@@ -196,6 +196,8 @@ DECODING = dict(
   decode_batch_size=S(256, EXECUTION, 'samples decoded at the same time'),
   cache_tokens=S(0, EXECUTION, 'tokens that the cache of keys and values has room for, on all devices together; 0: '
                  'decode_batch_size prompts and answers of full length'),
+  decode_split=S(0, EXECUTION, 'devices that share one copy of the weights while they sample; 0: the model and the '
+                 'devices decide'),
 )
 
 RL_SECTION = dict(

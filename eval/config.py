@@ -64,6 +64,7 @@ class SampleConfig:
   max_new_tokens: int
   decode_batch_size: int
   cache_tokens: int
+  decode_split: int
   data_dir: str
   shots: int
   prompt: str
@@ -87,7 +88,7 @@ class SampleConfig:
 
   def sampler(self, max_prompt_tokens: int) -> SamplerConfig:
     return SamplerConfig(self.decode_batch_size, max_prompt_tokens, self.max_new_tokens, self.temperature, self.top_p,
-                         self.top_k, cache_tokens=self.cache_tokens)
+                         self.top_k, cache_tokens=self.cache_tokens, decode_split=self.decode_split)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,20 +155,14 @@ def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *tab
   real_B: bool, False for padding, whose keys and values aren't written.
   table: the fields of a Table.
   """
-  table = Table(*table)
-  size = pages_P2KSH.shape[3]
+  table, (size, width), on = Table(*table), pages_P2KSH.shape[3:], platform()
+  if on == 'tpu' and pages_tpu.fits(size, width):
+    return pages_tpu.step(pages_P2KSH, q_BNH, k_BKH, v_BKH, table, length_B, real_B, prompt_pages)
   page_B = jnp.take_along_axis(table.pages_BJ, (prompt_pages + length_B // size)[:, None], 1, mode='clip')[:, 0]
   page_B = jnp.where(real_B, page_B, len(pages_P2KSH))  # out of range: not written
   pages_P2KSH = pages_P2KSH.at[page_B, :, :, length_B % size].set(jnp.stack([k_BKH, v_BKH], 1), mode='drop')
-  return _attention(*pages_P2KSH.shape[3:])(q_BNH, pages_P2KSH, table, length_B + real_B, prompt_pages), pages_P2KSH
-
-
-def _attention(size: int, width: int):
-  """Returns the function that computes attention over pages of `size` tokens for heads of this width."""
-  on = platform()
-  if on == 'gpu' and pages_triton.fits(size, width):
-    return pages_triton.attention
-  return pages_tpu.attention if on == 'tpu' and pages_tpu.fits(size, width) else attend_pages
+  attention = pages_triton.attention if on == 'gpu' and pages_triton.fits(size, width) else attend_pages
+  return attention(q_BNH, pages_P2KSH, table, length_B + real_B, prompt_pages), pages_P2KSH
 
 
 def _on_shards(function, inputs, outputs):

@@ -31,6 +31,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'bias': None,
   # activations
   'batch': ('data', 'fsdp', 'expert'),
+  'drawn': ('data', 'fsdp', 'expert', 'tensor'),  # the batch while tokens are drawn
   'lookup': ('data', 'expert'),  # the batch during the embedding lookup, where `embed` splits D
   'length': 'context',
   'act_embed': None,

@@ -44,6 +44,7 @@ class RlConfig:
   phase_steps: tuple[int, ...]
   decode_batch_size: int
   cache_tokens: int
+  decode_split: int
   truncated_reward: str
   overlong_buffer: int
   temperature: float
@@ -69,6 +70,8 @@ class RlConfig:
       raise ValueError(f'microbatch_tokens must be >= 1, or 0 for the default, got {self.microbatch_tokens}')
     if self.cache_tokens < 0:
       raise ValueError(f'cache_tokens must be >= 1, or 0 for what all rows need, got {self.cache_tokens}')
+    if self.decode_split < 0:
+      raise ValueError(f'decode_split must be >= 1, or 0 for the default, got {self.decode_split}')
     if self.group_size < 2:
       raise ValueError(f'group_size must be >= 2 (an advantage compares a group), got {self.group_size}')
     if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:

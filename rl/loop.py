@@ -123,6 +123,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     raise ConfigError(f'config.rl.max_prompt_tokens: {long}; raise it, or leave them out with '
                       '--config.rl.long_prompts=skip')
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
+  samplers = make_samplers(run, tokenizer, mesh)
 
   # Created before any device work, because it fails on systems that can't run programs safely.
   programs = any(uri.startswith('code:') for uri in (rl.task.uri, *rl.eval_tasks.values()))
@@ -147,12 +148,12 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
       'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'nothing',
-      'mesh': setup.describe_mesh(mesh),
+      'mesh': setup.describe_mesh(mesh) + samplers[0].describe_split(),
       'run': setup.describe_length(beginning, run.steps, root)})
     if start == run.steps:
       log.say('nothing to do; a larger config.rl.steps continues the run, another --workdir starts a new one')
     parts = Parts(
-      run, tokenizer, tasks, evaluated, verifier, make_samplers(run, tokenizer, mesh),
+      run, tokenizer, tasks, evaluated, verifier, samplers,
       make_update(run.model, rl.loss, tx, rl.temperature),
       jax.jit(functools.partial(score.log_probabilities, temperature=rl.temperature), static_argnums=0),
       NamedSharding(mesh, model.spec('batch', 'length')),
@@ -207,7 +208,7 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
   """Returns one sampler per phase. The samplers differ only in the length limit of answers."""
   rl = run.rl
   settings = [SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, new, rl.temperature, record_choices=True,
-                            cache_tokens=rl.cache_tokens)
+                            cache_tokens=rl.cache_tokens, decode_split=rl.decode_split)
               for new in rl.max_new_tokens]
   try:
     return [Sampler(run.model, s, tokenizer.eos, mesh) for s in settings]

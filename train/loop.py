@@ -261,8 +261,7 @@ class Texts:
 
   def __init__(self, run: RunConfig, tokenizer: data.Tokenizer, mesh: Mesh):
     self._count, self._seed, self._tokenizer = run.log.samples, run.seed, tokenizer
-    ways = math.prod(mesh.shape[axis] for axis in setup.BATCH_AXES)
-    size = -(-max(self._count, 1) // ways) * ways
+    size = -(-max(self._count, 1) // mesh.size) * mesh.size  # a multiple of the devices, whatever the sampler's mesh
     self._sampler = Sampler(run.model, SamplerConfig(size, PROMPT_TOKENS, run.log.sample_tokens), tokenizer.eos, mesh)
 
   def write(self, params: Any, batch: data.Batch, step: int, log: Log) -> None:

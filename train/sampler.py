@@ -31,8 +31,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
 from betarank.model import decode
-from betarank.model.sharding import constrain
+from betarank.model.sharding import constrain, shards
 from betarank.train import score
+from betarank.train.decode_mesh import decode_mesh
 from betarank.train.pages import Pages, Running
 
 ROLLOUT_STREAM = 2  # fold_in(seed, stream, ...); rl/loop.py has 3
@@ -61,6 +62,8 @@ class SamplerConfig:
     cache_tokens: the number of tokens that the cache has room for, on all devices together. 0 means room for all rows
       at their greatest length, each with a prompt of its own. When the cache is full, the sample that started last is
       stopped, and starts again later.
+    decode_split: the number of devices that share one copy of the weights (decode_mesh.py). 0 means that the model and
+      the devices decide.
     page_tokens: the number of tokens per page of the cache. It is reduced if even the longest prompts and answers can't
       fill a page.
 
@@ -77,6 +80,7 @@ class SamplerConfig:
   decode_steps: int = 8
   record_choices: bool = False
   cache_tokens: int = 0
+  decode_split: int = 0
   page_tokens: int = 64
 
   def __post_init__(self):
@@ -91,6 +95,8 @@ class SamplerConfig:
       raise ValueError(f'top_k must be >= 1, or 0 for all tokens, got {self.top_k}')
     if self.cache_tokens < 0:
       raise ValueError(f'cache_tokens must be >= 1, or 0 for what all rows need, got {self.cache_tokens}')
+    if self.decode_split < 0:
+      raise ValueError(f'decode_split must be >= 1, or 0 for the default, got {self.decode_split}')
     # Pages that no prompt and no answer fills would only be read in vain.
     longest = max(self.max_prompt_tokens - 1, self.max_new_tokens)
     object.__setattr__(self, 'page_tokens', min(self.page_tokens, max(16, 1 << (longest - 1).bit_length())))
@@ -159,26 +165,32 @@ class Sample(NamedTuple):
 def decode_param_axes(c: model.ModelConfig) -> Any:
   """Returns the names of the dimensions of each array that `decode_params` returns.
 
-  The names are those of the model's parameters, with two differences. The width is None instead of `embed`, so it isn't
-  sharded. The layers form a list, so their arrays have no dimension `layers`.
+  The names are those of the model's parameters. The layers form a list, so their arrays have no dimension `layers`.
   """
-  whole = lambda names: tuple(None if name == 'embed' else name for name in names)
   return jax.tree.map(
-    lambda names: [whole(names[1:])] * c.layers if names[0] == 'layers' else whole(names), model.abstract(c)[2],
-    is_leaf=_is_names)
+    lambda names: [names[1:]] * c.layers if names[0] == 'layers' else names, model.abstract(c)[2], is_leaf=_is_names)
 
 
-def decode_params(c: model.ModelConfig, params: model.transformer.Params) -> Any:
+def decode_params(c: model.ModelConfig, mesh: Mesh | None, params: model.transformer.Params) -> Any:
   """Returns the sampler's copy of the parameters. Norms, routers and biases are float32, all others have the compute
   dtype.
 
   Each layer is a separate array, because slicing stacked layers would copy them for every token.
+
+  mesh: the mesh of the parameters; None for one device.
   """
   float32 = {'norm', 'router', 'bias'}
-  cast = lambda x, names: x if float32 & set(names) else x.astype(c.dtype)
-  return jax.tree.map(
-    lambda names, x: list(cast(x, names)) if names[0] == 'layers' else cast(x, names), model.abstract(c)[2], params,
-    is_leaf=_is_names)
+
+  def copy(names, x):
+    x = x if float32 & set(names) else x.astype(c.dtype)
+    if names[0] == 'layers':
+      return list(x)
+    # Embedding and head go from shards of the width to shards of the vocabulary. XLA gathers them in between, and would
+    # warn if this weren't asked for.
+    whole = model.spec(*(None if name == 'embed' else name for name in names))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, whole))
+
+  return jax.tree.map(copy, model.abstract(c)[2], params, is_leaf=_is_names)
 
 
 def _is_names(node: Any) -> bool:
@@ -192,16 +204,19 @@ class Sampler:
     c: the model.
     s: the settings.
     eos: the id of the token that ends a sample.
-    mesh: the mesh of the parameters; None for one device. Rows are sharded over the axes data, fsdp and expert, and key
-      heads over tensor. The sampler's copy of the weights isn't sharded over fsdp, because gathering the weights for
-      each token would take longer than all other work.
+    mesh: the mesh of the parameters; None for one device. The sampler decodes on a mesh of its own over the same
+      devices (decode_mesh.py), into which each call copies the weights. Rows are sharded over its axes data and expert,
+      and key heads over tensor.
 
   Raises:
-    ValueError: the mesh doesn't divide the rows, the cache is too small for one sample in each part of the mesh, or
-      `eos` isn't in the vocabulary.
+    ValueError: the mesh doesn't divide the rows, the cache is too small for one sample in each part of the mesh,
+      decode_split doesn't divide the devices or the model, or `eos` isn't in the vocabulary.
   """
 
   def __init__(self, c: model.ModelConfig, s: SamplerConfig, eos: int, mesh: Mesh | None = None):
+    of_params = mesh
+    if mesh is not None:
+      mesh = decode_mesh(c, mesh, s.decode_split)
     ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
     if s.decode_batch_size % ways:
       raise ValueError(f'decode_batch_size must be a multiple of {ways}, the devices that it is spread over, got '
@@ -214,7 +229,7 @@ class Sampler:
     s = dataclasses.replace(s, cache_tokens=s.pages // ways * ways * s.page_tokens)
     self.c, self.s, self.eos, self.mesh, self.ways = c, s, eos, mesh, ways
     self._weights = jax.jit(
-      functools.partial(decode_params, c),
+      functools.partial(decode_params, c, of_params),
       out_shardings=None if mesh is None else model.shardings(mesh, decode_param_axes(c)))
 
   def __call__(
@@ -249,6 +264,13 @@ class Sampler:
     self._check(prompts, indices, seed, step)
     return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch, more)
 
+  def describe_split(self) -> str:
+    """Returns how many devices share one copy of the weights, as the end of a line of a log's header; '' if each has
+    its own.
+    """
+    split = 1 if self.mesh is None else self.mesh.size // self.mesh.shape['data']
+    return f'; to sample, {split} devices share a copy of the weights' if split > 1 else ''
+
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
 
@@ -259,11 +281,18 @@ class Sampler:
     """
     place = lambda x, axes: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=self.mesh and NamedSharding(self.mesh, model.spec(*axes)))
-    weights = jax.eval_shape(functools.partial(decode_params, self.c), params)
+    weights = jax.eval_shape(functools.partial(decode_params, self.c, None), params)
     weights = jax.tree.map(lambda axes, x: place(x, axes), decode_param_axes(self.c), weights, is_leaf=_is_names)
     rows = jax.tree.map(lambda x: place(x, AXES[x.ndim]), jax.eval_shape(lambda: _empty(self.c, self.s)))
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._pages().table())
     return _decode.lower(self.c, self.s, self.eos, weights, rows, table)
+
+  def lower_weights(self, params: model.transformer.Params) -> jax.stages.Lowered:
+    """Returns the lowered program that copies the parameters into the sampler's mesh, once per call of the sampler.
+
+    params: as abstract arrays with shardings.
+    """
+    return self._weights.lower(params)
 
   def _check(self, prompts, indices, seed, step):
     if not indices or len(set(indices)) < len(indices):
@@ -296,8 +325,9 @@ class Sampler:
     record = s.record_choices and self.c.moe.experts > 0
     # A generator must not hold the mesh while its caller runs.
     on_mesh = contextlib.nullcontext if self.mesh is None else lambda: jax.set_mesh(self.mesh)
+    weights = self._weights(params)  # from the mesh of the parameters to this one
     with on_mesh():
-      weights, rows = self._weights(params), _empty(self.c, s)
+      rows = _empty(self.c, s)
       ahead = AHEAD[model.platform()]
     pages = self._pages()
     queue = {p: collections.deque(indices) for p in range(len(prompts))}
@@ -518,7 +548,9 @@ def _decode(c, s, eos, weights, rows, table):
       c, weights, rows.token_R[:, None], (table.prefix_B + rows.count_R)[:, None],
       live_R[:, None].astype(jnp.int32), cache)
     logits_RV = score.logits(c, hidden_R1D[:, 0], head_DV, s.temperature or 1.0)
-    z_RV = constrain(logits_RV, 'batch', 'vocab')
+    # The devices of a group exchange logits, so that each draws for a part of the group's rows, from all of V.
+    rows_axis = 'drawn' if len(logits_RV) % shards('drawn') == 0 else 'batch'
+    z_RV = constrain(constrain(logits_RV, 'batch', 'vocab'), rows_axis, None)
     token_R, logp_R = _draw(s, z_RV, jax.vmap(uniform)(rows.key_R2, rows.count_R))
     count_R = rows.count_R + live_R
     rows = _Rows(

@@ -30,7 +30,7 @@ def get_config(arg=None):
   c.model.update(layers=36, d_model=2560, d_ff=9728, heads=32, kv_heads=8, remat_policy='full')
   c.train.mesh.update(fsdp=32, data=-1)  # 80 rows of a weight per chip; with 10 or 20, XLA would all-reduce weights
   if a.stage == 'rl':
-    c.rl.decode_batch_size = 256
+    c.rl.update(decode_batch_size=2048, cache_tokens=13_000_000)  # room for 6,300 tokens per row
   else:
     c.train.microbatches = 4
   return c

@@ -33,7 +33,7 @@ def get_config(arg=None):
   c.model.moe.update(experts=384, experts_per_token=12, expert_d_ff=320, router='sigmoid', bias_update_rate=1e-3)
   c.train.mesh.update(fsdp=-1, expert=4)  # 96 experts per chip
   if a.stage == 'rl':
-    c.rl.decode_batch_size = 256
+    c.rl.update(decode_batch_size=2048, cache_tokens=13_000_000)  # room for 6,300 tokens per row
   else:
     c.train.microbatches = 4
   return c

@@ -225,7 +225,10 @@ class Program:
     inner = self.computations.get(one.called('calls') or '') if one.opcode == 'fusion' else None
     if inner is None:
       distinct = {o.name: o for o in operands}  # a kernel may take several blocks of an array
-      return sizes(one.arrays) + sum(sizes(o.arrays) for o in distinct.values())
+      aliases = one.attribute(r'output_to_operand_aliasing=\{(.*?\))\}') or ''
+      updated = {int(index or 0) for index in re.findall(r'\{(\d*)\}: \(', aliases)}  # results written in place
+      made = [array for index, array in enumerate(one.arrays) if index not in updated]
+      return sizes(made) + sum(sizes(o.arrays) for o in distinct.values())
     total = 0.0
     for i in inner.values():
       if i.opcode == 'parameter' and not any(a.on_chip for a in i.arrays):
@@ -241,6 +244,14 @@ class Program:
         total += inner[part.operands[1]].arrays[0].bytes if part.opcode == 'dynamic-update-slice' else array.bytes
     return total
 
+  def prefetched_bytes(self, run: Run) -> float:
+    """Returns the bytes that one execution of an instruction, if it ends an asynchronous copy, has moved through HBM.
+
+    XLA copies weights to the chip's own memory while other instructions run, which then read them from there.
+    """
+    one = run.instruction
+    return sum(a.bytes for a in one.arrays) if one.opcode in ('copy-done', 'slice-done') else 0.0
+
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
     """Returns how many bytes of the array `name` a fusion reads, if it reads only slices or rows of the array;
     otherwise infinity.
@@ -253,7 +264,7 @@ class Program:
         continue
       if user.opcode == 'dynamic-slice' or (user.opcode == 'gather' and user.operands[0] == name):
         total += user.arrays[0].bytes
-      elif user.opcode == 'bitcast':
+      elif user.opcode == 'bitcast' and not user.root:  # if it is the root, a fusion around this one may read it all
         total += self._read(inner, user.name)
       elif user.opcode == 'fusion' and user.called('calls') in self.computations:
         nested = self.computations[user.called('calls')]

@@ -46,12 +46,14 @@ class Plan:
 
 
 def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
-               say: Callable[[str], None] = lambda text: None) -> Iterator[Plan]:
+               say: Callable[[str], None] = lambda text: None, only: str = '') -> Iterator[Plan]:
   """Yields the Plan of each program of `work`.
 
-  devices: the devices of the topology.
-  folder: where libtpu writes bundles. All files in it are deleted before each compile.
-  say: prints a line.
+  Args:
+    devices: the devices of the topology.
+    folder: where libtpu writes bundles. All files in it are deleted before each compile.
+    say: prints a line.
+    only: the name of a program, to plan no other.
 
   Raises:
     PlanError: the devices can't form the mesh.
@@ -59,12 +61,14 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
   mesh = programs.make_mesh(work, devices)
   state, lowerings = programs.lowerings(work, mesh)
   microbatch = math.prod(work.microbatch(mesh.shape))
-  for name, lower in lowerings.items():
+  for name, (on, lower) in lowerings.items():
+    if only and name != only:
+      continue
     for old in folder.iterdir():
       old.unlink()
     plan = Plan(
       program=name, topology=topology.name + (f' x {topology.slices}' if topology.slices > 1 else ''),
-      chips=topology.chips, mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
+      chips=topology.chips, mesh={axis: size for axis, size in on.shape.items() if size > 1},
       microbatches=-(-work.rows * work.length // microbatch), remat_policy=work.run.model.remat_policy, fits=False,
       problem='', hbm_bytes=topology.chip.hbm_bytes, params_bytes=programs.shard_bytes(state.params),
       optimizer_bytes=programs.shard_bytes(state.opt_state), temp_bytes=0, peak_bytes=0, compile_s=0.0,
@@ -81,14 +85,18 @@ def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folde
       continue
     compile_s = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes)
-    if name == 'gradient':  # the moments aren't its arguments, but are in memory too
-      peak += plan.optimizer_bytes
-      if peak > plan.hbm_bytes:
-        yield dataclasses.replace(
-          plan, problem=f'needs {peak / GB:.2f} of {plan.hbm_bytes / GB:.2f} GB', compile_s=compile_s)
-        continue
+    # temp_size_in_bytes may be larger than the memory that XLA allocates for temporary arrays. Older versions of jaxlib
+    # don't have the size of all allocations.
+    peak = getattr(memory, 'total_allocation_bytes', 0) or (
+      memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes)
+    # The train state stays in memory, also what a program doesn't take.
+    peak += {'gradient': plan.optimizer_bytes, 'weights': plan.optimizer_bytes,
+             'decode': plan.params_bytes + plan.optimizer_bytes}.get(name, 0)
+    if peak > plan.hbm_bytes:
+      yield dataclasses.replace(
+        plan, problem=f'needs {peak / GB:.2f} of {plan.hbm_bytes / GB:.2f} GB', compile_s=compile_s)
+      continue
     prediction = predict(hlo.read(compiled.as_text()), folder, topology)
     passes = 1 / 3 if name == 'decode' else 1.0  # flops_per_token counts a forward and a backward pass
     useful = model.flops_per_token(work.run.model, work.length) * plan.tokens * passes / topology.chips
@@ -106,7 +114,7 @@ def _tokens(program: str, work: Workload, microbatch: int) -> int:
   if program == 'decode':
     settings = programs.sampler_config(work)
     return settings.decode_batch_size * settings.decode_steps
-  return {'train': work.rows * work.length, 'gradient': microbatch, 'optimizer': 0}[program]
+  return {'train': work.rows * work.length, 'gradient': microbatch, 'optimizer': 0, 'weights': 0}[program]
 
 
 def _out_of_memory(text: str) -> str:
@@ -151,7 +159,8 @@ def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:
     return tuple(s * work.steps for s in by_name['train'].prediction.step_s)
-  rl, decode, gradient, optimizer = work.rl, by_name['decode'], by_name['gradient'], by_name['optimizer']
+  rl, decode, gradient, optimizer, weights = work.rl, *(
+    by_name[name] for name in ('decode', 'gradient', 'optimizer', 'weights'))
   before, total = 0, [0.0, 0.0]
   for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
     answer = min(mean_answer or new, new)
@@ -160,7 +169,8 @@ def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -
     microbatches = work.rows * (rl.max_prompt_tokens + answer) / gradient.tokens
     for side in (0, 1):
       update_s = microbatches * gradient.prediction.step_s[side] + optimizer.prediction.step_s[side]
-      total[side] += (end - before) * (dispatches * decode.prediction.step_s[side] + rl.minibatches * update_s)
+      total[side] += (end - before) * (weights.prediction.step_s[side] + dispatches * decode.prediction.step_s[side]
+                                       + rl.minibatches * update_s)
     before = end
   return tuple(total)
 
@@ -169,8 +179,8 @@ def suggest_fix(work: Workload, plan: Plan) -> str:
   """Returns a text with settings to try if a plan doesn't fit into memory, the smallest change first."""
   state = plan.params_bytes + plan.optimizer_bytes
   if plan.program == 'decode':
-    return (f'Try --config.rl.decode_batch_size={max(1, work.rl.decode_batch_size // 2)}, or a larger tensor axis, '
-            'which splits the cache.')
+    return (f'Try --config.rl.decode_batch_size={max(1, work.rl.decode_batch_size // 2)}, or a '
+            'larger --config.rl.decode_split.')
   if state > 0.5 * plan.hbm_bytes:
     return (f'Parameters and optimizer alone take {state / GB:.1f} GB per chip: make fsdp larger (data smaller), or '
             'take more chips, or --config.optimizer.moment_dtype=bfloat16.')

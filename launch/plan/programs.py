@@ -51,11 +51,12 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
   return mesh
 
 
-def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]:
-  """Returns the abstract train state, and for each program a function that lowers it.
+def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[Mesh, Lower]]]:
+  """Returns the abstract train state, and for each program its mesh and a function that lowers it.
 
   Pre-training has one program, `train`. RL has the programs `gradient` (of a microbatch of the largest shape),
-  `optimizer` and `decode`, with their shapes in the phase with the longest answers. Some smaller programs of RL aren't
+  `optimizer`, `weights` (which copies the parameters into the sampler's mesh, once per step) and `decode`, with their
+  shapes in the phase with the longest answers. Some smaller programs of RL aren't
   planned: the prefill of prompts, the smaller microbatches, and the computation of log-probabilities under the old and
   the reference policy.
   """
@@ -64,19 +65,25 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, Lower]]
   if work.rl:
     update = make_update(work.run.model, work.rl.loss, tx, work.rl.temperature)
     gradients = state.params, _abstract(mesh, (), jnp.int32)
-    lower = {'gradient': lambda: update.gradient.lower(state.params, gradients, *_microbatch(work, mesh)),
-             'optimizer': lambda: update.apply.lower(state, gradients),
-             'decode': lambda: Sampler(work.run.model, sampler_config(work), EOS, mesh).lower_decode(state.params)}
+    try:
+      sampler = Sampler(work.run.model, sampler_config(work), EOS, mesh)
+    except ValueError as error:
+      raise PlanError(f'config.rl.{error}') from None
+    lower = {'gradient': _with_mesh(mesh, lambda: update.gradient.lower(
+               state.params, gradients, *_microbatch(work, mesh))),
+             'optimizer': _with_mesh(mesh, lambda: update.apply.lower(state, gradients)),
+             'weights': _with_mesh(mesh, lambda: sampler.lower_weights(state.params)),
+             'decode': _with_mesh(sampler.mesh, lambda: sampler.lower_decode(state.params))}
   else:
-    lower = {'train': lambda: _lower_train(work, mesh, tx, state)}
-  return state, {name: _with_mesh(mesh, function) for name, function in lower.items()}
+    lower = {'train': _with_mesh(mesh, lambda: _lower_train(work, mesh, tx, state))}
+  return state, {name: (sampler.mesh if name == 'decode' else mesh, function) for name, function in lower.items()}
 
 
 def sampler_config(work: Workload) -> SamplerConfig:
   """Returns the settings of the sampler that rl/loop.py uses in the phase with the longest answers."""
   rl = work.rl
   return SamplerConfig(rl.decode_batch_size, rl.max_prompt_tokens, max(rl.max_new_tokens), record_choices=True,
-                       cache_tokens=rl.cache_tokens)
+                       cache_tokens=rl.cache_tokens, decode_split=rl.decode_split)
 
 
 def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:

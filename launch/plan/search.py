@@ -1,5 +1,5 @@
-"""Searches for a fast mesh, number of microbatches and remat policy: compiles candidates, and ranks those that fit into
-memory.
+"""Searches for a fast mesh, number of microbatches and remat policy, and for RL's number of chips that share the
+sampler's weights: compiles candidates, and ranks those that fit into memory.
 """
 
 import dataclasses
@@ -102,14 +102,9 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
   say(f'{len(possible)} settings could fit; compiling {len(chosen)} of them, minutes each')
   found: list[tuple[Candidate, Plan]] = []
   for number, candidate in enumerate(chosen, 1):
-    overrides = {f'train.mesh.{axis}': str(n) for axis, n in candidate.mesh}
-    overrides |= {'model.remat_policy': candidate.remat_policy,
-                  **work.microbatch_override(candidate.rows_per_chip, topology.chips)}
-    changed = config.copy_and_resolve_references().unlock()
-    for key, value in overrides.items():
-      load.override(changed, key, value)
+    changed = _override(config, _overrides(work, topology, candidate))
     try:
-      first = next(make_plans(workload(changed), topology, devices, folder))  # decoding depends on none of these
+      first = next(make_plans(workload(changed), topology, devices, folder))
     except (errors.UserError, ValueError) as error:
       say(f'[{number}/{len(chosen)}] {candidate}: {error}')
       continue
@@ -121,6 +116,44 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
   for candidate, plan in found:
     if plan.fits:
       say(f'  {summary(plan)}   {candidate}')
+  plans = [plan for _, plan in found]
+  if work.rl and plans and plans[0].fits:
+    config = _override(config, _overrides(work, topology, found[0][0]))
+    plans += search_decoding(config, topology, devices, folder, say)
+  return plans
+
+
+def _overrides(work: Workload, topology: Topology, candidate: Candidate) -> dict[str, str]:
+  return {f'train.mesh.{axis}': str(n) for axis, n in candidate.mesh} | {
+    'model.remat_policy': candidate.remat_policy, **work.microbatch_override(candidate.rows_per_chip, topology.chips)}
+
+
+def _override(config: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
+  changed = config.copy_and_resolve_references().unlock()
+  for key, value in overrides.items():
+    load.override(changed, key, value)
+  return changed
+
+
+def search_decoding(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
+                    say: Callable[[str], None]) -> list[Plan]:
+  """Compiles RL's decoding with each number of chips that can share the sampler's weights. Prints a line for each, the
+  fastest first.
+
+  Arguments and results are those of `search`. The mesh of training is that of the config.
+  """
+  say('\ndecoding, by the number of chips that share the weights:')
+  found: list[tuple[int, Plan]] = []
+  for split in _powers_of_2(topology.chips):
+    changed = _override(config, {'rl.decode_split': str(split)})
+    try:
+      found += [(split, plan) for plan in make_plans(workload(changed), topology, devices, folder, only='decode')]
+    except PlanError:  # the model can't be split so
+      continue
+  found.sort(key=lambda pair: pair[1].prediction.step_s[1] if pair[1].fits else float('inf'))
+  for split, plan in found:
+    rate = f'{plan.tokens / plan.prediction.step_s[1]:,.0f} tokens/s' if plan.fits else f'does not fit, {plan.problem}'
+    say(f'  rl.decode_split={split}: {rate}')
   return [plan for _, plan in found]
 
 

@@ -1,13 +1,13 @@
-"""A Pallas kernel for attention of one token per row over pages of keys and values, on a TPU.
+"""A Pallas kernel that writes one token per row into pages of keys and values, and attends to them, on a TPU.
 
-A step of the grid processes a few pages of a row. Meanwhile, the pages of the next step are fetched. Every row gets as
-many steps as the row with the most pages needs, but no pages are fetched beyond a row's last page.
+The kernel goes over the blocks of all rows, one after the other. A block is a few pages, of a row's prompt or of the
+row's own. While a block is processed, the next one is fetched, which may be the first of another row. Only pages that
+hold tokens are read. A row's new token goes into the block on the chip, and from there to the row's last page.
 
 # R rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page  K key heads
-# 2 keys, values  G query heads per key head  N = K·G query heads  H head width
+# 2 keys, values  G query heads per key head  N = K·G query heads  H head width  C cores of a chip
+# B tokens of a block  W tokens that are written at once
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,92 +15,155 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from betarank.model.sharding import platform
+from betarank.model.sharding import cores, platform
 
 UNSEEN = -1e30
-AT_ONCE = 4  # pages of a step
+BLOCK_BYTES = 2**19  # large enough for fetching at the memory's rate
+WRITTEN = 16  # tokens that are written at once; one bfloat16 token isn't contiguous in memory
 
 
 def fits(size: int, width: int) -> bool:
   """Returns True if the kernel supports pages of this size and heads of this width."""
-  return size % 16 == 0 and width % 128 == 0
+  return size % WRITTEN == 0 and width % 128 == 0
 
 
-def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Array:
-  """Returns softmax(q·k/√H) v over the keys in each row's pages: [R, N, H], computed in float32.
+def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages: int):
+  """Writes the keys and values of one token per row into the pages, and computes this token's attention.
 
-  The arguments are the same as for pages_triton.attention. The table's units aren't used.
+  XLA's scatter would want another layout of the pages than the kernel, and would copy them for every token.
+
+  Args:
+    pages_P2KSH: keys and values, in the dtype of the queries. The result takes their place in memory.
+    q_RNH, k_RKH, v_RKH: the query, key and value of each row's token.
+    table: a decode.Table. Its units aren't used.
+    length_R: int32, the number of tokens in each row's own pages, before this token.
+    real_R: bool, False for rows without a token, for which nothing is read or written.
+    prompt_pages: I, the number of prompt pages in each row of the table.
+
+  Returns:
+    (out_RNH, pages_P2KSH). out_RNH is softmax(q·k/√H) v over the keys in the row's pages, computed in float32; 0 in
+    rows without a token.
   """
   (rows, heads, width), (_, _, kv_heads, size, _) = q_RNH.shape, pages_P2KSH.shape
-  prefix_R = table.prefix_B
-  # A step has AT_ONCE columns of the prompt's pages or of the row's own. prompt_R and own_R: the steps of each.
-  steps = lambda tokens_R: pl.cdiv(tokens_R, size * AT_ONCE).astype(jnp.int32)
-  prompt_R, all_R = steps(prefix_R), steps(prefix_R) + steps(length_R)
+  group, ways = heads // kv_heads, cores()
+  at_once = max(1, BLOCK_BYTES // (2 * kv_heads * size * width * pages_P2KSH.dtype.itemsize))  # pages of a block
+  at_once = min(at_once, max(prompt_pages, table.pages_BJ.shape[1] - prompt_pages))
+  block_tokens = at_once * size
+  blocks = lambda tokens_R: pl.cdiv(tokens_R, block_tokens).astype(jnp.int32)
+  prompt_R = blocks(table.prefix_B)
+  last_R = prompt_R + blocks(length_R + 1) - 1
+  order_R = jnp.argsort(~real_R).astype(jnp.int32)  # rows with a token first
+  live_1 = jnp.sum(real_R, dtype=jnp.int32)[None]
 
-  def column(i, row, step, prompt_R, prefix_R, length_R):
-    """Returns (column, tokens) of the i-th page of a grid step: its column in table.pages_BJ, and its number of tokens.
+  def body(pages, live, order, prompt, last, prefix, length, q_ref, new_ref, pages_ref, out_ref, written_ref,
+           block_ref, tile_ref, most_ref, sum_ref, total_ref, fetched, wrote):
+    first, live = pl.program_id(0), live[0]
+    out_ref[...], block_ref[...] = jnp.zeros_like(out_ref), jnp.zeros_like(block_ref)  # 0 times any number is 0
 
-    The last step of a row's prompt pages, or of its own pages, may have room for more pages than are left. For the room
-    without a page, returns the column of the last page, which isn't fetched again, and 0 tokens.
+    def fetch(row, block, slot, act):
+      """Calls act(copy) for the copy of each page of a block into block_ref[slot]. Returns the number of tokens."""
+      own = block >= prompt[row]
+      column = (block - jnp.where(own, prompt[row], 0)) * at_once
+      tokens = jnp.minimum(jnp.where(own, length[row] + 1, prefix[row]) - column * size, block_tokens)
+      column += jnp.where(own, prompt_pages, 0)
 
-    row, step: the position in the grid.
-    prompt_R: the number of steps for each row's prompt pages. The steps for the row's own pages follow.
-    prefix_R, length_R: the numbers of tokens in each row's prompt pages, and in its own pages.
-    """
-    own = step >= prompt_R[row]
-    at = (step - jnp.where(own, prompt_R[row], 0)) * AT_ONCE + i
-    tokens = jnp.where(own, length_R[row], prefix_R[row])
-    # Beyond the last page: the last page again, which isn't fetched twice.
-    last = jnp.maximum(pl.cdiv(tokens, size) - 1, 0)
-    return jnp.where(own, prompt_pages, 0) + jnp.minimum(at, last), jnp.clip(tokens - at * size, 0, size)
+      def page(i, _):
+        act(pltpu.make_async_copy(pages_ref.at[pages[row, column + i]],
+                                  block_ref.at[slot, :, :, pl.ds(pl.multiple_of(i * size, size), size)],
+                                  fetched.at[slot]))
+        return 0
 
-  def page(i, row, step, pages, prompt_R, all_R, prefix_R, length_R):
-    step = jnp.minimum(step, jnp.maximum(all_R[row] - 1, 0))
-    return pages[row, column(i, row, step, prompt_R, prefix_R, length_R)[0]], 0, 0, 0, 0
+      lax.fori_loop(0, pl.cdiv(tokens, size), page, 0)
+      return tokens
 
-  def body(pages, prompt_R, all_R, prefix_R, length_R, q_ref, *refs):
-    page_refs, (out_ref, most_ref, sum_ref, total_ref) = refs[:AT_ONCE], refs[AT_ONCE:]
-    row, step = pl.program_id(0), pl.program_id(1)
+    def write(row):
+      """Returns the copy of the new token, with the others of its tile, from tile_ref to its page."""
+      page = pages[row, prompt_pages + length[row] // size]
+      start = pl.multiple_of(length[row] % size // WRITTEN * WRITTEN, WRITTEN)
+      return pltpu.make_async_copy(tile_ref, written_ref.at[page, :, :, pl.ds(start, WRITTEN)], wrote)
 
-    @pl.when(step == 0)
+    @pl.when(first < live)
     def _():
-      most_ref[...] = jnp.full_like(most_ref, UNSEEN)
-      sum_ref[...], total_ref[...] = jnp.zeros_like(sum_ref), jnp.zeros_like(total_ref)
+      fetch(order[first], 0, 0, lambda copy: copy.start())
 
-    @pl.when(step < all_R[row])
+    def process(carry):
+      i, block, slot = carry
+      row = order[i]
+      ends = block == last[row]
+      next_i, next_block = jnp.where(ends, i + ways, i), jnp.where(ends, 0, block + 1)
+
+      @pl.when(next_i < live)
+      def _():
+        fetch(order[jnp.minimum(next_i, rows - 1)], next_block, 1 - slot, lambda copy: copy.start())
+
+      tokens = fetch(row, block, slot, lambda copy: copy.wait())
+
+      @pl.when(block == 0)
+      def _():
+        most_ref[...] = jnp.full_like(most_ref, UNSEEN)
+        sum_ref[...], total_ref[...] = jnp.zeros_like(sum_ref), jnp.zeros_like(total_ref)
+
+      @pl.when(ends)
+      def _():
+        @pl.when(i > first)
+        def _():
+          write(row).wait()  # the row before; all have the same size
+
+        start = pl.multiple_of((tokens - 1) // WRITTEN * WRITTEN, WRITTEN)
+        tile = block_ref.at[slot, :, :, pl.ds(start, WRITTEN)]
+        new_W1 = lax.broadcasted_iota(jnp.int32, (WRITTEN, 1), 0) == tokens - 1 - start
+        for kv in range(2):
+          for k in range(kv_heads):
+            new_1H, old_WH = new_ref[row, kv, k].astype(jnp.float32), tile[kv, k].astype(jnp.float32)
+            tile_ref[kv, k] = jnp.where(new_W1, new_1H, old_WH).astype(tile_ref.dtype)
+        tile[...] = tile_ref[...]
+        write(row).start()
+
+      seen_1B = lax.broadcasted_iota(jnp.int32, (1, block_tokens), 1) < tokens
+      for k in range(kv_heads):
+        score_GB = _dot(q_ref[row, k], block_ref[slot, 0, k], 1) * width**-0.5
+        score_GB = jnp.where(seen_1B, score_GB, UNSEEN)
+        most_G1 = most_ref[k]
+        new_G1 = jnp.maximum(most_G1, score_GB.max(1, keepdims=True))
+        weight_GB = jnp.where(seen_1B, jnp.exp(score_GB - new_G1), 0)
+        fade_G1 = jnp.exp(most_G1 - new_G1)
+        most_ref[k] = new_G1
+        sum_ref[k] = sum_ref[k] * fade_G1 + weight_GB.sum(1, keepdims=True)
+        total_ref[k] = total_ref[k] * fade_G1 + _dot(weight_GB.astype(block_ref.dtype), block_ref[slot, 1, k], 0)
+
+      @pl.when(ends)
+      def _():
+        out_ref[0, row] = (total_ref[...] / sum_ref[...]).astype(out_ref.dtype)
+
+      return next_i, next_block, 1 - slot
+
+    lax.while_loop(lambda carry: carry[0] < live, process, (first, 0, 0))
+
+    @pl.when(first < live)
     def _():
-      for i, page_ref in enumerate(page_refs):
-        filled = column(i, row, step, prompt_R, prefix_R, length_R)[1]
-        seen_1S = lax.broadcasted_iota(jnp.int32, (1, size), 1) < filled
-        for k in range(kv_heads):
-          score_GS = _dot(q_ref[0, k], page_ref[0, 0, k], 1) * width**-0.5
-          score_GS = jnp.where(seen_1S, score_GS, UNSEEN)
-          most_G1 = most_ref[k]
-          new_G1 = jnp.maximum(most_G1, score_GS.max(1, keepdims=True))
-          weight_GS = jnp.where(seen_1S, jnp.exp(score_GS - new_G1), 0)
-          fade_G1 = jnp.exp(most_G1 - new_G1)
-          most_ref[k] = new_G1
-          sum_ref[k] = sum_ref[k] * fade_G1 + weight_GS.sum(1, keepdims=True)
-          total_ref[k] = total_ref[k] * fade_G1 + _dot(weight_GS.astype(page_ref.dtype), page_ref[0, 1, k], 0)
+      write(0).wait()
 
-    @pl.when(step == pl.num_programs(1) - 1)
-    def _():
-      out_ref[0] = (total_ref[...] / jnp.maximum(sum_ref[...], 1e-30)).astype(out_ref.dtype)
-
-  group = heads // kv_heads
-  by_row = pl.BlockSpec((1, kv_heads, group, width), lambda row, step, *_: (row, 0, 0, 0))
-  blocks = [pl.BlockSpec((1, 2, kv_heads, size, width), functools.partial(page, i)) for i in range(AT_ONCE)]
+  whole = lambda *shape: pl.BlockSpec(shape, lambda core, *_: (0,) * len(shape))
+  in_hbm = pl.BlockSpec(memory_space=pl.ANY)
   scratch = lambda last: pltpu.VMEM((kv_heads, group, last), jnp.float32)
-  out_RKGH = pl.pallas_call(
-    body, name='attention_pages', out_shape=jax.ShapeDtypeStruct((rows, kv_heads, group, width), q_RNH.dtype),
+  scalars = table.pages_BJ, live_1, order_R, prompt_R, last_R, table.prefix_B, length_R
+  out_CRKGH, pages_P2KSH = pl.pallas_call(
+    body, name='attention_pages',
+    out_shape=(jax.ShapeDtypeStruct((ways, rows, kv_heads, group, width), q_RNH.dtype),
+               jax.ShapeDtypeStruct(pages_P2KSH.shape, pages_P2KSH.dtype)),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=5, grid=(rows, jnp.maximum(jnp.max(all_R), 1)), in_specs=[by_row, *blocks], out_specs=by_row,
-      scratch_shapes=[scratch(1), scratch(1), scratch(width)]),
-    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary')),
+      num_scalar_prefetch=len(scalars), grid=(ways,),
+      in_specs=[whole(rows, kv_heads, group, width), whole(rows, 2, kv_heads, 1, width), in_hbm],
+      out_specs=(pl.BlockSpec((1, rows, kv_heads, group, width), lambda core, *_: (core, 0, 0, 0, 0)), in_hbm),
+      scratch_shapes=[
+        pltpu.VMEM((2, 2, kv_heads, block_tokens, width), pages_P2KSH.dtype),
+        pltpu.VMEM((2, kv_heads, WRITTEN, width), pages_P2KSH.dtype),
+        scratch(1), scratch(1), scratch(width), pltpu.SemaphoreType.DMA((2,)), pltpu.SemaphoreType.DMA]),
+    input_output_aliases={len(scalars) + 2: 1},
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',), disable_bounds_checks=True),
     interpret=platform() != 'tpu',
-  )(table.pages_BJ, prompt_R, all_R, prefix_R, length_R, q_RNH.reshape(rows, kv_heads, group, width),
-    *[pages_P2KSH] * AT_ONCE)
-  return out_RKGH.reshape(q_RNH.shape)
+  )(*scalars, q_RNH.reshape(rows, kv_heads, group, width), jnp.stack([k_RKH, v_RKH], 1)[:, :, :, None], pages_P2KSH)
+  return out_CRKGH.sum(0, dtype=q_RNH.dtype).reshape(q_RNH.shape), pages_P2KSH  # a row is 0 but on its core
 
 
 def _dot(a, b, contract: int):

@@ -1,5 +1,7 @@
 """Tests attention over pages: the plain form and the kernel equal softmax over the tokens of each row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +50,23 @@ def naive(q_BNH, pages_P2KSH, table):
   return out_BNH
 
 
+def tpu_attention(q_BNH, pages_P2KSH, table, length_B, prompt_pages):
+  """Attention by the kernel that also writes: each row's last token is taken out of the pages, and given as the new."""
+  last_B = length_B - 1
+  page_B = table.pages_BJ[np.arange(ROWS), prompt_pages + last_B // pages_P2KSH.shape[3]]
+  where = page_B, slice(None), slice(None), last_B % pages_P2KSH.shape[3]
+  k_BKH, v_BKH = pages_P2KSH[where].swapaxes(0, 1)
+  out_BNH, got_P2KSH = pages_tpu.step(
+    pages_P2KSH.at[where].set(1e4), q_BNH, k_BKH, v_BKH, table, last_B, jnp.ones(ROWS, bool), prompt_pages)
+  return jnp.where((got_P2KSH == pages_P2KSH).all(), out_BNH, jnp.nan)  # all else in the pages is as it was
+
+
 @pytest.mark.parametrize('heads, kv_heads', [(8, 2), (4, 4), (6, 2)])
-@pytest.mark.parametrize('attend', [attend_pages, pages_triton.attention, pages_tpu.attention])
+@pytest.mark.parametrize('attend', [attend_pages, pages_triton.attention, tpu_attention])
 def test_attention_over_pages_is_softmax_over_each_row_s_tokens(attend, heads, kv_heads, monkeypatch):
   q_BNH, pages_P2KSH, table = inputs(heads, kv_heads, 16, 16)
   run = jax.jit(attend, static_argnums=4)
+  monkeypatch.setattr(pages_tpu, 'BLOCK_BYTES', 1)  # one page at once; in bfloat16, below, all pages
   for programs in (1, 32) if attend is pages_triton.attention else (1,):  # the kernel with one part, and with more
     monkeypatch.setattr(pages_triton, 'PROGRAMS', programs)
     jax.clear_caches()
@@ -63,6 +77,24 @@ def test_attention_over_pages_is_softmax_over_each_row_s_tokens(attend, heads, k
 def test_attention_over_pages_in_bfloat16():
   q_BNH, pages_P2KSH, table = inputs(8, 2, 64, 16, jnp.bfloat16)
   want_BNH = naive(q_BNH, pages_P2KSH, table)
-  for attend in (attend_pages, pages_triton.attention, pages_tpu.attention):
+  for attend in (attend_pages, pages_triton.attention, tpu_attention):
     got_BNH = np.float64(jax.jit(attend, static_argnums=4)(q_BNH, pages_P2KSH, table, LENGTH, PROMPT_PAGES))
     assert np.linalg.norm(got_BNH - want_BNH) < 1e-2 * np.linalg.norm(want_BNH)
+
+
+def test_the_kernel_that_writes_leaves_rows_without_a_token_alone(monkeypatch):
+  """Also where two cores share the rows: the output is complete, and each row's page is written once."""
+  q_BNH, pages_P2KSH, table = inputs(8, 2, 16, 16)
+  real_B = jnp.array([False, True, False, False, True, True])
+  new_BKH = jnp.ones((ROWS, 2, 16))
+  outs = []
+  for cores in (1, 2):
+    monkeypatch.setattr(pages_tpu, 'cores', lambda cores=cores: cores)
+    out_BNH, got_P2KSH = jax.jit(functools.partial(pages_tpu.step, prompt_pages=PROMPT_PAGES))(
+      pages_P2KSH, q_BNH, new_BKH, new_BKH, table, LENGTH - 1, real_B)
+    outs.append(out_BNH)
+  np.testing.assert_array_equal(*outs)
+  assert not out_BNH[~real_B].any() and out_BNH[real_B].any(-1).all()
+  page_B = table.pages_BJ[np.arange(ROWS), PROMPT_PAGES + (LENGTH - 1) // 16]
+  want_P2KSH = pages_P2KSH.at[page_B[real_B], :, :, (LENGTH - 1)[real_B] % 16].set(1)
+  np.testing.assert_array_equal(got_P2KSH, want_P2KSH)

@@ -6,6 +6,7 @@ A sample is the same alone, with padding, and in a batch whose finished rows are
 import collections
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ import pytest
 from scipy import stats
 
 from betarank import model
+from betarank.model.sharding import MESH_AXES
 from betarank.objectives import linear_token_stats
 from betarank.train import sampler as module
+from betarank.train.decode_mesh import default_split
 from betarank.train.pages import Pages
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
@@ -272,15 +275,46 @@ def test_truncation_keeps_exactly_what_it_says_and_renormalises(params, changes)
 # Devices and compilations.
 
 
-@pytest.mark.parametrize('shape', [(1, 2, 1, 2, 2)])
-def test_eight_devices_equal_one(params, shape):
+def placed(params, mesh, config=CONFIG):
+  return jax.device_put(params, model.shardings(mesh, model.abstract(config)[2]))
+
+
+@pytest.mark.parametrize('shape, split, parts', [((1, 2, 1, 2, 2), 0, 4), ((2, 4, 1, 1, 1), 2, 4)])
+def test_eight_devices_equal_one(params, shape, split, parts):
+  """With the mesh that training's gives, and with weights that pairs of devices share only while they sample."""
   settings = dataclasses.replace(SETTINGS, decode_batch_size=8)
   mesh = model.make_mesh(model.MeshConfig(*shape))
-  placed = jax.device_put(params, model.shardings(mesh, model.abstract(CONFIG)[2]))
   want = draw(params, settings)
-  same(draw(placed, settings, mesh=mesh), want)
-  tight = dataclasses.replace(settings, page_tokens=4, cache_tokens=4 * 28)  # four parts, each with room for one
-  same(draw(placed, tight, mesh=mesh), want)
+  settings = dataclasses.replace(settings, decode_split=split)
+  assert Sampler(CONFIG, settings, EOS, mesh).ways == parts
+  same(draw(placed(params, mesh), settings, mesh=mesh), want)
+  if not split:
+    tight = dataclasses.replace(settings, page_tokens=4, cache_tokens=parts * 28)  # each part has room for one
+    same(draw(placed(params, mesh), tight, mesh=mesh), want)
+
+
+@pytest.mark.slow
+def test_experts_split_only_while_sampling_draw_the_same():
+  moe = model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16, router='sigmoid')
+  config, mesh = dataclasses.replace(CONFIG, layers=1, moe=moe), model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
+  params = model.init(config, jax.random.key(0))
+  settings = dataclasses.replace(SETTINGS, decode_batch_size=8, record_choices=True)
+  want = draw(params, settings, PROMPTS[:1], config=config)
+  got = draw(placed(params, mesh, config), dataclasses.replace(settings, decode_split=4), PROMPTS[:1], mesh=mesh,
+             config=config)
+  same(got, want)
+  assert all((got[name].choices == want[name].choices).all() for name in want)
+
+
+def test_how_many_devices_share_the_weights():
+  """As many as training splits them over; on TPUs so many that each has at most 2^29 weights."""
+  dense = dataclasses.replace(CONFIG, vocab_size=2**16, d_model=2**11, heads=16, kv_heads=8, d_ff=2**13, layers=32)
+  mixture = dataclasses.replace(dense, moe=model.MoeConfig(experts=96, experts_per_token=8, expert_d_ff=512))
+  cpus = model.make_mesh(model.MeshConfig(2, 1, 2, 1, 2))
+  assert [default_split(c, cpus) for c in (dense, mixture)] == [2, 2]
+  tpus = types.SimpleNamespace(
+    devices=np.array([types.SimpleNamespace(platform='tpu')] * 64), size=64, shape=dict.fromkeys(MESH_AXES, 1))
+  assert [default_split(c, tpus) for c in (CONFIG, dense, mixture)] == [1, 4, 32]
 
 
 def test_the_cache_is_sharded_and_in_the_compute_type(params):
@@ -312,6 +346,7 @@ def test_nothing_compiles_twice(params):
     ({'max_new_tokens': -1}, 'max_new_tokens must be >= 1'),
     ({'decode_steps': 0}, 'decode_steps must be >= 1'),
     ({'cache_tokens': -1}, 'cache_tokens must be >= 1, or 0 for'),
+    ({'decode_split': -1}, 'decode_split must be >= 1, or 0 for'),
     ({'temperature': -0.1}, 'temperature must be >= 0 and finite'),
     ({'temperature': float('nan')}, 'temperature must be >= 0 and finite'),
     ({'top_p': 0.0}, r'top_p must be in \(0, 1\], got 0.0'),
@@ -326,6 +361,9 @@ def test_bad_settings_are_refused_by_name(changes, message):
 def test_a_sampler_that_fits_neither_mesh_nor_vocabulary_is_refused():
   with pytest.raises(ValueError, match='^decode_batch_size must be a multiple of 8'):
     Sampler(CONFIG, SETTINGS, EOS, model.make_mesh(model.MeshConfig(8, 1, 1, 1, 1)))
+  with pytest.raises(ValueError, match='^decode_split must divide the 8 devices and the model .its kv_heads = 2, .* 4'):
+    Sampler(CONFIG, dataclasses.replace(SETTINGS, decode_split=4), EOS, model.make_mesh(
+      model.MeshConfig(8, 1, 1, 1, 1)))
   with pytest.raises(ValueError, match='^cache_tokens must be >= 32, or 0 for what all rows need'):
     Sampler(CONFIG, dataclasses.replace(SETTINGS, cache_tokens=31), EOS)
   with pytest.raises(ValueError, match='^eos must be a token id below vocab_size = 384, got 384'):

@@ -95,6 +95,35 @@ ENTRY %main (a: f32[10,8,8], i: s32[]) -> f32[1,8,8] {
   assert program.hbm_bytes(run) == 8 * 8 * 4  # read once; the result stays on the chip
 
 
+def test_what_decoding_moves_through_memory():
+  """A kernel that writes in place, a product whose weights are only viewed, and a copy to the chip meanwhile."""
+  program = hlo.read('''%viewed (v: bf16[8,64]) -> bf16[64,8] {
+  %v = bf16[8,64]{1,0} parameter(0)
+  ROOT %b = bf16[64,8]{1,0} bitcast(%v)
+}
+
+%product (p0: bf16[4,64], p1: bf16[8,64]) -> bf16[4,8] {
+  %p0 = bf16[4,64]{1,0:S(1)} parameter(0)
+  %p1 = bf16[8,64]{1,0} parameter(1)
+  %f = bf16[64,8]{1,0} fusion(%p1), kind=kLoop, calls=%viewed
+  ROOT %d = bf16[4,8]{1,0:S(1)} dot(%p0, %f), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (q: bf16[4,64], pages: bf16[100,64], w: bf16[8,64]) -> bf16[4,8] {
+  %q = bf16[4,64]{1,0:S(1)} parameter(0)
+  %pages = bf16[100,64]{1,0} parameter(1)
+  %w = bf16[8,64]{1,0} parameter(2)
+  %k = (bf16[4,64]{1,0:S(1)}, bf16[100,64]{1,0}) custom-call(%q, %pages), output_to_operand_aliasing={{1}: (1, {})}
+  %s = (bf16[8,64]{1,0}, bf16[8,64]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%w)
+  %c = bf16[8,64]{1,0:S(1)} copy-done(%s)
+  ROOT %p = bf16[4,8]{1,0:S(1)} fusion(%q, %w), kind=kOutput, calls=%product
+}
+''')
+  by_name = {run.instruction.name: run for run in program.runs()}
+  assert program.hbm_bytes(by_name['k']) == 100 * 64 * 2
+  assert program.hbm_bytes(by_name['p']) == program.prefetched_bytes(by_name['c']) == 8 * 64 * 2
+
+
 def test_bundles_multiply_loops_and_halve_what_can_be_skipped():
   outer = ['   0x1 LB: > { %a = nop }']
   body = ['   0x2   : > { %9 = sbr.rel (%p1) target = $region7 }', *['   0x3   : > { %b = nop }'] * 4,

@@ -117,19 +117,32 @@ def test_plans_of_the_rl_stage(tmp_path):
     'rl.max_new_tokens': '[8, 16]', 'rl.phase_steps': '[3]', 'rl.steps': '5'}))
   topology = Topology('v5e-4')
   found = list(plans.make_plans(work, topology, jax.devices()[:2], tmp_path))
-  gradient, optimizer, decode = found
-  assert [plan.program for plan in found] == ['gradient', 'optimizer', 'decode'] and all(plan.fits for plan in found)
+  gradient, optimizer, weights, decode = found
+  assert [plan.program for plan in found] == ['gradient', 'optimizer', 'weights', 'decode']
+  assert all(plan.fits for plan in found)
   assert (gradient.tokens, decode.tokens) == (2 * 32 * 96, 4 * 8)  # 8 is the sampler's decode_steps
   assert gradient.mesh == {'fsdp': 2} and gradient.peak_bytes > 2 * gradient.params_bytes + gradient.optimizer_bytes
   # Two fills of the decode batch per step, of one dispatch each in the first phase and two in the second.
   low = 3 * 2 * 1 * decode.prediction.step_s[0] + 2 * 2 * 2 * decode.prediction.step_s[0]
   samples = 3 * 4 * 2 * (8 + 8) + 2 * 4 * 2 * (8 + 16)  # tokens
   low += samples / gradient.tokens * gradient.prediction.step_s[0] + 5 * optimizer.prediction.step_s[0]
+  low += 5 * weights.prediction.step_s[0]
   assert plans.describe_stage(work, topology, found)['seconds'][0] == pytest.approx(low)
   low = 5 * (8 * 4 / decode.tokens * decode.prediction.step_s[0] + optimizer.prediction.step_s[0]
+             + weights.prediction.step_s[0]
              + 8 * (8 + 4) / gradient.tokens * gradient.prediction.step_s[0])
   assert plans.describe_stage(work, topology, found, mean_answer=4)['seconds'][0] == pytest.approx(low)
   assert plans.describe_stage(work, topology)['seconds'] is None
+
+
+def test_search_tries_each_number_of_chips_that_can_share_the_sampler_s_weights(tmp_path):
+  config = load.load('configs/rl_smoke.py', SMALL | {
+    'model.kv_heads': '2', 'train.mesh.fsdp': '4', 'rl.decode_batch_size': '4',
+    'rl.max_prompt_tokens': '8', 'rl.max_new_tokens': '[8]'})
+  said = []
+  found = search.search_decoding(config, Topology('v5e-4'), jax.devices()[:4], tmp_path, said.append)
+  assert sorted(plan.mesh.get('tensor', 1) for plan in found) == [1, 2]  # 4 doesn't divide the key heads
+  assert len(said) == 3 and all('tokens/s' in line for line in said[1:])
 
 
 @pytest.mark.parametrize('config, rows, length, microbatch', [

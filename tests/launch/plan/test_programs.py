@@ -35,7 +35,7 @@ OFF_POLICY = {'rl.minibatches': '2', 'rl.loss.kl_weight': '0.1', 'rl.loss.cov': 
 
 def planned(work, mesh):
   """Returns {program: the text of the program that the planner compiles}."""
-  return {name: lower().as_text() for name, lower in programs.lowerings(work, mesh)[1].items()}
+  return {name: lower().as_text() for name, (_, lower) in programs.lowerings(work, mesh)[1].items()}
 
 
 def prepare(config, overrides):
@@ -118,8 +118,9 @@ def test_the_rl_loop_runs_the_planned_programs(tmp_path, monkeypatch):
 
   def recording_jit(function, **options):
     jitted = jit(function, **options)
-    programs = {'make_update.<locals>.gradient': 'gradient', 'make_update.<locals>.apply': 'optimizer'}
-    name = programs.get(getattr(function, '__qualname__', ''))
+    programs = {'make_update.<locals>.gradient': 'gradient', 'make_update.<locals>.apply': 'optimizer',
+                'decode_params': 'weights'}
+    name = programs.get(getattr(getattr(function, 'func', function), '__qualname__', ''))  # func: of a partial
     return recording(name, jitted) if name else jitted
 
   monkeypatch.setattr(sampler, '_decode', recording('decode', decode))

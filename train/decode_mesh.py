@@ -1,0 +1,63 @@
+"""The sampler's mesh, in which the devices of a small group share one copy of the weights.
+
+A decoding step reads all weights, for however few rows. In training's layout (`data`, `fsdp`) every device would hold
+and read a whole copy. In a group, each device reads only its part, for the rows of the whole group. A dense model is
+split by heads and hidden units (mesh axis `tensor`), a mixture of experts by experts (mesh axis `expert`).
+"""
+
+import math
+
+from jax.sharding import AxisType, Mesh
+
+from betarank import model
+from betarank.model.sharding import MESH_AXES
+
+PART = 2**29  # weights, 1 GiB in bfloat16. With smaller parts, a group's transfers would take longer than its reading.
+
+
+def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
+  """Returns the mesh for decoding. It has the devices of `mesh` in the same order, and a group is consecutive devices.
+
+  Args:
+    c: the model.
+    mesh: the mesh of the parameters.
+    split: the number of devices of a group; 0 means `default_split`.
+
+  Raises:
+    ValueError: `split` doesn't divide the devices, or the model.
+  """
+  split = split or default_split(c, mesh)
+  if not _divides(c, mesh, split):
+    what = f'its experts = {c.moe.experts}' if c.moe.experts else f'its kv_heads = {c.kv_heads}'
+    raise ValueError(f'decode_split must divide the {mesh.size} devices and the model ({what}, and so on), got {split}')
+  sizes = dict.fromkeys(MESH_AXES, 1) | {'data': -1} | _axes(c, mesh, split)
+  return Mesh(mesh.devices.reshape([sizes[axis] for axis in MESH_AXES]), MESH_AXES,
+              axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def default_split(c: model.ModelConfig, mesh: Mesh) -> int:
+  """Returns the number of devices of a group: as many as training's mesh splits the heads or experts over, and on a TPU
+  twice as many until each has at most PART weights, as far as the number divides the devices and the model.
+  """
+  split = mesh.shape['expert' if c.moe.experts else 'tensor']
+  counts = model.parameter_counts(c)
+  weights = counts['experts'] or sum(counts.values())
+  while mesh.devices.flat[0].platform == 'tpu' and weights > split * PART and _divides(c, mesh, 2 * split):
+    split *= 2
+  return split
+
+
+def _axes(c, mesh, split):
+  return {'expert': split, 'tensor': mesh.shape['tensor']} if c.moe.experts else {'tensor': split}
+
+
+def _divides(c, mesh, split) -> bool:
+  axes = _axes(c, mesh, split)
+  if mesh.size % math.prod(axes.values()):
+    return False
+  _, shapes, names = model.abstract(c)
+  try:
+    model.check_divides(shapes, names, dict.fromkeys(MESH_AXES, 1) | axes)
+  except ValueError:
+    return False
+  return True
