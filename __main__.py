@@ -7,6 +7,7 @@ and error messages appear quickly.
 import importlib
 import sys
 
+from betarank.configs import buckets
 from betarank.configs.errors import Interrupted, UserError, run_main, suggestion
 from betarank.configs.stop import importing, interruptible, leave
 
@@ -58,6 +59,7 @@ def _run(argv: list[str]) -> None:
     raise UserError(f'{name}: no such command{suggestion(name, COMMANDS)}; betarank --help lists them')
   with interruptible():
     with importing('starting'):
+      buckets.register()
       command = importlib.import_module(f'betarank.{COMMANDS[name][0]}')
     command.main(rest)
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 _LONGEST_SHOWN = 2000  # characters of a message
 # Errors of the file system that are about the place, not about the program.
 _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,
-                 errno.EDQUOT, errno.ENAMETOOLONG)
+                 errno.EDQUOT, errno.ENAMETOOLONG, errno.EIO)
 
 
 class UserError(ValueError):

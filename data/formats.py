@@ -212,13 +212,24 @@ class Csv(FileReader):
       # Bytes that aren't UTF-8 become surrogates, which never occur in valid text. So only rows with them are rejected.
       lines = io.TextIOWrapper(file, 'utf-8-sig', errors='surrogateescape', newline='')
       name = path.lower()
-      rows = csv.DictReader(lines, delimiter='\t' if '.tsv' in name.rpartition('/')[2] else ',', strict=True)
+      size = 0  # of the current row
+
+      def limited() -> Iterator[str]:
+        nonlocal size
+        while line := lines.readline(_LINE_BYTES):
+          size += len(line)
+          if size >= _LINE_BYTES:
+            raise DataError(f'{path}:{rows.line_num + 1}: the row is longer than {_LINE_BYTES} bytes; is this CSV?')
+          yield line
+
+      rows = csv.DictReader(limited(), delimiter='\t' if '.tsv' in name.rpartition('/')[2] else ',', strict=True)
       try:
         present = rows.fieldnames or []
         for needed in self.fields.names:
           if needed not in present:
             raise missing_field(path, needed, present, f'csv:{self.pattern}')
         while True:
+          size = 0
           try:
             yield self._document(next(rows), f'{path}:{rows.line_num}')
           except StopIteration:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from betarank.configs import buckets
 from betarank.configs.files import write_atomically
 from betarank.data import prepared, sources, storage
 from betarank.data.config import DataConfig, DataError
@@ -187,6 +188,7 @@ _ASKED: Any = None  # in a worker process; an event that the parent sets, after 
 
 def _start_worker(job: Job, done_bytes, asked) -> None:
   global _WORKER, _DONE_BYTES, _ASKED
+  buckets.register()
   parent = multiprocessing.parent_process()
 
   def follow():  # otherwise a worker whose parent was killed would wait for work forever

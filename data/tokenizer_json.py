@@ -5,6 +5,7 @@ tokenizer_config.json and generation_config.json. No code is run. Other files in
 Python files, are ignored.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,11 +13,13 @@ import json
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from betarank.configs.errors import one_line
 from betarank.configs.parser import install_hint
 from betarank.data.config import DataError
 
@@ -201,7 +204,8 @@ class JsonTokenizer:
     # warn of deadlocks.
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try:
-      self._tokenizer = tokenizers.Tokenizer.from_buffer(files.data)
+      with _panics_as_data_errors(files.where):
+        self._tokenizer = tokenizers.Tokenizer.from_buffer(files.data)
     except ValueError as error:
       raise DataError(f'{files.where}: not a tokenizer ({" ".join(str(error).split())[:200]}); fetch it again, or '
                       'upgrade tokenizers') from None
@@ -216,7 +220,8 @@ class JsonTokenizer:
       if (given := self._tokenizer.token_to_id(text)) != id:  # `tokenizers` renumbers added tokens that leave a gap
         raise DataError(f'{files.where}: gives the added token {text!r:.100} the id {id}, but `tokenizers` makes it '
                         f'{given}; number the added tokens without gaps')
-    self.token_bytes = self._token_bytes()
+    with _panics_as_data_errors(files.where):
+      self.token_bytes = self._token_bytes()
     self.vocab_size = len(self.token_bytes)
     self.bytes_per_token_V = np.array([len(piece) for piece in self.token_bytes], np.int32)
     self._check_bytes()
@@ -286,7 +291,8 @@ class JsonTokenizer:
   def encode(self, text: str) -> np.ndarray:
     """Returns token ids, int32 [N], without BOS and EOS. Raises DataError if the text has lone surrogates."""
     try:  # 15 % faster than `encode`, which also computes the position of each token
-      return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
+      with _panics_as_data_errors(self._where):
+        return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
     except TypeError:
       raise surrogates(text) from None
 
@@ -294,6 +300,21 @@ class JsonTokenizer:
     """Returns the text of `ids`. Bytes that aren't UTF-8 become U+FFFD. Raises DataError if an id is negative."""
     size = self.vocab_size
     return b''.join(self.token_bytes[id] for id in checked(ids) if id < size).decode(errors='replace')
+
+
+@contextlib.contextmanager
+def _panics_as_data_errors(where: epath.Path) -> Iterator[None]:
+  """Converts a panic of the `tokenizers` library inside the block to DataError.
+
+  The library panics if a pattern of the tokenizer takes too many steps on a text. A panic isn't an Exception.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if type(error).__name__ != 'PanicException':
+      raise
+    reason = one_line(error)[:200]
+    raise DataError(f'{where}: `tokenizers` can\'t use it on a text ({reason}); use another tokenizer') from None
 
 
 def checked(ids: np.ndarray | list[int]) -> list[int]:

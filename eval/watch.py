@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command.
 
   Raises:
-    UserError: a folder has no runs or can't be read.
+    UserError: a folder has no runs or can't be read, at the first time.
   """
   parser = Parser('betarank watch', __doc__)
   parser.add_argument('folder', nargs='+', type=place, metavar='RUN_OR_FOLDER',
@@ -208,8 +208,12 @@ def main(argv: Sequence[str]) -> None:
   with Live(table(rows, console.width), console=console, auto_refresh=False) as live:
     while not _done(rows):
       time.sleep(every)
-      rows = _read(args.folder)
-      live.update(table(rows, console.width), refresh=True)
+      problem = ''
+      try:
+        rows = _read(args.folder)
+      except UserError as error:  # a run may take weeks, in which a bucket fails and tokens expire
+        problem = f'{error}; tried again in {every:.0f} s'
+      live.update(Group(table(rows, console.width), *filter(None, [problem])), refresh=True)
 
 
 def _read(folders: Sequence[str]) -> list[Row]:

@@ -6,10 +6,15 @@ every array. manifest.json holds sizes and checksums (runtime/integrity.py), wit
 are checked before a restore. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import re
 import sys
+import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +72,8 @@ class Checkpoints:
       CheckpointError: the newest checkpoint is damaged, and `fallback` is False or no older checkpoint is good.
     """
     _suppress_background_tracebacks()
+    _need_no_access_to_buckets()
+    _wait_by_a_steady_clock()
     self.path = epath.Path(workdir) / 'checkpoints'
     self._saving = 0
     self._kept = _Kept(config)
@@ -128,8 +135,8 @@ class Checkpoints:
 
   def describe(self) -> str:
     """Returns a phrase that names the last good checkpoint, for the error message of a run that fails."""
-    found = [step for step in steps(self.path) if step != self.in_flight]
-    text = f'the last good checkpoint is {self.path / str(found[-1])}' if found else 'no checkpoint yet'
+    last = self._last_good()
+    text = f'the last good checkpoint is {last}' if last else 'no checkpoint yet'
     return text if self.in_flight is None else f'{text}, and that of step {self.in_flight} is being written'
 
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -159,10 +166,21 @@ class Checkpoints:
     except (OSError, ValueError, RuntimeError) as error:
       if _is_peer_failure(error):
         raise
-      reason = str(error).strip().splitlines()[0][-160:]  # the operating system's message is at the end
-      found = steps(self.path)
-      last = f'the last good one is {self.path / str(found[-1])}' if found else 'there is no earlier one'
-      raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); {last}') from error
+      reason = _reason(error)[-160:]  # the message of the operating system or the store is at the end
+      last = self._last_good()
+      raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); '
+                            + (f'the last good one is {last}' if last else 'there is no earlier one')) from error
+
+  def _last_good(self) -> str:
+    """Returns the path of the newest complete checkpoint, '' if there is none, for a message.
+
+    The store that has just refused a write may refuse this question too. The text then says so.
+    """
+    try:
+      found = [step for step in steps(self.path) if step != self.in_flight]
+    except OSError:
+      return f'the newest in {self.path}, which can\'t be listed now'
+    return str(self.path / str(found[-1])) if found else ''
 
 
 class _Kept:
@@ -186,6 +204,37 @@ def _suppress_background_tracebacks() -> None:
   """
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+
+
+def _need_no_access_to_buckets() -> None:
+  """Lets Orbax delete checkpoints in a bucket whose description this process may not read.
+
+  Before Orbax deletes, it asks the store whether the bucket has a hierarchical namespace. A role for objects alone,
+  such as roles/storage.objectAdmin, doesn't permit this question. The answer is then taken to be no. If that is wrong,
+  empty folders remain.
+  """
+  with contextlib.suppress(ImportError, AttributeError):  # a later version of Orbax may not ask
+    from orbax.checkpoint._src.path import gcs_utils
+
+    ask = gcs_utils.is_hierarchical_namespace_enabled
+    if not isinstance(ask, functools.partial):
+      gcs_utils.is_hierarchical_namespace_enabled = functools.partial(_no_if_refused, ask)
+
+
+def _wait_by_a_steady_clock() -> None:
+  """Lets Orbax measure by time.monotonic() how long it waits for a save. It uses the wall clock, which may jump."""
+  with contextlib.suppress(ImportError, AttributeError):  # a later version of Orbax may have other modules
+    from orbax.checkpoint._src.futures import future, signaling_client
+
+    for module in (future, signaling_client):
+      module.time = types.SimpleNamespace(**{**vars(time), 'time': time.monotonic})
+
+
+def _no_if_refused(ask: Callable[[Any], bool], path: Any) -> bool:
+  try:
+    return ask(path)
+  except Exception:  # of google.cloud and google.auth, which may not be installed
+    return False
 
 
 def absolute(path: epath.Path) -> epath.Path:
@@ -261,10 +310,24 @@ def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
   if _process_index_and_count()[0] == 0:
     aside.mkdir(exist_ok=True)
     for step in found[found.index(int(good.name)) + 1:]:
-      (aside / str(step)).rmtree(missing_ok=True)
-      (folder / str(step)).rename(aside / str(step))
+      _move(folder / str(step), aside / str(step))
     print(f'{newest}/{problem}; moved to {aside}, resuming from {good}', file=sys.stderr)
   _first_message_of_any_process('')  # the other processes wait here until the checkpoints are moved
+
+
+def _move(checkpoint: epath.Path, to: epath.Path) -> None:
+  """Moves a checkpoint to the path `to`, which is deleted if it exists."""
+  to.rmtree(missing_ok=True)
+  if '://' not in str(to):
+    checkpoint.rename(to)
+    return
+  import fsspec
+
+  # In a bucket, the files are moved one after another. Without the first of them, the checkpoint counts as incomplete.
+  (checkpoint / COMMITTED).unlink()
+  files, source = fsspec.core.url_to_fs(str(checkpoint))
+  for path in files.find(source):
+    files.mv(path, f'{to}{path.removeprefix(source)}')
 
 
 def _newest_good_before(path: epath.Path) -> epath.Path | None:
@@ -292,7 +355,13 @@ def _is_peer_failure(error: Exception) -> bool:
   The watchdog reports a lost process, so such an error isn't reported here.
   """
   return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
-          and 'os_error_code' not in str(error))
+          and 'os_error_code' not in str(error) and 'http_response_code' not in str(error))
+
+
+def _reason(error: Exception) -> str:
+  """Returns the first line of an error's message, without the specification and the answer that tensorstore adds."""
+  text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+  return re.sub(r" \[(http_response_body|tensorstore_spec)='(\\.|[^'\\])*'\]", '', text)
 
 
 def _first_message_of_any_process(text: str) -> str:
@@ -356,7 +425,7 @@ def _read(path: epath.Path, target: Any) -> Any:
   except (OSError, ValueError, RuntimeError) as error:
     if _is_peer_failure(error):
       raise
-    raise CheckpointError(f'{path}: could not be read ({str(error).strip().splitlines()[0][:300]})') from error
+    raise CheckpointError(f'{path}: could not be read ({_reason(error)[:300]})') from error
 
 
 def _check_shapes(path: epath.Path, saved: dict[str, list], wanted: dict[str, list]) -> None:

@@ -75,13 +75,18 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
       files of up to 1 MiB.
     share: (i, n), to check the content of only every n-th block, starting with block i. With full=True, the content of
       every n-th file is checked, starting with file i. The sizes of all files are always checked.
+
+  Raises:
+    OSError: a file in a bucket can't be read now.
   """
+  remote = '://' in str(folder)
   try:
     files = read(folder)
   except (ValueError, OSError) as error:
+    if remote and isinstance(error, OSError):
+      raise
     return f'{NAME}: {_reason(error)}'
   files = {name: f for name, f in sorted((files or {}).items()) if name.startswith(item and f'{item}/')}
-  remote = '://' in str(folder)
   content: list[tuple[str, _Check]] = []
   for name, f in files.items():
     if full:
@@ -92,18 +97,20 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
   sizes = [(name, lambda name=name, f=f: _check_size(folder / name, f)) for name, f in files.items()]
   with _threads() as pool:
     for checks in (sizes, content[share[0]::share[1]]):  # sizes first, so that a truncated file is reported as such
-      for (name, _), problem in zip(checks, pool.map(lambda check: _guarded(check[1]), checks)):
+      for (name, _), problem in zip(checks, pool.map(lambda check: _guarded(check[1], remote), checks)):
         if problem:
           return f'{name}: {problem}'
   return ''
 
 
-def _guarded(check: _Check) -> str:
+def _guarded(check: _Check, remote: bool) -> str:
   try:
     return check()
   except (FileNotFoundError, NotADirectoryError):
     return 'missing'
   except OSError as error:
+    if remote:  # the store failed, which says nothing about the file
+      raise
     return _reason(error)
 
 

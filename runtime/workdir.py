@@ -17,6 +17,7 @@ from betarank.configs import renamed, settings
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.files import write_atomically
 from betarank.configs.load import flatten, to_json
+from betarank.runtime import lease
 
 
 def check_config(workdir: epath.Path, config: ConfigDict) -> None:
@@ -97,18 +98,22 @@ def holder(path: str | os.PathLike) -> str:
 
 @contextlib.contextmanager
 def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> Iterator[None]:
-  """Locks a local folder until the block ends. A folder in a bucket isn't locked.
+  """Locks a folder until the block ends: with a lock file, or with a lease (runtime/lease.py) if it is in a bucket.
 
   Args:
     workdir: the folder, which is created if needed.
     flag: the command-line flag that named the folder, for messages.
-    lock: the name of the lock file in the folder.
+    lock: the name of the lock file or the lease in the folder.
 
   Raises:
     UserError: another command holds the lock, or the folder can't be created or written.
   """
+  taken = lambda by: UserError(f'{flag}={workdir}: {by} is at work there; stop it first')
   if '://' in str(workdir):
-    yield
+    with lease.hold(str(workdir), lock) as other:
+      if other:
+        raise taken(other)
+      yield
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -119,7 +124,7 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
     raise UserError(f'{flag}={workdir}: can\'t be created or written ({error.strerror})') from None
   with lock_file(workdir / lock) as held:
     if held is None:
-      raise UserError(f'{flag}={workdir}: {holder(workdir / lock)} is at work there; stop it first')
+      raise taken(holder(workdir / lock))
     held.write(f'process {os.getpid()} on {socket.gethostname()}')
     held.flush()
     yield

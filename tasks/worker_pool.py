@@ -24,7 +24,8 @@ from betarank.configs.errors import UserError
 
 _START_S = 120.0  # imports take one to three seconds, and longer on a busy machine or a network disk
 _MAX_FAILED_STARTS = 3  # after so many failed starts in a row, the pool gives up
-_WALL_FACTOR = 6  # the wall time that an item may take, relative to the deadline, which is CPU time
+_WALL_FACTOR = 6  # the wall time that an item may take, relative to the deadline, which is CPU time. Time in which the
+# process could have run, but had no CPU, isn't counted.
 _WORKER = pathlib.Path(__file__).with_name('verifier_worker.py')
 REFUSED = 86  # exit status of a worker whose item touched the system
 
@@ -41,7 +42,7 @@ class VerifierConfig:
     workers: the number of processes of each kind (math, reasoning_gym, a reward function).
     deadline_s: the CPU seconds that one item may take. After that, the worker is killed and the verdict is undecided.
       CPU time is limited rather than wall time, so that a busy machine doesn't change verdicts. Wall time is limited to
-      six times as many seconds.
+      six times as many seconds, not counting the time in which the worker waits for a CPU.
     memory_mb: the largest address space of a worker, in MB.
     answer_chars: the largest length of a final answer, in characters; a longer answer is wrong.
   """
@@ -86,6 +87,7 @@ class _Worker:
     now = time.monotonic()
     self.deadline, self._last_moment = now + deadline_s, now + _WALL_FACTOR * deadline_s
     self._cpu_deadline_s = (_cpu_s(self.process.pid) or 0.0) + deadline_s
+    self._waited_s = _waited_s(self.process.pid)
     with contextlib.suppress(BrokenPipeError):  # if the worker has died, `read` will notice
       self.process.stdin.write(json.dumps({**request, 'token': self._token}).encode() + b'\n')
       self.process.stdin.flush()
@@ -97,9 +99,10 @@ class _Worker:
     """
     used = _cpu_s(self.process.pid)
     now = time.monotonic()
-    if self.busy is None or used is None or used >= self._cpu_deadline_s or now >= self._last_moment:
+    last_moment = self._last_moment + _waited_s(self.process.pid) - self._waited_s
+    if self.busy is None or used is None or used >= self._cpu_deadline_s or now >= last_moment:
       return False
-    self.deadline = min(now + max(self._cpu_deadline_s - used, 0.05), self._last_moment)
+    self.deadline = min(now + max(self._cpu_deadline_s - used, 0.05), last_moment)
     return True
 
   def read(self) -> dict[str, Any] | None:
@@ -144,6 +147,14 @@ def _cpu_s(pid: int) -> float | None:
   except OSError:
     return None
   return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+
+def _waited_s(pid: int) -> float:
+  """Returns the seconds that a process has waited for a CPU; 0 if the system doesn't provide them."""
+  try:
+    return int(pathlib.Path(f'/proc/{pid}/schedstat').read_text().split()[1]) / 1e9
+  except (OSError, IndexError, ValueError):
+    return 0.0
 
 
 class WorkerPool:

@@ -6,9 +6,11 @@
       bucket.truncate_rate = 0.01                # share of downloads that end after half of the body
       ...                                        # TensorStore, ArrayRecord, gcsfs, fsspec and epath use this server
     python -m tests.bucket FOLDER [--port=N] [--latency_s=0.03] [--error_rate=0.01] ...    # in a process of its own
+    disturb(endpoint, latency_s=0.03, ...)       # changes the faults of such a process
 
 The server supports those parts of the JSON and XML interfaces that these libraries use: download with ranges, upload
-(media, multipart, resumable), list, copy, delete, and preconditions on generations.
+(media, multipart, resumable), list, copy, move, delete, and preconditions on generations. The same seed and the same
+requests give the same faults.
 """
 
 import argparse
@@ -23,22 +25,32 @@ import pathlib
 import random
 import re
 import shutil
+import sys
 import threading
+import time
 import urllib.parse
+import urllib.request
 from typing import Any
 
+FAULTS = {
+  'latency_s': 'before every answer',
+  'error_rate': 'share of requests answered with a status of `error_statuses`',
+  'truncate_rate': 'share of downloads that end after half of the body',
+  'hang_rate': 'share of requests never answered',
+  'lost_rate': 'share of writes and deletions that are done, but whose connection is cut instead of an answer',
+  'stale_s': 'how long lists show neither new objects nor that objects are gone',
+  'bytes_per_s': 'of each download; 0: no limit',
+  'objects_only': '1: requests about the bucket itself are refused, as to roles/storage.objectAdmin',
+}
+_CONTROL = '/disturb'
+_REASONS = {401: 'Invalid Credentials', 403: 'Insufficient Permission'}
 _PAGE = 1000  # names in one answer to a list request, as the real service gives
 
 
 class Bucket:
   """The server. It runs in a thread of this process while the `with` block runs.
 
-  Attributes that may be changed at any time:
-    latency_s: the seconds before every answer.
-    error_rate, error_statuses: the share of requests that get an error, and the possible statuses of the error.
-    truncate_rate: the share of downloads that end after half of the body.
-    hang_rate: the share of requests that are never answered.
-    bytes_per_s: the speed of each download; 0 means no limit.
+  The attributes named in FAULTS, and error_statuses, may be changed at any time.
 
   Attributes that tests read:
     requests: a Counter of requests, by (method, status of the answer).
@@ -48,17 +60,34 @@ class Bucket:
     busiest: the largest number of requests that were in progress at the same time.
   """
 
-  def __init__(self, folder: str | os.PathLike, *, port: int = 0, latency_s: float = 0.0, error_rate: float = 0.0,
-               error_statuses: tuple[int, ...] = (429, 503), truncate_rate: float = 0.0, hang_rate: float = 0.0,
-               bytes_per_s: float = 0.0, seed: int = 0):
+  def __init__(self, folder: str | os.PathLike, *, port: int = 0, seed: int = 0, **faults: float):
     self.folder = pathlib.Path(folder)
-    self.latency_s, self.error_rate, self.error_statuses = latency_s, error_rate, error_statuses
-    self.truncate_rate, self.hang_rate, self.bytes_per_s = truncate_rate, hang_rate, bytes_per_s
+    self.error_statuses: tuple[int, ...] = (429, 503)
+    self.disturb(**faults)
+    self._deleted: dict[str, tuple[float, dict[str, Any]]] = {}  # what stale lists still show: name -> (time, item)
     self.requests: collections.Counter = collections.Counter()
     self.downloads: collections.Counter = collections.Counter()
     self.bytes_sent = self.largest_download = self.busiest = self.in_flight = 0
-    self._random, self._port = random.Random(seed), port
+    self._seed, self._random, self._port = seed, random.Random(seed), port
+    self._moved: set[str | None] = set()  # tokens of moves that were done
+    self._asked: collections.Counter = collections.Counter()
     self._uploads: dict[str, tuple[str, str, bytearray]] = {}
+    self._finished: set[str] = set()  # uploads
+
+  def disturb(self, **faults: float) -> None:
+    """Sets these faults, and ends all others."""
+    for name in FAULTS:
+      setattr(self, name, faults.pop(name, 0.0))
+    self.error_statuses = tuple(faults.pop('error_statuses', (429, 503)))
+    assert not faults, faults
+
+  def unlucky(self, fault: str, method: str, target: str) -> bool:
+    """Returns whether this fault hits this request. It depends on the seed and on how often the same was asked."""
+    if not (rate := getattr(self, f'{fault}_rate')):
+      return False
+    self._asked[fault, method, target] += 1
+    draw = random.Random(f'{self._seed} {fault} {method} {target} {self._asked[fault, method, target]}')
+    return draw.random() < rate
 
   @property
   def endpoint(self) -> str:
@@ -96,6 +125,7 @@ class Bucket:
   def __exit__(self, *_) -> None:
     for name, value in self._before.items():
       os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    unregister()
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join()
 
@@ -133,6 +163,9 @@ class Bucket:
 
   def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, dict, bytes]:
     parts = urllib.parse.urlsplit(target)
+    if parts.path == _CONTROL:
+      self.disturb(**json.loads(body))
+      return _json({str(key): n for key, n in self.requests.items()})
     query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
     unquote = urllib.parse.unquote
     if match := re.fullmatch(r'/upload/storage/v1/b/([^/]+)/o', parts.path):
@@ -148,11 +181,24 @@ class Bucket:
         return _json(item)
       return _json({'kind': 'storage#rewriteResponse', 'done': True, 'resource': item,
                     'totalBytesRewritten': item['size'], 'objectSize': item['size']})
+    if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/(.+)/moveTo/o/(.+)', parts.path):
+      bucket, source, target = map(unquote, match.groups())
+      if (token := headers.get('x-goog-gcs-idempotency-token')) and token in self._moved:
+        return _json(self._item(bucket, target))
+      if not self._path(bucket, source).is_file():
+        return _missing()
+      self._path(bucket, target).parent.mkdir(parents=True, exist_ok=True)
+      content = self._path(bucket, source).read_bytes()
+      self._delete(bucket, source)
+      self._moved.add(token)
+      return self._store(bucket, target, content, {})
     if match := re.fullmatch(r'(?:/download)?/storage/v1/b/([^/]+)/o/(.+)', parts.path):
       return self._object(method, unquote(match[1]), unquote(match[2]), query, headers)
     if match := re.fullmatch(r'/storage/v1/b/([^/]+)/o/?', parts.path):
       return self._list(unquote(match[1]), query)
     if match := re.fullmatch(r'/storage/v1/b/([^/]+)', parts.path):
+      if self.objects_only:
+        return _json({'error': {'code': 403, 'message': 'no storage.buckets.get access'}}, 403)
       return _json({'kind': 'storage#bucket', 'name': match[1], 'id': match[1], 'location': 'US',
                     'storageClass': 'STANDARD'}) if (self.folder / match[1]).is_dir() else _missing()
     if match := re.fullmatch(r'/([^/]+)/(.+)', parts.path):  # the XML interface
@@ -166,7 +212,7 @@ class Bucket:
     if item is None:
       return _missing()
     if method == 'DELETE':
-      self._path(bucket, name).unlink()
+      self._delete(bucket, name)
       return 204, {}, b''
     if query.get('ifGenerationNotMatch') == item['generation']:
       return 304, {}, b''
@@ -191,6 +237,10 @@ class Bucket:
       out['content-range'] = f'bytes {first}-{last}/{size}'
     return status, out, content
 
+  def _delete(self, bucket: str, name: str) -> None:
+    self._deleted[f'{bucket}/{name}'] = time.time(), self._item(bucket, name)
+    self._path(bucket, name).unlink()
+
   def _list(self, bucket: str, query: dict[str, str]) -> tuple[int, dict, bytes]:
     root = self.folder / bucket
     if not root.is_dir():
@@ -198,7 +248,13 @@ class Bucket:
     prefix, delimiter = query.get('prefix', ''), query.get('delimiter', '')
     # Only the folder that the prefix ends in can hold a match.
     below = root / prefix.rpartition('/')[0]
-    names = sorted(str(p.relative_to(root)) for p in below.rglob('*') if p.is_file()) if below.is_dir() else []
+    names = {str(p.relative_to(root)): p for p in below.rglob('*') if p.is_file()} if below.is_dir() else {}
+    gone = {}
+    if self.stale_s:
+      since = time.time() - self.stale_s
+      names = {name: p for name, p in names.items() if p.stat().st_mtime < since}
+      gone = {item['name']: item for when, item in self._deleted.values() if when > since and item['bucket'] == bucket}
+    names = sorted(names | gone)
     items, prefixes = [], set()
     for name in names:
       if not name.startswith(prefix) or name < query.get('startOffset', '') or name <= query.get('pageToken', ''):
@@ -210,7 +266,7 @@ class Bucket:
       else:
         items.append(name)
     page = items[:min(int(query.get('maxResults', _PAGE)), _PAGE)]
-    found = {'kind': 'storage#objects', 'items': [self._item(bucket, name) for name in page],
+    found = {'kind': 'storage#objects', 'items': [gone.get(name) or self._item(bucket, name) for name in page],
              'prefixes': sorted(prefixes)}
     if len(page) < len(items):
       found['nextPageToken'] = page[-1]
@@ -218,15 +274,21 @@ class Bucket:
 
   def _upload(self, method, bucket, query, headers, body) -> tuple[int, dict, bytes]:
     kind = query.get('uploadType')
+    if not (self.folder / bucket).is_dir():
+      return _missing()
     if 'upload_id' in query:
+      if query['upload_id'] not in self._uploads:
+        return _missing()
       _, name, content = self._uploads[query['upload_id']]
+      if query['upload_id'] in self._finished:  # asked again, because the answer was lost
+        return _json(self._item(bucket, name))
       match = re.fullmatch(r'bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)', headers.get('content-range', ''))
       if match and match[1]:
         del content[int(match[1]):]
       content += body
       if match and match[3] == '*':
         return 308, {'range': f'bytes=0-{len(content) - 1}'} if content else {}, b''
-      del self._uploads[query['upload_id']]
+      self._finished.add(query['upload_id'])
       return self._store(bucket, name, bytes(content), query)
     if kind == 'media':
       return self._store(bucket, query['name'], body, query)
@@ -319,15 +381,20 @@ class _Connection(asyncio.Protocol):
         bucket.in_flight -= 1
 
   async def _answer(self, bucket: Bucket, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
-    if bucket.latency_s:
+    if target != _CONTROL:
       await asyncio.sleep(bucket.latency_s)
-    if bucket.hang_rate and bucket._random.random() < bucket.hang_rate:
-      bucket.requests[method, 'hang'] += 1
-      await asyncio.sleep(3600)
-    if bucket.error_rate and bucket._random.random() < bucket.error_rate:
-      status, out, content = bucket._random.choice(bucket.error_statuses), {}, b'{"error": {"message": "made to fail"}}'
+      if bucket.unlucky('hang', method, target):
+        bucket.requests[method, 'hang'] += 1
+        await asyncio.sleep(3600)
+    if target != _CONTROL and bucket.unlucky('error', method, target):
+      status, out, content = bucket._random.choice(bucket.error_statuses), {}, b''
+      _, _, content = _json({'error': {'code': status, 'message': _REASONS.get(status, 'made to fail')}})
     else:
       status, out, content = bucket.answer(method, target, headers, body)
+      if method != 'GET' and target != _CONTROL and bucket.unlucky('lost', method, target):
+        bucket.requests[method, 'lost'] += 1
+        self.transport.abort()
+        return
     bucket.requests[method, status] += 1
     download = method == 'GET' and status in (200, 206) and 'x-goog-generation' in out
     out = {'content-length': str(len(content)), 'date': 'Thu, 01 Jan 2026 00:00:00 GMT', **out}
@@ -337,7 +404,7 @@ class _Connection(asyncio.Protocol):
       content = b''
     if download:
       bucket.largest_download = max(bucket.largest_download, len(content))
-      if bucket.truncate_rate and bucket._random.random() < bucket.truncate_rate:
+      if bucket.unlucky('truncate', method, target):
         bucket.requests[method, 'truncated'] += 1
         self.transport.write(head + content[:len(content) // 2])
         self.transport.close()
@@ -352,6 +419,13 @@ class _Connection(asyncio.Protocol):
       self.transport.write(head + content)
 
 
+def disturb(endpoint: str, **faults: float) -> dict[str, int]:
+  """Sets the faults of the server at `endpoint`, and ends all others. Returns how often it answered what."""
+  request = urllib.request.Request(endpoint + _CONTROL, json.dumps(faults).encode(), method='POST')
+  with urllib.request.urlopen(request, timeout=60) as answer:
+    return json.load(answer)
+
+
 def register() -> None:
   """Makes `gs://` of fsspec and epath talk to the server whose address is in BUCKET_FOR_TESTS. gcsfs isn't used."""
   import fsspec
@@ -364,12 +438,22 @@ def register() -> None:
   backend.fsspec_backend._get_filesystem.cache_clear()
 
 
+def unregister() -> None:
+  """Makes `gs://` of fsspec and epath what it is without this server."""
+  from etils.epath import backend
+
+  for protocol in ('gcs', 'gs'):
+    sys.modules['fsspec.registry']._registry.pop(protocol, None)
+  backend.fsspec_backend._get_filesystem.cache_clear()
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('folder')
   parser.add_argument('--port', type=int, default=0)
-  for name in ('latency_s', 'error_rate', 'truncate_rate', 'hang_rate', 'bytes_per_s'):
-    parser.add_argument(f'--{name}', type=float, default=0.0)
+  parser.add_argument('--seed', type=int, default=0)
+  for name, what in FAULTS.items():
+    parser.add_argument(f'--{name}', type=float, default=0.0, help=what)
   asyncio.run(Bucket(**vars(parser.parse_args())).run())
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import ast
+import bz2
 import gzip
 import hashlib
 import json
@@ -302,6 +303,15 @@ def test_small_files_that_claim_to_be_large_are_refused(tmp_path, monkeypatch):
   claim = str({'descr': '<u4', 'fortran_order': False, 'shape': (2**60,)}).encode()
   with pytest.raises(ValueError, match='not 3 lengths'):
     prepared._parse_lengths(iter([header + claim.ljust(117) + b'\n']), 128, 3, hashlib.sha256().update)
+
+
+@pytest.mark.parametrize('start', [b'', b'text\n', b'text\n"a', b'text\n' + b'"a\n",' * 300_000])
+def test_a_row_of_csv_without_end_is_refused(start, tmp_path, monkeypatch):
+  """100 kB of bz2 can hold gigabytes without a line end."""
+  monkeypatch.setattr(formats, '_LINE_BYTES', 2**20)
+  (tmp_path / 'x.csv.bz2').write_bytes(bz2.compress(start + b'a' * 2**24))
+  with pytest.raises(DataError, match=r'x\.csv\.bz2:[12]: the row is longer than 1048576 bytes'):
+    read_source(f'csv:{tmp_path}/x.csv.bz2')
 
 
 @pytest.mark.parametrize('content', [

@@ -121,7 +121,7 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
   closing.start()
   closing.join(SAVE_DEADLINE_S)
   if step is not None or outcome != 'is complete':
-    print(f'the checkpoint of step {step} {outcome}', file=sys.stderr)
+    print(f'the checkpoint{"" if step is None else f" of step {step}"} {outcome}', file=sys.stderr)
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:

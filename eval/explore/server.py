@@ -98,7 +98,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return 200, action(json.loads(body))
     except UserError as error:
       return 400, {'error': one_line(error)}
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
       return 400, {'error': 'not a request that the page makes'}
     except Exception:  # such as a device that is out of memory: the page stays up
       traceback.print_exc()

@@ -67,7 +67,8 @@ def _find_runs(
     try:
       inner = sorted(p for p in folder.iterdir() if p.name not in NOT_RUNS and not p.name.startswith('.'))
       folders = [p for p in inner if p.is_dir()]
-    except OSError:
+    except OSError as error:
+      sweep.note(folder, f'could not be read ({error.strerror or error}); its runs are left out')
       return
     for path in folders:
       yield from _find_runs(path, depth - 1, seen, points, sweep)

@@ -9,13 +9,14 @@ minute, until Ctrl-C.
 """
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from betarank.configs.errors import ConfigError, UserError
+from betarank.configs.errors import ConfigError, UserError, one_line
 from betarank.configs.parser import Parser, place
 from betarank.configs.terminal import waiting
 from betarank.eval.report.arms import read_sweep
@@ -59,12 +60,20 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--watch', action='store_true', help='write the report again every minute, until Ctrl-C')
   args = parser.parse_args(argv)
   out = args.out or ''
+  with waiting('reading the runs, and drawing'):
+    path = _write(args.root, out)
+  print(f'report: {path}' + (f', written again every {EVERY_S:.0f} s until Ctrl-C' if args.watch else ''), flush=True)
+  while args.watch:
+    time.sleep(EVERY_S)
+    try:
+      _write(args.root, out)
+    except UserError as error:  # a run may take weeks, in which a bucket fails and tokens expire
+      print(f'{one_line(error)}; tried again in {EVERY_S:.0f} s', file=sys.stderr, flush=True)
+
+
+def _write(root: str, out: str) -> epath.Path:
+  """Calls `write_report`. Raises UserError if a folder can't be read or written."""
   try:
-    with waiting('reading the runs, and drawing'):
-      path = write_report(args.root, out)
-    print(f'report: {path}' + (f', written again every {EVERY_S:.0f} s until Ctrl-C' if args.watch else ''), flush=True)
-    while args.watch:
-      time.sleep(EVERY_S)
-      write_report(args.root, out)
+    return write_report(root, out)
   except OSError as error:
-    raise UserError(str(error)) from None
+    raise UserError(f'{error.filename or root}: {error.strerror or error}') from None

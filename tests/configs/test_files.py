@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from betarank.configs.files import atomic_writer, write_atomically
+from tests.bucket import Bucket
 
 
 @pytest.fixture(params=['disk', 'bucket'])
@@ -40,6 +41,15 @@ def test_two_writers_at_once_both_write_a_whole_file(folder):
     assert path.read_text() == 'second'
     first.write(b'which ends last')
   assert path.read_text() == 'first, which ends last' and [p.name for p in folder.iterdir()] == ['x']
+
+
+def test_in_a_bucket_small_content_is_one_upload(tmp_path):
+  """Nothing is left if the process is killed, and no name is asked for or renamed."""
+  (tmp_path / 'bucket').mkdir()
+  with Bucket(tmp_path) as bucket:
+    write_atomically('gs://bucket/new/x.json', 'text')
+    assert sum(n for (method, _), n in bucket.requests.items() if method != 'GET') == 1
+  assert (tmp_path / 'bucket/new/x.json').read_text() == 'text'
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):

@@ -87,6 +87,20 @@ def test_hostile_texts_keep_every_byte(folder):
     assert not np.isin(ids, special).any(), text
 
 
+def test_a_pattern_that_takes_too_long_is_one_line(folders, tmp_path, capfd):
+  """The library panics then, which is no Exception."""
+  content = json.loads((pathlib.Path(folders['llama3']) / 'tokenizer.json').read_text())
+  split = content['pre_tokenizer']['pretokenizers'][0]
+  words = split['pattern']['Regex']
+  split['pattern']['Regex'] = rf'(?:~|~~|~~~)+!|{words}'  # no probe has such a text
+  tokenizer = read_tokenizer(edited(folders['llama3'], tmp_path / 'late', **content))
+  with pytest.raises(DataError, match=r'tokenizer.json: `tokenizers` can.t use it on a text .*retry-limit'):
+    tokenizer.encode('~' * 100)
+  split['pattern']['Regex'] = rf'(?:a|aa|aaa)+!|{words}'
+  with pytest.raises(DataError, match=r'tokenizer.json: `tokenizers` can.t use it on a text .*retry-limit'):
+    read_tokenizer(edited(folders['llama3'], tmp_path / 'early', **content))
+
+
 def test_ids_are_those_of_the_tokenizers_library(folder):
   tokenizer = read_tokenizer(folder)
   theirs = tokenizers.Tokenizer.from_file(f'{folder}/tokenizer.json')

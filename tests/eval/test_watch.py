@@ -1,5 +1,6 @@
 """Tests that the table of runs shows what the files of the runs say, within 80 columns."""
 
+import errno
 import io
 import json
 import os
@@ -99,6 +100,26 @@ def test_the_command_prints_once_and_names_what_is_wrong(root, tmp_path, capsys)
                       ([str(tmp_path / 'nothing')], 'no runs there'), (['gs:/x'], 'neither a local path nor a bucket')):
     with pytest.raises(UserError, match=words):
       watch.main(argv)
+
+
+def test_watching_goes_on_when_a_folder_can_not_be_read_for_a_while(root, monkeypatch, capsys):
+  for name in ('beta=0/train', 'beta=-0.25/train', 'beta=-0.25/rl'):
+    (root / name / 'config.json').unlink()
+  write_run(root / 'late', done=99)
+  read, sleeps = watch.read_folder, iter([fail, fail, None])
+
+  def sleep(_):
+    monkeypatch.setattr(watch, 'read_folder', next(sleeps) or read)
+    if watch.read_folder is read:
+      (root / 'late' / 'metrics.jsonl').write_text(line(100))
+  monkeypatch.setattr(time, 'sleep', sleep)
+  watch.main([str(root)])
+  out = capsys.readouterr().out
+  assert '100/100' in out
+
+
+def fail(_):
+  raise OSError(errno.EIO, 'the store failed (503)', 'gs://bucket/x')
 
 
 def test_watching_ends_when_all_have_finished(root, monkeypatch, capsys):

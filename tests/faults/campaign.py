@@ -53,6 +53,8 @@ class Campaign:
       Kind('pair', 12, ('train', tiny, '--workdir={workdir}', '--config.model.layers=1', '--config.log.samples=0',
                         '--host_deadline_s=8'), processes=2),
       Kind('rl', 6, ('rl', config, '--workdir={workdir}')),
+      # The cache has room for 5 of the 16 rows at their greatest length, so samples stop and are drawn again.
+      Kind('paged', 4, ('rl', config, '--workdir={workdir}', '--config.rl.steps=4', '--config.rl.cache_tokens=640')),
       # Problems whose answers go to the verifier's workers.
       Kind('workers', 3, ('rl', config, '--workdir={workdir}', '--config.rl.steps=3', '--config.rl.eval_prompts=2',
                           '--config.rl.task.uri=reasoning:decimal_chain_sum?max_terms=2&max_digits=1')),
@@ -76,7 +78,7 @@ class Campaign:
     run = lambda *args: self.finish_well(self.start(self.root / 'setup', args))
     if wanted & {'train', 'pair'} and not self.data.exists():
       run('data', 'prepare', f'--config=tests/tiny.py:dir={self.data}')
-    if wanted & {'rl', 'workers'} and not self.trained.exists():
+    if wanted & {'rl', 'workers', 'paged'} and not self.trained.exists():
       source = '--config.data.sources.main.uri=reasoning:chain_sum'
       tiny = f'--config=tests/tiny.py:dir={self.sums},beta=0'
       run('data', 'prepare', tiny, source)
@@ -110,16 +112,17 @@ class Campaign:
   def undisturbed(self, kind: Kind) -> pathlib.Path:
     return self.root / 'undisturbed' / kind.name / 'workdir'
 
-  def start(self, place: pathlib.Path, args, fault: dict | None = None, **popen) -> subprocess.Popen:
+  def start(self, place: pathlib.Path, args, fault: dict | None = None, env: dict | None = None,
+            cwd: pathlib.Path = ROOT, **popen) -> subprocess.Popen:
     (place / 'tmp').mkdir(exist_ok=True)
-    settings = {**environment(), 'HOME': str(place), 'TMPDIR': str(place / 'tmp'),
+    settings = {**environment(), **(env or {}), 'HOME': str(place), 'TMPDIR': str(place / 'tmp'),
                 'PYTHONDONTWRITEBYTECODE': '1',
                 # Compiled once: all runs have the same programs, and take five seconds instead of fifteen.
                 'JAX_COMPILATION_CACHE_DIR': str(self.root / 'programs'),
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
     module = ('tests.faults.child',) if fault else ('betarank',)
     return subprocess.Popen(
-      [sys.executable, '-m', *module, *args], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+      [sys.executable, '-m', *module, *args], cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
       stderr=subprocess.PIPE, env={**settings, 'FAULT': json.dumps(fault)} if fault else settings, **popen)
 
   def launch(self, kind: Kind, workdir: pathlib.Path, *flags: str, **options) -> list[subprocess.Popen]:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import time
 
+from tests.faults import buckets
 from tests.faults.campaign import SUMS, Campaign, Kind, Missed, kill_all, processes
 
 DAMAGE = {
@@ -132,6 +133,55 @@ def killed_inside(name: str, at: str, calls: int, longest_s: float):
     return c.resume(kind, workdir, hits)
   fault.points = KILLS
   return fault
+
+
+def killed_parts(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
+  """SIGKILL in each of two parts of a preparation and in its end: the result is that of one machine."""
+  kind = c.kinds['data']
+  workdir = c.workdir(kind, place)
+  config, hits = f'--config=tests/tiny.py:dir={workdir}/prepared', []
+  size = '--config.data.sources.main.max_documents=20000'
+  [tokenizer] = [c.start(place, ('data', 'tokenizer', config, size))]
+  c.finish_well(tokenizer)
+  for command in (['prepare', '--part=1/2'], ['prepare', '--part=2/2'], ['finish']):
+    args = ('data', *command, config, size)
+    process = c.start(place, args)
+    with contextlib.suppress(Missed):
+      wait([process], lambda: True, rng.uniform(0.3, 4.0))
+      kill_all(place)
+      hits.append(' '.join(command))
+    c.finish(process)
+    c.finish_well(c.start(place, args))
+  c.check_same(kind, workdir)
+  c.check_clean(place)
+  if not hits:
+    raise Missed('it had ended before')
+  return hits
+
+
+killed_parts.points = 2
+
+
+def swapped_tokenizer(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """The tokenizer's file is replaced during a run, which may notice it; a resumed one is refused."""
+  kind = c.kinds['train']
+  workdir = c.workdir(kind, place)
+  copy = shutil.copytree(c.data, place / 'data')
+  path, flag = copy / 'tokenizer.model', f'--config=tests/tiny.py:dir={copy}'
+  good, other = path.read_bytes(), (c.sums / 'tokenizer.model').read_bytes()
+  assert good != other
+  running = c.launch(kind, workdir, flag)
+  wait(running, lambda: last_step(workdir) >= 1, rng.uniform(0, 0.5))
+  path.write_bytes(other)
+  if stopped := rng.random() < 0.7:
+    running[0].kill()
+  code, _, err = c.finish(running[0])
+  assert code in (0, -signal.SIGKILL) or (code == 2 and 'tokenizer' in one_line(err)), err[-600:]
+  line = c.refused(c.launch(kind, workdir, flag))
+  assert 'tokenizer' in line, line
+  path.write_bytes(good)
+  c.resume(kind, workdir, [''], flag)
+  return 'killed, refused, resumed' if stopped else f'status {code}, refused, resumed'
 
 
 def killed_pair(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
@@ -470,6 +520,14 @@ CLASSES = {
   'pretrain SIGKILL in a save\'s manifest': (
     killed_inside('train', 'betarank.runtime.integrity:write', 3, 0.01), 'train', 50),
   'RL SIGKILL': (killed('rl'), 'rl', 100),
+  'RL SIGKILL in paged sampling': (killed_inside(
+    'paged', 'betarank.train.pages:Pages.grow betarank.train.pages:Pages.start', 60, 0.05), 'paged', 100),
+  'RL SIGKILL in the replacement of groups': (killed_inside(
+    'paged', 'betarank.rl.loop:prompts_wanted', 40, 0.05), 'paged', 50),
+  'RL SIGKILL in a packed update': (killed_inside(
+    'paged', 'betarank.rl.packing:microbatches betarank.rl.loop:learn', 3, 0.1), 'paged', 50),
+  'data SIGKILL in parts': (killed_parts, 'data train rl', 100),
+  'tokenizer swapped': (swapped_tokenizer, 'train rl', 25),
   'RL SIGKILL in a rollout': (killed_inside('rl', 'betarank.rl.loop:graded_groups', 12, 0.3), 'rl', 100),
   'eval SIGKILL': (killed_inside(
     'eval', 'betarank.eval.generate:judged betarank.eval.generate:SampleFile.append', 24, 0.02),
@@ -487,4 +545,5 @@ CLASSES = {
   'hung data source': (hung_source, 'train', 25),
   'dead verifier pool': (dead_verifiers, 'workers', 25),
   'two launches': (launched_twice, 'train', 25),
+  **buckets.CLASSES,
 }

@@ -2,14 +2,18 @@
 files.
 """
 
+import bz2
 import contextlib
+import csv
 import dataclasses
 import gzip
 import io
 import itertools
 import json
+import lzma
 import pathlib
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -176,6 +180,103 @@ def jsonl(folder):
     path = folder / ('x.jsonl.gz' if case[0] else 'x.jsonl')
     path.write_bytes(case[1])
     read_all(f'jsonl:{path}')
+
+  return make, check, nothing
+
+
+def _csv_bytes(separator: str) -> bytes:
+  out = io.StringIO()
+  rows = csv.writer(out, delimiter=separator)
+  rows.writerows([('n', 'text'), *enumerate(documents(8)), (0, 'with "quotes", commas\nand lines')])
+  return out.getvalue().encode()
+
+
+@target(80, DataError)
+def csv_rows(folder):
+  path = folder / 'x.csv'
+  goods = [_csv_bytes(','), b'\xef\xbb\xbf' + _csv_bytes(','), b'text\r\n"a"\r\n']
+  words = [b'"', b'""', b'"\n', b',', b'\r', b'\n"', b'\xed\xa0\x80']
+  return files(path, goods, words, lambda: read_all(f'csv:{path}'))
+
+
+def _pack(kind: str, content: bytes) -> bytes:
+  import pyarrow
+
+  pack = {'gz': lambda data: gzip.compress(data, mtime=0), 'bz2': bz2.compress, 'xz': lzma.compress,
+          'zst': lambda data: pyarrow.compress(data, 'zstd', asbytes=True)}
+  return pack[kind](content)
+
+
+@target(120, DataError)
+def packed(folder):
+  """Compressed files: damaged, with a false suffix, in several parts, compressed twice, and far larger inside."""
+  lines = '\n'.join(json.dumps({'text': text}) for text in documents(9)).encode()
+  contents = {'jsonl': lines, 'csv': _csv_bytes(','), 'tsv': _csv_bytes('\t'), 'txt': lines}
+  kinds = ('gz', 'bz2', 'xz', 'zst')
+  goods = {(name, kind): _pack(kind, content) for name, content in contents.items() for kind in kinds}
+  bombs = {(name, kind): _pack(kind, contents[name][:40] + b'a' * 2**24) for name, kind in goods}
+
+  def make(rng, good=False):
+    name, kind = rng.choice(list(goods))
+    if good:
+      return name, kind, goods[name, kind]
+    how = rng.randrange(8)
+    if how == 0 and rng.random() < 0.1:  # these take long
+      return name, kind, bombs[name, kind]
+    if how == 1:
+      return name, rng.choice(kinds), goods[name, kind]
+    if how == 2:
+      return name, kind, goods[name, kind] + rng.choice((goods[name, kind], goods[name, rng.choice(kinds)], b'\0' * 9))
+    if how == 3:
+      return name, kind, _pack(rng.choice(kinds), goods[name, kind])
+    if how == 4:
+      return name, kind, _pack(kind, mutate.data(rng, contents[name]))
+    return name, kind, mutate.data(rng, goods[name, kind], list(goods.values()))
+
+  def check(case):
+    name, kind, content = case
+    path = folder / f'x.{name}.{kind}'
+    path.write_bytes(content)
+    reader = {'txt': 'text', 'tsv': 'csv'}.get(name, name)
+    read_all(f'{reader}:{path}', 4096)
+
+  return make, check, nothing
+
+
+@target(60, DataError)
+def hf_folder(folder):
+  """Folders as Hugging Face lays data sets out: splits in names, compressed files, and what else may lie there."""
+  import pyarrow
+  import pyarrow.parquet
+
+  sink = io.BytesIO()
+  pyarrow.parquet.write_table(pyarrow.table({'text': documents(3)}), sink)
+  lines = '\n'.join(json.dumps({'text': text}) for text in documents(9)).encode()
+  contents = {'.parquet': sink.getvalue(), '.jsonl': lines, '.jsonl.zst': _pack('zst', lines), '.csv': _csv_bytes(','),
+              '.json': json.dumps({'citation': '', 'splits': {'train': {'num_bytes': 2**63}}}).encode(), '.txt': lines}
+  words = ('train', 'test', 'validation', 'data/train-00000-of-00002', 'a/b/c/train', '.hidden', '_', 'x\ny', 'é',
+           '..x', '*', '[a', '#', '?', 'train-' + 'x' * 200)
+
+  def make(rng, good=False):
+    kind = rng.choice(('parquet', 'jsonl', 'csv', 'text'))
+    if good:
+      return kind, '', {'dataset_infos.json': contents['.json'], 'README.md': b'# Words', **{
+        f'data/train-0{suffix}': content for suffix, content in contents.items() if suffix != '.json'}}
+    tree = {}
+    for _ in range(rng.randint(1, 5)):
+      suffix = rng.choice(list(contents))
+      content = contents[suffix]
+      tree[rng.choice(words) + suffix] = mutate.data(rng, content) if rng.random() < 0.3 else content
+    return kind, rng.choice(('', '', '/', '/**/*', '/*', '/data', '#text', '#nope', '/*#text')), tree
+
+  def check(case):
+    kind, end, tree = case
+    place = folder / 'set'
+    shutil.rmtree(place, ignore_errors=True)
+    for name, content in tree.items():
+      (place / name).parent.mkdir(parents=True, exist_ok=True)
+      (place / name).write_bytes(content)
+    read_all(f'{kind}:{place}{end}')
 
   return make, check, nothing
 

@@ -1,5 +1,6 @@
 """The targets that read what models and runs have written: answers, benchmarks, and the files that a report reads."""
 
+import contextlib
 import gzip
 import html.parser
 import json
@@ -251,3 +252,78 @@ def report_page(folder):
   from betarank.eval.report.command import write_report
 
   return _report(folder, lambda root: _Tags().feed(write_report(str(root), str(folder / 'out')).read_text()))
+
+
+@target(60)
+def explore(folder):
+  """Raw requests to the server of `betarank explore`: each is answered, and only the page's own with 200."""
+  import socket
+  import threading
+  import urllib.parse
+
+  from betarank.eval.explore import command, page
+  from betarank.eval.explore.server import Server
+
+  class Explorer:
+    """Answers as the real one does, without a model."""
+
+    def about(self):
+      return {'models': ['a']}
+
+    def text(self, text, samples=0, sampling=None):
+      return {'text': text, 'samples': samples, 'sampling': repr(sampling)}
+
+    document = problem = lambda self, *values: {'values': repr(values)}
+
+  server = Server(page.served(), command.actions(Explorer()))
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  host, port = server.server_address
+  root = urllib.parse.urlsplit(server.url).path
+  sampling = {'temperature': 1.0, 'top_p': 1.0, 'max_new_tokens': 8, 'seed': 0}
+  bodies = {'about': {}, 'text': {'text': 'one'}, 'continue': {'text': 'one', 'samples': 2, **sampling},
+            'document': {'source': 'main', 'index': 3}, 'problem': {'index': 1, 'samples': 2, **sampling}}
+  paths = ('', 'page.css', 'page.js', '../page.py', '..%2f..%2fetc/passwd', '/etc/passwd', 'api/', 'api/../page.js',
+           '%00')
+
+  def request(method, path, body=b'', **headers):
+    head = {'Host': f'{host}:{port}', **({'Content-Type': 'application/json'} if body else {}),
+            **({'Content-Length': len(body)} if body else {}), **headers}
+    lines = [f'{method} {path} HTTP/1.1', *(f'{name}: {value}' for name, value in head.items())]
+    return '\r\n'.join(lines).encode('utf-8', 'surrogatepass') + b'\r\n\r\n' + body
+
+  def make(rng, good=False):
+    action = rng.choice(list(bodies))
+    body = json.dumps(bodies[action]).encode()
+    if good:
+      return True, request('POST', f'{root}api/{action}', body) if rng.random() < 0.7 else request('GET', root)
+    how = rng.randrange(6)
+    if how == 0:
+      return False, request('POST', f'{root}api/{action}', mutate.json_text(rng, bodies[action])[:2**15])
+    if how == 1:
+      return False, request('GET', rng.choice((root, '/', '/x/', '//', root[:-2])) + rng.choice(paths))
+    if how == 2:
+      name, value = rng.choice((('Origin', 'null'), ('Origin', 'http://evil.example'), ('Sec-Fetch-Site', 'cross-site'),
+                                ('Host', 'evil.example'), ('Host', f'localhost.evil.example:{port}'),
+                                ('Content-Type', 'text/plain'), ('Content-Length', 10**12), ('Origin', ''),
+                                ('Content-Length', -1), ('Host', f'[::1]:{port}'), ('Host', f'127.0.0.1:{port}@evil')))
+      return None, request('POST', f'{root}api/{action}', body, **{name: value})
+    words = [b'\r\n', b'\r\n\r\n', b'HTTP/0.9']
+    return False, mutate.data(rng, request('POST', f'{root}api/{action}', body), tokens=words)
+
+  def check(case):
+    good, sent = case
+    with socket.create_connection((host, port), timeout=20) as connection:
+      with contextlib.suppress(OSError):  # it has closed already
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+      answer = b''
+      with contextlib.suppress(ConnectionError):
+        while part := connection.recv(2**16):
+          answer += part
+    status = int((re.match(rb'HTTP/1\.[01] (\d{3}) ', answer) or [0, b'0'])[1])
+    assert status == 200 or good is not True, answer[:200]
+    assert status != 200 or good is not None, 'a foreign request was answered'
+    assert status < 500 or status in (501, 505), answer[:300]
+    assert b'root:' not in answer and b'Traceback' not in answer
+
+  return make, check, server.shutdown

@@ -1,7 +1,11 @@
 """Tests that a restored checkpoint equals the saved state, on any mesh, and that errors name what can't be restored."""
 
+import dataclasses
+import errno
+import itertools
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -13,6 +17,7 @@ from betarank.runtime import checkpoint
 from betarank.runtime.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from betarank.runtime.state import abstract_state, create_state
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
+from tests.bucket import Bucket
 
 C = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -53,6 +58,71 @@ def test_restored_on_any_mesh_it_is_the_same(saved, shape):
   assert meta['cursor'] == {'row': 5} and meta['step'] == 3
   q = state.params['layers']['attention']['q_DNH']
   assert q.sharding.mesh.shape == mesh.shape
+
+
+def test_a_wall_clock_that_jumps_ends_no_save(saved, tmp_path, monkeypatch):
+  """Orbax measures on it how long a save takes."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  state, _ = checkpoints.restore(abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+  checkpoints.close()
+  now, real = itertools.count(0, 86_400), time.time
+  monkeypatch.setattr(time, 'time', lambda: real() + next(now))  # a day at each look
+  checkpoints = Checkpoints(tmp_path, KEEP)
+  checkpoints.save(state, {'config': {}}, 1)
+  checkpoints.close()
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [1]
+
+
+STORE = ("ABORTED: Error opening \"zarr\" driver: Error reading gs://b/x: All 32 retry attempts failed: busy "
+         "[http_response_body='{\\\"error\\\": {\\\"code\\\": 503, \\\"message\\\": \\\"can\\'t\\\"}}'] "
+         "[http_response_code='503'] [tensorstore_spec='{\\\"driver\\\":\\\"zarr\\\",\\\"dtype\\\":\\\"float32\\\"}']")
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_what_a_store_refuses_is_told_by_its_own_process(saved, processes, monkeypatch):
+  """Not by the watchdog, which would look for a lost process; and with the reason, not with the end of a long text."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  monkeypatch.setattr(checkpoint, '_process_index_and_count', lambda: (0, processes))
+
+  def write():
+    raise ValueError(STORE)
+
+  with pytest.raises(CheckpointError, match=r"attempts failed: busy \[http_response_code='503'\]\); the last good one"):
+    checkpoints._guard(write)
+  checkpoints.close()
+
+
+def test_a_store_that_can_not_be_listed_either_hides_no_error(saved, monkeypatch):
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+
+  def fail(*_):
+    raise OSError(errno.EIO, 'the store failed (403)', 'gs://bucket/x')
+
+  monkeypatch.setattr(checkpoint, 'steps', fail)
+  told = r'not be written to .*the store failed \(403\).*last good one is the newest in .*, which can.t be listed now'
+  with pytest.raises(CheckpointError, match=told):
+    checkpoints._guard(fail)
+  assert checkpoints.describe().endswith("which can't be listed now")
+  checkpoints.close()
+
+
+def test_old_checkpoints_in_a_bucket_are_deleted_by_who_may_only_use_its_objects(saved, tmp_path):
+  """As roles/storage.objectAdmin, which docs/tpu.md gives to workers: Orbax asks for the bucket's description first."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  state, _ = checkpoints.restore(abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+  checkpoints.close()
+  (tmp_path / 'bucket').mkdir()
+  with Bucket(tmp_path, objects_only=1):
+    checkpoints = Checkpoints('gs://bucket/run', dataclasses.replace(KEEP, keep=1))
+    for step in (1, 2):
+      checkpoints.save(state, {'config': {}}, step)
+    checkpoints.close()
+    assert checkpoint.steps(epath.Path('gs://bucket/run/checkpoints')) == [2]
+  assert not [path for path in (tmp_path / 'bucket/run/checkpoints/1').rglob('*') if path.is_file()]
 
 
 def test_weights_alone(saved):

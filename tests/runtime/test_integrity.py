@@ -3,6 +3,7 @@
 An earlier good checkpoint is used only if the user asks for it.
 """
 
+import errno
 import json
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ from etils import epath
 from betarank.runtime import checkpoint, integrity
 from betarank.runtime.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from betarank.runtime.state import abstract_state, create_state
+from tests.bucket import Bucket
 from tests.runtime.test_checkpoint import TX, C, mesh_of
 
 KEEP = CheckpointConfig(every_steps=1, keep=3, keep_every_steps=0)
@@ -112,6 +114,39 @@ def test_fallback_moves_what_is_damaged_aside_and_goes_on_from_the_good_one(copi
   checkpoints.close()
   assert (copied.parent / 'damaged' / '2' / 'meta').exists() and checkpoint.steps(copied) == [1, 2]
   checkpoint.check(copied / '2')
+
+
+def test_a_store_that_fails_is_no_damage(good, bucket, monkeypatch):
+  """Else --fallback would move a good checkpoint aside."""
+  def fail(*_):
+    raise OSError(errno.EIO, 'the store failed (503)', 'gs://bucket/x')
+
+  for name in ('manifest.json', *files(good / '2')):
+    path = bucket / '2' / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((good / '2' / name).read_bytes())
+  for broken in ('_check_size', '_check_block', 'read'):
+    with monkeypatch.context() as patch:
+      patch.setattr(integrity, broken, fail)
+      with pytest.raises(OSError, match='the store failed'):
+        integrity.damage(bucket / '2')
+      assert integrity.damage(epath.Path(good / '2')).endswith('the store failed (503)')  # of a disk, it is
+  assert not integrity.damage(bucket / '2')
+
+
+def test_fallback_in_a_bucket(good, tmp_path):
+  run = tmp_path / 'bucket/run'
+  for step in '12':
+    shutil.copytree(good / step, run / 'checkpoints' / step)
+    (run / 'checkpoints' / step / checkpoint.COMMITTED).touch()
+  (run / 'checkpoints/2/meta/metadata').unlink()
+  (run / 'damaged/2').mkdir(parents=True)
+  (run / 'damaged/2/left').write_text('by an earlier fallback')
+  with Bucket(tmp_path):
+    checkpoint._ensure_newest_is_valid(epath.Path('gs://bucket/run/checkpoints'), fallback=True)
+    assert checkpoint.steps(epath.Path('gs://bucket/run/checkpoints')) == [1]
+  moved = {str(path.relative_to(run / 'damaged/2')) for path in (run / 'damaged/2').rglob('*') if path.is_file()}
+  assert {'manifest.json', *files(good / '2')} - moved == {'meta/metadata'} and 'left' not in moved
 
 
 def test_without_a_good_one_fallback_is_refused_and_nothing_moved(copied):

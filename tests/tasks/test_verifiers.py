@@ -156,6 +156,31 @@ def test_the_deadline_is_of_cpu_time(tmp_path, monkeypatch):
     assert found == [RIGHT, UNDECIDED] and verifier.counts['timeouts'] == 1
 
 
+def test_time_without_a_cpu_is_not_counted(tmp_path, monkeypatch):
+  """On a machine so busy that a worker waits for a CPU longer than the limit on wall time, the verdict is the same."""
+  script = tmp_path / 'worker.py'
+  script.write_text(SLEEPY)
+  monkeypatch.setattr(worker_pool, '_WORKER', script)
+  monkeypatch.setattr(worker_pool, '_waited_s', lambda pid: time.monotonic())  # its sleep seems to be such time
+  with Verifier(VerifierConfig(workers=1, deadline_s=0.1)) as verifier:
+    assert verifier.verify([(answers('1+x')[0], task('x+1'))]) == [RIGHT]
+
+
+def test_the_system_says_how_long_a_process_waited_for_a_cpu():
+  pinned = 'import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nwhile True: pass'
+  busy = [subprocess.Popen([sys.executable, '-c', pinned]) for _ in range(2)]
+  try:
+    until = time.monotonic() + 30
+    while worker_pool._waited_s(busy[0].pid) < 0.1 and time.monotonic() < until:
+      time.sleep(0.05)
+    assert 0.1 <= worker_pool._waited_s(busy[0].pid) < 31
+  finally:
+    for process in busy:
+      process.kill()
+      process.wait()
+  assert worker_pool._waited_s(2**22 + 1) == 0.0
+
+
 def test_a_grade_tells_how_it_came_about(verifier):
   right, wrong, missing, undecided = verifier.grade([
     (text, task(gold)) for text, gold in ((answers('x = 3')[0], '3'), (answers('8 = 7')[0], '7'), ('7', '7'),

@@ -25,7 +25,7 @@ def crash(_):
 @pytest.fixture(scope='module')
 def server():
   actions = {'echo': lambda request: request, 'fail': fail, 'broken': lambda request: request['missing'],
-             'crash': crash}
+             'crash': crash, 'number': lambda request: float(request['x'])}
   with Server(page.served(), actions) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -63,7 +63,8 @@ def test_an_action_gets_json_and_answers_json(ask):
 def test_an_error_is_told_in_one_line_without_details(ask):
   status, _, content = ask('POST', 'api/fail', '{}', JSON)
   assert status == 400 and json.loads(content) == {'error': 'the reason, in words'}
-  for action, body in (('broken', '{}'), ('echo', '{'), ('echo', '[' * 60_000), ('broken', '[]'), ('echo', b'\xff')):
+  for action, body in (('broken', '{}'), ('echo', '{'), ('echo', '[' * 60_000), ('broken', '[]'), ('echo', b'\xff'),
+                       ('number', '{"x": ' + '9' * 400 + '}')):
     status, _, content = ask('POST', f'api/{action}', body, JSON)
     assert status == 400 and json.loads(content) == {'error': 'not a request that the page makes'}
 

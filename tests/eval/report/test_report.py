@@ -1,7 +1,9 @@
 """Tests that the page shows the content of the runs, and says what is missing or odd, whatever the files contain."""
 
+import errno
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,9 +12,10 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from betarank.configs.errors import ConfigError
-from betarank.eval.report import command, curves, figures
+from betarank.eval.report import arms, command, curves, figures
 from tests.eval import sweep
 from tests.runs import BETARANK, environment
 
@@ -287,6 +290,39 @@ def test_signs_in_rl_that_a_person_should_look_at_are_listed(tmp_path):
   for said in ('no reward signal', 'every sample is truncated', 'the reward does not move', 'the entropy collapses'):
     assert f'rl/arm0-seed0: {said}' in page.text
   assert '4 things are missing or odd' in page.text
+
+
+def test_a_watched_report_waits_for_a_folder_that_can_not_be_read(tmp_path, monkeypatch, capsys):
+  results = iter([tmp_path / 'report.html', OSError(errno.EIO, 'the store failed (503)', 'gs://bucket/x'),
+                  KeyboardInterrupt()])
+
+  def write(*_):
+    if isinstance(result := next(results), BaseException):
+      raise result
+    return result
+
+  monkeypatch.setattr(command, 'write_report', write)
+  monkeypatch.setattr(time, 'sleep', lambda _: None)
+  with pytest.raises(KeyboardInterrupt):
+    command.main([str(tmp_path), '--watch'])
+  assert capsys.readouterr().err.endswith('gs://bucket/x: the store failed (503); tried again in 60 s\n')
+
+
+def test_a_folder_that_can_not_be_read_is_noted(tmp_path, monkeypatch):
+  sweep.make(tmp_path, arms=({},), seeds=1, steps=3, rl_steps=2, problems=2, n=2)
+  (tmp_path / 'locked/inner').mkdir(parents=True)
+  listed = os.listdir
+
+  def refuse(path, *_):
+    if str(path).endswith('locked'):
+      raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    return listed(path)
+
+  monkeypatch.setattr(os, 'listdir', refuse)
+  found = arms.read_sweep(epath.Path(tmp_path))
+  assert len(found.runs) == 2
+  told = 'locked: could not be read (Permission denied); its runs are left out'
+  assert [note for note in found.notes if note.endswith(told)]
 
 
 def test_a_watched_report_is_written_again_until_it_is_interrupted(tmp_path, monkeypatch):

@@ -1,0 +1,114 @@
+"""Makes a bucket (gs://) behave like a disk: what another process wrote is seen, and what fails is an OSError.
+
+gcsfs, with which fsspec and epath open buckets, differs from a disk in three ways that programs don't expect:
+
+- It lists a folder once and then answers from memory, so files that other machines write later don't exist.
+- Its errors have no common type, and many aren't OSErrors. It answers False to is_dir() if the bucket can't be asked.
+- mkdir() creates the bucket itself if there is none of that name. With a misspelt name that is a new, empty bucket.
+
+`register` replaces it by a subclass without these habits. A request that the store refuses for about half a minute
+(429, 5xx, no connection, an expired token) raises OSError with errno EIO, the path, and the store's reason in one line.
+"""
+
+import errno
+import functools
+import logging
+import re
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any
+
+from betarank.configs.errors import one_line
+
+_PROTOCOLS = ('gs', 'gcs')
+
+
+def register() -> None:
+  """Makes fsspec and epath open gs:// as this module describes. Every process that may use a bucket must call this.
+
+  gcsfs itself is imported when a bucket is opened. Does nothing if gs:// has been opened before.
+  """
+  import fsspec
+
+  for protocol in _PROTOCOLS:
+    if protocol not in fsspec.registry:
+      fsspec.register_implementation(protocol, f'{__name__}.GoogleFiles', clobber=True,
+                                     errtxt='Please install gcsfs to access Google Storage')
+
+
+def __getattr__(name: str) -> type:
+  if name != 'GoogleFiles':
+    raise AttributeError(name)
+  import gcsfs
+
+  for name in ('gcsfs', 'fsspec'):  # they log a traceback for each error that they raise
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  return like_a_disk(gcsfs.GCSFileSystem)
+
+
+@functools.cache
+def like_a_disk(files: type) -> type:
+  """Returns the subclass of gcsfs.GCSFileSystem that this module describes.
+
+  files: gcsfs.GCSFileSystem, or a class with the same methods.
+  """
+
+  class Files(files):
+
+    def __init__(self, *args, **kwargs):
+      try:
+        super().__init__(*args, **{**kwargs, 'use_listings_cache': False})
+      except Exception as error:  # no credentials, for example
+        raise _store_error('gs://', error) from error
+
+    async def _call(self, method: str, path: str, *args, **kwargs) -> Any:
+      try:
+        return await super()._call(method, path, *args, **kwargs)
+      except FileExistsError:
+        raise
+      except FileNotFoundError as error:
+        if '/upload/' not in path:
+          raise
+        raise _store_error(_name(path, args), 'no such bucket') from error
+      except Exception as error:  # of gcsfs, aiohttp, requests or google.auth
+        raise _store_error(_name(path, args), error) from error
+
+    async def _isdir(self, path: str) -> bool:
+      try:
+        return (await self._info(path))['type'] == 'directory'
+      except FileNotFoundError:
+        return False
+
+    async def _isfile(self, path: str) -> bool:
+      try:
+        return (await self._info(path))['type'] == 'file'
+      except FileNotFoundError:
+        return False
+
+    async def _mkdir(self, *_, **__) -> None:
+      """Does nothing, because a bucket has no folders."""
+
+    async def _makedirs(self, *_, **__) -> None:
+      """Does nothing, because a bucket has no folders."""
+
+  return Files
+
+
+def _name(path: str, args: Sequence[str]) -> str:
+  """Returns gs://BUCKET/NAME of a request.
+
+  Args:
+    path: the path of the URL without its first part, such as b/{}/o/{}; the whole URL of an upload or download.
+    args: the words to put in place of {}: a bucket, and the name of an object.
+  """
+  url = urllib.parse.urlsplit(path)
+  if whole := re.search('/b/([^/{]+)/o/?(.*)', url.path):
+    names = urllib.parse.parse_qs(url.query).get('name', [urllib.parse.unquote(whole[2])])
+    return '/'.join([f'gs://{whole[1]}', *filter(None, names)])
+  return f'gs://{"/".join(map(str, args))}'
+
+
+def _store_error(name: str, reason: object) -> OSError:
+  """Returns the OSError for a request about `name` that the store refused. reason: an error, or its message."""
+  text = one_line(reason)[:300] or type(reason).__name__
+  return OSError(errno.EIO, f'the store failed ({text})', name)

@@ -1,0 +1,180 @@
+"""Reserves a folder in a bucket for one command, as a lock file does on a disk.
+
+    with hold('gs://bucket/run', '.lease') as holder:
+      ...  # holder is '' if this process has the lease, else a text that names the process that has it
+
+The lease is a small object that names its process. It is created only if it doesn't exist, and replaced only if nobody
+else has replaced it; the store checks both, so two commands never hold one lease. The process renews its lease every
+RENEW_S seconds, and deletes it at the end. No clocks are compared: a command that finds a lease waits for a renewal. If
+none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the process ran on this machine,
+where it can look whether the process is alive.
+
+A process that was suspended, or had no connection, may lose its lease while it still runs. It ends as soon as it learns
+this at its next renewal, and may have written until then.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from betarank.configs.errors import UserError, one_line
+from betarank.runtime.rendezvous import EXIT_JOB_LOST
+
+RENEW_S = 15.0
+STALE_S = 60.0  # four renewals
+SCHEMES = ('gs', 's3')  # whose conditional writes TensorStore knows
+_RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '16s'}  # about half a minute in all
+_STORE_ERRORS = (ValueError, RuntimeError, OSError)  # of TensorStore
+
+
+@contextlib.contextmanager
+def hold(folder: str, name: str) -> Iterator[str]:
+  """Holds the lease FOLDER/NAME until the block ends. Yields '', or the name of the process that holds it already.
+
+  There are leases only in gs:// and s3://.
+
+  Raises:
+    UserError: the lease can't be read or written.
+  """
+  if folder.partition('://')[0] not in SCHEMES:
+    yield ''
+    return
+  lease = _Lease(folder, name)
+  if holder := lease.take():
+    yield holder
+    return
+  ended = threading.Event()
+  renewing = threading.Thread(target=lease.renew, args=(ended,), name='lease', daemon=True)
+  renewing.start()
+  try:
+    yield ''
+  finally:
+    ended.set()
+    renewing.join(RENEW_S)  # a renewal may be on its way
+    lease.release()
+
+
+class _Lease:
+
+  def __init__(self, folder: str, name: str):
+    import tensorstore
+
+    self._path, self._name = f'{folder}/{name}', name
+    retries = {f'{scheme}_request_retries': _RETRIES for scheme in ('gcs', 's3')}
+    with self._store_errors_as_user_errors():
+      self._store = tensorstore.KvStore.open(f'{folder.rstrip("/")}/', context=tensorstore.Context(retries)).result()
+    self._content = {'holder': f'process {os.getpid()} on {socket.gethostname()}', 'id': uuid.uuid4().hex,
+                     **_process(os.getpid())}
+    self._generation = b''  # of the object that this process has written
+
+  def take(self) -> str:
+    """Takes the lease if nobody has it. Returns '', or the name of the process that holds it."""
+    with self._store_errors_as_user_errors():
+      waited_for, since = b'', time.monotonic()  # the generation whose renewal is waited for
+      while True:
+        found, generation = self._read()
+        if waited_for and found and generation != waited_for:
+          return found['holder']
+        if found is None or _is_gone(found) or time.monotonic() - since >= STALE_S:
+          if self._write(self._content, generation) or self._is_own():
+            return ''
+          waited_for, since = b'', time.monotonic()  # another command was faster
+        elif found['place'] and found['place'] == self._content['place']:
+          return found['holder']
+        else:
+          if not waited_for:
+            print(f'{self._path} is held by {found["holder"]}; waiting {STALE_S:.0f} s for a sign of life',
+                  file=sys.stderr, flush=True)
+          waited_for = generation
+          time.sleep(RENEW_S / 3)
+
+  def renew(self, ended: threading.Event) -> None:
+    """Renews the lease until `ended` is set. Ends this process if another one has taken the lease."""
+    while not ended.wait(RENEW_S):
+      with contextlib.suppress(*_STORE_ERRORS):  # the store is away; the command notices it too
+        # A renewal may be refused because the answer to an earlier one was lost, or because somebody deleted the lease.
+        if self._write(self._content, self._generation) or self._is_own() or ended.is_set():
+          continue
+        found, generation = self._read()
+        if found:
+          print(f'error: {self._path}: {found["holder"]} has taken over, because this process gave no sign of life for '
+                f'{STALE_S:.0f} s; it ends without saving', file=sys.stderr, flush=True)
+          os._exit(EXIT_JOB_LOST)
+        self._write(self._content, generation)
+
+  def release(self) -> None:
+    """Deletes the lease, unless another process has taken it."""
+    with contextlib.suppress(*_STORE_ERRORS):
+      if not self._write(None, self._generation) and self._is_own():  # the answer to the last renewal was lost
+        self._write(None, self._generation)
+
+  def _write(self, content: dict[str, Any] | None, generation: bytes) -> bool:
+    """Writes the lease, or deletes it (None), if the object is of this generation. Returns whether it was."""
+    data = None if content is None else json.dumps(content)
+    stamp = self._store.write(self._name, data, if_equal=generation).result()
+    self._generation = stamp.generation or self._generation
+    return bool(stamp.generation)
+
+  def _is_own(self) -> bool:
+    """Returns whether this process has written the lease, although the store didn't say so."""
+    found, generation = self._read()
+    if found is None or found['id'] != self._content['id']:
+      return False
+    self._generation = generation
+    return True
+
+  def _read(self) -> tuple[dict[str, Any] | None, bytes]:
+    """Returns the content of the lease, or None if there is none, and the generation of the object."""
+    found = self._store.read(self._name).result()
+    if found.state == 'missing':
+      return None, found.stamp.generation
+    unknown = {'holder': 'an unknown process', 'id': '', 'place': '', 'pid': 0, 'start': ''}
+    try:
+      content = json.loads(found.value)
+      return {key: type(value)(content[key]) for key, value in unknown.items()}, found.stamp.generation
+    except (ValueError, TypeError, KeyError):  # no lease of this version
+      return unknown, found.stamp.generation
+
+  @contextlib.contextmanager
+  def _store_errors_as_user_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except UserError:
+      raise
+    except _STORE_ERRORS as error:
+      raise UserError(f'{self._path}: can\'t be read or written ({one_line(error)[:300]}); check the bucket and your '
+                      'access to it') from None
+
+
+def _process(pid: int) -> dict[str, Any]:
+  """Returns what identifies a process of this machine: {place, pid, start}.
+
+  place: this boot of this machine, and the container; '' if unknown, as outside Linux.
+  start: when the process started, in clock ticks after the boot; '' if there is no such process.
+  """
+  try:
+    boot = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text(encoding='ascii').strip()
+    place = f'{boot} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:
+    return {'place': '', 'pid': pid, 'start': ''}
+  try:
+    stat = pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
+    state, *fields = stat.rpartition(')')[2].split()
+    start = '' if state in 'ZX' else fields[18]
+  except OSError:
+    start = ''
+  return {'place': place, 'pid': pid, 'start': start}
+
+
+def _is_gone(lease: dict[str, Any]) -> bool:
+  """Returns True if the process of a lease certainly doesn't run any more."""
+  now = _process(lease['pid'])
+  return bool(now['place']) and lease['place'] == now['place'] and lease['start'] != now['start']
