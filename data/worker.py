@@ -168,8 +168,9 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
 class ShardWriter:
   """Writes one split of a piece to the shard `path`. If the split has no documents, no file is written.
 
-  ArrayRecord can write only to a disk. A shard for a bucket is therefore kept in memory until it is complete; it has
-  about PIECE_BYTES of text. No disk is needed, and a killed process leaves no incomplete shard.
+  ArrayRecord can write only to local files. A shard for a bucket is therefore first written to a file in memory (about
+  PIECE_BYTES of text), which is uploaded when it is complete. So no disk is needed, and a killed process leaves no
+  incomplete shard.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):

@@ -9,8 +9,9 @@ If TABLE gives the sha256 of a benchmark's file, the file must match it. Other f
 records a hash of the prompts and references, and a hash of the file if there is one.
 
 As in the paper (arXiv 2512.22955, appendix), worked examples come before each question in some benchmarks of TABLE. The
-field `examples` of an Entry names the file that they are read from. In mathematics, they are the first problems in this
-file. For MBPP, they begin with the examples of MBPP's paper (task_id 2, 3 and 4), and aren't asked as questions.
+field `examples` of an Entry names the file that they are read from. In mathematics, the examples are the first problems
+in this file. For MBPP they come from the file of the benchmark itself: first the three examples of MBPP's paper
+(task_id 2, 3 and 4), then other problems. The benchmark doesn't ask the problems that serve as examples.
 """
 
 import dataclasses

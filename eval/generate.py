@@ -362,7 +362,10 @@ class SampleFile:
 
 
 def print_table(files: Sequence[SampleFile]) -> None:
-  """Prints a table of metrics for each benchmark, with one column per checkpoint, as many side by side as fit."""
+  """Prints a table of metrics for each benchmark, with one column per checkpoint.
+
+  A table that is wider than the terminal is divided into several tables, one below the other.
+  """
   console, width = Console(highlight=False, soft_wrap=True), columns()
   of_benchmark: dict[str, list[SampleFile]] = {}
   for file in files:

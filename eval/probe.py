@@ -227,7 +227,9 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """Returns a checkpoint's main figures on one domain as one line of text, as many as fit on the terminal.
+  """Returns one line of text with a checkpoint's main figures on one domain.
+
+  Figures for which the terminal has no room are left out.
 
   name: the name of the domain.
   f: the domain's result of `figures`.

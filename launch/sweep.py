@@ -10,8 +10,9 @@ resumes interrupted points and retries failed points. If a point fails, only the
     DIR/.sweep/NAME.log     output of its command
 
 With --on=tpu, points run on slices through launch/tpu.sh, which reads its settings from the environment (docs/tpu.md).
---parallel is then the number of slices. Workdirs must be in a bucket (gs://...); the files of DIR itself are written to
-runs/sweeps on this machine. Data is prepared on this machine, and written to DIR if the config names a local folder.
+--parallel is then the number of slices. Workdirs must be in a bucket, so DIR is gs://...; sweep.json and the
+logs are written to runs/sweeps on this machine instead. Data is prepared on this machine. If the config's data.dir is a
+local folder, the data is written to DIR instead, so that the slices can read it.
 
 With --on='COMMAND with {command} {name} {chips}', another engine such as Slurm or GKE runs the points.
 launch/engine.py explains this, and launch/examples has commands.

@@ -171,7 +171,8 @@ def fill(
   """Writes samples into rows of `length` positions, on the host.
 
   Args:
-    rows: for each row, a list of (sample, number of the sample's first sampled token in Microbatch.numbers_BT).
+    rows: for each row, a list of (sample, number). The sampled tokens of the sample get the numbers number, number + 1,
+      and so on in Microbatch.numbers_BT.
     length: T, the number of positions of a row.
     recorded: (L, k) if the samples hold the experts that were chosen for their tokens, else None.
   """

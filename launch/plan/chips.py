@@ -141,8 +141,9 @@ class Topology:
     """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
     size.
 
-    A chip has two usable links along each axis that the group fills, if the axis is a ring. Otherwise it has one, that
-    of the chips at the ends of the line. Along an axis that the group fills only in part, it has one link too.
+    A chip has two usable links along each axis that the group fills, if the axis is a ring. If the axis is
+    a line, only one link counts, because the chips at its ends have only one. Along an axis that the group fills only
+    in part, one link counts too.
     """
     axes = [(d, 1 + wraps) for d, wraps in zip(self.dims, self.wraps) if d > 1]
     ways = [(math.prod(d for d, _ in chosen), sum(links for _, links in chosen), len(chosen))

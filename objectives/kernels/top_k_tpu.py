@@ -128,8 +128,8 @@ def _bracket(columns, k):
 def _keep_largest(z_ref, kept_ref, vocab, span):
   """Writes the DEPTH largest logits of each group to kept_ref.
 
-  Group (g, l) has the logits in lane l of the `span` columns that begin at column g * span. Its (d+1)-th largest logit
-  is written to kept[:, d * width + g * LANES + l], where width is kept.shape[1] / DEPTH.
+  Group (g, l) has the logits of the columns c from g * span to (g + 1) * span - 1 for which c % LANES = l. Its (d+1)-th
+  largest logit is written to kept[:, d * width + g * LANES + l], where width is kept.shape[1] / DEPTH.
   """
   width = kept_ref.shape[1] // DEPTH
 
