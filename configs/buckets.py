@@ -52,6 +52,7 @@ def like_a_disk(files: type) -> type:
 
   files: gcsfs.GCSFileSystem, or a class with the same methods.
   """
+  from fsspec.asyn import sync_wrapper
 
   class Files(files):
 
@@ -90,6 +91,10 @@ def like_a_disk(files: type) -> type:
 
     async def _makedirs(self, *_, **__) -> None:
       """Does nothing, because a bucket has no folders."""
+
+    # gcsfs may define these itself, by its own coroutines.
+    mkdir, makedirs = sync_wrapper(_mkdir), sync_wrapper(_makedirs)
+    isdir, isfile = sync_wrapper(_isdir), sync_wrapper(_isfile)
 
   return Files
 
