@@ -12,6 +12,8 @@ _LONGEST_SHOWN = 2000  # characters of a message
 # Errors of the file system that are about the place, not about the program.
 _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,
                  errno.EDQUOT, errno.ENAMETOOLONG, errno.EIO)
+# TensorStore has no error types of its own. Its status codes become these Python errors.
+STORE_ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplementedError)
 
 
 class UserError(ValueError):

@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from betarank.configs.errors import one_line
+from betarank.configs.errors import STORE_ERRORS, one_line
 from betarank.configs.parser import install_hint
 from betarank.data.config import DataError
 
@@ -131,10 +131,6 @@ def _context():
   return tensorstore.Context({**limits, **retries})
 
 
-# TensorStore has no error types of its own. Its status codes become these Python errors.
-_STORE_ERRORS = (ValueError, RuntimeError, OSError, KeyError, IndexError, NotImplementedError)
-
-
 class _BucketFolder:
 
   def __init__(self, path: str):
@@ -145,7 +141,7 @@ class _BucketFolder:
     self.path = path.rstrip('/')
     try:
       self._store = tensorstore.KvStore.open(f'{self.path}/', context=_context()).result()
-    except _STORE_ERRORS as error:
+    except STORE_ERRORS as error:
       raise self._failed('', error) from None
 
   def sizes(self) -> dict[str, int]:
@@ -160,7 +156,7 @@ class _BucketFolder:
       return {}
     except ImportError as error:
       raise DataError(f'{self.path}: {error} ({install_hint(self.path)})') from None
-    except _STORE_ERRORS as error:
+    except STORE_ERRORS as error:
       raise self._failed('', error) from None
 
   def start(self, name: str, begin: int, end: int) -> _Wait:
@@ -172,7 +168,7 @@ class _BucketFolder:
       except TimeoutError:
         future.cancel()
         raise self._failed(name, f'no answer within {_DEADLINE_S:.0f} s') from None
-      except _STORE_ERRORS as error:
+      except STORE_ERRORS as error:
         if str(error).startswith('OUT_OF_RANGE'):  # the file ends before the range begins
           return b''
         raise self._failed(name, error) from None

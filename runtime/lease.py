@@ -3,11 +3,11 @@
     with hold('gs://bucket/run', '.lease') as holder:
       ...  # holder is '' if this process has the lease, else a text that names the process that has it
 
-The lease is a small object that names its process. It is created only if it doesn't exist, and replaced only if nobody
-else has replaced it; the store checks both, so two commands never hold one lease. The process renews its lease every
-RENEW_S seconds, and deletes it at the end. No clocks are compared: a command that finds a lease waits for a renewal. If
-none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the process ran on this machine,
-where it can look whether the process is alive.
+The lease is a small object that names its process. It is created only if it doesn't exist, and replaced only if no
+other process has replaced it; the store checks both, so two commands never hold one lease. The process renews its lease
+every RENEW_S seconds, and deletes it at the end. No clocks are compared: a command that finds a lease waits for a
+renewal. If none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the process ran on
+this machine, where it can look whether the process is alive.
 
 A process that was suspended, or had no connection, may lose its lease while it still runs. It ends as soon as it learns
 this at its next renewal, and may have written until then.
@@ -25,14 +25,13 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from betarank.configs.errors import UserError, one_line
+from betarank.configs.errors import STORE_ERRORS, UserError, one_line
 from betarank.runtime.rendezvous import EXIT_JOB_LOST
 
 RENEW_S = 15.0
 STALE_S = 60.0  # four renewals
 SCHEMES = ('gs', 's3')  # whose conditional writes TensorStore knows
 _RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '16s'}  # about half a minute in all
-_STORE_ERRORS = (ValueError, RuntimeError, OSError)  # of TensorStore
 
 
 @contextlib.contextmanager
@@ -76,7 +75,7 @@ class _Lease:
     self._generation = b''  # of the object that this process has written
 
   def take(self) -> str:
-    """Takes the lease if nobody has it. Returns '', or the name of the process that holds it."""
+    """Takes the lease if no other process has it. Returns '', or else the name of the process that has it."""
     with self._store_errors_as_user_errors():
       waited_for, since = b'', time.monotonic()  # the generation whose renewal is waited for
       while True:
@@ -99,8 +98,8 @@ class _Lease:
   def renew(self, ended: threading.Event) -> None:
     """Renews the lease until `ended` is set. Ends this process if another one has taken the lease."""
     while not ended.wait(RENEW_S):
-      with contextlib.suppress(*_STORE_ERRORS):  # the store is away; the command notices it too
-        # A renewal may be refused because the answer to an earlier one was lost, or because somebody deleted the lease.
+      with contextlib.suppress(*STORE_ERRORS):  # the store is away; the command notices it too
+        # A renewal may be refused because the answer to an earlier one was lost, or because the lease was deleted.
         if self._write(self._content, self._generation) or self._is_own() or ended.is_set():
           continue
         found, generation = self._read()
@@ -112,7 +111,7 @@ class _Lease:
 
   def release(self) -> None:
     """Deletes the lease, unless another process has taken it."""
-    with contextlib.suppress(*_STORE_ERRORS):
+    with contextlib.suppress(*STORE_ERRORS):
       if not self._write(None, self._generation) and self._is_own():  # the answer to the last renewal was lost
         self._write(None, self._generation)
 
@@ -149,7 +148,7 @@ class _Lease:
       yield
     except UserError:
       raise
-    except _STORE_ERRORS as error:
+    except STORE_ERRORS as error:
       raise UserError(f'{self._path}: can\'t be read or written ({one_line(error)[:300]}); check the bucket and your '
                       'access to it') from None
 

@@ -36,7 +36,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-  """How often the regions of a kernel run that a branch can skip, as shares of the iterations of their loop.
+  """For the code regions in a kernel's loops that a branch can skip: the share of iterations in which they run.
 
   Attributes:
     main: the share of the largest region, which does the kernel's work.

@@ -45,6 +45,8 @@ CHIPS = {chip.name: chip for chip in (
   Chip('v5p', 459e12, 1.751e9, 95.7 * 2**30, 2765e9, 1.751e9, 90e9, 0.26, cores_in_name=2),
   Chip('v6e', 918e12, 1.751e9, 31.25 * 2**30, 1640e9, 3.502e9, 90e9, 0.03),
 )}
+
+
 def _v5p_shapes() -> dict[int, str]:
   """Returns {number of chips: shape of the torus} for slices of v5p.
 
@@ -141,9 +143,9 @@ class Topology:
     """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
     size.
 
-    A chip has two usable links along each axis that the group fills, if the axis is a ring. If the axis is
-    a line, only one link counts, because the chips at its ends have only one. Along an axis that the group fills only
-    in part, one link counts too.
+    A chip has two usable links along each axis that the group fills, if the axis is a ring. If the
+    axis is a line, only one link counts, because the chips at its ends have only one. Along an axis that the group
+    fills only in part, one link counts too.
     """
     axes = [(d, 1 + wraps) for d, wraps in zip(self.dims, self.wraps) if d > 1]
     ways = [(math.prod(d for d, _ in chosen), sum(links for _, links in chosen), len(chosen))

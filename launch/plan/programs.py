@@ -56,9 +56,8 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[M
 
   Pre-training has one program, `train`. RL has the programs `gradient` (of a microbatch of the largest shape),
   `optimizer`, `weights` (which copies the parameters into the sampler's mesh, once per step) and `decode`, with their
-  shapes in the phase with the longest answers. Some smaller programs of RL aren't
-  planned: the prefill of prompts, the smaller microbatches, and the computation of log-probabilities under the old and
-  the reference policy.
+  shapes in the phase with the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the
+  smaller microbatches, and the computation of log-probabilities under the old and the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -69,14 +68,14 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[M
       sampler = Sampler(work.run.model, sampler_config(work), EOS, mesh)
     except ValueError as error:
       raise PlanError(f'config.rl.{error}') from None
-    lower = {'gradient': _with_mesh(mesh, lambda: update.gradient.lower(
-               state.params, gradients, *_microbatch(work, mesh))),
-             'optimizer': _with_mesh(mesh, lambda: update.apply.lower(state, gradients)),
-             'weights': _with_mesh(mesh, lambda: sampler.lower_weights(state.params)),
-             'decode': _with_mesh(sampler.mesh, lambda: sampler.lower_decode(state.params))}
+    lower = {
+      'gradient': (mesh, lambda: update.gradient.lower(state.params, gradients, *_microbatch(work, mesh))),
+      'optimizer': (mesh, lambda: update.apply.lower(state, gradients)),
+      'weights': (mesh, lambda: sampler.lower_weights(state.params)),
+      'decode': (sampler.mesh, lambda: sampler.lower_decode(state.params))}
   else:
-    lower = {'train': _with_mesh(mesh, lambda: _lower_train(work, mesh, tx, state))}
-  return state, {name: (sampler.mesh if name == 'decode' else mesh, function) for name, function in lower.items()}
+    lower = {'train': (mesh, lambda: _lower_train(work, mesh, tx, state))}
+  return state, {name: (on, _with_mesh(on, function)) for name, (on, function) in lower.items()}
 
 
 def sampler_config(work: Workload) -> SamplerConfig:

@@ -63,7 +63,7 @@ def test_the_lease_of_another_machine_is_waited_for_once_and_respected(there, el
 
 @pytest.mark.parametrize('content', [
   json.dumps({'holder': 'x', 'id': 'y', 'place': 'z', 'pid': 1, 'start': '2'}), '', '[]', '{"holder": 1}', '\xff'])
-def test_a_lease_that_nobody_renews_is_taken_over(there, content):
+def test_a_lease_without_renewals_is_taken_over(there, content):
   there.parent.mkdir()
   there.write_text(content)
   began = time.monotonic()
@@ -106,7 +106,7 @@ def test_a_lease_is_deleted_though_the_answer_to_its_renewal_was_lost(there, mon
   assert not there.exists()
 
 
-def test_a_lease_that_somebody_deleted_comes_back(there):
+def test_a_deleted_lease_is_written_again(there):
   with hold():
     there.unlink()
     until = time.monotonic() + 5
