@@ -75,3 +75,11 @@ def test_the_image_does_not_run_as_root():
   assert lines.index('USER 1000') < next(i for i, line in enumerate(lines) if line.startswith('ENTRYPOINT'))
   # GKE's runAsNonRoot needs a number, and the last stage has no compiler.
   assert 'gcc' not in '\n'.join(lines[max(i for i, line in enumerate(lines) if line.startswith('FROM ')):])
+
+
+def test_the_licence_of_every_package_is_listed():
+  rows = [line.strip('| ').split(' | ') for line in (ROOT / 'docs/licences.md').read_text().splitlines()[7:]]
+  listed = {row[0]: {Version(version) for version in row[1].split(' / ')} for row in rows}
+  locks = [locked(f'{extra}.txt') for extra in ('tpu', 'gpu')]
+  assert listed == {name: {lock[name] for lock in locks if name in lock} for lock in locks for name in lock}
+  assert all(len(row) >= 3 and row[2] not in ('', '?') for row in rows), 'python tests/licences.py'
