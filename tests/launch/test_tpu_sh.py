@@ -76,8 +76,8 @@ class Cloud:
   def home(self, node='pod', worker=0):
     return self.stub / 'nodes' / node / str(worker)
 
-  def wait_for(self, path):
-    for _ in range(400):
+  def wait_for(self, path, seconds=20):
+    for _ in range(20 * seconds):
       if path.exists():
         return
       time.sleep(0.05)
@@ -437,6 +437,16 @@ def test_a_call_that_hangs_is_a_failure_too(cloud):
   cloud.fail({'match': 'tpu-vm scp', 'stderr': '', 'seconds': 100, 'times': ALWAYS})
   code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='2', TPU_CALL_LIMIT='1')
   assert code == 6 and 'push failed' in err and cloud.verbs() == ['create', 'scp', 'scp', 'delete'], err
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_answer_are_asked_for_a_short_time(cloud):
+  """A new slice costs money from its first second, so its six polls must not take half an hour each."""
+  cloud.fail({'match': 'worker.sh state', 'stderr': '', 'seconds': 100, 'times': ALWAYS})
+  start = time.monotonic()
+  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='1', TPU_ASK_LIMIT='1')
+  assert code == 6 and 'ssh failed' in err and cloud.verbs() == ['create', 'delete', 'delete'], err
+  assert time.monotonic() - start < 90  # six polls of at most a second, not of 100
 
 
 @pytest.mark.slow
