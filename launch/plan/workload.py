@@ -49,6 +49,22 @@ class Workload:
   def steps(self) -> int:
     return self.run.steps
 
+  def rl_tokens(self, mean_answer: int = 0) -> tuple[int, int]:
+    """Returns how many tokens a stage of RL draws, and how many its updates process, prompts included.
+
+    It is assumed that prompts have their greatest length, and that no group of samples is replaced by another one.
+
+    mean_answer: the mean length of answers in tokens; 0 if every answer has its greatest length.
+    """
+    rl, before, drawn, updated = self.rl, 0, 0, 0
+    for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
+      answer = min(mean_answer or new, new)
+      samples = max(rl.prompts_per_step * rl.group_size, rl.decode_batch_size)  # rows without a sample take time too
+      drawn += (end - before) * samples * answer
+      updated += (end - before) * rl.minibatches * self.rows * (rl.max_prompt_tokens + answer)
+      before = end
+    return drawn, updated
+
 
 def workload(config: ConfigDict) -> Workload:
   """Returns the Workload of `config`, which is an RL run if the config has a section `rl`, else a pre-training run.

@@ -111,6 +111,15 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   assert [float(row[3]), float(row[5])] == pytest.approx([fast, slow], rel=0.02)
   dollars = [float(word.strip('$').replace(',', '')) for word in (row[9], row[11])]
   assert dollars == pytest.approx([100 * fast, 100 * slow], rel=0.02)
+  [rl] = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ['seed=0,beta=-0.25/rl']
+          and 'after' not in line]
+  # 2048 samples a step with answers of 8192 tokens for 700 steps and of 16,384 for 300, and prompts of 1024; the
+  # chips draw 290,000 (175,000) tokens a second
+  drawn = 2048 * (700 * 8192 + 300 * 16384)
+  flops = (6 * 4.02e9 + 6 * 36 * 17408 * 32 * 128) * (drawn + 2048 * 1000 * 1024)
+  slow, fast = ((flops / (256 * 197e12 * mfu) + drawn / rate) / 3600
+                for mfu, rate in zip(on_tpu.PLANNED_RL_MFU['v5e', False][0], (175_000, 290_000)))
+  assert [float(rl[2]), float(rl[4])] == pytest.approx([fast, slow], rel=0.02) and rl[1] == '256'
   assert 'hours of preparing data are printed by its command with --dry_run' in done.stdout
   assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
   assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout
