@@ -36,6 +36,9 @@ NAMES = {  # our name -> (their name, their dimensions); {L} and {E} are indices
   'layers.attention.q_DNH': ('model.layers.{L}.self_attn.q_proj.weight', 'NH D'),
   'layers.attention.k_DKH': ('model.layers.{L}.self_attn.k_proj.weight', 'KH D'),
   'layers.attention.v_DKH': ('model.layers.{L}.self_attn.v_proj.weight', 'KH D'),
+  'layers.attention.q_bias_NH': ('model.layers.{L}.self_attn.q_proj.bias', 'NH'),
+  'layers.attention.k_bias_KH': ('model.layers.{L}.self_attn.k_proj.bias', 'KH'),
+  'layers.attention.v_bias_KH': ('model.layers.{L}.self_attn.v_proj.bias', 'KH'),
   'layers.attention.o_NHD': ('model.layers.{L}.self_attn.o_proj.weight', 'D NH'),
   'layers.attention.q_norm_H': ('model.layers.{L}.self_attn.q_norm.weight', 'H'),
   'layers.attention.k_norm_H': ('model.layers.{L}.self_attn.k_norm.weight', 'H'),
@@ -297,7 +300,7 @@ class Files:
     if extra := sorted(self.found.keys() - known):
       more = f' and {len(extra) - 1} more tensors' if len(extra) > 1 else ''
       raise HfError(f'{self.folder}: holds {extra[0]}{more}, which a model of its config.json does not have; only '
-                    'plain Qwen3 and Qwen3-MoE models can be imported')
+                    'plain models can be imported')
 
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
     """Copies the tensors to our arrays, file by file. Calls `report` after each tensor.

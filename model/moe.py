@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from betarank.model.config import ModelConfig, MoeConfig
 from betarank.model.kernels import experts_tpu, experts_triton, rows_tpu
-from betarank.model.layers import FeedForward, matmul_bf16x3, weight
+from betarank.model.layers import FeedForward, matmul_bf16x3, weight, zeros
 from betarank.model.sharding import RULES, platform, shards, spec
 
 CAPACITY_FACTOR = 1.25  # the number of pairs that a pass has tiles for, relative to an even load
@@ -80,7 +80,7 @@ class MixtureOfExperts(nnx.Module):
     self.c = c
     self.router_DE = weight(router, (c.d_model, m.experts), ('embed', 'router'), std=std)
     if m.router == 'sigmoid':
-      self.router_bias_E = nnx.Param(jnp.zeros(m.experts, jnp.float32), axes=('bias',), eager_sharding=False)
+      self.router_bias_E = zeros((m.experts,), ('bias',))
     self.gate_EDF = weight(gate, (m.experts, c.d_model, m.expert_d_ff), ('experts', 'embed', 'mlp'), std=std)
     self.up_EDF = weight(up, (m.experts, c.d_model, m.expert_d_ff), ('experts', 'embed', 'mlp'), std=std)
     self.down_EFD = weight(down, (m.experts, m.expert_d_ff, c.d_model), ('experts', 'mlp', 'embed'), std=out_std)

@@ -55,7 +55,8 @@ from betarank.train.sampler import Sampler, SamplerConfig
 HELD_OUT_STEP = 2**31  # added to the step number, so that evaluation and training use different random numbers
 COV_STREAM = 3  # the random stream of cov_tokens: fold_in(seed, stream, step, update). The sampler uses stream 2.
 HIGH_ENTROPY_SHARE = 0.2  # the share of tokens at which reasoning branches (arXiv 2506.01939)
-SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings that array shapes don't show
+# Model settings that array shapes don't show.
+SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'rope_factor', 'norm_eps')
 
 
 class RlError(UserError):
