@@ -38,7 +38,8 @@ def write(folder: pathlib.Path, *, shards: int, documents: int, row: int, conten
   """Writes a data set with one source, `main`, below `folder`. Returns its DataConfig.
 
   Args:
-    shards, documents: the numbers of shards and of documents.
+    shards: the number of shards.
+    documents: the number of documents in all shards together.
     row: the number of tokens of a row.
     contents: whether shards have content. Without content, they only have the right size, so the set can be opened, but
       not read.
