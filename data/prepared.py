@@ -105,7 +105,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-  """Raises an exception, which `read_manifest` converts to a DataError, if the manifest isn't valid.
+  """Raises an exception if the manifest isn't valid. `read_manifest` converts the exception to a DataError.
 
   The file names in a manifest become paths. A name that leads to another folder is therefore not valid.
   """
