@@ -146,7 +146,7 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
   """Returns the sum over each token's choices of weight · expert(x), [B, T, D].
 
-  choices_BTk: int32, where E means no expert. With a mesh, each device processes its own experts.
+  choices_BTk: int32; the number E means no expert. With a mesh, each device processes its own experts.
   """
   local = functools.partial(_local_experts, c.moe)
   mesh = jax.sharding.get_abstract_mesh()
