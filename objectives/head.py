@@ -36,8 +36,8 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
   """Computes `shaped_loss(hidden @ head, targets, shaping)` at every position without ever holding all logits.
 
   The backward pass computes the logits of each chunk again. Any function of the losses can be differentiated. If only
-  a weighted sum of the losses is needed, as in pre-training, use `shaped_linear_total`, which takes three matrix products
-  instead of four.
+  a weighted sum of the losses is needed, as in pre-training, use `shaped_linear_total`, which takes three matrix
+  products instead of four.
 
   Args:
     hidden: [..., D] float, the inputs of the head.
