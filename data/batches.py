@@ -98,7 +98,7 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 class _Steps:
   """The batches of a run as a sequence, which Grain reads ahead.
 
-  Item k is this process's part of a global batch: batch k, counted from 0, after the start or after the cursor.
+  Item 0 is this process's part of the first global batch after the cursor or, without a cursor, of the run.
   """
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,

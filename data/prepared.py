@@ -268,8 +268,8 @@ class Documents:
 def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
   """Returns the number of tokens of each document of a split, uint16 or uint32.
 
-  where: the folder of the data, from which the lengths are read.
-  path: the path of the data, which error messages name.
+  where: the folder to read from. It may be a local copy of the data.
+  path: the path of the data itself, for error messages.
   counts: the split's entry in the manifest.
 
   Raises:
