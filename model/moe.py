@@ -185,8 +185,8 @@ class _Plan:
 
   Attributes:
     passes: [], the number of passes that have tiles.
-    count_e: the number of pairs of each of this device's experts.
-    tile_end_e: the number of tiles of this device's experts up to and including each expert.
+    count_e: for each of this device's experts, the number of its pairs.
+    tile_end_e: for each of this device's experts, the number of tiles of the experts up to and including this one.
     order_p: the numbers of all pairs, in the global order.
     run_start: [e·X], the index of each of this device's runs in the local order.
     run_shift: [e·X], the index of each run in the global order minus its index in the local order.
