@@ -116,8 +116,8 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
   """Returns a Leaf for each array that the exported or imported model has.
 
-  head_copy: whether a tied embedding is stored a second time, as the head. None means yes for Glm4-MoE and no
-  otherwise, because vLLM doesn't tie the head of Glm4-MoE.
+  head_copy: whether a tied embedding is stored a second time, as the head. None stores it twice only for Glm4-MoE,
+    because vLLM doesn't tie the head of Glm4-MoE.
   """
   theirs = architecture(c)
   found = []

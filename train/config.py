@@ -92,7 +92,7 @@ class RunConfig:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """The batches whose rows the mesh must divide: {config key of the number of rows: (rows, microbatches)}."""
+    """The numbers of rows that the mesh must divide, as {config key: (rows, microbatches)}."""
     return {'train.batch_size': (self.rows, self.microbatches)}
 
   @property

@@ -245,9 +245,10 @@ class Program:
     return total
 
   def prefetched_bytes(self, run: Run) -> float:
-    """Returns the bytes that one execution of an instruction, if it ends an asynchronous copy, has moved through HBM.
+    """Returns the bytes that an asynchronous copy moves through HBM, if the instruction is the end of one; otherwise 0.
 
-    XLA copies weights to the chip's own memory while other instructions run, which then read them from there.
+    XLA uses such copies to move weights to the chip's own memory while other instructions run. The instructions that
+    use the weights then read them from the chip's own memory. The bytes are those of one execution.
     """
     one = run.instruction
     return sum(a.bytes for a in one.arrays) if one.opcode in ('copy-done', 'slice-done') else 0.0

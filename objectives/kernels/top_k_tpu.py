@@ -128,8 +128,8 @@ def _bracket(columns, k):
 def _keep_largest(z_ref, kept_ref, vocab, span):
   """Writes the DEPTH largest logits of each group to kept_ref.
 
-  Group (g, l) has the logits of the columns c from g * span to (g + 1) * span - 1 for which c % LANES = l. Its (d+1)-th
-  largest logit is written to kept[:, d * width + g * LANES + l], where width is kept.shape[1] / DEPTH.
+  Group (g, l) has the logits in lane l of the columns g * span to (g + 1) * span - 1. Its (d+1)-th largest logit is
+  written to kept[:, d * width + g * LANES + l], where width is kept.shape[1] / DEPTH.
   """
   width = kept_ref.shape[1] // DEPTH
 
@@ -237,7 +237,7 @@ def _fold(ref, width, step, state):
 def _column(ref, c, width=None):
   """Returns column c of ref: LANES consecutive logits of each row, [R, L].
 
-  The logits of a row from index `width` on are replaced by -inf.
+  If `width` is given, logits whose index in the row is `width` or more are replaced by -inf.
   """
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:
