@@ -1,4 +1,4 @@
-"""Writes data sets of random tokens for benchmarks, in the same files as prepared data.
+"""Writes data sets of random tokens for benchmarks, in the format of prepared data.
 
 Tokenizing a large set of real text would take hours, and the speed of opening and reading a set doesn't depend on its
 content.

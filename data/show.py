@@ -111,8 +111,9 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 def tokenizer(config: DataConfig) -> None:
   """Prints, for each source, how many bytes of text a token stands for, on average.
 
-  Then prints how many tokens of the vocabulary don't occur in the text that was tokenized. The text isn't part of the
-  tokenizer's training sample. If a source has no other text, its training text is used, and the source's line says so.
+  Then prints how many tokens of the vocabulary don't occur in this text. The text is one that the tokenizer was not
+  trained on. If a source has too little text for that, a part of the tokenizer's training sample is used, and the
+  source's line says so.
   """
   tokenizer, every = read(config), np.int64(0)
   share = sample_bytes(config) / len(config.sources)

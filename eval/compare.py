@@ -300,7 +300,8 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int,
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
   curves: {step: value} of each run.
-  window: a function from the number of steps to the number of steps that each point averages.
+  window: a function that takes the number of points of the longest curve, and returns how many of them are averaged
+    for each point that is drawn.
   first: the share of each curve, from its beginning, that is ignored when the range of the y axis is chosen. Otherwise
     the steep fall of a loss in the first steps would make the rest of the curve look flat.
   least: the smallest range of the y axis, as a share of the value in the middle of the axis.

@@ -6,8 +6,8 @@
 The lease is a small object that names its process. It is created only if it doesn't exist, and replaced only if no
 other process has replaced it; the store checks both, so two commands never hold one lease. The process renews its lease
 every RENEW_S seconds, and deletes it at the end. No clocks are compared: a command that finds a lease waits for a
-renewal. If none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the process ran on
-this machine, where it can look whether the process is alive.
+renewal. If none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the lease names a
+process of this machine, because it can check whether this process is alive.
 
 A process that was suspended, or had no connection, may lose its lease while it still runs. It ends as soon as it learns
 this at its next renewal, and may have written until then.

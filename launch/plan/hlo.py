@@ -97,11 +97,12 @@ class Program:
 
   computations: {name of a computation: {name of an instruction: instruction}}, in the order of the schedule.
   entry: the name of the computation where the program starts.
+  frames: {number of a stack frame: the source of its call, as `file:function ...`}.
   """
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
-  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # number of a stack frame -> `file:function ...`
+  frames: dict[int, str] = dataclasses.field(default_factory=dict)
 
   def source(self, run: Run) -> str:
     """Returns an instruction's operation and source functions, innermost first, as `.../gather model/moe.py:_take ...`.
