@@ -6,7 +6,7 @@ read. A row's new token is put into the block on the chip, and is then written t
 
 # R rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page  K key heads
 # 2 the dimension of the keys and the values  G query heads per key head  N = K·G query heads  H head width
-# C cores of a chip  B tokens of a block  W tokens that are copied to a page for each new token, as one can't be copied alone
+# C cores of a chip  B tokens of a block  W tokens that are copied to a page for each new token
 """
 
 import jax
