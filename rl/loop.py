@@ -139,7 +139,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     state, start = beginning.state, beginning.step
     progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
-      # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
+      # Someone deleted the best checkpoint, or --fallback went back to a step before it.
       progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
       root, config, start=start, steps=run.steps, describe=describe_figures)))
