@@ -125,7 +125,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-  """Raises an exception, which `read_manifest` converts to a DataError, if the manifest isn't valid.
+  """Raises an exception if the manifest isn't valid. `read_manifest` converts the exception to a DataError.
 
   The file names in a manifest become paths. A name that leads to another folder is therefore not valid.
   """
@@ -288,8 +288,8 @@ class Documents:
 def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
   """Returns the number of tokens of each document of a split, uint16 or uint32.
 
-  where: the folder of the data, from which the lengths are read.
-  path: the path of the data, which error messages name.
+  where: the folder to read from. It may be a local copy of the data.
+  path: the path of the data itself, for error messages.
   counts: the split's entry in the manifest.
 
   Raises:

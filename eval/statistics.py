@@ -57,7 +57,9 @@ Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - al
 class Estimate:
   """A mean, the limits of its interval, and the p-value of the hypothesis that the true mean is zero.
 
-  The interval is a 95 % interval, unless the function that returns the Estimate was given another `level`.
+  The interval is a 95 % interval, unless the function that returns the Estimate was given another `level`. A true mean
+  at the distance `smallest_detectable` from zero would be detected with a probability of 80 %. `problems` is the number
+  of problems used. `left_out` is the number of all other problems, which lack a value in some seed or arm.
   """
 
   mean: float
@@ -120,7 +122,7 @@ def bootstrap_interval(
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
   """Returns a function alpha -> limits of the 1 - alpha interval, for problems that all have the same value.
 
-  The limits are Gaffke's. Resampling can't handle this case.
+  The limits are Gaffke's (see the docstring of this module). Resampling can't handle this case.
 
   mean: the value of the problems.
   problems: the number of problems.
@@ -175,7 +177,7 @@ def _rank(share: float, resamples: int) -> int:
 
 
 def _chunks(resamples: int, problems: int) -> list[int]:
-  """Returns a list of numbers of resamples to draw at a time, so that they fit in memory. Their sum is `resamples`."""
+  """Divides `resamples` into chunks that fit in memory. Returns the number of resamples in each chunk."""
   size = max(1, _CHUNK // problems)
   return [min(size, resamples - start) for start in range(0, resamples, size)]
 
@@ -205,8 +207,9 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the standard error of the mean that is due to differences between seeds, without the part that is due to
-  differences between problems.
+  """Returns the part of the mean's standard error that comes from differences between seeds.
+
+  The part that comes from differences between problems isn't included.
   """
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)

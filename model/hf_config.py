@@ -43,7 +43,7 @@ class HfError(UserError):
 
 
 def architecture(c: ModelConfig) -> str:
-  """Returns the class in transformers that computes the same function as the model.
+  """Returns the name of the class in transformers that computes the same function as the model.
 
   Raises:
     HfError: there is no such class.

@@ -91,12 +91,14 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields (name, index) of each tensor. The tensor holds the values of array[index], where array is our array."""
+    """Yields the name of each tensor, and the index of its values in our array (the one at `path`)."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns a view of a tensor in Hugging Face's format. The view has the shape of array[index] (see `tensors`)."""
+    """Returns a view of a tensor in Hugging Face's format. It has the shape of the part of our array that the
+    tensor's index selects (see `tensors`).
+    """
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
@@ -119,8 +121,8 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
   """Returns a Leaf for each array that the exported or imported model has.
 
-  head_copy: whether a tied embedding is stored a second time, as the head. None means yes for Glm4-MoE and no
-  otherwise, because vLLM doesn't tie the head of Glm4-MoE.
+  head_copy: whether a tied embedding is stored a second time, as the head. None stores it twice only for Glm4-MoE,
+    because vLLM doesn't tie the head of Glm4-MoE.
   """
   theirs = architecture(c)
   found = []

@@ -146,7 +146,7 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
   """Returns the sum over each token's choices of weight · expert(x), [B, T, D].
 
-  choices_BTk: int32, where E means no expert. With a mesh, each device processes its own experts.
+  choices_BTk: int32; the number E means no expert. With a mesh, each device processes its own experts.
   """
   local = functools.partial(_local_experts, c.moe)
   mesh = jax.sharding.get_abstract_mesh()
@@ -185,8 +185,8 @@ class _Plan:
 
   Attributes:
     passes: [], the number of passes that have tiles.
-    count_e: the number of pairs of each of this device's experts.
-    tile_end_e: the number of tiles of this device's experts up to and including each expert.
+    count_e: for each of this device's experts, the number of its pairs.
+    tile_end_e: for each of this device's experts, the number of tiles of the experts up to and including this one.
     order_p: the numbers of all pairs, in the global order.
     run_start: [e·X], the index of each of this device's runs in the local order.
     run_shift: [e·X], the index of each run in the global order minus its index in the local order.

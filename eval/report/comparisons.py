@@ -57,8 +57,8 @@ class Comparison:
   def verdict(self) -> str:
     """'beyond' if the difference is larger than noise, after Holm's correction; 'within' if it isn't.
 
-    '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or it
-    comes from a single seed.
+    '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or the
+    difference comes from a single seed.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -134,9 +134,9 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the metrics of each run's newest probe, by stage, domain (a source of the data) and arm.
+  """Compares arms by the metrics of their newest probes. Returns one Comparison per stage, domain, metric and arm.
 
-  If a stage has no probes, the metrics are those of the last validation in training.
+  A domain is a source of the data. If a stage has no probes, the metrics are those of the last validation in training.
   """
   out = []
   for stage in sweep.stages:
@@ -163,7 +163,7 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the metrics that RL logged: at its start, at its end, and the change between them.
+  """Returns comparisons of the metrics that RL logged: the value at the start, the value at the end, and the change.
 
   Start and end are means over the first and the last tenth of the steps.
   """
@@ -297,9 +297,9 @@ def pass_k(sweep: Sweep) -> int:
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: function}. The function returns [P], the metric's value for each of the P problems of a SampleSet.
+  """Returns {metric: function}. A function takes the attribute `metrics` of a SampleSet, and returns the values [P].
 
-  The function's argument is SampleSet.metrics. Metrics that are shares of right answers come first.
+  There is one value for each of the P problems. Metrics that are shares of right answers come first.
 
   k: the k of Pass@k.
   """

@@ -331,11 +331,11 @@ class Report:
     Args:
       file: the name of the CSV file, without its suffix.
       found: the comparisons.
-      names: the values of the field `metric` to show, one row for each, in this order.
+      names: the metrics or tasks to show, one row for each, in this order. These are values of Comparison.metric.
       note: the text at the end of each table's caption.
       name: a heading above the tables; '' for none.
-      shown_as: '' if `names` are metrics. Each row then has its metric's title and number format. If `names` are tasks,
-        `shown_as` is the metric whose number format all rows have, and the title of a row is its task's name.
+      shown_as: '' if `names` are metrics: each row then has the title and the number format of its metric. If `names`
+        are tasks, this is the metric whose number format is used in all rows, and a row's title is the task's name.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -378,7 +378,10 @@ def write_over(path: epath.Path, content: bytes) -> None:
 
 
 def _cell(c: Comparison | None, name: str) -> Html:
-  """Returns 'value [interval]' and, below it, the difference to the baseline with the verdict."""
+  """Returns 'value [interval]' and, below it, the difference to the baseline with the verdict.
+
+  name: the metric whose number format is used.
+  """
   if c is None or c.value is None:
     return Html('–')
   lines = [text(shown(name, c.value.mean))]

@@ -98,8 +98,8 @@ def _compared(sweep: Sweep) -> str:
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
   """Returns (stage, reason): the first stage in which an arm can't be compared with its baseline, and the first reason.
 
-  In a stage, they can be compared if at least one run of the arm has the same data, settings (except the objective) and
-  last step as the baseline's run with the same seed. Returns ('', '') if they can be compared in all stages.
+  Arm and baseline can be compared in a stage if, for at least one seed, their runs have the same data, the same
+  settings (except the objective) and the same last step. Returns ('', '') if they can be compared in all stages.
   """
   for stage in sweep.stages if arm != sweep.baselines[arm] else ():
     if sweep.of(stage, arm):

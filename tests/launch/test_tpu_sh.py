@@ -323,7 +323,7 @@ def test_babysit_makes_a_preempted_slice_anew(cloud, queued):
   cloud.wait_for(cloud.home() / 'waiting')  # a new folder, pushed to, set up and started
   assert cloud.verbs() == ['create', 'scp', 'delete', 'create', 'scp']
   process.terminate()
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 143 and 'the run saves and stops' in err
   assert 'asked to stop: step 7 is saved' in (cloud.home() / 'betarank-run' / 'log').read_text()
 
@@ -334,7 +334,7 @@ def test_babysit_starts_again_what_a_restarted_machine_has_lost(cloud):
   for worker in range(2):
     cloud.wait_for(cloud.home(worker=worker) / 'waiting')
   subprocess.run(['kill', '-9', (cloud.home() / 'betarank-run' / 'pid').read_text().strip()], check=True)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 0 and [starts(cloud, w) for w in range(2)] == [2, 2], err
 
 
@@ -455,7 +455,7 @@ def test_a_run_that_was_seen_running_resets_the_count(cloud):
       break
     time.sleep(0.1)
   process.terminate()
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 143 and 'ssh failed (2 of 3 failures in a row)' in err
 
 
@@ -493,7 +493,7 @@ def test_the_cap_counts_only_the_time_that_the_slice_was_ready(cloud):
   cloud.wait_for(cloud.home())
   time.sleep(5)
   (cloud.home().parent / 'state').write_text('READY')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 0, err
 
 
@@ -502,7 +502,7 @@ def test_a_state_that_can_not_be_read_at_the_end_may_cost_money(cloud):
   cloud.wait_for(cloud.home() / 'waiting')
   cloud.fail({'match': 'tpu-vm describe', 'stderr': 'ERROR: token expired', 'times': ALWAYS})
   process.terminate()
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 143 and "the state of pod can't be read, so it MAY COST MONEY" in err.splitlines()[-1]
 
 
