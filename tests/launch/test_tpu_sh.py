@@ -35,8 +35,8 @@ class Cloud:
     (self.stub / 'bin').mkdir(parents=True)
     (self.stub / 'bin' / 'gcloud').write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
     (self.stub / 'bin' / 'gcloud').chmod(0o755)
-    (self.tree / 'launch').mkdir(parents=True)
-    for name in ('setup.py', 'launch/tpu.sh', 'launch/babysit.sh', 'launch/worker.sh', 'launch/constraints.txt'):
+    shutil.copytree(ROOT / 'launch' / 'lock', self.tree / 'launch' / 'lock')
+    for name in ('setup.py', 'launch/tpu.sh', 'launch/babysit.sh', 'launch/worker.sh'):
       shutil.copy(ROOT / name, self.tree / name)
     (self.tree / '.gitignore').write_text('runs/\n*.key\n')
     self.git('init', '-q')
@@ -222,12 +222,14 @@ def test_setup_installs_pinned_and_once(cloud):
   for argv in (['--yes', 'create'], ['push'], ['setup'], ['setup']):
     assert cloud(*argv)[0] == 0
   installed = (cloud.home() / 'installed').read_text().splitlines()
-  assert len(installed) == 3  # uv, the venv, the packages
-  assert '--constraint' in installed[2] and 'constraints.txt' in installed[2] and installed[2].endswith('[tpu]')
-  (cloud.tree / 'launch' / 'constraints.txt').write_text('jax==0.10.2\n')
+  assert len(installed) == 5  # uv, the venv, what builds packages, the packages, betarank itself
+  assert [line.rpartition('/')[2] for line in installed[::2]] == ['uv.txt', 'build.txt', 'betarank']
+  assert installed[3].endswith('/launch/lock/tpu.txt') and all('--require-hashes' in installed[i] for i in (0, 2, 3))
+  assert '--no-deps' in installed[4]
+  (cloud.tree / 'launch' / 'lock' / 'tpu.txt').write_text('jax==0.10.2\n')
   cloud.git('commit', '-q', '-a', '-m', 'other versions')
   assert cloud('push')[0] == 0 and cloud('setup')[0] == 0
-  assert len((cloud.home() / 'installed').read_text().splitlines()) == 6
+  assert len((cloud.home() / 'installed').read_text().splitlines()) == 10
 
 
 def test_the_pinned_versions_go_together():

@@ -52,9 +52,10 @@ def start_pair(data_dir, workdir, *extra):
 
 @pytest.fixture(scope='module')
 def undisturbed(data_dir, tmp_path_factory):
-  """Returns the workdir of a run that wasn't interrupted, in one process on one device."""
+  """Returns the workdir of a run that wasn't interrupted and used no network, in one process on one device."""
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish_well([start(data_dir, workdir)])
+  finish_well(runs.start('train', f'tests/tiny.py:dir={data_dir}', workdir, 1,
+                         replaced={0: ('-m', 'tests.offline', 'train')}))
   return workdir
 
 
