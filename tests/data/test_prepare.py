@@ -553,6 +553,8 @@ def test_command_line(config, tmp_path):
   second = command('prepare', '--workers=1')
   assert second.returncode == 0, second.stderr
   assert 'train' in second.stdout and 'bytes/token' in second.stdout
+  assert second.stdout.endswith(f'{tmp_path}/d is ready\ntry:      betarank data show --config={file}\n'
+                                f'          betarank train --config={file} --workdir=RUN\n')
   shown = command('show', '--source=main', '--row=1')
   assert shown.returncode == 0 and 'row 1, epoch 0: ' in shown.stdout and 'Question: ' in shown.stdout, shown.stderr
   third = command('prepare', '--config.data.sources.main.uri=resoning')

@@ -111,6 +111,7 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed, data_dir):
   before = metrics(undisturbed)
   [(_, out, _)] = finish_well([start(data_dir, undisturbed)])
   assert metrics(undisturbed) == before
+  assert f'finished: {STEPS} steps, 3.07k tokens, ' in out and f'saved:    {undisturbed}/checkpoints/{STEPS}\n' in out
   assert f'finished already: step {STEPS} of {STEPS}' in out and 'a larger config.train.tokens continues the run' in out
 
 
