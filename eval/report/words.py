@@ -24,6 +24,10 @@ DYNAMICS_NOTE = ('Means over the first and the last tenth of the RL steps, over 
 BENCHMARK_NOTE = ('95 % intervals over problems and seeds; beneath it the difference Δ to the baseline on the same '
                   'problems and seeds.')
 GAIN_NOTE = 'After RL, and beneath it the difference Δ to the checkpoint that RL started from, on the same problems.'
+CLAIMS_NOTE = ('The claims of arXiv 2512.22955, with the tests of docs/study.md. Effects are paired by seed, and for '
+               'samples by problem; p-values are corrected for all tests of a claim that decide. It holds if all tests '
+               'with a verdict say yes, and fails if one says no. "Detectable" is the effect that would be found four '
+               'times in five, before correction.')
 HARNESS_NOTE = ('Scores of lm-evaluation-harness: mean over seeds with Student\'s 95 % interval; beneath it the '
                 'difference Δ to the baseline, seed by seed.')
 
