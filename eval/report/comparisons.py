@@ -170,8 +170,8 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the metrics that RL logged: the value at the start, the value at the end, the change, and the
-  early change.
+  """Returns comparisons of the metrics that RL logged: the value at the start, the value at the end, the change, and
+  the early change.
 
   Start and end are means over the first and the last tenth of the steps. The early change is the difference between the
   start and the mean over the tenth of the steps that ends after the first quarter.
