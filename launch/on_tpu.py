@@ -223,8 +223,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 def program_key(point: Point) -> str:
   """Returns a text that is equal for points whose compiled programs are the same. Such points take the same time.
 
-  The seed doesn't change a program. The objective changes it only by whether any lambda is nonzero, because then the
-  most probable tokens are needed.
+  The text doesn't depend on the seed. It depends on the objective only by whether any lambda is nonzero, in which case
+  the loss must search for the most probable tokens.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

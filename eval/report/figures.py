@@ -233,7 +233,7 @@ _LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
-  """Sets the limits of the x axis such that zero and all finite values are visible, with a range of at least `least`.
+  """Sets the limits of the x axis. They include zero and all finite values, and are at least `least` apart.
 
   Without `least`, differences that are only due to rounding would fill the axis.
   """

@@ -451,11 +451,13 @@ def test_a_point_is_handed_to_an_engine_by_a_template(tmp_path):
   assert len(set(names)) == 3 and names[0].startswith('arm0-seed0-train-')
   other = engine_commands(tmp_path / 'other', "'--job={name} x' {command}")['arm0,seed0/train'][0]
   assert other != f'--job={names[0]} x'  # another root, another job
+  run = engine.command("cards '--card={slot}' {command}", [])
+  assert [run(point, slot)[1] for slot in (0, 3)] == ['--card=0', '--card=3']
 
 
 @pytest.mark.parametrize('template, chips, message', [
   ('slurm', [], 'must be local, tpu, or a command with {command} in it'),
-  ('sbatch {comand}', [], '{comand} is not one of {command}, {name}, {chips}; did you mean {command}?'),
+  ('sbatch {comand}', [], '{comand} is not one of {command}, {name}, {chips}, {slot}; did you mean {command}?'),
   ("sbatch '{command}", [], 'no closing quotation'),
   ('x {chips} {command}', ['rl=4'], '{chips} needs --chips=N or --chips=train=N'),
   ('x {command}', ['many'], '--chips=many: must be a number'),
