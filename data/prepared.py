@@ -55,8 +55,10 @@ def _corpus(where: epath.Path) -> str | None:
   """Returns the URI of the data that is prepared, or being prepared, in folder `where`; None if there is none."""
   if manifest := read_manifest(where):
     return manifest['settings'].get('uri')
-  plan = where / 'partial' / 'plan.json'
-  return json.loads(plan.read_text())['settings']['uri'] if plan.exists() else None
+  try:
+    return json.loads((where / 'partial' / 'plan.json').read_text())['settings']['uri']
+  except (FileNotFoundError, ValueError, LookupError, TypeError):  # no plan, or a damaged one
+    return None
 
 
 def shard_name(name: str, split: str, shard: int, count: int) -> str:
