@@ -32,9 +32,9 @@ HELD_OUT = 0.05  # share of all questions that are in no document and in no RL s
 # RL's families at each level, and the longest answer in tokens. Documents have levels 1 and 2; level 0 is the toy's.
 LEVELS = {
   0: (('chain_sum?max_terms=2&max_digits=1', 'gcd?max_value=9', 'products?max_digits=1'), 32),
-  1: (('chain_sum?max_terms=5&max_digits=3', 'gcd', 'products?max_digits=3'), 128),
+  1: (('chain_sum?max_terms=5&max_digits=3', 'gcd', 'products?max_digits=3'), 160),
   2: (('chain_sum?min_terms=4&max_terms=7&min_digits=2&max_digits=3', 'gcd?max_value=9999',
-       'products?min_digits=2&max_digits=4'), 192),
+       'products?min_digits=2&max_digits=4'), 224),
   3: (('chain_sum?min_terms=6&max_terms=9&min_digits=3&max_digits=4', 'gcd?min_numbers=3&max_numbers=3&max_value=9999',
        'products?min_digits=3&max_digits=5'), 256),
 }
