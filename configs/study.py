@@ -75,7 +75,7 @@ def _training(a) -> ConfigDict:
   c.optimizer.update(lr=size['lr'], warmup_steps=10 if a.toy else 100, decay_fraction=0.9 if mid else 0.0,
                      final_lr=size['lr'] / 10)
   c.checkpoint.update(every_steps=40 if a.toy else 1000, keep=1)
-  c.log.update(every_steps=10 if a.toy else 20, eval_every_steps=10**6, eval_batches=20 if a.toy else 40, samples=0,
+  c.log.update(every_steps=10 if a.toy else 20, eval_every_steps=10**6, eval_batches=20 if a.toy else 8, samples=0,
                tensorboard=False, head_tail_mass=False)
   return c
 
