@@ -9,8 +9,9 @@ Every arm and seed is pre-trained on text and problems, mid-trained on mostly pr
 and then trained with RL; samples and probes measure it before and after RL. docs/study.md has the design, written
 before the runs, and the schedule.
 
-Arguments: size=20m (also 10m, 64m, and toy for CPUs), seeds=N, first_seed=N, level=1|2|3 (how hard RL's problems are),
-text=URI (another corpus), mid=same|ce (the objective of mid-training), arms=paper|beta|family.
+Arguments: size=20m (also 10m, 64m, and toy for CPUs), seeds=N, first_seed=N, lr=X (the rate of pre-training),
+level=1|2|3 (how hard RL's problems are), rl_steps=N, text=URI (another corpus), mid=same|ce (the objective of
+mid-training), arms=paper|beta|family.
 """
 
 from types import SimpleNamespace
@@ -32,9 +33,9 @@ HELD_OUT = 0.05  # share of all questions that are in no document and in no RL s
 # RL's families at each level, and the longest answer in tokens. Documents have levels 1 and 2; level 0 is the toy's.
 LEVELS = {
   0: (('chain_sum?max_terms=2&max_digits=1', 'gcd?max_value=9', 'products?max_digits=1'), 32),
-  1: (('chain_sum?max_terms=5&max_digits=3', 'gcd', 'products?max_digits=3'), 128),
+  1: (('chain_sum?max_terms=5&max_digits=3', 'gcd', 'products?max_digits=3'), 160),
   2: (('chain_sum?min_terms=4&max_terms=7&min_digits=2&max_digits=3', 'gcd?max_value=9999',
-       'products?min_digits=2&max_digits=4'), 192),
+       'products?min_digits=2&max_digits=4'), 224),
   3: (('chain_sum?min_terms=6&max_terms=9&min_digits=3&max_digits=4', 'gcd?min_numbers=3&max_numbers=3&max_value=9999',
        'products?min_digits=3&max_digits=5'), 256),
 }
@@ -46,8 +47,8 @@ ARMS = {  # those of the study, and two sets that look beyond the paper
 
 
 def parse(arg: str | None) -> SimpleNamespace:
-  a = common.parse(arg, size='20m', stage='pretrain', objective='ce', seed=0, seeds=1, first_seed=0, level=2,
-                   mid='same', arms='paper', text='jsonl:runs/study/corpus.jsonl')
+  a = common.parse(arg, size='20m', stage='pretrain', objective='ce', seed=0, seeds=1, first_seed=0, lr=0.0,
+                   level=2, rl_steps=0, mid='same', arms='paper', text='jsonl:runs/study/corpus.jsonl')
   known = dict(size=SIZES, stage=paper.STAGES, objective=paper.OBJECTIVES, level=LEVELS, mid=('same', 'ce'), arms=ARMS)
   for name, values in known.items():
     if (value := getattr(a, name)) not in values:
@@ -72,10 +73,10 @@ def _training(a) -> ConfigDict:
                 held_out_fraction=HELD_OUT, validation_fraction=0.02 if a.toy else 0.005)
   c.data.sources = {'text': _source(c, a.text, 0.3 if mid else 0.7, 300 if a.toy else 0), **_problems(c, a.toy, mid)}
   c.train.update(tokens=round(size['tokens'] * (MIDTRAIN if mid else 1 - MIDTRAIN)), batch_size=4 if a.toy else 128)
-  c.optimizer.update(lr=size['lr'], warmup_steps=10 if a.toy else 100, decay_fraction=0.9 if mid else 0.0,
-                     final_lr=size['lr'] / 10)
+  lr = a.lr or size['lr']
+  c.optimizer.update(lr=lr, warmup_steps=10 if a.toy else 100, decay_fraction=0.9 if mid else 0.0, final_lr=lr / 10)
   c.checkpoint.update(every_steps=40 if a.toy else 1000, keep=1)
-  c.log.update(every_steps=10 if a.toy else 20, eval_every_steps=10**6, eval_batches=20 if a.toy else 40, samples=0,
+  c.log.update(every_steps=10 if a.toy else 20, eval_every_steps=10**6, eval_batches=20 if a.toy else 8, samples=0,
                tensorboard=False, head_tail_mass=False)
   return c
 
@@ -109,9 +110,12 @@ def _rl(a) -> ConfigDict:
   c.checkpoint.update(every_steps=2 if a.toy else 20, keep=1)
   c.log.update(every_steps=1, eval_every_steps=10**6, samples=0, tensorboard=False)
   uri, longest = _task(a)
-  c.rl.update(steps=4 if a.toy else 100, prompts_per_step=4 if a.toy else 64, group_size=4 if a.toy else 16,
-              max_prompt_tokens=128, max_new_tokens=(longest,), phase_steps=(), decode_batch_size=16 if a.toy else 1024,
-              microbatch_tokens=0 if a.toy else 2**16, eval_prompts=4 if a.toy else 64, eval_samples=4)
+  c.rl.update(max_prompt_tokens=128, max_new_tokens=(longest,), phase_steps=(), eval_samples=4)
+  if a.toy:
+    c.rl.update(steps=4, prompts_per_step=4, group_size=4, decode_batch_size=16, eval_prompts=4)
+  else:
+    c.rl.update(steps=100, prompts_per_step=64, decode_batch_size=1024, microbatch_tokens=2**16, eval_prompts=64)
+  c.rl.steps = a.rl_steps or c.rl.steps
   c.rl.task.update(uri=uri, held_out_fraction=HELD_OUT)
   c.rl.verifier.workers = 2 if a.toy else 4
   return c

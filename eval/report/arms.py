@@ -121,6 +121,11 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
   """
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
+    ancestor, seen = run.parent, {run.name}
+    while ancestor and all(ancestor is not other for other in sweep.runs) and ancestor.name not in seen:
+      seen.add(ancestor.name)
+      ancestor.parent = _find_parent(ancestor, sweep)
+      ancestor = ancestor.parent
   for run in sweep.runs:
     chain, seen = [run], {run.name}
     while (parent := chain[-1].parent) and parent.name not in seen:

@@ -1,8 +1,9 @@
 """Judges the paper's claims (arXiv 2512.22955) on a sweep that has the paper's objectives.
 
 Each claim is judged by a few tests, which were fixed before the study's runs (docs/study.md). A test has an effect with
-a 95 % interval over seeds and, for samples, problems. Its verdict is 'yes', 'no' or CAN'T_TELL. Holm's correction
-covers the tests that decide a claim. The claim holds if all of them say yes, and fails if any says no.
+a 95 % interval over seeds and, for samples, problems. Its verdict is 'yes', 'no', SMALL or CANT_TELL. Holm's correction
+covers the tests that decide a claim. The claim holds if all of them say yes. It fails if any says no, or if all say
+SMALL.
 
 # S seeds  A arms
 """
@@ -21,7 +22,7 @@ from betarank.eval.report.words import stages_around_rl
 from betarank.eval.statistics import Estimate, Noise, holm, noise, over_seeds
 
 LOW, HIGH, TAIL = 'β = -0.25', 'β = 0.5', 'λ̂ = -0.1'  # objectives, as arms.label names them
-CANT_TELL = "can't tell"
+CANT_TELL, SMALL = "can't tell", 'small'  # SMALL: shown to be less than what is worth finding
 EQUAL = 0.005  # cross-entropies that differ by less than this share are called equal
 TAIL_RANGE = (-0.09, -0.07)  # what the reward's fixed point predicts for the tail's mass, as a share of it
 TAIL_WIDTH = 0.03  # an interval of a larger half-width doesn't test TAIL_RANGE
@@ -86,10 +87,10 @@ class Claim:
   @property
   def verdict(self) -> str:
     """'yes', 'no' or CANT_TELL; '' if a test has nothing to compare."""
-    verdicts = [test.verdict for test in self.tests]
+    verdicts = {test.verdict for test in self.tests}
     if not verdicts or '' in verdicts:
       return ''
-    return 'no' if 'no' in verdicts else 'yes' if set(verdicts) == {'yes'} else CANT_TELL
+    return 'no' if 'no' in verdicts or verdicts == {SMALL} else 'yes' if verdicts == {'yes'} else CANT_TELL
 
 
 # Rules
@@ -98,12 +99,13 @@ class Claim:
 def above(worth: float = 0.0) -> Judge:
   """Returns the rule for "the effect is above zero".
 
-  Yes or no, if the corrected p-value is at most ALPHA. No, too, if the effect is shown to be smaller than `worth`.
+  Yes or no, if the corrected p-value is at most ALPHA. Otherwise SMALL, if the interval lies below `worth`. This has no
+  correction, because a claim fails only if all its effects are small, which makes a false no rarer.
   """
   def judge(effect: Estimate, p_holm: float) -> str:
     if p_holm <= ALPHA:
       return 'yes' if effect.mean > 0 else 'no'
-    return 'no' if effect.high < worth else CANT_TELL
+    return SMALL if effect.high < worth else CANT_TELL
 
   return judge
 
@@ -136,10 +138,10 @@ def in_tail_range(effect: Estimate, p_holm: float) -> str:
 
 
 def related(effect: Estimate, p_holm: float) -> str:
-  """Judges "the orders are related". No, if the interval holds only rank correlations below UNRELATED."""
+  """Judges "the orders are related". SMALL, if the interval holds only rank correlations below UNRELATED."""
   if p_holm <= ALPHA:
     return 'yes'
-  return 'no' if effect.low > -UNRELATED and effect.high < UNRELATED else CANT_TELL
+  return SMALL if effect.low > -UNRELATED and effect.high < UNRELATED else CANT_TELL
 
 
 # Claims

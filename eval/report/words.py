@@ -26,8 +26,8 @@ BENCHMARK_NOTE = ('95 % intervals over problems and seeds; beneath it the differ
 GAIN_NOTE = 'After RL, and beneath it the difference Δ to the checkpoint that RL started from, on the same problems.'
 CLAIMS_NOTE = ('The claims of arXiv 2512.22955, with the tests of docs/study.md. Effects are paired by seed, and for '
                'samples by problem; p-values are corrected for all tests of a claim that decide. It holds if all tests '
-               'with a verdict say yes, and fails if one says no. "Detectable" is the effect that would be found four '
-               'times in five, before correction.')
+               'with a verdict say yes, and fails if one says no, or if all effects are too small to matter. '
+               '"Detectable" is the effect that would be found four times in five, before correction.')
 HARNESS_NOTE = ('Scores of lm-evaluation-harness: mean over seeds with Student\'s 95 % interval; beneath it the '
                 'difference Δ to the baseline, seed by seed.')
 

@@ -39,7 +39,8 @@ def test_a_direction_is_found_as_often_as_promised_and_rarely_without_an_effect(
   assert nothing['yes'] < 0.04 and nothing["can't tell"] > 0.9
   assert simulated(claims.below, detectable, 1.0)['no'] == pytest.approx(found['yes'], abs=0.01)
   too_small = simulated(claims.above(worth=0.01), 0.0, 0.002)
-  assert too_small['no'] > 0.9 and too_small['yes'] < 0.04
+  assert too_small['small'] > 0.9 and too_small['yes'] < 0.04
+  assert simulated(claims.above(worth=0.01), 0.01, 0.002).get('small', 0) < 0.04
 
 
 def test_equal_is_said_of_what_is_equal_and_rarely_of_what_lies_at_the_limit():
@@ -99,6 +100,9 @@ def test_a_claim_holds_if_all_its_tests_say_yes_after_correction():
   assert claims.Claim('x', '', tests(1, 1)).verdict == 'yes'
   assert claims.Claim('x', '', tests(1, -1)).verdict == 'no'
   assert claims.Claim('x', '', tests(1, 0)).verdict == claims.CANT_TELL
+  small = [dataclasses.replace(test, judge=claims.above(worth=1.0)) for test in tests(0, 0)]
+  assert claims.Claim('x', '', small).verdict == 'no'
+  assert claims.Claim('x', '', [*small, *tests(1)]).verdict == claims.CANT_TELL
   assert claims.Claim('x', '', [*tests(1), claims._test('y', '', 1.0, {}, claims.above())]).verdict == ''
   assert claims.Claim('x', '', [claims._test('y', '', 1.0, {0: 5.0}, claims.above())]).verdict == claims.CANT_TELL
   corrected = claims.Claim('x', '', tests(0.1, 0.1), tests(0.1))
