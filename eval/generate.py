@@ -160,6 +160,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
       for future in judging:
         future.result()
       file.close()
+  print(f'{file.path}: written', flush=True)
 
 
 def benchmark_key(name: str) -> int:

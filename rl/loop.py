@@ -148,7 +148,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
-      'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))) or 'nothing',
+      'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))),
       'mesh': setup.describe_mesh(mesh) + samplers[0].describe_split(),
       'run': setup.describe_length(beginning, run.steps, root)})
     if start == run.steps:

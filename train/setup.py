@@ -302,9 +302,10 @@ def open_log(
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
-  """Prints the log header of a run: its model, data, mesh and so on, one line per entry of `lines`."""
+  """Prints the log header of a run: its model, data, mesh and so on, one line per entry of `lines` that has a text."""
   for name, text in lines.items():
-    log.say(f'{name:9} {text}', indent=10)
+    if text:
+      log.say(f'{name:9} {text}', indent=10)
 
 
 def describe_model(c: model.ModelConfig) -> str:
