@@ -2,9 +2,9 @@
 
     python -m benchmarks.input [--seconds=3] [--steps=100]
 
-The benchmark prepares the smoke config's documents in a temporary folder, and runs each way of making batches by itself
-for some seconds. Then it trains, and measures how long training waits for batches. Only real tokens are counted, not
-padding.
+The benchmark prepares the smoke config's documents in a temporary folder. It then makes batches for some seconds in
+each way, one way after the other. Last, it trains, and measures how long training waits for batches. Only real tokens
+are counted, not padding.
 """
 
 import argparse

@@ -9,8 +9,10 @@
     show         print what training reads: counts, a packed row as text, the longest and shortest documents
 """
 
+import itertools
 import os
 import re
+import shlex
 import time
 from collections.abc import Sequence
 
@@ -71,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
     show.show(data, [args.source] if args.source else list(data.sources), args.split, args.row, config.get('seed', 0))
   elif args.command == 'finish':
     _summary(data, {name: prepare.finish(data, name) for name in data.sources}, console)
+    _what_next(data, argv)
   elif args.command == 'tokenizer':
     if data.tokenizer:
       raise DataError(f'config.data.tokenizer names {data.tokenizer}; leave it empty to train one')
@@ -81,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
       _prepare_all(data, args.workers, console, part, parts)
     except KeyboardInterrupt:
       raise KeyboardInterrupt(_KEPT) from None
+    if parts == 1:
+      _what_next(data, argv)
 
 
 def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, parts: int) -> None:
@@ -92,6 +97,15 @@ def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, pa
     _summary(data, manifests, console)
     return
   print(f'part {part + 1} of {parts} is there; when all are, run: betarank data finish --config=...')
+
+
+def _what_next(data: DataConfig, argv: Sequence[str]) -> None:
+  """Prints where the data is, and commands to run next, with the config of this command."""
+  is_open = lambda word: word.startswith('--config') and '=' not in word  # the value is the next word
+  config = [word for before, word in itertools.pairwise(['', *argv]) if word.startswith('--config') or is_open(before)]
+  print(f'finished: {data.dir} is ready')
+  print('try:      ' + shlex.join(['betarank', 'data', 'show', *config]))
+  print('          ' + shlex.join(['betarank', 'train', *config, '--workdir=RUN']), flush=True)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -194,5 +208,7 @@ def _summary(data: DataConfig, manifests: dict[str, dict], console: Console) -> 
       print(f'{name}: {about["empty_files"]} of {about["files"] + about["empty_files"]} files are empty, and skipped')
     if about.get('bad_rows'):
       print(f'{name}: {about["bad_rows"]:,} bad rows skipped')
+    if prepared.folder(data, name).parent.name != name:
+      print(f'{name}: is in {prepared.folder(data, name)}, because another corpus was prepared under this name before')
     if manifest.get('divided') == 'text':
       print(f'{name}: so few documents that the end of each one is the validation split')

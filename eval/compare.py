@@ -38,7 +38,14 @@ LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room tha
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The settings of a run, {dotted key: value}, and the curves of its metrics.jsonl, {metric: (steps, values)}."""
+  """What a run logged.
+
+  Attributes:
+    path: the workdir of the run.
+    kind: 'RL' or 'pre-training'.
+    config: the settings of the run, {dotted key: value}.
+    curves: {metric: (steps, values)}, from the run's metrics.jsonl.
+  """
 
   path: str
   kind: str
@@ -123,7 +130,7 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
   """Returns (title, columns, rows, notes) of the table of pre-training runs.
 
   The table has one row for each run and each source of its validation data. A row has the figures of the run's last
-  validation on this source. It shows whether runs have equal cross-entropy but different entropy.
+  validation on this source. The table is meant to show whether runs have equal cross-entropy but different entropy.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
@@ -247,9 +254,9 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
-  For pre-training runs, two panels show cross-entropy and entropy, and two show how much each run differs from the
-  first run in them. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the
-  settings in which the runs differ.
+  For pre-training runs, two panels show cross-entropy and entropy. The other two show the same figures minus those of
+  the first run. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the settings
+  in which the runs differ.
   """
   import matplotlib
 
@@ -312,9 +319,11 @@ def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Curve], wind
           first: float = 0.1, least: float = 0.0) -> None:
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
-  window: a function from the number of steps to the number of steps that each point averages.
-  first: the share of the points at the beginning that don't affect the range of the y axis. Otherwise the steep fall of
-    a loss at the beginning would make the rest of the curve look flat.
+  curves: (steps, values) of each run.
+  window: a function that takes the number of points of the longest curve, and returns how many of them are averaged
+    for each point that is drawn.
+  first: the share of each curve, from its beginning, that is ignored when the range of the y axis is chosen. Otherwise
+    the steep fall of a loss in the first steps would make the rest of the curve look flat.
   least: the smallest range of the y axis, as a share of the value in the middle of the axis.
   """
   size, settled = window(max(len(steps) for steps, _ in curves)), []

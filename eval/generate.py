@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -160,6 +161,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
       for future in judging:
         future.result()
       file.close()
+  print(f'{file.path}: written', flush=True)
 
 
 def benchmark_key(name: str) -> int:
@@ -257,8 +259,9 @@ class SampleFile:
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
     """Opens the existing files of the checkpoint and benchmark, or creates new ones.
 
-    There are two files, with samples and with settings. If they exist, the settings must agree. If a problem has
-    only some of its samples in the file, these samples are removed, and the problem counts as missing.
+    There are two files, with samples and with settings. If they exist, the stored settings must be the same as those
+    of `run`. If a problem has only some of its samples in the file, these samples are removed, and the problem counts
+    as missing.
 
     Every process of a job must create this object, because process 0 sends `missing` to the others.
 
@@ -300,9 +303,9 @@ class SampleFile:
   def _take_up(self) -> tuple[str, np.ndarray]:
     """Removes all lines except those of problems that have all their samples in the file.
 
-    Returns (kept, missing). `kept` is the remaining content of a file in a bucket, because the caller can only write
-    such a file as a whole; it is '' for a local file. `missing`, bool [P], is True for each of the P problems that has
-    no samples in the file now.
+    Returns (kept, missing). If the file is in a bucket, `kept` is its remaining content, which the caller needs because
+    files in buckets can only be written as a whole. For a local file, `kept` is ''. `missing` is bool [P], True for
+    each of the P problems that has no samples in the file now.
 
     Lines are read one by one, because a local file may be larger than memory.
     """
@@ -417,11 +420,15 @@ class _Progress:
     self._right += sum(line['verdict'] == 'right' for line in lines)
     self._tokens += sum(line['tokens'] for line in lines)
     now = time.monotonic()
+    if self._done == 1:
+      self._first = now  # the first problem waits for the compilation, which says nothing about the others
     if now - self._shown < _PROGRESS_S and self._done < self._todo:
       return
     self._shown = now
-    about, rate = self._file.about, (now - self._start) / self._done
+    about = self._file.about
+    rate = (now - self._first) / (self._done - 1) if self._done > 1 else math.inf
+    eta_s = rate * (self._todo - self._done) if self._done < self._todo else 0.0
     before = self._file.problems - self._todo
     print(fitted(f'step {about["step"]}  problem {before + self._done} of {self._file.problems}', [
-      f'right {self._right / self._samples:.3f}', f'eta {duration(rate * (self._todo - self._done))}',
+      f'right {self._right / self._samples:.3f}', f'eta {duration(eta_s)}',
       f'{self._tokens / (now - self._start):,.0f} tok/s', about['benchmark']], columns()), flush=True)

@@ -15,6 +15,7 @@
 #   stop                    ask the run to save and stop
 #   delete                  delete the slice
 #   check                   check the settings and this machine, and start nothing
+#   help                    print this text
 #
 # --dry_run   print the gcloud commands and run none
 # --yes       don't ask before creating or deleting

@@ -192,7 +192,7 @@ def describe(values: dict[str, float]) -> list[str]:
   """Returns the figures to print for a training step, the most important ones first."""
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   parts = []
-  if v['loss_nats'] != v['ce_nats']:  # they are equal with plain cross-entropy
+  if not math.isclose(v['loss_nats'], v['ce_nats'], rel_tol=1e-6):  # plain cross-entropy: equal, but for rounding
     parts.append(f'loss {v["loss_nats"]:.4f}')
   parts += [f'ce {v["ce_nats"]:.4f}', f'entropy {v["entropy_nats"]:.4f}', f'{v["tokens_per_s"]:,.0f} tok/s',
             f'rank1 {v["rank1_accuracy"]:.3f}', f'|g| {v["grad_norm"]:.2f}', f'lr {v["lr"]:.1e}']
@@ -312,8 +312,13 @@ class Log:
     if self._active:
       self._samples.write(step, {'prompt': prompt, 'text': text})
 
+  @property
+  def elapsed_s(self) -> float:
+    """The seconds that the run has taken, over all its starts; 0 if this process doesn't log."""
+    return time.perf_counter() - self._began if self._active else 0.0
+
   def _elapsed(self) -> dict[str, float]:
-    return {ELAPSED: time.perf_counter() - self._began}
+    return {ELAPSED: self.elapsed_s}
 
   def _scalars(self, step: int, values: dict[str, float]) -> None:
     for name, value in values.items() if self._board else ():

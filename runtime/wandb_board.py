@@ -2,7 +2,8 @@
 
 WORKDIR/wandb.json holds the id of the run in Weights & Biases, so that a resumed run continues the same curves. wandb's
 own environment variables (WANDB_MODE=offline, WANDB_API_KEY, ...) apply. Curves are drawn over `step`. If a run is
-killed and resumed, the figures of a few steps are sent twice, with the same values.
+killed and resumed, the figures of a few steps are sent twice, with the same values. wandb writes its file every 15
+seconds, so SIGKILL can lose what it got after that; metrics.jsonl has all figures.
 """
 
 import importlib.util
@@ -42,7 +43,7 @@ class WandbBoard:
     # wandb writes to a local folder; a workdir in a bucket isn't one.
     folder = tempfile.mkdtemp(prefix='betarank-wandb-') if '://' in str(workdir) else str(workdir)
     self._run = wandb.init(project=project, id=known['id'], resume='allow', name=workdir.name, config=config,
-                           dir=folder, settings={'console': 'off'})  # the terminal is the run's own
+                           dir=folder, settings={'console': 'off', 'quiet': True})  # the terminal is the run's own
     self._run.define_metric('step')
     self._run.define_metric('*', step_metric='step')
 

@@ -2,12 +2,11 @@
 
 import ast
 import contextlib
-import functools
 import importlib
-import io
 import pathlib
 import re
 import shlex
+from unittest import mock
 
 import pytest
 from ml_collections import ConfigDict
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from betarank.__main__ import COMMANDS
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError
+from betarank.configs.parser import Parser
 from betarank.train.config import run_config
 from tests import newcomer
 
@@ -23,70 +23,96 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 DOCS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / 'docs').glob('*.md'))
 CONFIGS = load.shipped()
 # A command stands on a line of its own in a block, behind variables or what runs it elsewhere, or in backticks.
-LINE = re.compile(r'^ *(?:\w+=\S+ )*(?:launch/tpu\.sh run )?betarank (.*)', re.M)
+LINE = re.compile(
+  r'^ *(?:\$ )?(?:\w+=\S+ )*(?:launch/tpu\.sh(?: --\w+)* (?:run betarank|babysit|(?=(?:train|rl|eval) ))|'
+  r'--command="betarank|betarank) *([^"\n]*)', re.M)
 INLINE = re.compile(r'`betarank ([^`]+)`')
+PROGRAM = re.compile(r'(?:^|`| )python -m ((?:tests|benchmarks)[\w.]*)([^`#\n]*)', re.M)
+VERB = re.compile(r'launch/tpu\.sh((?: --\w+)*) (\w+)')
+
+
+def joined(text):
+  """Returns a text in which each line that ends with a backslash is joined with the next."""
+  return re.sub(r'\\\n\s*', '', text)
 
 
 def commands(block):
   """Returns the words of each command in a block of lines. Comments are left out."""
-  return [shlex.split(line, comments=True) for line in LINE.findall(re.sub(r'\\\n\s*', '', block))]
+  return [shlex.split(line, comments=True) for line in LINE.findall(joined(block))]
 
 
 def commands_of(text):
-  """Returns the words of each command in a document, in blocks and inside sentences."""
+  """Yields (words, whether it is a whole command) for each command in a document, in blocks and inside sentences.
+
+  A sentence may name a command without what it needs.
+  """
   prose, *rest = re.split(r'^```.*\n', text, flags=re.M)
   prose, blocks = [prose, *rest[1::2]], rest[::2]
-  inline = [shlex.split(line) for part in prose for line in INLINE.findall(part)]
-  return [words for block in blocks for words in commands(block)] + inline
+  yield from ((words, True) for block in blocks for words in commands(block))
+  yield from ((shlex.split(line), False) for part in prose for line in INLINE.findall(part))
 
 
 def found():
-  """Yields (file, words) for each command that the documents and the docstrings of configs tell a reader to type."""
+  """Yields (file, words, whether it is a whole command) for each command that the documents and the docstrings of
+  configs tell a reader to type.
+  """
   for name in ('README.md', *DOCS):
-    yield from ((name, words) for words in commands_of((ROOT / name).read_text(encoding='utf-8')))
+    yield from ((name, *found) for found in commands_of((ROOT / name).read_text(encoding='utf-8')))
   for name in CONFIGS:
     about = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding='utf-8')))
-    yield from ((name, words) for words in commands(about))
+    yield from ((name, words, True) for words in commands(about))
 
 
-@functools.cache
-def help_of(*command):
-  """Returns the output of `betarank COMMAND --help`."""
-  with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as end:
-    importlib.import_module(f'betarank.{COMMANDS[command[0]][0]}').main([*command[1:], '--help'])
-  assert end.value.code == 0
-  return out.getvalue()
+class Parsed(Exception):
+  """Ends a command that has parsed its command line."""
 
 
-def check(words):
-  """Raises AssertionError or ConfigError if betarank wouldn't accept the command or its flags.
+def check(words, whole=True):
+  """Lets betarank parse a command line, and ends the command before it does anything else.
 
   words: the words of the command, without `betarank`.
+  whole: if False, the command may lack arguments.
+
+  Raises ConfigError or AssertionError if betarank wouldn't accept the command, a flag, the config or a setting.
   """
   name, *rest = words
-  if name in ('--help', 'COMMAND'):
+  if name in ('--help', 'COMMAND') or rest == ['--help']:
     return
   assert name in COMMANDS, f'{name}: no such command'
-  command = (name,)
-  choices = re.search(r'^ +\{([a-z,]+)\}|\] \{([a-z,]+)\}', help_of(name), re.M)  # of the positional argument
-  if choices and rest and not rest[0].startswith('-'):
-    assert rest[0] in (choices[1] or choices[2]).split(','), f'{name} {rest[0]}: no such command'
-    command = (name, rest[0]) if name == 'hf' else command
-  overrides, spec = {}, ''
-  for word in rest:
-    flag, _, value = word.strip('[]').partition('=')
-    if flag.startswith('--config.'):
-      overrides[flag.removeprefix('--config.')] = value
-    elif flag.startswith('--'):
-      assert re.search(rf'{flag}\b', help_of(*command)), f'{name} has no flag {flag}'
-    if flag == '--config' or (name == 'config' and '-' not in flag):
-      spec = value or flag
-  if name == 'eval':
-    config = ConfigDict({'eval': common.evaluation()})
-  else:
-    config = load.read(spec) if re.search(r'\.py(:|$)', spec) and 'FILE' not in spec else common.base()
-  for key, value in overrides.items():
-    load.override(config, key, value)
+  parse_args, from_command_line = Parser.parse_args, load.from_command_line
+
+  def parse(parser, argv):
+    parse_args(parser, argv)
+    raise Parsed
+
+  def parse_with_config(parser, argv, *, configure=None, **options):
+    from_command_line(parser, argv, configure=lambda args, _: config_of(name, args), **options)
+    raise Parsed
+
+  argv = [word.strip('[]').replace('PRICE', '1') for word in rest]
+  main = importlib.import_module(f'betarank.{COMMANDS[name][0]}').main
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(mock.patch.object(Parser, 'parse_args', parse))
+    stack.enter_context(mock.patch.object(load, 'from_command_line', parse_with_config))
+    stack.enter_context(contextlib.suppress(Parsed))
+    try:
+      main(argv)
+    except ConfigError as error:
+      if whole or ': missing ' not in str(error):
+        raise
+
+
+def config_of(command, args):
+  """Returns the config whose settings a command line may override. Reads no run.
+
+  args: the flags of the command line.
+  """
+  if command == 'eval':
+    return ConfigDict({'eval': common.evaluation()})
+  spec = args.config or getattr(args, 'file', None) or ''
+  if not re.search(r'\.py(:|$)', spec):  # a placeholder, or a command that needs no config
+    return common.rl_base() if command == 'rl' else common.base()
+  return load.read_stage(spec, command) if command in ('train', 'rl') else load.read(spec)
 
 
 @pytest.fixture
@@ -102,10 +128,10 @@ def in_a_readers_folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures('in_a_readers_folder')
 def test_every_command_of_the_documents_is_one():
   wrong, all_of_them = [], list(found())
-  assert len(all_of_them) > 80
-  for name, words in all_of_them:
+  assert len(all_of_them) > 130
+  for name, words, whole in all_of_them:
     try:
-      check(words)
+      check(words, whole)
     except (AssertionError, ConfigError) as error:
       wrong.append(f'{name}: betarank {" ".join(words)}: {error}')
   assert not wrong, '\n'.join(wrong)
@@ -122,11 +148,47 @@ def test_every_command_of_the_documents_is_one():
   'betarank train --config=configs/smoke.py --config.train.tokens=many',
   'betarank eval sample --config.eval.sample.rows=2',
   'JAX_DISABLE_JIT=1 betarank rl --config=configs/rl_smoke.py:beta=1',
+  '$ betarank train --config=configs/rl_smoke.py --workdir=x',
+  'launch/tpu.sh --yes babysit train --config=configs/smoke.py',
+  'launch/tpu.sh run betarank data prepare',
+  'betarank sweep --config=configs/smoke.py --root=x --parallel=many',
+  'betarank compare',
+  'betarank watch gs:/x',
 ])
 def test_a_wrong_command_is_found(line):
   [words] = commands(line)
   with pytest.raises((AssertionError, ConfigError)):
     check(words)
+
+
+def test_every_program_of_the_documents_has_the_flags():
+  """Checks `python -m MODULE --FLAG`: the module's files, or those of its package, contain the flag in quotes."""
+  programs = [(name, *found) for name in ('README.md', *DOCS)
+              for found in PROGRAM.findall(joined((ROOT / name).read_text(encoding='utf-8')))]
+  assert len(programs) > 30
+  for name, module, rest in programs:
+    path = ROOT / module.replace('.', '/')
+    files = [*path.glob('*.py')] if (path / '__main__.py').exists() else [path.with_suffix('.py')]
+    assert files[0].exists(), f'{name}: python -m {module}'
+    source = ''.join(path.read_text(encoding='utf-8') for path in files)
+    for flag in re.findall(r'--[\w-]+', rest.replace('--no-', '--')):
+      assert f"'{flag}'" in source, f'{name}: python -m {module} {flag}'
+
+
+def test_every_verb_of_tpu_sh_in_the_documents_is_one():
+  usage = (ROOT / 'launch' / 'tpu.sh').read_text(encoding='utf-8').partition('\nset ')[0]
+  verbs = [found for name in ('README.md', *DOCS) for found in VERB.findall((ROOT / name).read_text(encoding='utf-8'))]
+  assert len(verbs) > 10
+  for flags, verb in verbs:
+    for word in (*flags.split(), verb):
+      assert re.search(rf'^# +(?:[a-z|]+\|)?{word}\b', usage, re.M), f'launch/tpu.sh {word}'
+
+
+def test_every_extra_of_the_documents_is_one():
+  setup = (ROOT / 'setup.py').read_text(encoding='utf-8')
+  extras = {extra for name in ('README.md', *DOCS)
+            for extra in re.findall(r"pip install (?:-e )?'(?:\.|betarank)\[(\w+)\]'", (ROOT / name).read_text())}
+  assert len(extras) > 5 and all(f"'{extra}': [" in setup for extra in extras)
 
 
 def test_a_newcomer_types_the_readme_s_commands():

@@ -120,7 +120,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()
-    setup.finished(log, root, config, run.steps, beginning.parent)
+    setup.finished(log, root, config, run.steps, beginning.parent, run.steps * run.tokens_per_step)
   return recorder.last
 
 

@@ -25,7 +25,7 @@ from betarank import data, model
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import to_json
 from betarank.configs.stop import Stopped, StopSignal
-from betarank.configs.terminal import waiting
+from betarank.configs.terminal import duration, waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.state import TrainState, abstract_state, create_state
@@ -302,9 +302,10 @@ def open_log(
 
 
 def log_header(log: Log, lines: Mapping[str, str]) -> None:
-  """Prints the log header of a run: its model, data, mesh and so on, one line per entry of `lines`."""
+  """Prints the log header of a run: its model, data, mesh and so on, one line per entry of `lines` that has a text."""
   for name, text in lines.items():
-    log.say(f'{name:9} {text}', indent=10)
+    if text:
+      log.say(f'{name:9} {text}', indent=10)
 
 
 def describe_model(c: model.ModelConfig) -> str:
@@ -345,15 +346,18 @@ def short(n: float) -> str:
   return f'{n:.3g}'
 
 
-def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str) -> None:
-  """Logs where a finished run is saved, and commands to run next.
+def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: str, tokens: int = 0) -> None:
+  """Logs how long a finished run took, where it is saved, and commands to run next.
 
   If the run wrote TensorBoard events, one command shows its curves. Another command shows the predictions of the run
   next to those of its parent.
 
   parent: the checkpoint that the run started from; '' for random weights.
+  tokens: the tokens that the run has trained on; 0 if they aren't counted.
   """
-  log.say(f'finished: step {step} is saved in {root / "checkpoints" / str(step)}')
+  counts = f'{step:,} steps' + (f', {short(tokens)} tokens' if tokens else '')
+  log.say(f'finished: {counts}, {duration(log.elapsed_s)} in all')
+  log.say(f'saved:    {root / "checkpoints" / str(step)}')
   if config.log.tensorboard:
     install = '' if importlib.util.find_spec('tensorboard') else 'pip install tensorboard; '
     log.say(f'curves:   {install}tensorboard --logdir={root}')

@@ -6,6 +6,7 @@ run didn't survive. `killed`, `killed_inside` and `interrupted` return such a fu
 """
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import random
@@ -87,6 +88,8 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
 # SIGKILL and SIGTERM
 
 AS_PYTHON_STARTS_S = 0.15  # Python's own start; no program can answer a Ctrl-C before it
+# Commands that leave their run as it is. `plan` needs libtpu.
+READERS = ('generate', 'explore', 'watch', 'report', *(['plan'] if importlib.util.find_spec('libtpu') else []))
 KILLS = 3  # per trial: more of them cost less than trials of their own, and the later ones hit a resumed run
 
 
@@ -253,13 +256,15 @@ def terminated(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   return c.resume(kind, workdir, [kind.name], all_kept=False)[0]  # its checkpoint takes the place of an earlier one
 
 
-def interrupted(name: str):
+def interrupted(*names: str):
   """Returns a fault: Ctrl-C at a random moment, up to KILLS times. The run must end with status 130 and one line.
 
   The later times hit the resumed run. As from a terminal, all processes of the group get the signal.
+
+  names: the kind of run; several kinds are drawn from at random.
   """
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
-    kind = c.kinds[name]
+    kind = c.kinds[rng.choice(names)]
     workdir = c.workdir(kind, place)
     hits = []
     for _ in range(KILLS):
@@ -271,12 +276,12 @@ def interrupted(name: str):
       code, out, err = c.finish(process)
       if code == 0:
         break
-      said = [line for line in err.splitlines() if line]
+      said = [line for line in err.splitlines() if line and not line.startswith('loading ')]
       ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
       notice = [line for line in said if line.startswith('stopping')]
       assert code == 130 and len(ends) == 1 and len(notice) <= 1, f'exit {code} after {at:.2f} s: {err[-600:]}'
       assert len(said) == len(notice) + (ends[0] in said), f'after {at:.2f} s: {err[-600:]}'
-      hits.append(re.split('[:;]', ends[0])[0])
+      hits.append(' '.join([*([kind.name] if len(names) > 1 else []), re.split('[:;]', ends[0])[0]]))
     return c.resume(kind, workdir, hits, all_kept=False)
   fault.points = KILLS
   return fault
@@ -536,6 +541,7 @@ CLASSES = {
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),
   'SIGTERM': (terminated, 'train', 50),
   **{f'Ctrl-C in {name}': (interrupted(name), name, 100) for name in ('data', 'train', 'rl', 'eval', 'probe', 'sweep')},
+  'Ctrl-C in commands that only read': (interrupted(*READERS), ' '.join(READERS), 200),
   'full disk': (full_disk, 'train', 50),
   'read-only workdir': (read_only, 'train', 50),
   'damaged checkpoint': (damaged_checkpoint, 'train pair', 100),

@@ -13,7 +13,17 @@ import pytest
 
 from betarank.runtime import checkpoint
 from tests import runs
-from tests.runs import arrays, assert_same_run, assert_stopped, betarank, finish, finish_well, metrics, wait_for_step
+from tests.runs import (
+  arrays,
+  assert_same_run,
+  assert_stopped,
+  betarank,
+  finish,
+  finish_well,
+  metrics,
+  wait_for_checkpoint,
+  wait_for_step,
+)
 
 STEPS = 12
 
@@ -83,6 +93,7 @@ def test_killed_or_stopped_and_started_again_equals_uninterrupted(data_dir, tmp_
 def test_two_processes_killed_and_started_again_equal_uninterrupted_ones_and_one_with_two_devices(data_dir, tmp_path):
   pair = start_pair(data_dir, tmp_path, LONG)
   wait_for_step(tmp_path, 6, pair)
+  wait_for_checkpoint(tmp_path, 4, pair)
   for process in pair:
     process.kill()
   assert [code for code, _, _ in finish(pair)] == [-9, -9]
@@ -100,6 +111,7 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed, data_dir):
   before = metrics(undisturbed)
   [(_, out, _)] = finish_well([start(data_dir, undisturbed)])
   assert metrics(undisturbed) == before
+  assert f'finished: {STEPS} steps, 3.07k tokens, ' in out and f'saved:    {undisturbed}/checkpoints/{STEPS}\n' in out
   assert f'finished already: step {STEPS} of {STEPS}' in out and 'a larger config.train.tokens continues the run' in out
 
 

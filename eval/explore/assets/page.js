@@ -64,25 +64,25 @@ function visible(text) {
 // Control characters have pictures of their own in Unicode.
 const printable = (text) => text.replace(/[\x00-\x08\x0b-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)));
 
-// Measures. `of(f, i)` is the value of token i; `heat` maps it to [0, 1], dark where the model is unsure or wrong;
-// `lead(f, g, i)` says in nats how much surer the model of g is than that of f.
+// Measures. `of(f, i)` is the value of token i, and `value` its text; `heat` maps it to [0, 1], dark where the model is
+// unsure or wrong; `lead(f, g, i)` says in nats how much surer the model of g is than that of f, and `surer` in words.
 
 const MEASURES = {
   entropy: {
     name: 'entropy', unit: 'nats', of: (f, i) => f.entropy[i], heat: (x) => clamp(x / 4) ** 0.6,
     ticks: ['0', '0.2', '0.8', '2', '4 nats'], lead: (f, g, i) => f.entropy[i] - g.entropy[i],
-    surer: 'has the lower entropy', chart: 'entropy before each token (nats)', height: (f, i) => f.entropy[i],
+    surer: 'is sharper', value: (f, i) => f.entropy[i].toFixed(2), chart: 'entropy before each token (nats)', height: (f, i) => f.entropy[i],
   },
   probability: {
     name: 'probability', unit: '', of: (f, i) => Math.exp(f.logp[i]), heat: (p) => clamp(-Math.log10(p) / 3) ** 0.7,
     ticks: ['100 %', '50 %', '10 %', '1 %', '0.1 %'], lead: (f, g, i) => g.logp[i] - f.logp[i],
-    surer: 'gives the token more probability', chart: 'surprise at each token, −log p (nats)',
+    surer: 'gives the text more probability', value: (f, i) => probability(Math.exp(f.logp[i])), chart: 'surprise at each token, −log p (nats)',
     height: (f, i) => -f.logp[i],
   },
   rank: {
     name: 'rank', unit: '', of: (f, i) => f.rank[i] + 1, heat: (r) => clamp(Math.log(r) / Math.log(200)) ** 0.8,
     ticks: ['1', '4', '20', '60', '200'], lead: (f, g, i) => Math.log((1 + f.rank[i]) / (1 + g.rank[i])),
-    surer: 'ranks the token higher', chart: 'rank of each token (log scale)',
+    surer: 'ranks the text higher', value: (f, i) => String(f.rank[i] + 1), chart: 'rank of each token (log scale)',
     height: (f, i) => Math.log2(1 + f.rank[i]),
   },
 };
@@ -102,6 +102,10 @@ function paint(node, passage, m, i) {
     v = heat(of(passage.figures[m], i));
     node.style.setProperty('--v1', clamp(2 * v).toFixed(3));
     node.style.setProperty('--v2', clamp(2 * v - 1).toFixed(3));
+    if (passage.figures.length > 1) {
+      const ahead = lead(passage.figures[m === 0 ? 1 : 0], passage.figures[m], i);
+      node.style.setProperty('--ahead', ahead > 0.01 ? (0.25 + 0.75 * tint(ahead)).toFixed(3) : 0);
+    }
   }
   node.classList.toggle('tint', difference);
   // Where the text has to change its colour to stay readable: on light paper if hot, on dark paper if warm.
@@ -165,7 +169,6 @@ function draw() {
   drawVerdict();
   drawScale();
   drawChart();
-  drawLargest();
   drawPanels();
   drawSamples();
   if (chosen) for (const node of nodesOf(chosen.passage, chosen.at)) node.classList.add('chosen');
@@ -191,11 +194,16 @@ function drawVerdict() {
       + `${rows[0].ce.toFixed(3)} nats.`));
   }
   for (let m = 1; m < rows.length; m++) words.append(comparison(rows, m, N));
-  words.append(make('p', {}, compare === 'difference'
+  if (rows.length > 1) {
+    const found = [largest(1), largest(0)].filter(Boolean);
+    words.append(...(found.length ? found : [make('p', {}, 'No token differs by more than 0.05 nats. Another text may show'
+      + ' more.')]));
+  }
+  words.append(make('p', {class: 'soft'}, compare === 'difference'
     ? 'A token has the colour of the model that ' + MEASURES[measure].surer + '; the deepest is 1 nat.'
-    : 'Highlighted tokens are those where a model is ' + (measure === 'entropy' ? 'unsure what comes next' : 'surprised')
-      + '. Choose one to see what each model expected there.'
-      + (rows.length > 1 ? ' Entropies within 0.01 nats count as equal.' : '')));
+    : `The darker a token, the more ${measure === 'entropy' ? 'unsure' : 'surprised'} the model.`
+      + (rows.length > 1 ? ` Underlined tokens are those where the panel’s model ${MEASURES[measure].surer} than the other, `
+        + 'by more than 0.01 nats.' : '') + ' Choose a token to see what each model expected there.'));
   if (rows.length > 1 && compare === 'each') {
     words.append(make('button', {type: 'button', id: 'where', onclick: () => $('compare').querySelector(
       'input[value=difference]').click()}, 'Show where'));
@@ -313,25 +321,25 @@ function drawLines(svg, N) {
   return `${chart}, up to ${measure === 'rank' ? Math.round(2 ** highest) : highest.toFixed(1)}`;
 }
 
-// The tokens at which the first two models differ most, in the order of the text.
-function drawLargest() {
-  const box = $('largest');
-  box.replaceChildren();
-  const [f, g] = view.prompt.figures;
-  if (!g) return;
-  const {lead} = MEASURES[measure];
-  const all = view.prompt.tokens.map((_, i) => ({i, d: lead(f, g, i)}));
-  const most = all.filter(({d}) => Math.abs(d) > 0.05).sort((a, b) => Math.abs(b.d) - Math.abs(a.d)).slice(0, 6);
-  if (!most.length) return;
-  box.append(make('span', {class: 'soft'}, 'largest differences, in the colour of the surer model'));
-  for (const {i, d} of most.sort((a, b) => a.i - b.i)) {
+// The tokens at which model m is most surer than the other of the first two, in the order of the text.
+function largest(m) {
+  const {lead, surer, value, name, unit} = MEASURES[measure];
+  const [f, g] = m ? view.prompt.figures : view.prompt.figures.slice(0, 2).reverse();
+  const found = view.prompt.tokens.map((_, i) => ({i, d: lead(f, g, i)})).filter(({d}) => d > 0.05)
+    .sort((a, b) => b.d - a.d).slice(0, 5).sort((a, b) => a.i - b.i);
+  if (!found.length) return '';
+  const other = label(1 - m);
+  const row = make('div', {class: 'largest'},
+    make('span', {}, make('strong', {color: m}, label(m)), ` ${surer} above all at`));
+  for (const {i} of found) {
     const before = textOf(view.prompt, i - 3, i).slice(-10);
-    const surer = d > 0 ? 1 : 0;
-    box.append(make('button', {type: 'button', class: 'chip', color: surer, onclick: () => choose(view.prompt, i),
-      title: `${label(surer)} ${MEASURES[measure].surer}`},
+    row.append(make('button', {type: 'button', class: 'chip', color: m, onclick: () => choose(view.prompt, i),
+      title: `${name} of ${other}: ${value(f, i)}, of ${label(m)}: ${value(g, i)}`},
     make('code', {}, make('span', {}, visible(before)), make('b', {}, visible(piece(view.prompt.tokens[i])))),
-    make('small', {class: 'num'}, Math.abs(d).toFixed(2))));
+    make('small', {class: 'num'}, `${value(f, i)} → ${value(g, i)}`)));
   }
+  row.append(make('small', {}, `${name}${unit && ` in ${unit}`}, ${other} → ${label(m)}`));
+  return row;
 }
 
 function mark(which, i) {

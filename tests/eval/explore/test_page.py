@@ -61,6 +61,10 @@ def test_a_text_is_shown_under_both_models_and_each_token_can_be_looked_into(bro
   assert [text.replace('↵', '') for text in shown(browser)] == [TEXT, TEXT]  # as text, not as markup
   check_fits(browser)
   view = explorer.text(TEXT)
+  underlined = browser.run('return [...document.querySelectorAll("#panels .panel:nth-child(2) .t:not(.next)")].map('
+                           '(t) => Number(t.style.getPropertyValue("--ahead")) > 0)')  # where the second is sharper
+  before, after = (f['entropy'] for f in view['prompt']['figures'])
+  assert underlined == [x - y > 0.01 for x, y in zip(before, after)][:-1] and any(underlined)
   for at in (3, len(view['prompt']['tokens'])):  # a token, and what comes after the last one
     click(browser, f'#panels .panel:nth-child(2) .t[data-i="{at}"]')
     names = browser.run('return [...document.querySelectorAll("#inspector ol")].map((list) => '
@@ -73,7 +77,7 @@ def test_a_text_is_shown_under_both_models_and_each_token_can_be_looked_into(bro
   for choice, panels in {'probability': 2, 'rank': 2, 'difference': 1, 'entropy': 1, 'each': 2}.items():
     click(browser, f'input[value={choice}]')
     assert len(shown(browser)) == panels
-  click(browser, '#largest button')
+  click(browser, '.largest button')
   assert browser.run('return document.querySelectorAll(".t.chosen").length') == 2
   assert browser.messages() == [] and all(name.startswith(url) for name in requested(browser))
 
