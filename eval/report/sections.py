@@ -181,7 +181,8 @@ class Report:
                        self._agreement(stage, arm)))
     self._csv('settings', ('arm', 'stage', 'seeds', 'steps', 'tokens', 'flops', 'compared with the baseline'), rows)
     return join([
-      table(('Arm', 'Stage', 'Seeds', 'Steps', 'Tokens', 'FLOPs', 'Agrees with the baseline in all but the objective?'),
+      table(('Arm', 'Stage', 'Seed numbers', 'Steps', 'Tokens', 'FLOPs',
+             'Agrees with the baseline in all but the objective?'),
             rows, 'An arm is a pre-training objective; RL runs belong to the arm of the run they started from. FLOPs '
             'are those of training, forward and backward; those of RL are mostly sampling and not counted.',
             class_='words'),
