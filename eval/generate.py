@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -419,11 +420,15 @@ class _Progress:
     self._right += sum(line['verdict'] == 'right' for line in lines)
     self._tokens += sum(line['tokens'] for line in lines)
     now = time.monotonic()
+    if self._done == 1:
+      self._first = now  # the first problem waits for the compilation, which says nothing about the others
     if now - self._shown < _PROGRESS_S and self._done < self._todo:
       return
     self._shown = now
-    about, rate = self._file.about, (now - self._start) / self._done
+    about = self._file.about
+    rate = (now - self._first) / (self._done - 1) if self._done > 1 else math.inf
+    eta_s = rate * (self._todo - self._done) if self._done < self._todo else 0.0
     before = self._file.problems - self._todo
     print(fitted(f'step {about["step"]}  problem {before + self._done} of {self._file.problems}', [
-      f'right {self._right / self._samples:.3f}', f'eta {duration(rate * (self._todo - self._done))}',
+      f'right {self._right / self._samples:.3f}', f'eta {duration(eta_s)}',
       f'{self._tokens / (now - self._start):,.0f} tok/s', about['benchmark']], columns()), flush=True)

@@ -427,6 +427,7 @@ def main(argv: Sequence[str]) -> None:
       run(sweep, console, signals, clean_up if args.on == 'tpu' else None)
   if not _all_finished(sweep):
     sys.exit(128 + signals[0] if signals else 1)
+  print(f'try: {shlex.join(["betarank", "report", root])}')
 
 
 def run(sweep: Sweep, console: Console, signals: Sequence[int],

@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
@@ -199,7 +200,8 @@ def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
     figure = Figure()
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    _place(figure, axis, 0.9 + 0.66 * len(forest.rows), 0, left=0.12)
+    title = textwrap.wrap(forest.title, _TITLE_COLUMNS)
+    _place(figure, axis, 0.9 + 0.66 * len(forest.rows), 0, left=0.32, right=0.32, title_lines=len(title))
     for y, row in enumerate(forest.rows):
       i = arms.index(row.arm)
       name = ' · '.join(filter(None, (row.arm, row.subject, row.remark)))
@@ -216,7 +218,7 @@ def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
     axis.set_ylim(len(forest.rows) - 0.5, -0.5)
     axis.set_yticks([])
     axis.spines['left'].set_visible(False)
-    axis.set_title(_fit(forest.title, 40))
+    axis.set_title('\n'.join(title), fontsize=None if len(title) == 1 else 10)
     axis.set_xlabel(forest.x_label)
     shown = [factor * x for row in forest.rows for e in (row.before, row.after) if e is not None
              for x in (e.low, e.mean, e.high)]
@@ -230,6 +232,7 @@ def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
 
 
 _LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four forest plots are side by side
+_TITLE_COLUMNS = 44  # of a line of a forest plot's title
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
@@ -246,19 +249,22 @@ def _set_range(axis, values: Sequence[float], least: float) -> None:
 # Parts
 
 
-def _place(figure: Figure, axis, height: float, legend_lines: int, left: float = 0.75) -> None:
+def _place(figure: Figure, axis, height: float, legend_lines: int, left: float = 0.75, right: float = 0.12,
+           title_lines: int = 1) -> None:
   """Sets the size of a figure, and fixed margins in inches, so that panels line up on the page.
 
   Matplotlib's layout engines aren't used, because they take longer than the drawing itself.
 
   height: the height of the figure without its legend, in inches.
-  legend_lines: the number of lines of the legend.
-  left: the left margin in inches.
+  legend_lines, title_lines: the number of lines of the legend and of the title.
+  left, right: the left and the right margin in inches.
   """
+  above = 0.3 + 0.18 * (title_lines - 1)
   below = 0.52 + 0.2 * legend_lines + 0.06 * (legend_lines > 0)
-  total = height + below - 0.52
+  total = height + below - 0.52 + above - 0.3
   figure.set_size_inches(SIZE[0], total)
-  axis.set_position((left / SIZE[0], below / total, (SIZE[0] - left - 0.12) / SIZE[0], (total - below - 0.3) / total))
+  axis.set_position((left / SIZE[0], below / total, (SIZE[0] - left - right) / SIZE[0],
+                     (total - below - above) / total))
 
 
 def _fit(title: str, size: int) -> str:

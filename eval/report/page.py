@@ -123,6 +123,7 @@ td .why { white-space: normal; max-width: 22rem; margin-left: auto; }
 figure { margin: 1rem 0 1.6rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 360px), 1fr)); gap: 0.9rem 1.4rem; }
 .forest { grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); }
+@media (min-width: 700px) and (max-width: 1280px) { .forest { grid-template-columns: repeat(2, minmax(0, 440px)); } }
 .panels svg { width: 100%; max-width: 440px; height: auto; display: block; }
 .panels svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.3rem; list-style: none; margin: 0.5rem 0; padding: 0;

@@ -241,7 +241,7 @@ def test_a_sweep_killed_launcher_and_all_finishes_every_point_once(tmp_path):
   for pid in alive(root):
     os.kill(pid, signal.SIGKILL)
   code, out, err = finish(start(root, '--parallel=2'))
-  assert code == 0 and '5 finished, of 5' in out, out + err
+  assert code == 0 and out.endswith(f'5 finished, of 5\ntry: betarank report {root}\n'), out + err
   check_whole(root, 5)
   before = status(root)
   code, out, _ = finish(start(root))
