@@ -1,4 +1,5 @@
 # make smoke | test | test-all | lint      Each creates .venv first, if there is none, and installs into it with pip.
+# make lock                               Writes launch/lock anew.
 PYTHON ?= python3
 PY := .venv/bin/python
 BETARANK := .venv/bin/betarank
@@ -10,7 +11,7 @@ SAMPLE := --benchmark='reasoning:chain_sum?max_terms=3&max_digits=1' --config.ev
   --config.eval.sample.problems=128 --config.eval.sample.samples=8 --config.eval.sample.max_new_tokens=28 \
   --config.eval.sample.temperature=1.0 --config.eval.sample.top_p=1.0
 
-.PHONY: smoke test test-all lint clean
+.PHONY: smoke test test-all lint lock clean
 
 .venv/installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 ...")'
@@ -85,3 +86,12 @@ lint: .venv/installed
 
 clean:
 	rm -rf .venv runs build *.egg-info
+
+# The versions and hashes that pods and images install (launch/lock), from the bounds of setup.py and the versions of
+# launch/constraints.txt. Needs uv (pip install uv); then run the tests with these versions.
+UV = uv pip compile --quiet --generate-hashes --upgrade --custom-compile-command='make lock'
+lock:
+	echo uv | $(UV) --python-version=3.10 - --output-file=launch/lock/uv.txt
+	echo setuptools | $(UV) --python-version=3.12 - --output-file=launch/lock/build.txt
+	for extra in tpu gpu; do $(UV) --python-version=3.12 --python-platform=x86_64-manylinux_2_31 --extra=$$extra \
+	  --constraint=launch/constraints.txt setup.py --output-file=launch/lock/$$extra.txt || exit 1; done

@@ -6,17 +6,17 @@ from setuptools import find_packages, setup
 
 # Lower bounds are what the tests ran with; jax 0.10 is the newest for Python 3.11, 0.12 for 3.12.
 CORE = [
-    'jax>=0.10,<0.13',
-    'flax>=0.12',
+    'jax>=0.10.1,<0.13',
+    'flax>=0.12.1',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12',
     'ml-collections>=1.1',
     'numpy>=2.0',
-    'scipy>=1.13',
+    'scipy>=1.14',
     'absl-py>=2.1',
     'etils[epath]>=1.12',
     # Data: TFDS reads ArrayRecord without TensorFlow, but forgets to require importlib_resources.
-    'grain>=0.2.12',
+    'grain>=0.2.15',
     'array-record>=0.8.1',
     'tensorflow-datasets>=4.9.9',
     'importlib_resources>=6.0',
@@ -33,8 +33,8 @@ CORE = [
 ]
 
 EXTRAS = {
-    'tpu': ['jax[tpu]>=0.10,<0.13', 'gcsfs>=2024.6'],
-    'gpu': ['jax[cuda13]>=0.10,<0.13'],
+    'tpu': ['jax[tpu]>=0.10.1,<0.13', 'gcsfs>=2024.6'],
+    'gpu': ['jax[cuda13]>=0.10.1,<0.13'],
     'gcs': ['gcsfs>=2024.6'],
     'hf': ['safetensors>=0.7'],  # betarank hf import
     'wandb': ['wandb>=0.19'],  # config.log.wandb
@@ -54,7 +54,8 @@ setup(
     python_requires='>=3.11',
     package_dir={'betarank': '.'},
     packages=['betarank', *(f'betarank.{p}' for top in FOLDERS for p in find_packages(include=[top, f'{top}.*']))],
-    package_data={'betarank.launch': ['*.sh', 'constraints.txt', 'examples/*'], 'betarank.eval.explore': ['assets/*']},
+    package_data={'betarank.launch': ['*.sh', '*.txt', 'lock/*', 'examples/*'],
+                  'betarank.eval.explore': ['assets/*']},
     entry_points={'console_scripts': ['betarank = betarank.__main__:main']},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,10 +1,12 @@
 """Times our attention kernels and others on a GPU, forward and backward: python -m benchmarks.attention
 
-The rows are those of the 1B model: 8 x 4096 tokens, 16 query and 4 key heads of width 128, bfloat16. `--documents=N`
-cuts each row into N documents of about equal length. For TFLOP/s, the benchmark counts 4·T/2·heads·width FLOPs per
-token forward, where T is the length of a row, and 2.5 times as many backward. Documents don't change this count,
-although a kernel may skip FLOPs because of them. `cudnn causal` attends across documents. `cudnn` gets a mask of
-documents, and thus shows the cost of a mask.
+The batch is that of the 1B model: 8 rows of 4096 tokens, 16 query heads and 4 key heads of width 128, bfloat16.
+`--documents=N` cuts each row into N documents of about equal length. For TFLOP/s, the benchmark counts
+4·T/2·heads·width FLOPs per token forward, where T is the length of a row, and 2.5 times as many backward. Documents
+don't change this count, although a kernel may skip FLOPs because of them.
+
+cuDNN is timed twice. In the line `cudnn causal`, it gets no mask of documents, so tokens attend across documents. In
+the line `cudnn`, it gets such a mask, which shows what the mask costs.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python -m benchmarks.attention_blocks [--chips=v5e,v5p,v6e] [--rows=1]
 
 Prints milliseconds, first with and then without interlocks of the matrix unit (docs/plans.md), for rows of 4096 tokens
-with 32 query heads and 8 key heads of 128. Needs libtpu. All combinations take about ten minutes on one core.
+with 32 query heads and 8 key heads of width 128. Needs libtpu. All combinations take about ten minutes on one core.
 """
 
 import argparse
@@ -18,9 +18,14 @@ HEADS, KEY_HEADS, LENGTH, WIDTH = 32, 8, 4096, 128
 
 
 def predict_ms(chip: str, sizes: tuple[int, int, int], backward: bool, rows: int, folder: pathlib.Path) -> str:
-  """Returns the predicted time of one kernel, or 'no room' if it doesn't fit into VMEM.
+  """Returns the predicted time of one kernel, such as '2.10 to 1.80', or 'no room' if it doesn't fit into VMEM.
 
-  sizes: (queries per block, keys per block, keys of one product).
+  The first number is in milliseconds with interlocks of the matrix unit, the second without them.
+
+  sizes: (queries per block, keys per block, keys that are multiplied at a time).
+  backward: whether to predict the backward kernel instead of the forward kernel.
+  rows: the batch size.
+  folder: the folder to which libtpu writes the compiled kernel. Old files in it are deleted.
   """
   import jax
   import jax.numpy as jnp

@@ -7,8 +7,9 @@ asynchronous save, as training does, and one blocking save. The benchmark prints
 - the same, with the delay of the next update added to the stall. There is such a delay on a CPU, because the thread
   that writes the checkpoint uses the same cores as the update.
 
-At the end, the last checkpoint is restored, first completely and then only its weights. Its two checks are timed: crc32
-of every byte, which each restore computes, and sha256 of every byte, which `betarank checkpoint verify` computes.
+At the end, the last checkpoint is restored, first completely and then only its weights. Two checks of the files are
+timed too: crc32 of every byte, which each restore computes, and sha256 of every byte, which `betarank checkpoint
+verify` computes.
 """
 
 import argparse

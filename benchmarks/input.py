@@ -2,9 +2,9 @@
 
     python -m benchmarks.input [--seconds=3] [--steps=100]
 
-The benchmark prepares the smoke config's documents in a temporary folder, and runs each way of making batches by itself
-for some seconds. Then it trains, and measures how long training waits for batches. Only real tokens are counted, not
-padding.
+The benchmark prepares the smoke config's documents in a temporary folder. It then makes batches for some seconds in
+each way, one way after the other. Last, it trains, and measures how long training waits for batches. Only real tokens
+are counted, not padding.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from betarank.data.config import DataConfig
 from betarank.data.prepare import prepare_source
 from betarank.data.prepared import Documents
 from betarank.data.tokenizer_training import train_tokenizer
-from betarank.runtime.metrics import read_lines
+from betarank.runtime.metrics import lines_of
 from betarank.train import loop
 from betarank.train.config import run_config
 
@@ -66,7 +66,7 @@ def training(config, workdir: str, steps: int) -> tuple[float, float]:
     config.optimizer.warmup_steps = 1
     config.log.update(samples=0, tensorboard=False, every_steps=steps)
   loop.train(config, workdir)
-  lines = [line for line in read_lines(epath.Path(workdir) / 'metrics.jsonl') if 'time/step_s' in line][steps // 4:]
+  lines = [line for line in lines_of(epath.Path(workdir) / 'metrics.jsonl') if 'time/step_s' in line][steps // 4:]
   waited = sum(line['time/step_s'] * line['time/input_wait_share'] for line in lines)
   return (statistics.median(line['time/tokens_per_s'] for line in lines),
           waited / sum(line['time/step_s'] for line in lines))

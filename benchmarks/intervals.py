@@ -44,9 +44,11 @@ def _beta(a: float, b: float) -> Kind:
 
 
 def _mostly_unsolved(share: float) -> Kind:
-  """Returns a population in which the share `share` of the problems is never solved.
+  """Returns a population with two kinds of problems: those that are never solved, and others.
 
-  The other problems are solved with a probability of one half on average.
+  The others are solved with a probability that differs between problems and is one half on average.
+
+  share: the share of problems that are never solved.
   """
   return Kind(lambda rng, P: _solved((rng.random(P) >= share) * rng.beta(2, 2, P), rng), 0.5 * (1 - share))
 

@@ -1,4 +1,4 @@
-"""Writes data sets of random tokens for benchmarks, in the same files as prepared data.
+"""Writes data sets of random tokens for benchmarks, in the format of prepared data.
 
 Tokenizing a large set of real text would take hours, and the speed of opening and reading a set doesn't depend on its
 content.
@@ -38,7 +38,8 @@ def write(folder: pathlib.Path, *, shards: int, documents: int, row: int, conten
   """Writes a data set with one source, `main`, below `folder`. Returns its DataConfig.
 
   Args:
-    shards, documents: the numbers of shards and of documents.
+    shards: the number of shards.
+    documents: the number of documents in all shards together.
     row: the number of tokens of a row.
     contents: whether shards have content. Without content, they only have the right size, so the set can be opened, but
       not read.

@@ -1,10 +1,11 @@
-"""Reads MaxText's training step with the planner's reader: memory, time and transfers on a TPU pod.
+"""Predicts the memory, time and transfers of MaxText's training step on a TPU pod, as `betarank plan` does for ours.
 
     python -m benchmarks.maxtext v5e-256 model_name=qwen3-4b per_device_batch_size=4 [KEY=VALUE ...]
 
-Run it where MaxText is installed (pip install maxtext, and what it then misses), with the jax and libtpu of
-launch/constraints.txt. It compiles with MaxText's own train_compile, so every KEY=VALUE is a setting of MaxText. XLA
-flags can be given in LIBTPU_INIT_ARGS, as on a TPU. docs/plans.md has the settings that were compared.
+The step is compiled, not run. This needs MaxText (pip install maxtext, then the packages that its imports ask for),
+and the versions of jax and libtpu in launch/constraints.txt. MaxText's own train_compile compiles the step, so every
+KEY=VALUE is a setting of MaxText. XLA flags can be given in LIBTPU_INIT_ARGS, as on a TPU. docs/plans.md has the
+settings that were compared.
 """
 
 import pathlib

@@ -4,9 +4,9 @@
     python -m benchmarks.objective --grid=2048x512x65536,8192x1024x32768
     python -m benchmarks.objective --tpu=v5e-4 --grid=32768x2048x131072 --dtype=bfloat16
 
-The runs of the compared functions are interleaved. For each function, the fastest of `--repeats` runs counts, in wall
-seconds and in CPU seconds. On a shared machine, CPU seconds vary less. tokamax (pip install tokamax) is timed if it is
-installed.
+The runs of the compared functions are interleaved. Each function runs `--repeats` times. The benchmark prints the
+smallest number of wall seconds and the smallest number of CPU seconds. On a shared machine, CPU seconds vary less.
+tokamax (pip install tokamax) is timed if it is installed.
 
 With --tpu, the functions are only compiled, ahead of time (pip install "jax[tpu]"). Times are predicted from the
 compiled programs as in `betarank plan`, for bfloat16. There are two figures for temporary memory. `allocated` is the

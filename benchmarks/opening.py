@@ -1,10 +1,11 @@
-"""Measures the time and the memory that opening a large data set takes, and extrapolates to 500M documents.
+"""Measures how much time and memory it takes to open a large data set, and extrapolates to 500M documents.
 
     python -m benchmarks.opening [--millions=5,10,20]
 
 The sets are made up, with shards of the right size but without content, because opening reads only the lengths of
-documents. Each set is opened in a process of its own. The benchmark prints CPU seconds and bytes for each set, the line
-`a + b * documents` that fits them best (least squares), the line's largest error, and its value at 500M documents.
+documents. Each set is opened in a process of its own. The benchmark prints the CPU seconds of several parts of the work
+and the bytes of memory, for each set. For each of these figures, it also prints the line `a + b * documents` that fits
+the sets best (least squares), the line's largest error, and its value at 500M documents.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def resident() -> int:
 
 
 def opened(folder: pathlib.Path) -> None:
-  """Opens the set in `folder`, and prints the CPU seconds and bytes that this takes, as JSON."""
+  """Opens the set in `folder`. Prints the CPU seconds of each part of the work and the bytes of memory, as JSON."""
   config = DataConfig(str(folder), '', made_up_set.VOCAB, {'main': SourceConfig(f'jsonl:{folder}/x.jsonl', 1.0, 0)},
                       0.0, ROW)
   figures, before, start = {}, resident(), time.process_time()

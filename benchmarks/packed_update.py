@@ -1,11 +1,11 @@
-"""Times an RL update of packed samples, and compares it with one sample per row. Counts padding at the paper's lengths.
+"""Compares RL updates of packed samples with updates that have one sample per row: the amount of padding, or the time.
 
     python -m benchmarks.packed_update [--samples=2048] [--longest=16384] [--prompt=1024] [--mean=4096]
     taskset -c 0 python -m benchmarks.packed_update --time [--repeats=3]
 
-The lengths of answers are log-normal with the mean --mean, cut at --longest. The first line of the table is for one
-sample per row, where each row is as long as the longest sample may be. The other lines are for packed samples. They
-differ in the number of devices over which rows are split.
+Without --time, the benchmark counts padding. The lengths of answers are log-normal with the mean --mean, cut at
+--longest. The first line of the table is for one sample per row, where each row is as long as the longest sample may
+be. The other lines are for packed samples. They differ in the number of devices over which rows are split.
 
 --time times two updates of a small model (4 layers, width 256, vocabulary 8192, random weights) from the same 32
 samples. All lengths are divided by 64. One update has one sample per row, in 8 microbatches. In the other update, the

@@ -1,12 +1,12 @@
-"""Times sampling, compared with google-tunix, with transformers, and with simpler variants of betarank's sampler.
+"""Times betarank's sampler, and compares it with those of google-tunix and transformers, and with simpler variants.
 
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
     python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1
 
 --only selects what to time. `ours` is betarank's sampler, and `theirs` are the samplers of tunix and transformers.
-`refill` and `prefill` are variants of betarank's sampler, which the functions of these names describe. If a card can't
-hold the models of all packages together, time `ours` and `theirs` in two processes, as in the last two commands.
+`refill` and `prefill` compare variants of betarank's sampler; see the functions with these names. If a card can't hold
+the models of all packages together, time `ours` and `theirs` in two processes, as in the last two commands.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
 1.05B, or a mixture of experts with 2.1B. Variants whose package isn't installed are left out (pip install google-tunix
@@ -111,12 +111,12 @@ def transformers():
 
 
 def refill(params):
-  """Returns two variants of betarank's sampler, {name: function seed -> number of tokens}, for answers of log-normal
-  length.
+  """Returns variants of betarank's sampler, {name: function seed -> number of tokens}.
 
-  'padded batches' gives the sampler only as many prompts as it has rows, so that short answers wait for the longest
-  answer. 'refilled rows' gives the sampler all prompts, so that the row of a finished answer gets the next prompt. The
-  larger models, whose answers have up to 8192 tokens, run only 'refilled rows'.
+  The lengths of answers are log-normal. The sampler decodes a fixed number of rows together, one answer per row.
+  'padded batches' gives it only as many prompts at a time as it has rows, so that short answers wait for the longest
+  answer. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt. For the
+  larger models, whose answers have up to 8192 tokens, only 'refilled rows' is returned.
   """
   rows, longest, middle, cache_tokens = REFILL
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()

@@ -4,8 +4,8 @@
 
 Texts are the source files of Python's standard library, cut at 64 KiB. Four variants are timed. `prepare` does what a
 worker of `betarank data prepare` does: it reads JSON Lines, tokenizes, and writes a shard. The other three (see
-`variants`) only tokenize. After each 256 KiB of text, `prepare` pauses, and the others tokenize the same text in a
-random order. Other jobs on the machine therefore slow all variants equally.
+`variants`) only tokenize. After each 256 KiB of text, `prepare` pauses, and the others tokenize the same text, one
+after the other in random order. Other jobs on the machine therefore slow all variants equally.
 
 The benchmark measures the CPU seconds of one thread. It doesn't count the time for reading the tokenizer, nor the time
 for closing a shard, which happens once per 128 MiB. In each round, every variant begins with a tokenizer whose cache of
@@ -62,9 +62,9 @@ def train(documents: list[str], folder: pathlib.Path) -> str:
 
 
 def parts(documents: list[str]) -> list[list[str]]:
-  """Divides the documents into parts of at least PART_BYTES, after each of which data/worker.py reports its progress.
+  """Divides the documents into parts of at least PART_BYTES. Documents after the last complete part are left out.
 
-  Documents after the last complete part are left out.
+  data/worker.py reports its progress after the same parts.
   """
   found, size = [[]], 0
   for text in documents:

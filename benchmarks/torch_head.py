@@ -1,9 +1,9 @@
-"""Times the head in PyTorch, to compare with `benchmarks.objective`: python -m benchmarks.torch_head [--grid=...]
+"""Times the head in PyTorch, to compare with `benchmarks.objective`: python -m benchmarks.torch_head
 
 The benchmark computes cross-entropy from hidden states and a head, forward and backward, in bfloat16 with float32
 logits. One variant runs as written, the other with torch.compile, which fuses the softmax with the operations around
 it. Both variants hold all logits. The benchmark prints the median time of --repeats runs, and the peak memory without
-the inputs and their gradients.
+the inputs and their gradients. --grid=NxDxV sets the sizes.
 """
 # N tokens  D width  V vocabulary
 

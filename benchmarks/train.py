@@ -1,4 +1,4 @@
-"""Times training steps, compared with the same model with all logits in memory: python -m benchmarks.train
+"""Times training steps, and compares them with steps that hold all logits in memory: python -m benchmarks.train
 
     --model=small      4 layers, width 256, vocabulary 8192, 8 x 512 tokens per step: for a CPU
     --model=small-moe  the same with 16 experts of width 192, 4 of them for each token
@@ -14,9 +14,10 @@ logits, and computes optax's cross-entropy without statistics. The variant `naiv
 attention scores and recomputes nothing.
 
 All variants are timed in each round, and ratios are computed per round. On a CPU they are ratios of CPU seconds,
-because other work on the machine prolongs wall time. MFU counts 6 FLOPs per weight and token and half of the attention
-(model.flops_per_token), without recomputation, and divides them by the chip's peak. On a CPU, which has no such figure,
-the benchmark divides by the FLOPs per CPU second of a matrix product, which it measures after the steps.
+because other work on the machine prolongs wall time. MFU is the FLOPs per second divided by the chip's peak. The FLOPs
+are 6 per weight and token, plus those of attention, of which half count because it is causal (model.flops_per_token).
+Recomputation doesn't count. No peak is known for a CPU, so there the benchmark divides by the FLOPs per CPU second of a
+matrix product, which it measures after the steps.
 """
 
 import argparse

@@ -4,9 +4,9 @@
 
 A reference is the right answer of a problem, as the problem set gives it.
 
-pairs: grades pairs of a reference and an answer whose right verdict is known. The pairs are in tests/tasks/pairs.tsv
-and, if this file exists, in DATA/judge/pairs.tsv. Prints how many wrong verdicts betarank gives, and how many
-math-verify alone gives.
+pairs: grades pairs of a reference and an answer. For each pair, the right verdict is known. The pairs are in
+tests/tasks/pairs.tsv and, if this file exists, in DATA/judge/pairs.tsv. Prints how many wrong verdicts betarank gives,
+and how many math-verify alone gives.
 golds: compares every reference of Minerva, OlympiadBench and MATH-500 with itself in other notations
 (benchmarks/notations.py), and with the other references that look most similar.
 speed: grades the worked solutions of GSM8K, MATH-500, AIME 2024 and AMC 2023, whose final answers are the references.
@@ -86,9 +86,10 @@ SCORED = ('string_insertion', 'spiral_matrix', 'binary_matrix', 'n_queens', 'num
 
 
 def hostile(canary: str, count: int = 200) -> list[tuple[str, Task]]:
-  """Returns (text, task) of `count` answers that try to run code, or to take forever.
+  """Returns `count` pairs (text, task). The texts are answers that try to run code, or to take forever.
 
-  Some of the tasks are math problems. The others come from reasoning-gym, whose scorers may evaluate answers.
+  Some of the tasks are math problems. The others come from reasoning-gym, where some scorers evaluate the answer as
+  an expression.
 
   canary: the path of a file that the answers try to create.
   """
@@ -117,7 +118,7 @@ def grade(verifier: Verifier, items: list[tuple[str, Task]]) -> dict[str, float]
 
 
 def alone(gold: str, answer: str) -> bool:
-  """Returns math-verify's own verdict, with its own time limit."""
+  """Returns whether math-verify judges the answer right, without betarank's rules and time limits."""
   import math_verify
 
   return math_verify.verify(math_verify.parse(f'${gold}$'), math_verify.parse(answer))
@@ -134,7 +135,7 @@ def boxed(answer: str, gold: str) -> tuple[str, Task]:
 
 
 def pairs(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints the number of wrong verdicts on pairs of a reference and an answer whose right verdict is known."""
+  """Prints how many pairs of a reference and an answer get a wrong verdict. The files state the right verdicts."""
   print(f'{"pairs":28}{"":14}{"right":>8}{"wrong":>8}{"false right":>14}{"false wrong":>14}{"undecided":>12}')
   for path in (ROOT / 'tests' / 'tasks' / 'pairs.tsv', data / 'judge' / 'pairs.tsv'):
     if not path.is_file():
@@ -155,11 +156,11 @@ def pairs(data: pathlib.Path, verifier: Verifier) -> None:
 
 
 def golds(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints, for each set, the wrong verdicts of two tests.
+  """Runs two tests on each set of problems, and prints the verdicts that are wrong.
 
-  In the first test, each reference is the answer to its own problem, in other notations. Every such answer should be
-  judged right. In the second test, the answer to a problem is the reference of another problem that looks most similar.
-  Every such answer should be judged wrong.
+  In the first test, the answers to a problem are its own reference in other notations. All of them should be judged
+  right. In the second test, the answers are references of other problems, namely those that look most like its own
+  reference (see `_nearest`). All of them should be judged wrong.
   """
   for name in ('minerva_math', 'olympiadbench', 'math500'):
     path = data / 'reasoning' / f'{name}.jsonl'

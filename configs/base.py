@@ -9,7 +9,7 @@ The size lies between configs/small.py, where the objectives show no difference,
 huggingface_hub). text=URI selects another source, such as text=parquet:corpus/*.parquet. The other arguments are
 objective=ce|beta_low|beta_high|tail|head and seed=0.
 
-Nobody has run this config yet. `betarank plan` predicts that it takes 6.3 to 7.3 hours on a v5e-8 (50 to 59
+No one has run this config yet. `betarank plan` predicts that it takes 6.3 to 7.3 hours on a v5e-8 (50 to 59
 chip-hours), and 3.1 of 16.9 GB per chip.
 """
 

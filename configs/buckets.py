@@ -1,13 +1,14 @@
-"""Makes a bucket (gs://) behave like a disk: what another process wrote is seen, and what fails is an OSError.
+"""Makes a bucket (gs://) behave like a disk: files of other processes are seen, and errors are OSErrors.
 
-gcsfs, with which fsspec and epath open buckets, differs from a disk in three ways that programs don't expect:
+fsspec and epath open buckets with gcsfs. It differs from a disk in three ways that programs don't expect:
 
-- It lists a folder once and then answers from memory, so files that other machines write later don't exist.
-- Its errors have no common type, and many aren't OSErrors. It answers False to is_dir() if the bucket can't be asked.
-- mkdir() creates the bucket itself if there is none of that name. With a misspelt name that is a new, empty bucket.
+- It lists a folder once and keeps the list, so it doesn't see files that other machines write later.
+- Its errors have no common type, and many aren't OSErrors. If the bucket can't be reached, is_dir() returns False.
+- mkdir() creates the bucket if it doesn't exist. A misspelt name therefore gives a new, empty bucket.
 
-`register` replaces it by a subclass without these habits. A request that the store refuses for about half a minute
-(429, 5xx, no connection, an expired token) raises OSError with errno EIO, the path, and the store's reason in one line.
+`register` replaces gcsfs's class by a subclass without these differences. If the store refuses a request for about half
+a minute (429, 5xx, no connection, an expired token), the subclass raises OSError with errno EIO, the path, and the
+store's reason in one line.
 """
 
 import errno
@@ -48,7 +49,7 @@ def __getattr__(name: str) -> type:
 
 @functools.cache
 def like_a_disk(files: type) -> type:
-  """Returns the subclass of gcsfs.GCSFileSystem that this module describes.
+  """Returns a subclass of `files` that behaves as this module describes.
 
   files: gcsfs.GCSFileSystem, or a class with the same methods.
   """
@@ -100,11 +101,11 @@ def like_a_disk(files: type) -> type:
 
 
 def _name(path: str, args: Sequence[str]) -> str:
-  """Returns gs://BUCKET/NAME of a request.
+  """Returns the name of the bucket or object that a request is about, gs://BUCKET or gs://BUCKET/NAME.
 
   Args:
-    path: the path of the URL without its first part, such as b/{}/o/{}; the whole URL of an upload or download.
-    args: the words to put in place of {}: a bucket, and the name of an object.
+    path: the request's path as gcsfs gives it: a template such as b/{}/o/{} or, for an upload or download, a whole URL.
+    args: the texts to put in place of {}: the name of the bucket, and the name of the object.
   """
   url = urllib.parse.urlsplit(path)
   if whole := re.search('/b/([^/{]+)/o/?(.*)', url.path):

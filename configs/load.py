@@ -190,7 +190,11 @@ def _load_python(spec: str) -> ConfigDict:
 
 
 def _find(path: str) -> pathlib.Path:
-  """Returns `path` if this file exists, or else the path of the config of this name that ships with the package."""
+  """Returns `path` if this file exists, else the file at this path in the package's folder.
+
+  Raises:
+    ConfigError: neither file exists.
+  """
   root = pathlib.Path(__file__).resolve().parent.parent
   for candidate in (pathlib.Path(at_home(path)), root / path):
     if os.path.isfile(candidate):  # unlike candidate.is_file(), it doesn't raise for an impossible name

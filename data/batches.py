@@ -96,9 +96,9 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 
 
 class _Steps:
-  """The sequence of batches that Grain reads ahead.
+  """The batches of a run as a sequence, which Grain reads ahead.
 
-  Item k has this process's rows of the k-th global batch after the start, or after the cursor from which a run resumes.
+  Item 0 is this process's part of the first global batch after the cursor or, without a cursor, of the run.
   """
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,

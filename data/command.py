@@ -208,5 +208,7 @@ def _summary(data: DataConfig, manifests: dict[str, dict], console: Console) -> 
       print(f'{name}: {about["empty_files"]} of {about["files"] + about["empty_files"]} files are empty, and skipped')
     if about.get('bad_rows'):
       print(f'{name}: {about["bad_rows"]:,} bad rows skipped')
+    if prepared.folder(data, name).parent.name != name:
+      print(f'{name}: is in {prepared.folder(data, name)}, because another corpus was prepared under this name before')
     if manifest.get('divided') == 'text':
       print(f'{name}: so few documents that the end of each one is the validation split')

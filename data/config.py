@@ -12,7 +12,7 @@ from betarank.configs.settings import default
 
 
 class DataError(UserError):
-  """Raised for data or settings of the data that can't be used.
+  """Raised if data, or a setting that concerns data, can't be used.
 
   The message is one line that names the file or the setting, and says what to do.
   """
@@ -95,6 +95,5 @@ class DataConfig:
 
   @property
   def tokenizer_path(self) -> str:
-    """The path of the tokenizer: the given path or, if none is given, that of the tokenizer that is trained in `dir`.
-    """
+    """The path in the setting `tokenizer`. If it is empty, the path of the tokenizer that is trained in `dir`."""
     return self.tokenizer or f'{self.dir.rstrip("/")}/tokenizer.model'

@@ -1,7 +1,10 @@
-"""Estimates what preparing the sources will take, from the sizes of their files, without preparing or writing anything.
+"""Estimates what preparing the sources will take, from the sizes of their files or a sample of their documents.
+Prepares and writes nothing.
 """
 
+import dataclasses
 import math
+import time
 from typing import NamedTuple
 
 from rich.console import Console
@@ -9,19 +12,22 @@ from rich.table import Table
 
 from betarank.configs.terminal import short
 from betarank.data import formats, prepared, records, sources
-from betarank.data.config import DataConfig
+from betarank.data.config import DataConfig, DataError
 from betarank.data.tokenizer import find
 from betarank.data.worker import PIECE_BYTES
 
 # MB of text per second of one core that tokenizes; docs/data.md says how they were measured.
 MB_PER_S = {'.json': 0.76, '.model': 2.4}
 BYTES_PER_TOKEN = 4.0  # assumed for English text and a large vocabulary
+# The documents that are sampled from a source without files: consecutive ones at several places, because generators of
+# problems are slow to start.
+_PLACES, _DOCUMENTS = 8, 32
 
 
 class Estimate(NamedTuple):
   """The expected size of a source, and the time of preparing it."""
 
-  files: int
+  files: int  # 0, and so is file_bytes, for a source without files
   file_bytes: int
   text_bytes: float
   pieces: int  # of each split
@@ -50,15 +56,35 @@ def estimate(config: DataConfig, name: str, machines: int, workers: int, rate: f
     rate: MB of text per second of each process.
 
   Raises:
-    DataError: the files of the source can't be read.
+    DataError: the files of the source can't be read, or its data set isn't on this machine.
   """
   source = sources.open_source(config, name)
   units = [sum(map(sources.segment_bytes, unit)) for unit in source.units()]
+  if not source.listing:
+    text_bytes, seconds = _from_sample(source)
+    units = [size * text_bytes / sum(units) for size in units]
+    rate = 1 / (1 / rate + seconds / (text_bytes / 1e6))  # a process first makes or reads the text
   # A unit is the work of one process. So a large file that can't be divided may take longer than all others.
   slowest = max(max(sum(units[part::machines]) / workers, max(units[part::machines], default=0))
                 for part in range(machines))
   pieces = sum(math.ceil(size / PIECE_BYTES) for size in units)
-  return Estimate(source.listing['files'], source.listing['bytes'], sum(units), pieces, slowest / rate / 1e6)
+  about = source.listing or {'files': 0, 'bytes': 0}
+  return Estimate(about['files'], about['bytes'], sum(units), pieces, slowest / rate / 1e6)
+
+
+def _from_sample(source: sources.Source) -> tuple[float, float]:
+  """Returns (bytes of text, seconds of one core to make or read them) of all documents, measured on some of them."""
+  whole = sum(segment.stop - segment.start for segment in source.segments)
+  parts = []
+  for segment in source.segments:
+    step = max(_DOCUMENTS, math.ceil((segment.stop - segment.start) / _PLACES))
+    parts += [dataclasses.replace(segment, start=start, stop=min(start + _DOCUMENTS, segment.stop))
+              for start in range(segment.start, segment.stop, step)]
+  start = time.perf_counter()
+  texts = [sources.text_of(document) for document in source.read(parts, lambda _: None)]
+  seconds = time.perf_counter() - start
+  scale = min(whole, source.config.max_documents or whole) / sum(part.stop - part.start for part in parts)
+  return max(1, sum(len(text.encode()) for text in texts)) * scale, seconds * scale
 
 
 def show(config: DataConfig, machines: int, workers: int, rate: float, dollars: float, console: Console) -> None:
@@ -74,17 +100,22 @@ def show(config: DataConfig, machines: int, workers: int, rate: float, dollars: 
     if prepared.read_manifest(prepared.folder(config, name)):
       table.add_row(name, *[''] * 6, 'prepared')
       continue
-    if not sources.open_source(config, name).listing:
-      table.add_row(name, *[''] * 6, '?')
-      notes.append(f'{name}: not included, because there are no files that say how much text it has')
+    try:
+      found = estimate(config, name, machines, workers, rate)
+    except DataError as error:
+      if not source.uri.startswith('tfds:'):
+        raise
+      table.add_row(name, *[''] * 6, '?')  # it may be on the machines that will prepare it
+      notes.append(f'{name}: not included: {error}')
       continue
-    found = estimate(config, name, machines, workers, rate)
     seconds += found.machine_s
     tokens = found.text_bytes / BYTES_PER_TOKEN
-    table.add_row(name, f'{found.files:,}', *map(short, (
-      found.file_bytes, found.text_bytes, tokens, tokens * records.token_dtype(config.vocab_size).itemsize)),
-      f'{found.pieces:,}', _hours(found.machine_s))
-    if source.max_documents:
+    sizes = found.text_bytes, tokens, tokens * records.token_dtype(config.vocab_size).itemsize
+    files = (f'{found.files:,}', short(found.file_bytes)) if found.files else ('', '')
+    table.add_row(name, *files, *map(short, sizes), f'{found.pieces:,}', _hours(found.machine_s))
+    if not found.files:
+      notes.append(f'{name}: from a sample of up to {_PLACES * _DOCUMENTS} documents, read on this machine')
+    elif source.max_documents:
       notes.append(f'{name}: at most this, because max_documents={source.max_documents:,} may end it earlier')
   console.print(table)
   cost = f'${machines * seconds / 3600 * dollars:,.2f}' if dollars else 'cost unknown: give --dollars_per_hour'

@@ -94,8 +94,8 @@ class Fields:
 def _dialogue(parts: list[tuple[str, bool]]) -> Dialogue:
   """Returns a Dialogue made from `parts`, (text, whether the part counts).
 
-  Adjacent parts are joined if both count or if neither counts. A space at the end of a part that doesn't count is moved
-  to the next part if that part counts, because tokenizers join a space to the word after it.
+  Adjacent parts are joined if both count or if neither counts. Spaces directly before a part that counts are moved into
+  this part, because tokenizers join a space to the word after it.
 
   Raises:
     BadValue: no part counts in the loss.

@@ -84,8 +84,9 @@ def _all(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def _suffix(path: str) -> str:
-  """Returns the suffix of a path without the suffix of a compression, such as .gz: '.jsonl' for x.jsonl and for
-  x.jsonl.gz.
+  """Returns the suffix that says the format of a file: '.jsonl' for x.jsonl, and also for x.jsonl.gz.
+
+  If the last suffix is that of a compression, such as .gz, the suffix before it is returned.
   """
   name, suffix = os.path.splitext(path.lower())
   return (os.path.splitext(name)[1] or suffix) if suffix in _PACKED_SUFFIXES else suffix

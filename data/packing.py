@@ -102,7 +102,10 @@ class Packer:
     return Pieces(*(field[bounds[row]:bounds[row + 1]] for field in pieces))
 
   def cut_share(self, windows: int = 4) -> float:
-    """Returns the share of documents that are split over rows, estimated from the first windows of the first epoch."""
+    """Returns the share of documents that are split over rows, estimated from the first windows of the first epoch.
+
+    windows: the number of windows to use.
+    """
     windows = min(windows, -(-self.rows_per_epoch // self._R))
     pieces = [self._window(0, w)[0] for w in range(windows)]
     document = np.concatenate([p.document for p in pieces])
@@ -159,17 +162,13 @@ class Packer:
 
 
 class _Line:
-  """The positions of every _CHUNKth document in an epoch's sequence of pairs. They are computed when they are needed.
-  """
+  """The positions at which every _CHUNKth document begins in an epoch's sequence of pairs, computed as needed."""
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
 
   def up_to(self, position: int) -> np.ndarray:
-    """Returns all positions computed so far, int64, after computing more of them if necessary.
-
-    More positions are computed until one of them is at or after `position`.
-    """
+    """Computes positions until one of them is at or after `position`. Returns all positions computed so far, int64."""
     while self._starts[self._known] < position:
       sums = self._sums(self._known)
       if self._known + len(sums) >= len(self._starts):

@@ -50,8 +50,7 @@ Asked = Callable[[], bool]  # returns True once the work must stop
 
 
 class _Preparation:
-  """A source that is being prepared: its settings, its units of work, and the folder of its shards and of the markers
-  that say which shards are complete."""
+  """A source that is being prepared: its settings, its units of work, and the folder where its shards are written."""
 
   def __init__(self, config: DataConfig, name: str):
     self.config, self.name = config, name

@@ -4,6 +4,7 @@
                    lengths-SPLIT.npy                 the number of tokens of each document, for packing
                    manifest.json                     settings, counts, hashes, fingerprint of the content; written last
                    dataset_info.json, features.json  TFDS's own files
+    DIR/NAME/ID/1.0.0/   the same for another corpus under this name (see `folder`)
 
 Opening a split checks the sizes of all files, and the hash of the lengths. Reading a record checks its checksum.
 `betarank data verify` checks all records. `tfds.data_source(NAME, split=SPLIT, data_dir=DIR)` reads each document of N
@@ -36,7 +37,28 @@ _COMMAND = 'betarank data prepare --config=...'
 
 
 def folder(config: DataConfig, name: str) -> epath.Path:
-  return epath.Path(config.dir) / name / VERSION
+  """Returns the folder of a source's data: DIR/NAME/1.0.0, or DIR/NAME/ID/1.0.0 if another corpus is there already.
+
+  A corpus is what a URI names, and ID is a hash of the URI. So a second corpus under the same name neither replaces the
+  first nor is taken for it.
+
+  Raises:
+    DataError: DIR/NAME/1.0.0 has a manifest that isn't valid.
+  """
+  uri, home = config.sources[name].uri, epath.Path(config.dir) / name
+  first, own = home / VERSION, home / hashlib.blake2b(uri.encode(), digest_size=4).hexdigest() / VERSION
+  there = _corpus(first)
+  return first if there == uri or not (there or own.exists()) else own
+
+
+def _corpus(where: epath.Path) -> str | None:
+  """Returns the URI of the data that is prepared, or being prepared, in folder `where`; None if there is none."""
+  if manifest := read_manifest(where):
+    return manifest['settings'].get('uri')
+  try:
+    return json.loads((where / 'partial' / 'plan.json').read_text())['settings']['uri']
+  except (FileNotFoundError, ValueError, LookupError, TypeError):  # no plan, or a damaged one
+    return None
 
 
 def shard_name(name: str, split: str, shard: int, count: int) -> str:
@@ -105,7 +127,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-  """Raises an exception, which `read_manifest` converts to a DataError, if the manifest isn't valid.
+  """Raises an exception if the manifest isn't valid. `read_manifest` converts the exception to a DataError.
 
   The file names in a manifest become paths. A name that leads to another folder is therefore not valid.
   """
@@ -165,7 +187,7 @@ def check_prepared(config: DataConfig, name: str) -> dict[str, Any]:
   where = folder(config, name)
   manifest = read_manifest(where)
   if manifest is None:
-    raise DataError(f'{where}: source {name!r} is not prepared; run: {_COMMAND}')
+    raise DataError(f'{where}: source {name!r} is not prepared from {config.sources[name].uri}; run: {_COMMAND}')
   check_settings(where, manifest['settings'], settings(config, name, tokenizer_sha256(config)))
   check_files(where, manifest)
   return manifest
@@ -268,8 +290,8 @@ class Documents:
 def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
   """Returns the number of tokens of each document of a split, uint16 or uint32.
 
-  where: the folder of the data, from which the lengths are read.
-  path: the path of the data, which error messages name.
+  where: the folder to read from. It may be a local copy of the data.
+  path: the path of the data itself, for error messages.
   counts: the split's entry in the manifest.
 
   Raises:

@@ -80,10 +80,10 @@ def _rename(stage: epath.Path, final: epath.Path) -> None:
 
 
 def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict[str, Any]]) -> dict[str, Any]:
-  """Writes the lengths of all documents of a split to the file `path`. Returns the file's size and hash.
+  """Writes one file, `path`, with the lengths of all documents of a split. Returns the file's size and hash.
 
-  stages: the temporary path of each shard. The lengths of its documents are in the file with the same name and the
-    suffix .npy.
+  stages: the temporary path of each shard. A file with the same name and the suffix .npy has the lengths of the shard's
+    documents.
   counts: the counts of each shard, from its marker.
   """
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')

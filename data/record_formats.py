@@ -32,7 +32,7 @@ def _parquet(path: str):
 
 
 def _text_bytes(parquet, names: tuple[str, ...]) -> int:
-  """Returns the size of the columns `names` when decompressed, as the file's metadata says it."""
+  """Returns the decompressed size of the columns `names` in bytes, according to the file's metadata."""
   metadata = parquet.metadata
   outer = tuple(name.partition('.')[0] for name in names)
   columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.partition('.')[0] in outer]

@@ -185,7 +185,9 @@ class Places:
     return self._compute_chunks(lengths_N) if self._table is None else self._table.take(lengths_N)
 
   def _on_line(self, indices_N: np.ndarray) -> np.ndarray:
-    """Returns the position of each document's chunk in the sequence of the chunks of all shards, without block headers.
+    """Returns where the chunk of each of the N documents begins, int64 [N], in the sequence of all chunks.
+
+    The sequence has the chunks of all shards, one after the other, without block headers.
     """
     block_N = indices_N // _STRIDE
     of_block_NS = np.minimum(block_N[:, None] * _STRIDE + np.arange(_STRIDE), len(self._lengths) - 1)

@@ -24,7 +24,9 @@ def read(config: DataConfig) -> Tokenizer:
 
 
 def printable(text: str) -> str:
-  """Returns `text` with control characters replaced by U+FFFD. Terminal escape sequences, for example, begin with one.
+  """Returns `text` with unprintable characters replaced by U+FFFD, so that no escape sequence reaches the terminal.
+
+  Line ends and tabs are kept.
   """
   return ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
 
@@ -107,10 +109,11 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 
 
 def tokenizer(config: DataConfig) -> None:
-  """Prints, for each source, the bytes per token of text that the tokenizer wasn't trained on.
+  """Prints, for each source, how many bytes of text a token stands for, on average.
 
-  Then prints how many tokens of the vocabulary don't occur in this text. If the tokenizer was trained on all text of a
-  source, text from the training sample is used instead, and the source's line says so.
+  Then prints how many tokens of the vocabulary don't occur in this text. The text is one that the tokenizer was not
+  trained on. If a source has too little text for that, a part of the tokenizer's training sample is used, and the
+  source's line says so.
   """
   tokenizer, every = read(config), np.int64(0)
   share = sample_bytes(config) / len(config.sources)

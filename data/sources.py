@@ -75,7 +75,7 @@ def masked(source: SourceConfig) -> bool:
 
 
 class BadRows:
-  """Counts bad rows, which are skipped. Raises DataError, which ends the reading, once there are more than `limit`.
+  """Counts the rows that were skipped because they can't be used. Raises DataError if there are more than `limit`.
 
   Attributes:
     count: the number of bad rows so far.
@@ -203,8 +203,8 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
-    held_out: if not 0, yields text that isn't in this sample: at each place, skips the texts of the sample, and yields
-      the texts that follow them. `held_out` is then the size of the yielded texts in bytes.
+    held_out: if not 0, the method yields about this many bytes of text from outside the sample. At each place, it skips
+      the texts that would be in the sample, and yields the texts after them.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)

@@ -33,9 +33,9 @@ class Tokenizer(Protocol):
     sha256: a hash that identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the
       path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
-    bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. The sum over encode(text) is the
-      size of the text as the tokenizer sees it. Most tokenizers see the text itself. Some first normalize Unicode to
-      NFC (Qwen), or add a space before the text (Llama 2).
+    bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. Summed over the ids in encode(text),
+      it gives the size of the text as the tokenizer sees it. Most tokenizers see the text itself. Some first normalize
+      Unicode to NFC (Qwen), or add a space before the text (Llama 2).
   """
 
   vocab_size: int

@@ -166,11 +166,11 @@ def _tokens(worker: Worker, document: sources.Document) -> tuple[np.ndarray, np.
 
 
 class ShardWriter:
-  """Writes one split of a piece to the shard `path`. If the split has no documents, no file is written.
+  """Writes the documents of one split (train or validation) of a piece to the shard `path`.
 
-  ArrayRecord can write only to local files. A shard for a bucket is therefore first written to a file in memory (about
-  PIECE_BYTES of text), which is uploaded when it is complete. So no disk is needed, and a killed process leaves no
-  incomplete shard.
+  If the split has no documents, no file is written. ArrayRecord can write only to local files. A shard for a bucket is
+  therefore first written to a file in memory (a piece has about PIECE_BYTES of text), which is uploaded when it is
+  complete. So no disk is needed, and a killed process leaves no incomplete shard.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):

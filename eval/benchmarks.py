@@ -115,7 +115,7 @@ def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
   for.
 
   Raises:
-    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or its hash isn't that in TABLE.
+    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or a file's hash differs from TABLE.
   """
   if ':' in name:
     entry, uri = Entry('', '', answer_format='line'), name
@@ -172,18 +172,18 @@ def _hash(content: bytes) -> str:
 
 
 def _sha256(pattern: str) -> str:
-  """Returns the sha256 of the file that matches `pattern`. If several files match, returns a hash of their sha256."""
+  """Returns the sha256 of the file that matches `pattern` or, if several match, the sha256 of their joined hashes."""
   found = [_hash(epath.Path(path).read_bytes()) for path in formats.find(pattern)]
   return found[0] if len(found) == 1 else _hash(''.join(found).encode())
 
 
 def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> str:
-  """Returns the text of the worked examples: the first `shots` problems of the entry's file of examples, with their
-  solutions.
+  """Returns the worked examples as text; '' if `shots` is 0.
 
-  Each solution gives its answer in the form that the prompts of `task` ask for.
+  The examples are the first `shots` problems in the file `entry.examples`, each with its solution. Every solution
+  states the final answer in the format `task.answer_format`.
 
-  task: the form of prompts and answers.
+  task: has the template of prompts and the answer format.
   """
   if not shots:
     return ''

@@ -3,8 +3,9 @@ betarank eval sample --checkpoint=RUN [--all] --benchmark=NAME[,NAME] [--config.
 betarank eval harness --checkpoint=RUN [--all] --tasks=NAME[,NAME] [--num_fewshot=N] [--limit=N] [--include_path=DIR]
 betarank eval paper   --checkpoint=RUN [--all]      the paper's average over 19 benchmarks (eval/paper.py)
 
-RUN is one checkpoint, or a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is used. Results are
-written to the folder `eval` of the workdir. If a command is run again, it skips evaluations that already have results.
+RUN is one checkpoint, or a workdir of `betarank train` or `betarank rl`, whose newest checkpoint is used. With --all,
+all checkpoints of the run are evaluated. Results are written to the folder `eval` of the workdir. If a command is run
+again, it skips evaluations that already have results.
 """
 
 import contextlib

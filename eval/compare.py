@@ -7,18 +7,20 @@ curves. Runs are named by the settings in which they differ. The command only re
 import dataclasses
 import math
 import shutil
-import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from betarank.configs.errors import ConfigError
 from betarank.configs.load import flatten, read
 from betarank.configs.parser import Parser, place
+from betarank.eval.columns import Columns
 from betarank.eval.report.figures import STYLE, colour, dash, dodge
-from betarank.runtime.metrics import read_lines
+from betarank.eval.report.runs import Curve, number
+from betarank.runtime.metrics import lines_of
 
 KINDS = {'train/pass_rate': 'RL', 'train/ce_nats': 'pre-training'}  # a metric -> the kind of run that logs it
 VALIDATION = {'ce_nats': ('CE (nats)', '.4f'), 'bits_per_byte': ('bits/byte', '.4f'),
@@ -26,6 +28,7 @@ VALIDATION = {'ce_nats': ('CE (nats)', '.4f'), 'bits_per_byte': ('bits/byte', '.
               'rank1_accuracy': ('rank-1', '.4f')}
 DYNAMICS = {'pass_rate': ('reward', '.3f'), 'entropy_nats': ('entropy (nats)', '.3f'),
             'length_tokens': ('length', '.1f'), 'truncated_share': ('truncated', '.1%')}
+SHOWN = {*KINDS, *(f'train/{name}' for name in DYNAMICS), 'time/tokens_per_s'}  # metrics of training that are used
 FIRST_AND_LAST = 10  # the figures at the start and the end of an RL run are means over so many steps
 WIDTH = 80  # the width of the table in columns, if there is no terminal
 LABEL = 22  # if a name is longer, the table has numbers, and a legend explains them
@@ -35,17 +38,30 @@ LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room tha
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The settings of a run, {dotted key: value}, and the lines of the run's metrics.jsonl."""
+  """What a run logged.
+
+  Attributes:
+    path: the workdir of the run.
+    kind: 'RL' or 'pre-training'.
+    config: the settings of the run, {dotted key: value}.
+    curves: {metric: (steps, values)}, from the run's metrics.jsonl.
+  """
 
   path: str
   kind: str
   config: Mapping[str, Any]
-  lines: Sequence[Mapping[str, Any]]
+  curves: Mapping[str, Curve]
 
-  def curve(self, key: str) -> dict[int, float]:
-    """Returns {step: value} of the metric `key`, for the steps at which the value is a finite number."""
-    return {line['step']: line[key] for line in self.lines
-            if isinstance(line.get(key), int | float) and math.isfinite(line[key])}
+  def curve(self, key: str) -> Curve:
+    """Returns (steps [X], values [X]) of the metric `key`, for the steps at which the value is a finite number."""
+    steps, values = self.curves.get(key, (np.array([], np.int64), np.array([])))
+    there = np.isfinite(values)
+    return steps[there], values[there]
+
+  @property
+  def last_step(self) -> int:
+    """The last step of training."""
+    return int(self.curves[next(key for key, kind in KINDS.items() if kind == self.kind)][0][-1])
 
 
 def read_run(path: str) -> Run:
@@ -54,11 +70,16 @@ def read_run(path: str) -> Run:
   root = epath.Path(path)
   if not (root / 'config.json').exists():
     raise ConfigError(f'{path}: no run there (no config.json)')
-  lines = read_lines(root / 'metrics.jsonl')
-  kind = next((kind for key, kind in KINDS.items() if any(key in line for line in lines)), '')
+  columns = Columns()
+  for line in lines_of(root / 'metrics.jsonl'):
+    for name, value in line.items() if 0 <= line['step'] < 2**53 else ():
+      if name in SHOWN or name.startswith('eval/'):
+        columns.add(line['step'], name, number(value))
+  curves = columns.curves()
+  kind = next((kind for key, kind in KINDS.items() if key in curves), '')
   if not kind:
     raise ConfigError(f'{path}: no {" or ".join(KINDS)} in its metrics.jsonl; this run has not finished a step yet')
-  return Run(path, kind, flatten(read(str(root / 'config.json'))), lines)
+  return Run(path, kind, flatten(read(str(root / 'config.json'))), curves)
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -109,12 +130,12 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
   """Returns (title, columns, rows, notes) of the table of pre-training runs.
 
   The table has one row for each run and each source of its validation data. A row has the figures of the run's last
-  validation on this source. It shows whether runs have equal cross-entropy but different entropy.
+  validation on this source. The table is meant to show whether runs have equal cross-entropy but different entropy.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
     found = {source: last_validation(run, source) for source in _sources(run)} or {'': {}}
-    last = max(run.curve('train/ce_nats'), default=0)
+    last = run.last_step
     speed = _median(run.curve('time/tokens_per_s'))
     for source, figures in found.items():
       step = figures.get('step')
@@ -135,19 +156,18 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 def last_validation(run: Run, source: str) -> dict[str, float]:
   """Returns {'step': step, figure: value, ...} of the newest validation on the data `source`; {} if none.
 
-  The step and all figures come from the same line of metrics.jsonl.
+  All figures are of this step.
   """
   start = f'eval/{source}/'
-  for line in reversed(run.lines):
-    if f'{start}ce_nats' in line:
-      return {'step': line['step'], **{key.removeprefix(start): value for key, value in line.items()
-                                       if key.startswith(start) and isinstance(value, int | float)}}
-  return {}
+  if f'{start}ce_nats' not in run.curves:
+    return {}
+  step = run.curves[f'{start}ce_nats'][0][-1]
+  return {'step': int(step), **{key.removeprefix(start): float(values[-1]) for key, (steps, values)
+                                in run.curves.items() if key.startswith(start) and steps[-1] == step}}
 
 
 def _sources(run: Run) -> list[str]:
-  return sorted({key.split('/')[1] for line in run.lines for key in line
-                 if key.startswith('eval/') and key.endswith('/ce_nats')})
+  return sorted({key.split('/')[1] for key in run.curves if key.startswith('eval/') and key.endswith('/ce_nats')})
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
@@ -160,7 +180,7 @@ def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
     ends = [_arrow(*(_with_error(*list(found[key].values())[at]) for at in (0, -1))) if key in found else '-'
             for key in held_out]
     figures = [_ends(run.curve(f'train/{name}'), form) for name, (_, form) in DYNAMICS.items()]
-    rows.append([label, str(max(run.curve('train/pass_rate'))), *ends, *figures,
+    rows.append([label, str(run.last_step), *ends, *figures,
                  _median(run.curve('time/tokens_per_s'))])
   if len({row[1] for row in rows}) > 1:
     notes.append('The runs are at different steps: their ends can\'t be compared.')
@@ -172,11 +192,11 @@ def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
 def evaluations(run: Run) -> dict[str, dict[int, tuple[float, float]]]:
   """Returns the evaluations during RL, as {'held_out Avg@16': {step: (mean, standard error or NaN)}}."""
   found = {}
-  for key in sorted({key for line in run.lines for key in line if key.startswith('eval/') and '/avg_at_' in key}):
+  for key in sorted(key for key in run.curves if key.startswith('eval/') and '/avg_at_' in key):
     _, subject, name = key.split('/', 2)
-    errors = run.curve(f'eval/{subject}/standard_error')
+    errors = dict(zip(*run.curve(f'eval/{subject}/standard_error')))
     found[f'{subject} {name.replace("avg_at_", "Avg@")}'] = {
-      step: (value, errors.get(step, math.nan)) for step, value in run.curve(key).items()}
+      int(step): (float(value), float(errors.get(step, math.nan))) for step, value in zip(*run.curve(key))}
   return {key: values for key, values in found.items() if values}
 
 
@@ -184,22 +204,23 @@ def _with_error(value: float, error: float) -> str:
   return f'{value:.3f} ± {error:.3f}' if math.isfinite(error) else f'{value:.3f}'
 
 
-def _ends(curve: Mapping[int, float], form: str) -> str:
-  values = list(curve.values())
+def _ends(curve: Curve, form: str) -> str:
+  _, values = curve
   parts = values[:FIRST_AND_LAST], values[-FIRST_AND_LAST:]
-  return _arrow(*(f'{statistics.fmean(part):{form}}' for part in parts)) if values else '-'
+  return _arrow(*(f'{part.mean():{form}}' for part in parts)) if len(values) else '-'
 
 
 def _arrow(start: str, end: str) -> str:
   return f'{start} -> {end}'
 
 
-def _median(curve: Mapping[int, float]) -> str:
+def _median(curve: Curve) -> str:
   """Returns the median of a curve over its steps, as text.
 
   Outliers, which compilation and a busy machine cause, don't change the median.
   """
-  return f'{statistics.median(curve.values()):,.0f}' if curve else '-'
+  _, values = curve
+  return f'{np.median(values):,.0f}' if len(values) else '-'
 
 
 def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -233,9 +254,9 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
-  For pre-training runs, two panels show cross-entropy and entropy, and two show how much each run differs from the
-  first run in them. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the
-  settings in which the runs differ.
+  For pre-training runs, two panels show cross-entropy and entropy. The other two show the same figures minus those of
+  the first run. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the settings
+  in which the runs differ.
   """
   import matplotlib
 
@@ -265,9 +286,15 @@ def _draw_pretraining(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
                                          ('train/entropy_nats', 'entropy (nats)'))):
     curves = [run.curve(key) for run in runs]
     _draw(axes[column], title, labels, curves, lambda steps: max(20, steps // 25))
-    less = [{step: value - curves[0][step] for step, value in curve.items() if step in curves[0]} for curve in curves]
+    less = [_less(curve, curves[0]) for curve in curves]
     _draw(axes[2 + column], f'{title} less that of {_short(labels[0])}', labels, less,
           lambda steps: max(50, steps // 12))
+
+
+def _less(curve: Curve, other: Curve) -> Curve:
+  """Returns the difference of two curves at the steps that are in both."""
+  steps, mine, theirs = np.intersect1d(curve[0], other[0], assume_unique=True, return_indices=True)
+  return steps, curve[1][mine] - other[1][theirs]
 
 
 def _draw_rl(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
@@ -278,7 +305,7 @@ def _draw_rl(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
   found = [evaluations(run) for run in runs]
   subject = next((key for some in found for key in some), '')
   axes[1].set(title=f'{subject}, ± standard error' if subject else 'nothing was evaluated', xlabel='step')
-  longest = max(max(run.curve('train/pass_rate')) for run in runs)
+  longest = max(run.last_step for run in runs)
   for i, some in enumerate(found):
     if values := some.get(subject):
       means, errors = zip(*values.values())
@@ -288,23 +315,25 @@ def _draw_rl(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
                        capsize=3)
 
 
-def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Mapping[int, float]], window: Callable[[int], int],
+def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Curve], window: Callable[[int], int],
           first: float = 0.1, least: float = 0.0) -> None:
   """Draws a smoothed line per run, with a note on the smoothing below the panel.
 
-  window: a function from the number of steps to the number of steps that each point averages.
-  first: the share of the points at the beginning that don't affect the range of the y axis. Otherwise the steep fall of
-    a loss at the beginning would make the rest of the curve look flat.
+  curves: (steps, values) of each run.
+  window: a function that takes the number of points of the longest curve, and returns how many of them are averaged
+    for each point that is drawn.
+  first: the share of each curve, from its beginning, that is ignored when the range of the y axis is chosen. Otherwise
+    the steep fall of a loss in the first steps would make the rest of the curve look flat.
   least: the smallest range of the y axis, as a share of the value in the middle of the axis.
   """
-  size, settled = window(max(map(len, curves))), []
-  for i, (label, curve) in enumerate(zip(labels, curves)):
-    smoothed = smooth(list(curve.values()), size)
-    settled += smoothed[int(first * len(smoothed)):]
-    axis.plot(list(curve), smoothed, color=colour(i), linestyle=dash(i), label=label, linewidth=1.5)
+  size, settled = window(max(len(steps) for steps, _ in curves)), []
+  for i, (label, (steps, values)) in enumerate(zip(labels, curves)):
+    smoothed = smooth(values, size)
+    settled.append(smoothed[int(first * len(smoothed)):])
+    axis.plot(steps, smoothed, color=colour(i), linestyle=dash(i), label=label, linewidth=1.5)
   axis.set(title=title, xlabel=f'step (each point: mean of the last {size} steps)')
-  if settled:
-    low, high = min(settled), max(settled)
+  if len(settled := np.concatenate(settled)):
+    low, high = settled.min(), settled.max()
     spare = max(0.05 * (high - low), (least * abs(high + low) / 2 - (high - low)) / 2)
     if spare > 0:
       axis.set_ylim(low - spare, high + spare)
@@ -314,9 +343,12 @@ def _short(label: str) -> str:
   return label if len(label) <= LABEL else 'the first run'
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-  """Returns, for each point, the mean of the last `window` values up to this point."""
-  return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+  """Returns, for each of the values [X], the mean of the last `window` values up to it."""
+  total = np.concatenate([[0.0], np.cumsum(values)])
+  last = np.arange(1, len(values) + 1)
+  first = np.maximum(last - window, 0)
+  return (total[last] - total[first]) / (last - first)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -53,7 +53,10 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """Section `eval.sample`: the problems to ask, and how answers are sampled and judged."""
+  """Section `eval.sample`: the problems to ask, and how answers are sampled and judged.
+
+  configs/settings.py describes each field.
+  """
 
   seed: int
   samples: int
@@ -121,7 +124,7 @@ class CheckpointRef:
 
   Attributes:
     path: the path of the checkpoint.
-    run: the workdir of its run. Results are written to its folder `eval`.
+    run: the workdir of the run that saved the checkpoint. Results are written to the folder `eval` in this workdir.
     step: the step of the run at which the checkpoint was saved.
     meta: the checkpoint's metadata, which records its origin (see `train.setup.lineage`).
   """
@@ -138,9 +141,9 @@ class CheckpointRef:
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns the checkpoint at `path`, as a list. If `path` is a workdir, the list has its newest checkpoint.
+  """Returns a list with the checkpoint at `path` or, if `path` is a workdir, with the newest checkpoint of the run.
 
-  every: if True, the list has all checkpoints of the same folder, oldest first.
+  every: if True, the list has all checkpoints in the folder of this checkpoint, oldest first.
 
   Raises:
     CheckpointError: there is no checkpoint, or a checkpoint is damaged.

@@ -259,8 +259,9 @@ class SampleFile:
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
     """Opens the existing files of the checkpoint and benchmark, or creates new ones.
 
-    There are two files, with samples and with settings. If they exist, the settings must agree. If a problem has
-    only some of its samples in the file, these samples are removed, and the problem counts as missing.
+    There are two files, with samples and with settings. If they exist, the stored settings must be the same as those
+    of `run`. If a problem has only some of its samples in the file, these samples are removed, and the problem counts
+    as missing.
 
     Every process of a job must create this object, because process 0 sends `missing` to the others.
 
@@ -302,9 +303,9 @@ class SampleFile:
   def _take_up(self) -> tuple[str, np.ndarray]:
     """Removes all lines except those of problems that have all their samples in the file.
 
-    Returns (kept, missing). `kept` is the remaining content of a file in a bucket, because the caller can only write
-    such a file as a whole; it is '' for a local file. `missing`, bool [P], is True for each of the P problems that has
-    no samples in the file now.
+    Returns (kept, missing). If the file is in a bucket, `kept` is its remaining content, which the caller needs because
+    files in buckets can only be written as a whole. For a local file, `kept` is ''. `missing` is bool [P], True for
+    each of the P problems that has no samples in the file now.
 
     Lines are read one by one, because a local file may be larger than memory.
     """

@@ -226,8 +226,8 @@ class Betarank(TemplateLM):
 def _check_alike(asked: Any) -> None:
   """Raises EvalError if `asked`, the texts of a task, differs between this process and process 0.
 
-  The processes compute every row together, so all of them must ask about the same texts. If their files or packages
-  differ, their worked examples, for example, may differ.
+  The processes compute every row together, so all of them must ask about the same texts. The texts can differ, for
+  example in their worked examples, if the hosts have different files or different versions of a package.
   """
   mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
   if not np.array_equal(mine, multihost.of_first_process(mine)):

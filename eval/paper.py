@@ -1,10 +1,11 @@
-"""Computes the average score over 19 benchmarks by which the paper compares base models (arXiv 2512.22955, section 6).
+"""Computes the average score over the paper's 19 benchmarks for base models (arXiv 2512.22955, section 6).
 
     betarank eval paper --checkpoint=RUN [--all]
 
 Runs lm-evaluation-harness for the benchmarks of knowledge and logic, and samples answers to the benchmarks of
-mathematics and code. Benchmarks that already have results are skipped. At the end, the command prints one table. The
-page of `betarank report` shows such a table for all arms (pre-training objectives).
+mathematics and code. With --all, evaluates all checkpoints of the run. Benchmarks that already have results are
+skipped. At the end, the command prints one table. The page of `betarank report` shows such a table for all arms
+(pre-training objectives).
 """
 
 import statistics
@@ -75,8 +76,7 @@ def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
 
 
 def benchmark_scores(run: Run, step: int) -> dict[str, float]:
-  """Returns {benchmark: score in [0, 1]} of the checkpoint of `step`, for the benchmarks that it has been evaluated on.
-  """
+  """Returns {benchmark: score in [0, 1]} of the checkpoint at `step`. Benchmarks without results are left out."""
   harness = run.harness.get(step, {})
   scores = {name: harness[task]['score'] for tasks in HARNESS_TASKS.values() for task, name in tasks.items()
             if task in harness}

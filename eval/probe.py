@@ -6,7 +6,7 @@ hash of the tokens. One forward pass gives a few numbers per token. The logits a
 all at once. All figures are then computed from the numbers per token, in float64. Files are written atomically. If a
 probe is killed, only the checkpoint in progress must be probed again.
 
-# B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges of bins, or the E - 1 bins
+# B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges of bins (bins: E - 1)
 """
 
 import dataclasses
@@ -86,13 +86,13 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], No
 
 
 def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
-  """Returns {name: array [N]}: the results of `values` for all batches of source `name`, concatenated. Equal in every
-  process.
+  """Computes `values` for all batches of a source. Returns the results, {figure: array [N]}, the same in every process.
 
-  The N positions are those that count: padding, and targets that the loss ignores, are left out.
+  The N positions are those that count. Padding, and targets that the loss ignores, are left out.
 
-  values: a function from a batch to {name: array [B, T]}, such as `token_values`. The array 'counts' is True for the
+  values: a function from a batch to {figure: array [B, T]}, such as `token_values`. The array 'counts' is True for the
     positions that count.
+  name: the name of the source.
   """
   size = run.eval.probe.batch_size
   placement = NamedSharding(mesh, model.spec('batch', 'length'))

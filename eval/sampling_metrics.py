@@ -8,7 +8,9 @@ An undecided sample (its verifier ran out of time) is treated as if it had not b
 nor as wrong, and has no vote. A sample without an answer is wrong and has no vote. A problem without any usable sample
 gets NaN; the statistics leave such problems out and report their number.
 
-# P problems  N samples per problem  K = N values of k, column k-1 is for k  A distinct answers of one problem
+Arrays [P, K] have Pass@k in column k - 1, for k from 1 to K = N.
+
+# P problems  N samples per problem  A distinct answers of one problem
 """
 
 import dataclasses
@@ -25,7 +27,8 @@ VERDICTS = {'right': 1.0, 'wrong': 0.0, 'undecided': np.nan}
 class Samples:
   """The samples of one checkpoint on one benchmark, with one row per problem.
 
-  A sample that is missing has -1 in group_PN, and NaN in the other arrays.
+  score_PN has 1 for right, 0 for wrong and NaN for undecided samples. group_PN has the same number for equal answers to
+  a problem, and -1 for samples without an answer. A missing sample has -1 in group_PN, and NaN in the other arrays.
   """
 
   problems: tuple[str, ...]
@@ -111,10 +114,10 @@ def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
   """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
 
-  If several answers are equally frequent, the result is the mean of their scores, which is the expected score of one of
-  them drawn at random. The score of an answer is the share of its samples that were judged right. It can lie between 0
-  and 1, because samples that count as the same answer can get different verdicts. If no sample has an answer, the
-  result is 0.
+  If several answers are equally frequent, the result is the mean of their scores. This is the expected score if one of
+  these answers is drawn at random. The score of an answer is the share of its samples that were judged right. It can
+  lie between 0 and 1, because samples that count as the same answer can get different verdicts. If no sample has an
+  answer, the result is 0.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):

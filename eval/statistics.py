@@ -57,7 +57,9 @@ Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - al
 class Estimate:
   """A mean, the limits of its interval, and the p-value of the hypothesis that the true mean is zero.
 
-  The interval is a 95 % interval, unless the function that returns the Estimate was given another `level`.
+  The interval is a 95 % interval, unless the function that returns the Estimate was given another `level`. A true mean
+  at the distance `smallest_detectable` from zero would be detected with a probability of 80 %. `problems` is the number
+  of problems used. `left_out` is the number of all other problems, which lack a value in some seed or arm.
   """
 
   mean: float
@@ -120,7 +122,7 @@ def bootstrap_interval(
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
   """Returns a function alpha -> limits of the 1 - alpha interval, for problems that all have the same value.
 
-  The limits are Gaffke's. Resampling can't handle this case.
+  The limits are Gaffke's (see the docstring of this module). Resampling can't handle this case.
 
   mean: the value of the problems.
   problems: the number of problems.
@@ -175,7 +177,7 @@ def _rank(share: float, resamples: int) -> int:
 
 
 def _chunks(resamples: int, problems: int) -> list[int]:
-  """Returns a list of numbers of resamples to draw at a time, so that they fit in memory. Their sum is `resamples`."""
+  """Divides `resamples` into chunks that fit in memory. Returns the number of resamples in each chunk."""
   size = max(1, _CHUNK // problems)
   return [min(size, resamples - start) for start in range(0, resamples, size)]
 
@@ -205,8 +207,9 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the standard error of the mean that is due to differences between seeds, without the part that is due to
-  differences between problems.
+  """Returns the part of the mean's standard error that comes from differences between seeds.
+
+  The part that comes from differences between problems isn't included.
   """
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
@@ -277,6 +280,58 @@ def over_seeds(
   low, high = (float(np.clip(x, *bounds)) for x in (mean - half, mean + half))
   return Estimate(mean, low, high, p_value, half * (1 + z(0.8) / z(0.5 + level / 2)), problems=0,
                   left_out=len(values_S) - seeds, seeds=seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """Standard deviations of a figure, or of a paired difference.
+
+  Attributes:
+    seed: between the means of seeds, over all possible problems.
+    problem: between problems, over all possible seeds; 0 if the figure has one value per run.
+    rest: of one problem in one seed, beyond the two above; 0 if the figure has one value per run.
+    problems: the number of problems that were used; 0 if the figure has one value per run.
+  """
+
+  seed: float
+  problem: float = 0.0
+  rest: float = 0.0
+  problems: int = 0
+
+  def smallest_detectable(self, seeds: int, level: float = 0.95, power: float = 0.8) -> float:
+    """Returns the true distance from zero that a comparison with so many seeds, on the same problems, would detect.
+
+    The interval is taken to be that of `bootstrap_interval` or `over_seeds`. Problems are taken to be many enough for
+    a normal distribution.
+
+    seeds: the number of seeds, at least 2.
+    level: the level of the interval that must exclude zero.
+    power: the probability with which it does.
+    """
+    z = NormalDist().inv_cdf
+    of_problems = math.sqrt((self.problem**2 + self.rest**2 / seeds) / self.problems) if self.problems else 0.0
+    of_seeds = self.seed / math.sqrt(seeds)
+    half = math.hypot(z(0.5 + level / 2) * of_problems, float(stdtrit(seeds - 1, 0.5 + level / 2)) * of_seeds)
+    return half + z(power) * math.hypot(of_problems, of_seeds)
+
+
+def noise(values_SP: np.ndarray) -> Noise | None:
+  """Returns the parts of the noise in values [S, P], by analysis of variance; None if there is only one seed.
+
+  values_SP: one row per seed, and one column per problem. [S, 1] is a figure with one value per run. Problems that are
+    NaN in any seed are left out.
+  """
+  values_SP = np.asarray(values_SP, np.float64)
+  x_SP = values_SP[:, ~np.isnan(values_SP).any(0)]
+  seeds, problems = x_SP.shape
+  if seeds < 2 or not problems:
+    return None
+  mean_S, mean_P = x_SP.mean(1), x_SP.mean(0)
+  if problems == 1:
+    return Noise(float(mean_S.std(ddof=1)))
+  rest = float(np.sum((x_SP - mean_S[:, None] - mean_P + x_SP.mean())**2)) / ((seeds - 1) * (problems - 1))
+  of_seed, of_problem = mean_S.var(ddof=1) - rest / problems, mean_P.var(ddof=1) - rest / seeds
+  return Noise(math.sqrt(max(of_seed, 0.0)), math.sqrt(max(of_problem, 0.0)), math.sqrt(rest), problems)
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

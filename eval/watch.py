@@ -189,7 +189,7 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command.
 
   Raises:
-    UserError: a folder has no runs or can't be read, at the first time.
+    UserError: a folder has no runs or can't be read when the command starts. Later failures are only shown.
   """
   parser = Parser('betarank watch', __doc__)
   parser.add_argument('folder', nargs='+', type=place, metavar='RUN_OR_FOLDER',

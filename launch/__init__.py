@@ -1,2 +1,2 @@
-"""Runs sweeps on this machine, on TPU slices or on another engine. Plans a run before TPU pods are rented for the run.
+"""Runs sweeps on this machine, on TPU slices, or through a scheduler such as Slurm. Predicts what a run takes on a pod.
 """

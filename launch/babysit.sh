@@ -3,7 +3,8 @@
 #
 # Everything that can go wrong on a billed slice is bounded. Failures in a row end the watch (TPU_TRIES), with a wait
 # between them that doubles; the time that the slice was READY is capped (TPU_MAX_HOURS); a call of gcloud that hangs is
-# ended (TPU_CALL_LIMIT seconds). The last line says what is still billed.
+# ended (TPU_CALL_LIMIT seconds, and TPU_ASK_LIMIT if it only asks how the run is). The last line says what is still
+# billed.
 
 tries=${TPU_TRIES:-5}
 created=''            # set once there is a slice to answer for
@@ -29,8 +30,12 @@ failed() { # failed WHAT REASON
 }
 reason() { # the message of the server or of gcloud in $errors: one line
   local text
-  text=$(grep -m 1 ERROR "$errors" || grep . "$errors" | tail -n 1) || true
-  echo "${text:-no message (a call may take $call_limit s)}" | cut -c1-500
+  # gcloud prints the error of an operation as JSON, in several lines that end with { or a comma.
+  text=$(awk '/ERROR/ { on = 1 } on { sub(/^ +/, " "); printf "%s", $0; if (!/[{,]$/) exit }' "$errors")
+  # Where ssh fails, the lines after its message are gcloud's traceback.
+  text=${text:-$(grep -m 1 -E '^(ssh|scp): |Permission denied' "$errors")} || true
+  text=${text:-$(grep . "$errors" | tail -n 1)} || true
+  echo "${text:-no message; a call of gcloud that hangs is ended}" | cut -c1-500
 }
 attempt() { # attempt WHAT COMMAND...: runs the command; false, after counting it and waiting, if it fails
   local what=$1
@@ -83,7 +88,7 @@ replace_slice() { # after a preemption or failure, whose name is $1
 }
 
 run_state() { # NONE, RUNNING, DONE, STOPPED, FAILED CODE, OTHER (another command runs), or UNREACHABLE
-  local out lines
+  local out lines call_limit=$ask_limit # gcloud tries ten times to connect to a worker, for 20 minutes if none answers
   if ! out=$(ask_state "$(id_of "$@")" 2>&1); then
     printf '%s\n' "$out" >"$errors"
     say "a worker can't be reached: $(reason)"
@@ -168,7 +173,7 @@ babysit() {
     [ -z "$delete_after" ] || delete
     return
   fi
-  SECONDS=0 errors=$(mktemp) call_limit=${TPU_CALL_LIMIT:-1800}
+  SECONDS=0 errors=$(mktemp) call_limit=${TPU_CALL_LIMIT:-1800} ask_limit=${TPU_ASK_LIMIT:-180}
   trap leave EXIT
   trap 'say "asked to stop: the run saves and stops"; end_call; worker_sh stop || true; exit 143' TERM
   trap 'say "no longer watching; the run continues"; end_call; delete_after=""; exit 130' INT

@@ -4,9 +4,9 @@ command) into a command of the engine.
     betarank sweep --config=FILE --root=DIR --on='bash launch/examples/slurm.sh {name} {command}'
 
 The template is split into words like a shell command, but variables, pipes and other features of a shell don't work.
-Then three placeholders are replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a
+Then four placeholders are replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a
 name for the job, which is the same in every launch. {chips} becomes the number that --chips gives for the point's
-stage.
+stage. {slot} becomes a number below --parallel that no other running point has.
 
 The sweep itself runs the points in order, records their states, and resumes them. The template's command must therefore
 behave like the point's own command: wait until the job has ended, exit with the job's status, and on SIGTERM ask the
@@ -22,13 +22,11 @@ from collections.abc import Callable, Sequence
 from betarank.configs.errors import ConfigError, suggestion
 from betarank.launch.points import BETARANK, STAGES, Point
 
-PLACEHOLDERS = ('{command}', '{name}', '{chips}')
+PLACEHOLDERS = ('{command}', '{name}', '{chips}', '{slot}')
 
 
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
   """Returns a function (point, slot) -> command that runs the point on the engine.
-
-  The function ignores the slot, which only TPU slices need (launch/on_tpu.py).
 
   A point that prepares data runs on this machine instead.
 
@@ -51,10 +49,11 @@ def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[
     raise ConfigError(f'--on={template}: must be local, tpu, or a command with {{command}} in it')
   chips_of = _read_chips(chips)
 
-  def run(point: Point, _slot: int) -> list[str]:
+  def run(point: Point, slot: int) -> list[str]:
     if point.stage == 'data':
       return [*BETARANK, *point.arguments]
-    values = {'{command}': shlex.join(['betarank', *point.arguments]), '{name}': job_name(point)}
+    values = {'{command}': shlex.join(['betarank', *point.arguments]), '{name}': job_name(point),
+              '{slot}': str(slot)}
     if '{chips}' in used:
       number = chips_of.get(point.stage, chips_of.get(''))
       if number is None:

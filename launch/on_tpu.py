@@ -19,6 +19,7 @@ from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.load import to_json
 from betarank.launch.plan import chips as tpus
 from betarank.launch.plan.chips import Topology
+from betarank.launch.plan.workload import workload
 from betarank.launch.points import BETARANK, TRAINS, Point
 from betarank.train.config import run_config
 
@@ -31,6 +32,10 @@ DELETE_TRIES, DELETE_WAIT_S = 3, 10.0
 # were within a point of those on v5e.
 PLANNED_MFU = {('v5e', False): (0.52, 0.63), ('v5e', True): (0.26, 0.29), ('v5p', False): (0.52, 0.63),
                ('v6e', False): (0.33, 0.34)}
+# The same for RL: ((slow, fast) of the update, (slow, fast) of sampling). From docs/plans.md: the 4B and the 10B-A0.5B
+# on v5e-256, with a cache of 13 million tokens and of 6.6 million. With 13 million, the 10B reads twice the keys and
+# values of its 6.6 million, which took 8 of 28.2 ms.
+PLANNED_RL_MFU = {('v5e', False): ((0.54, 0.60), (0.046, 0.076)), ('v5e', True): ((0.36, 0.37), (0.034, 0.044))}
 
 
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
@@ -111,19 +116,27 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a pre-training point, if it trains with the MFU that was planned for such models.
+  """Returns (least, most) hours of a point, if it trains with the MFU that was planned for such models.
 
-  Returns None for other stages, and if PLANNED_MFU has no figure. The time of RL can't be estimated in this way,
-  because it depends on the lengths of the answers.
+  In RL, every answer is assumed to have its greatest length, so it takes less time than these hours.
+
+  Returns None for a point that doesn't train, and if PLANNED_MFU or PLANNED_RL_MFU has no figure.
   """
-  if point.stage != 'train':
+  if point.stage not in TRAINS:
     return None
-  run = run_config(point.config)
-  mfu = PLANNED_MFU.get((chips.chip.name, bool(run.model.moe.experts)))
-  if mfu is None:
+  work = workload(point.config)
+  key = chips.chip.name, bool(work.run.model.moe.experts)
+  if work.rl:
+    drawn, updated = work.rl_tokens()
+    tokens = updated, drawn / 3  # of the FLOPs of an update, sampling has only the forward pass
+    planned = PLANNED_RL_MFU.get(key)
+  else:
+    tokens = (work.run.train.tokens,)
+    planned = (PLANNED_MFU[key],) if key in PLANNED_MFU else None
+  if planned is None:
     return None
-  flops = model.flops_per_token(run.model, run.data.sequence_length) * run.train.tokens
-  slow, fast = (flops / (chips.chips * chips.chip.flops * each) / 3600 for each in mfu)
+  second = chips.chips * chips.chip.flops / model.flops_per_token(work.run.model, work.length)  # tokens at the peak
+  slow, fast = (sum(n / (second * mfu[end]) for n, mfu in zip(tokens, planned)) / 3600 for end in (0, 1))
   return fast, slow
 
 
@@ -192,8 +205,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
   console.print(table)
   basis = (f'predicted by betarank plan from the programs compiled for {chips.name}; for RL, if every answer has its '
            'full length' if compile_first else
-           'for the MFU that docs/plans.md predicts for such models, without RL and what has a ?; --plan compiles the '
-           'programs and predicts')
+           'for the MFU that docs/plans.md predicts for such models, without what has a ?, and for RL if every answer '
+           'has its full length; --plan compiles the programs and predicts')
   console.print(f'in all {_span(total)} hours of {chips.slices} x {chips.name}, '
                 f'{_span([t * chips.chips for t in total])} chip hours, '
                 + (f'${_span([t * float(price) for t in total])}' if price else
@@ -210,8 +223,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 def program_key(point: Point) -> str:
   """Returns a text that is equal for points whose compiled programs are the same. Such points take the same time.
 
-  The seed doesn't change a program. The objective changes it only by whether any lambda is nonzero, because then the
-  most probable tokens are needed.
+  The text doesn't depend on the seed. It depends on the objective only by whether any lambda is nonzero, in which case
+  the loss must search for the most probable tokens.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

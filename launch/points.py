@@ -230,8 +230,8 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 def _with_data(points: list[Point], root: str) -> list[Point]:
   """Adds points that prepare data, and returns them, followed by the given points.
 
-  There is one such point for each different section `data` from which the given points read. The points that prepare
-  data run one after the other, because each uses all cores, and may need a tokenizer that an earlier one trains.
+  Points that need the same prepared data share one such point. The points that prepare data run one after the other,
+  because each uses all cores, and may need a tokenizer that an earlier one trains.
   """
   prepare: dict[str, Point] = {}
   done = []

@@ -14,7 +14,7 @@ With --on=tpu, points run on slices through launch/tpu.sh, which reads its setti
 logs are written to runs/sweeps on this machine instead. Data is prepared on this machine. If the config's data.dir is a
 local folder, the data is written to DIR instead, so that the slices can read it.
 
-With --on='COMMAND with {command} {name} {chips}', another engine such as Slurm or GKE runs the points.
+With --on='COMMAND with {command} {name} {chips} {slot}', another engine such as Slurm or GKE runs the points.
 launch/engine.py explains this, and launch/examples has commands.
 """
 
@@ -458,7 +458,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = Parser('betarank sweep', __doc__)
   parser.add_argument('--config', required=True, metavar='FILE.py[:ARG]', help='an experiment with sweep(add)')
   parser.add_argument('--on', default='local', metavar='local|tpu|COMMAND',
-                      help='where points run; COMMAND has {command} in it, and may have {name} and {chips}')
+                      help='where points run; COMMAND has {command} in it, and may have {name}, {chips} and {slot}')
   parser.add_argument('--chips', action='append', default=[], metavar='[STAGE=]N',
                       help='the number for {chips} in --on; repeatable')
   parser.add_argument('--root', type=unopened_place, metavar='DIR', help='folder of the sweep; gs://... for --on=tpu')

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The part of launch/tpu.sh that runs on each worker of a slice, in the home folder.
 #
-#   setup [COMMAND]       install Python and the pinned packages into betarank-venv, unless they are there; run COMMAND
+#   setup [COMMAND]       install Python and the packages of launch/lock into betarank-venv, unless they are there; run COMMAND
 #   start ID COMMAND...   start a command in a tmux session, which outlives ssh; its output goes to betarank-run/log
 #   state ID              print betarank-state none|running|done|stopped|failed CODE|lost|other
 #   stop                  send SIGTERM, on which a run saves and stops; wait until it has ended
@@ -17,7 +17,7 @@ set -euo pipefail
 
 tree=$(cd "$(dirname "$0")/.." && pwd)
 home=$(dirname "$tree")
-run=$home/betarank-run venv=$home/betarank-venv
+run=$home/betarank-run venv=$home/betarank-venv lock=$tree/launch/lock
 grace=${STOP_GRACE_S:-600} # a checkpoint of a large model takes minutes
 
 log_every=${LOG_EVERY_S:-300}
@@ -34,7 +34,7 @@ alive() { # the command, or `child`, which still copies the log
 
 case $1 in
   setup)
-    wanted=$(cat "$tree/setup.py" "$tree/launch/constraints.txt" | cksum)
+    wanted=$(cat "$tree/setup.py" "$lock"/*.txt | cksum)
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
       # pycosat is published as C source only, so it needs a compiler.
       { command -v tmux && command -v gcc; } >/dev/null || {
@@ -42,10 +42,13 @@ case $1 in
         sudo apt-get -o DPkg::Lock::Timeout=600 update --quiet
         sudo apt-get -o DPkg::Lock::Timeout=600 install --yes --quiet tmux gcc libc6-dev
       }
-      python3 -m pip install --quiet --user uv # uv downloads Python 3.12, which the image may not have
+      # uv downloads Python 3.12, which the image may not have, and checks its hash.
+      python3 -m pip install --quiet --user --require-hashes -r "$lock/uv.txt"
       python3 -m uv venv --quiet --clear --python 3.12 "$venv"
-      python3 -m uv pip install --quiet --python "$venv/bin/python" --constraint "$tree/launch/constraints.txt" \
-        -e "${tree}[tpu]"
+      install() { python3 -m uv pip install --quiet --python "$venv/bin/python" "$@"; }
+      install --require-hashes -r "$lock/build.txt"
+      install --require-hashes --no-build-isolation -r "$lock/tpu.txt"
+      install --no-build-isolation --no-deps -e "$tree"
       echo "$wanted" >"$venv/installed"
     fi
     if [ -n "${2:-}" ]; then bash -c "$2"; fi

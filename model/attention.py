@@ -8,6 +8,7 @@ it chooses plain attention, computed one block of queries at a time. Decoding ha
 # B batch  T query length  S key length  K key heads  G query heads per key head  N = K·G query heads  H head width
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,19 +21,29 @@ from betarank.model.kernels import attention_triton
 from betarank.model.sharding import device_kind, platform, shards, spec
 
 KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
+# Llama 3.1's rope scaling: the length of the texts in pre-training, in tokens, and how often a pair of dimensions turns
+# in this length if its frequency is kept (at least 4 times) or divided (at most once). All published models have these.
+ROPE_CONTEXT, ROPE_TURNS = 8192, (4.0, 1.0)
 GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run everywhere, though slowly where they are interpreted
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, factor: float = 1.0) -> jax.Array:
   """Applies rotary position embedding (arXiv 2104.09864). Dimension i is paired with H/2 + i, as in Qwen and Llama.
 
   Returns the rotated array, [B, T, N, H] in x's dtype. Angles are always float32, because bfloat16 would round
   positions 1025 and 1026 to the same number.
 
   base: dimension pair i rotates by position · base^(-2i/H).
+  factor: if it isn't 1, slow frequencies are divided by it, so that the model can read longer texts. Pairs that turn
+    at least 4 times in 8192 tokens keep their frequency, and those that turn at most once have it divided; in between,
+    the change is gradual. Source: Llama 3.1, `llama3` in transformers.
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if factor != 1:
+    most, least = ROPE_TURNS
+    kept_H = jnp.clip((frequency_H * (ROPE_CONTEXT / (2 * math.pi)) - least) / (most - least), 0, 1)
+    frequency_H *= kept_H + (1 - kept_H) / factor
   angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
   sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -75,8 +75,8 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Section `model`: a decoder made of Qwen3's blocks, dense or with mixtures of experts. configs/settings.py describes
-  each field.
+  """Section `model`: a decoder made of Qwen3's blocks, dense or with mixtures of experts, or of the dense blocks of
+  Qwen2 or Llama 3. configs/settings.py describes each field.
 
   Raises:
     ValueError: sizes don't fit together, or a value is out of range. The message begins with the field's name.
@@ -96,6 +96,9 @@ class ModelConfig:
   remat_policy: str
   scan_layers: bool
   attention: str = default('model.attention')
+  qk_norm: bool = default('model.qk_norm')
+  qkv_bias: bool = default('model.qkv_bias')
+  rope_factor: float = default('model.rope_factor')
   offload_activations: bool = default('model.offload_activations')
   moe: MoeConfig = MoeConfig()
 
@@ -103,6 +106,8 @@ class ModelConfig:
     for name in ('vocab_size', 'layers', 'd_model', 'd_ff', 'heads', 'kv_heads', 'head_dim', 'rope_base', 'norm_eps'):
       if getattr(self, name) <= 0:
         raise ValueError(f'{name} must be > 0, got {getattr(self, name)}')
+    if self.rope_factor < 1:
+      raise ValueError(f'rope_factor must be >= 1, got {self.rope_factor}')
     if self.heads % self.kv_heads:
       raise ValueError(f'kv_heads must divide heads = {self.heads}, got {self.kv_heads}')
     if self.head_dim % 2:
@@ -132,7 +137,7 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
   experts_per_token.
   """
   attention = c.d_model * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-  norms = 2 * c.d_model + 2 * c.head_dim
+  norms = 2 * c.d_model + 2 * c.head_dim * c.qk_norm
   moe = c.moe
   experts = moe.experts_per_token if active else moe.experts
   return {
@@ -142,6 +147,7 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
     'experts': c.layers * experts * 3 * c.d_model * moe.expert_d_ff,
     'router': c.layers * moe.experts * (c.d_model + (moe.router == 'sigmoid')),
     'norms': c.layers * norms + c.d_model,
+    'biases': c.layers * c.head_dim * (c.heads + 2 * c.kv_heads) * c.qkv_bias,
     'head': 0 if c.tied_embeddings else c.vocab_size * c.d_model,
   }
 

@@ -103,11 +103,12 @@ def unit_rows(c: ModelConfig) -> int:
 def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
   """Returns (attend, cache) for a forward pass over new tokens.
 
-  cache is the argument with lengths that include the new tokens. attend computes one layer's attention, as follows.
+  The returned cache is the argument `cache`, but its lengths include the new tokens.
 
-  attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes attention, and writes the new keys and
-  values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty, and the T
-  tokens are their prompts. Padding (segment 0) must follow the tokens of a row, and isn't counted in the lengths.
+  attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes one layer's attention, and writes the
+  new keys and values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty,
+  and the T tokens are their prompts. Padding (segment 0) must follow the tokens of a row, and isn't counted in the
+  lengths.
   """
   real_BT = segments_BT > 0
   count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)

@@ -1,28 +1,34 @@
 """Converts a model's config to Hugging Face's config.json, and back.
 
-Dense models become Qwen3. Mixtures of experts become Qwen3-MoE if they have a softmax router, and Glm4-MoE if they have
-a sigmoid router. Glm4-MoE's block equals ours when two of its options are set: full rotary width and QK-norm.
+Dense models become Qwen3, or Qwen2 or Llama if they have no QK-norm. Mixtures of experts become Qwen3-MoE if they have
+a softmax router, and Glm4-MoE if they have a sigmoid router. Glm4-MoE's block equals ours when two of its options are
+set: full rotary width and QK-norm.
 """
 
 import math
 from typing import Any
 
 from betarank.configs.errors import UserError
+from betarank.model.attention import ROPE_CONTEXT, ROPE_TURNS
 from betarank.model.config import ModelConfig
 
-DENSE, SOFTMAX, SIGMOID = 'Qwen3ForCausalLM', 'Qwen3MoeForCausalLM', 'Glm4MoeForCausalLM'
-TYPES = {DENSE: 'qwen3', SOFTMAX: 'qwen3_moe', SIGMOID: 'glm4_moe'}
+SOFTMAX, SIGMOID = 'Qwen3MoeForCausalLM', 'Glm4MoeForCausalLM'
+QWEN3, QWEN2, LLAMA = DENSE = 'Qwen3ForCausalLM', 'Qwen2ForCausalLM', 'LlamaForCausalLM'
+BLOCKS = {QWEN3: (True, False), QWEN2: (False, True), LLAMA: (False, False)}  # (qk_norm, qkv_bias)
+TYPES = {QWEN3: 'qwen3', QWEN2: 'qwen2', LLAMA: 'llama', SOFTMAX: 'qwen3_moe', SIGMOID: 'glm4_moe'}
 # Glm4-MoE always has a shared expert. A model without one is written with an expert of zeros, and with this key set.
 ZERO_SHARED = 'shared_experts_are_zero'
 
-SIZES = {  # ours -> theirs, in all three architectures
+SIZES = {  # ours -> theirs, in all architectures
   'vocab_size': 'vocab_size', 'layers': 'num_hidden_layers', 'd_model': 'hidden_size', 'd_ff': 'intermediate_size',
   'heads': 'num_attention_heads', 'kv_heads': 'num_key_value_heads', 'head_dim': 'head_dim',
 }
 # Options for which our block supports only one value: (this value, the default in transformers).
-OPTIONS = {'hidden_act': ('silu', 'silu'), 'attention_bias': (False, False), 'use_sliding_window': (False, False),
-           'rope_type': ('default', 'default'), 'quantization_config': (None, None)}
-ROPE_OPTIONS = ('rope_type', 'partial_rotary_factor')
+OPTIONS = {'hidden_act': ('silu', 'silu'), 'attention_bias': (False, False), 'mlp_bias': (False, False),
+           'use_sliding_window': (False, False), 'quantization_config': (None, None)}
+ROPE_OPTIONS = ('partial_rotary_factor',)
+LLAMA3_ROPE = {'low_freq_factor': ROPE_TURNS[1], 'high_freq_factor': ROPE_TURNS[0],
+               'original_max_position_embeddings': ROPE_CONTEXT}
 MOE_OPTIONS = {
   SOFTMAX: {'decoder_sparse_step': (1, 1), 'mlp_only_layers': ([], [])},
   SIGMOID: {'n_group': (1, 1), 'topk_group': (1, 1), 'first_k_dense_replace': (0, 1), 'use_qk_norm': (True, False),
@@ -37,14 +43,17 @@ class HfError(UserError):
 
 
 def architecture(c: ModelConfig) -> str:
-  """Returns the class in transformers that computes the same function as the model.
+  """Returns the name of the class in transformers that computes the same function as the model.
 
   Raises:
     HfError: there is no such class.
   """
-  moe = c.moe
+  moe, block = c.moe, (c.qk_norm, c.qkv_bias)
+  if block not in (BLOCKS.values() if not moe.experts else [BLOCKS[QWEN3]]):
+    raise HfError(f'model.qk_norm = {c.qk_norm} and model.qkv_bias = {c.qkv_bias}: no architecture of '
+                  f'{"mixtures of experts" if moe.experts else "dense models"} has this')
   if not moe.experts:
-    return DENSE
+    return next(name for name in DENSE if BLOCKS[name] == block)
   if moe.router == 'sigmoid':
     if moe.experts < 2:
       raise HfError(f'model.moe.experts = {moe.experts}: {SIGMOID} needs two or more')
@@ -66,13 +75,14 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
   dtype: the dtype of the stored weights.
   """
   name, moe = architecture(c), c.moe
-  rope = {'rope_type': 'default', 'rope_theta': c.rope_base}
+  rope = {'rope_type': 'default'}
+  if c.rope_factor != 1:
+    rope = {'rope_type': 'llama3', 'factor': c.rope_factor, **LLAMA3_ROPE}
   experts = {
-    DENSE: {},
     SOFTMAX: {'num_experts': moe.experts, 'router_aux_loss_coef': moe.balance_weight},
     SIGMOID: {'n_routed_experts': moe.experts, 'n_shared_experts': max(1, moe.shared_d_ff // max(1, moe.expert_d_ff)),
               ZERO_SHARED: moe.shared_d_ff == 0, 'routed_scaling_factor': moe.routed_scale},
-  }[name]
+  }.get(name, {})
   if moe.experts:
     experts |= {'num_experts_per_tok': moe.experts_per_token, 'moe_intermediate_size': moe.expert_d_ff,
                 'norm_topk_prob': moe.norm_topk_prob}
@@ -86,10 +96,11 @@ def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
     'rms_norm_eps': c.norm_eps,
     'tie_word_embeddings': c.tied_embeddings,
     'max_position_embeddings': positions,
-    'rope_theta': c.rope_base,  # transformers 4 reads this, 5 reads rope_parameters
-    'rope_parameters': rope,
+    'rope_theta': c.rope_base,  # transformers 4 reads this and rope_scaling, 5 reads rope_parameters
+    'rope_scaling': rope if c.rope_factor != 1 else None,
+    'rope_parameters': {'rope_theta': c.rope_base, **rope},
     'hidden_act': 'silu',
-    'attention_bias': False,
+    **({} if name == QWEN2 else {'attention_bias': False}),  # Qwen2 always has biases, and no such option
     'attention_dropout': 0.0,
     **experts,
     'dtype': dtype,
@@ -124,11 +135,14 @@ def from_hf(config: Any, where: str) -> dict[str, Any]:
     raise HfError(f"{where}: layer_types is {kinds!r:.80}; only 'full_attention' can be imported")
 
   integer = lambda *keys: _number(config, keys, int, where)
+  if name in (QWEN2, LLAMA) and config.get('head_dim') is None:
+    config = config | {'head_dim': integer('hidden_size') // integer('num_attention_heads')}
   model = {ours: integer(theirs) for ours, theirs in SIZES.items()}
-  model |= {'rope_base': _number(rope, ('rope_theta',), float, where),
+  model['qk_norm'], model['qkv_bias'] = BLOCKS.get(name, BLOCKS[QWEN3])
+  model |= {'rope_base': _number(rope, ('rope_theta',), float, where), 'rope_factor': _rope_factor(rope, where),
             'norm_eps': _number(config, ('rms_norm_eps',), float, where),
             'tied_embeddings': _boolean(config, 'tie_word_embeddings', False, where)}
-  if name == DENSE:
+  if name in DENSE:
     return model
   expert_d_ff = integer('moe_intermediate_size')
   moe = {'experts_per_token': integer('num_experts_per_tok'), 'expert_d_ff': expert_d_ff,
@@ -163,6 +177,23 @@ def _rope(config: dict[str, Any], where: str) -> dict[str, Any]:
   if 'type' in rope:
     rope.setdefault('rope_type', rope['type'])
   return rope
+
+
+def _rope_factor(rope: dict[str, Any], where: str) -> float:
+  """Returns the factor of Llama 3.1's rope scaling; 1 if there is no scaling.
+
+  rope: the result of `_rope`. where: the path of config.json, for messages.
+
+  Raises:
+    HfError: it is another kind of scaling, or has other values than the published models.
+  """
+  kind = rope.get('rope_type') or 'default'
+  if kind == 'default':
+    return 1.0
+  for key, value, wanted in (('rope_type', kind, 'llama3'), *((k, rope.get(k), v) for k, v in LLAMA3_ROPE.items())):
+    if value != wanted:
+      raise HfError(f'{where}: {key} is {value!r}; only {wanted!r}, or no rope scaling, can be imported')
+  return _number(rope, ('factor',), float, where)
 
 
 def _number(config: dict[str, Any], keys: tuple[str, ...], kind: type, where: str) -> Any:

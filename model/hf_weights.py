@@ -36,6 +36,9 @@ NAMES = {  # our name -> (their name, their dimensions); {L} and {E} are indices
   'layers.attention.q_DNH': ('model.layers.{L}.self_attn.q_proj.weight', 'NH D'),
   'layers.attention.k_DKH': ('model.layers.{L}.self_attn.k_proj.weight', 'KH D'),
   'layers.attention.v_DKH': ('model.layers.{L}.self_attn.v_proj.weight', 'KH D'),
+  'layers.attention.q_bias_NH': ('model.layers.{L}.self_attn.q_proj.bias', 'NH'),
+  'layers.attention.k_bias_KH': ('model.layers.{L}.self_attn.k_proj.bias', 'KH'),
+  'layers.attention.v_bias_KH': ('model.layers.{L}.self_attn.v_proj.bias', 'KH'),
   'layers.attention.o_NHD': ('model.layers.{L}.self_attn.o_proj.weight', 'D NH'),
   'layers.attention.q_norm_H': ('model.layers.{L}.self_attn.q_norm.weight', 'H'),
   'layers.attention.k_norm_H': ('model.layers.{L}.self_attn.k_norm.weight', 'H'),
@@ -88,12 +91,14 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields (name, index) of each tensor. The tensor holds the values of array[index], where array is our array."""
+    """Yields the name of each tensor, and the index of its values in our array (the one at `path`)."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns a view of a tensor in Hugging Face's format. The view has the shape of array[index] (see `tensors`)."""
+    """Returns a view of a tensor in Hugging Face's format. It has the shape of the part of our array that the
+    tensor's index selects (see `tensors`).
+    """
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
     return tensor.reshape([sizes[letter] for letter in flat]).transpose(order)
@@ -116,8 +121,8 @@ def _indices(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def leaves(c: ModelConfig, head_copy: bool | None = None) -> list[Leaf]:
   """Returns a Leaf for each array that the exported or imported model has.
 
-  head_copy: whether a tied embedding is stored a second time, as the head. None means yes for Glm4-MoE and no
-  otherwise, because vLLM doesn't tie the head of Glm4-MoE.
+  head_copy: whether a tied embedding is stored a second time, as the head. None stores it twice only for Glm4-MoE,
+    because vLLM doesn't tie the head of Glm4-MoE.
   """
   theirs = architecture(c)
   found = []
@@ -297,7 +302,7 @@ class Files:
     if extra := sorted(self.found.keys() - known):
       more = f' and {len(extra) - 1} more tensors' if len(extra) > 1 else ''
       raise HfError(f'{self.folder}: holds {extra[0]}{more}, which a model of its config.json does not have; only '
-                    'plain Qwen3 and Qwen3-MoE models can be imported')
+                    'plain models can be imported')
 
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
     """Copies the tensors to our arrays, file by file. Calls `report` after each tensor.

@@ -34,6 +34,11 @@ def ones(size: int, axis: str) -> nnx.Param:
   return nnx.Param(jnp.ones(size, jnp.float32), axes=(axis,), eager_sharding=False)
 
 
+def zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+  """Declares a float32 array of zeros, such as a bias. The arguments are those of `weight`."""
+  return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, eager_sharding=False)
+
+
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
   """Returns the table's rows for these tokens, [B, T, D] in `dtype`. Each device looks up its own part of D.
 

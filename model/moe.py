@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from betarank.model.config import ModelConfig, MoeConfig
 from betarank.model.kernels import experts_tpu, experts_triton, rows_tpu
-from betarank.model.layers import FeedForward, matmul_bf16x3, weight
+from betarank.model.layers import FeedForward, matmul_bf16x3, weight, zeros
 from betarank.model.sharding import RULES, platform, shards, spec
 
 CAPACITY_FACTOR = 1.25  # the number of pairs that a pass has tiles for, relative to an even load
@@ -80,7 +80,7 @@ class MixtureOfExperts(nnx.Module):
     self.c = c
     self.router_DE = weight(router, (c.d_model, m.experts), ('embed', 'router'), std=std)
     if m.router == 'sigmoid':
-      self.router_bias_E = nnx.Param(jnp.zeros(m.experts, jnp.float32), axes=('bias',), eager_sharding=False)
+      self.router_bias_E = zeros((m.experts,), ('bias',))
     self.gate_EDF = weight(gate, (m.experts, c.d_model, m.expert_d_ff), ('experts', 'embed', 'mlp'), std=std)
     self.up_EDF = weight(up, (m.experts, c.d_model, m.expert_d_ff), ('experts', 'embed', 'mlp'), std=std)
     self.down_EFD = weight(down, (m.experts, m.expert_d_ff, c.d_model), ('experts', 'mlp', 'embed'), std=out_std)
@@ -146,7 +146,7 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
   """Returns the sum over each token's choices of weight · expert(x), [B, T, D].
 
-  choices_BTk: int32, where E means no expert. With a mesh, each device processes its own experts.
+  choices_BTk: int32; the number E means no expert. With a mesh, each device processes its own experts.
   """
   local = functools.partial(_local_experts, c.moe)
   mesh = jax.sharding.get_abstract_mesh()
@@ -185,8 +185,8 @@ class _Plan:
 
   Attributes:
     passes: [], the number of passes that have tiles.
-    count_e: the number of pairs of each of this device's experts.
-    tile_end_e: the number of tiles of this device's experts up to and including each expert.
+    count_e: for each of this device's experts, the number of its pairs.
+    tile_end_e: for each of this device's experts, the number of tiles of the experts up to and including this one.
     order_p: the numbers of all pairs, in the global order.
     run_start: [e·X], the index of each of this device's runs in the local order.
     run_shift: [e·X], the index of each run in the global order minus its index in the local order.

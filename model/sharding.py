@@ -115,7 +115,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def platform() -> str:
-  """Returns the platform of the current mesh, which may be abstract: 'cpu', 'gpu' or 'tpu'.
+  """Returns 'cpu', 'gpu' or 'tpu': the platform of the current mesh, which may be an abstract mesh.
 
   If there is no current mesh, returns the platform of JAX's default backend.
   """

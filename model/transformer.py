@@ -1,4 +1,5 @@
-"""The decoder: Qwen3's blocks (RMSNorm, rotary GQA with QK-norm, SwiGLU), stacked and scanned over layers.
+"""The decoder: Qwen3's blocks (RMSNorm, rotary GQA with QK-norm, SwiGLU), stacked and scanned over layers. Settings
+turn them into the blocks of Qwen2 or Llama 3.
 
 NNX declares the parameters. All computation is plain JAX. `init` creates the parameters as a tree of arrays. `forward`
 is a pure function of the parameters and the tokens. It serves training, prefill and, with a cache, decoding. Parameters
@@ -21,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from betarank.model.attention import rotate, rows_attention
 from betarank.model.config import REMAT, ModelConfig
 from betarank.model.decode import Cache, attend_layers
-from betarank.model.layers import FeedForward, lookup, ones, project, rms_norm, weight
+from betarank.model.layers import FeedForward, lookup, ones, project, rms_norm, weight, zeros
 from betarank.model.moe import CHOICES, MixtureOfExperts, Routing
 from betarank.model.sharding import constrain
 
@@ -48,7 +49,7 @@ def remat_policy(names: tuple[str, ...], offload: bool = False) -> Callable[...,
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with QK-norm and rotary positions."""
+  """Grouped-query attention with rotary positions: with QK-norm (Qwen3), biases (Qwen2), or neither (Llama 3)."""
 
   def __init__(self, c: ModelConfig, key: jax.Array):
     q, k, v, o = jax.random.split(key, 4)
@@ -59,8 +60,13 @@ class Attention(nnx.Module):
     self.k_DKH = weight(k, (c.d_model, c.kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), std=std)
     self.v_DKH = weight(v, (c.d_model, c.kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), std=std)
     self.o_NHD = weight(o, (c.heads, c.head_dim, c.d_model), ('heads', 'head_dim', 'embed'), std=out_std)
-    self.q_norm_H = ones(c.head_dim, 'norm')
-    self.k_norm_H = ones(c.head_dim, 'norm')
+    if c.qkv_bias:
+      self.q_bias_NH = zeros((c.heads, c.head_dim), ('heads', 'bias'))
+      self.k_bias_KH = zeros((c.kv_heads, c.head_dim), ('kv_heads', 'bias'))
+      self.v_bias_KH = zeros((c.kv_heads, c.head_dim), ('kv_heads', 'bias'))
+    if c.qk_norm:
+      self.q_norm_H = ones(c.head_dim, 'norm')
+      self.k_norm_H = ones(c.head_dim, 'norm')
 
   def __call__(self, x_BTD, positions_BT, attend):
     """Returns the output of attention, out_BTD.
@@ -72,9 +78,16 @@ class Attention(nnx.Module):
       q_BTNH = checkpoint_name(project(x_BTD, self.q_DNH), 'qkv')
       k_BTKH = checkpoint_name(project(x_BTD, self.k_DKH), 'qkv')
       v_BTKH = checkpoint_name(project(x_BTD, self.v_DKH), 'qkv')
+      if c.qkv_bias:
+        q_BTNH, k_BTKH, v_BTKH = (
+          x + bias[...].astype(x.dtype) for x, bias in
+          ((q_BTNH, self.q_bias_NH), (k_BTKH, self.k_bias_KH), (v_BTKH, self.v_bias_KH)))
     with jax.named_scope('attention/rope'):
-      q_BTNH = rotate(rms_norm(q_BTNH, self.q_norm_H, c.norm_eps), positions_BT, c.rope_base)
-      k_BTKH = rotate(rms_norm(k_BTKH, self.k_norm_H, c.norm_eps), positions_BT, c.rope_base)
+      if c.qk_norm:
+        q_BTNH = rms_norm(q_BTNH, self.q_norm_H, c.norm_eps)
+        k_BTKH = rms_norm(k_BTKH, self.k_norm_H, c.norm_eps)
+      q_BTNH = rotate(q_BTNH, positions_BT, c.rope_base, c.rope_factor)
+      k_BTKH = rotate(k_BTKH, positions_BT, c.rope_base, c.rope_factor)
     with jax.named_scope('attention/core'):
       out_BTNH = constrain(attend(q_BTNH, k_BTKH, v_BTKH), 'batch', 'length', 'act_heads', None)
     with jax.named_scope('attention/out'):

@@ -84,7 +84,8 @@ def on_mesh(layout, function, kinds_in, kinds_out):
   """Returns `function` wrapped so that each device runs it on its own shards. If layout is None, returns `function`
   itself.
 
-  kinds_in, kinds_out: trees of the kinds of the arguments and of the results, as for `Layout.spec`.
+  kinds_in, kinds_out: trees with the structure of the arguments and of the results. Each leaf says what the array is:
+    'hidden', 'head', 'tokens' or None (see `Layout.spec`).
   """
   if layout is None:
     return function

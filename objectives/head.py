@@ -35,9 +35,9 @@ LEAST_CHUNK_FRACTION = 32
 def shaped_linear_loss(hidden, head, targets, shaping, **options):
   """Computes `shaped_loss(hidden @ head, targets, shaping)` at every position without ever holding all logits.
 
-  The backward pass computes the logits of each chunk again. The result can be used in any function of the losses, and
-  differentiated. If only a weighted sum of the losses is needed, as in pre-training, use `shaped_linear_total`, which
-  takes three matrix products instead of four.
+  The backward pass computes the logits of each chunk again. Any function of the losses can be differentiated. If only
+  a weighted sum of the losses is needed, as in pre-training, use `shaped_linear_total`, which takes three matrix
+  products instead of four.
 
   Args:
     hidden: [..., D] float, the inputs of the head.
@@ -272,9 +272,9 @@ def _over_chunks(options, body, carry, head_DV, arrays):
     arrays: (hidden, targets, ...). The leading dimensions of every array are the shape of the targets.
 
   Returns:
-    (carry, common, total). carry is the carry after the last chunk. common and total have the leading dimensions of the
-    targets, and hold the results for this device's own tokens: `common` as returned by `body`, and the sum of `partial`
-    over the devices of the group.
+    (carry, common, total). carry is the carry after the last chunk. common and total are for this device's own tokens,
+    with the leading dimensions of the targets. common is what `body` returned. total is the sum of `partial` over the
+    devices of the group.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)

@@ -2,13 +2,14 @@
 
 For every objective, the gradient of a token's loss with respect to its logits z has the form
 
-    dloss/dz_j = uniform + target           if j is the target x
+    dloss/dz_j = uniform + target           if j = x, the id of the target
                  uniform + head_rate e_j    if j is among the top k, and not x
                  uniform + tail_rate e_j    for all other j
 
-Here e_j = exp(z_j - max_i z_i). Each token has its own uniform, target, head_rate and tail_rate (see Coefficients).
-uniform is 0 unless labels are smoothed. A first pass over the chunk's logits computes a few sums per token. `score`
-turns these sums into the loss, the statistics and the Coefficients. A second pass over the logits writes the gradient.
+Here e_j = exp(z_j - max_i z_i). Each token has its own numbers `uniform`, `target`, `head_rate` and `tail_rate` (see
+Coefficients). `uniform` is 0 unless labels are smoothed. A first pass over the chunk's logits computes a few sums per
+token. `score` turns these sums into the loss, the statistics and the Coefficients. A second pass over the logits writes
+the gradient.
 
 Sums of exponentials run over the wrong tokens only. With the margin m = z_x - logsumexp_{j != x} z_j,
 log p = -softplus(-m) and log(1-p) = -softplus(m) are accurate even if p is close to 0 or 1.

@@ -155,9 +155,9 @@ def has_reward_variance(rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndar
 def _centred(rewards_PG, valid_PG):
   """Returns (each reward minus the mean of its group, the number of valid samples per group [P, 1]), both float32.
 
-  The difference is exactly 0 for invalid samples and for zero-variance groups. Such groups are found by comparing the
-  rewards themselves. The computed mean of equal numbers can differ from them by a rounding error, and dividing this
-  error by a standard deviation near 0 would give advantages of about 1.
+  The difference is exactly 0 for invalid samples and for zero-variance groups. To find such groups, the function
+  compares the rewards themselves, because the computed mean of equal numbers can differ from them by a rounding error.
+  Divided by a standard deviation near 0, this error would give advantages of about 1.
   """
   n_P1 = np.sum(valid_PG, -1, keepdims=True, dtype=np.float32)
   mean_P1 = np.sum(rewards_PG, -1, keepdims=True, where=valid_PG) / np.maximum(n_P1, 1)

@@ -185,7 +185,10 @@ class RlRun:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """The batches whose rows the mesh must divide: {config key of the number of rows: (rows, microbatches)}."""
+    """The batches that are split over the mesh: {config key of the batch size: (rows, microbatches)}.
+
+    The number of rows of each microbatch must be a multiple of the number of devices over which it is split.
+    """
     return {'rl.decode_batch_size': (self.rl.decode_batch_size, 1)}
 
   @property

@@ -55,7 +55,8 @@ from betarank.train.sampler import Sampler, SamplerConfig
 HELD_OUT_STEP = 2**31  # added to the step number, so that evaluation and training use different random numbers
 COV_STREAM = 3  # the random stream of cov_tokens: fold_in(seed, stream, step, update). The sampler uses stream 2.
 HIGH_ENTROPY_SHARE = 0.2  # the share of tokens at which reasoning branches (arXiv 2506.01939)
-SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'norm_eps')  # model settings that array shapes don't show
+# Model settings that array shapes don't show.
+SAME_FUNCTION = ('heads', 'kv_heads', 'rope_base', 'rope_factor', 'norm_eps')
 
 
 class RlError(UserError):
@@ -96,7 +97,7 @@ def inputs(config: ConfigDict) -> dict[str, str]:
 def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, float]:
   """Trains a model in the workdir `path`. If the workdir has a checkpoint, resumes from the newest one.
 
-  fallback: if the newest checkpoint is damaged, moves it aside and resumes from the newest good checkpoint.
+  fallback: whether to move the newest checkpoint aside if it is damaged, and to resume from the newest good checkpoint.
 
   Returns the figures of the last step.
 
@@ -139,7 +140,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     state, start = beginning.state, beginning.step
     progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
     if progress.best and progress.best.step not in (0, *checkpoint.steps(checkpoints.path)):
-      # Somebody deleted the best checkpoint, or --fallback went back to a step before it.
+      # Someone deleted the best checkpoint, or --fallback went back to a step before it.
       progress = dataclasses.replace(progress, best=None)
     log = stack.enter_context(contextlib.closing(setup.open_log(
       root, config, start=start, steps=run.steps, describe=describe_figures)))
@@ -257,12 +258,12 @@ def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
   The first round has `first` prompts. Each further round has one new prompt for each zero-variance group of the round
   before.
 
-  While groups are still being drawn, the result is a lower bound, because not all zero-variance groups are known. The
-  bound rises to the same number in whatever order the groups end. A prompt that is used early would therefore be used
-  anyway, and the prompts of a step depend only on the verdicts.
+  While groups are still being drawn, some zero-variance groups aren't known yet, so the result is a lower bound. It
+  rises to the same number in whatever order the groups end. So it is safe to draw this many prompts at once: the
+  prompts of a step depend only on the verdicts, not on the order.
 
   Args:
-    agree: for each prompt used so far, in their order, True if its group is known to have zero variance.
+    agree: for each prompt used so far, in order, whether its group is known to have zero variance.
     first: the number of prompts of the first round.
     rounds: the largest number of rounds.
   """

@@ -49,9 +49,10 @@ class Answer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-  """A part of an update, on the devices or on the host: R rows of T positions. In names of fields, B is the rows.
+  """A part of an update, on the devices or on the host: R rows of T positions.
 
-  sampler_logp_BT, advantages_BT and numbers_BT are 0 except at tokens that were sampled.
+  The B in the names of fields stands for these R rows. sampler_logp_BT, advantages_BT and numbers_BT are 0 except at
+  tokens that were sampled.
 
   Attributes:
     batch: the tokens. Segments number the samples of a row. Only sampled tokens count in the loss.
@@ -76,7 +77,7 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
 
   Args:
     longest: the greatest length of a sample.
-    tokens: the wanted number of positions of the first shape on each device; 0 means TOKENS. The real number differs,
+    tokens: how many positions per device the first shape should have; 0 means TOKENS. The result can only come close,
       because a row has room for the longest sample and the number of rows is a power of two.
     ways: the number of devices over which rows are split. R is a multiple of this number.
   """
@@ -97,8 +98,8 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
 def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple[int, list[list[int]]]]:
   """Assigns samples to the rows of microbatches: best fit, the longest sample first. Samples are never cut.
 
-  The function first finds the smallest number of microbatches of the first shape that hold all samples. If smaller
-  microbatches can take the place of the last of these, the function chooses those with the fewest positions.
+  The function first finds how many microbatches of the first shape are needed to hold all samples. It then tries to
+  replace the last of them by smaller microbatches, and takes the replacement with the fewest positions.
 
   Args:
     lengths: the length of each sample.
@@ -147,7 +148,7 @@ def _best_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[int] | None:
 def microbatches(
   answers: Sequence[Answer], of: Sequence[tuple[int, int]], sharding: NamedSharding
 ) -> list[Microbatch]:
-  """Returns the samples of an update in microbatches on the devices. Each process fills only its own devices' rows.
+  """Packs the samples of an update into microbatches, on the devices. Each process fills only its own devices' rows.
 
   Args:
     answers: the samples. If there are none, the result is one microbatch of padding.
@@ -171,8 +172,8 @@ def fill(
   """Writes samples into rows of `length` positions, on the host.
 
   Args:
-    rows: for each row, a list of (sample, number). The sampled tokens of the sample get the numbers number, number + 1,
-      and so on in Microbatch.numbers_BT.
+    rows: for each row, a list of (sample, number). In Microbatch.numbers_BT, the sampled tokens of this sample are
+      numbered consecutively, beginning with `number`.
     length: T, the number of positions of a row.
     recorded: (L, k) if the samples hold the experts that were chosen for their tokens, else None.
   """

@@ -229,8 +229,8 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
   """Selects the tokens that get KL-Cov's penalty. Returns bool [B, T].
 
-  These are the tokens with the highest covariance. Their number is `share` times the number of all tokens, but at least
-  one.
+  These are the tokens with the highest covariance between log-probability and advantage (`token_covariance`). Their
+  number is `share` times the number of tokens in the mask, but at least one.
   """
   return _highest(token_covariance(old_logp_BT, advantages_BT, mask_BT), mask_BT, jnp.sum(mask_BT), share)
 

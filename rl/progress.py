@@ -1,8 +1,11 @@
 """Defines what an RL run carries from step to step besides its training state.
 
-Checkpoints save this progress as the run's cursor. It decides which prompts come next (the difficulty filter), and
-which checkpoint is kept as the best one. Both decisions depend only on the seed and on what was recorded so far, so a
-resumed run makes the same decisions as an uninterrupted run.
+Checkpoints save this progress as the run's cursor. It decides which prompts come next, and which checkpoint is kept as
+the best one. Both decisions depend only on the seed and on what was recorded so far, so a resumed run makes the same
+decisions as an uninterrupted run.
+
+A run may have a difficulty filter, which skips a share of the prompts whose last group of samples had zero variance,
+for example because all samples were right.
 
 # N tasks of the set
 """
@@ -59,7 +62,7 @@ class Progress:
     """Returns the progress in a checkpoint's cursor. The cursor {} gives the progress of a new run.
 
     filtered: whether the run has a difficulty filter. If the cursor was saved for a set with another number of tasks,
-      the filter starts anew.
+      the filter starts as in a new run.
 
     Raises:
       DataError: the problems have changed since the run began.
@@ -96,7 +99,7 @@ class Progress:
     Prompts for which `fits` returns False are skipped. The difficulty filter also skips some prompts whose last group
     had zero variance.
 
-    repeat: the probability, above 0, that the filter doesn't skip such a prompt. The seed and the prompt's number
+    repeat: the probability, above 0, that such a prompt is used again instead. The seed and the prompt's number
       decide.
 
     Raises:

@@ -19,7 +19,7 @@ class RewardRule:
     truncated_reward: what happens to a wrong answer that was cut off at the length limit. 'zero' treats it like other
       wrong answers; 'masked' leaves it out of the loss (overlong filtering).
     longest: the length limit, in tokens.
-    overlong_buffer: the number of tokens before the limit in which the reward falls gradually; 0 for no penalty.
+    overlong_buffer: the number of tokens over which the reward falls gradually, up to the limit; 0 for no penalty.
   """
 
   truncated_reward: str
@@ -29,8 +29,8 @@ class RewardRule:
   def penalty(self, tokens: int) -> float:
     """Returns the penalty for an answer of this length.
 
-    The penalty is 0 before the buffer, falls linearly in the buffer, and is -1 at the length limit. Source: the soft
-    overlong punishment of DAPO, arXiv 2503.14476 eq. 13.
+    The penalty is 0 up to `longest - overlong_buffer` tokens, then falls linearly, and is -1 at `longest` tokens.
+    Source: the soft overlong punishment of DAPO, arXiv 2503.14476 eq. 13.
     """
     if not self.overlong_buffer:
       return 0.0

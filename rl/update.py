@@ -27,9 +27,9 @@ def cov_tokens(
 ) -> list[jax.Array]:
   """Returns the tokens that the method `loss.cov` selects, as one bool array [B, T] per microbatch.
 
-  The method selects among the tokens of all microbatches of an update together.
+  The method selects once per update, among the tokens of all its microbatches.
 
-  key: the random key for 'clip_cov', which is folded with each token's number (Microbatch.numbers_BT). 'kl_cov' doesn't
+  key: the random key for 'clip_cov'. Each token's number (Microbatch.numbers_BT) is folded into it. 'kl_cov' doesn't
     use the key.
   old_logps: for each microbatch, the log-probabilities before the update.
   """
@@ -56,7 +56,8 @@ class Update(NamedTuple):
       gradient(params, gradients, microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT) -> (gradients, sums)
       apply(state, gradients) -> (state, the gradient's norm)
 
-  gradients: (the sum of the gradients of the microbatches so far, as a tree like params; the count to divide it by).
+  gradients: a pair (sum, count). The sum of the gradients of all microbatches so far is a pytree like params. It is
+    divided by the count at the end.
   sums: {name: sum over the microbatch}. `policy_losses.add` adds the sums of two microbatches. From the total,
     `policy_losses.means` and rl/loop.py compute the figures to log.
   """
@@ -76,8 +77,9 @@ class Update(NamedTuple):
       microbatches: the samples.
       old_logps: for each microbatch, the log-probabilities before the first update on these samples. None for an
         on-policy update, whose ratio is 1.
-      ref_logps: for each microbatch, the log-probabilities of the KL reference. Required if loss.kl_weight > 0.
-      chosen: the result of `cov_tokens`. Required if loss.cov is set.
+      ref_logps: for each microbatch, the log-probabilities of the KL reference. Required if the loss that was passed to
+        `make_update` has a KL term.
+      chosen: the result of `cov_tokens`. Required if this loss has `cov` set.
     """
     none = [None] * len(microbatches)
     gradients, sums = self.zeros(state.params), []

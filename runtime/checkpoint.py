@@ -172,9 +172,10 @@ class Checkpoints:
                             + (f'the last good one is {last}' if last else 'there is no earlier one')) from error
 
   def _last_good(self) -> str:
-    """Returns the path of the newest complete checkpoint, '' if there is none, for a message.
+    """Returns the path of the newest complete checkpoint, for an error message; '' if there is none.
 
-    The store that has just refused a write may refuse this question too. The text then says so.
+    If the folder can't be listed, for example because the store that refused a write also refuses to list, returns a
+    text that says so.
     """
     try:
       found = [step for step in steps(self.path) if step != self.in_flight]
@@ -207,11 +208,11 @@ def _suppress_background_tracebacks() -> None:
 
 
 def _need_no_access_to_buckets() -> None:
-  """Lets Orbax delete checkpoints in a bucket whose description this process may not read.
+  """Lets Orbax delete checkpoints without permission to read the bucket's metadata.
 
-  Before Orbax deletes, it asks the store whether the bucket has a hierarchical namespace. A role for objects alone,
-  such as roles/storage.objectAdmin, doesn't permit this question. The answer is then taken to be no. If that is wrong,
-  empty folders remain.
+  Before it deletes, Orbax reads whether the bucket has a hierarchical namespace. A role that covers only objects, such
+  as roles/storage.objectAdmin, doesn't permit this. In that case, the bucket is assumed to have no hierarchical
+  namespace. If it has one, empty folders remain.
   """
   with contextlib.suppress(ImportError, AttributeError):  # a later version of Orbax may not ask
     from orbax.checkpoint._src.path import gcs_utils
@@ -222,7 +223,7 @@ def _need_no_access_to_buckets() -> None:
 
 
 def _wait_by_a_steady_clock() -> None:
-  """Lets Orbax measure by time.monotonic() how long it waits for a save. It uses the wall clock, which may jump."""
+  """Makes Orbax use time.monotonic() to measure how long it waits for a save. The wall clock, its default, may jump."""
   with contextlib.suppress(ImportError, AttributeError):  # a later version of Orbax may have other modules
     from orbax.checkpoint._src.futures import future, signaling_client
 
@@ -359,7 +360,7 @@ def _is_peer_failure(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-  """Returns the first line of an error's message, without the specification and the answer that tensorstore adds."""
+  """Returns the first line of an error's message, without the spec and the HTTP response that tensorstore appends."""
   text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
   return re.sub(r" \[(http_response_body|tensorstore_spec)='(\\.|[^'\\])*'\]", '', text)
 

@@ -131,7 +131,7 @@ def note_step(step: int) -> None:
 
 @contextlib.contextmanager
 def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
-  """Converts an OSError of the disk, such as a full disk, to UserError. Errors of checkpoints are raised elsewhere."""
+  """Converts an OSError that comes from storage, such as a full disk, to UserError. Other errors stay as they are."""
   try:
     yield
   except OSError as error:

@@ -6,8 +6,8 @@
 The lease is a small object that names its process. It is created only if it doesn't exist, and replaced only if no
 other process has replaced it; the store checks both, so two commands never hold one lease. The process renews its lease
 every RENEW_S seconds, and deletes it at the end. No clocks are compared: a command that finds a lease waits for a
-renewal. If none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the process ran on
-this machine, where it can look whether the process is alive.
+renewal. If none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the lease names a
+process of this machine, because it can check whether this process is alive.
 
 A process that was suspended, or had no connection, may lose its lease while it still runs. It ends as soon as it learns
 this at its next renewal, and may have written until then.
@@ -38,7 +38,7 @@ _RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '16s'}  # a
 def hold(folder: str, name: str) -> Iterator[str]:
   """Holds the lease FOLDER/NAME until the block ends. Yields '', or the name of the process that holds it already.
 
-  There are leases only in gs:// and s3://.
+  If the folder isn't in gs:// or s3://, yields '' without a lease.
 
   Raises:
     UserError: the lease can't be read or written.
@@ -75,7 +75,7 @@ class _Lease:
     self._generation = b''  # of the object that this process has written
 
   def take(self) -> str:
-    """Takes the lease if no other process has it. Returns '', or else the name of the process that has it."""
+    """Takes the lease if no other process has it. Returns '' on success, else the name of the process that has it."""
     with self._store_errors_as_user_errors():
       waited_for, since = b'', time.monotonic()  # the generation whose renewal is waited for
       while True:
@@ -116,14 +116,21 @@ class _Lease:
         self._write(None, self._generation)
 
   def _write(self, content: dict[str, Any] | None, generation: bytes) -> bool:
-    """Writes the lease, or deletes it (None), if the object is of this generation. Returns whether it was."""
+    """Writes `content` to the lease's object, or deletes the object if `content` is None. Returns whether it was done.
+
+    The store refuses if the object's generation isn't `generation`. A generation is the store's number for one version
+    of an object.
+    """
     data = None if content is None else json.dumps(content)
     stamp = self._store.write(self._name, data, if_equal=generation).result()
     self._generation = stamp.generation or self._generation
     return bool(stamp.generation)
 
   def _is_own(self) -> bool:
-    """Returns whether this process has written the lease, although the store didn't say so."""
+    """Returns True if the stored lease is this process's own, and then remembers its generation.
+
+    Call this after `_write` has returned False: the write may have succeeded although the store's answer was lost.
+    """
     found, generation = self._read()
     if found is None or found['id'] != self._content['id']:
       return False
@@ -131,7 +138,7 @@ class _Lease:
     return True
 
   def _read(self) -> tuple[dict[str, Any] | None, bytes]:
-    """Returns the content of the lease, or None if there is none, and the generation of the object."""
+    """Returns (content, generation) of the lease's object. The content is None if there is no object."""
     found = self._store.read(self._name).result()
     if found.state == 'missing':
       return None, found.stamp.generation
@@ -154,9 +161,10 @@ class _Lease:
 
 
 def _process(pid: int) -> dict[str, Any]:
-  """Returns what identifies a process of this machine: {place, pid, start}.
+  """Returns values that identify a process of this machine: {place, pid, start}.
 
-  place: this boot of this machine, and the container; '' if unknown, as outside Linux.
+  place: identifies this boot of the machine and the container (PID namespace); '' if unknown, as on other systems than
+    Linux.
   start: when the process started, in clock ticks after the boot; '' if there is no such process.
   """
   try:

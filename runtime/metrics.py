@@ -5,12 +5,15 @@ metrics.jsonl holds one JSON object per line: {"step": 12, "train/ce_nats": 2.31
 except for the keys `time/...`.
 """
 
+import io
 import json
 import math
+import mmap
+import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,28 +52,33 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class JsonLines:
-  """A file with one JSON object per line. Each object has the key `step`.
+  """A file with one JSON object per line. Each object has the key `step`, and steps don't fall from line to line.
 
-  The constructor opens or creates the file, and removes all lines of steps after its argument `step`.
+  The constructor opens or creates the file, and cuts it behind the last line of a step up to its argument `step`. It
+  reads no more of a local file than what it removes, because a long run has a million lines.
 
   Attributes:
-    last: the last object in the file after the constructor has removed lines; {} if no line is left.
+    last: the last object in the file after it was cut; {} if none is left.
   """
 
   def __init__(self, path: epath.Path, step: int):
     self._path = path
     self._remote = '://' in str(path)
-    self._lines = [line for line in read_lines(path) if line['step'] <= step]
-    self.last = self._lines[-1] if self._lines else {}
-    self._rewrite()
+    if self._remote or os.path.islink(path):  # a link is replaced, and its target stays as it is
+      content = path.read_bytes() if path.exists() else b''
+      end, self.last = _end_of(content, step)
+      self._content = [content[:end]]
+      self._rewrite()
+    else:
+      self.last = _cut(path, step)
     self._file = None if self._remote else open(path, 'a', encoding='utf-8')  # noqa: SIM115 (open as long as the run)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    line = {'step': step, **values}
+    line = json.dumps({'step': step, **values}) + '\n'
     if self._remote:  # object stores can't append, so `flush` writes all lines again
-      self._lines.append(line)
+      self._content.append(line.encode())
     else:
-      self._file.write(json.dumps(line) + '\n')
+      self._file.write(line)
       self._file.flush()
 
   def flush(self) -> None:
@@ -78,25 +86,53 @@ class JsonLines:
       self._rewrite()
 
   def _rewrite(self) -> None:
-    write_atomically(self._path, ''.join(json.dumps(line) + '\n' for line in self._lines))
+    self._content = [b''.join(self._content)]
+    write_atomically(self._path, self._content[0])
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the lines of a metrics file as dictionaries; [] if there is no file.
+def _cut(path: epath.Path, step: int) -> dict[str, Any]:
+  """Cuts a local file, which is created if there is none, behind the last line of a step up to `step`. Returns this
+  line; {} if there is none.
+  """
+  with open(path, 'a+b') as file:
+    if not os.fstat(file.fileno()).st_size:
+      return {}
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      end, last = _end_of(content, step)
+    file.truncate(end)
+  return last
+
+
+def _end_of(content: bytes | mmap.mmap, step: int) -> tuple[int, dict[str, Any]]:
+  """Returns (the position behind the last complete line of a step up to `step`, this line); (0, {}) if there is none.
+  """
+  end = content.rfind(b'\n') + 1
+  while end:
+    start = content.rfind(b'\n', 0, end - 1) + 1
+    if (line := _parsed(content[start:end])) and line['step'] <= step:
+      return end, line
+    end = start
+  return 0, {}
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+  """Returns the object on a line; {} if the line holds something else, or is incomplete."""
+  try:
+    line = json.loads(text.decode(errors='replace'))
+  except (ValueError, RecursionError):
+    return {}
+  return line if isinstance(line, dict) and isinstance(line.get('step'), int) else {}
+
+
+def lines_of(path: epath.Path) -> Iterator[dict[str, Any]]:
+  """Yields the lines of a metrics file as dictionaries, one after another; none if there is no file.
 
   Lines that a killed process left incomplete are skipped.
   """
   if not path.exists():
-    return []
-  lines = []
-  for text in path.read_bytes().decode(errors='replace').splitlines():
-    try:
-      line = json.loads(text)
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(line, dict) and isinstance(line.get('step'), int):
-      lines.append(line)
-  return lines
+    return
+  with io.BytesIO(path.read_bytes()) if '://' in str(path) else path.open('rb') as file:
+    yield from filter(None, map(_parsed, file))
 
 
 class Clock:

@@ -19,7 +19,10 @@ class Profile:
 
   @contextlib.contextmanager
   def at(self, step: int) -> Iterator[None]:
-    """Returns a context manager for the work of one step, which starts and ends the trace. Use it for every step."""
+    """Returns a context manager for the work of one step. Use it for every step.
+
+    It starts the trace before the first step to trace, and ends the trace after the last one.
+    """
     if self._steps is None:
       yield
       return

@@ -20,7 +20,7 @@ _LEFT_FUNCTION = re.compile(r'\n(?=[^\s)\]}\'"])')
 
 
 class Question(Protocol):
-  """The fields of a task from which an answer is extracted. Task in tasks/records.py has all fields."""
+  """The fields of a task that are needed to extract an answer. Task in tasks/records.py has these and others."""
 
   question: str
   prompt: str

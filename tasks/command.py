@@ -101,11 +101,12 @@ def _describe(gold: str, answer: str, right: str, grade: Grade) -> str:
 
 
 def _summary(expected: list[str], grades: list[Grade]) -> str:
-  """Returns a table of how many pairs of a reference and an answer got each verdict.
+  """Returns a table of how many pairs (gold, answer) were judged right, wrong or undecided.
 
-  The table has one row for each correct verdict, or a single row if no correct verdict is known.
+  The table has up to three rows: for pairs that should be judged right, for pairs that should be judged wrong, and for
+  pairs whose correct verdict isn't known.
 
-  expected: the correct verdict of each pair; '' if it isn't known.
+  expected: the correct verdict of each pair, 'right' or 'wrong'; '' if it isn't known.
   """
   counts = Counter((right, grade.verdict.name.lower()) for right, grade in zip(expected, grades))
   names = ('right', 'wrong', 'undecided')

@@ -5,10 +5,10 @@ user's reward function.
 
 KIND is math, reasoning_gym, or 'reward FILE.py:FUNCTION'. worker_pool.py starts this process and talks to it.
 
-Text written by a model arrives here as data, and must not become code. reasoning-gym has scorers that call `eval` on
-it, or sympy's `parse_expr`, which calls `eval`. Both functions are replaced before any text arrives. In case text
-becomes code in another way, the process can't write files or start programs, and an audit hook ends the process at the
-first event that touches the system.
+Text written by a model arrives here as data, and must not become code. Some scorers of reasoning-gym pass such text to
+`eval`, or to sympy's `parse_expr`, which calls `eval`. Both functions are replaced before any text arrives. In case
+text becomes code in another way, the process can't write files or start programs, and an audit hook ends the process at
+the first event that touches the system.
 
 This protects a run from what models write by accident or to get reward. It isn't a jail for native code. Answers that
 are programs run in a jail instead (code_jail.py).

@@ -28,7 +28,7 @@ VERIFIERS = ('exact', 'math', 'reasoning_gym', 'code', 'reward')
 
 
 class Task(Question, Protocol):
-  """The fields of a task that the verifier uses. Task in tasks/records.py has all fields."""
+  """The fields of a task that the verifier uses. Task in tasks/records.py has these and others."""
 
   reference: str
   verifier: str  # one of VERIFIERS

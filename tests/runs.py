@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from betarank.runtime import checkpoint
 from betarank.runtime.rendezvous import EXIT_JOB_LOST
 
 BETARANK = [sys.executable, '-m', 'betarank']
@@ -96,16 +97,32 @@ def prepare(config, *flags):
   finish_well([betarank('data', 'prepare', f'--config={config}', *flags)])
 
 
-def wait_for_step(workdir, step, processes, timeout=600):
+def wait_for_step(workdir, step, processes):
   """Waits until the run has logged `step` or a later step. The processes must not end before."""
-  path, until = workdir / 'metrics.jsonl', time.monotonic() + timeout
-  while time.monotonic() < until:
+  path = workdir / 'metrics.jsonl'
+
+  def logged():
     whole = [line for line in path.read_text().splitlines(True) if line.endswith('\n')] if path.exists() else []
-    if any('time/step_s' in line and line['step'] >= step for line in map(json.loads, whole)):
-      return
+    return any('time/step_s' in line and line['step'] >= step for line in map(json.loads, whole))
+
+  _wait(logged, processes, f'step {step}')
+
+
+def wait_for_checkpoint(workdir, step, processes):
+  """Waits until the run has a complete checkpoint of `step` or a later step. The processes must not end before.
+
+  A run saves in the background, so a checkpoint may be complete several steps after its own.
+  """
+  folder = epath.Path(workdir) / 'checkpoints'
+  _wait(lambda: checkpoint.steps(folder)[-1:] >= [step], processes, f'checkpoint of step {step}')
+
+
+def _wait(condition, processes, what, timeout_s=600):
+  until = time.monotonic() + timeout_s
+  while not condition():
     assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+    assert time.monotonic() < until, f'no {what} in {timeout_s} s'
     time.sleep(0.05)
-  raise AssertionError(f'no step {step} in {timeout} s')
 
 
 # What they leave

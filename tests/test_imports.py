@@ -43,7 +43,9 @@ def test_imports_point_one_way():
 
 
 IMPORT_ALL = '''
-import importlib, sys
+import contextlib, importlib, io, sys
+from tests import offline
+offline.forbid()
 for name in sys.argv[1:]:
   try:
     importlib.import_module(name)
@@ -51,11 +53,17 @@ for name in sys.argv[1:]:
     assert error.name == 'lm_eval', error  # an extra
   bridge = sys.modules.get('jax._src.xla_bridge')
   assert bridge is None or not bridge._backends, f'{name} touches a device'
+from betarank import __main__ as main
+for command, (module, _) in main.COMMANDS.items():
+  with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    importlib.import_module(f'betarank.{module}').main(['configs/smoke.py' if command == 'config' else '--help'])
 '''
 
 
 def test_nothing_happens_at_import():
-  """Importing a module doesn't start a JAX backend, and doesn't print anything."""
+  """Importing a module doesn't start a JAX backend, doesn't print anything and doesn't use a network. The help of a
+  command doesn't use a network either.
+  """
   names = ['.'.join(['betarank', *path.relative_to(ROOT).with_suffix('').parts]) for path in FILES]
   done = subprocess.run([sys.executable, '-c', IMPORT_ALL, *names], cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

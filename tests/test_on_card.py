@@ -12,7 +12,7 @@ from etils import epath
 
 from betarank.configs import load
 from betarank.rl import loop as rl_loop
-from betarank.runtime.metrics import read_lines
+from betarank.runtime.metrics import lines_of
 from betarank.train import loop
 from tests.runs import prepare
 
@@ -29,5 +29,5 @@ def test_training_evaluation_and_rl_run(tmp_path, model):
   loop.train(load.load(tiny, model | source), str(pretrained))
   rl_loop.train(load.load(f'tests/tiny_rl.py:init_from={pretrained}', model), str(trained))
   for folder, key in ((pretrained, 'eval/main/ce_nats'), (trained, 'train/pass_rate')):
-    found = [line[key] for line in read_lines(epath.Path(folder) / 'metrics.jsonl') if key in line]
+    found = [line[key] for line in lines_of(epath.Path(folder) / 'metrics.jsonl') if key in line]
     assert found and all(map(math.isfinite, found))

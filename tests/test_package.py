@@ -92,7 +92,7 @@ def test_a_wheel_holds_one_package_and_all_it_needs(hostile, tmp_path_factory):
     names = archive.namelist()
     archive.extractall(folder / 'site')
   assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'betarank'}
-  for needed in ('launch/tpu.sh', 'launch/worker.sh', 'launch/constraints.txt', 'configs/paper/dense_4b.py',
+  for needed in ('launch/tpu.sh', 'launch/worker.sh', 'launch/lock/tpu.txt', 'configs/paper/dense_4b.py',
                  'eval/explore/assets/page.html', 'eval/explore/assets/page.css', 'eval/explore/assets/page.js'):
     assert f'betarank/{needed}' in names
   assert not [name for name in names if name.startswith(('betarank/tests', 'betarank/benchmarks'))]

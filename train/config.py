@@ -92,7 +92,10 @@ class RunConfig:
 
   @property
   def split_rows(self) -> dict[str, tuple[int, int]]:
-    """The batches whose rows the mesh must divide: {config key of the number of rows: (rows, microbatches)}."""
+    """The batches that are split over the mesh: {config key of the batch size: (rows, microbatches)}.
+
+    The number of rows of each microbatch must be a multiple of the number of devices over which it is split.
+    """
     return {'train.batch_size': (self.rows, self.microbatches)}
 
   @property

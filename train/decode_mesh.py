@@ -1,8 +1,9 @@
 """The sampler's mesh, in which the devices of a small group share one copy of the weights.
 
-A decoding step reads all weights, for however few rows. In training's layout (`data`, `fsdp`) every device would hold
-and read a whole copy. In a group, each device reads only its part, for the rows of the whole group. A dense model is
-split by heads and hidden units (mesh axis `tensor`), a mixture of experts by experts (mesh axis `expert`).
+A decoding step reads all weights, even for a few rows. On training's mesh (axes `data`, `fsdp`), every device would
+hold and read a whole copy. In a group, each device holds and reads only its part of the weights, and uses it for the
+rows of the whole group. A dense model is split by heads and hidden units (mesh axis `tensor`), a mixture of experts by
+experts (mesh axis `expert`).
 """
 
 import math
@@ -16,7 +17,7 @@ PART = 2**29  # weights, 1 GiB in bfloat16. With smaller parts, a group's transf
 
 
 def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
-  """Returns the mesh for decoding. It has the devices of `mesh` in the same order, and a group is consecutive devices.
+  """Returns the mesh for decoding. It has the devices of `mesh` in the same order; consecutive devices form a group.
 
   Args:
     c: the model.
@@ -36,8 +37,11 @@ def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
 
 
 def default_split(c: model.ModelConfig, mesh: Mesh) -> int:
-  """Returns the number of devices of a group: as many as training's mesh splits the heads or experts over, and on a TPU
-  twice as many until each has at most PART weights, as far as the number divides the devices and the model.
+  """Returns the default number of devices of a group.
+
+  It is the number of parts into which training's mesh splits the experts or, in a dense model, the heads. On a TPU, it
+  is doubled until a device holds at most PART weights (of a mixture of experts, only the experts' weights count). It
+  isn't doubled further if the result wouldn't divide the devices or the model.
   """
   split = mesh.shape['expert' if c.moe.experts else 'tensor']
   counts = model.parameter_counts(c)

@@ -69,7 +69,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   tokenizer_path = tokenizer_path or setup.trained_tokenizer(meta)
   with _new_folder(to) as folder:
     if tokenizer_path != 'none':
-      theirs |= _export_tokenizer(tokenizer_path, folder, c.vocab_size)
+      theirs |= _export_tokenizer(tokenizer_path, folder, c)
     _write_json(folder / 'config.json', theirs)
     stored = lambda name: 'F32' if name.endswith(hf_weights.ALWAYS_FLOAT32) else STORED[dtype]
     tensors = [(name, stored(name), leaf.their_shape) for leaf in leaves for name, _ in leaf.tensors()]
@@ -90,18 +90,21 @@ def _trained_positions(config: dict) -> int:
   return longest
 
 
-def _export_tokenizer(path: str, folder: pathlib.Path, vocab_size: int) -> dict[str, int]:
+def _export_tokenizer(path: str, folder: pathlib.Path, c: ModelConfig) -> dict[str, int]:
   """Writes the tokenizer at `path` to `folder`. Returns {'bos_token_id': id, ...}, with the keys of config.json.
 
   A tokenizer.json is copied together with the files that belong to it. A SentencePiece model is converted.
   """
   file = tokenizer.find(path)
   if file.suffix != '.json':
-    ids = hf_tokenizer.export(str(file), folder, vocab_size)
+    if hf_config.architecture(c) == hf_config.QWEN2:  # AutoTokenizer ignores tokenizer_class in this architecture
+      raise HfError(f'{file}: transformers would read it with the rules of Qwen2\'s tokenizer, which give other '
+                    'ids; use --tokenizer=none')
+    ids = hf_tokenizer.export(str(file), folder, c.vocab_size)
     ids = {f'{name}_token_id': id for name, id in ids.items()}
     _write_json(folder / 'generation_config.json', ids)
     return ids
-  read = read_tokenizer(path, vocab_size)
+  read = read_tokenizer(path, c.vocab_size)
   for name in TOKENIZER_FILES:
     if (file.parent / name).exists():
       (folder / name).write_bytes((file.parent / name).read_bytes())

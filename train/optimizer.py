@@ -90,8 +90,7 @@ def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientT
   one moment for the layers' matrices, and two moments for all other parameters. Sources: optax.contrib.muon, arXiv
   2502.16982.
 
-  Norms and router biases get no weight decay. Router biases have no gradient either, so the optimizer doesn't change
-  them.
+  Norms and biases get no weight decay. Router biases have no gradient either, so the optimizer doesn't change them.
 
   axes: the names of the dimensions of each parameter, from model.abstract.
   """

@@ -265,9 +265,7 @@ class Sampler:
     return self._run(params, list(prompts), indices, np.uint32(seed), np.uint32(step), watch, more)
 
   def describe_split(self) -> str:
-    """Returns how many devices share one copy of the weights, as the end of a line of a log's header; '' if each has
-    its own.
-    """
+    """Returns a text for the log header: how many devices share one copy of the weights; '' if each has its own."""
     split = 1 if self.mesh is None else self.mesh.size // self.mesh.shape['data']
     return f'; to sample, {split} devices share a copy of the weights' if split > 1 else ''
 

@@ -77,7 +77,7 @@ def make_step(
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:
   """Returns a jitted function (state, batch) -> the result of `score.sums` for this batch.
 
-  The loss is that of the objective at the step of the state. The arguments are those of `make_step`.
+  The loss uses the objective's parameters at step `state.step`. The arguments are those of `make_step`.
   """
   bytes_V = np.asarray(bytes_per_token_V, np.int32)
 

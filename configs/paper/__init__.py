@@ -72,8 +72,8 @@ def _midtrain(c):
   """Sets the values of mid-training: 100B tokens at 16k context, with a learning rate that falls from 3e-4 to 3e-5.
 
   The paper leaves three things open. Here, the decay is linear (optimizer.decay_shape has other forms). The optimizer
-  starts with new moments instead of those of pre-training. The objective is that of the argument objective=..., as in
-  pre-training.
+  starts with new moments instead of those of pre-training. The objective is the one that the argument objective=...
+  names, as in pre-training.
   """
   c.train.update(tokens=100_000_000_000, batch_size=1024)
   c.data.sequence_length = 16_384

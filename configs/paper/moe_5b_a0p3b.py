@@ -1,4 +1,4 @@
-"""MoE 5B-A0.3B (4.80B parameters, 0.26B active without the embedding): pre-training only.
+"""MoE 5B-A0.3B (4.80B parameters, 0.26B active without the embedding).
 
     betarank plan --config=configs/paper/moe_5b_a0p3b.py --topology=v5p-256 --usd_per_chip_hour=PRICE
     betarank data prepare --config=configs/paper/moe_5b_a0p3b.py
@@ -9,7 +9,7 @@ has the paper's values, and marks those that the paper leaves open. Pre-training
 11.6 of 102.8 GB per chip and 23 to 24 hours, as `betarank plan` predicted with libtpu 0.0.52.
 docs/plans.md has later figures, and other stages and pods.
 
-The paper gives no figures for this size.
+The paper only pre-trains this size, and gives no figures for it. The later stages here are those of the other sizes.
 """
 
 from betarank.configs import paper

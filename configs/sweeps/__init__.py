@@ -24,7 +24,7 @@ SIZES = {  # size -> its stages; two of the paper's models were only pre-trained
 def parse(arg: str | None, seeds: int) -> SimpleNamespace:
   """Parses a config's argument, `size=smoke|dense_1b|...,stage=pretrain|midtrain|rl,seeds=N,tokens=N`.
 
-  Without tokens=N, or with tokens=0, the token budget is that of the config of this model size.
+  Without tokens=N, or with tokens=0, the token budget stays as it is in the config of this model size.
 
   seeds: the number of seeds if the argument has no seeds=N.
   """

@@ -1,9 +1,10 @@
 """Serves the page to this machine only.
 
 The server listens on 127.0.0.1. It answers a request only if all of these are true: the Host header has a loopback
-name, the request doesn't come from another web page, and the path begins with a random token, which only the printed
-URL contains. The check of the Host header stops a web page whose own domain name resolves to 127.0.0.1.
-All other requests get a 4xx status before their body is read. Only the paths in the tables `files` and `actions` exist.
+name, the request doesn't come from another web page, and the path begins with the server's random token. Only the
+printed URL contains this token. The check of the Host header stops a web page whose own domain name resolves to
+127.0.0.1. All other requests get a 4xx status before their body is read. Only the paths in the tables `files` and
+`actions` exist.
 """
 
 import hmac
@@ -120,7 +121,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return rest[0]
 
   def _from_here(self):
-    """Returns False if the request's headers say that another web page made it, else True."""
+    """Returns False if the headers say that another web page made the request, else True."""
     origin = self.headers.get('Origin')
     return origin in (None, f'http://{self.headers.get("Host")}') and self.headers.get('Sec-Fetch-Site') in (
       None, 'none', 'same-origin')

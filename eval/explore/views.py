@@ -68,7 +68,7 @@ class Explorer:
 
   def document(self, source: str, index: int) -> dict[str, Any]:
     """Returns the view (what the page shows, as JSON values) of document number `index` of a source's validation split.
-    A long document is cut after its beginning.
+    Of a long document, only the beginning is used.
     """
     if source not in self.sources:
       raise EvalError(f'no source {source!r}; there are {", ".join(self.sources) or "none"}')
@@ -189,8 +189,9 @@ def open_sources(loaded: Loaded) -> dict[str, Documents]:
 def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
   """Returns the problems of the task `uri`.
 
-  If `uri` is '', uses the task of the first checkpoint of an RL run. If there is no such checkpoint, uses the first
-  source of generated problems in the data of the checkpoints. If there is no such source either, returns None.
+  If `uri` is '', uses the task of the first of those models that were trained with RL. If there is no such model, uses
+  the first source of generated problems among the data sources of all models. If there is no such source either,
+  returns None.
 
   If generated problems were held out of training, the result has only the held-out problems.
 

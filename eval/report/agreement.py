@@ -1,7 +1,7 @@
 """Lists the reasons why a difference between two runs can't be attributed to the objective.
 
 Two runs must agree in everything but objective and seed: the prepared data (by its hash), the tokenizer, every setting
-that decides what is learned, and the step, which determines how many tokens were seen. If the two runs started from
+that decides what is learned, and the step. The step determines how many tokens were seen. If the two runs started from
 other runs, those parent runs must agree too.
 """
 

@@ -121,6 +121,11 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
   """
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
+    ancestor, seen = run.parent, {run.name}
+    while ancestor and all(ancestor is not other for other in sweep.runs) and ancestor.name not in seen:
+      seen.add(ancestor.name)
+      ancestor.parent = _find_parent(ancestor, sweep)
+      ancestor = ancestor.parent
   for run in sweep.runs:
     chain, seen = [run], {run.name}
     while (parent := chain[-1].parent) and parent.name not in seen:
@@ -148,7 +153,7 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 def _tell_apart(sweep: Sweep) -> None:
   """Splits an arm whose runs, in the same stage, differ in settings that should be equal.
 
-  The values of up to three such settings are added to the name of the arm of each run.
+  In `run.arm`, up to three of these settings are added to the arm's name, with the run's values.
   """
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
@@ -166,10 +171,10 @@ def _tell_apart(sweep: Sweep) -> None:
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   """Returns the run that wrote the checkpoint run.parent_path; None if it can't be found.
 
-  The run with this path is searched for first in the sweep, and then outside of it. If there is no such run, the sweep
-  may have been moved. Only the last folders of paths are compared then: the result is the run whose path has the most
-  folders in common with the end of run.parent_path. The result is None if that run is `run` itself, or if two runs have
-  equally many folders in common.
+  The path of this checkpoint names the parent's workdir. A run with this workdir is searched for in the sweep, and then
+  outside of it. If there is none, the sweep may have been moved. The function then counts, for each run of the sweep,
+  how many of the last folders are the same in its workdir and in the parent's, and returns the run with the highest
+  count. It returns None if several runs have this count, or if the run is `run` itself.
   """
   if not run.parent_path:
     return None
@@ -189,7 +194,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns how many folders at the end of the other run's path are the same as those of the parent's path."""
+    """Returns how many of the last folders are the same in the workdirs of `other` and of the parent."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 

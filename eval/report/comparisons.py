@@ -19,12 +19,13 @@ from betarank.eval import paper
 from betarank.eval.report.agreement import disagreements, of_steps
 from betarank.eval.report.oddities import EDGE_SHARE
 from betarank.eval.report.runs import SAME_SETTINGS, Run, SampleSet, Sweep, number
-from betarank.eval.statistics import Estimate, bootstrap_interval, holm, over_seeds, paired_difference
+from betarank.eval.statistics import Estimate, Noise, bootstrap_interval, holm, noise, over_seeds, paired_difference
 
 ALPHA = 0.05
-CHANGE = 'change'  # the subject of comparisons of RL's change from start to end
+CHANGE, EARLY = 'change', 'early change'  # subjects of comparisons of RL's change: to its end, to EARLY_SHARE of it
+EARLY_SHARE = 0.25
 BEFORE_RL = 'before RL'
-SHARES = ('tail_mass', 'ece', 'rank1_accuracy', 'pass_rate', 'truncated_share', 'score', *paper.BENCHMARKS,
+SHARES = ('head_mass', 'tail_mass', 'ece', 'rank1_accuracy', 'pass_rate', 'truncated_share', 'score', *paper.BENCHMARKS,
           *paper.CATEGORIES, *paper.AVERAGES)
 _REASONS = 3  # a remark names at most so many
 
@@ -41,6 +42,8 @@ class Comparison:
     value, difference: the metric's mean and the difference, with their intervals; None if unknown.
     p_holm: the p-value of the difference after Holm's correction; NaN if the difference comes from a single seed.
     remark: why there is no difference, or what limits it.
+    by_seed, differences: {seed: the metric's mean in this seed's run} and {seed: difference}.
+    noise, difference_noise: the noise of the metric and of the difference; None if they have fewer than two seeds.
   """
 
   stage: str
@@ -52,13 +55,17 @@ class Comparison:
   difference: Estimate | None = None
   p_holm: float = math.nan
   remark: str = ''
+  by_seed: dict[Any, float] = dataclasses.field(default_factory=dict)
+  differences: dict[Any, float] = dataclasses.field(default_factory=dict)
+  noise: Noise | None = None
+  difference_noise: Noise | None = None
 
   @property
   def verdict(self) -> str:
     """'beyond' if the difference is larger than noise, after Holm's correction; 'within' if it isn't.
 
-    '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or it
-    comes from a single seed.
+    '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or the
+    difference comes from a single seed.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -134,9 +141,9 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the metrics of each run's newest probe, by stage, domain (a source of the data) and arm.
+  """Compares arms by the metrics of their newest probes. Returns one Comparison per stage, domain, metric and arm.
 
-  If a stage has no probes, the metrics are those of the last validation in training.
+  A domain is a source of the data. If a stage has no probes, the metrics are those of the last validation in training.
   """
   out = []
   for stage in sweep.stages:
@@ -163,31 +170,35 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the metrics that RL logged: at its start, at its end, and the change between them.
+  """Returns comparisons of the metrics that RL logged: the value at the start, the value at the end, the change, and
+  the early change.
 
-  Start and end are means over the first and the last tenth of the steps.
+  Start and end are means over the first and the last tenth of the steps. The early change is the difference between the
+  start and the mean over the tenth of the steps that ends after the first quarter.
   """
   out = []
   for stage in sweep.stages:
     if any(run.is_rl for run in sweep.of(stage)):
-      for subject, part in (('start', 0), ('end', 1), (CHANGE, 2)):
+      for subject, part in (('start', 0), ('end', 1), (CHANGE, 2), (EARLY, 3)):
         out += _by_seed(sweep, stage, subject, metrics,
                         lambda run, metric, part=part: Measured(_edges(run, metric)[part], run.last_step))
   return correct(out)
 
 
-def _edges(run: Run, metric: str) -> tuple[float, float, float]:
-  """Returns (start, end, end - start) of a metric.
+def _edges(run: Run, metric: str) -> tuple[float, float, float, float]:
+  """Returns (start, end, end - start, early - start) of a metric.
 
-  start and end are means over the first and the last tenth of the steps at which the metric was logged.
+  start, end and early are means over a tenth of the steps at which the metric was logged: the first, the last, and the
+  one that ends at EARLY_SHARE of the steps.
   """
   _, values = run.curves.get(f'train/{metric}', ((), np.array([])))
   values = values[np.isfinite(values)]
-  size = max(1, round(EDGE_SHARE * len(values)))
   if not len(values):
-    return (math.nan,) * 3
+    return (math.nan,) * 4
+  size = max(1, round(EDGE_SHARE * len(values)))
   start, end = float(values[:size].mean()), float(values[-size:].mean())
-  return start, end, end - start
+  quarter = max(size, round(EARLY_SHARE * len(values)))
+  return start, end, end - start, float(values[quarter - size:quarter].mean()) - start
 
 
 def harness(sweep: Sweep) -> list[Comparison]:
@@ -243,17 +254,18 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
     baseline = sweep.baselines[arm]
     agreeing, why_not = pairs(sweep, stage, arm)
     for metric in metrics:
-      values = [found.value for run in {run.seed: run for run in reversed(sweep.of(stage, arm))}.values()
-                if (found := read(run, metric)) and math.isfinite(found.value)]
+      values = {seed: found.value for seed, run in {run.seed: run for run in reversed(sweep.of(stage, arm))}.items()
+                if (found := read(run, metric)) and math.isfinite(found.value)}
       if not values:
         continue
       # A change can have either sign. Other figures can't be negative.
-      bounds = (-math.inf, math.inf) if subject == CHANGE else (0.0, 1.0 if metric in SHARES else math.inf)
-      c = Comparison(stage, subject, metric, arm, baseline, over_seeds(values, bounds=bounds))
+      bounds = (-math.inf, math.inf) if subject in (CHANGE, EARLY) else (0.0, 1.0 if metric in SHARES else math.inf)
+      c = Comparison(stage, subject, metric, arm, baseline, over_seeds(list(values.values()), bounds=bounds),
+                     by_seed=values, noise=noise(_column(values)))
       out.append(c)
       if arm == baseline:
         continue
-      differences, reasons = [], list(why_not)
+      reasons = list(why_not)
       for run, other in agreeing:
         a, b = read(run, metric), read(other, metric)
         if not (a and b and math.isfinite(a.value) and math.isfinite(b.value)):
@@ -262,11 +274,17 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
           [] if a.basis == b.basis else ['measured on other tokens or with other settings'])
         reasons += differing
         if not differing:
-          differences.append(_difference(a.value, b.value))
-      if differences:
-        c.difference = over_seeds(differences)
-      c.remark = remark(reasons, baseline, len(differences))
+          c.differences[run.seed] = _difference(a.value, b.value)
+      if c.differences:
+        c.difference = over_seeds(list(c.differences.values()))
+        c.difference_noise = noise(_column(c.differences))
+      c.remark = remark(reasons, baseline, len(c.differences))
   return out
+
+
+def _column(by_seed: Mapping[Any, float]) -> np.ndarray:
+  """Returns the values of a dict as an array [S, 1]."""
+  return np.array(list(by_seed.values()), np.float64)[:, None]
 
 
 def _difference(a: float, b: float) -> float:
@@ -297,9 +315,9 @@ def pass_k(sweep: Sweep) -> int:
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: function}. The function returns [P], the metric's value for each of the P problems of a SampleSet.
+  """Returns {metric: function}. A function takes the attribute `metrics` of a SampleSet, and returns the values [P].
 
-  The function's argument is SampleSet.metrics. Metrics that are shares of right answers come first.
+  There is one value for each of the P problems. Metrics that are shares of right answers come first.
 
   k: the k of Pass@k.
   """
@@ -330,15 +348,15 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
         agreeing, why_not = pairs(sweep, stage, arm)
         both = [(run, run.sampled(benchmark), other, other.sampled(benchmark)) for run, other in agreeing
                 if run.sampled(benchmark) and other.sampled(benchmark)]
-        reasons, usable = list(why_not), []
+        reasons, usable = list(why_not), {}
         for run, (step, found), other, (other_step, theirs) in both:
           differing = of_steps(run, step, other, other_step) + _of_sampling(found, theirs)
           reasons += differing
           if not differing:
-            usable.append((found, theirs))
+            usable[run.seed] = found, theirs
         for metric, read in benchmark_metrics(k).items() if mine else ():
           c = Comparison(stage, benchmark, metric, arm, sweep.baselines[arm], None)
-          out.append(_compared(c, [found for _, found in mine.values()], usable, reasons, read))
+          out.append(_compared(c, {seed: found for seed, (_, found) in mine.items()}, usable, reasons, read))
   return correct(out)
 
 
@@ -357,10 +375,10 @@ def gains(sweep: Sweep, k: int) -> list[Comparison]:
         both = {run.seed: (after[1], before[1]) for run in runs if (after := run.sampled(benchmark))
                 and (before := run.parent.sampled(benchmark, run.parent_step))}
         reasons = [reason for pair in both.values() for reason in _of_sampling(*pair)]
-        usable = [pair for pair in both.values() if not _of_sampling(*pair)]
+        usable = {seed: pair for seed, pair in both.items() if not _of_sampling(*pair)}
         for metric, read in benchmark_metrics(k).items() if both else ():
           c = Comparison(stage, benchmark, metric, arm, BEFORE_RL, None)
-          out.append(_compared(c, [after for after, _ in both.values()], usable, reasons, read))
+          out.append(_compared(c, {seed: after for seed, (after, _) in both.items()}, usable, reasons, read))
   return correct(out)
 
 
@@ -380,23 +398,27 @@ def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
 
 
 def _compared(
-  c: Comparison, sets: list[SampleSet], usable: list[tuple[SampleSet, SampleSet]], reasons: list[str], read: ByProblem,
+  c: Comparison, sets: Mapping[Any, SampleSet], usable: Mapping[Any, tuple[SampleSet, SampleSet]], reasons: list[str],
+  read: ByProblem,
 ) -> Comparison:
-  """Sets value, difference and remark of a comparison, and returns the comparison.
+  """Sets all fields of a comparison that depend on samples, except p_holm, and returns the comparison.
 
   Args:
-    sets: the arm's samples, one set per seed, for the value.
-    usable: the pairs (the arm's samples, the samples they are compared with) for the difference, one pair per seed.
+    sets: {seed: the arm's samples}, for the value.
+    usable: {seed: (the arm's samples, the samples they are compared with)}, for the difference.
     reasons: why other pairs can't be compared.
     read: a function that returns the metric's values [P].
   """
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
-  c.value = estimate(aligned(sets, read)[0], bounds)
+  values_SP = aligned(sets.values(), read)[0]
+  c.value, c.by_seed, c.noise = estimate(values_SP, bounds), _means(sets, values_SP), noise(values_SP)
   if c.arm == c.baseline:
     return c
   reasons, compared = list(reasons), len(usable)
   if usable:
-    both_SP, problems = aligned([x for pair in usable for x in pair], read)
+    both_SP, problems = aligned([x for pair in usable.values() for x in pair], read)
+    differences_SP = both_SP[0::2] - both_SP[1::2]
+    c.differences, c.difference_noise = _means(usable, differences_SP), noise(differences_SP)
     try:
       c.difference = paired_difference(both_SP[0::2], both_SP[1::2],
                                        bounds=(-1, 1) if bounds[1] == 1 else (-math.inf, math.inf))
@@ -405,6 +427,12 @@ def _compared(
       compared = 0
   c.remark = remark(reasons, c.baseline, compared)
   return c
+
+
+def _means(seeds: Iterable[Any], values_SP: np.ndarray) -> dict[Any, float]:
+  """Returns {seed: mean over the problems that have a value in all seeds}; {} if there are none."""
+  x_SP = values_SP[:, ~np.isnan(values_SP).any(0)]
+  return dict(zip(seeds, x_SP.mean(1).tolist())) if x_SP.size else {}
 
 
 def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, list[str]]:

@@ -236,7 +236,7 @@ _TITLE_COLUMNS = 44  # of a line of a forest plot's title
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
-  """Sets the limits of the x axis such that zero and all finite values are visible, with a range of at least `least`.
+  """Sets the limits of the x axis. They include zero and all finite values, and are at least `least` apart.
 
   Without `least`, differences that are only due to rounding would fill the axis.
   """

@@ -32,6 +32,7 @@ _METRICS = {
   'perplexity': Metric('perplexity', '.3f'),
   'entropy_nats': Metric('entropy', '.4f', 'nats'),
   'entropy_top20_nats': Metric('entropy of the top 20 %', '.3f', 'nats'),
+  'head_mass': Metric('head mass', '.5f'),
   'tail_mass': Metric('tail mass', '.5f'),
   'top_gap_nats': Metric('top-1 to top-2 gap', '.3f', 'nats'),
   'ece': Metric('calibration error (ECE)', '.4f'),

@@ -4,22 +4,26 @@ No function here raises an error because of a file's content. A run may be unfin
 unreadable. Whatever can be read is used, and everything else becomes a line in `Sweep.notes`.
 """
 
+import collections
+import io
 import json
 import math
 import os
 import shlex
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
 
 from betarank.eval import sampling_metrics
+from betarank.eval.columns import Columns
 from betarank.eval.report.runs import DataIdentity, Run, SampleSet, Start, Sweep, number, setting
 from betarank.runtime import checkpoint
 
 EXAMPLES = 6  # so many sample texts are kept of each file
-MOST_BYTES = 2**30  # larger files aren't read, because a file is read into memory
+MOST_BYTES = 2**30  # larger files aren't read, because their content is kept in memory
+MOST_METRICS_BYTES = 2**33  # of metrics.jsonl, of which only the figures are kept
 # Scores of lm-evaluation-harness. If a task has several of them, the first in this order is used.
 HARNESS_SCORES = ('acc', 'exact_match', 'em', 'pass@1', 'acc_norm', 'f1')
 
@@ -61,38 +65,54 @@ def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
   return value
 
 
-def _read_lines(path: epath.Path, sweep: Sweep) -> list[dict[str, Any]]:
-  """Returns the JSON objects in a file, one per line. Malformed lines are left out, and a note says how many there are.
+def _lines_of(path: epath.Path, sweep: Sweep, most_bytes: int = MOST_BYTES) -> Iterator[dict[str, Any]]:
+  """Yields the JSON objects in a file, one per line. Malformed lines are left out, and a note says how many there are.
   """
-  lines, bad = [], []
-  texts = (_text(path, sweep) or '').split('\n')
-  for i, line in enumerate(texts):
-    if not line.strip():
-      continue
-    try:
-      value = _json(line)
-      if not isinstance(value, dict):
-        raise ValueError
-      lines.append(value)
-    except ValueError:
-      bad.append(i + 1)
-  if bad == [len(texts)]:
+  bad, last, ended = [], 0, True
+  try:
+    with _opened(path, most_bytes) as file:
+      for last, line in enumerate(file, 1):
+        ended = line.endswith(b'\n')
+        try:
+          if not (line := line.decode('utf-8', errors='replace')).strip():
+            continue
+          value = _json(line)
+        except ValueError:
+          value = None
+        if isinstance(value, dict):
+          yield value
+        else:
+          bad.append(last)
+  except FileNotFoundError:
+    return
+  except OSError as error:
+    sweep.note(_short(path, sweep), f'could not be read ({error.strerror or error})')
+  if bad == [last] and not ended:
     sweep.note(_short(path, sweep), 'the last line is half written (the run was ended, or is writing it now); left out')
   elif bad:
     shown = ', '.join(map(str, bad[:5])) + (', ...' if len(bad) > 5 else '')
     sweep.note(_short(path, sweep), f'{len(bad)} malformed lines left out (line {shown})')
-  return lines
+
+
+def _opened(path: epath.Path, most_bytes: int) -> IO[bytes]:
+  """Opens a file. A file in a bucket is read at once.
+
+  Raises:
+    OSError: the file doesn't exist, is larger than `most_bytes`, is no file, or can't be read.
+  """
+  if '://' not in str(path) and path.exists() and not os.path.isfile(path):
+    raise OSError('it is no file')  # reading a pipe or a device might never end
+  if path.stat().length > most_bytes:
+    raise OSError(f'it is larger than {most_bytes} bytes')
+  return io.BytesIO(path.read_bytes()) if '://' in str(path) else path.open('rb')
 
 
 def _text(path: epath.Path, sweep: Sweep) -> str | None:
   try:
-    if not path.exists():
-      return None
-    if '://' not in str(path) and not os.path.isfile(path):  # reading a pipe or a device might never end
-      raise OSError('it is no file')
-    if path.stat().length > MOST_BYTES:
-      raise OSError(f'it is larger than {MOST_BYTES} bytes')
-    return path.read_bytes().decode('utf-8', errors='replace')
+    with _opened(path, MOST_BYTES) as file:
+      return file.read().decode('utf-8', errors='replace')
+  except FileNotFoundError:
+    return None
   except OSError as error:
     sweep.note(_short(path, sweep), f'could not be read ({error.strerror or error})')
     return None
@@ -131,9 +151,8 @@ def _read_metrics(run: Run, sweep: Sweep) -> None:
   if not path.exists():
     sweep.note(run.name, 'no metrics.jsonl yet')
     return
-  columns: dict[str, dict[int, float]] = {}
-  without_step, wrong, not_finite = 0, set(), {}
-  for line in _read_lines(path, sweep):
+  columns, without_step, wrong, not_finite = Columns(), 0, set(), {}
+  for line in _lines_of(path, sweep, MOST_METRICS_BYTES):
     step = line.get('step')
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
       without_step += 1
@@ -148,10 +167,8 @@ def _read_metrics(run: Run, sweep: Sweep) -> None:
         else:
           wrong.add(name)
         x = math.nan
-      columns.setdefault(name, {})[step] = x
-  for name, column in columns.items():
-    steps = sorted(column)
-    run.curves[name] = np.array(steps), np.array([column[step] for step in steps])
+      columns.add(step, name, x)
+  run.curves = columns.curves()
   if without_step:
     sweep.note(run.name, f'{without_step} lines of metrics.jsonl have no step; left out')
   for name in sorted(wrong):
@@ -159,7 +176,7 @@ def _read_metrics(run: Run, sweep: Sweep) -> None:
   for name, steps in sorted(not_finite.items()):
     if not name.endswith('standard_error'):  # it is NaN if there is only one problem
       sweep.note(run.name, f'{name} is NaN or infinite at {len(steps)} steps, first at step {min(steps)}; left out')
-  run.texts = _read_lines(run.path / 'samples.jsonl', sweep)[-EXAMPLES:]
+  run.texts = list(collections.deque(_lines_of(run.path / 'samples.jsonl', sweep), EXAMPLES))
 
 
 def _read_lineage(run: Run, sweep: Sweep) -> None:
@@ -225,7 +242,7 @@ def _read_samples(run: Run, sweep: Sweep) -> None:
       where = _short(benchmark / f'{step}.jsonl', sweep)
       settings = read_object(benchmark / f'{step}.json', sweep) or {}
       good, wrong, examples, shown = [], [], [], set()
-      for line in _read_lines(benchmark / f'{step}.jsonl', sweep):
+      for line in _lines_of(benchmark / f'{step}.jsonl', sweep):
         try:
           sampling_metrics.parse(line)
         except ValueError as error:

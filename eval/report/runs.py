@@ -1,5 +1,6 @@
-"""Defines the data of a report: runs, with everything that could be read in their workdirs, and a sweep, which has all
-runs and notes on them.
+"""Defines the data of a report.
+
+A Run has everything that could be read in one workdir. A Sweep has all runs, and notes on them.
 """
 
 import dataclasses
@@ -72,7 +73,7 @@ class Run:
 
   Attributes:
     name: the path relative to the sweep's root.
-    objective: the objective of the pre-training that the run descends from, 'CE' or 'β = -0.25'; '' if unknown.
+    objective: the pre-training objective, such as 'β = -0.25'; for RL, that of the run it started from; '' if unknown.
     arm: the name of the arm that the run belongs to; '' if unknown.
     stage: 'pre-training', 'pre-training → RL', ...; '' if unknown.
     parent: the run that this run started from; None if there is none, or if it wasn't found.

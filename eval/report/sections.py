@@ -14,7 +14,7 @@ from betarank.configs.errors import ConfigError
 from betarank.configs.load import flatten
 from betarank.configs.terminal import duration
 from betarank.eval import paper
-from betarank.eval.report import comparisons, curves, figures, words
+from betarank.eval.report import claims, comparisons, curves, figures, words
 from betarank.eval.report.agreement import of_steps
 from betarank.eval.report.comparisons import Comparison
 from betarank.eval.report.figures import Forest, ForestRow, Panel
@@ -27,8 +27,8 @@ CURVES = {'ce_nats': 'cross-entropy (nats)', 'entropy_nats': 'entropy (nats)', '
 RL_CURVES = {'pass_rate': 'reward: pass rate on training prompts', 'entropy_nats': 'entropy (nats)',
              'length_tokens': 'length (tokens)', 'truncated_share': 'truncated share',
              'zero_variance_groups': 'share of zero-variance groups'}
-DISTRIBUTION = ('ce_nats', 'bits_per_byte', 'perplexity', 'entropy_nats', 'entropy_top20_nats', 'tail_mass',
-                'top_gap_nats', 'ece', 'rank1_accuracy')
+DISTRIBUTION = ('ce_nats', 'bits_per_byte', 'perplexity', 'entropy_nats', 'entropy_top20_nats', 'head_mass',
+                'tail_mass', 'top_gap_nats', 'ece', 'rank1_accuracy')
 DYNAMICS = ('pass_rate', 'entropy_nats', 'length_tokens', 'truncated_share')
 SUBJECTS = 4  # at most so many domains and benchmarks are drawn; the tables have all
 TEXT = 700  # the number of characters shown of a sample
@@ -54,6 +54,7 @@ class Report:
     self.gains = comparisons.gains(sweep, self.k)
     self.harness = comparisons.harness(sweep)
     self.paper = comparisons.paper_averages(sweep)
+    self.claims = claims.claims(sweep, self.distributions, self.dynamics, self.benchmarks, self.k)
     for folder in ('figures', 'tables'):
       if os.path.islink(out / folder):  # it could lead to files that aren't part of a report
         raise ConfigError(f'{out / folder}: is a link, which a report would fill wherever it leads; remove it')
@@ -63,8 +64,11 @@ class Report:
     """Returns the page, and writes its figures and tables."""
     made = f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC'
     version = workdir.code_version()
+    self.every_figure()
     parts = {
-      'settings': ('Arms and settings', self.settings()), 'training': ('Training', self.training()),
+      'claims': ('The paper\'s claims', self.judged_claims()),
+      'settings': ('Arms and settings', self.settings()),
+      'training': ('Training', self.training()),
       'distributions': ('The token distribution', self.distribution()), 'rl': ('RL as it went', self.rl()),
       'samples': ('Samples on benchmarks', self.samples()), 'paper': ('Other benchmarks', self.other_benchmarks()),
       'texts': ('What the answers look like', self.texts()), 'notes': ('What is missing or odd', self.notes()),
@@ -120,6 +124,50 @@ class Report:
                                                                                'after RL'), class_='legend')
     return tag('figure', tag('figcaption', caption), legend,
                tag('div', *(tag('div', Html(forest.svg)) for forest in forests), class_='panels forest'))
+
+  def judged_claims(self) -> Html:
+    """Returns a table of the paper's claims with their tests; empty if the sweep doesn't have the paper's arms."""
+    rows, lines = [], []
+    for claim in self.claims:
+      rows.append((tag('strong', f'({claim.letter}) {claim.sentence}'), '', '', '', '',
+                   tag('strong', claim.verdict or 'not measured')))
+      for test in (*claim.tests, *claim.shown):
+        e, of = test.effect, lambda x, test=test: '–' if math.isnan(x) else f'{test.factor * x:.3g}'
+        if e is None:
+          rows.append((test.what, '–', '', '', '', ''))
+          continue
+        decides = test in claim.tests
+        detectable = test.smallest_detectable()
+        rows.append((test.what, f'{of(e.mean)} {test.unit}', f'[{of(e.low)}, {of(e.high)}]' if e.seeds > 1 else '–',
+                     '–' if math.isnan(test.p_holm) else f'{test.p_holm:.2g}', of(detectable),
+                     test.verdict if decides else ''))
+        lines.append((claim.letter, claim.sentence, claim.verdict, test.what, test.unit, decides,
+                      *(test.factor * x for x in (e.mean, e.low, e.high)), e.p_value, test.p_holm, test.verdict,
+                      e.seeds, e.problems, test.factor * detectable))
+    self._csv('claims', ('claim', 'sentence', 'claim_verdict', 'test', 'unit', 'decides', 'effect', 'low', 'high', 'p',
+                         'p_holm', 'verdict', 'seeds', 'problems', f'detectable_with_{claims.PLANNED_SEEDS}_seeds'),
+              lines)
+    titles = ('Claim or test', 'Effect', '95 % interval', 'p, Holm', f'Detectable with {claims.PLANNED_SEEDS} seeds',
+              'Verdict')
+    return table(titles, rows, words.CLAIMS_NOTE, class_='words') if rows else Html('')
+
+  def every_figure(self) -> None:
+    """Writes every run's figures to seeds.csv, and the noise of every figure and difference to noise.csv."""
+    found = [*self.distributions, *self.dynamics, *self.benchmarks, *self.gains, *self.harness, *self.paper]
+    key = lambda c: (c.stage, c.subject, c.metric, c.arm, c.baseline)
+    titles = ('stage', 'subject', 'metric', 'arm', 'baseline')
+    self._csv('seeds', (*titles, 'seed', 'value', 'difference'), [
+      (*key(c), seed, value, c.differences.get(seed, '')) for c in found
+      for seed, value in sorted(c.by_seed.items(), key=lambda item: str(item[0]))])
+    rows = []
+    for c in found:
+      for what, noise, seeds in (('value', c.noise, len(c.by_seed)), ('difference', c.difference_noise,
+                                                                      len(c.differences))):
+        if noise:
+          rows.append((*key(c), what, seeds, noise.problems, noise.seed, noise.problem, noise.rest,
+                       *(noise.smallest_detectable(n) for n in (seeds, claims.PLANNED_SEEDS))))
+    self._csv('noise', (*titles, 'of', 'seeds', 'problems', 'seed_sd', 'problem_sd', 'rest_sd', 'detectable',
+                        f'detectable_with_{claims.PLANNED_SEEDS}_seeds'), rows)
 
   def settings(self) -> Html:
     rows = []
@@ -331,11 +379,11 @@ class Report:
     Args:
       file: the name of the CSV file, without its suffix.
       found: the comparisons.
-      names: the values of the field `metric` to show, one row for each, in this order.
+      names: the metrics or tasks to show, one row for each, in this order. These are values of Comparison.metric.
       note: the text at the end of each table's caption.
       name: a heading above the tables; '' for none.
-      shown_as: '' if `names` are metrics. Each row then has its metric's title and number format. If `names` are tasks,
-        `shown_as` is the metric whose number format all rows have, and the title of a row is its task's name.
+      shown_as: '' if `names` are metrics: each row then has the title and the number format of its metric. If `names`
+        are tasks, this is the metric whose number format is used in all rows, and a row's title is the task's name.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -378,7 +426,10 @@ def write_over(path: epath.Path, content: bytes) -> None:
 
 
 def _cell(c: Comparison | None, name: str) -> Html:
-  """Returns 'value [interval]' and, below it, the difference to the baseline with the verdict."""
+  """Returns 'value [interval]' and, below it, the difference to the baseline with the verdict.
+
+  name: the metric whose number format is used.
+  """
   if c is None or c.value is None:
     return Html('–')
   lines = [text(shown(name, c.value.mean))]

@@ -24,6 +24,10 @@ DYNAMICS_NOTE = ('Means over the first and the last tenth of the RL steps, over 
 BENCHMARK_NOTE = ('95 % intervals over problems and seeds; beneath it the difference Δ to the baseline on the same '
                   'problems and seeds.')
 GAIN_NOTE = 'After RL, and beneath it the difference Δ to the checkpoint that RL started from, on the same problems.'
+CLAIMS_NOTE = ('The claims of arXiv 2512.22955, with the tests of docs/study.md. Effects are paired by seed, and for '
+               'samples by problem; p-values are corrected for all tests of a claim that decide. It holds if all tests '
+               'with a verdict say yes, and fails if one says no, or if all effects are too small to matter. '
+               '"Detectable" is the effect that would be found four times in five, before correction.')
 HARNESS_NOTE = ('Scores of lm-evaluation-harness: mean over seeds with Student\'s 95 % interval; beneath it the '
                 'difference Δ to the baseline, seed by seed.')
 
@@ -98,8 +102,8 @@ def _compared(sweep: Sweep) -> str:
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
   """Returns (stage, reason): the first stage in which an arm can't be compared with its baseline, and the first reason.
 
-  In a stage, they can be compared if at least one run of the arm has the same data, settings (except the objective) and
-  last step as the baseline's run with the same seed. Returns ('', '') if they can be compared in all stages.
+  Arm and baseline can be compared in a stage if, for at least one seed, their runs have the same data, the same
+  settings (except the objective) and the same last step. Returns ('', '') if they can be compared in all stages.
   """
   for stage in sweep.stages if arm != sweep.baselines[arm] else ():
     if sweep.of(stage, arm):

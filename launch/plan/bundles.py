@@ -1,8 +1,8 @@
 """Counts the cycles of a TPU program in its final bundles, which are very long instruction words written by libtpu.
 
-A TPU core issues one bundle per cycle. With FLAGS, libtpu writes one file of bundles per HLO instruction. The number of
-bundles, with the body of a loop counted as often as it runs, is the time of the HLO instruction in cycles if the core
-never waits. Waits for memory and, on v5e and v5p, for the matrix unit aren't included; predict.py adds them.
+With FLAGS, libtpu writes one file of bundles per HLO instruction. A TPU core issues one bundle per cycle. If it never
+waits, the time of an HLO instruction in cycles is therefore the number of issued bundles, where a bundle in a loop
+counts once per iteration. predict.py adds the times that a core waits for memory or for a matrix unit.
 """
 
 import collections
@@ -36,7 +36,9 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-  """For the code regions in a kernel's loops that a branch can skip: the share of iterations in which they run.
+  """The shares of a loop's iterations in which a kernel's skippable regions are assumed to run.
+
+  A skippable region is a sequence of bundles that a branch in the loop can skip.
 
   Attributes:
     main: the share of the largest region, which does the kernel's work.
@@ -50,8 +52,8 @@ class Shares:
 def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[str, Work]:
   """Returns {name: work} of each HLO instruction whose bundles are in `folder`.
 
-  shares: {name of a kernel: how often its regions run}. A branch in a loop can skip a region of code, so the reader
-    must assume how often a region runs. In instructions that aren't kernels, each runs in half of the iterations.
+  shares: {name of a kernel: its Shares}. In other HLO instructions, a region that a branch can skip is assumed to run
+    in half of the loop's iterations.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -75,14 +77,12 @@ def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[
 def count(text: str, shares: Shares | None = None, data_trips: Sequence[int] = (1,)) -> Work:
   """Returns the work of an HLO instruction, counted from its bundles.
 
-  A pipelined loop begins a transfer for the next iteration, and then branches around everything else in the iterations
-  that only fill or drain the pipeline. The region that this branch can skip runs in nearly all iterations, so it counts
-  as always executed. It fills most of the loop and encloses the loop's other regions. In instructions that aren't
-  kernels, where it may enclose none, it is also recognized by filling nearly the whole loop.
+  A bundle in a loop counts once per iteration. If the loop has a branch that can skip the bundle, it counts only in the
+  assumed share of the iterations, except in a region for which `_runs_always` is True.
 
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
-    shares: how often the other regions of a kernel run; None if the instruction isn't a kernel.
+    shares: the assumed shares; None if the instruction isn't a kernel.
     data_trips: the assumed trip counts of the loops whose trip count depends on data, in the order of these loops. If
       there are more loops than counts, the last count is used for the remaining loops.
   """
@@ -135,10 +135,16 @@ def count(text: str, shares: Shares | None = None, data_trips: Sequence[int] = (
 
 
 def _runs_always(span, regions, kernel: bool) -> bool:
-  """Returns whether a region, (first bundle, last bundle, its loop), is the one that only the first and the last
-  iterations of a pipelined loop skip.
+  """Returns True if a region is the work of a pipelined loop, which runs in nearly all iterations of the loop.
 
+  Each iteration of a pipelined loop begins a transfer for the next iteration, and then does its own work. Only the
+  first or last iterations, which fill or drain the pipeline, skip the work. The region of the work fills more than half
+  of the loop, encloses another region, and isn't enclosed by one. In an HLO instruction that isn't a kernel, it may
+  also be a region that fills 95 % of the loop or more.
+
+  span: (first bundle, last bundle, the loop) of the region.
   regions: all regions in loops that a branch can skip.
+  kernel: whether the HLO instruction is a kernel.
   """
   first, last, loop = span
   part = (last - first) / (loop[1] - loop[0])
@@ -149,10 +155,11 @@ def _runs_always(span, regions, kernel: bool) -> bool:
 
 
 def _matrix_rows(bundle: str) -> dict[str, int]:
-  """Returns {matrix unit: number of rows that a bundle multiplies}.
+  """Returns {matrix unit: number of rows that it multiplies in this bundle}.
 
-  A register has 16 rows of bfloat16 or 8 of float32. Of rows that are kept in the matrix unit (lmr), an instruction
-  multiplies 8. With these numbers, the rows of XLA's own matrix products agree with their FLOPs.
+  A matrix instruction multiplies one register: 16 rows of bfloat16, or 8 rows of float32. If the instruction's name
+  contains `lmr`, the rows are kept in the matrix unit, and 8 of them are multiplied. With these numbers, the rows of
+  XLA's own matrix products agree with their FLOPs.
   """
   found = re.findall(r'= vmatmul\.((?:\w+\.)*?)(bf16|f32)\.[\w.]*(mxu\d)', bundle)
   return {unit: 16 if dtype == 'bf16' and 'lmr' not in kind else 8 for kind, dtype, unit in found}

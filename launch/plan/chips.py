@@ -21,8 +21,9 @@ class Chip:
       by the matrix unit's FLOPs per cycle. The value is certain for v5e and v6e, and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
     hbm_rate: bytes per second between the chip and this memory, reads and writes together.
-    matrix_rate: rows per second that one matrix unit multiplies by the weights it holds: `flops` divided by the FLOPs
-      per row (2 x 128 x 128 on v5e and v5p, 2 x 256 x 256 on v6e) and by the number of units (4, 8 and 2).
+    matrix_rate: rows per second that one matrix unit multiplies by the weights it holds. It is computed as `flops`
+      divided by the number of units (v5e: 4, v5p: 8, v6e: 2) and by the FLOPs per row (2 x 128 x 128 on v5e and v5p,
+      2 x 256 x 256 on v6e).
     link_rate: bytes per second of one link of the torus, in one direction.
     interlock: the waits inside matrix products that bundles don't show, as a share of the products' time. It was
       determined from single products compiled for each chip.
@@ -50,8 +51,9 @@ CHIPS = {chip.name: chip for chip in (
 def _v5p_shapes() -> dict[int, str]:
   """Returns {number of chips: shape of the torus} for slices of v5p.
 
-  A slice is a part of a cube of 4x4x4 chips, or is made of 1 to 96 whole cubes. Of the shapes that a number of cubes
-  can have, it has the one that is nearest to a cube. No axis is longer than 256 chips.
+  A slice is a part of one cube of 4x4x4 chips, or consists of 1 to 96 whole cubes. Whole cubes are arranged as
+  compactly as their number allows: 8 cubes as 2x2x2 cubes, not as 1x2x4. Numbers of cubes that would need an axis of
+  more than 256 chips are left out.
   """
   shapes = {4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4'}
   for cubes in range(1, 97):
@@ -140,12 +142,11 @@ class Topology:
     return tuple(d == 16 for d in self.dims)
 
   def links(self, group: int) -> int:
-    """Returns the number of links of a chip that a transfer among `group` chips can use, estimated from the group's
-    size.
+    """Returns the number of links of a chip that a transfer among `group` chips can use.
 
-    A chip has two usable links along each axis that the group fills, if the axis is a ring. If the
-    axis is a line, only one link counts, because the chips at its ends have only one. Along an axis that the group
-    fills only in part, one link counts too.
+    The number is estimated from the size of the group. A chip has two usable links along each axis that the group
+    fills, if the axis is a ring. If the axis is a line, only one link counts, because the chips at its ends have only
+    one. Along an axis that the group fills only in part, one link counts too.
     """
     axes = [(d, 1 + wraps) for d, wraps in zip(self.dims, self.wraps) if d > 1]
     ways = [(math.prod(d for d, _ in chosen), sum(links for _, links in chosen), len(chosen))
@@ -155,5 +156,5 @@ class Topology:
 
 
 def topology(name: str, slices: int = 1) -> Topology:
-  """Returns the Topology of a name as it is used here or by Google, which calls v5e v5litepod."""
+  """Returns the Topology with this name, such as 'v5e-256'. Google's name 'v5litepod-256' is accepted too."""
   return Topology(name.replace('v5litepod-', 'v5e-'), slices)

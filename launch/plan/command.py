@@ -79,7 +79,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _read_config(args: argparse.Namespace, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config of --config, or an empty one for --table. Raises ConfigError if a flag is missing or in excess.
+  """Returns the config of --config, or an empty one for --table.
+
+  Raises:
+    ConfigError: a required flag is missing, or a flag is given that can't be combined with --table.
   """
   if args.table:
     given = [f'--{name}' for name in ('config', 'topology', 'search', 'json') if getattr(args, name)]

@@ -97,11 +97,12 @@ class Program:
 
   computations: {name of a computation: {name of an instruction: instruction}}, in the order of the schedule.
   entry: the name of the computation where the program starts.
+  frames: {number of a stack frame: the source of its call, as `file:function ...`}.
   """
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
-  frames: dict[int, str] = dataclasses.field(default_factory=dict)  # number of a stack frame -> `file:function ...`
+  frames: dict[int, str] = dataclasses.field(default_factory=dict)
 
   def source(self, run: Run) -> str:
     """Returns an instruction's operation and source functions, innermost first, as `.../gather model/moe.py:_take ...`.
@@ -245,9 +246,10 @@ class Program:
     return total
 
   def prefetched_bytes(self, run: Run) -> float:
-    """Returns the bytes that one execution of an instruction, if it ends an asynchronous copy, has moved through HBM.
+    """Returns the bytes that an asynchronous copy moves through HBM, if the instruction is the end of one; otherwise 0.
 
-    XLA copies weights to the chip's own memory while other instructions run, which then read them from there.
+    XLA uses such copies to move weights to the chip's own memory while other instructions run. The instructions that
+    use the weights then read them from the chip's own memory. The bytes are those of one execution.
     """
     one = run.instruction
     return sum(a.bytes for a in one.arrays) if one.opcode in ('copy-done', 'slice-done') else 0.0

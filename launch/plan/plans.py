@@ -146,28 +146,20 @@ def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -
 
   - the decode batch is full, and its cache is as full as in the compiled program,
   - the rows of an update have no padding,
-  - prompts have their greatest length,
-  - no group of samples is replaced by another one.
+  - prompts and samples are as `Workload.rl_tokens` assumes.
 
   mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
   """
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:
     return tuple(s * work.steps for s in by_name['train'].prediction.step_s)
-  rl, decode, gradient, optimizer, weights = work.rl, *(
-    by_name[name] for name in ('decode', 'gradient', 'optimizer', 'weights'))
-  before, total = 0, [0.0, 0.0]
-  for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
-    answer = min(mean_answer or new, new)
-    samples = max(rl.prompts_per_step * rl.group_size, rl.decode_batch_size)  # rows without a sample take time too
-    dispatches = samples * answer / decode.tokens
-    microbatches = work.rows * (rl.max_prompt_tokens + answer) / gradient.tokens
-    for side in (0, 1):
-      update_s = microbatches * gradient.prediction.step_s[side] + optimizer.prediction.step_s[side]
-      total[side] += (end - before) * (weights.prediction.step_s[side] + dispatches * decode.prediction.step_s[side]
-                                       + rl.minibatches * update_s)
-    before = end
-  return tuple(total)
+  decode, gradient, optimizer, weights = (by_name[name] for name in ('decode', 'gradient', 'optimizer', 'weights'))
+  drawn, updated = work.rl_tokens(mean_answer)
+  return tuple(
+    drawn / decode.tokens * decode.prediction.step_s[side]
+    + updated / gradient.tokens * gradient.prediction.step_s[side]
+    + work.rl.steps * (weights.prediction.step_s[side] + work.rl.minibatches * optimizer.prediction.step_s[side])
+    for side in (0, 1))
 
 
 def suggest_fix(work: Workload, plan: Plan) -> str:

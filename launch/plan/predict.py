@@ -3,16 +3,16 @@
 The time of an instruction is the longest of three times:
 
 - the time of its final bundles, with the body of a loop counted as often as it runs (bundles.py)
-- the time of its matrix products at the chip's peak FLOPs; for a kernel, that of the rows that the busiest matrix unit
-  multiplies, which is longer if a product doesn't fill the unit
+- the time of its matrix products at the chip's peak FLOPs. For a kernel, it is computed from the rows that the busiest
+  matrix unit multiplies, so it is longer if a product doesn't fill the unit
 - the time to read its operands from HBM and to write its results to HBM, once each
 
 Instructions run one after the other. The lower end of the interval is the sum of their times, each multiplied by how
-often the instruction runs, or the time of all bytes that move through HBM, if that is longer. These bytes include
-copies in the background, of weights to the chip's own memory for example. The upper end adds the waits inside matrix
-products that bundles don't show (Chip.interlock). Both ends include collectives. A synchronous collective adds its
-whole time. An asynchronous collective adds only the time by which it is longer than the computation scheduled between
-its start and its end.
+often the instruction runs. If the time to move all bytes through HBM is longer, it is used instead. All bytes include
+those of copies in the background, for example of weights to the chip's own memory. The upper end adds the waits inside
+matrix products that bundles don't show (Chip.interlock). Both ends include collectives. A synchronous collective adds
+its whole time. An asynchronous collective adds only the time by which it is longer than the computation scheduled
+between its start and its end.
 
 Accuracy: another program with the same method predicted three published dense MaxText runs (v5e-256 at 16B and 32B,
 v5p-128 at 32B). The published times were inside the predicted interval, or within 2 % of one of its ends. This module
@@ -144,11 +144,11 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
 
 
 def memory_bytes(memory: Any) -> tuple[int, int]:
-  """Returns the bytes of temporary arrays when a program needs the most memory, and the bytes of all its arrays then.
+  """Returns (bytes of temporary arrays, bytes of all arrays) at the time when a program needs the most memory.
 
-  A TPU's compiler gives the size of all allocations. temp_size_in_bytes may be larger than what XLA allocates for
-  temporary arrays: it was 17.6 GB for a program that fits into 16.9. Older versions of jaxlib don't have the size of
-  all allocations; then the sum with temp_size_in_bytes is returned.
+  The bytes of all arrays are total_allocation_bytes, which a TPU's compiler reports. Older versions of jaxlib don't
+  have this number. The sum of the arguments, results and temp_size_in_bytes is then used, which may be too large: for a
+  program that fits into 16.9 GB, temp_size_in_bytes was 17.6 GB.
 
   memory: the result of `compiled.memory_analysis()`.
   """
@@ -193,7 +193,7 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def shares(kernel: hlo.Instruction) -> bundles.Shares:
-  """Returns how often the regions of a kernel run.
+  """Returns the Shares of a kernel: how often its skippable regions run.
 
   The grid of splash attention has one step per block of scores. The main region runs for the blocks that the causal
   mask doesn't cover completely. The other regions run for the first and the last block of a row. The blocks are counted

@@ -54,10 +54,10 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[Mesh, Lower]]]:
   """Returns the abstract train state, and for each program its mesh and a function that lowers it.
 
-  Pre-training has one program, `train`. RL has the programs `gradient` (of a microbatch of the largest shape),
-  `optimizer`, `weights` (which copies the parameters into the sampler's mesh, once per step) and `decode`, with their
-  shapes in the phase with the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the
-  smaller microbatches, and the computation of log-probabilities under the old and the reference policy.
+  Pre-training has one program, `train`. RL has four: `gradient` (for the largest microbatch), `optimizer`, `weights`
+  and `decode`. `weights` copies the parameters into the sampler's mesh, once per step. Shapes are those of the phase
+  with the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the smaller
+  microbatches, and the computation of log-probabilities under the old and the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)

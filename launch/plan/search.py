@@ -1,5 +1,7 @@
-"""Searches for a fast mesh, number of microbatches and remat policy, and for RL's number of chips that share the
-sampler's weights: compiles candidates, and ranks those that fit into memory.
+"""Searches for fast settings that fit into memory, by compiling candidates.
+
+`search` varies the mesh, the number of microbatches and the remat policy. `search_decoding` varies the number of chips
+that share one copy of the sampler's weights in RL.
 """
 
 import dataclasses
@@ -90,6 +92,7 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
     say: prints a line.
 
   Returns the plans of the candidates that could be compiled, fastest first. Plans that don't fit into memory come last.
+  In RL, the plans of `search_decoding` for the fastest candidate follow.
 
   Raises:
     PlanError: no candidate could fit.
@@ -137,10 +140,10 @@ def _override(config: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
 
 def search_decoding(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
                     say: Callable[[str], None]) -> list[Plan]:
-  """Compiles RL's decoding with each number of chips that can share the sampler's weights. Prints a line for each, the
-  fastest first.
+  """Compiles RL's decoding with each possible number of chips that share one copy of the sampler's weights.
 
-  Arguments and results are those of `search`. The mesh of training is that of the config.
+  Prints a line for each number, the fastest first. The mesh of training is the config's. The arguments and the result
+  are those of `search`.
   """
   say('\ndecoding, by the number of chips that share the weights:')
   found: list[tuple[int, Plan]] = []

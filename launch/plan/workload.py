@@ -21,7 +21,10 @@ class Workload:
 
   @property
   def rows(self) -> int:
-    """The number of sequences in one update. In RL, these are the samples, of which several are packed into a row."""
+    """The number of sequences in one update.
+
+    In pre-training, a sequence is a row. In RL, it is a sample, and a row may hold several samples.
+    """
     rl = self.rl
     return rl.prompts_per_step // rl.minibatches * rl.group_size if rl else self.run.rows
 
@@ -33,8 +36,9 @@ class Workload:
     return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
 
   def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
-    """Returns the override of the config with which a microbatch has room for `rows_per_chip` sequences of the greatest
-    length on each chip.
+    """Returns {config key: value}, an override that sets the size of a microbatch.
+
+    The microbatch then has room for `rows_per_chip` sequences of the greatest length on each chip.
     """
     if self.rl:
       return {'rl.microbatch_tokens': str(rows_per_chip * self.length)}
@@ -42,12 +46,28 @@ class Workload:
 
   @property
   def length(self) -> int:
-    """The number of tokens of a sequence. In RL, it is a prompt and an answer of the largest length."""
+    """The greatest number of tokens of a sequence. In RL, it is that of a prompt plus that of an answer."""
     return self.run.sequence_length
 
   @property
   def steps(self) -> int:
     return self.run.steps
+
+  def rl_tokens(self, mean_answer: int = 0) -> tuple[int, int]:
+    """Returns how many tokens a stage of RL draws, and how many its updates process, prompts included.
+
+    It is assumed that prompts have their greatest length, and that no group of samples is replaced by another one.
+
+    mean_answer: the mean length of answers in tokens; 0 if every answer has its greatest length.
+    """
+    rl, before, drawn, updated = self.rl, 0, 0, 0
+    for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
+      answer = min(mean_answer or new, new)
+      samples = max(rl.prompts_per_step * rl.group_size, rl.decode_batch_size)  # rows without a sample take time too
+      drawn += (end - before) * samples * answer
+      updated += (end - before) * rl.minibatches * self.rows * (rl.max_prompt_tokens + answer)
+      before = end
+    return drawn, updated
 
 
 def workload(config: ConfigDict) -> Workload:

@@ -244,7 +244,7 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   dout_BTNH: the gradient of the output.
   lse_BNT: from `_forward`.
   delta_BNT: float32, the sum of output times dout over H.
-  end_BT: the index after the last token of each token's document.
+  end_BT: for each token, the index after the end of its document.
   """
   (batch, length, heads, width), group = q_BTNH.shape, q_BTNH.shape[2] // k_BTKH.shape[2]
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
@@ -387,8 +387,10 @@ def _scale(width: int) -> float:
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:
-  """Sorts the blocks of all rows by key. Returns one array [P] with each block's index in the flattened [B, R] (int32),
-  and one array [P] for each of `values_BR`, in the same order.
+  """Sorts the blocks of all rows by `key_BR`, the smallest first. Returns a list of arrays [P] in this order.
+
+  The first array has each block's index in the flattened [B, R], int32. The other arrays have the entries of
+  `values_BR`.
   """
   place_P = jnp.argsort(key_BR.ravel()).astype(jnp.int32)
   return [place_P, *(x.ravel()[place_P] for x in values_BR)]

@@ -1,12 +1,12 @@
 """A Pallas kernel that writes one token per row into pages of keys and values, and attends to them, on a TPU.
 
-The kernel goes over the blocks of all rows, one after the other. A block is a few pages, of a row's prompt or of the
-row's own. While a block is processed, the next one is fetched, which may be the first of another row. Only pages that
-hold tokens are read. A row's new token goes into the block on the chip, and from there to the row's last page.
+The kernel processes one row after the other, in blocks of a few pages: first the prompt's pages, then the row's own.
+While it processes a block, it fetches the next block, which may belong to the next row. Only pages that hold tokens are
+read. A row's new token is put into the block on the chip, and is then written to the row's last page.
 
 # R rows  J pages of a row, the first I of them for its prompt  P pages  S tokens of a page  K key heads
-# 2 keys, values  G query heads per key head  N = K·G query heads  H head width  C cores of a chip
-# B tokens of a block  W tokens that are written at once
+# 2 the dimension of the keys and the values  G query heads per key head  N = K·G query heads  H head width
+# C cores of a chip  B tokens of a block  W tokens that are copied to a page for each new token
 """
 
 import jax
@@ -30,7 +30,8 @@ def fits(size: int, width: int) -> bool:
 def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages: int):
   """Writes the keys and values of one token per row into the pages, and computes this token's attention.
 
-  XLA's scatter would want another layout of the pages than the kernel, and would copy them for every token.
+  The kernel writes the token itself, because XLA's scatter needs the pages in another layout, and would copy all pages
+  for every token.
 
   Args:
     pages_P2KSH: keys and values, in the dtype of the queries. The result takes their place in memory.
@@ -61,7 +62,10 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
     out_ref[...], block_ref[...] = jnp.zeros_like(out_ref), jnp.zeros_like(block_ref)  # 0 times any number is 0
 
     def fetch(row, block, slot, act):
-      """Calls act(copy) for the copy of each page of a block into block_ref[slot]. Returns the number of tokens."""
+      """Calls act(copy) for each page of a block. `copy` is the asynchronous copy of the page into block_ref[slot].
+
+      `act` starts the copy or waits for it. Returns the number of tokens in the block.
+      """
       own = block >= prompt[row]
       column = (block - jnp.where(own, prompt[row], 0)) * at_once
       tokens = jnp.minimum(jnp.where(own, length[row] + 1, prefix[row]) - column * size, block_tokens)
@@ -77,7 +81,7 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
       return tokens
 
     def write(row):
-      """Returns the copy of the new token, with the others of its tile, from tile_ref to its page."""
+      """Returns the asynchronous copy of tile_ref to the row's page. tile_ref has W tokens, one of which is new."""
       page = pages[row, prompt_pages + length[row] // size]
       start = pl.multiple_of(length[row] % size // WRITTEN * WRITTEN, WRITTEN)
       return pltpu.make_async_copy(tile_ref, written_ref.at[page, :, :, pl.ds(start, WRITTEN)], wrote)

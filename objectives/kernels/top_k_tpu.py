@@ -1,10 +1,11 @@
 """A TPU kernel that finds the k-th largest logit of rows held in VMEM, reading each logit from HBM only once.
 
-The logits of a row are divided into about 24·k groups. One pass over the row keeps the DEPTH largest logits of each
-group as candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th largest
-logit of the row, unless all candidates of some group are at or above it, because such a group may have further large
-logits. That happens to about one row in 3000 of independent logits at k = 100. For such rows, bisection then runs over
-the whole row.
+The logits of a row are laid out as columns of LANES consecutive logits, and are divided into about 24·k groups. A group
+holds the logits of one lane in several neighbouring columns. One pass over the row keeps the DEPTH largest logits of
+each group as candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th
+largest logit of the row, unless all candidates of some group are at or above it, because such a group may have further
+large logits. That happens to about one row in 3000 of independent logits at k = 100. For such rows, bisection then runs
+over the whole row.
 
 If more logits equal the k-th largest than belong to the top k, bisection also finds the last id of the top k. The
 result is therefore always exact, and only the time depends on the logits. The XLA operations for a top k
@@ -69,7 +70,7 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns per group. A group has one logit of each of its columns, all in the same lane."""
+  """Returns the number of columns, and so of logits, per group."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -128,8 +129,9 @@ def _bracket(columns, k):
 def _keep_largest(z_ref, kept_ref, vocab, span):
   """Writes the DEPTH largest logits of each group to kept_ref.
 
-  Group (g, l) has the logits of the columns c from g * span to (g + 1) * span - 1 for which c % LANES = l. Its (d+1)-th
-  largest logit is written to kept[:, d * width + g * LANES + l], where width is kept.shape[1] / DEPTH.
+  Group (g, l) holds the logits with ids c * LANES + l for the columns c from g * span to (g + 1) * span - 1. Its
+  (d+1)-th largest logit is written to kept_ref[:, d * width + g * LANES + l], where width is kept_ref.shape[1] / DEPTH.
+  The last column's logits with ids >= vocab are padding, and are left out.
   """
   width = kept_ref.shape[1] // DEPTH
 
@@ -237,7 +239,7 @@ def _fold(ref, width, step, state):
 def _column(ref, c, width=None):
   """Returns column c of ref: LANES consecutive logits of each row, [R, L].
 
-  The logits of a row from index `width` on are replaced by -inf.
+  If `width` is given, logits whose index in the row is `width` or more are replaced by -inf.
   """
   column_RL = ref[:, pl.ds(pl.multiple_of(c * LANES, LANES), LANES)]
   if width is None or (c + 1) * LANES <= width:

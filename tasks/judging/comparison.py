@@ -2,10 +2,10 @@
 
     judge('1,2', 'x=2 or x=1')      Judgement(RIGHT, 'the same list, in any order', ...)
 
-The rules are about kinds of notation, not about wording. If a rule can't decide, the verdict is undecided. Expressions
-are compared by value (values.py). Notation that only math-verify can parse is compared by a function that is passed to
-`judge` as `by_math_verify`. Only worker processes pass a function that calls math-verify. The default function never
-decides.
+Each rule compares one kind of notation, such as intervals, lists or equations. If a rule can't decide, the verdict is
+undecided. Expressions are compared by value (values.py). Notation that only math-verify can parse is compared by the
+function `by_math_verify`, an argument of `judge`. Only worker processes pass a function that calls math-verify. The
+default function never decides.
 """
 
 import dataclasses
@@ -312,9 +312,9 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same values in the same order' if same else 'other values, or another order')
 
   def _matched(self, gold: Sequence, answer: Sequence, same: Callable) -> bool | None:
-    """Returns whether the items of gold and answer can be paired, in any order, so that every pair is the same.
+    """Returns whether gold and answer have the same items, in any order.
 
-    Returns None if this depends on pairs for which `same` returns None.
+    Returns None if this depends on items for which `same` returns None.
 
     same: a function (item of the gold, item of the answer) -> True, False, or None if it can't decide.
     """
@@ -401,7 +401,7 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same entries' if same else 'an entry differs')
 
   def _vectors(self, gold: Reading, answer: Reading):
-    """Compares a matrix that has one row or one column with values in parentheses."""
+    """Compares a vector that is written as a matrix of one row or column with a vector such as (1, 2)."""
     sides = [side.items if isinstance(side, Many) and side.kind == 'pair' else _vector(side) for side in (gold, answer)]
     return self._in_order(*sides) if all(sides) else self.decide(False, 'one is a matrix, the other is not')
 

@@ -72,8 +72,9 @@ def names(many: Many) -> list[Name] | None:
 
 
 def point(many: Many) -> Sequence[Reading] | None:
-  """Returns the values of a list such as x = 1, y = 2, in the order of the names; None if the items aren't such
-  equations.
+  """Returns the values of a list such as x = 1, y = 2, in alphabetical order of the names.
+
+  Returns None if the items aren't such equations.
   """
   found = notation.as_point(many)
   return found.items if found is not many else None

@@ -47,8 +47,8 @@ _LITERAL = re.compile(r'(\d*)(?:(\.)(\d*))?(?:[eE]([+-]?\d+))?')
 class Node(NamedTuple):
   """A number, a symbol, a constant (pi, e, i, infty) or an operation.
 
-  The args of a number are its value, a Fraction, and its number of significant digits, which is None for an exact
-  number.
+  A number has two args: the value as a Fraction, and the number of significant digits. The latter is None if the number
+  isn't written as a decimal.
   """
 
   op: str
@@ -412,7 +412,7 @@ class _Parser:
     return nodes
 
   def _run(self) -> Node:
-    r"""Parses an argument of a function that has no brackets, such as 2\pi t in \sin 2\pi t.
+    r"""Parses an argument without brackets, such as 2\pi t in \sin 2\pi t.
 
     The argument is a product, which ends before the next function: \sin 2x \cos y means sin(2x) times cos(y).
     """

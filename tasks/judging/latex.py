@@ -186,7 +186,7 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
 
 
 def _join_thousands(tokens: list[str]) -> list[str]:
-  """Joins the tokens of `1,234` to one number.
+  """Joins the tokens of `1,234` into one number.
 
   In brackets, as in `(1,234)`, they stay a pair. Digits that aren't in groups of three, as in `1,234,5`, stay a list.
   """
@@ -306,7 +306,7 @@ def at_top(tokens: list[str]) -> Iterator[int]:
 
 
 def split_at(tokens: list[str], places: list[int]) -> list[list[str]]:
-  """Splits `tokens` at the tokens with the indices `places`, which are left out. Returns the parts."""
+  """Splits `tokens` at the indices `places`. Returns the parts, without the tokens at these indices."""
   edges = [-1, *places, len(tokens)]
   return [tokens[a + 1:b] for a, b in itertools.pairwise(edges)]
 

@@ -50,7 +50,7 @@ _BEFORE_INTEGERS = {'where', 'for', 'with', 'any', 'all', 'some', 'every', 'inte
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, bare_units: bool = False) -> Reading:
-  """Parses an answer. Returns a Reading, whose class and fields are the kind of the answer and its parts.
+  """Parses an answer. Returns a Reading: its class is the kind of the answer, and its fields are the answer's parts.
 
   bare_units: whether the letter in `5m` is a unit. If False, it is a variable.
 
@@ -336,8 +336,8 @@ def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
   r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as a union of intervals that end at
   the points.
 
-  tokens: the tokens of the whole difference.
-  parts: the set, and the points to remove.
+  tokens: all tokens of the expression, including `\setminus`.
+  parts: [the set, the points to remove].
 
   Raises:
     Unsupported: the parts aren't an interval and a set of rational numbers.

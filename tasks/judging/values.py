@@ -361,7 +361,7 @@ def _terminates(node: Node) -> bool:
 
 
 def factor(a: Node, b: Node):
-  """Returns the constant c, other than 0, for which a = c·b at all values of the variables; None if there is none.
+  """Returns the constant c, not 0, such that a = c·b for all values of the variables; None if there is none.
 
   Raises:
     TooHard: a value can't be computed.

@@ -105,8 +105,8 @@ def _word(token: str) -> str:
 def _introduction(tokens: list[str]) -> int:
   """Returns the number of tokens that introduce the answer.
 
-  An introduction is either words such as 'The answer is', or a sentence that ends in such words and has no word that
-  could change the meaning of the answer, such as 'not' or 'half'.
+  An introduction is either words such as 'The answer is', or a whole sentence that ends in such words. A sentence
+  doesn't count if one of its words could change the meaning of the answer, such as 'not' or 'half'.
   """
   lead = len(list(itertools.takewhile(lambda t: _word(t) in _LEAD, tokens)))
   if lead:

@@ -1,8 +1,12 @@
 """Tests that every config that comes with betarank is complete and valid, and that its sweep names existing settings.
 """
 
+import math
+
+import jax
 import pytest
 
+from betarank import model
 from betarank.configs import errors, load
 from betarank.launch.points import expand
 from betarank.rl.config import rl_run
@@ -35,6 +39,21 @@ def test_the_paper_s_recipe_is_the_default():
   assert rl.max_new_tokens == (8192, 16_384) and rl.phase(700) == 0 and rl.phase(701) == 1
   assert rl.advantage.name == 'grpo' and rl.loss.name == 'clip_higher' and rl.loss.kl_weight == 0
   assert (rl.loss.eps_low, rl.loss.eps_high, rl.minibatches) == (0.2, 0.28, 1)
+
+
+@pytest.mark.parametrize('size', ['10m', '20m', '64m'])
+def test_the_study_has_its_budget_and_asks_what_no_document_holds(size):
+  points = {point.name: point for point in expand(f'configs/study.py:size={size}', 'root')}
+  trained = [point.config for name, point in points.items() if name.startswith('seed=0,beta=0.5/') and point.steps]
+  pretrain, midtrain, rl = trained
+  assert len([point for point in points.values() if point.stage == 'rl']) == 5
+  held_out = {pretrain.data.held_out_fraction, midtrain.data.held_out_fraction, rl.rl.task.held_out_fraction,
+              *(p.config.eval.sample.held_out_fraction for p in points.values() if p.stage == 'sample')}
+  assert held_out == {0.05}
+  run = run_config(pretrain)
+  parameters = sum(math.prod(shape.shape) for shape in jax.tree.leaves(model.abstract(run.model)[1]))
+  assert 20 <= (pretrain.train.tokens + midtrain.train.tokens) / parameters < 21
+  assert midtrain.train.init_from == 'root/seed=0,beta=0.5/pretrain' and midtrain.objective.beta == 0.5
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_argument_errors(prepared_config, open_batches):
     validation_batches(prepared_config, 'c', batch_size=8, count=1)
   with pytest.raises(DataError, match='vocab_size is 384 there and 999 now'):
     open_batches(dataclasses.replace(prepared_config, vocab_size=999))
-  with pytest.raises(DataError, match=r'uri is .* there and .* now'):
+  with pytest.raises(DataError, match=r"source 'a' is not prepared from text:x; run"):
     open_batches(dataclasses.replace(prepared_config, sources={'a': SourceConfig('text:x', 1.0, 0)}))
 
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from betarank.configs.errors import ConfigError
-from betarank.data import command, estimate
+from betarank.data import command, estimate, reasoning
 from betarank.data.config import DataError
 from tests import tokenizer_files
 
@@ -35,17 +35,31 @@ def test_a_file_that_cannot_be_divided_is_the_work_of_one_core(config, make_sour
   assert estimate.estimate(c, 'web', 16, 96, 1.0).machine_s == pytest.approx(4e10 / 1e6)
 
 
+def test_generated_problems_are_measured_on_a_sample(config, make_source, monkeypatch):
+  now = iter((0.0, 2.56))  # 10 ms for each problem of the sample
+  monkeypatch.setattr(estimate.time, 'perf_counter', lambda: next(now))
+  count = 10**6
+  c = dataclasses.replace(config, sources={'made_up': make_source('reasoning:chain_sum', count)})
+  found = estimate.estimate(c, 'made_up', 2, 50, 1.0)
+  texts = [reasoning.problem(reasoning.parse('chain_sum'), i).document for i in range(100)]
+  assert found.text_bytes == pytest.approx(count * sum(map(len, texts)) / 100, rel=0.1)
+  assert (found.files, found.file_bytes) == (0, 0)
+  assert found.machine_s == pytest.approx((found.text_bytes / 1e6 + count * 0.01) / 100, rel=0.01)
+
+
 def test_what_is_printed_and_that_nothing_is_written(large, prepared_config, make_source, tmp_path):
   (tmp_path / 'a.txt').unlink()
   c = dataclasses.replace(prepared_config, vocab_size=2**17, sources={
     **prepared_config.sources, **large.sources, 'made_up': make_source('reasoning', 10),
+    'absent': make_source('tfds:/nowhere'),
     'some': make_source(f'text:{tmp_path}/*.txt', 7)})
   before = sorted(tmp_path.rglob('*'))
   with contextlib.redirect_stdout(io.StringIO()) as out:
     estimate.show(c, 4, 100, 1.0, 3.0, Console(file=out, width=100))
   text = ' '.join(out.getvalue().split())
-  assert 'a prepared b prepared web 1 1T 1T 250G 1T 8,192 0.694 made_up ? some' in text
-  assert 'made_up: not included, because there are no files' in text
+  assert 'a prepared b prepared web 1 1T 1T 250G 1T 8,192 0.694 made_up 2.' in text
+  assert 'absent ? some' in text and 'absent: not included: tfds:/nowhere: can\'t be opened' in text
+  assert 'made_up: from a sample of up to 256 documents, read on this machine' in text
   assert 'some: at most this, because max_documents=7' in text
   assert 'in all 1.39 hours on 4 machines with 100 processes each, 556 core hours, $16.67' in text
   assert sorted(tmp_path.rglob('*')) == before

@@ -1,5 +1,6 @@
 import bz2
 import contextlib
+import dataclasses
 import gzip
 import json
 import lzma
@@ -13,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from betarank.data import reasoning, sources
+from betarank.data import estimate, reasoning, sources
 from betarank.data.config import DataError
 from betarank.data.fields import Dialogue
 from betarank.data.sources import Source
@@ -104,7 +105,7 @@ def test_units_are_few_and_the_input_decides_them(tmp_path, make_source, monkeyp
   assert 250 <= len(source.units()) <= 257 and source.units() == source.units()
 
 
-def test_tfds(tmp_path, make_source):
+def test_tfds(tmp_path, make_source, config):
   import tensorflow_datasets as tfds
   features = tfds.features.FeaturesDict({'text': tfds.features.Text(), 'id': np.int64})
   folder = tmp_path / 'tiny' / '1.0.0'
@@ -119,6 +120,9 @@ def test_tfds(tmp_path, make_source):
     data_dir=folder, features=features, split_infos=[split], check_data=False)
   assert read_all(Source(make_source(f'tfds:{folder}'), 1000)) == DOCUMENTS
   assert len(read_all(Source(make_source(f'tfds:{folder}:train[:10]#text'), 1000))) == 10
+  some = dataclasses.replace(config, sources={'main': make_source(f'tfds:{folder}', 10)})
+  size = sum(len(document.encode()) for document in DOCUMENTS) / 5
+  assert estimate.estimate(some, 'main', 1, 1, 1.0).text_bytes == pytest.approx(size)  # all are in the sample
   with pytest.raises(DataError, match=r"no field 'body', only id, text; name the right one: tfds:.*#FIELD"):
     Source(make_source(f'tfds:{folder}#body'), 1000).units()
   for uri, message in [

@@ -6,10 +6,12 @@ RL runs and pre-training runs can't be mixed.
 
 import json
 
+import numpy as np
 import pytest
 
 from betarank.configs.errors import ConfigError
 from betarank.eval import compare
+from betarank.eval.columns import Columns
 
 VALIDATION = ('ce_nats', 'bits_per_byte', 'entropy_nats', 'tail_mass', 'rank1_accuracy')
 
@@ -135,7 +137,17 @@ def test_what_cannot_be_compared_is_refused_in_one_line(two, two_rl, tmp_path):
 
 
 def test_smoothing_keeps_the_mean_of_a_window():
-  assert compare.smooth([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
+  assert compare.smooth(np.array([1.0, 2.0, 3.0, 4.0]), 2).tolist() == [1.0, 1.5, 2.5, 3.5]
+  assert compare.smooth(np.array([]), 2).tolist() == []
+  assert (compare.smooth(np.ones(1_000_000), 40_000) == 1.0).all()  # as many steps as a long run has
+
+
+def test_of_several_figures_of_a_step_the_last_counts():
+  columns = Columns()
+  for step, value in ((1, 1.0), (2, 2.0), (5, 5.0), (2, 2.5), (3, 3.0)):
+    columns.add(step, 'x', value)
+  steps, values = columns.curves()['x']
+  assert steps.tolist() == [1, 2, 3, 5] and values.tolist() == [1.0, 2.5, 3.0, 5.0]
 
 
 def test_no_name_in_the_legend_is_cut(tmp_path):

@@ -176,10 +176,10 @@ def metrics(folder):
   """Builds the target of the metrics.jsonl of a resumed run. Lines that can't be read must be dropped."""
   from etils import epath
 
-  from betarank.runtime.metrics import read_lines
+  from betarank.runtime.metrics import lines_of
 
   lines = tuple({'step': i, 'train/ce_nats': 2.5, 'time/step_s': 0.1} for i in range(1, 6))
-  return _records(folder, lines, lambda path: read_lines(epath.Path(path)))
+  return _records(folder, lines, lambda path: list(lines_of(epath.Path(path))))
 
 
 # Reports

@@ -17,9 +17,10 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
+
+import stub_workers
 
 STUB = pathlib.Path(os.environ['STUB'])
 
@@ -43,10 +44,6 @@ def main(argv):
   return globals()[verb](kind, name, flags, argv)
 
 
-def workers(node):
-  return sorted(p for p in (STUB / 'nodes' / node).iterdir() if p.name.isdigit())
-
-
 def create(kind, name, flags, _):
   count = int((STUB / 'workers').read_text()) if (STUB / 'workers').exists() else 1
   state = (STUB / 'created_state').read_text() if (STUB / 'created_state').exists() else 'READY'
@@ -63,21 +60,16 @@ def create(kind, name, flags, _):
   return 0
 
 
-def end_sessions(node):
-  for home in workers(node):
-    subprocess.run(['tmux', 'kill-server'], env={**os.environ, 'TMUX_TMPDIR': str(home)}, stderr=subprocess.DEVNULL)
-    pid = home / 'betarank-run' / 'pid'
-    if pid.exists():
-      subprocess.run(['kill', '-9', pid.read_text().strip()], stderr=subprocess.DEVNULL)
-
-
 def delete(kind, name, _flags, _argv):
   nodes = [name]
+  if not (STUB / ('queued' if kind == 'queued-resources' else 'nodes') / name).exists():
+    print(f'ERROR: (gcloud.compute.tpus.{kind}.delete) NOT_FOUND: Resource {name} was not found', file=sys.stderr)
+    return 1
   if kind == 'queued-resources':
     nodes = (STUB / 'queued' / name).read_text().split()
     (STUB / 'queued' / name).unlink()
   for node in nodes:
-    end_sessions(node)
+    stub_workers.end_sessions(STUB / 'nodes' / node)
     shutil.rmtree(STUB / 'nodes' / node)
   return 0
 
@@ -101,31 +93,16 @@ def describe(kind, name, flags, _):
 
 def scp(_kind, source, flags, argv):
   node, _, target = argv[5].partition(':')
-  for home in workers(node):
+  for home in stub_workers.workers(STUB / 'nodes' / node):
     shutil.copy(source, home / target)
   return 0
 
 
 def ssh(_kind, node, flags, _):
-  homes = workers(node)
+  homes = stub_workers.workers(STUB / 'nodes' / node)
   chosen = homes if flags['worker'] == 'all' else [homes[int(flags['worker'])]]
-  code = 0
-  for home in chosen:
-    venv = home / 'betarank-venv' / 'bin'
-    bin_folder = home / 'bin'  # python3 -m uv, which would download; the venv's python is the tests' own
-    bin_folder.mkdir(exist_ok=True)
-    (bin_folder / 'python3').write_text(
-      f'#!/bin/sh\necho "$@" >>{home}/installed\ncase "$*" in\n'
-      f'  "-m uv venv"*) mkdir -p {venv}; cp {bin_folder}/own_python {venv}/python;;\n'
-      'esac\n')
-    (bin_folder / 'own_python').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (bin_folder / 'own_python').chmod(0o755)
-    (bin_folder / 'python3').chmod(0o755)
-    environment = {'PATH': f'{bin_folder}:/usr/local/bin:/usr/bin:/bin', 'HOME': str(home), 'TMUX_TMPDIR': str(home),
-                   'LANG': 'C.UTF-8'}
-    done = subprocess.run(['bash', '-c', flags['command']], cwd=home, env=environment, stdin=subprocess.DEVNULL)
-    code = code or done.returncode
-  return code
+  codes = [stub_workers.run(home, flags['command']) for home in chosen]
+  return next((code for code in codes if code), 0)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
-"""Tests the examples in launch/examples that run points on GKE and SkyPilot. Stand-ins replace kubectl and sky."""
+"""Tests the examples in launch/examples that run points on GKE, SkyPilot and this machine's GPUs. Stand-ins replace
+kubectl, sky and betarank.
+"""
 
 import json
 import os
@@ -140,3 +142,17 @@ def test_sky_s_run_section_tells_each_host_its_place(tmp_path, nodes, expected):
   done = subprocess.run(['bash', '-c', run], text=True, capture_output=True, env={
     'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'HOME': str(tmp_path), 'COMMAND': COMMAND, **nodes})
   assert json.loads(done.stdout) == [*shlex.split(COMMAND)[1:], *expected], done.stderr
+
+
+@pytest.mark.parametrize('slot, per_card, card, share', [(0, 1, '0', ''), (3, 1, '3', ''), (6, 2, '2', '0.45')])
+def test_a_point_gets_one_card_and_its_share_of_the_memory(tmp_path, slot, per_card, card, share):
+  betarank = tmp_path / 'betarank'
+  betarank.write_text('#!/bin/sh\nprintf "%s\\n" "$$" "$CUDA_VISIBLE_DEVICES" "$XLA_PYTHON_CLIENT_MEM_FRACTION" "$@"\n')
+  betarank.chmod(0o755)
+  environment = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'CARDS': '4', 'PER_CARD': str(per_card),
+                 'XLA_PYTHON_CLIENT_MEM_FRACTION': ''}
+  process = subprocess.Popen(['bash', EXAMPLES / 'cards.sh', str(slot), COMMAND], env=environment, text=True,
+                             stdout=subprocess.PIPE)
+  pid, *given = process.communicate(timeout=60)[0].splitlines()
+  assert given == [card, share, *shlex.split(COMMAND)[1:]]
+  assert int(pid) == process.pid  # a signal to the script reaches the run

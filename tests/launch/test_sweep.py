@@ -111,6 +111,15 @@ def test_on_tpu_a_dry_run_prints_points_chips_hours_cost_and_commands():
   assert [float(row[3]), float(row[5])] == pytest.approx([fast, slow], rel=0.02)
   dollars = [float(word.strip('$').replace(',', '')) for word in (row[9], row[11])]
   assert dollars == pytest.approx([100 * fast, 100 * slow], rel=0.02)
+  [rl] = [line.split() for line in done.stdout.splitlines() if line.split()[:1] == ['seed=0,beta=-0.25/rl']
+          and 'after' not in line]
+  # 2048 samples a step with answers of 8192 tokens for 700 steps and of 16,384 for 300, and prompts of 1024; the
+  # chips draw 290,000 (175,000) tokens a second
+  drawn = 2048 * (700 * 8192 + 300 * 16384)
+  flops = (6 * 4.02e9 + 6 * 36 * 17408 * 32 * 128) * (drawn + 2048 * 1000 * 1024)
+  slow, fast = ((flops / (256 * 197e12 * mfu) + drawn / rate) / 3600
+                for mfu, rate in zip(on_tpu.PLANNED_RL_MFU['v5e', False][0], (175_000, 290_000)))
+  assert [float(rl[2]), float(rl[4])] == pytest.approx([fast, slow], rel=0.02) and rl[1] == '256'
   assert 'hours of preparing data are printed by its command with --dry_run' in done.stdout
   assert done.stdout.count('tpu.sh --yes babysit train') == 10 and done.stdout.count('babysit rl') == 5
   assert '--workdir=gs://BUCKET/dense_4b/seed=0,beta=-0.25/midtrain' in done.stdout
@@ -442,11 +451,13 @@ def test_a_point_is_handed_to_an_engine_by_a_template(tmp_path):
   assert len(set(names)) == 3 and names[0].startswith('arm0-seed0-train-')
   other = engine_commands(tmp_path / 'other', "'--job={name} x' {command}")['arm0,seed0/train'][0]
   assert other != f'--job={names[0]} x'  # another root, another job
+  run = engine.command("cards '--card={slot}' {command}", [])
+  assert [run(point, slot)[1] for slot in (0, 3)] == ['--card=0', '--card=3']
 
 
 @pytest.mark.parametrize('template, chips, message', [
   ('slurm', [], 'must be local, tpu, or a command with {command} in it'),
-  ('sbatch {comand}', [], '{comand} is not one of {command}, {name}, {chips}; did you mean {command}?'),
+  ('sbatch {comand}', [], '{comand} is not one of {command}, {name}, {chips}, {slot}; did you mean {command}?'),
   ("sbatch '{command}", [], 'no closing quotation'),
   ('x {chips} {command}', ['rl=4'], '{chips} needs --chips=N or --chips=train=N'),
   ('x {command}', ['many'], '--chips=many: must be a number'),

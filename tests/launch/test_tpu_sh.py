@@ -35,8 +35,8 @@ class Cloud:
     (self.stub / 'bin').mkdir(parents=True)
     (self.stub / 'bin' / 'gcloud').write_text(f'#!/bin/sh\nexec {sys.executable} {STUB} "$@"\n')
     (self.stub / 'bin' / 'gcloud').chmod(0o755)
-    (self.tree / 'launch').mkdir(parents=True)
-    for name in ('setup.py', 'launch/tpu.sh', 'launch/babysit.sh', 'launch/worker.sh', 'launch/constraints.txt'):
+    shutil.copytree(ROOT / 'launch' / 'lock', self.tree / 'launch' / 'lock')
+    for name in ('setup.py', 'launch/tpu.sh', 'launch/babysit.sh', 'launch/worker.sh'):
       shutil.copy(ROOT / name, self.tree / name)
     (self.tree / '.gitignore').write_text('runs/\n*.key\n')
     self.git('init', '-q')
@@ -76,8 +76,8 @@ class Cloud:
   def home(self, node='pod', worker=0):
     return self.stub / 'nodes' / node / str(worker)
 
-  def wait_for(self, path):
-    for _ in range(400):
+  def wait_for(self, path, seconds=20):
+    for _ in range(20 * seconds):
       if path.exists():
         return
       time.sleep(0.05)
@@ -222,12 +222,14 @@ def test_setup_installs_pinned_and_once(cloud):
   for argv in (['--yes', 'create'], ['push'], ['setup'], ['setup']):
     assert cloud(*argv)[0] == 0
   installed = (cloud.home() / 'installed').read_text().splitlines()
-  assert len(installed) == 3  # uv, the venv, the packages
-  assert '--constraint' in installed[2] and 'constraints.txt' in installed[2] and installed[2].endswith('[tpu]')
-  (cloud.tree / 'launch' / 'constraints.txt').write_text('jax==0.10.2\n')
+  assert len(installed) == 5  # uv, the venv, what builds packages, the packages, betarank itself
+  assert [line.rpartition('/')[2] for line in installed[::2]] == ['uv.txt', 'build.txt', 'betarank']
+  assert installed[3].endswith('/launch/lock/tpu.txt') and all('--require-hashes' in installed[i] for i in (0, 2, 3))
+  assert '--no-deps' in installed[4]
+  (cloud.tree / 'launch' / 'lock' / 'tpu.txt').write_text('jax==0.10.2\n')
   cloud.git('commit', '-q', '-a', '-m', 'other versions')
   assert cloud('push')[0] == 0 and cloud('setup')[0] == 0
-  assert len((cloud.home() / 'installed').read_text().splitlines()) == 6
+  assert len((cloud.home() / 'installed').read_text().splitlines()) == 10
 
 
 def test_the_pinned_versions_go_together():
@@ -323,7 +325,7 @@ def test_babysit_makes_a_preempted_slice_anew(cloud, queued):
   cloud.wait_for(cloud.home() / 'waiting')  # a new folder, pushed to, set up and started
   assert cloud.verbs() == ['create', 'scp', 'delete', 'create', 'scp']
   process.terminate()
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 143 and 'the run saves and stops' in err
   assert 'asked to stop: step 7 is saved' in (cloud.home() / 'betarank-run' / 'log').read_text()
 
@@ -334,7 +336,7 @@ def test_babysit_starts_again_what_a_restarted_machine_has_lost(cloud):
   for worker in range(2):
     cloud.wait_for(cloud.home(worker=worker) / 'waiting')
   subprocess.run(['kill', '-9', (cloud.home() / 'betarank-run' / 'pid').read_text().strip()], check=True)
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 0 and [starts(cloud, w) for w in range(2)] == [2, 2], err
 
 
@@ -440,6 +442,16 @@ def test_a_call_that_hangs_is_a_failure_too(cloud):
 
 
 @pytest.mark.slow
+def test_workers_that_do_not_answer_are_asked_for_a_short_time(cloud):
+  """A new slice costs money from its first second, so its six polls must not take half an hour each."""
+  cloud.fail({'match': 'worker.sh state', 'stderr': '', 'seconds': 100, 'times': ALWAYS})
+  start = time.monotonic()
+  code, _, err = babysit(cloud, '0', '--delete', TPU_TRIES='1', TPU_ASK_LIMIT='1')
+  assert code == 6 and 'ssh failed' in err and cloud.verbs() == ['create', 'delete', 'delete'], err
+  assert time.monotonic() - start < 90  # six polls of at most a second, not of 100
+
+
+@pytest.mark.slow
 def test_a_run_that_was_seen_running_resets_the_count(cloud):
   cloud.fail({'match': 'tpu-vm scp', 'stderr': 'ERROR: x', 'times': 2})
   process = babysit(cloud, 'wait', start=True, TPU_TRIES='3')
@@ -455,7 +467,7 @@ def test_a_run_that_was_seen_running_resets_the_count(cloud):
       break
     time.sleep(0.1)
   process.terminate()
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 143 and 'ssh failed (2 of 3 failures in a row)' in err
 
 
@@ -493,7 +505,7 @@ def test_the_cap_counts_only_the_time_that_the_slice_was_ready(cloud):
   cloud.wait_for(cloud.home())
   time.sleep(5)
   (cloud.home().parent / 'state').write_text('READY')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 0, err
 
 
@@ -502,7 +514,7 @@ def test_a_state_that_can_not_be_read_at_the_end_may_cost_money(cloud):
   cloud.wait_for(cloud.home() / 'waiting')
   cloud.fail({'match': 'tpu-vm describe', 'stderr': 'ERROR: token expired', 'times': ALWAYS})
   process.terminate()
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=240)
   assert process.returncode == 143 and "the state of pod can't be read, so it MAY COST MONEY" in err.splitlines()[-1]
 
 

@@ -24,14 +24,14 @@ STEPS = 6
 LONG = 1000  # steps; ended long before
 
 
-def start(config, workdir, *extra, processes=1, devices=1):
-  return runs.start('rl', config, workdir, processes, *extra, devices=devices)
+def start(config, workdir, *extra, processes=1, **how):
+  return runs.start('rl', config, workdir, processes, *extra, **how)
 
 
 @pytest.fixture(scope='module')
 def undisturbed(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish_well(start(config, workdir))
+  finish_well(start(config, workdir, replaced={0: ('-m', 'tests.offline', 'rl')}))
   return workdir
 
 

@@ -4,7 +4,16 @@ import pytest
 
 from betarank.runtime import checkpoint
 from tests import runs
-from tests.runs import assert_lost, assert_same_run, assert_stopped, finish, finish_well, metrics, wait_for_step
+from tests.runs import (
+  assert_lost,
+  assert_same_run,
+  assert_stopped,
+  finish,
+  finish_well,
+  metrics,
+  wait_for_checkpoint,
+  wait_for_step,
+)
 
 LONG = 1000  # steps; ended long before
 
@@ -28,6 +37,7 @@ def finish_like_undisturbed(config, workdir, step):
 def test_a_killed_process_ends_the_other_which_names_it_and_a_restart_is_bit_equal(config, tmp_path, victim):
   running = start(config, tmp_path, LONG)
   wait_for_step(tmp_path, 3, running)
+  wait_for_checkpoint(tmp_path, 2, running)
   running[victim].kill()
   assert_lost(finish(running), victim, 2, tmp_path)
   saved = int(checkpoint.find(str(tmp_path)).name)

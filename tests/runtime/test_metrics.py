@@ -18,8 +18,8 @@ from betarank.runtime.metrics import (
   Log,
   describe,
   describe_evaluation,
+  lines_of,
   peak_flops,
-  read_lines,
 )
 
 FIGURES = {
@@ -40,17 +40,28 @@ def test_reopening_at_a_step_drops_what_came_after(path):
     lines.write(step, {'x': step})
   again = JsonLines(path, step=3)
   again.write(4, {'x': 'new'})
-  assert [line['x'] for line in read_lines(path)] == [1, 2, 3, 'new']
+  assert [line['x'] for line in lines_of(path)] == [1, 2, 3, 'new']
+
+
+def test_reopening_reads_only_what_it_removes(path, monkeypatch):
+  """A run of a million steps resumes at once, and keeps none of its lines in memory."""
+  path.write_text(''.join(f'{{"step": {step}, "x": 0}}\n' for step in range(1, 1001)) + '{"step": 1001, "x"')
+  parsed, loads = [], json.loads
+  monkeypatch.setattr(metrics.json, 'loads', lambda text: parsed.append(text) or loads(text))
+  assert JsonLines(path, step=997).last == {'step': 997, 'x': 0} and len(parsed) == 4
+  monkeypatch.undo()
+  assert [line['step'] for line in lines_of(path)] == list(range(1, 998))
+  assert JsonLines(path, step=-1).last == {} and path.read_text() == ''
 
 
 @pytest.mark.parametrize('damage', ['{"step": 3, "x"', '\x00\x00', '[1]', '{"x": 1}', '{"step": "2"}', ''])
 def test_a_half_written_line_is_left_out(path, damage):
   path.write_text('{"step": 1, "x": 1}\n' + damage + '\n{"step": 2, "x": 2}\n')
-  assert [line['step'] for line in read_lines(path)] == [1, 2]
+  assert [line['step'] for line in lines_of(path)] == [1, 2]
 
 
 def test_a_missing_file_has_no_lines(path):
-  assert read_lines(path) == []
+  assert list(lines_of(path)) == []
 
 
 def test_log_writes_lines_samples_and_events_and_only_where_active(tmp_path, capsys):
@@ -62,7 +73,7 @@ def test_log_writes_lines_samples_and_events_and_only_where_active(tmp_path, cap
     log.sample(4, 'a', 'b')
     log.close()
   assert not (tmp_path / 'off').exists()
-  lines = read_lines(epath.Path(tmp_path) / 'on' / 'metrics.jsonl')
+  lines = list(lines_of(epath.Path(tmp_path) / 'on' / 'metrics.jsonl'))
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 4]
   assert 'eval/main/bits_per_byte' in lines[-1]
   assert json.loads((tmp_path / 'on' / 'samples.jsonl').read_text()) == {'step': 4, 'prompt': 'a', 'text': 'b'}
@@ -148,7 +159,7 @@ def test_the_elapsed_time_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
   log.train(2, {**FIGURES, 'time/step_s': 1.0})
   log = Log(epath.Path(tmp_path), step=1, **settings)
   log.evaluation(1, 'main', {}, ['eval main'])
-  lines = read_lines(epath.Path(tmp_path) / 'metrics.jsonl')
+  lines = list(lines_of(epath.Path(tmp_path) / 'metrics.jsonl'))
   assert [(line['step'], line['time/elapsed_s']) for line in lines] == [(1, 7.0), (1, 10.0)]
 
 

@@ -100,7 +100,7 @@ while True:
 """
   began = time.monotonic()
   assert not run(jail, program, deadline_s=3, cpu_s=100).passed
-  assert time.monotonic() - began < 20
+  assert time.monotonic() - began < 60
   assert wait_for(lambda: not running('forkbomb'))
   several = """
   import os, time
@@ -119,7 +119,7 @@ while True:
              processes=3)[1].startswith("RuntimeError: can't start new thread")
 
 
-def wait_for(holds, seconds=10):
+def wait_for(holds, seconds=60):
   end = time.monotonic() + seconds
   while not (true := holds()) and time.monotonic() < end:
     time.sleep(0.05)
@@ -268,7 +268,7 @@ def test_endless(jail):
   assert not run(jail, 'while True: pass', cpu_s=1).passed
   asleep = NAME.format('sleeper') + 'import os, time\nif not os.fork(): os.setsid()\ntime.sleep(99)'
   assert run(jail, asleep, deadline_s=2) == (False, 'deadline')
-  assert time.monotonic() - began < 40
+  assert time.monotonic() - began < 60
   assert wait_for(lambda: not running('sleeper'))
 
 

@@ -36,10 +36,12 @@ from tests.runs import BETARANK, environment
 DENSE = model.ModelConfig(
   vocab_size=300, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=16, rope_base=1e4, norm_eps=1e-6,
   tied_embeddings=True, compute_dtype='float32', remat_policy='none', scan_layers=True)
+QWEN2, LLAMA = (dataclasses.replace(DENSE, qk_norm=False, qkv_bias=bias) for bias in (True, False))
 EXPERTS = MoeConfig(experts=6, experts_per_token=2, expert_d_ff=24)
 MODELS = {
   'dense tied': DENSE,
   'dense': dataclasses.replace(DENSE, tied_embeddings=False, layers=11, rope_base=1e6, norm_eps=1e-5),
+  'llama': dataclasses.replace(LLAMA, tied_embeddings=False, rope_base=5e5, rope_factor=8.0, norm_eps=1e-5),
   'softmax': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, router='softmax', norm_topk_prob=False)),
   'sigmoid': dataclasses.replace(DENSE, moe=EXPERTS),
   'sigmoid, shared': dataclasses.replace(
@@ -162,20 +164,21 @@ def test_files(exported):
   assert config['rope_theta'] == config['rope_parameters']['rope_theta'] == c.rope_base
 
 
-def test_bfloat16(tmp_path):
-  c = MODELS['sigmoid']
+@pytest.mark.parametrize('c', [MODELS['sigmoid'], QWEN2], ids=['sigmoid', 'qwen2'])
+def test_bfloat16(c, tmp_path):
   params = random_params(c)
   hf.export(save(c, params, tmp_path / 'run'), str(tmp_path / 'hf'), dtype='bfloat16', tokenizer_path='none')
   assert (tmp_path / 'hf' / 'model.safetensors').exists()
   hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'back'))
   again, _ = checkpoint.restore_weights(checkpoint.find(str(tmp_path / 'back')), model.abstract(c)[1])
   rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
-  bias = params['layers']['feed_forward']['router_bias_E']
-  rounded['layers']['feed_forward']['router_bias_E'] = bias  # what balances is kept as it is
+  if c.moe.experts:
+    bias = params['layers']['feed_forward']['router_bias_E']
+    rounded['layers']['feed_forward']['router_bias_E'] = bias  # what balances is kept as it is
   jax.tree.map(np.testing.assert_array_equal, again, rounded)
 
 
-@pytest.mark.parametrize('kind', ['Qwen3', 'Qwen3Moe'])
+@pytest.mark.parametrize('kind', ['Qwen3', 'Qwen3Moe', 'Qwen2', 'Llama'])
 def test_import_of_what_transformers_writes(kind, tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
@@ -183,8 +186,14 @@ def test_import_of_what_transformers_writes(kind, tmp_path):
                head_dim=8, intermediate_size=48, tie_word_embeddings=kind == 'Qwen3', rope_theta=1e6)
   if kind == 'Qwen3Moe':
     sizes |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)  # norm_topk_prob is False by default
+  if kind == 'Llama':  # the rope scaling of Llama 3.2
+    sizes |= dict(rope_scaling=dict(rope_type='llama3', factor=32.0, **hf_config.LLAMA3_ROPE),
+                  max_position_embeddings=131_072)
   torch.manual_seed(0)
   theirs = getattr(transformers, f'{kind}ForCausalLM')(getattr(transformers, f'{kind}Config')(**sizes))
+  for name, x in theirs.named_parameters():
+    if name.endswith('bias'):  # transformers starts them at zero
+      torch.nn.init.normal_(x)
   theirs.to(torch.bfloat16).save_pretrained(tmp_path / 'hf', max_shard_size='10KB')
   hf.import_(str(tmp_path / 'hf'), str(tmp_path / 'ours'))
   source = checkpoint.find(str(tmp_path / 'ours'))
@@ -196,7 +205,7 @@ def test_import_of_what_transformers_writes(kind, tmp_path):
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf', dtype=torch.float32)
   with torch.no_grad():
     theirs_BTV = theirs(torch.tensor(tokens_BT)).logits.numpy()
-  assert c.rope_base == 1e6
+  assert (c.rope_base, c.rope_factor) == (1e6, 32.0 if kind == 'Llama' else 1.0)
   np.testing.assert_allclose(hidden_BTD @ model.head(c, params), theirs_BTV, rtol=0, atol=1e-4)
 
 
@@ -255,12 +264,20 @@ BAD = [
   (edit_config(hidden_size='32'), r"hidden_size is '32'; it must be a whole number"),
   (edit_config(rms_norm_eps='absent'), r'rms_norm_eps is missing; it must be a number > 0'),
   (edit_config(num_key_value_heads=3), r'kv_heads must divide heads = 4, got 3'),
-  (edit_config(architectures=['LlamaForCausalLM']), r"architectures is \['LlamaForCausalLM'\]; only Qwen3ForCausalLM"),
+  (edit_config(architectures=['MistralForCausalLM']), r"architectures is \['Mistral.*'\]; only Qwen3ForCausalLM"),
   (edit_config(architectures=[['Qwen3ForCausalLM']]), r"architectures is .*; only Qwen3ForCausalLM"),
   (edit_config(layer_types=7), r'layer_types is 7; only'),
   (edit_config(rope_scaling='yarn'), r"rope_scaling is 'yarn'; it must be a JSON object or null"),
   (edit_config(rope_scaling={'type': 'yarn', 'factor': 4.0}, rope_parameters='absent'), r"rope_type is 'yarn'; only"),
   (edit_config(rope_parameters={'rope_type': 'linear', 'rope_theta': 1e4}), r"rope_type is 'linear'; only"),
+  (edit_config(rope_scaling={'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+                             'original_max_position_embeddings': 4096}, rope_parameters=None),
+   r'original_max_position_embeddings is 4096; only 8192, or no rope scaling, can be imported'),
+  (edit_config(rope_scaling={'rope_type': 'llama3', **hf_config.LLAMA3_ROPE}, rope_parameters=None),
+   r'factor is missing; it must be a number > 0'),
+  (edit_config(architectures=['LlamaForCausalLM'], mlp_bias=True), r'mlp_bias is True; only LlamaForCausalLM with'),
+  (edit_config(architectures=['LlamaForCausalLM']), r'holds .*k_norm.* which a model of its config.json does not have'),
+  (edit_config(architectures=['Qwen2ForCausalLM']), r'no tensor .*_proj\.bias, which its config.json asks for'),
   (edit_config(attention_bias=True), r'attention_bias is True; only Qwen3ForCausalLM with False'),
   (edit_config(hidden_act='gelu'), r"hidden_act is 'gelu'; only Qwen3ForCausalLM with 'silu'"),
   (edit_config(quantization_config={'bits': 4}), r"quantization_config is {'bits': 4}; only"),
@@ -318,6 +335,27 @@ def test_a_zero_shared_expert_must_be_zero(tmp_path):
     hf.import_(str(folder), str(tmp_path / 'out'))
 
 
+def test_published_configs_of_qwen2_and_llama3():
+  """They have no head_dim, and Llama 3.0 has no rope scaling. Values of Qwen2.5-0.5B and of Llama 3 8B."""
+  common = dict(hidden_act='silu', rms_norm_eps=1e-5, rope_scaling=None)
+  got = hf_config.from_hf(common | dict(
+    architectures=['Qwen2ForCausalLM'], hidden_size=896, intermediate_size=4864, num_attention_heads=14,
+    num_hidden_layers=24, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True, use_sliding_window=False,
+    sliding_window=32_768, max_window_layers=24, vocab_size=151_936), 'config.json')
+  assert (got['head_dim'], got['qk_norm'], got['qkv_bias'], got['rope_factor']) == (64, False, True, 1.0)
+  got = hf_config.from_hf(common | dict(
+    architectures=['LlamaForCausalLM'], attention_bias=False, hidden_size=4096, intermediate_size=14_336,
+    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, pretraining_tp=1, rope_theta=5e5,
+    tie_word_embeddings=False, vocab_size=128_256), 'config.json')
+  assert (got['head_dim'], got['qk_norm'], got['qkv_bias'], got['tied_embeddings']) == (128, False, False, False)
+
+
+@pytest.mark.parametrize('changes', [dict(qkv_bias=True), dict(qk_norm=False, moe=EXPERTS)])
+def test_blocks_that_no_architecture_has(changes):
+  with pytest.raises(HfError, match=r'^model\.qk_norm = .* and model\.qkv_bias = .*: no architecture of .* has this$'):
+    hf_config.to_hf(dataclasses.replace(DENSE, **changes), positions=8, dtype='float32')
+
+
 @pytest.mark.parametrize('moe, message', [
   (dict(router='softmax', shared_d_ff=24), r'model\.moe\.shared_d_ff = 24: Qwen3MoeForCausalLM has none'),
   (dict(router='softmax', routed_scale=2.0), r'model\.moe\.routed_scale = 2\.0: Qwen3MoeForCausalLM has none'),
@@ -339,6 +377,9 @@ def test_export_needs_room_and_a_fitting_tokenizer(good, tmp_path, tokenizer_fil
   other = save(smaller, random_params(smaller), tmp_path / 'other', tokenizer_file)
   with pytest.raises(HfError, match=r'has 300 tokens, but the model 298; give the one'):
     hf.export(other, str(tmp_path / 'out'))
+  qwen2 = save(QWEN2, random_params(QWEN2), tmp_path / 'qwen2', tokenizer_file)
+  with pytest.raises(HfError, match=r'transformers would read it with the rules of Qwen2.*; use --tokenizer=none'):
+    hf.export(qwen2, str(tmp_path / 'out'))
   with pytest.raises(checkpoint.CheckpointError, match='no such folder'):
     hf.export(str(tmp_path / 'nowhere'), str(tmp_path / 'out'))
   assert not (tmp_path / 'out').exists()
@@ -534,7 +575,7 @@ def get_config(arg=None):
 """
 
 
-@pytest.fixture(params=['made here', 'Qwen3', 'Qwen3Moe'])
+@pytest.fixture(params=['made here', 'Qwen3', 'Qwen3Moe', 'Qwen2', 'Llama'])
 def published(request, tmp_path):
   """Returns (folder, the architecture that its config names). The folder is `qwen`, or one written by transformers."""
   if request.param == 'made here':
@@ -548,7 +589,7 @@ def published(request, tmp_path):
   config = getattr(transformers, f'{request.param}Config')(**sizes)
   theirs = getattr(transformers, f'{request.param}ForCausalLM')(config)
   theirs.to(torch.bfloat16).save_pretrained(tmp_path / 'hf')
-  tokenizer_files.byte_level(tmp_path / 'hf', 'qwen')
+  tokenizer_files.byte_level(tmp_path / 'hf', 'llama3' if request.param == 'Llama' else 'qwen')
   return tmp_path / 'hf', f'{request.param}ForCausalLM'
 
 

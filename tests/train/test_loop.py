@@ -13,7 +13,17 @@ import pytest
 
 from betarank.runtime import checkpoint
 from tests import runs
-from tests.runs import arrays, assert_same_run, assert_stopped, betarank, finish, finish_well, metrics, wait_for_step
+from tests.runs import (
+  arrays,
+  assert_same_run,
+  assert_stopped,
+  betarank,
+  finish,
+  finish_well,
+  metrics,
+  wait_for_checkpoint,
+  wait_for_step,
+)
 
 STEPS = 12
 
@@ -42,9 +52,10 @@ def start_pair(data_dir, workdir, *extra):
 
 @pytest.fixture(scope='module')
 def undisturbed(data_dir, tmp_path_factory):
-  """Returns the workdir of a run that wasn't interrupted, in one process on one device."""
+  """Returns the workdir of a run that wasn't interrupted and used no network, in one process on one device."""
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish_well([start(data_dir, workdir)])
+  finish_well(runs.start('train', f'tests/tiny.py:dir={data_dir}', workdir, 1,
+                         replaced={0: ('-m', 'tests.offline', 'train')}))
   return workdir
 
 
@@ -82,6 +93,7 @@ def test_killed_or_stopped_and_started_again_equals_uninterrupted(data_dir, tmp_
 def test_two_processes_killed_and_started_again_equal_uninterrupted_ones_and_one_with_two_devices(data_dir, tmp_path):
   pair = start_pair(data_dir, tmp_path, LONG)
   wait_for_step(tmp_path, 6, pair)
+  wait_for_checkpoint(tmp_path, 4, pair)
   for process in pair:
     process.kill()
   assert [code for code, _, _ in finish(pair)] == [-9, -9]

@@ -21,6 +21,7 @@ from tests.runs import (
   free_port,
   last_error,
   metrics,
+  wait_for_checkpoint,
   wait_for_step,
 )
 
@@ -55,6 +56,7 @@ def test_a_killed_process_ends_the_others_which_name_it_and_a_restart_resumes(da
   """The restarted job has half as many processes, because a run doesn't depend on their number."""
   running = start(data_dir, tmp_path, processes, LONG, devices=4 // processes)
   wait_for_step(tmp_path, 5, running)
+  wait_for_checkpoint(tmp_path, 4, running)
   running[victim].kill()
   assert_lost(finish(running), victim, processes, tmp_path)
   assert_no_secret(tmp_path)

@@ -185,6 +185,14 @@ def test_sums_of_parts_add_to_the_whole():
     np.testing.assert_allclose(a[name] + c[name], whole[name], rtol=1e-5)
 
 
+def test_sums_over_a_long_validation_do_not_overflow():
+  """The bytes of 30 batches of 16.8M tokens are more than an int32 holds."""
+  part, total = {'bytes': np.int32(75_497_472), 'nats': np.float32(2**24 + 2)}, {}
+  for _ in range(30):
+    total = score.add(total, part)
+  assert total == {'bytes': 30 * 75_497_472, 'nats': 30 * (2**24 + 2)}
+
+
 def test_training_learns_a_repeated_batch():
   _, first = updates(steps=1, objective=ObjectiveConfig(top_k=8))
   _, last = updates(steps=30, objective=ObjectiveConfig(top_k=8))

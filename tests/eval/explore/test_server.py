@@ -38,7 +38,7 @@ def ask(server):
   place = urllib.parse.urlsplit(server.url)
 
   def ask(method, path, body=None, headers=None, root=place.path):
-    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=5)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=60)
     connection.request(method, root + path, body, headers or {})
     answer = connection.getresponse()
     content = answer.read()

@@ -37,6 +37,16 @@ def test_a_parent_outside_the_sweep_names_the_arm(tmp_path):
   assert [(run.arm, run.stage) for run in found.runs] == [('β = -0.25', 'pre-training → RL')] and not found.notes
 
 
+def test_all_ancestors_outside_the_sweep_count(tmp_path):
+  start = ''
+  for name in ('pre', 'rl', 'last'):
+    sweep.run(tmp_path / name, objective={'beta': -0.25} if not start else {}, seed=0, steps=20, entropy=1.0,
+              init_from=start)
+    start = tmp_path / name / 'checkpoints' / '20'
+  found = arms.read_sweep(tmp_path / 'last')
+  assert [(run.arm, run.stage) for run in found.runs] == [('β = -0.25', 'pre-training → RL → RL')] and not found.notes
+
+
 def change(path, **settings):
   """Changes settings in a run's config.json. In a keyword, '__' stands for the dot of the key."""
   config = json.loads((path / 'config.json').read_text())

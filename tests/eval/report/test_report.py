@@ -79,6 +79,10 @@ def test_the_page_says_what_was_put_in(whole):
   assert 'betarank eval sample --checkpoint=' in page.text and '--config.eval.sample.samples=16' in page.text
   assert f'betarank rl --config={root}/rl/arm1-seed0/config.json' in page.text
   assert 'missing or odd' not in page.text
+  seeds = (root / 'report' / 'tables' / 'seeds.csv').read_text().splitlines()
+  assert {line.split(',')[5] for line in seeds[1:] if 'entropy_nats' in line} == {'0', '1', '2'}
+  assert (root / 'report' / 'tables' / 'noise.csv').read_text().count('avg_at_n') > 5
+  assert 'takes 7 to 9 % of the tail' in page.text and 'not measured' in page.text  # there is no such arm
   rows = (root / 'report' / 'tables' / 'settings.csv').read_text()
   assert rows.count('it is the baseline') == 2 and rows.count('yes, with CE') == 4 and 'no, with' not in rows
 

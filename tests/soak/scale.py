@@ -1,0 +1,153 @@
+"""python -m tests.soak.scale [--processes=64] [--delay_ms=0]
+
+Measures the start of a job of many hosts at its coordinator: the roll call with the fingerprint of a real run, and the
+connections that watch the start of JAX. The processes are light: they have the code of runtime/rendezvous.py, but
+neither JAX nor a model. With --delay_ms, everything between process 0 and the others arrives so much later, in both
+directions. Then repeats the roll call with a process of other code, and with one that doesn't come.
+"""
+
+import argparse
+import asyncio
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from betarank.configs import load
+from tests.runs import environment, free_port
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# argv: PORT PROCESSES INDEX FINGERPRINT.json DEADLINE_S [KEY=VALUE]. Waits for a line, so that all begin together.
+LIGHT = '''
+import json, sys, time
+from betarank.runtime import rendezvous as r
+sent = received = 0
+class Counted(r._Connection):
+  def send(self, text):
+    global sent
+    sent += len(text.encode()) + 1
+    super().send(text)
+  def receive(self, timeout_s):
+    global received
+    text = super().receive(timeout_s)
+    received += len(text.encode())
+    return text
+r._Connection = Counted
+port, processes, index, path, deadline_s, *other = sys.argv[1:]
+info = r.ProcessInfo(f"127.0.0.1:{port}", int(processes), int(index), None)
+fingerprint = json.load(open(path)) | dict(text.split("=") for text in other)
+sys.stdin.readline()
+began = time.monotonic()
+try:
+  names, connections = r.rendezvous(info, fingerprint, float(deadline_s))
+except r.JobError as error:
+  print(json.dumps({"s": time.monotonic() - began, "error": str(error)}))
+  sys.exit(3)
+met, at = time.monotonic() - began, (sent, received)
+with r.StartupWatchdog(info, names, connections, 10.0):
+  time.sleep(5.0)  # as if JAX started
+print(json.dumps({"s": met, "sent": at[0], "received": at[1], "sent later": sent - at[0],
+                  "received later": received - at[1], "CPU s": time.process_time(),
+                  "MB": int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024}))
+'''
+
+
+class Delay:
+  """A proxy on this machine that passes everything on to a port, `delay_s` later in each direction."""
+
+  def __init__(self, port: int, delay_s: float):
+    self.port, self._to, self._delay_s = free_port(), port, delay_s
+    self._ready = threading.Event()
+    threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
+    self._ready.wait()
+
+  async def _serve(self) -> None:
+    server = await asyncio.start_server(self._connect, '127.0.0.1', self.port, backlog=1024)
+    self._ready.set()
+    await server.serve_forever()
+
+  async def _connect(self, reader, writer) -> None:
+    await asyncio.sleep(self._delay_s)
+    try:
+      there = await asyncio.open_connection('127.0.0.1', self._to)
+    except OSError:
+      writer.close()
+      return
+    await asyncio.gather(self._pass_on(reader, there[1]), self._pass_on(there[0], writer))
+
+  async def _pass_on(self, reader, writer) -> None:
+    queue: asyncio.Queue = asyncio.Queue()
+
+    async def write() -> None:
+      while True:
+        due, content = await queue.get()
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        if not content:
+          writer.close()
+          return
+        writer.write(content)
+
+    writing = asyncio.create_task(write())
+    content = b'x'
+    while content:
+      try:
+        content = await reader.read(1 << 16)
+      except OSError:
+        content = b''
+      await queue.put((time.monotonic() + self._delay_s, content))
+    await writing
+
+
+def meet(processes: int, fingerprint: pathlib.Path, delay_s: float, deadline_s: float = 300.0, missing: int = -1,
+         other: int = -1) -> dict[int, dict]:
+  """Starts light processes, and returns what each of them printed, by index.
+
+  missing: a process that doesn't come.
+  other: a process with another version of the code.
+  """
+  port = free_port()
+  proxy = Delay(port, delay_s).port if delay_s else port
+  started = {i: subprocess.Popen(
+    [sys.executable, '-c', LIGHT, str(proxy if i else port), str(processes), str(i), fingerprint, str(deadline_s),
+     *(['code=another'] if i == other else [])], cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes) if i != missing}
+  time.sleep(5)  # until all have imported
+  for process in started.values():
+    process.stdin.write('\n')
+    process.stdin.flush()
+  outputs = {i: process.communicate(timeout=600) for i, process in started.items()}
+  assert all(out for out, _ in outputs.values()), outputs
+  return {i: json.loads(out) for i, (out, _) in outputs.items()}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog='python -m tests.soak.scale', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--processes', type=int, default=64)
+  parser.add_argument('--delay_ms', type=float, default=0.0)
+  args = parser.parse_args()
+  n, delay_s = args.processes, args.delay_ms / 1000
+  config = load.flatten(json.loads(load.to_json(load.load('configs/paper/dense_4b.py'))))
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'fingerprint.json'
+    path.write_text(json.dumps({'code': 'c0de', 'jax': '0.12.0', **{f'config.{k}': v for k, v in config.items()},
+                                'data manifest of main': 'd' * 12}))
+    found = meet(n, path, delay_s)
+    first = found[0]
+    print(f'{n} processes, {args.delay_ms:.0f} ms: all met after {max(x["s"] for x in found.values()):.2f} s; the '
+          f'coordinator received {first["received"]:,} bytes and sent {first["sent"]:,}, then in 5 s '
+          f'{first["received later"]:,} and {first["sent later"]:,}; {first["CPU s"]:.2f} s CPU, {first["MB"]:.0f} MB')
+    found = meet(n, path, delay_s, other=n - 1)
+    assert len({x['error'] for x in found.values()}) == 1 and "code = 'another'" in found[0]['error'], found
+    print(f'other code: after {max(x["s"] for x in found.values()):.2f} s all say: {found[0]["error"]}')
+    found = meet(n, path, delay_s, deadline_s=20, missing=n // 2)
+    assert all(f'process {n // 2} of {n} did not come' in x['error'] for x in found.values()), found
+    print(f'one missing, deadline 20 s: after {max(x["s"] for x in found.values()):.2f} s all say: '
+          f'{found[0]["error"][:60]}...')
+
+
+if __name__ == '__main__':
+  main()
