@@ -325,12 +325,12 @@ function drawLines(svg, N) {
   return `${chart}, up to ${measure === 'rank' ? Math.round(2 ** highest) : highest.toFixed(1)}`;
 }
 
-// The tokens at which model m is most surer than the other of the first two, in the order of the text.
+// The tokens at which model m is surer than the other of the first two, by most first.
 function largest(m) {
   const {lead, surer, value, name, unit} = MEASURES[measure];
   const [f, g] = m ? view.prompt.figures : view.prompt.figures.slice(0, 2).reverse();
   const found = view.prompt.tokens.map((_, i) => ({i, d: lead(f, g, i)})).filter(({d}) => d > 0.05)
-    .sort((a, b) => b.d - a.d).slice(0, 5).sort((a, b) => a.i - b.i);
+    .sort((a, b) => b.d - a.d).slice(0, 5);
   if (!found.length) return '';
   const other = label(1 - m);
   const row = make('div', {class: 'largest'},
