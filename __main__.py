@@ -5,6 +5,7 @@ and error messages appear quickly.
 """
 
 import importlib
+import signal
 import sys
 
 from betarank.configs import buckets
@@ -42,12 +43,19 @@ def usage() -> str:
 def main() -> None:
   """Runs the command that the command line names. A UserError is printed as one line, and the exit status is then 2.
 
-  After Ctrl-C the exit status is 130. A second Ctrl-C ends the process at once.
+  After Ctrl-C the exit status is 130. A second Ctrl-C ends the process at once. A Ctrl-C after the command has ended
+  doesn't change the exit status.
   """
+  status = 0
   try:
     run_main(lambda: _run(sys.argv[1:]))
   except Interrupted:
     leave(130)
+  except SystemExit as end:
+    status = end.code or 0
+    raise
+  finally:  # Python's own end may take seconds; a KeyboardInterrupt in it would be a traceback
+    signal.signal(signal.SIGINT, lambda *_: leave(status))
 
 
 def _run(argv: list[str]) -> None:

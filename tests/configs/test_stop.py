@@ -159,6 +159,20 @@ def test_ctrl_c_ends_with_one_line(work, capsys):
   assert sys.unraisablehook is hook and signal.set_wakeup_fd(-1) == -1
 
 
+@pytest.mark.parametrize('run, status', [('lambda argv: None', 0), ('lambda argv: sys.exit(3)', 3)])
+def test_ctrl_c_after_the_end_of_a_command_changes_nothing(run, status):
+  process = python('-c', f"""
+import atexit, sys, time
+from betarank import __main__
+atexit.register(lambda: (print('ending', flush=True), time.sleep(60)))
+__main__._run = {run}
+__main__.main()
+""")
+  assert process.stdout.readline() == 'ending\n'
+  process.send_signal(signal.SIGINT)
+  assert finish([process], timeout=60) == [(status, '', '')]
+
+
 @pytest.mark.parametrize('name', COMMANDS)
 def test_ctrl_c_ends_every_command_with_one_line(name, monkeypatch, capsys):
   """Ctrl-C right after a command has begun. `python -m tests.faults --only=Ctrl-C` tests random moments."""

@@ -143,7 +143,7 @@ def test_asked_to_stop_it_keeps_what_is_drawn(allowed, want, monkeypatch):
   line = {'verdict': 'right', 'tokens': 3, 'finish': 'stop'}
   monkeypatch.setattr(generate, 'judged', lambda group, *_: [line | {'problem': group[0].prompt_id}] * N)
   written, calls = [], []
-  file = types.SimpleNamespace(missing=[1, 2, 3, 4], problems=5, n=N, about={'benchmark': URI, 'step': 8},
+  file = types.SimpleNamespace(path='FILE', missing=[1, 2, 3, 4], problems=5, n=N, about={'benchmark': URI, 'step': 8},
                                close=lambda: written.append('closed'),
                                append=lambda lines: written.append('abcde'[lines[0]['problem']]))
 

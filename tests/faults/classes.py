@@ -275,7 +275,7 @@ def interrupted(*names: str):
         wait([process], lambda: True, at)
         os.killpg(process.pid, signal.SIGINT)
       code, out, err = c.finish(process)
-      if code == 0:
+      if code in (0, -signal.SIGINT):  # it had ended; the last part of Python's own end handles no signals
         break
       said = [line for line in err.splitlines() if line and not re.match(PROGRESS, line)]
       ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
