@@ -17,12 +17,12 @@ CORE = [
     'etils[epath]>=1.12',
     # Data: TFDS reads ArrayRecord without TensorFlow, but forgets to require importlib_resources.
     'grain>=0.2.15',
-    'array-record>=0.8.1',
-    'tensorflow-datasets>=4.9.9',
+    'array-record>=0.8.3',
+    'tensorflow-datasets>=4.9.10',
     'importlib_resources>=6.0',
     'sentencepiece>=0.2.0',
     'tokenizers>=0.21',  # tokenizer.json
-    'pyarrow>=17.0',
+    'pyarrow>=21.0',
     'fsspec>=2024.6',
     'reasoning-gym>=0.1.23',
     'math-verify>=0.9.0',

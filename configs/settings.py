@@ -343,6 +343,14 @@ def default(key: str) -> Any:
   return _FLAT[key].default
 
 
+def when_missing(key: str) -> Any:
+  """Returns the value of a setting that a recorded config lacks, because an older version wrote it.
+
+  It is the default, or None if the setting is unknown to this version too.
+  """
+  return _FLAT[key].default if key in _FLAT else None
+
+
 def role(key: str) -> str:
   """Returns the role of a setting.
 

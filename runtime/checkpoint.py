@@ -56,6 +56,19 @@ class CheckpointConfig:
       raise ValueError(f'keep_every_steps must be >= 0, got {self.keep_every_steps}')
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, but it leaves the stop of a job of several processes to StopSignal (configs/stop.py).
+
+  JAX computes the step at which all processes stop from the number of the latest call of
+  `reached_preemption_sync_point`. Orbax's own calls, which also come late from another thread, have other numbers than
+  StopSignal's. If SIGTERM came after one of them, the processes would wait for a number that StopSignal had already
+  passed, and would never stop.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one workdir. Every process of a job must make the same calls."""
 
@@ -78,7 +91,7 @@ class Checkpoints:
     self._saving = 0
     self._kept = _Kept(config)
     _ensure_newest_is_valid(self.path, fallback)
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       absolute(self.path),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._kept,

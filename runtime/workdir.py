@@ -34,7 +34,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
     raise ConfigError(f'{path}: not a config ({error}); remove it to resume with the present one') from None
   before, now = flatten(before), flatten(json.loads(to_json(config)))
   for key in sorted(before.keys() | now.keys()):
-    if _is_fixed(key, is_rl='rl.steps' in now) and before.get(key, _default(key)) != now.get(key, _default(key)):
+    missing = settings.when_missing(key)
+    if _is_fixed(key, is_rl='rl.steps' in now) and before.get(key, missing) != now.get(key, missing):
       raise ConfigError(f'--workdir={workdir}: holds a run with config.{key} = {before.get(key)!r}, now '
                         f'{now.get(key)!r}; choose another workdir, or pass --config={path}')
 
@@ -51,17 +52,6 @@ def _is_fixed(key: str, is_rl: bool) -> bool:
     return settings.role(key) == settings.IDENTITY
   except KeyError:
     return True
-
-
-def _default(key: str) -> Any:
-  """Returns the default of a setting, or None if configs/settings.py doesn't have the setting.
-
-  A config of an older version may lack a setting. The default is then taken as its value.
-  """
-  try:
-    return settings.default(key)
-  except KeyError:
-    return None
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:

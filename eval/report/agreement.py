@@ -86,7 +86,8 @@ def _of_settings(run: Run, other: Run) -> list[str]:
   mine, theirs = _compared(run), _compared(other)
   found = [f'{key} {_plain(mine[key])} against {_plain(theirs[key])}' for key in sorted(mine.keys() & theirs.keys())
            if mine[key] != theirs[key]]
-  if alone := sorted(mine.keys() ^ theirs.keys()):
+  alone = sorted(key for key in mine.keys() ^ theirs.keys() if (mine | theirs)[key] != settings.when_missing(key))
+  if alone:
     found.append(f'{len(alone)} settings that only one of them has, as {alone[0]} (other code)')
   return found
 

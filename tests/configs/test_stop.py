@@ -3,6 +3,7 @@
 A second Ctrl-C ends the command at once.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import time
 
 import pytest
 
+from betarank import __main__
+from betarank.__main__ import COMMANDS
 from betarank.configs.errors import run_main
 from betarank.configs.stop import Stopped, StopSignal, interruptible
 from tests.runs import betarank, finish, finish_well, free_port, python
@@ -154,6 +157,16 @@ def test_ctrl_c_ends_with_one_line(work, capsys):
     run_main(main)
   assert end.value.code == 130 and capsys.readouterr().err == '\nstopped\n'
   assert sys.unraisablehook is hook and signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_ctrl_c_ends_every_command_with_one_line(name, monkeypatch, capsys):
+  """Ctrl-C right after a command has begun. `python -m tests.faults --only=Ctrl-C` tests random moments."""
+  module = importlib.import_module(f'betarank.{COMMANDS[name][0]}')
+  monkeypatch.setattr(module, 'main', lambda argv: signal.raise_signal(signal.SIGINT))
+  with pytest.raises(SystemExit) as end:
+    run_main(lambda: __main__._run([name]))
+  assert end.value.code == 130 and capsys.readouterr().err == '\nstopped\n'
 
 
 def test_ctrl_c_in_an_import_ends_at_once():

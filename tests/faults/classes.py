@@ -90,6 +90,7 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
 AS_PYTHON_STARTS_S = 0.15  # Python's own start; no program can answer a Ctrl-C before it
 # Commands that leave their run as it is. `plan` needs libtpu.
 READERS = ('generate', 'explore', 'watch', 'report', *(['plan'] if importlib.util.find_spec('libtpu') else []))
+PROGRESS = 'loading |.*; the first tokens take a few seconds'  # lines of these commands on standard error
 KILLS = 3  # per trial: more of them cost less than trials of their own, and the later ones hit a resumed run
 
 
@@ -213,64 +214,6 @@ def killed_pair(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[st
 killed_pair.points = KILLS
 
 
-def ends_of_others(c: Campaign, running: list[subprocess.Popen], victim: int) -> None:
-  """Waits until all processes but `victim` end. Each must end with status 3 and one line, most of which name it.
-
-  A process whose collective fails before it has read why may name what failed instead.
-  """
-  ends = [c.finish(process) for i, process in enumerate(running) if i != victim]
-  assert all(code == 3 and 'error: ' in err for code, _, err in ends), [(code, err[-300:]) for code, _, err in ends]
-  naming = sum(f'process {victim} of {len(running)} (' in err for _, _, err in ends)
-  assert naming > len(ends) // 2, [err[-300:] for _, _, err in ends]
-
-
-def lost_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """SIGKILL of one of eight processes. The others must name it. The run is resumed by another number of processes,
-  which must read the same rows, and go on from the same figures.
-  """
-  kind = c.kinds['eight']
-  workdir = c.workdir(kind, place)
-  running, victim = c.launch(kind, workdir), rng.choice([0, rng.randrange(1, 8)])
-  wait(running, lambda: last_step(workdir) >= rng.randint(1, 8))
-  running[victim].kill()
-  running[victim].communicate()
-  ends_of_others(c, running, victim)
-  processes = rng.choice([1, 2, 4])
-  c.finish_well(*c.launch(kind, workdir, processes=processes))
-  c.check_close(kind, workdir)
-  c.check_clean(workdir.parent)
-  return f'process {victim if victim == 0 else "1 to 7"}, then {processes} processes'
-
-
-def slow_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """One of eight processes stands still: for less than the deadline, which changes nothing, or for longer."""
-  kind = c.kinds['eight']
-  workdir = c.workdir(kind, place)
-  running, victim, longer = c.launch(kind, workdir), rng.randrange(8), rng.random() < 0.5
-  wait(running, lambda: last_step(workdir) >= rng.randint(1, 6))
-  running[victim].send_signal(signal.SIGSTOP)
-  if longer:
-    ends_of_others(c, running, victim)
-    running[victim].kill()
-    running[victim].communicate()
-    c.resume(kind, workdir)
-    return 'longer than the deadline'
-  time.sleep(rng.uniform(5, 20))
-  running[victim].send_signal(signal.SIGCONT)
-  c.finish_well(*running)
-  c.check_same(kind, workdir)
-  return 'half of the deadline'
-
-
-def slow_network_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """All that process 0 and the others say to coordinate themselves arrives 0.2 s later. Collectives aren't delayed."""
-  kind = c.kinds['eight']
-  workdir = c.workdir(kind, place)
-  c.finish_well(*c.launch(kind, workdir, delay_s=0.2))
-  c.check_same(kind, workdir)
-  return '0.2 s in each direction'
-
-
 def killed_sweep(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
   """Kills the launcher of a sweep with SIGKILL, up to KILLS times. Half of these times, also kills all commands that it
   has started.
@@ -334,7 +277,7 @@ def interrupted(*names: str):
       code, out, err = c.finish(process)
       if code == 0:
         break
-      said = [line for line in err.splitlines() if line and not line.startswith('loading ')]
+      said = [line for line in err.splitlines() if line and not re.match(PROGRESS, line)]
       ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
       notice = [line for line in said if line.startswith('stopping')]
       assert code == 130 and len(ends) == 1 and len(notice) <= 1, f'exit {code} after {at:.2f} s: {err[-600:]}'
@@ -597,9 +540,6 @@ CLASSES = {
                    'eval', 100),
   'sweep SIGKILL': (killed_sweep, 'sweep', 100),
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),
-  'eight processes, one lost': (lost_of_eight, 'eight', 25),
-  'eight processes, one slow': (slow_of_eight, 'eight', 25),
-  'eight processes, slow network': (slow_network_of_eight, 'eight', 10),
   'SIGTERM': (terminated, 'train', 50),
   **{f'Ctrl-C in {name}': (interrupted(name), name, 100) for name in ('data', 'train', 'rl', 'eval', 'probe', 'sweep')},
   'Ctrl-C in commands that only read': (interrupted(*READERS), ' '.join(READERS), 200),

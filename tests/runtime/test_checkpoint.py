@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 
 from betarank import model
 from betarank.runtime import checkpoint
@@ -58,6 +59,20 @@ def test_restored_on_any_mesh_it_is_the_same(saved, shape):
   assert meta['cursor'] == {'row': 5} and meta['step'] == 3
   q = state.params['layers']['attention']['q_DNH']
   assert q.sharding.mesh.shape == mesh.shape
+
+
+def test_saving_leaves_the_stop_of_a_job_to_others(saved, tmp_path, monkeypatch):
+  """The number in a call of this function decides at which step a job of several processes stops after SIGTERM."""
+  workdir, _ = saved
+  checkpoints = Checkpoints(workdir, KEEP)
+  state, _ = checkpoints.restore(abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+  checkpoints.close()
+  calls = []
+  monkeypatch.setattr(multihost_utils, 'reached_preemption_sync_point', lambda step: bool(calls.append(step)))
+  checkpoints = Checkpoints(tmp_path, KEEP)
+  checkpoints.save(state, {'config': {}}, 1)
+  checkpoints.close()
+  assert calls == []
 
 
 def test_a_wall_clock_that_jumps_ends_no_save(saved, tmp_path, monkeypatch):

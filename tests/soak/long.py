@@ -71,7 +71,10 @@ def checkpoints(root: pathlib.Path, count: int) -> None:
   """Measures the commands that list checkpoints, in a workdir that has `count` of them."""
   path = root / 'kept'
   for step in range(1, count + 1):
-    sweep.checkpoint(path, step, {'seed': 0}, '', {'step': step})
+    folder = path / 'checkpoints' / str(step)
+    sweep.write(folder / 'state' / 'x', '')
+    sweep.write(folder / 'meta' / 'metadata', json.dumps({
+      'step': step, 'shapes': {}, 'config': {'seed': 0}, 'parent': '', 'cursor': {'step': step}}))
   measure('checkpoint inspect', '-m', 'betarank', 'checkpoint', 'inspect', path)
   measure('checkpoint verify (status 1: no manifest)', '-c',
           'import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]], stdout=-3) != 1)', '-m',
@@ -83,7 +86,7 @@ def checkpoints(root: pathlib.Path, count: int) -> None:
 
 def sweeps(root: pathlib.Path, count: int) -> None:
   """Measures a sweep of `count` points: its dry run, a launch that finds all points finished, and its table."""
-  config, folder = f'tests/tiny_sweep.py:dir={root / "data"},arms={count // 20},seeds=10,probes=False', root / 'sweep'
+  config, folder = f'tests/tiny_sweep.py:dir={root / "data"},arms=10,seeds={count // 20},probes=False', root / 'sweep'
   flags = ('-m', 'betarank', 'sweep', f'--config={config}', f'--root={folder}')
   measure('sweep --dry_run', *flags, '--dry_run')
   expanded = points.expand(config, str(folder))

@@ -65,25 +65,27 @@ function visible(text) {
 const printable = (text) => text.replace(/[\x00-\x08\x0b-\x1f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)));
 
 // Measures. `of(f, i)` is the value of token i, and `value` its text; `heat` maps it to [0, 1], dark where the model is
-// unsure or wrong; `lead(f, g, i)` says in nats how much surer the model of g is than that of f, and `surer` in words.
+// unsure or wrong; `lead(f, g, i)` says in nats how much surer the model of g is than that of f, and `surer` and `more`
+// say it in words.
 
 const MEASURES = {
   entropy: {
     name: 'entropy', unit: 'nats', of: (f, i) => f.entropy[i], heat: (x) => clamp(x / 4) ** 0.6,
     ticks: ['0', '0.2', '0.8', '2', '4 nats'], lead: (f, g, i) => f.entropy[i] - g.entropy[i],
-    surer: 'is sharper', value: (f, i) => f.entropy[i].toFixed(2), chart: 'entropy before each token (nats)', height: (f, i) => f.entropy[i],
+    surer: 'is sharper', more: 'sharper', value: (f, i) => f.entropy[i].toFixed(2),
+    chart: 'entropy before each token (nats)', height: (f, i) => f.entropy[i],
   },
   probability: {
     name: 'probability', unit: '', of: (f, i) => Math.exp(f.logp[i]), heat: (p) => clamp(-Math.log10(p) / 3) ** 0.7,
     ticks: ['100 %', '50 %', '10 %', '1 %', '0.1 %'], lead: (f, g, i) => g.logp[i] - f.logp[i],
-    surer: 'gives the text more probability', value: (f, i) => probability(Math.exp(f.logp[i])), chart: 'surprise at each token, −log p (nats)',
-    height: (f, i) => -f.logp[i],
+    surer: 'gives the text more probability', more: 'surer', value: (f, i) => probability(Math.exp(f.logp[i])),
+    chart: 'surprise at each token, −log p (nats)', height: (f, i) => -f.logp[i],
   },
   rank: {
     name: 'rank', unit: '', of: (f, i) => f.rank[i] + 1, heat: (r) => clamp(Math.log(r) / Math.log(200)) ** 0.8,
     ticks: ['1', '4', '20', '60', '200'], lead: (f, g, i) => Math.log((1 + f.rank[i]) / (1 + g.rank[i])),
-    surer: 'ranks the text higher', value: (f, i) => String(f.rank[i] + 1), chart: 'rank of each token (log scale)',
-    height: (f, i) => Math.log2(1 + f.rank[i]),
+    surer: 'ranks the text higher', more: 'surer', value: (f, i) => String(f.rank[i] + 1),
+    chart: 'rank of each token (log scale)', height: (f, i) => Math.log2(1 + f.rank[i]),
   },
 };
 const tint = (lead) => clamp(Math.abs(lead)) ** 0.55 * 0.85;
@@ -196,14 +198,14 @@ function drawVerdict() {
   for (let m = 1; m < rows.length; m++) words.append(comparison(rows, m, N));
   if (rows.length > 1) {
     const found = [largest(1), largest(0)].filter(Boolean);
-    words.append(...(found.length ? found : [make('p', {}, 'No token differs by more than 0.05 nats. Another text may show'
-      + ' more.')]));
+    const none = 'No token differs by more than 0.05 nats. Another text may show more.';
+    words.append(...(found.length ? found : [make('p', {}, none)]));
   }
   words.append(make('p', {class: 'soft'}, compare === 'difference'
     ? 'A token has the colour of the model that ' + MEASURES[measure].surer + '; the deepest is 1 nat.'
-    : `The darker a token, the more ${measure === 'entropy' ? 'unsure' : 'surprised'} the model.`
-      + (rows.length > 1 ? ` Underlined tokens are those where the panel’s model ${MEASURES[measure].surer} than the other, `
-        + 'by more than 0.01 nats.' : '') + ' Choose a token to see what each model expected there.'));
+    : `The stronger the colour, the more ${measure === 'entropy' ? 'unsure' : 'surprised'} is the model.`
+      + (rows.length > 1 ? ` Underlined tokens are those where the panel’s model ${MEASURES[measure].surer} than the `
+        + 'other, by more than 0.01 nats.' : '') + ' Choose a token to see what each model expected there.'));
   if (rows.length > 1 && compare === 'each') {
     words.append(make('button', {type: 'button', id: 'where', onclick: () => $('compare').querySelector(
       'input[value=difference]').click()}, 'Show where'));
@@ -259,8 +261,9 @@ function drawScale() {
     }
     ramp.append(cell);
   }
+  const {more} = MEASURES[measure];
   const ends = about.models.length > 2 ? 'the other' : label(1);
-  const ticks = difference ? [`${label(0)} surer`, 'equal', `${ends} surer`] : MEASURES[measure].ticks;
+  const ticks = difference ? [`${label(0)} ${more}`, 'equal', `${ends} ${more}`] : MEASURES[measure].ticks;
   $('scale').replaceChildren(ramp, make('div', {class: 'ticks'}, ...ticks.map((text) => make('span', {}, text))));
 }
 
@@ -296,7 +299,8 @@ function drawBars(svg, N) {
   });
   for (const m of [0, 1]) svg.append(shape('path', {d: bars[m], class: 'solid', style: `fill:${colour(m)}`}));
   svg.append(shape('line', {class: 'zero', x1: 0, x2: N, y1: H / 2, y2: H / 2}));
-  return `how much surer at each token, up to ${most.toFixed(2)} nats; up: ${label(1)}, down: ${label(0)}`;
+  return `how much ${MEASURES[measure].more} at each token, up to ${most.toFixed(2)} nats; `
+    + `up: ${label(1)}, down: ${label(0)}`;
 }
 
 function drawLines(svg, N) {
