@@ -52,7 +52,7 @@ def main() -> None:
   except Interrupted:
     leave(130)
   except SystemExit as end:
-    status = end.code or 0
+    status = end.code if isinstance(end.code, int) else int(end.code is not None)  # a text is printed, and means 1
     raise
   finally:  # Python's own end may take seconds; a KeyboardInterrupt in it would be a traceback
     signal.signal(signal.SIGINT, lambda *_: leave(status))
