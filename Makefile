@@ -42,8 +42,8 @@ ifeq ($(SOURCE),reasoning)
 	$(BETARANK) report $(SMOKE)
 	@echo
 	@echo 'In $(SMOKE) are now: data; two pre-trained models, beta=0 and'
-	@echo 'beta=-0.25; the same two after RL, in rl; curves.png, rl.png and report/report.html,'
-	@echo 'which is the file to open first. Worth trying next:'
+	@echo 'beta=-0.25; the same two after RL, in rl; curves.png, rl.png and'
+	@echo 'report/report.html, which is the file to open first. Worth trying next:'
 	@echo '  . .venv/bin/activate'
 	@echo '  betarank explore $(SMOKE)/beta=0 $(SMOKE)/beta=-0.25'
 	@printf '%s\n' '  betarank generate --checkpoint=$(SMOKE)/rl/beta=0 \' \
