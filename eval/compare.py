@@ -38,7 +38,7 @@ LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room tha
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a run logged.
+  """The settings of a run, and the figures that it logged.
 
   Attributes:
     path: the workdir of the run.

@@ -170,23 +170,23 @@ class Report:
                         f'detectable_with_{claims.PLANNED_SEEDS}_seeds'), rows)
 
   def settings(self) -> Html:
-    rows = []
+    rows, shown = [], []
     for stage in self.sweep.stages:
       for arm in self.arms:
         runs = self.sweep.of(stage, arm)
         if runs:
           seeds = ', '.join('?' if run.seed is None else str(run.seed) for run in runs)
-          rows.append((arm, stage, seeds, _several(runs, lambda run: run.last_step),
-                       _several(runs, lambda run: run.tokens), _several(runs, lambda run: run.flops),
-                       self._agreement(stage, arm)))
+          agrees, said = self._agreement(stage, arm)
+          row = (arm, stage, seeds, _several(runs, lambda run: run.last_step), _several(runs, lambda run: run.tokens),
+                 _several(runs, lambda run: run.flops))
+          rows.append((*row, said))
+          shown.append((*row, said if agrees else tag('span', said, class_='beyond why')))
     self._csv('settings', ('arm', 'stage', 'seeds', 'steps', 'tokens', 'flops', 'compared with the baseline'), rows)
     return join([
       table(('Arm', 'Stage', 'Seed numbers', 'Steps', 'Tokens', 'FLOPs',
              'Agrees with the baseline in all but the objective?'),
-            [(*row[:-1], tag('span', row[-1], class_='beyond why') if row[-1].startswith('no, ') else row[-1])
-             for row in rows],
-            'An arm is a pre-training objective; RL runs belong to the arm of the run they started from. FLOPs are '
-            'those of training, forward and backward; those of RL are mostly sampling and not counted.',
+            shown, 'An arm is a pre-training objective; RL runs belong to the arm of the run they started from. FLOPs '
+            'are those of training, forward and backward; those of RL are mostly sampling and not counted.',
             class_='words'),
       *(details(f'All settings of the first arm, {stage}', tag('pre', _settings_text(runs[0])))
         for stage in self.sweep.stages if (runs := self.sweep.of(stage, self.arms[0]) or self.sweep.of(stage)))])
@@ -330,19 +330,19 @@ class Report:
 
   # Parts of sections
 
-  def _agreement(self, stage: str, arm: str) -> str:
-    """Returns whether an arm's runs agree with those of its baseline.
+  def _agreement(self, stage: str, arm: str) -> tuple[bool, str]:
+    """Returns whether an arm's runs agree with those of its baseline, and a text that says so.
 
     The text is 'it is the baseline', 'yes', or 'no' with the first disagreements.
     """
     if arm == self.sweep.baselines[arm]:
-      return 'it is the baseline'
+      return True, 'it is the baseline'
     agreeing, reasons = comparisons.pairs(self.sweep, stage, arm)
     reasons = reasons + [reason for run, other in agreeing
                          for reason in of_steps(run, run.last_step, other, other.last_step)]
     shown_reasons = '; '.join(reasons[:4]) + (' ...' if len(reasons) > 4 else '')
     against = f'with {self.sweep.baselines[arm]}'
-    return f'no, {against}: {shown_reasons}' if reasons else f'yes, {against}'
+    return not reasons, f'no, {against}: {shown_reasons}' if reasons else f'yes, {against}'
 
   def _figure(self, caption: str, panels: Sequence[Panel], runs: Sequence[Run], *, probe: bool = False,
               benchmark: str = '') -> Html:
