@@ -24,7 +24,7 @@ from betarank.configs.errors import ConfigError, suggestion
 # Tokens: those of pre-training and mid-training together, 20 per parameter. A sixth is mid-training, as in the paper.
 SIZES = {
   'toy': dict(tokens=240_000, lr=2e-3, model=dict(layers=2, d_model=96, d_ff=288, heads=3, kv_heads=1, head_dim=32)),
-  '10m': dict(tokens=204_000_000, lr=2e-3, model=dict(layers=10, d_model=256, d_ff=768, heads=4, kv_heads=2)),
+  '10m': dict(tokens=204_000_000, lr=4e-3, model=dict(layers=10, d_model=256, d_ff=768, heads=4, kv_heads=2)),
   '20m': dict(tokens=420_000_000, lr=2e-3, model=dict(layers=10, d_model=384, d_ff=1152, heads=6, kv_heads=3)),
   '64m': dict(tokens=1_290_000_000, lr=1e-3, model=dict(layers=12, d_model=640, d_ff=1920, heads=10, kv_heads=5)),
 }
@@ -67,7 +67,8 @@ def _training(a) -> ConfigDict:
   """Returns the config of pre-training or of mid-training. They differ in mixture, tokens and learning rate."""
   c, mid, size = common.base(), a.stage == 'midtrain', SIZES[a.size]
   c.seed = a.seed
-  c.model.update(vocab_size=1024 if a.toy else 8192, **size['model'])
+  # Unrolled layers are 1.8 times as fast as a scan for 10M parameters on an H100.
+  c.model.update(vocab_size=1024 if a.toy else 8192, scan_layers=a.toy, **size['model'])
   c.objective.update(top_k=100, **paper.OBJECTIVES[a.objective])
   c.data.update(dir='runs/study/data' + ('/toy' if a.toy else ''), sequence_length=256 if a.toy else 512,
                 held_out_fraction=HELD_OUT, validation_fraction=0.02 if a.toy else 0.005)
