@@ -76,8 +76,8 @@ MODEL = dict(
                  'least memory: none (everything is saved) | matmuls | qkv | attention | full (only the input of each '
                  'block)'),
   offload_activations=S(False, EXECUTION, 'keep the saved activations in host memory'),
-  scan_layers=S(True, EXECUTION, 'scan over layers; false unrolls them: slower to compile, 5 % faster on a GPU, easy '
-                'to step through'),
+  scan_layers=S(True, EXECUTION, 'scan over layers; false unrolls them: slower to compile, easy to step through, and '
+                'on a GPU faster: 1.05 times for 1B parameters, 1.8 times for 10M'),
   moe=dict(
     experts=S(0, IDENTITY, 'experts per layer, in place of the dense feed-forward; 0: a dense model'),
     experts_per_token=S(0, IDENTITY, 'experts that each token is sent to'),

@@ -1,16 +1,16 @@
 """Study: does a sharper objective give RL a better start? Five objectives with many seeds, text and reasoning, then RL.
 
     python -m betarank.data.installed --out=runs/study/corpus.jsonl                 # the text: what is installed here
-    betarank sweep --config=configs/study.py:seeds=8 --root=runs/study              # everything, on one GPU
-    betarank sweep --config=configs/study.py:seeds=8 --root=runs/study --only='seed=3,*'      # one seed of it
+    betarank sweep --config=configs/study.py --root=runs/study                      # everything, on one GPU
+    betarank sweep --config=configs/study.py --root=runs/study --only='seed=3,*'              # one seed of it
     betarank report runs/study
 
 Every arm and seed is pre-trained on text and problems, mid-trained on mostly problems while the learning rate falls,
 and then trained with RL; samples and probes measure it before and after RL. docs/study.md has the design, written
 before the runs, and the schedule.
 
-Arguments: size=20m (also 10m, 64m, and toy for CPUs), seeds=N, first_seed=N, lr=X (the rate of pre-training),
-level=1|2|3 (how hard RL's problems are), rl_steps=N, text=URI (another corpus), mid=same|ce (the objective of
+Arguments: size=10m (also 20m, 64m, and toy for CPUs), seeds=10, first_seed=N, lr=X (the rate of pre-training),
+level=3 (also 1 and 2: how hard RL's problems are), rl_steps=N, text=URI (another corpus), mid=same|ce (the objective of
 mid-training), arms=paper|beta|family.
 """
 
@@ -47,8 +47,8 @@ ARMS = {  # those of the study, and two sets that look beyond the paper
 
 
 def parse(arg: str | None) -> SimpleNamespace:
-  a = common.parse(arg, size='20m', stage='pretrain', objective='ce', seed=0, seeds=1, first_seed=0, lr=0.0,
-                   level=2, rl_steps=0, mid='same', arms='paper', text='jsonl:runs/study/corpus.jsonl')
+  a = common.parse(arg, size='10m', stage='pretrain', objective='ce', seed=0, seeds=10, first_seed=0, lr=0.0,
+                   level=3, rl_steps=0, mid='same', arms='paper', text='jsonl:runs/study/corpus.jsonl')
   known = dict(size=SIZES, stage=paper.STAGES, objective=paper.OBJECTIVES, level=LEVELS, mid=('same', 'ce'), arms=ARMS)
   for name, values in known.items():
     if (value := getattr(a, name)) not in values:

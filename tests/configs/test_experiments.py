@@ -43,7 +43,7 @@ def test_the_paper_s_recipe_is_the_default():
 
 @pytest.mark.parametrize('size', ['10m', '20m', '64m'])
 def test_the_study_has_its_budget_and_asks_what_no_document_holds(size):
-  points = {point.name: point for point in expand(f'configs/study.py:size={size}', 'root')}
+  points = {point.name: point for point in expand(f'configs/study.py:size={size},seeds=1', 'root')}
   trained = [point.config for name, point in points.items() if name.startswith('seed=0,beta=0.5/') and point.steps]
   pretrain, midtrain, rl = trained
   assert len([point for point in points.values() if point.stage == 'rl']) == 5
