@@ -115,6 +115,7 @@ tbody th, thead th:first-child { text-align: left; position: sticky; left: 0; ba
 thead th:first-child { background: var(--wash); }
 table.words thead th { text-align: left; }
 table.words td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+@media (min-width: 641px) { table.claims tbody th { min-width: 22rem; max-width: 30rem; } }
 td .range, th .range, td .delta { display: block; color: var(--soft); font-size: 0.8rem; font-weight: 400; }
 td .delta { color: var(--ink); margin-top: 0.3rem; }
 td .within { color: var(--soft); }

@@ -105,10 +105,10 @@ class Report:
           estimates = [c.difference if c else None for c in both]
           remark = '' if any(estimates) else 'not compared'
           if any(both):
-            rows.append(ForestRow(arm, subject if len(subjects) > 1 else '', *estimates, remark))
+            rows.append(ForestRow(arm, words.short(subject) if len(subjects) > 1 else '', *estimates, remark))
       if any(row.before or row.after for row in rows):
         what = metric(name)
-        on = f' on {subjects[0]}' if len(subjects) == 1 else ''
+        on = f' on {words.short(subjects[0])}' if len(subjects) == 1 else ''
         baselines = list(dict.fromkeys(self.sweep.baselines[row.arm] for row in rows))
         against = baselines[0] if len(baselines) == 1 else 'the baseline'
         forests.append(Forest(self._file_name(f'forest_{name}'), name, f'{what.title[:1].upper()}{what.title[1:]}{on}',
@@ -149,7 +149,7 @@ class Report:
               lines)
     titles = ('Claim or test', 'Effect', '95 % interval', 'p, Holm', f'Detectable with {claims.PLANNED_SEEDS} seeds',
               'Verdict')
-    return table(titles, rows, words.CLAIMS_NOTE, class_='words') if rows else Html('')
+    return table(titles, rows, words.CLAIMS_NOTE, class_='words claims') if rows else Html('')
 
   def every_figure(self) -> None:
     """Writes every run's figures to seeds.csv, and the noise of every figure and difference to noise.csv."""

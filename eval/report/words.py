@@ -6,6 +6,7 @@ seed gives no verdict.
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from betarank.eval.report.agreement import of_steps
@@ -118,19 +119,29 @@ def _before_rl(found: Sequence[Comparison]) -> str:
   compared = [c for c in found if c.difference is not None]
   if not compared:
     return 'Before RL, no figure of two arms can be compared yet.'
-  here = [c for c in compared if c.subject == compared[0].subject and c.metric in BEFORE_METRICS]
-  against, judged = _and_unique(c.baseline for c in here), _judged(here)
+  compared = [c for c in compared if c.metric in BEFORE_METRICS]
+  against, judged = _and_unique(c.baseline for c in compared), _judged(compared)
+  subjects: dict[str, list[str]] = {}  # what is said, and of which subjects
+  for subject in dict.fromkeys(c.subject for c in compared):
+    said = _changes([c for c in compared if c.subject == subject], judged)
+    subjects.setdefault(said, []).append(short(subject))
+  said = '; '.join(f'on {_and(names)}, {what}' for what, names in subjects.items())
+  said = f'Before RL, relative to {against}: {said}'
+  return f'{said}.' if judged else f'{said}; this is one seed per arm, and what another would give is not known.'
+
+
+def _changes(found: Sequence[Comparison], judged: bool) -> str:
+  """Returns a clause that says how the figures of one subject differ, beyond noise if that is known."""
   clauses = []
   for name in BEFORE_METRICS:
-    of_metric = [c for c in here if c.metric == name]
+    of_metric = [c for c in found if c.metric == name]
     differing = [c for c in of_metric if not judged or c.verdict == 'beyond']
     for word, sign in (('lower', -1), ('higher', 1)):
       if some := [c for c in differing if c.difference.mean * sign > 0]:
         clauses.append(f'{metric(name).title} is {word} for {_and([_with_change(c) for c in some])}')
     if of_metric and not differing:
       clauses.append(f'{metric(name).title} differs for no arm beyond noise')
-  said = f'Before RL, on {compared[0].subject} and relative to {against}, {_and(clauses) or "nothing differs"}'
-  return f'{said}.' if judged else f'{said}; this is one seed per arm, and what another would give is not known.'
+  return _and(clauses) or 'nothing differs'
 
 
 def _after_rl(found: Sequence[Comparison]) -> str:
@@ -141,9 +152,10 @@ def _after_rl(found: Sequence[Comparison]) -> str:
   against = _and_unique(c.baseline for c in compared)
   if not _judged(compared):
     first = [c for c in compared if (c.metric, c.subject) == (compared[0].metric, compared[0].subject)]
+    figures = _and([f'{_of(c)} for {c.arm}' for c in first])
     return ('After RL, with one seed per arm, no arm can be called better: on '
-            f'{first[0].subject}, relative to {against}, there are {_and([f"{_of(c)} for {c.arm}" for c in first])}, '
-            'and these intervals hold the noise of problems only, not that of seeds.')
+            f'{short(first[0].subject)}, relative to {against}, there are {figures}, and these '
+            'intervals hold the noise of problems only, not that of seeds.')
   names = _and_unique(metric(c.metric).title for c in compared)
   groups: dict[tuple[str, str, bool], list[Comparison]] = {}
   for c in sorted(compared, key=lambda c: (c.p_holm, -abs(c.difference.mean))):
@@ -155,11 +167,19 @@ def _after_rl(found: Sequence[Comparison]) -> str:
   said = []
   for (arm, subject, better), some in list(groups.items())[:NAMED]:
     figures = _and([_of(c) for c in some])
-    said.append(f'{arm} is {"better" if better else "worse"} than {some[0].baseline} on {subject} ({figures})')
+    said.append(f'{arm} is {"better" if better else "worse"} than {some[0].baseline} on {short(subject)} ({figures})')
   more = len(groups) - NAMED
   rest = f'{more} more difference{"s are" if more > 1 else " is"} in the tables' if more > 0 else (
     'no other difference is beyond noise')
   return f'After RL, {_and(said)}; {rest}.'
+
+
+def short(subject: str) -> str:
+  """Returns the name of a data source or benchmark without the options of a URI, for sentences and titles.
+
+  'reasoning:gcd?max_value=9+products?max_digits=1' becomes 'reasoning:gcd+products'.
+  """
+  return re.sub(r'\?[^+]*', '', subject)
 
 
 def _with_change(c: Comparison) -> str:

@@ -2,6 +2,7 @@
 objective.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,10 +54,21 @@ def test_three_sentences_say_what_was_put_in(whole):
   what, before, after = sentences(whole)
   assert what == ('CE, β = -0.25 and β = 0.5 saw the same data for the same steps, with 3 seeds each, and differ only '
                   'in the objective.')
-  assert before.startswith('Before RL, on main and relative to CE, entropy is lower for β = -0.25 (−0.')
+  assert before.startswith('Before RL, relative to CE: on main, entropy is lower for β = -0.25 (−0.')
   assert before.endswith(' and cross-entropy differs for no arm beyond noise.')
   assert after.startswith('After RL, β = -0.25 is better than CE on amc23 (+2')
   assert after.endswith('; no other difference is beyond noise.') and 'β = 0.5' not in after
+
+
+def test_every_source_is_named_in_the_findings_and_its_options_are_left_out(whole):
+  """Only the first source was named, the one without a difference, and a benchmark's name took three lines."""
+  found = arms.read_sweep(whole)
+  main = comparisons.distributions(found, ['entropy_nats', 'ce_nats'])
+  on = lambda subject, p_holm: [dataclasses.replace(c, subject=subject, p_holm=p_holm) for c in main]
+  first = on('reasoning:gcd?max_value=9&seed=1+products?max_digits=1', 1.0)
+  said = words.first_screen(found, [*first, *on('text', 0.0), *on('code', 1.0)], [])[1]
+  assert 'on reasoning:gcd+products and code, entropy differs for no arm beyond noise' in said
+  assert 'on text, entropy is lower for β = -0.25' in said and 'max_value' not in said
 
 
 def test_one_seed_gives_no_verdict_and_no_rank(tmp_path):
