@@ -218,7 +218,7 @@ def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
     axis.set_ylim(len(forest.rows) - 0.5, -0.5)
     axis.set_yticks([])
     axis.spines['left'].set_visible(False)
-    axis.set_title('\n'.join(title), fontsize=None if len(title) == 1 else 10)
+    axis.set_title('\n'.join(title), fontsize=10 if len(forest.title) > _LARGE_TITLE else None)
     axis.set_xlabel(forest.x_label)
     shown = [factor * x for row in forest.rows for e in (row.before, row.after) if e is not None
              for x in (e.low, e.mean, e.high)]
@@ -232,7 +232,8 @@ def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
 
 
 _LARGE = {'font.size': 12, 'axes.titlesize': 12.5}  # larger, because up to four forest plots are side by side
-_TITLE_COLUMNS = 44  # of a line of a forest plot's title
+# Letters that fit in a line of a forest plot's title, in its small font and in its large one.
+_TITLE_COLUMNS, _LARGE_TITLE = 44, 34
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
