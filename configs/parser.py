@@ -121,8 +121,8 @@ def unopened_place(text: str) -> str:
 
 
 def install_hint(path: str) -> str:
-  """Returns the command that installs the package for paths like `path`. If no package is known, returns a text that
-  says so.
+  """Returns the command that installs the package that reads URIs such as `path` (gs://, s3://, ...). If no package is
+  known, returns a text that says so.
   """
   packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
               'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}

@@ -111,9 +111,8 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 def tokenizer(config: DataConfig) -> None:
   """Prints, for each source, how many bytes of text a token stands for, on average.
 
-  Then prints how many tokens of the vocabulary don't occur in this text. The text is one that the tokenizer was not
-  trained on. If a source has too little text for that, a part of the tokenizer's training sample is used, and the
-  source's line says so.
+  The text is one that the tokenizer wasn't trained on. If a source has no other, a part of the tokenizer's training
+  sample is used, and the source's line says so. Then prints how many tokens of the vocabulary occur in none of it.
   """
   tokenizer, every = read(config), np.int64(0)
   share = sample_bytes(config) / len(config.sources)

@@ -110,7 +110,7 @@ def newest_step(run: Run) -> int | None:
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-  """Returns the scores in percent as a table, with one column per name and the averages at the end.
+  """Returns the scores in percent as a table: a line per benchmark, then a line per average, and a column per name.
 
   rows: pairs (name, {benchmark: score}). Each pair becomes a column of the table.
   """

@@ -282,8 +282,7 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns one line for each local file that a point needs. A point that runs on another machine can't read these
-  files.
+  """Returns a message for each local file that points need, because points on other machines can't read it.
   """
   readers: dict[str, list[str]] = {}
   for point in points:

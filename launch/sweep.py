@@ -214,7 +214,7 @@ class Sweep:
     return True
 
   def _end(self, point: Point) -> bool:
-    """Updates the state of a point whose command has ended. Returns whether the state was updated.
+    """Updates the state of a point if its command has ended. Returns whether the state was updated.
 
     If the result of the command can't be read, the state isn't updated yet, and a later call tries again.
     """

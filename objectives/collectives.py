@@ -61,7 +61,7 @@ class Layout:
 def check_layout(layout, hidden, head):
   """Raises ValueError if a layout doesn't fit the current mesh, or the shapes of hidden [..., D] and head [D, V].
 
-  For example, the mesh has no axis of this name, or the size of an axis doesn't divide the dimension that it splits.
+  For example, it names an axis that the mesh doesn't have, or one whose size doesn't divide the dimension it splits.
   The message names the field of the layout.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)

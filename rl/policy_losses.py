@@ -338,7 +338,8 @@ def policy_loss(
       `stop_gradient(logp_BT)`.
     advantages_BT: float, of shape [B, T] or [B, 1].
     mask_BT: [B, T] bool.
-    segments_BT: [B, T] int32, the number of each token's sample in its row. None: a row is one sample.
+    segments_BT: [B, T] int32, the sample of its row that a token belongs to: 1, 2, ..., or 0 for padding. None: one
+      sample per row.
     sampler_logp_BT: [B, T] float, log-probabilities computed by the sampler. None means that no importance weight is
       applied, and that the difference between sampler and trainer isn't measured.
     ref_logp_BT: [B, T] float, log-probabilities of the KL reference. Required if c.kl_weight > 0.

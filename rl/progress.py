@@ -118,7 +118,11 @@ class Progress:
     return found, dataclasses.replace(self, prompts=number)
 
   def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
-    """Returns whether the difficulty filter allows prompt number `number`. repeat: as in `next_prompts`."""
+    """Returns whether the difficulty filter allows prompt number `number`.
+
+    It allows a prompt whose last group had different scores, or that wasn't drawn yet, and any other with probability
+    `repeat`, which a hash of the number decides.
+    """
     if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
       return True
     digest = hashlib.blake2b(f'difficulty/{tasks.seed}/{number}'.encode(), digest_size=6).digest()

@@ -61,7 +61,7 @@ class Process:
     name: the name of the process in messages.
     heartbeat: the last known heartbeat of the process.
     changed_s: the value of time.monotonic() when the heartbeat last changed. For the process that runs this code, it is
-      the value when the process reached its last step.
+      the value when the process reached its most recent step.
   """
 
   name: str

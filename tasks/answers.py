@@ -86,7 +86,7 @@ def _balanced(text: str, start: int, limit: int) -> tuple[str, int] | None:
 
 
 def _up_to_next_question(text: str, task: Question) -> str:
-  """Returns the part of `text` before the model begins a new question in the form of the prompt."""
+  """Returns the part of `text` before the first line that begins like the prompt's question, such as 'Question:'."""
   if not task.question:
     return text
   opening = task.prompt[: max(task.prompt.rfind(task.question), 0)].rsplit('\n', 1)[-1].strip()

@@ -243,10 +243,12 @@ def _better_after_rl(sweep: Sweep, arm: dict[str, str], stage: str, sampled: Seq
 def _order(what: str, earlier: Sequence[Comparison], later: Sequence[Comparison]) -> Test:
   """Returns the test whether the arms' order in `earlier` predicts their order in `later`, by Kendall's tau.
 
-  The effect is the mean tau over seeds. The p-value is that of all permutations of the arms, because arms, not seeds,
+  Arms are ordered by their differences to the baseline, which are measured on the same problems; its own is zero. The
+  effect is the mean tau over seeds. The p-value is that of all permutations of the arms, because arms, not seeds,
   are what the order is about; five arms give at least 2/120.
   """
-  a, b = ({c.arm: c.by_seed for c in reversed(found)} for found in (earlier, later))
+  a, b = ({c.arm: c.differences or dict.fromkeys(c.by_seed, 0.0) for c in reversed(found)
+           if c.differences or c.arm == c.baseline} for found in (earlier, later))
   arms = sorted(a.keys() & b.keys())
   seeds = sorted(set.intersection(*(set(found[arm]) for found in (a, b) for arm in arms)), key=str) if arms else []
   if len(arms) < 3 or not seeds:

@@ -35,7 +35,7 @@ class Series:
 def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
   """Returns (one line per arm, the number of steps that each point averages) for the metric `name`.
 
-  The limits of a line are the range over seeds.
+  A line is the mean over seeds. Its low and high values are the range over seeds.
   """
   x_X, size = _points(sweep, stage, name)
   binned = {arm: {run.seed: _binned(run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))

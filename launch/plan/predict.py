@@ -85,7 +85,7 @@ class Prediction:
 
 
 def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> Prediction:
-  """Returns the prediction for a program.
+  """Predicts the time and the traffic of one execution of a program on one chip.
 
   folder: the folder to which libtpu wrote the bundles of the program.
   """

@@ -401,7 +401,7 @@ class _Comparison(ValueRules):
     return self.decide(same, 'the same entries' if same else 'an entry differs')
 
   def _vectors(self, gold: Reading, answer: Reading):
-    """Compares a vector that is written as a matrix of one row or column with a vector such as (1, 2)."""
+    """Compares two vectors. Each may be written as a matrix of one row or column, or as a tuple such as (1, 2)."""
     sides = [side.items if isinstance(side, Many) and side.kind == 'pair' else _vector(side) for side in (gold, answer)]
     return self._in_order(*sides) if all(sides) else self.decide(False, 'one is a matrix, the other is not')
 

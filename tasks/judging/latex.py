@@ -20,7 +20,7 @@ class Unreadable(ValueError):
 
 
 class Unsupported(Unreadable):
-  """Raised for well-formed notation that only math-verify's parser may know, such as an integral."""
+  """Raised for well-formed notation that this package can't read, such as an integral. math-verify's parser may."""
 
 
 _CHARACTERS = str.maketrans({

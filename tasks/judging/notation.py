@@ -114,8 +114,8 @@ class _Reader:
   def _several(self, tokens: list[str]) -> Reading | None:
     """Reads several answers that are separated by 'or', 'and', semicolons or commas.
 
-    If a text has several kinds of separators, it is split only at the kind that is first in this order. The parts may
-    then be split further.
+    A text with several kinds of separators is split at the kind that comes first in this list. Each part is then read
+    in the same way, so it may be split at another kind.
     """
     for separators, kind in _SEPARATORS:
       places = [i for i in at_top(tokens) if tokens[i] in separators]

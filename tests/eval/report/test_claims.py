@@ -71,7 +71,9 @@ def test_noise_is_taken_apart_and_says_what_would_be_detected():
 
 def scores(stage, metric, values_SA, subject='main'):
   names = [f'arm{i}' for i in range(values_SA.shape[1])]
-  return [Comparison(stage, subject, metric, name, names[0], None, by_seed=dict(enumerate(values_SA[:, i].tolist())))
+  of = lambda values_S: dict(enumerate(values_S.tolist()))
+  return [Comparison(stage, subject, metric, name, names[0], None, by_seed=of(values_SA[:, i]),
+                     differences=of(values_SA[:, i] - values_SA[:, 0]) if i else {})
           for i, name in enumerate(names)]
 
 
@@ -89,6 +91,9 @@ def test_an_order_predicts_another_if_it_is_the_same_in_most_seeds():
     p_values.append(test.effect.p_value)
   assert np.mean(np.array(p_values) <= 0.05) <= 0.15
   assert claims._order('x', [], []).effect is None
+  before, after = (scores(stage, 'x', np.tile(true_A, (SEEDS, 1))) for stage in ('before', 'after'))
+  after[4].by_seed = dict.fromkeys(range(SEEDS), -9.0)  # of harder problems only, as in a piece that was cut off
+  assert claims._order('x', before, after).effect.mean == 1.0
 
 
 def test_a_claim_holds_if_all_its_tests_say_yes_after_correction():
