@@ -95,6 +95,8 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
   for peer in peers:
     ended, silent_s = peer.heartbeat.ended, now_s - peer.changed_s
     if ended and ended != FINISHED:
+      if any(ended.startswith(each.name) for each in (own, *peers)):  # it says why another process is the reason
+        return ended
       return f'{peer.name} ended: {ended}'
     if not ended and silent_s > deadline_s:
       return (f'{peer.name} sent no heartbeat for {silent_s:.0f} s (--host_deadline_s={deadline_s:g}), since step '
@@ -133,11 +135,13 @@ class Watchdog:
     self._closed = threading.Event()
 
   def __enter__(self):
-    threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
+    self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+    self._thread.start()
     return self
 
   def __exit__(self, *_):
     self._closed.set()
+    self._thread.join()  # a thread that is in JAX's C++ code when Python ends would end the process with a signal
 
   def note_step(self, step: int) -> None:
     """Records that this process has reached a step."""
@@ -181,7 +185,7 @@ class JobWatchdog(Watchdog):
     self._peers = {i: Process(name, Heartbeat(), time.monotonic()) for i, name in enumerate(names) if i != info.index}
     self._count, self._ended = 0, ''
     self._answers = 0  # the number of times that process 0, which holds the store, has answered
-    self._ending = threading.Lock()
+    self._ending, self._left = threading.Lock(), threading.Event()
 
   def __enter__(self):
     self._write_log(f'{self._own.name} starts; coordinator {self._info.coordinator}')
@@ -195,10 +199,11 @@ class JobWatchdog(Watchdog):
   def __exit__(self, kind, error, trace):
     if error is not None and not isinstance(error, Stopped):
       self._fail(error)
+    super().__exit__(kind, error, trace)  # before the last heartbeat, which must not be overwritten by an earlier one
     self._ended = FINISHED
     with contextlib.suppress(RuntimeError):  # fails if process 0 has already ended, because it holds the store
       self._publish()
-    super().__exit__(kind, error, trace)
+    self._left.set()
     faulthandler.cancel_dump_traceback_later()
     self._write_log('ends')
 
@@ -225,7 +230,7 @@ class JobWatchdog(Watchdog):
     Only time in which this process itself runs counts.
     """
     silent_s, answers = 0.0, 0
-    while not self._closed.wait(self.period_s):
+    while not self._left.wait(self.period_s):
       silent_s, answers = 0.0 if self._answers > answers else silent_s + self.period_s, self._answers
       if silent_s > self._deadline_s:
         if self._ending.acquire(blocking=False):

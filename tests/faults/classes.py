@@ -29,6 +29,7 @@ from tests.faults.campaign import (
   kill_all,
   processes,
 )
+from tests.runs import last_error
 
 DAMAGE = {
   'flipped': lambda data, rng: flip(data, rng.randrange(len(data)), rng.randrange(8)) if data else b'\1',
@@ -224,19 +225,15 @@ def killed_pair(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[st
 killed_pair.points = KILLS
 
 
-def ends_of_others(c: Campaign, running: list[subprocess.Popen], victim: int, *messages: str) -> None:
-  """Waits until all processes but `victim` end. Each must end with status 3 and a line that names the victim.
-
-  A process whose collective fails before it has read why may name the process that failed before it instead.
-
-  messages: what most lines must contain.
+def ends_of_others(c: Campaign, running: list[subprocess.Popen], victim: int, message: str) -> None:
+  """Waits until all processes but `victim` end. Each must end with status 3 and a line that names the victim and
+  contains `message`.
   """
   ends = [c.finish(process) for i, process in enumerate(running) if i != victim]
-  assert all(code == 3 and 'error: process ' in err for code, _, err in ends), [
-    (code, err[-300:]) for code, _, err in ends]
-  naming = sum(all(text in err for text in (f'error: process {victim} of {len(running)} (', *messages))
-               for _, _, err in ends)
-  assert naming > len(ends) // 2, [err[-300:] for _, _, err in ends]
+  assert {code for code, _, _ in ends} == {3}, [(code, err[-300:]) for code, _, err in ends]
+  lines = [last_error(err) for _, _, err in ends]
+  name = f'error: process {victim} of {len(running)} ('
+  assert all(line.startswith(name) and message in line for line in lines), lines
 
 
 def lost_of_eight(*victims: int):
@@ -252,7 +249,7 @@ def lost_of_eight(*victims: int):
     wait(running, lambda: last_step(workdir) >= step)
     running[victim].kill()
     running[victim].communicate()
-    ends_of_others(c, running, victim, *([] if victim else ['which coordinates the job, is gone']))
+    ends_of_others(c, running, victim, f'--host_deadline_s={EIGHT_DEADLINE_S}' if victim else 'is gone')
     processes = rng.choice([1, 2, 4])
     c.finish_well(*c.launch(kind, workdir, processes=processes))
     c.check_close(kind, workdir)

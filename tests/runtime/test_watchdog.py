@@ -48,6 +48,12 @@ def test_the_reason_of_a_failed_process_is_passed_on():
   assert judge(10.0, process(1, 0.0), process(0, 10.0), failed) == f'{NAMES[2]} ended: the disk is full'
 
 
+def test_a_reason_that_names_a_process_is_passed_on_as_it_is():
+  lost = f'{NAMES[0]} sent no heartbeat for 61 s'
+  for own in (1, 0):  # also by the process that it names, if that one runs again
+    assert judge(10.0, process(own, 0.0), process(1 - own, 10.0), process(2, 10.0, ended=lost)) == lost
+
+
 def test_a_finished_process_may_be_silent():
   assert judge(1000.0, process(1, 999.0, step=12), process(0, 0.0, ended=FINISHED), process(2, 999.0)) is None
 
@@ -93,6 +99,37 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_one_line():
   [(code, _, err)] = finish([python('-c', HANGS)], timeout=120)
   assert code == EXIT_JOB_LOST and err.splitlines()[-1].startswith('error: no step for ')
   assert 'since step 7' in err and 'line 7 in <module>' in err
+
+
+ENDS = '''
+import json, sys, threading, time
+from jax._src import distributed
+from betarank.runtime.rendezvous import ProcessInfo
+from betarank.runtime.watchdog import JobWatchdog
+
+class Store:
+  def key_value_set(self, key, value, allow_overwrite):
+    if threading.current_thread().name == 'watchdog':
+      sending.set()
+      time.sleep(1)  # a slow network
+    sent.append(json.loads(value))
+
+  def key_value_dir_get(self, key):
+    return []
+
+sending, sent = threading.Event(), []
+distributed.global_state.client = Store()
+with JobWatchdog(ProcessInfo('host:1', 1, 0, None), ['process 0 of 1 (here)'], 0.5, sys.stderr):
+  sending.wait()
+assert 'watchdog' not in [thread.name for thread in threading.enumerate()]
+assert [beat['ended'] for beat in sent] == ['', 'finished'], sent
+'''
+
+
+def test_at_the_end_the_last_heartbeat_is_waited_for():
+  """Python's end would end a thread in JAX's code with a crash. An earlier heartbeat must not overwrite the last."""
+  [(code, _, err)] = finish([python('-c', ENDS)], timeout=120)
+  assert code == 0, err
 
 
 JOB = '''
