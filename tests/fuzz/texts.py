@@ -215,7 +215,7 @@ def _report(folder, read):
     content = raw[path]
     if good:
       return path, content
-    if rng.random() < 0.6:
+    if rng.random() < 0.6 and path.suffix in ('.json', '.jsonl'):
       lines = content.decode().splitlines() if path.suffix == '.jsonl' else [content.decode()]
       at = rng.randrange(len(lines))
       changed = [line.encode() for line in lines]
