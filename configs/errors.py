@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+_LONGEST_NAME = 500  # no candidate is as long
 _LONGEST_SHOWN = 2000  # characters of a message
 # Errors of the file system that are about the place, not about the program.
 _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,
@@ -31,6 +32,8 @@ class Interrupted(SystemExit):
 def suggestion(name: str, candidates: Iterable[str]) -> str:
   """Returns '; did you mean X?' for the candidate X that is most similar to `name`, or '' if no candidate is similar.
   """
+  if len(name) > _LONGEST_NAME:  # comparing takes quadratic time
+    return ''
   candidates = sorted(set(candidates) - {name})
   leaf = lambda text: text.rpartition('.')[2]
   same_leaf = [c for c in candidates if '.' in c and leaf(c) == leaf(name)]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 from collections.abc import Iterator
 
 from etils import epath
@@ -31,13 +32,52 @@ def _parquet(path: str):
       raise DataError(f'{path}: not a readable Parquet file ({reason}); fetch it again') from None
 
 
-def _text_bytes(parquet, names: tuple[str, ...]) -> int:
-  """Returns the decompressed size of the columns `names` in bytes, according to the file's metadata."""
-  metadata = parquet.metadata
+class _NoData(io.RawIOBase):
+  """A large file from which nothing can be read. `asked` says whether someone tried."""
+
+  size, at, asked = 2**62, 0, False
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+    self.at = offset + (0, self.at, self.size)[whence]
+    return self.at
+
+  def tell(self) -> int:
+    return self.at
+
+  def read(self, size: int = -1) -> bytes:
+    self.asked = True
+    return b''
+
+
+def _text_bytes(metadata, names: tuple[str, ...]) -> int:
+  """Returns the decompressed size of the columns `names` in bytes, according to the metadata of a file.
+
+  Arrow checks the metadata of a column in a row group when it is first used, and throws an exception if it is damaged.
+  pyarrow's `column` doesn't catch this exception (version 26), so it would end the process. Reading the column does, so
+  this is tried first, from a file without data. If Arrow asks for data, it has accepted the metadata.
+  """
+  import pyarrow
+  import pyarrow.parquet
+
   outer = tuple(name.partition('.')[0] for name in names)
   columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.partition('.')[0] in outer]
-  size = sum(metadata.row_group(group).column(i).total_uncompressed_size
-             for group in range(metadata.num_row_groups) for i in columns)
+  no_data, size = _NoData(), 0
+  reader = pyarrow.parquet.ParquetFile(no_data, metadata=metadata).reader
+  for group in range(metadata.num_row_groups):
+    for i in columns:
+      no_data.asked = False
+      try:
+        reader.read_row_group(group, [i], use_threads=False)
+      except (pyarrow.ArrowException, OSError):
+        if not no_data.asked:
+          raise
+      size += metadata.row_group(group).column(i).total_uncompressed_size
   return max(1, size)  # a damaged file may say anything
 
 
@@ -66,8 +106,8 @@ class Parquet(FileReader):
             raise missing_field(file.path, name, [f'{outer}.{other}' for other in here] or present.names,
                                 f'parquet:{self.pattern}')
           outer, kind = f'{outer}.{part}', kind.field(part).type
-      groups = parquet.num_row_groups
-      return Segment(file.path, 0, groups, item_bytes=_text_bytes(parquet, self.fields.names) / max(groups, 1))
+      groups, size = parquet.num_row_groups, _text_bytes(parquet.metadata, self.fields.names)
+      return Segment(file.path, 0, groups, item_bytes=size / max(groups, 1))
 
   def read(self, segment: Segment) -> Iterator[Row]:
     with _parquet(segment.path) as parquet:

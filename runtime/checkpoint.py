@@ -396,7 +396,7 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     meta['shapes']
     meta['config'] = renamed.update(meta['config'])  # an earlier version may have written it
     return meta
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise CheckpointError(f'{path}: meta is missing or damaged ({str(error).splitlines()[0][:200]})') from error
 
 

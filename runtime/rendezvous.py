@@ -89,11 +89,10 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
   own = {'index': info.index, 'host': socket.gethostname(), 'pid': os.getpid(),
          'fingerprint': {'--processes': info.processes, **fingerprint}}
   host, _, port = info.coordinator.rpartition(':')
-  until = time.monotonic() + deadline_s
   if info.index == 0:
-    answer, connections = _coordinate(own, info.processes, int(port), until, refused)
+    answer, connections = _coordinate(own, info.processes, int(port), deadline_s, refused)
   else:
-    answer, connections = _register(own, host.strip('[]'), int(port), until)
+    answer, connections = _register(own, host.strip('[]'), int(port), deadline_s)
   if answer['error']:
     for connection in connections.values():
       connection.close()
@@ -101,7 +100,7 @@ def rendezvous(info: ProcessInfo, fingerprint: Mapping[str, Any], deadline_s: fl
   return answer['names'], connections
 
 
-def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, error: str
+def _coordinate(own: dict[str, Any], processes: int, port: int, deadline_s: float, error: str
                 ) -> tuple[dict[str, Any], dict[int, _Connection]]:
   """Collects the entries of all processes, and sends the answer to each process that connected. Runs in process 0.
 
@@ -109,11 +108,12 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
     own: the entry of process 0. An entry holds the index, host, pid and fingerprint of a process.
     processes: the number of processes.
     port: the port to listen on.
-    until: the deadline for connecting, on time.monotonic().
+    deadline_s: the seconds within which all processes must connect.
     error: the reason why process 0 can't start; '' if it can start.
 
   Returns (answer, connections by process index).
   """
+  until = time.monotonic() + deadline_s
   entries, connections = {0: own}, []
   name = lambda entry: f'process {entry["index"]} of {processes} ({entry["host"]}, pid {entry["pid"]})'
   family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -137,7 +137,7 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
       entries[index] = entry
     missing = [str(i) for i in range(processes) if i not in entries]
     if missing and not error:
-      error = (f'process {", ".join(missing)} of {processes} did not come; there are '
+      error = (f'process {", ".join(missing)} of {processes} did not come within {deadline_s:.0f} s; there are '
                + ', '.join(f'{i} on {entries[i]["host"]}' for i in sorted(entries)))
     for _, entry in sorted(entries.items()):
       for key in sorted(own['fingerprint'].keys() | entry['fingerprint'].keys()):
@@ -151,16 +151,17 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, until: float, er
   return answer, dict(connections)
 
 
-def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[dict[str, Any], dict[int, _Connection]]:
+def _register(own: dict[str, Any], host: str, port: int, deadline_s: float
+              ) -> tuple[dict[str, Any], dict[int, _Connection]]:
   """Sends this process's entry to process 0, and waits for the answer. Runs in every process except process 0.
 
   Returns (answer, {0: the connection}).
 
   own: the entry of this process, as in `_coordinate`.
   host, port: the address of process 0.
-  until: the deadline for connecting, on time.monotonic().
+  deadline_s: the seconds within which process 0 must answer.
   """
-  reason = 'it did not answer'
+  until, reason = time.monotonic() + deadline_s, 'it did not answer'
   while (left := until - time.monotonic()) > 0:
     try:
       connection = _Connection(socket.create_connection((host, port), timeout=min(left, 10)))
@@ -170,7 +171,8 @@ def _register(own: dict[str, Any], host: str, port: int, until: float) -> tuple[
     except (OSError, ValueError) as error:
       reason = str(error)
     time.sleep(0.2)
-  raise JobError(f'process 0 of {own["fingerprint"]["--processes"]} could not be reached at {host}:{port} ({reason})')
+  raise JobError(f'process 0 of {own["fingerprint"]["--processes"]} could not be reached at {host}:{port} within '
+                 f'{deadline_s:.0f} s ({reason})')
 
 
 class StartupWatchdog:
@@ -211,7 +213,8 @@ class StartupWatchdog:
       while (message := connection.receive(self._deadline_s).strip()) == 'starting':
         pass
     except TimeoutError:
-      message = f'{self._names[index]} sent no heartbeat for {self._deadline_s:.0f} s while JAX started'
+      message = (f'{self._names[index]} sent no heartbeat for {self._deadline_s:.0f} s (--host_deadline_s) while JAX '
+                 'started')
     except OSError:
       message = ''
     if message != 'started' and not self._started.is_set() and self._ending.acquire(blocking=False):

@@ -95,19 +95,21 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
   for peer in peers:
     ended, silent_s = peer.heartbeat.ended, now_s - peer.changed_s
     if ended and ended != FINISHED:
+      if any(ended.startswith(each.name) for each in (own, *peers)):  # it says why another process is the reason
+        return ended
       return f'{peer.name} ended: {ended}'
     if not ended and silent_s > deadline_s:
-      return (f'{peer.name} sent no heartbeat for {silent_s:.0f} s, since step {peer.heartbeat.step}; the same command '
-              'resumes from the last checkpoint')
+      return (f'{peer.name} sent no heartbeat for {silent_s:.0f} s (--host_deadline_s={deadline_s:g}), since step '
+              f'{peer.heartbeat.step}; the same command resumes from the last checkpoint')
   still_s, step = now_s - own.changed_s, own.heartbeat.step
   if not step or still_s <= STALL_S:  # the first step has no limit, because compiling may take long
     return None
   if not peers:
-    return (f'no step for {still_s:.0f} s, since step {step}; the stacks above show where it hangs, and the same '
-            'command resumes from the last checkpoint')
+    return (f'no step for {still_s:.0f} s (at most {STALL_S:.0f}), since step {step}; the stacks above show where it '
+            'hangs, and the same command resumes from the last checkpoint')
   last = min(peers, key=lambda peer: peer.heartbeat.step)
-  return (f'no step for {still_s:.0f} s; {last.name} is furthest behind, at step {last.heartbeat.step}, this one at '
-          f'{step}')
+  return (f'no step for {still_s:.0f} s (at most {STALL_S:.0f}); {last.name} is furthest behind, at step '
+          f'{last.heartbeat.step}, this one at {step}')
 
 
 def is_own_error(error: BaseException) -> bool:
@@ -133,11 +135,13 @@ class Watchdog:
     self._closed = threading.Event()
 
   def __enter__(self):
-    threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
+    self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
+    self._thread.start()
     return self
 
   def __exit__(self, *_):
     self._closed.set()
+    self._thread.join()  # a thread that is in JAX's C++ code when Python ends would end the process with a signal
 
   def note_step(self, step: int) -> None:
     """Records that this process has reached a step."""
@@ -180,22 +184,26 @@ class JobWatchdog(Watchdog):
     self.period_s = min(2.0, deadline_s / 5)
     self._peers = {i: Process(name, Heartbeat(), time.monotonic()) for i, name in enumerate(names) if i != info.index}
     self._count, self._ended = 0, ''
-    self._ending = threading.Lock()
+    self._answers = 0  # the number of times that process 0, which holds the store, has answered
+    self._ending, self._left = threading.Lock(), threading.Event()
 
   def __enter__(self):
     self._write_log(f'{self._own.name} starts; coordinator {self._info.coordinator}')
     faulthandler.register(signal.SIGUSR1, file=self._log)  # kill -USR1 PID writes the stacks of a process
     faulthandler.dump_traceback_later(HANG_S, repeat=True, file=self._log)
     self._abort_handler = _on_abort(self._aborted)
+    if self._info.index:
+      threading.Thread(target=self._watch_store, name='store watchdog', daemon=True).start()
     return super().__enter__()
 
   def __exit__(self, kind, error, trace):
     if error is not None and not isinstance(error, Stopped):
       self._fail(error)
+    super().__exit__(kind, error, trace)  # before the last heartbeat, which must not be overwritten by an earlier one
     self._ended = FINISHED
     with contextlib.suppress(RuntimeError):  # fails if process 0 has already ended, because it holds the store
       self._publish()
-    super().__exit__(kind, error, trace)
+    self._left.set()
     faulthandler.cancel_dump_traceback_later()
     self._write_log('ends')
 
@@ -211,9 +219,25 @@ class JobWatchdog(Watchdog):
     except RuntimeError as error:  # JAX can't reach the store either, and will abort this process
       self._write_log(f'key-value store: {str(error).splitlines()[0]}')
       return None
+    self._answers += 1
     now_s = time.monotonic()
     self._peers = update(self._peers, heartbeats, now_s)
     return verdict(now_s, self._own, self._peers.values(), self._deadline_s)
+
+  def _watch_store(self) -> None:
+    """Ends this process if process 0 hangs. It holds the store, so the other thread then waits for an answer forever.
+
+    Only time in which this process itself runs counts.
+    """
+    silent_s, answers = 0.0, 0
+    while not self._left.wait(self.period_s):
+      silent_s, answers = 0.0 if self._answers > answers else silent_s + self.period_s, self._answers
+      if silent_s > self._deadline_s:
+        if self._ending.acquire(blocking=False):
+          self._write_error(f'{self._names[0]}, which coordinates the job, has not answered for {silent_s:.0f} s '
+                            f'(--host_deadline_s={self._deadline_s:g}), this process was at step '
+                            f'{self._own.heartbeat.step}; the same command resumes from the last checkpoint', True)
+        os._exit(EXIT_JOB_LOST)
 
   def _publish(self) -> None:
     self._count += 1

@@ -17,6 +17,7 @@ from etils import epath
 
 from betarank.data import formats, record_formats
 from betarank.data.config import DataError
+from betarank.data.fields import text_of
 from betarank.data.reasoning import question_hash
 from betarank.tasks.answers import last_boxed
 
@@ -100,6 +101,8 @@ def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
       if line.strip():
         try:
           record = json.loads(line)
+          if '\\u' in line:  # perhaps half of a surrogate pair, which becomes U+FFFD, as in documents
+            record = json.loads(text_of(json.dumps(record, ensure_ascii=False), 'line'))
         except (ValueError, RecursionError) as error:  # a number with thousands of digits raises ValueError too
           raise DataError(f'{path}:{number}: not JSON ({error}); mend or remove the line') from None
         yield record, f'{path}:{number}'

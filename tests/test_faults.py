@@ -8,9 +8,15 @@ from tests.faults.classes import CLASSES
 pytestmark = pytest.mark.slow  # the undisturbed runs alone take half a minute
 
 
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs."""
+  return tmp_path_factory.mktemp('faults')
+
+
 @pytest.mark.parametrize('name', CLASSES)
-def test_two_points_of_every_class(name, tmp_path):
+def test_two_points_of_every_class(name, root):
   lines = []
-  counts, notes = run(seed=1, points=2, only=[name], parallel=2, root=tmp_path / 'faults', say=lines.append)
+  counts, notes = run(seed=1, points=2, only=[name], parallel=2, root=root, say=lines.append)
   for counted, count in counts.items():
     assert count['survived'] == count['tried'] > 0, (counted, notes[counted], lines)

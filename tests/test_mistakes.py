@@ -192,3 +192,8 @@ def test_a_place_that_cannot_be_written_is_named(capsys, tmp_path):
   with pytest.raises(SystemExit) as end:
     run_main(lambda: (tmp_path / 'file' / 'x').mkdir())
   assert end.value.code == 2 and capsys.readouterr().err == f'error: {tmp_path}/file/x: Not a directory\n'
+
+
+def test_a_huge_name_gets_no_suggestion():
+  """Comparing it with others would take minutes."""
+  assert suggestion('config/' * 10_000, ['config/smoke.py', 'config/small.py']) == ''

@@ -33,10 +33,11 @@ PACKAGES = ('configs', 'objectives', 'model', 'data', 'tasks', 'runtime', 'train
 
 # What executes code that it gets as data, or makes objects of any class from data.
 MODULES = {'pickle', '_pickle', 'cPickle', 'cloudpickle', 'dill', 'marshal', 'shelve', 'joblib', 'jsonpickle', 'yaml',
-           'runpy', 'code', 'codeop', 'imp', 'pty', 'builtins', 'commands'}
+           'jinja2', 'mako', 'runpy', 'code', 'codeop', 'imp', 'pty', 'builtins', 'commands'}
 NAMES = {'eval', 'exec', 'compile', '__import__', '__builtins__'}
 ATTRIBUTES = {'exec_module', 'load_module', 'import_module', 'sympify', 'parse_expr', 'lambdify', 'read_pickle',
-              'getoutput', 'getstatusoutput', 'run_path', 'run_module', '__subclasses__', '__globals__', '__builtins__'}
+              'getoutput', 'getstatusoutput', 'run_path', 'run_module', '__subclasses__', '__globals__', '__builtins__',
+              'apply_chat_template', 'from_string'}
 OS = {'system', 'popen', 'fork', 'forkpty', 'startfile'}  # of os, with its exec... and spawn...
 OFF = {'shell', 'allow_pickle', 'trust_remote_code'}  # arguments that must be omitted or False
 ALLOWED = {

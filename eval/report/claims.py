@@ -170,8 +170,8 @@ def claims(
   def ratio(name: str, metric: str, judge: Judge) -> list[Test]:
     tests = []
     for c in find(here, name, metric):
-      plain = next(x for x in find(here, PLAIN, metric) if x.subject == c.subject)
-      shares = {seed: value / plain.by_seed[seed] for seed, value in c.differences.items() if plain.by_seed.get(seed)}
+      plain = {seed: x for p in find(here, PLAIN, metric) if p.subject == c.subject for seed, x in p.by_seed.items()}
+      shares = {seed: value / plain[seed] for seed, value in c.differences.items() if plain.get(seed)}
       tests.append(_test(f'{name} against CE, {metric}, {_domain(c)}', '%', 100.0, shares, judge))
     return tests
 

@@ -198,6 +198,16 @@ def test_the_size_of_parquet_is_that_of_its_text(tmp_path, make_source):
     assert size < found < 1.05 * size + 500
 
 
+def test_metadata_that_arrow_would_die_of_is_one_line(tmp_path, make_source):
+  pyarrow.parquet.write_table(pyarrow.table({'text': ['a', None]}), tmp_path / 'a.parquet')
+  content = (tmp_path / 'a.parquet').read_bytes()
+  optional, required = b'\x25\x02\x18\x04text', b'\x25\x00\x18\x04text'  # as the footer's schema says it
+  assert content.count(optional) == 1
+  (tmp_path / 'a.parquet').write_bytes(content.replace(optional, required))
+  with pytest.raises(DataError, match=r'a\.parquet: not a readable Parquet file \(Definition level histogram size'):
+    Source(make_source(f'parquet:{tmp_path}/a.parquet'), 1000).units()
+
+
 def test_parquet_column(files, make_source):
   with pytest.raises(DataError, match=r"p0\.parquet: no field 'body', only text"):
     Source(make_source(f'parquet:{files}/*.parquet#body'), 1000).units()

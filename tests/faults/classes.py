@@ -18,7 +18,18 @@ import subprocess
 import time
 
 from tests.faults import buckets
-from tests.faults.campaign import SUMS, Campaign, Kind, Missed, kill_all, processes
+from tests.faults.campaign import (
+  EIGHT_DEADLINE_S,
+  PATIENCE_S,
+  ROOT,
+  SUMS,
+  Campaign,
+  Kind,
+  Missed,
+  kill_all,
+  processes,
+)
+from tests.runs import last_error
 
 DAMAGE = {
   'flipped': lambda data, rng: flip(data, rng.randrange(len(data)), rng.randrange(8)) if data else b'\1',
@@ -53,7 +64,7 @@ def unfinished(workdir: pathlib.Path, since: float) -> bool:
 
 
 def wait(running: list[subprocess.Popen], holds, delay_s: float = 0.0) -> None:
-  until = time.monotonic() + 300
+  until = time.monotonic() + PATIENCE_S
   while not holds():
     if any(p.poll() is not None for p in running) or time.monotonic() > until:
       raise Missed('it had ended before')
@@ -212,6 +223,93 @@ def killed_pair(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[st
 
 
 killed_pair.points = KILLS
+
+
+def ends_of_others(c: Campaign, running: list[subprocess.Popen], victim: int, message: str) -> None:
+  """Waits until all processes but `victim` end. Each must end with status 3 and a line that names the victim and
+  contains `message`.
+  """
+  ends = [c.finish(process) for i, process in enumerate(running) if i != victim]
+  assert {code for code, _, _ in ends} == {3}, [(code, err[-300:]) for code, _, err in ends]
+  lines = [last_error(err) for _, _, err in ends]
+  name = f'error: process {victim} of {len(running)} ('
+  assert all(line.startswith(name) and message in line for line in lines), lines
+
+
+def lost_of_eight(*victims: int):
+  """Returns a fault: SIGKILL of one of eight processes. The others must name it. The run is resumed by another number
+  of processes, which must read the same rows, and continue with the same figures.
+
+  victims: the processes that may be killed.
+  """
+  def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+    kind = c.kinds['eight']
+    workdir = c.workdir(kind, place)
+    running, victim, step = c.launch(kind, workdir), rng.choice(victims), rng.randint(1, 8)
+    wait(running, lambda: last_step(workdir) >= step)
+    running[victim].kill()
+    running[victim].communicate()
+    ends_of_others(c, running, victim, f'--host_deadline_s={EIGHT_DEADLINE_S}' if victim else 'is gone')
+    processes = rng.choice([1, 2, 4])
+    c.finish_well(*c.launch(kind, workdir, processes=processes))
+    c.check_close(kind, workdir)
+    c.check_clean(workdir.parent)
+    return f'resumed by {processes}'
+
+  return fault
+
+
+def slow_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """One of eight processes stands still: for less than the deadline, which changes nothing, or for longer."""
+  kind = c.kinds['eight']
+  workdir = c.workdir(kind, place)
+  running, victim, step = c.launch(kind, workdir), rng.randrange(8), rng.randint(1, 6)
+  longer = rng.random() < 0.5
+  wait(running, lambda: last_step(workdir) >= step)
+  running[victim].send_signal(signal.SIGSTOP)
+  if longer:
+    try:
+      ends_of_others(c, running, victim, f'--host_deadline_s={EIGHT_DEADLINE_S}')
+    finally:
+      running[victim].kill()
+      running[victim].communicate()
+    c.finish_well(*c.launch(kind, workdir, processes=2))
+    c.check_close(kind, workdir)
+    c.check_clean(workdir.parent)
+    return f'process {"0" if victim == 0 else "1 to 7"}, longer than the deadline'
+  time.sleep(rng.uniform(5, 15))
+  running[victim].send_signal(signal.SIGCONT)
+  c.finish_well(*running)
+  c.check_same(kind, workdir)
+  return f'process {"0" if victim == 0 else "1 to 7"}, up to 15 s'
+
+
+def other_code_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """One of eight processes has a copy of the code with another commit. All must end with one line that names it."""
+  kind = c.kinds['eight']
+  workdir = c.workdir(kind, place)
+  copy, victim = place / 'path' / 'betarank', rng.randrange(8)
+  shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', '__pycache__', 'runs', 'docs'))
+  (copy / '.commit').write_text('0123456789ab')
+  running = c.launch(kind, workdir, env={victim: {'PYTHONPATH': f'{copy.parent}:{os.environ.get("PYTHONPATH", "")}'}})
+  ends = [c.finish(process) for process in running]
+  lines = {one_line(err) for _, _, err in ends}
+  assert {code for code, _, _ in ends} == {2} and len(lines) == 1, ends
+  [line] = lines
+  assert f'process {victim or 1} of 8 (' in line and "code = '" in line and "'0123456789ab'" in line, line
+  assert not (workdir / 'checkpoints').exists()
+  c.check_clean(place)
+  return f'process {"0" if victim == 0 else "1 to 7"}'
+
+
+def slow_network_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """All that process 0 and the others say to coordinate themselves arrives 0.2 s later. Collectives aren't delayed."""
+  kind = c.kinds['eight']
+  workdir = c.workdir(kind, place)
+  c.finish_well(*c.launch(kind, workdir, delay_s=0.2))
+  c.check_same(kind, workdir)
+  c.check_clean(workdir.parent)
+  return '0.2 s in each direction'
 
 
 def killed_sweep(c: Campaign, place: pathlib.Path, rng: random.Random) -> list[str]:
@@ -540,6 +638,11 @@ CLASSES = {
                    'eval', 100),
   'sweep SIGKILL': (killed_sweep, 'sweep', 100),
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),
+  'eight processes, one lost': (lost_of_eight(*range(1, 8)), 'eight', 25),
+  'eight processes, coordinator lost': (lost_of_eight(0), 'eight', 25),
+  'eight processes, one slow': (slow_of_eight, 'eight', 50),
+  'eight processes, one with other code': (other_code_of_eight, 'eight', 25),
+  'eight processes, slow network': (slow_network_of_eight, 'eight', 10),
   'SIGTERM': (terminated, 'train', 50),
   **{f'Ctrl-C in {name}': (interrupted(name), name, 100) for name in ('data', 'train', 'rl', 'eval', 'probe', 'sweep')},
   'Ctrl-C in commands that only read': (interrupted(*READERS), ' '.join(READERS), 200),

@@ -37,15 +37,15 @@ def documents(seed: int, count: int = 40) -> list[str]:
   return [' '.join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
 
 
-def read_all(uri: str, document_bytes: int = 512) -> None:
+def read_all(uri: str, document_bytes: int = 512, template: str = '') -> None:
   """Reads all documents of a source, as `betarank data prepare` does."""
   from betarank.data import sources
 
-  source = sources.Source(SourceConfig(uri, 1.0, 0), document_bytes)
+  source = sources.Source(SourceConfig(uri, 1.0, 0, template=template), document_bytes)
   for unit in source.units():
     for document in source.read(unit):
       for piece in sources.cut(document, document_bytes):
-        piece.encode()
+        sources.text_of(piece).encode()
 
 
 def files(path: pathlib.Path, goods: list[bytes], tokens: Iterable[bytes], read: Callable[[], Any]):
@@ -301,6 +301,42 @@ def parquet(folder):
     pyarrow.parquet.write_table(table, sink, row_group_size=groups, compression=compression, use_dictionary=dictionary)
     goods.append(sink.getvalue())
   return files(path, goods, [], lambda: read_all(f'parquet:{path}'))
+
+
+@target(60, DataError)
+def parquet_footer(folder):
+  """Builds the target of Parquet files whose metadata is damaged, but found, and whose data is intact."""
+  import pyarrow
+  import pyarrow.parquet
+
+  path, goods = folder / 'x.parquet', []
+  texts = documents(2)
+  chats = [[{'role': 'user', 'content': text}, {'role': 'assistant', 'content': text}] for text in texts]
+  tables = {
+    '': pyarrow.table({'text': texts, 'n': [float(i) for i in range(len(texts))]}),
+    '#a.text': pyarrow.table({'a': [{'text': text, 'n': [1, 2], 'x': None} for text in texts]}),
+    '#messages': pyarrow.table({'messages': chats}),
+    '#text+answer': pyarrow.table({'text': texts, 'answer': pyarrow.array(texts).dictionary_encode()})}
+  for field, table in tables.items():
+    for version, groups in (('1.0', 7), ('2.6', 100)):
+      sink = io.BytesIO()
+      pyarrow.parquet.write_table(table, sink, row_group_size=groups, version=version, write_page_index=groups == 7)
+      content = sink.getvalue()
+      start = len(content) - 8 - int.from_bytes(content[-8:-4], 'little')
+      goods.append((field, content[:start], content[start:-8]))
+
+  def make(rng, good=False):
+    field, data, footer = rng.choice(goods)
+    if not good:
+      footer = mutate.data(rng, footer, [other for _, _, other in goods])
+    return field, data + footer + len(footer).to_bytes(4, 'little') + b'PAR1'
+
+  def check(case):
+    field, content = case
+    path.write_bytes(content)
+    read_all(f'parquet:{path}{field}', template='{role}: {content}' if field == '#messages' else '')
+
+  return make, check, nothing
 
 
 @target(80, DataError)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -34,7 +35,8 @@ def main() -> None:
 
   for name, first, count in zip(rest[::3], rest[1::3], rest[2::3]):
     place = pathlib.Path(folder) / name
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # what a worker that died has left
+    place.mkdir(parents=True)
     run(TARGETS[name], int(seed), int(first), int(count), place, say)
 
 

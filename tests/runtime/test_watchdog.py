@@ -25,7 +25,8 @@ def test_a_silent_process_is_named_with_its_last_step():
   own, alive = process(1, 0.0), process(0, 60.0)
   assert judge(60.0, own, alive, process(2, 0.0, step=17)) is None  # the deadline itself is in time
   assert judge(62.0, own, alive, process(2, 0.0, step=17)) == (
-    f'{NAMES[2]} sent no heartbeat for 62 s, since step 17; the same command resumes from the last checkpoint')
+    f'{NAMES[2]} sent no heartbeat for 62 s (--host_deadline_s=60), since step 17; the same command resumes from the '
+    'last checkpoint')
 
 
 def test_a_process_that_never_sent_a_heartbeat_is_named_too():
@@ -47,6 +48,12 @@ def test_the_reason_of_a_failed_process_is_passed_on():
   assert judge(10.0, process(1, 0.0), process(0, 10.0), failed) == f'{NAMES[2]} ended: the disk is full'
 
 
+def test_a_reason_that_names_a_process_is_passed_on_as_it_is():
+  lost = f'{NAMES[0]} sent no heartbeat for 61 s'
+  for own in (1, 0):  # also by the process that it names, if that one runs again
+    assert judge(10.0, process(own, 0.0), process(1 - own, 10.0), process(2, 10.0, ended=lost)) == lost
+
+
 def test_a_finished_process_may_be_silent():
   assert judge(1000.0, process(1, 999.0, step=12), process(0, 0.0, ended=FINISHED), process(2, 999.0)) is None
 
@@ -56,7 +63,7 @@ def test_a_job_without_a_step_names_the_process_that_is_furthest_behind():
   ahead, behind = process(0, now, step=5), process(2, now, step=4)
   assert judge(STALL_S, own, ahead, behind) is None
   assert judge(now, own, ahead, behind) == (
-    f'no step for {now:.0f} s; {NAMES[2]} is furthest behind, at step 4, this one at 5')
+    f'no step for {now:.0f} s (at most 7200); {NAMES[2]} is furthest behind, at step 4, this one at 5')
 
 
 def test_the_first_step_may_take_any_time():
@@ -65,7 +72,7 @@ def test_the_first_step_may_take_any_time():
 
 def test_a_single_process_ends_if_it_makes_no_step():
   assert judge(STALL_S, process(0, 0.0, step=7)) is None
-  assert judge(STALL_S + 1, process(0, 0.0, step=7)).startswith('no step for 7201 s, since step 7; the stacks above')
+  assert judge(STALL_S + 1, process(0, 0.0, step=7)).startswith('no step for 7201 s (at most 7200), since step 7; the ')
 
 
 @pytest.mark.parametrize('error, own', [
@@ -94,6 +101,37 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_one_line():
   assert 'since step 7' in err and 'line 7 in <module>' in err
 
 
+ENDS = '''
+import json, sys, threading, time
+from jax._src import distributed
+from betarank.runtime.rendezvous import ProcessInfo
+from betarank.runtime.watchdog import JobWatchdog
+
+class Store:
+  def key_value_set(self, key, value, allow_overwrite):
+    if threading.current_thread().name == 'watchdog':
+      sending.set()
+      time.sleep(1)  # a slow network
+    sent.append(json.loads(value))
+
+  def key_value_dir_get(self, key):
+    return []
+
+sending, sent = threading.Event(), []
+distributed.global_state.client = Store()
+with JobWatchdog(ProcessInfo('host:1', 1, 0, None), ['process 0 of 1 (here)'], 0.5, sys.stderr):
+  sending.wait()
+assert 'watchdog' not in [thread.name for thread in threading.enumerate()]
+assert [beat['ended'] for beat in sent] == ['', 'finished'], sent
+'''
+
+
+def test_at_the_end_the_last_heartbeat_is_waited_for():
+  """Python's end would end a thread in JAX's code with a crash. An earlier heartbeat must not overwrite the last."""
+  [(code, _, err)] = finish([python('-c', ENDS)], timeout=120)
+  assert code == 0, err
+
+
 JOB = '''
 import sys, time
 from betarank.runtime import job
@@ -119,16 +157,20 @@ def start_job(folder, last):
   return [python('-c', JOB, address, i, folder / str(i), *(last if i else [])) for i in range(2)]
 
 
-def test_a_stopped_process_ends_the_other_one_which_names_it(tmp_path):
-  pair = start_job(tmp_path, [])
+@pytest.mark.parametrize('victim, message', [
+  (1, 'error: process 1 of 2 (here) sent no heartbeat for '),
+  (0, 'error: process 0 of 2 (here), which coordinates the job, has not answered for ')])
+def test_a_stopped_process_ends_the_other_one_which_names_it_and_the_deadline(tmp_path, victim, message):
+  pair, other = start_job(tmp_path, []), 1 - victim
   for running in pair:
     assert running.stdout.readline() == 'step 3\n'
-  pair[1].send_signal(signal.SIGSTOP)
-  [(code, _, err)] = finish(pair[:1], timeout=120)
-  pair[1].kill()
-  pair[1].communicate()
-  assert code == EXIT_JOB_LOST and 'error: process 1 of 2 (here) sent no heartbeat for ' in last_error(err), err
-  assert last_error(err) in (tmp_path / '0').read_text() and 'Thread 0x' in (tmp_path / '0').read_text()
+  pair[victim].send_signal(signal.SIGSTOP)
+  [(code, _, err)] = finish([pair[other]], timeout=300)
+  pair[victim].kill()
+  pair[victim].communicate()
+  assert code == EXIT_JOB_LOST and message in last_error(err) and '(--host_deadline_s=3)' in last_error(err), err
+  log = (tmp_path / str(other)).read_text()
+  assert last_error(err) in log and 'Thread 0x' in log
 
 
 def test_an_error_in_one_process_is_the_reason_in_the_other(tmp_path):

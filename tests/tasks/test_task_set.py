@@ -66,6 +66,11 @@ def test_odd_records_are_left_out_and_counted(jsonl, record, why):
     TaskSet(TaskConfig(jsonl(record, record)), split='all')
 
 
+def test_half_of_a_surrogate_pair_is_replaced(jsonl):
+  (task,) = TaskSet(TaskConfig(jsonl({'question': 'q \ud800', 'answer': '1'})), split='all')
+  assert task.question == 'q \ufffd'
+
+
 def test_a_line_that_is_not_json_is_an_error(jsonl):
   with pytest.raises(DataError, match='tasks.jsonl:2: not JSON'):
     TaskSet(TaskConfig(jsonl({'question': 'fine', 'answer': '1'}, '{"question": ')), split='all')
