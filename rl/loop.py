@@ -140,7 +140,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     checkpoints = stack.enter_context(setup.open_checkpoints(root, run.checkpoint, fallback))
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
     update = make_update(run.model, rl.loss, tx, rl.temperature)
-    ready = compile_ahead(run, mesh, tx, update)
+    ready = compile_ahead(run, mesh, tx, update) if checkpoints.latest != run.steps else {}
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
     state, start = beginning.state, beginning.step
     progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)

@@ -79,7 +79,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                        'full' if run.log.head_tail_mass else 'basic')
     evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
     texts = Texts(run, tokenizer, mesh)
-    update_ready, evaluation_ready = compile_ahead(run, mesh, tx, update, evaluate, texts)
+    update_ready, evaluation_ready = (
+      compile_ahead(run, mesh, tx, update, evaluate, texts) if checkpoints.latest != run.steps else [lambda: None] * 2)
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from,
                             everything=run.train.init_what == 'all')
     state, start = beginning.state, beginning.step
