@@ -10,16 +10,22 @@ differ from those of the call, the call compiles its own program, and only time 
 happen. XLA compiles without Python's global lock, but tracing and lowering need it.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+# With fewer, nothing is compiled ahead: XLA uses several cores for one program, so that programs would only compete.
+MIN_CORES = 4
+
 
 def compiling(*works: Callable[[], Any]) -> list[Callable[[], None]]:
   """Does `works` one after the other in another thread, with the current mesh. Returns a function for each of them,
   which waits until it is done.
+
+  With fewer than MIN_CORES cores, or if JAX_DISABLE_JIT is set, nothing is done.
 
   Errors are ignored: the call of a program that doesn't compile raises the same error, at its place. If the process
   ends, it waits for the work in progress and leaves out the rest.
@@ -37,7 +43,7 @@ def compiling(*works: Callable[[], Any]) -> list[Callable[[], None]]:
       finally:
         event.set()
 
-  if jax.config.jax_disable_jit:  # there is nothing to compile
+  if jax.config.jax_disable_jit or len(os.sched_getaffinity(0)) < MIN_CORES:
     return [lambda: None for _ in works]
   threading.Thread(target=run, name='compiling ahead').start()
   return [event.wait for event in done]

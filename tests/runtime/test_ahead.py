@@ -29,7 +29,8 @@ def test_a_program_is_compiled_in_another_thread_and_not_again_by_its_call():
     assert found == []
 
 
-def test_an_error_appears_at_the_call_and_the_rest_is_done():
+def test_an_error_appears_at_the_call_and_the_rest_is_done(monkeypatch):
+  monkeypatch.setattr(ahead, 'MIN_CORES', 1)
   def fails(x):
     raise TypeError('it can not be traced')
 
@@ -41,7 +42,11 @@ def test_an_error_appears_at_the_call_and_the_rest_is_done():
     program(jnp.ones(3))
 
 
-def test_without_compilation_nothing_is_done():
+def test_without_compilation_and_with_few_cores_nothing_is_done(monkeypatch):
+  monkeypatch.setattr(ahead, 'MIN_CORES', 10**6)
+  [wait] = ahead.compiling(lambda: pytest.fail('it is compiled'))
+  wait()
+  monkeypatch.setattr(ahead, 'MIN_CORES', 1)
   with jax.disable_jit():
     [wait] = ahead.compiling(lambda: pytest.fail('it is compiled'))
     wait()
@@ -52,6 +57,7 @@ END = """
 import sys, time
 from betarank import __main__
 from betarank.runtime import ahead
+ahead.MIN_CORES = 1
 def command(argv):
   ahead.compiling(lambda: (print('begun', flush=True), time.sleep({seconds}), print('done')), lambda: print('never'))
   {then}
