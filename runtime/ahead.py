@@ -7,8 +7,10 @@
 
 The programs are those that the calls would compile, because JAX finds them by their arguments. If the arguments here
 differ from those of the call, the call compiles its own program, and only time is lost; tests hold that this doesn't
-happen. Shardings over mesh axes of size 1 may be written in another way, so the compilation cache may have another entry
-for such a program; its results are the same. XLA compiles without Python's global lock, but tracing and lowering need it.
+happen. Shardings over mesh axes of size 1 may be written in another way, so the compilation cache may have another
+entry for such a program; its results are the same.
+
+XLA compiles without Python's global lock, but tracing and lowering need it.
 """
 
 import os
