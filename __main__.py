@@ -4,6 +4,7 @@ Each command is a module with a function `main(argv)`. Only the module of the ch
 and error messages appear quickly.
 """
 
+import gc
 import importlib
 import signal
 import sys
@@ -55,6 +56,7 @@ def main() -> None:
     status = end.code if isinstance(end.code, int) else int(end.code is not None)  # a text is printed, and means 1
     raise
   finally:  # Python's own end may take seconds; a KeyboardInterrupt in it would be a traceback
+    gc.freeze()  # and it takes a second longer if it looks for garbage among all objects, several times
     signal.signal(signal.SIGINT, lambda *_: leave(status))
 
 

@@ -31,6 +31,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from betarank.configs import light_imports
 from betarank.data.config import DataError
 
 # A prompt must not end in a space, because a tokenizer joins a space to the word after it.
@@ -128,7 +129,8 @@ def parse(rest: str) -> tuple[Kind, ...]:
 
 
 def _kind(task: str, query: str) -> Kind:
-  from reasoning_gym.factory import CURRICULA, DATASETS  # importing takes a second
+  light_imports.reasoning_gym()
+  from reasoning_gym.factory import CURRICULA, DATASETS
 
   uri = f'reasoning:{task}?{query}' if query else f'reasoning:{task}'
   if task not in DATASETS:
@@ -203,11 +205,9 @@ _BLOCK = 1024  # a generator has a fixed number of problems, so an unlimited seq
 
 @functools.lru_cache(maxsize=32)
 def _block(kind: Kind, stream: str, number: int):
-  import reasoning_gym
-
   # A generator seeds item i with seed + i. So the seeds of blocks must be far apart, and are 48-bit hashes.
   seed = int.from_bytes(hashlib.blake2b(f'{kind.task}/{stream}/{number}'.encode(), digest_size=6).digest())
-  return reasoning_gym.create_dataset(kind.task, seed=seed, size=_BLOCK, **kind.options)
+  return light_imports.reasoning_gym().create_dataset(kind.task, seed=seed, size=_BLOCK, **kind.options)
 
 
 def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Problem:

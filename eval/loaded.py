@@ -13,6 +13,7 @@ from betarank.eval import config
 from betarank.eval.config import CheckpointRef, EvalError, EvalRun
 from betarank.eval.report.arms import label
 from betarank.model import MeshConfig
+from betarank.runtime.program_cache import keep_programs
 from betarank.train import setup
 from betarank.train.sampler import Prompt, Sample, Sampler, SamplerConfig
 
@@ -55,6 +56,7 @@ def load_model(path: str, tokenizer: str | None = None) -> Loaded:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
   """
   [ref] = config.find_checkpoints(path)
+  keep_programs()
   resolved = config.configure(ref)
   resolved.model.attention = settings.default('model.attention')
   resolved.model.moe.kernel = settings.default('model.moe.kernel')

@@ -43,7 +43,6 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 RESAMPLES = 10_000
 SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
@@ -106,7 +105,7 @@ def bootstrap_interval(
   seed_se = _seed_error(x_SP) if seeds > 1 else 0.0
 
   def limits(alpha: float) -> tuple[float, float]:
-    seed_half = seed_se * float(stdtrit(seeds - 1, 1 - alpha / 2)) if seeds > 1 else 0.0
+    seed_half = seed_se * _t_quantile(seeds, 1 - alpha / 2) if seeds > 1 else 0.0
     low, high = problem_limits(alpha)
     return mean - math.hypot(mean - low, seed_half), mean + math.hypot(high - mean, seed_half)
 
@@ -275,11 +274,25 @@ def over_seeds(
   half = p_value = math.nan
   if seeds > 1:
     se = float(x_S.std(ddof=1)) / math.sqrt(seeds)
-    half = se * float(stdtrit(seeds - 1, 0.5 + level / 2))
-    p_value = 2 * float(stdtr(seeds - 1, -abs(mean) / se)) if se else float(mean == 0)
+    half = se * _t_quantile(seeds, 0.5 + level / 2)
+    p_value = _t_p_value(seeds, mean / se) if se else float(mean == 0)
   low, high = (float(np.clip(x, *bounds)) for x in (mean - half, mean + half))
   return Estimate(mean, low, high, p_value, half * (1 + z(0.8) / z(0.5 + level / 2)), problems=0,
                   left_out=len(values_S) - seeds, seeds=seeds)
+
+
+def _t_quantile(seeds: int, level: float) -> float:
+  """Returns a quantile of Student's t distribution with seeds - 1 degrees of freedom."""
+  from scipy.special import stdtrit  # takes 0.4 s to import, and most commands compute no such interval
+
+  return float(stdtrit(seeds - 1, level))
+
+
+def _t_p_value(seeds: int, t: float) -> float:
+  """Returns the two-sided p-value of `t` under Student's t distribution with seeds - 1 degrees of freedom."""
+  from scipy.special import stdtr
+
+  return 2 * float(stdtr(seeds - 1, -abs(t)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +324,7 @@ class Noise:
     z = NormalDist().inv_cdf
     of_problems = math.sqrt((self.problem**2 + self.rest**2 / seeds) / self.problems) if self.problems else 0.0
     of_seeds = self.seed / math.sqrt(seeds)
-    half = math.hypot(z(0.5 + level / 2) * of_problems, float(stdtrit(seeds - 1, 0.5 + level / 2)) * of_seeds)
+    half = math.hypot(z(0.5 + level / 2) * of_problems, _t_quantile(seeds, 0.5 + level / 2) * of_seeds)
     return half + z(power) * math.hypot(of_problems, of_seeds)
 
 

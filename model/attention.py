@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 
 from betarank.model.kernels import attention_triton
@@ -196,6 +195,8 @@ def _splash(segments_BT):
 
   Each device processes its own rows, heads and queries, with all keys of its rows.
   """
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash  # takes 0.1 s to import
+
   length = segments_BT.shape[1]
 
   def run(q_BTNH, k_BTKH, v_BTKH):
@@ -219,6 +220,8 @@ def _splash_kernel(heads: int, length: int):
   """Returns the splash kernel for all heads of one row. docs/plans.md explains the kernel's block sizes, which are in
   tokens.
   """
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   queries = length // shards('length')
   block = next(size for size in (1024, 512, 256, 128) if not queries % size)
   keys = min(block, 512)  # of one product

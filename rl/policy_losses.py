@@ -415,20 +415,20 @@ def add(a, b):
   return {name: np.maximum(a[name], b[name]) if name.endswith('_max') else a[name] + b[name] for name in a}
 
 
-def means(c: PolicyLossConfig, sums) -> dict[str, jax.Array]:
-  """Returns the figures to log, computed from the sums of a whole batch.
+def means(c: PolicyLossConfig, sums) -> dict[str, np.ndarray]:
+  """Returns the figures to log, computed from the sums of a whole batch, on the host.
 
   The figures are float32 scalars, most of them means per token. If there are no tokens, all figures are 0.
 
   sums: the third result of `policy_loss`, added up over the batch.
   """
-  tokens = jnp.maximum(sums['tokens'], 1)
+  tokens = np.float32(max(sums['tokens'], 1))
   out = {'ratio_mean': sums['ratio'] / tokens, 'clip_fraction': sums['clipped'] / tokens}
   if 'gap' in sums:
     # |exp(difference of logp) - 1| between trainer and sampler, at the same weights
     out |= {'sampler_gap_mean': sums['gap'] / tokens, 'sampler_gap_max': sums['gap_max']}
   if 'weight' in sums:  # Kish's effective sample size as a share of the tokens: 1 if all weigh the same
-    squares = jnp.where(sums['weight_squared'] > 0, sums['weight_squared'], 1)
+    squares = sums['weight_squared'] if sums['weight_squared'] > 0 else np.float32(1)
     out |= {'importance_weight_mean': sums['weight'] / tokens,
             'effective_sample_share': sums['weight'] ** 2 / squares / tokens}
   if 'cov_tokens' in sums:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 from rich.text import Text
 
+from betarank.configs import light_imports
 from betarank.configs.files import write_atomically
 from betarank.configs.terminal import duration, fitted, progress_line, step_line
 from betarank.runtime.wandb_board import WandbBoard
@@ -161,22 +162,6 @@ class Clock:
     return seconds, wait
 
 
-def _tensorboardx():
-  """Imports tensorboardX without PyTorch, which it would import if it can.
-
-  Importing PyTorch takes seconds, and nothing here needs it.
-  """
-  hide = 'torch' not in sys.modules
-  if hide:
-    sys.modules['torch'] = None  # the statement `import torch` then raises ImportError
-  try:
-    import tensorboardX
-  finally:
-    if hide:
-      del sys.modules['torch']
-  return tensorboardX
-
-
 class _Span:
   def __init__(self, clock: Clock, name: str):
     self._clock, self._name = clock, name
@@ -260,7 +245,8 @@ class Log:
     self._began = time.perf_counter() - self._lines.last.get(ELAPSED, 0.0)
     self._board = None
     if tensorboard:
-      self._board = _tensorboardx().SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
+      writer = light_imports.tensorboardx().SummaryWriter
+      self._board = writer(str(workdir / 'tensorboard'), purge_step=step + 1, flush_secs=30)
     self._wandb = WandbBoard(*wandb, workdir) if wandb else None
     self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     self._progress = None

@@ -172,9 +172,9 @@ class TaskSet:
 
   def _generate(self, index: int) -> Task:
     for attempt in range(self._tries):  # each index has its own candidates, so it doesn't depend on other indices
-      fields = self._source.fields(index, attempt, self._tries)
-      if self._belongs(fields['question']):
-        return self._task(**fields)
+      problem = self._source.problem(index, attempt, self._tries)
+      if self._belongs(problem.question):
+        return self._task(**self._source.fields(index, problem))
     raise DataError(f'{self.config.uri}: {self._tries} problems in a row are not in the {self.split!r} split; '
                     'the task has too few different ones for this held_out_fraction')
 
@@ -246,10 +246,10 @@ class _Generated:
     for i, kind in enumerate(self._kinds):
       if kind.task in _UNFIT:
         raise DataError(f'reasoning:{rest}: task {kind.task!r} is not for RL: {_UNFIT[kind.task]}')
-      self.fields(i, 0, 1)
+      self.fields(i, self.problem(i, 0, 1))
 
-  def fields(self, index: int, attempt: int, attempts: int) -> dict[str, Any]:
-    """Returns the Task fields of candidate number `attempt` for task number `index`.
+  def problem(self, index: int, attempt: int, attempts: int) -> reasoning.Problem:
+    """Returns candidate number `attempt` for task number `index`.
 
     The kind of problem depends only on the index. A task has several candidates because the first ones may be in
     another split.
@@ -257,13 +257,16 @@ class _Generated:
     attempts: the number of candidates for each task.
     """
     kind, turn = self._kinds[index % len(self._kinds)], index // len(self._kinds)
-    entry = reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream).entry
+    return reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream)
+
+  def fields(self, index: int, problem: reasoning.Problem) -> dict[str, Any]:
+    """Returns the Task fields of a problem of task number `index`."""
+    kind, entry = self._kinds[index % len(self._kinds)], problem.entry
     reference = '' if entry['answer'] is None else str(entry['answer']).strip()
-    question = entry['question'].strip()
     scored = not _is_exact(kind.task) or not reference
     return {
-      'id': f'{kind.task}/{question_hash(question):016x}', 'question': question, 'reference': reference,
-      'verifier': 'reasoning_gym' if scored else 'exact',
+      'id': f'{kind.task}/{question_hash(problem.question):016x}', 'question': problem.question,
+      'reference': reference, 'verifier': 'reasoning_gym' if scored else 'exact',
       'entry': _literal((kind.task, kind.options, entry), f'reasoning:{kind.task}') if scored else '',
       'answer_lines': reference.count('\n') + 1 if reference else 0,
     }

@@ -133,6 +133,9 @@ def math_grader():
 
 def reasoning_gym_grader():
   """Returns a function request -> reply, which calls the scorer of the task's generator."""
+  from betarank.configs import light_imports
+
+  light_imports.reasoning_gym()
   from reasoning_gym.factory import DATASETS
 
   _guard('reasoning_gym.')

@@ -42,6 +42,22 @@ def test_imports_point_one_way():
     assert not wrong, f'{name} imports {wrong}'
 
 
+UNUSED = '''
+import sys
+from betarank.configs import light_imports
+from betarank.eval import generate, probe
+from betarank.rl import loop
+light_imports.reasoning_gym(), light_imports.tensorboardx()
+large = {'grain', 'matplotlib', 'scipy', 'tensorflow', 'tensorflow_datasets', 'torch', 'wandb'}
+print(*sorted(large & sys.modules.keys()))
+'''
+
+
+def test_rl_and_evaluation_import_no_large_library_that_they_do_not_use():
+  done = subprocess.run([sys.executable, '-c', UNUSED], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert done.stdout.split() == []
+
+
 IMPORT_ALL = '''
 import contextlib, importlib, io, sys
 from tests import offline

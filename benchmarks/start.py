@@ -1,0 +1,240 @@
+"""Measures where the wall time of whole commands goes, from their start to their exit.
+
+    python -m benchmarks.start                          # 64M parameters, 20M tokens, on one GPU
+    python -m benchmarks.start --config=configs/smoke.py --rl_config=configs/rl_smoke.py --tokens=1e5 \
+        --commands=train,rl,probe,sample                # on a CPU
+
+Each command runs several times, in a process and a workdir of its own:
+
+    cold         with an empty compilation cache
+    warm         with the cache that the cold run left
+    cold-serial  like cold, but each program is compiled when it is called, and not before in another thread
+    warm-serial  with the cache that cold-serial left, and in the same way
+
+The first table shows the seconds that the main thread spends in each part of a command. Tracing, lowering and compiling
+(or reading the compilation cache) in the main thread don't count for the part in which they happen, but on their own.
+`waiting` is for programs that another thread compiles. `whole` is wall time, `CPU` the CPU time of the process and its
+children. The second table has one line per program, wherever it was compiled. Data is prepared before, which isn't
+counted.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+# Module that looks a name up -> {name: the part of a command that the function is}.
+PARTS = {
+  'train.setup': {'make_mesh': 'devices', 'begin': 'state', 'open_log': 'log', 'read_tokenizer': 'data',
+                  'finished': 'closing'},
+  'runtime.checkpoint': {'Checkpoints.__init__': 'checkpoints', 'Checkpoints.save': 'saving',
+                         'Checkpoints.wait': 'saving', 'Checkpoints.close': 'saving'},
+  'runtime.metrics': {'Log.close': 'closing'},
+  'train.loop': {'Feed.__init__': 'data', 'Feed.__next__': 'steps: data', 'Feed.close': 'closing',
+                 'validate': 'evaluation', 'Texts.write': 'sampler', 'Recorder.dispatched': 'steps',
+                 'Recorder.catch_up': 'steps'},
+  'rl.loop': {'TaskSet': 'data', 'evaluation_sets': 'data', 'Verifier.__init__': 'verifier', 'evaluate': 'evaluation',
+              'sample_and_judge': 'steps: sampling', 'minibatches': 'steps: packing', 'learn': 'steps: update'},
+  'eval.probe': {'_fingerprint': 'data', 'restore': 'state', 'make_mesh': 'devices', '_gather': 'evaluation',
+                 'figures': 'evaluation'},
+  'eval.generate': {'open_benchmark': 'data', 'restore': 'state', 'make_mesh': 'devices', '_fill': 'sampler',
+                    'print_table': 'table'},
+}
+COMMANDS = {
+  'train': ('train.loop', ['train']),
+  'rl': ('rl.loop', ['rl']),
+  'probe': ('eval.probe', ['eval', 'probe']),
+  'sample': ('eval.generate', ['eval', 'sample']),
+}
+SUMS = 'reasoning:chain_sum?max_terms=3&max_digits=1'
+SAMPLE = ['--config.eval.sample.problems=64', '--config.eval.sample.samples=8',
+          '--config.eval.sample.max_new_tokens=28']
+COMPILING = {'/jax/core/compile/jaxpr_trace_duration': 'tracing',
+             '/jax/core/compile/jaxpr_to_mlir_module_duration': 'lowering',
+             '/jax/core/compile/backend_compile_duration': 'compiling'}
+SMALL_S = 0.3  # programs that compile in less time are added up
+
+
+# In the measured process
+
+
+def child(path: str, serial: bool, arguments: list[str]) -> None:
+  """Runs `betarank ARGUMENTS`, and writes the spans of time of its parts to the JSON file `path`.
+
+  serial: whether each program is compiled when it is called.
+  """
+  spans, main = [], threading.get_ident()
+
+  def note(name, start, end, detail=''):
+    spans.append((name, start, end, threading.get_ident() == main, detail))
+
+  def measured(function, name):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+      start = time.monotonic()
+      try:
+        return function(*args, **kwargs)
+      finally:
+        note(name, start, time.monotonic())
+    return call
+
+  def event(name, seconds, fun_name='', **_):
+    if name in COMPILING:
+      note(COMPILING[name], time.monotonic() - seconds, time.monotonic(), fun_name)
+
+  from betarank import __main__ as betarank
+  from betarank.configs import buckets
+  from betarank.configs.stop import importing
+
+  module = next(module for module, command in COMMANDS.values() if command == arguments[:len(command)])
+  with importing('starting'):
+    buckets.register()
+    import jax
+
+    from betarank.runtime import ahead
+    importlib.import_module(f'betarank.{module}')
+  for module, names in PARTS.items():
+    if f'betarank.{module}' in sys.modules:
+      for name, part in names.items():
+        *owner, name = name.split('.')
+        owner = functools.reduce(getattr, owner, sys.modules[f'betarank.{module}'])
+        setattr(owner, name, measured(getattr(owner, name), part))
+  jax.monitoring.register_event_duration_secs_listener(event)
+  compiling = ahead.compiling if not serial else lambda *works: [lambda: None for _ in works]
+  ahead.compiling = lambda *works: [measured(ready, 'waiting') for ready in compiling(*works)]
+  note('start', time.monotonic(), time.monotonic())
+  sys.argv = ['betarank', *arguments]
+  try:
+    betarank.main()
+  finally:
+    note('end', time.monotonic(), time.monotonic())
+    pathlib.Path(path).write_text(json.dumps(spans))
+
+
+# In the process that measures
+
+
+def run(arguments: list[str], programs: str, serial: bool) -> tuple[dict[str, float], list]:
+  """Runs a command with the compilation cache in the folder `programs`. Returns (seconds by part, all spans)."""
+  with tempfile.NamedTemporaryFile() as file:
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    process = subprocess.Popen(
+      [sys.executable, '-m', 'benchmarks.start', '--child', file.name, 'serial' if serial else '', *arguments],
+      env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': programs}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      text=True)
+    output, _ = process.communicate()
+    ended, after = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+      sys.exit(f'{" ".join(arguments)}: exit status {process.returncode}\n{output}')
+    spans = json.loads(pathlib.Path(file.name).read_text())
+  cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  return parts(spans, began, ended) | {'whole': ended - began, 'CPU': cpu_s}, spans
+
+
+def parts(spans: list, began: float, ended: float) -> dict[str, float]:
+  """Returns the main thread's seconds in each part. An instant belongs to that of its spans which began last."""
+  [start], [end] = ([span[1] for span in spans if span[0] == name] for name in ('start', 'end'))
+  waiting = [('imports', began, start), ('rest', start, end), ('exit', end, ended)]
+  waiting += [(name, a, b) for name, a, b, on_main, _ in spans if on_main and name not in ('start', 'end')]
+  waiting.sort(key=lambda span: span[1], reverse=True)
+  found, current = {}, []
+  edges = sorted({edge for _, *both in waiting for edge in both})
+  for a, b in itertools.pairwise(edges):
+    while waiting and waiting[-1][1] <= a:
+      current.append(waiting.pop())
+    current = [span for span in current if span[2] > a]
+    found[current[-1][0]] = found.get(current[-1][0], 0.0) + b - a
+  return found
+
+
+def compiled(spans: list) -> dict[str, dict[str, float]]:
+  """Returns {program: {kind of work: seconds}} for the programs that took longest, and 'others' for all others."""
+  found = collections.defaultdict(collections.Counter)
+  for name, a, b, on_main, program in spans:
+    if name in COMPILING.values():
+      found[program][name] += b - a
+      found[program]['ahead'] += 0.0 if on_main else b - a
+  shown = {}
+  for program, seconds in sorted(found.items(), key=lambda item: -item[1]['compiling']):
+    name = program if seconds['compiling'] >= SMALL_S else 'others'
+    shown.setdefault(name, collections.Counter()).update(seconds)
+  return shown
+
+
+def table(title: str, rows: dict[str, list[float]], names: list[str]) -> None:
+  print(f'\n{title:32}' + ''.join(f'{name:>12}' for name in names))
+  for name, values in rows.items():
+    if max(values) >= 0.005:
+      print(f'{name:32}' + ''.join(f'{value:12,.2f}' for value in values))
+
+
+def main() -> None:
+  if sys.argv[1:2] == ['--child']:
+    child(sys.argv[2], sys.argv[3] == 'serial', sys.argv[4:])
+    return
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', default='configs/small.py')
+  parser.add_argument('--rl_config', default='configs/small.py:stage=rl')
+  parser.add_argument('--tokens', type=float, default=20e6, help='of pre-training')
+  parser.add_argument('--rl_steps', type=int, default=4)
+  parser.add_argument('--commands', default='train', help=f'some of {",".join(COMMANDS)}, in this order')
+  parser.add_argument('--runs', default='cold,warm,cold-serial,warm-serial', help='some of these, in this order')
+  parser.add_argument('--root', default='', help='a folder to keep; default: a temporary one')
+  parser.add_argument('settings', nargs='*', help='--config.KEY=VALUE of pre-training, after a --')
+  args = parser.parse_args()
+  with contextlib.ExitStack() as stack:
+    root = pathlib.Path(args.root or stack.enter_context(tempfile.TemporaryDirectory())).absolute()
+    measure(args, root)
+
+
+def measure(args: argparse.Namespace, root: pathlib.Path) -> None:
+  betarank = [sys.executable, '-m', 'betarank']
+  data = [f'--config={args.config}', f'--config.data.dir={root}/data', *args.settings]
+  subprocess.run([*betarank, 'data', 'prepare', *data], check=True)
+  length, runs, results = [f'--config.train.tokens={round(args.tokens)}'], args.runs.split(','), {}
+  for kind in runs:
+    base, serial = root / kind / 'base', kind.endswith('serial')
+    commands = {
+      'train': [*data, *length, f'--workdir={base}'],
+      'rl': [f'--config={args.rl_config}', f'--config.train.init_from={base}', f'--config.rl.steps={args.rl_steps}',
+             f'--workdir={root}/{kind}/rl'],
+      'probe': [f'--checkpoint={base}'],
+      'sample': [f'--checkpoint={base}', f'--benchmark={SUMS}', *SAMPLE],
+    }
+    for name in args.commands.split(','):
+      programs = f'{root}/programs{"-serial" * serial}'
+      seconds, spans = run([*COMMANDS[name][1], *commands[name]], programs, serial)
+      results.setdefault(name, []).append((seconds | (training(base) if name == 'train' else {}), spans))
+      print(f'{name}, {kind}: {seconds["whole"]:.1f} s', flush=True)
+  for name, found in results.items():
+    rows = {row: [seconds.get(row, 0.0) for seconds, _ in found] for row in dict.fromkeys(
+      row for seconds, _ in found for row in seconds)}
+    last = [row for row in ('whole', 'CPU', 'tokens/s', 'memory of the device, GB') if row in rows]
+    table(f'{name}: seconds', {row: rows[row] for row in [*(row for row in rows if row not in last), *last]}, runs)
+    for kind, (_, spans) in zip(runs, found):
+      kinds = [*COMPILING.values(), 'ahead']
+      table(f'programs of {name}, {kind}', {p: [s[k] for k in kinds] for p, s in compiled(spans).items()}, kinds)
+
+
+def training(workdir: pathlib.Path) -> dict[str, float]:
+  """Returns figures of a training run: tokens per second, the median over steps, and the peak memory of the device."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  steps = [line for line in lines if 'time/tokens_per_s' in line]
+  return {'tokens/s': statistics.median(step['time/tokens_per_s'] for step in steps),
+          'memory of the device, GB': max(step.get('time/hbm_bytes', 0) for step in steps) / 1e9}
+
+
+if __name__ == '__main__':
+  main()
