@@ -1,21 +1,16 @@
-"""Measures where the wall time of whole commands goes, from their start to their exit.
+"""Measures where the wall time of whole commands goes, from the shell to the exit, with an empty and a warm
+compilation cache.
 
-    python -m benchmarks.start                          # 64M parameters, 20M tokens, on one GPU
+    python -m benchmarks.start                                      # 64M parameters, 20M tokens: for one GPU
     python -m benchmarks.start --config=configs/smoke.py --rl_config=configs/rl_smoke.py --tokens=1e5 \
-        --commands=train,rl,probe,sample                # on a CPU
+        --commands=train,rl,probe,sample                            # on a CPU
 
-Each command runs several times, in a process and a workdir of its own:
-
-    cold         with an empty compilation cache
-    warm         with the cache that the cold run left
-    cold-serial  like cold, but each program is compiled when it is called, and not before in another thread
-    warm-serial  with the cache that cold-serial left, and in the same way
+Each command runs in a process of its own, first with an empty compilation cache (cold) and then again, in another
+workdir, with the cache that the first run left (warm). Data is prepared before, which isn't counted.
 
 The first table shows the seconds that the main thread spends in each part of a command. Tracing, lowering and compiling
-(or reading the compilation cache) in the main thread don't count for the part in which they happen, but on their own.
-`waiting` is for programs that another thread compiles. `whole` is wall time, `CPU` the CPU time of the process and its
-children. The second table has one line per program, wherever it was compiled. Data is prepared before, which isn't
-counted.
+(or reading the compilation cache) are counted apart from the part in which they happen. The second table shows the
+programs that took longest to compile. CPU seconds and memory are those of the process and its ended children.
 """
 
 import argparse
@@ -28,12 +23,13 @@ import json
 import os
 import pathlib
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+
+import jax
 
 # Module that looks a name up -> {name: the part of a command that the function is}.
 PARTS = {
@@ -70,11 +66,8 @@ SMALL_S = 0.3  # programs that compile in less time are added up
 # In the measured process
 
 
-def child(path: str, serial: bool, arguments: list[str]) -> None:
-  """Runs `betarank ARGUMENTS`, and writes the spans of time of its parts to the JSON file `path`.
-
-  serial: whether each program is compiled when it is called.
-  """
+def child(path: str, arguments: list[str]) -> None:
+  """Runs `betarank ARGUMENTS`, and writes the spans of time of its parts to the JSON file `path`."""
   spans, main = [], threading.get_ident()
 
   def note(name, start, end, detail=''):
@@ -96,15 +89,10 @@ def child(path: str, serial: bool, arguments: list[str]) -> None:
 
   from betarank import __main__ as betarank
   from betarank.configs import buckets
-  from betarank.configs.stop import importing
 
+  buckets.register()
   module = next(module for module, command in COMMANDS.values() if command == arguments[:len(command)])
-  with importing('starting'):
-    buckets.register()
-    import jax
-
-    from betarank.runtime import ahead
-    importlib.import_module(f'betarank.{module}')
+  importlib.import_module(f'betarank.{module}')
   for module, names in PARTS.items():
     if f'betarank.{module}' in sys.modules:
       for name, part in names.items():
@@ -112,8 +100,6 @@ def child(path: str, serial: bool, arguments: list[str]) -> None:
         owner = functools.reduce(getattr, owner, sys.modules[f'betarank.{module}'])
         setattr(owner, name, measured(getattr(owner, name), part))
   jax.monitoring.register_event_duration_secs_listener(event)
-  compiling = ahead.compiling if not serial else lambda *works: [lambda: None for _ in works]
-  ahead.compiling = lambda *works: [measured(ready, 'waiting') for ready in compiling(*works)]
   note('start', time.monotonic(), time.monotonic())
   sys.argv = ['betarank', *arguments]
   try:
@@ -126,21 +112,20 @@ def child(path: str, serial: bool, arguments: list[str]) -> None:
 # In the process that measures
 
 
-def run(arguments: list[str], programs: str, serial: bool) -> tuple[dict[str, float], list]:
-  """Runs a command with the compilation cache in the folder `programs`. Returns (seconds by part, all spans)."""
+def run(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, float], list, dict[str, float]]:
+  """Runs a command. Returns (seconds of the main thread by part, the spans of all threads, figures of the process)."""
   with tempfile.NamedTemporaryFile() as file:
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     process = subprocess.Popen(
-      [sys.executable, '-m', 'benchmarks.start', '--child', file.name, 'serial' if serial else '', *arguments],
-      env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': programs}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-      text=True)
+      [sys.executable, '-m', 'benchmarks.start', f'--child={file.name}', *arguments],
+      env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output, _ = process.communicate()
     ended, after = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode:
       sys.exit(f'{" ".join(arguments)}: exit status {process.returncode}\n{output}')
     spans = json.loads(pathlib.Path(file.name).read_text())
   cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-  return parts(spans, began, ended) | {'whole': ended - began, 'CPU': cpu_s}, spans
+  return parts(spans, began, ended), spans, {'whole': ended - began, 'CPU': cpu_s}
 
 
 def parts(spans: list, began: float, ended: float) -> dict[str, float]:
@@ -165,7 +150,7 @@ def compiled(spans: list) -> dict[str, dict[str, float]]:
   for name, a, b, on_main, program in spans:
     if name in COMPILING.values():
       found[program][name] += b - a
-      found[program]['ahead'] += 0.0 if on_main else b - a
+      found[program]['in another thread'] += 0.0 if on_main else b - a
   shown = {}
   for program, seconds in sorted(found.items(), key=lambda item: -item[1]['compiling']):
     name = program if seconds['compiling'] >= SMALL_S else 'others'
@@ -177,12 +162,12 @@ def table(title: str, rows: dict[str, list[float]], names: list[str]) -> None:
   print(f'\n{title:32}' + ''.join(f'{name:>12}' for name in names))
   for name, values in rows.items():
     if max(values) >= 0.005:
-      print(f'{name:32}' + ''.join(f'{value:12,.2f}' for value in values))
+      print(f'{name:32}' + ''.join(f'{value:12.2f}' for value in values))
 
 
 def main() -> None:
-  if sys.argv[1:2] == ['--child']:
-    child(sys.argv[2], sys.argv[3] == 'serial', sys.argv[4:])
+  if sys.argv[1:2] and sys.argv[1].startswith('--child='):
+    child(sys.argv[1].removeprefix('--child='), sys.argv[2:])
     return
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/small.py')
@@ -190,7 +175,7 @@ def main() -> None:
   parser.add_argument('--tokens', type=float, default=20e6, help='of pre-training')
   parser.add_argument('--rl_steps', type=int, default=4)
   parser.add_argument('--commands', default='train', help=f'some of {",".join(COMMANDS)}, in this order')
-  parser.add_argument('--runs', default='cold,warm,cold-serial,warm-serial', help='some of these, in this order')
+  parser.add_argument('--caches', default='cold,warm', help='cold, warm, or both')
   parser.add_argument('--root', default='', help='a folder to keep; default: a temporary one')
   parser.add_argument('settings', nargs='*', help='--config.KEY=VALUE of pre-training, after a --')
   args = parser.parse_args()
@@ -203,37 +188,31 @@ def measure(args: argparse.Namespace, root: pathlib.Path) -> None:
   betarank = [sys.executable, '-m', 'betarank']
   data = [f'--config={args.config}', f'--config.data.dir={root}/data', *args.settings]
   subprocess.run([*betarank, 'data', 'prepare', *data], check=True)
-  length, runs, results = [f'--config.train.tokens={round(args.tokens)}'], args.runs.split(','), {}
-  for kind in runs:
-    base, serial = root / kind / 'base', kind.endswith('serial')
+  length = [f'--config.train.tokens={round(args.tokens)}']
+  results = collections.defaultdict(list)
+  for cache in args.caches.split(','):
+    base, rl = f'{root}/{cache}/base', f'{root}/{cache}/rl'
     commands = {
       'train': [*data, *length, f'--workdir={base}'],
       'rl': [f'--config={args.rl_config}', f'--config.train.init_from={base}', f'--config.rl.steps={args.rl_steps}',
-             f'--workdir={root}/{kind}/rl'],
+             f'--workdir={rl}'],
       'probe': [f'--checkpoint={base}'],
       'sample': [f'--checkpoint={base}', f'--benchmark={SUMS}', *SAMPLE],
     }
     for name in args.commands.split(','):
-      programs = f'{root}/programs{"-serial" * serial}'
-      seconds, spans = run([*COMMANDS[name][1], *commands[name]], programs, serial)
-      results.setdefault(name, []).append((seconds | (training(base) if name == 'train' else {}), spans))
-      print(f'{name}, {kind}: {seconds["whole"]:.1f} s', flush=True)
-  for name, found in results.items():
-    rows = {row: [seconds.get(row, 0.0) for seconds, _ in found] for row in dict.fromkeys(
-      row for seconds, _ in found for row in seconds)}
-    last = [row for row in ('whole', 'CPU', 'tokens/s', 'memory of the device, GB') if row in rows]
-    table(f'{name}: seconds', {row: rows[row] for row in [*(row for row in rows if row not in last), *last]}, runs)
-    for kind, (_, spans) in zip(runs, found):
-      kinds = [*COMPILING.values(), 'ahead']
-      table(f'programs of {name}, {kind}', {p: [s[k] for k in kinds] for p, s in compiled(spans).items()}, kinds)
-
-
-def training(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns figures of a training run: tokens per second, the median over steps, and the peak memory of the device."""
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  steps = [line for line in lines if 'time/tokens_per_s' in line]
-  return {'tokens/s': statistics.median(step['time/tokens_per_s'] for step in steps),
-          'memory of the device, GB': max(step.get('time/hbm_bytes', 0) for step in steps) / 1e9}
+      environment = {'JAX_COMPILATION_CACHE_DIR': f'{root}/programs'}
+      results[name].append(run([*COMMANDS[name][1], *commands[name]], environment))
+      print(f'{name}, {cache}: {results[name][-1][2]["whole"]:.1f} s', flush=True)
+  for name, runs in results.items():
+    names = args.caches.split(',')
+    order = list(dict.fromkeys(part for seconds, _, _ in runs for part in seconds))
+    rows = {part: [seconds.get(part, 0.0) for seconds, _, _ in runs] for part in order}
+    rows |= {figure: [figures[figure] for *_, figures in runs] for figure in ('whole', 'CPU')}
+    table(f'{name}: seconds', rows, names)
+    for cache, (_, spans, _) in zip(names, runs):
+      programs = compiled(spans)
+      kinds = [*COMPILING.values(), 'in another thread']
+      table(f'programs of {name}, {cache}', {p: [s[k] for k in kinds] for p, s in programs.items()}, kinds)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ Each function returns the library. Calling it again costs nothing.
 import functools
 import sys
 import types
+import warnings
 from typing import Any
 
 # What two of reasoning-gym's tasks bring in by way of a library that also draws. They draw nothing themselves.
@@ -15,15 +16,18 @@ _DRAWING = ('matplotlib', 'matplotlib.animation', 'matplotlib.collections', 'mat
 
 @functools.cache
 def reasoning_gym() -> types.ModuleType:
-  """Imports reasoning-gym without matplotlib, in a second instead of two."""
-  if 'matplotlib' in sys.modules:
-    import reasoning_gym
-    return reasoning_gym
-  sys.modules.update((name, _Placeholder(name)) for name in _DRAWING)
+  """Imports reasoning-gym without matplotlib, in a second instead of two.
+
+  Warnings about the syntax of a library that it needs, which Python shows at the first import, are left out.
+  """
+  hidden = () if 'matplotlib' in sys.modules else _DRAWING
+  sys.modules.update((name, _Placeholder(name)) for name in hidden)
   try:
-    import reasoning_gym
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', SyntaxWarning)
+      import reasoning_gym
   finally:
-    for name in _DRAWING:
+    for name in hidden:
       del sys.modules[name]
   return reasoning_gym
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
@@ -38,9 +37,9 @@ from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.rl.packing import Answer, Microbatch
 from betarank.rl.progress import Progress
 from betarank.rl.rollout import Group, check_prompts, graded_groups, prompt_tokens
-from betarank.rl.update import Update, abstract_arguments, cov_tokens, make_update
+from betarank.rl.update import Update, cov_tokens, make_update
 from betarank.rl.warnings import warnings
-from betarank.runtime import ahead, checkpoint, job, wandb_board, workdir
+from betarank.runtime import checkpoint, job, wandb_board, workdir
 from betarank.runtime.metrics import Log
 from betarank.runtime.profile import Profile
 from betarank.runtime.state import TrainState, abstract_state
@@ -72,7 +71,6 @@ class Parts:
     evaluated: the problem sets to evaluate on, by name.
     samplers: one sampler per phase.
     update: the result of `make_update`.
-    ready: {shape of a microbatch: a function that waits until the update's programs for this shape are compiled}.
     log_probabilities: the jitted function `score.log_probabilities`.
     rows_by_token: the sharding of arrays [B, T].
     reference: the parameters of the KL reference, or None.
@@ -85,7 +83,6 @@ class Parts:
   verifier: Verifier
   samplers: list[Sampler]
   update: Update
-  ready: dict[tuple[int, int], Callable[[], None]]
   log_probabilities: Callable
   rows_by_token: NamedSharding
   reference: Any
@@ -139,8 +136,6 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     verifier = stack.enter_context(Verifier(rl.verifier, jail))
     checkpoints = stack.enter_context(setup.open_checkpoints(root, run.checkpoint, fallback))
     tx = make_optimizer(run.optimizer, run.updates, model.abstract(run.model)[2])
-    update = make_update(run.model, rl.loss, tx, rl.temperature)
-    ready = compile_ahead(run, mesh, tx, update) if checkpoints.latest != run.steps else {}
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from)
     state, start = beginning.state, beginning.step
     progress = Progress.read(beginning.cursor if start else {}, tasks, filtered=rl.repeat_zero_variance < 1)
@@ -159,7 +154,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     if start == run.steps:
       log.say('nothing to do; a larger config.rl.steps continues the run, another --workdir starts a new one')
     parts = Parts(
-      run, tokenizer, tasks, evaluated, verifier, samplers, update, ready,
+      run, tokenizer, tasks, evaluated, verifier, samplers,
+      make_update(run.model, rl.loss, tx, rl.temperature),
       jax.jit(functools.partial(score.log_probabilities, temperature=rl.temperature), static_argnums=0),
       NamedSharding(mesh, model.spec('batch', 'length')),
       _reference(run, tx, mesh, beginning.parent) if rl.loss.kl_weight else None)
@@ -207,31 +203,6 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     checkpoints.wait()
     setup.finished(log, root, config, run.steps, beginning.parent)
   return last
-
-
-def compile_ahead(
-  run: RlRun, mesh: Mesh, tx: optax.GradientTransformation, update: Update
-) -> dict[tuple[int, int], Callable[[], None]]:
-  """Starts to compile the update, for one shape of microbatches after the other, while the sampler draws.
-
-  Returns {shape: a function that waits until the programs for this shape are compiled}.
-  """
-  state = abstract_state(run.model, tx, mesh)
-  gradients = functools.cache(lambda: ahead.outputs(update.zeros.lower(state.params)))
-
-  def compile_for(shape):
-    arguments = abstract_arguments(run.model, run.rl.loss, mesh, shape, run.rl.minibatches > 1)
-    ahead.outputs(update.gradient.lower(state.params, gradients(), *arguments))
-    ahead.outputs(update.apply.lower(state, gradients()))  # the same for all shapes, so it is compiled once
-
-  shapes = microbatch_shapes(run.rl, mesh, run.rl.phase(1))
-  return dict(zip(shapes, ahead.compiling(*(functools.partial(compile_for, shape) for shape in shapes))))
-
-
-def microbatch_shapes(rl: RlConfig, mesh: Mesh, phase: int) -> list[tuple[int, int]]:
-  """Returns the shapes (rows, tokens per row) of microbatches in a phase, the largest first."""
-  ways = math.prod(mesh.shape[axis] for axis in model.RULES['batch'])
-  return packing.shapes(rl.max_prompt_tokens + rl.max_new_tokens[phase], rl.microbatch_tokens, ways)
 
 
 def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sampler]:
@@ -321,7 +292,9 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
   rule = rl.reward_rule(step)
   rewards_PG, valid_PG = map(np.array, zip(*(group.rewards(rule) for group in groups)))
   advantages_PG = advantages(rl.advantage, rewards_PG, valid_PG)
-  of = microbatch_shapes(rl, parts.rows_by_token.mesh, rl.phase(step))
+  longest = rl.max_prompt_tokens + rl.max_new_tokens[rl.phase(step)]
+  ways = math.prod(parts.rows_by_token.mesh.shape[axis] for axis in model.RULES['batch'])
+  of = packing.shapes(longest, rl.microbatch_tokens, ways)
   each = rl.prompts_per_step // rl.minibatches
   return [packing.microbatches(
     [Answer(group.prompt, sample, float(advantage))
@@ -352,8 +325,6 @@ def learn(
     if rl.loss.cov:
       key = functools.reduce(jax.random.fold_in, (COV_STREAM, step, m), jax.random.key(run.seed))
       chosen = cov_tokens(rl.loss, key, batch, old_logps)
-    for part in batch:
-      parts.ready.get(part.batch.tokens_BT.shape, lambda: None)()  # there are none for later phases
     with setup.no_implicit_transfers():
       state, sums, norm = parts.update(state, batch, old_logps if off_policy else None, ref_logps, chosen)
     found.append(functools.reduce(policy_losses.add, jax.device_get(sums)))

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
-from betarank.data import Batch
 from betarank.model import ModelConfig
 from betarank.model.sharding import constrain
 from betarank.rl import entropy
@@ -90,30 +88,6 @@ class Update(NamedTuple):
       sums.append(of_part)
     state, norm = self.apply(state, gradients)
     return state, sums, norm
-
-
-def abstract_arguments(
-  c: ModelConfig, loss: PolicyLossConfig, mesh: Mesh, shape: tuple[int, int], off_policy: bool
-) -> tuple[Any, ...]:
-  """Returns the abstract arguments of the gradient program that depend on data: (microbatch, old_logp_BT, ref_logp_BT,
-  cov_tokens_BT). Arguments that the loss doesn't need are None.
-
-  Args:
-    c, loss: the model and the loss.
-    mesh: the mesh of the parameters.
-    shape: the shape (rows, tokens per row) of the microbatch.
-    off_policy: whether the samples are used for several updates.
-  """
-  tokens = lambda dtype, *more: jax.ShapeDtypeStruct(
-    (*shape, *more), dtype, sharding=NamedSharding(mesh, model.spec('batch', 'length')))
-  choices_BTLk = tokens(jnp.int16, c.layers, c.moe.experts_per_token) if c.moe.experts else None
-  batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_))
-  return (
-    Microbatch(batch, tokens(jnp.float32), tokens(jnp.float32), tokens(jnp.int32), choices_BTLk),
-    tokens(jnp.float32) if off_policy else None,
-    tokens(jnp.float32) if loss.kl_weight else None,
-    tokens(jnp.bool_) if loss.cov else None,
-  )
 
 
 def make_update(

@@ -6,12 +6,11 @@ Step n is dispatched before the figures of step n-1 are read, so the device neve
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -21,17 +20,17 @@ from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.steps import budget_steps
 from betarank.configs.stop import StopSignal
-from betarank.data import prepared, sources
+from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
-from betarank.runtime import ahead, checkpoint, job, multihost, wandb_board, workdir
+from betarank.runtime import checkpoint, job, multihost, wandb_board, workdir
 from betarank.runtime.metrics import Clock, Log, describe_evaluation, peak_flops
 from betarank.runtime.profile import Profile
-from betarank.runtime.state import TrainState, abstract_state
+from betarank.runtime.state import TrainState
 from betarank.train import score, setup
 from betarank.train.config import RunConfig, first_and_last, run_config
 from betarank.train.optimizer import decay_start, make_optimizer, schedule
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
-from betarank.train.step import abstract_batch, make_evaluate, make_step
+from betarank.train.step import make_evaluate, make_step
 
 PROMPT_TOKENS = 12  # a logged text continues so many tokens of a training row
 
@@ -75,12 +74,6 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
     stop = stack.enter_context(StopSignal(jax.process_count()))
     checkpoints = stack.enter_context(setup.open_checkpoints(root, run.checkpoint, fallback))
     tx = make_optimizer(run.optimizer, run.steps, model.abstract(run.model)[2])
-    update = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.microbatches,
-                       'full' if run.log.head_tail_mass else 'basic')
-    evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
-    texts = Texts(run, tokenizer, mesh)
-    update_ready, evaluation_ready = (
-      compile_ahead(run, mesh, tx, update, evaluate, texts) if checkpoints.latest != run.steps else [lambda: None] * 2)
     beginning = setup.begin(run.model, tx, mesh, checkpoints, seed=run.seed, init_from=run.train.init_from,
                             everything=run.train.init_what == 'all')
     state, start = beginning.state, beginning.step
@@ -94,12 +87,15 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'run': f'{setup.describe_length(beginning, run.steps, root)}, {run.tokens_per_step:,} tokens per step'})
     if start == run.steps:
       log.say('nothing to do; a larger config.train.tokens continues the run, another --workdir starts a new one')
+    update = make_step(run.model, run.objective, tx, tokenizer.bytes_per_token_V, run.microbatches,
+                       'full' if run.log.head_tail_mass else 'basic')
+    evaluate = make_evaluate(run.model, run.objective, tokenizer.bytes_per_token_V)
+    texts = Texts(run, tokenizer, mesh)
     recorder = Recorder(run, log, checkpoints)
     lineage = setup.lineage(config, beginning, tokenizer, run.data.tokenizer_path)
     profile = Profile(root, first_and_last(run.log.profile_steps))
 
     setup.stopped_before(log, start, stop)
-    update_ready()
     for step in range(start + 1, run.steps + 1):
       with recorder.clock.waiting():
         batch = next(feed)
@@ -116,7 +112,6 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
         recorder.catch_up()  # fails if the loss isn't finite, so that such a state is never saved
         with recorder.clock.apart():
           if due.evaluate:  # before saving, so that a checkpoint exists only if all else of its step was written
-            evaluation_ready()
             validate(run, feed, evaluate, state, step, log)
             texts.write(state.params, batch, step, log)
           if due.save:
@@ -155,23 +150,6 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
            'no checkpoint from before the decay was kept (config.checkpoint.keep_every_steps keeps some for good)')
     raise ConfigError(f'config.train.tokens: {root} has been lowering its learning rate since step {decays}, by its '
                       f'budget of {before} tokens, and a larger budget would raise it again; {way}')
-
-
-def compile_ahead(
-  run: RunConfig, mesh: Mesh, tx: optax.GradientTransformation, update, evaluate, texts: 'Texts'
-) -> tuple[Callable[[], None], Callable[[], None]]:
-  """Starts to compile the update and, at the same time, the programs of evaluations and texts.
-
-  Returns two functions: one waits for the update, the other for the other programs.
-  """
-  state = abstract_state(run.model, tx, mesh)
-  masked = {sources.masked(source) for source in run.data.sources.values()}
-  batch = lambda masked: abstract_batch(mesh, run.rows, run.sequence_length, masked)
-  [update_ready] = ahead.compiling(lambda: ahead.outputs(update.lower(state, batch(any(masked)))))
-  evaluations = [lambda one=one: ahead.outputs(evaluate.lower(state, batch(one)))
-                 for one in masked if run.data.validation_fraction]
-  *_, others_ready = ahead.compiling(*evaluations, lambda: texts.compile(state.params))
-  return update_ready, others_ready
 
 
 class Feed(Iterator[data.Batch]):
@@ -285,11 +263,6 @@ class Texts:
     self._count, self._seed, self._tokenizer = run.log.samples, run.seed, tokenizer
     size = -(-max(self._count, 1) // mesh.size) * mesh.size  # a multiple of the devices, whatever the sampler's mesh
     self._sampler = Sampler(run.model, SamplerConfig(size, PROMPT_TOKENS, run.log.sample_tokens), tokenizer.eos, mesh)
-
-  def compile(self, params: Any) -> None:
-    """Compiles the sampler's programs. params: as abstract arrays."""
-    if self._count:
-      self._sampler.compile(params, [PROMPT_TOKENS])
 
   def write(self, params: Any, batch: data.Batch, step: int, log: Log) -> None:
     """Samples continuations at temperature 1, and logs them together with their prompts. Every process must call this.

@@ -32,7 +32,6 @@ from jax.sharding import Mesh, NamedSharding
 from betarank import model
 from betarank.model import decode
 from betarank.model.sharding import constrain, shards
-from betarank.runtime.ahead import outputs
 from betarank.train import score
 from betarank.train.decode_mesh import decode_mesh
 from betarank.train.pages import Pages, Running
@@ -293,22 +292,6 @@ class Sampler:
     """
     return self._weights.lower(params)
 
-  def compile(self, params: model.transformer.Params, lengths: Sequence[int] = ()) -> None:
-    """Compiles the programs of a call before the call.
-
-    params: as abstract arrays with shardings.
-    lengths: lengths of prompts in tokens. Prompts of other lengths may need further programs.
-    """
-    weights = outputs(self._weights.lower(params))
-    with self._on_mesh():
-      rows = outputs(_empty.lower(self.c, self.s))
-      for bucket in sorted({self._bucket(length - 1) for length in lengths if length > 1}):
-        zeros = (np.zeros((self.ways, *shape), np.int32) for shape in ((bucket,), (), (self.s.prompt_pages,)))
-        pages, _ = outputs(_prefill.lower(self.c, weights, rows.pages_LP2KSH, *zeros))
-        rows = dataclasses.replace(rows, pages_LP2KSH=pages)
-      rows = outputs(_put.lower(rows, _Start(*np.zeros((5, STARTED), np.uint32)), np.uint32(0), np.uint32(0)))
-      outputs(_decode.lower(self.c, self.s, self.eos, weights, rows, self._pages().table()))
-
   def _check(self, prompts, indices, seed, step):
     if not indices or len(set(indices)) < len(indices):
       raise ValueError(f'samples must be >= 1, or different indices, got {indices}')
@@ -330,9 +313,6 @@ class Sampler:
         raise ValueError(
           f'{where} has max_new_tokens = {prompt.max_new_tokens}, not 1 to {self.s.max_new_tokens}')
 
-  def _on_mesh(self) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
-
   def _pages(self) -> Pages:
     s = self.s
     return Pages(rows=s.decode_batch_size, pages=s.pages, parts=self.ways, size=s.page_tokens,
@@ -341,7 +321,8 @@ class Sampler:
   def _run(self, params, prompts, indices, seed, step, watch, more):
     s = self.s
     record = s.record_choices and self.c.moe.experts > 0
-    on_mesh = self._on_mesh  # a generator must not hold the mesh while its caller runs
+    # A generator must not hold the mesh while its caller runs.
+    on_mesh = contextlib.nullcontext if self.mesh is None else lambda: jax.set_mesh(self.mesh)
     weights = self._weights(params)  # from the mesh of the parameters to this one
     with on_mesh():
       rows = _empty(self.c, s)
@@ -430,7 +411,8 @@ class Sampler:
     prefixes: for each part of the mesh, the prompt to write, or None. The other arguments are those of `_start`.
     """
     some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
-    bucket = self._bucket(max(map(len, some)))
+    longest = max(map(len, some))
+    bucket = min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), max(2, self.s.max_prompt_tokens))
     token_FP = np.zeros((len(some), bucket), np.int32)
     length_F = np.array(list(map(len, some)), np.int32)
     for f, tokens in enumerate(some):
@@ -441,10 +423,6 @@ class Sampler:
       if prefix:
         prefix.routed = choice_FPLk, f
     return dataclasses.replace(rows, pages_LP2KSH=cache)
-
-  def _bucket(self, longest: int) -> int:
-    """Returns the length of a prefill for prompts of at most `longest` tokens, without their last one."""
-    return min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), max(2, self.s.max_prompt_tokens))
 
 
 # What runs on the device.

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
 
 from betarank.data import Batch
-from betarank.model import ModelConfig, spec, update_router_bias
+from betarank.model import ModelConfig, update_router_bias
 from betarank.objectives import ObjectiveConfig
 from betarank.runtime.state import TrainState, compiler_options, donated
 from betarank.train import score
@@ -73,16 +72,6 @@ def make_step(
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return jax.jit(step, donate_argnums=donated(), compiler_options=compiler_options())
-
-
-def abstract_batch(mesh: Mesh, rows: int, length: int, masked: bool) -> Batch:
-  """Returns the shapes, dtypes and shardings of a global batch.
-
-  masked: whether the data says which targets count.
-  """
-  tokens = lambda dtype: jax.ShapeDtypeStruct((rows, length), dtype, sharding=NamedSharding(
-    mesh, spec('batch', 'length')))
-  return Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_) if masked else None)
 
 
 def make_evaluate(c: ModelConfig, objective: ObjectiveConfig, bytes_per_token_V: np.ndarray) -> Callable:

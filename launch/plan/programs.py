@@ -11,15 +11,16 @@ from jax.sharding import Mesh, NamedSharding
 
 from betarank import model
 from betarank.configs.errors import ConfigError
-from betarank.data import sources
+from betarank.data import Batch, sources
 from betarank.launch.plan.chips import PlanError
 from betarank.launch.plan.workload import Workload
-from betarank.rl.update import abstract_arguments, make_update
+from betarank.rl.packing import Microbatch
+from betarank.rl.update import make_update
 from betarank.runtime.state import TrainState, abstract_state
 from betarank.train import setup
 from betarank.train.optimizer import make_optimizer
 from betarank.train.sampler import Sampler, SamplerConfig
-from betarank.train.step import abstract_batch, make_step
+from betarank.train.step import make_step
 
 Lower = Callable[[], jax.stages.Lowered]
 EOS = 0  # any id will do, because it is a constant that changes neither memory nor time of the decode program
@@ -68,9 +69,7 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[M
     except ValueError as error:
       raise PlanError(f'config.rl.{error}') from None
     lower = {
-      'gradient': (mesh, lambda: update.gradient.lower(
-        state.params, gradients, *abstract_arguments(
-          work.run.model, work.rl.loss, mesh, work.microbatch(mesh.shape), work.rl.minibatches > 1))),
+      'gradient': (mesh, lambda: update.gradient.lower(state.params, gradients, *_microbatch(work, mesh))),
       'optimizer': (mesh, lambda: update.apply.lower(state, gradients)),
       'weights': (mesh, lambda: sampler.lower_weights(state.params)),
       'decode': (sampler.mesh, lambda: sampler.lower_decode(state.params))}
@@ -88,10 +87,29 @@ def sampler_config(work: Workload) -> SamplerConfig:
 
 def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stages.Lowered:
   run = work.run
+  tokens = lambda dtype: _abstract(mesh, (work.rows, work.length), dtype, 'batch', 'length')
   masked = any(sources.masked(source) for source in run.data.sources.values())
-  batch = abstract_batch(mesh, work.rows, work.length, masked)
+  batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_) if masked else None)
   stats, byte_counts = 'full' if run.log.head_tail_mass else 'basic', np.ones(run.model.vocab_size, np.int32)
   return make_step(run.model, run.objective, tx, byte_counts, run.microbatches, stats).lower(state, batch)
+
+
+def _microbatch(work: Workload, mesh: Mesh) -> tuple[Any, ...]:
+  """Returns the abstract arguments of RL's gradient program that depend on data.
+
+  They are a microbatch, the log-probabilities under the policy before the update, those under the reference policy, and
+  a mask of the tokens that loss.cov selects. Arguments that the config doesn't need are None.
+  """
+  c, rl, shape = work.run.model, work.rl, work.microbatch(mesh.shape)
+  tokens = lambda dtype, *more: _abstract(mesh, (*shape, *more), dtype, 'batch', 'length')
+  choices_BTLk = tokens(jnp.int16, c.layers, c.moe.experts_per_token) if c.moe.experts else None
+  batch = Batch(*[tokens(jnp.int32)] * 4, tokens(jnp.bool_))
+  return (
+    Microbatch(batch, tokens(jnp.float32), tokens(jnp.float32), tokens(jnp.int32), choices_BTLk),
+    tokens(jnp.float32) if rl.minibatches > 1 else None,
+    tokens(jnp.float32) if rl.loss.kl_weight else None,
+    tokens(jnp.bool_) if rl.loss.cov else None,
+  )
 
 
 def _abstract(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str) -> jax.ShapeDtypeStruct:
