@@ -229,16 +229,16 @@ def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
     out_BKGH, most_BKG, sum_BKG = carry
     page_B = lax.dynamic_index_in_dim(pages_BJ, j, 1, keepdims=False)
     k_BKSH, v_BKSH = (pages_P2KSH.at[page_B, i].get(mode='promise_in_bounds') for i in (0, 1))
-    # G last, which is faster on a CPU.
+    # On a CPU, XLA has fast products for this order, and slow ones for weights with G last.
     score_BKSG = jnp.einsum('BKSH,BKGH->BKSG', k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
-    seen_B1S1 = (j * size + jnp.arange(size) < filled_B[:, None])[:, None, :, None]
-    score_BKSG = jnp.where(seen_B1S1, score_BKSG, UNSEEN)
-    new_BKG = jnp.maximum(most_BKG, score_BKSG.max(2))
-    weight_BKSG = jnp.where(seen_B1S1, jnp.exp(score_BKSG - new_BKG[:, :, None]), 0)
+    seen_B11S = (j * size + jnp.arange(size) < filled_B[:, None])[:, None, None]
+    score_BKGS = jnp.where(seen_B11S, score_BKSG.swapaxes(2, 3), UNSEEN)
+    new_BKG = jnp.maximum(most_BKG, score_BKGS.max(3))
+    weight_BKGS = jnp.where(seen_B11S, jnp.exp(score_BKGS - new_BKG[..., None]), 0)
     fade_BKG = jnp.exp(most_BKG - new_BKG)
     out_BKGH = out_BKGH * fade_BKG[..., None] + jnp.einsum(
-      'BKSG,BKSH->BKGH', weight_BKSG.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
-    return out_BKGH, new_BKG, sum_BKG * fade_BKG + weight_BKSG.sum(2)
+      'BKGS,BKSH->BKGH', weight_BKGS.astype(v_BKSH.dtype), v_BKSH, preferred_element_type=jnp.float32)
+    return out_BKGH, new_BKG, sum_BKG * fade_BKG + weight_BKGS.sum(3)
 
   shape = q_BKGH.shape[:3]
   carry = jnp.zeros(q_BKGH.shape, jnp.float32), jnp.full(shape, UNSEEN), jnp.zeros(shape)

@@ -62,6 +62,7 @@ class _Part:
   def __init__(self, rows: range, pages: int):
     self.rows, self.pages = list(rows)[::-1], list(range(pages))[::-1]  # the free ones
     self.prefixes: dict[int, Prefix] = {}
+    self.growing: set[Running] = set()  # the running samples that may need more pages
     self.full = False
 
 
@@ -131,8 +132,6 @@ class Pages:
     """
     started, prefixes = [], [None] * len(self._parts)
     for n, part in enumerate(self._parts):
-      grows = lambda sample: len(sample.pages) < self._count(sample.limit)
-      growing = sum(grows(sample) for sample in self.running.values() if self._part(sample) is part)
       while queue and part.rows and not part.full:
         p = min((p for p in part.prefixes if p in queue), default=None)
         new = p is None
@@ -141,7 +140,7 @@ class Pages:
           if prefixes[n]:
             break
         wanted = self._count(min(limit(p), tokens)) + (self._count(length(p)) if new else 0)
-        if not self._room(part, wanted + growing, queue):
+        if not self._room(part, wanted + len(part.growing), queue):
           break
         if not new and p not in part.prefixes:
           continue  # it made room for its own sample, and is prefilled again
@@ -156,7 +155,6 @@ class Pages:
         self._table.prefix_B[sample.row] = length(p)
         self._extend(part, sample, tokens)
         self.running[sample.row] = sample
-        growing += grows(sample)
         started.append(sample)
     return started, prefixes
 
@@ -164,6 +162,7 @@ class Pages:
     """Frees the row and the pages of a sample. The prompt's pages are freed later, by `start` or `grow`."""
     part = self._part(sample)
     del self.running[sample.row]
+    part.growing.discard(sample)
     part.rows.append(sample.row)
     part.pages += sample.pages[::-1]
     sample.prefix.samples -= 1
@@ -213,6 +212,7 @@ class Pages:
     first = self._prompt_pages + len(sample.pages)
     self._table.pages_BJ[sample.row, first : first + wanted] = pages
     sample.pages += pages
+    (part.growing.add if len(sample.pages) < self._count(sample.limit) else part.growing.discard)(sample)
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:

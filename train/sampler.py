@@ -11,7 +11,7 @@ The cache (model/decode.py) consists of pages. A row gets pages as its sample gr
 than all rows at their greatest length. The shapes of arrays depend only on the settings, except that a prefill has the
 length of its longest prompt, rounded up to a power of two. Therefore only few programs are compiled.
 
-# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt (in _Start: samples started at once)
+# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt
 # T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  K most probable tokens
 # L layers  k experts per token  LP2KSH as in model/decode.py
 """
@@ -38,7 +38,6 @@ from betarank.train.pages import Pages, Running
 
 ROLLOUT_STREAM = 2  # fold_in(seed, stream, ...); rl/loop.py has 3
 SHORTEST_BUCKET = 16
-STARTED = 16  # rows started by one call
 # Dispatches in flight while the host reads another. On a CPU the host and the device are the same cores.
 AHEAD = {'cpu': 0, 'gpu': 1, 'tpu': 1}
 AXES = {1: ('batch',), 2: ('batch', None), 5: decode.PAGES_AXES}  # of arrays with a dimension R, by their dimensions
@@ -340,8 +339,9 @@ class Sampler:
           stopped = pages.grow(tokens)
           for sample in stopped:
             queue.setdefault(sample.prompt, collections.deque()).appendleft(sample.index)
-          rows = _start_some(rows, [(sample.row, 0, 0, 0, 0) for sample in stopped], seed, step)
-          rows = self._start(weights, rows, pages, queue, prompts, seed, step, tokens)
+          rows, started = self._start(weights, rows, pages, queue, prompts, tokens)
+          if stopped or started:
+            rows = _put(rows, self._starts(stopped, started, prompts), seed, step)
           rows, drawn = _decode(self.c, s, self.eos, weights, rows, pages.table())
           jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
         flying.append((drawn, list(pages.running.values())))
@@ -384,8 +384,10 @@ class Sampler:
     return Sample(prompt.id, sample.index, tokens, np.concatenate(logps), 'eos' if tokens[-1] == self.eos else 'length',
                   None if choices[0] is None else choices)
 
-  def _start(self, weights, rows, pages, queue, prompts, seed, step, tokens) -> '_Rows':
-    """Starts samples from the queue while there are free rows and pages. Returns the updated rows.
+  def _start(self, weights, rows, pages, queue, prompts, tokens) -> tuple['_Rows', list[Running]]:
+    """Starts samples from the queue while there are free rows and pages, and prefills their prompts.
+
+    Returns (the updated rows, the started samples). The samples must still be put into their rows.
 
     weights: the result of `decode_params`.
     rows: the _Rows on the device.
@@ -393,15 +395,25 @@ class Sampler:
     prompts: all prompts. A prompt's number is its index in this list.
     """
     limit = lambda p: prompts[p].max_new_tokens or self.s.max_new_tokens
+    started = []
     while True:
       samples, prefixes = pages.start(queue, lambda p: len(prompts[p].tokens) - 1, limit, tokens)
       if any(prefixes):
         rows = self._prefill(weights, rows, pages, prefixes, prompts)
-      rows = _start_some(rows, [
-        (sample.row, prompts[sample.prompt].tokens[-1], sample.limit, prompts[sample.prompt].id, sample.index)
-        for sample in samples], seed, step)
       if not samples:
-        return rows
+        return rows, started
+      started += samples
+
+  def _starts(self, stopped: list[Running], started: list[Running], prompts) -> '_Start':
+    """Returns what `_put` needs to empty the rows of stopped samples, and to put started samples into theirs."""
+    new = _Start(*np.zeros((5, self.s.decode_batch_size), np.uint32))
+    for sample in stopped:
+      new.put[sample.row] = True
+    for sample in started:
+      prompt = prompts[sample.prompt]
+      for field, value in zip(new, (True, prompt.tokens[-1], sample.limit, prompt.id, sample.index)):
+        field[sample.row] = value
+    return new
 
   def _prefill(self, weights, rows, pages, prefixes, prompts) -> '_Rows':
     """Writes prompts into the cache, at most one in each part of the mesh. Returns the updated rows.
@@ -429,17 +441,17 @@ class Sampler:
 
 
 class _Start(NamedTuple):
-  """Up to I samples to start, and the row for each. Every field is uint32 [I].
+  """The samples to put into rows. Every field is uint32 [R].
 
   Attributes:
-    row: the row of the decode batch.
+    put: 1 if the row changes, else 0.
     token: the last token of the prompt.
     limit: the greatest number of tokens to draw. With 0, nothing starts, and the row is emptied.
     prompt_id: the number of the prompt.
     index: the number of the sample among those of its prompt.
   """
 
-  row: Any
+  put: Any
   token: Any
   limit: Any
   prompt_id: Any
@@ -489,24 +501,13 @@ def _choices(routing: model.Routing | None) -> jax.Array | None:
   return constrain(jnp.moveaxis(routing.choices_LBTk, 0, 2).astype(jnp.int16), None, None, None, None)
 
 
-def _start_some(rows, samples, seed, step) -> _Rows:
-  """Puts samples into their rows, STARTED at a time. Returns the updated rows.
-
-  samples: tuples (row, the prompt's last token, limit, prompt id, index).
-  """
-  for first in range(0, len(samples), STARTED):
-    task = _Start(*np.zeros((5, STARTED), np.uint32))
-    task.row[:] = len(rows.count_R)  # out of range: nothing to put there
-    for j, sample in enumerate(samples[first : first + STARTED]):
-      for field, value in zip(task, sample):
-        field[j] = value
-    rows = _put(rows, task, seed, step)
-  return rows
-
-
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(rows, task, seed, step) -> _Rows:
-  put = lambda old, new: old.at[task.row].set(new.astype(old.dtype), mode='drop')
+def _put(rows, new, seed, step) -> _Rows:
+  """Returns the rows after putting the samples of `new`, a _Start, into them."""
+  new = _pinned(new)
+
+  def put(old, x):
+    return jnp.where(new.put.reshape(-1, *[1] * (old.ndim - 1)) > 0, x.astype(old.dtype), old)
 
   def key(prompt_id, index):
     parts = (ROLLOUT_STREAM, step, prompt_id, index)
@@ -514,10 +515,10 @@ def _put(rows, task, seed, step) -> _Rows:
 
   return _pinned(_Rows(
     rows.pages_LP2KSH,
-    put(rows.token_R, task.token),
-    put(rows.count_R, jnp.zeros_like(task.row)),
-    put(rows.limit_R, task.limit),
-    put(rows.key_R2, jax.vmap(key)(task.prompt_id, task.index)),
+    put(rows.token_R, new.token),
+    put(rows.count_R, jnp.zeros_like(rows.count_R)),
+    put(rows.limit_R, new.limit),
+    put(rows.key_R2, jax.vmap(key)(new.prompt_id, new.index)),
   ))
 
 
@@ -561,11 +562,30 @@ def _decode(c, s, eos, weights, rows, table):
     recorded = s.record_choices and c.moe.experts
     return _pinned(rows), (token_R, logp_R, _choices(routing)[:, 0] if recorded else None)
 
-  # A fixed number of steps: a GPU would wait for the host to decide about each.
-  rows, (token_TR, logp_TR, choice_TRLk) = jax.lax.scan(body, rows, length=s.decode_steps)
+  rows, (token_TR, logp_TR, choice_TRLk) = _scan(body, rows, s.decode_steps)
   # Every host sees all rows and takes the same decisions.
   drawn = constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None), choice_TRLk
   return _pinned(rows), drawn  # else count_R would be as the hosts see it, and the next dispatch another program
+
+
+def _scan(body, rows, steps):
+  """Returns what `jax.lax.scan(body, rows, length=steps)` returns, but a CPU stops when no row is live.
+
+  The results of steps that weren't taken are zeros. A GPU would wait for the host to decide about each step, so that
+  there the number of steps is fixed.
+  """
+  if model.platform() != 'cpu':
+    return jax.lax.scan(body, rows, length=steps)
+  room = jax.tree.map(
+    lambda x: jnp.zeros((steps, *x.shape), x.dtype), jax.eval_shape(lambda rows: body(rows, None)[1], rows))
+
+  def step(carry):
+    t, rows, found = carry
+    rows, new = body(rows, None)
+    return t + 1, rows, jax.tree.map(lambda x, x_new: x.at[t].set(x_new), found, new)
+
+  live = lambda carry: (carry[0] < steps) & jnp.any(carry[1].count_R < carry[1].limit_R)
+  return jax.lax.while_loop(live, step, (0, rows, room))[1:]
 
 
 def _draw(s, z_RV, u_R2):
