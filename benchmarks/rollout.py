@@ -3,9 +3,13 @@
     taskset -c 0 python -m benchmarks.rollout [--repeats=3] [--only=ours,theirs,refill,prefill]
     python -m benchmarks.rollout --size=1b --only=ours,refill --repeats=1
     python -m benchmarks.rollout --size=1b --only=theirs --repeats=1
+    git worktree add /tmp/before 1f66ce9
+    taskset -c 0 python -m benchmarks.rollout --before=/tmp/before --only=ours,refill,prefill,smoke
 
 --only selects what to time. `ours` is betarank's sampler, and `theirs` are the samplers of tunix and transformers.
-`refill` and `prefill` compare variants of betarank's sampler; see the functions with these names. If a card can't hold
+`refill` and `prefill` compare variants of betarank's sampler; see the functions with these names. `smoke` has the shapes
+of configs/rl_smoke.py. With --before, each variant of betarank's sampler is also timed with the sampler of commit
+1f66ce9, the last one without pages, on the CPU. If a card can't hold
 the models of all packages together, time `ours` and `theirs` in two processes, as in the last two commands.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
@@ -16,35 +20,59 @@ runs on the GPU, in bfloat16, if torch finds one.
 """
 
 import argparse
+import dataclasses
 import functools
+import importlib
+import sys
 import time
+import types
 
 import jax
 import numpy as np
 
 from benchmarks.train import MODELS
 from betarank import model
-from betarank.train.sampler import Prompt, Sampler, SamplerConfig
+from betarank.train import sampler as now
 
 CONFIG, *_ = MODELS['small']
 EOS = 3
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 128
 REFILL = 32, 512, 3.4, 0  # rows, longest answer, logarithm of the median, room of the cache in tokens (0: for all)
+SMOKE = dataclasses.replace(CONFIG, vocab_size=1024, layers=2, d_model=96, d_ff=288, heads=3, kv_heads=1, head_dim=32)
 
 
-def make_prompts(count, length):
+def before(folder):
+  """Returns what the functions below use of the sampler's module, from a checkout of commit 1f66ce9.
+
+  The commit's packages have names without `betarank`. Its sampler takes the same parameters, but has a config of its
+  own, and no setting cache_tokens.
+  """
+  sys.path.insert(0, folder)
+  then, config = importlib.import_module('rl.sampler'), importlib.import_module('model.config')
+  sys.path.remove(folder)
+  names = {field.name for field in dataclasses.fields(config.ModelConfig)} - {'moe'}
+
+  def make(c, settings, eos):
+    known = {name: getattr(c, name) for name in names if hasattr(c, name)}
+    return then.Sampler(config.ModelConfig(**known, remat='none'), settings, eos)
+
+  return types.SimpleNamespace(
+    Prompt=then.Prompt, Sampler=make, SamplerConfig=lambda *sizes, cache_tokens=0: then.SamplerConfig(*sizes))
+
+
+def make_prompts(count, length, of=now):
   token = np.random.default_rng(0).integers(4, CONFIG.vocab_size, (count, length))
-  return [Prompt(i, row.tolist()) for i, row in enumerate(token)]
+  return [of.Prompt(i, row.tolist()) for i, row in enumerate(token)]
 
 
 def count(groups):
   return sum(len(sample.tokens) for group in groups for sample in group)
 
 
-def ours(params):
-  settings = SamplerConfig(PROMPTS * SAMPLES, PROMPT_TOKENS, NEW_TOKENS)
-  sampler, prompts = Sampler(CONFIG, settings, EOS), make_prompts(PROMPTS, PROMPT_TOKENS)
-  return lambda seed: count(sampler(params, prompts, samples=SAMPLES, seed=seed, step=0))
+def ours(params, of=now):
+  settings = of.SamplerConfig(PROMPTS * SAMPLES, PROMPT_TOKENS, NEW_TOKENS)
+  sampler, prompts = of.Sampler(CONFIG, settings, EOS), make_prompts(PROMPTS, PROMPT_TOKENS, of)
+  return {'betarank': lambda seed: count(sampler(params, prompts, samples=SAMPLES, seed=seed, step=0))}
 
 
 def tunix():
@@ -110,7 +138,18 @@ def transformers():
   return run
 
 
-def refill(params):
+def smoke(params, of=now):
+  """Returns a variant with the shapes of configs/rl_smoke.py: 32 prompts, 8 answers each of 8 to 28 tokens, and then 8
+  more prompts.
+  """
+  length = np.random.default_rng(1).integers(8, 29, 40).tolist()
+  token = np.random.default_rng(0).integers(4, SMOKE.vocab_size, (40, 20)).tolist()
+  prompts = [of.Prompt(i, token[i], length[i]) for i in range(40)]
+  sampler = of.Sampler(SMOKE, of.SamplerConfig(256, 28, 28), EOS)
+  return {'smoke': lambda seed: count(sampler(params, prompts, samples=8, seed=seed, step=0))}
+
+
+def refill(params, of=now):
   """Returns variants of betarank's sampler, {name: function seed -> number of tokens}.
 
   The lengths of answers are log-normal. The sampler decodes a fixed number of rows together, one answer per row.
@@ -120,8 +159,8 @@ def refill(params):
   """
   rows, longest, middle, cache_tokens = REFILL
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()
-  prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS), length)]
-  sampler = Sampler(CONFIG, SamplerConfig(rows, PROMPT_TOKENS, longest, cache_tokens=cache_tokens), EOS)
+  prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS, of), length)]
+  sampler = of.Sampler(CONFIG, of.SamplerConfig(rows, PROMPT_TOKENS, longest, cache_tokens=cache_tokens), EOS)
   print(f'{len(length)} answers of {np.mean(length):.0f} tokens in the mean, {max(length)} at most, {rows} rows')
 
   def padded(seed):
@@ -132,16 +171,16 @@ def refill(params):
   return {'padded batches': padded, 'refilled rows': refilled} if longest == 512 else {'refilled rows': refilled}
 
 
-def prefill(params):
+def prefill(params, of=now):
   """Returns two variants of betarank's sampler, {name: function seed -> number of tokens}, for 16 answers to one long
   prompt.
 
   The prompt has about 1000 tokens. 'prefill shared' processes the prompt once, and 'prefill repeated' processes it 16
   times.
   """
-  (prompt,) = make_prompts(1, 1024)
+  (prompt,) = make_prompts(1, 1024, of)
   copies = [prompt._replace(id=i) for i in range(16)]
-  sampler = Sampler(CONFIG, SamplerConfig(16, 1024, 64), EOS)
+  sampler = of.Sampler(CONFIG, of.SamplerConfig(16, 1024, 64), EOS)
   return {
     'prefill repeated': lambda seed: count(sampler(params, copies, samples=1, seed=seed, step=0)),
     'prefill shared': lambda seed: count(sampler(params, [prompt], samples=16, seed=seed, step=0)),
@@ -159,7 +198,7 @@ def measure(ways, repeats, cold=False):
   for run in ways.values() if not cold else ():
     run(0)
   for repeat in range(repeats):
-    for name, run in ways.items():
+    for name, run in list(ways.items())[:: -1 if repeat % 2 else 1]:
       start = time.perf_counter()
       tokens = run(1 + repeat)
       best[name] = max(best[name], tokens / (time.perf_counter() - start))
@@ -179,13 +218,19 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=3)
   parser.add_argument('--cold', action='store_true', help='no first run to compile: for peers that take minutes')
   parser.add_argument('--only', default='ours,theirs,refill,prefill')
+  parser.add_argument('--before', help='a checkout of commit 1f66ce9, whose sampler is timed too')
   args = parser.parse_args()
   if args.size != 'small':
     global CONFIG, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, REFILL
     (CONFIG, *_), SAMPLES, PROMPT_TOKENS, NEW_TOKENS = MODELS[args.size], 16, 1024, 1024
     REFILL = 128, 8192, 6.93, 400_000
   only = args.only.split(',')
-  params = functools.cache(lambda: jax.jit(model.init, static_argnums=0)(CONFIG, jax.random.key(0)))
+  params = functools.cache(lambda c=CONFIG: jax.jit(model.init, static_argnums=0)(c, jax.random.key(0)))
+  then = before(args.before) if args.before else None
+
+  def both(make, params):
+    return make(params) | ({f'{name}, 1f66ce9': run for name, run in make(params, then).items()} if then else {})
+
   ways = {}
   if 'theirs' in only:
     for make in (tunix, transformers):
@@ -194,14 +239,16 @@ def main() -> None:
       except ImportError as error:
         print(f'{make.__name__}: left out ({error})')
   if 'ours' in only:
-    ways['betarank'] = ours(params())
+    ways |= both(ours, params())
   if ways:
     title = f'{PROMPTS} prompts x {SAMPLES} samples x {NEW_TOKENS} tokens'
-    show(title, measure(ways, args.repeats, args.cold), list(ways)[-1])
+    show(title, measure(ways, args.repeats, args.cold), 'betarank' if 'ours' in only else list(ways)[-1])
   if 'refill' in only:
-    show('long-tailed lengths', measure(refill(params()), args.repeats), 'refilled rows')
+    show('long-tailed lengths', measure(both(refill, params()), args.repeats), 'refilled rows')
   if 'prefill' in only:
-    show('1024-token prompt, 16 samples x 64 tokens', measure(prefill(params()), args.repeats), 'prefill shared')
+    show('1024-token prompt, 16 samples x 64 tokens', measure(both(prefill, params()), args.repeats), 'prefill shared')
+  if 'smoke' in only:
+    show('0.3M parameters, 320 answers of 8 to 28 tokens', measure(both(smoke, params(SMOKE)), args.repeats), 'smoke')
 
 
 if __name__ == '__main__':

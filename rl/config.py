@@ -39,6 +39,7 @@ class RlConfig:
   prompts_per_step: int
   group_size: int
   max_resampling_rounds: int
+  extra_prompts: int
   max_prompt_tokens: int
   max_new_tokens: tuple[int, ...]
   phase_steps: tuple[int, ...]
@@ -66,6 +67,8 @@ class RlConfig:
   def __post_init__(self):
     at_least_one(self, 'steps', 'prompts_per_step', 'max_resampling_rounds', 'max_prompt_tokens', 'decode_batch_size',
                  'minibatches', 'eval_prompts', 'eval_samples')
+    if self.extra_prompts < 0:
+      raise ValueError(f'extra_prompts must be >= 0, got {self.extra_prompts}')
     if self.microbatch_tokens < 0:
       raise ValueError(f'microbatch_tokens must be >= 1, or 0 for the default, got {self.microbatch_tokens}')
     if self.cache_tokens < 0:

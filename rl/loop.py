@@ -226,30 +226,46 @@ def sample_and_judge(
   2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt goes to the sampler as soon as the old
   group is judged, while other groups are still being drawn. `prompts_wanted` limits the number of prompts of the step.
 
-  Returns (groups to learn from, all groups drawn, the progress after drawing them). Both lists have the order of the
+  If `rl.extra_prompts` is > 0, further prompts go to the sampler before it is known whether they are wanted. The step
+  ends once all groups that are wanted are judged, and drops the others. So the result doesn't depend on this setting.
+
+  Returns (groups to learn from, all groups that were wanted, the progress after them). Both lists have the order of the
   prompts.
   """
   rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
-  asked, after, agree = {}, progress, set()
+  asked: dict[int, Task] = {}
+  after = [progress]  # after 0, 1, ... of these prompts
+  varies: dict[int, bool] = {}  # of the groups judged so far
+  rounds = 1 if rl.keeps_zero_variance else rl.max_resampling_rounds
 
-  def ask(count):
-    nonlocal after
-    new, after = after.next_prompts(
-      parts.tasks, count, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
-    asked.update(new)
+  def wanted(unknown_agree):
+    agree = [not varies.get(number, not unknown_agree) for number in asked]
+    agree += [unknown_agree] * (rounds * rl.prompts_per_step - len(agree))
+    return prompts_wanted(agree, rl.prompts_per_step, rounds)
+
+  def ask():
+    new = {}
+    for _ in range(min(wanted(False) + rl.extra_prompts, wanted(True)) - len(asked)):
+      found, later = after[-1].next_prompts(
+        parts.tasks, 1, rl.repeat_zero_variance, functools.partial(_is_asked, parts))
+      after.append(later)
+      asked.update(found)
+      new |= found
     return new
 
-  def replacements(judged):
-    agree.update(group.cursor for group in judged if not group.has_reward_variance(rule))
-    wanted = prompts_wanted([number in agree for number in asked], rl.prompts_per_step, rl.max_resampling_rounds)
-    return ask(wanted - len(asked))
+  def more(judged):
+    varies.update((group.cursor, group.has_reward_variance(rule)) for group in judged)
+    known = sum(number in varies for number in list(asked)[: wanted(False)])
+    return ask() if known < wanted(False) else None
 
-  seen = graded_groups(
-    parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, ask(rl.prompts_per_step),
-    samples=rl.group_size, seed=parts.run.seed, step=step, more=None if rl.keeps_zero_variance else replacements)
-  varies = [group.has_reward_variance(rule) for group in seen]
-  after = after.recorded(parts.tasks, zip(asked, varies))
-  return [group for group, learns in zip(seen, varies) if learns or rl.keeps_zero_variance], seen, after
+  groups = graded_groups(
+    parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, ask(), samples=rl.group_size,
+    seed=parts.run.seed, step=step, more=more)
+  varies = {group.cursor: group.has_reward_variance(rule) for group in groups}
+  seen = groups[: wanted(False)]
+  learns = [varies[group.cursor] for group in seen]
+  progress = after[len(seen)].recorded(parts.tasks, zip(asked, learns))
+  return [group for group, good in zip(seen, learns) if good or rl.keeps_zero_variance], seen, progress
 
 
 def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
@@ -258,12 +274,13 @@ def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
   The first round has `first` prompts. Each further round has one new prompt for each zero-variance group of the round
   before.
 
-  While groups are still being drawn, some zero-variance groups aren't known yet, so the result is a lower bound. It
-  rises to the same number in whatever order the groups end. So it is safe to draw this many prompts at once: the
-  prompts of a step depend only on the verdicts, not on the order.
+  While groups are still being drawn, some zero-variance groups aren't known yet. If `agree` is False for the groups
+  that aren't known, the result is a lower bound, which rises to the same number in whatever order the groups end. So it
+  is safe to draw this many prompts at once: the prompts of a step depend only on the verdicts, not on the order. If
+  `agree` is True for these groups, the result is an upper bound.
 
   Args:
-    agree: for each prompt used so far, in order, whether its group is known to have zero variance.
+    agree: for each prompt used so far, in order, whether its group has zero variance.
     first: the number of prompts of the first round.
     rounds: the largest number of rounds.
   """

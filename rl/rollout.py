@@ -51,9 +51,9 @@ class Group(NamedTuple):
 
 def graded_groups(
   sampler: Sampler, params, verifier: Verifier, tokenizer: Tokenizer, asked: Mapping[int, Task], *, samples: int,
-  seed: int, step: int, more: Callable[[Sequence[Group]], Mapping[int, Task]] | None = None
+  seed: int, step: int, more: Callable[[Sequence[Group]], Mapping[int, Task] | None] | None = None
 ) -> list[Group]:
-  """Samples answers to prompts and judges them. Returns one group per prompt, ordered by the number of the prompt.
+  """Samples answers to prompts and judges them. Returns the groups, ordered by the number of the prompt.
 
   Groups are judged while the device draws the next groups. With several processes, all of them draw the samples
   together. Each process judges a share of the groups, and then all processes exchange their verdicts. The result is a
@@ -64,7 +64,8 @@ def graded_groups(
     samples: the group size.
     more: a function that returns additional prompts, in the form of `asked`. It is called while answers are still being
       drawn. Its argument is the groups judged since its last call; without such groups, it isn't called. All processes
-      call it with the same groups.
+      call it with the same groups. If it returns None, sampling ends, and the result lacks the groups of prompts whose
+      answers aren't complete.
 
   Raises:
     DataError: a prompt is too long for the sampler.
@@ -91,7 +92,10 @@ def graded_groups(
     return judged
 
   def further():
-    return prompts(more(exchange())) if drawn else []
+    if not drawn:
+      return []
+    asked = more(exchange())
+    return None if asked is None else prompts(asked)
 
   first = prompts(asked)
   for n, group in enumerate(sampler(

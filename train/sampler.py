@@ -233,7 +233,7 @@ class Sampler:
 
   def __call__(
     self, params: model.transformer.Params, prompts: Sequence[Prompt], *, samples: int | Sequence[int], seed: int,
-    step: int, watch: Callable[[Sample], None] | None = None, more: Callable[[], Sequence[Prompt]] | None = None,
+    step: int, watch: Callable[[Sample], None] | None = None, more: Callable[[], Sequence[Prompt] | None] | None = None,
   ) -> Iterator[list[Sample]]:
     """Yields the samples of each prompt, ordered by index, as soon as all samples of the prompt have ended.
 
@@ -253,7 +253,8 @@ class Sampler:
         only the new tokens, and whose `finish` is '' if the sample isn't complete. A sample that was stopped because
         the cache was full begins again with its first token.
       more: a function that returns further prompts. It is called after each dispatch, once the caller has taken all
-        samples that have ended. Further prompts start after all prompts that still wait for a row.
+        samples that have ended. Further prompts start after all prompts that still wait for a row. If it returns None,
+        the call ends, and drops the samples that haven't ended.
 
     Raises:
       ValueError: a prompt is too long or otherwise invalid, or another argument is invalid. This is checked before any
@@ -347,7 +348,11 @@ class Sampler:
         flying.append((drawn, list(pages.running.values())))
       yield from groups  # the device is at work
       groups = []
-      if more and (new := list(more())):
+      new = more() if more else []
+      if new is None:
+        return
+      if new:
+        new = list(new)
         self._check([*prompts, *new], indices, seed, step)
         queue |= {p: collections.deque(indices) for p in range(len(prompts), len(prompts) + len(new))}
         prompts += new

@@ -33,7 +33,10 @@ class Scripted:
       prompt = waiting.pop(self.turn(waiting))
       yield [Sample(prompt.id, i, np.array([i, 9], np.int32), np.zeros(2, np.float32), 'eos')
              for i in range(samples)]
-      waiting += more() if more else []
+      new = more() if more else []
+      if new is None:
+        return
+      waiting += new
 
 
 def write(path, *records):

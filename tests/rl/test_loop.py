@@ -60,22 +60,26 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
 
 
 def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_path):
-  """There are only 14 problems, which therefore come again, so that the difficulty filter has problems to skip."""
+  """There are only 14 problems, which therefore come again, so that the difficulty filter has problems to skip.
+
+  The uninterrupted run has no extra prompts, which must make no difference.
+  """
   problems = TaskSet(TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1'), split='all')
   (tmp_path / 'few.jsonl').write_text(''.join(
     json.dumps({'question': problems[i].question, 'answer': problems[i].reference}) + '\n' for i in range(14)))
   few = f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5'
-  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few)
+  extra = '--config.rl.extra_prompts=3'
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra)
   wait_for_step(tmp_path, 1, running)
   running[0].kill()
   finish(running)
-  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few)
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra)
   wait_for_step(tmp_path, metrics(tmp_path)[-1]['step'] + 1, running)
   running[0].terminate()
   steps = assert_stopped(finish(running), tmp_path) + 2
   undisturbed = tmp_path / 'undisturbed'
-  for workdir in (tmp_path, undisturbed):
-    finish_well(start(config, workdir, f'--config.rl.steps={steps}', *few))
+  for workdir, options in (tmp_path, [extra]), (undisturbed, []):
+    finish_well(start(config, workdir, f'--config.rl.steps={steps}', *few, *options))
   assert_same_run(tmp_path, undisturbed, steps)
   ends = [read_meta(find(str(workdir)))['cursor'] for workdir in (tmp_path, undisturbed)]
   assert ends[0] == ends[1] and any(line.get('train/prompts_passed_over') for line in metrics(tmp_path))

@@ -69,14 +69,16 @@ def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
   assert len(found[0]) == kept and len(found[1]) == 4 * rounds
 
 
-@pytest.mark.parametrize('turn', [
-  lambda waiting: -1, lambda waiting: len(waiting) // 2, lambda waiting: hash(waiting[0].id) % len(waiting)])
-def test_the_order_in_which_groups_end_decides_nothing(parts, turn, monkeypatch):
+@pytest.mark.parametrize('turn, extra', [
+  (lambda waiting: -1, 0), (lambda waiting: len(waiting) // 2, 0), (lambda waiting: hash(waiting[0].id) % len(waiting), 0),
+  (lambda waiting: 0, 1), (lambda waiting: -1, 4), (lambda waiting: len(waiting) // 2, 100)])
+def test_neither_the_order_in_which_groups_end_nor_extra_prompts_decide_anything(parts, turn, extra, monkeypatch):
   """Groups are asked and learned from as if each round of prompts were drawn only after the round before it."""
   for seed in range(8):
     agrees = lambda number: (number * 7919 + seed) % 97 < 60  # noqa: B023
     monkeypatch.setattr(rollout.Group, 'has_reward_variance', lambda group, rule: not agrees(group.cursor))  # noqa: B023
-    p = parts([RIGHT, WRONG], **{'rl.max_prompt_tokens': '64', 'rl.prompts_per_step': '6'})
+    p = parts([RIGHT, WRONG], **{
+      'rl.max_prompt_tokens': '64', 'rl.prompts_per_step': '6', 'rl.extra_prompts': str(extra)})
     p.samplers[0].turn = turn
     kept, seen, progress = step(p)
     wanted, last = 6, 0

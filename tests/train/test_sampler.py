@@ -228,6 +228,17 @@ def test_prompts_that_come_later_are_drawn_while_others_go_on(params, reference,
   assert any(ended_before < 2 and prompt == PROMPTS[2].id for ended_before, prompt in watched), 'rounds, not a flow'
 
 
+@pytest.mark.parametrize('ahead', [0, 1])
+def test_a_call_ends_when_no_more_samples_are_wanted(params, reference, monkeypatch, ahead):
+  monkeypatch.setitem(module.AHEAD, 'cpu', ahead)
+  groups, short = [], [PROMPTS[0]._replace(max_new_tokens=1), *PROMPTS[1:]]
+  for group in Sampler(CONFIG, SETTINGS, EOS)(
+      params, short, samples=3, seed=7, step=2, more=lambda: None if groups else []):
+    groups.append(group)
+  assert [group[0].prompt_id for group in groups] == [PROMPTS[0].id]
+  assert [sample.tokens[0] for sample in groups[0]] == [reference[PROMPTS[0].id, i].tokens[0] for i in range(3)]
+
+
 def test_frequencies_match_probabilities_and_samples_are_independent(params):
   n = 8192
   prompt = PROMPTS[0]
