@@ -4,9 +4,9 @@
     python -m benchmarks.extra_prompts --simulate
 
 A step learns from up to 32 groups of 8 answers, which are decoded at the same time. The model has 0.2M random weights.
-One of its 64 tokens ends an answer, so answers have about 50 tokens in the mean, and at most 128. Instead of a verifier,
-a hash decides which groups have zero variance: a share of them, whatever their length. All numbers of extra prompts must
-give the same samples. The table has the fastest of the interleaved runs, relative to the first number.
+One of its 64 tokens ends an answer, so answers have about 60 tokens in the mean, and at most 128. Instead of a
+verifier, a hash decides which groups have zero variance: a share of them, whatever their length. All numbers of extra
+prompts must give the same samples. The table has the fastest of the interleaved runs, relative to the first number.
 
 --simulate counts decoding steps instead, for 64 prompts x 16 answers, and for different numbers of rows and shares of
 zero-variance groups. Lengths are log-normal around 80 tokens, and at most 224. The simulation assumes that a decoding
@@ -58,7 +58,8 @@ class Problems:
     number = items[0][1].number
     digest = hashlib.blake2b(str(number).encode(), digest_size=6).digest()
     agree = int.from_bytes(digest, 'big') < self._share * 2**48
-    return [Grade(Verdict.RIGHT, 1.0) if i % 2 and not agree else Grade(Verdict.WRONG, 0.0) for i in range(len(items))]
+    right = [i % 2 == 1 and not agree for i in range(len(items))]
+    return [Grade(Verdict.RIGHT, 1.0) if each else Grade(Verdict.WRONG, 0.0) for each in right]
 
 
 def make_step(sampler, problems, extra):
@@ -88,7 +89,8 @@ def measure(share, extras, repeats):
     if any(tokens != found[extras[0]] for tokens in found.values()):
       raise SystemExit('extra prompts changed the samples')
   learned = sum(group.has_reward_variance(RewardRule('zero', LONGEST)) for group in groups)
-  print(f'{len(groups)} groups, {learned} to learn from, {np.mean([*map(len, found[extras[0]])]):.0f} tokens per answer')
+  tokens = np.mean([len(tokens) for tokens in found[extras[0]]])
+  print(f'{len(groups)} groups, {learned} to learn from, {tokens:.0f} tokens per answer')
   print(f'{"extra prompts":>13}{"seconds":>9}{"relative":>10}')
   for extra, seconds in best.items():
     print(f'{extra:13}{seconds:9.2f}{seconds / best[extras[0]]:10.2f}')

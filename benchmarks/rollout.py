@@ -7,10 +7,10 @@
     taskset -c 0 python -m benchmarks.rollout --before=/tmp/before --only=ours,refill,prefill,smoke
 
 --only selects what to time. `ours` is betarank's sampler, and `theirs` are the samplers of tunix and transformers.
-`refill` and `prefill` compare variants of betarank's sampler; see the functions with these names. `smoke` has the shapes
-of configs/rl_smoke.py. With --before, each variant of betarank's sampler is also timed with the sampler of commit
-1f66ce9, the last one without pages, on the CPU. If a card can't hold
-the models of all packages together, time `ours` and `theirs` in two processes, as in the last two commands.
+`refill` and `prefill` compare variants of betarank's sampler; see the functions with these names. `smoke` has the
+shapes of configs/rl_smoke.py. If a card can't hold the models of all packages together, time `ours` and `theirs` in two
+processes, as in the second and third command. With --before, each variant of betarank's sampler is also timed with the
+sampler of commit 1f66ce9, whose cache had no pages.
 
 The model has random weights, on the devices that JAX finds: 5.2M parameters (4 layers, width 256, vocabulary 8192),
 1.05B, or a mixture of experts with 2.1B. Variants whose package isn't installed are left out (pip install google-tunix

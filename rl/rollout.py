@@ -81,7 +81,7 @@ def graded_groups(
     grade_2PG = np.full((2, len(drawn), samples), -np.inf, np.float32)
     for p, (_, _, _, grades) in enumerate(drawn):
       if grades:
-        grade_2PG[:, p] = [[g.verdict for g in grades], [np.nan_to_num(g.reward) for g in grades]]
+        grade_2PG[:, p] = np.nan_to_num([[g.verdict for g in grades], [g.reward for g in grades]])
     verdict_PG, score_PG = multihost.max_over_processes(grade_2PG)
     score_PG = np.where(verdict_PG == Verdict.UNDECIDED, np.nan, score_PG)
     for (number, group, texts, _), verdict_G, score_G in zip(drawn, verdict_PG, score_PG):

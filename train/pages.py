@@ -132,8 +132,10 @@ class Pages:
     """
     started, prefixes = [], [None] * len(self._parts)
     for n, part in enumerate(self._parts):
+      p = None
       while queue and part.rows and not part.full:
-        p = min((p for p in part.prefixes if p in queue), default=None)
+        if p not in queue or p not in part.prefixes:
+          p = min((p for p in part.prefixes if p in queue), default=None)
         new = p is None
         if new:
           p = min(queue)

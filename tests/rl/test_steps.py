@@ -70,7 +70,8 @@ def test_groups_that_agree_are_replaced_or_kept(parts, settings, kept, rounds):
 
 
 @pytest.mark.parametrize('turn, extra', [
-  (lambda waiting: -1, 0), (lambda waiting: len(waiting) // 2, 0), (lambda waiting: hash(waiting[0].id) % len(waiting), 0),
+  (lambda waiting: -1, 0), (lambda waiting: len(waiting) // 2, 0),
+  (lambda waiting: hash(waiting[0].id) % len(waiting), 0),
   (lambda waiting: 0, 1), (lambda waiting: -1, 4), (lambda waiting: len(waiting) // 2, 100)])
 def test_neither_the_order_in_which_groups_end_nor_extra_prompts_decide_anything(parts, turn, extra, monkeypatch):
   """Groups are asked and learned from as if each round of prompts were drawn only after the round before it."""
