@@ -56,7 +56,7 @@ def main() -> None:
     status = end.code if isinstance(end.code, int) else int(end.code is not None)  # a text is printed, and means 1
     raise
   finally:  # Python's own end may take seconds; a KeyboardInterrupt in it would be a traceback
-    gc.freeze()  # and it takes a second longer if it looks for garbage among all objects, several times
+    gc.freeze()  # without this, Python searches all objects for garbage several times: another second
     signal.signal(signal.SIGINT, lambda *_: leave(status))
 
 

@@ -10,7 +10,7 @@ workdir, with the cache that the first run left (warm). Data is prepared before,
 
 The first table shows the seconds that the main thread spends in each part of a command. Tracing, lowering and compiling
 (or reading the compilation cache) are counted apart from the part in which they happen. The second table shows the
-programs that took longest to compile. CPU seconds and memory are those of the process and its ended children.
+programs that took longest to compile. CPU seconds are those of the process and its ended children.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def main() -> None:
   parser.add_argument('--tokens', type=float, default=20e6, help='of pre-training')
   parser.add_argument('--rl_steps', type=int, default=4)
   parser.add_argument('--commands', default='train', help=f'some of {",".join(COMMANDS)}, in this order')
-  parser.add_argument('--caches', default='cold,warm', help='cold, warm, or both')
+  parser.add_argument('--caches', default='cold,warm', help='cold, or cold,warm')
   parser.add_argument('--root', default='', help='a folder to keep; default: a temporary one')
   parser.add_argument('settings', nargs='*', help='--config.KEY=VALUE of pre-training, after a --')
   args = parser.parse_args()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-_LONGEST_NAME = 500  # no candidate is as long
+_LONGEST_NAME = 500  # longer names get no suggestion
 _LONGEST_SHOWN = 2000  # characters of a message
 # Errors of the file system that are about the place, not about the program.
 _PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC,

@@ -1,4 +1,4 @@
-"""Imports libraries without the large libraries that they import in turn, but that nothing here uses.
+"""Imports libraries without the large dependencies that nothing here uses.
 
 Each function returns the library. Calling it again costs nothing.
 """

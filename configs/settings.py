@@ -209,8 +209,8 @@ RL_SECTION = dict(
   group_size=S(16, IDENTITY, 'samples per prompt'),
   max_resampling_rounds=S(3, IDENTITY, 'dynamic sampling: a zero-variance group is replaced, its replacement too, and '
                           'so on, up to this number of groups, the first included'),
-  extra_prompts=S(0, EXECUTION, 'prompts that are sampled in advance, before it is known whether they replace a '
-                  'zero-variance group; changes the time of a step, but not its groups'),
+  extra_prompts=S(0, EXECUTION, 'further prompts to start before it is known whether the step needs them in place of '
+                  'zero-variance groups; changes the time of a step, but not its groups'),
   max_prompt_tokens=S(1024, IDENTITY, 'longest prompt, in tokens'),
   max_new_tokens=S((8192, 16_384), IDENTITY, 'longest answer, in tokens, one number per phase'),
   phase_steps=S((700,), IDENTITY, 'last step of each phase but the last'),

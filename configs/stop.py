@@ -60,7 +60,7 @@ def importing(text: str, console: Any = None) -> Iterator[None]:
   can crash the process. Enter the block in the main thread.
 
   What is imported stays until the end, so Python's garbage collector doesn't run in the block, and never looks at these
-  objects afterwards. This saves a tenth of the time of imports, and the same again in each later collection.
+  objects afterwards. This saves a tenth of the import time, and about as much in each later collection.
 
   console: the rich.console.Console that shows the text. None means a console on standard output.
   """

@@ -33,7 +33,7 @@ def _parquet(path: str):
 
 
 class _NoData(io.RawIOBase):
-  """A large file from which nothing can be read. `asked` says whether someone tried."""
+  """A large file from which nothing can be read. `asked` is True after an attempt to read."""
 
   size, at, asked = 2**62, 0, False
 

@@ -56,12 +56,12 @@ def load_model(path: str, tokenizer: str | None = None) -> Loaded:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
   """
   [ref] = config.find_checkpoints(path)
-  keep_programs()
   resolved = config.configure(ref)
   resolved.model.attention = settings.default('model.attention')
   resolved.model.moe.kernel = settings.default('model.moe.kernel')
   resolved.data.tokenizer = tokenizer or resolved.data.get('tokenizer', '')
   run = config.eval_run(resolved, ref)
+  keep_programs()
   mesh = model.make_mesh(MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1])
   objective = label(setup.whole_config(ref.meta).get('objective')) or 'objective unknown'
   return Loaded(ref, run, str(ref.run), objective, config.read_tokenizer(run, ref), config.restore(run, ref, mesh))

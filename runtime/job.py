@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from betarank.configs.errors import UserError
 from betarank.configs.load import flatten, to_json
 from betarank.runtime import workdir
-from betarank.runtime.program_cache import keep_programs
 from betarank.runtime.rendezvous import JobError, ProcessInfo, StartupWatchdog, rendezvous
 from betarank.runtime.watchdog import JobWatchdog, Watchdog
 
@@ -63,15 +62,13 @@ def locate(coordinator: str, processes: int, index: int) -> ProcessInfo:
 
 
 def initialize(info: ProcessInfo, deadline_s: float) -> None:
-  """Starts jax.distributed if the job has several processes, else the cache of compiled programs. Must be called before
-  JAX uses a device.
+  """Starts jax.distributed if the job has several processes. Must be called before JAX uses a device.
 
   Processes on CPUs communicate with gloo.
 
   deadline_s: the watchdog's deadline for heartbeats, in seconds. JAX's own deadline is longer.
   """
   if info.processes == 1:
-    keep_programs()
     return
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(
@@ -116,7 +113,6 @@ def job(args: argparse.Namespace, config: ConfigDict, inputs: Mapping[str, str])
     if info.processes == 1:
       if refused:
         raise UserError(refused)
-      initialize(info, args.host_deadline_s)
       _watchdog = Watchdog()
     else:
       names, connections = rendezvous(info, _job_fingerprint(config, args.workdir, inputs), RENDEZVOUS_S, refused)

@@ -1,5 +1,6 @@
 """Keeps compiled programs on disk, so that a later command with the same programs doesn't compile them again."""
 
+import contextlib
 import os
 import pathlib
 import time
@@ -13,15 +14,18 @@ KEPT_DAYS = 30
 def keep_programs() -> None:
   """Makes JAX keep compiled programs in ~/.cache/betarank/programs, or betarank/programs in $XDG_CACHE_HOME.
 
-  Must be called before the first program is compiled, by commands of a single process. Of a job of several processes,
-  only the first would write to the cache, and the others would compile alone. Programs that were written more than
-  KEPT_DAYS days ago are removed. If the folder can't be written, nothing is kept.
+  Must be called before the first program is compiled. A job of several processes keeps nothing, because only its first
+  process would write to the cache, and the others would compile alone. Programs that were written more than KEPT_DAYS
+  days ago are removed. Nothing is kept if the folder can't be written, or if others can write to it: JAX runs what it
+  finds there.
 
   JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. On a CPU,
   nothing is kept unless JAX_COMPILATION_CACHE_DIR is set: code for one CPU may not run on another one that has the same
   home folder, and XLA refuses its own code on some Intel CPUs, with a line of error for each program (jax-ml/jax
   issue 38445).
   """
+  if jax.process_count() > 1:
+    return
   folder = jax.config.jax_compilation_cache_dir or ''
   if not folder and jax.default_backend() != 'cpu':
     folder = _own_folder()
@@ -31,13 +35,19 @@ def keep_programs() -> None:
 
 
 def _own_folder() -> str:
-  """Creates the default folder if there is none, and removes old programs from it. Returns '' if this fails."""
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'betarank' / 'programs'
+  """Creates the default folder if there is none, and removes old programs from it. Returns '' if it can't be used."""
   try:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # its content is run, so others must not write to it
-    for file in folder.rglob('*'):
-      if file.is_file() and file.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
-        file.unlink()
+    home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+    home.mkdir(parents=True, exist_ok=True)
+    for folder in (home / 'betarank', home / 'betarank' / 'programs'):
+      folder.mkdir(mode=0o700, exist_ok=True)
+      if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022 or not os.access(folder, os.W_OK):
+        return ''
+    files = list(folder.rglob('*'))
   except (OSError, RuntimeError):  # pathlib raises RuntimeError if there is no home
     return ''
-  return str(folder) if os.access(folder, os.W_OK) else ''
+  for file in files:
+    with contextlib.suppress(OSError):  # another command removes the same files
+      if file.is_file() and file.stat().st_mtime < time.time() - KEPT_DAYS * 86400:
+        file.unlink()
+  return str(folder)

@@ -7,8 +7,9 @@ collective forever, at least on a TPU. A job that makes no step for two hours en
 Only the first step has no time limit.
 
 JAX has heartbeats of its own, but if a process is lost, JAX calls abort() and prints C++ stack frames. JAX's deadline
-is longer than ours, so that our message comes first. If process 0 is lost, the abort can't be avoided, because JAX's
-coordination service runs in that process. In that case, a signal handler prints our message.
+is longer than ours, so that our message comes first. If process 0 dies, the abort can't be avoided, because JAX's
+coordination service runs in that process. In that case, a signal handler prints our message. If process 0 hangs, a
+second thread notices that the service doesn't answer.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
   for peer in peers:
     ended, silent_s = peer.heartbeat.ended, now_s - peer.changed_s
     if ended and ended != FINISHED:
-      if any(ended.startswith(each.name) for each in (own, *peers)):  # it says why another process is the reason
+      if any(ended.startswith(each.name) for each in (own, *peers)):  # which already names the process that caused it
         return ended
       return f'{peer.name} ended: {ended}'
     if not ended and silent_s > deadline_s:
@@ -235,7 +236,7 @@ class JobWatchdog(Watchdog):
       if silent_s > self._deadline_s:
         if self._ending.acquire(blocking=False):
           self._write_error(f'{self._names[0]}, which coordinates the job, has not answered for {silent_s:.0f} s '
-                            f'(--host_deadline_s={self._deadline_s:g}), this process was at step '
+                            f'(--host_deadline_s={self._deadline_s:g}). This process was at step '
                             f'{self._own.heartbeat.step}; the same command resumes from the last checkpoint', True)
         os._exit(EXIT_JOB_LOST)
 

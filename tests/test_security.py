@@ -47,6 +47,8 @@ ALLOWED = {
   ('tasks/verifier_worker.py', 'exec_module'): 'a reward of the user\'s own, which the config names, in a worker',
   ('tasks/code_jail_worker.py', 'os.execve'): 'the jail: the only place where programs of a model run, by design',
   ('tasks/code_jail_worker.py', 'os.fork'): 'the jail: its first process',
+  ('benchmarks/rollout.py', 'import_module'): 'two modules of an earlier checkout, which the command line names',
+  ('benchmarks/start.py', 'import_module'): 'modules of betarank, from a table of names',
 }
 
 

@@ -28,6 +28,7 @@ from betarank.configs.stop import Stopped, StopSignal
 from betarank.configs.terminal import duration, waiting
 from betarank.runtime import checkpoint, workdir
 from betarank.runtime.metrics import Log
+from betarank.runtime.program_cache import keep_programs
 from betarank.runtime.state import TrainState, abstract_state, create_state
 
 BATCH_AXES = ('data', 'fsdp', 'expert')  # mesh axes that split rows
@@ -37,7 +38,7 @@ SAVE_DEADLINE_S = 1800  # how long a failed run waits for a save in progress; th
 def make_mesh(
   mesh: model.MeshConfig, c: model.ModelConfig, rows: Mapping[str, tuple[int, int]], devices: Any = None
 ) -> Mesh:
-  """Returns the mesh of a run.
+  """Returns the mesh of a run. With `devices` None, also turns on the cache of compiled programs.
 
   Args:
     mesh: the sizes of the mesh's axes.
@@ -50,6 +51,8 @@ def make_mesh(
       attention runs only on a GPU. The message names the config key.
   """
   on = (jax.devices() if devices is None else devices)[0].platform
+  if devices is None:
+    keep_programs()
   if c.attention in model.GPU_ONLY_ATTENTION and on != 'gpu':
     raise ConfigError(f'config.model.attention={c.attention} runs only on a GPU, and this is a {on.upper()}; '
                       'auto chooses what suits it')

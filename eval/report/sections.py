@@ -98,17 +98,17 @@ class Report:
     for name in ('entropy_nats', 'ce_nats', 'avg_at_n', f'pass_at_{self.k}'):
       subjects = list(dict.fromkeys(c.subject for c in found.values()
                                     if c.metric == name and c.stage in (before, after)))
-      rows = []
+      rows, names = [], words.short(subjects)
       for subject in subjects[:SUBJECTS]:
         for arm in (arm for arm in self.arms if arm != self.sweep.baselines[arm]):
           both = [found.get((stage, subject, name, arm)) for stage in (before, after)]
           estimates = [c.difference if c else None for c in both]
           remark = '' if any(estimates) else 'not compared'
           if any(both):
-            rows.append(ForestRow(arm, words.short(subject) if len(subjects) > 1 else '', *estimates, remark))
+            rows.append(ForestRow(arm, names[subject] if len(subjects) > 1 else '', *estimates, remark))
       if any(row.before or row.after for row in rows):
         what = metric(name)
-        on = f' on {words.short(subjects[0])}' if len(subjects) == 1 else ''
+        on = f' on {names[subjects[0]]}' if len(subjects) == 1 else ''
         baselines = list(dict.fromkeys(self.sweep.baselines[row.arm] for row in rows))
         against = baselines[0] if len(baselines) == 1 else 'the baseline'
         forests.append(Forest(self._file_name(f'forest_{name}'), name, f'{what.title[:1].upper()}{what.title[1:]}{on}',

@@ -122,9 +122,9 @@ def _before_rl(found: Sequence[Comparison]) -> str:
   compared = [c for c in compared if c.metric in BEFORE_METRICS]
   against, judged = _and_unique(c.baseline for c in compared), _judged(compared)
   subjects: dict[str, list[str]] = {}  # what is said, and of which subjects
-  for subject in dict.fromkeys(c.subject for c in compared):
+  for subject, name in short(c.subject for c in compared).items():
     said = _changes([c for c in compared if c.subject == subject], judged)
-    subjects.setdefault(said, []).append(short(subject))
+    subjects.setdefault(said, []).append(name)
   said = '; '.join(f'on {_and(names)}, {what}' for what, names in subjects.items())
   said = f'Before RL, relative to {against}: {said}'
   return f'{said}.' if judged else f'{said}; this is one seed per arm, and what another would give is not known.'
@@ -149,37 +149,38 @@ def _after_rl(found: Sequence[Comparison]) -> str:
   if not compared:
     return ('After RL, nothing can be compared yet: no two arms that agree have samples on one benchmark (betarank '
             'eval sample).')
-  against = _and_unique(c.baseline for c in compared)
+  against, names = _and_unique(c.baseline for c in compared), short(c.subject for c in compared)
   if not _judged(compared):
     first = [c for c in compared if (c.metric, c.subject) == (compared[0].metric, compared[0].subject)]
     figures = _and([f'{_of(c)} for {c.arm}' for c in first])
     return ('After RL, with one seed per arm, no arm can be called better: on '
-            f'{short(first[0].subject)}, relative to {against}, there are {figures}, and these '
+            f'{names[first[0].subject]}, relative to {against}, there are {figures}, and these '
             'intervals hold the noise of problems only, not that of seeds.')
-  names = _and_unique(metric(c.metric).title for c in compared)
   groups: dict[tuple[str, str, bool], list[Comparison]] = {}
   for c in sorted(compared, key=lambda c: (c.p_holm, -abs(c.difference.mean))):
     if c.verdict == 'beyond':
       groups.setdefault((c.arm, c.subject, c.difference.mean > 0), []).append(c)
   if not groups:
     return (f'After RL, no arm differs from {against} beyond the noise of problems and seeds in '
-            f'{names}{_detectable(compared)}.')
+            f'{_and_unique(metric(c.metric).title for c in compared)}{_detectable(compared)}.')
   said = []
   for (arm, subject, better), some in list(groups.items())[:NAMED]:
     figures = _and([_of(c) for c in some])
-    said.append(f'{arm} is {"better" if better else "worse"} than {some[0].baseline} on {short(subject)} ({figures})')
+    said.append(f'{arm} is {"better" if better else "worse"} than {some[0].baseline} on {names[subject]} ({figures})')
   more = len(groups) - NAMED
   rest = f'{more} more difference{"s are" if more > 1 else " is"} in the tables' if more > 0 else (
     'no other difference is beyond noise')
   return f'After RL, {_and(said)}; {rest}.'
 
 
-def short(subject: str) -> str:
-  """Returns the name of a data source or benchmark without the options of a URI, for sentences and titles.
+def short(subjects: Iterable[str]) -> dict[str, str]:
+  """Returns {data source or benchmark: its name in sentences and titles}.
 
+  The name is without the options of a URI, unless two would have the same name.
   'reasoning:gcd?max_value=9+products?max_digits=1' becomes 'reasoning:gcd+products'.
   """
-  return re.sub(r'\?[^+]*', '', subject)
+  names = {subject: re.sub(r'\?[^+]*', '', subject) for subject in subjects}
+  return {subject: name if list(names.values()).count(name) == 1 else subject for subject, name in names.items()}
 
 
 def _with_change(c: Comparison) -> str:

@@ -14,6 +14,7 @@ class Scripted:
   A prompt has two tokens, and one more for each 'word ' in it.
 
   turn: a function (waiting prompts) -> the index of the prompt that is answered next.
+  first: after a call, the number of prompts that it began with.
   """
 
   bos = 0
@@ -29,6 +30,7 @@ class Scripted:
 
   def __call__(self, params, prompts, *, samples, seed, step, more=None):
     waiting = list(prompts)
+    self.first = len(waiting)
     while waiting:
       prompt = waiting.pop(self.turn(waiting))
       yield [Sample(prompt.id, i, np.array([i, 9], np.int32), np.zeros(2, np.float32), 'eos')

@@ -82,6 +82,7 @@ def test_neither_the_order_in_which_groups_end_nor_extra_prompts_decide_anything
       'rl.max_prompt_tokens': '64', 'rl.prompts_per_step': '6', 'rl.extra_prompts': str(extra)})
     p.samplers[0].turn = turn
     kept, seen, progress = step(p)
+    assert p.samplers[0].first == min(6 + extra, 3 * 6)  # at most three rounds are ever wanted
     wanted, last = 6, 0
     for _ in range(3):
       last, wanted = wanted + last, sum(agrees(number) for number in range(last, last + wanted))

@@ -50,13 +50,25 @@ def test_the_user_s_own_folder_is_used_and_not_cleaned(kept, tmp_path):
 
 def test_old_programs_are_removed(kept, tmp_path):
   folder = tmp_path / 'betarank' / 'programs'
-  (folder / 'autotuning').mkdir(parents=True)
+  kept('gpu')
+  (folder / 'autotuning').mkdir()
   old, new = folder / 'autotuning' / 'old', folder / 'new'
   for file, days in ((old, program_cache.KEPT_DAYS + 1), (new, 1)):
     file.touch()
     os.utime(file, (0, os.stat(file).st_mtime - 86400 * days))
   kept('gpu')
   assert new.exists() and not old.exists()
+
+
+def test_nothing_is_kept_where_others_can_write_or_by_a_job_of_several_processes(kept, tmp_path, monkeypatch):
+  folder = tmp_path / 'betarank'
+  folder.mkdir()
+  folder.chmod(0o770)  # a member of the group could replace the programs
+  assert kept('gpu') == (None, 1.0)
+  folder.chmod(0o700)
+  assert kept('gpu')[0]
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert kept('gpu') == (None, 1.0)
 
 
 def test_nothing_is_kept_where_nothing_can_be_written(kept, tmp_path):

@@ -94,6 +94,9 @@ def test_an_order_predicts_another_if_it_is_the_same_in_most_seeds():
   before, after = (scores(stage, 'x', np.tile(true_A, (SEEDS, 1))) for stage in ('before', 'after'))
   after[4].by_seed = dict.fromkeys(range(SEEDS), -9.0)  # of harder problems only, as in a piece that was cut off
   assert claims._order('x', before, after).effect.mean == 1.0
+  del after[4]
+  other = scores('after', 'x', np.tile(-true_A, (SEEDS, 1)), subject='another benchmark')
+  assert claims._order('x', before, [*after, *other]).effect.mean == 1.0  # of four arms, on one benchmark
 
 
 def test_a_claim_holds_if_all_its_tests_say_yes_after_correction():

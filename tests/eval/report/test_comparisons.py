@@ -69,6 +69,8 @@ def test_every_source_is_named_in_the_findings_and_its_options_are_left_out(whol
   said = words.first_screen(found, [*first, *on('text', 0.0), *on('code', 1.0)], [])[1]
   assert 'on reasoning:gcd+products and code, entropy differs for no arm beyond noise' in said
   assert 'on text, entropy is lower for β = -0.25' in said and 'max_value' not in said
+  apart = ['reasoning:gcd?max_value=9', 'reasoning:gcd?max_value=99']
+  assert words.short([*apart, 'code?a=1']) == {apart[0]: apart[0], apart[1]: apart[1], 'code?a=1': 'code'}
 
 
 def test_one_seed_gives_no_verdict_and_no_rank(tmp_path):
