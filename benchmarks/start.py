@@ -29,8 +29,6 @@ import tempfile
 import threading
 import time
 
-import jax
-
 # Module that looks a name up -> {name: the part of a command that the function is}.
 PARTS = {
   'train.setup': {'make_mesh': 'devices', 'begin': 'state', 'open_log': 'log', 'read_tokenizer': 'data',
@@ -89,10 +87,13 @@ def child(path: str, arguments: list[str]) -> None:
 
   from betarank import __main__ as betarank
   from betarank.configs import buckets
+  from betarank.configs.stop import importing
 
-  buckets.register()
   module = next(module for module, command in COMMANDS.values() if command == arguments[:len(command)])
-  importlib.import_module(f'betarank.{module}')
+  with importing('starting'):  # as the commands do
+    buckets.register()
+    import jax
+    importlib.import_module(f'betarank.{module}')
   for module, names in PARTS.items():
     if f'betarank.{module}' in sys.modules:
       for name, part in names.items():
@@ -147,10 +148,9 @@ def parts(spans: list, began: float, ended: float) -> dict[str, float]:
 def compiled(spans: list) -> dict[str, dict[str, float]]:
   """Returns {program: {kind of work: seconds}} for the programs that took longest, and 'others' for all others."""
   found = collections.defaultdict(collections.Counter)
-  for name, a, b, on_main, program in spans:
+  for name, a, b, _, program in spans:
     if name in COMPILING.values():
       found[program][name] += b - a
-      found[program]['in another thread'] += 0.0 if on_main else b - a
   shown = {}
   for program, seconds in sorted(found.items(), key=lambda item: -item[1]['compiling']):
     name = program if seconds['compiling'] >= SMALL_S else 'others'
@@ -210,9 +210,8 @@ def measure(args: argparse.Namespace, root: pathlib.Path) -> None:
     rows |= {figure: [figures[figure] for *_, figures in runs] for figure in ('whole', 'CPU')}
     table(f'{name}: seconds', rows, names)
     for cache, (_, spans, _) in zip(names, runs):
-      programs = compiled(spans)
-      kinds = [*COMPILING.values(), 'in another thread']
-      table(f'programs of {name}, {cache}', {p: [s[k] for k in kinds] for p, s in programs.items()}, kinds)
+      kinds = list(COMPILING.values())
+      table(f'programs of {name}, {cache}', {p: [s[k] for k in kinds] for p, s in compiled(spans).items()}, kinds)
 
 
 if __name__ == '__main__':

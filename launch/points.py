@@ -282,8 +282,7 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns a message for each local file that points need, because points on other machines can't read it.
-  """
+  """Returns a message for each local file that points need, because points on other machines can't read it."""
   readers: dict[str, list[str]] = {}
   for point in points:
     uris = [point.config.rl.task.uri] if point.stage == 'rl' else [

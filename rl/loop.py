@@ -253,15 +253,18 @@ def sample_and_judge(
       new |= found
     return new
 
-  def more(judged):
+  def note(judged):
     varies.update((group.cursor, group.has_reward_variance(rule)) for group in judged)
-    known = sum(number in varies for number in list(asked)[: wanted(False)])
-    return ask() if known < wanted(False) else None
+
+  def more(judged):
+    note(judged)
+    count = wanted(False)
+    return ask() if sum(number in varies for number in list(asked)[:count]) < count else None
 
   groups = graded_groups(
     parts.samplers[rl.phase(step)], params, parts.verifier, parts.tokenizer, ask(), samples=rl.group_size,
     seed=parts.run.seed, step=step, more=more)
-  varies = {group.cursor: group.has_reward_variance(rule) for group in groups}
+  note(groups)
   seen = groups[: wanted(False)]
   learns = [varies[group.cursor] for group in seen]
   progress = after[len(seen)].recorded(parts.tasks, zip(asked, learns))

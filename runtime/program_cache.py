@@ -41,7 +41,8 @@ def _own_folder() -> str:
     home.mkdir(parents=True, exist_ok=True)
     for folder in (home / 'betarank', home / 'betarank' / 'programs'):
       folder.mkdir(mode=0o700, exist_ok=True)
-      if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022 or not os.access(folder, os.W_OK):
+      status = folder.stat()
+      if status.st_uid != os.getuid() or status.st_mode & 0o022 or not os.access(folder, os.W_OK):
         return ''
     files = list(folder.rglob('*'))
   except (OSError, RuntimeError):  # pathlib raises RuntimeError if there is no home

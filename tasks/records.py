@@ -101,7 +101,7 @@ def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
       if line.strip():
         try:
           record = json.loads(line)
-          if '\\u' in line:  # perhaps half of a surrogate pair, which becomes U+FFFD, as in documents
+          if '\\ud' in line.lower():  # perhaps half of a surrogate pair, which becomes U+FFFD, as in documents
             record = json.loads(text_of(json.dumps(record, ensure_ascii=False), 'line'))
         except (ValueError, RecursionError) as error:  # a number with thousands of digits raises ValueError too
           raise DataError(f'{path}:{number}: not JSON ({error}); correct or remove the line') from None
