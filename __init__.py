@@ -1,1 +1,1 @@
-"""Pre-train language models with a reward-shaped next-token objective, and measure what it does to RL."""
+"""Pre-train language models with a reward-shaped next-token objective, and measure how that changes later RL."""

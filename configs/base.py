@@ -10,7 +10,7 @@ huggingface_hub). text=URI selects another source, such as text=parquet:corpus/*
 objective=ce|beta_low|beta_high|tail|head and seed=0.
 
 No one has run this config yet. `betarank plan` predicts that it takes 6.3 to 7.3 hours on a v5e-8 (50 to 59
-chip-hours), and 3.1 of 16.9 GB per chip.
+chip-hours), and needs 3.1 of the 16.9 GB of each chip.
 """
 
 from betarank.configs import common, paper

@@ -1,6 +1,6 @@
 """Makes a bucket (gs://) behave like a disk: files of other processes are seen, and errors are OSErrors.
 
-fsspec and epath open buckets with gcsfs. It differs from a disk in three ways that programs don't expect:
+fsspec and epath open buckets with gcsfs. gcsfs differs from a disk in three ways that programs don't expect:
 
 - It lists a folder once and keeps the list, so it doesn't see files that other machines write later.
 - Its errors have no common type, and many aren't OSErrors. If the bucket can't be reached, is_dir() returns False.
@@ -25,9 +25,10 @@ _PROTOCOLS = ('gs', 'gcs')
 
 
 def register() -> None:
-  """Makes fsspec and epath open gs:// as this module describes. Every process that may use a bucket must call this.
+  """Makes fsspec and epath open gs:// with the subclass that this module's docstring describes.
 
-  gcsfs itself is imported when a bucket is opened. Does nothing if gs:// has been opened before.
+  Every process that may use a bucket must call this before it opens one, because fsspec keeps the class that it used
+  first. gcsfs itself is imported when a bucket is opened.
   """
   import fsspec
 
@@ -49,7 +50,7 @@ def __getattr__(name: str) -> type:
 
 @functools.cache
 def like_a_disk(files: type) -> type:
-  """Returns a subclass of `files` that behaves as this module describes.
+  """Returns a subclass of `files` without the differences to a disk that this module's docstring lists.
 
   files: gcsfs.GCSFileSystem, or a class with the same methods.
   """
@@ -105,7 +106,7 @@ def _name(path: str, args: Sequence[str]) -> str:
 
   Args:
     path: the request's path as gcsfs gives it: a template such as b/{}/o/{} or, for an upload or download, a whole URL.
-    args: the texts to put in place of {}: the name of the bucket, and the name of the object.
+    args: the values for each {} in a template: the name of the bucket, and the name of the object.
   """
   url = urllib.parse.urlsplit(path)
   if whole := re.search('/b/([^/{]+)/o/?(.*)', url.path):
@@ -115,6 +116,10 @@ def _name(path: str, args: Sequence[str]) -> str:
 
 
 def _store_error(name: str, reason: object) -> OSError:
-  """Returns the OSError for a request about `name` that the store refused. reason: an error, or its message."""
+  """Returns an OSError with errno EIO for a request that the store refused.
+
+  name: the bucket or object of the request, gs://BUCKET or gs://BUCKET/NAME.
+  reason: the error that gcsfs raised, or its message.
+  """
   text = one_line(reason)[:300] or type(reason).__name__
   return OSError(errno.EIO, f'the store failed ({text})', name)

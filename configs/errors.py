@@ -55,8 +55,9 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
 
 
 def one_line(error: object) -> str:
-  """Returns the message of an error on one line of at most 2000 characters. Characters that can't be printed are
-  replaced.
+  """Returns the message of an error on one line, for the terminal.
+
+  Characters after the 2000th are cut off, and characters that can't be printed become U+FFFD.
   """
   text = ' '.join(str(error).split())
   text = text if len(text) <= _LONGEST_SHOWN else f'{text[:_LONGEST_SHOWN]} ...'
@@ -66,9 +67,9 @@ def one_line(error: object) -> str:
 def run_main(main: Callable[[], None]) -> None:
   """Runs `main`. Turns these errors into a short message on stderr and an exit status:
 
-  - A UserError, or an OSError that names a place which can't be read or written: one line, status 2.
-  - Ctrl-C: the line 'stopped', followed by the argument of KeyboardInterrupt if it has one; status 130.
-  - An output that is closed early by the program that reads it, such as `head`: no message, status 141.
+  - A UserError, or an OSError about a path that can't be read or written: one line, status 2.
+  - Ctrl-C (KeyboardInterrupt): the line 'stopped', or 'stopped; MESSAGE' if the exception has a message; status 130.
+  - BrokenPipeError, because the program that reads the output, such as `head`, has ended: no message, status 141.
   """
   try:
     main()

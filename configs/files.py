@@ -41,7 +41,7 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
   """Writes a file atomically, as `atomic_writer` does. Text is encoded as UTF-8.
 
-  In a bucket this is one upload, because readers see an object only when its upload is complete.
+  In a bucket, no temporary file is needed, because readers see an object only when its upload is complete.
   """
   content = content.encode() if isinstance(content, str) else content
   if '://' in str(path):

@@ -1,6 +1,6 @@
-"""Imports libraries without the large dependencies that nothing here uses.
+"""Imports libraries without large dependencies that betarank doesn't use.
 
-Each function returns the library. Calling it again costs nothing.
+Each function returns the imported library. The second call returns it at once.
 """
 
 import functools
@@ -16,9 +16,9 @@ _DRAWING = ('matplotlib', 'matplotlib.animation', 'matplotlib.collections', 'mat
 
 @functools.cache
 def reasoning_gym() -> types.ModuleType:
-  """Imports reasoning-gym without matplotlib, in a second instead of two.
+  """Imports reasoning-gym without importing matplotlib too, in one second instead of two.
 
-  Warnings about the syntax of a library that it needs, which Python shows at the first import, are left out.
+  The SyntaxWarnings that Python shows when it first compiles one of reasoning-gym's dependencies are suppressed.
   """
   hidden = () if 'matplotlib' in sys.modules else _DRAWING
   sys.modules.update((name, _Placeholder(name)) for name in hidden)
@@ -34,7 +34,10 @@ def reasoning_gym() -> types.ModuleType:
 
 @functools.cache
 def tensorboardx() -> types.ModuleType:
-  """Imports tensorboardX without PyTorch, which it would import if it can. That takes seconds."""
+  """Imports tensorboardX without importing PyTorch too, which takes seconds.
+
+  tensorboardX imports PyTorch if it is installed, but works without it.
+  """
   hide = 'torch' not in sys.modules
   if hide:
     sys.modules['torch'] = None  # the statement `import torch` then raises ImportError
@@ -47,7 +50,7 @@ def tensorboardx() -> types.ModuleType:
 
 
 class _Placeholder(types.ModuleType):
-  """A module in which each name is None."""
+  """A stand-in for a library that isn't imported. Every attribute of this module is None."""
 
   def __getattr__(self, name: str) -> Any:
     return None

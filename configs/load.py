@@ -81,9 +81,9 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def read_stage(spec: str, stage: str) -> ConfigDict:
-  """Returns what `read` returns. Checks that the config is for the given command.
+  """Returns the config at `spec` without overrides, after checking that it is a config for the command `stage`.
 
-  stage: the command, 'train' or 'rl'.
+  stage: 'train' or 'rl'.
 
   Raises:
     ConfigError: the config is for the other command, or can't be read.
@@ -109,9 +109,9 @@ def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
 
 
 def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:
-  """Checks the paths in a config, and replaces `~` at their start.
+  """Checks the paths in a config. Replaces `~` at the start of a path by the home folder, in place.
 
-  prefix: the text before the name of each key in messages.
+  prefix: the dotted name of `config` with a dot at the end, such as 'config.data.', for error messages.
 
   Raises:
     ConfigError: a path looks like a misspelt bucket, such as `gs:/x` instead of `gs://x`.

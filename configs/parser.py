@@ -87,8 +87,9 @@ def underscored(word: str) -> str:
 
 
 def place(text: str) -> str:
-  """Returns the path of a file or folder that a flag names, with `~` replaced. Use this function as the `type` of a
-  flag.
+  """Returns the path of a file or folder that a flag names. Use this function as the `type` of a flag.
+
+  `~` at the start of the path is replaced by the home folder. The path may be local or remote (gs://, s3://, ...).
 
   Raises:
     argparse.ArgumentTypeError: the path is empty, looks like a misspelt bucket, or needs a package that isn't
@@ -106,9 +107,9 @@ def place(text: str) -> str:
 
 
 def unopened_place(text: str) -> str:
-  """Returns what `place` returns, without checking that the package for the path's bucket is installed.
+  """Returns what `place` returns, without checking that the package for a remote path is installed.
 
-  Use this function for a path that this process might not open itself, but pass on to another process.
+  Use this function for a path that perhaps only another process opens, such as the folder of a sweep on TPUs.
 
   Raises:
     argparse.ArgumentTypeError: the path is empty, or looks like a misspelt bucket.
@@ -121,8 +122,9 @@ def unopened_place(text: str) -> str:
 
 
 def install_hint(path: str) -> str:
-  """Returns the command that installs the package that reads URIs such as `path` (gs://, s3://, ...). If no package is
-  known, returns a text that says so.
+  """Returns the pip command that installs what fsspec needs to read a URI such as `path` (gs://, s3://, ...).
+
+  If no package for this kind of URI is known, returns a text that says so.
   """
   packages = {'gs': 'gcsfs', 'gcs': 'gcsfs', 's3': 's3fs', 's3a': 's3fs', 'hf': 'huggingface_hub', 'az': 'adlfs',
               'abfs': 'adlfs', 'http': 'aiohttp', 'https': 'aiohttp', 'ssh': 'paramiko', 'sftp': 'paramiko'}
@@ -138,9 +140,11 @@ def not_a_place(text: str) -> str:
 
 
 def at_home(text: str) -> str:
-  """Returns a path, or a URI such as text:~/books/*.txt, with `~` at the start of the path replaced.
+  """Returns `text` with `~` at the start of its path replaced by the home folder.
 
   This is needed for --workdir=~/runs, because the shell replaces `~` only at the start of a word.
+
+  text: a path, or a URI such as text:~/books/*.txt.
   """
   home = _HOME.match(text)
   return text[:home.end()] + os.path.expanduser(text[home.end():]) if home else text

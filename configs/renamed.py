@@ -32,7 +32,7 @@ NOT_IN_RL = ('rl.microbatches', 'objective', 'data.dir', 'data.vocab_size', 'dat
 
 
 def update(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns `config`, the resolved config of a run, with old keys and old values replaced by the new ones."""
+  """Returns the resolved config of a run as a dictionary, with old keys and old values replaced by the new ones."""
   return _section(config, '')
 
 

@@ -19,13 +19,13 @@ T = TypeVar('T')
 
 
 def section(cls: type[T], values: ConfigDict | Mapping[str, Any], path: str = '') -> T:
-  """Converts a section of a config to the frozen dataclass `cls`.
+  """Returns an instance of the frozen dataclass `cls` with the values of a config section.
 
-  path: the dotted key of the section, for error messages.
+  path: the dotted key of the section, such as 'eval.sample', for error messages.
 
   Raises:
     ConfigError: a key is unknown or missing, a value has the wrong type, or `cls` raises a ValueError. The message of
-      such a ValueError must begin with the name of the field.
+      such a ValueError must begin with the name of the field, because `path` is put before it.
   """
   prefix = f'{path}.' if path else ''
   _expect(isinstance(values, ConfigDict | Mapping), path, 'a section', values)

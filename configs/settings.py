@@ -346,9 +346,10 @@ def default(key: str) -> Any:
 
 
 def when_missing(key: str) -> Any:
-  """Returns the value of a setting that a recorded config lacks, because an older version wrote it.
+  """Returns the value to assume for a setting that is missing in the recorded config of a run.
 
-  It is the default, or None if the setting is unknown to this version too.
+  A setting is missing if it didn't exist yet in the version that wrote the config. The value is the setting's default,
+  or None if the present version doesn't have the setting.
   """
   return _FLAT[key].default if key in _FLAT else None
 

@@ -5,13 +5,13 @@
     betarank sweep --config=configs/study.py --root=runs/study --only='seed=3,*'              # one seed of it
     betarank report runs/study
 
-Every arm and seed is pre-trained on text and problems, mid-trained on mostly problems while the learning rate falls,
-and then trained with RL; samples and probes measure it before and after RL. docs/study.md has the design, written
-before the runs, and the schedule.
+Each objective is an arm of the study. For each arm and seed, a model is pre-trained on text and problems, mid-trained
+on mostly problems while the learning rate falls, and then trained with RL. Samples and probes measure the model before
+and after RL. docs/study.md has the design, written before the runs, and the schedule.
 
-Arguments: size=10m (also 20m, 64m, and toy for CPUs), seeds=10, first_seed=N, lr=X (the rate of pre-training),
+Arguments: size=10m (also 20m, 64m, and toy for CPUs), seeds=10, first_seed=N, lr=X (the learning rate of pre-training),
 level=3 (also 1 and 2: how hard RL's problems are), rl_steps=N, text=URI (another corpus), mid=same|ce (the objective of
-mid-training), arms=paper|beta|family.
+mid-training), arms=paper|beta|family (the set of objectives).
 """
 
 from types import SimpleNamespace
@@ -64,7 +64,12 @@ def get_config(arg=None) -> ConfigDict:
 
 
 def _training(a) -> ConfigDict:
-  """Returns the config of pre-training or of mid-training. They differ in mixture, tokens and learning rate."""
+  """Returns the config of mid-training if `a.stage` is 'midtrain', else the config of pre-training.
+
+  The two stages differ in mixture, tokens and learning rate.
+
+  a: the parsed argument, from `parse`.
+  """
   c, mid, size = common.base(), a.stage == 'midtrain', SIZES[a.size]
   c.seed = a.seed
   # Unrolled layers are 1.8 times as fast as a scan for 10M parameters on an H100.
@@ -87,9 +92,13 @@ def _source(c, uri: str, weight: float, max_documents: int) -> dict:
 
 
 def _problems(c, toy: bool, mid: bool) -> dict:
-  """Returns the source of problems with worked solutions.
+  """Returns {name of the source: its settings} for problems with worked solutions.
 
-  Mid-training has a source of its own. It lists the families in another order, so that most of its problems are new.
+  c: a config, whose source `main` has the settings that aren't changed here.
+  toy: whether the size is toy, which has fewer and easier problems.
+  mid: whether the source is for mid-training. This source has half as many problems, and lists the families in another
+    order. All of its problems are in the source of pre-training too, because the n-th problem of a family doesn't
+    depend on the order.
   """
   kinds = LEVELS[0][0] if toy else (*LEVELS[1][0], *LEVELS[2][0], 'gsm_symbolic')
   if mid:
@@ -98,7 +107,7 @@ def _problems(c, toy: bool, mid: bool) -> dict:
 
 
 def _task(a) -> tuple[str, int]:
-  """Returns (URI of RL's problems, the longest answer in tokens)."""
+  """Returns (the URI of RL's problems, the largest length of an answer in tokens)."""
   kinds, longest = LEVELS[0 if a.toy else a.level]
   return f'reasoning:{"+".join(kinds)}', longest
 
@@ -123,7 +132,10 @@ def _rl(a) -> ConfigDict:
 
 
 def _sampled(a) -> dict:
-  """Returns the settings of the samples: 576 held-out problems, 192 of each family, with 64 samples each."""
+  """Returns the settings of `betarank eval sample`, {dotted key: value}.
+
+  There are 576 held-out problems, 192 of each family, with 64 samples each. The size toy has 12 with 4 samples each.
+  """
   sample = dict(problems=12, samples=4, decode_batch_size=16) if a.toy else dict(
     problems=576, samples=64, decode_batch_size=2048)
   sample |= {'max_new_tokens': _task(a)[1], 'temperature': 1.0, 'top_p': 1.0, 'held_out_fraction': HELD_OUT,

@@ -32,6 +32,8 @@ def waiting(text: str, console: Console | None = None) -> Iterator[None]:
 def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int) -> str:
   """Returns a line with a bar, the percentage, the time left, the step, and as many figures as fit.
 
+  eta_s: the time left, in seconds.
+  figures: texts such as 'loss 2.31'.
   width: the largest length of the line, in columns. The bar, the percentage and the time left are always shown.
   """
   share = step / max(steps, 1)
@@ -43,6 +45,7 @@ def progress_line(step: int, steps: int, eta_s: float, figures: Sequence[str], w
 def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width: int | None = None) -> str:
   """Returns the line that is printed after a step: the number of the step, the percentage and the figures.
 
+  eta_s, figures: as in `progress_line`.
   width: the width of the terminal, in columns. Figures that don't fit are left out. None means that the output is a log
     file. The line then has all figures, followed by the time left.
   """
@@ -53,7 +56,7 @@ def step_line(step: int, steps: int, eta_s: float, figures: Sequence[str], width
 def fitted(start: str, parts: Sequence[str], width: int | None) -> str:
   """Returns `start` and as many of the parts as fit, separated by two spaces.
 
-  width: the longest line, in columns. None: all parts are shown.
+  width: the largest length of the line, in columns. None means that all parts are shown.
   """
   line = start
   for part in parts:

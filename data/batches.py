@@ -38,14 +38,14 @@ class Batch:
 
   @property
   def counted_BT(self) -> Any:
-    """bool [B, T]: True for the targets that count in the loss and in all figures. Padding never counts."""
+    """bool [B, T]: True for the targets that count in the loss and in all metrics. Padding never counts."""
     real_BT = self.segments_BT > 0
     return real_BT if self.counts_BT is None else real_BT & self.counts_BT
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingStats:
-  """Figures that describe how the training split of a source is packed."""
+  """Statistics of how the training split of a source is packed into rows."""
 
   documents: int
   rows_per_epoch: int
@@ -54,8 +54,10 @@ class PackingStats:
 
 
 def _fill(rows: Sequence[tuple[Documents, Pieces] | None], row_length: int, masked: bool) -> Batch:
-  """Reads the pieces of each row, and writes them into a batch. A row that is None becomes a row of padding.
+  """Reads the pieces of each row from prepared data, and returns the rows as a batch.
 
+  rows: for each row, (the documents of its source, its pieces). None stands for a row of padding.
+  row_length: the number of tokens in a row.
   masked: whether the batch gets the array counts_BT. The value must be the same for all batches of a run, in all
     processes, because it decides which program is compiled.
   """
@@ -95,9 +97,10 @@ def _check_split(batch_size: int, process_index: int, process_count: int) -> int
 
 
 class _Steps:
-  """The batches of a run as a sequence, which Grain reads ahead.
+  """An endless sequence of the batches of one process. Grain reads its items ahead, in threads.
 
-  Item 0 is this process's part of the first global batch after the cursor or, without a cursor, of the run.
+  Item k is this process's part of global batch k. Batches are counted from 0, which is the first batch of the run or,
+  if the run resumes, the first batch after the cursor.
   """
 
   def __init__(self, documents, packers, schedule: Schedule, origin: Mapping[str, int], first_row: int,
@@ -145,7 +148,8 @@ class TrainBatches(Iterator[Batch]):
 
     Raises:
       DataError: data isn't prepared, is damaged or was prepared with other settings; the cursor doesn't fit the seed,
-        sequence_length or data; or the batch can't be divided among the processes.
+        sequence_length or data; or the batch can't be divided among the processes. `next` raises it for a damaged
+        record, because records are checked when they are read.
     """
     local = _check_split(batch_size, process_index, process_count)
     weights = {name: source.weight for name, source in config.sources.items()}
@@ -226,8 +230,8 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
 
   Raises:
     DataError: there is no such source; its data isn't prepared, is damaged or was prepared with other settings; or the
-      batch can't be divided among the processes. The error is raised by the call itself, not by reading the first
-      batch.
+      batch can't be divided among the processes. The call itself raises the error, before the first batch is read,
+      except for a damaged record, which is found when its batch is read.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:

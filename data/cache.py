@@ -1,4 +1,4 @@
-"""Copies prepared sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
+"""Copies prepared data sets from a bucket to a local folder of limited size, if `data.cache_dir` is set.
 
     CACHE_DIR/FINGERPRINT/FILE     a complete file; it is called FILE.partial while it is copied
                           used     locked while a process reads the set; its mtime is when a process last opened the set

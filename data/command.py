@@ -100,7 +100,7 @@ def _prepare_all(data: DataConfig, workers: int, console: Console, part: int, pa
 
 
 def _what_next(data: DataConfig, argv: Sequence[str]) -> None:
-  """Prints where the data is, and commands to run next, with the config of this command."""
+  """Prints where the prepared data is, and two commands to run next, with the --config flags of `argv`."""
   is_open = lambda word: word.startswith('--config') and '=' not in word  # the value is the next word
   config = [word for before, word in itertools.pairwise(['', *argv]) if word.startswith('--config') or is_open(before)]
   print(f'finished: {data.dir} is ready')
@@ -144,7 +144,9 @@ def _tokenizer(data: DataConfig, console: Console) -> None:
 
 def _prepare(data: DataConfig, name: str, workers: int, console: Console, part: int, parts: int,
              stop: StopSignal) -> dict | None:
-  """Prepares a source, and shows the progress. Returns its manifest; None if there are several parts.
+  """Prepares a source, and shows the progress. Returns the source's manifest, or None if there are several parts.
+
+  With several parts, `betarank data finish` writes the manifest later.
 
   workers, part, parts: as in `prepare.prepare_part`.
   stop: returns True once the user has asked the command to stop.

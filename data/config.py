@@ -89,11 +89,11 @@ class DataConfig:
   def longest_document(self) -> int:
     """The largest size of a document in bytes. Longer documents are split.
 
-    The default is 8 bytes per token of a row, but at least 64 KiB.
+    The setting document_bytes gives this size. 0 means 8 bytes for each token of a row, but at least 64 KiB.
     """
     return self.document_bytes or max(65_536, 8 * self.sequence_length)
 
   @property
   def tokenizer_path(self) -> str:
-    """The path in the setting `tokenizer`. If it is empty, the path of the tokenizer that is trained in `dir`."""
+    """The path in the setting `tokenizer` or, if this is empty, the path of the tokenizer that is trained in `dir`."""
     return self.tokenizer or f'{self.dir.rstrip("/")}/tokenizer.model'

@@ -1,5 +1,6 @@
-"""Estimates what preparing the sources will take, from the sizes of their files or a sample of their documents.
-Prepares and writes nothing.
+"""Estimates the time of preparing sources and the size of the result, without preparing anything.
+
+The estimates come from the sizes of the sources' files or, for sources without files, from a sample of documents.
 """
 
 import dataclasses
@@ -73,7 +74,10 @@ def estimate(config: DataConfig, name: str, machines: int, workers: int, rate: f
 
 
 def _from_sample(source: sources.Source) -> tuple[float, float]:
-  """Returns (bytes of text, seconds of one core to make or read them) of all documents, measured on some of them."""
+  """Estimates the size of a source, and the time of reading it, by reading a sample of its documents.
+
+  Returns (bytes of text in all documents, seconds in which one core generates or reads all documents).
+  """
   whole = sum(segment.stop - segment.start for segment in source.segments)
   parts = []
   for segment in source.segments:
@@ -88,9 +92,11 @@ def _from_sample(source: sources.Source) -> tuple[float, float]:
 
 
 def show(config: DataConfig, machines: int, workers: int, rate: float, dollars: float, console: Console) -> None:
-  """Prints what preparing all sources will take.
+  """Prints a table with the estimated size and time of preparing each source, and then the total time and cost.
 
-  dollars: the price of an hour of one machine; 0 if it isn't known. The other arguments are those of `estimate`.
+  machines, workers, rate: as in `estimate`.
+  dollars: the price of an hour of one machine; 0 if it isn't known.
+  console: where the table is printed.
   """
   table = Table('source', 'files', 'bytes', 'text', 'tokens', 'output', 'pieces', 'hours', box=None)
   for column in table.columns[1:]:

@@ -32,12 +32,17 @@ class BadValue(Exception):
 
 
 def masked(spec: str, template: str) -> bool:
-  """Returns True if documents made with this field specification and template are Dialogues."""
+  """Returns True if documents of this field specification and template are Dialogues, and False if they are plain text.
+  """
   return '+' in spec or bool(template)
 
 
 def check_template(spec: str, template: str) -> None:
-  """Raises ValueError if the template doesn't match the field specification."""
+  """Raises ValueError if the template lacks a placeholder that the field specification needs.
+
+  With two fields, a template must contain {prompt} and then {answer}; with one field, {role} and then {content}. Each
+  occurs once. An empty template is always valid.
+  """
   if not template:
     return
   needed = ('{prompt}', '{answer}') if '+' in spec else ('{role}', '{content}')

@@ -1,8 +1,7 @@
-"""Finds and opens the files of a source, on a disk or anywhere that fsspec can read (gs://, s3://, hf://, https://,
-...).
+"""Finds and opens the files of a source, on a disk or in any store that fsspec can read (gs://, s3://, hf://, ...).
 
 A pattern is a path, a glob that may contain `**`, or a folder. A folder means all files below it with one of the
-suffixes of the source's kind. If the paths of these files name splits, as in Hugging Face data sets
+suffixes of the source's kind, such as .jsonl. If the paths of these files name splits, as in Hugging Face data sets
 (data/train-00000-of-00004.parquet), only the files of the training split are used.
 """
 
@@ -49,7 +48,11 @@ class Found:
 
 
 def find(pattern: str) -> list[str]:
-  """Returns the paths of all files that match `pattern`, sorted. Raises DataError if no file matches."""
+  """Returns the paths of all files that match `pattern`, sorted.
+
+  Raises:
+    DataError: no file matches, or `pattern` is a folder.
+  """
   return [file.path for file in _all(pattern, ())]
 
 
@@ -84,10 +87,7 @@ def _all(pattern: str, suffixes: tuple[str, ...]) -> list[File]:
 
 
 def _suffix(path: str) -> str:
-  """Returns the suffix that says the format of a file: '.jsonl' for x.jsonl, and also for x.jsonl.gz.
-
-  If the last suffix is that of a compression, such as .gz, the suffix before it is returned.
-  """
+  """Returns the suffix that tells the format of a file: '.jsonl' for x.jsonl, and also for x.jsonl.gz."""
   name, suffix = os.path.splitext(path.lower())
   return (os.path.splitext(name)[1] or suffix) if suffix in _PACKED_SUFFIXES else suffix
 

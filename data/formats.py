@@ -44,9 +44,9 @@ class Segment:
 
 
 def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
-  """Returns one segment of bytes for each file. Segments of compressed files can't be split.
+  """Returns one segment for each file. The items of a segment are the bytes of the file.
 
-  splittable: whether segments of other files can be split.
+  splittable: whether segments of uncompressed files can be split. Segments of compressed files never can.
   """
   kinds = files.in_parallel(lambda file: files.packing(file.path), found.files)
   return [Segment(file.path, 0, file.size, splittable and not kind, EXPANSION if kind else 1.0)
@@ -56,7 +56,9 @@ def text_segments(found: files.Found, splittable: bool = True) -> list[Segment]:
 def cut_point(block: bytes) -> int:
   """Returns the position at which to cut `block`: after its last line end.
 
-  If there is no line end, this is the position before the last character, which may be incomplete.
+  If there is no line end, this is the position before the last character, whose bytes may be incomplete.
+
+  block: text in UTF-8, which may end within a character.
   """
   if (line_end := block.rfind(b'\n')) >= 0:
     return line_end + 1
@@ -83,7 +85,7 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True)
 class Text(FileReader):
-  """A reader of plain text. Each file is one text, which is cut into documents at line ends."""
+  """A reader of plain text. Each file is cut at line ends into documents of at most `document_bytes` bytes."""
 
   pattern: str
   document_bytes: int

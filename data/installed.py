@@ -1,11 +1,12 @@
-"""Collects the text that is installed on this machine, sources and manuals, into one file of documents.
+"""Collects the text that is installed on this machine, source code and manuals, into one JSON Lines file.
 
     python -m betarank.data.installed --out=runs/study/corpus.jsonl [--most_mb=N] [FOLDER ...]
 
 Without FOLDER, the folders are Python's standard library and the packages installed beside it. A document is a whole
-file. Files in UTF-8 of at most 200 KB are taken, gzipped ones too; of equal files only one is. Documents are in the
-order of their hashes, so that with --most_mb, the first N MB are a fair sample. The source `jsonl:FILE` reads the
-result, and FILE.sha256 lists every file that was taken, as `sha256sum` would. If FILE ends in .xz, it is compressed.
+file: UTF-8 text of 200 bytes to 200 KB, after decompression if the file is gzipped. If several files are equal, one is
+taken. Documents are sorted by the hash of their content, so that the first N MB, which --most_mb=N takes, are a fair
+sample. The source `jsonl:FILE` reads the result. FILE.sha256 lists the hash and the path of each file that was taken.
+If FILE ends in .xz, it is compressed.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _content(path: str) -> bytes:
-  """Returns the content of a file, b'' if it can't be read."""
+  """Returns the decompressed content of a file, or b'' if it can't be read. At most MOST_BYTES + 1 bytes are read."""
   opened = gzip.open if path.endswith('.gz') else open
   with contextlib.suppress(OSError, EOFError, zlib.error), opened(path, 'rb') as file:
     return file.read(MOST_BYTES + 1)
@@ -56,7 +57,7 @@ def write(out: pathlib.Path, found: Sequence[tuple[str, str, str]], most_bytes: 
   """Writes the documents to `out`, and their hashes to `out`.sha256. Returns (documents, bytes of text) written.
 
   found: the result of `documents`.
-  most_bytes: ends before the document with which the text would become larger.
+  most_bytes: the largest size of all texts together, in bytes. Writing ends before the first document that exceeds it.
   """
   out.parent.mkdir(parents=True, exist_ok=True)
   count = size = 0

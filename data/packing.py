@@ -3,8 +3,9 @@
 A document of n tokens has n-1 (input, target) pairs, and a row holds T pairs. The documents of an epoch, in a shuffled
 order, form one sequence of pairs. The sequence is divided into windows of R * T pairs, which fill R rows. Within a
 window, a document is placed whole if a row has room for it (best fit, longest first). The few documents that don't fit
-into any row are cut to fill the remaining space. Every pair therefore occurs exactly once per epoch, and every row is
-full except the last row of the epoch. The number of rows is known before any row is planned.
+into any row are cut to fill the remaining space. Every pair therefore occurs exactly once per epoch. All rows are full
+except in the last window of the epoch, where fewer than T positions are empty. The number of rows is known before any
+row is planned.
 
 To find the documents of a window, the lengths of all documents before the window must be summed. This takes about 25 ns
 per document, so it is fast at the beginning of an epoch.
@@ -26,7 +27,7 @@ _CHUNKS_AT_ONCE = 8  # so many chunks are summed at once: 64k documents fit into
 
 
 def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
-  """Shuffles range(size), and returns the positions to which the N indices `index_N` are moved: int64 [N].
+  """Shuffles range(size), and returns the new positions of the N indices `index_N`: int64 [N].
 
   The shuffle is a bijection that depends on `key`. It applies invertible arithmetic to numbers with as many bits as
   `size` has, and repeats the arithmetic until the result is below `size`. NumPy's shuffles would need an array of
@@ -57,8 +58,8 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """The N pieces of a row. A piece is a document or a part of one: adjacent pairs of the document. Arrays are int64
-  [N].
+  """The N pieces of a row. A piece is a range of the (input, target) pairs of one document, or all of them. Arrays are
+  int64 [N].
   """
 
   document: np.ndarray
@@ -120,7 +121,7 @@ class Packer:
     return permute(index, len(self._lengths_N), f'{self._key}/{epoch}') if self._shuffle else index
 
   def _sums(self, epoch: int, chunk: int) -> np.ndarray:
-    """Returns the number of pairs in each of the _CHUNKS_AT_ONCE chunks that begin with chunk number `chunk`.
+    """Returns the number of pairs in each of _CHUNKS_AT_ONCE chunks, int64. The first one is chunk number `chunk`.
 
     A chunk is _CHUNK documents that are adjacent in the epoch's order. Near the end of the epoch there are fewer
     chunks.
@@ -147,7 +148,7 @@ class Packer:
     return Pieces(document, start, np.minimum(high, ends) - begins - start)
 
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
-    """Returns (pieces of a window sorted by row, bounds).
+    """Returns (the pieces of a window, sorted by row; bounds, int64 [number of rows + 1]).
 
     Row r of the window has the pieces whose indices are in range(bounds[r], bounds[r + 1]).
     """
@@ -162,7 +163,8 @@ class Packer:
 
 
 class _Line:
-  """The positions at which every _CHUNKth document begins in an epoch's sequence of pairs, computed as needed."""
+  """The positions of every _CHUNKth document in an epoch's sequence of pairs. A position is computed when it is needed.
+  """
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
@@ -188,8 +190,9 @@ def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
 
 
 def _place(pieces: Pieces, rows: int, row_length: int) -> tuple[np.ndarray, Pieces]:
-  """Assigns a row to each piece: best fit, longest first. Pieces that fit into no row are cut to fill the largest
-  holes.
+  """Assigns a row to each piece. The longest piece comes first, and goes to the fullest row that has room for it.
+
+  Pieces that fit into no row are cut to fill the rows with the most free space.
 
   The pieces must have at most rows * row_length pairs in all, and at most row_length pairs each.
 

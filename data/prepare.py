@@ -4,7 +4,7 @@ The source is divided into numbered units (data/sources.py), which are independe
 share the work. Each unit is written to `partial/` in pieces. A piece consists of shards and a marker, which is written
 last (data/worker.py). A run that was killed resumes after the last complete piece of each unit. The result is the same,
 byte for byte, as if one process had prepared the source without interruption. The last step, `finish`, turns the shards
-into a data set: it renames the shards, and writes the lengths and the manifest.
+into a data set: it renames the shards, and writes the documents' lengths and the manifest.
 """
 
 import concurrent.futures
@@ -138,7 +138,7 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
   Processes on other machines may work on other parts at the same time. For the other arguments and the errors, see
   `prepare_source`.
 
-  asked: once it returns True, the work stops after the pieces in progress.
+  asked: a function that returns True once the work should stop. The pieces in progress are still completed.
 
   Returns False if the work stopped before all units were done.
   """
@@ -154,6 +154,10 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
 
 def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
   """Turns the tokenized shards of source `name` into a data set, and returns the set's manifest.
+
+  If there are so few documents that a split would be empty, each document is divided, and all are tokenized again.
+
+  workers: the number of processes for tokenizing again; None means one.
 
   Raises:
     DataError: not everything is tokenized, a split is empty, or there are too many bad rows.
@@ -345,7 +349,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _kept(preparation: _Preparation, job: Job) -> list[Marker]:
-  """Returns the markers of those pieces that become the data set, in order. A marker describes a piece.
+  """Returns the markers of the pieces that the data set will consist of, in order. Each marker describes a piece.
 
   These pieces contain the first max_documents documents of the source, or all documents if max_documents is 0. If the
   last of these pieces has too many documents, it is written again with fewer.

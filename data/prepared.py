@@ -39,8 +39,8 @@ _COMMAND = 'betarank data prepare --config=...'
 def folder(config: DataConfig, name: str) -> epath.Path:
   """Returns the folder of a source's data: DIR/NAME/1.0.0, or DIR/NAME/ID/1.0.0 if another corpus is there already.
 
-  A corpus is what a URI names, and ID is a hash of the URI. So a second corpus under the same name neither replaces the
-  first nor is taken for it.
+  A corpus is what a URI names, and ID is a hash of the URI. So two corpora that are prepared under the same name have
+  separate folders.
 
   Raises:
     DataError: DIR/NAME/1.0.0 has a manifest that isn't valid.
@@ -66,7 +66,10 @@ def shard_name(name: str, split: str, shard: int, count: int) -> str:
 
 
 def settings(config: DataConfig, name: str, tokenizer_sha256: str) -> dict[str, Any]:
-  """Returns those settings on which the prepared tokens depend. Other settings may change after the preparation."""
+  """Returns those settings on which the prepared tokens depend, as the manifest records them, {name: value}.
+
+  All other settings may change after the preparation.
+  """
   source = config.sources[name]
   wanted = {'uri': source.uri, 'max_documents': source.max_documents, 'document_bytes': config.longest_document,
             'validation_fraction': config.validation_fraction, 'vocab_size': config.vocab_size,
@@ -93,7 +96,7 @@ def check_settings(where: epath.Path, prepared: dict[str, Any], wanted: dict[str
 def check_input(where: epath.Path, manifest: dict[str, Any], listing: dict[str, Any]) -> None:
   """Raises DataError if the names or sizes of the source's files have changed since the preparation.
 
-  manifest: lists the files that were prepared. If it has no such list, nothing is checked.
+  manifest: the manifest of the prepared data. If it doesn't describe the files, nothing is checked.
   listing: `Source.listing`, which describes the present files. If it is empty, nothing is checked.
   """
   there = manifest.get('input', {})
@@ -127,7 +130,7 @@ def read_manifest(where: epath.Path) -> dict[str, Any] | None:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-  """Raises an exception if the manifest isn't valid. `read_manifest` converts the exception to a DataError.
+  """Raises ValueError, TypeError, KeyError or AttributeError if the manifest isn't valid.
 
   The file names in a manifest become paths. A name that leads to another folder is therefore not valid.
   """

@@ -9,14 +9,14 @@ Pre-training and RL use the same form of a problem, for example:
     3 - 7 = -4
     Answer: -4
 
-Pre-training and RL also select problems with the same kind of URI. It names one or more tasks, and the difficulty of
-each. Several tasks take turns.
+A URI selects the problems, for pre-training and for RL. It names one or more tasks, and the difficulty of each.
+Several tasks take turns.
 
     reasoning:TASK[?OPTION=VALUE&...][+TASK...]        reasoning:chain_sum?max_terms=2&max_digits=1+gcd
 
 An OPTION is an option of the task's generator, or level=N, a level of reasoning-gym's curriculum. If a level is given,
-the curriculum sets the options that aren't in the URI. Otherwise these options have the values in TASKS below or, where
-TASKS has none, the generator's defaults.
+the curriculum sets the options that aren't in the URI. If no level is given, they have the values in TASKS below or,
+where TASKS has none, the generator's defaults.
 """
 
 import contextlib
@@ -42,7 +42,8 @@ ANSWER_MARK = '\nAnswer: '
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A problem and its answer. `entry` is the generator's own record of the problem, which the task's scorer needs."""
+  """A problem and its answer. `entry` is the generator's own record of the problem, which reasoning-gym's scorer needs.
+  """
 
   task: str
   question: str
@@ -111,7 +112,7 @@ _UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite':
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kind:
-  """Problems of one task with the same options."""
+  """A task of reasoning-gym, with the options of its generator. The options decide how hard its problems are."""
 
   task: str
   options: dict[str, Any]  # options of the generator that differ from its defaults
@@ -175,7 +176,7 @@ class _TooLongError(BaseException):  # not an Exception, because a generator mig
 
 @contextlib.contextmanager
 def _deadline():
-  """Ends the block with _TooLongError after _TRIAL_S seconds.
+  """Ends the block with _TooLongError if it takes longer than _TRIAL_S seconds.
 
   Only the main thread receives signals, so there is no time limit in other threads.
   """
@@ -227,14 +228,13 @@ def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Prob
 
 
 def question_hash(question: str) -> int:
-  """Returns a hash of 64 bits. Questions that differ only in white space and case have the same hash."""
+  """Returns a 64-bit hash of a question. Questions that differ only in white space and case have the same hash."""
   return int.from_bytes(hashlib.blake2b(' '.join(question.lower().split()).encode(), digest_size=8).digest())
 
 
 def held_out(question: str, fraction: float) -> bool:
   """Returns True if this question is held out. A hash of the question decides.
 
-  fraction: the share of all questions that are held out. With a larger fraction, the same questions and further
-    questions are held out.
+  fraction: the share of all questions that are held out. A larger fraction holds out the same questions and more.
   """
   return question_hash(question) < fraction * 2**64

@@ -33,7 +33,7 @@ def _parquet(path: str):
 
 
 class _NoData(io.RawIOBase):
-  """A large file from which nothing can be read. `asked` is True after an attempt to read."""
+  """A file object that seems large, but from which nothing can be read. `asked` is True after an attempt to read."""
 
   size, at, asked = 2**62, 0, False
 
@@ -56,11 +56,15 @@ class _NoData(io.RawIOBase):
 
 
 def _text_bytes(metadata, names: tuple[str, ...]) -> int:
-  """Returns the decompressed size of the columns `names` in bytes, according to the metadata of a file.
+  """Returns the decompressed size of the columns `names` in bytes, according to the metadata of a Parquet file.
 
-  Arrow checks the metadata of a column in a row group when it is first used, and throws an exception if it is damaged.
-  pyarrow's `column` doesn't catch this exception (version 26), so it would end the process. Reading the column does, so
-  this is tried first, from a file without data. If Arrow asks for data, it has accepted the metadata.
+  If the metadata of a column in a row group is damaged, Arrow throws a C++ exception when this metadata is first used.
+  pyarrow (version 26) catches the exception when it reads the column. But it doesn't catch it in its method `column`,
+  which would end the process. So each column is first read from a file without data. Once Arrow asks for data, the
+  metadata has passed its check.
+
+  Raises:
+    pyarrow.ArrowException or OSError: the metadata is damaged.
   """
   import pyarrow
   import pyarrow.parquet
@@ -170,7 +174,7 @@ class ArrayRecord(FileReader):
 
 @contextlib.contextmanager
 def _no_foreign_features():
-  """Restricts TFDS, inside the block, to its own feature types.
+  """Makes TFDS refuse, inside the block, all feature types that aren't its own.
 
   TFDS imports any module that features.json names, so a malicious data set could run code.
   """

@@ -80,7 +80,7 @@ def _mask_header(length: int) -> bytes:
 def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
   """Returns the record of a document.
 
-  tokens: the ids of its N tokens.
+  tokens: the ids of its N tokens, uint16 or uint32 [N].
   mask: bool [N], whether each token counts as a target; only for a masked set.
   """
   raw = tokens.tobytes()
@@ -93,8 +93,8 @@ def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
 def without_checksum(record: bytes) -> memoryview:
   """Returns a record without its checksum.
 
-  The content hash is computed without checksums, because records of older sets have none. A set that is prepared again
-  then has the same hash.
+  Hashes of the content leave the checksums out, because older versions wrote none. A set that an older version prepared
+  therefore has the same hash when it is prepared again.
   """
   return memoryview(record)[:-_CHECKSUM_BYTES]
 
@@ -145,7 +145,10 @@ def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
 
 
 def _in_file(position):
-  """Converts a position in the sequence of all chunks to a position in the file, which also has block headers."""
+  """Returns the position in a shard's file of the byte at `position` in the shard's chunks.
+
+  The two differ, because the file also has block headers. `position` may be an int or an array.
+  """
   return position + _BLOCK_HEADER * (position // (_BLOCK - _BLOCK_HEADER) + 1)
 
 

@@ -86,7 +86,7 @@ def _source(config: DataConfig, name: str, split: str, row: int, seed: int, toke
 
 
 def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> str:
-  """Returns the text of tokens. If there is a mask, the parts that count in the loss are in brackets."""
+  """Returns the text of tokens. If there is a mask, the parts that count in the loss are in brackets: ⟦...⟧."""
   if mask is None:
     return tokenizer.decode(tokens)
   edges = np.flatnonzero(np.diff(mask, prepend=not mask[0])).tolist()
@@ -97,7 +97,7 @@ def _text(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray | None) -> 
 def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
   """Returns the indices of _EXTREMES documents: the shortest documents if `order` is 1, the longest if `order` is -1.
 
-  Little memory is needed, because the N lengths are never all sorted or copied at once.
+  The N lengths are compared in blocks, because sorting or copying all of them would need much memory.
   """
   best = np.array([], np.int64)
   for start in range(0, len(lengths_N), 2**20):
@@ -111,8 +111,9 @@ def _extreme(lengths_N: np.ndarray, order: int) -> list[int]:
 def tokenizer(config: DataConfig) -> None:
   """Prints, for each source, how many bytes of text a token stands for, on average.
 
-  The text is one that the tokenizer wasn't trained on. If a source has no other, a part of the tokenizer's training
-  sample is used, and the source's line says so. Then prints how many tokens of the vocabulary occur in none of it.
+  This is measured on text that the tokenizer wasn't trained on. If a source has no such text, a part of the tokenizer's
+  training text is used, and the source's line says so. A last line says how many tokens of the vocabulary never occur
+  in the texts of all sources, and how many occur at most three times.
   """
   tokenizer, every = read(config), np.int64(0)
   share = sample_bytes(config) / len(config.sources)

@@ -183,7 +183,7 @@ class Source:
     return [*units, tuple(unit)] if unit else units
 
   def read(self, unit: Iterable[Segment], bad_rows: Callable[[DataError], None] | None = None) -> Iterator[Document]:
-    """Yields the documents of a unit, except empty ones. Only readers of the kind `text` cut long documents.
+    """Yields the documents of a unit, except empty ones. Long documents are cut only if the kind of source is `text`.
 
     bad_rows: called with the error of each row that can't be used. None means that the first such error is raised.
     """
@@ -203,8 +203,8 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
-    held_out: if not 0, the method yields about this many bytes of text from outside the sample. At each place, it skips
-      the texts that would be in the sample, and yields the texts after them.
+    held_out: if this isn't 0, the method yields about this many bytes of text that the sample doesn't contain. At each
+      place, it skips the texts that would be in the sample, and yields the texts after them.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)

@@ -4,7 +4,7 @@
     wait = folder.start('x', 4096, 8192)     # requested at once; many requests may run at the same time
     content = wait()
 
-A bucket is read with TensorStore, which Orbax depends on. TensorStore's threads don't hold Python's lock, and keep
+A bucket is read with TensorStore, which Orbax depends on. TensorStore's threads don't hold the GIL, and keep
 connections open. Requests that are refused (429, 5xx), cut short or not answered are repeated, with growing pauses. A
 request that still fails after about five minutes raises a DataError that names the file and the reason.
 """
@@ -71,9 +71,9 @@ def read_pieces(folder: Folder, name: str, size: int) -> Iterator[bytes]:
 
 
 def several(function: Callable, items: list, place: Any) -> Iterator:
-  """Yields function(item) for each item, in order.
+  """Yields function(item) for each item, in order. If `place` is in a bucket, several calls run at the same time.
 
-  If `place` is in a bucket, where each call takes long, several calls run at the same time.
+  place: the path that the calls access. Each call takes long in a bucket.
   """
   if not is_remote(place):
     yield from map(function, items)
@@ -121,7 +121,10 @@ class _LocalFolder:
 
 @functools.cache
 def _context():
-  """Returns TensorStore's settings. All folders share them, so that the whole process has one limit on requests."""
+  """Returns the TensorStore context with the limits on requests and retries.
+
+  All folders share it, so that the limit on simultaneous requests holds for the whole process.
+  """
   import tensorstore
 
   os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(_SILENT_S))

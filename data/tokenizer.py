@@ -34,8 +34,8 @@ class Tokenizer(Protocol):
       path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.
     bytes_per_token_V: int32 [vocab_size], the length of each item of token_bytes. Summed over the ids in encode(text),
-      it gives the size of the text as the tokenizer sees it. Most tokenizers see the text itself. Some first normalize
-      Unicode to NFC (Qwen), or add a space before the text (Llama 2).
+      it gives the size of the text in bytes. Some tokenizers first change a text: Qwen's normalizes Unicode to NFC,
+      Llama 2's adds a space before the text. The sum is then the size of the changed text.
   """
 
   vocab_size: int
@@ -89,7 +89,7 @@ def sha256_of(path: str) -> str:
 
 
 def find(path: str) -> epath.Path:
-  """Returns the tokenizer's file. In a folder, this is tokenizer.json or, if there is none, tokenizer.model."""
+  """Returns the path of the tokenizer's file. For a folder: tokenizer.json or, if there is none, tokenizer.model."""
   place = epath.Path(path)
   if not place.is_dir():
     return place

@@ -64,7 +64,7 @@ class _Files:
   Attributes:
     where: the path of tokenizer.json.
     data: the content of tokenizer.json.
-    added: {content: (id, special)} of the added tokens.
+    added: the added tokens, {text of the token: (id, whether the token is special)}.
     bos, eos, pad: the ids of these tokens. If there is no BOS or padding token, its id is that of EOS.
   """
 
@@ -113,7 +113,7 @@ def _parse(data: bytes, where: epath.Path) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)  # because parsing 10 MB takes half a second, and each source of a run calls this
 def _added_tokens(data: bytes, where: epath.Path) -> dict[str, tuple[int, bool]]:
-  """Returns the added tokens of a tokenizer.json, as {content: (id, special)}.
+  """Returns the added tokens of a tokenizer.json, {text of the token: (id, whether the token is special)}.
 
   Raises:
     DataError: the tokenizer can't be used.
@@ -150,7 +150,7 @@ def _role(name: str, optional: dict[str, dict[str, Any]], added: dict[str, tuple
   None if the token isn't special.
 
   optional: the content of these two files, {name of the file: its JSON object}.
-  added: the added tokens, {content: (id, special)}.
+  added: the added tokens, as `_added_tokens` returns them.
 
   Raises:
     DataError: the BOS or EOS token isn't special. Such a token could be part of a text, which would then seem to begin
@@ -241,8 +241,9 @@ class JsonTokenizer:
     return out
 
   def _piece_bytes(self):
-    """Returns a function that converts a piece of the vocabulary to its bytes. The tokenizer's decoder decides which
-    function.
+    """Returns a function that converts a piece of the vocabulary to its bytes.
+
+    The tokenizer's decoder shows how pieces spell bytes: one character per byte (as in GPT-2), or <0x41> for a byte.
 
     Raises:
       DataError: the tokenizer would lose text, because it has neither byte-level pieces nor byte fallback.
@@ -306,7 +307,8 @@ class JsonTokenizer:
 def _panics_as_data_errors(where: epath.Path) -> Iterator[None]:
   """Converts a panic of the `tokenizers` library inside the block to DataError.
 
-  The library panics if a pattern of the tokenizer takes too many steps on a text. A panic isn't an Exception.
+  The library panics if a pattern of the tokenizer takes too many steps on a text. `except Exception` doesn't catch a
+  panic.
   """
   try:
     yield
@@ -318,7 +320,7 @@ def _panics_as_data_errors(where: epath.Path) -> Iterator[None]:
 
 
 def checked(ids: np.ndarray | list[int]) -> list[int]:
-  """Returns ids as a list of int. Raises DataError if an id is negative."""
+  """Returns token ids as a flat list of int. Raises DataError if an id is negative."""
   ids = np.asarray(ids, np.int64).reshape(-1)
   if ids.size and ids.min() < 0:
     raise DataError(f'token ids must be >= 0, got {ids.min()}')

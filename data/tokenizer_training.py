@@ -62,10 +62,10 @@ def _train(config: DataConfig, vocab_size: int) -> None:
 
 
 class TooLittleTextError(DataError):
-  """Raised if the text yields fewer tokens than wanted.
+  """Raised if the text is too small for a vocabulary of the size that was asked for.
 
   Attributes:
-    tokens: the largest number of tokens that the text yields.
+    tokens: the largest number of tokens that can be trained on the text.
   """
 
   def __init__(self, message: str, tokens: int):

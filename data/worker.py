@@ -34,15 +34,14 @@ Marker = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """The settings that are the same for all parts of a source. Each worker process gets them once, when it starts.
+  """The settings that are the same for all units of a source. Each worker process gets them once, when it starts.
 
   Attributes:
     name: the source.
     config: the settings of the data.
     folder: where shards, and the markers that describe them, are written.
-    share: whether each text is divided: its end goes to the validation split, and the rest to training. Dialogues can't
-      be divided, so a few whole dialogues go to validation. If share is False, every document goes to one split as a
-      whole.
+    share: if True, the end of each text goes to the validation split, and the rest of it to training. Dialogues can't
+      be divided, so a few whole dialogues go to validation. If False, every document goes to one split as a whole.
   """
 
   name: str
@@ -68,13 +67,12 @@ class Worker:
 
   def run(self, index: int, unit: sources.Unit, limit: int, done: list[Marker] | None = None,
           report: Callable[[int], None] = lambda _: None) -> Iterator[Marker]:
-    """Writes those pieces of a unit that don't exist yet. Yields the marker of each new piece, which describes the
-    piece.
+    """Writes those pieces of a unit that don't exist yet. Yields the marker of each new piece, once it is written.
 
     Args:
       index: the number of the unit.
       unit: the segments of the unit.
-      limit: the largest number of documents to write; 0 means no limit.
+      limit: the largest number of documents to write in this call; 0 means no limit.
       done: the markers of the unit's pieces that exist already.
       report: called with the number of bytes of text that were tokenized since the previous call.
     """

@@ -23,7 +23,13 @@ STAGES = ('pretrain', 'midtrain', 'rl')
 
 
 def parse(arg: str | None):
-  """Parses `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`."""
+  """Parses a config's argument, and returns the values as attributes.
+
+  arg: `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`, or a part of it.
+
+  Raises:
+    ConfigError: a name or a value isn't one of these.
+  """
   a = common.parse(arg, stage='pretrain', objective='ce', seed=0)
   for name, known in (('stage', STAGES), ('objective', OBJECTIVES)):
     value = getattr(a, name)
@@ -97,8 +103,8 @@ def _rl(c):
 
 
 def arms(add, seeds=1, stages=STAGES):
-  """Adds every objective to a sweep. For each objective and seed, there is one run per stage. Each run starts from the
-  run of the stage before.
+  """Adds the runs of all five objectives to a sweep. For each objective and seed, there is one run per stage. Each run
+  starts from the run of the stage before.
 
   add: the function that adds a run to the sweep (launch/points.py).
   seeds: the number of seeds; the paper ran one seed of each objective.

@@ -1,4 +1,4 @@
-"""Defines what the sweeps share: the config of each model size, and the stages of an arm.
+"""Defines what the sweeps share: the config of each model size, and the runs of an arm (one setting of the objective).
 
     betarank sweep --config=configs/sweeps/paper.py --root=runs/paper                        # smoke size
     betarank sweep --config=configs/sweeps/beta.py:size=dense_1b,seeds=3 --on=tpu --root=gs://BUCKET/beta
@@ -51,7 +51,7 @@ def config(a: SimpleNamespace) -> ConfigDict:
 
 
 def chain(add, a: SimpleNamespace, objective: dict[str, float]) -> None:
-  """Adds one arm to the sweep.
+  """Adds one arm to the sweep: the runs with one setting of the objective.
 
   For each seed, the arm has one run for every stage of the model size `a.size`. Each run starts from the run of the
   stage before. After the last stage, a probe measures the last checkpoint.

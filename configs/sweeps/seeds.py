@@ -1,4 +1,4 @@
-"""Sweep of five seeds, for cross-entropy and the paper's two best objectives. It shows how much arms differ by chance.
+"""Sweep of five seeds, for cross-entropy and the paper's two best objectives. It shows how much runs differ by chance.
 
     betarank sweep --config=configs/sweeps/seeds.py --root=runs/seeds --parallel=2
 
