@@ -21,8 +21,9 @@ _HOME = re.compile(r'([a-z]+:)?(?=~/|~$)')
 
 
 class Parser(argparse.ArgumentParser):
-  """An ArgumentParser that raises ConfigError and suggests similar flags. This module's docstring lists the
-  differences.
+  """An ArgumentParser that raises ConfigError and suggests similar flags.
+
+  This module's docstring lists all differences to argparse.
   """
 
   def __init__(self, prog: str, doc: str | None = None, **options: Any):

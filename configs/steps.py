@@ -14,7 +14,7 @@ def budget_steps(tokens: int, tokens_per_step: int) -> int:
 
 
 def planned_steps(config: Mapping[str, Any]) -> int:
-  """Returns the number of steps that a run of `betarank train` or `betarank rl` plans.
+  """Returns the number of steps of a complete run of `betarank train` or `betarank rl`.
 
   config: the resolved config of the run.
 

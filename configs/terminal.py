@@ -79,7 +79,7 @@ def short(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-  """Returns seconds as text, H:MM:SS, or '?' if they are infinite."""
+  """Returns a duration as text, H:MM:SS, or '?' if it isn't finite."""
   if not math.isfinite(seconds):
     return '?'
   hours, rest = divmod(int(seconds + 0.5), 3600)

@@ -47,7 +47,7 @@ def mb_per_s(config: DataConfig) -> float:
 
 
 def estimate(config: DataConfig, name: str, machines: int, workers: int, rate: float) -> Estimate:
-  """Estimates what preparing source `name` will take.
+  """Returns the estimated size of source `name`, and the time that preparing it will take.
 
   Args:
     config: the settings of the data.
@@ -76,7 +76,7 @@ def estimate(config: DataConfig, name: str, machines: int, workers: int, rate: f
 def _from_sample(source: sources.Source) -> tuple[float, float]:
   """Estimates the size of a source, and the time of reading it, by reading a sample of its documents.
 
-  Returns (bytes of text in all documents, seconds in which one core generates or reads all documents).
+  Returns (bytes of text in all documents, seconds that one core needs to generate or read all documents).
   """
   whole = sum(segment.stop - segment.start for segment in source.segments)
   parts = []

@@ -32,7 +32,7 @@ class Segment:
 
   An item is a byte, a record or a row group, depending on the format.
 
-  splittable: whether parts of the segment can be read by themselves.
+  splittable: whether a part of the segment can be read without the rest.
   item_bytes: the approximate number of bytes of an item.
   """
 

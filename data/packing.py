@@ -163,8 +163,7 @@ class Packer:
 
 
 class _Line:
-  """The positions of every _CHUNKth document in an epoch's sequence of pairs. A position is computed when it is needed.
-  """
+  """The start of every _CHUNKth document in an epoch's sequence of pairs, int64. Positions are computed when needed."""
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
@@ -181,7 +180,7 @@ class _Line:
 
 
 def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
-  """Cuts each piece that is longer than a row into pieces of a row's length and a remainder."""
+  """Returns the pieces, with each piece that is longer than a row cut into pieces of a row's length and a remainder."""
   count = -(-pieces.length // row_length)
   which = np.repeat(np.arange(len(count)), count)
   offset = (np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)) * row_length

@@ -212,7 +212,7 @@ class Documents:
     manifest: the manifest of the source.
     fingerprint: a hash of the content of the source.
     lengths: uint16 or uint32 [N], the number of tokens of each document, with BOS and EOS.
-    masked: whether the documents have a mask.
+    masked: whether each document has a mask of the tokens that count as targets.
   """
 
   def __init__(self, config: DataConfig, name: str, split: str):

@@ -119,7 +119,7 @@ class Kind:
 
 
 def parse(rest: str) -> tuple[Kind, ...]:
-  """Returns the kinds of problems that a URI names. Generates one problem of each kind as a test.
+  """Returns a Kind for each task that a URI names, in order. Generates one problem of each task as a test.
 
   rest: the part of the URI after `reasoning:`; '' means all of TASKS.
 

@@ -62,7 +62,7 @@ _PREFIXES = (b'\x0a', b'\x0a', b'\x0a\x06tokens\x12', b'\x0a', b'\x0a')
 
 @functools.lru_cache(maxsize=65_536)
 def _header(size: int) -> bytes:
-  """Returns the bytes that come before the tokens in a tf.train.Example. No protobuf library is needed.
+  """Returns the bytes that come before the tokens in a tf.train.Example, computed without a protobuf library.
 
   size: the size of the tokens in bytes.
   """
@@ -145,9 +145,9 @@ def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
 
 
 def _in_file(position):
-  """Returns the position in a shard's file of the byte at `position` in the shard's chunks.
+  """Returns the position in a shard's file of the byte at `position` in the shard's chunks, an int or an array.
 
-  The two differ, because the file also has block headers. `position` may be an int or an array.
+  The position in the file is larger, because the file also has block headers.
   """
   return position + _BLOCK_HEADER * (position // (_BLOCK - _BLOCK_HEADER) + 1)
 

@@ -71,9 +71,10 @@ def read_pieces(folder: Folder, name: str, size: int) -> Iterator[bytes]:
 
 
 def several(function: Callable, items: list, place: Any) -> Iterator:
-  """Yields function(item) for each item, in order. If `place` is in a bucket, several calls run at the same time.
+  """Yields function(item) for each item, in order.
 
-  place: the path that the calls access. Each call takes long in a bucket.
+  place: the path that the calls access. If it is in a bucket, several calls run at the same time, because each takes
+    long.
   """
   if not is_remote(place):
     yield from map(function, items)

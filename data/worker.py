@@ -167,8 +167,8 @@ class ShardWriter:
   """Writes the documents of one split (train or validation) of a piece to the shard `path`.
 
   If the split has no documents, no file is written. ArrayRecord can write only to local files. A shard for a bucket is
-  therefore first written to a file in memory (a piece has about PIECE_BYTES of text), which is uploaded when it is
-  complete. So no disk is needed, and a killed process leaves no incomplete shard.
+  therefore first written to a file in memory, and uploaded when it is complete. It has about PIECE_BYTES of text. So no
+  disk is needed, and a killed process leaves no incomplete shard in the bucket.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):
