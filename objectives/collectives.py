@@ -5,11 +5,12 @@ all-gathered once before the loop over chunks, and their gradient is reduced onc
 needs the same communication. Inside the loop, devices exchange only a few numbers per token, and k candidates per token
 if a top k is needed.
 
-The axis that splits the head's width D can also be divided into small groups of m devices (`with_vocab_groups`). The
-devices of a group divide the vocabulary: each device holds 1/m of it, and works on the tokens of the whole group. The
-group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With T tokens per
-device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
-gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
+Vocabulary groups (`with_vocab_groups`) reduce this communication. The devices along the mesh axis that splits the
+head's width D are divided into groups of m. The devices of a group divide the vocabulary: each device gathers 1/m of
+the head, and computes logits for the tokens of the whole group. The group's hidden states are all-gathered chunk by
+chunk, and their gradients are reduce-scattered. With T tokens per device and vocabulary size V, a device sends 2 m T D
++ 2 V D / m numbers instead of 2 V D. The gathered head and its float32 gradient take 1/m of the memory. The mesh axis
+lies within a TPU slice, so each group does too.
 
 Most functions have an argument `layout`, a Layout. None means that all arrays are on one device.
 
@@ -250,10 +251,10 @@ def _same_columns(groups):
 
 
 def _over_vocab(collective, layout, array):
-  """Applies `collective` within the vocabulary groups, and then over the vocab axes.
+  """Applies `collective` to `array` over all parts of the vocabulary, in the order of their token ids.
 
-  This order keeps token ids sorted: the vocab axes split the vocabulary into parts, and the devices of a vocabulary
-  group hold consecutive pieces of one part.
+  The axes `layout.vocab` split the vocabulary into ranges of ids, and the devices of a vocabulary group split a range
+  into smaller ones. Therefore the collective is applied within the groups first, and then over these axes.
 
   collective: a function such as lax.psum, with the arguments (array, axis) and optionally axis_index_groups.
   """

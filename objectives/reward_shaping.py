@@ -78,7 +78,7 @@ class RewardShaping:
 
   @property
   def rewards_wrong_tokens(self):
-    """False if both lambdas are zero and known before tracing; then no top-k search is needed. Otherwise True."""
+    """True if the loss may need a top-k search. It needs none if both lambdas are zero and known before tracing."""
     return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
 
   @property

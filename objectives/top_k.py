@@ -26,8 +26,8 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
     k: the size of the top k.
 
   Returns:
-    (value_C, last_id_C, head_sum_C). The top k are all logits above value, and those logits equal to value whose id is
-    at most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
+    (value_C, last_id_C, head_sum_C). value is the k-th largest logit. The top k are all logits above it, and those
+    equal to it whose id is at most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
   """
   split = collectives.splits_vocab(layout)
 
@@ -71,7 +71,9 @@ def top_k(z_CV, k):
 
 
 def _isolated_top_k(array, k):
-  """Returns lax.top_k(array, k) behind optimization barriers, treating 0.0 and -0.0 as equal."""
+  """Returns lax.top_k(array, k), treating 0.0 and -0.0 as equal. Optimization barriers keep XLA from fusing the results
+  with later operations.
+  """
   # Without a barrier, a later slice of the result makes XLA's CPU backend sort the whole row (jax 0.10). There are two
   # barriers because one for the pair makes the compiler abort when it partitions the program.
   # lax.top_k puts 0.0 before -0.0, but all comparisons in this package treat them as equal.

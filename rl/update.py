@@ -50,14 +50,14 @@ def cov_tokens(
 
 
 class Update(NamedTuple):
-  """The three jitted programs of an update. Called with all its microbatches, an Update runs them in order.
+  """The three jitted programs of an update. Calling an Update runs them on all microbatches of an update.
 
       zeros(params) -> gradients
       gradient(params, gradients, microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT) -> (gradients, sums)
       apply(state, gradients) -> (state, the gradient's norm)
 
-  gradients: a pair (sum, count). The sum of the gradients of all microbatches so far is a pytree like params. It is
-    divided by the count at the end.
+  gradients: a pair (sum, count). The sum is a pytree like params, with the gradients of all microbatches so far added
+    up. `apply` divides it by the count.
   sums: {name: sum over the microbatch}. `policy_losses.add` adds the sums of two microbatches. From the total,
     `policy_losses.means` and rl/loop.py compute the figures to log.
   """

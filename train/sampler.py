@@ -61,8 +61,7 @@ class SamplerConfig:
     cache_tokens: the number of tokens that the cache has room for, on all devices together. 0 means room for all rows
       at their greatest length, each with a prompt of its own. When the cache is full, the sample that started last is
       stopped, and starts again later.
-    decode_split: the number of devices that share one copy of the weights (decode_mesh.py). 0 means that the model and
-      the devices decide.
+    decode_split: the number of devices that share one copy of the weights. 0 means `decode_mesh.default_split`.
     page_tokens: the number of tokens per page of the cache. It is reduced if even the longest prompts and answers can't
       fill a page.
 
@@ -203,9 +202,9 @@ class Sampler:
     c: the model.
     s: the settings.
     eos: the id of the token that ends a sample.
-    mesh: the mesh of the parameters; None for one device. The sampler decodes on a mesh of its own over the same
-      devices (decode_mesh.py), into which each call copies the weights. Rows are sharded over its axes data and expert,
-      and key heads over tensor.
+    mesh: the mesh of the parameters; None for one device. Each call copies the weights to the sampler's own mesh, which
+      has the same devices (decode_mesh.py). There, the axes data and expert split the rows, and the axis tensor splits
+      the key heads.
 
   Raises:
     ValueError: the mesh doesn't divide the rows, the cache is too small for one sample in each part of the mesh,
@@ -288,7 +287,7 @@ class Sampler:
   def lower_weights(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program that copies the parameters into the sampler's mesh, once per call of the sampler.
 
-    params: as abstract arrays with shardings.
+    params: the parameters as jax.ShapeDtypeStruct with shardings.
     """
     return self._weights.lower(params)
 
@@ -410,7 +409,9 @@ class Sampler:
       started += samples
 
   def _starts(self, stopped: list[Running], started: list[Running], prompts) -> '_Start':
-    """Returns what `_put` needs to empty the rows of stopped samples, and to put started samples into theirs."""
+    """Returns the _Start with which `_put` empties the rows of stopped samples and puts started samples into their
+    rows.
+    """
     new = _Start(*np.zeros((5, self.s.decode_batch_size), np.uint32))
     for sample in stopped:
       new.put[sample.row] = True
@@ -446,14 +447,14 @@ class Sampler:
 
 
 class _Start(NamedTuple):
-  """The samples to put into rows. Every field is uint32 [R].
+  """The changes that `_put` makes to the rows of the cache. Every field is uint32 [R].
 
   Attributes:
     put: 1 if the row changes, else 0.
     token: the last token of the prompt.
-    limit: the greatest number of tokens to draw. With 0, nothing starts, and the row is emptied.
-    prompt_id: the number of the prompt.
-    index: the number of the sample among those of its prompt.
+    limit: the greatest number of tokens to draw. 0 empties the row, and starts no sample in it.
+    prompt_id: the id of the prompt.
+    index: the number of the sample among the samples of the prompt.
   """
 
   put: Any
@@ -508,7 +509,11 @@ def _choices(routing: model.Routing | None) -> jax.Array | None:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(rows, new, seed, step) -> _Rows:
-  """Returns the rows after putting the samples of `new`, a _Start, into them."""
+  """Returns the rows after emptying some of them and putting samples into others.
+
+  new: a _Start, which says what to change.
+  seed, step: uint32, for the random keys of the samples.
+  """
   new = _pinned(new)
 
   def put(old, x):
@@ -574,10 +579,10 @@ def _decode(c, s, eos, weights, rows, table):
 
 
 def _scan(body, rows, steps):
-  """Returns what `jax.lax.scan(body, rows, length=steps)` returns, but a CPU stops when no row is live.
+  """Returns what `jax.lax.scan(body, rows, length=steps)` returns. On a CPU, stops early if all samples have ended.
 
-  The results of steps that weren't taken are zeros. A GPU would wait for the host to decide about each step, so that
-  there the number of steps is fixed.
+  The results of steps that weren't taken are zeros. On a GPU, the host would have to decide after each step whether to
+  continue, and the device would wait. Therefore the number of steps is fixed there.
   """
   if model.platform() != 'cpu':
     return jax.lax.scan(body, rows, length=steps)

@@ -32,8 +32,7 @@ from betarank.objectives import (
 
 
 def layout() -> Layout | None:
-  """Returns how the head's arrays are sharded over the current mesh (see model/sharding.py), or None if there is no
-  mesh.
+  """Returns the Layout of the head's arrays on the current mesh (see model/sharding.py), or None if there is no mesh.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return None

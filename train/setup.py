@@ -207,13 +207,12 @@ def begin(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, checkpoints: checkpoint.Checkpoints, *,
   seed: int, init_from: str, everything: bool = False,
 ) -> Beginning:
-  """Returns the state that a run begins with, and its origin. This module's docstring says which checkpoint is
-  restored.
+  """Returns the state that a run begins with, and its origin. This module's docstring says which checkpoint is used.
 
   Args:
     c, tx, mesh: the model, optimizer and mesh of the state.
     checkpoints: the checkpoints of the run's workdir.
-    seed: selects the random weights.
+    seed: the seed of the random weights.
     init_from: a workdir or a checkpoint to start a new run from; '' for random weights.
     everything: whether a new run also takes the optimizer state, the step and the data cursor from `init_from`. If
       False, it takes only the weights.

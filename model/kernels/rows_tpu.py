@@ -19,9 +19,9 @@ TILE, BLOCK = 256, 128
 
 
 def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
-  """Returns out_g, the sum of y_p over the rows with to_p = g: [G, D], where G is `sums`.
+  """Returns sums of the rows of y, [G, D] with G = `sums`. Row p is added to sum number to_P[p].
 
-  Rows with to_p >= G are ignored, even if they hold NaN.
+  Rows with to_P[p] >= G are ignored, even if they hold NaN.
   """
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)

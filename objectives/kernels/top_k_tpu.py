@@ -70,7 +70,8 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns, and so of logits, per group."""
+  """Returns the number of columns of a group. A group has one logit of each of its columns, so it has as many logits.
+  """
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
