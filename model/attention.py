@@ -60,7 +60,7 @@ def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-  """Computes grouped-query attention, [B, T, N, H]. Scores and softmax are float32.
+  """Returns grouped-query attention, [B, T, N, H] in v's dtype. Scores and softmax are float32.
 
   visible_BTS: bool, True where a query may see a key. A query that sees no key gets the mean of all values, not NaN.
   """

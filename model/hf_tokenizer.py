@@ -121,9 +121,7 @@ def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
 
 
 def _check(spm: Any, name: str) -> None:
-  """Raises HfError for a SentencePiece model that changes text, isn't BPE with byte fallback, or has no BOS or EOS
-  token.
-  """
+  """Raises HfError if a SentencePiece model isn't BPE with byte fallback, changes text, or has no BOS or EOS token."""
   trainer, normalizer = spm.trainer_spec, spm.normalizer_spec
   wrong = (
     'is not BPE' if trainer.model_type != trainer.BPE else

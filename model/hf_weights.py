@@ -172,7 +172,7 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
   A safetensors file has 8 bytes with the length of the header, then the header as JSON, then the data.
 
-  tensors: (name, dtype, shape) of each tensor.
+  tensors: (name, dtype, shape) of each tensor; dtype is a key of TYPES.
   shard_bytes: the largest size of a file. A tensor that is larger gets a file of its own.
   """
   shards, used = [[]], 0

@@ -106,8 +106,9 @@ _matmul_split.defvjp(lambda x_BTD, w_DE: (_matmul_split(x_BTD, w_DE), (x_BTD, w_
 
 
 def _bf16_terms(x: jax.Array, count: int) -> list[jax.Array]:
-  """Splits float32 x into `count` bfloat16 terms. With 1, 2 or 3 terms, their sum has a relative error of at most 2^-9,
-  2^-18 or 2^-27.
+  """Splits float32 x into `count` bfloat16 terms, whose sum is nearly x.
+
+  With 1, 2 or 3 terms, the relative error of the sum is at most 2^-9, 2^-18 or 2^-27.
   """
   terms = []
   for _ in range(count):

@@ -115,9 +115,10 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
-  """Returns the Routing of one layer. Its fields have no axis L.
+  """Returns the Routing of one layer, whose fields have no axis L.
 
-  chosen_BTkE: bool, one-hot choices, all False in padding.
+  choices_BTk: int32, the chosen experts.
+  chosen_BTkE: bool, the same as one-hot vectors, all False in padding.
   score_BTE: float32, the router's scores.
   """
   share_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
@@ -131,9 +132,12 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
 
 
 def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-  """Adds bias_update_rate · sign(mean load - load) to the router bias, in float32. Returns (params, bias_LE).
+  """Adds bias_update_rate · sign(mean load - load) to the router bias, in float32. Returns (new params, new bias [L,
+  E]).
 
   An expert that received more than the mean load is chosen less often afterwards.
+
+  load_LE: int32, the number of tokens that each expert received in the update.
   """
   layers = params['layers']
   mean_L1 = jnp.mean(load_LE, -1, keepdims=True)
@@ -143,7 +147,7 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 
 
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-  """Returns the sum over each token's choices of weight · expert(x), [B, T, D].
+  """Returns, for each token, the sum of weight · expert(x) over the token's choices: [B, T, D].
 
   choices_BTk: int32; the number E means no expert. With a mesh, each device processes its own experts.
   """
@@ -416,10 +420,13 @@ _combine.defvjp(
 
 
 def _kernel(name: str, gate_eDF):
-  """Returns the kernel of this name, a function as described above; 'auto' chooses by platform and sizes.
+  """Returns the kernel of this name; 'auto' chooses by platform and sizes. A comment above describes what kernels
+  compute.
 
   'auto' uses ragged_dot only on a TPU. On other platforms, XLA has no grouped matrix product, and ragged_dot multiplies
   all rows by all experts, as the FLOPs of the compiled program show.
+
+  gate_eDF: an array of weights, from which the sizes are taken.
   """
   if name == 'auto':
     name = 'tiles'

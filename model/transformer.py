@@ -243,7 +243,7 @@ def forward(
   segments_BT: jax.Array,
   cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-  """Returns the hidden states and the cache of `forward_routed`."""
+  """Returns (hidden_BTD, cache), the first two results of `forward_routed`. The arguments are the same."""
   return forward_routed(c, params, tokens_BT, positions_BT, segments_BT, cache)[:2]
 
 

@@ -62,8 +62,8 @@ class Layout:
 def check_layout(layout, hidden, head):
   """Raises ValueError if a layout doesn't fit the current mesh, or the shapes of hidden [..., D] and head [D, V].
 
-  For example, it names an axis that the mesh doesn't have, or one whose size doesn't divide the dimension it splits.
-  The message names the field of the layout.
+  For example, the layout may name an axis that the mesh doesn't have, or the size of an axis may not divide the
+  dimension that the axis splits. The message names the field of the layout.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if len(layout.tokens) > hidden.ndim - 1:
@@ -186,7 +186,7 @@ def reduce_head(layout, dhead):
 
 
 def gather_group(layout, array):
-  """Concatenates the arrays of the devices of a vocabulary group: [C, ...] -> [vocab_group_size C, ...].
+  """Concatenates the arrays of the devices of a vocabulary group: [C, ...] -> [m·C, ...], where m is vocab_group_size.
 
   Without vocabulary groups (see `with_vocab_groups`), returns the array itself.
   """
@@ -197,7 +197,7 @@ def gather_group(layout, array):
 
 
 def own_tokens(layout, array):
-  """Returns this device's C tokens of an array [vocab_group_size C, ...] that is equal on all devices of the group."""
+  """Returns this device's C tokens of an array [m·C, ...] that is equal on all m devices of the vocabulary group."""
   if not _has_groups(layout):
     return array
   size = array.shape[0] // layout.vocab_group_size
@@ -205,7 +205,7 @@ def own_tokens(layout, array):
 
 
 def reduce_scatter_group(layout, array):
-  """Sums an array [vocab_group_size C, ...] over the vocabulary group. Returns this device's C tokens of the sum."""
+  """Sums an array [m·C, ...] over the m devices of the vocabulary group. Returns this device's C tokens of the sum."""
   if not _has_groups(layout):
     return array
   axis, groups = _groups(layout)
@@ -213,9 +213,9 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums dhidden, the gradient of the hidden states, over the mesh axes `layout.vocab`.
+  """Sums dhidden, the gradient of the hidden states, over the mesh axes `layout.vocab`. Returns the sum.
 
-  The sum over vocabulary groups isn't part of this, because `reduce_scatter_group` has already computed it.
+  `reduce_scatter_group` has already summed it over the devices of each vocabulary group.
   """
   return lax.psum(dhidden, _axes(layout.vocab)) if layout and layout.vocab else dhidden
 

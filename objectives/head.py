@@ -249,7 +249,7 @@ def _gather_head(options, head):
 
 @jax.named_scope('head/weights')
 def _reduce_gradients(options, dhidden, dhead, head):
-  """Sums both gradients over the devices, once after the loop. Returns (dhidden, dhead).
+  """Sums dhidden and dhead over the devices, once after the loop over chunks. Returns the sums (dhidden, dhead).
 
   Each device's dhead is a float32 sum over its own tokens, and is rounded to the compute dtype before it is sent. The
   gradients of the layers' weights are rounded in the same way, because they are matrix products in the compute dtype.

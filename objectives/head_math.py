@@ -138,11 +138,10 @@ def matmul(dtype, subscripts, a, b):
 
 
 def isolate_on_cpu(array):
-  """Returns `array` unchanged. On a CPU, an optimization barrier separates its computation from the computations that
-  use it.
+  """Returns `array` unchanged. On a CPU, the result is behind an optimization barrier.
 
-  Without the barrier, XLA's CPU backend fuses the computation of `array` into a matrix product, which makes the product
-  many times slower.
+  Without the barrier, XLA's CPU backend fuses the computation of `array` into a matrix product that uses it, which
+  makes the product many times slower.
   """
   return lax.platform_dependent(array, cpu=lax.optimization_barrier, default=lambda a: a)
 

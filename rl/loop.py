@@ -279,10 +279,10 @@ def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
   before. For example, if two of four groups in the first round have zero variance, and at most two rounds are allowed,
   the step uses six prompts.
 
-  While groups are still being drawn, it isn't known which of them have zero variance. Call this function with False in
-  `agree` for these groups to get the number of prompts that the step certainly uses. They can all be drawn at once.
-  True in `agree` gives the largest number that the step may use. As groups are judged, in any order, both results
-  approach the final number.
+  While groups are still being drawn, it isn't known which of them have zero variance. With False in `agree` for these
+  groups, the result is the number of prompts that the step certainly uses, so they can all be drawn at once. With True
+  instead, the result is the largest number that the step may use. Both results reach the same final number, in whatever
+  order the groups are judged.
 
   Args:
     agree: for each prompt used so far, in order, whether its group has zero variance.
@@ -437,7 +437,7 @@ def describe_step(
   Args:
     learned: the figures of the update; {} if there was no update.
     kept: the groups that were used for the update.
-    seen: all groups drawn, including zero-variance groups.
+    seen: all groups that the step needed, including zero-variance groups.
     consumed: the number of prompts that the step used or skipped (see `Progress.next_prompts`).
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]

@@ -49,7 +49,7 @@ def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, ep
       L = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   r = exp(logp - old_logp)
 
   A wider upper limit lets unlikely tokens gain probability faster. With eps_low = eps_high this is PPO (arXiv
-  1707.06347 eq. 7). With old_logp = logp its gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
+  1707.06347 eq. 7). If old_logp = logp, the gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
 
   dual_clip: limits the loss of a token with A < 0 whose probability has grown a lot, so that the token can't dominate
     the batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv

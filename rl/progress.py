@@ -99,8 +99,8 @@ class Progress:
     Prompts for which `fits` returns False are skipped. The difficulty filter also skips some prompts whose last group
     had zero variance.
 
-    repeat: the probability, above 0, that the difficulty filter doesn't skip such a prompt. The decision depends only
-      on the seed and the prompt's number.
+    repeat: the probability, above 0, with which the difficulty filter lets such a prompt through. The decision depends
+      only on the seed and the prompt's number.
 
     Raises:
       DataError: 10,000 prompts in a row don't fit.

@@ -29,8 +29,8 @@ def cov_tokens(
 
   The method selects once per update, among the tokens of all its microbatches.
 
-  key: the random key for 'clip_cov'. Each token's number (Microbatch.numbers_BT) is folded into it. 'kl_cov' doesn't
-    use the key.
+  key: the random key of the update for 'clip_cov'. Each token gets a key of its own, made from this key and the token's
+    number (Microbatch.numbers_BT). 'kl_cov' uses no random numbers.
   old_logps: for each microbatch, the log-probabilities before the update.
   """
   join = lambda arrays: jnp.concatenate([x.reshape(1, -1) for x in arrays], 1)
@@ -95,8 +95,8 @@ def make_update(
 ) -> Update:
   """Returns the update of one minibatch.
 
-  The loss is a sum over the minibatch, divided once. Therefore neither the number of microbatches nor the packing of
-  samples changes the result. The update doesn't change router biases.
+  The loss is a sum over the minibatch, divided once at the end (see `policy_losses.aggregate`). Therefore neither the
+  number of microbatches nor the packing of samples changes the result. The update doesn't change router biases.
 
   temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
   """

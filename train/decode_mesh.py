@@ -39,9 +39,9 @@ def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
 def default_split(c: model.ModelConfig, mesh: Mesh) -> int:
   """Returns the default number of devices that share one copy of the weights.
 
-  The number is that of the parts into which training's mesh splits the experts or, in a dense model, the heads. On a
-  TPU, it is doubled until each device holds at most PART weights. In a mixture of experts, only the experts' weights
-  count. Doubling stops earlier if the devices or the model can't be divided by the next number.
+  This is the number of parts into which training's mesh splits the experts or, in a dense model, the heads. On a TPU,
+  the number is doubled until each device holds at most PART weights. In a mixture of experts, only the experts' weights
+  count. Doubling stops earlier if twice the number wouldn't divide the devices or the model.
   """
   split = mesh.shape['expert' if c.moe.experts else 'tensor']
   counts = model.parameter_counts(c)

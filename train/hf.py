@@ -129,12 +129,13 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
 
 
 def import_(path: str, to: str, tokenizer_path: str = '') -> str:
-  """Converts a Hugging Face model to the new workdir `to`, from which runs can start. Returns a summary, with the
-  commands to run next.
+  """Converts a Hugging Face model to the new workdir `to`, from which runs can start.
 
   The workdir gets the weights as checkpoint 0, the tokenizer's files, and a config.json. Names and shapes of all
   tensors are checked before any tensor is read. Arrays are assembled in memory-mapped files, so they may be larger than
   memory.
+
+  Returns a text for the user: a summary, and the commands to run next.
 
   Args:
     path: the directory of the model.

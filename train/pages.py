@@ -42,10 +42,10 @@ class Running:
     index: the number of the sample among the samples of the prompt.
     limit: the largest number of tokens to draw.
     row: the sample's row of the cache.
-    prefix: the prompt in the cache.
-    pages: the pages for the sample's own tokens.
+    prefix: the sample's prompt in the cache.
+    pages: the numbers of the pages for the sample's own tokens.
     count: the number of drawn tokens that the host has read.
-    drawn: (tokens, log-probabilities, experts) that the host has read, one entry for each dispatch.
+    drawn: what the host has read: (tokens, log-probabilities, experts) for each dispatch.
   """
 
   prompt: int

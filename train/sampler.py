@@ -140,8 +140,8 @@ class Sample(NamedTuple):
     prompt_id: the id of the prompt.
     index: the number of this sample among the samples of the prompt.
     tokens: int32 [n], n >= 1, the tokens drawn. The last token is EOS if and only if `finish` is 'eos'.
-    logp: float32 [n], nats: the log-probability of each token in the distribution it was drawn from, which is the
-      model's after temperature, top_k and top_p. At temperature 0 all are 0.
+    logp: float32 [n], the log-probability of each token in nats, after temperature, top_k and top_p have been applied.
+      At temperature 0 all are 0.
     finish: 'eos', or 'length' if the answer reached its largest number of tokens without EOS.
     choices: int16 [m + n - 1, L, k] for a prompt of m tokens: the k experts chosen in each of the L layers, for every
       token except the last, which doesn't go through the model. None if they weren't recorded.
@@ -161,9 +161,9 @@ class Sample(NamedTuple):
 
 
 def decode_param_axes(c: model.ModelConfig) -> Any:
-  """Returns the names of the dimensions of each array that `decode_params` returns.
+  """Returns the logical names of the dimensions of each array that `decode_params` returns.
 
-  The names are those of the model's parameters. The layers form a list, so their arrays have no dimension `layers`.
+  The names are the same as in the model's parameters, but without `layers`, because the sampler has a list of layers.
   """
   return jax.tree.map(
     lambda names: [names[1:]] * c.layers if names[0] == 'layers' else names, model.abstract(c)[2], is_leaf=_is_names)
@@ -391,7 +391,7 @@ class Sampler:
   def _start(self, weights, rows, pages, queue, prompts, tokens) -> tuple['_Rows', list[Running]]:
     """Starts samples from the queue while there are free rows and pages, and prefills their prompts.
 
-    Returns (the updated rows, the started samples). The samples must still be put into their rows.
+    Returns (the updated rows, the started samples). The caller must still put the samples into their rows, with `_put`.
 
     weights: the result of `decode_params`.
     rows: the _Rows on the device.
@@ -581,8 +581,8 @@ def _decode(c, s, eos, weights, rows, table):
 def _scan(body, rows, steps):
   """Returns what `jax.lax.scan(body, rows, length=steps)` returns. On a CPU, stops early if all samples have ended.
 
-  The results of steps that weren't taken are zeros. On a GPU, the host would have to decide after each step whether to
-  continue, and the device would wait. Therefore the number of steps is fixed there.
+  The results of steps that weren't taken are zeros. Other devices always take all steps, because a GPU would have to
+  wait for the host to decide after each step whether to continue.
   """
   if model.platform() != 'cpu':
     return jax.lax.scan(body, rows, length=steps)

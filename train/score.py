@@ -159,10 +159,12 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def means(s: dict[str, Any]) -> dict[str, float]:
-  """Computes figures per token and per byte from sums. The figures have the names that logs and reports use.
+  """Computes figures per token and per byte from the result of `sums`. They have the names that logs and reports use.
 
   For a mixture of experts, the figures include `expert_load_max_over_mean`: the load of the busiest expert divided by
   the mean load, in the layer where this ratio is largest.
+
+  s: the result of `sums` for one batch, or of `add` for several.
   """
   s = dict(s)
   load_LE = s.pop('expert_load', None)

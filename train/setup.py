@@ -128,7 +128,8 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError if `rows` isn't a multiple of the microbatches times the sizes of the mesh's batch axes.
+  """Raises ConfigError if `rows` isn't a multiple of microbatches · devices, with the devices along the mesh's batch
+  axes.
 
   key: the config key of the number of rows, for the message.
   """
@@ -367,7 +368,7 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
 
 
 def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
-  """Forbids implicit transfers between host and devices in the block. A transfer would make an update wait.
+  """Forbids implicit transfers between host and devices in a `with` block. A transfer would make an update wait.
 
   If JAX_DISABLE_JIT is set, transfers are allowed, because each operation then transfers its constants.
   """

@@ -197,7 +197,7 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
 
 
 def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
-  """Computes carry = step(masked, j, carry) for each block j of keys that a block of queries sees. Returns the last
+  """Computes carry = step(masked, j, carry) for each block j of keys that a block of queries sees. Returns the final
   carry.
 
   step: a function. `masked` is True if some query may not see all keys of block j.

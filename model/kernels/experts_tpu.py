@@ -107,8 +107,7 @@ def _tiles_per_core(tiles: int, used):
 
 
 def _tile(core, step, expert_C, work):
-  """Returns the index of the tile that a core processes in a grid step. A core without tiles left stays at its last
-  tile.
+  """Returns the index of the tile that a core processes in a grid step. After its last tile, a core keeps this index.
 
   core, step: the position in the grid.
   work: (number of used tiles, tiles per core).

@@ -1,8 +1,8 @@
 """Scatter-add of rows on a TPU. XLA would add the rows one by one.
 
 The rows are first gathered in the order of their destinations, and divided into tiles. The sums are divided into
-blocks. A tile is added to a block by a matrix product with a matrix of zeros and ones. A tile whose rows belong to two
-blocks is visited twice. On a chip with two cores, each core takes half of the width.
+blocks. A tile is added to a block by a matrix product with a matrix of zeros and ones. A tile whose rows belong to
+several blocks is visited once per block. On a chip with two cores, each core takes half of the width.
 
 # P rows  V visits of tiles  M rows of a tile  G sums  B blocks of sums  D width
 """
