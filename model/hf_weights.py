@@ -314,7 +314,8 @@ class Files:
     targets: our arrays by their path in the tree of parameters.
 
     Raises:
-      HfError: the head differs from the embedding although they are tied, or a tensor that must be zero isn't zero.
+      HfError: config.json says that the head and the embedding are the same, but they differ. Or a tensor that must be
+        zero isn't zero.
     """
     places = {name: (leaf, index) for leaf in wanted for name, index in leaf.tensors()}
     by_file = sorted(self.found.items(), key=lambda item: item[1][0])

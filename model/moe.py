@@ -344,11 +344,12 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   """Returns the sum of `_expert_tiles` over all passes that have tiles, [G, D].
 
-  Usually there is only one pass. It runs before the loop over further passes. If it ran inside, the sum would have to
-  start as an array of zeros, to which the first pass would be added. The backward pass recomputes each pass, because a
-  loop of unknown length can't save intermediates. launch/plan/hlo.py recognizes the loop by its named scope.
+  Usually there is only one pass. The first pass runs before the loop over further passes. Inside the loop, its result
+  would have to be added to an array of zeros. The backward pass recomputes each pass, because a loop of unknown length
+  can't save intermediates. launch/plan/hlo.py recognizes the loop by its named scope.
 
-  sizes, plan, args: arguments of `_expert_tiles`. The third argument stands for the number of the pass, and isn't used.
+  sizes, plan, args: arguments of `_expert_tiles`. The third argument is in the place of the pass number, and isn't
+    used.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
   with jax.named_scope('moe/combine/overflow'):

@@ -156,7 +156,7 @@ class Sample(NamedTuple):
 
   @property
   def text_tokens(self) -> np.ndarray:
-    """The tokens without EOS, which has no text."""
+    """The tokens of the answer's text, which are all tokens except EOS."""
     return self.tokens[:-1] if self.finish == 'eos' else self.tokens
 
 

@@ -103,7 +103,7 @@ def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> 
 def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (log p1, log p1 - log p2), [B, T] float32 nats.
 
-  p1 and p2 are the probabilities of the two most probable tokens at each position.
+  At each position, p1 is the largest probability of a token, and p2 the second largest.
   """
   return objectives.leading_two(hidden_BTD, model.head(c, params), layout())
 

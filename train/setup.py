@@ -128,8 +128,7 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError if `rows` isn't a multiple of microbatches · devices, with the devices along the mesh's batch
-  axes.
+  """Raises ConfigError if `rows` can't be divided equally over the microbatches and the mesh's batch axes.
 
   key: the config key of the number of rows, for the message.
   """
