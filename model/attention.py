@@ -32,10 +32,10 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, factor: floa
   Returns the rotated array, [B, T, N, H] in x's dtype. Angles are always float32, because bfloat16 would round
   positions 1025 and 1026 to the same number.
 
-  base: dimension pair i rotates by position · base^(-2i/H).
-  factor: if it isn't 1, slow frequencies are divided by it, so that the model can read longer texts. Pairs that turn
-    at least 4 times in 8192 tokens keep their frequency, and those that turn at most once have it divided; in between,
-    the change is gradual. Source: Llama 3.1, `llama3` in transformers.
+  base: at position t, dimension pair i is rotated by t · base^(-2i/H) radians.
+  factor: the factor of Llama 3.1's rope scaling (`llama3` in transformers), which lets the model read longer texts; 1
+    for no scaling. Pairs that turn at most once in 8192 tokens turn `factor` times more slowly. Pairs that turn at
+    least 4 times keep their frequency. Between these limits, the change is gradual.
   """
   half = x_BTNH.shape[-1] // 2
   frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -52,15 +52,15 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, factor: floa
 def visible(positions_BT, segments_BT, key_positions_BS, key_segments_BS) -> jax.Array:
   """Returns a bool mask [B, T, S], True where a query may see a key.
 
-  A query sees the keys of its own segment whose position isn't larger than its own. Segment 0 is padding; padding keys
-  are seen only by padding queries.
+  A query sees a key if both are in the same segment and the key's position isn't after the query's position. Segment 0
+  is padding, so only padding queries see padding keys. All arguments are int32.
   """
   same = segments_BT[:, :, None] == key_segments_BS[:, None, :]
   return same & (positions_BT[:, :, None] >= key_positions_BS[:, None, :])
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-  """Computes grouped-query attention, [B, T, N, H]. Scores and softmax are float32.
+  """Returns grouped-query attention, [B, T, N, H] in v's dtype. Scores and softmax are float32.
 
   visible_BTS: bool, True where a query may see a key. A query that sees no key gets the mean of all values, not NaN.
   """
@@ -75,15 +75,14 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, visible_BTS:
 
 
 def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, width: int) -> Callable[..., jax.Array]:
-  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH that computes causal attention within the documents of each
-  row.
+  """Returns a function (q_BTNH, k_BTKH, v_BTKH) -> out_BTNH that computes causal attention within documents.
 
-  A row holds one document after the other. Masks and document boundaries are computed in this call, once for all
-  layers.
+  A row holds one document after the other, and a query sees only keys of its own document. Masks and document
+  boundaries are computed in this call, once for all layers.
 
   Args:
-    kernel: one of KERNELS. 'auto' chooses the fastest implementation that supports the device, mesh, head width, length
-      and dtype. It tries splash on TPU; hopper, triton and cudnn, in this order, on GPU; blocks on CPU; and then plain.
+    kernel: one of KERNELS. 'auto' takes the first of these that supports the device, mesh, head width, length and
+      dtype: on TPU splash; on GPU hopper, triton, cudnn; on CPU blocks; on any device plain.
     segments_BT: int32, the number of each token's document; 0 is padding.
     dtype: the dtype of q, k and v.
     kv_heads, width: K and H.
@@ -96,8 +95,9 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, wi
 
 
 def _supported(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
-  """Yields the implementations that support these sizes and this dtype on the current platform and mesh, the fastest
-  first.
+  """Yields the names of the implementations that work on the current platform and mesh, the fastest first.
+
+  length, kv_heads, width, dtype: the number of tokens per row, K, H, and the dtype of q, k and v.
   """
   whole_rows, bfloat16 = shards('length') == 1, dtype == jnp.bfloat16
   on = platform()

@@ -33,10 +33,10 @@ class MoeConfig:
     expert_d_ff: the hidden size of an expert.
     shared_d_ff: the hidden size of the expert that all tokens use; 0 for none.
     router: 'sigmoid' or 'softmax', see `moe.MixtureOfExperts`.
-    norm_topk_prob: whether the scores of the chosen experts are divided by their sum.
-    routed_scale: the factor of the routed experts' output.
+    norm_topk_prob: whether the scores of a token's chosen experts are divided by their sum.
+    routed_scale: a factor by which the sum of the chosen experts' outputs is multiplied.
     bias_update_rate: the amount by which each update raises or lowers a router bias ('sigmoid' only).
-    balance_weight: the factor of the load-balance loss ('softmax' only).
+    balance_weight: the weight of the load-balance loss ('softmax' only).
     kernel: one of EXPERT_KERNELS; 'auto' chooses by platform and sizes.
 
   Raises:
@@ -75,8 +75,9 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Section `model`: a decoder made of Qwen3's blocks, dense or with mixtures of experts, or of the dense blocks of
-  Qwen2 or Llama 3. configs/settings.py describes each field.
+  """Section `model`: a decoder with the blocks of Qwen3 (dense or mixture of experts), Qwen2 or Llama 3.
+
+  configs/settings.py describes each field.
 
   Raises:
     ValueError: sizes don't fit together, or a value is out of range. The message begins with the field's name.
@@ -153,11 +154,11 @@ def parameter_counts(c: ModelConfig, active: bool = False) -> dict[str, int]:
 
 
 def flops_per_token(c: ModelConfig, sequence_length: int) -> float:
-  """Returns the FLOPs per trained token, forward and backward: 6 per weight used in a matmul, plus those of attention.
+  """Returns the FLOPs per trained token, forward and backward together. Recomputation isn't counted.
 
-  In causal attention over T tokens, a query sees T/2 keys on average. Its scores and weighted values take
-  4·(T/2)·heads·head_dim FLOPs per layer in the forward pass, and three times as many in both passes together.
-  Recomputation isn't counted.
+  Each weight that a matmul uses takes 6 FLOPs. In causal attention over T tokens, a query sees T/2 keys on average.
+  Scores and weighted values of one query take 4·(T/2)·heads·head_dim FLOPs per layer in the forward pass, and three
+  times as many in both passes.
   """
   counts = parameter_counts(c, active=True)
   weights = sum(counts[part] for part in ('attention', 'feed_forward', 'experts', 'router'))

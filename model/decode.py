@@ -71,7 +71,10 @@ class Cache:
 
 
 def empty_pages(c: ModelConfig, pages: int, size: int) -> tuple[jax.Array, ...]:
-  """Returns one array of empty pages for each layer, with `pages` pages that have room for `size` tokens each."""
+  """Returns one array [pages, 2, K, size, H] of zeros per layer, in the compute dtype.
+
+  pages, size: the number of pages, and the number of tokens per page.
+  """
   # Never one array in two places: a cache that is donated gives each buffer once.
   shape = pages, 2, c.kv_heads, size, c.head_dim
   return tuple(constrain(jnp.zeros(shape, c.dtype), *PAGES_AXES) for _ in range(c.layers))
@@ -94,21 +97,24 @@ def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64
 def unit_rows(c: ModelConfig) -> int:
   """Returns M, the largest number of rows of a unit: 16 / G rounded down, but at least 1.
 
-  A matrix product on a GPU takes at least 16 queries at a time. Units of several rows have at most 16 queries per key
-  head, which one product of this size computes. Larger units wouldn't be faster.
+  For each key head, a row has G queries. The GPU kernel multiplies keys by at least 16 queries at a time, so up to 16 /
+  G rows take no longer than one row. A larger unit would need several products, and save no time.
   """
   return max(1, 16 * c.kv_heads // c.heads)
 
 
 def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelConfig):
-  """Returns (attend, cache) for a forward pass over new tokens.
-
-  The returned cache is the argument `cache`, but its lengths include the new tokens.
+  """Returns (attend, cache) for a forward pass over T new tokens per row.
 
   attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH) -> (out_BTNH, pages_P2KSH) computes one layer's attention, and writes the
-  new keys and values into the layer's pages. If T = 1, each row gets its next token. If T > 1, the rows must be empty,
-  and the T tokens are their prompts. Padding (segment 0) must follow the tokens of a row, and isn't counted in the
-  lengths.
+  new keys and values into the layer's pages. The returned cache still has the old pages, but its lengths include the
+  new tokens.
+
+  If T = 1, the token is the next token of its row. If T > 1, the rows must be empty, and the T tokens are their
+  prompts.
+
+  segments_BT: int32, 0 for padding. Padding must follow the tokens of a row, and isn't counted in the lengths.
+  kernel: the implementation of attention within prompts, one of attention.KERNELS.
   """
   real_BT = segments_BT > 0
   count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)
@@ -218,10 +224,13 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
 
 
 def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
-  """Returns (Σ exp(score - most)·value, most, Σ exp(score - most)), float32. `most` is the largest score.
+  """Computes attention over the first filled_B tokens in each row's pages, up to the division by the softmax's sum.
 
-  The sums run over the first filled_B tokens in the pages of each row. The pages are processed one column of pages_BJ
-  at a time.
+  Returns (out_BKGH, most_BKG, sum_BKG), float32: the sum of exp(score - most)·value, the largest score, and the sum of
+  exp(score - most). The pages are read one column of pages_BJ at a time.
+
+  q_BKGH: the queries, already divided by √H.
+  pages_BJ: int32, the page numbers of each row.
   """
   size = pages_P2KSH.shape[3]
 

@@ -43,7 +43,8 @@ class HfError(UserError):
 
 
 def architecture(c: ModelConfig) -> str:
-  """Returns the name of the class in transformers that computes the same function as the model.
+  """Returns the name of the class in transformers that computes the same function as the model, e.g.
+  'Qwen3ForCausalLM'.
 
   Raises:
     HfError: there is no such class.
@@ -69,7 +70,7 @@ def architecture(c: ModelConfig) -> str:
 
 
 def to_hf(c: ModelConfig, *, positions: int, dtype: str) -> dict[str, Any]:
-  """Returns the content of config.json.
+  """Returns the content of config.json, from which transformers builds the same model.
 
   positions: the length of the longest text that the model supports, in tokens.
   dtype: the dtype of the stored weights.
@@ -185,7 +186,7 @@ def _rope_factor(rope: dict[str, Any], where: str) -> float:
   rope: the result of `_rope`. where: the path of config.json, for messages.
 
   Raises:
-    HfError: it is another kind of scaling, or has other values than the published models.
+    HfError: config.json has another kind of scaling, or its values differ from those of the published Llama models.
   """
   kind = rope.get('rope_type') or 'default'
   if kind == 'default':

@@ -1,8 +1,8 @@
 """Converts a SentencePiece model to a tokenizer.json that gives the same ids.
 
-SentencePiece writes a space as '▁'. The pieces in tokenizer.json have real spaces instead, so a literal '▁' in a text
-is encoded as bytes, as in data/tokenizer.py. Text is never encoded as special tokens: '<s>' in a text doesn't become
-the BOS token. BOS is added before the text.
+SentencePiece's pieces have '▁' in place of a space, but the pieces in tokenizer.json have real spaces. A literal '▁' in
+a text is therefore encoded as bytes; data/tokenizer.py does the same. Text is never encoded as special tokens: '<s>' in
+a text doesn't become the BOS token. BOS is added before the text.
 """
 
 import json
@@ -58,9 +58,8 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
   name: the path of the SentencePiece model, for messages.
 
   Raises:
-    HfError: the model is damaged or has no exact counterpart in tokenizer.json. Models without a counterpart are those
-      that aren't BPE with byte fallback, change text (such as its spaces), have no BOS or EOS token, or have two pieces
-      with the same text.
+    HfError: the model is damaged, or tokenizer.json can't express it. The model must be BPE with byte fallback, leave
+      text (such as its spaces) unchanged, and have BOS and EOS tokens and no two pieces with the same text.
   """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto
@@ -107,10 +106,10 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
-  """Returns all pairs of pieces whose concatenation is a piece, the pair with the best concatenation first.
+  """Returns the merges for tokenizer.json: all pairs of pieces whose concatenation is also a piece, best pair first.
 
-  SentencePiece merges all such pairs. The piece with the highest score is the best; of equal scores, lower ids come
-  first.
+  SentencePiece has no list of merges, because it may merge any such pair. The best pair is the one whose concatenation
+  has the highest score; of equal scores, lower ids come first.
 
   normal: {text of a piece: (minus its score, its id)}.
   """
@@ -122,9 +121,7 @@ def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
 
 
 def _check(spm: Any, name: str) -> None:
-  """Raises HfError for a SentencePiece model that changes text, isn't BPE with byte fallback, or has no BOS or EOS
-  token.
-  """
+  """Raises HfError if a SentencePiece model isn't BPE with byte fallback, changes text, or has no BOS or EOS token."""
   trainer, normalizer = spm.trainer_spec, spm.normalizer_spec
   wrong = (
     'is not BPE' if trainer.model_type != trainer.BPE else

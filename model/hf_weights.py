@@ -1,9 +1,9 @@
-"""Converts our stacked arrays to the tensors of safetensors files, and back, one block at a time.
+"""Converts our stacked arrays to the tensors of safetensors files, and back, one block of an array at a time.
 
 The suffix of an array's name lists its dimensions, and NAMES says how Hugging Face groups these dimensions. For
 example, our `q_DNH` is one array for all layers, while Hugging Face has one tensor [N·H, D] per layer. Export and
-import both access a tensor through a view that has our dimensions, so NAMES describes the whole conversion. Files are
-memory-mapped, so only the block that is being copied is in memory.
+import both use a view of each tensor that has our dimensions (`Leaf.view`), so NAMES describes the whole conversion.
+Files are memory-mapped, so only the block that is being copied is in memory.
 
 # L layers  E experts  V vocabulary  D width  N query heads  K key heads  H head width  F hidden width
 """
@@ -91,13 +91,15 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields the name of each tensor, and the index of its values in our array (the one at `path`)."""
+    """Yields (name, index) for each tensor: our array, indexed with `index`, has the values of the tensor `name`."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
   def view(self, tensor: np.ndarray) -> np.ndarray:
-    """Returns a view of a tensor in Hugging Face's format. It has the shape of the part of our array that the
-    tensor's index selects (see `tensors`).
+    """Returns a view of a tensor in Hugging Face's format that has the order of dimensions of our array.
+
+    For example, a tensor [N·H, D] becomes a view [D, N, H]. The view has no dimensions for layers and experts, which
+    the index from `tensors` selects.
     """
     sizes, flat = dict(zip(self.letters, self.shape, strict=True)), self.groups.replace(' ', '')
     order = [flat.index(letter) for letter in self.letters[self.indexed:]]
@@ -170,7 +172,7 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
   A safetensors file has 8 bytes with the length of the header, then the header as JSON, then the data.
 
-  tensors: (name, dtype, shape) of each tensor.
+  tensors: (name, dtype, shape) of each tensor; dtype is a key of TYPES.
   shard_bytes: the largest size of a file. A tensor that is larger gets a file of its own.
   """
   shards, used = [[]], 0
@@ -224,7 +226,8 @@ def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
 
 @contextlib.contextmanager
 def open_file(path: pathlib.Path):
-  """Opens a safetensors file. The safetensors library checks its header, which may have at most 100 MB.
+  """Opens a safetensors file for a `with` block. The safetensors library checks the header, which may have at most 100
+  MB.
 
   Raises:
     HfError: the file is damaged or can't be read, or the package safetensors is missing.
@@ -311,7 +314,8 @@ class Files:
     targets: our arrays by their path in the tree of parameters.
 
     Raises:
-      HfError: the head differs from the embedding although they are tied, or a tensor that must be zero isn't zero.
+      HfError: config.json says that the head and the embedding are the same, but they differ. Or a tensor that must be
+        zero isn't zero.
     """
     places = {name: (leaf, index) for leaf in wanted for name, index in leaf.tensors()}
     by_file = sorted(self.found.items(), key=lambda item: item[1][0])

@@ -56,10 +56,10 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup_sorted(dtype, table_VD, tokens_BT):
-  """Looks tokens up. The backward pass sums the gradients of each token's positions in a fixed order, in float32.
+  """Returns the table's rows for these tokens. The backward pass adds gradients in a fixed order, in float32.
 
   XLA's own gradient on a GPU adds the gradients of all positions at once, with atomic operations in `dtype`. This is
-  slow if one token has many positions, because the additions to its row of the table wait for each other.
+  slow for a token with many positions, because all additions to the same row of the table wait for each other.
   """
   return table_VD.astype(dtype)[tokens_BT]
 
@@ -106,7 +106,10 @@ _matmul_split.defvjp(lambda x_BTD, w_DE: (_matmul_split(x_BTD, w_DE), (x_BTD, w_
 
 
 def _bf16_terms(x: jax.Array, count: int) -> list[jax.Array]:
-  """Splits float32 x into 1, 2 or 3 bfloat16 terms, whose sum is x up to a relative error of 2^-9, 2^-18 or 2^-27."""
+  """Splits float32 x into `count` bfloat16 terms, whose sum is nearly x.
+
+  With 1, 2 or 3 terms, the relative error of the sum is at most 2^-9, 2^-18 or 2^-27.
+  """
   terms = []
   for _ in range(count):
     # XLA may remove a cast and its inverse, but not reduce_precision.
@@ -139,7 +142,7 @@ def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
   """Returns x·w, [B, T, Y] in x's dtype.
 
-  inner: the number of leading dimensions of w, named X, that are contracted with the last dimensions of x.
+  inner: the number of dimensions that are summed over: the last of x and the first of w, named X. For w_NHD it is 2.
   """
   w_XY = w_XY[...].astype(x_BTX.dtype)
   if platform() != 'cpu' or shards('length') > 1:
@@ -185,8 +188,8 @@ class FeedForward(nnx.Module):
   def __call__(self, x_BTD: jax.Array, real_BT=None, choices_BTk=None) -> tuple[jax.Array, None]:
     """Returns (out_BTD, None).
 
-    The arguments are those of MixtureOfExperts (model/moe.py), so that a layer calls both networks alike. Only x_BTD is
-    used.
+    real_BT and choices_BTk aren't used. They exist so that `Block` can call this network and MixtureOfExperts
+    (model/moe.py) with the same arguments.
     """
     with jax.named_scope('feed_forward/in'):
       gate_BTF = checkpoint_name(project(x_BTD, self.gate_DF), 'mlp')

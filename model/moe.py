@@ -50,9 +50,8 @@ class Routing:
     entropy_L: float32, the entropy of a token's normalized scores, in nats, summed over tokens.
     balance_L: float32, the load-balance loss E·Σ_e f_e·p_e times the number of tokens. f_e is the expert's fraction of
       the choices, and p_e its mean normalized score. An even load gives 1 per token. Gradients flow through p but not
-      through f. f and p are means over the tokens of one forward call. With several microbatches, the loss per token is
-      therefore the mean of the microbatches' losses, weighted by their tokens, and differs from the loss of the whole
-      batch. Source: Switch, arXiv 2101.03961, eq. 4.
+      through f. Both are means over the tokens of one forward call. With several microbatches, the result therefore
+      differs from the loss of the whole batch. Source: Switch, arXiv 2101.03961, eq. 4.
   """
 
   choices_LBTk: jax.Array
@@ -116,9 +115,10 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
-  """Returns the Routing of one layer. Its fields have no axis L.
+  """Returns the Routing of one layer, whose fields have no axis L.
 
-  chosen_BTkE: bool, one-hot choices, all False in padding.
+  choices_BTk: int32, the chosen experts.
+  chosen_BTkE: bool, the same as one-hot vectors, all False in padding.
   score_BTE: float32, the router's scores.
   """
   share_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
@@ -132,9 +132,12 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
 
 
 def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-  """Adds bias_update_rate · sign(mean load - load) to the router bias, in float32. Returns (params, bias_LE).
+  """Adds bias_update_rate · sign(mean load - load) to the router bias, in float32. Returns (new params, new bias [L,
+  E]).
 
   An expert that received more than the mean load is chosen less often afterwards.
+
+  load_LE: int32, the number of tokens that each expert received in the update.
   """
   layers = params['layers']
   mean_L1 = jnp.mean(load_LE, -1, keepdims=True)
@@ -144,7 +147,7 @@ def update_router_bias(c: ModelConfig, params: dict[str, Any], load_LE: jax.Arra
 
 
 def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, down_EFD) -> jax.Array:
-  """Returns the sum over each token's choices of weight · expert(x), [B, T, D].
+  """Returns, for each token, the sum of weight · expert(x) over the token's choices: [B, T, D].
 
   choices_BTk: int32; the number E means no expert. With a mesh, each device processes its own experts.
   """
@@ -172,24 +175,23 @@ def _experts(c: ModelConfig, x_BTD, choices_BTk, weight_BTk, gate_EDF, up_EDF, d
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-  """Says which row of which tile computes each (token, choice) pair. Arrays are int32.
+  """Says which (token, choice) pair each row of each tile computes. Arrays are int32.
 
-  Pair g·k + j is choice j of token g. A run is all pairs that have the same expert and whose tokens come from the same
-  device. Runs have two orders:
+  Pair g·k + j is choice j of token g. A device computes the pairs of its own e experts, sorted by expert, then by the
+  device of the token. The index of a pair in this order is called its place. Each expert's pairs fill consecutive rows,
+  from the first row of the expert's first tile.
 
-  - The global order has the runs of all experts, sorted by the device of the tokens, then by expert.
-  - The local order has only the runs of this device's e experts, sorted by expert, then by the device of the tokens.
-
-  A device fills its tiles in the local order, and processes them in passes of C tiles. The rows of all passes are
-  numbered consecutively.
+  `order_p` has the pairs of all experts, sorted by the device of the token, then by expert. Pairs with the same expert
+  and the same device of the token form a run, which is contiguous in both orders. So the pair at a place is
+  order_p[place + run_shift[i]], where i is the run that contains the place.
 
   Attributes:
-    passes: [], the number of passes that have tiles.
+    passes: [], the number of passes of C tiles that have pairs.
     count_e: for each of this device's experts, the number of its pairs.
     tile_end_e: for each of this device's experts, the number of tiles of the experts up to and including this one.
-    order_p: the numbers of all pairs, in the global order.
-    run_start: [e·X], the index of each of this device's runs in the local order.
-    run_shift: [e·X], the index of each run in the global order minus its index in the local order.
+    order_p: the numbers of the pairs of all X devices, in the order described above.
+    run_start: [e·X], the place of the first pair of each of this device's runs.
+    run_shift: [e·X], the index in order_p of this first pair, minus its place.
     row_p: the row of each pair; None unless one device has all experts.
   """
 
@@ -281,7 +283,7 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
   """Returns this device's _Plan.
 
   m: the MoeConfig.
-  choice_n: the experts of this device's pairs.
+  choice_n: int32, the expert of each of this device's pairs; the number E means no expert.
   experts: the number of experts of this device.
   rows, size: R, and the number of tiles per pass.
   """
@@ -340,14 +342,14 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
-  """Returns the sum of `_expert_tiles` over all passes that have tiles.
+  """Returns the sum of `_expert_tiles` over all passes that have tiles, [G, D].
 
-  Usually there is only one pass. The first pass runs before the loop over the further passes, because a loop over all
-  passes would have to begin with an array of zeros and add the first pass to it. The backward pass computes each pass
-  again, because a loop of unknown length can't save intermediates. launch/plan/hlo.py recognizes the loop by the name
-  of its scope.
+  Usually there is only one pass. The first pass runs before the loop over further passes. Inside the loop, its result
+  would have to be added to an array of zeros. The backward pass recomputes each pass, because a loop of unknown length
+  can't save intermediates. launch/plan/hlo.py recognizes the loop by its named scope.
 
-  sizes, args: the arguments of `_expert_tiles`.
+  sizes, plan, args: arguments of `_expert_tiles`. The third argument is in the place of the pass number, and isn't
+    used.
   """
   y_GD = _expert_tiles(sizes, plan, 0, *args)
   with jax.named_scope('moe/combine/overflow'):
@@ -379,9 +381,7 @@ _with_overflow.defvjp(_with_overflow_forward, _with_overflow_backward)
 def _dispatch(k: int, add, x_GD, pair_CR, row_p) -> jax.Array:
   """Returns the values of each row's token, [C, R, D]. Empty rows get the values of an arbitrary token.
 
-  The function can also return the values of each row's pair. For this, pass k = 1 and the values of the pairs as x_GD.
-
-  k: the number of pairs per token.
+  k: the number of pairs per token. With k = 1, x_GD may have the values of pairs instead of tokens.
   add: the function that sums rows in the backward pass, such as `_scatter_add`. It isn't used if row_p is given.
   x_GD: the values of the G tokens.
   pair_CR: int32, the number of each row's pair. In an empty row, the number is at least G·k.
@@ -404,7 +404,7 @@ def _combine(k: int, add, y_CRD, pair_CR, row_p, tokens: int) -> jax.Array:
 
 
 def _scatter_add(y_PD, to_P, sums: int) -> jax.Array:
-  """Returns out_g, the sum of y_p over the rows with to_p = g, [sums, D]. Rows with to_p >= sums are ignored."""
+  """Returns sums of the rows of y, [sums, D]. Row p is added to sum number to_P[p], or ignored if to_P[p] >= sums."""
   return jnp.zeros((sums, y_PD.shape[1]), y_PD.dtype).at[to_P].add(y_PD, mode='drop')
 
 
@@ -421,10 +421,13 @@ _combine.defvjp(
 
 
 def _kernel(name: str, gate_eDF):
-  """Returns the kernel of this name; 'auto' chooses by platform and sizes.
+  """Returns the kernel of this name; 'auto' chooses by platform and sizes. A comment above describes what kernels
+  compute.
 
   'auto' uses ragged_dot only on a TPU. On other platforms, XLA has no grouped matrix product, and ragged_dot multiplies
   all rows by all experts, as the FLOPs of the compiled program show.
+
+  gate_eDF: an array of weights, from which the sizes are taken.
   """
   if name == 'auto':
     name = 'tiles'
@@ -459,8 +462,9 @@ def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD
 
 
 def _swiglu(gate, up, weight):
-  """Returns silu(gate) · up · weight.
+  """Returns silu(gate) · up · weight, [..., F].
 
-  Multiplying by the weight here takes F products per row. Multiplying the experts' output by it would take D products.
+  The router's weight of each row is applied here, because this takes F products per row. Applying it to the experts'
+  output would take D products.
   """
   return (jax.nn.silu(gate.astype(jnp.float32)) * up * weight[..., None]).astype(gate.dtype)

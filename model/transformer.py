@@ -30,10 +30,12 @@ Params = dict[str, Any]
 
 
 def remat_policy(names: tuple[str, ...], offload: bool = False) -> Callable[..., Any]:
-  """Returns a policy for jax.checkpoint that saves the intermediates with these checkpoint names.
+  """Returns a policy for jax.checkpoint that saves the intermediates with these checkpoint names, and the routers'
+  choices.
 
-  offload: keeps the saved intermediates in host memory. The outputs of cuDNN's attention kernel stay on the device,
-  because they have no checkpoint name. The policy recognizes them by their primitive.
+  offload: whether the saved intermediates are kept in host memory. The routers' choices always stay on the device, and
+    so does the output of cuDNN's attention kernel. This output has no checkpoint name, so the policy recognizes it by
+    its primitive.
   """
   named = jax.checkpoint_policies.save_only_these_names(*names, CHOICES)
   if offload:
@@ -124,7 +126,10 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """The decoder without its head. `__call__` returns (hidden_BTD, the new cache or None, the Routing or None)."""
+  """The decoder without its head: the embedding, L layers, and the last norm.
+
+  `__call__` takes the arguments of `forward_routed` after `params`, and returns the same.
+  """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
     embed, layers, head = jax.random.split(key, 3)
@@ -238,7 +243,7 @@ def forward(
   segments_BT: jax.Array,
   cache: Cache | None = None,
 ) -> tuple[jax.Array, Cache | None]:
-  """Returns the hidden states and the cache of `forward_routed`."""
+  """Returns (hidden_BTD, cache), the first two results of `forward_routed`. The arguments are the same."""
   return forward_routed(c, params, tokens_BT, positions_BT, segments_BT, cache)[:2]
 
 

@@ -5,11 +5,12 @@ all-gathered once before the loop over chunks, and their gradient is reduced onc
 needs the same communication. Inside the loop, devices exchange only a few numbers per token, and k candidates per token
 if a top k is needed.
 
-The axis that splits the head's width D can also be divided into small groups of m devices (`with_vocab_groups`). The
-devices of a group divide the vocabulary: each device holds 1/m of it, and works on the tokens of the whole group. The
-group's hidden states are all-gathered chunk by chunk, and their gradients are reduce-scattered. With T tokens per
-device and vocabulary size V, a device sends 2 m T D + 2 V D / m numbers instead of 2 V D. The head and its float32
-gradient take 1/m of the memory. The axis that splits the width lies within a TPU slice, so each group does too.
+Vocabulary groups (`with_vocab_groups`) reduce this communication. The devices along the mesh axis that splits the
+head's width D are divided into groups of m. The devices of a group divide the vocabulary: each device gathers 1/m of
+the head, and computes logits for the tokens of the whole group. The group's hidden states are all-gathered chunk by
+chunk, and their gradients are reduce-scattered. With T tokens per device and vocabulary size V, a device sends 2 m T D
++ 2 V D / m numbers instead of 2 V D. The gathered head and its float32 gradient take 1/m of the memory. The mesh axis
+lies within a TPU slice, so each group does too.
 
 Most functions have an argument `layout`, a Layout. None means that all arrays are on one device.
 
@@ -61,8 +62,8 @@ class Layout:
 def check_layout(layout, hidden, head):
   """Raises ValueError if a layout doesn't fit the current mesh, or the shapes of hidden [..., D] and head [D, V].
 
-  For example, it names an axis that the mesh doesn't have, or one whose size doesn't divide the dimension it splits.
-  The message names the field of the layout.
+  For example, the layout may name an axis that the mesh doesn't have, or the size of an axis may not divide the
+  dimension that the axis splits. The message names the field of the layout.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   if len(layout.tokens) > hidden.ndim - 1:
@@ -185,7 +186,7 @@ def reduce_head(layout, dhead):
 
 
 def gather_group(layout, array):
-  """Concatenates the arrays of the devices of a vocabulary group: [C, ...] -> [vocab_group_size C, ...].
+  """Concatenates the arrays of the devices of a vocabulary group: [C, ...] -> [m·C, ...], where m is vocab_group_size.
 
   Without vocabulary groups (see `with_vocab_groups`), returns the array itself.
   """
@@ -196,7 +197,7 @@ def gather_group(layout, array):
 
 
 def own_tokens(layout, array):
-  """Returns this device's C tokens of an array [vocab_group_size C, ...] that is equal on all devices of the group."""
+  """Returns this device's C tokens of an array [m·C, ...] that is equal on all m devices of the vocabulary group."""
   if not _has_groups(layout):
     return array
   size = array.shape[0] // layout.vocab_group_size
@@ -204,7 +205,7 @@ def own_tokens(layout, array):
 
 
 def reduce_scatter_group(layout, array):
-  """Sums an array [vocab_group_size C, ...] over the vocabulary group. Returns this device's C tokens of the sum."""
+  """Sums an array [m·C, ...] over the m devices of the vocabulary group. Returns this device's C tokens of the sum."""
   if not _has_groups(layout):
     return array
   axis, groups = _groups(layout)
@@ -212,9 +213,9 @@ def reduce_scatter_group(layout, array):
 
 
 def sum_hidden(layout, dhidden):
-  """Sums dhidden, the gradient of the hidden states, over the mesh axes `layout.vocab`.
+  """Sums dhidden, the gradient of the hidden states, over the mesh axes `layout.vocab`. Returns the sum.
 
-  The sum over vocabulary groups isn't part of this, because `reduce_scatter_group` has already computed it.
+  `reduce_scatter_group` has already summed it over the devices of each vocabulary group.
   """
   return lax.psum(dhidden, _axes(layout.vocab)) if layout and layout.vocab else dhidden
 
@@ -250,10 +251,10 @@ def _same_columns(groups):
 
 
 def _over_vocab(collective, layout, array):
-  """Applies `collective` within the vocabulary groups, and then over the vocab axes.
+  """Applies `collective` to `array` over all parts of the vocabulary, in the order of their token ids.
 
-  This order keeps token ids sorted: the vocab axes split the vocabulary into parts, and the devices of a vocabulary
-  group hold consecutive pieces of one part.
+  The axes `layout.vocab` split the vocabulary into ranges of ids, and the devices of a vocabulary group split a range
+  into smaller ones. Therefore the collective is applied within the groups first, and then over these axes.
 
   collective: a function such as lax.psum, with the arguments (array, axis) and optionally axis_index_groups.
   """

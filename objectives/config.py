@@ -15,7 +15,7 @@ class ObjectiveConfig:
   """Section `objective`. `at(step)` returns the objective of one optimizer step, which the loss functions take.
 
   Attributes:
-    form: a name of `family.FAMILY`. 'power' is the paper's. If beta and both lambdas are 0, 'power' is plain
+    form: a name of `family.FAMILY`. 'power' is the paper's form. If beta and both lambdas are 0, 'power' is plain
       cross-entropy, bit for bit.
     beta: the parameter of the form: β for 'power' and 'product', γ for 'focal', ε for 'label_smoothing', α for
       'likelihood_power', N for 'coverage'. 'cross_entropy' and 'dft' have no parameter and require 0.
@@ -27,7 +27,7 @@ class ObjectiveConfig:
       step schedule_start, and the values above from this step on.
     beta_from, lambda_head_from, lambda_tail_from: the values at the start of a schedule.
     schedule_start, schedule_end: optimizer steps.
-    z_loss: the factor of logsumexp(logits)^2, which is added to the loss of every token.
+    z_loss: z_loss · logsumexp(logits)^2 is added to the loss of every token.
 
   Raises:
     ValueError: a value is out of range. The message begins with the field's name.

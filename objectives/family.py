@@ -123,13 +123,16 @@ def power_weight(margin, beta):
 
 
 def product_weight(margin, beta):
-  """Returns (1-p)^β, computed from the margin log(p/(1-p)) and capped at MAX_PRODUCT_WEIGHT: float32 [...]."""
+  """Returns (1-p)^β, computed from the margin log(p/(1-p)): float32 [...].
+
+  For β < 0 this goes to infinity as p approaches 1, so it is capped at MAX_PRODUCT_WEIGHT.
+  """
   log_weight = -beta * softplus(margin)
   return jnp.exp(jnp.minimum(log_weight, math.log(MAX_PRODUCT_WEIGHT)))
 
 
 def _mean_decay(y):
-  """Returns (1 - exp(-y)) / y for y >= 0, and the limit 1 at y = 0."""
+  """Returns (1 - exp(-y)) / y for y >= 0, the mean of exp(-t) for t from 0 to y. At y = 0 it returns the limit, 1."""
   return jnp.where(y > 0, -jnp.expm1(-y) / jnp.where(y > 0, y, 1.0), 1.0)
 
 

@@ -72,9 +72,10 @@ def shaped_linear_loss(hidden, head, targets, shaping, **options):
 def shaped_linear_total(hidden, head, targets, shaping, **options):
   """Computes the sum of `shaped_linear_loss` over all positions. The forward pass also computes the gradient.
 
-  All losses of a sum have the same cotangent. The forward pass can therefore compute their gradients up to this factor
-  while a chunk's logits still exist. This takes three matrix products instead of four. Don't rematerialize this
-  function, because that would compute everything twice.
+  In a sum, all losses have the same cotangent, which is one number. The forward pass can therefore compute the gradient
+  for a cotangent of 1 while a chunk's logits still exist, and the backward pass multiplies this gradient by the
+  cotangent. This takes three matrix products instead of four. Don't rematerialize this function, because that would
+  compute everything twice.
 
   Args: the same as for `shaped_linear_loss`.
 
@@ -182,10 +183,9 @@ _total.defvjp(_total_fwd, _total_bwd)
 def _forward(options, hidden, head, targets, weights, shaping, form_gradients=False):
   """Returns (losses, statistics, values for the backward pass).
 
-  With form_gradients, the values for the backward pass are (dhidden, dhead). Otherwise they are the Coefficients, from
-  which `_backward` computes dhidden and dhead.
-
-  options: an Options. The other arguments are those of `shaped_linear_loss`.
+  options: an Options. The next five arguments are those of `shaped_linear_loss`.
+  form_gradients: whether the values for the backward pass are (dhidden, dhead). Otherwise they are the Coefficients,
+    from which `_backward` computes dhidden and dhead.
   """
 
   def local(hidden, head, targets, weights, shaping):
@@ -249,7 +249,7 @@ def _gather_head(options, head):
 
 @jax.named_scope('head/weights')
 def _reduce_gradients(options, dhidden, dhead, head):
-  """Sums both gradients over the devices, once after the loop. Returns (dhidden, dhead).
+  """Sums dhidden and dhead over the devices, once after the loop over chunks. Returns the sums (dhidden, dhead).
 
   Each device's dhead is a float32 sum over its own tokens, and is rounded to the compute dtype before it is sent. The
   gradients of the layers' weights are rounded in the same way, because they are matrix products in the compute dtype.
@@ -263,18 +263,20 @@ def _reduce_gradients(options, dhidden, dhead, head):
 def _over_chunks(options, body, carry, head_DV, arrays):
   """Runs lax.scan of `body` over chunks of tokens.
 
+  With vocabulary groups (see collectives.py), a chunk holds tokens of all devices of the group, and these devices work
+  on it together. Otherwise each device is a group of its own.
+
   Args:
     options: the Options.
-    body: a function (carry, chunk) -> (carry, common, partial). A chunk has tokens of the whole vocabulary group.
-      `common` must be equal on all devices of the group. `partial` is this device's term of a sum over the group.
-    carry: the carry that the first chunk gets.
-    head_DV: the head's weights, for the size of a chunk.
+    body: a function (carry, chunk) -> (carry, common, partial). `common` must be equal on all devices of the group.
+      `partial` is this device's term of a sum over the group.
+    carry: the carry for the first chunk.
+    head_DV: the head's weights. Only their shape is used, to choose the size of a chunk.
     arrays: (hidden, targets, ...). The leading dimensions of every array are the shape of the targets.
 
   Returns:
-    (carry, common, total). carry is the carry after the last chunk. common and total are for this device's own tokens,
-    with the leading dimensions of the targets. common is what `body` returned. total is the sum of `partial` over the
-    devices of the group.
+    (carry, common, total): the carry after the last chunk, the `common` of all chunks, and the sum of `partial` over
+    the group. common and total are for this device's own tokens, with the leading dimensions of the targets.
   """
   shape = arrays[1].shape  # of the targets
   tokens = math.prod(shape)

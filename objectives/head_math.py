@@ -78,7 +78,7 @@ class Coefficients:
       tail_rate applies to all wrong tokens.
     threshold: the k-th largest logit; None without a top k.
     last_id: int32. Logits equal to the threshold are in the top k if their id is at most last_id. None without a top k.
-    uniform: is added to the gradient of every logit; None without label smoothing.
+    uniform: the number of this name in the formula; None without label smoothing.
   """
 
   shift: jax.Array
@@ -97,7 +97,7 @@ class Coefficients:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The arguments of `shaped_linear_loss` that are Python values, which are known before tracing."""
+  """The arguments of `shaped_linear_loss` that are known before tracing, and values that follow from them."""
 
   with_top_k: bool
   with_smoothing: bool
@@ -138,10 +138,10 @@ def matmul(dtype, subscripts, a, b):
 
 
 def isolate_on_cpu(array):
-  """Returns `array`, on a CPU behind an optimization barrier.
+  """Returns `array` unchanged. On a CPU, the result is behind an optimization barrier.
 
-  Without the barrier, XLA's CPU backend fuses the computation of `array` into a matrix product, which makes the product
-  many times slower.
+  Without the barrier, XLA's CPU backend fuses the computation of `array` into a matrix product that uses it, which
+  makes the product many times slower.
   """
   return lax.platform_dependent(array, cpu=lax.optimization_barrier, default=lambda a: a)
 
@@ -154,7 +154,7 @@ def chunk_logits(options, h_CD, head_DV):
 
 @jax.named_scope('head/loss')
 def score(options, z_CV, x_C, weight_C, shaping):
-  """Returns (loss_C, TokenStats, Coefficients) of a chunk.
+  """Computes loss, statistics and gradient coefficients from a chunk's logits: (loss_C, TokenStats, Coefficients).
 
   z_CV: float32 logits.
   x_C: int32 targets.
@@ -270,8 +270,9 @@ def _row_sums_triton(options, z_CV, x_C, interpret=False):
 
 
 def logit_gradient(options, z_CV, x_C, coefficients):
-  """Returns the gradient of the loss with respect to the product hidden @ head, before soft cap and temperature:
-  float32 [C, V].
+  """Returns the gradient of the loss with respect to the product hidden @ head, float32 [C, V].
+
+  The gradient includes the derivatives of the soft cap and of the division by the temperature.
   """
   id_1V = _ids(options, z_CV)
   is_target = id_1V == x_C[:, None]
@@ -289,10 +290,10 @@ def logit_gradient(options, z_CV, x_C, coefficients):
 
 @jax.named_scope('head/gradient')
 def gradients(options, h_CD, head_DV, z_CV, x_C, coefficients, dhead_DV):
-  """Returns (dhidden_CD, dhead_DV), both float32.
+  """Returns (dhidden_CD, dhead_DV), the gradients of the hidden states and of the head's weights, both float32.
 
-  dhidden_CD is the sum over this device's part of the vocabulary. The returned dhead_DV is the argument dhead_DV plus
-  the gradient of this chunk.
+  dhidden_CD is summed over this device's part of the vocabulary only. The returned dhead_DV is the argument dhead_DV
+  plus this chunk's gradient.
   """
   dtype = options.compute_dtype
   dz_CV = logit_gradient(options, z_CV, x_C, coefficients)

@@ -56,8 +56,8 @@ class RewardShaping:
     lambda_tail: λ̂, the reward of every other wrong token.
     top_k: k, from 1 to the vocabulary size. Of equal logits, those with lower token ids come first, as in
       jax.lax.top_k.
-    form: a name of `family.FAMILY`; 'power' is the paper's.
-    z_loss: the factor of logsumexp(logits)^2, which is added to every loss.
+    form: a name of `family.FAMILY`; 'power' is the paper's form.
+    z_loss: z_loss · logsumexp(logits)^2 is added to the loss of every token.
 
   Raises:
     ValueError: a value is out of range. The message begins with the field's name.
@@ -78,7 +78,7 @@ class RewardShaping:
 
   @property
   def rewards_wrong_tokens(self):
-    """False if both lambdas are zero and known before tracing; then no top-k search is needed. Otherwise True."""
+    """True if the loss may need a top k. It doesn't if both lambdas are zero and known before tracing."""
     return not (is_zero(self.lambda_head) and is_zero(self.lambda_tail))
 
   @property
@@ -104,8 +104,8 @@ def shaped_loss(logits, targets, shaping):
 
   Args:
     logits: [..., V] of any float type. The computation is in float32.
-    targets: [...] integer token ids in [0, V). An id out of range raises no error, because its value isn't known while
-      tracing. Its loss is NaN.
+    targets: [...] integer token ids in [0, V). Any other id gives the loss NaN, but no error, because ids aren't known
+      while tracing.
     shaping: a RewardShaping.
 
   Returns:
@@ -113,9 +113,9 @@ def shaped_loss(logits, targets, shaping):
 
       dloss/dz_j = w (p_j - 1[j=x]) - λ̃ p_j (1[j in H] - P_H) - λ̂ p_j (1[j in T] - P_T)
 
-    plus the gradients of the label-smoothing and z-loss terms. x is the target. H (the head) is the top k
-    without x, T (the tail) is all other tokens without x, and P_H and P_T are their probabilities. No gradient flows
-    through w, through the choice of the top k, or into `shaping`.
+    plus the gradients of the label-smoothing and z-loss terms. x is the target. H (the head) is the top k without x, T
+    (the tail) is all other tokens without x, and P_H and P_T are their probabilities. No gradient flows through w,
+    through the choice of the top k, or into `shaping`.
 
   Raises:
     ValueError: a shape or type is wrong, or top_k exceeds V while a lambda needs the top k.

@@ -26,8 +26,8 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
     k: the size of the top k.
 
   Returns:
-    (value_C, last_id_C, head_sum_C). The top k are all logits above value, and those logits equal to value whose id is
-    at most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
+    (value_C, last_id_C, head_sum_C). value is the k-th largest logit. The top k are all logits above it, and those
+    equal to it whose id is at most last_id. head_sum is the sum of exp(z - shift) over the top k without the target.
   """
   split = collectives.splits_vocab(layout)
 
@@ -52,10 +52,10 @@ def find_head(layout, z_CV, x_C, target_C, shift_C, k):
 def top_k(z_CV, k):
   """Returns what `jax.lax.top_k(z_CV, k)` returns: values and int32 ids [C, min(k, V)].
 
-  Larger values come first, and of equal values the lower id. The logits are divided into blocks. The top k lie in the k
-  blocks with the largest maxima, because these k maxima come before any logit of another block. A first search finds
-  these blocks, and a second search the top k in them. The blocks are kept in the order of their ids, so equal logits
-  are ordered by id in both searches.
+  Larger values come first. Among equal values, lower ids come first. The logits are divided into blocks. The top k lie
+  in the k blocks with the largest maxima, because these k maxima come before any logit of another block. A first search
+  finds these blocks, and a second search finds the top k in them. The blocks are kept in the order of their ids, so
+  equal logits are ordered by id in both searches.
   """
   tokens, vocab = z_CV.shape
   blocks = -(-vocab // BLOCK)
@@ -71,7 +71,10 @@ def top_k(z_CV, k):
 
 
 def _isolated_top_k(array, k):
-  """Returns lax.top_k(array, k) behind optimization barriers, treating 0.0 and -0.0 as equal."""
+  """Returns lax.top_k(array, k), treating 0.0 and -0.0 as equal.
+
+  Optimization barriers keep XLA from fusing the results with later operations.
+  """
   # Without a barrier, a later slice of the result makes XLA's CPU backend sort the whole row (jax 0.10). There are two
   # barriers because one for the pair makes the compiler abort when it partitions the program.
   # lax.top_k puts 0.0 before -0.0, but all comparisons in this package treat them as equal.

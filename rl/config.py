@@ -122,11 +122,14 @@ class RlConfig:
     return self.zero_variance_groups == 'keep'
 
   def reward_rule(self, step: int) -> RewardRule:
-    """Returns the reward rule of step number `step`, with the length limit of the step's phase."""
+    """Returns the reward rule of step number `step`, with the length limit of the step's phase.
+
+    Phases are consecutive ranges of steps, each with its own limit on the length of answers.
+    """
     return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:
-    """Returns the index (from 0) of the phase that step number `step` (from 1) belongs to."""
+    """Returns the index, from 0, of the phase that contains step number `step`, counted from 1. See `reward_rule`."""
     return sum(step > end for end in self.phase_steps)
 
 

@@ -220,17 +220,18 @@ def make_samplers(run: RlRun, tokenizer: data.Tokenizer, mesh: Mesh) -> list[Sam
 def sample_and_judge(
   parts: Parts, params: Any, progress: Progress, step: int
 ) -> tuple[list[Group], list[Group], Progress]:
-  """Draws and judges the samples of a step.
+  """Draws groups of samples for a step, and judges them.
 
   A group whose scores are all equal is replaced by the group of the next prompt (dynamic sampling: DAPO, arXiv
   2503.14476 sec. 3.2), unless `rl.keeps_zero_variance` is True. The new prompt goes to the sampler as soon as the old
   group is judged, while other groups are still being drawn. `prompts_wanted` limits the number of prompts of the step.
 
-  If `rl.extra_prompts` is > 0, further prompts go to the sampler before it is known whether they are wanted. The step
-  ends once all groups that are wanted are judged, and drops the others. So the result doesn't depend on this setting.
+  If `rl.extra_prompts` > 0, up to that many further prompts go to the sampler before it is known whether the step needs
+  them. The step ends when all groups that it needs are judged, and drops the others, so this setting doesn't change the
+  result.
 
-  Returns (groups to learn from, all groups that were wanted, the progress after them). Both lists have the order of the
-  prompts.
+  Returns (groups to learn from, all groups that were needed, the progress after them). Both lists are in the order of
+  the prompts.
   """
   rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
   asked: dict[int, Task] = {}
@@ -275,12 +276,13 @@ def prompts_wanted(agree: Sequence[bool], first: int, rounds: int) -> int:
   """Returns how many prompts a step uses, including replacements for groups with zero variance.
 
   The first round has `first` prompts. Each further round has one new prompt for each zero-variance group of the round
-  before.
+  before. For example, if two of four groups in the first round have zero variance, and at most two rounds are allowed,
+  the step uses six prompts.
 
-  While groups are still being drawn, some zero-variance groups aren't known yet. If `agree` is False for the groups
-  that aren't known, the result is a lower bound, which rises to the same number in whatever order the groups end. So it
-  is safe to draw this many prompts at once: the prompts of a step depend only on the verdicts, not on the order. If
-  `agree` is True for these groups, the result is an upper bound.
+  While groups are still being drawn, it isn't known which of them have zero variance. With False in `agree` for these
+  groups, the result is the number of prompts that the step certainly uses, so they can all be drawn at once. With True
+  instead, the result is the largest number that the step may use. Both results reach the same final number, in whatever
+  order the groups are judged.
 
   Args:
     agree: for each prompt used so far, in order, whether its group has zero variance.
@@ -304,7 +306,7 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
 
   Returns the microbatches of each update, or [] if there is no group to learn from. Each update learns from
   rl.prompts_per_step / rl.minibatches groups, in the order of their prompts. If the step has too few groups, the last
-  updates have fewer groups or none. Samples that don't count (rl/rewards.py) are left out.
+  updates have fewer groups or none. Invalid samples (see `rewards` in rl/rewards.py) are left out.
   """
   if not groups:
     return []
@@ -435,7 +437,7 @@ def describe_step(
   Args:
     learned: the figures of the update; {} if there was no update.
     kept: the groups that were used for the update.
-    seen: all groups drawn, including zero-variance groups.
+    seen: all groups that the step needed, including zero-variance groups.
     consumed: the number of prompts that the step used or skipped (see `Progress.next_prompts`).
   """
   verdicts = [verdict for group in seen for verdict in group.verdicts]

@@ -49,17 +49,16 @@ class Answer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-  """A part of an update, on the devices or on the host: R rows of T positions.
+  """A part of an update, on the devices or on the host: R rows of T positions. In the names of fields, B stands for R.
 
-  The B in the names of fields stands for these R rows. sampler_logp_BT, advantages_BT and numbers_BT are 0 except at
-  tokens that were sampled.
+  sampler_logp_BT, advantages_BT and numbers_BT are 0 except at tokens that were sampled.
 
   Attributes:
     batch: the tokens. Segments number the samples of a row. Only sampled tokens count in the loss.
     sampler_logp_BT: float32 [R, T], the log-probability that the sampler computed for each token, in nats.
     advantages_BT: float32 [R, T], the advantage of each token's sample.
-    numbers_BT: int32 [R, T], the number of each sampled token among the sampled tokens of the update, from 0. The
-      number doesn't depend on how the samples are packed.
+    numbers_BT: int32 [R, T], a number for each sampled token: its index, from 0, among all sampled tokens of the
+      update. The number doesn't depend on how the samples are packed.
     choices_BTLk: int16 [R, T, L, k], the experts that the sampler used for each token. None for a dense model.
   """
 
@@ -76,9 +75,9 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
   In the first shape, a row has room for the longest sample. In later shapes, rows may be shorter.
 
   Args:
-    longest: the greatest length of a sample.
-    tokens: how many positions per device the first shape should have; 0 means TOKENS. The result can only come close,
-      because a row has room for the longest sample and the number of rows is a power of two.
+    longest: the greatest length of a sample, in positions.
+    tokens: the number of positions per device that the first shape should have; 0 means TOKENS. The shape has only
+      about this number, because a row has room for the longest sample and the number of rows is a power of two.
     ways: the number of devices over which rows are split. R is a multiple of this number.
   """
   tokens = max(tokens or TOKENS, longest)

@@ -34,7 +34,7 @@ class TokenLoss(NamedTuple):
 
   Attributes:
     loss_BT: float32, the loss to minimize.
-    ratio_BT: float32 without gradient, pi / pi_old of the token. With gspo it is that of the whole sequence.
+    ratio_BT: float32 without gradient, the ratio pi / pi_old of the token, or with gspo of its whole sample.
     clipped_BT: bool, True if clipping changed this token's gradient.
   """
 
@@ -49,7 +49,7 @@ def clip_higher(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=0.2, ep
       L = -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   r = exp(logp - old_logp)
 
   A wider upper limit lets unlikely tokens gain probability faster. With eps_low = eps_high this is PPO (arXiv
-  1707.06347 eq. 7). With old_logp = logp its gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
+  1707.06347 eq. 7). If old_logp = logp, the gradient is that of REINFORCE. Source: DAPO, arXiv 2503.14476 sec. 3.1.
 
   dual_clip: limits the loss of a token with A < 0 whose probability has grown a lot, so that the token can't dominate
     the batch. Where r > dual_clip, the loss is -dual_clip A and has no gradient. 0 means no limit. Source: arXiv
@@ -81,8 +81,8 @@ def gspo(logp_BT, old_logp_BT, advantages_BT, mask_BT, *, eps_low=3e-4, eps_high
       L_t = -min(s_t A, clip(s_t, 1 - eps_low, 1 + eps_high) A)
 
   sg stops the gradient. s_t therefore has the value of s, but its gradient comes only from token t. The mean of L_t
-  over a sample (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071
-  sec. 4.1, in the token form of sec. 4.3; the default limits are those of sec. 5.1.
+  over a sample (aggregation 'sequence_mean') has the gradient of -min(s A, clip(s) A). Source: GSPO, arXiv 2507.18071:
+  sec. 4.1, in the token form of sec. 4.3, with the limits of sec. 5.1 as defaults.
   """
   logp_BT, old_logp_BT, advantages_BT = _at_mask(mask_BT, logp_BT, old_logp_BT, advantages_BT)
   tokens_BT = jnp.maximum(_of_sample(mask_BT.astype(jnp.int32), segments_BT), 1)
@@ -153,8 +153,8 @@ def truncated_importance_weight(old_logp_BT, sampler_logp_BT, mask_BT, *, cap=2.
   """Returns min(pi_old / pi_sampler, cap) per token, float32 [B, T], without a gradient, 0 outside the mask.
 
   The weight corrects for numerical differences between sampler and trainer, which exist even if both have the same
-  weights. Source: "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", F. Yao et al. 2025. The
-  default cap is that of verl's rollout correction.
+  weights. The default cap is also the default of verl's rollout correction. Source: "Your Efficient RL Framework
+  Secretly Brings You Off-Policy RL Training", F. Yao et al. 2025.
   """
   old_logp_BT, sampler_logp_BT = _at_mask(mask_BT, old_logp_BT, sampler_logp_BT)
   return sg(jnp.where(mask_BT, jnp.minimum(_ratio(old_logp_BT, sampler_logp_BT), cap), 0))
@@ -176,7 +176,7 @@ def kl_k1(logp_BT, ref_logp_BT, mask_BT):
 def kl_k2(logp_BT, ref_logp_BT, mask_BT):
   """Estimates KL(pi || ref) as d^2 / 2 with d = logp - ref_logp, which is biased.
 
-  Use this estimate as a loss: on-policy, its gradient is that of KL(pi || ref).
+  Use this estimate as a loss: on-policy, its expected gradient is the gradient of KL(pi || ref).
   """
   return 0.5 * kl_k1(logp_BT, ref_logp_BT, mask_BT) ** 2
 
@@ -184,7 +184,7 @@ def kl_k2(logp_BT, ref_logp_BT, mask_BT):
 def kl_k3(logp_BT, ref_logp_BT, mask_BT):
   """Estimates KL(pi || ref) as exp(-d) - 1 + d with d = logp - ref_logp, which is unbiased and never negative.
 
-  As a loss, its gradient is that of the reverse divergence, KL(ref || pi).
+  As a loss, its expected gradient is the gradient of the reverse divergence, KL(ref || pi).
   """
   d_BT = kl_k1(logp_BT, ref_logp_BT, mask_BT)
   return jnp.expm1(-jnp.clip(d_BT, -_MOST_LOG_RATIO, _MOST_LOG_RATIO)) + d_BT
@@ -227,10 +227,9 @@ def clip_cov_tokens(old_logp_BT, advantages_BT, mask_BT, noise_BT, *, share=2e-4
 
 
 def kl_cov_tokens(old_logp_BT, advantages_BT, mask_BT, *, share=2e-4):
-  """Selects the tokens that get KL-Cov's penalty. Returns bool [B, T].
+  """Selects the tokens that get KL-Cov's penalty, those with the highest `token_covariance`. Returns bool [B, T].
 
-  These are the tokens with the highest covariance between log-probability and advantage (`token_covariance`). Their
-  number is `share` times the number of tokens in the mask, but at least one.
+  share: the number of selected tokens, divided by the number of tokens in the mask. At least one token is selected.
   """
   return _highest(token_covariance(old_logp_BT, advantages_BT, mask_BT), mask_BT, jnp.sum(mask_BT), share)
 
@@ -338,8 +337,8 @@ def policy_loss(
       `stop_gradient(logp_BT)`.
     advantages_BT: float, of shape [B, T] or [B, 1].
     mask_BT: [B, T] bool.
-    segments_BT: [B, T] int32, the sample of its row that a token belongs to: 1, 2, ..., or 0 for padding. None: one
-      sample per row.
+    segments_BT: [B, T] int32, numbers the samples of a row: 1, 2, ..., and 0 for padding. None if each row is one
+      sample.
     sampler_logp_BT: [B, T] float, log-probabilities computed by the sampler. None means that no importance weight is
       applied, and that the difference between sampler and trainer isn't measured.
     ref_logp_BT: [B, T] float, log-probabilities of the KL reference. Required if c.kl_weight > 0.

@@ -99,8 +99,8 @@ class Progress:
     Prompts for which `fits` returns False are skipped. The difficulty filter also skips some prompts whose last group
     had zero variance.
 
-    repeat: the probability, above 0, that such a prompt is used again instead. The seed and the prompt's number
-      decide.
+    repeat: the probability, above 0, with which the difficulty filter lets such a prompt through. The decision depends
+      only on the seed and the prompt's number.
 
     Raises:
       DataError: 10,000 prompts in a row don't fit.
@@ -118,10 +118,10 @@ class Progress:
     return found, dataclasses.replace(self, prompts=number)
 
   def _has_turn(self, tasks: TaskSet, number: int, repeat: float) -> bool:
-    """Returns whether the difficulty filter allows prompt number `number`.
+    """Returns False if the difficulty filter skips prompt number `number`, else True.
 
-    It allows a prompt whose last group had different scores, or that wasn't drawn yet, and any other with probability
-    `repeat`, which a hash of the number decides.
+    The filter may skip a prompt only if the last group drawn for its task had zero variance. It keeps such a prompt
+    with probability `repeat`, which a hash of the seed and the number decides.
     """
     if self.zero_variance_N is None or not self.zero_variance_N[tasks.index(number)]:
       return True
@@ -129,7 +129,7 @@ class Progress:
     return int.from_bytes(digest, 'big') < repeat * 2**48
 
   def recorded(self, tasks: TaskSet, drawn: Iterable[tuple[int, bool]]) -> 'Progress':
-    """Returns the progress after groups were drawn.
+    """Returns the progress after groups were drawn, with the difficulty filter brought up to date.
 
     drawn: (the number of the prompt, whether the rewards differ) of each group.
     """

@@ -54,7 +54,7 @@ def rewards(
 
 
 def vary(rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> bool:
-  """Returns whether the scores of a group's valid samples differ.
+  """Returns True if the scores of a group's valid samples differ.
 
   Length penalties are ignored. A group whose answers are all right, or all wrong, is therefore replaced in dynamic
   sampling even if the answers differ in length.

@@ -42,9 +42,9 @@ class Group(NamedTuple):
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
   def has_reward_variance(self, rule: RewardRule) -> bool:
-    """Returns whether the scores of the valid samples differ.
+    """Returns True if the scores of the valid samples differ.
 
-    If they don't, most advantage functions give all samples of the group the advantage 0.
+    If all are equal, most advantage functions give every sample of the group the advantage 0.
     """
     return vary(rule, self.scores, self.verdicts, self.samples)
 
@@ -62,10 +62,10 @@ def graded_groups(
   Args:
     asked: {number of the prompt: task}. The number, `seed` and `step` together select the random numbers.
     samples: the group size.
-    more: a function that returns additional prompts, in the form of `asked`. It is called while answers are still being
-      drawn. Its argument is the groups judged since its last call; without such groups, it isn't called. All processes
-      call it with the same groups. If it returns None, sampling ends, and the result lacks the groups of prompts whose
-      answers aren't complete.
+    more: a function that gets the groups judged since its last call, and returns further prompts in the form of
+      `asked`. It is called while answers are still being drawn, whenever groups have been judged, and with the same
+      groups in all processes. If it returns None, sampling ends, and groups that aren't complete are missing from the
+      result.
 
   Raises:
     DataError: a prompt is too long for the sampler.

@@ -29,8 +29,8 @@ def cov_tokens(
 
   The method selects once per update, among the tokens of all its microbatches.
 
-  key: the random key for 'clip_cov'. Each token's number (Microbatch.numbers_BT) is folded into it. 'kl_cov' doesn't
-    use the key.
+  key: the random key of the update for 'clip_cov'. Each token gets a key of its own, made from this key and the token's
+    number (Microbatch.numbers_BT). 'kl_cov' uses no random numbers.
   old_logps: for each microbatch, the log-probabilities before the update.
   """
   join = lambda arrays: jnp.concatenate([x.reshape(1, -1) for x in arrays], 1)
@@ -50,14 +50,14 @@ def cov_tokens(
 
 
 class Update(NamedTuple):
-  """The three jitted programs of an update. Called with all its microbatches, an Update runs them in order.
+  """The three jitted programs of an update. Calling an Update runs them on all microbatches of an update.
 
       zeros(params) -> gradients
       gradient(params, gradients, microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT) -> (gradients, sums)
       apply(state, gradients) -> (state, the gradient's norm)
 
-  gradients: a pair (sum, count). The sum of the gradients of all microbatches so far is a pytree like params. It is
-    divided by the count at the end.
+  gradients: a pair (sum, count). The sum is a pytree like params, with the gradients of all microbatches so far added
+    up. `apply` divides it by the count.
   sums: {name: sum over the microbatch}. `policy_losses.add` adds the sums of two microbatches. From the total,
     `policy_losses.means` and rl/loop.py compute the figures to log.
   """
@@ -95,8 +95,8 @@ def make_update(
 ) -> Update:
   """Returns the update of one minibatch.
 
-  The loss is a sum over the minibatch, divided once. Therefore neither the number of microbatches nor the packing of
-  samples changes the result. The update doesn't change router biases.
+  The loss is a sum over the minibatch, divided once at the end (see `policy_losses.aggregate`). Therefore neither the
+  number of microbatches nor the packing of samples changes the result. The update doesn't change router biases.
 
   temperature: the sampler's temperature. The policy's log-probabilities are computed at the same temperature.
   """

@@ -1,6 +1,6 @@
 """Decides which warnings a running RL job prints. All functions are pure, and take the logged figures.
 
-The report checks the same conditions in its list of oddities.
+For a finished run, the report looks for similar signs of trouble (eval/report/oddities.py).
 """
 
 from collections.abc import Mapping, Sequence

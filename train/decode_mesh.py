@@ -1,9 +1,9 @@
 """The sampler's mesh, in which the devices of a small group share one copy of the weights.
 
-A decoding step reads all weights, even for a few rows. On training's mesh (axes `data`, `fsdp`), every device would
-hold and read a whole copy. In a group, each device holds and reads only its part of the weights, and uses it for the
-rows of the whole group. A dense model is split by heads and hidden units (mesh axis `tensor`), a mixture of experts by
-experts (mesh axis `expert`).
+A decoding step reads all weights, even for a few rows. If the sampler used training's mesh (axes `data`, `fsdp`), every
+device would hold and read a whole copy. In a group, each device holds and reads only its part of the weights, and uses
+it for the rows of the whole group. A dense model is split by heads and hidden units (mesh axis `tensor`), a mixture of
+experts by experts (mesh axis `expert`).
 """
 
 import math
@@ -25,7 +25,7 @@ def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
     split: the number of devices of a group; 0 means `default_split`.
 
   Raises:
-    ValueError: `split` doesn't divide the devices, or the model.
+    ValueError: the number of devices isn't a multiple of `split`, or the model can't be split into this many parts.
   """
   split = split or default_split(c, mesh)
   if not _divides(c, mesh, split):
@@ -37,11 +37,11 @@ def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
 
 
 def default_split(c: model.ModelConfig, mesh: Mesh) -> int:
-  """Returns the default number of devices of a group.
+  """Returns the default number of devices that share one copy of the weights.
 
-  It is the number of parts into which training's mesh splits the experts or, in a dense model, the heads. On a TPU, it
-  is doubled until a device holds at most PART weights (of a mixture of experts, only the experts' weights count). It
-  isn't doubled further if the result wouldn't divide the devices or the model.
+  This is the number of parts into which training's mesh splits the experts or, in a dense model, the heads. On a TPU,
+  the number is doubled until each device holds at most PART weights. In a mixture of experts, only the experts' weights
+  count. Doubling stops earlier if twice the number wouldn't divide the devices or the model.
   """
   split = mesh.shape['expert' if c.moe.experts else 'tensor']
   counts = model.parameter_counts(c)

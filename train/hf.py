@@ -129,12 +129,13 @@ def _copy(source, leaf: hf_weights.Leaf, views: dict[str, np.ndarray]) -> None:
 
 
 def import_(path: str, to: str, tokenizer_path: str = '') -> str:
-  """Converts a Hugging Face model to the new workdir `to`, from which runs can start. Returns a summary, with the
-  commands to run next.
+  """Converts a Hugging Face model to the new workdir `to`, from which runs can start.
 
   The workdir gets the weights as checkpoint 0, the tokenizer's files, and a config.json. Names and shapes of all
   tensors are checked before any tensor is read. Arrays are assembled in memory-mapped files, so they may be larger than
   memory.
+
+  Returns a text for the user: a summary, and the commands to run next.
 
   Args:
     path: the directory of the model.
@@ -178,8 +179,8 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
   Returns [] if `path` is 'none', or a folder without a tokenizer.
 
   Raises:
-    HfError: the tokenizer can't be read or has more than vocab_size tokens. Or one of its files is too large, or is a
-      symbolic link that leads out of the model's folder. The target of such a link would be copied, and perhaps
+    HfError: the tokenizer can't be read, has more than vocab_size tokens, or has a file that is too large. Also raised
+      if a file is a symbolic link out of the model's folder, because the link's target would be copied, and perhaps
       published.
   """
   if path == 'none' or (pathlib.Path(path).is_dir() and not tokenizer.find(path).exists()):
@@ -203,7 +204,7 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file from which the tokenizer is to be read, or '' for the tokenizer.json of the folder.
+  """Returns the name of the file to read the tokenizer from. '' stands for the folder, of which tokenizer.json is read.
 
   Folders that `export` wrote can have a SentencePiece model and the tokenizer.json made from it. Then the SentencePiece
   model is read, so that the tokenizer keeps its hash.

@@ -85,12 +85,12 @@ def decay_start(c: OptimizerConfig, steps: int) -> int:
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
   """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101) or Muon.
 
-  With Muon, the momentum of each matrix in the layers, and of each expert's matrices, is orthogonalized. The embedding,
-  the head, norms and biases are updated with Adam with Nesterov momentum, as in optax. The optimizer therefore stores
-  one moment for the layers' matrices, and two moments for all other parameters. Sources: optax.contrib.muon, arXiv
-  2502.16982.
+  Muon orthogonalizes the momentum of each matrix of a layer, or of an expert. As in optax, it updates the embedding,
+  the head, norms and biases by Adam with Nesterov momentum. It therefore stores one moment for the layers' matrices,
+  and two moments for all other parameters. Sources: optax.contrib.muon, arXiv 2502.16982.
 
-  Norms and biases get no weight decay. Router biases have no gradient either, so the optimizer doesn't change them.
+  Norms and biases get no weight decay. Router biases get no gradient and no weight decay, so the optimizer doesn't
+  change them.
 
   axes: the names of the dimensions of each parameter, from model.abstract.
   """
@@ -109,11 +109,10 @@ def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientT
 
 
 def matrix(names: tuple[str, ...]) -> optax.contrib.MuonDimensionNumbers | None:
-  """Returns which dimensions of a parameter are the two sides of its matrices, for Muon; None if Adam updates the
-  parameter.
+  """Returns, for Muon, which dimensions of a parameter form its matrices; None if Adam updates the parameter.
 
-  One side is the dimension `embed`. The other side is all other dimensions together, such as heads x head_dim. `layers`
-  and `experts` belong to neither side, because each layer and each expert has its own matrix.
+  The first side of a matrix is the dimension `embed`. The second side is all other dimensions together, such as heads x
+  head_dim. `layers` and `experts` belong to neither side, because each layer and each expert has its own matrix.
 
   names: the names of the parameter's dimensions.
   """

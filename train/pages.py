@@ -23,8 +23,8 @@ class Prefix:
     prompt: the number of the prompt.
     pages: the page numbers, within the part, of the pages that hold the prompt.
     samples: the number of running samples that use the prompt.
-    routed: (choices, f), set by the sampler. choices are the experts chosen in a prefill of several prompts (None for a
-      dense model), and f is the index of this prompt among them.
+    routed: (choices, f), set by the sampler. choices are the experts chosen in the prefill of this prompt and perhaps
+      others (None for a dense model). f is the index of this prompt in choices.
   """
 
   prompt: int
@@ -42,10 +42,10 @@ class Running:
     index: the number of the sample among the samples of the prompt.
     limit: the largest number of tokens to draw.
     row: the sample's row of the cache.
-    prefix: the prompt in the cache.
-    pages: the pages for the sample's own tokens.
+    prefix: the sample's prompt in the cache.
+    pages: the numbers of the pages for the sample's own tokens.
     count: the number of drawn tokens that the host has read.
-    drawn: (tokens, log-probabilities, experts) that the host has read, one entry for each dispatch.
+    drawn: what the host has read: (tokens, log-probabilities, experts) for each dispatch.
   """
 
   prompt: int
@@ -91,10 +91,12 @@ class Pages:
     return any(sample.count + tokens < sample.limit for sample in self.running.values())
 
   def grow(self, tokens: int) -> list[Running]:
-    """Gives each running sample, the oldest first, pages for `tokens` tokens beyond those that the host has read.
+    """Gives running samples the pages for their next tokens, the oldest sample first. Returns the samples that it
+    stopped.
 
-    If a part of the mesh has too few free pages, the sample of this part that started last is stopped. Returns the
-    stopped samples.
+    If a part of the mesh has too few free pages, the sample of this part that started last is stopped.
+
+    tokens: the number of tokens that a sample needs room for, besides those that the host has already read.
     """
     stopped = []
     for part in self._parts:
@@ -114,9 +116,9 @@ class Pages:
   ) -> tuple[list[Running], list[Prefix | None]]:
     """Starts samples from the queue while there are free rows and pages.
 
-    Starting a sample must leave enough free pages in its part of the mesh: one for every running sample that may need
-    more pages. No sample starts in a part in which the last call of `grow` stopped a sample. Samples whose prompt is
-    already in the part start first.
+    Samples whose prompt is already in the part start first. After a sample has started, its part of the mesh must still
+    have one free page for every running sample that may need more pages. If the last call of `grow` stopped a sample of
+    a part, no sample starts in this part.
 
     Args:
       queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from the
@@ -218,10 +220,10 @@ class Pages:
     return True
 
   def _room(self, part: _Part, pages: int, queue) -> bool:
-    """Frees pages of prompts that no running sample uses. Returns whether `part` then has at least `pages` free pages.
+    """Returns True if `part` has at least `pages` free pages, after freeing the pages of unused prompts.
 
-    If such a prompt has no samples in the queue, its pages are always freed. If it has samples in the queue, its pages
-    are freed only if `part` has too few free pages.
+    A prompt is unused if no running sample has it. An unused prompt with samples in the queue keeps its pages as long
+    as there are enough free pages without them.
 
     queue: as in `start`.
     """

@@ -61,8 +61,7 @@ class SamplerConfig:
     cache_tokens: the number of tokens that the cache has room for, on all devices together. 0 means room for all rows
       at their greatest length, each with a prompt of its own. When the cache is full, the sample that started last is
       stopped, and starts again later.
-    decode_split: the number of devices that share one copy of the weights (decode_mesh.py). 0 means that the model and
-      the devices decide.
+    decode_split: the number of devices that share one copy of the weights. 0 means `decode_mesh.default_split`.
     page_tokens: the number of tokens per page of the cache. It is reduced if even the longest prompts and answers can't
       fill a page.
 
@@ -141,8 +140,8 @@ class Sample(NamedTuple):
     prompt_id: the id of the prompt.
     index: the number of this sample among the samples of the prompt.
     tokens: int32 [n], n >= 1, the tokens drawn. The last token is EOS if and only if `finish` is 'eos'.
-    logp: float32 [n], nats: the log-probability of each token in the distribution it was drawn from, which is the
-      model's after temperature, top_k and top_p. At temperature 0 all are 0.
+    logp: float32 [n], the log-probability of each token in nats, after temperature, top_k and top_p have been applied.
+      At temperature 0 all are 0.
     finish: 'eos', or 'length' if the answer reached its largest number of tokens without EOS.
     choices: int16 [m + n - 1, L, k] for a prompt of m tokens: the k experts chosen in each of the L layers, for every
       token except the last, which doesn't go through the model. None if they weren't recorded.
@@ -157,14 +156,14 @@ class Sample(NamedTuple):
 
   @property
   def text_tokens(self) -> np.ndarray:
-    """The tokens without EOS, which has no text."""
+    """The tokens of the answer's text, which are all tokens except EOS."""
     return self.tokens[:-1] if self.finish == 'eos' else self.tokens
 
 
 def decode_param_axes(c: model.ModelConfig) -> Any:
-  """Returns the names of the dimensions of each array that `decode_params` returns.
+  """Returns the logical names of the dimensions of each array that `decode_params` returns.
 
-  The names are those of the model's parameters. The layers form a list, so their arrays have no dimension `layers`.
+  The names are the same as in the model's parameters, but without `layers`, because the sampler has a list of layers.
   """
   return jax.tree.map(
     lambda names: [names[1:]] * c.layers if names[0] == 'layers' else names, model.abstract(c)[2], is_leaf=_is_names)
@@ -203,9 +202,9 @@ class Sampler:
     c: the model.
     s: the settings.
     eos: the id of the token that ends a sample.
-    mesh: the mesh of the parameters; None for one device. The sampler decodes on a mesh of its own over the same
-      devices (decode_mesh.py), into which each call copies the weights. Rows are sharded over its axes data and expert,
-      and key heads over tensor.
+    mesh: the mesh of the parameters; None for one device. Each call copies the weights to the sampler's own mesh, which
+      has the same devices (decode_mesh.py). There, the axes data and expert split the rows, and the axis tensor splits
+      the key heads.
 
   Raises:
     ValueError: the mesh doesn't divide the rows, the cache is too small for one sample in each part of the mesh,
@@ -288,7 +287,7 @@ class Sampler:
   def lower_weights(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program that copies the parameters into the sampler's mesh, once per call of the sampler.
 
-    params: as abstract arrays with shardings.
+    params: the parameters as jax.ShapeDtypeStruct with shardings.
     """
     return self._weights.lower(params)
 
@@ -392,7 +391,7 @@ class Sampler:
   def _start(self, weights, rows, pages, queue, prompts, tokens) -> tuple['_Rows', list[Running]]:
     """Starts samples from the queue while there are free rows and pages, and prefills their prompts.
 
-    Returns (the updated rows, the started samples). The samples must still be put into their rows.
+    Returns (the updated rows, the started samples). The caller must still put the samples into their rows, with `_put`.
 
     weights: the result of `decode_params`.
     rows: the _Rows on the device.
@@ -410,7 +409,9 @@ class Sampler:
       started += samples
 
   def _starts(self, stopped: list[Running], started: list[Running], prompts) -> '_Start':
-    """Returns what `_put` needs to empty the rows of stopped samples, and to put started samples into theirs."""
+    """Returns the _Start with which `_put` empties the rows of stopped samples and puts started samples into their
+    rows.
+    """
     new = _Start(*np.zeros((5, self.s.decode_batch_size), np.uint32))
     for sample in stopped:
       new.put[sample.row] = True
@@ -446,14 +447,14 @@ class Sampler:
 
 
 class _Start(NamedTuple):
-  """The samples to put into rows. Every field is uint32 [R].
+  """The changes that `_put` makes to the rows of the cache. Every field is uint32 [R].
 
   Attributes:
     put: 1 if the row changes, else 0.
     token: the last token of the prompt.
-    limit: the greatest number of tokens to draw. With 0, nothing starts, and the row is emptied.
-    prompt_id: the number of the prompt.
-    index: the number of the sample among those of its prompt.
+    limit: the greatest number of tokens to draw. 0 empties the row, and starts no sample in it.
+    prompt_id: the id of the prompt.
+    index: the number of the sample among the samples of the prompt.
   """
 
   put: Any
@@ -508,7 +509,11 @@ def _choices(routing: model.Routing | None) -> jax.Array | None:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(rows, new, seed, step) -> _Rows:
-  """Returns the rows after putting the samples of `new`, a _Start, into them."""
+  """Returns the rows after emptying some of them and putting samples into others.
+
+  new: a _Start, which says what to change.
+  seed, step: uint32, for the random keys of the samples.
+  """
   new = _pinned(new)
 
   def put(old, x):
@@ -574,10 +579,10 @@ def _decode(c, s, eos, weights, rows, table):
 
 
 def _scan(body, rows, steps):
-  """Returns what `jax.lax.scan(body, rows, length=steps)` returns, but a CPU stops when no row is live.
+  """Returns what `jax.lax.scan(body, rows, length=steps)` returns. On a CPU, stops early if all samples have ended.
 
-  The results of steps that weren't taken are zeros. A GPU would wait for the host to decide about each step, so that
-  there the number of steps is fixed.
+  The results of steps that weren't taken are zeros. Other devices always take all steps, because a GPU would have to
+  wait for the host to decide after each step whether to continue.
   """
   if model.platform() != 'cpu':
     return jax.lax.scan(body, rows, length=steps)

@@ -32,8 +32,7 @@ from betarank.objectives import (
 
 
 def layout() -> Layout | None:
-  """Returns how the head's arrays are sharded over the current mesh (see model/sharding.py), or None if there is no
-  mesh.
+  """Returns the Layout of the head's arrays on the current mesh (see model/sharding.py), or None if there is no mesh.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return None
@@ -104,7 +103,7 @@ def token_stats(c: model.ModelConfig, params: Any, batch: Batch, top_k: int) -> 
 def leading_two(c: model.ModelConfig, params: Any, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (log p1, log p1 - log p2), [B, T] float32 nats.
 
-  p1 and p2 are the probabilities of the two most probable tokens at each position.
+  At each position, p1 is the largest probability of a token, and p2 the second largest.
   """
   return objectives.leading_two(hidden_BTD, model.head(c, params), layout())
 
@@ -160,10 +159,12 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def means(s: dict[str, Any]) -> dict[str, float]:
-  """Computes figures per token and per byte from sums. The figures have the names that logs and reports use.
+  """Computes figures per token and per byte from the result of `sums`. They have the names that logs and reports use.
 
   For a mixture of experts, the figures include `expert_load_max_over_mean`: the load of the busiest expert divided by
   the mean load, in the layer where this ratio is largest.
+
+  s: the result of `sums` for one batch, or of `add` for several.
   """
   s = dict(s)
   load_LE = s.pop('expert_load', None)

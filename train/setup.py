@@ -128,7 +128,7 @@ def _finish_save(checkpoints: checkpoint.Checkpoints) -> None:
 
 
 def check_rows(key: str, rows: int, mesh_shape: Mapping[str, int], microbatches: int = 1) -> None:
-  """Raises ConfigError if `rows` isn't a multiple of the microbatches times the sizes of the mesh's batch axes.
+  """Raises ConfigError if `rows` can't be divided equally over the microbatches and the mesh's batch axes.
 
   key: the config key of the number of rows, for the message.
   """
@@ -207,13 +207,12 @@ def begin(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, checkpoints: checkpoint.Checkpoints, *,
   seed: int, init_from: str, everything: bool = False,
 ) -> Beginning:
-  """Returns the state that a run begins with, and its origin. This module's docstring says which checkpoint is
-  restored.
+  """Returns the state that a run begins with, and its origin. This module's docstring says which checkpoint is used.
 
   Args:
     c, tx, mesh: the model, optimizer and mesh of the state.
     checkpoints: the checkpoints of the run's workdir.
-    seed: selects the random weights.
+    seed: the seed of the random weights.
     init_from: a workdir or a checkpoint to start a new run from; '' for random weights.
     everything: whether a new run also takes the optimizer state, the step and the data cursor from `init_from`. If
       False, it takes only the weights.
@@ -368,7 +367,7 @@ def finished(log: Log, root: epath.Path, config: ConfigDict, step: int, parent: 
 
 
 def no_implicit_transfers() -> contextlib.AbstractContextManager[None]:
-  """Forbids implicit transfers between host and devices in the block. A transfer would make an update wait.
+  """Forbids implicit transfers between host and devices in a `with` block. A transfer would make an update wait.
 
   If JAX_DISABLE_JIT is set, transfers are allowed, because each operation then transfers its constants.
   """

@@ -86,11 +86,11 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
       head.
 
       r: the number of the item in this program, from 0.
-      t: the number of blocks of keys that this program has processed for the items before r.
+      t: the number of blocks of keys that this program has processed in earlier items.
       b, tile, n: the row, the number of the block of queries in the row, and the query head.
       steps: the number of blocks of keys to process, from the diagonal (block 0) back to the start of the first query's
         document.
-      full: blocks 1 to full - 1 lie within the documents of all queries, so they need no mask; full is at least 1.
+      full: blocks 1 to full - 1 need no mask, because they lie within the documents of all queries; full is at least 1.
       """
       def one(r, t):
         # Every other round runs in reverse order, so that no program gets the longest item of every round.
@@ -116,9 +116,10 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
         start_Q = plgpu.load(start_ref.at[b, at], layout=ROW, optimized=False)
 
         def softmax(t, masked, s_QS, most_Q, sum_Q):
-          """Returns (p, the new maximum, the new sum, the factor by which the old output and sum are rescaled).
+          """Adds a block of keys to the running softmax. Returns (p_QS, new maximum, new sum, factor).
 
-          p is the exponential of each score, relative to the new maximum.
+          p_QS is 2^(scaled score - new maximum). The output of earlier blocks must be multiplied by factor, 2^(old
+          maximum - new maximum).
 
           t: the number of the block of keys, counted from the diagonal.
           masked: whether the block may have keys that some query doesn't see.
@@ -235,11 +236,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
 
 
 def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
-  """Returns (dq·√H in float32, dk, dv). Each program owns a block of keys, and adds its part of dq to the sum.
+  """Returns (dq·√H in float32, dk, dv), where dq, dk and dv are the gradients of q, k and v.
 
-  The two computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. Therefore
-  they write ds, the gradient of the scores, to shared memory. The third warpgroup computes dq from ds, and the copy
-  engine adds dq to the sum in the L2 cache.
+  Each program computes dk and dv of one block of keys, and adds its part of dq to a sum over programs. The two
+  computing warpgroups each hold dk and dv of 64 keys in registers, which leaves no registers for dq. Therefore they
+  write ds, the gradient of the scores, to shared memory. The third warpgroup computes dq from ds, and the copy engine
+  adds dq to the sum in the L2 cache.
 
   dout_BTNH: the gradient of the output.
   lse_BNT: from `_forward`.

@@ -197,9 +197,10 @@ def _dkv(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, start_BT, end_BT
 
 
 def _over_keys(step, start_ref, tile, queries: int, keys: int, carry):
-  """Repeats carry = step(masked, j, carry) over the blocks of keys that a block of queries sees. Returns the carry.
+  """Computes carry = step(masked, j, carry) for each block j of keys that a block of queries sees. Returns the final
+  carry.
 
-  step: j is the number of the block of keys. If masked is True, some query may not see all keys of the block.
+  step: a function. `masked` is True if some query may not see all keys of block j.
   start_ref: the start of each query's document.
   tile: the number of the block of queries in its row.
   queries, keys: the sizes of a block of queries and of a block of keys.

@@ -20,7 +20,7 @@ VMEM_BYTES = 48 * 2**20  # v5e and v6e have 128 MiB, v5p has 64 MiB; the compile
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if the kernel's data fits into VMEM.
+  """Returns True if the kernel's data for experts of this width D and hidden width F fits into VMEM.
 
   The kernel needs two bfloat16 blocks of each weight and of each gradient, and a float32 sum of each gradient.
   """
@@ -107,7 +107,7 @@ def _tiles_per_core(tiles: int, used):
 
 
 def _tile(core, step, expert_C, work):
-  """Returns the index of the tile that a core processes in a step. After its last tile, a core stays at that tile.
+  """Returns the index of the tile that a core processes in a grid step. After its last tile, a core keeps this index.
 
   core, step: the position in the grid.
   work: (number of used tiles, tiles per core).

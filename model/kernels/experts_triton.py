@@ -19,9 +19,9 @@ MOST, DEPTH = 128, 64  # the largest block of the output (rows and columns), and
 
 
 def fits(width: int, hidden: int) -> bool:
-  """Returns True if the kernels support these sizes: width and hidden must be divisible by 32.
+  """Returns True if the kernels support experts of this width D and hidden width F.
 
-  Blocks have sides of at least 32, and each side is a power of two.
+  Both must be divisible by 32, because the sides of a block are powers of two and at least 32.
   """
   return min(_block(width), _block(hidden)) >= 32
 
@@ -42,7 +42,7 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 
 @jax.custom_vjp
 def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
-  """Returns each tile times its expert's weights, [C, R, O].
+  """Returns the matrix product of each tile and its expert's weights, [C, R, O].
 
   expert_C: int32, the expert number of each tile, in ascending order.
   used: int32 scalar. Only the first `used` tiles of the output are defined.

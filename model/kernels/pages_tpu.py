@@ -34,7 +34,7 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
   for every token.
 
   Args:
-    pages_P2KSH: keys and values, in the dtype of the queries. The result takes their place in memory.
+    pages_P2KSH: keys and values, in the dtype of the queries. The returned pages use the same memory.
     q_RNH, k_RKH, v_RKH: the query, key and value of each row's token.
     table: a decode.Table. Its units aren't used.
     length_R: int32, the number of tokens in each row's own pages, before this token.
@@ -42,8 +42,8 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
     prompt_pages: I, the number of prompt pages in each row of the table.
 
   Returns:
-    (out_RNH, pages_P2KSH). out_RNH is softmax(q·k/√H) v over the keys in the row's pages, computed in float32; 0 in
-    rows without a token.
+    (out_RNH, pages_P2KSH). out_RNH is softmax(q·k/√H) v over the keys in the row's pages, computed in float32. In rows
+    without a token it is 0.
   """
   (rows, heads, width), (_, _, kv_heads, size, _) = q_RNH.shape, pages_P2KSH.shape
   group, ways = heads // kv_heads, cores()

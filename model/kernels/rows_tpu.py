@@ -1,8 +1,8 @@
 """Scatter-add of rows on a TPU. XLA would add the rows one by one.
 
 The rows are first gathered in the order of their destinations, and divided into tiles. The sums are divided into
-blocks. A tile is added to a block by a matrix product with a matrix of zeros and ones. A tile whose rows belong to two
-blocks is visited twice. On a chip with two cores, each core takes half of the width.
+blocks. A tile is added to a block by a matrix product with a matrix of zeros and ones. A tile whose rows belong to
+several blocks is visited once per block. On a chip with two cores, each core takes half of the width.
 
 # P rows  V visits of tiles  M rows of a tile  G sums  B blocks of sums  D width
 """
@@ -19,9 +19,9 @@ TILE, BLOCK = 256, 128
 
 
 def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
-  """Returns out_g, the sum of y_p over the rows with to_p = g: [G, D], where G is `sums`.
+  """Returns sums of the rows of y, [G, D] with G = `sums`. Row p is added to sum number to_P[p].
 
-  Rows with to_p >= G are ignored, even if they hold NaN.
+  Rows with to_P[p] >= G are ignored, even if they hold NaN.
   """
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)

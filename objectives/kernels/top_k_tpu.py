@@ -2,13 +2,13 @@
 
 The logits of a row are laid out as columns of LANES consecutive logits, and are divided into about 24·k groups. A group
 holds the logits of one lane in several neighbouring columns. One pass over the row keeps the DEPTH largest logits of
-each group as candidates. Bisection over float32 bit patterns finds the k-th largest candidate. This is also the k-th
-largest logit of the row, unless all candidates of some group are at or above it, because such a group may have further
-large logits. That happens to about one row in 3000 of independent logits at k = 100. For such rows, bisection then runs
-over the whole row.
+each group as candidates. Bisection over float32 bit patterns finds the k-th largest candidate. In most rows, this is
+also the k-th largest logit of the row. It may not be if all candidates of some group are at or above it, because that
+group may have further large logits. This happens to about one row in 3000 of independent logits at k = 100. For such
+rows, bisection then runs over the whole row.
 
-If more logits equal the k-th largest than belong to the top k, bisection also finds the last id of the top k. The
-result is therefore always exact, and only the time depends on the logits. The XLA operations for a top k
+If several logits equal the k-th largest, and only some of them belong to the top k, bisection also finds the last id of
+the top k. The result is therefore always exact, and only the time depends on the logits. The XLA operations for a top k
 (objectives/top_k.py) move the logits several times on a TPU, and sort.
 
 # R rows of a block  L lanes  V vocabulary  k size of the top k
@@ -70,7 +70,8 @@ def _columns(vocab):
 
 
 def _span(vocab, k):
-  """Returns the number of columns, and so of logits, per group."""
+  """Returns the number of columns of a group. A group has one logit of each of its columns, so it has as many logits.
+  """
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 

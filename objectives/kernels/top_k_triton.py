@@ -1,10 +1,10 @@
 """A Triton kernel that finds the k-th largest logit of a row, reading each logit once. XLA would sort the row.
 
 Each of LANES lanes keeps the DEPTH largest logits that it reads. Bisection over float32 bit patterns finds the k-th
-largest of the kept logits. This is also the k-th largest logit of the row, unless all logits kept by some lane are at
-or above it, because such a lane may have read further large logits. That happens to about one row in 2000 of
-independent logits at k = 100. For such rows, bisection then runs over the whole row. The result is therefore always
-exact.
+largest of the kept logits. In most rows, this is also the k-th largest logit of the row. It may not be if all logits
+kept by some lane are at or above it, because that lane may have read further large logits. This happens to about one
+row in 2000 of independent logits at k = 100. For such rows, bisection then runs over the whole row. The result is
+therefore always exact.
 
 # C rows  V vocabulary  L lanes  k size of the top k
 """
@@ -59,7 +59,7 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
     def write_results(total):
       """Writes the outputs of `find_head` for this row, and returns the k-th largest logit.
 
-      total(f) must return the sum of f(logits, ids) over a set of tokens that contains the top k.
+      total: a function. total(f) is the sum of f(logits, ids) over a set of tokens. Tokens outside the set are ignored.
       """
       count = lambda condition: total(lambda z_L, id_L: jnp.where(condition(z_L, id_L), 1, 0))
       value = to_float(_bisect(lambda low: count(lambda z_L, _: to_key(z_L) >= low) >= k, -(2**31), 2**31 - 1))
