@@ -53,8 +53,7 @@ class Run:
   curves: Mapping[str, Curve]
 
   def curve(self, key: str) -> Curve:
-    """Returns (steps [X], values [X]) of the metric `key`. Steps at which the value isn't a finite number are left out.
-    """
+    """Returns (steps [X], values [X]) of the metric `key`, without the steps at which the value isn't finite."""
     steps, values = self.curves.get(key, (np.array([], np.int64), np.array([])))
     there = np.isfinite(values)
     return steps[there], values[there]
@@ -203,8 +202,7 @@ def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def evaluations(run: Run) -> dict[str, dict[int, tuple[float, float]]]:
-  """Returns the results of the evaluations that took place during RL: {'held_out Avg@16': {step: (mean, standard
-  error)}}.
+  """Returns the results of the evaluations during RL: {'held_out Avg@16': {step: (mean, standard error)}}.
 
   The standard error is NaN if it wasn't logged.
   """
@@ -362,9 +360,7 @@ def _short(label: str) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Returns the moving average of values [X]: entry i is the mean of the last `window` values up to and including value
-  i.
-  """
+  """Returns the moving average of values [X]. Entry i is the mean of the last `window` values up to and including i."""
   total = np.concatenate([[0.0], np.cumsum(values)])
   last = np.arange(1, len(values) + 1)
   first = np.maximum(last - window, 0)

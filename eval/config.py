@@ -146,14 +146,13 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """Returns the checkpoint, its parent and the code version. Every result file stores them."""
+    """Returns {'checkpoint', 'step', 'parent', 'code_version'}, which every result file stores."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns the checkpoint at `path` as a list of one. If `path` is a workdir, this is the newest checkpoint of the
-  run.
+  """Returns the checkpoint at `path` as a list of one. For a workdir, this is the newest checkpoint of the run.
 
   every: if True, returns all checkpoints in the folder of this checkpoint instead, oldest first.
 

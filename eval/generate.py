@@ -240,9 +240,10 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (text, task), so that the verifier finds `text` right for `task` if two answers to a problem are equal.
+  """Returns (text, task), with which a verifier compares two answers to a problem: its verdict is RIGHT if they are
+  equal.
 
-  answer: one of the two answers, which the text states.
+  answer: one of the two answers, which `text` states.
   reference: the other answer, which replaces the reference of the problem.
   task: the problem.
   """

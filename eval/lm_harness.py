@@ -258,7 +258,7 @@ def _check_alike(asked: Any) -> None:
 def trained_length(subject: CheckpointRef) -> int:
   """Returns the longest sequence length that the checkpoint was trained with, in tokens.
 
-  For an RL run, this is data.sequence_length, or the longest prompt with the longest answer if that is longer.
+  This is data.sequence_length or, for RL, the maximum length of a prompt with its answer if that is longer.
   """
   config = subject.meta['config']
   longest = config['data']['sequence_length']

@@ -172,8 +172,8 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
   """Computes the metrics of one domain (source of the data) in float64. Returns {metric: value}.
 
-  Names of metrics end with the unit, such as 'ce_nats'. A few values are dicts: quantiles, histograms, the calibration
-  curve and the coverage.
+  The name of a metric ends with its unit, if it has one, such as 'ce_nats'. A few values are dicts: quantiles,
+  histograms, the calibration curve and the coverage.
 
   coverage[n] is the fraction of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
   target at most once. arXiv 2510.15020 defines a coverage profile, which is P[p_data / p_model >= n] for a token.
@@ -219,12 +219,12 @@ def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
 
 
 def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
-  """Returns the calibration curve, for tokens that are divided into bins by the probability of the model's most
-  probable token.
+  """Returns the calibration curve: how often the model's most probable token is right, depending on its probability.
 
-  The result has the edges of the bins and, for each bin, three values: `counts` is its number of tokens. `confidence`
-  is the mean probability of the most probable token. `accuracy` is the fraction of tokens for which the most probable
-  token is the target. The last two are None for an empty bin.
+  Tokens are divided into bins by the probability of the most probable token. The result has the `edges` of the bins
+  and, for each bin, three values. `counts` is the number of tokens. `confidence` is the mean probability of the most
+  probable token. `accuracy` is the fraction of tokens for which the most probable token is the target. The last two are
+  None for an empty bin.
 
   confidence_N: the probability of the most probable token.
   right_N: bool, True where the most probable token is the target.

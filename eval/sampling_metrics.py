@@ -38,10 +38,10 @@ class Samples:
   """
 
   problems: tuple[str, ...]
-  score_PN: np.ndarray  # float64: 1 right, 0 wrong, NaN undecided or missing
-  group_PN: np.ndarray  # int64: equal answers have the same number >= 0; -1 means no answer
-  tokens_PN: np.ndarray  # float64: the length in tokens
-  truncated_PN: np.ndarray  # float64: 1 if the sample was cut off at the length limit
+  score_PN: np.ndarray
+  group_PN: np.ndarray
+  tokens_PN: np.ndarray
+  truncated_PN: np.ndarray
 
   @property
   def undecided(self) -> int:

@@ -13,11 +13,11 @@ resampled problems.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
   than all possible problems have.
 - For values in a range [low, high], the interval is cut at Gaffke's limits. As far as is known, these are valid for any
-  distribution of such values. The upper limit is a quantile of a random weighted mean: of the values and one more
-  value, `high`, with weights from a flat Dirichlet distribution. The lower limit is computed in the same way, with
-  `low`. For scores of 0 or 1, the limits equal those of Clopper and Pearson. If all problems have the same value, only
-  Gaffke's limits are used. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and Thomas,
-  arXiv 1905.06208.
+  distribution of such values. To compute the upper limit, add one more value, `high`, to the values, and take a
+  weighted mean with weights from a flat Dirichlet distribution. The limit is a quantile of this random mean. The lower
+  limit is computed in the same way, with `low`. For scores of 0 or 1, the limits equal those of Clopper and Pearson. If
+  all problems have the same value, only Gaffke's limits are used. Source: Gaffke, Mathematical Methods of Statistics 14
+  (2005); Learned-Miller and Thomas, arXiv 1905.06208.
 
 The coverage of a method is how often its 95 % intervals contain the true value. For the fraction of right answers on
 ten problems, most of which are never solved, it is 96-99 %. For paired differences on ten problems, it is 96 % on
@@ -27,10 +27,10 @@ contains no problem that gains. `python -m benchmarks.intervals` prints a table 
 
 **Noise of seeds.** There are too few seeds to resample. So there are two intervals around the mean: one for the noise
 of problems, from the bootstrap, and one for the noise of seeds, from Student's t distribution. On each side of the
-mean, the distances a and b to the two limits are combined as sqrt(a^2 + b^2) (MOVER, the method of variance estimates
-recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative is to add the
-variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower, but their
-coverage is only 92 % for three seeds, and less than 90 % for two.
+mean, the distances a and b to the limits of both are combined as sqrt(a^2 + b^2) (MOVER, the method of variance
+estimates recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative is to
+add the variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower, but
+their coverage is only 92 % for three seeds, and less than 90 % for two.
 
 The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-value and interval always agree.
 
@@ -70,9 +70,9 @@ class Estimate:
   low: float
   high: float
   p_value: float
-  smallest_detectable: float  # the true distance from zero that would be detected with 80 % power
-  problems: int  # the number of problems used
-  left_out: int  # the number of problems without a value in some seed or arm
+  smallest_detectable: float
+  problems: int
+  left_out: int
   seeds: int
 
   @property

@@ -2,7 +2,7 @@
 
 Shows a table of runs, and refreshes it until all of them have finished, or until Ctrl-C. The command only reads the
 files of the workdirs, local or gs://, so it works on any machine that can read these files. A run in a bucket uploads
-its figures with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are
+its metrics with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are
 shown too.
 """
 
