@@ -1,17 +1,19 @@
-"""Opens benchmarks: problems with checked answers, from the user's jsonl files or from any task of tasks/task_set.py.
+"""Opens benchmarks: sets of problems with reference answers, from the user's jsonl files or from any task of
+tasks/task_set.py.
 
-    --benchmark=amc23,math500                     names of TABLE, whose files are in config.eval.sample.data_dir
+    --benchmark=amc23,math500                     names in TABLE; their files are in config.eval.sample.data_dir
     --benchmark=reasoning:chain_sum?max_terms=2   a task's URI; generated problems come from the held-out split
     --benchmark=jsonl:/path/to/mine.jsonl         a file in any of the forms of tasks/records.py
     --benchmark=code:/path/to/mine.jsonl          programming problems in the form of HumanEval or MBPP
 
-If TABLE gives the sha256 of a benchmark's file, the file must match it. Other files aren't checked. Every result
-records a hash of the prompts and references, and a hash of the file if there is one.
+TABLE lists the benchmarks that have a name. If it gives a sha256 for a benchmark, the user's file must have this hash.
+Other files aren't checked. Every result records a hash of the prompts and references, and a hash of the file if there
+is one.
 
-As in the paper (arXiv 2512.22955, appendix), worked examples come before each question in some benchmarks of TABLE. The
-field `examples` of an Entry names the file that they are read from. In mathematics, the examples are the first problems
-in this file. For MBPP they come from the file of the benchmark itself: first the three examples of MBPP's paper
-(task_id 2, 3 and 4), then other problems. The benchmark doesn't ask the problems that serve as examples.
+For some benchmarks, the paper (arXiv 2512.22955, appendix) puts worked examples before each question. They come from
+the file that `Entry.examples` names. In mathematics, they are the first problems in this file. For MBPP, they are first
+the three examples of MBPP's paper (task_id 2, 3 and 4), then other problems in the order of the file. Programming
+problems that serve as examples aren't asked.
 """
 
 import dataclasses
@@ -36,15 +38,15 @@ from betarank.tasks.task_set import Task, TaskConfig, TaskSet, read_jsonl
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A file of problems.
+  """Describes a benchmark of TABLE: the file with its problems, and how its questions are asked.
 
   Attributes:
-    file: the file's name in data_dir.
-    origin: where the file comes from.
+    file: the name of the file in the folder config.eval.sample.data_dir.
+    origin: where users can get the file.
     shots: the number of worked examples that the paper puts before each question; 0 if the paper doesn't say.
     answer_format: 'line' or 'boxed' (see tasks/answers.py), or 'code' (see tasks/code_problems.py).
     examples: the name of the file that the worked examples come from; '' if there is none.
-    sha256: the file's sha256; '' if unknown.
+    sha256: the sha256 of the file, in hexadecimal; '' if unknown.
   """
 
   file: str
@@ -93,11 +95,13 @@ class Benchmark:
     name: the name as the user gave it.
     folder: the name in a form that can be part of a path.
     tasks: the problems, in the order of their source.
-    data_sha256: the sha256 of prompts, references and verifiers. Results with the same hash are for the same questions.
+    data_sha256: the sha256 of all prompts, references and verifiers. Two results are for the same questions if their
+      hashes are equal.
     file_sha256: the sha256 of the file of problems; '' for generated problems.
-    shots, answer_format: the number of worked examples and the answer format that are used.
-    left_out: one line about the problems that are left out because their reference can't be compared with answers; ''
-      if there are none.
+    shots: the number of worked examples before each question.
+    answer_format: the format in which the final answer must be given, as in Entry.
+    left_out: one line about the problems that aren't asked because their reference answer can't be used; '' if there
+      are none.
   """
 
   name: str
@@ -111,11 +115,13 @@ class Benchmark:
 
 
 def open_benchmark(name: str, c: SampleConfig) -> Benchmark:
-  """Returns the benchmark `name`, with the prompt, worked examples and number of problems that the settings `c` ask
-  for.
+  """Returns the benchmark `name`, read or generated as the settings `c` say.
+
+  `c` determines the prompt template, the number of worked examples and the number of problems.
 
   Raises:
-    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or a file's hash differs from TABLE.
+    EvalError, ConfigError or DataError: the name is unknown, a file is missing, or the hash of a file isn't the one in
+      TABLE.
   """
   if ':' in name:
     entry, uri = Entry('', '', answer_format='line'), name
@@ -172,7 +178,9 @@ def _hash(content: bytes) -> str:
 
 
 def _sha256(pattern: str) -> str:
-  """Returns the sha256 of the file that matches `pattern` or, if several match, the sha256 of their joined hashes."""
+  """Returns the sha256 of the file that matches `pattern`. If several files match, returns the sha256 of their
+  concatenated hashes.
+  """
   found = [_hash(epath.Path(path).read_bytes()) for path in formats.find(pattern)]
   return found[0] if len(found) == 1 else _hash(''.join(found).encode())
 
@@ -183,7 +191,11 @@ def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> st
   The examples are the first `shots` problems in the file `entry.examples`, each with its solution. Every solution
   states the final answer in the format `task.answer_format`.
 
-  task: has the template of prompts and the answer format.
+  task: gives the prompt template and the answer format.
+
+  Raises:
+    ConfigError: the benchmark has no examples.
+    EvalError: the file of examples is missing, or has fewer than `shots` problems.
   """
   if not shots:
     return ''
@@ -213,11 +225,13 @@ def _examples_path(c: SampleConfig, entry: Entry, shots: int) -> str:
 
 
 def _worked(record: Mapping[str, Any], where: str) -> str:
-  """Returns the worked solution of a record: MATH's `solution`, or the part of GSM8K's `answer` before '####'.
+  """Returns the worked solution of a problem: MATH's field `solution`, or the part of GSM8K's field `answer` before
+  '####'.
 
   GSM8K's calculator marks (<<...>>) are removed.
 
-  where: the file and line of the record, for messages.
+  record: the problem, as an object from a jsonl file.
+  where: the file and line of the record, for error messages.
 
   Raises:
     DataError: the record has no worked solution.

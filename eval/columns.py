@@ -1,4 +1,7 @@
-"""Collects the figures of a metrics file by name. Runs may have a million steps, so a figure takes 16 bytes."""
+"""Collects the values of a metrics file by metric name.
+
+A run may have a million steps, so values are kept in compact arrays: 16 bytes for each step and value.
+"""
 
 from array import array
 
@@ -8,22 +11,22 @@ from betarank.eval.report.runs import Curve
 
 
 class Columns:
-  """Figures by name and step, in the order in which they are added."""
+  """Collects (step, value) pairs for each metric."""
 
   def __init__(self):
     self._columns: dict[str, tuple[array, array]] = {}
 
   def add(self, step: int, name: str, value: float) -> None:
-    """Adds a figure. The step must be less than 2**63."""
+    """Adds the value of metric `name` at a step. The step must be less than 2**63."""
     if (column := self._columns.get(name)) is None:
       column = self._columns[name] = array('q'), array('d')
     column[0].append(step)
     column[1].append(value)
 
   def curves(self) -> dict[str, Curve]:
-    """Returns {name: (steps int64 [X], values float64 [X])}, in ascending order of steps.
+    """Returns {metric: (steps int64 [X], values float64 [X])}, in ascending order of steps.
 
-    If a step has several figures of one name, the last one counts.
+    If a metric has several values at the same step, only the value that was added last is returned.
     """
     return {name: _sorted(np.frombuffer(steps, np.int64), np.frombuffer(values, np.float64))
             for name, (steps, values) in self._columns.items()}

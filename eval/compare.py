@@ -38,13 +38,13 @@ LEGEND, LEGEND_KEY = 115, 10  # characters in a line of the legend; the room tha
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The settings of a run, and the figures that it logged.
+  """The settings of a run, and the metrics that it logged.
 
   Attributes:
     path: the workdir of the run.
     kind: 'RL' or 'pre-training'.
     config: the settings of the run, {dotted key: value}.
-    curves: {metric: (steps, values)}, from the run's metrics.jsonl.
+    curves: {metric: (steps [X], values [X])}, from the run's metrics.jsonl.
   """
 
   path: str
@@ -53,19 +53,22 @@ class Run:
   curves: Mapping[str, Curve]
 
   def curve(self, key: str) -> Curve:
-    """Returns (steps [X], values [X]) of the metric `key`, for the steps at which the value is a finite number."""
+    """Returns (steps [X], values [X]) of the metric `key`, without the steps at which the value isn't finite."""
     steps, values = self.curves.get(key, (np.array([], np.int64), np.array([])))
     there = np.isfinite(values)
     return steps[there], values[there]
 
   @property
   def last_step(self) -> int:
-    """The last step of training."""
+    """The last step of training that was logged."""
     return int(self.curves[next(key for key, kind in KINDS.items() if kind == self.kind)][0][-1])
 
 
 def read_run(path: str) -> Run:
-  """Returns the run in the workdir `path`. Raises ConfigError if there is no run, or if the run hasn't finished a step.
+  """Returns the run in the workdir `path`.
+
+  Raises:
+    ConfigError: there is no run in the workdir, or the run hasn't finished a step.
   """
   root = epath.Path(path)
   if not (root / 'config.json').exists():
@@ -93,7 +96,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-  """Returns a name for each run, made of the settings in which the runs differ, such as 'beta=-0.25, seed=1'.
+  """Returns a name for each run, which lists the settings that differ between the runs, such as 'beta=-0.25, seed=1'.
 
   If no setting differs, or if there is only one run, a run's name is its path.
   """
@@ -113,7 +116,10 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def report(runs: Sequence[Run], width: int) -> str:
-  """Returns the table as text of at most `width` columns. If names are too long for the table, adds a legend."""
+  """Returns the table of the runs as text that is at most `width` characters wide.
+
+  Runs with long names are numbered in the table, and a legend above it gives the names.
+  """
   labels, legend = names(runs), []
   if max(map(len, labels)) > LABEL:
     for number, label in enumerate(labels, 1):
@@ -127,10 +133,12 @@ def report(runs: Sequence[Run], width: int) -> str:
 
 
 def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns (title, columns, rows, notes) of the table of pre-training runs.
+  """Returns (title, column titles, rows, notes) of the table of pre-training runs.
 
-  The table has one row for each run and each source of its validation data. A row has the figures of the run's last
+  The table has one row for each run and each source of its validation data. A row has the metrics of the run's last
   validation on this source. The table is meant to show whether runs have equal cross-entropy but different entropy.
+
+  labels: the names of the runs in the table.
   """
   rows, notes, steps = [], [], {}
   for label, run in zip(labels, runs):
@@ -154,9 +162,9 @@ def _of_pretraining(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def last_validation(run: Run, source: str) -> dict[str, float]:
-  """Returns {'step': step, figure: value, ...} of the newest validation on the data `source`; {} if none.
+  """Returns {'step': step, metric: value, ...} of the newest validation on the data `source`; {} if there is none.
 
-  All figures are of this step.
+  Metrics that weren't logged at this step are left out.
   """
   start = f'eval/{source}/'
   if f'{start}ce_nats' not in run.curves:
@@ -171,8 +179,12 @@ def _sources(run: Run) -> list[str]:
 
 
 def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
-  """Returns (title, columns, rows, notes) of the table of RL runs. A cell shows a run's metric at the start and at the
-  end, as 'start -> end'."""
+  """Returns (title, column titles, rows, notes) of the table of RL runs.
+
+  Most cells show a metric at the start and at the end of a run, as 'start -> end'.
+
+  labels: the names of the runs in the table.
+  """
   held_out = sorted({key for run in runs for key in evaluations(run)})
   rows, notes = [], []
   for label, run in zip(labels, runs):
@@ -190,7 +202,10 @@ def _of_rl(runs: Sequence[Run], labels: Sequence[str]):
 
 
 def evaluations(run: Run) -> dict[str, dict[int, tuple[float, float]]]:
-  """Returns the evaluations during RL, as {'held_out Avg@16': {step: (mean, standard error or NaN)}}."""
+  """Returns the results of the evaluations during RL: {'held_out Avg@16': {step: (mean, standard error)}}.
+
+  The standard error is NaN if it wasn't logged.
+  """
   found = {}
   for key in sorted(key for key in run.curves if key.startswith('eval/') and '/avg_at_' in key):
     _, subject, name = key.split('/', 2)
@@ -215,18 +230,19 @@ def _arrow(start: str, end: str) -> str:
 
 
 def _median(curve: Curve) -> str:
-  """Returns the median of a curve over its steps, as text.
+  """Returns the median of a curve's values as text; '-' if there are no values.
 
-  Outliers, which compilation and a busy machine cause, don't change the median.
+  The median is used because compilation and a busy machine make some steps much slower than the others.
   """
   _, values = curve
   return f'{np.median(values):,.0f}' if len(values) else '-'
 
 
 def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-  """Returns the lines of a table. Columns that don't fit into `width` follow below, after a copy of the first column.
+  """Returns the lines of a text table that is at most `width` characters wide.
 
-  Titles wrap between words. A cell is never cut.
+  If not all columns fit next to each other, the remaining columns follow below, after a copy of the first column. Long
+  titles are wrapped between words. Cells are never cut, so a wide cell can make a line longer than `width`.
   """
   def size(column: int) -> int:
     return max(*(len(row[column]) for row in rows), *map(len, titles[column].split()))
@@ -254,9 +270,9 @@ def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> 
 def plot(runs: Sequence[Run], path: str) -> None:
   """Draws four panels, and saves them to `path`.
 
-  For pre-training runs, two panels show cross-entropy and entropy. The other two show the same figures minus those of
-  the first run. For RL runs, the panels show reward, held-out problems, entropy and length. The legend has the settings
-  in which the runs differ.
+  For pre-training runs, two panels show cross-entropy and entropy, and two show the differences of both to the first
+  run. For RL runs, the panels show reward, held-out problems, entropy and length. The legend names each run by the
+  settings in which the runs differ.
   """
   import matplotlib
 
@@ -292,7 +308,7 @@ def _draw_pretraining(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
 
 
 def _less(curve: Curve, other: Curve) -> Curve:
-  """Returns the difference of two curves at the steps that are in both."""
+  """Returns the curve `curve - other`, at the steps that both curves have."""
   steps, mine, theirs = np.intersect1d(curve[0], other[0], assume_unique=True, return_indices=True)
   return steps, curve[1][mine] - other[1][theirs]
 
@@ -317,14 +333,14 @@ def _draw_rl(axes, runs: Sequence[Run], labels: Sequence[str]) -> None:
 
 def _draw(axis, title: str, labels: Sequence[str], curves: Sequence[Curve], window: Callable[[int], int],
           first: float = 0.1, least: float = 0.0) -> None:
-  """Draws a smoothed line per run, with a note on the smoothing below the panel.
+  """Draws a smoothed line for each run. The title of the x axis says how many steps are averaged.
 
-  curves: (steps, values) of each run.
-  window: a function that takes the number of points of the longest curve, and returns how many of them are averaged
-    for each point that is drawn.
-  first: the share of each curve, from its beginning, that is ignored when the range of the y axis is chosen. Otherwise
-    the steep fall of a loss in the first steps would make the rest of the curve look flat.
-  least: the smallest range of the y axis, as a share of the value in the middle of the axis.
+  labels: the name of each run.
+  curves: the (steps, values) of each run.
+  window: a function that takes the number of points of the longest curve, and returns the number of points to average.
+  first: the fraction of each curve, from its beginning, that is ignored when the range of the y axis is chosen. Without
+    it, the steep fall of a loss in the first steps would make the rest of the curve look flat.
+  least: the smallest range of the y axis, as a fraction of the value in the middle of the axis.
   """
   size, settled = window(max(len(steps) for steps, _ in curves)), []
   for i, (label, (steps, values)) in enumerate(zip(labels, curves)):
@@ -344,7 +360,7 @@ def _short(label: str) -> str:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Returns, for each of the values [X], the mean of the last `window` values up to it."""
+  """Returns the moving average of values [X]. Entry i is the mean of the last `window` values up to and including i."""
   total = np.concatenate([[0.0], np.cumsum(values)])
   last = np.arange(1, len(values) + 1)
   first = np.maximum(last - window, 0)

@@ -1,4 +1,4 @@
-"""Defines what an evaluation needs: a checkpoint of any stage, and the section `eval` of a config."""
+"""Defines what every evaluation needs: the checkpoint, of any stage, and the section `eval` of a config."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,13 +30,14 @@ class EvalError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-  """Section `eval.probe`, for `betarank eval probe`, which measures a model's distributions on validation rows.
+  """Section `eval.probe`: the settings of `betarank eval probe`, which measures the model's predictions on validation
+  data.
 
   Attributes:
-    rows: the number of validation rows to measure.
-    batch_size: the number of rows per call of the model.
-    top_k: how many of the most probable tokens form the head of a distribution; 0 means the checkpoint's
-      objective.top_k.
+    rows: the number of validation rows to measure. A row is a sequence of data.sequence_length tokens.
+    batch_size: the number of rows per forward pass.
+    top_k: the number of most probable tokens that form the head of a distribution; 0 means the objective.top_k that the
+      checkpoint was trained with.
   """
 
   rows: int
@@ -96,7 +97,13 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-  """Section `eval` of a config."""
+  """Section `eval` of a config.
+
+  Attributes:
+    probe: settings of `betarank eval probe`.
+    sample: settings of `betarank eval sample`.
+    code: limits for the sandbox in which generated programs run.
+  """
 
   probe: ProbeConfig
   sample: SampleConfig
@@ -107,8 +114,12 @@ class EvalConfig:
 class EvalRun:
   """All settings of an evaluation.
 
-  top_k: the checkpoint's objective.top_k. If eval.probe.top_k is 0, this many of the most probable tokens form the
-    head.
+  Attributes:
+    model: the checkpoint's model.
+    data: the data and the tokenizer.
+    mesh: the device mesh.
+    top_k: the objective.top_k of the checkpoint, which is used where eval.probe.top_k is 0.
+    eval: the section `eval`.
   """
 
   model: ModelConfig
@@ -135,15 +146,15 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """Returns the checkpoint, its parent and the code version. Every result file stores them."""
+    """Returns {'checkpoint', 'step', 'parent', 'code_version'}, which every result file stores."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
 
 def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
-  """Returns a list with the checkpoint at `path` or, if `path` is a workdir, with the newest checkpoint of the run.
+  """Returns the checkpoint at `path` as a list of one. For a workdir, this is the newest checkpoint of the run.
 
-  every: if True, the list has all checkpoints in the folder of this checkpoint, oldest first.
+  every: if True, returns all checkpoints in the folder of this checkpoint instead, oldest first.
 
   Raises:
     CheckpointError: there is no checkpoint, or a checkpoint is damaged.
@@ -159,10 +170,11 @@ def find_checkpoints(path: str, every: bool = False) -> list[CheckpointRef]:
 
 
 def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
-  """Returns the checkpoint's config with section `eval` added. The config isn't locked, so settings can be overridden.
+  """Returns the checkpoint's config, to which a section `eval` is added if it has none. The config isn't locked, so
+  that settings can still be overridden.
 
-  spec: a config file. If it has a section `data` or `eval`, this section replaces the checkpoint's. In this way, runs
-    that were trained on different data can be evaluated on the same data.
+  spec: the path of a config file; '' for none. If this file has a section `data` or `eval`, it replaces the
+    checkpoint's section. In this way, runs that were trained on different data can be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -173,10 +185,13 @@ def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
 
 
 def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
-  """Checks the settings of an evaluation, and returns them.
+  """Checks the settings of an evaluation, and returns them as dataclasses.
+
+  config: the settings, from `configure`.
+  ref: the checkpoint.
 
   Raises:
-    ConfigError: a setting is invalid or doesn't fit the checkpoint. The message names its key.
+    ConfigError: a setting is invalid or doesn't fit the checkpoint. The message names the setting.
   """
   run = EvalRun(
     model=section(ModelConfig, config.model, 'model'),
@@ -201,12 +216,12 @@ def eval_run(config: ConfigDict, ref: CheckpointRef) -> EvalRun:
 def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
   """Returns the mesh that config.train.mesh describes, over all devices.
 
-  key: the config key of the number of rows per batch.
-  rows: the number of rows per batch.
+  key: the name of the setting that gives `rows`, for error messages.
+  rows: the batch size, which must be divisible over the mesh.
 
   Raises:
-    ConfigError: the mesh doesn't fit the number of devices, or the model's arrays or the rows can't be divided evenly
-      over it. The message names the key.
+    ConfigError: the mesh doesn't fit the number of devices, the model's arrays or the rows can't be divided evenly over
+      it, or the model's attention runs only on a GPU.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 
@@ -222,14 +237,16 @@ def read_tokenizer(run: EvalRun, ref: CheckpointRef) -> data.Tokenizer:
 
 
 def restore(run: EvalRun, ref: CheckpointRef, mesh: Mesh) -> Any:
-  """Returns the checkpoint's parameters on `mesh`. Raises CheckpointError if they can't be restored."""
+  """Returns the checkpoint's parameters, sharded over `mesh`. Raises CheckpointError if they can't be restored."""
   _, shapes, axes = model.abstract(run.model)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
   return checkpoint.restore_weights(ref.path, jax.tree.map(place, shapes, model.shardings(mesh, axes)))[0]
 
 
 def difference(before: Any, now: Any, keys: Sequence[str]) -> str:
-  """Returns the first difference between the values of `keys` in two JSON objects, such as 'n = 8, now 16'; '' if none.
+  """Compares two JSON objects, and describes the first of `keys` whose values differ, such as 'n = 8, now 16'.
+
+  Returns '' if the values of all keys are equal.
   """
   for key in keys:
     if before.get(key) != now.get(key):

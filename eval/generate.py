@@ -1,12 +1,11 @@
-"""Samples answers to benchmarks, judges them and stores them, so that any metric can be computed later without sampling
-again.
+"""Samples answers to benchmarks, judges them and stores them. Any metric can then be computed without sampling again.
 
     RUN/eval/samples/BENCHMARK/STEP.json     settings and lineage, written before the first sample
     RUN/eval/samples/BENCHMARK/STEP.jsonl    one line per sample, in the order in which problems were finished
 
 A sample depends only on the parameters, the prompt and (seed, benchmark, problem, sample number). The lines of a
 problem are written together, once all its samples are judged. If a command is killed and run again, it draws samples
-only for the problems that the file lacks. They are the same samples as in an uninterrupted run.
+only for the problems that the file lacks. These samples are the same as in an uninterrupted run.
 
 In a job of several processes, decoding is spread over the devices of all processes. Process 0 judges and writes.
 """
@@ -70,8 +69,8 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
     run: the settings of the evaluation.
     subjects: the checkpoints.
     names: the benchmarks, separated by commas.
-    stop: called after each problem but the last one of a benchmark. It may raise an error to end the work; the samples
-      of all problems so far are then kept.
+    stop: a function that is called after each problem of a benchmark except the last one. If it raises an error,
+      sampling ends, and the samples that have been drawn so far are judged and stored.
 
   Raises:
     ConfigError, DataError, EvalError, CheckpointError or VerifierError: a checkpoint, a setting, a benchmark or the
@@ -111,7 +110,10 @@ def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:
 
 
 def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) -> Sampler:
-  """Returns a sampler with room for the longest prompt. The length is rounded up, so that few shapes are compiled."""
+  """Returns a sampler that accepts prompts as long as the longest of `prompts`.
+
+  The maximum prompt length is rounded up to a multiple of 64 tokens, so that few shapes are compiled.
+  """
   longest = max(len(prompt.tokens) for prompt in prompts)
   try:
     return Sampler(run.model, run.eval.sample.sampler(-(-longest // 64) * 64), tokenizer.eos, mesh)
@@ -120,12 +122,13 @@ def _sampler(run: EvalRun, prompts: list[Prompt], tokenizer: Tokenizer, mesh) ->
 
 
 def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, stop=lambda: None) -> None:
-  """Draws, judges and writes the samples that `file`, a SampleFile, lacks.
+  """Draws and judges the samples that `file`, a SampleFile, lacks, and writes them to it.
 
-  While the samples of one problem are judged, the device draws those of the next problems. Processes other than process
-  0 have no verifier, and only take part in drawing.
+  While the samples of one problem are judged, the device draws the samples of the next problems. Only process 0 has a
+  verifier. The other processes take part in drawing, and don't judge or write.
 
   prompts: the prompts of all problems of the benchmark.
+  verifier: judges answers; None in all processes except process 0.
   stop: as in `sample`.
   """
   if not file.missing:
@@ -165,9 +168,9 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns a number made from the benchmark's name, the same in every run.
+  """Returns an integer in [0, 2^32) that is computed from the name of a benchmark by a hash.
 
-  It is passed to the sampler as `step`, so that each benchmark has its own random numbers.
+  The sampler gets this number as `step`, so that the random numbers differ between benchmarks.
   """
   return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
 
@@ -176,10 +179,10 @@ def benchmark_key(name: str) -> int:
 
 
 def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Verifier) -> list[dict[str, Any]]:
-  """Judges the samples of one problem. Returns one dict per sample, which becomes a line of the SampleFile.
+  """Judges all samples of one problem. Returns one dict per sample, which becomes a line of the SampleFile.
 
-  A dict has the sample's text, answer, verdict and length. Its value for the key 'group' is the class number from
-  answer_classes.
+  A dict has the sample's text, answer, verdict, length and log-probability in nats. Its key 'group' has a number that
+  is the same for equal answers (see `answer_classes`).
 
   group: all samples of the problem.
   """
@@ -197,15 +200,19 @@ def judged(group: list[Sample], task: Task, tokenizer: Tokenizer, verifier: Veri
 def answer_classes(
   answers: Sequence[str | None], verdicts: Sequence[Verdict], task: Task, verifier: Verifier
 ) -> list[int]:
-  """Returns a class number for each answer. Equal answers get the same number. A sample without an answer gets -1.
+  """Numbers the answers to a problem so that equal answers have the same number. Returns one number per answer.
 
-  Classes are numbered by first appearance. Two answers with equal texts are equal. In mathematics, two answers are also
-  equal in these cases:
+  Numbers count up from 0, in the order in which answers first appear. An answer that is None gets -1.
+
+  Two answers are equal if their texts are equal. In mathematics, two answers are also equal in these cases:
 
   - They are the same number, or the same text apart from delimiters, spaces and a final full stop.
   - Both are right.
-  - Both are wrong, but the verifier accepts one of them if the other is the reference. Only the most frequent
-    wrong answers, at most COMPARED, are compared in this way, because the number of pairs grows quadratically.
+  - Both are wrong, but the verifier accepts one of them if the other is the reference. Only the COMPARED most frequent
+    wrong answers are compared in this way, because the number of pairs grows quadratically.
+
+  answers: the final answer of each sample; None if a sample has no answer.
+  verdicts: the verdict on each answer.
   """
   keys = [None if answer is None else _key(answer, task) for answer in answers]
   home = {key: key for key in keys if key is not None}
@@ -233,10 +240,11 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (text, task) with which the verifier compares two answers. The verdict is RIGHT if they are equal.
+  """Returns (text, task), with which a verifier compares two answers to a problem: its verdict is RIGHT if they are
+  equal.
 
-  answer: one answer, which becomes the text.
-  reference: the other answer, which becomes the reference.
+  answer: one of the two answers, which `text` states.
+  reference: the other answer, which replaces the reference of the problem.
   task: the problem.
   """
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
@@ -246,29 +254,30 @@ def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
 
 
 class SampleFile:
-  """The file with the samples of one checkpoint on one benchmark.
+  """Stores the samples of one checkpoint on one benchmark in a file.
 
   Attributes:
     path: the path of the file.
-    n: the number of samples per problem in the finished file.
-    problems: the number of problems in the finished file.
-    missing: the indices of the problems for which the file lacked samples when this object was created. All samples of
-      these problems are to be drawn.
+    n: the number of samples that are wanted for each problem.
+    problems: the number of problems of the benchmark.
+    missing: the indices of the problems that didn't have all their samples in the file when it was opened. All samples
+      of these problems must be drawn.
   """
 
   def __init__(self, subject: CheckpointRef, benchmark: Benchmark, run: EvalRun, writes: bool = True):
-    """Opens the existing files of the checkpoint and benchmark, or creates new ones.
+    """Opens the files of this checkpoint and benchmark, or creates them.
 
-    There are two files, with samples and with settings. If they exist, the stored settings must be the same as those
-    of `run`. If a problem has only some of its samples in the file, these samples are removed, and the problem counts
-    as missing.
+    There are two files: STEP.jsonl with the samples, and STEP.json with the settings. If they exist, the stored
+    settings must equal the settings of `run`. If the file has only some of a problem's samples, these are removed, so
+    that all samples of the problem are drawn again.
 
-    Every process of a job must create this object, because process 0 sends `missing` to the others.
+    In a job of several processes, every process must create this object, because process 0 broadcasts `missing` to the
+    others.
 
-    writes: whether this process changes files, which only process 0 does.
+    writes: whether this process writes the files. Only process 0 may do so.
 
     Raises:
-      EvalError: the existing samples were made with other settings, or a settings file is missing or unreadable.
+      EvalError: the existing samples were made with other settings, or the file of settings is missing or unreadable.
     """
     c = run.eval.sample
     folder = subject.run / 'eval' / 'samples' / benchmark.folder
@@ -301,11 +310,11 @@ class SampleFile:
                       f'{self.about["step"]} there to sample again')
 
   def _take_up(self) -> tuple[str, np.ndarray]:
-    """Removes all lines except those of problems that have all their samples in the file.
+    """Removes the samples of all problems that don't have all their samples in the file.
 
-    Returns (kept, missing). If the file is in a bucket, `kept` is its remaining content, which the caller needs because
-    files in buckets can only be written as a whole. For a local file, `kept` is ''. `missing` is bool [P], True for
-    each of the P problems that has no samples in the file now.
+    Returns (kept, missing). `kept` is the remaining content if the file is in a bucket. The caller needs it to add
+    samples, because a file in a bucket can only be written as a whole. For a local file, `kept` is ''. `missing` is
+    bool [P], one value per problem: True if all samples of the problem must be drawn.
 
     Lines are read one by one, because a local file may be larger than memory.
     """
@@ -327,7 +336,7 @@ class SampleFile:
     return self.path.read_text() if self._remote else '', ~whole_P
 
   def _lines(self) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (line, problem, sample) for each line that was completely written."""
+    """Yields (line, problem index, sample number) for each line of the file that is complete and valid."""
     if not self.path.exists():
       return
     with self.path.open('rb') as file:
@@ -341,7 +350,7 @@ class SampleFile:
           yield text, problem, sample
 
   def append(self, lines: list[dict[str, Any]]) -> None:
-    """Appends the lines of one problem to the file, and flushes it, so that other processes see them.
+    """Appends the lines of one problem to the file, and flushes the file, so that other processes can read these lines.
 
     A file in a bucket is written at most once every _REMOTE_S seconds, and when it is closed.
     """
@@ -365,9 +374,9 @@ class SampleFile:
 
 
 def print_table(files: Sequence[SampleFile]) -> None:
-  """Prints a table of metrics for each benchmark, with one column per checkpoint.
+  """Prints a table for each benchmark, with one row per metric and one column per checkpoint.
 
-  A table that is wider than the terminal is divided into several tables, one below the other.
+  If a table is wider than the terminal, its columns are divided over several tables, one below the other.
   """
   console, width = Console(highlight=False, soft_wrap=True), columns()
   of_benchmark: dict[str, list[SampleFile]] = {}
@@ -387,7 +396,7 @@ def print_table(files: Sequence[SampleFile]) -> None:
 
 
 def _metrics(file: SampleFile) -> dict[str, str]:
-  """Returns {metric: value} of a file, as the texts of the table."""
+  """Returns {metric: value} of the samples in a file, where both are texts as shown in the table."""
   with file.path.open('rb') as lines:
     samples = collect(map(json.loads, lines))
   m = samples.metrics()

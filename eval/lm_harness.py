@@ -1,15 +1,19 @@
-"""Runs the tasks of lm-evaluation-harness with betarank's scorer and sampler, without converting the checkpoint.
+"""Runs the tasks of lm-evaluation-harness on betarank's own model and sampler, without converting the checkpoint.
 
     betarank eval harness --checkpoint=RUN --tasks=hellaswag,arc_easy [--num_fewshot=N] [--limit=N]
     lm_eval.simple_evaluate(model='betarank', model_args='checkpoint=RUN', tasks=[...])     after importing this module
 
-Inputs are built and truncated as in `hf`, the harness's own model for Hugging Face, so that equal weights give equal
-numbers in both models. BOS comes first. Trailing spaces of a context belong to the continuation. Texts that are too
-long lose their beginning. Rolling windows don't overlap. As in `hf`, the rolling likelihood includes the probability of
-a second BOS after the first, if the tokenizer has a BOS token.
+Inputs are built and truncated as in `hf`, the harness's own model for Hugging Face. Equal weights therefore give equal
+scores in both. In detail:
 
-In a job of several processes, the harness runs in every process and asks the same questions. The rows are spread over
-the devices of all processes. Process 0 writes the results.
+- Every input begins with BOS.
+- Spaces at the end of a context are moved to the continuation.
+- Inputs that are too long lose their first tokens.
+- Rolling windows don't overlap.
+- If the tokenizer has a BOS token, a rolling likelihood includes the probability of a second BOS after the first.
+
+In a job of several processes, the harness runs in every process, with the same tasks. The rows of a batch are spread
+over the devices of all processes. Process 0 writes the results.
 
 # B rows  T tokens of a row
 """
@@ -59,10 +63,10 @@ _Request = tuple[Any, list[int], list[int]]  # the request's name, its context a
 
 @register_model('betarank')
 class Betarank(TemplateLM):
-  """A checkpoint with the interface of the harness's models.
+  """Makes a checkpoint available to lm-evaluation-harness as a model.
 
   Attributes:
-    max_length: the maximum sequence length in tokens; by default the training length.
+    max_length: the maximum sequence length in tokens; by default the longest that the checkpoint was trained on.
   """
 
   def __init__(
@@ -72,12 +76,13 @@ class Betarank(TemplateLM):
     """Loads the checkpoint.
 
     Args:
-      checkpoint: a workdir or a checkpoint.
-      run: the settings of the evaluation. None means the settings of the checkpoint's config, overridden by `settings`.
-      max_length: the maximum sequence length in tokens; 0 means the training length.
+      checkpoint: a checkpoint, or the path of a checkpoint or a workdir. For a workdir, the newest checkpoint is used.
+      run: the settings of the evaluation. None means the settings of the checkpoint's config, with the changes in
+        `settings`.
+      max_length: the maximum sequence length in tokens; 0 means the longest that the checkpoint was trained on.
       batch_size: the number of rows per forward pass. None means eval.probe.batch_size.
-      device, max_batch_size: ignored. The harness passes them.
-      settings: overrides, such as {'eval.probe.rows': 8}. They are ignored if `run` is given.
+      device, max_batch_size: ignored. The harness passes these arguments to every model.
+      settings: changed settings, such as {'eval.probe.rows': 8}. They are ignored if `run` is given.
 
     Raises:
       ConfigError, DataError, EvalError or CheckpointError: the checkpoint or a setting can't be used.
@@ -133,9 +138,15 @@ class Betarank(TemplateLM):
     return answers
 
   def _score(self, requests: Sequence[_Request]) -> list[tuple[float, bool]]:
-    """Returns (log-probability, greedy) of the continuation of each request, in order.
+    """Returns (log-probability in nats, greedy) of each request's continuation, in the order of the requests.
 
-    The log-probability is in nats. `greedy` is True if greedy decoding would give the same continuation.
+    `greedy` is True if every token of the continuation is the most probable one, so that greedy decoding would give it.
+
+    requests: the name, the context's token ids and the continuation's token ids of each request.
+
+    Raises:
+      EvalError: a context or a continuation is empty, a continuation is longer than max_length, or the processes of a
+        job have different requests.
     """
     rows = []
     for name, context, continuation in requests:
@@ -162,9 +173,10 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """Returns the padded length of a row: `length` rounded up to _SHORTEST times a power of two.
+    """Returns the length to which a row of `length` tokens is padded: the next _SHORTEST * 2**i, so that few shapes are
+    compiled.
 
-    The padded length is at most max_length rounded up to a multiple of _SHORTEST.
+    The padded length is never more than max_length, rounded up to a multiple of _SHORTEST.
     """
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
@@ -172,13 +184,16 @@ class Betarank(TemplateLM):
   # Texts
 
   def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-    """Returns the generated texts, each cut at the first stop string. Decoding is greedy unless the task asks for
-    sampling.
+    """Returns one generated text per request, each cut at its first stop string.
 
-    Each text is generated up to EOS or max_gen_toks. Stop strings are searched for afterwards.
+    Decoding is greedy unless the task asks for sampling. Texts are generated until EOS or until they have max_gen_toks
+    tokens. They are cut at the stop strings afterwards.
 
     requests: the harness's requests, each with a prompt and generation_kwargs.
     disable_tqdm: ignored. The harness passes it.
+
+    Raises:
+      EvalError: generation_kwargs has a value that isn't supported, or the processes of a job have different requests.
     """
     alike = collections.defaultdict(list)
     for i, request in enumerate(requests):
@@ -196,7 +211,10 @@ class Betarank(TemplateLM):
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
     """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
 
-    A prompt may have at most max_length - max_gen_toks tokens, so that there is room for the answer.
+    The longest prompt has max_length - max_gen_toks tokens, so that there is room for the answer.
+
+    Raises:
+      EvalError: generation_kwargs has a value that isn't supported.
     """
     told = dict(normalize_gen_kwargs(asked, _DEFAULT_NEW_TOKENS))
     until, new = told.pop('until'), told.pop('max_gen_toks')
@@ -224,10 +242,12 @@ class Betarank(TemplateLM):
 
 
 def _check_alike(asked: Any) -> None:
-  """Raises EvalError if `asked`, the texts of a task, differs between this process and process 0.
+  """Raises EvalError if this process and process 0 have different inputs for a task.
 
-  The processes compute every row together, so all of them must ask about the same texts. The texts can differ, for
-  example in their worked examples, if the hosts have different files or different versions of a package.
+  All processes compute every row together, so their inputs must be equal. Inputs can differ, for example in the worked
+  examples, if the hosts have different files or different versions of a package.
+
+  asked: the inputs, as a value that can be converted to JSON.
   """
   mine = np.frombuffer(hashlib.sha256(json.dumps(asked).encode()).digest(), np.uint8)
   if not np.array_equal(mine, multihost.of_first_process(mine)):
@@ -236,7 +256,10 @@ def _check_alike(asked: Any) -> None:
 
 
 def trained_length(subject: CheckpointRef) -> int:
-  """Returns the length of the longest text that the checkpoint was trained on, in tokens."""
+  """Returns the longest sequence length that the checkpoint was trained with, in tokens.
+
+  This is data.sequence_length or, for RL, the maximum length of a prompt with its answer if that is longer.
+  """
   config = subject.meta['config']
   longest = config['data']['sequence_length']
   if rl := config.get('rl'):
@@ -246,11 +269,13 @@ def trained_length(subject: CheckpointRef) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (log-probability of each next token, whether it is the most probable token), both [B, T - 1].
+  """Returns (log-probabilities float32 in nats, greedy bool), both [B, T - 1], for tokens 1 to T - 1 given the tokens
+  before them.
 
-  Log-probabilities are in nats.
+  `greedy` is True where the token is the most probable one.
 
-  live_BT: 1 at positions to score, 0 in padding.
+  tokens_BT: token ids.
+  live_BT: int32 [B, T - 1]: 1 where the next token is scored, 0 for padding.
   """
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
   batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)
@@ -265,19 +290,20 @@ def harness(
   run: EvalRun, subjects: Sequence[CheckpointRef], tasks: str, *, num_fewshot: int | None, limit: int | None,
   include_path: str, max_length: int, say: Callable[..., None] = print,
 ) -> None:
-  """Writes RUN/eval/harness/TASKS/STEP.json for each checkpoint, and prints the harness's table.
+  """Runs tasks of lm-evaluation-harness on each checkpoint, prints the harness's table, and writes the results to
+  RUN/eval/harness/TASKS/STEP.json.
 
-  A checkpoint is skipped if its file exists already and was written with the same settings.
+  A checkpoint is skipped if its file already exists and was written with the same settings.
 
   Args:
     run: the settings of the evaluation.
     subjects: the checkpoints to evaluate.
-    tasks: names of tasks, separated by commas.
-    num_fewshot: the number of worked examples; None means the task's own number.
+    tasks: the names of the tasks, separated by commas.
+    num_fewshot: the number of worked examples; None means the number that each task defines.
     limit: the largest number of documents per task; None means all documents.
     include_path: a folder with the user's own tasks; '' for none.
-    max_length: the maximum sequence length in tokens; 0 means the training length.
-    say: prints a line.
+    max_length: the maximum sequence length in tokens; 0 means the longest that the checkpoint was trained on.
+    say: a function that prints a line.
 
   Raises:
     ConfigError, DataError, EvalError or CheckpointError: a checkpoint, a setting or a task can't be used.

@@ -23,7 +23,7 @@ _DECODE_STEPS = 4  # tokens drawn per dispatch, that is, before they are shown
 
 
 class Loaded(NamedTuple):
-  """A checkpoint and its parameters.
+  """A checkpoint that has been loaded for sampling.
 
   Attributes:
     ref: the checkpoint's path, step and metadata.
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
     objective: a short name for the objective of the checkpoint's pre-training, such as 'CE' or 'β = -0.25' (see
       report/arms.py, `label`); 'objective unknown' if it isn't recorded.
     tokenizer: the tokenizer that the model was trained with.
-    params: float32, on the first device.
+    params: the parameters, a pytree of float32 arrays on the first device.
   """
 
   ref: CheckpointRef
@@ -44,13 +44,14 @@ class Loaded(NamedTuple):
 
 
 def load_model(path: str, tokenizer: str | None = None) -> Loaded:
-  """Loads the checkpoint at `path`. If `path` is a workdir, loads its newest checkpoint.
+  """Loads the checkpoint at `path` onto the first device. If `path` is a workdir, loads its newest checkpoint.
 
-  The model runs with this machine's default kernels, even if its config names other kernels.
+  The model uses the kernels that are the default on this machine, whatever kernels its config names.
 
   Args:
     path: a workdir or a checkpoint.
-    tokenizer: the path of the tokenizer that the model was trained with, needed only if the tokenizer has been moved.
+    tokenizer: the path of the tokenizer that the model was trained with. It is needed only if the tokenizer has been
+      moved.
 
   Raises:
     CheckpointError, ConfigError, DataError: the checkpoint, its config or its tokenizer can't be read.
@@ -69,12 +70,13 @@ def load_model(path: str, tokenizer: str | None = None) -> Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The settings with which a text is continued. All fields except `seed` have the same meaning as in SamplerConfig.
+  """The settings with which a text is continued.
 
-  seed: selects the random numbers.
+  The fields `temperature`, `top_p` and `max_new_tokens` have the same meaning as in SamplerConfig. `seed` is the seed
+  of the random numbers, in [0, 2^32).
 
   Raises:
-    EvalError: a value is not allowed. The message names the flag.
+    EvalError: a value is not allowed. The message names the command-line flag.
   """
 
   temperature: float = 1.0
@@ -91,7 +93,9 @@ class Sampling:
       raise EvalError(f'--{error}') from None
 
   def sampler(self, rows: int, prompt_tokens: int) -> SamplerConfig:
-    """Returns the settings of a sampler that draws `rows` continuations of a prompt of `prompt_tokens` tokens."""
+    """Returns the settings of a sampler that draws up to `rows` continuations at once, of a prompt of `prompt_tokens`
+    tokens.
+    """
     room = max(_SHORTEST_ROOM, 1 << (prompt_tokens - 1).bit_length())
     return SamplerConfig(rows, room, self.max_new_tokens, self.temperature, self.top_p, decode_steps=_DECODE_STEPS)
 
@@ -100,12 +104,14 @@ def sample(
   loaded: Loaded, prompt: Sequence[int], sampling: Sampling, indices: Sequence[int], step: int = 0,
   watch: Callable[[Sample], None] | None = None,
 ) -> list[Sample]:
-  """Returns continuations of a prompt, in the order of `indices`.
+  """Draws continuations of a prompt, and returns them in the order of `indices`.
+
+  The same seed, step and index always give the same continuation.
 
   Args:
     prompt: token ids, without BOS.
-    indices: the numbers of the continuations. A continuation's random numbers depend on its number.
-    step: another number on which the random numbers depend. With another step, the continuations are different.
+    indices: one integer for each continuation to draw.
+    step: an integer in [0, 2^32). With another step, all continuations are different.
     watch: a function that is called with the new tokens while they are drawn, as in `Sampler.__call__`.
   """
   tokens = [loaded.tokenizer.bos, *prompt]

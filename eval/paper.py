@@ -45,7 +45,8 @@ K = 64  # K of Pass@K, computed from 128 samples
 
 
 def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
-  """Returns {category: mean score of its benchmarks}. A category is left out if one of its benchmarks has no score.
+  """Returns {category: mean score over the benchmarks of the category}. A category is left out if one of its benchmarks
+  has no score.
 
   scores: {benchmark: score}.
 
@@ -59,10 +60,13 @@ def category_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
-  """Returns {'knowledge': score, 'reasoning': score, 'overall': score} from {category: score}.
+  """Averages the scores of the categories. Returns {'knowledge': score, 'reasoning': score, 'overall': score}.
 
-  All categories have the same weight. Therefore overall = 0.4 knowledge + 0.6 reasoning, which the paper's published
-  figures satisfy to 0.01. An average is left out if one of its categories is missing.
+  All categories have the same weight. There are two categories of knowledge and three of reasoning, so overall = 0.4
+  knowledge + 0.6 reasoning. The paper's published scores agree with this formula to 0.01. An average is left out if one
+  of its categories is missing.
+
+  categories: {category: score}.
 
   Raises:
     ValueError: a category is unknown.
@@ -76,7 +80,7 @@ def paper_average(categories: Mapping[str, float]) -> dict[str, float]:
 
 
 def benchmark_scores(run: Run, step: int) -> dict[str, float]:
-  """Returns {benchmark: score in [0, 1]} of the checkpoint at `step`. Benchmarks without results are left out."""
+  """Returns {benchmark: score in [0, 1]} of the run's checkpoint at `step`. Benchmarks without results are left out."""
   harness = run.harness.get(step, {})
   scores = {name: harness[task]['score'] for tasks in HARNESS_TASKS.values() for task, name in tasks.items()
             if task in harness}
@@ -90,7 +94,8 @@ def benchmark_scores(run: Run, step: int) -> dict[str, float]:
 
 
 def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
-  """Returns the settings that a benchmark was evaluated with; None if it wasn't evaluated at this step.
+  """Returns the settings with which the run's checkpoint at `step` was evaluated on a benchmark; None if it wasn't
+  evaluated.
 
   Two scores may be compared only if their settings are equal.
   """
@@ -102,7 +107,9 @@ def settings(run: Run, step: int, benchmark: str) -> dict[str, Any] | None:
 
 
 def newest_step(run: Run) -> int | None:
-  """Returns the newest step at which one of the paper's benchmarks was evaluated; None if there is no such step."""
+  """Returns the newest step at which the run was evaluated on any of the paper's benchmarks; None if there is no such
+  step.
+  """
   tasks = {task for group in HARNESS_TASKS.values() for task in group}
   steps = [step for step, found in run.harness.items() if tasks & found.keys()]
   steps += [step for name in SAMPLED for step in run.samples.get(name, {})]
@@ -110,9 +117,9 @@ def newest_step(run: Run) -> int | None:
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-  """Returns the scores in percent as a table: a line per benchmark, then a line per average, and a column per name.
+  """Returns a table of scores in percent as text, with a line for each benchmark, each category and each average.
 
-  rows: pairs (name, {benchmark: score}). Each pair becomes a column of the table.
+  rows: pairs (name, {benchmark: score in [0, 1]}). Each pair becomes a column of the table.
   """
   columns = []
   for _, scores in rows:
@@ -135,9 +142,10 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 def evaluate(run: EvalRun, subjects: Sequence[CheckpointRef], *, limit: int | None, include_path: str,
              max_length: int) -> None:
-  """Evaluates checkpoints on those of the 19 benchmarks that have no results yet, and prints the table of scores.
+  """Evaluates checkpoints of one run on the 19 benchmarks, and prints the table of scores.
 
-  The arguments have the same meaning as in lm_harness.harness.
+  Benchmarks that already have results aren't evaluated again. The arguments have the same meaning as in
+  lm_harness.harness.
 
   Raises:
     UserError: an evaluation can't be done.

@@ -1,10 +1,12 @@
-"""Measures a checkpoint's predictions on a fixed set of tokens: confidence, accuracy and entropy, per domain.
+"""Measures a checkpoint's predictions on a fixed set of tokens, for each domain: confidence, accuracy and entropy.
 
-A domain is a source of the data. Its tokens are those of the first rows of the source's validation split. All
-checkpoints whose configs have the same section `data` are probed on the same tokens. RUN/eval/probe/STEP.json has a
-hash of the tokens. One forward pass gives a few numbers per token. The logits are computed in chunks and never exist
-all at once. All figures are then computed from the numbers per token, in float64. Files are written atomically. If a
-probe is killed, only the checkpoint in progress must be probed again.
+A domain is a source of the data. Its tokens are the first rows of the source's validation split. Checkpoints whose
+configs have the same section `data` are measured on the same tokens, and RUN/eval/probe/STEP.json has a hash of the
+tokens.
+
+One forward pass gives a few values per token. The logits are computed in chunks, so that they are never in memory all
+at once. All metrics are then computed from these values in float64. Each file is written atomically, so if a probe is
+killed, only the checkpoint in progress must be measured again.
 
 # B rows  T tokens of a row  N tokens of a domain  D width  V vocabulary  E edges of bins (bins: E - 1)
 """
@@ -39,11 +41,11 @@ CONFIDENCE_BINS = 15  # bins of equal width in [0, 1], the usual number for ECE
 
 
 def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], None] = lambda: None) -> None:
-  """Writes RUN/eval/probe/STEP.json for each checkpoint, and prints the main figures.
+  """Measures each checkpoint, prints its main metrics, and writes all metrics to RUN/eval/probe/STEP.json.
 
-  A checkpoint is skipped if its file exists already and was made from the same tokens with the same settings.
+  A checkpoint is skipped if its file already exists and was made from the same tokens with the same settings.
 
-  stop: called before each checkpoint. It may raise an error to end the work.
+  stop: a function that is called before each checkpoint. It may raise an error to end the work.
 
   Raises:
     ConfigError, DataError, CheckpointError or EvalError: a checkpoint, a setting or the data can't be used.
@@ -86,12 +88,12 @@ def probe(run: EvalRun, subjects: Sequence[CheckpointRef], stop: Callable[[], No
 
 
 def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh) -> dict[str, np.ndarray]:
-  """Computes `values` for all batches of a source. Returns the results, {figure: array [N]}, the same in every process.
+  """Computes values per token for all batches of a source. Returns {name: array [N]}, the same in every process.
 
-  The N positions are those that count. Padding, and targets that the loss ignores, are left out.
+  The N positions are those at which the array 'counts' is True. Padding, and targets that the loss ignores, are left
+  out.
 
-  values: a function from a batch to {figure: array [B, T]}, such as `token_values`. The array 'counts' is True for the
-    positions that count.
+  values: a function from a batch to {name: array [B, T]}, such as `token_values`. One of its arrays is 'counts', bool.
   name: the name of the source.
   """
   size = run.eval.probe.batch_size
@@ -105,10 +107,12 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 
 
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-  """Yields the rows on which source `name` is probed, in batches of eval.probe.batch_size rows. With several processes,
-  a batch has only this process's rows.
+  """Yields the validation rows on which source `name` is measured, in batches of eval.probe.batch_size rows.
 
-  The rows don't depend on the batch size. The last batch is filled up with rows of padding (segment 0).
+  With several processes, each process gets only its own rows of every batch. The rows don't depend on the batch size.
+  The last batch is filled up with rows of padding (segment 0).
+
+  process, processes: the index of this process, and the number of processes.
   """
   rows, size = run.eval.probe.rows, run.eval.probe.batch_size
   local = size // processes
@@ -120,7 +124,7 @@ def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> It
 
 
 def _fingerprint(run: EvalRun, name: str) -> str:
-  """Returns the sha256 of the rows of tokens on which source `name` is probed."""
+  """Returns the sha256 of the tokens on which source `name` is measured, in hexadecimal."""
   digest = hashlib.sha256()
   for batch in batches(run, name):
     live_B = (batch.segments_BT > 0).any(1)
@@ -141,13 +145,14 @@ def _read(path) -> dict[str, Any] | None:
 
 
 def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns {name: array [B, T]}: the numbers per token from which the figures are computed.
+  """Returns {name: array [B, T]}: values per token from which all metrics are computed. The arrays are replicated on
+  all devices.
 
-  Every device has the whole arrays. Log-probabilities and entropies are float32, in nats.
+  Log-probabilities and entropies are float32, in nats.
 
-  counts: True for positions whose target counts in the loss. At other positions, such as padding, all other values are
+  counts: bool, True where the target counts in the loss. At other positions, such as padding, all other values are
     arbitrary.
-  target: the target token of the position.
+  target: the token id of the target.
   logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats. The head consists of the `head_tokens`
     most probable tokens.
   top_logp: the log-probability of the most probable token.
@@ -165,17 +170,19 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
 
 
 def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: int) -> dict[str, Any]:
-  """Returns the figures of one domain (source of the data), computed in float64. A figure's name ends with its unit, if
-  it has one.
+  """Computes the metrics of one domain (source of the data) in float64. Returns {metric: value}.
 
-  coverage[n] is the share of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
-  target at most once. arXiv 2510.15020 defines a token-level coverage profile, P[p_data / p_model >= n]. coverage[n] is
-  an upper bound of it, because p_data is at most 1.
+  The name of a metric ends with its unit, if it has one, such as 'ce_nats'. A few values are dicts: quantiles,
+  histograms, the calibration curve and the coverage.
+
+  coverage[n] is the fraction of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
+  target at most once. arXiv 2510.15020 defines a coverage profile, which is P[p_data / p_model >= n] for a token.
+  coverage[n] is an upper bound for it, because p_data is at most 1.
 
   Args:
     values: {name: array [N]}, from `token_values`.
     bytes_N: the number of bytes of each target token.
-    vocab_size: the number of tokens of the vocabulary.
+    vocab_size: the number of tokens in the vocabulary.
   """
   v = {name: np.asarray(x, np.float64) for name, x in values.items()}
   surprise, entropy, right = -v['logp'], v['entropy'], v['rank'] == 0
@@ -205,18 +212,22 @@ def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: i
 
 
 def _histogram(values_N: np.ndarray, edges: list[float]) -> dict[str, list]:
-  """Returns a histogram. Bin i counts edges[i] <= value < edges[i + 1]; the last bin includes its upper edge."""
+  """Returns {'edges': ..., 'counts': ...}. Bin i counts values in [edges[i], edges[i + 1]); the last bin includes its
+  upper edge.
+  """
   return {'edges': edges, 'counts': np.histogram(values_N, edges)[0].tolist()}
 
 
 def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, list]:
-  """Returns the calibration curve. Tokens are divided into bins by the probability of the most probable token.
+  """Returns the calibration curve: how often the model's most probable token is right, depending on its probability.
 
-  For each bin, `confidence` is the mean of this probability, and `accuracy` is the share of tokens for which the most
-  probable token is the true token. Both are None for an empty bin.
+  Tokens are divided into bins by the probability of the most probable token. The result has the `edges` of the bins
+  and, for each bin, three values. `counts` is the number of tokens. `confidence` is the mean probability of the most
+  probable token. `accuracy` is the fraction of tokens for which the most probable token is the target. The last two are
+  None for an empty bin.
 
   confidence_N: the probability of the most probable token.
-  right_N: whether this token is the true token.
+  right_N: bool, True where the most probable token is the target.
   """
   edges_E = np.linspace(0, 1, CONFIDENCE_BINS + 1)
   bin_N = np.clip(np.digitize(confidence_N, edges_E) - 1, 0, CONFIDENCE_BINS - 1)
@@ -227,12 +238,12 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 
 
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
-  """Returns one line of text with a checkpoint's main figures on one domain.
+  """Returns one line of text with a checkpoint's main metrics on one domain.
 
-  Figures for which the terminal has no room are left out.
+  The line is fitted to the width of the terminal by leaving out the metrics at its end.
 
   name: the name of the domain.
-  f: the domain's result of `figures`.
+  f: the metrics of the domain, from `figures`.
   """
   return fitted(f'step {subject.step}  {name}: ce {f["ce_nats"]:.4f} nats', [
     f'entropy {f["entropy_nats"]:.4f} (top 20% {f["entropy_top20_nats"]:.3f})', f'{f["bits_per_byte"]:.4f} bits/byte',

@@ -13,12 +13,14 @@ from betarank.train.sampler import Sample
 def generate(
   loaded: Loaded, text: str, sampling: Sampling, samples: int, number: int = 0, entropy: bool = False,
 ) -> None:
-  """Prints continuations of a text, token by token. The text itself is printed before each continuation.
+  """Prints continuations of a text as they are drawn, token by token. The text itself is printed before each
+  continuation.
 
   Args:
     samples: the number of continuations.
-    number: the number of the prompt in its session. With another number, the same text is continued differently.
-    entropy: whether to print a table of the tokens after each continuation.
+    number: the index of the prompt among the prompts of this session. With another index, the same text is continued
+      differently.
+    entropy: whether to print a table with the entropy at each token after each continuation.
 
   Raises:
     DataError: the text can't be encoded.
@@ -41,7 +43,9 @@ def generate(
 
 
 def table(loaded: Loaded, prompt: list[int], drawn: Sample) -> str:
-  """Returns a table of a continuation: one line per token, and a last line with means. Figures are at temperature 1.
+  """Returns a table of a continuation, with one line per token: its probability, its rank and the entropy in nats.
+
+  The values are those at temperature 1, whatever the temperature of sampling was. The last line has means.
 
   prompt: the token ids of the prompt.
   drawn: the continuation.

@@ -1,12 +1,11 @@
-"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length. This module uses only
-NumPy.
+"""Computes metrics from many samples per problem: Avg@n, Cons@n, Pass@k, diversity, length.
 
 Every metric has one value per problem, so that eval/statistics.py can resample problems and pair them between
 checkpoints.
 
-An undecided sample (its verifier ran out of time) is treated as if it had not been drawn: it counts neither as right
-nor as wrong, and has no vote. A sample without an answer is wrong and has no vote. A problem without any usable sample
-gets NaN; the statistics leave such problems out and report their number.
+A sample is undecided if its verifier ran out of time. Avg@n, Cons@n and Pass@k ignore undecided samples, as if they had
+not been drawn. A sample without an answer is wrong, and isn't a vote in Cons@n. If a problem has no decided sample,
+these three metrics are NaN. The statistics leave such problems out, and report their number.
 
 Arrays [P, K] have Pass@k in column k - 1, for k from 1 to K = N.
 
@@ -25,17 +24,24 @@ VERDICTS = {'right': 1.0, 'wrong': 0.0, 'undecided': np.nan}
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-  """The samples of one checkpoint on one benchmark, with one row per problem.
+  """The samples of one checkpoint on one benchmark.
 
-  score_PN has 1 for right, 0 for wrong and NaN for undecided samples. group_PN has the same number for equal answers to
-  a problem, and -1 for samples without an answer. A missing sample has -1 in group_PN, and NaN in the other arrays.
+  Arrays have one row per problem and one column per sample. If a problem has fewer samples than another, the entries of
+  the missing samples are -1 in group_PN, and NaN in the other arrays.
+
+  Attributes:
+    problems: the names of the P problems.
+    score_PN: float64, 1 for right, 0 for wrong, NaN for undecided samples.
+    group_PN: int64, the number of the answer. Equal answers to a problem have the same number; -1 means no answer.
+    tokens_PN: float64, the length in tokens.
+    truncated_PN: float64, 1 if the sample was cut off at the length limit, else 0.
   """
 
   problems: tuple[str, ...]
-  score_PN: np.ndarray  # float64: 1 right, 0 wrong, NaN undecided or missing
-  group_PN: np.ndarray  # int64: equal answers have the same number >= 0; -1 means no answer
-  tokens_PN: np.ndarray  # float64: the length in tokens
-  truncated_PN: np.ndarray  # float64: 1 if the sample was cut off at the length limit
+  score_PN: np.ndarray
+  group_PN: np.ndarray
+  tokens_PN: np.ndarray
+  truncated_PN: np.ndarray
 
   @property
   def undecided(self) -> int:
@@ -43,7 +49,7 @@ class Samples:
     return int(np.sum(np.isnan(self.score_PN) & ~np.isnan(self.tokens_PN)))
 
   def metrics(self) -> dict[str, np.ndarray]:
-    """Returns {'avg_at_n': [P], 'cons_at_n': [P], 'pass_at_k': [P, K], ...}, float64."""
+    """Returns {metric: float64 array}: 'pass_at_k' is [P, K], all other metrics, such as 'avg_at_n', are [P]."""
     return {
       'avg_at_n': avg_at_n(self.score_PN),
       'cons_at_n': cons_at_n(self.score_PN, self.group_PN),
@@ -60,7 +66,7 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
 
   If two lines have the same problem and sample number, only the first line is used.
 
-  lines: objects with the fields in FIELDS.
+  lines: the lines of a file of samples, as parsed JSON objects. FIELDS lists the fields that each of them must have.
 
   Raises:
     ValueError: a field is missing or wrong.
@@ -100,24 +106,26 @@ def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, f
 
 
 def mean(values_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the mean over values that aren't NaN; NaN if all values of a problem are NaN."""
+  """Returns [P]: the mean of each problem's values that aren't NaN; NaN if all of them are NaN."""
   there_PN = ~np.isnan(values_PN)
   total_P = np.sum(np.where(there_PN, values_PN, 0.0), axis=-1)
   return _divide(total_P, there_PN.sum(-1))
 
 
 def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the share of right samples, which is an unbiased estimate of Pass@1."""
+  """Returns [P]: the fraction of samples that are right, which is an unbiased estimate of Pass@1."""
   return mean(score_PN)
 
 
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: 1 if the most frequent answer is right, else 0. Source: majority voting, arXiv 2203.11171.
+  """Returns [P]: 1 if the most frequent answer to a problem is right, else 0. Source: majority voting, arXiv
+  2203.11171.
 
-  If several answers are equally frequent, the result is the mean of their scores. This is the expected score if one of
-  these answers is drawn at random. The score of an answer is the share of its samples that were judged right. It can
-  lie between 0 and 1, because samples that count as the same answer can get different verdicts. If no sample has an
-  answer, the result is 0.
+  - If several answers are equally frequent, the result is the mean of their scores. This is the expected score of one
+    of them, drawn at random.
+  - Samples with the same answer can get different verdicts. The score of an answer is therefore the fraction of its
+    samples that were judged right.
+  - If no sample has an answer, the result is 0.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):
@@ -140,7 +148,7 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
       Pass@k = 1 - C(n-c, k) / C(n, k) = 1 - prod_{i=1..k} (n-c-i+1) / (n-i+1),   where c of the n samples are right
 
   The estimate is unbiased, and uses one set of samples for all k (arXiv 2107.03374, equation 1). The product avoids
-  large binomials. Its relative error is about k rounding errors at most.
+  large binomials. Its relative error is at most about k times the machine epsilon.
   """
   n_P1 = np.sum(~np.isnan(score_PN), axis=-1, keepdims=True)
   c_P1 = np.nansum(score_PN, axis=-1, keepdims=True)
@@ -151,17 +159,19 @@ def pass_at_k(score_PN: np.ndarray) -> np.ndarray:
 
 
 def distinct_answers(group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the number of different answers among the samples. This number grows with the number of samples, so
-  compare it only between runs with equally many samples.
+  """Returns [P]: the number of different answers to each problem.
+
+  This number grows with the number of samples, so compare it only between runs with the same number of samples.
   """
   return np.array([len(np.unique(group_N[group_N >= 0])) for group_N in group_PN], dtype=np.float64)
 
 
 def answer_entropy(group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the entropy of the distribution of answers among the samples, in nats; 0 if no sample has an answer.
+  """Returns [P]: the entropy of the distribution of answers to each problem, in nats; 0 if no sample has an answer.
 
-  Samples without an answer are left out. This is the plug-in estimate, which is too low by about (distinct - 1) / 2n,
-  so compare it only between runs with equally many samples n.
+  Samples without an answer are left out. The probability of an answer is estimated by its frequency. This estimate is
+  too low by about (distinct answers - 1) / 2n for n samples. Therefore compare it only between runs with the same
+  number of samples.
   """
   out_P = np.zeros(len(group_PN))
   for p, group_N in enumerate(group_PN):

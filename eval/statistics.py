@@ -1,36 +1,36 @@
-"""Computes intervals, p-values and their corrections, which say whether a difference is more than noise.
+"""Computes confidence intervals and p-values for means and differences, and corrects p-values for multiple testing.
 
-Problems are a sample: the 30 problems of a benchmark are drawn from all problems that could have been asked. Seeds are
-a second sample, usually of two to five.
+There are two sources of noise. The problems of a benchmark, such as 30, are a sample from all problems that could have
+been asked. The training seeds are another sample, usually of two to five.
 
-**Over problems**, the intervals come from the symmetric studentized bootstrap, |t*| = |mean* - mean| / se*, with
+**Noise of problems.** The intervals come from the symmetric studentized bootstrap, |t*| = |mean* - mean| / se*, with
 resampled problems.
 
-- Values with two bounds (shares, differences of shares) are studentized on the arcsine scale, asin(sqrt(u)) for u in
-  [0, 1], which makes the variance near a bound more even. Intervals of skewed shares are then skewed too. Source: Efron
-  and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the symmetric form, Hall, The
-  Bootstrap and Edgeworth Expansion (1992), section 3.6.
+- Values with two bounds (fractions, differences of fractions) are studentized on the arcsine scale, asin(sqrt(u)) for u
+  in [0, 1], because their variance is more even on this scale near a bound. If the values are skewed, the interval is
+  skewed too. Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 12.5 and 12.6; for the
+  symmetric form, Hall, The Bootstrap and Edgeworth Expansion (1992), section 3.6.
 - The half-width is multiplied by sqrt(1 + 2/P), because a small set of problems, such as P = 10, shows less skewness
   than all possible problems have.
-- For values in a range [low, high], the interval is cut at Gaffke's limits, which are valid for any distribution of
-  such values, as far as is known. Take the sorted values and one more value, `high`, with weights from a flat Dirichlet
-  distribution. Gaffke's upper limit is a quantile of their weighted mean. The lower limit is computed in the same way,
-  with `low`. For right-or-wrong scores, the limits equal those of Clopper and Pearson. If all problems have the same
-  value, only Gaffke's limits are used. Source: Gaffke, Mathematical Methods of Statistics 14 (2005); Learned-Miller and
-  Thomas, arXiv 1905.06208.
+- For values in a range [low, high], the interval is cut at Gaffke's limits. As far as is known, these are valid for any
+  distribution of such values. To compute the upper limit, add one more value, `high`, to the values, and take a
+  weighted mean with weights from a flat Dirichlet distribution. The limit is a quantile of this random mean. The lower
+  limit is computed in the same way, with `low`. For scores of 0 or 1, the limits equal those of Clopper and Pearson. If
+  all problems have the same value, only Gaffke's limits are used. Source: Gaffke, Mathematical Methods of Statistics 14
+  (2005); Learned-Miller and Thomas, arXiv 1905.06208.
 
-Coverage is how often a 95 % interval contains the true value. For shares of ten problems, most of which are never
-solved, the coverage is 96-99 %. For paired differences of ten problems, it is 96 % on average. It is only 90 % if a
-fifth of all problems gains 50 points, because then one in nine sets of ten problems contains no problem that gains. An
-interval of skewed shares that misses the true value may lie above or below it. `python -m benchmarks.intervals` prints
-a table of coverages, and `tests/eval/test_statistics.py` checks them.
+The coverage of a method is how often its 95 % intervals contain the true value. For the fraction of right answers on
+ten problems, most of which are never solved, it is 96-99 %. For paired differences on ten problems, it is 96 % on
+average. It falls to 90 % if a fifth of all problems gains 50 points, because one in nine sets of ten problems then
+contains no problem that gains. `python -m benchmarks.intervals` prints a table of coverages, and
+`tests/eval/test_statistics.py` checks them.
 
-**Over seeds**, there are too few values to resample. So there are two intervals around the mean: one for the noise of
-problems, from the bootstrap, and one for the noise of seeds, from Student's t distribution. On each side of the mean,
-the distances a and b to the two limits are combined as sqrt(a^2 + b^2) (MOVER, the method of variance estimates
-recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative is to add the
-variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower, but cover only
-92 % for three seeds and less than 90 % for two.
+**Noise of seeds.** There are too few seeds to resample. So there are two intervals around the mean: one for the noise
+of problems, from the bootstrap, and one for the noise of seeds, from Student's t distribution. On each side of the
+mean, the distances a and b to the limits of both are combined as sqrt(a^2 + b^2) (MOVER, the method of variance
+estimates recovery; Zou and Donner, Statistics in Medicine 27, 2008). The coverage is 95-97.5 %. An alternative is to
+add the variances and use one t distribution with Satterthwaite's degrees of freedom. Its intervals are narrower, but
+their coverage is only 92 % for three seeds, and less than 90 % for two.
 
 The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-value and interval always agree.
 
@@ -54,20 +54,25 @@ Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - al
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean, the limits of its interval, and the p-value of the hypothesis that the true mean is zero.
+  """A mean with its confidence interval, and a test of whether the true mean is zero.
 
-  The interval is a 95 % interval, unless the function that returns the Estimate was given another `level`. A true mean
-  at the distance `smallest_detectable` from zero would be detected with a probability of 80 %. `problems` is the number
-  of problems used. `left_out` is the number of all other problems, which lack a value in some seed or arm.
+  Attributes:
+    mean: the mean over seeds and problems.
+    low, high: the limits of the interval, a 95 % interval unless another `level` was asked for.
+    p_value: the p-value of the hypothesis that the true mean is zero.
+    smallest_detectable: the distance from zero that a true mean must have to be detected with a probability of 80 %.
+    problems: the number of problems used.
+    left_out: the number of problems that were left out, because they have no value in some seed or arm.
+    seeds: the number of seeds used.
   """
 
   mean: float
   low: float
   high: float
   p_value: float
-  smallest_detectable: float  # the true distance from zero that would be detected with 80 % power
-  problems: int  # the number of problems used
-  left_out: int  # the number of problems without a value in some seed or arm
+  smallest_detectable: float
+  problems: int
+  left_out: int
   seeds: int
 
   @property
@@ -79,13 +84,13 @@ def bootstrap_interval(
   values: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95, resamples: int = RESAMPLES,
   seed: int = 0,
 ) -> Estimate:
-  """Returns the mean of values and its interval.
+  """Returns the mean of values over problems and seeds, with its interval, as the docstring of this module describes.
 
   Args:
     values: [P], or [S, P] with one row per seed. Problems that are NaN in any seed are left out.
     bounds: the smallest and the largest possible value.
-    level: the level of the interval.
-    resamples: the number of resamples.
+    level: the confidence level of the interval.
+    resamples: the number of bootstrap resamples.
     seed: the seed of the resampling. The same seed gives the same result.
 
   Raises:
@@ -119,9 +124,10 @@ def bootstrap_interval(
 
 
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
-  """Returns a function alpha -> limits of the 1 - alpha interval, for problems that all have the same value.
+  """Returns the interval over problems for problems that all have the same value, as a function alpha -> (low, high).
 
-  The limits are Gaffke's (see the docstring of this module). Resampling can't handle this case.
+  The function returns the limits of the 1 - alpha interval. They are Gaffke's (see the docstring of this module),
+  because resamples of equal values have no variance.
 
   mean: the value of the problems.
   problems: the number of problems.
@@ -134,9 +140,10 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 
 
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
-  """Returns a function alpha -> limits of the 1 - alpha interval over problems, from the studentized bootstrap.
+  """Returns the interval over problems from the studentized bootstrap, as a function alpha -> (low, high).
 
-  If both `bounds` are finite, the interval is cut at Gaffke's limits.
+  The function returns the limits of the 1 - alpha interval. If both `bounds` are finite, they are cut at Gaffke's
+  limits.
 
   x_P: the value of each problem.
   """
@@ -171,7 +178,7 @@ def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.r
 
 
 def _rank(share: float, resamples: int) -> int:
-  """Returns the index of the quantile `share` among `resamples` sorted values."""
+  """Returns the index at which the quantile `share`, in [0, 1], is found in a sorted list of `resamples` values."""
   return min(max(math.ceil(share * (resamples + 1) - 1e-9), 1), resamples) - 1
 
 
@@ -185,9 +192,11 @@ _IDENTITY = (lambda x: x, lambda x: np.ones_like(x), lambda x: x)
 
 
 def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callable]:
-  """Returns (arcsine scale, its derivative, its inverse) for values between `bounds`.
+  """Returns the arcsine scale for values between `bounds`, as three functions: the scale, its derivative and its
+  inverse.
 
-  The derivative is infinite at a bound, so it is evaluated at a distance of at least 1/P of the range from each bound.
+  The derivative is infinite at a bound. Near a bound, it is therefore taken at a distance of 1/P of the range from the
+  bound.
   """
   start, width = bounds[0], bounds[1] - bounds[0]
   margin = min(1 / problems, 0.5)
@@ -206,9 +215,10 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
 
 
 def _seed_error(x_SP: np.ndarray) -> float:
-  """Returns the part of the mean's standard error that comes from differences between seeds.
+  """Returns the standard error of the mean that is due to differences between seeds alone.
 
-  The part that comes from differences between problems isn't included.
+  The noise of problems contributes to the differences between the seeds' means. This contribution is estimated and
+  subtracted.
   """
   seeds, problems = x_SP.shape
   mean_S = x_SP.mean(1)
@@ -218,10 +228,10 @@ def _seed_error(x_SP: np.ndarray) -> float:
 
 
 def _p_value(mean: float, limits: Limits, floor: float) -> float:
-  """Returns the smallest alpha >= floor whose 1 - alpha interval excludes zero.
+  """Returns the smallest alpha >= `floor` whose 1 - alpha interval excludes zero, found by bisection.
 
-  limits: a function alpha -> limits of the 1 - alpha interval. The intervals become narrower as alpha rises, so the
-    p-value is found by bisection.
+  mean: the mean that the intervals contain.
+  limits: a function alpha -> limits of the 1 - alpha interval. The intervals must become narrower as alpha rises.
   """
   def excludes_zero(alpha: float) -> bool:
     low, high = limits(alpha)
@@ -238,10 +248,10 @@ def paired_difference(
   a: np.ndarray, b: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95,
   resamples: int = RESAMPLES, seed: int = 0,
 ) -> Estimate:
-  """Returns the mean of a - b and its interval.
+  """Returns the mean of a - b with its interval, for values that are paired by problem and seed.
 
   a, b: values of the same problems, both [P], or both [S, P] with the same seeds.
-  bounds: the smallest and the largest possible difference; (-1, 1) for differences of shares.
+  bounds: the smallest and the largest possible difference, such as (-1, 1) for differences of fractions.
   level, resamples, seed: as in `bootstrap_interval`.
 
   Raises:
@@ -256,12 +266,12 @@ def paired_difference(
 def over_seeds(
   values_S: np.ndarray, *, bounds: Bounds = (-math.inf, math.inf), level: float = 0.95
 ) -> Estimate:
-  """Returns the mean of a figure that has one value per seed, with Student's t interval, cut at `bounds`.
+  """Returns the mean of a metric that has one value per seed, with Student's t interval, cut at `bounds`.
 
-  For a single seed, the limits are NaN. Use this function for figures that have no problems to resample, such as a
-  loss.
+  Use this function for metrics without problems to resample, such as a loss. For a single seed, the limits are NaN.
 
-  level: the level of the interval.
+  values_S: the value of each seed. Values that aren't finite are left out.
+  level: the confidence level of the interval.
 
   Raises:
     ValueError: no seed has a value.
@@ -282,7 +292,7 @@ def over_seeds(
 
 
 def _t_quantile(seeds: int, level: float) -> float:
-  """Returns a quantile of Student's t distribution with seeds - 1 degrees of freedom."""
+  """Returns the quantile `level` of Student's t distribution with seeds - 1 degrees of freedom."""
   from scipy.special import stdtrit  # takes 0.4 s to import, and most commands compute no such interval
 
   return float(stdtrit(seeds - 1, level))
@@ -297,13 +307,16 @@ def _t_p_value(seeds: int, t: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """Standard deviations of a figure, or of a paired difference.
+  """The parts of the noise in a metric or a paired difference, as standard deviations.
+
+  The value of a problem in one seed is modelled as the true mean + an effect of the seed + an effect of the problem + a
+  remainder. The last two parts are 0 if the metric has one value per run.
 
   Attributes:
-    seed: between the means of seeds, over all possible problems.
-    problem: between problems, over all possible seeds; 0 if the figure has one value per run.
-    rest: of one problem in one seed, beyond the two above; 0 if the figure has one value per run.
-    problems: the number of problems that were used; 0 if the figure has one value per run.
+    seed: the standard deviation of the effect of the seed.
+    problem: the standard deviation of the effect of the problem.
+    rest: the standard deviation of the remainder.
+    problems: the number of problems that were used; 0 if the metric has one value per run.
   """
 
   seed: float
@@ -312,14 +325,15 @@ class Noise:
   problems: int = 0
 
   def smallest_detectable(self, seeds: int, level: float = 0.95, power: float = 0.8) -> float:
-    """Returns the true distance from zero that a comparison with so many seeds, on the same problems, would detect.
+    """Returns how far from zero the true mean must be, to be detected in an experiment with `seeds` seeds on the same
+    problems.
 
-    The interval is taken to be that of `bootstrap_interval` or `over_seeds`. Problems are taken to be many enough for
-    a normal distribution.
+    The mean counts as detected if the interval of `bootstrap_interval` or `over_seeds` excludes zero. The calculation
+    assumes enough problems for a normal distribution.
 
     seeds: the number of seeds, at least 2.
-    level: the level of the interval that must exclude zero.
-    power: the probability with which it does.
+    level: the confidence level of the interval.
+    power: the probability of detecting the mean.
     """
     z = NormalDist().inv_cdf
     of_problems = math.sqrt((self.problem**2 + self.rest**2 / seeds) / self.problems) if self.problems else 0.0
@@ -329,9 +343,10 @@ class Noise:
 
 
 def noise(values_SP: np.ndarray) -> Noise | None:
-  """Returns the parts of the noise in values [S, P], by analysis of variance; None if there is only one seed.
+  """Divides the noise in values into its parts, by analysis of variance. Returns None if there is only one seed, or no
+  problem.
 
-  values_SP: one row per seed, and one column per problem. [S, 1] is a figure with one value per run. Problems that are
+  values_SP: one row per seed, and one column per problem; [S, 1] for a metric with one value per run. Problems that are
     NaN in any seed are left out.
   """
   values_SP = np.asarray(values_SP, np.float64)

@@ -1,4 +1,4 @@
-"""Turns tokens into the texts that a person reads, also where a character's bytes are spread over several tokens."""
+"""Turns tokens into texts for display, even if the bytes of one character are spread over several tokens."""
 
 import re
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ _NOT_UTF8 = re.compile('[\udc80-\udcff]')  # what `surrogateescape` makes of a b
 def token_text(tokenizer: Tokenizer, token: int) -> str:
   """Returns the text of one token.
 
-  EOS is '<end>'. Bytes that are only a part of a character are shown as numbers: 'na<C3>'. A token without any bytes is
-  shown by its id, such as '<5>'.
+  EOS is '<end>'. Bytes that aren't a whole character are shown in hexadecimal, such as 'na<C3>'. A token without any
+  bytes is shown by its id, such as '<5>'.
   """
   found = _bytes(tokenizer, token)
   return _readable(found) if found else _without_bytes(tokenizer, token)
@@ -21,9 +21,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 def texts_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
   """Returns a text for each token of a sequence. Joined, these texts are the text of the whole sequence.
 
-  A character whose bytes are spread over several tokens is in the text of the first of these tokens. A token that only
-  has later bytes of such a character gets ''. Tokens without bytes, and bytes that make no character, are shown as by
-  `token_text`.
+  If the bytes of a character are spread over several tokens, the whole character is in the text of the first of them. A
+  later token that has no other bytes gets ''. Invalid bytes and tokens without bytes are shown as by `token_text`.
   """
   texts: list[str] = []
   run: list[bytes] = []
@@ -43,7 +42,11 @@ def texts_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def _divided(parts: Sequence[bytes]) -> list[str]:
-  """Returns a text for each part: the characters whose first byte is in this part."""
+  """Decodes the bytes of several tokens together. Returns a text for each token: the characters that begin in the
+  token.
+
+  parts: the bytes of each token.
+  """
   starts = [i for i, part in enumerate(parts) for _ in part]  # of each byte: its part
   texts, at = [''] * len(parts), 0
   for character in b''.join(parts).decode(errors='surrogateescape'):

@@ -2,7 +2,7 @@
 
 Shows a table of runs, and refreshes it until all of them have finished, or until Ctrl-C. The command only reads the
 files of the workdirs, local or gs://, so it works on any machine that can read these files. A run in a bucket uploads
-its figures with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are
+its metrics with every checkpoint. States that a sweep on this machine has recorded, such as waiting and failed, are
 shown too.
 """
 
@@ -38,17 +38,18 @@ _COLOURS = {'running': 'cyan', 'finished': 'green', 'stopped': 'yellow', 'failed
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row of the table. An unknown value is NaN or None.
+  """One row of the table, which shows one run. An unknown value is NaN or None.
 
   Attributes:
     name: the run's workdir, relative to the folder that is watched.
-    state: waiting, starting, running, stopped or finished; or failed or skipped, if a sweep has recorded that.
+    state: 'waiting', 'starting', 'running', 'stopped' or 'finished'; 'failed' or 'skipped' if a sweep has recorded
+      that.
     step: the last step that was logged.
-    steps: the last step of the run.
-    ce, entropy: means over the last steps, in nats.
-    pass_rate: the share of right answers, a mean over the last steps; NaN for pre-training.
-    tokens_per_s: the median over the last steps, of trained tokens or, in RL, of drawn tokens.
-    left_s: an estimate of the remaining seconds: the remaining steps times the median time of a step. The time of
+    steps: the number of steps that the run's config asks for.
+    ce, entropy: the cross-entropy and the entropy in nats, each a mean over the last AVERAGED logged steps.
+    pass_rate: the fraction of right answers, a mean over the same steps; NaN for pre-training.
+    tokens_per_s: the median over the same steps. Pre-training counts the tokens trained on, RL the tokens drawn.
+    left_s: the estimated remaining time in seconds: the remaining steps times the median time of a step. The time of
       evaluations isn't included.
   """
 
@@ -73,9 +74,9 @@ class Row:
 
 def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
   """Yields the workdirs in a folder and its subfolders, ordered by name. If the folder itself is a workdir, yields only
-  this folder.
+  the folder.
 
-  depth: the number of levels below the folder to search.
+  depth: the number of levels of subfolders to search.
   """
   if (folder / 'config.json').exists():
     yield folder
@@ -87,8 +88,9 @@ def find_runs(folder: epath.Path, depth: int = DEPTH) -> Iterator[epath.Path]:
 
 
 def read_folder(folder: epath.Path) -> list[Row]:
-  """Returns one row per run in a folder. A run that is listed in the folder's sweep.json but hasn't begun has a row
-  too.
+  """Returns one row for each run in a folder.
+
+  If the folder has a sweep.json, runs that it lists have a row even if they haven't started.
   """
   points = {name: point for name, point in (_object(folder / 'sweep.json').get('points') or {}).items()
             if isinstance(point, dict) and point.get('stage') in ('train', 'rl')}
@@ -102,9 +104,10 @@ def read_folder(folder: epath.Path) -> list[Row]:
 
 
 def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
-  """Returns the row of the run in a workdir. Files that are missing or damaged leave values unknown.
+  """Returns the row of the run in a workdir. If a file is missing or damaged, values are unknown.
 
   Args:
+    name: the name of the run in the table.
     launcher_s: the state that a sweep has recorded for this run; '' if there is none.
 
   Raises:
@@ -141,7 +144,7 @@ def _steps(config: dict[str, Any]) -> int | None:
 
 
 def _object(path: epath.Path) -> dict[str, Any]:
-  """Returns the JSON object in a file; {} if there is no file or the file contains something else."""
+  """Returns the JSON object in a file; {} if the file doesn't exist or doesn't contain a JSON object."""
   try:
     value = json.loads(path.read_text())
   except (FileNotFoundError, ValueError, RecursionError):
@@ -150,7 +153,10 @@ def _object(path: epath.Path) -> dict[str, Any]:
 
 
 def _tail(path: epath.Path) -> list[dict[str, Any]]:
-  """Returns the parsed lines in the last TAIL_BYTES of a metrics file. The whole file can have hundreds of MB."""
+  """Returns the parsed lines in the last TAIL_BYTES of a metrics file.
+
+  The beginning isn't read, because the file can have hundreds of MB.
+  """
   try:
     with path.open('rb') as file:
       size = file.seek(0, 2)
@@ -189,7 +195,8 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command.
 
   Raises:
-    UserError: a folder has no runs or can't be read when the command starts. Later failures are only shown.
+    UserError: a folder has no runs or can't be read when the command starts. If a folder can't be read later, the
+      command shows the problem and tries again.
   """
   parser = Parser('betarank watch', __doc__)
   parser.add_argument('folder', nargs='+', type=place, metavar='RUN_OR_FOLDER',

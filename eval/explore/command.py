@@ -90,9 +90,10 @@ def _export(args: argparse.Namespace, explorer: Any) -> None:
 
 
 def actions(explorer: Any) -> dict[str, Any]:
-  """Returns the functions that answer the page's requests: {name: function of the request's JSON object}.
+  """Returns the functions that answer the requests of the page: {name: function}.
 
-  The functions raise UserError if a value is not allowed, and KeyError, TypeError or ValueError for malformed requests.
+  Each function takes the request's JSON object, and returns a JSON value. It raises UserError if a value is not
+  allowed, and KeyError, TypeError or ValueError if the request is malformed.
   """
   from betarank.eval.loaded import Sampling
 

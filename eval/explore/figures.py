@@ -22,15 +22,15 @@ _SHORTEST = 16  # a shorter text is padded to this many tokens
 
 
 class Figures(NamedTuple):
-  """The model's predictions along one text of N tokens, in nats and at temperature 1.
+  """A model's predictions for one text of N tokens, with temperature 1. Log-probabilities and entropies are in nats.
 
   Entry i < N is the prediction of token i, given BOS and the tokens before token i. Entry N is the prediction after the
-  last token. There is no target for it, so only `entropy`, `top` and `top_logp` have an entry N.
+  last token. This prediction has no target, so only `entropy`, `top` and `top_logp` have an entry N.
 
   Attributes:
     logp: float32 [N], the log-probability of each token.
     rank: int32 [N], the rank of each token; 0 for the most probable token.
-    entropy: float32 [N + 1].
+    entropy: float32 [N + 1], the entropy of the predicted distribution.
     head: float32 [N], the probability of the wrong tokens among the top_k most probable tokens (see `figures`).
     tail: float32 [N], the probability of all other wrong tokens. exp(logp) + head + tail = 1.
     top: int32 [N + 1, n], the ids of the n most probable tokens, the most probable token first.
@@ -47,12 +47,12 @@ class Figures(NamedTuple):
 
 
 def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[Figures]:
-  """Returns the figures of each text.
+  """Returns the model's predictions for each text, computed in one forward pass.
 
   Batch size and length are rounded up to powers of two, so that only few shapes are compiled.
 
   Args:
-    texts: token ids, without BOS.
+    texts: the token ids of each text, without BOS.
     top_k: the number of most probable tokens that form the head (see Figures.head).
   """
   c, tokenizer = loaded.run.model, loaded.tokenizer
@@ -79,10 +79,10 @@ def figures(loaded: Loaded, texts: Sequence[Sequence[int]], top_k: int) -> list[
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _values(c: model.ModelConfig, top_k: int, shown: int, params: Any, batch: Batch) -> dict[str, jax.Array]:
-  """Returns {name of a field of Figures: values}. `top` and `top_logp` are [B, T, n], the other fields are [B, T].
+  """Returns {name of a field of Figures: array}. `top` and `top_logp` are [B, T, n], the other arrays are [B, T].
 
-  At the last position of a text, there is no target, so fields that depend on a target are meaningless. In padding, all
-  fields are meaningless.
+  The last position of a text has no target, so fields that depend on a target are meaningless there. All fields are
+  meaningless in padding.
 
   top_k: as in `figures`.
   shown: the number n of tokens in `top` and `top_logp`.

@@ -1,4 +1,7 @@
-"""Builds the page from the files in assets/: as several files for the server, or as one file that contains a view."""
+"""Builds the HTML page of `betarank explore` from the files in assets/.
+
+The page consists of several files for the server, or of one file that shows a single text or problem.
+"""
 
 import base64
 import hashlib
@@ -15,7 +18,10 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 
 
 
 def served() -> dict[str, tuple[str, bytes]]:
-  """Returns {path: (content type, content)} of the page's files. A path is relative to Server.url; '' is the page."""
+  """Returns the files of the page for the server: {path: (content type, content)}.
+
+  A path is relative to Server.url. The path of the page itself is ''.
+  """
   html = _fill('<link rel="stylesheet" href="page.css">', '<script src="page.js" defer></script>', '')
   return {'': ('text/html; charset=utf-8', html.encode()),
           'page.css': ('text/css; charset=utf-8', _asset('page.css').encode()),
@@ -23,9 +29,10 @@ def served() -> dict[str, tuple[str, bytes]]:
 
 
 def exported(about: Mapping[str, Any], view: Mapping[str, Any]) -> str:
-  """Returns the page as one HTML file that shows `view` and loads nothing else.
+  """Returns the page as one HTML file that shows `view`. The file doesn't load any other file.
 
-  about, view: the result of Explorer.about, and a view as described in views.py.
+  about: the result of Explorer.about.
+  view: the text or problem to show, as returned by the methods of Explorer (see views.py).
   """
   style, script = _asset('page.css'), _asset('page.js')
   policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:"

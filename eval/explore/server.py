@@ -1,10 +1,12 @@
-"""Serves the page to this machine only.
+"""Serves the page of `betarank explore` to this machine only.
 
 The server listens on 127.0.0.1. It answers a request only if all of these are true: the Host header has a loopback
-name, the request doesn't come from another web page, and the path begins with the server's random token. Only the
-printed URL contains this token. The check of the Host header stops a web page whose own domain name resolves to
-127.0.0.1. All other requests get a 4xx status before their body is read. Only the paths in the tables `files` and
-`actions` exist.
+name, the request doesn't come from another web page, and the path begins with the server's random token. Only the URL
+that the command prints contains this token. The Host header is checked because another web page could use a domain name
+of its own that resolves to 127.0.0.1.
+
+All other requests get a 4xx status before their body is read. The only paths that exist are those in Server's arguments
+`files` and `actions`.
 """
 
 import hmac
@@ -106,9 +108,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return 500, {'error': 'the computation failed; the terminal shows why'}
 
   def _path(self):
-    """Returns the request's path, relative to Server.url.
+    """Returns the path of the request, relative to Server.url.
 
-    If the request isn't allowed, answers with a 4xx status and returns None.
+    If the request isn't allowed, answers it with a 4xx status and returns None.
     """
     host, _, port = self.headers.get('Host', '').rpartition(':')
     if (host if port.isdigit() else self.headers.get('Host', '')) not in HOSTS or not self._from_here():
@@ -121,7 +123,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return rest[0]
 
   def _from_here(self):
-    """Returns False if the headers say that another web page made the request, else True."""
+    """Returns whether the request can come from this server's own page: False if its headers name another web page."""
     origin = self.headers.get('Origin')
     return origin in (None, f'http://{self.headers.get("Host")}') and self.headers.get('Sec-Fetch-Site') in (
       None, 'none', 'same-origin')

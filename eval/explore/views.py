@@ -1,12 +1,13 @@
-"""Builds what the page shows, as JSON values: a text with the predictions of several checkpoints, or a problem.
+"""Builds what the page of `betarank explore` shows, as JSON values: a text or a problem, with the predictions of
+several checkpoints.
 
-A *passage* is a sequence of tokens with the predictions of each checkpoint. A *view* has one passage for a prompt, and
-one passage for each continuation of the prompt:
+A *passage* is a sequence of tokens with the predictions of each checkpoint. A *view* is what the page shows at one
+time. It has one passage for a prompt, and one passage for each continuation of the prompt:
 
     {'prompt': passage, 'samples': [passage, ...], 'vocabulary': {id: text}, 'problem': {...} or None}
 
-Some tokens hold only some of the bytes of a character, so their text depends on their neighbours. A passage has the
-texts of these tokens as {position: text}.
+The text of a token is found in 'vocabulary'. If a token holds only a part of a character, its text depends on the
+tokens next to it. A passage has the texts of such tokens as {position: text}.
 """
 
 import dataclasses
@@ -35,12 +36,12 @@ NAMES = {'CE': 'β = 0'}
 
 @dataclasses.dataclass(frozen=True)
 class Explorer:
-  """The checkpoints to look at, and where texts and problems come from.
+  """The checkpoints that the page shows, and the texts and problems that a user can choose.
 
   Attributes:
     models: the checkpoints, which must have the same tokenizer.
     top_k: the number of most probable tokens that form the head, as in figures.figures.
-    sources: {name of a source: its validation split}.
+    sources: {name of a data source: the documents of its validation split}.
     tasks: the problems; None if there are none.
     verifier: judges answers to the problems.
     lock: held during a computation, so that only one computation runs at a time.
@@ -54,21 +55,29 @@ class Explorer:
   lock: Any = dataclasses.field(default_factory=threading.Lock)
 
   def about(self) -> dict[str, Any]:
-    """Returns what the page needs before a text is chosen: the checkpoints, the sources of documents, and the task."""
+    """Returns what the page shows before a text is chosen: the checkpoints, the data sources, and the task."""
     models = [{'label': text, 'name': m.name, 'step': m.ref.step} for text, m in zip(labels(self.models), self.models)]
     task = None if self.tasks is None else {'uri': self.tasks.config.uri, 'size': self.tasks.size}
     return {'models': models, 'top_k': self.top_k, 'vocab_size': self.models[0].run.model.vocab_size,
             'sources': {name: len(documents) for name, documents in self.sources.items()}, 'task': task}
 
   def text(self, text: str, samples: int = 0, sampling: Sampling | None = None) -> dict[str, Any]:
-    """Returns the view (what the page shows, as JSON values) of a text, with `samples` continuations by each
-    checkpoint.
+    """Returns the view (see the docstring of this module) of a text, with `samples` continuations by each checkpoint.
+
+    sampling: the settings of sampling; needed only if `samples` isn't 0.
+
+    Raises:
+      EvalError: the text is too long, or an argument is too large.
     """
     return self._view(text, samples, sampling, None)
 
   def document(self, source: str, index: int) -> dict[str, Any]:
-    """Returns the view (what the page shows, as JSON values) of document number `index` of a source's validation split.
-    Of a long document, only the beginning is used.
+    """Returns the view (see the docstring of this module) of document number `index` in a source's validation split.
+
+    Only the first MOST_TOKENS / 2 tokens of the document are used.
+
+    Raises:
+      EvalError: there is no such source or document.
     """
     if source not in self.sources:
       raise EvalError(f'no source {source!r}; there are {", ".join(self.sources) or "none"}')
@@ -79,9 +88,12 @@ class Explorer:
     return self.text(self._tokenizer.decode(tokens[:MOST_TOKENS // 2].tolist()))
 
   def problem(self, index: int, samples: int, sampling: Sampling) -> dict[str, Any]:
-    """Returns the view (what the page shows, as JSON values) of problem number `index`.
+    """Returns the view (see the docstring of this module) of problem number `index`.
 
-    The view has `samples` answers by each checkpoint and their verdicts.
+    The view has `samples` answers by each checkpoint, with their verdicts.
+
+    Raises:
+      EvalError: there is no such problem, or an argument is too large.
     """
     if self.tasks is None:
       raise EvalError('there are no problems; name a task with --task=reasoning:NAME or --task=jsonl:FILE')
@@ -122,11 +134,11 @@ class Explorer:
     return view
 
   def _passage(self, row, of_models, start):
-    """Returns a passage: tokens with the predictions of each checkpoint. See the docstring of this module.
+    """Returns a passage: tokens with the predictions of each checkpoint (see the docstring of this module).
 
-    row: token ids of a whole text, without BOS.
-    of_models: the figures of each checkpoint for `row`.
-    start: the index of the first token of the passage in `row`.
+    row: the token ids of a whole text, without BOS.
+    of_models: the predictions of each checkpoint for `row`, as Figures.
+    start: the index in `row` at which the passage starts.
     """
     tokens = [int(token) for token in row[start:]]
     texts = {i: text for i, (token, text) in enumerate(zip(tokens, texts_of(self._tokenizer, tokens)))
@@ -140,7 +152,7 @@ class Explorer:
     return found
 
   def _vocabulary(self, passages):
-    """Returns {token: text} for the tokens of these passages and the most probable tokens at each position."""
+    """Returns {token id: text} for all tokens of these passages, and for the most probable tokens at each position."""
     used = {token for p in passages for token in p['tokens']}
     used |= {token for p in passages for f in p['figures'] for top in f['top'] for token in top}
     return {token: token_text(self._tokenizer, token) for token in sorted(used)}
@@ -149,7 +161,7 @@ class Explorer:
 def labels(models: Sequence[Loaded]) -> list[str]:
   """Returns a name for each checkpoint: its objective, followed by ' + RL' for a checkpoint of an RL run.
 
-  If several checkpoints would get the same name, the step or the part of the workdir in which they differ is added.
+  If several checkpoints have the same name, their steps are added, or the parts of their workdirs that differ.
   """
   short = [NAMES.get(m.objective, m.objective) + (' + RL' if 'rl' in m.ref.meta['config'] else '') for m in models]
 
@@ -168,7 +180,7 @@ def labels(models: Sequence[Loaded]) -> list[str]:
 
 
 def _rounded(f: Figures, start: int) -> dict[str, Any]:
-  """Returns the figures from token `start` on, as JSON values with four significant digits."""
+  """Returns the predictions for token `start` and all later tokens, as JSON values with four significant digits."""
   number = lambda x: float(f'{x:.4g}')
   values = {name: [number(x) for x in getattr(f, name)[start:]] for name in ('logp', 'entropy', 'head', 'tail')}
   return {**values, 'rank': f.rank[start:].tolist(), 'top': f.top[start:].tolist(),
@@ -176,7 +188,10 @@ def _rounded(f: Figures, start: int) -> dict[str, Any]:
 
 
 def open_sources(loaded: Loaded) -> dict[str, Documents]:
-  """Returns {source: validation split} of the data that a checkpoint was trained on. Missing data is left out."""
+  """Opens the validation splits of the data that a checkpoint was trained on. Returns {source: documents}.
+
+  A source is left out if this machine doesn't have its data.
+  """
   found = {}
   for name in loaded.run.data.sources:
     try:
@@ -187,13 +202,17 @@ def open_sources(loaded: Loaded) -> dict[str, Documents]:
 
 
 def open_tasks(models: Sequence[Loaded], uri: str) -> TaskSet | None:
-  """Returns the problems of the task `uri`.
+  """Returns the problems of a task; None if there is no task.
 
-  If `uri` is '', uses the task of the first of those models that were trained with RL. If there is no such model, uses
-  the first source of generated problems among the data sources of all models. If there is no such source either,
-  returns None.
+  If `uri` is '', the task is chosen in this order:
 
-  If generated problems were held out of training, the result has only the held-out problems.
+  - the task of the first model that was trained with RL
+  - the first source of generated problems in the models' training data
+
+  If a part of the generated problems was held out of training, only this part is returned.
+
+  models: the checkpoints.
+  uri: the URI of the task, such as 'reasoning:chain_sum'; '' to choose one.
 
   Raises:
     EvalError: the task can't be used.

@@ -1,8 +1,8 @@
-"""Lists the reasons why a difference between two runs can't be attributed to the objective.
+"""Finds out whether two runs can be compared, and lists the reasons if they can't.
 
-Two runs must agree in everything but objective and seed: the prepared data (by its hash), the tokenizer, every setting
-that decides what is learned, and the step. The step determines how many tokens were seen. If the two runs started from
-other runs, those parent runs must agree too.
+A difference between two runs can be attributed to the objective only if the runs agree in everything except objective
+and seed: the prepared data (by its hash), the tokenizer, every setting that affects what is learned, and the step,
+which determines how many tokens were seen. If the two runs started from other runs, those parent runs must agree too.
 """
 
 import math
@@ -18,7 +18,7 @@ _SHOWN = 12  # the number of characters shown of a hash
 
 
 def choices(run: Run) -> dict[str, Any]:
-  """Returns {dotted key: value} of the settings that decide what is learned, without objective and seed."""
+  """Returns {dotted key: value} of the settings that affect what is learned, except objective and seed."""
   return _with_roles(run, (settings.IDENTITY, settings.DATA))
 
 
@@ -28,9 +28,9 @@ def _with_roles(run: Run, roles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _role(key: str) -> str:
-  """Returns the role of a setting: what the setting affects, as configs/settings.py defines it.
+  """Returns the role of a setting, which says what the setting affects (see configs/settings.py).
 
-  The role of a setting that this version doesn't know is IDENTITY, as if the setting decided what is learned.
+  A setting that this version of betarank doesn't know gets the role IDENTITY: it is assumed to affect what is learned.
   """
   try:
     return settings.role(key)
@@ -41,9 +41,8 @@ def _role(key: str) -> str:
 def disagreements(run: Run, other: Run) -> list[str]:
   """Returns one phrase for each way in which two runs of the same stage disagree. Phrases about data come first.
 
-  The objectives, the seeds and the steps of the two runs aren't compared here (for steps, see `of_steps`). If the runs
-  started from other runs, those parent runs are compared too, and so are the steps of the checkpoints from which the
-  two runs started.
+  The function ignores the objectives and the seeds of the two runs, and their steps (see `of_steps`). If both runs
+  started from other runs, their parent runs are compared too, and the steps of the checkpoints from which they started.
   """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
@@ -55,10 +54,10 @@ def disagreements(run: Run, other: Run) -> list[str]:
 
 
 def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
-  """Returns [] if the steps of two runs are equal. Otherwise returns a list of one reason why the runs can't be
+  """Compares the steps of two runs. Returns [] if the steps are equal, else a list with one reason why they can't be
   compared.
 
-  The reason names both steps, and the number of tokens that each run has seen.
+  The reason names both steps and, for pre-training, the number of tokens that each run has seen.
   """
   if step == other_step:
     return []
@@ -93,10 +92,10 @@ def _of_settings(run: Run, other: Run) -> list[str]:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-  """Returns the settings in which two runs must agree.
+  """Returns the settings in which two runs must agree, {dotted key: value}.
 
-  They are the settings that decide what is learned, and the length of training, because the learning rate depends on
-  the length. The location of the data is left out.
+  These are the settings that affect what is learned, and the length of training, on which the learning rate depends.
+  The settings that say where data comes from are left out, because data is compared by hash.
   """
   found = _with_roles(run, (settings.IDENTITY, settings.DATA, settings.LENGTH))
   return {key: value for key, value in found.items()

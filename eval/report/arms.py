@@ -1,9 +1,10 @@
-"""Finds every run under a folder, links it to its parent, and names its stage and its arm.
+"""Finds all runs under a folder, links each run to its parent, and names the stage and the arm of each run.
 
-An arm is a pre-training objective. If there is a sweep.json, the names in it are used. Otherwise the arm of plain
-cross-entropy is named 'CE', and any other arm is named by how it differs from plain cross-entropy: 'β = -0.25' or
-'λ̂ = -0.1'. A run that started from another run belongs to the arm of the first run in the chain. If mid-training had
-another objective, that objective is added to the name: 'CE → β = -0.25'.
+An arm is a pre-training objective. Its name comes from sweep.json if there is one. Otherwise, the arm of plain
+cross-entropy is named 'CE', and the name of any other arm says how its objective differs: 'β = -0.25' or 'λ̂ = -0.1'.
+
+The parent of a run is the run whose checkpoint it started from. A run belongs to the same arm as its parent. If
+mid-training had another objective than pre-training, the arm's name has both: 'CE → β = -0.25'.
 """
 
 import math
@@ -28,7 +29,9 @@ SYMBOLS = {'beta': 'β', 'lambda_head': 'λ̃', 'lambda_tail': 'λ̂'}
 
 
 def read_sweep(root: str | epath.Path) -> Sweep:
-  """Returns every run under `root` with its name, stage, arm and parent. `Sweep.notes` lists what is missing or odd."""
+  """Returns all runs under `root`, each with its name, stage, arm and parent. `Sweep.notes` lists what is missing or
+  odd.
+  """
   sweep = Sweep(epath.Path(root))
   named: dict[int, str] = {}  # id of a run -> arm as its sweep names it
   for path, arm in _find_runs(sweep.root, DEPTH, set(), {}, sweep):
@@ -48,11 +51,12 @@ def read_sweep(root: str | epath.Path) -> Sweep:
 def _find_runs(
   folder: epath.Path, depth: int, seen: set[str], points: dict[str, str], sweep: Sweep
 ) -> Iterator[tuple[epath.Path, str]]:
-  """Yields (workdir, name of its arm) of each run. The name comes from a sweep.json, and is '' if no sweep.json names
-  the arm.
+  """Yields (workdir, arm) for each run in a folder. The arm's name comes from a sweep.json; it is '' if no sweep.json
+  lists the run.
 
   depth: the number of levels below `folder` to search.
-  seen: the folders that have been searched. They aren't searched again, because links may form a circle.
+  seen: the folders that have been searched so far. They aren't searched again, because symbolic links may form a
+    circle.
   points: {workdir: arm}, from the sweep.json files of the folders above.
   """
   here = str(folder) if '://' in str(folder) else os.path.realpath(folder)  # epath's resolve() follows no links
@@ -75,9 +79,10 @@ def _find_runs(
 
 
 def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
-  """Returns {workdir: arm} of the points that the sweep.json in `folder` lists.
+  """Returns {workdir: arm} for the runs that the file sweep.json in `folder` lists.
 
-  A point is one command of a sweep. Its name is ARM/STAGE, which is also its workdir relative to `folder`.
+  A sweep.json lists points, each of which is one command of a sweep. The name of a point is ARM/STAGE, which is also
+  its workdir relative to `folder`.
   """
   points = (read_object(folder / 'sweep.json', sweep) or {}).get('points')
   names = [name for name in points if '/' in name] if isinstance(points, dict) else []
@@ -85,7 +90,9 @@ def _points(folder: epath.Path, sweep: Sweep) -> dict[str, str]:
 
 
 def _without_seed(arm: str, seed: int | None) -> str:
-  """Returns an arm's name without the seed: 'beta=-0.25,seed=1' becomes 'beta=-0.25'. All seeds belong to the same arm.
+  """Returns an arm's name without the seed, because runs with different seeds belong to the same arm.
+
+  For example, 'beta=-0.25,seed=1' becomes 'beta=-0.25'.
   """
   return ','.join(part for part in arm.split(',') if not re.fullmatch(rf's(eed)?[=_-]?{seed}', part))
 
@@ -94,9 +101,9 @@ def _without_seed(arm: str, seed: int | None) -> str:
 
 
 def label(objective: Any) -> str:
-  """Returns a short name of an objective: 'CE' for plain cross-entropy; '' if there is no objective.
+  """Returns a short name for an objective, such as 'CE' (plain cross-entropy), 'β = -0.25' or 'λ̂ = -0.1, k = 50'.
 
-  The name of another objective says how it differs from plain cross-entropy: 'β = -0.25', 'λ̂ = -0.1, k = 50'.
+  The name lists the settings that differ from plain cross-entropy. It is '' if `objective` is missing or empty.
 
   objective: the section `objective` of a config.
   """
@@ -115,9 +122,9 @@ def label(objective: Any) -> str:
 
 
 def _link(sweep: Sweep, named: dict[int, str]) -> None:
-  """Sets the parents of all runs, then each run's stage, objective and arm.
+  """Sets the parent of each run, and then the stage, the objective and the arm of each run.
 
-  named: {id of a Run object: the name of its arm from a sweep.json, or ''}.
+  named: {id(run): the name of the run's arm in a sweep.json}. The name is '' if no sweep.json lists the run.
   """
   for run in sweep.runs:
     run.parent = _find_parent(run, sweep)
@@ -151,9 +158,9 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Splits an arm whose runs, in the same stage, differ in settings that should be equal.
+  """Divides an arm into several if its runs of the same stage differ in settings other than objective and seed.
 
-  In `run.arm`, up to three of these settings are added to the arm's name, with the run's values.
+  Up to three of these settings, with their values in the run, are added to the name `run.arm`.
   """
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
@@ -171,10 +178,10 @@ def _tell_apart(sweep: Sweep) -> None:
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   """Returns the run that wrote the checkpoint run.parent_path; None if it can't be found.
 
-  The path of this checkpoint names the parent's workdir. A run with this workdir is searched for in the sweep, and then
-  outside of it. If there is none, the sweep may have been moved. The function then counts, for each run of the sweep,
-  how many of the last folders are the same in its workdir and in the parent's, and returns the run with the highest
-  count. It returns None if several runs have this count, or if the run is `run` itself.
+  The path of the checkpoint contains the workdir of the parent. If no run has this workdir, in the sweep or outside of
+  it, the sweep may have been moved. Then the workdirs of the sweep's runs are compared with the parent's, folder by
+  folder from the end of the path, and the run with the most equal folders is the parent. If several runs have equally
+  many, or if this is `run` itself, the parent is unknown.
   """
   if not run.parent_path:
     return None
@@ -194,7 +201,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns how many of the last folders are the same in the workdirs of `other` and of the parent."""
+    """Returns how many folders at the end of its path the workdir of `other` has in common with the parent's."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 
@@ -204,11 +211,11 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
 
 
 def _baseline(sweep: Sweep, arm: str) -> str:
-  """Returns the arm that `arm` is compared with.
+  """Returns the name of the arm with which `arm` is compared.
 
-  The baseline is the first arm of plain cross-entropy that agrees with `arm` in everything but the objective. If there
-  is no such arm, or if `arm` itself has plain cross-entropy, the baseline is the first of all arms. This baseline may
-  differ from `arm` in more than the objective; comparisons then name the other differences.
+  The baseline is the first arm of plain cross-entropy that agrees with `arm` in everything except the objective. If
+  there is no such arm, or if `arm` itself has plain cross-entropy, the baseline is the first of all arms. This arm may
+  differ from `arm` in more than the objective; comparisons then list the other differences.
   """
   first, *others = sweep.arms
   plain = [first, *(other for other in others if any(r.objective == PLAIN for r in sweep.runs if r.arm == other))]

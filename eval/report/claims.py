@@ -1,9 +1,15 @@
 """Judges the paper's claims (arXiv 2512.22955) on a sweep that has the paper's objectives.
 
-Each claim is judged by a few tests, which were fixed before the study's runs (docs/study.md). A test has an effect with
-a 95 % interval over seeds and, for samples, problems. Its verdict is 'yes', 'no', SMALL or CANT_TELL. Holm's correction
-covers the tests that decide a claim. The claim holds if all of them say yes. It fails if any says no, or if all say
-SMALL.
+Each claim is judged by a few tests, which were fixed before the study's runs (docs/study.md). A test measures an
+effect, such as a difference between two arms, with a 95 % interval over seeds and, for samples, problems. A rule turns
+the effect into a verdict:
+
+- 'yes' or 'no': the effect is or isn't as the claim says.
+- SMALL: the effect is smaller than what is worth finding.
+- CANT_TELL: the data don't decide.
+
+A claim holds if all its tests say 'yes'. It fails if any test says 'no', or if all say SMALL. The p-values of a claim's
+tests are corrected for multiple testing (Holm).
 
 # S seeds  A arms
 """
@@ -38,12 +44,13 @@ class Test:
   """One test of a claim.
 
   Attributes:
-    what: what is compared, in words.
-    unit: the unit of the effect: '%' for shares of the baseline's value, 'points' for shares of right answers, ...
+    what: a description of what is compared.
+    unit: the unit in which the effect is shown, such as '%', 'points' or 'nats'.
     factor: the factor that converts the effect to this unit.
     effect: the effect with its interval; None if there are no runs to compare.
     noise: the noise of the effect; None if there are fewer than two seeds.
-    judge: the rule that makes the verdict.
+    judge: the rule that turns the effect into a verdict.
+    p_holm: the p-value after Holm's correction; NaN if there are fewer than two seeds.
   """
 
   what: str
@@ -56,21 +63,31 @@ class Test:
 
   @property
   def verdict(self) -> str:
-    """The verdict; '' if nothing can be compared. A single seed can't tell."""
+    """The verdict of the rule; CANT_TELL if there is only one seed; '' if there is no effect."""
     if self.effect is None:
       return ''
     return self.judge(self.effect, self.p_holm) if self.effect.seeds > 1 else CANT_TELL
 
   def smallest_detectable(self, seeds: int = PLANNED_SEEDS) -> float:
-    """Returns the effect that so many seeds would detect with 80 % power, before correction; NaN if unknown."""
+    """Returns the smallest effect that an experiment with `seeds` seeds would detect with a probability of 80 %; NaN if
+    unknown.
+
+    Holm's correction, which requires larger effects, isn't taken into account.
+    """
     return self.noise.smallest_detectable(seeds) if self.noise else math.nan
 
 
 @dataclasses.dataclass
 class Claim:
-  """A claim, the tests that decide about it, and further tests that are only shown.
+  """A claim of the paper with its tests.
 
-  Holm's correction is applied to the tests that decide, and separately to those that are shown.
+  Holm's correction is applied to the p-values of `tests`, and separately to those of `shown`.
+
+  Attributes:
+    letter: the letter of the claim in docs/study.md, such as 'a'.
+    sentence: the claim in words.
+    tests: the tests that decide whether the claim holds.
+    shown: further tests, which the report shows but which don't decide.
   """
 
   letter: str
@@ -86,7 +103,9 @@ class Claim:
 
   @property
   def verdict(self) -> str:
-    """'yes', 'no' or CANT_TELL; '' if a test has nothing to compare."""
+    """'yes' if the claim holds, 'no' if it fails, CANT_TELL if its tests don't decide; '' if a test has no effect to
+    judge.
+    """
     verdicts = {test.verdict for test in self.tests}
     if not verdicts or '' in verdicts:
       return ''
@@ -97,10 +116,13 @@ class Claim:
 
 
 def above(worth: float = 0.0) -> Judge:
-  """Returns the rule for "the effect is above zero".
+  """Returns a rule that judges the claim "the effect is above zero".
 
-  Yes or no, if the corrected p-value is at most ALPHA. Otherwise SMALL, if the interval lies below `worth`. This has no
-  correction, because a claim fails only if all its effects are small, which makes a false no rarer.
+  The verdict is 'yes' or 'no' if the corrected p-value is at most ALPHA. Otherwise it is SMALL if the whole interval is
+  below `worth`, and CANT_TELL if it isn't. SMALL needs no correction for multiple testing: a claim fails only if all
+  its effects are small, so several tests make a wrong 'no' rarer.
+
+  worth: the smallest effect worth finding.
   """
   def judge(effect: Estimate, p_holm: float) -> str:
     if p_holm <= ALPHA:
@@ -111,15 +133,18 @@ def above(worth: float = 0.0) -> Judge:
 
 
 def below(effect: Estimate, p_holm: float) -> str:
-  """Judges "the effect is below zero", if the corrected p-value is at most ALPHA."""
+  """Judges the claim "the effect is below zero": CANT_TELL if the corrected p-value is above ALPHA, otherwise 'yes' or
+  'no'.
+  """
   return CANT_TELL if p_holm > ALPHA else 'yes' if effect.mean < 0 else 'no'
 
 
 def equal(effect: Estimate, _) -> str:
-  """Judges "the effect is nearer to zero than EQUAL".
+  """Judges the claim "the effect lies between -EQUAL and EQUAL".
 
-  Yes, if the 95 % interval lies within these limits, which is stricter than two one-sided tests at 5 %. No, if it lies
-  outside. There is no correction: the claim needs a yes for every arm, which makes a false yes rarer.
+  The verdict is 'yes' if the whole 95 % interval lies in this range, which is stricter than two one-sided tests at 5 %.
+  It is 'no' if the whole interval lies outside, otherwise CANT_TELL. 'yes' needs no correction for multiple testing:
+  the claim holds only if every test says 'yes', so several tests make a wrong 'yes' rarer.
   """
   if effect.low > -EQUAL and effect.high < EQUAL:
     return 'yes'
@@ -127,9 +152,11 @@ def equal(effect: Estimate, _) -> str:
 
 
 def in_tail_range(effect: Estimate, p_holm: float) -> str:
-  """Judges "the tail's mass changes by TAIL_RANGE".
+  """Judges the claim "the relative change of the tail's probability lies in TAIL_RANGE".
 
-  No, if the interval misses the range. Yes, if it meets the range, excludes zero and is narrow enough to say so.
+  The verdict is 'no' if the interval doesn't overlap the range. It is 'yes' if the interval overlaps the range, the
+  corrected p-value is at most ALPHA, and the half-width of the interval is at most TAIL_WIDTH. Otherwise it is
+  CANT_TELL.
   """
   if effect.low > TAIL_RANGE[1] or effect.high < TAIL_RANGE[0]:
     return 'no'
@@ -138,7 +165,11 @@ def in_tail_range(effect: Estimate, p_holm: float) -> str:
 
 
 def related(effect: Estimate, p_holm: float) -> str:
-  """Judges "the orders are related". SMALL, if the interval holds only rank correlations below UNRELATED."""
+  """Judges the claim "the two orders are related". The effect is a rank correlation.
+
+  The verdict is 'yes' if the p-value is at most ALPHA. Otherwise it is SMALL if the whole interval lies between
+  -UNRELATED and UNRELATED, and CANT_TELL if it doesn't.
+  """
   if p_holm <= ALPHA:
     return 'yes'
   return SMALL if effect.low > -UNRELATED and effect.high < UNRELATED else CANT_TELL
@@ -151,12 +182,15 @@ def claims(
   sweep: Sweep, distributions: Sequence[Comparison], dynamics: Sequence[Comparison], sampled: Sequence[Comparison],
   k: int,
 ) -> list[Claim]:
-  """Returns the paper's claims; [] if the sweep has no arm of plain cross-entropy, or none of LOW, HIGH and TAIL.
+  """Returns the paper's claims with their tests.
 
-  Claims (a) and (b) are judged at the end of pre-training on the sources of real text, or on all if all are generated.
+  Returns [] if the sweep has no arm of plain cross-entropy, or no arm with any of the objectives LOW, HIGH and TAIL.
 
-  distributions, dynamics, sampled: comparisons with plain cross-entropy, from comparisons.distributions, dynamics and
-    benchmarks.
+  Claims (a) and (b) are judged at the end of pre-training, on the data sources of real text. If all sources are
+  generated, they are judged on all sources.
+
+  distributions, dynamics, sampled: the results of comparisons.distributions, comparisons.dynamics and
+    comparisons.benchmarks, in which the baseline is plain cross-entropy.
   k: the k of Pass@k.
   """
   arm = {name: _arm(sweep, name) for name in (PLAIN, LOW, HIGH, TAIL)}
@@ -199,18 +233,21 @@ def claims(
 
 
 def _arm(sweep: Sweep, objective: str) -> str:
-  """Returns the arm with most runs of a pre-training objective; '' if there is none."""
+  """Returns the arm whose runs were pre-trained with `objective`, such as 'β = 0.5'; '' if there is none.
+
+  If there are several such arms, returns the one with most runs.
+  """
   arms = [run.arm for run in sweep.runs if run.arm and run.objective.partition(' → ')[0] == objective]
   return max(sorted(set(arms)), key=arms.count, default='')
 
 
 def _domain(c: Comparison) -> str:
-  """Returns the source of the data: a subject may have a remark in parentheses after it."""
+  """Returns the data source of a comparison, which is its subject without a remark in parentheses at the end."""
   return c.subject.partition(' (')[0]
 
 
 def _texts(sweep: Sweep, stage: str) -> set[str]:
-  """Returns the names of the sources that aren't generated; of all sources, if all are generated."""
+  """Returns the names of the data sources that hold real text; the names of all sources if all are generated."""
   sources = {name: str(source.get('uri')) for run in sweep.of(stage)
              for name, source in (setting(run.config, 'data.sources') or {}).items() if isinstance(source, dict)}
   return {name for name, uri in sources.items() if not uri.startswith('reasoning')} or set(sources)
@@ -223,9 +260,12 @@ def _test(what: str, unit: str, factor: float, by_seed: dict[Any, float], judge:
 
 
 def _better_after_rl(sweep: Sweep, arm: dict[str, str], stage: str, sampled: Sequence[Comparison], k: int) -> Claim:
-  """Returns claim (d). LOW and TAIL are compared with plain cross-entropy and with HIGH, on the same problems.
+  """Returns claim (d): after RL, LOW and TAIL answer better than plain cross-entropy and than HIGH, on the same
+  problems.
 
-  Only Avg@n decides; Cons@n and Pass@k are shown.
+  The differences of Avg@n decide. Those of Cons@n and Pass@k are only shown.
+
+  arm: {objective: name of its arm}.
   """
   runs = [run for run in sweep.of(stage) if run.arm in (arm[LOW], arm[TAIL], arm[HIGH])] if arm[HIGH] else []
   against = dataclasses.replace(sweep, runs=runs, baselines=dict.fromkeys(arm.values(), arm[HIGH]))
@@ -241,11 +281,11 @@ def _better_after_rl(sweep: Sweep, arm: dict[str, str], stage: str, sampled: Seq
 
 
 def _order(what: str, earlier: Sequence[Comparison], later: Sequence[Comparison]) -> Test:
-  """Returns the test whether the arms' order in `earlier` predicts their order in `later`, by Kendall's tau.
+  """Returns a test of whether the arms' order in `earlier` predicts their order in `later`.
 
-  Arms are ordered by their differences to the baseline, which are measured on the same problems; its own is zero. The
-  effect is the mean tau over seeds. The p-value is that of all permutations of the arms, because arms, not seeds,
-  are what the order is about; five arms give at least 2/120.
+  Arms are ordered by their difference to the baseline, whose own difference is zero. The effect is Kendall's tau, a
+  rank correlation in [-1, 1], as the mean over seeds. The p-value comes from a permutation test over all orders of the
+  arms, because the test is about arms, not about seeds. With five arms, it can't be less than 2/120.
   """
   a, b = ({c.arm: c.differences or dict.fromkeys(c.by_seed, 0.0) for c in found
            if c.subject == found[0].subject and (c.differences or c.arm == c.baseline)} for found in (earlier, later))
@@ -262,7 +302,7 @@ def _order(what: str, earlier: Sequence[Comparison], later: Sequence[Comparison]
 
 
 def _taus(a_SA: np.ndarray, b_SA: np.ndarray) -> np.ndarray:
-  """Returns [S]: Kendall's tau-a of the arms' values in each seed."""
+  """Returns [S]: Kendall's tau-a between the arms' values in a_SA and in b_SA, for each seed."""
   sign = lambda x_SA: np.sign(x_SA[:, :, None] - x_SA[:, None, :])
   arms = a_SA.shape[1]
   return (sign(a_SA) * sign(b_SA)).sum((1, 2)) / (arms * (arms - 1))

@@ -28,11 +28,11 @@ EVERY_S = 60.0  # between two reports with --watch
 def write_report(root: str, out: str | None = None) -> epath.Path:
   """Writes the report of all runs under `root`, and returns the path of the page.
 
-  out: the folder of the report; None means the folder `report` in `root`.
+  out: the folder for the report; None means the folder `report` in `root`.
 
   Raises:
-    ConfigError: there is no folder `root`, there is no run under it, or a folder of the report is a symbolic link. In
-      these cases, no file is written.
+    ConfigError: `root` doesn't exist or has no runs, or a folder of the report is a symbolic link. No file is written
+      then.
   """
   folder = epath.Path(root)
   if not folder.is_dir():

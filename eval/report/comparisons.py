@@ -1,9 +1,10 @@
-"""Compares arms with their baselines, and computes an interval for each metric and each difference.
+"""Compares arms (pre-training objectives) with their baselines, and computes an interval for each metric and
+difference.
 
 A metric has one value per run, or one value per run and problem. Runs are paired by seed. A difference is computed only
-between runs that agree in everything but the objective (agreement.py). If two runs disagree in anything else, the
-remark of the comparison names it. A difference from a single seed may have an interval over problems, but it has no
-verdict, because one seed doesn't show how much seeds differ.
+between runs that agree in everything except the objective (agreement.py). If two runs disagree in anything else, the
+remark of the comparison says in what. A single seed doesn't show how much seeds differ. A difference from a single seed
+may therefore have an interval over problems, but no verdict.
 
 # S seeds  P problems
 """
@@ -34,16 +35,22 @@ ByProblem = Callable[[Mapping[str, np.ndarray]], np.ndarray]  # SampleSet.metric
 
 @dataclasses.dataclass
 class Comparison:
-  """One metric of one arm (the runs with one objective), and its difference to the baseline arm on the same seeds and
-  problems.
+  """One metric of one arm (the runs with one objective), and its difference to the baseline arm.
 
   Attributes:
-    subject: what the metric is measured on: a benchmark, a task, a domain of the probe, or a part of an RL run.
-    value, difference: the metric's mean and the difference, with their intervals; None if unknown.
-    p_holm: the p-value of the difference after Holm's correction; NaN if the difference comes from a single seed.
-    remark: why there is no difference, or what limits it.
-    by_seed, differences: {seed: the metric's mean in this seed's run} and {seed: difference}.
-    noise, difference_noise: the noise of the metric and of the difference; None if they have fewer than two seeds.
+    stage: the stage of the runs, such as 'pre-training → RL'.
+    subject: what the metric is measured on: a benchmark, a task, a data source, or a part of an RL run.
+    metric: the name of the metric.
+    arm, baseline: the names of the two arms.
+    value: the mean of the metric over seeds and problems, with its interval; None if unknown.
+    difference: the mean difference, arm minus baseline, on the same seeds and problems, with its interval; None if
+      unknown.
+    p_holm: the p-value of the difference after Holm's correction; NaN if there is no difference, or only one seed.
+    remark: why there is no difference, or why it is based on fewer seeds than there are.
+    by_seed: {seed: mean of the metric over problems}.
+    differences: {seed: mean difference over problems}.
+    noise: the noise of the metric; None if it has fewer than two seeds.
+    difference_noise: the noise of the difference; None if it has fewer than two seeds.
   """
 
   stage: str
@@ -62,10 +69,11 @@ class Comparison:
 
   @property
   def verdict(self) -> str:
-    """'beyond' if the difference is larger than noise, after Holm's correction; 'within' if it isn't.
+    """'beyond' if the difference is larger than noise (p_holm <= ALPHA), 'within' if it isn't; '' if there is no
+    verdict.
 
-    '' if there is no verdict: `difference` is None (the arm is its own baseline, or no runs could be compared), or the
-    difference comes from a single seed.
+    There is no verdict if `difference` is None, or if it comes from a single seed. `difference` is None if the arm is
+    its own baseline, or if no runs could be compared.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -73,9 +81,9 @@ class Comparison:
 
 
 def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
-  """Sets p_holm of all comparisons that have several seeds. Returns all comparisons.
+  """Sets p_holm in all comparisons whose difference has several seeds. Returns all comparisons.
 
-  Holm's correction is applied to each stage and metric separately, over all arms and subjects.
+  Holm's correction is applied separately for each stage and metric, over all arms and subjects.
   """
   for family_of in {(c.stage, c.metric) for c in comparisons}:
     family = [c for c in comparisons if (c.stage, c.metric) == family_of and c.difference and c.difference.seeds > 1]
@@ -87,7 +95,7 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
 def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], list[str]]:
   """Returns (pairs of runs that can be compared, reasons why other pairs can't be compared).
 
-  A pair is (run of the arm, run of its baseline). Both runs have the same seed and agree in everything but the
+  A pair consists of a run of the arm and a run of its baseline with the same seed, which agree in everything except the
   objective. If `arm` is itself the baseline, both lists are empty.
   """
   baseline = sweep.baselines[arm]
@@ -106,9 +114,9 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
 
 
 def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
-  """Returns a remark on a comparison; '' if there is nothing to remark.
+  """Returns the remark on a comparison; '' if there is nothing to remark.
 
-  The remark says why pairs weren't compared. If only one pair was compared, it says that one seed gives no verdict.
+  The remark says why pairs weren't compared. If only one pair was compared, it adds that one seed gives no verdict.
 
   reasons: why pairs weren't compared.
   baseline: the name of the baseline arm.
@@ -127,9 +135,13 @@ def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """A metric of a run at a step. Two values may be compared only if their `basis` is equal.
+  """The value of a metric for one run.
 
-  basis: what the value depends on besides the run, such as the tokens and the settings of the evaluation.
+  Attributes:
+    value: the value.
+    step: the step at which the metric was measured.
+    basis: what else the value depends on, such as the tokens and the settings of the evaluation. Two values may be
+      compared only if they have the same basis.
   """
 
   value: float
@@ -141,9 +153,10 @@ Read = Callable[[Run, str], Measured | None]
 
 
 def distributions(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Compares arms by the metrics of their newest probes. Returns one Comparison per stage, domain, metric and arm.
+  """Compares arms by the metrics of the newest probe of each run. Returns one Comparison per stage, domain, metric and
+  arm.
 
-  A domain is a source of the data. If a stage has no probes, the metrics are those of the last validation in training.
+  A domain is a data source. If no run of a stage was probed, the metrics come from the last validation during training.
   """
   out = []
   for stage in sweep.stages:
@@ -170,11 +183,14 @@ def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
-  """Returns comparisons of the metrics that RL logged: the value at the start, the value at the end, the change, and
-  the early change.
+  """Compares arms by the metrics that were logged during RL. Returns one Comparison per stage, subject, metric and arm.
 
-  Start and end are means over the first and the last tenth of the steps. The early change is the difference between the
-  start and the mean over the tenth of the steps that ends after the first quarter.
+  The subject is one of these four:
+
+  - 'start': the mean over the first tenth of the steps.
+  - 'end': the mean over the last tenth of the steps.
+  - CHANGE: 'end' minus 'start'.
+  - EARLY: the mean over the tenth of the steps that ends after a quarter of the run, minus 'start'.
   """
   out = []
   for stage in sweep.stages:
@@ -186,10 +202,9 @@ def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
 
 
 def _edges(run: Run, metric: str) -> tuple[float, float, float, float]:
-  """Returns (start, end, end - start, early - start) of a metric.
+  """Returns the values of the four subjects of `dynamics` for a metric: (start, end, change, early change).
 
-  start, end and early are means over a tenth of the steps at which the metric was logged: the first, the last, and the
-  one that ends at EARLY_SHARE of the steps.
+  All four are NaN if the metric wasn't logged.
   """
   _, values = run.curves.get(f'train/{metric}', ((), np.array([])))
   values = values[np.isfinite(values)]
@@ -202,9 +217,9 @@ def _edges(run: Run, metric: str) -> tuple[float, float, float, float]:
 
 
 def harness(sweep: Sweep) -> list[Comparison]:
-  """Returns comparisons of the scores from lm-evaluation-harness, by stage and task.
+  """Compares arms by their scores from lm-evaluation-harness. Returns one Comparison per stage, task and arm.
 
-  The score of a run comes from its newest step that has a score for the task.
+  A run's score on a task comes from the newest step that has one.
   """
   out = []
   for stage in sweep.stages:
@@ -223,10 +238,10 @@ def _harness_figure(run: Run, task: str) -> Measured | None:
 
 
 def paper_averages(sweep: Sweep) -> list[Comparison]:
-  """Returns comparisons of the score on each of the paper's benchmarks, and of the averages of these scores.
+  """Compares arms by their scores on the paper's benchmarks. Returns one Comparison per stage, score and arm.
 
-  As in the paper, there is an average for each category of benchmarks, and three averages over categories (see
-  eval/paper.py).
+  The scores are those of the benchmarks, their means over each category of benchmarks, and the three averages of
+  eval/paper.py.
   """
   members = {name: (name,) for name in paper.BENCHMARKS} | dict(paper.CATEGORIES)
   names = paper.CATEGORIES.keys()
@@ -245,9 +260,9 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 
 
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
-  """Returns comparisons of metrics that have one value per run. Runs are paired by seed.
+  """Compares arms by metrics that have one value per run. Returns one Comparison per metric and arm.
 
-  read: a function that takes a run and a metric, and returns a Measured, or None if the run lacks the metric.
+  read: a function that takes a run and a metric, and returns a Measured; None if the run lacks the metric.
   """
   out = []
   for arm in sweep.arms:
@@ -283,7 +298,7 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
 
 
 def _column(by_seed: Mapping[Any, float]) -> np.ndarray:
-  """Returns the values of a dict as an array [S, 1]."""
+  """Returns the values of a dict as an array [S, 1], one row per seed."""
   return np.array(list(by_seed.values()), np.float64)[:, None]
 
 
@@ -303,11 +318,10 @@ def sampled_benchmarks(sweep: Sweep, stage: str) -> list[str]:
 
 
 def pass_k(sweep: Sweep) -> int:
-  """Returns the k of Pass@k to report: the largest power of two that is at most half the samples per problem, but at
-  least 1.
+  """Returns the k of Pass@k to report: the largest power of two that is at most half the number of samples per problem.
 
-  If sets of samples differ in size, the smallest set decides. If there are no samples, k is 64, as in the paper, which
-  draws 128 samples.
+  k is at least 1. If the number of samples differs between files, the smallest one is used. Without any samples, k is
+  64, as in the paper, which draws 128 samples.
   """
   sizes = [found.samples.score_PN.shape[1] for run in sweep.runs for there in run.samples.values()
            for found in there.values()]
@@ -315,9 +329,9 @@ def pass_k(sweep: Sweep) -> int:
 
 
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
-  """Returns {metric: function}. A function takes the attribute `metrics` of a SampleSet, and returns the values [P].
+  """Returns {metric: function}, for the metrics that are computed from samples.
 
-  There is one value for each of the P problems. Metrics that are shares of right answers come first.
+  A function takes SampleSet.metrics, and returns the values [P] of the metric. Metrics about right answers come first.
 
   k: the k of Pass@k.
   """
@@ -334,9 +348,7 @@ def is_share(metric: str) -> bool:
 
 
 def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
-  """Returns a comparison for each stage, benchmark, arm and metric, from the newest samples of each run.
-
-  The difference is between an arm and its baseline. It is computed from pairs of runs with the same seed.
+  """Compares arms by the newest samples of each run. Returns one Comparison per stage, benchmark, metric and arm.
 
   k: the k of Pass@k.
   """
@@ -361,9 +373,9 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
 
 
 def gains(sweep: Sweep, k: int) -> list[Comparison]:
-  """Returns comparisons that show what RL changed in each arm, by stage, benchmark and metric.
+  """Compares samples after RL with samples before RL. Returns one Comparison per stage, benchmark, metric and arm.
 
-  The newest samples of each RL run are compared with the samples of the checkpoint that this run started from.
+  For each RL run, the newest samples are compared with the samples of the checkpoint from which the run started.
 
   k: the k of Pass@k.
   """
@@ -383,15 +395,15 @@ def gains(sweep: Sweep, k: int) -> list[Comparison]:
 
 
 def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any, tuple[int, SampleSet]]:
-  """Returns {seed: (step, newest samples)} of an arm's runs that have samples on a benchmark."""
+  """Returns {seed: (step, samples)}: the newest samples on a benchmark of each run of an arm, if the run has any."""
   runs = reversed(sweep.of(stage, arm))
   return {run.seed: found for run in runs if (found := run.sampled(benchmark))}
 
 
 def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
-  """Returns [] if two sets of samples have equal settings. Otherwise returns one reason why they can't be compared.
+  """Compares the settings of two sets of samples. Returns [] if they are equal, else a list with one reason.
 
-  The reason names the settings that differ.
+  The reason says why the samples can't be compared: it names the settings that differ.
   """
   differing = [key for key in SAME_SETTINGS if found.settings.get(key) != other.settings.get(key)]
   return [f'sampled with other {", ".join(differing)}'] if differing else []
@@ -401,13 +413,15 @@ def _compared(
   c: Comparison, sets: Mapping[Any, SampleSet], usable: Mapping[Any, tuple[SampleSet, SampleSet]], reasons: list[str],
   read: ByProblem,
 ) -> Comparison:
-  """Sets all fields of a comparison that depend on samples, except p_holm, and returns the comparison.
+  """Completes a comparison that is based on samples: sets all its fields that depend on them, except p_holm. Returns
+  the comparison.
 
   Args:
-    sets: {seed: the arm's samples}, for the value.
-    usable: {seed: (the arm's samples, the samples they are compared with)}, for the difference.
+    c: the comparison.
+    sets: {seed: samples of the arm}, from which `value` is computed.
+    usable: {seed: (samples of the arm, samples to compare with)}, from which `difference` is computed.
     reasons: why other pairs can't be compared.
-    read: a function that returns the metric's values [P].
+    read: a function that takes SampleSet.metrics, and returns the values [P] of the metric.
   """
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
   values_SP = aligned(sets.values(), read)[0]
@@ -430,15 +444,20 @@ def _compared(
 
 
 def _means(seeds: Iterable[Any], values_SP: np.ndarray) -> dict[Any, float]:
-  """Returns {seed: mean over the problems that have a value in all seeds}; {} if there are none."""
+  """Returns {seed: mean over problems}. Problems without a value in some seed are left out; {} if no problem remains.
+
+  seeds: the seeds of the rows of `values_SP`.
+  """
   x_SP = values_SP[:, ~np.isnan(values_SP).any(0)]
   return dict(zip(seeds, x_SP.mean(1).tolist())) if x_SP.size else {}
 
 
 def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, list[str]]:
-  """Returns (values [S, P] of a metric, the names of the P problems), for the problems that all S sets have.
+  """Returns the values of a metric on the P problems that all S sets of samples have, and the names of these problems.
 
-  read: a function that takes SampleSet.metrics, and returns the metric's value per problem.
+  The values are float64 [S, P].
+
+  read: a function that takes SampleSet.metrics, and returns one value of the metric per problem.
   """
   sets = list(sets)
   shared = set.intersection(*(set(found.samples.problems) for found in sets))
@@ -451,10 +470,10 @@ def aligned(sets: Iterable[SampleSet], read: ByProblem) -> tuple[np.ndarray, lis
 
 
 def estimate(values_SP: np.ndarray, bounds: tuple[float, float], **settings) -> Estimate | None:
-  """Returns the mean with its interval over problems and seeds; None if no problem has a value in all seeds.
+  """Returns the mean and its interval over problems and seeds; None if no problem has a value in all seeds.
 
-  values_SP: [S, P], one row per seed and one column per problem.
-  bounds, settings: the arguments of statistics.bootstrap_interval.
+  values_SP: one row per seed and one column per problem.
+  bounds, settings: arguments of statistics.bootstrap_interval.
   """
   try:
     return bootstrap_interval(values_SP, bounds=bounds, **settings)

@@ -1,4 +1,4 @@
-"""Computes the lines of the report's figures. A line is an arm's mean over seeds, with a range or interval around it.
+"""Computes the lines in the report's plots. A line is the mean of an arm (a pre-training objective) over seeds.
 
 # S seeds  P problems  X points of a curve
 """
@@ -19,9 +19,10 @@ BAND_RESAMPLES = 2000
 
 @dataclasses.dataclass
 class Series:
-  """A line of a figure: the mean over seeds at each x, and the limits that are drawn around the mean.
+  """A line of a plot: the mean over seeds at each x, with lower and upper limits.
 
-  The limits are the range over seeds, or NaN if there is only one seed. For Pass@k, they are the 95 % interval.
+  The limits are the smallest and the largest value of all seeds, or NaN if there is only one seed. For Pass@k, they are
+  the limits of the 95 % interval.
   """
 
   arm: str
@@ -33,9 +34,10 @@ class Series:
 
 
 def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns (one line per arm, the number of steps that each point averages) for the metric `name`.
+  """Returns (lines, size): the curve of the metric `name`, with one line per arm.
 
-  A line is the mean over seeds. Its low and high values are the range over seeds.
+  Each point is a mean over seeds and over about `size` consecutive logged steps. The limits of a line are the range
+  over seeds.
   """
   x_X, size = _points(sweep, stage, name)
   binned = {arm: {run.seed: _binned(run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))
@@ -44,9 +46,9 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns what `curve` returns, for the difference between each run and the baseline's run with the same seed.
+  """Returns the same as `curve`, for the differences of runs to their baseline.
 
-  Only pairs of runs that agree in everything but the objective are used.
+  Each difference is between two runs with the same seed that agree in everything except the objective.
   """
   x_X, size = _points(sweep, stage, name)
   out = []
@@ -59,7 +61,10 @@ def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
-  """Returns (x [X], size). Point i of a curve averages the steps in (x[i-1], x[i]], which are about `size` steps."""
+  """Returns (x [X], size): the x values of the points of a curve, and about how many steps each point averages.
+
+  Point i averages the steps in (x[i-1], x[i]]. There are at most BINS points.
+  """
   steps = [run.curves[name][0] for run in sweep.of(stage) if name in run.curves]
   x_X = np.unique(np.concatenate([*steps, []]))
   if len(x_X) <= BINS:
@@ -69,7 +74,7 @@ def _points(sweep: Sweep, stage: str, name: str) -> tuple[np.ndarray, int]:
 
 
 def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
-  """Returns [X]: for each i, the mean of the values at steps in (x[i-1], x[i]]; NaN if there are no values."""
+  """Returns [X]: for each i, the mean of a curve's values at steps in (x[i-1], x[i]]; NaN if there are none."""
   steps, values = curve
   keep = np.isfinite(values)
   index = np.searchsorted(x_X, steps[keep], side='left')
@@ -80,9 +85,9 @@ def _binned(curve: Curve, x_X: np.ndarray) -> np.ndarray:
 
 
 def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
-  """Returns the line of an arm: the mean and the range over seeds; None if there are no values.
+  """Returns the line of an arm; None if there are no values.
 
-  rows: the values [X] of each seed.
+  rows: the values [X] of each seed, NaN where there is no value.
   """
   if not rows:
     return None
@@ -103,12 +108,13 @@ def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
 
 
 def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
-  """Returns the histogram `name` of the newest probes, one line per arm.
+  """Returns a histogram from the newest probe of each run, as one line per arm.
 
-  x is the middle of a bin, and y is the share of tokens in the bin. Probes without this histogram, and probes whose
+  x is the middle of a bin, and y is the fraction of tokens in the bin. Probes without this histogram, and probes whose
   bins differ from those of the first probe, are left out.
 
-  survival: if True, x is the lower edge of a bin, and y is the share of tokens whose value is x or more.
+  name: the name of the histogram in the results of a probe, such as 'rank_histogram'.
+  survival: if True, x is the lower edge of a bin, and y is the fraction of tokens whose value is at least x.
   """
   out, first = [], None
   for arm in sweep.arms:
@@ -129,8 +135,9 @@ def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: boo
 
 
 def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
-  """Returns one line per arm. x is N, and y is the share of tokens with a probability of at most 1/N in the newest
-  probe.
+  """Returns the coverage (see probe.figures) from the newest probe of each run, as one line per arm.
+
+  x is n, and y is the fraction of tokens to which the model gives a probability of at most 1/n.
   """
   out = []
   for arm in sweep.arms:
@@ -159,7 +166,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
-  """Returns one line per arm. x is k, and y is Pass@k with the 95 % interval over problems and seeds.
+  """Returns Pass@k on a benchmark as a function of k, as one line per arm, with 95 % intervals over problems and seeds.
 
   k is 1, 2, 4, ..., up to the number of samples per problem. If this number differs between seeds, the smallest one is
   used.

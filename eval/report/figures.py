@@ -1,7 +1,7 @@
-"""Draws the report's figures: small panels, as SVG in the page, and as SVG, PNG and CSV files.
+"""Draws the report's plots: small panels, as SVG in the page, and as SVG, PNG and CSV files.
 
 Arms differ in colour and in line style. The colours are Okabe and Ito's palette, which colour-blind readers can
-distinguish. The line styles distinguish arms in grey print.
+distinguish. The line styles distinguish arms in black-and-white print.
 """
 
 import csv
@@ -41,14 +41,17 @@ Write = Callable[[str, bytes], None]  # (file name, content)
 
 @dataclasses.dataclass
 class Panel:
-  """A plot of lines.
+  """A plot with one line per arm.
 
   Attributes:
-    name: the name that the panel's files have before their suffix.
-    zero: whether a line at zero is drawn, for differences.
-    dodge: whether the arms are shifted along a logarithmic x axis by a fraction of a doubling, so that their error bars
-      don't overlap. Has no effect on lines with more than FEW_POINTS points.
-    settle: whether the first steps are ignored when the limits of the y axis are chosen.
+    name: the name of the panel's files, without suffix.
+    title, x_label, y_label: the texts on the plot.
+    series: the lines.
+    x_scale, y_scale: 'linear' or 'log'.
+    zero: whether to draw a horizontal line at zero, as is useful for differences.
+    dodge: whether to shift the arms a little along a logarithmic x axis, so that their error bars don't overlap. Lines
+      with more than FEW_POINTS points aren't shifted.
+    settle: whether to ignore the first steps when the limits of the y axis are chosen.
     svg: the drawn panel, set by `draw`.
   """
 
@@ -67,7 +70,14 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class ForestRow:
-  """The difference between an arm and its baseline arm in a metric, before RL and after RL. None means unknown."""
+  """A row of a forest plot: the difference between an arm and its baseline in one metric, before and after RL.
+
+  Attributes:
+    arm: the name of the arm.
+    subject: what the metric is measured on, such as a benchmark.
+    before, after: the difference before RL, and after RL; None if unknown.
+    remark: a text to show after the name, such as why both differences are unknown.
+  """
 
   arm: str
   subject: str
@@ -80,7 +90,7 @@ class ForestRow:
 class Forest:
   """A forest plot of one metric.
 
-  Each row shows how much an arm differs from its baseline arm, once before RL and once after RL, with intervals.
+  Each row shows how much an arm differs from its baseline, once before RL and once after RL, with intervals.
   """
 
   name: str
@@ -96,14 +106,16 @@ def colour(i: int) -> str:
 
 
 def dash(i: int):
-  """Returns the line style of arm number `i`. Arms that have the same colour have different line styles."""
+  """Returns the line style of arm number `i`, for matplotlib. Arms that have the same colour have different line
+  styles.
+  """
   return DASHES[(i + i // len(COLOURS)) % len(DASHES)]
 
 
 def dodge(count: int, i: int, width: float) -> float:
-  """Returns how far to move mark number `i` of `count` marks at the same place, so that error bars don't overlap.
+  """Returns how far to shift mark number `i` of `count` marks at the same x, so that their error bars don't overlap.
 
-  width: the distance between the first and the last mark.
+  width: the distance between the first and the last mark after the shift.
   """
   return width * (i - (count - 1) / 2) / max(count - 1, 1)
 
@@ -112,10 +124,10 @@ def dodge(count: int, i: int, width: float) -> float:
 
 
 def draw(panel: Panel, arms: Sequence[str], write: Write) -> None:
-  """Draws a panel: sets panel.svg, and writes NAME.svg and NAME.png (with a legend) and NAME.csv.
+  """Draws a panel, and sets panel.svg. Writes NAME.svg and NAME.png, which have a legend, and NAME.csv with the values.
 
-  arms: all arms of the report. The place of an arm among them selects its colour and line style.
-  write: a function (file name, content) that writes a file.
+  arms: all arms of the report. The index of an arm in this list selects its colour and line style.
+  write: a function that takes a file name and the content, and writes the file.
   """
   with matplotlib.rc_context({**STYLE, 'svg.hashsalt': panel.name}):
     figure = Figure(figsize=SIZE)
@@ -179,7 +191,7 @@ def _scale(axis, panel: Panel) -> None:
 
 
 def _compact(x: float, _) -> str:
-  """Returns a short form of a number: 1.5M, 20k, 300."""
+  """Returns a number in a short form, such as '1.5M', '20k' or '300'."""
   for size, letter in ((1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
     if abs(x) >= size:
       return f'{x / size:g}{letter}'
@@ -190,10 +202,12 @@ def _compact(x: float, _) -> str:
 
 
 def draw_forest(forest: Forest, arms: Sequence[str], write: Write) -> None:
-  """Draws a forest plot: sets forest.svg, and writes NAME.svg, NAME.png and NAME.csv.
+  """Draws a forest plot, and sets forest.svg. Writes NAME.svg, NAME.png and NAME.csv.
 
-  An open circle shows the difference between an arm and its baseline before RL, a filled circle the difference after
-  RL. The arm's name is above the two circles. The arguments `arms` and `write` are those of `draw`.
+  An open circle shows the difference between an arm and its baseline before RL, and a filled circle the difference
+  after RL. The name of the arm is above the two circles.
+
+  arms, write: as in `draw`.
   """
   factor = metric(forest.metric).factor
   with matplotlib.rc_context({**STYLE, **_LARGE, 'svg.hashsalt': forest.name}):
@@ -237,9 +251,10 @@ _TITLE_COLUMNS, _LARGE_TITLE = 44, 34
 
 
 def _set_range(axis, values: Sequence[float], least: float) -> None:
-  """Sets the limits of the x axis. They include zero and all finite values, and are at least `least` apart.
+  """Sets the limits of the x axis, so that it shows zero and all finite values.
 
-  Without `least`, differences that are only due to rounding would fill the axis.
+  least: the smallest distance between the limits. Without it, differences that are only due to rounding would fill the
+    axis.
   """
   finite = [0.0, *(x for x in values if math.isfinite(x))]
   low, high = min(finite), max(finite)
@@ -284,9 +299,10 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def _inline(svg: str, title: str) -> str:
-  """Returns only the <svg> element of an SVG file, without a fixed size and with `title` as its label.
+  """Returns the <svg> element of an SVG file, without a fixed size and with `title` as its label, to be put into an
+  HTML page.
 
-  The ids in the element are unique on the page, because each plot is drawn with an svg.hashsalt of its own.
+  The ids in the element are unique on the page, because each plot is drawn with a different svg.hashsalt.
   """
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.DOTALL)
   opening = re.search(r'viewBox="[^"]*"', svg)[0]
@@ -295,7 +311,10 @@ def _inline(svg: str, title: str) -> str:
 
 
 def swatch(i: int) -> str:
-  """Returns a short sample of an arm's line, for legends."""
+  """Returns a short sample of an arm's line as an <svg> element, for legends.
+
+  i: the index of the arm.
+  """
   pattern = dash(i)
   array = '' if pattern == 'solid' else f' stroke-dasharray="{" ".join(f"{2 * x:g}" for x in pattern[1])}"'
   return (f'<svg class="swatch" viewBox="0 0 36 8" aria-hidden="true"><line x1="0" y1="4" x2="36" y2="4" '
@@ -303,13 +322,13 @@ def swatch(i: int) -> str:
 
 
 def circle(filled: bool) -> str:
-  """Returns the circle for differences before RL (open) or after RL (filled), for the legend of forest plots."""
+  """Returns a circle as an <svg> element, for the legend of forest plots: filled for after RL, open for before RL."""
   return (f'<svg class="mark" viewBox="0 0 12 12" aria-hidden="true"><circle cx="6" cy="6" r="4.5" stroke="#1a1a1a" '
           f'stroke-width="1.8" fill="{"#1a1a1a" if filled else "#fff"}"/></svg>')
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence]) -> bytes:
-  """Returns the content of a CSV file. If a spreadsheet would read a text as a formula, a ' is put before the text."""
+  """Returns the content of a CSV file. A text that a spreadsheet would read as a formula gets a leading apostrophe."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
   writer.writerow(titles)

@@ -9,13 +9,14 @@ from betarank.eval.statistics import Estimate
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """The title, the format and the unit in which a metric is shown.
+  """How a metric is shown: its title, its number format and its unit.
 
   Attributes:
-    title: the metric's title.
-    form: the format of a value and of a difference, which are first multiplied by `factor`.
-    unit, factor: the unit, and the factor that converts a value to it.
-    change_unit: the unit of a difference; '' if it is the same as the unit of the value.
+    title: the title, without unit.
+    form: the format specification of values and differences, such as '.3f'. They are first multiplied by `factor`.
+    unit: the unit of values; '' if there is none.
+    factor: the factor that converts a value to its unit, such as 100 for '%'.
+    change_unit: the unit of differences; '' if it is the same as `unit`.
   """
 
   title: str
@@ -50,9 +51,7 @@ _METRICS = {
 
 
 def metric(name: str) -> Metric:
-  """Returns how the metric `name` is shown. Names with a number, such as 'pass_at_8', and unknown names are accepted
-  too.
-  """
+  """Returns how the metric `name` is shown. `name` may also be 'pass_at_K' for any number K, or an unknown name."""
   if name.startswith('pass_at_'):
     return Metric(f'Pass@{name.removeprefix("pass_at_")}', '.1f', **_PERCENT)
   return _METRICS.get(name, Metric(name.replace('_', ' '), '.4g'))
@@ -66,27 +65,32 @@ def title(name: str) -> str:
 
 
 def shown(name: str, value: float) -> str:
-  """Returns a value as text. The unit isn't part of the text, because the title of the table row has it."""
+  """Returns a value as text, converted to the metric's unit. The text doesn't include the unit, which is in the row's
+  title.
+
+  name: the name of the metric.
+  value: the value before conversion.
+  """
   found = metric(name)
   return _minus(f'{found.factor * value:{found.form}}')
 
 
 def shown_change(name: str, value: float, *, unit: bool = False) -> str:
-  """Returns a difference as text, such as '+1.2', or '+1.2 points' with its unit."""
+  """Returns a difference as text, such as '+1.2'. If `unit` is True, the text includes the unit: '+1.2 points'."""
   found = metric(name)
   change_unit = found.change_unit or found.unit
   return _minus(f'{found.factor * value:+{found.form}}') + (f' {change_unit}' if unit and change_unit else '')
 
 
 def interval(name: str, e: Estimate) -> str:
-  """Returns the limits of a difference as text, such as '[−0.3, +2.7]'; '' if the difference has no limits."""
+  """Returns the interval of a difference as text, such as '[−0.3, +2.7]'; '' if it isn't finite."""
   if not (math.isfinite(e.low) and math.isfinite(e.high)):
     return ''
   return f'[{shown_change(name, e.low)}, {shown_change(name, e.high)}]'
 
 
 def change(name: str, e: Estimate) -> str:
-  """Returns a difference and its limits as text, such as '+1.2 points [−0.3, +2.7]'."""
+  """Returns a difference and its interval as text, such as '+1.2 points [−0.3, +2.7]'."""
   return f'{shown_change(name, e.mean, unit=True)} {interval(name, e)}'.strip()
 
 

@@ -1,5 +1,5 @@
-"""Finds signs of trouble in the log of an RL run: rewards without variance, only truncated samples, no progress,
-collapse of the entropy.
+"""Finds signs of trouble in the log of an RL run: no reward signal, only truncated samples, no progress, entropy
+collapse.
 """
 
 import math
@@ -17,9 +17,9 @@ COLLAPSED = 0.2  # the entropy has collapsed if it is below this share of that a
 
 
 def of_rl(curves: Mapping[str, Curve]) -> list[str]:
-  """Returns one line for each sign of trouble that is found.
+  """Returns one line of text for each sign of trouble in an RL run.
 
-  curves: the curves train/... of an RL run.
+  curves: {metric: (steps, values)} of the run.
   """
   found = []
   for name, what in (('zero_variance_groups', 'no reward signal: all groups have zero variance'),
@@ -55,7 +55,7 @@ def _edges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _longest_stretch(there: np.ndarray) -> tuple[int, int] | None:
-  """Returns (start, length) of the longest run of True values; None if there is none."""
+  """Returns (start, length) of the longest sequence of True values in a bool array; None if there is no True."""
   edges = np.flatnonzero(np.diff(np.concatenate([[False], there, [False]]).astype(int)))
   if not len(edges):
     return None

@@ -1,7 +1,8 @@
-"""Builds the report's HTML: one page that loads nothing else, for phones, screens and paper.
+"""Builds the HTML of the report: one page that loads no other file, for phones, screens and paper.
 
-Everything that comes from a file is escaped. `text` escapes all values except `Html`, which only betarank's own code
-creates. The page has no scripts. Its security policy forbids scripts and requests, in case markup gets in nevertheless.
+Everything that comes from a file is escaped. `text` escapes all values that aren't of type `Html`, which only
+betarank's own code creates. The page has no scripts. As a second safeguard, its content security policy forbids scripts
+and requests.
 """
 
 import html
@@ -11,12 +12,13 @@ from typing import Any
 
 
 class Html(str):
-  """Markup that is already safe."""
+  """Markup that is already escaped, so it can be put into the page as it is."""
 
 
 def text(value: Any) -> Html:
-  """Returns `value` as markup. It is escaped, and characters that can't be shown (control, lone surrogates) are
-  replaced.
+  """Returns `value` as escaped text. If it is Html, returns it unchanged.
+
+  Characters that can't be shown or that would change the direction of text are replaced by U+FFFD.
   """
   if isinstance(value, Html):
     return value
@@ -32,7 +34,7 @@ def join(parts: Iterable[Any], between: str = '') -> Html:
 
 
 def tag(name: str, *inside: Any, **attributes: Any) -> Html:
-  """Returns an element: tag('p', 'a < b', class_='note') gives <p class="note">a &lt; b</p>."""
+  """Returns an HTML element. Example: tag('p', 'a < b', class_='note') gives <p class="note">a &lt; b</p>."""
   written = ''.join(f' {key.rstrip("_").replace("_", "-")}="{text(value)}"' for key, value in attributes.items())
   return Html(f'<{name}{written}>{join(inside)}</{name}>')
 
@@ -42,9 +44,9 @@ def html_section(title: str, *inside: Any, id_: str) -> Html:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], caption: Any = '', class_: str = '') -> Html:
-  """Returns a table, or '' if there are no rows.
+  """Returns an HTML table; '' if there are no rows.
 
-  On a narrow screen, each row becomes a card, in which each cell has its title next to it.
+  On a narrow screen, each row becomes a card, in which every cell has its column title next to it.
 
   class_: the CSS class of the table.
   """

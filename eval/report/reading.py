@@ -1,7 +1,7 @@
-"""Reads a workdir for the report.
+"""Reads the files of a workdir for the report.
 
-No function here raises an error because of a file's content. A run may be unfinished, its log cut short, its config
-unreadable. Whatever can be read is used, and everything else becomes a line in `Sweep.notes`.
+A run may be unfinished, its log incomplete, or its config unreadable. Therefore no function here raises an error
+because of a file's content. Whatever can be read is used, and for everything else a line is added to `Sweep.notes`.
 """
 
 import collections
@@ -29,7 +29,10 @@ HARNESS_SCORES = ('acc', 'exact_match', 'em', 'pass@1', 'acc_norm', 'f1')
 
 
 def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
-  """Returns everything that can be read in the workdir `path`. Notes in `sweep` say what can't be read."""
+  """Returns a run with everything that can be read in the workdir `path`. Adds notes to `sweep` on what can't be read.
+
+  name: the name of the run in the report.
+  """
   config = read_object(path / 'config.json', sweep)
   run = Run(path, name, config or {})
   if config is None and not (path / 'config.json').exists():
@@ -47,9 +50,9 @@ def read_run(path: epath.Path, name: str, sweep: Sweep) -> Run:
 
 
 def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
-  """Returns the JSON object in a file; None if the file can't be read or doesn't contain an object.
+  """Returns the JSON object in a file; None if the file doesn't exist, can't be read or doesn't contain an object.
 
-  If the result is None, adds a note to `sweep`, unless the file doesn't exist.
+  If the file exists but the result is None, a note in `sweep` says why.
   """
   text = _text(path, sweep)
   if text is None:
@@ -66,7 +69,12 @@ def read_object(path: epath.Path, sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _lines_of(path: epath.Path, sweep: Sweep, most_bytes: int = MOST_BYTES) -> Iterator[dict[str, Any]]:
-  """Yields the JSON objects in a file, one per line. Malformed lines are left out, and a note says how many there are.
+  """Yields the JSON objects in a file that has one object per line.
+
+  Malformed lines are left out, and a note in `sweep` says how many there are. If the file doesn't exist, yields
+  nothing.
+
+  most_bytes: the largest size of a file that is read.
   """
   bad, last, ended = [], 0, True
   try:
@@ -95,10 +103,10 @@ def _lines_of(path: epath.Path, sweep: Sweep, most_bytes: int = MOST_BYTES) -> I
 
 
 def _opened(path: epath.Path, most_bytes: int) -> IO[bytes]:
-  """Opens a file. A file in a bucket is read at once.
+  """Opens a file for reading. The content of a file in a bucket is read into memory at once.
 
   Raises:
-    OSError: the file doesn't exist, is larger than `most_bytes`, is no file, or can't be read.
+    OSError: the file doesn't exist, is larger than `most_bytes`, isn't a regular file, or can't be read.
   """
   if '://' not in str(path) and path.exists() and not os.path.isfile(path):
     raise OSError('it is no file')  # reading a pipe or a device might never end
@@ -126,7 +134,7 @@ def _short(path: epath.Path, sweep: Sweep) -> str:
 
 
 def _json(text: str) -> Any:
-  """Parses JSON. Raises ValueError for invalid JSON, and for JSON that is nested too deep."""
+  """Parses JSON. Raises ValueError for invalid JSON, and for JSON that is nested too deeply."""
   try:
     return json.loads(text)
   except RecursionError:
@@ -180,9 +188,9 @@ def _read_metrics(run: Run, sweep: Sweep) -> None:
 
 
 def _read_lineage(run: Run, sweep: Sweep) -> None:
-  """Reads the run's parent, code version and data identity from its newest checkpoint.
+  """Sets the run's parent_path, checkpoint, code_version and identity, from its newest checkpoint.
 
-  If there is no checkpoint yet, reads only the parent, from the config.
+  If there is no checkpoint yet, only parent_path is set, from the config.
   """
   run.parent_path = setting(run.config, 'train.init_from') or ''
   if not isinstance(run.parent_path, str):
@@ -295,9 +303,10 @@ def _read_harness(run: Run, sweep: Sweep) -> None:
 
 
 def _harness_score(values: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Returns {'metric', 'score', 'standard_error'} of a task; None if its results have none of HARNESS_SCORES.
+  """Returns {'metric', 'score', 'standard_error'} for a task of lm-evaluation-harness; None if it has none of
+  HARNESS_SCORES.
 
-  values: the results of the task, such as {'acc,none': 0.3, 'acc_stderr,none': 0.01}.
+  values: the harness's results for the task, such as {'acc,none': 0.3, 'acc_stderr,none': 0.01}.
   """
   for name in HARNESS_SCORES:
     for key, value in values.items():

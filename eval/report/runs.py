@@ -1,6 +1,6 @@
-"""Defines the data of a report.
+"""Defines the data that a report is made from.
 
-A Run has everything that could be read in one workdir. A Sweep has all runs, and notes on them.
+A Run has everything that could be read in one workdir. A Sweep has all runs, and notes on what is missing or odd.
 """
 
 import dataclasses
@@ -25,9 +25,13 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps, values
 
 @dataclasses.dataclass
 class SampleSet:
-  """The content of one file of samples: its settings, the parsed samples, and a few texts.
+  """The samples of one checkpoint on one benchmark.
 
-  The attribute `metrics` is the result of samples.metrics(), computed once.
+  Attributes:
+    settings: the settings with which the samples were drawn.
+    samples: the samples, as arrays.
+    examples: a few stored lines with the texts of samples.
+    metrics: the result of samples.metrics(), {metric: values per problem}.
   """
 
   settings: dict[str, Any]
@@ -59,7 +63,9 @@ class DataIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """The command and the devices of a run, from its run.json. Fields that run.json lacks are '' or NaN."""
+  """How a run was started, from its run.json: the command, the devices and the time. Fields that run.json lacks are ''
+  or NaN.
+  """
 
   command: str = ''
   device_kind: str = ''
@@ -72,13 +78,20 @@ class Run:
   """A run, with everything that could be read in its workdir.
 
   Attributes:
-    name: the path relative to the sweep's root.
-    objective: the pre-training objective, such as 'β = -0.25'; for RL, that of the run it started from; '' if unknown.
-    arm: the name of the arm that the run belongs to; '' if unknown.
+    path: the workdir.
+    name: the path of the workdir relative to the sweep's root.
+    config: the settings of the run; empty if they couldn't be read.
+    objective: the pre-training objective, such as 'β = -0.25'; for RL, the objective of the run it started from; '' if
+      unknown.
+    arm: the name of the arm that the run belongs to (see arms.py); '' if unknown.
     stage: 'pre-training', 'pre-training → RL', ...; '' if unknown.
     parent: the run that this run started from; None if there is none, or if it wasn't found.
     parent_path: the checkpoint that the run started from; '' for random weights.
-    curves: {metric: (steps, values)}, for train/..., eval/... and time/....
+    code_version: the version of betarank that wrote the newest checkpoint; '' if unknown.
+    checkpoint: the path of the newest checkpoint; '' if there is none.
+    identity: the tokenizer and the data of the run.
+    start: the command that started the run, and its devices.
+    curves: {metric: (steps [X], values [X])}, for metrics named train/..., eval/... and time/....
     probes: {step: result of `betarank eval probe`}.
     samples: {benchmark: {step: samples}}.
     harness: {step: {task: {'score', 'standard_error', 'metric', 'settings'}}}.
@@ -143,10 +156,11 @@ class Run:
 
   @property
   def flops(self) -> float:
-    """The FLOPs of training so far: tokens times model.flops_per_token, from which the MFU is computed too.
+    """The number of FLOPs of training so far: tokens times model.flops_per_token, the same count that the MFU is based
+    on.
 
-    NaN for RL, because most of its FLOPs are those of sampling, which aren't counted. Also NaN if the config lacks the
-    settings for the count.
+    NaN for RL, because RL spends most of its FLOPs on sampling, and these aren't counted. Also NaN if the config lacks
+    settings that the count needs.
     """
     if self.is_rl:
       return math.nan
@@ -158,19 +172,19 @@ class Run:
 
   @property
   def seconds(self) -> float:
-    """The wall time of all steps, without evaluation and saving; NaN if not recorded."""
+    """The wall-clock time of all steps in seconds, without evaluation and saving; NaN if not recorded."""
     return float(np.nansum(self.curves['time/step_s'][1])) if 'time/step_s' in self.curves else math.nan
 
   @property
   def wall_s(self) -> float:
-    """The wall time of the run in seconds, with compilation, evaluation and saving; NaN if not recorded."""
+    """The wall-clock time of the run in seconds, with compilation, evaluation and saving; NaN if not recorded."""
     return float(self.curves['time/elapsed_s'][1][-1]) if 'time/elapsed_s' in self.curves else math.nan
 
   @property
   def tokens_per_s(self) -> float:
     """The median over steps of the tokens per second; NaN if not recorded.
 
-    Outliers, which compilation and a busy machine cause, don't change the median.
+    The median is used because compilation and a busy machine make some steps much slower than the others.
     """
     values = self.curves.get('time/tokens_per_s', ((), np.array([])))[1]
     values = values[np.isfinite(values)]
@@ -193,7 +207,7 @@ class Run:
   def sampled(self, benchmark: str, step: int | None = None) -> tuple[int, SampleSet] | None:
     """Returns (step, samples) on a benchmark; None if there are no such samples.
 
-    step: the step of the samples; None means the newest step that has samples.
+    step: the step of the checkpoint that was sampled; None means the newest one that has samples.
     """
     there = self.samples.get(benchmark, {})
     step = max(there, default=None) if step is None else step
@@ -205,8 +219,10 @@ class Sweep:
   """All runs under a folder.
 
   Attributes:
+    root: the folder.
+    runs: the runs.
+    baselines: {arm: the arm with which it is compared}.
     notes: lines about what is missing or odd.
-    baselines: {arm: the arm that it is compared with}.
   """
 
   root: epath.Path
@@ -219,7 +235,7 @@ class Sweep:
 
   @property
   def arms(self) -> list[str]:
-    """All arms. Arms of plain cross-entropy come first, because other arms are compared with them."""
+    """The names of all arms, sorted. Arms of plain cross-entropy come first, because they are the baselines."""
     return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (not self._is_plain(arm), arm))
 
   def _is_plain(self, arm: str) -> bool:
@@ -230,7 +246,9 @@ class Sweep:
     return sorted({run.stage for run in self.runs if run.arm}, key=lambda stage: (stage.count('→'), stage))
 
   def of(self, stage: str, arm: str | None = None) -> list[Run]:
-    """Returns the runs of a stage and an arm, sorted by seed. If `arm` is None, returns the runs of all known arms."""
+    """Returns the runs of a stage and an arm, sorted by seed. If `arm` is None, returns the runs of all arms in this
+    stage.
+    """
     found = [run for run in self.runs if run.stage == stage and run.arm and arm in (None, run.arm)]
     return sorted(found, key=lambda run: (run.seed is None, run.seed or 0, run.name))
 

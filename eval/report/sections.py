@@ -37,10 +37,13 @@ HASH = 12  # the number of characters shown of a hash
 
 
 class Report:
-  """A report: one HTML page, and files with its figures and tables."""
+  """A report: one HTML page, and files with its plots and tables."""
 
   def __init__(self, sweep: Sweep, out: epath.Path):
-    """Computes all comparisons, and creates the folders figures and tables.
+    """Computes all comparisons, and creates the folders `figures` and `tables` for the files.
+
+    sweep: the runs.
+    out: the folder of the report.
 
     Raises:
       ConfigError: one of the two folders is a symbolic link.
@@ -61,7 +64,7 @@ class Report:
       (out / folder).mkdir(parents=True, exist_ok=True)
 
   def html(self) -> str:
-    """Returns the page, and writes its figures and tables."""
+    """Returns the page as HTML. Also writes the files of its plots and tables."""
     made = f'{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC'
     version = workdir.code_version()
     self.every_figure()
@@ -91,7 +94,7 @@ class Report:
   # Sections
 
   def forest(self) -> Html:
-    """Returns forest plots of each arm's difference to its baseline before and after RL, one plot per metric."""
+    """Returns forest plots, one per metric, of the difference between each arm and its baseline before and after RL."""
     before, after = words.stages_around_rl(self.sweep)
     found = {(c.stage, c.subject, c.metric, c.arm): c for c in (*self.distributions, *self.benchmarks)}
     forests = []
@@ -126,7 +129,9 @@ class Report:
                tag('div', *(tag('div', Html(forest.svg)) for forest in forests), class_='panels forest'))
 
   def judged_claims(self) -> Html:
-    """Returns a table of the paper's claims with their tests; empty if the sweep doesn't have the paper's arms."""
+    """Returns a table of the paper's claims with their tests and verdicts; '' if there are no claims (see
+    claims.claims).
+    """
     rows, lines = [], []
     for claim in self.claims:
       rows.append((tag('strong', f'({claim.letter}) {claim.sentence}'), '', '', '', '',
@@ -152,7 +157,9 @@ class Report:
     return table(titles, rows, words.CLAIMS_NOTE, class_='words claims') if rows else Html('')
 
   def every_figure(self) -> None:
-    """Writes every run's figures to seeds.csv, and the noise of every figure and difference to noise.csv."""
+    """Writes two CSV files on all metrics of all arms: seeds.csv with the value of each seed, and noise.csv with the
+    noise.
+    """
     found = [*self.distributions, *self.dynamics, *self.benchmarks, *self.gains, *self.harness, *self.paper]
     key = lambda c: (c.stage, c.subject, c.metric, c.arm, c.baseline)
     titles = ('stage', 'subject', 'metric', 'arm', 'baseline')
@@ -266,7 +273,7 @@ class Report:
     return join(parts)
 
   def other_benchmarks(self) -> Html:
-    """Returns tables of the paper's 19 benchmarks with their averages, and of all scores from lm-evaluation-harness."""
+    """Returns tables of the scores on the paper's 19 benchmarks, and of all scores from lm-evaluation-harness."""
     parts = []
     names = (*paper.AVERAGES, *paper.CATEGORIES, *paper.BENCHMARKS)
     if self.paper:
@@ -306,7 +313,9 @@ class Report:
     return tag('ul', *(tag('li', note) for note in self.sweep.notes), class_='notes') if self.sweep.notes else Html('')
 
   def runs(self) -> Html:
-    """Returns tables that say what each run is, where it ran and what data it read, and the command that started it."""
+    """Returns two tables and a list of commands: where each run ran, what data it read, and the command that started
+    it.
+    """
     where = ('Run', 'Arm', 'Seed', 'Stage', 'State', 'Device', 'Wall time', 'In steps', 'Tokens/s', 'Started')
     rows = [(run.name, run.arm or 'unknown', '?' if run.seed is None else run.seed, run.stage or '?', run.state,
              _device(run), *(duration(s) if math.isfinite(s) else UNKNOWN for s in (run.wall_s, run.seconds)),
@@ -331,9 +340,9 @@ class Report:
   # Parts of sections
 
   def _agreement(self, stage: str, arm: str) -> tuple[bool, str]:
-    """Returns whether an arm's runs agree with those of its baseline, and a text that says so.
+    """Returns (agrees, text): whether the runs of an arm agree with those of its baseline, and a text that says so.
 
-    The text is 'it is the baseline', 'yes', or 'no' with the first disagreements.
+    The text begins with 'it is the baseline', 'yes' or 'no'. After 'no', it lists the first disagreements.
     """
     if arm == self.sweep.baselines[arm]:
       return True, 'it is the baseline'
@@ -346,9 +355,9 @@ class Report:
 
   def _figure(self, caption: str, panels: Sequence[Panel], runs: Sequence[Run], *, probe: bool = False,
               benchmark: str = '') -> Html:
-    """Draws panels, and returns them with a legend, links to their files, and the commands that recreate their data.
+    """Draws panels, and returns them as one element with a legend, links to their files, and commands.
 
-    Panels without lines are left out.
+    The commands recreate the runs and evaluations that are shown. Panels without lines are left out.
 
     Args:
       runs: the runs whose commands are shown.
@@ -376,17 +385,18 @@ class Report:
 
   def _tables(self, file: str, found: Sequence[Comparison], names: Sequence[str], note: str, name: str = '',
               shown_as: str = '') -> Html:
-    """Returns a table for each stage and subject, with a row per metric and a column per arm. Writes all comparisons to
-    one CSV file.
+    """Returns one table for each stage and subject, with a row per metric and a column per arm.
+
+    Also writes all comparisons to one CSV file.
 
     Args:
-      file: the name of the CSV file, without its suffix.
+      file: the name of the CSV file, without suffix.
       found: the comparisons.
-      names: the metrics or tasks to show, one row for each, in this order. These are values of Comparison.metric.
+      names: the values of Comparison.metric to show, one row for each, in this order.
       note: the text at the end of each table's caption.
       name: a heading above the tables; '' for none.
-      shown_as: '' if `names` are metrics: each row then has the title and the number format of its metric. If `names`
-        are tasks, this is the metric whose number format is used in all rows, and a row's title is the task's name.
+      shown_as: the metric that gives the number format of all rows, if `names` are tasks and not metrics; '' if each
+        row has the format of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',
@@ -404,7 +414,7 @@ class Report:
     return join(parts)
 
   def _file_name(self, name: str) -> str:
-    """Returns the name of a new file without its suffix, made from any text. Never returns the same name twice."""
+    """Makes a file name without suffix from any text. Never returns the same name twice."""
     stem = re.sub(r'[^A-Za-z0-9.@=-]+', '_', name.replace('→', 'then')).strip('_.')[:100] or 'figure'
     self._stems[stem] = self._stems.get(stem, 0) + 1
     return stem if self._stems[stem] == 1 else f'{stem}-{self._stems[stem]}'
@@ -417,8 +427,8 @@ class Report:
 
 
 def write_over(path: epath.Path, content: bytes) -> None:
-  """Writes a file. If `path` is a symbolic link, replaces the link itself, so that the file it leads to stays
-  unchanged.
+  """Writes a file. If `path` is a symbolic link, replaces the link by the file, so that the target of the link isn't
+  changed.
   """
   if os.path.islink(path):
     path.unlink()
@@ -429,9 +439,10 @@ def write_over(path: epath.Path, content: bytes) -> None:
 
 
 def _cell(c: Comparison | None, name: str) -> Html:
-  """Returns 'value [interval]' and, below it, the difference to the baseline with the verdict.
+  """Returns the content of a table cell: the value with its interval and, below it, the difference to the baseline.
 
-  name: the metric whose number format is used.
+  c: the comparison; None for an empty cell.
+  name: the metric that gives the number format.
   """
   if c is None or c.value is None:
     return Html('–')
@@ -450,7 +461,7 @@ def _cell(c: Comparison | None, name: str) -> Html:
 
 
 def _counted(found: Iterable[Comparison]) -> str:
-  """Returns the numbers of seeds and problems of some comparisons, such as '3 seeds, 30 problems'."""
+  """Returns how many seeds and problems the values of some comparisons are based on: '3 seeds, 30 problems'."""
   values = [c.value for c in found if c.value]
   parts = []
   for count, what in (({e.seeds for e in values}, 'seed'), ({e.problems for e in values} - {0}, 'problem')):
@@ -469,9 +480,9 @@ def _csv_row(c: Comparison) -> tuple:
 
 
 def _several(runs: Sequence[Run], read: Callable[[Run], float]) -> str:
-  """Returns read(run) of several runs as text: one number if it is the same for all runs, otherwise the range.
+  """Returns read(run) as text for several runs: one number if it is the same for all, otherwise the range ('8 to 10').
 
-  read: a function run -> number.
+  read: a function that takes a run and returns a number.
   """
   values = sorted({read(run) for run in runs if math.isfinite(read(run))})
   form = lambda x: f'{x:,.0f}' if x < 1e5 else f'{x / 1e6:,.4g}M' if x < 1e11 else f'{x:.3g}'.replace('e+', 'e')
@@ -496,9 +507,9 @@ def _moment(seconds: float) -> str:
 
 
 def _data(run: Run) -> str:
-  """Returns the names of the data's sources and their hashes, 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a'.
+  """Returns the names and hashes of a run's data sources, such as 'main 1a2b3c4d5e6f, sums 6f5e4d3c2b1a'.
 
-  For RL, returns the task and its hash.
+  For RL, returns the URI of the task and the hash of its problems.
   """
   if run.is_rl:
     return f'{setting(run.config, "rl.task.uri") or UNKNOWN} {run.identity.problems[:HASH]}'.strip()
@@ -515,7 +526,7 @@ def _settings_text(run: Run) -> str:
 
 
 def _line(name: str) -> str:
-  """Returns `name` with spaces in place of line breaks.
+  """Returns `name` with its line breaks replaced by spaces.
 
   Names come from files. In a list of commands, text after a line break would look like another command.
   """
@@ -523,10 +534,11 @@ def _line(name: str) -> str:
 
 
 def _commands(run: Run, probe: bool, benchmark: str) -> list[str]:
-  """Returns a comment on the origin of a run, and the commands that recreate the run and its evaluation.
+  """Returns lines for a shell: a comment on where a run comes from, and the commands that recreate the run and its
+  evaluation.
 
   Args:
-    probe: whether to include the command of the newest probe of the run.
+    probe: whether to include the command for the newest probe of the run.
     benchmark: the benchmark whose sampling command is included; '' for none.
   """
   quote = lambda path: shlex.quote(str(path))

@@ -1,8 +1,8 @@
-"""Writes the report's text: the three sentences at its top, made from the comparisons, and the notes on its tables.
+"""Writes the report's text: the three sentences at its top, and the notes on its tables.
 
-The first sentence says what is compared, the second what the objective changed before RL, and the third how the arms
-differ on benchmarks after RL. A change is stated only between runs that agree in everything but the objective. A single
-seed gives no verdict.
+The first sentence says what is compared. The second says what the objective changed before RL, and the third says how
+the arms differ on benchmarks after RL. A change is stated only between runs that agree in everything except the
+objective. With a single seed, no arm is called better.
 """
 
 import math
@@ -52,10 +52,10 @@ HOW_TO_READ = join([tag('p', line) for line in (
 def first_screen(
   sweep: Sweep, distributions: Sequence[Comparison], benchmarks: Sequence[Comparison]
 ) -> list[Html]:
-  """Returns the paragraphs at the top of the page, one sentence each.
+  """Returns the sentences at the top of the page, one paragraph for each.
 
-  distributions: comparisons from comparisons.distributions.
-  benchmarks: comparisons from comparisons.benchmarks.
+  distributions: the result of comparisons.distributions.
+  benchmarks: the result of comparisons.benchmarks.
   """
   if not sweep.arms:
     return [tag('p', 'There is no run here with a known objective, so nothing can be compared yet.')]
@@ -73,15 +73,19 @@ def first_screen(
 
 
 def stages_around_rl(sweep: Sweep) -> tuple[str, str]:
-  """Returns (the last stage before RL, the last stage with RL). A stage that doesn't exist is ''."""
+  """Returns (the last stage without RL, the last stage with RL), such as ('pre-training', 'pre-training → RL').
+
+  A stage that doesn't exist is ''.
+  """
   with_rl = [stage for stage in sweep.stages if 'RL' in stage]
   without = [stage for stage in sweep.stages if 'RL' not in stage]
   return (without[-1] if without else ''), (with_rl[-1] if with_rl else '')
 
 
 def _compared(sweep: Sweep) -> str:
-  """Returns the first sentence. It names the arms that differ only in the objective, and the reasons why other arms
-  aren't compared.
+  """Returns the first sentence at the top of the page.
+
+  It lists the arms that differ only in the objective, and says for every other arm why it isn't compared.
   """
   good, wrong = [], []
   for arm in sweep.arms:
@@ -101,7 +105,7 @@ def _compared(sweep: Sweep) -> str:
 
 
 def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
-  """Returns (stage, reason): the first stage in which an arm can't be compared with its baseline, and the first reason.
+  """Finds the first stage in which an arm can't be compared with its baseline. Returns (stage, first reason).
 
   Arm and baseline can be compared in a stage if, for at least one seed, their runs have the same data, the same
   settings (except the objective) and the same last step. Returns ('', '') if they can be compared in all stages.
@@ -131,7 +135,11 @@ def _before_rl(found: Sequence[Comparison]) -> str:
 
 
 def _changes(found: Sequence[Comparison], judged: bool) -> str:
-  """Returns a clause that says how the figures of one subject differ, beyond noise if that is known."""
+  """Returns a clause that says how arms differ from their baseline on one subject, such as a data source.
+
+  found: the comparisons on this subject.
+  judged: whether the comparisons have verdicts. If they do, only differences larger than noise are named.
+  """
   clauses = []
   for name in BEFORE_METRICS:
     of_metric = [c for c in found if c.metric == name]
@@ -174,10 +182,10 @@ def _after_rl(found: Sequence[Comparison]) -> str:
 
 
 def short(subjects: Iterable[str]) -> dict[str, str]:
-  """Returns {data source or benchmark: its name in sentences and titles}.
+  """Returns short names of data sources or benchmarks: {subject: name}.
 
-  The name is without the options of a URI, unless two would have the same name.
-  'reasoning:gcd?max_value=9+products?max_digits=1' becomes 'reasoning:gcd+products'.
+  The options of a URI are left out: 'reasoning:gcd?max_value=9+products?max_digits=1' becomes 'reasoning:gcd+products'.
+  If two subjects would then have the same name, they keep their whole names.
   """
   names = {subject: re.sub(r'\?[^+]*', '', subject) for subject in subjects}
   return {subject: name if list(names.values()).count(name) == 1 else subject for subject, name in names.items()}
@@ -188,7 +196,7 @@ def _with_change(c: Comparison) -> str:
 
 
 def _of(c: Comparison) -> str:
-  """Returns a difference and the name of its metric, such as '+1.2 points [−0.3, +2.7] of right answers'."""
+  """Returns a difference followed by what differs, such as '+1.2 points [−0.3, +2.7] of right answers'."""
   what = {'avg_at_n': 'of right answers', 'cons_at_n': 'by majority vote'}
   return f'{change(c.metric, c.difference)} {what.get(c.metric, f"in {metric(c.metric).title}")}'
 
@@ -198,7 +206,7 @@ def _of_right_answers(c: Comparison) -> bool:
 
 
 def _judged(comparisons: Iterable[Comparison]) -> bool:
-  """Returns whether any comparison has a verdict. A verdict needs several seeds."""
+  """Returns whether any of the comparisons has a verdict, which needs several seeds."""
   return any(c.verdict for c in comparisons)
 
 
