@@ -24,7 +24,8 @@ _PROMPT = ('You are an expert Python programmer, and here is your task: {} Your 
 def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
   """Returns the problems of the files, in order. Problems that are used as worked examples are left out.
 
-  Task.reference is the code that runs after the answer, and Task.entry the code that runs before it.
+  In each Task, `reference` holds the code that runs after the answer (the tests), and `entry` the code that runs before
+  the answer (the beginning of the function in HumanEval, nothing in MBPP).
 
   Args:
     pattern: the path or glob of the files.

@@ -49,9 +49,7 @@ POWERS_OF_TEN = {"'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12} 
 
 
 def number_in_words(words: list[str]) -> int | None:
-  """Returns the number that words mean, such as ['twenty-one'] or ['three', 'hundred']; None if they don't mean a
-  number.
-  """
+  """Returns the number that words such as ['twenty-one'] or ['three', 'hundred'] stand for; None for other words."""
   total, current, known = 0, 0, False
   for word in itertools.chain.from_iterable(word.lower().split('-') for word in words):
     if word == 'and' and known:
@@ -92,7 +90,10 @@ def trim(tokens: list[str]) -> list[str]:
 
 
 def _wrapped(tokens: list[str]) -> bool:
-  """Returns True if the tokens are in braces or in bold type. `tokenize` has turned the ** of bold type into ^."""
+  """Returns True if the tokens are in braces or in bold type.
+
+  Bold type is **...** in Markdown, which `tokenize` has turned into ^...^.
+  """
   if tokens[0] == '{':
     return match_of(tokens, 0) == len(tokens) - 1
   return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
