@@ -153,8 +153,7 @@ def become_nobody(user: int) -> None:
 
 
 def run(settings: dict, path: str, token: bytes, user: int) -> None:
-  """Replaces this process with Python running the program. Sets the limits first and, in a jail, gives up all
-  privileges.
+  """Replaces this process with Python running the program, under the limits and, in a jail, without privileges.
 
   settings: SETTINGS of this file's docstring.
   path: the file of the program.

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """Returns (text, task), which is what `Verifier.grade` takes, for one pair.
+  """Returns one pair as (text, task), the form that `Verifier.grade` takes.
 
   answer_format: where the final answer is in `answer`: 'line' or 'boxed'. '' means that `answer` is the final answer.
   """

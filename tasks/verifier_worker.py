@@ -94,8 +94,8 @@ def _guard(package: str) -> None:
 
 
 def math_grader():
-  """Returns a function that grades mathematical answers by the rules of comparison.py, and by math-verify where a rule
-  asks for it.
+  """Returns a function that grades mathematical answers by the rules of comparison.py and, where needed, by
+  math-verify.
 
   The function takes a request {'reference': text, 'answer': text} and returns a reply {'verdict', 'rule', 'gold',
   'given'}. If the answer is None, the function only checks whether the reference can be read. The reply is then

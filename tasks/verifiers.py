@@ -147,8 +147,7 @@ class Verifier:
     return grades
 
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
-    """Returns {reference: reason} for the mathematical references that can't be read. No answer can be compared with
-    these.
+    """Returns {reference: reason} for the mathematical references that can't be read, and so can't be compared.
 
     References aren't written by a model, so they are read in this process. Only references that need math-verify's
     parser go to a worker.

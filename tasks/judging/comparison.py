@@ -65,8 +65,8 @@ class Judgement:
 def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
   """Judges whether `answer` is right if `gold` is the reference. Returns the verdict with its reason.
 
-  by_math_verify: a function (gold, answer) -> True or False, whether math-verify considers them equal, or None if it
-    can't decide. The default function always returns None.
+  by_math_verify: a function (gold, answer) that returns whether math-verify considers them equal, or None if it can't
+    decide. The default function always returns None.
   """
   if why := why_unreadable(gold, by_math_verify):
     return Judgement(Verdict.UNDECIDED, f'the gold cannot be read: {why}', gold_is_read=False)

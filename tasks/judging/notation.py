@@ -90,7 +90,7 @@ class _Reader:
     return Words(tuple(tokens)) if value is None else Value(tuple(tokens), Node('number', (Fraction(value), None)))
 
   def _family(self, tokens: list[str]) -> Reading | None:
-    r"""Reads `k\pi, k \in \mathbb{Z}`.
+    r"""Reads a family of values, such as `k\pi, k \in \mathbb{Z}`.
 
     The condition may also be in words, as in 'k an integer', or in brackets, or follow a word such as 'where'.
     """
@@ -213,7 +213,7 @@ class _Reader:
   # Numbers of a special form
 
   def _residue(self, tokens: list[str]) -> Reading | None:
-    r"""Reads `x \equiv 1 \pmod 3`, `1 \bmod 3` or `1 (mod 3)`."""
+    r"""Reads a residue, such as `x \equiv 1 \pmod 3`, `1 \bmod 3` or `1 (mod 3)`."""
     places = [i for i, t in enumerate(tokens) if t in (r'\pmod', r'\bmod', "'mod", "'modulo")]
     if not places:
       return None
@@ -234,7 +234,7 @@ class _Reader:
     return found[0] if len(found) == 1 else Many(tuple(tokens), tuple(found), 'list')
 
   def _in_base(self, tokens: list[str]) -> Reading | None:
-    r"""Reads `1011_2`, `2516_{8}`, `1A_{16}` or `1011 \text{ base } 2`."""
+    r"""Reads a number with its base, such as `1011_2`, `2516_{8}`, `1A_{16}` or `1011 \text{ base } 2`."""
     text = ' '.join(t for t in tokens if t not in ('{', '}', '(', ')'))
     # Exactly one space follows each token, so that there is only one way to match. Otherwise a long number would make
     # the matcher backtrack forever.

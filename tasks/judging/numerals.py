@@ -27,8 +27,9 @@ def is_numeral(text: str) -> bool:
 
 
 def exact_number(text: str) -> Fraction | None:
-  """Returns the exact value of an integer, decimal, fraction or power of ten that is written in digits; None for other
-  texts.
+  """Returns the exact value of an integer, decimal, fraction or power of ten that is written in digits.
+
+  Returns None for other texts.
   """
   if not is_numeral(text):
     return None

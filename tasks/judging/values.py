@@ -338,7 +338,7 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Returns whether `stated` is `value` rounded to as many digits as `stated` has. The last digit may be off by one."""
+  """Returns whether `stated` is `value` rounded to as many digits as `stated` has. Its last digit may be off by one."""
   digits = precision(stated)
   if symbols(value) or symbols(stated):
     return False

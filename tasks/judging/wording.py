@@ -136,8 +136,7 @@ def is_plain_words(tokens: list[str]) -> bool:
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-  """Returns True if the tokens are a name of at most six words, for example the name of a person, a colour or a
-  direction.
+  """Returns True if the tokens are a name of at most six words, such as the name of a person, a colour or a direction.
   """
   words = [_word(t) for t in tokens if is_word(t)]
   return 0 < len(words) <= 6 and is_plain_words(list(tokens)) and not _EXPLAINING & set(words)
