@@ -1,2 +1,3 @@
-"""Runs sweeps on this machine, on TPU slices, or through a scheduler such as Slurm. Predicts what a run takes on a pod.
+"""Runs sweeps on this machine, on TPU slices, or through a scheduler such as Slurm. Predicts the time, memory and cost
+of a run on a TPU pod.
 """

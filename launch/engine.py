@@ -1,12 +1,12 @@
-"""Runs a sweep on another engine, such as Slurm or GKE. A template turns each point of the sweep (one betarank
-command) into a command of the engine.
+"""Runs a sweep on another engine, such as Slurm or GKE. A template turns each point of the sweep (one betarank command)
+into a command of the engine.
 
     betarank sweep --config=FILE --root=DIR --on='bash launch/examples/slurm.sh {name} {command}'
 
 The template is split into words like a shell command, but variables, pipes and other features of a shell don't work.
 Then four placeholders are replaced. {command} becomes the betarank command of the point, as one word. {name} becomes a
-name for the job, which is the same in every launch. {chips} becomes the number that --chips gives for the point's
-stage. {slot} becomes a number below --parallel that no other running point has.
+name for the job, which stays the same if the sweep is launched again. {chips} becomes the number that --chips gives for
+the point's stage. {slot} becomes a number from 0 to --parallel - 1 that differs from that of every other running point.
 
 The sweep itself runs the points in order, records their states, and resumes them. The template's command must therefore
 behave like the point's own command: wait until the job has ended, exit with the job's status, and on SIGTERM ask the
@@ -26,7 +26,7 @@ PLACEHOLDERS = ('{command}', '{name}', '{chips}', '{slot}')
 
 
 def command(template: str, chips: Sequence[str]) -> Callable[[Point, int], list[str]]:
-  """Returns a function (point, slot) -> command that runs the point on the engine.
+  """Returns a function (point, slot) -> command. The command, a list of words, runs the point on the engine.
 
   A point that prepares data runs on this machine instead.
 

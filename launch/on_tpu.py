@@ -39,7 +39,7 @@ PLANNED_RL_MFU = {('v5e', False): ((0.54, 0.60), (0.046, 0.076)), ('v5e', True):
 
 
 def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
-  """Returns a function (point, slot) -> command that runs the point on slice number `slot`.
+  """Returns a function (point, slot) -> command. The command, a list of words, runs the point on slice number `slot`.
 
   A point that prepares data runs on this machine instead.
 
@@ -67,7 +67,7 @@ def command(dry_run: bool) -> Callable[[Point, int], list[str]]:
 
 
 def clean_up(console: Console, slots: Collection[int], keep: bool) -> None:
-  """Deletes the slices with the numbers `slots`. The last printed line names the slices that still cost money.
+  """Deletes the slices with the numbers `slots`. Then prints a line that names the slices that still cost money.
 
   keep: if True, no slice is deleted, because the sweep was asked to stop and the next launch will use the slices.
   """
@@ -107,7 +107,7 @@ def _last_line(text: str) -> str:
 
 
 def topology() -> Topology:
-  """Returns the pods that a point runs on: TPU_SLICES pods of type TPU_TYPE, both environment variables.
+  """Returns the topology on which a point runs: TPU_SLICES pods of type TPU_TYPE, which are environment variables.
 
   Raises:
     PlanError: there is no such pod.
@@ -116,11 +116,12 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a point, if it trains with the MFU that was planned for such models.
+  """Returns the (least, most) hours that a training point takes if it reaches the MFU that was planned for similar
+  models.
 
-  In RL, every answer is assumed to have its greatest length, so it takes less time than these hours.
+  In RL, every answer is assumed to have its greatest length, so RL really takes less time.
 
-  Returns None for a point that doesn't train, and if PLANNED_MFU or PLANNED_RL_MFU has no figure.
+  Returns None for a point that doesn't train, and if PLANNED_MFU and PLANNED_RL_MFU have no MFU for such a model.
   """
   if point.stage not in TRAINS:
     return None
@@ -141,7 +142,7 @@ def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 
 
 def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns (least, most) hours of a point that trains, predicted by `betarank plan`, which compiles its programs.
+  """Returns the (least, most) hours that a training point takes. `betarank plan` compiles its programs to predict this.
 
   Returns None for a point that doesn't train. The programs are compiled with the libtpu flags in TPU_ENV.
 
@@ -178,7 +179,7 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
   """Prints chips, hours and cost of each point and of the whole sweep.
 
   parallel: the number of points that run at the same time.
-  compile_first: whether hours are predicted from compiled programs. If False, an MFU is assumed.
+  compile_first: True computes hours with `planned_hours`, False with `assumed_hours`, which needs no compilation.
   """
   chips = topology()
   estimate = planned_hours if compile_first else assumed_hours
@@ -221,10 +222,10 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 
 
 def program_key(point: Point) -> str:
-  """Returns a text that is equal for points whose compiled programs are the same. Such points take the same time.
+  """Returns a text that is equal for points with the same compiled programs. Such points take the same time.
 
-  The text doesn't depend on the seed. It depends on the objective only by whether any lambda is nonzero, in which case
-  the loss must search for the most probable tokens.
+  The text doesn't contain the seed. Of the objective, it contains only whether any lambda is nonzero, in which case the
+  loss must search for the most probable tokens.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

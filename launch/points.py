@@ -44,9 +44,10 @@ class Point:
   """One betarank command of a sweep.
 
   Attributes:
-    name: ARM/STAGE. The workdir of a point that trains is ROOT/NAME.
-    after: the point whose weights this point starts from or evaluates; '' for none.
-    needs: the points that must be finished first: `after`, and the point that prepares the data.
+    name: ARM/STAGE, such as 'beta=-0.25/train'. If the point trains, its workdir is ROOT/NAME.
+    stage: one of STAGES, or 'data' for a point that prepares data.
+    after: the name of the point whose weights this point starts from or evaluates; '' for none.
+    needs: the names of the points that must be finished first: `after`, and the point that prepares the data.
     config: the resolved config.
     steps: the number of steps; 0 for a stage that doesn't count steps.
     workdir: the folder that the point writes to.
@@ -68,8 +69,9 @@ class Point:
     return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
 
   def finished(self) -> bool | None:
-    """Returns whether the point's result exists and is complete; None for an evaluation, for which this can't be
-    checked.
+    """Returns whether the point's result exists and is complete.
+
+    Returns None for an evaluation, because its result can't be checked.
     """
     if self.stage in TRAINS:
       return self.step() >= self.steps
@@ -109,12 +111,13 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
     """Adds a point and returns its full name.
 
     Args:
-      name: the name of the arm. The default is the arm of `after` or, without `after`, a name made from the overrides.
+      name: the name of the arm, which is the first part of the full name. The default is the arm of `after` or, without
+        `after`, a name made from the overrides.
       stage: train (pre-training and mid-training), rl, probe or sample. A point of stage probe or sample runs `betarank
         eval`.
       config: the config file to use instead of the sweep's own.
       arg: appended to the argument of the config file, such as 'stage=mid'.
-      after: the point whose weights the new point starts from or evaluates.
+      after: the full name of the point whose weights the new point starts from or evaluates.
       benchmark: the value of `betarank eval sample --benchmark`; only for stage sample.
       overrides: settings to change, by dotted key, such as **{'optimizer.lr': 1e-3}.
     """
@@ -146,8 +149,9 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
 
 
 def _describe(overrides: dict[str, Any]) -> str:
-  """Returns a text such as 'beta=-0.25,seed=1' for overrides. A key is shortened to its last part, unless two keys have
-  the same last part.
+  """Returns a text such as 'beta=-0.25,seed=1' for overrides such as {'objective.beta': -0.25, 'seed': 1}.
+
+  A key is shortened to its last part, unless two keys have the same last part.
   """
   leaves = [key.rpartition('.')[2] for key in overrides]
   short = [leaf if leaves.count(leaf) == 1 else key for leaf, key in zip(leaves, overrides)]
@@ -155,8 +159,7 @@ def _describe(overrides: dict[str, Any]) -> str:
 
 
 def _stage_name(stage: str, arg: str, benchmark: str) -> str:
-  """Returns the last part of a point's name, such as 'train' or 'sample,gsm8k'. If `arg` is 'stage=mid', returns 'mid'.
-  """
+  """Returns the last part of a point's name, such as 'train', 'sample,gsm8k', or 'mid' if `arg` is 'stage=mid'."""
   if arg.startswith('stage='):
     return _plain(arg.removeprefix('stage='))
   return ','.join(filter(None, (stage, _plain(arg), _plain(benchmark))))
@@ -190,8 +193,7 @@ def _training(name: str, stage: str, spec: str, overrides: dict[str, str], paren
 
 
 def _to_bucket(config: ConfigDict, root: str, parent: Point | None) -> dict[str, str]:
-  """Returns overrides that replace local data folders by folders in the bucket, because slices can't read this
-  machine's disk.
+  """Returns overrides that replace local data folders with folders in the bucket, which slices can read.
 
   root: the folder of the sweep, in the bucket.
   parent: the point that this point starts from; None if there is none.
@@ -228,9 +230,9 @@ def _evaluation(name: str, stage: str, spec: str, overrides: dict[str, str], par
 
 
 def _with_data(points: list[Point], root: str) -> list[Point]:
-  """Adds points that prepare data, and returns them, followed by the given points.
+  """Returns new points that prepare the data of the given points, followed by the given points.
 
-  Points that need the same prepared data share one such point. The points that prepare data run one after the other,
+  Points that need the same prepared data share one new point. The points that prepare data run one after the other,
   because each uses all cores, and may need a tokenizer that an earlier one trains.
   """
   prepare: dict[str, Point] = {}

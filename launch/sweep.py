@@ -60,7 +60,8 @@ class Status:
   """The state of a point.
 
   Attributes:
-    state, note: one of STATES, and a remark on it.
+    state: one of STATES.
+    note: a remark on the state, such as the reason of a failure; '' for none.
     starts: the number of times that the point's command was started, in all launches together.
     slot: the slot (see Sweep) of the last start; -1 if there was none.
     exit: the exit status of the command; None if it hasn't ended or if the status is unknown.
@@ -76,18 +77,20 @@ class Status:
 
 
 class Sweep:
-  """The points of one root, their states on disk, and the processes that run them."""
+  """Runs the points of one sweep, and records their states in sweep.json.
+
+  Each running point has a slot, a number that no other running point has. On TPUs, it is the number of the slice.
+  """
 
   def __init__(self, points: Sequence[Point], folder: pathlib.Path, parallel: int,
                command: Callable[[Point, int], list[str]]):
-    """Reads the states of earlier launches.
+    """Reads the states that earlier launches have recorded.
 
     Args:
       points: the points, each after the points that it needs.
       folder: where sweep.json and the logs are written.
       parallel: the largest number of points that run at the same time.
-      command: a function (point, slot) -> command. Points that run at the same time have different slots in [0,
-        parallel).
+      command: a function (point, slot) -> command, a list of words.
     """
     self.points, self.folder, self.parallel, self._command = list(points), folder, parallel, command
     self.status = {point.name: Status() for point in points}
@@ -98,8 +101,9 @@ class Sweep:
     self.stopping = False
 
   def _read(self) -> dict[str, Any]:
-    """Returns the content of sweep.json with this launch added. Sets self.status to the recorded states that are still
-    valid.
+    """Returns the content of sweep.json with this launch added.
+
+    Also sets self.status from the recorded states: 'finished' for a point that is still finished, otherwise 'waiting'.
     """
     path = self.folder / 'sweep.json'
     record = json.loads(path.read_text()) if path.exists() else {'launches': [], 'points': {}}
@@ -159,8 +163,8 @@ class Sweep:
   def _begin(self, point: Point) -> bool:
     """Starts a point if the points that it needs are finished and fewer than `parallel` commands are running.
 
-    If a point that it needs has failed, the point is marked as skipped instead. Returns whether the point's state has
-    changed.
+    If a point that it needs has failed or was skipped, marks the point as skipped instead. Returns whether the point's
+    state has changed.
     """
     status = self.status[point.name]
     for name in point.needs:
@@ -189,8 +193,8 @@ class Sweep:
     return True
 
   def _lock(self, point: Point) -> contextlib.AbstractContextManager[IO[str] | None]:
-    """Returns a context manager that takes the lock of a point. Its value is the lock's file, or None if another
-    process holds the lock.
+    """Returns a context manager that takes the lock of a point. It yields the lock's file, or None if another process
+    holds the lock.
 
     The command of a point inherits the lock and holds it as long as it runs, even if this process dies. If a later
     launch finds the lock held, it knows that the command is still running. The lock's file contains the command's
@@ -242,7 +246,13 @@ class Sweep:
     return True
 
   def _outcome(self, point: Point, code: int | None) -> tuple[str, str]:
-    """Returns (state, note) of a point whose command ended with `code`. Raises OSError if its result can't be read."""
+    """Returns (state, note) of a point whose command has ended.
+
+    code: the exit status of the command; None if it is unknown.
+
+    Raises:
+      OSError: the result of the command can't be read.
+    """
     finished = point.finished()
     if finished is None:
       finished = code == 0
@@ -264,8 +274,9 @@ class Sweep:
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
 
   def slots(self) -> set[int]:
-    """Returns the slots that commands of this sweep have used, in any launch. Commands that run at the same time have
-    different slots.
+    """Returns the slots of the last starts of all points, in this launch or an earlier one.
+
+    Points that prepare data don't count, because they run on this machine.
     """
     return {status.slot for point in self.points for status in [self.status[point.name]]
             if status.slot >= 0 and point.stage != 'data'}
@@ -281,9 +292,9 @@ class Sweep:
           time.sleep(POLL_S)
 
   def stop(self, hard: bool) -> None:
-    """Asks running commands to save and stop.
+    """Asks the running commands to save and stop, and starts no others.
 
-    hard: whether to kill them instead.
+    hard: whether to kill the commands instead.
     """
     self.stopping = True
     for point in self.points:
@@ -435,7 +446,7 @@ def run(sweep: Sweep, console: Console, signals: Sequence[int],
   """Runs a sweep, shows its progress on the screen, and prints how it ended.
 
   Args:
-    signals: the signals received so far.
+    signals: the signals received so far. The signal handlers append to this list.
     clean_up: a function (console, slots, keep) that is always called at the end, to delete the slices; None if there
       are no slices. If the sweep was asked to stop, `keep` is True, and the slices aren't deleted.
   """

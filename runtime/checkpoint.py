@@ -2,8 +2,9 @@
 
 WORKDIR/checkpoints/STEP/ has three parts. `state` holds the parameters (with layers stacked), the optimizer state and
 the step. `meta` is JSON: the data cursor, the resolved config, the parent checkpoint, the code version and the shape of
-every array. manifest.json holds sizes and checksums (runtime/integrity.py), with which the files of `state` and `meta`
-are checked before a restore. `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies checkpoints.
+every array. manifest.json holds sizes and checksums of the files in `state` and `meta`. Before a restore, the files are
+compared with it (runtime/integrity.py). `betarank checkpoint` (runtime/checkpoint_command.py) shows and verifies
+checkpoints.
 """
 
 import contextlib
@@ -57,12 +58,12 @@ class CheckpointConfig:
 
 
 class _Manager(ocp.CheckpointManager):
-  """Orbax's manager, but it leaves the stop of a job of several processes to StopSignal (configs/stop.py).
+  """Orbax's CheckpointManager, except that it leaves SIGTERM to StopSignal (configs/stop.py).
 
-  JAX computes the step at which all processes stop from the number of the latest call of
-  `reached_preemption_sync_point`. Orbax's own calls, which also come late from another thread, have other numbers than
-  StopSignal's. If SIGTERM came after one of them, the processes would wait for a number that StopSignal had already
-  passed, and would never stop.
+  In a job of several processes, all must stop at the same call of JAX's `reached_preemption_sync_point`. Each call has
+  a number, and after SIGTERM JAX chooses one that follows the number of the latest call. Orbax's calls have other
+  numbers than StopSignal's. If the latest call were Orbax's, StopSignal might already have passed the chosen number,
+  and the processes would never stop.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -170,9 +171,9 @@ class Checkpoints:
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
   def _guard(self, write: Callable[[], object]) -> None:
-    """Calls `write`. Converts an error of Orbax or tensorstore, for example because a disk is full, to CheckpointError.
+    """Calls `write`. Converts an error of Orbax or tensorstore, such as a full disk, to CheckpointError.
 
-    An error that may come from a lost process is raised unchanged.
+    If the loss of another process may have caused the error, it is raised unchanged.
     """
     try:
       write()
@@ -198,8 +199,10 @@ class Checkpoints:
 
 
 class _Kept:
-  """Tells Orbax which checkpoints to keep: the newest `keep`, those whose step is a multiple of `keep_every_steps`, and
-  the one whose step is the attribute `best`.
+  """Tells Orbax which checkpoints to keep.
+
+  These are the newest `keep`, those whose step is a multiple of `keep_every_steps` (if it isn't 0), and that of the
+  step in the attribute `best`.
   """
 
   def __init__(self, config: CheckpointConfig):
@@ -272,7 +275,7 @@ def steps(folder: epath.Path) -> list[int]:
 
 
 def find(path: str) -> epath.Path:
-  """Returns the checkpoint at `path`, or the newest one if `path` is a workdir.
+  """Returns the path of the checkpoint at `path`, or of the newest checkpoint if `path` is a workdir.
 
   Raises:
     CheckpointError: there is no checkpoint at `path`.
@@ -310,7 +313,8 @@ def check(path: epath.Path) -> None:
 def _ensure_newest_is_valid(folder: epath.Path, fallback: bool) -> None:
   """Raises CheckpointError if the newest checkpoint in `folder` is damaged. Does nothing if there is no checkpoint.
 
-  fallback: moves damaged checkpoints aside instead of raising an error, as described at Checkpoints.__init__.
+  fallback: if the newest checkpoint is damaged and an older one is good, moves all checkpoints after the good one to
+    WORKDIR/damaged instead of raising an error.
   """
   found = steps(folder)
   if not found or not (problem := _damage(newest := folder / str(found[-1]))):
@@ -359,14 +363,17 @@ def _damage(path: epath.Path) -> str:
 
 
 def _process_index_and_count() -> tuple[int, int]:
-  """Returns (index of this process, number of processes). In a job of one process, JAX's backend isn't initialized."""
+  """Returns (index of this process, number of processes).
+
+  In a job of one process, JAX's backend isn't initialized by this.
+  """
   return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
 def _is_peer_failure(error: Exception) -> bool:
-  """Returns True if this error may come from a lost process of the job instead of from storage.
+  """Returns True if the loss of another process may have caused this error, and False if storage has caused it.
 
-  The watchdog reports a lost process, so such an error isn't reported here.
+  The watchdog reports a lost process, so the caller doesn't report such an error as one of storage.
   """
   return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
           and 'os_error_code' not in str(error) and 'http_response_code' not in str(error))

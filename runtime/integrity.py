@@ -8,8 +8,8 @@ old version of this code have no manifest. They are accepted without a check.
 
 Before a checkpoint on a disk is restored, the sizes of all files and the crc32 of each block of 64 MiB are checked. The
 crc32 finds every single wrong byte, and misses larger damage with a probability of 2^-32. In a bucket, the sizes of all
-files are checked too, but the crc32 only for files of up to 1 MiB. The object store checks the content of files itself,
-and reading everything twice would double the time that a start takes.
+files are checked too, but the crc32 is checked only for files of up to 1 MiB. The object store itself checks the
+content of files, and reading all files twice would double the time of a start.
 
 `betarank checkpoint verify` checks the sha256 of each file, which is the checksum that the program sha256sum prints.
 """
@@ -33,7 +33,7 @@ _Check = Callable[[], str]
 
 
 def write(folder: epath.Path) -> None:
-  """Writes the manifest of a checkpoint, with the files in its folders `state` and `meta`.
+  """Writes manifest.json of a checkpoint: the sizes and checksums of all files in its folders `state` and `meta`.
 
   folder: the folder of the checkpoint.
   """
@@ -45,7 +45,9 @@ def write(folder: epath.Path) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
-  """Returns the manifest as {file: {size, checksums}}, or None if there is no manifest.
+  """Returns the manifest as {file: {'size': bytes, 'sha256': hex, 'crc32': [hex of each block]}}.
+
+  Returns None if there is no manifest.
 
   Raises:
     ValueError: this version of the code can't read the manifest.
@@ -73,8 +75,8 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
     item: the part of the checkpoint to check, 'state' or 'meta'; '' for both.
     full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of blocks, in a bucket only for
       files of up to 1 MiB.
-    share: (i, n), to check the content of only every n-th block, starting with block i. With full=True, the content of
-      every n-th file is checked, starting with file i. The sizes of all files are always checked.
+    share: (i, n), to divide the work among n processes. Checks the content only of the blocks i, i + n, i + 2n and so
+      on or, with full=True, of the files with these numbers. The sizes of all files are always checked.
 
   Raises:
     OSError: a file in a bucket can't be read now.

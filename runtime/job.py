@@ -77,7 +77,7 @@ def initialize(info: ProcessInfo, deadline_s: float) -> None:
 
 
 def join(coordinator: str, processes: int, index: int) -> None:
-  """Joins a job that has no rendezvous and no watchdog. Must be called before JAX uses a device.
+  """Joins a job without a rendezvous or a watchdog, as `betarank eval` does. Must be called before JAX uses a device.
 
   The arguments are those of `locate`.
   """
@@ -142,7 +142,7 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
 
 
 def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-  """Returns {name: value} of what must be equal in all processes. Error messages contain the name and the values.
+  """Returns {name: value} for everything that must be equal in all processes. Error messages contain both.
 
   The values are the code's version, JAX's version, the workdir, each setting, and a hash of each file of `inputs`.
   """

@@ -3,14 +3,16 @@
     with hold('gs://bucket/run', '.lease') as holder:
       ...  # holder is '' if this process has the lease, else a text that names the process that has it
 
-The lease is a small object that names its process. It is created only if it doesn't exist, and replaced only if no
-other process has replaced it; the store checks both, so two commands never hold one lease. The process renews its lease
-every RENEW_S seconds, and deletes it at the end. No clocks are compared: a command that finds a lease waits for a
-renewal. If none comes within STALE_S seconds, the command takes the lease over. It doesn't wait if the lease names a
-process of this machine, because it can check whether this process is alive.
+The lease is a small object in the bucket that names its process. It is created only if it doesn't exist, and replaced
+only if no other process has replaced it. The store checks both conditions, so two commands never hold the same lease.
+The process renews its lease every RENEW_S seconds, and deletes it at the end.
 
-A process that was suspended, or had no connection, may lose its lease while it still runs. It ends as soon as it learns
-this at its next renewal, and may have written until then.
+A command that finds a lease waits for a renewal. It doesn't compare clocks. If no renewal comes within STALE_S seconds,
+the command takes the lease over. It doesn't wait if the lease names a process of its own machine, because it can check
+whether this process is alive.
+
+A process that was suspended, or had no connection, may lose its lease while it still runs. It notices the loss at its
+next renewal, and ends. Until then, it may have written to the folder.
 """
 
 import contextlib
@@ -36,9 +38,10 @@ _RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '16s'}  # a
 
 @contextlib.contextmanager
 def hold(folder: str, name: str) -> Iterator[str]:
-  """Holds the lease FOLDER/NAME until the block ends. Yields '', or the name of the process that holds it already.
+  """Takes the lease FOLDER/NAME and keeps it until the block ends.
 
-  If the folder isn't in gs:// or s3://, yields '' without a lease.
+  Yields '' if this process has the lease, otherwise a text that names the process that has it. If the folder isn't in
+  gs:// or s3://, yields '' without a lease.
 
   Raises:
     UserError: the lease can't be read or written.
@@ -75,7 +78,7 @@ class _Lease:
     self._generation = b''  # of the object that this process has written
 
   def take(self) -> str:
-    """Takes the lease if no other process has it. Returns '' on success, else the name of the process that has it."""
+    """Takes the lease if no other process has it. Returns '' on success, otherwise a text that names the holder."""
     with self._store_errors_as_user_errors():
       waited_for, since = b'', time.monotonic()  # the generation whose renewal is waited for
       while True:
@@ -96,7 +99,7 @@ class _Lease:
           time.sleep(RENEW_S / 3)
 
   def renew(self, ended: threading.Event) -> None:
-    """Renews the lease until `ended` is set. Ends this process if another one has taken the lease."""
+    """Renews the lease until `ended` is set. Ends this process if another process has taken the lease."""
     while not ended.wait(RENEW_S):
       with contextlib.suppress(*STORE_ERRORS):  # the store is away; the command notices it too
         # A renewal may be refused because the answer to an earlier one was lost, or because the lease was deleted.
@@ -116,10 +119,10 @@ class _Lease:
         self._write(None, self._generation)
 
   def _write(self, content: dict[str, Any] | None, generation: bytes) -> bool:
-    """Writes `content` to the lease's object, or deletes the object if `content` is None. Returns whether it was done.
+    """Writes `content` to the lease's object; None deletes the object. Returns False if the store has refused.
 
-    The store refuses if the object's generation isn't `generation`. A generation is the store's number for one version
-    of an object.
+    The store refuses if the object's generation isn't `generation`, because another process has then changed the
+    object. A generation is the store's number for one version of an object.
     """
     data = None if content is None else json.dumps(content)
     stamp = self._store.write(self._name, data, if_equal=generation).result()
@@ -127,9 +130,10 @@ class _Lease:
     return bool(stamp.generation)
 
   def _is_own(self) -> bool:
-    """Returns True if the stored lease is this process's own, and then remembers its generation.
+    """Returns True if the object in the store is this process's lease.
 
-    Call this after `_write` has returned False: the write may have succeeded although the store's answer was lost.
+    Also stores the object's generation for the next write. Call this after `_write` has returned False: the write may
+    have succeeded although the store's answer was lost.
     """
     found, generation = self._read()
     if found is None or found['id'] != self._content['id']:
@@ -161,10 +165,10 @@ class _Lease:
 
 
 def _process(pid: int) -> dict[str, Any]:
-  """Returns values that identify a process of this machine: {place, pid, start}.
+  """Returns values that identify a process of this machine: {'place', 'pid', 'start'}.
 
-  place: identifies this boot of the machine and the container (PID namespace); '' if unknown, as on other systems than
-    Linux.
+  place: identifies the present boot of the machine, and the container (PID namespace); '' if unknown, as on systems
+    other than Linux.
   start: when the process started, in clock ticks after the boot; '' if there is no such process.
   """
   try:
@@ -182,6 +186,9 @@ def _process(pid: int) -> dict[str, Any]:
 
 
 def _is_gone(lease: dict[str, Any]) -> bool:
-  """Returns True if the process of a lease certainly doesn't run any more."""
+  """Returns True if it is certain that the process of a lease has ended.
+
+  lease: the content of the lease's object.
+  """
   now = _process(lease['pid'])
   return bool(now['place']) and lease['place'] == now['place'] and lease['start'] != now['start']

@@ -53,13 +53,13 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class JsonLines:
-  """A file with one JSON object per line. Each object has the key `step`, and steps don't fall from line to line.
+  """A file with one JSON object per line. Each object has the key `step`, which never decreases along the file.
 
-  The constructor opens or creates the file, and cuts it behind the last line of a step up to its argument `step`. It
-  reads no more of a local file than what it removes, because a long run has a million lines.
+  The constructor opens or creates the file, and removes the lines of all steps after its argument `step`. It reads a
+  local file from the end, and only as far as lines are removed, because a long run has a million lines.
 
   Attributes:
-    last: the last object in the file after it was cut; {} if none is left.
+    last: the last object that is left in the file; {} if none is left.
   """
 
   def __init__(self, path: epath.Path, step: int):
@@ -92,8 +92,9 @@ class JsonLines:
 
 
 def _cut(path: epath.Path, step: int) -> dict[str, Any]:
-  """Cuts a local file, which is created if there is none, behind the last line of a step up to `step`. Returns this
-  line; {} if there is none.
+  """Removes the lines of all steps after `step` from a local file. Creates the file if there is none.
+
+  Returns the last line that is left; {} if none is left.
   """
   with open(path, 'a+b') as file:
     if not os.fstat(file.fileno()).st_size:
@@ -105,7 +106,9 @@ def _cut(path: epath.Path, step: int) -> dict[str, Any]:
 
 
 def _end_of(content: bytes | mmap.mmap, step: int) -> tuple[int, dict[str, Any]]:
-  """Returns (the position behind the last complete line of a step up to `step`, this line); (0, {}) if there is none.
+  """Finds the last complete line whose step is at most `step`. Returns (the position after the line, the line).
+
+  Returns (0, {}) if there is no such line.
   """
   end = content.rfind(b'\n') + 1
   while end:
@@ -117,7 +120,7 @@ def _end_of(content: bytes | mmap.mmap, step: int) -> tuple[int, dict[str, Any]]
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-  """Returns the object on a line; {} if the line holds something else, or is incomplete."""
+  """Returns the object on a line; {} if the line is incomplete or isn't an object with a step."""
   try:
     line = json.loads(text.decode(errors='replace'))
   except (ValueError, RecursionError):
@@ -126,7 +129,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def lines_of(path: epath.Path) -> Iterator[dict[str, Any]]:
-  """Yields the lines of a metrics file as dictionaries, one after another; none if there is no file.
+  """Yields the lines of a metrics file as dictionaries, one after another. Yields nothing if there is no file.
 
   Lines that a killed process left incomplete are skipped.
   """
@@ -139,7 +142,8 @@ def lines_of(path: epath.Path) -> Iterator[dict[str, Any]]:
 class Clock:
   """Measures the time per step, and the part of it that is spent waiting for input.
 
-  Time spent in a block `with clock.apart():`, for example for evaluation or saving, isn't counted.
+  Waiting is what happens in a block `with clock.waiting():`. Time spent in a block `with clock.apart():`, for example
+  for evaluation or saving, isn't counted.
   """
 
   def __init__(self):
@@ -174,7 +178,10 @@ class _Span:
 
 
 def describe(values: dict[str, float]) -> list[str]:
-  """Returns the figures to print for a training step, the most important ones first."""
+  """Returns the figures of a training step as texts to print, such as 'ce 2.3100', the most important ones first.
+
+  values: {name: figure}, with names such as train/ce_nats.
+  """
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   parts = []
   if not math.isclose(v['loss_nats'], v['ce_nats'], rel_tol=1e-6):  # plain cross-entropy: equal, but for rounding
@@ -191,7 +198,10 @@ def describe(values: dict[str, float]) -> list[str]:
 
 
 def describe_evaluation(source: str, values: dict[str, float]) -> list[str]:
-  """Returns the texts to print for the validation of one source, the most important ones first."""
+  """Returns the figures of one source's validation as texts to print, the most important ones first.
+
+  values: {name: figure}, with names such as ce_nats.
+  """
   return [f'  eval {source}: ce {values["ce_nats"]:.4f} nats', f'entropy {values["entropy_nats"]:.4f}',
           f'{values["bits_per_byte"]:.4f} bits/byte', f'rank1 {values["rank1_accuracy"]:.3f}',
           f'tail mass {values["tail_mass"]:.4f}']
@@ -215,7 +225,7 @@ class _Live(ProgressColumn):
 
 
 class Log:
-  """The log of a run, which writes the run's files and prints its lines. Does nothing if `active` is False."""
+  """Writes a run's metrics and samples to files, and prints its progress. Does nothing if `active` is False."""
 
   def __init__(
     self, workdir: epath.Path, *, step: int, steps: int, every: int, tensorboard: bool, active: bool,
@@ -231,7 +241,7 @@ class Log:
       every: the number of steps from one printed line to the next.
       tensorboard: whether to write TensorBoard events.
       active: whether this process logs, which only process 0 does.
-      wandb: (project, the run's config), to send the figures to a project of Weights & Biases; None to send no figures.
+      wandb: (project of Weights & Biases, the run's config) to send the figures there; None to send none.
       describe: a function that turns the figures of a step into the texts to print, the most important ones first.
     """
     self._active, self._every, self._steps, self._describe = active, every, steps, describe
@@ -258,8 +268,8 @@ class Log:
   def say(self, text: str, indent: int = 0) -> None:
     """Prints a line, above the progress bar if there is one.
 
-    indent: the number of columns by which the continuation of a long line is indented, on a terminal. With 0, the
-      terminal itself wraps long lines.
+    indent: the number of columns by which the second and later rows are indented if the line is longer than the
+      terminal is wide. With 0, the terminal itself wraps long lines.
     """
     if not self._active:
       return
@@ -286,7 +296,11 @@ class Log:
       self._scalars(step, values)
 
   def evaluation(self, step: int, source: str, values: dict[str, float], parts: Sequence[str]) -> None:
-    """Records the figures of an evaluation as eval/SOURCE/NAME. Prints one line with as many of `parts` as fit."""
+    """Records the figures of an evaluation as eval/SOURCE/NAME, and prints a line.
+
+    values: {name: figure}.
+    parts: the texts to print, the most important ones first. On a terminal, only as many are printed as fit on a line.
+    """
     if not self._active:
       return
     named = {f'eval/{source}/{name}': value for name, value in values.items()}

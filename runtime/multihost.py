@@ -1,5 +1,4 @@
-"""Handles the data of a job of several processes: the rows that each process reads, global arrays, and exchange of
-data.
+"""Handles the data of a job of several processes: which rows each process reads, and how global arrays are built.
 
 # B rows  T tokens
 """
@@ -11,7 +10,7 @@ from jax.sharding import NamedSharding
 
 
 def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = 'train.mesh') -> tuple[int, int]:
-  """Returns (index, count): this process reads part number `index` of `count` equal parts of the global batch's rows.
+  """Returns (index, count): this process reads part `index` of `count` equal parts of the global batch's rows.
 
   Processes whose devices hold the same rows get the same index, for example if the tensor axis spans processes.
 
@@ -32,24 +31,29 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
 
 
 def local_to_global(local, sharding: NamedSharding, rows: int):
-  """Returns a global batch with `rows` rows, as a tree of arrays [B, T].
+  """Returns a global batch of `rows` rows, as a tree of arrays [B, T], from the rows that each process has read.
 
-  local: the rows that this process has read, as a tree of arrays. Every process passes its own rows.
+  local: the rows of this process, as a tree of arrays [B of this process, T].
+  sharding: the sharding of the result.
   """
   build = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))
   return jax.tree.map(build, local)
 
 
 def rows_of_process(sharding: NamedSharding, rows: int, length: int) -> slice:
-  """Returns the smallest range of rows that covers the part of an array [rows, length] on this process's devices."""
+  """Returns the rows of an array [rows, length] that this process's devices need, as one slice.
+
+  If the devices hold several ranges of rows, the slice goes from the first row to the last.
+  """
   slices = [s[0].indices(rows)[:2] for s in sharding.addressable_devices_indices_map((rows, length)).values()]
   return slice(min(s[0] for s in slices), max(s[1] for s in slices))
 
 
 def rows_to_global(local, sharding: NamedSharding, first: int, rows: int):
-  """Returns a tree of global arrays with `rows` rows, built from each process's own rows.
+  """Returns a tree of global arrays [rows, ...], built from the rows of each process.
 
   local: a tree of arrays with the rows in the range that `rows_of_process` returns.
+  sharding: the sharding of the result.
   first: the start of this range.
   """
   def build(x):
@@ -60,7 +64,10 @@ def rows_to_global(local, sharding: NamedSharding, first: int, rows: int):
 
 
 def max_over_processes(x: np.ndarray) -> np.ndarray:
-  """Returns the elementwise maximum of the arrays of all processes. Every process must call this."""
+  """Returns the elementwise maximum of the arrays of all processes.
+
+  Every process must call this with an array of the same shape and dtype.
+  """
   return x if jax.process_count() == 1 else multihost_utils.process_allgather(x).max(0)
 
 

@@ -10,8 +10,8 @@ from etils import epath
 class Profile:
   """Traces the steps from `first` to `last`, and writes the trace to WORKDIR/profile.
 
-  The constructor's argument `steps` is (first, last), or None for no trace. The trace starts before step `first` is
-  dispatched, and ends after step `last` has finished.
+  The constructor's argument `steps` is (first, last), or None for no trace. The trace begins before step `first`, and
+  ends when the devices have finished step `last`.
   """
 
   def __init__(self, workdir: epath.Path, steps: tuple[int, int] | None):

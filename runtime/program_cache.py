@@ -12,17 +12,19 @@ KEPT_DAYS = 30
 
 
 def keep_programs() -> None:
-  """Makes JAX keep compiled programs in ~/.cache/betarank/programs, or betarank/programs in $XDG_CACHE_HOME.
+  """Makes JAX keep compiled programs in ~/.cache/betarank/programs. $XDG_CACHE_HOME, if it is set, replaces ~/.cache.
 
-  Must be called before the first program is compiled. A job of several processes keeps nothing, because only its first
-  process would write to the cache, and the others would compile alone. Programs that were written more than KEPT_DAYS
-  days ago are removed. Nothing is kept if the folder can't be written, or if others can write to it: JAX runs what it
-  finds there.
+  Must be called before the first program is compiled. Programs that were written more than KEPT_DAYS days ago are
+  removed. JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
 
-  JAX_COMPILATION_CACHE_DIR names another folder, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. On a CPU,
-  nothing is kept unless JAX_COMPILATION_CACHE_DIR is set: code for one CPU may not run on another one that has the same
-  home folder, and XLA refuses its own code on some Intel CPUs, with a line of error for each program (jax-ml/jax
-  issue 38445).
+  Nothing is kept
+
+  - if the folder can't be written, or if other users can write to it, because JAX runs the programs that it finds
+    there,
+  - in a job of several processes. Only its first process would write to the cache, and the others would still compile,
+  - on a CPU, unless JAX_COMPILATION_CACHE_DIR is set. Another CPU with the same home folder may be unable to run the
+    program, and XLA refuses its own programs on some Intel CPUs, with a line of error for each (jax-ml/jax issue
+    38445).
   """
   if jax.process_count() > 1:
     return
@@ -35,7 +37,7 @@ def keep_programs() -> None:
 
 
 def _own_folder() -> str:
-  """Creates the default folder if there is none, and removes old programs from it. Returns '' if it can't be used."""
+  """Returns the default folder, or '' if it can't be used. Creates the folder, and removes old programs from it."""
   try:
     home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
     home.mkdir(parents=True, exist_ok=True)

@@ -111,7 +111,7 @@ def _coordinate(own: dict[str, Any], processes: int, port: int, deadline_s: floa
     deadline_s: the seconds within which all processes must connect.
     error: the reason why process 0 can't start; '' if it can start.
 
-  Returns (answer, connections by process index).
+  Returns (answer, {process index: connection}). The answer is {'error': text or '', 'names': [name of each process]}.
   """
   until = time.monotonic() + deadline_s
   entries, connections = {0: own}, []
@@ -155,11 +155,14 @@ def _register(own: dict[str, Any], host: str, port: int, deadline_s: float
               ) -> tuple[dict[str, Any], dict[int, _Connection]]:
   """Sends this process's entry to process 0, and waits for the answer. Runs in every process except process 0.
 
-  Returns (answer, {0: the connection}).
+  Returns (answer, {0: the connection}). Entry and answer are described at `_coordinate`.
 
-  own: the entry of this process, as in `_coordinate`.
+  own: the entry of this process.
   host, port: the address of process 0.
-  deadline_s: the seconds within which process 0 must answer.
+  deadline_s: the seconds within which process 0 must be reached. The answer may take up to 10 seconds longer.
+
+  Raises:
+    JobError: process 0 couldn't be reached, or didn't answer.
   """
   until, reason = time.monotonic() + deadline_s, 'it did not answer'
   while (left := until - time.monotonic()) > 0:
@@ -179,8 +182,8 @@ class StartupWatchdog:
   """A context manager around the start of JAX. It ends this process if another process dies or hangs during the start.
 
   A process counts as dead if its connection closes, and as hung if it sends nothing for `deadline_s` seconds. If
-  process 0 notices this, it tells all other processes. When the block ends, this process reports over its connections
-  that JAX has started here, or why JAX hasn't started.
+  process 0 notices this, it tells all other processes. At the end of the block, this process sends a message over its
+  connections: that JAX has started here, or the error that prevented it.
   """
 
   def __init__(self, info: ProcessInfo, names: list[str], connections: Mapping[int, _Connection], deadline_s: float):

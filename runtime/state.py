@@ -15,7 +15,7 @@ from betarank import model
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """The state of training. An update is a function from a state and a batch to the next state."""
+  """The state of training. An update takes a state and a batch, and returns the next state."""
 
   step: jax.Array  # int32 []: the number of updates so far
   params: Any  # float32, with the structure of model.init
@@ -23,7 +23,7 @@ class TrainState:
 
 
 def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Returns the shapes, dtypes and shardings of a state on `mesh`, without allocating memory.
+  """Returns a state of jax.ShapeDtypeStructs, which have shapes, dtypes and shardings on `mesh` but no memory.
 
   Raises:
     ValueError: a dimension isn't divisible by the size of the mesh axis that splits it.
@@ -49,7 +49,7 @@ def abstract_state(c: model.ModelConfig, tx: optax.GradientTransformation, mesh:
 def create_state(
   c: model.ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Any = None
 ) -> TrainState:
-  """Returns the state of step 0.
+  """Returns the state before the first update, sharded over `mesh`.
 
   params: the parameters. None means random parameters from `seed`, which are the same on every mesh.
   """
@@ -63,7 +63,7 @@ def create_state(
 
 
 def donated() -> tuple[int, ...]:
-  """Returns the positions of the arguments that an update donates: (0,) for the state, or () on a CPU.
+  """Returns the positions of the arguments that an update donates: (0,), which is the state, or () on a CPU.
 
   On a CPU, a checkpoint is written directly from the state's memory. If the state were donated, the next update would
   have to wait for the disk. On other devices, the state is first copied to the host.
@@ -72,10 +72,10 @@ def donated() -> tuple[int, ...]:
 
 
 def compiler_options() -> dict[str, bool] | None:
-  """Returns the XLA options of an update; None if the device isn't a GPU.
+  """Returns the XLA options for compiling an update; None if the device isn't a GPU.
 
   The only option prevents XLA from running a kernel (attention or a matmul) twice. A layer in a scan saves a copy of
-  the kernel's output. By default, XLA fuses the kernel with this copy, and then runs the kernel again for each other
-  use of its output.
+  the kernel's output. By default, XLA fuses the kernel with this copy. Every other use of the output then runs the
+  kernel again.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

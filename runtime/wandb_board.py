@@ -3,7 +3,7 @@
 WORKDIR/wandb.json holds the id of the run in Weights & Biases, so that a resumed run continues the same curves. wandb's
 own environment variables (WANDB_MODE=offline, WANDB_API_KEY, ...) apply. Curves are drawn over `step`. If a run is
 killed and resumed, the figures of a few steps are sent twice, with the same values. wandb writes its file every 15
-seconds, so SIGKILL can lose what it got after that; metrics.jsonl has all figures.
+seconds, so a process that ends by SIGKILL loses the figures since the last write. metrics.jsonl still has all figures.
 """
 
 import importlib.util

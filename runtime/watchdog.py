@@ -71,12 +71,12 @@ class Process:
 
 
 def update(peers: Mapping[int, Process], heartbeats: Mapping[int, Heartbeat], now_s: float) -> dict[int, Process]:
-  """Returns `peers` with their new heartbeats. A peer's `changed_s` becomes `now_s` only if its heartbeat has changed.
+  """Returns `peers` with their newest heartbeats. `changed_s` becomes `now_s` for a peer whose heartbeat has changed.
 
   Args:
     peers: the other processes, by process index.
     heartbeats: the newest heartbeats, by process index. Processes that aren't in `peers` are ignored.
-    now_s: the present time, on the clock of `Process.changed_s`.
+    now_s: the present time, from time.monotonic().
   """
   new = {i: beat for i, beat in heartbeats.items() if i in peers and beat != peers[i].heartbeat}
   return {i: dataclasses.replace(peer, heartbeat=new[i], changed_s=now_s) if i in new else peer
@@ -86,8 +86,10 @@ def update(peers: Mapping[int, Process], heartbeats: Mapping[int, Heartbeat], no
 def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: float) -> str | None:
   """Returns the reason why this process must end, or None if it may continue.
 
+  It must end if another process has failed or sends no heartbeats, or if it has made no step for STALL_S seconds.
+
   Args:
-    now_s: the present time, on the clock of `Process.changed_s`.
+    now_s: the present time, from time.monotonic().
     own: this process. Its `changed_s` is the time when it reached its last step.
     peers: the other processes. Their `changed_s` is the time when their last heartbeat arrived.
     deadline_s: the longest allowed time without a heartbeat, in seconds.
@@ -114,11 +116,10 @@ def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: fl
 
 
 def is_own_error(error: BaseException) -> bool:
-  """Returns True if this process itself certainly caused the error, and False if the loss of another process may have
-  caused it.
+  """Returns True if this process itself caused the error, and False if the loss of another process may have caused it.
 
   The type of the error isn't enough to decide this. A wrong setting raises a ValueError, but a collective that fails
-  because a process is gone may raise a ValueError too.
+  because another process is gone may raise a ValueError too.
   """
   return isinstance(error, UserError | ValueError) and not _XLA_STATUS.match(str(error))
 
@@ -165,7 +166,7 @@ class Watchdog:
 class JobWatchdog(Watchdog):
   """A context manager that ends this process if another process of its job dies, hangs or fails.
 
-  If an error other than `Stopped` leaves the block, this process has failed. The watchdog then publishes the error and
+  If the block raises an error other than `Stopped`, this process has failed. The watchdog then publishes the error and
   ends this process. Every other process prints a message that names this process, and ends too.
   """
 
@@ -226,9 +227,10 @@ class JobWatchdog(Watchdog):
     return verdict(now_s, self._own, self._peers.values(), self._deadline_s)
 
   def _watch_store(self) -> None:
-    """Ends this process if process 0 hangs. It holds the store, so the other thread then waits for an answer forever.
+    """Ends this process if process 0 hangs.
 
-    Only time in which this process itself runs counts.
+    Process 0 holds the key-value store, so the thread that reads heartbeats from the store would wait forever. Only
+    time in which this process itself runs counts.
     """
     silent_s, answers = 0.0, 0
     while not self._left.wait(self.period_s):
@@ -247,7 +249,7 @@ class JobWatchdog(Watchdog):
                               allow_overwrite=True)
 
   def _fail(self, error: BaseException) -> None:
-    """Ends this process because `error` has left the block.
+    """Ends this process because the block has raised `error`.
 
     If the loss of another process may have caused the error, first waits long enough for the watchdog to find the lost
     process and report it.

@@ -43,8 +43,8 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
 def _is_fixed(key: str, is_rl: bool) -> bool:
   """Returns True if a setting must keep its value when a run resumes.
 
-  Settings with the role IDENTITY must keep their values. So must settings that aren't in configs/settings.py, which the
-  user's own config has added. In RL, the settings in renamed.NOT_IN_RL may change.
+  Settings with the role IDENTITY must keep their values. So must settings that the user's own config has added to those
+  in configs/settings.py. In RL, the settings in renamed.NOT_IN_RL may change, because RL doesn't read them.
   """
   if is_rl and any(key == name or key.startswith(f'{name}.') for name in renamed.NOT_IN_RL):
     return False
@@ -66,7 +66,7 @@ def write_json(path: epath.Path, values: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
-  """Yields the local file at `path`, locked and emptied. Yields None if another process has locked the file.
+  """Locks and empties the local file at `path`, and yields it. Yields None if another process has locked the file.
 
   The lock is held until the block has ended and all child processes that inherited the file have ended. The operating
   system releases the lock even if these processes are killed.
@@ -82,7 +82,7 @@ def lock_file(path: str | os.PathLike) -> Iterator[IO[str] | None]:
 
 
 def holder(path: str | os.PathLike) -> str:
-  """Returns the text in a lock file, which the process that holds the lock has written."""
+  """Returns the content of a lock file, a text that names the process that holds the lock."""
   return pathlib.Path(path).read_text(encoding='utf-8')
 
 
@@ -121,7 +121,7 @@ def claim(workdir: epath.Path, flag: str = '--workdir', lock: str = '.lock') -> 
 
 
 def code_version() -> str:
-  """Returns the commit of this code, or '' if it is unknown. A '+' at the end means that files differ from the commit.
+  """Returns the commit of this code, with a '+' at the end if files differ from the commit; '' if it is unknown.
 
   In a copy without git, the commit is read from the file `.commit`, which launch/tpu.sh and the Dockerfile write.
   """

@@ -30,14 +30,16 @@ class Question(Protocol):
 
 
 def final_answer(text: str, task: Question) -> str | None:
-  r"""Returns the final answer in `text`, stripped, or None if there is none. task.answer_format says where the answer
-  is:
+  r"""Returns the final answer in `text`, or None if there is none. task.answer_format says where the answer is:
 
-  line: the `answer_lines` lines (0: all lines) after the first '\nAnswer: '. Any later '\nAnswer: ' is ignored, because
-    a model that doesn't stop continues with questions and answers of its own.
-  boxed: the content of the last \boxed{...} with balanced braces, before the model begins a new question. Boxes that
-    are separated only by 'and', 'or' or commas are one answer, joined by commas.
-  code: the text up to the end of the function or to [DONE]. It isn't stripped.
+  line: in the first `task.answer_lines` lines after the first '\nAnswer: '; 0 means all lines. A later '\nAnswer: ' is
+    ignored, because a model that doesn't stop continues with questions and answers of its own.
+  boxed: in the last \boxed{...} with balanced braces. A new question that the model asks itself, and all text after it,
+    is ignored. If the last boxes are separated only by 'and', 'or' or commas, their contents are one answer, joined by
+    commas.
+  code: from the beginning of the text to the end of the function or to [DONE].
+
+  White space around the answer is removed, except in the format 'code'.
   """
   if task.answer_format == 'line':
     _, mark, rest = text.partition(ANSWER_MARK)

@@ -3,14 +3,15 @@
     outcome = Jail(JailConfig()).run(program)
 
 Each program gets a new jail, which is removed afterwards (code_jail_worker.py). A jail has its own process, mount,
-network and IPC namespaces, and a user who owns no files. Its root is read-only and has the system's libraries, this
-Python, and 16 MB of /tmp. There is no network, no environment and no /proc. Time, memory, processes, files and output
-are limited. At the deadline, process 1 of the jail is killed, and the kernel then ends all other processes in the jail.
-All this needs Linux 5.12 with namespaces. On other systems, Jail(...) raises JailError or, with accept_no_isolation,
-runs programs without a jail, under the limits alone.
+network and IPC namespaces. If the caller is root, the program runs as a user who owns no files. The jail's root folder
+is read-only and holds the system's libraries, this Python, and a writable /tmp of 16 MB. There is no network, no /proc
+and none of the caller's environment variables. Time, memory, processes, files and output are limited. At the deadline,
+process 1 of the jail is killed, and the kernel then ends all other processes in the jail. All this needs Linux 5.12
+with namespaces. On other systems, Jail(...) raises JailError. If accept_no_isolation is set, it runs programs without a
+jail instead, protected only by the limits.
 
 After the last line of a program, the jail's code sends back a token, which shows that the program has run to its end.
-The token and the last part of what the program printed are plain data. Neither is parsed.
+Besides the token, only the last part of the program's output is read, and it is never parsed.
 
 A jail protects the machine, not the tests. Tests and program share an interpreter, so a program can be written to
 deceive the tests, as in any harness of this kind. The kernel itself isn't protected either: there is no seccomp filter.
@@ -48,10 +49,10 @@ class JailConfig:
     workers: the number of programs that run at the same time.
     cpu_s: the CPU seconds that each process of a program may use.
     deadline_s: the wall-clock seconds that a program may take, including the creation of the jail.
-    memory_mb: the memory in MB that each process of a program may use.
+    memory_mb: the address space in MB that each process of a program may use.
     processes: the number of processes and threads that a program may have at the same time.
-    accept_no_isolation: whether to run programs without a jail, under the limits above alone, if the kernel can't
-      isolate them.
+    accept_no_isolation: whether to run programs without a jail if the kernel can't isolate them. Only the limits above
+      protect the machine then.
   """
 
   workers: int = 2
@@ -85,7 +86,7 @@ class Jail:
   """Runs programs in jails. Thread-safe.
 
   Attributes:
-    isolated: True if programs run in a jail, False if they run without a jail, under the limits alone.
+    isolated: True if programs run in a jail, False if only the limits of JailConfig protect the machine.
     workers: the number of programs that run at the same time.
   """
 

@@ -4,11 +4,11 @@
 
 There are three processes. The process that starts with this file limits the time. Its child is process 1 of a new
 process namespace; when process 1 dies, the kernel ends all other processes in the namespace. The grandchild gives up
-its rights and becomes the program. When the jail is ready, one byte is written to the file descriptor whose number is
-SETTINGS['report']. After the program's last line has run, the token is written to the same file descriptor.
+its privileges and becomes the program. When the jail is ready, the grandchild writes one byte to the file descriptor
+SETTINGS['report']. After the program's last line has run, it writes the token there too.
 
-This file imports neither the project nor third-party packages, because it runs with rights that the program must not
-have.
+This file imports neither the project nor third-party packages, because it runs with privileges that the program must
+not have.
 """
 
 import contextlib
@@ -67,13 +67,17 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _restrict(path: str, attributes: int, below: int = _ALL_BELOW) -> None:
-  """Sets attributes such as read-only on a mount and, by default, on all mounts below it. Needs Linux 5.12."""
+  """Sets attributes, such as read-only, on the mount at `path`. Needs Linux 5.12.
+
+  attributes: the attributes as bits, such as _ATTR_READ_ONLY.
+  below: _ALL_BELOW to set them on all mounts below `path` too, 0 to set them on this mount alone.
+  """
   given = struct.pack('QQQQ', attributes, 0, 0, 0)
   _call('syscall', ctypes.c_long(_MOUNT_SETATTR), _HERE, path, below, given, ctypes.c_size_t(len(given)))
 
 
 def unshare() -> None:
-  """Creates new namespaces for the next child: mounts, processes, network, IPC and host name.
+  """Gives this process new mount, network, IPC and host name namespaces, and its next child a new process namespace.
 
   If the user isn't root, also creates a user namespace.
   """
@@ -137,7 +141,7 @@ def limit(settings: dict, extra_processes: int) -> None:
 
 
 def become_nobody(user: int) -> None:
-  """Takes all rights from this process, and prevents it from gaining rights again.
+  """Gives up all privileges of this process, and prevents it from gaining new ones.
 
   If the process runs as root, its user becomes `user`, who owns no files.
   """
@@ -149,8 +153,9 @@ def become_nobody(user: int) -> None:
 
 
 def run(settings: dict, path: str, token: bytes, user: int) -> None:
-  """Limits this process, takes all its rights if it is in a jail, and replaces it by Python running the program.
+  """Replaces this process with Python running the program, under the limits and, in a jail, without privileges.
 
+  settings: SETTINGS of this file's docstring.
   path: the file of the program.
   token: written to settings['report'] after the program's last line.
   user: the user id that this process takes if it runs as root.
@@ -176,8 +181,9 @@ def first_process(settings: dict, program: bytes, token: bytes, user: int) -> No
 
   When process 1 ends after that, the kernel ends all other processes in the jail.
 
-  settings, token, user: as in `run`.
+  settings: SETTINGS of this file's docstring.
   program: the source code of the program.
+  token, user: passed to `run`.
   """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
   _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory

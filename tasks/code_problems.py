@@ -3,8 +3,8 @@
 Files are jsonl or jsonl.gz, in two forms that are distinguished by their fields. HumanEval and HumanEval+ have
 `prompt`, `test` and `entry_point`; the model continues the function that the prompt begins. MBPP has `text` or
 `prompt`, `test_list`, `code`, and `test_setup_code` or `test_imports`; MBPP+ also has a whole script in `test`. The
-prompt of MBPP and MBPP+ consists of the task and the tests, in the words of arXiv 2108.07732. The answer is a program
-between [BEGIN] and [DONE].
+prompt of MBPP and MBPP+ consists of the task and the tests, worded as in the paper (arXiv 2108.07732). The answer is a
+program between [BEGIN] and [DONE].
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,8 @@ _PROMPT = ('You are an expert Python programmer, and here is your task: {} Your 
 def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
   """Returns the problems of the files, in order. Problems that are used as worked examples are left out.
 
-  Task.reference is the code that runs after the answer, and Task.entry the code that runs before it.
+  In each Task, `reference` holds the code that runs after the answer (the tests), and `entry` the code that runs before
+  the answer (the beginning of the function in HumanEval, nothing in MBPP).
 
   Args:
     pattern: the path or glob of the files.

@@ -1,12 +1,12 @@
-r"""Judges answers as RL and evaluation do, and says why.
+r"""Judges answers by the rules of RL and evaluation, and prints the rule that decided.
 
     betarank judge --gold='1,2' --answer='x = 2 or x = 1'
     betarank judge --gold='3/4' --format=boxed --answer='So it is \boxed{0.75}.'
     betarank judge pairs.tsv
 
-The first line of a file names its columns: `gold`, `answer` and, if the right verdicts are known, `right` (1 or 0).
-With the column `right`, only the pairs whose verdict differs from it are shown. Without it, every pair is shown. The
-last lines count the verdicts.
+The first line of a file names its columns: `gold` (the reference), `answer` and, if the right verdicts are known,
+`right` (1 or 0). With the column `right`, only the pairs whose verdict differs from it are shown. Without it, every
+pair is shown. The last lines count the verdicts.
 """
 
 import csv
@@ -54,7 +54,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _item(gold: str, answer: str, answer_format: str) -> tuple[str, Task]:
-  """Returns (text, task) for a verifier. If answer_format is '', the whole text `answer` is the final answer."""
+  """Returns one pair as (text, task), the form that `Verifier.grade` takes.
+
+  answer_format: where the final answer is in `answer`: 'line' or 'boxed'. '' means that `answer` is the final answer.
+  """
   text = answer if answer_format else f'{ANSWER_MARK}{answer}'
   lines = 1 if answer_format else 0
   return text, Task('', '', '', gold, 'math', answer_format or 'line', answer_lines=lines)

@@ -1,8 +1,14 @@
 """Reads problems from files and TFDS data sets. Records that can't be used are left out and reported.
 
-jsonl:GLOB    GSM8K (question, answer ending in '#### N'), MATH (problem, solution, answer), AIME and AMC (problem,
-              answer), OlympiadBench (question, final_answer), Minerva (problem, solution); also as .gz
-tfds:NAME     the same fields in a TFDS data set
+jsonl:GLOB reads .jsonl and .jsonl.gz files with the fields of one of these data sets:
+
+    GSM8K            question, answer ending in '#### N'
+    MATH             problem, solution, answer
+    AIME, AMC        problem, answer
+    OlympiadBench    question, final_answer
+    Minerva          problem, solution
+
+tfds:NAME reads a TFDS data set with the same fields.
 """
 
 import dataclasses
@@ -25,14 +31,14 @@ _MAX_BYTES = 2**30  # the largest size of a compressed file's content, which is 
 
 
 class OddRecord(DataError):
-  """Raised for a record that isn't a problem with a final answer. The message is one line that begins with the record's
-  place.
+  """Raised for a record that isn't a problem with a final answer. The message is one line that begins with the place of
+  the record, such as 'FILE:LINE'.
   """
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A prompt, and what its verifier needs."""
+  """A prompt, and what a verifier needs to judge an answer to it."""
 
   id: str  # depends only on the question and its source, not on split, order or run
   question: str
@@ -50,7 +56,8 @@ class Task:
 class Problem:
   """The question of a record, and its answer.
 
-  where: the file and line of the record.
+  reference: the final answer; '' if the record has none.
+  where: the place of the record, such as 'FILE:LINE'.
   """
 
   question: str
@@ -64,7 +71,11 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-  """A record that isn't used: where it is, and why it can't be used."""
+  """A record that isn't used.
+
+  where: the place of the record, such as 'FILE:LINE'.
+  why: the reason why it can't be used.
+  """
 
   where: str
   why: str

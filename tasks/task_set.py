@@ -1,13 +1,13 @@
-"""Provides the tasks of RL and evaluation: prompts with their references, by index, in a fixed order.
+"""Provides the prompts of RL and evaluation with their references, as tasks that are numbered in a fixed order.
 
-    reasoning:TASK?OPTION=VALUE+TASK   generated problems, as in pre-training (data/reasoning.py), without end
+    reasoning:TASK?OPTION=VALUE+TASK   an unlimited number of generated problems, as in data/reasoning.py
     jsonl:GLOB                         files of problems with final answers, in one of the forms of records.py
     tfds:NAME[/CONFIG][:SPLIT]         the same fields in a TFDS data set
     code:GLOB                          programming problems in the form of HumanEval or MBPP (code_problems.py)
 
 A hash of a question's text decides which split the question is in. A question that occurs in several streams or files
 is therefore always in the same split. A record is left out and counted if it has no final answer, or if its reference
-can't be read. All errors are DataErrors of one line, which names the file and the line in it.
+can't be read. All errors are DataErrors of one line. For a record, this line names the file and the record's line.
 """
 
 import ast
@@ -43,7 +43,8 @@ class TaskConfig:
     prompt: the template of a prompt. Only {question} is replaced; other braces in it are ordinary characters.
       Programming problems have their own prompts.
     answer_format: 'line' for 'Answer: X' on its own line, or 'boxed' for \boxed{X}.
-    held_out_fraction: the share of questions that are never in the split 'train'. A hash of their text decides.
+    held_out_fraction: the share of questions that are in the split 'held_out' and never in 'train'. A hash of a
+      question's text decides.
     reward: FILE.py:FUNCTION or MODULE:FUNCTION, a reward function of the user that replaces the comparison with the
       reference; '' for none. It is called with the keywords text, answer, reference and question; see docs/extend.md.
   """
@@ -75,9 +76,8 @@ class TaskSet:
 
   Attributes:
     size: the number of tasks; None if the source is unlimited.
-    left_out: the records that can't be used. Records that aren't problems, for example because they have no final
-      answer, are listed whatever their split. Problems whose reference can't be read are listed only if they are in
-      this split.
+    left_out: the records that can't be used: those of all splits that aren't problems, for example because they have no
+      final answer, and those of this split whose reference can't be read.
     records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
   """
@@ -85,12 +85,12 @@ class TaskSet:
   def __init__(
     self, config: TaskConfig, *, seed: int = 0, split: str = 'train', exclude: frozenset[int] = frozenset(),
   ):
-    """Reads the source.
+    """Reads the files or the data set, and keeps the tasks of one split.
 
     Args:
       config: the source and the formats.
-      seed: decides the order in which `at` returns tasks. In a generated set, it also decides the problems, except in
-        split 'held_out'.
+      seed: decides the order in which `at` returns tasks. If problems are generated, it also decides which ones, except
+        in split 'held_out', which has the same problems for every seed.
       split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
       exclude: hashes of questions to leave out, from `hashes()` of the sets that are used for evaluation.
 
@@ -159,7 +159,9 @@ class TaskSet:
     return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
 
   def hashes(self, count: int = 0) -> frozenset[int]:
-    """Returns the question_hash of the first `count` tasks. Another set takes them as its argument `exclude`.
+    """Returns the question hashes (data/reasoning.py) of the first `count` tasks.
+
+    Pass them to another set as its argument `exclude`, so that the two sets have no question in common.
 
     count: 0 means all tasks, which isn't allowed if the source is unlimited.
     """
@@ -185,9 +187,9 @@ class TaskSet:
     return Task(question=question, prompt=prompt, answer_format=self.config.answer_format, **fields)
 
   def _from_records(self, kind: str, rest: str) -> list[tuple[Task, str]]:
-    """Returns (task, where) for each record that is a problem. Adds the other records to left_out.
+    """Returns (task, place) for each record that is a problem. Adds the other records to left_out.
 
-    `where` is the place of the record, for messages.
+    The place of a record is a text for messages, such as 'FILE:LINE'.
 
     kind, rest: the parts of the URI before and after the first colon.
 
@@ -226,7 +228,11 @@ class TaskSet:
     return readable
 
   def _try_reward(self) -> None:
-    """Raises DataError if the reward function fails for the reference of the first task."""
+    """Calls the user's reward function once, with the first task and its reference as the answer.
+
+    Raises:
+      DataError: the reward function fails.
+    """
     task = self._kept[0]
     form = '\\boxed{{{}}}' if self.config.answer_format == 'boxed' else f'{reasoning.ANSWER_MARK}{{}}'
     with Verifier(VerifierConfig(workers=1)) as verifier:
@@ -239,7 +245,7 @@ class TaskSet:
 
 
 class _Generated:
-  """The problems of reasoning-gym, by index."""
+  """Generates the problems of reasoning-gym. Each problem is a pure function of its index."""
 
   def __init__(self, rest: str, stream: str):
     self._kinds, self._stream = reasoning.parse(rest), stream
@@ -251,8 +257,8 @@ class _Generated:
   def problem(self, index: int, attempt: int, attempts: int) -> reasoning.Problem:
     """Returns candidate number `attempt` for task number `index`.
 
-    The kind of problem depends only on the index. A task has several candidates because the first ones may be in
-    another split.
+    The kind of problem (the reasoning-gym task) depends only on the index. There are several candidates, because the
+    first ones may belong to another split. The caller takes the first candidate that is in its own split.
 
     attempts: the number of candidates for each task.
     """
@@ -260,7 +266,10 @@ class _Generated:
     return reasoning.problem((kind,), turn * attempts + attempt, stream=self._stream)
 
   def fields(self, index: int, problem: reasoning.Problem) -> dict[str, Any]:
-    """Returns the Task fields of a problem of task number `index`."""
+    """Returns the fields of Task number `index` that don't come from the config, as {name: value}.
+
+    problem: the candidate that was taken for this task.
+    """
     kind, entry = self._kinds[index % len(self._kinds)], problem.entry
     reference = '' if entry['answer'] is None else str(entry['answer']).strip()
     scored = not _is_exact(kind.task) or not reference
@@ -274,7 +283,9 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Returns True if only the reference itself gets the score 1 for this task. Answers are then graded without a worker.
+  """Returns True if the scorer of this reasoning-gym task gives 1 only to the reference itself.
+
+  Answers to such a task are then compared as texts, without a worker process.
   """
   from reasoning_gym.dataset import ProceduralDataset
   from reasoning_gym.factory import DATASETS
@@ -289,9 +300,12 @@ def files(uri: str) -> list[str]:
 
 
 def _literal(value: Any, uri: str) -> str:
-  """Returns `value` as a Python literal. Raises DataError if no literal equals it.
+  """Returns `value` as the text of a Python literal.
 
   uri: the source, for the message.
+
+  Raises:
+    DataError: `value` can't be written as a literal.
   """
   text = repr(value)
   try:

@@ -56,7 +56,7 @@ def _limit(memory_mb: int) -> None:
 def _limit_cpu(seconds: int) -> None:
   """Ends this process if the next item takes more than about `seconds` CPU seconds.
 
-  Usually the parent process enforces the deadline. This limit also holds if the parent process has died.
+  Usually the parent process enforces the deadline. This limit still holds if the parent process has died.
   """
   used = resource.getrusage(resource.RUSAGE_SELF)
   hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
@@ -64,7 +64,7 @@ def _limit_cpu(seconds: int) -> None:
 
 
 def _guard(package: str) -> None:
-  """Replaces the functions that evaluate text, in all modules of an imported package.
+  """Replaces `eval` and `parse_expr` with harmless functions in all imported modules of a package.
 
   sympy's own modules keep using the original functions.
   """
@@ -94,11 +94,12 @@ def _guard(package: str) -> None:
 
 
 def math_grader():
-  """Returns a function request -> reply. It applies the rules of comparison.py, and uses math-verify where the rules
-  need it.
+  """Returns a function that grades mathematical answers by the rules of comparison.py and, where needed, by
+  math-verify.
 
-  A request whose answer is None asks only whether its reference can be read. The reply's rule is then '' if the
-  reference can be read, or else the reason why it can't.
+  The function takes a request {'reference': text, 'answer': text} and returns a reply {'verdict', 'rule', 'gold',
+  'given'}. If the answer is None, the function only checks whether the reference can be read. The reply is then
+  {'rule': reason}, where the reason is '' if the reference can be read.
   """
   import logging
 
@@ -132,7 +133,10 @@ def math_grader():
 
 
 def reasoning_gym_grader():
-  """Returns a function request -> reply, which calls the scorer of the task's generator."""
+  """Returns a function that grades answers with the scorer of the reasoning-gym task that made the problem.
+
+  The function takes a request {'answer': text, 'entry': the task's entry} and returns a reply {'verdict', 'rule'}.
+  """
   from betarank.configs import light_imports
 
   light_imports.reasoning_gym()
@@ -154,11 +158,14 @@ def reasoning_gym_grader():
 
 
 def reward_grader(name):
-  """Returns a function request -> reply, which calls a user's reward function.
+  """Returns a function that grades samples with a user's reward function.
 
-  The reward function is called with the keywords text, answer (None if there is no final answer), reference and
-  question. It returns a number or a bool. A sample is right if the reward is 1.0 or more. A sample is undecided if the
-  reward function raises an exception, or if the reward isn't finite.
+  The function takes a request with the keys text, answer ('' if there is no final answer), reference and question, and
+  returns a reply {'verdict', 'reward', 'rule'}.
+
+  The reward function gets the same four values as keywords, but None for a missing answer. It returns a number or a
+  bool. A sample is right if the reward is 1.0 or more. A sample is undecided if the reward function raises an
+  exception, or if the reward isn't finite.
 
   name: FILE.py:FUNCTION or MODULE:FUNCTION.
   """

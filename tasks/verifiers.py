@@ -44,8 +44,9 @@ class Grade:
     verdict: right, wrong or undecided.
     reward: 1.0 if right, 0.0 if wrong, NaN if undecided. With a user's reward function, it is the function's result.
     answer: the final answer that was extracted from the text; None if there is none.
-    rule: the rule that decided.
-    gold_reading, answer_reading: how reference and answer were understood, for mathematical answers; '' for others.
+    rule: a phrase that names the rule that decided, such as 'equal numbers, exactly'.
+    gold_reading, answer_reading: how the reference and the answer were understood, for mathematical answers, such as
+      'number 1/2'; '' for others.
   """
 
   verdict: Verdict
@@ -82,7 +83,7 @@ class Verifier:
   def __init__(self, config: VerifierConfig, jail: Jail | None = None):
     """Creates the verifier. Workers are started when they are first needed.
 
-    jail: where answers that are programs run. If it is None, `grade` raises ValueError for tasks with such answers.
+    jail: runs answers that are programs. If it is None, `grade` raises ValueError for tasks with such answers.
     """
     self._c, self._lock = config, threading.Lock()
     self._pool = WorkerPool(config)
@@ -103,14 +104,14 @@ class Verifier:
       self._pool.close()
 
   def verify(self, items: Sequence[tuple[str, Task]]) -> list[Verdict]:
-    """Returns the verdicts of `grade`, one for each (sampled text, task), in order."""
+    """Returns the verdict on each (sampled text, task), in order. The rules are those of `grade`."""
     return [grade.verdict for grade in self.grade(items)]
 
   def grade(self, items: Sequence[tuple[str, Task]]) -> list[Grade]:
-    """Grades each (sampled text, task), in order.
+    """Returns the grade of each (sampled text, task), in order.
 
     The verdict is wrong if the text has no answer in the task's format, if the answer is too long, or if it isn't equal
-    to the reference. For a program, only the tests decide, and with a user's reward function, only that function.
+    to the reference. For a program, only the tests decide. With a user's reward function, only that function decides.
 
     The verdict is undecided if the reference can't be read, or if the worker reached the deadline or died. If a worker
     was killed from outside, another worker grades the answer once more. A grade doesn't depend on the other items.
@@ -146,7 +147,7 @@ class Verifier:
     return grades
 
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
-    """Returns {reference: reason} for those mathematical references with which no answer can be compared.
+    """Returns {reference: reason} for the mathematical references that can't be read, and so can't be compared.
 
     References aren't written by a model, so they are read in this process. Only references that need math-verify's
     parser go to a worker.

@@ -36,13 +36,13 @@ class VerifierError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class VerifierConfig:
-  """The number of workers, and the limits on one item.
+  """The number of workers, and the limits on one item (one answer to grade).
 
   Attributes:
     workers: the number of processes of each kind (math, reasoning_gym, a reward function).
     deadline_s: the CPU seconds that one item may take. After that, the worker is killed and the verdict is undecided.
       CPU time is limited rather than wall time, so that a busy machine doesn't change verdicts. Wall time is limited to
-      six times as many seconds, not counting the time in which the worker waits for a CPU.
+      6 * deadline_s, not counting the time in which the worker waits for a CPU.
     memory_mb: the largest address space of a worker, in MB.
     answer_chars: the largest length of a final answer, in characters; a longer answer is wrong.
   """
@@ -93,7 +93,7 @@ class _Worker:
       self.process.stdin.flush()
 
   def extend(self) -> bool:
-    """Sets a later deadline, and returns True, if the worker has CPU time and wall time left. Otherwise returns False.
+    """Sets a later deadline if the worker has CPU time and wall time left. Returns whether a later deadline was set.
 
     Called when the worker's deadline has passed.
     """
@@ -108,7 +108,7 @@ class _Worker:
   def read(self) -> dict[str, Any] | None:
     """Returns the worker's next message; {} if the message isn't complete yet.
 
-    Returns None if the worker has ended, or if its line isn't the expected reply.
+    Returns None if the worker has ended, or if its message isn't a reply to the current request.
     """
     chunk = os.read(self.process.stdout.fileno(), 2**16)
     self._buffer += chunk
@@ -140,8 +140,7 @@ def _import_path() -> str:
 
 
 def _cpu_s(pid: int) -> float | None:
-  """Returns the CPU seconds that a process has used; None if the system doesn't tell. The caller then uses wall time.
-  """
+  """Returns the CPU seconds that a process has used; None if the system doesn't report them."""
   try:
     fields = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
   except OSError:
@@ -150,7 +149,7 @@ def _cpu_s(pid: int) -> float | None:
 
 
 def _waited_s(pid: int) -> float:
-  """Returns the seconds that a process has waited for a CPU; 0 if the system doesn't provide them."""
+  """Returns the seconds that a process has waited for a CPU; 0 if the system doesn't report them."""
   try:
     return int(pathlib.Path(f'/proc/{pid}/schedstat').read_text().split()[1]) / 1e9
   except (OSError, IndexError, ValueError):
@@ -162,8 +161,8 @@ class WorkerPool:
   call.
 
   Attributes:
-    counts: a Counter with the number of worker restarts ('restarts'), and with the numbers of lost items by cause:
-      'timeouts', 'crashes', and 'refused' (the item tried to touch the system).
+    counts: a Counter with the keys 'restarts' (workers that were replaced), and 'timeouts', 'crashes' and 'refused'
+      (requests without a reply, because the worker took too long, died, or tried to touch the system).
   """
 
   def __init__(self, config: VerifierConfig):
@@ -181,8 +180,7 @@ class WorkerPool:
     self._workers.clear()
 
   def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
-    """Returns, for each request, the worker's reply or the reason why there is none: 'timeouts', 'crashes' or
-    'refused'.
+    """Returns a worker's reply to each request, or the reason why there is none: 'timeouts', 'crashes' or 'refused'.
 
     kinds: the kind of worker for each request.
 

@@ -1,4 +1,4 @@
-"""Counts the cycles of a TPU program in its final bundles, which are very long instruction words written by libtpu.
+"""Counts the cycles of a TPU program in its final bundles, the very long instruction words that libtpu writes.
 
 With FLAGS, libtpu writes one file of bundles per HLO instruction. A TPU core issues one bundle per cycle. If it never
 waits, the time of an HLO instruction in cycles is therefore the number of issued bundles, where a bundle in a loop
@@ -36,13 +36,13 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-  """The shares of a loop's iterations in which a kernel's skippable regions are assumed to run.
+  """The shares of a loop's iterations in which the skippable regions of a kernel are assumed to run, from 0 to 1.
 
   A skippable region is a sequence of bundles that a branch in the loop can skip.
 
   Attributes:
     main: the share of the largest region, which does the kernel's work.
-    other: the share of each other region, for example of one that runs only at the first or last block of a row.
+    other: the share of each other region, such as one that runs only at the first or last block of a row.
   """
 
   main: float = SKIPPABLE
@@ -50,7 +50,7 @@ class Shares:
 
 
 def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[str, Work]:
-  """Returns {name: work} of each HLO instruction whose bundles are in `folder`.
+  """Returns {name of an HLO instruction: its Work} for the instructions whose bundles are in `folder`.
 
   shares: {name of a kernel: its Shares}. In other HLO instructions, a region that a branch can skip is assumed to run
     in half of the loop's iterations.
@@ -77,8 +77,8 @@ def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[
 def count(text: str, shares: Shares | None = None, data_trips: Sequence[int] = (1,)) -> Work:
   """Returns the work of an HLO instruction, counted from its bundles.
 
-  A bundle in a loop counts once per iteration. If the loop has a branch that can skip the bundle, it counts only in the
-  assumed share of the iterations, except in a region for which `_runs_always` is True.
+  A bundle in a loop counts once per iteration. If a branch in the loop can skip the bundle, it counts only in an
+  assumed share of the iterations. Regions for which `_runs_always` is True count in every iteration.
 
   Args:
     text: the content of the file that libtpu wrote for the HLO instruction.
@@ -135,12 +135,12 @@ def count(text: str, shares: Shares | None = None, data_trips: Sequence[int] = (
 
 
 def _runs_always(span, regions, kernel: bool) -> bool:
-  """Returns True if a region is the work of a pipelined loop, which runs in nearly all iterations of the loop.
+  """Returns True if a region does the work of a pipelined loop, and so runs in nearly all iterations of the loop.
 
-  Each iteration of a pipelined loop begins a transfer for the next iteration, and then does its own work. Only the
-  first or last iterations, which fill or drain the pipeline, skip the work. The region of the work fills more than half
-  of the loop, encloses another region, and isn't enclosed by one. In an HLO instruction that isn't a kernel, it may
-  also be a region that fills 95 % of the loop or more.
+  Each iteration of a pipelined loop starts a transfer for the next iteration, and then does its own work. Only the
+  first or last iterations, which fill or drain the pipeline, skip the work. The region of the work is recognized by its
+  place: it fills more than half of the loop, encloses another region, and no other region encloses it. In an HLO
+  instruction that isn't a kernel, a region that fills 95 % of the loop or more is recognized too.
 
   span: (first bundle, last bundle, the loop) of the region.
   regions: all regions in loops that a branch can skip.
@@ -158,7 +158,7 @@ def _matrix_rows(bundle: str) -> dict[str, int]:
   """Returns {matrix unit: number of rows that it multiplies in this bundle}.
 
   A matrix instruction multiplies one register: 16 rows of bfloat16, or 8 rows of float32. If the instruction's name
-  contains `lmr`, the rows are kept in the matrix unit, and 8 of them are multiplied. With these numbers, the rows of
+  contains `lmr`, the matrix unit itself holds the rows, and 8 of them are multiplied. With these numbers, the rows of
   XLA's own matrix products agree with their FLOPs.
   """
   found = re.findall(r'= vmatmul\.((?:\w+\.)*?)(bf16|f32)\.[\w.]*(mxu\d)', bundle)

@@ -132,10 +132,10 @@ class Topology:
 
   @property
   def wraps(self) -> tuple[bool, ...]:
-    """For each axis of `dims`, whether its two ends are connected, so that the axis is a ring.
+    """For each axis of `dims`, whether it is a ring, which means that its two ends are connected.
 
-    On v5e and v6e an axis is a ring if it has 16 chips. libtpu refuses to wrap a shorter one. On v5p all axes are rings
-    if the slice is made of whole cubes of 4x4x4 chips; otherwise none is.
+    On v5e and v6e, an axis of 16 chips is a ring, and a shorter axis isn't. On v5p, all axes are rings if the slice is
+    made of whole cubes of 4x4x4 chips; otherwise none is.
     """
     if self.chip.name == 'v5p':
       return (all(d % 4 == 0 for d in self.dims),) * len(self.dims)
@@ -144,9 +144,9 @@ class Topology:
   def links(self, group: int) -> int:
     """Returns the number of links of a chip that a transfer among `group` chips can use.
 
-    The number is estimated from the size of the group. A chip has two usable links along each axis that the group
-    fills, if the axis is a ring. If the axis is a line, only one link counts, because the chips at its ends have only
-    one. Along an axis that the group fills only in part, one link counts too.
+    The number is estimated from the size of the group. Along an axis that the group fills, a chip has two usable links
+    if the axis is a ring. If the axis is a line, only one link counts, because the chips at its ends have only one.
+    Along an axis that the group fills only in part, one link counts too.
     """
     axes = [(d, 1 + wraps) for d, wraps in zip(self.dims, self.wraps) if d > 1]
     ways = [(math.prod(d for d, _ in chosen), sum(links for _, links in chosen), len(chosen))

@@ -2,8 +2,9 @@
 betarank plan --table
 
 Compiles the programs of a config for a TPU pod that this machine doesn't have. Prints whether they fit into memory, how
-long a step takes, and what the stage costs. Nothing is allocated, and neither data nor a tokenizer is needed. A compile
-takes minutes. Pods have their usual names: v5e-256 and v6e-256 have 256 chips, v5p-128 has 64.
+long a step takes, and what the whole stage (one run of pre-training, mid-training or RL) costs. Nothing is allocated,
+and neither data nor a tokenizer is needed. A compile takes minutes. Pods have their usual names: v5e-256 and v6e-256
+have 256 chips, v5p-128 has 64.
 
 --table makes the table of docs/plans.md, which has the models of configs/paper on three pods.
 

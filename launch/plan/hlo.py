@@ -41,16 +41,15 @@ class Instruction:
   root: bool
 
   def called(self, key: str) -> str | None:
-    """Returns the name of the computation in the attribute `key` (calls, to_apply, body or condition); None if there is
-    none.
+    """Returns the name of the computation in the attribute `key` (calls, to_apply, body or condition).
+
+    Returns None if the instruction has no such attribute.
     """
     found = re.search(rf'\b{key}=%?([\w.\-]+)', self.text)
     return found and found[1]
 
   def attribute(self, pattern: str) -> str | None:
-    """Returns the text that the first group of a regular expression matches in this instruction; None if there is no
-    match.
-    """
+    """Returns what the first group of a regular expression matches in the instruction's text; None without a match."""
     found = re.search(pattern, self.text)
     return found and found[1]
 
@@ -63,7 +62,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An instruction that a device executes, and how often. Instructions inside of fusions aren't runs."""
+  """An instruction that a device executes, and how often. Instructions inside a fusion are counted with the fusion.
+
+  computation: the name of the computation that contains the instruction.
+  times: the number of executions.
+  """
 
   instruction: Instruction
   computation: str
@@ -74,12 +77,14 @@ class Run:
 class Collective:
   """A transfer between devices.
 
-  bytes: the size of the result on one device, for one execution. For a reduce-scatter, it is the size of the operand.
+  kind: one of COLLECTIVES.
+  bytes: the bytes of the result on one device, for one execution. For a reduce-scatter, the bytes of the operand.
   group: the number of devices that take part; 0 means all devices.
   times: the number of executions.
-  meanwhile: the names of the instructions that run between its start and its end; None if it is synchronous.
-  computation: the name of the computation that contains it.
-  source: its Program.source.
+  meanwhile: the names of the instructions that run between the start and the end of an asynchronous collective; None if
+    the collective is synchronous.
+  computation: the name of the computation that contains the collective.
+  source: the operation and the functions that it comes from, as `Program.source` returns them.
   """
 
   kind: str
@@ -97,7 +102,7 @@ class Program:
 
   computations: {name of a computation: {name of an instruction: instruction}}, in the order of the schedule.
   entry: the name of the computation where the program starts.
-  frames: {number of a stack frame: the source of its call, as `file:function ...`}.
+  frames: {number of a stack frame: its functions, innermost first, as 'file:function file:function ...'}.
   """
 
   computations: dict[str, dict[str, Instruction]]
@@ -105,10 +110,11 @@ class Program:
   frames: dict[int, str] = dataclasses.field(default_factory=dict)
 
   def source(self, run: Run) -> str:
-    """Returns an instruction's operation and source functions, innermost first, as `.../gather model/moe.py:_take ...`.
+    """Returns the operation and the functions that an instruction comes from, with the innermost function first.
 
-    If the instruction has no source functions, they are taken from the instructions that are fused into it, or else
-    from its operands. If these have none either, returns only the operation, or '' if the operation is unknown too.
+    An example is `.../gather model/moe.py:_take ...`. If the instruction has no functions, they are taken from the
+    instructions that are fused into it, or else from its operands. If these have none either, returns only the
+    operation, or '' if the operation is unknown too.
     """
     home, seen = self.computations[run.computation], set()
     listed = [run.instruction, *reversed(self._inside_fusion(run.instruction).values())]
@@ -157,8 +163,9 @@ class Program:
   def trip_count(self, loop: Instruction) -> int:
     """Returns how often the body of a loop runs.
 
-    The number is XLA's own. If XLA gives none, it is N for a loop with the condition `i < N`. Otherwise it is 1, or 0
-    if the loop's text matches RARE, because such a loop usually doesn't run at all.
+    If XLA states the number, it is used. Otherwise, a loop with the condition `i < N` is assumed to run N times. Any
+    other loop is assumed to run once, or not at all if its text matches RARE, since such a loop rarely has anything to
+    do.
     """
     known = loop.attribute(r'known_trip_count[^\d]*(\d+)')
     if known:
@@ -210,9 +217,9 @@ class Program:
   def hbm_bytes(self, run: Run) -> float:
     """Returns the bytes that one execution of an instruction reads from and writes to HBM.
 
-    Each operand and each result is counted once. If the instruction only slices an operand or gathers rows from it,
-    only the slices or rows are counted. If the instruction updates an operand in place, only the update is counted. The
-    buffers of a collective in a fusion aren't counted.
+    Each operand and each result is counted once. If the instruction reads only slices or rows of an operand, only these
+    are counted. If the instruction updates an operand in place, only the update is counted. The buffers of a collective
+    in a fusion aren't counted.
     """
     one, home = run.instruction, self.computations[run.computation]
     if one.opcode in FREE:
@@ -246,17 +253,17 @@ class Program:
     return total
 
   def prefetched_bytes(self, run: Run) -> float:
-    """Returns the bytes that an asynchronous copy moves through HBM, if the instruction is the end of one; otherwise 0.
+    """Returns the bytes that one execution of an asynchronous copy moves through HBM.
 
     XLA uses such copies to move weights to the chip's own memory while other instructions run. The instructions that
-    use the weights then read them from the chip's own memory. The bytes are those of one execution.
+    use the weights then read them from the chip's own memory. The bytes are counted at the instruction that ends the
+    copy; for all other instructions, returns 0.
     """
     one = run.instruction
     return sum(a.bytes for a in one.arrays) if one.opcode in ('copy-done', 'slice-done') else 0.0
 
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
-    """Returns how many bytes of the array `name` a fusion reads, if it reads only slices or rows of the array;
-    otherwise infinity.
+    """Returns how many bytes of the array `name` a fusion reads if it reads only slices or rows; otherwise infinity.
 
     inner: the instructions of the fusion.
     """
@@ -304,11 +311,11 @@ class Program:
     return found
 
   def _meanwhile(self, run: Run, chain: str | None) -> tuple[str, ...] | None:
-    """Returns the names of the instructions between a collective's start and its end; None if the collective is
-    synchronous.
+    """Returns the names of the instructions that run between the start and the end of an asynchronous collective.
 
-    Instructions run in the order of the text.
+    Returns None if the collective is synchronous. Instructions run in the order of the program's text.
 
+    run: the collective, or the instruction that starts it.
     chain: the chain_id of the collective, if it has one.
     """
     one, home = run.instruction, self.computations[run.computation]
@@ -331,8 +338,9 @@ def _chain(one: Instruction) -> str | None:
 
 
 def _scatters(computation: dict[str, Instruction]) -> bool:
-  """Returns whether a fusion is a reduce-scatter: it has an all-reduce and a slice of the result, and no matrix
-  products.
+  """Returns whether the instructions of a fusion make up a reduce-scatter.
+
+  They do if there is an all-reduce and a slice of its result, and no matrix product.
   """
   opcodes = {i.opcode for i in computation.values()}
   return {'all-reduce', 'dynamic-slice'} <= opcodes and not {'fusion', 'dot', 'convolution'} & opcodes
@@ -361,7 +369,7 @@ def read(text: str) -> Program:
 
 
 def _frames(head: str) -> dict[int, str]:
-  """Returns {number of a stack frame: 'file:function ...'}, with the functions of a frame innermost first.
+  """Returns {number of a stack frame: 'file:function file:function ...'}, with the innermost function first.
 
   head: the text before the first computation, which has tables of files, functions and frames.
   """

@@ -1,4 +1,6 @@
-"""Plans the memory and time of each compiled program on one topology, and the time of the whole run (the stage)."""
+"""Plans the memory and time of each compiled program on one topology, and the time of the whole stage (one run of
+pre-training, mid-training or RL).
+"""
 
 import dataclasses
 import math
@@ -20,7 +22,7 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The plan of one program on one topology.
+  """The memory and the predicted time of one program on one topology.
 
   Bytes are per chip, seconds are per execution, and intervals are (least, most). hbm_bytes is the memory that a program
   can use. If this program needs more, temp_bytes, peak_bytes and mfu are 0.
@@ -47,13 +49,13 @@ class Plan:
 
 def make_plans(work: Workload, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
                say: Callable[[str], None] = lambda text: None, only: str = '') -> Iterator[Plan]:
-  """Yields the Plan of each program of `work`.
+  """Yields the Plan of each program of `work`, after compiling the program.
 
   Args:
     devices: the devices of the topology.
     folder: where libtpu writes bundles. All files in it are deleted before each compile.
     say: prints a line.
-    only: the name of a program, to plan no other.
+    only: the name of the one program to plan; '' for all programs.
 
   Raises:
     PlanError: the devices can't form the mesh.
@@ -120,12 +122,12 @@ def _out_of_memory(text: str) -> str:
 def describe_stage(
   work: Workload, topology: Topology, plans: Sequence[Plan] = (), mean_answer: int = 0
 ) -> dict[str, Any]:
-  """Returns the sizes, FLOPs, number of steps and time of the whole stage.
+  """Returns {name: value} with the sizes, FLOPs, number of steps and time of the whole stage (one run).
 
-  The entry `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if
+  The value of `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if
   `plans` is empty, or if a program doesn't fit.
 
-  mean_answer: as in `stage_seconds`.
+  mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
   """
   c = work.run.model
   return {
@@ -140,13 +142,13 @@ def describe_stage(
 
 
 def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -> tuple[float, float]:
-  """Returns (least, most) seconds of the whole stage, without input, evaluation and checkpoints.
+  """Returns the (least, most) seconds of the whole stage (one run), without input, evaluation and checkpoints.
 
   For RL, it is assumed that
 
   - the decode batch is full, and its cache is as full as in the compiled program,
   - the rows of an update have no padding,
-  - prompts and samples are as `Workload.rl_tokens` assumes.
+  - prompts have their greatest length, and no group of samples is replaced.
 
   mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
   """
@@ -163,7 +165,7 @@ def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -
 
 
 def suggest_fix(work: Workload, plan: Plan) -> str:
-  """Returns a text with settings to try if a plan doesn't fit into memory, the smallest change first."""
+  """Returns a sentence with settings to try if a plan doesn't fit into memory. The smallest change comes first."""
   state = plan.params_bytes + plan.optimizer_bytes
   if plan.program == 'decode':
     return (f'Try --config.rl.decode_batch_size={max(1, work.rl.decode_batch_size // 2)}, or a '

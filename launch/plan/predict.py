@@ -8,16 +8,17 @@ The time of an instruction is the longest of three times:
 - the time to read its operands from HBM and to write its results to HBM, once each
 
 Instructions run one after the other. The lower end of the interval is the sum of their times, each multiplied by how
-often the instruction runs. If the time to move all bytes through HBM is longer, it is used instead. All bytes include
-those of copies in the background, for example of weights to the chip's own memory. The upper end adds the waits inside
-matrix products that bundles don't show (Chip.interlock). Both ends include collectives. A synchronous collective adds
-its whole time. An asynchronous collective adds only the time by which it is longer than the computation scheduled
-between its start and its end.
+often the instruction runs. It is at least the time to move all bytes through HBM, including those of copies in the
+background, for example of weights to the chip's own memory. The upper end adds the time that matrix products wait for
+the matrix unit, which bundles don't show (Chip.interlock).
 
-Accuracy: another program with the same method predicted three published dense MaxText runs (v5e-256 at 16B and 32B,
-v5p-128 at 32B). The published times were inside the predicted interval, or within 2 % of one of its ends. This module
-hasn't been run on those three runs. Nothing has been checked for v6e, mixtures of experts or several slices, so use
-predictions for those only to rank settings. Predictions leave out input, checkpoints, the network between slices,
+Both ends include collectives. A synchronous collective adds its whole time. An asynchronous collective runs at the same
+time as the instructions between its start and its end. It adds only the time by which it is longer than these.
+
+How accurate this is: another program with the same method predicted three published dense MaxText runs (v5e-256 at 16B
+and 32B, v5p-128 at 32B). The published times were inside the predicted interval, or within 2 % of one of its ends. This
+module hasn't been run on those three runs. Nothing has been checked for v6e, mixtures of experts or several slices, so
+use predictions for those only to rank settings. Predictions leave out input, checkpoints, the network between slices,
 contention between transfers and computation, and imbalance of experts.
 """
 
@@ -70,7 +71,8 @@ ERROR = 'an interval, not measured on a chip; use it to rank settings (docs/plan
 class Prediction:
   """Time and traffic of one execution of a program on one chip. Intervals are (least, most).
 
-  step_s is compute_s, the time without collectives, plus exposed_s.
+  step_s is the time of the whole execution in seconds: compute_s (without collectives) plus exposed_s (the part of the
+  collectives' time that isn't hidden behind computation).
   """
 
   step_s: tuple[float, float]
@@ -146,9 +148,9 @@ def predict(program: hlo.Program, folder: pathlib.Path, topology: Topology) -> P
 def memory_bytes(memory: Any) -> tuple[int, int]:
   """Returns (bytes of temporary arrays, bytes of all arrays) at the time when a program needs the most memory.
 
-  The bytes of all arrays are total_allocation_bytes, which a TPU's compiler reports. Older versions of jaxlib don't
-  have this number. The sum of the arguments, results and temp_size_in_bytes is then used, which may be too large: for a
-  program that fits into 16.9 GB, temp_size_in_bytes was 17.6 GB.
+  The bytes of all arrays are total_allocation_bytes, which a TPU's compiler reports. In older versions of jaxlib, which
+  don't have this number, they are the sum of the arguments, results and temp_size_in_bytes. This sum may be too large:
+  for a program that fits into 16.9 GB, temp_size_in_bytes was 17.6 GB.
 
   memory: the result of `compiled.memory_analysis()`.
   """
@@ -158,9 +160,9 @@ def memory_bytes(memory: Any) -> tuple[int, int]:
 
 
 def scope(source: str) -> str | None:
-  """Returns the innermost `jax.named_scope` that contains an instruction and is a key of PARTS; None if there is none.
+  """Returns the innermost `jax.named_scope` around an instruction that is a key of PARTS; None if there is none.
 
-  source: the instruction's hlo.Program.source.
+  source: the instruction's source, as `hlo.Program.source` returns it.
   """
   path, unwrapped = '', '/' + source.partition(' ')[0]
   while path != unwrapped:  # transformations wrap the scope that follows, as in jit(step)/transpose(jvp(embed))/add
@@ -193,12 +195,12 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def shares(kernel: hlo.Instruction) -> bundles.Shares:
-  """Returns the Shares of a kernel: how often its skippable regions run.
+  """Returns the Shares of a kernel: the share of its steps in which each region runs that a branch can skip.
 
-  The grid of splash attention has one step per block of scores. The main region runs for the blocks that the causal
-  mask doesn't cover completely. The other regions run for the first and the last block of a row. The blocks are counted
-  from the shape of the first operand, which has one entry per block. In other kernels, the main region runs in all
-  steps.
+  The grid of splash attention has one step per block of scores. The main region, which is the largest one, runs for the
+  blocks that the causal mask doesn't cover completely. The other regions run for the first and the last block of a row.
+  The numbers of blocks are read from the shape of the first operand, which has one entry per block. In other kernels,
+  the main region runs in all steps.
   """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:

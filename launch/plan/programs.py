@@ -1,4 +1,4 @@
-"""Lowers the programs of a config for devices that this machine doesn't have. Allocates nothing and reads no data."""
+"""Lowers the programs of a config for devices that this machine doesn't have. Allocates no arrays and reads no data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -52,12 +52,12 @@ def make_mesh(work: Workload, devices: Sequence[Any]) -> Mesh:
 
 
 def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[Mesh, Lower]]]:
-  """Returns the abstract train state, and for each program its mesh and a function that lowers it.
+  """Returns the abstract train state, and {name of a program: (its mesh, a function that lowers it)}.
 
   Pre-training has one program, `train`. RL has four: `gradient` (for the largest microbatch), `optimizer`, `weights`
-  and `decode`. `weights` copies the parameters into the sampler's mesh, once per step. Shapes are those of the phase
-  with the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the smaller
-  microbatches, and the computation of log-probabilities under the old and the reference policy.
+  and `decode`. `weights` copies the parameters to the sampler's mesh, once per step. Shapes are those of the phase with
+  the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the smaller microbatches, and
+  the computation of log-probabilities under the old and the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -95,10 +95,11 @@ def _lower_train(work: Workload, mesh: Mesh, tx, state: TrainState) -> jax.stage
 
 
 def _microbatch(work: Workload, mesh: Mesh) -> tuple[Any, ...]:
-  """Returns the abstract arguments of RL's gradient program that depend on data.
+  """Returns the arguments of RL's gradient program that depend on data, as jax.ShapeDtypeStructs.
 
-  They are a microbatch, the log-probabilities under the policy before the update, those under the reference policy, and
-  a mask of the tokens that loss.cov selects. Arguments that the config doesn't need are None.
+  They are a microbatch, then arrays [rows, tokens per row]: the log-probabilities under the policy before the update,
+  those under the reference policy, and a mask of the tokens that the loss selects by covariance (rl.loss.cov). An array
+  that the config doesn't need is None.
   """
   c, rl, shape = work.run.model, work.rl, work.microbatch(mesh.shape)
   tokens = lambda dtype, *more: _abstract(mesh, (*shape, *more), dtype, 'batch', 'length')

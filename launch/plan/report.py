@@ -12,7 +12,7 @@ from betarank.launch.plan.workload import Workload
 def report(
   work: Workload, topology: Topology, plans: Sequence[Plan], usd_per_chip_hour: float, mean_answer: int = 0
 ) -> None:
-  """Prints the model's size, every plan, and the time and cost of the stage.
+  """Prints the model's size, every plan, and the time and cost of the stage (one run).
 
   usd_per_chip_hour: the price; with 0, the cost is left out.
   mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.

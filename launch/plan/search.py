@@ -24,7 +24,7 @@ ROWS_PER_CHIP = (1, 2, 4, 8)  # the numbers of rows per chip of a microbatch tha
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A mesh, number of microbatches and remat policy, for which the model and the batch can be divided evenly."""
+  """A mesh, a number of microbatches and a remat policy to try. The mesh divides the model and the batch evenly."""
 
   mesh: tuple[tuple[str, int], ...]
   microbatches: int
@@ -38,10 +38,10 @@ class Candidate:
 
 
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
-  """Returns the candidates whose lower bound on memory is below the memory of a chip.
+  """Returns the candidates that may fit, which means that a lower bound on their memory is below the memory of a chip.
 
   Candidates that are likely to be fast come first. They are sorted by the amount of recomputation, then by the number
-  of microbatches, then by memory, the least first.
+  of microbatches, then by memory, with the smallest first.
   """
   c, chips = work.run.model, topology.chips
   experts = [e for e in (1, 8, 16, 32) if c.moe.experts and c.moe.experts % e == 0] or [1]
@@ -64,8 +64,10 @@ def _powers_of_2(limit: int) -> list[int]:
 
 
 def _least_bytes(c: ModelConfig, fsdp: int, expert: int, tokens: int, remat: str) -> float:
-  """Returns a lower bound on the bytes per chip: state and gradients (16 bytes per parameter, in float32) and saved
-  activations.
+  """Returns a lower bound on the bytes per chip.
+
+  It counts parameters, optimizer state and gradients (together 16 bytes per parameter, in float32), and the activations
+  that are saved for the backward pass.
 
   fsdp, expert: the sizes of these mesh axes.
   tokens: the number of tokens of a microbatch per chip.
@@ -92,7 +94,7 @@ def search(config: ConfigDict, topology: Topology, devices: Sequence[Any], folde
     say: prints a line.
 
   Returns the plans of the candidates that could be compiled, fastest first. Plans that don't fit into memory come last.
-  In RL, the plans of `search_decoding` for the fastest candidate follow.
+  In RL, these are plans of the gradient program, and the plans of `search_decoding` for the fastest candidate follow.
 
   Raises:
     PlanError: no candidate could fit.
@@ -142,8 +144,11 @@ def search_decoding(config: ConfigDict, topology: Topology, devices: Sequence[An
                     say: Callable[[str], None]) -> list[Plan]:
   """Compiles RL's decoding with each possible number of chips that share one copy of the sampler's weights.
 
-  Prints a line for each number, the fastest first. The mesh of training is the config's. The arguments and the result
-  are those of `search`.
+  Prints a line for each number, the fastest first. Training uses the mesh of the config.
+
+  devices, folder, say: as for `search`.
+
+  Returns the plans of the decode program, fastest first. Plans that don't fit into memory come last.
   """
   say('\ndecoding, by the number of chips that share the weights:')
   found: list[tuple[int, Plan]] = []

@@ -46,7 +46,9 @@ def lines(rows: list[tuple[str, str]], folder: pathlib.Path, say: Callable[[str]
 
 
 def row(name: str, work: Workload, plan: Plan) -> str:
-  """Returns one line of the table. Intervals begin with the slow end. Without bundles, times are left out.
+  """Returns the line of one model and pod. Intervals are written with the slower end first, such as '2.10 to 1.90'.
+
+  If libtpu wrote no bundles, the columns of times are empty.
 
   name: the name of the model.
   """

@@ -1,4 +1,4 @@
-"""Gives the planner one view of pre-training and RL runs: rows, microbatches, length and steps."""
+"""Gives the planner the same view of pre-training and RL runs: rows, microbatches, length and steps."""
 
 import dataclasses
 import math
@@ -21,9 +21,9 @@ class Workload:
 
   @property
   def rows(self) -> int:
-    """The number of sequences in one update.
+    """The number of sequences in one update: rows of the batch in pre-training, samples in RL.
 
-    In pre-training, a sequence is a row. In RL, it is a sample, and a row may hold several samples.
+    In RL, several samples may be packed into one row.
     """
     rl = self.rl
     return rl.prompts_per_step // rl.minibatches * rl.group_size if rl else self.run.rows
@@ -36,9 +36,11 @@ class Workload:
     return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
 
   def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
-    """Returns {config key: value}, an override that sets the size of a microbatch.
+    """Returns {config key: value}, an override with which a microbatch has room for `rows_per_chip` sequences per chip.
 
-    The microbatch then has room for `rows_per_chip` sequences of the greatest length on each chip.
+    Each sequence may have the greatest length.
+
+    chips: the number of chips among which the rows are divided.
     """
     if self.rl:
       return {'rl.microbatch_tokens': str(rows_per_chip * self.length)}
@@ -46,7 +48,7 @@ class Workload:
 
   @property
   def length(self) -> int:
-    """The greatest number of tokens of a sequence. In RL, it is that of a prompt plus that of an answer."""
+    """The greatest length of a sequence in tokens. In RL, a sequence is a prompt with its answer."""
     return self.run.sequence_length
 
   @property
@@ -54,7 +56,7 @@ class Workload:
     return self.run.steps
 
   def rl_tokens(self, mean_answer: int = 0) -> tuple[int, int]:
-    """Returns how many tokens a stage of RL draws, and how many its updates process, prompts included.
+    """Returns (tokens that a run of RL draws, tokens that its updates process). The latter include the prompts.
 
     It is assumed that prompts have their greatest length, and that no group of samples is replaced by another one.
 
@@ -71,7 +73,7 @@ class Workload:
 
 
 def workload(config: ConfigDict) -> Workload:
-  """Returns the Workload of `config`, which is an RL run if the config has a section `rl`, else a pre-training run.
+  """Returns the Workload of `config`: an RL run if the config has a section `rl`, otherwise a pre-training run.
 
   Raises:
     ConfigError: a setting is invalid. The message names its key.

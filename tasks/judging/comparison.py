@@ -3,9 +3,9 @@
     judge('1,2', 'x=2 or x=1')      Judgement(RIGHT, 'the same list, in any order', ...)
 
 Each rule compares one kind of notation, such as intervals, lists or equations. If a rule can't decide, the verdict is
-undecided. Expressions are compared by value (values.py). Notation that only math-verify can parse is compared by the
-function `by_math_verify`, an argument of `judge`. Only worker processes pass a function that calls math-verify. The
-default function never decides.
+undecided. Expressions are compared by value (values.py). For notation that only math-verify can parse, `judge` calls
+its argument `by_math_verify`. Only worker processes pass a function that calls math-verify. The default function leaves
+such answers undecided.
 """
 
 import dataclasses
@@ -50,6 +50,8 @@ class Verdict(enum.IntEnum):
 class Judgement:
   """A verdict, the rule that decided, and how gold and answer were understood.
 
+  rule: a phrase such as 'equal numbers, exactly'.
+  gold, answer: descriptions such as 'number 1/2'.
   gold_is_read: False if the verdict is undecided because the gold can't be read.
   """
 
@@ -61,9 +63,9 @@ class Judgement:
 
 
 def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, answer: None) -> Judgement:
-  """Judges whether `answer` is right if `gold` is the reference. The Judgement includes the reason.
+  """Judges whether `answer` is right if `gold` is the reference. Returns the verdict with its reason.
 
-  by_math_verify: a function (gold, answer) -> whether math-verify considers them equal, or None if math-verify can't
+  by_math_verify: a function (gold, answer) that returns whether math-verify considers them equal, or None if it can't
     decide. The default function always returns None.
   """
   if why := why_unreadable(gold, by_math_verify):
@@ -84,9 +86,9 @@ def judge(gold: str, answer: str, by_math_verify: ByMathVerify = lambda gold, an
 
 @functools.lru_cache(maxsize=1024)
 def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
-  """Returns the reason why no answer can be compared with this gold; '' if the gold can be read.
+  """Returns the reason why this gold can't be read, so that no answer can be compared with it; '' if it can be read.
 
-  by_math_verify: as in `judge`.
+  by_math_verify: as for `judge`.
   """
   try:
     reading = notation.read(gold)
@@ -106,7 +108,7 @@ def why_unreadable(gold: str, by_math_verify: ByMathVerify) -> str:
 
 
 def _parts(reading: Reading) -> Iterator[Reading]:
-  """Yields the reading, and all readings inside it, such as the items of a list."""
+  """Yields the reading (a parsed answer) and all readings inside it, such as the items of a list."""
   yield reading
   parts = [*getattr(reading, 'items', ()), *getattr(reading, 'sides', ()), getattr(reading, 'low', None),
            getattr(reading, 'high', None), *(getattr(reading, 'parts', ()) if isinstance(reading, Union) else ()),
@@ -117,10 +119,10 @@ def _parts(reading: Reading) -> Iterator[Reading]:
 
 
 class _Comparison(ValueRules):
-  """Compares two readings by the first rule that applies to them.
+  """Compares two readings (parsed answers, see readings.py) by the first rule that applies to them.
 
-  A rule is a method (gold, answer) that returns True, False, None if it can't decide, or NotImplemented if it doesn't
-  apply.
+  A rule is a method (gold, answer). It returns True or False, None if it can't decide, or NotImplemented if it doesn't
+  apply to such readings.
   """
 
   def same(self, gold: Reading, answer: Reading) -> bool | None:
@@ -237,8 +239,7 @@ class _Comparison(ValueRules):
   # Equations that give a name to something
 
   def _named(self, gold: Reading, answer: Reading):
-    """Compares equations that name a value, as in x = 3 or f(x) = x^2. Either gold or answer may also be the value
-    alone.
+    """Compares equations that name a value, as in x = 3 or f(x) = x^2. The name may be missing in gold or answer.
 
     The answer is right if its value equals the gold's value. If gold and answer both have a name, the names must agree
     too.
@@ -269,7 +270,7 @@ class _Comparison(ValueRules):
     return self.decide(self.same(wanted.values[0], said), 'what the names stand for: ' + self.rule)
 
   def _named_lists(self, gold: Many, answer: Many):
-    """Compares a list such as x = 1, y = 2 with a list of the same names in any order, or with the pair (1, 2)."""
+    """Compares lists of named values, such as x = 1, y = 2, in any order. One of them may be a pair such as (1, 2)."""
     if 'pair' in (gold.kind, answer.kind):
       wanted, given = (side.items if side.kind == 'pair' else equations.point(side) for side in (gold, answer))
       return self._in_order(wanted, given) if wanted and given else NotImplemented

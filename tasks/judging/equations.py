@@ -16,10 +16,10 @@ _EQUALS = {'=', r'\approx'}
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """The name and the values in a chain of equations.
+  r"""The name and the values in a chain of equations. For example, x = 1/3 \approx 0.333 has the name x and two values.
 
-  name: the name, or None if the chain names nothing.
-  values: the exact value and, if the chain states one, its approximation.
+  name: the name, or None if no side of the chain is a name.
+  values: the exact value and, if the chain has one, its approximation.
   """
 
   name: Name | None
@@ -30,7 +30,7 @@ def claim(reading: Reading) -> Claim | None:
   r"""Returns the name and the values in an equation or a chain of equations.
 
   Examples are `x = 3`, `3 = x`, `x = 1 + 2 = 3`, `1/3 \approx 0.333` and `x \in \{1, 2\}`. Returns None for other
-  readings, and for chains whose values differ, such as `x = 8 = 7`.
+  readings (parsed answers), and for chains whose values differ, such as `x = 8 = 7`.
   """
   if not isinstance(reading, Relation) or None in reading.sides:
     return None
@@ -56,7 +56,10 @@ def claim(reading: Reading) -> Claim | None:
 
 
 def _agrees(value: Reading, side: Reading, rounded: bool) -> bool:
-  """Returns whether `side` equals `value`. If `rounded`, `side` may also be `value` rounded to the digits of `side`."""
+  """Returns whether two sides of a chain of equations have the same value.
+
+  rounded: whether `side` may also be `value` rounded to as many digits as `side` has.
+  """
   nodes = [part.node if isinstance(part, Value) else None for part in (value, side)]
   if None in nodes:
     return False
@@ -81,7 +84,7 @@ def point(many: Many) -> Sequence[Reading] | None:
 
 
 def without_name(item: Reading) -> Reading:
-  """Returns the value of an item such as x = 1, which is 1. Returns an item without a name unchanged."""
+  """Returns the value in an equation that names one, such as 1 for x = 1. Returns other items unchanged."""
   found = claim(item)
   return found.values[0] if found and found.name else item
 
@@ -94,9 +97,9 @@ def renamed(reading: Reading, name: str, new: str) -> Reading:
 
 
 def difference(relation: Relation) -> Node | None:
-  """Returns the left side minus the right side of a relation with two sides.
+  """Returns the left side of an equation or inequality minus its right side.
 
-  Returns None for more sides, and if a side has a unit or isn't an expression.
+  Returns None if there are more than two sides, or if a side has a unit or isn't an expression.
   """
   sides = [side.node if isinstance(side, Value) and side.unit is None else None for side in relation.sides]
   return None if None in sides or len(sides) != 2 else Node('add', (sides[0], Node('neg', (sides[1],))))

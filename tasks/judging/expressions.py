@@ -45,10 +45,12 @@ _LITERAL = re.compile(r'(\d*)(?:(\.)(\d*))?(?:[eE]([+-]?\d+))?')
 
 
 class Node(NamedTuple):
-  """A number, a symbol, a constant (pi, e, i, infty) or an operation.
+  """A node of an expression's tree: a number, a symbol, a constant (pi, e, i, infty) or an operation.
 
-  A number has two args: the value as a Fraction, and the number of significant digits. The latter is None if the number
-  isn't written as a decimal.
+  op: 'number', 'symbol', 'constant', or the operation, such as 'add', 'pow' or 'call'.
+  args: the operands of an operation, or the name of a symbol or constant. A call has the function's name and the
+    operands. A number has its value as a Fraction, and its number of significant digits. The latter is None if the
+    number is written without a decimal point or exponent.
   """
 
   op: str
@@ -56,9 +58,9 @@ class Node(NamedTuple):
 
 
 def literal(token: str) -> Node:
-  """Returns the number that a token stands for.
+  """Returns the number that a token stands for, as a Node with the exact value.
 
-  The value is exact. A decimal also gets its number of significant digits, such as 3 for 3.20e5.
+  If the token has a decimal point or an exponent, the Node also has the number of significant digits: 3 for 3.20e5.
   """
   whole, point, decimals, exponent = _LITERAL.fullmatch(token).groups()
   if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_DIGITS:
@@ -224,7 +226,7 @@ class _Parser:
   # Parts
 
   def _exponent(self) -> Node:
-    """Parses an exponent: a group, a symbol, or a number, perhaps with a minus sign.
+    """Parses an exponent: a group in braces, a symbol, or a number, perhaps with a minus sign.
 
     All digits of a number belong to the exponent: 2^10 is 1024, although LaTeX would raise only the 1.
     """
@@ -233,7 +235,7 @@ class _Parser:
     return self._argument()
 
   def _argument(self, digit: bool = False) -> Node:
-    r"""Parses the argument of a command or of ^: a group, or the following number or symbol.
+    r"""Parses the argument of a command or of ^: a group in braces, or the next number or symbol.
 
     digit: whether to take only the first digit of a number, as in \frac12.
     """
@@ -254,9 +256,9 @@ class _Parser:
     return node
 
   def _primary(self, bare: bool = False) -> Node:
-    """Parses a number, a group, a function or a symbol.
+    """Parses a number, a group in brackets, a function with its argument, or a symbol.
 
-    bare: whether to leave an index, primes or brackets after a symbol unread; see `_symbol`.
+    bare: whether to stop after the letter of a symbol, and leave its index, primes or brackets to the caller.
     """
     self._depth += 1
     if self._depth > MAX_DEPTH:
@@ -422,9 +424,9 @@ class _Parser:
     return _joined('mul', factors)
 
   def _symbol(self, bare: bool = False) -> Node:
-    """Parses a variable with its accents, index and primes, and the numbers that it is applied to, as in f(2).
+    """Parses a variable with its accents, index and primes. Numbers in brackets belong to the symbol too, as in f(2).
 
-    bare: whether to leave an index, primes or brackets unread. For example, the exponent in x^f(2) is f alone.
+    bare: whether to leave an index, primes or brackets to the caller. For example, the exponent in x^f(2) is f alone.
     """
     token = self._take()
     primes = _DOTS.get(token, 0)

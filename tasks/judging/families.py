@@ -1,4 +1,4 @@
-"""Compares families of values, a + b·k for every integer k, as sets.
+r"""Compares families of values as sets. A family has the values a + b·k for every integer k, such as \pi/2 + \pi k.
 
 A residue is compared as a family: 1 mod 3 is 1 + 3·k.
 """
@@ -34,7 +34,7 @@ def same_family(gold: Family, answer: Family) -> bool | None:
 
 
 def _line(family: Family) -> tuple[Node, Node] | None:
-  """Returns (a, b) of a family a + b·k; None if the family isn't linear in its variable."""
+  """Returns the expressions (a, b) of a family a + b·k; None if the family isn't linear in k."""
   at = [expressions.substitute(family.node, family.variable, Node('number', (Fraction(i), None))) for i in range(4)]
   step, second, third = (Node('add', (b, Node('neg', (a,)))) for a, b in itertools.pairwise(at))
   return (at[0], step) if values.equal(step, second) and values.equal(step, third) else None

@@ -16,11 +16,11 @@ MAX_DEPTH = 40  # the largest depth of nested brackets
 
 
 class Unreadable(ValueError):
-  """Raised for an answer that isn't well-formed. The message is one phrase that says why."""
+  """Raised for an answer that isn't well-formed. The message is a phrase with the reason, such as 'it is too long'."""
 
 
 class Unsupported(Unreadable):
-  """Raised for well-formed notation that this package can't read, such as an integral. math-verify's parser may."""
+  """Raised for well-formed notation that this package can't read, such as an integral. math-verify may read it."""
 
 
 _CHARACTERS = str.maketrans({
@@ -166,7 +166,7 @@ def _scan(text: str, tokens: list[str], in_text: bool) -> None:
 
 
 def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
-  r"""Appends the tokens for the letters at `start`. Returns the position after them.
+  r"""Appends the tokens of the letters at index `start` of `text` to `tokens`. Returns the index after these letters.
 
   in_text: whether the letters are in the argument of a command such as \text.
   """
@@ -186,9 +186,9 @@ def _letters(text: str, start: int, tokens: list[str], in_text: bool) -> int:
 
 
 def _join_thousands(tokens: list[str]) -> list[str]:
-  """Joins the tokens of `1,234` into one number.
+  """Returns the tokens with `1,234` joined to one number.
 
-  In brackets, as in `(1,234)`, they stay a pair. Digits that aren't in groups of three, as in `1,234,5`, stay a list.
+  In brackets, `(1,234)` stays a pair. Digits that aren't in groups of three, as in `1,234,5`, stay a list.
   """
   joined, stack, i = [], [], 0
   while i < len(tokens):
@@ -209,8 +209,10 @@ def _join_thousands(tokens: list[str]) -> list[str]:
 
 
 def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -> int:
-  r"""Appends the tokens for the command `piece`, which ends at `at`. Returns the position after what was read.
+  r"""Appends the tokens of a command and, for commands such as \text, of its argument. Returns the index after these.
 
+  piece: the command, such as \frac.
+  at: the index in `text` after the command.
   in_text: whether the command is in the argument of another command such as \text.
   """
   name = piece[1:].rstrip('*')
@@ -246,7 +248,10 @@ def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -
 
 
 def _group(text: str, at: int) -> tuple[str | None, int]:
-  """Skips spaces, and returns (content, end) of the brace group at `at`. The content is None if there is no group."""
+  """Returns (content, end) of the group in braces at index `at`, before which there may be spaces.
+
+  `end` is the index after the group. If there is no group, the content is None.
+  """
   while at < len(text) and text[at].isspace():
     at += 1
   if text[at:at + 1] != '{':

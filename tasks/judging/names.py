@@ -11,9 +11,9 @@ from betarank.tasks.judging.readings import Reading, Words
 class Name:
   r"""The name on the left side of an equation.
 
-  key: the name itself.
-  kind: symbol (x), function (f(x), a_n), label (\angle ABC, AB, P(A)) or words (Area).
-  variable: the variable of a function.
+  key: the text of the name. Equal names have the same key.
+  kind: 'symbol' (x), 'function' (f(x), a_n), 'label' (\angle ABC, AB, P(A)) or 'words' (Area).
+  variable: the variable of a function, such as x for f(x); '' for other kinds.
   """
 
   key: str
@@ -21,10 +21,10 @@ class Name:
   variable: str = ''
 
   def may_be(self, other: 'Name') -> bool:
-    """Returns whether this name and a different name may stand for the same thing.
+    """Returns whether two equations with different names, this one and `other`, can mean the same.
 
-    Names of functions may: f(x) = 2x means the same as g(x) = 2x and y = 2x. Symbols may not: x = 2 doesn't mean the
-    same as y = 2. A name in words, such as Area, may stand for any other name.
+    For functions they can: f(x) = 2x means the same as g(x) = 2x and y = 2x. For symbols they can't: x = 2 doesn't mean
+    the same as y = 2. A name in words, such as Area, may stand for any other name.
     """
     kinds = {self.kind, other.kind}
     return 'words' in kinds or kinds == {'function'} or ('function' in kinds and 'y' in (self.key, other.key))

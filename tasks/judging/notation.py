@@ -50,9 +50,9 @@ _BEFORE_INTEGERS = {'where', 'for', 'with', 'any', 'all', 'some', 'every', 'inte
 
 @functools.lru_cache(maxsize=4096)
 def read(text: str, bare_units: bool = False) -> Reading:
-  """Parses an answer. Returns a Reading: its class is the kind of the answer, and its fields are the answer's parts.
+  """Parses an answer. The class of the result is the kind of the answer, and its fields are the parts of the answer.
 
-  bare_units: whether the letter in `5m` is a unit. If False, it is a variable.
+  bare_units: whether a letter after a number is read as a unit, as in `5m`. If False, it is a variable.
 
   Raises:
     Unreadable: the text isn't an answer of a known kind. The message is a phrase that says why.
@@ -90,7 +90,10 @@ class _Reader:
     return Words(tuple(tokens)) if value is None else Value(tuple(tokens), Node('number', (Fraction(value), None)))
 
   def _family(self, tokens: list[str]) -> Reading | None:
-    r"""Reads `k\pi, k \in \mathbb{Z}`, also with 'where', 'for' or brackets, or with 'k an integer' in words."""
+    r"""Reads a family of values, such as `k\pi, k \in \mathbb{Z}`.
+
+    The condition may also be in words, as in 'k an integer', or in brackets, or follow a word such as 'where'.
+    """
     at = _place_of_integer(tokens)
     if at is None:
       return None
@@ -114,8 +117,8 @@ class _Reader:
   def _several(self, tokens: list[str]) -> Reading | None:
     """Reads several answers that are separated by 'or', 'and', semicolons or commas.
 
-    A text with several kinds of separators is split at the kind that comes first in this list. Each part is then read
-    in the same way, so it may be split at another kind.
+    If a text has several kinds of separators, it is split at the kind that comes first in this list. Each part is then
+    read as an answer of its own, so it may be split at another kind of separator.
     """
     for separators, kind in _SEPARATORS:
       places = [i for i in at_top(tokens) if tokens[i] in separators]
@@ -147,8 +150,7 @@ class _Reader:
                     tuple(tokens[i] for i in places))
 
   def _side(self, tokens: list[str]) -> Reading:
-    """Reads a side of a relation. If the side isn't a known kind of answer, for example a name in words, returns Words.
-    """
+    """Reads one side of an equation or inequality. Returns Words if the side isn't an answer of a known kind."""
     try:
       return self.read(tokens)
     except Unreadable:
@@ -211,7 +213,7 @@ class _Reader:
   # Numbers of a special form
 
   def _residue(self, tokens: list[str]) -> Reading | None:
-    r"""Reads `x \equiv 1 \pmod 3`, `1 \bmod 3` or `1 (mod 3)`."""
+    r"""Reads a residue, such as `x \equiv 1 \pmod 3`, `1 \bmod 3` or `1 (mod 3)`."""
     places = [i for i, t in enumerate(tokens) if t in (r'\pmod', r'\bmod', "'mod", "'modulo")]
     if not places:
       return None
@@ -232,7 +234,7 @@ class _Reader:
     return found[0] if len(found) == 1 else Many(tuple(tokens), tuple(found), 'list')
 
   def _in_base(self, tokens: list[str]) -> Reading | None:
-    r"""Reads `1011_2`, `2516_{8}`, `1A_{16}` or `1011 \text{ base } 2`."""
+    r"""Reads a number with its base, such as `1011_2`, `2516_{8}`, `1A_{16}` or `1011 \text{ base } 2`."""
     text = ' '.join(t for t in tokens if t not in ('{', '}', '(', ')'))
     # Exactly one space follows each token, so that there is only one way to match. Otherwise a long number would make
     # the matcher backtrack forever.
@@ -261,8 +263,8 @@ class _Reader:
   def _plus_minus(self, tokens: list[str]) -> Reading | None:
     """Reads 2 ± 1 as the list of 2 + 1 and 2 - 1.
 
-    For several ± signs, the list has all combinations of signs. If a ∓ is among the signs, the list has only two items:
-    one with all upper signs, and one with all lower signs.
+    With several ± signs, the list has all combinations of signs. If there is also a ∓ sign, the list has only two
+    items: one with all upper signs, and one with all lower signs.
     """
     places = [i for i, t in enumerate(tokens) if t in (r'\pm', r'\mp')]
     if not places:
@@ -297,7 +299,7 @@ class _Reader:
 
 
 def as_point(reading: Reading) -> Reading:
-  """Returns a list such as `x = 1, y = 2` as the pair of its values, in alphabetical order of the names.
+  """Returns the pair (1, 2) for a list such as `x = 1, y = 2`. The values are in alphabetical order of the names.
 
   Returns other readings unchanged.
   """
@@ -313,7 +315,7 @@ def as_point(reading: Reading) -> Reading:
 
 
 def _place_of_integer(tokens: list[str]) -> int | None:
-  r"""Returns the index of the variable that is said to be an integer; None if there is no such variable.
+  r"""Returns the index of the variable that the text declares to be an integer; None if there is none.
 
   The variable is the letter before `\in \mathbb{Z}`, or the last letter if the text ends with 'integer'.
   """
@@ -333,14 +335,15 @@ def _reals(tokens: Sequence[str]) -> Interval:
 
 
 def _without_points(tokens: list[str], parts: list[Reading]) -> Union:
-  r"""Returns a set without some points, such as `\mathbb{R} \setminus \{0, 1\}`, as a union of intervals that end at
-  the points.
+  r"""Returns a set from which points are removed, such as `\mathbb{R} \setminus \{0, 1\}`, as a union of intervals.
+
+  The intervals end at the points: (-\infty, 0), (0, 1) and (1, \infty) in this example.
 
   tokens: all tokens of the expression, including `\setminus`.
   parts: [the set, the points to remove].
 
   Raises:
-    Unsupported: the parts aren't an interval and a set of rational numbers.
+    Unsupported: the set isn't an interval, or the points aren't a set of rational numbers.
   """
   whole, *rest = parts
   if not isinstance(whole, Interval) or len(rest) != 1 or not isinstance(rest[0], Many) or rest[0].kind != 'set':

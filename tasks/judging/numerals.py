@@ -22,13 +22,14 @@ _WRAPPED = (
 
 
 def is_numeral(text: str) -> bool:
-  """Returns True if `text` looks like a plain number, which can be judged in this process."""
+  """Returns True if `text` is short and has only digits, signs, fractions, powers of ten and math delimiters."""
   return 0 < len(text) <= _MAX_CHARS and _NUMERAL.fullmatch(text) is not None and any(c.isdigit() for c in text)
 
 
 def exact_number(text: str) -> Fraction | None:
-  """Returns the exact value of an integer, decimal, fraction or power of ten that is written in digits; None for other
-  texts.
+  """Returns the exact value of an integer, decimal, fraction or power of ten that is written in digits.
+
+  Returns None for other texts.
   """
   if not is_numeral(text):
     return None
@@ -61,7 +62,7 @@ def plain(text: str) -> str:
 
 
 def _is_one_group(inside: str, left: str) -> bool:
-  r"""Returns True if the delimiters around `inside` belong together. In `$1$ or $2$`, the outer delimiters don't.
+  r"""Returns True if the first and the last delimiter of a text belong together, as in `$1$`, but not in `$1$ or $2$`.
 
   inside: the text between the first and the last delimiter.
   left: the first delimiter, such as $ or \boxed{.

@@ -10,8 +10,9 @@ _WITHIN_UNITS = {'^', '{', '}', '/', r'\cdot', '-', '(', ')', '.', r'\mu', r'\se
 
 
 def split_unit(tokens: list[str], bare: bool) -> tuple[list[str], Unit | None]:
-  r"""Returns (the tokens of the number, its unit or None). A unit is separated only if the remaining tokens can be a
-  number.
+  r"""Returns (the tokens of the number, its unit). If there is no unit, returns (all tokens, None).
+
+  A unit is separated only if the remaining tokens can be a number.
 
   bare: whether single letters outside \text, as in `5m`, may be units too.
   """
@@ -50,8 +51,9 @@ def _is_whole(tokens: list[str]) -> bool:
 
 
 def _temperature(tokens: list[str], unit: Unit) -> tuple[list[str], Unit]:
-  r"""Returns (the tokens of the number, the unit). In 25^\circ\text{C}, the degree sign is moved from the number to the
-  unit.
+  r"""Returns (the tokens of the number, the unit). In 25^\circ\text{C}, the degree sign becomes a part of the unit.
+
+  tokens: the tokens before the unit, perhaps with a degree sign at the end.
   """
   number = _without_degree_sign(tokens)
   if not number:

@@ -16,7 +16,7 @@ _GAP = re.compile(r'(?<![A-Za-z]) | (?![A-Za-z])')  # a space that doesn't separ
 class Reading:
   """An answer after parsing. Each subclass is one kind of answer.
 
-  tokens: the tokens of the answer.
+  tokens: the tokens of the answer (latex.py).
   """
 
   tokens: tuple[str, ...]
@@ -25,12 +25,12 @@ class Reading:
 
   @property
   def text(self) -> str:
-    """The tokens as LaTeX."""
+    """The answer as LaTeX, with a space between two tokens."""
     return ' '.join(rf'\text{{{token[1:]}}}' if is_word(token) else token for token in self.tokens)
 
   @property
   def shown(self) -> str:
-    """The tokens in a form that is easy to read."""
+    """The answer as LaTeX for messages, without spaces that aren't needed."""
     return _GAP.sub('', self.text)
 
   @property
@@ -99,9 +99,10 @@ class Union(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Relation(Reading):
-  r"""A chain: sides[0] operators[0] sides[1] ... Operators are =, <, >, \le, \ge, \ne, \in, \to and others.
+  r"""A chain of equations, inequalities or other relations, such as 1 < x \le 2.
 
-  The first side is None if there is nothing before the first operator, as in `> 7`.
+  sides: the sides, such as 1, x and 2. The first side is None if nothing precedes the first operator, as in `> 7`.
+  operators: the operators between neighbouring sides: =, <, >, \le, \ge, \ne, \in, \to and others.
   """
 
   sides: tuple[Reading, ...] = ()
@@ -114,9 +115,9 @@ class Relation(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Residue(Reading):
-  """A value modulo a number.
+  r"""A value modulo a number, such as 1 mod 3.
 
-  name: the variable that is congruent to the value; '' if there is none.
+  name: the variable that is congruent to the value, such as x in x \equiv 1 \pmod 3; '' if there is none.
   """
 
   value: Node | None = None
@@ -128,7 +129,7 @@ class Residue(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Family(Reading):
-  """The values of an expression for every integer value of one of its variables."""
+  r"""The values of an expression for all integer values of one of its variables, such as k\pi for every integer k."""
 
   node: Node | None = None
   variable: str = ''
@@ -138,7 +139,7 @@ class Family(Reading):
 
 @dataclasses.dataclass(frozen=True)
 class Digits(Reading):
-  """A number written in a stated base."""
+  """A number that is written in a stated base, such as 1011_2."""
 
   digits: str = ''
   base: int = 10

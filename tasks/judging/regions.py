@@ -17,9 +17,9 @@ def is_region(reading: Reading) -> bool:
 
 
 def region(reading: Reading, open_pairs: bool = False) -> tuple[str, list[Reading]] | None:
-  """Returns (variable or '', list of intervals and single values).
+  """Returns (variable, parts of the set) if the reading is a set of values of at most one variable, otherwise None.
 
-  Returns None if the reading isn't a set of values of at most one variable.
+  The variable is '' if the set is written without one. The parts are intervals and single values.
 
   open_pairs: whether a pair such as (1, 2) is read as an open interval.
   """
@@ -61,7 +61,7 @@ def infinite(reading: Reading | None) -> bool:
 
 
 def _bounds(relation: Relation) -> tuple[str, list[Reading]] | None:
-  r"""Returns (variable, its intervals) for a relation such as x > 3, -1 < x \le 2, x \ne 0 or x \in (1, 2).
+  r"""Returns (variable, intervals of its values) for a relation such as x > 3, -1 < x \le 2, x \ne 0 or x \in (1, 2).
 
   Returns None for other relations.
   """

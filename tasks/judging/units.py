@@ -55,7 +55,8 @@ MAX_WORDS = 3
 class Unit(NamedTuple):
   """A unit of measurement.
 
-  dimensions: {base: power} as a sorted tuple; empty if the text doesn't say which unit, as in 'square units'.
+  dimensions: sorted pairs (dimension, power), for example (('length', 1), ('time', -1)) for km/h; () if the text
+    doesn't say which unit, as in 'square units'.
   factor: the size of the unit in base units.
   name: the unit as it was written.
   """
@@ -83,7 +84,7 @@ class Unit(NamedTuple):
 
 
 def _table() -> dict[str, tuple[str, int, Fraction]]:
-  """Returns {name: (dimension, power of the dimension, factor)} of all known units."""
+  """Returns {name of a unit: (dimension, power of the dimension, size in base units)} for all known units."""
   found = {}
   for dimension, factor, names in _BASE.values():
     power = 1
@@ -169,7 +170,7 @@ def read(tokens: list[str], bare: bool = False) -> Unit | None:
 
 
 def _exponent(words: list[str], i: int) -> tuple[int | None, int]:
-  """Returns (power, index of its last token) of the power that begins at `words[i]`: '^', 'squared' or 'cubed'.
+  """Reads the power that begins at `words[i]` with '^', 'squared' or 'cubed'. Returns (power, index of its last word).
 
   The power is None if '^' isn't followed by an integer of one digit.
   """

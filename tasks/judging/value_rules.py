@@ -20,7 +20,7 @@ class ValueRules:
   """Compares values with their units.
 
   Attributes:
-    rule: the rule that decided the last comparison.
+    rule: a phrase that names the rule that decided the last comparison.
   """
 
   def __init__(self, by_math_verify: ByMathVerify):
@@ -28,7 +28,7 @@ class ValueRules:
     self.rule = ''
 
   def decide(self, same: bool | None, rule: str) -> bool | None:
-    """Records `rule` as the rule that decided, and returns `same`."""
+    """Stores `rule`, the rule that decided, in self.rule. Returns `same`."""
     self.rule = rule
     return same
 
@@ -80,7 +80,7 @@ class ValueRules:
     return self.decide(same, 'a unit that the gold leaves out' if same else self.rule)
 
   def values(self, gold: Value, answer: Value) -> bool | None:
-    """Returns whether two expressions have the same value, without regard to units.
+    """Returns whether two expressions have the same value. Units are ignored.
 
     Returns None if one of them has notation that only math-verify may be able to parse, and math-verify can't decide.
     """
@@ -96,9 +96,9 @@ class ValueRules:
 
 
 def _with_bare_unit(gold: Value, answer: Value) -> tuple[Value, Value]:
-  """Returns (gold, answer) with variables read as units: `5 m` then means five metres.
+  """Returns (gold, answer), read again with letters as units instead of variables: `5 m` then means five metres.
 
-  Only a value that has variables and no unit is read again.
+  A value that has no variables, or already has a unit, stays as it is.
   """
   gold_again, answer_again = gold, answer
   if gold.unit is None and gold.node is not None and expressions.symbols(gold.node):

@@ -1,9 +1,9 @@
 """Compares expressions by their values. Rational numbers are compared exactly, other values to many digits.
 
 Two expressions with variables are equal if they agree at several points, which depend only on the variables' names.
-This decides identities without rewriting expressions: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a).
-Decimals are exact too; only `near` and `rounds` allow a tolerance. mpmath is imported when it is first needed, which
-happens only in workers.
+This decides identities without rewriting expressions: (x+1)^2 = x^2+2x+1, sinh(at)/a = (e^{at} - e^{-at})/(2a). A
+decimal counts as an exact number, except in `near` and `rounds`, which allow for rounding. mpmath is imported when it
+is first needed, which happens only in workers.
 """
 
 import functools
@@ -32,8 +32,9 @@ class TooHard(Exception):
 
 
 def exact(node: Node) -> Fraction | None:
-  """Returns the value of a rational expression without variables. Returns None for other expressions, and if the value
-  is too large.
+  """Returns the exact value of an expression without variables whose value is rational.
+
+  Returns None for other expressions, and if the value is too large.
   """
   op, args = node.op, node.args
   if op == 'number':
@@ -106,7 +107,7 @@ def _exact_call(name: str, *values: Fraction) -> Fraction | None:
 def equal(a: Node, b: Node) -> bool:
   """Returns True if two expressions have the same value for all values of their variables.
 
-  A logarithm without a base is natural or decimal, whichever makes the expressions equal.
+  A logarithm without a base may be natural or decimal: the expressions are equal if either choice makes them equal.
 
   Raises:
     TooHard: a value can't be computed.
@@ -133,10 +134,10 @@ def _needs_signs(a: Node, b: Node) -> bool:
 
 
 def _over_integers(a: Node, b: Node) -> bool:
-  """Returns whether the variables are probably integers.
+  """Returns whether the variables of two expressions probably stand for integers.
 
-  They probably are if their letters are usual for integers, and an expression has floors, factorials, powers of
-  negative numbers or similar functions.
+  They do if all have letters that are usual for integers, such as n or k, and if an expression has a floor, ceiling,
+  factorial, binomial, sine, cosine, or a power of a negative number.
   """
   if not (symbols(a) | symbols(b)) <= _INTEGER_LETTERS:
     return False
@@ -172,10 +173,10 @@ def check(node: Node) -> None:
 
 
 def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
-  """Returns whether two expressions have the same value at `point`.
+  """Returns whether two expressions have the same value at `point`, which is {variable: value}.
 
-  Both are computed twice, with more digits the second time. They count as the same if their difference is then almost
-  zero, or far smaller than the first time.
+  The difference of their values is computed with 50 and with 100 digits. The values count as the same if the second
+  difference is almost zero, or if it is far smaller than the first.
 
   base: the base of a logarithm that is written without one; None means e.
   """
@@ -278,9 +279,9 @@ def _root(value, degree):
 
 
 def _near_integer(rounding: Callable) -> Callable:
-  """Returns a tolerant version of `rounding`, which is floor or ceiling.
+  """Returns a version of `rounding` (floor or ceiling) that allows for errors in the last digits.
 
-  In this version, a number that differs from an integer only in its last digits counts as this integer.
+  It first replaces a number that is within 1e-30 of an integer by this integer.
   """
   def rounded(x):
     nearest = _mp().nint(x)
@@ -310,10 +311,12 @@ def _call(base: int | None, name: str, *values):
 def near(gold: Node, answer: Node) -> bool:
   """Returns whether two numbers are equal up to the precision of their decimals.
 
-  A decimal gold with at least 4 significant digits accepts every number that rounds to it and is at least as precise.
-  For example, 0.6667 accepts 2/3, and 20.39 accepts 20.394. A decimal answer with at least 6 digits may differ from the
-  gold by a relative 1e-6 if the gold has no exact decimal form: 1/3 accepts 0.333333. If the gold has an exact decimal
-  form, the answer may differ by a relative 1e-12, the noise of floating point.
+  A gold (reference) with at least 4 significant digits accepts every number that rounds to it and is at least as
+  precise: 0.6667 accepts 2/3, and 20.39 accepts 20.394.
+
+  An answer with at least 6 significant digits may differ from the gold by a small relative error. The error is 1e-6 if
+  the gold can't be written exactly as a decimal: 1/3 accepts 0.333333. Otherwise it is 1e-12, which allows for errors
+  of floating point.
   """
   given, wanted = precision(answer), precision(gold)
   if symbols(gold) or symbols(answer) or (given is None and wanted is None):
@@ -335,7 +338,7 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Returns whether `stated` is `value` rounded to as many digits as `stated` has. The last digit may be off by one."""
+  """Returns whether `stated` is `value` rounded to as many digits as `stated` has. Its last digit may be off by one."""
   digits = precision(stated)
   if symbols(value) or symbols(stated):
     return False
@@ -362,6 +365,8 @@ def _terminates(node: Node) -> bool:
 
 def factor(a: Node, b: Node):
   """Returns the constant c, not 0, such that a = c·b for all values of the variables; None if there is none.
+
+  The constant is an mpmath number.
 
   Raises:
     TooHard: a value can't be computed.

@@ -49,9 +49,7 @@ POWERS_OF_TEN = {"'thousand": 3, "'million": 6, "'billion": 9, "'trillion": 12} 
 
 
 def number_in_words(words: list[str]) -> int | None:
-  """Returns the number that words mean, such as ['twenty-one'] or ['three', 'hundred']; None if they don't mean a
-  number.
-  """
+  """Returns the number that words such as ['twenty-one'] or ['three', 'hundred'] stand for; None for other words."""
   total, current, known = 0, 0, False
   for word in itertools.chain.from_iterable(word.lower().split('-') for word in words):
     if word == 'and' and known:
@@ -92,7 +90,10 @@ def trim(tokens: list[str]) -> list[str]:
 
 
 def _wrapped(tokens: list[str]) -> bool:
-  """Returns True if the tokens are in braces or in bold type. `tokenize` has turned the ** of bold type into ^."""
+  """Returns True if the tokens are in braces or in bold type.
+
+  Bold type is **...** in Markdown, which `tokenize` has turned into ^...^.
+  """
   if tokens[0] == '{':
     return match_of(tokens, 0) == len(tokens) - 1
   return tokens[0] == '^' == tokens[-1] and len(tokens) > 2
@@ -135,8 +136,7 @@ def is_plain_words(tokens: list[str]) -> bool:
 
 
 def is_name(tokens: Sequence[str]) -> bool:
-  """Returns True if the tokens are a name of at most six words, for example the name of a person, a colour or a
-  direction.
+  """Returns True if the tokens are a name of at most six words, such as the name of a person, a colour or a direction.
   """
   words = [_word(t) for t in tokens if is_word(t)]
   return 0 < len(words) <= 6 and is_plain_words(list(tokens)) and not _EXPLAINING & set(words)
