@@ -124,7 +124,8 @@ def _rl(a) -> ConfigDict:
   if a.toy:
     c.rl.update(steps=4, prompts_per_step=4, group_size=4, decode_batch_size=16, eval_prompts=4)
   else:
-    c.rl.update(steps=100, prompts_per_step=64, decode_batch_size=1024, microbatch_tokens=2**16, eval_prompts=64)
+    c.rl.update(steps=100, prompts_per_step=64, decode_batch_size=2048, extra_prompts=64,
+                microbatch_tokens=2**16, eval_prompts=64)
   c.rl.steps = a.rl_steps or c.rl.steps
   c.rl.task.update(uri=uri, held_out_fraction=HELD_OUT)
   c.rl.verifier.workers = 2 if a.toy else 4
