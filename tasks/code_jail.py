@@ -105,14 +105,14 @@ class Jail:
       if not config.accept_no_isolation:
         raise JailError(f'{error}; run where namespaces are allowed (as root, or with sysctl '
                         'user.max_user_namespaces > 0 and, on Ubuntu, kernel.apparmor_restrict_unprivileged_userns=0), '
-                        'or let programs that a model wrote act as you, --config.eval.code.accept_no_isolation=true'
-                        ) from None
+                        'or let programs that a model wrote act as you, '
+                        f'--{section}.accept_no_isolation=true') from None
       print(f'WARNING: {error}. Programs that the model wrote now run AS YOU, with your files and your network, under '
             'limits on time and memory alone.', file=sys.stderr, flush=True)
       self.isolated = False
       outcome = self.run('pass')
     if not outcome.passed:
-      raise JailError(f'an empty program does not run in the jail ({outcome.why}); are config.eval.code.memory_mb='
+      raise JailError(f'an empty program does not run in the jail ({outcome.why}); are {section}.memory_mb='
                       f'{config.memory_mb} and deadline_s={config.deadline_s} enough, and may all users read '
                       f'{sys.base_prefix}?')
 

@@ -299,6 +299,8 @@ def test_refused_without_isolation_unless_accepted(monkeypatch, tmp_path, capfd)
   with pytest.raises(UserError, match='no isolation for programs .unshare: Operation not permitted.') as error:
     Jail(JailConfig())
   assert '\n' not in str(error.value) and '--config.eval.code.accept_no_isolation=true' in str(error.value)
+  with pytest.raises(UserError, match=r'--config\.rl\.code\.accept_no_isolation=true'):  # names RL's section in RL
+    Jail(JailConfig(), 'config.rl.code')
   loose = Jail(JailConfig(deadline_s=5, memory_mb=512, accept_no_isolation=True))
   assert not loose.isolated and 'AS YOU' in capfd.readouterr().err
   assert loose.run('assert 1') == PASSED and loose.run('import os; os._exit(0)').passed is False
