@@ -146,7 +146,7 @@ class CheckpointRef:
   meta: dict[str, Any]
 
   def lineage(self) -> dict[str, Any]:
-    """Returns {'checkpoint', 'step', 'parent', 'code_version'}, which every result file stores."""
+    """Returns a dict with the keys 'checkpoint', 'step', 'parent' and 'code_version', which every result file has."""
     return {'checkpoint': str(self.path), 'step': self.step, 'parent': self.meta.get('parent', ''),
             'code_version': workdir.code_version()}
 
@@ -173,8 +173,8 @@ def configure(ref: CheckpointRef, spec: str = '') -> ConfigDict:
   """Returns the checkpoint's config, to which a section `eval` is added if it has none. The config isn't locked, so
   that settings can still be overridden.
 
-  spec: the path of a config file; '' for none. If this file has a section `data` or `eval`, it replaces the
-    checkpoint's section. In this way, runs that were trained on different data can be evaluated on the same data.
+  spec: the path of a config file; '' for none. Its sections `data` and `eval`, where present, replace those of the
+    checkpoint. In this way, runs that were trained on different data can be evaluated on the same data.
   """
   config = ConfigDict(setup.whole_config(ref.meta))
   given = load.read(spec) if spec else ConfigDict()
@@ -220,8 +220,8 @@ def make_mesh(run: EvalRun, key: str, rows: int) -> Mesh:
   rows: the batch size, which must be divisible over the mesh.
 
   Raises:
-    ConfigError: the mesh doesn't fit the number of devices, the model's arrays or the rows can't be divided evenly over
-      it, or the model's attention runs only on a GPU.
+    ConfigError: the mesh doesn't fit the number of devices, it doesn't divide the model's arrays or the rows evenly, or
+      the model's attention runs only on a GPU.
   """
   return setup.make_mesh(run.mesh, run.model, {key: (rows, 1)})
 

@@ -69,8 +69,8 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
     run: the settings of the evaluation.
     subjects: the checkpoints.
     names: the benchmarks, separated by commas.
-    stop: a function that is called after each problem of a benchmark except the last one. If it raises an error,
-      sampling ends, and the samples that have been drawn so far are judged and stored.
+    stop: a function that is called between the problems of a benchmark. If it raises an error, sampling ends, and the
+      samples that have been drawn so far are judged and stored.
 
   Raises:
     ConfigError, DataError, EvalError, CheckpointError or VerifierError: a checkpoint, a setting, a benchmark or the
@@ -168,7 +168,7 @@ def _fill(file, benchmark, sampler, params, prompts, tokenizer, verifier, seed, 
 
 
 def benchmark_key(name: str) -> int:
-  """Returns an integer in [0, 2^32) that is computed from the name of a benchmark by a hash.
+  """Returns a hash of the name of a benchmark, an integer in [0, 2^32).
 
   The sampler gets this number as `step`, so that the random numbers differ between benchmarks.
   """
@@ -240,11 +240,12 @@ def _key(answer: str, task: Task) -> Any:
 
 
 def _compared(answer: str, reference: str, task: Task) -> tuple[str, Task]:
-  """Returns (text, task), with which a verifier compares two answers to a problem: its verdict is RIGHT if they are
-  equal.
+  """Returns the (text, task) that a verifier must judge to compare two answers to a problem.
 
-  answer: one of the two answers, which `text` states.
-  reference: the other answer, which replaces the reference of the problem.
+  The verdict on `text` is RIGHT if the two answers are equal.
+
+  answer: one of the two answers. `text` states it as the final answer.
+  reference: the other answer. It is the reference answer of the returned task.
   task: the problem.
   """
   return ANSWER_MARK + answer, dataclasses.replace(task, reference=reference, answer_format='line', answer_lines=0)
@@ -268,7 +269,7 @@ class SampleFile:
     """Opens the files of this checkpoint and benchmark, or creates them.
 
     There are two files: STEP.jsonl with the samples, and STEP.json with the settings. If they exist, the stored
-    settings must equal the settings of `run`. If the file has only some of a problem's samples, these are removed, so
+    settings must equal the settings of `run`. If STEP.jsonl has only some of a problem's samples, these are removed, so
     that all samples of the problem are drawn again.
 
     In a job of several processes, every process must create this object, because process 0 broadcasts `missing` to the
@@ -336,7 +337,7 @@ class SampleFile:
     return self.path.read_text() if self._remote else '', ~whole_P
 
   def _lines(self) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (line, problem index, sample number) for each line of the file that is complete and valid."""
+    """Yields (line, problem index, sample number) for each complete and valid line of the file."""
     if not self.path.exists():
       return
     with self.path.open('rb') as file:
@@ -396,7 +397,7 @@ def print_table(files: Sequence[SampleFile]) -> None:
 
 
 def _metrics(file: SampleFile) -> dict[str, str]:
-  """Returns {metric: value} of the samples in a file, where both are texts as shown in the table."""
+  """Returns {title of a metric: value} for the samples in a file, with each value formatted for the table."""
   with file.path.open('rb') as lines:
     samples = collect(map(json.loads, lines))
   m = samples.metrics()

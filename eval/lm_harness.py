@@ -173,10 +173,10 @@ class Betarank(TemplateLM):
     return answers
 
   def _padded(self, length: int) -> int:
-    """Returns the length to which a row of `length` tokens is padded: the next _SHORTEST * 2**i, so that few shapes are
-    compiled.
+    """Returns the length to which a row of `length` tokens is padded, so that few shapes are compiled.
 
-    The padded length is never more than max_length, rounded up to a multiple of _SHORTEST.
+    It is the smallest _SHORTEST * 2**i that is at least `length`. If this exceeds max_length, it is max_length rounded
+    up to a multiple of _SHORTEST.
     """
     powers = max(0, (-(-length // _SHORTEST) - 1).bit_length())
     return min(_SHORTEST << powers, -(-self.max_length // _SHORTEST) * _SHORTEST)
@@ -269,13 +269,12 @@ def trained_length(subject: CheckpointRef) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns (log-probabilities float32 in nats, greedy bool), both [B, T - 1], for tokens 1 to T - 1 given the tokens
-  before them.
+  """Returns (log-probabilities float32 in nats, greedy bool), both [B, T - 1].
 
-  `greedy` is True where the token is the most probable one.
+  Entry t is for token t + 1, given the tokens up to t. `greedy` is True where this token is the most probable one.
 
-  tokens_BT: token ids.
-  live_BT: int32 [B, T - 1]: 1 where the next token is scored, 0 for padding.
+  tokens_BT: the token ids [B, T].
+  live_BT: int32 [B, T - 1], 0 where token t + 1 is padding, else 1.
   """
   positions_BT = jnp.broadcast_to(jnp.arange(live_BT.shape[1]), live_BT.shape)
   batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT, live_BT)

@@ -109,7 +109,8 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
   """Yields the validation rows on which source `name` is measured, in batches of eval.probe.batch_size rows.
 
-  With several processes, each process gets only its own rows of every batch. The rows don't depend on the batch size.
+  With several processes, each process gets only its own rows of every batch. Which rows are measured doesn't depend on
+  the batch size.
   The last batch is filled up with rows of padding (segment 0).
 
   process, processes: the index of this process, and the number of processes.
@@ -153,8 +154,9 @@ def token_values(c: model.ModelConfig, head_tokens: int, params: Any, batch: Bat
   counts: bool, True where the target counts in the loss. At other positions, such as padding, all other values are
     arbitrary.
   target: the token id of the target.
-  logp, entropy, rank, head_mass, tail_mass, valid: as in objectives.TokenStats. The head consists of the `head_tokens`
-    most probable tokens.
+  logp, rank, valid: target_logp, target_rank and target_valid of objectives.TokenStats.
+  entropy, head_mass, tail_mass: as in objectives.TokenStats. The head consists of the `head_tokens` most probable
+    tokens.
   top_logp: the log-probability of the most probable token.
   gap: top_logp minus the log-probability of the second most probable token.
   """
@@ -176,8 +178,8 @@ def figures(values: Mapping[str, np.ndarray], bytes_N: np.ndarray, vocab_size: i
   histograms, the calibration curve and the coverage.
 
   coverage[n] is the fraction of tokens with p(target) <= 1/n. For such a token, n samples are expected to contain the
-  target at most once. arXiv 2510.15020 defines a coverage profile, which is P[p_data / p_model >= n] for a token.
-  coverage[n] is an upper bound for it, because p_data is at most 1.
+  target at most once. coverage[n] is an upper bound for the coverage profile of arXiv 2510.15020, applied to tokens.
+  That is the fraction of tokens with q / p(target) >= n, where q <= 1 is the target's true probability.
 
   Args:
     values: {name: array [N]}, from `token_values`.
@@ -240,7 +242,7 @@ def _calibration(confidence_N: np.ndarray, right_N: np.ndarray) -> dict[str, lis
 def describe(subject: CheckpointRef, name: str, f: Mapping[str, Any]) -> str:
   """Returns one line of text with a checkpoint's main metrics on one domain.
 
-  The line is fitted to the width of the terminal by leaving out the metrics at its end.
+  The line is fitted to the width of the terminal by leaving out the last metrics.
 
   name: the name of the domain.
   f: the metrics of the domain, from `figures`.

@@ -20,7 +20,7 @@ def generate(
     samples: the number of continuations.
     number: the index of the prompt among the prompts of this session. With another index, the same text is continued
       differently.
-    entropy: whether to print a table with the entropy at each token after each continuation.
+    entropy: whether to print, after each continuation, a table with the entropy at each token.
 
   Raises:
     DataError: the text can't be encoded.

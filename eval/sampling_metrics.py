@@ -49,7 +49,7 @@ class Samples:
     return int(np.sum(np.isnan(self.score_PN) & ~np.isnan(self.tokens_PN)))
 
   def metrics(self) -> dict[str, np.ndarray]:
-    """Returns {metric: float64 array}: 'pass_at_k' is [P, K], all other metrics, such as 'avg_at_n', are [P]."""
+    """Returns {metric: float64 array}. Every metric is [P], except 'pass_at_k', which is [P, K] (see `pass_at_k`)."""
     return {
       'avg_at_n': avg_at_n(self.score_PN),
       'cons_at_n': cons_at_n(self.score_PN, self.group_PN),
@@ -86,7 +86,9 @@ def collect(lines: Iterable[Mapping[str, Any]]) -> Samples:
 
 
 def parse(line: Mapping[str, Any]) -> tuple[str, int, tuple[float, int, float, float]]:
-  """Returns (problem, sample number, (score, group, tokens, truncated)) of a stored line.
+  """Returns (problem, sample number, (score, group, tokens, truncated)) from a line of a file of samples.
+
+  The last four have the meanings that `Samples` describes.
 
   Raises:
     ValueError: a field is missing or wrong. The message names it.
@@ -113,19 +115,18 @@ def mean(values_PN: np.ndarray) -> np.ndarray:
 
 
 def avg_at_n(score_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: the fraction of samples that are right, which is an unbiased estimate of Pass@1."""
+  """Returns [P]: the fraction of each problem's samples that are right, which is an unbiased estimate of Pass@1."""
   return mean(score_PN)
 
 
 def cons_at_n(score_PN: np.ndarray, group_PN: np.ndarray) -> np.ndarray:
-  """Returns [P]: 1 if the most frequent answer to a problem is right, else 0. Source: majority voting, arXiv
-  2203.11171.
+  """Returns [P]: 1 if the most frequent answer to a problem is right, else 0 (majority voting, arXiv 2203.11171).
 
   - If several answers are equally frequent, the result is the mean of their scores. This is the expected score of one
     of them, drawn at random.
   - Samples with the same answer can get different verdicts. The score of an answer is therefore the fraction of its
     samples that were judged right.
-  - If no sample has an answer, the result is 0.
+  - If no sample has an answer (all groups are -1), the result is 0.
   """
   out_P = np.full(len(score_PN), np.nan)
   for p, (score_N, group_N) in enumerate(zip(score_PN, group_PN)):

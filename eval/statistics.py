@@ -126,8 +126,8 @@ def bootstrap_interval(
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
   """Returns the interval over problems for problems that all have the same value, as a function alpha -> (low, high).
 
-  The function returns the limits of the 1 - alpha interval. They are Gaffke's (see the docstring of this module),
-  because resamples of equal values have no variance.
+  The function returns the limits of the 1 - alpha interval. It uses Gaffke's limits (see the docstring of this
+  module), because the bootstrap can't be used: resamples of equal values have no variance.
 
   mean: the value of the problems.
   problems: the number of problems.
@@ -142,8 +142,8 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
 def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
   """Returns the interval over problems from the studentized bootstrap, as a function alpha -> (low, high).
 
-  The function returns the limits of the 1 - alpha interval. If both `bounds` are finite, they are cut at Gaffke's
-  limits.
+  The function returns the ends (low, high) of the 1 - alpha interval. If both `bounds` are finite, the interval never
+  extends beyond Gaffke's limits (see the docstring of this module).
 
   x_P: the value of each problem.
   """
@@ -195,8 +195,8 @@ def _arcsine(bounds: Bounds, problems: int) -> tuple[Callable, Callable, Callabl
   """Returns the arcsine scale for values between `bounds`, as three functions: the scale, its derivative and its
   inverse.
 
-  The derivative is infinite at a bound. Near a bound, it is therefore taken at a distance of 1/P of the range from the
-  bound.
+  The derivative is infinite at a bound. For a value that is closer to a bound than (high - low) / problems, the
+  derivative at this distance is therefore used.
   """
   start, width = bounds[0], bounds[1] - bounds[0]
   margin = min(1 / problems, 0.5)
@@ -325,8 +325,8 @@ class Noise:
   problems: int = 0
 
   def smallest_detectable(self, seeds: int, level: float = 0.95, power: float = 0.8) -> float:
-    """Returns how far from zero the true mean must be, to be detected in an experiment with `seeds` seeds on the same
-    problems.
+    """Returns how far from zero the true mean must be, to be detected in an experiment with `seeds` seeds and as many
+    problems as `self.problems`.
 
     The mean counts as detected if the interval of `bootstrap_interval` or `over_seeds` excludes zero. The calculation
     assumes enough problems for a normal distribution.

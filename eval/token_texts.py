@@ -42,8 +42,8 @@ def texts_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def _divided(parts: Sequence[bytes]) -> list[str]:
-  """Decodes the bytes of several tokens together. Returns a text for each token: the characters that begin in the
-  token.
+  """Decodes the bytes of several tokens together. Returns a text for each token: the characters whose first byte is in
+  the token.
 
   parts: the bytes of each token.
   """

@@ -104,7 +104,7 @@ def read_folder(folder: epath.Path) -> list[Row]:
 
 
 def read_run(path: epath.Path, name: str, launcher_s: str = '') -> Row:
-  """Returns the row of the run in a workdir. If a file is missing or damaged, values are unknown.
+  """Returns the row of the run in a workdir. If a file is missing or damaged, its values are unknown.
 
   Args:
     name: the name of the run in the table.

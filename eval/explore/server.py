@@ -36,7 +36,7 @@ class Server(http.server.ThreadingHTTPServer):
   """A server on 127.0.0.1. `serve_forever` answers requests until `shutdown` is called.
 
   Attributes:
-    url: the page's address, including the token.
+    url: the page's address. Its path begins with a random secret, and requests without this secret are refused.
   """
 
   daemon_threads = True

@@ -152,7 +152,7 @@ class Explorer:
     return found
 
   def _vocabulary(self, passages):
-    """Returns {token id: text} for all tokens of these passages, and for the most probable tokens at each position."""
+    """Returns {token id: text} for all tokens of `passages`, and for the most probable tokens at each position."""
     used = {token for p in passages for token in p['tokens']}
     used |= {token for p in passages for f in p['figures'] for top in f['top'] for token in top}
     return {token: token_text(self._tokenizer, token) for token in sorted(used)}
@@ -161,7 +161,8 @@ class Explorer:
 def labels(models: Sequence[Loaded]) -> list[str]:
   """Returns a name for each checkpoint: its objective, followed by ' + RL' for a checkpoint of an RL run.
 
-  If several checkpoints have the same name, their steps are added, or the parts of their workdirs that differ.
+  If several checkpoints would have the same name, each name also gets the checkpoint's step, the part of its workdir
+  that differs, or both.
   """
   short = [NAMES.get(m.objective, m.objective) + (' + RL' if 'rl' in m.ref.meta['config'] else '') for m in models]
 

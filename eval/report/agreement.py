@@ -41,8 +41,8 @@ def _role(key: str) -> str:
 def disagreements(run: Run, other: Run) -> list[str]:
   """Returns one phrase for each way in which two runs of the same stage disagree. Phrases about data come first.
 
-  The function ignores the objectives and the seeds of the two runs, and their steps (see `of_steps`). If both runs
-  started from other runs, their parent runs are compared too, and the steps of the checkpoints from which they started.
+  The function ignores the objectives and the seeds of the two runs, and their steps (see `of_steps`). If each of them
+  started from a checkpoint of a parent run, the two parent runs and the steps of the two checkpoints are compared too.
   """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
@@ -92,7 +92,7 @@ def _of_settings(run: Run, other: Run) -> list[str]:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-  """Returns the settings in which two runs must agree, {dotted key: value}.
+  """Returns the settings of a run that must be equal in any run that it is compared with, as {dotted key: value}.
 
   These are the settings that affect what is learned, and the length of training, on which the learning rate depends.
   The settings that say where data comes from are left out, because data is compared by hash.

@@ -158,9 +158,9 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Divides an arm into several if its runs of the same stage differ in settings other than objective and seed.
+  """Divides each arm whose runs of the same stage differ in settings other than objective and seed.
 
-  Up to three of these settings, with their values in the run, are added to the name `run.arm`.
+  Up to three of the differing settings, with their values in a run, are added to the run's arm name.
   """
   groups: dict[tuple[str, str], list[Run]] = {}
   for run in sweep.runs:
@@ -178,10 +178,10 @@ def _tell_apart(sweep: Sweep) -> None:
 def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   """Returns the run that wrote the checkpoint run.parent_path; None if it can't be found.
 
-  The path of the checkpoint contains the workdir of the parent. If no run has this workdir, in the sweep or outside of
-  it, the sweep may have been moved. Then the workdirs of the sweep's runs are compared with the parent's, folder by
-  folder from the end of the path, and the run with the most equal folders is the parent. If several runs have equally
-  many, or if this is `run` itself, the parent is unknown.
+  The path of the checkpoint contains the workdir of the parent. If there is no run in this workdir, the sweep may have
+  been moved. The parent is then the run in the sweep whose workdir shares the most trailing folders with the missing
+  workdir, as a/b/c and x/b/c share two. If several runs share equally many, or if `run` itself shares the most, the
+  parent is unknown.
   """
   if not run.parent_path:
     return None
@@ -201,7 +201,7 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pass
 
   def shared(other: Run) -> int:
-    """Returns how many folders at the end of its path the workdir of `other` has in common with the parent's."""
+    """Returns the number of trailing folders that the workdir of `other` shares with the parent's workdir."""
     pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
 

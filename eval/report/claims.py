@@ -118,9 +118,9 @@ class Claim:
 def above(worth: float = 0.0) -> Judge:
   """Returns a rule that judges the claim "the effect is above zero".
 
-  The verdict is 'yes' or 'no' if the corrected p-value is at most ALPHA. Otherwise it is SMALL if the whole interval is
-  below `worth`, and CANT_TELL if it isn't. SMALL needs no correction for multiple testing: a claim fails only if all
-  its effects are small, so several tests make a wrong 'no' rarer.
+  If the corrected p-value is at most ALPHA, the verdict is 'yes' for a positive effect and 'no' for a negative one.
+  Otherwise it is SMALL if the whole interval is below `worth`, and CANT_TELL if it isn't. SMALL needs no correction for
+  multiple testing. The reason is that small effects refute a claim only if all its tests say SMALL.
 
   worth: the smallest effect worth finding.
   """
@@ -133,8 +133,10 @@ def above(worth: float = 0.0) -> Judge:
 
 
 def below(effect: Estimate, p_holm: float) -> str:
-  """Judges the claim "the effect is below zero": CANT_TELL if the corrected p-value is above ALPHA, otherwise 'yes' or
-  'no'.
+  """Judges the claim "the effect is below zero".
+
+  The verdict is CANT_TELL if the corrected p-value is above ALPHA. Otherwise it is 'yes' for a negative effect, and
+  'no' for a positive one.
   """
   return CANT_TELL if p_holm > ALPHA else 'yes' if effect.mean < 0 else 'no'
 
@@ -143,8 +145,8 @@ def equal(effect: Estimate, _) -> str:
   """Judges the claim "the effect lies between -EQUAL and EQUAL".
 
   The verdict is 'yes' if the whole 95 % interval lies in this range, which is stricter than two one-sided tests at 5 %.
-  It is 'no' if the whole interval lies outside, otherwise CANT_TELL. 'yes' needs no correction for multiple testing:
-  the claim holds only if every test says 'yes', so several tests make a wrong 'yes' rarer.
+  It is 'no' if the whole interval lies outside, otherwise CANT_TELL. 'yes' needs no correction for multiple testing,
+  because the claim holds only if every test says 'yes'.
   """
   if effect.low > -EQUAL and effect.high < EQUAL:
     return 'yes'
@@ -165,7 +167,7 @@ def in_tail_range(effect: Estimate, p_holm: float) -> str:
 
 
 def related(effect: Estimate, p_holm: float) -> str:
-  """Judges the claim "the two orders are related". The effect is a rank correlation.
+  """Judges the claim "two orders of the arms are related". The effect is the rank correlation of the two orders.
 
   The verdict is 'yes' if the p-value is at most ALPHA. Otherwise it is SMALL if the whole interval lies between
   -UNRELATED and UNRELATED, and CANT_TELL if it doesn't.
@@ -260,12 +262,13 @@ def _test(what: str, unit: str, factor: float, by_seed: dict[Any, float], judge:
 
 
 def _better_after_rl(sweep: Sweep, arm: dict[str, str], stage: str, sampled: Sequence[Comparison], k: int) -> Claim:
-  """Returns claim (d): after RL, LOW and TAIL answer better than plain cross-entropy and than HIGH, on the same
-  problems.
+  """Returns claim (d) of docs/study.md: after RL, the models with the objectives LOW and TAIL answer better than those
+  with plain cross-entropy and those with HIGH.
 
-  The differences of Avg@n decide. Those of Cons@n and Pass@k are only shown.
+  The claim is decided by the differences of Avg@n. The differences of Cons@n and Pass@k are only shown.
 
   arm: {objective: name of its arm}.
+  sampled: the result of comparisons.benchmarks.
   """
   runs = [run for run in sweep.of(stage) if run.arm in (arm[LOW], arm[TAIL], arm[HIGH])] if arm[HIGH] else []
   against = dataclasses.replace(sweep, runs=runs, baselines=dict.fromkeys(arm.values(), arm[HIGH]))
@@ -285,7 +288,7 @@ def _order(what: str, earlier: Sequence[Comparison], later: Sequence[Comparison]
 
   Arms are ordered by their difference to the baseline, whose own difference is zero. The effect is Kendall's tau, a
   rank correlation in [-1, 1], as the mean over seeds. The p-value comes from a permutation test over all orders of the
-  arms, because the test is about arms, not about seeds. With five arms, it can't be less than 2/120.
+  arms, because the test is about arms, not about seeds. With five arms, the p-value can't be less than 2/120.
   """
   a, b = ({c.arm: c.differences or dict.fromkeys(c.by_seed, 0.0) for c in found
            if c.subject == found[0].subject and (c.differences or c.arm == c.baseline)} for found in (earlier, later))

@@ -116,7 +116,8 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
 def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
   """Returns the remark on a comparison; '' if there is nothing to remark.
 
-  The remark says why pairs weren't compared. If only one pair was compared, it adds that one seed gives no verdict.
+  The remark says why some pairs of runs weren't compared. If only one pair was compared, it adds that one seed gives no
+  verdict.
 
   reasons: why pairs weren't compared.
   baseline: the name of the baseline arm.
@@ -190,7 +191,7 @@ def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:
   - 'start': the mean over the first tenth of the steps.
   - 'end': the mean over the last tenth of the steps.
   - CHANGE: 'end' minus 'start'.
-  - EARLY: the mean over the tenth of the steps that ends after a quarter of the run, minus 'start'.
+  - EARLY: the mean over the steps between 15 % and 25 % of the run, minus 'start'.
   """
   out = []
   for stage in sweep.stages:
@@ -262,7 +263,7 @@ def paper_averages(sweep: Sweep) -> list[Comparison]:
 def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], read: Read) -> list[Comparison]:
   """Compares arms by metrics that have one value per run. Returns one Comparison per metric and arm.
 
-  read: a function that takes a run and a metric, and returns a Measured; None if the run lacks the metric.
+  read: a function that takes a run and a metric, and returns the value as Measured; None if the run has no value.
   """
   out = []
   for arm in sweep.arms:
@@ -331,7 +332,8 @@ def pass_k(sweep: Sweep) -> int:
 def benchmark_metrics(k: int) -> dict[str, ByProblem]:
   """Returns {metric: function}, for the metrics that are computed from samples.
 
-  A function takes SampleSet.metrics, and returns the values [P] of the metric. Metrics about right answers come first.
+  Each function takes SampleSet.metrics, and returns the metric's value for each problem. Metrics about right answers
+  come first.
 
   k: the k of Pass@k.
   """
@@ -395,7 +397,10 @@ def gains(sweep: Sweep, k: int) -> list[Comparison]:
 
 
 def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any, tuple[int, SampleSet]]:
-  """Returns {seed: (step, samples)}: the newest samples on a benchmark of each run of an arm, if the run has any."""
+  """Returns {seed: (step, samples)} with the newest samples that each run of an arm has on a benchmark.
+
+  Runs without samples on the benchmark are left out.
+  """
   runs = reversed(sweep.of(stage, arm))
   return {run.seed: found for run in runs if (found := run.sampled(benchmark))}
 
@@ -413,15 +418,15 @@ def _compared(
   c: Comparison, sets: Mapping[Any, SampleSet], usable: Mapping[Any, tuple[SampleSet, SampleSet]], reasons: list[str],
   read: ByProblem,
 ) -> Comparison:
-  """Completes a comparison that is based on samples: sets all its fields that depend on them, except p_holm. Returns
+  """Completes a comparison of samples. Sets all fields that are computed from the samples, except p_holm, and returns
   the comparison.
 
   Args:
     c: the comparison.
     sets: {seed: samples of the arm}, from which `value` is computed.
     usable: {seed: (samples of the arm, samples to compare with)}, from which `difference` is computed.
-    reasons: why other pairs can't be compared.
-    read: a function that takes SampleSet.metrics, and returns the values [P] of the metric.
+    reasons: why other pairs of runs can't be compared.
+    read: a function that takes SampleSet.metrics, and returns the metric's value for each problem.
   """
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
   values_SP = aligned(sets.values(), read)[0]

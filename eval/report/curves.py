@@ -46,9 +46,9 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
 
 
 def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
-  """Returns the same as `curve`, for the differences of runs to their baseline.
+  """Returns (lines, size) as `curve` does, but for the difference between each arm and its baseline.
 
-  Each difference is between two runs with the same seed that agree in everything except the objective.
+  Runs are subtracted in pairs that have the same seed and agree in everything except the objective.
   """
   x_X, size = _points(sweep, stage, name)
   out = []
@@ -108,7 +108,7 @@ def _series(arm: str, x_X: np.ndarray, rows: list[np.ndarray]) -> Series | None:
 
 
 def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: bool = False) -> list[Series]:
-  """Returns a histogram from the newest probe of each run, as one line per arm.
+  """Returns a histogram from the newest probe (`betarank eval probe`) of each run, as one line per arm.
 
   x is the middle of a bin, and y is the fraction of tokens in the bin. Probes without this histogram, and probes whose
   bins differ from those of the first probe, are left out.

@@ -51,7 +51,10 @@ _METRICS = {
 
 
 def metric(name: str) -> Metric:
-  """Returns how the metric `name` is shown. `name` may also be 'pass_at_K' for any number K, or an unknown name."""
+  """Returns how the metric `name` is shown. An unknown metric gets a default format.
+
+  name: the name of a metric, which may be 'pass_at_K' with any number K.
+  """
   if name.startswith('pass_at_'):
     return Metric(f'Pass@{name.removeprefix("pass_at_")}', '.1f', **_PERCENT)
   return _METRICS.get(name, Metric(name.replace('_', ' '), '.4g'))

@@ -303,8 +303,8 @@ def _read_harness(run: Run, sweep: Sweep) -> None:
 
 
 def _harness_score(values: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Returns {'metric', 'score', 'standard_error'} for a task of lm-evaluation-harness; None if it has none of
-  HARNESS_SCORES.
+  """Returns the score of a task of lm-evaluation-harness, as a dict with the keys 'metric', 'score' and
+  'standard_error'. The metric is the first of HARNESS_SCORES that the task has. If it has none, returns None.
 
   values: the harness's results for the task, such as {'acc,none': 0.3, 'acc_stderr,none': 0.01}.
   """

@@ -201,7 +201,7 @@ class Run:
     return f'unfinished: step {self.last_step:,} of {self.steps:,.0f}'
 
   def probe(self) -> tuple[int, dict[str, Any]] | None:
-    """Returns (step, result) of the newest probe; None if there is no probe."""
+    """Returns (step, result) of the newest `betarank eval probe` of this run; None if there is none."""
     return (max(self.probes), self.probes[max(self.probes)]) if self.probes else None
 
   def sampled(self, benchmark: str, step: int | None = None) -> tuple[int, SampleSet] | None:
@@ -264,7 +264,7 @@ def number(value: Any) -> float:
 
 
 def setting(config: Any, key: str) -> Any:
-  """Returns the value of the setting with a dotted key, or None if there is no such setting."""
+  """Returns the value of the setting with the dotted key `key`, or None if there is no such setting."""
   for part in key.split('.'):
     config = config.get(part) if isinstance(config, dict) else None
   return config

@@ -157,8 +157,9 @@ class Report:
     return table(titles, rows, words.CLAIMS_NOTE, class_='words claims') if rows else Html('')
 
   def every_figure(self) -> None:
-    """Writes two CSV files on all metrics of all arms: seeds.csv with the value of each seed, and noise.csv with the
-    noise.
+    """Writes two CSV files on all metrics of all arms.
+
+    seeds.csv has the value of each seed, and noise.csv has the parts of the noise (see statistics.Noise).
     """
     found = [*self.distributions, *self.dynamics, *self.benchmarks, *self.gains, *self.harness, *self.paper]
     key = lambda c: (c.stage, c.subject, c.metric, c.arm, c.baseline)
@@ -395,8 +396,8 @@ class Report:
       names: the values of Comparison.metric to show, one row for each, in this order.
       note: the text at the end of each table's caption.
       name: a heading above the tables; '' for none.
-      shown_as: the metric that gives the number format of all rows, if `names` are tasks and not metrics; '' if each
-        row has the format of its own metric.
+      shown_as: the metric whose number format all rows use, needed if `names` are tasks; '' if each row uses the format
+        of its own metric.
     """
     self._csv(file, ('stage', 'subject', 'metric', 'arm', 'baseline', 'value', 'low', 'high', 'difference',
                      'difference_low', 'difference_high', 'p', 'p_holm', 'verdict', 'smallest_detectable', 'problems',

@@ -196,7 +196,7 @@ def _with_change(c: Comparison) -> str:
 
 
 def _of(c: Comparison) -> str:
-  """Returns a difference followed by what differs, such as '+1.2 points [−0.3, +2.7] of right answers'."""
+  """Returns a difference and the name of its metric, such as '+1.2 points [−0.3, +2.7] of right answers'."""
   what = {'avg_at_n': 'of right answers', 'cons_at_n': 'by majority vote'}
   return f'{change(c.metric, c.difference)} {what.get(c.metric, f"in {metric(c.metric).title}")}'
 
