@@ -20,7 +20,7 @@ HEADS, KEY_HEADS, LENGTH, WIDTH = 32, 8, 4096, 128
 def predict_ms(chip: str, sizes: tuple[int, int, int], backward: bool, rows: int, folder: pathlib.Path) -> str:
   """Returns the predicted time of one kernel, such as '2.10 to 1.80', or 'no room' if it doesn't fit into VMEM.
 
-  The first number is in milliseconds with interlocks of the matrix unit, the second without them.
+  Both numbers are milliseconds. Only the first one includes the interlocks of the matrix unit (docs/plans.md).
 
   sizes: (queries per block, keys per block, keys that are multiplied at a time).
   backward: whether to predict the backward kernel instead of the forward kernel.

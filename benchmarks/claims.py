@@ -17,11 +17,11 @@ RESAMPLES = 400
 
 
 def verdict(rng: np.random.Generator, seeds: int, problems: int, gain: float, seed_sd: float, problem_sd: float) -> str:
-  """Returns the verdict on the claim in one simulated study.
+  """Returns the verdict on the claim in one simulated study: 'yes', 'no' or "can't tell".
 
-  gain: how much better the first two arms are, as a share of right answers.
-  seed_sd, problem_sd: standard deviations of a difference between two arms: between seeds, and of one problem in one
-    seed.
+  gain: the share of right answers of the first two arms, minus that of the last two arms.
+  seed_sd: the standard deviation, over seeds, of the difference between two arms.
+  problem_sd: the standard deviation, over the problems of one seed, of the difference between two arms.
   """
   scores = [(gain if arm < 2 else 0.0) + rng.normal(0, seed_sd / 2**0.5, (seeds, 1))
             + rng.normal(0, problem_sd / 2**0.5, (seeds, problems)) for arm in range(4)]

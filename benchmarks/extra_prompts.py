@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(SMOKE, vocab_size=64)
 
 
 class Problems:
-  """A task set, a tokenizer and a verifier in one. A task is its number."""
+  """Stands in for a task set, a tokenizer and a verifier. A task is only a number."""
 
   bos, size = 0, None
 
@@ -63,7 +63,11 @@ class Problems:
 
 
 def make_step(sampler, problems, extra):
-  """Returns a function (params, step) -> the groups of an RL step."""
+  """Returns a function (params, step) -> groups, which samples the groups of one RL step.
+
+  problems: a `Problems`, the source of prompts and rewards.
+  extra: the number of extra prompts (config.rl.extra_prompts).
+  """
   rl = types.SimpleNamespace(
     prompts_per_step=PROMPTS, group_size=SAMPLES, max_resampling_rounds=ROUNDS, extra_prompts=extra,
     keeps_zero_variance=False, repeat_zero_variance=1.0, long_prompts='refuse', phase=lambda step: 0,
@@ -97,7 +101,13 @@ def measure(share, extras, repeats):
 
 
 def simulate(rng, rows, share, extra, prompts=64, samples=16):
-  """Returns (decoding steps, tokens drawn) of one RL step."""
+  """Simulates the sampling of one RL step. Returns (decoding steps, tokens drawn).
+
+  rows: the number of answers that are decoded at the same time.
+  share: the share of zero-variance groups.
+  extra: the number of extra prompts.
+  prompts, samples: the number of groups that the step wants, and of answers per group.
+  """
   agree = rng.random(prompts * ROUNDS) < share
   median = 80 * np.exp(rng.normal(0, 0.25, prompts * ROUNDS))
   length = np.exp(np.log(median)[:, None] + rng.normal(0, 0.5, (prompts * ROUNDS, samples))).astype(int).clip(1, 224)

@@ -36,7 +36,10 @@ TABLE_LINES = 9  # the table has the last so many lines of each part's output
 
 
 def run(name: str, argv: list[str], timeout_s: float) -> tuple[str, float, list[str]]:
-  """Runs one part and shows its output. Returns (how the part ended, seconds, the last lines of its output)."""
+  """Runs one of PARTS and shows its output. Returns (state, seconds, the last lines of its output).
+
+  The state is 'done', 'exit STATUS' or 'too long'.
+  """
   start = time.perf_counter()
   environment = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.92', 'TF_CPP_MIN_LOG_LEVEL': '2', **os.environ}
   if name in TORCH:

@@ -24,7 +24,7 @@ class Kind:
   """A population of problems.
 
   Attributes:
-    draw: a function (rng, problems) -> values [problems].
+    draw: a function (rng, number of problems P) -> the values of P problems drawn at random, float [P].
     truth: the mean over the population.
     bounds: the smallest and the largest possible value.
   """
@@ -93,7 +93,7 @@ KINDS = {
 def coverage(kind: Kind, problems: int, trials: int, seed: int = 1) -> tuple[float, float, float, float]:
   """Draws sets of problems, and computes the 95 % interval of each set.
 
-  Returns (coverage, share of intervals above the true mean, share of intervals below the true mean, mean width).
+  Returns (share of intervals that contain the true mean, share above it, share below it, mean width).
 
   kind: the population from which problems are drawn.
   problems: the number of problems of a set.

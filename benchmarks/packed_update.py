@@ -34,7 +34,10 @@ SCALE, SAMPLES, ROWS = 64, 32, 4  # of the timed update; ROWS of a microbatch of
 
 
 def answer_lengths(samples: int, longest: int, mean: float) -> np.ndarray:
-  """Returns log-normal lengths of answers, int [samples], at most `longest`."""
+  """Returns log-normal lengths of answers, int [samples].
+
+  Lengths above `longest` become `longest`. `mean` is the mean of the distribution before this.
+  """
   drawn = np.random.default_rng(0).normal(np.log(mean) - SIGMA**2 / 2, SIGMA, samples)
   return np.exp(drawn).clip(1, longest).astype(int)
 

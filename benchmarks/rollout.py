@@ -42,10 +42,12 @@ SMOKE = dataclasses.replace(CONFIG, vocab_size=1024, layers=2, d_model=96, d_ff=
 
 
 def before(folder):
-  """Returns what the functions below use of the sampler's module, from a checkout of commit 1f66ce9.
+  """Returns a namespace with Prompt, Sampler and SamplerConfig from commit 1f66ce9, for the argument `of` below.
 
-  The commit's packages have names without `betarank`. Its sampler takes the same parameters, but has a config of its
-  own, and no setting cache_tokens.
+  In that commit, packages are imported without the prefix `betarank.`, ModelConfig is another class, and SamplerConfig
+  has no field cache_tokens.
+
+  folder: a checkout of the commit.
   """
   sys.path.insert(0, folder)
   then, config = importlib.import_module('rl.sampler'), importlib.import_module('model.config')
@@ -139,8 +141,13 @@ def transformers():
 
 
 def smoke(params, of=now):
-  """Returns a variant with the shapes of configs/rl_smoke.py: 32 prompts, 8 answers each of 8 to 28 tokens, and then 8
-  more prompts.
+  """Returns one variant of the sampler, {name: function seed -> number of tokens}, with the shapes of
+  configs/rl_smoke.py.
+
+  It samples 8 answers to each of 40 prompts; 32 prompts are decoded at the same time. Answers have 8 to 28 tokens.
+
+  params: the parameters of the model SMOKE.
+  of: the sampler's module, or the result of `before`.
   """
   length = np.random.default_rng(1).integers(8, 29, 40).tolist()
   token = np.random.default_rng(0).integers(4, SMOKE.vocab_size, (40, 20)).tolist()
@@ -156,6 +163,9 @@ def refill(params, of=now):
   'padded batches' gives it only as many prompts at a time as it has rows, so that short answers wait for the longest
   answer. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt. For the
   larger models, whose answers have up to 8192 tokens, only 'refilled rows' is returned.
+
+  params: the parameters of the model CONFIG.
+  of: the sampler's module, or the result of `before`.
   """
   rows, longest, middle, cache_tokens = REFILL
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()
@@ -175,8 +185,10 @@ def prefill(params, of=now):
   """Returns two variants of betarank's sampler, {name: function seed -> number of tokens}, for 16 answers to one long
   prompt.
 
-  The prompt has about 1000 tokens. 'prefill shared' processes the prompt once, and 'prefill repeated' processes it 16
-  times.
+  The prompt has 1024 tokens. 'prefill shared' processes the prompt once, and 'prefill repeated' processes it 16 times.
+
+  params: the parameters of the model CONFIG.
+  of: the sampler's module, or the result of `before`.
   """
   (prompt,) = make_prompts(1, 1024, of)
   copies = [prompt._replace(id=i) for i in range(16)]
@@ -188,8 +200,9 @@ def prefill(params, of=now):
 
 
 def measure(ways, repeats, cold=False):
-  """Returns (tokens per second, tokens per second of this process's CPU time) of each variant, in its fastest run by
-  either measure. The runs of all variants are interleaved.
+  """Returns {variant: (tokens per second, tokens per CPU second of this process)}.
+
+  Each of the two figures is the best of all runs of the variant. The runs of all variants are interleaved.
 
   ways: the variants, {name: function seed -> number of generated tokens}.
   repeats: the number of timed runs of each variant.
@@ -208,7 +221,13 @@ def measure(ways, repeats, cold=False):
 
 
 def show(title, rates, ours):
-  """Prints the result of `measure`. On a CPU that other jobs use too, CPU time is the fairer measure."""
+  """Prints the rates of all variants, and the rate of the variant `ours` divided by each of them.
+
+  If other jobs use the CPU too, compare tokens per CPU second.
+
+  rates: the result of `measure`.
+  ours: the name of a variant in `rates`.
+  """
   print(f'{title:46}{"tokens/s":>10}{"ours / this":>13}{"tokens/CPU s":>14}{"ours / this":>13}')
   for name, (rate, cpu_rate) in rates.items():
     print(f'{name:46}{rate:10,.0f}{rates[ours][0] / rate:13.2f}{cpu_rate:14,.0f}{rates[ours][1] / cpu_rate:13.2f}')

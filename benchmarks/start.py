@@ -65,7 +65,11 @@ SMALL_S = 0.3  # programs that compile in less time are added up
 
 
 def child(path: str, arguments: list[str]) -> None:
-  """Runs `betarank ARGUMENTS`, and writes the spans of time of its parts to the JSON file `path`."""
+  """Runs `betarank ARGUMENTS`, and writes a list of spans to the JSON file `path`.
+
+  A span is [part of the command or kind of compiling, start, end, whether it was in the main thread, name of the
+  compiled program or '']. Start and end are values of time.monotonic().
+  """
   spans, main = [], threading.get_ident()
 
   def note(name, start, end, detail=''):
@@ -114,7 +118,10 @@ def child(path: str, arguments: list[str]) -> None:
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, float], list, dict[str, float]]:
-  """Runs a command. Returns (seconds of the main thread by part, the spans of all threads, figures of the process)."""
+  """Runs a command. Returns ({part: seconds of the main thread}, spans, {'whole': wall seconds, 'CPU': CPU seconds}).
+
+  The spans are those that `child` writes, of all threads.
+  """
   with tempfile.NamedTemporaryFile() as file:
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     process = subprocess.Popen(
@@ -130,7 +137,11 @@ def run(arguments: list[str], environment: dict[str, str]) -> tuple[dict[str, fl
 
 
 def parts(spans: list, began: float, ended: float) -> dict[str, float]:
-  """Returns the main thread's seconds in each part. An instant belongs to that of its spans which began last."""
+  """Returns {part: seconds of the main thread}. If spans overlap, the time counts for the span that began last.
+
+  spans: the list that `child` writes.
+  began, ended: the times at which the process was started and had ended.
+  """
   [start], [end] = ([span[1] for span in spans if span[0] == name] for name in ('start', 'end'))
   waiting = [('imports', began, start), ('rest', start, end), ('exit', end, ended)]
   waiting += [(name, a, b) for name, a, b, on_main, _ in spans if on_main and name not in ('start', 'end')]
@@ -146,7 +157,12 @@ def parts(spans: list, began: float, ended: float) -> dict[str, float]:
 
 
 def compiled(spans: list) -> dict[str, dict[str, float]]:
-  """Returns {program: {kind of work: seconds}} for the programs that took longest, and 'others' for all others."""
+  """Returns {program: {'tracing', 'lowering' or 'compiling': seconds}}.
+
+  Programs that compile in less than SMALL_S seconds are added up under the name 'others'.
+
+  spans: the list that `child` writes.
+  """
   found = collections.defaultdict(collections.Counter)
   for name, a, b, _, program in spans:
     if name in COMPILING.values():

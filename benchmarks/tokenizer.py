@@ -64,7 +64,7 @@ def train(documents: list[str], folder: pathlib.Path) -> str:
 def parts(documents: list[str]) -> list[list[str]]:
   """Divides the documents into parts of at least PART_BYTES. Documents after the last complete part are left out.
 
-  data/worker.py reports its progress after the same parts.
+  data/worker.py reports its progress after each of these parts, because `main` sets worker.REPORT_BYTES to PART_BYTES.
   """
   found, size = [[]], 0
   for text in documents:

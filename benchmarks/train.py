@@ -74,7 +74,7 @@ OBJECTIVES = {
 
 
 def naive_step(c: model.ModelConfig, tx):
-  """Returns a jitted training step that holds all logits in memory."""
+  """Returns a jitted function (state, batch) -> (state, {'loss'}), a training step that holds all logits in memory."""
   def loss(params, batch):
     hidden_BTD, _ = model.forward(c, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     logits_BTV = (hidden_BTD @ model.head(c, params).astype(hidden_BTD.dtype)).astype(jnp.float32)

@@ -135,7 +135,10 @@ def boxed(answer: str, gold: str) -> tuple[str, Task]:
 
 
 def pairs(data: pathlib.Path, verifier: Verifier) -> None:
-  """Prints how many pairs of a reference and an answer get a wrong verdict. The files state the right verdicts."""
+  """Prints how many pairs (reference, answer) get a wrong verdict from betarank, and how many from math-verify.
+
+  The pairs and their right verdicts are in tests/tasks/pairs.tsv and, if it exists, DATA/judge/pairs.tsv.
+  """
   print(f'{"pairs":28}{"":14}{"right":>8}{"wrong":>8}{"false right":>14}{"false wrong":>14}{"undecided":>12}')
   for path in (ROOT / 'tests' / 'tasks' / 'pairs.tsv', data / 'judge' / 'pairs.tsv'):
     if not path.is_file():

@@ -60,10 +60,10 @@ class CheckpointConfig:
 class _Manager(ocp.CheckpointManager):
   """Orbax's CheckpointManager, except that it leaves SIGTERM to StopSignal (configs/stop.py).
 
-  In a job of several processes, all must stop at the same call of JAX's `reached_preemption_sync_point`. Each call has
-  a number, and after SIGTERM JAX chooses one that follows the number of the latest call. Orbax's calls have other
-  numbers than StopSignal's. If the latest call were Orbax's, StopSignal might already have passed the chosen number,
-  and the processes would never stop.
+  In a job of several processes, all must stop at the same call of JAX's `reached_preemption_sync_point`. The caller
+  numbers its calls. After SIGTERM, JAX chooses the number at which all stop, a little above the number of the latest
+  call. Orbax and StopSignal number their calls differently. If the latest call were Orbax's, StopSignal might already
+  have passed the chosen number, and the processes would never stop.
   """
 
   def reached_preemption(self, step: int) -> bool:
@@ -118,7 +118,7 @@ class Checkpoints:
       state: the state to save.
       meta: the metadata to save. The step and the shapes are added here.
       step: the number of the step.
-      best: the step whose checkpoint is never deleted, or None.
+      best: the step whose checkpoint is never deleted; None if there is no such step.
 
     Raises:
       CheckpointError: this write or an earlier write failed.
@@ -201,8 +201,8 @@ class Checkpoints:
 class _Kept:
   """Tells Orbax which checkpoints to keep.
 
-  These are the newest `keep`, those whose step is a multiple of `keep_every_steps` (if it isn't 0), and that of the
-  step in the attribute `best`.
+  These are the newest `keep` checkpoints, those whose step is a multiple of `keep_every_steps` (none if it is 0), and
+  the checkpoint of the step that the attribute `best` names.
   """
 
   def __init__(self, config: CheckpointConfig):

@@ -73,10 +73,10 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
   Args:
     folder: the folder of the checkpoint.
     item: the part of the checkpoint to check, 'state' or 'meta'; '' for both.
-    full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of blocks, in a bucket only for
-      files of up to 1 MiB.
-    share: (i, n), to divide the work among n processes. Checks the content only of the blocks i, i + n, i + 2n and so
-      on or, with full=True, of the files with these numbers. The sizes of all files are always checked.
+    full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of every block. In a bucket, it
+      does this only for files of up to 1 MiB.
+    share: (i, n), to divide the work among n processes. Process i checks the blocks i, i + n, i + 2n and so on, counted
+      over all files. With full=True, it checks the files with these numbers. The size of every file is always checked.
 
   Raises:
     OSError: a file in a bucket can't be read now.

@@ -142,7 +142,9 @@ def _storage_errors_as_user_errors(path: str) -> Iterator[None]:
 
 
 def _job_fingerprint(config: ConfigDict, path: str, inputs: Mapping[str, str]) -> dict[str, Any]:
-  """Returns {name: value} for everything that must be equal in all processes. Error messages contain both.
+  """Returns {name: value} for everything that must be equal in all processes.
+
+  If a value differs, the error message shows its name and both values.
 
   The values are the code's version, JAX's version, the workdir, each setting, and a hash of each file of `inputs`.
   """

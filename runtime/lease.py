@@ -167,8 +167,8 @@ class _Lease:
 def _process(pid: int) -> dict[str, Any]:
   """Returns values that identify a process of this machine: {'place', 'pid', 'start'}.
 
-  place: identifies the present boot of the machine, and the container (PID namespace); '' if unknown, as on systems
-    other than Linux.
+  place: a text that identifies the machine, its last boot, and the container (PID namespace); '' if unknown, as on
+    systems other than Linux.
   start: when the process started, in clock ticks after the boot; '' if there is no such process.
   """
   try:

@@ -56,7 +56,7 @@ class JsonLines:
   """A file with one JSON object per line. Each object has the key `step`, which never decreases along the file.
 
   The constructor opens or creates the file, and removes the lines of all steps after its argument `step`. It reads a
-  local file from the end, and only as far as lines are removed, because a long run has a million lines.
+  local file backwards from the end, and stops at the first line that it keeps, because a long run has a million lines.
 
   Attributes:
     last: the last object that is left in the file; {} if none is left.

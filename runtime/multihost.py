@@ -31,9 +31,11 @@ def row_share(sharding: NamedSharding, rows: int, length: int, mesh_key: str = '
 
 
 def local_to_global(local, sharding: NamedSharding, rows: int):
-  """Returns a global batch of `rows` rows, as a tree of arrays [B, T], from the rows that each process has read.
+  """Returns a global batch, a tree of arrays [rows, T], built from the rows that each process has read.
 
-  local: the rows of this process, as a tree of arrays [B of this process, T].
+  T is the number of tokens per row.
+
+  local: the rows of this process, as a tree of arrays [rows of this process, T].
   sharding: the sharding of the result.
   """
   build = lambda x_BT: jax.make_array_from_process_local_data(sharding, np.asarray(x_BT), (rows, x_BT.shape[1]))

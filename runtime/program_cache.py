@@ -37,7 +37,10 @@ def keep_programs() -> None:
 
 
 def _own_folder() -> str:
-  """Returns the default folder, or '' if it can't be used. Creates the folder, and removes old programs from it."""
+  """Creates the default folder for compiled programs, and removes old programs from it.
+
+  Returns its path, or '' if the folder can't be used.
+  """
   try:
     home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
     home.mkdir(parents=True, exist_ok=True)

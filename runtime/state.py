@@ -74,8 +74,8 @@ def donated() -> tuple[int, ...]:
 def compiler_options() -> dict[str, bool] | None:
   """Returns the XLA options for compiling an update; None if the device isn't a GPU.
 
-  The only option prevents XLA from running a kernel (attention or a matmul) twice. A layer in a scan saves a copy of
-  the kernel's output. By default, XLA fuses the kernel with this copy. Every other use of the output then runs the
-  kernel again.
+  The only option prevents XLA from running a kernel (attention or a matmul) twice. Scanned layers copy the kernel's
+  output to an array of all layers. By default, XLA fuses the kernel with this copy. If the output has another use, XLA
+  then runs the kernel again.
   """
   return {'xla_gpu_enable_dynamic_slice_fusion': False} if model.platform() == 'gpu' else None

@@ -86,7 +86,8 @@ def update(peers: Mapping[int, Process], heartbeats: Mapping[int, Heartbeat], no
 def verdict(now_s: float, own: Process, peers: Iterable[Process], deadline_s: float) -> str | None:
   """Returns the reason why this process must end, or None if it may continue.
 
-  It must end if another process has failed or sends no heartbeats, or if it has made no step for STALL_S seconds.
+  This process must end if another process has failed or sends no heartbeats. It must also end if it has itself made no
+  step for STALL_S seconds, except during the first step.
 
   Args:
     now_s: the present time, from time.monotonic().
@@ -229,8 +230,8 @@ class JobWatchdog(Watchdog):
   def _watch_store(self) -> None:
     """Ends this process if process 0 hangs.
 
-    Process 0 holds the key-value store, so the thread that reads heartbeats from the store would wait forever. Only
-    time in which this process itself runs counts.
+    Process 0 holds the key-value store. If it hangs, the thread that reads heartbeats from the store waits forever, so
+    another thread runs this method. Time in which this process is suspended isn't counted.
     """
     silent_s, answers = 0.0, 0
     while not self._left.wait(self.period_s):
@@ -249,7 +250,7 @@ class JobWatchdog(Watchdog):
                               allow_overwrite=True)
 
   def _fail(self, error: BaseException) -> None:
-    """Ends this process because the block has raised `error`.
+    """Ends this process because the block of the `with` statement has raised `error`.
 
     If the loss of another process may have caused the error, first waits long enough for the watchdog to find the lost
     process and report it.

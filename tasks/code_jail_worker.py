@@ -155,9 +155,9 @@ def become_nobody(user: int) -> None:
 def run(settings: dict, path: str, token: bytes, user: int) -> None:
   """Replaces this process with Python running the program, under the limits and, in a jail, without privileges.
 
-  settings: SETTINGS of this file's docstring.
+  settings: the parsed argument SETTINGS (see the docstring of this file).
   path: the file of the program.
-  token: written to settings['report'] after the program's last line.
+  token: what is written to the file descriptor settings['report'] after the program's last line has run.
   user: the user id that this process takes if it runs as root.
   """
   source, sink = os.pipe()
@@ -181,9 +181,9 @@ def first_process(settings: dict, program: bytes, token: bytes, user: int) -> No
 
   When process 1 ends after that, the kernel ends all other processes in the jail.
 
-  settings: SETTINGS of this file's docstring.
+  settings: the parsed argument SETTINGS (see the docstring of this file).
   program: the source code of the program.
-  token, user: passed to `run`.
+  token, user: the arguments of `run` with these names.
   """
   _call('prctl', _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
   _call('prctl', _SET_DUMPABLE, 0, 0, 0, 0)  # no other process may read its memory

@@ -76,8 +76,8 @@ class TaskSet:
 
   Attributes:
     size: the number of tasks; None if the source is unlimited.
-    left_out: the records that can't be used: those of all splits that aren't problems, for example because they have no
-      final answer, and those of this split whose reference can't be read.
+    left_out: the records that can't be used. Some aren't problems, for example because they have no final answer; these
+      are in the list of every split. The others are problems of this split whose reference can't be read.
     records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
   """
@@ -214,7 +214,7 @@ class TaskSet:
   def _readable(self, kept: list[tuple[Task, str]]) -> list[Task]:
     """Returns the tasks whose reference can be read, and adds the other tasks to left_out.
 
-    kept: (task, place of its record) for each task of this split.
+    kept: (task, place of its record, such as 'FILE:LINE') for each task of this split.
     """
     references = [task.reference for task, _ in kept if task.verifier == 'math']
     with Verifier(VerifierConfig(deadline_s=_READING_S)) as verifier:
@@ -283,7 +283,7 @@ class _Generated:
 
 @functools.cache
 def _is_exact(task: str) -> bool:
-  """Returns True if the scorer of this reasoning-gym task gives 1 only to the reference itself.
+  """Returns True if the scorer of this reasoning-gym task gives the score 1 only to the reference itself.
 
   Answers to such a task are then compared as texts, without a worker process.
   """
@@ -302,7 +302,7 @@ def files(uri: str) -> list[str]:
 def _literal(value: Any, uri: str) -> str:
   """Returns `value` as the text of a Python literal.
 
-  uri: the source, for the message.
+  uri: the source, for the error message.
 
   Raises:
     DataError: `value` can't be written as a literal.

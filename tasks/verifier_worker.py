@@ -72,7 +72,9 @@ def _guard(package: str) -> None:
   from sympy.parsing.sympy_parser import parse_expr
 
   def guarded(text, *args, **kwargs):
-    """Evaluates `text` if it is arithmetic with numbers, variables of one letter and known functions.
+    """Returns the result of `parse_expr(text, *args, **kwargs)` if `text` is harmless arithmetic.
+
+    It is harmless if it has only numbers, variables of one letter, operators and known functions.
 
     Raises:
       ValueError: `text` has attributes, subscripts, strings or unknown names.
@@ -98,7 +100,8 @@ def math_grader():
   math-verify.
 
   The function takes a request {'reference': text, 'answer': text} and returns a reply {'verdict', 'rule', 'gold',
-  'given'}. If the answer is None, the function only checks whether the reference can be read. The reply is then
+  'given'}. 'rule' is a phrase that says what decided. 'gold' and 'given' say how the reference and the answer were
+  understood. If the answer is None, the function only checks whether the reference can be read. The reply is then
   {'rule': reason}, where the reason is '' if the reference can be read.
   """
   import logging
@@ -136,6 +139,7 @@ def reasoning_gym_grader():
   """Returns a function that grades answers with the scorer of the reasoning-gym task that made the problem.
 
   The function takes a request {'answer': text, 'entry': the task's entry} and returns a reply {'verdict', 'rule'}.
+  'rule' is a phrase with the score.
   """
   from betarank.configs import light_imports
 
@@ -161,7 +165,7 @@ def reward_grader(name):
   """Returns a function that grades samples with a user's reward function.
 
   The function takes a request with the keys text, answer ('' if there is no final answer), reference and question, and
-  returns a reply {'verdict', 'reward', 'rule'}.
+  returns a reply {'verdict', 'reward', 'rule'}, where 'rule' is a phrase with the reward.
 
   The reward function gets the same four values as keywords, but None for a missing answer. It returns a number or a
   bool. A sample is right if the reward is 1.0 or more. A sample is undecided if the reward function raises an

@@ -67,15 +67,15 @@ class Verifier:
   """Grades answers. It can be called from several threads, but processes one call at a time.
 
   Attributes:
-    counts: a Counter of what happened since the verifier was created. A failure of several equal items counts once. The
-      keys are:
+    counts: a Counter of what happened since the verifier was created. If several equal items of one call fail, they
+      count as one failure. The keys are:
         right, wrong, undecided: answers with this verdict.
         plain, worker, jail: answers that were graded in this process, in a worker, in a jail.
         restarts: workers that were restarted.
         timeouts: items that took too long.
         crashes: items during which the worker died.
         refused: items that tried to touch the system.
-        unread: items whose reference can't be read.
+        unread: items that are undecided because their reference can't be read.
         errors: items for which a library or a reward function failed.
     first_error: the message of the first failure that was counted under errors, one line; '' if there was none.
   """
@@ -149,8 +149,8 @@ class Verifier:
   def unreadable(self, references: Sequence[str]) -> dict[str, str]:
     """Returns {reference: reason} for the mathematical references that can't be read, and so can't be compared.
 
-    References aren't written by a model, so they are read in this process. Only references that need math-verify's
-    parser go to a worker.
+    Most references are read in this process, which is safe because no model has written them. If only math-verify may
+    be able to read a reference, a worker reads it.
     """
     found = {text: _why_unreadable(text) for text in dict.fromkeys(references)}
     asked = [text for text, why in found.items() if why is None]

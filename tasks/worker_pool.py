@@ -182,6 +182,8 @@ class WorkerPool:
   def ask(self, kinds: Sequence[str], requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
     """Returns a worker's reply to each request, or the reason why there is none: 'timeouts', 'crashes' or 'refused'.
 
+    The docstring of the class explains the reasons.
+
     kinds: the kind of worker for each request.
 
     Raises:

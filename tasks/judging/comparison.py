@@ -448,7 +448,7 @@ def _minutes(reading: Reading) -> int | None:
 
 
 def _single(reading: Reading) -> Reading:
-  """Returns the value in a set that has only one value, such as {3}. Returns other readings unchanged."""
+  """Returns the value in a set that has only one value, such as {3}. Returns any other parsed answer as it is."""
   if isinstance(reading, Many) and reading.kind == 'set' and [type(item) for item in reading.items] == [Value]:
     return reading.items[0]
   return reading

@@ -84,13 +84,16 @@ def point(many: Many) -> Sequence[Reading] | None:
 
 
 def without_name(item: Reading) -> Reading:
-  """Returns the value in an equation that names one, such as 1 for x = 1. Returns other items unchanged."""
+  """Returns the value in an equation such as x = 1, here 1. If `item` isn't such an equation, returns `item` itself."""
   found = claim(item)
   return found.values[0] if found and found.name else item
 
 
 def renamed(reading: Reading, name: str, new: str) -> Reading:
-  """Returns an expression with the variable `name` renamed to `new`. Returns other readings unchanged."""
+  """Returns an expression with the variable `name` renamed to `new`.
+
+  If the reading (a parsed answer) isn't an expression, returns it unchanged.
+  """
   if not isinstance(reading, Value) or reading.node is None:
     return reading
   return dataclasses.replace(reading, node=expressions.rename(reading.node, name, new), tokens=())

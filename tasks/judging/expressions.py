@@ -49,8 +49,8 @@ class Node(NamedTuple):
 
   op: 'number', 'symbol', 'constant', or the operation, such as 'add', 'pow' or 'call'.
   args: the operands of an operation, or the name of a symbol or constant. A call has the function's name and the
-    operands. A number has its value as a Fraction, and its number of significant digits. The latter is None if the
-    number is written without a decimal point or exponent.
+    operands. A number has its value as a Fraction, and its number of significant digits, or None if it is written
+    without a decimal point or exponent.
   """
 
   op: str
@@ -494,8 +494,8 @@ class _Parser:
   def _call_of_a_number(self) -> str:
     """Parses the numbers in brackets after a name. Returns '(2)' for f(2), and '(2,3)' for f(2, 3).
 
-    Returns '' and parses nothing if no bracket follows, or if something else is in the brackets: f(x + 1) is the
-    product of f and x + 1. If there is a comma in the brackets, single letters are accepted too, as in f(2, n).
+    Returns '' and parses nothing if no bracket follows, or if there is anything but numbers in the brackets. So
+    f(x + 1) is the product of f and x + 1. If the brackets contain a comma, letters are accepted too, as in f(2, n).
     """
     if self.next != '(':
       return ''

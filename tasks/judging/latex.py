@@ -209,7 +209,9 @@ def _join_thousands(tokens: list[str]) -> list[str]:
 
 
 def _command(piece: str, text: str, at: int, tokens: list[str], in_text: bool) -> int:
-  r"""Appends the tokens of a command and, for commands such as \text, of its argument. Returns the index after these.
+  r"""Appends the tokens of a command and, for commands such as \text, of its argument.
+
+  Returns the index after the command and its argument.
 
   piece: the command, such as \frac.
   at: the index in `text` after the command.

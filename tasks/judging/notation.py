@@ -117,8 +117,8 @@ class _Reader:
   def _several(self, tokens: list[str]) -> Reading | None:
     """Reads several answers that are separated by 'or', 'and', semicolons or commas.
 
-    If a text has several kinds of separators, it is split at the kind that comes first in this list. Each part is then
-    read as an answer of its own, so it may be split at another kind of separator.
+    If a text has several kinds of separators, it is first split at the kind that is named first above. Each part is
+    then read as an answer of its own, so it may be split at another kind of separator.
     """
     for separators, kind in _SEPARATORS:
       places = [i for i in at_top(tokens) if tokens[i] in separators]
@@ -301,7 +301,7 @@ class _Reader:
 def as_point(reading: Reading) -> Reading:
   """Returns the pair (1, 2) for a list such as `x = 1, y = 2`. The values are in alphabetical order of the names.
 
-  Returns other readings unchanged.
+  If the reading (a parsed answer) isn't such a list, returns it unchanged.
   """
   if not isinstance(reading, Many) or reading.kind != 'list':
     return reading

@@ -110,8 +110,8 @@ _TABLE = _table()
 def read(tokens: list[str], bare: bool = False) -> Unit | None:
   r"""Returns the unit that the tokens form together; None if they don't form a unit.
 
-  Words may be multiplied, divided and raised to a power. 'square' and 'cubic' precede the unit, 'squared' and 'cubed'
-  follow it.
+  The tokens may be a product, quotient or power of units, such as km/h. 'square' and 'cubic' precede the
+  unit, 'squared' and 'cubed' follow it.
 
   bare: whether single letters outside \text may be units too.
   """

@@ -32,9 +32,9 @@ class TooHard(Exception):
 
 
 def exact(node: Node) -> Fraction | None:
-  """Returns the exact value of an expression without variables whose value is rational.
+  """Returns the exact value of an expression if it has no variables and its value is rational.
 
-  Returns None for other expressions, and if the value is too large.
+  Returns None if this isn't so, or if the value is too large.
   """
   op, args = node.op, node.args
   if op == 'number':
@@ -136,8 +136,8 @@ def _needs_signs(a: Node, b: Node) -> bool:
 def _over_integers(a: Node, b: Node) -> bool:
   """Returns whether the variables of two expressions probably stand for integers.
 
-  They do if all have letters that are usual for integers, such as n or k, and if an expression has a floor, ceiling,
-  factorial, binomial, sine, cosine, or a power of a negative number.
+  They do if all variables are letters that are usual for integers, such as n or k, and at least one expression has a
+  floor, ceiling, factorial, binomial, sine, cosine, or a power of a negative number.
   """
   if not (symbols(a) | symbols(b)) <= _INTEGER_LETTERS:
     return False
@@ -150,7 +150,7 @@ def _over_integers(a: Node, b: Node) -> bool:
 def _points(names: list[str], signs: bool) -> list[dict[str, Fraction]]:
   """Returns the points {variable: value} at which expressions are compared. If there are no variables, returns [{}].
 
-  signs: whether to add, for each point, the point with all values negative.
+  signs: whether to add, for each point, a second point with all values negated.
   """
   if not names:
     return [{}]
@@ -175,8 +175,8 @@ def check(node: Node) -> None:
 def _agree(a: Node, b: Node, point: dict[str, Fraction], base: int | None) -> bool:
   """Returns whether two expressions have the same value at `point`, which is {variable: value}.
 
-  The difference of their values is computed with 50 and with 100 digits. The values count as the same if the second
-  difference is almost zero, or if it is far smaller than the first.
+  The difference of their values is computed twice, with 50 and with 100 digits. The values count as the same if the
+  result with 100 digits is almost zero, or far smaller than the result with 50 digits.
 
   base: the base of a logarithm that is written without one; None means e.
   """
@@ -209,7 +209,7 @@ def _mp():
 
 
 def approximate(node: Node, base: int | None = None):
-  """Returns the value of an expression without variables to 50 digits, as an mpmath number.
+  """Returns the value of an expression as an mpmath number with 50 digits. The expression must have no variables.
 
   base: the base of a logarithm that is written without one; None means e.
 
@@ -338,7 +338,10 @@ def near(gold: Node, answer: Node) -> bool:
 
 
 def rounds(value: Node, stated: Node) -> bool:
-  """Returns whether `stated` is `value` rounded to as many digits as `stated` has. Its last digit may be off by one."""
+  """Returns whether `stated` is `value` rounded to as many digits as `stated` has.
+
+  The last digit of `stated` may be off by one.
+  """
   digits = precision(stated)
   if symbols(value) or symbols(stated):
     return False
