@@ -25,10 +25,10 @@ _PROTOCOLS = ('gs', 'gcs')
 
 
 def register() -> None:
-  """Makes fsspec and epath open gs:// with the subclass that this module's docstring describes.
+  """Makes fsspec and epath open gs:// with a subclass of gcsfs's class that behaves like a disk.
 
-  Every process that may use a bucket must call this before it opens one, because fsspec keeps the class that it used
-  first. gcsfs itself is imported when a bucket is opened.
+  Every process that may use a bucket must call this before it opens one, because fsspec keeps using the class that
+  opened the first bucket. gcsfs itself is imported only when a bucket is opened.
   """
   import fsspec
 
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> type:
 
 @functools.cache
 def like_a_disk(files: type) -> type:
-  """Returns a subclass of `files` without the differences to a disk that this module's docstring lists.
+  """Returns a subclass of `files` that behaves like a disk. This module's docstring lists what it changes.
 
   files: gcsfs.GCSFileSystem, or a class with the same methods.
   """
@@ -105,8 +105,8 @@ def _name(path: str, args: Sequence[str]) -> str:
   """Returns the name of the bucket or object that a request is about, gs://BUCKET or gs://BUCKET/NAME.
 
   Args:
-    path: the request's path as gcsfs gives it: a template such as b/{}/o/{} or, for an upload or download, a whole URL.
-    args: the values for each {} in a template: the name of the bucket, and the name of the object.
+    path: the request's path from gcsfs, which is a template such as b/{}/o/{}. For an upload or download, a whole URL.
+    args: the values for the {} of a template, which are the names of the bucket and of the object.
   """
   url = urllib.parse.urlsplit(path)
   if whole := re.search('/b/([^/{]+)/o/?(.*)', url.path):

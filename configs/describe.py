@@ -30,7 +30,7 @@ def table(tree: Mapping[str, Any], width: int = 0) -> str:
 
 
 def value(default: Any) -> str:
-  """Returns a setting's value as it is written on a command line."""
+  """Returns `default`, the value of a setting, as it is written on a command line."""
   if isinstance(default, bool):
     return str(default).lower()
   if isinstance(default, str):

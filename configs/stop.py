@@ -99,7 +99,7 @@ class StopSignal:
         jax.distributed must be initialized, and there must be only one such object.
       before_exit: called when a second Ctrl-C is about to end the process, for example to end child processes. It runs
         in another thread.
-      unit: a word for the work that is still finished after a signal, such as 'step'. The first Ctrl-C prints it.
+      unit: a word for the work that the command completes after a signal, such as 'step'. The first Ctrl-C prints it.
     """
     self._processes, self._before_exit, self._unit = processes, before_exit, unit
     self._calls = 0
@@ -139,7 +139,7 @@ class StopSignal:
 
   @property
   def exit_status(self) -> int:
-    """The exit status for the process: 130 if the first signal that it received was Ctrl-C, else 143."""
+    """The exit status for the process: 130 if the first signal was Ctrl-C, otherwise 143."""
     return 128 + (self._received or [signal.SIGTERM])[0]
 
   def _interrupted(self, count: int) -> None:

@@ -95,7 +95,7 @@ def _problems(c, toy: bool, mid: bool) -> dict:
   """Returns {name of the source: its settings} for problems with worked solutions.
 
   c: a config, whose source `main` has the settings that aren't changed here.
-  toy: whether the size is toy, which has fewer and easier problems.
+  toy: True for the size `toy`, which has fewer and easier problems.
   mid: whether the source is for mid-training. This source has half as many problems, and lists the families in another
     order. All of its problems are in the source of pre-training too, because the n-th problem of a family doesn't
     depend on the order.
@@ -107,7 +107,10 @@ def _problems(c, toy: bool, mid: bool) -> dict:
 
 
 def _task(a) -> tuple[str, int]:
-  """Returns (the URI of RL's problems, the largest length of an answer in tokens)."""
+  """Returns (the URI of RL's problems, the largest length of an answer in tokens).
+
+  a: the parsed argument, from `parse`.
+  """
   kinds, longest = LEVELS[0 if a.toy else a.level]
   return f'reasoning:{"+".join(kinds)}', longest
 
@@ -135,7 +138,10 @@ def _rl(a) -> ConfigDict:
 def _sampled(a) -> dict:
   """Returns the settings of `betarank eval sample`, {dotted key: value}.
 
-  There are 576 held-out problems, 192 of each family, with 64 samples each. The size toy has 12 with 4 samples each.
+  There are 576 held-out problems, 192 of each family, with 64 samples each. If the size is `toy`, there are only 12
+  problems, with 4 samples each.
+
+  a: the parsed argument, from `parse`.
   """
   sample = dict(problems=12, samples=4, decode_batch_size=16) if a.toy else dict(
     problems=576, samples=64, decode_batch_size=2048)

@@ -67,7 +67,7 @@ def fitted(start: str, parts: Sequence[str], width: int | None) -> str:
 
 
 def columns() -> int | None:
-  """Returns the width of the terminal, in columns; None if the output isn't a terminal, where lines may be long."""
+  """Returns the width of the terminal, in columns. None means that the output isn't a terminal."""
   console = Console()
   return console.width if console.is_terminal else None
 

@@ -148,8 +148,8 @@ class TrainBatches(Iterator[Batch]):
 
     Raises:
       DataError: data isn't prepared, is damaged or was prepared with other settings; the cursor doesn't fit the seed,
-        sequence_length or data; or the batch can't be divided among the processes. `next` raises it for a damaged
-        record, because records are checked when they are read.
+        sequence_length or data; or the batch can't be divided among the processes. For a damaged record, `next` raises
+        the error, because records are checked when they are read.
     """
     local = _check_split(batch_size, process_index, process_count)
     weights = {name: source.weight for name, source in config.sources.items()}
@@ -230,8 +230,8 @@ def validation_batches(config: DataConfig, name: str, *, batch_size: int, count:
 
   Raises:
     DataError: there is no such source; its data isn't prepared, is damaged or was prepared with other settings; or the
-      batch can't be divided among the processes. The call itself raises the error, before the first batch is read,
-      except for a damaged record, which is found when its batch is read.
+      batch can't be divided among the processes. The call itself raises the error, before the first batch is read.
+      Only a damaged record is found later, when its batch is read.
   """
   local = _check_split(batch_size, process_index, process_count)
   if name not in config.sources:

@@ -22,11 +22,11 @@ _IN_USE: dict[pathlib.Path, object] = {}  # a set that this process uses -> the 
 
 
 def local_copy(source: storage.Folder, files: Mapping[str, int], place: str, key: str, limit: int) -> storage.Folder:
-  """Copies the missing files of `source` to the folder PLACE/KEY, and returns this folder.
+  """Copies files from `source` to the folder PLACE/KEY, unless they are there already. Returns PLACE/KEY.
 
   Args:
-    source: the folder to copy.
-    files: {name: size in bytes}.
+    source: the folder to copy from.
+    files: the files to copy, {name: size in bytes}.
     place: the folder of all copies.
     key: the name of this copy's folder in `place`.
     limit: the largest allowed size of all copies together, in bytes.
@@ -84,16 +84,16 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _make_room(here: pathlib.Path, more: int, limit: int) -> None:
-  """Makes room in the cache by deleting incomplete copies, and then sets that no process uses.
+  """Makes room in the cache. Deletes incomplete copies, and then, if needed, data sets that no process uses.
 
-  Sets whose last use was longest ago are deleted first.
+  The least recently used data sets are deleted first.
 
-  here: the folder of the set that needs room. This set isn't deleted.
+  here: the folder of the data set that needs room. It isn't deleted.
   more: the number of bytes that will be copied to `here`.
-  limit: the largest size of all sets together, in bytes.
+  limit: the largest size of all data sets together, in bytes.
 
   Raises:
-    DataError: the set doesn't fit, even after deleting all other sets that aren't in use.
+    DataError: the data set doesn't fit, even after deleting all others that aren't in use.
   """
   for partial in here.parent.glob('*/*.partial'):
     partial.unlink()

@@ -40,8 +40,8 @@ def masked(spec: str, template: str) -> bool:
 def check_template(spec: str, template: str) -> None:
   """Raises ValueError if the template lacks a placeholder that the field specification needs.
 
-  With two fields, a template must contain {prompt} and then {answer}; with one field, {role} and then {content}. Each
-  occurs once. An empty template is always valid.
+  For two fields (FIELD+FIELD), a template must contain {prompt} and then {answer}. For one field, it must contain
+  {role} and then {content}. Each placeholder must occur exactly once. An empty template is always valid.
   """
   if not template:
     return
@@ -97,7 +97,7 @@ class Fields:
 
 
 def _dialogue(parts: list[tuple[str, bool]]) -> Dialogue:
-  """Returns a Dialogue made from `parts`, (text, whether the part counts).
+  """Returns a Dialogue made from `parts`. Each part is (text, whether the part counts in the loss).
 
   Adjacent parts are joined if both count or if neither counts. Spaces directly before a part that counts are moved into
   this part, because tokenizers join a space to the word after it.

@@ -26,7 +26,7 @@ LEAST_BYTES, MOST_BYTES = 200, 200_000  # larger files are mostly tables of numb
 
 
 def documents(folders: Iterable[str]) -> list[tuple[str, str, str]]:
-  """Returns (SHA-256 of the content, path, text) of each file to take, sorted by hash.
+  """Returns (SHA-256 of the content, path, text) of each file that becomes a document, sorted by hash.
 
   folders: absolute or relative paths. Of several equal files, the one with the first path is taken.
   """
@@ -57,7 +57,8 @@ def write(out: pathlib.Path, found: Sequence[tuple[str, str, str]], most_bytes: 
   """Writes the documents to `out`, and their hashes to `out`.sha256. Returns (documents, bytes of text) written.
 
   found: the result of `documents`.
-  most_bytes: the largest size of all texts together, in bytes. Writing ends before the first document that exceeds it.
+  most_bytes: the largest size of all texts together, in bytes. Writing stops before the first document that
+    would exceed it.
   """
   out.parent.mkdir(parents=True, exist_ok=True)
   count = size = 0

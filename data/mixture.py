@@ -12,8 +12,7 @@ PERIOD = 2**16  # the order repeats after so many rows; weights are rounded to m
 class Schedule:
   """The fixed order in which rows are taken from the sources. Any row is looked up in O(1).
 
-  Row 0 is the first row that is read with these weights. If a run resumes with other weights, rows are counted from 0
-  again.
+  Rows are counted from 0 at the beginning of a run, and again if the run resumes with other source weights.
   """
 
   def __init__(self, weights: Mapping[str, float]):

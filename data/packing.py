@@ -58,8 +58,8 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """The N pieces of a row. A piece is a range of the (input, target) pairs of one document, or all of them. Arrays are
-  int64 [N].
+  """The N pieces of a row, as arrays int64 [N]. A piece is a document or a part of it, counted in (input, target)
+  pairs.
   """
 
   document: np.ndarray
@@ -72,7 +72,7 @@ class Packer:
 
   Attributes:
     rows_per_epoch: the number of rows in an epoch.
-    efficiency: the share of an epoch's positions that hold a pair; the remaining positions are padding.
+    efficiency: the share of an epoch's positions that hold an (input, target) pair; the others are padding.
   """
 
   def __init__(self, lengths_N: np.ndarray, row_length: int, key: str, *, shuffle: bool = True):
@@ -103,9 +103,9 @@ class Packer:
     return Pieces(*(field[bounds[row]:bounds[row + 1]] for field in pieces))
 
   def cut_share(self, windows: int = 4) -> float:
-    """Returns the share of documents that are split over rows, estimated from the first windows of the first epoch.
+    """Returns the share of documents that are split over rows, estimated from the beginning of the first epoch.
 
-    windows: the number of windows to use.
+    windows: the number of windows to use. A window is a group of rows that are packed together.
     """
     windows = min(windows, -(-self.rows_per_epoch // self._R))
     pieces = [self._window(0, w)[0] for w in range(windows)]
@@ -130,9 +130,9 @@ class Packer:
     return np.add.reduceat(pairs, np.arange(0, len(pairs), _CHUNK))
 
   def _slice(self, epoch: int, window: int) -> Pieces:
-    """Returns the pieces of a window in the epoch's order, before they are placed in rows.
+    """Returns the pieces of a window, in the epoch's order. They aren't placed in rows yet.
 
-    A piece is a whole document, or the part of a document that lies in the window.
+    An epoch's sequence of pairs is divided into windows. A piece is a whole document, or the part of it in the window.
     """
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)
@@ -150,7 +150,7 @@ class Packer:
   def _window(self, epoch: int, window: int) -> tuple[Pieces, np.ndarray]:
     """Returns (the pieces of a window, sorted by row; bounds, int64 [number of rows + 1]).
 
-    Row r of the window has the pieces whose indices are in range(bounds[r], bounds[r + 1]).
+    A window is a group of rows that are packed together. Its row r has pieces bounds[r] to bounds[r + 1] - 1.
     """
     pieces = _cut_to(self._slice(epoch, window), self._T)
     rows = -(-int(pieces.length.sum()) // self._T)
@@ -163,13 +163,16 @@ class Packer:
 
 
 class _Line:
-  """The start of every _CHUNKth document in an epoch's sequence of pairs, int64. Positions are computed when needed."""
+  """Computes where documents begin in an epoch's sequence of (input, target) pairs, for every _CHUNKth document."""
 
   def __init__(self, sums: Callable[[int], np.ndarray]):
     self._sums, self._starts, self._known = sums, np.zeros(1024, np.int64), 0  # the first start is 0
 
   def up_to(self, position: int) -> np.ndarray:
-    """Computes positions until one of them is at or after `position`. Returns all positions computed so far, int64."""
+    """Returns the positions where documents 0, _CHUNK, 2 * _CHUNK and so on begin, int64.
+
+    Returns all positions that are known. If `position` is after the last one, first computes more of them.
+    """
     while self._starts[self._known] < position:
       sums = self._sums(self._known)
       if self._known + len(sums) >= len(self._starts):
@@ -180,7 +183,7 @@ class _Line:
 
 
 def _cut_to(pieces: Pieces, row_length: int) -> Pieces:
-  """Returns the pieces, with each piece that is longer than a row cut into pieces of a row's length and a remainder."""
+  """Cuts each piece that is longer than a row into pieces of a row's length and a remainder. Returns all pieces."""
   count = -(-pieces.length // row_length)
   which = np.repeat(np.arange(len(count)), count)
   offset = (np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)) * row_length

@@ -132,15 +132,15 @@ def prepare_source(config: DataConfig, name: str, *, workers: int | None = None,
 
 def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *, workers: int | None = None,
                  report: Report = lambda _: None, asked: Asked = lambda: False) -> bool:
-  """Tokenizes part number `part` (0 to parts - 1) of source `name`. Does nothing if the source is finished.
+  """Tokenizes part number `part` (0 to parts - 1) of source `name`. Does nothing if the source is already prepared.
 
   The part consists of the units of work with the numbers part, part + parts, part + 2 * parts and so on.
   Processes on other machines may work on other parts at the same time. For the other arguments and the errors, see
   `prepare_source`.
 
-  asked: a function that returns True once the work should stop. The pieces in progress are still completed.
+  asked: a function that returns True once the work should stop. Each process first completes the piece that it writes.
 
-  Returns False if the work stopped before all units were done.
+  Returns False if the work stopped because `asked` returned True.
   """
   preparation = _Preparation(config, name)
   if preparation.finished():
@@ -155,7 +155,8 @@ def prepare_part(config: DataConfig, name: str, part: int = 0, parts: int = 1, *
 def finish(config: DataConfig, name: str, *, workers: int | None = None) -> dict[str, Any]:
   """Turns the tokenized shards of source `name` into a data set, and returns the set's manifest.
 
-  If there are so few documents that a split would be empty, each document is divided, and all are tokenized again.
+  If there are so few documents that a split would be empty, each document is divided between the splits, and all are
+  tokenized again.
 
   workers: the number of processes for tokenizing again; None means one.
 

@@ -27,10 +27,11 @@ def empty_split(markers: list[Marker]) -> str:
 
 
 def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
-  """Turns the pieces that `markers` describe into a data set, and returns the set's manifest.
+  """Turns the shards of a source into a data set, and returns the set's manifest.
 
   The function renames the shards, and writes the lengths, TFDS's files, and finally the manifest.
 
+  markers: descriptions of the pieces that the set consists of. A piece has at most one shard for each split.
   listing: `Source.listing`, the description of the source's files, which becomes a part of the manifest.
 
   Raises:
@@ -84,7 +85,7 @@ def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict
 
   stages: the temporary path of each shard. A file with the same name and the suffix .npy has the lengths of the shard's
     documents.
-  counts: the counts of each shard, from its marker.
+  counts: for each shard, what its marker records, such as the number of documents and the longest length.
   """
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
   content, size = hashlib.sha256(), 0

@@ -112,7 +112,7 @@ _UNFIT = {'codeio': 'it runs stored programs to make its problems', 'composite':
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kind:
-  """A task of reasoning-gym, with the options of its generator. The options decide how hard its problems are."""
+  """A task of reasoning-gym, with the options of its generator. The options decide how hard the problems are."""
 
   task: str
   options: dict[str, Any]  # options of the generator that differ from its defaults
@@ -124,7 +124,7 @@ def parse(rest: str) -> tuple[Kind, ...]:
   rest: the part of the URI after `reasoning:`; '' means all of TASKS.
 
   Raises:
-    DataError: reasoning-gym doesn't have the task or the option, or doesn't accept the value.
+    DataError: reasoning-gym doesn't have the task or the option, or doesn't accept the option's value.
   """
   return tuple(_kind(*part.partition('?')[::2]) for part in (rest or '+'.join(TASKS)).split('+'))
 
@@ -217,8 +217,8 @@ def problem(kinds: Sequence[Kind], index: int, stream: str = 'pretrain') -> Prob
   The same arguments always give the same problem.
 
   stream: the name of the sequence. Sequences with different names, such as those of pre-training and RL, use different
-    random seeds. They may still have short problems with small numbers in common. To separate questions strictly, use
-    `held_out`.
+    random seeds. A short problem with small numbers may still occur in two sequences. To separate questions strictly,
+    use `held_out`.
   """
   kind = kinds[index % len(kinds)]
   block, item = divmod(index // len(kinds), _BLOCK)

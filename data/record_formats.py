@@ -58,10 +58,10 @@ class _NoData(io.RawIOBase):
 def _text_bytes(metadata, names: tuple[str, ...]) -> int:
   """Returns the decompressed size of the columns `names` in bytes, according to the metadata of a Parquet file.
 
-  If the metadata of a column in a row group is damaged, Arrow throws a C++ exception when this metadata is first used.
-  pyarrow (version 26) catches the exception when it reads the column. But it doesn't catch it in its method `column`,
-  which would end the process. So each column is first read from a file without data. Once Arrow asks for data, the
-  metadata has passed its check.
+  If the metadata of a column in a row group is damaged, Arrow throws a C++ exception when it first uses this metadata.
+  pyarrow (version 26) turns the exception into a Python error when it reads the column. It doesn't do so in its method
+  `column`, where the exception would end the process. So each column is first read from a file without data. If Arrow
+  asks for the data, the metadata isn't damaged.
 
   Raises:
     pyarrow.ArrowException or OSError: the metadata is damaged.

@@ -81,7 +81,7 @@ def to_record(tokens: np.ndarray, mask: np.ndarray | None = None) -> bytes:
   """Returns the record of a document.
 
   tokens: the ids of its N tokens, uint16 or uint32 [N].
-  mask: bool [N], whether each token counts as a target; only for a masked set.
+  mask: bool [N], whether each token counts as a target; None if the set has no masks.
   """
   raw = tokens.tobytes()
   record = _header(len(raw)) + raw
@@ -145,9 +145,11 @@ def _chunk_sizes(records_N: np.ndarray) -> np.ndarray:
 
 
 def _in_file(position):
-  """Returns the position in a shard's file of the byte at `position` in the shard's chunks, an int or an array.
+  """Converts positions in the sequence of a shard's chunks to positions in the shard's file.
 
-  The position in the file is larger, because the file also has block headers.
+  The positions in the file are larger, because the file also has block headers.
+
+  position: an int or an array.
   """
   return position + _BLOCK_HEADER * (position // (_BLOCK - _BLOCK_HEADER) + 1)
 
@@ -210,10 +212,10 @@ class Places:
 
 
 def record_in(raw: bytes, begin: int) -> bytes:
-  """Returns a record, given the bytes of the shard that contain it. Block headers between these bytes are removed.
+  """Returns a record without the block headers that ArrayRecord wrote between its bytes.
 
   raw: the bytes of the shard from the beginning of the record to its end.
-  begin: the position of these bytes in the shard.
+  begin: the position in the shard at which the record begins.
   """
   header = -begin % _BLOCK
   if header >= len(raw):

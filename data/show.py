@@ -112,8 +112,8 @@ def tokenizer(config: DataConfig) -> None:
   """Prints, for each source, how many bytes of text a token stands for, on average.
 
   This is measured on text that the tokenizer wasn't trained on. If a source has no such text, a part of the tokenizer's
-  training text is used, and the source's line says so. A last line says how many tokens of the vocabulary never occur
-  in the texts of all sources, and how many occur at most three times.
+  training text is used, and the source's line says so. A last line says how many tokens of the vocabulary occur in
+  none of the texts, and how many occur at most three times.
   """
   tokenizer, every = read(config), np.int64(0)
   share = sample_bytes(config) / len(config.sources)

@@ -203,8 +203,8 @@ class Source:
   def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
     """Yields texts of about `max_bytes` bytes in all, from places that are spread evenly over the source.
 
-    held_out: if this isn't 0, the method yields about this many bytes of text that the sample doesn't contain. At each
-      place, it skips the texts that would be in the sample, and yields the texts after them.
+    held_out: 0 yields the sample. Otherwise, the method yields about this many bytes of other text instead: at each
+      place, the texts that follow those of the sample.
     """
     bad_rows = BadRows(self.config.max_bad_rows)
     ranges = self._ranges(max_bytes)
@@ -225,9 +225,10 @@ class Source:
   def _ranges(self, max_bytes: float) -> list[list[Segment]]:
     """Divides the source into parts of about equal size, and returns the segments of each part.
 
-    A sample is read from the beginning of each part. Larger samples are read from more parts, up to _PLACES.
+    A sample consists of the texts at the beginning of each part. Larger samples have more parts, up to _PLACES. If
+    the sample is the whole source, there is one part.
 
-    max_bytes: the size of the whole sample in bytes.
+    max_bytes: the size of the sample in bytes.
     """
     total = self.total_bytes
     count = 1 if max_bytes >= total else max(1, min(_PLACES, int(max_bytes / _PLACE_BYTES)))

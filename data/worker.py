@@ -69,6 +69,8 @@ class Worker:
           report: Callable[[int], None] = lambda _: None) -> Iterator[Marker]:
     """Writes those pieces of a unit that don't exist yet. Yields the marker of each new piece, once it is written.
 
+    A piece has up to about PIECE_BYTES of text. Its marker is the JSON file that describes it.
+
     Args:
       index: the number of the unit.
       unit: the segments of the unit.
@@ -99,7 +101,7 @@ class Worker:
 
 
 class _Piece:
-  """Writes the shards and the marker of one piece of a unit."""
+  """Writes one piece of a unit: a shard for each split, and a marker, which is a JSON file with counts and hashes."""
 
   def __init__(self, worker: Worker, unit: int, piece: int):
     self._worker, self._at = worker, (unit, piece)
@@ -167,8 +169,8 @@ class ShardWriter:
   """Writes the documents of one split (train or validation) of a piece to the shard `path`.
 
   If the split has no documents, no file is written. ArrayRecord can write only to local files. A shard for a bucket is
-  therefore first written to a file in memory, and uploaded when it is complete. It has about PIECE_BYTES of text. So no
-  disk is needed, and a killed process leaves no incomplete shard in the bucket.
+  therefore first written to a file in memory, and uploaded when it is complete. It has at most about PIECE_BYTES of
+  text. So no disk is needed, and a killed process leaves no incomplete shard in the bucket.
   """
 
   def __init__(self, path: epath.Path, form: records.Form):

@@ -107,7 +107,8 @@ def _last_line(text: str) -> str:
 
 
 def topology() -> Topology:
-  """Returns the topology on which a point runs: TPU_SLICES pods of type TPU_TYPE, which are environment variables.
+  """Returns the topology on which a point runs. Reads the type of its pods from the environment variable TPU_TYPE, and
+  the number of pods from TPU_SLICES.
 
   Raises:
     PlanError: there is no such pod.
@@ -116,12 +117,11 @@ def topology() -> Topology:
 
 
 def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns the (least, most) hours that a training point takes if it reaches the MFU that was planned for similar
-  models.
+  """Returns the (least, most) hours of a training point, if it reaches the MFU that was planned for similar models.
 
-  In RL, every answer is assumed to have its greatest length, so RL really takes less time.
+  In RL, every answer is assumed to have the maximum length. The real time is shorter.
 
-  Returns None for a point that doesn't train, and if PLANNED_MFU and PLANNED_RL_MFU have no MFU for such a model.
+  Returns None if the point doesn't train, or if PLANNED_MFU and PLANNED_RL_MFU have no MFU for such a model.
   """
   if point.stage not in TRAINS:
     return None
@@ -142,9 +142,9 @@ def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 
 
 def planned_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
-  """Returns the (least, most) hours that a training point takes. `betarank plan` compiles its programs to predict this.
+  """Returns the (least, most) hours that `betarank plan` predicts for a training point, after compiling its programs.
 
-  Returns None for a point that doesn't train. The programs are compiled with the libtpu flags in TPU_ENV.
+  The programs are compiled with the libtpu flags in TPU_ENV. Returns None for a point that doesn't train.
 
   Raises:
     UserError: the point doesn't fit on these chips.
@@ -179,7 +179,7 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
   """Prints chips, hours and cost of each point and of the whole sweep.
 
   parallel: the number of points that run at the same time.
-  compile_first: True computes hours with `planned_hours`, False with `assumed_hours`, which needs no compilation.
+  compile_first: if True, hours come from `planned_hours`; if False, from `assumed_hours`, which compiles nothing.
   """
   chips = topology()
   estimate = planned_hours if compile_first else assumed_hours
@@ -224,8 +224,8 @@ def print_estimate(console: Console, points: Sequence[Point], parallel: int, com
 def program_key(point: Point) -> str:
   """Returns a text that is equal for points with the same compiled programs. Such points take the same time.
 
-  The text doesn't contain the seed. Of the objective, it contains only whether any lambda is nonzero, in which case the
-  loss must search for the most probable tokens.
+  The text contains neither the seed nor the values of the objective. It says only whether any lambda is nonzero,
+  because the loss then searches for the most probable tokens.
   """
   config = json.loads(to_json(point.config))
   keep = ('model', 'rl', 'optimizer') + (('train', 'data') if point.stage in TRAINS else ('eval',))

@@ -47,7 +47,7 @@ class Point:
     name: ARM/STAGE, such as 'beta=-0.25/train'. If the point trains, its workdir is ROOT/NAME.
     stage: one of STAGES, or 'data' for a point that prepares data.
     after: the name of the point whose weights this point starts from or evaluates; '' for none.
-    needs: the names of the points that must be finished first: `after`, and the point that prepares the data.
+    needs: the names of the points that must be finished first. They are `after` and the point that prepares the data.
     config: the resolved config.
     steps: the number of steps; 0 for a stage that doesn't count steps.
     workdir: the folder that the point writes to.
@@ -284,7 +284,7 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns a message for each local file that points need, because points on other machines can't read it."""
+  """Returns a message for each file that the points read and that exists only on this machine."""
   readers: dict[str, list[str]] = {}
   for point in points:
     uris = [point.config.rl.task.uri] if point.stage == 'rl' else [

@@ -103,7 +103,7 @@ class Sweep:
   def _read(self) -> dict[str, Any]:
     """Returns the content of sweep.json with this launch added.
 
-    Also sets self.status from the recorded states: 'finished' for a point that is still finished, otherwise 'waiting'.
+    Also sets self.status from the recorded states: 'finished' if a point's result is still valid, otherwise 'waiting'.
     """
     path = self.folder / 'sweep.json'
     record = json.loads(path.read_text()) if path.exists() else {'launches': [], 'points': {}}
@@ -246,7 +246,7 @@ class Sweep:
     return True
 
   def _outcome(self, point: Point, code: int | None) -> tuple[str, str]:
-    """Returns (state, note) of a point whose command has ended.
+    """Returns the state and the note (see Status) of a point whose command has ended.
 
     code: the exit status of the command; None if it is unknown.
 
@@ -274,7 +274,7 @@ class Sweep:
     return errors[-1].removeprefix('error: ') if errors else f'{how}: {lines[-1] if lines else ""}'[:200]
 
   def slots(self) -> set[int]:
-    """Returns the slots of the last starts of all points, in this launch or an earlier one.
+    """Returns the slot of each point's last start, in this launch or an earlier one.
 
     Points that prepare data don't count, because they run on this machine.
     """

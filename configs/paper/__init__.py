@@ -25,7 +25,8 @@ STAGES = ('pretrain', 'midtrain', 'rl')
 def parse(arg: str | None):
   """Parses a config's argument, and returns the values as attributes.
 
-  arg: `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=0`, or a part of it.
+  arg: `stage=pretrain|midtrain|rl,objective=ce|beta_low|beta_high|tail|head,seed=N`, or a part of it. The defaults are
+    pretrain, ce and 0.
 
   Raises:
     ConfigError: a name or a value isn't one of these.

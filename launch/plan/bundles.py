@@ -26,8 +26,8 @@ class Work:
   """The work of one core for an HLO instruction.
 
   Attributes:
-    issued: the number of bundles that are issued, one in each cycle.
-    rows: the number of rows that the busiest matrix unit of a core multiplies by the weights it holds.
+    issued: the number of bundles (very long instruction words) that the core issues, one in each cycle.
+    rows: the number of rows that the core's busiest matrix unit multiplies by the weights it holds.
   """
 
   issued: float
@@ -52,8 +52,8 @@ class Shares:
 def read(folder: pathlib.Path, shares: dict[str, Shares] | None = None) -> dict[str, Work]:
   """Returns {name of an HLO instruction: its Work} for the instructions whose bundles are in `folder`.
 
-  shares: {name of a kernel: its Shares}. In other HLO instructions, a region that a branch can skip is assumed to run
-    in half of the loop's iterations.
+  shares: {name of a kernel: its Shares}. In HLO instructions without Shares, a region that a branch can skip is
+    assumed to run in half of the loop's iterations.
   """
   twins: dict[str, str] = {}  # instruction -> the identical instruction that was compiled instead
   for path in sorted(folder.glob('*deduplication-map.txt')):
@@ -143,7 +143,7 @@ def _runs_always(span, regions, kernel: bool) -> bool:
   instruction that isn't a kernel, a region that fills 95 % of the loop or more is recognized too.
 
   span: (first bundle, last bundle, the loop) of the region.
-  regions: all regions in loops that a branch can skip.
+  regions: the spans of all regions inside loops. Each region consists of bundles that a branch can skip.
   kernel: whether the HLO instruction is a kernel.
   """
   first, last, loop = span

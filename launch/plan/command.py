@@ -99,8 +99,8 @@ def _read_config(args: argparse.Namespace, overrides: Mapping[str, str]) -> Conf
 def configure_libtpu(folder: pathlib.Path, write_bundles: bool) -> None:
   """Sets the environment for compiling without a TPU. Call this before JAX is imported.
 
-  write_bundles: whether libtpu writes its bundles to `folder`. If it does, libtpu also checks each bundle, which takes
-    twice as long as the rest of a compile.
+  write_bundles: whether libtpu writes its bundles (instruction words) to `folder`. If it does, libtpu also checks
+    each bundle, which takes twice as long as the rest of a compile.
   """
   from betarank.launch.plan import bundles
   os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -55,7 +55,7 @@ class Instruction:
 
   @functools.cached_property
   def estimated_cycles(self) -> int | None:
-    """XLA's own estimate of the cycles; None if there is none, as for kernels and for devices other than TPUs."""
+    """XLA's estimate of the instruction's cycles. It is None for kernels, and on devices other than TPUs."""
     found = self.attribute(r'"estimated_cycles":"(\d+)"')
     return found and int(found)
 
@@ -110,7 +110,7 @@ class Program:
   frames: dict[int, str] = dataclasses.field(default_factory=dict)
 
   def source(self, run: Run) -> str:
-    """Returns the operation and the functions that an instruction comes from, with the innermost function first.
+    """Returns the operation and the functions that `run.instruction` comes from, with the innermost function first.
 
     An example is `.../gather model/moe.py:_take ...`. If the instruction has no functions, they are taken from the
     instructions that are fused into it, or else from its operands. If these have none either, returns only the
@@ -129,7 +129,7 @@ class Program:
     return run.instruction.attribute(r'op_name="([^"]*)"') or ''
 
   def is_transfer(self, run: Run) -> bool:
-    """Returns whether an instruction is only a collective, or the start or end of an asynchronous collective.
+    """Returns whether `run.instruction` is a collective without other work, or starts or ends an asynchronous one.
 
     A reduce-scatter counts as a collective. On TPU, it is a fusion of an all-reduce and a slice.
     """
@@ -186,7 +186,7 @@ class Program:
         yield from self._inside(self.computations[inner])
 
   def flops(self, run: Run) -> float:
-    """Returns the FLOPs of the matrix products in one execution of an instruction. A multiply-add has 2 FLOPs."""
+    """Returns the FLOPs of the matrix products in one execution of `run.instruction`. A multiply-add has 2 FLOPs."""
     home = self.computations[run.computation]
     if run.instruction.opcode != 'fusion':
       return _product_flops(run.instruction, home)
@@ -195,9 +195,9 @@ class Program:
                if i.opcode in ('fusion', 'dot', 'convolution'))
 
   def rows_moved(self, run: Run) -> dict[str, int]:
-    """Returns how many rows an instruction moves, as {'gather': number, 'scatter': number}. A missing key means 0.
+    """Returns how many rows one execution of `run.instruction` moves, as {'gather': number, 'scatter': number}.
 
-    Rows with fewer than 128 numbers aren't counted.
+    A missing key means 0. Rows with fewer than 128 numbers aren't counted.
     """
     def count(one, home):
       if one.opcode == 'fusion':
@@ -215,7 +215,7 @@ class Program:
     return count(run.instruction, self.computations[run.computation])
 
   def hbm_bytes(self, run: Run) -> float:
-    """Returns the bytes that one execution of an instruction reads from and writes to HBM.
+    """Returns the bytes that one execution of `run.instruction` reads from and writes to HBM.
 
     Each operand and each result is counted once. If the instruction reads only slices or rows of an operand, only these
     are counted. If the instruction updates an operand in place, only the update is counted. The buffers of a collective
@@ -253,19 +253,19 @@ class Program:
     return total
 
   def prefetched_bytes(self, run: Run) -> float:
-    """Returns the bytes that one execution of an asynchronous copy moves through HBM.
+    """Returns the bytes that `run.instruction`, the end of an asynchronous copy, moves through HBM in one execution.
 
-    XLA uses such copies to move weights to the chip's own memory while other instructions run. The instructions that
-    use the weights then read them from the chip's own memory. The bytes are counted at the instruction that ends the
-    copy; for all other instructions, returns 0.
+    For all other instructions, returns 0. XLA uses such copies to move weights to the chip's own memory while other
+    instructions run. The instructions that use the weights then read them from the chip's own memory.
     """
     one = run.instruction
     return sum(a.bytes for a in one.arrays) if one.opcode in ('copy-done', 'slice-done') else 0.0
 
   def _read(self, inner: dict[str, Instruction], name: str) -> float:
-    """Returns how many bytes of the array `name` a fusion reads if it reads only slices or rows; otherwise infinity.
+    """Returns how many bytes of an array a fusion reads. Returns infinity if it may read more than slices or rows.
 
     inner: the instructions of the fusion.
+    name: the name that the array has in the fusion.
     """
     total = 0.0
     for user in inner.values():
@@ -333,7 +333,7 @@ class Program:
 
 
 def _chain(one: Instruction) -> str | None:
-  """Returns the chain_id, which all parts of an asynchronous collective share; None if there is none."""
+  """Returns the chain_id of an instruction, or None. All parts of an asynchronous collective share one chain_id."""
   return one.attribute(r'chain_id="(\d+)"')
 
 

@@ -24,8 +24,8 @@ GB = 1e9
 class Plan:
   """The memory and the predicted time of one program on one topology.
 
-  Bytes are per chip, seconds are per execution, and intervals are (least, most). hbm_bytes is the memory that a program
-  can use. If this program needs more, temp_bytes, peak_bytes and mfu are 0.
+  Bytes are per chip, and seconds are per execution. Intervals are (least, most). hbm_bytes is the memory that a program
+  can use. If the program needs more, temp_bytes, peak_bytes and mfu aren't known, and are set to 0.
   """
 
   program: str
@@ -127,7 +127,7 @@ def describe_stage(
   The value of `seconds` is the (least, most) time of the stage, computed from the plans of its programs. It is None if
   `plans` is empty, or if a program doesn't fit.
 
-  mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
+  mean_answer: the mean length of RL's answers in tokens. With 0, all answers are assumed to have the maximum length.
   """
   c = work.run.model
   return {
@@ -150,7 +150,7 @@ def stage_seconds(work: Workload, plans: Sequence[Plan], mean_answer: int = 0) -
   - the rows of an update have no padding,
   - prompts have their greatest length, and no group of samples is replaced.
 
-  mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
+  mean_answer: the mean length of RL's answers in tokens. With 0, all answers are assumed to have the maximum length.
   """
   by_name = {plan.program: plan for plan in plans}
   if not work.rl:

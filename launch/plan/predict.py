@@ -71,8 +71,8 @@ ERROR = 'an interval, not measured on a chip; use it to rank settings (docs/plan
 class Prediction:
   """Time and traffic of one execution of a program on one chip. Intervals are (least, most).
 
-  step_s is the time of the whole execution in seconds: compute_s (without collectives) plus exposed_s (the part of the
-  collectives' time that isn't hidden behind computation).
+  step_s is the time of the whole execution in seconds. It is the sum of compute_s, the time without collectives, and
+  exposed_s, the part of the collectives' time that isn't hidden behind computation.
   """
 
   step_s: tuple[float, float]
@@ -160,7 +160,7 @@ def memory_bytes(memory: Any) -> tuple[int, int]:
 
 
 def scope(source: str) -> str | None:
-  """Returns the innermost `jax.named_scope` around an instruction that is a key of PARTS; None if there is none.
+  """Returns the innermost `jax.named_scope` of an instruction, of those that are keys of PARTS. None if there is none.
 
   source: the instruction's source, as `hlo.Program.source` returns it.
   """
@@ -195,12 +195,12 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def shares(kernel: hlo.Instruction) -> bundles.Shares:
-  """Returns the Shares of a kernel: the share of its steps in which each region runs that a branch can skip.
+  """Returns the Shares of a kernel: in which share of its steps each skippable region runs.
 
-  The grid of splash attention has one step per block of scores. The main region, which is the largest one, runs for the
-  blocks that the causal mask doesn't cover completely. The other regions run for the first and the last block of a row.
-  The numbers of blocks are read from the shape of the first operand, which has one entry per block. In other kernels,
-  the main region runs in all steps.
+  The grid of splash attention has one step per block of scores. The main (largest) region runs for the blocks that the
+  causal mask doesn't cover completely. The other regions run for the first and the last block of a row. The numbers of
+  blocks are read from the shape of the first operand, which has one entry per block. In kernels other than splash
+  attention, the main region runs in all steps.
   """
   grid = kernel.attribute(r'operand_layout_constraints=\{s8\[\d+,(\d+,\d+)\]')
   if not kernel.name.startswith('splash_mha') or not grid:

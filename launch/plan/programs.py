@@ -55,9 +55,9 @@ def lowerings(work: Workload, mesh: Mesh) -> tuple[TrainState, dict[str, tuple[M
   """Returns the abstract train state, and {name of a program: (its mesh, a function that lowers it)}.
 
   Pre-training has one program, `train`. RL has four: `gradient` (for the largest microbatch), `optimizer`, `weights`
-  and `decode`. `weights` copies the parameters to the sampler's mesh, once per step. Shapes are those of the phase with
-  the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the smaller microbatches, and
-  the computation of log-probabilities under the old and the reference policy.
+  and `decode`. `weights` copies the parameters to the sampler's mesh, once per step. In RL, shapes are those of the
+  phase with the longest answers. Some smaller programs of RL aren't planned: the prefill of prompts, the smaller
+  microbatches, and the computation of log-probabilities under the old and the reference policy.
   """
   tx = make_optimizer(work.run.optimizer, work.run.updates, model.abstract(work.run.model)[2])
   state = abstract_state(work.run.model, tx, mesh)
@@ -118,9 +118,9 @@ def _abstract(mesh: Mesh, shape: tuple[int, ...], dtype, *axes: str) -> jax.Shap
 
 
 def _with_mesh(mesh: Mesh, lower: Lower) -> Lower:
-  """Returns a function that calls `lower` with `mesh` as the current mesh.
+  """Returns a function that calls `lower` with the abstract mesh of `mesh` as the current mesh.
 
-  The current mesh is abstract, because constants can't be placed on devices that this machine doesn't have.
+  With `mesh` itself, JAX would place constants on its devices, which this machine doesn't have.
   """
   def run():
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

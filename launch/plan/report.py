@@ -15,7 +15,7 @@ def report(
   """Prints the model's size, every plan, and the time and cost of the stage (one run).
 
   usd_per_chip_hour: the price; with 0, the cost is left out.
-  mean_answer: the mean length of RL's answers in tokens; 0 if every answer has its greatest length.
+  mean_answer: the mean length of RL's answers in tokens. With 0, all answers are assumed to have the maximum length.
   """
   stage = describe_stage(work, topology, plans, mean_answer)
   total, active = sum(stage['parameters'].values()), stage['active_parameters']

@@ -142,7 +142,7 @@ def _override(config: ConfigDict, overrides: dict[str, str]) -> ConfigDict:
 
 def search_decoding(config: ConfigDict, topology: Topology, devices: Sequence[Any], folder: pathlib.Path,
                     say: Callable[[str], None]) -> list[Plan]:
-  """Compiles RL's decoding with each possible number of chips that share one copy of the sampler's weights.
+  """Compiles RL's decode program for each possible number of chips that share one copy of the sampler's weights.
 
   Prints a line for each number, the fastest first. Training uses the mesh of the config.
 

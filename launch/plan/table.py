@@ -18,7 +18,7 @@ HEAD = ('| model, pod | mesh, remat | temporary GB | peak GB | step, s | MFU | b
 
 
 def choose(pattern: str) -> list[tuple[str, str]]:
-  """Returns the (model, pod) of each row whose name, such as dense_4b/v5e-256, matches a shell pattern.
+  """Returns (model, pod) for each row of the table whose name, such as dense_4b/v5e-256, matches a shell pattern.
 
   Raises:
     ConfigError: no name matches.
@@ -46,9 +46,9 @@ def lines(rows: list[tuple[str, str]], folder: pathlib.Path, say: Callable[[str]
 
 
 def row(name: str, work: Workload, plan: Plan) -> str:
-  """Returns the line of one model and pod. Intervals are written with the slower end first, such as '2.10 to 1.90'.
+  """Returns the line of one model and pod. Each prediction begins with the slower case, such as '2.10 to 1.90' seconds.
 
-  If libtpu wrote no bundles, the columns of times are empty.
+  The columns of times are empty if libtpu wrote no bundles, because times are predicted from them.
 
   name: the name of the model.
   """

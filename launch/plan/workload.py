@@ -36,9 +36,9 @@ class Workload:
     return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
 
   def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
-    """Returns {config key: value}, an override with which a microbatch has room for `rows_per_chip` sequences per chip.
+    """Returns {config key: value}, an override that makes room in a microbatch for `rows_per_chip` sequences per chip.
 
-    Each sequence may have the greatest length.
+    The room is enough for sequences of the maximum length.
 
     chips: the number of chips among which the rows are divided.
     """
@@ -60,7 +60,7 @@ class Workload:
 
     It is assumed that prompts have their greatest length, and that no group of samples is replaced by another one.
 
-    mean_answer: the mean length of answers in tokens; 0 if every answer has its greatest length.
+    mean_answer: the mean length of answers in tokens. With 0, all answers are assumed to have the maximum length.
     """
     rl, before, drawn, updated = self.rl, 0, 0, 0
     for end, new in zip((*rl.phase_steps, rl.steps), rl.max_new_tokens):
