@@ -85,7 +85,7 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, wi
       dtype: on TPU splash; on GPU hopper, triton, cudnn; on CPU blocks; on any device plain.
     segments_BT: int32, the number of each token's document; 0 is padding.
     dtype: the dtype of q, k and v.
-    kv_heads, width: K and H.
+    kv_heads, width: K and H, the number of key heads and their width.
   """
   if kernel == 'auto':
     kernel = next(_supported(segments_BT.shape[1], kv_heads, width, dtype))
@@ -97,7 +97,8 @@ def rows_attention(kernel: str, segments_BT: jax.Array, dtype, kv_heads: int, wi
 def _supported(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
   """Yields the names of the implementations that work on the current platform and mesh, the fastest first.
 
-  length, kv_heads, width, dtype: the number of tokens per row, K, H, and the dtype of q, k and v.
+  length: the number of tokens per row.
+  kv_heads, width, dtype: the number of key heads, their width, and the dtype of q, k and v.
   """
   whole_rows, bfloat16 = shards('length') == 1, dtype == jnp.bfloat16
   on = platform()

@@ -71,7 +71,7 @@ class Cache:
 
 
 def empty_pages(c: ModelConfig, pages: int, size: int) -> tuple[jax.Array, ...]:
-  """Returns one array [pages, 2, K, size, H] of zeros per layer, in the compute dtype.
+  """Returns one array [pages, 2, K, size, H] of zeros per layer, in the compute dtype. 2 stands for keys and values.
 
   pages, size: the number of pages, and the number of tokens per page.
   """
@@ -95,7 +95,7 @@ def empty_cache(c: ModelConfig, rows: int, prompt: int, new: int, size: int = 64
 
 
 def unit_rows(c: ModelConfig) -> int:
-  """Returns M, the largest number of rows of a unit: 16 / G rounded down, but at least 1.
+  """Returns M, the largest number of rows of a unit (see `Table`). It is 16 / G rounded down, but at least 1.
 
   For each key head, a row has G queries. The GPU kernel multiplies keys by at least 16 queries at a time, so up to 16 /
   G rows take no longer than one row. A larger unit would need several products, and save no time.
@@ -188,9 +188,9 @@ def _on_shards(function, inputs, outputs):
 def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) -> jax.Array:
   """Computes attention of one token per row over the row's pages, [B, N, H]. Scores and softmax are float32.
 
-  The function first computes attention over the prompts, a few units at a time. It then computes attention over each
-  row's own pages, and combines both results. The kernels of model/kernels compute the same; this function needs only
-  XLA operations.
+  The function first computes attention over the prompts, a few units (see `Table`) at a time. It then computes
+  attention over each row's own pages, and combines both results. The kernels of model/kernels compute the same. This
+  function needs only XLA operations.
 
   length_B: int32, the number of tokens in each row's own pages.
   prompt_pages: I, the number of prompt pages in each row of the table.
@@ -224,7 +224,7 @@ def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) 
 
 
 def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
-  """Computes attention over the first filled_B tokens in each row's pages, up to the division by the softmax's sum.
+  """Computes attention over the first filled_B tokens in each row's pages, without dividing by the softmax's sum.
 
   Returns (out_BKGH, most_BKG, sum_BKG), float32: the sum of exp(score - most)·value, the largest score, and the sum of
   exp(score - most). The pages are read one column of pages_BJ at a time.

@@ -59,7 +59,7 @@ def convert(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, int]]:
 
   Raises:
     HfError: the model is damaged, or tokenizer.json can't express it. The model must be BPE with byte fallback, leave
-      text (such as its spaces) unchanged, and have BOS and EOS tokens and no two pieces with the same text.
+      text (such as its spaces) unchanged, have BOS and EOS tokens, and not have two pieces with the same text.
   """
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2 as proto
@@ -111,7 +111,7 @@ def _merges(normal: dict[str, tuple[float, int]]) -> list[list[str]]:
   SentencePiece has no list of merges, because it may merge any such pair. The best pair is the one whose concatenation
   has the highest score; of equal scores, lower ids come first.
 
-  normal: {text of a piece: (minus its score, its id)}.
+  normal: {text of a piece: (its negated score, its id)}.
   """
   merges = []
   for piece in sorted(normal, key=normal.get):

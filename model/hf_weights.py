@@ -61,7 +61,7 @@ TYPES = {'F32': np.dtype(np.float32), 'BF16': np.dtype(ml_dtypes.bfloat16), 'F16
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """One of our arrays, and the tensors in Hugging Face's format that hold its values.
+  """An array of our model, and the tensors in Hugging Face's format that hold its values.
 
   Attributes:
     path: the place of the array in the tree of parameters, such as 'layers.attention.q_DNH'. It is '' for tensors that
@@ -81,7 +81,8 @@ class Leaf:
   def indexed(self) -> int:
     """The number of placeholders in `template`: 0, 1 (layer), or 2 (layer and expert).
 
-    It is also the number of indices that select one tensor's values in our array: with 2, array[layer, expert].
+    It is also the number of indices that select one tensor's values in our array. For example, 2 means
+    array[layer, expert].
     """
     return self.template.count('{')
 
@@ -168,7 +169,7 @@ def mapped(path: pathlib.Path, size: int) -> np.memmap:
 
 def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]],
            shard_bytes: int) -> dict[str, np.ndarray]:
-  """Creates safetensors files of zeros, and returns their tensors by name, mapped for writing.
+  """Creates safetensors files of zeros, and returns their tensors by name, as writable memory-mapped arrays.
 
   A safetensors file has 8 bytes with the length of the header, then the header as JSON, then the data.
 
@@ -208,8 +209,9 @@ def create(folder: pathlib.Path, tensors: Iterable[tuple[str, str, tuple[int, ..
 
 
 def copy_out(leaf: Leaf, store: Any, views: dict[str, np.ndarray]) -> None:
-  """Copies one of our arrays to its tensors.
+  """Copies one array of a checkpoint to the tensors in Hugging Face's format that hold its values.
 
+  leaf: describes the array and these tensors.
   store: the array as a TensorStore, which is read one chunk at a time.
   views: {name: tensor} from `create`.
   """

@@ -142,7 +142,8 @@ def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
   """Returns x·w, [B, T, Y] in x's dtype.
 
-  inner: the number of dimensions that are summed over: the last of x and the first of w, named X. For w_NHD it is 2.
+  The product sums over the last `inner` dimensions of x and the first `inner` dimensions of w, which the names write as
+  X. For w_NHD, inner is 2.
   """
   w_XY = w_XY[...].astype(x_BTX.dtype)
   if platform() != 'cpu' or shards('length') > 1:

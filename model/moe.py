@@ -63,8 +63,8 @@ class Routing:
 class MixtureOfExperts(nnx.Module):
   """A layer that sends each token to k of E experts, and to one shared expert if shared_d_ff > 0.
 
-  Both routers weight the outputs of the chosen experts by the experts' scores. If norm_topk_prob is True, the scores of
-  a token's chosen experts are first divided by their sum.
+  There are two kinds of routers. Both weight the outputs of the chosen experts by the experts' scores. If
+  norm_topk_prob is True, the scores of a token's chosen experts are first divided by their sum.
 
   The 'sigmoid' router scores each expert independently, and chooses the experts with the largest score + bias. After
   each update, train/step.py changes the bias to even out the load (DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16). The
@@ -118,7 +118,7 @@ def _routing(choices_BTk, chosen_BTkE, score_BTE, real_BT) -> Routing:
   """Returns the Routing of one layer, whose fields have no axis L.
 
   choices_BTk: int32, the chosen experts.
-  chosen_BTkE: bool, the same as one-hot vectors, all False in padding.
+  chosen_BTkE: bool, one-hot vectors of choices_BTk, all False in padding.
   score_BTE: float32, the router's scores.
   """
   share_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
@@ -186,7 +186,7 @@ class _Plan:
   order_p[place + run_shift[i]], where i is the run that contains the place.
 
   Attributes:
-    passes: [], the number of passes of C tiles that have pairs.
+    passes: scalar, the number of passes needed for all tiles that have pairs. A pass processes C tiles.
     count_e: for each of this device's experts, the number of its pairs.
     tile_end_e: for each of this device's experts, the number of tiles of the experts up to and including this one.
     order_p: the numbers of the pairs of all X devices, in the order described above.
@@ -285,7 +285,7 @@ def _make_plan(m, choice_n, experts, rows, size) -> _Plan:
   m: the MoeConfig.
   choice_n: int32, the expert of each of this device's pairs; the number E means no expert.
   experts: the number of experts of this device.
-  rows, size: R, and the number of tiles per pass.
+  rows, size: the number of rows per tile, and the number of tiles per pass.
   """
   ways = shards('experts')
   order_n = checkpoint_name(jnp.argsort(choice_n), CHOICES)
@@ -344,9 +344,9 @@ def _expert_tiles(sizes, plan: _Plan, i, x_GD, weight_p, gate_eDF, up_eDF, down_
 def _with_overflow(sizes, plan: _Plan, _, *args) -> jax.Array:
   """Returns the sum of `_expert_tiles` over all passes that have tiles, [G, D].
 
-  Usually there is only one pass. The first pass runs before the loop over further passes. Inside the loop, its result
-  would have to be added to an array of zeros. The backward pass recomputes each pass, because a loop of unknown length
-  can't save intermediates. launch/plan/hlo.py recognizes the loop by its named scope.
+  Usually there is only one pass. The first pass runs before the loop over further passes, because inside the loop its
+  result would have to be added to an array of zeros. The backward pass recomputes each pass, because a loop of unknown
+  length can't save intermediates. launch/plan/hlo.py recognizes the loop by its named scope.
 
   sizes, plan, args: arguments of `_expert_tiles`. The third argument is in the place of the pass number, and isn't
     used.
@@ -404,7 +404,10 @@ def _combine(k: int, add, y_CRD, pair_CR, row_p, tokens: int) -> jax.Array:
 
 
 def _scatter_add(y_PD, to_P, sums: int) -> jax.Array:
-  """Returns sums of the rows of y, [sums, D]. Row p is added to sum number to_P[p], or ignored if to_P[p] >= sums."""
+  """Returns an array [sums, D]. Its row s is the sum of all rows y_PD[p] for which to_P[p] = s.
+
+  Rows with to_P[p] >= sums are ignored.
+  """
   return jnp.zeros((sums, y_PD.shape[1]), y_PD.dtype).at[to_P].add(y_PD, mode='drop')
 
 
@@ -421,8 +424,9 @@ _combine.defvjp(
 
 
 def _kernel(name: str, gate_eDF):
-  """Returns the kernel of this name; 'auto' chooses by platform and sizes. A comment above describes what kernels
-  compute.
+  """Returns the kernel of this name; 'auto' chooses by platform and sizes.
+
+  All kernels compute the same function, which a comment above `_kernel` describes.
 
   'auto' uses ragged_dot only on a TPU. On other platforms, XLA has no grouped matrix product, and ragged_dot multiplies
   all rows by all experts, as the FLOPs of the compiled program show.
@@ -464,7 +468,7 @@ def _ragged_matmuls(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD
 def _swiglu(gate, up, weight):
   """Returns silu(gate) · up · weight, [..., F].
 
-  The router's weight of each row is applied here, because this takes F products per row. Applying it to the experts'
-  output would take D products.
+  The router's weight of each row is applied here, which takes F products per row. Applying it to the experts' output
+  would take D products, and D is usually larger.
   """
   return (jax.nn.silu(gate.astype(jnp.float32)) * up * weight[..., None]).astype(gate.dtype)

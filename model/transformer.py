@@ -128,7 +128,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """The decoder without its head: the embedding, L layers, and the last norm.
 
-  `__call__` takes the arguments of `forward_routed` after `params`, and returns the same.
+  `__call__` has the arguments of `forward_routed` except c and params, and returns what `forward_routed` returns.
   """
 
   def __init__(self, c: ModelConfig, key: jax.Array):
@@ -220,8 +220,8 @@ def forward_routed(
 
   Args:
     c: the model's config.
-    params: the parameters, from `init`. With a cache, each leaf of `layers` may also be a list with one array per
-      layer.
+    params: the parameters, from `init`. With a cache, each array in params['layers'] may be replaced by a list with one
+      array per layer.
     tokens_BT: int32 token ids.
     positions_BT: int32 positions, which restart at 0 in each document.
     segments_BT: int32, numbers the documents of a row from 1; 0 is padding.

@@ -105,7 +105,10 @@ def _prepare(
   hidden, head, targets, shaping, *, weights=None, stats='basic', soft_cap=None, temperature=1.0, compute_dtype=None,
   chunk_tokens=None, layout=None,
 ):
-  """Checks the arguments of `shaped_linear_loss`, and returns the arguments for `_per_token` or `_total`."""
+  """Checks the arguments of `shaped_linear_loss`.
+
+  Returns (options, hidden, head, targets, weights, shaping), the arguments of `_per_token` and `_total`.
+  """
   if head.ndim != 2 or hidden.shape[-1:] != head.shape[:1]:
     raise ValueError(f'head must be [D, V] with D the width of hidden {hidden.shape}, got {head.shape}')
   check_shapes(hidden.shape[:-1], 'hidden', targets)

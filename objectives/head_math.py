@@ -55,7 +55,7 @@ class TokenStats:
     head_mass: float32, the probability of the top k without the target; None if the top k wasn't computed.
     tail_mass: float32, the probability of all tokens outside the top k, without the target; None if the top k wasn't
       computed. It is computed as a sum over these tokens, which is more accurate than 1 minus the other probabilities.
-    target_valid: bool, False at positions with a nonzero weight whose target is outside the vocabulary.
+    target_valid: bool, False where the weight is nonzero and the target is outside the vocabulary.
   """
 
   target_logp: jax.Array
@@ -74,11 +74,11 @@ class Coefficients:
 
   Attributes:
     shift: the largest logit.
-    target, tail_rate, head_rate: the numbers of this name in the formula. If head_rate is None, no top k is needed, and
-      tail_rate applies to all wrong tokens.
+    target, tail_rate, head_rate: the numbers with these names in the formula. If head_rate is None, no top k is needed,
+      and tail_rate applies to all wrong tokens.
     threshold: the k-th largest logit; None without a top k.
     last_id: int32. Logits equal to the threshold are in the top k if their id is at most last_id. None without a top k.
-    uniform: the number of this name in the formula; None without label smoothing.
+    uniform: the number with this name in the formula; None without label smoothing.
   """
 
   shift: jax.Array

@@ -186,9 +186,9 @@ def check_parameters(form, beta, lambda_head, lambda_tail, suffix=''):
 
 
 def check_number(name, value, *, at_least=-math.inf):
-  """Raises ValueError if `value` is None, a bool or a string, or a number that isn't finite or is less than `at_least`.
+  """Raises ValueError unless `value` is a finite number of at least `at_least`. None, bools and strings aren't numbers.
 
-  Arrays and traced values pass unchecked.
+  Arrays and traced values aren't checked.
   """
   if isinstance(value, bool | str) or value is None:
     raise ValueError(f'{name} must be a number, got {value!r}')

@@ -124,7 +124,7 @@ class AdvantageConfig:
 
 
 def advantages(c: AdvantageConfig, rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndarray:
-  """Computes the advantages with the function that `c` names, float32 [P, G].
+  """Computes the advantages of P groups of G samples with the function that `c` names, float32 [P, G].
 
   Raises:
     ValueError: the arrays don't have the same shape [P, G], or a group has too few samples. pass_at_k needs at least 2
@@ -143,7 +143,7 @@ def advantages(c: AdvantageConfig, rewards_PG: np.ndarray, valid_PG: np.ndarray)
 
 
 def has_reward_variance(rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndarray:
-  """Returns bool [P]: True if the group's valid rewards differ.
+  """Returns bool [P], one entry per group: True if the group's valid rewards differ.
 
   Dynamic sampling keeps only these groups (DAPO, arXiv 2503.14476 sec. 3.2).
   """

@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
 def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDict:
   """Returns the config of --config, changed by --from and --task, with the model's settings taken from the checkpoint.
 
-  The checkpoint is the one that the run starts from. If --workdir isn't given, args.workdir is set to RUN-rl.
+  The checkpoint is the one that the run starts from. If --workdir isn't given, args.workdir is set to RUN-rl, where RUN
+  is the workdir of this checkpoint.
   """
   for flag, key in (('source', 'train.init_from'), ('task', 'rl.task.uri')):
     if getattr(args, flag):

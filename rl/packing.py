@@ -49,7 +49,7 @@ class Answer(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-  """A part of an update, on the devices or on the host: R rows of T positions. In the names of fields, B stands for R.
+  """A part of an update, on the devices or on the host: R rows of T positions. Names of fields call the rows B.
 
   sampler_logp_BT, advantages_BT and numbers_BT are 0 except at tokens that were sampled.
 
@@ -76,8 +76,8 @@ def shapes(longest: int, tokens: int, ways: int) -> list[tuple[int, int]]:
 
   Args:
     longest: the greatest length of a sample, in positions.
-    tokens: the number of positions per device that the first shape should have; 0 means TOKENS. The shape has only
-      about this number, because a row has room for the longest sample and the number of rows is a power of two.
+    tokens: the approximate number of positions per device in the first shape; 0 means TOKENS. The exact number differs,
+      because a row has room for the longest sample and the number of rows is a power of two.
     ways: the number of devices over which rows are split. R is a multiple of this number.
   """
   tokens = max(tokens or TOKENS, longest)
@@ -147,7 +147,9 @@ def _best_fit(lengths: Sequence[int], rows: Sequence[int]) -> list[int] | None:
 def microbatches(
   answers: Sequence[Answer], of: Sequence[tuple[int, int]], sharding: NamedSharding
 ) -> list[Microbatch]:
-  """Packs the samples of an update into microbatches, on the devices. Each process fills only its own devices' rows.
+  """Packs the samples of an update into microbatches, and puts these on the devices.
+
+  Each process fills only its own devices' rows.
 
   Args:
     answers: the samples. If there are none, the result is one microbatch of padding.

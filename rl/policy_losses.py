@@ -34,7 +34,7 @@ class TokenLoss(NamedTuple):
 
   Attributes:
     loss_BT: float32, the loss to minimize.
-    ratio_BT: float32 without gradient, the ratio pi / pi_old of the token, or with gspo of its whole sample.
+    ratio_BT: float32 without gradient, the token's ratio pi / pi_old. In gspo, it is the ratio of the whole sample.
     clipped_BT: bool, True if clipping changed this token's gradient.
   """
 

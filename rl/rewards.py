@@ -40,10 +40,10 @@ class RewardRule:
 def rewards(
   rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]
 ) -> tuple[list[float], list[bool]]:
-  """Returns (rewards, valid): the reward of each sample, and whether the sample counts.
+  """Returns (rewards, valid): the reward of each sample, and whether the update uses the sample.
 
-  Undecided samples never count. With the rule 'masked', wrong answers that were cut off don't count either. The reward
-  of a sample that doesn't count is 0.
+  The update never uses samples with an undecided verdict. If truncated_reward is 'masked', it doesn't use wrong answers
+  that were cut off either. The reward of an unused sample is 0.
   """
   valid = [verdict != Verdict.UNDECIDED and (
     rule.truncated_reward == 'zero' or verdict == Verdict.RIGHT or sample.finish != 'length')
@@ -54,7 +54,7 @@ def rewards(
 
 
 def vary(rule: RewardRule, scores: Sequence[float], verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> bool:
-  """Returns True if the scores of a group's valid samples differ.
+  """Returns True if the scores of a group's valid samples (see `rewards`) differ.
 
   Length penalties are ignored. A group whose answers are all right, or all wrong, is therefore replaced in dynamic
   sampling even if the answers differ in length.

@@ -21,7 +21,7 @@ class Group(NamedTuple):
   """The samples of one prompt, and their verdicts.
 
   Attributes:
-    cursor: the number of the prompt in the run.
+    cursor: the prompt's index, from 0, among all prompts of the run.
     task: the problem.
     prompt: the tokens of the prompt, BOS first.
     samples, texts, verdicts: the samples, the text of each sample, and the verdict on each sample.
@@ -38,11 +38,11 @@ class Group(NamedTuple):
   scores: list[float]
 
   def rewards(self, rule: RewardRule) -> tuple[list[float], list[bool]]:
-    """Returns (rewards, valid): the reward of each sample, and whether the sample counts. See rl/rewards.py."""
+    """Returns (rewards, valid): each sample's reward, and whether the update uses the sample. See rl/rewards.py."""
     return rewards(rule, self.scores, self.verdicts, self.samples)
 
   def has_reward_variance(self, rule: RewardRule) -> bool:
-    """Returns True if the scores of the valid samples differ.
+    """Returns True if the scores of the valid samples (see `rewards`) differ.
 
     If all are equal, most advantage functions give every sample of the group the advantage 0.
     """

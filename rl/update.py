@@ -56,10 +56,10 @@ class Update(NamedTuple):
       gradient(params, gradients, microbatch, old_logp_BT, ref_logp_BT, cov_tokens_BT) -> (gradients, sums)
       apply(state, gradients) -> (state, the gradient's norm)
 
-  gradients: a pair (sum, count). The sum is a pytree like params, with the gradients of all microbatches so far added
-    up. `apply` divides it by the count.
-  sums: {name: sum over the microbatch}. `policy_losses.add` adds the sums of two microbatches. From the total,
-    `policy_losses.means` and rl/loop.py compute the figures to log.
+  gradients: a pair (sum, count) over all microbatches so far. The sum of their gradients is a pytree like params. The
+    count is that of `policy_losses.policy_loss`. `apply` divides the sum by the count.
+  sums: {name: sum over the microbatch, or maximum if the name ends in _max}. `policy_losses.add` combines the sums of
+    two microbatches. From the total, `policy_losses.means` and rl/loop.py compute the figures to log.
   """
 
   zeros: Callable

@@ -17,7 +17,9 @@ PART = 2**29  # weights, 1 GiB in bfloat16. With smaller parts, a group's transf
 
 
 def decode_mesh(c: model.ModelConfig, mesh: Mesh, split: int = 0) -> Mesh:
-  """Returns the mesh for decoding. It has the devices of `mesh` in the same order; consecutive devices form a group.
+  """Returns the mesh for decoding, which has the devices of `mesh` in the same order.
+
+  Consecutive devices form a group, which shares one copy of the weights.
 
   Args:
     c: the model.
@@ -41,7 +43,8 @@ def default_split(c: model.ModelConfig, mesh: Mesh) -> int:
 
   This is the number of parts into which training's mesh splits the experts or, in a dense model, the heads. On a TPU,
   the number is doubled until each device holds at most PART weights. In a mixture of experts, only the experts' weights
-  count. Doubling stops earlier if twice the number wouldn't divide the devices or the model.
+  count. Doubling stops earlier if the next number wouldn't divide the number of devices, or a dimension of the model
+  that is split.
   """
   split = mesh.shape['expert' if c.moe.experts else 'tensor']
   counts = model.parameter_counts(c)

@@ -50,8 +50,8 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
     shard_gb: the largest size of a file, in GB (10^9 bytes).
     tokenizer_path: a SentencePiece model, a tokenizer.json, or a folder with one of them. '' means the run's own
       tokenizer. 'none' exports no tokenizer.
-    positions: the length of the longest text that config.json allows, in tokens. 0 means the length of the longest text
-      that the model was trained on. If the model was imported with a larger length, 0 means that length.
+    positions: the length, in tokens, of the longest text that config.json should allow. With 0, this is the length of
+      the longest text that the model was trained on, or the length that it was imported with if that is larger.
 
   Raises:
     HfError, DataError: the model or the tokenizer can't be used or has no counterpart in Hugging Face's format, or a
@@ -204,7 +204,7 @@ def _tokenizer_files(path: str, vocab_size: int) -> list[pathlib.Path]:
 
 
 def _main_file(files: list[pathlib.Path]) -> str:
-  """Returns the name of the file to read the tokenizer from. '' stands for the folder, of which tokenizer.json is read.
+  """Returns the name of the file to read the tokenizer from, or '' to read the folder's tokenizer.json.
 
   Folders that `export` wrote can have a SentencePiece model and the tokenizer.json made from it. Then the SentencePiece
   model is read, so that the tokenizer keeps its hash.

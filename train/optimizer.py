@@ -85,9 +85,9 @@ def decay_start(c: OptimizerConfig, steps: int) -> int:
 def make_optimizer(c: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
   """Returns the optimizer: clipping by the global norm, then AdamW (arXiv 1711.05101) or Muon.
 
-  Muon orthogonalizes the momentum of each matrix of a layer, or of an expert. As in optax, it updates the embedding,
-  the head, norms and biases by Adam with Nesterov momentum. It therefore stores one moment for the layers' matrices,
-  and two moments for all other parameters. Sources: optax.contrib.muon, arXiv 2502.16982.
+  Muon orthogonalizes the momentum of each matrix in a layer; each expert has its own matrices. As in optax, it updates
+  the embedding, the head, norms and biases by Adam with Nesterov momentum. It therefore stores one moment for the
+  layers' matrices, and two moments for all other parameters. Sources: optax.contrib.muon, arXiv 2502.16982.
 
   Norms and biases get no weight decay. Router biases get no gradient and no weight decay, so the optimizer doesn't
   change them.

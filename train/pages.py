@@ -23,8 +23,8 @@ class Prefix:
     prompt: the number of the prompt.
     pages: the page numbers, within the part, of the pages that hold the prompt.
     samples: the number of running samples that use the prompt.
-    routed: (choices, f), set by the sampler. choices are the experts chosen in the prefill of this prompt and perhaps
-      others (None for a dense model). f is the index of this prompt in choices.
+    routed: (choices, f), set by the sampler. choices are the experts chosen in a prefill of one or more prompts (None
+      for a dense model), and f is the index of this prompt among them.
   """
 
   prompt: int
@@ -39,11 +39,11 @@ class Running:
 
   Attributes:
     prompt: the number of the sample's prompt.
-    index: the number of the sample among the samples of the prompt.
+    index: the index of the sample among the samples of the prompt.
     limit: the largest number of tokens to draw.
     row: the sample's row of the cache.
     prefix: the sample's prompt in the cache.
-    pages: the numbers of the pages for the sample's own tokens.
+    pages: the page numbers of the pages for the sample's own tokens.
     count: the number of drawn tokens that the host has read.
     drawn: what the host has read: (tokens, log-probabilities, experts) for each dispatch.
   """
@@ -72,7 +72,7 @@ class Pages:
   Args:
     rows, pages: the numbers of rows and pages of the whole cache. Each part gets an equal share. A part must have
       enough pages for the longest prompt and the longest answer.
-    parts: the number of parts of the mesh.
+    parts: the number of parts into which the mesh divides rows and pages.
     size: the number of tokens per page.
     prompt_pages: the number of pages that the longest prompt needs.
     row_pages: the number of pages that the longest prompt and the longest answer need together.
@@ -116,9 +116,9 @@ class Pages:
   ) -> tuple[list[Running], list[Prefix | None]]:
     """Starts samples from the queue while there are free rows and pages.
 
-    Samples whose prompt is already in the part start first. After a sample has started, its part of the mesh must still
-    have one free page for every running sample that may need more pages. If the last call of `grow` stopped a sample of
-    a part, no sample starts in this part.
+    Each part of the mesh first starts samples whose prompts it already holds. After a sample has started, its part must
+    still have one free page for every running sample that may need more pages. If the last call of `grow` stopped a
+    sample of a part, no sample starts in this part.
 
     Args:
       queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from the
@@ -191,7 +191,7 @@ class Pages:
     """Returns the pages into which prompts are to be written, int32 [parts, prompt_pages].
 
     Args:
-      prefixes: for each part of the mesh, the prompt to write, or None.
+      prefixes: for each part of the mesh, the Prefix of the prompt to write, or None.
       out_of_range: the number to use where there is no page to write.
     """
     pages_FI = np.full((len(prefixes), self._prompt_pages), out_of_range, np.int32)
@@ -222,8 +222,8 @@ class Pages:
   def _room(self, part: _Part, pages: int, queue) -> bool:
     """Returns True if `part` has at least `pages` free pages, after freeing the pages of unused prompts.
 
-    A prompt is unused if no running sample has it. An unused prompt with samples in the queue keeps its pages as long
-    as there are enough free pages without them.
+    A prompt is unused if no running sample has it. If samples of an unused prompt are in the queue, its pages are freed
+    only while there are fewer than `pages` free pages.
 
     queue: as in `start`.
     """

@@ -138,7 +138,7 @@ class Sample(NamedTuple):
 
   Attributes:
     prompt_id: the id of the prompt.
-    index: the number of this sample among the samples of the prompt.
+    index: the index of this sample among the samples of the prompt.
     tokens: int32 [n], n >= 1, the tokens drawn. The last token is EOS if and only if `finish` is 'eos'.
     logp: float32 [n], the log-probability of each token in nats, after temperature, top_k and top_p have been applied.
       At temperature 0 all are 0.
@@ -426,7 +426,9 @@ class Sampler:
 
     A prompt's last token isn't written, because decoding begins with it.
 
-    prefixes: for each part of the mesh, the prompt to write, or None. The other arguments are those of `_start`.
+    prefixes: for each part of the mesh, the Prefix of the prompt to write, or None.
+    prompts: all prompts. The attribute `prompt` of a Prefix is an index in this list.
+    weights, rows, pages: as in `_start`.
     """
     some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
     longest = max(map(len, some))
@@ -454,7 +456,7 @@ class _Start(NamedTuple):
     token: the last token of the prompt.
     limit: the greatest number of tokens to draw. 0 empties the row, and starts no sample in it.
     prompt_id: the id of the prompt.
-    index: the number of the sample among the samples of the prompt.
+    index: the index of the sample among the samples of the prompt.
   """
 
   put: Any
@@ -498,7 +500,7 @@ def _prefill(c, weights, pages_LP2KSH, token_FP, length_F, pages_FI) -> tuple[tu
 
 
 def _choices(routing: model.Routing | None) -> jax.Array | None:
-  """Returns the experts chosen for each token, int16 [F, P, L, k], as an array that isn't sharded.
+  """Returns the experts chosen for each of P tokens of F prompts, int16 [F, P, L, k], as an array that isn't sharded.
 
   Returns None for a dense model.
   """
@@ -602,8 +604,9 @@ def _draw(s, z_RV, u_R2):
   """Draws one token per row. Returns (tokens, log-probabilities) [R].
 
   Each token is drawn with two uniform numbers. The first number picks a block of the vocabulary, the second a token in
-  this block. Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. Two numbers
-  resolve probabilities down to 2^-23 of a block; a single number would resolve only 2^-23 of the whole distribution.
+  this block. Drawing a number for each of the V tokens (the Gumbel method) takes 30 times as long on a CPU. With a
+  single number, a token of probability below 2^-23 might never be drawn. With two numbers, this limit applies to the
+  probability of a block, and to a token's share of its block.
 
   s: the settings of the sampler.
   z_RV: float32 logits, divided by the temperature.
@@ -640,7 +643,8 @@ def _pick(mass_RN, u_R):
 def _kept(s, z_RV):
   """Returns bool [R, V]: True for the tokens that may be drawn.
 
-  These are the row's top_k most probable tokens (one token at temperature 0), except for those that top_p excludes.
+  These are the row's top_k most probable tokens, except for those that top_p excludes. At temperature 0, only the most
+  probable token may be drawn.
   """
   k = 1 if s.temperature == 0 else s.top_k or z_RV.shape[1]
   value_RK, id_RK = jax.lax.top_k(z_RV, min(k, z_RV.shape[1]))

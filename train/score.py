@@ -50,7 +50,7 @@ def total(
     batch: the tokens. Where batch.counted_BT is False, as in padding, the loss and the statistics are 0.
     shaping: the objective, from ObjectiveConfig.at(step).
     stats: 'full' computes all statistics. 'basic' leaves out the top-k search, so head_mass and tail_mass are None. If
-      a lambda of the objective may be nonzero, the loss needs the search, and both are computed anyway.
+      a lambda of the objective may be nonzero, the loss needs the search, and these two fields are computed anyway.
 
   Returns (total, loss_BT, statistics [B, T], routing). Losses are float32, in nats. The total includes the load-balance
   loss of a mixture of experts, and loss_BT doesn't. routing is None for a dense model.

@@ -39,8 +39,8 @@ def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
   """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself: [B, T, N, H], computed in float32.
 
   q, k and v are bfloat16 or float16, H is 64 or 128, and T is a multiple of 128. start_BT and end_BT come from
-  `attention_triton.documents`. The gradient of q is summed by atomic additions in no fixed order, so its last bits
-  differ from run to run.
+  `attention_triton.documents`. Only the gradient uses end_BT. The gradient of q is summed by atomic additions in no
+  fixed order, so its last bits differ from run to run.
   """
   return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 
@@ -389,10 +389,10 @@ def _scale(width: int) -> float:
 
 
 def _in_order(key_BR, *values_BR) -> list[jax.Array]:
-  """Sorts the blocks of all rows by `key_BR`, the smallest first. Returns a list of arrays [P] in this order.
+  """Sorts the P = B·R blocks of all rows by `key_BR`, the smallest key first. Returns a list of arrays [P].
 
-  The first array has each block's index in the flattened [B, R], int32. The other arrays have the entries of
-  `values_BR`.
+  The first array is int32: the index b·R + r of each block in sorted order. Each further array has the entries of one
+  of `values_BR`, in the same order.
   """
   place_P = jnp.argsort(key_BR.ravel()).astype(jnp.int32)
   return [place_P, *(x.ravel()[place_P] for x in values_BR)]

@@ -51,7 +51,7 @@ def documents(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, end_BT) -> jax.Array:
   """Returns softmax(q·k/√H) v over the keys from start_BT to the query itself: [B, T, N, H], computed in float32.
 
-  start_BT and end_BT come from `documents`.
+  start_BT and end_BT come from `documents`. Only the gradient uses end_BT.
   """
   return _forward(q_BTNH, k_BTKH, v_BTKH, start_BT)[0]
 

@@ -32,6 +32,7 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
   """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D], where gate, up and down are the weights of each tile's
   expert.
 
+  x_CRD: the inputs, in C tiles of R rows.
   weight_CR: float32, the factor of each row.
   expert_C: int32, the expert number of each tile, in ascending order.
   used: int32 scalar. Only the first `used` tiles of the output are defined.
@@ -91,7 +92,7 @@ def _dot(a, b, contract=(1, 0)) -> jax.Array:
 def _grid(tiles: int) -> tuple[int, int]:
   """Returns the kernel's grid: (number of cores, largest number of tiles per core).
 
-  tiles: the number of tiles, used or not.
+  tiles: the number of tiles of the kernel's arrays.
   """
   ways = min(cores(), tiles)
   return ways, -(-tiles // ways)
@@ -100,16 +101,19 @@ def _grid(tiles: int) -> tuple[int, int]:
 def _tiles_per_core(tiles: int, used):
   """Returns the number of tiles that each core processes. The last core may have fewer.
 
-  tiles: the number of tiles, used or not.
-  used: the number of tiles to process.
+  tiles: the number of tiles of the kernel's arrays.
+  used: the number of these tiles that are processed.
   """
   return jnp.maximum(-(-used // _grid(tiles)[0]), 1)
 
 
 def _tile(core, step, expert_C, work):
-  """Returns the index of the tile that a core processes in a grid step. After its last tile, a core keeps this index.
+  """Returns the index of the tile that a core processes in a grid step.
+
+  After as many steps as there are tiles per core, the index stays the same.
 
   core, step: the position in the grid.
+  expert_C: the expert number of each tile. Only the length of this array is used.
   work: (number of used tiles, tiles per core).
   """
   return jnp.minimum(core * work[1] + jnp.minimum(step, work[1] - 1), expert_C.shape[0] - 1)

@@ -30,6 +30,7 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
   """Returns weight · down(silu(gate(x)) · up(x)), [C, R, D], where gate, up and down are the weights of each tile's
   expert.
 
+  x_CRD: the inputs, in C tiles of R rows.
   weight_CR: float32, the factor of each row.
   expert_C: int32, the expert number of each tile, in ascending order.
   used: int32 scalar. Only the first `used` tiles of the output are defined.
@@ -44,6 +45,7 @@ def experts(x_CRD, weight_CR, expert_C, used, gate_eDF, up_eDF, down_eFD) -> jax
 def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
   """Returns the matrix product of each tile and its expert's weights, [C, R, O].
 
+  x_CRI: the inputs, in C tiles of R rows.
   expert_C: int32, the expert number of each tile, in ascending order.
   used: int32 scalar. Only the first `used` tiles of the output are defined.
   """
@@ -51,7 +53,7 @@ def product(x_CRI, w_eIO, expert_C, used) -> jax.Array:
 
 
 def _matmul(x_CRI, w, expert_C, used, transposed: bool) -> jax.Array:
-  """Computes `product`. With transposed=True, the weights w have the shape [e, O, I] instead of [e, I, O]."""
+  """Returns what `product` returns. If `transposed` is True, w has the shape [e, O, I] instead of [e, I, O]."""
   tiles, rows, depth = x_CRI.shape
   width = w.shape[1 if transposed else 2]
   block_R, block_O, step = _block(rows), _block(width), _block(depth, DEPTH)

@@ -62,7 +62,7 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
     out_ref[...], block_ref[...] = jnp.zeros_like(out_ref), jnp.zeros_like(block_ref)  # 0 times any number is 0
 
     def fetch(row, block, slot, act):
-      """Calls act(copy) for each page of a block. `copy` is the asynchronous copy of the page into block_ref[slot].
+      """Calls act(copy) for each page of a row's block. `copy` is the asynchronous copy of the page to block_ref[slot].
 
       `act` starts the copy or waits for it. Returns the number of tokens in the block.
       """
@@ -81,7 +81,7 @@ def step(pages_P2KSH, q_RNH, k_RKH, v_RKH, table, length_R, real_R, prompt_pages
       return tokens
 
     def write(row):
-      """Returns the asynchronous copy of tile_ref to the row's page. tile_ref has W tokens, one of which is new."""
+      """Returns the asynchronous copy of tile_ref to the row's page. One of the WRITTEN tokens in tile_ref is new."""
       page = pages[row, prompt_pages + length[row] // size]
       start = pl.multiple_of(length[row] % size // WRITTEN * WRITTEN, WRITTEN)
       return pltpu.make_async_copy(tile_ref, written_ref.at[page, :, :, pl.ds(start, WRITTEN)], wrote)

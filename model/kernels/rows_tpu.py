@@ -19,9 +19,9 @@ TILE, BLOCK = 256, 128
 
 
 def add(y_PD: jax.Array, to_P: jax.Array, sums: int) -> jax.Array:
-  """Returns sums of the rows of y, [G, D] with G = `sums`. Row p is added to sum number to_P[p].
+  """Returns an array [sums, D]. Its row s is the sum of all rows y_PD[p] for which to_P[p] = s.
 
-  Rows with to_P[p] >= G are ignored, even if they hold NaN.
+  Rows with to_P[p] >= sums are ignored, even if they hold NaN.
   """
   width, blocks, tiles = y_PD.shape[1], -(-sums // BLOCK), -(-len(to_P) // TILE)
   to_P, order_P = lax.sort_key_val(to_P, jnp.arange(len(to_P)), is_stable=False)

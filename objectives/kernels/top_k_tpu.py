@@ -65,13 +65,12 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 
 
 def _columns(vocab):
-  """Returns the number of columns of a row. A column is LANES consecutive logits."""
+  """Returns the number of columns into which a row of logits is divided. A column has LANES consecutive logits."""
   return pl.cdiv(vocab, LANES)
 
 
 def _span(vocab, k):
-  """Returns the number of columns of a group. A group has one logit of each of its columns, so it has as many logits.
-  """
+  """Returns the number of columns of a group, which is also its number of logits, one from each column."""
   return min(MAX_SPAN, _columns(vocab) // pl.cdiv(GROUPS_PER_K * k, LANES))
 
 
@@ -114,11 +113,11 @@ def _kernel(z_ref, x_ref, target_ref, shift_ref, value_ref, last_id_ref, head_su
 
 
 def _bracket(columns, k):
-  """Returns (the largest entry, a lower bound for the k-th largest entry) of each row, [R, 1].
+  """Returns (the largest entry, a lower bound for the k-th largest entry) of each of R rows, [R, 1].
 
   To get the bound, the entries are divided into k or more disjoint sets. The bound is the smallest of the sets' maxima.
 
-  columns: arrays [R, L].
+  columns: a list of arrays [R, LANES], which together hold the entries of the rows.
   """
   sets = columns[:pl.cdiv(k, LANES)]
   for c in range(len(sets), len(columns)):
@@ -157,7 +156,7 @@ def _keep_largest(z_ref, kept_ref, vocab, span):
 
 
 def _search(ref, width, *, k, low, high, target_R1, shift_R1):
-  """Finds the k-th largest of ref[:, :width], whose key (`to_key`) is in [low, high).
+  """Finds the k-th largest logit in each of the R rows of ref[:, :width]. Its key (`to_key`) must be in [low, high).
 
   Returns:
     (kth_largest, above, reach, sum, targets), all float32 [R, 1].
@@ -214,15 +213,16 @@ def _bisect(count, k, low, high):
 def _count(ref, width, test):
   """Returns how many of the logits ref[:, :width] in each row pass a test, float32 [R, 1].
 
-  test: a function (column [R, L], its first id) -> bool [R, L].
+  test: a function (logits [R, LANES], first_id) -> bool [R, LANES], see `_fold`.
   """
   add = lambda n, z, first: n + jnp.where(test(z, first), 1.0, 0.0)
   return _fold(ref, width, add, jnp.zeros((ROWS, LANES))).sum(-1, keepdims=True)
 
 
 def _fold(ref, width, step, state):
-  """Computes state = step(state, column [R, L], the column's first id) for all columns of ref[:, :width]. Returns the
-  state.
+  """Computes state = step(state, logits, first_id) for each part of ref[:, :width]. Returns the last state.
+
+  A part is LANES consecutive logits of each of the R rows: `logits` is [R, LANES], and its ids begin at first_id.
   """
   full = width // LANES // UNROLL
 
@@ -238,7 +238,7 @@ def _fold(ref, width, step, state):
 
 
 def _column(ref, c, width=None):
-  """Returns column c of ref: LANES consecutive logits of each row, [R, L].
+  """Returns column c of all rows of ref, [R, LANES]. The first logit in each row has the id c * LANES.
 
   If `width` is given, logits whose index in the row is `width` or more are replaced by -inf.
   """

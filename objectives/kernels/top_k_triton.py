@@ -38,7 +38,10 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
 
   def body(z_ref, x_ref, shift_ref, value_ref, last_id_ref, sum_ref):
     def read(start, unread=0):
-      """Returns (logits, ids) of L tokens, which begin at id `start`. Tokens with ids below `unread` are masked out."""
+      """Returns (logits, ids) of L tokens, which begin at id `start`.
+
+      Tokens with ids below `unread` were read before, so their logits are replaced by -inf, and their ids by vocab.
+      """
       id_L = start + jnp.arange(LANES)
       z_L = z_ref[pl.ds(start, LANES)]
       z_L = jnp.where(z_L == 0, 0.0, z_L)  # -0.0 equals 0.0 but has another bit pattern
@@ -59,7 +62,8 @@ def find_head(z_CV, x_C, target_C, shift_C, *, k, interpret=False):
     def write_results(total):
       """Writes the outputs of `find_head` for this row, and returns the k-th largest logit.
 
-      total: a function. total(f) is the sum of f(logits, ids) over a set of tokens. Tokens outside the set are ignored.
+      total: a function that takes a function f, and returns the sum of f(logits, ids) over the tokens to search. These
+        are all tokens of the row, or only the largest ones.
       """
       count = lambda condition: total(lambda z_L, id_L: jnp.where(condition(z_L, id_L), 1, 0))
       value = to_float(_bisect(lambda low: count(lambda z_L, _: to_key(z_L) >= low) >= k, -(2**31), 2**31 - 1))
