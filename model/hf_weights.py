@@ -92,7 +92,7 @@ class Leaf:
     return tuple(math.prod(sizes[letter] for letter in group) for group in self.groups.split())
 
   def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields (name, index) for each tensor: our array, indexed with `index`, has the values of the tensor `name`."""
+    """Yields (name, index) for each tensor of this Leaf. The Leaf's array has the tensor's values at `index`."""
     for index in _indices(self.shape[:self.indexed]):
       yield self.template.format(**dict(zip(self.letters, index, strict=False))), index
 
@@ -310,10 +310,10 @@ class Files:
                     'plain models can be imported')
 
   def copy_in(self, wanted: list[Leaf], targets: dict[str, np.ndarray], report: Callable[[], None]) -> None:
-    """Copies the tensors to our arrays, file by file. Calls `report` after each tensor.
+    """Copies the tensors to the arrays of our model, file by file. Calls `report` after each tensor.
 
     wanted: the result of `leaves`.
-    targets: our arrays by their path in the tree of parameters.
+    targets: {path in the tree of parameters: array}.
 
     Raises:
       HfError: config.json says that the head and the embedding are the same, but they differ. Or a tensor that must be

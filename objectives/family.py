@@ -92,10 +92,10 @@ def likelihood_power(margin, alpha):
 
 
 def coverage(margin, n):
-  """Computes -log(1 - (1-p)^n): minus the log-probability that at least one of n samples is right.
+  """Computes -log(1 - (1-p)^N): minus the log-probability that at least one of N = n samples is right.
 
-  Returns (cost, weight) with weight = n (1-p)^(n-1) p / (1 - (1-p)^n). Here p is the target's probability, which the
-  margin log(p/(1-p)) determines. Equals cross-entropy at n = 1. Source: Direct Coverage Optimization, arXiv 2502.07154.
+  Returns (cost, weight) with weight = N (1-p)^(N-1) p / (1 - (1-p)^N). Here p is the target's probability, which the
+  margin log(p/(1-p)) determines. Equals cross-entropy at N = 1. Source: Direct Coverage Optimization, arXiv 2502.07154.
   """
   far = margin < -15  # here log(1-p) rounds to -p = -exp(m), and its computation would underflow
   miss = softplus(margin)  # -log(1-p)

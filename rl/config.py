@@ -129,7 +129,7 @@ class RlConfig:
     return RewardRule(self.truncated_reward, self.max_new_tokens[self.phase(step)], self.overlong_buffer)
 
   def phase(self, step: int) -> int:
-    """Returns the index, from 0, of the phase that contains step number `step`, counted from 1. See `reward_rule`."""
+    """Returns the index, from 0, of the phase (see `reward_rule`) that contains `step`. Steps are counted from 1."""
     return sum(step > end for end in self.phase_steps)
 
 

@@ -34,7 +34,7 @@ class Answer(NamedTuple):
   Attributes:
     prompt: the tokens of the prompt, BOS first.
     sample: the answer.
-    advantage: the advantage of all tokens of the answer.
+    advantage: the advantage, which is the same for all tokens of the answer.
   """
 
   prompt: list[int]

@@ -285,7 +285,7 @@ class Sampler:
     return _decode.lower(self.c, self.s, self.eos, weights, rows, table)
 
   def lower_weights(self, params: model.transformer.Params) -> jax.stages.Lowered:
-    """Returns the lowered program that copies the parameters into the sampler's mesh, once per call of the sampler.
+    """Returns the lowered program that copies the parameters to the sampler's mesh. Each call of the sampler runs it.
 
     params: the parameters as jax.ShapeDtypeStruct with shardings.
     """
