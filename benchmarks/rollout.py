@@ -80,7 +80,7 @@ def ours(params, of=now):
 def tunix():
   """Returns a function seed -> number of tokens, which runs tunix's vanilla sampler.
 
-  The sampler samples from the full distribution, and no token ends an answer.
+  The sampler samples from the full distribution, and an answer ends at the token EOS.
   """
   from flax import nnx
   from tunix.generate import sampler as peer
@@ -144,7 +144,8 @@ def smoke(params, of=now):
   """Returns one variant of the sampler, {name: function seed -> number of tokens}, with the shapes of
   configs/rl_smoke.py.
 
-  It samples 8 answers to each of 40 prompts; 32 prompts are decoded at the same time. Answers have 8 to 28 tokens.
+  It samples 8 answers to each of 40 prompts. 256 answers (8 to each of 32 prompts) are decoded at the same time. The
+  maximum length of an answer differs between prompts, from 8 to 28 tokens.
 
   params: the parameters of the model SMOKE.
   of: the sampler's module, or the result of `before`.

@@ -105,7 +105,7 @@ def _name(path: str, args: Sequence[str]) -> str:
   """Returns the name of the bucket or object that a request is about, gs://BUCKET or gs://BUCKET/NAME.
 
   Args:
-    path: the request's path from gcsfs, which is a template such as b/{}/o/{}. For an upload or download, a whole URL.
+    path: the request's path from gcsfs, a template such as b/{}/o/{}. For an upload or download, it is a whole URL.
     args: the values for the {} of a template, which are the names of the bucket and of the object.
   """
   url = urllib.parse.urlsplit(path)

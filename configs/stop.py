@@ -139,7 +139,7 @@ class StopSignal:
 
   @property
   def exit_status(self) -> int:
-    """The exit status for the process: 130 if the first signal was Ctrl-C, otherwise 143."""
+    """The exit status for the process: 130 if the first signal that it received was Ctrl-C, else 143."""
     return 128 + (self._received or [signal.SIGTERM])[0]
 
   def _interrupted(self, count: int) -> None:

@@ -57,8 +57,8 @@ def write(out: pathlib.Path, found: Sequence[tuple[str, str, str]], most_bytes: 
   """Writes the documents to `out`, and their hashes to `out`.sha256. Returns (documents, bytes of text) written.
 
   found: the result of `documents`.
-  most_bytes: the largest size of all texts together, in bytes. Writing stops before the first document that
-    would exceed it.
+  most_bytes: the largest size of all texts together, in bytes. Writing stops before the first document
+    that would exceed it.
   """
   out.parent.mkdir(parents=True, exist_ok=True)
   count = size = 0

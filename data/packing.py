@@ -58,8 +58,8 @@ def permute(index_N: np.ndarray, size: int, key: str) -> np.ndarray:
 
 
 class Pieces(NamedTuple):
-  """The N pieces of a row, as arrays int64 [N]. A piece is a document or a part of it, counted in (input, target)
-  pairs.
+  """N pieces, for example those of a row, as arrays int64 [N]. A piece is a document or a part of it, counted in
+  (input, target) pairs.
   """
 
   document: np.ndarray

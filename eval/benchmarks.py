@@ -196,6 +196,7 @@ def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> st
   Raises:
     ConfigError: the benchmark has no examples.
     EvalError: the file of examples is missing, or has fewer than `shots` problems.
+    DataError: the file can't be read, or an example has no worked solution.
   """
   if not shots:
     return ''

@@ -1,6 +1,6 @@
 """Collects the values of a metrics file by metric name.
 
-A run may have a million steps, so values are kept in compact arrays: 16 bytes for each step and value.
+A run may have a million steps, so values are kept in compact arrays: 16 bytes for each pair of a step and a value.
 """
 
 from array import array

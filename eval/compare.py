@@ -116,9 +116,9 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def report(runs: Sequence[Run], width: int) -> str:
-  """Returns the table of the runs as text that is at most `width` characters wide.
+  """Returns the table of the runs as text, fitted to `width` characters as in `blocks`.
 
-  Runs with long names are numbered in the table, and a legend above it gives the names.
+  If a name is longer than LABEL, all runs are numbered in the table, and a legend above it gives the names.
   """
   labels, legend = names(runs), []
   if max(map(len, labels)) > LABEL:
@@ -239,7 +239,7 @@ def _median(curve: Curve) -> str:
 
 
 def blocks(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-  """Returns the lines of a text table that is at most `width` characters wide.
+  """Returns the lines of a text table, fitted to `width` characters.
 
   If not all columns fit next to each other, the remaining columns follow below, after a copy of the first column. Long
   titles are wrapped between words. Cells are never cut, so a wide cell can make a line longer than `width`.

@@ -6,7 +6,7 @@
 Inputs are built and truncated as in `hf`, the harness's own model for Hugging Face. Equal weights therefore give equal
 scores in both. In detail:
 
-- Every input begins with BOS.
+- BOS is added to the beginning of every text, before the text is truncated or divided into windows.
 - Spaces at the end of a context are moved to the continuation.
 - Inputs that are too long lose their first tokens.
 - Rolling windows don't overlap.
@@ -211,7 +211,8 @@ class Betarank(TemplateLM):
   def _how(self, asked: dict[str, Any]) -> tuple[list[str], SamplerConfig]:
     """Returns (stop strings, settings of the sampler) for a task's generation_kwargs.
 
-    The longest prompt has max_length - max_gen_toks tokens, so that there is room for the answer.
+    The sampler accepts prompts of up to max_length - max_gen_toks tokens, so that there is room for the answer. The
+    caller removes the first tokens of longer prompts.
 
     Raises:
       EvalError: generation_kwargs has a value that isn't supported.

@@ -110,8 +110,8 @@ def sample(
 
   Args:
     prompt: token ids, without BOS.
-    indices: one integer for each continuation to draw.
-    step: an integer in [0, 2^32). With another step, all continuations are different.
+    indices: different integers in [0, 2^32), one for each continuation to draw.
+    step: an integer in [0, 2^32). With another step, the random numbers are different.
     watch: a function that is called with the new tokens while they are drawn, as in `Sampler.__call__`.
   """
   tokens = [loaded.tokenizer.bos, *prompt]

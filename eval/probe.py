@@ -109,9 +109,8 @@ def _gather(values: Callable[[Batch], dict], run: EvalRun, name: str, mesh: Mesh
 def batches(run: EvalRun, name: str, process: int = 0, processes: int = 1) -> Iterator[Batch]:
   """Yields the validation rows on which source `name` is measured, in batches of eval.probe.batch_size rows.
 
-  With several processes, each process gets only its own rows of every batch. Which rows are measured doesn't depend on
-  the batch size.
-  The last batch is filled up with rows of padding (segment 0).
+  With several processes, each process gets only its own rows of every batch. The batch size doesn't change which rows
+  are measured. The last batch is filled up with rows of padding (segment 0).
 
   process, processes: the index of this process, and the number of processes.
   """

@@ -3,9 +3,10 @@
 Every metric has one value per problem, so that eval/statistics.py can resample problems and pair them between
 checkpoints.
 
-A sample is undecided if its verifier ran out of time. Avg@n, Cons@n and Pass@k ignore undecided samples, as if they had
-not been drawn. A sample without an answer is wrong, and isn't a vote in Cons@n. If a problem has no decided sample,
-these three metrics are NaN. The statistics leave such problems out, and report their number.
+A sample is undecided if its verifier reached no verdict, for example because it ran out of time. Avg@n, Cons@n and
+Pass@k ignore undecided samples, as if they had not been drawn. A sample without an answer is wrong, and isn't a vote in
+Cons@n. If a problem has no decided sample, these three metrics are NaN. The statistics leave such problems out, and
+report their number.
 
 Arrays [P, K] have Pass@k in column k - 1, for k from 1 to K = N.
 

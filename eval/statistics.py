@@ -61,9 +61,12 @@ class Estimate:
     low, high: the limits of the interval, a 95 % interval unless another `level` was asked for.
     p_value: the p-value of the hypothesis that the true mean is zero.
     smallest_detectable: the distance from zero that a true mean must have to be detected with a probability of 80 %.
-    problems: the number of problems used.
-    left_out: the number of problems that were left out, because they have no value in some seed or arm.
+    problems: the number of problems used; 0 from `over_seeds`.
+    left_out: the number of problems that were left out, because they have no value in some seed or arm. From
+      `over_seeds`, the number of seeds that were left out.
     seeds: the number of seeds used.
+
+  From `over_seeds` with a single seed, the limits, p_value and smallest_detectable are NaN.
   """
 
   mean: float
@@ -268,7 +271,8 @@ def over_seeds(
 ) -> Estimate:
   """Returns the mean of a metric that has one value per seed, with Student's t interval, cut at `bounds`.
 
-  Use this function for metrics without problems to resample, such as a loss. For a single seed, the limits are NaN.
+  Use this function for metrics without problems to resample, such as a loss. For a single seed, the limits and the
+  p-value are NaN.
 
   values_S: the value of each seed. Values that aren't finite are left out.
   level: the confidence level of the interval.

@@ -121,7 +121,7 @@ def assumed_hours(point: Point, chips: Topology) -> tuple[float, float] | None:
 
   In RL, every answer is assumed to have the maximum length. The real time is shorter.
 
-  Returns None if the point doesn't train, or if PLANNED_MFU and PLANNED_RL_MFU have no MFU for such a model.
+  Returns None if the point doesn't train, or if PLANNED_MFU (for RL, PLANNED_RL_MFU) has no entry for such a model.
   """
   if point.stage not in TRAINS:
     return None

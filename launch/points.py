@@ -284,7 +284,10 @@ def resolved(points: Iterable[Point]) -> dict[str, Any]:
 
 
 def local_files(points: Sequence[Point]) -> list[str]:
-  """Returns a message for each file that the points read and that exists only on this machine."""
+  """Returns a message for each `jsonl:` URI on this machine that the points use in RL or as a benchmark.
+
+  The message says that points on other machines can't read the files.
+  """
   readers: dict[str, list[str]] = {}
   for point in points:
     uris = [point.config.rl.task.uri] if point.stage == 'rl' else [

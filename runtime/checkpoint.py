@@ -171,7 +171,7 @@ class Checkpoints:
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
   def _guard(self, write: Callable[[], object]) -> None:
-    """Calls `write`. Converts an error of Orbax or tensorstore, such as a full disk, to CheckpointError.
+    """Calls `write`. Converts an error of Orbax or tensorstore, for example because a disk is full, to CheckpointError.
 
     If the loss of another process may have caused the error, it is raised unchanged.
     """
@@ -202,7 +202,7 @@ class _Kept:
   """Tells Orbax which checkpoints to keep.
 
   These are the newest `keep` checkpoints, those whose step is a multiple of `keep_every_steps` (none if it is 0), and
-  the checkpoint of the step that the attribute `best` names.
+  the one whose step is the attribute `best`.
   """
 
   def __init__(self, config: CheckpointConfig):
@@ -371,9 +371,10 @@ def _process_index_and_count() -> tuple[int, int]:
 
 
 def _is_peer_failure(error: Exception) -> bool:
-  """Returns True if the loss of another process may have caused this error, and False if storage has caused it.
+  """Returns True if the loss of another process may have caused this error.
 
-  The watchdog reports a lost process, so the caller doesn't report such an error as one of storage.
+  Returns False if storage has caused it, and always in a job of one process. The watchdog reports a lost process, so
+  the caller doesn't report an error that it may have caused as one of storage.
   """
   return (_process_index_and_count()[1] > 1 and not getattr(error, 'errno', None)
           and 'os_error_code' not in str(error) and 'http_response_code' not in str(error))

@@ -121,8 +121,9 @@ class _Lease:
   def _write(self, content: dict[str, Any] | None, generation: bytes) -> bool:
     """Writes `content` to the lease's object; None deletes the object. Returns False if the store has refused.
 
-    The store refuses if the object's generation isn't `generation`, because another process has then changed the
-    object. A generation is the store's number for one version of an object.
+    A generation is the store's number for one version of an object. The store refuses if the object's generation isn't
+    `generation`, because the object has then been changed: by another process, or by a write of this process whose
+    answer was lost.
     """
     data = None if content is None else json.dumps(content)
     stamp = self._store.write(self._name, data, if_equal=generation).result()

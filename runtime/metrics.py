@@ -55,8 +55,9 @@ def peak_flops(device: jax.Device) -> float | None:
 class JsonLines:
   """A file with one JSON object per line. Each object has the key `step`, which never decreases along the file.
 
-  The constructor opens or creates the file, and removes the lines of all steps after its argument `step`. It reads a
-  local file backwards from the end, and stops at the first line that it keeps, because a long run has a million lines.
+  The constructor opens or creates the file, and removes the lines of all steps after its argument `step`, and an
+  incomplete last line. It reads a local file backwards from the end, and stops at the first line that it keeps, because
+  a long run has a million lines.
 
   Attributes:
     last: the last object that is left in the file; {} if none is left.
@@ -92,7 +93,8 @@ class JsonLines:
 
 
 def _cut(path: epath.Path, step: int) -> dict[str, Any]:
-  """Removes the lines of all steps after `step` from a local file. Creates the file if there is none.
+  """Removes the lines of all steps after `step`, and an incomplete last line, from a local file. Creates the file if
+  there is none.
 
   Returns the last line that is left; {} if none is left.
   """

@@ -1,4 +1,5 @@
-"""Handles the data of a job of several processes: which rows each process reads, and how global arrays are built.
+"""Handles the data of a job of several processes: which rows each process reads, how global arrays are built, and how
+processes exchange data.
 
 # B rows  T tokens
 """

@@ -159,7 +159,8 @@ def _register(own: dict[str, Any], host: str, port: int, deadline_s: float
 
   own: the entry of this process.
   host, port: the address of process 0.
-  deadline_s: the seconds within which process 0 must be reached. Its answer may arrive up to 10 seconds after that.
+  deadline_s: the seconds within which process 0 must be reached. Its answer may arrive about 10 seconds after that, or
+    20 seconds if connecting takes long.
 
   Raises:
     JobError: process 0 couldn't be reached, or didn't answer.

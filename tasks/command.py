@@ -1,4 +1,4 @@
-r"""Judges answers by the rules of RL and evaluation, and prints the rule that decided.
+r"""Judges answers by the rules of RL and evaluation. Prints each verdict and the rule that decided it.
 
     betarank judge --gold='1,2' --answer='x = 2 or x = 1'
     betarank judge --gold='3/4' --format=boxed --answer='So it is \boxed{0.75}.'

@@ -161,7 +161,7 @@ class TaskSet:
   def hashes(self, count: int = 0) -> frozenset[int]:
     """Returns the question hashes (data/reasoning.py) of the first `count` tasks.
 
-    Pass them to another set as its argument `exclude`, so that the two sets have no question in common.
+    Pass them to another set as its argument `exclude`, so that the other set has none of these questions.
 
     count: 0 means all tasks, which isn't allowed if the source is unlimited.
     """
@@ -228,7 +228,8 @@ class TaskSet:
     return readable
 
   def _try_reward(self) -> None:
-    """Calls the user's reward function once, with the first task and its reference as the answer.
+    """Calls the user's reward function once, with the first task. The answer is the task's reference, or 'x' if it has
+    none.
 
     Raises:
       DataError: the reward function fails.
@@ -245,7 +246,11 @@ class TaskSet:
 
 
 class _Generated:
-  """Generates the problems of reasoning-gym. Each problem is a pure function of its index."""
+  """Generates the problems of reasoning-gym.
+
+  Each problem is a pure function of the stream, the task's index and the number of the attempt (see `problem`). The
+  stream is a name; problems of different streams have different random seeds.
+  """
 
   def __init__(self, rest: str, stream: str):
     self._kinds, self._stream = reasoning.parse(rest), stream

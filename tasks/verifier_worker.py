@@ -66,7 +66,8 @@ def _limit_cpu(seconds: int) -> None:
 def _guard(package: str) -> None:
   """Replaces `eval` and `parse_expr` with harmless functions in all imported modules of a package.
 
-  sympy's own modules keep using the original functions.
+  sympy's own modules keep using the original functions. reasoning-gym's module bitwise_arithmetic keeps `eval`, because
+  it evaluates only its own problem, not the answer.
   """
   import sympy
   from sympy.parsing.sympy_parser import parse_expr
@@ -101,8 +102,10 @@ def math_grader():
 
   The function takes a request {'reference': text, 'answer': text} and returns a reply {'verdict', 'rule', 'gold',
   'given'}. 'rule' is a phrase that says what decided. 'gold' and 'given' say how the reference and the answer were
-  understood. If the answer is None, the function only checks whether the reference can be read. The reply is then
-  {'rule': reason}, where the reason is '' if the reference can be read.
+  understood. If the reference can't be read, the reply also has 'why': 'unread'.
+
+  If the answer is None, the function only checks whether the reference can be read. The reply is then {'rule': reason},
+  where the reason is '' if the reference can be read.
   """
   import logging
 

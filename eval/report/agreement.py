@@ -57,7 +57,7 @@ def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
   """Compares the steps of two runs. Returns [] if the steps are equal, else a list with one reason why they can't be
   compared.
 
-  The reason names both steps and, for pre-training, the number of tokens that each run has seen.
+  The reason names both steps and, except for RL, the number of tokens that each run has seen, if it is known.
   """
   if step == other_step:
     return []

@@ -1,10 +1,12 @@
 """Finds all runs under a folder, links each run to its parent, and names the stage and the arm of each run.
 
 An arm is a pre-training objective. Its name comes from sweep.json if there is one. Otherwise, the arm of plain
-cross-entropy is named 'CE', and the name of any other arm says how its objective differs: 'β = -0.25' or 'λ̂ = -0.1'.
+cross-entropy is named 'CE', and the name of any other arm says how its objective differs from plain cross-entropy:
+'β = -0.25' or 'λ̂ = -0.1'.
 
-The parent of a run is the run whose checkpoint it started from. A run belongs to the same arm as its parent. If
-mid-training had another objective than pre-training, the arm's name has both: 'CE → β = -0.25'.
+The parent of a run is the run whose checkpoint it started from. Without a sweep.json, the objectives of pre-training
+and mid-training decide the arm, so an RL run belongs to the same arm as its parent. If mid-training had another
+objective than pre-training, the arm's name has both: 'CE → β = -0.25'.
 """
 
 import math
@@ -158,7 +160,9 @@ def _link(sweep: Sweep, named: dict[int, str]) -> None:
 
 
 def _tell_apart(sweep: Sweep) -> None:
-  """Divides each arm whose runs of the same stage differ in settings other than objective and seed.
+  """Divides each arm whose runs of the same stage differ in settings that affect what is learned.
+
+  The objective and the seed don't count, nor do settings that some of these runs lack.
 
   Up to three of the differing settings, with their values in a run, are added to the run's arm name.
   """

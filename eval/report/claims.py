@@ -63,7 +63,7 @@ class Test:
 
   @property
   def verdict(self) -> str:
-    """The verdict of the rule; CANT_TELL if there is only one seed; '' if there is no effect."""
+    """The verdict of the rule; CANT_TELL if there is only one seed; '' if there are no runs to compare."""
     if self.effect is None:
       return ''
     return self.judge(self.effect, self.p_holm) if self.effect.seeds > 1 else CANT_TELL
@@ -103,8 +103,8 @@ class Claim:
 
   @property
   def verdict(self) -> str:
-    """'yes' if the claim holds, 'no' if it fails, CANT_TELL if its tests don't decide; '' if a test has no effect to
-    judge.
+    """'yes' if the claim holds, 'no' if it fails, CANT_TELL if its tests don't decide; '' if there are no tests, or if
+    a test has no runs to compare.
     """
     verdicts = {test.verdict for test in self.tests}
     if not verdicts or '' in verdicts:

@@ -46,7 +46,8 @@ class Comparison:
     difference: the mean difference, arm minus baseline, on the same seeds and problems, with its interval; None if
       unknown.
     p_holm: the p-value of the difference after Holm's correction; NaN if there is no difference, or only one seed.
-    remark: why there is no difference, or why it is based on fewer seeds than there are.
+    remark: why there is no difference, why it is based on fewer seeds than there are, or that one seed gives no
+      verdict; '' if there is nothing to remark.
     by_seed: {seed: mean of the metric over problems}.
     differences: {seed: mean difference over problems}.
     noise: the noise of the metric; None if it has fewer than two seeds.

@@ -159,7 +159,8 @@ class Report:
   def every_figure(self) -> None:
     """Writes two CSV files on all metrics of all arms.
 
-    seeds.csv has the value of each seed, and noise.csv has the parts of the noise (see statistics.Noise).
+    seeds.csv has the value of each seed and its difference to the baseline. noise.csv has the parts of the noise of
+    values and differences (see statistics.Noise).
     """
     found = [*self.distributions, *self.dynamics, *self.benchmarks, *self.gains, *self.harness, *self.paper]
     key = lambda c: (c.stage, c.subject, c.metric, c.arm, c.baseline)
@@ -442,7 +443,7 @@ def write_over(path: epath.Path, content: bytes) -> None:
 def _cell(c: Comparison | None, name: str) -> Html:
   """Returns the content of a table cell: the value with its interval and, below it, the difference to the baseline.
 
-  c: the comparison; None for an empty cell.
+  c: the comparison; None for a cell with a dash.
   name: the metric that gives the number format.
   """
   if c is None or c.value is None:

@@ -18,16 +18,16 @@ class Chip:
   Attributes:
     flops: the peak bfloat16 FLOPs per second, the denominator of MFU.
     clock: cycles per second. In each cycle, a core issues at most one bundle (a very long instruction word). The clock
-      is computed as `flops` divided by the matrix unit's FLOPs per cycle. The value is certain for v5e and v6e, and
-      fairly certain for v5p.
+      is computed as `flops` divided by the FLOPs per cycle of all matrix units. The value is certain for v5e and v6e,
+      and fairly certain for v5p.
     hbm_bytes: the memory that libtpu lets a program use.
     hbm_rate: bytes per second between the chip and this memory, reads and writes together.
     matrix_rate: rows per second that one matrix unit multiplies by the weights it holds. It is computed as `flops`
       divided by the number of units (v5e: 4, v5p: 8, v6e: 2) and by the FLOPs per row (2 x 128 x 128 on v5e and v5p,
       2 x 256 x 256 on v6e).
     link_rate: bytes per second of one link of the torus, in one direction.
-    interlock: the share of a matrix product's time in which the core waits, although its bundles don't show this. The
-      share was determined from single products compiled for each chip.
+    interlock: the time for which the core waits in a matrix product, although its bundles don't show this, divided by
+      the product's time at `flops`. It was determined from single products compiled for each chip.
     cores_in_name: what a chip adds to the number in a pod's name. It is 2 on v5p, so v5p-128 has 64 chips; otherwise 1.
   """
 

@@ -129,7 +129,8 @@ class Program:
     return run.instruction.attribute(r'op_name="([^"]*)"') or ''
 
   def is_transfer(self, run: Run) -> bool:
-    """Returns whether `run.instruction` is a collective without other work, or starts or ends an asynchronous one.
+    """Returns whether `run.instruction` is a collective without other work, or starts an asynchronous collective, or is
+    a fusion that ends one.
 
     A reduce-scatter counts as a collective. On TPU, it is a fusion of an all-reduce and a slice.
     """

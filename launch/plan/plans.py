@@ -25,7 +25,7 @@ class Plan:
   """The memory and the predicted time of one program on one topology.
 
   Bytes are per chip, and seconds are per execution. Intervals are (least, most). hbm_bytes is the memory that a program
-  can use. If the program needs more, temp_bytes, peak_bytes and mfu aren't known, and are set to 0.
+  can use. If the program needs more, temp_bytes, peak_bytes and mfu are 0.
   """
 
   program: str

@@ -195,7 +195,7 @@ def transfer_s(kind: str, size: float, group: int, topology: Topology) -> float:
 
 
 def shares(kernel: hlo.Instruction) -> bundles.Shares:
-  """Returns the Shares of a kernel: in which share of its steps each skippable region runs.
+  """Returns the Shares of a kernel: the share of the kernel's steps in which each skippable region runs.
 
   The grid of splash attention has one step per block of scores. The main (largest) region runs for the blocks that the
   causal mask doesn't cover completely. The other regions run for the first and the last block of a row. The numbers of

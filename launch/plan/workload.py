@@ -36,9 +36,9 @@ class Workload:
     return packing.shapes(self.length, self.rl.microbatch_tokens, ways)[0]
 
   def microbatch_override(self, rows_per_chip: int, chips: int) -> dict[str, str]:
-    """Returns {config key: value}, an override that makes room in a microbatch for `rows_per_chip` sequences per chip.
+    """Returns {config key: value}, an override of the size of a microbatch.
 
-    The room is enough for sequences of the maximum length.
+    With it, a microbatch has room for `rows_per_chip` sequences of the greatest length on each chip.
 
     chips: the number of chips among which the rows are divided.
     """

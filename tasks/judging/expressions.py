@@ -49,8 +49,8 @@ class Node(NamedTuple):
 
   op: 'number', 'symbol', 'constant', or the operation, such as 'add', 'pow' or 'call'.
   args: the operands of an operation, or the name of a symbol or constant. A call has the function's name and the
-    operands. A number has its value as a Fraction, and its number of significant digits, or None if it is written
-    without a decimal point or exponent.
+    operands. A number has its value as a Fraction, and its number of significant digits. This number of digits is None
+    for repeating decimals, and if there is no decimal point or exponent, as in integers and mixed numbers.
   """
 
   op: str

@@ -13,7 +13,7 @@ class Name:
 
   key: the text of the name. Equal names have the same key.
   kind: 'symbol' (x), 'function' (f(x), a_n), 'label' (\angle ABC, AB, P(A)) or 'words' (Area).
-  variable: the variable of a function, such as x for f(x); '' for other kinds.
+  variable: the variable of a function, such as x for f(x) or n for a_n. It has no meaning for other kinds.
   """
 
   key: str
@@ -21,7 +21,7 @@ class Name:
   variable: str = ''
 
   def may_be(self, other: 'Name') -> bool:
-    """Returns whether two equations with different names, this one and `other`, can mean the same.
+    """Returns whether an equation for this name and one for `other`, a different name, can mean the same.
 
     For functions they can: f(x) = 2x means the same as g(x) = 2x and y = 2x. For symbols they can't: x = 2 doesn't mean
     the same as y = 2. A name in words, such as Area, may stand for any other name.

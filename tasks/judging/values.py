@@ -32,9 +32,10 @@ class TooHard(Exception):
 
 
 def exact(node: Node) -> Fraction | None:
-  """Returns the exact value of an expression if it has no variables and its value is rational.
+  """Returns the exact value of an expression that is built from rational numbers by exact operations.
 
-  Returns None if this isn't so, or if the value is too large.
+  These operations are arithmetic, integer powers, roots (up to the sixth) that are rational, and functions such as
+  floor or gcd. Returns None for other expressions, for a division by zero, and if the value is too large.
   """
   op, args = node.op, node.args
   if op == 'number':
@@ -311,12 +312,12 @@ def _call(base: int | None, name: str, *values):
 def near(gold: Node, answer: Node) -> bool:
   """Returns whether two numbers are equal up to the precision of their decimals.
 
-  A gold (reference) with at least 4 significant digits accepts every number that rounds to it and is at least as
-  precise: 0.6667 accepts 2/3, and 20.39 accepts 20.394.
+  A decimal gold (reference) with at least 4 significant digits accepts every number that rounds to it and is at least
+  as precise: 0.6667 accepts 2/3, and 20.39 accepts 20.394.
 
-  An answer with at least 6 significant digits may differ from the gold by a small relative error. The error is 1e-6 if
-  the gold can't be written exactly as a decimal: 1/3 accepts 0.333333. Otherwise it is 1e-12, which allows for errors
-  of floating point.
+  A decimal answer with at least 6 significant digits may differ from the gold by a small relative error. The error is
+  1e-6 if the gold can't be written exactly as a decimal: 1/3 accepts 0.333333. Otherwise it is 1e-12, which allows for
+  errors of floating point.
   """
   given, wanted = precision(answer), precision(gold)
   if symbols(gold) or symbols(answer) or (given is None and wanted is None):
