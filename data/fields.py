@@ -32,7 +32,9 @@ class BadValue(Exception):
 
 
 def masked(spec: str, template: str) -> bool:
-  """Returns True if documents of this field specification and template are Dialogues, and False if they are plain text.
+  """Returns whether documents of this field specification and template have tokens that are masked from the loss.
+
+  True means that they are Dialogues, False that they are plain text.
   """
   return '+' in spec or bool(template)
 

@@ -132,7 +132,8 @@ class Packer:
   def _slice(self, epoch: int, window: int) -> Pieces:
     """Returns the pieces of a window, in the epoch's order. They aren't placed in rows yet.
 
-    An epoch's sequence of pairs is divided into windows. A piece is a whole document, or the part of it in the window.
+    An epoch's sequence of (input, target) pairs is divided into windows. A piece is a whole document, or the part of it
+    in the window.
     """
     low = window * self._R * self._T
     high = min(low + self._R * self._T, self._total)

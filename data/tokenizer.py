@@ -28,8 +28,8 @@ class Tokenizer(Protocol):
   Attributes:
     vocab_size: the largest id plus 1.
     bos, eos: the ids that begin and end a document. A tokenizer without BOS, such as Qwen's, begins documents with EOS.
-    pad: the id of the padding token, or of EOS if there is no padding token. betarank doesn't use it for its own
-      batches, in which padding is masked.
+    pad: the id of the padding token, or of EOS if there is no padding token. Only exports use it: padding is masked in
+      betarank's own batches, so its id doesn't matter there.
     sha256: a hash that identifies the tokenizer. It depends on the content of the file and on BOS and EOS, not on the
       path.
     token_bytes: the UTF-8 bytes that each id stands for; b'' for special tokens and for ids without a token.

@@ -127,10 +127,10 @@ def bootstrap_interval(
 
 
 def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
-  """Returns the interval over problems for problems that all have the same value, as a function alpha -> (low, high).
+  """Returns the confidence interval of the mean over problems, for problems that all have the same value.
 
-  The function returns the limits of the 1 - alpha interval. It uses Gaffke's limits (see the docstring of this
-  module), because the bootstrap can't be used: resamples of equal values have no variance.
+  The result is a function alpha -> (low, high), the limits of the 1 - alpha interval. They are Gaffke's limits (see the
+  docstring of this module), because the bootstrap can't be used: resamples of equal values have no variance.
 
   mean: the value of the problems.
   problems: the number of problems.

@@ -157,7 +157,8 @@ def _step(prompt_pages, pages_P2KSH, q_BNH, k_BKH, v_BKH, length_B, real_B, *tab
 
   Returns (out_BNH, pages_P2KSH).
 
-  prompt_pages: I, the number of prompt pages in each row of the table.
+  prompt_pages: how many of each row's pages in the table hold its prompt. Rows with the same prompt share them; the
+    other pages are the row's own.
   length_B: the number of tokens in each row's own pages, without the new token.
   real_B: bool, False for padding, whose keys and values aren't written.
   table: the fields of a Table.

@@ -216,7 +216,7 @@ def forward_routed(
   cache: Cache | None = None,
   choices_LBTk: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, Routing | None]:
-  """Runs the decoder up to its last norm. `hidden @ head(c, params)` are the logits.
+  """Runs the decoder up to and including its last norm. `hidden @ head(c, params)` are the logits.
 
   Args:
     c: the model's config.
@@ -225,7 +225,8 @@ def forward_routed(
     tokens_BT: int32 token ids.
     positions_BT: int32 positions, which restart at 0 in each document.
     segments_BT: int32, numbers the documents of a row from 1; 0 is padding.
-    cache: the keys and values of earlier tokens; None if there are none. If T > 1, all rows of the cache must be empty.
+    cache: the cache to which the keys and values of these tokens are added, with those of earlier tokens; None to run
+      without a cache. Several tokens per row (T > 1) can only be added to an empty cache.
     choices_LBTk: int32, the experts to use instead of the routers' choice, as recorded by an earlier Routing.
 
   Returns:

@@ -113,8 +113,9 @@ def shaped_loss(logits, targets, shaping):
 
       dloss/dz_j = w (p_j - 1[j=x]) - λ̃ p_j (1[j in H] - P_H) - λ̂ p_j (1[j in T] - P_T)
 
-    plus the gradients of the label-smoothing and z-loss terms. x is the target. H (the head) is the top k without x, T
-    (the tail) is all other tokens without x, and P_H and P_T are their probabilities. No gradient flows through w,
+    plus the gradients of the label-smoothing and z-loss terms. p is the softmax, x the target, and w its weight (see
+    the docstring of this module); λ̃ and λ̂ are shaping.lambda_head and lambda_tail. H (the head) is the top k without
+    x, T (the tail) is all other tokens without x, and P_H and P_T are their probabilities. No gradient flows through w,
     through the choice of the top k, or into `shaping`.
 
   Raises:

@@ -104,7 +104,7 @@ ADVANTAGES = {
 class AdvantageConfig:
   """Section `rl.advantage`: the name of the advantage function, and its parameters.
 
-  A function ignores the parameters that it doesn't have. configs/settings.py describes each field.
+  Each function uses only its own parameters. configs/settings.py describes each field.
   """
 
   name: str = default('rl.advantage.name')
@@ -124,7 +124,7 @@ class AdvantageConfig:
 
 
 def advantages(c: AdvantageConfig, rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndarray:
-  """Computes the advantages of P groups of G samples with the function that `c` names, float32 [P, G].
+  """Returns the advantages of P groups of G samples, float32 [P, G], from the function that `c` names.
 
   Raises:
     ValueError: the arrays don't have the same shape [P, G], or a group has too few samples. pass_at_k needs at least 2

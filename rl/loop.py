@@ -230,8 +230,8 @@ def sample_and_judge(
   them. The step ends when all groups that it needs are judged, and drops the others, so this setting doesn't change the
   result.
 
-  Returns (groups to learn from, all groups that were needed, the progress after them). Both lists are in the order of
-  the prompts.
+  Returns (kept, seen, progress): the groups to learn from; these and the zero-variance groups that were replaced; and
+  the Progress after the last of their prompts. Both lists are in the order of the prompts.
   """
   rl, rule = parts.run.rl, parts.run.rl.reward_rule(step)
   asked: dict[int, Task] = {}

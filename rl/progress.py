@@ -61,11 +61,11 @@ class Progress:
   def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
     """Returns the progress in a checkpoint's cursor. The cursor {} gives the progress of a new run.
 
-    filtered: whether the run has a difficulty filter. If the cursor was saved for a set with another number of tasks,
-      the filter starts as in a new run.
+    filtered: whether the run has a difficulty filter. If the cursor has no filter for this number of tasks, the filter
+      starts as in a new run.
 
     Raises:
-      DataError: the problems have changed since the run began.
+      DataError: the cursor has a hash of the problems, which differs from that of `tasks`.
     """
     if (known := cursor.get('problems', '')) and known != tasks.sha256:
       raise DataError(f'{tasks.config.uri}: holds other problems than when the run began (sha256 {tasks.sha256[:12]}, '

@@ -73,10 +73,11 @@ def damage(folder: epath.Path, *, item: str = '', full: bool = False, share: tup
   Args:
     folder: the folder of the checkpoint.
     item: the part of the checkpoint to check, 'state' or 'meta'; '' for both.
-    full: True checks the sha256 of every file, even in a bucket. False checks the crc32 of every block. In a bucket, it
-      does this only for files of up to 1 MiB.
-    share: (i, n), to divide the work among n processes. Process i checks the blocks i, i + n, i + 2n and so on, counted
-      over all files. With full=True, it checks the files with these numbers. The size of every file is always checked.
+    full: if True, checks the sha256 of every file. If False, checks the crc32 of every block, but in a bucket only for
+      files of up to 1 MiB.
+    share: (i, n), to divide the work among n processes. The blocks of all files are numbered in one sequence, and
+      process i checks the blocks i, i + n, i + 2n and so on. With full=True, files are numbered instead of blocks.
+      Every process checks the sizes of all files.
 
   Raises:
     OSError: a file in a bucket can't be read now.

@@ -123,9 +123,9 @@ class Pages:
     Args:
       queue: {number of a prompt: indices of its samples that haven't started}. Samples that start are removed from the
         queue.
-      length: a function (number of a prompt) -> the number of the prompt's tokens that the cache holds.
+      length: a function (number of a prompt) -> how many tokens of the prompt are in the cache once it is prefilled.
       limit: a function (number of a prompt) -> the largest number of tokens to draw for a sample of the prompt.
-      tokens: the number of tokens for which a new sample gets pages.
+      tokens: the number of new tokens for which a sample gets pages at its start; `grow` gives it more later.
 
     Returns:
       (samples, prefixes). samples are the started samples. prefixes has one entry per part: the prompt that must be

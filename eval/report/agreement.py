@@ -39,10 +39,11 @@ def _role(key: str) -> str:
 
 
 def disagreements(run: Run, other: Run) -> list[str]:
-  """Returns one phrase for each way in which two runs of the same stage disagree. Phrases about data come first.
+  """Returns one phrase for each way in which the settings or the data of two runs of the same stage differ.
 
-  The function ignores the objectives and the seeds of the two runs, and their steps (see `of_steps`). If each of them
-  started from a checkpoint of a parent run, the two parent runs and the steps of the two checkpoints are compared too.
+  Phrases about data come first. Differences in objective, seed and number of steps are ignored (for steps, see
+  `of_steps`). If both runs started from a checkpoint of a parent run, the two parents are compared too, and so are
+  the steps at which those checkpoints were saved.
   """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:

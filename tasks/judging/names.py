@@ -23,8 +23,8 @@ class Name:
   def may_be(self, other: 'Name') -> bool:
     """Returns whether an equation for this name and one for `other`, a different name, can mean the same.
 
-    For functions they can: f(x) = 2x means the same as g(x) = 2x and y = 2x. For symbols they can't: x = 2 doesn't mean
-    the same as y = 2. A name in words, such as Area, may stand for any other name.
+    True for two functions, and for a function and y: f(x) = 2x means the same as g(x) = 2x and as y = 2x. True if one
+    of the names is in words, such as Area. False otherwise: x = 2 doesn't mean the same as y = 2.
     """
     kinds = {self.kind, other.kind}
     return 'words' in kinds or kinds == {'function'} or ('function' in kinds and 'y' in (self.key, other.key))
