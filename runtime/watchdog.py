@@ -34,6 +34,7 @@ from betarank.runtime.rendezvous import EXIT_JOB_LOST, ProcessInfo
 
 HANG_S = 600.0  # after each such time without a step, the stacks of all threads are written to the process's log
 STALL_S = 7200.0  # after this time without a step, not counting the first step, the job ends
+WRITE_S = 10.0  # the time that a thread which ends the process has to do so, before another thread ends it
 FINISHED = 'finished'
 _KEY = 'betarank/heartbeat/'
 _XLA_STATUS = re.compile(r'(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ')
@@ -237,11 +238,9 @@ class JobWatchdog(Watchdog):
     while not self._left.wait(self.period_s):
       silent_s, answers = 0.0 if self._answers > answers else silent_s + self.period_s, self._answers
       if silent_s > self._deadline_s:
-        if self._ending.acquire(blocking=False):
-          self._write_error(f'{self._names[0]}, which coordinates the job, has not answered for {silent_s:.0f} s '
-                            f'(--host_deadline_s={self._deadline_s:g}). This process was at step '
-                            f'{self._own.heartbeat.step}; the same command resumes from the last checkpoint', True)
-        os._exit(EXIT_JOB_LOST)
+        self._end_without_store(f'{self._names[0]}, which coordinates the job, has not answered for {silent_s:.0f} s '
+                                f'(--host_deadline_s={self._deadline_s:g}). This process was at step '
+                                f'{self._own.heartbeat.step}; the same command resumes from the last checkpoint')
 
   def _publish(self) -> None:
     self._count += 1
@@ -288,7 +287,15 @@ class JobWatchdog(Watchdog):
     except OSError:
       reason = (f'{self._names[0]}, which coordinates the job, is gone, this process was at step '
                 f'{self._own.heartbeat.step}; the same command resumes from the last checkpoint')
-    self._write_error(reason, stacks=True)
+    self._end_without_store(reason)
+
+  def _end_without_store(self, reason: str) -> None:
+    """Ends this process. Writes the reason first, unless another thread is ending the process with its own reason.
+
+    That thread has WRITE_S seconds to end the process. It may wait forever for the store of a process 0 that hangs.
+    """
+    if self._ending.acquire(timeout=WRITE_S):
+      self._write_error(reason, stacks=True)
     os._exit(EXIT_JOB_LOST)
 
   def _write_error(self, reason: str, stacks: bool) -> None:

@@ -132,6 +132,44 @@ def test_at_the_end_the_last_heartbeat_is_waited_for():
   assert code == 0, err
 
 
+GONE = '''
+import os, sys, threading
+from jax._src import distributed
+from betarank.runtime import watchdog
+from betarank.runtime.rendezvous import ProcessInfo
+watchdog.WRITE_S = 1.0
+
+class Store:  # of a process 0 that hangs
+  def key_value_set(self, key, value, allow_overwrite):
+    threading.Event().wait()
+
+class JobWatchdog(watchdog.JobWatchdog):
+  def _write_error(self, reason, stacks):
+    super()._write_error(reason, stacks)
+    lines.append(reason)
+    if threading.current_thread().name == 'store watchdog':
+      threading.Thread(target=os.abort).start()  # as JAX does if process 0 dies
+    if len(lines) == 1:
+      threading.Event().wait()  # the thread that writes is slow
+
+lines = []
+distributed.global_state.client = Store()
+names = [f'process {i} of 2 (here)' for i in range(2)]
+with JobWatchdog(ProcessInfo(sys.argv[1], 2, 1, None), names, 0.5, sys.stderr):
+  if sys.argv[2:] == ['abort']:
+    os.abort()
+  threading.Event().wait()
+'''
+
+
+@pytest.mark.parametrize('first', ['hang', 'abort'])
+def test_if_process_0_hangs_and_dies_at_once_there_is_one_line(first):
+  """Two threads notice it. Whichever is first, the other one neither writes nor cuts off what the first one writes."""
+  [(code, _, err)] = finish([python('-c', GONE, f'127.0.0.1:{free_port()}', first)], timeout=120)
+  lines = [line for line in err.splitlines() if line.startswith('error: ')]
+  assert code == EXIT_JOB_LOST and len(lines) == 1 and 'process 0 of 2 (here), which' in lines[0], err
+
+
 JOB = '''
 import sys, time
 from betarank.runtime import job
