@@ -4,6 +4,7 @@ data, runtime, eval and launch all need this module, so it is in configs, which 
 """
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
   therefore can't mix their content: the later one replaces the file of the earlier one. The temporary file remains only
   if the process is killed.
 
-  A local file is flushed to the disk before it replaces the old file. If `path` is a symbolic link, the link itself is
-  replaced.
+  A local file is flushed to the disk before it replaces the old file, and its folder afterwards. If `path` is a
+  symbolic link, the link itself is replaced.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,8 +35,25 @@ def atomic_writer(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    if '://' not in str(path):
+      flush(path.parent)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def flush(path: str | os.PathLike) -> None:
+  """Flushes a local file or folder to the disk. Before, a power failure may lose a file's content or a folder's names.
+
+  Raises OSError if the disk fails.
+  """
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if error.errno != errno.EINVAL:  # this file system can't flush folders
+      raise
+  finally:
+    os.close(descriptor)
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:

@@ -10,6 +10,7 @@ import array
 import collections
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from betarank.configs.files import write_atomically
+from betarank.configs.files import flush, write_atomically
 from betarank.data import prepared, records, sources
 from betarank.data.config import DataConfig, DataError
 from betarank.data.fields import Dialogue
@@ -208,9 +209,11 @@ class ShardWriter:
             shutil.copyfileobj(file, out, 2**23)
           self.file.close()
         else:
+          flush(self.temporary)  # the marker says that the shard is complete, also after a power failure
           os.replace(self.temporary, self.path)
-      with self.path.with_suffix('.npy').open('wb') as file:
-        np.save(file, lengths_N)
+      lengths = io.BytesIO()
+      np.save(lengths, lengths_N)
+      write_atomically(self.path.with_suffix('.npy'), lengths.getvalue())
     return {'documents': len(self.lengths), 'tokens': self.tokens, 'bytes': self.bytes, 'size': size,
             'longest': max(self.lengths, default=0), 'sha256': self.hash.hexdigest()}
 

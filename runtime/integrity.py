@@ -24,6 +24,8 @@ from typing import Any
 
 from etils import epath
 
+from betarank.configs.files import flush
+
 NAME = 'manifest.json'
 ITEMS = ('state', 'meta')  # the folders of a checkpoint that are checked; its other files are Orbax's own
 BLOCK_BYTES = 2**26  # the part of a file that one thread checks
@@ -35,6 +37,8 @@ _Check = Callable[[], str]
 def write(folder: epath.Path) -> None:
   """Writes manifest.json of a checkpoint: the sizes and checksums of all files in its folders `state` and `meta`.
 
+  On a disk, all files and folders of the checkpoint are then flushed.
+
   folder: the folder of the checkpoint.
   """
   names = sorted(name for item in ITEMS for name in _files(folder, item))
@@ -42,6 +46,11 @@ def write(folder: epath.Path) -> None:
     entries = list(pool.map(lambda name: _describe(folder / name), names))
   manifest = {'version': 1, 'block_bytes': BLOCK_BYTES, 'files': dict(zip(names, entries))}
   (folder / NAME).write_text(json.dumps(manifest, indent=1) + '\n')
+  if '://' not in str(folder):
+    for place, _, names in os.walk(folder, topdown=False):  # TensorStore has flushed the arrays, Orbax nothing else
+      for name in names:
+        flush(os.path.join(place, name))
+      flush(place)
 
 
 def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:

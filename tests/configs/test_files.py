@@ -3,6 +3,8 @@
 This holds on a disk and in a bucket.
 """
 
+import os
+
 import pytest
 from etils import epath
 
@@ -30,6 +32,22 @@ def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(folder):
     file.write(b'half of the n')
     raise KeyError
   assert path.read_text() == 'old' and [p.name for p in folder.iterdir()] == ['x']
+
+
+def test_content_is_flushed_before_it_replaces_the_old_file_and_the_folder_after(tmp_path, monkeypatch):
+  path = tmp_path / 'x'
+  write_atomically(path, 'old')
+  seen, fsync = [], os.fsync
+
+  def record(descriptor):
+    seen.append((os.readlink(f'/proc/self/fd/{descriptor}'), os.fstat(descriptor).st_size, path.read_text()))
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  write_atomically(path, 'new content')
+  [(file, size, before), (folder, _, after)] = seen
+  assert os.path.dirname(file) == folder == str(tmp_path) and size == len('new content')
+  assert (before, after) == ('old', 'new content')
 
 
 def test_two_writers_at_once_both_write_a_whole_file(folder):

@@ -5,6 +5,7 @@ An earlier good checkpoint is used only if the user asks for it.
 
 import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -67,6 +68,26 @@ def test_the_manifest_is_of_every_file_and_sha256sum_agrees(good):
   listing = ''.join(f'{f["sha256"]}  {name}\n' for name, f in manifest['files'].items())
   done = subprocess.run(['sha256sum', '--check', '--quiet'], input=listing, text=True, cwd=good / '2')
   assert done.returncode == 0
+
+
+def test_all_files_and_folders_are_flushed_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
+  """After a power failure, a checkpoint with its final name therefore has all its content."""
+  final, flushed, fsync = tmp_path / 'checkpoints' / '1', {}, os.fsync
+
+  def record(descriptor):
+    assert not final.exists()
+    flushed[os.readlink(f'/proc/self/fd/{descriptor}')] = os.fstat(descriptor).st_size
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  checkpoints = Checkpoints(tmp_path, KEEP)
+  checkpoints.save(create_state(C, TX, mesh_of((1, 1, 1, 1, 1)), seed=0), {'config': {}}, 1)
+  checkpoints.close()
+  flushed = {path.partition('orbax-checkpoint-tmp')[2]: size for path, size in flushed.items()}
+  own = [final / '_CHECKPOINT_METADATA', final / 'commit_success.txt']  # Orbax's own, from which nothing is restored
+  for path in {final, *final.rglob('*')}.difference(own):
+    name = str(path).removeprefix(str(final))
+    assert name in flushed and (path.is_dir() or flushed[name] == path.stat().st_size), name
 
 
 @pytest.mark.parametrize('how', DAMAGE)
