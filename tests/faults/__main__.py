@@ -1,4 +1,5 @@
 """python -m tests.faults [--seed=0] [--points=20] [--only=WORDS,...] [--minutes=N] [--parallel=2] [--keep=DIR]
+                       [--processes=8]
 
 Kills and damages tiny runs of every kind at random points, starts them again, and checks that they end with the same
 bits as undisturbed runs.
@@ -47,10 +48,10 @@ def attempt(campaign, name, number, seed):
   return None, ['missed']
 
 
-def run(seed, points, only, parallel, root, say=print, minutes=float('inf')):
+def run(seed, points, only, parallel, root, say=print, minutes=float('inf'), processes=8):
   """Runs a campaign. Returns ({class: Counter of the points tried and survived}, {class: Counter of what was hit})."""
   names = [name for name in CLASSES if not only or any(word in name for word in only)]
-  c = Campaign(root)
+  c = Campaign(root, processes)
   began = time.monotonic()
   c.prepare({kind for name in names for kind in CLASSES[name][1].split()})
   say(f'undisturbed runs, each run twice and equal: {", ".join(sorted(c.ready))} ({time.monotonic() - began:.0f} s)')
@@ -84,13 +85,15 @@ def main():
   parser.add_argument('--parallel', type=int, default=2, help='trials at once')
   parser.add_argument('--keep', default='', metavar='DIR',
                       help='a folder for the inputs, which are reused, and for the trials that fail')
+  parser.add_argument('--processes', type=int, default=8,
+                      help='of the classes with many processes; a folder of --keep is for one number')
   args = parser.parse_args()
   os.environ['JAX_PLATFORMS'] = 'cpu'
   root = pathlib.Path(args.keep or tempfile.mkdtemp(prefix='faults-')).resolve()
   root.mkdir(parents=True, exist_ok=True)
   began = time.monotonic()
   counts, notes = run(args.seed, args.points, [w for w in args.only.split(',') if w], args.parallel, root,
-                      lambda line: print(line, flush=True), args.minutes)
+                      lambda line: print(line, flush=True), args.minutes, args.processes)
   width = max(map(len, counts)) + 2
   print(f'\n{"fault class":{width}} tried | survived | where')
   for name, count in counts.items():

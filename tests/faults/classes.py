@@ -19,7 +19,6 @@ import time
 
 from tests.faults import buckets
 from tests.faults.campaign import (
-  EIGHT_DEADLINE_S,
   PATIENCE_S,
   ROOT,
   SUMS,
@@ -29,7 +28,7 @@ from tests.faults.campaign import (
   kill_all,
   processes,
 )
-from tests.runs import last_error
+from tests.runs import deadline_s, last_error
 
 DAMAGE = {
   'flipped': lambda data, rng: flip(data, rng.randrange(len(data)), rng.randrange(8)) if data else b'\1',
@@ -236,59 +235,62 @@ def ends_of_others(c: Campaign, running: list[subprocess.Popen], victim: int, me
   assert all(line.startswith(name) and message in line for line in lines), lines
 
 
-def lost_of_eight(*victims: int):
-  """Returns a fault: SIGKILL of one of eight processes. The others must name it. The run is resumed by another number
-  of processes, which must read the same rows, and continue with the same figures.
+def resumed_by_fewer(c: Campaign, kind: Kind, workdir: pathlib.Path, rng: random.Random) -> str:
+  """Resumes a job with fewer processes, which have as many devices in total. The result must have the same bits."""
+  processes = rng.choice([2, 4, kind.processes // 2])
+  c.finish_well(*c.launch(kind, workdir, processes=processes))
+  c.check_same(kind, workdir)
+  c.check_clean(workdir.parent)
+  return f'resumed by {processes}'
 
-  victims: the processes that may be killed.
+
+def lost_of_many(is_coordinator: bool):
+  """Returns a fault: SIGKILL of one of many processes. The others must name it. The run is resumed by fewer processes.
+
+  is_coordinator: whether process 0 is killed, or one of the others.
   """
   def fault(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-    kind = c.kinds['eight']
+    kind = c.kinds['many']
     workdir = c.workdir(kind, place)
-    running, victim, step = c.launch(kind, workdir), rng.choice(victims), rng.randint(1, 8)
+    victim, step = 0 if is_coordinator else rng.randrange(1, kind.processes), rng.randint(1, 8)
+    running = c.launch(kind, workdir)
     wait(running, lambda: last_step(workdir) >= step)
     running[victim].kill()
     running[victim].communicate()
-    ends_of_others(c, running, victim, f'--host_deadline_s={EIGHT_DEADLINE_S}' if victim else 'is gone')
-    processes = rng.choice([1, 2, 4])
-    c.finish_well(*c.launch(kind, workdir, processes=processes))
-    c.check_close(kind, workdir)
-    c.check_clean(workdir.parent)
-    return f'resumed by {processes}'
+    ends_of_others(c, running, victim, f'--host_deadline_s={deadline_s(kind.processes)}' if victim else 'is gone')
+    return resumed_by_fewer(c, kind, workdir, rng)
 
   return fault
 
 
-def slow_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """One of eight processes stands still: for less than the deadline, which changes nothing, or for longer."""
-  kind = c.kinds['eight']
+def slow_of_many(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """One of many processes stands still: for less than the deadline, which changes nothing, or for longer."""
+  kind = c.kinds['many']
   workdir = c.workdir(kind, place)
-  running, victim, step = c.launch(kind, workdir), rng.randrange(8), rng.randint(1, 6)
+  running, victim, step = c.launch(kind, workdir), rng.randrange(kind.processes), rng.randint(1, 6)
   longer = rng.random() < 0.5
+  name = 'another process' if victim else 'process 0'
   wait(running, lambda: last_step(workdir) >= step)
   running[victim].send_signal(signal.SIGSTOP)
   if longer:
     try:
-      ends_of_others(c, running, victim, f'--host_deadline_s={EIGHT_DEADLINE_S}')
+      ends_of_others(c, running, victim, f'--host_deadline_s={deadline_s(kind.processes)}')
     finally:
       running[victim].kill()
       running[victim].communicate()
-    c.finish_well(*c.launch(kind, workdir, processes=2))
-    c.check_close(kind, workdir)
-    c.check_clean(workdir.parent)
-    return f'process {"0" if victim == 0 else "1 to 7"}, longer than the deadline'
+    return f'{name}, longer than the deadline, {resumed_by_fewer(c, kind, workdir, rng)}'
   time.sleep(rng.uniform(5, 15))
   running[victim].send_signal(signal.SIGCONT)
   c.finish_well(*running)
   c.check_same(kind, workdir)
-  return f'process {"0" if victim == 0 else "1 to 7"}, up to 15 s'
+  return f'{name}, up to 15 s'
 
 
-def other_code_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
-  """One of eight processes has a copy of the code with another commit. All must end with one line that names it."""
-  kind = c.kinds['eight']
+def other_code_of_many(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """One of many processes has a copy of the code with another commit. All must end with one line that names it."""
+  kind = c.kinds['many']
   workdir = c.workdir(kind, place)
-  copy, victim = place / 'path' / 'betarank', rng.randrange(8)
+  copy, victim = place / 'path' / 'betarank', rng.randrange(kind.processes)
   shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', '__pycache__', 'runs', 'docs'))
   (copy / '.commit').write_text('0123456789ab')
   running = c.launch(kind, workdir, env={victim: {'PYTHONPATH': f'{copy.parent}:{os.environ.get("PYTHONPATH", "")}'}})
@@ -296,15 +298,16 @@ def other_code_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) ->
   lines = {one_line(err) for _, _, err in ends}
   assert {code for code, _, _ in ends} == {2} and len(lines) == 1, ends
   [line] = lines
-  assert f'process {victim or 1} of 8 (' in line and "code = '" in line and "'0123456789ab'" in line, line
+  named = f'process {victim or 1} of {kind.processes} ('
+  assert named in line and "code = '" in line and "'0123456789ab'" in line, line
   assert not (workdir / 'checkpoints').exists()
   c.check_clean(place)
-  return f'process {"0" if victim == 0 else "1 to 7"}'
+  return 'another process' if victim else 'process 0'
 
 
-def slow_network_of_eight(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+def slow_network_of_many(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   """All that process 0 and the others say to coordinate themselves arrives 0.2 s later. Collectives aren't delayed."""
-  kind = c.kinds['eight']
+  kind = c.kinds['many']
   workdir = c.workdir(kind, place)
   c.finish_well(*c.launch(kind, workdir, delay_s=0.2))
   c.check_same(kind, workdir)
@@ -638,11 +641,11 @@ CLASSES = {
                    'eval', 100),
   'sweep SIGKILL': (killed_sweep, 'sweep', 100),
   'two processes, SIGKILL of one': (killed_pair, 'pair', 100),
-  'eight processes, one lost': (lost_of_eight(*range(1, 8)), 'eight', 25),
-  'eight processes, coordinator lost': (lost_of_eight(0), 'eight', 25),
-  'eight processes, one slow': (slow_of_eight, 'eight', 50),
-  'eight processes, one with other code': (other_code_of_eight, 'eight', 25),
-  'eight processes, slow network': (slow_network_of_eight, 'eight', 10),
+  'many processes, one lost': (lost_of_many(False), 'many', 25),
+  'many processes, coordinator lost': (lost_of_many(True), 'many', 25),
+  'many processes, one slow': (slow_of_many, 'many', 50),
+  'many processes, one with other code': (other_code_of_many, 'many', 25),
+  'many processes, slow network': (slow_network_of_many, 'many', 10),
   'SIGTERM': (terminated, 'train', 50),
   **{f'Ctrl-C in {name}': (interrupted(name), name, 100) for name in ('data', 'train', 'rl', 'eval', 'probe', 'sweep')},
   'Ctrl-C in commands that only read': (interrupted(*READERS), ' '.join(READERS), 200),

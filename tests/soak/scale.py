@@ -1,14 +1,16 @@
-"""python -m tests.soak.scale [--processes=64] [--delay_ms=0]
+"""python -m tests.soak.scale [--processes=64] [--delay_ms=0] [--documents=2000000]
 
 Measures the start of a job of many hosts at its coordinator: the roll call with the fingerprint of a real run, and the
 connections that watch the start of JAX. The processes are light: they have the code of runtime/rendezvous.py, but
 neither JAX nor a model. With --delay_ms, everything between process 0 and the others arrives so much later, in both
-directions. Then repeats the roll call with a process of other code, and with one that doesn't come.
+directions. Then repeats the roll call with a process of other code, and with one that doesn't come. At last, as many
+processes at once do what each host does with its data: hash the manifest, check the files, and read the lengths.
 """
 
 import argparse
 import asyncio
 import json
+import multiprocessing
 import pathlib
 import subprocess
 import sys
@@ -16,7 +18,12 @@ import tempfile
 import threading
 import time
 
+from benchmarks import made_up_set
 from betarank.configs import load
+from betarank.data.packing import Packer
+from betarank.data.prepared import Documents
+from betarank.data.prepared import folder as data_folder
+from betarank.runtime.job import _job_fingerprint
 from tests.runs import environment, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -123,11 +130,46 @@ def meet(processes: int, fingerprint: pathlib.Path, delay_s: float, deadline_s: 
   return {i: json.loads(out) for i, (out, _) in outputs.items()}
 
 
+def opened(processes: int, path: pathlib.Path, documents: int) -> list[dict[str, float]]:
+  """Lets processes open a data set all at once. Returns what each of them took and read.
+
+  The processes are forks of this one, because 64 imports would take minutes. The set has a shard for each 125,000
+  documents, without content, as in benchmarks/opening.py.
+  """
+  made = made_up_set.write(path / 'data', shards=max(1, documents // 125_000), documents=documents, row=4096,
+                           contents=False)
+  config = load.load('configs/paper/dense_4b.py')
+  inputs = {'tokenizer': made.tokenizer_path, 'data manifest of main': str(data_folder(made, 'main') / 'manifest.json')}
+  fork = multiprocessing.get_context('fork')
+  begin, results = fork.Barrier(processes), fork.SimpleQueue()
+
+  def count(name: str) -> int:
+    return int(pathlib.Path('/proc/self/io').read_text().split(f'{name}: ')[1].split()[0])
+
+  def start_host() -> None:
+    begin.wait()
+    began, cpu, read, calls = time.monotonic(), time.process_time(), count('rchar'), count('syscr')
+    _job_fingerprint(config, 'x', inputs)
+    fingerprint_s = time.process_time() - cpu
+    Packer(Documents(made, 'main', 'train').lengths, 4096, '0/main').row(0)
+    results.put({'s': time.monotonic() - began, 'CPU s': time.process_time() - cpu, 'fingerprint, CPU s': fingerprint_s,
+                 'bytes': count('rchar') - read, 'reads': count('syscr') - calls})
+
+  hosts = [fork.Process(target=start_host) for _ in range(processes)]
+  for host in hosts:
+    host.start()
+  found = [results.get() for _ in hosts]
+  for host in hosts:
+    host.join()
+  return found
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m tests.soak.scale', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--processes', type=int, default=64)
   parser.add_argument('--delay_ms', type=float, default=0.0)
+  parser.add_argument('--documents', type=int, default=2_000_000, help='of the data set')
   args = parser.parse_args()
   n, delay_s = args.processes, args.delay_ms / 1000
   config = load.flatten(json.loads(load.to_json(load.load('configs/paper/dense_4b.py'))))
@@ -147,6 +189,11 @@ def main() -> None:
     assert all(f'process {n // 2} of {n} did not come within 20 s' in x['error'] for x in found.values()), found
     print(f'one missing, deadline 20 s: after {max(x["s"] for x in found.values()):.2f} s all say: '
           f'{found[0]["error"][:60]}...')
+    found = opened(n, pathlib.Path(folder), args.documents)
+    each = {key: sorted(host[key] for host in found)[n // 2] for key in found[0]}
+    print(f'data of {args.documents:,} documents: all opened after {max(x["s"] for x in found):.2f} s; each took '
+          f'{each["CPU s"]:.2f} s CPU, of which {each["fingerprint, CPU s"]:.2f} for the fingerprint, and read '
+          f'{each["bytes"]:,} bytes in {each["reads"]} reads (medians)')
 
 
 if __name__ == '__main__':
