@@ -235,11 +235,11 @@ def ends_of_others(c: Campaign, running: list[subprocess.Popen], victim: int, me
   assert all(line.startswith(name) and message in line for line in lines), lines
 
 
-def resumed_by_fewer(c: Campaign, kind: Kind, workdir: pathlib.Path, rng: random.Random) -> str:
+def resumed_by_fewer(c: Campaign, kind: Kind, workdir: pathlib.Path, rng: random.Random, all_kept: bool = True) -> str:
   """Resumes a job with fewer processes, which have as many devices in total. The result must have the same bits."""
   processes = rng.choice([2, 4, kind.processes // 2])
   c.finish_well(*c.launch(kind, workdir, processes=processes))
-  c.check_same(kind, workdir)
+  c.check_same(kind, workdir, all_kept)
   c.check_clean(workdir.parent)
   return f'resumed by {processes}'
 
@@ -284,6 +284,22 @@ def slow_of_many(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   c.finish_well(*running)
   c.check_same(kind, workdir)
   return f'{name}, up to 15 s'
+
+
+def terminated_of_many(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
+  """SIGTERM to one of many processes. All must save the same step and end with status 143."""
+  kind = c.kinds['many']
+  workdir = c.workdir(kind, place)
+  running, asked, step = c.launch(kind, workdir), rng.randrange(kind.processes), rng.randint(1, 8)
+  wait(running, lambda: last_step(workdir) >= step)
+  running[asked].terminate()
+  ends = [c.finish(process) for process in running]
+  if all(code == 0 for code, _, _ in ends):
+    raise Missed('it had ended before')
+  assert all(code == 143 and 'Traceback' not in err for code, _, err in ends), ends
+  assert 'asked to stop' in ends[0][1], ends
+  # Its checkpoint takes the place of an earlier one.
+  return f'{"another process" if asked else "process 0"}, {resumed_by_fewer(c, kind, workdir, rng, all_kept=False)}'
 
 
 def other_code_of_many(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
@@ -644,6 +660,7 @@ CLASSES = {
   'many processes, one lost': (lost_of_many(False), 'many', 25),
   'many processes, coordinator lost': (lost_of_many(True), 'many', 25),
   'many processes, one slow': (slow_of_many, 'many', 50),
+  'many processes, SIGTERM to one': (terminated_of_many, 'many', 25),
   'many processes, one with other code': (other_code_of_many, 'many', 25),
   'many processes, slow network': (slow_network_of_many, 'many', 10),
   'SIGTERM': (terminated, 'train', 50),
