@@ -4,13 +4,15 @@ Measures the start of a job of many hosts at its coordinator: the roll call with
 connections that watch the start of JAX. The processes are light: they have the code of runtime/rendezvous.py, but
 neither JAX nor a model. With --delay_ms, everything between process 0 and the others arrives so much later, in both
 directions. Then repeats the roll call with a process of other code, and with one that doesn't come. At last, as many
-processes at once do what each host does with its data: hash the manifest, check the files, and read the lengths.
+processes at once do what each host does with its data: hash the manifest, check the files, and read the lengths. Then
+they start JAX, gather a value of each, and send each other heartbeats.
 """
 
 import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,12 +20,18 @@ import tempfile
 import threading
 import time
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from benchmarks import made_up_set
 from betarank.configs import load
 from betarank.data.packing import Packer
 from betarank.data.prepared import Documents
 from betarank.data.prepared import folder as data_folder
-from betarank.runtime.job import _job_fingerprint
+from betarank.runtime.job import _job_fingerprint, initialize
+from betarank.runtime.rendezvous import ProcessInfo
+from betarank.runtime.watchdog import JobWatchdog
 from tests.runs import environment, free_port
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -63,10 +71,16 @@ print(json.dumps({"s": met, "sent": at[0], "received": at[1], "sent later": sent
 
 
 class Delay:
-  """A proxy on this machine that passes everything on to a port, `delay_s` later in each direction."""
+  """A proxy on this machine that passes everything on to a port, `delay_s` later in each direction.
+
+  Attributes:
+    port: the port of the proxy.
+    bytes: the number of bytes that it has passed on, in both directions.
+  """
 
   def __init__(self, port: int, delay_s: float):
     self.port, self._to, self._delay_s = free_port(), port, delay_s
+    self.bytes = 0
     self._ready = threading.Event()
     threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
     self._ready.wait()
@@ -104,6 +118,7 @@ class Delay:
         content = await reader.read(1 << 16)
       except OSError:
         content = b''
+      self.bytes += len(content)
       await queue.put((time.monotonic() + self._delay_s, content))
     await writing
 
@@ -164,6 +179,55 @@ def opened(processes: int, path: pathlib.Path, documents: int) -> list[dict[str,
   return found
 
 
+def started(processes: int, delay_s: float, watched_s: float = 20.0) -> tuple[list[dict[str, float]], int, float]:
+  """Starts JAX in processes that are forks of this one, each with one CPU device and without a model.
+
+  Returns (what each of them took in seconds, the bytes to and from process 0 until the first collective, the bytes per
+  second while all of them run with a watchdog).
+
+  watched_s: the seconds for which they run with a watchdog.
+  """
+  fork = multiprocessing.get_context('fork')
+  port = free_port()
+  together, results, others = fork.Barrier(processes + 1), fork.SimpleQueue(), fork.Value('i')
+  names = [f'process {i} of {processes} (here)' for i in range(processes)]
+
+  def run_host(index: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo prints each connection
+    together.wait()
+    began, took = time.monotonic(), {}
+    info = ProcessInfo(f'127.0.0.1:{others.value if index else port}', processes, index, None)
+    initialize(info, 60.0)
+    took['JAX'] = time.monotonic() - began
+    jax.devices()
+    took['devices'] = time.monotonic() - began
+    assert multihost_utils.process_allgather(np.int32(index)).tolist() == list(range(processes))
+    took['gather'] = time.monotonic() - began
+    results.put(took)
+    together.wait()
+    with open(os.devnull, 'w', encoding='utf-8') as log, JobWatchdog(info, names, 60.0, log):
+      time.sleep(watched_s)
+      together.wait()
+    jax.distributed.shutdown()
+
+  hosts = [fork.Process(target=run_host, args=(i,)) for i in range(processes)]
+  for host in hosts:
+    host.start()
+  proxy = Delay(port, delay_s)  # after the forks, because it has a thread
+  others.value = proxy.port
+  together.wait()
+  took = [results.get() for _ in hosts]
+  until_gather = proxy.bytes
+  together.wait()
+  began = time.monotonic()
+  together.wait()
+  rate = (proxy.bytes - until_gather) / (time.monotonic() - began)
+  for host in hosts:
+    host.join()
+  assert all(host.exitcode == 0 for host in hosts), [host.exitcode for host in hosts]
+  return took, until_gather, rate
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m tests.soak.scale', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,6 +258,11 @@ def main() -> None:
     print(f'data of {args.documents:,} documents: all opened after {max(x["s"] for x in found):.2f} s; each took '
           f'{each["CPU s"]:.2f} s CPU, of which {each["fingerprint, CPU s"]:.2f} for the fingerprint, and read '
           f'{each["bytes"]:,} bytes in {each["reads"]} reads (medians)')
+  took, until_gather, rate = started(n, delay_s)
+  last = {key: max(host[key] for host in took) for key in took[0]}
+  print(f'JAX has started everywhere after {last["JAX"]:.1f} s, all devices are known after {last["devices"]:.1f} s, '
+        f'all values are gathered after {last["gather"]:.1f} s; {until_gather:,} bytes to and from process 0, then '
+        f'{rate:,.0f} bytes/s for heartbeats')
 
 
 if __name__ == '__main__':
