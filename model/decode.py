@@ -241,7 +241,7 @@ def _over_columns(q_BKGH, pages_P2KSH, pages_BJ, filled_B):
     k_BKSH, v_BKSH = (pages_P2KSH.at[page_B, i].get(mode='promise_in_bounds') for i in (0, 1))
     # On a CPU, XLA has fast products for this order, and slow ones for weights with G last.
     score_BKSG = jnp.einsum('BKSH,BKGH->BKSG', k_BKSH, q_BKGH, preferred_element_type=jnp.float32)
-    seen_B11S = (j * size + jnp.arange(size) < filled_B[:, None])[:, None, None]
+    seen_B11S = j * size + jnp.arange(size)[None, None, None] < filled_B[:, None, None, None]
     score_BKGS = jnp.where(seen_B11S, score_BKSG.swapaxes(2, 3), UNSEEN)
     new_BKG = jnp.maximum(most_BKG, score_BKGS.max(3))
     weight_BKGS = jnp.where(seen_B11S, jnp.exp(score_BKGS - new_BKG[..., None]), 0)

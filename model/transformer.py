@@ -82,7 +82,7 @@ class Attention(nnx.Module):
       v_BTKH = checkpoint_name(project(x_BTD, self.v_DKH), 'qkv')
       if c.qkv_bias:
         q_BTNH, k_BTKH, v_BTKH = (
-          x + bias[...].astype(x.dtype) for x, bias in
+          x + bias[...].astype(x.dtype)[None, None] for x, bias in
           ((q_BTNH, self.q_bias_NH), (k_BTKH, self.k_bias_KH), (v_BTKH, self.v_bias_KH)))
     with jax.named_scope('attention/rope'):
       if c.qk_norm:

@@ -103,7 +103,7 @@ def attention(q_RNH, pages_P2KSH, table, length_R, prompt_pages: int) -> jax.Arr
   if parts == 1:
     return out[0]
   out_CRNH, lse_CRN = out
-  weight_CRN = jnp.exp2(lse_CRN - lse_CRN.max(0))
+  weight_CRN = jnp.exp2(lse_CRN - lse_CRN.max(0, keepdims=True))
   return (jnp.sum(out_CRNH * weight_CRN[..., None], 0) / weight_CRN.sum(0)[..., None]).astype(q_RNH.dtype)
 
 
