@@ -28,7 +28,7 @@ C = section(ModelConfig, tiny.get_config().model)
 @pytest.fixture(scope='module')
 def params():
   """Returns parameters twice as large as fresh ones, so that ranks, entropies and confidences have a wide range."""
-  return parameters.random(C, scale=2.0)
+  return jax.device_get(parameters.random(C, scale=2.0))
 
 
 @pytest.fixture(scope='module')
