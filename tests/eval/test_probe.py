@@ -18,7 +18,7 @@ from betarank.data import Batch, DataError
 from betarank.eval import command, probe
 from betarank.model import MeshConfig, ModelConfig
 from betarank.objectives import leaders
-from tests import tiny
+from tests import parameters, tiny
 from tests.runs import BETARANK, environment
 
 V, HEAD = 384, 10
@@ -26,9 +26,9 @@ C = section(ModelConfig, tiny.get_config().model)
 
 
 @pytest.fixture(scope='module')
-def params(make_params):
+def params():
   """Returns parameters twice as large as fresh ones, so that ranks, entropies and confidences have a wide range."""
-  return make_params(C, 0, scale=2.0)
+  return jax.device_get(parameters.random(C, scale=2.0))
 
 
 @pytest.fixture(scope='module')

@@ -14,6 +14,7 @@ from flax import nnx
 from betarank import model
 from betarank.model import moe
 from betarank.model.kernels import experts_tpu, rows_tpu
+from tests import parameters
 
 MOE = model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16)
 CONFIG = model.ModelConfig(
@@ -72,10 +73,10 @@ def values_and_gradients(f, c):
 
 def layer(c, seed=0, batch=8, length=6):
   """Returns (parameters of one layer, inputs x_BTD, real_BT). real_BT is False for padding."""
-  params = nnx.to_pure_dict(nnx.split(moe.MixtureOfExperts(c, jax.random.key(seed)))[1])
-  keys = jax.random.split(jax.random.key(seed + 1), 2)
-  x_BTD = jax.random.normal(keys[0], (batch, length, c.d_model))
-  return params, x_BTD, jax.random.uniform(keys[1], (batch, length)) < 0.8
+  params = jax.tree.map(lambda x_L: x_L[0], parameters.random(c, seed, scale=0.5)['layers']['feed_forward'])
+  rng = np.random.default_rng(seed + 1)
+  x_BTD = jnp.asarray(rng.normal(size=(batch, length, c.d_model)), jnp.float32)
+  return params, x_BTD, jnp.asarray(rng.random((batch, length)) < 0.8)
 
 
 def check(c, params, x_BTD, real_BT):
@@ -145,7 +146,7 @@ forward = jax.jit(model.forward_routed, static_argnums=0)
 
 @pytest.fixture(scope='module')
 def params():
-  return model.init(CONFIG, jax.random.key(0))
+  return parameters.random(CONFIG)
 
 
 def test_replayed_choices_give_the_same_bits_and_other_choices_are_followed(params):
@@ -205,7 +206,7 @@ def test_the_balance_loss_follows_its_formula_and_is_1_when_scores_are_even():
   router_DE = params['router_DE']
   for scale in (0.0, 1.0, 10.0):
     params['router_DE'] = scale * router_DE
-    routing = layer_forward(c, params, x_BTD, real_BT)[1]
+    routing = jax.jit(layer_forward, static_argnums=0)(c, params, x_BTD, real_BT)[1]
     score_NE = jax.nn.softmax(x_BTD @ params['router_DE'])[real_BT]
     chosen_Nk = np.asarray(routing.choices_LBTk)[real_BT]
     f_E = np.bincount(chosen_Nk.reshape(-1), minlength=8) / chosen_Nk.size

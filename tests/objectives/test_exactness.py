@@ -156,7 +156,7 @@ def test_weight_extremes(beta, extreme, at):
 def test_the_reference_accepts_logits_masked_with_minus_infinity():
   z = jnp.array([[0.3, -jnp.inf, 1.0, -jnp.inf]])
   s = RewardShaping(beta=-0.5, lambda_tail=-0.1, top_k=2)
-  loss, grad = jax.value_and_grad(lambda z: shaped_loss(z, jnp.array([0]), s).sum())(z)
+  loss, grad = jax.jit(jax.value_and_grad(lambda z: shaped_loss(z, jnp.array([0]), s).sum()))(z)
   wanted, wanted_grad, _ = oracle.one([0.3, -1e30, 1.0, -1e30], 0, **as_oracle(s))
   np.testing.assert_allclose(loss, wanted, rtol=1e-5)
   np.testing.assert_allclose(grad[0], wanted_grad, rtol=1e-5, atol=1e-7)
@@ -176,7 +176,7 @@ def test_bfloat16():
     total, *rest = shaped_linear_total(h, head, x, s)
     return total, rest
 
-  (_, (got, found)), grads = jax.value_and_grad(f, (0, 1), has_aux=True)(h, head)
+  (_, (got, found)), grads = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(h, head)
   np.testing.assert_allclose(got, loss, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(found.entropy, stats['entropy'], rtol=1e-4, atol=1e-5)
   for grad, wanted in zip(grads, (dz @ np.asarray(head, np.float64).T, np.asarray(h, np.float64).T @ dz)):
@@ -194,7 +194,7 @@ def test_the_gradient_is_the_policy_gradient_summed_over_all_actions():
   reward = [(1 / p[a]) ** ((1 - p[a]) ** beta) if a == x else head if a in top else tail for a in range(9)]
   policy_gradient = sum(p[a] * reward[a] * (np.eye(9)[a] - p) for a in range(9))
   shaping = RewardShaping(beta, head, tail, top_k=k)
-  grad = jax.grad(lambda z: shaped_linear_total(z[None], jnp.eye(9), jnp.array([x]), shaping)[0])
+  grad = jax.jit(jax.grad(lambda z: shaped_linear_total(z[None], jnp.eye(9), jnp.array([x]), shaping)[0]))
   np.testing.assert_allclose(-grad(jnp.asarray(z, jnp.float32)), policy_gradient, rtol=1e-5, atol=1e-7)
 
 

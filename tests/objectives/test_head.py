@@ -37,15 +37,16 @@ def close(got, wanted, **tolerance):
 
 def test_any_function_of_the_losses_can_be_differentiated():
   f = lambda losses: jnp.sum(jnp.sin(losses) * jnp.arange(21.0).reshape(3, 7))
-  got = jax.grad(lambda h, w: f(shaped_linear_loss(h, w, X, SHAPING, chunk_tokens=4)[0]), (0, 1))(H, HEAD)
-  close(got, jax.grad(lambda h, w: f(shaped_loss(h @ w, X, SHAPING)), (0, 1))(H, HEAD), atol=1e-4)
+  got, wanted = (jax.jit(jax.grad(lambda h, w, losses=losses: f(losses(h, w)), (0, 1)))(H, HEAD) for losses in (
+    lambda h, w: shaped_linear_loss(h, w, X, SHAPING, chunk_tokens=4)[0], lambda h, w: shaped_loss(h @ w, X, SHAPING)))
+  close(got, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize('chunk', [1, 4, 21, 100, None])
 def test_chunk_size_changes_nothing(chunk):
   f = lambda h, w: shaped_linear_total(h, w, X, SHAPING, chunk_tokens=chunk)[0]
-  wanted = jax.value_and_grad(lambda h, w: shaped_loss(h @ w, X, SHAPING).sum(), (0, 1))(H, HEAD)
-  close(jax.value_and_grad(f, (0, 1))(H, HEAD), wanted)
+  wanted = jax.jit(jax.value_and_grad(lambda h, w: shaped_loss(h @ w, X, SHAPING).sum(), (0, 1)))(H, HEAD)
+  close(jax.jit(jax.value_and_grad(f, (0, 1)))(H, HEAD), wanted)
 
 
 def test_weights_scale_losses_and_zero_weights_hide_even_nan():
@@ -55,15 +56,15 @@ def test_weights_scale_losses_and_zero_weights_hide_even_nan():
   hostile_x = jnp.where(live, X, -7)
   plain = lambda h, w: jnp.sum(weights * shaped_loss(h @ w, X, SHAPING))
   per_token = lambda h, w: shaped_linear_loss(h, w, hostile_x, SHAPING, weights=weights)[0].sum()
-  wanted = jax.value_and_grad(plain, (0, 1))(H, HEAD)
-  close(jax.value_and_grad(per_token, (0, 1))(hostile_h, HEAD), wanted)
-  got = jax.value_and_grad(lambda h, w: total_of(h, w, hostile_x, weights=weights), (0, 1))(hostile_h, HEAD)
+  wanted = jax.jit(jax.value_and_grad(plain, (0, 1)))(H, HEAD)
+  close(jax.jit(jax.value_and_grad(per_token, (0, 1)))(hostile_h, HEAD), wanted)
+  got = jax.jit(jax.value_and_grad(lambda h, w: total_of(h, w, hostile_x, weights=weights), (0, 1)))(hostile_h, HEAD)
   close(got, wanted)
   assert (np.asarray(got[1][0])[~np.asarray(live)] == 0).all()
   loss, stats = shaped_linear_loss(hostile_h, HEAD, hostile_x, SHAPING, weights=weights, stats='full')
   assert (np.asarray(loss)[~np.asarray(live)] == 0).all() and np.asarray(stats.target_valid).all()
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stats))
-  nothing = jax.value_and_grad(lambda h, w: total_of(h, w, weights=jnp.zeros((3, 7), bool)), (0, 1))(H, HEAD)
+  nothing = jax.jit(jax.value_and_grad(lambda h, w: total_of(h, w, weights=jnp.zeros((3, 7), bool)), (0, 1)))(H, HEAD)
   assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(nothing))
 
 
@@ -75,11 +76,13 @@ def test_soft_cap_z_loss_and_temperature():
     z = capped(h, w)
     return jnp.sum(shaped_loss(z, X, SHAPING) + 0.01 * jax.nn.logsumexp(z, -1) ** 2)
 
-  wanted = jax.value_and_grad(plain, (0, 1))(H, HEAD)
-  close(jax.value_and_grad(lambda h, w: shaped_loss(capped(h, w), X, shaping).sum(), (0, 1))(H, HEAD), wanted)
-  close(jax.value_and_grad(lambda h, w: total_of(h, w, shaping=shaping, **options), (0, 1))(H, HEAD), wanted)
+  wanted = jax.jit(jax.value_and_grad(plain, (0, 1)))(H, HEAD)
+  reference = lambda h, w: shaped_loss(capped(h, w), X, shaping).sum()
+  close(jax.jit(jax.value_and_grad(reference, (0, 1)))(H, HEAD), wanted)
+  total = lambda h, w: total_of(h, w, shaping=shaping, **options)
+  close(jax.jit(jax.value_and_grad(total, (0, 1)))(H, HEAD), wanted)
   per_token = lambda h, w: shaped_linear_loss(h, w, X, shaping, chunk_tokens=4, **options)[0].sum()
-  close(jax.value_and_grad(per_token, (0, 1))(H, HEAD), wanted)
+  close(jax.jit(jax.value_and_grad(per_token, (0, 1)))(H, HEAD), wanted)
 
 
 def test_compute_dtype():
@@ -104,7 +107,7 @@ def test_targets_outside_the_vocabulary_give_nan_and_no_gradient():
     total, *rest = shaped_linear_total(h, head, x, SHAPING)
     return total, rest
 
-  (total, (loss, stats)), grads = jax.value_and_grad(f, (0, 1), has_aux=True)(H, HEAD)
+  (total, (loss, stats)), grads = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(H, HEAD)
   wrong = np.asarray(x != X)
   assert np.isnan(total)
   np.testing.assert_array_equal(np.isnan(loss), wrong)

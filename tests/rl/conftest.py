@@ -15,5 +15,6 @@ def config(tmp_path_factory):
   tiny = f'tests/tiny.py:dir={folder}/data,beta=0'
   prepare(tiny, source)
   finish_well(start('train', tiny, folder / 'run', 1, source, '--config.train.tokens=128000',
-                    '--config.checkpoint.every_steps=500', '--config.log.eval_every_steps=1000'))
+                    '--config.train.batch_size=32', '--config.checkpoint.every_steps=500',
+                    '--config.log.eval_every_steps=1000', '--config.log.samples=0'))
   return f'tests/tiny_rl.py:init_from={folder}/run'

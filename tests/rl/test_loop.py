@@ -28,10 +28,14 @@ def start(config, workdir, *extra, processes=1, **how):
   return runs.start('rl', config, workdir, processes, *extra, **how)
 
 
+# The runs of the fast tests have a reference, and two devices. Their programs are the same, and compiled once.
+REFERENCE = '--config.rl.loss.kl_weight=0.1'
+
+
 @pytest.fixture(scope='module')
 def undisturbed(config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('undisturbed')
-  finish_well(start(config, workdir, replaced={0: ('-m', 'tests.offline', 'rl')}))
+  finish_well(start(config, workdir, REFERENCE, replaced={0: ('-m', 'tests.offline', 'rl')}, devices=2))
   return workdir
 
 
@@ -59,6 +63,12 @@ def test_an_undisturbed_run_says_what_happened(undisturbed):
   assert_no_secret(undisturbed)
 
 
+def test_the_kl_is_to_the_start(undisturbed):
+  distances = [line['train/kl_k2_nats'] for line in metrics(undisturbed) if 'train/kl_k2_nats' in line]
+  assert distances[0] < 1e-10 and min(distances) >= 0
+  assert max(distances) > 1e-3  # the reference stays where it was
+
+
 def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_path):
   """There are only 14 problems, which therefore come again, so that the difficulty filter has problems to skip.
 
@@ -67,19 +77,19 @@ def test_killed_or_stopped_and_started_again_equals_uninterrupted(config, tmp_pa
   problems = TaskSet(TaskConfig('reasoning:chain_sum?max_terms=2&max_digits=1'), split='all')
   (tmp_path / 'few.jsonl').write_text(''.join(
     json.dumps({'question': problems[i].question, 'answer': problems[i].reference}) + '\n' for i in range(14)))
-  few = f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5'
+  few = f'--config.rl.task.uri=jsonl:{tmp_path}/few.jsonl', '--config.rl.repeat_zero_variance=0.5', REFERENCE
   extra = '--config.rl.extra_prompts=3'
-  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra)
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra, devices=2)
   wait_for_step(tmp_path, 1, running)
   running[0].kill()
   finish(running)
-  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra)
+  running = start(config, tmp_path, f'--config.rl.steps={LONG}', *few, extra, devices=2)
   wait_for_step(tmp_path, metrics(tmp_path)[-1]['step'] + 1, running)
   running[0].terminate()
   steps = assert_stopped(finish(running), tmp_path) + 2
   undisturbed = tmp_path / 'undisturbed'
   for workdir, options in (tmp_path, [extra]), (undisturbed, []):
-    finish_well(start(config, workdir, f'--config.rl.steps={steps}', *few, *options))
+    finish_well(start(config, workdir, f'--config.rl.steps={steps}', *few, *options, devices=2))
   assert_same_run(tmp_path, undisturbed, steps)
   ends = [read_meta(find(str(workdir)))['cursor'] for workdir in (tmp_path, undisturbed)]
   assert ends[0] == ends[1] and any(line.get('train/prompts_passed_over') for line in metrics(tmp_path))
@@ -105,7 +115,8 @@ def test_two_processes_equal_one_with_two_devices(two_devices, config, tmp_path)
     assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
-def test_the_kl_is_to_the_start(two_devices):
+@pytest.mark.slow
+def test_the_kl_is_to_the_start_in_two_updates_a_step(two_devices):
   steps = [line for line in metrics(two_devices) if 'train/kl_k2_nats' in line]
   assert len(steps) == 4 and any(line['train/cov_token_share'] > 0 for line in steps)
   distances = [line['train/kl_k2_nats'] for line in steps]

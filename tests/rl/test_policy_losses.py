@@ -178,8 +178,8 @@ def test_gspo_is_the_sequence_surrogate(shift, advantage):
     total, count = pl.aggregate(pl.gspo(x, old, np.full((1, 1), advantage), mask).loss_BT, mask, 'sequence_mean')
     return total / count
 
-  for of in (lambda f: f(logp), lambda f: jax.grad(f)(logp)):
-    np.testing.assert_allclose(of(tokens), of(sequence), rtol=1e-5, atol=1e-7)
+  for got, want in zip(*(jax.jit(jax.value_and_grad(f))(logp) for f in (tokens, sequence))):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def test_aggregations_by_hand():
@@ -210,12 +210,12 @@ def test_kl_estimators_value_and_gradient_by_enumeration():
   reverse = lambda z: jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - ref))
   forward = lambda z: jnp.sum(jnp.exp(ref) * (ref - jax.nn.log_softmax(z)))
   mean = lambda f, z: jnp.sum(p * f(jax.nn.log_softmax(z)[None], ref[None], mask)[0])  # over samples of p, fixed
-  slope = lambda f: jax.grad(lambda z: mean(f, z))(z)
+  slope = lambda f: jax.jit(jax.grad(lambda z: mean(f, z)))(z)
   np.testing.assert_allclose(mean(pl.kl_k1, z), reverse(z), rtol=1e-5)
   np.testing.assert_allclose(mean(pl.kl_k3, z), reverse(z), rtol=1e-5)
   np.testing.assert_allclose(slope(pl.kl_k1), np.zeros(5), atol=1e-6)
-  np.testing.assert_allclose(slope(pl.kl_k2), jax.grad(reverse)(z), atol=1e-6)
-  np.testing.assert_allclose(slope(pl.kl_k3), jax.grad(forward)(z), atol=1e-6)
+  np.testing.assert_allclose(slope(pl.kl_k2), jax.jit(jax.grad(reverse))(z), atol=1e-6)
+  np.testing.assert_allclose(slope(pl.kl_k3), jax.jit(jax.grad(forward))(z), atol=1e-6)
 
 
 def test_covariance_tokens():
@@ -268,16 +268,15 @@ def test_gradient_is_that_of_the_expected_reward_by_enumeration(name):
   z = jnp.asarray(rng.normal(size=(13, 3)), jnp.float32)
   reward_S = jnp.asarray(rng.random(27), jnp.float32)
   chance = lambda z: jnp.exp(tabular_logp(z, SEQUENCES_ST).sum(-1))
-  expected = jax.grad(lambda z: -jnp.sum(chance(z) * reward_S))(z)
-  baseline = jnp.sum(chance(z) * reward_S)
-  advantages = (chance(z) * (reward_S - baseline))[:, None]
+  value, slope = jax.jit(jax.value_and_grad(lambda z: jnp.sum(chance(z) * reward_S)))(z)
+  advantages = (jax.jit(chance)(z) * (reward_S - value))[:, None]
   c = PolicyLossConfig(name=name, eps_low=EPS[name][0], eps_high=EPS[name][1], aggregation='constant', constant=1)
 
   def surrogate(z):
     logp = tabular_logp(z, SEQUENCES_ST)
     return policy_loss(c, logp, jax.lax.stop_gradient(logp), advantages, np.ones((27, 3), bool))[0]
 
-  np.testing.assert_allclose(jax.grad(surrogate)(z), expected, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(surrogate))(z), -slope, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', EPS)

@@ -14,6 +14,7 @@ from betarank.runtime.state import create_state
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 from betarank.train.score import log_probabilities
+from tests import parameters
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -29,7 +30,7 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
     tx = make_optimizer(ADAMW, 10, model.abstract(C)[2])
-    state = create_state(C, tx, mesh, seed=0)
+    state = create_state(C, tx, mesh, seed=0, params=parameters.random(C))
   sampler = Sampler(C, SamplerConfig(4, 8, 7, record_choices=True), eos=0, mesh=mesh)
   drawn = sorted(sampler(state.params, PROMPTS, samples=4, seed=1, step=0), key=lambda group: group[0].prompt_id)
   answers = [Answer(list(p.tokens), sample, advantage) for p, samples in zip(PROMPTS, drawn)
@@ -43,7 +44,8 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
     logp_BT = np.asarray(jax.jit(log_probabilities, static_argnums=0)(C, state.params, out.batch, out.choices_BTLk)[0])
     host, sampler_logp_BT, choices_BTLk = jax.device_get((out.batch, out.sampler_logp_BT, out.choices_BTLk))
     np.testing.assert_allclose(logp_BT[host.counts_BT], sampler_logp_BT[host.counts_BT], atol=2e-5)
-    own = model.forward_routed(C, state.params, out.batch.tokens_BT, out.batch.positions_BT, out.batch.segments_BT)[2]
+    own = jax.jit(model.forward_routed, static_argnums=0)(
+      C, state.params, out.batch.tokens_BT, out.batch.positions_BT, out.batch.segments_BT)[2]
     real_BT = host.segments_BT > 0
     assert host.segments_BT.max() > 1 and choices_BTLk.dtype == np.int16
     np.testing.assert_array_equal(np.moveaxis(np.asarray(own.choices_LBTk), 0, 2)[real_BT], choices_BTLk[real_BT])
@@ -59,4 +61,4 @@ def test_the_trainer_replays_what_the_sampler_chose(shape):
 
 def test_a_dense_model_and_a_sampler_that_is_not_asked_record_nothing():
   sampler = Sampler(C, SamplerConfig(2, 8, 3), eos=0)
-  assert next(sampler(model.init(C, jax.random.key(0)), PROMPTS[:1], samples=2, seed=1, step=0))[0].choices is None
+  assert next(sampler(parameters.random(C), PROMPTS[:1], samples=2, seed=1, step=0))[0].choices is None

@@ -21,6 +21,7 @@ from betarank.tasks.verifiers import Verdict
 from betarank.train.optimizer import OptimizerConfig, make_optimizer
 from betarank.train.sampler import Sample
 from betarank.train.score import log_probabilities
+from tests import parameters
 
 C = model.ModelConfig(
   vocab_size=32, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -28,6 +29,7 @@ C = model.ModelConfig(
 TX = make_optimizer(OptimizerConfig(lr=1e-2, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
                                     eps=1e-8, weight_decay=0.0, clip_norm=1e9), 10, model.abstract(C)[2])
 LOSS = PolicyLossConfig()
+PARAMS = parameters.random(C)
 ROWS, LENGTH = 8, 12
 
 
@@ -52,7 +54,11 @@ def microbatch(data):
   return Microbatch(dataclasses.replace(batch, counts_BT=completion), logp, advantage, np.zeros_like(batch.tokens_BT))
 
 
-def run(data, *, parts=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None, ref_logp=None, cov=None, c=C):
+scored = jax.jit(log_probabilities, static_argnums=0)
+update_of = functools.cache(make_update)  # so that an update is compiled once
+
+
+def run(data, *, parts=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None, ref_logp=None, cov=None):
   """Runs one update, and returns (change of the parameters, metrics, histogram of entropies).
 
   data: the result of `rollouts`, or a list of Microbatches. If it is a list, old_logp, ref_logp and cov are lists too.
@@ -61,14 +67,14 @@ def run(data, *, parts=1, shape=(1, 1, 1, 1, 1), loss=LOSS, tx=TX, old_logp=None
   """
   mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
   with jax.set_mesh(mesh):
-    state = create_state(c, tx, mesh, seed=0)
+    state = create_state(C, tx, mesh, seed=0, params=PARAMS)
     before = jax.device_get(state.params)
     if not isinstance(data, list):
       split = lambda x: None if x is None else [
         jax.tree.map(lambda x: x[i::parts], x) for i in range(parts)]  # noqa: B023
       data, old_logp, ref_logp, cov = map(split, (microbatch(data), old_logp, ref_logp, cov))
     data = jax.device_put(data, jax.NamedSharding(mesh, model.spec('batch', 'length')))
-    state, sums, norm = make_update(c, loss, tx)(state, data, old_logp, ref_logp, cov)
+    state, sums, norm = update_of(C, loss, tx)(state, data, old_logp, ref_logp, cov)
     sums = functools.reduce(add, jax.device_get(sums))
     figures = {name: float(x) for name, x in means(loss, sums).items()}
     figures |= {'loss': float(sums['loss']) / max(sums['count'], 1), 'grad_norm': float(norm),
@@ -119,8 +125,7 @@ def test_without_advantage_nothing_moves():
 def test_the_gradient_is_reinforce():
   """Loss and gradient norm equal those of -mean(A logp), which is differentiated with all logits in memory."""
   batch, completion, _, advantage = rollouts()
-  params = model.init(C, jax.random.key(0))
-  own = np.asarray(log_probabilities(C, params, batch)[0])
+  own = np.asarray(scored(C, PARAMS, batch)[0])
 
   def plain(params):
     hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
@@ -128,7 +133,7 @@ def test_the_gradient_is_reinforce():
     logp = jnp.take_along_axis(logp, batch.targets_BT[..., None], -1)[..., 0]
     return -jnp.sum(advantage * logp, where=completion) / completion.sum()
 
-  grads = jax.grad(plain)(params)
+  grads = jax.jit(jax.grad(plain))(PARAMS)
   norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
   _, figures, _ = run((batch, completion, own, advantage))
   assert figures['grad_norm'] == pytest.approx(norm, rel=1e-4)
@@ -155,18 +160,19 @@ def test_the_kl_gradient_by_finite_differences(parts):
   change, figures, _ = run((batch, completion, logp, np.zeros((ROWS, LENGTH), np.float32)), parts=parts, loss=loss,
                            tx=optax.sgd(1.0), ref_logp=ref)
 
+  @jax.jit
   def kl(params):
     hidden, _ = model.forward(C, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     own = jax.nn.log_softmax(hidden @ model.head(C, params))
     own = jnp.take_along_axis(own, batch.targets_BT[..., None], -1)[..., 0]
     return jnp.mean((own - ref) ** 2 / 2, where=completion)
 
-  params, h = model.init(C, jax.random.key(0)), 1e-2
-  assert figures['kl_k2_nats'] == pytest.approx(float(kl(params)), rel=1e-5)
+  h = 1e-2
+  assert figures['kl_k2_nats'] == pytest.approx(float(kl(PARAMS)), rel=1e-5)
   for seed in range(3):
     rng = np.random.default_rng(seed)
-    along = jax.tree.map(lambda x: (rng.normal(size=x.shape) / np.sqrt(x.size)).astype(np.float32), params)  # noqa: B023
-    at = lambda step: float(kl(jax.tree.map(lambda x, d: x + step * d, params, along)))  # noqa: B023
+    along = jax.tree.map(lambda x: (rng.normal(size=x.shape) / np.sqrt(x.size)).astype(np.float32), PARAMS)  # noqa: B023
+    at = lambda step: float(kl(jax.tree.map(lambda x, d: x + step * d, PARAMS, along)))  # noqa: B023
     slope = (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h)
     moved = sum(float(np.sum(c * d)) for c, d in zip(jax.tree.leaves(change), jax.tree.leaves(along)))
     assert moved == pytest.approx(-0.5 * slope, rel=2e-3, abs=1e-5)
@@ -176,7 +182,7 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
   """The chosen tokens have no gradient, as if their advantage were 0. They still count in the mean."""
   batch, completion, logp, advantage = rollouts()
   loss = PolicyLossConfig(cov='clip_cov', cov_share=0.1, importance_cap=0)
-  old = log_probabilities(C, model.init(C, jax.random.key(0)), batch)[0]
+  old = scored(C, PARAMS, batch)[0]
   data = dataclasses.replace(
     microbatch((batch, completion, logp, advantage)), numbers_BT=np.arange(ROWS * LENGTH).reshape(ROWS, LENGTH))
   choose = lambda seed: np.asarray(cov_tokens(loss, jax.random.key(seed), [data], [30 * old])[0])
@@ -192,7 +198,7 @@ def test_clip_cov_takes_its_tokens_out_of_the_gradient():
     own = jnp.take_along_axis(own, batch.targets_BT[..., None], -1)[..., 0]
     return jnp.sum(advantage * own, where=completion & ~chosen) / completion.sum()
 
-  same(change, jax.device_get(jax.grad(plain)(model.init(C, jax.random.key(0)))), 1e-4)
+  same(change, jax.device_get(jax.jit(jax.grad(plain))(PARAMS)), 1e-4)
 
 
 def group(cursor, prompt, answers, verdicts, finishes):
@@ -242,9 +248,9 @@ def test_packed_samples_give_the_update_of_one_sample_per_row(c, loss, change):
   segments_BT = np.asarray(packed.batch.segments_BT)
   assert segments_BT.max() > 2 and segments_BT.any(1).sum() < 7, 'nothing is packed'
 
-  params, other = (jax.jit(model.init, static_argnums=0)(c, jax.random.key(i)) for i in (0, 1))
+  params, other = (parameters.random(c, seed) for seed in (0, 1))
   near = lambda s: jax.tree.map(lambda a, b: a + s * b, params, other)  # the policy before it became `params`
-  score = lambda params, part: jax.jit(log_probabilities, static_argnums=0)(c, params, part.batch, part.choices_BTLk)[0]
+  score = lambda params, part: scored(c, params, part.batch, part.choices_BTLk)[0]
   update, found = make_update(c, loss, TX), []
   for part in (alone, packed):
     old_logp_BT, ref_logp_BT = score(near(change), part), score(near(0.1), part) if loss.kl_weight else None

@@ -17,6 +17,7 @@ from betarank.runtime.checkpoint import CheckpointConfig, Checkpoints
 from betarank.runtime.state import abstract_state, create_state
 from betarank.train import loop
 from betarank.train.optimizer import MUON_RMS, make_optimizer
+from tests import parameters
 from tests.runs import assert_same_run
 from tests.train.test_step import ADAMW, MOE, C, same
 
@@ -26,7 +27,7 @@ MUON = dataclasses.replace(ADAMW, name='muon', warmup_steps=0)
 def test_an_update_is_that_of_optax_for_each_matrix_alone():
   """Heads and head_dim together form one side of a matrix. Each layer and each expert has its own matrices."""
   c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, experts=2))
-  axes, params = model.abstract(c)[2], model.init(c, jax.random.key(0))
+  axes, params = model.abstract(c)[2], parameters.random(c)
   rng = np.random.default_rng(0)
   rounds = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 1e-3, jnp.float32), params) for _ in range(2)]
   names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
@@ -45,7 +46,7 @@ def test_an_update_is_that_of_optax_for_each_matrix_alone():
     return matrices, rest
 
   def last_update(tx, params, rounds):
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for grads in rounds:
       updates, state = update(grads, state, params)
     return updates
@@ -61,8 +62,8 @@ def test_an_update_is_that_of_optax_for_each_matrix_alone():
 
 def test_an_update_on_eight_devices_is_that_on_one():
   c = dataclasses.replace(C, layers=1)
-  axes, params = model.abstract(c)[2], model.init(c, jax.random.key(0))
-  grads = model.init(c, jax.random.key(1))
+  axes, params = model.abstract(c)[2], parameters.random(c)
+  grads = parameters.random(c, seed=1)
   tx = make_optimizer(MUON, 100, axes)
   update = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])
   mesh = model.make_mesh(model.MeshConfig(2, 2, 1, 1, 2), jax.devices())
@@ -93,8 +94,9 @@ def test_its_state_is_restored_to_the_bit(tmp_path):
   c = dataclasses.replace(C, layers=1)
   mesh = model.make_mesh(model.MeshConfig(1, 2, 1, 1, 1), jax.devices()[:2])
   tx = make_optimizer(MUON, 100, model.abstract(c)[2])
-  state = create_state(c, tx, mesh, seed=0)
-  filled = jax.tree.map(lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), state)
+  state = create_state(c, tx, mesh, seed=0, params=parameters.random(c))
+  fill = lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape)
+  filled = jax.jit(lambda state: jax.tree.map(fill, state))(state)
   with contextlib.closing(Checkpoints(tmp_path, CheckpointConfig(every_steps=1, keep=1, keep_every_steps=0))) as kept:
     kept.save(filled, {'config': {}, 'cursor': {}, 'parent': ''}, 1)
     kept.wait()

@@ -5,6 +5,7 @@ With beta = 0, it is the update of cross-entropy.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from betarank.train import score
 from betarank.train.optimizer import OptimizerConfig, make_optimizer, schedule
 from betarank.train.score import means, sums
 from betarank.train.step import make_evaluate, make_step
+from tests import parameters
 
 C = model.ModelConfig(
   vocab_size=64, layers=2, d_model=32, d_ff=48, heads=4, kv_heads=2, head_dim=8, rope_base=1e4, norm_eps=1e-6,
@@ -44,14 +46,20 @@ def batch(rows=8, length=16, seed=0):
   return Batch(tokens[:, :-1].copy(), tokens[:, 1:].copy(), positions, segments)
 
 
+@functools.cache
+def program(shape, microbatches, objective, c, optimizer):
+  """Returns (mesh, optimizer, update), the same ones for the same arguments, so that an update is compiled once."""
+  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+  tx = make_optimizer(optimizer, 100, model.abstract(c)[2])
+  return mesh, tx, make_step(c, objective, tx, BYTES_V, microbatches)
+
+
 def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_batch=None, c=C,
             optimizer=ADAMW):
   """Returns (parameters, metrics) after `steps` steps on a mesh of this shape."""
-  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+  mesh, tx, step = program(shape, microbatches, objective, c, optimizer)
   with jax.set_mesh(mesh):
-    tx = make_optimizer(optimizer, 100, model.abstract(c)[2])
-    state = create_state(c, tx, mesh, seed=0)
-    step = make_step(c, objective, tx, BYTES_V, microbatches)
+    state = create_state(c, tx, mesh, seed=0, params=parameters.random(c))
     placed = jax.device_put(the_batch or batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
     for _ in range(steps):
       state, metrics = step(state, placed)
@@ -61,6 +69,9 @@ def updates(shape=ONE_DEVICE, microbatches=1, steps=3, objective=OBJECTIVE, the_
 @pytest.fixture(scope='module')
 def single():
   return updates()
+
+
+total = jax.jit(score.total, static_argnums=(0, 3))
 
 
 def same(a, b, tolerance=3e-5):
@@ -86,13 +97,11 @@ def test_loss_and_gradient_sharded_equal_single_before_any_optimizer():
     mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):
       shardings = model.shardings(mesh, model.abstract(C)[2])
-      params = jax.jit(model.init, static_argnums=0, out_shardings=shardings)(C, jax.random.key(0))
+      params = jax.device_put(parameters.random(C), shardings)
       placed = jax.device_put(batch(), jax.NamedSharding(mesh, model.spec('batch', 'length')))
       return jax.device_get(jax.jit(jax.value_and_grad(lambda p: score.total(C, p, placed, SHAPED)[0]))(params))
 
-  want = gradients(ONE_DEVICE)
-  for shape in ((2, 2, 1, 1, 2), (1, 4, 1, 1, 2)):
-    same(gradients(shape), want, 1e-5)
+  same(gradients((2, 2, 1, 1, 2)), gradients(ONE_DEVICE), 1e-5)
 
 
 def test_packed_equals_separate():
@@ -107,7 +116,7 @@ def test_packed_equals_separate():
         alone[name].append(pad(getattr(packed, f'{name}_BT')[r][where]))
       alone['segments'][-1] = np.minimum(alone['segments'][-1], 1)
   alone = Batch(*(np.stack(alone[name]) for name in ('tokens', 'targets', 'positions', 'segments')))
-  params = model.init(C, jax.random.key(0))
+  params = parameters.random(C)
   grad = jax.jit(jax.value_and_grad(lambda p, b: score.total(C, p, b, SHAPED)[0]))
   same(grad(params, packed), grad(params, alone), 1e-5)
 
@@ -117,7 +126,7 @@ def test_answers_packed_with_a_mask_equal_answers_alone():
   packed = batch()
   counts = np.arange(16)[None] % 16 >= np.array([3, 6])[np.maximum(packed.segments_BT - 1, 0)]
   masked = dataclasses.replace(packed, counts_BT=counts)
-  params = model.init(C, jax.random.key(0))
+  params = parameters.random(C)
   run = jax.jit(lambda p, b: jax.value_and_grad(
     lambda p: (lambda total, loss, stats, _: (total, sums(b, loss, stats, jnp.asarray(BYTES_V))))(
       *score.total(C, p, b, SHAPED)), has_aux=True)(p))
@@ -138,7 +147,7 @@ def test_what_stands_in_padding_changes_nothing():
   noise = np.random.default_rng(1).integers(0, 64, (8, 16))
   dirty.tokens_BT[:] = np.where(dirty.segments_BT > 0, dirty.tokens_BT, noise)
   dirty.targets_BT[:] = np.where(dirty.segments_BT > 0, dirty.targets_BT, 10**6)
-  params = model.init(C, jax.random.key(0))
+  params = parameters.random(C)
   run = jax.jit(jax.value_and_grad(lambda p, b: score.total(C, p, b, SHAPED)[0]))
   jax.tree.map(np.testing.assert_array_equal, run(params, plain), run(params, dirty))
 
@@ -153,8 +162,8 @@ def test_an_all_padding_batch_is_no_update_from_the_data_and_no_nan():
 
 def test_plain_cross_entropy_equals_optax_and_metrics_are_what_they_say():
   b = batch()
-  params = model.init(C, jax.random.key(0))
-  hidden, _ = model.forward(C, params, b.tokens_BT, b.positions_BT, b.segments_BT)
+  params = parameters.random(C)
+  hidden, _ = jax.jit(model.forward, static_argnums=0)(C, params, b.tokens_BT, b.positions_BT, b.segments_BT)
   logits = np.asarray(hidden @ model.head(C, params), np.float64)
   logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   mask = b.segments_BT > 0
@@ -172,15 +181,16 @@ def test_plain_cross_entropy_equals_optax_and_metrics_are_what_they_say():
   }.items():
     np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-7, err_msg=name)
   want = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits, jnp.float32), b.targets_BT)[mask].sum()
-  np.testing.assert_allclose(score.total(C, params, b, RewardShaping(top_k=8))[0], want, rtol=1e-6)
+  np.testing.assert_allclose(total(C, params, b, RewardShaping(top_k=8))[0], want, rtol=1e-6)
 
 
 def test_sums_of_parts_add_to_the_whole():
   b = batch()
-  params = model.init(C, jax.random.key(0))
+  params = parameters.random(C)
   part = lambda rows: jax.tree.map(lambda x: x[rows], b)
-  run = lambda b: jax.device_get(sums(b, *score.total(C, params, b, SHAPED)[1:3], jnp.asarray(BYTES_V)))
-  whole, a, c = run(b), run(part(slice(0, 3))), run(part(slice(3, 8)))
+  run = jax.jit(lambda b: sums(b, *score.total(C, params, b, SHAPED)[1:3], jnp.asarray(BYTES_V)))
+  whole, a, c = jax.device_get((run(b), run(part(slice(0, 4))), run(part(slice(4, 8)))))
+  assert a['tokens'] != c['tokens']
   for name in whole:
     np.testing.assert_allclose(a[name] + c[name], whole[name], rtol=1e-5)
 
@@ -212,25 +222,25 @@ def test_a_scheduled_objective_is_what_it_is_at_each_step_and_is_traced_once():
   tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
   mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    state = create_state(C, tx, mesh, seed=0)
+    state = create_state(C, tx, mesh, seed=0, params=parameters.random(C))
     step = make_step(C, objective, tx, BYTES_V)
     for beta in (0.0, -0.25, -0.5, -0.5):
       shaping = RewardShaping(beta=beta, top_k=8)
-      want, *_ = jax.jit(score.total, static_argnums=(0, 3))(C, state.params, batch(), shaping)
+      want, *_ = total(C, state.params, batch(), shaping)
       state, metrics = step(state, batch())
       np.testing.assert_allclose(metrics['loss'], want, rtol=1e-5)
   assert len(traces) == 1
 
 
 @pytest.mark.parametrize('beta, lambda_tail, masses, microbatches',
-                         [(-0.25, 0.0, False, 1), (-0.25, 0.0, False, 2), (0.0, -0.1, True, 1)])
+                         [(-0.25, 0.0, False, 2), (0.0, -0.1, True, 1)])
 def test_basic_statistics_spare_the_masses_where_no_lambda_needs_them_and_change_nothing_else(
     beta, lambda_tail, masses, microbatches):
   objective = ObjectiveConfig(beta=beta, lambda_tail=lambda_tail, top_k=8)
   tx = make_optimizer(ADAMW, 100, model.abstract(C)[2])
   after = {}
   for stats in ('full', 'basic'):
-    state = TrainState(jnp.zeros((), jnp.int32), params := model.init(C, jax.random.key(0)), tx.init(params))
+    state = TrainState(jnp.zeros((), jnp.int32), params := parameters.random(C), jax.jit(tx.init)(params))
     after[stats] = make_step(C, objective, tx, BYTES_V, microbatches, stats)(state, batch())
   (full_state, full), (basic_state, basic) = after['full'], after['basic']
   assert ('tail_mass' in basic, 'head_mass' in basic, 'tail_mass' in full) == (masses, masses, True)
@@ -254,8 +264,8 @@ def test_only_matrices_decay(name):
   axes = model.abstract(C)[2]
   tx = make_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, decay_fraction=0.0, final_lr=0.0, b1=0.9, b2=0.95,
                                       eps=1e-8, weight_decay=0.5, clip_norm=1.0, name=name), 10, axes)
-  params = jax.tree.map(jnp.ones_like, model.init(C, jax.random.key(0)))
-  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), model.abstract(C)[1])
+  updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0])(params)
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
     decays = 'norm' not in jax.tree_util.keystr(path)
     np.testing.assert_allclose(update, -0.5 if decays else 0.0)
@@ -278,21 +288,21 @@ def test_experts_even_out_from_a_skewed_start_and_the_bias_moves_choices_only():
   bias.
   """
   mesh = model.make_mesh(model.MeshConfig(*ONE_DEVICE), jax.devices()[:1])
-  c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, bias_update_rate=0.005))
+  c = dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, bias_update_rate=0.01))
   with jax.set_mesh(mesh):
     tx = make_optimizer(dataclasses.replace(ADAMW, lr=1e-3), 100, model.abstract(c)[2])
-    state = create_state(c, tx, mesh, seed=0)
+    state = create_state(c, tx, mesh, seed=0, params=parameters.random(c))
     skew_LE = jnp.tile(jnp.array([0.5, 0.3] + [0.0] * 6), (2, 1))
     router = state.params['layers']['feed_forward']
     router['router_bias_E'] = jax.device_put(skew_LE, router['router_bias_E'].sharding)
     step = make_step(c, ObjectiveConfig(top_k=8), tx, BYTES_V)
-    figures, batches = [], [batch(rows=96, seed=seed) for seed in range(5)]
-    for n in range(150):
+    figures, batches = [], [batch(rows=48, seed=seed) for seed in range(5)]
+    for n in range(80):
       before = state.params['layers']['feed_forward']['router_bias_E']
       state, metrics = step(state, batches[n % 5])
       load_LE = metrics['expert_load']
       moved = state.params['layers']['feed_forward']['router_bias_E'] - before
-      np.testing.assert_allclose(moved, 0.005 * np.sign(load_LE.mean(1, keepdims=True) - load_LE), atol=1e-6)
+      np.testing.assert_allclose(moved, 0.01 * np.sign(load_LE.mean(1, keepdims=True) - load_LE), atol=1e-6)
       figures.append(means(metrics)['expert_load_max_over_mean'])
   assert figures[0] > 2
   assert np.mean(figures[-20:]) < 1.3
@@ -312,10 +322,9 @@ def test_a_mixture_of_experts_sharded_and_accumulated_equals_single():
 def test_the_balance_loss_is_in_the_total_and_not_in_the_reported_loss():
   b = batch()
   c = [dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, router='softmax', balance_weight=w)) for w in (0, 0.1)]
-  params = model.init(c[0], jax.random.key(0))
-  (plain, loss_BT, *_), (with_loss, same_BT, *_) = (score.total(c, params, b, RewardShaping(top_k=8)) for c in c)
+  params = parameters.random(c[0])
+  (plain, loss_BT, *_), (with_loss, same_BT, _, routing) = (total(c, params, b, RewardShaping(top_k=8)) for c in c)
   np.testing.assert_array_equal(loss_BT, same_BT)
-  routing = score.total(c[1], params, b, RewardShaping(top_k=8))[3]
   np.testing.assert_allclose(with_loss - plain, 0.1 * routing.balance_L.mean(), rtol=1e-3)
 
 
@@ -326,13 +335,15 @@ def test_the_balance_loss_of_microbatches_is_their_mean_over_tokens():
   """
   softmax = dataclasses.replace(MOE.moe, router='softmax', balance_weight=10.0)
   c = dataclasses.replace(MOE, layers=1, moe=softmax)
-  b, params = batch(rows=4), model.init(c, jax.random.key(0))
+  b, params = batch(rows=4), parameters.random(c)
   tx = make_optimizer(ADAMW, 100, model.abstract(c)[2])
   _, metrics = make_step(c, ObjectiveConfig(top_k=8), tx, BYTES_V, microbatches=2)(
-    TrainState(jnp.int32(0), params, tx.init(params)), b)
-  total = lambda p, rows: score.total(c, p, jax.tree.map(lambda x: x[rows], b), RewardShaping(top_k=8))[0]
-  gradient = jax.jit(jax.grad(lambda p: sum(total(p, slice(i, None, 2)) for i in range(2)) / (b.segments_BT > 0).sum()))
-  np.testing.assert_allclose(metrics['grad_norm'], optax.tree.norm(gradient(params)), rtol=1e-5)
+    TrainState(jnp.int32(0), params, jax.jit(tx.init)(params)), b)
+  gradient = jax.jit(jax.grad(lambda p, part: score.total(c, p, part, RewardShaping(top_k=8))[0]))
+  parts = [jax.device_get(gradient(params, jax.tree.map(lambda x: x[i::2], b))) for i in range(2)]  # noqa: B023
+  whole = jax.tree.map(lambda x, y: (x + y) / (b.segments_BT > 0).sum(), *parts)
+  norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(whole)))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-5)
 
 
 def test_xla_knows_the_options_for_a_gpu(monkeypatch):
