@@ -23,8 +23,8 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
   atexit.register(shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True)
 
-# An implicit broadcast such as [B] + [B, T] is an error: it adds along the wrong axis where B = T, without a word. Commands
-# that tests start have the variable too.
+# An implicit broadcast such as [B] + [B, T] is an error: where B = T, it adds along the wrong axis without a word. This
+# also holds in the commands that tests start.
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 
 # Commands that tests start read configs of tests/, which import from there.

@@ -624,7 +624,7 @@ def _draw(s, z_RV, u_R2):
   place_R = _pick(e_RW, u_R2[:, 1])
   drawn_R = jnp.take_along_axis(e_RW, place_R[:, None], 1)[:, 0]
   # 1 - p is summed, not subtracted, which keeps the digits of log p where p is near 1.
-  but = lambda x, taken_R: jnp.sum(x, -1, where=jnp.arange(x.shape[1]) != taken_R[:, None])
+  but = lambda x, taken_R: jnp.sum(x, -1, where=jnp.arange(x.shape[1])[None] != taken_R[:, None])
   other_R = but(block_RN, block_R) + but(e_RW, place_R)
   return block_R * width + place_R, -jnp.log1p(other_R / drawn_R)
 
