@@ -73,9 +73,9 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, start_BT):
   # steps: the number of blocks of keys from the diagonal back to the start of the first query's document. full: the
   # number of these blocks, counted from the diagonal, that lie within the last query's document. Since they lie between
   # its start and the diagonal, they lie within the documents of all queries.
-  diagonal_R = jnp.arange(tiles, dtype=jnp.int32)
-  steps_BR = diagonal_R + 1 - start_BT[:, ::TILE] // TILE
-  full_BR = jnp.maximum(diagonal_R + 1 - pl.cdiv(start_BT[:, TILE - 1::TILE], TILE), 1)
+  diagonal_1R = jnp.arange(tiles, dtype=jnp.int32)[None]
+  steps_BR = diagonal_1R + 1 - start_BT[:, ::TILE] // TILE
+  full_BR = jnp.maximum(diagonal_1R + 1 - pl.cdiv(start_BT[:, TILE - 1::TILE], TILE), 1)
 
   def body(q_ref, k_ref, v_ref, start_ref, place_ref, steps_ref, full_ref, out_ref, lse_ref,
            q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, k_full, v_full, q_free, k_free, v_free, turn):
@@ -252,8 +252,8 @@ def _backward(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, end_BT):
   dtype, tiles, scale, parts = q_BTNH.dtype, length // TILE, _scale(width), width // HALF
   # steps: the number of blocks of 64 queries from the diagonal to the end of the last key's document. full: the index
   # of the block in which the first key's document ends.
-  start_R = jnp.arange(tiles, dtype=jnp.int32) * (TILE // HALF)
-  steps_BR = pl.cdiv(end_BT[:, TILE - 1::TILE], HALF) - start_R
+  start_1R = jnp.arange(tiles, dtype=jnp.int32)[None] * (TILE // HALF)
+  steps_BR = pl.cdiv(end_BT[:, TILE - 1::TILE], HALF) - start_1R
   full_BR = end_BT[:, ::TILE] // HALF
   # Rows are processed one after the other, so that the data that programs share is in the L2 cache. The longest block
   # of a row comes first. The short blocks of all rows come last, so that processors finish at about the same time.
