@@ -190,10 +190,10 @@ def test_cached_decode_equals_the_full_forward_and_replays(params):
 def test_scan_equals_loop_and_remat_equals_plain(params):
   batch = row(9, 6)
   # A weighted sum, because the last norm makes the sum of squares constant, so that its gradient vanishes.
-  weight_D = jnp.arange(CONFIG.d_model) % 5 - 2.0
+  weight_11D = jnp.arange(CONFIG.d_model)[None, None] % 5 - 2.0
 
   def value_and_grad(c):
-    return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.forward(c, p, *batch)[0] * weight_D)))(params)
+    return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.forward(c, p, *batch)[0] * weight_11D)))(params)
 
   want = value_and_grad(CONFIG)
   for changes in ({'scan_layers': False, 'remat_policy': 'full'}, {'remat_policy': 'matmuls'}):
