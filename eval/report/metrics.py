@@ -9,7 +9,7 @@ from betarank.eval.statistics import Estimate
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """How a metric is shown: its title, its number format and its unit.
+  """Describes how a metric is shown, with its title, its number format and its unit.
 
   Attributes:
     title: the title, without unit.

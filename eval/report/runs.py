@@ -63,8 +63,9 @@ class DataIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """How a run was started, from its run.json: the command, the devices and the time. Fields that run.json lacks are ''
-  or NaN.
+  """Describes how a run was started: the command, the devices and the time, as run.json has them.
+
+  A text that run.json lacks is '', and a number that it lacks is NaN.
   """
 
   command: str = ''

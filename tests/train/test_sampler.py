@@ -149,7 +149,7 @@ def test_samples_do_not_depend_on_pages_their_number_or_dispatches_in_flight(par
     monkeypatch.setitem(module.AHEAD, 'cpu', ahead)
     same(draw(params, tight), reference)
   assert any(stopped)  # samples made way for older ones, and were drawn again
-  same(draw(params, dataclasses.replace(tight, decode_batch_size=1, decode_steps=1)), reference)  # nobody beside it
+  same(draw(params, dataclasses.replace(tight, decode_batch_size=1, decode_steps=1)), reference)  # alone
 
 
 def test_a_cache_gives_all_pages_back_and_a_group_shares_its_prompt_s():
