@@ -22,6 +22,7 @@ of CPU time. transformers runs on the GPU, in bfloat16, if torch finds one.
 import argparse
 import dataclasses
 import functools
+import heapq
 import importlib
 import sys
 import time
@@ -38,6 +39,7 @@ CONFIG, *_ = MODELS['small']
 EOS = 3
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 8, 64, 128
 REFILL = 32, 512, 3.4, 0  # rows, longest answer, logarithm of the median, room of the cache in tokens (0: for all)
+BANDWIDTH = {'NVIDIA H100': 3.35e12, 'NVIDIA H200': 4.8e12}  # bytes per second, by the data sheets
 SMOKE = dataclasses.replace(CONFIG, vocab_size=1024, layers=2, d_model=96, d_ff=288, heads=3, kv_heads=1, head_dim=32)
 
 
@@ -163,23 +165,49 @@ def refill(params, of=now):
   The lengths of answers are log-normal. The sampler decodes a fixed number of rows together, one answer per row.
   'padded batches' gives it only as many prompts at a time as it has rows, so that short answers wait for the longest
   answer. 'refilled rows' gives it all prompts, so that the row of a finished answer gets the next prompt. For the
-  larger models, whose answers have up to 8192 tokens, only 'refilled rows' is returned.
+  larger models, whose answers have up to 8192 tokens, only 'refilled rows' is returned. With seed 0, which is for
+  compiling, answers are a 64th as long.
 
   params: the parameters of the model CONFIG.
   of: the sampler's module, or the result of `before`.
   """
   rows, longest, middle, cache_tokens = REFILL
+  if cache_tokens and of is not now:  # without pages, the same memory is enough for fewer rows
+    rows = cache_tokens // (PROMPT_TOKENS + longest)
   length = np.exp(np.random.default_rng(1).normal(middle, 1.0, 8 * 32)).astype(int).clip(1, longest).tolist()
   prompts = [p._replace(max_new_tokens=n) for p, n in zip(make_prompts(len(length), PROMPT_TOKENS, of), length)]
   sampler = of.Sampler(CONFIG, of.SamplerConfig(rows, PROMPT_TOKENS, longest, cache_tokens=cache_tokens), EOS)
-  print(f'{len(length)} answers of {np.mean(length):.0f} tokens in the mean, {max(length)} at most, {rows} rows')
+  print(f'{len(length)} answers of {np.mean(length):.0f} tokens in the mean, {max(length)} at most, {rows} rows'
+        + bound(length, rows))
 
-  def padded(seed):
-    return sum(
-      count(sampler(params, prompts[i : i + rows], samples=1, seed=seed, step=0)) for i in range(0, len(prompts), rows))
+  def sample(prompts, seed):
+    prompts = prompts if seed else [p._replace(max_new_tokens=-(-p.max_new_tokens // 64)) for p in prompts]
+    return count(sampler(params, prompts, samples=1, seed=seed, step=0))
 
-  refilled = lambda seed: count(sampler(params, prompts, samples=1, seed=seed, step=0))
+  padded = lambda seed: sum(sample(prompts[i : i + rows], seed) for i in range(0, len(prompts), rows))
+  refilled = functools.partial(sample, prompts)
   return {'padded batches': padded, 'refilled rows': refilled} if longest == 512 else {'refilled rows': refilled}
+
+
+def bound(length, rows):
+  """Returns a text with the rate that the bandwidth of the card's memory allows for `refill`; '' for an unknown device.
+
+  Each decoding step reads all weights once, and the keys and values of the tokens that each live row has at that step,
+  its prompt among them. Everything else is left out: prefill, the products' own time, and the start of kernels.
+
+  length: the number of tokens of each answer, in the order in which they start.
+  rows: the number of rows. A row that becomes free gets the next answer at once.
+  """
+  bandwidth = BANDWIDTH.get(' '.join(jax.devices()[0].device_kind.split()[:2]))
+  if not bandwidth:
+    return ''
+  free = [0] * rows  # the step at which each row becomes free
+  for n in length:
+    heapq.heapreplace(free, free[0] + n)
+  weights = 2 * sum(model.parameter_counts(CONFIG).values())
+  token = 2 * 2 * CONFIG.layers * CONFIG.kv_heads * CONFIG.head_dim
+  read = max(free) * weights + token * sum(n * PROMPT_TOKENS + n * (n + 1) // 2 for n in length)
+  return f'; {sum(length) * bandwidth / read:,.0f} tokens/s at {bandwidth / 1e12} TB/s, {max(free)} steps'
 
 
 def prefill(params, of=now):

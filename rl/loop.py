@@ -228,7 +228,7 @@ def sample_and_judge(
 
   If `rl.extra_prompts` > 0, up to that many further prompts go to the sampler before it is known whether the step needs
   them. The step ends when all groups that it needs are judged, and drops the others, so this setting doesn't change the
-  result.
+  result (but for rounding, see `Sampler.__call__`).
 
   Returns (kept, seen, progress): the groups to learn from; these and the zero-variance groups that were replaced; and
   the Progress after the last of their prompts. Both lists are in the order of the prompts.

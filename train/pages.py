@@ -7,7 +7,7 @@ they are the same on every host.
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,21 +171,54 @@ class Pages:
     part.pages += sample.pages[::-1]
     sample.prefix.samples -= 1
 
-  def table(self) -> Table:
-    """Returns the table of the running samples, as a copy that later calls of other methods don't change."""
-    members = self._unit_rows
-    rows_UM, count_U = np.zeros((len(self._table.prefix_B), members), np.int32), np.zeros_like(self._table.prefix_B)
+  def live_rows(self, sizes: Sequence[int]) -> np.ndarray | None:
+    """Returns, for each part of the mesh, some of its rows, among them all rows that running samples use.
+
+    sizes: in descending order, the numbers of rows to choose from, the first of them all rows of a part. The smallest
+      one that is large enough for every part is taken.
+
+    Returns int32 [parts, rows], in which a part's rows are numbered from 0, or None if all rows are needed.
+    """
+    used = max(self._each - len(part.rows) for part in self._parts)
+    size = min(n for n in sizes if n >= used)
+    if size == self._each:
+      return None
+    running_CE = np.zeros((len(self._parts), self._each), bool)
+    running_CE.reshape(-1)[list(self.running)] = True
+    return np.argsort(~running_CE, 1, kind='stable')[:, :size].astype(np.int32)
+
+  def table(self, rows_CB: np.ndarray | None = None) -> Table:
+    """Returns the table of the running samples, as a copy that later calls of other methods don't change.
+
+    rows_CB: the rows that the table has, from `live_rows`. None means all rows.
+    """
+    row_B = self._numbers(rows_CB)
+    size, members = len(row_B) // len(self._parts), self._unit_rows
+    place = {row: b % size for b, row in enumerate(row_B.tolist())}
+    rows_UM, count_U = np.zeros((len(row_B), members), np.int32), np.zeros(len(row_B), np.int32)
     together = collections.defaultdict(list)
     for sample in self.running.values():
-      together[sample.row // self._each, sample.prompt].append(sample.row % self._each)
-    used = [n * self._each for n in range(len(self._parts))]
+      together[sample.row // self._each, sample.prompt].append(place[sample.row])
+    used = [n * size for n in range(len(self._parts))]
     for (n, _), rows in together.items():
       for first in range(0, len(rows), members):
         unit = rows[first : first + members]
         rows_UM[used[n]] = unit + unit[:1] * (members - len(unit))
         count_U[used[n]] = len(unit)
         used[n] += 1
-    return Table(self._table.pages_BJ.copy(), self._table.prefix_B.copy(), rows_UM, count_U)
+    return Table(self._table.pages_BJ[row_B], self._table.prefix_B[row_B], rows_UM, count_U)
+
+  def columns(self, rows_CB: np.ndarray | None) -> dict[int, int]:
+    """Returns {row: index of the row among all rows of rows_CB}, where rows are numbered as in `Running.row`.
+
+    rows_CB: from `live_rows`.
+    """
+    return {row: b for b, row in enumerate(self._numbers(rows_CB).tolist())}
+
+  def _numbers(self, rows_CB: np.ndarray | None) -> np.ndarray:
+    if rows_CB is None:
+      return np.arange(len(self._parts) * self._each)
+    return (rows_CB + self._each * np.arange(len(self._parts))[:, None]).reshape(-1)
 
   def filled(self, prefixes: list[Prefix | None], out_of_range: int) -> np.ndarray:
     """Returns the pages into which prompts are to be written, int32 [parts, prompt_pages].

@@ -4,14 +4,16 @@ The forward pass is the same function as in training. In each part of the mesh, 
 samples there share it.
 
 The device decodes a fixed number of rows, in dispatches of a few steps each. Between dispatches, each row whose sample
-has ended gets the next sample, so a long answer doesn't delay other samples. On an accelerator, the host reads the
+has ended gets the next sample, so a long answer doesn't delay other samples. Once no samples wait and only few are
+still being drawn, an accelerator's dispatches have fewer rows (`Sampler.sizes`). On an accelerator, the host reads the
 results of a dispatch while the next dispatch runs.
 
 The cache (model/decode.py) consists of pages. A row gets pages as its sample grows, so the cache may be much smaller
 than all rows at their greatest length. The shapes of arrays depend only on the settings, except that a prefill has the
 length of its longest prompt, rounded up to a power of two. Therefore only few programs are compiled.
 
-# R rows  F prompts prefilled at once  P tokens of a prompt  I pages of a prompt
+# R rows  B rows of a dispatch, in C parts of the mesh
+# F prompts prefilled at once  P tokens of a prompt  I pages of a prompt
 # T steps of a dispatch  D width  V vocabulary, N blocks of W tokens each  K most probable tokens
 # L layers  k experts per token  LP2KSH as in model/decode.py
 """
@@ -38,6 +40,9 @@ from betarank.train.pages import Pages, Running
 
 ROLLOUT_STREAM = 2  # fold_in(seed, stream, ...); rl/loop.py has 3
 SHORTEST_BUCKET = 16
+# The fewest rows of a dispatch in a part of the mesh. Matrix products of fewer rows would take as long. On a CPU, all
+# dispatches have all rows, so that a sample's bits don't depend on the samples that are drawn with it.
+FEWEST_ROWS = {'cpu': math.inf, 'gpu': 16, 'tpu': 16}
 # Dispatches in flight while the host reads another. On a CPU the host and the device are the same cores.
 AHEAD = {'cpu': 0, 'gpu': 1, 'tpu': 1}
 AXES = {1: ('batch',), 2: ('batch', None), 5: decode.PAGES_AXES}  # of arrays with a dimension R, by their dimensions
@@ -241,7 +246,8 @@ class Sampler:
     Token t of a sample depends only on the parameters, the prompt's tokens, the temperature, top_k, top_p and (seed,
     step, prompt id, sample index, t). Any sample can therefore be drawn again, alone or with another decode_batch_size
     or decode_steps. There is one exception: matrix products of different shapes may round differently, which changes a
-    draw that falls on the very edge between two tokens.
+    draw that falls on the very edge between two tokens. On an accelerator, the shapes also depend on how many samples
+    are being drawn (see `sizes`). The same call always has the same shapes.
 
     Args:
       params: the parameters, float32, with the structure of model.init.
@@ -268,6 +274,17 @@ class Sampler:
     split = 1 if self.mesh is None else self.mesh.size // self.mesh.shape['data']
     return f'; to sample, {split} devices share a copy of the weights' if split > 1 else ''
 
+  @property
+  def sizes(self) -> list[int]:
+    """The numbers of rows that a dispatch may have in each part of the mesh, in descending order.
+
+    Each is a quarter of the one before, because each needs a program of its own.
+    """
+    found = [self.s.decode_batch_size // self.ways]
+    while found[-1] // 4 >= FEWEST_ROWS[model.platform()]:
+      found.append(found[-1] // 4)
+    return found
+
   def lower_decode(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program of one dispatch, which draws up to decode_steps tokens per row.
 
@@ -282,7 +299,7 @@ class Sampler:
     weights = jax.tree.map(lambda axes, x: place(x, axes), decode_param_axes(self.c), weights, is_leaf=_is_names)
     rows = jax.tree.map(lambda x: place(x, AXES[x.ndim]), jax.eval_shape(lambda: _empty(self.c, self.s)))
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._pages().table())
-    return _decode.lower(self.c, self.s, self.eos, weights, rows, table)
+    return _decode.lower(self.c, self.s, self.eos, weights, rows, table, None)
 
   def lower_weights(self, params: model.transformer.Params) -> jax.stages.Lowered:
     """Returns the lowered program that copies the parameters to the sampler's mesh. Each call of the sampler runs it.
@@ -328,7 +345,8 @@ class Sampler:
       ahead = AHEAD[model.platform()]
     pages = self._pages()
     queue = {p: collections.deque(indices) for p in range(len(prompts))}
-    flying: collections.deque[tuple[Any, list[Running]]] = collections.deque()  # what is drawn, and of which samples
+    # For each dispatch: what it draws, and its samples, each with its column.
+    flying: collections.deque[tuple[Any, list[tuple[Running, int]]]] = collections.deque()
     ended: list[dict[int, Sample]] = [{} for _ in prompts]
     groups = []
     while queue or pages.running or groups:
@@ -342,9 +360,11 @@ class Sampler:
           rows, started = self._start(weights, rows, pages, queue, prompts, tokens)
           if stopped or started:
             rows = _put(rows, self._starts(stopped, started, prompts), seed, step)
-          rows, drawn = _decode(self.c, s, self.eos, weights, rows, pages.table())
+          rows_CB = pages.live_rows(self.sizes)
+          rows, drawn = _decode(self.c, s, self.eos, weights, rows, pages.table(rows_CB), rows_CB)
           jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
-        flying.append((drawn, list(pages.running.values())))
+        column = pages.columns(rows_CB)
+        flying.append((drawn, [(sample, column[row]) for row, sample in pages.running.items()]))
       yield from groups  # the device is at work
       groups = []
       new = more() if more else []
@@ -359,18 +379,18 @@ class Sampler:
       if not flying:
         continue
       drawn, samples = flying.popleft()
-      token_TR, logp_TR, count_R, choice_TRLk = jax.device_get(drawn)
-      for sample in samples:
-        p, row = sample.prompt, sample.row
-        if pages.running.get(row) is not sample:  # it has ended or was stopped
+      token_TB, logp_TB, count_B, choice_TBLk = jax.device_get(drawn)
+      for sample, b in samples:
+        p = sample.prompt
+        if pages.running.get(sample.row) is not sample:  # it has ended or was stopped
           continue
-        new = count_R[row] - sample.count
+        new = count_B[b] - sample.count
         sample.count += new
-        sample.drawn.append((token_TR[:new, row], logp_TR[:new, row], choice_TRLk[:new, row] if record else None))
-        eos = new and token_TR[new - 1, row] == self.eos
+        sample.drawn.append((token_TB[:new, b], logp_TB[:new, b], choice_TBLk[:new, b] if record else None))
+        eos = new and token_TB[new - 1, b] == self.eos
         finish = 'eos' if eos else 'length' if sample.count == sample.limit else ''
         if watch and new:
-          watch(Sample(prompts[p].id, sample.index, token_TR[:new, row], logp_TR[:new, row], finish))
+          watch(Sample(prompts[p].id, sample.index, token_TB[:new, b], logp_TB[:new, b], finish))
         if finish:
           ended[p][sample.index] = self._ended(prompts[p], sample)
           pages.stop(sample)
@@ -535,16 +555,18 @@ def _put(rows, new, seed, step) -> _Rows:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(c, s, eos, weights, rows, table):
+def _decode(c, s, eos, weights, rows, table, rows_CB):
   """Draws up to s.decode_steps tokens for every row whose sample hasn't ended.
 
-  Returns (rows, drawn). `drawn` is what the host reads: (token_TR, logp_TR, count_R, choice_TRLk). count_R is the
+  Returns (rows, drawn). `drawn` is what the host reads: (token_TB, logp_TB, count_B, choice_TBLk). count_B is the
   number of tokens of each sample so far. If a row's count has grown by n, the row's new tokens are the first n entries
-  of its column of token_TR. choice_TRLk is None if the chosen experts aren't recorded.
+  of its column of token_TB. choice_TBLk is None if the chosen experts aren't recorded.
 
   c, s, eos: the model, the settings of the sampler, and the id of the token that ends a sample.
   weights: the result of `decode_params`.
-  table: the pages of each row.
+  rows: all rows.
+  table: the pages of each row of this dispatch.
+  rows_CB: int32, the rows of this dispatch in each part of the mesh, numbered from 0. None means all rows.
   """
   head_DV = model.head(c, weights)
   table = _pinned(table)
@@ -553,31 +575,56 @@ def _decode(c, s, eos, weights, rows, table):
     return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key_2, impl='threefry2x32'), count), (2,))
 
   def body(rows, _):
-    live_R = rows.count_R < rows.limit_R
+    live_B = rows.count_R < rows.limit_R
     cache = model.Cache(rows.pages_LP2KSH, table, rows.count_R, s.prompt_pages)
-    hidden_R1D, cache, routing = model.forward_routed(
+    hidden_B1D, cache, routing = model.forward_routed(
       c, weights, rows.token_R[:, None], (table.prefix_B + rows.count_R)[:, None],
-      live_R[:, None].astype(jnp.int32), cache)
-    logits_RV = score.logits(c, hidden_R1D[:, 0], head_DV, s.temperature or 1.0)
+      live_B[:, None].astype(jnp.int32), cache)
+    logits_BV = score.logits(c, hidden_B1D[:, 0], head_DV, s.temperature or 1.0)
     # The devices of a group exchange logits, so that each draws for a part of the group's rows, from all of V.
-    rows_axis = 'drawn' if len(logits_RV) % shards('drawn') == 0 else 'batch'
-    z_RV = constrain(constrain(logits_RV, 'batch', 'vocab'), rows_axis, None)
-    token_R, logp_R = _draw(s, z_RV, jax.vmap(uniform)(rows.key_R2, rows.count_R))
-    count_R = rows.count_R + live_R
+    rows_axis = 'drawn' if len(logits_BV) % shards('drawn') == 0 else 'batch'
+    z_BV = constrain(constrain(logits_BV, 'batch', 'vocab'), rows_axis, None)
+    token_B, logp_B = _draw(s, z_BV, jax.vmap(uniform)(rows.key_R2, rows.count_R))
+    count_B = rows.count_R + live_B
     rows = _Rows(
       cache.pages_LP2KSH,
-      token_R=jnp.where(live_R, token_R, rows.token_R),
-      count_R=count_R,
-      limit_R=jnp.where(live_R & (token_R == eos), count_R, rows.limit_R),
+      token_R=jnp.where(live_B, token_B, rows.token_R),
+      count_R=count_B,
+      limit_R=jnp.where(live_B & (token_B == eos), count_B, rows.limit_R),
       key_R2=rows.key_R2,
     )
     recorded = s.record_choices and c.moe.experts
-    return _pinned(rows), (token_R, logp_R, _choices(routing)[:, 0] if recorded else None)
+    return _pinned(rows), (token_B, logp_B, _choices(routing)[:, 0] if recorded else None)
 
-  rows, (token_TR, logp_TR, choice_TRLk) = _scan(body, rows, s.decode_steps)
+  some = rows if rows_CB is None else _taken(rows, _pinned(rows_CB))
+  some, (token_TB, logp_TB, choice_TBLk) = _scan(body, some, s.decode_steps)
   # Every host sees all rows and takes the same decisions.
-  drawn = constrain(token_TR, None, None), constrain(logp_TR, None, None), constrain(rows.count_R, None), choice_TRLk
+  drawn = constrain(token_TB, None, None), constrain(logp_TB, None, None), constrain(some.count_R, None), choice_TBLk
+  rows = some if rows_CB is None else _put_back(rows, some, _pinned(rows_CB))
   return _pinned(rows), drawn  # else count_R would be as the hosts see it, and the next dispatch another program
+
+
+def _taken(rows, rows_CB) -> _Rows:
+  """Returns some of the rows, rows_CB [C, B/C] of each part of the mesh, with all pages."""
+  def take(x):
+    return jax.vmap(lambda x_R, row_B: x_R[row_B])(_in_parts(x, rows_CB), rows_CB).reshape(-1, *x.shape[1:])
+
+  return _pinned(dataclasses.replace(
+    jax.tree.map(take, dataclasses.replace(rows, pages_LP2KSH=())), pages_LP2KSH=rows.pages_LP2KSH))
+
+
+def _put_back(rows, some, rows_CB) -> _Rows:
+  """Returns `rows` with `some` in place of the rows that `_taken` gave, and with the pages of `some`."""
+  def put(x, new):
+    return jax.vmap(lambda x_R, row_B, new_B: x_R.at[row_B].set(new_B))(
+      _in_parts(x, rows_CB), rows_CB, _in_parts(new, rows_CB)).reshape(x.shape)
+
+  state = [dataclasses.replace(each, pages_LP2KSH=()) for each in (rows, some)]
+  return dataclasses.replace(jax.tree.map(put, *state), pages_LP2KSH=some.pages_LP2KSH)
+
+
+def _in_parts(x, rows_CB):
+  return x.reshape(len(rows_CB), -1, *x.shape[1:])
 
 
 def _scan(body, rows, steps):

@@ -304,8 +304,32 @@ def test_eight_devices_equal_one(params, shape, split, parts):
     same(draw(placed(params, mesh), tight, mesh=mesh), want)
 
 
+@pytest.mark.parametrize('shape', [(), (1, 2, 1, 2, 2)])
+def test_dispatches_of_fewer_rows_draw_the_same(params, monkeypatch, shape):
+  """A dispatch has as few rows as `Sampler.sizes` allows for the samples that run, in each part of a mesh."""
+  sizes, live_rows = [], module.Pages.live_rows
+
+  def recording(pages, allowed):
+    rows_CB = live_rows(pages, allowed)
+    running = collections.Counter(row // allowed[0] for row in pages.running)
+    sizes.append((allowed[0] if rows_CB is None else rows_CB.shape[1], max(running.values())))
+    return rows_CB
+
+  what = [prompt._replace(max_new_tokens=n) for prompt, n in zip(PROMPTS, (10, 3, 4, 7, 4))]
+  want = draw(params, SETTINGS, what, samples=1)
+  monkeypatch.setitem(module.FEWEST_ROWS, 'cpu', 1)
+  monkeypatch.setattr(module.Pages, 'live_rows', recording)
+  mesh = model.make_mesh(model.MeshConfig(*shape)) if shape else None
+  settings = dataclasses.replace(SETTINGS, decode_batch_size=16, decode_steps=1)
+  same(draw(placed(params, mesh) if mesh else params, settings, what, samples=1, mesh=mesh), want)
+  allowed = [4, 1] if mesh else [16, 4, 1]
+  assert {size for size, _ in sizes} == set(allowed)
+  assert all(size == min(n for n in allowed if n >= running) for size, running in sizes)
+
+
 @pytest.mark.slow
-def test_experts_split_only_while_sampling_draw_the_same():
+def test_experts_split_only_while_sampling_draw_the_same(monkeypatch):
+  monkeypatch.setitem(module.FEWEST_ROWS, 'cpu', 1)  # dispatches of 8 and of 2 rows, without a mesh
   moe = model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16, router='sigmoid')
   config, mesh = dataclasses.replace(CONFIG, layers=1, moe=moe), model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
   params = parameters.random(config)
