@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.soak.watch import Sample, Watch, rows, slope
+from tests.soak.watch import Sample, Watch, gpu_mb, rows, slope
 
 GROWING = """
 import sys, threading, time
@@ -28,10 +28,11 @@ def test_a_slope_is_found_with_its_error():
   assert abs(flat) < 4 * error
 
 
-def series(memory, step_s=lambda i: 0.01):
+def series(memory, step_s=lambda i: 0.01, gpu=lambda i: None):
   time_s = np.cumsum([step_s(i) for i in range(1000)])
   return [Sample(time_s[i], i * 10, time_s[i], {7: {
-    'memory MB': memory(i), 'own memory MB': memory(i), 'threads': 30, 'open files': 12}}) for i in range(1000)]
+    'memory MB': memory(i), 'own memory MB': memory(i), 'threads': 30, 'open files': 12}}, gpu(i))
+          for i in range(1000)]
 
 
 def grown(samples):
@@ -44,6 +45,27 @@ def test_figures_that_grow_are_named_and_those_that_settle_are_not():
   assert grown(series(lambda i: 300 + 40 * min(i, 150) / 150)) == set()  # only during the warm-up
   assert grown(series(lambda i: 300 + (i % 90))) == set()  # up and down, as with a garbage collector
   assert grown(series(lambda i: 300.0, lambda i: 0.01 + 3e-6 * i)) == {'ms per step', 'CPU ms per step'}
+  assert grown(series(lambda i: 300.0, gpu=lambda i: 900.0)) == set()
+  assert grown(series(lambda i: 300.0, gpu=lambda i: 900 + i // 50)) == {'GPU MB'}
+
+
+def test_figures_that_are_not_observed_have_no_row():
+  samples = series(lambda i: 300.0)
+  for sample in samples:
+    del sample.figures[7]['own memory MB']
+  found = [row.figure for row in rows(samples, {7: 'it'})]
+  assert found == ['memory MB', 'threads', 'open files', 'processes', 'ms per step', 'CPU ms per step']
+
+
+@pytest.mark.parametrize('script, memory_mb', [
+  ('printf "512\\n1024\\n"', 1536), ('echo "[N/A]"', None), ('echo "no driver"; exit 9', None), ('true', None),
+  (None, None)])
+def test_the_memory_of_all_gpus_is_what_nvidia_smi_says(tmp_path, monkeypatch, script, memory_mb):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  if script:
+    (tmp_path / 'nvidia-smi').write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=memory.used ] || exit 2\n{script}\n')
+    (tmp_path / 'nvidia-smi').chmod(0o755)
+  assert gpu_mb() == memory_mb
 
 
 @pytest.mark.parametrize('leaks', [False, True])

@@ -1,4 +1,7 @@
-"""Observes a process and its descendants from outside: memory, threads and open files, and whether they grow."""
+"""Observes a process and its descendants from outside: memory, threads and open files, and whether they grow.
+
+A figure that the system doesn't provide is left out.
+"""
 
 import dataclasses
 import os
@@ -24,28 +27,32 @@ class Sample:
 
   position: the step that the command has reached.
   figures: {process id: {key of BOUNDS: value}}.
+  gpu_mb: the memory in use on all GPUs, or None if it isn't observed.
   """
 
   time_s: float
   position: float
   cpu_s: float  # of all processes so far
   figures: dict[int, dict[str, float]]
+  gpu_mb: float | None = None
 
 
 class Watch:
   """Observes a running command in a thread until the command ends."""
 
-  def __init__(self, name: str, process: subprocess.Popen, position: Callable[[], float], every_s: float = 0.5):
+  def __init__(self, name: str, process: subprocess.Popen, position: Callable[[], float], every_s: float = 0.5,
+               gpu: bool = False):
     """Starts to observe.
 
     name: the name of the command.
     process: its process.
     position: a function that returns the step that the command has reached.
     every_s: the seconds between two observations.
+    gpu: whether to observe the memory of the GPUs too.
     """
     self.samples: list[Sample] = []
     self.names = {process.pid: name}
-    self._process, self._position, self._every_s = process, position, every_s
+    self._process, self._position, self._every_s, self._gpu = process, position, every_s, gpu
     self._thread = threading.Thread(target=self._observe, daemon=True)
     self._thread.start()
 
@@ -63,7 +70,8 @@ class Watch:
         cpu += used
         self.names.setdefault(pid, name)
       if self._process.pid in figures:
-        self.samples.append(Sample(time.monotonic(), self._position(), cpu, figures))
+        used = gpu_mb() if self._gpu else None
+        self.samples.append(Sample(time.monotonic(), self._position(), cpu, figures, used))
       time.sleep(self._every_s)
 
 
@@ -90,15 +98,25 @@ def observe(pid: int) -> tuple[dict[str, float], float, str]:
   fields = (folder / 'stat').read_text().rpartition(')')[2].split()
   status = dict(line.split(':', 1) for line in (folder / 'status').read_text().splitlines())
   mega = lambda *names: sum(int(status[name].split()[0]) for name in names) / 1024
-  figures = {
-    'memory MB': mega('VmRSS'),
-    'own memory MB': mega('RssAnon', 'RssShmem'),  # without mapped files, which the system may drop
-    'threads': int(fields[17]),
-    'open files': len(os.listdir(folder / 'fd')),
-  }
+  figures = {'memory MB': mega('VmRSS'), 'threads': int(fields[17]), 'open files': len(os.listdir(folder / 'fd'))}
+  if 'RssAnon' in status:  # gVisor has no such line
+    figures['own memory MB'] = mega('RssAnon', 'RssShmem')  # without mapped files, which the system may drop
   command = (folder / 'cmdline').read_bytes().split(b'\0')
   name = next((part.decode() for part in command if part.endswith(b'.py')), command[0].decode())
   return figures, sum(map(int, fields[11:15])) / TICKS, pathlib.Path(name).stem
+
+
+def gpu_mb() -> float | None:
+  """Returns the memory in use on all GPUs in MB, or None if nvidia-smi doesn't say.
+
+  The memory of other programs is included. In containers, nvidia-smi often doesn't know which process uses how much.
+  """
+  command = ['nvidia-smi', '--query-gpu=memory.used', '--format=csv,noheader,nounits']
+  try:
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    return float(sum(map(int, said))) if said else None
+  except (OSError, subprocess.SubprocessError, ValueError):
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +156,14 @@ def slope(position_N: Sequence[float], value_N: Sequence[float]) -> tuple[float,
 
 
 def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0) -> list[Row]:
-  """Returns a row for each figure of each process that exists for most of the run, one for the number of processes, and
-  those of `speed`.
+  """Returns a row for each figure of each process that exists for most of the run, one for the number of processes, one
+  for the memory of the GPUs if it was observed, and those of `speed`.
 
   names: {process id: name}.
   known_mb: the growth of the first process's memory that is accepted, in MB per 1000 steps.
+
+  Raises:
+    ValueError: the run was too short for enough observations.
   """
   warm = samples[0].position + WARM_UP * (samples[-1].position - samples[0].position)
   kept = [s for s in samples if s.position > warm]
@@ -159,11 +180,16 @@ def rows(samples: Sequence[Sample], names: dict[int, str], known_mb: float = 0.0
   for number, pid in enumerate(lasting):
     own = [s for s in kept if pid in s.figures]
     at = [s.position for s in own]
+    name = f'{names[pid]} {number}' if number else names[pid]
     for figure, bound in BOUNDS.items():
-      name = f'{names[pid]} {number}' if number else names[pid]
+      if any(figure not in s.figures[pid] for s in own):
+        continue
       known = known_mb if 'MB' in figure and not number else 0.0
       add(name, figure, at, [s.figures[pid][figure] for s in own], bound + known)
   add('all', 'processes', [s.position for s in kept], [len(s.figures) for s in kept], BOUNDS['threads'])
+  on_gpu = [s for s in kept if s.gpu_mb is not None]
+  if len(on_gpu) > len(kept) / 2:
+    add('all', 'GPU MB', [s.position for s in on_gpu], [s.gpu_mb for s in on_gpu], BOUNDS['memory MB'])
   return out + speed(kept)
 
 
