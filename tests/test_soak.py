@@ -1,12 +1,19 @@
-"""Tests that `python -m tests.soak` finds growth, and reports none where there is none."""
+"""Tests that `python -m tests.soak` finds growth, and reports none where there is none, and that
+`python -m tests.soak.scale` ends if a process fails.
+"""
 
+import os
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from tests.soak import hosts
 from tests.soak.watch import Sample, Watch, gpu_mb, rows, slope
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 GROWING = """
 import sys, threading, time
@@ -77,3 +84,58 @@ def test_a_process_that_leaks_is_caught(tmp_path, leaks):
   watch.join()
   found = {row.figure for row in rows(watch.samples, watch.names) if not row.flat and 'step' not in row.figure}
   assert found == ({'memory MB', 'own memory MB', 'open files'} if leaks else set())
+
+
+# Prints when it is ready, and waits for a line. Process 1 then fails, and the others run for very long.
+LIGHT = """
+import sys, time
+if sys.argv[2] == 'early' and sys.argv[1] == '1':
+  raise OSError('no such disk')
+print('ready', flush=True)
+sys.stdin.readline()
+if sys.argv[2] == 'late' and sys.argv[1] == '1':
+  raise OSError('no such disk')
+if sys.argv[2] != 'never':
+  time.sleep(3600)
+print(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize('when', ['early', 'late'])
+def test_a_light_process_that_fails_is_named_and_the_others_are_killed(when):
+  with pytest.raises(hosts.HostFailed, match='^process 1 ended with status 1: OSError: no such disk$'):
+    hosts.run({i: [sys.executable, '-c', LIGHT, i, when] for i in range(3)})
+
+
+def test_light_processes_that_end_well_return_what_they_print():
+  assert hosts.run({i: [sys.executable, '-c', LIGHT, i, 'never'] for i in (0, 2)}) == {0: '0\n', 2: '2\n'}
+
+
+FORKS = """
+import os, sys, time
+from tests.soak import hosts
+
+def body(index, pipe):
+  pipe.send(os.getpid())
+  pipe.recv()
+  if index == 1:
+    os.kill(os.getpid(), 9) if sys.argv[1] == 'killed' else 1 / int(sys.argv[1] != 'raises')
+  time.sleep(0 if sys.argv[1] == 'well' else 3600)
+  pipe.send(index)
+
+with hosts.Forks(3, body) as forks:
+  print(*forks.hear(), flush=True)
+  forks.tell()
+  print(forks.hear(), file=sys.stderr)
+  forks.join()
+"""
+
+
+@pytest.mark.parametrize('what, status, said', [
+  ('well', 0, '[0, 1, 2]'),
+  ('raises', 1, 'process 1 ended with status 1: ZeroDivisionError: division by zero'),
+  ('killed', 1, 'process 1 ended with status -9: it wrote no error')])
+def test_a_fork_that_fails_is_named_and_the_others_are_killed(what, status, said):
+  ended = subprocess.run([sys.executable, '-c', FORKS, what], cwd=ROOT, capture_output=True, text=True, timeout=300)
+  assert (ended.returncode, ended.stderr) == (status, said + '\n')
+  assert not [pid for pid in ended.stdout.split() if os.path.exists(f'/proc/{pid}')]

@@ -5,16 +5,15 @@ connections that watch the start of JAX. The processes are light: they have the 
 neither JAX nor a model. With --delay_ms, everything between process 0 and the others arrives so much later, in both
 directions. Then repeats the roll call with a process of other code, and with one that doesn't come. At last, as many
 processes at once do what each host does with its data: hash the manifest, check the files, and read the lengths. Then
-they start JAX, gather a value of each, and send each other heartbeats.
+they start JAX, gather a value of each, and send each other heartbeats. If a process fails otherwise, the others are
+killed, and the last line names it.
 """
 
 import argparse
 import asyncio
 import json
-import multiprocessing
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,9 +32,10 @@ from betarank.runtime.job import _job_fingerprint, initialize
 from betarank.runtime.rendezvous import ProcessInfo
 from betarank.runtime.watchdog import JobWatchdog
 from tests.runs import environment, free_port
+from tests.soak import hosts
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# argv: PORT PROCESSES INDEX FINGERPRINT.json DEADLINE_S [KEY=VALUE]. Waits for a line, so that all begin together.
+# argv: PORT PROCESSES INDEX FINGERPRINT.json DEADLINE_S [KEY=VALUE]
 LIGHT = '''
 import json, sys, time
 from betarank.runtime import rendezvous as r
@@ -54,6 +54,7 @@ r._Connection = Counted
 port, processes, index, path, deadline_s, *other = sys.argv[1:]
 info = r.ProcessInfo(f"127.0.0.1:{port}", int(processes), int(index), None)
 fingerprint = json.load(open(path)) | dict(text.split("=") for text in other)
+print("ready", flush=True)
 sys.stdin.readline()
 began = time.monotonic()
 try:
@@ -132,17 +133,9 @@ def meet(processes: int, fingerprint: pathlib.Path, delay_s: float, deadline_s: 
   """
   port = free_port()
   proxy = Delay(port, delay_s).port if delay_s else port
-  started = {i: subprocess.Popen(
-    [sys.executable, '-c', LIGHT, str(proxy if i else port), str(processes), str(i), fingerprint, str(deadline_s),
-     *(['code=another'] if i == other else [])], cwd=ROOT, env=environment(), text=True, stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(processes) if i != missing}
-  time.sleep(5)  # until all have imported
-  for process in started.values():
-    process.stdin.write('\n')
-    process.stdin.flush()
-  outputs = {i: process.communicate(timeout=600) for i, process in started.items()}
-  assert all(out for out, _ in outputs.values()), outputs
-  return {i: json.loads(out) for i, (out, _) in outputs.items()}
+  commands = {i: [sys.executable, '-c', LIGHT, proxy if i else port, processes, i, fingerprint, deadline_s,
+                  *(['code=another'] if i == other else [])] for i in range(processes) if i != missing}
+  return {i: json.loads(out) for i, out in hosts.run(commands, cwd=ROOT, env=environment()).items()}
 
 
 def opened(processes: int, path: pathlib.Path, documents: int) -> list[dict[str, float]]:
@@ -155,27 +148,25 @@ def opened(processes: int, path: pathlib.Path, documents: int) -> list[dict[str,
                            contents=False)
   config = load.load('configs/paper/dense_4b.py')
   inputs = {'tokenizer': made.tokenizer_path, 'data manifest of main': str(data_folder(made, 'main') / 'manifest.json')}
-  fork = multiprocessing.get_context('fork')
-  begin, results = fork.Barrier(processes), fork.SimpleQueue()
 
   def count(name: str) -> int:
     return int(pathlib.Path('/proc/self/io').read_text().split(f'{name}: ')[1].split()[0])
 
-  def start_host() -> None:
-    begin.wait()
+  def start_host(_, pipe) -> None:
+    pipe.send('ready')
+    pipe.recv()
     began, cpu, read, calls = time.monotonic(), time.process_time(), count('rchar'), count('syscr')
     _job_fingerprint(config, 'x', inputs)
     fingerprint_s = time.process_time() - cpu
     Packer(Documents(made, 'main', 'train').lengths, 4096, '0/main').row(0)
-    results.put({'s': time.monotonic() - began, 'CPU s': time.process_time() - cpu, 'fingerprint, CPU s': fingerprint_s,
-                 'bytes': count('rchar') - read, 'reads': count('syscr') - calls})
+    pipe.send({'s': time.monotonic() - began, 'CPU s': time.process_time() - cpu, 'fingerprint, CPU s': fingerprint_s,
+               'bytes': count('rchar') - read, 'reads': count('syscr') - calls})
 
-  hosts = [fork.Process(target=start_host) for _ in range(processes)]
-  for host in hosts:
-    host.start()
-  found = [results.get() for _ in hosts]
-  for host in hosts:
-    host.join()
+  with hosts.Forks(processes, start_host) as forks:
+    forks.hear()
+    forks.tell()
+    found = forks.hear()
+    forks.join()
   return found
 
 
@@ -187,44 +178,41 @@ def started(processes: int, delay_s: float, watched_s: float = 20.0) -> tuple[li
 
   watched_s: the seconds for which they run with a watchdog.
   """
-  fork = multiprocessing.get_context('fork')
   port = free_port()
-  together, results, others = fork.Barrier(processes + 1), fork.SimpleQueue(), fork.Value('i')
   names = [f'process {i} of {processes} (here)' for i in range(processes)]
 
-  def run_host(index: int) -> None:
+  def run_host(index: int, pipe) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # gloo prints each connection
-    together.wait()
+    pipe.send('ready')
+    others = pipe.recv()
     began, took = time.monotonic(), {}
-    info = ProcessInfo(f'127.0.0.1:{others.value if index else port}', processes, index, None)
+    info = ProcessInfo(f'127.0.0.1:{others if index else port}', processes, index, None)
     initialize(info, 60.0)
     took['JAX'] = time.monotonic() - began
     jax.devices()
     took['devices'] = time.monotonic() - began
     assert multihost_utils.process_allgather(np.int32(index)).tolist() == list(range(processes))
     took['gather'] = time.monotonic() - began
-    results.put(took)
-    together.wait()
+    pipe.send(took)
+    pipe.recv()
     with open(os.devnull, 'w', encoding='utf-8') as log, JobWatchdog(info, names, 60.0, log):
       time.sleep(watched_s)
-      together.wait()
+      pipe.send('watched')
+      pipe.recv()
     jax.distributed.shutdown()
 
-  hosts = [fork.Process(target=run_host, args=(i,)) for i in range(processes)]
-  for host in hosts:
-    host.start()
-  proxy = Delay(port, delay_s)  # after the forks, because it has a thread
-  others.value = proxy.port
-  together.wait()
-  took = [results.get() for _ in hosts]
-  until_gather = proxy.bytes
-  together.wait()
-  began = time.monotonic()
-  together.wait()
-  rate = (proxy.bytes - until_gather) / (time.monotonic() - began)
-  for host in hosts:
-    host.join()
-  assert all(host.exitcode == 0 for host in hosts), [host.exitcode for host in hosts]
+  with hosts.Forks(processes, run_host) as forks:
+    proxy = Delay(port, delay_s)  # after the forks, because it has a thread
+    forks.hear()
+    forks.tell(proxy.port)
+    took = forks.hear()
+    until_gather = proxy.bytes
+    forks.tell()
+    began = time.monotonic()
+    forks.hear()
+    rate = (proxy.bytes - until_gather) / (time.monotonic() - began)
+    forks.tell()
+    forks.join()
   return took, until_gather, rate
 
 
