@@ -5,7 +5,7 @@ Runs tiny models with as many steps, checkpoints, evaluations and prompts as a d
 CPU cores. Every process is observed from outside, twice per second. A figure, such as memory, is flat if it grows by
 less than three standard errors of its slope, or by less than the bound in tests/soak/watch.py. The first fifth of the
 run doesn't count, and the rest must last 20 seconds or more. Each load prints how long it took. The exit status is 1 if
-a figure grows, or a load fails or is too short to tell.
+a figure grows, a load fails or is too short to tell, or temporary files are left.
 
 With --platform=gpu the same loads run on this machine's GPUs, with heads and rows that the GPU kernels support. The
 memory in use on the GPUs is then observed too, that of other programs included. How long this takes hasn't been
@@ -57,6 +57,9 @@ def main():
         continue
       (root / f'{name}.json').write_text(json.dumps([dataclasses.asdict(sample) for sample in done.watch.samples]))
       bad += show(name, done, time.monotonic() - began)
+  if soak.left:
+    print(f'\n{len(soak.left)} temporary files are left, such as {", ".join(sorted(soak.left)[:5])}')
+    bad += 1
   if not args.keep:
     shutil.rmtree(root)
   sys.exit(bad > 0)

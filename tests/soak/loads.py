@@ -67,6 +67,7 @@ class Soak:
   def __init__(self, root: pathlib.Path, platform: str):
     self.root, self.platform, self.settings = root, platform, PLATFORMS[platform]
     self.data, self.trained = root / 'data', root / 'trained'
+    self.left: set[str] = set()  # temporary files that commands have left
 
   def start(self, name: str, *args: object, module: str = 'betarank') -> subprocess.Popen:
     """Starts `python -m MODULE ARGS`, and returns the process. It has its own folder for temporary files, and its
@@ -83,10 +84,10 @@ class Soak:
     return Watch(name, process, position, gpu=self.platform == 'gpu')
 
   def finish(self, name: str, process: subprocess.Popen) -> None:
+    """Waits until a command ends, and notes in `left` which temporary files it leaves. Its exit status must be 0."""
     code = process.wait()
     assert code == 0, f'{name}: exit {code}: {(self.root / f"{name}.log").read_text()[-2000:]}'
-    left = sorted(p.name for p in (self.root / f'{name}.tmp').iterdir())
-    assert not left, f'{name}: temporary files are left: {left[:5]}'
+    self.left |= {f'{name}.tmp/{path.name}' for path in (self.root / f'{name}.tmp').iterdir()}
 
   def model(self) -> pathlib.Path:
     """Returns the workdir of a model that has learned little more than the format of an answer. Trains the model if
