@@ -164,7 +164,8 @@ def evaluation(s: Soak, prompts: int) -> Load:
   """Samples answers to many prompts from a file. The command is killed three times.
 
   No line may be lost, duplicated or different from a run without a kill. On a GPU lines may differ, because two
-  processes may choose different algorithms for the same product.
+  processes may choose different algorithms for the same product, and because the number of rows that are decoded
+  together depends on the other prompts.
   """
   s.model()
   workdir, file = s.root / 'eval', s.root / 'prompts.jsonl'
