@@ -317,7 +317,7 @@ def test_dispatches_of_fewer_rows_draw_the_same(params, monkeypatch, shape):
 
   what = [prompt._replace(max_new_tokens=n) for prompt, n in zip(PROMPTS, (10, 3, 4, 7, 4))]
   want = draw(params, SETTINGS, what, samples=1)
-  monkeypatch.setitem(module.FEWEST_ROWS, 'cpu', 1)
+  monkeypatch.setattr(module, 'FEWEST_ROWS', dict.fromkeys(module.FEWEST_ROWS, 1))
   monkeypatch.setattr(module.Pages, 'live_rows', recording)
   mesh = model.make_mesh(model.MeshConfig(*shape)) if shape else None
   settings = dataclasses.replace(SETTINGS, decode_batch_size=16, decode_steps=1)
@@ -329,7 +329,8 @@ def test_dispatches_of_fewer_rows_draw_the_same(params, monkeypatch, shape):
 
 @pytest.mark.slow
 def test_experts_split_only_while_sampling_draw_the_same(monkeypatch):
-  monkeypatch.setitem(module.FEWEST_ROWS, 'cpu', 1)  # dispatches of 8 and of 2 rows, without a mesh
+  # Dispatches of 8 and of 2 rows without a mesh.
+  monkeypatch.setattr(module, 'FEWEST_ROWS', dict.fromkeys(module.FEWEST_ROWS, 1))
   moe = model.MoeConfig(experts=8, experts_per_token=2, expert_d_ff=16, router='sigmoid')
   config, mesh = dataclasses.replace(CONFIG, layers=1, moe=moe), model.make_mesh(model.MeshConfig(2, 4, 1, 1, 1))
   params = parameters.random(config)
