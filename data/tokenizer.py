@@ -151,7 +151,7 @@ class SentencePieceTokenizer:
       for i, part in enumerate(text.split(_SPACE)):
         ids += self._mark_ids * (i > 0) + self._processor.encode(part)
       return np.array(ids, np.int32)
-    except RuntimeError:  # raised by pybind if the text can't be UTF-8
+    except (RuntimeError, TypeError):  # raised by the bindings, by version, if the text can't be UTF-8
       raise surrogates(text) from None
 
   def decode(self, ids: np.ndarray | list[int]) -> str:
