@@ -97,7 +97,8 @@ def verifier(folder):
 @target(0, DataError, deadline_s=3.0)
 def broken(folder):
   """Builds a target that fails in every way that the campaign must count. Only the campaign's own test uses it."""
-  counter = folder / 'cases'  # on disk, so that a process which replaces a dead one continues the count
+  # Outside of `folder`, which a process that replaces a dead one empties, so that this process continues the count.
+  counter = folder.parent / 'broken cases'
 
   def check(case):
     if case == 'good':
