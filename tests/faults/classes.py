@@ -28,7 +28,7 @@ from tests.faults.campaign import (
   kill_all,
   processes,
 )
-from tests.runs import deadline_s, last_error
+from tests.runs import CACHED_PROGRAM, deadline_s, last_error
 
 DAMAGE = {
   'flipped': lambda data, rng: flip(data, rng.randrange(len(data)), rng.randrange(8)) if data else b'\1',
@@ -100,9 +100,8 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
 AS_PYTHON_STARTS_S = 0.15  # Python's own start; no program can answer a Ctrl-C before it
 # Commands that leave their run as it is. `plan` needs libtpu.
 READERS = ('generate', 'explore', 'watch', 'report', *(['plan'] if importlib.util.find_spec('libtpu') else []))
-# Lines on standard error that say nothing about an end: progress of these commands, and what jaxlib 0.10.1 writes when
-# it reads a program from the tests' compilation cache (jax-ml/jax issue 38445; see runtime/program_cache.py).
-EXPECTED = 'loading |.*; the first tokens take a few seconds|.*machine features.*such as SIGILL'
+# Lines on standard error that say nothing about an end: progress of these commands, and what a cached program costs.
+EXPECTED = f'loading |.*; the first tokens take a few seconds|{CACHED_PROGRAM}'
 KILLS = 3  # per trial: more of them cost less than trials of their own, and the later ones hit a resumed run
 
 
