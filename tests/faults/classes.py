@@ -28,7 +28,7 @@ from tests.faults.campaign import (
   kill_all,
   processes,
 )
-from tests.runs import CACHED_PROGRAM, deadline_s, last_error
+from tests.runs import deadline_s, last_error
 
 DAMAGE = {
   'flipped': lambda data, rng: flip(data, rng.randrange(len(data)), rng.randrange(8)) if data else b'\1',
@@ -100,8 +100,7 @@ def hit(kind: Kind, workdir: pathlib.Path, running: list[subprocess.Popen], vict
 AS_PYTHON_STARTS_S = 0.15  # Python's own start; no program can answer a Ctrl-C before it
 # Commands that leave their run as it is. `plan` needs libtpu.
 READERS = ('generate', 'explore', 'watch', 'report', *(['plan'] if importlib.util.find_spec('libtpu') else []))
-# Lines on standard error that say nothing about an end: progress of these commands, and what a cached program costs.
-EXPECTED = f'loading |.*; the first tokens take a few seconds|{CACHED_PROGRAM}'
+PROGRESS = 'loading |.*; the first tokens take a few seconds'  # lines of these commands on standard error
 KILLS = 3  # per trial: more of them cost less than trials of their own, and the later ones hit a resumed run
 
 
@@ -395,7 +394,7 @@ def interrupted(*names: str):
       code, out, err = c.finish(process)
       if code in (0, -signal.SIGINT):  # it had ended; the last part of Python's own end handles no signals
         break
-      said = [line for line in err.splitlines() if line and not re.match(EXPECTED, line)]
+      said = [line for line in err.splitlines() if line and not re.match(PROGRESS, line)]
       ends = [line for line in [*said, *out.splitlines()] if re.match('stopped(;|$)|asked to stop', line)]
       notice = [line for line in said if line.startswith('stopping')]
       assert code == 130 and len(ends) == 1 and len(notice) <= 1, f'exit {code} after {at:.2f} s: {err[-600:]}'
