@@ -194,7 +194,7 @@ class Pages:
     """
     row_B = self._numbers(rows_CB)
     size, members = len(row_B) // len(self._parts), self._unit_rows
-    place = {row: b % size for b, row in enumerate(row_B.tolist())}
+    place = (self.columns(rows_CB) % size).tolist()
     rows_UM, count_U = np.zeros((len(row_B), members), np.int32), np.zeros(len(row_B), np.int32)
     together = collections.defaultdict(list)
     for sample in self.running.values():
@@ -208,12 +208,15 @@ class Pages:
         used[n] += 1
     return Table(self._table.pages_BJ[row_B], self._table.prefix_B[row_B], rows_UM, count_U)
 
-  def columns(self, rows_CB: np.ndarray | None) -> dict[int, int]:
-    """Returns {row: index of the row among all rows of rows_CB}, where rows are numbered as in `Running.row`.
+  def columns(self, rows_CB: np.ndarray | None) -> np.ndarray:
+    """Returns, for each row (numbered as in `Running.row`), its index among all rows of rows_CB. It is 0 for a row that
+    isn't one of them.
 
     rows_CB: from `live_rows`.
     """
-    return {row: b for b, row in enumerate(self._numbers(rows_CB).tolist())}
+    row_B, column_R = self._numbers(rows_CB), np.zeros(len(self._parts) * self._each, int)
+    column_R[row_B] = np.arange(len(row_B))
+    return column_R
 
   def _numbers(self, rows_CB: np.ndarray | None) -> np.ndarray:
     if rows_CB is None:

@@ -363,8 +363,8 @@ class Sampler:
           rows_CB = pages.live_rows(self.sizes)
           rows, drawn = _decode(self.c, s, self.eos, weights, rows, pages.table(rows_CB), rows_CB)
           jax.tree.map(lambda x: x.copy_to_host_async(), drawn)
-        column = pages.columns(rows_CB)
-        flying.append((drawn, [(sample, column[row]) for row, sample in pages.running.items()]))
+        column_R = pages.columns(rows_CB)
+        flying.append((drawn, [(sample, column_R[row]) for row, sample in pages.running.items()]))
       yield from groups  # the device is at work
       groups = []
       new = more() if more else []

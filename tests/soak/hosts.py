@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import IO, Any
 
-EXITS = 0, 3  # of a command that ends as it should; 3 is rendezvous.EXIT_JOB_LOST
+from betarank.runtime.rendezvous import EXIT_JOB_LOST
+
+EXITS = 0, EXIT_JOB_LOST  # of a command that ends as it should
 
 
 class HostFailed(SystemExit):

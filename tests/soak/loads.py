@@ -38,7 +38,7 @@ BATCH = 8  # rows per training step, as in tests/tiny.py
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-  """What depends on the platform.
+  """The settings of a load that differ between CPUs and GPUs.
 
   variables: environment variables of all commands.
   row: the number of tokens per row in training.
