@@ -10,8 +10,8 @@ on mostly problems while the learning rate falls, and then trained with RL. Samp
 and after RL. docs/study.md has the design, written before the runs, and the schedule.
 
 Arguments: size=10m (also 20m, 64m, and toy for CPUs), seeds=10, first_seed=N, lr=X (the learning rate of pre-training),
-level=3 (also 1 and 2: how hard RL's problems are), rl_steps=N, text=URI (another corpus), mid=same|ce (the objective of
-mid-training), arms=paper|beta|family (the set of objectives).
+level=3 (also 1 and 2: how hard RL's problems are), rl_steps=N, text=URI (another corpus), arms=paper (also beta, family
+and change: the sets of arms, joined by +, as in arms=beta+family).
 """
 
 from types import SimpleNamespace
@@ -39,19 +39,23 @@ LEVELS = {
   3: (('chain_sum?min_terms=6&max_terms=9&min_digits=3&max_digits=4', 'gcd?min_numbers=3&max_numbers=3&max_value=9999',
        'products?min_digits=3&max_digits=5'), 256),
 }
-ARMS = {  # those of the study, and two sets that look beyond the paper
-  'paper': [objective or dict(beta=0.0) for objective in paper.OBJECTIVES.values()],
-  'beta': [dict(beta=beta) for beta in (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)],
-  'family': [dict(beta=0.0), dict(form='dft'), dict(form='focal', beta=0.5), dict(beta=-0.25, lambda_tail=-0.1)],
+# Each arm is (the objective of pre-training, that of mid-training): the study's arms, and three sets beyond the paper.
+ARMS = {
+  'paper': [(objective or dict(beta=0.0),) * 2 for objective in paper.OBJECTIVES.values()],
+  'beta': [(dict(beta=beta),) * 2 for beta in (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)],
+  'family': [(objective,) * 2 for objective in (
+    dict(beta=0.0), dict(form='dft'), dict(form='focal', beta=0.5), dict(beta=-0.25, lambda_tail=-0.1))],
+  'change': [(dict(beta=early), dict(beta=late)) for early, late in ((-0.25, 0.0), (0.5, -0.25))],
 }
 
 
 def parse(arg: str | None) -> SimpleNamespace:
   a = common.parse(arg, size='10m', stage='pretrain', objective='ce', seed=0, seeds=10, first_seed=0, lr=0.0,
-                   level=3, rl_steps=0, mid='same', arms='paper', text='jsonl:runs/study/corpus.jsonl')
-  known = dict(size=SIZES, stage=paper.STAGES, objective=paper.OBJECTIVES, level=LEVELS, mid=('same', 'ce'), arms=ARMS)
-  for name, values in known.items():
-    if (value := getattr(a, name)) not in values:
+                   level=3, rl_steps=0, arms='paper', text='jsonl:runs/study/corpus.jsonl')
+  known = dict(size=SIZES, stage=paper.STAGES, objective=paper.OBJECTIVES, level=LEVELS)
+  given = [(name, getattr(a, name), values) for name, values in known.items()]
+  for name, value, values in [*given, *(('arms', arms, ARMS) for arms in a.arms.split('+'))]:
+    if value not in values:
       raise ConfigError(f'config argument {name}={value}: must be one of {", ".join(map(str, values))}'
                         f'{suggestion(str(value), list(map(str, values)))}')
   a.toy = a.size == 'toy'
@@ -152,13 +156,34 @@ def _sampled(a) -> dict:
 
 def sweep(add, arg):
   a = parse(arg)
-  rows = {'eval.probe.rows': 32 if a.toy else 512, 'eval.probe.batch_size': 8 if a.toy else 64}
+  arms = []
+  for name in a.arms.split('+'):
+    arms += [arm for arm in ARMS[name] if arm not in arms]
   for seed in range(a.first_seed, a.first_seed + a.seeds):
-    for arm in ARMS[a.arms]:
-      changed = {f'objective.{name}': value for name, value in arm.items()}
-      point = add(arg='stage=pretrain', seed=seed, **changed)
-      before = add(arg='stage=midtrain', after=point, seed=seed, **(changed if a.mid == 'same' else {}))
+    pretrained = {}
+    for early, late in arms:
+      if str(early) not in pretrained:
+        pretrained[str(early)] = add(arg='stage=pretrain', seed=seed, **_objective(early))
+      start = pretrained[str(early)]
+      name = '' if late == early else f'{start.rpartition("/")[0]},then_beta={late["beta"]}'
+      before = add(name, arg='stage=midtrain', after=start, seed=seed, **_objective(late))
       after = add(stage='rl', arg='stage=rl', after=before, seed=seed)
       for point in (before, after):
-        add(point, stage='probe', after=point, **rows)
-        add(point, stage='sample', after=point, benchmark=_task(a)[0], **_sampled(a))
+        _measure(add, point, a)
+
+
+def _objective(objective: dict) -> dict:
+  """Returns the settings of section `objective`, by dotted key."""
+  return {f'objective.{name}': value for name, value in objective.items()}
+
+
+def _measure(add, point: str, a) -> None:
+  """Adds a probe and samples of a point.
+
+  add: the function that adds a point to the sweep (launch/points.py).
+  point: the full name of the point.
+  a: the parsed argument, from `parse`.
+  """
+  rows = {'eval.probe.rows': 32 if a.toy else 512, 'eval.probe.batch_size': 8 if a.toy else 64}
+  add(point, stage='probe', after=point, **rows)
+  add(point, stage='sample', after=point, benchmark=_task(a)[0], **_sampled(a))
