@@ -9,6 +9,7 @@ and mid-training decide the arm, so an RL run belongs to the same arm as its par
 objective than pre-training, the arm's name has both: 'CE → β = -0.25'.
 """
 
+import itertools
 import math
 import os
 import re
@@ -184,8 +185,9 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
 
   The path of the checkpoint contains the workdir of the parent. If there is no run in this workdir, the sweep may have
   been moved. The parent is then the run in the sweep whose workdir shares the most trailing folders with the missing
-  workdir, as a/b/c and x/b/c share two. If several runs share equally many, or if `run` itself shares the most, the
-  parent is unknown.
+  workdir, as a/b/c and x/b/c share two. If several runs share equally many, but at least two, it is the one of these
+  that shares the most leading folders with `run`: two pieces of a sweep may have runs of the same name. If that doesn't
+  decide, or if `run` itself is the best, the parent is unknown.
   """
   if not run.parent_path:
     return None
@@ -204,14 +206,18 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
   except OSError:
     pass
 
-  def shared(other: Run) -> int:
-    """Returns the number of trailing folders that the workdir of `other` shares with the parent's workdir."""
-    pairs = zip(reversed(checkpoint.absolute(other.path).parts), reversed(path.parts))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(other.path.parts), len(path.parts)))
+  def shared(a: epath.Path, b: epath.Path, step: int = 1) -> int:
+    """Returns the number of leading folders that two paths have in common, or of trailing folders if `step` is -1."""
+    pairs = zip(a.parts[::step], b.parts[::step])
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-  best, *others = sorted(sweep.runs, key=shared, reverse=True)
-  clear = shared(best) > (shared(others[0]) if others else 0)
-  return best if clear and best is not run else None
+  paths = {id(other): checkpoint.absolute(other.path) for other in sweep.runs}
+  most = max(shared(other, path, -1) for other in paths.values())
+  alike = [other for other in sweep.runs if shared(paths[id(other)], path, -1) == most]
+  if most > 1 and len(alike) > 1:  # the same arm and stage, as in two pieces of a sweep
+    near = [shared(paths[id(other)], paths[id(run)]) for other in alike]
+    alike = [other for other, folders in zip(alike, near) if folders == max(near)]
+  return alike[0] if most and len(alike) == 1 and alike[0] is not run else None
 
 
 def _baseline(sweep: Sweep, arm: str) -> str:

@@ -31,6 +31,16 @@ def test_a_moved_sweep_still_finds_its_parents(tmp_path):
   assert all('unknown' in run.arm for run in alone.runs) and len(alone.notes) >= 3
 
 
+def test_two_pieces_with_runs_of_the_same_name_find_their_own_parents(tmp_path):
+  sweep.make(tmp_path / 'here', arms=sweep.ARMS[:2], seeds=1)
+  for piece in ('1', '2'):
+    shutil.copytree(tmp_path / 'here', tmp_path / 'pieces' / piece)
+  shutil.rmtree(tmp_path / 'here')
+  found = arms.read_sweep(tmp_path / 'pieces')
+  assert {run.name: run.parent.name for run in found.runs if run.is_rl} == {
+    f'{piece}/rl/arm{arm}-seed0': f'{piece}/pre/arm{arm}-seed0' for piece in '12' for arm in '01'}
+
+
 def test_a_parent_outside_the_sweep_names_the_arm(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[1:2], seeds=1)
   found = arms.read_sweep(tmp_path / 'rl')
