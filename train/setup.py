@@ -71,11 +71,20 @@ def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
   """Returns the metadata of the checkpoint that a run in the workdir `root` begins from; {} if it begins from random
   weights.
 
+  If the metadata of the run's newest checkpoint is damaged, returns that of an earlier one. `open_checkpoints` then
+  refuses the newest checkpoint, or moves it aside.
+
   Raises:
-    CheckpointError: there is no checkpoint at `init_from`.
+    CheckpointError: there is no checkpoint at `init_from`, or the metadata of no checkpoint can be read.
   """
-  if found := checkpoint.steps(root / 'checkpoints'):
-    return checkpoint.read_meta(root / 'checkpoints' / str(found[-1]))
+  problem = None
+  for step in reversed(checkpoint.steps(root / 'checkpoints')):
+    try:
+      return checkpoint.read_meta(root / 'checkpoints' / str(step))
+    except checkpoint.CheckpointError as error:
+      problem = problem or error
+  if problem:
+    raise problem
   return checkpoint.read_meta(checkpoint.find(init_from)) if init_from else {}
 
 

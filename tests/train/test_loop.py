@@ -6,12 +6,15 @@ bit.
 
 import json
 import resource
+import shutil
 import signal
 
 import numpy as np
 import pytest
+from etils import epath
 
 from betarank.runtime import checkpoint
+from betarank.train import setup
 from tests import runs
 from tests.runs import (
   arrays,
@@ -113,6 +116,28 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed, data_dir):
   assert metrics(undisturbed) == before
   assert f'finished: {STEPS} steps, 3.07k tokens, ' in out and f'saved:    {undisturbed}/checkpoints/{STEPS}\n' in out
   assert f'finished already: step {STEPS} of {STEPS}' in out and 'a larger config.train.tokens continues the run' in out
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_damaged_metadata_is_refused_with_advice_and_moved_aside(undisturbed, data_dir, tmp_path):
+  workdir = shutil.copytree(undisturbed, tmp_path / 'run')
+  meta = workdir / 'checkpoints/12/meta/metadata'
+  meta.write_bytes(meta.read_bytes()[:100])
+  message = refused(data_dir, workdir)
+  assert f'{meta}: 100 bytes' in message
+  assert f'{workdir}/checkpoints/8 is good, and --fallback resumes from it' in message
+  finish_well([start(data_dir, workdir, '--fallback')])
+  assert_same_run(workdir, undisturbed, STEPS)
+
+
+def test_metadata_comes_from_the_newest_checkpoint_that_has_it_undamaged(undisturbed, tmp_path):
+  folder = shutil.copytree(undisturbed, tmp_path / 'run') / 'checkpoints'
+  assert setup.parent_meta(epath.Path(folder.parent), '')['step'] == 12
+  (folder / '12/meta/metadata').write_text('{')
+  assert setup.parent_meta(epath.Path(folder.parent), '')['step'] == 8
+  (folder / '8/meta/metadata').unlink()
+  with pytest.raises(checkpoint.CheckpointError, match='checkpoints/12: meta is missing or damaged'):
+    setup.parent_meta(epath.Path(folder.parent), '')
 
 
 def test_a_workdir_of_another_config_is_refused(undisturbed, data_dir):
