@@ -194,10 +194,9 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
                       save_every=run.checkpoint.every_steps)
       if due.evaluate:  # before saving, so that a checkpoint exists only if everything else of its step was written
         progress = evaluate(parts, state.params, progress, step, log)
-      best = progress.best.step if progress.best else None
-      if due.save or best == step:
+      if due.save or (progress.best and progress.best.step == step):
         log.flush()
-        checkpoints.save(state, {**lineage, 'cursor': progress.cursor()}, step, best)
+        checkpoints.save(state, {**lineage, 'cursor': progress.cursor()}, step)
       if due.stop:
         setup.stopped(log, checkpoints, step, stop)
     checkpoints.wait()

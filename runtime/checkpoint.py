@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,29 +103,37 @@ class Checkpoints:
       ),
       item_names=integrity.ITEMS,
     )
+    self._finish_deleting()
+
+  def _finish_deleting(self) -> None:
+    """Deletes the checkpoints that a killed process should have deleted, and may have deleted in part."""
+    if self.latest is not None:
+      self._kept.best = best(read_meta(self.path / str(self.latest))).get('step')
+      for step in self._kept.superseded(list(self._manager.all_steps())):
+        self._guard(lambda step=step: self._manager.delete(step))
 
   @property
   def latest(self) -> int | None:
     """The step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, meta: dict[str, Any], step: int, best: int | None = None) -> None:
+  def save(self, state: TrainState, meta: dict[str, Any], step: int) -> None:
     """Starts to write a checkpoint in the background. Returns as soon as the caller may donate the state's buffers.
 
-    When the new checkpoint is complete, old checkpoints are deleted as the config says.
+    When the new checkpoint is complete, old checkpoints are deleted as the config says, but not the one that `best`
+    finds in the metadata.
 
     Args:
       state: the state to save.
       meta: the metadata to save. The step and the shapes are added here.
       step: the number of the step.
-      best: the step whose checkpoint is never deleted; None if there is no such step.
 
     Raises:
       CheckpointError: this write or an earlier write failed.
     """
     meta = {**meta, 'step': step, 'shapes': shapes_of(state)}
     self.wait()
-    self._saving, self._kept.best = step, best
+    self._saving, self._kept.best = step, best(meta).get('step')
     self._guard(lambda: self._manager.save(
       step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True))
 
@@ -210,9 +218,13 @@ class _Kept:
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     """Returns, for each of the checkpoints (oldest first), whether to keep it. Orbax calls this."""
-    every, first_new = self._config.keep_every_steps, len(checkpoints) - self._config.keep
-    return [i >= first_new or found.step == self.best or bool(every and found.step % every == 0)
-            for i, found in enumerate(checkpoints)]
+    superseded = self.superseded([found.step for found in checkpoints])
+    return [found.step not in superseded for found in checkpoints]
+
+  def superseded(self, found: Sequence[int]) -> list[int]:
+    """Returns those of the steps (in ascending order) whose checkpoints aren't kept."""
+    every = self._config.keep_every_steps
+    return [step for step in found[:-self._config.keep] if step != self.best and not (every and step % every == 0)]
 
 
 def _suppress_background_tracebacks() -> None:
@@ -406,6 +418,13 @@ def read_meta(path: epath.Path) -> dict[str, Any]:
     return meta
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise CheckpointError(f'{path}: meta is missing or damaged ({str(error).splitlines()[0][:200]})') from error
+
+
+def best(meta: dict[str, Any]) -> dict[str, Any]:
+  """Returns the best evaluation of a run so far, as RL with `rl.keep_best` records it (rl/progress.py); {} if none."""
+  cursor = meta.get('cursor')
+  found = cursor.get('best') if isinstance(cursor, dict) else None
+  return found if isinstance(found, dict) else {}
 
 
 def restore(path: epath.Path, target: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -45,7 +45,7 @@ def _inspect(paths: list[epath.Path]) -> None:
     if not files:
       print('  no manifest: what it holds can\'t be checked')
     print(f'  arrays {len(shapes)}, {sum(n * size for n, size in shapes.values()):,} bytes')
-    if best := (meta.get('cursor') or {}).get('best'):  # recorded by RL with rl.keep_best
+    if best := checkpoint.best(meta):
       where = f'step {best["step"]}' if best['step'] else 'the start, which is the parent'
       print(f'  best so far: {best["metric"]} {best["value"]:.4f} at {where}')
     print(f'  code {meta.get("code_version") or "unknown"}, parent {meta.get("parent") or "none"}')

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import shutil
 import subprocess
 import sys
 import time
@@ -191,13 +192,22 @@ def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
   assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [4, 6]
 
 
+def test_what_a_killed_run_left_to_delete_goes_when_it_starts_again(saved, tmp_path):
+  folder = shutil.copytree(saved[0], tmp_path / 'run') / 'checkpoints'
+  for step in (2, 1):
+    shutil.copytree(folder / '3', folder / str(step))
+  (folder / '1/manifest.json').unlink()  # deleted in part
+  Checkpoints(tmp_path / 'run', KEEP).close()
+  assert checkpoint.steps(epath.Path(folder)) == [2, 3]
+
+
 def test_the_best_checkpoint_stays_until_there_is_a_better_one(tmp_path):
   state = create_state(C, TX, mesh_of((1, 1, 1, 1, 1)), seed=0)
   kept = lambda: checkpoint.steps(epath.Path(tmp_path) / 'checkpoints')
   for first, best, left in ((1, 2, [2, 5, 6]), (7, 2, [2, 11, 12]), (13, 14, [14, 17, 18])):  # started three times
     checkpoints = Checkpoints(tmp_path, KEEP)
     for step in range(first, first + 6):
-      checkpoints.save(state, {'config': {}}, step, best if step >= best else None)
+      checkpoints.save(state, {'config': {}, 'cursor': {'best': {'step': best}} if step >= best else {}}, step)
     checkpoints.wait()
     checkpoints.close()
     assert kept() == left
