@@ -38,15 +38,17 @@ The p-value is the smallest alpha whose 1 - alpha interval excludes zero, so p-v
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
 import numpy as np
 
 RESAMPLES = 10_000
 SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
-_CHUNK = 2_000_000  # the number of resampled values in memory at the same time
+_CHUNK = 2_000_000  # the number of resampled values that are computed at the same time
+_KEPT = 10_000_000  # up to this number of resampled values, their random numbers are kept in memory
 
 Bounds = tuple[float, float]
 Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - alpha interval
@@ -109,7 +111,7 @@ def bootstrap_interval(
   negligible = 1e-12 * max(float(np.abs(x_SP).max()), 1e-300)
   alike = np.ptp(x_P) <= negligible
   problem_limits = _alike_limits(mean, problems, bounds) if alike else _bootstrap_limits(
-    x_P, bounds, resamples, np.random.default_rng(seed))
+    x_P, bounds, resamples, seed)
   seed_se = _seed_error(x_SP) if seeds > 1 else 0.0
 
   def limits(alpha: float) -> tuple[float, float]:
@@ -142,7 +144,7 @@ def _alike_limits(mean: float, problems: int, bounds: Bounds) -> Limits:
   return limits
 
 
-def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.random.Generator) -> Limits:
+def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, seed: int) -> Limits:
   """Returns the interval over problems from the studentized bootstrap, as a function alpha -> (low, high).
 
   The function returns the ends (low, high) of the 1 - alpha interval. If both `bounds` are finite, the interval never
@@ -150,18 +152,19 @@ def _bootstrap_limits(x_P: np.ndarray, bounds: Bounds, resamples: int, rng: np.r
 
   x_P: the value of each problem.
   """
-  problems, mean, variance = len(x_P), x_P.mean(), x_P.var(ddof=1)
-  scale, slope, back = _arcsine(bounds, problems) if np.isfinite(bounds).all() else _IDENTITY
+  problems, mean, variance, bounded = len(x_P), x_P.mean(), x_P.var(ddof=1), np.isfinite(bounds).all()
+  scale, slope, back = _arcsine(bounds, problems) if bounded else _IDENTITY
+  moments_P2 = np.stack([x_P - mean, (x_P - mean) ** 2], 1)
   t_B, low_B, high_B = [], [], []
-  for size in _chunks(resamples, problems):
-    star_BP = x_P[rng.integers(0, problems, (size, problems))]
-    mean_B = star_BP.mean(1)
+  draw = _kept_draws if resamples * problems <= _KEPT else _draws
+  for times_BP, weight_BP in draw(problems, resamples, seed, bounded):
+    moved_B, square_B = (times_BP @ moments_P2 / problems).T
+    mean_B, variance_B = mean + moved_B, np.maximum(square_B - moved_B**2, 0) * problems / (problems - 1)
     # Each se* includes the variance of the sample with the weight of one problem. Otherwise, if all but a few problems
     # are alike, a resample without those few would have variance 0, and the interval would be infinite.
-    se_B = np.sqrt(((problems - 1) * star_BP.var(1, ddof=1) + variance) / problems**2)
+    se_B = np.sqrt(((problems - 1) * variance_B + variance) / problems**2)
     t_B.append(np.abs(scale(mean_B) - scale(mean)) / (se_B * slope(mean_B)))
-    if scale is not _IDENTITY[0]:
-      weight_BP = rng.standard_exponential((size, problems + 1))
+    if bounded:
       total_B, at_bound_B = weight_BP[:, :problems] @ x_P, weight_BP[:, problems]
       weight_B = weight_BP.sum(1)
       low_B.append((total_B + at_bound_B * bounds[0]) / weight_B)
@@ -185,10 +188,28 @@ def _rank(share: float, resamples: int) -> int:
   return min(max(math.ceil(share * (resamples + 1) - 1e-9), 1), resamples) - 1
 
 
-def _chunks(resamples: int, problems: int) -> list[int]:
-  """Divides `resamples` into chunks that fit in memory. Returns the number of resamples in each chunk."""
+def _draws(
+  problems: int, resamples: int, seed: int, bounded: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+  """Yields the random numbers of the resamples, in chunks of B resamples that fit in memory.
+
+  Yields (times_BP, weight_BP). `times_BP` says how often each problem is in each resample. `weight_BP` [B, P + 1] holds
+  the weights of Gaffke's limits, which are proportional to a flat Dirichlet distribution; it is None if `bounded` is
+  False.
+  """
+  rng = np.random.default_rng(seed)
   size = max(1, _CHUNK // problems)
-  return [min(size, resamples - start) for start in range(0, resamples, size)]
+  for start in range(0, resamples, size):
+    count = min(size, resamples - start)
+    cell_BP = rng.integers(0, problems, (count, problems)) + problems * np.arange(count)[:, None]
+    times_BP = np.bincount(cell_BP.ravel(), minlength=count * problems).reshape(count, problems).astype(np.float64)
+    yield times_BP, rng.standard_exponential((count, problems + 1)) if bounded else None
+
+
+@functools.lru_cache(maxsize=2)  # a report asks for many intervals over the same number of problems
+def _kept_draws(*args) -> list[tuple[np.ndarray, np.ndarray | None]]:
+  """Returns all that `_draws` yields, and keeps it for the next call."""
+  return list(_draws(*args))
 
 
 _IDENTITY = (lambda x: x, lambda x: np.ones_like(x), lambda x: x)

@@ -17,7 +17,7 @@ tests are corrected for multiple testing (Holm).
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ TAIL_WIDTH = 0.03  # an interval of a larger half-width doesn't test TAIL_RANGE
 WORTH = 0.01  # the smallest difference worth finding, as a share of right answers: 1 point
 UNRELATED = 0.5  # a rank correlation below this, whatever its sign, predicts little
 PLANNED_SEEDS = 10
+ORDERS = 10_000  # the largest number of orders of the arms in a permutation test
 
 Judge = Callable[[Estimate, float], str]  # (effect, p-value after Holm's correction) -> verdict
 
@@ -287,8 +288,9 @@ def _order(what: str, earlier: Sequence[Comparison], later: Sequence[Comparison]
   """Returns a test of whether the arms' order in `earlier` predicts their order in `later`.
 
   Arms are ordered by their difference to the baseline, whose own difference is zero. The effect is Kendall's tau, a
-  rank correlation in [-1, 1], as the mean over seeds. The p-value comes from a permutation test over all orders of the
-  arms, because the test is about arms, not about seeds. With five arms, the p-value can't be less than 2/120.
+  rank correlation in [-1, 1], as the mean over seeds. The p-value comes from a permutation test over the orders of the
+  arms (`_orders`), because the test is about arms, not about seeds. With five arms, the p-value can't be less than
+  2/120.
   """
   a, b = ({c.arm: c.differences or dict.fromkeys(c.by_seed, 0.0) for c in found
            if c.subject == found[0].subject and (c.differences or c.arm == c.baseline)} for found in (earlier, later))
@@ -299,9 +301,17 @@ def _order(what: str, earlier: Sequence[Comparison], later: Sequence[Comparison]
   a_SA, b_SA = (np.array([[found[arm][seed] for arm in arms] for seed in seeds]) for found in (a, b))
   tau_S = _taus(a_SA, b_SA)
   effect = over_seeds(tau_S, bounds=(-1.0, 1.0))
-  others = [abs(_taus(a_SA, b_SA[:, list(order)]).mean()) for order in itertools.permutations(range(len(arms)))]
+  others = [abs(_taus(a_SA, b_SA[:, list(order)]).mean()) for order in _orders(len(arms))]
   p_value = float(np.mean(np.array(others) >= abs(tau_S.mean()) - 1e-12))
   return Test(what, 'tau', 1.0, dataclasses.replace(effect, p_value=p_value), noise(tau_S[:, None]), related)
+
+
+def _orders(arms: int) -> Iterable[Sequence[int]]:
+  """Returns all orders of the arms; if they are more than ORDERS, the given order and random ones, ORDERS in all."""
+  if math.factorial(arms) <= ORDERS:
+    return itertools.permutations(range(arms))
+  rng = np.random.default_rng(0)
+  return [range(arms), *(rng.permutation(arms) for _ in range(ORDERS - 1))]
 
 
 def _taus(a_SA: np.ndarray, b_SA: np.ndarray) -> np.ndarray:

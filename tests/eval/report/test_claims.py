@@ -99,6 +99,14 @@ def test_an_order_predicts_another_if_it_is_the_same_in_most_seeds():
   assert claims._order('x', before, [*after, *other]).effect.mean == 1.0  # of four arms, on one benchmark
 
 
+def test_an_order_of_many_arms_is_tested_by_random_orders():
+  """All orders of twelve arms would take hours."""
+  values = np.arange(12.0)[None]
+  assert claims._order('x', scores('before', 'x', values), scores('after', 'y', values)).effect.p_value == 1e-4
+  orders = np.array(claims._orders(8))  # 40,320 are possible
+  assert len(orders) == claims.ORDERS and (np.sort(orders) == np.arange(8)).all() and (orders[0] == np.arange(8)).all()
+
+
 def test_a_claim_holds_if_all_its_tests_say_yes_after_correction():
   def tests(*means, sd=0.1):
     rng = np.random.default_rng(3)
