@@ -26,6 +26,7 @@ COLOURS = ('#000000', '#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00', '#5
 DASHES = ('solid', (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 SIZE = (4.2, 2.9)  # inches; text is then readable in a panel 340 px wide
 TITLE = 52  # so many characters fit above a panel
+NAME, LONG_NAME = 20, 48  # so many characters of an arm's name fit into a legend of two columns, and of one
 FEW_POINTS = 12  # a line with no more points has markers, and bars instead of a band
 WARM_UP = 0.08  # the axis ignores this share of a curve, because its first fall would make the rest flat
 STYLE = {
@@ -143,8 +144,9 @@ def draw(panel: Panel, arms: Sequence[str], write: Write) -> None:
     axis.set_ylabel(panel.y_label)
     _scale(axis, panel)
     panel.svg = _inline(_save(figure, 'svg').decode(), panel.title)
-    figure.legend(loc='lower center', ncols=2, fontsize=9)
-    _place(figure, axis, SIZE[1], -(-len(panel.series) // 2))
+    columns = 2 if all(len(series.arm) <= NAME for series in panel.series) else 1
+    figure.legend(loc='lower center', ncols=columns, fontsize=9)
+    _place(figure, axis, SIZE[1], -(-len(panel.series) // columns))
     _write_both(figure, panel.name, write)
     write(f'{panel.name}.csv', table(('arm', 'x', 'mean', 'low', 'high', 'seeds'), (
       (s.arm, *row, s.seeds) for s in panel.series for row in zip(s.x_X, s.mean_X, s.low_X, s.high_X))))
@@ -155,7 +157,7 @@ def _draw_line(axis, panel: Panel, series: Series, i: int, place: int) -> None:
     series = dataclasses.replace(series, **{
       name: np.where(getattr(series, name) > 0, getattr(series, name), np.nan)
       for name in ('mean_X', 'low_X', 'high_X')})
-  style = dict(color=colour(i), linestyle=dash(i), label=series.arm)
+  style = dict(color=colour(i), linestyle=dash(i), label=_fit(series.arm, LONG_NAME))
   x_X, banded = series.x_X, np.isfinite(series.low_X).any()
   if len(x_X) > FEW_POINTS:
     if banded:

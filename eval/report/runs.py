@@ -5,6 +5,7 @@ A Run has everything that could be read in one workdir. A Sweep has all runs, an
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from betarank.eval import sampling_metrics
 from betarank.model import ModelConfig, flops_per_token
 
 PLAIN = 'CE'  # the name of plain cross-entropy
+NUMBER = re.compile(r'((?:(?<!\w)-)?\d+(?:\.\d+)?)')  # in the name of an arm; 'run-2' has no minus sign
 # Two sets of samples can only be compared if they agree in these settings.
 SAME_SETTINGS = ('benchmark', 'data_sha256', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'n', 'shots',
                  'answer_format')
@@ -236,8 +238,15 @@ class Sweep:
 
   @property
   def arms(self) -> list[str]:
-    """The names of all arms, sorted. Arms of plain cross-entropy come first, because they are the baselines."""
-    return sorted({run.arm for run in self.runs if run.arm}, key=lambda arm: (not self._is_plain(arm), arm))
+    """The names of all arms, sorted. Arms of plain cross-entropy come first, because they are the baselines.
+
+    Numbers in the names are sorted by their value, so β = -0.5 comes before β = -0.25.
+    """
+    def by_value(arm: str) -> list[str | float]:
+      return [float(part) if i % 2 else part for i, part in enumerate(re.split(NUMBER, arm))]
+
+    found = {run.arm for run in self.runs if run.arm}
+    return sorted(found, key=lambda arm: (not self._is_plain(arm), by_value(arm), arm))
 
   def _is_plain(self, arm: str) -> bool:
     return any(run.objective == PLAIN for run in self.runs if run.arm == arm)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from betarank.eval.report import arms
+from betarank.eval.report.runs import Run, Sweep
 from tests.eval import sweep
 
 
@@ -16,6 +17,12 @@ from tests.eval import sweep
 ])
 def test_arms_are_named_by_what_differs_from_cross_entropy(objective, name):
   assert arms.label(sweep.config(objective=objective, seed=0, steps=1)['objective']) == name
+
+
+def test_arms_are_sorted_by_the_values_in_their_names_with_plain_cross_entropy_first():
+  names = ('CE', 'β = -1', 'β = -0.5', 'β = -0.5 → CE', 'β = 0.25', 'β = 10', 'run-1', 'run-2')
+  found = Sweep(None, [Run(None, name, {}, objective=name, arm=name) for name in names[::-1]])
+  assert found.arms == ['CE', 'run-1', 'run-2', *names[1:6]]
 
 
 def test_a_moved_sweep_still_finds_its_parents(tmp_path):
