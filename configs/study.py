@@ -40,6 +40,7 @@ LEVELS = {
        'products?min_digits=3&max_digits=5'), 256),
 }
 # Each arm is (the objective of pre-training, that of mid-training): the study's arms, and three sets beyond the paper.
+# Where the two differ, the name of the arm has the second beta.
 ARMS = {
   'paper': [(objective or dict(beta=0.0),) * 2 for objective in paper.OBJECTIVES.values()],
   'beta': [(dict(beta=beta),) * 2 for beta in (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)],

@@ -48,7 +48,7 @@ import numpy as np
 RESAMPLES = 10_000
 SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
 _CHUNK = 2_000_000  # the number of resampled values that are computed at the same time
-_KEPT = 10_000_000  # up to this number of resampled values, their random numbers are kept in memory
+_KEPT = 6_000_000  # up to this number of resampled values, their random numbers are kept in memory: 96 MB
 
 Bounds = tuple[float, float]
 Limits = Callable[[float], tuple[float, float]]  # alpha -> limits of the 1 - alpha interval
@@ -206,7 +206,7 @@ def _draws(
     yield times_BP, rng.standard_exponential((count, problems + 1)) if bounded else None
 
 
-@functools.lru_cache(maxsize=2)  # a report asks for many intervals over the same number of problems
+@functools.lru_cache(maxsize=2)  # a report asks for many intervals over the same number of problems, one after another
 def _kept_draws(*args) -> list[tuple[np.ndarray, np.ndarray | None]]:
   """Returns all that `_draws` yields, and keeps it for the next call."""
   return list(_draws(*args))

@@ -124,7 +124,8 @@ def _adder(spec: str, root: str, points: dict[str, Point]) -> Callable[..., str]
     if stage not in STAGES:
       raise ConfigError(f'sweep: stage must be one of {", ".join(STAGES)}, got {stage!r}')
     arm = name or (after.rpartition('/')[0] if after else _describe(overrides) or 'run')
-    full = f'{arm}/{(name and stage) or _stage_name(stage, arg, benchmark)}'
+    part = stage if name and not arg.startswith('stage=') else _stage_name(stage, arg, benchmark)
+    full = f'{arm}/{part}'
     where = f'sweep point {full}'
     if not re.fullmatch(r'[\w.=,+-]+(/[\w.=,+-]+)*', full) or '..' in full:
       raise ConfigError(f'{where}: a name can have letters, digits and . = , + - _, with / between folders')

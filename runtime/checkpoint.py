@@ -103,14 +103,6 @@ class Checkpoints:
       ),
       item_names=integrity.ITEMS,
     )
-    self._finish_deleting()
-
-  def _finish_deleting(self) -> None:
-    """Deletes the checkpoints that a killed process should have deleted, and may have deleted in part."""
-    if self.latest is not None:
-      self._kept.best = best(read_meta(self.path / str(self.latest))).get('step')
-      for step in self._kept.superseded(list(self._manager.all_steps())):
-        self._guard(lambda step=step: self._manager.delete(step))
 
   @property
   def latest(self) -> int | None:
@@ -164,10 +156,18 @@ class Checkpoints:
   def restore(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Returns (state, metadata) of the newest checkpoint. The arrays of the state get the shardings of `target`.
 
+    After that, deletes the old checkpoints that aren't kept: a killed process may have left them, perhaps in part, and
+    the config may now keep fewer.
+
     Raises:
-      CheckpointError: the checkpoint can't be read, or its shapes or dtypes differ from those of `target`.
+      CheckpointError: the checkpoint can't be read, its shapes or dtypes differ from those of `target`, or an old one
+        can't be deleted.
     """
-    return _restore(self.path / str(self.latest), target)  # its files were checked by `__init__`
+    state, meta = _restore(self.path / str(self.latest), target)  # its files were checked by `__init__`
+    self._kept.best = best(meta).get('step')
+    for step in self._kept.superseded(list(self._manager.all_steps())):
+      self._guard(lambda step=step: self._manager.delete(step), 'an old checkpoint could not be deleted from')
+    return state, meta
 
   def _write_manifest(self) -> None:
     """Writes the manifest of the checkpoint that is being saved.
@@ -178,7 +178,7 @@ class Checkpoints:
     final = self.path / str(self._saving)
     integrity.write(absolute(final if final.exists() else final.parent / f'{final.name}.orbax-checkpoint-tmp'))
 
-  def _guard(self, write: Callable[[], object]) -> None:
+  def _guard(self, write: Callable[[], object], failed: str = 'a checkpoint could not be written to') -> None:
     """Calls `write`. Converts an error of Orbax or tensorstore, for example because a disk is full, to CheckpointError.
 
     If the loss of another process may have caused the error, it is raised unchanged.
@@ -190,7 +190,7 @@ class Checkpoints:
         raise
       reason = _reason(error)[-160:]  # the message of the operating system or the store is at the end
       last = self._last_good()
-      raise CheckpointError(f'a checkpoint could not be written to {self.path} ({reason}); '
+      raise CheckpointError(f'{failed} {self.path} ({reason}); '
                             + (f'the last good one is {last}' if last else 'there is no earlier one')) from error
 
   def _last_good(self) -> str:

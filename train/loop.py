@@ -133,12 +133,12 @@ def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None
   - The budget is larger than before, but the learning rate has already begun to decay. The larger budget would raise
     the learning rate again.
 
-  meta: the metadata of the newest checkpoint.
+  meta: the metadata of the newest checkpoint whose metadata isn't damaged.
   """
   steps = checkpoint.steps(root / 'checkpoints')
   if not steps:
     return
-  reached, before = steps[-1], meta['config']['train']['tokens']
+  reached, before = meta['step'], meta['config']['train']['tokens']
   if reached > run.steps:
     raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {root} has reached step '
                       f'{reached}; choose another workdir, or at least {reached * run.tokens_per_step} tokens')

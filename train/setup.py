@@ -71,8 +71,8 @@ def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
   """Returns the metadata of the checkpoint that a run in the workdir `root` begins from; {} if it begins from random
   weights.
 
-  If the metadata of the run's newest checkpoint is damaged, returns that of an earlier one. `open_checkpoints` then
-  refuses the newest checkpoint, or moves it aside.
+  If the metadata of the run's newest checkpoint is damaged, returns that of an earlier one. `open_checkpoints` or the
+  restore then refuses the newest checkpoint, or `open_checkpoints` moves it aside.
 
   Raises:
     CheckpointError: there is no checkpoint at `init_from`, or the metadata of no checkpoint can be read.
@@ -82,6 +82,8 @@ def parent_meta(root: epath.Path, init_from: str) -> dict[str, Any]:
     try:
       return checkpoint.read_meta(root / 'checkpoints' / str(step))
     except checkpoint.CheckpointError as error:
+      if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+        raise  # the disk or the store failed, which says nothing about the checkpoint
       problem = problem or error
   if problem:
     raise problem

@@ -211,13 +211,14 @@ def _find_parent(run: Run, sweep: Sweep) -> Run | None:
     pairs = zip(a.parts[::step], b.parts[::step])
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-  paths = {id(other): checkpoint.absolute(other.path) for other in sweep.runs}
-  most = max(shared(other, path, -1) for other in paths.values())
-  alike = [other for other in sweep.runs if shared(paths[id(other)], path, -1) == most]
+  places = [(other, checkpoint.absolute(other.path)) for other in sweep.runs]
+  most = max(shared(place, path, -1) for _, place in places)
+  alike = [(other, place) for other, place in places if shared(place, path, -1) == most]
   if most > 1 and len(alike) > 1:  # the same arm and stage, as in two pieces of a sweep
-    near = [shared(paths[id(other)], paths[id(run)]) for other in alike]
-    alike = [other for other, folders in zip(alike, near) if folders == max(near)]
-  return alike[0] if most and len(alike) == 1 and alike[0] is not run else None
+    near = [shared(place, checkpoint.absolute(run.path)) for _, place in alike]
+    alike = [found for found, folders in zip(alike, near) if folders == max(near)]
+  best = alike[0][0]
+  return best if most and len(alike) == 1 and best is not run else None
 
 
 def _baseline(sweep: Sweep, arm: str) -> str:

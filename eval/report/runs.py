@@ -17,7 +17,7 @@ from betarank.eval import sampling_metrics
 from betarank.model import ModelConfig, flops_per_token
 
 PLAIN = 'CE'  # the name of plain cross-entropy
-NUMBER = re.compile(r'((?:(?<!\w)-)?\d+(?:\.\d+)?)')  # in the name of an arm; 'run-2' has no minus sign
+NUMBER = re.compile(r'((?:(?<!\w)-)?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')  # in the name of an arm; 'run-2' has no minus sign
 # Two sets of samples can only be compared if they agree in these settings.
 SAME_SETTINGS = ('benchmark', 'data_sha256', 'temperature', 'top_p', 'top_k', 'max_new_tokens', 'n', 'shots',
                  'answer_format')

@@ -59,7 +59,7 @@ def test_the_study_has_its_budget_and_asks_what_no_document_holds(size):
 def test_the_study_trains_once_what_two_of_its_arms_share():
   points = {point.name: point for point in expand('configs/study.py:arms=beta+family+change,seeds=1', 'root')}
   assert len([name for name in points if name.endswith('/pretrain')]) == 10  # 7 + 4 - 1 that is in both sets
-  changed = points['seed=0,beta=0.5,then_beta=-0.25/train']
+  changed = points['seed=0,beta=0.5,then_beta=-0.25/midtrain']
   assert changed.after == 'seed=0,beta=0.5/pretrain' and changed.config.objective.beta == -0.25
   assert changed.config.data == points['seed=0,beta=0.5/midtrain'].config.data
   with pytest.raises(errors.ConfigError, match='arms=bet: must be .* change; did you mean beta'):

@@ -197,7 +197,10 @@ def test_what_a_killed_run_left_to_delete_goes_when_it_starts_again(saved, tmp_p
   for step in (2, 1):
     shutil.copytree(folder / '3', folder / str(step))
   (folder / '1/manifest.json').unlink()  # deleted in part
-  Checkpoints(tmp_path / 'run', KEEP).close()
+  checkpoints = Checkpoints(tmp_path / 'run', KEEP)
+  assert checkpoint.steps(epath.Path(folder)) == [1, 2, 3]  # nothing goes before the newest is read
+  checkpoints.restore(abstract_state(C, TX, mesh_of((1, 1, 1, 1, 1))))
+  checkpoints.close()
   assert checkpoint.steps(epath.Path(folder)) == [2, 3]
 
 

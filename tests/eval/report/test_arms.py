@@ -20,9 +20,9 @@ def test_arms_are_named_by_what_differs_from_cross_entropy(objective, name):
 
 
 def test_arms_are_sorted_by_the_values_in_their_names_with_plain_cross_entropy_first():
-  names = ('CE', 'β = -1', 'β = -0.5', 'β = -0.5 → CE', 'β = 0.25', 'β = 10', 'run-1', 'run-2')
+  names = ('CE', 'β = -1', 'β = -0.5', 'β = -1e-05', 'β = -1e-05 → CE', 'β = 0.25', 'β = 10', 'run-1', 'run-2')
   found = Sweep(None, [Run(None, name, {}, objective=name, arm=name) for name in names[::-1]])
-  assert found.arms == ['CE', 'run-1', 'run-2', *names[1:6]]
+  assert found.arms == ['CE', 'run-1', 'run-2', *names[1:7]]
 
 
 def test_a_moved_sweep_still_finds_its_parents(tmp_path):
@@ -46,6 +46,18 @@ def test_two_pieces_with_runs_of_the_same_name_find_their_own_parents(tmp_path):
   found = arms.read_sweep(tmp_path / 'pieces')
   assert {run.name: run.parent.name for run in found.runs if run.is_rl} == {
     f'{piece}/rl/arm{arm}-seed0': f'{piece}/pre/arm{arm}-seed0' for piece in '12' for arm in '01'}
+
+
+def test_an_ancestor_outside_two_pieces_may_be_missing(tmp_path):
+  sweep.make(tmp_path / 'gone', arms=sweep.ARMS[:2], seeds=1)
+  for piece in ('1', '2'):
+    shutil.copytree(tmp_path / 'gone', tmp_path / 'pieces' / piece)
+  shutil.move(tmp_path / 'gone' / 'rl', tmp_path / 'outside')
+  shutil.rmtree(tmp_path / 'gone')
+  sweep.run(tmp_path / 'pieces' / 'last', objective={}, seed=0, steps=20, entropy=1.0,
+            init_from=next((tmp_path / 'outside/arm0-seed0/checkpoints').iterdir()))
+  found = {run.name: run for run in arms.read_sweep(tmp_path / 'pieces').runs}
+  assert found['last'].parent.name.endswith('outside/arm0-seed0') and found['last'].parent.parent is None
 
 
 def test_a_parent_outside_the_sweep_names_the_arm(tmp_path):
