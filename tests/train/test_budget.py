@@ -5,6 +5,7 @@ from etils import epath
 
 from betarank.configs import load
 from betarank.configs.errors import ConfigError
+from betarank.runtime import checkpoint
 from betarank.train.config import run_config
 from betarank.train.loop import check_budget
 from betarank.train.optimizer import OptimizerConfig, decay_start, schedule
@@ -64,7 +65,8 @@ def checked(root, tokens, before, **optimizer):
   run = run_config(load.load('tests/tiny.py:dir=/d', {
     'train.tokens': str(tokens), 'optimizer.decay_fraction': '0.25',
     **{f'optimizer.{name}': value for name, value in optimizer.items()}}))
-  check_budget(run, root, {'config': {'train': {'tokens': before}}})
+  newest = max(checkpoint.steps(root / 'checkpoints'), default=0)
+  check_budget(run, root, {'step': newest, 'config': {'train': {'tokens': before}}})
 
 
 def test_a_budget_may_grow_until_the_decay_begins(tmp_path):
