@@ -165,7 +165,7 @@ class Checkpoints:
     """
     state, meta = _restore(self.path / str(self.latest), target)  # its files were checked by `__init__`
     self._kept.best = best(meta).get('step')
-    for step in self._kept.superseded(list(self._manager.all_steps())):
+    for step in self._kept.superseded(sorted(self._manager.all_steps())):
       self._guard(lambda step=step: self._manager.delete(step), 'an old checkpoint could not be deleted from')
     return state, meta
 
