@@ -53,9 +53,9 @@ ARMS = {
 def parse(arg: str | None) -> SimpleNamespace:
   a = common.parse(arg, size='10m', stage='pretrain', objective='ce', seed=0, seeds=10, first_seed=0, lr=0.0,
                    level=3, rl_steps=0, arms='paper', text='jsonl:runs/study/corpus.jsonl')
-  known = dict(size=SIZES, stage=paper.STAGES, objective=paper.OBJECTIVES, level=LEVELS)
-  given = [(name, getattr(a, name), values) for name, values in known.items()]
-  for name, value, values in [*given, *(('arms', arms, ARMS) for arms in a.arms.split('+'))]:
+  known = [('size', a.size, SIZES), ('stage', a.stage, paper.STAGES), ('objective', a.objective, paper.OBJECTIVES),
+           ('level', a.level, LEVELS), *(('arms', name, ARMS) for name in a.arms.split('+'))]
+  for name, value, values in known:
     if value not in values:
       raise ConfigError(f'config argument {name}={value}: must be one of {", ".join(map(str, values))}'
                         f'{suggestion(str(value), list(map(str, values)))}')
@@ -157,6 +157,7 @@ def _sampled(a) -> dict:
 
 def sweep(add, arg):
   a = parse(arg)
+  rows = {'eval.probe.rows': 32 if a.toy else 512, 'eval.probe.batch_size': 8 if a.toy else 64}
   arms = []
   for name in a.arms.split('+'):
     arms += [arm for arm in ARMS[name] if arm not in arms]
@@ -170,21 +171,10 @@ def sweep(add, arg):
       before = add(name, arg='stage=midtrain', after=start, seed=seed, **_objective(late))
       after = add(stage='rl', arg='stage=rl', after=before, seed=seed)
       for point in (before, after):
-        _measure(add, point, a)
+        add(point, stage='probe', after=point, **rows)
+        add(point, stage='sample', after=point, benchmark=_task(a)[0], **_sampled(a))
 
 
 def _objective(objective: dict) -> dict:
   """Returns the settings of section `objective`, by dotted key."""
   return {f'objective.{name}': value for name, value in objective.items()}
-
-
-def _measure(add, point: str, a) -> None:
-  """Adds a probe and samples of a point.
-
-  add: the function that adds a point to the sweep (launch/points.py).
-  point: the full name of the point.
-  a: the parsed argument, from `parse`.
-  """
-  rows = {'eval.probe.rows': 32 if a.toy else 512, 'eval.probe.batch_size': 8 if a.toy else 64}
-  add(point, stage='probe', after=point, **rows)
-  add(point, stage='sample', after=point, benchmark=_task(a)[0], **_sampled(a))
