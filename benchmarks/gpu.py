@@ -26,7 +26,7 @@ PARTS = {
   'head-torch': [*MODULE, 'benchmarks.torch_head', HEAD],
   'rollout': [*ROLLOUT, '--only=ours'],
   'rollout-peers': [*ROLLOUT, '--only=theirs', '--cold'],
-  'tests': [*MODULE, 'pytest', '-m', 'not slow', '-rf', '-n', '12', '-k', 'not mesh and not eight and not sharded',
+  'tests': [*MODULE, 'pytest', '-m', 'not slow', '-vv', '-n', '12', '-k', 'not mesh and not eight and not sharded',
             '--ignore=tests/model/test_hf.py', 'tests/model', 'tests/objectives', 'tests/test_on_card.py'],
   'tests-two': [*MODULE, 'pytest', '-m', '', '-rf', '-n', '2', 'tests/train/test_two_devices.py'],
 }

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from betarank.model.kernels import attention_triton
-from betarank.model.sharding import device_kind, platform, shards, spec
+from betarank.model.sharding import device_kind, per_device, platform, shards, spec
 
 KERNELS = ('auto', 'plain', 'blocks', 'splash', 'hopper', 'triton', 'cudnn')
 # Llama 3.1's rope scaling: the length of the texts in pre-training, in tokens, and how often a pair of dimensions turns
@@ -26,25 +26,37 @@ ROPE_CONTEXT, ROPE_TURNS = 8192, (4.0, 1.0)
 GPU_ONLY_ATTENTION = ('hopper', 'cudnn')  # the others run everywhere, though slowly where they are interpreted
 
 
+def angles(positions_BT: jax.Array, width: int, base: float, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+  """Returns (sin, cos) of the angles of rotary positions, each [B, T, H/2] float32.
+
+  Angles are always float32, because bfloat16 would round positions 1025 and 1026 to the same number.
+
+  Args:
+    positions_BT: int32.
+    width: H.
+    base, factor: as in `rotate`.
+  """
+  half = width // 2
+  frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if factor != 1:
+    most, least = ROPE_TURNS
+    kept_H = jnp.clip((frequency_H * (ROPE_CONTEXT / (2 * math.pi)) - least) / (most - least), 0, 1)
+    frequency_H *= kept_H + (1 - kept_H) / factor
+  angle_BTH = positions_BT[:, :, None].astype(jnp.float32) * frequency_H[None, None]
+  return jnp.sin(angle_BTH), jnp.cos(angle_BTH)
+
+
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, factor: float = 1.0) -> jax.Array:
   """Applies rotary position embedding (arXiv 2104.09864). Dimension i is paired with H/2 + i, as in Qwen and Llama.
 
-  Returns the rotated array, [B, T, N, H] in x's dtype. Angles are always float32, because bfloat16 would round
-  positions 1025 and 1026 to the same number.
+  Returns the rotated array, [B, T, N, H] in x's dtype.
 
   base: at position t, dimension pair i is rotated by t · base^(-2i/H) radians.
   factor: the factor of Llama 3.1's rope scaling (`llama3` in transformers), which lets the model read longer texts; 1
     for no scaling. Pairs that turn at most once in 8192 tokens turn `factor` times more slowly. Pairs that turn at
     least 4 times keep their frequency. Between these limits, the change is gradual.
   """
-  half = x_BTNH.shape[-1] // 2
-  frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if factor != 1:
-    most, least = ROPE_TURNS
-    kept_H = jnp.clip((frequency_H * (ROPE_CONTEXT / (2 * math.pi)) - least) / (most - least), 0, 1)
-    frequency_H *= kept_H + (1 - kept_H) / factor
-  angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
-  sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+  sin, cos = (x_BTH[:, :, None] for x_BTH in angles(positions_BT, x_BTNH.shape[-1], base, factor))
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
@@ -182,10 +194,8 @@ def _by_documents(kernel, segments_BT):
   ends = attention_triton.documents(segments_BT)
 
   def run(q_BTNH, k_BTKH, v_BTKH):
-    rows = kernel
-    if not jax.sharding.get_abstract_mesh().empty:  # XLA can't partition a kernel
-      heads, tokens = spec('batch', None, 'row_heads', None), spec('batch', None)
-      rows = jax.shard_map(rows, in_specs=(heads, heads, heads, tokens, tokens), out_specs=heads, check_vma=False)
+    heads, tokens = spec('batch', None, 'row_heads', None), spec('batch', None)
+    rows = per_device(kernel, (heads, heads, heads, tokens, tokens), heads)
     return rows(q_BTNH, k_BTKH, v_BTKH, *ends)
 
   return run

@@ -1,4 +1,4 @@
-"""Building blocks of the decoder: weights, embedding lookup, matrix products, norm, dense feed-forward network.
+"""Building blocks of the decoder: weights, embedding lookup, matrix products, dense feed-forward network.
 
 # B batch  T tokens  N = B·T  D width  E experts  V vocabulary  F hidden width  X, Y any number of dimensions
 """
@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from betarank.model.config import ModelConfig
 from betarank.model.kernels import swiglu_triton
-from betarank.model.sharding import constrain, platform, shards, spec
+from betarank.model.sharding import constrain, per_device, platform, shards, spec
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
@@ -47,10 +47,8 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype) -> jax.Array:
   rows, length = tokens_BT.shape
   if platform() != 'gpu' or shards('vocab') > 1 or rows % shards('lookup') or length % shards('length'):
     return table_VD.astype(dtype)[tokens_BT]
-  find = functools.partial(_lookup_sorted, dtype)
-  if not jax.sharding.get_abstract_mesh().empty:
-    find = jax.shard_map(find, in_specs=(spec('vocab', 'embed'), spec('lookup', 'length')),
-                         out_specs=spec('lookup', 'length', 'embed'), check_vma=False)
+  find = per_device(functools.partial(_lookup_sorted, dtype), (spec('vocab', 'embed'), spec('lookup', 'length')),
+                    spec('lookup', 'length', 'embed'))
   return find(table_VD, tokens_BT)
 
 
@@ -132,13 +130,6 @@ def _dot(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(dims, a, b, preferred_element_type=jnp.float32)
 
 
-def rms_norm(x: jax.Array, scale: nnx.Param, eps: float) -> jax.Array:
-  """Returns x / rms(x) · scale in x's dtype, where rms is taken over the last axis. The computation is in float32."""
-  x32 = x.astype(jnp.float32)
-  x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-  return (x32 * jnp.broadcast_to(scale[...], x.shape)).astype(x.dtype)
-
-
 def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
   """Returns x·w, [B, T, Y] in x's dtype.
 
@@ -160,10 +151,8 @@ def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
   names = 'batch', 'length', 'act_mlp'
   if platform() != 'gpu' or any(size % shards(name) for size, name in zip(gate_BTF.shape, names)):
     return jax.nn.silu(gate_BTF) * up_BTF
-  if jax.sharding.get_abstract_mesh().empty:
-    return _swiglu(gate_BTF, up_BTF)
   axes = spec(*names)
-  return jax.shard_map(_swiglu, in_specs=(axes, axes), out_specs=axes, check_vma=False)(gate_BTF, up_BTF)
+  return per_device(_swiglu, (axes, axes), axes)(gate_BTF, up_BTF)
 
 
 @jax.custom_vjp

@@ -6,7 +6,7 @@ independently. The model's code contains only logical names, and no number of de
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -148,6 +148,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec(*axes))
+
+
+def per_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+  """Returns `f` as a function that each device of the current mesh calls with its own part of each array. XLA can't
+  partition a kernel, so this is how one runs on a mesh. If there is no current mesh, returns f.
+
+  in_specs, out_specs: a PartitionSpec for each array, as `jax.shard_map` takes them.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return f
+  return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:

@@ -22,8 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from betarank.model.attention import rotate, rows_attention
 from betarank.model.config import REMAT, ModelConfig
 from betarank.model.decode import Cache, attend_layers
-from betarank.model.layers import FeedForward, lookup, ones, project, rms_norm, weight, zeros
+from betarank.model.layers import FeedForward, lookup, ones, project, weight, zeros
 from betarank.model.moe import CHOICES, MixtureOfExperts, Routing
+from betarank.model.norm import add_norm, norm_rotate, rms_norm
 from betarank.model.sharding import constrain
 
 Params = dict[str, Any]
@@ -85,11 +86,12 @@ class Attention(nnx.Module):
           x + bias[...].astype(x.dtype)[None, None] for x, bias in
           ((q_BTNH, self.q_bias_NH), (k_BTKH, self.k_bias_KH), (v_BTKH, self.v_bias_KH)))
     with jax.named_scope('attention/rope'):
+      rope = positions_BT, c.rope_base, c.rope_factor
       if c.qk_norm:
-        q_BTNH = rms_norm(q_BTNH, self.q_norm_H, c.norm_eps)
-        k_BTKH = rms_norm(k_BTKH, self.k_norm_H, c.norm_eps)
-      q_BTNH = rotate(q_BTNH, positions_BT, c.rope_base, c.rope_factor)
-      k_BTKH = rotate(k_BTKH, positions_BT, c.rope_base, c.rope_factor)
+        q_BTNH = norm_rotate(q_BTNH, self.q_norm_H, c.norm_eps, *rope)
+        k_BTKH = norm_rotate(k_BTKH, self.k_norm_H, c.norm_eps, *rope)
+      else:
+        q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
     with jax.named_scope('attention/core'):
       out_BTNH = constrain(attend(q_BTNH, k_BTKH, v_BTKH), 'batch', 'length', 'act_heads', None)
     with jax.named_scope('attention/out'):
@@ -117,10 +119,10 @@ class Block(nnx.Module):
     choices_BTk: as in `MixtureOfExperts.__call__`.
     """
     with jax.named_scope('attention/norm'):
-      normed_BTD = rms_norm(x_BTD, self.attention_norm_D, self.c.norm_eps)
-    x_BTD = x_BTD + self.attention(normed_BTD, positions_BT, attend)
+      x_BTD, normed_BTD = add_norm(x_BTD, None, self.attention_norm_D, self.c.norm_eps)
+    out_BTD = self.attention(normed_BTD, positions_BT, attend)
     with jax.named_scope('feed_forward/norm'):
-      normed_BTD = rms_norm(x_BTD, self.feed_forward_norm_D, self.c.norm_eps)
+      x_BTD, normed_BTD = add_norm(x_BTD, out_BTD, self.feed_forward_norm_D, self.c.norm_eps)
     out_BTD, routing = self.feed_forward(normed_BTD, segments_BT > 0, choices_BTk)
     return constrain(x_BTD + out_BTD, 'batch', 'length', 'act_embed'), routing
 
@@ -172,16 +174,22 @@ class Transformer(nnx.Module):
     with jax.named_scope('attention/mask'):
       attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
     pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
-    for i in range(self.c.layers):  # a scan would copy the cache at every step
 
-      def attend_cached(q_BTNH, k_BTKH, v_BTKH, i=i):
-        out_BTNH, pages_LP2KSH[i] = attend(pages_LP2KSH[i], q_BTNH, k_BTKH, v_BTKH)
+    @jax.jit  # so that one layer is traced and lowered, and not L
+    def one_layer(layer, pages_P2KSH, x_BTD, choices_BTk):
+      def attend_cached(q_BTNH, k_BTKH, v_BTKH):
+        nonlocal pages_P2KSH
+        out_BTNH, pages_P2KSH = attend(pages_P2KSH, q_BTNH, k_BTKH, v_BTKH)
         return out_BTNH
 
+      x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
+      return pages_P2KSH, x_BTD, routing
+
+    for i in range(self.c.layers):  # a scan would copy the cache at every step
       with jax.named_scope('layers'):
         layer, choices_BTk = jax.tree.map(
           lambda x_L, i=i: x_L[i], (self.layers, choices_LBTk), is_leaf=lambda x_L: isinstance(x_L, list))
-        x_BTD, routing = layer(x_BTD, positions_BT, segments_BT, attend_cached, choices_BTk)
+        pages_LP2KSH[i], x_BTD, routing = one_layer(layer, pages_LP2KSH[i], x_BTD, choices_BTk)
       routings.append(routing)
     cache = dataclasses.replace(after, pages_LP2KSH=tuple(pages_LP2KSH))
     with jax.named_scope('final_norm'):

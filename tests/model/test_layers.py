@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from betarank import model
-from betarank.model import layers
-from betarank.model.kernels import swiglu_triton
+from betarank.model import layers, norm
+from betarank.model.kernels import norm_triton, swiglu_triton
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,7 @@ def test_the_lookup_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shap
 
   want = run()
   monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
-  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[:math.prod(shape)]) if shape else None
-  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+  with mesh_of(shape):
     got = run()
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -54,11 +54,79 @@ def test_swiglu_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape, d
   want = run(*(x.astype(jnp.float32) for x in (gate, up, dout)))
   monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
   monkeypatch.setattr(swiglu_triton, 'gradient', functools.partial(swiglu_triton.gradient, interpret=True))
-  mesh = model.make_mesh(model.MeshConfig(*shape), jax.devices()[:math.prod(shape)]) if shape else None
-  with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+  with mesh_of(shape):
     got = run(gate, up, dout)
   for a, b in zip(got, want, strict=True):
     assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize('shape', [None, (2, 1, 1, 2, 2), (1, 1, 1, 3, 1)],
+                         ids=lambda shape: f'mesh{shape}' if shape else 'alone')
+@pytest.mark.parametrize('dtype, error', [('float32', 1e-6), ('bfloat16', 2**-8)])
+@pytest.mark.parametrize('added', [True, False])
+def test_add_norm_for_gpus_equals_the_plain_one(monkeypatch, added, shape, dtype, error):
+  """The width isn't a power of 2, and a block of rows of the kernels is only partly filled. The last mesh doesn't
+  divide the length.
+  """
+  rng = np.random.default_rng(0)
+  x, out, dsum, dnormed = (jnp.asarray(rng.normal(size=(2, 10, 160)), dtype) for _ in range(4))
+  scale = jnp.asarray(rng.normal(size=160), jnp.float32)
+  out = out if added else None
+
+  def run(*arrays):
+    *arrays, dsum, dnormed = arrays
+    results, gradient = jax.vjp(lambda x, out, scale: norm.add_norm(x, out, nnx.Param(scale), 1e-6), *arrays)
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves((results, gradient((dsum, dnormed))))]
+
+  monkeypatch.setattr(norm, 'platform', lambda: 'cpu')
+  want = run(*jax.tree.map(lambda x: x.astype(jnp.float32), (x, out, scale, dsum, dnormed)))
+  use_kernels(monkeypatch)
+  with mesh_of(shape):
+    got = run(x, out, scale, dsum, dnormed)
+  assert len(got) == (5 if added else 4)
+  for a, b in zip(got, want, strict=True):
+    assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize('shape', [None, (2, 1, 1, 2, 2), (1, 1, 1, 1, 3)],
+                         ids=lambda shape: f'mesh{shape}' if shape else 'alone')
+@pytest.mark.parametrize('dtype, error', [('float32', 2e-6), ('bfloat16', 2**-8)])
+def test_norm_rotate_for_gpus_equals_the_plain_one(monkeypatch, shape, dtype, error):
+  """Half a head's width isn't a power of 2, positions are large, and a block of the kernels is only partly filled. The
+  last mesh doesn't divide the heads.
+  """
+  rng = np.random.default_rng(0)
+  x, dout = (jnp.asarray(rng.normal(size=(2, 10, 4, 96)), dtype) for _ in range(2))
+  scale = jnp.asarray(rng.normal(size=96), jnp.float32)
+  positions = jnp.asarray(rng.integers(0, 100_000, (2, 10)), jnp.int32)
+
+  def run(x, scale, dout):
+    results, gradient = jax.vjp(
+      lambda x, scale: norm.norm_rotate(x, nnx.Param(scale), 1e-6, positions, 1e4, 1.0), x, scale)
+    return [np.asarray(x, np.float64) for x in (results, *gradient(dout))]
+
+  monkeypatch.setattr(norm, 'platform', lambda: 'cpu')
+  want = run(x.astype(jnp.float32), scale, dout.astype(jnp.float32))
+  use_kernels(monkeypatch)
+  with mesh_of(shape):
+    got = run(x, scale, dout)
+  for a, b in zip(got, want, strict=True):
+    assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
+
+
+def use_kernels(monkeypatch):
+  """Makes model/norm.py use the kernels for GPUs. Without a GPU, they are interpreted."""
+  monkeypatch.setattr(norm, 'platform', lambda: 'gpu')
+  for name in ('add_norm', 'add_norm_gradient', 'norm_rotate', 'norm_rotate_gradient'):
+    kernel = functools.partial(getattr(norm_triton, name), interpret=jax.default_backend() != 'gpu')
+    monkeypatch.setattr(norm_triton, name, kernel)
+
+
+def mesh_of(shape):
+  """Returns a context with a mesh of this shape; without one if it is None."""
+  if shape is None:
+    return contextlib.nullcontext()
+  return jax.set_mesh(model.make_mesh(model.MeshConfig(*shape), jax.devices()[:math.prod(shape)]))
 
 
 def test_a_bf16x3_matmul_is_as_accurate_as_a_float32_one():
