@@ -227,12 +227,22 @@ class _Kept:
     return [step for step in found[:-self._config.keep] if step != self.best and not (every and step % every == 0)]
 
 
+@functools.cache
 def _suppress_background_tracebacks() -> None:
-  """Hides the tracebacks that Orbax's threads log when a write fails. The methods `check` and `wait` raise the error
-  anyway.
+  """Hides the tracebacks that threads of Orbax and TensorStore print when a write fails. The methods `check` and `wait`
+  raise the error anyway.
+
+  After the first write that fails, Orbax closes its event loop. The writes that are still in progress then can't report
+  their end to the loop, which Python calls an exception that is ignored.
   """
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+
+  def unraisable(error) -> None:
+    if not (error.exc_type is RuntimeError and str(error.exc_value) == 'Event loop is closed'):
+      before(error)
+
+  before, sys.unraisablehook = sys.unraisablehook, unraisable
 
 
 def _need_no_access_to_buckets() -> None:

@@ -4,14 +4,21 @@ import pytest
 
 from tests.faults.__main__ import run
 from tests.faults.classes import CLASSES
+from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # the undisturbed runs alone take half a minute
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs."""
-  return tmp_path_factory.mktemp('faults')
+  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs.
+
+  Programs are compiled quickly, also by `make test-all`: faults hit the same programs again and again.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    for flag in xla_flags(optimized=False):
+      patch.setenv('XLA_FLAGS', flag, prepend=' ')
+    yield tmp_path_factory.mktemp('faults')
 
 
 @pytest.mark.parametrize('name', CLASSES)

@@ -253,3 +253,33 @@ def test_a_save_that_cannot_begin_lets_the_process_end(tmp_path):
   """Otherwise, threads of Orbax would wait 20 minutes for the folder, and the process would wait for these threads."""
   done = subprocess.run([sys.executable, '-c', NO_FOLDER, str(tmp_path)], text=True, capture_output=True, timeout=240)
   assert f'could not be written to {tmp_path}/checkpoints' in done.stdout, done.stderr[-500:]
+
+
+LATE = '''
+import asyncio, sys, threading
+import tensorstore
+from betarank.runtime import checkpoint
+checkpoint.Checkpoints(sys.argv[1], checkpoint.CheckpointConfig(1, 1, 0)).close()
+loop, writes = asyncio.new_event_loop(), [tensorstore.Promise.new() for _ in range(2)]
+async def wait(future):
+  return await future
+async def save():
+  waiting.extend(asyncio.ensure_future(wait(future)) for _, future in writes)
+  await asyncio.gather(*waiting)
+waiting = []
+writes[0][0].set_exception(OSError(28, 'No space left on device'))
+try:
+  loop.run_until_complete(save())
+except OSError as error:
+  print(error)
+loop.close()
+thread = threading.Thread(target=writes[1][0].set_result, args=[None])
+thread.start()
+thread.join()
+'''
+
+
+def test_writes_that_end_after_another_failed_print_no_traceback(tmp_path):
+  """On a full disk, Orbax closes its event loop while other arrays are being written."""
+  done = subprocess.run([sys.executable, '-c', LATE, str(tmp_path)], text=True, capture_output=True, timeout=240)
+  assert 'No space left on device' in done.stdout and 'Event loop is closed' not in done.stderr, done.stderr
