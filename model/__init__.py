@@ -3,14 +3,14 @@
 Profiles and the planner (launch/plan/predict.py) identify the decoder's parts by their `jax.named_scope` names:
 
     embed               looks tokens up in the embedding table
-    layers              the parts of the loop over layers that have no scope of their own, such as residual sums
+    layers              the parts of the loop over layers that have no scope of their own, such as the last addition
     attention/norm      RMSNorm before attention
     attention/mask      masks and document boundaries, computed once for all layers
     attention/qkv       projections to queries, keys and values
     attention/rope      QK-norm and rotary positions
     attention/core      scores, softmax and weighted values, or the kernel that computes them; writes to the cache
     attention/out       output projection
-    feed_forward/norm   RMSNorm before the feed-forward network, dense or a mixture of experts
+    feed_forward/norm   adds attention's output to the residual stream; RMSNorm before the feed-forward network
     feed_forward/in     gate and up projections of a dense network or a shared expert, and their product
     feed_forward/out    down projection of a dense network or a shared expert
     moe/router          scores and choice of experts, weights of the chosen experts, load statistics

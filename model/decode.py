@@ -22,7 +22,7 @@ from jax import lax
 from betarank.model.attention import rows_attention
 from betarank.model.config import ModelConfig
 from betarank.model.kernels import pages_tpu, pages_triton
-from betarank.model.sharding import constrain, platform, spec
+from betarank.model.sharding import constrain, per_device, platform, spec
 
 UNSEEN = -1e30
 UNITS = 4  # whose prompts the plain form reads at once
@@ -119,17 +119,16 @@ def attend_layers(cache: Cache, segments_BT: jax.Array, kernel: str, c: ModelCon
   real_BT = segments_BT > 0
   count_B = jnp.sum(real_BT, 1, dtype=jnp.int32)
   table, heads, rows, by_token = cache.table, ('batch', 'act_heads', None), ('batch',), ('batch', None)
-  # Jitted, so that all layers share one lowering of a kernel, which takes seconds.
   if segments_BT.shape[1] > 1:
-    attend_rows = jax.jit(rows_attention(kernel, segments_BT, c.dtype, c.kv_heads, c.head_dim))
+    attend_rows = rows_attention(kernel, segments_BT, c.dtype, c.kv_heads, c.head_dim)
     keys = ('batch', None, 'act_heads', None)
     fill = _on_shards(_fill, (PAGES_AXES, keys, keys, by_token), PAGES_AXES)
     pages_BI = table.pages_BJ[:, : cache.prompt_pages]
     attend = lambda pages, q, k, v: (attend_rows(q, k, v), fill(pages, k, v, pages_BI))
     return attend, dataclasses.replace(cache, table=table._replace(prefix_B=count_B))
-  step = jax.jit(_on_shards(
+  step = _on_shards(
     functools.partial(_step, cache.prompt_pages),
-    (PAGES_AXES, heads, heads, heads, rows, rows, by_token, rows, by_token, rows), (heads, PAGES_AXES)))
+    (PAGES_AXES, heads, heads, heads, rows, rows, by_token, rows, by_token, rows), (heads, PAGES_AXES))
 
   def attend(pages_P2KSH, q_B1NH, k_B1KH, v_B1KH):
     out_BNH, pages_P2KSH = step(
@@ -180,10 +179,8 @@ def _on_shards(function, inputs, outputs):
 
   inputs, outputs: the logical axis names (model/sharding.py) of the arguments and of the results.
   """
-  if jax.sharding.get_abstract_mesh().empty:
-    return function
   specs = lambda axes: spec(*axes) if not isinstance(axes[0], tuple) else tuple(spec(*each) for each in axes)
-  return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+  return per_device(function, specs(inputs), specs(outputs))
 
 
 def attend_pages(q_BNH, pages_P2KSH, table: Table, length_B, prompt_pages: int) -> jax.Array:

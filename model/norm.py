@@ -1,12 +1,11 @@
-"""RMSNorm, alone or together with what is next to it in a decoder: the addition to the residual stream before it, or
-the rotation of queries and keys after it.
+"""RMSNorm, alone or combined with the operation before or after it in a decoder: the addition to the residual stream,
+or the rotation of queries and keys. On a GPU, each combination is one kernel (model/kernels/norm_triton.py).
 
-On a GPU, the two combinations have kernels of their own (model/kernels/norm_triton.py).
-
-# B batch  T tokens  D width  N heads  H head width
+# B batch  T tokens  D width  N heads  H head width (angles: half of it)
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -65,19 +64,17 @@ def _has_kernel(x: jax.Array, names: tuple[str | None, ...]) -> bool:
 
   It isn't used for decoding (T = 1), because XLA's fusions are as fast for few tokens.
   """
-  split = all(name is None or size % shards(name) == 0 for size, name in zip(x.shape, names, strict=True))
-  return platform() == 'gpu' and x.shape[1] > 1 and split and norm_triton.fits(x.size, x.shape[-1])
+  parts = [1 if name is None else shards(name) for name in names]
+  divides = all(size % part == 0 for size, part in zip(x.shape, parts, strict=True))
+  return (platform() == 'gpu' and x.shape[1] > 1 and divides
+          and norm_triton.fits(x.size // math.prod(parts), x.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _add_norm(eps, parts_BTD, scale_D):
-  """parts_BTD: a tuple of the residual stream and, if there is any, what is added to it."""
-  def run(parts_BTD, scale_D):
-    x_BTD, *out_BTD = parts_BTD
-    return norm_triton.add_norm(x_BTD, out_BTD[0] if out_BTD else None, scale_D, eps)
-
-  stream = spec(*STREAM)
-  return per_device(run, (stream, spec('norm')), (stream, stream))(parts_BTD, scale_D)
+  """Returns what `add_norm` returns. parts_BTD: (x_BTD,) or (x_BTD, out_BTD)."""
+  run, stream = functools.partial(norm_triton.add_norm, eps=eps), spec(*STREAM)
+  return per_device(run, (stream, spec(None)), (stream, stream))(parts_BTD, scale_D)
 
 
 def _add_norm_gradient(eps, saved, gradients):
@@ -87,7 +84,7 @@ def _add_norm_gradient(eps, saved, gradients):
 
   x_BTD, scale_D, parts = saved
   stream = spec(*STREAM)
-  dx_BTD, dscale_11D = per_device(run, (stream, spec('norm'), stream, stream), (stream, stream))(
+  dx_BTD, dscale_11D = per_device(run, (stream, spec(None), stream, stream), (stream, stream))(
     x_BTD, scale_D, *gradients)
   return (dx_BTD,) * len(parts), dscale_11D.sum((0, 1))
 
@@ -104,7 +101,7 @@ _add_norm.defvjp(_add_norm_saving, _add_norm_gradient)
 def _norm_rotate(eps, x_BTNH, sin_BTH, cos_BTH, scale_H):
   run = functools.partial(norm_triton.norm_rotate, eps=eps)
   angle = spec(*ANGLES)
-  return per_device(run, (spec(*HEADS), angle, angle, spec('norm')), spec(*HEADS))(x_BTNH, sin_BTH, cos_BTH, scale_H)
+  return per_device(run, (spec(*HEADS), angle, angle, spec(None)), spec(*HEADS))(x_BTNH, sin_BTH, cos_BTH, scale_H)
 
 
 def _norm_rotate_gradient(eps, saved, dout_BTNH):
@@ -113,7 +110,7 @@ def _norm_rotate_gradient(eps, saved, dout_BTNH):
     return dx_BTNH, dscale_H[None, None, None]
 
   heads, angle = spec(*HEADS), spec(*ANGLES)
-  dx_BTNH, dscale_111H = per_device(run, (heads, angle, angle, spec('norm'), heads), (heads, heads))(*saved, dout_BTNH)
+  dx_BTNH, dscale_111H = per_device(run, (heads, angle, angle, spec(None), heads), (heads, heads))(*saved, dout_BTNH)
   return dx_BTNH, None, None, dscale_111H.sum((0, 1, 2))
 
 

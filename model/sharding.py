@@ -151,8 +151,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def per_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-  """Returns `f` as a function that each device of the current mesh calls with its own part of each array. XLA can't
-  partition a kernel, so this is how one runs on a mesh. If there is no current mesh, returns f.
+  """Returns a function that runs `f` on each device of the current mesh, on the device's own part of each array.
+  Kernels need this, because XLA can't partition them. If there is no current mesh, returns f.
 
   in_specs, out_specs: a PartitionSpec for each array, as `jax.shard_map` takes them.
   """

@@ -175,7 +175,7 @@ class Transformer(nnx.Module):
       attend, after = attend_layers(cache, segments_BT, self.c.attention, self.c)
     pages_LP2KSH, routings = list(cache.pages_LP2KSH), []
 
-    @jax.jit  # so that one layer is traced and lowered, and not L
+    @jax.jit  # traced and lowered once for all layers
     def one_layer(layer, pages_P2KSH, x_BTD, choices_BTk):
       def attend_cached(q_BTNH, k_BTKH, v_BTKH):
         nonlocal pages_P2KSH

@@ -227,22 +227,30 @@ class _Kept:
     return [step for step in found[:-self._config.keep] if step != self.best and not (every and step % every == 0)]
 
 
-@functools.cache
 def _suppress_background_tracebacks() -> None:
   """Hides the tracebacks that threads of Orbax and TensorStore print when a write fails. The methods `check` and `wait`
   raise the error anyway.
-
-  After the first write that fails, Orbax closes its event loop. The writes that are still in progress then can't report
-  their end to the loop, which Python calls an exception that is ignored.
   """
   for name in ('absl', 'asyncio'):
-    logging.getLogger(name).addFilter(lambda record: not record.exc_info)
+    logging.getLogger(name).addFilter(_has_no_traceback)
+  if not isinstance(sys.unraisablehook, functools.partial):
+    sys.unraisablehook = functools.partial(_print_unless_late, sys.unraisablehook)
 
-  def unraisable(error) -> None:
-    if not (error.exc_type is RuntimeError and str(error.exc_value) == 'Event loop is closed'):
-      before(error)
 
-  before, sys.unraisablehook = sys.unraisablehook, unraisable
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+  return not record.exc_info
+
+
+def _print_unless_late(then: Callable[[Any], None], error: Any) -> None:
+  """Is Python's hook for exceptions that it can't raise to any caller. Leaves out one kind, and passes others on.
+
+  After the first write that fails, Orbax closes its event loop. A write that ends later raises an error when it reports
+  to this loop.
+
+  then: the hook to pass others to.
+  """
+  if not (error.exc_type is RuntimeError and str(error.exc_value) == 'Event loop is closed'):
+    then(error)
 
 
 def _need_no_access_to_buckets() -> None:

@@ -74,12 +74,12 @@ def donated() -> tuple[int, ...]:
 def compiler_options() -> dict[str, bool | int] | None:
   """Returns the XLA options for compiling an update; None if the device isn't a GPU.
 
-  The first prevents XLA from running a kernel (attention or a matmul) twice. Scanned layers copy the kernel's output to
-  an array of all layers. By default, XLA fuses the kernel with this copy. If the output has another use, XLA then runs
-  the kernel again.
+  xla_gpu_enable_dynamic_slice_fusion=False prevents XLA from running a kernel (attention or a matmul) twice. Scanned
+  layers copy the kernel's output to an array of all layers. By default, XLA fuses the kernel with this copy. If the
+  output has another use, XLA then runs the kernel again.
 
-  The second prevents XLA from merging the products of keys and values. It would slice their output, which costs a copy
-  of each, since kernels use them next.
+  xla_gpu_dot_merger_threshold_mb=0 prevents XLA from merging products with the same input, such as those of keys and
+  values. The output of a merged product would be sliced, and each slice copied for the kernel that reads it.
   """
   options = {'xla_gpu_enable_dynamic_slice_fusion': False, 'xla_gpu_dot_merger_threshold_mb': 0}
   return options if model.platform() == 'gpu' else None

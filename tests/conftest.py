@@ -35,7 +35,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(
 if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
   os.environ['JAX_PLATFORMS'] = 'cpu'
   # With TEST_OPTIMIZED (`make test-all`), programs are compiled as users compile them.
-  flags = xla_flags(optimized='TEST_OPTIMIZED' in os.environ)
+  flags = xla_flags(optimized=bool(os.environ.get('TEST_OPTIMIZED')))
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 
 

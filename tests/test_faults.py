@@ -1,5 +1,6 @@
 """Tests each class of faults at two points. `python -m tests.faults` tests many points."""
 
+import jax
 import pytest
 
 from tests.faults.__main__ import run
@@ -13,8 +14,9 @@ pytestmark = pytest.mark.slow  # the undisturbed runs alone take half a minute
 def root(tmp_path_factory):
   """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs.
 
-  Programs are compiled quickly, also by `make test-all`: faults hit the same programs again and again.
+  Commands compile quickly, also in `make test-all`: faults hit the same programs again and again.
   """
+  jax.devices()  # this process reads its flags here, before they are changed for commands
   with pytest.MonkeyPatch.context() as patch:
     for flag in xla_flags(optimized=False):
       patch.setenv('XLA_FLAGS', flag, prepend=' ')

@@ -3,7 +3,7 @@ it, or the rotation of queries and keys after it.
 
 XLA reads the inputs several times: for the sum of squares and for the result, and backward for two sums and for the
 gradient. These kernels read them once, and compute in float32. For the gradient of a scale, each program adds up its
-own rows, and XLA adds up the programs' sums, so the order of additions is always the same.
+own rows, and XLA adds up the programs' sums, so results are deterministic.
 
 # D width  N heads  H half a head's width  ... leading dimensions, any number
 """
@@ -22,38 +22,38 @@ PROGRAMS = 1024  # at most, for a gradient
 
 def fits(size: int, width: int) -> bool:
   """Returns whether the kernels support an array of `size` elements in rows of `width`."""
-  return size < 2**31 and width % 32 == 0  # they count elements in int32, and read several at once
+  return size < 2**31 and width % 32 == 0  # offsets are int32; other widths weren't tested on a GPU
 
 
-def add_norm(x, y, scale_D, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """Returns (s, s / rms(s) · scale) for s = x + y, both [..., D] in x's dtype. s is rounded to this dtype.
+def add_norm(parts, scale_D, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+  """Returns (s, s / rms(s) · scale), both [..., D] in the parts' dtype. s is the sum of the parts, in this dtype.
 
   Args:
-    x, y: [..., D], the residual stream and what is added to it. y may be None, for s = x.
+    parts: one or two arrays [..., D]: the residual stream, and what is added to it.
     scale_D: float32.
     eps: what is added to the mean square.
     interpret: runs the kernel on any device, slowly.
   """
-  rows, width, added = *_rows_and_width(x), [] if y is None else [y]
+  x = parts[0]
+  rows, width = _rows_and_width(x)
 
-  def body(x_ref, *refs):
-    *y_refs, scale_ref = refs[:len(added) + 1]
+  def body(*refs):
     at, real = _block(pl.program_id(0), rows, width, ELEMENTS)
-    s, scale = _read(x_ref, at, real), _row(scale_ref, width)
-    for y_ref in y_refs:
-      s = (s + _read(y_ref, at, real)).astype(x_ref.dtype).astype(jnp.float32)
+    s, scale = _read(refs[0], at, real), _row(refs[len(parts)], width)
+    if len(parts) == 2:
+      s = (s + _read(refs[1], at, real)).astype(x.dtype).astype(jnp.float32)
       _write(refs[-2], at, real, s)
-    _write(refs[-1], at, real, s * _inverse(s, width, eps) * scale)
+    _write(refs[-1], at, real, s * _inverse_rms(width, eps, s) * scale)
 
   *s, normed = pl.pallas_call(
-    body, grid=(pl.cdiv(rows, _rows(width, ELEMENTS)),), out_shape=[_flat(x)] * (len(added) + 1),
+    body, grid=(pl.cdiv(rows, _rows(width, ELEMENTS)),), out_shape=[_flat(x)] * len(parts),
     compiler_params=_params(width), interpret=interpret, name='add_norm',
-  )(*(part.reshape(-1) for part in (x, *added)), scale_D)
-  return s[0].reshape(x.shape) if added else x, normed.reshape(x.shape)
+  )(*(part.reshape(-1) for part in parts), scale_D)
+  return s[0].reshape(x.shape) if s else x, normed.reshape(x.shape)
 
 
 def add_norm_gradient(s, scale_D, ds, dnormed, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-  """Returns (the gradient of x and of y, [..., D] in their dtype; the gradient of the scale, [D] float32).
+  """Returns (the gradient of each part, [..., D] in its dtype; the gradient of the scale, [D] float32).
 
   Args:
     s: the first result of `add_norm`.
@@ -69,16 +69,14 @@ def add_norm_gradient(s, scale_D, ds, dnormed, eps: float, interpret: bool = Fal
     def step(i, dscale_D):
       at, real = _block(first + i, rows, width, ELEMENTS_BACK)
       s, dnormed = _read(s_ref, at, real), _read(dnormed_ref, at, real)
-      inverse = _inverse(s, width, eps)
+      inverse = _inverse_rms(width, eps, s)
       unit, dunit = s * inverse, dnormed * scale
       mean = jnp.sum(unit * dunit, 1, keepdims=True) / width
       _write(dx_ref, at, real, _read(ds_ref, at, real) + inverse * (dunit - unit * mean))
       return dscale_D + jnp.sum(dnormed * unit, 0)
 
-    size = pl.next_power_of_2(width)
-    dscale_D = lax.fori_loop(0, steps, step, jnp.zeros(size, jnp.float32))
-    column = jnp.arange(size)
-    plgpu.store(dscale_ref.at[pl.program_id(0) * width + column], dscale_D, mask=column < width)
+    dscale_D = lax.fori_loop(0, steps, step, jnp.zeros(pl.next_power_of_2(width), jnp.float32))
+    _write_row(dscale_ref, pl.program_id(0) * width, dscale_D, width)
 
   dx, dscale = pl.pallas_call(
     body, grid=(programs,), compiler_params=_params(width), interpret=interpret, name='add_norm_gradient',
@@ -102,8 +100,8 @@ def norm_rotate(x, sin, cos, scale_D, eps: float, interpret: bool = False) -> ja
   def body(x_ref, sin_ref, cos_ref, scale_ref, out_ref):
     low, high, angle, real = _halves(pl.program_id(0), rows, heads, half)
     a, b = _read(x_ref, low, real), _read(x_ref, high, real)
-    inverse = _inverse_of_halves(a, b, width, eps)
-    rounded = lambda x: x.astype(x_ref.dtype).astype(jnp.float32)  # as without a kernel, when a token is decoded
+    inverse = _inverse_rms(width, eps, a, b)
+    rounded = lambda x: x.astype(x_ref.dtype).astype(jnp.float32)  # the plain version, used to decode, also rounds here
     a, b = rounded(a * inverse * _row(scale_ref, half)), rounded(b * inverse * _row(scale_ref, half, half))
     sin, cos = _read(sin_ref, angle, real), _read(cos_ref, angle, real)
     _write(out_ref, low, real, a * cos - b * sin)
@@ -134,7 +132,7 @@ def norm_rotate_gradient(
     def step(i, dscales):
       low, high, angle, real = _halves(first + i, rows, heads, half)
       a, b = _read(x_ref, low, real), _read(x_ref, high, real)
-      inverse = _inverse_of_halves(a, b, width, eps)
+      inverse = _inverse_rms(width, eps, a, b)
       a, b = a * inverse, b * inverse
       da, db = _read(dout_ref, low, real), _read(dout_ref, high, real)
       sin, cos = _read(sin_ref, angle, real), _read(cos_ref, angle, real)
@@ -146,11 +144,9 @@ def norm_rotate_gradient(
       _write(dx_ref, high, real, inverse * (db - b * mean))
       return dscales
 
-    size = pl.next_power_of_2(half)
-    dscales = lax.fori_loop(0, steps, step, (jnp.zeros(size, jnp.float32),) * 2)
-    column = jnp.arange(size)
+    dscales = lax.fori_loop(0, steps, step, (jnp.zeros(pl.next_power_of_2(half), jnp.float32),) * 2)
     for start, dscale in zip((0, half), dscales):
-      plgpu.store(dscale_ref.at[pl.program_id(0) * width + start + column], dscale, mask=column < half)
+      _write_row(dscale_ref, pl.program_id(0) * width + start, dscale, half)
 
   dx, dscale = pl.pallas_call(
     body, grid=(programs,), compiler_params=_params(half), interpret=interpret, name='norm_rotate_gradient',
@@ -207,7 +203,7 @@ def _read(ref, at, real) -> jax.Array:
 
 
 def _row(ref, width: int, start: int = 0) -> jax.Array:
-  """Returns [1, columns], the part of a vector from `start`."""
+  """Returns [1, columns], the `width` elements of a vector from `start`."""
   column = jnp.arange(pl.next_power_of_2(width))
   return plgpu.load(ref.at[start + column], mask=column < width, other=0)[None]
 
@@ -216,9 +212,11 @@ def _write(ref, at, real, x) -> None:
   plgpu.store(ref.at[at], x.astype(ref.dtype), mask=real)
 
 
-def _inverse(x, width: int, eps: float) -> jax.Array:
-  return lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) / width + eps)
+def _write_row(ref, start, x, width: int) -> None:
+  column = jnp.arange(len(x))
+  plgpu.store(ref.at[start + column], x, mask=column < width)
 
 
-def _inverse_of_halves(a, b, width: int, eps: float) -> jax.Array:
-  return lax.rsqrt((jnp.sum(a * a, 1, keepdims=True) + jnp.sum(b * b, 1, keepdims=True)) / width + eps)
+def _inverse_rms(width: int, eps: float, *parts) -> jax.Array:
+  """Returns 1 / rms of each row, [rows of the block, 1]. parts: blocks that together have all columns of the rows."""
+  return lax.rsqrt(sum(jnp.sum(x * x, 1, keepdims=True) for x in parts) / width + eps)

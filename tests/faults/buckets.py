@@ -10,7 +10,6 @@ import importlib.util
 import json
 import pathlib
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -146,8 +145,6 @@ def ended(c: Campaign, process: subprocess.Popen, statuses: tuple[int, ...] = (0
   code, out, err = c.finish(process)
   if code == 1 and 'sweep' in process.args and 'failed' in out and 'Traceback' not in out + err:
     return 1, out
-  # tensorstore prints this if it has results for a save that has failed meanwhile, and nothing can suppress it.
-  err = re.sub(r'Traceback .*\n(  .*\n)+RuntimeError: Event loop is closed\n', '', err)
   errors = [line for line in err.splitlines() if line.startswith('error: ')]
   assert code in statuses and 'Traceback' not in err and len(errors) == (code in (2, 3)), f'exit {code}: {err[-1500:]}'
   return code, ''.join(errors)

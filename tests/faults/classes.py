@@ -426,8 +426,6 @@ def small_disk(folder: pathlib.Path, kilobytes: int):
 
 def one_line(err: str) -> str:
   """Returns the last line of a run's errors. Checks that it is one of betarank's errors, without a traceback."""
-  # tensorstore prints this if it has results for a save that has failed meanwhile, and nothing can suppress it.
-  err = re.sub(r'Traceback .*\n(  .*\n)+RuntimeError: Event loop is closed\n', '', err)
   assert err.splitlines()[-1].startswith('error: ') and 'Traceback' not in err, err[-1000:]
   return err.splitlines()[-1]
 

@@ -13,6 +13,7 @@ from flax import nnx
 from betarank import model
 from betarank.model import layers, norm
 from betarank.model.kernels import norm_triton, swiglu_triton
+from tests import parameters
 
 
 @pytest.mark.parametrize(
@@ -80,9 +81,10 @@ def test_add_norm_for_gpus_equals_the_plain_one(monkeypatch, added, shape, dtype
 
   monkeypatch.setattr(norm, 'platform', lambda: 'cpu')
   want = run(*jax.tree.map(lambda x: x.astype(jnp.float32), (x, out, scale, dsum, dnormed)))
-  use_kernels(monkeypatch)
+  used = use_kernels(monkeypatch)
   with mesh_of(shape):
     got = run(x, out, scale, dsum, dnormed)
+  assert used == (set() if shape == (1, 1, 1, 3, 1) else {'add_norm', 'add_norm_gradient'})
   assert len(got) == (5 if added else 4)
   for a, b in zip(got, want, strict=True):
     assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
@@ -107,19 +109,64 @@ def test_norm_rotate_for_gpus_equals_the_plain_one(monkeypatch, shape, dtype, er
 
   monkeypatch.setattr(norm, 'platform', lambda: 'cpu')
   want = run(x.astype(jnp.float32), scale, dout.astype(jnp.float32))
-  use_kernels(monkeypatch)
+  used = use_kernels(monkeypatch)
   with mesh_of(shape):
     got = run(x, scale, dout)
+  assert used == (set() if shape == (1, 1, 1, 1, 3) else {'norm_rotate', 'norm_rotate_gradient'})
   for a, b in zip(got, want, strict=True):
     assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
 
 
-def use_kernels(monkeypatch):
-  """Makes model/norm.py use the kernels for GPUs. Without a GPU, they are interpreted."""
+@pytest.mark.parametrize('remat_policy, scan_layers', [('none', False), ('attention', True)])
+def test_a_model_with_these_kernels_has_the_gradient_of_the_plain_one(monkeypatch, remat_policy, scan_layers):
+  c = model.ModelConfig(
+    vocab_size=64, layers=2, d_model=32, d_ff=48, heads=2, kv_heads=1, head_dim=32, rope_base=1e4, norm_eps=1e-6,
+    tied_embeddings=True, compute_dtype='float32', remat_policy=remat_policy, scan_layers=scan_layers)
+  rng, params = np.random.default_rng(0), parameters.random(c)
+  tokens = jnp.asarray(rng.integers(0, 64, (2, 16)), jnp.int32)
+  positions, weight = jnp.tile(jnp.arange(16)[None], (2, 1)), jnp.asarray(rng.normal(size=(2, 16, 32)), jnp.float32)
+
+  def run():
+    total = lambda params: jnp.sum(model.forward(c, params, tokens, positions, jnp.ones_like(tokens))[0] * weight)
+    return jax.jit(jax.grad(total))(params)
+
+  monkeypatch.setattr(norm, 'platform', lambda: 'cpu')
+  want = run()
+  used = use_kernels(monkeypatch)
+  got = run()
+  assert used == {'add_norm', 'add_norm_gradient', 'norm_rotate', 'norm_rotate_gradient'}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max()), got, want)
+
+
+def test_the_largest_array_of_a_kernel_is_the_part_of_a_device(monkeypatch):
   monkeypatch.setattr(norm, 'platform', lambda: 'gpu')
+  x_BTD = jax.ShapeDtypeStruct((2, 2**15, 2**15), jnp.bfloat16)
+  assert not norm._has_kernel(x_BTD, norm.STREAM)
+  with mesh_of((2, 1, 1, 1, 1)):
+    assert norm._has_kernel(x_BTD, norm.STREAM)
+
+
+def use_kernels(monkeypatch):
+  """Makes model/norm.py use the kernels for GPUs. Without a GPU, they are interpreted.
+
+  A gradient has at most two programs, so each processes several blocks. Returns a set, to which each call of a kernel
+  adds the kernel's name.
+  """
+  used = set()
+  monkeypatch.setattr(norm, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(norm_triton, 'PROGRAMS', 2)
+
+  def use(name):
+    def call(*args, **named):
+      used.add(name)
+      return kernel(*args, **named, interpret=jax.default_backend() != 'gpu')
+
+    kernel = getattr(norm_triton, name)
+    monkeypatch.setattr(norm_triton, name, call)
+
   for name in ('add_norm', 'add_norm_gradient', 'norm_rotate', 'norm_rotate_gradient'):
-    kernel = functools.partial(getattr(norm_triton, name), interpret=jax.default_backend() != 'gpu')
-    monkeypatch.setattr(norm_triton, name, kernel)
+    use(name)
+  return used
 
 
 def mesh_of(shape):
