@@ -1,26 +1,17 @@
 """Tests each class of faults at two points. `python -m tests.faults` tests many points."""
 
-import jax
 import pytest
 
 from tests.faults.__main__ import run
 from tests.faults.classes import CLASSES
-from tests.xla_flags import xla_flags
 
 pytestmark = pytest.mark.slow  # the undisturbed runs alone take half a minute
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs.
-
-  Commands compile quickly, also in `make test-all`: faults hit the same programs again and again.
-  """
-  jax.devices()  # this process reads its flags here, before they are changed for commands
-  with pytest.MonkeyPatch.context() as patch:
-    for flag in xla_flags(optimized=False):
-      patch.setenv('XLA_FLAGS', flag, prepend=' ')
-    yield tmp_path_factory.mktemp('faults')
+  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs."""
+  return tmp_path_factory.mktemp('faults')
 
 
 @pytest.mark.parametrize('name', CLASSES)
