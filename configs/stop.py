@@ -168,7 +168,7 @@ def interruptible() -> Iterator[None]:
   error (an import does) or ignore it (a callback of the garbage collector does). In both cases this function raises
   KeyboardInterrupt again.
   """
-  count, ignored, raised = 0, False, False
+  count, ignored, raised, ended = 0, False, False, False
 
   def raise_(signum: int, frame) -> None:
     nonlocal raised
@@ -186,7 +186,7 @@ def interruptible() -> Iterator[None]:
 
   def unraisable(error) -> None:
     nonlocal ignored
-    if error.exc_type is KeyboardInterrupt:
+    if error.exc_type is KeyboardInterrupt and not ended:
       ignored = True
       # Later and from another thread, or it would be raised here, where it is ignored too.
       threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -203,8 +203,10 @@ def interruptible() -> Iterator[None]:
       raise KeyboardInterrupt from None
     raise
   finally:
+    ended = True
     signal.signal(signal.SIGINT, handler)
-    sys.unraisablehook = before
+    if sys.unraisablehook is unraisable:  # otherwise a later hook passes errors on to it, and must stay
+      sys.unraisablehook = before
 
 
 @contextlib.contextmanager

