@@ -74,9 +74,13 @@ def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict
 
 
 def _rename(stage: epath.Path, final: epath.Path) -> None:
-  if stage.exists():  # otherwise an earlier run has renamed it already
-    stage.replace(final)
-  elif not final.exists():
+  try:
+    if stage.exists():  # otherwise an earlier run has renamed it already
+      stage.replace(final)
+      return
+  except FileNotFoundError:  # a bucket got the last request of a run that was killed
+    pass
+  if not final.exists():
     raise DataError(f'{stage}: vanished; delete {final.parent} and prepare again')
 
 

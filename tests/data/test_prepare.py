@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from etils import epath
 
 from betarank.data import prepare, prepared, publish, record_formats, records, sources, worker
 from betarank.data.config import DataError, SourceConfig
@@ -497,6 +498,24 @@ def test_killed_and_started_again(config, tmp_path):
     seen = [p for p in partial.glob('unit-*.json') if p.name in kept and p.stat().st_mtime_ns == kept[p.name]]
   assert process.wait() == 0 and seen
   assert contents(whole.dir) == contents(killed.dir)
+
+
+def test_a_shard_that_a_killed_run_renames_at_the_last_moment_is_there(tmp_path, monkeypatch):
+  """A bucket may get the last request of a run that was killed after the next run has looked."""
+  stage, final = epath.Path(tmp_path / 'partial'), epath.Path(tmp_path / 'final')
+
+  def replace(path, target):
+    os.replace(path, target)
+    raise FileNotFoundError(path)
+
+  stage.write_text('a shard')
+  monkeypatch.setattr(type(stage), 'replace', replace)
+  publish._rename(stage, final)
+  assert final.read_text() == 'a shard' and not stage.exists()
+  final.unlink()
+  with pytest.raises(DataError, match='vanished'):
+    publish._rename(stage, final)
+
 
 
 def test_stopped_in_the_last_step_and_started_again(config, tmp_path, monkeypatch):

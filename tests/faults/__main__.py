@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 
-from tests.faults.campaign import Campaign, Missed, kill_all
+from tests.faults.campaign import ROOT, Campaign, Missed, kill_all
 from tests.faults.classes import CLASSES
 
 TRIES = 4  # per point, until the fault hits something
@@ -89,6 +89,8 @@ def main():
                       help='of the classes with many processes; a folder of --keep is for one number')
   args = parser.parse_args()
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  path = filter(None, [os.environ.get('PYTHONPATH')])
+  os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *path])  # configs in tests/ import from there
   root = pathlib.Path(args.keep or tempfile.mkdtemp(prefix='faults-')).resolve()
   root.mkdir(parents=True, exist_ok=True)
   began = time.monotonic()
