@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from betarank.model.config import ModelConfig
 from betarank.model.kernels import swiglu_triton
-from betarank.model.sharding import constrain, per_device, platform, shards, spec
+from betarank.model.sharding import constrain, part, per_device, platform, shards, spec
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], *, std: float) -> nnx.Param:
@@ -149,7 +149,7 @@ def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
 def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
   """Returns silu(gate) · up, in their dtype."""
   names = 'batch', 'length', 'act_mlp'
-  if platform() != 'gpu' or any(size % shards(name) for size, name in zip(gate_BTF.shape, names)):
+  if platform() != 'gpu' or part(gate_BTF.shape, names) is None:
     return jax.nn.silu(gate_BTF) * up_BTF
   axes = spec(*names)
   return per_device(_swiglu, (axes, axes), axes)(gate_BTF, up_BTF)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from betarank.model.attention import angles, rotate
 from betarank.model.kernels import norm_triton
-from betarank.model.sharding import per_device, platform, shards, spec
+from betarank.model.sharding import part, per_device, platform, shards, spec
 
 STREAM = 'batch', 'length', 'act_embed'
 HEADS = 'batch', 'length', 'act_heads', None
@@ -64,10 +64,9 @@ def _has_kernel(x: jax.Array, names: tuple[str | None, ...]) -> bool:
 
   It isn't used for decoding (T = 1), where it is 1 to 2 % slower than XLA's fusions.
   """
-  parts = [1 if name is None else shards(name) for name in names]
-  divides = all(size % part == 0 for size, part in zip(x.shape, parts, strict=True))
-  return (platform() == 'gpu' and x.shape[1] > 1 and divides
-          and norm_triton.fits(x.size // math.prod(parts), x.shape[-1]))
+  shape = part(x.shape, names)
+  return (platform() == 'gpu' and x.shape[1] > 1 and shape is not None
+          and norm_triton.fits(math.prod(shape), x.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -141,6 +141,16 @@ def shards(axis: str) -> int:
   return math.prod(sizes.get(name, 1) for name in ((dim,) if isinstance(dim, str) else dim or ()))
 
 
+def part(shape: tuple[int, ...], names: tuple[str | None, ...]) -> tuple[int, ...] | None:
+  """Returns the shape of a device's part of an array whose dimensions have these logical names. The name None means not
+  sharded. Returns None if the current mesh can't split the array into equal parts.
+  """
+  ways = [shards(name) if name else 1 for name in names]
+  if any(size % n for size, n in zip(shape, ways, strict=True)):
+    return None
+  return tuple(size // n for size, n in zip(shape, ways))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains the sharding of an activation to RULES. If there is no current mesh (`jax.set_mesh`), returns x
   unchanged.
