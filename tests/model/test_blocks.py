@@ -75,28 +75,38 @@ def reference(c, params, tokens_T):
   return norm(x_TD, params['norm_D'], c.norm_eps) @ params['head_DV']
 
 
-@pytest.mark.parametrize('name', BLOCKS)
-def test_logits_are_those_of_a_plain_implementation(name):
+def case(name):
+  """Returns (config, parameters, (tokens, positions, segments), a function that compares hidden states with reference
+  logits from a position on).
+  """
   c = BLOCKS[name]
   params = random_params(c)
-  assert sum(model.parameter_counts(c).values()) == sum(x.size for x in jax.tree.leaves(params))
   tokens_T = np.random.default_rng(1).integers(0, 64, T)
   want_TV = reference(c, params, tokens_T)
   row = [jnp.asarray(x, jnp.int32)[None] for x in (tokens_T, POSITIONS_T, np.ones(T))]
-  close = lambda hidden_BTD, start=0: np.testing.assert_allclose(
+  return c, params, row, lambda hidden_BTD, start=0: np.testing.assert_allclose(
     hidden_BTD[0] @ params['head_DV'], want_TV[start:], rtol=0, atol=2e-5 * np.abs(want_TV).max())
+
+
+@pytest.mark.parametrize('name', BLOCKS)
+def test_logits_are_those_of_a_plain_implementation(name):
+  c, params, row, close = case(name)
+  assert sum(model.parameter_counts(c).values()) == sum(x.size for x in jax.tree.leaves(params))
   forward = jax.jit(model.forward, static_argnums=0)
   close(forward(c, params, *row)[0])
-  if name != 'qwen2':  # tests/model/test_transformer.py tests decoding and meshes with Qwen3's block
+  if name != 'qwen2':  # tests/model/test_transformer.py tests decoding with Qwen3's block
     return
   cache = model.empty_cache(c, 1, T - 1, 1, 4)
   _, cache = forward(c, params, *(x[:, :-1] for x in row), cache)
   close(forward(c, params, *(x[:, -1:] for x in row), cache)[0], T - 1)
 
+
+def test_biases_on_a_mesh():  # tests/model/test_transformer.py tests meshes with Qwen3's block
+  c, params, row, close = case('qwen2')
   mesh = model.make_mesh(model.MeshConfig(1, 2, 1, 2, 2))
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, model.shardings(mesh, model.abstract(c)[2]))
-    close(forward(c, placed, *(jnp.concatenate([x] * 2) for x in row))[0])
+    close(jax.jit(model.forward, static_argnums=0)(c, placed, *(jnp.concatenate([x] * 2) for x in row))[0])
 
 
 def test_a_factor_of_rope_below_one_is_refused():
