@@ -5,6 +5,7 @@ undisturbed one, or with one line and a documented status; the same command must
 installed.
 """
 
+import collections
 import contextlib
 import importlib.util
 import json
@@ -44,7 +45,7 @@ READERS = {
   'data verify': ('data', 'verify', _TINY),
 }
 _COPIES = {'rl': 'trained', 'eval': 'train', 'probe': 'train', **dict.fromkeys(READERS, 'train')}
-_ready = threading.Lock()
+_undisturbed_runs = collections.defaultdict(threading.Lock)  # one lock per command
 
 
 class Store:
@@ -104,8 +105,11 @@ def launch(c: Campaign, place: pathlib.Path, store: Store, command: str, **optio
 
 
 def undisturbed(c: Campaign, command: str) -> pathlib.Path:
-  """Returns the folder of gs://bucket/run after the command, which is run once for all trials."""
-  with _ready if command == 'train' else contextlib.nullcontext():
+  """Returns the folder of gs://bucket/run after the command, which is run once for all trials.
+
+  Other trials wait for the run: two runs in its folder would write the same files and kill each other's processes.
+  """
+  with _undisturbed_runs[command]:
     return _undisturbed(c, command)
 
 

@@ -24,6 +24,7 @@ from tests.soak.scale import Delay
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PATIENCE_S = 900.0  # for a run that takes seconds, or a minute with many processes, on an idle machine
 SUMS = 'reasoning:chain_sum?max_terms=2&max_digits=1'
+_killed: dict[int, pathlib.Path] = {}  # by `kill_all`: process id -> folder of its trial
 
 
 class Missed(Exception):
@@ -160,7 +161,13 @@ class Campaign:
 
   @staticmethod
   def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Waits until a process ends. Returns (exit status, output, errors)."""
+    """Waits until a process ends. Returns (exit status, output, errors).
+
+    The errors say so if `kill_all` killed the process.
+
+    Raises:
+      AssertionError: the process didn't end within PATIENCE_S, and was killed.
+    """
     if process.stdout.closed:
       return process.returncode, '', ''  # waited for before
     try:
@@ -168,7 +175,10 @@ class Campaign:
     except subprocess.TimeoutExpired:
       process.kill()
       out, err = process.communicate()
-      raise AssertionError(f'did not end: {err[-300:]}') from None
+      raise AssertionError(f'killed by the campaign, because it did not end within {PATIENCE_S:g} s: '
+                           f'{err[-300:]}') from None
+    if process.returncode == -signal.SIGKILL and process.pid in _killed:
+      err += f'killed by the campaign, as all processes of {_killed[process.pid]}'
     return process.returncode, out, err
 
   def finish_well(self, *processes: subprocess.Popen) -> list[str]:
@@ -295,4 +305,5 @@ def kill_all(place: pathlib.Path) -> None:
   """Kills the processes of a trial that are still running."""
   for pid in processes(place):
     with contextlib.suppress(ProcessLookupError):
+      _killed[pid] = place
       os.kill(pid, signal.SIGKILL)

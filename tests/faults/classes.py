@@ -461,7 +461,7 @@ def _filled(c: Campaign, kind: Kind, workdir: pathlib.Path, make_room, **options
 
 def read_only(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   """Makes the workdir of a run read-only in the middle of the run, with chattr +i, which also holds for root."""
-  kind = c.kinds['train' if 'rl' not in c.ready else rng.choice(['train', 'train', 'rl'])]
+  kind = c.kinds[rng.choice(['train', 'train', 'rl'])]
   workdir = c.workdir(kind, place)
   running = c.launch(kind, workdir)
   step = rng.randint(1, kind.steps - 2)
@@ -617,7 +617,7 @@ def launched_twice(c: Campaign, place: pathlib.Path, rng: random.Random) -> str:
   """Starts the same run a second time in the same workdir. The second run must end with an error, without effect on the
   first.
   """
-  kind = c.kinds[rng.choice([name for name in ('train', 'rl', 'sweep', 'eval') if name in c.ready])]
+  kind = c.kinds[rng.choice(['train', 'rl', 'sweep', 'eval'])]
   workdir = c.workdir(kind, place)
   first = c.launch(kind, workdir)
   names = {'eval': 'eval/.lock-sample', 'sweep': '.sweep.lock'}
@@ -665,13 +665,13 @@ CLASSES = {
   **{f'Ctrl-C in {name}': (interrupted(name), name, 100) for name in ('data', 'train', 'rl', 'eval', 'probe', 'sweep')},
   'Ctrl-C in commands that only read': (interrupted(*READERS), ' '.join(READERS), 200),
   'full disk': (full_disk, 'train', 50),
-  'read-only workdir': (read_only, 'train', 50),
+  'read-only workdir': (read_only, 'train rl', 50),
   'damaged checkpoint': (damaged_checkpoint, 'train pair', 100),
   'damaged parent': (damaged_parent, 'rl', 50),
   'damaged data': (damaged_data, 'train', 50),
   'clock jumps': (jumping_clock, 'train', 25),
   'hung data source': (hung_source, 'train', 25),
   'dead verifier pool': (dead_verifiers, 'workers', 25),
-  'two launches': (launched_twice, 'train', 25),
+  'two launches': (launched_twice, 'train rl eval sweep', 25),
   **buckets.CLASSES,
 }
