@@ -60,7 +60,7 @@ class _Preparation:
     self.job = Job(name, config, str(self.where / 'partial'))
 
   def finished(self) -> dict[str, Any] | None:
-    """Returns the manifest if the source is prepared, else None.
+    """Returns the manifest if the source is prepared, else None. Deletes pieces that a killed run has left behind.
 
     Raises:
       DataError: the source was prepared with other settings or from other files, or the prepared data is damaged.
@@ -70,6 +70,8 @@ class _Preparation:
       prepared.check_settings(self.where, manifest['settings'], self.wanted)
       prepared.check_input(self.where, manifest, self._listing_now())
       prepared.check_files(self.where, manifest)
+      if (partial := self.where / 'partial').exists():  # the run was killed after it had written the manifest
+        partial.rmtree()
     return manifest
 
   def _listing_now(self) -> dict[str, Any]:

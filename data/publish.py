@@ -3,13 +3,12 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from betarank.configs.files import atomic_writer, write_atomically
+from betarank.configs.files import write_atomically
 from betarank.data import prepared, records, sources, storage
 from betarank.data.config import DataError
 from betarank.data.tokenizer import Tokenizer
@@ -92,22 +91,14 @@ def _write_lengths(path: epath.Path, stages: list[epath.Path], counts: list[dict
   counts: for each shard, what its marker records, such as the number of documents and the longest length.
   """
   dtype = np.dtype('<u2' if max(count['longest'] for count in counts) < 2**16 else '<u4')
-  content, size = hashlib.sha256(), 0
-
-  def parts() -> Iterator[bytes]:
-    header = io.BytesIO()
-    about = {'descr': dtype.str, 'fortran_order': False, 'shape': (sum(count['documents'] for count in counts),)}
-    np.lib.format.write_array_header_1_0(header, about)
-    yield header.getvalue()
-    for lengths_N in storage.several(_read_lengths, stages, path):
-      yield lengths_N.astype(dtype).tobytes()
-
-  with atomic_writer(path) as file:
-    for part in parts():
-      file.write(part)
-      content.update(part)
-      size += len(part)
-  return {'lengths_size': size, 'lengths_sha256': content.hexdigest()}
+  file = io.BytesIO()  # the reader keeps all lengths in memory too
+  about = {'descr': dtype.str, 'fortran_order': False, 'shape': (sum(count['documents'] for count in counts),)}
+  np.lib.format.write_array_header_1_0(file, about)
+  for lengths_N in storage.several(_read_lengths, stages, path):
+    file.write(lengths_N.astype(dtype).tobytes())
+  content = file.getbuffer()
+  write_atomically(path, content)
+  return {'lengths_size': len(content), 'lengths_sha256': hashlib.sha256(content).hexdigest()}
 
 
 def _read_lengths(stage: epath.Path) -> np.ndarray:

@@ -3,12 +3,17 @@
 This holds on a disk and in a bucket.
 """
 
+import fcntl
 import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from etils import epath
 
-from betarank.configs.files import atomic_writer, write_atomically
+from betarank.configs.files import write_atomically
 from tests.bucket import Bucket
 
 
@@ -25,13 +30,29 @@ def test_content_is_written_and_replaced_in_a_new_folder(folder):
   assert path.read_bytes() == b'\x00\r\n' and [p.name for p in path.parent.iterdir()] == ['x.json']
 
 
-def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(folder):
-  path = folder / 'x'
+def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch):
+  path = tmp_path / 'x'
   write_atomically(path, 'old')
-  with pytest.raises(KeyError), atomic_writer(path) as file:
-    file.write(b'half of the n')
-    raise KeyError
-  assert path.read_text() == 'old' and [p.name for p in folder.iterdir()] == ['x']
+  monkeypatch.setattr(os, 'fsync', lambda _: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    write_atomically(path, 'half of the new')
+  assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['x']
+
+
+KILLED = """
+import os, signal, sys
+from betarank.configs.files import write_atomically
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(sys.argv[1], 'content that is longer')
+"""
+
+
+def test_the_temporary_file_of_a_killed_writer_is_used_by_the_next(tmp_path):
+  path = tmp_path / 'x'
+  assert subprocess.run([sys.executable, '-c', KILLED, path]).returncode == -signal.SIGKILL
+  assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
+  write_atomically(path, 'new')
+  assert path.read_text() == 'new' and [p.name for p in tmp_path.iterdir()] == ['x']
 
 
 def test_content_is_flushed_before_it_replaces_the_old_file_and_the_folder_after(tmp_path, monkeypatch):
@@ -50,18 +71,49 @@ def test_content_is_flushed_before_it_replaces_the_old_file_and_the_folder_after
   assert (before, after) == ('old', 'new content')
 
 
-def test_two_writers_at_once_both_write_a_whole_file(folder):
-  path = folder / 'x'
-  with atomic_writer(path) as first:
-    first.write(b'first, ')
-    with atomic_writer(path) as second:
-      second.write(b'second')
+def test_two_writers_at_once_both_write_a_whole_file(tmp_path, monkeypatch):
+  path, fsync, second = tmp_path / 'x', os.fsync, threading.Thread(target=lambda: write_atomically(path, 'second'))
+
+  def write_second(descriptor):
+    monkeypatch.setattr(os, 'fsync', fsync)
+    second.start()
+    second.join()
     assert path.read_text() == 'second'
-    first.write(b'which ends last')
-  assert path.read_text() == 'first, which ends last' and [p.name for p in folder.iterdir()] == ['x']
+
+  monkeypatch.setattr(os, 'fsync', write_second)
+  write_atomically(path, 'first, which ends last')
+  assert path.read_text() == 'first, which ends last' and [p.name for p in tmp_path.iterdir()] == ['x']
 
 
-def test_in_a_bucket_small_content_is_one_upload(tmp_path):
+def test_a_temporary_file_that_another_writer_renames_meanwhile_is_not_written_to(tmp_path, monkeypatch):
+  path, flock, fsync, seen = tmp_path / 'x', fcntl.flock, os.fsync, []
+
+  def write_first(*args):  # after this writer has opened the file, and before it has locked it
+    monkeypatch.setattr(fcntl, 'flock', flock)
+    write_atomically(path, 'first')
+    monkeypatch.setattr(os, 'fsync', lambda file: (seen.append(path.read_text()), fsync(file)))
+    flock(*args)
+
+  monkeypatch.setattr(fcntl, 'flock', write_first)
+  write_atomically(path, 'second')
+  assert seen == ['first', 'second'] and [p.name for p in tmp_path.iterdir()] == ['x']
+
+
+def test_ctrl_c_after_the_rename_leaves_the_temporary_file_of_another_writer(tmp_path, monkeypatch):
+  path, others, replace = tmp_path / 'x', tmp_path / '.x.0.tmp', os.replace
+
+  def interrupted(*args):
+    replace(*args)
+    others.write_text('of another writer')
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, 'replace', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    write_atomically(path, 'new')
+  assert path.read_text() == 'new' and others.read_text() == 'of another writer'
+
+
+def test_in_a_bucket_a_file_is_one_upload(tmp_path):
   """Nothing is left if the process is killed, and no name is asked for or renamed."""
   (tmp_path / 'bucket').mkdir()
   with Bucket(tmp_path) as bucket:

@@ -3,12 +3,14 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import fsspec
 import numpy as np
 import pytest
 from etils import epath
@@ -516,6 +518,31 @@ def test_a_shard_that_a_killed_run_renames_at_the_last_moment_is_there(tmp_path,
   with pytest.raises(DataError, match='vanished'):
     publish._rename(stage, final)
 
+
+def test_in_a_bucket_no_file_has_a_temporary_name(config, bucket, monkeypatch):
+  """The last request of a killed run can't leave one behind."""
+  written, of = [], type(fsspec.filesystem('gs'))
+
+  def record(self, path, mode='rb', **kwargs):
+    written.extend([path] * ('w' in mode))
+    return open_(self, path, mode, **kwargs)
+
+  open_ = of._open
+  monkeypatch.setattr(of, '_open', record)
+  c = dataclasses.replace(only(config), dir=str(bucket / 'data'), tokenizer=str(config.tokenizer_path))
+  prepare_source(c, 'a', workers=1)
+  assert len(written) > 6 and all(re.fullmatch(r'[a-z][\w.-]*', path.rpartition('/')[2]) for path in written), written
+
+
+def test_killed_while_it_deletes_the_pieces(config, tmp_path, monkeypatch):
+  whole, killed = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'killed'))
+  prepare_source(whole, 'a', workers=1)
+  with monkeypatch.context() as patch:
+    patch.setattr(type(prepared.folder(killed, 'a')), 'rmtree', lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      prepare_source(killed, 'a', workers=1)
+  prepare_source(killed, 'a', workers=1)
+  assert not (prepared.folder(killed, 'a') / 'partial').exists() and contents(whole.dir) == contents(killed.dir)
 
 
 def test_stopped_in_the_last_step_and_started_again(config, tmp_path, monkeypatch):
