@@ -25,7 +25,7 @@ from betarank.configs import buckets
 from betarank.configs.files import write_atomically
 from betarank.data import prepared, sources, storage
 from betarank.data.config import DataConfig, DataError
-from betarank.data.publish import empty_split, number_of_documents, publish
+from betarank.data.publish import delete_pieces, empty_split, number_of_documents, publish
 from betarank.data.tokenizer import read_tokenizer
 from betarank.data.worker import Job, Marker, Worker
 
@@ -70,8 +70,7 @@ class _Preparation:
       prepared.check_settings(self.where, manifest['settings'], self.wanted)
       prepared.check_input(self.where, manifest, self._listing_now())
       prepared.check_files(self.where, manifest)
-      if (partial := self.where / 'partial').exists():  # the run was killed after it had written the manifest
-        partial.rmtree()
+      delete_pieces(self.where)  # there are some if a run was killed after it had written the manifest
     return manifest
 
   def _listing_now(self) -> dict[str, Any]:

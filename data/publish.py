@@ -1,5 +1,6 @@
 """Turns the shards of a prepared source into a data set: the last step of data/prepare.py."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -25,6 +26,12 @@ def empty_split(markers: list[Marker]) -> str:
                if not any(marker['splits'][split]['documents'] for marker in markers)), '')
 
 
+def delete_pieces(where: epath.Path) -> None:
+  """Deletes the pieces of which the data set in folder `where` was made. Another process may delete them too."""
+  with contextlib.suppress(FileNotFoundError):
+    (where / 'partial').rmtree()
+
+
 def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict[str, Any]) -> dict[str, Any]:
   """Turns the shards of a source into a data set, and returns the set's manifest.
 
@@ -40,7 +47,7 @@ def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict
   where = prepared.folder(config, name)
   needed = prepared.SPLITS if config.validation_fraction else ('train',)
   if (empty := empty_split(markers)) in needed:
-    (where / 'partial').rmtree()
+    delete_pieces(where)
     raise DataError(f'the {empty} split is empty ({number_of_documents(markers)} documents, data.validation_fraction='
                     f'{config.validation_fraction}); give more text, or change the fraction')
   splits, content = {}, hashlib.sha256()
@@ -68,7 +75,7 @@ def publish(job: Job, tokenizer: Tokenizer, markers: list[Marker], listing: dict
               'token_dtype': records.token_dtype(config.vocab_size).name, 'bos': tokenizer.bos,
               'eos': tokenizer.eos, 'fingerprint': content.hexdigest()}
   write_atomically(where / 'manifest.json', (json.dumps(manifest, indent=2) + '\n').encode())
-  (where / 'partial').rmtree()
+  delete_pieces(where)
   return manifest
 
 

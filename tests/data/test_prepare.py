@@ -545,6 +545,14 @@ def test_killed_while_it_deletes_the_pieces(config, tmp_path, monkeypatch):
   assert not (prepared.folder(killed, 'a') / 'partial').exists() and contents(whole.dir) == contents(killed.dir)
 
 
+def test_another_process_deletes_the_pieces_too(config, monkeypatch):
+  path = type(prepared.folder(config, 'a'))
+  rmtree = path.rmtree
+  monkeypatch.setattr(path, 'rmtree', lambda folder: (rmtree(folder), rmtree(folder)))
+  prepare_source(only(config), 'a', workers=1)
+  assert not (prepared.folder(config, 'a') / 'partial').exists()
+
+
 def test_stopped_in_the_last_step_and_started_again(config, tmp_path, monkeypatch):
   whole, stopped = only(config), dataclasses.replace(only(config), dir=str(tmp_path / 'stopped'))
   prepare_source(whole, 'a', workers=1)
