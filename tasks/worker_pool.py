@@ -67,6 +67,7 @@ class _Worker:
   """A process that reads requests and writes replies, one JSON line each.
 
   busy: the index of the request that the process works on, or None.
+  first: the index of the request that this process must get before any other, or None.
   """
 
   def __init__(self, kind: str, c: VerifierConfig):
@@ -77,7 +78,7 @@ class _Worker:
       [sys.executable, '-P', '-B', str(_WORKER), kind, str(c.memory_mb), str(math.ceil(2 * c.deadline_s))],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
       env={**environment, 'PYTHONPATH': _import_path(), 'OPENBLAS_NUM_THREADS': '1'})
-    self.kind, self.busy, self.ready = kind, None, False
+    self.kind, self.busy, self.first, self.ready = kind, None, None, False
     self._token = ''
     self.deadline = time.monotonic() + _START_S
     self._buffer = b''
@@ -205,26 +206,26 @@ class WorkerPool:
         while None in replies:
           for key in list(selector.get_map().values()):
             worker = key.data
-            if worker.ready and worker.busy is None and pending[worker.kind]:
+            if worker.ready and worker.busy is None and (worker.first is not None or pending[worker.kind]):
               if worker.process.poll() is not None:  # it was killed from outside between two calls
-                self._replace(selector, worker, replies, 'crashes', pending)
+                self._replace(selector, worker, replies, 'crashes')
                 continue
-              i = pending[worker.kind].popleft()
+              i = pending[worker.kind].popleft() if worker.first is None else worker.first
+              worker.first = None
               worker.send(i, requests[i], self._c.deadline_s)
-          self._wait(selector, replies, pending)
+          self._wait(selector, replies)
     except BaseException:  # no worker may continue with an item of a call that has ended
       self.close()
       raise
     return replies
 
-  def _wait(self, selector: selectors.BaseSelector, replies: list, pending: dict[str, collections.deque]) -> None:
+  def _wait(self, selector: selectors.BaseSelector, replies: list) -> None:
     """Waits for replies and receives them, at most until the first deadline of a worker.
 
     Replaces workers that have ended or have passed their deadline.
 
     selector: the selector of all workers of this call.
     replies: a list with the reply to each request, or None. New replies are stored in it.
-    pending: {kind of worker: the indices of requests that no worker has yet}.
     """
     workers = [key.data for key in selector.get_map().values()]
     working = [worker for worker in workers if worker.busy is not None or not worker.ready]
@@ -234,7 +235,7 @@ class WorkerPool:
       if worker in heard:
         message = worker.read()
         if message is None:
-          self._replace(selector, worker, replies, 'crashes', pending)
+          self._replace(selector, worker, replies, 'crashes')
         elif 'ready' in message:
           worker.ready, self._failed_starts = True, 0
         elif 'error' in message:
@@ -242,21 +243,20 @@ class WorkerPool:
         elif message:
           replies[worker.busy], worker.busy = message, None
       elif time.monotonic() > worker.deadline and not worker.extend():
-        self._replace(selector, worker, replies, 'timeouts', pending)
+        self._replace(selector, worker, replies, 'timeouts')
 
-  def _replace(self, selector, worker: _Worker, replies: list, why: str,
-               pending: dict[str, collections.deque]) -> None:
+  def _replace(self, selector, worker: _Worker, replies: list, why: str) -> None:
     selector.unregister(worker.process.stdout)
-    killed = False
+    killed, first = False, worker.first
     if why == 'crashes':
       with contextlib.suppress(subprocess.TimeoutExpired):
         killed = worker.process.wait(1.0) == -signal.SIGKILL  # its status before we kill it
     status = worker.kill()
     if worker.busy is not None and killed and worker.busy not in self._asked_again:
       # It was killed by the system, for lack of memory, or by a person. The item may not be the cause, so it is tried
-      # once more.
+      # once more. A new worker gets it, because the others may have been killed at the same time.
       self._asked_again.add(worker.busy)
-      pending[worker.kind].appendleft(worker.busy)
+      first = worker.busy
     elif worker.busy is not None:
       replies[worker.busy] = 'refused' if status == REFUSED else why
       self.counts[replies[worker.busy]] += 1
@@ -268,4 +268,5 @@ class WorkerPool:
     self.counts['restarts'] += 1
     workers = self._workers[worker.kind]
     workers[workers.index(worker)] = new = _Worker(worker.kind, self._c)
+    new.first = first
     selector.register(new.process.stdout, selectors.EVENT_READ, new)

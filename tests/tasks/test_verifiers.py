@@ -115,6 +115,33 @@ def test_an_item_whose_worker_is_killed_from_outside_is_asked_about_once_more():
     assert verifier.counts['restarts'] == 2
 
 
+def test_a_new_worker_is_asked_if_all_are_killed_at_once(monkeypatch):
+  """The idle ones too, and then the first new one, before it is asked."""
+  with Verifier(VerifierConfig(workers=2, deadline_s=30.0)) as verifier:
+    while len(workers(verifier)) < 2 or not all(worker.ready for worker in workers(verifier)):
+      verifier.verify([(text, task('x+1')) for text in answers('x+2', 'x+3')])
+    old, started, send, read = workers(verifier), [], worker_pool._Worker.send, worker_pool._Worker.read
+
+    def sent_too_late(worker, *args):
+      if worker in old:
+        worker.process.kill()
+      send(worker, *args)
+
+    def killed_at_its_start(worker):
+      message = read(worker)
+      if message and 'ready' in message:
+        started.append(worker)
+        if len(started) == 1:
+          worker.process.kill()
+          worker.process.wait()
+      return message
+
+    monkeypatch.setattr(worker_pool._Worker, 'send', sent_too_late)
+    monkeypatch.setattr(worker_pool._Worker, 'read', killed_at_its_start)
+    assert verifier.verify([(answers('1+x')[0], task('x+1'))]) == [RIGHT]
+    assert verifier.counts['crashes'] == 0 and len(started) == verifier.counts['restarts'] == 2
+
+
 def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
   script = tmp_path / 'worker.py'
   monkeypatch.setattr(worker_pool, '_WORKER', script)
