@@ -3,13 +3,10 @@
 data, runtime, eval and launch all need this module, so it is in configs, which every package may import.
 """
 
-import contextlib
 import errno
-import fcntl
-import itertools
 import os
 import pathlib
-from typing import IO
+import uuid
 
 from etils import epath
 
@@ -18,11 +15,12 @@ def write_atomically(path: str | os.PathLike, content: str | bytes | memoryview)
   """Writes `content` to the file `path`. If this fails, `path` stays as it was. Text is encoded as UTF-8.
 
   `path` is local or in a bucket; its folder is created if needed. In a bucket, readers see an object only when its
-  upload is complete. A local file is first written to a temporary file in the same folder. It is flushed to the disk
-  before it replaces the old file, and its folder afterwards. If `path` is a symbolic link, the link itself is replaced.
+  upload is complete. A local file is first written to a temporary file in the same folder, `.NAME.RANDOM.tmp`. It is
+  flushed to the disk before it replaces the old file, and its folder afterwards. If `path` is a symbolic link, the link
+  itself is replaced.
 
-  Several processes may write the same local file at once. They can't mix their content: the later one replaces the file
-  of the earlier one. A killed process leaves its temporary file, which is used when the same file is written again.
+  Several processes may write the same file at once. They can't mix their content: the later one replaces the file of
+  the earlier one. The temporary file remains only if the process is killed.
   """
   content = content.encode() if isinstance(content, str) else content
   if '://' in str(path):
@@ -30,40 +28,16 @@ def write_atomically(path: str | os.PathLike, content: str | bytes | memoryview)
     return
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with _temporary(path) as file:
-    try:
+  temporary = path.parent / f'.{path.name}.{uuid.uuid4().hex[:12]}.tmp'
+  try:
+    with temporary.open('wb') as file:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())
-      os.replace(file.name, path)
-    except BaseException:
-      if _has_its_name(file):  # not if Ctrl-C arrives after the file was renamed; another writer may use the name then
-        os.unlink(file.name)
-      raise
-  flush(path.parent)
-
-
-def _temporary(path: pathlib.Path) -> IO[bytes]:
-  """Opens the first of the files .NAME.0.tmp, .NAME.1.tmp, ... that no other writer has open. Locks and empties it.
-
-  The lock ends when the file is closed, and when the process is killed.
-  """
-  for number in itertools.count():
-    file = open(path.parent / f'.{path.name}.{number}.tmp', 'ab')  # noqa: SIM115 (closed by the caller)
-    with contextlib.suppress(BlockingIOError):  # another writer has it
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      if _has_its_name(file):  # else another writer has renamed or deleted it before it was locked here
-        file.truncate(0)
-        return file
-    file.close()
-
-
-def _has_its_name(file: IO[bytes]) -> bool:
-  """Returns False if an open file has been renamed or deleted. Its name may belong to another file then."""
-  try:
-    return os.path.samestat(os.fstat(file.fileno()), os.lstat(file.name))
-  except FileNotFoundError:
-    return False
+    temporary.replace(path)
+    flush(path.parent)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def flush(path: str | os.PathLike) -> None:

@@ -3,11 +3,7 @@
 This holds on a disk and in a bucket.
 """
 
-import fcntl
 import os
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -39,22 +35,6 @@ def test_a_writer_that_fails_leaves_the_old_content_and_nothing_else(tmp_path, m
   assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['x']
 
 
-KILLED = """
-import os, signal, sys
-from betarank.configs.files import write_atomically
-os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-write_atomically(sys.argv[1], 'content that is longer')
-"""
-
-
-def test_the_temporary_file_of_a_killed_writer_is_used_by_the_next(tmp_path):
-  path = tmp_path / 'x'
-  assert subprocess.run([sys.executable, '-c', KILLED, path]).returncode == -signal.SIGKILL
-  assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
-  write_atomically(path, 'new')
-  assert path.read_text() == 'new' and [p.name for p in tmp_path.iterdir()] == ['x']
-
-
 def test_content_is_flushed_before_it_replaces_the_old_file_and_the_folder_after(tmp_path, monkeypatch):
   path = tmp_path / 'x'
   write_atomically(path, 'old')
@@ -83,34 +63,6 @@ def test_two_writers_at_once_both_write_a_whole_file(tmp_path, monkeypatch):
   monkeypatch.setattr(os, 'fsync', write_second)
   write_atomically(path, 'first, which ends last')
   assert path.read_text() == 'first, which ends last' and [p.name for p in tmp_path.iterdir()] == ['x']
-
-
-def test_a_temporary_file_that_another_writer_renames_meanwhile_is_not_written_to(tmp_path, monkeypatch):
-  path, flock, fsync, seen = tmp_path / 'x', fcntl.flock, os.fsync, []
-
-  def write_first(*args):  # after this writer has opened the file, and before it has locked it
-    monkeypatch.setattr(fcntl, 'flock', flock)
-    write_atomically(path, 'first')
-    monkeypatch.setattr(os, 'fsync', lambda file: (seen.append(path.read_text()), fsync(file)))
-    flock(*args)
-
-  monkeypatch.setattr(fcntl, 'flock', write_first)
-  write_atomically(path, 'second')
-  assert seen == ['first', 'second'] and [p.name for p in tmp_path.iterdir()] == ['x']
-
-
-def test_ctrl_c_after_the_rename_leaves_the_temporary_file_of_another_writer(tmp_path, monkeypatch):
-  path, others, replace = tmp_path / 'x', tmp_path / '.x.0.tmp', os.replace
-
-  def interrupted(*args):
-    replace(*args)
-    others.write_text('of another writer')
-    raise KeyboardInterrupt
-
-  monkeypatch.setattr(os, 'replace', interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    write_atomically(path, 'new')
-  assert path.read_text() == 'new' and others.read_text() == 'of another writer'
 
 
 def test_in_a_bucket_a_file_is_one_upload(tmp_path):
