@@ -104,19 +104,20 @@ def test_how_a_run_is_executed_makes_no_arm(tmp_path):
 
 
 def test_arms_have_the_names_that_sweep_json_gives_them(tmp_path):
-  points = {}
+  folder, points = tmp_path / 'sweeps' / 'one', {}
   for beta in (0.0, -0.25):
     for seed in (0, 1):
       name = f'beta={beta},seed={seed}'
-      train, rl = tmp_path / name / 'train', tmp_path / name / 'rl'
+      train, rl = folder / name / 'train', folder / name / 'rl'
       sweep.run(train, objective={'beta': beta}, seed=seed, steps=4, entropy=1.0)
       sweep.run(rl, objective={}, seed=seed, steps=2, entropy=1.0, init_from=train / 'checkpoints' / '4')
       points |= {f'{name}/train': {'stage': 'train'}, f'{name}/rl': {'stage': 'rl'}}
-  sweep.write(tmp_path / 'sweep.json', json.dumps({'points': points}))
-  found = arms.read_sweep(tmp_path)
+  sweep.write(folder / 'sweep.json', json.dumps({'points': points}))
+  found = arms.read_sweep(folder)
   assert found.arms == ['beta=0.0', 'beta=-0.25']  # plain cross-entropy first, by its config and not by its name
   assert {(run.arm, run.stage) for run in found.runs} == {
     (arm, stage) for arm in found.arms for stage in ('pre-training', 'pre-training → RL')}
   assert set(found.baselines.values()) == {'beta=0.0'} and not found.notes
-  above = arms.read_sweep(tmp_path.parent)  # a folder with several sweeps
-  assert {'beta=0.0', 'beta=-0.25'} <= set(above.arms)
+  sweep.make(folder.parent / 'another', arms=sweep.ARMS[:2], seeds=1)
+  above = arms.read_sweep(folder.parent)  # a folder with several sweeps
+  assert {'beta=0.0', 'beta=-0.25'} < set(above.arms)
