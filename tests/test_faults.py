@@ -17,7 +17,7 @@ def root(tmp_path_factory):
 @pytest.mark.parametrize('name', CLASSES)
 def test_two_points_of_every_class(name, root):
   lines = []
-  counts, notes = run(seed=1, points=2, only=[name], parallel=2, root=root, say=lines.append, processes=4)
+  counts, notes = run(seed=1, points=2, names=[name], parallel=2, root=root, say=lines.append, processes=4)
   for counted, count in counts.items():
     whole = '\n'.join([counted, *map(str, notes[counted]), *lines])  # pytest shortens all but strings
     assert count['survived'] == count['tried'] > 0, whole

@@ -48,9 +48,11 @@ def attempt(campaign, name, number, seed):
   return None, ['missed']
 
 
-def run(seed, points, only, parallel, root, say=print, minutes=float('inf'), processes=8):
-  """Runs a campaign. Returns ({class: Counter of the points tried and survived}, {class: Counter of what was hit})."""
-  names = [name for name in CLASSES if not only or any(word in name for word in only)]
+def run(seed, points, names, parallel, root, say=print, minutes=float('inf'), processes=8):
+  """Runs a campaign. Returns ({class: Counter of the points tried and survived}, {class: Counter of what was hit}).
+
+  names: the names of the classes.
+  """
   c = Campaign(root, processes)
   began = time.monotonic()
   c.prepare({kind for name in names for kind in CLASSES[name][1].split()})
@@ -94,8 +96,10 @@ def main():
   root = pathlib.Path(args.keep or tempfile.mkdtemp(prefix='faults-')).resolve()
   root.mkdir(parents=True, exist_ok=True)
   began = time.monotonic()
-  counts, notes = run(args.seed, args.points, [w for w in args.only.split(',') if w], args.parallel, root,
-                      lambda line: print(line, flush=True), args.minutes, args.processes)
+  words = [word for word in args.only.split(',') if word]
+  names = [name for name in CLASSES if not words or any(word in name for word in words)]
+  counts, notes = run(args.seed, args.points, names, args.parallel, root, lambda line: print(line, flush=True),
+                      args.minutes, args.processes)
   width = max(map(len, counts)) + 2
   print(f'\n{"fault class":{width}} tried | survived | where')
   for name, count in counts.items():
