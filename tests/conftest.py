@@ -12,9 +12,10 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
 
 import pytest
+
+from tests.xla_flags import QUICK
 
 # Runs are killed, resumed and compared, each time with the same programs: these are compiled once for all workers and
 # commands. Workers have the variables from the process that starts them.
@@ -34,13 +35,10 @@ os.environ['PYTHONPATH'] = os.pathsep.join(
 if os.environ.get('TEST_ON') != 'gpu':  # benchmarks/gpu.py: the numeric tests on a card
   os.environ['JAX_PLATFORMS'] = 'cpu'
   flags = ['--xla_force_host_platform_device_count=8']
-  # XLA's passes stay as they are, but LLVM doesn't optimize what they yield: that takes half of a compilation. With
-  # TEST_OPTIMIZED (`make test-all`) everything is compiled as users compile it.
+  # With TEST_OPTIMIZED (`make test-all`), programs are compiled as users compile them, except in modules that use
+  # `quick_commands`.
   if not os.environ.get('TEST_OPTIMIZED'):
-    flags.append('--xla_backend_optimization_level=0')
-    # The emitter of fusions before the current one needs less than half of its time. Later XLA doesn't have it.
-    if version('jaxlib').startswith('0.10.'):
-      flags.append('--xla_cpu_use_fusion_emitters=false')
+    flags += QUICK
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 
 
@@ -52,6 +50,18 @@ def release_programs():
     jax.clear_caches()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # gives the freed memory back to the system
+
+
+@pytest.fixture(scope='module')
+def quick_commands():
+  """Lets commands compile quickly, also in `make test-all`.
+
+  It is for modules that start the same run again and again to see what processes do, not what they compute.
+  """
+  from tests import runs  # brings JAX
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(runs, 'XLA_FLAGS', QUICK)
+    yield
 
 
 @pytest.fixture(scope='session')

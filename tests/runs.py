@@ -20,12 +20,13 @@ SECRET = 'hunter2-is-the-password'
 # jaxlib 0.10.1 may write a line on standard error for each program that it reads from the compilation cache
 # (jax-ml/jax issue 38445; see runtime/program_cache.py). Commands whose output is checked then run without the cache.
 CACHE = {} if jax.__version_info__ >= (0, 10, 2) else {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+XLA_FLAGS: list[str] = []  # further flags of commands; see the fixture `quick_commands`
 
 
 def environment(devices=1):
   """Returns the environment variables of a command that has `devices` CPU devices."""
-  flags = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={devices}'  # the last one counts
-  return {**os.environ, **CACHE, 'XLA_FLAGS': flags, 'SECRET_TOKEN': SECRET}
+  flags = [os.environ.get('XLA_FLAGS', ''), *XLA_FLAGS, f'--xla_force_host_platform_device_count={devices}']
+  return {**os.environ, **CACHE, 'XLA_FLAGS': ' '.join(flags), 'SECRET_TOKEN': SECRET}  # the last flags count
 
 
 def free_port():

@@ -27,6 +27,8 @@ from tests.runs import (
 
 STEPS = 12
 
+pytestmark = pytest.mark.usefixtures('quick_commands')
+
 
 def start(data_dir, workdir, processes, *extra, **how):
   """Starts the tiny run as a job of `processes` processes, and returns them."""
