@@ -2,16 +2,23 @@
 
 import pytest
 
+from tests import runs
 from tests.faults.__main__ import run
 from tests.faults.classes import CLASSES
+from tests.xla_flags import QUICK_AND_FAST
 
 pytestmark = pytest.mark.slow  # the undisturbed runs alone take half a minute
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs."""
-  return tmp_path_factory.mktemp('faults')
+  """Returns the folder of all campaigns, which share their inputs, undisturbed runs and compiled programs.
+
+  Commands compile quickly, also in `make test-all`: what is tested is what processes do, not what they compute.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(runs, 'XLA_FLAGS', QUICK_AND_FAST)
+    yield tmp_path_factory.mktemp('faults')
 
 
 @pytest.mark.parametrize('name', CLASSES)
