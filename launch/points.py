@@ -29,7 +29,7 @@ from betarank.configs.sections import section
 from betarank.data import DataConfig, DataError
 from betarank.eval.config import EvalConfig
 from betarank.rl.config import rl_run
-from betarank.runtime import workdir
+from betarank.runtime import checkpoint, workdir
 from betarank.train.config import run_config
 
 # -P prevents Python from importing modules of the current folder, which may contain anything.
@@ -64,9 +64,8 @@ class Point:
   arguments: tuple[str, ...]
 
   def step(self) -> int:
-    """Returns the step of the point's newest checkpoint; 0 if there is none."""
-    folder = epath.Path(self.workdir) / 'checkpoints'
-    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
+    """Returns the step of the point's newest complete checkpoint; 0 if there is none."""
+    return max(checkpoint.steps(epath.Path(self.workdir) / 'checkpoints'), default=0)
 
   def finished(self) -> bool | None:
     """Returns whether the point's result exists and is complete.

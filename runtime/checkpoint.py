@@ -298,15 +298,21 @@ def shapes_of(tree: Any) -> dict[str, list]:
 
 def steps(folder: epath.Path) -> list[int]:
   """Returns the steps of the complete checkpoints in a folder, in ascending order."""
-  complete = lambda path: path.name.isdigit() and ('://' not in str(path) or (path / COMMITTED).exists())
-  return sorted(int(p.name) for p in folder.iterdir() if complete(p)) if folder.exists() else []
+  if not folder.exists():
+    return []
+  return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _is_committed(path))
+
+
+def _is_committed(path: epath.Path) -> bool:
+  """Returns True if Orbax has completed the checkpoint at `path`. On a disk, only a complete one has this name."""
+  return '://' not in str(path) or (path / COMMITTED).exists()
 
 
 def find(path: str) -> epath.Path:
   """Returns the path of the checkpoint at `path`, or of the newest checkpoint if `path` is a workdir.
 
   Raises:
-    CheckpointError: there is no checkpoint at `path`.
+    CheckpointError: there is no checkpoint at `path`, or it is incomplete.
   """
   root = epath.Path(path)
   try:
@@ -316,8 +322,13 @@ def find(path: str) -> epath.Path:
 
 
 def _find(root: epath.Path) -> epath.Path:
-  if ((root / 'meta').exists() and (root / 'state').exists()) or (root / integrity.NAME).exists():
+  if (root / integrity.NAME).exists():  # written after all other files, which `check` compares with it
     return root
+  if all((root / item).exists() for item in integrity.ITEMS):
+    if _is_committed(root):
+      return root
+    raise CheckpointError(f'{root}: incomplete, because its save was interrupted (neither {integrity.NAME} nor '
+                          f'{COMMITTED} is there)')
   folder = root / 'checkpoints' if (root / 'checkpoints').exists() else root
   if not (found := steps(folder)):
     beside = root.parent.iterdir() if root.parent.exists() else []

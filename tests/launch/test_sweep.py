@@ -372,6 +372,17 @@ def flaky(tmp_path, errors, command):
   return made, made.status[point.name]
 
 
+def test_an_incomplete_last_checkpoint_in_a_bucket_does_not_finish_a_point(bucket):
+  """The points after it would start from the checkpoint before."""
+  point = Point('a/train', 'train', '', (), {}, 12, str(bucket / 'a/train'), ())
+  for step in (8, 12):
+    (bucket / f'a/train/checkpoints/{step}').mkdir(parents=True)
+  (bucket / 'a/train/checkpoints/8' / checkpoint.COMMITTED).touch()
+  assert point.step() == 8 and not point.finished()
+  (bucket / 'a/train/checkpoints/12' / checkpoint.COMMITTED).touch()
+  assert point.step() == 12 and point.finished()
+
+
 def test_a_bucket_that_fails_for_a_while_is_read_again(tmp_path, monkeypatch):
   monkeypatch.setattr(sweep_module, 'READ_AGAIN_S', 0.0)
   made, status = flaky(tmp_path, [OSError('HTTP 503')] * 3, ['true'])

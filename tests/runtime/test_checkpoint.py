@@ -181,6 +181,18 @@ def test_find_takes_a_workdir_its_checkpoints_or_one_of_them(saved):
     checkpoint.find(str(workdir) + 'x')
 
 
+def test_a_checkpoint_in_a_bucket_whose_save_was_interrupted_is_none(bucket):
+  folder = bucket / 'run/checkpoints'
+  for name in ('8/state/x', '8/meta/metadata', '8/commit_success.txt', '12/state/x', '12/meta/metadata'):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text('')
+  assert checkpoint.find(str(bucket / 'run')) == checkpoint.find(str(folder / '8')) == folder / '8'
+  with pytest.raises(CheckpointError, match='checkpoints/12: incomplete, because its save was interrupted'):
+    checkpoint.find(str(folder / '12'))
+  (folder / '12/manifest.json').write_text('{}')  # it lists the files, which are compared with it before use
+  assert checkpoint.find(str(folder / '12')) == folder / '12'
+
+
 def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
   mesh = mesh_of((1, 1, 1, 1, 1))
   state = create_state(C, TX, mesh, seed=0)
