@@ -102,11 +102,12 @@ class _Preparation:
 
     A unit is a numbered part of the source, and is written in pieces. A marker is the JSON file that completes a piece.
     """
-    names = sorted(name for name in storage.open_folder(job.folder).sizes()
-                   if name.startswith('unit-') and name.endswith('.json'))
+    names = [name for name in storage.open_folder(job.folder).sizes()
+             if name.startswith('unit-') and name.endswith('.json')]
     read = lambda name: json.loads((epath.Path(job.folder) / name).read_text())
     found: dict[int, list[Marker]] = {}
-    for marker in storage.several(read, names, job.folder):
+    # Sorted by number: as text, the name of piece 1000 comes before that of piece 101.
+    for marker in sorted(storage.several(read, names, job.folder), key=lambda m: (m['unit'], m['piece'])):
       pieces = found.setdefault(marker['unit'], [])
       if marker['piece'] == len(pieces):
         pieces.append(marker)

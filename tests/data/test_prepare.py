@@ -364,6 +364,18 @@ def test_a_packed_file_resumes_after_its_last_whole_piece(config, corpus, tmp_pa
   assert len(tokenized) == 400 - sum(piece._documents for piece in closed)
 
 
+def test_pieces_are_ordered_by_their_numbers_and_not_by_their_names(config, corpus, tmp_path, monkeypatch):
+  """The names have three digits, so piece 1000 comes before piece 101. Without zeros, 10 comes before 2."""
+  (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress((corpus / 'a.jsonl').read_bytes()))
+  c = only(config, uri=f'jsonl:{tmp_path}/a.jsonl.gz')
+  monkeypatch.setattr(worker, 'PIECE_BYTES', 2000)
+  manifest = prepare_source(c, 'a', workers=1)
+  assert len(manifest['splits']['train']['shards']) > 10
+  bare = lambda job, unit, piece: epath.Path(job.folder) / f'unit-{unit}-{piece}.json'
+  monkeypatch.setattr(worker.Job, 'marker', bare)
+  assert prepare_source(dataclasses.replace(c, dir=str(tmp_path / 'bare')), 'a', workers=1) == manifest
+
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_asked_to_stop_it_ends_after_a_piece_and_resumes(workers, config, tmp_path, monkeypatch):
   """With two workers, the patched PIECE_BYTES has no effect in the workers, so each unit is one piece there."""
