@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
-from betarank.configs.steps import budget_steps
+from betarank.configs.steps import planned_steps
 from betarank.configs.stop import StopSignal
 from betarank.data import prepared
 from betarank.objectives import ObjectiveConfig
@@ -125,30 +125,42 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
 
 
 def check_budget(run: RunConfig, root: epath.Path, meta: dict[str, Any]) -> None:
-  """Raises ConfigError if the run in the workdir `root` can't continue with the token budget of this config.
+  """Raises ConfigError if the run that this one continues can't continue with the token budget of this config.
 
-  This happens in two cases:
+  This run continues the run in the workdir `root`. If the workdir has no checkpoint, it continues the run of
+  `train.init_from` if `train.init_what` is 'all', else none. It can't do so in three cases:
 
-  - The run has already done more steps than the budget allows.
+  - The run has already done more steps than the budget allows. In a new workdir, at least one step must be left,
+    because otherwise nothing would be saved there.
   - The budget is larger than before, but the learning rate has already begun to decay. The larger budget would raise
     the learning rate again.
+  - The run is one of `betarank rl`.
 
-  meta: the metadata of the newest checkpoint whose metadata isn't damaged.
+  meta: the metadata of the newest checkpoint of the continued run whose metadata isn't damaged.
   """
-  steps = checkpoint.steps(root / 'checkpoints')
-  if not steps:
+  if steps := checkpoint.steps(root / 'checkpoints'):
+    what, folder, most, way = root, root / 'checkpoints', run.steps, 'choose another workdir, or at least'
+  elif run.train.init_from and run.train.init_what == 'all':
+    what = checkpoint.find(run.train.init_from)
+    if 'rl' in meta['config']:
+      raise ConfigError(f'config.train.init_what=all continues a run of betarank train, but {what} is of betarank rl; '
+                        'choose config.train.init_what=weights')
+    folder, most, way = what.parent, run.steps - 1, 'choose config.train.init_what=weights, or more than'
+    steps = checkpoint.steps(folder) if what.name.isdigit() else []
+  else:
     return
   reached, before = meta['step'], meta['config']['train']['tokens']
-  if reached > run.steps:
-    raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {root} has reached step '
-                      f'{reached}; choose another workdir, or at least {reached * run.tokens_per_step} tokens')
-  decays = decay_start(run.optimizer, budget_steps(before, run.tokens_per_step))
-  if run.train.tokens > before and reached > decays:
+  if reached > most:
+    raise ConfigError(f'config.train.tokens: {run.train.tokens} make {run.steps} steps, but {what} has reached step '
+                      f'{reached}; {way} {reached * run.tokens_per_step} tokens')
+  planned = planned_steps(meta['config'])
+  decays = decay_start(run.optimizer, planned)
+  if run.steps > planned and reached > decays:
     kept = [step for step in steps if step <= decays]
     way = (f'start from the checkpoint before the decay in another workdir: --config.train.init_from='
-           f'{root}/checkpoints/{kept[-1]} --config.train.init_what=all' if kept else
+           f'{folder}/{kept[-1]} --config.train.init_what=all' if kept else
            'no checkpoint from before the decay was kept (config.checkpoint.keep_every_steps keeps some for good)')
-    raise ConfigError(f'config.train.tokens: {root} has been lowering its learning rate since step {decays}, by its '
+    raise ConfigError(f'config.train.tokens: {what} has been lowering its learning rate since step {decays}, by its '
                       f'budget of {before} tokens, and a larger budget would raise it again; {way}')
 
 

@@ -57,16 +57,25 @@ def folder(tmp_path, *steps):
   return epath.Path(tmp_path)
 
 
-def checked(root, tokens, before, **optimizer):
+def checked(root, tokens, before, parent='', step=0, batch_size=8, config=None, **optimizer):
   """Checks a new token budget of a run that was started with the budget `before`.
 
   A step has 256 tokens, and the learning rate decays in the last quarter of the steps.
+
+  Args:
+    parent: the checkpoint that a run in an empty workdir takes everything from.
+    step: the step of the parent; the newest in the workdir if it is 0.
+    batch_size: the rows of each step of the new run, of 32 tokens each.
+    config: more of the config in the metadata.
+    optimizer: changed settings of the optimizer.
   """
   run = run_config(load.load('tests/tiny.py:dir=/d', {
-    'train.tokens': str(tokens), 'optimizer.decay_fraction': '0.25',
+    'train.tokens': str(tokens), 'train.batch_size': str(batch_size), 'train.init_from': str(parent),
+    'train.init_what': 'all', 'optimizer.decay_fraction': '0.25',
     **{f'optimizer.{name}': value for name, value in optimizer.items()}}))
-  newest = max(checkpoint.steps(root / 'checkpoints'), default=0)
-  check_budget(run, root, {'step': newest, 'config': {'train': {'tokens': before}}})
+  newest = step or max(checkpoint.steps(root / 'checkpoints'), default=0)
+  meta = {'train': {'tokens': before, 'batch_size': 8}, 'data': {'sequence_length': 32}, **(config or {})}
+  check_budget(run, root, {'step': newest, 'config': meta})
 
 
 def test_a_budget_may_grow_until_the_decay_begins(tmp_path):
@@ -88,3 +97,34 @@ def test_a_budget_that_would_raise_a_decayed_rate_again_is_refused(tmp_path):
 def test_a_budget_below_the_step_reached_is_refused(tmp_path):
   with pytest.raises(ConfigError, match='1024 make 4 steps, but .* has reached step 12'):
     checked(folder(tmp_path, 12), 4 * 256, before=12 * 256)
+
+
+@pytest.fixture
+def parent(tmp_path):
+  """Returns the newest checkpoint of a run with checkpoints of the steps 8 and 12."""
+  for step in (8, 12):
+    for item in ('state', 'meta'):
+      (folder(tmp_path / 'parent', step) / 'checkpoints' / str(step) / item).mkdir()
+  return epath.Path(tmp_path) / 'parent/checkpoints/12'
+
+
+@pytest.mark.parametrize('steps', [4, 12])
+def test_a_new_run_that_takes_all_of_a_checkpoint_needs_a_step_to_do(parent, tmp_path, steps):
+  """Otherwise it would save nothing, and report success."""
+  message = rf'{steps * 256} make {steps} steps, but .*/parent/checkpoints/12 has reached step 12; .* than 3072 tokens'
+  for named in (parent, parent.parent.parent):
+    with pytest.raises(ConfigError, match=message):
+      checked(epath.Path(tmp_path / 'new'), steps * 256, before=12 * 256, parent=named, step=12)
+
+
+def test_a_new_run_that_takes_all_of_a_checkpoint_does_not_raise_its_decayed_rate(parent, tmp_path):
+  new = epath.Path(tmp_path / 'new')
+  with pytest.raises(ConfigError, match='12 has been lowering its learning rate since step 9.*parent/checkpoints/8 --'):
+    checked(new, 20 * 256, before=12 * 256, parent=parent, step=12)
+  checked(new, 20 * 256, before=12 * 256, parent=parent.parent / '8', step=8)
+  checked(new, 20 * 512, before=12 * 256, parent=parent.parent / '8', step=8, batch_size=16)
+
+
+def test_what_rl_has_saved_is_not_continued_by_pre_training(parent, tmp_path):
+  with pytest.raises(ConfigError, match='init_what=all continues a run of betarank train, but .*12 is of betarank rl'):
+    checked(epath.Path(tmp_path / 'new'), 20 * 256, before=12 * 256, parent=parent, step=12, config={'rl': {}})
