@@ -102,10 +102,19 @@ def read(spec: str) -> ConfigDict:
 
 
 def _finish(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+  apply(config, overrides)
+  return config.lock()
+
+
+def apply(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+  """Applies overrides to a config in place, and replaces `~` at the start of its paths by the home folder.
+
+  Raises:
+    ConfigError: an override can't be applied, or a path looks like a misspelt bucket.
+  """
   for key, value in overrides.items():
     override(config, key, value)
   _check_places(config)
-  return config.lock()
 
 
 def _check_places(config: ConfigDict, prefix: str = 'config.') -> None:

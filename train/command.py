@@ -14,6 +14,8 @@ from betarank.configs.parser import Parser
 from betarank.configs.stop import importing
 from betarank.runtime.flags import add_run_flags
 
+_DECIDE = ('train.init_from', 'data.dir', 'data.tokenizer')  # the settings that decide what is taken from a checkpoint
+
 
 def main(argv: Sequence[str]) -> None:
   parser = Parser('betarank train', __doc__)
@@ -35,7 +37,8 @@ def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> Config
   from the checkpoint, unless the config names a tokenizer or the data folder has one.
   """
   config = load.read_stage(args.config, 'train')
-  source = overrides.get('train.init_from', config.get('train', {}).get('init_from'))
+  load.apply(config, {key: overrides[key] for key in _DECIDE if key in overrides})
+  source = config.get('train', {}).get('init_from')
   if source:
     with importing('starting JAX'):
       from betarank.train import setup
@@ -43,6 +46,7 @@ def _configure(args: argparse.Namespace, overrides: Mapping[str, str]) -> Config
 
     trained = setup.parent_meta(epath.Path(args.workdir), source)
     inherit_model(config, trained, overrides)
-    if not config.data.tokenizer and not (epath.Path(config.data.dir) / 'tokenizer.model').exists():
-      config.data.tokenizer = setup.trained_tokenizer(trained)
+    own = config.get('data', {})
+    if 'dir' in own and not own.get('tokenizer') and not (epath.Path(own.dir) / 'tokenizer.model').exists():
+      own.tokenizer = setup.trained_tokenizer(trained)
   return config

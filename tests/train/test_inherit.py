@@ -6,6 +6,10 @@ import pytest
 
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError
+from betarank.configs.parser import Parser
+from betarank.rl import command as rl_command
+from betarank.runtime.flags import add_run_flags
+from betarank.train import command, setup
 from betarank.train.inherit import inherit_model
 
 
@@ -33,3 +37,52 @@ def test_a_config_without_a_model_gets_it_whole(trained):
 def test_an_override_that_contradicts_is_refused(trained, key, text):
   with pytest.raises(ConfigError, match=rf'config\.{key} is .* in the checkpoint to start from'):
     inherit_model(common.base(), trained, {key: text})
+
+
+@pytest.fixture
+def resolved(trained, tmp_path, monkeypatch):
+  """Returns a function (arguments) -> the config of `betarank train` in the folder `tmp_path`, which is also the home
+  folder. The run `parent` has a tokenizer of its own, and the data folder `has` has one too, but not the folder `none`.
+  """
+  (tmp_path / 'has').mkdir()
+  (tmp_path / 'has/tokenizer.model').touch()
+  monkeypatch.setenv('HOME', str(tmp_path))
+  meta = {str(tmp_path / 'parent'): {**trained, 'tokenizer': 'of the parent'}}
+  monkeypatch.setattr(setup, 'parent_meta', lambda root, source: meta[source])
+
+  def read(*arguments):
+    parser = Parser('betarank train')
+    add_run_flags(parser)
+    return load.from_command_line(
+      parser, [f'--workdir={tmp_path}/new', *arguments], configure=command._configure)[0]
+
+  return read
+
+
+@pytest.mark.parametrize('given, tokenizer', [
+  ((':dir={}/has',), ''),
+  ((':dir={}/none',), 'of the parent'),
+  ((':dir={}/none', '--config.data.dir={}/has'), ''),
+  ((':dir={}/has', '--config.data.dir={}/none'), 'of the parent'),
+  ((':dir={}/none', '--config.data.dir=~/has'), ''),
+  ((':dir={}/none', '--config.data.tokenizer={}/mine'), '{}/mine'),
+])
+def test_the_tokenizer_is_taken_if_the_data_folder_that_counts_has_none(resolved, tmp_path, given, tokenizer):
+  config, *overrides = (text.format(tmp_path) for text in given)
+  for parent in (f'{tmp_path}/parent', '~/parent'):
+    found = resolved(f'--config=tests/tiny.py{config}', *overrides, f'--config.train.init_from={parent}')
+    assert found.data.tokenizer == tokenizer.format(tmp_path)
+
+
+def test_a_config_without_data_is_left_to_its_checks(resolved, tmp_path):
+  (tmp_path / 'x.py').write_text('from tests import tiny\n\n\ndef get_config(arg=None):\n'
+                                 '  c = tiny.get_config(arg)\n  del c.data\n  return c\n')
+  assert 'data' not in resolved(f'--config={tmp_path}/x.py', '--config.train.init_from=~/parent')
+
+
+def test_rl_starts_from_a_run_in_the_home_folder(resolved, tmp_path):
+  flags = Parser('betarank rl')
+  add_run_flags(flags)
+  args = flags.parse_args([f'--workdir={tmp_path}/rl'])
+  args.source, args.task, args.config = None, None, 'tests/tiny_rl.py'
+  assert rl_command._configure(args, {'train.init_from': '~/parent'}).train.init_from == f'{tmp_path}/parent'
