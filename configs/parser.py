@@ -122,6 +122,27 @@ def unopened_place(text: str) -> str:
   return at_home(text)
 
 
+def run_place(text: str) -> str:
+  """Returns what `place` returns, for a folder that a run saves checkpoints to.
+
+  Raises:
+    argparse.ArgumentTypeError: `place` refuses the path, or it is in another store than gs://.
+  """
+  if problem := not_for_runs(text):
+    raise argparse.ArgumentTypeError(problem)
+  return place(text)
+
+
+def not_for_runs(path: str) -> str:
+  """Returns an error message if no run can save its checkpoints in the folder `path`; '' otherwise.
+
+  Of all stores, Orbax knows only in gs:// which checkpoints are complete.
+  """
+  if '://' not in path or path.startswith('gs://') or not_a_place(path):
+    return ''
+  return f'{path}: a run can\'t be saved there, only on a disk or in gs://'
+
+
 def install_hint(path: str) -> str:
   """Returns the pip command that installs what fsspec needs to read a URI such as `path` (gs://, s3://, ...).
 

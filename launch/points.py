@@ -25,6 +25,7 @@ from betarank import data
 from betarank.configs import common, load
 from betarank.configs.errors import ConfigError, suggestion
 from betarank.configs.load import to_json
+from betarank.configs.parser import not_for_runs
 from betarank.configs.sections import section
 from betarank.data import DataConfig, DataError
 from betarank.eval.config import EvalConfig
@@ -91,8 +92,11 @@ def expand(spec: str, root: str, only: Sequence[str] = ()) -> list[Point]:
     patterns, all points are returned.
 
   Raises:
-    ConfigError: a name occurs twice, a needed point doesn't exist, or a config can't be run.
+    ConfigError: a name occurs twice, a needed point doesn't exist, a config can't be run, or no run can be saved in the
+      folder.
   """
+  if problem := not_for_runs(root):
+    raise ConfigError(f'--root: {problem}')
   module, arg = load.module(spec)
   if not hasattr(module, 'sweep'):
     raise ConfigError(f'--config={spec}: has no sweep(add)')

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from betarank.configs import load, settings
 from betarank.configs.errors import ConfigError
-from betarank.configs.parser import Parser, place
+from betarank.configs.parser import Parser, not_for_runs, place
 from betarank.configs.stop import importing
 from betarank.runtime.flags import add_run_flags
 
@@ -64,6 +64,8 @@ def _configure(args: argparse.Namespace, overrides: dict[str, str]) -> ConfigDic
     run = checkpoint.find(source)
     run = run.parent.parent if run.parent.name == 'checkpoints' else run
     args.workdir = f'{str(run).rstrip("/")}-rl'
+    if problem := not_for_runs(args.workdir):
+      raise ConfigError(f'betarank rl: --workdir: {problem}')
   trained = setup.parent_meta(epath.Path(args.workdir), source)
   inherit_model(config, trained, overrides)
   if not args.config:  # the default is to hold problems out, if the documents of the pre-training left them out

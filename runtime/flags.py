@@ -2,7 +2,7 @@
 
 import argparse
 
-from betarank.configs.parser import place
+from betarank.configs.parser import run_place
 
 
 def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) -> None:
@@ -10,8 +10,8 @@ def add_run_flags(parser: argparse.ArgumentParser, workdir_needed: bool = True) 
 
   workdir_needed: whether --workdir must be given.
   """
-  parser.add_argument('--workdir', required=workdir_needed, type=place,
-                      help='where checkpoints, logs and the resolved config go'
+  parser.add_argument('--workdir', required=workdir_needed, type=run_place,
+                      help='where checkpoints, logs and the resolved config go; local or gs://'
                       + ('' if workdir_needed else '; default: RUN-rl, beside RUN'))
   parser.add_argument('--fallback', action='store_true',
                       help='if the newest checkpoint is damaged, move it aside and resume from the newest good one')
