@@ -15,6 +15,7 @@ import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 
+from betarank.configs.files import flush
 from betarank.data import storage
 from betarank.data.config import DataError
 
@@ -73,7 +74,9 @@ def _copy(source: storage.Folder, name: str, size: int, here: pathlib.Path) -> N
     with open(partial, 'wb') as file:
       for piece in storage.read_pieces(source, name, size):
         file.write(piece)
+    flush(partial)  # before it gets its name, because from then on only its size is checked
     partial.replace(here / name)
+    flush(here)
   except BaseException:
     partial.unlink(missing_ok=True)
     raise

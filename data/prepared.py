@@ -228,15 +228,16 @@ class Documents:
     if counts is None:  # no split is ever empty, so the data was prepared without this one
       raise DataError(f'{where}: there is no {split} split; prepare again with another data.validation_fraction')
     self._folder = storage.open_folder(where)
+    self._repair = f'copy it again, or delete the folder and run {_COMMAND}'
     if config.cache_dir and storage.is_remote(where):
       self._folder = cache.local_copy(self._folder, _files(self.manifest, split), config.cache_dir, self.fingerprint,
                                       int(config.cache_gb * 1e9))
-    self.lengths = _read_lengths(self._folder, where, split, counts)
+      self._repair = f'delete {self._folder.path}, a copy of {where}, to have it copied again'
+    self.lengths = _read_lengths(self._folder, split, counts, self._repair)
     about = self.manifest.get('record', {})
     self.masked: bool = bool(about.get('masked'))
     self._form = records.Form(records.token_dtype(self.manifest['settings']['vocab_size']), self.masked,
                               about.get('checksum') == 'crc32')
-    self._where = where
     self._names = [shard['file'] for shard in counts['shards']]
     self._hashes = [shard.get('sha256') for shard in counts['shards']]  # None: prepared by an older version
     self._starts = [0, *itertools.accumulate(shard['documents'] for shard in counts['shards'])]
@@ -286,16 +287,15 @@ class Documents:
       raise self._damaged(shard, 'its records are not what was written')
 
   def _damaged(self, shard: int, reason: str) -> DataError:
-    return DataError(f'{self._where / self._names[shard]}: damaged ({reason}); copy it again, or delete the folder and '
-                     f'run {_COMMAND}')
+    return DataError(f'{self._folder.path}/{self._names[shard]}: damaged ({reason}); {self._repair}')
 
 
-def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: dict[str, Any]) -> np.ndarray:
+def _read_lengths(where: storage.Folder, split: str, counts: dict[str, Any], repair: str) -> np.ndarray:
   """Returns the number of tokens of each document of a split, uint16 or uint32.
 
   where: the folder to read from. It may be a local copy of the data.
-  path: the path of the data itself, for error messages.
   counts: the split's entry in the manifest.
+  repair: what to do if the file is damaged, for the message.
 
   Raises:
     DataError: the file can't be read, or its content has changed since it was written.
@@ -308,10 +308,9 @@ def _read_lengths(where: storage.Folder, path: epath.Path, split: str, counts: d
   except (ValueError, SyntaxError, tokenize.TokenError) as error:  # the last two: NumPy raises them for a bad header
     if isinstance(error, DataError):
       raise
-    raise DataError(f'{path}/{name}: damaged ({str(error)[:200]}); copy it again, or delete the folder and run '
-                    f'{_COMMAND}') from None
+    raise DataError(f'{where.path}/{name}: damaged ({str(error)[:200]}); {repair}') from None
   if counts.get('lengths_sha256') not in (None, content.hexdigest()):  # None: written by an older version
-    raise DataError(f'{path}/{name}: damaged (sha256 differs); copy it again, or delete the folder and run {_COMMAND}')
+    raise DataError(f'{where.path}/{name}: damaged (sha256 differs); {repair}')
   return lengths_N
 
 

@@ -35,7 +35,13 @@ _Wait = Callable[[], bytes]
 
 
 class Folder(Protocol):
-  """A folder whose files can be read by range."""
+  """A folder whose files can be read by range.
+
+  Attributes:
+    path: the path of the folder.
+  """
+
+  path: Any
 
   def sizes(self) -> dict[str, int]:
     """Lists the folder, and returns {file: size in bytes}. Raises DataError if the folder can't be read."""

@@ -186,6 +186,36 @@ def test_half_a_copy_never_blocks_a_start(prepared_config, there, bucket, tmp_pa
   assert not list(place.glob('*.partial'))
 
 
+def test_a_copy_is_flushed_before_it_counts_as_whole(there, tmp_path, monkeypatch):
+  """Only its size is checked later, which a power failure may keep without the content."""
+  flushed, fsync = {}, os.fsync
+
+  def record(descriptor):
+    flushed[os.readlink(f'/proc/self/fd/{descriptor}')] = os.fstat(descriptor).st_size
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, 'fsync', record)
+  prepared.Documents(dataclasses.replace(there, cache_dir=str(tmp_path / 'cache')), 'a', 'train')
+  [place] = tmp_path.glob('cache/*/')
+  for path in place.glob('*train*'):
+    assert flushed[f'{path}.partial'] == path.stat().st_size
+  assert str(place) in flushed
+
+
+@pytest.mark.parametrize('file', ['lengths-train.npy', 'a-train.array_record-00000-of-00001'])
+def test_damage_in_a_copy_is_not_blamed_on_the_bucket(prepared_config, there, tmp_path, file):
+  cached = dataclasses.replace(there, cache_dir=str(tmp_path / 'cache'))
+  prepared.Documents(cached, 'a', 'train')
+  [path] = tmp_path.glob(f'cache/*/{file}')
+  path.write_bytes(bytes(path.stat().st_size))
+  message = rf'^{path}: damaged \(.*\); delete {path.parent}, a copy of gs://bucket/data/a/1.0.0, to have it copied'
+  with pytest.raises(DataError, match=message):
+    prepared.Documents(cached, 'a', 'train').read([0])
+  shutil.rmtree(path.parent)
+  storage._open_file.cache_clear()  # as in another process
+  equal(prepared.Documents(cached, 'a', 'train').read([0]), prepared.Documents(prepared_config, 'a', 'train').read([0]))
+
+
 def test_a_copier_that_is_killed_leaves_nothing_that_blocks(prepared_config, there, bucket, tmp_path):
   cached = dataclasses.replace(there, cache_dir=str(tmp_path / 'cache'), cache_gb=0.01)
   code = ('from betarank.data import prepared; from betarank.data.config import *; from tests import bucket\n'
