@@ -124,9 +124,15 @@ def _supported(length: int, kv_heads: int, width: int, dtype) -> Iterator[str]:
       yield 'hopper'
     if attention_triton.fits(length, width):
       yield 'triton'
-  if on == 'gpu' and bfloat16 and whole_rows and width % 8 == 0 and width <= 256 and length % 2 == 0:
+  if on == 'gpu' and bfloat16 and whole_rows and width % 8 == 0 and width <= _widest_for_cudnn() and length % 2 == 0:
     yield 'cudnn'
   yield 'plain'
+
+
+def _widest_for_cudnn() -> int:
+  """Returns the largest head width that cuDNN's attention supports on this GPU: 256 on Hopper and later, else 128."""
+  capability = getattr(jax.devices()[0], 'compute_capability', '0.0')  # such as '9.0'; only devices of GPUs have it
+  return 256 if int(capability.split('.')[0]) >= 9 else 128
 
 
 def _plain(segments_BT):

@@ -149,7 +149,8 @@ def project(x_BTX: jax.Array, w_XY: nnx.Param, inner: int = 1) -> jax.Array:
 def swiglu(gate_BTF: jax.Array, up_BTF: jax.Array) -> jax.Array:
   """Returns silu(gate) · up, in their dtype."""
   names = 'batch', 'length', 'act_mlp'
-  if platform() != 'gpu' or part(gate_BTF.shape, names) is None:
+  shape = part(gate_BTF.shape, names)
+  if platform() != 'gpu' or shape is None or not swiglu_triton.fits(math.prod(shape)):
     return jax.nn.silu(gate_BTF) * up_BTF
   axes = spec(*names)
   return per_device(_swiglu, (axes, axes), axes)(gate_BTF, up_BTF)

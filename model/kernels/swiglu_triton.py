@@ -15,6 +15,11 @@ BLOCK = 2048
 WARPS = 8
 
 
+def fits(size: int) -> bool:
+  """Returns whether the kernel supports arrays of `size` elements."""
+  return size < 2**31  # offsets are int32
+
+
 def gradient(gate: jax.Array, up: jax.Array, dout: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
   """Returns (dgate, dup), the gradients of silu(gate) · up, in gate's dtype.
 

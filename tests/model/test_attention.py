@@ -3,6 +3,7 @@ per row.
 """
 
 import contextlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from betarank import model
+from betarank.model import attention
 from betarank.model.attention import rows_attention
 from betarank.model.transformer import remat_policy
 
@@ -89,6 +91,15 @@ def test_triton_equals_plain_for_documents_of_any_length():
   want, got = (output_and_gradients(kernel, *inputs, segments_BT) for kernel in ('plain', 'triton'))
   for a, b in zip(want, got, strict=True):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+@pytest.mark.parametrize('capability, width, want', [('8.0', 128, 'cudnn'), ('8.0', 256, 'plain'),
+                                                     ('9.0', 256, 'cudnn'), ('10.0', 256, 'cudnn')])
+def test_cudnn_is_chosen_only_for_heads_that_it_supports(monkeypatch, capability, width, want):
+  card = types.SimpleNamespace(device_kind='NVIDIA A100', compute_capability=capability)
+  monkeypatch.setattr(attention, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda: [card])
+  assert next(attention._supported(130, 2, width, jnp.bfloat16)) == want  # no kernel of ours supports this length
 
 
 @pytest.mark.skipif(jax.default_backend() != 'gpu', reason='cuDNN needs an NVIDIA GPU')

@@ -61,6 +61,13 @@ def test_swiglu_for_gpus_has_the_gradient_of_the_plain_one(monkeypatch, shape, d
     assert np.linalg.norm(a - b) < error * np.linalg.norm(b)
 
 
+def test_swiglu_for_gpus_has_a_gradient_for_arrays_beyond_the_kernels_offsets(monkeypatch):
+  monkeypatch.setattr(layers, 'platform', lambda: 'gpu')
+  x = jax.ShapeDtypeStruct((1, 2**18, 2**13), jnp.bfloat16)  # 2^31 elements
+  total = lambda gate, up: jnp.sum(layers.swiglu(gate, up).astype(jnp.float32))
+  assert jax.eval_shape(jax.grad(total, (0, 1)), x, x) == (x, x)
+
+
 @pytest.mark.parametrize('shape', [None, (2, 1, 1, 2, 2), (1, 1, 1, 3, 1)],
                          ids=lambda shape: f'mesh{shape}' if shape else 'alone')
 @pytest.mark.parametrize('dtype, error', [('float32', 1e-6), ('bfloat16', 2**-8)])
