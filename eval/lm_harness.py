@@ -53,7 +53,7 @@ from betarank.eval.config import (
 )
 from betarank.model.sharding import constrain
 from betarank.runtime import multihost
-from betarank.train import score
+from betarank.train import score, setup
 from betarank.train.sampler import Prompt, Sampler, SamplerConfig
 
 _SHORTEST = 64  # rows are padded to so many tokens times a power of two, so that few shapes are compiled
@@ -95,7 +95,7 @@ class Betarank(TemplateLM):
         load.override(config, key, str(value))
       run = eval_run(config, subject)
     self._run, self._rank, self._world_size = run, 0, 1
-    self.max_length = max_length or trained_length(subject)
+    self.max_length = max_length or setup.trained_length(subject.meta)
     self.batch_size = int(batch_size or run.eval.probe.batch_size)
     self._tokens = read_tokenizer(run, subject)
     self._mesh = make_mesh(run, 'eval.probe.batch_size', self.batch_size)
@@ -256,18 +256,6 @@ def _check_alike(asked: Any) -> None:
                     'or the versions of lm_eval and datasets, differ between the hosts')
 
 
-def trained_length(subject: CheckpointRef) -> int:
-  """Returns the longest sequence length that the checkpoint was trained with, in tokens.
-
-  This is data.sequence_length or, for RL, the maximum length of a prompt with its answer if that is longer.
-  """
-  config = subject.meta['config']
-  longest = config['data']['sequence_length']
-  if rl := config.get('rl'):
-    longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
-  return longest
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _score(c: model.ModelConfig, params: Any, tokens_BT: jax.Array, live_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (log-probabilities float32 in nats, greedy bool), both [B, T - 1].
@@ -318,7 +306,7 @@ def harness(
   todo = []
   for subject in subjects:
     path = subject.run / 'eval' / 'harness' / folder / f'{subject.step}.json'
-    settings = {**asked, 'max_length': max_length or trained_length(subject)}
+    settings = {**asked, 'max_length': max_length or setup.trained_length(subject.meta)}
     there = path.exists() and not difference(json.loads(path.read_text()), settings, list(settings))
     if multihost.of_first_process(np.array(there)):
       say(f'{path}: is there already')

@@ -63,7 +63,7 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
   meta = checkpoint.read_meta(source)
   config = setup.whole_config(meta)
   c = section(ModelConfig, config['model'], 'model')
-  positions = positions or max(_trained_positions(config), meta.get('positions', 0))
+  positions = positions or max(setup.trained_length(meta), meta.get('positions', 0))
   theirs = hf_config.to_hf(c, positions=positions, dtype=dtype)
   leaves = hf_weights.leaves(c)
   tokenizer_path = tokenizer_path or setup.trained_tokenizer(meta)
@@ -80,14 +80,6 @@ def export(path: str, to: str, dtype: str = 'float32', shard_gb: float = 4.0, to
           _copy(source, leaf, views)
   parameters = sum(parameter_counts(c).values())
   return f'{to}: {parameters:,} parameters as {theirs["architectures"][0]}, {dtype}, from {source}'
-
-
-def _trained_positions(config: dict) -> int:
-  """Returns the length of the longest text that the model was trained on, in tokens."""
-  longest = config['data']['sequence_length']
-  if rl := config.get('rl'):
-    longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
-  return longest
 
 
 def _export_tokenizer(path: str, folder: pathlib.Path, c: ModelConfig) -> dict[str, int]:

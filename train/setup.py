@@ -196,6 +196,21 @@ def whole_config(meta: Mapping[str, Any]) -> dict[str, Any]:
   return config
 
 
+def trained_length(meta: Mapping[str, Any]) -> int:
+  """Returns the longest sequence length that a checkpoint was trained with, in tokens.
+
+  This is data.sequence_length of the pre-training or, after RL, the maximum length of a prompt with its answer if that
+  is longer.
+
+  meta: the metadata of the checkpoint.
+  """
+  config = whole_config(meta)
+  longest = config['data']['sequence_length']
+  if rl := config.get('rl'):
+    longest = max(longest, rl['max_prompt_tokens'] + max(rl['max_new_tokens']))
+  return longest
+
+
 class Beginning(NamedTuple):
   """The state that a run begins with, and its origin.
 

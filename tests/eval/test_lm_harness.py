@@ -1,5 +1,6 @@
 """Tests that the harness gets the same numbers from a checkpoint as from the same weights in Hugging Face's format."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from betarank import model
+from betarank.configs import load
 from betarank.configs.errors import UserError
 from betarank.eval import config as settings
 from betarank.eval import lm_harness
@@ -156,6 +158,20 @@ def test_the_command_writes_what_the_harness_finds(run_dir, folder, capsys):
   assert 'is there already' in capsys.readouterr().out
   with pytest.raises(UserError, match='--tasks=hellaswagg: no such task; did you mean hellaswag.'):
     main([*command[:2], '--tasks=hellaswagg'])
+
+
+def test_a_checkpoint_of_rl_is_evaluated_too(run_dir, folder):
+  """Its own config has no data.sequence_length, and its problems were longer than the rows of the pre-training."""
+  [subject] = settings.find_checkpoints(str(run_dir))
+  pretrained = subject.meta['config']
+  rl = json.loads(load.to_json(load.load('tests/tiny_rl.py:init_from=x')))
+  subject = dataclasses.replace(subject, meta={
+    **subject.meta, 'config': rl, 'inherited': {'data': pretrained['data'], 'objective': pretrained['objective']},
+    'tokenizer': f'{pretrained["data"]["dir"]}/tokenizer.model'})
+  run = settings.eval_run(settings.configure(subject), subject)
+  lm_harness.harness(run, [subject], 'sums', num_fewshot=None, limit=2, include_path=str(folder), max_length=0)
+  found = json.loads((run_dir / 'eval' / 'harness' / 'sums' / '8.json').read_text())
+  assert found['max_length'] == 64 + 32 and 0 <= found['results']['sums']['acc,none'] <= 1
 
 
 def test_processes_that_are_asked_for_other_texts_end_with_one_line(ours, monkeypatch):

@@ -153,3 +153,15 @@ def test_transfers_are_allowed_only_without_compilation():
     _ = x + np.ones(3, np.float32)
   with jax.disable_jit(), setup.no_implicit_transfers():
     _ = x + np.ones(3, np.float32)
+
+
+def test_the_trained_length_of_an_rl_checkpoint_comes_from_its_pre_training_too():
+  """The config of an RL run has no data.sequence_length; its checkpoints inherit that of the pre-training."""
+  meta = lambda config: {'config': config.to_dict(), 'tokenizer': 't'}
+  pretrained = meta(load.load('tests/tiny.py:dir=/d'))
+  assert setup.trained_length(pretrained) == 32
+  lengths = {}
+  for new in (4, 100):
+    rl = load.load('tests/tiny_rl.py:init_from=x', {'rl.max_prompt_tokens': '20', 'rl.max_new_tokens': f'[{new}]'})
+    lengths[new] = setup.trained_length({**meta(rl), 'inherited': {'data': pretrained['config']['data']}})
+  assert lengths == {4: 32, 100: 120}
