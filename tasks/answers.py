@@ -32,22 +32,22 @@ class Question(Protocol):
 def final_answer(text: str, task: Question) -> str | None:
   r"""Returns the final answer in `text`, or None if there is none. task.answer_format says where the answer is:
 
-  line: in the first `task.answer_lines` lines after the first '\nAnswer: '; 0 means all lines. A later '\nAnswer: ' is
-    ignored, because a model that doesn't stop continues with questions and answers of its own.
-  boxed: in the last \boxed{...} with balanced braces. A new question that the model asks itself, and all text after it,
-    is ignored. If the last boxes are separated only by 'and', 'or' or commas, their contents are one answer, joined by
-    commas.
+  line: in the first `task.answer_lines` lines after the first '\nAnswer: '; 0 means all lines.
+  boxed: in the last \boxed{...} with balanced braces. If the last boxes are separated only by 'and', 'or' or commas,
+    their contents are one answer, joined by commas.
   code: from the beginning of the text to the end of the function or to [DONE].
 
-  White space around the answer is removed, except in the format 'code'.
+  Except in the format 'code', a new question that the model asks itself is ignored with all text after it, because a
+  model that doesn't stop continues with questions and answers of its own. White space around the answer is removed.
   """
+  if task.answer_format == 'code':
+    return _program(text, task.entry)
+  text = _up_to_next_question(text, task)
   if task.answer_format == 'line':
     _, mark, rest = text.partition(ANSWER_MARK)
     answer = '\n'.join(rest.split('\n')[:task.answer_lines or None]).strip()
     return answer if mark and answer else None
-  if task.answer_format == 'code':
-    return _program(text, task.entry)
-  return last_boxed(_up_to_next_question(text, task))
+  return last_boxed(text)
 
 
 def last_boxed(text: str) -> str | None:

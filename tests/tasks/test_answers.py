@@ -61,6 +61,15 @@ def test_a_question_of_the_models_own_is_not_answered():
   assert final_answer(text.replace('Question', 'question'), task) == '7'
 
 
+def test_an_answer_on_a_line_to_a_question_of_the_models_own_does_not_count():
+  """If it did, RL could reward a model for asking itself a question with the same answer."""
+  task = dataclasses.replace(LINE, question='What is 2+2?', prompt='Question: What is 2+2?\nSolution:')
+  own = '\n\nQuestion: What is 1+3?\nSolution: It is 4.\nAnswer: 4\n'
+  assert final_answer(f' I do not know.{own}', task) is None
+  assert final_answer(f' It is 4.\nAnswer: 4{own}', task) == '4'
+  assert final_answer(f'\nAnswer: 1 2\n3 4{own}', dataclasses.replace(task, answer_lines=0)) == '1 2\n3 4'
+
+
 def test_programs():
   whole = dataclasses.replace(LINE, answer_format='code')
   assert final_answer('x = 1\n[DONE]\nprint(x)', whole) == 'x = 1'
