@@ -31,9 +31,9 @@ from betarank.data import formats
 from betarank.data.config import DataError
 from betarank.data.reasoning import ANSWER_MARK
 from betarank.eval.config import EvalError, SampleConfig
-from betarank.tasks import code_problems
+from betarank.tasks import code_problems, records
 from betarank.tasks.answers import last_boxed
-from betarank.tasks.task_set import Task, TaskConfig, TaskSet, read_jsonl
+from betarank.tasks.task_set import Task, TaskConfig, TaskSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,24 +196,24 @@ def _examples(c: SampleConfig, entry: Entry, shots: int, task: TaskConfig) -> st
   Raises:
     ConfigError: the benchmark has no examples.
     EvalError: the file of examples is missing, or has fewer than `shots` problems.
-    DataError: the file can't be read, or an example has no worked solution.
+    DataError: the file can't be read, or an example has no final answer or no worked solution.
   """
   if not shots:
     return ''
   if not entry.examples:
     raise ConfigError(f'config.eval.sample.shots must be 0 for {task.uri}, there are no examples for it; got {shots}')
   path = _examples_path(c, entry, shots)
-  tasks = TaskSet(dataclasses.replace(task, uri=f'jsonl:{path}', held_out_fraction=0.0), split='all')
-  if len(tasks) < shots:
-    raise EvalError(f'{path}: holds {len(tasks)} examples, {shots} are wanted')
   texts = []
-  for i, (record, where) in enumerate(itertools.islice(read_jsonl(path), shots)):
-    text = f'{tasks[i].prompt} {_worked(record, where)}'
+  for record, where in itertools.islice(records.read_jsonl(path), shots):
+    problem = records.problem(record, where)
+    text = f'{task.prompt.replace("{question}", problem.question)} {_worked(record, where)}'
     if task.answer_format == 'line':
-      text += f'{ANSWER_MARK}{tasks[i].reference}'
+      text += f'{ANSWER_MARK}{problem.reference}'
     elif last_boxed(text) is None:
-      text += rf' The answer is \boxed{{{tasks[i].reference}}}.'
+      text += rf' The answer is \boxed{{{problem.reference}}}.'
     texts.append(text + '\n\n')
+  if len(texts) < shots:
+    raise EvalError(f'{path}: holds {len(texts)} examples, {shots} are wanted')
   return ''.join(texts)
 
 

@@ -71,6 +71,20 @@ def test_boxed_examples_end_in_one_box(known, settings, tmp_path):
   assert line.tasks[0].prompt.startswith('Question: P\nSolution: It is $1$.\nAnswer: 1\n\nQuestion: ')
 
 
+def test_an_example_never_has_the_solution_of_another_problem(known, settings, tmp_path):
+  """A record without a final answer can't be an example. Without it, questions and solutions used to be shifted."""
+  known('math500', MATH)
+  proof = {'problem': 'Prove it.', 'solution': 'By Peano.', 'answer': ''}
+  write(tmp_path / 'math_train.jsonl', [MATH[0], proof, *MATH[1:]])
+  assert 'Find $1^2$.\nSolution: It is $\\boxed{1}$.' in open_benchmark('math500', settings(shots=1)).tasks[0].prompt
+  with pytest.raises(DataError, match=r"math_train.jsonl:2: no final answer; 'answer' must hold it") as error:
+    open_benchmark('math500', settings(shots=2))
+  assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match='math_train.jsonl: holds 1 examples, 2 are wanted'):
+    write(tmp_path / 'math_train.jsonl', MATH[:1])
+    open_benchmark('math500', settings(shots=2))
+
+
 def test_forms_of_the_other_benchmarks_are_read(known, settings, tmp_path):
   known('olympiadbench', OLYMPIAD)
   known('minerva', [{'problem': 'How wide?', 'solution': r'So \boxed{1.6} cm.', 'type': 't', 'idx': 0}])
