@@ -37,6 +37,7 @@ from betarank.eval.config import (
   CheckpointRef,
   EvalError,
   EvalRun,
+  SampleConfig,
   difference,
   make_mesh,
   read_tokenizer,
@@ -80,6 +81,7 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
   if not (names := [name for name in names.split(',') if name]):
     raise EvalError('--benchmark: name one or more, separated by commas')
   first = jax.process_index() == 0
+  _check_held_out(c, subjects[-1], names)
   tokenizer = read_tokenizer(run, subjects[-1])
   mesh = make_mesh(run, 'eval.sample.decode_batch_size', c.decode_batch_size)
   benchmarks = [open_benchmark(name, c) for name in names]
@@ -103,6 +105,20 @@ def sample(run: EvalRun, subjects: Sequence[CheckpointRef], names: str,
   if first:
     print_table([file for some in files.values() for file in some])
   multihost.wait_for_all('sampled')  # process 0 may judge for longer than JAX would wait for it at the end
+
+
+def _check_held_out(c: SampleConfig, ref: CheckpointRef, names: Sequence[str]) -> None:
+  """Raises ConfigError if generated problems are to be asked that the checkpoint's RL may have trained on.
+
+  c: the settings, whose held_out_fraction selects generated problems. Benchmarks from files don't depend on it.
+  names: the benchmarks.
+  """
+  kept = ref.meta['config'].get('rl', {}).get('task', {}).get('held_out_fraction', 1.0)
+  made = [name for name in names if name.startswith('reasoning:')]
+  if made and c.held_out_fraction > kept:
+    raise ConfigError(f'--benchmark={made[0]}: {ref.run} held out {kept:g} of its RL, so it may have been trained on '
+                      'these problems; config.eval.sample.held_out_fraction must be at most that, got '
+                      f'{c.held_out_fraction:g}')
 
 
 def _prompts(benchmark: Benchmark, tokenizer: Tokenizer) -> list[Prompt]:

@@ -263,9 +263,18 @@ def test_made_up_problems_are_ones_that_rl_never_sees(run_dir):
   asked = open_benchmark('reasoning:chain_sum', c).tasks
   trained = TaskSet(TaskConfig('reasoning:chain_sum', held_out_fraction=c.held_out_fraction))
   assert not {task.id for task in asked} & {trained[i].id for i in range(2000)}
+
+
+def test_only_made_up_problems_need_what_rl_held_out(run_dir, tmp_path):
+  """RL on files holds nothing out by default. Such a run can still be loaded, and asked problems from files."""
+  [subject] = settings.find_checkpoints(str(run_dir))
+  subject = dataclasses.replace(subject, meta={**subject.meta, 'config': {**subject.meta['config'], 'rl': {
+    'task': {'held_out_fraction': 0.01}}}})
   config = settings.configure(subject)
-  config.eval.sample.held_out_fraction = 0.3
-  subject = dataclasses.replace(subject, meta={'config': {**subject.meta['config'], 'rl': {
-    'task': {'held_out_fraction': 0.2}}}})
-  with pytest.raises(settings.UserError, match='held_out_fraction must be at most 0.2'):
-    settings.eval_run(config, subject)
+  config.eval.sample.data_dir = str(tmp_path)
+  run = settings.eval_run(config, subject)  # all commands call it: generate, explore, eval probe, ...
+  with pytest.raises(settings.UserError, match='--benchmark=reasoning:.*: .* held out 0.01 of its RL, .*'
+                     'held_out_fraction must be at most that, got 0.02$'):
+    generate.sample(run, [subject], f'gsm8k,{URI}')
+  with pytest.raises(settings.UserError, match='gsm8k_test.jsonl: no such file'):
+    generate.sample(run, [subject], 'gsm8k')
