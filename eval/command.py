@@ -58,8 +58,11 @@ def main(argv: Sequence[str]) -> None:
     from betarank.runtime import workdir
 
   run = eval_config.eval_run(config, subjects[-1])
-  alone = workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{args.command}')
-  with alone if jax.process_index() == 0 else contextlib.nullcontext():
+  with contextlib.ExitStack() as alone:
+    # `paper` writes the files of the other two.
+    for written in ('harness', 'sample') if args.command == 'paper' else (args.command,):
+      if jax.process_index() == 0:
+        alone.enter_context(workdir.claim(subjects[-1].run / 'eval', '--checkpoint', f'.lock-{written}'))
     try:
       if args.command == 'probe':
         with StopSignal(jax.process_count(), unit='checkpoint') as stop:

@@ -14,8 +14,8 @@ import pytest
 from etils import epath
 
 from betarank.data import read_tokenizer
+from betarank.eval import command, generate
 from betarank.eval import config as settings
-from betarank.eval import generate
 from betarank.eval.benchmarks import open_benchmark
 from betarank.eval.sampling_metrics import collect
 from betarank.runtime import workdir
@@ -213,6 +213,14 @@ def test_two_samplings_of_a_run_are_not_mixed_but_a_probe_may_go_on_beside(run_d
   with workdir.claim(epath.Path(run_dir) / 'eval', lock='.lock-sample'):
     code, _, err = finish(start(run_dir))
   assert code == 2 and err.count('\n') == 1 and 'is at work there; stop it first' in err
+
+
+@pytest.mark.parametrize('other', ['sample', 'harness'])
+def test_the_papers_average_and_a_command_whose_files_it_writes_exclude_each_other(run_dir, monkeypatch, other):
+  monkeypatch.setattr(command, '_harness', lambda *_: pytest.fail('two commands write the same files'))
+  there = workdir.claim(epath.Path(run_dir) / 'eval', lock=f'.lock-{other}')
+  with there, pytest.raises(settings.UserError, match='is at work there; stop it first'):
+    command.main(['paper', f'--checkpoint={run_dir}'])
 
 
 def test_a_sample_is_judged_as_it_is_stored(run_dir):
