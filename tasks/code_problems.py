@@ -39,8 +39,6 @@ def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
   records = list(read_jsonl(pattern))
   if len(records) == _MBPP_SIZE:
     records = [(r, where) for r, where in records if isinstance(r, Mapping) and r.get('task_id') in _MBPP_ASKED]
-  if not records:
-    raise DataError(f'{pattern}: no problems')
   shown, before = set(), ''
   if shots:
     found = {r.get('task_id'): (r, where) for r, where in read_jsonl(examples) if isinstance(r, Mapping)}
@@ -49,7 +47,10 @@ def read(pattern: str, shots: int = 0, examples: str = '') -> list[Task]:
       raise DataError(f'{examples}: holds {len(order)} examples, {shots} are wanted')
     shown = {_number(i) for i in order}
     before = ''.join(_worked(*found[i]) for i in order)
-  return [_task(r, where, before) for r, where in records if _number(_field(r, 'task_id', where)) not in shown]
+  tasks = [_task(r, where, before) for r, where in records if _number(_field(r, 'task_id', where)) not in shown]
+  if not tasks:
+    raise DataError(f'{pattern}: no problems' + (f' but the {shots} worked examples' if records else ''))
+  return tasks
 
 
 def _number(task_id: Any) -> str:

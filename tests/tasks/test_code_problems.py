@@ -80,6 +80,15 @@ def test_mbpp_is_asked_with_its_tests_and_examples(tmp_path, verifier):
   assert verifier.verify([(good, task), ('add = 3', task)]) == [RIGHT, WRONG]
 
 
+def test_a_file_without_problems_to_ask_is_refused(tmp_path):
+  path = write(tmp_path / 'm.jsonl', MBPP[1:4])
+  assert len(code_problems.read(path)) == 3
+  with pytest.raises(DataError, match='m.jsonl: no problems but the 3 worked examples$'):
+    code_problems.read(path, 3, path)
+  with pytest.raises(DataError, match='x.jsonl: no problems$'):
+    code_problems.read(write(tmp_path / 'x.jsonl', []))
+
+
 def test_all_of_mbpp_asks_its_test_split(tmp_path):
   everything = [{**MBPP[0], 'task_id': i} for i in range(1, 975)]
   tasks = code_problems.read(write(tmp_path / 'mbpp.jsonl', everything))
