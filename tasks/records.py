@@ -11,6 +11,7 @@ jsonl:GLOB reads .jsonl and .jsonl.gz files with the fields of one of these data
 tfds:NAME reads a TFDS data set with the same fields.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -27,6 +28,7 @@ from betarank.data.fields import text_of
 from betarank.data.reasoning import question_hash
 from betarank.tasks.answers import last_boxed
 
+_FIELDS = ('problem', 'question', 'answer', 'solution', 'final_answer')  # those that `problem` reads
 _MAX_BYTES = 2**30  # the largest size of a compressed file's content, which is held in memory
 
 
@@ -120,12 +122,26 @@ def read_jsonl(pattern: str) -> Iterator[tuple[Any, str]]:
 
 
 def read_tfds(spec: str) -> Iterator[tuple[Any, str]]:
-  """Yields (record, 'tfds:SPEC, record INDEX') for each record of a TFDS data set."""
+  """Yields (record, 'tfds:SPEC, record INDEX') for each record of a TFDS data set.
+
+  The fields of a problem have the values that they would have in JSON. Other fields aren't converted.
+  """
   records = record_formats._tfds(spec)
   for i in range(len(records)):
-    values = {name: value.item() if hasattr(value, 'item') else value for name, value in records[i].items()}
-    record = {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+    record = {name: _plain(value) if name in _FIELDS else value for name, value in records[i].items()}
     yield record, f'tfds:{spec}, record {i}'
+
+
+def _plain(value: Any) -> Any:
+  """Returns a value of NumPy as Python's own, with bytes as text. Bytes that aren't UTF-8 stay bytes."""
+  if hasattr(value, 'tolist'):
+    value = value.tolist()
+  if isinstance(value, list):
+    return [_plain(part) for part in value]
+  if isinstance(value, bytes):
+    with contextlib.suppress(UnicodeDecodeError):
+      return value.decode()
+  return value
 
 
 def problem(record: Any, where: str, needs_answer: bool = True) -> Problem:
@@ -156,4 +172,4 @@ def _reference(record: Mapping) -> str:
     return answer.rsplit('####', 1)[1].strip().replace(',', '')
   if answer is None and isinstance(solution, str):  # MATH as published
     return last_boxed(solution) or ''
-  return '' if answer is None or isinstance(answer, bool | list | dict) else str(answer).strip()
+  return str(answer).strip() if isinstance(answer, str | int | float) and not isinstance(answer, bool) else ''

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import verifiers as bench
 from betarank.configs.errors import UserError
-from betarank.data import reasoning
+from betarank.data import reasoning, record_formats
 from betarank.data.config import DataError
 from betarank.tasks.task_set import TaskConfig, TaskSet, question_hash
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
@@ -121,6 +121,21 @@ def test_tfds(tmp_path):
   tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=[split], check_data=False)
   tasks = TaskSet(TaskConfig(f'tfds:{folder}'), split='all')
   assert [(t.question, t.reference) for t in tasks] == [(f'Give {i}.', str(i)) for i in range(20)]
+
+
+def test_of_tfds_only_the_fields_of_a_problem_are_read(monkeypatch):
+  """Other fields may hold anything. Text that isn't UTF-8 is no question and no answer."""
+  sums = [{'question': b'2+3?', 'answer': b'5', 'choices': np.array([b'4', b'5'], object), 'image': b'\xff\xd8'},
+          {'question': b'2+4?', 'answer': np.float64(6)},
+          {'question': b'Which?', 'final_answer': np.array([b'1', b'2'], object)},
+          {'question': b'\xff', 'answer': b'5'}, {'question': b'2+5?', 'answer': b'\xff'},
+          {'question': b'2+6?', 'answer': np.array([b'8'], object)}]
+  monkeypatch.setattr(record_formats, '_tfds', lambda spec: sums)
+  tasks = TaskSet(TaskConfig('tfds:sums'), split='all')
+  assert [(t.question, t.reference) for t in tasks] == [('2+3?', '5'), ('2+4?', '6'), ('Which?', '1, 2')]
+  assert [str(left_out).partition(';')[0] for left_out in tasks.left_out] == [
+    "tfds:sums, record 3: no text in 'problem' or 'question', only answer, question",
+    'tfds:sums, record 4: no final answer', 'tfds:sums, record 5: no final answer']
 
 
 def test_each_epoch_has_every_task_once_in_its_own_order(jsonl):
