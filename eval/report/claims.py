@@ -70,8 +70,8 @@ class Test:
     return self.judge(self.effect, self.p_holm) if self.effect.seeds > 1 else CANT_TELL
 
   def smallest_detectable(self, seeds: int = PLANNED_SEEDS) -> float:
-    """Returns the smallest effect that an experiment with `seeds` seeds would detect with a probability of 80 %; NaN if
-    unknown.
+    """Returns the smallest effect that an experiment with `seeds` seeds would detect with a probability of about 80 %;
+    NaN if unknown.
 
     Holm's correction, which requires larger effects, isn't taken into account.
     """

@@ -107,6 +107,13 @@ def test_the_smallest_detectable_difference_is_detected_four_times_in_five():
   assert 0.74 <= np.mean(seen) <= 0.88
 
 
+@pytest.mark.parametrize('seeds, power', [(2, 0.71), (3, 0.74), (4, 0.76), (5, 0.77), (8, 0.79), (10, 0.79)])
+def test_with_few_seeds_it_is_detected_as_often_as_the_docstring_says(seeds, power):
+  x = np.random.default_rng(0).normal(statistics.Noise(1.0).smallest_detectable(seeds), 1.0, (200_000, seeds))
+  t = x.mean(1) / (x.std(1, ddof=1) / math.sqrt(seeds))
+  assert np.mean(np.abs(t) > statistics._t_quantile(seeds, 0.975)) == pytest.approx(power, abs=0.006)
+
+
 def test_the_same_seed_repeats_and_missing_problems_are_counted():
   values = np.array([0.1, 0.4, np.nan, 0.9, 0.2])
   found = statistics.bootstrap_interval(values, seed=7)
