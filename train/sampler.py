@@ -43,6 +43,9 @@ SHORTEST_BUCKET = 16
 # The fewest rows of a dispatch in a part of the mesh. Matrix products of fewer rows would take as long. On a CPU, all
 # dispatches have all rows, so that a sample's bits don't depend on the samples that are drawn with it.
 FEWEST_ROWS = {'cpu': math.inf, 'gpu': 16, 'tpu': 16}
+# Where a prefill has the prompts of all parts of the mesh, padded to the length of the longest. On a CPU, prompts that
+# are padded to different lengths have prefills of their own, for the same reason.
+TOGETHER = ('gpu', 'tpu')
 # Dispatches in flight while the host reads another. On a CPU the host and the device are the same cores.
 AHEAD = {'cpu': 0, 'gpu': 1, 'tpu': 1}
 AXES = {1: ('batch',), 2: ('batch', None), 5: decode.PAGES_AXES}  # of arrays with a dimension R, by their dimensions
@@ -450,18 +453,23 @@ class Sampler:
     prompts: all prompts. The attribute `prompt` of a Prefix is an index in this list.
     weights, rows, pages: as in `_start`.
     """
-    some = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
-    longest = max(map(len, some))
-    bucket = min(max(SHORTEST_BUCKET, 1 << (longest - 1).bit_length()), max(2, self.s.max_prompt_tokens))
-    token_FP = np.zeros((len(some), bucket), np.int32)
-    length_F = np.array(list(map(len, some)), np.int32)
-    for f, tokens in enumerate(some):
-      token_FP[f, : len(tokens)] = tokens
-    cache, choice_FPLk = _prefill(self.c, weights, rows.pages_LP2KSH, token_FP, length_F,
-                                  pages.filled(prefixes, self.s.pages))
-    for f, prefix in enumerate(prefixes):
-      if prefix:
-        prefix.routed = choice_FPLk, f
+    tokens_F = [prompts[prefix.prompt].tokens[:-1] if prefix else [] for prefix in prefixes]
+    bucket_F = [min(max(SHORTEST_BUCKET, 1 << (len(tokens) - 1).bit_length()), max(2, self.s.max_prompt_tokens))
+                if prefix else 0 for prefix, tokens in zip(prefixes, tokens_F)]
+    if model.platform() in TOGETHER:
+      bucket_F = [max(bucket_F) if bucket else 0 for bucket in bucket_F]
+    cache = rows.pages_LP2KSH
+    for bucket in sorted(set(bucket_F) - {0}):
+      now = [prefix if of == bucket else None for prefix, of in zip(prefixes, bucket_F)]
+      token_FP, length_F = np.zeros((len(now), bucket), np.int32), np.zeros(len(now), np.int32)
+      for f, prefix in enumerate(now):
+        if prefix:
+          length_F[f] = len(tokens_F[f])
+          token_FP[f, : length_F[f]] = tokens_F[f]
+      cache, choice_FPLk = _prefill(self.c, weights, cache, token_FP, length_F, pages.filled(now, self.s.pages))
+      for f, prefix in enumerate(now):
+        if prefix:
+          prefix.routed = choice_FPLk, f
     return dataclasses.replace(rows, pages_LP2KSH=cache)
 
 

@@ -304,6 +304,17 @@ def test_eight_devices_equal_one(params, shape, split, parts):
     same(draw(placed(params, mesh), tight, mesh=mesh), want)
 
 
+def test_on_a_cpu_the_bits_of_a_sample_do_not_depend_on_prompts_in_other_parts_of_the_mesh(params):
+  """An evaluation that was killed draws its last problems with others beside them than before."""
+  settings = dataclasses.replace(SETTINGS, max_prompt_tokens=256, decode_batch_size=8)
+  mesh = model.make_mesh(model.MeshConfig(2, 1, 1, 1, 1), jax.devices()[:2])
+  short, long = prompts(12, 200)
+  alone, beside = (draw(placed(params, mesh), settings, what, mesh=mesh) for what in ([short], [short, long]))
+  for name, sample in alone.items():
+    np.testing.assert_array_equal(beside[name].tokens, sample.tokens)
+    np.testing.assert_array_equal(beside[name].logp, sample.logp)
+
+
 @pytest.mark.parametrize('shape', [(), (1, 2, 1, 2, 2)])
 def test_dispatches_of_fewer_rows_draw_the_same(params, monkeypatch, shape):
   """A dispatch has as few rows as `Sampler.sizes` allows for the samples that run, in each part of a mesh."""
