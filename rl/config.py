@@ -208,7 +208,7 @@ class RlRun:
 
   @property
   def updates(self) -> int:
-    """The number of optimizer updates in the whole run."""
+    """The number of optimizer updates in the whole run, if none is left out for lack of samples."""
     return self.rl.steps * self.rl.minibatches
 
 

@@ -36,6 +36,7 @@ from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
 from betarank.rl.packing import Answer, Microbatch
 from betarank.rl.progress import Progress
+from betarank.rl.rewards import RewardRule
 from betarank.rl.rollout import Group, check_prompts, graded_groups, prompt_tokens
 from betarank.rl.update import Update, cov_tokens, make_update
 from betarank.rl.warnings import warnings
@@ -179,8 +180,8 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       if not all(math.isfinite(learned.get(name, 0.0)) for name in ('policy_loss', 'grad_norm')):
         raise RlError(f'step {step}: loss is {learned["policy_loss"]}, gradient norm {learned["grad_norm"]}; '
                       f'{checkpoints.describe()}')
-      last = {**describe_step(learned, kept, seen, progress.prompts - before), 'time/step_s': ended - began,
-              'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
+      last = {**describe_step(learned, kept, seen, progress.prompts - before, rl.reward_rule(step)),
+              'time/step_s': ended - began, 'time/rollout_s': sampled - began, 'time/update_s': ended - sampled,
               'time/tokens_per_s': sum(len(s.tokens) for group in seen for s in group.samples) / (sampled - began)}
       log.train(step, last)
       history.append(last)
@@ -303,9 +304,10 @@ def _is_asked(parts: Parts, task: Task) -> bool:
 def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Microbatch]]:
   """Computes the advantages of a step's groups and packs the samples into rows.
 
-  Returns the microbatches of each update, or [] if there is no group to learn from. Each update learns from
-  rl.prompts_per_step / rl.minibatches groups, in the order of their prompts. If the step has too few groups, the last
-  updates have fewer groups or none. Invalid samples (see `rewards` in rl/rewards.py) are left out.
+  Returns the microbatches of each update. Each update learns from rl.prompts_per_step / rl.minibatches groups, in the
+  order of their prompts. If the step has too few groups, the last updates have fewer groups. Invalid samples (see
+  `rewards` in rl/rewards.py) are left out. An update without samples is left out too, because the optimizer would move
+  the weights by its momentum. The result is [] if no samples are left.
   """
   if not groups:
     return []
@@ -317,11 +319,12 @@ def minibatches(parts: Parts, groups: list[Group], step: int) -> list[list[Micro
   ways = math.prod(parts.rows_by_token.mesh.shape[axis] for axis in model.RULES['batch'])
   of = packing.shapes(longest, rl.microbatch_tokens, ways)
   each = rl.prompts_per_step // rl.minibatches
-  return [packing.microbatches(
+  answers = [
     [Answer(group.prompt, sample, float(advantage))
      for group, advantages_G, valid_G in zip(groups[at : at + each], advantages_PG[at:], valid_PG[at:])
-     for sample, advantage, valid in zip(group.samples, advantages_G, valid_G) if valid],
-    of, parts.rows_by_token) for at in range(0, rl.prompts_per_step, each)]
+     for sample, advantage, valid in zip(group.samples, advantages_G, valid_G) if valid]
+    for at in range(0, len(groups), each)]
+  return [packing.microbatches(part, of, parts.rows_by_token) for part in answers if part]
 
 
 def learn(
@@ -429,16 +432,18 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
 
 
 def describe_step(
-  learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int
+  learned: dict[str, float], kept: list[Group], seen: list[Group], consumed: int, rule: RewardRule
 ) -> dict[str, float]:
   """Returns the figures of a step, under the names that are logged.
 
   Args:
     learned: the figures of the update; {} if there was no update.
-    kept: the groups that were used for the update.
+    kept: the groups for the update. Those without a valid sample don't count as learned from.
     seen: all groups that the step needed, including zero-variance groups.
     consumed: the number of prompts that the step used or skipped (see `Progress.next_prompts`).
+    rule: the reward rule of the step.
   """
+  used = sum(any(group.rewards(rule)[1]) for group in kept)
   verdicts = [verdict for group in seen for verdict in group.verdicts]
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
   samples = [sample for group in seen for sample in group.samples]
@@ -450,8 +455,8 @@ def describe_step(
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
     'pass_rate': float(np.nansum(scores)) / decided,
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
-    'zero_variance_groups': 1 - len(kept) / len(seen),
-    'groups_learned_from': float(len(kept)),
+    'zero_variance_groups': 1 - used / len(seen),
+    'groups_learned_from': float(used),
     'prompts_passed_over': float(consumed - len(seen)),
     'tokens': float(tokens),
     'length_tokens': float(np.mean([len(sample.tokens) for sample in samples])),

@@ -101,13 +101,13 @@ def arrange(lengths: Sequence[int], of: Sequence[tuple[int, int]]) -> list[tuple
   replace the last of them by smaller microbatches, and takes the replacement with the fewest positions.
 
   Args:
-    lengths: the length of each sample.
+    lengths: the length of each sample. There must be at least one.
     of: the shapes that microbatches may have, from `shapes`, the largest first.
 
-  Returns the microbatches, as tuples (row length, for each row the indices of its samples). There is at least one.
+  Returns the microbatches, as tuples (row length, for each row the indices of its samples).
   """
   whole = 2 ** (len(of) - 1)  # so many of the smallest microbatches have the positions of the first shape
-  rows = max(_best_fit(lengths, [of[0][1]] * len(lengths)), default=0) + 1
+  rows = max(_best_fit(lengths, [of[0][1]] * len(lengths))) + 1
   most = -(-rows // of[0][0]) * whole
   for parts in range(most - whole + 1, most + 1):
     halves = [shape for i, shape in enumerate(of[1:], 1) if parts & whole >> i]
@@ -152,7 +152,7 @@ def microbatches(
   Each process fills only its own devices' rows.
 
   Args:
-    answers: the samples. If there are none, the result is one microbatch of padding.
+    answers: the samples. There must be at least one.
     of: the shapes that microbatches may have, from `shapes`.
     sharding: the sharding of a microbatch's arrays [R, T].
   """
@@ -160,7 +160,7 @@ def microbatches(
   found = []
   for length, members in arrange([answer.length for answer in answers], of):
     mine = multihost.rows_of_process(sharding, len(members), length)
-    recorded = answers[0].sample.choices if answers else None
+    recorded = answers[0].sample.choices
     local = fill([[(answers[i], int(first[i])) for i in row] for row in members[mine]], length,
                  None if recorded is None else recorded.shape[1:])
     found.append(multihost.rows_to_global(local, sharding, mine.start, len(members)))

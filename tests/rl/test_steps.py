@@ -1,5 +1,6 @@
 """Tests the functions of an RL step without a model: which prompts are asked, and which samples are learned from."""
 
+import math
 import types
 
 import jax
@@ -53,6 +54,10 @@ def step(parts):
   return loop.sample_and_judge(parts, None, Progress(), 1)
 
 
+def figures_of(parts, kept, seen, progress):
+  return loop.describe_step({}, kept, seen, progress.prompts, parts.run.rl.reward_rule(1))
+
+
 def test_long_prompts_are_counted_before_the_run_and_refused_or_passed_over(parts):
   kept, seen, progress = step(p := parts([RIGHT, WRONG], **{'rl.long_prompts': 'skip'}))
   assert check_prompts(p.tokenizer, p.tasks, 8) == '2 of 8 prompts have more than 8 tokens, the longest 15'
@@ -94,10 +99,32 @@ def test_a_step_without_a_group_to_learn_from_changes_nothing_and_measures_nothi
   kept, seen, progress = step(p := parts([WRONG, WRONG], **{'rl.long_prompts': 'skip'}))
   state = object()
   assert loop.minibatches(p, kept, 1) == [] and loop.learn(p, state, [], 1) == (state, {})
-  figures = loop.describe_step({}, kept, seen, progress.prompts)
+  figures = figures_of(p, kept, seen, progress)
   assert figures['train/groups_learned_from'] == 0 and figures['train/pass_rate'] == 0
   assert not figures.keys() & {'train/entropy_nats', 'train/ratio_mean', 'train/grad_norm'}
   assert any('no update' in part for part in loop.describe_figures({**figures, 'time/tokens_per_s': 1.0}))
+
+
+def undecided(group):
+  return group._replace(verdicts=[Verdict.UNDECIDED] * len(group.samples), scores=[math.nan] * len(group.samples))
+
+
+def test_an_update_without_samples_is_left_out(parts):
+  """Momentum and weight decay would move the weights although nothing was learned.
+
+  There are two groups per update. In turn, the second update lacks its groups, the first has only undecided answers,
+  and both have only undecided answers.
+  """
+  p = parts([RIGHT, WRONG], **{
+    'rl.long_prompts': 'skip', 'rl.minibatches': '2', 'rl.zero_variance_groups': 'keep'})
+  p.rows_by_token = NamedSharding(model.make_mesh(model.MeshConfig(1, 1, 1, 1, 1), jax.devices()[:1]),
+                                  model.spec('batch', 'length'))
+  kept, seen, progress = step(p)
+  whole = loop.minibatches(p, kept, 1)
+  lost = [undecided(group) for group in kept]
+  for groups, updates in ((kept, whole), (kept[:2], whole[:1]), (lost[:2] + kept[2:], whole[1:]), (lost, [])):
+    jax.tree.map(np.testing.assert_array_equal, loop.minibatches(p, groups, 1), updates)  # also checks the structure
+    assert figures_of(p, groups, seen, progress)['train/groups_learned_from'] == 2 * len(updates)
 
 
 def test_what_counts_is_learned_from_with_its_advantage(parts, tmp_path):
@@ -132,7 +159,7 @@ def test_figures_of_a_reward_of_ones_own_are_its_means(parts, tmp_path):
   (tmp_path / 'mine.py').write_text("def reward(answer, **_):\n  return {'4': 0.75, '5': -1.25}[answer]\n")
   p = parts([RIGHT, WRONG], **{'rl.task.reward': f'{tmp_path}/mine.py:reward', 'rl.long_prompts': 'skip'})
   kept, seen, progress = step(p)
-  figures = loop.describe_step({}, kept, seen, progress.prompts)
+  figures = figures_of(p, kept, seen, progress)
   assert figures['train/pass_rate'] == -0.25 and figures['train/undecided'] == 0
   assert figures['train/tokens'] == 2 * 2 * 4 and figures['train/prompts_passed_over'] == progress.prompts - 4
 
