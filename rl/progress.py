@@ -49,41 +49,48 @@ class Progress:
     zero_variance_N: bool [N], for each of the N tasks of the set: True if the last group drawn for the task had zero
       variance. The array is None in a run without a difficulty filter.
     best: the best evaluation. None before the first evaluation, or if `rl.keep_best` is empty.
-    problems: SHA-256 of the problems; '' if their number is unlimited.
+    problems: SHA-256 of the problems of the source; '' if their number is unlimited.
+    kept: SHA-256 of the problems that are left to training (`TaskSet.kept_sha256`).
   """
 
   prompts: int = 0
   zero_variance_N: np.ndarray | None = None
   best: Best | None = None
   problems: str = ''
+  kept: str = ''
 
   @classmethod
   def read(cls, cursor: Mapping[str, Any], tasks: TaskSet, filtered: bool) -> 'Progress':
     """Returns the progress in a checkpoint's cursor. The cursor {} gives the progress of a new run.
 
-    filtered: whether the run has a difficulty filter. If the cursor has no filter for this number of tasks, the filter
-      starts as in a new run.
+    filtered: whether the run has a difficulty filter.
 
     Raises:
-      DataError: the cursor has a hash of the problems, which differs from that of `tasks`.
+      DataError: the problems, or those of them that are left to training, aren't those that the cursor has recorded.
+        Cursors from before 2026-11-28 have no hash of the problems that are left to training. If the run has a filter,
+        their number is compared instead.
     """
     if (known := cursor.get('problems', '')) and known != tasks.sha256:
       raise DataError(f'{tasks.config.uri}: holds other problems than when the run began (sha256 {tasks.sha256[:12]}, '
                       f'not {known[:12]}); choose another workdir')
-    zero_variance_N = np.zeros(tasks.size, bool) if filtered else None
     before = cursor.get('zero_variance', {})
-    if filtered and before.get('tasks') == tasks.size:
+    if (cursor.get('kept', tasks.kept_sha256) != tasks.kept_sha256 or (
+        filtered and before.get('tasks', tasks.size) != tasks.size)):
+      raise DataError(f'{tasks.config.uri}: leaves other problems to training than when the run began, because other '
+                      'problems are evaluated on or other references can be read; choose another workdir')
+    zero_variance_N = np.zeros(tasks.size, bool) if filtered else None
+    if filtered and before:
       bits = np.frombuffer(base64.b64decode(before['bits']), np.uint8)
       zero_variance_N = np.unpackbits(bits, count=tasks.size).astype(bool)
     best = Best(**cursor['best']) if 'best' in cursor else None
-    return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256)
+    return cls(cursor.get('prompts', 0), zero_variance_N, best, tasks.sha256, tasks.kept_sha256)
 
   def cursor(self) -> dict[str, Any]:
     """Returns the progress as a dictionary that can be stored as JSON, and that `read` accepts.
 
     For the difficulty filter, the dictionary has one bit per task, which says whether the last group had zero variance.
     """
-    found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems}
+    found: dict[str, Any] = {'prompts': self.prompts, 'problems': self.problems, 'kept': self.kept}
     if self.zero_variance_N is not None:
       bits = base64.b64encode(np.packbits(self.zero_variance_N).tobytes()).decode()
       found['zero_variance'] = {'tasks': len(self.zero_variance_N), 'bits': bits}

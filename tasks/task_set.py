@@ -80,6 +80,8 @@ class TaskSet:
       are in the list of every split. The others are problems of this split whose reference can't be read.
     records: size plus the number of records in left_out; 0 if the source is unlimited.
     sha256: SHA-256 of all questions and references, in the order of the source; '' if the source is unlimited.
+    kept_sha256: SHA-256 of the questions and references of this set's own tasks, in order. If the source is unlimited,
+      it is that of the hashes in `exclude`, which then decide, with the config and the seed, which tasks there are.
   """
 
   def __init__(
@@ -102,7 +104,7 @@ class TaskSet:
       raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}')
     self.config, self.seed, self.split, self._exclude = config, seed, split, exclude
     self.left_out: list[LeftOut] = []
-    self.records, self.sha256 = 0, ''
+    self.records, self.sha256, self.kept_sha256 = 0, '', _digest(sorted(exclude))
     kind, _, rest = config.uri.partition(':')
     if kind == 'reasoning':
       self.size, self._source = None, _Generated(rest, 'rl/held_out' if split == 'held_out' else f'rl/{seed}')
@@ -113,12 +115,12 @@ class TaskSet:
       self._tries = 1 if share == 1 else math.ceil(math.log(_MISS_CHANCE) / math.log(1 - share))
       return
     found = self._from_code(rest) if kind == 'code' else self._from_records(kind, rest)
-    self.sha256 = hashlib.sha256(repr([(task.question, task.reference) for task, _ in found]).encode(
-      errors='backslashreplace')).hexdigest()
+    self.sha256 = _digest([(task.question, task.reference) for task, _ in found])
     kept = [(task, where) for task, where in found if self._belongs(task.question)]
     self.records = len(kept) + len(self.left_out)
     self._kept = self._readable(kept)
     self.size = len(self._kept)
+    self.kept_sha256 = _digest([(task.question, task.reference) for task in self._kept])
     if not self._kept:
       raise DataError(f'{config.uri}: none of its {len(found)} questions is in the {split!r} split '
                       f'(held_out_fraction={config.held_out_fraction}, {len(exclude)} excluded, '
@@ -302,6 +304,10 @@ def files(uri: str) -> list[str]:
   """Returns the paths of the files that `uri` names, in order; [] for generated problems and TFDS sets."""
   kind, _, pattern = uri.partition(':')
   return find(pattern) if kind in ('jsonl', 'code') else []
+
+
+def _digest(values: list[Any]) -> str:
+  return hashlib.sha256(repr(values).encode(errors='backslashreplace')).hexdigest()
 
 
 def _literal(value: Any, uri: str) -> str:

@@ -21,7 +21,8 @@ SIZE, SEED = 40, 3
 @pytest.fixture
 def tasks():
   """Returns a stand-in for a TaskSet of forty tasks, which have no texts."""
-  found = types.SimpleNamespace(size=SIZE, seed=SEED, sha256='a' * 64, config=types.SimpleNamespace(uri='jsonl:x'))
+  found = types.SimpleNamespace(size=SIZE, seed=SEED, sha256='a' * 64, kept_sha256='c' * 64,
+                                config=types.SimpleNamespace(uri='jsonl:x'))
   found.index = lambda cursor: TaskSet.index(found, cursor)
   found.at = found.index
   return found
@@ -63,7 +64,7 @@ def test_the_order_is_the_same_after_a_restart(tasks):
 
 def test_without_filter_every_prompt_has_its_turn(tasks):
   numbers, progress = Progress.read({'prompts': 5}, tasks, False).next_prompts(tasks, 3, 1.0)
-  assert list(numbers) == [5, 6, 7] and progress.cursor() == {'prompts': 8, 'problems': 'a' * 64}
+  assert list(numbers) == [5, 6, 7] and progress.cursor() == {'prompts': 8, 'problems': 'a' * 64, 'kept': 'c' * 64}
   assert progress.recorded(tasks, [(5, False)]) is progress
 
 
@@ -74,13 +75,21 @@ def test_prompts_that_do_not_fit_are_passed_over(tasks):
     Progress().next_prompts(tasks, 1, 1.0, lambda task: False)
 
 
-def test_what_was_recorded_for_a_split_of_another_size_is_dropped_and_other_problems_are_refused(tasks):
+def test_other_problems_are_refused(tasks):
   before = Progress.read({}, tasks, True).recorded(tasks, [(0, False)]).cursor()
-  assert Progress.read(before, tasks, True).zero_variance_N.any()
-  tasks.size += 1  # other problems are evaluated on
-  assert not Progress.read(before, tasks, True).zero_variance_N.any()
-  tasks.sha256 = 'b' * 64
+  other = lambda **fields: types.SimpleNamespace(**{**vars(tasks), **fields})
   with pytest.raises(DataError, match='jsonl:x: holds other problems than when the run began'):
+    Progress.read(before, other(sha256='b' * 64), True)
+  with pytest.raises(DataError, match='jsonl:x: leaves other problems to training than when the run began'):
+    Progress.read(before, other(kept_sha256='b' * 64), True)
+
+
+def test_an_older_cursor_without_a_hash_of_what_is_left_to_training_is_read(tasks):
+  before = Progress.read({}, tasks, True).recorded(tasks, [(0, False)]).cursor()
+  del before['kept']
+  assert Progress.read(before, tasks, True).zero_variance_N.any()
+  tasks.size += 1
+  with pytest.raises(DataError, match='jsonl:x: leaves other problems to training than when the run began'):
     Progress.read(before, tasks, True)
 
 

@@ -162,6 +162,16 @@ def test_splits_are_disjoint_and_complete(jsonl):
   assert {task.id for task in rest} == set(parts['train']) - {f'{question_hash("What is 3 + 3?"):016x}'}
 
 
+def test_what_is_kept_has_a_hash(jsonl):
+  """A run must not resume with other problems, even if only the problems to leave out have changed."""
+  for c in (TaskConfig(jsonl(*numbered(40)), held_out_fraction=0.2),
+            TaskConfig('reasoning:chain_sum', held_out_fraction=0.0)):
+    exclude = frozenset(map(question_hash, ('What is 3 + 3?', 'What is 4 + 4?')))
+    same, fewer = TaskSet(c, exclude=exclude), TaskSet(c)
+    assert same.kept_sha256 == TaskSet(c, exclude=exclude).kept_sha256 != fewer.kept_sha256
+    assert same.sha256 == fewer.sha256
+
+
 @pytest.mark.parametrize('uri', [
   'reasoning:chain_sum+gcd', 'reasoning:chain_sum?max_terms=2&max_digits=1'])
 def test_endless_training_never_meets_a_held_out_question(uri):
