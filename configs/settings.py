@@ -251,7 +251,7 @@ RL_SECTION = dict(
   advantage=dict(
     name=S('grpo', IDENTITY, 'how advantages are computed: grpo | dr_grpo | rloo | pass_at_k | w_reinforce'),
     ddof=S(1, IDENTITY, 'grpo only: the variance of n rewards is computed with the divisor n - ddof; 0 or 1'),
-    k=S(4, IDENTITY, 'pass_at_k only: k, the samples of which one must be right'),
+    k=S(4, IDENTITY, 'pass_at_k only: k, the samples of which one must be right; at most rl.group_size'),
     positive_weight=S(0.1, IDENTITY, 'w_reinforce only: weight of right answers'),
   ),
   loss=dict(

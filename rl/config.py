@@ -77,6 +77,8 @@ class RlConfig:
       raise ValueError(f'decode_split must be >= 1, or 0 for the default, got {self.decode_split}')
     if self.group_size < 2:
       raise ValueError(f'group_size must be >= 2 (an advantage compares a group), got {self.group_size}')
+    if self.advantage.name == 'pass_at_k' and self.advantage.k > self.group_size:
+      raise ValueError(f'advantage.k must be at most group_size = {self.group_size}, got {self.advantage.k}')
     if len(self.max_new_tokens) != len(self.phase_steps) + 1 or min(self.max_new_tokens) < 1:
       raise ValueError('max_new_tokens must have one length per phase, one more than phase_steps = '
                        f'{self.phase_steps}, got {self.max_new_tokens}')

@@ -125,3 +125,12 @@ def test_an_array_that_would_broadcast_is_named(name, shape):
   arrays |= {'mask_BT': jnp.ones((4, 4), bool)} | {name: jnp.zeros(shape)}
   with pytest.raises(ValueError, match=name):
     pl.policy_loss(pl.PolicyLossConfig(), **arrays)
+
+
+def test_a_group_must_have_k_samples_for_pass_at_k():
+  run = lambda **settings: rl_run(load.load('tests/tiny_rl.py:init_from=x', {
+    'rl.group_size': '8', **{f'rl.advantage.{key}': value for key, value in settings.items()}}))
+  run(name='pass_at_k', k='8')
+  run(name='grpo', k='9')  # which doesn't use it
+  with pytest.raises(ConfigError, match=r'^config\.rl\.advantage\.k must be at most group_size = 8, got 9$'):
+    run(name='pass_at_k', k='9')
