@@ -401,6 +401,8 @@ def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log)
   """Samples answers to each evaluation set. Logs the mean score, its standard error, and a few texts.
 
   The score of an answer is 1 if it is right and 0 if it is wrong, or the result of the user's reward function.
+  Undecided answers have no score. A problem whose answers are all undecided has no weight in the mean; if all problems
+  of a set are such, the mean is NaN, and this evaluation isn't the best one.
 
   Returns the progress, updated if this is the best evaluation so far on the set `rl.keep_best`.
   """
@@ -408,7 +410,7 @@ def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log)
     average = _evaluate(parts, params, name, tasks, step, log)
     if name == parts.run.rl.keep_best:
       progress = progress.evaluated(f'eval/{name}/avg_at_{parts.run.rl.eval_samples}', step, average)
-      if progress.best.step == step:
+      if progress.best and progress.best.step == step:
         log.say(f'  best on {name} so far: ' + (f'step {step}, whose checkpoint is kept' if step else 'the start'))
   return progress
 
@@ -420,12 +422,14 @@ def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, l
     parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
     {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
     step=HELD_OUT_STEP + step)
-  rates = [np.mean([score for score in group.scores if not math.isnan(score)] or [0]) for group in groups]
-  average = float(np.mean(rates))
+  scores = [[score for score in group.scores if not math.isnan(score)] for group in groups]
+  rates = [np.mean(decided) for decided in scores if decided]
+  average = float(np.mean(rates)) if rates else float('nan')
   error = float(np.std(rates, ddof=1) / math.sqrt(len(rates))) if len(rates) > 1 else float('nan')
   log.evaluation(
     step, name, {f'avg_at_{rl.eval_samples}': average, 'standard_error': error},
-    [f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(groups)} problems'])
+    [f'  eval {name}: Avg@{rl.eval_samples} {average:.3f} ± {error:.3f} over {len(rates)} problems'
+     + (f', {len(groups) - len(rates)} undecided' if len(rates) < len(groups) else '')])
   for group in groups[: run.log.samples]:
     log.sample(step, group.task.prompt, group.texts[0])
   return average
@@ -448,12 +452,12 @@ def describe_step(
   scores = [score for group in seen for score in group.scores]  # NaN where undecided
   samples = [sample for group in seen for sample in group.samples]
   tokens = sum(len(sample.tokens) for sample in samples)
-  decided = max(sum(v != Verdict.UNDECIDED for v in verdicts), 1)
+  decided = sum(v != Verdict.UNDECIDED for v in verdicts)
   found = {
     **learned,
     # The mean of -log p over tokens drawn from a distribution is an unbiased estimate of its entropy.
     'entropy_drawn_nats': -sum(float(sample.logp.sum(dtype=np.float64)) for sample in samples) / tokens,
-    'pass_rate': float(np.nansum(scores)) / decided,
+    **({'pass_rate': float(np.nansum(scores)) / decided} if decided else {}),
     'undecided': float(sum(v == Verdict.UNDECIDED for v in verdicts)),
     'zero_variance_groups': 1 - used / len(seen),
     'groups_learned_from': float(used),
@@ -470,8 +474,9 @@ def describe_figures(values: dict[str, float]) -> list[str]:
   v = {name.split('/', 1)[1]: value for name, value in values.items()}
   learned = ([f'entropy {v["entropy_nats"]:.3f}', f'|g| {v["grad_norm"]:.2f}',
               f'sampler gap {v["sampler_gap_mean"]:.0e}'] if 'grad_norm' in v else ['no update'])
-  return [f'pass {v["pass_rate"]:.3f}', *learned[:1], f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%',
-          *learned[1:], f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
+  return [f'pass {v["pass_rate"]:.3f}' if 'pass_rate' in v else 'undecided', *learned[:1],
+          f'zero-variance groups {100 * v["zero_variance_groups"]:.0f}%', *learned[1:],
+          f'length {v["length_tokens"]:.1f}', f'truncated {100 * v["truncated_share"]:.0f}%',
           f'{v["tokens_per_s"]:,.0f} tok/s drawn']
 
 

@@ -17,15 +17,16 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
   history: the figures of each step, as rl/loop.py logs them, oldest first.
   """
   found = {}
-  recent = lambda name, steps: [line[name] for line in history[-steps:]] if len(history) >= steps else []
+  last = lambda steps: history[-steps:] if len(history) >= steps else []
+  recent = lambda name, steps: [line[name] for line in last(steps) if name in line]
   if (learned := recent('train/groups_learned_from', QUIET_STEPS)) and not any(learned):
     found['no signal'] = (f'no group had reward variance for {QUIET_STEPS} steps, so nothing is learned: the problems '
                           'are too hard or too easy for this model, or its answers are not in the expected format')
   if (shares := recent('train/truncated_share', TRUNCATED_STEPS)) and min(shares) > 0.95:
     found['truncated'] = (f'over 95 % of answers were cut off for {TRUNCATED_STEPS} steps: config.rl.max_new_tokens '
                           'is too small, or the model does not end its answers')
-  if rates := recent('train/pass_rate', FLAT_STEPS):
-    half = FLAT_STEPS // 2
+  if len(rates := recent('train/pass_rate', FLAT_STEPS)) > 1:  # a step without a decided answer has none
+    half = len(rates) // 2
     if abs(_mean(rates[half:]) - _mean(rates[:half])) < 0.005:
       found['flat'] = f'the pass rate has not moved for {FLAT_STEPS} steps ({_mean(rates):.3f})'
   if len(history) >= 20:

@@ -17,6 +17,7 @@ from betarank.rl import loop, rollout
 from betarank.rl.config import rl_run
 from betarank.rl.progress import Progress
 from betarank.rl.rollout import check_prompts, graded_groups
+from betarank.rl.warnings import warnings
 from betarank.tasks.task_set import TaskSet
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 from tests.rl.scripted import Scripted, write
@@ -183,6 +184,49 @@ def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
                               sample=lambda *_: None, say=lambda _: None)
   loop.evaluate(p, None, Progress(), 0, log)
   assert asked == [0, 1, 2] and lines[0][1]['avg_at_2'] == 0.5
+
+
+@pytest.fixture
+def evaluate(parts, monkeypatch):
+  """Returns a function (list of undecided problems, **settings) -> (the figures, the line, the best evaluation).
+
+  Four problems are evaluated on, with two answers each, of which one is right.
+  """
+  def run(lost, **settings):
+    p = parts([RIGHT, WRONG], **{
+      'rl.eval_samples': '2', 'rl.max_prompt_tokens': '64', 'rl.task.held_out_fraction': '0.5',
+      'rl.keep_best': 'held_out', **settings})
+    p.evaluated = loop.evaluation_sets(p.run)
+    monkeypatch.setattr(loop, 'graded_groups', lambda *args, **how: [
+      undecided(group) if i in lost else group for i, group in enumerate(graded_groups(*args, **how))])
+    lines = []
+    log = types.SimpleNamespace(evaluation=lambda step, name, values, line: lines.append((values, line[0])),
+                                sample=lambda *_: None, say=lambda _: None)
+    best = loop.evaluate(p, None, Progress(), 0, log).best
+    [(values, line)] = lines
+    return values, line, best
+
+  return run
+
+
+def test_undecided_problems_have_no_weight_in_an_evaluation(evaluate):
+  values, line, best = evaluate([])
+  count = int(line.split()[-2])
+  assert values['avg_at_2'] == best.value == 0.5 and count > 1 and line.endswith(f'over {count} problems')
+  values, line, best = evaluate([0])
+  assert values['avg_at_2'] == best.value == 0.5 and line.endswith(f'over {count - 1} problems, 1 undecided')
+  values, line, best = evaluate(range(count))
+  assert math.isnan(values['avg_at_2']) and best is None and line.endswith(f'over 0 problems, {count} undecided')
+
+
+def test_a_step_without_a_decided_answer_has_no_pass_rate(parts):
+  _, seen, progress = step(p := parts([WRONG, WRONG], **{'rl.long_prompts': 'skip'}))
+  figures = figures_of(p, [], list(map(undecided, seen)), progress)
+  assert figures['train/undecided'] == 2 * len(seen) and 'train/pass_rate' not in figures
+  assert loop.describe_figures({**figures, 'time/tokens_per_s': 1.0})[0] == 'undecided'
+  for rates in ([], [0.5], [0.5, 0.9]):
+    known = [{**figures, 'train/pass_rate': rate} for rate in rates]
+    assert 'flat' not in warnings([figures] * (100 - len(rates)) + known)
 
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
