@@ -220,8 +220,8 @@ RL_SECTION = dict(
   overlong_buffer=S(0, IDENTITY, 'soft penalty for long answers (DAPO): the number of tokens before the length limit '
                     'in which it falls from 0 to -1; 0: no penalty'),
   temperature=S(1.0, IDENTITY, 'temperature of sampling, and of the log-probabilities in the loss'),
-  long_prompts=S('refuse', DATA, 'prompts of more than max_prompt_tokens: refuse (an error, before the run starts '
-                 'unless problems are unlimited) | skip (left out and counted)'),
+  long_prompts=S('refuse', DATA, 'prompts of more than max_prompt_tokens: refuse (an error: before the run starts or, '
+                 'if problems to train on are unlimited, when such a prompt comes) | skip (left out and counted)'),
   zero_variance_groups=S('auto', IDENTITY, 'groups whose rewards are all equal: replace (dynamic sampling) | keep | '
                          'auto (keep for w_reinforce, whose advantages compare nothing; else replace)'),
   repeat_zero_variance=S(1.0, IDENTITY, 'difficulty filter: prompts that were always or never solved when last asked '

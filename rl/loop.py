@@ -17,6 +17,7 @@ number of prompts used so far, so a killed run resumes exactly.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from ml_collections import ConfigDict
 from betarank import data, model
 from betarank.configs.errors import ConfigError, UserError
 from betarank.configs.stop import StopSignal
+from betarank.data.reasoning import question_hash
 from betarank.rl import entropy, packing, policy_losses
 from betarank.rl.advantages import advantages
 from betarank.rl.config import RlConfig, RlRun, rl_run
@@ -69,7 +71,7 @@ class Parts:
   """The objects that the functions of a step share. They don't change during a run.
 
   Attributes:
-    evaluated: the problem sets to evaluate on, by name.
+    evaluated: the problems to evaluate on, by name of their set.
     samplers: one sampler per phase.
     update: the result of `make_update`.
     log_probabilities: the jitted function `score.log_probabilities`.
@@ -80,7 +82,7 @@ class Parts:
   run: RlRun
   tokenizer: data.Tokenizer
   tasks: TaskSet
-  evaluated: dict[str, TaskSet]
+  evaluated: dict[str, list[Task]]
   verifier: Verifier
   samplers: list[Sampler]
   update: Update
@@ -118,12 +120,11 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
   tokenizer = setup.read_tokenizer(tokenizer_path, run.model, parent)
   check_held_out(rl, parent)
   evaluated = evaluation_sets(run)
-  tasks = TaskSet(rl.task, seed=run.seed, exclude=frozenset().union(*(
-    found.hashes(min(rl.eval_prompts, found.size or rl.eval_prompts)) for found in evaluated.values())))
-  long = check_prompts(tokenizer, tasks, rl.max_prompt_tokens)
-  if long and rl.long_prompts == 'refuse':
-    raise ConfigError(f'config.rl.max_prompt_tokens: {long}; raise it, or leave them out with '
-                      '--config.rl.long_prompts=skip')
+  tasks = TaskSet(rl.task, seed=run.seed, exclude=frozenset(
+    question_hash(task.question) for asked in evaluated.values() for task in asked))
+  checked = {'': tasks if tasks.size is not None else [], **evaluated}
+  long = [check_prompts(tokenizer, some, rl.max_prompt_tokens, rl.long_prompts == 'skip', name)
+          for name, some in checked.items()]
   mesh = setup.make_mesh(run.mesh, run.model, run.split_rows)
   samplers = make_samplers(run, tokenizer, mesh)
 
@@ -149,7 +150,7 @@ def train(config: ConfigDict, path: str, fallback: bool = False) -> dict[str, fl
       'model': setup.describe_model(run.model),
       'task': f'{rl.task.uri}; {rl.prompts_per_step} prompts x {rl.group_size} samples per step, '
               f'{rl.advantage.name} with {rl.loss.name}',
-      'left out': '; '.join(filter(None, (tasks.describe_left_out(), long))),
+      'left out': '; '.join(filter(None, (tasks.describe_left_out(), *long))),
       'mesh': setup.describe_mesh(mesh) + samplers[0].describe_split(),
       'run': setup.describe_length(beginning, run.steps, root)})
     if start == run.steps:
@@ -387,14 +388,17 @@ def check_held_out(rl: RlConfig, parent: dict[str, Any]) -> None:
                       f'pre-training left out (data.held_out_fraction), got {rl.task.held_out_fraction}')
 
 
-def evaluation_sets(run: RlRun) -> dict[str, TaskSet]:
-  """Returns the problem sets to evaluate on, by name: the held-out problems of the task, and `rl.eval_tasks`."""
+def evaluation_sets(run: RlRun) -> dict[str, list[Task]]:
+  """Returns the problems to evaluate on, by name of their set.
+
+  They are the first `rl.eval_prompts` of the task's held-out problems, and of each set of `rl.eval_tasks`.
+  """
   rl, found = run.rl, {}
   if rl.task.held_out_fraction:
     found['held_out'] = TaskSet(rl.task, seed=run.seed, split='held_out')
   for name, uri in rl.eval_tasks.items():
     found[name] = TaskSet(dataclasses.replace(rl.task, uri=uri), seed=run.seed, split='all')
-  return found
+  return {name: list(itertools.islice(tasks, rl.eval_prompts)) for name, tasks in found.items()}
 
 
 def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log) -> Progress:
@@ -415,12 +419,11 @@ def evaluate(parts: Parts, params: Any, progress: Progress, step: int, log: Log)
   return progress
 
 
-def _evaluate(parts: Parts, params: Any, name: str, tasks: TaskSet, step: int, log: Log) -> float:
+def _evaluate(parts: Parts, params: Any, name: str, tasks: list[Task], step: int, log: Log) -> float:
   run, rl = parts.run, parts.run.rl
-  first = {i: tasks[i] for i in range(min(rl.eval_prompts, tasks.size or rl.eval_prompts))}
   groups = graded_groups(
     parts.samplers[rl.phase(max(step, 1))], params, parts.verifier, parts.tokenizer,
-    {i: task for i, task in first.items() if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
+    {i: task for i, task in enumerate(tasks) if _is_asked(parts, task)}, samples=rl.eval_samples, seed=run.seed,
     step=HELD_OUT_STEP + step)
   scores = [[score for score in group.scores if not math.isnan(score)] for group in groups]
   rates = [np.mean(decided) for decided in scores if decided]

@@ -3,16 +3,17 @@
 # P prompts  G samples per prompt
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from betarank.configs.errors import ConfigError
 from betarank.data import DataError, Tokenizer
 from betarank.rl.rewards import RewardRule, rewards, vary
 from betarank.runtime import multihost
-from betarank.tasks.task_set import Task, TaskSet
+from betarank.tasks.task_set import Task
 from betarank.tasks.verifiers import Grade, Verdict, Verifier
 from betarank.train.sampler import Prompt, Sample, Sampler
 
@@ -123,13 +124,24 @@ def prompt_tokens(tokenizer: Tokenizer, task: Task) -> list[int]:
   return [tokenizer.bos, *tokenizer.encode(task.prompt).tolist()]
 
 
-def check_prompts(tokenizer: Tokenizer, tasks: TaskSet, longest: int) -> str:
+def check_prompts(tokenizer: Tokenizer, tasks: Iterable[Task], longest: int, skip: bool, name: str = '') -> str:
   """Returns a sentence that says how many prompts have more than `longest` tokens, or '' if no prompt has.
 
-  The prompts of an unlimited set aren't checked, and the result is ''.
+  skip: whether such prompts are left out (config.rl.long_prompts).
+  name: the name of the evaluation set; '' for the prompts to train on.
+
+  Raises:
+    ConfigError: a prompt is too long and isn't to be left out, or all prompts are too long.
   """
-  if tasks.size is None:
-    return ''
-  lengths = [len(prompt_tokens(tokenizer, tasks[i])) for i in range(tasks.size)]
+  lengths = [len(prompt_tokens(tokenizer, task)) for task in tasks]
   long = sum(n > longest for n in lengths)
-  return f'{long} of {len(lengths)} prompts have more than {longest} tokens, the longest {max(lengths)}' if long else ''
+  if not long:
+    return ''
+  found = (f'{long} of {len(lengths)} prompts{name and f" of {name}"} have more than {longest} tokens, the longest '
+           f'{max(lengths)}')
+  if long == len(lengths):
+    raise ConfigError(f'config.rl.max_prompt_tokens: {found}; raise it')
+  if not skip:
+    raise ConfigError(f'config.rl.max_prompt_tokens: {found}; raise it, or leave them out with '
+                      '--config.rl.long_prompts=skip')
+  return found

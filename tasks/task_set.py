@@ -94,7 +94,7 @@ class TaskSet:
       seed: decides the order in which `at` returns tasks. If problems are generated, it also decides which ones, except
         in split 'held_out', which has the same problems for every seed.
       split: 'train', 'held_out', or 'all' for a benchmark that is used for evaluation only.
-      exclude: hashes of questions to leave out, from `hashes()` of the sets that are used for evaluation.
+      exclude: hashes (`question_hash` in data/reasoning.py) of questions to leave out, for example those of evaluation.
 
     Raises:
       DataError: the source can't be read, the split is empty, or the reward function fails.
@@ -159,15 +159,6 @@ class TaskSet:
       return cursor
     epoch, place = divmod(cursor, self.size)
     return int(packing.permute(np.array([place]), self.size, f'tasks/{self.seed}/{epoch}')[0])
-
-  def hashes(self, count: int = 0) -> frozenset[int]:
-    """Returns the question hashes (data/reasoning.py) of the first `count` tasks.
-
-    Pass them to another set as its argument `exclude`, so that the other set has none of these questions.
-
-    count: 0 means all tasks, which isn't allowed if the source is unlimited.
-    """
-    return frozenset(question_hash(self[i].question) for i in range(count or len(self)))
 
   def _belongs(self, question: str) -> bool:
     held_out = reasoning.held_out(question, self.config.held_out_fraction)

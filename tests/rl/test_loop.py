@@ -143,7 +143,7 @@ def test_a_reference_survives_a_kill(two_devices, config, tmp_path):
     ('--config.rl.loss.cov=kl_cov', "config.rl.minibatches must be > 1 with loss.cov = 'kl_cov'"),
     ('--config.train.init_from=nowhere', 'nowhere: no such folder'),
     ('--config.model.rope_base=1e6', 'config.model.rope_base is 10000.0 in the checkpoint'),
-    ('--config.rl.max_prompt_tokens=5', 'more than config.rl.max_prompt_tokens = 5'),
+    ('--config.rl.max_prompt_tokens=5', '4 of 4 prompts of held_out have more than 5 tokens'),
   ],
 )
 def test_what_cannot_be_ends_in_one_line(config, tmp_path, override, message):

@@ -61,7 +61,10 @@ def figures_of(parts, kept, seen, progress):
 
 def test_long_prompts_are_counted_before_the_run_and_refused_or_passed_over(parts):
   kept, seen, progress = step(p := parts([RIGHT, WRONG], **{'rl.long_prompts': 'skip'}))
-  assert check_prompts(p.tokenizer, p.tasks, 8) == '2 of 8 prompts have more than 8 tokens, the longest 15'
+  said = '2 of 8 prompts have more than 8 tokens, the longest 15'
+  assert check_prompts(p.tokenizer, p.tasks, 8, skip=True) == said
+  with pytest.raises(ConfigError, match=f'^config.rl.max_prompt_tokens: {said}; raise it, or leave them out with'):
+    check_prompts(p.tokenizer, p.tasks, 8, skip=False)
   assert len(kept) == len(seen) == 4 and all(len(group.prompt) <= 8 for group in seen)
   assert progress.prompts == seen[-1].cursor + 1
   with pytest.raises(DataError, match='its prompt has 15 tokens, more than config.rl.max_prompt_tokens = 8'):
@@ -170,13 +173,14 @@ def test_problems_to_evaluate_on_need_no_held_out_ones(parts, tmp_path):
   alone = parts([RIGHT, WRONG]).run
   assert loop.evaluation_sets(alone) == {}
   found = loop.evaluation_sets(parts([RIGHT], **{'rl.eval_tasks': f'{{"aime": "jsonl:{other}"}}'}).run)
-  assert found.keys() == {'aime'} and found['aime'].size == 5
+  assert found.keys() == {'aime'} and [task.question for task in found['aime']] == ['Q0', 'Q1', 'Q2', 'Q3']
 
 
 def test_what_is_evaluated_on_is_what_training_leaves_out(parts):
   """Evaluation asks the first problems of a set, whatever the order in which training would ask them."""
   p = parts([RIGHT, WRONG], **{'rl.eval_prompts': '3', 'rl.eval_samples': '2', 'rl.max_prompt_tokens': '64'})
-  p.evaluated = {'all': TaskSet(p.run.rl.task, seed=p.run.seed, split='all')}
+  path = p.run.rl.task.uri
+  p.evaluated = loop.evaluation_sets(parts([], **{'rl.eval_prompts': '3', 'rl.eval_tasks': f'{{"all": "{path}"}}'}).run)
   asked, lines = [], []
   p.samplers[0].__class__ = type('Listening', (Scripted,), {'__call__': lambda self, params, prompts, **kw: (
     asked.extend(prompt.id for prompt in prompts), Scripted.__call__(self, params, prompts, **kw))[1]})
@@ -217,6 +221,34 @@ def test_undecided_problems_have_no_weight_in_an_evaluation(evaluate):
   assert values['avg_at_2'] == best.value == 0.5 and line.endswith(f'over {count - 1} problems, 1 undecided')
   values, line, best = evaluate(range(count))
   assert math.isnan(values['avg_at_2']) and best is None and line.endswith(f'over 0 problems, {count} undecided')
+
+
+class Devices(Exception):
+  """Raised where a run begins to use devices."""
+
+
+@pytest.mark.parametrize('longest, how, error, message', [
+  (64, 'refuse', Devices, ''), (8, 'skip', Devices, ''),
+  (8, 'refuse', ConfigError, '1 of 3 prompts of mine have more than 8 tokens, the longest 15; raise it, or leave'),
+  (3, 'skip', ConfigError, '3 of 3 prompts of mine have more than 3 tokens, the longest 15; raise it$')])
+def test_long_prompts_of_an_evaluation_are_refused_before_devices_are_used(
+    parts, tmp_path, monkeypatch, longest, how, error, message):
+  """The prompts of the problems to train on are short."""
+  short = write(tmp_path / 'short.jsonl', *({'question': f'{i}', 'answer': '4'} for i in range(5)))
+  mine = parts([]).run.rl.task.uri
+  config = load.load('tests/tiny_rl.py:init_from=x', {
+    'rl.task.uri': f'jsonl:{short}', 'rl.task.held_out_fraction': '0', 'rl.keep_best': 'mine', 'rl.eval_prompts': '3',
+    'rl.eval_tasks': f'{{"mine": "{mine}"}}', 'rl.max_prompt_tokens': str(longest), 'rl.long_prompts': how})
+
+  def make_mesh(*_):
+    raise Devices
+
+  for name, fake in (('parent_meta', lambda *_: {'config': {'data': {}}}), ('trained_tokenizer', lambda _: ''),
+                     ('check_same_function', lambda *_: None), ('read_tokenizer', lambda *_: Scripted([])),
+                     ('make_mesh', make_mesh)):
+    monkeypatch.setattr(loop.setup, name, fake)
+  with pytest.raises(error, match=f'^config.rl.max_prompt_tokens: {message}' if message else None):
+    loop.train(config, str(tmp_path / 'run'))
 
 
 def test_a_step_without_a_decided_answer_has_no_pass_rate(parts):
