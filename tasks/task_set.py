@@ -7,7 +7,8 @@
 
 A hash of a question's text decides which split the question is in. A question that occurs in several streams or files
 is therefore always in the same split. A record is left out and counted if it has no final answer, or if its reference
-can't be read. All errors are DataErrors of one line. For a record, this line names the file and the record's line.
+can't be read. If reading a reference takes too long, that is an error, so that time doesn't decide which problems there
+are. All errors are DataErrors of one line. For a record, this line names the file and the record's line.
 """
 
 import ast
@@ -97,7 +98,8 @@ class TaskSet:
       exclude: hashes (`question_hash` in data/reasoning.py) of questions to leave out, for example those of evaluation.
 
     Raises:
-      DataError: the source can't be read, the split is empty, or the reward function fails.
+      DataError: the source can't be read, the split is empty, the reward function fails, or it can't be found out
+        whether a reference can be read.
       VerifierError: the processes that read references can't be started.
     """
     if split not in SPLITS:
@@ -208,10 +210,18 @@ class TaskSet:
     """Returns the tasks whose reference can be read, and adds the other tasks to left_out.
 
     kept: (task, place of its record, such as 'FILE:LINE') for each task of this split.
+
+    Raises:
+      DataError: the worker that read a reference reached the deadline or died.
     """
     references = [task.reference for task, _ in kept if task.verifier == 'math']
     with Verifier(VerifierConfig(deadline_s=_READING_S)) as verifier:
-      whys = verifier.unreadable(references)
+      whys, unknown = verifier.unreadable(references)
+    if unknown:
+      reference, why = next(iter(unknown.items()))
+      first, *others = [where for task, where in kept if task.verifier == 'math' and task.reference in unknown]
+      raise DataError(f"{first}: can't find out whether its answer {reference!r} can be read ({why})" + (
+        f', nor that of {", ".join(others[:5])}' if others else '') + '; remove the record, or try again')
     readable = []
     for task, where in kept:
       if task.verifier == 'math' and task.reference in whys:

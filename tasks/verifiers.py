@@ -146,19 +146,23 @@ class Verifier:
     self.counts.update(grade.verdict.name.lower() for grade in grades)
     return grades
 
-  def unreadable(self, references: Sequence[str]) -> dict[str, str]:
-    """Returns {reference: reason} for the mathematical references that can't be read, and so can't be compared.
+  def unreadable(self, references: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Finds the mathematical references that can't be read, and so can't be compared.
+
+    Returns (unreadable, unknown), two dictionaries {reference: reason}. It is unknown whether a reference can be read
+    if the worker that read it reached the deadline or died. The next time, it may be read.
 
     Most references are read in this process, which is safe because no model has written them. If only math-verify may
     be able to read a reference, a worker reads it.
     """
-    found = {text: _why_unreadable(text) for text in dict.fromkeys(references)}
+    found, unknown = {text: _why_unreadable(text) for text in dict.fromkeys(references)}, {}
     asked = [text for text, why in found.items() if why is None]
     if asked:
       with self._lock:
         replies = self._pool.ask(['math'] * len(asked), [{'reference': text, 'answer': None} for text in asked])
-      found |= {text: _LOST[reply] if isinstance(reply, str) else reply['rule'] for text, reply in zip(asked, replies)}
-    return {text: why for text, why in found.items() if why}
+      unknown = {text: _LOST[reply] for text, reply in zip(asked, replies) if isinstance(reply, str)}
+      found |= {text: reply['rule'] for text, reply in zip(asked, replies) if text not in unknown}
+    return {text: why for text, why in found.items() if why}, unknown
 
   def _check(self, task: Task) -> None:
     if task.verifier not in VERIFIERS or task.answer_format not in (*ANSWER_FORMATS, 'code'):

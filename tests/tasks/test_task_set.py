@@ -16,6 +16,7 @@ from benchmarks import verifiers as bench
 from betarank.configs.errors import UserError
 from betarank.data import reasoning, record_formats
 from betarank.data.config import DataError
+from betarank.tasks import worker_pool
 from betarank.tasks.task_set import TaskConfig, TaskSet, question_hash
 from betarank.tasks.verifiers import Verdict, Verifier, VerifierConfig
 
@@ -95,6 +96,18 @@ def test_a_gold_that_cannot_be_read_leaves_its_problem_out_for_every_answer(json
     task = dataclasses.replace(tasks[0], reference='$t(0,4]$')
     assert verifier.verify([(text, task), ('\nAnswer: 4', task)]) == [Verdict.UNDECIDED] * 2
     assert verifier.counts['unread'] == 2
+
+
+@pytest.mark.parametrize('why', ['timeouts', 'crashes', 'refused'])
+def test_no_deadline_and_no_lost_worker_decides_which_problems_there_are(jsonl, monkeypatch, why):
+  """Such problems were left out, so a slow start or host had other problems than the rest of the run."""
+  monkeypatch.setattr(worker_pool.WorkerPool, 'ask', lambda self, kinds, requests: [
+    why if r'\int' in request['reference'] else {'rule': ''} for request in requests])
+  integral = r'\int_0^1 x^2 \sin(x) dx'
+  uri = jsonl(*({'question': f'q {answer}', 'answer': answer} for answer in ('1', integral, r'\sum_{i} i', integral)))
+  with pytest.raises(DataError, match=r"tasks\.jsonl:2: can't find out whether its answer .* can be read \(.*\), nor "
+                                      r'that of .*tasks\.jsonl:4; remove the record, or try again'):
+    TaskSet(TaskConfig(uri), split='all')
 
 
 @pytest.mark.parametrize('uri,message', [
