@@ -196,8 +196,8 @@ def claims(
     comparisons.benchmarks, in which the baseline is plain cross-entropy.
   k: the k of Pass@k.
   """
-  arm = {name: _arm(sweep, name) for name in (PLAIN, LOW, HIGH, TAIL)}
-  if not arm[PLAIN] or not any(arm[name] for name in (LOW, HIGH, TAIL)):
+  arm = _arms(sweep)
+  if not arm:
     return []
   first = sweep.stages[0]
   before, after = stages_around_rl(sweep)
@@ -207,8 +207,7 @@ def claims(
   def ratio(name: str, metric: str, judge: Judge) -> list[Test]:
     tests = []
     for c in find(here, name, metric):
-      plain = {seed: x for p in find(here, PLAIN, metric) if p.subject == c.subject for seed, x in p.by_seed.items()}
-      shares = {seed: value / plain[seed] for seed, value in c.differences.items() if plain.get(seed)}
+      shares = {seed: value / c.theirs[seed] for seed, value in c.differences.items() if c.theirs[seed]}
       tests.append(_test(f'{name} against CE, {metric}, {_domain(c)}', '%', 100.0, shares, judge))
     return tests
 
@@ -235,13 +234,22 @@ def claims(
   ]
 
 
-def _arm(sweep: Sweep, objective: str) -> str:
-  """Returns the arm whose runs were pre-trained with `objective`, such as 'β = 0.5'; '' if there is none.
+def _arms(sweep: Sweep) -> dict[str, str]:
+  """Returns {objective: arm} for PLAIN, LOW, HIGH and TAIL, the objectives that runs were pre-trained with.
 
-  If there are several such arms, returns the one with most runs.
+  The arm of PLAIN is the arm of plain cross-entropy with which most runs of the other three are compared, and each
+  other arm is one that is compared with it, the one with most runs. So all differences are between these four arms. An
+  objective without such an arm has the arm ''. Returns {} if nothing is compared with plain cross-entropy.
   """
-  arms = [run.arm for run in sweep.runs if run.arm and run.objective.partition(' → ')[0] == objective]
-  return max(sorted(set(arms)), key=arms.count, default='')
+  runs = {name: [run.arm for run in sweep.runs if run.arm and run.objective.partition(' → ')[0] == name]
+          for name in (PLAIN, LOW, HIGH, TAIL)}
+  most = lambda names: max(sorted(set(names)), key=names.count, default='')
+  baselines = [sweep.baselines[arm] for name in (LOW, HIGH, TAIL) for arm in runs[name]]
+  plain = most([name for name in baselines if name in runs[PLAIN]])
+  if not plain:
+    return {}
+  return {PLAIN: plain} | {name: most([arm for arm in runs[name] if sweep.baselines[arm] == plain])
+                           for name in (LOW, HIGH, TAIL)}
 
 
 def _domain(c: Comparison) -> str:

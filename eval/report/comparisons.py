@@ -50,6 +50,7 @@ class Comparison:
       verdict; '' if there is nothing to remark.
     by_seed: {seed: mean of the metric over problems}.
     differences: {seed: mean difference over problems}.
+    theirs: {seed: mean of the baseline's metric over problems}, of the seeds in `differences`.
     noise: the noise of the metric; None if it has fewer than two seeds.
     difference_noise: the noise of the difference; None if it has fewer than two seeds.
   """
@@ -65,6 +66,7 @@ class Comparison:
   remark: str = ''
   by_seed: dict[Any, float] = dataclasses.field(default_factory=dict)
   differences: dict[Any, float] = dataclasses.field(default_factory=dict)
+  theirs: dict[Any, float] = dataclasses.field(default_factory=dict)
   noise: Noise | None = None
   difference_noise: Noise | None = None
 
@@ -291,7 +293,7 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
           [] if a.basis == b.basis else ['measured on other tokens or with other settings'])
         reasons += differing
         if not differing:
-          c.differences[run.seed] = _difference(a.value, b.value)
+          c.differences[run.seed], c.theirs[run.seed] = _difference(a.value, b.value), b.value
       if c.differences:
         c.difference = over_seeds(list(c.differences.values()))
         c.difference_noise = noise(_column(c.differences))
@@ -439,6 +441,8 @@ def _compared(
     both_SP, problems = aligned([x for pair in usable.values() for x in pair], read)
     differences_SP = both_SP[0::2] - both_SP[1::2]
     c.differences, c.difference_noise = _means(usable, differences_SP), noise(differences_SP)
+    there_P = ~np.isnan(differences_SP).any(0)
+    c.theirs = _means(usable, both_SP[1::2, there_P])
     try:
       c.difference = paired_difference(both_SP[0::2], both_SP[1::2],
                                        bounds=(-1, 1) if bounds[1] == 1 else (-math.inf, math.inf))

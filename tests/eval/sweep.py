@@ -41,20 +41,25 @@ def config(*, objective, seed, steps, init_from='', rl=False):
   return c.to_dict()
 
 
-def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
+def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64, code='c0de', changes=()):
   """Writes a finished run: config, run.json, metrics and the metadata of its last checkpoint.
 
   data: the hash of the run's prepared data.
+  code: the version of the code that wrote the checkpoint.
+  changes: {'section.name': value} of settings that differ from the defaults.
   """
   path.mkdir(parents=True)
   rl = bool(init_from)
   settings = config(objective=objective, seed=seed, steps=steps, init_from=init_from, rl=rl)
+  for key, value in dict(changes).items():
+    section, name = key.split('.')
+    settings[section][name] = value
   (path / 'config.json').write_text(json.dumps(settings, default=list))
   write(path / 'run.json', json.dumps({
     'command': ['/usr/bin/betarank', 'rl' if rl else 'train', '--config=mine.py', f'--workdir={path}'],
     'device_kind': 'TPU v5e', 'devices': 4, 'started_s': 1.8e9}))
   checkpoint(path, steps, settings, init_from, {'prompts': 8 * steps, 'problems': 'b' * 64} if rl else {
-    'sources': {'main': {'rows': 8 * steps, 'fingerprint': data}}})
+    'sources': {'main': {'rows': 8 * steps, 'fingerprint': data}}}, code)
   noise = np.random.default_rng(seed).normal(0, 0.01, steps + 1)
   lines = []
   for step in range(1, steps + 1):
@@ -72,16 +77,17 @@ def run(path, *, objective, seed, steps, entropy, init_from='', data='d' * 64):
   (path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
 
 
-def checkpoint(path, step, settings, parent, cursor):
+def checkpoint(path, step, settings, parent, cursor, code):
   """Writes that part of a checkpoint that a report reads, its metadata."""
   folder = path / 'checkpoints' / str(step)
   write(folder / 'state' / 'x', '')
   write(folder / 'meta' / 'metadata', json.dumps({
-    'shapes': {}, 'config': settings, 'parent': str(parent), 'code_version': 'c0de', 'tokenizer_sha256': 'f' * 64,
+    'shapes': {}, 'config': settings, 'parent': str(parent), 'code_version': code, 'tokenizer_sha256': 'f' * 64,
     'cursor': cursor}, default=list))
 
 
-def probe(path, step, *, entropy, domain='main'):
+def probe(path, step, *, entropy, domain='main', **figures):
+  """Writes the result of a probe. figures: {metric: value} of those that differ from the ones below."""
   counts = [500, 200, 150, 100, 50]
   found = {
     'tokens': 1000, 'ce_nats': 2.0, 'bits_per_byte': 1.0, 'perplexity': 7.4, 'entropy_nats': entropy,
@@ -89,7 +95,7 @@ def probe(path, step, *, entropy, domain='main'):
     'rank_histogram': {'edges': [0, 1, 2, 4, 8, 16], 'counts': counts},
     'coverage': {'2': 0.5, '4': 0.3, '16': 0.1, '64': 0.0},
     'entropy_histogram': {'edges': [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 'counts': counts},
-  }
+  } | figures
   write(path / 'eval' / 'probe' / f'{step}.json', json.dumps({'step': step, 'domains': {domain: found}}))
 
 

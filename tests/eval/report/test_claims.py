@@ -149,6 +149,21 @@ def test_a_sweep_with_the_paper_s_arms_gets_its_claims_judged(tmp_path):
   assert 0 < after['β = -0.25 against CE, avg_at_n'].smallest_detectable() < 0.4
 
 
+def test_effects_are_shares_of_the_run_that_they_are_differences_to(tmp_path):
+  """With another arm of cross-entropy that had more runs, -8 % was shown as -4 %: it was divided by that arm."""
+  for name, objective, lr, seeds, tail in (('plain', {}, 1e-3, 3, 0.1), ('tail', {'lambda_tail': -0.1}, 1e-3, 3, 0.092),
+                                           ('other', {}, 1e-2, 4, 0.2)):
+    for seed in range(seeds):
+      path = tmp_path / f'{name}{seed}'
+      sweep.run(path, objective=objective, seed=seed, steps=4, entropy=1.0, changes={'optimizer.lr': lr})
+      sweep.probe(path, 4, entropy=1.0, tail_mass=tail + 1e-4 * seed)
+  found = arms.read_sweep(tmp_path)
+  judged = claims.claims(found, comparisons.distributions(found, ('ce_nats', 'tail_mass')), [], [], 1)
+  (test,) = next(claim for claim in judged if claim.letter == 'b').tests
+  assert test.effect.mean == pytest.approx(-0.08, rel=0.02) and test.effect.seeds == 3
+  assert claims._arms(found) == {PLAIN: 'CE, lr = 0.001', claims.LOW: '', claims.HIGH: '', claims.TAIL: claims.TAIL}
+
+
 def test_other_sweeps_have_no_claims():
   assert claims.claims(Sweep(None), [], [], [], 1) == []
   run = Run(None, 'x', {}, objective=PLAIN, arm=PLAIN, stage='pre-training')
