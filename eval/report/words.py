@@ -13,7 +13,7 @@ from betarank.eval.report.agreement import of_steps
 from betarank.eval.report.comparisons import Comparison, pairs
 from betarank.eval.report.metrics import change, metric
 from betarank.eval.report.page import Html, join, tag
-from betarank.eval.report.runs import Sweep
+from betarank.eval.report.runs import Run, Sweep
 
 BEFORE_METRICS = ('entropy_nats', 'ce_nats')  # the metrics of the second sentence
 NAMED = 2  # the third sentence names at most so many differences
@@ -85,38 +85,47 @@ def stages_around_rl(sweep: Sweep) -> tuple[str, str]:
 def _compared(sweep: Sweep) -> str:
   """Returns the first sentence at the top of the page.
 
-  It lists the arms that differ only in the objective, and says for every other arm why it isn't compared.
+  It lists the arms that differ only in the objective, with the numbers of seeds for which that is so. For every other
+  arm, and for other seeds, it says why they aren't compared.
   """
-  good, wrong = [], []
-  for arm in sweep.arms:
-    stage, reason = _first_disagreement(sweep, arm)
+  together: dict[str, list[str]] = {}  # baseline -> the arms that are compared with it
+  counts: dict[str, list[int]] = {}  # baseline -> how many seeds are compared, for each arm and stage
+  wrong = []
+  for arm in (arm for arm in sweep.arms if arm != sweep.baselines[arm]):
+    baseline, partly = sweep.baselines[arm], False
     there = [stage for stage in sweep.stages if sweep.of(stage, arm)]
-    if stage != there[0]:
-      good.append(arm)
-    if reason:
-      where = f' in {stage}' if stage != there[0] else ''
-      wrong.append(f'{arm} is not compared with {sweep.baselines[arm]}{where}: {reason}')
-  seeds = {len({run.seed for run in sweep.of(stage, arm)}) for stage in sweep.stages for arm in good} - {0}
-  counted = f'{min(seeds)} to {max(seeds)} seeds' if len(seeds) > 1 else f'{max(seeds)} seed{"s" * (max(seeds) > 1)}'
-  if len(good) > 1:
-    said = f'{_and(good)} saw the same data for the same steps, with {counted} each, and differ only in the objective'
-    return '; '.join([said, *wrong]) + '.'
-  return '; '.join(wrong) + '; so no change is put down to an objective.'
+    for stage in there:
+      agreeing, reasons = _agreeing(sweep, stage, arm)
+      if not agreeing or (reasons and not partly):
+        who = f'some seeds of {arm} are' if agreeing else f'{arm} is'
+        where = f' in {stage}' if stage != there[0] else ''
+        wrong.append(f'{who} not compared with {baseline}{where}: {reasons[0]}')
+      if not agreeing:
+        break
+      partly = partly or bool(reasons)
+      counts.setdefault(baseline, []).append(len(agreeing))
+      if stage == there[0]:
+        together.setdefault(baseline, []).append(arm)
+  said = [f'{_and([baseline, *arms])} saw the same data for the same steps, with {_seeds(counts[baseline])} each, and '
+          'differ only in the objective' for baseline, arms in together.items()]
+  return '; '.join([*said, *wrong]) + ('.' if said else '; so no change is put down to an objective.')
 
 
-def _first_disagreement(sweep: Sweep, arm: str) -> tuple[str, str]:
-  """Finds the first stage in which an arm can't be compared with its baseline. Returns (stage, first reason).
+def _seeds(counts: Sequence[int]) -> str:
+  least, most = min(counts), max(counts)
+  return f'{least} to {most} seeds' if least < most else f'{most} seed{"s" * (most > 1)}'
 
-  Arm and baseline can be compared in a stage if, for at least one seed, their runs have the same data, the same
-  settings (except the objective) and the same last step. Returns ('', '') if they can be compared in all stages.
+
+def _agreeing(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], list[str]]:
+  """Returns (pairs of runs that differ only in the objective, reasons why other pairs of the same seed don't count).
+
+  The runs of a pair, one of the arm and one of its baseline, have the same seed, the same data, the same settings
+  (except the objective) and the same last step.
   """
-  for stage in sweep.stages if arm != sweep.baselines[arm] else ():
-    if sweep.of(stage, arm):
-      agreeing, reasons = pairs(sweep, stage, arm)
-      steps = [of_steps(run, run.last_step, other, other.last_step) for run, other in agreeing]
-      if all(steps):
-        return stage, [*reasons, *(reason for found in steps for reason in found)][0]
-  return '', ''
+  agreeing, reasons = pairs(sweep, stage, arm)
+  steps = [of_steps(run, run.last_step, other, other.last_step) for run, other in agreeing]
+  return ([pair for pair, differing in zip(agreeing, steps) if not differing],
+          [*reasons, *(reason for differing in steps for reason in differing)])
 
 
 def _before_rl(found: Sequence[Comparison]) -> str:

@@ -104,6 +104,31 @@ def test_runs_on_other_data_are_not_compared(tmp_path):
   assert not curves.difference(arms.read_sweep(tmp_path / 'low'), 'pre-training', 'train/entropy_nats')[0]
 
 
+def test_only_seeds_that_agree_are_counted(tmp_path):
+  """All seeds of an arm used to be counted, as soon as one of them agreed with its baseline."""
+  for seed in range(3):
+    for name, beta, data in (('ce', 0.0, 'd'), ('low', -0.25, 'd' if seed else 'e'), ('high', 0.5, 'd')):
+      sweep.run(tmp_path / f'{name}{seed}', objective={'beta': beta}, seed=seed, entropy=1.0, data=data * 64,
+                steps=5 if (name, seed) == ('high', 1) else 20, changes={'train.tokens': 20 * 8 * 512})
+  assert sentences(tmp_path)[0] == (
+    'CE, β = -0.25 and β = 0.5 saw the same data for the same steps, with 2 seeds each, and differ only in the '
+    'objective; some seeds of β = -0.25 are not compared with CE: other data in source main (eeeeeeeeeeee against '
+    'dddddddddddd); some seeds of β = 0.5 are not compared with CE: step 5 (20,480 tokens) against 20 (81,920 tokens).')
+
+
+def test_arms_with_other_baselines_are_counted_apart(tmp_path):
+  for lr, seeds in ((3e-4, 1), (1e-3, 2)):
+    for seed in range(seeds):
+      for name, beta in (('ce', 0.0), ('low', -0.25)):
+        sweep.run(tmp_path / f'{name}{lr}{seed}', objective={'beta': beta}, seed=seed, steps=20, entropy=1.0,
+                  changes={'optimizer.lr': lr})
+  assert sentences(tmp_path)[0] == (
+    'CE, lr = 0.0003 and β = -0.25, lr = 0.0003 saw the same data for the same steps, with 1 seed each, and differ '
+    'only in the objective; CE, lr = 0.001 and β = -0.25, lr = 0.001 saw the same data for the same steps, with 2 '
+    'seeds each, and differ only in the objective; CE, lr = 0.001 is not compared with CE, lr = 0.0003: optimizer.lr '
+    '0.001 against 0.0003.')
+
+
 @pytest.mark.parametrize(('key', 'value', 'said'), [
   ('optimizer.lr', 1e-3, 'optimizer.lr 0.001 against 0.0003'),
   ('train.tokens', 10**6, 'train.tokens 1,000,000 against 81,920'),
