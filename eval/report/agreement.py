@@ -6,6 +6,7 @@ which determines how many tokens were seen. If the two runs started from other r
 """
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from betarank.configs import settings
@@ -47,10 +48,7 @@ def disagreements(run: Run, other: Run) -> list[str]:
   """
   found = _of_data(run, other) + _of_settings(run, other)
   if run.parent and other.parent:
-    if run.parent_step != other.parent_step:
-      found.append(f'started from step {run.parent_step} against {other.parent_step}')
-    found += [f'{reason} (before {run.stage.rpartition("→")[2].strip()})'
-              for reason in disagreements(run.parent, other.parent)]
+    found += _of_start(run, other, disagreements)
   return list(dict.fromkeys(found))
 
 
@@ -65,6 +63,46 @@ def of_steps(run: Run, step: int, other: Run, other_step: int) -> list[str]:
   seen = [f' ({run.tokens_per_step * at:,.0f} tokens)' if not run.is_rl and math.isfinite(run.tokens_per_step) else ''
           for run, at in ((run, step), (other, other_step))]
   return [f'step {step:,}{seen[0]} against {other_step:,}{seen[1]}']
+
+
+def of_length(run: Run, other: Run) -> list[str]:
+  """Returns one phrase for each way in which the lengths of two runs differ, or of the runs that they started from.
+
+  The length of a run is the number of steps that its config asks for, on which the learning rate depends. A length that
+  isn't known doesn't differ from any other.
+  """
+  found = [f'a run of {run.steps:,.0f} steps against one of {other.steps:,.0f}'] if (
+    math.isfinite(run.steps) and math.isfinite(other.steps) and run.steps != other.steps) else []
+  if run.parent and other.parent:
+    return found + _of_start(run, other, of_length)
+  return found
+
+
+def alike(
+  runs: Iterable[Run], differing: Callable[[Run, Run], list[str]] = lambda run, other: []
+) -> tuple[dict[Any, Run], list[str]]:
+  """Returns ({seed: run}, reasons): runs of an arm that may be averaged, and the reasons why others aren't among them.
+
+  The runs agree in their lengths and in whatever `differing` compares. They are the largest such group; of groups of
+  the same size, the one with the first seed. If several runs have the same seed, only the first of them counts.
+
+  differing: a function that returns one phrase for each way in which two runs differ.
+  """
+  found = {run.seed: run for run in reversed(list(runs))}
+  differs = lambda run, other: differing(run, other) or of_length(run, other)
+  groups = [{seed: run for seed, run in found.items() if not differs(run, found[first])}
+            for first in sorted(found, key=str)]
+  kept = max(groups, key=len, default={})
+  first = next(iter(kept.values()), None)
+  return kept, [reason for seed, run in found.items() if seed not in kept for reason in differs(run, first)]
+
+
+def _of_start(run: Run, other: Run, differing: Callable[[Run, Run], list[str]]) -> list[str]:
+  """Compares the checkpoints that two runs started from: their steps, and their runs with the function `differing`."""
+  found = [] if run.parent_step == other.parent_step else [
+    f'started from step {run.parent_step} against {other.parent_step}']
+  before = run.stage.rpartition('→')[2].strip()
+  return found + [f'{reason} (before {before})' for reason in differing(run.parent, other.parent)]
 
 
 def _of_data(run: Run, other: Run) -> list[str]:

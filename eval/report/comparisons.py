@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from betarank.eval import paper
-from betarank.eval.report.agreement import disagreements, of_steps
+from betarank.eval.report.agreement import alike, disagreements, of_steps
 from betarank.eval.report.oddities import EDGE_SHARE
 from betarank.eval.report.runs import SAME_SETTINGS, Run, SampleSet, Sweep, number
 from betarank.eval.statistics import Estimate, Noise, bootstrap_interval, holm, noise, over_seeds, paired_difference
@@ -42,13 +42,14 @@ class Comparison:
     subject: what the metric is measured on: a benchmark, a task, a data source, or a part of an RL run.
     metric: the name of the metric.
     arm, baseline: the names of the two arms.
-    value: the mean of the metric over seeds and problems, with its interval; None if unknown.
+    value: the mean of the metric over seeds and problems, with its interval; None if unknown. Seeds are averaged only
+      if they were measured at the same step and in the same way, after training of the same length (agreement.alike).
     difference: the mean difference, arm minus baseline, on the same seeds and problems, with its interval; None if
       unknown.
     p_holm: the p-value of the difference after Holm's correction; NaN if there is no difference, or only one seed.
-    remark: why there is no difference, why it is based on fewer seeds than there are, or that one seed gives no
-      verdict; '' if there is nothing to remark.
-    by_seed: {seed: mean of the metric over problems}.
+    remark: why there is no difference, why it or the value is based on fewer seeds than there are, or that one seed
+      gives no verdict; '' if there is nothing to remark.
+    by_seed: {seed: mean of the metric over problems}, of the seeds in `value`.
     differences: {seed: mean difference over problems}.
     theirs: {seed: mean of the baseline's metric over problems}, of the seeds in `differences`.
     noise: the noise of the metric; None if it has fewer than two seeds.
@@ -116,22 +117,27 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
   return agreeing, list(dict.fromkeys(reasons))
 
 
-def remark(reasons: Iterable[str], baseline: str, compared: int) -> str:
+def remark(left_out: Iterable[str], reasons: Iterable[str], baseline: str, compared: int) -> str:
   """Returns the remark on a comparison; '' if there is nothing to remark.
 
-  The remark says why some pairs of runs weren't compared. If only one pair was compared, it adds that one seed gives no
-  verdict.
+  The remark says why the value leaves out some seeds, and why some pairs of runs weren't compared. If only one pair was
+  compared, it adds that one seed gives no verdict.
 
+  left_out: why the value leaves out seeds.
   reasons: why pairs weren't compared.
   baseline: the name of the baseline arm.
   compared: the number of pairs that were compared.
   """
-  reasons = list(dict.fromkeys(reasons))
-  shown = '; '.join(reasons[:_REASONS]) + ('; ...' if len(reasons) > _REASONS else '')
-  if not compared:
-    return f'not compared with {baseline}: {shown}' if reasons else ''
-  parts = [f'some seeds are not compared: {shown}'] if reasons else []
+  parts = [f'some seeds are not in the mean: {_first(left_out)}'] if left_out else []
+  if reasons:
+    parts.append(f'{"some seeds are " if compared else ""}not compared{"" if compared else f" with {baseline}"}: '
+                 f'{_first(reasons)}')
   return '; '.join([*parts, *(['one seed: no verdict'] if compared == 1 else [])])
+
+
+def _first(reasons: Iterable[str]) -> str:
+  reasons = list(dict.fromkeys(reasons))
+  return '; '.join(reasons[:_REASONS]) + ('; ...' if len(reasons) > _REASONS else '')
 
 
 # Figures with one value per run
@@ -273,8 +279,11 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
     baseline = sweep.baselines[arm]
     agreeing, why_not = pairs(sweep, stage, arm)
     for metric in metrics:
-      values = {seed: found.value for seed, run in {run.seed: run for run in reversed(sweep.of(stage, arm))}.items()
-                if (found := read(run, metric)) and math.isfinite(found.value)}
+      mine = {seed: found for seed, run in {run.seed: run for run in reversed(sweep.of(stage, arm))}.items()
+              if (found := read(run, metric)) and math.isfinite(found.value)}
+      differing = lambda run, other, mine=mine: _of_measuring(run, mine[run.seed], other, mine[other.seed])
+      kept, left_out = alike([run for run in sweep.of(stage, arm) if run.seed in mine], differing)
+      values = {seed: mine[seed].value for seed in kept}
       if not values:
         continue
       # A change can have either sign. Other figures can't be negative.
@@ -282,23 +291,32 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
       c = Comparison(stage, subject, metric, arm, baseline, over_seeds(list(values.values()), bounds=bounds),
                      by_seed=values, noise=noise(_column(values)))
       out.append(c)
-      if arm == baseline:
-        continue
-      reasons = list(why_not)
+      reasons, measured = list(why_not), {}
       for run, other in agreeing:
-        a, b = read(run, metric), read(other, metric)
-        if not (a and b and math.isfinite(a.value) and math.isfinite(b.value)):
+        a, b = mine.get(run.seed), read(other, metric)
+        if not (a and b and math.isfinite(b.value)):
           continue
-        differing = of_steps(run, a.step, other, b.step) + (
-          [] if a.basis == b.basis else ['measured on other tokens or with other settings'])
-        reasons += differing
-        if not differing:
-          c.differences[run.seed], c.theirs[run.seed] = _difference(a.value, b.value), b.value
+        found = _of_measuring(run, a, other, b)
+        reasons += found
+        if not found:
+          measured[run.seed] = run, a.value, b.value
+      kept, others = alike([run for run, *_ in measured.values()], differing)
+      for seed, (_, a, b) in measured.items():
+        if seed in kept:
+          c.differences[seed], c.theirs[seed] = _difference(a, b), b
       if c.differences:
         c.difference = over_seeds(list(c.differences.values()))
         c.difference_noise = noise(_column(c.differences))
-      c.remark = remark(reasons, baseline, len(c.differences))
+      c.remark = remark(left_out, [*reasons, *others], baseline, len(c.differences))
   return out
+
+
+def _of_measuring(run: Run, mine: Measured, other: Run, theirs: Measured) -> list[str]:
+  """Compares how a metric of two runs was measured. Returns [] if it was in the same way, else the reasons why the two
+  values can't be compared.
+  """
+  return of_steps(run, mine.step, other, theirs.step) + (
+    [] if mine.basis == theirs.basis else ['measured on other tokens or with other settings'])
 
 
 def _column(by_seed: Mapping[Any, float]) -> np.ndarray:
@@ -361,7 +379,7 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):
       for arm in sweep.arms:
-        mine = sample_sets(sweep, stage, arm, benchmark)
+        mine, left_out = sample_sets(sweep.of(stage, arm), benchmark)
         agreeing, why_not = pairs(sweep, stage, arm)
         both = [(run, run.sampled(benchmark), other, other.sampled(benchmark)) for run, other in agreeing
                 if run.sampled(benchmark) and other.sampled(benchmark)]
@@ -371,9 +389,11 @@ def benchmarks(sweep: Sweep, k: int) -> list[Comparison]:
           reasons += differing
           if not differing:
             usable[run.seed] = found, theirs
+        kept, others = sample_sets([run for run, *_ in both if run.seed in usable], benchmark)
+        usable = {seed: pair for seed, pair in usable.items() if seed in kept}
         for metric, read in benchmark_metrics(k).items() if mine else ():
           c = Comparison(stage, benchmark, metric, arm, sweep.baselines[arm], None)
-          out.append(_compared(c, {seed: found for seed, (_, found) in mine.items()}, usable, reasons, read))
+          out.append(_compared(c, mine, usable, left_out, [*reasons, *others], read))
   return correct(out)
 
 
@@ -388,24 +408,30 @@ def gains(sweep: Sweep, k: int) -> list[Comparison]:
   for stage in sweep.stages:
     for benchmark in sampled_benchmarks(sweep, stage):
       for arm in sweep.arms:
-        runs = [run for run in reversed(sweep.of(stage, arm)) if run.is_rl and run.parent]
-        both = {run.seed: (after[1], before[1]) for run in runs if (after := run.sampled(benchmark))
-                and (before := run.parent.sampled(benchmark, run.parent_step))}
-        reasons = [reason for pair in both.values() for reason in _of_sampling(*pair)]
-        usable = {seed: pair for seed, pair in both.items() if not _of_sampling(*pair)}
-        for metric, read in benchmark_metrics(k).items() if both else ():
+        runs = [run for run in sweep.of(stage, arm) if run.is_rl and run.parent and run.sampled(benchmark)
+                and run.parent.sampled(benchmark, run.parent_step)]
+        mine, left_out = sample_sets(runs, benchmark)
+        before = {run.seed: run.parent.sampled(benchmark, run.parent_step)[1] for run in reversed(runs)}
+        reasons = [reason for seed, after in mine.items() for reason in _of_sampling(after, before[seed])]
+        usable = {seed: (after, before[seed]) for seed, after in mine.items() if not _of_sampling(after, before[seed])}
+        for metric, read in benchmark_metrics(k).items() if mine else ():
           c = Comparison(stage, benchmark, metric, arm, BEFORE_RL, None)
-          out.append(_compared(c, {seed: after for seed, (after, _) in both.items()}, usable, reasons, read))
+          out.append(_compared(c, mine, usable, left_out, reasons, read))
   return correct(out)
 
 
-def sample_sets(sweep: Sweep, stage: str, arm: str, benchmark: str) -> dict[Any, tuple[int, SampleSet]]:
-  """Returns {seed: (step, samples)} with the newest samples that each run of an arm has on a benchmark.
+def sample_sets(runs: Iterable[Run], benchmark: str) -> tuple[dict[Any, SampleSet], list[str]]:
+  """Returns ({seed: samples}, reasons): the newest samples on a benchmark of those runs of an arm that may be averaged,
+  and the reasons why those of other runs aren't among them (see agreement.alike).
 
   Runs without samples on the benchmark are left out.
   """
-  runs = reversed(sweep.of(stage, arm))
-  return {run.seed: found for run in runs if (found := run.sampled(benchmark))}
+  def differing(run: Run, other: Run) -> list[str]:
+    (step, found), (other_step, theirs) = run.sampled(benchmark), other.sampled(benchmark)
+    return of_steps(run, step, other, other_step) + _of_sampling(found, theirs)
+
+  kept, reasons = alike([run for run in runs if run.sampled(benchmark)], differing)
+  return {seed: run.sampled(benchmark)[1] for seed, run in kept.items()}, reasons
 
 
 def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
@@ -418,8 +444,8 @@ def _of_sampling(found: SampleSet, other: SampleSet) -> list[str]:
 
 
 def _compared(
-  c: Comparison, sets: Mapping[Any, SampleSet], usable: Mapping[Any, tuple[SampleSet, SampleSet]], reasons: list[str],
-  read: ByProblem,
+  c: Comparison, sets: Mapping[Any, SampleSet], usable: Mapping[Any, tuple[SampleSet, SampleSet]],
+  left_out: list[str], reasons: list[str], read: ByProblem,
 ) -> Comparison:
   """Completes a comparison of samples. Sets all fields that are computed from the samples, except p_holm, and returns
   the comparison.
@@ -428,14 +454,13 @@ def _compared(
     c: the comparison.
     sets: {seed: samples of the arm}, from which `value` is computed.
     usable: {seed: (samples of the arm, samples to compare with)}, from which `difference` is computed.
+    left_out: why other samples of the arm aren't among `sets`.
     reasons: why other pairs of runs can't be compared.
     read: a function that takes SampleSet.metrics, and returns the metric's value for each problem.
   """
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
   values_SP = aligned(sets.values(), read)[0]
   c.value, c.by_seed, c.noise = estimate(values_SP, bounds), _means(sets, values_SP), noise(values_SP)
-  if c.arm == c.baseline:
-    return c
   reasons, compared = list(reasons), len(usable)
   if usable:
     both_SP, problems = aligned([x for pair in usable.values() for x in pair], read)
@@ -449,7 +474,7 @@ def _compared(
     except ValueError as error:
       reasons.append('no problem in common' if not problems else str(error))
       compared = 0
-  c.remark = remark(reasons, c.baseline, compared)
+  c.remark = remark(left_out, reasons, c.baseline, compared)
   return c
 
 

@@ -6,10 +6,12 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from betarank.eval.report.agreement import alike, of_steps
 from betarank.eval.report.comparisons import aligned, estimate, pairs, sample_sets
 from betarank.eval.report.runs import Curve, Run, Sweep, number, setting
 
@@ -37,12 +39,16 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
   """Returns (lines, size): the curve of the metric `name`, with one line per arm.
 
   Each point is a mean over seeds and over about `size` consecutive logged steps. The limits of a line are the range
-  over seeds.
+  over seeds. Only runs of the same length are averaged, because the learning rate at a step depends on it.
   """
   x_X, size = _points(sweep, stage, name)
-  binned = {arm: {run.seed: _binned(run.curves[name], x_X) for run in reversed(sweep.of(stage, arm))
-                  if name in run.curves} for arm in sweep.arms}
-  return [series for arm, by_seed in binned.items() if (series := _series(arm, x_X, list(by_seed.values())))], size
+  binned = {arm: [_binned(run.curves[name], x_X) for run in _alike(sweep.of(stage, arm), name)] for arm in sweep.arms}
+  return [series for arm, rows in binned.items() if (series := _series(arm, x_X, rows))], size
+
+
+def _alike(runs: Iterable[Run], name: str) -> list[Run]:
+  """Returns those runs of an arm, at most one per seed, whose curves of the metric `name` may be averaged."""
+  return list(alike([run for run in runs if name in run.curves])[0].values())
 
 
 def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
@@ -53,8 +59,10 @@ def difference(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
   x_X, size = _points(sweep, stage, name)
   out = []
   for arm in sweep.arms:
-    found = [(a, b) for a, b in pairs(sweep, stage, arm)[0] if name in a.curves and name in b.curves]
-    rows = [_binned(a.curves[name], x_X) - _binned(b.curves[name], x_X) for a, b in found]
+    found = {a.seed: (a, b) for a, b in pairs(sweep, stage, arm)[0] if name in a.curves and name in b.curves}
+    kept = {run.seed for run in _alike([a for a, _ in found.values()], name)}
+    rows = [_binned(a.curves[name], x_X) - _binned(b.curves[name], x_X) for seed, (a, b) in found.items()
+            if seed in kept]
     if series := _series(arm, x_X, rows):
       out.append(series)
   return out, size
@@ -119,7 +127,7 @@ def histogram(sweep: Sweep, stage: str, domain: str, name: str, *, survival: boo
   out, first = [], None
   for arm in sweep.arms:
     shares: dict[Any, np.ndarray] = {}
-    for run in reversed(sweep.of(stage, arm)):
+    for run in _probed_alike(sweep, stage, arm):
       found = _domain(run, domain)
       edges_X, counts_X = (_numbers(setting(found, f'{name}.{part}')) for part in ('edges', 'counts'))
       if len(edges_X) != len(counts_X) + 1 or not np.isfinite(counts_X).all() or not counts_X.sum():
@@ -142,7 +150,7 @@ def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
   out = []
   for arm in sweep.arms:
     found: dict[Any, dict[float, float]] = {}
-    for run in reversed(sweep.of(stage, arm)):
+    for run in _probed_alike(sweep, stage, arm):
       shares = _domain(run, domain).get('coverage')
       shares = shares if isinstance(shares, dict) else {}
       points = {float(n): number(share) for n, share in shares.items() if n.isdecimal() and number(share) > 0}
@@ -151,6 +159,18 @@ def coverage(sweep: Sweep, stage: str, domain: str) -> list[Series]:
     if found and (x_X := np.array(sorted(set.intersection(*map(set, found.values()))))).size:
       out.append(_series(arm, x_X, [np.array([points[x] for x in x_X]) for points in found.values()]))
   return out
+
+
+def _probed_alike(sweep: Sweep, stage: str, arm: str) -> list[Run]:
+  """Returns the runs of an arm, at most one per seed, whose newest probes may be averaged: of the same step, tokens and
+  settings, after training of the same length.
+  """
+  def differing(run: Run, other: Run) -> list[str]:
+    (step, probe), (other_step, other_probe) = run.probe(), other.probe()
+    return of_steps(run, step, other, other_step) + (
+      [] if probe.get('deciding') == other_probe.get('deciding') else ['other tokens'])
+
+  return list(alike([run for run in sweep.of(stage, arm) if run.probe()], differing)[0].values())
 
 
 def _domain(run: Run, domain: str) -> dict[str, Any]:
@@ -173,7 +193,7 @@ def pass_curve(sweep: Sweep, stage: str, benchmark: str) -> list[Series]:
   """
   out = []
   for arm in sweep.arms:
-    sets = [found for _, found in sample_sets(sweep, stage, arm, benchmark).values()]
+    sets = list(sample_sets(sweep.of(stage, arm), benchmark)[0].values())
     if not sets:
       continue
     most = min(found.samples.score_PN.shape[1] for found in sets)

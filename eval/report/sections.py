@@ -166,8 +166,8 @@ class Report:
     key = lambda c: (c.stage, c.subject, c.metric, c.arm, c.baseline)
     titles = ('stage', 'subject', 'metric', 'arm', 'baseline')
     self._csv('seeds', (*titles, 'seed', 'value', 'difference'), [
-      (*key(c), seed, value, c.differences.get(seed, '')) for c in found
-      for seed, value in sorted(c.by_seed.items(), key=lambda item: str(item[0]))])
+      (*key(c), seed, c.by_seed.get(seed, ''), c.differences.get(seed, '')) for c in found
+      for seed in sorted(c.by_seed.keys() | c.differences.keys(), key=str)])
     rows = []
     for c in found:
       for what, noise, seeds in (('value', c.noise, len(c.by_seed)), ('difference', c.difference_noise,

@@ -165,6 +165,58 @@ def test_figures_of_other_steps_are_not_compared(tmp_path):
                                     'tokens); so no change is put down to an objective.')
 
 
+def test_only_seeds_of_the_same_length_are_averaged(tmp_path):
+  """The mean of runs of 20, 20 and 200 steps used to be shown as that of three seeds, without a remark."""
+  for name, beta in (('ce', 0.0), ('low', -0.25)):
+    for seed, steps in ((0, 200), (1, 20), (2, 20)):
+      path = tmp_path / name / str(seed)
+      sweep.run(path, objective={'beta': beta}, seed=seed, steps=steps, entropy=1.0 if steps == 20 else 9.0)
+      sweep.probe(path, steps, entropy=1.0 if steps == 20 else 9.0, domain='probed')
+  found = compared(tmp_path)
+  plain, low = (found['pre-training', 'entropy_nats', arm] for arm in ('CE', 'β = -0.25'))
+  assert plain.value.mean == 1.0 and plain.value.seeds == 2 and plain.by_seed == {1: 1.0, 2: 1.0}
+  assert plain.remark == 'some seeds are not in the mean: step 200 (819,200 tokens) against 20 (81,920 tokens)'
+  assert list(low.differences) == [1, 2] and low.difference.seeds == 2
+  assert low.remark.endswith('some seeds are not compared: step 200 (819,200 tokens) against 20 (81,920 tokens)')
+  there = arms.read_sweep(tmp_path)
+  for lines in (curves.curve(there, 'pre-training', 'train/ce_nats')[0],
+                curves.difference(there, 'pre-training', 'train/ce_nats')[0],
+                curves.histogram(there, 'pre-training', 'probed', 'rank_histogram'),
+                curves.coverage(there, 'pre-training', 'probed')):
+    assert {line.seeds for line in lines} == {2}
+
+
+def test_seeds_at_one_step_of_runs_of_other_lengths_are_not_averaged(tmp_path):
+  """The learning rate at a step depends on the length, also in the run that RL started from."""
+  for seed, tokens in ((0, 20), (1, 20), (2, 40)):
+    sweep.run(tmp_path / 'pre' / str(seed), objective={}, seed=seed, steps=20, entropy=1.0,
+              changes={'train.tokens': tokens * 8 * 512})
+    sweep.run(tmp_path / 'rl' / str(seed), objective={}, seed=seed, steps=5, entropy=1.0,
+              init_from=tmp_path / 'pre' / str(seed) / 'checkpoints' / '20')
+  found = arms.read_sweep(tmp_path)
+  (before,) = comparisons.distributions(found, ['entropy_nats'])
+  assert before.value.seeds == 2 and before.remark.endswith('a run of 40 steps against one of 20')
+  after = comparisons.dynamics(found, ['entropy_nats'])
+  assert {c.value.seeds for c in after} == {2} and after[0].remark.endswith('one of 20 (before RL)')
+
+
+def test_only_samples_drawn_alike_are_averaged(tmp_path):
+  """Samples at temperatures 0.7 and 0 used to be averaged, without a remark."""
+  rng = np.random.default_rng(0)
+  for seed, right, temperature in ((0, 0.0, 0.7), (1, 1.0, 0.0)):
+    pre, rl = tmp_path / 'pre' / str(seed), tmp_path / 'rl' / str(seed)
+    sweep.run(pre, objective={}, seed=seed, steps=20, entropy=1.0)
+    sweep.run(rl, objective={}, seed=seed, steps=5, entropy=1.0, init_from=pre / 'checkpoints' / '20')
+    for path, step in ((pre, 20), (rl, 5)):
+      sweep.samples(path, step, 'amc23', [right] * 20, 16, rng, temperature=temperature)
+  found = arms.read_sweep(tmp_path)
+  for c in (*comparisons.benchmarks(found, k=8), *comparisons.gains(found, k=8)):
+    if c.metric == 'avg_at_n':
+      assert c.value.mean == 0.0 and c.value.seeds == 1
+      assert c.remark.startswith('some seeds are not in the mean: sampled with other temperature')
+  assert [line.seeds for line in curves.pass_curve(found, 'pre-training', 'amc23')] == [1]
+
+
 def test_parents_must_agree_too(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
   meta = tmp_path / 'pre' / 'arm1-seed0' / 'checkpoints' / '40' / 'meta' / 'metadata'
