@@ -15,6 +15,7 @@ from betarank.eval.report.runs import Run
 
 # These settings of a source aren't compared, because its data is compared by hash.
 _ORIGIN = ('uri', 'max_documents')
+_EVALUATED = ('log.eval_batches', 'rl.eval_prompts')  # how much an evaluation during training is of
 _SHOWN = 12  # the number of characters shown of a hash
 
 
@@ -37,6 +38,15 @@ def _role(key: str) -> str:
     return settings.role(key)
   except KeyError:
     return settings.IDENTITY
+
+
+def evaluated(run: Run) -> dict[str, Any]:
+  """Returns {dotted key: value} of the settings on which it depends which tokens or problems a run was evaluated on
+  during training, besides those that determine its data. Figures from such evaluations are compared only if these are
+  equal.
+  """
+  flat = flatten(run.config)
+  return {key: flat.get(key, settings.when_missing(key)) for key in _EVALUATED}
 
 
 def disagreements(run: Run, other: Run) -> list[str]:

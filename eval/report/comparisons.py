@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from betarank.eval import paper
-from betarank.eval.report.agreement import alike, disagreements, of_steps
+from betarank.eval.report.agreement import alike, disagreements, evaluated, of_steps
 from betarank.eval.report.oddities import EDGE_SHARE
 from betarank.eval.report.runs import SAME_SETTINGS, Run, SampleSet, Sweep, number
 from betarank.eval.statistics import Estimate, Noise, bootstrap_interval, holm, noise, over_seeds, paired_difference
@@ -189,7 +189,7 @@ def _probe_figure(run: Run, domain: str, metric: str) -> Measured | None:
 
 def _validation_figure(run: Run, domain: str, metric: str) -> Measured | None:
   steps, values = run.curves.get(f'eval/{domain}/{metric}', ((), ()))
-  return Measured(float(values[-1]), int(steps[-1])) if len(values) else None
+  return Measured(float(values[-1]), int(steps[-1]), evaluated(run)) if len(values) else None
 
 
 def dynamics(sweep: Sweep, metrics: Sequence[str]) -> list[Comparison]:

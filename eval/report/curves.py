@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from betarank.eval.report.agreement import alike, of_steps
+from betarank.eval.report.agreement import alike, evaluated, of_steps
 from betarank.eval.report.comparisons import aligned, estimate, pairs, sample_sets
 from betarank.eval.report.runs import Curve, Run, Sweep, number, setting
 
@@ -39,10 +39,15 @@ def curve(sweep: Sweep, stage: str, name: str) -> tuple[list[Series], int]:
   """Returns (lines, size): the curve of the metric `name`, with one line per arm.
 
   Each point is a mean over seeds and over about `size` consecutive logged steps. The limits of a line are the range
-  over seeds. Only runs of the same length are averaged, because the learning rate at a step depends on it.
+  over seeds. Only runs of the same length are averaged, because the learning rate at a step depends on it. A
+  metric of evaluations is drawn only of runs that were evaluated on the same tokens or problems as the first.
   """
   x_X, size = _points(sweep, stage, name)
-  binned = {arm: [_binned(run.curves[name], x_X) for run in _alike(sweep.of(stage, arm), name)] for arm in sweep.arms}
+  runs = [run for run in sweep.of(stage) if name in run.curves]
+  if name.startswith('eval/'):
+    runs = [run for run in runs if evaluated(run) == evaluated(runs[0])]
+  binned = {arm: [_binned(run.curves[name], x_X) for run in _alike([run for run in runs if run.arm == arm], name)]
+            for arm in sweep.arms}
   return [series for arm, rows in binned.items() if (series := _series(arm, x_X, rows))], size
 
 

@@ -256,7 +256,8 @@ class Report:
         panels.append(Panel(f'{stage}_{name}', what, _steps_label('RL step', size), series))
       parts.append(self._figure(
         f'{stage}: the mean over seeds, and the range over seeds as bars or a band. The reward is that of the training '
-        'prompts of a step; held-out problems are others, and the two can\'t be compared.', panels, runs))
+        'prompts of a step; held-out problems are others, and the two can\'t be compared. Runs evaluated on another '
+        'number of them than the first are not drawn there.', panels, runs))
     tables = self._tables('rl', self.dynamics, DYNAMICS, words.DYNAMICS_NOTE)
     return join([*parts, tables])
 

@@ -217,6 +217,25 @@ def test_only_samples_drawn_alike_are_averaged(tmp_path):
   assert [line.seeds for line in curves.pass_curve(found, 'pre-training', 'amc23')] == [1]
 
 
+def test_validations_on_other_tokens_are_not_compared(tmp_path):
+  """The last validation of 20 batches used to be compared with one of 80, as if on the same tokens."""
+  for name, beta, batches, prompts in (('ce', 0.0, 20, 64), ('low', -0.25, 80, 64), ('high', 0.5, 20, 32)):
+    sweep.run(tmp_path / 'pre' / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0,
+              changes={'log.eval_batches': batches})
+    rl = tmp_path / 'rl' / name
+    sweep.run(rl, objective={}, seed=0, steps=5, entropy=1.0, changes={'rl.eval_prompts': prompts},
+              init_from=tmp_path / 'pre' / name / 'checkpoints' / '20')
+    with (rl / 'metrics.jsonl').open('a') as file:
+      file.write(json.dumps({'step': 5, 'eval/held_out/avg_at_16': 0.5}) + '\n')
+  found = compared(tmp_path)
+  low, high = (found['pre-training', 'entropy_nats', arm] for arm in ('β = -0.25', 'β = 0.5'))
+  assert low.difference is None and 'measured on other tokens or with other settings' in low.remark
+  assert high.difference is not None
+  lines, _ = curves.curve(arms.read_sweep(tmp_path), AFTER, 'eval/held_out/avg_at_16')
+  assert [line.arm for line in lines] == ['CE', 'β = -0.25']
+  assert len(curves.curve(arms.read_sweep(tmp_path), AFTER, 'train/entropy_nats')[0]) == 3
+
+
 def test_parents_must_agree_too(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
   meta = tmp_path / 'pre' / 'arm1-seed0' / 'checkpoints' / '40' / 'meta' / 'metadata'
