@@ -48,6 +48,7 @@ import numpy as np
 RESAMPLES = 10_000
 SMALL_SET = 2.0  # the half-width grows by sqrt(1 + SMALL_SET / P)
 _CHUNK = 2_000_000  # the number of resampled values that are computed at the same time
+_ROUNDING = 1e-9  # values count as equal if their range is at most this share of the largest
 _KEPT = 6_000_000  # up to this number of resampled values, their random numbers are kept in memory: 96 MB
 
 Bounds = tuple[float, float]
@@ -69,7 +70,8 @@ class Estimate:
       `over_seeds`, the number of seeds that were left out.
     seeds: the number of seeds used.
 
-  From `over_seeds` with a single seed, the limits, p_value and smallest_detectable are NaN.
+  From `over_seeds` with a single seed, or with the same value in all seeds, the limits, p_value and smallest_detectable
+  are NaN, except that the p_value of zeros is 1.
   """
 
   mean: float
@@ -294,7 +296,8 @@ def over_seeds(
   """Returns the mean of a metric that has one value per seed, with Student's t interval, cut at `bounds`.
 
   Use this function for metrics without problems to resample, such as a loss. For a single seed, the limits and the
-  p-value are NaN.
+  p-value are NaN. So they are if all seeds have the same value, as happens with shares of few problems: such seeds
+  don't show how much others would differ. Only the p-value of zeros is 1.
 
   values_S: the value of each seed. Values that aren't finite are left out.
   level: the confidence level of the interval.
@@ -309,12 +312,19 @@ def over_seeds(
   mean, seeds, z = float(x_S.mean()), len(x_S), NormalDist().inv_cdf
   half = p_value = math.nan
   if seeds > 1:
-    se = float(x_S.std(ddof=1)) / math.sqrt(seeds)
-    half = se * _t_quantile(seeds, 0.5 + level / 2)
-    p_value = _t_p_value(seeds, mean / se) if se else float(mean == 0)
+    if _equal(x_S):
+      p_value = math.nan if mean else 1.0
+    else:
+      se = float(x_S.std(ddof=1)) / math.sqrt(seeds)
+      half, p_value = se * _t_quantile(seeds, 0.5 + level / 2), _t_p_value(seeds, mean / se)
   low, high = (float(np.clip(x, *bounds)) for x in (mean - half, mean + half))
   return Estimate(mean, low, high, p_value, half * (1 + z(0.8) / z(0.5 + level / 2)), problems=0,
                   left_out=len(values_S) - seeds, seeds=seeds)
+
+
+def _equal(values: np.ndarray) -> bool:
+  """Returns whether all values are equal, up to rounding."""
+  return bool(np.ptp(values) <= _ROUNDING * np.abs(values).max())
 
 
 def _t_quantile(seeds: int, level: float) -> float:
@@ -372,7 +382,7 @@ class Noise:
 
 def noise(values_SP: np.ndarray) -> Noise | None:
   """Divides the noise in values into its parts, by analysis of variance. Returns None if there is only one seed, or no
-  problem.
+  problem, or if all values are equal, so that no noise is seen.
 
   values_SP: one row per seed, and one column per problem; [S, 1] for a metric with one value per run. Problems that are
     NaN in any seed are left out.
@@ -380,7 +390,7 @@ def noise(values_SP: np.ndarray) -> Noise | None:
   values_SP = np.asarray(values_SP, np.float64)
   x_SP = values_SP[:, ~np.isnan(values_SP).any(0)]
   seeds, problems = x_SP.shape
-  if seeds < 2 or not problems:
+  if seeds < 2 or not problems or _equal(x_SP):
     return None
   mean_S, mean_P = x_SP.mean(1), x_SP.mean(0)
   if problems == 1:

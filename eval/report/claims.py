@@ -37,7 +37,9 @@ UNRELATED = 0.5  # a rank correlation below this, whatever its sign, predicts li
 PLANNED_SEEDS = 10
 ORDERS = 10_000  # the largest number of orders of the arms in a permutation test
 
-Judge = Callable[[Estimate, float], str]  # (effect, p-value after Holm's correction) -> verdict
+# (effect, p-value after Holm's correction) -> verdict. The p-value and the limits are NaN if all seeds have the same
+# effect; a rule that needs them then says CANT_TELL.
+Judge = Callable[[Estimate, float], str]
 
 
 @dataclasses.dataclass
@@ -49,9 +51,10 @@ class Test:
     unit: the unit in which the effect is shown, such as '%', 'points' or 'nats'.
     factor: the factor that converts the effect to this unit.
     effect: the effect with its interval; None if there are no runs to compare.
-    noise: the noise of the effect; None if there are fewer than two seeds.
+    noise: the noise of the effect; None if there are fewer than two seeds, or if all have the same effect.
     judge: the rule that turns the effect into a verdict.
-    p_holm: the p-value after Holm's correction; NaN if there are fewer than two seeds.
+    p_holm: the p-value after Holm's correction; NaN if there are fewer than two seeds, or if all have the same effect,
+      other than zero.
   """
 
   what: str
@@ -136,10 +139,12 @@ def above(worth: float = 0.0) -> Judge:
 def below(effect: Estimate, p_holm: float) -> str:
   """Judges the claim "the effect is below zero".
 
-  The verdict is CANT_TELL if the corrected p-value is above ALPHA. Otherwise it is 'yes' for a negative effect, and
-  'no' for a positive one.
+  The verdict is 'yes' for a negative effect, and 'no' for a positive one, if the corrected p-value is at most ALPHA.
+  Otherwise it is CANT_TELL.
   """
-  return CANT_TELL if p_holm > ALPHA else 'yes' if effect.mean < 0 else 'no'
+  if p_holm <= ALPHA:
+    return 'yes' if effect.mean < 0 else 'no'
+  return CANT_TELL
 
 
 def equal(effect: Estimate, _) -> str:

@@ -46,14 +46,15 @@ class Comparison:
       if they were measured at the same step and in the same way, after training of the same length (agreement.alike).
     difference: the mean difference, arm minus baseline, on the same seeds and problems, with its interval; None if
       unknown.
-    p_holm: the p-value of the difference after Holm's correction; NaN if there is no difference, or only one seed.
-    remark: why there is no difference, why it or the value is based on fewer seeds than there are, or that one seed
-      gives no verdict; '' if there is nothing to remark.
+    p_holm: the p-value of the difference after Holm's correction; NaN if there is no difference, or only one seed, or
+      the same difference in all seeds.
+    remark: why there is no difference, why it or the value is based on fewer seeds than there are, or that one
+      seed, or several without spread, give no verdict; '' if there is nothing to remark.
     by_seed: {seed: mean of the metric over problems}, of the seeds in `value`.
     differences: {seed: mean difference over problems}.
     theirs: {seed: mean of the baseline's metric over problems}, of the seeds in `differences`.
-    noise: the noise of the metric; None if it has fewer than two seeds.
-    difference_noise: the noise of the difference; None if it has fewer than two seeds.
+    noise: the noise of the metric; None if it has fewer than two seeds, or no spread.
+    difference_noise: the noise of the difference; None if it has fewer than two seeds, or no spread.
   """
 
   stage: str
@@ -76,8 +77,8 @@ class Comparison:
     """'beyond' if the difference is larger than noise (p_holm <= ALPHA), 'within' if it isn't; '' if there is no
     verdict.
 
-    There is no verdict if `difference` is None, or if it comes from a single seed. `difference` is None if the arm is
-    its own baseline, or if no runs could be compared.
+    There is no verdict if `difference` is None, or if it comes from a single seed or is the same in all seeds.
+    `difference` is None if the arm is its own baseline, or if no runs could be compared.
     """
     if self.difference is None or math.isnan(self.p_holm):
       return ''
@@ -117,22 +118,26 @@ def pairs(sweep: Sweep, stage: str, arm: str) -> tuple[list[tuple[Run, Run]], li
   return agreeing, list(dict.fromkeys(reasons))
 
 
-def remark(left_out: Iterable[str], reasons: Iterable[str], baseline: str, compared: int) -> str:
+def remark(left_out: Iterable[str], reasons: Iterable[str], baseline: str, difference: Estimate | None) -> str:
   """Returns the remark on a comparison; '' if there is nothing to remark.
 
   The remark says why the value leaves out some seeds, and why some pairs of runs weren't compared. If only one pair was
-  compared, it adds that one seed gives no verdict.
+  compared, or if all pairs have the same difference, it adds that this gives no verdict.
 
   left_out: why the value leaves out seeds.
   reasons: why pairs weren't compared.
   baseline: the name of the baseline arm.
-  compared: the number of pairs that were compared.
+  difference: the mean difference over the pairs that were compared; None if there are none.
   """
   parts = [f'some seeds are not in the mean: {_first(left_out)}'] if left_out else []
   if reasons:
-    parts.append(f'{"some seeds are " if compared else ""}not compared{"" if compared else f" with {baseline}"}: '
+    parts.append(f'{"some seeds are not compared" if difference else f"not compared with {baseline}"}: '
                  f'{_first(reasons)}')
-  return '; '.join([*parts, *(['one seed: no verdict'] if compared == 1 else [])])
+  if difference and difference.seeds == 1:
+    parts.append('one seed: no verdict')
+  elif difference and math.isnan(difference.p_value):
+    parts.append('no spread between seeds: no verdict')
+  return '; '.join(parts)
 
 
 def _first(reasons: Iterable[str]) -> str:
@@ -307,7 +312,7 @@ def _by_seed(sweep: Sweep, stage: str, subject: str, metrics: Sequence[str], rea
       if c.differences:
         c.difference = over_seeds(list(c.differences.values()))
         c.difference_noise = noise(_column(c.differences))
-      c.remark = remark(left_out, [*reasons, *others], baseline, len(c.differences))
+      c.remark = remark(left_out, [*reasons, *others], baseline, c.difference)
   return out
 
 
@@ -461,7 +466,7 @@ def _compared(
   bounds = (0.0, 1.0) if is_share(c.metric) else (0.0, math.inf)
   values_SP = aligned(sets.values(), read)[0]
   c.value, c.by_seed, c.noise = estimate(values_SP, bounds), _means(sets, values_SP), noise(values_SP)
-  reasons, compared = list(reasons), len(usable)
+  reasons = list(reasons)
   if usable:
     both_SP, problems = aligned([x for pair in usable.values() for x in pair], read)
     differences_SP = both_SP[0::2] - both_SP[1::2]
@@ -473,8 +478,7 @@ def _compared(
                                        bounds=(-1, 1) if bounds[1] == 1 else (-math.inf, math.inf))
     except ValueError as error:
       reasons.append('no problem in common' if not problems else str(error))
-      compared = 0
-  c.remark = remark(left_out, reasons, c.baseline, compared)
+  c.remark = remark(left_out, reasons, c.baseline, c.difference)
   return c
 
 

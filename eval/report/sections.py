@@ -143,7 +143,8 @@ class Report:
           continue
         decides = test in claim.tests
         detectable = test.smallest_detectable()
-        rows.append((test.what, f'{of(e.mean)} {test.unit}', f'[{of(e.low)}, {of(e.high)}]' if e.seeds > 1 else '–',
+        limits = f'[{of(e.low)}, {of(e.high)}]' if math.isfinite(e.low) else '–'
+        rows.append((test.what, f'{of(e.mean)} {test.unit}', limits,
                      '–' if math.isnan(test.p_holm) else f'{test.p_holm:.2g}', of(detectable),
                      test.verdict if decides else ''))
         lines.append((claim.letter, claim.sentence, claim.verdict, test.what, test.unit, decides,
@@ -458,7 +459,8 @@ def _cell(c: Comparison | None, name: str) -> Html:
       mark = tag('span', f'{"▲" if c.difference.mean > 0 else "▼"} p {max(c.p_holm, 1e-4):.2g}', class_='beyond')
       lines.append(tag('span', 'Δ ', change, ' ', mark, class_='delta'))
     else:
-      lines.append(tag('span', 'Δ ', change, ' within noise' if c.verdict else ' (one seed)', class_='delta within'))
+      why = ' within noise' if c.verdict else ' (one seed)' if c.difference.seeds == 1 else ' (no spread between seeds)'
+      lines.append(tag('span', 'Δ ', change, why, class_='delta within'))
     lines += [tag('span', limits, class_='range')] if limits else []
   return join(lines)
 

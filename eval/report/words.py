@@ -38,7 +38,8 @@ HOW_TO_READ = join([tag('p', line) for line in (
   'One seed gives no verdict. An interval of a single seed holds the noise of problems only: another seed, or another '
   'order of floating-point additions, can turn the sign around.',
   'Intervals over problems are studentised bootstrap intervals, for shares on the arcsine scale; several seeds add '
-  'Student\'s t, so that two or three seeds give wide intervals. The p-value belongs to the interval.',
+  'Student\'s t, so that two or three seeds give wide intervals. The p-value belongs to the interval. Seeds '
+  'that all have exactly the same value don\'t show how much seeds differ, and have neither.',
   '▲ and ▼ mark a difference beyond noise: its p-value, after Holm\'s correction over all arms and subjects of '
   'that stage and metric, is at most 0.05. "Within noise" means that no difference was shown, not that there is none; '
   'the smallest difference that would have been detected four times in five is in tables/*.csv (smallest_detectable).',
@@ -174,9 +175,8 @@ def _after_rl(found: Sequence[Comparison]) -> str:
             f'{names[first[0].subject]}, relative to {against}, there are {figures}, and these '
             'intervals hold the noise of problems only, not that of seeds.')
   groups: dict[tuple[str, str, bool], list[Comparison]] = {}
-  for c in sorted(compared, key=lambda c: (c.p_holm, -abs(c.difference.mean))):
-    if c.verdict == 'beyond':
-      groups.setdefault((c.arm, c.subject, c.difference.mean > 0), []).append(c)
+  for c in sorted((c for c in compared if c.verdict == 'beyond'), key=lambda c: (c.p_holm, -abs(c.difference.mean))):
+    groups.setdefault((c.arm, c.subject, c.difference.mean > 0), []).append(c)
   if not groups:
     return (f'After RL, no arm differs from {against} beyond the noise of problems and seeds in '
             f'{_and_unique(metric(c.metric).title for c in compared)}{_detectable(compared)}.')
@@ -215,8 +215,8 @@ def _of_right_answers(c: Comparison) -> bool:
 
 
 def _judged(comparisons: Iterable[Comparison]) -> bool:
-  """Returns whether any of the comparisons has a verdict, which needs several seeds."""
-  return any(c.verdict for c in comparisons)
+  """Returns whether any difference has several seeds, without which there are no verdicts."""
+  return any(c.difference.seeds > 1 for c in comparisons)
 
 
 def _detectable(comparisons: Sequence[Comparison]) -> str:

@@ -24,7 +24,8 @@ def make(root, *, arms=ARMS, seeds=3, steps=40, rl_steps=10, problems=30, n=16, 
       start = pre / 'checkpoints' / str(steps)
       run(rl, objective={}, seed=seed, steps=rl_steps, entropy=1.0 - 0.1 * i, init_from=start)
       for path, step, better in ((pre, steps, 0.0), (rl, rl_steps, gain * (i == 1))):
-        probe(path, step, entropy=2.0 - 0.1 * i + 0.01 * rng.normal())
+        small = 1e-4 * np.random.default_rng([i, seed]).normal(size=2)  # between seeds, as in real runs
+        probe(path, step, entropy=2.0 - 0.1 * i + 0.01 * rng.normal(), ce_nats=2.0 + small[0], tail_mass=0.1 + small[1])
         for name in benchmarks:
           samples(path, step, name, np.clip(level_BP[name] + better, 0, 1), n, rng)
 

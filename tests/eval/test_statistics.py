@@ -155,6 +155,10 @@ def test_figures_without_problems_get_students_t_over_seeds():
   one = statistics.over_seeds(np.array([2.0]))
   assert one.mean == 2 and math.isnan(one.low) and math.isnan(one.p_value) and not one.excludes_zero
   assert statistics.over_seeds(np.zeros(3)).p_value == 1
+  for same in ([0.02, 0.02], [0.3 - 0.2, 0.7 - 0.6], [0.9804 - 0.9803, 0.5003 - 0.5002]):  # equal up to rounding
+    found = statistics.over_seeds(same)
+    assert found.mean == pytest.approx(same[0]) and statistics.noise(np.array(same)[:, None]) is None
+    assert np.isnan([found.low, found.high, found.p_value, found.smallest_detectable]).all()
   with pytest.raises(ValueError, match='no seed'):
     statistics.over_seeds(np.array([math.nan]))
 

@@ -107,6 +107,21 @@ def test_an_order_of_many_arms_is_tested_by_random_orders():
   assert len(orders) == claims.ORDERS and (np.sort(orders) == np.arange(8)).all() and (orders[0] == np.arange(8)).all()
 
 
+def test_effects_without_spread_between_seeds_decide_nothing():
+  """Equal effects in two seeds used to have p = 0, and an interval without width."""
+  judges = claims.above(), claims.above(worth=1.0), claims.below, claims.equal, claims.in_tail_range, claims.related
+  for effect in (-0.08, 0.0, 0.002, 0.3):
+    for judge in judges:
+      (test,) = claims.Claim('x', '', [claims._test('x', '', 1.0, {0: effect, 1: effect}, judge)]).tests
+      assert test.verdict == claims.CANT_TELL and np.isnan(test.smallest_detectable())
+  unrelated = claims._order('x', scores('before', 'x', np.tile([0.0, 1, 2], (2, 1))),
+                            scores('after', 'y', np.tile([0.0, 2, 1], (2, 1))))
+  assert unrelated.effect.mean == pytest.approx(1 / 3)
+  assert claims.Claim('x', '', [unrelated]).verdict == claims.CANT_TELL
+  order = scores('before', 'x', np.tile(np.arange(5.0), (2, 1)))  # its p-value is over orders of arms, not over seeds
+  assert claims.Claim('x', '', [claims._order('x', order, order)]).verdict == 'yes'
+
+
 def test_a_claim_holds_if_all_its_tests_say_yes_after_correction():
   def tests(*means, sd=0.1):
     rng = np.random.default_rng(3)

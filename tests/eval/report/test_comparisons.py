@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from betarank.eval.report import arms, comparisons, curves, words
+from betarank.eval.report import arms, comparisons, curves, sections, words
 from tests.eval import sweep
 
 AFTER = 'pre-training → RL'
@@ -234,6 +234,21 @@ def test_validations_on_other_tokens_are_not_compared(tmp_path):
   lines, _ = curves.curve(arms.read_sweep(tmp_path), AFTER, 'eval/held_out/avg_at_16')
   assert [line.arm for line in lines] == ['CE', 'β = -0.25']
   assert len(curves.curve(arms.read_sweep(tmp_path), AFTER, 'train/entropy_nats')[0]) == 3
+
+
+def test_the_same_difference_in_all_seeds_gives_no_verdict(tmp_path):
+  """Scores of few items often differ by the same number of items, which used to be beyond noise with p = 0."""
+  for i, beta in enumerate((0.0, -0.25, 0.5)):
+    for seed in range(2):
+      path = tmp_path / f'{i}{seed}'
+      sweep.run(path, objective={'beta': beta}, seed=seed, steps=20, entropy=1.0)
+      sweep.harness(path, 20, {'piqa': 0.6 + 0.02 * (seed + (i == 1)) + 0.04 * seed * (i == 2)}, limit=50)
+  same, spread = comparisons.harness(arms.read_sweep(tmp_path))[1:]
+  assert same.difference.mean == pytest.approx(0.02) and same.verdict == ''
+  assert same.remark == 'no spread between seeds: no verdict' and same.difference_noise is None
+  assert spread.verdict == 'within' and spread.p_holm == spread.difference.p_value  # of the only test
+  assert 'no spread between seeds)' in sections._cell(same, 'score')
+  assert 'this is one seed' not in sentences(tmp_path)[1]
 
 
 def test_parents_must_agree_too(tmp_path):
