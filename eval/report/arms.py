@@ -258,6 +258,10 @@ def _note_gaps(sweep: Sweep) -> None:
     for benchmark in sorted({name for run in runs for name in run.samples}):
       for run in (run for run in runs if benchmark not in run.samples):
         sweep.note(run.name, f'no samples on {benchmark} yet, as others have (betarank eval sample)')
+    code = {arm: sorted({run.code_version for run in sweep.of(stage, arm)} - {''}) for arm in sweep.arms}
+    if len({version for versions in code.values() for version in versions}) > 1:
+      sweep.note(stage, 'runs of different versions of the code: ' + '; '.join(
+        f'{arm} {", ".join(versions)}' for arm, versions in code.items() if versions))
     seeds = sorted({run.seed for run in sweep.of(stage)} - {None})
     for arm in sweep.arms:
       there = [run.seed for run in sweep.of(stage, arm)]

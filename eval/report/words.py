@@ -87,10 +87,12 @@ def _compared(sweep: Sweep) -> str:
   """Returns the first sentence at the top of the page.
 
   It lists the arms that differ only in the objective, with the numbers of seeds for which that is so. For every other
-  arm, and for other seeds, it says why they aren't compared.
+  arm, and for other seeds, it says why they aren't compared. Arms that another version of the code trained are
+  compared, but named, because the version doesn't say whether it matters.
   """
   together: dict[str, list[str]] = {}  # baseline -> the arms that are compared with it
   counts: dict[str, list[int]] = {}  # baseline -> how many seeds are compared, for each arm and stage
+  code: dict[str, list[str]] = {}  # baseline -> which arms were trained by another version of the code
   wrong = []
   for arm in (arm for arm in sweep.arms if arm != sweep.baselines[arm]):
     baseline, partly = sweep.baselines[arm], False
@@ -105,11 +107,19 @@ def _compared(sweep: Sweep) -> str:
         break
       partly = partly or bool(reasons)
       counts.setdefault(baseline, []).append(len(agreeing))
+      code.setdefault(baseline, []).extend(
+        f'{arm} ({run.code_version} against {other.code_version})' for run, other in agreeing
+        if run.code_version and other.code_version and run.code_version != other.code_version)
       if stage == there[0]:
         together.setdefault(baseline, []).append(arm)
   said = [f'{_and([baseline, *arms])} saw the same data for the same steps, with {_seeds(counts[baseline])} each, and '
-          'differ only in the objective' for baseline, arms in together.items()]
+          f'differ only in the objective{_in_code(code[baseline])}'
+          for baseline, arms in together.items()]
   return '; '.join([*said, *wrong]) + ('.' if said else '; so no change is put down to an objective.')
+
+
+def _in_code(arms: Sequence[str]) -> str:
+  return f', and in the code for {_and_unique(arms)}' if arms else ''
 
 
 def _seeds(counts: Sequence[int]) -> str:

@@ -251,6 +251,16 @@ def test_the_same_difference_in_all_seeds_gives_no_verdict(tmp_path):
   assert 'this is one seed' not in sentences(tmp_path)[1]
 
 
+def test_arms_of_another_version_of_the_code_are_named(tmp_path):
+  for name, beta, code in (('ce', 0.0, 'c0de'), ('low', -0.25, 'c0de'), ('high', 0.5, 'f00d+'), ('one', 1.0, '')):
+    sweep.run(tmp_path / name, objective={'beta': beta}, seed=0, steps=20, entropy=1.0, code=code)
+  assert sentences(tmp_path)[0] == (
+    'CE, β = -0.25, β = 0.5 and β = 1 saw the same data for the same steps, with 1 seed each, and differ only in the '
+    'objective, and in the code for β = 0.5 (f00d+ against c0de).')
+  assert arms.read_sweep(tmp_path).notes == [
+    'pre-training: runs of different versions of the code: CE c0de; β = -0.25 c0de; β = 0.5 f00d+']
+
+
 def test_parents_must_agree_too(tmp_path):
   sweep.make(tmp_path, arms=sweep.ARMS[:2], seeds=1)
   meta = tmp_path / 'pre' / 'arm1-seed0' / 'checkpoints' / '40' / 'meta' / 'metadata'
